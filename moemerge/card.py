@@ -1,0 +1,99 @@
+"""The model card of a merged model: what it is made of, how it routes, how to run it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from moemerge.config import Expert
+from moemerge.plan import MergePlan
+from moemerge.sources import Reference
+
+if TYPE_CHECKING:
+    from moemerge.routers.diagnostics import RoutingReport
+
+_TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
+_USAGE: Final = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+```"""
+
+
+def write_card(folder: Path, name: str, plan: MergePlan, report: "RoutingReport") -> None:
+    """Write `README.md` with the Hub's metadata into `folder`; `name` is the merged model's."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    origins = [source.origin for source in plan.sources]
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(origin.repo for origin in origins if isinstance(origin, Reference))) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=_TAGS,
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report)}").save(folder / "README.md")
+
+
+def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
+    config = plan.config
+    sections = [
+        f"# {name}",
+        f"A mixture of {len(config.experts)} experts ({plan.family.architecture}, {config.experts_per_token} per token), "
+        "merged with [moemerge](https://pypi.org/project/moemerge/): embeddings, attention and norms come from "
+        f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.gate_mode}`.",
+        f"**{plan.total_parameters / 1e9:.2f} B parameters, {plan.active_parameters / 1e9:.2f} B active per token, "
+        f"{plan.dtype}.**",
+        "\n".join(
+            ["| expert | model | made for prompts such as |", "|---|---|---|"]
+            + [
+                f"| {number} | `{expert.source_model}` | {_sample(expert)} |"
+                for number, expert in enumerate(config.experts)
+            ]
+        ),
+        "## Use\n\n" + _USAGE.format(name=name),
+        "## Routing\n\n" + _routing(report),
+        f"## Configuration\n\n```yaml\n{config.text.rstrip()}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _sample(expert: Expert) -> str:
+    if not expert.positive_prompts:
+        return ""
+    prompt = " ".join(expert.positive_prompts[0].split())
+    return (prompt if len(prompt) < 60 else prompt[:57] + "...").replace("|", "\\|")
+
+
+def _routing(report: "RoutingReport") -> str:
+    if not report.layers:
+        return "The merge had no prompts, so nothing is known of how its routers choose. Train them before use."
+    lines = [
+        "Of the tokens of each expert's own positive prompts, the share that reaches it among the "
+        f"{report.experts_per_token} chosen, and its share of all prompts' tokens (chance: {report.chance:.0%}). These "
+        "are the prompts that the routers were made from; other text routes less clearly.",
+        "",
+        "| expert | own prompts | all prompts |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {own:.1%} | {load:.1%} |"
+            for name, own, load in zip(report.experts, report.own, report.load, strict=True)
+        ),
+        "",
+        f"The first choice has a mean weight of {report.top_weight:.2f}.",
+        "",
+        *(f"> **Warning:** {warning}." for warning in report.warnings()),
+        "",
+        "<details><summary>By layer: own prompts</summary>",
+        "",
+        f"| layer | {' | '.join(report.experts)} | first choice's weight |",
+        "|---" * (len(report.experts) + 2) + "|",
+        *(
+            f"| {layer} | {' | '.join(f'{share:.0%}' for share in row.own)} | {row.top_weight:.2f} |"
+            for layer, row in enumerate(report.layers)
+        ),
+        "",
+        "</details>",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""Moving bytes from file to file: by the kernel where nothing changes, through one bounded chunk where something does."""
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Final
+
+from moemerge.errors import CheckpointError, OutputError
+
+# Small enough that Ctrl-C and the progress bar are prompt, large enough that the calls cost nothing.
+KERNEL_CHUNK_BYTES: Final = 64 * 2**20
+BUFFER_BYTES: Final = 8 * 2**20
+# A kernel call that says one of these is not made for these two files; the next slower way is.
+_NOT_HERE: Final = {
+    errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.ENOTSOCK,
+}  # fmt: skip
+
+Report = Callable[[int], None]
+"""Called with the number of bytes done since the last call; may raise to stop the copy."""
+
+
+def copy_range(source: int, start: int, target: int, target_start: int, nbytes: int, report: Report) -> None:
+    """Copy `nbytes` bytes from offset `start` of one open file to offset `target_start` of another.
+
+    `os.copy_file_range`, else `os.sendfile`, else reads and writes. `target` must not be shared with another thread.
+
+    Raises:
+        CheckpointError: the source ends too early.
+        OutputError: the target cannot be written.
+    """
+    done = 0
+    ways = [_copy_file_range, _sendfile, _read_and_write]
+    while done < nbytes:
+        step = min(nbytes - done, KERNEL_CHUNK_BYTES)
+        try:
+            moved = ways[0](source, start + done, target, target_start + done, step)
+        except OSError as error:
+            if error.errno in _NOT_HERE and len(ways) > 1:
+                ways.pop(0)
+                continue
+            raise write_failure(error) from error
+        if moved == 0 and len(ways) > 1:
+            ways.pop(0)  # some file systems answer 0 where they mean "not here"
+            continue
+        if moved == 0:
+            raise CheckpointError(f"a source ended {nbytes - done} bytes too early: was it changed during the merge?")
+        done += moved
+        report(moved)
+
+
+def write_failure(error: OSError) -> OutputError:
+    """What to tell the user when bytes could not be moved."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return OutputError("the disk is full. Free some space, or write to another disk; nothing was left behind.")
+    return OutputError(f"bytes could not be moved: {error.strerror}.")
+
+
+def _copy_file_range(source: int, start: int, target: int, target_start: int, nbytes: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, "no copy_file_range")
+    return os.copy_file_range(source, target, nbytes, start, target_start)
+
+
+def _sendfile(source: int, start: int, target: int, target_start: int, nbytes: int) -> int:
+    if not hasattr(os, "sendfile"):
+        raise OSError(errno.ENOSYS, "no sendfile")
+    os.lseek(target, target_start, os.SEEK_SET)
+    return os.sendfile(target, source, start, nbytes)
+
+
+def _read_and_write(source: int, start: int, target: int, target_start: int, nbytes: int) -> int:
+    os.lseek(source, start, os.SEEK_SET)
+    chunk = os.read(source, min(nbytes, BUFFER_BYTES))
+    os.lseek(target, target_start, os.SEEK_SET)
+    write_all(target, chunk)
+    return len(chunk)
+
+
+def write_all(target: int, data: bytes | memoryview) -> None:
+    """Write all of `data` at the file's position; `os.write` alone may write less."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]

@@ -1,0 +1,136 @@
+"""The safetensors header: reading one without trusting it, and building one.
+
+A file is an 8-byte little-endian length, that many bytes of JSON, then the tensors' bytes without holes:
+https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from moemerge.dtypes import BITS, bytes_of
+from moemerge.errors import CheckpointError
+
+LENGTH_BYTES: Final = 8
+MAX_HEADER_BYTES: Final = 100_000_000  # the reference reader's own limit
+ALIGNMENT_BYTES: Final = 8
+_METADATA_KEY: Final = "__metadata__"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor's bytes lie: `nbytes` bytes from offset `start` of the file `path`."""
+
+    name: str
+    path: Path
+    dtype: str
+    """As a safetensors header spells it: `BF16`."""
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Read and check a safetensors header; tensor bytes are not touched.
+
+    Raises:
+        CheckpointError: names the file, the tensor, what was expected and what was found.
+    """
+    try:
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(LENGTH_BYTES)
+            header_bytes = int.from_bytes(prefix, "little")
+            if len(prefix) < LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+                raise CheckpointError(
+                    f"{path}: not a safetensors file, or cut off: it announces a header of {header_bytes} bytes "
+                    f"but is {file_bytes} bytes long. Download it again."
+                )
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    entries = _parse(path, text)
+    entries.pop(_METADATA_KEY, None)
+    data_start = LENGTH_BYTES + header_bytes
+    tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
+    _check_coverage(path, tensors, data_start, file_bytes)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """Length prefix and header for tensors given as (name, dtype, shape, nbytes) in the order of their bytes.
+
+    Padded with spaces so that the data begin at a multiple of 8 bytes.
+    """
+    header: dict[str, Any] = {_METADATA_KEY: dict(metadata)}
+    end = 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: the header names {repeated!r} twice.")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is not JSON ({error}). Download it again.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is not a JSON object.")
+    return header
+
+
+def _is_size_list(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets in the header, found {entry!r:.80}.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r:.80}; known: {', '.join(BITS)}.")
+    if not _is_size_list(shape):
+        raise CheckpointError(f"{where}: the shape has to be a list of sizes, found {shape!r:.80}.")
+    if not _is_size_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:  # noqa: PLR2004
+        raise CheckpointError(f"{where}: data_offsets have to be [begin, end], found {offsets!r:.80}.")
+    begin, end = offsets
+    expected = bytes_of(dtype, tuple(shape))
+    if expected != end - begin:
+        raise CheckpointError(
+            f"{where}: {dtype} {shape} takes {expected} bytes, but its data_offsets span {end - begin}."
+        )
+    return StoredTensor(name, path, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _check_coverage(path: Path, tensors: list[StoredTensor], data_start: int, file_bytes: int) -> None:
+    """The format allows neither overlaps nor holes: each tensor begins where the one before it ends."""
+    end = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
+        where = f"{path}: tensor {tensor.name!r}"
+        if tensor.start < end:
+            raise CheckpointError(f"{where}: overlaps the tensor before it by {end - tensor.start} bytes.")
+        if tensor.start > end:
+            raise CheckpointError(f"{where}: {tensor.start - end} bytes before it belong to no tensor.")
+        end = tensor.start + tensor.nbytes
+        if end > file_bytes:
+            raise CheckpointError(
+                f"{where}: ends at byte {end}, but the file is {file_bytes} bytes long. It was cut off: download it again."
+            )
+    if end < file_bytes:
+        raise CheckpointError(f"{path}: {file_bytes - end} bytes after the last tensor belong to no tensor.")
+
+

@@ -1,0 +1,91 @@
+"""Dividing tensors into files: sizes as people write them, shard names, offsets, headers."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from moemerge.checkpoint.header import build_header
+from moemerge.checkpoint.index import SINGLE_SAFETENSORS
+from moemerge.dtypes import BITS
+
+# Decimal as on the Hub (5GB = 5e9 bytes); the binary ones only when written with an i.
+_UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS: Final = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+# What readers of safetensors files expect to find: the framework that can read them.
+_METADATA: Final = {"format": "pt"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    """As a safetensors header spells it: `BF16`."""
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its header's bytes, then the tensors', each at its offset in the file."""
+
+    name: str
+    header: bytes
+    starts: dict[str, int]
+    """Tensor name to offset in the file, in the order of the bytes."""
+    nbytes: int
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as `5GB`, `500 MB`, `2GiB` or `1048576`; decimal units unless written with an i.
+
+    Raises:
+        ValueError: not a size, or zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    if not match:
+        raise ValueError(f"{text!r} is not a size: write it like 5GB, 500MB or 2GiB")
+    size = int(float(match[1]) * (_UNITS | _BINARY_UNITS)[match[2] or ""])
+    if size == 0:
+        raise ValueError(f"{text!r} is no size: it has to be at least one byte")
+    return size
+
+
+def layout_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> list[Shard]:
+    """Divide tensors, in order, into files of at most `max_shard_bytes` of tensor data.
+
+    A tensor larger than that gets a file of its own. Within a file wider dtypes come first, so that every tensor
+    stays aligned to its element size; otherwise the order is kept.
+    """
+    groups = list(_fill(tensors, max_shard_bytes))
+    if len(groups) == 1:
+        return [_shard(SINGLE_SAFETENSORS, groups[0])]
+    return [
+        _shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def _fill(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> Iterator[list[TensorSpec]]:
+    group: list[TensorSpec] = []
+    group_bytes = 0
+    for tensor in tensors:
+        if group and group_bytes + tensor.nbytes > max_shard_bytes:
+            yield group
+            group, group_bytes = [], 0
+        group.append(tensor)
+        group_bytes += tensor.nbytes
+    yield group
+
+
+def _shard(name: str, tensors: list[TensorSpec]) -> Shard:
+    ordered = sorted(tensors, key=lambda tensor: -BITS[tensor.dtype])
+    header = build_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), _METADATA)
+    starts = {}
+    end = len(header)
+    for tensor in ordered:
+        starts[tensor.name] = end
+        end += tensor.nbytes
+    return Shard(name, header, starts, end)

@@ -1,0 +1,238 @@
+"""The merge config: `mergekit-moe`'s YAML schema, checked completely, every problem with its place.
+
+Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_core import ErrorDetails
+
+from moemerge.dtypes import SHORT, DType
+from moemerge.errors import ConfigError
+
+GateMode = Literal["hidden", "cheap_embed", "random", "uniform_random"]
+# Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
+_GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
+_PROMPT_FREE: Final = ("random", "uniform_random")
+_MIN_EXPERTS: Final = 2
+
+
+def _listed(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def _canonical_dtype(value: Any) -> Any:
+    return SHORT.get(value.removeprefix("torch."), value.removeprefix("torch.")) if isinstance(value, str) else value
+
+
+def _canonical_gate_mode(value: Any) -> Any:
+    return _GATE_MODE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+
+Text = Annotated[str, Field(strict=True, min_length=1)]
+Prompts = Annotated[list[Annotated[str, Field(strict=True)]], BeforeValidator(_listed)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Expert(_Strict):
+    """One expert: the model that its FFNs come from, and text that says what it is for."""
+
+    source_model: Text
+    """Folder, or Hub repository `user/name`, or `user/name@revision`."""
+    positive_prompts: Prompts = []
+    """Text that should be routed to this expert."""
+    negative_prompts: Prompts = []
+    """Text that should not."""
+    noise_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Standard deviation of Gaussian noise added to the expert's weights."""
+    residual_scale: float | None = Field(None, allow_inf_nan=False)
+    """Factor on the expert's down projection, that is, on what it adds to the residual stream."""
+
+
+class MergeConfig(_Strict):
+    """A merge: a base model and the experts whose FFNs are stacked into it."""
+
+    base_model: Text
+    """Where embeddings, attention, norms and the tokenizer come from."""
+    experts: list[Expert]
+    gate_mode: Annotated[GateMode, BeforeValidator(_canonical_gate_mode)] = "hidden"
+    dtype: Annotated[DType | None, BeforeValidator(_canonical_dtype)] = None
+    """Of the merged model; None keeps the base model's."""
+    experts_per_token: int = Field(2, ge=1, strict=True)
+    shared_experts: Annotated[list[Expert], BeforeValidator(_listed)] = []
+    architecture: Text | None = None
+    """The output family's `model_type`; None chooses the first that fits."""
+
+    _text: str = PrivateAttr("")
+
+    @property
+    def text(self) -> str:
+        """The YAML that it was read from, or says the same."""
+        return self._text or yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether every expert has positive prompts."""
+        return all(expert.positive_prompts for expert in self.experts)
+
+
+def load_config(path: Path | str, *, allow_identical_experts: bool = False) -> MergeConfig:
+    """Read and check a merge config.
+
+    Args:
+        path: the YAML file.
+        allow_identical_experts: accept experts that are all the same model.
+
+    Raises:
+        ConfigError: lists every problem with its line and address.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.", []) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not text in UTF-8.", []) from error
+    return parse_config(text, str(path), allow_identical_experts=allow_identical_experts)
+
+
+def parse_config(text: str, name: str = "config", *, allow_identical_experts: bool = False) -> MergeConfig:
+    """Check the text of a merge config; `name` stands for it in messages. See `load_config`."""
+    try:
+        document = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML:", [" ".join(str(error).split())]) from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{name}: expected keys such as base_model and experts, found {document!r:.60}.", [])
+    problems: list[tuple[tuple[int | str, ...], str]] = list(_repeated_keys(node))
+    config = None
+    try:
+        config = MergeConfig.model_validate(document)
+    except ValidationError as error:
+        problems += [(detail["loc"], _explain(detail)) for detail in error.errors()]
+    problems += _cross_check(document, allow_identical_experts=allow_identical_experts)
+    if problems or config is None:
+        located = sorted((_line(node, place), _address(place), problem) for place, problem in problems)
+        lines = [f"line {line}: {address}: {problem}" if address else problem for line, address, problem in located]
+        raise ConfigError(f"{name}: {len(lines)} problem{'s' if len(lines) > 1 else ''}:", lines)
+    config._text = text
+    return config
+
+
+Place = tuple[int | str, ...]
+
+
+def _cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> list[tuple[Place, str]]:
+    """Problems between keys; works on the raw document, so that they show beside problems within keys."""
+    experts = document.get("experts")
+    if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
+        return []
+    problems: list[tuple[Place, str]] = []
+    per_token = document.get("experts_per_token", 2)
+    if len(experts) < _MIN_EXPERTS:
+        problems.append((("experts",), f"a mixture needs at least {_MIN_EXPERTS} experts, found {len(experts)}"))
+    elif type(per_token) is int and len(experts) < per_token:
+        problems.append((
+            ("experts_per_token",),
+            f"each token is to go to {per_token} experts, but there are only {len(experts)}: "
+            "name more experts or lower experts_per_token",
+        ))  # fmt: skip
+    models = [expert.get("source_model") for expert in experts]
+    folders = {os.path.normpath(os.path.expanduser(model)) if isinstance(model, str) else None for model in models}
+    if len(folders) == 1 and None not in folders and len(experts) >= _MIN_EXPERTS and not allow_identical_experts:
+        problems.append((
+            ("experts",),
+            "every expert is the same model, so the result computes what that model does at a higher cost. "
+            "Name different models, or, to train the result further, pass --allow-identical-experts",
+        ))  # fmt: skip
+    return problems + _check_prompts(document.get("gate_mode", "hidden"), experts)
+
+
+def _check_prompts(gate_mode: Any, experts: Sequence[Mapping[str, Any]]) -> list[tuple[Place, str]]:
+    if gate_mode in _PROMPT_FREE:
+        return []
+    problems: list[tuple[Place, str]] = []
+    prompts = []
+    for number, expert in enumerate(experts):
+        positive, negative = (_listed(expert.get(f"{sign}_prompts")) for sign in ("positive", "negative"))
+        prompts.append((positive, negative))
+        place: Place = ("experts", number, "positive_prompts")
+        if not positive:
+            problems.append((
+                place if "positive_prompts" in expert else place[:2],
+                f"gate_mode {gate_mode} needs positive_prompts: text that should be routed to this expert",
+            ))  # fmt: skip
+        for sign, listed in (("positive_prompts", positive), ("negative_prompts", negative)):
+            if isinstance(listed, list):
+                blank = [index for index, prompt in enumerate(listed) if isinstance(prompt, str) and not prompt.strip()]
+                problems += [(("experts", number, sign, index), "the prompt is empty") for index in blank]
+    if len(prompts) > 1 and prompts[0][0] and all(pair == prompts[0] for pair in prompts[1:]):
+        problems.append((
+            ("experts",),
+            "all experts have the same prompts, so nothing tells the router which to choose. "
+            "Give each expert prompts that only it should answer",
+        ))  # fmt: skip
+    return problems
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One pydantic error in the words of someone who writes the YAML."""
+    key, value = detail["loc"][-1], detail["input"]
+    if detail["type"] == "extra_forbidden":
+        known = Expert.model_fields if len(detail["loc"]) > 1 else MergeConfig.model_fields
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        return f"unknown key, did you mean {near[0]}?" if near else f"unknown key; known: {', '.join(known)}"
+    if detail["type"] == "missing":
+        return "is missing"
+    if detail["type"] == "literal_error":
+        choices = detail["ctx"]["expected"].replace("'", "")
+        near = difflib.get_close_matches(str(value), choices.replace(" or ", ", ").split(", "), n=1)
+        return f"expected {choices}, found {value!r:.60}" + (f"; did you mean {near[0]}?" if near else "")
+    if detail["type"] == "string_type":
+        return f"expected text, found {value!r:.60}" + ("; write it in quotes" if isinstance(value, int | float) else "")
+    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {value!r:.60}"
+
+
+def _address(place: Place) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(".")
+
+
+def _line(node: yaml.Node | None, place: Place) -> int:
+    """Line of the innermost step of `place` that the document has."""
+    line = node.start_mark.line + 1 if node else 1
+    for step in place:
+        child = None
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == step), None)
+            if pair:
+                line, child = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            child = node.value[step]
+            line = child.start_mark.line + 1
+        if child is None:
+            return line
+        node = child
+    return line
+
+
+def _repeated_keys(node: yaml.Node | None) -> list[tuple[Place, str]]:
+    """YAML keeps the last of two equal keys in silence; looked for at the top and in each expert."""
+    mappings: list[tuple[Place, yaml.Node | None]] = [((), node)]
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        if isinstance(value, yaml.SequenceNode):
+            mappings += [((key.value, index), child) for index, child in enumerate(value.value)]
+    problems = []
+    for place, mapping in mappings:
+        keys = [key.value for key, _ in mapping.value] if isinstance(mapping, yaml.MappingNode) else []
+        problems += [((*place, key), "is written twice") for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    return problems

@@ -1,0 +1,57 @@
+"""What can go wrong, as a small tree; the library raises, the command line speaks.
+
+    MoemergeError                  exit code 1: something failed
+    ├── CheckpointError            a model file is damaged or is not what it says
+    ├── SourceError                a model cannot be reached: not found, no network, no access
+    ├── OutputError                the target cannot be written: disk full, in use
+    ├── RouterError                router weights cannot be computed
+    └── RefusedError               exit code 2: the config or the command has to change
+        ├── ConfigError            the YAML, every problem with its place
+        └── IncompatibleError      the models cannot be merged, every reason
+"""
+
+from collections.abc import Sequence
+
+
+class MoemergeError(Exception):
+    """Root of everything moemerge raises on purpose; its text is meant for the user."""
+
+    exit_code = 1
+
+
+class CheckpointError(MoemergeError):
+    """A model file is damaged, truncated, hostile, or not a checkpoint."""
+
+
+class SourceError(MoemergeError):
+    """A model reference leads nowhere."""
+
+
+class OutputError(MoemergeError):
+    """The output cannot be written."""
+
+
+class RouterError(MoemergeError):
+    """Router weights cannot be computed from what was given."""
+
+
+class RefusedError(MoemergeError):
+    """The request has to change before it can be met."""
+
+    exit_code = 2
+
+
+class _ListedError(RefusedError):
+    """A refusal with every reason in a list."""
+
+    def __init__(self, headline: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join([headline, *(f"  - {problem}" for problem in problems)]))
+
+
+class ConfigError(_ListedError):
+    """The merge config is wrong; `problems` holds every problem with its address."""
+
+
+class IncompatibleError(_ListedError):
+    """The models cannot be merged; `problems` holds every reason."""

@@ -1,0 +1,84 @@
+"""The merge itself, told once: plan, routers, bytes, and the files around them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from moemerge.card import write_card
+from moemerge.checkpoint.index import SAFETENSORS_INDEX
+from moemerge.checkpoint.staging import check_space, check_target, staged
+from moemerge.checkpoint.writer import Piece, write_shards
+from moemerge.dtypes import STORED
+from moemerge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from moemerge.routers.diagnostics import RoutingReport
+
+CONFIG_COPY: Final = "moemerge_config.yaml"
+Stage = Literal["routers", "weights"]
+Progress = Callable[[Stage, int, int], None]
+"""Called with the stage, what is done and all there is: layers for routers, bytes for weights."""
+
+
+def merge(
+    plan: MergePlan,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> "RoutingReport":
+    """Carry out a plan: the folder `out` is complete when this returns, and untouched when it raises.
+
+    Args:
+        plan: from `plan_merge`.
+        out: the folder to write.
+        overwrite: replace a checkpoint that `out` holds.
+        seed: of random routers and of `noise_scale`.
+        device: where the base model's layers are run for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        progress: called as the work goes on.
+
+    Returns:
+        What the routers do with the prompts.
+
+    Raises:
+        RefusedError: `out` would lose something.
+        OutputError: the disk is full or cannot be written.
+        RouterError: the routers cannot be computed.
+        CheckpointError: a source is not what its header said.
+    """
+    out = Path(out)
+    check_target(out, [source.folder for source in plan.sources], overwrite=overwrite)
+    check_space(out, plan.output_bytes)
+    from moemerge.routers import init_routers  # imports torch and transformers, which no refusal above needs
+
+    routers = init_routers(
+        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
+        seed=seed, device=device, progress=lambda done, total: progress("routers", done, total),
+    )  # fmt: skip
+    with staged(out) as folder:
+        pieces = {
+            name: output.origin
+            if isinstance(output.origin, Piece)
+            else Piece(routers.layer_bytes(output.origin), STORED[plan.dtype])
+            for name, output in plan.outputs.items()
+        }
+        done = 0
+
+        def report(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress("weights", done, plan.weight_bytes)
+
+        write_shards(folder, plan.shards, pieces, seed, report)
+        for path in plan.copied_files:
+            shutil.copyfile(path, folder / path.name)
+        if plan.index:
+            (folder / SAFETENSORS_INDEX).write_text(plan.index, encoding="utf-8")
+        (folder / CONFIG_COPY).write_text(plan.config.text, encoding="utf-8")
+        write_card(folder, out.resolve().name, plan, routers.report)
+        (folder / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
+    return routers.report

@@ -1,0 +1,152 @@
+"""The streamed forward pass: what each layer's router will see, with one decoder layer in memory at a time.
+
+Every prompt passes through a layer before the next is loaded. Embeddings, rotary tables, masks and layers are the
+`transformers` classes' own; only the order of the loops is ours. The last layer's FFN, the final norm and the
+language-model head are never run.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from transformers import AutoConfig, AutoModel
+
+from moemerge.routers.request import EncodedPrompt, RouterInputs, RouterRequest
+from moemerge.routers.weights import read_rows, read_weight
+
+TOKENS_PER_BATCH: Final = 2048
+
+
+@dataclass
+class _Batch:
+    """Prompts that pass together: states (prompt, position, hidden), and each layer's other arguments."""
+
+    states: torch.Tensor
+    arguments: dict[int, dict[str, Any]]
+
+
+class _EndOfPassError(Exception):
+    """Raised inside the last layer once its router input is known."""
+
+
+def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
+    """Router inputs of every layer in turn, for the request's prompts.
+
+    On a CPU the pass computes in float32, elsewhere in bfloat16.
+    """
+    dtype = torch.float32 if request.device.type == "cpu" else torch.bfloat16
+    model = _empty_model(request, dtype)
+    groups = list(_group(request.prompts))
+    batches = [_embed(model, request, group, dtype) for group in groups]
+    counted, expert, positive = (torch.cat(parts) for parts in zip(*map(_labels, groups), strict=True))
+    last = len(model.layers) - 1
+    for index, layer in enumerate(model.layers):
+        _load(layer, request, index, skip_ffn=index == last, dtype=dtype)
+        seen = [_run(layer, batch, index, request.base.family.ffn_module, stop_at_ffn=index == last) for batch in batches]
+        layer.to("meta")
+        states = torch.cat([state.reshape(-1, state.shape[-1]) for state in seen])[counted.to(request.device)]
+        yield RouterInputs(states.float().cpu(), expert[counted], positive[counted])
+
+
+def _empty_model(request: RouterRequest, dtype: torch.dtype) -> Any:
+    """The decoder without weights; its buffers (rotary frequencies) are real."""
+    config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    finally:
+        torch.set_default_dtype(default)
+    model.rotary_emb.to(request.device)
+    return model.eval()
+
+
+def _group(prompts: Sequence[EncodedPrompt]) -> Iterator[list[EncodedPrompt]]:
+    """Prompts of similar length together, within a budget of padded tokens."""
+    group: list[EncodedPrompt] = []
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
+        if group and (len(group) + 1) * len(prompt.ids) > TOKENS_PER_BATCH:
+            yield group
+            group = []
+        group.append(prompt)
+    yield group
+
+
+def _labels(group: Sequence[EncodedPrompt]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each padded position (prompt * position,): whether it counts, its expert, its sign."""
+    length = max(len(prompt.ids) for prompt in group)
+    counted = torch.zeros(len(group), length, dtype=torch.bool)
+    for row, prompt in enumerate(group):
+        counted[row, : len(prompt.ids)] = torch.tensor(prompt.counted)
+    expert = torch.tensor([prompt.expert for prompt in group]).repeat_interleave(length)
+    positive = torch.tensor([prompt.positive for prompt in group]).repeat_interleave(length)
+    return counted.flatten(), expert, positive
+
+
+def _embed(model: Any, request: RouterRequest, group: Sequence[EncodedPrompt], dtype: torch.dtype) -> _Batch:
+    """Run everything before the layers, recording what the model would pass to each of them.
+
+    Only the rows of the prompts' tokens are read from the embeddings. Padding is on the right: attention is causal,
+    so no token of a prompt sees it.
+    """
+    ids = sorted({token for prompt in group for token in prompt.ids})
+    place = {token: index for index, token in enumerate(ids)}
+    rows = read_rows(request.tensors[request.base.family.embeddings], ids)
+    model.embed_tokens.weight = torch.nn.Parameter(rows.to(device=request.device, dtype=dtype), requires_grad=False)
+    length = max(len(prompt.ids) for prompt in group)
+    padded = [[place[token] for token in prompt.ids] + [0] * (length - len(prompt.ids)) for prompt in group]
+    arguments: dict[int, dict[str, Any]] = {}
+    embedded = []
+
+    def recorder(index: int) -> Any:
+        def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            arguments[index] = kwargs
+            if index == 0:
+                embedded.append(hidden_states)
+            return hidden_states
+
+        return forward
+
+    passers = [*model.layers, model.norm]
+    for index, module in enumerate(passers):
+        module.forward = recorder(index)
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor(padded, device=request.device), use_cache=False)
+    finally:
+        for module in passers:
+            del module.forward
+    return _Batch(embedded[0], arguments)
+
+
+def _load(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool, dtype: torch.dtype) -> None:
+    ffn = request.base.family.ffn_module
+    for name, _ in layer.named_parameters():
+        if not (skip_ffn and name.startswith(f"{ffn}.")):
+            stored = request.tensors[f"model.layers.{index}.{name}"]
+            value = read_weight(stored, request.device, dtype)
+            set_module_tensor_to_device(layer, name, request.device, value=value, dtype=dtype)
+
+
+def _run(layer: Any, batch: _Batch, index: int, ffn_module: str, *, stop_at_ffn: bool) -> torch.Tensor:
+    """Pass a batch through a layer; gives the layer's router input and moves the batch's states on."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        if stop_at_ffn:
+            raise _EndOfPassError
+
+    handle = layer.get_submodule(ffn_module).register_forward_pre_hook(keep)
+    try:
+        with torch.inference_mode():
+            batch.states = layer(batch.states, **batch.arguments[index])
+    except _EndOfPassError:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]

@@ -1,0 +1,109 @@
+"""What a router does with the prompts it was made from: which expert takes which token, and where that looks wrong."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final
+
+import torch
+
+from moemerge.routers.request import RouterInputs
+from moemerge.routers.rows import top_weights
+
+# An expert with a tenth of its fair share of tokens is as good as absent.
+_DEAD_FRACTION: Final = 0.1
+# |a - b| / (|a| + |b|): 0 for equal rows, 1 for opposite ones; 0.1 is an angle of about 11 degrees.
+_PARALLEL_DISTANCE: Final = 0.1
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """One layer's routing of the prompts' tokens."""
+
+    own: tuple[float, ...]
+    """By expert: the share of its own positive-prompt tokens that have it in their top k."""
+    load: tuple[float, ...]
+    """By expert: the share of all positive-prompt tokens that have it in their top k, every expert's prompts weighing alike."""
+    top_weight: float
+    """Mean weight of the first choice."""
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """The routing table."""
+
+    experts: tuple[str, ...]
+    """Names for people."""
+    experts_per_token: int
+    layers: tuple[LayerRouting, ...]
+    """Empty where there were no prompts."""
+    distances: dict[tuple[int, int], float]
+    """By pair of experts: `|a - b| / (|a| + |b|)` of their router rows, averaged over layers."""
+
+    @property
+    def chance(self) -> float:
+        """Share of tokens that an expert gets when routing knows nothing."""
+        return self.experts_per_token / len(self.experts)
+
+    @property
+    def own(self) -> tuple[float, ...]:
+        """By expert: share of its own prompts' tokens that reach it, averaged over layers."""
+        return tuple(math.fsum(shares) / len(shares) for shares in zip(*(row.own for row in self.layers), strict=True))
+
+    @property
+    def load(self) -> tuple[float, ...]:
+        """By expert: share of all prompts' tokens that reach it, averaged over layers."""
+        return tuple(math.fsum(shares) / len(shares) for shares in zip(*(row.load for row in self.layers), strict=True))
+
+    @property
+    def top_weight(self) -> float:
+        """Mean weight of the first choice, averaged over layers."""
+        return math.fsum(row.top_weight for row in self.layers) / len(self.layers)
+
+    def warnings(self) -> list[str]:
+        """What the user should know before trusting this router, experts by name."""
+        found = []
+        for name, own, load in zip(self.experts, self.own, self.load, strict=False) if self.layers else ():
+            if load < _DEAD_FRACTION * self.chance:
+                found.append(f"expert {name} is almost never chosen: {load:.1%} of the prompts' tokens reach it")
+            elif own < self.chance:
+                found.append(
+                    f"expert {name} gets fewer of its own prompts' tokens than chance would give it: "
+                    f"{own:.1%} against {self.chance:.1%}"
+                )
+        found += [
+            f"the router can hardly tell {self.experts[a]} from {self.experts[b]}: their rows are almost parallel"
+            for (a, b), distance in self.distances.items()
+            if distance < _PARALLEL_DISTANCE
+        ]
+        return found
+
+
+def route_layer(rows: torch.Tensor, inputs: RouterInputs, experts_per_token: int) -> LayerRouting:
+    """Route one layer's inputs by router rows (expert, hidden)."""
+    states, expert = inputs.states[inputs.positive], inputs.expert[inputs.positive]
+    weights, chosen = top_weights(rows, states, experts_per_token)
+    reached = torch.zeros(len(states), len(rows)).scatter_(1, chosen, 1.0)
+    by_prompt = torch.stack([reached[expert == index].mean(dim=0) for index in range(len(rows))])
+    return LayerRouting(
+        own=tuple(by_prompt.diagonal().tolist()),
+        load=tuple(by_prompt.mean(dim=0).tolist()),
+        top_weight=float(weights[:, 0].mean()),
+    )
+
+
+def row_distances(rows: torch.Tensor) -> dict[tuple[int, int], float]:
+    """By pair of experts: how far apart their rows (layer, expert, hidden) are, 0 for equal and 1 for opposite."""
+    distances = {}
+    for a, b in combinations(range(rows.shape[1]), 2):
+        first, second = rows[:, a], rows[:, b]
+        lengths = (first.norm(dim=1) + second.norm(dim=1)).clamp(min=torch.finfo(rows.dtype).tiny)
+        distances[a, b] = float(((first - second).norm(dim=1) / lengths).mean())
+    return distances
+
+
+def expert_names(models: Sequence[str]) -> tuple[str, ...]:
+    """Short names for people: the last part of each model's name, numbered where two are alike."""
+    short = [model.rstrip("/").rpartition("/")[2] for model in models]
+    return tuple(name if short.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(short))

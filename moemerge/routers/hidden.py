@@ -1,0 +1,50 @@
+"""Routers from the mean router input of the prompts: what the router itself will see, in the base model.
+
+mergekit-moe's `hidden` averages the residual stream entering the layer at the prompts' last tokens; the router sees
+the normed state that enters the FFN.
+"""
+
+from typing import Final
+
+import torch
+
+from moemerge.errors import RouterError
+from moemerge.routers.request import LayerRouter, RouterInputs, RouterRequest
+from moemerge.routers.rows import contrast, top_weights
+
+# Rows of length 1 would mix the chosen experts almost equally, whatever the router knows.
+TARGET_TOP_WEIGHT: Final = 0.8
+_BISECTIONS: Final = 40
+
+
+def hidden(request: RouterRequest) -> LayerRouter:
+    """Contrast of mean router inputs, scaled so that the first choice has a mean weight of `TARGET_TOP_WEIGHT`."""
+    experts = range(len(request.experts))
+
+    def rows(_layer: int, inputs: RouterInputs | None) -> torch.Tensor:
+        if inputs is None:
+            raise RouterError("gate_mode hidden needs positive_prompts for every expert.")
+        made = contrast(
+            torch.stack([inputs.mean(expert, positive=True) for expert in experts]),
+            torch.stack([inputs.mean(expert, positive=False) for expert in experts]),
+        )
+        return made * fit_scale(made, inputs.states[inputs.positive], request.experts_per_token)
+
+    return rows
+
+
+def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> float:
+    """Factor on rows (expert, hidden) that gives the first choice its target weight, averaged over states (token, hidden).
+
+    With one expert per token the weight is 1 at any scale; the scale is then fitted as for two.
+    """
+    per_token = max(experts_per_token, 2)
+    low, high = 1e-4, 1e4
+    for _ in range(_BISECTIONS):
+        middle = (low * high) ** 0.5
+        weights, _ = top_weights(rows * middle, states, per_token)
+        if float(weights[:, 0].mean()) < TARGET_TOP_WEIGHT:
+            low = middle
+        else:
+            high = middle
+    return high

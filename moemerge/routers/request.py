@@ -1,0 +1,63 @@
+"""What a router initialiser is given, and what it gives back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.config import Expert
+from moemerge.formats.dense import DenseModel
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the base model's tokenizer gives it."""
+
+    expert: int
+    positive: bool
+    ids: tuple[int, ...]
+    """Every token, special ones as the tokenizer adds them."""
+    counted: tuple[bool, ...]
+    """Which tokens count in statistics: those of the prompt's own text."""
+
+    @property
+    def counted_ids(self) -> tuple[int, ...]:
+        """The tokens of the prompt's own text."""
+        return tuple(token for token, counts in zip(self.ids, self.counted, strict=True) if counts)
+
+
+@dataclass(frozen=True)
+class RouterRequest:
+    """A base model and the experts to choose between."""
+
+    folder: Path
+    """The base model's folder, for its tokenizer and its `config.json`."""
+    base: DenseModel
+    tensors: Mapping[str, StoredTensor]
+    experts: tuple[Expert, ...]
+    prompts: tuple[EncodedPrompt, ...]
+    """Of all experts; empty where the config has none."""
+    experts_per_token: int
+    seed: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class RouterInputs:
+    """What the router of one layer sees when the prompts pass through the base model."""
+
+    states: torch.Tensor
+    """(token, hidden) float32: the normed state that enters the FFN."""
+    expert: torch.Tensor
+    """(token,) int: the expert whose prompt the token is from."""
+    positive: torch.Tensor
+    """(token,) bool: from a positive prompt, not a negative one."""
+
+    def mean(self, expert: int, *, positive: bool) -> torch.Tensor:
+        """(hidden,) mean state of an expert's positive or negative prompt tokens; NaN where there are none."""
+        return self.states[(self.expert == expert) & (self.positive == positive)].mean(dim=0)
+
+
+LayerRouter = Callable[[int, RouterInputs | None], torch.Tensor]
+"""From a layer and its router inputs (None where the config has no prompts) to the router's rows (expert, hidden)."""

@@ -1,0 +1,39 @@
+"""What a model reference in the YAML means: a folder on this machine, or a repository on the Hub."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from moemerge.errors import SourceError
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A repository on the Hub: `repo@revision`."""
+
+    repo: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+
+
+def parse_reference(text: str) -> Path | Reference:
+    """A folder where one of that name exists, else a Hub repository, `user/name` or `user/name@revision`.
+
+    Raises:
+        SourceError: neither; says which it looks like and what to write.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        raise SourceError(f"{text}: is a file. Name the folder that holds the model's config.json.")
+    name, _, revision = text.partition("@")
+    if "+" in name or "+" in revision:
+        raise SourceError(f"{text}: model+adapter is not supported. Merge the adapter into its base model first.")
+    if revision and Path(name).expanduser().is_dir():
+        raise SourceError(f"{text}: a folder has no revisions. Write {name!r}, or a Hub repository.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")):
+        raise SourceError(f"{text}: there is no such folder, and it cannot be a Hub repository (user/name).")
+    return Reference(name, revision or None)
