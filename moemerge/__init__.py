@@ -4,12 +4,31 @@
     plan = plan_merge(config)
     report = merge(plan, "out/")
 
-Importing this package imports neither torch nor transformers.
+Names are imported at their first use: `moemerge --help` needs none of them, and no import needs torch.
 """
 
-from moemerge.config import MergeConfig, load_config
-from moemerge.errors import MoemergeError
-from moemerge.merge import merge
-from moemerge.plan import MergePlan, plan_merge
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moemerge.config import MergeConfig, load_config
+    from moemerge.errors import MoemergeError
+    from moemerge.merge import merge
+    from moemerge.plan import MergePlan, plan_merge
 
 __all__ = ["MergeConfig", "MergePlan", "MoemergeError", "load_config", "merge", "plan_merge"]
+
+_HOMES = {
+    "MergeConfig": "config",
+    "MergePlan": "plan",
+    "MoemergeError": "errors",
+    "load_config": "config",
+    "merge": "merge",
+    "plan_merge": "plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"moemerge.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'moemerge' has no attribute {name!r}")

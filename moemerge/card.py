@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moemerge.routers.diagnostics import RoutingReport
 
 _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
+_SAMPLE_LENGTH: Final = 60
 _USAGE: Final = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,8 +41,8 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
     config = plan.config
     sections = [
         f"# {name}",
-        f"A mixture of {len(config.experts)} experts ({plan.family.architecture}, {config.experts_per_token} per token), "
-        "merged with [moemerge](https://pypi.org/project/moemerge/): embeddings, attention and norms come from "
+        f"A mixture of {len(config.experts)} experts, {config.experts_per_token} per token ({plan.family.architecture}) "
+        "made with [moemerge](https://pypi.org/project/moemerge/): embeddings, attention and norms come from "
         f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.gate_mode}`.",
         f"**{plan.total_parameters / 1e9:.2f} B parameters, {plan.active_parameters / 1e9:.2f} B active per token, "
         f"{plan.dtype}.**",
@@ -63,7 +64,7 @@ def _sample(expert: Expert) -> str:
     if not expert.positive_prompts:
         return ""
     prompt = " ".join(expert.positive_prompts[0].split())
-    return (prompt if len(prompt) < 60 else prompt[:57] + "...").replace("|", "\\|")
+    return (prompt if len(prompt) < _SAMPLE_LENGTH else prompt[: _SAMPLE_LENGTH - 3] + "...").replace("|", "\\|")
 
 
 def _routing(report: "RoutingReport") -> str:

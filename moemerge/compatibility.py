@@ -5,12 +5,19 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.dtypes import NAMED, STORED
+from moemerge.dtypes import NAMED
 from moemerge.formats.dense import DenseModel, Shape, read_dense
 from moemerge.formats.family import MoeFamily
 
 # Of an expert's config: what its FFNs must share with the base to compute the same way in its place.
-_FFN_KEYS: Final = ("num_hidden_layers", "hidden_size", "intermediate_size", "hidden_act", "mlp_bias", "attention_bias")
+_FFN_KEYS: Final = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "hidden_act",
+    "mlp_bias",
+    "attention_bias",
+)
 # Keys that say nothing about the computation, or are resolved into others.
 _SILENT_KEYS: Final = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "pretraining_tp",
@@ -65,24 +72,19 @@ def check_base(model: DenseModel, family: MoeFamily, tensors: Mapping[str, Store
     _check_tensors("base_model", model, tensors, required=expected, allowed=ffn, found=found)
     dropped = sorted(set(model.config) - set(family.carried) - _SILENT_KEYS)
     if dropped:
-        found.notes.append(f"base_model: {family.model_type} has no use for these keys of its config.json: {', '.join(dropped)}")
+        found.notes.append(
+            f"base_model: {family.model_type} has no use for these keys of its config.json: {', '.join(dropped)}"
+        )
     return found
 
 
-def check_expert(
-    name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], base: DenseModel, dtype: str
-) -> Findings:
+def check_expert(name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], base: DenseModel) -> Findings:
     """Check that an expert has the FFNs that will be taken, and nothing that would be lost with the rest."""
     dense = model.family
     found = Findings()
     ffn = _per_layer(base, dict(dense.ffn.values()))
     rest = dict(dense.outside) | {dense.head: ("vocab", "hidden")} | _per_layer(base, dense.shared)
     _check_tensors(name, model, tensors, required=ffn, allowed=rest, found=found)
-    risky = {tensors[tensor].dtype for tensor in ffn if tensor in tensors} & {"BF16", "F32"}
-    if STORED[dtype] == "F16" and risky:
-        found.notes.append(
-            f"{name}: {NAMED[min(risky)]} weights above 65504 do not fit float16; the merge stops if it meets one"
-        )
     return found
 
 
@@ -101,9 +103,7 @@ def _read(config: Mapping[str, Any], name: str, found: Findings) -> DenseModel |
 
 
 def _per_layer(model: DenseModel, templates: Mapping[str, Shape]) -> dict[str, Shape]:
-    return {
-        template.format(layer=layer): axes for layer in range(model.layers) for template, axes in templates.items()
-    }
+    return {template.format(layer=layer): axes for layer in range(model.layers) for template, axes in templates.items()}
 
 
 def _check_tensors(
@@ -117,7 +117,9 @@ def _check_tensors(
     found.problems += _listed(name, "has no place in a merge", extra)
     strange = [tensor for tensor in required if tensor in tensors and tensors[tensor].dtype not in NAMED]
     found.problems += _listed(
-        name, "is not stored as float32, float16 or bfloat16 (quantised?)", [f"{t} ({tensors[t].dtype})" for t in strange]
+        name,
+        "is not stored as float32, float16 or bfloat16 (quantised?)",
+        [f"{t} ({tensors[t].dtype})" for t in strange],
     )
     wrong = [
         f"{tensor} (expected {list(model.shape(axes))}, found {list(tensors[tensor].shape)})"

@@ -125,7 +125,7 @@ def parse_config(text: str, name: str = "config", *, allow_identical_experts: bo
         located = sorted((_line(node, place), _address(place), problem) for place, problem in problems)
         lines = [f"line {line}: {address}: {problem}" if address else problem for line, address, problem in located]
         raise ConfigError(f"{name}: {len(lines)} problem{'s' if len(lines) > 1 else ''}:", lines)
-    config._text = text
+    config._text = text  # noqa: SLF001  its own class's
     return config
 
 
@@ -148,7 +148,7 @@ def _cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> 
             "name more experts or lower experts_per_token",
         ))  # fmt: skip
     models = [expert.get("source_model") for expert in experts]
-    folders = {os.path.normpath(os.path.expanduser(model)) if isinstance(model, str) else None for model in models}
+    folders = {os.path.normpath(Path(model).expanduser()) if isinstance(model, str) else None for model in models}
     if len(folders) == 1 and None not in folders and len(experts) >= _MIN_EXPERTS and not allow_identical_experts:
         problems.append((
             ("experts",),
@@ -199,7 +199,9 @@ def _explain(detail: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(value), choices.replace(" or ", ", ").split(", "), n=1)
         return f"expected {choices}, found {value!r:.60}" + (f"; did you mean {near[0]}?" if near else "")
     if detail["type"] == "string_type":
-        return f"expected text, found {value!r:.60}" + ("; write it in quotes" if isinstance(value, int | float) else "")
+        return f"expected text, found {value!r:.60}" + (
+            "; write it in quotes" if isinstance(value, int | float) else ""
+        )
     return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {value!r:.60}"
 
 

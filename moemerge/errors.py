@@ -1,13 +1,13 @@
 """What can go wrong, as a small tree; the library raises, the command line speaks.
 
-    MoemergeError                  exit code 1: something failed
-    ├── CheckpointError            a model file is damaged or is not what it says
-    ├── SourceError                a model cannot be reached: not found, no network, no access
-    ├── OutputError                the target cannot be written: disk full, in use
-    ├── RouterError                router weights cannot be computed
-    └── RefusedError               exit code 2: the config or the command has to change
-        ├── ConfigError            the YAML, every problem with its place
-        └── IncompatibleError      the models cannot be merged, every reason
+MoemergeError                  exit code 1: something failed
+├── CheckpointError            a model file is damaged or is not what it says
+├── SourceError                a model cannot be reached: not found, no network, no access
+├── OutputError                the target cannot be written: disk full, in use
+├── RouterError                router weights cannot be computed
+└── RefusedError               exit code 2: the config or the command has to change
+    ├── ConfigError            the YAML, every problem with its place
+    └── IncompatibleError      the models cannot be merged, every reason
 """
 
 from collections.abc import Sequence

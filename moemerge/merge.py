@@ -71,7 +71,7 @@ def merge(
         def report(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            progress("weights", done, plan.weight_bytes)
+            progress("weights", done, plan.tensor_bytes)
 
         write_shards(folder, plan.shards, pieces, seed, report)
         for path in plan.copied_files:

@@ -13,10 +13,11 @@ from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.checkpoint.writer import MAX_THREADS, Piece
 from moemerge.compatibility import check_base, check_configs, check_expert
 from moemerge.config import Expert, MergeConfig
-from moemerge.dtypes import BITS, NAMED, STORED, bytes_of
+from moemerge.dtypes import NAMED, STORED, bytes_of
 from moemerge.errors import IncompatibleError
-from moemerge.formats import MoeFamily, select_family
+from moemerge.formats import select_family
 from moemerge.formats.dense import DenseModel, read_dense
+from moemerge.formats.family import MoeFamily
 from moemerge.sources import ModelFolder, open_model, read_tensor_table
 
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
@@ -25,8 +26,10 @@ COPIED_FILES: Final = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-# Resident memory beside the data: interpreter and torch, as measured on Linux with torch 2.13.
-_PROGRAM_BYTES: Final = 300_000_000
+# Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program, what
+# transformers adds for a pass over the prompts, and the chunks of one casting thread.
+_PROGRAM_BYTES: Final = 290_000_000
+_TRANSFORMERS_BYTES: Final = 220_000_000
 _CAST_BYTES_PER_THREAD: Final = 64_000_000
 
 
@@ -70,6 +73,11 @@ class MergePlan:
         return sum(shard.nbytes for shard in self.shards)
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without headers: what a merge moves."""
+        return sum(shard.nbytes - len(shard.header) for shard in self.shards)
+
+    @property
     def output_bytes(self) -> int:
         """Disk space of the merged model."""
         return self.weight_bytes + sum(path.stat().st_size for path in self.copied_files)
@@ -78,12 +86,16 @@ class MergePlan:
     def peak_memory_bytes(self) -> int:
         """Estimate of the resident memory: the program, chunks being cast, one layer for the pass over the prompts."""
         layer = sum(
-            4 * tensor.nbytes * 8 // BITS[tensor.dtype]
+            4 * math.prod(tensor.shape)
             for name, tensor in self.base_tensors.items()
             if name.startswith("model.layers.0.")
         )
         casts = any(isinstance(o.origin, Piece) and not o.origin.is_unchanged for o in self.outputs.values())
-        return _PROGRAM_BYTES + MAX_THREADS * _CAST_BYTES_PER_THREAD * casts + 2 * layer * self.config.has_prompts
+        return (
+            _PROGRAM_BYTES
+            + MAX_THREADS * _CAST_BYTES_PER_THREAD * casts
+            + (_TRANSFORMERS_BYTES + 2 * layer) * self.config.has_prompts
+        )
 
     @property
     def index(self) -> str | None:
@@ -91,11 +103,14 @@ class MergePlan:
         if len(self.shards) == 1:
             return None
         weight_map = {name: shard.name for shard in self.shards for name in shard.starts}
-        return build_index(weight_map, sum(shard.nbytes - len(shard.header) for shard in self.shards))
+        return build_index(weight_map, self.tensor_bytes)
 
 
 def plan_merge(
-    config: MergeConfig, *, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES, announce: Callable[[str], None] = lambda _: None
+    config: MergeConfig,
+    *,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> MergePlan:
     """Decide a merge from configs and headers; no tensor bytes are read and nothing is written.
 
@@ -128,13 +143,18 @@ def plan_merge(
     dtype = config.dtype or _main_dtype(base_tensors)
     findings = [found, check_base(base, family, base_tensors)]
     findings += [
-        check_expert(name, _dense(folder), tables[folder.reference], base, dtype)
+        check_expert(name, _dense(folder), tables[folder.reference], base)
         for name, folder in zip(names, folders, strict=True)
     ]
     _refuse([problem for finding in findings for problem in finding.problems])
+    notes = [note for finding in findings for note in finding.notes]
 
     experts = [(expert, tables[expert.source_model]) for expert in config.experts]
     outputs = _outputs(base, family, base_tensors, experts, STORED[dtype])
+    if dtype == "float16" and any(isinstance(o.origin, Piece) and not o.origin.is_unchanged for o in outputs.values()):
+        notes.append(
+            "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
+        )
     specs = [_spec(name, STORED[dtype], output.shape) for name, output in outputs.items()]
     total, active = _count_parameters(outputs, config)
     return MergePlan(
@@ -149,7 +169,7 @@ def plan_merge(
         outputs=outputs,
         shards=tuple(layout_shards(specs, max_shard_bytes)),
         copied_files=tuple(path for name in COPIED_FILES if (path := base_folder.file(name))),
-        notes=tuple(note for finding in findings for note in finding.notes),
+        notes=tuple(notes),
         total_parameters=total,
         active_parameters=active,
     )

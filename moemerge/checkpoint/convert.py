@@ -44,7 +44,7 @@ def convert(
             values = values.float() * scale
         converted = values.to(target_dtype)
         _check_overflow(values, converted, tensor, NAMED[dtype])
-        write_all(target, memoryview(converted.view(torch.uint8).numpy()))
+        write_all(target, converted.view(torch.uint8).numpy().data)
         done += len(view)
         report(converted.nbytes)
 
@@ -53,7 +53,9 @@ def _read_into(source: FileIO, view: memoryview, tensor: StoredTensor) -> None:
     while view:
         count = source.readinto(view)
         if not count:
-            raise CheckpointError(f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed during the merge?")
+            raise CheckpointError(
+                f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed during the merge?"
+            )
         view = view[count:]
 
 

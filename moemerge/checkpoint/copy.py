@@ -1,4 +1,4 @@
-"""Moving bytes from file to file: by the kernel where nothing changes, through one bounded chunk where something does."""
+"""Moving bytes from file to file, unchanged: by the kernel where it can, through one bounded buffer elsewhere."""
 
 import errno
 import os
@@ -19,7 +19,9 @@ Report = Callable[[int], None]
 """Called with the number of bytes done since the last call; may raise to stop the copy."""
 
 
-def copy_range(source: int, start: int, target: int, target_start: int, nbytes: int, report: Report) -> None:
+def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
+    source: int, start: int, target: int, target_start: int, nbytes: int, report: Report
+) -> None:
     """Copy `nbytes` bytes from offset `start` of one open file to offset `target_start` of another.
 
     `os.copy_file_range`, else `os.sendfile`, else reads and writes. `target` must not be shared with another thread.

@@ -128,9 +128,7 @@ def _check_coverage(path: Path, tensors: list[StoredTensor], data_start: int, fi
         end = tensor.start + tensor.nbytes
         if end > file_bytes:
             raise CheckpointError(
-                f"{where}: ends at byte {end}, but the file is {file_bytes} bytes long. It was cut off: download it again."
+                f"{where}: ends at byte {end}, but the file is {file_bytes} bytes long: it was cut off."
             )
     if end < file_bytes:
         raise CheckpointError(f"{path}: {file_bytes - end} bytes after the last tensor belong to no tensor.")
-
-

@@ -65,9 +65,7 @@ def model_files(names: set[str]) -> tuple[str, ...]:
             return (single,)
         stem = "pytorch_model" if suffix == ".bin" else ""
         files = sorted(
-            name
-            for name in names
-            if name.endswith(suffix) and name.startswith(stem) and not _NOT_THE_MODEL.match(name)
+            name for name in names if name.endswith(suffix) and name.startswith(stem) and not _NOT_THE_MODEL.match(name)
         )
         if files:
             _check_complete(files)
@@ -131,4 +129,6 @@ def _check_complete(files: list[str]) -> None:
         wanted = [f"{stem}-{number:05d}-of-{total}{suffix}" for number in range(1, int(total) + 1)]
         lost = [name for name in wanted if name not in files]
         if lost:
-            raise CheckpointError(f"shard {lost[0]} is not there ({len(lost)} of {int(total)}). Download the model again.")
+            raise CheckpointError(
+                f"shard {lost[0]} is not there ({len(lost)} of {int(total)}). Download the model again."
+            )

@@ -35,13 +35,11 @@ def check_target(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None
         raise RefusedError(f"{out}: exists and is not a folder. Choose another output folder.")
     for source in sources:
         if resolved == source or resolved in source.parents or source in resolved.parents:
-            raise RefusedError(
-                f"{out}: is, holds or lies within the model {source}, which must stay as it is. Choose another output folder."
-            )
+            raise RefusedError(f"{out}: is, holds or lies within the model {source}. Choose another output folder.")
     entries = _entries(resolved)
     if entries and not overwrite:
         raise RefusedError(
-            f"{out}: is not empty ({len(entries)} entries, among them {sorted(e.name for e in entries)[0]!r}). "
+            f"{out}: is not empty ({len(entries)} entries, among them {min(e.name for e in entries)!r}). "
             "Choose another output folder, or replace this one with --overwrite."
         )
     foreign = sorted(e.name for e in entries if e.is_dir() or not _CHECKPOINT_FILE.fullmatch(e.name))
@@ -141,6 +139,6 @@ def _move_files(stage: Path, target: Path) -> None:
     (target / _SEAL).unlink(missing_ok=True)
     for entry in _entries(target):
         entry.unlink()
-    for name in sorted(os.listdir(stage), key=lambda name: name == _SEAL):
-        (stage / name).rename(target / name)
+    for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == _SEAL):
+        entry.rename(target / entry.name)
     stage.rmdir()

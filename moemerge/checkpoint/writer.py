@@ -39,9 +39,7 @@ class _StoppedError(Exception):
     """Another thread failed, or the user gave up."""
 
 
-def write_shards(
-    folder: Path, shards: Sequence[Shard], pieces: Mapping[str, Piece], seed: int, report: Report
-) -> None:
+def write_shards(folder: Path, shards: Sequence[Shard], pieces: Mapping[str, Piece], seed: int, report: Report) -> None:
     """Write every shard into `folder`, each preallocated to its final size.
 
     Args:

@@ -17,7 +17,7 @@ def select_family(base: DenseModel, architecture: str | None, *, shared_experts:
 
     Args:
         base: the base model.
-        architecture: the family's `model_type` or its beginning, as the config asks for it; None for the first that fits.
+        architecture: the family's `model_type`, or its beginning; None for the first that fits.
         shared_experts: whether the config asks for shared experts.
 
     Raises:

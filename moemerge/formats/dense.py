@@ -34,7 +34,13 @@ class DenseFamily:
     """What an absent key of `config.json` means."""
 
 
-_REQUIRED: Final = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_REQUIRED: Final = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
 _ROPE_TYPES: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _LAYER: Final = "model.layers.{layer}."
 _LLAMA_LIKE: Final[dict[str, Any]] = {

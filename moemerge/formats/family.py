@@ -40,7 +40,9 @@ class MoeFamily:
         ]
         layer_types = set(model.config.get("layer_types") or [])
         if len(layer_types) > 1:
-            reasons.append(f"layer_types mixes {', '.join(sorted(layer_types))}: one kind of attention serves all layers")
+            reasons.append(
+                f"layer_types mixes {', '.join(sorted(layer_types))}: one kind of attention serves all layers"
+            )
         return reasons
 
     def config(self, base: DenseModel, num_experts: int, experts_per_token: int, dtype: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ MIXTRAL: Final = MoeFamily(
     ),
     fixed={"output_router_logits": False, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0},
     experts_key="num_local_experts",
-    experts_per_token_key="num_experts_per_tok",
+    experts_per_token_key="num_experts_per_tok",  # noqa: S106  not a password
     required={
         "attention_bias": (False, "it has no attention biases"),
         "mlp_bias": (False, "its experts have no biases"),

@@ -12,20 +12,20 @@ from moemerge.config import GateMode, MergeConfig
 from moemerge.errors import RouterError
 from moemerge.formats.dense import DenseModel
 from moemerge.routers.capture import capture_router_inputs
-from moemerge.routers.cheap_embed import cheap_embed
+from moemerge.routers.cheap_embed import cheap_embed_router
 from moemerge.routers.diagnostics import RoutingReport, expert_names, route_layer, row_distances
-from moemerge.routers.hidden import hidden
+from moemerge.routers.hidden import hidden_router
 from moemerge.routers.prompts import encode_prompts
-from moemerge.routers.random import random, uniform_random
+from moemerge.routers.random import random_router, uniform_random_router
 from moemerge.routers.request import LayerRouter, RouterRequest
 
 __all__ = ["INITIALISERS", "Routers", "init_routers"]
 
 INITIALISERS: Final[dict[GateMode, Callable[[RouterRequest], LayerRouter]]] = {
-    "hidden": hidden,
-    "cheap_embed": cheap_embed,
-    "random": random,
-    "uniform_random": uniform_random,
+    "hidden": hidden_router,
+    "cheap_embed": cheap_embed_router,
+    "random": random_router,
+    "uniform_random": uniform_random_router,
 }
 
 
@@ -60,7 +60,9 @@ def init_routers(
     Raises:
         RouterError: the tokenizer, the prompts or the device do not serve.
     """
-    prompts = encode_prompts(folder, config.experts, base.config["max_position_embeddings"]) if config.has_prompts else ()
+    prompts = (
+        encode_prompts(folder, config.experts, base.config["max_position_embeddings"]) if config.has_prompts else ()
+    )
     request = RouterRequest(
         folder, base, tensors, tuple(config.experts), prompts, config.experts_per_token, seed, _device(device)
     )

@@ -45,7 +45,9 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     last = len(model.layers) - 1
     for index, layer in enumerate(model.layers):
         _load(layer, request, index, skip_ffn=index == last, dtype=dtype)
-        seen = [_run(layer, batch, index, request.base.family.ffn_module, stop_at_ffn=index == last) for batch in batches]
+        seen = [
+            _run(layer, batch, index, request.base.family.ffn_module, stop_at_ffn=index == last) for batch in batches
+        ]
         layer.to("meta")
         states = torch.cat([state.reshape(-1, state.shape[-1]) for state in seen])[counted.to(request.device)]
         yield RouterInputs(states.float().cpu(), expert[counted], positive[counted])

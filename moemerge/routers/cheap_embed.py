@@ -7,7 +7,7 @@ from moemerge.routers.rows import contrast
 from moemerge.routers.weights import read_rows
 
 
-def cheap_embed(request: RouterRequest) -> LayerRouter:
+def cheap_embed_router(request: RouterRequest) -> LayerRouter:
     """Contrast of mean embeddings; only the rows of the prompts' tokens are read."""
     ids = sorted({token for prompt in request.prompts for token in prompt.counted_ids})
     table = dict(zip(ids, read_rows(request.tensors[request.base.family.embeddings], ids), strict=True))

@@ -24,7 +24,7 @@ class LayerRouting:
     own: tuple[float, ...]
     """By expert: the share of its own positive-prompt tokens that have it in their top k."""
     load: tuple[float, ...]
-    """By expert: the share of all positive-prompt tokens that have it in their top k, every expert's prompts weighing alike."""
+    """By expert: the same of all positive-prompt tokens, every expert's prompts weighing alike."""
     top_weight: float
     """Mean weight of the first choice."""
 

@@ -13,11 +13,11 @@ from moemerge.routers.request import LayerRouter, RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast, top_weights
 
 # Rows of length 1 would mix the chosen experts almost equally, whatever the router knows.
-TARGET_TOP_WEIGHT: Final = 0.8
+TARGET_TOP_WEIGHT: Final = 0.9
 _BISECTIONS: Final = 40
 
 
-def hidden(request: RouterRequest) -> LayerRouter:
+def hidden_router(request: RouterRequest) -> LayerRouter:
     """Contrast of mean router inputs, scaled so that the first choice has a mean weight of `TARGET_TOP_WEIGHT`."""
     experts = range(len(request.experts))
 
@@ -34,7 +34,7 @@ def hidden(request: RouterRequest) -> LayerRouter:
 
 
 def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> float:
-    """Factor on rows (expert, hidden) that gives the first choice its target weight, averaged over states (token, hidden).
+    """Factor on rows (expert, hidden) with which the first choice of states (token, hidden) has its target weight.
 
     With one expert per token the weight is 1 at any scale; the scale is then fitted as for two.
     """

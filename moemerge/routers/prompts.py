@@ -28,7 +28,7 @@ def encode_prompts(folder: Path, experts: Sequence[Expert], max_tokens: int) -> 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer class raises in its own way
         raise RouterError(
-            f"{folder}: the base model's tokenizer cannot be loaded ({(str(error) or repr(error)).splitlines()[0]:.200}). "
+            f"{folder}: the base model's tokenizer cannot be loaded ({error!r:.200}). "
             "Prompts need it; gate_mode random does not."
         ) from error
     encoded = []
@@ -39,7 +39,9 @@ def encode_prompts(folder: Path, experts: Sequence[Expert], max_tokens: int) -> 
                 result = tokenizer(prompt, return_special_tokens_mask=True)
                 ids, special = result["input_ids"], result["special_tokens_mask"]
                 if len(ids) > max_tokens:
-                    raise RouterError(f"{place}: has {len(ids)} tokens, but the base model's context is {max_tokens}. Split it.")
+                    raise RouterError(
+                        f"{place}: has {len(ids)} tokens, the base model's context is {max_tokens}: split it."
+                    )
                 if all(special):
                     raise RouterError(f"{place}: the base model's tokenizer finds no tokens in {prompt!r:.40}.")
                 encoded.append(

@@ -11,7 +11,7 @@ import torch
 from moemerge.routers.request import LayerRouter, RouterInputs, RouterRequest
 
 
-def random(request: RouterRequest) -> LayerRouter:
+def random_router(request: RouterRequest) -> LayerRouter:
     """Rows from N(0, 1/hidden), seeded."""
     generator = torch.Generator().manual_seed(request.seed)
     shape, scale = _shape(request), 1 / math.sqrt(request.base.config["hidden_size"])
@@ -22,7 +22,7 @@ def random(request: RouterRequest) -> LayerRouter:
     return rows
 
 
-def uniform_random(request: RouterRequest) -> LayerRouter:
+def uniform_random_router(request: RouterRequest) -> LayerRouter:
     """Rows from U(-1/sqrt(hidden), 1/sqrt(hidden)), as `torch.nn.Linear` starts, seeded."""
     generator = torch.Generator().manual_seed(request.seed)
     shape, bound = _shape(request), 1 / math.sqrt(request.base.config["hidden_size"])

@@ -10,6 +10,7 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import Expert
 from moemerge.formats.dense import DenseModel
 
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """A prompt as the base model's tokenizer gives it."""

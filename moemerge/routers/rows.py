@@ -19,17 +19,19 @@ def contrast(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     """
     positive, negative = unit(positive), unit(negative)
     missing = negative.isnan().any(dim=1, keepdim=True)
-    rows = positive - torch.where(missing, positive.mean(dim=0), negative)
+    rows: torch.Tensor = positive - torch.where(missing, positive.mean(dim=0), negative)
     rows = rows - rows.mean(dim=0)
-    return rows / rows.norm(dim=1).mean().clamp(min=torch.finfo(rows.dtype).tiny)
+    scaled: torch.Tensor = rows / rows.norm(dim=1).mean().clamp(min=torch.finfo(rows.dtype).tiny)
+    return scaled
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
     """Vectors (..., hidden) at length 1; zero stays zero."""
-    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+    scaled: torch.Tensor = vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+    return scaled
 
 
 def top_weights(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and indices (token, experts_per_token) that a Mixtral router with these rows gives to the chosen experts."""
+    """Weights and indices (token, experts_per_token) of the experts that a Mixtral router with these rows chooses."""
     chosen = (states @ rows.T).topk(experts_per_token, dim=1)
     return chosen.values.softmax(dim=1), chosen.indices

@@ -6,7 +6,12 @@ from typing import Any, Final
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.errors import CheckpointError
 
-_STORED: Final = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
+_STORED: Final = {
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float64": "F64",
+}
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
@@ -42,7 +47,8 @@ def _stored(path: Path, name: Any, tensor: Any) -> StoredTensor:
     if not tensor.is_contiguous():
         raise CheckpointError(f"{path}: tensor {name!r} is not stored row by row. Convert the model to safetensors.")
     width = tensor.element_size()
-    start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * width
+    storage: Any = tensor.untyped_storage()
+    start = storage._checkpoint_offset + int(tensor.storage_offset()) * width  # noqa: SLF001  torch's documented way
     dtype = _STORED.get(str(tensor.dtype), "U8")
     return StoredTensor(name, path, dtype, tuple(tensor.shape), start, tensor.numel() * width)
 

@@ -1,0 +1,132 @@
+"""Plans, routing tables and inspections as text for people and as JSON for programs."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moemerge.checkpoint.writer import Piece
+from moemerge.dtypes import BITS, STORED
+from moemerge.inspection import Inspection
+from moemerge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from moemerge.routers.diagnostics import RoutingReport
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in decimal units as on the Hub."""
+    for unit, width in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= width:
+            return f"{nbytes / width:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def billions(parameters: int) -> str:
+    """A parameter count for people."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 10**8 else f"{parameters / 1e6:.2f} M"
+
+
+def plan_facts(plan: MergePlan) -> dict[str, Any]:
+    """A plan as plain values: what `moemerge plan --json` prints."""
+    places = {name: (shard.name, start) for shard in plan.shards for name, start in shard.starts.items()}
+    return {
+        "family": plan.family.model_type,
+        "dtype": plan.dtype,
+        "gate_mode": plan.config.gate_mode,
+        "experts": len(plan.config.experts),
+        "experts_per_token": plan.config.experts_per_token,
+        "total_parameters": plan.total_parameters,
+        "active_parameters": plan.active_parameters,
+        "output_bytes": plan.output_bytes,
+        "free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "peak_memory_bytes": plan.peak_memory_bytes,
+        "sources": [{"reference": source.reference, "folder": str(source.folder)} for source in plan.sources],
+        "copied_files": [path.name for path in plan.copied_files],
+        "notes": list(plan.notes),
+        "config": plan.output_config,
+        "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in plan.shards],
+        "tensors": [
+            {"name": name, "shape": list(output.shape), "shard": places[name][0], "start": places[name][1]}
+            | _origin(output.origin)
+            for name, output in plan.outputs.items()
+        ],
+    }
+
+
+def _origin(origin: Piece | int) -> dict[str, Any]:
+    if isinstance(origin, int) or isinstance(origin.source, bytes):
+        return {"from": "router"}
+    source = origin.source
+    return {
+        "from": str(source.path),
+        "tensor": source.name,
+        "dtype": source.dtype,
+        "unchanged": origin.is_unchanged,
+    }
+
+
+def print_plan(console: Console, plan: MergePlan) -> None:
+    """The plan as a page."""
+    facts = Table.grid(padding=(0, 2))
+    free = shutil.disk_usage(Path.cwd()).free
+    rows = {
+        "output": f"{plan.family.architecture}, {plan.dtype}, {len(plan.config.experts)} experts, "
+        f"{plan.config.experts_per_token} per token, routers: {plan.config.gate_mode}",
+        "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
+        "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s); {size(free)} free here",
+        "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
+        "copied": ", ".join(path.name for path in plan.copied_files) or "no tokenizer files: the base model has none",
+    }
+    for name, value in rows.items():
+        facts.add_row(name, value)
+    console.print(facts)
+    table = Table("tensors", "size", "from", box=None, padding=(0, 2, 0, 0))
+    parts: dict[tuple[str, str], list[int]] = {}
+    for output in plan.outputs.values():
+        if isinstance(output.origin, int):
+            key = ("routers", f"gate_mode {plan.config.gate_mode}")
+        elif output.expert is None:
+            key = ("embeddings, attention, norms", plan.config.base_model)
+        else:
+            key = (f"expert {output.expert}", plan.config.experts[output.expert].source_model)
+        parts.setdefault(key, []).append(math.prod(output.shape) * BITS[STORED[plan.dtype]] // 8)
+    for (part, origin), sizes in parts.items():
+        table.add_row(part, size(sum(sizes)), origin)
+    console.print(table)
+
+
+def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) -> None:
+    """The routing table: on the prompts, who gets what."""
+    if not report.layers:
+        return
+    table = Table("expert", "own prompts", "all prompts", box=None, padding=(0, 2, 0, 0))
+    for name, own, load in zip(report.experts, report.own, report.load, strict=True):
+        table.add_row(name, f"{own:.1%}", f"{load:.1%}")
+    console.print(
+        f"Prompt tokens that reach each expert in the top {report.experts_per_token} "
+        f"(chance {report.chance:.0%}; first choice's mean weight {report.top_weight:.2f}):"
+    )
+    console.print(table)
+    if by_layer:
+        layers = Table("layer", *report.experts, "weight", box=None, padding=(0, 2, 0, 0))
+        for layer, row in enumerate(report.layers):
+            layers.add_row(str(layer), *(f"{share:.0%}" for share in row.own), f"{row.top_weight:.2f}")
+        console.print(layers)
+
+
+def print_inspection(console: Console, found: Inspection) -> None:
+    """A checkpoint's facts as a page."""
+    facts = Table.grid(padding=(0, 2))
+    kind = f"mixture of {found.experts} experts, {found.experts_per_token} per token" if found.experts else "dense"
+    facts.add_row("model", f"{found.model_type}, {kind}, {found.layers} layers")
+    active = f", {billions(found.active_parameters)} active per token" if found.experts else ""
+    facts.add_row("parameters", billions(found.total_parameters) + active)
+    stored = ", ".join(f"{size(nbytes)} {dtype}" for dtype, nbytes in found.dtype_bytes.items())
+    facts.add_row("tensors", f"{found.tensors}: {stored}")
+    facts.add_row("files", f"{len(found.files)}, {size(sum(found.files.values()))}")
+    facts.add_row("integrity", "index, headers and file sizes agree")
+    console.print(facts)

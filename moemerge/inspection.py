@@ -1,0 +1,101 @@
+"""What a checkpoint is, and whether its index, headers and sizes agree; from headers alone."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
+from moemerge.sources import open_model, read_tensor_table
+
+_NUMBERED_EXPERT: Final = re.compile(r"(?:^|\.)experts\.(\d+)\.")
+_STACKED_EXPERTS: Final = re.compile(r"(?:^|\.)experts\.|block_sparse_moe\.(?:input|output)_linear\.")
+_EXPERT_COUNT_KEYS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT_AXES: Final = 3  # stacked experts: (expert, out, in)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint's facts."""
+
+    reference: str
+    model_type: str
+    layers: int | None
+    experts: int
+    """0 for a dense model."""
+    experts_per_token: int | None
+    total_parameters: int
+    active_parameters: int
+    tensors: int
+    files: dict[str, int]
+    """File name to size in bytes."""
+    dtype_bytes: dict[str, int]
+    """Stored dtype to bytes of tensors."""
+    warnings: tuple[str, ...]
+    """What does not stop a reader but looks wrong."""
+
+
+def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda _: None) -> Inspection:
+    """Read a model folder's config, index and headers, and check them against each other.
+
+    Raises:
+        SourceError: there is no such model.
+        CheckpointError: the index, the headers and the files do not agree.
+    """
+    model = open_model(reference, announce)
+    tensors = read_tensor_table(model, announce)
+    files = {tensor.path: tensor.path.stat().st_size for tensor in tensors.values()}
+    names = {tensor.path.name for tensor in tensors.values()}
+    per_token = model.config.get("num_experts_per_tok")
+    experts = _count_experts(tensors)
+    total = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    in_experts = sum(math.prod(tensor.shape) for tensor in tensors.values() if _is_expert(tensor))
+    idle = (experts - per_token) / experts if experts and isinstance(per_token, int) else 0
+    dtype_bytes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        dtype_bytes[tensor.dtype] += tensor.nbytes
+    warnings = []
+    claimed = next((model.config[key] for key in _EXPERT_COUNT_KEYS if key in model.config), 0)
+    if experts != claimed:
+        warnings.append(f"config.json announces {claimed} experts, the tensors hold {experts}")
+    index = model.file(SAFETENSORS_INDEX)
+    if index and index.name != SAFETENSORS_INDEX:  # in the Hub's cache, a file is named by its hash
+        names = set(read_json(index)["weight_map"].values())
+    stale = sorted(
+        path.name
+        for path in model.folder.glob("*.safetensors")
+        if path.name not in names and path.name.startswith("model")
+    )
+    if stale:
+        warnings.append(f"{', '.join(stale)}: not in the index, so no reader loads it")
+    announced = read_json(index).get("metadata", {}).get("total_size") if index else None
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    if announced is not None and announced != stored:
+        warnings.append(f"{SAFETENSORS_INDEX} announces {announced} bytes of tensors, the headers {stored}")
+    return Inspection(
+        reference=reference,
+        model_type=str(model.config.get("model_type")),
+        layers=model.config.get("num_hidden_layers"),
+        experts=experts,
+        experts_per_token=per_token if experts else None,
+        total_parameters=total,
+        active_parameters=total - round(in_experts * idle),
+        tensors=len(tensors),
+        files={path.name: size for path, size in sorted(files.items())},
+        dtype_bytes=dict(dtype_bytes),
+        warnings=tuple(warnings),
+    )
+
+
+def _is_expert(tensor: StoredTensor) -> bool:
+    stacked = _STACKED_EXPERTS.search(tensor.name) and len(tensor.shape) == _EXPERT_AXES
+    return bool(stacked or _NUMBERED_EXPERT.search(tensor.name))
+
+
+def _count_experts(tensors: dict[str, StoredTensor]) -> int:
+    numbers = {int(match[1]) for name in tensors if (match := _NUMBERED_EXPERT.search(name))}
+    stacked = {tensor.shape[0] for tensor in tensors.values() if _is_expert(tensor)} if not numbers else set()
+    return len(numbers) or max(stacked, default=0)
