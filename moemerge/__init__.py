@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moemerge.config import MergeConfig, load_config
     from moemerge.errors import MoemergeError
-    from moemerge.merge import merge
+    from moemerge.merging import merge
     from moemerge.plan import MergePlan, plan_merge
 
 __all__ = ["MergeConfig", "MergePlan", "MoemergeError", "load_config", "merge", "plan_merge"]
@@ -23,7 +23,7 @@ _HOMES = {
     "MergePlan": "plan",
     "MoemergeError": "errors",
     "load_config": "config",
-    "merge": "merge",
+    "merge": "merging",
     "plan_merge": "plan",
 }
 

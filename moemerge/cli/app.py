@@ -78,7 +78,7 @@ def _merge(
     with _speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_routing
-        from moemerge.merge import merge
+        from moemerge.merging import merge
 
         plan = _plan_from(console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts)
         with show_progress(console, quiet=quiet) as progress:

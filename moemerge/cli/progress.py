@@ -17,8 +17,8 @@ from rich.progress import (
 )
 
 from moemerge.cli.render import size
-from moemerge.merge import Progress as Report
-from moemerge.merge import Stage
+from moemerge.merging import Progress as Report
+from moemerge.merging import Stage
 
 _TITLES: Final[dict[Stage, str]] = {"routers": "routers", "weights": "weights"}
 _LINES: Final = 10

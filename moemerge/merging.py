@@ -1,4 +1,7 @@
-"""The merge itself, told once: plan, routers, bytes, and the files around them."""
+"""The merge itself, told once: plan, routers, bytes, and the files around them.
+
+Not `merge.py`: importing a module of that name would hide the function `moemerge.merge`.
+"""
 
 import json
 import shutil

@@ -1,0 +1,14 @@
+"""Models that many tests share, built once."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.models import make_model
+
+
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory) -> list[Path]:
+    """A base and three experts; tests must not change them."""
+    root = tmp_path_factory.mktemp("llamas")
+    return [make_model(root / name, seed) for seed, name in enumerate(("base", "fox", "code", "chat"))]
