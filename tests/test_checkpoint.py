@@ -1,0 +1,409 @@
+"""Files as hostile or broken as they come: headers, indexes, shard layout, copies, staging."""
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from moemerge.checkpoint import copy, staging
+from moemerge.checkpoint.header import StoredTensor, build_header, read_header
+from moemerge.checkpoint.index import model_files, read_tensors, read_weight_map
+from moemerge.checkpoint.shards import TensorSpec, layout_shards, parse_size
+from moemerge.checkpoint.staging import check_space, check_target, staged
+from moemerge.checkpoint.writer import Piece, write_shards
+from moemerge.errors import CheckpointError, OutputError, RefusedError
+from moemerge.sources.local import resolve_file
+from moemerge.sources.pickles import read_pickle
+
+
+def raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "U8") -> dict:
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+def test_reads_what_the_reference_library_writes(tmp_path):
+    tensors = {"a": torch.ones(2, 3), "b": torch.zeros(5, dtype=torch.bfloat16), "empty": torch.zeros(0, 4)}
+    save_file(tensors, tmp_path / "m.safetensors", {"format": "pt"})
+    found = read_header(tmp_path / "m.safetensors")
+    assert {name: (t.dtype, t.shape, t.nbytes) for name, t in found.items()} == {
+        "a": ("F32", (2, 3), 24), "b": ("BF16", (5,), 10), "empty": ("F32", (0, 4), 0)
+    }  # fmt: skip
+    data = (tmp_path / "m.safetensors").read_bytes()
+    assert data[found["a"].start :][:24] == tensors["a"].numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"a": entry(0, 4)}, b"123", "tensor 'a': ends at byte {end}, but the file is"),
+        ({"a": entry(0, 4), "b": entry(3, 5)}, b"12345", "tensor 'b': overlaps the tensor before it by 1 bytes"),
+        ({"a": entry(0, 2), "b": entry(3, 5)}, b"12345", "tensor 'b': 1 bytes before it belong to no tensor"),
+        ({"a": entry(0, 2)}, b"12345", "3 bytes after the last tensor belong to no tensor"),
+        ({"a": entry(0, 4, [3])}, b"1234", "tensor 'a': U8 [3] takes 3 bytes, but its data_offsets span 4"),
+        ({"a": entry(0, 4, [-4])}, b"1234", "tensor 'a': the shape has to be a list of sizes, found [-4]"),
+        ({"a": entry(0, 4, [True, 4])}, b"1234", "tensor 'a': the shape has to be a list of sizes"),
+        ({"a": entry(0, 4, [2**70])}, b"1234", "tensor 'a': the shape has to be a list of sizes"),
+        ({"a": entry(0, 4, dtype="Q9")}, b"1234", "tensor 'a': unknown dtype 'Q9'"),
+        ({"a": entry(4, 0, [4])}, b"1234", "tensor 'a': data_offsets have to be [begin, end], found [4, 0]"),
+        ({"a": {"dtype": "U8"}}, b"", "tensor 'a': expected dtype, shape and data_offsets"),
+        ({"a": 5}, b"", "tensor 'a': expected dtype, shape and data_offsets"),
+        ([1], b"", "the safetensors header is not a JSON object"),
+        (b"{", b"", "the safetensors header is not JSON"),
+        (b'{"a": 1, "a": 1}', b"", "the header names 'a' twice"),
+    ],
+)  # fmt: skip
+def test_a_wrong_header_is_named_with_file_and_tensor(tmp_path, header, data, message):
+    path = raw(tmp_path / "m.safetensors", header, data)
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    assert str(caught.value).startswith(f"{path}: {message.format(end=path.stat().st_size + 1)}")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**8 + 1, 1000])
+def test_a_huge_header_length_is_refused_unread(tmp_path, length):
+    path = raw(tmp_path / "m.safetensors", {}, length=length)
+    with pytest.raises(CheckpointError, match=f"announces a header of {length} bytes"):
+        read_header(path)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_never_crash_the_reader(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("random") / "m.safetensors"
+    path.write_bytes(data)
+    try:
+        read_header(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)  # noqa: PT017  either a table or this error
+
+
+@given(st.dictionaries(st.text(min_size=1), st.integers(0, 40), max_size=6), st.integers(0, 60))
+def test_every_cut_of_a_file_is_noticed(tmp_path_factory, sizes, cut):
+    path = tmp_path_factory.mktemp("cut") / "m.safetensors"
+    sizes.pop("__metadata__", None)
+    tensors = [(name, "U8", (size,), size) for name, size in sizes.items()]
+    data = build_header(tensors, {}) + bytes(sum(sizes.values()))
+    path.write_bytes(data)
+    assert {name: tensor.nbytes for name, tensor in read_header(path).items()} == sizes
+    if 0 < cut <= len(data):
+        path.write_bytes(data[:-cut])
+        with pytest.raises(CheckpointError):
+            read_header(path)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "C:x"])
+def test_a_weight_map_may_not_leave_its_folder(tmp_path, name):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"t": name}}))
+    with pytest.raises(CheckpointError, match="a weight_map may name only files beside it"):
+        read_weight_map(index)
+
+
+def read(folder: Path):
+    return read_tensors(folder, lambda name: resolve_file(folder, name), read_pickle)
+
+
+def test_index_and_headers_have_to_agree(tmp_path):
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    file = "model-00001-of-00001.safetensors"
+    for weight_map, message in (
+        ({"a": file}, "tensor 'b' is in model-00001-of-00001.safetensors, but model.safetensors.index.json does not name it"),
+        ({"a": file, "b": file, "c": file}, "says that tensor 'c' is in model-00001-of-00001.safetensors, whose header has no"),
+        ({"a": file, "b": "gone.safetensors"}, r"names 1 file\(s\) that are not there: gone.safetensors"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=message):
+            read(tmp_path)
+
+
+def test_without_an_index_shards_are_found_and_strangers_left(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"c": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"shard model-00002-of-00002.safetensors is not there \(1 of 2\)"):
+        read(tmp_path)
+    save_file({"b": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
+    assert sorted(read(tmp_path)) == ["a", "b"]
+    save_file({"a": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="tensor 'a' is in model-00001-of-00002.safetensors and in model-00002"):
+        read(tmp_path)
+
+
+def test_an_empty_folder_has_no_weights(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no weights found: expected \*.safetensors or pytorch_model"):
+        read(tmp_path)
+    assert model_files({"training_args.bin", "optimizer.bin", "adapter_model.safetensors"}) == ()
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret.txt").write_text("x")
+    (tmp_path / "model" / "tokenizer.json").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(CheckpointError, match="is a link to .*secret.txt, outside the model's folder"):
+        resolve_file(tmp_path / "model", "tokenizer.json")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Hostile()}, "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot be read as weights only"):
+        read(tmp_path)
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a zip", "cannot be read as weights only"),
+        ([1, 2], "expected a table of tensors, found list"),
+        ({"a": torch.ones(2, 3).T}, "tensor 'a' is not stored row by row"),
+        ({"epoch": 3}, "expected a table of tensors, found 'epoch' -> int"),
+    ],
+)
+def test_a_strange_pickle_gets_a_message(tmp_path, content, message):
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1.5k", 1500), ("7", 7), ("3b", 3), ("10g", 10**10)],
+)
+def test_sizes_as_people_write_them(text, size):
+    assert parse_size(text) == size
+
+
+@given(st.integers(1, 10**6), st.sampled_from(["", "K", "MB", "GiB", "tb"]), st.sampled_from(["", " "]))
+def test_sizes_scale_with_their_unit(number, unit, space):
+    assert parse_size(f"{number}{space}{unit}") == number * parse_size(f"1{unit}")
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 GB GB", "0", "0.0001", "5PB", "1e9", "five"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="is no"):
+        parse_size(text) if text != "" else parse_size("is not")
+
+
+specs = st.lists(st.tuples(st.sampled_from(["F32", "BF16"]), st.integers(0, 50)), min_size=1, max_size=30)
+
+
+@given(specs, st.integers(1, 200))
+def test_shards_hold_every_tensor_once_in_order_aligned_and_within_the_limit(tensors, limit):
+    widths = {"F32": 4, "BF16": 2}
+    planned = [TensorSpec(f"t{n}", d, (size,), size * widths[d]) for n, (d, size) in enumerate(tensors)]
+    shards = layout_shards(planned, limit)
+    assert sorted(name for shard in shards for name in shard.starts) == sorted(spec.name for spec in planned)
+    by_name = {spec.name: spec for spec in planned}
+    for number, shard in enumerate(shards, start=1):
+        total = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        assert shard.name == (total if len(shards) > 1 else "model.safetensors")
+        data = sum(by_name[name].nbytes for name in shard.starts)
+        assert shard.nbytes == len(shard.header) + data
+        assert data <= limit or len([name for name in shard.starts if by_name[name].nbytes]) == 1
+        assert all(start % widths[by_name[name].dtype] == 0 for name, start in shard.starts.items())
+
+
+def write(folder: Path, pieces: dict[str, Piece], shapes: dict[str, tuple[int, ...]], report=lambda _: None) -> dict:
+    width = {"F32": 4, "BF16": 2, "F16": 2}
+    tensors = [
+        TensorSpec(name, piece.dtype, shapes[name], torch.Size(shapes[name]).numel() * width[piece.dtype])
+        for name, piece in pieces.items()
+    ]
+    write_shards(folder, layout_shards(tensors, 10**9), pieces, 0, report)
+    return load_file(folder / "model.safetensors")
+
+
+WAYS = ("_copy_file_range", "_sendfile", "_read_and_write")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("broken", ["errno", "zero"])
+def test_each_way_of_copying_gives_the_same_bytes(tmp_path, monkeypatch, way, broken):
+    def fail(*_):
+        if broken == "zero":
+            return 0
+        raise OSError(errno.ENOSYS, "not here")
+
+    for other in WAYS[: WAYS.index(way)]:
+        monkeypatch.setattr(copy, other, fail)
+    used = []
+    original = getattr(copy, way)
+    monkeypatch.setattr(copy, way, lambda *arguments: used.append(1) or original(*arguments))
+    monkeypatch.setattr(copy, "KERNEL_CHUNK_BYTES", 1000)
+    source = torch.randn(700, 3)
+    save_file({"a": source}, tmp_path / "source.safetensors")
+    tensor = read_header(tmp_path / "source.safetensors")["a"]
+    moved = []
+    out = tmp_path / "out"
+    out.mkdir()
+    found = write(out, {"b": Piece(b"\0" * 6, "BF16"), "a": Piece(tensor, "F32")}, {"b": (3,), "a": (700, 3)}, moved.append)
+    assert torch.equal(found["a"], source)
+    assert len(used) == 9
+    assert sum(moved) == 8400 + 6
+
+
+def test_a_source_cut_off_after_the_plan_is_an_error(tmp_path):
+    tensor = StoredTensor("a", tmp_path / "source", "F32", (100,), 0, 400)
+    (tmp_path / "source").write_bytes(bytes(300))
+    for dtype in ("F32", "BF16"):
+        with pytest.raises(CheckpointError, match="too early|ended inside tensor 'a'"):
+            write(tmp_path, {"a": Piece(tensor, dtype)}, {"a": (100,)})
+
+
+def test_a_full_disk_is_said_so(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(copy, "_copy_file_range", full)
+    tensor = StoredTensor("a", tmp_path / "source", "F32", (1,), 0, 4)
+    (tmp_path / "source").write_bytes(bytes(4))
+    with pytest.raises(OutputError, match="the disk is full"):
+        write(tmp_path, {"a": Piece(tensor, "F32")}, {"a": (1,)})
+
+
+def test_conversion_in_chunks_equals_conversion_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("moemerge.checkpoint.convert.CHUNK_ELEMENTS", 7)
+    source = torch.randn(50, dtype=torch.float32)
+    save_file({"a": source}, tmp_path / "s.safetensors")
+    tensor = read_header(tmp_path / "s.safetensors")["a"]
+    assert torch.equal(write(tmp_path, {"a": Piece(tensor, "BF16")}, {"a": (50,)})["a"], source.bfloat16())
+    assert torch.equal(write(tmp_path, {"a": Piece(tensor, "F32", 0.5)}, {"a": (50,)})["a"], source * 0.5)
+
+
+def test_a_weight_too_large_for_float16_stops_the_conversion(tmp_path):
+    save_file({"a": torch.tensor([1.0, 70000.0])}, tmp_path / "s.safetensors")
+    tensor = read_header(tmp_path / "s.safetensors")["a"]
+    with pytest.raises(CheckpointError) as caught:
+        write(tmp_path, {"a": Piece(tensor, "F16")}, {"a": (2,)})
+    assert str(caught.value) == (
+        f"{tmp_path / 's.safetensors'}: tensor 'a' holds 70000, which float16 cannot express. "
+        "Set `dtype: bfloat16` or `dtype: float32` in the config."
+    )
+
+
+def test_infinite_weights_stay_infinite(tmp_path):
+    save_file({"a": torch.tensor([float("inf"), 1.0])}, tmp_path / "s.safetensors")
+    tensor = read_header(tmp_path / "s.safetensors")["a"]
+    assert write(tmp_path, {"a": Piece(tensor, "F16")}, {"a": (2,)})["a"][0].isinf()
+
+
+def test_output_appears_only_when_complete(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with staged(out) as folder:
+        (folder / "config.json").write_text("{}")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_output_that_fails_leaves_what_was_there(tmp_path, error):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    with pytest.raises(error), staged(out) as folder:
+        (folder / "config.json").write_text("new")
+        raise error
+    assert (out / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_leaves_no_old_file(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model-00001-of-00002.safetensors").write_text("old")
+    with staged(out) as folder:
+        (folder / "config.json").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_mount_point_is_filled_from_within_config_last(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("old")
+    monkeypatch.setattr(staging.os.path, "ismount", lambda path: Path(path) == out)
+    order = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: order.append(path.name) or rename(path, target))
+    with staged(out) as folder:
+        assert folder.parent == out
+        for name in ("config.json", "a.safetensors", "README.md"):
+            (folder / name).write_text("new")
+    assert order[-1] == "config.json"
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "a.safetensors", "config.json"]
+
+
+def test_a_stage_left_by_a_killed_process_is_taken_over(tmp_path):
+    stage = tmp_path / ".out.moemerge-partial"
+    stage.mkdir()
+    (stage / "model.safetensors").write_text("half")
+    with staged(tmp_path / "out") as folder:
+        assert [path.name for path in folder.iterdir() if path.name != ".lock"] == []
+        (folder / "config.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_write_the_same_output(tmp_path):
+    failed = []
+
+    def second():
+        try:
+            with staged(tmp_path / "out"):
+                pass
+        except OutputError as error:
+            failed.append(str(error))
+
+    with staged(tmp_path / "out") as folder:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        (folder / "config.json").write_text("{}")
+    assert failed == [
+        f"{tmp_path / '.out.moemerge-partial'}: another moemerge is writing to the same output. Wait for it to end."
+    ]
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_targets_that_would_lose_something_are_refused(tmp_path):
+    source = tmp_path / "models" / "base"
+    source.mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for target in (source, source.parent, source / "out"):
+        with pytest.raises(RefusedError, match="is, holds or lies within the model"):
+            check_target(target, [source], overwrite=True)
+    with pytest.raises(RefusedError, match="exists and is not a folder"):
+        check_target(tmp_path / "file", [], overwrite=True)
+    out = tmp_path / "out"
+    out.mkdir()
+    check_target(out, [source], overwrite=False)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(RefusedError, match=r"is not empty \(1 entries, among them 'config.json'\).*--overwrite"):
+        check_target(out, [source], overwrite=False)
+    check_target(out, [source], overwrite=True)
+    (out / "thesis.odt").write_text("")
+    with pytest.raises(RefusedError, match=r"holds 'thesis.odt', which is no part of a model"):
+        check_target(out, [source], overwrite=True)
+
+
+def test_a_disk_too_small_is_refused_before_the_first_byte(tmp_path):
+    with pytest.raises(OutputError, match=r"takes 1000000000.00 GB, but the disk has .* GB free"):
+        check_space(tmp_path / "not" / "there", 10**18)

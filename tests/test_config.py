@@ -1,0 +1,154 @@
+"""The YAML: what is accepted, and the whole message where it is not."""
+
+import pytest
+
+from moemerge import load_config
+from moemerge.config import parse_config
+from moemerge.errors import ConfigError
+
+PLAIN = """\
+base_model: base
+experts:
+  - source_model: a
+    positive_prompts: ["one"]
+  - source_model: b
+    positive_prompts: ["two"]
+"""
+
+
+def problems(text: str, **keys) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "c.yaml", **keys)
+    return list(caught.value.problems)
+
+
+def test_defaults_are_those_of_mergekit_moe():
+    config = parse_config(PLAIN)
+    assert (config.gate_mode, config.dtype, config.experts_per_token) == ("hidden", None, 2)
+    assert (config.architecture, config.shared_experts) == (None, [])
+
+
+def test_every_key_of_mergekit_moe_is_accepted():
+    config = parse_config(
+        "base_model: base@main\ngate_mode: cheap_embed\ndtype: bfloat16\nexperts_per_token: 1\narchitecture: mixtral\n"
+        "shared_experts:\n- {source_model: s, positive_prompts: [x], residual_scale: 0.1}\n"
+        "experts:\n- {source_model: a, positive_prompts: [x], negative_prompts: [y], noise_scale: 0.1, residual_scale: 1}\n"
+        "- {source_model: b, positive_prompts: [z], negative_prompts: null}\n"
+    )
+    assert config.experts[0].negative_prompts == ["y"]
+    assert config.experts[1].negative_prompts == []
+    assert config.shared_experts[0].residual_scale == 0.1
+
+
+@pytest.mark.parametrize(
+    ("spelling", "dtype"),
+    [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("float16", "float16"), ("torch.bfloat16", "bfloat16")],
+)
+def test_dtype_spellings(spelling, dtype):
+    assert parse_config(PLAIN + f"dtype: {spelling}\n").dtype == dtype
+
+
+def test_a_single_prompt_needs_no_list():
+    assert parse_config(PLAIN.replace('["one"]', "one")).experts[0].positive_prompts == ["one"]
+
+
+@pytest.mark.parametrize("mode", ["hidden_avg", "hidden_last"])
+def test_other_names_of_hidden(mode):
+    assert parse_config(PLAIN + f"gate_mode: {mode}\n").gate_mode == "hidden"
+
+
+@pytest.mark.parametrize("mode", ["random", "uniform_random"])
+def test_random_routers_need_no_prompts(mode):
+    text = f"base_model: base\ngate_mode: {mode}\nexperts: [{{source_model: a}}, {{source_model: b}}]\n"
+    assert not parse_config(text).has_prompts
+
+
+def test_all_problems_come_at_once_each_with_line_and_address():
+    text = """\
+base_modell: base
+gate_mode: hiden
+dtype: int8
+experts_per_token: 4
+experts:
+  - source_model: a
+    positive_promps: ["one"]
+  - source_model: b
+    positive_prompts: ["two", "", 3]
+    noise_scale: -1
+"""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "c.yaml")
+    assert str(caught.value) == (
+        "c.yaml: 10 problems:\n"
+        "  - line 1: base_model: is missing\n"
+        "  - line 1: base_modell: unknown key, did you mean base_model?\n"
+        "  - line 2: gate_mode: expected hidden, cheap_embed, random or uniform_random, found 'hiden'; did you mean hidden?\n"
+        "  - line 3: dtype: expected float32, float16 or bfloat16, found 'int8'\n"
+        "  - line 4: experts_per_token: each token is to go to 4 experts, but there are only 2: name more experts or lower "
+        "experts_per_token\n"
+        "  - line 6: experts[0]: gate_mode hiden needs positive_prompts: text that should be routed to this expert\n"
+        "  - line 7: experts[0].positive_promps: unknown key, did you mean positive_prompts?\n"
+        "  - line 9: experts[1].positive_prompts[1]: the prompt is empty\n"
+        "  - line 9: experts[1].positive_prompts[2]: expected text, found 3; write it in quotes\n"
+        "  - line 10: experts[1].noise_scale: input should be greater than or equal to 0, found -1"
+    )
+
+
+def test_empty_prompts_are_refused_where_prompts_make_the_router():
+    assert problems(PLAIN.replace('["one"]', "[]")) == [
+        "line 4: experts[0].positive_prompts: gate_mode hidden needs positive_prompts: text that should be routed to this expert"
+    ]
+
+
+def test_too_few_experts():
+    one = 'base_model: base\nexperts_per_token: 1\nexperts:\n- {source_model: a, positive_prompts: ["x"]}\n'
+    assert problems(one) == ["line 3: experts: a mixture needs at least 2 experts, found 1"]
+
+
+def test_identical_prompts_are_refused():
+    assert problems(PLAIN.replace('"two"', '"one"')) == [
+        "line 2: experts: all experts have the same prompts, so nothing tells the router which to choose. "
+        "Give each expert prompts that only it should answer"
+    ]
+
+
+@pytest.mark.parametrize("other", ["a", "./a", "a/"])
+def test_identical_experts_are_refused_unless_allowed(other):
+    text = PLAIN.replace("source_model: b", f"source_model: {other}")
+    assert problems(text) == [
+        "line 2: experts: every expert is the same model, so the result computes what that model does at a higher cost. "
+        "Name different models, or, to train the result further, pass --allow-identical-experts"
+    ]
+    assert parse_config(text, allow_identical_experts=True).experts[1].source_model == other
+
+
+def test_keys_written_twice_are_refused():
+    assert problems(PLAIN + "base_model: other\n") == ["line 1: base_model: is written twice"]
+    assert problems(PLAIN.replace("source_model: a\n", "source_model: a\n    source_model: c\n")) == [
+        "line 3: experts[0].source_model: is written twice"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "c.yaml: expected keys such as base_model and experts, found None"),
+        ("- a\n", "c.yaml: expected keys such as base_model and experts, found ['a']"),
+        ("base_model: [\n", "c.yaml: not valid YAML:"),
+        ("experts: 3\nbase_model: a\n", "c.yaml: 1 problem:"),
+    ],
+)
+def test_what_is_no_config_is_said_so(text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "c.yaml")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_missing_file_is_one_message(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "no.yaml")
+    assert str(caught.value) == f"{tmp_path / 'no.yaml'}: cannot be read: No such file or directory."
+
+
+def test_the_text_is_kept_for_the_copy_beside_the_model():
+    assert parse_config(PLAIN + "# a comment\n").text == PLAIN + "# a comment\n"
