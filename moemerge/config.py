@@ -199,9 +199,8 @@ def _explain(detail: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(value), choices.replace(" or ", ", ").split(", "), n=1)
         return f"expected {choices}, found {value!r:.60}" + (f"; did you mean {near[0]}?" if near else "")
     if detail["type"] == "string_type":
-        return f"expected text, found {value!r:.60}" + (
-            "; write it in quotes" if isinstance(value, int | float) else ""
-        )
+        in_prompts = any(str(step).endswith("_prompts") for step in detail["loc"])
+        return f"expected text, found {value!r:.60}" + ("; write it in quotes" if in_prompts else "")
     return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {value!r:.60}"
 
 

@@ -1,0 +1,255 @@
+"""What can be merged, what is refused with which reason, and what the output says of itself."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moemerge import load_config, plan_merge
+from moemerge.errors import IncompatibleError, MoemergeError, SourceError
+from tests.models import edit_json, make_model, write_config
+
+
+@pytest.fixture
+def pair(tmp_path) -> list[Path]:
+    """A base and two experts that a test may change."""
+    return [make_model(tmp_path / name, seed) for seed, name in enumerate(("base", "one", "two"))]
+
+
+def plan(tmp_path: Path, folders: list[Path], **keys):
+    base, *experts = folders
+    return plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, **{"gate_mode": "random"} | keys)))
+
+
+def problems(tmp_path: Path, folders: list[Path], **keys) -> list[str]:
+    with pytest.raises(IncompatibleError) as caught:
+        plan(tmp_path, folders, **keys)
+    return [problem.replace(str(tmp_path), "") for problem in caught.value.problems]
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_every_difference_between_configs_is_listed(tmp_path, pair):
+    shutil.rmtree(pair[1])
+    make_model(pair[1], 1, num_hidden_layers=5, hidden_size=64, intermediate_size=80, hidden_act="gelu")
+    edit_json(pair[2] / "config.json", quantization_config={"quant_method": "gptq"}, mlp_bias=True, attention_bias=True)
+    assert problems(tmp_path, pair) == [
+        "experts[0] /one: num_hidden_layers is 5, but the base model's is 3",
+        "experts[0] /one: hidden_size is 64, but the base model's is 32",
+        "experts[0] /one: intermediate_size is 80, but the base model's is 48",
+        "experts[0] /one: hidden_act is 'gelu', but the base model's is 'silu'",
+        "experts[1] /two: is quantised (gptq); its scales would be lost. Use the original weights, or dequantise it",
+        "experts[1] /two: mlp_bias is True, but the base model's is False",
+        "experts[1] /two: attention_bias is True, but the base model's is False",
+    ]
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_shallower_and_deeper_experts_are_refused(tmp_path, pair, layers):
+    shutil.rmtree(pair[2])
+    make_model(pair[2], 2, num_hidden_layers=layers)
+    assert problems(tmp_path, pair) == [f"experts[1] /two: num_hidden_layers is {layers}, but the base model's is 3"]
+
+
+def test_a_model_type_that_is_not_known_is_named(tmp_path, pair):
+    edit_json(pair[1] / "config.json", model_type="gpt2")
+    assert problems(tmp_path, pair) == [
+        "experts[0] /one: its model_type is 'gpt2'; moemerge reads dense models of type llama, mistral"
+    ]
+
+
+def test_what_mixtral_cannot_express_is_refused_with_the_reason(tmp_path, pair):
+    for folder in pair:
+        shutil.rmtree(folder)
+        make_model(folder, 1, attention_bias=True, mlp_bias=True)
+    found = problems(tmp_path, pair)
+    assert found == [
+        "mixtral: attention_bias is True: it has no attention biases",
+        "mixtral: mlp_bias is True: its experts have no biases",
+    ]
+
+
+def test_shared_experts_are_refused_with_the_reason(tmp_path, pair):
+    found = problems(tmp_path, pair, shared_experts=[{"source_model": str(pair[1])}])
+    assert found == ["mixtral: it has no shared experts: remove shared_experts"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "Mixtral", "mix"])
+def test_an_architecture_is_found_by_the_names_that_mergekit_takes(tmp_path, pair, name):
+    assert plan(tmp_path, pair, architecture=name).family.model_type == "mixtral"
+
+
+def test_an_unknown_architecture_lists_the_known_ones(tmp_path, pair):
+    with pytest.raises(IncompatibleError) as caught:
+        plan(tmp_path, pair, architecture="deepseek")
+    assert str(caught.value) == "architecture: 'deepseek' is no output family; known: mixtral."
+
+
+def test_layers_that_attend_differently_are_refused(tmp_path, pair):
+    edit_json(pair[0] / "config.json", layer_types=["full_attention", "sliding_attention", "full_attention"])
+    assert problems(tmp_path, pair) == [
+        "mixtral: layer_types mixes full_attention, sliding_attention: one kind of attention serves all layers"
+    ]
+
+
+@pytest.mark.parametrize("quantised", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensors_without_a_config_are_noticed(tmp_path, pair, quantised):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_tensors(pair[1], lambda tensors: tensors.update({name: tensors[name].to(quantised)}))
+    stored = "I8" if quantised == torch.int8 else "F8_E4M3"
+    assert problems(tmp_path, pair) == [
+        f"experts[0] /one: tensor {name} ({stored}) is not stored as float32, float16 or bfloat16 (quantised?)"
+    ]
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(tmp_path, pair):
+    def spoil(tensors):
+        del tensors["model.layers.0.mlp.gate_proj.weight"], tensors["model.layers.2.mlp.gate_proj.weight"]
+        tensors["model.layers.0.mlp.up_proj.bias"] = torch.zeros(48)
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 32)
+
+    change_tensors(pair[2], spoil)
+    change_tensors(pair[0], lambda tensors: tensors.pop("lm_head.weight"))
+    assert problems(tmp_path, pair) == [
+        "base_model: tensor lm_head.weight is missing",
+        "experts[1] /two: tensor model.layers.0.mlp.gate_proj.weight is missing (and 1 more)",
+        "experts[1] /two: tensor model.layers.0.mlp.up_proj.bias has no place in a merge",
+        "experts[1] /two: tensor model.layers.1.mlp.up_proj.weight (expected [48, 32], found [40, 32]) "
+        "has another shape than config.json says",
+    ]
+
+
+def test_derived_buffers_of_old_checkpoints_are_left_out(tmp_path, pair):
+    change_tensors(pair[0], lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in plan(tmp_path, pair).outputs
+
+
+def test_another_vocabulary_of_an_expert_is_a_note(tmp_path, pair):
+    shutil.rmtree(pair[1])
+    make_model(pair[1], 1, vocab_size=200)
+    assert plan(tmp_path, pair).notes == (
+        f"experts[0] {pair[1]}: vocabulary of 200, the base's of 160 is kept; only FFNs are taken from experts",
+    )
+
+
+def test_llama_and_mistral_experts_mix(tmp_path, pair):
+    shutil.rmtree(pair[1])
+    make_model(pair[1], 1, "mistral")
+    assert plan(tmp_path, pair).family.model_type == "mixtral"
+
+
+def test_float16_warns_of_overflow_only_where_something_is_converted(tmp_path, pair):
+    assert plan(tmp_path, pair, dtype="fp16").notes == (
+        "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all",
+    )
+    assert plan(tmp_path, pair, dtype="bf16").notes == ()
+
+
+def test_unused_keys_of_the_base_are_named(tmp_path, pair):
+    edit_json(pair[0] / "config.json", final_logit_softcapping=30.0)
+    assert plan(tmp_path, pair).notes == (
+        "base_model: mixtral has no use for these keys of its config.json: final_logit_softcapping",
+    )
+
+
+def test_the_output_config_is_explicit_and_speaks_both_dialects(tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0}
+    folders = [
+        make_model(tmp_path / str(seed), seed, "mistral", sliding_window=16, head_dim=12, rope_theta=5e5, rope_scaling=dict(rope))
+        for seed in range(3)
+    ]
+    config = plan(tmp_path, folders).output_config
+    assert config["rope_theta"] == 5e5
+    assert config["rope_scaling"] == rope
+    assert config["rope_parameters"] == rope | {"rope_theta": 5e5}
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert (config["sliding_window"], config["head_dim"]) == (16, 12)
+    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (2, 2)
+    assert config["architectures"] == ["MixtralForCausalLM"]
+
+
+@pytest.mark.parametrize("spelling", ["v4", "v4, type", "v5", "v5, top-level"])
+def test_every_spelling_of_rope_is_read_alike(tmp_path, pair, spelling):
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32}
+    keys = {
+        "v4": {"rope_theta": 7e4, "rope_scaling": yarn | {"rope_type": "yarn"}},
+        "v4, type": {"rope_theta": 7e4, "rope_scaling": yarn | {"type": "yarn"}},
+        "v5": {"rope_parameters": yarn | {"rope_type": "yarn", "rope_theta": 7e4}},
+        "v5, top-level": {"rope_parameters": yarn | {"rope_type": "yarn"}, "rope_theta": 7e4},
+    }[spelling]
+    edit_json(pair[0] / "config.json", **{"rope_theta": None, "rope_scaling": None, "rope_parameters": None} | keys)
+    config = plan(tmp_path, pair).output_config
+    assert config["rope_theta"] == 7e4
+    assert config["rope_scaling"] == yarn | {"rope_type": "yarn"}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "mrope"}, {"full_attention": {"rope_type": "default"}}])
+def test_rope_that_cannot_be_carried_is_refused(tmp_path, pair, rope):
+    edit_json(pair[0] / "config.json", rope_parameters=rope, rope_theta=None, rope_scaling=None)
+    (found,) = problems(tmp_path, pair)
+    assert found.startswith("base_model: its rope")
+
+
+def test_what_a_config_leaves_out_is_what_its_class_means(tmp_path, pair):
+    for folder in pair:
+        config = json.loads((folder / "config.json").read_text())
+        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        edited = {key: config[key] for key in kept} | {"model_type": "mistral", "num_key_value_heads": 2}
+        (folder / "config.json").write_text(json.dumps(edited))
+    config = plan(tmp_path, pair).output_config
+    assert (config["sliding_window"], config["rms_norm_eps"], config["rope_theta"]) == (4096, 1e-6, 10000.0)
+
+
+def test_references_that_lead_nowhere(tmp_path, pair):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for reference, message in {
+        f"{tmp_path}/gone": "there is no such folder, and it cannot be a Hub repository (user/name).",
+        f"{pair[1]}+lora": "model+adapter is not supported. Merge the adapter into its base model first.",
+        f"{pair[1]}@main": f"a folder has no revisions. Write '{pair[1]}', or a Hub repository.",
+        f"{pair[1]}/config.json": "is a file. Name the folder that holds the model's config.json.",
+        f"{tmp_path}/adapter": "is a LoRA adapter, not a model. Merge it into its base model first.",
+        f"{tmp_path}": "has no config.json, so it is not a model that moemerge can read.",
+    }.items():
+        path = write_config(tmp_path / "merge.yaml", pair[0], [pair[1], Path("two")], gate_mode="random")
+        path.write_text(path.read_text().replace("source_model: two", f"source_model: '{reference}'"))
+        with pytest.raises(SourceError) as caught:
+            plan_merge(load_config(path))
+        assert str(caught.value) == f"{reference}: {message}"
+
+
+def test_parameters_are_counted(tmp_path, pair):
+    planned = plan(tmp_path, pair, experts_per_token=1)
+    stored = load_file(pair[0] / "model.safetensors")
+    ffn = sum(tensor.numel() for name, tensor in stored.items() if ".mlp." in name)
+    rest = sum(tensor.numel() for name, tensor in stored.items() if ".mlp." not in name) + 3 * 2 * 32
+    assert (planned.total_parameters, planned.active_parameters) == (rest + 2 * ffn, rest + ffn)
+
+
+def test_the_estimates_of_the_plan_cover_what_a_merge_takes(tmp_path, pair):
+    path = write_config(tmp_path / "merge.yaml", *[pair[0], pair[1:]], gate_mode="hidden")
+    planned = plan_merge(load_config(path))
+    code = (
+        "import resource; from moemerge import *; "
+        f"merge(plan_merge(load_config({str(path)!r})), {str(tmp_path / 'out')!r}); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    peak = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert 0.6 * peak < planned.peak_memory_bytes < 2 * peak
+    written = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert planned.output_bytes <= written <= planned.output_bytes + 20_000
+
+
+def test_everything_raised_on_purpose_has_one_root(tmp_path, pair):
+    edit_json(pair[0] / "config.json", hidden_size=None)
+    with pytest.raises(MoemergeError, match="its config.json needs a positive whole number for hidden_size"):
+        plan(tmp_path, pair)

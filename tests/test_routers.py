@@ -1,0 +1,254 @@
+"""Routers: what each way computes, and what the routing table says of it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moemerge import load_config, merge, plan_merge
+from moemerge.errors import RouterError
+from moemerge.routers import init_routers
+from moemerge.routers.capture import capture_router_inputs
+from moemerge.routers.diagnostics import RoutingReport, expert_names, route_layer, row_distances
+from moemerge.routers.hidden import fit_scale
+from moemerge.routers.prompts import encode_prompts
+from moemerge.routers.request import RouterInputs, RouterRequest
+from moemerge.routers.rows import contrast, top_weights, unit
+from tests.models import load, make_model, tokenizer, write_config
+
+LONG = "The quick brown fox jumps over the lazy dog and def main(argv): return [item for item in argv if item]"
+GATE = "model.layers.{}.block_sparse_moe.gate.weight"
+
+
+def plan_of(tmp_path: Path, folders: list[Path], **keys):
+    base, *experts = folders
+    return plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, **keys)))
+
+
+def routers(plan, seed: int = 0):
+    return init_routers(
+        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
+        seed=seed, device="cpu", progress=lambda _done, _total: None,
+    )  # fmt: skip
+
+
+def request(plan) -> RouterRequest:
+    prompts = encode_prompts(plan.base_folder, plan.config.experts, 128)
+    return RouterRequest(
+        plan.base_folder, plan.base, plan.base_tensors, tuple(plan.config.experts), prompts, 2, 0, torch.device("cpu")
+    )
+
+
+def ffn_inputs(model, ids: list[int]) -> list[torch.Tensor]:
+    """What enters each layer's FFN in the whole model: (layer) of (token, hidden)."""
+    seen = []
+    handles = [
+        layer.mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0])) for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "head_dim": 12}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("mistral", {"sliding_window": 4}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+@pytest.mark.parametrize("batch_tokens", [8, 2048])
+def test_the_streamed_pass_sees_what_the_whole_model_sees(tmp_path, monkeypatch, model_type, sizes, batch_tokens):
+    """Prompts of unequal length, padded together or alone: only true tokens count, each with its true state."""
+    monkeypatch.setattr("moemerge.routers.capture.TOKENS_PER_BATCH", batch_tokens)
+    folders = [make_model(tmp_path / str(seed), seed, model_type, **sizes) for seed in range(3)]
+    path = write_config(tmp_path / "merge.yaml", folders[0], folders[1:])
+    path.write_text(path.read_text().replace("item 1", f"'{LONG}'"))
+    plan = plan_merge(load_config(path))
+    model = load(folders[0])
+    captured = list(capture_router_inputs(request(plan)))
+    assert len(captured) == 3
+    for number, expert in enumerate(plan.config.experts):
+        expected = [
+            torch.cat(states)
+            for states in zip(
+                *([s[1:] for s in ffn_inputs(model, tokenizer()(p)["input_ids"])] for p in expert.positive_prompts),
+                strict=True,
+            )
+        ]
+        for inputs, states in zip(captured, expected, strict=True):
+            found = inputs.states[inputs.expert == number]
+            assert found.shape == states.shape
+            assert torch.allclose(found.mean(0), states.mean(0), atol=1e-5)
+            assert torch.allclose(found.norm(dim=1).sort().values, states.norm(dim=1).sort().values, atol=1e-4)
+
+
+def test_hidden_is_the_contrast_of_mean_router_inputs(tmp_path, llamas):
+    plan = plan_of(tmp_path, llamas)
+    made = routers(plan)
+    model = load(llamas[0])
+    means = []
+    for expert in plan.config.experts:
+        states = [ffn_inputs(model, tokenizer()(prompt)["input_ids"])[1][1:] for prompt in expert.positive_prompts]
+        means.append(torch.cat(states).mean(dim=0))
+    expected = unit(torch.stack(means))
+    expected = expected - expected.mean(dim=0)
+    assert torch.allclose(unit(made.weights[1]), unit(expected), atol=1e-4)
+    assert made.report.layers[1].top_weight == pytest.approx(0.9, abs=0.01)
+
+
+def test_rows_are_centred_over_the_experts(tmp_path, llamas):
+    for mode in ("hidden", "cheap_embed"):
+        weights = routers(plan_of(tmp_path, llamas, gate_mode=mode)).weights
+        assert weights.mean(dim=1).abs().max() < 1e-5 * weights.abs().max()
+
+
+def test_cheap_embed_is_the_contrast_of_mean_embeddings(tmp_path, llamas):
+    plan = plan_of(tmp_path, llamas, gate_mode="cheap_embed")
+    weights = routers(plan).weights
+    table = load_file(llamas[0] / "model.safetensors")["model.embed_tokens.weight"]
+    means = [
+        table[[token for p in expert.positive_prompts for token in tokenizer()(p)["input_ids"][1:]]].mean(dim=0)
+        for expert in plan.config.experts
+    ]
+    expected = contrast(torch.stack(means), torch.full((3, 32), torch.nan))
+    assert all(torch.allclose(rows, expected, atol=1e-6) for rows in weights)
+
+
+def test_an_expert_without_negative_prompts_does_not_win_every_token():
+    generator = torch.Generator().manual_seed(0)
+    common = 5 * torch.randn(64, generator=generator)
+    own = torch.randn(3, 64, generator=generator)
+    positive = common + own
+    negative = torch.stack([common + own[1], torch.full((64,), torch.nan), common + own[0]])
+    rows = contrast(positive, negative)
+    chosen = (positive @ rows.T).argmax(dim=1)
+    assert chosen.tolist() == [0, 1, 2]
+    naive = positive - torch.where(negative.isnan(), 0, negative)
+    assert (positive @ naive.T).argmax(dim=1).tolist() == [1, 1, 1]
+
+
+def test_negative_prompts_push_away(tmp_path, llamas):
+    path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:3], experts_per_token=1)
+    plain = routers(plan_merge(load_config(path))).weights
+    path.write_text(path.read_text().replace("- positive_prompts:", "- negative_prompts: [The lazy fox]\n  positive_prompts:", 1))
+    pushed = routers(plan_merge(load_config(path))).weights
+    assert not torch.allclose(plain, pushed, atol=1e-3)
+
+
+def test_random_routers_are_seeded_and_scaled_for_the_hidden_size(tmp_path):
+    folders = [make_model(tmp_path / str(seed), seed, hidden_size=256, intermediate_size=8) for seed in range(3)]
+    for mode, deviation in (("random", 1 / 16), ("uniform_random", 1 / 16 / math.sqrt(3))):
+        plan = plan_of(tmp_path, folders, gate_mode=mode)
+        first, again, other = routers(plan).weights, routers(plan).weights, routers(plan, seed=1).weights
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert not torch.equal(first[0], first[1])
+        assert float(first.std()) == pytest.approx(deviation, rel=0.05)
+    assert float(first.abs().max()) <= 1 / 16
+
+
+def test_two_runs_give_identical_files(tmp_path, llamas):
+    plan = plan_of(tmp_path, llamas, gate_mode="hidden")
+    for name in ("one", "two"):
+        merge(plan, tmp_path / name / "model")
+    for file in (tmp_path / "one" / "model").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / "model" / file.name).read_bytes()
+
+
+def test_the_scale_meets_its_target():
+    generator = torch.Generator().manual_seed(0)
+    rows, states = torch.randn(4, 16, generator=generator), torch.randn(100, 16, generator=generator)
+    for per_token in (1, 2, 3):
+        scale = fit_scale(rows, states, per_token)
+        weights, _ = top_weights(rows * scale, states, max(per_token, 2))
+        assert float(weights[:, 0].mean()) == pytest.approx(0.9, abs=1e-3)
+
+
+def test_the_routing_of_a_layer_is_counted():
+    states = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]])
+    inputs = RouterInputs(states, torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, True, False]))
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-5.0, -5.0]])
+    routing = route_layer(rows, inputs, 1)
+    assert routing.own[:2] == (1.0, 1.0)
+    assert routing.load[:2] == (0.5, 0.5) or math.isnan(routing.load[0])
+
+
+def report(own, load, distances=None) -> RoutingReport:
+    from moemerge.routers.diagnostics import LayerRouting
+
+    names = ("fox", "code", "chat", "math")
+    return RoutingReport(names, 2, (LayerRouting(own, load, 0.9),), distances or {})
+
+
+def test_experts_that_are_never_chosen_are_named():
+    found = report((0.9, 0.9, 0.01, 0.4), (0.9, 0.8, 0.01, 0.3)).warnings()
+    assert found == [
+        "expert chat is almost never chosen: 1.0% of the prompts' tokens reach it",
+        "expert math gets fewer of its own prompts' tokens than chance would give it: 40.0% against 50.0%",
+    ]
+
+
+def test_rows_that_are_almost_parallel_are_named():
+    rows = torch.tensor([[[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [-1.0, 0.0]]])
+    distances = row_distances(rows)
+    assert distances[0, 3] == pytest.approx(1.0)
+    good = (0.9,) * 4
+    assert report(good, (0.5,) * 4, distances).warnings() == [
+        "the router can hardly tell fox from code: their rows are almost parallel"
+    ]
+
+
+def test_experts_are_named_shortly():
+    assert expert_names(["/a/b/fox", "user/fox", "code/"]) == ("fox (0)", "fox (1)", "code")
+
+
+def test_prompts_are_encoded_as_the_tokenizer_does(tmp_path, llamas):
+    plan = plan_of(tmp_path, llamas)
+    prompts = encode_prompts(llamas[0], plan.config.experts, 128)
+    assert prompts[0].ids == tuple(tokenizer()("The fox jumps.")["input_ids"])
+    assert prompts[0].ids[0] == 1
+    assert prompts[0].counted == (False,) + (True,) * (len(prompts[0].ids) - 1)
+
+
+def test_prompts_that_do_not_fit_are_refused(tmp_path, llamas):
+    plan = plan_of(tmp_path, llamas)
+    with pytest.raises(RouterError, match=r"experts\[1\].positive_prompts\[0\]: has 9 tokens, the base model's context is 5"):
+        encode_prompts(llamas[0], plan.config.experts, 5)
+
+
+def test_a_base_without_a_tokenizer_is_refused(tmp_path):
+    folders = [make_model(tmp_path / str(seed), seed) for seed in range(3)]
+    for file in folders[0].glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(RouterError, match=r"the base model's tokenizer cannot be loaded .* gate_mode random does not"):
+        routers(plan_of(tmp_path, folders))
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path, llamas):
+    plan = plan_of(tmp_path, llamas, gate_mode="random")
+    with pytest.raises(RouterError, match="device 'cuda:9' cannot be used here"):
+        merge(plan, tmp_path / "out", device="cuda:9")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
+    from moemerge.errors import CheckpointError
+
+    folders = [make_model(tmp_path / str(seed), seed, vocab_size=20) for seed in range(3)]
+    with pytest.raises(CheckpointError, match=r"'model.embed_tokens.weight' has 20 rows, but the tokenizer gives token"):
+        routers(plan_of(tmp_path, folders))
+
+
+def test_without_prompts_there_is_no_table(tmp_path, llamas):
+    path = tmp_path / "merge.yaml"
+    experts = "".join(f"- source_model: {folder}\n" for folder in llamas[1:])
+    path.write_text(f"base_model: {llamas[0]}\ngate_mode: random\nexperts:\n{experts}")
+    assert routers(plan_merge(load_config(path))).report.layers == ()
