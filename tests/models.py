@@ -35,7 +35,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def make_model(folder: Path, seed: int = 0, model_type: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
+def make_model(
+    folder: Path, seed: int = 0, model_type: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any
+) -> Path:
     """Save a random model with its tokenizer; equal arguments give equal bytes."""
     config = AutoConfig.for_model(model_type, **{**SIZES, **sizes})
     with torch.random.fork_rng():
@@ -54,14 +56,16 @@ def make_model(folder: Path, seed: int = 0, model_type: str = "llama", dtype: to
     return folder
 
 
-def write_config(path: Path, base: Path, experts: list[Path], **keys: Any) -> Path:
-    """Write a merge config with a different prompt for each expert."""
+def write_config(path: Path, base: Path, experts: list[Path], *, prompts: bool = True, **keys: Any) -> Path:
+    """Write a merge config with different prompts for each expert, or with none and random routers."""
     document = {
         "base_model": str(base),
         "experts": [
-            {"source_model": str(expert), "positive_prompts": PROMPTS[number % len(PROMPTS)] + [f"item {number}"]}
+            {"source_model": str(expert)}
+            | ({"positive_prompts": PROMPTS[number % len(PROMPTS)] + [f"item {number}"]} if prompts else {})
             for number, expert in enumerate(experts)
         ],
+        **({} if prompts else {"gate_mode": "random"}),
         **keys,
     }
     path.write_text(yaml.safe_dump(document))

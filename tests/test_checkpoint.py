@@ -119,8 +119,14 @@ def test_index_and_headers_have_to_agree(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     file = "model-00001-of-00001.safetensors"
     for weight_map, message in (
-        ({"a": file}, "tensor 'b' is in model-00001-of-00001.safetensors, but model.safetensors.index.json does not name it"),
-        ({"a": file, "b": file, "c": file}, "says that tensor 'c' is in model-00001-of-00001.safetensors, whose header has no"),
+        (
+            {"a": file},
+            "tensor 'b' is in model-00001-of-00001.safetensors, but model.safetensors.index.json does not name it",
+        ),
+        (
+            {"a": file, "b": file, "c": file},
+            "says that tensor 'c' is in model-00001-of-00001.safetensors, whose header has no",
+        ),
         ({"a": file, "b": "gone.safetensors"}, r"names 1 file\(s\) that are not there: gone.safetensors"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
@@ -254,7 +260,9 @@ def test_each_way_of_copying_gives_the_same_bytes(tmp_path, monkeypatch, way, br
     moved = []
     out = tmp_path / "out"
     out.mkdir()
-    found = write(out, {"b": Piece(b"\0" * 6, "BF16"), "a": Piece(tensor, "F32")}, {"b": (3,), "a": (700, 3)}, moved.append)
+    found = write(
+        out, {"b": Piece(b"\0" * 6, "BF16"), "a": Piece(tensor, "F32")}, {"b": (3,), "a": (700, 3)}, moved.append
+    )
     assert torch.equal(found["a"], source)
     assert len(used) == 9
     assert sum(moved) == 8400 + 6

@@ -23,7 +23,9 @@ def pair(tmp_path) -> list[Path]:
 
 def plan(tmp_path: Path, folders: list[Path], **keys):
     base, *experts = folders
-    return plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, **{"gate_mode": "random"} | keys)))
+    return plan_merge(
+        load_config(write_config(tmp_path / "merge.yaml", base, experts, **{"gate_mode": "random"} | keys))
+    )
 
 
 def problems(tmp_path: Path, folders: list[Path], **keys) -> list[str]:
@@ -129,7 +131,9 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path, pair):
 
 
 def test_derived_buffers_of_old_checkpoints_are_left_out(tmp_path, pair):
-    change_tensors(pair[0], lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    change_tensors(
+        pair[0], lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    )
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in plan(tmp_path, pair).outputs
 
 
@@ -164,7 +168,15 @@ def test_unused_keys_of_the_base_are_named(tmp_path, pair):
 def test_the_output_config_is_explicit_and_speaks_both_dialects(tmp_path):
     rope = {"rope_type": "linear", "factor": 2.0}
     folders = [
-        make_model(tmp_path / str(seed), seed, "mistral", sliding_window=16, head_dim=12, rope_theta=5e5, rope_scaling=dict(rope))
+        make_model(
+            tmp_path / str(seed),
+            seed,
+            "mistral",
+            sliding_window=16,
+            head_dim=12,
+            rope_theta=5e5,
+            rope_scaling=dict(rope),
+        )
         for seed in range(3)
     ]
     config = plan(tmp_path, folders).output_config

@@ -42,7 +42,13 @@ def test_every_key_of_mergekit_moe_is_accepted():
 
 @pytest.mark.parametrize(
     ("spelling", "dtype"),
-    [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("float16", "float16"), ("torch.bfloat16", "bfloat16")],
+    [
+        ("bf16", "bfloat16"),
+        ("fp16", "float16"),
+        ("fp32", "float32"),
+        ("float16", "float16"),
+        ("torch.bfloat16", "bfloat16"),
+    ],
 )
 def test_dtype_spellings(spelling, dtype):
     assert parse_config(PLAIN + f"dtype: {spelling}\n").dtype == dtype

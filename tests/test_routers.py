@@ -45,7 +45,8 @@ def ffn_inputs(model, ids: list[int]) -> list[torch.Tensor]:
     """What enters each layer's FFN in the whole model: (layer) of (token, hidden)."""
     seen = []
     handles = [
-        layer.mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0])) for layer in model.model.layers
+        layer.mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0]))
+        for layer in model.model.layers
     ]
     with torch.no_grad():
         model(torch.tensor([ids]))
@@ -138,7 +139,9 @@ def test_an_expert_without_negative_prompts_does_not_win_every_token():
 def test_negative_prompts_push_away(tmp_path, llamas):
     path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:3], experts_per_token=1)
     plain = routers(plan_merge(load_config(path))).weights
-    path.write_text(path.read_text().replace("- positive_prompts:", "- negative_prompts: [The lazy fox]\n  positive_prompts:", 1))
+    path.write_text(
+        path.read_text().replace("- positive_prompts:", "- negative_prompts: [The lazy fox]\n  positive_prompts:", 1)
+    )
     pushed = routers(plan_merge(load_config(path))).weights
     assert not torch.allclose(plain, pushed, atol=1e-3)
 
@@ -220,7 +223,9 @@ def test_prompts_are_encoded_as_the_tokenizer_does(tmp_path, llamas):
 
 def test_prompts_that_do_not_fit_are_refused(tmp_path, llamas):
     plan = plan_of(tmp_path, llamas)
-    with pytest.raises(RouterError, match=r"experts\[1\].positive_prompts\[0\]: has 9 tokens, the base model's context is 5"):
+    with pytest.raises(
+        RouterError, match=r"experts\[1\].positive_prompts\[0\]: has 9 tokens, the base model's context is 5"
+    ):
         encode_prompts(llamas[0], plan.config.experts, 5)
 
 
@@ -243,7 +248,9 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
     from moemerge.errors import CheckpointError
 
     folders = [make_model(tmp_path / str(seed), seed, vocab_size=20) for seed in range(3)]
-    with pytest.raises(CheckpointError, match=r"'model.embed_tokens.weight' has 20 rows, but the tokenizer gives token"):
+    with pytest.raises(
+        CheckpointError, match=r"'model.embed_tokens.weight' has 20 rows, but the tokenizer gives token"
+    ):
         routers(plan_of(tmp_path, folders))
 
 

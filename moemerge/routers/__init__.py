@@ -11,13 +11,11 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import GateMode, MergeConfig
 from moemerge.errors import RouterError
 from moemerge.formats.dense import DenseModel
-from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.cheap_embed import cheap_embed_router
 from moemerge.routers.diagnostics import RoutingReport, expert_names, route_layer, row_distances
 from moemerge.routers.hidden import hidden_router
-from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.random import random_router, uniform_random_router
-from moemerge.routers.request import LayerRouter, RouterRequest
+from moemerge.routers.request import EncodedPrompt, LayerRouter, RouterRequest
 
 __all__ = ["INITIALISERS", "Routers", "init_routers"]
 
@@ -60,9 +58,13 @@ def init_routers(
     Raises:
         RouterError: the tokenizer, the prompts or the device do not serve.
     """
-    prompts = (
-        encode_prompts(folder, config.experts, base.config["max_position_embeddings"]) if config.has_prompts else ()
-    )
+    prompts: tuple[EncodedPrompt, ...] = ()
+    if config.has_prompts:
+        # These import transformers, which routers without prompts do not need.
+        from moemerge.routers.capture import capture_router_inputs
+        from moemerge.routers.prompts import encode_prompts
+
+        prompts = encode_prompts(folder, config.experts, base.config["max_position_embeddings"])
     request = RouterRequest(
         folder, base, tensors, tuple(config.experts), prompts, config.experts_per_token, seed, _device(device)
     )

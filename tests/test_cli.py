@@ -1,0 +1,273 @@
+"""The command line as users meet it: in its own process, with its exit codes and whole messages."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
+from moemerge.errors import RefusedError
+from tests.models import edit_json, make_model, write_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object, cwd: Path | None = None, before: str = "", after: str = "") -> subprocess.CompletedProcess:
+    """Run the command line; `before` and `after` are Python around it."""
+    code = (
+        f"import sys\n{before}\nfrom moemerge.cli import main\n"
+        f"try:\n    main()\nexcept SystemExit as end:\n    status = end.code\n{after}\nsys.exit(status)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
+
+
+NO_TORCH = "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
+
+
+@pytest.fixture
+def config(tmp_path, llamas) -> Path:
+    """A merge config with prompts."""
+    return write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:])
+
+
+@pytest.fixture
+def plain(tmp_path, llamas) -> Path:
+    """A merge config without prompts."""
+    return write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], prompts=False)
+
+
+def hashes(folders: list[Path]) -> dict[Path, str]:
+    return {
+        file: hashlib.sha256(file.read_bytes()).hexdigest() for folder in folders for file in sorted(folder.iterdir())
+    }
+
+
+def test_the_command_line_of_a_tutorial_works_with_the_name_changed(tmp_path, llamas, config):
+    before = hashes(llamas)
+    result = run(
+        config, tmp_path / "out", "--copy-tokenizer", "--out-shard-size", "20K", "--lazy-unpickle", "--allow-crimes",
+        "--i-understand-this-is-not-useful-without-training", "--trust-remote-code", "-v",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "note: --lazy-unpickle is not needed: memory is bounded without it" in result.stderr
+    assert "note: --trust-remote-code is not needed: code from a model repository is never executed" in result.stderr
+    assert "weights: " in result.stderr
+    assert "Prompt tokens that reach each expert in the top 2 (chance 67%" in result.stdout
+    assert result.stdout.endswith(f"{tmp_path / 'out'}: done\n")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names >= {
+        "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "moemerge_config.yaml",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert len([name for name in names if name.endswith(".safetensors")]) > 1
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (llamas[0] / name).read_bytes()
+    assert (tmp_path / "out" / "moemerge_config.yaml").read_text() == config.read_text()
+    assert hashes(llamas) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_plan_shows_everything_without_torch_and_writes_nothing(tmp_path, config):
+    result = run("plan", config, cwd=tmp_path, after=NO_TORCH)
+    assert result.returncode == 0, result.stderr
+    for part in ("MixtralForCausalLM", "active per token", "free here", "at the peak", "expert 2", "tokenizer.json"):
+        assert part in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["merge.yaml"]
+
+
+def test_plan_as_json_says_where_every_byte_comes_from(llamas, config):
+    result = run("plan", config, "--json", "--max-shard-size", "30kB", after=NO_TORCH)
+    facts = json.loads(result.stdout)
+    assert facts["experts"] == 3
+    assert sum(shard["bytes"] for shard in facts["shards"]) < facts["output_bytes"]
+    tensors = {tensor["name"]: tensor for tensor in facts["tensors"]}
+    expert = tensors["model.layers.2.block_sparse_moe.experts.1.w3.weight"]
+    assert expert["from"] == str(llamas[2] / "model.safetensors")
+    assert expert["tensor"] == "model.layers.2.mlp.up_proj.weight"
+    assert expert["unchanged"]
+    assert tensors["model.layers.2.block_sparse_moe.gate.weight"]["from"] == "router"
+
+
+def test_help_names_the_commands_and_how_to_merge_a_file_called_like_one():
+    result = run("--help", after=f"{NO_TORCH}; assert 'pydantic' not in sys.modules")
+    assert result.returncode == 0
+    for part in ("moemerge CONFIG OUT", "moemerge plan CONFIG", "moemerge inspect MODEL", "./plan out/", "Exit codes"):
+        assert part in " ".join(result.stdout.split())
+
+
+def test_a_config_named_like_a_command_is_merged_by_its_path(tmp_path, plain):
+    plain.rename(tmp_path / "plan")
+    result = run("./plan", "out", "--quiet", cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_inspect_tells_dense_from_moe(tmp_path, llamas, plain):
+    assert run(plain, tmp_path / "out", "--quiet").returncode == 0
+    dense = run("inspect", llamas[0], after=NO_TORCH)
+    assert "llama, dense, 3 layers" in dense.stdout
+    assert "index, headers and file sizes agree" in dense.stdout
+    moe = json.loads(run("inspect", tmp_path / "out", "--json", after=NO_TORCH).stdout)
+    plan = json.loads(run("plan", plain, "--json").stdout)
+    assert (moe["model_type"], moe["experts"], moe["experts_per_token"]) == ("mixtral", 3, 2)
+    assert moe["total_parameters"] == plan["total_parameters"]
+    assert moe["active_parameters"] == plan["active_parameters"]
+    assert moe["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status", "message"),
+    [
+        ("gate_mode: hidden\ngate_mod: x\n", 2, "gate_mod: unknown key, did you mean gate_mode?"),
+        ("gate_mode: hiden\n", 2, "did you mean hidden?"),
+        ("dtype: bfloat\n", 2, "dtype: expected float32, float16 or bfloat16, found 'bfloat'"),
+        ("architecture: qwen\n", 2, "error: architecture: 'qwen' is no output family; known: mixtral."),
+        ("base_model: /no/such/folder\n", 1, "error: /no/such/folder: there is no such folder"),
+    ],
+)
+def test_a_refusal_is_one_message_before_torch_is_imported(tmp_path, config, spoil, status, message):
+    text = config.read_text()
+    if spoil.startswith("base_model"):
+        text = "\n".join(line for line in text.splitlines() if not line.startswith("base_model")) + "\n"
+    config.write_text(text + spoil)
+    result = run(config, tmp_path / "out", after=NO_TORCH)
+    assert result.returncode == status
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    assert "Traceback" in run(tmp_path / "no.yaml", tmp_path / "out", "--debug").stderr
+
+
+def test_a_wrong_command_is_explained(tmp_path, config):
+    for arguments, message in (
+        ((config,), "Missing argument 'OUT'"),
+        ((config, tmp_path / "out", "--max-shard-size", "5 bananas"), "'5 bananas' is not a size: write it like 5GB"),
+        ((config, tmp_path / "out", "--out-shard-size", "5GB"), "is no number of parameters like 1B or 500M"),
+        ((config, tmp_path / "out", "--bogus"), "No such option"),
+    ):
+        result = run(*arguments)
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_full_folder_is_refused_then_replaced_on_request(tmp_path, plain):
+    assert run(plain, tmp_path / "out", "--quiet", "--max-shard-size", "20kB").returncode == 0
+    result = run(plain, tmp_path / "out")
+    assert result.returncode == 2
+    assert "is not empty" in result.stderr
+    assert run(plain, tmp_path / "out", "--quiet", "--overwrite").returncode == 0
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_a_truncated_source_is_named(tmp_path):
+    folders = [make_model(tmp_path / str(seed), seed) for seed in range(3)]
+    weights = folders[2] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = run(write_config(tmp_path / "c.yaml", folders[0], folders[1:], gate_mode="random"), tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {weights}: tensor 'model.norm.weight': ends at byte")
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path):
+    folders = [make_model(tmp_path / str(seed), seed) for seed in range(3)]
+    marker = tmp_path / "executed"
+    for name in ("modeling_x", "configuration_x", "tokenization_x"):
+        (folders[0] / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')\nclass X: pass\n")
+    classes = {
+        "AutoConfig": "configuration_x.X",
+        "AutoModel": "modeling_x.X",
+        "AutoTokenizer": ["tokenization_x.X", None],
+    }
+    edit_json(folders[0] / "config.json", auto_map=classes)
+    edit_json(folders[0] / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
+    config = write_config(tmp_path / "c.yaml", folders[0], folders[1:])
+    result = run(config, tmp_path / "out", "--trust-remote-code")
+    assert not marker.exists()
+    assert result.returncode == 0, result.stderr
+
+
+SLOW = """
+import time
+from moemerge.checkpoint import copy
+copy.KERNEL_CHUNK_BYTES = 64
+whole = copy._copy_file_range
+copy._copy_file_range = lambda *arguments: time.sleep(0.01) or whole(*arguments)
+"""
+
+
+def start(config: Path, out: Path) -> subprocess.Popen:
+    """A merge that is slow enough to be stopped in the middle; gives it when it is there."""
+    code = f"{SLOW}\nfrom moemerge.cli import main\nmain()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(config), str(out)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    stage = out.parent / f".{out.name}.moemerge-partial" / "model.safetensors"
+    deadline = time.monotonic() + 60
+    while not stage.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert stage.exists()
+    return process
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_merge_leaves_nothing(tmp_path, plain, sent):
+    process = start(plain, tmp_path / "out")
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.endswith("interrupted: nothing was left behind\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["merge.yaml"]
+
+
+def test_a_killed_merge_leaves_nothing_that_looks_finished_and_the_next_run_cleans_up(tmp_path, plain):
+    process = start(plain, tmp_path / "out")
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.moemerge-partial" / "config.json").exists()
+    assert run(plain, tmp_path / "out", "--quiet").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yaml", "out"]
+
+
+def test_flags_of_mergekit_are_translated_or_explained():
+    kept, notes = translate(["c", "out", "--cuda", "--random-seed=7", "--transformers-cache", "/x", "-j4", "--no-cuda"])
+    assert kept == ["c", "out", "--device", "cuda", "--seed", "7", "--cache-dir", "/x"]
+    assert notes == ["-j is not needed: bytes are copied by the kernel in several threads"]
+    assert translate(["--", "--cuda"]) == (["--", "--cuda"], [])
+    assert translate(["--lora-merge-cache", "/y", "c"])[0] == ["c"]
+
+
+def test_every_flag_of_mergekit_moe_has_a_fate():
+    """The options that `mergekit-moe --help` of mergekit 0.1.5 lists; the first ones are moemerge's own."""
+    own = {"--quiet", "--device", "-v", "--out-shard-size", "--help"}
+    theirs = """--load-in-4bit --load-in-8bit --i-understand-this-is-not-useful-without-training --allow-crimes
+        --unsafe-truncate-embeddings --trust-remote-code --transformers-cache --lora-merge-cache --lora-merge-dtype
+        --random-seed -v --quiet --cuda --device --low-cpu-memory --lazy-unpickle --read-to-gpu --multi-gpu
+        --num-threads -j --gpu-rich --async-write --write-threads --out-shard-size --copy-tokenizer --clone-tensors
+        --write-model-card --safe-serialization --help"""
+    assert set(theirs.split()) - own <= FLAGS.keys()
+
+
+@pytest.mark.parametrize(("text", "count"), [("1B", 10**9), ("500m", 5 * 10**8), ("20K", 20000), ("7", 7)])
+def test_shard_sizes_in_parameters(text, count):
+    assert parse_parameter_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "5GB", "1.5B", "-1"])
+def test_what_is_no_number_of_parameters(text):
+    with pytest.raises(RefusedError, match="is no number of parameters"):
+        parse_parameter_count(text)

@@ -1,0 +1,72 @@
+"""The public border, the layout names that other readers expect, the card, inspection."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+from huggingface_hub import ModelCard
+
+import moemerge
+from moemerge import load_config, merge, plan_merge
+from moemerge.formats import MOE_FAMILIES
+from moemerge.inspection import inspect_checkpoint
+from tests.models import write_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_what_is_public_is_importable_and_documented():
+    for name in moemerge.__all__:
+        assert getattr(moemerge, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'bogus'"):
+        _ = moemerge.bogus
+
+
+def test_importing_the_package_imports_nothing_slow():
+    code = "import sys, moemerge.merging, moemerge.cli.app; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_llama_cpp_has_a_name_for_every_tensor(tmp_path, llamas):
+    """The converter maps Hub names by this table; experts are first stacked under their part's name."""
+    plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], gate_mode="random")))
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, plan.base.layers)
+    for name in plan.outputs:
+        parts = name.split(".")
+        stacked = ".".join([*parts[:4], "experts", *parts[6:]]) if "experts" in parts else name
+        assert table.get_name(stacked, try_suffixes=(".weight",)), name
+
+
+def test_output_names_are_those_of_released_checkpoints():
+    mixtral = MOE_FAMILIES["mixtral"]
+    assert mixtral.router.format(layer=7) == "model.layers.7.block_sparse_moe.gate.weight"
+    assert [name.format(layer=0, expert=3).removeprefix("model.layers.0.block_sparse_moe.experts.3.") for name in
+            mixtral.experts.values()] == ["w1.weight", "w3.weight", "w2.weight"]  # fmt: skip
+
+
+def test_the_card_says_what_the_model_is(tmp_path, llamas):
+    path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:])
+    plan = plan_merge(load_config(path))
+    report = merge(plan, tmp_path / "my-model")
+    card = ModelCard.load(tmp_path / "my-model" / "README.md", ignore_metadata_errors=False)
+    assert card.data.tags == ["moe", "merge", "frankenmoe", "moemerge"]
+    assert card.data.library_name == "transformers"
+    assert "base_model" not in card.data.to_dict()  # folders of this machine are no repositories
+    for part in (path.read_text().rstrip(), "# my-model", "parameters", "## Routing", f"| fox | {report.own[0]:.1%} |"):
+        assert part in card.text
+
+
+def test_inspect_notices_what_does_not_fit(tmp_path, llamas):
+    path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], gate_mode="random")
+    merge(plan_merge(load_config(path), max_shard_bytes=30_000), tmp_path / "out")
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"total_size": ', '"total_size": 1'))
+    (tmp_path / "out" / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    config = tmp_path / "out" / "config.json"
+    config.write_text(config.read_text().replace('"num_local_experts": 3', '"num_local_experts": 4'))
+    first, second, third = inspect_checkpoint(str(tmp_path / "out")).warnings
+    assert first == "config.json announces 4 experts, the tensors hold 3"
+    assert second == "model-00001-of-00009.safetensors: not in the index, so no reader loads it"
+    assert third.startswith("model.safetensors.index.json announces 1")
