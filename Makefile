@@ -27,6 +27,40 @@ lint: install
 # Everything that must pass.
 test: check
 
+# The same tests under the oldest transformers that is supported, and equal logits in both.
+VENV4 := .venv-transformers4
+PIP4 := -q --disable-pip-version-check -c constraints-transformers4.txt
+
+$(VENV4)/.done: pyproject.toml constraints-transformers4.txt
+	$(PYTHON) -m venv $(VENV4)
+	$(VENV4)/bin/pip install $(PIP4) torch==2.13.0
+	$(VENV4)/bin/pip install $(PIP4) -e '.[dev]'
+	touch $@
+
+test-transformers4: install $(VENV4)/.done
+	$(BIN)/python -m tests.other_version write .cache/other-version
+	$(VENV4)/bin/python -m tests.other_version compare .cache/other-version
+	$(VENV4)/bin/pytest
+
+# llama.cpp's own converter, and its own tokens. One source distribution carries both; it compiles for minutes, once.
+VENVL := .venv-llamacpp
+LLAMACPP := $(VENVL)/llama_cpp_python-0.3.36
+
+$(LLAMACPP)/.done:
+	$(PYTHON) -m venv $(VENVL)
+	$(VENVL)/bin/pip download $(PIP) -d $(VENVL) --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	tar -xzf $(LLAMACPP).tar.gz -C $(VENVL)
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(VENVL)/bin/pip install $(PIP) ./$(LLAMACPP)
+	touch $@
+
+$(VENVL)/.done: $(LLAMACPP)/.done pyproject.toml constraints.txt
+	$(VENVL)/bin/pip install $(PIP) torch==2.13.0
+	$(VENVL)/bin/pip install $(PIP) -e . gguf protobuf pytest pytest-socket sentencepiece
+	touch $@
+
+test-llamacpp: $(VENVL)/.done
+	LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/pytest tests/llamacpp
+
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

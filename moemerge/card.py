@@ -41,7 +41,7 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
     config = plan.config
     sections = [
         f"# {name}",
-        f"A mixture of {len(config.experts)} experts, {config.experts_per_token} per token ({plan.family.architecture}) "
+        f"A mixture of {len(config.experts)} experts with {config.experts_per_token} per token ({plan.family.model_type}), "
         "made with [moemerge](https://pypi.org/project/moemerge/): embeddings, attention and norms come from "
         f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.gate_mode}`.",
         f"**{plan.total_parameters / 1e9:.2f} B parameters, {plan.active_parameters / 1e9:.2f} B active per token, "
@@ -72,14 +72,15 @@ def _routing(report: "RoutingReport") -> str:
         return "The merge had no prompts, so nothing is known of how its routers choose. Train them before use."
     lines = [
         "Of the tokens of each expert's own positive prompts, the share that reaches it among the "
-        f"{report.experts_per_token} chosen, and its share of all prompts' tokens (chance: {report.chance:.0%}). These "
+        f"{report.experts_per_token} chosen, or as the first choice, and its share of all prompts' tokens "
+        f"(chance: {report.chance:.0%}). These "
         "are the prompts that the routers were made from; other text routes less clearly.",
         "",
-        "| expert | own prompts | all prompts |",
-        "|---|---|---|",
+        "| expert | own prompts | own prompts, first choice | all prompts |",
+        "|---|---|---|---|",
         *(
-            f"| {name} | {own:.1%} | {load:.1%} |"
-            for name, own, load in zip(report.experts, report.own, report.load, strict=True)
+            f"| {name} | {own:.1%} | {first:.1%} | {load:.1%} |"
+            for name, own, first, load in zip(report.experts, report.own, report.first, report.load, strict=True)
         ),
         "",
         f"The first choice has a mean weight of {report.top_weight:.2f}.",

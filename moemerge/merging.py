@@ -56,13 +56,13 @@ def merge(
     out = Path(out)
     check_target(out, [source.folder for source in plan.sources], overwrite=overwrite)
     check_space(out, plan.output_bytes)
-    from moemerge.routers import init_routers  # imports torch and transformers, which no refusal above needs
-
-    routers = init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
-        seed=seed, device=device, progress=lambda done, total: progress("routers", done, total),
-    )  # fmt: skip
     with staged(out) as folder:
+        from moemerge.routers import init_routers  # imports torch, which no refusal above needs
+
+        routers = init_routers(
+            plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
+            seed=seed, device=device, progress=lambda done, total: progress("routers", done, total),
+        )  # fmt: skip
         pieces = {
             name: output.origin
             if isinstance(output.origin, Piece)
@@ -77,8 +77,8 @@ def merge(
             progress("weights", done, plan.tensor_bytes)
 
         write_shards(folder, plan.shards, pieces, seed, report)
-        for path in plan.copied_files:
-            shutil.copyfile(path, folder / path.name)
+        for name, path in plan.copied_files.items():
+            shutil.copyfile(path, folder / name)
         if plan.index:
             (folder / SAFETENSORS_INDEX).write_text(plan.index, encoding="utf-8")
         (folder / CONFIG_COPY).write_text(plan.config.text, encoding="utf-8")

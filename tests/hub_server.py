@@ -53,17 +53,17 @@ class AnswerError(Exception):
 
 @dataclass
 class Repository:
-    """A repository: the files of each branch."""
+    """A repository."""
 
-    branches: dict[str, Files] = field(default_factory=dict)
+    branches: dict[str, tuple[str, Files]] = field(default_factory=dict)
+    """Commit and files of each."""
     gated: bool = False
     status: int = 200
     """Anything else is the answer to every request about it."""
 
     def find(self, revision: str) -> tuple[str, Files]:
         """The commit and the files of a branch or commit."""
-        for branch, files in self.branches.items():
-            commit = hashlib.sha1(repr(sorted(files.items())).encode(), usedforsecurity=False).hexdigest()
+        for branch, (commit, files) in self.branches.items():
             if revision in {branch, commit}:
                 return commit, files
         raise AnswerError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -85,7 +85,8 @@ class Hub:
     def add(self, repo: str, files: Files, revision: str = "main", *, gated: bool = False, status: int = 200) -> None:
         """Push a branch; the repository is created with the first."""
         repository = self.repositories.setdefault(repo, Repository(gated=gated, status=status))
-        repository.branches[revision] = files
+        listing = "".join(f"{path} {_blob_id(content)}" for path, content in sorted(files.items()))
+        repository.branches[revision] = (_blob_id(listing.encode()), files)
 
     def requested(self, repo: str) -> set[str]:
         """The files of a repository that were asked for in any way."""

@@ -327,7 +327,7 @@ def test_output_that_fails_leaves_what_was_there(tmp_path, error):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
-    with pytest.raises(error), staged(out) as folder:
+    with pytest.raises(error), staged(out) as folder:  # noqa: PT012  the block is what is interrupted
         (folder / "config.json").write_text("new")
         raise error
     assert (out / "config.json").read_text() == "old"

@@ -54,7 +54,13 @@ def test_the_card_says_what_the_model_is(tmp_path, llamas):
     assert card.data.tags == ["moe", "merge", "frankenmoe", "moemerge"]
     assert card.data.library_name == "transformers"
     assert "base_model" not in card.data.to_dict()  # folders of this machine are no repositories
-    for part in (path.read_text().rstrip(), "# my-model", "parameters", "## Routing", f"| fox | {report.own[0]:.1%} |"):
+    for part in (
+        path.read_text().rstrip(),
+        "# my-model",
+        "parameters",
+        "## Routing",
+        f"| fox | {report.own[0]:.1%} | {report.first[0]:.1%} |",
+    ):
         assert part in card.text
 
 

@@ -45,7 +45,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
         "peak_memory_bytes": plan.peak_memory_bytes,
         "sources": [{"reference": source.reference, "folder": str(source.folder)} for source in plan.sources],
-        "copied_files": [path.name for path in plan.copied_files],
+        "copied_files": list(plan.copied_files),
         "notes": list(plan.notes),
         "config": plan.output_config,
         "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in plan.shards],
@@ -79,7 +79,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
         "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s); {size(free)} free here",
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
-        "copied": ", ".join(path.name for path in plan.copied_files) or "no tokenizer files: the base model has none",
+        "copied": ", ".join(plan.copied_files) or "no tokenizer files: the base model has none",
     }
     for name, value in rows.items():
         facts.add_row(name, value)
@@ -103,9 +103,9 @@ def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) 
     """The routing table: on the prompts, who gets what."""
     if not report.layers:
         return
-    table = Table("expert", "own prompts", "all prompts", box=None, padding=(0, 2, 0, 0))
-    for name, own, load in zip(report.experts, report.own, report.load, strict=True):
-        table.add_row(name, f"{own:.1%}", f"{load:.1%}")
+    table = Table("expert", "own prompts", "first choice", "all prompts", box=None, padding=(0, 2, 0, 0))
+    for name, *shares in zip(report.experts, report.own, report.first, report.load, strict=True):
+        table.add_row(name, *(f"{share:.1%}" for share in shares))
     console.print(
         f"Prompt tokens that reach each expert in the top {report.experts_per_token} "
         f"(chance {report.chance:.0%}; first choice's mean weight {report.top_weight:.2f}):"

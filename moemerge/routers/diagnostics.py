@@ -1,7 +1,7 @@
 """What a router does with the prompts it was made from: which expert takes which token, and where that looks wrong."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
@@ -23,8 +23,10 @@ class LayerRouting:
 
     own: tuple[float, ...]
     """By expert: the share of its own positive-prompt tokens that have it in their top k."""
+    first: tuple[float, ...]
+    """By expert: the share of its own positive-prompt tokens that have it as their first choice."""
     load: tuple[float, ...]
-    """By expert: the same of all positive-prompt tokens, every expert's prompts weighing alike."""
+    """By expert: the share of all positive-prompt tokens that have it in their top k, each expert's weighing alike."""
     top_weight: float
     """Mean weight of the first choice."""
 
@@ -49,12 +51,17 @@ class RoutingReport:
     @property
     def own(self) -> tuple[float, ...]:
         """By expert: share of its own prompts' tokens that reach it, averaged over layers."""
-        return tuple(math.fsum(shares) / len(shares) for shares in zip(*(row.own for row in self.layers), strict=True))
+        return _mean_over_layers(layer.own for layer in self.layers)
+
+    @property
+    def first(self) -> tuple[float, ...]:
+        """By expert: share of its own prompts' tokens that choose it first, averaged over layers."""
+        return _mean_over_layers(layer.first for layer in self.layers)
 
     @property
     def load(self) -> tuple[float, ...]:
         """By expert: share of all prompts' tokens that reach it, averaged over layers."""
-        return tuple(math.fsum(shares) / len(shares) for shares in zip(*(row.load for row in self.layers), strict=True))
+        return _mean_over_layers(layer.load for layer in self.layers)
 
     @property
     def top_weight(self) -> float:
@@ -86,11 +93,18 @@ def route_layer(rows: torch.Tensor, inputs: RouterInputs, experts_per_token: int
     weights, chosen = top_weights(rows, states, experts_per_token)
     reached = torch.zeros(len(states), len(rows)).scatter_(1, chosen, 1.0)
     by_prompt = torch.stack([reached[expert == index].mean(dim=0) for index in range(len(rows))])
+    first = [float((chosen[expert == index, 0] == index).float().mean()) for index in range(len(rows))]
     return LayerRouting(
         own=tuple(by_prompt.diagonal().tolist()),
+        first=tuple(first),
         load=tuple(by_prompt.mean(dim=0).tolist()),
         top_weight=float(weights[:, 0].mean()),
     )
+
+
+def _mean_over_layers(shares: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+    """Mean over layers of shares by expert."""
+    return tuple(math.fsum(of_expert) / len(of_expert) for of_expert in zip(*shares, strict=True))
 
 
 def row_distances(rows: torch.Tensor) -> dict[tuple[int, int], float]:

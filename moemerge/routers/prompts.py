@@ -29,7 +29,7 @@ def encode_prompts(folder: Path, experts: Sequence[Expert], max_tokens: int) -> 
     except Exception as error:  # each tokenizer class raises in its own way
         raise RouterError(
             f"{folder}: the base model's tokenizer cannot be loaded ({error!r:.200}). "
-            "Prompts need it; gate_mode random does not."
+            "Prompts need it: add the tokenizer's files, or remove the prompts and choose gate_mode random."
         ) from error
     encoded = []
     for number, expert in enumerate(experts):

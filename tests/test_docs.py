@@ -1,0 +1,78 @@
+"""The documentation's commands, configs and programs are run, over tiny models in the places that they name."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moemerge.cli import main
+from moemerge.config import Expert, MergeConfig, parse_config
+from tests.models import make_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder in which every model that the README names is there, and its config."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    (folder / "merge.yaml").write_text(blocks("yaml")[0])
+    for text in (blocks("yaml")[0], (folder / "configs" / "mistral-4x7b.yaml").read_text()):
+        config = yaml.safe_load(text)
+        for reference in {config["base_model"], *(expert["source_model"] for expert in config["experts"])}:
+            if not (folder / reference).exists():
+                make_model(folder / reference, len(reference), "mistral")
+    return folder
+
+
+def test_the_first_config_is_valid_and_short():
+    assert parse_config(blocks("yaml")[0]).gate_mode == "hidden"
+    assert len(blocks("yaml")[0].splitlines()) <= 12
+
+
+def commands() -> list[str]:
+    """Indented lines that run moemerge on something; schematic ones are in capitals."""
+    lines = re.findall(r"^    (moemerge [^#\n]+)", README, re.MULTILINE)
+    return [line.strip() for line in lines if not re.search(r"\b(CONFIG|MODEL)\b", line)]
+
+
+def test_every_command_of_the_readme_works(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    assert len(commands()) == 4
+    for command in commands():
+        monkeypatch.setattr(sys, "argv", command.split())
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0, capsys.readouterr().err
+    assert (workplace / "beyonder" / "config.json").exists()
+    for program in blocks("python"):
+        shutil.rmtree(workplace / "out", ignore_errors=True)
+        exec(compile(program, "README.md", "exec"), {})  # noqa: S102  the README's own programs
+
+
+def test_every_key_of_the_config_is_documented():
+    table = README[README.index("| key |") :]
+    for key in MergeConfig.model_fields:
+        assert f"`{key}`" in table or key == "experts"
+    for key in Expert.model_fields:
+        assert f"`experts[].{key}`" in table
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_make_targets_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make ([\w-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
