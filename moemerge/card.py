@@ -41,7 +41,7 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
     config = plan.config
     sections = [
         f"# {name}",
-        f"A mixture of {len(config.experts)} experts with {config.experts_per_token} per token ({plan.family.model_type}), "
+        f"A {plan.family.model_type} of {len(config.experts)} experts, {config.experts_per_token} per token, "
         "made with [moemerge](https://pypi.org/project/moemerge/): embeddings, attention and norms come from "
         f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.gate_mode}`.",
         f"**{plan.total_parameters / 1e9:.2f} B parameters, {plan.active_parameters / 1e9:.2f} B active per token, "

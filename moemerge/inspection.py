@@ -62,8 +62,6 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     if experts != claimed:
         warnings.append(f"config.json announces {claimed} experts, the tensors hold {experts}")
     index = model.file(SAFETENSORS_INDEX)
-    if index and index.name != SAFETENSORS_INDEX:  # in the Hub's cache, a file is named by its hash
-        names = set(read_json(index)["weight_map"].values())
     stale = sorted(
         path.name
         for path in model.folder.glob("*.safetensors")

@@ -77,8 +77,8 @@ def merge(
             progress("weights", done, plan.tensor_bytes)
 
         write_shards(folder, plan.shards, pieces, seed, report)
-        for name, path in plan.copied_files.items():
-            shutil.copyfile(path, folder / name)
+        for path in plan.copied_files:
+            shutil.copyfile(path, folder / path.name)
         if plan.index:
             (folder / SAFETENSORS_INDEX).write_text(plan.index, encoding="utf-8")
         (folder / CONFIG_COPY).write_text(plan.config.text, encoding="utf-8")

@@ -61,8 +61,8 @@ class MergePlan:
     outputs: dict[str, Output]
     """Every tensor of the merged model, by name, in the order of the layers."""
     shards: tuple[Shard, ...]
-    copied_files: dict[str, Path]
-    """Name in the output to the base model's file, which in the Hub's cache has another name."""
+    copied_files: tuple[Path, ...]
+    """Of the base model, beside its weights."""
     notes: tuple[str, ...]
     total_parameters: int
     active_parameters: int
@@ -81,7 +81,7 @@ class MergePlan:
     @property
     def output_bytes(self) -> int:
         """Disk space of the merged model."""
-        return self.weight_bytes + sum(path.stat().st_size for path in self.copied_files.values())
+        return self.weight_bytes + sum(path.stat().st_size for path in self.copied_files)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -158,8 +158,8 @@ def plan_merge(
         )
     specs = [_spec(name, STORED[dtype], output.shape) for name, output in outputs.items()]
     total, active = _count_parameters(outputs, config)
-    copied_files = {name: path for name in COPIED_FILES if (path := base_folder.file(name))}
-    if not any(name.startswith("tok") for name in copied_files):
+    copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
+    if not any(path.name.startswith("tok") for path in copied_files):
         notes.append("base_model: has no tokenizer files, so the merged model will have none")
     return MergePlan(
         config=config,

@@ -45,7 +45,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
         "peak_memory_bytes": plan.peak_memory_bytes,
         "sources": [{"reference": source.reference, "folder": str(source.folder)} for source in plan.sources],
-        "copied_files": list(plan.copied_files),
+        "copied_files": [path.name for path in plan.copied_files],
         "notes": list(plan.notes),
         "config": plan.output_config,
         "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in plan.shards],
@@ -79,7 +79,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
         "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s); {size(free)} free here",
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
-        "copied": ", ".join(plan.copied_files) or "no tokenizer files: the base model has none",
+        "copied": ", ".join(path.name for path in plan.copied_files) or "no tokenizer files: the base model has none",
     }
     for name, value in rows.items():
         facts.add_row(name, value)

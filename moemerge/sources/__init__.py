@@ -1,5 +1,6 @@
 """From a model reference in the YAML to its `config.json` and the table of its tensors; no tensor bytes are read."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,12 @@ class ModelFolder:
     """Its `config.json`."""
 
     def file(self, name: str) -> Path | None:
-        """The file of this name in the model's folder, or None where there is none."""
-        return resolve_file(self.folder, name) if (self.folder / name).exists() else None
+        """The file of this name in the model's folder, or None where there is none.
+
+        Raises:
+            CheckpointError: it is a link that leads elsewhere, or nowhere.
+        """
+        return resolve_file(self.folder, name) if os.path.lexists(self.folder / name) else None
 
 
 def open_model(reference: str, announce: Announce) -> ModelFolder:

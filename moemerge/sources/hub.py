@@ -1,15 +1,18 @@
 """Models on the Hub, through `huggingface_hub` and its cache; with `HF_HUB_OFFLINE=1` from the cache alone."""
 
-from collections.abc import Callable
+import glob
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -27,9 +30,22 @@ from moemerge.sources.reference import Reference
 
 # Everything that a merge reads or copies beside weights; tokenizers come in many files.
 SMALL_FILES: Final = [
-    "config.json", "generation_config.json", "*.index.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "adapter_config.json",
+    "config.json", "generation_config.json", SAFETENSORS_INDEX, PICKLE_INDEX, "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "tekken.json", "chat_template.json", "*.jinja",
+    "adapter_config.json",
 ]  # fmt: skip
+_ABSENT: Final = (
+    "there is no such folder here, it is not in the Hub's cache, and the Hub cannot be reached. "
+    "Check the name, the network, and HF_HUB_OFFLINE."
+)
+_PARTIAL: Final = (
+    "only a part of it is in the Hub's cache, and the Hub cannot be reached. Check the network and HF_HUB_OFFLINE."
+)
+_GATED: Final = "is gated. Accept its terms on its page on the Hub, then log in with `hf auth login`."
+_NOT_FOUND: Final = (
+    "there is no such folder here and no such repository on the Hub, or it is private. "
+    "Check the name; for a private one log in with `hf auth login`."
+)
 
 
 def fetch_small_files(reference: Reference) -> Path:
@@ -38,51 +54,74 @@ def fetch_small_files(reference: Reference) -> Path:
     Raises:
         SourceError: says what the Hub answered and what to do.
     """
-    return _download(reference, reference.revision, SMALL_FILES)
+    with _explained(reference, _ABSENT):
+        return Path(snapshot_download(reference.repo, revision=reference.revision, allow_patterns=SMALL_FILES))
 
 
 def fetch_weights(reference: Reference, folder: Path, announce: Callable[[str], None]) -> None:
-    """Download the weights into the snapshot `folder`: the files that its index names, or the single file.
+    """Download the weights into the snapshot `folder`, unless they are there: what its index names, or a single file.
 
     The snapshot is named by its commit, so that small files and weights are of one revision.
 
     Raises:
         SourceError: says what the Hub answered and what to do.
     """
-    for index, single in ((SAFETENSORS_INDEX, SINGLE_SAFETENSORS), (PICKLE_INDEX, SINGLE_PICKLE)):
-        if (folder / index).exists():
-            names = sorted(set(read_weight_map(resolve_file(folder, index)).values()))
-        else:
-            names = [single]
-        if not all((folder / name).exists() for name in names):
-            announce(f"{reference}: downloading {', '.join(names[:3])}{' ...' if names[3:] else ''}")
-            _download(reference, folder.name, names)
-        if (folder / names[0]).exists():
-            return
+    choices = _weight_files(folder)
+    if any(all((folder / name).exists() for name in names) for names in choices):
+        return
+    commit = folder.name
+    with _explained(reference, _PARTIAL):
+        for names in choices:
+            if _is_on_hub(reference.repo, names[0], commit):
+                announce(f"{reference}: downloading {', '.join(names[:3])}{' ...' if names[3:] else ''}")
+                snapshot_download(reference.repo, revision=commit, allow_patterns=[glob.escape(name) for name in names])
+                return
     raise SourceError(
-        f"{reference}: has no weights that moemerge can read: expected {SINGLE_SAFETENSORS}, {SAFETENSORS_INDEX}, "
-        f"{SINGLE_PICKLE} or {PICKLE_INDEX}. With HF_HUB_OFFLINE=1 they have to be in the cache."
+        f"{reference}: the repository has no {' and no '.join(names[0] for names in choices)}, so there are no weights "
+        "that moemerge can read."
     )
 
 
-def _download(reference: Reference, revision: str | None, patterns: list[str]) -> Path:
+def _weight_files(folder: Path) -> list[list[str]]:
+    """The files that may hold the weights, in the order in which `read_tensors` chooses."""
+
+    def indexed(index: str) -> list[str]:
+        return sorted(set(read_weight_map(resolve_file(folder, index)).values()))
+
+    if (folder / SAFETENSORS_INDEX).exists():
+        return [indexed(SAFETENSORS_INDEX)]
+    return [[SINGLE_SAFETENSORS], indexed(PICKLE_INDEX) if (folder / PICKLE_INDEX).exists() else [SINGLE_PICKLE]]
+
+
+def _is_on_hub(repo: str, name: str, commit: str) -> bool:
     try:
-        return Path(snapshot_download(reference.repo, revision=revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{reference}: is gated. Accept its terms on its page on the Hub, then log in with `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"{reference}: there is no such folder here and no such repository on the Hub, or it is private. "
-            "Check the name; for a private one log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SourceError(f"{reference}: the repository has no revision {reference.revision!r}.") from error
-    except LocalEntryNotFoundError as error:
-        raise SourceError(
-            f"{reference}: there is no such folder here, it is not in the Hub's cache, and the Hub cannot be reached. "
-            "Check the name, the network, and HF_HUB_OFFLINE."
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SourceError(f"{reference}: the Hub could not be asked: {str(error).splitlines()[0]}") from error
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=commit))
+    except EntryNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def _explained(reference: Reference, absent: str) -> Iterator[None]:
+    """Turn whatever the client raises into a line for the user; its HTTP library differs between its versions."""
+    try:
+        yield
+    except Exception as error:
+        raise SourceError(f"{reference}: {_explain(error, reference, absent)}") from error
+
+
+def _explain(error: BaseException, reference: Reference, absent: str) -> str:
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        return _explain(error.__cause__, reference, absent)  # the Hub did answer
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        # Newer clients raise IncompleteSnapshotError, which alone has this attribute.
+        return _PARTIAL if hasattr(error, "snapshot_path") else absent
+    if isinstance(error, RevisionNotFoundError):
+        return f"the repository has no revision {reference.revision or 'main'!r}."
+    if isinstance(error, RepositoryNotFoundError):
+        return _GATED if isinstance(error, GatedRepoError) else _NOT_FOUND
+    if isinstance(error, HfHubHTTPError):
+        said = f", {error.server_message.rstrip('.')}" if error.server_message else ""
+        return f"the Hub answered with status {error.response.status_code}{said}. Try again later, or check your token."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"could not be downloaded: {lines[0].rstrip('.')}."

@@ -24,11 +24,14 @@ def parse_reference(text: str) -> Path | Reference:
     Raises:
         SourceError: neither; says which it looks like and what to write.
     """
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.is_file():
-        raise SourceError(f"{text}: is a file. Name the folder that holds the model's config.json.")
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return path.resolve()
+        if path.is_file():
+            raise SourceError(f"{text}: is a file. Name the folder that holds the model's config.json.")
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
+        raise SourceError(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
     name, _, revision = text.partition("@")
     if "+" in name or "+" in revision:
         raise SourceError(f"{text}: model+adapter is not supported. Merge the adapter into its base model first.")
