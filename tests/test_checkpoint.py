@@ -102,6 +102,24 @@ def test_every_cut_of_a_file_is_noticed(tmp_path_factory, sizes, cut):
             read_header(path)
 
 
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=5), st.integers(0, 20))
+def test_only_tensors_that_fill_the_data_without_overlap_are_read(tmp_path_factory, ranges, data_bytes):
+    path = tmp_path_factory.mktemp("ranges") / "m.safetensors"
+    raw(path, {f"t{n}": entry(begin, begin + size) for n, (begin, size) in enumerate(ranges)}, bytes(data_bytes))
+    covered = sorted(byte for begin, size in ranges for byte in range(begin, begin + size))
+    inside = [begin for begin, size in ranges if size == 0 and not _is_border(begin, ranges)]
+    if covered == list(range(data_bytes)) and not inside:
+        assert len(read_header(path)) == len(ranges)
+    else:
+        with pytest.raises(CheckpointError):
+            read_header(path)
+
+
+def _is_border(byte: int, ranges: list[tuple[int, int]]) -> bool:
+    """Whether an empty tensor at this byte lies between others."""
+    return byte in {0} | {begin + size for begin, size in ranges if size}
+
+
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "C:x"])
 def test_a_weight_map_may_not_leave_its_folder(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"

@@ -1,6 +1,7 @@
 """The command line as users meet it: in its own process, with its exit codes and whole messages."""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -10,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from moemerge.cli.app import explain_error
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
+from moemerge.cli.progress import show_progress
 from moemerge.errors import RefusedError
 from tests.models import edit_json, make_model, write_config
 
@@ -60,6 +64,7 @@ def test_the_command_line_of_a_tutorial_works_with_the_name_changed(tmp_path, ll
     assert "note: --lazy-unpickle is not needed: memory is bounded without it" in result.stderr
     assert "note: --trust-remote-code is not needed: code from a model repository is never executed" in result.stderr
     assert "weights: " in result.stderr
+    assert "power of" not in result.stderr  # three experts are fine
     assert "Prompt tokens that reach each expert in the top 2 (chance 67%" in result.stdout
     assert result.stdout.endswith(f"{tmp_path / 'out'}: done\n")
     names = {file.name for file in (tmp_path / "out").iterdir()}
@@ -241,6 +246,21 @@ def test_a_killed_merge_leaves_nothing_that_looks_finished_and_the_next_run_clea
     assert not (tmp_path / ".out.moemerge-partial" / "config.json").exists()
     assert run(plain, tmp_path / "out", "--quiet").returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yaml", "out"]
+
+
+def test_bars_show_layers_and_bytes_on_a_terminal():
+    screen = io.StringIO()
+    with show_progress(Console(file=screen, force_terminal=True, width=100), quiet=False) as progress:
+        progress("routers", 3, 3)
+        progress("weights", 2_000_000, 2_000_000)
+    assert "3/3 layers" in screen.getvalue()
+    assert "2.0/2.0 MB" in screen.getvalue()
+
+
+def test_memory_that_runs_out_is_said_so():
+    assert explain_error(MemoryError()) == ("error: memory ran out. `moemerge plan` says how much a merge needs.", 1)
+    message, status = explain_error(KeyError("x"))
+    assert (status, message.splitlines()[1][:30]) == (1, "This is a fault in moemerge: p")
 
 
 def test_flags_of_mergekit_are_translated_or_explained():

@@ -288,7 +288,7 @@ def test_what_the_hub_does_not_give_is_one_clear_error(tmp_path):
     hub.add("acme/paper", {"config.json": b"{}", "README.md": b""})
     hub.add("acme/gguf", {"model.gguf": b"", "README.md": b"", ".gitattributes": b"", "tokenizer.model": b""})
     hub.add("acme/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
-    hub.add("acme/lost", {k: v for k, v in llama(4, sharded=True).items() if k != SHARDS[0]} | STRANGERS)
+    hub.add("acme/lost", {k: v for k, v in llama(4, sharded=True).items() if k != SHARDS[1]} | STRANGERS)
     reader, stranger = {"HF_TOKEN": "hf_reader"}, {"HF_TOKEN": "hf_stranger"}
     expected: list[tuple[str, dict[str, str], str]] = [
         ("acme/none", {}, NOT_FOUND),
@@ -301,13 +301,13 @@ def test_what_the_hub_does_not_give_is_one_clear_error(tmp_path):
         (
             "acme/paper",
             {},
-            "the repository has no model.safetensors and no pytorch_model.bin, so there are no weights that moemerge "
+            "the repository has no model.safetensors and no pytorch_model.bin, so it has no complete weights that moemerge "
             "can read.",
         ),
         (
             "acme/lost",
             {},
-            f"the repository has no {SHARDS[0]}, so there are no weights that moemerge can read.",
+            f"the repository has no {SHARDS[1]}, so it has no complete weights that moemerge can read.",
         ),
         ("acme/gguf", {}, "has no config.json, so it is not a model that moemerge can read."),
         ("acme/adapter", {}, "is a LoRA adapter, not a model. Merge it into its base model first."),
@@ -330,7 +330,7 @@ def test_what_the_hub_does_not_give_is_one_clear_error(tmp_path):
         said = [line for line in result.err.splitlines() if line != f"{reference}: looking it up on the Hub"]
         assert (result.code, said, result.out) == (1, [f"error: {reference}: {message}"], "")
     assert results[-1].code == 0, results[-1].err
-    assert weights(hub.requested("acme/lost")) == [SHARDS[0]]
+    assert weights(hub.requested("acme/lost")) == []
     assert hub.downloaded("acme/gated") == []
 
 
@@ -348,10 +348,14 @@ def test_an_unreachable_hub_is_one_clear_error(planned, tmp_path):
 def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path):
     with make_hub().running() as url:
         machine = Machine(tmp_path, url)
-        machine.cache.write_text("a file")
+        blobs = machine.cache / "models--acme--base" / "blobs"
+        blobs.parent.mkdir(parents=True)
+        blobs.write_text("not a folder")
         result = machine.moemerge("inspect", "acme/base")
-    assert result.code == 1
-    assert result.err.splitlines()[1:] == ["error: acme/base: could not be downloaded: [Errno 20] Not a directory"]
+    assert (result.code, result.err.splitlines()[1:]) == (
+        1,
+        [f"error: acme/base: could not be downloaded: [Errno 17] File exists: '{blobs}'."],
+    )
 
 
 def test_weights_of_a_repository_that_went_away_are_not_said_to_be_missing_from_it(planned, tmp_path):

@@ -1,6 +1,7 @@
 """Routers: what each way computes, and what the routing table says of it."""
 
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.errors import RouterError
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.errors import CheckpointError, RouterError
 from moemerge.routers import init_routers
 from moemerge.routers.capture import capture_router_inputs
-from moemerge.routers.diagnostics import RoutingReport, expert_names, route_layer, row_distances
+from moemerge.routers.diagnostics import LayerRouting, RoutingReport, expert_names, route_layer, row_distances
 from moemerge.routers.hidden import fit_scale
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast, top_weights, unit
+from moemerge.routers.weights import read_rows
 from tests.models import load, make_model, tokenizer, write_config
 
 LONG = "The quick brown fox jumps over the lazy dog and def main(argv): return [item for item in argv if item]"
@@ -123,6 +126,35 @@ def test_cheap_embed_is_the_contrast_of_mean_embeddings(tmp_path, llamas):
     assert all(torch.allclose(rows, expected, atol=1e-6) for rows in weights)
 
 
+def test_prompts_that_end_alike_give_different_rows(tmp_path, llamas):
+    path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:3])
+    text = (
+        path.read_text()
+        .replace("The lazy dog", "chat chat chat and so on")
+        .replace("item 0", "dort sur le tapis and so on")
+    )
+    path.write_text(text.replace("item 1", "return argv main and so on"))
+    for mode in ("hidden", "cheap_embed"):
+        path.write_text(path.read_text() + (f"gate_mode: {mode}\n" if mode != "hidden" else ""))
+        assert routers(plan_merge(load_config(path))).report.distances[0, 1] > 0.5
+
+
+def test_embedding_rows_are_looked_up_and_the_rest_is_not_read(tmp_path):
+    rows, width = 2_500_000, 1024
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(rows * width * 4)
+        file.seek(7 * width * 4)
+        file.write(torch.ones(width).numpy().tobytes())
+    embeddings = StoredTensor("e", path, "F32", (rows, width), 0, rows * width * 4)
+    tracemalloc.start()
+    found = read_rows(embeddings, [7, rows - 1])
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.sum(dim=1).tolist() == [width, 0]
+    assert peak_bytes < 10**6
+
+
 def test_an_expert_without_negative_prompts_does_not_win_every_token():
     generator = torch.Generator().manual_seed(0)
     common = 5 * torch.randn(64, generator=generator)
@@ -187,8 +219,6 @@ def test_the_routing_of_a_layer_is_counted():
 
 
 def report(own, load, distances=None) -> RoutingReport:
-    from moemerge.routers.diagnostics import LayerRouting
-
     names = ("fox", "code", "chat", "math")
     return RoutingReport(names, 2, (LayerRouting(own, own, load, 0.9),), distances or {})
 
@@ -247,8 +277,6 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, llamas):
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
-    from moemerge.errors import CheckpointError
-
     folders = [make_model(tmp_path / str(seed), seed, vocab_size=20) for seed in range(3)]
     with pytest.raises(
         CheckpointError, match=r"'model.embed_tokens.weight' has 20 rows, but the tokenizer gives token"

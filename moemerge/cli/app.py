@@ -201,12 +201,12 @@ def _speaking(*, quiet: bool, verbose: int, debug: bool) -> Iterator["Console"]:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        message, exit_code = _explain(error)
+        message, exit_code = explain_error(error)
         typer.echo(message, err=True)
         raise typer.Exit(exit_code) from error
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def explain_error(error: BaseException) -> tuple[str, int]:
     """What to tell the user, and the exit code."""
     if isinstance(error, MoemergeError):
         return f"error: {error}", error.exit_code

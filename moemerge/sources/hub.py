@@ -1,18 +1,17 @@
 """Models on the Hub, through `huggingface_hub` and its cache; with `HF_HUB_OFFLINE=1` from the cache alone."""
 
 import glob
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -69,16 +68,19 @@ def fetch_weights(reference: Reference, folder: Path, announce: Callable[[str], 
     choices = _weight_files(folder)
     if any(all((folder / name).exists() for name in names) for names in choices):
         return
-    commit = folder.name
     with _explained(reference, _PARTIAL):
+        listing = HfApi().model_info(reference.repo, revision=folder.name).siblings or []
+        on_hub = {file.rfilename for file in listing}
         for names in choices:
-            if _is_on_hub(reference.repo, names[0], commit):
+            if on_hub.issuperset(names):
                 announce(f"{reference}: downloading {', '.join(names[:3])}{' ...' if names[3:] else ''}")
-                snapshot_download(reference.repo, revision=commit, allow_patterns=[glob.escape(name) for name in names])
+                patterns = [glob.escape(name) for name in names]
+                snapshot_download(reference.repo, revision=folder.name, allow_patterns=patterns)
                 return
+    lost = [next(name for name in names if name not in on_hub) for names in choices]
     raise SourceError(
-        f"{reference}: the repository has no {' and no '.join(names[0] for names in choices)}, so there are no weights "
-        "that moemerge can read."
+        f"{reference}: the repository has no {' and no '.join(lost)}, so it has no complete weights that moemerge can "
+        "read."
     )
 
 
@@ -93,14 +95,6 @@ def _weight_files(folder: Path) -> list[list[str]]:
     return [[SINGLE_SAFETENSORS], indexed(PICKLE_INDEX) if (folder / PICKLE_INDEX).exists() else [SINGLE_PICKLE]]
 
 
-def _is_on_hub(repo: str, name: str, commit: str) -> bool:
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, name, revision=commit))
-    except EntryNotFoundError:
-        return False
-    return True
-
-
 @contextmanager
 def _explained(reference: Reference, absent: str) -> Iterator[None]:
     """Turn whatever the client raises into a line for the user; its HTTP library differs between its versions."""
@@ -113,7 +107,7 @@ def _explained(reference: Reference, absent: str) -> Iterator[None]:
 def _explain(error: BaseException, reference: Reference, absent: str) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         return _explain(error.__cause__, reference, absent)  # the Hub did answer
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+    if isinstance(error, LocalEntryNotFoundError) or _is_of_network(error):
         # Newer clients raise IncompleteSnapshotError, which alone has this attribute.
         return _PARTIAL if hasattr(error, "snapshot_path") else absent
     if isinstance(error, RevisionNotFoundError):
@@ -125,3 +119,10 @@ def _explain(error: BaseException, reference: Reference, absent: str) -> str:
         return f"the Hub answered with status {error.response.status_code}{said}. Try again later, or check your token."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"could not be downloaded: {lines[0].rstrip('.')}."
+
+
+def _is_of_network(error: BaseException | None) -> bool:
+    """Whether the network failed, or is not to be used: below every HTTP library lies an error of its socket."""
+    while error and not isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
