@@ -148,7 +148,7 @@ def _cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> 
             "name more experts or lower experts_per_token",
         ))  # fmt: skip
     models = [expert.get("source_model") for expert in experts]
-    folders = {os.path.normpath(Path(model).expanduser()) if isinstance(model, str) else None for model in models}
+    folders = {os.path.normpath(os.path.expanduser(model)) if isinstance(model, str) else None for model in models}  # noqa: PTH111  Path.expanduser raises
     if len(folders) == 1 and None not in folders and len(experts) >= _MIN_EXPERTS and not allow_identical_experts:
         problems.append((
             ("experts",),

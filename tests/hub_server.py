@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -140,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[:sent])
+            with suppress(ConnectionError):  # the caller has gone
+                self.wfile.write(content[:sent])
         self.close_connection = self.close_connection or sent is not None
 
     def send_file(self, repo: str, path: str, content: bytes, headers: dict[str, str]) -> None:

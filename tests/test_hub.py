@@ -17,11 +17,10 @@ from typing import Any
 
 import huggingface_hub.errors
 import pytest
-import torch
 import yaml
 
 from moemerge.checkpoint.header import StoredTensor, build_header, read_header
-from moemerge.checkpoint.index import build_index
+from moemerge.checkpoint.index import PICKLE_INDEX, build_index
 from moemerge.config import parse_config
 from moemerge.errors import CheckpointError, SourceError
 from moemerge.plan import COPIED_FILES, plan_merge
@@ -47,6 +46,18 @@ STRANGERS: Files = {
     "pytorch_model.bin": b"the same again", "consolidated.safetensors.index.json": b"{}", "original/params.json": b"{}",
     "original/tokenizer.model": b"", "onnx/model.onnx": b"the same again", "training_args.bin": b"",
 }  # fmt: skip
+ABSENT = (
+    "there is no such folder here, it is not in the Hub's cache, and the Hub cannot be reached. "
+    "Check the name, the network, and HF_HUB_OFFLINE."
+)
+PARTIAL = (
+    "only a part of it is in the Hub's cache, and the Hub cannot be reached. Check the network and HF_HUB_OFFLINE."
+)
+NOT_FOUND = (
+    "there is no such folder here and no such repository on the Hub, or it is private. "
+    "Check the name; for a private one log in with `hf auth login`."
+)
+GATED = "is gated. Accept its terms on its page on the Hub, then log in with `hf auth login`."
 # Runs command lines one after the other, each with changes to the environment.
 SESSION = """
 import contextlib, io, json, os, sys
@@ -64,6 +75,16 @@ for arguments, environment in json.loads(sys.argv[1]):
             code = stop.code or 0
     results.append([code, out.getvalue(), err.getvalue()])
 print(json.dumps(results))
+"""
+
+FETCH = """
+import sys
+from moemerge.sources import parse_reference
+from moemerge.sources.hub import fetch_small_files, fetch_weights
+
+for text in sys.argv[1:]:
+    reference = parse_reference(text)
+    fetch_weights(reference, fetch_small_files(reference), print)
 """
 
 
@@ -243,16 +264,10 @@ def test_a_model_that_is_not_complete_in_the_cache_is_one_clear_error(planned, t
     config = machine.write_config("acme/base", "acme/fox", BRANCH)
     commands = [["plan", config, "-q"], ["inspect", "acme/base"], ["inspect", "acme/fox"], ["inspect", BRANCH]]
     results = machine.session(*commands, ["inspect", "acme/none"], HF_HUB_OFFLINE="1")
-    partial = (
-        "only a part of it is in the Hub's cache, and the Hub cannot be reached. Check the network and HF_HUB_OFFLINE."
-    )
-    assert results[0] == Result(1, "", f"error: acme/base: {partial}\n")
+    assert results[0] == Result(1, "", f"error: acme/base: {PARTIAL}\n")
     for result, reference in zip(results[1:4], ("acme/base", "acme/fox", BRANCH), strict=True):
-        assert (result.code, result.err.splitlines()[1:]) == (1, [f"error: {reference}: {partial}"])
-    assert results[4].err.splitlines()[1:] == [
-        "error: acme/none: there is no such folder here, it is not in the Hub's cache, and the Hub cannot be reached. "
-        "Check the name, the network, and HF_HUB_OFFLINE."
-    ]
+        assert (result.code, result.err.splitlines()[1:]) == (1, [f"error: {reference}: {PARTIAL}"])
+    assert results[4].err.splitlines()[1:] == [f"error: acme/none: {ABSENT}"]
 
 
 @pytest.mark.skipif(
@@ -262,23 +277,10 @@ def test_a_tokenizer_that_is_not_in_the_cache_is_missed(planned, tmp_path):
     machine = planned.copy(tmp_path)
     (machine.snapshot("acme/base") / "tokenizer.json").unlink()
     result = machine.moemerge("inspect", "acme/base", HF_HUB_OFFLINE="1")
-    assert (result.code, result.err.splitlines()[1:]) == (
-        1,
-        [
-            "error: acme/base: only a part of it is in the Hub's cache, and the Hub cannot be reached. "
-            "Check the network and HF_HUB_OFFLINE."
-        ],
-    )
+    assert (result.code, result.err.splitlines()[1:]) == (1, [f"error: acme/base: {PARTIAL}"])
 
 
-NOT_FOUND = (
-    "there is no such folder here and no such repository on the Hub, or it is private. "
-    "Check the name; for a private one log in with `hf auth login`."
-)
-GATED = "is gated. Accept its terms on its page on the Hub, then log in with `hf auth login`."
-
-
-def test_what_the_hub_does_not_give_is_one_clear_error(tmp_path):
+def test_what_the_hub_does_not_give_is_one_clear_error(planned, tmp_path):
     hub = make_hub()
     hub.tokens = {"hf_reader": {"acme/mine"}}
     hub.add("acme/gated", llama(4), gated=True)
@@ -289,6 +291,9 @@ def test_what_the_hub_does_not_give_is_one_clear_error(tmp_path):
     hub.add("acme/gguf", {"model.gguf": b"", "README.md": b"", ".gitattributes": b"", "tokenizer.model": b""})
     hub.add("acme/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
     hub.add("acme/lost", {k: v for k, v in llama(4, sharded=True).items() if k != SHARDS[1]} | STRANGERS)
+    del hub.repositories["acme/fox"]  # its small files are in the cache
+    blobs = tmp_path / "cache" / "models--acme--blocked" / "blobs"
+    hub.add("acme/blocked", llama(4))
     reader, stranger = {"HF_TOKEN": "hf_reader"}, {"HF_TOKEN": "hf_stranger"}
     expected: list[tuple[str, dict[str, str], str]] = [
         ("acme/none", {}, NOT_FOUND),
@@ -309,19 +314,24 @@ def test_what_the_hub_does_not_give_is_one_clear_error(tmp_path):
             {},
             f"the repository has no {SHARDS[1]}, so it has no complete weights that moemerge can read.",
         ),
+        ("acme/fox", {}, NOT_FOUND),
+        ("acme/blocked", {}, f"could not be downloaded: [Errno 17] File exists: '{blobs}'."),
         ("acme/gguf", {}, "has no config.json, so it is not a model that moemerge can read."),
         ("acme/adapter", {}, "is a LoRA adapter, not a model. Merge it into its base model first."),
         ("acme/gated", reader, GATED),
         ("acme/none", reader, NOT_FOUND),
         (
-            "acme/base",
+            "acme/paper",
             stranger,
             "the Hub answered with status 401, Invalid credentials in Authorization header. Try again later, or check "
             "your token.",
         ),
     ]
     with hub.running() as url:
-        machine = Machine(tmp_path, url)
+        machine = planned.copy(tmp_path, url)
+        (machine.snapshot("acme/fox") / SINGLE).unlink()
+        blobs.parent.mkdir()
+        blobs.write_text("in the way")
         results = machine.session(
             *((["inspect", reference], environment) for reference, environment, _ in expected),
             (["inspect", "acme/mine"], reader),
@@ -335,35 +345,14 @@ def test_what_the_hub_does_not_give_is_one_clear_error(tmp_path):
 
 
 def test_an_unreachable_hub_is_one_clear_error(planned, tmp_path):
-    machine = Machine(tmp_path, planned.machine.hub_url)
-    config = machine.write_config("acme/base", "acme/fox", BRANCH)
-    assert machine.moemerge("plan", config, "--quiet") == Result(
-        1,
-        "",
-        "error: acme/base: there is no such folder here, it is not in the Hub's cache, and the Hub cannot be reached. "
-        "Check the name, the network, and HF_HUB_OFFLINE.\n",
-    )
-
-
-def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path):
-    with make_hub().running() as url:
-        machine = Machine(tmp_path, url)
-        blobs = machine.cache / "models--acme--base" / "blobs"
-        blobs.parent.mkdir(parents=True)
-        blobs.write_text("not a folder")
-        result = machine.moemerge("inspect", "acme/base")
-    assert (result.code, result.err.splitlines()[1:]) == (
-        1,
-        [f"error: acme/base: could not be downloaded: [Errno 17] File exists: '{blobs}'."],
-    )
-
-
-def test_weights_of_a_repository_that_went_away_are_not_said_to_be_missing_from_it(planned, tmp_path):
-    with Hub().running() as url:
-        machine = planned.copy(tmp_path, url)
-        (machine.snapshot("acme/fox") / SINGLE).unlink()
-        result = machine.moemerge("inspect", "acme/fox")
-    assert (result.code, result.err.splitlines()[1:]) == (1, [f"error: acme/fox: {NOT_FOUND}"])
+    machine = planned.copy(tmp_path)
+    (machine.snapshot("acme/fox") / SINGLE).unlink()
+    none = machine.write_config("acme/none", "acme/fox", BRANCH)
+    part = machine.write_config("acme/base", "acme/fox", BRANCH)
+    assert machine.session(["plan", none, "--quiet"], ["plan", part, "--quiet"]) == [
+        Result(1, "", f"error: acme/none: {ABSENT}\n"),
+        Result(1, "", f"error: acme/fox: {PARTIAL}\n"),
+    ]
 
 
 def test_models_that_do_not_fit_are_refused_before_any_weights_are_requested(tmp_path):
@@ -380,6 +369,33 @@ def test_models_that_do_not_fit_are_refused_before_any_weights_are_requested(tmp
     for repo in hub.repositories:
         assert "config.json" in hub.downloaded(repo)
         assert weights(hub.requested(repo)) == []
+
+
+def test_weights_are_those_that_a_folder_with_the_same_files_would_be_read_from(tmp_path):
+    config, bins = {"config.json": b"{}"}, ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    pickles = {PICKLE_INDEX: build_index({"a": bins[0], "b": bins[1]}, 2).encode(), bins[0]: b"1", bins[1]: b"2"}
+    hub = Hub()
+    hub.add("acme/old", config | {"pytorch_model.bin": b"1", "training_args.bin": b"2"})
+    hub.add("acme/older", config | pickles | {"training_args.bin": b"3"})
+    hub.add("acme/converted", config | pickles | {SINGLE: b"4"})
+    hub.add(
+        "acme/odd",
+        config | {INDEX: build_index({"a": "[m]*.safetensors"}, 1).encode(), "[m]*.safetensors": b"5"} | {SINGLE: b"6"},
+    )
+    with hub.running() as url:
+        done = Machine(tmp_path, url).python("-c", FETCH, *hub.repositories, HF_HUB_DISABLE_PROGRESS_BARS="1")
+    assert done == Result(
+        0,
+        "acme/old: downloading pytorch_model.bin\n"
+        f"acme/older: downloading {bins[0]}, {bins[1]}\n"
+        f"acme/converted: downloading {SINGLE}\n"
+        "acme/odd: downloading [m]*.safetensors\n",
+        "",
+    )
+    assert weights(hub.downloaded("acme/old")) == ["pytorch_model.bin"]
+    assert weights(hub.downloaded("acme/older")) == bins
+    assert weights(hub.downloaded("acme/converted")) == [SINGLE]
+    assert weights(hub.downloaded("acme/odd")) == ["[m]*.safetensors"]
 
 
 def test_a_planted_link_is_refused(planned, tmp_path):
@@ -480,21 +496,14 @@ def fingerprints(folder: Path) -> dict[str, tuple[str, int]]:
 
 def test_a_merge_from_the_hub_is_complete_and_leaves_the_cache_as_it_was(planned, tmp_path):
     hub = make_hub()
-    torch.save({"model.norm.weight": torch.ones(8)}, tmp_path / "x.bin")
-    hub.add(
-        "acme/old", {"config.json": llama(0)["config.json"], "pytorch_model.bin": (tmp_path / "x.bin").read_bytes()}
-    )
     with hub.running() as url:
         machine = planned.copy(tmp_path, url)
         before = fingerprints(machine.cache)
         config = machine.write_config("acme/base", "acme/fox", BRANCH)
-        merged, old, inspected = machine.session(
-            [config, "out", "--quiet"], ["inspect", "acme/old"], ["inspect", "out", "--json"]
-        )
+        merged, inspected = machine.session([config, "out", "--quiet"], ["inspect", "out", "--json"])
     assert merged == Result(0, "", "")
-    assert {name: found for name, found in fingerprints(machine.cache).items() if "old" not in name} == before
+    assert fingerprints(machine.cache) == before
     assert len(before) == 2 * (len(TOKENIZER) + 8)  # a blob and a link of each
-    assert (old.code, hub.downloaded("acme/old")) == (0, ["config.json", "pytorch_model.bin"]), old.err
     assert json.loads(inspected.out)["warnings"] == []
     out = tmp_path / "out"
     for name, content in TOKENIZER.items():

@@ -187,7 +187,8 @@ def _speaking(*, quiet: bool, verbose: int, debug: bool) -> Iterator["Console"]:
     from rich.console import Console
 
     # Other libraries' chatter and bars belong to those who ask for more.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if verbose or debug else "error")
+    for library in ("TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "info" if verbose or debug else "error")
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.ERROR
