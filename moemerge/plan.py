@@ -159,8 +159,7 @@ def plan_merge(
     specs = [_spec(name, STORED[dtype], output.shape) for name, output in outputs.items()]
     total, active = _count_parameters(outputs, config)
     copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
-    if not any(path.name.startswith("tok") for path in copied_files):
-        notes.append("base_model: has no tokenizer files, so the merged model will have none")
+    notes += _tokenizer_notes({path.name for path in copied_files})
     return MergePlan(
         config=config,
         family=family,
@@ -189,6 +188,17 @@ def _dense(folder: ModelFolder) -> DenseModel:
     if isinstance(model, str):
         raise IncompatibleError("These models cannot be merged:", [f"{folder.reference}: {model}"])
     return model
+
+
+def _tokenizer_notes(names: set[str]) -> list[str]:
+    if "tokenizer.json" in names:
+        return []
+    if "tokenizer.model" in names:
+        return [
+            "base_model: has tokenizer.model but no tokenizer.json; transformers 5 then chooses the tokenizer's class by "
+            "model_type, and may split text differently after the merge. Save the base's tokenizer as tokenizer.json first"
+        ]
+    return ["base_model: has no tokenizer.json and no tokenizer.model to copy"]
 
 
 def _main_dtype(tensors: dict[str, StoredTensor]) -> str:

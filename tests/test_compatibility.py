@@ -158,6 +158,14 @@ def test_float16_warns_of_overflow_only_where_something_is_converted(tmp_path, p
     assert plan(tmp_path, pair, dtype="bf16").notes == ()
 
 
+def test_tokenizers_that_readers_may_take_differently_are_noted(tmp_path, pair):
+    (pair[0] / "tokenizer.json").unlink()
+    assert plan(tmp_path, pair).notes == ("base_model: has no tokenizer.json and no tokenizer.model to copy",)
+    (pair[0] / "tokenizer.model").write_bytes(b"")
+    (note,) = plan(tmp_path, pair).notes
+    assert note.startswith("base_model: has tokenizer.model but no tokenizer.json; transformers 5 then chooses")
+
+
 def test_unused_keys_of_the_base_are_named(tmp_path, pair):
     edit_json(pair[0] / "config.json", final_logit_softcapping=30.0)
     assert plan(tmp_path, pair).notes == (
