@@ -195,8 +195,8 @@ def _tokenizer_notes(names: set[str]) -> list[str]:
         return []
     if "tokenizer.model" in names:
         return [
-            "base_model: has tokenizer.model but no tokenizer.json; transformers 5 then chooses the tokenizer's class by "
-            "model_type, and may split text differently after the merge. Save the base's tokenizer as tokenizer.json first"
+            "base_model: has tokenizer.model but no tokenizer.json; transformers 5 then chooses the tokenizer's class "
+            "by model_type, and may split text differently after the merge. Save it as tokenizer.json first"
         ]
     return ["base_model: has no tokenizer.json and no tokenizer.model to copy"]
 
