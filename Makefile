@@ -61,6 +61,16 @@ $(VENVL)/.done: $(LLAMACPP)/.done pyproject.toml constraints.txt
 test-llamacpp: $(VENVL)/.done
 	LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/pytest tests/llamacpp
 
+# A first look: models trained here, once, from texts that every virtual environment has, merged and measured.
+DEMO := .cache/demo
+
+$(DEMO)/held_out.json: docs/demo/build.py docs/demo/texts.py | $(VENV)/.done
+	$(BIN)/python docs/demo/build.py $(DEMO)
+
+demo: install $(DEMO)/held_out.json
+	$(BIN)/moemerge configs/demo.yaml $(DEMO)/merged --overwrite
+	$(BIN)/python docs/demo/report.py $(DEMO) $(DEMO)/merged
+
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
