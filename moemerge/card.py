@@ -1,5 +1,6 @@
 """The model card of a merged model: what it is made of, how it routes, how to run it."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -39,10 +40,12 @@ def write_card(folder: Path, name: str, plan: MergePlan, report: "RoutingReport"
 
 def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
     config = plan.config
+    # A prompt may hold a fence of its own.
+    fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", config.text))], key=len)
     sections = [
         f"# {name}",
         f"A {plan.family.model_type} of {len(config.experts)} experts, {config.experts_per_token} per token, "
-        "made with [moemerge](https://pypi.org/project/moemerge/): embeddings, attention and norms come from "
+        "made with moemerge: embeddings, attention and norms come from "
         f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.gate_mode}`.",
         f"**{plan.total_parameters / 1e9:.2f} B parameters, {plan.active_parameters / 1e9:.2f} B active per token, "
         f"{plan.dtype}.**",
@@ -55,7 +58,7 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
         ),
         "## Use\n\n" + _USAGE.format(name=name),
         "## Routing\n\n" + _routing(report),
-        f"## Configuration\n\n```yaml\n{config.text.rstrip()}\n```",
+        f"## Configuration\n\n{fence}yaml\n{config.text.rstrip()}\n{fence}",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -5,6 +5,7 @@ Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 
 import difflib
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -21,6 +22,9 @@ GateMode = Literal["hidden", "cheap_embed", "random", "uniform_random"]
 _GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
 _PROMPT_FREE: Final = ("random", "uniform_random")
 _MIN_EXPERTS: Final = 2
+# A YAML file of a few lines can hold a value whose whole text would never end.
+_short: Final = reprlib.Repr()
+_short.maxstring = 60
 
 
 def _listed(value: Any) -> Any:
@@ -77,7 +81,10 @@ class MergeConfig(_Strict):
     @property
     def text(self) -> str:
         """The YAML that it was read from, or says the same."""
-        return self._text or yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+        document = self.model_dump(exclude_defaults=True)
+        if self._text and MergeConfig.model_validate(yaml.safe_load(self._text)).model_dump() == self.model_dump():
+            return self._text
+        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
     @property
     def has_prompts(self) -> bool:
@@ -110,10 +117,10 @@ def parse_config(text: str, name: str = "config", *, allow_identical_experts: bo
     try:
         document = yaml.safe_load(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, IndexError, RecursionError) as error:
         raise ConfigError(f"{name}: not valid YAML:", [" ".join(str(error).split())]) from error
     if not isinstance(document, dict):
-        raise ConfigError(f"{name}: expected keys such as base_model and experts, found {document!r:.60}.", [])
+        raise ConfigError(f"{name}: expected keys such as base_model and experts, found {_short.repr(document)}.", [])
     problems: list[tuple[tuple[int | str, ...], str]] = list(_repeated_keys(node))
     config = None
     try:
@@ -159,15 +166,13 @@ def _cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> 
 
 
 def _check_prompts(gate_mode: Any, experts: Sequence[Mapping[str, Any]]) -> list[tuple[Place, str]]:
-    if gate_mode in _PROMPT_FREE:
-        return []
     problems: list[tuple[Place, str]] = []
     prompts = []
     for number, expert in enumerate(experts):
         positive, negative = (_listed(expert.get(f"{sign}_prompts")) for sign in ("positive", "negative"))
-        prompts.append((positive, negative))
+        prompts.append((_in_order(positive), _in_order(negative)))
         place: Place = ("experts", number, "positive_prompts")
-        if not positive:
+        if not positive and gate_mode not in _PROMPT_FREE:
             problems.append((
                 place if "positive_prompts" in expert else place[:2],
                 f"gate_mode {gate_mode} needs positive_prompts: text that should be routed to this expert",
@@ -176,13 +181,22 @@ def _check_prompts(gate_mode: Any, experts: Sequence[Mapping[str, Any]]) -> list
             if isinstance(listed, list):
                 blank = [index for index, prompt in enumerate(listed) if isinstance(prompt, str) and not prompt.strip()]
                 problems += [(("experts", number, sign, index), "the prompt is empty") for index in blank]
-    if len(prompts) > 1 and prompts[0][0] and all(pair == prompts[0] for pair in prompts[1:]):
+    if (
+        gate_mode not in _PROMPT_FREE
+        and len(prompts) > 1
+        and prompts[0][0]
+        and all(pair == prompts[0] for pair in prompts[1:])
+    ):
         problems.append((
             ("experts",),
             "all experts have the same prompts, so nothing tells the router which to choose. "
             "Give each expert prompts that only it should answer",
         ))  # fmt: skip
     return problems
+
+
+def _in_order(prompts: Any) -> Any:
+    return sorted(map(str, prompts)) if isinstance(prompts, list) else prompts
 
 
 def _explain(detail: ErrorDetails) -> str:
@@ -197,11 +211,11 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "literal_error":
         choices = detail["ctx"]["expected"].replace("'", "")
         near = difflib.get_close_matches(str(value), choices.replace(" or ", ", ").split(", "), n=1)
-        return f"expected {choices}, found {value!r:.60}" + (f"; did you mean {near[0]}?" if near else "")
+        return f"expected {choices}, found {_short.repr(value)}" + (f"; did you mean {near[0]}?" if near else "")
     if detail["type"] == "string_type":
         in_prompts = any(str(step).endswith("_prompts") for step in detail["loc"])
-        return f"expected text, found {value!r:.60}" + ("; write it in quotes" if in_prompts else "")
-    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {value!r:.60}"
+        return f"expected text, found {_short.repr(value)}" + ("; write it in quotes" if in_prompts else "")
+    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {_short.repr(value)}"
 
 
 def _address(place: Place) -> str:

@@ -69,7 +69,8 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     )
     if stale:
         warnings.append(f"{', '.join(stale)}: not in the index, so no reader loads it")
-    announced = read_json(index).get("metadata", {}).get("total_size") if index else None
+    metadata = read_json(index).get("metadata") if index else None
+    announced = metadata.get("total_size") if isinstance(metadata, dict) else None
     stored = sum(tensor.nbytes for tensor in tensors.values())
     if announced is not None and announced != stored:
         warnings.append(f"{SAFETENSORS_INDEX} announces {announced} bytes of tensors, the headers {stored}")

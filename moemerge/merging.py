@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.card import write_card
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
-from moemerge.checkpoint.staging import check_space, check_target, staged
+from moemerge.checkpoint.staging import check_space, staged
 from moemerge.checkpoint.writer import Piece, write_shards
 from moemerge.dtypes import STORED
 from moemerge.plan import MergePlan
@@ -54,9 +54,8 @@ def merge(
         CheckpointError: a source is not what its header said.
     """
     out = Path(out)
-    check_target(out, [source.folder for source in plan.sources], overwrite=overwrite)
-    check_space(out, plan.output_bytes)
-    with staged(out) as folder:
+    with staged(out, [source.folder for source in plan.sources], overwrite=overwrite) as folder:
+        check_space(folder, plan.output_bytes)
         from moemerge.routers import init_routers  # imports torch, which no refusal above needs
 
         routers = init_routers(

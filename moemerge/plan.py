@@ -27,9 +27,9 @@ COPIED_FILES: Final = (
     "added_tokens.json", "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program, what
-# transformers adds for a pass over the prompts, and the chunks of one casting thread.
+# transformers and some prompts add for the pass over them, and the chunks of one casting thread.
 _PROGRAM_BYTES: Final = 290_000_000
-_TRANSFORMERS_BYTES: Final = 220_000_000
+_TRANSFORMERS_BYTES: Final = 350_000_000
 _CAST_BYTES_PER_THREAD: Final = 64_000_000
 
 
@@ -127,6 +127,8 @@ def plan_merge(
         CheckpointError: a model's files are damaged.
         IncompatibleError: the models cannot be merged; lists every reason.
     """
+    if config.experts_per_token > len(config.experts):
+        raise IncompatibleError(f"{config.experts_per_token} experts per token, but only {len(config.experts)}.", [])
     opened: dict[str, ModelFolder] = {}
     for reference in (config.base_model, *(expert.source_model for expert in config.experts)):
         if reference not in opened:
@@ -137,6 +139,8 @@ def plan_merge(
     found = check_configs(base_folder.config, [(n, f.config) for n, f in zip(names, folders, strict=True)])
     _refuse(found.problems)
     base = _dense(base_folder)
+    copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
+    tokenizer_notes = _check_tokenizer({path.name for path in copied_files}, needed=config.has_prompts)
     family = select_family(base, config.architecture, shared_experts=bool(config.shared_experts))
 
     tables = {reference: read_tensor_table(folder, announce) for reference, folder in opened.items()}
@@ -148,7 +152,7 @@ def plan_merge(
         for name, folder in zip(names, folders, strict=True)
     ]
     _refuse([problem for finding in findings for problem in finding.problems])
-    notes = [note for finding in findings for note in finding.notes]
+    notes = [note for finding in findings for note in finding.notes] + tokenizer_notes
 
     experts = [(expert, tables[expert.source_model]) for expert in config.experts]
     outputs = _outputs(base, family, base_tensors, experts, STORED[dtype])
@@ -158,8 +162,6 @@ def plan_merge(
         )
     specs = [_spec(name, STORED[dtype], output.shape) for name, output in outputs.items()]
     total, active = _count_parameters(outputs, config)
-    copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
-    notes += _tokenizer_notes({path.name for path in copied_files})
     return MergePlan(
         config=config,
         family=family,
@@ -190,14 +192,20 @@ def _dense(folder: ModelFolder) -> DenseModel:
     return model
 
 
-def _tokenizer_notes(names: set[str]) -> list[str]:
-    if "tokenizer.json" in names:
+def _check_tokenizer(names: set[str], *, needed: bool) -> list[str]:
+    """Notes on the base's tokenizer; without one, prompts are refused before any weights are downloaded."""
+    if names & {"tokenizer.json", "vocab.json", "tekken.json"}:
         return []
     if "tokenizer.model" in names:
         return [
             "base_model: has tokenizer.model but no tokenizer.json; transformers 5 then chooses the tokenizer's class "
             "by model_type, and may split text differently after the merge. Save it as tokenizer.json first"
         ]
+    if needed:
+        raise IncompatibleError(
+            "base_model: has no tokenizer to read the prompts with.",
+            ["add its tokenizer.json, or remove the prompts and choose gate_mode random"],
+        )
     return ["base_model: has no tokenizer.json and no tokenizer.model to copy"]
 
 

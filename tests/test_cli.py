@@ -160,6 +160,7 @@ def test_a_wrong_command_is_explained(tmp_path, config):
         ((config, tmp_path / "out", "--max-shard-size", "5 bananas"), "'5 bananas' is not a size: write it like 5GB"),
         ((config, tmp_path / "out", "--out-shard-size", "5GB"), "is no number of parameters like 1B or 500M"),
         ((config, tmp_path / "out", "--bogus"), "No such option"),
+        ((config, tmp_path / "out", "--device", "cdua"), "--device: 'cdua' is none of auto, cpu"),
     ):
         result = run(*arguments)
         assert result.returncode == 2, result.stderr
@@ -196,7 +197,7 @@ def test_code_in_a_model_folder_is_never_run(tmp_path):
         "AutoModel": "modeling_x.X",
         "AutoTokenizer": ["tokenization_x.X", None],
     }
-    edit_json(folders[0] / "config.json", auto_map=classes)
+    edit_json(folders[0] / "config.json", auto_map=classes, attn_implementation="evil/kernel")
     edit_json(folders[0] / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
     config = write_config(tmp_path / "c.yaml", folders[0], folders[1:])
     result = run(config, tmp_path / "out", "--trust-remote-code")
@@ -234,7 +235,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, plain, sent):
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.endswith("interrupted: nothing was left behind\n")
+    assert errors.endswith("interrupted: the output is as it was before\n")
     assert [path.name for path in tmp_path.iterdir()] == ["merge.yaml"]
 
 

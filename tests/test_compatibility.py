@@ -23,9 +23,7 @@ def pair(tmp_path) -> list[Path]:
 
 def plan(tmp_path: Path, folders: list[Path], **keys):
     base, *experts = folders
-    return plan_merge(
-        load_config(write_config(tmp_path / "merge.yaml", base, experts, **{"gate_mode": "random"} | keys))
-    )
+    return plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, prompts=False, **keys)))
 
 
 def problems(tmp_path: Path, folders: list[Path], **keys) -> list[str]:
@@ -227,6 +225,27 @@ def test_what_a_config_leaves_out_is_what_its_class_means(tmp_path, pair):
         (folder / "config.json").write_text(json.dumps(edited))
     config = plan(tmp_path, pair).output_config
     assert (config["sliding_window"], config["rms_norm_eps"], config["rope_theta"]) == (4096, 1e-6, 10000.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"head_dim": {"a": 1}}, "its config.json has values of the wrong type: head_dim {'a': 1}"),
+        ({"rms_norm_eps": "1e-5", "layer_types": 5}, "values of the wrong type: rms_norm_eps '1e-5', layer_types 5"),
+        ({"model_type": ["x"]}, "its model_type is ['x']"),
+        ({"num_hidden_layers": 10**9}, "its config.json needs a positive whole number for num_hidden_layers"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(tmp_path, pair, keys, message):
+    edit_json(pair[0] / "config.json", **keys)
+    assert message in problems(tmp_path, pair)[0]
+
+
+def test_more_experts_per_token_than_experts_are_refused_however_the_config_was_made(tmp_path, pair):
+    config = plan(tmp_path, pair).config.model_copy(update={"experts_per_token": 3})
+    with pytest.raises(IncompatibleError, match="3 experts per token, but only 2"):
+        plan_merge(config)
+    assert "experts_per_token: 3" in config.text
 
 
 def test_references_that_lead_nowhere(tmp_path, pair):

@@ -106,6 +106,28 @@ def test_empty_prompts_are_refused_where_prompts_make_the_router():
     ]
 
 
+def test_blank_prompts_are_refused_in_every_mode():
+    assert problems(PLAIN.replace('"one"', '" "') + "gate_mode: random\n") == [
+        "line 4: experts[0].positive_prompts[0]: the prompt is empty"
+    ]
+
+
+def test_the_order_of_prompts_does_not_make_them_different():
+    assert len(problems(PLAIN.replace('["one"]', "[a, b]").replace('["two"]', "[b, a]"))) == 1
+
+
+def test_a_yaml_bomb_is_refused_at_once():
+    lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    with pytest.raises(ConfigError, match="problems"):
+        parse_config("\n".join([*lines, "base_model: *a9", "experts: *a9"]), "c.yaml")
+
+
+@pytest.mark.parametrize("text", ["base_model: 2024-13-45\n", "base_model: !!int ''\n", "[" * 5000])
+def test_what_the_yaml_library_trips_over_is_refused(text):
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_config(text, "c.yaml")
+
+
 def test_too_few_experts():
     one = 'base_model: base\nexperts_per_token: 1\nexperts:\n- {source_model: a, positive_prompts: ["x"]}\n'
     assert problems(one) == ["line 3: experts: a mixture needs at least 2 experts, found 1"]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.errors import CheckpointError, RouterError
+from moemerge.errors import CheckpointError, IncompatibleError, RouterError
 from moemerge.routers import init_routers
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import LayerRouting, RoutingReport, expert_names, route_layer, row_distances
@@ -231,6 +231,13 @@ def test_experts_that_are_never_chosen_are_named():
     ]
 
 
+def test_an_expert_that_is_chosen_by_all_but_never_first_is_named():
+    routing = LayerRouting(own=(1.0, 1.0), first=(1.0, 0.0), load=(1.0, 1.0), top_weight=0.9)
+    assert RoutingReport(("fox", "code"), 2, (routing,), {}).warnings() == [
+        "expert code is almost never the first choice, not even for its own prompts: 0.0%"
+    ]
+
+
 def test_rows_that_are_almost_parallel_are_named():
     rows = torch.tensor([[[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [-1.0, 0.0]]])
     distances = row_distances(rows)
@@ -265,6 +272,9 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path):
     folders = [make_model(tmp_path / str(seed), seed) for seed in range(3)]
     for file in folders[0].glob("tokenizer*"):
         file.unlink()
+    with pytest.raises(IncompatibleError, match="has no tokenizer to read the prompts with"):
+        plan_of(tmp_path, folders)
+    (folders[0] / "tokenizer.json").write_text("{}")
     with pytest.raises(RouterError, match=r"the base model's tokenizer cannot be loaded .* or remove the prompts"):
         routers(plan_of(tmp_path, folders))
 

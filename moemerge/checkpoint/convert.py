@@ -17,11 +17,11 @@ CHUNK_ELEMENTS: Final = 2**22  # 16 MiB of float32
 
 def convert(
     source: FileIO, tensor: StoredTensor, target: int, dtype: str, report: Report, *,
-    scale: float = 1.0, noise_scale: float = 0.0, seed: int = 0,
+    scale: float = 1.0, noise_scale: float = 0.0, seed: str = "",
 ) -> None:  # fmt: skip
     """Write `(tensor + noise_scale * N(0, 1)) * scale`, computed in float32, as `dtype` at the target's position.
 
-    The noise depends on `seed`, the tensor's name and file name alone, so that two runs agree.
+    The noise depends on the text `seed` alone, so that two runs agree; each output tensor needs its own.
 
     Raises:
         CheckpointError: the source ends too early, or a finite weight is infinite in `dtype`.
@@ -31,7 +31,7 @@ def convert(
     source_dtype, target_dtype = getattr(torch, NAMED[tensor.dtype]), getattr(torch, NAMED[dtype])
     width = BITS[tensor.dtype] // 8
     buffer = bytearray(min(tensor.nbytes, CHUNK_ELEMENTS * width))
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {tensor.path.name} {tensor.name}".encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     source.seek(tensor.start)
     done = 0
     while done < tensor.nbytes:
@@ -49,13 +49,16 @@ def convert(
         report(converted.nbytes)
 
 
+def ended_inside(tensor: StoredTensor) -> CheckpointError:
+    """What to tell the user when a source is shorter than its header said."""
+    return CheckpointError(f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed during the merge?")
+
+
 def _read_into(source: FileIO, view: memoryview, tensor: StoredTensor) -> None:
     while view:
         count = source.readinto(view)
         if not count:
-            raise CheckpointError(
-                f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed during the merge?"
-            )
+            raise ended_inside(tensor)
         view = view[count:]
 
 

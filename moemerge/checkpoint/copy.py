@@ -3,9 +3,10 @@
 import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
-from moemerge.errors import CheckpointError, OutputError
+from moemerge.errors import OutputError
 
 # Small enough that Ctrl-C and the progress bar are prompt, large enough that the calls cost nothing.
 KERNEL_CHUNK_BYTES: Final = 64 * 2**20
@@ -21,14 +22,16 @@ Report = Callable[[int], None]
 
 def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
     source: int, start: int, target: int, target_start: int, nbytes: int, report: Report
-) -> None:
+) -> int:
     """Copy `nbytes` bytes from offset `start` of one open file to offset `target_start` of another.
 
     `os.copy_file_range`, else `os.sendfile`, else reads and writes. `target` must not be shared with another thread.
 
+    Returns:
+        How many bytes were copied: less than `nbytes` where the source ends.
+
     Raises:
-        CheckpointError: the source ends too early.
-        OutputError: the target cannot be written.
+        OSError: the source cannot be read or the target cannot be written.
     """
     done = 0
     ways = [_copy_file_range, _sendfile, _read_and_write]
@@ -40,21 +43,22 @@ def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
             if error.errno in _NOT_HERE and len(ways) > 1:
                 ways.pop(0)
                 continue
-            raise write_failure(error) from error
+            raise
         if moved == 0 and len(ways) > 1:
             ways.pop(0)  # some file systems answer 0 where they mean "not here"
             continue
         if moved == 0:
-            raise CheckpointError(f"a source ended {nbytes - done} bytes too early: was it changed during the merge?")
+            break
         done += moved
         report(moved)
+    return done
 
 
-def write_failure(error: OSError) -> OutputError:
-    """What to tell the user when bytes could not be moved."""
+def write_failure(path: Path, error: OSError) -> OutputError:
+    """What to tell the user when the output file `path` could not be written."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return OutputError("the disk is full. Free some space, or write to another disk; nothing was left behind.")
-    return OutputError(f"bytes could not be moved: {error.strerror}.")
+        return OutputError(f"{path.parent.name}: the disk is full. Free some space, or write to another disk.")
+    return OutputError(f"{path}: cannot be written: {error.strerror or error}.")
 
 
 def _copy_file_range(source: int, start: int, target: int, target_start: int, nbytes: int) -> int:

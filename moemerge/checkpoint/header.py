@@ -17,6 +17,7 @@ from moemerge.errors import CheckpointError
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000  # the reference reader's own limit
 ALIGNMENT_BYTES: Final = 8
+MAX_AXES: Final = 16  # a shape of many huge sizes would take minutes to multiply
 _METADATA_KEY: Final = "__metadata__"
 
 
@@ -93,7 +94,11 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _is_size_list(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_AXES
+        and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    )
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:

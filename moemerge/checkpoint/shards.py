@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Final
 
 from moemerge.checkpoint.header import build_header
@@ -47,7 +48,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
     if not match:
         raise ValueError(f"{text!r} is not a size: write it like 5GB, 500MB or 2GiB")
-    size = int(float(match[1]) * (_UNITS | _BINARY_UNITS)[match[2] or ""])
+    size = int(Decimal(match[1]) * (_UNITS | _BINARY_UNITS)[match[2] or ""])
     if size == 0:
         raise ValueError(f"{text!r} is no size: it has to be at least one byte")
     return size

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -12,18 +12,18 @@ from filelock import FileLock, Timeout
 
 from moemerge.errors import OutputError, RefusedError
 
-_LOCK: Final = ".lock"
 _PARTIAL: Final = "moemerge-partial"
 _OLD: Final = "moemerge-old"
 # Without this file no reader takes a folder for a model, so it comes last and goes first.
 _SEAL: Final = "config.json"
-# What a checkpoint folder may hold: --overwrite replaces a folder only when nothing else would be lost.
+# What marks a folder as a checkpoint, and what one may hold: --overwrite replaces nothing else.
+_CHECKPOINT_MARK: Final = re.compile(r"config\.json|.+\.safetensors")
 _CHECKPOINT_FILE: Final = re.compile(
     r".+\.(safetensors|json|jinja|model|bin|txt|ya?ml|md|gguf)|LICENSE.*|\.gitattributes|\." + _PARTIAL
 )
 
 
-def check_target(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
+def check_target(out: Path, sources: Collection[Path], *, overwrite: bool) -> None:
     """Refuse a target that would lose something.
 
     Raises:
@@ -41,6 +41,11 @@ def check_target(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None
         raise RefusedError(
             f"{out}: is not empty ({len(entries)} entries, among them {min(e.name for e in entries)!r}). "
             "Choose another output folder, or replace this one with --overwrite."
+        )
+    if entries and not any(_CHECKPOINT_MARK.fullmatch(e.name) for e in entries):
+        raise RefusedError(
+            f"{out}: holds no checkpoint, neither config.json nor *.safetensors; --overwrite replaces nothing else. "
+            "Choose another output folder."
         )
     foreign = sorted(e.name for e in entries if e.is_dir() or not _CHECKPOINT_FILE.fullmatch(e.name))
     if foreign:
@@ -66,53 +71,71 @@ def check_space(out: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, sources: Collection[Path] = (), *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into; when the block ends without an error it becomes `out`, otherwise it is removed.
 
-    Whatever `out` held is replaced: see `check_target`. The folder lies beside `out`, so that the end is a rename;
-    where `out` is a mount point it lies inside and its files are moved, `config.json` last.
+    The target is checked as by `check_target`, at the start and again at the end: it may have been filled meanwhile.
+    The folder lies beside `out`, so that the end is a rename; where `out` is a mount point it lies inside and its files
+    are moved, `config.json` last.
 
     Raises:
+        RefusedError: see `check_target`.
         OutputError: another process is writing to the same target, or it cannot be written.
     """
     target = out.resolve()
     stage = target / f".{_PARTIAL}" if os.path.ismount(target) else target.parent / f".{target.name}.{_PARTIAL}"
+    lock_file = stage.with_name(f"{stage.name}.lock")
+    lock = FileLock(lock_file)
     try:
         stage.parent.mkdir(parents=True, exist_ok=True)
-        lock = _claim(stage)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"{out}: another moemerge is writing to it. Wait for it to end.") from None
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}.") from error
+        raise _failure(out, error) from error
     try:
+        _restore(target)
+        check_target(out, sources, overwrite=overwrite)
+        _clear(stage)
+        stage.mkdir()
         yield stage
-        lock.release()
-        (stage / _LOCK).unlink(missing_ok=True)
+        check_target(out, sources, overwrite=overwrite)
         _publish(stage, target)
     except OSError as error:
-        raise OutputError(f"{error.filename or out}: {error.strerror}.") from error
+        raise _failure(out, error) from error
     finally:
+        _clear(stage)
+        lock_file.unlink(missing_ok=True)
         lock.release()
-        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _failure(out: Path, error: OSError) -> OutputError:
+    return OutputError(f"{error.filename or out}: {error.strerror or error}.")
 
 
 def _entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [entry for entry in folder.iterdir() if entry.name not in {f".{_PARTIAL}", "lost+found"}]
+    ours = {f".{_PARTIAL}", f".{_PARTIAL}.lock", "lost+found"}
+    return [entry for entry in folder.iterdir() if entry.name not in ours]
 
 
-def _claim(stage: Path) -> FileLock:
-    """Create the stage, or take over one whose process is gone; the lock dies with its process."""
-    lock = FileLock(stage / _LOCK)
-    with suppress(FileExistsError):
-        stage.mkdir()
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(f"{stage}: another moemerge is writing to the same output. Wait for it to end.") from None
-    for entry in stage.iterdir():
-        if entry.name != _LOCK:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    return lock
+def _clear(stage: Path) -> None:
+    """Remove what this or a killed process has written; a link is removed, never followed."""
+    if stage.is_symlink():
+        stage.unlink()
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replaced(target: Path) -> Path:
+    """Where the folder that is being replaced lies until the new one is in place."""
+    return target.parent / f".{target.name}.{_OLD}"
+
+
+def _restore(target: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    if _replaced(target).is_dir() and not target.exists():
+        _replaced(target).rename(target)
 
 
 def _publish(stage: Path, target: Path) -> None:
@@ -124,15 +147,15 @@ def _publish(stage: Path, target: Path) -> None:
         target.rmdir()
         stage.rename(target)
     else:
-        old = target.parent / f".{target.name}.{_OLD}"
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
+        shutil.rmtree(_replaced(target), ignore_errors=True)
         try:
+            target.rename(_replaced(target))
             stage.rename(target)
-        except OSError:
-            old.rename(target)
+        except BaseException:
+            _restore(target)
             raise
-        shutil.rmtree(old)
+        with suppress(KeyboardInterrupt):  # the output is complete; what is left of the old one goes with the next
+            shutil.rmtree(_replaced(target), ignore_errors=True)
 
 
 def _move_files(stage: Path, target: Path) -> None:
@@ -141,4 +164,3 @@ def _move_files(stage: Path, target: Path) -> None:
         entry.unlink()
     for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == _SEAL):
         entry.rename(target / entry.name)
-    stage.rmdir()

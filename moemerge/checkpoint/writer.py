@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moemerge.checkpoint.convert import convert
+from moemerge.checkpoint.convert import convert, ended_inside
 from moemerge.checkpoint.copy import Report, copy_range, write_all, write_failure
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.shards import Shard
@@ -66,7 +66,7 @@ def write_shards(folder: Path, shards: Sequence[Shard], pieces: Mapping[str, Pie
 
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         jobs = [
-            pool.submit(_write_piece, pieces[name], folder / shard.name, start, seed, report_or_stop)
+            pool.submit(_write_piece, pieces[name], folder / shard.name, start, f"{seed} {name}", report_or_stop)
             for shard in shards
             for name, start in shard.starts.items()
         ]
@@ -87,7 +87,7 @@ def _create(path: Path, shard: Shard) -> None:
             file.flush()
             _preallocate(file.fileno(), shard.nbytes)
     except OSError as error:
-        raise write_failure(error) from error
+        raise write_failure(path, error) from error
 
 
 def _preallocate(file: int, nbytes: int) -> None:
@@ -101,7 +101,7 @@ def _preallocate(file: int, nbytes: int) -> None:
     os.ftruncate(file, nbytes)
 
 
-def _write_piece(piece: Piece, path: Path, start: int, seed: int, report: Report) -> None:
+def _write_piece(piece: Piece, path: Path, start: int, seed: str, report: Report) -> None:
     target = os.open(path, os.O_WRONLY | _BINARY)
     try:
         if isinstance(piece.source, bytes):
@@ -111,7 +111,9 @@ def _write_piece(piece: Piece, path: Path, start: int, seed: int, report: Report
             return
         with piece.source.path.open("rb", buffering=0) as source:
             if piece.is_unchanged:
-                copy_range(source.fileno(), piece.source.start, target, start, piece.source.nbytes, report)
+                copied = copy_range(source.fileno(), piece.source.start, target, start, piece.source.nbytes, report)
+                if copied < piece.source.nbytes:
+                    raise ended_inside(piece.source)
             else:
                 os.lseek(target, start, os.SEEK_SET)
                 convert(
@@ -119,6 +121,6 @@ def _write_piece(piece: Piece, path: Path, start: int, seed: int, report: Report
                     scale=piece.scale, noise_scale=piece.noise_scale, seed=seed,
                 )  # fmt: skip
     except OSError as error:
-        raise write_failure(error) from error
+        raise write_failure(path, error) from error
     finally:
         os.close(target)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -76,10 +77,15 @@ def _merge(
     """
     del version
     with _speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+        from moemerge.checkpoint.staging import check_target
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_routing
         from moemerge.merging import merge
 
+        # Before a plan may download weights.
+        check_target(out, (), overwrite=overwrite)
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
+            raise RefusedError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
         plan = _plan_from(console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts)
         with show_progress(console, quiet=quiet) as progress:
             report = merge(plan, out, overwrite=overwrite, seed=seed, device=device, progress=progress)
@@ -212,7 +218,7 @@ def explain_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MoemergeError):
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted: nothing was left behind", 130
+        return "interrupted: the output is as it was before", 130
     if isinstance(error, MemoryError):
         return "error: memory ran out. `moemerge plan` says how much a merge needs.", 1
     fault = "This is a fault in moemerge: please report it, with what --debug shows."

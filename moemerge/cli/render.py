@@ -128,5 +128,5 @@ def print_inspection(console: Console, found: Inspection) -> None:
     stored = ", ".join(f"{size(nbytes)} {dtype}" for dtype, nbytes in found.dtype_bytes.items())
     facts.add_row("tensors", f"{found.tensors}: {stored}")
     facts.add_row("files", f"{len(found.files)}, {size(sum(found.files.values()))}")
-    facts.add_row("integrity", "index, headers and file sizes agree")
+    facts.add_row("integrity", "see the warnings" if found.warnings else "index, headers and file sizes agree")
     console.print(facts)

@@ -6,6 +6,7 @@ from each other and from those of the MoE families: an omitted key must be resol
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Final
 
 Shape = tuple[str, ...]
@@ -30,17 +31,20 @@ class DenseFamily:
     """Module of a layer whose input is the router input."""
     derived: tuple[str, ...]
     """Endings of buffers that old checkpoints hold and every reader computes itself."""
+    required: tuple[str, ...]
+    """Keys without which `config.json` means nothing."""
     defaults: Mapping[str, Any]
     """What an absent key of `config.json` means."""
 
 
-_REQUIRED: Final = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-)
+# Far above any model; a hostile number would fill the memory with tensor names.
+_MAX_SIZE: Final = {"num_hidden_layers": 10_000}
+_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    "max_position_embeddings": (int,), "rms_norm_eps": (float, int), "rope_theta": (float, int),
+    "initializer_range": (float, int), "attention_dropout": (float, int), "tie_word_embeddings": (bool,),
+    "attention_bias": (bool,), "mlp_bias": (bool,), "hidden_act": (str,), "head_dim": (int, NoneType),
+    "num_key_value_heads": (int, NoneType), "sliding_window": (int, NoneType), "layer_types": (list, NoneType),
+}  # fmt: skip
 _ROPE_TYPES: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _LAYER: Final = "model.layers.{layer}."
 _LLAMA_LIKE: Final[dict[str, Any]] = {
@@ -62,6 +66,7 @@ _LLAMA_LIKE: Final[dict[str, Any]] = {
     },
     "ffn_module": "mlp",
     "derived": ("rotary_emb.inv_freq",),
+    "required": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
 }
 _LLAMA_LIKE_DEFAULTS: Final[dict[str, Any]] = {
     "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True, "pad_token_id": None,
@@ -116,14 +121,27 @@ class DenseModel:
 
 def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
     """Interpret a `config.json`; a text says why it cannot be."""
-    family = DENSE_FAMILIES.get(config.get("model_type", ""))
+    model_type = config.get("model_type")
+    family = DENSE_FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         known = ", ".join(DENSE_FAMILIES)
-        return f"its model_type is {config.get('model_type')!r}; moemerge reads dense models of type {known}"
-    wrong = [key for key in _REQUIRED if type(config.get(key)) is not int or config[key] < 1]
+        return f"its model_type is {model_type!r}; moemerge reads dense models of type {known}"
+    wrong = [
+        key for key in family.required
+        if type(config.get(key)) is not int or not 0 < config[key] <= _MAX_SIZE.get(key, 10**9)
+    ]  # fmt: skip
     if wrong:
         return f"its config.json needs a positive whole number for {', '.join(wrong)}"
-    full = {**family.defaults, **config}
+    # A null says as little as an absent key, except where it has a meaning of its own.
+    given = {
+        key: value for key, value in config.items() if value is not None or NoneType in _TYPES.get(key, (NoneType,))
+    }
+    full = {**family.defaults, **given}
+    wrong = [
+        f"{key} {full[key]!r:.40}" for key, types in _TYPES.items() if type(full.get(key, types[0]())) not in types
+    ]
+    if wrong:
+        return f"its config.json has values of the wrong type: {', '.join(wrong)}"
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
     rope = _read_rope(full)

@@ -1,6 +1,6 @@
 """How routers get their first weights: one file per way, one pass over the base model for all that need it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ from moemerge.routers.cheap_embed import cheap_embed_router
 from moemerge.routers.diagnostics import RoutingReport, expert_names, route_layer, row_distances
 from moemerge.routers.hidden import hidden_router
 from moemerge.routers.random import random_router, uniform_random_router
-from moemerge.routers.request import EncodedPrompt, LayerRouter, RouterRequest
+from moemerge.routers.request import EncodedPrompt, LayerRouter, RouterInputs, RouterRequest
 
 __all__ = ["INITIALISERS", "Routers", "init_routers"]
 
@@ -72,7 +72,7 @@ def init_routers(
     stored_dtype: torch.dtype = getattr(torch, dtype)
     weights, routings = [], []
     if prompts:
-        for layer, inputs in enumerate(capture_router_inputs(request)):
+        for layer, inputs in enumerate(_memory_watched(capture_router_inputs(request))):
             rows = make_rows(layer, inputs).to(stored_dtype)
             weights.append(rows)
             routings.append(route_layer(rows.float(), inputs, config.experts_per_token))
@@ -85,6 +85,19 @@ def init_routers(
     names = expert_names([expert.source_model for expert in config.experts])
     report = RoutingReport(names, config.experts_per_token, tuple(routings), row_distances(stacked.float()))
     return Routers(stacked, report)
+
+
+def _memory_watched(layers: Iterator[RouterInputs]) -> Iterator[RouterInputs]:
+    """The same, with torch's ways of saying that memory ran out turned into one message."""
+    try:
+        yield from layers
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise RouterError(
+            "memory ran out while the base model read the prompts. Use fewer or shorter prompts, or another --device; "
+            "gate_mode random without prompts needs no pass."
+        ) from error
 
 
 def _device(name: str) -> torch.device:

@@ -55,12 +55,17 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
 
 def _empty_model(request: RouterRequest, dtype: torch.dtype) -> Any:
     """The decoder without weights; its buffers (rotary frequencies) are real."""
-    config = AutoConfig.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
+    # Not from config.json itself: a hostile one can name a repository for its attention's code.
+    family = request.base.family
+    keys = {
+        key: request.base.config.get(key) for key in (*family.required, *family.defaults, "head_dim", "rope_scaling")
+    }
+    config = AutoConfig.for_model(family.model_type, **keys | {"pad_token_id": None})
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModel.from_config(config, trust_remote_code=False)
+            model = AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     finally:
         torch.set_default_dtype(default)
     model.rotary_emb.to(request.device)

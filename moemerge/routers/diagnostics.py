@@ -13,6 +13,8 @@ from moemerge.routers.rows import top_weights
 
 # An expert with a tenth of its fair share of tokens is as good as absent.
 _DEAD_FRACTION: Final = 0.1
+# Random routers stray from chance by less than this.
+_CLEARLY_LESS: Final = 0.9
 # |a - b| / (|a| + |b|): 0 for equal rows, 1 for opposite ones; 0.1 is an angle of about 11 degrees.
 _PARALLEL_DISTANCE: Final = 0.1
 
@@ -71,10 +73,15 @@ class RoutingReport:
     def warnings(self) -> list[str]:
         """What the user should know before trusting this router, experts by name."""
         found = []
-        for name, own, load in zip(self.experts, self.own, self.load, strict=False) if self.layers else ():
+        shares = zip(self.experts, self.own, self.first, self.load, strict=True) if self.layers else ()
+        for name, own, first, load in shares:
             if load < _DEAD_FRACTION * self.chance:
                 found.append(f"expert {name} is almost never chosen: {load:.1%} of the prompts' tokens reach it")
-            elif own < self.chance:
+            elif first < _DEAD_FRACTION / len(self.experts):
+                found.append(
+                    f"expert {name} is almost never the first choice, not even for its own prompts: {first:.1%}"
+                )
+            elif own < _CLEARLY_LESS * self.chance:
                 found.append(
                     f"expert {name} gets fewer of its own prompts' tokens than chance would give it: "
                     f"{own:.1%} against {self.chance:.1%}"

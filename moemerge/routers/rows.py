@@ -1,6 +1,10 @@
 """Arithmetic on router rows that more than one way of making them needs."""
 
+from typing import Final
+
 import torch
+
+_NOISE: Final = 1e-5
 
 
 def contrast(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
@@ -21,7 +25,9 @@ def contrast(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     missing = negative.isnan().any(dim=1, keepdim=True)
     rows: torch.Tensor = positive - torch.where(missing, positive.mean(dim=0), negative)
     rows = rows - rows.mean(dim=0)
-    scaled: torch.Tensor = rows / rows.norm(dim=1).mean().clamp(min=torch.finfo(rows.dtype).tiny)
+    length = rows.norm(dim=1).mean()
+    # What rounding leaves of equal directions says nothing, and must not be blown up.
+    scaled: torch.Tensor = rows / length if length > _NOISE else torch.zeros_like(rows)
     return scaled
 
 

@@ -20,6 +20,8 @@ def resolve_file(folder: Path, name: str) -> Path:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a ring of links, before Python 3.13
         raise CheckpointError(f"{path}: there is no such file, or it is a link that leads nowhere.") from error
+    if not target.is_file():
+        raise CheckpointError(f"{path}: is not a file.")
     root = folder.resolve()
     if root not in target.parents and not _is_blob_of(root, target):
         raise CheckpointError(
