@@ -94,6 +94,16 @@ def test_the_streamed_pass_sees_what_the_whole_model_sees(tmp_path, monkeypatch,
             assert torch.allclose(found.norm(dim=1).sort().values, states.norm(dim=1).sort().values, atol=1e-4)
 
 
+def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas, monkeypatch):
+    plan = plan_of(tmp_path, llamas)
+    exact = [inputs.states for inputs in capture_router_inputs(request(plan))]
+    monkeypatch.setattr("moemerge.routers.capture._COMPUTE_DTYPES", {"cpu": torch.bfloat16})
+    rounded = [inputs.states for inputs in capture_router_inputs(request(plan))]
+    for first, second in zip(exact, rounded, strict=True):
+        assert not torch.equal(first, second)
+        assert float((first - second).norm() / first.norm()) < 0.03
+
+
 def test_hidden_is_the_contrast_of_mean_router_inputs(tmp_path, llamas):
     plan = plan_of(tmp_path, llamas)
     made = routers(plan)

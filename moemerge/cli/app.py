@@ -68,7 +68,10 @@ def _merge(
     debug: Debug = False,
     out_shard_size: OutShardSize = None,
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=lambda value: _show_version(show=value))
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=lambda value: _show_version(show=value)
+        ),
     ] = False,
 ) -> None:
     """Build a mixture of experts: moemerge CONFIG OUT.

@@ -18,6 +18,7 @@ from moemerge.routers.request import EncodedPrompt, RouterInputs, RouterRequest
 from moemerge.routers.weights import read_rows, read_weight
 
 TOKENS_PER_BATCH: Final = 2048
+_COMPUTE_DTYPES: Final = {"cpu": torch.float32}
 
 
 @dataclass
@@ -37,8 +38,8 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
 
     On a CPU the pass computes in float32, elsewhere in bfloat16.
     """
-    dtype = torch.float32 if request.device.type == "cpu" else torch.bfloat16
-    model = _empty_model(request, dtype)
+    dtype = _COMPUTE_DTYPES.get(request.device.type, torch.bfloat16)
+    model = _empty_model(request)
     groups = list(_group(request.prompts))
     batches = [_embed(model, request, group, dtype) for group in groups]
     counted, expert, positive = (torch.cat(parts) for parts in zip(*map(_labels, groups), strict=True))
@@ -53,7 +54,7 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
         yield RouterInputs(states.float().cpu(), expert[counted], positive[counted])
 
 
-def _empty_model(request: RouterRequest, dtype: torch.dtype) -> Any:
+def _empty_model(request: RouterRequest) -> Any:
     """The decoder without weights; its buffers (rotary frequencies) are real."""
     # Not from config.json itself: a hostile one can name a repository for its attention's code.
     family = request.base.family
@@ -61,13 +62,8 @@ def _empty_model(request: RouterRequest, dtype: torch.dtype) -> Any:
         key: request.base.config.get(key) for key in (*family.required, *family.defaults, "head_dim", "rope_scaling")
     }
     config = AutoConfig.for_model(family.model_type, **keys | {"pad_token_id": None})
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-    finally:
-        torch.set_default_dtype(default)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     model.rotary_emb.to(request.device)
     return model.eval()
 
