@@ -47,7 +47,7 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
         f"A {plan.family.model_type} of {len(config.experts)} experts, {config.experts_per_token} per token, "
         "made with moemerge: embeddings, attention and norms come from "
         f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.gate_mode}`.",
-        f"**{plan.total_parameters / 1e9:.2f} B parameters, {plan.active_parameters / 1e9:.2f} B active per token, "
+        f"**{_millions(plan.total_parameters)} parameters, {_millions(plan.active_parameters)} active per token, "
         f"{plan.dtype}.**",
         "\n".join(
             ["| expert | model | made for prompts such as |", "|---|---|---|"]
@@ -61,6 +61,10 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
         f"## Configuration\n\n{fence}yaml\n{config.text.rstrip()}\n{fence}",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M"
 
 
 def _sample(expert: Expert) -> str:

@@ -23,7 +23,7 @@ _SILENT_KEYS: Final = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "pretraining_tp",
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "sliding_window",
     "layer_types", "attention_bias", "mlp_bias", "partial_rotary_factor", "_attn_implementation_autoset",
-    "_model_name_or_path", "unsloth_version", "unsloth_fixed",
+    "_model_name_or_path", "unk_token_id", "unsloth_version", "unsloth_fixed",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ COPIED_FILES: Final = (
 )  # fmt: skip
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program, what
 # transformers and some prompts add for the pass over them, and the chunks of one casting thread.
-_PROGRAM_BYTES: Final = 290_000_000
+_PROGRAM_BYTES: Final = 330_000_000
 _TRANSFORMERS_BYTES: Final = 350_000_000
 _CAST_BYTES_PER_THREAD: Final = 64_000_000
 

@@ -231,7 +231,9 @@ def explain_error(error: BaseException) -> tuple[str, int]:
 def _stdout() -> "Console":
     from rich.console import Console
 
-    return Console(soft_wrap=True, highlight=False, markup=False)
+    # Tables are as wide as the terminal; in a file they need not be narrow.
+    width = None if sys.stdout.isatty() else 160
+    return Console(soft_wrap=True, highlight=False, markup=False, width=width)
 
 
 def _print_json(value: Any) -> None:
