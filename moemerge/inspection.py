@@ -48,7 +48,7 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     model = open_model(reference, announce)
     tensors = read_tensor_table(model, announce)
     files = {tensor.path: tensor.path.stat().st_size for tensor in tensors.values()}
-    names = {tensor.path.name for tensor in tensors.values()}
+    names = {path.name for path in files}
     per_token = model.config.get("num_experts_per_tok")
     experts = _count_experts(tensors)
     total = sum(math.prod(tensor.shape) for tensor in tensors.values())
@@ -71,7 +71,7 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
         warnings.append(f"{', '.join(stale)}: not in the index, so no reader loads it")
     metadata = read_json(index).get("metadata") if index else None
     announced = metadata.get("total_size") if isinstance(metadata, dict) else None
-    stored = sum(tensor.nbytes for tensor in tensors.values())
+    stored = sum(dtype_bytes.values())
     if announced is not None and announced != stored:
         warnings.append(f"{SAFETENSORS_INDEX} announces {announced} bytes of tensors, the headers {stored}")
     return Inspection(

@@ -55,7 +55,7 @@ def merge(
     """
     out = Path(out)
     with staged(out, [source.folder for source in plan.sources], overwrite=overwrite) as folder:
-        check_space(folder, plan.output_bytes)
+        check_space(out, plan.output_bytes)
         from moemerge.routers import init_routers  # imports torch, which no refusal above needs
 
         routers = init_routers(
@@ -68,18 +68,18 @@ def merge(
             else Piece(routers.layer_bytes(output.origin), STORED[plan.dtype])
             for name, output in plan.outputs.items()
         }
-        done = 0
+        done, total = 0, plan.tensor_bytes
 
         def report(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            progress("weights", done, plan.tensor_bytes)
+            progress("weights", done, total)
 
         write_shards(folder, plan.shards, pieces, seed, report)
         for path in plan.copied_files:
             shutil.copyfile(path, folder / path.name)
-        if plan.index:
-            (folder / SAFETENSORS_INDEX).write_text(plan.index, encoding="utf-8")
+        if (index := plan.index) is not None:
+            (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
         (folder / CONFIG_COPY).write_text(plan.config.text, encoding="utf-8")
         write_card(folder, out.resolve().name, plan, routers.report)
         (folder / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")

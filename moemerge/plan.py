@@ -43,6 +43,11 @@ class Output:
     expert: int | None = None
     """The expert whose FFN it is part of."""
 
+    @property
+    def is_converted(self) -> bool:
+        """Whether its bytes are computed from its source's, not copied."""
+        return isinstance(self.origin, Piece) and not self.origin.is_unchanged
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -91,7 +96,7 @@ class MergePlan:
             for name, tensor in self.base_tensors.items()
             if name.startswith("model.layers.0.")
         )
-        casts = any(isinstance(o.origin, Piece) and not o.origin.is_unchanged for o in self.outputs.values())
+        casts = any(output.is_converted for output in self.outputs.values())
         return (
             _PROGRAM_BYTES
             + MAX_THREADS * _CAST_BYTES_PER_THREAD * casts
@@ -156,7 +161,7 @@ def plan_merge(
 
     experts = [(expert, tables[expert.source_model]) for expert in config.experts]
     outputs = _outputs(base, family, base_tensors, experts, STORED[dtype])
-    if dtype == "float16" and any(isinstance(o.origin, Piece) and not o.origin.is_unchanged for o in outputs.values()):
+    if dtype == "float16" and any(output.is_converted for output in outputs.values()):
         notes.append(
             "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
         )
