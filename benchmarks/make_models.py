@@ -90,7 +90,7 @@ def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None
             end = len(header)
             for name, _, size, nbytes in table:
                 if numbers is not None:
-                    write_tensor(file.fileno(), f"{folder.name} {name}", dtype, size, nbytes, numbers)
+                    write_tensor(file.fileno(), f"{folder.name} {name}", dtype, size, numbers)
                 end += nbytes
             file.truncate(end)
         weight_map |= dict.fromkeys(tensors, file_name)
@@ -100,11 +100,12 @@ def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None
     return total
 
 
-def write_tensor(file: int, seed: str, dtype: str, size: tuple[int, ...], nbytes: int, numbers: memoryview) -> None:
+def write_tensor(file: int, seed: str, dtype: str, size: tuple[int, ...], numbers: memoryview) -> None:
     if len(size) == 1:  # norms
         os.write(file, torch.ones(size, dtype=getattr(torch, NAMED[dtype])).view(torch.uint8).numpy().data)
         return
     offset = zlib.crc32(seed.encode()) % (BLOCK_ELEMENTS // 2) * (BITS[dtype] // 8)
+    nbytes = int(np.prod(size)) * (BITS[dtype] // 8)
     while nbytes:
         nbytes -= os.write(file, numbers[offset : offset + min(nbytes, len(numbers) - offset)])
         offset = 0

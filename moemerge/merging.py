@@ -5,14 +5,15 @@ Not `merge.py`: importing a module of that name would hide the function `moemerg
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.card import write_card
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
-from moemerge.checkpoint.staging import check_space, staged
-from moemerge.checkpoint.writer import Piece, write_shards
+from moemerge.checkpoint.staging import check_space, journal_of, staged
+from moemerge.checkpoint.writer import Piece, ShardWriter
 from moemerge.dtypes import STORED
 from moemerge.plan import MergePlan
 
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 CONFIG_COPY: Final = "moemerge_config.yaml"
 Stage = Literal["routers", "weights"]
 Progress = Callable[[Stage, int, int], None]
-"""Called with the stage, what is done and all there is: layers for routers, bytes for weights."""
+"""Called with the stage, what is done and all there is: layers for routers, bytes for weights.
+
+Weights are written while routers are computed: reports of the two stages alternate, from one thread at a time.
+"""
 
 
 def merge(
@@ -30,16 +34,22 @@ def merge(
     out: Path | str,
     *,
     overwrite: bool = False,
+    resume: bool = False,
+    low_memory: bool = False,
     seed: int = 0,
     device: str = "auto",
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> "RoutingReport":
     """Carry out a plan: the folder `out` is complete when this returns, and untouched when it raises.
 
+    What was cut off after its first complete shard is kept beside `out` for a run with `resume`.
+
     Args:
         plan: from `plan_merge`.
         out: the folder to write.
         overwrite: replace a checkpoint that `out` holds.
+        resume: keep the complete shards of the same merge, cut off before; without any, begin.
+        low_memory: one copying thread, small chunks, and neither sources nor output left in the page cache.
         seed: of random routers and of `noise_scale`.
         device: where the base model's layers are run for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         progress: called as the work goes on.
@@ -48,34 +58,36 @@ def merge(
         What the routers do with the prompts.
 
     Raises:
-        RefusedError: `out` would lose something.
+        RefusedError: `out` would lose something, or another merge than this was cut off.
         OutputError: the disk is full or cannot be written.
         RouterError: the routers cannot be computed.
         CheckpointError: a source is not what its header said.
     """
     out = Path(out)
-    with staged(out, [source.folder for source in plan.sources], overwrite=overwrite) as folder:
+    with staged(out, [source.folder for source in plan.sources], overwrite=overwrite, resume=resume) as folder:
         check_space(out, plan.output_bytes)
-        from moemerge.routers import init_routers  # imports torch, which no refusal above needs
+        journal = journal_of(folder)
+        kept = journal.resume(plan.fingerprint(seed), folder, plan.shards)
+        tally = _Tally(progress, plan, kept)
+        with ShardWriter(
+            folder, plan.shards, tally.weights, seed=seed, kept=kept, completed=journal.record, low_memory=low_memory
+        ) as writer:
+            writer.add({name: o.origin for name, o in plan.outputs.items() if isinstance(o.origin, Piece)})
+            from moemerge.routers import init_routers  # imports torch, which neither refusals nor copies need
 
-        routers = init_routers(
-            plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
-            seed=seed, device=device, progress=lambda done, total: progress("routers", done, total),
-        )  # fmt: skip
-        pieces = {
-            name: output.origin
-            if isinstance(output.origin, Piece)
-            else Piece(routers.layer_bytes(output.origin), STORED[plan.dtype])
-            for name, output in plan.outputs.items()
-        }
-        done, total = 0, plan.tensor_bytes
+            def layer_done(done: int, total: int) -> None:
+                writer.check()
+                tally.routers(done, total)
 
-        def report(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            progress("weights", done, total)
-
-        write_shards(folder, plan.shards, pieces, seed, report)
+            routers = init_routers(
+                plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
+                seed=seed, device=device, progress=layer_done,
+            )  # fmt: skip
+            writer.add({
+                name: Piece(routers.layer_bytes(o.origin), STORED[plan.dtype])
+                for name, o in plan.outputs.items()
+                if isinstance(o.origin, int)
+            })  # fmt: skip
         for path in plan.copied_files:
             shutil.copyfile(path, folder / path.name)
         if (index := plan.index) is not None:
@@ -84,3 +96,21 @@ def merge(
         write_card(folder, out.resolve().name, plan, routers.report)
         (folder / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
     return routers.report
+
+
+class _Tally:
+    """Sums up what two stages report at the same time."""
+
+    def __init__(self, progress: Progress, plan: MergePlan, kept: set[str]) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self._total = plan.tensor_bytes
+        self._done = sum(shard.nbytes - len(shard.header) for shard in plan.shards if shard.name in kept)
+
+    def weights(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            self._progress("weights", self._done, self._total)
+
+    def routers(self, done: int, total: int) -> None:
+        with self._lock:
+            self._progress("routers", done, total)

@@ -1,9 +1,11 @@
 """The merge plan: every output tensor, where its bytes come from and where they go. Decided from headers alone."""
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,7 +66,7 @@ class MergePlan:
     output_config: dict[str, Any]
     """The merged model's `config.json`."""
     outputs: dict[str, Output]
-    """Every tensor of the merged model, by name, in the order of the layers."""
+    """Every tensor of the merged model, by name, in the order of the layers; routers last."""
     shards: tuple[Shard, ...]
     copied_files: tuple[Path, ...]
     """Of the base model, beside its weights."""
@@ -102,6 +104,27 @@ class MergePlan:
             + MAX_THREADS * _CAST_BYTES_PER_THREAD * casts
             + (_TRANSFORMERS_BYTES + 2 * layer) * self.config.has_prompts
         )
+
+    def fingerprint(self, seed: int) -> dict[str, Any]:
+        """What decides every byte of the shards; a merge may be resumed only where all of it is the same."""
+        used: dict[Path, list[StoredTensor]] = {}
+        for output in self.outputs.values():
+            if isinstance(output.origin, Piece) and isinstance(output.origin.source, StoredTensor):
+                used.setdefault(output.origin.source.path, []).append(output.origin.source)
+        return {
+            "moemerge": version("moemerge"),
+            "config": self.config.model_dump(mode="json"),
+            "seed": seed,
+            "shards": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in self.shards},
+            "sources": {
+                str(path): {
+                    "size": path.stat().st_size,
+                    "modified": path.stat().st_mtime_ns,
+                    "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
+                }
+                for path, tensors in used.items()
+            },
+        }
 
     @property
     def index(self) -> str | None:
@@ -240,8 +263,6 @@ def _outputs(
     for layer in range(base.layers):
         for template in base.family.shared:
             outputs[template.format(layer=layer)] = shared(template.format(layer=layer))
-        router_shape = (len(experts), base.config["hidden_size"])
-        outputs[family.router.format(layer=layer)] = Output(router_shape, layer)
         for number, (expert, tensors) in enumerate(experts):
             for role, template in family.experts.items():
                 source = tensors[base.family.ffn[role][0].format(layer=layer)]
@@ -251,6 +272,9 @@ def _outputs(
     outputs[last] = shared(last)
     if base.family.head in base_tensors:
         outputs[base.family.head] = shared(base.family.head)
+    # Routers come last: every other shard is complete without them.
+    for layer in range(base.layers):
+        outputs[family.router.format(layer=layer)] = Output((len(experts), base.config["hidden_size"]), layer)
     return outputs
 
 

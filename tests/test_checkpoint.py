@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moemerge.checkpoint import copy, staging
+from moemerge.checkpoint import copy, staging, writer
 from moemerge.checkpoint.header import StoredTensor, build_header, read_header
 from moemerge.checkpoint.index import model_files, read_tensors, read_weight_map
 from moemerge.checkpoint.shards import TensorSpec, layout_shards, parse_size
 from moemerge.checkpoint.staging import check_space, check_target, staged
-from moemerge.checkpoint.writer import Piece, write_shards
+from moemerge.checkpoint.writer import Piece, ShardWriter
 from moemerge.errors import CheckpointError, OutputError, RefusedError
 from moemerge.sources.local import resolve_file
 from moemerge.sources.pickles import read_pickle
@@ -260,13 +260,16 @@ def test_shards_hold_every_tensor_once_in_order_aligned_and_within_the_limit(ten
         assert all(start % widths[by_name[name].dtype] == 0 for name, start in shard.starts.items())
 
 
-def write(folder: Path, pieces: dict[str, Piece], shapes: dict[str, tuple[int, ...]], report=lambda _: None) -> dict:
+def write(
+    folder: Path, pieces: dict[str, Piece], shapes: dict[str, tuple[int, ...]], report=lambda _: None, **keys
+) -> dict:
     width = {"F32": 4, "BF16": 2, "F16": 2}
     tensors = [
         TensorSpec(name, piece.dtype, shapes[name], torch.Size(shapes[name]).numel() * width[piece.dtype])
         for name, piece in pieces.items()
     ]
-    write_shards(folder, layout_shards(tensors, 10**9), pieces, 0, report)
+    with ShardWriter(folder, layout_shards(tensors, 10**9), report, **keys) as shards:
+        shards.add(pieces)
     return load_file(folder / "model.safetensors")
 
 
@@ -286,7 +289,7 @@ def test_each_way_of_copying_gives_the_same_bytes(tmp_path, monkeypatch, way, br
     used = []
     original = getattr(copy, way)
     monkeypatch.setattr(copy, way, lambda *arguments: used.append(1) or original(*arguments))
-    monkeypatch.setattr(copy, "KERNEL_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 1000)
     source = torch.randn(700, 3)
     save_file({"a": source}, tmp_path / "source.safetensors")
     tensor = read_header(tmp_path / "source.safetensors")["a"]

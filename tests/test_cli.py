@@ -207,8 +207,8 @@ def test_code_in_a_model_folder_is_never_run(tmp_path):
 
 SLOW = """
 import time
-from moemerge.checkpoint import copy
-copy.KERNEL_CHUNK_BYTES = 64
+from moemerge.checkpoint import copy, writer
+writer.CHUNK_BYTES = 64
 whole = copy._copy_file_range
 copy._copy_file_range = lambda *arguments: time.sleep(0.01) or whole(*arguments)
 """
@@ -254,8 +254,8 @@ def test_bars_show_layers_and_bytes_on_a_terminal():
     with show_progress(Console(file=screen, force_terminal=True, width=100), quiet=False) as progress:
         progress("routers", 3, 3)
         progress("weights", 2_000_000, 2_000_000)
-    assert "3/3 layers" in screen.getvalue()
-    assert "2.0/2.0 MB" in screen.getvalue()
+    assert "layer 3 of 3" in screen.getvalue()
+    assert "2.00 MB of 2.00 MB" in screen.getvalue()
 
 
 def test_memory_that_runs_out_is_said_so():

@@ -158,7 +158,7 @@ def llama(seed: int, *, hidden: int = 8, vocab: int = 16, sharded: bool = False)
         "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": vocab,
         "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
     }  # fmt: skip
-    rng = random.Random(seed)  # noqa: S311  weights, not secrets
+    rng = random.Random(seed)
     tensors = shapes(hidden, vocab)
     stored = {name: struct.pack("<f", rng.uniform(-1, 1)) * prod(shape) for name, shape in tensors.items()}
     homes = {name: SHARDS["layers.1" in name] if sharded else SINGLE for name in tensors}

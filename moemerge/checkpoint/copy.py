@@ -8,8 +8,7 @@ from typing import Final
 
 from moemerge.errors import OutputError
 
-# Small enough that Ctrl-C and the progress bar are prompt, large enough that the calls cost nothing.
-KERNEL_CHUNK_BYTES: Final = 64 * 2**20
+BLOCK_BYTES: Final = 4096
 BUFFER_BYTES: Final = 8 * 2**20
 # A kernel call that says one of these is not made for these two files; the next slower way is.
 _NOT_HERE: Final = {
@@ -21,11 +20,16 @@ Report = Callable[[int], None]
 
 
 def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
-    source: int, start: int, target: int, target_start: int, nbytes: int, report: Report
-) -> int:
+    source: int, start: int, target: int, target_start: int, nbytes: int, report: Report,
+    *, chunk_bytes: int,
+) -> int:  # fmt: skip
     """Copy `nbytes` bytes from offset `start` of one open file to offset `target_start` of another.
 
     `os.copy_file_range`, else `os.sendfile`, else reads and writes. `target` must not be shared with another thread.
+    Where a file system shares extents it does so from one block border to another: the first step leads up to one, if
+    both files reach theirs together.
+
+    `report` is called after each step of at most `chunk_bytes`.
 
     Returns:
         How many bytes were copied: less than `nbytes` where the source ends.
@@ -36,7 +40,9 @@ def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
     done = 0
     ways = [_copy_file_range, _sendfile, _read_and_write]
     while done < nbytes:
-        step = min(nbytes - done, KERNEL_CHUNK_BYTES)
+        step = min(nbytes - done, chunk_bytes)
+        if done == 0 and (start - target_start) % BLOCK_BYTES == 0:
+            step = min(step, -start % BLOCK_BYTES or step)
         try:
             moved = ways[0](source, start + done, target, target_start + done, step)
         except OSError as error:

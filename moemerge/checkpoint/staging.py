@@ -10,6 +10,8 @@ from typing import Final
 
 from filelock import FileLock, Timeout
 
+from moemerge.checkpoint.disk import flush
+from moemerge.checkpoint.journal import Journal
 from moemerge.errors import OutputError, RefusedError
 
 _PARTIAL: Final = "moemerge-partial"
@@ -55,15 +57,28 @@ def check_target(out: Path, sources: Collection[Path], *, overwrite: bool) -> No
         )
 
 
+def journal_of(stage: Path) -> Journal:
+    """The journal of what is complete in a stage, beside it."""
+    return Journal(stage.with_name(f"{stage.name}.journal"))
+
+
+def kept_shards(out: Path) -> int:
+    """How many complete shards an unfinished merge into `out` has left for `--resume`."""
+    stage = _stage(out.resolve())
+    return len(journal_of(stage)) if stage.is_dir() else 0
+
+
 def check_space(out: Path, nbytes: int) -> None:
-    """Refuse to start what the disk cannot hold.
+    """Refuse to start what the disk cannot hold; what an unfinished merge has left there is used again.
 
     Raises:
         OutputError: says how much is needed and how much is free.
     """
     folder = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
+    stage = _stage(out.resolve())
+    left = sum(path.stat().st_size for path in stage.iterdir()) if stage.is_dir() else 0
     free = shutil.disk_usage(folder).free
-    if free < nbytes:
+    if free + left < nbytes:
         raise OutputError(
             f"{out}: the merged model takes {nbytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free. "
             "Free some space, or write to another disk."
@@ -71,8 +86,13 @@ def check_space(out: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def staged(out: Path, sources: Collection[Path] = (), *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into; when the block ends without an error it becomes `out`, otherwise it is removed.
+def staged(
+    out: Path, sources: Collection[Path] = (), *, overwrite: bool = False, resume: bool = False
+) -> Iterator[Path]:
+    """A folder to write into; when the block ends without an error it becomes `out`.
+
+    Otherwise it is removed, unless its journal (`journal_of`) names complete shards: then it stays for a run with
+    `resume`, and a run without `resume` removes it first.
 
     The target is checked as by `check_target`, at the start and again at the end: it may have been filled meanwhile.
     The folder lies beside `out`, so that the end is a rename; where `out` is a mount point it lies inside and its files
@@ -83,7 +103,8 @@ def staged(out: Path, sources: Collection[Path] = (), *, overwrite: bool = False
         OutputError: another process is writing to the same target, or it cannot be written.
     """
     target = out.resolve()
-    stage = target / f".{_PARTIAL}" if os.path.ismount(target) else target.parent / f".{target.name}.{_PARTIAL}"
+    stage = _stage(target)
+    journal = journal_of(stage)
     lock_file = stage.with_name(f"{stage.name}.lock")
     lock = FileLock(lock_file)
     try:
@@ -96,17 +117,27 @@ def staged(out: Path, sources: Collection[Path] = (), *, overwrite: bool = False
     try:
         _restore(target)
         check_target(out, sources, overwrite=overwrite)
-        _clear(stage)
-        stage.mkdir()
+        if not resume or stage.is_symlink():
+            _clear(stage)
+            journal.remove()
+        stage.mkdir(exist_ok=True)
         yield stage
         check_target(out, sources, overwrite=overwrite)
         _publish(stage, target)
+        journal.remove()
     except OSError as error:
         raise _failure(out, error) from error
     finally:
-        _clear(stage)
+        if not len(journal):
+            _clear(stage)
+            journal.remove()
         lock_file.unlink(missing_ok=True)
         lock.release()
+
+
+def _stage(target: Path) -> Path:
+    """Where the output is written: beside the resolved `target`, or inside it where it is a mount point."""
+    return target / f".{_PARTIAL}" if os.path.ismount(target) else target.parent / f".{target.name}.{_PARTIAL}"
 
 
 def _failure(out: Path, error: OSError) -> OutputError:
@@ -116,7 +147,7 @@ def _failure(out: Path, error: OSError) -> OutputError:
 def _entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    ours = {f".{_PARTIAL}", f".{_PARTIAL}.lock", "lost+found"}
+    ours = {f".{_PARTIAL}", f".{_PARTIAL}.lock", f".{_PARTIAL}.journal", "lost+found"}
     return [entry for entry in folder.iterdir() if entry.name not in ours]
 
 
@@ -139,6 +170,14 @@ def _restore(target: Path) -> None:
 
 
 def _publish(stage: Path, target: Path) -> None:
+    for path in (*stage.iterdir(), stage):
+        flush(path)
+    _rename(stage, target)
+    flush(target)
+    flush(target.parent)
+
+
+def _rename(stage: Path, target: Path) -> None:
     if stage.parent == target:
         _move_files(stage, target)
     elif not target.exists():

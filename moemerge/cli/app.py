@@ -57,6 +57,11 @@ def _merge(
     ],
     max_shard_size: ShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a merge that was cut off.")] = False,
+    low_memory: Annotated[
+        bool,
+        typer.Option("--low-memory", "--lazy", help="One thread, small chunks, nothing left in the page cache."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of random routers and of noise_scale.")] = 0,
     device: Annotated[
         str, typer.Option(help="Runs the base model for the routers: auto, cpu, cuda, cuda:1, mps.")
@@ -80,7 +85,7 @@ def _merge(
     """
     del version
     with _speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
-        from moemerge.checkpoint.staging import check_target
+        from moemerge.checkpoint.staging import check_target, kept_shards
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_routing
         from moemerge.merging import merge
@@ -90,8 +95,19 @@ def _merge(
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
             raise RefusedError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
         plan = _plan_from(console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts)
-        with show_progress(console, quiet=quiet) as progress:
-            report = merge(plan, out, overwrite=overwrite, seed=seed, device=device, progress=progress)
+        try:
+            with show_progress(console, quiet=quiet) as progress:
+                report = merge(
+                    plan, out, overwrite=overwrite, resume=resume, low_memory=low_memory, seed=seed, device=device,
+                    progress=progress,
+                )  # fmt: skip
+        except BaseException:
+            if kept := kept_shards(out):
+                console.print(
+                    f"{kept} of {len(plan.shards)} shards are complete and kept beside {out}: "
+                    "--resume continues from them, a run without it starts over."
+                )
+            raise
         if not quiet:
             print_routing(_stdout(), report, by_layer=verbose > 0)
         for warning in report.warnings():

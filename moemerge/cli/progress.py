@@ -6,21 +6,12 @@ from contextlib import contextmanager
 from typing import Final
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from moemerge.cli.render import size
 from moemerge.merging import Progress as Report
 from moemerge.merging import Stage
 
-_TITLES: Final[dict[Stage, str]] = {"routers": "routers", "weights": "weights"}
 _LINES: Final = 10
 
 
@@ -30,54 +21,46 @@ def show_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
     if quiet:
         yield lambda _stage, _done, _total: None
     elif console.is_terminal:
-        bars = _Bars(console)
-        try:
-            yield bars.report
-        finally:
-            bars.stop()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+            yield _Bars(bars).report
     else:
         yield _Lines(console).report
 
 
-class _Bars:
-    def __init__(self, console: Console) -> None:
-        start = (TextColumn("{task.description}"), BarColumn())
-        self._layers = Progress(
-            *start, TextColumn("{task.completed}/{task.total} layers"), TimeRemainingColumn(), console=console
-        )
-        self._bytes = Progress(*start, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
-        self._tasks: dict[Stage, TaskID] = {}
+class _Said:
+    """What is done, in words: layers, or bytes with their rate."""
 
-    def stop(self) -> None:
-        """Leave the terminal as it should be, whatever happened."""
-        for bars in (self._layers, self._bytes):
-            bars.stop()
+    def __init__(self, stage: Stage, done: int) -> None:
+        self._stage, self._first, self._start = stage, done, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> str:
+        if self._stage == "routers":
+            return f"layer {done} of {total}"
+        rate = (done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        return f"{size(done)} of {size(total)}, {size(rate)}/s"
+
+
+class _Bars:
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[Stage, tuple[TaskID, _Said]] = {}
 
     def report(self, stage: Stage, done: int, total: int) -> None:
-        bars = self._bytes if stage == "weights" else self._layers
         if stage not in self._tasks:
-            self._layers.stop()
-            bars.start()
-            self._tasks[stage] = bars.add_task(_TITLES[stage], total=total)
-        bars.update(self._tasks[stage], completed=done)
+            self._tasks[stage] = self._bars.add_task(stage, total=total, said=""), _Said(stage, done)
+        task, said = self._tasks[stage]
+        self._bars.update(task, completed=done, said=said(done, total))
 
 
 class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._stage: Stage | None = None
-        self._shown = 0
-        self._start = 0.0
+        self._stages: dict[Stage, tuple[int, _Said]] = {}
 
     def report(self, stage: Stage, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._stage, self._shown, self._start = stage, 0, time.monotonic()
         tenth = done * _LINES // max(total, 1)
-        if tenth <= self._shown:
-            return
-        self._shown = tenth
-        if stage == "weights":
-            rate = done / max(time.monotonic() - self._start, 1e-9)
-            self._console.print(f"{_TITLES[stage]}: {size(done)} of {size(total)}, {size(rate)}/s")
-        else:
-            self._console.print(f"{_TITLES[stage]}: layer {done} of {total}")
+        shown, said = self._stages.get(stage) or (0, _Said(stage, done))
+        self._stages[stage] = max(tenth, shown), said
+        if tenth > shown:
+            self._console.print(f"{stage}: {said(done, total)}")

@@ -1,0 +1,49 @@
+"""What the operating system is asked to do with a file's bytes: make room, keep them, forget them."""
+
+import ctypes
+import errno
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+
+def allocate(file: int, nbytes: int) -> None:
+    """Make an open file `nbytes` long; where it can be reserved, a full disk is noticed now and not at the last byte.
+
+    Not `os.posix_fallocate`: where a file system cannot reserve (network, FUSE), glibc writes a byte into every block.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) == 0:
+            return
+        if ctypes.get_errno() in {errno.ENOSPC, errno.EDQUOT}:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    os.ftruncate(file, nbytes)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, would survive a power failure."""
+    if path.is_dir():
+        with suppress(OSError):  # Windows opens no folders, some file systems flush none
+            _flush(path, os.O_RDONLY)
+    else:
+        _flush(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+
+
+def forget(file: int) -> None:
+    """Flush an open file and let the page cache drop its bytes, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        os.fdatasync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _flush(path: Path, flags: int) -> None:
+    file = os.open(path, flags)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

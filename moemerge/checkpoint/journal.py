@@ -1,0 +1,107 @@
+"""What a merge that was cut off has finished: one line for each shard, written when its bytes are on the disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moemerge.checkpoint.shards import Shard
+from moemerge.errors import RefusedError
+
+
+class Journal:
+    """A file of JSON lines: the fingerprint of the merge, then name, size and header hash of each complete shard."""
+
+    def __init__(self, path: Path) -> None:
+        """Use `path`, which need not exist."""
+        self._path = path
+
+    def __len__(self) -> int:
+        """Number of complete shards."""
+        return max(0, len(self._lines()) - 1)
+
+    def begin(self, fingerprint: Mapping[str, Any]) -> None:
+        """Forget everything and start a new merge."""
+        self._path.unlink(missing_ok=True)
+        self._append({"fingerprint": fingerprint})
+
+    def record(self, shard: Shard) -> None:
+        """Note a shard whose bytes have been flushed to the disk."""
+        self._append(_entry(shard))
+
+    def resume(self, fingerprint: Mapping[str, Any], folder: Path, shards: Sequence[Shard]) -> set[str]:
+        """Names of the shards in `folder` that are complete; starts a new journal where there is none.
+
+        Raises:
+            RefusedError: the journal is of another merge; says what differs.
+        """
+        first, *entries = self._lines() or [{}]
+        if "fingerprint" not in first:
+            self.begin(fingerprint)
+            return set()
+        changed = list(_differences(first["fingerprint"], json.loads(json.dumps(fingerprint))))
+        if changed:
+            raise RefusedError(
+                "--resume: the merge that was cut off was not this one; what differs: "
+                f"{', '.join(changed[:6])}{' …' if len(changed) > 6 else ''}. "  # noqa: PLR2004
+                "Undo the change, or start over without --resume."
+            )
+        kept = [shard for shard in shards if _entry(shard) in entries and _holds(folder / shard.name, shard)]
+        # What has to be written again must not be named while it is: its size and header are right from the start.
+        draft = Journal(folder / ".journal")
+        draft.begin(fingerprint)
+        for shard in kept:
+            draft.record(shard)
+        draft._path.replace(self._path)
+        return {shard.name for shard in kept}
+
+    def remove(self) -> None:
+        """The merge is complete, or given up."""
+        self._path.unlink(missing_ok=True)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Every whole line; a last one that was cut off says nothing."""
+        try:
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return []
+        found = []
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            found.append(entry)
+        return found
+
+
+def _entry(shard: Shard) -> dict[str, Any]:
+    return {"name": shard.name, "size": shard.nbytes, "header": hashlib.sha256(shard.header).hexdigest()}
+
+
+def _holds(path: Path, shard: Shard) -> bool:
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == shard.nbytes and file.read(len(shard.header)) == shard.header
+    except OSError:
+        return False
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """Addresses at which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from _differences(*pair, f"{where}[{index}]")
+    elif old != new:
+        yield where

@@ -1,0 +1,166 @@
+"""Merges that were cut off go on where they were, or say why they cannot."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.journal import Journal
+from moemerge.checkpoint.shards import TensorSpec, layout_shards
+from moemerge.checkpoint.staging import kept_shards
+from moemerge.errors import CheckpointError, RefusedError
+from tests.kill import contents
+from tests.models import edit_json, make_model, write_config
+
+ROOT = Path(__file__).parents[1]
+SHARD_BYTES = 20_000
+
+
+@pytest.fixture
+def models(tmp_path) -> list[Path]:
+    return [make_model(tmp_path / name, seed) for seed, name in enumerate(("base", "fox", "code"))]
+
+
+def plan_of(tmp_path: Path, models: list[Path], shard_bytes: int = SHARD_BYTES, **keys):
+    config = write_config(tmp_path / "merge.yaml", models[0], models[1:], prompts=False, **keys)
+    return plan_merge(load_config(config), max_shard_bytes=shard_bytes)
+
+
+def cut_off(plan, out: Path, monkeypatch) -> set[str]:
+    """Stop a merge when two shards are complete; gives what is left in its folder."""
+    with monkeypatch.context() as patch:
+        record = Journal.record
+
+        def stop_after_two(journal, shard):
+            if len(journal) == 2:
+                raise CheckpointError("cut off")
+            record(journal, shard)
+
+        patch.setattr(Journal, "record", stop_after_two)
+        with pytest.raises(CheckpointError, match="cut off"):
+            merge(plan, out)
+    return {path.name for path in (out.parent / f".{out.name}.moemerge-partial").iterdir()}
+
+
+def test_fifty_kills_at_random_moments_and_the_result_is_the_same(tmp_path, models):
+    config = write_config(tmp_path / "merge.yaml", models[0], models[1:], prompts=False)
+    folder = tmp_path / "kills"
+    folder.mkdir()
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.kill", str(config), str(folder), "50"], cwd=ROOT, capture_output=True,
+        text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    counts = json.loads(result.stdout)
+    assert counts["nothing"] + counts["kept"] >= 50
+    assert counts["kept"] >= 20
+    assert counts["shards"] >= 8
+
+
+def test_complete_shards_are_kept_and_only_the_rest_is_written(tmp_path, models, monkeypatch):
+    plan = plan_of(tmp_path, models)
+    left = cut_off(plan, tmp_path / "out", monkeypatch)
+    assert left == {shard.name for shard in plan.shards}
+    assert kept_shards(tmp_path / "out") == 2
+    done = []
+    merge(
+        plan, tmp_path / "out", resume=True, progress=lambda stage, done_, _: stage == "weights" and done.append(done_)
+    )
+    kept = [plan.shards[0], plan.shards[1]]
+    assert min(done) > sum(shard.nbytes - len(shard.header) for shard in kept)
+    assert done[-1] == plan.tensor_bytes
+    merge(plan, tmp_path / "again" / "out")  # the folder's name stands in the card
+    assert contents(tmp_path / "out") == contents(tmp_path / "again" / "out")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_another_merge_is_not_continued_and_says_what_differs(tmp_path, models, monkeypatch):
+    out = tmp_path / "out"
+    cut_off(plan_of(tmp_path, models), out, monkeypatch)
+    with pytest.raises(RefusedError) as refused:
+        merge(plan_of(tmp_path, models, experts_per_token=1), out, resume=True, seed=3)
+    assert str(refused.value) == (
+        "--resume: the merge that was cut off was not this one; what differs: config.experts_per_token, seed. "
+        "Undo the change, or start over without --resume."
+    )
+    weights = models[2] / "model.safetensors"
+    os.utime(weights, ns=(0, 0))
+    with pytest.raises(RefusedError, match=f"what differs: sources.{weights}.modified. Undo"):
+        merge(plan_of(tmp_path, models), out, resume=True)
+    with pytest.raises(RefusedError, match="what differs: shards.model-00001"):
+        merge(plan_of(tmp_path, models, 30_000), out, resume=True)
+    assert kept_shards(out) == 2
+
+
+def test_without_resume_a_merge_starts_over(tmp_path, models, monkeypatch):
+    plan = plan_of(tmp_path, models)
+    cut_off(plan, tmp_path / "out", monkeypatch)
+    done = []
+    merge(plan, tmp_path / "out", progress=lambda stage, done_, _: stage == "weights" and done.append(done_))
+    assert min(done) < plan.shards[0].nbytes
+    assert kept_shards(tmp_path / "out") == 0
+
+
+def test_with_nothing_to_resume_a_merge_begins(tmp_path, models):
+    merge(plan_of(tmp_path, models), tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_shard_that_is_damaged_is_written_again(tmp_path, models, monkeypatch):
+    plan = plan_of(tmp_path, models)
+    cut_off(plan, tmp_path / "out", monkeypatch)
+    partial = tmp_path / ".out.moemerge-partial"
+    os.truncate(partial / plan.shards[0].name, 100)
+    merge(plan, tmp_path / "out", resume=True)
+    merge(plan, tmp_path / "again")
+    name = plan.shards[0].name
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def shards():
+    return layout_shards([TensorSpec(name, "U8", (50,), 50) for name in "abc"], 50)
+
+
+def test_a_shard_that_is_being_written_again_is_not_in_the_journal(tmp_path):
+    a, b, _ = shards()
+    journal = Journal(tmp_path / "journal")
+    assert journal.resume({"x": 1}, tmp_path, shards()) == set()
+    for shard in (a, b):
+        journal.record(shard)
+    (tmp_path / b.name).write_bytes(b.header + bytes(50))
+    assert journal.resume({"x": 1}, tmp_path, shards()) == {b.name}
+    (tmp_path / a.name).write_bytes(a.header + bytes(50))  # preallocated, not yet filled
+    assert journal.resume({"x": 1}, tmp_path, shards()) == {b.name}
+
+
+def test_a_line_that_was_cut_off_says_nothing(tmp_path):
+    a, b, _ = shards()
+    journal = Journal(tmp_path / "journal")
+    journal.begin({"x": 1})
+    for shard in (a, b):
+        journal.record(shard)
+        (tmp_path / shard.name).write_bytes(shard.header + bytes(50))
+    for cut in range(1, 60):
+        text = (tmp_path / "journal").read_text()
+        (tmp_path / "journal").write_text(text[:-cut])
+        assert journal.resume({"x": 1}, tmp_path, shards()) == ({a.name, b.name} if cut == 1 else {a.name})
+        (tmp_path / "journal").write_text(text)
+
+
+def test_a_refused_command_leaves_what_can_be_resumed(tmp_path, models, monkeypatch):
+    out = tmp_path / "out"
+    plan = plan_of(tmp_path, models)
+    cut_off(plan, out, monkeypatch)
+    out.mkdir()
+    (out / "thesis.odt").write_text("mine")
+    with pytest.raises(RefusedError, match="is not empty"):
+        merge(plan, out)
+    assert kept_shards(out) == 2
+    edit_json(models[0] / "generation_config.json", temperature=0.5)
+    (out / "thesis.odt").unlink()
+    merge(plan, out, resume=True)
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
