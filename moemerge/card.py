@@ -76,7 +76,7 @@ def _sample(expert: Expert) -> str:
 
 def _routing(report: "RoutingReport") -> str:
     if not report.layers:
-        return "The merge had no prompts, so nothing is known of how its routers choose. Train them before use."
+        return "The base model read no prompts, so nothing is known of how these routers choose."
     lines = [
         "Of the tokens of each expert's own positive prompts, the share that reaches it among the "
         f"{report.experts_per_token} chosen, or as the first choice, and its share of all prompts' tokens "

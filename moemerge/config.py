@@ -87,6 +87,16 @@ class MergeConfig(_Strict):
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
     @property
+    def runs_base(self) -> bool:
+        """Whether its routers are made from what the base model computes of the prompts."""
+        return self.gate_mode == "hidden"
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether its routers are made from prompts."""
+        return self.gate_mode not in _PROMPT_FREE
+
+    @property
     def has_prompts(self) -> bool:
         """Whether every expert has positive prompts."""
         return all(expert.positive_prompts for expert in self.experts)

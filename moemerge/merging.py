@@ -81,7 +81,7 @@ def merge(
 
             routers = init_routers(
                 plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
-                seed=seed, device=device, progress=layer_done,
+                run_base=plan.runs_base, seed=seed, device=device, low_memory=low_memory, progress=layer_done,
             )  # fmt: skip
             writer.add({
                 name: Piece(routers.layer_bytes(o.origin), STORED[plan.dtype])

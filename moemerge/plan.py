@@ -71,6 +71,8 @@ class MergePlan:
     copied_files: tuple[Path, ...]
     """Of the base model, beside its weights."""
     notes: tuple[str, ...]
+    runs_base: bool
+    """Whether the prompts pass through the base model: for the routers, or for the routing table."""
     total_parameters: int
     active_parameters: int
     """Parameters that a token passes through."""
@@ -102,7 +104,7 @@ class MergePlan:
         return (
             _PROGRAM_BYTES
             + MAX_THREADS * _CAST_BYTES_PER_THREAD * casts
-            + (_TRANSFORMERS_BYTES + 2 * layer) * self.config.has_prompts
+            + (_TRANSFORMERS_BYTES + 2 * layer) * self.runs_base
         )
 
     def fingerprint(self, seed: int) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def plan_merge(
     config: MergeConfig,
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    routing_table: bool = False,
     announce: Callable[[str], None] = lambda _: None,
 ) -> MergePlan:
     """Decide a merge from configs and headers; no tensor bytes are read and nothing is written.
@@ -148,6 +151,8 @@ def plan_merge(
     Args:
         config: the merge.
         max_shard_bytes: upper bound of the tensor data in one output file.
+        routing_table: whether to show what the routers do with the prompts, even where that takes a pass of the base
+            model which the routers do not need.
         announce: called with a line about what takes long.
 
     Raises:
@@ -155,6 +160,7 @@ def plan_merge(
         CheckpointError: a model's files are damaged.
         IncompatibleError: the models cannot be merged; lists every reason.
     """
+    runs_base = config.runs_base or (routing_table and config.has_prompts)
     if config.experts_per_token > len(config.experts):
         raise IncompatibleError(f"{config.experts_per_token} experts per token, but only {len(config.experts)}.", [])
     opened: dict[str, ModelFolder] = {}
@@ -168,7 +174,7 @@ def plan_merge(
     _refuse(found.problems)
     base = _dense(base_folder)
     copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
-    tokenizer_notes = _check_tokenizer({path.name for path in copied_files}, needed=config.has_prompts)
+    tokenizer_notes = _check_tokenizer({path.name for path in copied_files}, needed=runs_base or config.reads_prompts)
     family = select_family(base, config.architecture, shared_experts=bool(config.shared_experts))
 
     tables = {reference: read_tensor_table(folder, announce) for reference, folder in opened.items()}
@@ -183,6 +189,11 @@ def plan_merge(
     notes = [note for finding in findings for note in finding.notes] + tokenizer_notes
 
     experts = [(expert, tables[expert.source_model]) for expert in config.experts]
+    if config.has_prompts and not runs_base:
+        notes.append(
+            f"the base model does not read the prompts for gate_mode {config.gate_mode}, so an expert that is never "
+            "chosen goes unnoticed; --routing-table has it read them"
+        )
     outputs = _outputs(base, family, base_tensors, experts, STORED[dtype])
     if dtype == "float16" and any(output.is_converted for output in outputs.values()):
         notes.append(
@@ -203,6 +214,7 @@ def plan_merge(
         shards=tuple(layout_shards(specs, max_shard_bytes)),
         copied_files=copied_files,
         notes=tuple(notes),
+        runs_base=runs_base,
         total_parameters=total,
         active_parameters=active,
     )

@@ -33,7 +33,7 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
 def routers(plan, seed: int = 0):
     return init_routers(
         plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
-        seed=seed, device="cpu", progress=lambda _done, _total: None,
+        run_base=plan.runs_base, seed=seed, device="cpu", progress=lambda _done, _total: None,
     )  # fmt: skip
 
 
@@ -309,3 +309,19 @@ def test_without_prompts_there_is_no_table(tmp_path, llamas):
     experts = "".join(f"- source_model: {folder}\n" for folder in llamas[1:])
     path.write_text(f"base_model: {llamas[0]}\ngate_mode: random\nexperts:\n{experts}")
     assert routers(plan_merge(load_config(path))).report.layers == ()
+
+
+@pytest.mark.parametrize("mode", ["cheap_embed", "random"])
+def test_the_base_reads_prompts_only_for_routers_or_a_table(tmp_path, llamas, mode):
+    path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], gate_mode=mode)
+    plan = plan_merge(load_config(path))
+    assert routers(plan).report.layers == ()
+    assert plan.notes == (
+        f"the base model does not read the prompts for gate_mode {mode}, so an expert that is never chosen goes "
+        "unnoticed; --routing-table has it read them",
+    )
+    asked = plan_merge(load_config(path), routing_table=True)
+    assert asked.notes == ()
+    made = routers(asked)
+    assert len(made.report.layers) == 3
+    assert torch.equal(made.weights, routers(plan).weights)

@@ -58,6 +58,10 @@ def _merge(
     max_shard_size: ShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a merge that was cut off.")] = False,
+    routing_table: Annotated[
+        bool,
+        typer.Option("--routing-table", help="Run the base on the prompts for the table, whatever the gate_mode."),
+    ] = False,
     low_memory: Annotated[
         bool,
         typer.Option("--low-memory", "--lazy", help="One thread, small chunks, nothing left in the page cache."),
@@ -94,7 +98,9 @@ def _merge(
         check_target(out, (), overwrite=overwrite)
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
             raise RefusedError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
-        plan = _plan_from(console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts)
+        plan = _plan_from(
+            console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts, routing_table
+        )
         try:
             with show_progress(console, quiet=quiet) as progress:
                 report = merge(
@@ -183,7 +189,7 @@ def main() -> None:
 
 def _plan_from(
     console: "Console", config: Path, max_shard_size: str, out_shard_size: str | None, cache_dir: Path | None,
-    quiet: bool, allow_identical_experts: bool,
+    quiet: bool, allow_identical_experts: bool, routing_table: bool = False,
 ) -> "MergePlan":  # fmt: skip
     if cache_dir:
         os.environ["HF_HUB_CACHE"] = str(cache_dir)
@@ -200,7 +206,7 @@ def _plan_from(
     if out_shard_size is not None:
         max_bytes = parse_parameter_count(out_shard_size) * (4 if loaded.dtype == "float32" else 2)
     say: Callable[[str], None] = (lambda _line: None) if quiet else console.print
-    plan = plan_merge(loaded, max_shard_bytes=max_bytes, announce=say)
+    plan = plan_merge(loaded, max_shard_bytes=max_bytes, routing_table=routing_table, announce=say)
     for note in plan.notes:
         say(f"note: {note}")
     return plan

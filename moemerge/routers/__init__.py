@@ -41,7 +41,7 @@ class Routers:
 
 def init_routers(
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
-    seed: int, device: str, progress: Callable[[int, int], None],
+    run_base: bool, seed: int, device: str, low_memory: bool = False, progress: Callable[[int, int], None],
 ) -> Routers:  # fmt: skip
     """Compute the routers of a merge and the table of what they do with its prompts.
 
@@ -51,27 +51,38 @@ def init_routers(
         base: the base model's config.
         tensors: the base model's tensors.
         dtype: of the merged model; routers are judged as they will be stored.
+        run_base: whether the base model reads the prompts, for the routers or for the table.
         seed: of the random ways.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
+        low_memory: whether not to read ahead.
         progress: called with the number of layers done and the number of all.
 
     Raises:
         RouterError: the tokenizer, the prompts or the device do not serve.
     """
     prompts: tuple[EncodedPrompt, ...] = ()
-    if config.has_prompts:
+    if run_base or config.reads_prompts:
         # These import transformers, which routers without prompts do not need.
-        from moemerge.routers.capture import capture_router_inputs
         from moemerge.routers.prompts import encode_prompts
 
         prompts = encode_prompts(folder, config.experts, base.config["max_position_embeddings"])
     request = RouterRequest(
-        folder, base, tensors, tuple(config.experts), prompts, config.experts_per_token, seed, _device(device)
+        folder,
+        base,
+        tensors,
+        tuple(config.experts),
+        prompts,
+        config.experts_per_token,
+        seed,
+        _device(device),
+        low_memory,
     )
     make_rows = INITIALISERS[config.gate_mode](request)
     stored_dtype: torch.dtype = getattr(torch, dtype)
     weights, routings = [], []
-    if prompts:
+    if run_base:
+        from moemerge.routers.capture import capture_router_inputs
+
         for layer, inputs in enumerate(_memory_watched(capture_router_inputs(request))):
             rows = make_rows(layer, inputs).to(stored_dtype)
             weights.append(rows)

@@ -1,11 +1,13 @@
 """The streamed forward pass: what each layer's router will see, with one decoder layer in memory at a time.
 
-Every prompt passes through a layer before the next is loaded. Embeddings, rotary tables, masks and layers are the
+Every prompt passes through a layer before the next is loaded; meanwhile the next layer's bytes are brought into the
+page cache, where they take no memory from anyone. Embeddings, rotary tables, masks and layers are the
 `transformers` classes' own; only the order of the loops is ours. The last layer's FFN, the final norm and the
 language-model head are never run.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,10 +16,11 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from transformers import AutoConfig, AutoModel
 
+from moemerge.checkpoint.header import StoredTensor
 from moemerge.routers.request import EncodedPrompt, RouterInputs, RouterRequest
-from moemerge.routers.weights import read_rows, read_weight
+from moemerge.routers.weights import read_ahead, read_into, read_rows
 
-TOKENS_PER_BATCH: Final = 2048
+TOKENS_PER_BATCH: Final = 1024
 _COMPUTE_DTYPES: Final = {"cpu": torch.float32}
 
 
@@ -44,14 +47,25 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     batches = [_embed(model, request, group, dtype) for group in groups]
     counted, expert, positive = (torch.cat(parts) for parts in zip(*map(_labels, groups), strict=True))
     last = len(model.layers) - 1
-    for index, layer in enumerate(model.layers):
-        _load(layer, request, index, skip_ffn=index == last, dtype=dtype)
-        seen = [
-            _run(layer, batch, index, request.base.family.ffn_module, stop_at_ffn=index == last) for batch in batches
-        ]
-        layer.to("meta")
-        states = torch.cat([state.reshape(-1, state.shape[-1]) for state in seen])[counted.to(request.device)]
-        yield RouterInputs(states.float().cpu(), expert[counted], positive[counted])
+    room: dict[str, torch.Tensor] = {}
+    with ThreadPoolExecutor(1) as reader:
+        for index, layer in enumerate(model.layers):
+            stored = _stored(layer, request, index, skip_ffn=index == last)
+            for name, tensor in stored.items():
+                _place(layer, name, tensor, room, request.device, dtype)
+            ahead = None
+            if index < last and not request.low_memory:
+                following = _stored(model.layers[index + 1], request, index + 1, skip_ffn=index + 1 == last)
+                ahead = reader.submit(read_ahead, following.values())
+            seen = [
+                _run(layer, batch, index, request.base.family.ffn_module, stop_at_ffn=index == last)
+                for batch in batches
+            ]
+            layer.to("meta")
+            states = torch.cat([state.reshape(-1, state.shape[-1]) for state in seen])[counted.to(request.device)]
+            yield RouterInputs(states.float().cpu(), expert[counted], positive[counted])
+            if ahead:
+                ahead.result()
 
 
 def _empty_model(request: RouterRequest) -> Any:
@@ -126,13 +140,24 @@ def _embed(model: Any, request: RouterRequest, group: Sequence[EncodedPrompt], d
     return _Batch(embedded[0], arguments)
 
 
-def _load(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool, dtype: torch.dtype) -> None:
+def _stored(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool) -> dict[str, StoredTensor]:
+    """Of a layer's parameters, by name within it, where they are stored; without the FFN's if it will not run."""
     ffn = request.base.family.ffn_module
-    for name, _ in layer.named_parameters():
-        if not (skip_ffn and name.startswith(f"{ffn}.")):
-            stored = request.tensors[f"model.layers.{index}.{name}"]
-            value = read_weight(stored, request.device, dtype)
-            set_module_tensor_to_device(layer, name, request.device, value=value, dtype=dtype)
+    return {
+        name: request.tensors[f"model.layers.{index}.{name}"]
+        for name, _ in layer.named_parameters()
+        if not (skip_ffn and name.startswith(f"{ffn}."))
+    }
+
+
+def _place(  # noqa: PLR0917
+    layer: Any, name: str, tensor: StoredTensor, room: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Read a parameter straight to its device, into the room that the layer before had for it."""
+    if name not in room or room[name].shape != tensor.shape:
+        room[name] = torch.empty(tensor.shape, device=device, dtype=dtype)
+    read_into(tensor, room[name])
+    set_module_tensor_to_device(layer, name, device, value=room[name])
 
 
 def _run(layer: Any, batch: _Batch, index: int, ffn_module: str, *, stop_at_ffn: bool) -> torch.Tensor:

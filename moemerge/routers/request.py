@@ -42,6 +42,8 @@ class RouterRequest:
     experts_per_token: int
     seed: int
     device: torch.device
+    low_memory: bool = False
+    """Whether not to read ahead."""
 
 
 @dataclass(frozen=True)

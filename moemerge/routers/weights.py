@@ -1,7 +1,7 @@
 """Stored tensors as torch tensors, read by their byte ranges, whatever file they lie in."""
 
-from collections.abc import Sequence
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import torch
 
@@ -9,18 +9,29 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError
 
+CHUNK_BYTES: Final = 2**20
 
-def read_weight(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A whole tensor on `device` as `dtype`."""
-    with tensor.path.open("rb") as file:
-        return _read(file, tensor, tensor.start, tensor.shape).to(device=device, dtype=dtype)
+
+def read_into(tensor: StoredTensor, target: torch.Tensor) -> None:
+    """Fill `target`, of the same shape, on any device and of any float dtype, from the file; a chunk at a time.
+
+    Raises:
+        CheckpointError: the file ends too early.
+    """
+    dtype: torch.dtype = getattr(torch, NAMED[tensor.dtype])
+    flat = target.view(-1)
+    done = 0
+    for chunk in _chunks(tensor):
+        values = torch.frombuffer(chunk, dtype=dtype)
+        flat[done : done + len(values)].copy_(values)
+        done += len(values)
 
 
 def read_rows(tensor: StoredTensor, rows: Sequence[int]) -> torch.Tensor:
     """Some rows (len(rows), width) of a matrix, as float32; the others are not read.
 
     Raises:
-        CheckpointError: there is no such row.
+        CheckpointError: there is no such row, or the file ends too early.
     """
     height, width = tensor.shape
     if max(rows) >= height:
@@ -28,15 +39,31 @@ def read_rows(tensor: StoredTensor, rows: Sequence[int]) -> torch.Tensor:
             f"{tensor.path}: tensor {tensor.name!r} has {height} rows, but the tokenizer gives token {max(rows)}."
         )
     row_bytes = tensor.nbytes // height
-    with tensor.path.open("rb") as file:
-        read = [_read(file, tensor, tensor.start + row * row_bytes, (width,)) for row in rows]
-    return torch.stack(read).float()
+    read = torch.empty(len(rows), width)
+    for place, row in zip(read, rows, strict=True):
+        one = StoredTensor(tensor.name, tensor.path, tensor.dtype, (width,), tensor.start + row * row_bytes, row_bytes)
+        read_into(one, place)
+    return read
 
 
-def _read(file: BinaryIO, tensor: StoredTensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, NAMED[tensor.dtype])
-    buffer = bytearray(torch.Size(shape).numel() * dtype.itemsize)
-    file.seek(start)
-    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-        raise CheckpointError(f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed during the merge?")
-    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+def read_ahead(tensors: Iterable[StoredTensor]) -> None:
+    """Bring bytes into the page cache, from where they are read without waiting for the disk."""
+    for tensor in tensors:
+        for _ in _chunks(tensor):
+            pass
+
+
+def _chunks(tensor: StoredTensor) -> Iterator[memoryview]:
+    """A tensor's bytes, in views of one buffer that the next chunk overwrites."""
+    buffer = bytearray(min(tensor.nbytes, CHUNK_BYTES))
+    with tensor.path.open("rb", buffering=0) as file:
+        file.seek(tensor.start)
+        left = tensor.nbytes
+        while left:
+            view = memoryview(buffer)[:left]
+            if file.readinto(view) != len(view):
+                raise CheckpointError(
+                    f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed during the merge?"
+                )
+            left -= len(view)
+            yield view
