@@ -1,20 +1,18 @@
 """Filling output files from their sources: headers first, then every tensor's bytes by a few threads."""
 
 import os
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from moemerge.checkpoint.convert import convert, ended_inside
 from moemerge.checkpoint.copy import Report, copy_range, write_all, write_failure
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.jobs import run_jobs
 from moemerge.checkpoint.shards import Shard
 
-# Kernel copies wait for the disk, not the processor: more threads than this queue behind each other.
-MAX_THREADS: Final = 4
 _BINARY: Final = getattr(os, "O_BINARY", 0)
 
 
@@ -35,8 +33,9 @@ class Piece:
         )
 
 
-class _StoppedError(Exception):
-    """Another thread failed, or the user gave up."""
+def noise_seed(seed: int, name: str) -> str:
+    """The text that the noise of one output tensor depends on: two experts made of one model get different noise."""
+    return f"{seed} {name}"
 
 
 def write_shards(folder: Path, shards: Sequence[Shard], pieces: Mapping[str, Piece], seed: int, report: Report) -> None:
@@ -55,29 +54,24 @@ def write_shards(folder: Path, shards: Sequence[Shard], pieces: Mapping[str, Pie
     """
     for shard in shards:
         _create(folder / shard.name, shard)
-    stop = threading.Event()
-    lock = threading.Lock()
-
-    def report_or_stop(nbytes: int) -> None:
-        if stop.is_set():
-            raise _StoppedError
-        with lock:
-            report(nbytes)
-
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        jobs = [
-            pool.submit(_write_piece, pieces[name], folder / shard.name, start, f"{seed} {name}", report_or_stop)
+    run_jobs(
+        [
+            partial(_write_piece, pieces[name], folder / shard.name, start, noise_seed(seed, name))
             for shard in shards
             for name, start in shard.starts.items()
-        ]
-        try:
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            failures = [error for job in done if (error := job.exception()) and not isinstance(error, _StoppedError)]
-            if failures:
-                raise failures[0]
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+        ],
+        report,
+    )
+
+
+def convert_piece(piece: Piece, source: StoredTensor, target: int, seed: str, report: Report) -> None:
+    """Write what becomes of a piece's source, which is not copied as it is, at the target's position.
+
+    Raises:
+        CheckpointError: the source is not what its header said, or a finite weight is infinite in the piece's dtype.
+    """
+    with source.path.open("rb", buffering=0) as file:
+        convert(file, source, target, piece.dtype, report, scale=piece.scale, noise_scale=piece.noise_scale, seed=seed)
 
 
 def _create(path: Path, shard: Shard) -> None:
@@ -102,24 +96,21 @@ def _preallocate(file: int, nbytes: int) -> None:
 
 
 def _write_piece(piece: Piece, path: Path, start: int, seed: str, report: Report) -> None:
+    source = piece.source
     target = os.open(path, os.O_WRONLY | _BINARY)
     try:
-        if isinstance(piece.source, bytes):
+        if isinstance(source, bytes):
             os.lseek(target, start, os.SEEK_SET)
-            write_all(target, piece.source)
-            report(len(piece.source))
-            return
-        with piece.source.path.open("rb", buffering=0) as source:
-            if piece.is_unchanged:
-                copied = copy_range(source.fileno(), piece.source.start, target, start, piece.source.nbytes, report)
-                if copied < piece.source.nbytes:
-                    raise ended_inside(piece.source)
-            else:
-                os.lseek(target, start, os.SEEK_SET)
-                convert(
-                    source, piece.source, target, piece.dtype, report,
-                    scale=piece.scale, noise_scale=piece.noise_scale, seed=seed,
-                )  # fmt: skip
+            write_all(target, source)
+            report(len(source))
+        elif piece.is_unchanged:
+            with source.path.open("rb", buffering=0) as file:
+                copied = copy_range(file.fileno(), source.start, target, start, source.nbytes, report)
+            if copied < source.nbytes:
+                raise ended_inside(source)
+        else:
+            os.lseek(target, start, os.SEEK_SET)
+            convert_piece(piece, source, target, seed, report)
     except OSError as error:
         raise write_failure(path, error) from error
     finally:
