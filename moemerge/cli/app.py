@@ -24,7 +24,9 @@ Other commands, each with its own --help:
 
   moemerge inspect MODEL  what a checkpoint is, and whether its files agree
 
-A config or folder that is called plan or inspect is written with its path: moemerge ./plan out/
+  moemerge verify OUT     whether a merged checkpoint holds what its config says
+
+A config or folder that is called plan, inspect or verify is written with its path: moemerge ./plan out/
 
 Command lines of mergekit-moe work as they are; its flags are translated, or named as not needed.
 
@@ -143,7 +145,41 @@ def _inspect(
             console.print(f"warning: {warning}", style="yellow")
 
 
-_COMMANDS: Final[dict[str, Callable[..., None]]] = {"plan": _plan, "inspect": _inspect}
+def _verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    against: Annotated[
+        Path, typer.Option(metavar="CONFIG", help="The config that it was merged from.", show_default=False)
+    ],
+    seed: Annotated[int, typer.Option(help="That the merge had, for noise_scale.")] = 0,
+    json: Json = False,
+    cache_dir: CacheDir = None,
+    allow_identical_experts: AllowIdentical = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Compare a merged checkpoint with what its config says, byte for byte; routers are not computed again."""
+    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+        from dataclasses import asdict
+
+        from moemerge.cli.progress import show_progress
+        from moemerge.cli.render import print_verification
+        from moemerge.verification import open_merged, verify_merge
+
+        # Before a plan may download weights.
+        open_merged(out)
+        plan = _plan_from(console, against, "5GB", None, cache_dir, quiet, allow_identical_experts)
+        with show_progress(console, quiet=quiet) as progress:
+            found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
+        if json:
+            print_json(asdict(found))
+        elif found.differences or not quiet:
+            print_verification(stdout(), out, found)
+        if found.differences:
+            raise typer.Exit(1)
+
+
+_COMMANDS: Final[dict[str, Callable[..., None]]] = {"plan": _plan, "inspect": _inspect, "verify": _verify}
 
 
 def main() -> None:
