@@ -11,8 +11,9 @@ from typing import Any, Final
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import build_index
+from moemerge.checkpoint.jobs import MAX_THREADS
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
-from moemerge.checkpoint.writer import MAX_THREADS, Piece
+from moemerge.checkpoint.writer import Piece
 from moemerge.compatibility import check_base, check_configs, check_expert
 from moemerge.config import Expert, MergeConfig
 from moemerge.dtypes import NAMED, STORED, bytes_of

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moemerge.cli.app import explain_error
+from moemerge.cli.console import explain_error
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
 from moemerge.cli.progress import show_progress
 from moemerge.errors import RefusedError
@@ -104,7 +104,8 @@ def test_plan_as_json_says_where_every_byte_comes_from(llamas, config):
 def test_help_names_the_commands_and_how_to_merge_a_file_called_like_one():
     result = run("--help", after=f"{NO_TORCH}; assert 'pydantic' not in sys.modules")
     assert result.returncode == 0
-    for part in ("moemerge CONFIG OUT", "moemerge plan CONFIG", "moemerge inspect MODEL", "./plan out/", "Exit codes"):
+    commands = ("moemerge CONFIG OUT", "moemerge plan CONFIG", "moemerge inspect MODEL", "moemerge verify OUT")
+    for part in (*commands, "./plan out/", "Exit codes"):
         assert part in " ".join(result.stdout.split())
 
 

@@ -3,8 +3,8 @@
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -13,13 +13,12 @@ from moemerge.checkpoint.convert import convert, ended_inside
 from moemerge.checkpoint.copy import Report, copy_range, write_all, write_failure
 from moemerge.checkpoint.disk import allocate, flush, forget
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.jobs import MAX_THREADS, Jobs
 from moemerge.checkpoint.shards import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Kernel copies wait for the disk, not the processor: more threads than this queue behind each other.
-MAX_THREADS: Final = 4
 # Small enough that Ctrl-C and the progress bar are prompt, large enough that the calls cost nothing.
 CHUNK_BYTES: Final = 64 * 2**20
 LOW_MEMORY_CHUNK_BYTES: Final = 8 * 2**20
@@ -43,8 +42,9 @@ class Piece:
         )
 
 
-class _StoppedError(Exception):
-    """Another thread failed, or the user gave up."""
+def noise_seed(seed: int, name: str) -> str:
+    """The text that the noise of one output tensor depends on: two experts made of one model get different noise."""
+    return f"{seed} {name}"
 
 
 class ShardWriter:
@@ -70,14 +70,11 @@ class ShardWriter:
             low_memory: one thread, small chunks, and nothing left in the page cache.
         """
         self._folder, self._seed, self._low_memory, self._completed = folder, seed, low_memory, completed
-        self._report = report
         self._shards = [shard for shard in shards if shard.name not in kept]
-        self._missing = {shard.name: len(shard.starts) for shard in self._shards}
-        self._stop, self._lock = threading.Event(), threading.Lock()
-        self._copiers = ThreadPoolExecutor(1 if low_memory else min(MAX_THREADS, os.cpu_count() or 1))
-        # Flushing waits for the disk; the copiers go on meanwhile.
-        self._flusher = ThreadPoolExecutor(1)
-        self._jobs: list[Future[None]] = []
+        self._missing, self._lock = {shard.name: len(shard.starts) for shard in self._shards}, threading.Lock()
+        self._copies = Jobs(report, 1 if low_memory else MAX_THREADS)
+        # Flushing waits for the disk; copies go on meanwhile.
+        self._flushes = Jobs(lambda _: None, 1)
 
     def __enter__(self) -> "Self":
         for shard in self._shards:
@@ -94,52 +91,38 @@ class ShardWriter:
     def add(self, pieces: Mapping[str, Piece]) -> None:
         """Begin to write tensors, in the order of their shards; those of kept shards are passed over."""
         for shard in self._shards:
-            for name, start in shard.starts.items():
+            for name in shard.starts:
                 if name in pieces:
-                    self._jobs.append(self._copiers.submit(self._write, shard, name, start, pieces[name]))
+                    self._copies.start(partial(self._write, shard, name, pieces[name]))
 
     def check(self) -> None:
-        """Raise what a thread failed with.
+        """Raise what a thread has failed with.
 
         Raises:
             CheckpointError: a source is not what its header said.
             OutputError: the disk is full or cannot be written.
         """
-        for job in self._jobs:
-            error = job.exception() if job.done() and not job.cancelled() else None
-            if error and not isinstance(error, _StoppedError):
-                raise error
+        self._copies.check()
+        self._flushes.check()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        finished = False
-        try:
-            if kind is None:
-                wait(self._jobs, return_when=FIRST_EXCEPTION)
-                self.check()
-                self._copiers.shutdown()
-                wait(self._jobs, return_when=FIRST_EXCEPTION)  # and the flushes that the last copies asked for
-                self.check()
-                if lost := [name for name, missing in self._missing.items() if missing]:
-                    raise ValueError(f"{lost[0]}: some of its tensors were never added")
-                finished = True
-        finally:
-            if not finished:
-                self._stop.set()
-            self._copiers.shutdown(cancel_futures=True)
-            self._flusher.shutdown(cancel_futures=True)
+        with self._flushes:  # what is complete is flushed even when the rest is given up
+            self._copies.__exit__(kind, error, trace)
+        if kind is None and (lost := [name for name, missing in self._missing.items() if missing]):
+            raise ValueError(f"{lost[0]}: some of its tensors were never added")
 
-    def _write(self, shard: Shard, name: str, start: int, piece: Piece) -> None:
-        target = self._folder / shard.name
-        _write_piece(piece, target, start, f"{self._seed} {name}", self._report_or_stop, low_memory=self._low_memory)
+    def _write(self, shard: Shard, name: str, piece: Piece, report: Report) -> None:
+        path, seed = self._folder / shard.name, noise_seed(self._seed, name)
+        _write_piece(piece, path, shard.starts[name], seed, report, low_memory=self._low_memory)
         with self._lock:
             self._missing[shard.name] -= 1
             complete = self._missing[shard.name] == 0
         if complete:
-            self._jobs.append(self._flusher.submit(self._flush, shard))
+            self._flushes.start(partial(self._flush, shard))
 
-    def _flush(self, shard: Shard) -> None:
+    def _flush(self, shard: Shard, _report: Report) -> None:
         path = self._folder / shard.name
         try:
             flush(path)
@@ -147,39 +130,40 @@ class ShardWriter:
             raise write_failure(path, error) from error
         self._completed(shard)
 
-    def _report_or_stop(self, nbytes: int) -> None:
-        if self._stop.is_set():
-            raise _StoppedError
-        with self._lock:
-            self._report(nbytes)
+
+def convert_piece(piece: Piece, source: StoredTensor, target: int, seed: str, report: Report) -> None:
+    """Write what becomes of a piece's source, which is not copied as it is, at the target's position.
+
+    Raises:
+        CheckpointError: the source is not what its header said, or a finite weight is infinite in the piece's dtype.
+    """
+    with source.path.open("rb", buffering=0) as file:
+        convert(file, source, target, piece.dtype, report, scale=piece.scale, noise_scale=piece.noise_scale, seed=seed)
 
 
 def _write_piece(piece: Piece, path: Path, start: int, seed: str, report: Report, *, low_memory: bool) -> None:
+    source = piece.source
     target = os.open(path, os.O_WRONLY | _BINARY)
     try:
-        if isinstance(piece.source, bytes):
-            os.lseek(target, start, os.SEEK_SET)
-            write_all(target, piece.source)
-            report(len(piece.source))
+        os.lseek(target, start, os.SEEK_SET)
+        if isinstance(source, bytes):
+            write_all(target, source)
+            report(len(source))
             return
-        with piece.source.path.open("rb", buffering=0) as source:
+        with source.path.open("rb", buffering=0) as file:
             if low_memory:
-                report = _forgetting(report, source.fileno(), target)
+                report = _forgetting(report, file.fileno(), target)
             if piece.is_unchanged:
+                chunk_bytes = LOW_MEMORY_CHUNK_BYTES if low_memory else CHUNK_BYTES
                 copied = copy_range(
-                    source.fileno(), piece.source.start, target, start, piece.source.nbytes, report,
-                    chunk_bytes=LOW_MEMORY_CHUNK_BYTES if low_memory else CHUNK_BYTES,
-                )  # fmt: skip
-                if copied < piece.source.nbytes:
-                    raise ended_inside(piece.source)
+                    file.fileno(), source.start, target, start, source.nbytes, report, chunk_bytes=chunk_bytes
+                )
+                if copied < source.nbytes:
+                    raise ended_inside(source)
             else:
-                os.lseek(target, start, os.SEEK_SET)
-                convert(
-                    source, piece.source, target, piece.dtype, report,
-                    scale=piece.scale, noise_scale=piece.noise_scale, seed=seed,
-                )  # fmt: skip
+                convert_piece(piece, source, target, seed, report)
             if low_memory:
-                forget(source.fileno())
+                forget(file.fileno())
                 forget(target)
     except OSError as error:
         raise write_failure(path, error) from error

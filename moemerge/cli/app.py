@@ -1,18 +1,16 @@
 """The commands. Whatever is slow to import is imported by the command that needs it."""
 
-import logging
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from moemerge.errors import MoemergeError, RefusedError
+from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +24,9 @@ Other commands, each with its own --help:
 
   moemerge inspect MODEL  what a checkpoint is, and whether its files agree
 
-A config or folder that is called plan or inspect is written with its path: moemerge ./plan out/
+  moemerge verify OUT     whether a merged checkpoint holds what its config says
+
+A config or folder that is called plan, inspect or verify is written with its path: moemerge ./plan out/
 
 Command lines of mergekit-moe work as they are; its flags are translated, or named as not needed.
 
@@ -88,7 +88,7 @@ def _merge(
     The base model gives embeddings, attention and norms, each expert its FFNs; the routers start from the prompts.
     """
     del version
-    with _speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
         from moemerge.checkpoint.staging import check_target, kept_shards
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_routing
@@ -115,7 +115,7 @@ def _merge(
                 )
             raise
         if not quiet:
-            print_routing(_stdout(), report, by_layer=verbose > 0)
+            print_routing(stdout(), report, by_layer=verbose > 0)
         for warning in report.warnings():
             console.print(f"warning: {warning}", style="yellow")
         if not quiet:
@@ -133,14 +133,14 @@ def _plan(
     debug: Debug = False,
 ) -> None:
     """Show what a merge would do: output family, parameters, disk, memory, and where each part comes from."""
-    with _speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
         from moemerge.cli.render import plan_facts, print_plan
 
         plan = _plan_from(console, config, max_shard_size, None, cache_dir, quiet, allow_identical_experts)
         if json:
-            _print_json(plan_facts(plan))
+            print_json(plan_facts(plan))
         else:
-            print_plan(_stdout(), plan)
+            print_plan(stdout(), plan)
 
 
 def _inspect(
@@ -152,7 +152,7 @@ def _inspect(
     debug: Debug = False,
 ) -> None:
     """Say what a checkpoint is, and check its index, headers and sizes against each other."""
-    with _speaking(quiet=False, verbose=0, debug=debug) as console:
+    with speaking(quiet=False, verbose=0, debug=debug) as console:
         from dataclasses import asdict
 
         from moemerge.cli.render import print_inspection
@@ -160,14 +160,48 @@ def _inspect(
 
         found = inspect_checkpoint(model, console.print)
         if json:
-            _print_json(asdict(found))
+            print_json(asdict(found))
         else:
-            print_inspection(_stdout(), found)
+            print_inspection(stdout(), found)
         for warning in found.warnings:
             console.print(f"warning: {warning}", style="yellow")
 
 
-_COMMANDS: Final[dict[str, Callable[..., None]]] = {"plan": _plan, "inspect": _inspect}
+def _verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    against: Annotated[
+        Path, typer.Option(metavar="CONFIG", help="The config that it was merged from.", show_default=False)
+    ],
+    seed: Annotated[int, typer.Option(help="That the merge had, for noise_scale.")] = 0,
+    json: Json = False,
+    cache_dir: CacheDir = None,
+    allow_identical_experts: AllowIdentical = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Compare a merged checkpoint with what its config says, byte for byte; routers are not computed again."""
+    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+        from dataclasses import asdict
+
+        from moemerge.cli.progress import show_progress
+        from moemerge.cli.render import print_verification
+        from moemerge.verification import open_merged, verify_merge
+
+        # Before a plan may download weights.
+        open_merged(out)
+        plan = _plan_from(console, against, "5GB", None, cache_dir, quiet, allow_identical_experts)
+        with show_progress(console, quiet=quiet) as progress:
+            found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
+        if json:
+            print_json(asdict(found))
+        elif found.differences or not quiet:
+            print_verification(stdout(), out, found)
+        if found.differences:
+            raise typer.Exit(1)
+
+
+_COMMANDS: Final[dict[str, Callable[..., None]]] = {"plan": _plan, "inspect": _inspect, "verify": _verify}
 
 
 def main() -> None:
@@ -210,58 +244,6 @@ def _plan_from(
     for note in plan.notes:
         say(f"note: {note}")
     return plan
-
-
-@contextmanager
-def _speaking(*, quiet: bool, verbose: int, debug: bool) -> Iterator["Console"]:
-    """A console for messages; turns what goes wrong inside into a message and an exit code."""
-    from rich.console import Console
-
-    # Other libraries' chatter and bars belong to those who ask for more.
-    for library in ("TRANSFORMERS", "HF_HUB"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "info" if verbose or debug else "error")
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    level = logging.DEBUG if debug else logging.INFO if verbose else logging.ERROR
-    logging.basicConfig(level=level, format="%(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
-        yield console
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            raise
-        message, exit_code = explain_error(error)
-        typer.echo(message, err=True)
-        raise typer.Exit(exit_code) from error
-
-
-def explain_error(error: BaseException) -> tuple[str, int]:
-    """What to tell the user, and the exit code."""
-    if isinstance(error, MoemergeError):
-        return f"error: {error}", error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted: the output is as it was before", 130
-    if isinstance(error, MemoryError):
-        return "error: memory ran out. `moemerge plan` says how much a merge needs.", 1
-    fault = "This is a fault in moemerge: please report it, with what --debug shows."
-    return f"error: {type(error).__name__}: {error}\n{fault}", 1
-
-
-def _stdout() -> "Console":
-    from rich.console import Console
-
-    # Tables are as wide as the terminal; in a file they need not be narrow.
-    width = None if sys.stdout.isatty() else 160
-    return Console(soft_wrap=True, highlight=False, markup=False, width=width)
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2))
 
 
 def _show_version(*, show: bool) -> None:

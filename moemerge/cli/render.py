@@ -1,4 +1,4 @@
-"""Plans, routing tables and inspections as text for people and as JSON for programs."""
+"""Plans, routing tables, inspections and verifications as text for people and as JSON for programs."""
 
 import math
 import shutil
@@ -12,6 +12,7 @@ from moemerge.checkpoint.writer import Piece
 from moemerge.dtypes import BITS, STORED
 from moemerge.inspection import Inspection
 from moemerge.plan import MergePlan
+from moemerge.verification import Verification
 
 if TYPE_CHECKING:
     from moemerge.routers.diagnostics import RoutingReport
@@ -130,3 +131,18 @@ def print_inspection(console: Console, found: Inspection) -> None:
     facts.add_row("files", f"{len(found.files)}, {size(sum(found.files.values()))}")
     facts.add_row("integrity", "see the warnings" if found.warnings else "index, headers and file sizes agree")
     console.print(facts)
+
+
+def print_verification(console: Console, out: Path, found: Verification) -> None:
+    """What differs as a table, and what is equal as one line."""
+    if found.differences:
+        table = Table("tensor, file or key", "expected", "found", box=None, padding=(0, 2, 0, 0))
+        for difference in found.differences:
+            table.add_row(difference.what, difference.expected, difference.found)
+        console.print(table)
+    verdict = f"{len(found.differences)} difference(s)" if found.differences else "as planned"
+    console.print(
+        f"{out}: {verdict}. Equal in every byte: {found.copied} copied tensors ({size(found.copied_bytes)}), "
+        f"{found.converted} converted tensors ({size(found.converted_bytes)}), {found.files} files. "
+        f"Not computed again: {found.routers} routers, which have the planned shape and dtype and are finite."
+    )

@@ -1,0 +1,70 @@
+"""What all commands say in the same way: messages and exit codes, tables on stdout, JSON."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from moemerge.errors import MoemergeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextmanager
+def speaking(*, quiet: bool, verbose: int, debug: bool) -> Iterator["Console"]:
+    """A console for messages; turns what goes wrong inside into a message and an exit code."""
+    from rich.console import Console
+
+    # Other libraries' chatter and bars belong to those who ask for more.
+    for library in ("TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "info" if verbose or debug else "error")
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    level = logging.DEBUG if debug else logging.INFO if verbose else logging.ERROR
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    try:
+        yield console
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        message, exit_code = explain_error(error)
+        typer.echo(message, err=True)
+        raise typer.Exit(exit_code) from error
+
+
+def explain_error(error: BaseException) -> tuple[str, int]:
+    """What to tell the user, and the exit code."""
+    if isinstance(error, MoemergeError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: the output is as it was before", 130
+    if isinstance(error, MemoryError):
+        return "error: memory ran out. `moemerge plan` says how much a merge needs.", 1
+    fault = "This is a fault in moemerge: please report it, with what --debug shows."
+    return f"error: {type(error).__name__}: {error}\n{fault}", 1
+
+
+def stdout() -> "Console":
+    """A console for results."""
+    from rich.console import Console
+
+    # Tables are as wide as the terminal; in a file they need not be narrow.
+    width = None if sys.stdout.isatty() else 160
+    return Console(soft_wrap=True, highlight=False, markup=False, width=width)
+
+
+def print_json(value: Any) -> None:
+    """A result for programs."""
+    import json
+
+    typer.echo(json.dumps(value, indent=2))

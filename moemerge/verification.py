@@ -1,0 +1,189 @@
+"""Whether a merged checkpoint holds what its plan says: every byte that does not come from prompts."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from moemerge.checkpoint.compare import compare_files, compare_tensor, count_not_finite
+from moemerge.checkpoint.copy import Report
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
+from moemerge.checkpoint.jobs import Jobs
+from moemerge.checkpoint.writer import Piece, noise_seed
+from moemerge.dtypes import STORED
+from moemerge.errors import CheckpointError, SourceError
+from moemerge.plan import COPIED_FILES, MergePlan, Output
+from moemerge.sources import ModelFolder, open_model, read_tensor_table
+
+_ABSENT: Final = "absent"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something in a merged checkpoint that is not as planned."""
+
+    what: str
+    """A tensor, a file, or a key of `config.json`."""
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found equal to the plan, and what was not."""
+
+    copied: int
+    """Tensors whose bytes are their source's."""
+    copied_bytes: int
+    converted: int
+    """Tensors whose bytes are those that were computed again from their source."""
+    converted_bytes: int
+    routers: int
+    """With the planned shape and dtype, and finite; their values are not computed again."""
+    files: int
+    """Copied from the base, byte for byte."""
+    differences: tuple[Difference, ...]
+
+
+def open_merged(out: Path | str) -> ModelFolder:
+    """The merged checkpoint in a folder, never one on the Hub.
+
+    Raises:
+        SourceError: there is no such folder, or no checkpoint in it.
+        CheckpointError: its `config.json` is damaged.
+    """
+    if not Path(out).is_dir():
+        raise SourceError(f"{out}: there is no such folder. Name the folder that holds the merged model.")
+    return open_model(str(Path(out).resolve()), lambda _: None)
+
+
+def verify_merge(
+    plan: MergePlan,
+    out: Path | str,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Verification:
+    """Compare a merged checkpoint with its plan, in bounded memory; nothing is written.
+
+    In which shard a tensor lies does not matter.
+
+    Args:
+        plan: from `plan_merge`.
+        out: the folder of the merged checkpoint.
+        seed: that the merge had, for `noise_scale`.
+        progress: called with the bytes compared and all there are.
+
+    Raises:
+        SourceError: `out` is no folder with a checkpoint.
+        CheckpointError: a file cannot be read, or a source is not what its header said.
+    """
+    model = open_merged(out)
+    differences = _compare_config(plan, model) + _compare_copied_files(plan, model)
+    try:
+        tensors = read_tensor_table(model, lambda _: None)
+    except CheckpointError as error:
+        tensors = {}
+        differences.append(Difference("weights", "an index, headers and files that agree", str(error)))
+    else:
+        differences += _compare_index(model, tensors) + _compare_tables(plan, tensors)
+    unfit = {difference.what for difference in differences}
+    fit = [name for name in plan.outputs if name in tensors and name not in unfit]
+    done, total = 0, sum(tensors[name].nbytes for name in fit)
+
+    def report(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    with Jobs(report) as jobs:
+        started = [jobs.start(partial(_compare_output, plan.outputs[name], tensors[name], seed)) for name in fit]
+    results = [job.result() for job in started]
+    differences += [result for result in results if result]
+    equal = [name for name, result in zip(fit, results, strict=True) if not result]
+    routers = [name for name in equal if isinstance(plan.outputs[name].origin, int)]
+    converted = [name for name in equal if plan.outputs[name].is_converted]
+    copied = sorted(set(equal).difference(routers, converted))
+    return Verification(
+        copied=len(copied),
+        copied_bytes=sum(tensors[name].nbytes for name in copied),
+        converted=len(converted),
+        converted_bytes=sum(tensors[name].nbytes for name in converted),
+        routers=len(routers),
+        files=sum(path.name not in unfit for path in plan.copied_files),
+        differences=tuple(differences),
+    )
+
+
+def _compare_config(plan: MergePlan, model: ModelFolder) -> list[Difference]:
+    def texts(config: dict[str, Any]) -> dict[str, str]:
+        return {f"config.json: {key}": json.dumps(value, sort_keys=True) for key, value in config.items()}
+
+    return _compare_entries(texts(plan.output_config), texts(model.config))
+
+
+def _compare_copied_files(plan: MergePlan, model: ModelFolder) -> list[Difference]:
+    """Tokenizer and the like; one that the base lacks changes how the merged model reads text."""
+    differences = []
+    sources = {path.name: path for path in plan.copied_files}
+    for name in COPIED_FILES:
+        source, file = sources.get(name), model.file(name)
+        expected = f"the bytes of {source}" if source else _ABSENT
+        if source and file:
+            if found := compare_files(source, file):
+                differences.append(Difference(name, expected, found))
+        elif source or file:
+            differences.append(Difference(name, expected, "a file" if file else _ABSENT))
+    return differences
+
+
+def _compare_index(model: ModelFolder, tensors: dict[str, StoredTensor]) -> list[Difference]:
+    """What a folder announces beside its weight map, which agrees with the headers once they are read."""
+    names = {tensor.path.name for tensor in tensors.values()}
+    differences = [
+        Difference(path.name, "no weights that the index does not name", "a file that no reader loads")
+        for path in sorted(model.folder.glob("*.safetensors"))
+        if path.name not in names
+    ]
+    if index := model.file(SAFETENSORS_INDEX):
+        metadata = read_json(index).get("metadata")
+        announced = metadata.get("total_size") if isinstance(metadata, dict) else None
+        stored = sum(tensor.nbytes for tensor in tensors.values())
+        if announced != stored:
+            differences.append(Difference(SAFETENSORS_INDEX, f"total_size {stored}", f"total_size {announced}"))
+    return differences
+
+
+def _compare_tables(plan: MergePlan, tensors: dict[str, StoredTensor]) -> list[Difference]:
+    return _compare_entries(
+        {name: f"{STORED[plan.dtype]} {list(output.shape)}" for name, output in plan.outputs.items()},
+        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()},
+    )
+
+
+def _compare_entries(expected: dict[str, str], found: dict[str, str]) -> list[Difference]:
+    return [
+        Difference(what, expected.get(what, _ABSENT), found.get(what, _ABSENT))
+        for what in dict.fromkeys([*expected, *found])
+        if expected.get(what) != found.get(what)
+    ]
+
+
+def _compare_output(output: Output, found: StoredTensor, seed: int, report: Report) -> Difference | None:
+    piece = output.origin
+    if isinstance(piece, int) or isinstance(piece.source, bytes):
+        count = count_not_finite(found, report)
+        return Difference(found.name, "finite values", f"{count} that are not") if count else None
+    difference = compare_tensor(piece, piece.source, noise_seed(seed, found.name), found, report)
+    return Difference(found.name, _describe(piece, piece.source, seed), difference) if difference else None
+
+
+def _describe(piece: Piece, source: StoredTensor, seed: int) -> str:
+    """Where the bytes of a tensor should come from, and how they change on the way."""
+    changes = [f"as {piece.dtype}"] if piece.dtype != source.dtype else []
+    changes += [f"with noise of {piece.noise_scale:g} and seed {seed}"] if piece.noise_scale != 0.0 else []
+    changes += [f"times {piece.scale:g}"] if piece.scale != 1.0 else []
+    return ", ".join([f"{source.name} of {source.path}", *changes])

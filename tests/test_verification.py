@@ -1,0 +1,396 @@
+"""A merged checkpoint compared with its config: what is right passes, and every kind of fault is reported."""
+
+import json
+import os
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from moemerge import MergePlan, load_config, merge, plan_merge
+from moemerge.checkpoint import compare
+from moemerge.checkpoint.header import StoredTensor, read_header
+from moemerge.checkpoint.writer import Piece
+from moemerge.errors import CheckpointError
+from moemerge.verification import Difference, verify_merge
+from tests.models import write_config
+from tests.test_cli import NO_TORCH, hashes, run
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BLOCK = "model.layers.1.block_sparse_moe."
+DENSE = "model.layers.1.mlp."
+
+
+def write_random(path: Path, llamas: list[Path], *changes: dict[str, float], **keys) -> Path:
+    """A config with random routers, and for each expert what changes its weights."""
+    document = yaml.safe_load(write_config(path, llamas[0], llamas[1:], gate_mode="random", **keys).read_text())
+    for expert, change in zip(document["experts"], changes, strict=False):
+        expert.update(change)
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def planned(path: Path, llamas: list[Path], *changes: dict[str, float], **keys) -> MergePlan:
+    return plan_merge(load_config(write_random(path, llamas, *changes, **keys)))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory, llamas) -> MergePlan:
+    """A merge that only copies."""
+    return planned(tmp_path_factory.mktemp("plan") / "merge.yaml", llamas)
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, plan) -> Path:
+    """The merge carried out; tests must not change it."""
+    folder = tmp_path_factory.mktemp("merged") / "out"
+    merge(plan, folder)
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path, merged) -> Path:
+    """The merge carried out, to be damaged."""
+    return shutil.copytree(merged, tmp_path / "out")
+
+
+def differences(plan: MergePlan, out: Path, **keys) -> list[Difference]:
+    return list(verify_merge(plan, out, **keys).differences)
+
+
+def edit_keys(file: Path, *removed: str, **keys) -> None:
+    document = json.loads(file.read_text()) | keys
+    file.write_text(json.dumps({key: value for key, value in document.items() if key not in removed}))
+
+
+def flip(file: Path, byte: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[byte] ^= 1
+    file.write_bytes(data)
+
+
+def edit_tensors(out: Path, **tensors: torch.Tensor | None) -> None:
+    """Set tensors of a model of one file; None removes one."""
+    found = load_file(out / WEIGHTS) | tensors
+    save_file({name: tensor for name, tensor in found.items() if tensor is not None}, out / WEIGHTS, {"format": "pt"})
+
+
+def test_a_fresh_merge_verifies_and_stays_as_it_is(plan, merged):
+    before = hashes([merged])
+    shown = []
+    found = verify_merge(plan, merged, progress=lambda done, total: shown.append((done, total)))
+    assert found.differences == ()
+    assert (found.copied, found.converted, found.routers, found.files) == (48, 0, 3, 3)
+    assert found.copied + found.routers == len(plan.outputs)
+    assert found.copied_bytes == plan.tensor_bytes - 3 * 3 * 32 * 4
+    assert shown[-1] == (plan.tensor_bytes, plan.tensor_bytes)
+    assert hashes([merged]) == before
+
+
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed", "uniform_random"])
+def test_routers_of_every_mode_pass(tmp_path, llamas, mode):
+    path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], gate_mode=mode, dtype="bfloat16")
+    plan = plan_merge(load_config(path))
+    merge(plan, tmp_path / "out")
+    found = verify_merge(plan, tmp_path / "out")
+    assert (found.copied, found.converted, found.routers, found.differences) == (0, 48, 3, ())
+    assert found.converted_bytes == plan.tensor_bytes - 3 * 3 * 32 * 2
+
+
+def test_shards_do_not_matter(tmp_path, plan):
+    small = plan_merge(plan.config, max_shard_bytes=30_000)
+    merge(small, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert verify_merge(plan, tmp_path / "out").differences == ()
+
+
+def test_noise_and_scales_are_computed_again_with_the_seed(tmp_path, llamas):
+    changes = [{"noise_scale": 0.5}, {"residual_scale": 0.25}, {"noise_scale": 0.5, "residual_scale": 2.0}]
+    plan = planned(tmp_path / "merge.yaml", llamas, *changes, dtype="bfloat16")
+    merge(plan, tmp_path / "out", seed=3)
+    assert differences(plan, tmp_path / "out", seed=3) == []
+    found = {difference.what: difference for difference in differences(plan, tmp_path / "out", seed=4)}
+    assert set(found) == {
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{role}.weight"
+        for layer in range(3) for expert in (0, 2) for role in ("w1", "w2", "w3")
+    }  # fmt: skip
+    assert (
+        found[f"{BLOCK}experts.2.w2.weight"].expected
+        == f"{DENSE}down_proj.weight of {llamas[3] / WEIGHTS}, as BF16, with noise of 0.5 and seed 4, times 2"
+    )
+    without = planned(tmp_path / "merge.yaml", llamas, changes[0], {}, changes[2], dtype="bfloat16")
+    assert [difference.what for difference in differences(without, tmp_path / "out", seed=3)] == [
+        f"model.layers.{layer}.block_sparse_moe.experts.1.w2.weight" for layer in range(3)
+    ]
+
+
+@pytest.mark.parametrize("byte", [0, 1234, 6143])
+def test_one_changed_byte_of_a_copied_tensor_is_found(plan, out, byte):
+    name = f"{BLOCK}experts.2.w3.weight"
+    flip(out / WEIGHTS, read_header(out / WEIGHTS)[name].start + byte)
+    found = verify_merge(plan, out)
+    assert found.copied == 47
+    assert found.differences == (
+        Difference(
+            name,
+            f"{DENSE}up_proj.weight of {plan.sources[3].folder / WEIGHTS}",
+            f"1 of 6144 bytes differ, the first at byte {byte}",
+        ),
+    )
+
+
+def test_one_changed_byte_of_a_converted_tensor_is_found(tmp_path, llamas):
+    plan = planned(tmp_path / "merge.yaml", llamas, dtype="float16")
+    merge(plan, tmp_path / "out")
+    flip(tmp_path / "out" / WEIGHTS, read_header(tmp_path / "out" / WEIGHTS)["model.norm.weight"].start + 63)
+    found = verify_merge(plan, tmp_path / "out")
+    assert found.converted == 47
+    assert found.differences == (
+        Difference(
+            "model.norm.weight",
+            f"model.norm.weight of {llamas[0] / WEIGHTS}, as F16",
+            "1 of 64 bytes differ, the first at byte 63",
+        ),
+    )
+
+
+def test_swapped_experts_are_found(plan, out):
+    tensors = load_file(out / WEIGHTS)
+    one, other = f"{BLOCK}experts.0.w1.weight", f"{BLOCK}experts.1.w1.weight"
+    edit_tensors(out, **{one: tensors[other], other: tensors[one]})
+    found = differences(plan, out)
+    assert [difference.what for difference in found] == [one, other]
+    assert all("of 6144 bytes differ" in difference.found for difference in found)
+
+
+def test_tensors_that_are_absent_or_too_many_or_of_another_kind_are_found(plan, out):
+    tensors = load_file(out / WEIGHTS)
+    query, gate = "model.layers.0.self_attn.q_proj.weight", f"{BLOCK}gate.weight"
+    edit_tensors(
+        out,
+        **{"model.norm.weight": None, query: tensors[query].bfloat16(), gate: tensors[gate].T.contiguous()},
+        extra=torch.zeros(2),
+    )
+    found = verify_merge(plan, out)
+    assert found.differences == (
+        Difference(query, "F32 [32, 32]", "BF16 [32, 32]"),
+        Difference(gate, "F32 [3, 32]", "F32 [32, 3]"),
+        Difference("model.norm.weight", "F32 [32]", "absent"),
+        Difference("extra", "absent", "F32 [2]"),
+    )
+    assert (found.copied, found.routers) == (46, 2)
+
+
+def test_routers_have_to_be_finite(plan, out):
+    gate = load_file(out / WEIGHTS)[f"{BLOCK}gate.weight"]
+    gate[0, 0], gate[2, 31] = float("nan"), float("-inf")
+    edit_tensors(out, **{f"{BLOCK}gate.weight": gate})
+    found = verify_merge(plan, out)
+    assert found.differences == (Difference(f"{BLOCK}gate.weight", "finite values", "2 that are not"),)
+    assert found.routers == 2
+
+
+def test_keys_of_the_config_that_changed_are_found(plan, out):
+    edit_keys(out / "config.json", "rope_theta", num_experts_per_tok=1, tie_word_embeddings=0, added=[1])
+    assert differences(plan, out) == [
+        Difference("config.json: num_experts_per_tok", "2", "1"),
+        Difference("config.json: rope_theta", "10000.0", "absent"),
+        Difference("config.json: tie_word_embeddings", "false", "0"),
+        Difference("config.json: added", "absent", "[1]"),
+    ]
+
+
+def test_copied_files_that_changed_are_found(plan, out):
+    base = plan.base_folder
+    flip(out / "tokenizer.json", 100)
+    (out / "tokenizer_config.json").write_text("{}")
+    (out / "generation_config.json").unlink()
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    size = (base / "tokenizer.json").stat().st_size
+    config_size = (base / "tokenizer_config.json").stat().st_size
+    found = verify_merge(plan, out)
+    assert found.differences == (
+        Difference("generation_config.json", f"the bytes of {base / 'generation_config.json'}", "absent"),
+        Difference(
+            "tokenizer.json",
+            f"the bytes of {base / 'tokenizer.json'}",
+            f"1 of {size} bytes differ, the first at byte 100",
+        ),
+        Difference(
+            "tokenizer_config.json",
+            f"the bytes of {base / 'tokenizer_config.json'}",
+            f"2 bytes instead of {config_size}",
+        ),
+        Difference("chat_template.jinja", "absent", "a file"),
+    )
+    assert found.files == 0
+
+
+def test_an_index_that_disagrees_is_found(tmp_path, plan):
+    out = tmp_path / "out"
+    merge(plan_merge(plan.config, max_shard_bytes=30_000), out)
+    index = json.loads((out / INDEX).read_text())
+    total = index["metadata"]["total_size"]
+    edit_keys(out / INDEX, metadata={"total_size": total + 1})
+    (out / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    assert differences(plan, out) == [
+        Difference(
+            "model-00001-of-00009.safetensors", "no weights that the index does not name", "a file that no reader loads"
+        ),
+        Difference(INDEX, f"total_size {total}", f"total_size {total + 1}"),
+    ]
+    weight_map = index["weight_map"]
+    file = weight_map.pop("model.norm.weight")
+    edit_keys(out / INDEX, weight_map=weight_map)
+    edit_keys(out / "config.json", eos_token_id=3)
+    found = verify_merge(plan, out)
+    assert found.differences == (
+        Difference("config.json: eos_token_id", "2", "3"),
+        Difference(
+            "weights",
+            "an index, headers and files that agree",
+            f"{out}: tensor 'model.norm.weight' is in {file}, but {INDEX} does not name it.",
+        ),
+    )
+    assert (found.copied, found.routers, found.files) == (0, 0, 3)
+
+
+def stored(path: Path, tensor: torch.Tensor) -> StoredTensor:
+    save_file({"a": tensor}, path)
+    return read_header(path)["a"]
+
+
+def test_chunks_are_compared_at_their_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "CHUNK_BYTES", 7)
+    source, target = (stored(tmp_path / name, torch.arange(50, dtype=torch.float32)) for name in ("s", "t"))
+    shown = []
+    assert compare.compare_tensor(Piece(source, "F32"), source, "", target, shown.append) is None
+    assert shown == [7] * 28 + [4]
+    for byte in (13, 14, 199):
+        flip(target.path, target.start + byte)
+    found = compare.compare_tensor(Piece(source, "F32"), source, "", target, shown.append)
+    assert found == "3 of 200 bytes differ, the first at byte 13"
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_memory_does_not_grow_with_the_tensor(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("moemerge.checkpoint.convert.CHUNK_ELEMENTS", 2**16)
+    source = stored(tmp_path / "s", torch.zeros(2**24))
+    width = 4 if dtype == "F32" else 2
+    target = stored(tmp_path / "t", torch.ones(2**24, dtype=torch.float32 if width == 4 else torch.bfloat16))
+    tracemalloc.start()
+    found = compare.compare_tensor(Piece(source, dtype), source, "", target, lambda _: None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == f"{2**25} of {width * 2**24} bytes differ, the first at byte {width - 2}"
+    assert peak < 8 * compare.CHUNK_BYTES < target.nbytes
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_comparison_can_be_stopped(tmp_path, monkeypatch, dtype):
+    """Even while the converting thread waits for its bytes to be read."""
+    monkeypatch.setattr(compare, "CHUNK_BYTES", 100)
+    source = stored(tmp_path / "s", torch.zeros(10**6))
+    target = stored(tmp_path / "t", torch.zeros(10**6, dtype={"F32": torch.float32, "BF16": torch.bfloat16}[dtype]))
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare_tensor(Piece(source, dtype), source, "", target, stop)
+
+
+def test_progress_may_stop_all_threads(plan, merged):
+    def stop(_done, _total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_merge(plan, merged, progress=stop)
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
+    source, target = (stored(tmp_path / name, torch.ones(100)) for name in ("s", "t"))
+    other = stored(tmp_path / "h", torch.ones(100, dtype=torch.bfloat16))
+    os.truncate(source.path, source.start + 300)
+    with pytest.raises(CheckpointError) as caught:
+        compare.compare_tensor(Piece(source, "F32"), source, "", target, lambda _: None)
+    assert str(caught.value) == f"{source.path}: ended while it was compared: was it changed meanwhile?"
+    with pytest.raises(CheckpointError, match="s: ended inside tensor 'a'"):
+        compare.compare_tensor(Piece(source, "BF16"), source, "", other, lambda _: None)
+    source.path.unlink()
+    for dtype, found in (("F32", target), ("BF16", other)):
+        with pytest.raises(CheckpointError) as caught:
+            compare.compare_tensor(Piece(source, dtype), source, "", found, lambda _: None)
+        assert str(caught.value) == (
+            f"{found.path}: tensor 'a' cannot be compared with {source.path}: No such file or directory."
+        )
+
+
+def test_the_command_says_so_in_one_line(tmp_path, plan, merged, llamas):
+    config = write_random(tmp_path / "merge.yaml", llamas)
+    result = run("verify", merged, "--against", config)
+    assert (result.returncode, result.stdout) == (
+        0,
+        f"{merged}: as planned. Equal in every byte: 48 copied tensors (244.61 kB), 0 converted tensors (0 B), 3 files. "
+        "Not computed again: 3 routers, which have the planned shape and dtype and are finite.\n",
+    )
+    assert "weights: " in result.stderr
+    result = run("verify", merged, "--against", config, "--quiet")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_the_command_shows_what_differs(tmp_path, plan, out, llamas):
+    config = write_random(tmp_path / "merge.yaml", llamas)
+    edit_keys(out / "config.json", num_experts_per_tok=1)
+    result = run("verify", out, "--against", config, "--quiet")
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert (result.returncode, result.stderr, lines) == (
+        1,
+        "",
+        [
+            "tensor, file or key               expected  found",
+            "config.json: num_experts_per_tok  2         1",
+            f"{out}: 1 difference(s). Equal in every byte: 48 copied tensors (244.61 kB), 0 converted tensors (0 B), 3 files. "
+            "Not computed again: 3 routers, which have the planned shape and dtype and are finite.",
+        ],
+    )
+    result = run("verify", out, "--against", config, "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout) == {
+        "copied": 48, "copied_bytes": 244608, "converted": 0, "converted_bytes": 0, "routers": 3, "files": 3,
+        "differences": [{"what": "config.json: num_experts_per_tok", "expected": "2", "found": "1"}],
+    }  # fmt: skip
+
+
+def test_the_seed_of_the_command_is_that_of_the_noise(tmp_path, llamas):
+    plan = planned(tmp_path / "merge.yaml", llamas, *[{"noise_scale": 0.1}] * 3)
+    merge(plan, tmp_path / "out", seed=5)
+    command = ("verify", tmp_path / "out", "--against", tmp_path / "merge.yaml", "--json")
+    assert run(*command, "--seed", 5).returncode == 0
+    result = run(*command)
+    assert result.returncode == 1
+    assert len(json.loads(result.stdout)["differences"]) == 27
+
+
+def test_a_wrong_command_is_explained(tmp_path, llamas):
+    config = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:])
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(config.read_text() + "gate_mod: x\n")
+    (tmp_path / "empty").mkdir()
+    absent = tmp_path / "user" / "absent"
+    for arguments, status, message in (
+        ((absent, "--against", config), 1, f"error: {absent}: there is no such folder. Name the folder that holds the merged model.\n"),
+        ((config, "--against", config), 1, f"error: {config}: there is no such folder. Name the folder that holds the merged model.\n"),
+        ((tmp_path / "empty", "--against", config), 1, f"error: {tmp_path / 'empty'}: has no config.json, so it is not a model that moemerge can read.\n"),
+        ((llamas[0], "--against", wrong), 2, "gate_mod: unknown key, did you mean gate_mode?"),
+        ((llamas[0],), 2, "Missing option '--against'"),
+    ):  # fmt: skip
+        result = run("verify", *arguments, after=NO_TORCH)
+        assert (result.returncode, result.stdout) == (status, "")
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
