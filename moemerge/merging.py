@@ -6,6 +6,7 @@ Not `merge.py`: importing a module of that name would hide the function `moemerg
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -14,6 +15,7 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.staging import check_space, staged
 from moemerge.checkpoint.writer import Piece, write_shards
 from moemerge.dtypes import STORED
+from moemerge.errors import RefusedError
 from moemerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def merge(
     overwrite: bool = False,
     seed: int = 0,
     device: str = "auto",
+    base_bits: Literal[4, 8] | None = None,
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> "RoutingReport":
     """Carry out a plan: the folder `out` is complete when this returns, and untouched when it raises.
@@ -42,25 +45,28 @@ def merge(
         overwrite: replace a checkpoint that `out` holds.
         seed: of random routers and of `noise_scale`.
         device: where the base model's layers are run for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        base_bits: hold the base model's Linear weights in so many bits for the routers, by bitsandbytes.
         progress: called as the work goes on.
 
     Returns:
         What the routers do with the prompts.
 
     Raises:
-        RefusedError: `out` would lose something.
+        RefusedError: `out` would lose something, or bitsandbytes is needed and not installed.
         OutputError: the disk is full or cannot be written.
         RouterError: the routers cannot be computed.
         CheckpointError: a source is not what its header said.
     """
     out = Path(out)
+    check_base_bits(base_bits)
     with staged(out, [source.folder for source in plan.sources], overwrite=overwrite) as folder:
         check_space(out, plan.output_bytes)
         from moemerge.routers import init_routers  # imports torch, which no refusal above needs
 
         routers = init_routers(
             plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
-            seed=seed, device=device, progress=lambda done, total: progress("routers", done, total),
+            seed=seed, device=device, base_bits=base_bits,
+            progress=lambda done, total: progress("routers", done, total),
         )  # fmt: skip
         pieces = {
             name: output.origin
@@ -84,3 +90,16 @@ def merge(
         write_card(folder, out.resolve().name, plan, routers.report)
         (folder / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
     return routers.report
+
+
+def check_base_bits(bits: Literal[4, 8] | None) -> None:
+    """Refuse a pass in 4 or 8 bits where bitsandbytes is not installed; it is found, not imported.
+
+    Raises:
+        RefusedError: it is not.
+    """
+    if bits and find_spec("bitsandbytes") is None:
+        raise RefusedError(
+            f"to run the base model in {bits} bits, bitsandbytes is needed: pip install bitsandbytes. "
+            "It is seldom worth it: the base model is run layer by layer, so that only one layer is in memory anyway."
+        )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
@@ -41,7 +41,7 @@ class Routers:
 
 def init_routers(
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
-    seed: int, device: str, progress: Callable[[int, int], None],
+    seed: int, device: str, progress: Callable[[int, int], None], base_bits: Literal[4, 8] | None = None,
 ) -> Routers:  # fmt: skip
     """Compute the routers of a merge and the table of what they do with its prompts.
 
@@ -54,6 +54,7 @@ def init_routers(
         seed: of the random ways.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
         progress: called with the number of layers done and the number of all.
+        base_bits: of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
 
     Raises:
         RouterError: the tokenizer, the prompts or the device do not serve.
@@ -66,8 +67,9 @@ def init_routers(
 
         prompts = encode_prompts(folder, config.experts, base.config["max_position_embeddings"])
     request = RouterRequest(
-        folder, base, tensors, tuple(config.experts), prompts, config.experts_per_token, seed, _device(device)
-    )
+        folder, base, tensors, tuple(config.experts), prompts, config.experts_per_token, seed, _device(device),
+        base_bits,
+    )  # fmt: skip
     make_rows = INITIALISERS[config.gate_mode](request)
     stored_dtype: torch.dtype = getattr(torch, dtype)
     weights, routings = [], []

@@ -44,12 +44,15 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     batches = [_embed(model, request, group, dtype) for group in groups]
     counted, expert, positive = (torch.cat(parts) for parts in zip(*map(_labels, groups), strict=True))
     last = len(model.layers) - 1
-    for index, layer in enumerate(model.layers):
+    for index in range(len(model.layers)):
+        layer = model.layers[index]
         _load(layer, request, index, skip_ffn=index == last, dtype=dtype)
         seen = [
             _run(layer, batch, index, request.base.family.ffn_module, stop_at_ffn=index == last) for batch in batches
         ]
-        layer.to("meta")
+        # Nothing may refer to the layer: bitsandbytes' Linear layers keep weights that a move to meta does not reach.
+        model.layers[index] = torch.nn.Identity()
+        del layer
         states = torch.cat([state.reshape(-1, state.shape[-1]) for state in seen])[counted.to(request.device)]
         yield RouterInputs(states.float().cpu(), expert[counted], positive[counted])
 
@@ -128,11 +131,15 @@ def _embed(model: Any, request: RouterRequest, group: Sequence[EncodedPrompt], d
 
 def _load(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool, dtype: torch.dtype) -> None:
     ffn = request.base.family.ffn_module
-    for name, _ in layer.named_parameters():
+    for name in [name for name, _ in layer.named_parameters()]:
         if not (skip_ffn and name.startswith(f"{ffn}.")):
             stored = request.tensors[f"model.layers.{index}.{name}"]
             value = read_weight(stored, request.device, dtype)
             set_module_tensor_to_device(layer, name, request.device, value=value, dtype=dtype)
+            if request.base_bits:
+                from moemerge.routers.quantised import quantise_weight  # imports bitsandbytes, an extra
+
+                quantise_weight(layer, name, request.base_bits)
 
 
 def _run(layer: Any, batch: _Batch, index: int, ffn_module: str, *, stop_at_ffn: bool) -> torch.Tensor:
