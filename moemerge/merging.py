@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -15,6 +16,7 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.staging import check_space, journal_of, staged
 from moemerge.checkpoint.writer import Piece, ShardWriter
 from moemerge.dtypes import STORED
+from moemerge.errors import RefusedError
 from moemerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def merge(
     low_memory: bool = False,
     seed: int = 0,
     device: str = "auto",
+    base_bits: Literal[4, 8] | None = None,
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> "RoutingReport":
     """Carry out a plan: the folder `out` is complete when this returns, and untouched when it raises.
@@ -52,18 +55,21 @@ def merge(
         low_memory: one copying thread, small chunks, and neither sources nor output left in the page cache.
         seed: of random routers and of `noise_scale`.
         device: where the base model's layers are run for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        base_bits: hold the base model's Linear weights in so many bits for the routers, by bitsandbytes.
         progress: called as the work goes on.
 
     Returns:
         What the routers do with the prompts.
 
     Raises:
-        RefusedError: `out` would lose something, or another merge than this was cut off.
+        RefusedError: `out` would lose something, another merge than this was cut off, or bitsandbytes is needed and not
+            installed.
         OutputError: the disk is full or cannot be written.
         RouterError: the routers cannot be computed.
         CheckpointError: a source is not what its header said.
     """
     out = Path(out)
+    check_base_bits(base_bits)
     with staged(out, [source.folder for source in plan.sources], overwrite=overwrite, resume=resume) as folder:
         check_space(out, plan.output_bytes)
         journal = journal_of(folder)
@@ -81,7 +87,8 @@ def merge(
 
             routers = init_routers(
                 plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
-                run_base=plan.runs_base, seed=seed, device=device, low_memory=low_memory, progress=layer_done,
+                run_base=plan.runs_base, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory,
+                progress=layer_done,
             )  # fmt: skip
             writer.add({
                 name: Piece(routers.layer_bytes(o.origin), STORED[plan.dtype])
@@ -114,3 +121,16 @@ class _Tally:
     def routers(self, done: int, total: int) -> None:
         with self._lock:
             self._progress("routers", done, total)
+
+
+def check_base_bits(bits: Literal[4, 8] | None) -> None:
+    """Refuse a pass in 4 or 8 bits where bitsandbytes is not installed; it is found, not imported.
+
+    Raises:
+        RefusedError: it is not.
+    """
+    if bits and find_spec("bitsandbytes") is None:
+        raise RefusedError(
+            f"to run the base model in {bits} bits, bitsandbytes is needed: pip install bitsandbytes. "
+            "It is seldom worth it: the base model is run layer by layer, so that only one layer is in memory anyway."
+        )

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
+from moemerge.cli.app import _merge
 from moemerge.cli.console import explain_error
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
 from moemerge.cli.progress import show_progress
@@ -129,6 +131,29 @@ def test_inspect_tells_dense_from_moe(tmp_path, llamas, plain):
     assert moe["warnings"] == []
 
 
+def test_the_base_is_run_quantised_on_request(tmp_path, config):
+    used = "assert 'bitsandbytes' in sys.modules"
+    result = run(config, tmp_path / "out", "--load-in-8bit", "--device", "cpu", "-v", after=used)
+    assert result.returncode == 0, result.stderr
+    assert "bit" not in result.stderr
+    assert result.stdout.endswith(f"{tmp_path / 'out'}: done\n")
+
+
+def test_without_a_pass_nothing_is_quantised(tmp_path, plain):
+    result = run(plain, tmp_path / "out", "--load-in-8bit", "-q", after="assert 'bitsandbytes' not in sys.modules")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_quantised_base_without_bitsandbytes_is_refused_before_the_plan(tmp_path):
+    absent = "sys.modules['bitsandbytes'] = None"
+    result = run(tmp_path / "no.yaml", tmp_path / "out", "--load-in-4bit", before=absent, after=NO_TORCH)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: to run the base model in 4 bits, bitsandbytes is needed: pip install bitsandbytes. "
+        "It is seldom worth it: the base model is run layer by layer, so that only one layer is in memory anyway.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("spoil", "status", "message"),
     [
@@ -161,6 +186,10 @@ def test_a_wrong_command_is_explained(tmp_path, config):
         ((config, tmp_path / "out", "--max-shard-size", "5 bananas"), "'5 bananas' is not a size: write it like 5GB"),
         ((config, tmp_path / "out", "--out-shard-size", "5GB"), "is no number of parameters like 1B or 500M"),
         ((config, tmp_path / "out", "--bogus"), "No such option"),
+        (
+            (config, tmp_path / "out", "--load-in-8bit", "--load-in-4bit"),
+            "error: --load-in-8bit, --load-in-4bit: give one",
+        ),
         ((config, tmp_path / "out", "--device", "cdua"), "--device: 'cdua' is none of auto, cpu"),
     ):
         result = run(*arguments)
@@ -274,14 +303,17 @@ def test_flags_of_mergekit_are_translated_or_explained():
 
 
 def test_every_flag_of_mergekit_moe_has_a_fate():
-    """The options that `mergekit-moe --help` of mergekit 0.1.5 lists; the first ones are moemerge's own."""
-    own = {"--quiet", "--device", "-v", "--out-shard-size", "--help"}
+    """The options that `mergekit-moe --help` of mergekit 0.1.5 lists: moemerge's own, or in the table, never both."""
     theirs = """--load-in-4bit --load-in-8bit --i-understand-this-is-not-useful-without-training --allow-crimes
         --unsafe-truncate-embeddings --trust-remote-code --transformers-cache --lora-merge-cache --lora-merge-dtype
         --random-seed -v --quiet --cuda --device --low-cpu-memory --lazy-unpickle --read-to-gpu --multi-gpu
         --num-threads -j --gpu-rich --async-write --write-threads --out-shard-size --copy-tokenizer --clone-tensors
         --write-model-card --safe-serialization --help"""
-    assert set(theirs.split()) - own <= FLAGS.keys()
+    app = typer.Typer()
+    app.command()(_merge)
+    own = {"--help"} | {name for option in typer.main.get_command(app).params for name in option.opts}
+    assert set(theirs.split()) <= own | FLAGS.keys()
+    assert not own & FLAGS.keys()
 
 
 @pytest.mark.parametrize(("text", "count"), [("1B", 10**9), ("500m", 5 * 10**8), ("20K", 20000), ("7", 7)])

@@ -1,21 +1,26 @@
 """Routers: what each way computes, and what the routing table says of it."""
 
 import math
+import sys
 import tracemalloc
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.errors import CheckpointError, IncompatibleError, RouterError
+from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.routers import init_routers
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import LayerRouting, RoutingReport, expert_names, route_layer, row_distances
 from moemerge.routers.hidden import fit_scale
 from moemerge.routers.prompts import encode_prompts
+from moemerge.routers.quantised import quantise_weight
 from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast, top_weights, unit
 from moemerge.routers.weights import read_rows
@@ -30,10 +35,10 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
     return plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, **keys)))
 
 
-def routers(plan, seed: int = 0):
+def routers(plan, seed: int = 0, base_bits: int | None = None):
     return init_routers(
         plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
-        run_base=plan.runs_base, seed=seed, device="cpu", progress=lambda _done, _total: None,
+        run_base=plan.runs_base, seed=seed, device="cpu", progress=lambda _done, _total: None, base_bits=base_bits,
     )  # fmt: skip
 
 
@@ -102,6 +107,69 @@ def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas
     for first, second in zip(exact, rounded, strict=True):
         assert not torch.equal(first, second)
         assert float((first - second).norm() / first.norm()) < 0.03
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> list[Path]:
+    """Models with rows of whole 4-bit blocks."""
+    root = tmp_path_factory.mktemp("wide")
+    return [make_model(root / str(seed), seed, hidden_size=64, intermediate_size=128) for seed in range(4)]
+
+
+@pytest.mark.parametrize(("bits", "likeness"), [(8, 0.99), (4, 0.8)])
+def test_routers_of_a_quantised_base_are_near_those_of_the_whole_one(tmp_path, wide, bits, likeness):
+    plan = plan_of(tmp_path, wide)
+    exact, quantised = routers(plan).weights, routers(plan, base_bits=bits).weights
+    cosines = torch.cosine_similarity(exact, quantised, dim=2)  # (layer, expert)
+    assert float(cosines.min()) > likeness
+    assert not torch.allclose(exact, quantised, rtol=1e-3)
+    assert torch.equal(quantised, routers(plan, base_bits=bits).weights)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, Linear8bitLt), (4, Linear4bit)])
+def test_each_layer_computes_with_bitsandbytes_and_is_gone_before_the_next(tmp_path, wide, monkeypatch, bits, kind):
+    called, layers = [], []
+    forward = kind.forward
+
+    def watched(self, states):
+        called.append(weakref.ref(self))
+        assert self.weight.dtype in {torch.int8, torch.uint8}
+        return forward(self, states)
+
+    monkeypatch.setattr(kind, "forward", watched)
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: pytest.fail("a layer of full precision"))
+    for _ in capture_router_inputs(replace(request(plan_of(tmp_path, wide)), base_bits=bits)):
+        assert not any(linear() for linear in called)
+        layers.append(len(called))
+        called.clear()
+    assert layers == [7, 7, 4]  # the last layer's FFN is not run
+
+
+def test_a_quantised_base_without_bitsandbytes_is_refused_before_anything_is_written(tmp_path, llamas, monkeypatch):
+    plan = plan_of(tmp_path, llamas)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(RefusedError, match="to run the base model in 8 bits, bitsandbytes is needed"):
+        merge(plan, tmp_path / "out", base_bits=8)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_weight_in_full_precision_is_freed(bits):
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    whole = weakref.ref(layer[0].weight)
+    quantise_weight(layer, "0.weight", bits)
+    assert whole() is None
+
+
+def test_what_bitsandbytes_cannot_hold_in_4_bits_stays_as_it_is():
+    layer = torch.nn.ModuleDict({name: torch.nn.Linear(*sizes) for name, sizes in
+                                 {"row": (96, 32), "tile": (64, 48), "good": (64, 32)}.items()})  # fmt: skip
+    layer["norm"] = torch.nn.LayerNorm(64)
+    before = dict(layer.named_parameters())
+    for name in before:
+        quantise_weight(layer, name, 4)
+    assert [type(module).__name__ for module in layer.values()] == ["Linear", "Linear", "Linear4bit", "LayerNorm"]
+    assert {name for name, value in layer.named_parameters() if value is not before[name]} == {"good.weight"}
 
 
 def test_hidden_is_the_contrast_of_mean_router_inputs(tmp_path, llamas):

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
@@ -32,6 +32,10 @@ Command lines of mergekit-moe work as they are; its flags are translated, or nam
 
 Exit codes: 0 done, 1 failed, 2 the config or the command has to change, 130 interrupted.
 """
+
+_BITS_HELP: Final = (
+    "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
+)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The merge config, a YAML file.", show_default=False)]
 ShardSize = Annotated[str, typer.Option(help="Largest shard, such as 5GB or 500MB.")]
@@ -70,6 +74,8 @@ def _merge(
     device: Annotated[
         str, typer.Option(help="Runs the base model for the routers: auto, cpu, cuda, cuda:1, mps.")
     ] = "auto",
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False,
     cache_dir: CacheDir = None,
     allow_identical_experts: AllowIdentical = False,
     quiet: Quiet = False,
@@ -92,12 +98,16 @@ def _merge(
         from moemerge.checkpoint.staging import check_target, kept_shards
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_routing
-        from moemerge.merging import merge
+        from moemerge.merging import check_base_bits, merge
 
         # Before a plan may download weights.
         check_target(out, (), overwrite=overwrite)
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
             raise RefusedError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
+        if load_in_8bit and load_in_4bit:
+            raise RefusedError("--load-in-8bit, --load-in-4bit: give one of them, not both.")
+        base_bits: Literal[4, 8] | None = 8 if load_in_8bit else 4 if load_in_4bit else None
+        check_base_bits(base_bits)
         plan = _plan_from(
             console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts, routing_table
         )
@@ -105,7 +115,7 @@ def _merge(
             with show_progress(console, quiet=quiet) as progress:
                 report = merge(
                     plan, out, overwrite=overwrite, resume=resume, low_memory=low_memory, seed=seed, device=device,
-                    progress=progress,
+                    base_bits=base_bits, progress=progress,
                 )  # fmt: skip
         except BaseException:
             if kept := kept_shards(out):

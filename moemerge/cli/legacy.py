@@ -22,7 +22,6 @@ class Flag:
 
 _BOUNDED: Final = "memory is bounded without it"
 _COPIES: Final = "bytes are copied by the kernel in several threads"
-_STREAMED: Final = "the base model is streamed layer by layer, which takes less memory than loading it quantised"
 _NO_LORA: Final = "no adapters are merged"
 FLAGS: Final[dict[str, Flag]] = {
     "--i-understand-this-is-not-useful-without-training": Flag(becomes=("--allow-identical-experts",)),
@@ -40,8 +39,6 @@ FLAGS: Final[dict[str, Flag]] = {
     "--allow-crimes": Flag("what can be merged exactly is merged, the rest is refused with the reason"),
     "--unsafe-truncate-embeddings": Flag("embeddings come from the base model alone"),
     "--trust-remote-code": Flag("code from a model repository is never executed"),
-    "--load-in-4bit": Flag(_STREAMED),
-    "--load-in-8bit": Flag(_STREAMED),
     "--lora-merge-cache": Flag(_NO_LORA, takes_value=True),
     "--lora-merge-dtype": Flag(_NO_LORA, takes_value=True),
     "--lazy-unpickle": Flag(_BOUNDED),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
@@ -41,7 +41,8 @@ class Routers:
 
 def init_routers(
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
-    run_base: bool, seed: int, device: str, low_memory: bool = False, progress: Callable[[int, int], None],
+    run_base: bool, seed: int, device: str, progress: Callable[[int, int], None],
+    base_bits: Literal[4, 8] | None = None, low_memory: bool = False,
 ) -> Routers:  # fmt: skip
     """Compute the routers of a merge and the table of what they do with its prompts.
 
@@ -56,6 +57,7 @@ def init_routers(
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
         low_memory: whether not to read ahead.
         progress: called with the number of layers done and the number of all.
+        base_bits: of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
 
     Raises:
         RouterError: the tokenizer, the prompts or the device do not serve.
@@ -67,16 +69,9 @@ def init_routers(
 
         prompts = encode_prompts(folder, config.experts, base.config["max_position_embeddings"])
     request = RouterRequest(
-        folder,
-        base,
-        tensors,
-        tuple(config.experts),
-        prompts,
-        config.experts_per_token,
-        seed,
-        _device(device),
-        low_memory,
-    )
+        folder, base, tensors, tuple(config.experts), prompts, config.experts_per_token, seed, _device(device),
+        base_bits, low_memory,
+    )  # fmt: skip
     make_rows = INITIALISERS[config.gate_mode](request)
     stored_dtype: torch.dtype = getattr(torch, dtype)
     weights, routings = [], []

@@ -49,10 +49,10 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     last = len(model.layers) - 1
     room: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(1) as reader:
-        for index, layer in enumerate(model.layers):
-            stored = _stored(layer, request, index, skip_ffn=index == last)
-            for name, tensor in stored.items():
-                _place(layer, name, tensor, room, request.device, dtype)
+        for index in range(last + 1):
+            layer = model.layers[index]
+            for name, tensor in _stored(layer, request, index, skip_ffn=index == last).items():
+                _place(layer, name, tensor, room, request, dtype)
             ahead = None
             if index < last and not request.low_memory:
                 following = _stored(model.layers[index + 1], request, index + 1, skip_ffn=index + 1 == last)
@@ -61,7 +61,9 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
                 _run(layer, batch, index, request.base.family.ffn_module, stop_at_ffn=index == last)
                 for batch in batches
             ]
-            layer.to("meta")
+            # Nothing may refer to the layer: bitsandbytes keeps weights that a move to meta does not reach.
+            model.layers[index] = torch.nn.Identity()
+            del layer
             states = torch.cat([state.reshape(-1, state.shape[-1]) for state in seen])[counted.to(request.device)]
             yield RouterInputs(states.float().cpu(), expert[counted], positive[counted])
             if ahead:
@@ -151,13 +153,19 @@ def _stored(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool) -
 
 
 def _place(  # noqa: PLR0917
-    layer: Any, name: str, tensor: StoredTensor, room: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> None:
+    layer: Any, name: str, tensor: StoredTensor, room: dict[str, torch.Tensor], request: RouterRequest,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Read a parameter straight to its device, into the room that the layer before had for it."""
     if name not in room or room[name].shape != tensor.shape:
-        room[name] = torch.empty(tensor.shape, device=device, dtype=dtype)
+        room[name] = torch.empty(tensor.shape, device=request.device, dtype=dtype)
     read_into(tensor, room[name])
-    set_module_tensor_to_device(layer, name, device, value=room[name])
+    set_module_tensor_to_device(layer, name, request.device, value=room[name])
+    if request.base_bits:
+        from moemerge.routers.quantised import quantise_weight  # imports bitsandbytes, an extra
+
+        quantise_weight(layer, name, request.base_bits)
+        del room[name]
 
 
 def _run(layer: Any, batch: _Batch, index: int, ffn_module: str, *, stop_at_ffn: bool) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -42,6 +43,8 @@ class RouterRequest:
     experts_per_token: int
     seed: int
     device: torch.device
+    base_bits: Literal[4, 8] | None = None
+    """How many bits the weights of the base model's Linear layers have in the pass; None leaves them as computed."""
     low_memory: bool = False
     """Whether not to read ahead."""
 

@@ -5,6 +5,7 @@ from typing import Final
 
 import torch
 
+from moemerge.checkpoint.convert import ended_inside
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError
@@ -62,8 +63,6 @@ def _chunks(tensor: StoredTensor) -> Iterator[memoryview]:
         while left:
             view = memoryview(buffer)[:left]
             if file.readinto(view) != len(view):
-                raise CheckpointError(
-                    f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed during the merge?"
-                )
+                raise ended_inside(tensor)
             left -= len(view)
             yield view
