@@ -9,7 +9,7 @@ from moemerge.plan import MergePlan
 from moemerge.sources import Reference
 
 if TYPE_CHECKING:
-    from moemerge.routers.diagnostics import RoutingReport
+    from moemerge.routers.report import RoutingReport
 
 _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
 _SAMPLE_LENGTH: Final = 60

@@ -18,9 +18,10 @@ from moemerge.checkpoint.writer import Piece, ShardWriter
 from moemerge.dtypes import STORED
 from moemerge.errors import RefusedError
 from moemerge.plan import MergePlan
+from moemerge.routers import init_routers
 
 if TYPE_CHECKING:
-    from moemerge.routers.diagnostics import RoutingReport
+    from moemerge.routers.report import RoutingReport
 
 CONFIG_COPY: Final = "moemerge_config.yaml"
 Stage = Literal["routers", "weights"]
@@ -79,7 +80,6 @@ def merge(
             folder, plan.shards, tally.weights, seed=seed, kept=kept, completed=journal.record, low_memory=low_memory
         ) as writer:
             writer.add({name: o.origin for name, o in plan.outputs.items() if isinstance(o.origin, Piece)})
-            from moemerge.routers import init_routers  # imports torch, which neither refusals nor copies need
 
             def layer_done(done: int, total: int) -> None:
                 writer.check()
@@ -91,16 +91,16 @@ def merge(
                 progress=layer_done,
             )  # fmt: skip
             writer.add({
-                name: Piece(routers.layer_bytes(o.origin), STORED[plan.dtype])
+                name: Piece(routers.layers[o.origin], STORED[plan.dtype])
                 for name, o in plan.outputs.items()
                 if isinstance(o.origin, int)
             })  # fmt: skip
-        for path in plan.copied_files:
-            shutil.copyfile(path, folder / path.name)
-        if (index := plan.index) is not None:
-            (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
-        (folder / CONFIG_COPY).write_text(plan.config.text, encoding="utf-8")
-        write_card(folder, out.resolve().name, plan, routers.report)
+            for path in plan.copied_files:
+                shutil.copyfile(path, folder / path.name)
+            if (index := plan.index) is not None:
+                (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
+            (folder / CONFIG_COPY).write_text(plan.config.text, encoding="utf-8")
+            write_card(folder, out.resolve().name, plan, routers.report)
         (folder / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
     return routers.report
 

@@ -6,6 +6,7 @@ import tracemalloc
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.routers import init_routers
 from moemerge.routers.capture import capture_router_inputs
-from moemerge.routers.diagnostics import LayerRouting, RoutingReport, expert_names, route_layer, row_distances
+from moemerge.routers.diagnostics import route_layer, row_distances
 from moemerge.routers.hidden import fit_scale
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.quantised import quantise_weight
+from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
 from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast, top_weights, unit
 from moemerge.routers.weights import read_rows
@@ -36,10 +38,14 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
 
 
 def routers(plan, seed: int = 0, base_bits: int | None = None):
-    return init_routers(
+    """The report, and weights (layer, expert, hidden)."""
+    made = init_routers(
         plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
         run_base=plan.runs_base, seed=seed, device="cpu", progress=lambda _done, _total: None, base_bits=base_bits,
     )  # fmt: skip
+    dtype, experts = getattr(torch, plan.dtype), len(plan.config.experts)
+    rows = [torch.frombuffer(bytearray(layer), dtype=dtype).view(experts, -1) for layer in made.layers]
+    return SimpleNamespace(report=made.report, weights=torch.stack(rows))
 
 
 def request(plan) -> RouterRequest:
@@ -358,7 +364,7 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path, llamas):
-    plan = plan_of(tmp_path, llamas, gate_mode="random")
+    plan = plan_of(tmp_path, llamas)
     with pytest.raises(RouterError, match="device 'cuda:9' cannot be used here"):
         merge(plan, tmp_path / "out", device="cuda:9")
     assert not (tmp_path / "out").exists()

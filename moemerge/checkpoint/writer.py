@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Small enough that Ctrl-C and the progress bar are prompt, large enough that the calls cost nothing.
 CHUNK_BYTES: Final = 64 * 2**20
 LOW_MEMORY_CHUNK_BYTES: Final = 8 * 2**20
+# Written bytes go to the disk from early on: at the end of a large shard there is little left to wait for.
+FLUSH_BYTES: Final = 128 * 2**20
 _BINARY: Final = getattr(os, "O_BINARY", 0)
 
 
@@ -72,6 +74,7 @@ class ShardWriter:
         self._folder, self._seed, self._low_memory, self._completed = folder, seed, low_memory, completed
         self._shards = [shard for shard in shards if shard.name not in kept]
         self._missing, self._lock = {shard.name: len(shard.starts) for shard in self._shards}, threading.Lock()
+        self._written = 0
         self._copies = Jobs(report, 1 if low_memory else MAX_THREADS)
         # Flushing waits for the disk; copies go on meanwhile.
         self._flushes = Jobs(lambda _: None, 1)
@@ -119,16 +122,20 @@ class ShardWriter:
         with self._lock:
             self._missing[shard.name] -= 1
             complete = self._missing[shard.name] == 0
-        if complete:
-            self._flushes.start(partial(self._flush, shard))
+            self._written += 0 if isinstance(piece.source, bytes) else piece.source.nbytes
+            due = self._written >= FLUSH_BYTES
+            self._written *= not due
+        if complete or due:
+            self._flushes.start(partial(self._flush, shard, complete=complete))
 
-    def _flush(self, shard: Shard, _report: Report) -> None:
+    def _flush(self, shard: Shard, _report: Report, *, complete: bool) -> None:
         path = self._folder / shard.name
         try:
             flush(path)
         except OSError as error:
             raise write_failure(path, error) from error
-        self._completed(shard)
+        if complete:
+            self._completed(shard)
 
 
 def convert_piece(piece: Piece, source: StoredTensor, target: int, seed: str, report: Report) -> None:

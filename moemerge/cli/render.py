@@ -15,7 +15,7 @@ from moemerge.plan import MergePlan
 from moemerge.verification import Verification
 
 if TYPE_CHECKING:
-    from moemerge.routers.diagnostics import RoutingReport
+    from moemerge.routers.report import RoutingReport
 
 
 def size(nbytes: float) -> str:

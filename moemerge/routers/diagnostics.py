@@ -1,97 +1,12 @@
-"""What a router does with the prompts it was made from: which expert takes which token, and where that looks wrong."""
+"""Judging a router on the prompts that it was made from."""
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from typing import Final
 
 import torch
 
+from moemerge.routers.report import LayerRouting
 from moemerge.routers.request import RouterInputs
 from moemerge.routers.rows import top_weights
-
-# An expert with a tenth of its fair share of tokens is as good as absent.
-_DEAD_FRACTION: Final = 0.1
-# Random routers stray from chance by less than this.
-_CLEARLY_LESS: Final = 0.9
-# |a - b| / (|a| + |b|): 0 for equal rows, 1 for opposite ones; 0.1 is an angle of about 11 degrees.
-_PARALLEL_DISTANCE: Final = 0.1
-
-
-@dataclass(frozen=True)
-class LayerRouting:
-    """One layer's routing of the prompts' tokens."""
-
-    own: tuple[float, ...]
-    """By expert: the share of its own positive-prompt tokens that have it in their top k."""
-    first: tuple[float, ...]
-    """By expert: the share of its own positive-prompt tokens that have it as their first choice."""
-    load: tuple[float, ...]
-    """By expert: the share of all positive-prompt tokens that have it in their top k, each expert's weighing alike."""
-    top_weight: float
-    """Mean weight of the first choice."""
-
-
-@dataclass(frozen=True)
-class RoutingReport:
-    """The routing table."""
-
-    experts: tuple[str, ...]
-    """Names for people."""
-    experts_per_token: int
-    layers: tuple[LayerRouting, ...]
-    """Empty where there were no prompts."""
-    distances: dict[tuple[int, int], float]
-    """By pair of experts: `|a - b| / (|a| + |b|)` of their router rows, averaged over layers."""
-
-    @property
-    def chance(self) -> float:
-        """Share of tokens that an expert gets when routing knows nothing."""
-        return self.experts_per_token / len(self.experts)
-
-    @property
-    def own(self) -> tuple[float, ...]:
-        """By expert: share of its own prompts' tokens that reach it, averaged over layers."""
-        return _mean_over_layers(layer.own for layer in self.layers)
-
-    @property
-    def first(self) -> tuple[float, ...]:
-        """By expert: share of its own prompts' tokens that choose it first, averaged over layers."""
-        return _mean_over_layers(layer.first for layer in self.layers)
-
-    @property
-    def load(self) -> tuple[float, ...]:
-        """By expert: share of all prompts' tokens that reach it, averaged over layers."""
-        return _mean_over_layers(layer.load for layer in self.layers)
-
-    @property
-    def top_weight(self) -> float:
-        """Mean weight of the first choice, averaged over layers."""
-        return math.fsum(row.top_weight for row in self.layers) / len(self.layers)
-
-    def warnings(self) -> list[str]:
-        """What the user should know before trusting this router, experts by name."""
-        found = []
-        shares = zip(self.experts, self.own, self.first, self.load, strict=True) if self.layers else ()
-        for name, own, first, load in shares:
-            if load < _DEAD_FRACTION * self.chance:
-                found.append(f"expert {name} is almost never chosen: {load:.1%} of the prompts' tokens reach it")
-            elif first < _DEAD_FRACTION / len(self.experts):
-                found.append(
-                    f"expert {name} is almost never the first choice, not even for its own prompts: {first:.1%}"
-                )
-            elif own < _CLEARLY_LESS * self.chance:
-                found.append(
-                    f"expert {name} gets fewer of its own prompts' tokens than chance would give it: "
-                    f"{own:.1%} against {self.chance:.1%}"
-                )
-        found += [
-            f"the router can hardly tell {self.experts[a]} from {self.experts[b]}: their rows are almost parallel"
-            for (a, b), distance in self.distances.items()
-            if distance < _PARALLEL_DISTANCE
-        ]
-        return found
 
 
 def route_layer(rows: torch.Tensor, inputs: RouterInputs, experts_per_token: int) -> LayerRouting:
@@ -109,11 +24,6 @@ def route_layer(rows: torch.Tensor, inputs: RouterInputs, experts_per_token: int
     )
 
 
-def _mean_over_layers(shares: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
-    """Mean over layers of shares by expert."""
-    return tuple(math.fsum(of_expert) / len(of_expert) for of_expert in zip(*shares, strict=True))
-
-
 def row_distances(rows: torch.Tensor) -> dict[tuple[int, int], float]:
     """By pair of experts: how far apart their rows (layer, expert, hidden) are, 0 for equal and 1 for opposite."""
     distances = {}
@@ -122,9 +32,3 @@ def row_distances(rows: torch.Tensor) -> dict[tuple[int, int], float]:
         lengths = (first.norm(dim=1) + second.norm(dim=1)).clamp(min=torch.finfo(rows.dtype).tiny)
         distances[a, b] = float(((first - second).norm(dim=1) / lengths).mean())
     return distances
-
-
-def expert_names(models: Sequence[str]) -> tuple[str, ...]:
-    """Short names for people: the last part of each model's name, numbered where two are alike."""
-    short = [model.rstrip("/").rpartition("/")[2] for model in models]
-    return tuple(name if short.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(short))
