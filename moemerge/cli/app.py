@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.cli.console import print_json, return_freed_memory, speaking, stdout
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def _merge(
             raise RefusedError("--load-in-8bit, --load-in-4bit: give one of them, not both.")
         base_bits: Literal[4, 8] | None = 8 if load_in_8bit else 4 if load_in_4bit else None
         check_base_bits(base_bits)
+        return_freed_memory()
         plan = _plan_from(
             console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts, routing_table
         )

@@ -26,10 +26,16 @@ _COMPUTE_DTYPES: Final = {"cpu": torch.float32}
 
 @dataclass
 class _Batch:
-    """Prompts that pass together: states (prompt, position, hidden), and each layer's other arguments."""
+    """Prompts that pass together, padded to one length."""
 
     states: torch.Tensor
+    """(prompt, position, hidden)"""
     arguments: dict[int, dict[str, Any]]
+    """By layer, what the model passes to it beside the states."""
+    counted: torch.Tensor
+    """(prompt * position,) bool"""
+    inputs: torch.Tensor
+    """(counted token, hidden) float32 on the CPU: where the layer's router inputs go."""
 
 
 class _EndOfPassError(Exception):
@@ -39,13 +45,22 @@ class _EndOfPassError(Exception):
 def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     """Router inputs of every layer in turn, for the request's prompts.
 
-    On a CPU the pass computes in float32, elsewhere in bfloat16.
+    On a CPU the pass computes in float32, elsewhere in bfloat16. Each layer's states overwrite those of the layer
+    before: long-lived blocks between the short-lived ones of a layer would keep the heap from shrinking.
     """
     dtype = _COMPUTE_DTYPES.get(request.device.type, torch.bfloat16)
     model = _empty_model(request)
     groups = list(_group(request.prompts))
-    batches = [_embed(model, request, group, dtype) for group in groups]
-    counted, expert, positive = (torch.cat(parts) for parts in zip(*map(_labels, groups), strict=True))
+    counted, expert, positive = zip(*map(_labels, groups), strict=True)
+    inputs = torch.empty(sum(int(part.sum()) for part in counted), request.base.config["hidden_size"])
+    places = torch.split(inputs, [int(part.sum()) for part in counted])
+    batches = [
+        _embed(model, request, group, dtype, part, place)
+        for group, part, place in zip(groups, counted, places, strict=True)
+    ]
+    labels = [
+        torch.cat([part[kept] for part, kept in zip(parts, counted, strict=True)]) for parts in (expert, positive)
+    ]
     last = len(model.layers) - 1
     room: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(1) as reader:
@@ -57,15 +72,12 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
             if index < last and not request.low_memory:
                 following = _stored(model.layers[index + 1], request, index + 1, skip_ffn=index + 1 == last)
                 ahead = reader.submit(read_ahead, following.values())
-            seen = [
+            for batch in batches:
                 _run(layer, batch, index, request.base.family.ffn_module, stop_at_ffn=index == last)
-                for batch in batches
-            ]
             # Nothing may refer to the layer: bitsandbytes keeps weights that a move to meta does not reach.
             model.layers[index] = torch.nn.Identity()
             del layer
-            states = torch.cat([state.reshape(-1, state.shape[-1]) for state in seen])[counted.to(request.device)]
-            yield RouterInputs(states.float().cpu(), expert[counted], positive[counted])
+            yield RouterInputs(inputs, *labels)
             if ahead:
                 ahead.result()
 
@@ -106,7 +118,10 @@ def _labels(group: Sequence[EncodedPrompt]) -> tuple[torch.Tensor, torch.Tensor,
     return counted.flatten(), expert, positive
 
 
-def _embed(model: Any, request: RouterRequest, group: Sequence[EncodedPrompt], dtype: torch.dtype) -> _Batch:
+def _embed(  # noqa: PLR0917
+    model: Any, request: RouterRequest, group: Sequence[EncodedPrompt], dtype: torch.dtype, counted: torch.Tensor,
+    inputs: torch.Tensor,
+) -> _Batch:  # fmt: skip
     """Run everything before the layers, recording what the model would pass to each of them.
 
     Only the rows of the prompts' tokens are read from the embeddings. Padding is on the right: attention is causal,
@@ -139,7 +154,7 @@ def _embed(model: Any, request: RouterRequest, group: Sequence[EncodedPrompt], d
     finally:
         for module in passers:
             del module.forward
-    return _Batch(embedded[0], arguments)
+    return _Batch(embedded[0], arguments, counted.to(request.device), inputs)
 
 
 def _stored(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool) -> dict[str, StoredTensor]:
@@ -168,21 +183,19 @@ def _place(  # noqa: PLR0917
         del room[name]
 
 
-def _run(layer: Any, batch: _Batch, index: int, ffn_module: str, *, stop_at_ffn: bool) -> torch.Tensor:
-    """Pass a batch through a layer; gives the layer's router input and moves the batch's states on."""
-    seen: list[torch.Tensor] = []
+def _run(layer: Any, batch: _Batch, index: int, ffn_module: str, *, stop_at_ffn: bool) -> None:
+    """Pass a batch through a layer: its router inputs and its states are replaced."""
 
     def keep(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.append(inputs[0])
+        batch.inputs.copy_(inputs[0].flatten(0, 1)[batch.counted])
         if stop_at_ffn:
             raise _EndOfPassError
 
     handle = layer.get_submodule(ffn_module).register_forward_pre_hook(keep)
     try:
         with torch.inference_mode():
-            batch.states = layer(batch.states, **batch.arguments[index])
+            batch.states.copy_(layer(batch.states, **batch.arguments[index]))
     except _EndOfPassError:
         pass
     finally:
         handle.remove()
-    return seen[0]

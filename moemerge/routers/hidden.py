@@ -10,7 +10,7 @@ import torch
 
 from moemerge.errors import RouterError
 from moemerge.routers.request import LayerRouter, RouterInputs, RouterRequest
-from moemerge.routers.rows import contrast, top_weights
+from moemerge.routers.rows import contrast
 
 # Rows of length 1 would mix the chosen experts almost equally, whatever the router knows.
 TARGET_TOP_WEIGHT: Final = 0.9
@@ -38,12 +38,11 @@ def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) 
 
     With one expert per token the weight is 1 at any scale; the scale is then fitted as for two.
     """
-    per_token = max(experts_per_token, 2)
+    logits = (states @ rows.T).topk(max(experts_per_token, 2), dim=1).values
     low, high = 1e-4, 1e4
     for _ in range(_BISECTIONS):
         middle = (low * high) ** 0.5
-        weights, _ = top_weights(rows * middle, states, per_token)
-        if float(weights[:, 0].mean()) < TARGET_TOP_WEIGHT:
+        if float((logits * middle).softmax(dim=1)[:, 0].mean()) < TARGET_TOP_WEIGHT:
             low = middle
         else:
             high = middle
