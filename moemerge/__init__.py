@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from moemerge.config import MergeConfig, load_config
     from moemerge.errors import MoemergeError
     from moemerge.merging import merge
-    from moemerge.plan import MergePlan, plan_merge
+    from moemerge.plan import MergePlan
+    from moemerge.planning import plan_merge
 
 __all__ = ["MergeConfig", "MergePlan", "MoemergeError", "load_config", "merge", "plan_merge"]
 
@@ -24,7 +25,7 @@ _HOMES = {
     "MoemergeError": "errors",
     "load_config": "config",
     "merge": "merging",
-    "plan_merge": "plan",
+    "plan_merge": "planning",
 }
 
 

@@ -72,12 +72,19 @@ def merge(
     out = Path(out)
     check_base_bits(base_bits)
     with staged(out, [source.folder for source in plan.sources], overwrite=overwrite, resume=resume) as folder:
-        check_space(out, plan.output_bytes)
+        check_space(out, plan.output_bytes - plan.shared_bytes)
         journal = journal_of(folder)
         kept = journal.resume(plan.fingerprint(seed), folder, plan.shards)
         tally = _Tally(progress, plan, kept)
         with ShardWriter(
-            folder, plan.shards, tally.weights, seed=seed, kept=kept, completed=journal.record, low_memory=low_memory
+            folder,
+            plan.shards,
+            tally.weights,
+            seed=seed,
+            kept=kept,
+            completed=journal.record,
+            reserve=not plan.shared_bytes,
+            low_memory=low_memory,
         ) as writer:
             writer.add({name: o.origin for name, o in plan.outputs.items() if isinstance(o.origin, Piece)})
 

@@ -15,7 +15,8 @@ from moemerge.checkpoint.jobs import Jobs
 from moemerge.checkpoint.writer import Piece, noise_seed
 from moemerge.dtypes import STORED
 from moemerge.errors import CheckpointError, SourceError
-from moemerge.plan import COPIED_FILES, MergePlan, Output
+from moemerge.plan import MergePlan, Output
+from moemerge.planning import COPIED_FILES
 from moemerge.sources import ModelFolder, open_model, read_tensor_table
 
 _ABSENT: Final = "absent"

@@ -304,6 +304,29 @@ def test_each_way_of_copying_gives_the_same_bytes(tmp_path, monkeypatch, way, br
     assert sum(moved) == 8400 + 6
 
 
+def test_with_low_memory_the_bytes_are_the_same_and_files_are_forgotten_on_the_way(tmp_path, monkeypatch):
+    tensors = {"a": torch.randn(700, 3), "b": torch.randn(400, 5)}
+    save_file(tensors, tmp_path / "source.safetensors")
+    stored = read_header(tmp_path / "source.safetensors")
+    monkeypatch.setattr(writer, "LOW_MEMORY_CHUNK_BYTES", 1000)
+    done, forgotten, threads = [], [], set()
+    forget = writer.forget
+    monkeypatch.setattr(writer, "forget", lambda file: forgotten.append(sum(done)) or forget(file))
+
+    def report(nbytes):
+        done.append(nbytes)
+        threads.add(threading.get_ident())
+
+    pieces = {"a": Piece(stored["a"], "F32"), "b": Piece(stored["b"], "BF16")}
+    found = write(tmp_path, pieces, {"a": (700, 3), "b": (400, 5)}, report, low_memory=True)
+    assert torch.equal(found["a"], tensors["a"])
+    assert torch.equal(found["b"], tensors["b"].bfloat16())
+    assert max(done[:9]) <= 1000
+    assert len(threads) == 1
+    # Both files of each tensor: after every chunk and at its end.
+    assert len(set(forgotten)) >= 10
+
+
 def test_a_source_cut_off_after_the_plan_is_an_error(tmp_path):
     tensor = StoredTensor("a", tmp_path / "source", "F32", (100,), 0, 400)
     (tmp_path / "source").write_bytes(bytes(300))

@@ -23,7 +23,7 @@ from moemerge.checkpoint.header import StoredTensor, build_header, read_header
 from moemerge.checkpoint.index import PICKLE_INDEX, build_index
 from moemerge.config import parse_config
 from moemerge.errors import CheckpointError, SourceError
-from moemerge.plan import COPIED_FILES, plan_merge
+from moemerge.planning import COPIED_FILES, plan_merge
 from moemerge.sources import open_model, parse_reference, read_tensor_table
 from moemerge.sources.hub import SMALL_FILES
 from moemerge.sources.local import resolve_file

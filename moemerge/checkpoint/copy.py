@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from moemerge.checkpoint.header import BLOCK_BYTES
 from moemerge.errors import OutputError
 
-BLOCK_BYTES: Final = 4096
 BUFFER_BYTES: Final = 8 * 2**20
 # A kernel call that says one of these is not made for these two files; the next slower way is.
 _NOT_HERE: Final = {

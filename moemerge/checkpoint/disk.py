@@ -8,15 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def allocate(file: int, nbytes: int) -> None:
-    """Make an open file `nbytes` long; where it can be reserved, a full disk is noticed now and not at the last byte.
+def allocate(file: int, nbytes: int, *, reserve: bool) -> None:
+    """Make an open file `nbytes` long, if possible with its room reserved: a full disk is then noticed now.
 
     Not `os.posix_fallocate`: where a file system cannot reserve (network, FUSE), glibc writes a byte into every block.
 
     Raises:
         OSError: the disk is full.
     """
-    if sys.platform == "linux":
+    if reserve and sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) == 0:
             return

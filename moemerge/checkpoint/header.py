@@ -17,6 +17,8 @@ from moemerge.errors import CheckpointError
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000  # the reference reader's own limit
 ALIGNMENT_BYTES: Final = 8
+BLOCK_BYTES: Final = 4096
+"""Of file systems that can share a block between files."""
 MAX_AXES: Final = 16  # a shape of many huge sizes would take minutes to multiply
 _METADATA_KEY: Final = "__metadata__"
 
@@ -61,10 +63,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str], phase: int = 0
+) -> bytes:
     """Length prefix and header for tensors given as (name, dtype, shape, nbytes) in the order of their bytes.
 
-    Padded with spaces so that the data begin at a multiple of 8 bytes.
+    Padded with spaces so that the data begin at a multiple of 8 bytes; with a `phase`, so far into a block.
     """
     header: dict[str, Any] = {_METADATA_KEY: dict(metadata)}
     end = 0
@@ -72,7 +76,8 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metad
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
         end += nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT_BYTES)
+    unit = BLOCK_BYTES if phase else ALIGNMENT_BYTES
+    text += b" " * ((phase - LENGTH_BYTES - len(text)) % unit)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 

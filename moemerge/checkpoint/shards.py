@@ -60,16 +60,21 @@ def layout_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> list[S
     A tensor larger than that gets a file of its own. Within a file wider dtypes come first, so that every tensor
     stays aligned to its element size; otherwise the order is kept.
     """
-    groups = list(_fill(tensors, max_shard_bytes))
+    return build_shards([(0, group) for group in fill_shards(tensors, max_shard_bytes)])
+
+
+def build_shards(groups: Sequence[tuple[int, Sequence[TensorSpec]]]) -> list[Shard]:
+    """Name the files; each group is where in a block its data begin (0: anywhere), and its tensors."""
     if len(groups) == 1:
-        return [_shard(SINGLE_SAFETENSORS, groups[0])]
+        return [_shard(SINGLE_SAFETENSORS, *groups[0])]
     return [
-        _shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group)
-        for number, group in enumerate(groups, start=1)
+        _shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", phase, group)
+        for number, (phase, group) in enumerate(groups, start=1)
     ]
 
 
-def _fill(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> Iterator[list[TensorSpec]]:
+def fill_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> Iterator[list[TensorSpec]]:
+    """Divide tensors, in order, into groups of at most `max_shard_bytes`, or of one tensor."""
     group: list[TensorSpec] = []
     group_bytes = 0
     for tensor in tensors:
@@ -81,9 +86,9 @@ def _fill(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> Iterator[list[
     yield group
 
 
-def _shard(name: str, tensors: list[TensorSpec]) -> Shard:
+def _shard(name: str, phase: int, tensors: Sequence[TensorSpec]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: -BITS[tensor.dtype])
-    header = build_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), _METADATA)
+    header = build_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), _METADATA, phase)
     starts = {}
     end = len(header)
     for tensor in ordered:

@@ -58,7 +58,7 @@ class ShardWriter:
 
     def __init__(
         self, folder: Path, shards: Sequence[Shard], report: Report, *, seed: int = 0, kept: Collection[str] = (),
-        completed: Callable[[Shard], None] = lambda _: None, low_memory: bool = False,
+        completed: Callable[[Shard], None] = lambda _: None, reserve: bool = True, low_memory: bool = False,
     ) -> None:  # fmt: skip
         """Prepare to write `shards` into `folder`.
 
@@ -69,12 +69,13 @@ class ShardWriter:
             seed: of the noise.
             kept: names of shards that are complete already, and left alone.
             completed: called with each shard that is safely on the disk, from one thread at a time.
+            reserve: whether to claim all the room at once; not where most bytes will be shared with the sources'.
             low_memory: one thread, small chunks, and nothing left in the page cache.
         """
         self._folder, self._seed, self._low_memory, self._completed = folder, seed, low_memory, completed
         self._shards = [shard for shard in shards if shard.name not in kept]
         self._missing, self._lock = {shard.name: len(shard.starts) for shard in self._shards}, threading.Lock()
-        self._written = 0
+        self._written, self._reserve = 0, reserve
         self._copies = Jobs(report, 1 if low_memory else MAX_THREADS)
         # Flushing waits for the disk; copies go on meanwhile.
         self._flushes = Jobs(lambda _: None, 1)
@@ -86,7 +87,7 @@ class ShardWriter:
                 with path.open("wb") as file:
                     file.write(shard.header)
                     file.flush()
-                    allocate(file.fileno(), shard.nbytes)
+                    allocate(file.fileno(), shard.nbytes, reserve=self._reserve)
             except OSError as error:
                 raise write_failure(path, error) from error
         return self

@@ -110,7 +110,15 @@ def _merge(
         check_base_bits(base_bits)
         return_freed_memory()
         plan = _plan_from(
-            console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts, routing_table
+            console,
+            config,
+            max_shard_size,
+            out_shard_size,
+            cache_dir,
+            quiet,
+            allow_identical_experts,
+            out,
+            routing_table,
         )
         try:
             with show_progress(console, quiet=quiet) as progress:
@@ -234,14 +242,15 @@ def main() -> None:
 
 def _plan_from(
     console: "Console", config: Path, max_shard_size: str, out_shard_size: str | None, cache_dir: Path | None,
-    quiet: bool, allow_identical_experts: bool, routing_table: bool = False,
+    quiet: bool, allow_identical_experts: bool,
+    target: Path | None = None, routing_table: bool = False,
 ) -> "MergePlan":  # fmt: skip
     if cache_dir:
         os.environ["HF_HUB_CACHE"] = str(cache_dir)
     from moemerge.checkpoint.shards import parse_size
     from moemerge.cli.legacy import parse_parameter_count
     from moemerge.config import load_config
-    from moemerge.plan import plan_merge
+    from moemerge.planning import plan_merge
 
     loaded = load_config(config, allow_identical_experts=allow_identical_experts)
     try:
@@ -251,7 +260,7 @@ def _plan_from(
     if out_shard_size is not None:
         max_bytes = parse_parameter_count(out_shard_size) * (4 if loaded.dtype == "float32" else 2)
     say: Callable[[str], None] = (lambda _line: None) if quiet else console.print
-    plan = plan_merge(loaded, max_shard_bytes=max_bytes, routing_table=routing_table, announce=say)
+    plan = plan_merge(loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, announce=say)
     for note in plan.notes:
         say(f"note: {note}")
     return plan

@@ -1,0 +1,82 @@
+"""Copies that take neither time nor room: files that share the blocks of their sources, where a file system can.
+
+Such a file system (btrfs, XFS, bcachefs) shares whole blocks. A tensor can be shared only if it begins equally far into
+a block in both files. Tensors of a file follow each other without holes, so that a shard has one choice: where its data
+begin, which its header's padding decides. Tensors that need the same choice are put into the same shard.
+"""
+
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Final
+
+from moemerge.checkpoint.header import ALIGNMENT_BYTES, BLOCK_BYTES
+from moemerge.checkpoint.shards import Shard, TensorSpec, build_shards, fill_shards
+
+# What is not worth a shard of its own.
+SMALL_TENSOR_BYTES: Final = 2**20
+SMALL_SHARD_BYTES: Final = 2**26
+_FICLONERANGE: Final = 0x4020940D  # linux/fs.h, with struct file_clone_range
+
+
+def shares_extents(source: Path, folder: Path) -> bool:
+    """Try whether a file in `folder`, or in the nearest folder above that exists, can share blocks of `source`."""
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return False
+    parent = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.is_dir())
+    with suppress(OSError), source.open("rb") as file, TemporaryFile(dir=parent) as probe:
+        if os.fstat(file.fileno()).st_dev == os.fstat(probe.fileno()).st_dev:
+            fcntl.ioctl(probe, _FICLONERANGE, struct.pack("qQQQ", file.fileno(), 0, BLOCK_BYTES, 0))
+            return True
+    return False
+
+
+def layout_to_share(tensors: Sequence[TensorSpec], starts: Mapping[str, int], max_shard_bytes: int) -> list[Shard]:
+    """Divide tensors into shards in which copied ones lie in their blocks as in their source files.
+
+    Args:
+        tensors: what to write.
+        starts: of the tensors whose bytes are copied, the offset in the source file.
+        max_shard_bytes: upper bound of the tensor data in one shard.
+
+    Returns:
+        Shards of shared tensors, then those of the others in their order: what is computed, and what is too small.
+    """
+    groups: list[tuple[int, list[TensorSpec]]] = []  # where in a block the data begin, and what they are
+    growing: dict[int, int] = {}  # where in a block a group ends, to its index
+    for tensor in tensors:
+        start = starts.get(tensor.name)
+        if start is None or start % ALIGNMENT_BYTES or tensor.nbytes < SMALL_TENSOR_BYTES:
+            continue
+        phase = start % BLOCK_BYTES
+        index = growing.pop(phase, None)
+        if index is None or _nbytes(groups[index][1]) + tensor.nbytes > max_shard_bytes:
+            index = len(groups)
+            groups.append((phase or BLOCK_BYTES, []))
+        groups[index][1].append(tensor)
+        growing[(phase + tensor.nbytes) % BLOCK_BYTES] = index
+    shared = [(phase, group) for phase, group in groups if _nbytes(group) >= SMALL_SHARD_BYTES]
+    names = {tensor.name for _, group in shared for tensor in group}
+    others = fill_shards([tensor for tensor in tensors if tensor.name not in names], max_shard_bytes)
+    return build_shards([*shared, *((0, group) for group in others if group)])
+
+
+def shared_bytes(tensors: Sequence[TensorSpec], starts: Mapping[str, int], shards: Sequence[Shard]) -> int:
+    """How many bytes of the shards take no room, where the file system shares blocks with the sources."""
+    total = 0
+    sizes = {tensor.name: tensor.nbytes for tensor in tensors}
+    for shard in shards:
+        for name, place in shard.starts.items():
+            start = starts.get(name)
+            if start is not None and (start - place) % BLOCK_BYTES == 0:
+                total += max(0, (place + sizes[name]) // BLOCK_BYTES - -(-place // BLOCK_BYTES)) * BLOCK_BYTES
+    return total
+
+
+def _nbytes(tensors: Sequence[TensorSpec]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
