@@ -14,6 +14,7 @@ import pytest
 import typer
 from rich.console import Console
 
+from moemerge.checkpoint.staging import kept_shards
 from moemerge.cli.app import _merge
 from moemerge.cli.console import explain_error
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
@@ -244,18 +245,18 @@ copy._copy_file_range = lambda *arguments: time.sleep(0.01) or whole(*arguments)
 """
 
 
-def start(config: Path, out: Path) -> subprocess.Popen:
-    """A merge that is slow enough to be stopped in the middle; gives it when it is there."""
+def start(config: Path, out: Path, *arguments: object, shards: int = 0) -> subprocess.Popen:
+    """A merge that is slow enough to be stopped in the middle; gives it when so many shards are complete."""
     code = f"{SLOW}\nfrom moemerge.cli import main\nmain()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(config), str(out)],
+        [sys.executable, "-c", code, *map(str, (config, out, *arguments))],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    stage = out.parent / f".{out.name}.moemerge-partial" / "model.safetensors"
+    stage = out.parent / f".{out.name}.moemerge-partial"
     deadline = time.monotonic() + 60
-    while not stage.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert stage.exists()
+    while not (list(stage.glob("*.safetensors")) and kept_shards(out) >= shards) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert kept_shards(out) >= shards
     return process
 
 
@@ -267,6 +268,25 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, plain, sent):
     assert process.returncode == 130
     assert errors.endswith("interrupted: the output is as it was before\n")
     assert [path.name for path in tmp_path.iterdir()] == ["merge.yaml"]
+
+
+def test_an_interrupted_merge_says_how_to_go_on_and_goes_on(tmp_path, plain):
+    out = tmp_path / "out"
+    process = start(plain, out, "--max-shard-size", "30KB", shards=2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    kept = kept_shards(out)
+    assert kept >= 2
+    assert errors.splitlines()[-2:] == [
+        f"{kept} of 10 shards are complete and kept beside {out}: --resume continues from them, a run without it starts over.",
+        "interrupted: the output is as it was before",
+    ]
+    other = run(plain, out, "--resume", "--max-shard-size", "20KB")
+    assert other.returncode == 2
+    assert "error: --resume: the merge that was cut off was not this one; what differs: shards." in other.stderr
+    assert run(plain, out, "--resume", "--max-shard-size", "30KB", "--quiet").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yaml", "out"]
 
 
 def test_a_killed_merge_leaves_nothing_that_looks_finished_and_the_next_run_cleans_up(tmp_path, plain):
