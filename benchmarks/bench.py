@@ -28,7 +28,7 @@ PEAK_MB = 450
 SPREAD = 1.10
 THREAD_BUFFER_MB = 1
 RAW_RATIO = 1.10
-QUICK_RUNS = 5
+QUICK_RUNS = 2  # in each round, of what takes less than a second
 # Experts and shard size. The corners alone, or everything.
 MEMORY_RUNS = ((2, "1GB"), (2, "10GB"), (8, "10GB"))
 FULL_MEMORY_RUNS = tuple((experts, size) for experts in (2, 4, 8) for size in ("1GB", "10GB"))
@@ -39,6 +39,7 @@ class Suite:
     shop: Workshop
     shape: str
     large: str
+    repeat: int
     full: bool
     mergekit: Path | None
 
@@ -54,7 +55,7 @@ def merge(suite: Suite) -> Iterator[Row]:
         ways[mode] = shop.merge(config)
         if suite.mergekit:
             ways[f"mergekit-moe {mode}"] = [suite.mergekit, config, shop.out]
-    runs = shop.rounds(ways, models)
+    runs = shop.rounds(ways, models, suite.repeat)
     for mode in configs:
         what = f"merge, {EXPERTS} x {suite.shape}, {mode}"
         yield ratio_row(f"{what}: time / raw copy + fsync", runs[mode], runs["raw copy + fsync"], RAW_RATIO)
@@ -72,7 +73,7 @@ def hidden(suite: Suite) -> Iterator[Row]:
         "whole": [sys.executable, HERE / "whole_model_pass.py", config],
         "streamed": [sys.executable, HERE / "streamed_pass.py", config],
     }
-    runs = shop.rounds(passes, models)
+    runs = shop.rounds(passes, models, (suite.repeat + 1) // 2)  # half a minute each, and no disk to wait for
     loading, running = (
         median(json.loads(r.output)[key] for r in runs["whole"]) for key in ("load_seconds", "run_seconds")
     )
@@ -122,7 +123,7 @@ def cast(suite: Suite) -> Iterator[Row]:
         config = shop.config(models, 2, "random")
         ranges = shop.ranges(config)
         ways = {"raw": shop.raw_copy(ranges, fsync=True), "merge": shop.merge(config)}
-        runs = shop.rounds(ways, models)
+        runs = shop.rounds(ways, models, suite.repeat)
         gigabytes = json.loads(ranges.read_text())["input_bytes"] / 1e9
         seconds, cpu = (median(getattr(r, name) for r in runs["merge"]) for name in ("seconds", "cpu_seconds"))
         slower = seconds / median(r.seconds for r in runs["raw"])
@@ -134,8 +135,8 @@ def cast(suite: Suite) -> Iterator[Row]:
         )
         limit = PEAK_MB + THREAD_BUFFER_MB * min(4, os.cpu_count() or 1)
         yield peak_row(f"{what}: peak memory", peak(runs["merge"]), limit)
-    size = "0.01" if suite.shape == "tiny" else "1"
-    output = run([sys.executable, HERE / "cast.py", shop.folder, "--gb", size, "--repeat", str(shop.repeat)]).output
+    size = "0.01" if suite.shape == "tiny" else "0.5"
+    output = run([sys.executable, HERE / "cast.py", shop.folder, "--gb", size, "--repeat", str(suite.repeat)]).output
     for stored, rate, rest in re.findall(r"^(F\d+) cast to BF16 +([\d.]+) GB/s  (.*)$", output, re.MULTILINE):
         yield Row(f"cast, {stored} -> BF16, one thread alone", ">= 1 GB/s", f"{rate} GB/s, {rest}", float(rate) >= 1)
 
@@ -144,16 +145,16 @@ def plan(suite: Suite) -> Iterator[Row]:
     """The plan of a large merge, from headers."""
     shop = suite.shop
     config = shop.config(shop.models(suite.large, 8, sparse=True), 8, "random")
-    runs = [run([*MOEMERGE, "plan", config]) for _ in range(max(shop.repeat, QUICK_RUNS))]
+    runs = [run([*MOEMERGE, "plan", config]) for _ in range(QUICK_RUNS * suite.repeat)]
     seconds, read = median(r.seconds for r in runs), median(r.read_bytes for r in runs) / 1e6
     yield Row(f"plan, 8 x {suite.large}: time", "< 1 s", f"{seconds:.2f} s", seconds < 1)
-    measured = f"{read:.0f} MB in all, of {9 * GIGABYTES[suite.large][0]:.0f} GB"
+    measured = f"{read:.0f} MB in all, of {8 * GIGABYTES[suite.large][0]:.0f} GB"
     yield Row(f"plan, 8 x {suite.large}: bytes read, Python's modules included", "< 100 MB", measured, read < 100)
 
 
 def help_text(suite: Suite) -> Iterator[Row]:
     """How soon the command answers."""
-    seconds = median(run([*MOEMERGE, "--help"]).seconds for _ in range(max(suite.shop.repeat, QUICK_RUNS)))
+    seconds = median(run([*MOEMERGE, "--help"]).seconds for _ in range(QUICK_RUNS * suite.repeat))
     yield Row("moemerge --help: time", "< 0.3 s", f"{seconds:.2f} s", seconds < 0.3)
 
 
@@ -163,11 +164,12 @@ SECTIONS: dict[str, Callable[[Suite], Iterator[Row]]] = {
 
 
 def section(name: str, suite: Suite) -> Iterator[Row]:
-    say(f"--- {name}")
+    start = time.perf_counter()
     try:
         yield from SECTIONS[name](suite)
     except NoRoomError as error:
         yield skipped(name, error)
+    say(f"{name}: {time.perf_counter() - start:.0f} s")
 
 
 def ratio_row(what: str, ours: list[Run], theirs: list[Run], limit: float | None) -> Row:
@@ -208,9 +210,9 @@ def main() -> None:
     rows: list[Row] = []
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="moemerge-bench-", dir=options.folder.resolve()) as folder:
-        shop = Workshop(Path(folder), options.repeat)
         large = "tiny" if options.shape == "tiny" else "7b"
-        suite = Suite(shop, options.shape, large, options.full, options.mergekit and options.mergekit.absolute())
+        mergekit = options.mergekit and options.mergekit.absolute()
+        suite = Suite(Workshop(Path(folder)), options.shape, large, options.repeat, options.full, mergekit)
         run([*MOEMERGE, "--help"])  # Python compiles modules once
         for name in options.only:
             rows.extend(section(name, suite))

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, build_index
 from moemerge.dtypes import BITS, NAMED
+from moemerge.routers.random import stored_bytes
 
 SHAPES = {
     # To try the programs themselves, then TinyLlama-1.1B and Mistral-7B
@@ -64,10 +65,8 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 def block(dtype: str) -> memoryview:
     """`BLOCK_ELEMENTS` normal numbers as bytes."""
-    import torch
-
-    numbers = np.random.default_rng(0).standard_normal(BLOCK_ELEMENTS, dtype=np.float32) * SCALE
-    return torch.from_numpy(numbers).to(getattr(torch, NAMED[dtype])).view(torch.uint8).numpy().data
+    numbers = np.random.default_rng(0).standard_normal((1, 1, BLOCK_ELEMENTS), dtype=np.float32) * np.float32(SCALE)
+    return memoryview(stored_bytes(numbers, NAMED[dtype])[0])
 
 
 def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None) -> int:

@@ -25,32 +25,36 @@ class NoRoomError(Exception):
 
 
 class Workshop:
-    def __init__(self, folder: Path, repeat: int) -> None:
-        self.folder, self.repeat, self.out = folder, repeat, folder / "out"
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "out"
         self._real: Path | None = None
 
     def models(self, shape: str, experts: int, dtype: str = "bf16", *, sparse: bool = False) -> Path:
-        """A folder with a base and experts. There is one of real ones at a time; sparse ones take no room."""
-        folder = self.folder / f"{shape}-{experts}-{'sparse' if sparse else dtype}"
+        """A folder with so many models, of which the base is the first expert, as in most merges.
+
+        There is one such folder of real models at a time; sparse ones take no room.
+        """
+        folder = self.folder / f"{experts}x{shape}-{'sparse' if sparse else dtype}"
         if not folder.exists():
             if self._real:
                 shutil.rmtree(self._real)
                 self._real = None
             if not sparse:
-                self.need((experts + 1) * GIGABYTES[shape][0] * (2 if dtype == "fp32" else 1), f"{folder.name} models")
+                self.need(experts * GIGABYTES[shape][0] * (2 if dtype == "fp32" else 1), f"{folder.name}: it")
                 self._real = folder
-            command = [sys.executable, HERE / "make_models.py", folder, "--shape", shape, "--experts", str(experts)]
+            command = [sys.executable, HERE / "make_models.py", folder, "--shape", shape, "--experts", str(experts - 1)]
             say(run([*command, "--dtype", dtype, *["--sparse"] * sparse]).output.strip())
         return folder
 
     def config(self, models: Path, experts: int, mode: str, dtype: str = "bf16") -> Path:
         """A merge config, in JSON, which is YAML; 40 prompts in all where the mode reads any."""
         path = self.folder / f"{models.name}-{mode}-{experts}-{dtype}.yaml"
-        chosen = [{"source_model": str(models / f"expert{number}")} for number in range(experts)]
+        folders = [models / "base", *(models / f"expert{number}" for number in range(experts - 1))]
+        chosen = [{"source_model": str(folder)} for folder in folders]
         if mode != "random":
             for number, expert in enumerate(chosen):
                 expert |= {"positive_prompts": prompts(number, 40 // experts)}
-        config = {"base_model": str(models / "base"), "gate_mode": mode, "dtype": DTYPES[dtype], "experts": chosen}
+        config = {"base_model": str(folders[0]), "gate_mode": mode, "dtype": DTYPES[dtype], "experts": chosen}
         path.write_text(json.dumps(config, indent=1))
         return path
 
@@ -65,14 +69,14 @@ class Workshop:
     def merge(self, config: Path, *options: str) -> Command:
         return [*MOEMERGE, config, self.out, "--device", "cpu", *options]
 
-    def rounds(self, ways: Mapping[str, Command], sources: Path | None) -> dict[str, list[Run]]:
-        """Each way as often as asked for, in turns: a busy moment of the machine meets all of them.
+    def rounds(self, ways: Mapping[str, Command], sources: Path, repeat: int) -> dict[str, list[Run]]:
+        """Each way `repeat` times, in turns: a busy moment of the machine meets all of them.
 
         Before each run the output of the run before is removed, the disk has nothing left to write, and `sources` are
         read once, so that they are in the page cache as far as there is room.
         """
         runs: dict[str, list[Run]] = {name: [] for name in ways}
-        for number in range(self.repeat):
+        for number in range(repeat):
             for name, command in ways.items():
                 runs[name].append(self.once(command, sources))
                 say(f"round {number + 1}: {name}: {runs[name][-1].seconds:.2f} s")
