@@ -40,7 +40,10 @@ class Workshop:
                 shutil.rmtree(self._real)
                 self._real = None
             if not sparse:
-                self.need(experts * GIGABYTES[shape][0] * (2 if dtype == "fp32" else 1), f"{folder.name}: it")
+                self.need(
+                    experts * GIGABYTES[shape][0] * (2 if dtype == "fp32" else 1),
+                    f"making {experts} x {shape} in {dtype}",
+                )
                 self._real = folder
             command = [sys.executable, HERE / "make_models.py", folder, "--shape", shape, "--experts", str(experts - 1)]
             say(run([*command, "--dtype", dtype, *["--sparse"] * sparse]).output.strip())
