@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-transformers4 test-llamacpp demo format clean
+.PHONY: install check lint test test-transformers4 test-llamacpp demo bench format clean
 
 install: $(VENV)/.done
 
@@ -70,6 +70,11 @@ $(DEMO)/held_out.json: docs/demo/build.py docs/demo/texts.py | $(VENV)/.done
 demo: install $(DEMO)/held_out.json
 	$(BIN)/moemerge configs/demo.yaml $(DEMO)/merged --overwrite
 	$(BIN)/python docs/demo/report.py $(DEMO) $(DEMO)/merged
+
+# Speed and memory beside their targets, in one table: at most 10 minutes, 20 GB of disk. MERGEKIT=path/to/mergekit-moe
+# is compared with, which takes longer.
+bench: install
+	$(BIN)/python benchmarks/bench.py --repeat 3 $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 format: install
 	$(BIN)/ruff format .

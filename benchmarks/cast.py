@@ -19,6 +19,7 @@ import torch
 from moemerge.checkpoint.convert import convert
 from moemerge.checkpoint.copy import copy_range, write_all
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.writer import CHUNK_BYTES
 from moemerge.dtypes import BITS, NAMED
 
 BLOCK_ELEMENTS = 2**22
@@ -33,7 +34,7 @@ def cast(tensor: StoredTensor, target: int) -> None:
 
 def copy(tensor: StoredTensor, target: int) -> None:
     with tensor.path.open("rb", buffering=0) as source:
-        copy_range(source.fileno(), 0, target, 0, tensor.nbytes, lambda _: None)
+        copy_range(source.fileno(), 0, target, 0, tensor.nbytes, lambda _: None, chunk_bytes=CHUNK_BYTES)
 
 
 def read_and_write(tensor: StoredTensor, target: int) -> None:

@@ -14,28 +14,33 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, build_index
 from moemerge.dtypes import BITS, NAMED
+from moemerge.routers.random import stored_bytes
 
 SHAPES = {
-    # TinyLlama-1.1B and Mistral-7B
+    # To try the programs themselves, then TinyLlama-1.1B and Mistral-7B
+    "tiny": {
+        "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 2000,
+    },
     "1b": {"num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "num_key_value_heads": 4},
     "7b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
-}
+}  # fmt: skip
 COMMON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 32, "vocab_size": 32000,
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
     "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+ONE = {"BF16": b"\x80\x3f", "F16": b"\x00\x3c", "F32": b"\x00\x00\x80\x3f"}
 FILE_BYTES = 5_000_000_000
 BLOCK_ELEMENTS = 2**25
 SCALE = 0.02
+VOCABULARY = 1500  # of the tokenizer: 1.3 tokens for a word of prompts.py, as real ones make
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -60,8 +65,8 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 def block(dtype: str) -> memoryview:
     """`BLOCK_ELEMENTS` normal numbers as bytes."""
-    numbers = np.random.default_rng(0).standard_normal(BLOCK_ELEMENTS, dtype=np.float32) * SCALE
-    return torch.from_numpy(numbers).to(getattr(torch, NAMED[dtype])).view(torch.uint8).numpy().data
+    numbers = np.random.default_rng(0).standard_normal((1, 1, BLOCK_ELEMENTS), dtype=np.float32) * np.float32(SCALE)
+    return memoryview(stored_bytes(numbers, NAMED[dtype])[0])
 
 
 def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None) -> int:
@@ -102,7 +107,7 @@ def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None
 
 def write_tensor(file: int, seed: str, dtype: str, size: tuple[int, ...], numbers: memoryview) -> None:
     if len(size) == 1:  # norms
-        os.write(file, torch.ones(size, dtype=getattr(torch, NAMED[dtype])).view(torch.uint8).numpy().data)
+        os.write(file, ONE[dtype] * size[0])
         return
     offset = zlib.crc32(seed.encode()) % (BLOCK_ELEMENTS // 2) * (BITS[dtype] // 8)
     nbytes = int(np.prod(size)) * (BITS[dtype] // 8)
@@ -115,12 +120,15 @@ def write_tokenizer(folder: Path) -> None:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    bpe.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    texts = [Path(__file__), Path(__file__).with_name("prompts.py")]
+    bpe.train_from_iterator([path.read_text(encoding="utf-8") for path in texts], trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    bpe.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def make_models(folder: Path, shape: str, experts: int, dtype: str = "BF16", *, sparse: bool = False) -> list[Path]:

@@ -1,0 +1,34 @@
+"""moemerge's own pass over the prompts of a config, as in a merge, with no weights written.
+
+    python benchmarks/streamed_pass.py CONFIG
+
+Prints the seconds from the plan to the finished routers, and their number of layers, as JSON.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from moemerge import load_config, plan_merge
+from moemerge.cli.console import return_freed_memory
+from moemerge.routers import init_routers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    return_freed_memory()  # as the command does
+    start = time.perf_counter()
+    plan = plan_merge(load_config(options.config))
+    routers = init_routers(
+        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, run_base=plan.runs_base, seed=0,
+        device=options.device, progress=lambda _done, _total: None,
+    )  # fmt: skip
+    print(json.dumps({"seconds": time.perf_counter() - start, "layers": len(routers.layers)}))
+
+
+if __name__ == "__main__":
+    main()
