@@ -87,7 +87,7 @@ class MergeConfig(_Strict):
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
     @property
-    def runs_base(self) -> bool:
+    def needs_pass(self) -> bool:
         """Whether its routers are made from what the base model computes of the prompts."""
         return self.gate_mode == "hidden"
 

@@ -3,7 +3,8 @@
 MoemergeError                  exit code 1: something failed
 ├── CheckpointError            a model file is damaged or is not what it says
 ├── SourceError                a model cannot be reached: not found, no network, no access
-├── OutputError                the target cannot be written: disk full, in use
+├── OutputError                the target cannot be written: disk full
+│   └── BusyError              another process is writing it
 ├── RouterError                router weights cannot be computed
 └── RefusedError               exit code 2: the config or the command has to change
     ├── ConfigError            the YAML, every problem with its place
@@ -29,6 +30,10 @@ class SourceError(MoemergeError):
 
 class OutputError(MoemergeError):
     """The output cannot be written."""
+
+
+class BusyError(OutputError):
+    """Another process is writing the same output."""
 
 
 class RouterError(MoemergeError):

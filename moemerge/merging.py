@@ -7,7 +7,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -16,9 +15,8 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.staging import check_space, journal_of, staged
 from moemerge.checkpoint.writer import Piece, ShardWriter
 from moemerge.dtypes import STORED
-from moemerge.errors import RefusedError
 from moemerge.plan import MergePlan
-from moemerge.routers import init_routers
+from moemerge.routers import check_base_bits, init_routers
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -74,7 +72,7 @@ def merge(
     with staged(out, [source.folder for source in plan.sources], overwrite=overwrite, resume=resume) as folder:
         check_space(out, plan.output_bytes - plan.shared_bytes)
         journal = journal_of(folder)
-        kept = journal.resume(plan.fingerprint(seed), folder, plan.shards)
+        kept = journal.resume(plan.fingerprint(seed), folder, plan.shards_without_routers)
         tally = _Tally(progress, plan, kept)
         with ShardWriter(
             folder,
@@ -119,6 +117,7 @@ class _Tally:
         self._progress, self._lock = progress, threading.Lock()
         self._total = plan.tensor_bytes
         self._done = sum(shard.nbytes - len(shard.header) for shard in plan.shards if shard.name in kept)
+        self.weights(0)
 
     def weights(self, nbytes: int) -> None:
         with self._lock:
@@ -128,16 +127,3 @@ class _Tally:
     def routers(self, done: int, total: int) -> None:
         with self._lock:
             self._progress("routers", done, total)
-
-
-def check_base_bits(bits: Literal[4, 8] | None) -> None:
-    """Refuse a pass in 4 or 8 bits where bitsandbytes is not installed; it is found, not imported.
-
-    Raises:
-        RefusedError: it is not.
-    """
-    if bits and find_spec("bitsandbytes") is None:
-        raise RefusedError(
-            f"to run the base model in {bits} bits, bitsandbytes is needed: pip install bitsandbytes. "
-            "It is seldom worth it: the base model is run layer by layer, so that only one layer is in memory anyway."
-        )

@@ -102,8 +102,14 @@ class MergePlan:
             + (_PASS_BYTES + layer + _STATES_BYTES * self.base.sizes["ffn"]) * self.runs_base
         )
 
+    @property
+    def shards_without_routers(self) -> list[Shard]:
+        """Those that a resumed merge may keep: routers depend on more, down to the device that computed them."""
+        routers = {name for name, output in self.outputs.items() if isinstance(output.origin, int)}
+        return [shard for shard in self.shards if routers.isdisjoint(shard.starts)]
+
     def fingerprint(self, seed: int) -> dict[str, Any]:
-        """What decides every byte of the shards; a merge may be resumed only where all of it is the same."""
+        """What decides every byte of `shards_without_routers`; a resumed merge keeps them only where it is the same."""
         used: dict[Path, list[StoredTensor]] = {}
         for output in self.outputs.values():
             if isinstance(output.origin, Piece) and isinstance(output.origin.source, StoredTensor):

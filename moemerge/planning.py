@@ -54,7 +54,7 @@ def plan_merge(
         CheckpointError: a model's files are damaged.
         IncompatibleError: the models cannot be merged; lists every reason.
     """
-    runs_base = config.runs_base or (routing_table and config.has_prompts)
+    runs_base = config.needs_pass or (routing_table and config.has_prompts)
     if config.experts_per_token > len(config.experts):
         raise IncompatibleError(f"{config.experts_per_token} experts per token, but only {len(config.experts)}.", [])
     opened: dict[str, ModelFolder] = {}

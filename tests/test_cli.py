@@ -279,7 +279,7 @@ def test_an_interrupted_merge_says_how_to_go_on_and_goes_on(tmp_path, plain):
     kept = kept_shards(out)
     assert kept >= 2
     assert errors.splitlines()[-2:] == [
-        f"{kept} of 10 shards are complete and kept beside {out}: --resume continues from them, a run without it starts over.",
+        f"{kept} complete shards are kept beside {out}: --resume continues from them, a run without it starts over.",
         "interrupted: the output is as it was before",
     ]
     other = run(plain, out, "--resume", "--max-shard-size", "20KB")

@@ -1,18 +1,22 @@
 """Merges that were cut off go on where they were, or say why they cannot."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint import writer
 from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.shards import TensorSpec, layout_shards
-from moemerge.checkpoint.staging import kept_shards
-from moemerge.errors import CheckpointError, RefusedError
+from moemerge.checkpoint.staging import journal_of, kept_shards
+from moemerge.errors import CheckpointError, OutputError, RefusedError, RouterError
+from moemerge.verification import verify_merge
 from tests.kill import contents
 from tests.models import edit_json, make_model, write_config
 
@@ -57,7 +61,7 @@ def test_fifty_kills_at_random_moments_and_the_result_is_the_same(tmp_path, mode
     assert result.returncode == 0, result.stderr
     counts = json.loads(result.stdout)
     assert counts["nothing"] + counts["kept"] >= 50
-    assert counts["kept"] >= 20
+    assert counts["kept"] >= 10
     assert counts["shards"] >= 8
 
 
@@ -123,33 +127,130 @@ def test_a_shard_that_is_damaged_is_written_again(tmp_path, models, monkeypatch)
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+@pytest.mark.parametrize("way", ["copy fails", "pass fails", "interrupted"])
+def test_whatever_stops_a_merge_its_complete_shards_are_flushed_and_kept(tmp_path, models, monkeypatch, way):
+    plan = plan_of(tmp_path, models)
+    out = tmp_path / "out"
+    flush, last = writer.flush, plan.shards_without_routers[-1]
+    monkeypatch.setattr(writer, "flush", lambda path: time.sleep(0.05) or flush(path))
+    monkeypatch.setattr(writer, "MAX_THREADS", 1)
+    name = list(last.starts)[-1]
+    if way == "pass fails":
+
+        def fail(*_, **__):
+            time.sleep(0.3)
+            raise RouterError("cut off")
+
+        monkeypatch.setattr("moemerge.merging.init_routers", fail)
+        error: type[BaseException] = RouterError
+    else:
+        error = CheckpointError if way == "copy fails" else KeyboardInterrupt
+        write = writer._write_piece
+
+        def stop(piece, path, start, *rest, **keys):
+            if path.name == last.name and start == last.starts[name]:
+                raise error("cut off")
+            write(piece, path, start, *rest, **keys)
+
+        monkeypatch.setattr(writer, "_write_piece", stop)
+    with pytest.raises(error, match="cut off"):
+        merge(plan, out)
+    monkeypatch.undo()
+    assert kept_shards(out) >= len(plan.shards) - 3
+    merge(plan, out, resume=True)
+    assert verify_merge(plan, out).differences == ()
+
+
+def test_a_failing_flush_stops_the_copies(tmp_path, models, monkeypatch):
+    plan = plan_of(tmp_path, models)
+
+    def full(_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "flush", full)
+    write, written = writer._write_piece, []
+    slowly = lambda *args, **keys: time.sleep(0.01) or written.append(1) or write(*args, **keys)  # noqa: E731
+    monkeypatch.setattr(writer, "_write_piece", slowly)
+    with pytest.raises(OutputError, match="the disk is full"):
+        merge(plan, tmp_path / "out")
+    assert len(written) < len(plan.outputs) - 10
+
+
+def test_shards_with_routers_are_computed_again(tmp_path, models):
+    plan = plan_of(tmp_path, models)
+    assert 0 < len(plan.shards_without_routers) < len(plan.shards)
+    for shard in plan.shards:
+        with_routers = any(isinstance(plan.outputs[name].origin, int) for name in shard.starts)
+        assert with_routers != (shard in plan.shards_without_routers)
+
+
+def test_what_the_base_no_longer_has_is_not_published(tmp_path, models, monkeypatch):
+    template = models[0] / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    cut_off(plan_of(tmp_path, models), tmp_path / "out", monkeypatch)
+    stage = tmp_path / ".out.moemerge-partial"
+    (stage / "chat_template.jinja").write_text("{{ messages }}")
+    template.unlink()
+    merge(plan_of(tmp_path, models), tmp_path / "out", resume=True)
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_a_journal_without_shards_or_without_its_folder_stops_nobody(tmp_path, models):
+    journal = journal_of(tmp_path / ".out.moemerge-partial")
+    journal.begin({"another": "merge"})
+    merge(plan_of(tmp_path, models), tmp_path / "out", resume=True)
+    journal.begin({"another": "merge"})
+    for shard in shards():
+        journal.record(shard)  # killed after the last rename
+    assert kept_shards(tmp_path / "out") == 0
+    merge(plan_of(tmp_path, models), tmp_path / "out", resume=True, overwrite=True)
+    assert len(journal) == 0
+
+
+@pytest.mark.parametrize("text", ["5\n", "[]\n", "{}\n{}\n", "\x00", "nonsense"])
+def test_a_journal_that_makes_no_sense_holds_nothing(tmp_path, text):
+    (tmp_path / "journal").write_text(text)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if text == "{}\n{}\n":
+        with pytest.raises(RefusedError, match="was not this one"):
+            Journal(tmp_path / "journal").resume({"x": 1}, folder, shards())
+    else:
+        assert Journal(tmp_path / "journal").resume({"x": 1}, folder, shards()) == set()
+
+
 def shards():
     return layout_shards([TensorSpec(name, "U8", (50,), 50) for name in "abc"], 50)
 
 
 def test_a_shard_that_is_being_written_again_is_not_in_the_journal(tmp_path):
     a, b, _ = shards()
+    folder = tmp_path / "folder"
+    folder.mkdir()
     journal = Journal(tmp_path / "journal")
-    assert journal.resume({"x": 1}, tmp_path, shards()) == set()
+    assert journal.resume({"x": 1}, folder, shards()) == set()
     for shard in (a, b):
         journal.record(shard)
-    (tmp_path / b.name).write_bytes(b.header + bytes(50))
-    assert journal.resume({"x": 1}, tmp_path, shards()) == {b.name}
-    (tmp_path / a.name).write_bytes(a.header + bytes(50))  # preallocated, not yet filled
-    assert journal.resume({"x": 1}, tmp_path, shards()) == {b.name}
+    (folder / b.name).write_bytes(b.header + bytes(50))
+    assert journal.resume({"x": 1}, folder, shards()) == {b.name}
+    (folder / a.name).write_bytes(a.header + bytes(50))  # preallocated, not yet filled
+    assert journal.resume({"x": 1}, folder, shards()) == {b.name}
 
 
 def test_a_line_that_was_cut_off_says_nothing(tmp_path):
     a, b, _ = shards()
+    folder = tmp_path / "folder"
+    folder.mkdir()
     journal = Journal(tmp_path / "journal")
     journal.begin({"x": 1})
     for shard in (a, b):
         journal.record(shard)
-        (tmp_path / shard.name).write_bytes(shard.header + bytes(50))
     for cut in range(1, 60):
+        for shard in (a, b):
+            (folder / shard.name).write_bytes(shard.header + bytes(50))
         text = (tmp_path / "journal").read_text()
         (tmp_path / "journal").write_text(text[:-cut])
-        assert journal.resume({"x": 1}, tmp_path, shards()) == ({a.name, b.name} if cut == 1 else {a.name})
+        assert journal.resume({"x": 1}, folder, shards()) == ({a.name, b.name} if cut == 1 else {a.name})
         (tmp_path / "journal").write_text(text)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
-from moemerge.routers import init_routers
+from moemerge.routers import capture, init_routers
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer, row_distances
 from moemerge.routers.hidden import fit_scale
@@ -109,10 +109,20 @@ def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas
     plan = plan_of(tmp_path, llamas)
     exact = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
     monkeypatch.setattr("moemerge.routers.capture._COMPUTE_DTYPES", {"cpu": torch.bfloat16})
+    place, placed = capture._place, []
+
+    def watched(layer, name, tensor, room, *rest):
+        place(layer, name, tensor, room, *rest)
+        parameter = layer.get_parameter(name)
+        placed.append((parameter.dtype, parameter.data_ptr() == room[name].data_ptr()))
+
+    monkeypatch.setattr(capture, "_place", watched)
     rounded = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
     for first, second in zip(exact, rounded, strict=True):
         assert not torch.equal(first, second)
         assert float((first - second).norm() / first.norm()) < 0.03
+    # Weights are held once, as they are computed with.
+    assert set(placed) == {(torch.bfloat16, True)}
 
 
 @pytest.fixture(scope="module")

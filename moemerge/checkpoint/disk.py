@@ -26,7 +26,7 @@ def allocate(file: int, nbytes: int, *, reserve: bool) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, would survive a power failure."""
+    """Wait until a file's bytes, or a folder's names, are on the disk as far as the system knows."""
     if path.is_dir():
         with suppress(OSError):  # Windows opens no folders, some file systems flush none
             _flush(path, os.O_RDONLY)
@@ -34,11 +34,13 @@ def flush(path: Path) -> None:
         _flush(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
 
 
-def forget(file: int) -> None:
-    """Flush an open file and let the page cache drop its bytes, where the system can."""
+def forget(file: int, *, written: bool = False) -> None:
+    """Let the page cache drop an open file's bytes, where the system can; those that were written are flushed first."""
     if hasattr(os, "posix_fadvise"):
-        os.fdatasync(file)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        if written:
+            os.fdatasync(file)
+        with suppress(OSError):  # advice may be refused
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _flush(path: Path, flags: int) -> None:

@@ -29,7 +29,7 @@ def shares_extents(source: Path, folder: Path) -> bool:
     except ImportError:
         return False
     parent = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.is_dir())
-    with suppress(OSError), source.open("rb") as file, TemporaryFile(dir=parent) as probe:
+    with suppress(OSError), source.open("rb") as file, TemporaryFile(dir=parent, prefix=".moemerge-") as probe:
         if os.fstat(file.fileno()).st_dev == os.fstat(probe.fileno()).st_dev:
             fcntl.ioctl(probe, _FICLONERANGE, struct.pack("qQQQ", file.fileno(), 0, BLOCK_BYTES, 0))
             return True

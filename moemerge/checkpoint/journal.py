@@ -32,16 +32,19 @@ class Journal:
         self._append(_entry(shard))
 
     def resume(self, fingerprint: Mapping[str, Any], folder: Path, shards: Sequence[Shard]) -> set[str]:
-        """Names of the shards in `folder` that are complete; starts a new journal where there is none.
+        """Names of the shards in `folder` that are complete; everything else there is removed.
+
+        Where nothing is complete a new journal is begun.
 
         Raises:
             RefusedError: the journal is of another merge; says what differs.
         """
         first, *entries = self._lines() or [{}]
-        if "fingerprint" not in first:
+        if not entries:
             self.begin(fingerprint)
+            _remove_all_but(folder, set())
             return set()
-        changed = list(_differences(first["fingerprint"], json.loads(json.dumps(fingerprint))))
+        changed = list(_differences(first.get("fingerprint"), json.loads(json.dumps(fingerprint))))
         if changed:
             raise RefusedError(
                 "--resume: the merge that was cut off was not this one; what differs: "
@@ -50,12 +53,14 @@ class Journal:
             )
         kept = [shard for shard in shards if _entry(shard) in entries and _holds(folder / shard.name, shard)]
         # What has to be written again must not be named while it is: its size and header are right from the start.
-        draft = Journal(folder / ".journal")
+        draft = Journal(self._path.with_name(f"{self._path.name}.new"))
         draft.begin(fingerprint)
         for shard in kept:
             draft.record(shard)
         draft._path.replace(self._path)
-        return {shard.name for shard in kept}
+        names = {shard.name for shard in kept}
+        _remove_all_but(folder, names)
+        return names
 
     def remove(self) -> None:
         """The merge is complete, or given up."""
@@ -79,6 +84,8 @@ class Journal:
                 entry = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(entry, dict):
+                break
             found.append(entry)
         return found
 
@@ -93,6 +100,13 @@ def _holds(path: Path, shard: Shard) -> bool:
             return os.fstat(file.fileno()).st_size == shard.nbytes and file.read(len(shard.header)) == shard.header
     except OSError:
         return False
+
+
+def _remove_all_but(folder: Path, names: set[str]) -> None:
+    """What a merge that was cut off has left beside its complete shards: its base may have fewer files now."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.journal import Journal
-from moemerge.errors import OutputError, RefusedError
+from moemerge.errors import BusyError, OutputError, RefusedError
 
 _PARTIAL: Final = "moemerge-partial"
 _OLD: Final = "moemerge-old"
@@ -76,7 +76,7 @@ def check_space(out: Path, nbytes: int) -> None:
     """
     folder = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
     stage = _stage(out.resolve())
-    left = sum(path.stat().st_size for path in stage.iterdir()) if stage.is_dir() else 0
+    left = sum(map(_room, stage.iterdir())) if stage.is_dir() else 0
     free = shutil.disk_usage(folder).free
     if free + left < nbytes:
         raise OutputError(
@@ -100,7 +100,8 @@ def staged(
 
     Raises:
         RefusedError: see `check_target`.
-        OutputError: another process is writing to the same target, or it cannot be written.
+        BusyError: another process is writing to the same target.
+        OutputError: it cannot be written.
     """
     target = out.resolve()
     stage = _stage(target)
@@ -111,13 +112,13 @@ def staged(
         stage.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise OutputError(f"{out}: another moemerge is writing to it. Wait for it to end.") from None
+        raise BusyError(f"{out}: another moemerge is writing to it. Wait for it to end.") from None
     except OSError as error:
         raise _failure(out, error) from error
     try:
         _restore(target)
         check_target(out, sources, overwrite=overwrite)
-        if not resume or stage.is_symlink():
+        if not resume or stage.is_symlink() or not stage.is_dir():
             _clear(stage)
             journal.remove()
         stage.mkdir(exist_ok=True)
@@ -131,13 +132,20 @@ def staged(
         if not len(journal):
             _clear(stage)
             journal.remove()
-        lock_file.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows removes no open file
+            lock_file.unlink()
         lock.release()
 
 
 def _stage(target: Path) -> Path:
     """Where the output is written: beside the resolved `target`, or inside it where it is a mount point."""
     return target / f".{_PARTIAL}" if os.path.ismount(target) else target.parent / f".{target.name}.{_PARTIAL}"
+
+
+def _room(path: Path) -> int:
+    """Bytes on the disk that a file has claimed; where the system does not say, none."""
+    found = path.stat()
+    return min(found.st_size, 512 * getattr(found, "st_blocks", 0))
 
 
 def _failure(out: Path, error: OSError) -> OutputError:
@@ -147,8 +155,7 @@ def _failure(out: Path, error: OSError) -> OutputError:
 def _entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    ours = {f".{_PARTIAL}", f".{_PARTIAL}.lock", f".{_PARTIAL}.journal", "lost+found"}
-    return [entry for entry in folder.iterdir() if entry.name not in ours]
+    return [e for e in folder.iterdir() if not e.name.startswith(f".{_PARTIAL}") and e.name != "lost+found"]
 
 
 def _clear(stage: Path) -> None:

@@ -3,8 +3,10 @@
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -15,6 +17,7 @@ from moemerge.checkpoint.disk import allocate, flush, forget
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.jobs import MAX_THREADS, Jobs
 from moemerge.checkpoint.shards import Shard
+from moemerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,12 +115,19 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._flushes:  # what is complete is flushed even when the rest is given up
+        failed = True
+        try:
             self._copies.__exit__(kind, error, trace)
+            failed = kind is not None
+        finally:
+            # What is complete is flushed even when the rest is given up.
+            with suppress(Exception) if failed else nullcontext():
+                self._flushes.__exit__(None, None, None)
         if kind is None and (lost := [name for name, missing in self._missing.items() if missing]):
             raise ValueError(f"{lost[0]}: some of its tensors were never added")
 
     def _write(self, shard: Shard, name: str, piece: Piece, report: Report) -> None:
+        self._flushes.check()  # a disk that fails there need not be filled first
         path, seed = self._folder / shard.name, noise_seed(self._seed, name)
         _write_piece(piece, path, shard.starts[name], seed, report, low_memory=self._low_memory)
         with self._lock:
@@ -145,7 +155,7 @@ def convert_piece(piece: Piece, source: StoredTensor, target: int, seed: str, re
     Raises:
         CheckpointError: the source is not what its header said, or a finite weight is infinite in the piece's dtype.
     """
-    with source.path.open("rb", buffering=0) as file:
+    with _open(source) as file:
         convert(file, source, target, piece.dtype, report, scale=piece.scale, noise_scale=piece.noise_scale, seed=seed)
 
 
@@ -158,7 +168,7 @@ def _write_piece(piece: Piece, path: Path, start: int, seed: str, report: Report
             write_all(target, source)
             report(len(source))
             return
-        with source.path.open("rb", buffering=0) as file:
+        with _open(source) as file:
             if low_memory:
                 report = _forgetting(report, file.fileno(), target)
             if piece.is_unchanged:
@@ -172,15 +182,22 @@ def _write_piece(piece: Piece, path: Path, start: int, seed: str, report: Report
                 convert_piece(piece, source, target, seed, report)
             if low_memory:
                 forget(file.fileno())
-                forget(target)
+                forget(target, written=True)
     except OSError as error:
         raise write_failure(path, error) from error
     finally:
         os.close(target)
 
 
-def _forgetting(report: Report, *files: int) -> Report:
-    """The same report, which also keeps files out of the page cache, a chunk behind what is done."""
+def _open(source: StoredTensor) -> FileIO:
+    try:
+        return source.path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{source.path}: cannot be read: {error.strerror}. Was it moved meanwhile?") from error
+
+
+def _forgetting(report: Report, source: int, target: int) -> Report:
+    """The same report, which also keeps both files out of the page cache, a chunk behind what is done."""
     cached = 0
 
     def forget_behind(nbytes: int) -> None:
@@ -188,8 +205,8 @@ def _forgetting(report: Report, *files: int) -> Report:
         cached += nbytes
         if cached >= LOW_MEMORY_CHUNK_BYTES:
             cached = 0
-            for file in files:
-                forget(file)
+            forget(source)
+            forget(target, written=True)
         report(nbytes)
 
     return forget_behind

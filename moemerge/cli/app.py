@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from moemerge.cli.console import print_json, return_freed_memory, speaking, stdout
-from moemerge.errors import RefusedError
+from moemerge.errors import BusyError, RefusedError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,7 +98,8 @@ def _merge(
         from moemerge.checkpoint.staging import check_target, kept_shards
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_routing
-        from moemerge.merging import check_base_bits, merge
+        from moemerge.merging import merge
+        from moemerge.routers import check_base_bits
 
         # Before a plan may download weights.
         check_target(out, (), overwrite=overwrite)
@@ -126,10 +127,12 @@ def _merge(
                     plan, out, overwrite=overwrite, resume=resume, low_memory=low_memory, seed=seed, device=device,
                     base_bits=base_bits, progress=progress,
                 )  # fmt: skip
+        except (RefusedError, BusyError):
+            raise
         except BaseException:
             if kept := kept_shards(out):
                 console.print(
-                    f"{kept} of {len(plan.shards)} shards are complete and kept beside {out}: "
+                    f"{kept} complete shards are kept beside {out}: "
                     "--resume continues from them, a run without it starts over."
                 )
             raise

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import MergeConfig
+from moemerge.errors import RefusedError
 from moemerge.formats.dense import DenseModel
 from moemerge.routers.random import DRAWN, stored_bytes
 from moemerge.routers.report import RoutingReport, expert_names
 
-__all__ = ["Routers", "init_routers"]
+__all__ = ["Routers", "check_base_bits", "init_routers"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,16 @@ def init_routers(
         base_bits=base_bits, low_memory=low_memory,
     )  # fmt: skip
     return Routers(tuple(layers), report)
+
+
+def check_base_bits(bits: Literal[4, 8] | None) -> None:
+    """Refuse a pass in 4 or 8 bits where bitsandbytes is not installed; it is found, not imported.
+
+    Raises:
+        RefusedError: it is not.
+    """
+    if bits and find_spec("bitsandbytes") is None:
+        raise RefusedError(
+            f"to run the base model in {bits} bits, bitsandbytes is needed: pip install bitsandbytes. "
+            "It is seldom worth it: the base model is run layer by layer, so that only one layer is in memory anyway."
+        )

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
 from transformers import AutoConfig, AutoModel
 
 from moemerge.checkpoint.header import StoredTensor
@@ -175,7 +174,8 @@ def _place(  # noqa: PLR0917
     if name not in room or room[name].shape != tensor.shape:
         room[name] = torch.empty(tensor.shape, device=request.device, dtype=dtype)
     read_into(tensor, room[name])
-    set_module_tensor_to_device(layer, name, request.device, value=room[name])
+    path, _, parameter = name.rpartition(".")
+    setattr(layer.get_submodule(path), parameter, torch.nn.Parameter(room[name], requires_grad=False))
     if request.base_bits:
         from moemerge.routers.quantised import quantise_weight  # imports bitsandbytes, an extra
 

@@ -62,7 +62,11 @@ def _chunks(tensor: StoredTensor) -> Iterator[memoryview]:
         left = tensor.nbytes
         while left:
             view = memoryview(buffer)[:left]
-            if file.readinto(view) != len(view):
-                raise ended_inside(tensor)
+            filled = 0
+            while filled < len(view):
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise ended_inside(tensor)
+                filled += count
             left -= len(view)
             yield view
