@@ -311,7 +311,7 @@ def test_with_low_memory_the_bytes_are_the_same_and_files_are_forgotten_on_the_w
     monkeypatch.setattr(writer, "LOW_MEMORY_CHUNK_BYTES", 1000)
     done, forgotten, threads = [], [], set()
     forget = writer.forget
-    monkeypatch.setattr(writer, "forget", lambda file: forgotten.append(sum(done)) or forget(file))
+    monkeypatch.setattr(writer, "forget", lambda file, **keys: forgotten.append(sum(done)) or forget(file, **keys))
 
     def report(nbytes):
         done.append(nbytes)
