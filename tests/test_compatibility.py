@@ -274,8 +274,9 @@ def test_parameters_are_counted(tmp_path, pair):
     assert (planned.total_parameters, planned.active_parameters) == (rest + 2 * ffn, rest + ffn)
 
 
-def test_the_estimates_of_the_plan_cover_what_a_merge_takes(tmp_path, pair):
-    path = write_config(tmp_path / "merge.yaml", *[pair[0], pair[1:]], gate_mode="hidden")
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed", "random"])
+def test_the_estimates_of_the_plan_cover_what_a_merge_takes(tmp_path, pair, mode):
+    path = write_config(tmp_path / "merge.yaml", *[pair[0], pair[1:]], gate_mode=mode)
     planned = plan_merge(load_config(path))
     code = (
         "import resource; from moemerge import *; "
