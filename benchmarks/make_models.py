@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, build_index
 from moemerge.dtypes import BITS, NAMED
-from moemerge.routers.random import stored_bytes
+from moemerge.routers.stored import stored_bytes
 
 SHAPES = {
     # To try the programs themselves, then TinyLlama-1.1B and Mistral-7B
@@ -65,8 +65,8 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 def block(dtype: str) -> memoryview:
     """`BLOCK_ELEMENTS` normal numbers as bytes."""
-    numbers = np.random.default_rng(0).standard_normal((1, 1, BLOCK_ELEMENTS), dtype=np.float32) * np.float32(SCALE)
-    return memoryview(stored_bytes(numbers, NAMED[dtype])[0])
+    numbers = np.random.default_rng(0).standard_normal(BLOCK_ELEMENTS, dtype=np.float32) * np.float32(SCALE)
+    return memoryview(stored_bytes(numbers, NAMED[dtype]))
 
 
 def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None) -> int:

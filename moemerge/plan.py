@@ -17,11 +17,13 @@ from moemerge.formats.family import MoeFamily
 from moemerge.sources import ModelFolder
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, and what
-# torch, transformers with a tokenizer, and the classes and threads of a pass add to it.
+# torch, transformers, and the classes and threads of a pass add to it.
 _PROGRAM_BYTES: Final = 70_000_000
 _TORCH_BYTES: Final = 190_000_000
-_TOKENIZER_BYTES: Final = 110_000_000
+_TRANSFORMERS_BYTES: Final = 110_000_000
 _PASS_BYTES: Final = 110_000_000
+# What loading a tokenizer takes for each byte of its tokenizer.json.
+_TOKENIZER_FACTOR: Final = 14
 # What a layer holds at a time for each of 1024 tokens: four rows of the FFN's width in float32.
 _STATES_BYTES: Final = 1024 * 4 * 4
 
@@ -94,11 +96,15 @@ class MergePlan:
             if name.startswith("model.layers.0.")
         )
         reads_prompts = self.runs_base or self.config.reads_prompts
+        tokenizer = self.base_folder / "tokenizer.json"
+        tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
+        imports_transformers = self.runs_base or (reads_prompts and not tokenizer_bytes)
         casts = any(output.is_converted for output in self.outputs.values())
         return (
             _PROGRAM_BYTES
-            + _TORCH_BYTES * (casts or reads_prompts)
-            + _TOKENIZER_BYTES * reads_prompts
+            + _TORCH_BYTES * (casts or imports_transformers)
+            + _TRANSFORMERS_BYTES * imports_transformers
+            + _TOKENIZER_FACTOR * tokenizer_bytes * reads_prompts
             + (_PASS_BYTES + layer + _STATES_BYTES * self.base.sizes["ffn"]) * self.runs_base
         )
 

@@ -140,6 +140,14 @@ def test_the_base_is_run_quantised_on_request(tmp_path, config):
     assert result.stdout.endswith(f"{tmp_path / 'out'}: done\n")
 
 
+@pytest.mark.parametrize("mode", ["cheap_embed", "random", "uniform_random"])
+def test_routers_without_a_pass_are_made_without_torch(tmp_path, llamas, mode):
+    config = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], gate_mode=mode)
+    result = run(config, tmp_path / "out", after=NO_TORCH)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_without_a_pass_nothing_is_quantised(tmp_path, plain):
     result = run(plain, tmp_path / "out", "--load-in-8bit", "-q", after="assert 'bitsandbytes' not in sys.modules")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -1,6 +1,8 @@
 """Routers: what each way computes, and what the routing table says of it."""
 
+import json
 import math
+import shutil
 import sys
 import tracemalloc
 import weakref
@@ -8,25 +10,30 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.config import Expert
+from moemerge.dtypes import STORED
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.routers import capture, init_routers
 from moemerge.routers.capture import capture_router_inputs
-from moemerge.routers.diagnostics import route_layer, row_distances
+from moemerge.routers.diagnostics import route_layer, top_weights
 from moemerge.routers.hidden import fit_scale
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.quantised import quantise_weight
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
 from moemerge.routers.request import RouterInputs, RouterRequest
-from moemerge.routers.rows import contrast, top_weights, unit
-from moemerge.routers.weights import read_rows
-from tests.models import load, make_model, tokenizer, write_config
+from moemerge.routers.rows import contrast, row_distances, unit
+from moemerge.routers.stored import float32_of, read_rows, stored_bytes
+from tests.models import TEXT, edit_json, load, make_model, tokenizer, write_config
 
 LONG = "The quick brown fox jumps over the lazy dog and def main(argv): return [item for item in argv if item]"
 GATE = "model.layers.{}.block_sparse_moe.gate.weight"
@@ -51,7 +58,7 @@ def routers(plan, seed: int = 0, base_bits: int | None = None):
 def request(plan) -> RouterRequest:
     prompts = encode_prompts(plan.base_folder, plan.config.experts, 128)
     return RouterRequest(
-        plan.base_folder, plan.base, plan.base_tensors, tuple(plan.config.experts), prompts, 2, 0, torch.device("cpu")
+        plan.base_folder, plan.base, plan.base_tensors, tuple(plan.config.experts), prompts, 2, torch.device("cpu")
     )
 
 
@@ -196,9 +203,9 @@ def test_hidden_is_the_contrast_of_mean_router_inputs(tmp_path, llamas):
     for expert in plan.config.experts:
         states = [ffn_inputs(model, tokenizer()(prompt)["input_ids"])[1][1:] for prompt in expert.positive_prompts]
         means.append(torch.cat(states).mean(dim=0))
-    expected = unit(torch.stack(means))
-    expected = expected - expected.mean(dim=0)
-    assert torch.allclose(unit(made.weights[1]), unit(expected), atol=1e-4)
+    expected = unit(torch.stack(means).numpy())
+    expected = unit(expected - expected.mean(axis=0))
+    assert np.allclose(unit(made.weights[1].numpy()), expected, atol=1e-4)
     assert made.report.layers[1].top_weight == pytest.approx(0.9, abs=0.01)
 
 
@@ -216,7 +223,10 @@ def test_cheap_embed_is_the_contrast_of_mean_embeddings(tmp_path, llamas):
         table[[token for p in expert.positive_prompts for token in tokenizer()(p)["input_ids"][1:]]].mean(dim=0)
         for expert in plan.config.experts
     ]
-    expected = contrast(torch.stack(means), torch.full((3, 32), torch.nan))
+    # The formula of docs/routers.md in torch, which the program does not use here.
+    unit_means = torch.nn.functional.normalize(torch.stack(means))
+    expected = unit_means - unit_means.mean(dim=0)
+    expected = expected / expected.norm(dim=1).mean()
     assert all(torch.allclose(rows, expected, atol=1e-6) for rows in weights)
 
 
@@ -245,8 +255,25 @@ def test_embedding_rows_are_looked_up_and_the_rest_is_not_read(tmp_path):
     found = read_rows(embeddings, [7, rows - 1])
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found.sum(dim=1).tolist() == [width, 0]
+    assert found.sum(axis=1).tolist() == [width, 0]
     assert peak_bytes < 10**6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_are_rounded_and_read_as_torch_does(tmp_path, dtype):
+    numbers = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 8)
+    numbers[0, :2] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])  # halfway in bfloat16: to even
+    stored = numbers.to(getattr(torch, dtype))
+    data = stored_bytes(numbers.numpy(), dtype)
+    assert data == stored.view(torch.uint8).numpy().tobytes()
+    assert torch.equal(torch.from_numpy(float32_of(data, dtype)).view(64, 8), stored.float())
+    path = tmp_path / "rows"
+    path.write_bytes(bytes(3) + data)
+    tensor = StoredTensor("e", path, STORED[dtype], (64, 8), 3, len(data))
+    assert torch.equal(torch.from_numpy(read_rows(tensor, [0, 63])), stored[[0, 63]].float())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="rows: ended inside tensor 'e'"):
+        read_rows(tensor, [63])
 
 
 def test_an_expert_without_negative_prompts_does_not_win_every_token():
@@ -255,7 +282,7 @@ def test_an_expert_without_negative_prompts_does_not_win_every_token():
     own = torch.randn(3, 64, generator=generator)
     positive = common + own
     negative = torch.stack([common + own[1], torch.full((64,), torch.nan), common + own[0]])
-    rows = contrast(positive, negative)
+    rows = torch.from_numpy(contrast(positive.numpy(), negative.numpy()))
     chosen = (positive @ rows.T).argmax(dim=1)
     assert chosen.tolist() == [0, 1, 2]
     naive = positive - torch.where(negative.isnan(), 0, negative)
@@ -333,7 +360,7 @@ def test_an_expert_that_is_chosen_by_all_but_never_first_is_named():
 
 
 def test_rows_that_are_almost_parallel_are_named():
-    rows = torch.tensor([[[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [-1.0, 0.0]]])
+    rows = np.array([[[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [-1.0, 0.0]]], np.float32)
     distances = row_distances(rows)
     assert distances[0, 3] == pytest.approx(1.0)
     good = (0.9,) * 4
@@ -354,6 +381,70 @@ def test_prompts_are_encoded_as_the_tokenizer_does(tmp_path, llamas):
     assert prompts[0].counted == (False,) + (True,) * (len(prompts[0].ids) - 1)
 
 
+def llama_2_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE over characters, bytes for unknown ones, that puts a space in front, as SentencePiece does."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    trainer = trainers.BpeTrainer(vocab_size=140, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(TEXT.split(), trainer)
+    stored = json.loads(bpe.to_str())
+    vocabulary = stored["model"]["vocab"]
+    stored["model"]["byte_fallback"] = True
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    bpe = Tokenizer.from_str(json.dumps(stored))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces", "LlamaTokenizer", "truncating"])
+def test_tokenizer_json_alone_gives_the_same_tokens(tmp_path, kind):
+    made = llama_2_tokenizer() if kind in {"spaces", "LlamaTokenizer"} else tokenizer()
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if kind == "LlamaTokenizer":
+        edit_json(tmp_path / "tokenizer_config.json", tokenizer_class=kind)
+    if kind == "truncating":
+        stored = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        stored.enable_truncation(3)
+        stored.enable_padding(length=40)
+        stored.save(str(tmp_path / "tokenizer.json"))
+    texts = [
+        "The fox",
+        " a  space",
+        "line\n\n\tx",
+        LONG,
+        "é 你 🙂 chat",
+        "the <s> fox </s>",
+        "<pad>",
+        "▁x",
+        "it's 12,5 ",
+    ]
+    experts = [Expert(source_model="x", positive_prompts=texts, negative_prompts=texts[:3])]
+    whole = encode_prompts(tmp_path, experts, 128)
+    alone = encode_prompts(tmp_path, experts, 128, special_tokens=False)
+    assert [prompt.counted_ids for prompt in whole] == [prompt.ids for prompt in alone]
+    assert [(prompt.expert, prompt.positive) for prompt in whole] == [(p.expert, p.positive) for p in alone]
+    assert all(len(prompt.ids) < len(all_ids.ids) for prompt, all_ids in zip(alone, whole, strict=True))
+
+
+def test_cheap_embed_without_tokenizer_json_reads_prompts_by_transformers(tmp_path, llamas):
+    base = shutil.copytree(llamas[0], tmp_path / "base")
+    expected = routers(plan_of(tmp_path, [base, *llamas[1:]], gate_mode="cheap_embed")).weights
+    tokenizer().backend_tokenizer.model.save(str(base))
+    (base / "tokenizer.json").unlink()
+    edit_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="<pad>")
+    found = routers(plan_of(tmp_path, [base, *llamas[1:]], gate_mode="cheap_embed")).weights
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_prompts_without_tokens_are_refused(llamas, special_tokens):
+    experts = [Expert(source_model="x", positive_prompts=["The fox", "Ω"])]
+    with pytest.raises(RouterError) as caught:
+        encode_prompts(llamas[0], experts, 128, special_tokens=special_tokens)
+    assert str(caught.value) == "experts[0].positive_prompts[1]: the base model's tokenizer finds no tokens in 'Ω'."
+
+
 def test_prompts_that_do_not_fit_are_refused(tmp_path, llamas):
     plan = plan_of(tmp_path, llamas)
     with pytest.raises(
@@ -362,15 +453,16 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path, llamas):
         encode_prompts(llamas[0], plan.config.experts, 5)
 
 
-def test_a_base_without_a_tokenizer_is_refused(tmp_path):
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])
+def test_a_base_without_a_tokenizer_is_refused(tmp_path, mode):
     folders = [make_model(tmp_path / str(seed), seed) for seed in range(3)]
     for file in folders[0].glob("tokenizer*"):
         file.unlink()
     with pytest.raises(IncompatibleError, match="has no tokenizer to read the prompts with"):
-        plan_of(tmp_path, folders)
+        plan_of(tmp_path, folders, gate_mode=mode)
     (folders[0] / "tokenizer.json").write_text("{}")
     with pytest.raises(RouterError, match=r"the base model's tokenizer cannot be loaded .* or remove the prompts"):
-        routers(plan_of(tmp_path, folders))
+        routers(plan_of(tmp_path, folders, gate_mode=mode))
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path, llamas):
@@ -380,12 +472,23 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, llamas):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path, mode):
     folders = [make_model(tmp_path / str(seed), seed, vocab_size=20) for seed in range(3)]
     with pytest.raises(
         CheckpointError, match=r"'model.embed_tokens.weight' has 20 rows, but the tokenizer gives token"
     ):
-        routers(plan_of(tmp_path, folders))
+        routers(plan_of(tmp_path, folders, gate_mode=mode))
+
+
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])
+def test_routers_that_are_no_numbers_are_refused(tmp_path, llamas, mode):
+    base = shutil.copytree(llamas[0], tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:] = math.inf
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RouterError, match="some router weights are not finite numbers"):
+        routers(plan_of(tmp_path, [base, *llamas[1:]], gate_mode=mode))
 
 
 def test_without_prompts_there_is_no_table(tmp_path, llamas):

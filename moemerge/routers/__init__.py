@@ -6,12 +6,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import MergeConfig
-from moemerge.errors import RefusedError
+from moemerge.errors import RefusedError, RouterError
 from moemerge.formats.dense import DenseModel
-from moemerge.routers.random import DRAWN, stored_bytes
-from moemerge.routers.report import RoutingReport, expert_names
+from moemerge.routers.cheap_embed import cheap_embed_rows
+from moemerge.routers.random import DRAWN
+from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
+from moemerge.routers.rows import Rows, row_distances
+from moemerge.routers.stored import float32_of, stored_bytes
 
 __all__ = ["Routers", "check_base_bits", "init_routers"]
 
@@ -48,18 +53,28 @@ def init_routers(
     Raises:
         RouterError: the tokenizer, the prompts or the device do not serve.
     """
-    if not run_base and not config.reads_prompts:
-        shape = (base.layers, len(config.experts), base.config["hidden_size"])
-        drawn = stored_bytes(DRAWN[config.gate_mode](shape, seed), dtype)
-        names = expert_names([expert.source_model for expert in config.experts])
-        return Routers(tuple(drawn), RoutingReport(names, config.experts_per_token, (), {}))
-    # Imports torch and transformers: seconds, and hundreds of megabytes.
-    from moemerge.routers.computed import compute_routers
+    shape = (base.layers, len(config.experts), base.config["hidden_size"])
+    made: Rows | None = None
+    if config.gate_mode in DRAWN:
+        made = DRAWN[config.gate_mode](shape, seed)
+    elif config.gate_mode == "cheap_embed":
+        made = np.tile(cheap_embed_rows(folder, base, tensors, config.experts), (base.layers, 1, 1))
+    routings: list[LayerRouting] = []
+    if made is None or run_base:
+        # Imports torch and transformers: seconds, and hundreds of megabytes.
+        from moemerge.routers.computed import compute_routers
 
-    layers, report = compute_routers(
-        config, folder, base, tensors, dtype, run_base=run_base, seed=seed, device=device, progress=progress,
-        base_bits=base_bits, low_memory=low_memory,
-    )  # fmt: skip
+        layers, routings = compute_routers(
+            config, folder, base, tensors, dtype, made=made, device=device, progress=progress, base_bits=base_bits,
+            low_memory=low_memory,
+        )  # fmt: skip
+    else:
+        layers = [stored_bytes(rows, dtype) for rows in made]
+    stored = float32_of(b"".join(layers), dtype).reshape(shape)
+    if not np.isfinite(stored).all():
+        raise RouterError("some router weights are not finite numbers: the base model's numbers overflow.")
+    names = expert_names([expert.source_model for expert in config.experts])
+    report = RoutingReport(names, config.experts_per_token, tuple(routings), row_distances(stored))
     return Routers(tuple(layers), report)
 
 

@@ -16,8 +16,10 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModel
 
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.routers.request import EncodedPrompt, RouterInputs, RouterRequest
-from moemerge.routers.weights import read_ahead, read_into, read_rows
+from moemerge.routers.prompts import EncodedPrompt
+from moemerge.routers.request import RouterInputs, RouterRequest
+from moemerge.routers.stored import read_rows
+from moemerge.routers.weights import read_ahead, read_into
 
 TOKENS_PER_BATCH: Final = 1024
 _COMPUTE_DTYPES: Final = {"cpu": torch.float32}
@@ -128,7 +130,7 @@ def _embed(  # noqa: PLR0917
     """
     ids = sorted({token for prompt in group for token in prompt.ids})
     place = {token: index for index, token in enumerate(ids)}
-    rows = read_rows(request.tensors[request.base.family.embeddings], ids)
+    rows = torch.from_numpy(read_rows(request.tensors[request.base.family.embeddings], ids))
     model.embed_tokens.weight = torch.nn.Parameter(rows.to(device=request.device, dtype=dtype), requires_grad=False)
     length = max(len(prompt.ids) for prompt in group)
     padded = [[place[token] for token in prompt.ids] + [0] * (length - len(prompt.ids)) for prompt in group]

@@ -1,33 +1,44 @@
-"""Routers from the mean token embedding of the prompts, the same rows in every layer: a weak baseline, but no pass."""
+"""Routers from the mean token embedding of the prompts, the same rows in every layer: a weak baseline, but no pass.
 
-import torch
+Made without torch.
+"""
 
-from moemerge.routers.request import LayerRouter, RouterInputs, RouterRequest
-from moemerge.routers.rows import contrast
-from moemerge.routers.weights import read_rows
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.config import Expert
+from moemerge.formats.dense import DenseModel
+from moemerge.routers.prompts import encode_prompts
+from moemerge.routers.rows import Rows, contrast
+from moemerge.routers.stored import read_rows
 
 
-def cheap_embed_router(request: RouterRequest) -> LayerRouter:
-    """Contrast of mean embeddings; only the rows of the prompts' tokens are read."""
-    ids = sorted({token for prompt in request.prompts for token in prompt.counted_ids})
-    table = dict(zip(ids, read_rows(request.tensors[request.base.family.embeddings], ids), strict=True))
+def cheap_embed_rows(
+    folder: Path, base: DenseModel, tensors: Mapping[str, StoredTensor], experts: Sequence[Expert]
+) -> Rows:
+    """Contrast (expert, hidden) of mean embeddings; only the rows of the prompts' tokens are read.
 
-    def mean(expert: int, *, positive: bool) -> torch.Tensor:
+    Raises:
+        RouterError: the tokenizer or the prompts do not serve.
+        CheckpointError: the embeddings have no row for a token.
+    """
+    prompts = encode_prompts(folder, experts, base.config["max_position_embeddings"], special_tokens=False)
+    ids = sorted({token for prompt in prompts for token in prompt.counted_ids})
+    table = dict(zip(ids, read_rows(tensors[base.family.embeddings], ids), strict=True))
+
+    def mean(expert: int, *, positive: bool) -> Rows:
         tokens = [
             table[token]
-            for prompt in request.prompts
+            for prompt in prompts
             if prompt.expert == expert and prompt.positive == positive
             for token in prompt.counted_ids
         ]
-        return torch.stack(tokens).mean(dim=0) if tokens else torch.full_like(table[ids[0]], torch.nan)
+        return np.stack(tokens).mean(axis=0) if tokens else np.full_like(table[ids[0]], np.nan)
 
-    experts = range(len(request.experts))
-    made = contrast(
-        torch.stack([mean(expert, positive=True) for expert in experts]),
-        torch.stack([mean(expert, positive=False) for expert in experts]),
+    return contrast(
+        np.stack([mean(expert, positive=True) for expert in range(len(experts))]),
+        np.stack([mean(expert, positive=False) for expert in range(len(experts))]),
     )
-
-    def rows(_layer: int, _inputs: RouterInputs | None) -> torch.Tensor:
-        return made
-
-    return rows

@@ -1,12 +1,9 @@
 """Judging a router on the prompts that it was made from."""
 
-from itertools import combinations
-
 import torch
 
 from moemerge.routers.report import LayerRouting
 from moemerge.routers.request import RouterInputs
-from moemerge.routers.rows import top_weights
 
 
 def route_layer(rows: torch.Tensor, inputs: RouterInputs, experts_per_token: int) -> LayerRouting:
@@ -24,11 +21,7 @@ def route_layer(rows: torch.Tensor, inputs: RouterInputs, experts_per_token: int
     )
 
 
-def row_distances(rows: torch.Tensor) -> dict[tuple[int, int], float]:
-    """By pair of experts: how far apart their rows (layer, expert, hidden) are, 0 for equal and 1 for opposite."""
-    distances = {}
-    for a, b in combinations(range(rows.shape[1]), 2):
-        first, second = rows[:, a], rows[:, b]
-        lengths = (first.norm(dim=1) + second.norm(dim=1)).clamp(min=torch.finfo(rows.dtype).tiny)
-        distances[a, b] = float(((first - second).norm(dim=1) / lengths).mean())
-    return distances
+def top_weights(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and indices (token, experts_per_token) of the experts that a Mixtral router with these rows chooses."""
+    chosen = (states @ rows.T).topk(experts_per_token, dim=1)
+    return chosen.values.softmax(dim=1), chosen.indices

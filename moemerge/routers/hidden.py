@@ -8,8 +8,7 @@ from typing import Final
 
 import torch
 
-from moemerge.errors import RouterError
-from moemerge.routers.request import LayerRouter, RouterInputs, RouterRequest
+from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast
 
 # Rows of length 1 would mix the chosen experts almost equally, whatever the router knows.
@@ -17,20 +16,15 @@ TARGET_TOP_WEIGHT: Final = 0.9
 _BISECTIONS: Final = 40
 
 
-def hidden_router(request: RouterRequest) -> LayerRouter:
-    """Contrast of mean router inputs, scaled so that the first choice has a mean weight of `TARGET_TOP_WEIGHT`."""
+def hidden_rows(inputs: RouterInputs, request: RouterRequest) -> torch.Tensor:
+    """A layer's rows (expert, hidden): contrast of mean router inputs, scaled to `TARGET_TOP_WEIGHT`."""
     experts = range(len(request.experts))
-
-    def rows(_layer: int, inputs: RouterInputs | None) -> torch.Tensor:
-        if inputs is None:
-            raise RouterError("gate_mode hidden needs positive_prompts for every expert.")
-        made = contrast(
-            torch.stack([inputs.mean(expert, positive=True) for expert in experts]),
-            torch.stack([inputs.mean(expert, positive=False) for expert in experts]),
-        )
-        return made * fit_scale(made, inputs.states[inputs.positive], request.experts_per_token)
-
-    return rows
+    made = contrast(
+        torch.stack([inputs.mean(expert, positive=True) for expert in experts]).numpy(),
+        torch.stack([inputs.mean(expert, positive=False) for expert in experts]).numpy(),
+    )
+    rows = torch.from_numpy(made)
+    return rows * fit_scale(rows, inputs.states[inputs.positive], request.experts_per_token)
 
 
 def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> float:

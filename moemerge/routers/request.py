@@ -1,6 +1,6 @@
-"""What a router initialiser is given, and what it gives back."""
+"""What the pass over the base model is given, and what it gives back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,23 +10,7 @@ import torch
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import Expert
 from moemerge.formats.dense import DenseModel
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt as the base model's tokenizer gives it."""
-
-    expert: int
-    positive: bool
-    ids: tuple[int, ...]
-    """Every token, special ones as the tokenizer adds them."""
-    counted: tuple[bool, ...]
-    """Which tokens count in statistics: those of the prompt's own text."""
-
-    @property
-    def counted_ids(self) -> tuple[int, ...]:
-        """The tokens of the prompt's own text."""
-        return tuple(token for token, counts in zip(self.ids, self.counted, strict=True) if counts)
+from moemerge.routers.prompts import EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -41,7 +25,6 @@ class RouterRequest:
     prompts: tuple[EncodedPrompt, ...]
     """Of all experts; empty where the config has none."""
     experts_per_token: int
-    seed: int
     device: torch.device
     base_bits: Literal[4, 8] | None = None
     """How many bits the weights of the base model's Linear layers have in the pass; None leaves them as computed."""
@@ -63,7 +46,3 @@ class RouterInputs:
     def mean(self, expert: int, *, positive: bool) -> torch.Tensor:
         """(hidden,) mean state of an expert's positive or negative prompt tokens; NaN where there are none."""
         return self.states[(self.expert == expert) & (self.positive == positive)].mean(dim=0)
-
-
-LayerRouter = Callable[[int, RouterInputs | None], torch.Tensor]
-"""From a layer and its router inputs (None where the config has no prompts) to the router's rows (expert, hidden)."""

@@ -1,13 +1,19 @@
-"""Arithmetic on router rows that more than one way of making them needs."""
+"""Arithmetic on router rows that more than one way of making them needs, without torch."""
 
+from itertools import combinations
 from typing import Final
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.float32]
 
 _NOISE: Final = 1e-5
+_TINY: Final = np.float32(np.finfo(np.float32).tiny)
 
 
-def contrast(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+@np.errstate(invalid="ignore")
+def contrast(positive: Rows, negative: Rows) -> Rows:
     """Router rows from mean vectors of what should and what should not reach each expert.
 
     Directions are compared, not lengths, and an expert without negative prompts is set against the mean of all
@@ -19,25 +25,37 @@ def contrast(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         negative: (expert, hidden) mean over negative prompt tokens; NaN rows for experts without any.
 
     Returns:
-        (expert, hidden) rows with a mean length of 1.
+        (expert, hidden) rows with a mean length of 1, or not finite where `positive` is not.
     """
     positive, negative = unit(positive), unit(negative)
-    missing = negative.isnan().any(dim=1, keepdim=True)
-    rows: torch.Tensor = positive - torch.where(missing, positive.mean(dim=0), negative)
-    rows = rows - rows.mean(dim=0)
-    length = rows.norm(dim=1).mean()
+    missing = np.isnan(negative).any(axis=1, keepdims=True)
+    rows: Rows = positive - np.where(missing, positive.mean(axis=0), negative)
+    rows = rows - rows.mean(axis=0)
+    length = _lengths(rows).mean()
     # What rounding leaves of equal directions says nothing, and must not be blown up.
-    scaled: torch.Tensor = rows / length if length > _NOISE else torch.zeros_like(rows)
+    if length <= _NOISE:
+        return np.zeros_like(rows)
+    scaled: Rows = rows / length
     return scaled
 
 
-def unit(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors (..., hidden) at length 1; zero stays zero."""
-    scaled: torch.Tensor = vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
-    return scaled
+def unit(vectors: Rows) -> Rows:
+    """Vectors (expert, hidden) at length 1; zero stays zero."""
+    lengths: Rows = np.maximum(_lengths(vectors), _TINY)
+    return vectors / lengths[:, None]
 
 
-def top_weights(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and indices (token, experts_per_token) of the experts that a Mixtral router with these rows chooses."""
-    chosen = (states @ rows.T).topk(experts_per_token, dim=1)
-    return chosen.values.softmax(dim=1), chosen.indices
+def row_distances(rows: Rows) -> dict[tuple[int, int], float]:
+    """By pair of experts: how far apart their rows (layer, expert, hidden) are, 0 for equal and 1 for opposite."""
+    distances = {}
+    for a, b in combinations(range(rows.shape[1]), 2):
+        first, second = rows[:, a], rows[:, b]
+        lengths = np.maximum(_lengths(first) + _lengths(second), _TINY)
+        distances[a, b] = float((_lengths(first - second) / lengths).mean())
+    return distances
+
+
+def _lengths(vectors: Rows) -> Rows:
+    """(vector,) of vectors (vector, hidden)."""
+    lengths: Rows = np.sqrt(np.square(vectors).sum(axis=1))
+    return lengths

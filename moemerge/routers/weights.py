@@ -1,6 +1,6 @@
 """Stored tensors as torch tensors, read by their byte ranges, whatever file they lie in."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import torch
@@ -8,7 +8,6 @@ import torch
 from moemerge.checkpoint.convert import ended_inside
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
-from moemerge.errors import CheckpointError
 
 CHUNK_BYTES: Final = 2**20
 
@@ -26,25 +25,6 @@ def read_into(tensor: StoredTensor, target: torch.Tensor) -> None:
         values = torch.frombuffer(chunk, dtype=dtype)
         flat[done : done + len(values)].copy_(values)
         done += len(values)
-
-
-def read_rows(tensor: StoredTensor, rows: Sequence[int]) -> torch.Tensor:
-    """Some rows (len(rows), width) of a matrix, as float32; the others are not read.
-
-    Raises:
-        CheckpointError: there is no such row, or the file ends too early.
-    """
-    height, width = tensor.shape
-    if max(rows) >= height:
-        raise CheckpointError(
-            f"{tensor.path}: tensor {tensor.name!r} has {height} rows, but the tokenizer gives token {max(rows)}."
-        )
-    row_bytes = tensor.nbytes // height
-    read = torch.empty(len(rows), width)
-    for place, row in zip(read, rows, strict=True):
-        one = StoredTensor(tensor.name, tensor.path, tensor.dtype, (width,), tensor.start + row * row_bytes, row_bytes)
-        read_into(one, place)
-    return read
 
 
 def read_ahead(tensors: Iterable[StoredTensor]) -> None:
