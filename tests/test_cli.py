@@ -245,7 +245,8 @@ def test_code_in_a_model_folder_is_never_run(tmp_path):
 
 
 SLOW = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background is born without
 from moemerge.checkpoint import copy, writer
 writer.CHUNK_BYTES = 64
 whole = copy._copy_file_range
