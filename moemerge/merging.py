@@ -69,6 +69,10 @@ def merge(
     """
     out = Path(out)
     check_base_bits(base_bits)
+    if plan.runs_base and device not in {"auto", "cpu"}:
+        from moemerge.routers.computed import find_device  # before anything is copied
+
+        find_device(device)
     with staged(out, [source.folder for source in plan.sources], overwrite=overwrite, resume=resume) as folder:
         check_space(out, plan.output_bytes - plan.shared_bytes)
         journal = journal_of(folder)

@@ -120,11 +120,12 @@ class MergePlan:
         for output in self.outputs.values():
             if isinstance(output.origin, Piece) and isinstance(output.origin.source, StoredTensor):
                 used.setdefault(output.origin.source.path, []).append(output.origin.source)
+        headers = b"".join(shard.header for shard in self.shards)
         return {
             "moemerge": version("moemerge"),
             "config": self.config.model_dump(mode="json"),
             "seed": seed,
-            "shards": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in self.shards},
+            "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
             "sources": {
                 str(path): {
                     "size": path.stat().st_size,

@@ -155,6 +155,8 @@ def _compare_index(model: ModelFolder, tensors: dict[str, StoredTensor]) -> list
         stored = sum(tensor.nbytes for tensor in tensors.values())
         if announced != stored:
             differences.append(Difference(SAFETENSORS_INDEX, f"total_size {stored}", f"total_size {announced}"))
+    elif len(names) > 1:
+        differences.append(Difference(SAFETENSORS_INDEX, f"an index of {len(names)} files", _ABSENT))
     return differences
 
 

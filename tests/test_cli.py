@@ -293,7 +293,10 @@ def test_an_interrupted_merge_says_how_to_go_on_and_goes_on(tmp_path, plain):
     ]
     other = run(plain, out, "--resume", "--max-shard-size", "20KB")
     assert other.returncode == 2
-    assert "error: --resume: the merge that was cut off was not this one; what differs: shards." in other.stderr
+    assert (
+        "error: --resume: the merge that was cut off was not this one; what differs: layout of the shards (--max-shard-size). Undo"
+        in other.stderr
+    )
     assert run(plain, out, "--resume", "--max-shard-size", "30KB", "--quiet").returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yaml", "out"]
 

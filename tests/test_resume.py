@@ -97,7 +97,7 @@ def test_another_merge_is_not_continued_and_says_what_differs(tmp_path, models, 
     os.utime(weights, ns=(0, 0))
     with pytest.raises(RefusedError, match=f"what differs: sources.{weights}.modified. Undo"):
         merge(plan_of(tmp_path, models), out, resume=True)
-    with pytest.raises(RefusedError, match="what differs: shards.model-00001"):
+    with pytest.raises(RefusedError, match=r"what differs: layout of the shards \(--max-shard-size\), sources"):
         merge(plan_of(tmp_path, models, 30_000), out, resume=True)
     assert kept_shards(out) == 2
 

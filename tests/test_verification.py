@@ -231,6 +231,15 @@ def test_copied_files_that_changed_are_found(plan, out):
     assert found.files == 0
 
 
+def test_an_index_that_is_absent_is_found(tmp_path, plan):
+    merge(plan_merge(plan.config, max_shard_bytes=50_000), tmp_path / "out")
+    (tmp_path / "out" / INDEX).unlink()
+    count = len(list((tmp_path / "out").glob("*.safetensors")))
+    assert verify_merge(plan, tmp_path / "out").differences == (
+        Difference(INDEX, f"an index of {count} files", "absent"),
+    )
+
+
 def test_an_index_that_disagrees_is_found(tmp_path, plan):
     out = tmp_path / "out"
     merge(plan_merge(plan.config, max_shard_bytes=30_000), out)

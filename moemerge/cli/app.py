@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from moemerge.cli.console import print_json, return_freed_memory, speaking, stdout
+from moemerge.cli.console import print_json, return_freed_memory, speaking, stdout, stoppable
 from moemerge.errors import BusyError, RefusedError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _merge(
             with show_progress(console, quiet=quiet) as progress:
                 report = merge(
                     plan, out, overwrite=overwrite, resume=resume, low_memory=low_memory, seed=seed, device=device,
-                    base_bits=base_bits, progress=progress,
+                    base_bits=base_bits, progress=stoppable(progress),
                 )  # fmt: skip
         except (RefusedError, BusyError):
             raise

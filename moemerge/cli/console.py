@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _M_MMAP_THRESHOLD: Final = -3
+_interrupted: Final = threading.Event()
 
 
 @contextmanager
@@ -31,7 +33,9 @@ def speaking(*, quiet: bool, verbose: int, debug: bool) -> Iterator["Console"]:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.ERROR
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # ignored by programs in the background
+        signal.signal(signal.SIGINT, _interrupt)
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         yield console
@@ -43,6 +47,22 @@ def speaking(*, quiet: bool, verbose: int, debug: bool) -> Iterator["Console"]:
         message, exit_code = explain_error(error)
         typer.echo(message, err=True)
         raise typer.Exit(exit_code) from error
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def stoppable(report: Callable[..., None]) -> Callable[..., None]:
+    """The same report, which stops the work if an interrupt got lost, as one may that comes during an import."""
+
+    def report_or_stop(*arguments: Any) -> None:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+        report(*arguments)
+
+    return report_or_stop
 
 
 def return_freed_memory() -> None:

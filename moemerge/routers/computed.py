@@ -30,7 +30,7 @@ def compute_routers(
     """
     prompts = encode_prompts(folder, config.experts, base.config["max_position_embeddings"])
     request = RouterRequest(
-        folder, base, tensors, tuple(config.experts), prompts, config.experts_per_token, _device(device), base_bits,
+        folder, base, tensors, tuple(config.experts), prompts, config.experts_per_token, find_device(device), base_bits,
         low_memory,
     )  # fmt: skip
     stored_dtype: torch.dtype = getattr(torch, dtype)
@@ -57,12 +57,18 @@ def _memory_watched(layers: Iterator[RouterInputs]) -> Iterator[RouterInputs]:
         ) from error
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of this name, or the best that `auto` finds.
+
+    Raises:
+        RouterError: there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RouterError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0].rstrip(".")
+        raise RouterError(f"device {name!r} cannot be used here: {why}. Choose --device cpu.") from error
     return device
