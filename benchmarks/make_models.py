@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, build_index
+from moemerge.checkpoint.stored import stored_bytes
 from moemerge.dtypes import BITS, NAMED
-from moemerge.routers.stored import stored_bytes
 
 SHAPES = {
     # To try the programs themselves, then TinyLlama-1.1B and Mistral-7B

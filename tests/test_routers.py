@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.stored import float32_of, read_rows, stored_bytes
 from moemerge.config import Expert
 from moemerge.dtypes import STORED
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
@@ -32,7 +33,6 @@ from moemerge.routers.quantised import quantise_weight
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
 from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast, row_distances, unit
-from moemerge.routers.stored import float32_of, read_rows, stored_bytes
 from tests.models import TEXT, edit_json, load, make_model, tokenizer, write_config
 
 LONG = "The quick brown fox jumps over the lazy dog and def main(argv): return [item for item in argv if item]"

@@ -7,8 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
+import numpy as np
+
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.stored import float32_of
 from moemerge.checkpoint.writer import Piece, convert_piece
 from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError
@@ -61,16 +64,13 @@ def count_not_finite(tensor: StoredTensor, report: Report) -> int:
     Raises:
         CheckpointError: it cannot be read.
     """
-    import torch
-
     count = done = 0
     try:
         with tensor.path.open("rb") as file:
             file.seek(tensor.start)
             while done < tensor.nbytes:
-                chunk = bytearray(_read(file, min(CHUNK_BYTES, tensor.nbytes - done)))
-                values = torch.frombuffer(chunk, dtype=getattr(torch, NAMED[tensor.dtype]))
-                count += int((~values.isfinite()).sum())
+                chunk = _read(file, min(CHUNK_BYTES, tensor.nbytes - done))
+                count += int((~np.isfinite(float32_of(chunk, NAMED[tensor.dtype]))).sum())
                 done += len(chunk)
                 report(len(chunk))
     except OSError as error:

@@ -46,7 +46,7 @@ def convert(
         spans = [slice(start, start + BLOCK_ELEMENTS) for start in range(0, elements, BLOCK_ELEMENTS)]
         blocks = [(stored[span], converted[span], *spare[:, : len(stored[span])]) for span in spans]
         for _ in range(chunks):
-            _read_into(source, stored_bytes, tensor)
+            fill(source, stored_bytes, tensor)
             for block in blocks:
                 convert_block(*block)
             write_all(target, converted_bytes)
@@ -65,7 +65,12 @@ def ended_inside(tensor: StoredTensor) -> CheckpointError:
     return CheckpointError(f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed during the merge?")
 
 
-def _read_into(source: FileIO, view: memoryview, tensor: StoredTensor) -> None:
+def fill(source: FileIO, view: memoryview, tensor: StoredTensor) -> None:
+    """Read until `view` is full; one read may give less.
+
+    Raises:
+        CheckpointError: the source ends too early.
+    """
     while view:
         count = source.readinto(view)
         if not count:

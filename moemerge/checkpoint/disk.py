@@ -8,6 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder `path`, or the nearest one above it that exists."""
+    resolved = path.resolve()
+    return next(parent for parent in (resolved, *resolved.parents) if parent.is_dir())
+
+
 def allocate(file: int, nbytes: int, *, reserve: bool) -> None:
     """Make an open file `nbytes` long, if possible with its room reserved: a full disk is then noticed now.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Final
 
+from moemerge.checkpoint.disk import nearest_folder
 from moemerge.checkpoint.header import ALIGNMENT_BYTES, BLOCK_BYTES
 from moemerge.checkpoint.shards import Shard, TensorSpec, build_shards, fill_shards
 
@@ -28,7 +29,7 @@ def shares_extents(source: Path, folder: Path) -> bool:
         import fcntl  # not on Windows
     except ImportError:
         return False
-    parent = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.is_dir())
+    parent = nearest_folder(folder)
     with suppress(OSError), source.open("rb") as file, TemporaryFile(dir=parent, prefix=".moemerge-") as probe:
         if os.fstat(file.fileno()).st_dev == os.fstat(probe.fileno()).st_dev:
             fcntl.ioctl(probe, _FICLONERANGE, struct.pack("qQQQ", file.fileno(), 0, BLOCK_BYTES, 0))

@@ -40,12 +40,8 @@ class Journal:
             RefusedError: the journal is of another merge; says what differs.
         """
         first, *entries = self._lines() or [{}]
-        if not entries:
-            self.begin(fingerprint)
-            _remove_all_but(folder, set())
-            return set()
         changed = list(_differences(first.get("fingerprint"), json.loads(json.dumps(fingerprint))))
-        if changed:
+        if entries and changed:
             raise RefusedError(
                 "--resume: the merge that was cut off was not this one; what differs: "
                 f"{', '.join(changed[:6])}{' …' if len(changed) > 6 else ''}. "  # noqa: PLR2004

@@ -10,7 +10,7 @@ from typing import Final
 
 from filelock import FileLock, Timeout
 
-from moemerge.checkpoint.disk import flush
+from moemerge.checkpoint.disk import flush, nearest_folder
 from moemerge.checkpoint.journal import Journal
 from moemerge.errors import BusyError, OutputError, RefusedError
 
@@ -74,10 +74,9 @@ def check_space(out: Path, nbytes: int) -> None:
     Raises:
         OutputError: says how much is needed and how much is free.
     """
-    folder = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
     stage = _stage(out.resolve())
     left = sum(map(_room, stage.iterdir())) if stage.is_dir() else 0
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_folder(out)).free
     if free + left < nbytes:
         raise OutputError(
             f"{out}: the merged model takes {nbytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free. "

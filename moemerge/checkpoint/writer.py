@@ -135,7 +135,8 @@ class ShardWriter:
             complete = self._missing[shard.name] == 0
             self._written += 0 if isinstance(piece.source, bytes) else piece.source.nbytes
             due = self._written >= FLUSH_BYTES
-            self._written *= not due
+            if due:
+                self._written = 0
         if complete or due:
             self._flushes.start(partial(self._flush, shard, complete=complete))
 

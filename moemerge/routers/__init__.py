@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.stored import float32_of, stored_bytes
 from moemerge.config import MergeConfig
 from moemerge.errors import RefusedError, RouterError
 from moemerge.formats.dense import DenseModel
@@ -16,7 +17,6 @@ from moemerge.routers.cheap_embed import cheap_embed_rows
 from moemerge.routers.random import DRAWN
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
 from moemerge.routers.rows import Rows, row_distances
-from moemerge.routers.stored import float32_of, stored_bytes
 
 __all__ = ["Routers", "check_base_bits", "init_routers"]
 

@@ -16,9 +16,9 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModel
 
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.stored import read_rows
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.request import RouterInputs, RouterRequest
-from moemerge.routers.stored import read_rows
 from moemerge.routers.weights import read_ahead, read_into
 
 TOKENS_PER_BATCH: Final = 1024

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.stored import read_rows
 from moemerge.config import Expert
 from moemerge.formats.dense import DenseModel
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.rows import Rows, contrast
-from moemerge.routers.stored import read_rows
 
 
 def cheap_embed_rows(

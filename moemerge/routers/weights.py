@@ -5,7 +5,7 @@ from typing import Final
 
 import torch
 
-from moemerge.checkpoint.convert import ended_inside
+from moemerge.checkpoint.convert import fill
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
 
@@ -42,11 +42,6 @@ def _chunks(tensor: StoredTensor) -> Iterator[memoryview]:
         left = tensor.nbytes
         while left:
             view = memoryview(buffer)[:left]
-            filled = 0
-            while filled < len(view):
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise ended_inside(tensor)
-                filled += count
+            fill(file, view, tensor)
             left -= len(view)
             yield view
