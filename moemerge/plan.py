@@ -16,11 +16,10 @@ from moemerge.formats.dense import DenseModel
 from moemerge.formats.family import MoeFamily
 from moemerge.sources import ModelFolder
 
-# Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, and what
-# torch, transformers, and the classes and threads of a pass add to it.
+# Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
+# torch with transformers, and what the classes and threads of a pass add to it.
 _PROGRAM_BYTES: Final = 70_000_000
-_TORCH_BYTES: Final = 190_000_000
-_TRANSFORMERS_BYTES: Final = 110_000_000
+_LIBRARIES_BYTES: Final = 300_000_000
 _PASS_BYTES: Final = 110_000_000
 # What loading a tokenizer takes for each byte of its tokenizer.json.
 _TOKENIZER_FACTOR: Final = 14
@@ -99,11 +98,9 @@ class MergePlan:
         tokenizer = self.base_folder / "tokenizer.json"
         tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
         imports_transformers = self.runs_base or (reads_prompts and not tokenizer_bytes)
-        casts = any(output.is_converted for output in self.outputs.values())
         return (
             _PROGRAM_BYTES
-            + _TORCH_BYTES * (casts or imports_transformers)
-            + _TRANSFORMERS_BYTES * imports_transformers
+            + _LIBRARIES_BYTES * imports_transformers
             + _TOKENIZER_FACTOR * tokenizer_bytes * reads_prompts
             + (_PASS_BYTES + layer + _STATES_BYTES * self.base.sizes["ffn"]) * self.runs_base
         )

@@ -1,24 +1,24 @@
-"""Tensor bytes that change on the way: another dtype, a scale, added noise. The only copy that needs torch."""
+"""Tensor bytes that change on the way: another dtype, a scale, added noise."""
 
-import math
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from io import FileIO
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moemerge.checkpoint.copy import Report, write_all
+from moemerge.checkpoint.floats import TYPES, Stored, is_finite, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError
 
-if TYPE_CHECKING:
-    import torch
-
-# Read and written at once. Larger chunks leave the processor's cache on the way; all buffers take 1 MiB.
+# Read and written at once. Larger chunks leave the processor's cache on the way; all buffers take some 1 MiB.
 CHUNK_ELEMENTS: Final = 2**17
-# Computed at once. More, and torch starts threads of its own beside each of ours, which fight for the same cores.
-# Sizes that are no multiple of 16 get other noise at their end if this is changed.
-BLOCK_ELEMENTS: Final = 2**15
+# Computed at once, in several passes over memory that stays in the cache.
+BLOCK_ELEMENTS: Final = 2**16
 
 
 def convert(
@@ -27,24 +27,19 @@ def convert(
 ) -> None:  # fmt: skip
     """Write `(tensor + noise_scale * N(0, 1)) * scale`, computed in float32, as `dtype` at the target's position.
 
-    The noise depends on the text `seed` alone, so that two runs agree; each output tensor needs its own.
-    Numbers are those of `Tensor.to`; which of its bit patterns a NaN gets is left open, as it is there.
+    The noise depends on the text `seed` and on numpy's generator alone, so that two runs agree; each output tensor
+    needs its own. Numbers are those of `torch.Tensor.to`; which of its bit patterns a NaN gets is left open.
 
     Raises:
         CheckpointError: the source ends too early, or a finite weight is infinite in `dtype`.
     """
-    import torch
-
-    source_dtype, target_dtype = getattr(torch, NAMED[tensor.dtype]), getattr(torch, NAMED[dtype])
-    convert_block = _arithmetic(tensor, dtype, scale, noise_scale, seed)
 
     def convert_chunks(chunks: int, elements: int) -> None:
-        stored, converted = torch.empty(elements, dtype=source_dtype), torch.empty(elements, dtype=target_dtype)
-        stored_bytes, converted_bytes = stored.view(torch.uint8).numpy().data, converted.view(torch.uint8).numpy().data
-        spare = torch.empty(2, min(elements, BLOCK_ELEMENTS))
-        # Views are made once: making them takes a third of the time of casting what they show.
+        stored, converted = np.empty(elements, TYPES[tensor.dtype]), np.empty(elements, TYPES[dtype])
+        stored_bytes, converted_bytes = stored.view(np.uint8).data, converted.view(np.uint8).data
+        spare = np.empty(min(elements, BLOCK_ELEMENTS), np.uint32)
         spans = [slice(start, start + BLOCK_ELEMENTS) for start in range(0, elements, BLOCK_ELEMENTS)]
-        blocks = [(stored[span], converted[span], *spare[:, : len(stored[span])]) for span in spans]
+        blocks = [(stored[span], converted[span], spare[: len(stored[span])]) for span in spans]
         for _ in range(chunks):
             fill(source, stored_bytes, tensor)
             for block in blocks:
@@ -53,11 +48,16 @@ def convert(
             report(len(converted_bytes))
 
     source.seek(tensor.start)
-    whole_chunks, rest = divmod(tensor.nbytes // source_dtype.itemsize, CHUNK_ELEMENTS)
-    if whole_chunks:
-        convert_chunks(whole_chunks, CHUNK_ELEMENTS)
-    if rest:
-        convert_chunks(1, rest)
+    whole_chunks, rest = divmod(tensor.nbytes // TYPES[tensor.dtype].itemsize, CHUNK_ELEMENTS)
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is looked for
+        if noise_scale == 0.0 and tensor.dtype != "F32":
+            convert_block = _by_table(tensor, dtype, scale)
+        else:
+            convert_block = _by_arithmetic(tensor, dtype, scale, noise_scale, seed)
+        if whole_chunks:
+            convert_chunks(whole_chunks, CHUNK_ELEMENTS)
+        if rest:
+            convert_chunks(1, rest)
 
 
 def ended_inside(tensor: StoredTensor) -> CheckpointError:
@@ -78,41 +78,67 @@ def fill(source: FileIO, view: memoryview, tensor: StoredTensor) -> None:
         view = view[count:]
 
 
-def _arithmetic(
-    tensor: StoredTensor, dtype: str, scale: float, noise_scale: float, seed: str
-) -> Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]:
-    """The function that converts one block into `result`; `floats` and `noise` are memory that it may use."""
-    import torch
+def _by_table(tensor: StoredTensor, dtype: str, scale: float) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
+    """The function that converts a block of 16-bit floats into `result`, by looking them up."""
+    floats, table = _tables(tensor.dtype, dtype, scale)
+    may_overflow = bool(_overflows(floats, table, dtype).any())
 
-    source_dtype, target_dtype = getattr(torch, NAMED[tensor.dtype]), getattr(torch, NAMED[dtype])
-    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    is_changed = scale != 1.0 or noise_scale != 0.0
-    may_overflow = is_changed or torch.finfo(source_dtype).max > torch.finfo(target_dtype).max
-    # From float16 to bfloat16 or back torch goes number by number. float32 holds both; by way of it is 4 times faster.
-    through_float32 = is_changed or torch.float32 not in {source_dtype, target_dtype}
-
-    def convert_block(values: torch.Tensor, result: torch.Tensor, floats: torch.Tensor, noise: torch.Tensor) -> None:
-        if through_float32:
-            values = floats.copy_(values)
-        if noise_scale != 0.0:
-            values += noise.normal_(generator=generator).mul_(noise_scale)
-        if scale != 1.0:
-            values *= scale
-        result.copy_(values)
-        if may_overflow:
-            low, high = torch.aminmax(result)  # both NaN where there is one
-            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-                _refuse_overflow(values, result, tensor, NAMED[dtype])
+    def convert_block(stored: Stored, result: Stored, spare: NDArray[np.uint32]) -> None:
+        bits = stored.view(np.uint16)
+        np.take(table, bits, out=result, mode="wrap")  # no index is out of range, and to make sure takes longer
+        if may_overflow and not is_finite(result, dtype, spare):
+            _refuse_overflow(floats[bits], table[bits], tensor, dtype)
 
     return convert_block
 
 
-def _refuse_overflow(values: "torch.Tensor", converted: "torch.Tensor", tensor: StoredTensor, dtype: str) -> None:
+@lru_cache(maxsize=4)
+def _tables(source: str, dtype: str, scale: float) -> tuple[NDArray[np.float32], Stored]:
+    """What each 16-bit float becomes, in float32 and as it is stored."""
+    floats, table = np.empty(2**16, np.float32), np.empty(2**16, TYPES[dtype])
+    widen(np.arange(2**16, dtype=np.uint16).view(TYPES[source]), source, floats)
+    floats *= np.float32(scale)
+    narrow(floats, dtype, table, np.empty(2**16, np.uint32))
+    return floats, table
+
+
+def _by_arithmetic(
+    tensor: StoredTensor, dtype: str, scale: float, noise_scale: float, seed: str
+) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
+    """The function that converts a block of numbers into `result`."""
+    generator = np.random.default_rng(zlib.crc32(seed.encode()))
+    floats, noise = np.empty((2, BLOCK_ELEMENTS), np.float32)
+
+    def convert_block(stored: Stored, result: Stored, spare: NDArray[np.uint32]) -> None:
+        values = floats[: len(stored)]
+        if tensor.dtype == "F32":
+            values = stored
+        else:
+            widen(stored, tensor.dtype, values)
+        if noise_scale != 0.0:
+            added = generator.standard_normal(out=noise[: len(stored)], dtype=np.float32)
+            added *= np.float32(noise_scale)
+            values += added
+        if scale != 1.0:
+            values *= np.float32(scale)
+        if not narrow(values, dtype, result, spare):
+            _refuse_overflow(values, result, tensor, dtype)
+
+    return convert_block
+
+
+def _refuse_overflow(values: NDArray[np.float32], converted: Stored, tensor: StoredTensor, dtype: str) -> None:
     """Raise if a finite number became infinite; the source's own infinities and NaNs may stay."""
-    lost = converted.isinf() & values.isfinite()
-    if bool(lost.any()):
-        largest = values[lost].abs().max().item()
+    lost = _overflows(values, converted, dtype)
+    if lost.any():
+        largest = np.abs(values[lost]).max()
         raise CheckpointError(
-            f"{tensor.path}: tensor {tensor.name!r} holds {largest:g}, which {dtype} cannot express. "
+            f"{tensor.path}: tensor {tensor.name!r} holds {largest:g}, which {NAMED[dtype]} cannot express. "
             "Set `dtype: bfloat16` or `dtype: float32` in the config."
         )
+
+
+def _overflows(values: NDArray[np.float32], converted: Stored, dtype: str) -> NDArray[np.bool_]:
+    kept = np.empty(len(converted), np.float32)
+    widen(converted, dtype, kept)
+    return np.isinf(kept) & np.isfinite(values)

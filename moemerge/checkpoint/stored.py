@@ -1,32 +1,31 @@
-"""Rows of matrices as they are stored, and as numpy's float32; numpy has no bfloat16, the upper half of a float32."""
+"""Rows of matrices as they are stored, and as numpy's float32."""
 
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import ended_inside
+from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import NAMED, STORED
 from moemerge.errors import CheckpointError
-
-_NUMPY: Final = {"float16": "<f2", "float32": "<f4"}
 
 
 def stored_bytes(numbers: NDArray[np.float32], dtype: str) -> bytes:
     """Numbers as they are stored, rounded to the nearest, ties to even."""
-    if dtype == "bfloat16":
-        bits = numbers.view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
-    return numbers.astype(_NUMPY[dtype]).tobytes()
+    numbers = numbers.ravel()
+    stored = np.empty(len(numbers), TYPES[STORED[dtype]])
+    narrow(numbers, STORED[dtype], stored, np.empty(len(numbers), np.uint32))
+    return stored.tobytes()
 
 
 def float32_of(data: bytes, dtype: str) -> NDArray[np.float32]:
     """Stored numbers, exactly."""
-    if dtype == "bfloat16":
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(data, _NUMPY[dtype]).astype(np.float32)
+    stored = np.frombuffer(data, TYPES[STORED[dtype]])
+    floats = np.empty(len(stored), np.float32)
+    widen(stored, STORED[dtype], floats)
+    return floats
 
 
 def read_rows(tensor: StoredTensor, rows: Sequence[int]) -> NDArray[np.float32]:

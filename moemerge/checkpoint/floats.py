@@ -1,0 +1,66 @@
+"""Floats as files store them, by numpy, which has no bfloat16: that is the upper half of a float32."""
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Stored = NDArray[Any]
+"""Stored floats: float16 and float32 as they are, bfloat16 as its bits."""
+
+TYPES: Final[dict[str, np.dtype[Any]]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+"""From the name in a safetensors header to numpy's type."""
+
+_BITS: Final[dict[int, np.dtype[Any]]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+# An infinity without its sign bit, shifted out to the left; NaNs are above it.
+_INFINITY: Final = {"F32": 0xFF000000, "F16": 0xF800, "BF16": 0xFF00}
+# Likewise the smallest float32 that is rounded to bfloat16's infinity, half a step above its largest number.
+_ROUNDED_TO_INFINITY: Final = 0xFEFF0000
+
+
+def widen(stored: Stored, dtype: str, floats: NDArray[np.float32]) -> None:
+    """Write stored numbers into `floats`, exactly."""
+    if dtype == "BF16":
+        bits = floats.view(np.uint32)
+        np.copyto(bits, stored)
+        np.left_shift(bits, 16, out=bits)
+    else:
+        np.copyto(floats, stored)
+
+
+def narrow(floats: NDArray[np.float32], dtype: str, stored: Stored, spare: NDArray[np.uint32]) -> bool:
+    """Write numbers into `stored`, rounded to the nearest, ties to even.
+
+    Args:
+        floats: the numbers.
+        dtype: how they are stored.
+        stored: as many.
+        spare: as many, to be overwritten.
+
+    Returns:
+        Whether all that was written is finite.
+    """
+    if dtype != "BF16":
+        np.copyto(stored, floats, casting="same_kind")
+        return is_finite(stored, dtype, spare)
+    bits = floats.view(np.uint32)
+    np.left_shift(bits, 1, out=spare)
+    finite = bool(spare.max(initial=0) < _ROUNDED_TO_INFINITY)
+    # Half a step more, less one bit where the result would be even, then the lower half falls.
+    np.right_shift(bits, 16, out=spare)
+    np.bitwise_and(spare, 1, out=spare)
+    np.add(spare, bits, out=spare)
+    np.add(spare, 0x7FFF, out=spare)
+    np.right_shift(spare, 16, out=spare)
+    np.copyto(stored, spare, casting="same_kind")
+    if not finite:  # a NaN may have been carried over into a number
+        stored[np.isnan(floats)] = 0x7FC0
+    return finite
+
+
+def is_finite(stored: Stored, dtype: str, spare: NDArray[np.uint32]) -> bool:
+    """Whether no stored number is infinite or NaN; `spare` has as many elements, to be overwritten."""
+    bits = stored.view(_BITS[stored.itemsize])
+    shifted = spare.view(bits.dtype)[: len(bits)]
+    np.left_shift(bits, 1, out=shifted)
+    return bool(shifted.max(initial=0) < _INFINITY[dtype])
