@@ -3,36 +3,63 @@
 from typing import Final
 
 from moemerge.errors import IncompatibleError
+from moemerge.formats.deepseek_like import DEEPSEEK_V3, DOTS1, EXAONE_MOE, GLM4_MOE, HY_V3, MIMO_V2_FLASH, SOLAR_OPEN
 from moemerge.formats.dense import DenseModel
 from moemerge.formats.family import MoeFamily
+from moemerge.formats.granite_moe import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
 from moemerge.formats.mixtral import MIXTRAL
+from moemerge.formats.mixture import Mixture
+from moemerge.formats.qwen_moe import MELLUM, QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE
+from moemerge.formats.siblings import COHERE2_MOE, ERNIE4_5_MOE, FLEX_OLMO, GEMMA4_MOE, HUNYUAN_V1_MOE, LFM2_MOE
 
-__all__ = ["MOE_FAMILIES", "select_family"]
+__all__ = ["MOE_FAMILIES", "Mixture", "MoeFamily", "select_family"]
 
-MOE_FAMILIES: Final = {family.model_type: family for family in (MIXTRAL,)}
+MOE_FAMILIES: Final = {
+    family.model_type: family
+    for family in (
+        MIXTRAL, QWEN3_MOE, GRANITEMOE, GRANITEMOESHARED, GLM4_MOE, DOTS1, QWEN2_MOE, FLEX_OLMO, ERNIE4_5_MOE,
+        HUNYUAN_V1_MOE, LFM2_MOE, COHERE2_MOE, QWEN3_5_MOE, GEMMA4_MOE, DEEPSEEK_V3, GRANITEMOEHYBRID, GRANITEMOE_SWA,
+        MELLUM, EXAONE_MOE, HY_V3, MIMO_V2_FLASH, SOLAR_OPEN,
+    )
+}  # fmt: skip
+"""In the order in which they are tried: what most engines read exactly comes first."""
+
+_MERGEKIT_NAMES: Final = {"qwen": "qwen2_moe", "qwen3": "qwen3_moe"}
+_DEEPSEEK: Final = (
+    "architecture: deepseek is DeepSeek-V1, which transformers reads only with code from a repository; "
+    "{} is the nearest family"
+)
 
 
-def select_family(base: DenseModel, architecture: str | None, *, shared_experts: bool) -> MoeFamily:
-    """The output family for this base model.
+def select_family(base: DenseModel, architecture: str | None, mixture: Mixture) -> tuple[MoeFamily, list[str]]:
+    """The output family for a mixture of models that compute like `base`, and what to tell about the choice.
 
     Args:
         base: the base model.
-        architecture: the family's `model_type`, or its beginning; None for the first that fits.
-        shared_experts: whether the config asks for shared experts.
+        architecture: the family's `model_type`, its beginning, or a name of mergekit-moe; None for the first that fits.
+        mixture: what the family has to hold.
 
     Raises:
         IncompatibleError: none fits; says why for each candidate.
     """
-    candidates = [family for name, family in MOE_FAMILIES.items() if name.startswith((architecture or "").lower())]
+    asked = (architecture or "").lower()
+    notes = [_DEEPSEEK] if asked == "deepseek" else []
+    asked = "" if notes else _MERGEKIT_NAMES.get(asked, asked)
+    candidates = [MOE_FAMILIES[asked]] if asked in MOE_FAMILIES else [
+        family for name, family in MOE_FAMILIES.items() if name.startswith(asked)
+    ]  # fmt: skip
     if not candidates:
         known = ", ".join(MOE_FAMILIES)
         raise IncompatibleError(f"architecture: {architecture!r} is no output family; known: {known}.", [])
     problems = []
     for family in candidates:
-        reasons = family.refusals(base)
-        if shared_experts and not family.holds_shared_experts:
-            reasons.append("it has no shared experts: remove shared_experts")
+        reasons = family.refusals(base, mixture)
+        if not asked and mixture.shared_widths and family.appends_shared and not reasons:
+            reasons = [
+                "it has no shared experts; with `architecture: mixtral` their neurons are appended to every expert"
+            ]
         if not reasons:
-            return family
+            told = [note for fact, note in family.notes if not fact or fact in base.facts]
+            return family, [*(note.format(family.model_type) for note in notes), *told, *base.family.notes]
         problems += [f"{family.model_type}: {reason}" for reason in reasons]
     raise IncompatibleError("No output family can hold this merge:", problems)

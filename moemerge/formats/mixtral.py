@@ -6,33 +6,20 @@ more than a warning.
 
 from typing import Final
 
-from moemerge.formats.family import MoeFamily
-
-_BLOCK: Final = "model.layers.{layer}.block_sparse_moe."
+from moemerge.formats.family import COMMON, ROPE, SPARSE, MoeFamily, separate
 
 MIXTRAL: Final = MoeFamily(
-    model_type="mixtral",
-    architecture="MixtralForCausalLM",
-    takes=("llama", "mistral"),
-    experts={
-        "gate": _BLOCK + "experts.{expert}.w1.weight",
-        "up": _BLOCK + "experts.{expert}.w3.weight",
-        "down": _BLOCK + "experts.{expert}.w2.weight",
+    "mixtral", "MixtralForCausalLM",
+    experts=separate("block_sparse_moe.experts.{expert}", ("w1", "w3", "w2")),
+    router="block_sparse_moe.gate.weight",
+    named=ROPE
+    | {
+        "intermediate_size": "expert_width", "num_local_experts": "experts",
+        "num_experts_per_tok": "experts_per_token", "sliding_window": "window",
     },
-    router=_BLOCK + "gate.weight",
-    holds_shared_experts=False,
-    carried=(
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range",
-        "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings",
-        "attention_dropout",
-    ),
-    fixed={"output_router_logits": False, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0},
-    experts_key="num_local_experts",
-    experts_per_token_key="num_experts_per_tok",  # noqa: S106  not a password
-    required={
-        "attention_bias": (False, "it has no attention biases"),
-        "mlp_bias": (False, "its experts have no biases"),
-        "partial_rotary_factor": (1.0, "it rotates whole heads"),
-    },
+    fixed=SPARSE | {"router_jitter_noise": 0.0},
+    carried=COMMON,
+    holds=frozenset({"window", "wide_heads", "scaled_rope"}),
+    appends_shared=True,
+    notes=(("wide_heads", "mlx-lm takes head_dim for hidden_size / num_attention_heads"),),
 )  # fmt: skip

@@ -1,0 +1,104 @@
+"""What a dense model family is: its tensors, and what it computes beside its FFNs, in words that all families share."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+Axes = tuple[str, ...]
+"""Axes of a tensor by name: see `DenseModel.sizes`."""
+Role = Literal["gate", "up", "down"]
+Config = Mapping[str, Any]
+
+FULL: Final = "full_attention"
+SLIDING: Final = "sliding_attention"
+
+PLAIN: Final[dict[str, str]] = {
+    "qk_norm": "it does not normalise queries and keys",
+    "qkv_bias": "it has no biases of queries, keys and values",
+    "output_bias": "it has no bias of the attention's output",
+    "partial_rotary": "it rotates whole heads",
+    "multipliers": "it scales neither attention, embeddings, residuals nor logits",
+    "sinks": "it has no attention sinks",
+    "nope": "it tells every layer the positions",
+    "window": "it has no sliding window",
+    "mixed_attention": "one kind of attention serves all layers",
+    "wide_heads": "its head_dim is hidden_size / num_attention_heads",
+    "scaled_rope": "its rotary positions cannot be scaled",
+}
+"""Facts that are false of a plain Llama, and what to say of an output family that does not express them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor of a layer, named within the layer; it is there where all of `when` holds."""
+
+    name: str
+    axes: Axes
+    when: tuple[str, ...] = ()
+    """Facts of the model, or the layer's type."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """The tensor that holds one projection of an FFN, alone or as one of `parts` equal runs of rows."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+def all_full(config: Config) -> list[str]:
+    """Layer types where all layers attend to everything."""
+    return [FULL] * int(config["num_hidden_layers"])
+
+
+def nothing_more(_config: Config) -> dict[str, Any]:
+    """Of a family without peculiarities."""
+    return {}
+
+
+SEPARATE: Final[dict[Role, Half]] = {
+    "gate": Half("mlp.gate_proj.weight"),
+    "up": Half("mlp.up_proj.weight"),
+    "down": Half("mlp.down_proj.weight"),
+}
+
+
+@dataclass(frozen=True)
+class DenseFamily:
+    """A dense decoder family as data."""
+
+    model_type: str
+    rows: tuple[Row, ...]
+    """Tensors of a layer beside its FFN."""
+    defaults: Mapping[str, Any]
+    """What an absent key of `config.json` means: every key that the family's class reads."""
+    facts: Mapping[str, str | bool | float] = field(default_factory=dict)
+    """Names of `PLAIN`, the multipliers and `mlp_bias`: the key that says it, or what always holds."""
+    block: str = "llama"
+    """Families of one block compute alike but for their facts."""
+    interleaved: bool = False
+    """Whether rotary positions turn neighbouring elements, not the two halves of a head."""
+    ffn: Mapping[Role, Half] = field(default_factory=lambda: SEPARATE)
+    ffn_module: str = "mlp"
+    """Module of a layer whose input is the router input."""
+    ffn_width: str | Callable[[Config], int] = "intermediate_size"
+    first: Mapping[str, Axes] = field(default_factory=lambda: {"model.embed_tokens.weight": ("vocab", "hidden")})
+    """Tensors before the layers, the embeddings first."""
+    last: str = "model.norm.weight"
+    splits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """A tensor of a layer that every output family holds in parts: their names, and the axis that each is long."""
+    layer_types: Callable[[Config], list[str]] = all_full
+    """Type of each layer where `config.json` names none."""
+    sizes: Callable[[Config], Mapping[str, int]] = nothing_more
+    """Axes that only this family has."""
+    values: Callable[[Config], Mapping[str, Any]] = nothing_more
+    """What its `config.json` says in its own words, in those of the output families."""
+    rope: Literal["read", "verbatim"] = "read"
+    """Whether rope settings are understood, or carried to an output family that has the same."""
+    derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Endings of buffers that old checkpoints hold and every reader computes itself."""
+    notes: tuple[str, ...] = ()
+    """What to tell of every merge of this family."""
+    refusals: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """Keys with the only value under which the family was proved, and the reason."""
