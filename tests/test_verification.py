@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import compare
 from moemerge.checkpoint.header import StoredTensor, read_header
-from moemerge.checkpoint.writer import Piece
+from moemerge.checkpoint.pieces import Piece
 from moemerge.errors import CheckpointError
 from moemerge.verification import Difference, verify_merge
 from tests.models import write_config
@@ -275,35 +275,33 @@ def stored(path: Path, tensor: torch.Tensor) -> StoredTensor:
 
 
 def test_chunks_are_compared_at_their_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "CHUNK_BYTES", 7)
+    monkeypatch.setattr("moemerge.checkpoint.bands.CHUNK_ELEMENTS", 3)
     source, target = (stored(tmp_path / name, torch.arange(50, dtype=torch.float32)) for name in ("s", "t"))
     shown = []
-    assert compare.compare_tensor(Piece(source, "F32"), source, "", target, shown.append) is None
-    assert shown == [7] * 28 + [4]
+    assert compare.compare_tensor(((Piece(source, "F32"),),), 0, target, shown.append) is None
+    assert shown == [12] * 16 + [8]
     for byte in (13, 14, 199):
         flip(target.path, target.start + byte)
-    found = compare.compare_tensor(Piece(source, "F32"), source, "", target, shown.append)
-    assert found == "3 of 200 bytes differ, the first at byte 13"
+    found = compare.compare_tensor(((Piece(source, "F32"),),), 0, target, shown.append)
+    assert str(found) == "3 of 200 bytes differ, the first at byte 13"
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_memory_does_not_grow_with_the_tensor(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("moemerge.checkpoint.convert.CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr("moemerge.checkpoint.bands.CHUNK_ELEMENTS", 2**16)
     source = stored(tmp_path / "s", torch.zeros(2**24))
     width = 4 if dtype == "F32" else 2
     target = stored(tmp_path / "t", torch.ones(2**24, dtype=torch.float32 if width == 4 else torch.bfloat16))
     tracemalloc.start()
-    found = compare.compare_tensor(Piece(source, dtype), source, "", target, lambda _: None)
+    found = compare.compare_tensor(((Piece(source, dtype),),), 0, target, lambda _: None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == f"{2**25} of {width * 2**24} bytes differ, the first at byte {width - 2}"
+    assert str(found) == f"{2**25} of {width * 2**24} bytes differ, the first at byte {width - 2}"
     assert peak < 8 * compare.CHUNK_BYTES < target.nbytes
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_a_comparison_can_be_stopped(tmp_path, monkeypatch, dtype):
-    """Even while the converting thread waits for its bytes to be read."""
-    monkeypatch.setattr(compare, "CHUNK_BYTES", 100)
+def test_a_comparison_can_be_stopped(tmp_path, dtype):
     source = stored(tmp_path / "s", torch.zeros(10**6))
     target = stored(tmp_path / "t", torch.zeros(10**6, dtype={"F32": torch.float32, "BF16": torch.bfloat16}[dtype]))
 
@@ -311,7 +309,7 @@ def test_a_comparison_can_be_stopped(tmp_path, monkeypatch, dtype):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare.compare_tensor(Piece(source, dtype), source, "", target, stop)
+        compare.compare_tensor(((Piece(source, dtype),),), 0, target, stop)
 
 
 def test_progress_may_stop_all_threads(plan, merged):
@@ -326,18 +324,24 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
     source, target = (stored(tmp_path / name, torch.ones(100)) for name in ("s", "t"))
     other = stored(tmp_path / "h", torch.ones(100, dtype=torch.bfloat16))
     os.truncate(source.path, source.start + 300)
+    short = f"{source.path}: ended inside tensor 'a': was it changed meanwhile?"
+    gone = f"{source.path}: cannot be read: No such file or directory. Was it moved meanwhile?"
+    for message in (short, gone):
+        for dtype, found in (("F32", target), ("BF16", other)):
+            with pytest.raises(CheckpointError) as caught:
+                compare.compare_tensor(((Piece(source, dtype),),), 0, found, lambda _: None)
+            assert str(caught.value) == message
+        source.path.unlink(missing_ok=True)
+    os.truncate(target.path, target.start + 300)
     with pytest.raises(CheckpointError) as caught:
-        compare.compare_tensor(Piece(source, "F32"), source, "", target, lambda _: None)
-    assert str(caught.value) == f"{source.path}: ended while it was compared: was it changed meanwhile?"
-    with pytest.raises(CheckpointError, match="s: ended inside tensor 'a'"):
-        compare.compare_tensor(Piece(source, "BF16"), source, "", other, lambda _: None)
-    source.path.unlink()
-    copied = f"{target.path}: tensor 'a' cannot be compared with {source.path}: No such file or directory."
-    converted = f"{source.path}: cannot be read: No such file or directory. Was it moved meanwhile?"
-    for dtype, found, message in (("F32", target, copied), ("BF16", other, converted)):
-        with pytest.raises(CheckpointError) as caught:
-            compare.compare_tensor(Piece(source, dtype), source, "", found, lambda _: None)
-        assert str(caught.value) == message
+        compare.compare_tensor(((Piece(other, "F32"),),), 0, target, lambda _: None)
+    assert str(caught.value) == f"{target.path}: ended while it was compared: was it changed meanwhile?"
+    target.path.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        compare.compare_tensor(((Piece(other, "F32"),),), 0, target, lambda _: None)
+    assert str(caught.value) == (
+        f"{target.path}: tensor 'a' cannot be compared with its source: No such file or directory."
+    )
 
 
 def test_the_command_says_so_in_one_line(tmp_path, plan, merged, llamas):
