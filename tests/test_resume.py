@@ -147,10 +147,10 @@ def test_whatever_stops_a_merge_its_complete_shards_are_flushed_and_kept(tmp_pat
         error = CheckpointError if way == "copy fails" else KeyboardInterrupt
         write = writer._write_band
 
-        def stop(piece, path, start, *rest, **keys):
+        def stop(band, seeds, path, start, *rest, **keys):
             if path.name == last.name and start == last.starts[name]:
                 raise error("cut off")
-            write(piece, path, start, *rest, **keys)
+            write(band, seeds, path, start, *rest, **keys)
 
         monkeypatch.setattr(writer, "_write_band", stop)
     with pytest.raises(error, match="cut off"):

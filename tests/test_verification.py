@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import compare
 from moemerge.checkpoint.header import StoredTensor, read_header
-from moemerge.checkpoint.pieces import Piece
+from moemerge.checkpoint.pieces import Fill, Piece
+from moemerge.cli.render import plan_facts
 from moemerge.errors import CheckpointError
 from moemerge.verification import Difference, verify_merge
 from tests.models import write_config
@@ -157,6 +159,89 @@ def test_one_changed_byte_of_a_converted_tensor_is_found(tmp_path, llamas):
             "1 of 64 bytes differ, the first at byte 63",
         ),
     )
+
+
+@pytest.fixture
+def pieced(plan) -> MergePlan:
+    """A merge with tensors of several pieces: shapes as before, so that index and headers stay as planned."""
+
+    def of(expert: int, role: str) -> StoredTensor:
+        return read_header(plan.sources[expert].folder / WEIGHTS)[f"{DENSE}{role}_proj.weight"]
+
+    zeros = Piece(Fill(0.0, (32, 16)), "F32")
+    # The first bytes of a down projection, as 32 rows of 16.
+    down = replace(of(1, "down"), shape=(96, 16)).rows(0, 32)
+    noisy = Piece(down, "F32", noise_scale=0.5)
+    query = plan.base_tensors["model.layers.1.self_attn.q_proj.weight"]
+    changed = {
+        f"{BLOCK}experts.0.w1.weight": (
+            (Piece(of(1, "gate").rows(0, 24), "F32"),),
+            (Piece(of(2, "up").rows(24, 24), "F32"),),
+        ),
+        f"{BLOCK}experts.0.w2.weight": ((zeros, noisy, noisy),),
+        "model.layers.1.self_attn.q_proj.weight": ((Piece(query, "F32", head_rows=8),),),
+    }
+    outputs = {
+        name: replace(output, origin=changed[name]) if name in changed else output
+        for name, output in plan.outputs.items()
+    }
+    return replace(plan, outputs=outputs)
+
+
+def test_tensors_of_several_pieces_are_compared_piece_by_piece(tmp_path, pieced):
+    merge(pieced, tmp_path / "out", seed=5)
+    found = verify_merge(pieced, tmp_path / "out", seed=5)
+    assert (found.copied, found.converted, found.differences) == (46, 2, ())
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    down = stored[f"{BLOCK}experts.0.w2.weight"]
+    assert not down[:, :16].any()
+    assert not torch.equal(down[:, 16:32], down[:, 32:])  # one source, but each piece has noise of its own
+
+    header = read_header(tmp_path / "out" / WEIGHTS)
+    source = pieced.sources[1].folder / WEIGHTS
+    up = pieced.sources[2].folder / WEIGHTS
+    base = pieced.base_folder / WEIGHTS
+    for name, byte, expected in (
+        (f"{BLOCK}experts.0.w1.weight", 48 * 32 * 4 - 1, f"piece 1 of 2: {DENSE}up_proj.weight of {up}"),
+        (f"{BLOCK}experts.0.w2.weight", 48 * 4 * 7, "piece 0 of 3: the number 0"),
+        (
+            f"{BLOCK}experts.0.w2.weight",
+            48 * 4 * 8 - 1,
+            f"piece 2 of 3: {DENSE}down_proj.weight of {source}, with noise of 0.5 and seed 5",
+        ),
+        (
+            "model.layers.1.self_attn.q_proj.weight",
+            77,
+            f"model.layers.1.self_attn.q_proj.weight of {base}, even rows of 8 before odd ones",
+        ),
+    ):
+        flip(tmp_path / "out" / WEIGHTS, header[name].start + byte)
+        assert differences(pieced, tmp_path / "out", seed=5) == [
+            Difference(name, expected, f"1 of {header[name].nbytes} bytes differ, the first at byte {byte}")
+        ]
+        flip(tmp_path / "out" / WEIGHTS, header[name].start + byte)
+
+
+def test_a_plan_names_all_sources_of_a_tensor(pieced, plan):
+    places = {tensor["name"]: tensor for tensor in plan_facts(pieced)["tensors"]}
+    assert places[f"{BLOCK}experts.0.w2.weight"]["bands"] == [
+        [{"shape": [32, 16], "from": "constant", "value": 0.0}]
+        + [
+            {
+                "shape": [32, 16],
+                "from": str(pieced.sources[1].folder / WEIGHTS),
+                "tensor": f"{DENSE}down_proj.weight",
+                "dtype": "F32",
+                "unchanged": False,
+            }
+        ]
+        * 2
+    ]
+    one, other = (made.fingerprint(0)["sources"] for made in (pieced, plan))
+    assert one.keys() == other.keys()
+    changed = {Path(path) for path in one if one[path] != other[path]}
+    # The base's query is read as before, in another order.
+    assert changed == {pieced.sources[number].folder / WEIGHTS for number in (1, 2)}
 
 
 def test_swapped_experts_are_found(plan, out):
