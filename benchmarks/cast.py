@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moemerge.checkpoint.convert import convert
+from moemerge.checkpoint.convert import CHUNK_ELEMENTS, convert
 from moemerge.checkpoint.copy import copy_range, write_all
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.writer import CHUNK_BYTES
@@ -29,7 +29,8 @@ BINARY = getattr(os, "O_BINARY", 0)
 
 def cast(tensor: StoredTensor, target: int) -> None:
     with tensor.path.open("rb", buffering=0) as source:
-        convert(source, tensor, target, "BF16", lambda _: None)
+        for chunk in convert(source, tensor, "BF16", CHUNK_ELEMENTS):
+            write_all(target, chunk)
 
 
 def copy(tensor: StoredTensor, target: int) -> None:

@@ -4,7 +4,8 @@
 
 The file holds `files` (shard name to bytes), `ranges` (source path, source offset, shard, shard offset, bytes) and
 `input_bytes`, all that the merge reads. Headers of shards are written to a file beside it, and copied from there.
-Routers are left out. Of a tensor that the merge converts, as many bytes are copied as the merge writes.
+Routers and constants are left out. Pieces that lie side by side are copied one behind the other; of a tensor that the
+merge converts, as many bytes are copied as the merge writes.
 """
 
 import argparse
@@ -14,8 +15,6 @@ from pathlib import Path
 from moemerge import load_config, plan_merge
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.shards import parse_size
-from moemerge.checkpoint.writer import Piece
-from moemerge.dtypes import bytes_of
 
 
 def main() -> None:
@@ -30,14 +29,15 @@ def main() -> None:
     for shard in plan.shards:
         ranges.append((str(headers), header_start, shard.name, 0, len(shard.header)))
         header_start += len(shard.header)
-        for name, start in shard.starts.items():
-            origin = plan.outputs[name].origin
-            if isinstance(origin, Piece) and isinstance(origin.source, StoredTensor):
-                nbytes = bytes_of(origin.dtype, origin.source.shape)
-                assert nbytes is not None
-                assert nbytes <= origin.source.nbytes
-                ranges.append((str(origin.source.path), origin.source.start, shard.name, start, nbytes))
-                input_bytes += origin.source.nbytes
+        for name, place in shard.starts.items():
+            start = place
+            for piece in plan.outputs[name].pieces:
+                source = piece.source
+                if isinstance(source, StoredTensor):
+                    assert piece.nbytes <= source.nbytes
+                    ranges.append((str(source.path), source.start, shard.name, start, piece.nbytes))
+                    input_bytes += source.nbytes
+                start += piece.nbytes
     headers.write_bytes(b"".join(shard.header for shard in plan.shards))
     files = {shard.name: shard.nbytes for shard in plan.shards}
     options.ranges.write_text(json.dumps({"files": files, "ranges": ranges, "input_bytes": input_bytes}))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.card import write_card
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
+from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.staging import check_space, journal_of, staged
-from moemerge.checkpoint.writer import Piece, ShardWriter
+from moemerge.checkpoint.writer import ShardWriter
 from moemerge.dtypes import STORED
 from moemerge.plan import MergePlan
 from moemerge.routers import check_base_bits, init_routers
@@ -88,7 +89,7 @@ def merge(
             reserve=not plan.shared_bytes,
             low_memory=low_memory,
         ) as writer:
-            writer.add({name: o.origin for name, o in plan.outputs.items() if isinstance(o.origin, Piece)})
+            writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, int)})
 
             def layer_done(done: int, total: int) -> None:
                 writer.check()
@@ -100,7 +101,7 @@ def merge(
                 progress=layer_done,
             )  # fmt: skip
             writer.add({
-                name: Piece(routers.layers[o.origin], STORED[plan.dtype])
+                name: ((Piece(routers.layers[o.origin], STORED[plan.dtype]),),)
                 for name, o in plan.outputs.items()
                 if isinstance(o.origin, int)
             })  # fmt: skip

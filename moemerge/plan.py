@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import build_index
+from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
-from moemerge.checkpoint.writer import Piece
 from moemerge.config import MergeConfig
 from moemerge.formats.dense import DenseModel
 from moemerge.formats.family import MoeFamily
@@ -32,15 +32,28 @@ class Output:
     """A tensor of the merged model: a shared or expert tensor with its source, or the router of a layer."""
 
     shape: tuple[int, ...]
-    origin: Piece | int
-    """Where the bytes come from; of a router, which is computed later, the layer."""
+    origin: tuple[Band, ...] | int
+    """The pieces that it is made of; of a router, which is computed later, the layer."""
     expert: int | None = None
     """The expert whose FFN it is part of."""
 
     @property
+    def pieces(self) -> list[Piece]:
+        """What it is made of; nothing yet where it is a router."""
+        return [] if isinstance(self.origin, int) else [piece for band in self.origin for piece in band]
+
+    @property
     def is_converted(self) -> bool:
-        """Whether its bytes are computed from its source's, not copied."""
-        return isinstance(self.origin, Piece) and not self.origin.is_unchanged
+        """Whether any of its bytes are computed, or in another order than in the source."""
+        return any(not piece.is_unchanged for piece in self.pieces)
+
+    @property
+    def copied_from(self) -> StoredTensor | None:
+        """The one source whose bytes it holds as they are; None where it is made in another way."""
+        match self.pieces:
+            case [Piece(source=StoredTensor() as source, is_unchanged=True)]:
+                return source
+        return None
 
 
 @dataclass(frozen=True)
@@ -115,8 +128,9 @@ class MergePlan:
         """What decides every byte of `shards_without_routers`; a resumed merge keeps them only where it is the same."""
         used: dict[Path, list[StoredTensor]] = {}
         for output in self.outputs.values():
-            if isinstance(output.origin, Piece) and isinstance(output.origin.source, StoredTensor):
-                used.setdefault(output.origin.source.path, []).append(output.origin.source)
+            for piece in output.pieces:
+                if isinstance(piece.source, StoredTensor):
+                    used.setdefault(piece.source.path, []).append(piece.source)
         headers = b"".join(shard.header for shard in self.shards)
         return {
             "moemerge": version("moemerge"),

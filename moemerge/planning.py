@@ -8,8 +8,8 @@ from typing import Final
 
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
-from moemerge.checkpoint.writer import Piece
 from moemerge.compatibility import check_base, check_configs, check_expert
 from moemerge.config import Expert, MergeConfig
 from moemerge.dtypes import NAMED, STORED, bytes_of
@@ -89,7 +89,7 @@ def plan_merge(
             "chosen goes unnoticed; --routing-table has it read them"
         )
     outputs = _outputs(base, family, base_tensors, experts, STORED[dtype])
-    if dtype == "float16" and any(output.is_converted for output in outputs.values()):
+    if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
         notes.append(
             "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
         )
@@ -166,7 +166,7 @@ def _outputs(
     dtype: str,
 ) -> dict[str, Output]:
     def shared(name: str) -> Output:
-        return Output(base_tensors[name].shape, Piece(base_tensors[name], dtype))
+        return Output(base_tensors[name].shape, ((Piece(base_tensors[name], dtype),),))
 
     outputs = {}
     *first, last = base.family.outside  # embeddings lead, the final norm follows the layers
@@ -180,7 +180,7 @@ def _outputs(
                 source = tensors[base.family.ffn[role][0].format(layer=layer)]
                 scale = expert.residual_scale if role == "down" and expert.residual_scale is not None else 1.0
                 piece = Piece(source, dtype, scale, expert.noise_scale or 0.0)
-                outputs[template.format(layer=layer, expert=number)] = Output(source.shape, piece, number)
+                outputs[template.format(layer=layer, expert=number)] = Output(source.shape, ((piece,),), number)
     outputs[last] = shared(last)
     if base.family.head in base_tensors:
         outputs[base.family.head] = shared(base.family.head)
@@ -194,12 +194,7 @@ def _layout(
     outputs: dict[str, Output], specs: list[TensorSpec], max_shard_bytes: int, target: Path | None
 ) -> tuple[list[Shard], int]:
     """The shards, and how many of their bytes are shared with the sources."""
-    copied = {
-        name: output.origin.source
-        for name, output in outputs.items()
-        if isinstance(output.origin, Piece) and output.origin.is_unchanged
-        if isinstance(output.origin.source, StoredTensor)
-    }
+    copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
     paths = {tensor.path for tensor in copied.values()}
     if target is None or not paths or not all(shares_extents(path, target) for path in paths):
         return layout_shards(specs, max_shard_bytes), 0

@@ -12,7 +12,7 @@ from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
 from moemerge.checkpoint.jobs import Jobs
-from moemerge.checkpoint.writer import Piece, noise_seed
+from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.dtypes import STORED
 from moemerge.errors import CheckpointError, SourceError
 from moemerge.plan import MergePlan, Output
@@ -40,7 +40,7 @@ class Verification:
     """Tensors whose bytes are their source's."""
     copied_bytes: int
     converted: int
-    """Tensors whose bytes are those that were computed again from their source."""
+    """Tensors whose bytes are those that were computed again from their source, or constant."""
     converted_bytes: int
     routers: int
     """With the planned shape and dtype, and finite; their values are not computed again."""
@@ -176,17 +176,24 @@ def _compare_entries(expected: dict[str, str], found: dict[str, str]) -> list[Di
 
 
 def _compare_output(output: Output, found: StoredTensor, seed: int, report: Report) -> Difference | None:
-    piece = output.origin
-    if isinstance(piece, int) or isinstance(piece.source, bytes):
+    if isinstance(output.origin, int):
         count = count_not_finite(found, report)
         return Difference(found.name, "finite values", f"{count} that are not") if count else None
-    difference = compare_tensor(piece, piece.source, noise_seed(seed, found.name), found, report)
-    return Difference(found.name, _describe(piece, piece.source, seed), difference) if difference else None
+    unequal = compare_tensor(output.origin, seed, found, report)
+    if not unequal:
+        return None
+    number, piece = piece_at(output.origin, unequal.first)
+    place = f"piece {number} of {len(output.pieces)}: " if len(output.pieces) > 1 else ""
+    return Difference(found.name, place + _describe(piece, seed), str(unequal))
 
 
-def _describe(piece: Piece, source: StoredTensor, seed: int) -> str:
-    """Where the bytes of a tensor should come from, and how they change on the way."""
+def _describe(piece: Piece, seed: int) -> str:
+    """Where the bytes of a piece should come from, and how they change on the way."""
+    source = piece.source
+    if not isinstance(source, StoredTensor):
+        return f"the number {source.value:g}" if isinstance(source, Fill) else "bytes of the plan"
     changes = [f"as {piece.dtype}"] if piece.dtype != source.dtype else []
     changes += [f"with noise of {piece.noise_scale:g} and seed {seed}"] if piece.noise_scale != 0.0 else []
     changes += [f"times {piece.scale:g}"] if piece.scale != 1.0 else []
+    changes += [f"even rows of {piece.head_rows} before odd ones"] if piece.head_rows else []
     return ", ".join([f"{source.name} of {source.path}", *changes])

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from moemerge.checkpoint import copy, staging, writer
 from moemerge.checkpoint.header import StoredTensor, build_header, read_header
 from moemerge.checkpoint.index import model_files, read_tensors, read_weight_map
+from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import TensorSpec, layout_shards, parse_size
 from moemerge.checkpoint.staging import check_space, check_target, staged
-from moemerge.checkpoint.writer import Piece, ShardWriter
+from moemerge.checkpoint.writer import ShardWriter
 from moemerge.errors import CheckpointError, OutputError, RefusedError
 from moemerge.sources.local import resolve_file
 from moemerge.sources.pickles import read_pickle
@@ -269,7 +270,7 @@ def write(
         for name, piece in pieces.items()
     ]
     with ShardWriter(folder, layout_shards(tensors, 10**9), report, **keys) as shards:
-        shards.add(pieces)
+        shards.add({name: ((piece,),) for name, piece in pieces.items()})
     return load_file(folder / "model.safetensors")
 
 
@@ -347,7 +348,7 @@ def test_a_full_disk_is_said_so(tmp_path, monkeypatch):
 
 
 def test_conversion_in_chunks_equals_conversion_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("moemerge.checkpoint.convert.CHUNK_ELEMENTS", 7)
+    monkeypatch.setattr("moemerge.checkpoint.bands.CHUNK_ELEMENTS", 7)
     source = torch.randn(50, dtype=torch.float32)
     save_file({"a": source}, tmp_path / "s.safetensors")
     tensor = read_header(tmp_path / "s.safetensors")["a"]

@@ -30,17 +30,18 @@ class ShortReads(FileIO):
         return super().readinto(view[: max(1, len(view) // 2)])
 
 
-def converted(folder: Path, values: torch.Tensor, dtype: str, opened=FileIO, **options) -> torch.Tensor:
-    source, target = folder / "source", folder / "target"
+def converted(
+    folder: Path, values: torch.Tensor, dtype: str, opened=FileIO, chunk=CHUNK_ELEMENTS, **options
+) -> torch.Tensor:
+    source = folder / "source"
     source.write_bytes(SKIPPED + values.view(torch.uint8).numpy().tobytes())
     stored = next(name for name, other in DTYPES.items() if other == values.dtype)
     tensor = StoredTensor("a", source, stored, tuple(values.shape), len(SKIPPED), values.nbytes)
-    done = []
-    with opened(source) as file, target.open("wb", buffering=0) as out:
-        out.seek(3)
-        convert(file, tensor, out.fileno(), dtype, done.append, **options)
-    data = target.read_bytes()[3:]
-    assert sum(done) == len(data)
+    with opened(source) as file:
+        file.seek(tensor.start)
+        chunks = [bytes(data) for data in convert(file, tensor, dtype, chunk, **options)]
+    assert {len(data) // DTYPES[dtype].itemsize for data in chunks[:-1]} <= {chunk}
+    data = b"".join(chunks)
     return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]) if data else torch.empty(0, dtype=DTYPES[dtype])
 
 
@@ -80,12 +81,11 @@ def test_every_kind_of_number_is_cast_as_at_once(tmp_path, source, target):
 
 @pytest.mark.parametrize(("chunk", "block"), [(7, 7), (64, 16), (50, 16), (CHUNK_ELEMENTS, BLOCK_ELEMENTS)])
 def test_sizes_of_chunks_do_not_matter(tmp_path, monkeypatch, chunk, block):
-    monkeypatch.setattr("moemerge.checkpoint.convert.CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr("moemerge.checkpoint.convert.BLOCK_ELEMENTS", block)
     for size in (0, 1, 6, 7, 8, 49, 50, 51, 200):
         values = normal(size)
-        assert same(converted(tmp_path, values, "BF16"), values.bfloat16())
-        assert same(converted(tmp_path, values, "F16", scale=0.3), (values * 0.3).half())
+        assert same(converted(tmp_path, values, "BF16", chunk=chunk), values.bfloat16())
+        assert same(converted(tmp_path, values, "F16", chunk=chunk, scale=0.3), (values * 0.3).half())
 
 
 def test_short_reads_are_completed(tmp_path):

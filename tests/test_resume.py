@@ -145,14 +145,14 @@ def test_whatever_stops_a_merge_its_complete_shards_are_flushed_and_kept(tmp_pat
         error: type[BaseException] = RouterError
     else:
         error = CheckpointError if way == "copy fails" else KeyboardInterrupt
-        write = writer._write_piece
+        write = writer._write_band
 
-        def stop(piece, path, start, *rest, **keys):
+        def stop(band, seeds, path, start, *rest, **keys):
             if path.name == last.name and start == last.starts[name]:
                 raise error("cut off")
-            write(piece, path, start, *rest, **keys)
+            write(band, seeds, path, start, *rest, **keys)
 
-        monkeypatch.setattr(writer, "_write_piece", stop)
+        monkeypatch.setattr(writer, "_write_band", stop)
     with pytest.raises(error, match="cut off"):
         merge(plan, out)
     monkeypatch.undo()
@@ -168,9 +168,9 @@ def test_a_failing_flush_stops_the_copies(tmp_path, models, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(writer, "flush", full)
-    write, written = writer._write_piece, []
+    write, written = writer._write_band, []
     slowly = lambda *args, **keys: time.sleep(0.01) or written.append(1) or write(*args, **keys)  # noqa: E731
-    monkeypatch.setattr(writer, "_write_piece", slowly)
+    monkeypatch.setattr(writer, "_write_band", slowly)
     with pytest.raises(OutputError, match="the disk is full"):
         merge(plan, tmp_path / "out")
     assert len(written) < len(plan.outputs) - 10

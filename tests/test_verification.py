@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import compare
 from moemerge.checkpoint.header import StoredTensor, read_header
-from moemerge.checkpoint.writer import Piece
+from moemerge.checkpoint.pieces import Fill, Piece
+from moemerge.cli.render import plan_facts
 from moemerge.errors import CheckpointError
 from moemerge.verification import Difference, verify_merge
 from tests.models import write_config
@@ -159,6 +161,89 @@ def test_one_changed_byte_of_a_converted_tensor_is_found(tmp_path, llamas):
     )
 
 
+@pytest.fixture
+def pieced(plan) -> MergePlan:
+    """A merge with tensors of several pieces: shapes as before, so that index and headers stay as planned."""
+
+    def of(expert: int, role: str) -> StoredTensor:
+        return read_header(plan.sources[expert].folder / WEIGHTS)[f"{DENSE}{role}_proj.weight"]
+
+    zeros = Piece(Fill(0.0, (32, 16)), "F32")
+    # The first bytes of a down projection, as 32 rows of 16.
+    down = replace(of(1, "down"), shape=(96, 16)).rows(0, 32)
+    noisy = Piece(down, "F32", noise_scale=0.5)
+    query = plan.base_tensors["model.layers.1.self_attn.q_proj.weight"]
+    changed = {
+        f"{BLOCK}experts.0.w1.weight": (
+            (Piece(of(1, "gate").rows(0, 24), "F32"),),
+            (Piece(of(2, "up").rows(24, 24), "F32"),),
+        ),
+        f"{BLOCK}experts.0.w2.weight": ((zeros, noisy, noisy),),
+        "model.layers.1.self_attn.q_proj.weight": ((Piece(query, "F32", head_rows=8),),),
+    }
+    outputs = {
+        name: replace(output, origin=changed[name]) if name in changed else output
+        for name, output in plan.outputs.items()
+    }
+    return replace(plan, outputs=outputs)
+
+
+def test_tensors_of_several_pieces_are_compared_piece_by_piece(tmp_path, pieced):
+    merge(pieced, tmp_path / "out", seed=5)
+    found = verify_merge(pieced, tmp_path / "out", seed=5)
+    assert (found.copied, found.converted, found.differences) == (46, 2, ())
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    down = stored[f"{BLOCK}experts.0.w2.weight"]
+    assert not down[:, :16].any()
+    assert not torch.equal(down[:, 16:32], down[:, 32:])  # one source, but each piece has noise of its own
+
+    header = read_header(tmp_path / "out" / WEIGHTS)
+    source = pieced.sources[1].folder / WEIGHTS
+    up = pieced.sources[2].folder / WEIGHTS
+    base = pieced.base_folder / WEIGHTS
+    for name, byte, expected in (
+        (f"{BLOCK}experts.0.w1.weight", 48 * 32 * 4 - 1, f"piece 1 of 2: {DENSE}up_proj.weight of {up}"),
+        (f"{BLOCK}experts.0.w2.weight", 48 * 4 * 7, "piece 0 of 3: the number 0"),
+        (
+            f"{BLOCK}experts.0.w2.weight",
+            48 * 4 * 8 - 1,
+            f"piece 2 of 3: {DENSE}down_proj.weight of {source}, with noise of 0.5 and seed 5",
+        ),
+        (
+            "model.layers.1.self_attn.q_proj.weight",
+            77,
+            f"model.layers.1.self_attn.q_proj.weight of {base}, even rows of 8 before odd ones",
+        ),
+    ):
+        flip(tmp_path / "out" / WEIGHTS, header[name].start + byte)
+        assert differences(pieced, tmp_path / "out", seed=5) == [
+            Difference(name, expected, f"1 of {header[name].nbytes} bytes differ, the first at byte {byte}")
+        ]
+        flip(tmp_path / "out" / WEIGHTS, header[name].start + byte)
+
+
+def test_a_plan_names_all_sources_of_a_tensor(pieced, plan):
+    places = {tensor["name"]: tensor for tensor in plan_facts(pieced)["tensors"]}
+    assert places[f"{BLOCK}experts.0.w2.weight"]["bands"] == [
+        [{"shape": [32, 16], "from": "constant", "value": 0.0}]
+        + [
+            {
+                "shape": [32, 16],
+                "from": str(pieced.sources[1].folder / WEIGHTS),
+                "tensor": f"{DENSE}down_proj.weight",
+                "dtype": "F32",
+                "unchanged": False,
+            }
+        ]
+        * 2
+    ]
+    one, other = (made.fingerprint(0)["sources"] for made in (pieced, plan))
+    assert one.keys() == other.keys()
+    changed = {Path(path) for path in one if one[path] != other[path]}
+    # The base's query is read as before, in another order.
+    assert changed == {pieced.sources[number].folder / WEIGHTS for number in (1, 2)}
+
+
 def test_swapped_experts_are_found(plan, out):
     tensors = load_file(out / WEIGHTS)
     one, other = f"{BLOCK}experts.0.w1.weight", f"{BLOCK}experts.1.w1.weight"
@@ -275,35 +360,33 @@ def stored(path: Path, tensor: torch.Tensor) -> StoredTensor:
 
 
 def test_chunks_are_compared_at_their_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "CHUNK_BYTES", 7)
+    monkeypatch.setattr("moemerge.checkpoint.bands.CHUNK_ELEMENTS", 3)
     source, target = (stored(tmp_path / name, torch.arange(50, dtype=torch.float32)) for name in ("s", "t"))
     shown = []
-    assert compare.compare_tensor(Piece(source, "F32"), source, "", target, shown.append) is None
-    assert shown == [7] * 28 + [4]
+    assert compare.compare_tensor(((Piece(source, "F32"),),), 0, target, shown.append) is None
+    assert shown == [12] * 16 + [8]
     for byte in (13, 14, 199):
         flip(target.path, target.start + byte)
-    found = compare.compare_tensor(Piece(source, "F32"), source, "", target, shown.append)
-    assert found == "3 of 200 bytes differ, the first at byte 13"
+    found = compare.compare_tensor(((Piece(source, "F32"),),), 0, target, shown.append)
+    assert str(found) == "3 of 200 bytes differ, the first at byte 13"
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_memory_does_not_grow_with_the_tensor(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("moemerge.checkpoint.convert.CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr("moemerge.checkpoint.bands.CHUNK_ELEMENTS", 2**16)
     source = stored(tmp_path / "s", torch.zeros(2**24))
     width = 4 if dtype == "F32" else 2
     target = stored(tmp_path / "t", torch.ones(2**24, dtype=torch.float32 if width == 4 else torch.bfloat16))
     tracemalloc.start()
-    found = compare.compare_tensor(Piece(source, dtype), source, "", target, lambda _: None)
+    found = compare.compare_tensor(((Piece(source, dtype),),), 0, target, lambda _: None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == f"{2**25} of {width * 2**24} bytes differ, the first at byte {width - 2}"
+    assert str(found) == f"{2**25} of {width * 2**24} bytes differ, the first at byte {width - 2}"
     assert peak < 8 * compare.CHUNK_BYTES < target.nbytes
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_a_comparison_can_be_stopped(tmp_path, monkeypatch, dtype):
-    """Even while the converting thread waits for its bytes to be read."""
-    monkeypatch.setattr(compare, "CHUNK_BYTES", 100)
+def test_a_comparison_can_be_stopped(tmp_path, dtype):
     source = stored(tmp_path / "s", torch.zeros(10**6))
     target = stored(tmp_path / "t", torch.zeros(10**6, dtype={"F32": torch.float32, "BF16": torch.bfloat16}[dtype]))
 
@@ -311,7 +394,7 @@ def test_a_comparison_can_be_stopped(tmp_path, monkeypatch, dtype):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare.compare_tensor(Piece(source, dtype), source, "", target, stop)
+        compare.compare_tensor(((Piece(source, dtype),),), 0, target, stop)
 
 
 def test_progress_may_stop_all_threads(plan, merged):
@@ -326,18 +409,24 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
     source, target = (stored(tmp_path / name, torch.ones(100)) for name in ("s", "t"))
     other = stored(tmp_path / "h", torch.ones(100, dtype=torch.bfloat16))
     os.truncate(source.path, source.start + 300)
+    short = f"{source.path}: ended inside tensor 'a': was it changed meanwhile?"
+    gone = f"{source.path}: cannot be read: No such file or directory. Was it moved meanwhile?"
+    for message in (short, gone):
+        for dtype, found in (("F32", target), ("BF16", other)):
+            with pytest.raises(CheckpointError) as caught:
+                compare.compare_tensor(((Piece(source, dtype),),), 0, found, lambda _: None)
+            assert str(caught.value) == message
+        source.path.unlink(missing_ok=True)
+    os.truncate(target.path, target.start + 300)
     with pytest.raises(CheckpointError) as caught:
-        compare.compare_tensor(Piece(source, "F32"), source, "", target, lambda _: None)
-    assert str(caught.value) == f"{source.path}: ended while it was compared: was it changed meanwhile?"
-    with pytest.raises(CheckpointError, match="s: ended inside tensor 'a'"):
-        compare.compare_tensor(Piece(source, "BF16"), source, "", other, lambda _: None)
-    source.path.unlink()
-    copied = f"{target.path}: tensor 'a' cannot be compared with {source.path}: No such file or directory."
-    converted = f"{source.path}: cannot be read: No such file or directory. Was it moved meanwhile?"
-    for dtype, found, message in (("F32", target, copied), ("BF16", other, converted)):
-        with pytest.raises(CheckpointError) as caught:
-            compare.compare_tensor(Piece(source, dtype), source, "", found, lambda _: None)
-        assert str(caught.value) == message
+        compare.compare_tensor(((Piece(other, "F32"),),), 0, target, lambda _: None)
+    assert str(caught.value) == f"{target.path}: ended while it was compared: was it changed meanwhile?"
+    target.path.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        compare.compare_tensor(((Piece(other, "F32"),),), 0, target, lambda _: None)
+    assert str(caught.value) == (
+        f"{target.path}: tensor 'a' cannot be compared with its source: No such file or directory."
+    )
 
 
 def test_the_command_says_so_in_one_line(tmp_path, plan, merged, llamas):

@@ -1,44 +1,55 @@
 """Stored bytes compared with what a merge would write: two streams, one bounded chunk of each at a time."""
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import numpy as np
 
+from moemerge.checkpoint.bands import tensor_chunks
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.pieces import Band
 from moemerge.checkpoint.stored import float32_of
-from moemerge.checkpoint.writer import Piece, convert_piece
 from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError
 
 CHUNK_BYTES: Final = 2**20
 
 
-def compare_tensor(piece: Piece, source: StoredTensor, seed: str, found: StoredTensor, report: Report) -> str | None:
-    """How a stored tensor differs from what a merge makes of `source`; None where they are equal.
+@dataclass(frozen=True, slots=True)
+class Unequal:
+    """How many bytes differ, and where the first one is."""
+
+    count: int
+    nbytes: int
+    first: int
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.nbytes} bytes differ, the first at byte {self.first}"
+
+
+def compare_tensor(bands: tuple[Band, ...], seed: int, found: StoredTensor, report: Report) -> Unequal | None:
+    """How a stored tensor differs from what a merge makes of its pieces; None where they are equal.
 
     Args:
-        piece: how the source becomes the output: copied as it is, or converted.
-        source: the piece's source.
+        bands: the pieces.
         seed: of the noise.
-        found: as many bytes as the output has.
+        found: as many bytes as the pieces, under the name that the merge gives them.
         report: called with the number of bytes compared.
 
     Raises:
-        CheckpointError: one of the two cannot be read.
+        CheckpointError: `found` or a source cannot be read.
     """
     try:
-        with _expected(piece, source, seed) as expected, found.path.open("rb") as file:
+        with found.path.open("rb") as file:
             file.seek(found.start)
-            return _compare_streams(expected, file, found.nbytes, report)
+            return _compare(tensor_chunks(bands, seed, found.name), file, found.nbytes, report)
     except OSError as error:
         raise CheckpointError(
-            f"{found.path}: tensor {found.name!r} cannot be compared with {source.path}: {error.strerror or error}."
+            f"{found.path}: tensor {found.name!r} cannot be compared with its source: {error.strerror or error}."
         ) from error
 
 
@@ -53,7 +64,9 @@ def compare_files(expected: Path, found: Path) -> str | None:
             sizes = [os.fstat(file.fileno()).st_size for file in (one, other)]
             if sizes[0] != sizes[1]:
                 return f"{sizes[1]} bytes instead of {sizes[0]}"
-            return _compare_streams(one, other, sizes[0], lambda _: None)
+            steps = (min(CHUNK_BYTES, sizes[0] - start) for start in range(0, sizes[0], CHUNK_BYTES))
+            unequal = _compare((_read(one, step) for step in steps), other, sizes[0], lambda _: None)
+            return str(unequal) if unequal else None
     except OSError as error:
         raise CheckpointError(f"{found}: cannot be compared with {expected}: {error.strerror or error}.") from error
 
@@ -78,36 +91,13 @@ def count_not_finite(tensor: StoredTensor, report: Report) -> int:
     return count
 
 
-@contextmanager
-def _expected(piece: Piece, source: StoredTensor, seed: str) -> Iterator[BinaryIO]:
-    """What a merge would write, as a stream."""
-    if piece.is_unchanged:
-        with source.path.open("rb") as file:
-            file.seek(source.start)
-            yield file
-        return
-    # A pipe holds the converting thread back, so that no more than its chunk is ever in memory or on disk.
-    reading, writing = os.pipe()
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(_convert_into, writing, piece, source, seed)
-        try:
-            with os.fdopen(reading, "rb") as stream:
-                yield stream
-        finally:
-            job.result()  # why the stream ended early is said here
-
-
-def _convert_into(target: int, piece: Piece, source: StoredTensor, seed: str) -> None:
-    # A pipe that breaks belongs to a comparison that was stopped, which has its own reason.
-    with os.fdopen(target, "wb", buffering=0), suppress(BrokenPipeError):
-        convert_piece(piece, source, target, seed, lambda _: None)
-
-
-def _compare_streams(expected: BinaryIO, found: BinaryIO, nbytes: int, report: Report) -> str | None:
+def _compare(
+    expected: Iterable[bytes | memoryview], found: BinaryIO, nbytes: int, report: Report
+) -> Unequal | None:  # fmt: skip
     first, count, done = 0, 0, 0
-    while done < nbytes:
-        size = min(CHUNK_BYTES, nbytes - done)
-        one, other = _read(expected, size), _read(found, size)
+    for chunk in expected:
+        size = len(chunk)
+        one, other = bytes(chunk), _read(found, size)
         if one != other:
             changed = (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).to_bytes(size, "little")
             if not count:
@@ -115,7 +105,7 @@ def _compare_streams(expected: BinaryIO, found: BinaryIO, nbytes: int, report: R
             count += size - changed.count(0)
         done += size
         report(size)
-    return f"{count} of {nbytes} bytes differ, the first at byte {first}" if count else None
+    return Unequal(count, nbytes, first) if count else None
 
 
 def _read(stream: BinaryIO, nbytes: int) -> bytes:

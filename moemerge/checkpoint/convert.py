@@ -1,15 +1,13 @@
 """Tensor bytes that change on the way: another dtype, a scale, added noise."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from io import FileIO
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.copy import Report, write_all
 from moemerge.checkpoint.floats import TYPES, Stored, is_finite, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
@@ -21,51 +19,58 @@ CHUNK_ELEMENTS: Final = 2**17
 BLOCK_ELEMENTS: Final = 2**16
 
 
-def convert(
-    source: FileIO, tensor: StoredTensor, target: int, dtype: str, report: Report, *,
-    scale: float = 1.0, noise_scale: float = 0.0, seed: str = "",
-) -> None:  # fmt: skip
-    """Write `(tensor + noise_scale * N(0, 1)) * scale`, computed in float32, as `dtype` at the target's position.
+class Readable(Protocol):
+    """What bytes are read from, each read where the last one ended."""
 
-    The noise depends on the text `seed` and on numpy's generator alone, so that two runs agree; each output tensor
+    def readinto(self, view: memoryview, /) -> int | None:
+        """Read up to as many bytes as `view` has; 0 at the end."""
+
+
+def convert(
+    source: Readable, tensor: StoredTensor, dtype: str, chunk_elements: int, *,
+    scale: float = 1.0, noise_scale: float = 0.0, seed: str = "",
+) -> Iterator[memoryview]:  # fmt: skip
+    """The bytes of `(tensor + noise_scale * N(0, 1)) * scale`, computed in float32, as `dtype`.
+
+    The noise depends on the text `seed` and on numpy's generator alone, so that two runs agree; each piece of an output
     needs its own. Numbers are those of `torch.Tensor.to`; which of its bit patterns a NaN gets is left open.
+
+    Args:
+        source: at the tensor's first byte.
+        tensor: what is read.
+        dtype: of the result.
+        chunk_elements: how many elements are read, converted and yielded at once. A chunk is valid until the next.
+        scale: on the numbers and the noise.
+        noise_scale: standard deviation of the noise.
+        seed: of the noise.
 
     Raises:
         CheckpointError: the source ends too early, or a finite weight is infinite in `dtype`.
     """
-
-    def convert_chunks(chunks: int, elements: int) -> None:
-        stored, converted = np.empty(elements, TYPES[tensor.dtype]), np.empty(elements, TYPES[dtype])
-        stored_bytes, converted_bytes = stored.view(np.uint8).data, converted.view(np.uint8).data
-        spare = np.empty(min(elements, BLOCK_ELEMENTS), np.uint32)
-        spans = [slice(start, start + BLOCK_ELEMENTS) for start in range(0, elements, BLOCK_ELEMENTS)]
-        blocks = [(stored[span], converted[span], spare[: len(stored[span])]) for span in spans]
-        for _ in range(chunks):
-            fill(source, stored_bytes, tensor)
-            for block in blocks:
-                convert_block(*block)
-            write_all(target, converted_bytes)
-            report(len(converted_bytes))
-
-    source.seek(tensor.start)
-    whole_chunks, rest = divmod(tensor.nbytes // TYPES[tensor.dtype].itemsize, CHUNK_ELEMENTS)
-    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is looked for
-        if noise_scale == 0.0 and tensor.dtype != "F32":
-            convert_block = _by_table(tensor, dtype, scale)
-        else:
-            convert_block = _by_arithmetic(tensor, dtype, scale, noise_scale, seed)
-        if whole_chunks:
-            convert_chunks(whole_chunks, CHUNK_ELEMENTS)
-        if rest:
-            convert_chunks(1, rest)
+    total = tensor.nbytes // TYPES[tensor.dtype].itemsize
+    elements = min(chunk_elements, total)
+    stored, converted = np.empty(elements, TYPES[tensor.dtype]), np.empty(elements, TYPES[dtype])
+    spare = np.empty(min(elements, BLOCK_ELEMENTS), np.uint32)
+    if noise_scale == 0.0 and tensor.dtype != "F32":
+        convert_block = _by_table(tensor, dtype, scale)
+    else:
+        convert_block = _by_arithmetic(tensor, dtype, scale, noise_scale, seed)
+    for start in range(0, total, chunk_elements):
+        count = min(chunk_elements, total - start)
+        fill(source, stored[:count].view(np.uint8).data, tensor)
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is looked for
+            for first in range(0, count, BLOCK_ELEMENTS):
+                block = slice(first, min(first + BLOCK_ELEMENTS, count))
+                convert_block(stored[block], converted[block], spare[: block.stop - first])
+        yield converted[:count].view(np.uint8).data
 
 
 def ended_inside(tensor: StoredTensor) -> CheckpointError:
     """What to tell the user when a source is shorter than its header said."""
-    return CheckpointError(f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed during the merge?")
+    return CheckpointError(f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed meanwhile?")
 
 
-def fill(source: FileIO, view: memoryview, tensor: StoredTensor) -> None:
+def fill(source: Readable, view: memoryview, tensor: StoredTensor) -> None:
     """Read until `view` is full; one read may give less.
 
     Raises:
@@ -97,8 +102,9 @@ def _tables(source: str, dtype: str, scale: float) -> tuple[NDArray[np.float32],
     """What each 16-bit float becomes, in float32 and as it is stored."""
     floats, table = np.empty(2**16, np.float32), np.empty(2**16, TYPES[dtype])
     widen(np.arange(2**16, dtype=np.uint16).view(TYPES[source]), source, floats)
-    floats *= np.float32(scale)
-    narrow(floats, dtype, table, np.empty(2**16, np.uint32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        floats *= np.float32(scale)
+        narrow(floats, dtype, table, np.empty(2**16, np.uint32))
     return floats, table
 
 

@@ -7,7 +7,7 @@ https://github.com/huggingface/safetensors#format
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +34,22 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+    def rows(self, first: int, count: int) -> "StoredTensor":
+        """A slice along the first axis: `count` entries from `first` on, whose bytes are a part of these.
+
+        Raises:
+            ValueError: there are no such entries, or they do not begin and end with whole bytes.
+        """
+        if not self.shape or min(first, count) < 0 or first + count > self.shape[0]:
+            raise ValueError(
+                f"{self.name}: no {count} rows from row {first} on in a tensor of shape {list(self.shape)}"
+            )
+        skipped = bytes_of(self.dtype, (first, *self.shape[1:]))
+        nbytes = bytes_of(self.dtype, (count, *self.shape[1:]))
+        if skipped is None or nbytes is None:
+            raise ValueError(f"{self.name}: {count} rows from row {first} on are not whole bytes of {self.dtype}")
+        return replace(self, shape=(count, *self.shape[1:]), start=self.start + skipped, nbytes=nbytes)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -3,21 +3,20 @@
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from moemerge.checkpoint.convert import convert, ended_inside
+from moemerge.checkpoint.bands import band_chunks, open_source
+from moemerge.checkpoint.convert import ended_inside
 from moemerge.checkpoint.copy import Report, copy_range, write_all, write_failure
 from moemerge.checkpoint.disk import allocate, flush, forget
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.jobs import MAX_THREADS, Jobs
+from moemerge.checkpoint.pieces import Band, band_bytes, measure, with_seeds
 from moemerge.checkpoint.shards import Shard
-from moemerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,33 +29,11 @@ FLUSH_BYTES: Final = 128 * 2**20
 _BINARY: Final = getattr(os, "O_BINARY", 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The bytes of one output tensor: `(source + noise_scale * N(0, 1)) * scale` as `dtype`, or bytes as they are."""
-
-    source: StoredTensor | bytes
-    dtype: str
-    scale: float = 1.0
-    noise_scale: float = 0.0
-
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether the source's bytes are the output's."""
-        return isinstance(self.source, bytes) or (
-            self.source.dtype == self.dtype and self.scale == 1.0 and self.noise_scale == 0.0
-        )
-
-
-def noise_seed(seed: int, name: str) -> str:
-    """The text that the noise of one output tensor depends on: two experts made of one model get different noise."""
-    return f"{seed} {name}"
-
-
 class ShardWriter:
     """Writes shards while the caller does other work: a context that ends when every tensor is on the disk.
 
-    Each file is preallocated to its final size when the context begins; `add` then names the pieces, in any order and
-    number of calls. A shard with all its tensors is flushed to the disk before `completed` is told.
+    Each file is preallocated to its final size when the context begins; `add` then names the pieces of tensors, in any
+    order and number of calls. A shard with all its tensors is flushed to the disk before `completed` is told.
     """
 
     def __init__(
@@ -95,12 +72,20 @@ class ShardWriter:
                 raise write_failure(path, error) from error
         return self
 
-    def add(self, pieces: Mapping[str, Piece]) -> None:
-        """Begin to write tensors, in the order of their shards; those of kept shards are passed over."""
+    def add(self, tensors: Mapping[str, tuple[Band, ...]]) -> None:
+        """Begin to write tensors, in the order of their shards; those of kept shards are passed over.
+
+        Raises:
+            ValueError: a tensor's pieces do not fit together, or into its place.
+        """
         for shard in self._shards:
-            for name in shard.starts:
-                if name in pieces:
-                    self._copies.start(partial(self._write, shard, name, pieces[name]))
+            ends = [*list(shard.starts.values())[1:], shard.nbytes]
+            for (name, start), end in zip(shard.starts.items(), ends, strict=True):
+                if name not in tensors:
+                    continue
+                if measure(tensors[name]) != end - start:
+                    raise ValueError(f"{name}: {measure(tensors[name])} bytes for a place of {end - start}")
+                self._copies.start(partial(self._write, shard, name, tensors[name]))
 
     def check(self) -> None:
         """Raise what a thread has failed with.
@@ -126,14 +111,20 @@ class ShardWriter:
         if kind is None and (lost := [name for name, missing in self._missing.items() if missing]):
             raise ValueError(f"{lost[0]}: some of its tensors were never added")
 
-    def _write(self, shard: Shard, name: str, piece: Piece, report: Report) -> None:
-        self._flushes.check()  # a disk that fails there need not be filled first
-        path, seed = self._folder / shard.name, noise_seed(self._seed, name)
-        _write_piece(piece, path, shard.starts[name], seed, report, low_memory=self._low_memory)
+    def _write(self, shard: Shard, name: str, bands: tuple[Band, ...], report: Report) -> None:
+        path, start = self._folder / shard.name, shard.starts[name]
+        for band, seeds in with_seeds(bands, self._seed, name):
+            self._flushes.check()  # a disk that fails there need not be filled first
+            _write_band(band, seeds, path, start, report, low_memory=self._low_memory)
+            start += band_bytes(band)
+            self._count(shard, written=band_bytes(band))
+        self._count(shard, tensors=1)
+
+    def _count(self, shard: Shard, *, written: int = 0, tensors: int = 0) -> None:
         with self._lock:
-            self._missing[shard.name] -= 1
-            complete = self._missing[shard.name] == 0
-            self._written += 0 if isinstance(piece.source, bytes) else piece.source.nbytes
+            self._missing[shard.name] -= tensors
+            complete = tensors > 0 and self._missing[shard.name] == 0
+            self._written += written
             due = self._written >= FLUSH_BYTES
             if due:
                 self._written = 0
@@ -150,55 +141,43 @@ class ShardWriter:
             self._completed(shard)
 
 
-def convert_piece(piece: Piece, source: StoredTensor, target: int, seed: str, report: Report) -> None:
-    """Write what becomes of a piece's source, which is not copied as it is, at the target's position.
-
-    Raises:
-        CheckpointError: the source is not what its header said, or a finite weight is infinite in the piece's dtype.
-    """
-    with _open(source) as file:
-        convert(file, source, target, piece.dtype, report, scale=piece.scale, noise_scale=piece.noise_scale, seed=seed)
-
-
-def _write_piece(piece: Piece, path: Path, start: int, seed: str, report: Report, *, low_memory: bool) -> None:
-    source = piece.source
-    target = os.open(path, os.O_WRONLY | _BINARY)
+def _write_band(
+    band: Band, seeds: list[str], path: Path, start: int, report: Report, *, low_memory: bool
+) -> None:  # fmt: skip
+    source = band[0].source
     try:
-        os.lseek(target, start, os.SEEK_SET)
-        if isinstance(source, bytes):
-            write_all(target, source)
-            report(len(source))
-            return
-        with _open(source) as file:
+        with ExitStack() as opened:
+            target = os.open(path, os.O_WRONLY | _BINARY)
+            opened.callback(os.close, target)
+            files = []
             if low_memory:
-                report = _forgetting(report, file.fileno(), target)
-            if piece.is_unchanged:
-                chunk_bytes = LOW_MEMORY_CHUNK_BYTES if low_memory else CHUNK_BYTES
-                copied = copy_range(
-                    file.fileno(), source.start, target, start, source.nbytes, report, chunk_bytes=chunk_bytes
-                )
-                if copied < source.nbytes:
-                    raise ended_inside(source)
+                stored = [piece.source for piece in band if isinstance(piece.source, StoredTensor)]
+                files = [opened.enter_context(open_source(tensor)).fileno() for tensor in stored]
+                report = _forgetting(report, files, target)
+            if len(band) == 1 and isinstance(source, StoredTensor) and band[0].is_unchanged:
+                _copy(source, target, start, report, LOW_MEMORY_CHUNK_BYTES if low_memory else CHUNK_BYTES)
             else:
-                convert_piece(piece, source, target, seed, report)
+                os.lseek(target, start, os.SEEK_SET)
+                for chunk in band_chunks(band, seeds):
+                    write_all(target, chunk)
+                    report(len(chunk))
             if low_memory:
-                forget(file.fileno())
-                forget(target, written=True)
+                _forget(files, target)
     except OSError as error:
         raise write_failure(path, error) from error
-    finally:
-        os.close(target)
 
 
-def _open(source: StoredTensor) -> FileIO:
-    try:
-        return source.path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"{source.path}: cannot be read: {error.strerror}. Was it moved meanwhile?") from error
+def _copy(source: StoredTensor, target: int, start: int, report: Report, chunk_bytes: int) -> None:
+    with open_source(source) as file:
+        copied = copy_range(
+            file.fileno(), source.start, target, start, source.nbytes, report, chunk_bytes=chunk_bytes
+        )  # fmt: skip
+    if copied < source.nbytes:
+        raise ended_inside(source)
 
 
-def _forgetting(report: Report, source: int, target: int) -> Report:
-    """The same report, which also keeps both files out of the page cache, a chunk behind what is done."""
+def _forgetting(report: Report, sources: list[int], target: int) -> Report:
+    """The same report, which also keeps all files out of the page cache, a chunk behind what is done."""
     cached = 0
 
     def forget_behind(nbytes: int) -> None:
@@ -206,8 +185,13 @@ def _forgetting(report: Report, source: int, target: int) -> Report:
         cached += nbytes
         if cached >= LOW_MEMORY_CHUNK_BYTES:
             cached = 0
-            forget(source)
-            forget(target, written=True)
+            _forget(sources, target)
         report(nbytes)
 
     return forget_behind
+
+
+def _forget(sources: list[int], target: int) -> None:
+    for source in sources:
+        forget(source)
+    forget(target, written=True)

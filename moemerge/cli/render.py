@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moemerge.checkpoint.writer import Piece
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.dtypes import BITS, STORED
 from moemerge.inspection import Inspection
-from moemerge.plan import MergePlan
+from moemerge.plan import MergePlan, Output
 from moemerge.verification import Verification
 
 if TYPE_CHECKING:
@@ -52,21 +53,32 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in plan.shards],
         "tensors": [
             {"name": name, "shape": list(output.shape), "shard": places[name][0], "start": places[name][1]}
-            | _origin(output.origin)
+            | _origin(output)
             for name, output in plan.outputs.items()
         ],
     }
 
 
-def _origin(origin: Piece | int) -> dict[str, Any]:
-    if isinstance(origin, int) or isinstance(origin.source, bytes):
+def _origin(output: Output) -> dict[str, Any]:
+    """Where a tensor comes from; of one that has several pieces, the bands one under the other, each side by side."""
+    if isinstance(output.origin, int):
         return {"from": "router"}
-    source = origin.source
+    if len(output.pieces) == 1:
+        return _source(output.pieces[0])
+    return {
+        "bands": [[{"shape": list(piece.shape)} | _source(piece) for piece in band] for band in output.origin],
+    }
+
+
+def _source(piece: Piece) -> dict[str, Any]:
+    source = piece.source
+    if not isinstance(source, StoredTensor):
+        return {"from": "constant"} | ({"value": source.value} if isinstance(source, Fill) else {})
     return {
         "from": str(source.path),
         "tensor": source.name,
         "dtype": source.dtype,
-        "unchanged": origin.is_unchanged,
+        "unchanged": piece.is_unchanged,
     }
 
 

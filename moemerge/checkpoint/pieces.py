@@ -1,0 +1,162 @@
+"""What an output tensor is made of: pieces side by side make a band, bands one under the other make the tensor."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.dtypes import BITS, bytes_of
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A block of one number."""
+
+    value: float
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A block of an output tensor: `(source + noise_scale * N(0, 1)) * scale` as `dtype`.
+
+    Bytes are written as they are, and count as one column; a `Fill` is written as `dtype`, without noise and scale.
+
+    Raises:
+        ValueError: the source's rows cannot be regrouped by `head_rows`.
+    """
+
+    source: StoredTensor | Fill | bytes
+    dtype: str
+    """Of the output, as a safetensors header spells it: `BF16`."""
+    scale: float = 1.0
+    noise_scale: float = 0.0
+    head_rows: int = 0
+    """Where positive: of every so many rows the even ones come first, then the odd ones. Noise is added after that."""
+
+    def __post_init__(self) -> None:
+        if self.head_rows and (
+            not isinstance(self.source, StoredTensor)
+            or self.head_rows < 0
+            or self.head_rows % 2
+            or self.rows % self.head_rows
+        ):
+            raise ValueError(f"{self.source!r:.200}: its rows cannot be regrouped by {self.head_rows}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the source, and of the block."""
+        if isinstance(self.source, bytes):
+            return (len(self.source) * 8 // BITS[self.dtype],)
+        return self.source.shape
+
+    @property
+    def rows(self) -> int:
+        """The product of all axes but the last; each element of a vector is a row."""
+        return math.prod(self.shape[:-1] if self._has_columns else self.shape)
+
+    @property
+    def width(self) -> int:
+        """Elements in a row: the last axis; 1 for a vector."""
+        return self.shape[-1] if self._has_columns else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the output.
+
+        Raises:
+            ValueError: its bits do not fill whole bytes.
+        """
+        return _bytes_of(self.dtype, (self.width,))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output.
+
+        Raises:
+            ValueError: its bits do not fill whole bytes.
+        """
+        return _bytes_of(self.dtype, self.shape)
+
+    @property
+    def _has_columns(self) -> bool:
+        return len(self.shape) > 1
+
+    @property
+    def changes_values(self) -> bool:
+        """Whether what is written are other numbers, or other bits, than the source's."""
+        return isinstance(self.source, StoredTensor) and (
+            self.source.dtype != self.dtype or self.scale != 1.0 or self.noise_scale != 0.0
+        )
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the source's bytes are the output's, in their order."""
+        return not isinstance(self.source, Fill) and not self.changes_values and not self.head_rows
+
+
+Band = tuple[Piece, ...]
+"""Pieces side by side, with equally many rows; a band of one piece is a contiguous range of bytes."""
+
+
+def measure(bands: tuple[Band, ...]) -> int:
+    """How many bytes the tensor takes.
+
+    Raises:
+        ValueError: the pieces do not fit together.
+    """
+    if len({piece.dtype for band in bands for piece in band}) > 1:
+        raise ValueError("the pieces of a tensor differ in their dtypes")
+    for band in bands:
+        if not band or len({piece.rows for piece in band}) > 1:
+            raise ValueError(f"pieces of {[piece.rows for piece in band]} rows cannot lie side by side")
+        if len(band) > 1 and band_bytes(band) != band[0].rows * sum(piece.row_bytes for piece in band):
+            raise ValueError("pieces whose rows do not fill whole bytes cannot lie side by side")
+    return sum(map(band_bytes, bands))
+
+
+def band_bytes(band: Band) -> int:
+    """How many bytes a band takes."""
+    return sum(piece.nbytes for piece in band)
+
+
+def with_seeds(bands: tuple[Band, ...], seed: int, name: str) -> Iterator[tuple[Band, list[str]]]:
+    """Each band of the output tensor `name`, with the texts that the noise of its pieces depends on.
+
+    All are different: two experts made of one model get different noise, and so do two pieces of a tensor.
+    """
+    number = 0
+    for band in bands:
+        yield (
+            band,
+            [f"{seed} {name} {place}" if place else f"{seed} {name}" for place in range(number, number + len(band))],
+        )
+        number += len(band)
+
+
+def piece_at(bands: tuple[Band, ...], offset: int) -> tuple[int, Piece]:
+    """The number and the piece that a byte of the tensor belongs to.
+
+    Raises:
+        ValueError: the tensor has no such byte.
+    """
+    number, inside = 0, offset
+    for band in bands:
+        if inside < band_bytes(band):
+            if len(band) == 1:
+                return number, band[0]
+            ends = list(accumulate(piece.row_bytes for piece in band))
+            place = bisect_right(ends, inside % ends[-1])
+            return number + place, band[place]
+        inside -= band_bytes(band)
+        number += len(band)
+    raise ValueError(f"byte {offset} lies behind the tensor")
+
+
+def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    nbytes = bytes_of(dtype, shape)
+    if nbytes is None:
+        raise ValueError(f"{dtype} {list(shape)} does not fill whole bytes")
+    return nbytes
