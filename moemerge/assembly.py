@@ -8,11 +8,10 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band, Fill, Piece
 from moemerge.formats import Mixture, MoeFamily
 from moemerge.formats.dense import DenseModel, Role
-from moemerge.formats.family import SWITCHED_OFF, Extra, Names, separate
+from moemerge.formats.family import SWITCHED_OFF, Extra, separate
 from moemerge.plan import Computed, Output
 
 _USUAL_FFN: Final = separate("mlp")
-Bands = tuple[Band, ...]
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,15 @@ class Source:
         if half.parts > 1:
             tensor = tensor.rows(half.part * self.width, self.width)
         return Piece(tensor, dtype, self.scale if role == "down" else 1.0, self.noise_scale)
+
+
+@dataclass(frozen=True)
+class _Ffn:
+    shape: tuple[int, ...]
+    bands: tuple[Band, ...]
+
+    def output(self, *, is_expert: bool = False) -> Output:
+        return Output(self.shape, self.bands, is_expert=is_expert)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,9 @@ class Assembly:
             short = name.removeprefix(prefix)
             parts = model.family.splits.get(short)
             if parts is None:
-                head_rows = model.sizes["head"] if regroups and ".q_proj." in name or regroups and ".k_proj." in name else 0
+                head_rows = (
+                    model.sizes["head"] if (regroups and ".q_proj." in name) or (regroups and ".k_proj." in name) else 0
+                )
                 yield name, Output(tensor.shape, ((Piece(tensor, self.dtype, head_rows=head_rows),),))
                 continue
             first = 0
@@ -93,9 +103,10 @@ class Assembly:
                 rows = tensor.rows(first, model.sizes[axis])
                 first += model.sizes[axis]
                 yield prefix + part, Output(rows.shape, ((Piece(rows, self.dtype),),))
-        routed = layer in self.mixture.moe_layers
-        for extra in self.family.extras if routed or not self.family.dense_layers else ():
-            if prefix + extra.name not in self.base.tensors and (not extra.when or model.facts.intersection(extra.when)):
+        for extra in self.family.extras:
+            if prefix + extra.name not in self.base.tensors and (
+                not extra.when or model.facts.intersection(extra.when)
+            ):
                 yield prefix + extra.name, self._extra(prefix, extra)
 
     def _extra(self, prefix: str, extra: Extra) -> Output:
@@ -112,7 +123,7 @@ class Assembly:
         routed = layer in mixture.moe_layers
         if not routed or family.keeps_dense_ffn:
             for name, roles in (family.dense_ffn or _USUAL_FFN).items():
-                yield prefix + name, self._ffn([self.base], roles, layer, self.base.width)
+                yield prefix + name, self._ffn([self.base], roles, layer, self.base.width).output()
         if not routed:
             return
         absent = mixture.absent.get(layer, frozenset())
@@ -122,11 +133,11 @@ class Assembly:
         for name, roles in family.experts.items():
             if "{expert}" in name:
                 for expert, sources in enumerate(blocks):
-                    made = self._ffn(sources, roles, layer, width, is_expert=True)
-                    yield prefix + name.format(expert=expert), made
+                    made = self._ffn(sources, roles, layer, width)
+                    yield prefix + name.format(expert=expert), made.output(is_expert=True)
             else:
                 stack = [self._ffn(sources, roles, layer, width) for sources in blocks]
-                bands = tuple(band for output in stack for band in output.bands)
+                bands = tuple(band for ffn in stack for band in ffn.bands)
                 yield prefix + name, Output((len(stack), *stack[0].shape), bands, is_expert=True)
         if family.selection_bias:
             yield prefix + family.selection_bias, self._selection_bias(absent)
@@ -138,31 +149,25 @@ class Assembly:
         if shared is None or (width == 0 and shared.absent == "nothing"):
             return
         for name, roles in shared.names.items():
-            yield prefix + name, self._ffn(self.shared, roles, layer, width)
+            yield prefix + name, self._ffn(self.shared, roles, layer, width).output()
         if shared.gate and not self.computes_gate:
             shape = (1, self.base.model.sizes["hidden"])
             yield prefix + shared.gate, Output(shape, ((Piece(Fill(0.0, shape), self.dtype),),))
 
-    def _ffn(
-        self, sources: Sequence[Source], roles: tuple[Role, ...], layer: int, width: int, *, is_expert: bool = False
-    ) -> Output:
+    def _ffn(self, sources: Sequence[Source], roles: tuple[Role, ...], layer: int, width: int) -> "_Ffn":
         """Projections of one FFN with the neurons of all `sources`, padded to `width` with neurons of zeros."""
         hidden = self.base.model.sizes["hidden"]
+        shape = (hidden, width) if roles == ("down",) else (width * len(roles), hidden)
         padding = width - sum(source.width for source in sources)
         bands: list[Band] = []
-        for role in roles:
+        for role in roles if width else ():
             pieces = [source.projection(layer, role, self.dtype) for source in sources]
-            shape = (hidden, padding) if role == "down" else (padding, hidden)
-            pieces += [Piece(Fill(0.0, shape), self.dtype)] if padding else []
+            empty = (hidden, padding) if role == "down" else (padding, hidden)
+            pieces += [Piece(Fill(0.0, empty), self.dtype)] if padding else []
             bands += [tuple(pieces)] if role == "down" else [(piece,) for piece in pieces]
-        rows = hidden if roles == ("down",) else width * len(roles)
-        shape = (hidden, width) if roles == ("down",) else (rows, hidden)
-        return Output(shape, tuple(bands) if width else (), is_expert=is_expert)
+        return _Ffn(shape, tuple(bands))
 
     def _selection_bias(self, absent: frozenset[int]) -> Output:
         shape = tuple(1 if axis == "1" else len(self.experts) for axis in self.family.bias_axes)
         values = [SWITCHED_OFF if expert in absent else 0.0 for expert in range(len(self.experts))]
-        if not absent:
-            return Output(shape, ((Piece(Fill(0.0, shape), self.dtype),),))
-        columns = tuple(Piece(Fill(value, (1, 1)), self.dtype) for value in values)
-        return Output(shape, (columns,))
+        return Output(shape, tuple((Piece(Fill(value, (1,)), self.dtype),) for value in values))

@@ -1,29 +1,37 @@
 """May these models be merged? From configs and headers alone; every problem is listed, none is only the first."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
-from moemerge.formats.dense import DenseModel, Shape, read_dense
+from moemerge.formats.dense import Axes, DenseModel, read_dense
 from moemerge.formats.family import MoeFamily
 
-# Of an expert's config: what its FFNs must share with the base to compute the same way in its place.
-_FFN_KEYS: Final = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "hidden_act",
-    "mlp_bias",
-    "attention_bias",
-)
+# Of an expert: what its FFNs must share with the base to compute the same way in its place.
+_EXPERT_KEYS: Final = ("num_hidden_layers", "hidden_size")
+_EXPERT_FACTS: Final = ("qk_norm", "qkv_bias", "output_bias", "mlp_bias", "multipliers", "partial_rotary", "sinks")
+_CALLED: Final = {
+    "qk_norm": "norms of queries and keys", "qkv_bias": "biases of queries, keys and values",
+    "output_bias": "bias of the attention's output", "mlp_bias": "biases in its FFNs",
+    "multipliers": "scales of attention, embeddings, residuals or logits",
+    "partial_rotary": "heads that are rotated in part", "sinks": "attention sinks",
+}  # fmt: skip
 # Keys that say nothing about the computation, or are resolved into others.
 _SILENT_KEYS: Final = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "pretraining_tp",
-    "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "sliding_window",
-    "layer_types", "attention_bias", "mlp_bias", "partial_rotary_factor", "_attn_implementation_autoset",
-    "_model_name_or_path", "unk_token_id", "unsloth_version", "unsloth_fixed",
+    "intermediate_size", "shared_intermediate_size", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters",
+    "original_max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "layers_block_type", "sliding_window_pattern", "full_attention_interval", "no_rope_layers",
+    "no_rope_layer_interval", "layer_rope_theta", "attention_bias", "attention_out_bias", "use_bias", "mlp_bias",
+    "partial_rotary_factor", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+    "use_qk_norm", "use_post_norm", "full_attn_idxs", "block_multiple_of", "block_ffn_dim_multiplier",
+    "block_auto_adjust_ff_dim", "use_bidirectional_attention", "head_dim", "num_local_experts", "enable_moe_block",
+    "resid_pdrop", "embd_pdrop", "residual_dropout", "router_aux_loss_coef", "output_router_logits",
+    "num_experts_per_tok", "_attn_implementation_autoset", "_model_name_or_path", "unk_token_id", "unsloth_version",
+    "unsloth_fixed", "eod_token_id", "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id",
+    "chunk_size_feed_forward", "is_encoder_decoder", "problem_type",
 }  # fmt: skip
 
 
@@ -48,10 +56,7 @@ def check_configs(base: Mapping[str, Any], experts: Sequence[tuple[str, Mapping[
         expert = _read(config, name, found)
         if base_model is None or expert is None:
             continue
-        for key in _FFN_KEYS:
-            ours, theirs = base_model.config.get(key), expert.config.get(key)
-            if ours != theirs:
-                found.problems.append(f"{name}: {key} is {theirs!r}, but the base model's is {ours!r}")
+        found.problems += _differences(name, base_model, expert)
         if expert.config["vocab_size"] != base_model.config["vocab_size"]:
             found.notes.append(
                 f"{name}: vocabulary of {expert.config['vocab_size']}, the base's of "
@@ -60,16 +65,38 @@ def check_configs(base: Mapping[str, Any], experts: Sequence[tuple[str, Mapping[
     return found
 
 
-def check_base(model: DenseModel, family: MoeFamily, tensors: Mapping[str, StoredTensor]) -> Findings:
-    """Check that the base model's tensors are those that its config announces; none is left without a place."""
+def _differences(name: str, base: DenseModel, expert: DenseModel) -> Iterator[str]:
+    pairs = {key: (base.config[key], expert.config[key]) for key in _EXPERT_KEYS}
+    pairs["hidden_act"] = (base.hidden_act, expert.hidden_act)
+    for key, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            yield f"{name}: {key} is {theirs!r}, but the base model's is {ours!r}"
+    if base.family.block != expert.family.block:
+        yield f"{name}: a {expert.family.model_type} does not compute like the base model, a {base.family.model_type}"
+        return
+    for fact in _EXPERT_FACTS:
+        if (fact in base.facts) != (fact in expert.facts):
+            ours, theirs = (f"{'has' if fact in model.facts else 'has no'} {_CALLED[fact]}" for model in (base, expert))
+            yield f"{name}: {theirs}, but the base model {ours}"
+
+
+def check_base(
+    model: DenseModel, family: MoeFamily, tensors: Mapping[str, StoredTensor], dense_layers: Iterable[int]
+) -> Findings:
+    """Check that the base model's tensors are those that its config announces; none is left without a place.
+
+    Of `dense_layers` the FFN is taken too.
+    """
     dense = model.family
     found = Findings()
-    expected = dict(dense.outside) | _per_layer(model, dense.shared)
-    head = {dense.head: ("vocab", "hidden")}
+    layers = range(model.layers)
+    expected = model.outside() | {name: axes for layer in layers for name, axes in model.tensors(layer).items()}
     if dense.head in tensors or not model.config["tie_word_embeddings"]:
-        expected |= head
-    ffn = _per_layer(model, dict(dense.ffn.values()))
-    _check_tensors("base_model", model, tensors, required=expected, allowed=ffn, found=found)
+        expected[dense.head] = ("vocab", "hidden")
+    ffn = _ffns(model)
+    dense_layers = layers if family.keeps_dense_ffn else dense_layers
+    kept = {name: axes for layer in dense_layers for name, axes in model.ffn(layer).items()}
+    _check_tensors("base_model", model, tensors, required=expected | kept, allowed=ffn, found=found)
     dropped = sorted(set(model.config) - set(family.carried) - _SILENT_KEYS)
     if dropped:
         found.notes.append(
@@ -78,13 +105,12 @@ def check_base(model: DenseModel, family: MoeFamily, tensors: Mapping[str, Store
     return found
 
 
-def check_expert(name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], base: DenseModel) -> Findings:
+def check_expert(name: str, model: DenseModel, tensors: Mapping[str, StoredTensor]) -> Findings:
     """Check that an expert has the FFNs that will be taken, and nothing that would be lost with the rest."""
-    dense = model.family
     found = Findings()
-    ffn = _per_layer(base, dict(dense.ffn.values()))
-    rest = dict(dense.outside) | {dense.head: ("vocab", "hidden")} | _per_layer(base, dense.shared)
-    _check_tensors(name, model, tensors, required=ffn, allowed=rest, found=found)
+    rest = model.outside() | {model.family.head: ("vocab", "hidden")}
+    rest |= {tensor: axes for layer in range(model.layers) for tensor, axes in model.tensors(layer).items()}
+    _check_tensors(name, model, tensors, required=_ffns(model), allowed=rest, found=found)
     return found
 
 
@@ -102,13 +128,13 @@ def _read(config: Mapping[str, Any], name: str, found: Findings) -> DenseModel |
     return model
 
 
-def _per_layer(model: DenseModel, templates: Mapping[str, Shape]) -> dict[str, Shape]:
-    return {template.format(layer=layer): axes for layer in range(model.layers) for template, axes in templates.items()}
+def _ffns(model: DenseModel) -> dict[str, Axes]:
+    return {name: axes for layer in range(model.layers) for name, axes in model.ffn(layer).items()}
 
 
 def _check_tensors(
     name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *,
-    required: Mapping[str, Shape], allowed: Mapping[str, Shape], found: Findings,
+    required: Mapping[str, Axes], allowed: Mapping[str, Axes], found: Findings,
 ) -> None:  # fmt: skip
     dense = model.family
     missing = [tensor for tensor in required if tensor not in tensors]

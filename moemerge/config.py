@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
 from moemerge.dtypes import SHORT, DType
 from moemerge.errors import ConfigError
+from moemerge.layer_choice import LayerChoice, read_layers
 
 GateMode = Literal["hidden", "cheap_embed", "random", "uniform_random"]
 # Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
@@ -43,6 +44,10 @@ Text = Annotated[str, Field(strict=True, min_length=1)]
 Prompts = Annotated[list[Annotated[str, Field(strict=True)]], BeforeValidator(_listed)]
 
 
+Layers = Annotated[LayerChoice, PlainValidator(read_layers)]
+"""Layers of a model as people write them: see `moemerge.layer_choice`."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,12 +67,19 @@ class Expert(_Strict):
     """Factor on the expert's down projection, that is, on what it adds to the residual stream."""
 
 
+class RoutedExpert(Expert):
+    """An expert that the router chooses."""
+
+    layers: Layers = "all"
+    """Layers in which it takes part."""
+
+
 class MergeConfig(_Strict):
     """A merge: a base model and the experts whose FFNs are stacked into it."""
 
     base_model: Text
     """Where embeddings, attention, norms and the tokenizer come from."""
-    experts: list[Expert]
+    experts: list[RoutedExpert]
     gate_mode: Annotated[GateMode, BeforeValidator(_canonical_gate_mode)] = "hidden"
     dtype: Annotated[DType | None, BeforeValidator(_canonical_dtype)] = None
     """Of the merged model; None keeps the base model's."""
@@ -75,6 +87,8 @@ class MergeConfig(_Strict):
     shared_experts: Annotated[list[Expert], BeforeValidator(_listed)] = []
     architecture: Text | None = None
     """The output family's `model_type`; None chooses the first that fits."""
+    moe_layers: Layers = "all"
+    """Layers that hold experts; the others keep the base model's FFN."""
 
     _text: str = PrivateAttr("")
 
@@ -95,6 +109,11 @@ class MergeConfig(_Strict):
     def reads_prompts(self) -> bool:
         """Whether its routers are made from prompts."""
         return self.gate_mode not in _PROMPT_FREE
+
+    @property
+    def computes_shared_gate(self) -> bool:
+        """Whether prompts say when a shared expert that has a gate should speak."""
+        return self.needs_pass and any(expert.positive_prompts for expert in self.shared_experts)
 
     @property
     def has_prompts(self) -> bool:
@@ -213,7 +232,8 @@ def _explain(detail: ErrorDetails) -> str:
     """One pydantic error in the words of someone who writes the YAML."""
     key, value = detail["loc"][-1], detail["input"]
     if detail["type"] == "extra_forbidden":
-        known = Expert.model_fields if len(detail["loc"]) > 1 else MergeConfig.model_fields
+        known = (RoutedExpert if detail["loc"][0] == "experts" else Expert).model_fields
+        known = known if len(detail["loc"]) > 1 else MergeConfig.model_fields
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         return f"unknown key, did you mean {near[0]}?" if near else f"unknown key; known: {', '.join(known)}"
     if detail["type"] == "missing":
@@ -225,6 +245,8 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "string_type":
         in_prompts = any(str(step).endswith("_prompts") for step in detail["loc"])
         return f"expected text, found {_short.repr(value)}" + ("; write it in quotes" if in_prompts else "")
+    if detail["type"] == "value_error":
+        return f"{detail['ctx']['error']}, found {_short.repr(value)}"
     return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {_short.repr(value)}"
 
 

@@ -16,7 +16,7 @@ from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.staging import check_space, journal_of, staged
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.dtypes import STORED
-from moemerge.plan import MergePlan
+from moemerge.plan import Computed, MergePlan
 from moemerge.routers import check_base_bits, init_routers
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def merge(
             reserve=not plan.shared_bytes,
             low_memory=low_memory,
         ) as writer:
-            writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, int)})
+            writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, Computed)})
 
             def layer_done(done: int, total: int) -> None:
                 writer.check()
@@ -101,9 +101,9 @@ def merge(
                 progress=layer_done,
             )  # fmt: skip
             writer.add({
-                name: ((Piece(routers.layers[o.origin], STORED[plan.dtype]),),)
+                name: ((Piece(routers.layers[o.origin.layer], STORED[plan.dtype]),),)
                 for name, o in plan.outputs.items()
-                if isinstance(o.origin, int)
+                if isinstance(o.origin, Computed)
             })  # fmt: skip
             for path in plan.copied_files:
                 shutil.copyfile(path, folder / path.name)

@@ -2,18 +2,19 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import build_index
 from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
 from moemerge.config import MergeConfig
+from moemerge.formats import Mixture, MoeFamily
 from moemerge.formats.dense import DenseModel
-from moemerge.formats.family import MoeFamily
 from moemerge.sources import ModelFolder
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
@@ -28,19 +29,27 @@ _STATES_BYTES: Final = 1024 * 4 * 4
 
 
 @dataclass(frozen=True)
+class Computed:
+    """A tensor that is made from prompts, or drawn, while the others are written."""
+
+    layer: int
+    kind: Literal["router", "shared gate"]
+
+
+@dataclass(frozen=True)
 class Output:
-    """A tensor of the merged model: a shared or expert tensor with its source, or the router of a layer."""
+    """A tensor of the merged model."""
 
     shape: tuple[int, ...]
-    origin: tuple[Band, ...] | int
-    """The pieces that it is made of; of a router, which is computed later, the layer."""
-    expert: int | None = None
-    """The expert whose FFN it is part of."""
+    origin: tuple[Band, ...] | Computed
+    """The pieces that it is made of, or what it is computed from later."""
+    is_expert: bool = False
+    """Whether it belongs to experts that are chosen between."""
 
     @property
     def pieces(self) -> list[Piece]:
-        """What it is made of; nothing yet where it is a router."""
-        return [] if isinstance(self.origin, int) else [piece for band in self.origin for piece in band]
+        """What it is made of; nothing yet where it is computed."""
+        return [] if isinstance(self.origin, Computed) else [piece for band in self.origin for piece in band]
 
     @property
     def is_converted(self) -> bool:
@@ -62,11 +71,14 @@ class MergePlan:
 
     config: MergeConfig
     family: MoeFamily
+    mixture: Mixture
     base: DenseModel
     base_folder: Path
     base_tensors: dict[str, StoredTensor]
     sources: tuple[ModelFolder, ...]
-    """The base, then every expert."""
+    """The base, then every expert, then every shared expert."""
+    references: Mapping[Path, str]
+    """Of each file of weights, the model that it belongs to, as the config names it."""
     dtype: str
     output_config: dict[str, Any]
     """The merged model's `config.json`."""
@@ -121,7 +133,7 @@ class MergePlan:
     @property
     def shards_without_routers(self) -> list[Shard]:
         """Those that a resumed merge may keep: routers depend on more, down to the device that computed them."""
-        routers = {name for name, output in self.outputs.items() if isinstance(output.origin, int)}
+        routers = {name for name, output in self.outputs.items() if isinstance(output.origin, Computed)}
         return [shard for shard in self.shards if routers.isdisjoint(shard.starts)]
 
     def fingerprint(self, seed: int) -> dict[str, Any]:

@@ -2,24 +2,25 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from moemerge.assembly import Assembly, Source
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.compatibility import check_base, check_configs, check_expert
-from moemerge.config import Expert, MergeConfig
+from moemerge.config import MergeConfig
 from moemerge.dtypes import NAMED, STORED, bytes_of
 from moemerge.errors import IncompatibleError
-from moemerge.formats import select_family
+from moemerge.formats import Mixture, MoeFamily, select_family
 from moemerge.formats.dense import DenseModel, read_dense
-from moemerge.formats.family import MoeFamily
 from moemerge.plan import MergePlan, Output
+from moemerge.proportions import mixture_of, residual_scales
 from moemerge.sources import ModelFolder, open_model, read_tensor_table
 
+Tensors = Mapping[str, StoredTensor]
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
 # Beside the weights, copied from the base byte for byte.
 COPIED_FILES: Final = (
@@ -58,37 +59,40 @@ def plan_merge(
     if config.experts_per_token > len(config.experts):
         raise IncompatibleError(f"{config.experts_per_token} experts per token, but only {len(config.experts)}.", [])
     opened: dict[str, ModelFolder] = {}
-    for reference in (config.base_model, *(expert.source_model for expert in config.experts)):
+    every_expert = [*config.experts, *config.shared_experts]
+    for reference in (config.base_model, *(expert.source_model for expert in every_expert)):
         if reference not in opened:
             opened[reference] = open_model(reference, announce)
     base_folder = opened[config.base_model]
-    folders = [opened[expert.source_model] for expert in config.experts]
-    names = [f"experts[{number}] {folder.reference}" for number, folder in enumerate(folders)]
+    folders = [opened[expert.source_model] for expert in every_expert]
+    routed = len(config.experts)
+    places = [("experts", number) for number in range(routed)]
+    places += [("shared_experts", number) for number in range(len(config.shared_experts))]
+    names = [f"{key}[{number}] {f.reference}" for (key, number), f in zip(places, folders, strict=True)]
     found = check_configs(base_folder.config, [(n, f.config) for n, f in zip(names, folders, strict=True)])
     _refuse(found.problems)
-    base = _dense(base_folder)
+    base, models = _dense(base_folder), [_dense(folder) for folder in folders]
     copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
     tokenizer_notes = _check_tokenizer({path.name for path in copied_files}, needed=runs_base or config.reads_prompts)
-    family = select_family(base, config.architecture, shared_experts=bool(config.shared_experts))
+    mixture = mixture_of(config, base, models[:routed], models[routed:])
+    family, family_notes = select_family(base, config.architecture, mixture)
 
     tables = {reference: read_tensor_table(folder, announce) for reference, folder in opened.items()}
     base_tensors = tables[config.base_model]
     dtype = config.dtype or _main_dtype(base_tensors)
-    findings = [found, check_base(base, family, base_tensors)]
+    findings = [found, check_base(base, family, base_tensors, mixture.dense_layers)]
     findings += [
-        check_expert(name, _dense(folder), tables[folder.reference], base)
-        for name, folder in zip(names, folders, strict=True)
+        check_expert(name, model, tables[folder.reference])
+        for name, model, folder in zip(names, models, folders, strict=True)
     ]
     _refuse([problem for finding in findings for problem in finding.problems])
-    notes = [note for finding in findings for note in finding.notes] + tokenizer_notes
-
-    experts = [(expert, tables[expert.source_model]) for expert in config.experts]
+    notes = [note for finding in findings for note in finding.notes] + tokenizer_notes + family_notes
     if config.has_prompts and not runs_base:
         notes.append(
             f"the base model does not read the prompts for gate_mode {config.gate_mode}, so an expert that is never "
             "chosen goes unnoticed; --routing-table has it read them"
         )
-    outputs = _outputs(base, family, base_tensors, experts, STORED[dtype])
+    outputs = _assembly(config, family, mixture, base, base_tensors, models, tables, STORED[dtype]).outputs()
     if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
         notes.append(
             "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
@@ -100,15 +104,18 @@ def plan_merge(
             f"{shared / 1e9:.2f} GB of the output share their place on the disk with the models they come from"
         )
     total, active = _count_parameters(outputs, config)
+    output_config = family.config(base, mixture, dtype)
     return MergePlan(
         config=config,
         family=family,
+        mixture=mixture,
         base=base,
         base_folder=base_folder.folder,
         base_tensors=base_tensors,
         sources=(base_folder, *folders),
+        references={tensor.path: name for name, table in tables.items() for tensor in table.values()},
         dtype=dtype,
-        output_config=family.config(base, len(config.experts), config.experts_per_token, dtype),
+        output_config=output_config,
         outputs=outputs,
         shards=tuple(shards),
         copied_files=copied_files,
@@ -158,36 +165,30 @@ def _main_dtype(tensors: dict[str, StoredTensor]) -> str:
     return NAMED[counted.most_common(1)[0][0]] if counted else "bfloat16"
 
 
-def _outputs(
-    base: DenseModel,
-    family: MoeFamily,
-    base_tensors: dict[str, StoredTensor],
-    experts: list[tuple[Expert, dict[str, StoredTensor]]],
-    dtype: str,
-) -> dict[str, Output]:
-    def shared(name: str) -> Output:
-        return Output(base_tensors[name].shape, ((Piece(base_tensors[name], dtype),),))
-
-    outputs = {}
-    *first, last = base.family.outside  # embeddings lead, the final norm follows the layers
-    for name in first:
-        outputs[name] = shared(name)
-    for layer in range(base.layers):
-        for template in base.family.shared:
-            outputs[template.format(layer=layer)] = shared(template.format(layer=layer))
-        for number, (expert, tensors) in enumerate(experts):
-            for role, template in family.experts.items():
-                source = tensors[base.family.ffn[role][0].format(layer=layer)]
-                scale = expert.residual_scale if role == "down" and expert.residual_scale is not None else 1.0
-                piece = Piece(source, dtype, scale, expert.noise_scale or 0.0)
-                outputs[template.format(layer=layer, expert=number)] = Output(source.shape, ((piece,),), number)
-    outputs[last] = shared(last)
-    if base.family.head in base_tensors:
-        outputs[base.family.head] = shared(base.family.head)
-    # Routers come last: every other shard is complete without them.
-    for layer in range(base.layers):
-        outputs[family.router.format(layer=layer)] = Output((len(experts), base.config["hidden_size"]), layer)
-    return outputs
+def _assembly(
+    config: MergeConfig, family: MoeFamily, mixture: Mixture, base: DenseModel, base_tensors: Tensors,
+    models: Sequence[DenseModel], tables: Mapping[str, Tensors], dtype: str,
+) -> Assembly:  # fmt: skip
+    computes_gate = bool(family.shared and family.shared.gate) and config.computes_shared_gate
+    scales, shared_scales = residual_scales(config)
+    # A gate of 0 is a weight of one half.
+    halved = family.shared is not None and bool(family.shared.gate) and not computes_gate
+    scales += [scale * (2 if halved else 1) for scale in shared_scales]
+    every_expert = [*config.experts, *config.shared_experts]
+    sources = [
+        Source(model, tables[expert.source_model], scale, expert.noise_scale or 0.0)
+        for expert, model, scale in zip(every_expert, models, scales, strict=True)
+    ]
+    routed = len(config.experts)
+    return Assembly(
+        family=family,
+        mixture=mixture,
+        base=Source(base, base_tensors),
+        experts=sources[:routed],
+        shared=sources[routed:],
+        computes_gate=computes_gate,
+        dtype=dtype,
+    )
 
 
 def _layout(
@@ -210,5 +211,5 @@ def _spec(name: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
 def _count_parameters(outputs: dict[str, Output], config: MergeConfig) -> tuple[int, int]:
     """All parameters, and those that one token passes through."""
     total = sum(math.prod(output.shape) for output in outputs.values())
-    in_experts = sum(math.prod(output.shape) for output in outputs.values() if output.expert is not None)
+    in_experts = sum(math.prod(output.shape) for output in outputs.values() if output.is_expert)
     return total, total - in_experts * (len(config.experts) - config.experts_per_token) // len(config.experts)

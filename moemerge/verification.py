@@ -15,7 +15,7 @@ from moemerge.checkpoint.jobs import Jobs
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.dtypes import STORED
 from moemerge.errors import CheckpointError, SourceError
-from moemerge.plan import MergePlan, Output
+from moemerge.plan import Computed, MergePlan, Output
 from moemerge.planning import COPIED_FILES
 from moemerge.sources import ModelFolder, open_model, read_tensor_table
 
@@ -105,7 +105,7 @@ def verify_merge(
     results = [job.result() for job in started]
     differences += [result for result in results if result]
     equal = [name for name, result in zip(fit, results, strict=True) if not result]
-    routers = [name for name in equal if isinstance(plan.outputs[name].origin, int)]
+    routers = [name for name in equal if isinstance(plan.outputs[name].origin, Computed)]
     converted = [name for name in equal if plan.outputs[name].is_converted]
     copied = sorted(set(equal).difference(routers, converted))
     return Verification(
@@ -176,7 +176,7 @@ def _compare_entries(expected: dict[str, str], found: dict[str, str]) -> list[Di
 
 
 def _compare_output(output: Output, found: StoredTensor, seed: int, report: Report) -> Difference | None:
-    if isinstance(output.origin, int):
+    if isinstance(output.origin, Computed):
         count = count_not_finite(found, report)
         return Difference(found.name, "finite values", f"{count} that are not") if count else None
     unequal = compare_tensor(output.origin, seed, found, report)

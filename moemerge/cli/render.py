@@ -12,7 +12,7 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.dtypes import BITS, STORED
 from moemerge.inspection import Inspection
-from moemerge.plan import MergePlan, Output
+from moemerge.plan import Computed, MergePlan, Output
 from moemerge.verification import Verification
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
 
 def _origin(output: Output) -> dict[str, Any]:
     """Where a tensor comes from; of one that has several pieces, the bands one under the other, each side by side."""
-    if isinstance(output.origin, int):
+    if isinstance(output.origin, Computed):
         return {"from": "router"}
     if len(output.pieces) == 1:
         return _source(output.pieces[0])
@@ -100,13 +100,12 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     table = Table("tensors", "size", "from", box=None, padding=(0, 2, 0, 0))
     parts: dict[tuple[str, str], list[int]] = {}
     for output in plan.outputs.values():
-        if isinstance(output.origin, int):
+        if isinstance(output.origin, Computed):
             key = ("routers", f"gate_mode {plan.config.gate_mode}")
-        elif output.expert is None:
-            key = ("embeddings, attention, norms", plan.config.base_model)
-        else:
-            key = (f"expert {output.expert}", plan.config.experts[output.expert].source_model)
-        parts.setdefault(key, []).append(math.prod(output.shape) * BITS[STORED[plan.dtype]] // 8)
+            parts.setdefault(key, []).append(math.prod(output.shape) * BITS[STORED[plan.dtype]] // 8)
+        for piece in output.pieces:
+            origin = plan.references[piece.source.path] if isinstance(piece.source, StoredTensor) else "constants"
+            parts.setdefault(("experts" if output.is_expert else "shared by all", origin), []).append(piece.nbytes)
     for (part, origin), sizes in parts.items():
         table.add_row(part, size(sum(sizes)), origin)
     console.print(table)

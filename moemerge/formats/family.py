@@ -63,7 +63,7 @@ class MoeFamily:
     router: str
     """Tensor of shape (expert, hidden)."""
     named: Mapping[str, str]
-    """Key of `config.json` to the value it holds: of the base (`DenseModel.values`) or the mixture (`Mixture.values`)."""
+    """Key of `config.json` to the name of its value, in `DenseModel.values` or `Mixture.values`."""
     fixed: Mapping[str, Any]
     """Keys with values of their own; what the base's config says goes before."""
     carried: tuple[str, ...]

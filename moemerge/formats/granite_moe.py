@@ -17,9 +17,7 @@ _SHARED_WIDTH: Final = {"shared_intermediate_size": "shared_width"}
 _HOLDS: Final = frozenset({"qkv_bias", "output_bias", "multipliers", "wide_heads", "scaled_rope"})
 # One key switches all four on.
 _BIASES: Final = zero_biases("q", "k", "v", "o", when=("qkv_bias", "output_bias"))
-_NOTES: Final = (
-    ("wide_heads", "transformers 4.57 and llama.cpp take head_dim for hidden_size / num_attention_heads"),
-)
+_NOTES: Final = (("wide_heads", "transformers 4.57 and llama.cpp take head_dim for hidden_size / num_attention_heads"),)
 _MAMBA: Final[dict[str, Any]] = {
     "mamba_n_heads": 1, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": "auto", "mamba_d_conv": 4,
     "mamba_expand": 2, "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_proj_bias": False,

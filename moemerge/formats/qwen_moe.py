@@ -30,7 +30,7 @@ QWEN2_MOE: Final = MoeFamily(
     extras=zero_biases("q", "k", "v"),
     notes=(
         ("", "llama.cpp and mlx-lm do not renormalise qwen2_moe's weights: they compute something else"),
-        ("mixed_attention", "transformers 4.57 gives every layer of a qwen2_moe the window: it computes something else"),
+        ("mixed_attention", "transformers 4.57 gives every layer of a qwen2_moe the window: wrong numbers, no error"),
         ("wide_heads", "transformers 4.57 and vLLM take head_dim for hidden_size / num_attention_heads"),
     ),
 )  # fmt: skip

@@ -87,10 +87,7 @@ def _empty_model(request: RouterRequest) -> Any:
     """The decoder without weights; its buffers (rotary frequencies) are real."""
     # Not from config.json itself: a hostile one can name a repository for its attention's code.
     family = request.base.family
-    keys = {
-        key: request.base.config.get(key) for key in (*family.required, *family.defaults, "head_dim", "rope_scaling")
-    }
-    config = AutoConfig.for_model(family.model_type, **keys | {"pad_token_id": None})
+    config = AutoConfig.for_model(family.model_type, **request.base.class_keys | {"pad_token_id": None})
     with init_empty_weights(include_buffers=False):
         model = AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     model.rotary_emb.to(request.device)

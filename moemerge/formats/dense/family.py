@@ -71,9 +71,9 @@ class DenseFamily:
     model_type: str
     rows: tuple[Row, ...]
     """Tensors of a layer beside its FFN."""
-    defaults: Mapping[str, Any]
+    defaults: dict[str, Any]
     """What an absent key of `config.json` means: every key that the family's class reads."""
-    facts: Mapping[str, str | bool | float] = field(default_factory=dict)
+    facts: dict[str, str | bool] = field(default_factory=dict)
     """Names of `PLAIN`, the multipliers and `mlp_bias`: the key that says it, or what always holds."""
     block: str = "llama"
     """Families of one block compute alike but for their facts."""
@@ -83,9 +83,11 @@ class DenseFamily:
     ffn_module: str = "mlp"
     """Module of a layer whose input is the router input."""
     ffn_width: str | Callable[[Config], int] = "intermediate_size"
-    first: Mapping[str, Axes] = field(default_factory=lambda: {"model.embed_tokens.weight": ("vocab", "hidden")})
+    first: dict[str, Axes] = field(default_factory=lambda: {"model.embed_tokens.weight": ("vocab", "hidden")})
     """Tensors before the layers, the embeddings first."""
     last: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+    """The language-model head, absent where embeddings are tied."""
     splits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """A tensor of a layer that every output family holds in parts: their names, and the axis that each is long."""
     layer_types: Callable[[Config], list[str]] = all_full
@@ -102,3 +104,8 @@ class DenseFamily:
     """What to tell of every merge of this family."""
     refusals: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """Keys with the only value under which the family was proved, and the reason."""
+
+    @property
+    def embeddings(self) -> str:
+        """Name of the token embeddings."""
+        return next(iter(self.first))

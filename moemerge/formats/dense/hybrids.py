@@ -162,7 +162,7 @@ def _gemma4_layers(config: Config) -> list[str]:
 
 def _gemma4_sizes(config: Config) -> dict[str, int]:
     by_layer = config.get("per_layer_config") or {}
-    own = next(iter(by_layer.values()), {})
+    own: dict[str, Any] = next(iter(by_layer.values()), {})
     head = own.get("head_dim") or config["global_head_dim"]
     keys = own.get("num_key_value_heads") or (config["num_global_key_value_heads"] if config["attention_k_eq_v"] else 0)
     return {

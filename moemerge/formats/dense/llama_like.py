@@ -23,7 +23,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "rope_theta": 10000.0, "attention_dropout": 0.0,
     "max_position_embeddings": 2048, "num_key_value_heads": None,
 }  # fmt: skip
-_ATTENTION_BIAS: Final = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
+_ATTENTION_BIAS: Final[dict[str, str | bool]] = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 _NO_BIAS: Final = {"attention_bias": False, "mlp_bias": False}
 
 
@@ -188,6 +188,7 @@ HYPERCLOVAX: Final = DenseFamily(
     values=lambda config: {"logits_scaling": 1 / config["logits_scaling"]},
     refusals={"use_post_norm": (False, "no output family has a norm after each half of a layer like that")},
 )  # fmt: skip
+
 
 def _theta_by_layer(config: Config) -> dict[str, Any]:
     given = config.get("layer_rope_theta")

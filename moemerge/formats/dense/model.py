@@ -135,6 +135,16 @@ class DenseModel:
         own = all(self.config.get(key, 1.0) == 1.0 for key in _OWN_SCALES)
         return own and math.isclose(self.attention_multiplier, self.config["head_dim"] ** -0.5)
 
+    @property
+    def class_keys(self) -> dict[str, Any]:
+        """What the family's class is told: no key that it does not read."""
+        keys = (*_REQUIRED, *self.family.defaults, "head_dim", "rope_scaling", "layer_types", "no_rope_layers")
+        return {
+            key: self.config[key]
+            for key in keys
+            if key in self.config and (self.config[key] is not None or self.family.defaults.get(key, 0) is not None)
+        }
+
     def tensors(self, layer: int) -> dict[str, Axes]:
         """Names and axes of a layer's tensors beside its FFN."""
         holds = {*self.facts, self.layer_types[layer]}

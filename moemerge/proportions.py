@@ -1,0 +1,63 @@
+"""What a config asks for in numbers: which expert in which layer, how wide, and how much each adds."""
+
+from collections.abc import Sequence
+
+from moemerge.config import MergeConfig
+from moemerge.errors import IncompatibleError
+from moemerge.formats import Mixture
+from moemerge.formats.dense import DenseModel
+from moemerge.layer_choice import LayerChoice, chosen_layers
+
+
+def mixture_of(
+    config: MergeConfig, base: DenseModel, experts: Sequence[DenseModel], shared: Sequence[DenseModel]
+) -> Mixture:
+    """The mixture of a config, from its models' configs.
+
+    Raises:
+        IncompatibleError: layers that the base does not have, or with fewer experts than each token is to go to.
+    """
+    problems: list[str] = []
+
+    def layers_of(address: str, layers: LayerChoice) -> tuple[int, ...]:
+        chosen = chosen_layers(layers, base.layers)
+        if isinstance(chosen, str):
+            problems.append(f"{address}: {chosen}")
+            return ()
+        return chosen
+
+    moe_layers = layers_of("moe_layers", config.moe_layers)
+    present = [layers_of(f"experts[{number}].layers", expert.layers) for number, expert in enumerate(config.experts)]
+    absent = {
+        layer: frozenset(number for number, layers in enumerate(present) if layer not in layers)
+        for layer in moe_layers
+        if not all(layer in layers for layers in present)
+    }
+    few = [layer for layer, missing in absent.items() if len(experts) - len(missing) < config.experts_per_token]
+    if few and not problems:
+        problems.append(
+            f"experts[].layers: layer {few[0]} is left with {len(experts) - len(absent[few[0]])} experts, "
+            f"but each token is to go to {config.experts_per_token}"
+        )
+    if problems:
+        raise IncompatibleError("These layers cannot be made:", problems)
+    return Mixture(
+        layers=base.layers,
+        dense_width=base.sizes["ffn"],
+        expert_widths=tuple(model.sizes["ffn"] for model in experts),
+        shared_widths=tuple(model.sizes["ffn"] for model in shared),
+        experts_per_token=config.experts_per_token,
+        moe_layers=moe_layers,
+        absent=absent,
+    )
+
+
+def residual_scales(config: MergeConfig) -> tuple[list[float], list[float]]:
+    """Factors on what each expert, and each shared expert, adds to the residual stream.
+
+    Those that the config does not name share one FFN's worth: with equal models the merge computes what the model does.
+    """
+    parts = len(config.shared_experts) + 1
+    shared = [1 / parts if e.residual_scale is None else e.residual_scale for e in config.shared_experts]
+    left = 1 - sum(expert.residual_scale is None for expert in config.shared_experts) / parts
+    return [left if e.residual_scale is None else e.residual_scale for e in config.experts], shared
