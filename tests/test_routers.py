@@ -374,9 +374,12 @@ def test_an_expert_that_is_chosen_by_all_but_never_first_is_named():
 
 
 def test_rows_that_are_almost_parallel_are_named():
-    rows = np.array([[[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [-1.0, 0.0]]], np.float32)
+    rows = np.array([[[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [-2.0, 0.0]]], np.float32)
     distances = row_distances(rows)
-    assert distances[0, 3] == pytest.approx(1.0)
+    # What all rows share changes no choice, and hides nothing.
+    moved = row_distances(rows + np.array([7.0, -20.0], np.float32))
+    assert moved == pytest.approx(distances, abs=1e-5)
+    assert row_distances(rows[:, [0, 3]])[0, 1] == pytest.approx(1.0)
     good = (0.9,) * 4
     assert report(good, (0.5,) * 4, distances).warnings() == [
         "the router can hardly tell fox from code: their rows are almost parallel"

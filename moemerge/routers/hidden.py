@@ -9,7 +9,7 @@ import torch
 from moemerge.routers.prompts import SHARED
 from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast, unit
-from moemerge.routers.scoring import fit_scale, nearest_scale
+from moemerge.routers.scoring import fit_scale, lowering, nearest_scale
 
 
 def hidden_rows(inputs: RouterInputs, request: RouterRequest) -> torch.Tensor:
@@ -23,7 +23,10 @@ def hidden_rows(inputs: RouterInputs, request: RouterRequest) -> torch.Tensor:
     rows = torch.from_numpy(made)
     present = [expert for expert in experts if expert not in absent]
     states = inputs.states[inputs.routed & torch.isin(inputs.expert, torch.tensor(present))]
-    return rows * fit_scale(rows[present], states, request.mixture.experts_per_token, request.scoring)
+    rows *= fit_scale(rows[present], states, request.mixture.experts_per_token)
+    if request.scoring == "sigmoid":
+        rows[present] -= lowering(states)
+    return rows
 
 
 def shared_gate_row(inputs: RouterInputs) -> torch.Tensor:

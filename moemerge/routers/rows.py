@@ -57,11 +57,14 @@ def unit(vectors: Rows) -> Rows:
 def row_distances(rows: Rows, absent: Sequence[frozenset[int]] = ()) -> dict[tuple[int, int], float]:
     """By pair of experts: how far apart their rows (layer, expert, hidden) are, 0 for equal and 1 for opposite.
 
-    `absent` says of each layer which experts have no part in it: pairs are compared where both have.
+    Without what all rows of a layer share, which changes no choice. `absent` says of each layer which experts have no
+    part in it: pairs are compared where both have.
     """
     present = np.ones(rows.shape[:2], bool)
     for layer, experts in enumerate(absent):
         present[layer, list(experts)] = False
+    counts = present.sum(axis=1, dtype=np.float32)[:, None, None]
+    rows = rows - np.where(present[..., None], rows, 0).sum(axis=1, keepdims=True) / counts  # noqa: PLR6104  not in place
     distances = {}
     for a, b in combinations(range(rows.shape[1]), 2):
         both = present[:, a] & present[:, b]

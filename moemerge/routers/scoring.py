@@ -11,6 +11,8 @@ from moemerge.formats.family import Scoring
 TARGET_WEIGHT: Final = 0.9
 _SMALLEST, _LARGEST = 1e-4, 1e4
 _BISECTIONS: Final = 40
+# More would cost bfloat16 routers mantissa, and lfm2_moe adds 1e-6 to the sum of the scores.
+_LOWERED: Final = 8.0
 _STEPS: Final = 64
 # A sharper router has to earn it: float16 ends at 65504, and sigmoids near 1 tie.
 _WORTHWHILE: Final = 1e-3
@@ -27,30 +29,32 @@ def top_weights(logits: torch.Tensor, experts_per_token: int, scoring: Scoring) 
     return chosen.values / (chosen.values.sum(dim=1, keepdim=True) + _TINY), chosen.indices
 
 
-def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int, scoring: Scoring = "softmax") -> float:
+def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> float:
     """Factor on rows (expert, hidden) with which the first choice of states (token, hidden) has its target weight.
 
-    With one expert per token the weight is 1 at any scale; the scale is then fitted as for two.
+    Of a softmax, that is, and of sigmoids that were lowered. With one expert per token the weight is 1 at any scale;
+    the scale is then fitted as for two.
     """
     count = min(max(experts_per_token, 2), len(rows))
     logits = (states @ rows.T).topk(count, dim=1).values
-
-    def first_weight(scale: float) -> float:
-        return float(top_weights(logits * scale, count, scoring)[0][:, 0].mean())
-
-    return _bisected(first_weight) if scoring == "softmax" else nearest_scale(first_weight)
-
-
-def _bisected(weight: Callable[[float], float]) -> float:
-    """The scale with which a weight that grows with it has its target."""
     low, high = _SMALLEST, _LARGEST
     for _ in range(_BISECTIONS):
         middle = (low * high) ** 0.5
-        if weight(middle) < TARGET_WEIGHT:
+        if float((logits * middle).softmax(dim=1)[:, 0].mean()) < TARGET_WEIGHT:
             low = middle
         else:
             high = middle
     return high
+
+
+def lowering(states: torch.Tensor) -> torch.Tensor:
+    """What to take from every row so that the sigmoids of states (token, hidden) grow as exponentials do.
+
+    The logits of all experts become lower by about `_LOWERED`, by way of the direction that all states share: divided
+    by their sum, such sigmoids are a softmax. As they are, both of two large logits weigh one half.
+    """
+    mean = states.mean(dim=0)
+    return _LOWERED * mean / (mean @ mean).clamp_min(torch.finfo(mean.dtype).tiny)
 
 
 def nearest_scale(weight: Callable[[float], float]) -> float:
