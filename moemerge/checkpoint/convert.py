@@ -51,18 +51,20 @@ def convert(
     elements = min(chunk_elements, total)
     stored, converted = np.empty(elements, TYPES[tensor.dtype]), np.empty(elements, TYPES[dtype])
     spare = np.empty(min(elements, BLOCK_ELEMENTS), np.uint32)
+    chunk = _views(stored, converted, spare)
     if noise_scale == 0.0 and tensor.dtype != "F32":
         convert_block = _by_table(tensor, dtype, scale)
     else:
         convert_block = _by_arithmetic(tensor, dtype, scale, noise_scale, seed)
     for start in range(0, total, chunk_elements):
-        count = min(chunk_elements, total - start)
-        fill(source, stored[:count].view(np.uint8).data, tensor)
+        if (rest := total - start) < elements:
+            chunk = _views(stored[:rest], converted[:rest], spare)
+        stored_bytes, blocks, converted_bytes = chunk
+        fill(source, stored_bytes, tensor)
         with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is looked for
-            for first in range(0, count, BLOCK_ELEMENTS):
-                block = slice(first, min(first + BLOCK_ELEMENTS, count))
-                convert_block(stored[block], converted[block], spare[: block.stop - first])
-        yield converted[:count].view(np.uint8).data
+            for block in blocks:
+                convert_block(*block)
+        yield converted_bytes
 
 
 def ended_inside(tensor: StoredTensor) -> CheckpointError:
@@ -81,6 +83,15 @@ def fill(source: Readable, view: memoryview, tensor: StoredTensor) -> None:
         if not count:
             raise ended_inside(tensor)
         view = view[count:]
+
+
+def _views(
+    stored: Stored, converted: Stored, spare: NDArray[np.uint32]
+) -> tuple[memoryview, list[tuple[Stored, Stored, NDArray[np.uint32]]], memoryview]:
+    """A chunk's bytes to be read, its blocks to be converted, and its bytes to be written."""
+    spans = [slice(start, start + BLOCK_ELEMENTS) for start in range(0, len(stored), BLOCK_ELEMENTS)]
+    blocks = [(stored[span], converted[span], spare[: len(stored[span])]) for span in spans]
+    return stored.view(np.uint8).data, blocks, converted.view(np.uint8).data
 
 
 def _by_table(tensor: StoredTensor, dtype: str, scale: float) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:

@@ -81,10 +81,6 @@ class Piece:
         return _bytes_of(self.dtype, self.shape)
 
     @property
-    def _has_columns(self) -> bool:
-        return len(self.shape) > 1
-
-    @property
     def changes_values(self) -> bool:
         """Whether what is written are other numbers, or other bits, than the source's."""
         return isinstance(self.source, StoredTensor) and (
@@ -95,6 +91,10 @@ class Piece:
     def is_unchanged(self) -> bool:
         """Whether the source's bytes are the output's, in their order."""
         return not isinstance(self.source, Fill) and not self.changes_values and not self.head_rows
+
+    @property
+    def _has_columns(self) -> bool:
+        return len(self.shape) > 1
 
 
 Band = tuple[Piece, ...]
@@ -109,12 +109,13 @@ def measure(bands: tuple[Band, ...]) -> int:
     """
     if len({piece.dtype for band in bands for piece in band}) > 1:
         raise ValueError("the pieces of a tensor differ in their dtypes")
+    total = 0
     for band in bands:
         if not band or len({piece.rows for piece in band}) > 1:
             raise ValueError(f"pieces of {[piece.rows for piece in band]} rows cannot lie side by side")
-        if len(band) > 1 and band_bytes(band) != band[0].rows * sum(piece.row_bytes for piece in band):
-            raise ValueError("pieces whose rows do not fill whole bytes cannot lie side by side")
-    return sum(map(band_bytes, bands))
+        # Rows that lie side by side have to begin and end with whole bytes.
+        total += band_bytes(band) if len(band) == 1 else band[0].rows * sum(piece.row_bytes for piece in band)
+    return total
 
 
 def band_bytes(band: Band) -> int:
@@ -129,10 +130,8 @@ def with_seeds(bands: tuple[Band, ...], seed: int, name: str) -> Iterator[tuple[
     """
     number = 0
     for band in bands:
-        yield (
-            band,
-            [f"{seed} {name} {place}" if place else f"{seed} {name}" for place in range(number, number + len(band))],
-        )
+        places = range(number, number + len(band))
+        yield band, [f"{seed} {name} {place}" if place else f"{seed} {name}" for place in places]
         number += len(band)
 
 
