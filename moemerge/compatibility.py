@@ -52,6 +52,8 @@ def check_configs(base: Mapping[str, Any], experts: Sequence[tuple[str, Mapping[
     """
     found = Findings()
     base_model = _read(base, "base_model", found)
+    if base_model and "mlp_bias" in base_model.facts:
+        found.problems.append("base_model: its FFNs have biases, which the experts of no output family have")
     for name, config in experts:
         expert = _read(config, name, found)
         if base_model is None or expert is None:

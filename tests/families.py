@@ -41,6 +41,7 @@ GEMMA4 = {
 MLA = {
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "num_key_value_heads": 4, "head_dim": 8,
+    "pad_token_id": None,  # whose embedding transformers' class sets to zero, whatever is stored
 }  # fmt: skip
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -93,7 +94,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
 class Mixture(torch.nn.Module):
     """FFNs behind a router, by their definition."""
 
-    def __init__(self, ffns, rows, k, scoring, bias=None, shared=None, shared_gate=None) -> None:
+    def __init__(self, ffns, rows, k, *, scoring, bias=None, shared=None, shared_gate=None) -> None:
         super().__init__()
         self.ffns, self.shared = torch.nn.ModuleList(ffns), shared
         self.rows, self.k, self.scoring, self.bias, self.shared_gate = rows, k, scoring, bias, shared_gate
@@ -153,10 +154,10 @@ def reference(plan: MergePlan, out: Path, routed_scale=1.0, shared_scales=()) ->
             [Sum([ffn(model)], [routed_scale]) for model in experts],
             tensors[prefix + family.router],
             plan.config.experts_per_token,
-            family.scoring,
-            None if bias is None else bias.flatten(),
-            Sum([ffn(model) for model in shared], shared_scales) if shared else None,
-            tensors.get(prefix + gate) if gate and shared else None,
+            scoring=family.scoring,
+            bias=None if bias is None else bias.flatten(),
+            shared=Sum([ffn(model) for model in shared], shared_scales) if shared else None,
+            shared_gate=tensors.get(prefix + gate) if gate and shared else None,
         )
         base.model.layers[index].set_submodule(module, mixture)
     return base

@@ -36,7 +36,7 @@ DOTS1: Final = MoeFamily(
     holds=frozenset(
         {"qk_norm", "qkv_bias", "output_bias", "window", "mixed_attention", "wide_heads", "scaled_rope"}
     ),
-    needs=frozenset({"qk_norm"}),
+    needs_qk_norm=True,
     scoring="sigmoid",
     shared=_SHARED,
     dense_layers="prefix",
@@ -90,7 +90,7 @@ HY_V3: Final = MoeFamily(
     fixed={"router_scaling_factor": 1.0, "enable_moe_fp32_combine": False, "attention_bias": False},
     carried=COMMON,
     holds=frozenset({"qk_norm", "wide_heads", "scaled_rope"}),
-    needs=frozenset({"qk_norm"}),
+    needs_qk_norm=True,
     scoring="sigmoid",
     # A count of 0 becomes a full expert of random weights.
     shared=Shared(separate("mlp.shared_mlp"), "multiple", "zeros"),
@@ -113,7 +113,7 @@ EXAONE_MOE: Final = MoeFamily(
     fixed=_ONE_GROUP | {"routed_scaling_factor": 1.0, "sliding_window_pattern": 4},
     carried=COMMON,
     holds=frozenset({"qk_norm", "wide_heads", "scaled_rope"}),
-    needs=frozenset({"qk_norm"}),
+    needs_qk_norm=True,
     scoring="sigmoid",
     shared=_SHARED,
     dense_layers="any",
