@@ -99,8 +99,7 @@ def _routing(report: "RoutingReport") -> str:
         f"| layer | {' | '.join(report.experts)} | first choice's weight |",
         "|---" * (len(report.experts) + 2) + "|",
         *(
-            f"| {layer} | {' | '.join(f'{share:.0%}' for share in row.own)} | {row.top_weight:.2f} |"
-            for layer, row in enumerate(report.layers)
+            f"| {row.layer} | {' | '.join(row.shown)} | {row.top_weight:.2f} |" for row in report.layers
         ),
         "",
         "</details>",

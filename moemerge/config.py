@@ -191,7 +191,19 @@ def _cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> 
             "every expert is the same model, so the result computes what that model does at a higher cost. "
             "Name different models, or, to train the result further, pass --allow-identical-experts",
         ))  # fmt: skip
+    problems += _blank_prompts("experts", experts) + _blank_prompts("shared_experts", document.get("shared_experts"))
     return problems + _check_prompts(document.get("gate_mode", "hidden"), experts)
+
+
+def _blank_prompts(key: str, experts: Any) -> list[tuple[Place, str]]:
+    problems: list[tuple[Place, str]] = []
+    for number, expert in enumerate(experts if isinstance(experts, list) else []):
+        for sign in ("positive_prompts", "negative_prompts"):
+            listed = _listed(expert.get(sign)) if isinstance(expert, dict) else None
+            if isinstance(listed, list):
+                blank = [index for index, prompt in enumerate(listed) if isinstance(prompt, str) and not prompt.strip()]
+                problems += [((key, number, sign, index), "the prompt is empty") for index in blank]
+    return problems
 
 
 def _check_prompts(gate_mode: Any, experts: Sequence[Mapping[str, Any]]) -> list[tuple[Place, str]]:
@@ -206,10 +218,6 @@ def _check_prompts(gate_mode: Any, experts: Sequence[Mapping[str, Any]]) -> list
                 place if "positive_prompts" in expert else place[:2],
                 f"gate_mode {gate_mode} needs positive_prompts: text that should be routed to this expert",
             ))  # fmt: skip
-        for sign, listed in (("positive_prompts", positive), ("negative_prompts", negative)):
-            if isinstance(listed, list):
-                blank = [index for index, prompt in enumerate(listed) if isinstance(prompt, str) and not prompt.strip()]
-                problems += [(("experts", number, sign, index), "the prompt is empty") for index in blank]
     if (
         gate_mode not in _PROMPT_FREE
         and len(prompts) > 1

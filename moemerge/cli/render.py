@@ -125,8 +125,8 @@ def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) 
     console.print(table)
     if by_layer:
         layers = Table("layer", *report.experts, "weight", box=None, padding=(0, 2, 0, 0))
-        for layer, row in enumerate(report.layers):
-            layers.add_row(str(layer), *(f"{share:.0%}" for share in row.own), f"{row.top_weight:.2f}")
+        for row in report.layers:
+            layers.add_row(str(row.layer), *row.shown, f"{row.top_weight:.2f}")
         console.print(layers)
 
 
