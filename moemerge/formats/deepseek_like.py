@@ -99,7 +99,7 @@ HY_V3: Final = MoeFamily(
     notes=(("", "transformers reads hy_v3 from version 5 on"),),
 )  # fmt: skip
 EXAONE_MOE: Final = MoeFamily(
-    "exaone_moe", "ExaoneMoeForCausalLM",
+    "exaone_moe", "ExaoneMoEForCausalLM",  # as released; transformers spells its class ExaoneMoe
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=ROPE
@@ -118,7 +118,7 @@ EXAONE_MOE: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="any",
     selection_bias="mlp.e_score_correction_bias",
-    notes=(("", "transformers reads exaone_moe from version 5 on; llama.cpp spells it ExaoneMoEForCausalLM"),),
+    notes=(("", "transformers reads exaone_moe from version 5 on"),),
 )  # fmt: skip
 MIMO_V2_FLASH: Final = MoeFamily(
     "mimo_v2_flash", "MiMoV2FlashForCausalLM",
