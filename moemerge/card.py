@@ -98,9 +98,7 @@ def _routing(report: "RoutingReport") -> str:
         "",
         f"| layer | {' | '.join(report.experts)} | first choice's weight |",
         "|---" * (len(report.experts) + 2) + "|",
-        *(
-            f"| {row.layer} | {' | '.join(row.shown)} | {row.top_weight:.2f} |" for row in report.layers
-        ),
+        *(f"| {row.layer} | {' | '.join(row.shown)} | {row.top_weight:.2f} |" for row in report.layers),
         "",
         "</details>",
     ]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,22 @@ from moemerge.sources import open_model, read_tensor_table
 from tests.families import DENSE
 from tests.models import VOCAB, load, make_model
 
+IS_V4 = transformers.__version__.startswith("4.")
 LENGTHS = (3, 14, 1, 9)
 
 
 def is_known(model_type: str) -> bool:
     return model_type in transformers.AutoConfig.for_model.__globals__["CONFIG_MAPPING"]
+
+
+def in_words_of_4(sizes: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 calls the same."""
+    sizes = dict(sizes)
+    if rope := dict(sizes.pop("rope_parameters", {})):
+        sizes |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    if "mamba_n_heads" in sizes:
+        sizes["layer_types"] = ["mamba" if kind == "linear_attention" else "attention" for kind in sizes["layer_types"]]
+    return sizes
 
 
 def prompts() -> tuple[EncodedPrompt, ...]:
@@ -67,7 +79,7 @@ def test_the_pass_sees_what_the_whole_model_sees(tmp_path, name):
     model_type, sizes = DENSE[name]
     if not is_known(model_type):
         pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
-    folder = make_model(tmp_path / "base", 1, model_type, **sizes)
+    folder = make_model(tmp_path / "base", 1, model_type, **(in_words_of_4(sizes) if IS_V4 else sizes))
     change_buffers(folder)
     asked = request(folder, (0, 1, 2))
     expected = [ffn_inputs(folder, asked.base.family.ffn_module, prompt.ids) for prompt in asked.prompts]

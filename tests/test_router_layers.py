@@ -41,7 +41,7 @@ def plan_of(tmp_path: Path, folders: list[Path], expert_keys=(), routing_table=F
     path = write_config(tmp_path / "merge.yaml", folders[0], folders[1:4], **keys)
     document = yaml.safe_load(path.read_text())
     for expert, more in zip(document["experts"], expert_keys, strict=False):
-        expert |= more
+        expert.update(more)
     path.write_text(yaml.safe_dump(document))
     return plan_merge(load_config(path), routing_table=routing_table)
 
@@ -123,7 +123,10 @@ def test_an_expert_that_is_absent_is_compared_with_no_other():
 
 
 def test_means_count_only_the_layers_of_an_expert():
-    layers = (LayerRouting(3, (0.5, None), (0.2, None), (0.4, None), 0.9), LayerRouting(4, (0.7, None), (0.4, None), (0.6, None), 0.9))
+    layers = (
+        LayerRouting(3, (0.5, None), (0.2, None), (0.4, None), 0.9),
+        LayerRouting(4, (0.7, None), (0.4, None), (0.6, None), 0.9),
+    )
     report = RoutingReport(("fox", "code"), 1, layers, {})
     assert report.own == (pytest.approx(0.6), 0.0)
     assert report.warnings()[-1].startswith("expert code is almost never chosen")
@@ -141,7 +144,9 @@ def test_sigmoids_are_weighed_by_their_sum():
 def domains(experts: int, tokens: int = 100) -> torch.Tensor:
     """States (expert, token, hidden) with a direction that all share, one of each expert, and noise."""
     generator = torch.Generator().manual_seed(0)
-    common, own, noise = (torch.randn(*shape, 256, generator=generator) for shape in ((), (experts, 1), (experts, tokens)))
+    common, own, noise = (
+        torch.randn(*shape, 256, generator=generator) for shape in ((), (experts, 1), (experts, tokens))
+    )
     return 0.7 * common + 0.3 * own + 0.6 * noise
 
 
@@ -195,7 +200,9 @@ def test_the_gate_of_shared_experts_tells_their_prompts_from_others(tmp_path, ki
         is_shared = inputs.expert == SHARED
         towards = inputs.states[is_shared & inputs.positive]
         away = inputs.states[is_shared & ~inputs.positive] if negative else inputs.states[~is_shared]
-        expected = torch.nn.functional.normalize(towards.mean(0), dim=0) - torch.nn.functional.normalize(away.mean(0), dim=0)
+        expected = torch.nn.functional.normalize(towards.mean(0), dim=0) - torch.nn.functional.normalize(
+            away.mean(0), dim=0
+        )
         gate = rows_of(plan, made.shared_gates[layer])
         assert float(torch.cosine_similarity(gate[0], expected, dim=0)) == pytest.approx(1, abs=1e-5)
         scales = torch.logspace(-3, 3, 200)
@@ -203,7 +210,9 @@ def test_the_gate_of_shared_experts_tells_their_prompts_from_others(tmp_path, ki
         assert abs(float((towards @ gate.T).sigmoid().mean()) - 0.9) <= abs(reachable - 0.9) + 0.005
         assert float((away @ gate.T).sigmoid().mean()) < 0.5
     # Their prompts are no expert's: routers and table are as without them.
-    plain = plan_of(tmp_path, folders, shared_experts=[shared | {"positive_prompts": [], "negative_prompts": []}], **keys)
+    plain = plan_of(
+        tmp_path, folders, shared_experts=[shared | {"positive_prompts": [], "negative_prompts": []}], **keys
+    )
     without = routers(plain)
     assert not without.shared_gates
     for layer, data in without.rows.items():

@@ -8,12 +8,13 @@ that follows it, is never run.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
@@ -89,12 +90,23 @@ def _empty_model(request: RouterRequest) -> Any:
     # Not from config.json itself: a hostile one can name a repository for its attention's code.
     family = request.base.family
     config = AutoConfig.for_model(family.model_type, **request.base.class_keys | {"pad_token_id": None})
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _uninitialised():
         model = AutoModel.from_config(config, trust_remote_code=False)
     for name, buffer in list(model.named_buffers()):
         path, _, own = name.rpartition(".")
         setattr(model.get_submodule(path), own, buffer.to(request.device))
     return model.eval()
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Models are made without first values for weights that lie nowhere: transformers 4 fails to give Mamba's."""
+    given = PreTrainedModel.init_weights
+    PreTrainedModel.init_weights = lambda _: None
+    try:
+        yield
+    finally:
+        PreTrainedModel.init_weights = given
 
 
 def _group(prompts: Sequence[EncodedPrompt]) -> Iterator[list[EncodedPrompt]]:

@@ -64,7 +64,7 @@ def row_distances(rows: Rows, absent: Sequence[frozenset[int]] = ()) -> dict[tup
     for layer, experts in enumerate(absent):
         present[layer, list(experts)] = False
     counts = present.sum(axis=1, dtype=np.float32)[:, None, None]
-    rows = rows - np.where(present[..., None], rows, 0).sum(axis=1, keepdims=True) / counts  # noqa: PLR6104  not in place
+    rows = rows - np.where(present[..., None], rows, 0).sum(axis=1, keepdims=True) / counts
     distances = {}
     for a, b in combinations(range(rows.shape[1]), 2):
         both = present[:, a] & present[:, b]
