@@ -136,7 +136,8 @@ def test_layers_that_cannot_be_are_refused(tmp_path, pair):
     with pytest.raises(IncompatibleError) as caught:
         plan_merge(load_config(path))
     assert list(caught.value.problems) == [
-        "experts[].layers: layer 0 is left with 1 experts, but each token is to go to 2"]
+        "experts[].layers: layer 0 is left with 1 experts, but each token is to go to 2"
+    ]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "Mixtral", "mix"])
