@@ -92,7 +92,7 @@ def plan_merge(
             f"the base model does not read the prompts for gate_mode {config.gate_mode}, so an expert that is never "
             "chosen goes unnoticed; --routing-table has it read them"
         )
-    outputs = _assembly(config, family, mixture, base, base_tensors, models, tables, STORED[dtype]).outputs()
+    outputs = _assembly(config, family, mixture, base=base, models=models, tables=tables, dtype=STORED[dtype]).outputs()
     if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
         notes.append(
             "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
@@ -166,8 +166,8 @@ def _main_dtype(tensors: dict[str, StoredTensor]) -> str:
 
 
 def _assembly(
-    config: MergeConfig, family: MoeFamily, mixture: Mixture, base: DenseModel, base_tensors: Tensors,
-    models: Sequence[DenseModel], tables: Mapping[str, Tensors], dtype: str,
+    config: MergeConfig, family: MoeFamily, mixture: Mixture, *, base: DenseModel, models: Sequence[DenseModel],
+    tables: Mapping[str, Tensors], dtype: str,
 ) -> Assembly:  # fmt: skip
     computes_gate = bool(family.shared and family.shared.gate) and config.computes_shared_gate
     scales, shared_scales = residual_scales(config)
@@ -183,7 +183,7 @@ def _assembly(
     return Assembly(
         family=family,
         mixture=mixture,
-        base=Source(base, base_tensors),
+        base=Source(base, tables[config.base_model]),
         experts=sources[:routed],
         shared=sources[routed:],
         computes_gate=computes_gate,

@@ -45,11 +45,11 @@ def test_every_difference_between_configs_is_listed(tmp_path, pair):
     assert problems(tmp_path, pair) == [
         "experts[0] /one: num_hidden_layers is 5, but the base model's is 3",
         "experts[0] /one: hidden_size is 64, but the base model's is 32",
-        "experts[0] /one: intermediate_size is 80, but the base model's is 48",
         "experts[0] /one: hidden_act is 'gelu', but the base model's is 'silu'",
         "experts[1] /two: is quantised (gptq); its scales would be lost. Use the original weights, or dequantise it",
-        "experts[1] /two: mlp_bias is True, but the base model's is False",
-        "experts[1] /two: attention_bias is True, but the base model's is False",
+        "experts[1] /two: has biases of queries, keys and values, but the base model has no biases of queries, keys and values",
+        "experts[1] /two: has bias of the attention's output, but the base model has no bias of the attention's output",
+        "experts[1] /two: has biases in its FFNs, but the base model has no biases in its FFNs",
     ]
 
 
@@ -62,25 +62,82 @@ def test_shallower_and_deeper_experts_are_refused(tmp_path, pair, layers):
 
 def test_a_model_type_that_is_not_known_is_named(tmp_path, pair):
     edit_json(pair[1] / "config.json", model_type="gpt2")
+    (found,) = problems(tmp_path, pair)
+    assert found.startswith(
+        "experts[0] /one: its model_type is 'gpt2'; moemerge reads dense models of type llama, mistral, "
+    )
+
+
+def test_a_model_type_that_no_family_repeats_is_refused_with_the_reason(tmp_path, pair):
+    edit_json(pair[1] / "config.json", model_type="olmo3")
     assert problems(tmp_path, pair) == [
-        "experts[0] /one: its model_type is 'gpt2'; moemerge reads dense models of type llama, mistral"
+        "experts[0] /one: its model_type is 'olmo3', which no output family repeats exactly: "
+        "flex_olmo has no sliding windows: equal only up to the window's length"
     ]
 
 
-def test_what_mixtral_cannot_express_is_refused_with_the_reason(tmp_path, pair):
+def test_what_a_family_cannot_express_is_refused_with_the_reason(tmp_path, pair):
     for folder in pair:
         shutil.rmtree(folder)
-        make_model(folder, 1, attention_bias=True, mlp_bias=True)
-    found = problems(tmp_path, pair)
-    assert found == [
-        "mixtral: attention_bias is True: it has no attention biases",
-        "mixtral: mlp_bias is True: its experts have no biases",
+        make_model(folder, 1, attention_bias=True)
+    assert problems(tmp_path, pair, architecture="mixtral") == [
+        "mixtral: it has no biases of queries, keys and values",
+        "mixtral: it has no bias of the attention's output",
     ]
+    assert problems(tmp_path, pair, architecture="qwen3") == [
+        "qwen3_moe: it always normalises queries and keys, llama does not",
+    ]
+    assert plan(tmp_path, pair).family.model_type == "granitemoe"
+
+
+def test_biases_of_ffns_are_refused(tmp_path, pair):
+    for folder in pair:
+        shutil.rmtree(folder)
+        make_model(folder, 1, mlp_bias=True)
+    assert problems(tmp_path, pair) == ["base_model: its FFNs have biases, which the experts of no output family have"]
 
 
 def test_shared_experts_are_refused_with_the_reason(tmp_path, pair):
-    found = problems(tmp_path, pair, shared_experts=[{"source_model": str(pair[1])}])
-    assert found == ["mixtral: it has no shared experts: remove shared_experts"]
+    found = problems(tmp_path, pair, shared_experts=[{"source_model": str(pair[1])}], architecture="granitemoe")
+    assert found[0] == "granitemoe: it has no shared experts: remove shared_experts"
+
+
+def test_families_are_chosen_in_the_documented_order(tmp_path, pair):
+    shared = {"shared_experts": [{"source_model": str(pair[1])}]}
+    assert plan(tmp_path, pair).family.model_type == "mixtral"
+    assert plan(tmp_path, pair, **shared).family.model_type == "granitemoeshared"
+    assert plan(tmp_path, pair, moe_layers="second-half").family.model_type == "glm4_moe"
+    assert plan(tmp_path, pair, moe_layers=[1]).family.model_type == "qwen2_moe"
+    assert plan(tmp_path, pair, moe_layers=[1], **shared).family.model_type == "qwen2_moe"
+
+
+def test_every_candidate_is_named_with_its_reason(tmp_path, pair):
+    edit_json(
+        pair[0] / "config.json", layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=8
+    )
+    found = problems(tmp_path, pair, moe_layers="1-", shared_experts=[{"source_model": str(pair[1])}], architecture="m")
+    assert found == [
+        "mixtral: it has no layers that attend differently",
+        "mixtral: all its layers hold experts, but moe_layers leaves layer 0 dense",
+        "mellum: it always normalises queries and keys, llama does not",
+        "mellum: it has no shared experts: remove shared_experts",
+        "mimo_v2_flash: it has no sliding window",
+        "mimo_v2_flash: it has no layers that attend differently",
+        "mimo_v2_flash: it has no shared experts: remove shared_experts",
+    ]
+
+
+def test_layers_that_cannot_be_are_refused(tmp_path, pair):
+    assert problems(tmp_path, pair, moe_layers="2-7") == [
+        "moe_layers: names layers that the model does not have: it has 0 to 2"
+    ]
+    path = write_config(tmp_path / "merge.yaml", pair[0], pair[1:], prompts=False)
+    path.write_text(path.read_text().replace("- source_model", "- layers: 1-\n  source_model", 1))
+    with pytest.raises(IncompatibleError) as caught:
+        plan_merge(load_config(path))
+    assert list(caught.value.problems) == [
+        "experts[].layers: layer 0 is left with 1 experts, but each token is to go to 2"
+    ]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "Mixtral", "mix"])
@@ -90,15 +147,28 @@ def test_an_architecture_is_found_by_the_names_that_mergekit_takes(tmp_path, pai
 
 def test_an_unknown_architecture_lists_the_known_ones(tmp_path, pair):
     with pytest.raises(IncompatibleError) as caught:
-        plan(tmp_path, pair, architecture="deepseek")
-    assert str(caught.value) == "architecture: 'deepseek' is no output family; known: mixtral."
+        plan(tmp_path, pair, architecture="gpt")
+    assert str(caught.value).startswith("architecture: 'gpt' is no output family; known: mixtral, qwen3_moe, ")
+
+
+def test_deepseek_is_explained_and_the_nearest_family_taken(tmp_path, pair):
+    found = plan(tmp_path, pair, architecture="deepseek")
+    assert found.family.model_type == "mixtral"
+    assert found.notes == (
+        "architecture: deepseek is DeepSeek-V1, which transformers reads only with code from a repository; "
+        "mixtral is the nearest family",
+    )
 
 
 def test_layers_that_attend_differently_are_refused(tmp_path, pair):
-    edit_json(pair[0] / "config.json", layer_types=["full_attention", "sliding_attention", "full_attention"])
-    assert problems(tmp_path, pair) == [
-        "mixtral: layer_types mixes full_attention, sliding_attention: one kind of attention serves all layers"
-    ]
+    edit_json(
+        pair[0] / "config.json",
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=8,
+    )
+    assert problems(tmp_path, pair, architecture="mixtral") == ["mixtral: it has no layers that attend differently"]
+    edit_json(pair[0] / "config.json", layer_types=["full_attention"])
+    assert problems(tmp_path, pair) == ["base_model: its config.json names the types of 1 layers, but has 3"]
 
 
 @pytest.mark.parametrize("quantised", [torch.int8, torch.float8_e4m3fn])

@@ -41,9 +41,9 @@ def test_llama_cpp_has_a_name_for_every_tensor(tmp_path, llamas):
 
 def test_output_names_are_those_of_released_checkpoints():
     mixtral = MOE_FAMILIES["mixtral"]
-    assert mixtral.router.format(layer=7) == "model.layers.7.block_sparse_moe.gate.weight"
-    assert [name.format(layer=0, expert=3).removeprefix("model.layers.0.block_sparse_moe.experts.3.") for name in
-            mixtral.experts.values()] == ["w1.weight", "w3.weight", "w2.weight"]  # fmt: skip
+    assert mixtral.router == "block_sparse_moe.gate.weight"
+    assert {name.format(expert=3).removeprefix("block_sparse_moe.experts.3."): roles for name, roles in
+            mixtral.experts.items()} == {"w1.weight": ("gate",), "w3.weight": ("up",), "w2.weight": ("down",)}  # fmt: skip
 
 
 def test_the_card_says_what_the_model_is(tmp_path, llamas):

@@ -36,7 +36,7 @@ DOTS1: Final = MoeFamily(
     holds=frozenset(
         {"qk_norm", "qkv_bias", "output_bias", "window", "mixed_attention", "wide_heads", "scaled_rope"}
     ),
-    needs=frozenset({"qk_norm"}),
+    needs_qk_norm=True,
     scoring="sigmoid",
     shared=_SHARED,
     dense_layers="prefix",
@@ -90,7 +90,7 @@ HY_V3: Final = MoeFamily(
     fixed={"router_scaling_factor": 1.0, "enable_moe_fp32_combine": False, "attention_bias": False},
     carried=COMMON,
     holds=frozenset({"qk_norm", "wide_heads", "scaled_rope"}),
-    needs=frozenset({"qk_norm"}),
+    needs_qk_norm=True,
     scoring="sigmoid",
     # A count of 0 becomes a full expert of random weights.
     shared=Shared(separate("mlp.shared_mlp"), "multiple", "zeros"),
@@ -99,7 +99,7 @@ HY_V3: Final = MoeFamily(
     notes=(("", "transformers reads hy_v3 from version 5 on"),),
 )  # fmt: skip
 EXAONE_MOE: Final = MoeFamily(
-    "exaone_moe", "ExaoneMoeForCausalLM",
+    "exaone_moe", "ExaoneMoEForCausalLM",  # as released; transformers spells its class ExaoneMoe
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=ROPE
@@ -113,12 +113,12 @@ EXAONE_MOE: Final = MoeFamily(
     fixed=_ONE_GROUP | {"routed_scaling_factor": 1.0, "sliding_window_pattern": 4},
     carried=COMMON,
     holds=frozenset({"qk_norm", "wide_heads", "scaled_rope"}),
-    needs=frozenset({"qk_norm"}),
+    needs_qk_norm=True,
     scoring="sigmoid",
     shared=_SHARED,
     dense_layers="any",
     selection_bias="mlp.e_score_correction_bias",
-    notes=(("", "transformers reads exaone_moe from version 5 on; llama.cpp spells it ExaoneMoEForCausalLM"),),
+    notes=(("", "transformers reads exaone_moe from version 5 on"),),
 )  # fmt: skip
 MIMO_V2_FLASH: Final = MoeFamily(
     "mimo_v2_flash", "MiMoV2FlashForCausalLM",

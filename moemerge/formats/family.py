@@ -74,8 +74,8 @@ class MoeFamily:
     """Whether rotary positions turn neighbouring elements; from those, rows are regrouped for families that do not."""
     holds: frozenset[str] = frozenset()
     """Facts of `PLAIN` that it can express."""
-    needs: frozenset[str] = frozenset()
-    """Facts without which it cannot be used."""
+    needs_qk_norm: bool = False
+    """Whether it always normalises queries and keys."""
     scoring: Scoring = "softmax"
     shared: Shared | None = None
     appends_shared: bool = False
@@ -99,11 +99,9 @@ class MoeFamily:
             return [f"does not compute like {base.family.model_type}"]
         if self.interleaved and not base.family.interleaved:
             return [f"rotates neighbouring elements of a head, {base.family.model_type} its halves"]
-        reasons = [reason for fact, reason in PLAIN.items() if fact in base.facts - self.holds]
-        reasons += [
-            f"it always does what {base.family.model_type} does not: {PLAIN[fact].removeprefix('it ')}"
-            for fact in sorted(self.needs - base.facts)
-        ]
+        reasons = [f"it has no {words}" for fact, words in PLAIN.items() if fact in base.facts - self.holds]
+        if self.needs_qk_norm and "qk_norm" not in base.facts:
+            reasons.append(f"it always normalises queries and keys, {base.family.model_type} does not")
         return reasons + self._refuse_shared(mixture) + self._refuse_dense_layers(mixture)
 
     def _refuse_shared(self, mixture: Mixture) -> list[str]:

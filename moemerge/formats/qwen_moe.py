@@ -46,7 +46,7 @@ QWEN3_MOE: Final = MoeFamily(
     | {"norm_topk_prob": True, "decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None},
     carried=COMMON,
     holds=frozenset({"qk_norm", "qkv_bias", "output_bias", "wide_heads", "scaled_rope"}),
-    needs=frozenset({"qk_norm"}),
+    needs_qk_norm=True,
     dense_layers="any",
 )  # fmt: skip
 QWEN3_5_MOE: Final = MoeFamily(
@@ -64,9 +64,7 @@ QWEN3_5_MOE: Final = MoeFamily(
         "linear_num_key_heads", "linear_num_value_heads",
     ),
     blocks=("qwen3_5",),
-    holds=frozenset(
-        {"qkv_bias", "output_bias", "qk_norm", "mixed_attention", "wide_heads", "scaled_rope", "partial_rotary"}
-    ),
+    holds=frozenset({"qkv_bias", "output_bias", "mixed_attention", "wide_heads", "partial_rotary"}),
     shared=_GATED,
 )  # fmt: skip
 MELLUM: Final = MoeFamily(
@@ -83,7 +81,7 @@ MELLUM: Final = MoeFamily(
     holds=frozenset(
         {"qk_norm", "qkv_bias", "output_bias", "window", "mixed_attention", "wide_heads", "scaled_rope"}
     ),
-    needs=frozenset({"qk_norm"}),
+    needs_qk_norm=True,
     dense_layers="any",
     notes=(("", "transformers reads mellum from version 5 on"),),
 )  # fmt: skip

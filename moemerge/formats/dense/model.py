@@ -181,6 +181,22 @@ def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
             return f"its model_type is {model_type!r}, which no output family repeats exactly: {NOT_MERGED[model_type]}"
         known = ", ".join(DENSE_FAMILIES)
         return f"its model_type is {model_type!r}; moemerge reads dense models of type {known}"
+    full = _read_values(family, config)
+    if isinstance(full, str):
+        return full
+    unproved = [
+        f"{key} is {full[key]!r}: {reason}" for key, (value, reason) in family.refusals.items() if full[key] != value
+    ]
+    if unproved:
+        return "; ".join(unproved)
+    model = DenseModel(family, full)
+    if len(model.layer_types) != model.layers:
+        return f"its config.json names the types of {len(model.layer_types)} layers, but has {model.layers}"
+    return model
+
+
+def _read_values(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Every key of `config.json` and the family's defaults, checked; a text says what is wrong with them."""
     # A null says as little as an absent key, except where it has a meaning of its own.
     given = {
         key: value for key, value in config.items() if value is not None or NoneType in _TYPES.get(key, (NoneType,))
@@ -199,21 +215,13 @@ def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
         return f"its config.json has values of the wrong type: {', '.join(wrong)}"
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
-    unproved = [
-        f"{key} is {full[key]!r}: {reason}" for key, (value, reason) in family.refusals.items() if full[key] != value
-    ]
-    if unproved:
-        return "; ".join(unproved)
-    if family.rope == "read":
-        rope = _read_rope(full)
-        if isinstance(rope, str):
-            return rope
-        full.pop("rope_parameters", None)
-        full |= rope
-    model = DenseModel(family, full)
-    if len(model.layer_types) != model.layers:
-        return f"its config.json names the types of {len(model.layer_types)} layers, but has {model.layers}"
-    return model
+    if family.rope == "verbatim":
+        return full
+    rope = _read_rope(full)
+    if isinstance(rope, str):
+        return rope
+    full.pop("rope_parameters", None)
+    return full | rope
 
 
 def _read_rope(config: Mapping[str, Any]) -> dict[str, Any] | str:
