@@ -120,6 +120,7 @@ def plan_merge(
         shards=tuple(shards),
         copied_files=copied_files,
         notes=tuple(notes),
+        family_notes=tuple(family_notes),
         shared_bytes=shared,
         runs_base=runs_base,
         total_parameters=total,

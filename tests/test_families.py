@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moemerge import load_config, merge, plan_merge
 from moemerge.formats import MOE_FAMILIES, Mixture
 from moemerge.formats.dense import read_dense
+from moemerge.inspection import inspect_checkpoint
 from moemerge.verification import verify_merge
 from tests.families import DENSE, mixtures, reference
 from tests.models import SIZES, assert_close, load, logits, make_model, write_config
@@ -187,7 +188,7 @@ def test_what_was_merged_is_saved_and_loaded_again_and_generates_as_the_dense_mo
 
 
 @pytest.mark.parametrize(("name", "moe"), parts(pairs(PLAINEST)))
-def test_verify_finds_every_byte(tmp_path, dense, name, moe):
+def test_verify_finds_every_byte_and_inspect_every_expert(tmp_path, dense, name, moe):
     readable(name, moe)
     base, *experts = dense(name)[:4]
     shared = [{"source_model": str(experts[0])}] if (name, moe) in pairs([name], shared=1) else []
@@ -195,6 +196,10 @@ def test_verify_finds_every_byte(tmp_path, dense, name, moe):
     found = verify_merge(plan, out)
     assert not found.differences
     assert found.copied + found.converted + found.routers == len(plan.outputs)
+    inspected = inspect_checkpoint(str(out))
+    assert (inspected.experts, inspected.experts_per_token, inspected.warnings) == (3, 2, ())
+    assert inspected.total_parameters == plan.total_parameters
+    assert inspected.active_parameters == plan.active_parameters
 
 
 @pytest.mark.parametrize("part", ["first", "middle", "last"])
