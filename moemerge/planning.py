@@ -92,6 +92,7 @@ def plan_merge(
             f"the base model does not read the prompts for gate_mode {config.gate_mode}, so an expert that is never "
             "chosen goes unnoticed; --routing-table has it read them"
         )
+    notes += _shared_notes(config, family)
     outputs = _assembly(config, family, mixture, base=base, models=models, tables=tables, dtype=STORED[dtype]).outputs()
     if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
         notes.append(
@@ -164,6 +165,18 @@ def _main_dtype(tensors: dict[str, StoredTensor]) -> str:
         if tensor.dtype in NAMED:
             counted[tensor.dtype] += tensor.nbytes
     return NAMED[counted.most_common(1)[0][0]] if counted else "bfloat16"
+
+
+def _shared_notes(config: MergeConfig, family: MoeFamily) -> list[str]:
+    notes = []
+    if config.shared_experts and all(expert.residual_scale is None for expert in config.shared_experts):
+        notes.append(
+            f"shared experts add {sum(residual_scales(config)[1]):.0%} of an FFN's output, the chosen ones the rest: "
+            "with equal models nothing changes; residual_scale says otherwise"
+        )
+    if any(expert.positive_prompts for expert in config.shared_experts) and not (family.shared and family.shared.gate):
+        notes.append(f"prompts of shared experts are not used: {family.model_type} has no gate for them")
+    return notes
 
 
 def _assembly(

@@ -62,7 +62,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
 def _origin(output: Output) -> dict[str, Any]:
     """Where a tensor comes from; of one that has several pieces, the bands one under the other, each side by side."""
     if isinstance(output.origin, Computed):
-        return {"from": "router"}
+        return {"from": output.origin.kind}
     if len(output.pieces) == 1:
         return _source(output.pieces[0])
     return {

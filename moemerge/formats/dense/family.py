@@ -92,6 +92,8 @@ class DenseFamily:
     """A tensor of a layer that every output family holds in parts: their names, and the axis that each is long."""
     layer_types: Callable[[Config], list[str]] = all_full
     """Type of each layer where `config.json` names none."""
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Layer types that transformers 5 spells differently from released files, and their spelling there."""
     sizes: Callable[[Config], Mapping[str, int]] = nothing_more
     """Axes that only this family has."""
     values: Callable[[Config], Mapping[str, Any]] = nothing_more

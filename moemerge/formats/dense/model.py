@@ -30,8 +30,6 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "logits_scaling": _NUMBER, "logit_scale": _NUMBER,
 }  # fmt: skip
 _ROPE_TYPES: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-# Granite's spelling in files, and that of transformers 5.
-_KINDS: Final = {"attention": FULL, "mamba": "linear_attention"}
 _OWN_SCALES: Final = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
@@ -74,7 +72,7 @@ class DenseModel:
     def layer_types(self) -> list[str]:
         """Of each layer, what it does beside its FFN."""
         given = self.config.get("layer_types") or self.config.get("layers_block_type")
-        return [_KINDS.get(kind, kind) for kind in given or self.family.layer_types(self.config)]
+        return [self.family.kinds.get(kind, kind) for kind in given or self.family.layer_types(self.config)]
 
     @cached_property
     def facts(self) -> frozenset[str]:
@@ -111,7 +109,7 @@ class DenseModel:
             "hidden_act": self.hidden_act,
             "attention_multiplier": self.attention_multiplier,
             "layer_types": self.layer_types,
-            "granite_kinds": ["mamba" if kind == "linear_attention" else "attention" for kind in self.layer_types],
+            "granite_kinds": ["mamba" if kind == "mamba" else "attention" for kind in self.layer_types],
             "all_sliding": [SLIDING] * layers,
             "window": window,
             "window_switch": window is not None,
@@ -138,12 +136,13 @@ class DenseModel:
     @property
     def class_keys(self) -> dict[str, Any]:
         """What the family's class is told: no key that it does not read."""
-        keys = (*_REQUIRED, *self.family.defaults, "head_dim", "rope_scaling", "layer_types", "no_rope_layers")
-        return {
+        keys = (*_REQUIRED, *self.family.defaults, "head_dim", "rope_scaling", "no_rope_layers")
+        told = {
             key: self.config[key]
             for key in keys
             if key in self.config and (self.config[key] is not None or self.family.defaults.get(key, 0) is not None)
         }
+        return told | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
 
     def tensors(self, layer: int) -> dict[str, Axes]:
         """Names and axes of a layer's tensors beside its FFN."""
