@@ -1,7 +1,8 @@
 """What each tensor of the merged model is made of, from tensor tables alone."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from moemerge.checkpoint.header import StoredTensor
@@ -12,6 +13,8 @@ from moemerge.formats.family import SWITCHED_OFF, Extra, separate
 from moemerge.plan import Computed, Output
 
 _USUAL_FFN: Final = separate("mlp")
+# Projections whose rows are turned by positions.
+_ROTATED: Final = re.compile(r"\.[qk]_proj\.")
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,6 @@ class Source:
         if half.parts > 1:
             tensor = tensor.rows(half.part * self.width, self.width)
         return Piece(tensor, dtype, self.scale if role == "down" else 1.0, self.noise_scale)
-
-
-@dataclass(frozen=True)
-class _Ffn:
-    shape: tuple[int, ...]
-    bands: tuple[Band, ...]
-
-    def output(self, *, is_expert: bool = False) -> Output:
-        return Output(self.shape, self.bands, is_expert=is_expert)
 
 
 @dataclass(frozen=True)
@@ -87,26 +81,23 @@ class Assembly:
     def _attention(self, layer: int) -> Iterator[tuple[str, Output]]:
         """A layer's tensors beside its FFN, and those that only the family has."""
         model, prefix = self.base.model, f"model.layers.{layer}."
+        names = model.tensors(layer)
         regroups = model.family.interleaved and not self.family.interleaved
-        for name in model.tensors(layer):
+        for name in names:
             tensor = self.base.tensors[name]
-            short = name.removeprefix(prefix)
-            parts = model.family.splits.get(short)
-            if parts is None:
-                head_rows = (
-                    model.sizes["head"] if (regroups and ".q_proj." in name) or (regroups and ".k_proj." in name) else 0
-                )
-                yield name, Output(tensor.shape, ((Piece(tensor, self.dtype, head_rows=head_rows),),))
-                continue
+            parts = model.family.splits.get(name.removeprefix(prefix), {})
             first = 0
             for part, axis in parts.items():
                 rows = tensor.rows(first, model.sizes[axis])
                 first += model.sizes[axis]
                 yield prefix + part, Output(rows.shape, ((Piece(rows, self.dtype),),))
+            if not parts:
+                head_rows = model.sizes["head"] if regroups and _ROTATED.search(name) else 0
+                yield name, Output(tensor.shape, ((Piece(tensor, self.dtype, head_rows=head_rows),),))
+        attends = any(name.startswith(f"{prefix}self_attn.") for name in names)
         for extra in self.family.extras:
-            if prefix + extra.name not in self.base.tensors and (
-                not extra.when or model.facts.intersection(extra.when)
-            ):
+            needless = prefix + extra.name in names or (extra.name.startswith("self_attn.") and not attends)
+            if not needless and (not extra.when or model.facts.intersection(extra.when)):
                 yield prefix + extra.name, self._extra(prefix, extra)
 
     def _extra(self, prefix: str, extra: Extra) -> Output:
@@ -123,18 +114,18 @@ class Assembly:
         routed = layer in mixture.moe_layers
         if not routed or family.keeps_dense_ffn:
             for name, roles in (family.dense_ffn or _USUAL_FFN).items():
-                yield prefix + name, self._ffn([self.base], roles, layer, self.base.width).output()
+                yield prefix + name, self._ffn([self.base], roles, layer, self.base.width)
         if not routed:
             return
         absent = mixture.absent.get(layer, frozenset())
         appended = [] if family.shared else list(self.shared)
         width = family.expert_width(mixture)
-        blocks = [[] if e in absent else [source, *appended] for e, source in enumerate(self.experts)]
+        blocks = [[] if expert in absent else [source, *appended] for expert, source in enumerate(self.experts)]
         for name, roles in family.experts.items():
             if "{expert}" in name:
                 for expert, sources in enumerate(blocks):
                     made = self._ffn(sources, roles, layer, width)
-                    yield prefix + name.format(expert=expert), made.output(is_expert=True)
+                    yield prefix + name.format(expert=expert), replace(made, is_expert=True)
             else:
                 stack = [self._ffn(sources, roles, layer, width) for sources in blocks]
                 bands = tuple(band for ffn in stack for band in ffn.bands)
@@ -149,12 +140,12 @@ class Assembly:
         if shared is None or (width == 0 and shared.absent == "nothing"):
             return
         for name, roles in shared.names.items():
-            yield prefix + name, self._ffn(self.shared, roles, layer, width).output()
+            yield prefix + name, self._ffn(self.shared, roles, layer, width)
         if shared.gate and not self.computes_gate:
             shape = (1, self.base.model.sizes["hidden"])
             yield prefix + shared.gate, Output(shape, ((Piece(Fill(0.0, shape), self.dtype),),))
 
-    def _ffn(self, sources: Sequence[Source], roles: tuple[Role, ...], layer: int, width: int) -> "_Ffn":
+    def _ffn(self, sources: Sequence[Source], roles: tuple[Role, ...], layer: int, width: int) -> Output:
         """Projections of one FFN with the neurons of all `sources`, padded to `width` with neurons of zeros."""
         hidden = self.base.model.sizes["hidden"]
         shape = (hidden, width) if roles == ("down",) else (width * len(roles), hidden)
@@ -165,7 +156,7 @@ class Assembly:
             empty = (hidden, padding) if role == "down" else (padding, hidden)
             pieces += [Piece(Fill(0.0, empty), self.dtype)] if padding else []
             bands += [tuple(pieces)] if role == "down" else [(piece,) for piece in pieces]
-        return _Ffn(shape, tuple(bands))
+        return Output(shape, tuple(bands))
 
     def _selection_bias(self, absent: frozenset[int]) -> Output:
         shape = tuple(1 if axis == "1" else len(self.experts) for axis in self.family.bias_axes)

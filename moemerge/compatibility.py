@@ -12,20 +12,13 @@ from moemerge.formats.family import MoeFamily
 # Of an expert: what its FFNs must share with the base to compute the same way in its place.
 _EXPERT_KEYS: Final = ("num_hidden_layers", "hidden_size")
 _EXPERT_FACTS: Final = ("qk_norm", "qkv_bias", "output_bias", "mlp_bias", "multipliers", "partial_rotary", "sinks")
-# Keys that say nothing about the computation, or are resolved into others.
+# Keys that no class computes with.
 _SILENT_KEYS: Final = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "pretraining_tp",
-    "intermediate_size", "shared_intermediate_size", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters",
-    "original_max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-    "layers_block_type", "sliding_window_pattern", "full_attention_interval", "no_rope_layers",
-    "no_rope_layer_interval", "layer_rope_theta", "attention_bias", "attention_out_bias", "use_bias", "mlp_bias",
-    "partial_rotary_factor", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
-    "use_qk_norm", "use_post_norm", "full_attn_idxs", "block_multiple_of", "block_ffn_dim_multiplier",
-    "block_auto_adjust_ff_dim", "use_bidirectional_attention", "head_dim", "num_local_experts", "enable_moe_block",
-    "resid_pdrop", "embd_pdrop", "residual_dropout", "router_aux_loss_coef", "output_router_logits",
-    "num_experts_per_tok", "_attn_implementation_autoset", "_model_name_or_path", "unk_token_id", "unsloth_version",
-    "unsloth_fixed", "eod_token_id", "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id",
-    "chunk_size_feed_forward", "is_encoder_decoder", "problem_type",
+    "auto_map", "_attn_implementation_autoset", "_model_name_or_path", "unk_token_id", "unsloth_version",
+    "unsloth_fixed", "eod_token_id", "output_hidden_states", "output_attentions", "return_dict", "id2label",
+    "label2id", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "quantization_config",
+    "output_router_logits", "router_aux_loss_coef", "num_experts_per_tok", "per_layer_config",
 }  # fmt: skip
 
 
@@ -53,6 +46,12 @@ def check_configs(base: Mapping[str, Any], experts: Sequence[tuple[str, Mapping[
         if base_model is None or expert is None:
             continue
         found.problems += _differences(name, base_model, expert)
+        scales = [model.values["residual_multiplier"] for model in (base_model, expert)]
+        if scales[0] != scales[1]:
+            found.notes.append(
+                f"{name}: residual_multiplier is {scales[1]:g}, but the base's {scales[0]:g} will scale its FFNs; "
+                f"residual_scale: {scales[1] / scales[0]:g} makes up for it"
+            )
         if expert.config["vocab_size"] != base_model.config["vocab_size"]:
             found.notes.append(
                 f"{name}: vocabulary of {expert.config['vocab_size']}, the base's of "
@@ -73,8 +72,8 @@ def _differences(name: str, base: DenseModel, expert: DenseModel) -> Iterator[st
     for fact in _EXPERT_FACTS:
         if (fact in base.facts) != (fact in expert.facts):
             words = PLAIN.get(fact, "biases in its FFNs")
-            ours, theirs = (f"{'has' if fact in model.facts else 'has no'} {words}" for model in (base, expert))
-            yield f"{name}: {theirs}, but the base model {ours}"
+            ours, theirs = ("with" if fact in model.facts else "without" for model in (base, expert))
+            yield f"{name}: computes {theirs} {words}, the base model {ours}"
 
 
 def check_base(
@@ -94,7 +93,7 @@ def check_base(
     dense_layers = layers if family.keeps_dense_ffn else dense_layers
     kept = {name: axes for layer in dense_layers for name, axes in model.ffn(layer).items()}
     _check_tensors("base_model", model, tensors, required=expected | kept, allowed=ffn, found=found)
-    dropped = sorted(set(model.config) - set(family.carried) - _SILENT_KEYS)
+    dropped = sorted(set(model.unread) - _SILENT_KEYS)
     if dropped:
         found.notes.append(
             f"base_model: {family.model_type} has no use for these keys of its config.json: {', '.join(dropped)}"

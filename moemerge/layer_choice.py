@@ -13,8 +13,8 @@ def read_layers(value: Any) -> LayerChoice:
         ValueError: not in one of the ways.
     """
     if type(value) is int and value >= 0:
-        return str(value)
-    if isinstance(value, str) and re.fullmatch(r"all|second-half|\d+|\d+-\d*|-\d+", value):
+        return [value]
+    if isinstance(value, str) and re.fullmatch(r"all|second-half|\d{1,5}|\d{1,5}-(\d{1,5})?", value):
         return value
     if isinstance(value, list) and value and all(type(layer) is int and layer >= 0 for layer in value):
         return value
@@ -24,15 +24,14 @@ def read_layers(value: Any) -> LayerChoice:
 def chosen_layers(layers: LayerChoice, count: int) -> tuple[int, ...] | str:
     """The layers that `layers` names of a model with `count`, in ascending order; a text says what is wrong."""
     if isinstance(layers, list):
-        chosen = sorted(set(layers))
-    elif layers == "all":
-        chosen = list(range(count))
-    elif layers == "second-half":
-        chosen = list(range(count // 2, count))
+        first, last, chosen = min(layers), max(layers), sorted(set(layers))
+    elif layers in {"all", "second-half"}:
+        first, last = 0 if layers == "all" else count // 2, count - 1
     else:
-        first, dash, last = layers.partition("-")
-        end = int(last or count - 1) if dash else int(first)
-        chosen = list(range(int(first or 0), end + 1))
-    if not chosen or chosen[-1] >= count:
-        return f"names layers that the model does not have: it has 0 to {count - 1}"
-    return tuple(chosen)
+        start, dash, end = layers.partition("-")
+        first, last = int(start), int(end or count - 1) if dash else int(start)
+    if last >= count or first >= count:
+        return f"{layers!r} names layers that the model does not have: it has 0 to {count - 1}"
+    if first > last:
+        return f"{layers!r} ends before it begins"
+    return tuple(chosen) if isinstance(layers, list) else tuple(range(first, last + 1))

@@ -47,9 +47,14 @@ class Output:
     """Whether it belongs to experts that are chosen between."""
 
     @property
-    def pieces(self) -> list[Piece]:
+    def bands(self) -> tuple[Band, ...]:
         """What it is made of; nothing yet where it is computed."""
-        return [] if isinstance(self.origin, Computed) else [piece for band in self.origin for piece in band]
+        return () if isinstance(self.origin, Computed) else self.origin
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The same, from left to right and from top to bottom."""
+        return [piece for band in self.bands for piece in band]
 
     @property
     def is_converted(self) -> bool:

@@ -77,6 +77,11 @@ def plan_merge(
     mixture = mixture_of(config, base, models[:routed], models[routed:])
     family, family_notes = select_family(base, config.architecture, mixture)
 
+    if family.shared is None and any(expert.noise_scale for expert in config.shared_experts):
+        raise IncompatibleError(
+            "These models cannot be merged:",
+            [f"shared_experts[].noise_scale: {family.model_type} has copies of them, each would get other noise"],
+        )
     tables = {reference: read_tensor_table(folder, announce) for reference, folder in opened.items()}
     base_tensors = tables[config.base_model]
     dtype = config.dtype or _main_dtype(base_tensors)
@@ -174,8 +179,13 @@ def _shared_notes(config: MergeConfig, family: MoeFamily) -> list[str]:
             f"shared experts add {sum(residual_scales(config)[1]):.0%} of an FFN's output, the chosen ones the rest: "
             "with equal models nothing changes; residual_scale says otherwise"
         )
-    if any(expert.positive_prompts for expert in config.shared_experts) and not (family.shared and family.shared.gate):
-        notes.append(f"prompts of shared experts are not used: {family.model_type} has no gate for them")
+    if any(expert.positive_prompts for expert in config.shared_experts):
+        if not (family.shared and family.shared.gate):
+            notes.append(f"prompts of shared experts are not used: {family.model_type} has no gate for them")
+        elif not config.computes_shared_gate:
+            notes.append(
+                f"prompts of shared experts are not used: gate_mode {config.gate_mode} makes no gate from them"
+            )
     return notes
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moemerge.config import MergeConfig
+from moemerge.config import Expert, MergeConfig
 from moemerge.errors import IncompatibleError
 from moemerge.formats import Mixture
 from moemerge.formats.dense import DenseModel
@@ -33,6 +33,11 @@ def mixture_of(
         for layer in moe_layers
         if not all(layer in layers for layers in present)
     }
+    problems += [
+        f"experts[{number}].layers: none of them holds experts, by moe_layers"
+        for number, layers in enumerate(present)
+        if layers and moe_layers and not set(layers) & set(moe_layers)
+    ]
     few = [layer for layer, missing in absent.items() if len(experts) - len(missing) < config.experts_per_token]
     if few and not problems:
         problems.append(
@@ -58,6 +63,9 @@ def residual_scales(config: MergeConfig) -> tuple[list[float], list[float]]:
     Those that the config does not name share one FFN's worth: with equal models the merge computes what the model does.
     """
     parts = len(config.shared_experts) + 1
-    shared = [1 / parts if e.residual_scale is None else e.residual_scale for e in config.shared_experts]
+
+    def scales(experts: Sequence[Expert], default: float) -> list[float]:
+        return [default if expert.residual_scale is None else expert.residual_scale for expert in experts]
+
     left = 1 - sum(expert.residual_scale is None for expert in config.shared_experts) / parts
-    return [left if e.residual_scale is None else e.residual_scale for e in config.experts], shared
+    return scales(config.experts, left), scales(config.shared_experts, 1 / parts)

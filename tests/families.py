@@ -40,8 +40,8 @@ GEMMA4 = {
     "final_logit_softcapping": 30.0,
 }  # fmt: skip
 MLA = {
-    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "num_key_value_heads": 4, "head_dim": 8,
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
     "pad_token_id": None,  # whose embedding transformers' class sets to zero, whatever is stored
 }  # fmt: skip
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -54,10 +54,19 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("llama", {"attention_bias": True}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral, window": ("mistral", {"sliding_window": 8, "head_dim": 12}),
+    "ministral": ("ministral", {"head_dim": 8, "sliding_window": 8}),
     "ministral, mixed windows": ("ministral", {"head_dim": 12, "sliding_window": 8, "layer_types": MIXED}),
     "ministral3": ("ministral3", {"sliding_window": None, "head_dim": 8, **MINISTRAL3}),
     "cwm, mixed windows": ("cwm", {"head_dim": 8, "sliding_window": 8, **LLAMA3}),
     "phi3": ("phi3", {"sliding_window": None, "resid_pdrop": 0.0}),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "sliding_window": None, "original_max_position_embeddings": 16,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]},
+        },
+    ),
+    "phi3, window as long as the context, partial rotary": ("phi3", {"sliding_window": 128, "partial_rotary_factor": 0.5}),
     "phi3, partial rotary": ("phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),
     "qwen2": ("qwen2", {}),
     "qwen2, tied, yarn": ("qwen2", {"tie_word_embeddings": True, **YARN}),
@@ -71,14 +80,25 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "granite, tied, biases": ("granite", {**MUP, "attention_bias": True, "tie_word_embeddings": True}),
     "granite_swa": ("granite_swa", {**MUP, "sliding_window": 8, "layer_types": MIXED}),
     "granitemoehybrid": ("granitemoehybrid", {**MUP, **HYBRID}),
+    "granitemoehybrid, no positions, biases": (
+        "granitemoehybrid",
+        {**MUP, **HYBRID, "position_embedding_type": None, "attention_bias": True, "time_step_limit": [0.1, 0.5]},
+    ),
+    "hyperclovax, plain scales": ("hyperclovax", {"use_post_norm": False}),
     "hyperclovax": ("hyperclovax", {**MUP, "use_post_norm": False}),
     "olmo2": ("olmo2", {}),
+    "olmo2, biases, yarn": ("olmo2", {"attention_bias": True, **YARN}),
     "ernie4_5": ("ernie4_5", {"head_dim": 8}),
     "ernie4_5, tied, head_dim 12": ("ernie4_5", {"head_dim": 12, "tie_word_embeddings": True}),
     "helium": ("helium", {"head_dim": 8}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 12}),
+    "hunyuan_v1_dense, biases, linear rope": (
+        "hunyuan_v1_dense",
+        {"head_dim": 12, "attention_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
     "cohere": ("cohere", {"logit_scale": 0.25, "use_qk_norm": False}),
     "cohere2": ("cohere2", {"sliding_window": 8, "logit_scale": 0.25, "layer_types": MIXED[::-1]}),
+    "cohere2, biases": ("cohere2", {"sliding_window": 8, "attention_bias": True, "layer_types": MIXED[::-1]}),
     "lfm2": ("lfm2", {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]}),
     "qwen3_5_text": (
         "qwen3_5_text",

@@ -47,9 +47,9 @@ def test_every_difference_between_configs_is_listed(tmp_path, pair):
         "experts[0] /one: hidden_size is 64, but the base model's is 32",
         "experts[0] /one: hidden_act is 'gelu', but the base model's is 'silu'",
         "experts[1] /two: is quantised (gptq); its scales would be lost. Use the original weights, or dequantise it",
-        "experts[1] /two: has biases of queries, keys and values, but the base model has no biases of queries, keys and values",
-        "experts[1] /two: has bias of the attention's output, but the base model has no bias of the attention's output",
-        "experts[1] /two: has biases in its FFNs, but the base model has no biases in its FFNs",
+        "experts[1] /two: computes with biases of queries, keys and values, the base model without",
+        "experts[1] /two: computes with biases of the attention's output, the base model without",
+        "experts[1] /two: computes with biases in its FFNs, the base model without",
     ]
 
 
@@ -82,7 +82,7 @@ def test_what_a_family_cannot_express_is_refused_with_the_reason(tmp_path, pair)
         make_model(folder, 1, attention_bias=True)
     assert problems(tmp_path, pair, architecture="mixtral") == [
         "mixtral: it has no biases of queries, keys and values",
-        "mixtral: it has no bias of the attention's output",
+        "mixtral: it has no biases of the attention's output",
     ]
     assert problems(tmp_path, pair, architecture="qwen3") == [
         "qwen3_moe: it always normalises queries and keys, llama does not",
@@ -112,24 +112,33 @@ def test_families_are_chosen_in_the_documented_order(tmp_path, pair):
 
 
 def test_every_candidate_is_named_with_its_reason(tmp_path, pair):
-    edit_json(
-        pair[0] / "config.json", layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=8
-    )
+    for folder in pair:
+        shutil.rmtree(folder)
+        make_model(
+            folder,
+            1,
+            "ministral",
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+            num_hidden_layers=4,
+            head_dim=8,
+        )
     found = problems(tmp_path, pair, moe_layers="1-", shared_experts=[{"source_model": str(pair[1])}], architecture="m")
     assert found == [
         "mixtral: it has no layers that attend differently",
         "mixtral: all its layers hold experts, but moe_layers leaves layer 0 dense",
-        "mellum: it always normalises queries and keys, llama does not",
+        "mellum: it always normalises queries and keys, ministral does not",
         "mellum: it has no shared experts: remove shared_experts",
         "mimo_v2_flash: it has no sliding window",
         "mimo_v2_flash: it has no layers that attend differently",
         "mimo_v2_flash: it has no shared experts: remove shared_experts",
     ]
+    assert problems(tmp_path, pair, architecture="lfm2") == ["lfm2_moe: does not compute like ministral"]
 
 
 def test_layers_that_cannot_be_are_refused(tmp_path, pair):
     assert problems(tmp_path, pair, moe_layers="2-7") == [
-        "moe_layers: names layers that the model does not have: it has 0 to 2"
+        "moe_layers: '2-7' names layers that the model does not have: it has 0 to 2"
     ]
     path = write_config(tmp_path / "merge.yaml", pair[0], pair[1:], prompts=False)
     path.write_text(path.read_text().replace("- source_model", "- layers: 1-\n  source_model", 1))
@@ -160,15 +169,18 @@ def test_deepseek_is_explained_and_the_nearest_family_taken(tmp_path, pair):
     )
 
 
-def test_layers_that_attend_differently_are_refused(tmp_path, pair):
+def test_keys_that_a_class_does_not_read_change_nothing(tmp_path, pair):
     edit_json(
-        pair[0] / "config.json",
-        layer_types=["full_attention", "sliding_attention", "full_attention"],
-        sliding_window=8,
+        pair[0] / "config.json", layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=8, embedding_multiplier=2.0,
+    )  # fmt: skip
+    found = plan(tmp_path, pair)
+    assert found.family.model_type == "mixtral"
+    assert found.output_config["sliding_window"] is None
+    assert found.notes == (
+        "base_model: mixtral has no use for these keys of its config.json: "
+        "embedding_multiplier, layer_types, sliding_window",
     )
-    assert problems(tmp_path, pair, architecture="mixtral") == ["mixtral: it has no layers that attend differently"]
-    edit_json(pair[0] / "config.json", layer_types=["full_attention"])
-    assert problems(tmp_path, pair) == ["base_model: its config.json names the types of 1 layers, but has 3"]
 
 
 @pytest.mark.parametrize("quantised", [torch.int8, torch.float8_e4m3fn])
@@ -300,8 +312,20 @@ def test_what_a_config_leaves_out_is_what_its_class_means(tmp_path, pair):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"head_dim": {"a": 1}}, "its config.json has values of the wrong type: head_dim {'a': 1}"),
-        ({"rms_norm_eps": "1e-5", "layer_types": 5}, "values of the wrong type: rms_norm_eps '1e-5', layer_types 5"),
+        ({"head_dim": {"a": 1}}, "its config.json has values that make no sense: head_dim {'a': 1}"),
+        ({"rms_norm_eps": "1e-5", "head_dim": -8}, "that make no sense: rms_norm_eps '1e-5', head_dim -8"),
+        ({"max_position_embeddings": 0}, "that make no sense: max_position_embeddings 0"),
+        ({"rope_theta": "x"}, "that make no sense: rope_theta 'x'"),
+        ({"rope_parameters": {"rope_theta": "x"}, "rope_theta": None}, "its rope_theta is 'x', no positive number"),
+        ({"hidden_size": 2, "head_dim": None}, "that make no sense: head_dim 0"),
+        ({"per_layer_config": {"0": {"head_dim": 4}}}, "has a per_layer_config, which was not proved"),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+            "its no_rope_layers speaks of 2 layers, but num_hidden_layers is 3",
+        ),
+        ({"model_type": "qwen3", "layer_types": [{}]}, "that make no sense: layer_types [{}]"),
+        ({"model_type": "lfm2", "block_multiple_of": 0}, "that make no sense: block_multiple_of 0"),
+        ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, "it is multimodal (qwen3_5)"),
         ({"model_type": ["x"]}, "its model_type is ['x']"),
         ({"num_hidden_layers": 10**9}, "its config.json needs a positive whole number for num_hidden_layers"),
     ],

@@ -51,8 +51,11 @@ def select_family(base: DenseModel, architecture: str | None, mixture: Mixture) 
     if not candidates:
         known = ", ".join(MOE_FAMILIES)
         raise IncompatibleError(f"architecture: {architecture!r} is no output family; known: {known}.", [])
-    problems = []
+    problems, others = [], []
     for family in candidates:
+        if base.family.block not in family.blocks:
+            others.append(family.model_type)
+            continue
         reasons = family.refusals(base, mixture)
         if not asked and mixture.shared_widths and family.appends_shared and not reasons:
             reasons = [
@@ -62,4 +65,8 @@ def select_family(base: DenseModel, architecture: str | None, mixture: Mixture) 
             told = [note for fact, note in family.notes if not fact or fact in base.facts]
             return family, [*(note.format(family.model_type) for note in notes), *told, *base.family.notes]
         problems += [f"{family.model_type}: {reason}" for reason in reasons]
+    if others:
+        problems.append(
+            f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
+        )
     raise IncompatibleError("No output family can hold this merge:", problems)

@@ -118,7 +118,10 @@ EXAONE_MOE: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="any",
     selection_bias="mlp.e_score_correction_bias",
-    notes=(("", "transformers reads exaone_moe from version 5 on"),),
+    notes=(
+        ("", "transformers reads exaone_moe from version 5 on"),
+        ("", "exaone_moe sees no further back than max_position_embeddings"),
+    ),
 )  # fmt: skip
 MIMO_V2_FLASH: Final = MoeFamily(
     "mimo_v2_flash", "MiMoV2FlashForCausalLM",

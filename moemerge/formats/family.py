@@ -15,6 +15,7 @@ A name with `{expert}` stands for one tensor per expert; another for a stack of 
 Scoring = Literal["softmax", "sigmoid"]
 """How a router makes weights of its logits; those of the chosen experts are then divided by their sum."""
 
+_LONGROPE: Final = ("original_max_position_embeddings",)
 SWITCHED_OFF: Final = -1e4
 """A selection bias with which no expert is chosen: scores are at most 1, and float16 holds it."""
 
@@ -157,10 +158,13 @@ class MoeFamily:
             **mixture.values(self.expert_width(mixture), self.shared_width(mixture)),
         }
         carried = {key: base.config.get(key) for key in self.carried}
+        longrope = (values.get("rope_scaling") or {}).get("rope_type") == "longrope"
         return dict(sorted({
             **self.fixed,
             **{key: value for key, value in carried.items() if value is not None or key in NULLABLE},
             **{key: values[name] for key, name in self.named.items()},
+            # transformers 4 reads it here alone.
+            **({key: base.config[key] for key in _LONGROPE if base.config.get(key)} if longrope else {}),
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "torch_dtype": dtype,

@@ -1,18 +1,24 @@
 """Which dense families go into which output family, and what each output family holds, as rows of text."""
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 from moemerge.formats import MOE_FAMILIES, Mixture, MoeFamily
 from moemerge.formats.dense import DENSE_FAMILIES, PLAIN, DenseFamily, DenseModel, read_dense
 
-_SIZES = {
+_SIZES: Final = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16,
 }  # fmt: skip
-_DENSE_LAYERS = {
+# Most models of these families have less than their class's defaults.
+_PLAIN: Final[dict[str, dict[str, Any]]] = {
+    "mistral": {"sliding_window": None},
+    "granitemoehybrid": {"position_embedding_type": "rope"},
+}
+_DENSE_LAYERS: Final = {
     "none": "none", "prefix": "the first ones", "outside": "before and after the others", "any": "any",
 }  # fmt: skip
-_SHARED = {"any": "any width", "multiple": "multiples of an expert", "one expert": "one, as wide as an expert"}
+_SHARED: Final = {"any": "any width", "multiple": "multiples of an expert", "one expert": "one, as wide as an expert"}
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,9 @@ def family_rows() -> list[FamilyRow]:
 
 
 def _plainest(family: DenseFamily) -> DenseModel:
-    """A model of the family without a window, scaled positions or anything else that its config can leave out."""
+    """A model of the family as its defaults have it, without what most of its models do without."""
     allowed = {key: value for key, (value, _) in family.refusals.items()}
-    plain = {"sliding_window": None} if family.block == "llama" and "sinks" not in family.facts else {}
-    model = read_dense({**_SIZES, **plain, "rope_parameters": None, **allowed, "model_type": family.model_type})
+    model = read_dense({**_SIZES, **_PLAIN.get(family.model_type, {}), **allowed, "model_type": family.model_type})
     if isinstance(model, str):
         raise TypeError(model)
     return model

@@ -15,7 +15,7 @@ SLIDING: Final = "sliding_attention"
 PLAIN: Final[dict[str, str]] = {
     "qk_norm": "norms of queries and keys",
     "qkv_bias": "biases of queries, keys and values",
-    "output_bias": "bias of the attention's output",
+    "output_bias": "biases of the attention's output",
     "partial_rotary": "heads that are rotated in part",
     "multipliers": "scales of attention, embeddings, residuals or logits",
     "sinks": "attention sinks",
@@ -98,6 +98,12 @@ class DenseFamily:
     """Axes that only this family has."""
     values: Callable[[Config], Mapping[str, Any]] = nothing_more
     """What its `config.json` says in its own words, in those of the output families."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other spellings of keys that its class reads."""
+    head_dim: str = "head_dim"
+    """The key that says how wide a head is."""
+    rope_kinds: Mapping[str, str] = field(default_factory=dict)
+    """Other spellings of rope types that its class reads."""
     rope: Literal["read", "verbatim"] = "read"
     """Whether rope settings are understood, or carried to an output family that has the same."""
     derived: tuple[str, ...] = ("rotary_emb.inv_freq",)

@@ -4,6 +4,7 @@ from typing import Any, Final
 
 from moemerge.formats.dense.family import FULL, SLIDING, Config, DenseFamily, Half, Role, Row
 from moemerge.formats.dense.llama_like import ATTENTION, DEFAULTS, GRANITE, QK_NORM
+from moemerge.formats.dense.values import UnreadableError
 
 
 def _lfm2_width(config: Config) -> int:
@@ -49,10 +50,11 @@ LFM2: Final = DenseFamily(
         "eos_token_id": 2, "tie_word_embeddings": True, "rope_theta": 1e6, "max_position_embeddings": 128000,
         "num_key_value_heads": 8, "intermediate_size": 12288, "conv_bias": False, "conv_L_cache": 3,
         "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True,
-        "full_attn_idxs": None,
+        "full_attn_idxs": None, "layer_types": None,
     },
     {"conv_bias": "conv_bias"},
     block="lfm2",
+    aliases={"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings", "theta": "rope_theta"},
     ffn=_LFM2_FFN,
     ffn_module="feed_forward",
     ffn_width=_lfm2_width,
@@ -63,7 +65,7 @@ LFM2: Final = DenseFamily(
 
 
 def _qwen3_5_layers(config: Config) -> list[str]:
-    every = config.get("full_attention_interval") or 4
+    every = config["full_attention_interval"]
     return ["linear_attention" if (layer + 1) % every else FULL for layer in range(config["num_hidden_layers"])]
 
 
@@ -98,7 +100,7 @@ QWEN3_5: Final = DenseFamily(
         "max_position_embeddings": 32768, "num_key_value_heads": 4, "head_dim": 256, "bos_token_id": None,
         "eos_token_id": None, "attention_bias": False, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
         "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
-        "rope_parameters": None, "partial_rotary_factor": 0.25,
+        "rope_parameters": None, "partial_rotary_factor": 0.25, "full_attention_interval": 4, "layer_types": None,
     },
     {"qkv_bias": "attention_bias", "output_bias": "attention_bias"},
     block="qwen3_5",
@@ -137,7 +139,7 @@ GRANITE_HYBRID: Final = DenseFamily(
         "intermediate_size": 11008, "shared_intermediate_size": 1024, "num_local_experts": 8,
         "position_embedding_type": None, "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256,
         "mamba_d_head": "auto", "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256, "mamba_conv_bias": True,
-        "mamba_proj_bias": False,
+        "mamba_proj_bias": False, "time_step_limit": None, "layer_types": None,
     },
     {
         "qkv_bias": "attention_bias", "output_bias": "attention_bias", "mamba_conv_bias": "mamba_conv_bias",
@@ -151,6 +153,8 @@ GRANITE_HYBRID: Final = DenseFamily(
     ffn_module="shared_mlp",
     ffn_width="shared_intermediate_size",
     layer_types=lambda config: list(_MAMBA) * config["num_hidden_layers"],
+    aliases={"layers_block_type": "layer_types"},
+    values=lambda config: {"positions": config["position_embedding_type"]},
     kinds={"linear_attention": "mamba", "full_attention": "attention"},
     sizes=_granite_sizes,
     refusals={"num_local_experts": (0, "it has experts already; only a dense Granite 4 can become one")},
@@ -163,8 +167,10 @@ def _gemma4_layers(config: Config) -> list[str]:
 
 
 def _gemma4_sizes(config: Config) -> dict[str, int]:
-    by_layer = config.get("per_layer_config") or {}
+    by_layer = config["per_layer_config"] or {}
     own: dict[str, Any] = next(iter(by_layer.values()), {})
+    if any(other != own for other in by_layer.values()) or own.keys() - {"head_dim", "num_key_value_heads"}:
+        raise UnreadableError("its per_layer_config says more than one head_dim of layers with full attention")
     head = own.get("head_dim") or config["global_head_dim"]
     keys = own.get("num_key_value_heads") or (config["num_global_key_value_heads"] if config["attention_k_eq_v"] else 0)
     return {
@@ -203,6 +209,7 @@ GEMMA4: Final = DenseFamily(
         "use_bidirectional_attention": None, "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256,
         "attention_k_eq_v": False, "num_kv_shared_layers": 0, "enable_moe_block": False, "use_double_wide_mlp": False,
         "global_head_dim": 512, "num_global_key_value_heads": None, "per_layer_config": None,
+        "layer_types": None,
     },
     {"own_values": "own_values"},
     block="gemma4",

@@ -57,12 +57,14 @@ def _without_query_scale(config: Config) -> dict[str, Any]:
 LLAMA: Final = DenseFamily("llama", LAYER, DEFAULTS | _NO_BIAS, _ATTENTION_BIAS | {"mlp_bias": "mlp_bias"})
 MISTRAL: Final = DenseFamily(
     "mistral", LAYER,
-    DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    DEFAULTS
+    | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096, "layer_types": None},
     layer_types=windows_everywhere,
 )  # fmt: skip
 MINISTRAL: Final = DenseFamily(
     "ministral", LAYER,
-    DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    DEFAULTS
+    | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096, "layer_types": None},
     layer_types=windows_everywhere,
 )  # fmt: skip
 MINISTRAL3: Final = DenseFamily(
@@ -89,6 +91,7 @@ CWM: Final = DenseFamily(
     | {
         "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
         "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "sliding_window": 8192, "mlp_bias": False,
+        "layer_types": None,
         "rope_theta": 1e6,
         "rope_parameters": {
             "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
@@ -120,13 +123,14 @@ PHI3: Final = DenseFamily(
         }
     },
     layer_types=windows_everywhere,
+    rope_kinds={"su": "longrope", "yarn": "longrope"},
 )  # fmt: skip
 QWEN2: Final = DenseFamily(
     "qwen2", LAYER,
     DEFAULTS
     | {
         "max_position_embeddings": 32768, "num_key_value_heads": 32, "bos_token_id": None, "eos_token_id": None,
-        "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+        "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
     },
     {"qkv_bias": True},
     layer_types=windows_above,
@@ -147,7 +151,7 @@ QWEN3: Final = DenseFamily(
     | {
         "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128, "bos_token_id": None,
         "eos_token_id": None, "attention_bias": False, "use_sliding_window": False, "sliding_window": 4096,
-        "max_window_layers": 28,
+        "max_window_layers": 28, "layer_types": None,
     },
     _ATTENTION_BIAS | {"qk_norm": True},
     layer_types=windows_above,
@@ -216,6 +220,7 @@ GRANITE_SWA: Final = DenseFamily(
     | {
         "max_position_embeddings": 8192, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "bos_token_id": 100257,
         "eos_token_id": 100257, "tie_word_embeddings": True, "sliding_window": 128, "layer_rope_theta": None,
+        "layer_types": None,
     },
     GRANITE.facts | {"sinks": True},
     layer_types=full_every_fourth,
@@ -228,7 +233,7 @@ SMOLLM3: Final = DenseFamily(
     | {
         "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000.0, "pad_token_id": 128004,
         "bos_token_id": 128000, "eos_token_id": 128001, "tie_word_embeddings": True, "use_sliding_window": False,
-        "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4,
+        "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4, "layer_types": None,
     },
     _ATTENTION_BIAS | {"mlp_bias": "mlp_bias"},
     layer_types=_windows_without_positions,

@@ -1,34 +1,15 @@
-"""A dense model as its `config.json` describes it, every silent default made explicit.
-
-Checked against the configuration classes of `transformers` 4.57.6 and 5.23.0, whose defaults differ from each other and
-from those of the MoE families: an omitted key must be resolved before it is copied.
-"""
+"""A dense model as its `config.json` describes it, every silent default made explicit."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import NoneType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from moemerge.formats.dense.family import FULL, SLIDING, Axes, DenseFamily
 from moemerge.formats.dense.tables import DENSE_FAMILIES, NOT_MERGED
+from moemerge.formats.dense.values import UnreadableError, is_read, read_values
 
-_REQUIRED: Final = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-# Far above any model; a hostile number would fill the memory with tensor names.
-_MAX_SIZE: Final = {"num_hidden_layers": 10_000}
-_NUMBER: Final = (float, int)
-_TYPES: Final[dict[str, tuple[type, ...]]] = {
-    "max_position_embeddings": (int,), "rms_norm_eps": _NUMBER, "norm_eps": _NUMBER, "layer_norm_eps": _NUMBER,
-    "rope_theta": _NUMBER, "initializer_range": (*_NUMBER, NoneType), "attention_dropout": _NUMBER,
-    "tie_word_embeddings": (bool,), "attention_bias": (bool,), "attention_out_bias": (bool,), "use_bias": (bool,),
-    "mlp_bias": (bool,), "use_qk_norm": (bool,), "hidden_act": (str,), "hidden_activation": (str,),
-    "head_dim": (int, NoneType), "num_key_value_heads": (int, NoneType), "sliding_window": (int, NoneType),
-    "use_sliding_window": (bool,), "max_window_layers": (int,), "layer_types": (list, NoneType),
-    "no_rope_layers": (list, NoneType), "layer_rope_theta": (list, NoneType), "partial_rotary_factor": _NUMBER,
-    "attention_multiplier": (*_NUMBER, NoneType), "embedding_multiplier": _NUMBER, "residual_multiplier": _NUMBER,
-    "logits_scaling": _NUMBER, "logit_scale": _NUMBER,
-}  # fmt: skip
 _ROPE_TYPES: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _OWN_SCALES: Final = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
@@ -39,7 +20,11 @@ class DenseModel:
 
     family: DenseFamily
     config: dict[str, Any]
-    """Keys of `config.json` and defaults; `rope_theta` and `rope_scaling` in place of every other rope spelling."""
+    """What the family's class reads, defaults included; one spelling of rope settings in place of all others."""
+    unread: tuple[str, ...]
+    """Keys of `config.json` that the class does not read."""
+    given_rope: dict[str, Any] | None
+    """`rope_scaling` as `config.json` spells it."""
 
     @property
     def layers(self) -> int:
@@ -71,7 +56,7 @@ class DenseModel:
     @cached_property
     def layer_types(self) -> list[str]:
         """Of each layer, what it does beside its FFN."""
-        given = self.config.get("layer_types") or self.config.get("layers_block_type")
+        given = self.config.get("layer_types")
         return [self.family.kinds.get(kind, kind) for kind in given or self.family.layer_types(self.config)]
 
     @cached_property
@@ -79,7 +64,9 @@ class DenseModel:
         """Those of `PLAIN` that hold, and `mlp_bias`, `tied`."""
         config = self.config
         said = {fact: self.values.get(key) if isinstance(key, str) else key for fact, key in self.family.facts.items()}
-        window = config.get("sliding_window") is not None and SLIDING in self.layer_types
+        # A window that is no shorter than the context cuts nothing off.
+        window = (config.get("sliding_window") or config["max_position_embeddings"]) < config["max_position_embeddings"]
+        window = window and SLIDING in self.layer_types
         said |= {
             "partial_rotary": config.get("partial_rotary_factor", 1.0) != 1.0,
             "multipliers": not self.has_plain_scales,
@@ -106,6 +93,7 @@ class DenseModel:
             "layer_rope_theta": [config.get("rope_theta")] * layers,
             **config,
             "layers": layers,
+            "positions": "rope",
             "hidden_act": self.hidden_act,
             "attention_multiplier": self.attention_multiplier,
             "layer_types": self.layer_types,
@@ -136,12 +124,13 @@ class DenseModel:
     @property
     def class_keys(self) -> dict[str, Any]:
         """What the family's class is told: no key that it does not read."""
-        keys = (*_REQUIRED, *self.family.defaults, "head_dim", "rope_scaling", "no_rope_layers")
         told = {
-            key: self.config[key]
-            for key in keys
-            if key in self.config and (self.config[key] is not None or self.family.defaults.get(key, 0) is not None)
+            key: _decoded(value)
+            for key, value in self.config.items()
+            if value is not None or self.family.defaults.get(key, 0) is not None
         }
+        if self.given_rope:  # some classes of transformers 4 know one spelling alone
+            told["rope_scaling"] = self.given_rope
         return told | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
 
     def tensors(self, layer: int) -> dict[str, Axes]:
@@ -171,70 +160,79 @@ class DenseModel:
         return int(factor or 1) * (int(name) if name.isdigit() else self.sizes[name])
 
 
+def _decoded(value: Any) -> Any:
+    """Numbers that JSON lacks, as transformers 5 writes them."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    return float(value["__float__"]) if isinstance(value, dict) and value.keys() == {"__float__"} else value
+
+
 def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
     """Interpret a `config.json`; a text says why it cannot be."""
     model_type = config.get("model_type")
     family = DENSE_FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        if isinstance(model_type, str) and model_type in NOT_MERGED:
-            return f"its model_type is {model_type!r}, which no output family repeats exactly: {NOT_MERGED[model_type]}"
-        known = ", ".join(DENSE_FAMILIES)
-        return f"its model_type is {model_type!r}; moemerge reads dense models of type {known}"
-    full = _read_values(family, config)
-    if isinstance(full, str):
-        return full
+    try:
+        return _read(_family_unknown(config) if family is None else family, config)
+    except UnreadableError as error:
+        return str(error)
+
+
+def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in NOT_MERGED:
+        raise UnreadableError(
+            f"its model_type is {model_type!r}, which no output family repeats exactly: {NOT_MERGED[model_type]}"
+        )
+    if isinstance(config.get("text_config"), dict):
+        inner = config["text_config"].get("model_type")
+        raise UnreadableError(f"it is multimodal ({model_type}); save its text model ({inner}) alone and merge that")
+    known = ", ".join(DENSE_FAMILIES)
+    raise UnreadableError(f"its model_type is {model_type!r}; moemerge reads dense models of type {known}")
+
+
+def _read(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
+    spelled = {family.aliases.get(key, key): value for key, value in config.items()}
+    full = read_values(family, spelled)
+    if config.get("per_layer_config") and "per_layer_config" not in family.defaults:
+        raise UnreadableError("its config.json has a per_layer_config, which was not proved")
     unproved = [
         f"{key} is {full[key]!r}: {reason}" for key, (value, reason) in family.refusals.items() if full[key] != value
     ]
     if unproved:
-        return "; ".join(unproved)
-    model = DenseModel(family, full)
-    if len(model.layer_types) != model.layers:
-        return f"its config.json names the types of {len(model.layer_types)} layers, but has {model.layers}"
+        raise UnreadableError("; ".join(unproved))
+    given_rope = None
+    if family.rope == "read":
+        given_rope = spelled.get("rope_scaling")
+        full |= _read_rope(family, full)
+        full.pop("rope_parameters", None)
+    elif any(config.get(key) is not None for key in ("rope_theta", "rope_scaling")):
+        raise UnreadableError("its rope settings stand outside rope_parameters, where this family reads them")
+    model = DenseModel(family, full, tuple(key for key in spelled if not is_read(family, key)), given_rope)
+    small = [name for name, size in model.sizes.items() if type(size) is not int or size < 1]
+    if small:
+        raise UnreadableError(f"its config.json leaves nothing for {', '.join(small)}")
     return model
 
 
-def _read_values(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any] | str:
-    """Every key of `config.json` and the family's defaults, checked; a text says what is wrong with them."""
-    # A null says as little as an absent key, except where it has a meaning of its own.
-    given = {
-        key: value for key, value in config.items() if value is not None or NoneType in _TYPES.get(key, (NoneType,))
-    }
-    full = {**family.defaults, **given}
-    wrong = [
-        key for key in _REQUIRED
-        if type(full.get(key)) is not int or not 0 < full[key] <= _MAX_SIZE.get(key, 10**9)
-    ]  # fmt: skip
-    if wrong:
-        return f"its config.json needs a positive whole number for {', '.join(wrong)}"
-    wrong = [
-        f"{key} {full[key]!r:.40}" for key, types in _TYPES.items() if key in full and type(full[key]) not in types
-    ]
-    if wrong:
-        return f"its config.json has values of the wrong type: {', '.join(wrong)}"
-    full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
-    full["head_dim"] = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
-    if family.rope == "verbatim":
-        return full
-    rope = _read_rope(full)
-    if isinstance(rope, str):
-        return rope
-    full.pop("rope_parameters", None)
-    return full | rope
-
-
-def _read_rope(config: Mapping[str, Any]) -> dict[str, Any] | str:
+def _read_rope(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
     """One spelling for rotary settings, read as transformers 5 reads them (`convert_rope_params_to_dict`)."""
-    settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
-        return f"its rope settings differ between layers or cannot be read: {settings!r:.80}"
-    settings = dict(settings)
+    settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in settings.values()):
+        raise UnreadableError(f"its rope settings differ between layers: {settings!r:.80}")
     theta = settings.pop("rope_theta", config["rope_theta"])
     partial = settings.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    for name, number in {"rope_theta": theta, "partial_rotary_factor": partial}.items():
+        if type(number) not in {int, float} or not 0 < number < math.inf:
+            raise UnreadableError(f"its {name} is {number!r:.40}, no positive number")
+    if partial != 1.0 and "partial_rotary_factor" not in family.defaults:
+        raise UnreadableError(
+            f"its partial_rotary_factor is {partial!r}, which {family.model_type} does not read in all versions"
+        )
     kind = settings.pop("rope_type", settings.pop("type", "default"))
     settings.pop("type", None)
+    kind = family.rope_kinds.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in _ROPE_TYPES:
-        return f"its rope type is {kind!r}; known: {', '.join(_ROPE_TYPES)}"
+        raise UnreadableError(f"its rope type is {kind!r:.40}; known: {', '.join(_ROPE_TYPES)}")
     read = {"rope_theta": theta, "rope_scaling": None, "partial_rotary_factor": partial}
     if kind == "default":
         return read

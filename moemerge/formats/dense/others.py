@@ -28,15 +28,14 @@ HUNYUAN: Final = DenseFamily(
 
 
 def _window_but_every_fourth(config: Config) -> list[str]:
-    every = config.get("sliding_window_pattern") or 4
+    every = config["sliding_window_pattern"]
     return [SLIDING if (layer + 1) % every else FULL for layer in range(config["num_hidden_layers"])]
 
 
 def _rotate_all_layers(config: Config) -> dict[str, Any]:
     # In Cohere2 layers with a window rotate, the others do not; Cohere rotates all.
-    return {
-        "layer_types": [SLIDING] * config["num_hidden_layers"], "window": config["max_position_embeddings"],
-    }  # fmt: skip
+    context = max(config["max_position_embeddings"], config["model_max_length"] or 0)
+    return {"layer_types": [SLIDING] * config["num_hidden_layers"], "window": context}
 
 
 COHERE2: Final = DenseFamily(
@@ -45,21 +44,23 @@ COHERE2: Final = DenseFamily(
     | {
         "max_position_embeddings": 8192, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "pad_token_id": 0,
         "bos_token_id": 5, "eos_token_id": 255001, "tie_word_embeddings": True, "attention_bias": False,
-        "sliding_window": 4096,
+        "sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None,
     },
     {"qkv_bias": "attention_bias", "output_bias": "attention_bias"},
     block="cohere2",
     interleaved=True,
     layer_types=_window_but_every_fourth,
 )  # fmt: skip
+_COHERE2_ALONE: Final = ("sliding_window", "sliding_window_pattern", "layer_types")
 COHERE: Final = DenseFamily(
     "cohere", COHERE2.rows,
-    {key: value for key, value in COHERE2.defaults.items() if key != "sliding_window"}
-    | {"rope_theta": 500000.0, "use_qk_norm": False},
+    {key: value for key, value in COHERE2.defaults.items() if key not in _COHERE2_ALONE}
+    | {"rope_theta": 500000.0, "use_qk_norm": False, "model_max_length": None},
     COHERE2.facts,
     block="cohere2",
     interleaved=True,
     values=_rotate_all_layers,
+    notes=("cohere2_moe sees no further back than the longest context that config.json names",),
     refusals={"use_qk_norm": (False, "cohere2_moe does not normalise queries and keys")},
 )  # fmt: skip
 YOUTU: Final = DenseFamily(
@@ -82,6 +83,7 @@ YOUTU: Final = DenseFamily(
     },
     block="mla",
     interleaved=True,
+    head_dim="qk_rope_head_dim",
     sizes=lambda config: {
         "q_rank": config["q_lora_rank"], "kv_rank": config["kv_lora_rank"],
         "mla_query": config["num_attention_heads"] * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"]),
