@@ -10,7 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.formats import MOE_FAMILIES, Mixture
-from moemerge.formats.dense import read_dense
+from moemerge.formats.dense import DENSE_FAMILIES, read_dense
+from moemerge.formats.overview import family_rows
 from moemerge.inspection import inspect_checkpoint
 from moemerge.verification import verify_merge
 from tests.families import DENSE, mixtures, reference
@@ -83,6 +84,14 @@ def merged(folder: Path, base: Path, experts: list[Path], **keys):
     plan = plan_merge(load_config(path, allow_identical_experts=True))
     merge(plan, folder / "out")
     return plan, folder / "out"
+
+
+def test_every_pair_of_the_table_is_tested():
+    told = {(model_type, row.family) for row in family_rows() for model_type in row.takes}
+    tested = {(DENSE[name][0], moe) for name, moe in PAIRS}
+    assert told <= tested
+    assert len({model_type for model_type, _ in told}) == len(DENSE_FAMILIES) == 24
+    assert len({moe for _, moe in told}) == len(MOE_FAMILIES) == 22
 
 
 @pytest.mark.parametrize(("name", "moe"), parts(PAIRS))
