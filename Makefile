@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-transformers4 test-llamacpp demo bench format clean
+.PHONY: install check lint test test-families test-transformers4 test-llamacpp demo bench format clean
 
 install: $(VENV)/.done
 
@@ -26,6 +26,10 @@ lint: install
 
 # Everything that must pass.
 test: check
+
+# Every pair of a dense and an MoE family.
+test-families: install
+	$(BIN)/pytest tests/test_families.py -m ""
 
 # The same tests under the oldest transformers that is supported, and equal logits in both.
 VENV4 := .venv-transformers4

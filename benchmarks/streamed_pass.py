@@ -24,10 +24,11 @@ def main() -> None:
     start = time.perf_counter()
     plan = plan_merge(load_config(options.config))
     routers = init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, run_base=plan.runs_base, seed=0,
-        device=options.device, progress=lambda _done, _total: None,
+        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, mixture=plan.mixture,
+        scoring=plan.family.scoring, shared_gate=False, run_base=plan.runs_base, seed=0, device=options.device,
+        progress=lambda _done, _total: None,
     )  # fmt: skip
-    print(json.dumps({"seconds": time.perf_counter() - start, "layers": len(routers.layers)}))
+    print(json.dumps({"seconds": time.perf_counter() - start, "layers": len(routers.rows)}))
 
 
 if __name__ == "__main__":

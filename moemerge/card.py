@@ -42,9 +42,11 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
     config = plan.config
     # A prompt may hold a fence of its own.
     fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", config.text))], key=len)
+    layers = plan.mixture.moe_layers
+    where = "" if not plan.mixture.dense_layers else f" in {len(layers)} of {plan.base.layers} layers"
     sections = [
         f"# {name}",
-        f"A {plan.family.model_type} of {len(config.experts)} experts, {config.experts_per_token} per token, "
+        f"A {plan.family.model_type} of {len(config.experts)} experts{where}, {config.experts_per_token} per token, "
         "made with moemerge: embeddings, attention and norms come from "
         f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.gate_mode}`.",
         f"**{_millions(plan.total_parameters)} parameters, {_millions(plan.active_parameters)} active per token, "
@@ -55,12 +57,14 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
                 f"| {number} | `{expert.source_model}` | {_sample(expert)} |"
                 for number, expert in enumerate(config.experts)
             ]
+            + [f"| shared | `{expert.source_model}` | {_sample(expert)} |" for expert in config.shared_experts]
         ),
+        "\n".join(f"> **Note:** {note}." for note in plan.family_notes),
         "## Use\n\n" + _USAGE.format(name=name),
         "## Routing\n\n" + _routing(report),
         f"## Configuration\n\n{fence}yaml\n{config.text.rstrip()}\n{fence}",
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _millions(parameters: int) -> str:
@@ -98,10 +102,7 @@ def _routing(report: "RoutingReport") -> str:
         "",
         f"| layer | {' | '.join(report.experts)} | first choice's weight |",
         "|---" * (len(report.experts) + 2) + "|",
-        *(
-            f"| {layer} | {' | '.join(f'{share:.0%}' for share in row.own)} | {row.top_weight:.2f} |"
-            for layer, row in enumerate(report.layers)
-        ),
+        *(f"| {row.layer} | {' | '.join(row.shown)} | {row.top_weight:.2f} |" for row in report.layers),
         "",
         "</details>",
     ]

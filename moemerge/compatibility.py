@@ -6,18 +6,12 @@ from typing import Any, Final
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
-from moemerge.formats.dense import Axes, DenseModel, read_dense
+from moemerge.formats.dense import PLAIN, Axes, DenseModel, read_dense
 from moemerge.formats.family import MoeFamily
 
 # Of an expert: what its FFNs must share with the base to compute the same way in its place.
 _EXPERT_KEYS: Final = ("num_hidden_layers", "hidden_size")
 _EXPERT_FACTS: Final = ("qk_norm", "qkv_bias", "output_bias", "mlp_bias", "multipliers", "partial_rotary", "sinks")
-_CALLED: Final = {
-    "qk_norm": "norms of queries and keys", "qkv_bias": "biases of queries, keys and values",
-    "output_bias": "bias of the attention's output", "mlp_bias": "biases in its FFNs",
-    "multipliers": "scales of attention, embeddings, residuals or logits",
-    "partial_rotary": "heads that are rotated in part", "sinks": "attention sinks",
-}  # fmt: skip
 # Keys that say nothing about the computation, or are resolved into others.
 _SILENT_KEYS: Final = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "pretraining_tp",
@@ -78,7 +72,8 @@ def _differences(name: str, base: DenseModel, expert: DenseModel) -> Iterator[st
         return
     for fact in _EXPERT_FACTS:
         if (fact in base.facts) != (fact in expert.facts):
-            ours, theirs = (f"{'has' if fact in model.facts else 'has no'} {_CALLED[fact]}" for model in (base, expert))
+            words = PLAIN.get(fact, "biases in its FFNs")
+            ours, theirs = (f"{'has' if fact in model.facts else 'has no'} {words}" for model in (base, expert))
             yield f"{name}: {theirs}, but the base model {ours}"
 
 

@@ -4,9 +4,7 @@ Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 """
 
 import difflib
-import os
 import reprlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -14,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
+from moemerge.config_checks import PROMPT_FREE, Place, cross_check, listed
 from moemerge.dtypes import SHORT, DType
 from moemerge.errors import ConfigError
 from moemerge.layer_choice import LayerChoice, read_layers
@@ -21,15 +20,9 @@ from moemerge.layer_choice import LayerChoice, read_layers
 GateMode = Literal["hidden", "cheap_embed", "random", "uniform_random"]
 # Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
 _GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
-_PROMPT_FREE: Final = ("random", "uniform_random")
-_MIN_EXPERTS: Final = 2
 # A YAML file of a few lines can hold a value whose whole text would never end.
 _short: Final = reprlib.Repr()
 _short.maxstring = 60
-
-
-def _listed(value: Any) -> Any:
-    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 def _canonical_dtype(value: Any) -> Any:
@@ -41,7 +34,7 @@ def _canonical_gate_mode(value: Any) -> Any:
 
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
-Prompts = Annotated[list[Annotated[str, Field(strict=True)]], BeforeValidator(_listed)]
+Prompts = Annotated[list[Annotated[str, Field(strict=True)]], BeforeValidator(listed)]
 
 
 Layers = Annotated[LayerChoice, PlainValidator(read_layers)]
@@ -84,7 +77,7 @@ class MergeConfig(_Strict):
     dtype: Annotated[DType | None, BeforeValidator(_canonical_dtype)] = None
     """Of the merged model; None keeps the base model's."""
     experts_per_token: int = Field(2, ge=1, strict=True)
-    shared_experts: Annotated[list[Expert], BeforeValidator(_listed)] = []
+    shared_experts: Annotated[list[Expert], BeforeValidator(listed)] = []
     architecture: Text | None = None
     """The output family's `model_type`; None chooses the first that fits."""
     moe_layers: Layers = "all"
@@ -108,7 +101,7 @@ class MergeConfig(_Strict):
     @property
     def reads_prompts(self) -> bool:
         """Whether its routers are made from prompts."""
-        return self.gate_mode not in _PROMPT_FREE
+        return self.gate_mode not in PROMPT_FREE
 
     @property
     def computes_shared_gate(self) -> bool:
@@ -156,76 +149,13 @@ def parse_config(text: str, name: str = "config", *, allow_identical_experts: bo
         config = MergeConfig.model_validate(document)
     except ValidationError as error:
         problems += [(detail["loc"], _explain(detail)) for detail in error.errors()]
-    problems += _cross_check(document, allow_identical_experts=allow_identical_experts)
+    problems += cross_check(document, allow_identical_experts=allow_identical_experts)
     if problems or config is None:
         located = sorted((_line(node, place), _address(place), problem) for place, problem in problems)
         lines = [f"line {line}: {address}: {problem}" if address else problem for line, address, problem in located]
         raise ConfigError(f"{name}: {len(lines)} problem{'s' if len(lines) > 1 else ''}:", lines)
     config._text = text  # noqa: SLF001  its own class's
     return config
-
-
-Place = tuple[int | str, ...]
-
-
-def _cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> list[tuple[Place, str]]:
-    """Problems between keys; works on the raw document, so that they show beside problems within keys."""
-    experts = document.get("experts")
-    if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
-        return []
-    problems: list[tuple[Place, str]] = []
-    per_token = document.get("experts_per_token", 2)
-    if len(experts) < _MIN_EXPERTS:
-        problems.append((("experts",), f"a mixture needs at least {_MIN_EXPERTS} experts, found {len(experts)}"))
-    elif type(per_token) is int and len(experts) < per_token:
-        problems.append((
-            ("experts_per_token",),
-            f"each token is to go to {per_token} experts, but there are only {len(experts)}: "
-            "name more experts or lower experts_per_token",
-        ))  # fmt: skip
-    models = [expert.get("source_model") for expert in experts]
-    folders = {os.path.normpath(os.path.expanduser(model)) if isinstance(model, str) else None for model in models}  # noqa: PTH111  Path.expanduser raises
-    if len(folders) == 1 and None not in folders and len(experts) >= _MIN_EXPERTS and not allow_identical_experts:
-        problems.append((
-            ("experts",),
-            "every expert is the same model, so the result computes what that model does at a higher cost. "
-            "Name different models, or, to train the result further, pass --allow-identical-experts",
-        ))  # fmt: skip
-    return problems + _check_prompts(document.get("gate_mode", "hidden"), experts)
-
-
-def _check_prompts(gate_mode: Any, experts: Sequence[Mapping[str, Any]]) -> list[tuple[Place, str]]:
-    problems: list[tuple[Place, str]] = []
-    prompts = []
-    for number, expert in enumerate(experts):
-        positive, negative = (_listed(expert.get(f"{sign}_prompts")) for sign in ("positive", "negative"))
-        prompts.append((_in_order(positive), _in_order(negative)))
-        place: Place = ("experts", number, "positive_prompts")
-        if not positive and gate_mode not in _PROMPT_FREE:
-            problems.append((
-                place if "positive_prompts" in expert else place[:2],
-                f"gate_mode {gate_mode} needs positive_prompts: text that should be routed to this expert",
-            ))  # fmt: skip
-        for sign, listed in (("positive_prompts", positive), ("negative_prompts", negative)):
-            if isinstance(listed, list):
-                blank = [index for index, prompt in enumerate(listed) if isinstance(prompt, str) and not prompt.strip()]
-                problems += [(("experts", number, sign, index), "the prompt is empty") for index in blank]
-    if (
-        gate_mode not in _PROMPT_FREE
-        and len(prompts) > 1
-        and prompts[0][0]
-        and all(pair == prompts[0] for pair in prompts[1:])
-    ):
-        problems.append((
-            ("experts",),
-            "all experts have the same prompts, so nothing tells the router which to choose. "
-            "Give each expert prompts that only it should answer",
-        ))  # fmt: skip
-    return problems
-
-
-def _in_order(prompts: Any) -> Any:
-    return sorted(map(str, prompts)) if isinstance(prompts, list) else prompts
 
 
 def _explain(detail: ErrorDetails) -> str:

@@ -13,7 +13,8 @@ from moemerge.sources import open_model, read_tensor_table
 
 _NUMBERED_EXPERT: Final = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 _STACKED_EXPERTS: Final = re.compile(r"(?:^|\.)experts\.|block_sparse_moe\.(?:input|output)_linear\.")
-_EXPERT_COUNT_KEYS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT_COUNT_KEYS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_PER_TOKEN_KEYS: Final = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 _EXPERT_AXES: Final = 3  # stacked experts: (expert, out, in)
 
 
@@ -49,7 +50,9 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     tensors = read_tensor_table(model, announce)
     files = {tensor.path: tensor.path.stat().st_size for tensor in tensors.values()}
     names = {path.name for path in files}
-    per_token = model.config.get("num_experts_per_tok")
+    per_token = next((model.config[key] for key in _PER_TOKEN_KEYS if key in model.config), None)
+    if isinstance(per_token, list):  # by layer
+        per_token = max(per_token, default=None)
     experts = _count_experts(tensors)
     total = sum(math.prod(tensor.shape) for tensor in tensors.values())
     in_experts = sum(math.prod(tensor.shape) for tensor in tensors.values() if _is_expert(tensor))

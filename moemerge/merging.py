@@ -95,15 +95,17 @@ def merge(
                 writer.check()
                 tally.routers(done, total)
 
+            computed = {name: o.origin for name, o in plan.outputs.items() if isinstance(o.origin, Computed)}
             routers = init_routers(
-                plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
+                plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, mixture=plan.mixture,
+                scoring=plan.family.scoring, shared_gate=any(c.kind == "shared gate" for c in computed.values()),
                 run_base=plan.runs_base, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory,
                 progress=layer_done,
             )  # fmt: skip
+            made = {"router": routers.rows, "shared gate": routers.shared_gates}
             writer.add({
-                name: ((Piece(routers.layers[o.origin.layer], STORED[plan.dtype]),),)
-                for name, o in plan.outputs.items()
-                if isinstance(o.origin, Computed)
+                name: ((Piece(made[tensor.kind][tensor.layer], STORED[plan.dtype]),),)
+                for name, tensor in computed.items()
             })  # fmt: skip
             for path in plan.copied_files:
                 shutil.copyfile(path, folder / path.name)

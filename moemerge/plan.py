@@ -88,6 +88,9 @@ class MergePlan:
     copied_files: tuple[Path, ...]
     """Of the base model, beside its weights."""
     notes: tuple[str, ...]
+    """What the user should know."""
+    family_notes: tuple[str, ...]
+    """Those of them that a user of the merged model should know too: what readers of its family get wrong."""
     shared_bytes: int
     """Bytes of the output that take no room on the disk: its files share them with the sources'."""
     runs_base: bool

@@ -92,7 +92,8 @@ def plan_merge(
             f"the base model does not read the prompts for gate_mode {config.gate_mode}, so an expert that is never "
             "chosen goes unnoticed; --routing-table has it read them"
         )
-    outputs = _assembly(config, family, mixture, base, base_tensors, models, tables, STORED[dtype]).outputs()
+    notes += _shared_notes(config, family)
+    outputs = _assembly(config, family, mixture, base=base, models=models, tables=tables, dtype=STORED[dtype]).outputs()
     if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
         notes.append(
             "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
@@ -120,6 +121,7 @@ def plan_merge(
         shards=tuple(shards),
         copied_files=copied_files,
         notes=tuple(notes),
+        family_notes=tuple(family_notes),
         shared_bytes=shared,
         runs_base=runs_base,
         total_parameters=total,
@@ -165,9 +167,21 @@ def _main_dtype(tensors: dict[str, StoredTensor]) -> str:
     return NAMED[counted.most_common(1)[0][0]] if counted else "bfloat16"
 
 
+def _shared_notes(config: MergeConfig, family: MoeFamily) -> list[str]:
+    notes = []
+    if config.shared_experts and all(expert.residual_scale is None for expert in config.shared_experts):
+        notes.append(
+            f"shared experts add {sum(residual_scales(config)[1]):.0%} of an FFN's output, the chosen ones the rest: "
+            "with equal models nothing changes; residual_scale says otherwise"
+        )
+    if any(expert.positive_prompts for expert in config.shared_experts) and not (family.shared and family.shared.gate):
+        notes.append(f"prompts of shared experts are not used: {family.model_type} has no gate for them")
+    return notes
+
+
 def _assembly(
-    config: MergeConfig, family: MoeFamily, mixture: Mixture, base: DenseModel, base_tensors: Tensors,
-    models: Sequence[DenseModel], tables: Mapping[str, Tensors], dtype: str,
+    config: MergeConfig, family: MoeFamily, mixture: Mixture, *, base: DenseModel, models: Sequence[DenseModel],
+    tables: Mapping[str, Tensors], dtype: str,
 ) -> Assembly:  # fmt: skip
     computes_gate = bool(family.shared and family.shared.gate) and config.computes_shared_gate
     scales, shared_scales = residual_scales(config)
@@ -183,7 +197,7 @@ def _assembly(
     return Assembly(
         family=family,
         mixture=mixture,
-        base=Source(base, base_tensors),
+        base=Source(base, tables[config.base_model]),
         experts=sources[:routed],
         shared=sources[routed:],
         computes_gate=computes_gate,

@@ -12,25 +12,26 @@ from tests.models import load
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 MUP = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0}
+# Spelled as both versions of transformers read it.
 LLAMA3 = {
-    "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
-    }
+    },
 }  # fmt: skip
-YARN = {
-    "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
-    }
-}  # fmt: skip
+YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
 MINISTRAL3 = {
-    "rope_parameters": YARN["rope_parameters"]
-    | {"llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-}
+    "rope_parameters": YARN["rope_scaling"]
+    | {
+        "rope_theta": 10000.0, "llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+}  # fmt: skip
 HYBRID = {
     "num_local_experts": 0, "shared_intermediate_size": 48, "position_embedding_type": "rope", "mamba_n_heads": 4,
     "mamba_expand": 2, "mamba_d_head": 16, "mamba_d_state": 16,
-    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "layer_types": ["mamba", "attention", "attention"],
 }  # fmt: skip
 GEMMA4 = {
     "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 256, "head_dim": 8, "global_head_dim": 16,

@@ -112,6 +112,16 @@ def test_blank_prompts_are_refused_in_every_mode():
     ]
 
 
+def test_prompts_of_shared_experts_are_checked_but_may_be_missing():
+    shared = (
+        "shared_experts:\n- source_model: s\n- {source_model: t, positive_prompts: [x], negative_prompts: [y, ' ']}\n"
+    )
+    assert problems(PLAIN + shared) == [
+        f"line {PLAIN.count(chr(10)) + 3}: shared_experts[1].negative_prompts[1]: the prompt is empty"
+    ]
+    assert parse_config(PLAIN + shared.replace("' '", "z")).computes_shared_gate
+
+
 def test_the_order_of_prompts_does_not_make_them_different():
     assert len(problems(PLAIN.replace('["one"]', "[a, b]").replace('["two"]', "[b, a]"))) == 1
 

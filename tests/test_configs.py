@@ -10,6 +10,8 @@ from moemerge.inspection import inspect_checkpoint
 from tests.models import load, make_model, tokenizer
 
 ROOT = Path(__file__).parents[1]
+KINDS = {"qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral"}
+FAMILIES = {"residual-qwen2.5-3x1.5b.yaml": "granitemoeshared", "second-half-qwen3-2x4b.yaml": "qwen3_moe"}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # SmolLM2-135M-Instruct and four fine-tunes of it, 1.4 GB: see configs/smollm2-4x135m.yaml.
 REAL_MODELS = Path(os.environ.get("MOEMERGE_REAL_MODELS", ROOT / ".cache" / "models"))
@@ -19,10 +21,15 @@ REAL_MODELS = Path(os.environ.get("MOEMERGE_REAL_MODELS", ROOT / ".cache" / "mod
 def test_every_shipped_config_can_be_planned(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     config = load_config(path)
-    for seed, reference in enumerate({config.base_model, *(expert.source_model for expert in config.experts)}):
-        make_model(tmp_path / reference, seed, tie_word_embeddings=True)
+    model_type = next((kind for name, kind in KINDS.items() if name in path.name), "llama")
+    references = {config.base_model, *(expert.source_model for expert in [*config.experts, *config.shared_experts])}
+    for seed, reference in enumerate(sorted(references)):
+        make_model(tmp_path / reference, seed, model_type, tie_word_embeddings=True)
     plan = plan_merge(config)
-    assert plan.output_config["num_local_experts"] == len(config.experts)
+    assert plan.family.model_type == FAMILIES.get(path.name, "mixtral")
+    assert {output.shape[0] for name, output in plan.outputs.items() if name.endswith(plan.family.router)} == {
+        len(config.experts)
+    }
 
 
 @pytest.mark.skipif(not (REAL_MODELS / "base" / "config.json").exists(), reason=f"no real models in {REAL_MODELS}")

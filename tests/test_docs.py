@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from moemerge.cli import main
-from moemerge.config import Expert, MergeConfig, parse_config
+from moemerge.cli.families import as_markdown
+from moemerge.config import MergeConfig, RoutedExpert, parse_config
+from moemerge.formats.overview import family_rows
 from tests.models import make_model
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +50,7 @@ def commands() -> list[str]:
 
 def test_every_command_of_the_readme_works(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
-    assert len(commands()) == 4
+    assert len(commands()) == 5
     for command in commands():
         monkeypatch.setattr(sys, "argv", command.split())
         with pytest.raises(SystemExit) as end:
@@ -64,8 +66,16 @@ def test_every_key_of_the_config_is_documented():
     table = README[README.index("| key |") :]
     for key in MergeConfig.model_fields:
         assert f"`{key}`" in table or key == "experts"
-    for key in Expert.model_fields:
+    for key in RoutedExpert.model_fields:
         assert f"`experts[].{key}`" in table
+
+
+def test_the_table_of_families_is_the_one_that_the_command_prints():
+    """Run `moemerge families --markdown` and put what it prints between the two marks."""
+    page = (ROOT / "docs" / "families.md").read_text()
+    shown = re.search(r"<!-- moemerge families --markdown -->\n(.*?)\n?<!-- end -->", page, re.DOTALL)
+    assert shown
+    assert shown[1] == as_markdown(family_rows())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -23,7 +23,7 @@ from moemerge.checkpoint.shards import TensorSpec, layout_shards
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError
-from moemerge.plan import Output
+from moemerge.plan import Computed, Output
 
 DTYPES = {stored: getattr(torch, name) for stored, name in NAMED.items()}
 
@@ -325,7 +325,7 @@ def test_an_output_knows_its_pieces(tmp_path):
     assert Output((6, 2), ((piece,),)).copied_from == tensor
     for bands in (((piece,), (piece,)), ((piece, piece),), ((cast,),), ((zeros,),)):
         assert Output((6, 2), bands).copied_from is None
-    assert [Output((6, 2), bands).is_converted for bands in (((piece, piece),), ((piece,), (zeros,)), 3)] == [
+    assert [Output((6, 2), bands).is_converted for bands in (((piece, piece),), ((piece,), (zeros,)), Computed(3, "router"))] == [
         False, True, False,
     ]  # fmt: skip
     assert Output((12, 2), ((piece,), (zeros, cast))).pieces == [piece, zeros, cast]

@@ -16,6 +16,7 @@ from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.shards import TensorSpec, layout_shards
 from moemerge.checkpoint.staging import journal_of, kept_shards
 from moemerge.errors import CheckpointError, OutputError, RefusedError, RouterError
+from moemerge.plan import Computed
 from moemerge.verification import verify_merge
 from tests.kill import contents
 from tests.models import edit_json, make_model, write_config
@@ -180,7 +181,7 @@ def test_shards_with_routers_are_computed_again(tmp_path, models):
     plan = plan_of(tmp_path, models)
     assert 0 < len(plan.shards_without_routers) < len(plan.shards)
     for shard in plan.shards:
-        with_routers = any(isinstance(plan.outputs[name].origin, int) for name in shard.starts)
+        with_routers = any(isinstance(plan.outputs[name].origin, Computed) for name in shard.starts)
         assert with_routers != (shard in plan.shards_without_routers)
 
 

@@ -24,15 +24,17 @@ from moemerge.checkpoint.stored import float32_of, read_rows, stored_bytes
 from moemerge.config import Expert
 from moemerge.dtypes import STORED
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
+from moemerge.formats import Mixture
+from moemerge.plan import Computed
 from moemerge.routers import capture, init_routers
 from moemerge.routers.capture import capture_router_inputs
-from moemerge.routers.diagnostics import route_layer, top_weights
-from moemerge.routers.hidden import fit_scale
+from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.quantised import quantise_weight
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
 from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast, row_distances, unit
+from moemerge.routers.scoring import fit_scale, top_weights
 from tests.models import TEXT, edit_json, load, make_model, tokenizer, write_config
 
 LONG = "The quick brown fox jumps over the lazy dog and def main(argv): return [item for item in argv if item]"
@@ -47,19 +49,31 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
 def routers(plan, seed: int = 0, base_bits: int | None = None):
     """The report, and weights (layer, expert, hidden)."""
     made = init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype,
-        run_base=plan.runs_base, seed=seed, device="cpu", progress=lambda _done, _total: None, base_bits=base_bits,
+        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, mixture=plan.mixture,
+        scoring=plan.family.scoring, shared_gate=computes_gate(plan), run_base=plan.runs_base, seed=seed, device="cpu",
+        progress=lambda _done, _total: None, base_bits=base_bits,
     )  # fmt: skip
     dtype, experts = getattr(torch, plan.dtype), len(plan.config.experts)
-    rows = [torch.frombuffer(bytearray(layer), dtype=dtype).view(experts, -1) for layer in made.layers]
-    return SimpleNamespace(report=made.report, weights=torch.stack(rows))
+    rows = [torch.frombuffer(bytearray(layer), dtype=dtype).view(experts, -1) for layer in made.rows.values()]
+    gates = {layer: torch.frombuffer(bytearray(gate), dtype=dtype) for layer, gate in made.shared_gates.items()}
+    return SimpleNamespace(report=made.report, weights=torch.stack(rows), layers=list(made.rows), gates=gates)
+
+
+def computes_gate(plan) -> bool:
+    return any(isinstance(o.origin, Computed) and o.origin.kind == "shared gate" for o in plan.outputs.values())
 
 
 def request(plan) -> RouterRequest:
     prompts = encode_prompts(plan.base_folder, plan.config.experts, 128)
     return RouterRequest(
-        plan.base_folder, plan.base, plan.base_tensors, tuple(plan.config.experts), prompts, 2, torch.device("cpu")
-    )
+        plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, torch.device("cpu")
+    )  # fmt: skip
+
+
+def asked(experts: int, per_token: int, scoring: str = "softmax", absent=frozenset()) -> RouterRequest:
+    """Of a mixture whose layer 0 lacks some experts, without a base model."""
+    mixture = Mixture(1, 8, (8,) * experts, (), per_token, (0,), {0: absent} if absent else {})
+    return RouterRequest(None, {}, mixture, scoring, (), torch.device("cpu"))
 
 
 def ffn_inputs(model, ids: list[int]) -> list[torch.Tensor]:
@@ -324,24 +338,24 @@ def test_the_scale_meets_its_target():
     rows, states = torch.randn(4, 16, generator=generator), torch.randn(100, 16, generator=generator)
     for per_token in (1, 2, 3):
         scale = fit_scale(rows, states, per_token)
-        weights, _ = top_weights(rows * scale, states, max(per_token, 2))
+        weights, _ = top_weights(states @ rows.T * scale, max(per_token, 2), "softmax")
         assert float(weights[:, 0].mean()) == pytest.approx(0.9, abs=1e-3)
 
 
 def test_the_routing_of_a_layer_is_counted():
     states = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]])
-    inputs = RouterInputs(states, torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, True, False]))
+    inputs = RouterInputs(0, states, torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, True, False]))
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    routing = route_layer(rows, inputs, 1)
+    routing = route_layer(rows, inputs, asked(2, 1))
     assert routing.own == routing.first == (1.0, 1.0)
     assert routing.load == (0.5, 0.5)
-    both = route_layer(rows, inputs, 2)
+    both = route_layer(rows, inputs, asked(2, 2))
     assert (both.own, both.first, both.load) == ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
 
 
 def report(own, load, distances=None) -> RoutingReport:
     names = ("fox", "code", "chat", "math")
-    return RoutingReport(names, 2, (LayerRouting(own, own, load, 0.9),), distances or {})
+    return RoutingReport(names, 2, (LayerRouting(0, own, own, load, 0.9),), distances or {})
 
 
 def test_experts_that_are_never_chosen_are_named():
@@ -353,16 +367,19 @@ def test_experts_that_are_never_chosen_are_named():
 
 
 def test_an_expert_that_is_chosen_by_all_but_never_first_is_named():
-    routing = LayerRouting(own=(1.0, 1.0), first=(1.0, 0.0), load=(1.0, 1.0), top_weight=0.9)
+    routing = LayerRouting(layer=0, own=(1.0, 1.0), first=(1.0, 0.0), load=(1.0, 1.0), top_weight=0.9)
     assert RoutingReport(("fox", "code"), 2, (routing,), {}).warnings() == [
         "expert code is almost never the first choice, not even for its own prompts: 0.0%"
     ]
 
 
 def test_rows_that_are_almost_parallel_are_named():
-    rows = np.array([[[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [-1.0, 0.0]]], np.float32)
+    rows = np.array([[[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [-2.0, 0.0]]], np.float32)
     distances = row_distances(rows)
-    assert distances[0, 3] == pytest.approx(1.0)
+    # What all rows share changes no choice, and hides nothing.
+    moved = row_distances(rows + np.array([7.0, -20.0], np.float32))
+    assert moved == pytest.approx(distances, abs=1e-5)
+    assert row_distances(rows[:, [0, 3]])[0, 1] == pytest.approx(1.0)
     good = (0.9,) * 4
     assert report(good, (0.5,) * 4, distances).warnings() == [
         "the router can hardly tell fox from code: their rows are almost parallel"

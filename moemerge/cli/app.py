@@ -26,7 +26,9 @@ Other commands, each with its own --help:
 
   moemerge verify OUT     whether a merged checkpoint holds what its config says
 
-A config or folder that is called plan, inspect or verify is written with its path: moemerge ./plan out/
+  moemerge families       which dense models become which mixture
+
+A config or folder that is called like a command is written with its path: moemerge ./plan out/
 
 Command lines of mergekit-moe work as they are; its flags are translated, or named as not needed.
 
@@ -111,16 +113,9 @@ def _merge(
         check_base_bits(base_bits)
         return_freed_memory()
         plan = _plan_from(
-            console,
-            config,
-            max_shard_size,
-            out_shard_size,
-            cache_dir,
-            quiet,
-            allow_identical_experts,
-            out,
+            console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts, out,
             routing_table,
-        )
+        )  # fmt: skip
         try:
             with show_progress(console, quiet=quiet) as progress:
                 report = merge(
@@ -223,7 +218,28 @@ def _verify(
             raise typer.Exit(1)
 
 
-_COMMANDS: Final[dict[str, Callable[..., None]]] = {"plan": _plan, "inspect": _inspect, "verify": _verify}
+def _families(
+    json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the output families: which dense models each repeats exactly, and what it can hold."""
+    with speaking(quiet=False, verbose=0, debug=debug):
+        from moemerge.cli.families import as_json, as_markdown, print_families
+        from moemerge.formats.overview import family_rows
+
+        rows = family_rows()
+        if json:
+            print_json(as_json(rows))
+        elif markdown:
+            typer.echo(as_markdown(rows))
+        else:
+            print_families(stdout(), rows)
+
+
+_COMMANDS: Final[dict[str, Callable[..., None]]] = {
+    "plan": _plan, "inspect": _inspect, "verify": _verify, "families": _families,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -239,7 +255,8 @@ def main() -> None:
         for note in notes:
             typer.echo(f"note: {note}", err=True)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(no_args_is_help=True, epilog=None if word else _EPILOG)(_COMMANDS[word] if word else _merge)
+    command = _COMMANDS[word] if word else _merge
+    app.command(no_args_is_help=command is not _families, epilog=None if word else _EPILOG)(command)
     app(args=arguments, prog_name=f"moemerge {word}" if word else "moemerge")
 
 

@@ -62,7 +62,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
 def _origin(output: Output) -> dict[str, Any]:
     """Where a tensor comes from; of one that has several pieces, the bands one under the other, each side by side."""
     if isinstance(output.origin, Computed):
-        return {"from": "router"}
+        return {"from": output.origin.kind}
     if len(output.pieces) == 1:
         return _source(output.pieces[0])
     return {
@@ -125,8 +125,8 @@ def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) 
     console.print(table)
     if by_layer:
         layers = Table("layer", *report.experts, "weight", box=None, padding=(0, 2, 0, 0))
-        for layer, row in enumerate(report.layers):
-            layers.add_row(str(layer), *(f"{share:.0%}" for share in row.own), f"{row.top_weight:.2f}")
+        for row in report.layers:
+            layers.add_row(str(row.layer), *row.shown, f"{row.top_weight:.2f}")
         console.print(layers)
 
 

@@ -108,7 +108,7 @@ HY_V3: Final = MoeFamily(
     notes=(("", "transformers reads hy_v3 from version 5 on"),),
 )  # fmt: skip
 EXAONE_MOE: Final = MoeFamily(
-    "exaone_moe", "ExaoneMoeForCausalLM",
+    "exaone_moe", "ExaoneMoEForCausalLM",  # as released; transformers spells its class ExaoneMoe
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=ROPE

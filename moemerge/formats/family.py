@@ -99,7 +99,7 @@ class MoeFamily:
             return [f"does not compute like {base.family.model_type}"]
         if self.interleaved and not base.family.interleaved:
             return [f"rotates neighbouring elements of a head, {base.family.model_type} its halves"]
-        reasons = [reason for fact, reason in PLAIN.items() if fact in base.facts - self.holds]
+        reasons = [f"it has no {words}" for fact, words in PLAIN.items() if fact in base.facts - self.holds]
         if self.needs_qk_norm and "qk_norm" not in base.facts:
             reasons.append(f"it always normalises queries and keys, {base.family.model_type} does not")
         return reasons + self._refuse_shared(mixture) + self._refuse_dense_layers(mixture)

@@ -71,9 +71,7 @@ QWEN3_5_MOE: Final = MoeFamily(
         "linear_num_key_heads", "linear_num_value_heads",
     ),
     blocks=("qwen3_5",),
-    holds=frozenset(
-        {"qkv_bias", "output_bias", "qk_norm", "mixed_attention", "wide_heads", "scaled_rope", "partial_rotary"}
-    ),
+    holds=frozenset({"qkv_bias", "output_bias", "mixed_attention", "wide_heads", "partial_rotary"}),
     shared=_GATED,
     notes=(
         ("", "llama.cpp's converter reads qwen3_5_moe_text with the option --no-mtp"),

@@ -132,7 +132,7 @@ GEMMA4_MOE: Final = MoeFamily(
         "use_double_wide_mlp", "global_head_dim", "num_global_key_value_heads", "per_layer_config",
     ),
     blocks=("gemma4",),
-    holds=frozenset({"window", "mixed_attention", "wide_heads", "scaled_rope", "multipliers"}),
+    holds=frozenset({"window", "mixed_attention", "wide_heads"}),
     keeps_dense_ffn=True,
     # The dense FFN is a branch with a norm of its own, whose weight is 0; router and experts see what it sees.
     extras=(

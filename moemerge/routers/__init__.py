@@ -1,6 +1,6 @@
 """How routers get their first weights: one file per way, one pass over the base model for all that need it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +12,13 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import float32_of, stored_bytes
 from moemerge.config import MergeConfig
 from moemerge.errors import RefusedError, RouterError
+from moemerge.formats import Mixture
 from moemerge.formats.dense import DenseModel
-from moemerge.routers.cheap_embed import cheap_embed_rows
+from moemerge.formats.family import Scoring
+from moemerge.routers.cheap_embed import mean_embeddings
 from moemerge.routers.random import DRAWN
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
-from moemerge.routers.rows import Rows, row_distances
+from moemerge.routers.rows import Rows, contrast, row_distances
 
 __all__ = ["Routers", "check_base_bits", "init_routers"]
 
@@ -25,15 +27,17 @@ __all__ = ["Routers", "check_base_bits", "init_routers"]
 class Routers:
     """Router weights, and what they do."""
 
-    layers: tuple[bytes, ...]
-    """Of each layer the rows (expert, hidden), as they are stored."""
+    rows: Mapping[int, bytes]
+    """By layer the rows (expert, hidden), as they are stored."""
+    shared_gates: Mapping[int, bytes]
+    """By layer the gate (1, hidden) of the shared experts, as it is stored; empty where it is not asked for."""
     report: RoutingReport
 
 
 def init_routers(
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
-    run_base: bool, seed: int, device: str, progress: Callable[[int, int], None],
-    base_bits: Literal[4, 8] | None = None, low_memory: bool = False,
+    mixture: Mixture, scoring: Scoring, shared_gate: bool, run_base: bool, seed: int, device: str,
+    progress: Callable[[int, int], None], base_bits: Literal[4, 8] | None = None, low_memory: bool = False,
 ) -> Routers:  # fmt: skip
     """Compute the routers of a merge and the table of what they do with its prompts.
 
@@ -43,39 +47,58 @@ def init_routers(
         base: the base model's config.
         tensors: the base model's tensors.
         dtype: of the merged model; routers are judged as they will be stored.
+        mixture: which layers have routers, and which experts take part in them.
+        scoring: how the output family's routers make weights of their logits.
+        shared_gate: whether the shared experts have a gate that is made from their prompts.
         run_base: whether the base model reads the prompts, for the routers or for the table.
         seed: of the random ways.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
-        progress: called with the number of layers done and the number of all.
+        progress: called with the number of layers done and of those to do.
         base_bits: of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
         low_memory: whether not to read ahead.
 
     Raises:
         RouterError: the tokenizer, the prompts or the device do not serve.
     """
-    shape = (base.layers, len(config.experts), base.config["hidden_size"])
-    made: Rows | None = None
-    if config.gate_mode in DRAWN:
-        made = DRAWN[config.gate_mode](shape, seed)
-    elif config.gate_mode == "cheap_embed":
-        made = np.tile(cheap_embed_rows(folder, base, tensors, config.experts), (base.layers, 1, 1))
+    made = _made_without_pass(config, folder, base, tensors, mixture, seed)
+    gates: dict[int, bytes] = {}
     routings: list[LayerRouting] = []
     if made is None or run_base:
         # Imports torch and transformers: seconds, and hundreds of megabytes.
         from moemerge.routers.computed import compute_routers
 
-        layers, routings = compute_routers(
-            config, folder, base, tensors, dtype, made=made, device=device, progress=progress, base_bits=base_bits,
-            low_memory=low_memory,
+        layers, gates, routings = compute_routers(
+            config, folder, base, tensors, dtype, mixture=mixture, scoring=scoring, shared_gate=shared_gate, made=made,
+            device=device, progress=progress, base_bits=base_bits, low_memory=low_memory,
         )  # fmt: skip
     else:
-        layers = [stored_bytes(rows, dtype) for rows in made]
-    stored = float32_of(b"".join(layers), dtype).reshape(shape)
-    if not np.isfinite(stored).all():
+        layers = {layer: stored_bytes(rows, dtype) for layer, rows in made.items()}
+    stored, stored_gates = (float32_of(b"".join(made.values()), dtype) for made in (layers, gates))
+    if not (np.isfinite(stored).all() and np.isfinite(stored_gates).all()):
         raise RouterError("some router weights are not finite numbers: the base model's numbers overflow.")
     names = expert_names([expert.source_model for expert in config.experts])
-    report = RoutingReport(names, config.experts_per_token, tuple(routings), row_distances(stored))
-    return Routers(tuple(layers), report)
+    distances = row_distances(
+        stored.reshape(len(layers), len(names), -1), [mixture.absent.get(layer, frozenset()) for layer in layers]
+    )
+    report = RoutingReport(names, config.experts_per_token, tuple(routings), distances)
+    return Routers(layers, gates, report)
+
+
+def _made_without_pass(  # noqa: PLR0917
+    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], mixture: Mixture, seed: int
+) -> dict[int, Rows] | None:
+    """By layer the rows (expert, hidden) of ways that need no pass, zeros for absent experts; None of those that do."""
+    if config.gate_mode in DRAWN:
+        # As for all layers and experts: which of them take part changes nothing in the others.
+        drawn = DRAWN[config.gate_mode]((base.layers, len(config.experts), base.config["hidden_size"]), seed)
+        for layer, absent in mixture.absent.items():
+            drawn[layer, sorted(absent)] = 0
+        return {layer: drawn[layer] for layer in mixture.moe_layers}
+    if config.gate_mode == "cheap_embed":
+        positive, negative = mean_embeddings(folder, base, tensors, config.experts)
+        none: frozenset[int] = frozenset()
+        return {layer: contrast(positive, negative, mixture.absent.get(layer, none)) for layer in mixture.moe_layers}
+    return None
 
 
 def check_base_bits(bits: Literal[4, 8] | None) -> None:

@@ -2,18 +2,19 @@
 
 Every prompt passes through a layer before the next is loaded; meanwhile the next layer's bytes are brought into the
 page cache, where they take no memory from anyone. Embeddings, rotary tables, masks and layers are the
-`transformers` classes' own; only the order of the loops is ours. The last layer's FFN, the final norm and the
-language-model head are never run.
+`transformers` classes' own; only the order of the loops is ours. The FFN of the last layer that gets a router, and all
+that follows it, is never run.
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
@@ -31,8 +32,8 @@ class _Batch:
 
     states: torch.Tensor
     """(prompt, position, hidden)"""
-    arguments: dict[int, dict[str, Any]]
-    """By layer, what the model passes to it beside the states."""
+    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    """By layer, what the model passes to it beside the states, by position and by name."""
     counted: torch.Tensor
     """(prompt * position,) bool"""
     inputs: torch.Tensor
@@ -44,7 +45,7 @@ class _EndOfPassError(Exception):
 
 
 def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
-    """Router inputs of every layer in turn, for the request's prompts.
+    """Router inputs of each layer with a router in turn, for the request's prompts.
 
     On a CPU the pass computes in float32, elsewhere in bfloat16. Each layer's states overwrite those of the layer
     before: long-lived blocks between the short-lived ones of a layer would keep the heap from shrinking.
@@ -62,7 +63,7 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     labels = [
         torch.cat([part[kept] for part, kept in zip(parts, counted, strict=True)]) for parts in (expert, positive)
     ]
-    last = len(model.layers) - 1
+    last = max(request.mixture.moe_layers)
     room: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(1) as reader:
         for index in range(last + 1):
@@ -78,20 +79,34 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
             # Nothing may refer to the layer: bitsandbytes keeps weights that a move to meta does not reach.
             model.layers[index] = torch.nn.Identity()
             del layer
-            yield RouterInputs(inputs, *labels)
+            if index in request.mixture.moe_layers:
+                yield RouterInputs(index, inputs, *labels)
             if ahead:
                 ahead.result()
 
 
 def _empty_model(request: RouterRequest) -> Any:
-    """The decoder without weights; its buffers (rotary frequencies) are real."""
+    """The decoder without weights; its buffers, such as rotary frequencies, are real and on the request's device."""
     # Not from config.json itself: a hostile one can name a repository for its attention's code.
     family = request.base.family
     config = AutoConfig.for_model(family.model_type, **request.base.class_keys | {"pad_token_id": None})
-    with init_empty_weights(include_buffers=False):
-        model = AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-    model.rotary_emb.to(request.device)
+    with init_empty_weights(include_buffers=False), _uninitialised():
+        model = AutoModel.from_config(config, trust_remote_code=False)
+    for name, buffer in list(model.named_buffers()):
+        path, _, own = name.rpartition(".")
+        setattr(model.get_submodule(path), own, buffer.to(request.device))
     return model.eval()
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Models are made without first values for weights that lie nowhere: transformers 4 fails to give Mamba's."""
+    given = PreTrainedModel.init_weights
+    PreTrainedModel.init_weights = lambda _: None
+    try:
+        yield
+    finally:
+        PreTrainedModel.init_weights = given
 
 
 def _group(prompts: Sequence[EncodedPrompt]) -> Iterator[list[EncodedPrompt]]:
@@ -122,8 +137,8 @@ def _embed(  # noqa: PLR0917
 ) -> _Batch:  # fmt: skip
     """Run everything before the layers, recording what the model would pass to each of them.
 
-    Only the rows of the prompts' tokens are read from the embeddings. Padding is on the right: attention is causal,
-    so no token of a prompt sees it.
+    Only the rows of the prompts' tokens are read from the embeddings. Padding is on the right, and no mask tells of
+    it: attention, convolutions and states are causal, so no token of a prompt sees what follows it.
     """
     ids = sorted({token for prompt in group for token in prompt.ids})
     place = {token: index for index, token in enumerate(ids)}
@@ -131,19 +146,20 @@ def _embed(  # noqa: PLR0917
     model.embed_tokens.weight = torch.nn.Parameter(rows.to(device=request.device, dtype=dtype), requires_grad=False)
     length = max(len(prompt.ids) for prompt in group)
     padded = [[place[token] for token in prompt.ids] + [0] * (length - len(prompt.ids)) for prompt in group]
-    arguments: dict[int, dict[str, Any]] = {}
-    embedded = []
+    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    embedded: list[torch.Tensor] = []
 
     def recorder(index: int) -> Any:
-        def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            arguments[index] = kwargs
-            if index == 0:
-                embedded.append(hidden_states)
-            return hidden_states
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            arguments[index] = args, kwargs
+            embedded.append(hidden_states)
+            # Where transformers 4 expects a tuple, it passes on the first prompt alone: never what came in.
+            return embedded[0]
 
         return forward
 
-    passers = [*model.layers, model.norm]
+    last_norm = model.get_submodule(request.base.family.last.removeprefix("model.").removesuffix(".weight"))
+    passers = [*model.layers, last_norm]
     for index, module in enumerate(passers):
         module.forward = recorder(index)
     try:
@@ -156,11 +172,11 @@ def _embed(  # noqa: PLR0917
 
 
 def _stored(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool) -> dict[str, StoredTensor]:
-    """Of a layer's parameters, by name within it, where they are stored; without the FFN's if it will not run."""
+    """Of a layer's tensors, by name within it, where they are stored; without the FFN's if it will not run."""
     ffn = request.base.family.ffn_module
     return {
         name: request.tensors[f"model.layers.{index}.{name}"]
-        for name, _ in layer.named_parameters()
+        for name in layer.state_dict()
         if not (skip_ffn and name.startswith(f"{ffn}."))
     }
 
@@ -169,12 +185,16 @@ def _place(  # noqa: PLR0917
     layer: Any, name: str, tensor: StoredTensor, room: dict[str, torch.Tensor], request: RouterRequest,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Read a parameter straight to its device, into the room that the layer before had for it."""
+    """Read a tensor straight to its device, into the room that the layer before had for it."""
     if name not in room or room[name].shape != tensor.shape:
         room[name] = torch.empty(tensor.shape, device=request.device, dtype=dtype)
     read_into(tensor, room[name])
     path, _, parameter = name.rpartition(".")
-    setattr(layer.get_submodule(path), parameter, torch.nn.Parameter(room[name], requires_grad=False))
+    module = layer.get_submodule(path)
+    if parameter in dict(module.named_buffers(recurse=False)):
+        setattr(module, parameter, room[name])
+        return
+    setattr(module, parameter, torch.nn.Parameter(room[name], requires_grad=False))
     if request.base_bits:
         from moemerge.routers.quantised import quantise_weight  # imports bitsandbytes, an extra
 
@@ -193,7 +213,9 @@ def _run(layer: Any, batch: _Batch, index: int, ffn_module: str, *, stop_at_ffn:
     handle = layer.get_submodule(ffn_module).register_forward_pre_hook(keep)
     try:
         with torch.inference_mode():
-            batch.states.copy_(layer(batch.states, **batch.arguments[index]))
+            args, kwargs = batch.arguments[index]
+            made = layer(batch.states, *args, **kwargs)
+            batch.states.copy_(made[0] if isinstance(made, tuple) else made)  # a tuple in transformers 4
     except _EndOfPassError:
         pass
     finally:

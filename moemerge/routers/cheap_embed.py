@@ -1,4 +1,4 @@
-"""Routers from the mean token embedding of the prompts, the same rows in every layer: a weak baseline, but no pass.
+"""Routers from the mean token embedding of the prompts, alike in every layer: a weak baseline, but no pass.
 
 Made without torch.
 """
@@ -13,13 +13,15 @@ from moemerge.checkpoint.stored import read_rows
 from moemerge.config import Expert
 from moemerge.formats.dense import DenseModel
 from moemerge.routers.prompts import encode_prompts
-from moemerge.routers.rows import Rows, contrast
+from moemerge.routers.rows import Rows
 
 
-def cheap_embed_rows(
+def mean_embeddings(
     folder: Path, base: DenseModel, tensors: Mapping[str, StoredTensor], experts: Sequence[Expert]
-) -> Rows:
-    """Contrast (expert, hidden) of mean embeddings; only the rows of the prompts' tokens are read.
+) -> tuple[Rows, Rows]:
+    """Mean embeddings (expert, hidden) of positive and of negative prompts; only the rows of their tokens are read.
+
+    Experts without negative prompts have NaN there.
 
     Raises:
         RouterError: the tokenizer or the prompts do not serve.
@@ -38,7 +40,7 @@ def cheap_embed_rows(
         ]
         return np.stack(tokens).mean(axis=0) if tokens else np.full_like(table[ids[0]], np.nan)
 
-    return contrast(
+    return (
         np.stack([mean(expert, positive=True) for expert in range(len(experts))]),
         np.stack([mean(expert, positive=False) for expert in range(len(experts))]),
     )

@@ -1,6 +1,6 @@
 """Routers, or a table of what they do, from one pass over the base model's layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -9,10 +9,12 @@ import torch
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import MergeConfig
 from moemerge.errors import RouterError
+from moemerge.formats import Mixture
 from moemerge.formats.dense import DenseModel
+from moemerge.formats.family import Scoring
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer
-from moemerge.routers.hidden import hidden_rows
+from moemerge.routers.hidden import hidden_rows, shared_gate_row
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.report import LayerRouting
 from moemerge.routers.request import RouterInputs, RouterRequest
@@ -21,27 +23,34 @@ from moemerge.routers.rows import Rows
 
 def compute_routers(
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
-    made: Rows | None, device: str, progress: Callable[[int, int], None], base_bits: Literal[4, 8] | None,
-    low_memory: bool,
-) -> tuple[list[bytes], list[LayerRouting]]:  # fmt: skip
-    """Of each layer the rows (expert, hidden) as they are stored, and what they do with the prompts: `init_routers`.
+    mixture: Mixture, scoring: Scoring, shared_gate: bool, made: Mapping[int, Rows] | None, device: str,
+    progress: Callable[[int, int], None], base_bits: Literal[4, 8] | None, low_memory: bool,
+) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:  # fmt: skip
+    """By layer the rows (expert, hidden) and gates (1, hidden) as they are stored, and what the rows do with prompts.
 
-    Rows (layer, expert, hidden) that are already made are only routed by; None makes those of gate_mode hidden.
+    Rows that are already made are only routed by; None makes those of gate_mode hidden. See `init_routers`.
     """
-    prompts = encode_prompts(folder, config.experts, base.config["max_position_embeddings"])
-    request = RouterRequest(
-        folder, base, tensors, tuple(config.experts), prompts, config.experts_per_token, find_device(device), base_bits,
-        low_memory,
+    prompts = encode_prompts(
+        folder, config.experts, base.config["max_position_embeddings"],
+        shared=config.shared_experts if shared_gate else (),
     )  # fmt: skip
+    request = RouterRequest(base, tensors, mixture, scoring, prompts, find_device(device), base_bits, low_memory)
     stored_dtype: torch.dtype = getattr(torch, dtype)
-    layers, routings = [], []
-    for layer, inputs in enumerate(_memory_watched(capture_router_inputs(request))):
-        new = hidden_rows(inputs, request) if made is None else torch.from_numpy(made[layer])
+    layers, gates, routings = {}, {}, []
+    for inputs in _memory_watched(capture_router_inputs(request)):
+        new = hidden_rows(inputs, request) if made is None else torch.from_numpy(made[inputs.layer])
         rows = new.to(stored_dtype)
-        layers.append(rows.view(torch.uint8).numpy().tobytes())
-        routings.append(route_layer(rows.float(), inputs, config.experts_per_token))
-        progress(layer + 1, base.layers)
-    return layers, routings
+        layers[inputs.layer] = _bytes(rows)
+        if shared_gate:
+            gates[inputs.layer] = _bytes(shared_gate_row(inputs).to(stored_dtype))
+        routings.append(route_layer(rows.float(), inputs, request))
+        progress(inputs.layer + 1, mixture.moe_layers[-1] + 1)
+    return layers, gates, routings
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    data: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return data
 
 
 def _memory_watched(layers: Iterator[RouterInputs]) -> Iterator[RouterInputs]:

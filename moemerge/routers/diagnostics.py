@@ -1,27 +1,32 @@
 """Judging a router on the prompts that it was made from."""
 
+import math
+
 import torch
 
 from moemerge.routers.report import LayerRouting
-from moemerge.routers.request import RouterInputs
+from moemerge.routers.request import RouterInputs, RouterRequest
+from moemerge.routers.scoring import top_weights
 
 
-def route_layer(rows: torch.Tensor, inputs: RouterInputs, experts_per_token: int) -> LayerRouting:
+def route_layer(rows: torch.Tensor, inputs: RouterInputs, request: RouterRequest) -> LayerRouting:
     """Route one layer's inputs by router rows (expert, hidden)."""
-    states, expert = inputs.states[inputs.positive], inputs.expert[inputs.positive]
-    weights, chosen = top_weights(rows, states, experts_per_token)
+    absent = request.absent(inputs.layer)
+    states, expert = inputs.states[inputs.routed], inputs.expert[inputs.routed]
+    logits = states @ rows.T
+    logits[:, sorted(absent)] = -math.inf
+    weights, chosen = top_weights(logits, request.mixture.experts_per_token, request.scoring)
     reached = torch.zeros(len(states), len(rows)).scatter_(1, chosen, 1.0)
     by_prompt = torch.stack([reached[expert == index].mean(dim=0) for index in range(len(rows))])
     first = [float((chosen[expert == index, 0] == index).float().mean()) for index in range(len(rows))]
+
+    def of_present(shares: list[float]) -> tuple[float | None, ...]:
+        return tuple(None if index in absent else share for index, share in enumerate(shares))
+
     return LayerRouting(
-        own=tuple(by_prompt.diagonal().tolist()),
-        first=tuple(first),
-        load=tuple(by_prompt.mean(dim=0).tolist()),
+        layer=inputs.layer,
+        own=of_present(by_prompt.diagonal().tolist()),
+        first=of_present(first),
+        load=of_present(by_prompt.mean(dim=0).tolist()),
         top_weight=float(weights[:, 0].mean()),
     )
-
-
-def top_weights(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and indices (token, experts_per_token) of the experts that a Mixtral router with these rows chooses."""
-    chosen = (states @ rows.T).topk(experts_per_token, dim=1)
-    return chosen.values.softmax(dim=1), chosen.indices

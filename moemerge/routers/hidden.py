@@ -1,43 +1,44 @@
 """Routers from the mean router input of the prompts: what the router itself will see, in the base model.
 
 mergekit-moe's `hidden` averages the residual stream entering the layer at the prompts' last tokens; the router sees
-the normed state that enters the FFN.
+the state that enters the FFN.
 """
-
-from typing import Final
 
 import torch
 
+from moemerge.routers.prompts import SHARED
 from moemerge.routers.request import RouterInputs, RouterRequest
-from moemerge.routers.rows import contrast
-
-# Rows of length 1 would mix the chosen experts almost equally, whatever the router knows.
-TARGET_TOP_WEIGHT: Final = 0.9
-_BISECTIONS: Final = 40
+from moemerge.routers.rows import contrast, unit
+from moemerge.routers.scoring import fit_scale, lowering, nearest_scale
 
 
 def hidden_rows(inputs: RouterInputs, request: RouterRequest) -> torch.Tensor:
-    """A layer's rows (expert, hidden): contrast of mean router inputs, scaled to `TARGET_TOP_WEIGHT`."""
-    experts = range(len(request.experts))
+    """A layer's rows (expert, hidden): contrast of mean router inputs, scaled; zeros for experts that are absent."""
+    experts, absent = range(len(request.mixture.expert_widths)), request.absent(inputs.layer)
     made = contrast(
         torch.stack([inputs.mean(expert, positive=True) for expert in experts]).numpy(),
         torch.stack([inputs.mean(expert, positive=False) for expert in experts]).numpy(),
+        absent,
     )
     rows = torch.from_numpy(made)
-    return rows * fit_scale(rows, inputs.states[inputs.positive], request.experts_per_token)
+    present = [expert for expert in experts if expert not in absent]
+    states = inputs.states[inputs.routed & torch.isin(inputs.expert, torch.tensor(present))]
+    rows *= fit_scale(rows[present], states, request.mixture.experts_per_token)
+    if request.scoring == "sigmoid":
+        rows[present] -= lowering(states)
+    return rows
 
 
-def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> float:
-    """Factor on rows (expert, hidden) with which the first choice of states (token, hidden) has its target weight.
+def shared_gate_row(inputs: RouterInputs) -> torch.Tensor:
+    """A layer's gate (1, hidden) of the shared experts: what their prompts have more of than others, scaled.
 
-    With one expert per token the weight is 1 at any scale; the scale is then fitted as for two.
+    The others are their negative prompts, or without any the positive prompts of the experts that are chosen between.
     """
-    logits = (states @ rows.T).topk(max(experts_per_token, 2), dim=1).values
-    low, high = 1e-4, 1e4
-    for _ in range(_BISECTIONS):
-        middle = (low * high) ** 0.5
-        if float((logits * middle).softmax(dim=1)[:, 0].mean()) < TARGET_TOP_WEIGHT:
-            low = middle
-        else:
-            high = middle
-    return high
+    positive = inputs.states[inputs.positive & (inputs.expert == SHARED)]
+    negative = inputs.mean(SHARED, positive=False)
+    if negative.isnan().any():
+        negative = inputs.states[inputs.routed].mean(dim=0)
+    towards, away = unit(torch.stack([positive.mean(dim=0), negative]).numpy())
+    row = torch.from_numpy(unit((towards - away)[None]))
+    logits = positive @ row.T
+    return row * nearest_scale(lambda scale: float((logits * scale).sigmoid().mean()))

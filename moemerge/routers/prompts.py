@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from moemerge.config import Expert
 from moemerge.errors import RouterError
@@ -10,12 +11,16 @@ from moemerge.errors import RouterError
 Encode = Callable[[str], tuple[list[int], list[int]]]
 """From a text to its tokens, and of each whether the tokenizer added it: 0 or 1."""
 
+SHARED: Final = -1
+"""In place of an expert's number: the shared experts, which are one FFN."""
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
     """A prompt as the base model's tokenizer gives it."""
 
     expert: int
+    """Its number, or `SHARED`."""
     positive: bool
     ids: tuple[int, ...]
     """Every token, special ones as the tokenizer adds them."""
@@ -29,8 +34,9 @@ class EncodedPrompt:
 
 
 def encode_prompts(
-    folder: Path, experts: Sequence[Expert], max_tokens: int, *, special_tokens: bool = True
-) -> tuple[EncodedPrompt, ...]:
+    folder: Path, experts: Sequence[Expert], max_tokens: int, *, shared: Sequence[Expert] = (),
+    special_tokens: bool = True,
+) -> tuple[EncodedPrompt, ...]:  # fmt: skip
     """Encode every prompt of every expert; special tokens are added as the tokenizer does, but do not count.
 
     The token at which a text begins (BOS) is the same in every prompt, and its states are far from all others
@@ -40,6 +46,7 @@ def encode_prompts(
         folder: the base model's folder.
         experts: whose prompts.
         max_tokens: the model's context length.
+        shared: shared experts whose prompts are read too.
         special_tokens: whether tokens that do not count are needed. Without them `tokenizer.json` is enough, and
             transformers, whose import takes seconds, is needed only where there is none.
 
@@ -55,10 +62,12 @@ def encode_prompts(
             "Prompts need it: add the tokenizer's files, or remove the prompts and choose gate_mode random."
         ) from error
     encoded = []
-    for number, expert in enumerate(experts):
+    named = [(f"experts[{number}]", number, expert) for number, expert in enumerate(experts)]
+    named += [(f"shared_experts[{number}]", SHARED, expert) for number, expert in enumerate(shared)]
+    for name, number, expert in named:
         for sign, prompts in (("positive", expert.positive_prompts), ("negative", expert.negative_prompts)):
             for index, prompt in enumerate(prompts):
-                place = f"experts[{number}].{sign}_prompts[{index}]"
+                place = f"{name}.{sign}_prompts[{index}]"
                 ids, special = encode(prompt)
                 if len(ids) > max_tokens:
                     raise RouterError(

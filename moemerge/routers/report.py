@@ -15,16 +15,22 @@ _PARALLEL_DISTANCE: Final = 0.1
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """One layer's routing of the prompts' tokens."""
+    """One layer's routing of the prompts' tokens; None stands for an expert that has no part in it."""
 
-    own: tuple[float, ...]
+    layer: int
+    own: tuple[float | None, ...]
     """By expert: the share of its own positive-prompt tokens that have it in their top k."""
-    first: tuple[float, ...]
+    first: tuple[float | None, ...]
     """By expert: the share of its own positive-prompt tokens that have it as their first choice."""
-    load: tuple[float, ...]
+    load: tuple[float | None, ...]
     """By expert: the share of all positive-prompt tokens that have it in their top k, each expert's weighing alike."""
     top_weight: float
     """Mean weight of the first choice."""
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """`own` for people."""
+        return tuple("-" if share is None else f"{share:.0%}" for share in self.own)
 
 
 @dataclass(frozen=True)
@@ -41,22 +47,23 @@ class RoutingReport:
 
     @property
     def chance(self) -> float:
-        """Share of tokens that an expert gets when routing knows nothing."""
-        return self.experts_per_token / len(self.experts)
+        """Share of tokens that an expert gets when routing knows nothing, averaged over layers."""
+        present = [sum(share is not None for share in row.own) for row in self.layers] or [len(self.experts)]
+        return math.fsum(self.experts_per_token / experts for experts in present) / len(present)
 
     @property
     def own(self) -> tuple[float, ...]:
-        """By expert: share of its own prompts' tokens that reach it, averaged over layers."""
+        """By expert: share of its own prompts' tokens that reach it, averaged over the layers that it is in."""
         return _mean_over_layers(layer.own for layer in self.layers)
 
     @property
     def first(self) -> tuple[float, ...]:
-        """By expert: share of its own prompts' tokens that choose it first, averaged over layers."""
+        """By expert: share of its own prompts' tokens that choose it first, averaged over the layers that it is in."""
         return _mean_over_layers(layer.first for layer in self.layers)
 
     @property
     def load(self) -> tuple[float, ...]:
-        """By expert: share of all prompts' tokens that reach it, averaged over layers."""
+        """By expert: share of all prompts' tokens that reach it, averaged over the layers that it is in."""
         return _mean_over_layers(layer.load for layer in self.layers)
 
     @property
@@ -88,9 +95,10 @@ class RoutingReport:
         return found
 
 
-def _mean_over_layers(shares: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
-    """Mean over layers of shares by expert."""
-    return tuple(math.fsum(of_expert) / len(of_expert) for of_expert in zip(*shares, strict=True))
+def _mean_over_layers(shares: Iterable[tuple[float | None, ...]]) -> tuple[float, ...]:
+    """Mean of shares by expert over the layers that it is in; 0 for one that is in none."""
+    by_expert = [[share for share in of_expert if share is not None] for of_expert in zip(*shares, strict=True)]
+    return tuple(math.fsum(found) / max(len(found), 1) for found in by_expert)
 
 
 def expert_names(models: Sequence[str]) -> tuple[str, ...]:

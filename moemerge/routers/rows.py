@@ -1,5 +1,6 @@
 """Arithmetic on router rows that more than one way of making them needs, without torch."""
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Final
 
@@ -12,8 +13,7 @@ _NOISE: Final = 1e-5
 _TINY: Final = np.float32(np.finfo(np.float32).tiny)
 
 
-@np.errstate(invalid="ignore")
-def contrast(positive: Rows, negative: Rows) -> Rows:
+def contrast(positive: Rows, negative: Rows, absent: frozenset[int] = frozenset()) -> Rows:
     """Router rows from mean vectors of what should and what should not reach each expert.
 
     Directions are compared, not lengths, and an expert without negative prompts is set against the mean of all
@@ -23,10 +23,19 @@ def contrast(positive: Rows, negative: Rows) -> Rows:
     Args:
         positive: (expert, hidden) mean over positive prompt tokens.
         negative: (expert, hidden) mean over negative prompt tokens; NaN rows for experts without any.
+        absent: experts that are not to be chosen between.
 
     Returns:
-        (expert, hidden) rows with a mean length of 1, or not finite where `positive` is not.
+        (expert, hidden) rows with a mean length of 1, or not finite where `positive` is not; of absent experts, zeros.
     """
+    present = [expert for expert in range(len(positive)) if expert not in absent]
+    rows = np.zeros_like(positive)
+    rows[present] = _contrast(positive[present], negative[present])
+    return rows
+
+
+@np.errstate(invalid="ignore")
+def _contrast(positive: Rows, negative: Rows) -> Rows:
     positive, negative = unit(positive), unit(negative)
     missing = np.isnan(negative).any(axis=1, keepdims=True)
     rows: Rows = positive - np.where(missing, positive.mean(axis=0), negative)
@@ -45,11 +54,23 @@ def unit(vectors: Rows) -> Rows:
     return vectors / lengths[:, None]
 
 
-def row_distances(rows: Rows) -> dict[tuple[int, int], float]:
-    """By pair of experts: how far apart their rows (layer, expert, hidden) are, 0 for equal and 1 for opposite."""
+def row_distances(rows: Rows, absent: Sequence[frozenset[int]] = ()) -> dict[tuple[int, int], float]:
+    """By pair of experts: how far apart their rows (layer, expert, hidden) are, 0 for equal and 1 for opposite.
+
+    Without what all rows of a layer share, which changes no choice. `absent` says of each layer which experts have no
+    part in it: pairs are compared where both have.
+    """
+    present = np.ones(rows.shape[:2], bool)
+    for layer, experts in enumerate(absent):
+        present[layer, list(experts)] = False
+    counts = present.sum(axis=1, dtype=np.float32)[:, None, None]
+    rows = rows - np.where(present[..., None], rows, 0).sum(axis=1, keepdims=True) / counts
     distances = {}
     for a, b in combinations(range(rows.shape[1]), 2):
-        first, second = rows[:, a], rows[:, b]
+        both = present[:, a] & present[:, b]
+        if not both.any():
+            continue
+        first, second = rows[both, a], rows[both, b]
         lengths = np.maximum(_lengths(first) + _lengths(second), _TINY)
         distances[a, b] = float((_lengths(first - second) / lengths).mean())
     return distances

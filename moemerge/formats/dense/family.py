@@ -13,19 +13,19 @@ FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
 
 PLAIN: Final[dict[str, str]] = {
-    "qk_norm": "it does not normalise queries and keys",
-    "qkv_bias": "it has no biases of queries, keys and values",
-    "output_bias": "it has no bias of the attention's output",
-    "partial_rotary": "it rotates whole heads",
-    "multipliers": "it scales neither attention, embeddings, residuals nor logits",
-    "sinks": "it has no attention sinks",
-    "nope": "it tells every layer the positions",
-    "window": "it has no sliding window",
-    "mixed_attention": "one kind of attention serves all layers",
-    "wide_heads": "its head_dim is hidden_size / num_attention_heads",
-    "scaled_rope": "its rotary positions cannot be scaled",
+    "qk_norm": "norms of queries and keys",
+    "qkv_bias": "biases of queries, keys and values",
+    "output_bias": "bias of the attention's output",
+    "partial_rotary": "heads that are rotated in part",
+    "multipliers": "scales of attention, embeddings, residuals or logits",
+    "sinks": "attention sinks",
+    "nope": "layers without positions",
+    "window": "sliding window",
+    "mixed_attention": "layers that attend differently",
+    "wide_heads": "head_dim of its own",
+    "scaled_rope": "scaled rotary positions",
 }
-"""Facts that are false of a plain Llama, and what to say of an output family that does not express them."""
+"""Facts that are false of a plain Llama, each with the words for what it is about."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class DenseFamily:
     """A tensor of a layer that every output family holds in parts: their names, and the axis that each is long."""
     layer_types: Callable[[Config], list[str]] = all_full
     """Type of each layer where `config.json` names none."""
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Layer types that transformers 5 spells differently from released files, and their spelling there."""
     sizes: Callable[[Config], Mapping[str, int]] = nothing_more
     """Axes that only this family has."""
     values: Callable[[Config], Mapping[str, Any]] = nothing_more

@@ -117,19 +117,20 @@ def _granite_sizes(config: Config) -> dict[str, int]:
     }  # fmt: skip
 
 
+_MAMBA: Final = ("mamba",)
 GRANITE_HYBRID: Final = DenseFamily(
     "granitemoehybrid",
     (
         Row("input_layernorm.weight", ("hidden",)), Row("post_attention_layernorm.weight", ("hidden",)),
-        *(Row(row.name, row.axes, (*row.when, FULL)) for row in ATTENTION),
-        Row("mamba.A_log", ("states",), _LINEAR), Row("mamba.D", ("states",), _LINEAR),
-        Row("mamba.dt_bias", ("states",), _LINEAR), Row("mamba.norm.weight", ("inner",), _LINEAR),
-        Row("mamba.conv1d.weight", ("channels", "1", "taps"), _LINEAR),
-        Row("mamba.conv1d.bias", ("channels",), (*_LINEAR, "mamba_conv_bias")),
-        Row("mamba.in_proj.weight", ("mamba_input", "hidden"), _LINEAR),
-        Row("mamba.in_proj.bias", ("mamba_input",), (*_LINEAR, "mamba_proj_bias")),
-        Row("mamba.out_proj.weight", ("hidden", "inner"), _LINEAR),
-        Row("mamba.out_proj.bias", ("hidden",), (*_LINEAR, "mamba_proj_bias")),
+        *(Row(row.name, row.axes, (*row.when, "attention")) for row in ATTENTION),
+        Row("mamba.A_log", ("states",), _MAMBA), Row("mamba.D", ("states",), _MAMBA),
+        Row("mamba.dt_bias", ("states",), _MAMBA), Row("mamba.norm.weight", ("inner",), _MAMBA),
+        Row("mamba.conv1d.weight", ("channels", "1", "taps"), _MAMBA),
+        Row("mamba.conv1d.bias", ("channels",), (*_MAMBA, "mamba_conv_bias")),
+        Row("mamba.in_proj.weight", ("mamba_input", "hidden"), _MAMBA),
+        Row("mamba.in_proj.bias", ("mamba_input",), (*_MAMBA, "mamba_proj_bias")),
+        Row("mamba.out_proj.weight", ("hidden", "inner"), _MAMBA),
+        Row("mamba.out_proj.bias", ("hidden",), (*_MAMBA, "mamba_proj_bias")),
     ),
     {key: value for key, value in GRANITE.defaults.items() if key != "mlp_bias"}
     | {
@@ -149,7 +150,8 @@ GRANITE_HYBRID: Final = DenseFamily(
     },
     ffn_module="shared_mlp",
     ffn_width="shared_intermediate_size",
-    layer_types=lambda config: list(_LINEAR) * config["num_hidden_layers"],
+    layer_types=lambda config: list(_MAMBA) * config["num_hidden_layers"],
+    kinds={"linear_attention": "mamba", "full_attention": "attention"},
     sizes=_granite_sizes,
     refusals={"num_local_experts": (0, "it has experts already; only a dense Granite 4 can become one")},
 )  # fmt: skip

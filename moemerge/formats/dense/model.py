@@ -30,8 +30,6 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "logits_scaling": _NUMBER, "logit_scale": _NUMBER,
 }  # fmt: skip
 _ROPE_TYPES: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-# Granite's spelling in files, and that of transformers 5.
-_KINDS: Final = {"attention": FULL, "mamba": "linear_attention"}
 _OWN_SCALES: Final = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
@@ -74,7 +72,7 @@ class DenseModel:
     def layer_types(self) -> list[str]:
         """Of each layer, what it does beside its FFN."""
         given = self.config.get("layer_types") or self.config.get("layers_block_type")
-        return [_KINDS.get(kind, kind) for kind in given or self.family.layer_types(self.config)]
+        return [self.family.kinds.get(kind, kind) for kind in given or self.family.layer_types(self.config)]
 
     @cached_property
     def facts(self) -> frozenset[str]:
@@ -111,7 +109,7 @@ class DenseModel:
             "hidden_act": self.hidden_act,
             "attention_multiplier": self.attention_multiplier,
             "layer_types": self.layer_types,
-            "granite_kinds": ["mamba" if kind == "linear_attention" else "attention" for kind in self.layer_types],
+            "granite_kinds": ["mamba" if kind == "mamba" else "attention" for kind in self.layer_types],
             "all_sliding": [SLIDING] * layers,
             "window": window,
             "window_switch": window is not None,
@@ -138,12 +136,13 @@ class DenseModel:
     @property
     def class_keys(self) -> dict[str, Any]:
         """What the family's class is told: no key that it does not read."""
-        keys = (*_REQUIRED, *self.family.defaults, "head_dim", "rope_scaling", "layer_types", "no_rope_layers")
-        return {
+        keys = (*_REQUIRED, *self.family.defaults, "head_dim", "rope_scaling", "no_rope_layers")
+        told = {
             key: self.config[key]
             for key in keys
             if key in self.config and (self.config[key] is not None or self.family.defaults.get(key, 0) is not None)
         }
+        return told | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
 
     def tensors(self, layer: int) -> dict[str, Axes]:
         """Names and axes of a layer's tensors beside its FFN."""
@@ -181,6 +180,22 @@ def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
             return f"its model_type is {model_type!r}, which no output family repeats exactly: {NOT_MERGED[model_type]}"
         known = ", ".join(DENSE_FAMILIES)
         return f"its model_type is {model_type!r}; moemerge reads dense models of type {known}"
+    full = _read_values(family, config)
+    if isinstance(full, str):
+        return full
+    unproved = [
+        f"{key} is {full[key]!r}: {reason}" for key, (value, reason) in family.refusals.items() if full[key] != value
+    ]
+    if unproved:
+        return "; ".join(unproved)
+    model = DenseModel(family, full)
+    if len(model.layer_types) != model.layers:
+        return f"its config.json names the types of {len(model.layer_types)} layers, but has {model.layers}"
+    return model
+
+
+def _read_values(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Every key of `config.json` and the family's defaults, checked; a text says what is wrong with them."""
     # A null says as little as an absent key, except where it has a meaning of its own.
     given = {
         key: value for key, value in config.items() if value is not None or NoneType in _TYPES.get(key, (NoneType,))
@@ -199,21 +214,13 @@ def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
         return f"its config.json has values of the wrong type: {', '.join(wrong)}"
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
-    unproved = [
-        f"{key} is {full[key]!r}: {reason}" for key, (value, reason) in family.refusals.items() if full[key] != value
-    ]
-    if unproved:
-        return "; ".join(unproved)
-    if family.rope == "read":
-        rope = _read_rope(full)
-        if isinstance(rope, str):
-            return rope
-        full.pop("rope_parameters", None)
-        full |= rope
-    model = DenseModel(family, full)
-    if len(model.layer_types) != model.layers:
-        return f"its config.json names the types of {len(model.layer_types)} layers, but has {model.layers}"
-    return model
+    if family.rope == "verbatim":
+        return full
+    rope = _read_rope(full)
+    if isinstance(rope, str):
+        return rope
+    full.pop("rope_parameters", None)
+    return full | rope
 
 
 def _read_rope(config: Mapping[str, Any]) -> dict[str, Any] | str:

@@ -1,0 +1,39 @@
+"""The table of output families, for people, for programs, and for the documentation."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moemerge.formats.overview import FamilyRow
+
+_HEADINGS: Final = ("family", "dense models", "they may have", "shared experts", "dense layers", "router")
+
+
+def as_json(rows: "list[FamilyRow]") -> list[dict[str, Any]]:
+    """The rows as plain values."""
+    return [asdict(row) for row in rows]
+
+
+def as_markdown(rows: "list[FamilyRow]") -> str:
+    """The table and the readers' notes below it, for docs/families.md."""
+    table = [_HEADINGS, tuple("---" for _ in _HEADINGS), *(_cells(row, code="`") for row in rows)]
+    notes = [f"- `{row.family}`: {note}" for row in rows for note in row.notes]
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in table), "", *notes])
+
+
+def print_families(console: "Console", rows: "list[FamilyRow]") -> None:
+    """One paragraph for each family."""
+    for row in rows:
+        console.print(row.family, style="bold")
+        for heading, cell in zip(_HEADINGS[1:], _cells(row)[1:], strict=True):
+            console.print(f"  {heading}: {cell}")
+        for note in row.notes:
+            console.print(f"  note: {note}")
+
+
+def _cells(row: "FamilyRow", code: str = "") -> tuple[str, ...]:
+    takes = ", ".join(f"{code}{model_type}{code}" for model_type in row.takes)
+    holds = ", ".join(row.holds) or "nothing more"
+    return (f"{code}{row.family}{code}", takes, holds, row.shared, row.dense_layers, row.scoring)

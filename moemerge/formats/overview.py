@@ -1,0 +1,66 @@
+"""Which dense families go into which output family, and what each output family holds, as rows of text."""
+
+from dataclasses import dataclass
+
+from moemerge.formats import MOE_FAMILIES, Mixture, MoeFamily
+from moemerge.formats.dense import DENSE_FAMILIES, PLAIN, DenseFamily, DenseModel, read_dense
+
+_SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16,
+}  # fmt: skip
+_DENSE_LAYERS = {
+    "none": "none", "prefix": "the first ones", "outside": "before and after the others", "any": "any",
+}  # fmt: skip
+_SHARED = {"any": "any width", "multiple": "multiples of an expert", "one expert": "one, as wide as an expert"}
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """An output family in words."""
+
+    family: str
+    takes: tuple[str, ...]
+    """Dense model types whose plainest models it repeats exactly."""
+    holds: tuple[str, ...]
+    """What those models may have beside."""
+    shared: str
+    dense_layers: str
+    scoring: str
+    notes: tuple[str, ...]
+
+
+def family_rows() -> list[FamilyRow]:
+    """Every output family, in the order in which they are tried."""
+    models = [_plainest(family) for family in DENSE_FAMILIES.values()]
+    return [_row(family, models) for family in MOE_FAMILIES.values()]
+
+
+def _plainest(family: DenseFamily) -> DenseModel:
+    """A model of the family without a window, scaled positions or anything else that its config can leave out."""
+    allowed = {key: value for key, (value, _) in family.refusals.items()}
+    plain = {"sliding_window": None} if family.block == "llama" and "sinks" not in family.facts else {}
+    model = read_dense({**_SIZES, **plain, "rope_parameters": None, **allowed, "model_type": family.model_type})
+    if isinstance(model, str):
+        raise TypeError(model)
+    return model
+
+
+def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
+    width = _SIZES["intermediate_size"]
+    plain = Mixture(4, width, (width, width), (), 2, (0, 1, 2, 3), {})
+    fitting = [model for model in models if not family.refusals(model, plain)]
+    always = set.intersection(*({*model.facts} for model in fitting)) if fitting else set()
+    shared = "appended to every expert, on request" if family.appends_shared else "no"
+    if family.shared:
+        shared = _SHARED[family.shared.width] + (", gated" if family.shared.gate else "")
+        shared += {"nothing": "", "empty": "", "zeros": ", of zeros where none is asked for"}[family.shared.absent]
+    return FamilyRow(
+        family=family.model_type,
+        takes=tuple(model.family.model_type for model in fitting),
+        holds=tuple(words for fact, words in PLAIN.items() if fact in family.holds - always),
+        shared=shared,
+        dense_layers=_DENSE_LAYERS[family.dense_layers],
+        scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),
+        notes=tuple(f"{text} ({PLAIN[fact]})" if fact else text for fact, text in family.notes),
+    )

@@ -1,0 +1,71 @@
+"""How a router of a family weighs the experts that it chooses, and how sharply it should."""
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from moemerge.formats.family import Scoring
+
+# Rows of length 1 would mix the chosen experts almost equally, whatever the router knows.
+TARGET_WEIGHT: Final = 0.9
+_SMALLEST, _LARGEST = 1e-4, 1e4
+_BISECTIONS: Final = 40
+# More would cost bfloat16 routers mantissa, and lfm2_moe adds 1e-6 to the sum of the scores.
+_LOWERED: Final = 8.0
+_STEPS: Final = 64
+# A sharper router has to earn it: float16 ends at 65504, and sigmoids near 1 tie.
+_WORTHWHILE: Final = 1e-3
+# transformers' own, so that scores of 0 have weights.
+_TINY: Final = 1e-20
+
+
+def top_weights(logits: torch.Tensor, experts_per_token: int, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and indices (token, experts_per_token) of the experts that logits (token, expert) choose."""
+    if scoring == "softmax":
+        chosen = logits.topk(experts_per_token, dim=1)
+        return chosen.values.softmax(dim=1), chosen.indices
+    chosen = logits.sigmoid().topk(experts_per_token, dim=1)
+    return chosen.values / (chosen.values.sum(dim=1, keepdim=True) + _TINY), chosen.indices
+
+
+def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> float:
+    """Factor on rows (expert, hidden) with which the first choice of states (token, hidden) has its target weight.
+
+    Of a softmax, that is, and of sigmoids that were lowered. With one expert per token the weight is 1 at any scale;
+    the scale is then fitted as for two.
+    """
+    count = min(max(experts_per_token, 2), len(rows))
+    logits = (states @ rows.T).topk(count, dim=1).values
+    low, high = _SMALLEST, _LARGEST
+    for _ in range(_BISECTIONS):
+        middle = (low * high) ** 0.5
+        if float((logits * middle).softmax(dim=1)[:, 0].mean()) < TARGET_WEIGHT:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def lowering(states: torch.Tensor) -> torch.Tensor:
+    """What to take from every row so that the sigmoids of states (token, hidden) grow as exponentials do.
+
+    The logits of all experts become lower by about `_LOWERED`, by way of the direction that all states share: divided
+    by their sum, such sigmoids are a softmax. As they are, both of two large logits weigh one half.
+    """
+    mean = states.mean(dim=0)
+    return _LOWERED * mean / (mean @ mean).clamp_min(torch.finfo(mean.dtype).tiny)
+
+
+def nearest_scale(weight: Callable[[float], float]) -> float:
+    """The scale with which a weight comes as near its target as it can, whether it grows with the scale or not."""
+    low, high = _SMALLEST, _LARGEST
+    best = low
+    while high / low > 1 + _WORTHWHILE:
+        step = (high / low) ** (1 / _STEPS)
+        scales = [low * step**index for index in range(_STEPS + 1)]
+        misses = [abs(weight(scale) - TARGET_WEIGHT) for scale in scales]
+        nearest = min(misses)
+        best = next(scale for scale, miss in zip(scales, misses, strict=True) if miss <= nearest + _WORTHWHILE)
+        low, high = best / step, best * step
+    return best
