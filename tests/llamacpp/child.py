@@ -18,7 +18,8 @@ sys.path[:0] = [str(_SOURCE), str(_SOURCE / "gguf-py")]
 
 import conversion.base  # noqa: E402
 import convert_hf_to_gguf  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402, F401  # the converter imports it late
+import torch._dynamo  # noqa: E402, F401  # stacking experts imports it, for a second
+from transformers import AutoTokenizer  # noqa: E402, F401  # as the converter, late
 
 
 def convert(folder: Path, options: tuple[str, ...], *, own_vocab: bool) -> Path:

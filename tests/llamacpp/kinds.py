@@ -85,8 +85,8 @@ class Case:
             "llama3": rope.get("rope_type") == "llama3",
             "yarn": rope.get("rope_type") == "yarn",
             "mscale": "mscale" in rope,
-            "state spaces": "mamba_d_state" in config and "linear_attention" in base.layer_types,
-            "no state spaces": "linear_attention" not in base.layer_types,
+            "state spaces": "mamba_n_heads" in config,
+            "no state spaces": "mamba_n_heads" not in config,
             "positions": config.get("position_embedding_type") == "rope",
         }
         return base.facts | {word for word, holds in said.items() if holds}
