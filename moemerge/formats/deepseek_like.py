@@ -41,7 +41,13 @@ DOTS1: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
-    notes=(("", _SHARED_FOR_LLAMACPP.format("dots1")), ("", "vLLM has dropped dots1")),
+    notes=(
+        ("", _SHARED_FOR_LLAMACPP.format("dots1")),
+        ("", "llama.cpp reads dots1 only with as many key heads as query heads, which Qwen3 has not"),
+        ("tied", "llama.cpp does not load dots1 with tied embeddings"),
+        ("window", "llama.cpp ignores dots1's sliding window: it is right for texts up to the window's length"),
+        ("", "vLLM has dropped dots1"),
+    ),
 )  # fmt: skip
 GLM4_MOE: Final = MoeFamily(
     "glm4_moe", "Glm4MoeForCausalLM",
@@ -59,8 +65,9 @@ GLM4_MOE: Final = MoeFamily(
     dense_layers="prefix",
     selection_bias=_BIAS,
     notes=(
-        ("", "llama.cpp's converter wants GLM's special tokens in the tokenizer, and a shared expert"),
-        ("scaled_rope", "llama.cpp drops llama3's scaling of rotary positions outside the Llama family"),
+        ("", "llama.cpp's converter refuses glm4_moe without GLM's special tokens in the tokenizer"),
+        ("", _SHARED_FOR_LLAMACPP.format("glm4_moe")),
+        ("scaled_rope", "llama.cpp drops llama3's scaling of rotary positions, and yarn's mscale, of a glm4_moe"),
     ),
 )  # fmt: skip
 SOLAR_OPEN: Final = MoeFamily(
@@ -76,7 +83,9 @@ SOLAR_OPEN: Final = MoeFamily(
     selection_bias=_BIAS,
     notes=(
         ("", "transformers reads solar_open from version 5 on, vLLM does not"),
-        ("", "llama.cpp's converter wants Solar's special tokens in the tokenizer"),
+        ("", "llama.cpp's converter refuses solar_open without Solar's special tokens in the tokenizer"),
+        ("", _SHARED_FOR_LLAMACPP.format("solar_open")),
+        ("", "llama.cpp rotates half of each head of solar_open: it computes something else"),
     ),
 )  # fmt: skip
 HY_V3: Final = MoeFamily(
@@ -119,7 +128,7 @@ EXAONE_MOE: Final = MoeFamily(
     dense_layers="any",
     selection_bias="mlp.e_score_correction_bias",
     notes=(
-        ("", "transformers reads exaone_moe from version 5 on"),
+        ("", "transformers reads exaone_moe from version 5 on; llama.cpp does not load it"),
         ("", "exaone_moe sees no further back than max_position_embeddings"),
     ),
 )  # fmt: skip
@@ -139,7 +148,7 @@ MIMO_V2_FLASH: Final = MoeFamily(
     scoring="sigmoid",
     dense_layers="any",
     selection_bias=_BIAS,
-    notes=(("", "transformers reads mimo_v2_flash from version 5 on"),),
+    notes=(("", "transformers reads mimo_v2_flash from version 5 on; llama.cpp's converter refuses it"),),
 )  # fmt: skip
 DEEPSEEK_V3: Final = MoeFamily(
     "deepseek_v3", "DeepseekV3ForCausalLM",
@@ -157,4 +166,5 @@ DEEPSEEK_V3: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
+    notes=(("", _SHARED_FOR_LLAMACPP.format("deepseek_v3")),),
 )  # fmt: skip

@@ -17,7 +17,11 @@ _SHARED_WIDTH: Final = {"shared_intermediate_size": "shared_width"}
 _HOLDS: Final = frozenset({"qkv_bias", "output_bias", "multipliers", "wide_heads", "scaled_rope"})
 # One key switches all four on.
 _BIASES: Final = zero_biases("q", "k", "v", "o", when=("qkv_bias", "output_bias"))
-_NOTES: Final = (("wide_heads", "transformers 4.57 and llama.cpp take head_dim for hidden_size / num_attention_heads"),)
+_NOTES: Final = (
+    ("wide_heads", "transformers 4.57 and llama.cpp take head_dim for hidden_size / num_attention_heads, and fail"),
+    ("scaled_rope", "llama.cpp's converter refuses Granite's families with llama3's scaling of rotary positions"),
+    ("scaled_rope", "llama.cpp ignores mscale in yarn's scaling of rotary positions"),
+)
 _MAMBA: Final[dict[str, Any]] = {
     "mamba_n_heads": 1, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": "auto", "mamba_d_conv": 4,
     "mamba_expand": 2, "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_proj_bias": False,
@@ -57,7 +61,11 @@ GRANITEMOEHYBRID: Final = MoeFamily(
     holds=_HOLDS | {"mixed_attention"},
     shared=Shared(_SHARED_NAMES, "any", "empty"),
     extras=_BIASES,
-    notes=_NOTES,
+    notes=(
+        *_NOTES,
+        ("", "llama.cpp's converter reads granitemoehybrid only with a shared expert and state-space layers"),
+        ("mixed_attention", "llama.cpp rotates nothing in granitemoehybrid: it is right without positions (nope) only"),
+    ),
 )  # fmt: skip
 GRANITEMOE_SWA: Final = MoeFamily(
     "granitemoe_swa", "GraniteMoeSWAForCausalLM",
@@ -73,5 +81,10 @@ GRANITEMOE_SWA: Final = MoeFamily(
     shared=Shared(_SHARED_NAMES, "any", "nothing"),
     # Sinks whose exponential is 0.
     extras=(*_BIASES, Extra("self_attn.sinks", ("heads",), -1e4)),
-    notes=(("", "transformers reads granitemoe_swa from version 5 on, llama.cpp and mlx-lm do not"),),
+    notes=(
+        ("", "transformers reads granitemoe_swa from version 5 on, mlx-lm does not"),
+        ("", "llama.cpp ends with an assertion on granitemoe_swa without sliding windows"),
+        ("wide_heads", "llama.cpp takes head_dim for hidden_size / num_attention_heads, and fails"),
+        ("nope", "llama.cpp rotates in every layer of granitemoe_swa: it computes something else"),
+    ),
 )  # fmt: skip

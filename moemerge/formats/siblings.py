@@ -40,6 +40,10 @@ ERNIE4_5_MOE: Final = MoeFamily(
     dense_layers="outside",
     selection_bias="mlp.moe_statics.e_score_correction_bias",
     bias_axes=("1", "experts"),
+    notes=(
+        ("", "llama.cpp's converter reads ernie4_5_moe only with a tokenizer.model"),
+        ("", "llama.cpp does not load ernie4_5_moe with a shared expert or with dense layers after the others"),
+    ),
 )  # fmt: skip
 HUNYUAN_V1_MOE: Final = MoeFamily(
     "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM",
@@ -56,6 +60,7 @@ HUNYUAN_V1_MOE: Final = MoeFamily(
     blocks=("hunyuan",),
     holds=_BIASES | {"wide_heads", "scaled_rope"},
     shared=Shared(separate("mlp.shared_mlp"), "one expert", "zeros"),
+    notes=(("", "llama.cpp's converter reads no tokenizer.json for hunyuan_v1_moe, only Hunyuan-A13B's Python code"),),
 )  # fmt: skip
 LFM2_MOE: Final = MoeFamily(
     "lfm2_moe", "Lfm2MoeForCausalLM",
@@ -78,7 +83,10 @@ LFM2_MOE: Final = MoeFamily(
     dense_layers="prefix",
     dense_ffn=separate("feed_forward", ("w1", "w3", "w2")),
     selection_bias="feed_forward.expert_bias",
-    notes=(("", "transformers reads lfm2_moe from version 5 on; it divides weights by their sum and 1e-6"),),
+    notes=(
+        ("", "transformers reads lfm2_moe from version 5 on; it divides weights by their sum and 1e-6"),
+        ("", "llama.cpp's converter reads lfm2_moe only with tied embeddings"),
+    ),
 )  # fmt: skip
 COHERE2_MOE: Final = MoeFamily(
     "cohere2_moe", "Cohere2MoeForCausalLM",
@@ -101,7 +109,11 @@ COHERE2_MOE: Final = MoeFamily(
     holds=_BIASES | {"window", "mixed_attention", "wide_heads", "scaled_rope"},
     shared=Shared(separate("mlp.shared_experts"), "multiple", "nothing"),
     dense_layers="any",
-    notes=(("", "transformers reads cohere2_moe from version 5 on, mlx-lm does not"),),
+    notes=(
+        ("", "transformers reads cohere2_moe from version 5 on, mlx-lm does not"),
+        ("", "llama.cpp's converter refuses cohere2_moe with a shared expert"),
+        ("", "llama.cpp does not load cohere2_moe with dense layers after the others"),
+    ),
 )  # fmt: skip
 _NORM: Final = "{}_feedforward_layernorm{}.weight"
 GEMMA4_MOE: Final = MoeFamily(

@@ -10,23 +10,22 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moemerge import load_config, merge, plan_merge
+from tests.llamacpp.kinds import VOCAB
 from tests.models import load, make_model, write_config
 
-LAYERS, VOCAB, NEW_TOKENS = 3, 512, 16
+LAYERS, NEW_TOKENS = 3, 16
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
@@ -86,23 +85,6 @@ class Converted:
     fields: dict[str, Any]
     tensors: dict[str, np.ndarray]
     llama: llama_cpp.Llama
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory) -> Path:
-    """A SentencePiece tokenizer in the files of Llama 2; the text that it learns from comes with Python.
-
-    The converter knows byte-level tokenizers by a hash and refuses a new one.
-    """
-    folder = tmp_path_factory.mktemp("tokenizer")
-    with (folder / "tokenizer.model").open("wb") as written:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for topic in topics.values() for line in topic.splitlines() if line),
-            model_writer=written, vocab_size=VOCAB, model_type="bpe", byte_fallback=True, minloglevel=2,
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
-        )  # fmt: skip
-    LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -1,0 +1,59 @@
+"""What runs beside the tests: llama.cpp's converter and its engine, in a process of its own for every model.
+
+The converter brings a gguf package of its own and keeps settings in its classes; the engine ends a process by abort.
+Importing this module imports the converter.
+"""
+
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import llama_cpp
+import numpy as np
+
+os.environ["GGML_NO_BACKTRACE"] = "1"  # which takes a debugger seconds
+_SOURCE = Path(os.environ["LLAMACPP"])
+sys.path[:0] = [str(_SOURCE), str(_SOURCE / "gguf-py")]
+
+import conversion.base  # noqa: E402
+import convert_hf_to_gguf  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  # stacking experts imports it, for a second
+from transformers import AutoTokenizer  # noqa: E402, F401  # as the converter, late
+
+
+def convert(folder: Path, options: tuple[str, ...], *, own_vocab: bool) -> Path:
+    """Run the converter; what it raises is raised.
+
+    It knows byte-level tokenizers by a hash of what they make of a text, which no tiny one has: it is told that this
+    one splits texts as Llama 3's does. Without `own_vocab`, the class's way of reading a tokenizer is replaced by the
+    usual one.
+    """
+    out = folder.with_suffix(".gguf")
+    text_model = conversion.base.TextModel
+    text_model.get_vocab_base_pre = lambda *_: "llama-bpe"
+    command = ["convert_hf_to_gguf.py", str(folder), "--outtype", "f32", "--outfile", str(out), *options]
+    with mock.patch.object(sys, "argv", command):
+        if own_vocab:
+            convert_hf_to_gguf.main()
+        else:
+            hparams = conversion.base.ModelBase.load_hparams(folder, is_mistral_format=False)
+            family = conversion.get_model_class(hparams["architectures"][0])
+            with mock.patch.object(family, "set_vocab", text_model._set_vocab_gpt2):
+                convert_hf_to_gguf.main()
+    return out
+
+
+def compute(gguf: Path, tokens: list[list[int]]) -> np.ndarray:
+    """(sequence, position, vocab) logits."""
+    # Keys and values are kept in float32 too: in float16, the default, logits differ by 0.7 %.
+    llama = llama_cpp.Llama(
+        str(gguf), n_ctx=128, logits_all=True, n_threads=1, n_threads_batch=1,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+    )  # fmt: skip
+    found = []
+    for sequence in tokens:
+        llama.reset()
+        llama.eval(sequence)
+        found.append(llama.scores[: len(sequence)].copy())
+    return np.stack(found)
