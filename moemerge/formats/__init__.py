@@ -62,7 +62,7 @@ def select_family(base: DenseModel, architecture: str | None, mixture: Mixture) 
                 "it has no shared experts; with `architecture: mixtral` their neurons are appended to every expert"
             ]
         if not reasons:
-            told = [note for fact, note in family.notes if not fact or fact in base.facts]
+            told = family.told(base, mixture)
             return family, [*(note.format(family.model_type) for note in notes), *told, *base.family.notes]
         problems += [f"{family.model_type}: {reason}" for reason in reasons]
     if others:

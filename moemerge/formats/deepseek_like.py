@@ -42,7 +42,7 @@ DOTS1: Final = MoeFamily(
     dense_layers="prefix",
     selection_bias=_BIAS,
     notes=(
-        ("", _SHARED_FOR_LLAMACPP.format("dots1")),
+        ("no_shared", _SHARED_FOR_LLAMACPP.format("dots1")),
         ("", "llama.cpp reads dots1 only with as many key heads as query heads, which Qwen3 has not"),
         ("tied", "llama.cpp does not load dots1 with tied embeddings"),
         ("window", "llama.cpp ignores dots1's sliding window: it is right for texts up to the window's length"),
@@ -66,7 +66,7 @@ GLM4_MOE: Final = MoeFamily(
     selection_bias=_BIAS,
     notes=(
         ("", "llama.cpp's converter refuses glm4_moe without GLM's special tokens in the tokenizer"),
-        ("", _SHARED_FOR_LLAMACPP.format("glm4_moe")),
+        ("no_shared", _SHARED_FOR_LLAMACPP.format("glm4_moe")),
         ("scaled_rope", "llama.cpp drops llama3's scaling of rotary positions, and yarn's mscale, of a glm4_moe"),
     ),
 )  # fmt: skip
@@ -84,7 +84,7 @@ SOLAR_OPEN: Final = MoeFamily(
     notes=(
         ("", "transformers reads solar_open from version 5 on, vLLM does not"),
         ("", "llama.cpp's converter refuses solar_open without Solar's special tokens in the tokenizer"),
-        ("", _SHARED_FOR_LLAMACPP.format("solar_open")),
+        ("no_shared", _SHARED_FOR_LLAMACPP.format("solar_open")),
         ("", "llama.cpp rotates half of each head of solar_open: it computes something else"),
     ),
 )  # fmt: skip
@@ -166,5 +166,5 @@ DEEPSEEK_V3: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
-    notes=(("", _SHARED_FOR_LLAMACPP.format("deepseek_v3")),),
+    notes=(("no_shared", _SHARED_FOR_LLAMACPP.format("deepseek_v3")),),
 )  # fmt: skip

@@ -92,7 +92,15 @@ class MoeFamily:
     bias_axes: Axes = ("experts",)
     extras: tuple[Extra, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
-    """What readers of the output get wrong, each with the fact under which they do, or an empty text for always."""
+    """What readers of the output get wrong, each with the fact of the base or of the mixture under which they do, or an
+    empty text for always."""
+    wrong_in_v4: frozenset[str] = frozenset()
+    """Facts of the base with which transformers 4.57 computes something else, or fails."""
+
+    def told(self, base: DenseModel, mixture: Mixture) -> list[str]:
+        """The notes that concern such a mixture."""
+        facts = base.facts | mixture.facts
+        return [note for fact, note in self.notes if not fact or fact in facts]
 
     def refusals(self, base: DenseModel, mixture: Mixture) -> list[str]:
         """Why this family cannot hold such a mixture of models that compute like `base`; empty where it can."""

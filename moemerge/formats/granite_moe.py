@@ -17,6 +17,7 @@ _SHARED_WIDTH: Final = {"shared_intermediate_size": "shared_width"}
 _HOLDS: Final = frozenset({"qkv_bias", "output_bias", "multipliers", "wide_heads", "scaled_rope"})
 # One key switches all four on.
 _BIASES: Final = zero_biases("q", "k", "v", "o", when=("qkv_bias", "output_bias"))
+_WRONG_IN_V4: Final = frozenset({"wide_heads"})
 _NOTES: Final = (
     ("wide_heads", "transformers 4.57 and llama.cpp take head_dim for hidden_size / num_attention_heads, and fail"),
     ("scaled_rope", "llama.cpp's converter refuses Granite's families with llama3's scaling of rotary positions"),
@@ -36,6 +37,7 @@ GRANITEMOE: Final = MoeFamily(
     carried=COMMON,
     holds=_HOLDS,
     extras=_BIASES,
+    wrong_in_v4=_WRONG_IN_V4,
     notes=_NOTES,
 )  # fmt: skip
 GRANITEMOESHARED: Final = MoeFamily(
@@ -48,6 +50,7 @@ GRANITEMOESHARED: Final = MoeFamily(
     holds=_HOLDS,
     shared=Shared(_SHARED_NAMES, "any", "nothing"),
     extras=_BIASES,
+    wrong_in_v4=_WRONG_IN_V4,
     notes=(*_NOTES, ("", "mlx-lm does not read granitemoeshared")),
 )  # fmt: skip
 GRANITEMOEHYBRID: Final = MoeFamily(
@@ -61,6 +64,7 @@ GRANITEMOEHYBRID: Final = MoeFamily(
     holds=_HOLDS | {"mixed_attention"},
     shared=Shared(_SHARED_NAMES, "any", "empty"),
     extras=_BIASES,
+    wrong_in_v4=_WRONG_IN_V4,
     notes=(
         *_NOTES,
         ("", "llama.cpp's converter reads granitemoehybrid only with a shared expert and state-space layers"),

@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+
+ASKED: Final = {
+    "dense_layers": "dense layers", "shared": "shared experts", "no_shared": "without shared experts",
+}  # fmt: skip
+"""Facts of a mixture, each with the words for what it is about."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,12 @@ class Mixture:
     """In ascending order; the others keep the base's FFN."""
     absent: Mapping[int, frozenset[int]]
     """Layers in which experts have no part, and which; those layers alone."""
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """Those of `ASKED` that hold."""
+        held = {"dense_layers": self.dense_layers, "shared": self.shared_widths, "no_shared": not self.shared_widths}
+        return frozenset(fact for fact, holds in held.items() if holds)
 
     @property
     def dense_layers(self) -> list[int]:

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from moemerge.formats import MOE_FAMILIES, Mixture, MoeFamily
 from moemerge.formats.dense import DENSE_FAMILIES, PLAIN, DenseFamily, DenseModel, read_dense
+from moemerge.formats.mixture import ASKED
 
 _SIZES: Final = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -51,6 +52,10 @@ def _plainest(family: DenseFamily) -> DenseModel:
     return model
 
 
+def _words(fact: str) -> str:
+    return {**PLAIN, **ASKED, "tied": "tied embeddings"}[fact]
+
+
 def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
     width = _SIZES["intermediate_size"]
     plain = Mixture(4, width, (width, width), (), 2, (0, 1, 2, 3), {})
@@ -67,5 +72,5 @@ def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
         shared=shared,
         dense_layers=_DENSE_LAYERS[family.dense_layers],
         scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),
-        notes=tuple(f"{text} ({PLAIN[fact]})" if fact else text for fact, text in family.notes),
+        notes=tuple(f"{text} ({_words(fact)})" if fact else text for fact, text in family.notes),
     )

@@ -28,10 +28,11 @@ QWEN2_MOE: Final = MoeFamily(
     shared=_GATED,
     dense_layers="any",
     extras=zero_biases("q", "k", "v"),
+    wrong_in_v4=frozenset({"mixed_attention", "wide_heads"}),
     notes=(
         ("", "llama.cpp and mlx-lm do not renormalise qwen2_moe's weights: they compute something else"),
         ("", "llama.cpp makes NaN of qwen2_moe's zeros in the shared expert's gate, and fails without that expert"),
-        ("", "llama.cpp's converter refuses qwen2_moe with dense layers"),
+        ("dense_layers", "llama.cpp's converter refuses qwen2_moe with dense layers"),
         ("tied", "llama.cpp does not load qwen2_moe with tied embeddings"),
         ("mixed_attention", "transformers 4.57 gives every layer of a qwen2_moe the window: wrong numbers, no error"),
         ("wide_heads", "transformers 4.57, vLLM and llama.cpp take head_dim for hidden_size / num_attention_heads"),
@@ -53,7 +54,7 @@ QWEN3_MOE: Final = MoeFamily(
     dense_layers="any",
     notes=(
         ("qkv_bias", "llama.cpp does not load qwen3_moe with biases"),
-        ("", "llama.cpp's converter refuses qwen3_moe with dense layers"),
+        ("dense_layers", "llama.cpp's converter refuses qwen3_moe with dense layers"),
     ),
 )  # fmt: skip
 QWEN3_5_MOE: Final = MoeFamily(
@@ -75,7 +76,7 @@ QWEN3_5_MOE: Final = MoeFamily(
     shared=_GATED,
     notes=(
         ("", "llama.cpp's converter reads qwen3_5_moe_text with the option --no-mtp"),
-        ("", "llama.cpp ends with an assertion on qwen3_5_moe_text without a shared expert"),
+        ("no_shared", "llama.cpp ends with an assertion on qwen3_5_moe_text without a shared expert"),
     ),
 )  # fmt: skip
 MELLUM: Final = MoeFamily(
@@ -97,7 +98,7 @@ MELLUM: Final = MoeFamily(
     notes=(
         ("", "transformers reads mellum from version 5 on"),
         ("", "llama.cpp ends with an assertion on mellum without sliding windows"),
-        ("", "llama.cpp's converter refuses mellum with dense layers"),
+        ("dense_layers", "llama.cpp's converter refuses mellum with dense layers"),
         ("tied", "llama.cpp does not load mellum with tied embeddings"),
         ("scaled_rope", "llama.cpp computes something else where mellum scales rotary positions by yarn"),
     ),

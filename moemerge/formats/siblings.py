@@ -42,7 +42,8 @@ ERNIE4_5_MOE: Final = MoeFamily(
     bias_axes=("1", "experts"),
     notes=(
         ("", "llama.cpp's converter reads ernie4_5_moe only with a tokenizer.model"),
-        ("", "llama.cpp does not load ernie4_5_moe with a shared expert or with dense layers after the others"),
+        ("shared", "llama.cpp does not load ernie4_5_moe with a shared expert"),
+        ("dense_layers", "llama.cpp does not load ernie4_5_moe with dense layers after the others"),
     ),
 )  # fmt: skip
 HUNYUAN_V1_MOE: Final = MoeFamily(
@@ -111,8 +112,8 @@ COHERE2_MOE: Final = MoeFamily(
     dense_layers="any",
     notes=(
         ("", "transformers reads cohere2_moe from version 5 on, mlx-lm does not"),
-        ("", "llama.cpp's converter refuses cohere2_moe with a shared expert"),
-        ("", "llama.cpp does not load cohere2_moe with dense layers after the others"),
+        ("shared", "llama.cpp's converter refuses cohere2_moe with a shared expert"),
+        ("dense_layers", "llama.cpp does not load cohere2_moe with dense layers after the others"),
     ),
 )  # fmt: skip
 _NORM: Final = "{}_feedforward_layernorm{}.weight"
