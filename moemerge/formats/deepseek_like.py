@@ -44,7 +44,7 @@ DOTS1: Final = MoeFamily(
     notes=(
         ("", _SHARED_FOR_LLAMACPP.format("dots1")),
         ("", "llama.cpp reads dots1 only with as many key heads as query heads, which Qwen3 has not"),
-        ("tied", "llama.cpp does not load dots1 with tied embeddings"),
+        ("", "llama.cpp does not load dots1 with tied embeddings"),
         ("window", "llama.cpp ignores dots1's sliding window: it is right for texts up to the window's length"),
         ("", "vLLM has dropped dots1"),
     ),

@@ -32,7 +32,7 @@ QWEN2_MOE: Final = MoeFamily(
         ("", "llama.cpp and mlx-lm do not renormalise qwen2_moe's weights: they compute something else"),
         ("", "llama.cpp makes NaN of qwen2_moe's zeros in the shared expert's gate, and fails without that expert"),
         ("", "llama.cpp's converter refuses qwen2_moe with dense layers"),
-        ("tied", "llama.cpp does not load qwen2_moe with tied embeddings"),
+        ("", "llama.cpp does not load qwen2_moe with tied embeddings"),
         ("mixed_attention", "transformers 4.57 gives every layer of a qwen2_moe the window: wrong numbers, no error"),
         ("wide_heads", "transformers 4.57, vLLM and llama.cpp take head_dim for hidden_size / num_attention_heads"),
     ),
@@ -98,7 +98,7 @@ MELLUM: Final = MoeFamily(
         ("", "transformers reads mellum from version 5 on"),
         ("", "llama.cpp ends with an assertion on mellum without sliding windows"),
         ("", "llama.cpp's converter refuses mellum with dense layers"),
-        ("tied", "llama.cpp does not load mellum with tied embeddings"),
+        ("", "llama.cpp does not load mellum with tied embeddings"),
         ("scaled_rope", "llama.cpp computes something else where mellum scales rotary positions by yarn"),
     ),
 )  # fmt: skip
