@@ -9,6 +9,7 @@ from typing import Final
 from moemerge.assembly import Assembly, Source
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.pieces import Fill
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.compatibility import check_base, check_configs, check_expert
 from moemerge.config import MergeConfig
@@ -102,6 +103,15 @@ def plan_merge(
     if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
         notes.append(
             "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
+        )
+    zeros = sum(
+        piece.nbytes
+        for output in outputs.values() if output.is_expert
+        for piece in output.pieces if isinstance(piece.source, Fill)
+    )  # fmt: skip
+    if zeros:
+        notes.append(
+            f"{zeros / 1e9:.2f} GB of the output are zeros: of experts narrower than others, or absent from layers"
         )
     specs = [_spec(name, STORED[dtype], output.shape) for name, output in outputs.items()]
     shards, shared = _layout(outputs, specs, max_shard_bytes, target)

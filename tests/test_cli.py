@@ -132,6 +132,15 @@ def test_inspect_tells_dense_from_moe(tmp_path, llamas, plain):
     assert moe["warnings"] == []
 
 
+def test_families_are_listed_without_torch():
+    result = run("families", after=NO_TORCH)
+    assert result.returncode == 0
+    assert result.stdout.startswith("mixtral\n  dense models: llama, mistral, ")
+    rows = json.loads(run("families", "--json", after=NO_TORCH).stdout)
+    assert [row["family"] for row in rows][:2] == ["mixtral", "qwen3_moe"]
+    assert {row["scoring"].split(",")[0] for row in rows} == {"softmax", "sigmoid"}
+
+
 def test_the_base_is_run_quantised_on_request(tmp_path, config):
     used = "assert 'bitsandbytes' in sys.modules"
     result = run(config, tmp_path / "out", "--load-in-8bit", "--device", "cpu", "-v", after=used)

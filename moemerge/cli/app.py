@@ -225,12 +225,14 @@ def _families(
 ) -> None:
     """List the output families: which dense models each repeats exactly, and what it can hold."""
     with speaking(quiet=False, verbose=0, debug=debug):
-        from moemerge.cli.families import as_json, as_markdown, print_families
+        from dataclasses import asdict
+
+        from moemerge.cli.families import as_markdown, print_families
         from moemerge.formats.overview import family_rows
 
         rows = family_rows()
         if json:
-            print_json(as_json(rows))
+            print_json([asdict(row) for row in rows])
         elif markdown:
             typer.echo(as_markdown(rows))
         else:

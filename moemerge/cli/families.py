@@ -1,7 +1,6 @@
 """The table of output families, for people, for programs, and for the documentation."""
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -9,11 +8,6 @@ if TYPE_CHECKING:
     from moemerge.formats.overview import FamilyRow
 
 _HEADINGS: Final = ("family", "dense models", "they may have", "shared experts", "dense layers", "router")
-
-
-def as_json(rows: "list[FamilyRow]") -> list[dict[str, Any]]:
-    """The rows as plain values."""
-    return [asdict(row) for row in rows]
 
 
 def as_markdown(rows: "list[FamilyRow]") -> str:
