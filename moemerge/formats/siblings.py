@@ -61,7 +61,10 @@ HUNYUAN_V1_MOE: Final = MoeFamily(
     blocks=("hunyuan",),
     holds=_BIASES | {"wide_heads", "scaled_rope"},
     shared=Shared(separate("mlp.shared_mlp"), "one expert", "zeros"),
-    notes=(("", "llama.cpp's converter reads no tokenizer.json for hunyuan_v1_moe, only Hunyuan-A13B's Python code"),),
+    notes=(
+        ("", "llama.cpp's converter reads no tokenizer.json for hunyuan_v1_moe, only Hunyuan-A13B's Python code"),
+        ("qkv_bias", "llama.cpp does not load hunyuan_v1_moe with biases"),
+    ),
 )  # fmt: skip
 LFM2_MOE: Final = MoeFamily(
     "lfm2_moe", "Lfm2MoeForCausalLM",
@@ -112,6 +115,7 @@ COHERE2_MOE: Final = MoeFamily(
     dense_layers="any",
     notes=(
         ("", "transformers reads cohere2_moe from version 5 on, mlx-lm does not"),
+        ("qkv_bias", "llama.cpp's converter fails on cohere2_moe with biases"),
         ("shared", "llama.cpp's converter refuses cohere2_moe with a shared expert"),
         ("dense_layers", "llama.cpp does not load cohere2_moe with dense layers after the others"),
     ),

@@ -84,6 +84,7 @@ class Case:
             "grouped heads": base.sizes["key"] < base.sizes["query"],
             "llama3": rope.get("rope_type") == "llama3",
             "yarn": rope.get("rope_type") == "yarn",
+            "longrope": rope.get("rope_type") == "longrope",
             "mscale": "mscale" in rope,
             "state spaces": "mamba_n_heads" in config,
             "no state spaces": "mamba_n_heads" not in config,
