@@ -87,7 +87,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperclovax, plain scales": ("hyperclovax", {"use_post_norm": False}),
     "hyperclovax": ("hyperclovax", {**MUP, "use_post_norm": False}),
     "olmo2": ("olmo2", {}),
-    "olmo2, biases, yarn": ("olmo2", {"attention_bias": True, **YARN}),
+    "olmo2, biases, linear rope": ("olmo2", {"attention_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     "ernie4_5": ("ernie4_5", {"head_dim": 8}),
     "ernie4_5, tied, head_dim 12": ("ernie4_5", {"head_dim": 12, "tie_word_embeddings": True}),
     "helium": ("helium", {"head_dim": 8}),

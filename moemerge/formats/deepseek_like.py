@@ -75,7 +75,8 @@ SOLAR_OPEN: Final = MoeFamily(
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named={key: value for key, value in _NAMED.items() if key != "intermediate_size"},
-    fixed=_FIXED,
+    # llama.cpp reads it as a GLM, which rotates half of each head where nothing is said.
+    fixed=_FIXED | {"partial_rotary_factor": 1.0},
     carried=COMMON,
     holds=frozenset({"qkv_bias", "wide_heads", "scaled_rope"}),
     scoring="sigmoid",
@@ -85,7 +86,6 @@ SOLAR_OPEN: Final = MoeFamily(
         ("", "transformers reads solar_open from version 5 on, vLLM does not"),
         ("", "llama.cpp's converter refuses solar_open without Solar's special tokens in the tokenizer"),
         ("no_shared", _SHARED_FOR_LLAMACPP.format("solar_open")),
-        ("", "llama.cpp rotates half of each head of solar_open: it computes something else"),
     ),
 )  # fmt: skip
 HY_V3: Final = MoeFamily(
@@ -115,11 +115,11 @@ EXAONE_MOE: Final = MoeFamily(
     | _NUMBERS
     | _LAYER_KINDS
     | {
-        "num_experts": "experts", "num_shared_experts": "shared_count", "layer_types": "all_sliding",
-        "sliding_window": "max_position_embeddings",
+        "num_experts": "experts", "num_shared_experts": "shared_count", "first_k_dense_replace": "dense_prefix",
+        "layer_types": "all_sliding", "sliding_window": "max_position_embeddings",
     },
     # Layers without a window do not rotate: all have one, as long as the context.
-    fixed=_ONE_GROUP | {"routed_scaling_factor": 1.0, "sliding_window_pattern": 4},
+    fixed=_ONE_GROUP | {"routed_scaling_factor": 1.0, "sliding_window_pattern": 4, "scoring_func": "sigmoid"},
     carried=COMMON,
     holds=frozenset({"qk_norm", "wide_heads", "scaled_rope"}),
     needs_qk_norm=True,
@@ -128,7 +128,7 @@ EXAONE_MOE: Final = MoeFamily(
     dense_layers="any",
     selection_bias="mlp.e_score_correction_bias",
     notes=(
-        ("", "transformers reads exaone_moe from version 5 on; llama.cpp does not load it"),
+        ("", "transformers reads exaone_moe from version 5 on"),
         ("", "exaone_moe sees no further back than max_position_embeddings"),
     ),
 )  # fmt: skip

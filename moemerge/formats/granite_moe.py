@@ -57,7 +57,9 @@ GRANITEMOEHYBRID: Final = MoeFamily(
     "granitemoehybrid", "GraniteMoeHybridForCausalLM",
     experts=_EXPERTS,
     router=_ROUTER,
-    named=ROPE | _NUMBERS | _SHARED_WIDTH | {"layer_types": "granite_kinds", "position_embedding_type": "positions"},
+    named=ROPE | _NUMBERS | _SHARED_WIDTH | {
+        "layer_types": "granite_kinds", "position_embedding_type": "positions", "mamba_d_head": "mamba_d_head",
+    },
     fixed=SPARSE | _MAMBA,
     carried=(*COMMON, *_MAMBA, "time_step_limit"),
     blocks=("granitemoehybrid", "llama"),
