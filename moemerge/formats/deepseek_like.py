@@ -86,6 +86,7 @@ SOLAR_OPEN: Final = MoeFamily(
         ("", "transformers reads solar_open from version 5 on, vLLM does not"),
         ("", "llama.cpp's converter refuses solar_open without Solar's special tokens in the tokenizer"),
         ("no_shared", _SHARED_FOR_LLAMACPP.format("solar_open")),
+        ("scaled_rope", "llama.cpp drops llama3's scaling of rotary positions of a solar_open"),
     ),
 )  # fmt: skip
 HY_V3: Final = MoeFamily(
@@ -129,6 +130,8 @@ EXAONE_MOE: Final = MoeFamily(
     selection_bias="mlp.e_score_correction_bias",
     notes=(
         ("", "transformers reads exaone_moe from version 5 on"),
+        ("no_shared", _SHARED_FOR_LLAMACPP.format("exaone_moe")),
+        ("dense_layers", "llama.cpp does not load exaone_moe with dense layers after the others"),
         ("", "exaone_moe sees no further back than max_position_embeddings"),
     ),
 )  # fmt: skip

@@ -69,7 +69,7 @@ GRANITEMOEHYBRID: Final = MoeFamily(
     wrong_in_v4=_WRONG_IN_V4,
     notes=(
         *_NOTES,
-        ("", "llama.cpp's converter reads granitemoehybrid only with a shared expert and state-space layers"),
+        ("no_shared", "llama.cpp's converter reads granitemoehybrid only with a shared expert"),
         ("mixed_attention", "llama.cpp rotates nothing in granitemoehybrid: it is right without positions (nope) only"),
     ),
 )  # fmt: skip

@@ -45,7 +45,7 @@ ROWS = (
     Row(("granitemoe_swa",), ("no window",), _NO_WINDOW),
     Row(("granitemoe_swa",), ("nope",), 1.0),
     Row(("glm4_moe", "solar_open"), ("no shared",), _WRONG_NUMBER),
-    Row(("glm4_moe",), ("llama3",), 0.7),
+    Row(("glm4_moe", "solar_open"), ("llama3",), 0.7),
     Row(("dots1", "mellum", "qwen2_moe"), ("tied",), _NO_OUTPUT),
     Row(("dots1",), ("grouped heads",), "engine: .*'blk.0.attn_k.weight' has wrong shape"),
     Row(("dots1",), ("no shared",), _EMPTY),
@@ -61,6 +61,8 @@ ROWS = (
     Row(("deepseek_v3", "qwen3_5_moe_text"), ("no shared",), _EMPTY),
     Row(("mellum",), ("no window",), _NO_WINDOW),
     Row(("mellum",), ("yarn",), 0.45),
+    Row(("exaone_moe",), ("dense layers after others",), "engine: .*'blk.1.ffn_gate.weight' not found"),
+    Row(("exaone_moe",), ("no shared",), "engine: .*ffn_gate_shexp.weight' has wrong shape"),
     Row(("mimo_v2_flash",), (), "converter: KeyError: 'swa_head_dim'"),
 )  # fmt: skip
 
