@@ -182,12 +182,19 @@ def _main_dtype(tensors: dict[str, StoredTensor]) -> str:
     return NAMED[counted.most_common(1)[0][0]] if counted else "bfloat16"
 
 
+def _computes_gate(config: MergeConfig, family: MoeFamily) -> bool:
+    return bool(family.shared and family.shared.gate) and config.computes_shared_gate
+
+
 def _shared_notes(config: MergeConfig, family: MoeFamily) -> list[str]:
     notes = []
+    gated = _computes_gate(config, family)
     if config.shared_experts and all(expert.residual_scale is None for expert in config.shared_experts):
+        share = sum(residual_scales(config, gated=gated)[1])
+        rest = "where their gate is open, beside the chosen ones" if gated else "the chosen ones the rest"
         notes.append(
-            f"shared experts add {sum(residual_scales(config)[1]):.0%} of an FFN's output, the chosen ones the rest: "
-            "with equal models nothing changes; residual_scale says otherwise"
+            f"shared experts add {share:.0%} of an FFN's output, {rest}"
+            f"{'' if gated else ': with equal models nothing changes'}; residual_scale says otherwise"
         )
     if any(expert.positive_prompts for expert in config.shared_experts):
         if not (family.shared and family.shared.gate):
@@ -203,8 +210,8 @@ def _assembly(
     config: MergeConfig, family: MoeFamily, mixture: Mixture, *, base: DenseModel, models: Sequence[DenseModel],
     tables: Mapping[str, Tensors], dtype: str,
 ) -> Assembly:  # fmt: skip
-    computes_gate = bool(family.shared and family.shared.gate) and config.computes_shared_gate
-    scales, shared_scales = residual_scales(config)
+    computes_gate = _computes_gate(config, family)
+    scales, shared_scales = residual_scales(config, gated=computes_gate)
     # A gate of 0 is a weight of one half.
     halved = family.shared is not None and bool(family.shared.gate) and not computes_gate
     scales += [scale * (2 if halved else 1) for scale in shared_scales]

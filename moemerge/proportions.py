@@ -57,10 +57,11 @@ def mixture_of(
     )
 
 
-def residual_scales(config: MergeConfig) -> tuple[list[float], list[float]]:
+def residual_scales(config: MergeConfig, *, gated: bool) -> tuple[list[float], list[float]]:
     """Factors on what each expert, and each shared expert, adds to the residual stream.
 
     Those that the config does not name share one FFN's worth: with equal models the merge computes what the model does.
+    A gate made from prompts (`gated`) is nearly closed for other text, which needs the chosen experts whole.
     """
     parts = len(config.shared_experts) + 1
 
@@ -68,4 +69,5 @@ def residual_scales(config: MergeConfig) -> tuple[list[float], list[float]]:
         return [default if expert.residual_scale is None else expert.residual_scale for expert in experts]
 
     left = 1 - sum(expert.residual_scale is None for expert in config.shared_experts) / parts
+    left = 1.0 if gated else left
     return scales(config.experts, left), scales(config.shared_experts, 1 / parts)

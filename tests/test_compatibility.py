@@ -136,6 +136,21 @@ def test_every_candidate_is_named_with_its_reason(tmp_path, pair):
     assert problems(tmp_path, pair, architecture="lfm2") == ["lfm2_moe: does not compute like ministral"]
 
 
+@pytest.mark.parametrize(("prompts", "routed", "shared"), [([], 0.5, 1.0), (["Hello there"], 1.0, 0.5)])
+def test_experts_stay_whole_beside_a_shared_one_whose_gate_is_made_from_prompts(
+    tmp_path, pair, prompts, routed, shared
+):
+    """Without prompts the gate is 0: its sigmoid of one half is made up for."""
+    asked = [{"source_model": str(pair[1]), "positive_prompts": prompts}]
+    base, *experts = pair
+    path = write_config(tmp_path / "merge.yaml", base, experts, architecture="qwen2_moe", shared_experts=asked)
+    outputs = plan_merge(load_config(path)).outputs
+    (piece,) = outputs["model.layers.0.mlp.experts.1.down_proj.weight"].pieces
+    assert piece.scale == routed
+    (piece,) = outputs["model.layers.0.mlp.shared_expert.down_proj.weight"].pieces
+    assert piece.scale == shared
+
+
 def test_layers_that_cannot_be_are_refused(tmp_path, pair):
     assert problems(tmp_path, pair, moe_layers="2-7") == [
         "moe_layers: '2-7' names layers that the model does not have: it has 0 to 2"
