@@ -30,8 +30,8 @@ def chosen_layers(layers: LayerChoice, count: int) -> tuple[int, ...] | str:
     else:
         start, dash, end = layers.partition("-")
         first, last = int(start), int(end or count - 1) if dash else int(start)
-    if last >= count or first >= count:
-        return f"{layers!r} names layers that the model does not have: it has 0 to {count - 1}"
-    if first > last:
+    if first > last and not (isinstance(layers, str) and layers.endswith("-")):
         return f"{layers!r} ends before it begins"
+    if max(first, last) >= count:
+        return f"{layers!r} names layers that the model does not have: it has 0 to {count - 1}"
     return tuple(chosen) if isinstance(layers, list) else tuple(range(first, last + 1))

@@ -34,15 +34,16 @@ def mixture_of(
         if not all(layer in layers for layers in present)
     }
     problems += [
-        f"experts[{number}].layers: none of them holds experts, by moe_layers"
+        f"experts[{number}].layers: {config.experts[number].layers!r} and moe_layers {config.moe_layers!r} have no "
+        "layer in common: name others, or remove the expert"
         for number, layers in enumerate(present)
         if layers and moe_layers and not set(layers) & set(moe_layers)
     ]
     few = [layer for layer, missing in absent.items() if len(experts) - len(missing) < config.experts_per_token]
     if few and not problems:
         problems.append(
-            f"experts[].layers: layer {few[0]} is left with {len(experts) - len(absent[few[0]])} experts, "
-            f"but each token is to go to {config.experts_per_token}"
+            f"experts[].layers: each token is to go to {config.experts_per_token} experts, but layer {few[0]} is left "
+            f"with {len(experts) - len(absent[few[0]])}: lower experts_per_token, or let more experts take part there"
         )
     if problems:
         raise IncompatibleError("These layers cannot be made:", problems)

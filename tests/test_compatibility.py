@@ -155,12 +155,14 @@ def test_layers_that_cannot_be_are_refused(tmp_path, pair):
     assert problems(tmp_path, pair, moe_layers="2-7") == [
         "moe_layers: '2-7' names layers that the model does not have: it has 0 to 2"
     ]
+    assert problems(tmp_path, pair, moe_layers="2-1") == ["moe_layers: '2-1' ends before it begins"]
     path = write_config(tmp_path / "merge.yaml", pair[0], pair[1:], prompts=False)
     path.write_text(path.read_text().replace("- source_model", "- layers: 1-\n  source_model", 1))
     with pytest.raises(IncompatibleError) as caught:
         plan_merge(load_config(path))
     assert list(caught.value.problems) == [
-        "experts[].layers: layer 0 is left with 1 experts, but each token is to go to 2"
+        "experts[].layers: each token is to go to 2 experts, but layer 0 is left with 1: "
+        "lower experts_per_token, or let more experts take part there"
     ]
 
 

@@ -69,4 +69,7 @@ def select_family(base: DenseModel, architecture: str | None, mixture: Mixture) 
         problems.append(
             f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
         )
-    raise IncompatibleError("No output family can hold this merge:", problems)
+    what = "No output family can hold this merge"
+    if asked:
+        what = f"architecture: {architecture!r} cannot hold this merge; without the key the first that fits is taken"
+    raise IncompatibleError(f"{what}:", problems)
