@@ -1,5 +1,6 @@
 """Dense families that compute like Llama but for a few facts: what people merge most."""
 
+from dataclasses import replace
 from typing import Any, Final
 
 from moemerge.formats.dense.family import FULL, SLIDING, Config, DenseFamily, Half, Row
@@ -61,12 +62,7 @@ MISTRAL: Final = DenseFamily(
     | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096, "layer_types": None},
     layer_types=windows_everywhere,
 )  # fmt: skip
-MINISTRAL: Final = DenseFamily(
-    "ministral", LAYER,
-    DEFAULTS
-    | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096, "layer_types": None},
-    layer_types=windows_everywhere,
-)  # fmt: skip
+MINISTRAL: Final = replace(MISTRAL, model_type="ministral")
 MINISTRAL3: Final = DenseFamily(
     "ministral3", LAYER,
     DEFAULTS
