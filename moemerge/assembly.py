@@ -34,10 +34,7 @@ class Source:
 
     def projection(self, layer: int, role: Role, dtype: str) -> Piece:
         """One projection of a layer's FFN, which may be part of a larger tensor."""
-        half = self.model.family.ffn[role]
-        tensor = self.tensors[f"model.layers.{layer}.{half.name}"]
-        if half.parts > 1:
-            tensor = tensor.rows(half.part * self.width, self.width)
+        tensor = self.model.projection(self.tensors, layer, role)
         return Piece(tensor, dtype, self.scale if role == "down" else 1.0, self.noise_scale)
 
 

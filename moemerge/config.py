@@ -12,12 +12,16 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
-from moemerge.config_checks import PROMPT_FREE, Place, cross_check, listed
+from moemerge.config_checks import Place, choose_way, cross_check, listed
 from moemerge.dtypes import SHORT, DType
 from moemerge.errors import ConfigError
 from moemerge.layer_choice import LayerChoice, read_layers
 
-GateMode = Literal["hidden", "cheap_embed", "random", "uniform_random"]
+RouterWay = Literal[
+    "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
+    "uniform_random",
+]  # fmt: skip
+GateMode = Literal["auto"] | RouterWay
 # Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
 _GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
 # A YAML file of a few lines can hold a value whose whole text would never end.
@@ -35,6 +39,7 @@ def _canonical_gate_mode(value: Any) -> Any:
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Prompts = Annotated[list[Annotated[str, Field(strict=True)]], BeforeValidator(listed)]
+Texts = Annotated[list[Text], BeforeValidator(listed)]
 
 
 Layers = Annotated[LayerChoice, PlainValidator(read_layers)]
@@ -54,10 +59,19 @@ class Expert(_Strict):
     """Text that should be routed to this expert."""
     negative_prompts: Prompts = []
     """Text that should not."""
+    positive_texts: Texts = []
+    """Files, folders or patterns of such text, beside or instead of prompts: see `moemerge.texts`."""
+    negative_texts: Texts = []
+    """The same of text that should not."""
     noise_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Standard deviation of Gaussian noise added to the expert's weights."""
     residual_scale: float | None = Field(None, allow_inf_nan=False)
     """Factor on the expert's down projection, that is, on what it adds to the residual stream."""
+
+    @property
+    def is_described(self) -> bool:
+        """Whether prompts or texts say what should be routed to it."""
+        return bool(self.positive_prompts or self.positive_texts)
 
 
 class RoutedExpert(Expert):
@@ -67,13 +81,30 @@ class RoutedExpert(Expert):
     """Layers in which it takes part."""
 
 
+class RouterSettings(_Strict):
+    """How routers are made of what `gate_mode` uses; see docs/routers.md."""
+
+    lambda_: float | None = Field(None, alias="lambda", gt=0, allow_inf_nan=False)
+    """Regularisation of ridge and logistic, relative to the mean variance of router inputs; None: by token count."""
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Factor on the scale that is fitted: above 1 the chosen experts are mixed less."""
+    tokens_per_expert: int = Field(4096, ge=1, strict=True)
+    """How many tokens of its texts are read for each expert, and as many of the calibration texts for each."""
+    calibration_texts: Texts = []
+    """Files, folders or patterns of text that is not sorted by expert."""
+    load_prior: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    """Share of the calibration texts that each expert should take, in the order of the experts."""
+    seed: int | None = Field(None, ge=0, strict=True)
+    """Of random routers, and of which documents are read where there are more than are needed."""
+
+
 class MergeConfig(_Strict):
     """A merge: a base model and the experts whose FFNs are stacked into it."""
 
     base_model: Text
     """Where embeddings, attention, norms and the tokenizer come from."""
     experts: list[RoutedExpert]
-    gate_mode: Annotated[GateMode, BeforeValidator(_canonical_gate_mode)] = "hidden"
+    gate_mode: Annotated[GateMode, BeforeValidator(_canonical_gate_mode)] = "auto"
     dtype: Annotated[DType | None, BeforeValidator(_canonical_dtype)] = None
     """Of the merged model; None keeps the base model's."""
     experts_per_token: int = Field(2, ge=1, strict=True)
@@ -82,36 +113,45 @@ class MergeConfig(_Strict):
     """The output family's `model_type`; None chooses the first that fits."""
     moe_layers: Layers = "all"
     """Layers that hold experts; the others keep the base model's FFN."""
+    router: RouterSettings = Field(default_factory=lambda: RouterSettings.model_validate({}))
 
     _text: str = PrivateAttr("")
 
     @property
     def text(self) -> str:
         """The YAML that it was read from, or says the same."""
-        document = self.model_dump(exclude_defaults=True)
+        document = self.model_dump(exclude_defaults=True, by_alias=True)
         if self._text and MergeConfig.model_validate(yaml.safe_load(self._text)).model_dump() == self.model_dump():
             return self._text
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
     @property
-    def needs_pass(self) -> bool:
-        """Whether its routers are made from what the base model computes of the prompts."""
-        return self.gate_mode == "hidden"
+    def way(self) -> RouterWay:
+        """How its routers are made: `gate_mode`, or what `auto` finds to be the best that there is data for."""
+        way: RouterWay = choose_way(
+            self.gate_mode, described=self.has_descriptions, calibrated=bool(self.router.calibration_texts)
+        )
+        return way
 
     @property
-    def reads_prompts(self) -> bool:
-        """Whether its routers are made from prompts."""
-        return self.gate_mode not in PROMPT_FREE
+    def needs_pass(self) -> bool:
+        """Whether its routers are made from what the base model computes of text."""
+        return self.way not in {"cheap_embed", "random", "uniform_random"}
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its routers are made from text."""
+        return self.way not in {"random", "uniform_random"}
 
     @property
     def computes_shared_gate(self) -> bool:
         """Whether prompts say when a shared expert that has a gate should speak."""
-        return self.needs_pass and any(expert.positive_prompts for expert in self.shared_experts)
+        return self.needs_pass and any(expert.is_described for expert in self.shared_experts)
 
     @property
-    def has_prompts(self) -> bool:
-        """Whether every expert has positive prompts."""
-        return all(expert.positive_prompts for expert in self.experts)
+    def has_descriptions(self) -> bool:
+        """Whether prompts or texts say of every expert what should be routed to it."""
+        return all(expert.is_described for expert in self.experts)
 
 
 def load_config(path: Path | str, *, allow_identical_experts: bool = False) -> MergeConfig:
@@ -162,8 +202,11 @@ def _explain(detail: ErrorDetails) -> str:
     """One pydantic error in the words of someone who writes the YAML."""
     key, value = detail["loc"][-1], detail["input"]
     if detail["type"] == "extra_forbidden":
-        known = (RoutedExpert if detail["loc"][0] == "experts" else Expert).model_fields
-        known = known if len(detail["loc"]) > 1 else MergeConfig.model_fields
+        models: dict[str, type[_Strict]] = {
+            "experts": RoutedExpert, "shared_experts": Expert, "router": RouterSettings,
+        }  # fmt: skip
+        model = models.get(str(detail["loc"][0]), MergeConfig) if len(detail["loc"]) > 1 else MergeConfig
+        known = [field.alias or name for name, field in model.model_fields.items()]
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         return f"unknown key, did you mean {near[0]}?" if near else f"unknown key; known: {', '.join(known)}"
     if detail["type"] == "missing":

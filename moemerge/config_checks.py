@@ -4,8 +4,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-PROMPT_FREE: Final = ("random", "uniform_random")
+_READ_PROMPTS: Final = ("mergekit_hidden", "cheap_embed")
+_READ_PROMPTS_AND_TEXTS: Final = ("hidden", "ridge", "logistic")
+_FITTED: Final = (*_READ_PROMPTS_AND_TEXTS, "delta", "delta_bootstrap")
+_USED_BY: Final = {
+    "lambda": ("ridge", "logistic", "delta_bootstrap"), "scale": _FITTED, "load_prior": _FITTED,
+    "calibration_texts": _FITTED,
+}  # fmt: skip
+"""Keys of `router`, each with the ways that use it."""
 _MIN_EXPERTS: Final = 2
+_KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
 Place = tuple[int | str, ...]
 """Keys and indices that lead to a value."""
 
@@ -40,7 +48,20 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
         ))  # fmt: skip
     problems += _blank_prompts("experts", experts) + _blank_prompts("shared_experts", document.get("shared_experts"))
     problems += _lone_negatives(document.get("shared_experts"))
-    return problems + _check_prompts(document.get("gate_mode", "hidden"), experts)
+    return problems + _check_descriptions(document, experts)
+
+
+def choose_way(gate_mode: Any, *, described: bool, calibrated: bool) -> Any:
+    """How routers are made: `gate_mode`, or what `auto` finds to be the best that there is data for.
+
+    Args:
+        gate_mode: as the config says.
+        described: whether prompts or texts say of every expert what should be routed to it.
+        calibrated: whether there are calibration texts.
+    """
+    if gate_mode != "auto":
+        return gate_mode
+    return "ridge" if described else "delta_bootstrap" if calibrated else "delta"
 
 
 def _blank_prompts(key: str, experts: Any) -> list[tuple[Place, str]]:
@@ -60,33 +81,57 @@ def _lone_negatives(shared_experts: Any) -> list[tuple[Place, str]]:
     return [
         (("shared_experts", number), "negative_prompts say what differs from positive_prompts, but there are none")
         for number, expert in enumerate(shared_experts if isinstance(shared_experts, list) else [])
-        if isinstance(expert, dict) and expert.get("negative_prompts") and not expert.get("positive_prompts")
+        if isinstance(expert, dict)
+        and (expert.get("negative_prompts") or expert.get("negative_texts"))
+        and not (expert.get("positive_prompts") or expert.get("positive_texts"))
     ]
 
 
-def _check_prompts(gate_mode: Any, experts: Sequence[Mapping[str, Any]]) -> list[tuple[Place, str]]:
+def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[str, Any]]) -> list[tuple[Place, str]]:
+    settings = document.get("router")
+    settings = settings if isinstance(settings, dict) else {}
+    gate_mode = document.get("gate_mode", "auto")
+    given = [{key: listed(expert.get(key)) for key in _KEYS} for expert in experts]
+    described = [bool(keys["positive_prompts"] or keys["positive_texts"]) for keys in given]
+    way = choose_way(gate_mode, described=all(described), calibrated=bool(settings.get("calibration_texts")))
     problems: list[tuple[Place, str]] = []
-    prompts = []
-    for number, expert in enumerate(experts):
-        positive, negative = (listed(expert.get(f"{sign}_prompts")) for sign in ("positive", "negative"))
-        prompts.append((_in_order(positive), _in_order(negative)))
-        place: Place = ("experts", number, "positive_prompts")
-        if not positive and gate_mode not in PROMPT_FREE:
-            problems.append((
-                place if "positive_prompts" in expert else place[:2],
-                f"gate_mode {gate_mode} needs positive_prompts: text that should be routed to this expert",
-            ))  # fmt: skip
-    if (
-        gate_mode not in PROMPT_FREE
-        and len(prompts) > 1
-        and prompts[0][0]
-        and all(pair == prompts[0] for pair in prompts[1:])
-    ):
+    for number, (expert, keys) in enumerate(zip(experts, given, strict=True)):
+        missing = ""
+        if way in _READ_PROMPTS and not keys["positive_prompts"]:
+            missing = f"gate_mode {way} needs positive_prompts: text that should be routed to this expert"
+        elif way in _READ_PROMPTS_AND_TEXTS and not described[number]:
+            missing = f"gate_mode {way} needs positive_prompts or positive_texts: what should be routed to this expert"
+        elif gate_mode == "auto" and any(described) and not described[number]:
+            missing = (
+                "has neither positive_prompts nor positive_texts, though others have: give it some, or none to any "
+                "expert, and the weights alone make the routers"
+            )
+        place: Place = ("experts", number)
+        problems += [((*place, "positive_prompts") if "positive_prompts" in expert else place, missing)] * bool(missing)
+    contents = [{key: _in_order(value) for key, value in keys.items()} for keys in given]
+    reads = (*_READ_PROMPTS, *_READ_PROMPTS_AND_TEXTS)
+    if way in reads and len(contents) > 1 and described[0] and all(keys == contents[0] for keys in contents[1:]):
         problems.append((
             ("experts",),
             "all experts have the same prompts, so nothing tells the router which to choose. "
             "Give each expert prompts that only it should answer",
         ))  # fmt: skip
+    return problems + _check_settings(way, settings, len(experts))
+
+
+def _check_settings(way: str, settings: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:
+    problems: list[tuple[Place, str]] = []
+    if way == "delta_bootstrap" and not settings.get("calibration_texts"):
+        problems.append((
+            ("gate_mode",),
+            "delta_bootstrap needs router.calibration_texts: files of text of all kinds that the experts are for",
+        ))  # fmt: skip
+    for key, ways in _USED_BY.items():
+        if settings.get(key) is not None and way not in ways:
+            problems.append((("router", key), f"gate_mode {way} does not use it; {', '.join(ways)} do"))
+    prior = settings.get("load_prior")
+    if isinstance(prior, list) and len(prior) != experts:
+        problems.append((("router", "load_prior"), f"names {len(prior)} shares, but there are {experts} experts"))
     return problems
 
 

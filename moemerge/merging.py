@@ -97,7 +97,8 @@ def merge(
 
             computed = {name: o.origin for name, o in plan.outputs.items() if isinstance(o.origin, Computed)}
             routers = init_routers(
-                plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, mixture=plan.mixture,
+                plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
+                mixture=plan.mixture,
                 scoring=plan.family.scoring, shared_gate=any(c.kind == "shared gate" for c in computed.values()),
                 run_base=plan.runs_base, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory,
                 progress=layer_done,

@@ -80,6 +80,8 @@ class MergePlan:
     base: DenseModel
     base_folder: Path
     base_tensors: dict[str, StoredTensor]
+    experts: tuple[tuple[DenseModel, Mapping[str, StoredTensor]], ...]
+    """The models whose FFNs are chosen between, in the order of the config."""
     sources: tuple[ModelFolder, ...]
     """The base, then every expert, then every shared expert."""
     references: Mapping[Path, str]
@@ -127,7 +129,7 @@ class MergePlan:
             for name, tensor in self.base_tensors.items()
             if name.startswith("model.layers.0.")
         )
-        reads_prompts = self.runs_base or self.config.reads_prompts
+        reads_prompts = self.runs_base or self.config.reads_text
         tokenizer = self.base_folder / "tokenizer.json"
         tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
         imports_transformers = self.runs_base or (reads_prompts and not tokenizer_bytes)
@@ -135,8 +137,19 @@ class MergePlan:
             _PROGRAM_BYTES
             + _LIBRARIES_BYTES * imports_transformers
             + _TOKENIZER_FACTOR * tokenizer_bytes * reads_prompts
-            + (_PASS_BYTES + layer + _STATES_BYTES * self.base.sizes["ffn"]) * self.runs_base
+            + (_PASS_BYTES + layer + _STATES_BYTES * self.base.sizes["ffn"] + self._fit_bytes) * self.runs_base
         )
+
+    @property
+    def _fit_bytes(self) -> int:
+        """What texts add to the pass: states and router inputs of their tokens, and what a closed form needs."""
+        config, hidden = self.config, self.base.sizes["hidden"]
+        described = [*config.experts, *config.shared_experts]
+        kinds = sum(bool(texts) for expert in described for texts in (expert.positive_texts, expert.negative_texts))
+        kinds += len(config.experts) if config.router.calibration_texts else 0
+        tokens = kinds * config.router.tokens_per_expert
+        # States, router inputs, and those that rows are fitted to; one matrix in float32 and two in float64.
+        return 3 * 4 * tokens * hidden + (20 * hidden * hidden if tokens else 0)
 
     @property
     def shards_without_routers(self) -> list[Shard]:

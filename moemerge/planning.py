@@ -20,6 +20,7 @@ from moemerge.formats.dense import DenseModel, read_dense
 from moemerge.plan import MergePlan, Output
 from moemerge.proportions import mixture_of, residual_scales
 from moemerge.sources import ModelFolder, open_model, read_tensor_table
+from moemerge.texts import find_files
 
 Tensors = Mapping[str, StoredTensor]
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
@@ -56,7 +57,7 @@ def plan_merge(
         CheckpointError: a model's files are damaged.
         IncompatibleError: the models cannot be merged; lists every reason.
     """
-    runs_base = config.needs_pass or (routing_table and config.has_prompts)
+    runs_base = config.needs_pass or (routing_table and config.has_descriptions)
     if config.experts_per_token > len(config.experts):
         raise IncompatibleError(f"{config.experts_per_token} experts per token, but only {len(config.experts)}.", [])
     opened: dict[str, ModelFolder] = {}
@@ -74,7 +75,9 @@ def plan_merge(
     _refuse(found.problems)
     base, models = _dense(base_folder), [_dense(folder) for folder in folders]
     copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
-    tokenizer_notes = _check_tokenizer({path.name for path in copied_files}, needed=runs_base or config.reads_prompts)
+    tokenizer_notes = _check_tokenizer({path.name for path in copied_files}, needed=runs_base or config.reads_text)
+    _check_texts(config)
+    _refuse(_check_widths(config, base, models[:routed]))
     mixture = mixture_of(config, base, models[:routed], models[routed:])
     family, family_notes = select_family(base, config.architecture, mixture)
 
@@ -93,9 +96,9 @@ def plan_merge(
     ]
     _refuse([problem for finding in findings for problem in finding.problems])
     notes = [note for finding in findings for note in finding.notes] + tokenizer_notes + family_notes
-    if config.has_prompts and not runs_base:
+    if config.has_descriptions and not runs_base:
         notes.append(
-            f"the base model does not read the prompts for gate_mode {config.gate_mode}, so an expert that is never "
+            f"the base model does not read the prompts for gate_mode {config.way}, so an expert that is never "
             "chosen goes unnoticed; --routing-table has it read them"
         )
     notes += _shared_notes(config, family)
@@ -128,6 +131,7 @@ def plan_merge(
         base=base,
         base_folder=base_folder.folder,
         base_tensors=base_tensors,
+        experts=tuple((model, tables[f.reference]) for model, f in zip(models[:routed], folders[:routed], strict=True)),
         sources=(base_folder, *folders),
         references={tensor.path: name for name, table in tables.items() for tensor in table.values()},
         dtype=dtype,
@@ -154,6 +158,27 @@ def _dense(folder: ModelFolder) -> DenseModel:
     if isinstance(model, str):
         raise IncompatibleError("These models cannot be merged:", [f"{folder.reference}: {model}"])
     return model
+
+
+def _check_texts(config: MergeConfig) -> None:
+    """Refuse files that are not there before any weights are downloaded."""
+    for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts)):
+        for number, expert in enumerate(experts):
+            find_files(expert.positive_texts, f"{key}[{number}].positive_texts")
+            find_files(expert.negative_texts, f"{key}[{number}].negative_texts")
+    find_files(config.router.calibration_texts, "router.calibration_texts")
+
+
+def _check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
+    """Ways that compare the experts' weights with the base's need FFNs of one width."""
+    if not config.way.startswith("delta"):
+        return []
+    return [
+        f"experts[{number}]: its FFN has {model.sizes['ffn']} neurons, the base model's {base.sizes['ffn']}, so the "
+        f"weights cannot be compared as gate_mode {config.way} does: give the experts prompts, or choose random"
+        for number, model in enumerate(models)
+        if model.sizes["ffn"] != base.sizes["ffn"]
+    ]
 
 
 def _check_tokenizer(names: set[str], *, needed: bool) -> list[str]:
@@ -200,9 +225,7 @@ def _shared_notes(config: MergeConfig, family: MoeFamily) -> list[str]:
         if not (family.shared and family.shared.gate):
             notes.append(f"prompts of shared experts are not used: {family.model_type} has no gate for them")
         elif not config.computes_shared_gate:
-            notes.append(
-                f"prompts of shared experts are not used: gate_mode {config.gate_mode} makes no gate from them"
-            )
+            notes.append(f"prompts of shared experts are not used: gate_mode {config.way} makes no gate from them")
     return notes
 
 

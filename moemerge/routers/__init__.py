@@ -1,6 +1,6 @@
 """How routers get their first weights: one file per way, one pass over the base model for all that need it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,8 +36,9 @@ class Routers:
 
 def init_routers(
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
-    mixture: Mixture, scoring: Scoring, shared_gate: bool, run_base: bool, seed: int, device: str,
-    progress: Callable[[int, int], None], base_bits: Literal[4, 8] | None = None, low_memory: bool = False,
+    experts: Sequence[tuple[DenseModel, Mapping[str, StoredTensor]]], mixture: Mixture, scoring: Scoring,
+    shared_gate: bool, run_base: bool, seed: int, device: str, progress: Callable[[int, int], None],
+    base_bits: Literal[4, 8] | None = None, low_memory: bool = False,
 ) -> Routers:  # fmt: skip
     """Compute the routers of a merge and the table of what they do with its prompts.
 
@@ -47,11 +48,12 @@ def init_routers(
         base: the base model's config.
         tensors: the base model's tensors.
         dtype: of the merged model; routers are judged as they will be stored.
+        experts: the models whose FFNs are chosen between, for ways that read their weights.
         mixture: which layers have routers, and which experts take part in them.
         scoring: how the output family's routers make weights of their logits.
         shared_gate: whether the shared experts have a gate that is made from their prompts.
         run_base: whether the base model reads the prompts, for the routers or for the table.
-        seed: of the random ways.
+        seed: of the random ways and of the choice of documents, where the config has none.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
         progress: called with the number of layers done and of those to do.
         base_bits: of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
@@ -60,6 +62,7 @@ def init_routers(
     Raises:
         RouterError: the tokenizer, the prompts or the device do not serve.
     """
+    seed = seed if config.router.seed is None else config.router.seed
     made = _made_without_pass(config, folder, base, tensors, mixture, seed)
     gates: dict[int, bytes] = {}
     routings: list[LayerRouting] = []
@@ -68,8 +71,9 @@ def init_routers(
         from moemerge.routers.computed import compute_routers
 
         layers, gates, routings = compute_routers(
-            config, folder, base, tensors, dtype, mixture=mixture, scoring=scoring, shared_gate=shared_gate, made=made,
-            device=device, progress=progress, base_bits=base_bits, low_memory=low_memory,
+            config, folder, base, tensors, dtype, experts=experts, mixture=mixture, scoring=scoring,
+            shared_gate=shared_gate, made=made, seed=seed, device=device, progress=progress, base_bits=base_bits,
+            low_memory=low_memory,
         )  # fmt: skip
     else:
         layers = {layer: stored_bytes(rows, dtype) for layer, rows in made.items()}
@@ -88,14 +92,14 @@ def _made_without_pass(  # noqa: PLR0917
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], mixture: Mixture, seed: int
 ) -> dict[int, Rows] | None:
     """By layer the rows (expert, hidden) of ways that need no pass, zeros for absent experts; None of those that do."""
-    if config.gate_mode in DRAWN:
+    if config.way in DRAWN:
         # As for all layers and experts: which of them take part changes nothing in the others.
-        drawn = DRAWN[config.gate_mode]((base.layers, len(config.experts), base.config["hidden_size"]), seed)
+        drawn = DRAWN[config.way]((base.layers, len(config.experts), base.config["hidden_size"]), seed)
         for layer, absent in mixture.absent.items():
             drawn[layer, sorted(absent)] = 0
         return {layer: drawn[layer] for layer in mixture.moe_layers}
-    if config.gate_mode == "cheap_embed":
-        positive, negative = mean_embeddings(folder, base, tensors, config.experts)
+    if config.way == "cheap_embed":
+        positive, negative = mean_embeddings(folder, base, tensors, config)
         none: frozenset[int] = frozenset()
         return {layer: contrast(positive, negative, mixture.absent.get(layer, none)) for layer in mixture.moe_layers}
     return None

@@ -3,21 +3,21 @@
 Made without torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
-from moemerge.config import Expert
+from moemerge.config import MergeConfig
 from moemerge.formats.dense import DenseModel
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.rows import Rows
 
 
 def mean_embeddings(
-    folder: Path, base: DenseModel, tensors: Mapping[str, StoredTensor], experts: Sequence[Expert]
+    folder: Path, base: DenseModel, tensors: Mapping[str, StoredTensor], config: MergeConfig
 ) -> tuple[Rows, Rows]:
     """Mean embeddings (expert, hidden) of positive and of negative prompts; only the rows of their tokens are read.
 
@@ -27,7 +27,9 @@ def mean_embeddings(
         RouterError: the tokenizer or the prompts do not serve.
         CheckpointError: the embeddings have no row for a token.
     """
-    prompts = encode_prompts(folder, experts, base.config["max_position_embeddings"], special_tokens=False)
+    prompts = encode_prompts(
+        folder, config, base.config["max_position_embeddings"], 0, special_tokens=False, prompts_only=True
+    )
     ids = sorted({token for prompt in prompts for token in prompt.counted_ids})
     table = dict(zip(ids, read_rows(tensors[base.family.embeddings], ids), strict=True))
 
@@ -41,6 +43,6 @@ def mean_embeddings(
         return np.stack(tokens).mean(axis=0) if tokens else np.full_like(table[ids[0]], np.nan)
 
     return (
-        np.stack([mean(expert, positive=True) for expert in range(len(experts))]),
-        np.stack([mean(expert, positive=False) for expert in range(len(experts))]),
+        np.stack([mean(expert, positive=True) for expert in range(len(config.experts))]),
+        np.stack([mean(expert, positive=False) for expert in range(len(config.experts))]),
     )

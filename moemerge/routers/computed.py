@@ -1,51 +1,81 @@
 """Routers, or a table of what they do, from one pass over the base model's layers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.config import MergeConfig
+from moemerge.config import MergeConfig, RouterWay
 from moemerge.errors import RouterError
 from moemerge.formats import Mixture
 from moemerge.formats.dense import DenseModel
 from moemerge.formats.family import Scoring
 from moemerge.routers.capture import capture_router_inputs
+from moemerge.routers.delta import Labeller, delta_rows
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.hidden import hidden_rows, shared_gate_row
-from moemerge.routers.prompts import encode_prompts
+from moemerge.routers.logistic import logistic_rows
+from moemerge.routers.mergekit_hidden import mergekit_hidden_rows
+from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.report import LayerRouting
-from moemerge.routers.request import RouterInputs, RouterRequest
+from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
+from moemerge.routers.ridge import ridge_rows
 from moemerge.routers.rows import Rows
+
+WAYS: Final[dict[RouterWay, Callable[[RouterInputs, RouterRequest], LayerRows]]] = {
+    "hidden": hidden_rows,
+    "mergekit_hidden": mergekit_hidden_rows,
+    "ridge": ridge_rows,
+    "logistic": logistic_rows,
+    "delta": delta_rows,
+    "delta_bootstrap": ridge_rows,  # of documents that the weights have labelled
+}
 
 
 def compute_routers(
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
-    mixture: Mixture, scoring: Scoring, shared_gate: bool, made: Mapping[int, Rows] | None, device: str,
+    experts: Sequence[tuple[DenseModel, Mapping[str, StoredTensor]]], mixture: Mixture, scoring: Scoring,
+    shared_gate: bool, made: Mapping[int, Rows] | None, seed: int, device: str,
     progress: Callable[[int, int], None], base_bits: Literal[4, 8] | None, low_memory: bool,
 ) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:  # fmt: skip
     """By layer the rows (expert, hidden) and gates (1, hidden) as they are stored, and what the rows do with prompts.
 
-    Rows that are already made are only routed by; None makes those of gate_mode hidden. See `init_routers`.
+    Rows that are already made are only routed by; None makes those of the config's way. See `init_routers`.
     """
-    prompts = encode_prompts(
-        folder, config.experts, base.config["max_position_embeddings"],
-        shared=config.shared_experts if shared_gate else (),
+    prompts = encode_prompts(folder, config, base.config["max_position_embeddings"], seed, shared_gate=shared_gate)
+    request = RouterRequest(
+        base, tensors, mixture, scoring, prompts, find_device(device), config.router, tuple(experts),
+        entering=config.way == "mergekit_hidden", base_bits=base_bits, low_memory=low_memory,
     )  # fmt: skip
-    request = RouterRequest(base, tensors, mixture, scoring, prompts, find_device(device), base_bits, low_memory)
     stored_dtype: torch.dtype = getattr(torch, dtype)
     layers, gates, routings = {}, {}, []
+    last = mixture.moe_layers[-1] + 1
+    passes, done = (2 if config.way == "delta_bootstrap" else 1), 0
+    if config.way == "delta_bootstrap":
+        request, done = _label_documents(request, lambda layer: progress(layer, passes * last)), last
     for inputs in _memory_watched(capture_router_inputs(request)):
-        new = hidden_rows(inputs, request) if made is None else torch.from_numpy(made[inputs.layer])
-        rows = new.to(stored_dtype)
+        new = LayerRows(torch.from_numpy(made[inputs.layer])) if made else WAYS[config.way](inputs, request)
+        rows = new.rows.to(stored_dtype)
         layers[inputs.layer] = _bytes(rows)
         if shared_gate:
             gates[inputs.layer] = _bytes(shared_gate_row(inputs).to(stored_dtype))
-        routings.append(route_layer(rows.float(), inputs, request))
-        progress(inputs.layer + 1, mixture.moe_layers[-1] + 1)
+        if inputs.routed.any():
+            routings.append(route_layer(rows.float(), inputs, request, new.held_out))
+        progress(done + inputs.layer + 1, passes * last)
     return layers, gates, routings
+
+
+def _label_documents(request: RouterRequest, progress: Callable[[int], None]) -> RouterRequest:
+    """The request with each unsorted document given to the expert whose weights respond to it most."""
+    unsorted = tuple(prompt for prompt in request.prompts if prompt.expert == UNSORTED)
+    labeller = Labeller(request)
+    for inputs in _memory_watched(capture_router_inputs(replace(request, prompts=unsorted))):
+        labeller.read(inputs)
+        progress(inputs.layer + 1)
+    return replace(request, prompts=labeller.labelled(request.prompts))
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -61,7 +91,8 @@ def _memory_watched(layers: Iterator[RouterInputs]) -> Iterator[RouterInputs]:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise RouterError(
-            "memory ran out while the base model read the prompts. Use fewer or shorter prompts, or another --device; "
+            "memory ran out while the base model read the prompts. Use fewer or shorter prompts, a smaller "
+            "router.tokens_per_expert, or another --device; "
             "gate_mode random without prompts needs no pass."
         ) from error
 

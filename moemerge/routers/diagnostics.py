@@ -9,7 +9,9 @@ from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.scoring import top_weights
 
 
-def route_layer(rows: torch.Tensor, inputs: RouterInputs, request: RouterRequest) -> LayerRouting:
+def route_layer(
+    rows: torch.Tensor, inputs: RouterInputs, request: RouterRequest, held_out: float | None = None
+) -> LayerRouting:
     """Route one layer's inputs by router rows (expert, hidden)."""
     absent = request.absent(inputs.layer)
     states, expert = inputs.states[inputs.routed], inputs.expert[inputs.routed]
@@ -29,4 +31,5 @@ def route_layer(rows: torch.Tensor, inputs: RouterInputs, request: RouterRequest
         first=of_present(first),
         load=of_present(by_prompt.mean(dim=0).tolist()),
         top_weight=float(weights[:, 0].mean()),
+        held_out=held_out,
     )

@@ -7,26 +7,24 @@ the state that enters the FFN.
 import torch
 
 from moemerge.routers.prompts import SHARED
-from moemerge.routers.request import RouterInputs, RouterRequest
+from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast, unit
-from moemerge.routers.scoring import fit_scale, lowering, nearest_scale
+from moemerge.routers.scaling import finish_rows
+from moemerge.routers.scoring import fit_scale, nearest_scale
 
 
-def hidden_rows(inputs: RouterInputs, request: RouterRequest) -> torch.Tensor:
-    """A layer's rows (expert, hidden): contrast of mean router inputs, scaled; zeros for experts that are absent."""
-    experts, absent = range(len(request.mixture.expert_widths)), request.absent(inputs.layer)
+def hidden_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+    """A layer's rows: contrast of mean router inputs, scaled."""
+    experts, present = range(len(request.mixture.expert_widths)), request.present(inputs.layer)
     made = contrast(
         torch.stack([inputs.mean(expert, positive=True) for expert in experts]).numpy(),
         torch.stack([inputs.mean(expert, positive=False) for expert in experts]).numpy(),
-        absent,
+        request.absent(inputs.layer),
     )
-    rows = torch.from_numpy(made)
-    present = [expert for expert in experts if expert not in absent]
+    rows = torch.from_numpy(made)[present]
     states = inputs.states[inputs.routed & torch.isin(inputs.expert, torch.tensor(present))]
-    rows *= fit_scale(rows[present], states, request.mixture.experts_per_token)
-    if request.scoring == "sigmoid":
-        rows[present] -= lowering(states)
-    return rows
+    rows *= fit_scale(rows, states, request.mixture.experts_per_token)
+    return LayerRows(finish_rows(rows, states, inputs, request))
 
 
 def shared_gate_row(inputs: RouterInputs) -> torch.Tensor:

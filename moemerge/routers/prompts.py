@@ -1,108 +1,132 @@
-"""Prompts as tokens, by the base model's own tokenizer."""
+"""What a config says in words of its experts, as tokens, by the base model's own tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moemerge.config import Expert
+from moemerge.config import Expert, MergeConfig
 from moemerge.errors import RouterError
-
-Encode = Callable[[str], tuple[list[int], list[int]]]
-"""From a text to its tokens, and of each whether the tokenizer added it: 0 or 1."""
+from moemerge.passes.tokens import Encode, by_tokenizers, by_transformers, count_tokens, cut_windows
+from moemerge.texts import find_files, read_documents
 
 SHARED: Final = -1
 """In place of an expert's number: the shared experts, which are one FFN."""
+UNSORTED: Final = -2
+"""In place of an expert's number: text that is not sorted by expert."""
+# Longer ones would make of a given number of tokens fewer documents.
+_WINDOW: Final = 512
+# Where a way needs any text and the config has none.
+_ANY_TEXT: Final = (
+    "In the morning the train was late again, so Maria read the report that her colleague had sent: sales had grown "
+    'by 12.5 % in the third quarter, mostly in the north. "What should we do about the rest?" she asked.',
+    "To install the program, unpack the archive and run the following command in its folder:\n\n"
+    "    make && make install\n\nfor (int i = 0; i < n; i++) { sum += values[i]; }\nreturn sum / n",
+    "The area of a circle of radius r is pi * r^2. If r = 3, it is about 28.27; how large is the circumference?",
+    "Le soir, ils parlaient de leur voyage. Die Stadt liegt an einem Fluss. La casa es pequeña y blanca.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the base model's tokenizer gives it."""
+    """A prompt, or a window of a document, as the base model's tokenizer gives it."""
 
     expert: int
-    """Its number, or `SHARED`."""
+    """Its number, `SHARED` or `UNSORTED`."""
     positive: bool
     ids: tuple[int, ...]
     """Every token, special ones as the tokenizer adds them."""
     counted: tuple[bool, ...]
-    """Which tokens count in statistics: those of the prompt's own text."""
+    """Which tokens count in statistics."""
+    document: int = 0
+    """Windows of one document have the same number."""
 
     @property
     def counted_ids(self) -> tuple[int, ...]:
-        """The tokens of the prompt's own text."""
+        """The tokens that count."""
         return tuple(token for token, counts in zip(self.ids, self.counted, strict=True) if counts)
 
 
 def encode_prompts(
-    folder: Path, experts: Sequence[Expert], max_tokens: int, *, shared: Sequence[Expert] = (),
-    special_tokens: bool = True,
+    folder: Path, config: MergeConfig, max_tokens: int, seed: int, *, shared_gate: bool = False,
+    special_tokens: bool = True, prompts_only: bool = False,
 ) -> tuple[EncodedPrompt, ...]:  # fmt: skip
-    """Encode every prompt of every expert; special tokens are added as the tokenizer does, but do not count.
-
-    The token at which a text begins (BOS) is the same in every prompt, and its states are far from all others
-    (attention sinks): in an average it would outweigh the text.
+    """Encode what a config says of its experts; special tokens are added as the tokenizer does, but do not count.
 
     Args:
         folder: the base model's folder.
-        experts: whose prompts.
+        config: the merge.
         max_tokens: the model's context length.
-        shared: shared experts whose prompts are read too.
+        seed: of the choice of documents.
+        shared_gate: whether what is said of shared experts is needed.
         special_tokens: whether tokens that do not count are needed. Without them `tokenizer.json` is enough, and
             transformers, whose import takes seconds, is needed only where there is none.
+        prompts_only: whether texts in files are left out.
 
     Raises:
         RouterError: no tokenizer, a prompt without tokens, or one longer than the context.
+        RefusedError: there are no such files.
     """
     file = folder / "tokenizer.json"
     try:
-        encode = _by_transformers(folder) if special_tokens or not file.is_file() else _by_tokenizers(file)
+        encode = by_transformers(folder) if special_tokens or not file.is_file() else by_tokenizers(file)
     except Exception as error:  # each tokenizer class raises in its own way
         raise RouterError(
             f"{folder}: the base model's tokenizer cannot be loaded ({error!r:.200}). "
             "Prompts need it: add the tokenizer's files, or remove the prompts and choose gate_mode random."
         ) from error
-    encoded = []
-    named = [(f"experts[{number}]", number, expert) for number, expert in enumerate(experts)]
-    named += [(f"shared_experts[{number}]", SHARED, expert) for number, expert in enumerate(shared)]
+    named: list[tuple[str, int, Expert]] = [(f"experts[{e}]", e, expert) for e, expert in enumerate(config.experts)]
+    if shared_gate:
+        named += [(f"shared_experts[{number}]", SHARED, expert) for number, expert in enumerate(config.shared_experts)]
+    encoded: list[EncodedPrompt] = []
+    reader = _Reader(encode, max_tokens, config.router.tokens_per_expert, seed)
     for name, number, expert in named:
-        for sign, prompts in (("positive", expert.positive_prompts), ("negative", expert.negative_prompts)):
-            for index, prompt in enumerate(prompts):
-                place = f"{name}.{sign}_prompts[{index}]"
-                ids, special = encode(prompt)
-                if len(ids) > max_tokens:
-                    raise RouterError(
-                        f"{place}: has {len(ids)} tokens, the base model's context is {max_tokens}: split it."
-                    )
-                if all(special):
-                    raise RouterError(f"{place}: the base model's tokenizer finds no tokens in {prompt!r:.40}.")
-                encoded.append(
-                    EncodedPrompt(number, sign == "positive", tuple(ids), tuple(not added for added in special))
-                )
+        for sign in ("positive", "negative"):
+            prompts: list[str] = getattr(expert, f"{sign}_prompts")
+            encoded += reader.prompts(prompts, f"{name}.{sign}_prompts", number, positive=sign == "positive")
+            if not prompts_only:
+                patterns: list[str] = getattr(expert, f"{sign}_texts")
+                encoded += reader.texts(patterns, f"{name}.{sign}_texts", number, positive=sign == "positive")
+    if not prompts_only:
+        tokens = config.router.tokens_per_expert * len(config.experts)
+        encoded += reader.texts(
+            config.router.calibration_texts, "router.calibration_texts", UNSORTED, positive=True, tokens=tokens
+        )
+    if config.way == "delta" and not encoded:
+        encoded += reader.prompts(_ANY_TEXT, "", UNSORTED, positive=True)
     return tuple(encoded)
 
 
-def _by_transformers(folder: Path) -> Encode:
-    from transformers import AutoTokenizer
+class _Reader:
+    """Makes tokens of what a config names, and counts documents."""
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    def __init__(self, encode: Encode, max_tokens: int, tokens: int, seed: int) -> None:
+        self._encode, self._max_tokens, self._tokens, self._seed = encode, max_tokens, tokens, seed
+        self._documents = 0
 
-    def encode(text: str) -> tuple[list[int], list[int]]:
-        result = tokenizer(text, return_special_tokens_mask=True)
-        return result["input_ids"], result["special_tokens_mask"]
+    def prompts(self, prompts: Sequence[str], place: str, expert: int, *, positive: bool) -> Iterator[EncodedPrompt]:
+        for index, prompt in enumerate(prompts):
+            ids, special = self._encode(prompt)
+            if len(ids) > self._max_tokens:
+                raise RouterError(
+                    f"{place}[{index}]: has {len(ids)} tokens, the base model's context is {self._max_tokens}: "
+                    "split it."
+                )
+            if all(special):
+                raise RouterError(f"{place}[{index}]: the base model's tokenizer finds no tokens in {prompt!r:.40}.")
+            yield EncodedPrompt(expert, positive, tuple(ids), count_tokens(special), self._documents)
+            self._documents += 1
 
-    return encode
-
-
-def _by_tokenizers(file: Path) -> Encode:
-    """No special tokens are added."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-
-    def encode(text: str) -> tuple[list[int], list[int]]:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids, [0] * len(ids)
-
-    return encode
+    def texts(
+        self, patterns: Sequence[str], place: str, expert: int, *, positive: bool, tokens: int = 0
+    ) -> Iterator[EncodedPrompt]:
+        documents = read_documents(find_files(patterns, place))
+        length = min(_WINDOW, self._max_tokens - 1)
+        windows = cut_windows(
+            documents, self._encode, tokens=tokens or self._tokens, length=length, seed=self._seed, even=True
+        )
+        if patterns and not windows:
+            raise RouterError(f"{place}: the base model's tokenizer finds no tokens in these files.")
+        for window in windows:
+            yield EncodedPrompt(expert, positive, window.ids, window.counted, self._documents + window.document)
+        self._documents += len(documents)

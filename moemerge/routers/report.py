@@ -26,6 +26,8 @@ class LayerRouting:
     """By expert: the share of all positive-prompt tokens that have it in their top k, each expert's weighing alike."""
     top_weight: float
     """Mean weight of the first choice."""
+    held_out: float | None = None
+    """Share of the tokens whose expert is the first choice of rows made without their documents, if such were made."""
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -70,6 +72,12 @@ class RoutingReport:
     def top_weight(self) -> float:
         """Mean weight of the first choice, averaged over layers."""
         return math.fsum(row.top_weight for row in self.layers) / len(self.layers)
+
+    @property
+    def held_out(self) -> float | None:
+        """The same, averaged over layers."""
+        known = [row.held_out for row in self.layers if row.held_out is not None]
+        return math.fsum(known) / len(known) if known else None
 
     def warnings(self) -> list[str]:
         """What the user should know before trusting this router, experts by name."""

@@ -29,8 +29,8 @@ def top_weights(logits: torch.Tensor, experts_per_token: int, scoring: Scoring) 
     return chosen.values / (chosen.values.sum(dim=1, keepdim=True) + _TINY), chosen.indices
 
 
-def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) -> float:
-    """Factor on rows (expert, hidden) with which the first choice of states (token, hidden) has its target weight.
+def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int, target: float = TARGET_WEIGHT) -> float:
+    """Factor on rows (expert, hidden) with which the first choice of states (token, hidden) has this mean weight.
 
     Of a softmax, that is, and of sigmoids that were lowered. With one expert per token the weight is 1 at any scale;
     the scale is then fitted as for two.
@@ -40,7 +40,7 @@ def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int) 
     low, high = _SMALLEST, _LARGEST
     for _ in range(_BISECTIONS):
         middle = (low * high) ** 0.5
-        if float((logits * middle).softmax(dim=1)[:, 0].mean()) < TARGET_WEIGHT:
+        if float((logits * middle).softmax(dim=1)[:, 0].mean()) < target:
             low = middle
         else:
             high = middle

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NoReturn
 
-from moemerge.formats.dense.family import FULL, SLIDING, Axes, DenseFamily
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.formats.dense.family import FULL, SLIDING, Axes, DenseFamily, Role
 from moemerge.formats.dense.tables import DENSE_FAMILIES, NOT_MERGED
 from moemerge.formats.dense.values import UnreadableError, is_read, read_values
 
@@ -133,6 +134,13 @@ class DenseModel:
         if self.given_rope:  # some classes of transformers 4 know one spelling alone
             told["rope_scaling"] = self.given_rope
         return told | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
+
+    def projection(self, tensors: Mapping[str, StoredTensor], layer: int, role: Role) -> StoredTensor:
+        """One projection of a layer's FFN, which may be part of a larger tensor."""
+        half = self.family.ffn[role]
+        tensor = tensors[f"model.layers.{layer}.{half.name}"]
+        width = self.sizes["ffn"]
+        return tensor.rows(half.part * width, width) if half.parts > 1 else tensor
 
     def tensors(self, layer: int) -> dict[str, Axes]:
         """Names and axes of a layer's tensors beside its FFN."""

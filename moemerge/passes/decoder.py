@@ -1,0 +1,157 @@
+"""What is the same in every streamed pass: a model without weights, token sequences before and after its layers.
+
+Embeddings, rotary tables, masks and layers are the `transformers` classes' own; only the order of the loops is ours.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, PreTrainedModel
+
+TOKENS_PER_BATCH: Final = 1024
+_COMPUTE_DTYPES: Final = {"cpu": torch.float32}
+_Sequence = TypeVar("_Sequence")
+
+Ids = Sequence[int]
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """In what a pass computes: float32 on a CPU, elsewhere bfloat16."""
+    return _COMPUTE_DTYPES.get(device.type, torch.bfloat16)
+
+
+@dataclass
+class Batch:
+    """Token sequences that pass together, padded on the right to one length.
+
+    No mask tells of the padding: attention, convolutions and states are causal, so no token sees what follows it.
+    """
+
+    ids: torch.Tensor
+    """(sequence, position) rows of `table`."""
+    table: torch.Tensor
+    """(token, hidden) embeddings of the tokens that occur."""
+    states: torch.Tensor
+    """(sequence, position, hidden) what the next layer sees."""
+    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    """By layer, what the model passes to it beside the states, by position and by name."""
+
+
+def empty_model(auto_class: Any, model_type: str, keys: Mapping[str, Any], device: torch.device) -> Any:
+    """A model without weights; its buffers, such as rotary frequencies, are real and on the device.
+
+    Not from `config.json` itself: a hostile one can name a repository for its attention's code.
+    """
+    config = AutoConfig.for_model(model_type, **{**keys, "pad_token_id": None})
+    with init_empty_weights(include_buffers=False), _uninitialised():
+        model = auto_class.from_config(config, trust_remote_code=False)
+    for name, buffer in list(model.named_buffers()):
+        path, _, own = name.rpartition(".")
+        setattr(model.get_submodule(path), own, buffer.to(device))
+    return model.eval()
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Models are made without first values for weights that lie nowhere: transformers 4 fails to give Mamba's."""
+    given = PreTrainedModel.init_weights
+    PreTrainedModel.init_weights = lambda _: None
+    try:
+        yield
+    finally:
+        PreTrainedModel.init_weights = given
+
+
+def group(
+    sequences: Sequence[_Sequence], length: Callable[[_Sequence], int], budget: int = TOKENS_PER_BATCH
+) -> Iterator[list[_Sequence]]:
+    """Sequences of similar length together, within a budget of padded tokens."""
+    together: list[_Sequence] = []
+    for sequence in sorted(sequences, key=length):
+        if together and (len(together) + 1) * length(sequence) > budget:
+            yield together
+            together = []
+        together.append(sequence)
+    yield together
+
+
+def embed(
+    decoder: Any, norm: str, sequences: Sequence[Ids], read_rows: Callable[[list[int]], torch.Tensor], *,
+    device: torch.device, dtype: torch.dtype,
+) -> Batch:  # fmt: skip
+    """Run everything before the layers, recording what the decoder would pass to each of them.
+
+    Args:
+        decoder: the model's part with `embed_tokens` and `layers`.
+        norm: name in it of the norm after the layers.
+        sequences: token ids.
+        read_rows: gives rows (token, hidden) of the embeddings; only those of the tokens that occur are read.
+        device: of the pass.
+        dtype: of its states.
+    """
+    tokens = sorted({token for ids in sequences for token in ids})
+    place = {token: index for index, token in enumerate(tokens)}
+    length = max(map(len, sequences))
+    padded = [[place[token] for token in ids] + [0] * (length - len(ids)) for ids in sequences]
+    batch = Batch(
+        torch.tensor(padded, device=device), read_rows(tokens).to(device=device, dtype=dtype), torch.empty(0), {}
+    )
+    embedded: list[torch.Tensor] = []
+
+    def recorder(index: int) -> Any:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            batch.arguments[index] = args, kwargs
+            embedded.append(hidden_states)
+            # Where transformers 4 expects a tuple, it passes on the first sequence alone: never what came in.
+            return embedded[0]
+
+        return forward
+
+    modules = [*decoder.layers, decoder.get_submodule(norm)]
+    _call(decoder, decoder, batch, {module: recorder(index) for index, module in enumerate(modules)})
+    batch.states = embedded[0]
+    return batch
+
+
+def finish(model: Any, decoder: Any, norm: str, batch: Batch) -> torch.Tensor:
+    """Run everything behind the layers: logits (sequence, position, vocab) of states that have passed them all."""
+    last = decoder.get_submodule(norm)
+    forward = last.forward
+
+    def skip(_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return batch.states
+
+    def norm_states(*_args: Any, **_kwargs: Any) -> Any:
+        return forward(batch.states)
+
+    result = _call(model, decoder, batch, {**dict.fromkeys(decoder.layers, skip), last: norm_states})
+    logits: torch.Tensor = result.logits
+    return logits
+
+
+def _call(model: Any, decoder: Any, batch: Batch, forwards: Mapping[Any, Callable[..., Any]]) -> Any:
+    """Call a model on a batch with other forwards in place of some modules' own."""
+    decoder.embed_tokens.weight = torch.nn.Parameter(batch.table, requires_grad=False)
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        with torch.inference_mode():
+            return model(input_ids=batch.ids, use_cache=False)
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+def run_layer(layer: Any, batch: Batch, index: int) -> None:
+    """Pass a batch through a layer: its states are replaced, in their place.
+
+    Long-lived blocks between the short-lived ones of a layer would keep the heap from shrinking.
+    """
+    with torch.inference_mode():
+        args, kwargs = batch.arguments[index]
+        made = layer(batch.states, *args, **kwargs)
+        batch.states.copy_(made[0] if isinstance(made, tuple) else made)  # a tuple in transformers 4

@@ -1,0 +1,106 @@
+"""Text as tokens, by a model's own tokenizer, in pieces that a pass can read."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+Encode = Callable[[str], tuple[list[int], list[int]]]
+"""From a text to its tokens, and of each whether the tokenizer added it: 0 or 1."""
+
+# Of each document; tokens are seldom longer than a few characters.
+_DOCUMENT_CHARACTERS: Final = 100_000
+_SHORTEST: Final = 8
+_EVEN_LENGTH: Final = 64
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of a document's tokens, as a model reads it."""
+
+    document: int
+    ids: tuple[int, ...]
+    """With the special tokens that the tokenizer puts in front of every text."""
+    counted: tuple[bool, ...]
+    """Which tokens count in statistics: see `count_tokens`."""
+
+
+def by_transformers(folder: Path) -> Encode:
+    """The tokenizer as transformers makes it; special tokens are added."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def encode(text: str) -> tuple[list[int], list[int]]:
+        result = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        return result["input_ids"], result["special_tokens_mask"]
+
+    return encode
+
+
+def by_tokenizers(file: Path) -> Encode:
+    """As `tokenizer.json` alone says; no special tokens are added."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def encode(text: str) -> tuple[list[int], list[int]]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids, [0] * len(ids)
+
+    return encode
+
+
+def count_tokens(special: Sequence[int]) -> tuple[bool, ...]:
+    """Which tokens count in statistics: those of the text itself, without the one at which it begins.
+
+    The first token of a sequence, BOS or not, gathers attention (an attention sink, https://arxiv.org/abs/2309.17453):
+    its states are far from all others, and in an average would outweigh the text. A text of one token has to count.
+    """
+    counted = [not added for added in special]
+    if counted[0] and sum(counted) > 1:
+        counted[0] = False
+    return tuple(counted)
+
+
+def cut_windows(
+    documents: Sequence[str], encode: Encode, *, tokens: int, length: int, seed: int = 0, even: bool = False
+) -> list[Window]:
+    """Windows of documents, a round of one from each after the other, until there are enough tokens.
+
+    Args:
+        documents: the texts; of each, at most 100 000 characters are read.
+        encode: the tokenizer.
+        tokens: how many tokens are wanted in all, those that the tokenizer adds left out.
+        length: of the longest window, without the tokens that the tokenizer adds.
+        seed: which documents come first.
+        even: whether windows are shortened so that every document has one, if they are not shorter than 64 tokens.
+    """
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)  # noqa: S311  no secret
+    if even:
+        length = min(length, max(_EVEN_LENGTH, tokens // max(len(documents), 1)))
+    # A document beyond these would give nothing.
+    order = order[: max(tokens // _SHORTEST, 1)]
+    encoded = [(document, *_split(*encode(documents[document][:_DOCUMENT_CHARACTERS]))) for document in order]
+    windows: list[Window] = []
+    left, start = tokens, 0
+    while left > 0 and any(len(text) > start for _, _, text in encoded):
+        for document, added, text in encoded:
+            part = text[start : start + min(length, left)]
+            # What is left of a document may be too short to say anything.
+            if len(part) >= (_SHORTEST if start else 1):
+                special = [*[1] * len(added), *[0] * len(part)]
+                windows.append(Window(document, (*added, *part), count_tokens(special)))
+                left -= len(part)
+        start += length
+    return windows
+
+
+def _split(ids: list[int], special: list[int]) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts in front of every text, and the text's own."""
+    first = next((index for index, added in enumerate(special) if not added), len(ids))
+    return ids[:first], [token for token, added in zip(ids, special, strict=True) if not added]

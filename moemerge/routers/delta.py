@@ -1,0 +1,143 @@
+"""Routers from the experts' weights: what fine-tuning changed in an FFN says which inputs it was for.
+
+With `D` the change of an FFN's gate and up projections, `|D z|` is large for inputs like those that the expert was
+trained on. Arrow (https://arxiv.org/abs/2405.11157) routes by the first right singular vector of `D`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.errors import RouterError
+from moemerge.passes.weights import read_into
+from moemerge.routers.prompts import UNSORTED, EncodedPrompt
+from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
+from moemerge.routers.scaling import finish_rows
+from moemerge.routers.scoring import fit_scale
+
+_CHUNK_ROWS: Final = 1024
+# Fine-tunes of one model differ from it by a few percent; models trained apart, by about 1.4.
+_STRANGERS: Final = 0.3
+# Enough to label documents as all layers and tokens do.
+_SCORED_LAYERS: Final = 8
+_SCORED_TOKENS: Final = 32
+
+
+def delta_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+    """A layer's rows `u(D'D m)`: the slope of `|D z|^2` at the mean `m` of the router inputs of any text.
+
+    The first singular vector has no sign of its own; this has, and it is the first step of a power iteration for that
+    vector from where the text is.
+    """
+    mean = inputs.states.mean(dim=0)
+    rows = torch.stack([_slope(expert, inputs.layer, mean, request) for expert in request.present(inputs.layer)])
+    rows -= rows.mean(dim=0)
+    rows *= fit_scale(rows, inputs.states, request.mixture.experts_per_token)
+    return LayerRows(finish_rows(rows, inputs.states, inputs, request))
+
+
+def _slope(expert: int, layer: int, mean: torch.Tensor, request: RouterRequest) -> torch.Tensor:
+    """(hidden,) `D'D m` at length 1."""
+    slope = torch.zeros_like(mean)
+    changed = whole = 0.0
+    for delta, base in _changes(expert, layer, request):
+        slope += delta.T @ (delta @ mean)
+        changed += float(delta.square().sum())
+        whole += float(base.square().sum())
+    _check(expert, layer, changed, whole)
+    return torch.nn.functional.normalize(slope, dim=0)
+
+
+def _check(expert: int, layer: int, changed: float, whole: float) -> None:
+    if changed > _STRANGERS**2 * whole:
+        raise RouterError(
+            f"experts[{expert}]: its FFN differs from the base model's by {(changed / whole) ** 0.5:.0%} in layer "
+            f"{layer}, so the base is not the model that it was trained from, and the difference says nothing. "
+            "Name that model as base_model, or give the experts prompts and choose gate_mode ridge."
+        )
+    if not changed:
+        raise RouterError(
+            f"experts[{expert}]: its FFN is the base model's own in layer {layer}, so its weights do not say what it "
+            "is for. Give the experts prompts and choose gate_mode ridge."
+        )
+
+
+def _changes(expert: int, layer: int, request: RouterRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Some rows (row, hidden) at a time of the gate and up projections: expert minus base, and base; float32."""
+    for role in ("gate", "up"):
+        model, tensors = request.experts[expert]
+        theirs = model.projection(tensors, layer, role)
+        ours = request.base.projection(request.tensors, layer, role)
+        for first in range(0, ours.shape[0], _CHUNK_ROWS):
+            count = min(_CHUNK_ROWS, ours.shape[0] - first)
+            base = _read(ours.rows(first, count))
+            yield _read(theirs.rows(first, count)).sub_(base), base
+
+
+def _read(tensor: StoredTensor) -> torch.Tensor:
+    values = torch.empty(tensor.shape)
+    read_into(tensor, values)
+    return values
+
+
+class Labeller:
+    """Finds out, layer by layer, which expert each unsorted document is for: to which of their changes it responds.
+
+    The score of expert e is the sum over tokens and layers of `log(|D_e z|^2 / |D_e|^2)`.
+    """
+
+    def __init__(self, request: RouterRequest) -> None:
+        self._request = request
+        layers = request.mixture.moe_layers
+        self._layers = set(layers[:: max(len(layers) // _SCORED_LAYERS, 1)])
+        self._scores: dict[int, torch.Tensor] = {}
+
+    def read(self, inputs: RouterInputs) -> None:
+        """Add one layer to the scores."""
+        if inputs.layer not in self._layers:
+            return
+        chosen = _evenly(inputs.prompt)
+        states, documents = inputs.states[chosen], inputs.document[chosen].tolist()
+        scores = torch.zeros(len(states), len(self._request.experts))
+        for expert in range(len(self._request.experts)):
+            changed = whole = 0.0
+            for delta, base in _changes(expert, inputs.layer, self._request):
+                scores[:, expert] += (states @ delta.T).square().sum(dim=1)
+                changed += float(delta.square().sum())
+                whole += float(base.square().sum())
+            _check(expert, inputs.layer, changed, whole)
+            scores[:, expert] = (scores[:, expert] / changed).clamp_min(torch.finfo(scores.dtype).tiny).log()
+        for document, score in zip(documents, scores, strict=True):
+            self._scores[document] = self._scores.get(document, torch.zeros_like(score)) + score
+
+    def labelled(self, prompts: Sequence[EncodedPrompt]) -> tuple[EncodedPrompt, ...]:
+        """The prompts, each unsorted one as its expert's.
+
+        Raises:
+            RouterError: no document is for one of the experts.
+        """
+        label = {document: int(score.argmax()) for document, score in self._scores.items()}
+        counts = [list(label.values()).count(expert) for expert in range(len(self._request.experts))]
+        sorted_before = {prompt.expert for prompt in prompts if prompt.positive}
+        for expert, count in enumerate(counts):
+            if not count and expert not in sorted_before:
+                raise RouterError(
+                    f"router.calibration_texts: none of the {len(label)} documents is for experts[{expert}] "
+                    f"({', '.join(map(str, counts))} for the experts in turn). Add text of its kind, or choose "
+                    "gate_mode delta, which needs none."
+                )
+        return tuple(
+            replace(prompt, expert=label[prompt.document]) if prompt.expert == UNSORTED else prompt
+            for prompt in prompts
+        )
+
+
+def _evenly(prompt: torch.Tensor) -> torch.Tensor:
+    """(token,) bool: at most `_SCORED_TOKENS` tokens of each prompt, spread over it."""
+    counts = torch.bincount(prompt)
+    place = torch.arange(len(prompt)) - torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)[:-1]])[prompt]
+    every = (counts // _SCORED_TOKENS).clamp_min(1)[prompt]
+    return (place % every == 0) & (place // every < _SCORED_TOKENS)

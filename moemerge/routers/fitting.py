@@ -1,0 +1,109 @@
+"""What ways that learn from labelled tokens share: targets and weights, held-out documents, scale."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
+from moemerge.routers.scaling import calibrated_scale, finish_rows
+from moemerge.routers.scoring import fit_scale
+
+_CHUNK_TOKENS: Final = 4096
+# Few tokens are cheap to fit often, and need every document; many do not.
+_FOLDS_OF_FEW: Final = 4
+_FOLDS_OF_MANY: Final = 2
+# Measured on prompts and on texts: pseudo-tokens of mean variance, for each expert and dimension.
+_LAMBDA: Final = 1 / 16
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Tokens of known experts."""
+
+    states: torch.Tensor
+    """(token, hidden)"""
+    targets: torch.Tensor
+    """(token, expert) which expert should take it, summing to 1."""
+    weights: torch.Tensor
+    """(token,) so that every expert's tokens weigh alike."""
+    regularisation: float
+    """Relative to the mean variance of the states."""
+
+    def part(self, chosen: torch.Tensor) -> "Labelled":
+        """Some of the tokens, by a mask (token,)."""
+        return Labelled(self.states[chosen], self.targets[chosen], self.weights[chosen], self.regularisation)
+
+
+def gram_of(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sum (hidden, hidden) over tokens of `weight z z'`, float32, a chunk of tokens at a time."""
+    gram = torch.zeros(states.shape[1], states.shape[1])
+    for first in range(0, len(states), _CHUNK_TOKENS):
+        chunk = slice(first, first + _CHUNK_TOKENS)
+        weighed = states[chunk] * weights[chunk].sqrt()[:, None]
+        gram.addmm_(weighed.T, weighed)
+    return gram
+
+
+def fit_rows(inputs: RouterInputs, request: RouterRequest, solve: Callable[[Labelled], torch.Tensor]) -> LayerRows:
+    """Rows that `solve` (labelled tokens -> (expert, hidden)) finds, at a scale that held-out documents ask for."""
+    present = request.present(inputs.layer)
+    data, right, folds = _label(inputs, request, present)
+    rows = solve(data)
+    judged = right >= 0
+    parts = sorted(set(folds.tolist()))
+    if len(parts) > 1:
+        logits = torch.empty(len(data.states), len(present))
+        for fold in parts:
+            held = folds == fold
+            logits[held] = data.states[held] @ solve(data.part(~held)).T
+        scale = calibrated_scale(
+            rows, data.states[judged], logits[judged], data.targets[judged], data.weights[judged]
+        )  # fmt: skip
+        hits = (logits[judged].argmax(dim=1) == right[judged]).float()
+        held_out = float((hits * data.weights[judged]).sum() / data.weights[judged].sum())
+    else:
+        scale, held_out = fit_scale(rows, data.states[judged], request.mixture.experts_per_token), None
+    return LayerRows(finish_rows(rows * scale, data.states[judged], inputs, request), held_out)
+
+
+def _label(
+    inputs: RouterInputs, request: RouterRequest, present: list[int]
+) -> tuple[Labelled, torch.Tensor, torch.Tensor]:
+    """Tokens of present experts; of each its expert's place among them (-1 in negative text), and its fold.
+
+    A token of an expert's negative text should go to any other. Such text weighs, in all, what one expert's positive
+    text does.
+    """
+    chosen = torch.isin(inputs.expert, torch.tensor(present))
+    place = torch.full((len(request.mixture.expert_widths),), -1)
+    place[present] = torch.arange(len(present))
+    expert, positive = place[inputs.expert[chosen]], inputs.positive[chosen]
+    own = torch.nn.functional.one_hot(expert, len(present)).float()
+    targets = torch.where(positive[:, None], own, (1 - own) / max(len(present) - 1, 1))
+    weights = torch.zeros(len(expert))
+    for index in range(len(present)):
+        for sign, share in ((True, 1.0), (False, 1 / len(present))):
+            mine = (expert == index) & (positive == sign)
+            weights[mine] = share / mine.sum()
+    weights *= len(weights) / weights.sum()
+    tokens = len(expert) / len(present)
+    hidden = inputs.states.shape[1]
+    data = Labelled(inputs.states[chosen], targets, weights, request.settings.lambda_ or _LAMBDA * hidden / tokens)
+    folds = _fold(expert, inputs.document[chosen], _FOLDS_OF_FEW if len(expert) < hidden else _FOLDS_OF_MANY, positive)
+    return data, torch.where(positive, expert, -1), folds
+
+
+def _fold(expert: torch.Tensor, document: torch.Tensor, count: int, positive: torch.Tensor) -> torch.Tensor:
+    """(token,) the part of the documents that each token's is in; every expert has positive ones in every part."""
+    folds = torch.zeros(len(expert), dtype=torch.long)
+    for index in set(expert.tolist()):
+        own = expert == index
+        count = min(count, len(set(document[own & positive].tolist())))
+    for index in set(expert.tolist()):
+        for sign in (True, False):
+            own = (expert == index) & (positive == sign)
+            order = {number: place for place, number in enumerate(sorted(set(document[own].tolist())))}
+            folds[own] = torch.tensor([order[number] % count for number in document[own].tolist()], dtype=torch.long)
+    return folds

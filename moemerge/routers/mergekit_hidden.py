@@ -1,0 +1,25 @@
+"""What mergekit-moe computes for its `hidden`: for comparison, and to make a model again that it made.
+
+The residual stream that enters the layer, which the router never sees, at each prompt's last token; unit rows, neither
+centred nor scaled. https://github.com/arcee-ai/mergekit/blob/main/mergekit/moe/router.py
+"""
+
+import torch
+
+from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
+
+
+def mergekit_hidden_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+    """A layer's rows `u(mean over positive prompts - mean over negative ones)`; zeros for experts that are absent."""
+    assert inputs.entering is not None  # noqa: S101  asked for by the request
+    rows = torch.zeros(len(request.mixture.expert_widths), inputs.entering.shape[1])
+    for expert in request.present(inputs.layer):
+        signs = {
+            sign: [i for i, p in enumerate(inputs.prompts) if p.expert == expert and p.positive == sign]
+            for sign in (True, False)
+        }
+        row = inputs.entering[signs[True]].mean(dim=0)
+        if signs[False]:
+            row = row - inputs.entering[signs[False]].mean(dim=0)
+        rows[expert] = torch.nn.functional.normalize(row, dim=0)
+    return LayerRows(rows)

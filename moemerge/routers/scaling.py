@@ -1,0 +1,76 @@
+"""How sharply a router should choose, and what else is done to rows however they were found."""
+
+import torch
+
+from moemerge.routers.request import RouterInputs, RouterRequest
+from moemerge.routers.scoring import fit_scale, lowering
+
+# On text that tells experts apart without fault, no scale would be sharp enough; and a router that is certain of
+# everything is certain of what it has never seen.
+_SHARPEST = 0.99
+_LOW, _HIGH = 1e-4, 1e4
+_BISECTIONS = 50
+_BALANCINGS = 200
+_RIDGE = 1e-3
+
+
+def calibrated_scale(
+    rows: torch.Tensor, states: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> float:
+    """The factor on rows with which logits of held-out tokens have the smallest cross-entropy to their targets.
+
+    It is convex in the factor, so that the sign of its slope finds the place.
+
+    Args:
+        rows: (expert, hidden).
+        states: (token, hidden), by which the sharpest scale is known.
+        logits: (token, expert) of rows that were made without the token's document.
+        targets: (token, expert), summing to 1.
+        weights: (token,).
+    """
+    low, high = _LOW, _HIGH
+    wanted = (targets * logits).sum(dim=1)
+    for _ in range(_BISECTIONS):
+        middle = (low * high) ** 0.5
+        slope = (weights * (((logits * middle).softmax(dim=1) * logits).sum(dim=1) - wanted)).sum()
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return min(low, fit_scale(rows, states, 2, _SHARPEST))
+
+
+def finish_rows(rows: torch.Tensor, states: torch.Tensor, inputs: RouterInputs, request: RouterRequest) -> torch.Tensor:
+    """Rows (expert, hidden) as they are stored, from scaled rows of the experts that are there, centred.
+
+    Args:
+        rows: (present expert, hidden).
+        states: (token, hidden) that the rows are meant for.
+        inputs: the layer's.
+        request: the pass's.
+    """
+    present = request.present(inputs.layer)
+    rows = rows * request.settings.scale
+    if request.settings.load_prior:
+        rows = _with_prior(rows, inputs.states[inputs.unsorted] if inputs.unsorted.any() else states, request, present)
+    rows = rows - rows.mean(dim=0)
+    if request.scoring == "sigmoid":
+        rows = rows - lowering(states)
+    placed = torch.zeros(len(request.mixture.expert_widths), rows.shape[1])
+    placed[present] = rows
+    return placed
+
+
+def _with_prior(rows: torch.Tensor, states: torch.Tensor, request: RouterRequest, present: list[int]) -> torch.Tensor:
+    """Rows with which experts take their shares of the states: a bias for each, by way of a constant direction.
+
+    A router has no bias, but router inputs have a direction `c` with `c.z` of about 1, which ridge regression of the
+    number 1 finds.
+    """
+    wanted = torch.tensor([request.settings.load_prior[expert] for expert in present])  # type: ignore[index]
+    wanted /= wanted.sum()
+    logits = states @ rows.T
+    bias = torch.zeros(len(present))
+    for _ in range(_BALANCINGS):
+        bias += wanted.log() - (logits + bias).softmax(dim=1).mean(dim=0).log()
+    gram = (states.T @ states).double()
+    gram.diagonal().add_(_RIDGE * float(gram.trace()) / len(gram))
+    constant = torch.cholesky_solve(states.sum(dim=0).double()[:, None], torch.linalg.cholesky(gram))[:, 0].float()
+    return rows + bias[:, None] * constant

@@ -1,0 +1,84 @@
+"""Documents in files that a config or a command names: what routers are fitted to, and models evaluated on.
+
+A `.txt` file is one document, or several with a line `<|document|>` between them. A `.jsonl` file has one document a
+line, a string or an object with the key `text`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from glob import glob
+from pathlib import Path
+from typing import Final
+
+from moemerge.errors import RefusedError
+
+_SEPARATOR: Final = re.compile(r"^<\|document\|>\s*$", re.MULTILINE)
+_ENDINGS: Final = (".txt", ".jsonl")
+# More than any calibration needs: a larger file is read so far.
+_FILE_CHARACTERS: Final = 50_000_000
+
+
+def find_files(patterns: Sequence[str], place: str) -> list[Path]:
+    """Files that patterns name: a file, a folder with all that lies below it, or a glob such as `notes/**/*.txt`.
+
+    Args:
+        patterns: relative to the current folder; `~` is the home folder.
+        place: how messages call what holds them, such as `experts[0].positive_texts`.
+
+    Raises:
+        RefusedError: a pattern finds no `.txt` or `.jsonl` file.
+    """
+    found = []
+    for index, pattern in enumerate(patterns):
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            files = [file for ending in _ENDINGS for file in path.rglob(f"*{ending}")]
+        elif path.exists():
+            files = [path]
+        else:
+            files = [Path(name) for name in glob(str(path), recursive=True)]  # noqa: PTH207  patterns may be absolute
+        files = sorted(file for file in files if file.suffix in _ENDINGS and file.is_file())
+        if not files:
+            raise RefusedError(
+                f"{place}[{index}]: {pattern!r} leads to no .txt or .jsonl file. Paths count from the current folder."
+            )
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def read_documents(files: Sequence[Path]) -> list[str]:
+    """Every document of the files that is not blank, in their order.
+
+    Raises:
+        RefusedError: a file cannot be read or is not what its ending says.
+    """
+    return [text for file in files for text in _documents(file) if text.strip()]
+
+
+def _documents(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8") as opened:
+            if file.suffix == ".txt":
+                yield from (part.strip("\n") for part in _SEPARATOR.split(opened.read(_FILE_CHARACTERS)))
+                return
+            read = 0
+            for number, line in enumerate(opened, 1):
+                if line.strip():
+                    yield _text(line, f"{file}, line {number}")
+                read += len(line)
+                if read > _FILE_CHARACTERS:
+                    return
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusedError(f"{file}: cannot be read as text in UTF-8: {error}.") from error
+
+
+def _text(line: str, place: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise RefusedError(f"{place}: is not JSON: {error}.") from error
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise RefusedError(f"{place}: expected a text, or an object with a text under the key 'text'.")
+    return text
