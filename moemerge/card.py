@@ -5,14 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moemerge.config import Expert
+from moemerge.errors import RefusedError
 from moemerge.plan import MergePlan
 from moemerge.sources import Reference
 
 if TYPE_CHECKING:
+    from moemerge.evaluation.figures import Evaluation
     from moemerge.routers.report import RoutingReport
 
 _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
 _SAMPLE_LENGTH: Final = 60
+_CONFIGURATION: Final = "## Configuration"
+_EVALUATION_START: Final = "<!-- evaluation -->"
+_EVALUATION_END: Final = "<!-- /evaluation -->"
 _USAGE: Final = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,9 +67,72 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
         "\n".join(f"> **Note:** {note}." for note in plan.family_notes),
         "## Use\n\n" + _USAGE.format(name=name),
         "## Routing\n\n" + _routing(report),
-        f"## Configuration\n\n{fence}yaml\n{config.text.rstrip()}\n{fence}",
+        f"{_CONFIGURATION}\n\n{fence}yaml\n{config.text.rstrip()}\n{fence}",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def update_evaluation(folder: Path, found: "Evaluation") -> None:
+    """Put what an evaluation found into a folder's model card, in place of an older one.
+
+    Raises:
+        RefusedError: there is no model card.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        raise RefusedError(f"{path}: there is no model card to update.")
+    text = path.read_text(encoding="utf-8")
+    section = f"{_EVALUATION_START}\n{_evaluation(found)}\n{_EVALUATION_END}"
+    before, start, rest = text.partition(_EVALUATION_START)
+    _, end, after = rest.partition(_EVALUATION_END)
+    if start and end:
+        text = before + section + after
+    elif _CONFIGURATION in text:
+        before, heading, after = text.rpartition(_CONFIGURATION)
+        text = f"{before}{section}\n\n{heading}{after}"
+    else:
+        text = f"{text.rstrip()}\n\n{section}\n"
+    replacement = path.with_name("README.md.new")
+    replacement.write_text(text, encoding="utf-8")
+    replacement.replace(path)
+
+
+def _evaluation(found: "Evaluation") -> str:
+    names = [domain.name for domain in found.domains]
+    lines = [
+        "## Evaluation",
+        "",
+        "Loss in nats per token on held-out text ("
+        + ", ".join(
+            f"{domain.name}: {domain.tokens} tokens of {domain.documents} documents" for domain in found.domains
+        )
+        + "), with 95 % intervals over documents.",
+        "",
+        f"| model | {' | '.join(names)} | mean |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for model, losses in found.losses.items():
+        cells = [
+            f"{losses[name].value:.3f} ({losses[name].low:.3f} to {losses[name].high:.3f})" if name in losses else ""
+            for name in names
+        ]
+        mean = f"{found.mean_losses[model]:.3f}" if model in found.mean_losses else ""
+        lines.append(f"| {model} | {' | '.join(cells)} | {mean} |")
+    if found.recovered_mean:
+        mean_share = found.recovered_mean
+        lines += [
+            "",
+            f"Of what choosing the right expert gains over mixing all alike, the router recovers {mean_share.value:.2f} "
+            f"({mean_share.low:.2f} to {mean_share.high:.2f}).",
+        ]
+    heads = " | ".join(f"to {name}" for name in found.experts)
+    lines += ["", f"| tokens of | right expert first | {heads} | first choice's weight |",
+              "|---" * (len(found.experts) + 3) + "|"]  # fmt: skip
+    for name, routing in found.routing.items():
+        right = "" if routing.accuracy is None else f"{routing.accuracy:.1%}"
+        loads = " | ".join(f"{share:.1%}" for share in routing.load)
+        lines.append(f"| {name} | {right} | {loads} | {routing.top_weight:.2f} |")
+    return "\n".join([*lines, *(f"\n> **Note:** {note}." for note in found.notes)])
 
 
 def _millions(parameters: int) -> str:

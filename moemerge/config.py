@@ -17,6 +17,8 @@ from moemerge.dtypes import SHORT, DType
 from moemerge.errors import ConfigError
 from moemerge.layer_choice import LayerChoice, read_layers
 
+CONFIG_COPY: Final = "moemerge_config.yaml"
+"""What a merged model's folder calls the config that it was made from."""
 RouterWay = Literal[
     "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
     "uniform_random",

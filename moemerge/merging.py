@@ -8,13 +8,14 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 from moemerge.card import write_card
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.staging import check_space, journal_of, staged
 from moemerge.checkpoint.writer import ShardWriter
+from moemerge.config import CONFIG_COPY
 from moemerge.dtypes import STORED
 from moemerge.plan import Computed, MergePlan
 from moemerge.routers import check_base_bits, init_routers
@@ -22,7 +23,6 @@ from moemerge.routers import check_base_bits, init_routers
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
 
-CONFIG_COPY: Final = "moemerge_config.yaml"
 Stage = Literal["routers", "weights"]
 Progress = Callable[[Stage, int, int], None]
 """Called with the stage, what is done and all there is: layers for routers, bytes for weights.

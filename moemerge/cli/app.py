@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from moemerge.cli.console import print_json, return_freed_memory, speaking, stdout, stoppable
+from moemerge.cli.evaluation import evaluate
 from moemerge.errors import BusyError, RefusedError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ Other commands, each with its own --help:
   moemerge inspect MODEL  what a checkpoint is, and whether its files agree
 
   moemerge verify OUT     whether a merged checkpoint holds what its config says
+
+  moemerge eval OUT       how good a merged model is, beside its parts and baselines
 
   moemerge families       which dense models become which mixture
 
@@ -240,7 +243,7 @@ def _families(
 
 
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
-    "plan": _plan, "inspect": _inspect, "verify": _verify, "families": _families,
+    "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "families": _families,
 }  # fmt: skip
 
 

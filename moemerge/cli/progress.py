@@ -1,7 +1,7 @@
 """Progress for people who wait: bars with bytes and rates on a terminal, a line for every tenth elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -26,6 +26,25 @@ def show_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
             yield _Bars(bars).report
     else:
         yield _Lines(console).report
+
+
+@contextmanager
+def show_layers(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Give the callback for what runs models one after the other, layer by layer."""
+    if quiet:
+        yield lambda _name, _done, _total: None
+    elif console.is_terminal:
+        with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def report(name: str, done: int, total: int) -> None:
+                if name not in tasks or (done == 1 and bars.tasks[tasks[name]].finished):
+                    tasks[name] = bars.add_task(name, total=total)
+                bars.update(tasks[name], completed=done)
+
+            yield report
+    else:
+        yield lambda name, done, total: console.print(f"{name}: {total} layers") if done == total else None
 
 
 class _Said:

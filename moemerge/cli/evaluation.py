@@ -1,0 +1,108 @@
+"""`moemerge eval` and what it prints: losses beside baselines, and what the routers do."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moemerge.cli.console import print_json, speaking, stdout, stoppable
+from moemerge.errors import RefusedError
+
+if TYPE_CHECKING:
+    from moemerge.evaluation import Evaluation
+
+
+def evaluate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=PATH", show_default=False,
+            help="Text to judge by: a file, folder or pattern of .txt or .jsonl. NAME is an expert's, or any other.",
+        ),
+    ],
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Run the weight average, the uniform mixture and the label oracle too.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512,
+    device: Annotated[str, typer.Option(help="Runs the models: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    update_card: Annotated[bool, typer.Option("--update-card", help="Write the result into the model card.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")] = False,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more: loads by layer.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:  # fmt: skip
+    """Compare a merged model's loss on held-out text with its base's, its experts', and with --baselines honest ones."""
+    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+        from dataclasses import asdict
+
+        from moemerge.card import update_evaluation
+        from moemerge.cli.progress import show_layers
+        from moemerge.evaluation import evaluate as run
+
+        with show_layers(console, quiet=quiet) as progress:
+            found = run(
+                out, _by_name(data), baselines=baselines, tokens=max_tokens, window=window, device=device,
+                progress=stoppable(progress), announce=console.print,
+            )  # fmt: skip
+        if update_card:
+            update_evaluation(out, found)
+        if json:
+            print_json(asdict(found))
+        else:
+            print_evaluation(stdout(), found, by_layer=verbose > 0)
+        for note in found.notes:
+            console.print(f"note: {note}", style="yellow")
+
+
+def _by_name(data: list[str]) -> dict[str, list[str]]:
+    named: dict[str, list[str]] = {}
+    for given in data:
+        name, equals, path = given.partition("=")
+        if not (name and equals and path):
+            raise RefusedError(f"--data: expected NAME=PATH, such as code=code.txt, found {given!r}.")
+        named.setdefault(name, []).append(path)
+    return named
+
+
+def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool) -> None:
+    """Losses by model and domain, what choosing experts recovers, and the routers' choices."""
+    console.print("Loss in nats per token (perplexity), lower is better:")
+    table = Table("", *(domain.name for domain in found.domains), "mean", box=None, header_style="")
+    for model, losses in found.losses.items():
+        cells = [_loss(losses[d.name].value) if d.name in losses else "-" for d in found.domains]
+        table.add_row(model, *cells, _loss(found.mean_losses[model]) if model in found.mean_losses else "-")
+    console.print(table)
+    console.print("tokens: " + ", ".join(f"{d.name} {d.tokens} of {d.documents} documents" for d in found.domains))
+    if found.recovered_mean:
+        mean = found.recovered_mean
+        parts = [f"{name} {part.value:.2f}" for name, part in found.recovered.items()]
+        console.print(
+            "Recovered of what choosing the right expert gains over mixing all alike: "
+            f"{mean.value:.2f} (95 % interval {mean.low:.2f} to {mean.high:.2f}); {', '.join(parts)}"
+        )
+    console.print("Routing, averaged over layers:")
+    table = Table(
+        "", "right first", f"right in {found.experts_per_token}", *(f"to {name}" for name in found.experts),
+        "entropy", "first's weight", box=None, header_style="",
+    )  # fmt: skip
+    for name, routing in found.routing.items():
+        right = ["-" if share is None else f"{share:.1%}" for share in (routing.accuracy, routing.hit_rate)]
+        loads = [f"{share:.1%}" for share in routing.load]
+        table.add_row(name, *right, *loads, f"{routing.entropy:.2f}", f"{routing.top_weight:.2f}")
+    console.print(table)
+    if by_layer:
+        for name, routing in found.routing.items():
+            console.print(f"Load by layer, {name}:")
+            table = Table("layer", *found.experts, box=None, header_style="")
+            for layer, loads_of in zip(found.layers, routing.load_by_layer, strict=True):
+                table.add_row(str(layer), *(f"{share:.0%}" for share in loads_of))
+            console.print(table)
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f} ({math.exp(value):.2f})"

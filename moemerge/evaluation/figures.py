@@ -1,0 +1,142 @@
+"""What an evaluation found, and how sure it is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+_RESAMPLINGS: Final = 1000
+_INTERVAL: Final = (2.5, 97.5)
+# Below this, in nats per token, choosing experts cannot be told from mixing them all.
+_NO_GAIN: Final = 0.005
+MERGED: Final = "merged"
+UNIFORM: Final = "uniform mixture"
+ORACLE: Final = "label oracle"
+SOUP: Final = "weight average"
+BASE: Final = "base"
+
+Sums = NDArray[np.float64]
+"""(document, 2): loss in nats summed over tokens, and tokens."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One `--data NAME=PATH`."""
+
+    name: str
+    expert: int | None
+    """The expert of this name."""
+    documents: int
+    tokens: int
+    """That a loss was computed for."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % bootstrap interval over documents."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the merged model's routers do with one domain's tokens, averaged over layers."""
+
+    accuracy: float | None
+    """Share of tokens whose first choice is the domain's expert."""
+    hit_rate: float | None
+    """Share of tokens that have it among their choices."""
+    load: tuple[float, ...]
+    """By expert: share of tokens that have it among their choices."""
+    load_by_layer: tuple[tuple[float, ...], ...]
+    """By layer with a router and by expert: the same."""
+    entropy: float
+    """Of the weights before the choice, as a share of what equal ones have."""
+    top_weight: float
+    """Mean weight of the first choice."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A merged model beside the models that it is made of."""
+
+    model: str
+    experts: tuple[str, ...]
+    experts_per_token: int
+    layers: tuple[int, ...]
+    """Those with a router."""
+    domains: tuple[Domain, ...]
+    losses: Mapping[str, Mapping[str, Estimate]]
+    """By model and domain: nats per token. A model may lack a domain, such as the oracle where there is no expert."""
+    mean_losses: Mapping[str, float]
+    """By model that has all domains: the mean over domains, each weighing alike."""
+    recovered: Mapping[str, Estimate]
+    """By domain: `(uniform - merged) / (uniform - oracle)`, where choosing gains anything."""
+    recovered_mean: Estimate | None
+    """The same of the means over the domains that have an expert."""
+    routing: Mapping[str, Routing]
+    """By domain."""
+    notes: tuple[str, ...]
+    """What was left out and why, and where the merged model is no better than what costs less."""
+
+
+def estimate(sums: Sums) -> Estimate:
+    """Loss per token and its interval."""
+    resampled = _resample(len(sums), 0)
+    drawn = sums[resampled].sum(axis=1)
+    total = sums.sum(axis=0)
+    return _estimate(float(total[0] / total[1]), drawn[:, 0] / drawn[:, 1])
+
+
+def recovered(losses: Mapping[str, Mapping[str, Sums]], domains: Sequence[str]) -> Estimate | None:
+    """`(uniform - merged) / (uniform - oracle)` of losses averaged over domains; None where the oracle gains nothing.
+
+    Documents are drawn anew within each domain, the same ones for every model.
+    """
+    point: dict[str, float] = {}
+    drawn: dict[str, NDArray[np.float64]] = {}
+    for model in (MERGED, UNIFORM, ORACLE):
+        values, samples = [], []
+        for seed, domain in enumerate(domains):
+            sums = losses[model][domain]
+            total = sums.sum(axis=0)
+            again = sums[_resample(len(sums), seed)].sum(axis=1)
+            values.append(float(total[0] / total[1]))
+            samples.append(again[:, 0] / again[:, 1])
+        point[model], drawn[model] = math.fsum(values) / len(values), np.mean(samples, axis=0)
+    gain = point[UNIFORM] - point[ORACLE]
+    if gain < _NO_GAIN:
+        return None
+    gains = np.maximum(drawn[UNIFORM] - drawn[ORACLE], 1e-12)
+    return _estimate((point[UNIFORM] - point[MERGED]) / gain, (drawn[UNIFORM] - drawn[MERGED]) / gains)
+
+
+def no_better(losses: Mapping[str, Mapping[str, Estimate]], domains: Sequence[Domain]) -> list[str]:
+    """Where the merged model loses to a baseline, in words."""
+    found = []
+    for baseline in (SOUP, UNIFORM, BASE):
+        worse = [
+            f"{domain.name} ({losses[MERGED][domain.name].value:.3f} against {losses[baseline][domain.name].value:.3f})"
+            for domain in domains
+            if baseline in losses
+            and domain.name in losses[baseline]
+            and losses[MERGED][domain.name].value >= losses[baseline][domain.name].value
+        ]
+        if worse:
+            found.append(f"the merged model is no better than the {baseline} on {', '.join(worse)}")
+    return found
+
+
+def _estimate(value: float, samples: NDArray[np.float64]) -> Estimate:
+    low, high = np.percentile(samples, _INTERVAL)
+    return Estimate(value, float(low), float(high))
+
+
+def _resample(documents: int, seed: int) -> NDArray[np.int64]:
+    """(resampling, document) which documents are drawn, with replacement."""
+    return np.random.default_rng(seed).integers(documents, size=(_RESAMPLINGS, documents))

@@ -1,0 +1,228 @@
+"""The models of an evaluation run one after the other over the same windows of text."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moemerge.errors import MoemergeError, RouterError
+from moemerge.evaluation.figures import (
+    BASE,
+    MERGED,
+    ORACLE,
+    SOUP,
+    UNIFORM,
+    Domain,
+    Evaluation,
+    Routing,
+    Sums,
+    estimate,
+    no_better,
+    recovered,
+)  # fmt: skip
+from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
+from moemerge.evaluation.running import Choice, run_model
+from moemerge.passes.tokens import Window, by_transformers, cut_windows
+from moemerge.routers.computed import find_device
+
+
+def measure(
+    folder: Path | str, documents: Mapping[str, Sequence[str]], *, baselines: bool, tokens: int, window: int,
+    device: str, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
+) -> Evaluation:  # fmt: skip
+    """See `moemerge.evaluation.evaluate`; `documents` are texts by domain."""
+    found_device = find_device(device)
+    mixture = open_mixture(folder)
+    texts = Texts.cut(mixture, documents, tokens, window)
+    runs = _Runs(texts, found_device, progress)
+    routing = RoutingTally(mixture, texts)
+    runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=routing.add)
+    dense, notes = _dense_models(mixture, announce)
+    for model in dense:
+        runs.run(model.name, model)
+    if baselines:
+        runs.run(UNIFORM, uniform(mixture))
+        experts = dense[1:]
+        if experts:
+            soup = average(SOUP, experts)
+            if isinstance(soup, str):
+                notes.append(soup)
+            else:
+                runs.run(SOUP, soup)
+        _run_oracle(runs, mixture, texts, notes)
+    return _evaluation(folder, mixture, texts, runs.sums, routing, notes)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows of every domain, in one list."""
+
+    domains: tuple[str, ...]
+    expert: tuple[int | None, ...]
+    """Of each domain, the expert that it is called like."""
+    windows: tuple[Window, ...]
+    domain: tuple[int, ...]
+    """Of each window, its domain's place."""
+
+    @classmethod
+    def cut(cls, mixture: MixtureModel, documents: Mapping[str, Sequence[str]], tokens: int, window: int) -> "Texts":
+        """Read each domain's documents by the mixture's tokenizer.
+
+        Raises:
+            RouterError: there is no tokenizer.
+        """
+        try:
+            encode = by_transformers(mixture.folder)
+        except Exception as error:  # each tokenizer class raises in its own way
+            raise RouterError(f"{mixture.folder}: its tokenizer cannot be loaded ({error!r:.200}).") from error
+        context = mixture.runnable.keys.get("max_position_embeddings", window + 1)
+        cut = [
+            cut_windows(texts, encode, tokens=tokens, length=min(window, context - 1)) for texts in documents.values()
+        ]
+        experts = [mixture.experts.index(name) if name in mixture.experts else None for name in documents]
+        return cls(
+            tuple(documents), tuple(experts), tuple(window for part in cut for window in part),
+            tuple(place for place, part in enumerate(cut) for _ in part),
+        )  # fmt: skip
+
+    def of(self, domain: int) -> list[int]:
+        """Windows of a domain."""
+        return [window for window, place in enumerate(self.domain) if place == domain]
+
+    def sums(self, losses: torch.Tensor, windows: Sequence[int]) -> Sums:
+        """Losses (window of `windows`,) by document."""
+        by_document: dict[int, list[float]] = {}
+        for window, loss in zip(windows, losses.tolist(), strict=True):
+            total = by_document.setdefault(self.windows[window].document, [0.0, 0.0])
+            total[0] += loss
+            total[1] += sum(self.windows[window].counted[1:])
+        return np.array([total for total in by_document.values() if total[1]])
+
+
+@dataclass
+class _Runs:
+    """Runs models over the texts and keeps their losses by model and domain."""
+
+    texts: Texts
+    device: torch.device
+    progress: Callable[[str, int, int], None]
+    sums: dict[str, dict[str, Sums]] = field(default_factory=dict)
+
+    def run(
+        self, name: str, model: Runnable, *, domains: Sequence[int] | None = None,
+        mixture: MixtureModel | None = None, chosen: Callable[[Choice], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        domains = range(len(self.texts.domains)) if domains is None else domains
+        places = [window for domain in domains for window in self.texts.of(domain)]
+        losses = run_model(
+            model, [self.texts.windows[window] for window in places], self.device, mixture=mixture, chosen=chosen,
+            progress=lambda done, total: self.progress(name, done, total),
+        )  # fmt: skip
+        of_model = self.sums.setdefault(name, {})
+        for domain in domains:
+            mine = [index for index, window in enumerate(places) if self.texts.domain[window] == domain]
+            of_model[self.texts.domains[domain]] = self.texts.sums(losses[mine], [places[index] for index in mine])
+
+
+def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tuple[list[Runnable], list[str]]:
+    """The base and every expert, as far as they are still there; a base that cannot be had leaves out all."""
+    if mixture.config is None:
+        return [], [f"{mixture.folder} does not say what it was merged from: base and experts are left out"]
+    named = [(mixture.config.base_model, BASE)]
+    named += [(e.source_model, f"expert {n}") for e, n in zip(mixture.config.experts, mixture.experts, strict=True)]
+    try:
+        return [open_dense(reference, name, announce) for reference, name in named], []
+    except MoemergeError as error:
+        return [], [f"base and experts are left out: {error}"]
+
+
+def _run_oracle(runs: _Runs, mixture: MixtureModel, texts: Texts, notes: list[str]) -> None:
+    """Each domain that has an expert, all its tokens through that expert."""
+    for domain, expert in enumerate(texts.expert):
+        if expert is None:
+            notes.append(f"{texts.domains[domain]} is no expert's name, so there is no oracle for it")
+        elif any(expert in mixture.absent(layer) for layer in mixture.moe_layers):
+            notes.append(f"{mixture.experts[expert]} is absent from some layers, so there is no oracle for it")
+        else:
+            runs.run(ORACLE, forced(mixture, expert), domains=[domain])
+
+
+class RoutingTally:
+    """Counts what routers choose, by domain."""
+
+    def __init__(self, mixture: MixtureModel, texts: Texts) -> None:
+        self._mixture, self._texts = mixture, texts
+        self._layers = {layer: place for place, layer in enumerate(mixture.moe_layers)}
+        shape = (len(texts.domains), len(self._layers), len(mixture.experts))
+        self._chosen, self._first = torch.zeros(shape), torch.zeros(shape)
+        self._tokens, self._entropy, self._weight = (
+            torch.zeros(shape[:2]),
+            torch.zeros(shape[:2]),
+            torch.zeros(shape[:2]),
+        )
+
+    def add(self, choice: Choice) -> None:
+        """One layer's choices for one window."""
+        counted = torch.tensor(self._texts.windows[choice.window].counted)
+        place = self._texts.domain[choice.window], self._layers[choice.layer]
+        experts, logits = choice.experts[counted], choice.logits[counted]
+        count = len(self._mixture.experts)
+        self._chosen[place] += torch.bincount(experts.flatten(), minlength=count)
+        self._first[place] += torch.bincount(experts[:, 0], minlength=count)
+        self._tokens[place] += len(experts)
+        self._weight[place] += choice.weights[counted, 0].sum()
+        scores = logits.softmax(dim=1) if self._mixture.family.scoring == "softmax" else logits.sigmoid()
+        shares = scores / scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        self._entropy[place] -= torch.special.xlogy(shares, shares).sum() / math.log(count)
+
+    def of(self, domain: int) -> Routing:
+        """What was counted."""
+        tokens = self._tokens[domain][:, None]
+        load, first = self._chosen[domain] / tokens, self._first[domain] / tokens
+        expert = self._texts.expert[domain]
+        return Routing(
+            accuracy=None if expert is None else float(first[:, expert].mean()),
+            hit_rate=None if expert is None else float(load[:, expert].mean()),
+            load=tuple(load.mean(dim=0).tolist()),
+            load_by_layer=tuple(tuple(row) for row in load.tolist()),
+            entropy=float((self._entropy[domain][:, None] / tokens).mean()),
+            top_weight=float((self._weight[domain][:, None] / tokens).mean()),
+        )
+
+
+def _evaluation(  # noqa: PLR0917
+    folder: Path | str, mixture: MixtureModel, texts: Texts, sums: Mapping[str, Mapping[str, Sums]],
+    routing: RoutingTally, notes: list[str],
+) -> Evaluation:  # fmt: skip
+    domains = tuple(
+        Domain(name, texts.expert[place], len(sums[MERGED][name]), int(sums[MERGED][name][:, 1].sum()))
+        for place, name in enumerate(texts.domains)
+    )
+    losses = {model: {name: estimate(found) for name, found in of.items()} for model, of in sums.items()}
+    judged = [domain.name for domain in domains if domain.name in sums.get(ORACLE, {})]
+    by_domain = {name: found for name in judged if (found := recovered(sums, [name]))}
+    notes += [
+        f"choosing experts gains nothing on {name}: the oracle is no better than the uniform mixture"
+        for name in judged
+        if name not in by_domain
+    ]
+    return Evaluation(
+        model=str(folder),
+        experts=mixture.experts,
+        experts_per_token=mixture.experts_per_token,
+        layers=tuple(mixture.moe_layers),
+        domains=domains,
+        losses=losses,
+        mean_losses={
+            model: math.fsum(found.value for found in of.values()) / len(of)
+            for model, of in losses.items()
+            if len(of) == len(domains)
+        },
+        recovered=by_domain,
+        recovered_mean=recovered(sums, judged) if judged else None,
+        routing={name: routing.of(place) for place, name in enumerate(texts.domains)},
+        notes=(*notes, *no_better(losses, domains)),
+    )

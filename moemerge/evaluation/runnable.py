@@ -1,0 +1,219 @@
+"""What can be run: a stored model, or one that is made of stored ones while it runs, never written to the disk."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.config import CONFIG_COPY, MergeConfig, load_config
+from moemerge.errors import IncompatibleError, MoemergeError, SourceError
+from moemerge.formats import MOE_FAMILIES, MoeFamily
+from moemerge.formats.dense import read_dense
+from moemerge.formats.family import SWITCHED_OFF
+from moemerge.passes.weights import read_into
+from moemerge.routers.report import expert_names
+from moemerge.sources import ModelFolder, open_model, read_tensor_table
+
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A causal language model as a class of transformers, its settings and its tensors."""
+
+    name: str
+    model_type: str
+    keys: Mapping[str, Any]
+    """What the class is told."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of every tensor, by its name in the checkpoint."""
+    read: Callable[[str], torch.Tensor]
+    """From a name to its values, float32 on the CPU."""
+    embeddings: Callable[[list[int]], torch.Tensor]
+    """Rows (token, hidden) of the token embeddings."""
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.keys["num_hidden_layers"])
+
+    def names(self, layer: int | None) -> list[str]:
+        """Tensors of a layer; None for those outside of all layers."""
+        found = {name: _LAYER.match(name) for name in self.shapes}
+        return [name for name, match in found.items() if (int(match[1]) if match else None) == layer]
+
+    @property
+    def norm(self) -> str:
+        """Path within the decoder of the norm after the layers."""
+        return next(
+            match[1] for name in self.names(None) if (match := re.fullmatch(r"model\.(\w*norm\w*)\.weight", name))
+        )
+
+
+@dataclass(frozen=True)
+class MixtureModel:
+    """A merged model in a folder."""
+
+    folder: Path
+    family: MoeFamily
+    runnable: Runnable
+    experts: tuple[str, ...]
+    """Names for people."""
+    experts_per_token: int
+    config: MergeConfig | None
+    """What it was merged from, if its folder says so."""
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Layers that have a router."""
+        return [layer for layer in range(self.runnable.layers) if self.router(layer) in self.runnable.shapes]
+
+    def router(self, layer: int) -> str:
+        """Name of a layer's router tensor, of shape (expert, hidden)."""
+        return f"model.layers.{layer}.{self.family.router}"
+
+    def absent(self, layer: int) -> list[int]:
+        """Experts that a layer's selection bias switches off."""
+        if not self.family.selection_bias:
+            return []
+        bias = self.runnable.read(f"model.layers.{layer}.{self.family.selection_bias}").flatten()
+        return (bias < SWITCHED_OFF / 2).nonzero()[:, 0].tolist()
+
+    def with_rows(self, name: str, rows: Callable[[int], torch.Tensor]) -> "MixtureModel":
+        """The same model with other router rows: from a layer to (expert, hidden)."""
+        routers = {self.router(layer): layer for layer in self.moe_layers}
+        given = self.runnable.read
+
+        def read(tensor: str) -> torch.Tensor:
+            return rows(routers[tensor]) if tensor in routers else given(tensor)
+
+        return replace(self, runnable=replace(self.runnable, name=name, read=read))
+
+
+def open_mixture(folder: Path | str) -> MixtureModel:
+    """The merged model in a folder.
+
+    Raises:
+        SourceError: there is no such folder or no model in it.
+        IncompatibleError: it is no mixture of a family that moemerge writes.
+        CheckpointError: its files are damaged.
+    """
+    if not Path(folder).is_dir():
+        raise SourceError(f"{folder}: there is no such folder. Name the folder that holds the merged model.")
+    model = open_model(str(Path(folder).resolve()), lambda _: None)
+    family = MOE_FAMILIES.get(str(model.config.get("model_type")))
+    if family is None:
+        raise IncompatibleError(
+            f"{folder}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge writes: "
+            f"{', '.join(MOE_FAMILIES)}.",
+            [],
+        )
+    tensors = read_tensor_table(model, lambda _: None)
+    # Nothing that could name code.
+    known = {*family.named, *family.fixed, *family.carried}
+    keys = {key: value for key, value in model.config.items() if key in known}
+    runnable = _stored(str(folder), family.model_type, keys, tensors, "model.embed_tokens.weight")
+    router = next((name for name in tensors if name.endswith(f".{family.router}")), None)
+    if router is None:
+        raise IncompatibleError(f"{folder}: has no router: no tensor is called *.{family.router}.", [])
+    try:
+        config = load_config(Path(folder) / CONFIG_COPY, allow_identical_experts=True)
+    except MoemergeError:  # made by another tool, or edited
+        config = None
+    count = tensors[router].shape[0]
+    names = expert_names([expert.source_model for expert in config.experts]) if config else ()
+    per_token = model.config[per_token_key(family)]
+    return MixtureModel(
+        Path(folder), family, runnable, names if len(names) == count else tuple(map(str, range(count))),
+        per_token if isinstance(per_token, int) else max(per_token), config,
+    )  # fmt: skip
+
+
+def per_token_key(family: MoeFamily) -> str:
+    """The key of `config.json` that says how many experts a token goes to."""
+    return next(key for key, name in family.named.items() if name.endswith("experts_per_token"))
+
+
+def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Runnable:
+    """A dense model, as a config names it.
+
+    Raises:
+        SourceError: the reference leads nowhere.
+        IncompatibleError: it is of no dense family.
+        CheckpointError: its files are damaged.
+    """
+    folder: ModelFolder = open_model(reference, announce)
+    dense = read_dense(folder.config)
+    if isinstance(dense, str):
+        raise IncompatibleError(f"{reference}: {dense}", [])
+    tensors = read_tensor_table(folder, announce)
+    return _stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)
+
+
+def _stored(
+    name: str, model_type: str, keys: Mapping[str, Any], tensors: Mapping[str, StoredTensor], embeddings: str
+) -> Runnable:
+    def read(tensor: str) -> torch.Tensor:
+        values = torch.empty(tensors[tensor].shape)
+        if values.numel():
+            read_into(tensors[tensor], values)
+        return values
+
+    def rows(ids: list[int]) -> torch.Tensor:
+        from moemerge.checkpoint.stored import read_rows
+
+        return torch.from_numpy(read_rows(tensors[embeddings], ids))
+
+    return Runnable(name, model_type, keys, {key: tensor.shape for key, tensor in tensors.items()}, read, rows)
+
+
+def average(name: str, models: Sequence[Runnable]) -> Runnable | str:
+    """The weight average of models of one shape; a text says why there is none."""
+    first = models[0]
+    for model in models[1:]:
+        if model.model_type != first.model_type or model.shapes != first.shapes:
+            return f"{model.name} and {first.name} differ in their tensors, so their weights have no average"
+
+    def read(tensor: str) -> torch.Tensor:
+        total = first.read(tensor)
+        for model in models[1:]:
+            total += model.read(tensor)
+        return total / len(models)
+
+    def rows(ids: list[int]) -> torch.Tensor:
+        return torch.stack([model.embeddings(ids) for model in models]).mean(dim=0)
+
+    return replace(first, name=name, read=read, embeddings=rows)
+
+
+def uniform(model: MixtureModel) -> Runnable:
+    """The mixture of all experts with equal weights: a router of zeros that chooses them all."""
+    key, count = per_token_key(model.family), len(model.experts)
+    asked = model.runnable.keys[key]
+    keys = {**model.runnable.keys, key: count if isinstance(asked, int) else [count] * len(asked)}
+    silent = model.with_rows("uniform mixture", lambda layer: torch.zeros(model.runnable.shapes[model.router(layer)]))
+    return replace(silent.runnable, keys=keys)
+
+
+def forced(model: MixtureModel, expert: int) -> Runnable:
+    """The mixture in which every token goes to one expert: all experts are that one."""
+    prefix = r"model\.layers\.\d+\."
+    separate = [name.split("{expert}") for name in model.family.experts if "{expert}" in name]
+    numbered = [re.compile(f"({prefix}{re.escape(before)})\\d+({re.escape(after)})") for before, after in separate]
+    stacked = [re.compile(prefix + re.escape(name)) for name in model.family.experts if "{expert}" not in name]
+    given = model.runnable.read
+
+    def read(tensor: str) -> torch.Tensor:
+        for pattern in numbered:
+            if match := pattern.fullmatch(tensor):
+                return given(f"{match[1]}{expert}{match[2]}")
+        values = given(tensor)
+        if any(pattern.fullmatch(tensor) for pattern in stacked):
+            values = values[expert].expand_as(values).contiguous()
+        return values
+
+    return replace(model.runnable, name=f"all to {model.experts[expert]}", read=read)

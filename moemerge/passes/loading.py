@@ -1,0 +1,63 @@
+"""Tensors as a checkpoint names them, placed in a model of transformers whatever it calls them in memory."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from moemerge.errors import CheckpointError
+
+
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Give some of a model's parameters and buffers their values; the others stay as they are.
+
+    transformers 5 stacks experts in memory; its own conversion of a whole checkpoint serves for a part of one. Version
+    4 calls the tensors of our families as they are stored.
+
+    Raises:
+        CheckpointError: the model has no place for a tensor.
+    """
+    if find_spec("transformers.core_model_loading") is None:
+        for name, tensor in tensors.items():
+            _place(model, name, tensor.to(device))
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        dtype = next(iter(tensors.values())).dtype
+        told = LoadStateDictConfig(
+            device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)
+        )
+        found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), told)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    wrong = [*found.unexpected_keys, *found.mismatched_keys, *found.conversion_errors]
+    if wrong:
+        raise CheckpointError(
+            f"{type(model).__name__} has no place for {wrong[0]}: the checkpoint is not what it says."
+        )
+
+
+def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
+    path, _, own = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        expected = getattr(module, own)
+    except AttributeError as error:
+        raise CheckpointError(f"{type(model).__name__} has no place for {name}.") from error
+    if expected.shape != tensor.shape:
+        raise CheckpointError(
+            f"{name}: {type(model).__name__} expects the shape {list(expected.shape)}, found {list(tensor.shape)}."
+        )
+    if own in dict(module.named_buffers(recurse=False)):
+        setattr(module, own, tensor)
+    else:
+        setattr(module, own, torch.nn.Parameter(tensor, requires_grad=False))
