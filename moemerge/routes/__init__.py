@@ -1,0 +1,1 @@
+"""Which token goes to which expert in each layer of a mixture."""
