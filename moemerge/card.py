@@ -122,8 +122,8 @@ def _evaluation(found: "Evaluation") -> str:
         mean_share = found.recovered_mean
         lines += [
             "",
-            f"Of what choosing the right expert gains over mixing all alike, the router recovers {mean_share.value:.2f} "
-            f"({mean_share.low:.2f} to {mean_share.high:.2f}).",
+            "Of what choosing the right expert gains over mixing all alike, the router recovers "
+            f"{mean_share.value:.2f} ({mean_share.low:.2f} to {mean_share.high:.2f}).",
         ]
     heads = " | ".join(f"to {name}" for name in found.experts)
     lines += ["", f"| tokens of | right expert first | {heads} | first choice's weight |",

@@ -11,6 +11,7 @@ import typer
 
 from moemerge.cli.console import print_json, return_freed_memory, speaking, stdout, stoppable
 from moemerge.cli.evaluation import evaluate
+from moemerge.cli.routes import show_routes
 from moemerge.errors import BusyError, RefusedError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ Other commands, each with its own --help:
   moemerge verify OUT     whether a merged checkpoint holds what its config says
 
   moemerge eval OUT       how good a merged model is, beside its parts and baselines
+
+  moemerge routes OUT     which expert takes which token of a text
 
   moemerge families       which dense models become which mixture
 
@@ -243,7 +246,8 @@ def _families(
 
 
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
-    "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "families": _families,
+    "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "routes": show_routes,
+    "families": _families,
 }  # fmt: skip
 
 

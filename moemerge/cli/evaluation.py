@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moemerge.evaluation import Evaluation
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0917  typer makes options of arguments
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
     data: Annotated[
         list[str],
@@ -36,7 +36,7 @@ def evaluate(
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more: loads by layer.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:  # fmt: skip
-    """Compare a merged model's loss on held-out text with its base's, its experts', and with --baselines honest ones."""
+    """Compare a merged model's loss on held-out text with those of its base, its experts and simpler mixtures."""
     with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
         from dataclasses import asdict
 
