@@ -1,0 +1,263 @@
+"""Every way of making routers, judged by what its mixture predicts: on any base, experts and texts.
+
+    python benchmarks/routers.py MODELS TEXTS --prompts benchmarks/router_prompts.yaml --markdown
+
+MODELS holds `base` and one folder for each expert, TEXTS `EXPERT.calib.txt`, which routers may be fitted to, and
+`EXPERT.test.txt`, which judges them; a model that is called otherwise is given by --base and --expert NAME=MODEL. The
+mixture is merged once; its routers are replaced in memory. docs/routers.md says what the rows mean.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import yaml
+from table import machine
+from transformers import AutoModelForCausalLM
+
+from moemerge import merge, plan_merge
+from moemerge.config import MergeConfig, parse_config
+from moemerge.evaluation.figures import MERGED, ORACLE, UNIFORM, Sums, estimate, recovered
+from moemerge.evaluation.measuring import RoutingTally, Texts
+from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
+from moemerge.evaluation.running import Choice, run_model
+from moemerge.passes.tokens import Window, by_transformers, cut_windows
+from moemerge.routers import init_routers
+from moemerge.routers.capture import capture_router_inputs
+from moemerge.routers.prompts import EncodedPrompt
+from moemerge.routers.request import RouterRequest
+from moemerge.texts import find_files, read_documents
+
+CPU = torch.device("cpu")
+# Name of the row, gate_mode, and what it is given: prompts, texts, calibration texts.
+ROWS = (
+    ("random", "random", ""),
+    ("cheap_embed, prompts", "cheap_embed", "prompts"),
+    ("mergekit_hidden, prompts", "mergekit_hidden", "prompts"),
+    ("hidden, prompts", "hidden", "prompts"),
+    ("ridge, prompts", "ridge", "prompts"),
+    ("logistic, prompts", "logistic", "prompts"),
+    ("delta, weights alone", "delta", ""),
+    ("delta_bootstrap, unsorted texts", "delta_bootstrap", "unsorted"),
+    ("hidden, texts", "hidden", "texts"),
+    ("ridge, texts", "ridge", "texts"),
+    ("logistic, texts", "logistic", "texts"),
+)
+
+
+@dataclass
+class Bench:
+    base: str
+    experts: dict[str, str]
+    texts: Path
+    prompts: dict[str, list[str]]
+    per_token: int
+    seed: int
+    sums: dict[str, dict[str, Sums]] = field(default_factory=dict)
+
+    def config(self, mode: str, given: str, **router: object) -> MergeConfig:
+        experts = []
+        for name, model in self.experts.items():
+            expert: dict[str, object] = {"source_model": model}
+            if given == "prompts":
+                expert["positive_prompts"] = self.prompts[name]
+            if given == "texts":
+                expert["positive_texts"] = str(self.texts / f"{name}.calib.txt")
+            experts.append(expert)
+        if given == "unsorted":
+            router["calibration_texts"] = [str(self.texts / f"{name}.calib.txt") for name in self.experts]
+        document = {
+            "base_model": self.base, "gate_mode": mode, "experts": experts, "experts_per_token": self.per_token,
+            "dtype": "bfloat16", **({"router": router} if router else {}),
+        }  # fmt: skip
+        return parse_config(json.dumps(document))
+
+    def rows(self, config: MergeConfig, dtype: str = "bfloat16") -> tuple[dict[int, torch.Tensor], float]:
+        """By layer the rows (expert, hidden), as a merge stores them, and the seconds that they took."""
+        plan = plan_merge(config)
+        start = time.perf_counter()
+        routers = init_routers(
+            plan.config, plan.base_folder, plan.base, plan.base_tensors, dtype, experts=plan.experts,
+            mixture=plan.mixture, scoring=plan.family.scoring, shared_gate=False, run_base=False, seed=self.seed,
+            device="cpu", progress=lambda _done, _total: None,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        stored = getattr(torch, dtype)
+        made = {
+            layer: torch.frombuffer(bytearray(data), dtype=stored).float().reshape(len(self.experts), -1)
+            for layer, data in routers.rows.items()
+        }
+        return made, seconds
+
+    def run(self, name: str, model: Runnable, texts: Texts, domains: list[int] | None = None, **options: object) -> None:
+        domains = list(range(len(texts.domains))) if domains is None else domains
+        places = [window for domain in domains for window in texts.of(domain)]
+        losses = run_model(model, [texts.windows[window] for window in places], CPU, **options)  # type: ignore[arg-type]
+        of_model = self.sums.setdefault(name, {})
+        for domain in domains:
+            mine = [index for index, window in enumerate(places) if texts.domain[window] == domain]
+            of_model[texts.domains[domain]] = texts.sums(losses[mine], [places[index] for index in mine])
+
+    def line(self, name: str, texts: Texts, tally: RoutingTally | None, *more: str) -> list[str]:
+        """Cells of one row: losses, their mean, recovered fraction with its interval, accuracy, top-k, first weight."""
+        found = self.sums[name]
+        losses = [estimate(found[domain]).value for domain in texts.domains]
+        share = recovered({**self.sums, MERGED: found}, texts.domains)
+        cells = [name, *(f"{loss:.3f}" for loss in losses), f"{np.mean(losses):.3f}"]
+        cells.append("-" if share is None else f"{share.value:.2f} ({share.low:.2f} to {share.high:.2f})")
+        if tally:
+            routings = [tally.of(place) for place in range(len(texts.domains))]
+            cells += [f"{np.mean([getattr(r, key) for r in routings]):.3f}" for key in ("accuracy", "hit_rate")]
+            cells.append(f"{np.mean([r.top_weight for r in routings]):.2f}")
+        return [*cells, *["-"] * (len(self.experts) + 6 - len(cells)), *more]
+
+
+def table(bench: Bench, mixture: MixtureModel, texts: Texts, test: list[RouterRequest], ways: list[str]) -> Iterator[list[str]]:  # fmt: skip
+    """Baselines, then every way of making routers."""
+    dense = {name: open_dense(model, name, print) for name, model in {"base": bench.base, **bench.experts}.items()}
+    for name, model in dense.items():
+        bench.run(f"{name}, dense", model, texts)
+    bench.run(UNIFORM, uniform(mixture), texts)
+    for place, name in enumerate(bench.experts):
+        bench.run(ORACLE, forced(mixture, place), texts, [place])
+        del name
+    soup = average("weight average", [dense[name] for name in bench.experts])
+    if not isinstance(soup, str):
+        bench.run("weight average", soup, texts)
+    for name in list(bench.sums):
+        yield bench.line(name, texts, None)
+    wanted = [row for row in ROWS if not ways or row[0] in ways]
+    made = {}
+    for name, mode, given in wanted:
+        if given == "prompts" and not bench.prompts:
+            continue
+        config = bench.config(mode, given)
+        rows, seconds = bench.rows(config)
+        made[name] = rows, bench.rows(config, "float32")[0] if name in FLIPPED else rows
+        tally = RoutingTally(mixture, texts)
+        replaced = mixture.with_rows(name, lambda layer, rows=rows: rows[layer])
+        bench.run(name, replaced.runnable, texts, mixture=replaced, chosen=tally.add)
+        yield bench.line(name, texts, tally, f"{seconds:.0f} s")
+    if made.keys() & set(FLIPPED):
+        flips = {name: [] for name in FLIPPED if name in made}
+        for inputs in capture_router_inputs(test[0]):
+            for name, found in flips.items():
+                stored, exact = (rows[inputs.layer] for rows in made[name])
+                rounded = (inputs.states.bfloat16() @ stored.bfloat16().T).argmax(dim=1)
+                found.append(float((rounded != (inputs.states @ exact.T).argmax(dim=1)).float().mean()))
+        for name, found in flips.items():
+            yield [f"bfloat16 flips the first choice: {name}", f"{np.mean(found):.2%}"]
+
+
+FLIPPED = ("mergekit_hidden, prompts", "ridge, prompts", "ridge, texts", "logistic, texts")
+
+
+def forward_ratio(bench: Bench, repeat: int) -> list[str]:
+    """Routers from texts against a plain forward pass of the whole model over the same windows, one after the other."""
+    config = bench.config("ridge", "texts")
+    encode = by_transformers(plan_merge(config).base_folder)
+    windows: list[Window] = []
+    for expert in config.experts:
+        documents = read_documents(find_files(expert.positive_texts, ""))
+        windows += cut_windows(documents, encode, tokens=config.router.tokens_per_expert, length=512, even=True)
+    model = AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
+    ours, plain = [], []
+    for _ in range(repeat):
+        ours.append(bench.rows(config)[1])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for window in windows:
+                model(torch.tensor([window.ids]), use_cache=False)
+        plain.append(time.perf_counter() - start)
+    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
+    tokens = sum(len(window.ids) for window in windows)
+    return [
+        f"ridge, texts: time / plain forward pass, {tokens} tokens",
+        f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {repeat} runs; {median(ours):.0f} s / {median(plain):.0f} s)",
+    ]  # fmt: skip
+
+
+def mergekit_distance(bench: Bench, python: str, folder: Path) -> list[str]:
+    """How far mergekit_hidden's rows are from mergekit-moe's own."""
+    config = bench.config("mergekit_hidden", "prompts")
+    document = {
+        "base_model": bench.base, "experts": [
+            {"source_model": e.source_model, "positive_prompts": e.positive_prompts} for e in config.experts
+        ],
+    }  # fmt: skip
+    (folder / "mergekit.yaml").write_text(yaml.safe_dump(document))
+    program = Path(__file__).with_name("mergekit_gates.py")
+    subprocess.run([python, program, folder / "mergekit.yaml", folder / "gates.pt"], check=True)
+    theirs = torch.load(folder / "gates.pt")
+    rows, _ = bench.rows(config, "float32")
+    distance = [
+        1 - torch.nn.functional.cosine_similarity(rows[layer], theirs[layer], dim=1) for layer in range(len(theirs))
+    ]
+    return ["mergekit_hidden: 1 - cosine to mergekit-moe's own gates, largest", f"{float(torch.stack(distance).max()):.1e}"]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path)
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("--base", help="the base model, if not MODELS/base")
+    parser.add_argument("--expert", action="append", default=[], metavar="NAME=MODEL")
+    parser.add_argument("--prompts", type=Path, help="a YAML file: for each expert a list of prompts")
+    parser.add_argument("--tokens", type=int, default=8192, help="of test text, for each expert")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--per-token", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--way", action="append", default=[], help="a row of the table; all without it")
+    parser.add_argument("--repeat", type=int, default=0, help="timings of router computation")
+    parser.add_argument("--mergekit", help="a Python that has mergekit, to compare mergekit_hidden with")
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args()
+    experts = dict(given.split("=", 1) for given in options.expert) or {
+        path.name: str(path) for path in sorted(options.models.iterdir()) if path.is_dir() and path.name != "base"
+    }
+    prompts = yaml.safe_load(options.prompts.read_text()) if options.prompts else {}
+    bench = Bench(
+        options.base or str(options.models / "base"), experts, options.texts, prompts, options.per_token, options.seed
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plan = plan_merge(bench.config("random", ""))
+        merge(plan, folder / "merged")
+        mixture = open_mixture(folder / "merged")
+        documents = {name: read_documents([options.texts / f"{name}.test.txt"]) for name in experts}
+        texts = Texts.cut(mixture, documents, options.tokens, options.window)
+        prompts_of_test = tuple(EncodedPrompt(0, True, window.ids, window.counted) for window in texts.windows)
+        test = [
+            RouterRequest(
+                plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts_of_test, CPU,
+                plan.config.router,
+            )
+        ]  # fmt: skip
+        print(machine(folder))
+        heads = ["router", *experts, "mean", "recovered", "right first", "right in top k", "first's weight", "time"]
+        show(heads, options)
+        if options.markdown:
+            show(["---"] * len(heads), options)
+        for cells in table(bench, mixture, texts, test, options.way):
+            show(cells, options)
+        if options.repeat:
+            show(forward_ratio(bench, options.repeat), options)
+        if options.mergekit:
+            show(mergekit_distance(bench, options.mergekit, folder), options)
+
+
+def show(cells: list[str], options: argparse.Namespace) -> None:
+    print(f"| {' | '.join(cells)} |" if options.markdown else "  ".join([cells[0].ljust(34), *cells[1:]]), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
