@@ -1,6 +1,6 @@
 """The gates that mergekit-moe itself computes for a config, for comparison; run by the Python that has mergekit.
 
-    python benchmarks/mergekit_gates.py CONFIG GATES.pt
+python benchmarks/mergekit_gates.py CONFIG GATES.pt
 """
 
 import sys

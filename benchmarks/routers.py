@@ -29,7 +29,7 @@ from moemerge.config import MergeConfig, parse_config
 from moemerge.evaluation.figures import MERGED, ORACLE, UNIFORM, Sums, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
-from moemerge.evaluation.running import Choice, run_model
+from moemerge.evaluation.running import run_model
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
 from moemerge.routers import init_routers
 from moemerge.routers.capture import capture_router_inputs
@@ -98,7 +98,9 @@ class Bench:
         }
         return made, seconds
 
-    def run(self, name: str, model: Runnable, texts: Texts, domains: list[int] | None = None, **options: object) -> None:
+    def run(
+        self, name: str, model: Runnable, texts: Texts, domains: list[int] | None = None, **options: object
+    ) -> None:
         domains = list(range(len(texts.domains))) if domains is None else domains
         places = [window for domain in domains for window in texts.of(domain)]
         losses = run_model(model, [texts.windows[window] for window in places], CPU, **options)  # type: ignore[arg-type]

@@ -23,7 +23,10 @@ RouterWay = Literal[
     "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
     "uniform_random",
 ]  # fmt: skip
-GateMode = Literal["auto"] | RouterWay
+GateMode = Literal[
+    "auto", "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
+    "uniform_random",
+]  # fmt: skip
 # Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
 _GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
 # A YAML file of a few lines can hold a value whose whole text would never end.

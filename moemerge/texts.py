@@ -44,7 +44,7 @@ def find_files(patterns: Sequence[str], place: str) -> list[Path]:
                 f"{place}[{index}]: {pattern!r} leads to no .txt or .jsonl file. Paths count from the current folder."
             )
         found += files
-    return list(dict.fromkeys(found))
+    return list({file.resolve(): file for file in found}.values())
 
 
 def read_documents(files: Sequence[Path]) -> list[str]:

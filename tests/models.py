@@ -10,6 +10,9 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from moemerge.routers.prompts import EncodedPrompt
+from moemerge.routers.request import RouterInputs
+
 TEXT = """The quick brown fox jumps over the lazy dog. def main(argv): return [item for item in argv if item]
 Le chat dort sur le tapis et la souris danse. Integrate x squared from zero to one. 0 1 2 3 4 5 6 7 8 9"""
 VOCAB = 160
@@ -57,7 +60,7 @@ def make_model(
 
 
 def write_config(path: Path, base: Path, experts: list[Path], *, prompts: bool = True, **keys: Any) -> Path:
-    """Write a merge config with different prompts for each expert, or with none and random routers."""
+    """Write a merge config: `hidden` with different prompts for each expert, or random routers without any."""
     document = {
         "base_model": str(base),
         "experts": [
@@ -65,7 +68,7 @@ def write_config(path: Path, base: Path, experts: list[Path], *, prompts: bool =
             | ({"positive_prompts": PROMPTS[number % len(PROMPTS)] + [f"item {number}"]} if prompts else {})
             for number, expert in enumerate(experts)
         ],
-        **({} if prompts else {"gate_mode": "random"}),
+        "gate_mode": "hidden" if prompts else "random",
         **keys,
     }
     path.write_text(yaml.safe_dump(document))
@@ -97,6 +100,18 @@ def logits(model: Any, length: int = 24) -> torch.Tensor:
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal to 1e-5 of the largest logit."""
     assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def router_inputs(
+    states: torch.Tensor, experts: list[int], positive: list[bool] | None = None, documents: list[int] | None = None
+) -> RouterInputs:
+    """Router inputs of layer 0, each token a prompt of its own, or of the documents that are named."""
+    signs, numbers = positive or [True] * len(experts), documents or list(range(len(experts)))
+    prompts = tuple(
+        EncodedPrompt(expert, sign, (3,), (True,), number)
+        for expert, sign, number in zip(experts, signs, numbers, strict=True)
+    )
+    return RouterInputs(0, states, torch.arange(len(states)), prompts)
 
 
 def edit_json(path: Path, **keys: Any) -> None:

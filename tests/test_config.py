@@ -3,7 +3,7 @@
 import pytest
 
 from moemerge import load_config
-from moemerge.config import parse_config
+from moemerge.config import MergeConfig, parse_config
 from moemerge.errors import ConfigError
 
 PLAIN = """\
@@ -22,9 +22,9 @@ def problems(text: str, **keys) -> list[str]:
     return list(caught.value.problems)
 
 
-def test_defaults_are_those_of_mergekit_moe():
+def test_defaults():
     config = parse_config(PLAIN)
-    assert (config.gate_mode, config.dtype, config.experts_per_token) == ("hidden", None, 2)
+    assert (config.gate_mode, config.dtype, config.experts_per_token) == ("auto", None, 2)
     assert (config.architecture, config.shared_experts) == (None, [])
 
 
@@ -54,6 +54,53 @@ def test_dtype_spellings(spelling, dtype):
     assert parse_config(PLAIN + f"dtype: {spelling}\n").dtype == dtype
 
 
+DATA = "base_model: base\nexperts: [{source_model: a%s}, {source_model: b%s}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "way"),
+    [
+        (PLAIN, "ridge"),
+        (DATA % (", positive_texts: a.txt", ", positive_prompts: b"), "ridge"),
+        (DATA % ("", "") + "router: {calibration_texts: c.txt}\n", "delta_bootstrap"),
+        (DATA % ("", ""), "delta"),
+        (PLAIN + "gate_mode: hidden\n", "hidden"),
+    ],
+)
+def test_auto_takes_the_best_way_that_there_is_data_for(text, way):
+    assert parse_config(text).way == way
+
+
+def test_an_expert_that_nothing_is_said_of_beside_others_is_named():
+    text = DATA % (", positive_texts: a.txt", "")
+    reason = (
+        "has neither positive_prompts nor positive_texts, though others have: give it some, or none to any expert, "
+        "and the weights alone make the routers"
+    )
+    assert problems(text) == [f"line 2: experts[1]: {reason}"]
+    reason = "gate_mode ridge needs positive_prompts or positive_texts: what should be routed to this expert"
+    assert problems(text + "gate_mode: ridge\n") == [f"line 2: experts[1]: {reason}"]
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    assert problems(PLAIN + "gate_mode: hidden\nrouter: {lambda: 0.1, load_prior: [1, 2, 3], tokens: 5}\n") == [
+        "line 8: router.lambda: gate_mode hidden does not use it; ridge, logistic, delta_bootstrap do",
+        "line 8: router.load_prior: names 3 shares, but there are 2 experts",
+        "line 8: router.tokens: unknown key, did you mean tokens_per_expert?",
+    ]
+    assert problems(DATA % ("", "") + "gate_mode: delta_bootstrap\n") == [
+        "line 3: gate_mode: delta_bootstrap needs router.calibration_texts: files of text of all kinds that the "
+        "experts are for"
+    ]
+
+
+def test_router_settings_come_back_from_the_text_of_a_config():
+    config = parse_config(PLAIN + "router: {lambda: 0.5, scale: 2}\n")
+    assert (config.router.lambda_, config.router.scale, config.router.tokens_per_expert) == (0.5, 2.0, 4096)
+    again = parse_config(MergeConfig.model_validate(config.model_dump(by_alias=True)).text)
+    assert again.model_dump() == config.model_dump()
+
+
 def test_a_single_prompt_needs_no_list():
     assert parse_config(PLAIN.replace('["one"]', "one")).experts[0].positive_prompts == ["one"]
 
@@ -66,7 +113,7 @@ def test_other_names_of_hidden(mode):
 @pytest.mark.parametrize("mode", ["random", "uniform_random"])
 def test_random_routers_need_no_prompts(mode):
     text = f"base_model: base\ngate_mode: {mode}\nexperts: [{{source_model: a}}, {{source_model: b}}]\n"
-    assert not parse_config(text).has_prompts
+    assert not parse_config(text).has_descriptions
 
 
 def test_all_problems_come_at_once_each_with_line_and_address():
@@ -85,14 +132,13 @@ experts:
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "c.yaml")
     assert str(caught.value) == (
-        "c.yaml: 10 problems:\n"
+        "c.yaml: 9 problems:\n"
         "  - line 1: base_model: is missing\n"
         "  - line 1: base_modell: unknown key, did you mean base_model?\n"
-        "  - line 2: gate_mode: expected hidden, cheap_embed, random or uniform_random, found 'hiden'; did you mean hidden?\n"
+        "  - line 2: gate_mode: expected auto, hidden, mergekit_hidden, ridge, logistic, delta, delta_bootstrap, cheap_embed, random or uniform_random, found 'hiden'; did you mean hidden?\n"
         "  - line 3: dtype: expected float32, float16 or bfloat16, found 'int8'\n"
         "  - line 4: experts_per_token: each token is to go to 4 experts, but there are only 2: name more experts or lower "
         "experts_per_token\n"
-        "  - line 6: experts[0]: gate_mode hiden needs positive_prompts: text that should be routed to this expert\n"
         "  - line 7: experts[0].positive_promps: unknown key, did you mean positive_prompts?\n"
         "  - line 9: experts[1].positive_prompts[1]: the prompt is empty\n"
         "  - line 9: experts[1].positive_prompts[2]: expected text, found 3; write it in quotes\n"
@@ -101,8 +147,8 @@ experts:
 
 
 def test_empty_prompts_are_refused_where_prompts_make_the_router():
-    assert problems(PLAIN.replace('["one"]', "[]")) == [
-        "line 4: experts[0].positive_prompts: gate_mode hidden needs positive_prompts: text that should be routed to this expert"
+    assert problems(PLAIN.replace('["one"]', "[]") + "gate_mode: cheap_embed\n") == [
+        "line 4: experts[0].positive_prompts: gate_mode cheap_embed needs positive_prompts: text that should be routed to this expert"
     ]
 
 

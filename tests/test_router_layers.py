@@ -1,5 +1,6 @@
 """Routers where not every layer has one, where experts are absent, of sigmoids, and the gate of shared experts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from moemerge.routers.report import LayerRouting, RoutingReport
 from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast
 from moemerge.routers.scoring import fit_scale, lowering, nearest_scale, top_weights
-from tests.models import make_model, write_config
+from tests.models import make_model, router_inputs, write_config
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,8 @@ def plan_of(tmp_path: Path, folders: list[Path], expert_keys=(), routing_table=F
 def routers(plan):
     kinds = {output.origin.kind for output in plan.outputs.values() if isinstance(output.origin, Computed)}
     return init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, mixture=plan.mixture,
+        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
+        mixture=plan.mixture,
         scoring=plan.family.scoring, shared_gate="shared gate" in kinds, run_base=plan.runs_base, seed=0, device="cpu",
         progress=lambda _done, _total: None,
     )  # fmt: skip
@@ -61,12 +63,9 @@ def rows_of(plan, data: bytes) -> torch.Tensor:
 
 
 def inputs_of(plan) -> dict[int, RouterInputs]:
-    prompts = encode_prompts(plan.base_folder, plan.config.experts, 128, shared=plan.config.shared_experts)
+    prompts = encode_prompts(plan.base_folder, plan.config, 128, 0, shared_gate=True)
     request = RouterRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU)
-    return {
-        inputs.layer: RouterInputs(inputs.layer, inputs.states.clone(), inputs.expert, inputs.positive)
-        for inputs in capture_router_inputs(request)
-    }
+    return {inputs.layer: replace(inputs, states=inputs.states.clone()) for inputs in capture_router_inputs(request)}
 
 
 @pytest.mark.parametrize("mode", ["hidden", "cheap_embed", "random", "uniform_random"])
@@ -227,7 +226,7 @@ def test_the_gate_of_shared_experts_tells_their_prompts_from_others(tmp_path, ki
 
 def test_the_table_knows_neither_absent_experts_nor_shared_ones():
     states = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 3.0]])
-    inputs = RouterInputs(0, states, torch.tensor([0, 1, SHARED]), torch.tensor([True, True, True]))
+    inputs = router_inputs(states, [0, 1, SHARED], [True, True, True])
     mixture = Mixture(1, 8, (8,) * 3, (), 1, (0,), {0: frozenset({2})})
     request = RouterRequest(None, {}, mixture, "sigmoid", (), CPU)
     found = route_layer(torch.tensor([[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]), inputs, request)

@@ -21,21 +21,21 @@ from transformers import PreTrainedTokenizerFast
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import float32_of, read_rows, stored_bytes
-from moemerge.config import Expert
+from moemerge.config import MergeConfig, RoutedExpert, parse_config
 from moemerge.dtypes import STORED
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.formats import Mixture
+from moemerge.passes.quantised import quantise_weight
 from moemerge.plan import Computed
 from moemerge.routers import capture, init_routers
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.prompts import encode_prompts
-from moemerge.routers.quantised import quantise_weight
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
-from moemerge.routers.request import RouterInputs, RouterRequest
+from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import contrast, row_distances, unit
 from moemerge.routers.scoring import fit_scale, top_weights
-from tests.models import TEXT, edit_json, load, make_model, tokenizer, write_config
+from tests.models import TEXT, edit_json, load, make_model, router_inputs, tokenizer, write_config
 
 LONG = "The quick brown fox jumps over the lazy dog and def main(argv): return [item for item in argv if item]"
 GATE = "model.layers.{}.block_sparse_moe.gate.weight"
@@ -49,7 +49,8 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
 def routers(plan, seed: int = 0, base_bits: int | None = None):
     """The report, and weights (layer, expert, hidden)."""
     made = init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, mixture=plan.mixture,
+        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
+        mixture=plan.mixture,
         scoring=plan.family.scoring, shared_gate=computes_gate(plan), run_base=plan.runs_base, seed=seed, device="cpu",
         progress=lambda _done, _total: None, base_bits=base_bits,
     )  # fmt: skip
@@ -64,7 +65,7 @@ def computes_gate(plan) -> bool:
 
 
 def request(plan) -> RouterRequest:
-    prompts = encode_prompts(plan.base_folder, plan.config.experts, 128)
+    prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
     return RouterRequest(
         plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, torch.device("cpu")
     )  # fmt: skip
@@ -74,6 +75,11 @@ def asked(experts: int, per_token: int, scoring: str = "softmax", absent=frozens
     """Of a mixture whose layer 0 lacks some experts, without a base model."""
     mixture = Mixture(1, 8, (8,) * experts, (), per_token, (0,), {0: absent} if absent else {})
     return RouterRequest(None, {}, mixture, scoring, (), torch.device("cpu"))
+
+
+def config_of(**keys) -> MergeConfig:
+    """Of one expert, without the checks between keys."""
+    return MergeConfig(base_model="x", experts=[RoutedExpert(source_model="x", **keys)])
 
 
 def ffn_inputs(model, ids: list[int]) -> list[torch.Tensor]:
@@ -129,7 +135,7 @@ def test_the_streamed_pass_sees_what_the_whole_model_sees(tmp_path, monkeypatch,
 def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas, monkeypatch):
     plan = plan_of(tmp_path, llamas)
     exact = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
-    monkeypatch.setattr("moemerge.routers.capture._COMPUTE_DTYPES", {"cpu": torch.bfloat16})
+    monkeypatch.setattr("moemerge.passes.decoder._COMPUTE_DTYPES", {"cpu": torch.bfloat16})
     place, placed = capture._place, []
 
     def watched(layer, name, tensor, room, *rest):
@@ -245,16 +251,16 @@ def test_cheap_embed_is_the_contrast_of_mean_embeddings(tmp_path, llamas):
 
 
 def test_prompts_that_end_alike_give_different_rows(tmp_path, llamas):
-    path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:3])
     text = (
-        path.read_text()
+        write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:3])
+        .read_text()
         .replace("The lazy dog", "chat chat chat and so on")
         .replace("item 0", "dort sur le tapis and so on")
     )
-    path.write_text(text.replace("item 1", "return argv main and so on"))
+    text = text.replace("item 1", "return argv main and so on")
     for mode in ("hidden", "cheap_embed"):
-        path.write_text(path.read_text() + (f"gate_mode: {mode}\n" if mode != "hidden" else ""))
-        assert routers(plan_merge(load_config(path))).report.distances[0, 1] > 0.5
+        config = parse_config(text.replace("gate_mode: hidden", f"gate_mode: {mode}"))
+        assert routers(plan_merge(config)).report.distances[0, 1] > 0.5
 
 
 def test_embedding_rows_are_looked_up_and_the_rest_is_not_read(tmp_path):
@@ -344,7 +350,7 @@ def test_the_scale_meets_its_target():
 
 def test_the_routing_of_a_layer_is_counted():
     states = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]])
-    inputs = RouterInputs(0, states, torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, True, False]))
+    inputs = router_inputs(states, [0, 0, 1, 1], [True, True, True, False])
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     routing = route_layer(rows, inputs, asked(2, 1))
     assert routing.own == routing.first == (1.0, 1.0)
@@ -392,7 +398,7 @@ def test_experts_are_named_shortly():
 
 def test_prompts_are_encoded_as_the_tokenizer_does(tmp_path, llamas):
     plan = plan_of(tmp_path, llamas)
-    prompts = encode_prompts(llamas[0], plan.config.experts, 128)
+    prompts = encode_prompts(llamas[0], plan.config, 128, 0)
     assert prompts[0].ids == tuple(tokenizer()("The fox jumps.")["input_ids"])
     assert prompts[0].ids[0] == 1
     assert prompts[0].counted == (False,) + (True,) * (len(prompts[0].ids) - 1)
@@ -436,9 +442,9 @@ def test_tokenizer_json_alone_gives_the_same_tokens(tmp_path, kind):
         "▁x",
         "it's 12,5 ",
     ]
-    experts = [Expert(source_model="x", positive_prompts=texts, negative_prompts=texts[:3])]
-    whole = encode_prompts(tmp_path, experts, 128)
-    alone = encode_prompts(tmp_path, experts, 128, special_tokens=False)
+    config = config_of(positive_prompts=texts, negative_prompts=texts[:3])
+    whole = encode_prompts(tmp_path, config, 128, 0)
+    alone = encode_prompts(tmp_path, config, 128, 0, special_tokens=False)
     assert [prompt.counted_ids for prompt in whole] == [prompt.ids for prompt in alone]
     assert [(prompt.expert, prompt.positive) for prompt in whole] == [(p.expert, p.positive) for p in alone]
     assert all(len(prompt.ids) < len(all_ids.ids) for prompt, all_ids in zip(alone, whole, strict=True))
@@ -456,9 +462,9 @@ def test_cheap_embed_without_tokenizer_json_reads_prompts_by_transformers(tmp_pa
 
 @pytest.mark.parametrize("special_tokens", [True, False])
 def test_prompts_without_tokens_are_refused(llamas, special_tokens):
-    experts = [Expert(source_model="x", positive_prompts=["The fox", "Ω"])]
+    config = config_of(positive_prompts=["The fox", "Ω"])
     with pytest.raises(RouterError) as caught:
-        encode_prompts(llamas[0], experts, 128, special_tokens=special_tokens)
+        encode_prompts(llamas[0], config, 128, 0, special_tokens=special_tokens)
     assert str(caught.value) == "experts[0].positive_prompts[1]: the base model's tokenizer finds no tokens in 'Ω'."
 
 
@@ -467,7 +473,7 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path, llamas):
     with pytest.raises(
         RouterError, match=r"experts\[1\].positive_prompts\[0\]: has 9 tokens, the base model's context is 5"
     ):
-        encode_prompts(llamas[0], plan.config.experts, 5)
+        encode_prompts(llamas[0], plan.config, 5, 0)
 
 
 @pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])

@@ -12,7 +12,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, PreTrainedModel
 
-TOKENS_PER_BATCH: Final = 1024
 _COMPUTE_DTYPES: Final = {"cpu": torch.float32}
 _Sequence = TypeVar("_Sequence")
 
@@ -66,9 +65,7 @@ def _uninitialised() -> Iterator[None]:
         PreTrainedModel.init_weights = given
 
 
-def group(
-    sequences: Sequence[_Sequence], length: Callable[[_Sequence], int], budget: int = TOKENS_PER_BATCH
-) -> Iterator[list[_Sequence]]:
+def group(sequences: Sequence[_Sequence], length: Callable[[_Sequence], int], budget: int) -> Iterator[list[_Sequence]]:
     """Sequences of similar length together, within a budget of padded tokens."""
     together: list[_Sequence] = []
     for sequence in sorted(sequences, key=length):

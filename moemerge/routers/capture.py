@@ -7,7 +7,7 @@ it, is never run.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import AutoModel
@@ -18,6 +18,8 @@ from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, gr
 from moemerge.passes.weights import read_ahead, read_into
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.request import RouterInputs, RouterRequest
+
+TOKENS_PER_BATCH: Final = 1024
 
 
 class _EndOfPassError(Exception):
@@ -36,7 +38,7 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     model = empty_model(AutoModel, base.family.model_type, keys, device)
     norm = base.family.last.removeprefix("model.").removesuffix(".weight")
     embeddings = request.tensors[base.family.embeddings]
-    groups = list(group(request.prompts, lambda prompt: len(prompt.ids)))
+    groups = list(group(request.prompts, lambda prompt: len(prompt.ids), TOKENS_PER_BATCH))
     counted = [_counted(part) for part in groups]
     inputs = torch.empty(sum(int(part.sum()) for part in counted), base.config["hidden_size"])
     places = torch.split(inputs, [int(part.sum()) for part in counted])

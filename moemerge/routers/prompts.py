@@ -79,7 +79,7 @@ def encode_prompts(
     if shared_gate:
         named += [(f"shared_experts[{number}]", SHARED, expert) for number, expert in enumerate(config.shared_experts)]
     encoded: list[EncodedPrompt] = []
-    reader = _Reader(encode, max_tokens, config.router.tokens_per_expert, seed)
+    reader = _Reader(encode, max_tokens, config.router.tokens_per_expert, seed, in_context=special_tokens)
     for name, number, expert in named:
         for sign in ("positive", "negative"):
             prompts: list[str] = getattr(expert, f"{sign}_prompts")
@@ -93,16 +93,16 @@ def encode_prompts(
             config.router.calibration_texts, "router.calibration_texts", UNSORTED, positive=True, tokens=tokens
         )
     if config.way == "delta" and not encoded:
-        encoded += reader.prompts(_ANY_TEXT, "", UNSORTED, positive=True)
+        encoded += reader.documents(_ANY_TEXT, UNSORTED, True, config.router.tokens_per_expert)
     return tuple(encoded)
 
 
 class _Reader:
     """Makes tokens of what a config names, and counts documents."""
 
-    def __init__(self, encode: Encode, max_tokens: int, tokens: int, seed: int) -> None:
+    def __init__(self, encode: Encode, max_tokens: int, tokens: int, seed: int, *, in_context: bool) -> None:
         self._encode, self._max_tokens, self._tokens, self._seed = encode, max_tokens, tokens, seed
-        self._documents = 0
+        self._in_context, self._documents = in_context, 0
 
     def prompts(self, prompts: Sequence[str], place: str, expert: int, *, positive: bool) -> Iterator[EncodedPrompt]:
         for index, prompt in enumerate(prompts):
@@ -114,19 +114,21 @@ class _Reader:
                 )
             if all(special):
                 raise RouterError(f"{place}[{index}]: the base model's tokenizer finds no tokens in {prompt!r:.40}.")
-            yield EncodedPrompt(expert, positive, tuple(ids), count_tokens(special), self._documents)
+            # An embedding does not know where in a text it stands.
+            counted = count_tokens(special) if self._in_context else tuple(not added for added in special)
+            yield EncodedPrompt(expert, positive, tuple(ids), counted, self._documents)
             self._documents += 1
 
     def texts(
         self, patterns: Sequence[str], place: str, expert: int, *, positive: bool, tokens: int = 0
     ) -> Iterator[EncodedPrompt]:
-        documents = read_documents(find_files(patterns, place))
-        length = min(_WINDOW, self._max_tokens - 1)
-        windows = cut_windows(
-            documents, self._encode, tokens=tokens or self._tokens, length=length, seed=self._seed, even=True
-        )
+        windows = self.documents(read_documents(find_files(patterns, place)), expert, positive, tokens or self._tokens)
         if patterns and not windows:
             raise RouterError(f"{place}: the base model's tokenizer finds no tokens in these files.")
-        for window in windows:
-            yield EncodedPrompt(expert, positive, window.ids, window.counted, self._documents + window.document)
-        self._documents += len(documents)
+        yield from windows
+
+    def documents(self, texts: Sequence[str], expert: int, positive: bool, tokens: int) -> list[EncodedPrompt]:
+        length = min(_WINDOW, self._max_tokens - 1)
+        windows = cut_windows(texts, self._encode, tokens=tokens, length=length, seed=self._seed, even=True)
+        first, self._documents = self._documents, self._documents + len(texts)
+        return [EncodedPrompt(expert, positive, w.ids, w.counted, first + w.document) for w in windows]

@@ -1,7 +1,7 @@
 """What the pass over the base model is given, and what it gives back."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -25,7 +25,7 @@ class RouterRequest:
     scoring: Scoring
     prompts: tuple[EncodedPrompt, ...]
     device: torch.device
-    settings: RouterSettings
+    settings: RouterSettings = field(default_factory=lambda: RouterSettings.model_validate({}))
     experts: tuple[tuple[DenseModel, Mapping[str, StoredTensor]], ...] = ()
     """The models whose FFNs are chosen between, for ways that read their weights."""
     entering: bool = False
