@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-families test-transformers4 test-llamacpp demo bench format clean
+.PHONY: install check lint test test-families test-transformers4 test-llamacpp demo bench bench-routers browser format clean
 
 install: $(VENV)/.done
 
@@ -15,8 +15,13 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/pip install $(PIP) -e '.[dev]'
 	touch $@
 
-check: lint
+check: lint browser
 	$(BIN)/pytest
+
+# CI drives the routing page in a browser; elsewhere these tests are skipped where there is none.
+browser:
+	@if [ -n "$$CI" ] && [ "$$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \
+	  (apt-get update && apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 || echo "no chromium"; fi
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -79,6 +84,12 @@ demo: install $(DEMO)/held_out.json
 # is compared with, which takes longer.
 bench: install
 	$(BIN)/python benchmarks/bench.py --repeat 3 $(if $(MERGEKIT),--mergekit $(MERGEKIT))
+
+# MODELS holds `base` and one folder for each expert, TEXTS their .calib.txt and .test.txt.
+MODELS ?= .cache/models
+TEXTS ?= .cache/texts
+bench-routers: install
+	$(BIN)/python benchmarks/routers.py $(MODELS) $(TEXTS) --prompts benchmarks/router_prompts.yaml --repeat 3 --markdown
 
 format: install
 	$(BIN)/ruff format .

@@ -53,7 +53,7 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
         f"# {name}",
         f"A {plan.family.model_type} of {len(config.experts)} experts{where}, {config.experts_per_token} per token, "
         "made with moemerge: embeddings, attention and norms come from "
-        f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.gate_mode}`.",
+        f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.way}`.",
         f"**{_millions(plan.total_parameters)} parameters, {_millions(plan.active_parameters)} active per token, "
         f"{plan.dtype}.**",
         "\n".join(
@@ -141,14 +141,14 @@ def _millions(parameters: int) -> str:
 
 def _sample(expert: Expert) -> str:
     if not expert.positive_prompts:
-        return ""
+        return ", ".join(f"texts in `{Path(pattern).name}`" for pattern in expert.positive_texts)
     prompt = " ".join(expert.positive_prompts[0].split())
     return (prompt if len(prompt) < _SAMPLE_LENGTH else prompt[: _SAMPLE_LENGTH - 3] + "...").replace("|", "\\|")
 
 
 def _routing(report: "RoutingReport") -> str:
     if not report.layers:
-        return "The base model read no prompts, so nothing is known of how these routers choose."
+        return "No text says which expert is for what, so nothing is known of how these routers choose."
     lines = [
         "Of the tokens of each expert's own positive prompts, the share that reaches it among the "
         f"{report.experts_per_token} chosen, or as the first choice, and its share of all prompts' tokens "
@@ -162,7 +162,12 @@ def _routing(report: "RoutingReport") -> str:
             for name, own, first, load in zip(report.experts, report.own, report.first, report.load, strict=True)
         ),
         "",
-        f"The first choice has a mean weight of {report.top_weight:.2f}.",
+        f"The first choice has a mean weight of {report.top_weight:.2f}."
+        + (
+            ""
+            if report.held_out is None
+            else f" Rows made without a document put the right expert first for {report.held_out:.1%} of its tokens."
+        ),
         "",
         *(f"> **Warning:** {warning}." for warning in report.warnings()),
         "",

@@ -38,7 +38,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
     return {
         "family": plan.family.model_type,
         "dtype": plan.dtype,
-        "gate_mode": plan.config.gate_mode,
+        "gate_mode": plan.config.way,
         "experts": len(plan.config.experts),
         "experts_per_token": plan.config.experts_per_token,
         "total_parameters": plan.total_parameters,
@@ -88,7 +88,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     free = shutil.disk_usage(Path.cwd()).free
     rows = {
         "output": f"{plan.family.architecture}, {plan.dtype}, {len(plan.config.experts)} experts, "
-        f"{plan.config.experts_per_token} per token, routers: {plan.config.gate_mode}",
+        f"{plan.config.experts_per_token} per token, routers: {plan.config.way}",
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
         "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s); {size(free)} free here",
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
@@ -101,7 +101,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     parts: dict[tuple[str, str], list[int]] = {}
     for output in plan.outputs.values():
         if isinstance(output.origin, Computed):
-            key = ("routers", f"gate_mode {plan.config.gate_mode}")
+            key = ("routers", f"gate_mode {plan.config.way}")
             parts.setdefault(key, []).append(math.prod(output.shape) * BITS[STORED[plan.dtype]] // 8)
         for piece in output.pieces:
             origin = plan.references[piece.source.path] if isinstance(piece.source, StoredTensor) else "constants"
@@ -123,6 +123,11 @@ def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) 
         f"(chance {report.chance:.0%}; first choice's mean weight {report.top_weight:.2f}):"
     )
     console.print(table)
+    if report.held_out is not None:
+        console.print(
+            "Rows made without a document put the right expert first for "
+            f"{report.held_out:.1%} of its tokens, averaged over documents and layers."
+        )
     if by_layer:
         layers = Table("layer", *report.experts, "weight", box=None, padding=(0, 2, 0, 0))
         for row in report.layers:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moemerge.errors import MoemergeError, RouterError
+from moemerge.errors import MoemergeError
 from moemerge.evaluation.figures import (
     BASE,
     MERGED,
@@ -74,10 +74,7 @@ class Texts:
         Raises:
             RouterError: there is no tokenizer.
         """
-        try:
-            encode = by_transformers(mixture.folder)
-        except Exception as error:  # each tokenizer class raises in its own way
-            raise RouterError(f"{mixture.folder}: its tokenizer cannot be loaded ({error!r:.200}).") from error
+        encode = by_transformers(mixture.folder)
         context = mixture.runnable.keys.get("max_position_embeddings", window + 1)
         cut = [
             cut_windows(texts, encode, tokens=tokens, length=min(window, context - 1)) for texts in documents.values()

@@ -12,7 +12,7 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import CONFIG_COPY, MergeConfig, load_config
 from moemerge.errors import IncompatibleError, MoemergeError, SourceError
 from moemerge.formats import MOE_FAMILIES, MoeFamily
-from moemerge.formats.dense import read_dense
+from moemerge.formats.dense import decoded, read_dense
 from moemerge.formats.family import SWITCHED_OFF
 from moemerge.passes.weights import read_into
 from moemerge.routers.report import expert_names
@@ -115,7 +115,7 @@ def open_mixture(folder: Path | str) -> MixtureModel:
     tensors = read_tensor_table(model, lambda _: None)
     # Nothing that could name code.
     known = {*family.named, *family.fixed, *family.carried}
-    keys = {key: value for key, value in model.config.items() if key in known}
+    keys = {key: decoded(value) for key, value in model.config.items() if key in known}
     runnable = _stored(str(folder), family.model_type, keys, tensors, "model.embed_tokens.weight")
     router = next((name for name in tensors if name.endswith(f".{family.router}")), None)
     if router is None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel, Runnable
@@ -52,7 +51,7 @@ def run_model(
         CheckpointError: the tensors do not fit the class.
     """
     dtype = compute_dtype(device)
-    whole = empty_model(AutoModelForCausalLM, model.model_type, model.keys, device)
+    whole = empty_model(model.model_type, model.keys, device, head=True)
     decoder = whole.model
     places = list(group(range(len(windows)), lambda index: len(windows[index].ids), _TOKENS))
     batches = [
@@ -80,13 +79,12 @@ def run_model(
 
 
 def _load(whole: Any, model: Runnable, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
-    tensors = {name: model.read(name).to(dtype) for name in names}
-    load_tensors(whole, {name: tensor for name, tensor in tensors.items() if tensor.numel()}, device)
+    load_tensors(whole, {name: model.read(name).to(dtype) for name in names}, device)
 
 
 def _check_complete(module: Any, path: str) -> None:
     for name, parameter in module.named_parameters():
-        if parameter.is_meta and parameter.numel():
+        if parameter.is_meta:
             raise CheckpointError(f"{path}.{name}: no tensor of the checkpoint gives its values.")
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moemerge.errors import RefusedError, RouterError
+from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import Choice, run_model
-from moemerge.passes.tokens import Window
+from moemerge.passes.tokens import Window, load_tokenizer
 from moemerge.routers.computed import find_device
 from moemerge.routes.traced import Routes, TracedText
 
@@ -35,12 +35,7 @@ def trace(
     """
     mixture = open_mixture(folder)
     tokens = min(tokens, mixture.runnable.keys.get("max_position_embeddings", tokens))
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(mixture.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each tokenizer class raises in its own way
-        raise RouterError(f"{folder}: its tokenizer cannot be loaded ({error!r:.200}).") from error
+    tokenizer = load_tokenizer(mixture.folder)
     windows: list[Window] = []
     pieces: list[tuple[str, ...]] = []
     for name, text in texts.items():

@@ -3,6 +3,7 @@
 Embeddings, rotary tables, masks and layers are the `transformers` classes' own; only the order of the loops is ours.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 _COMPUTE_DTYPES: Final = {"cpu": torch.float32}
 _Sequence = TypeVar("_Sequence")
@@ -40,14 +41,16 @@ class Batch:
     """By layer, what the model passes to it beside the states, by position and by name."""
 
 
-def empty_model(auto_class: Any, model_type: str, keys: Mapping[str, Any], device: torch.device) -> Any:
-    """A model without weights; its buffers, such as rotary frequencies, are real and on the device.
+def empty_model(model_type: str, keys: Mapping[str, Any], device: torch.device, *, head: bool = False) -> Any:
+    """A decoder, or with `head` a causal language model, without weights.
 
-    Not from `config.json` itself: a hostile one can name a repository for its attention's code.
+    Its buffers, such as rotary frequencies, are real and on the device. It is not made from `config.json` itself: a
+    hostile one can name a repository for its attention's code.
     """
     config = AutoConfig.for_model(model_type, **{**keys, "pad_token_id": None})
-    with init_empty_weights(include_buffers=False), _uninitialised():
-        model = auto_class.from_config(config, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False), _uninitialised(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element")  # shared experts without neurons
+        model = (AutoModelForCausalLM if head else AutoModel).from_config(config, trust_remote_code=False)
     for name, buffer in list(model.named_buffers()):
         path, _, own = name.rpartition(".")
         setattr(model.get_submodule(path), own, buffer.to(device))

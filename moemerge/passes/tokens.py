@@ -1,10 +1,13 @@
 """Text as tokens, by a model's own tokenizer, in pieces that a pass can read."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from moemerge.errors import RouterError
 
 Encode = Callable[[str], tuple[list[int], list[int]]]
 """From a text to its tokens, and of each whether the tokenizer added it: 0 or 1."""
@@ -26,11 +29,36 @@ class Window:
     """Which tokens count in statistics: see `count_tokens`."""
 
 
-def by_transformers(folder: Path) -> Encode:
-    """The tokenizer as transformers makes it; special tokens are added."""
-    from transformers import AutoTokenizer
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder, as transformers makes it.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    Raises:
+        RouterError: there is none that can be loaded.
+    """
+    with _explained(folder):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each tokenizer class raises in its own way
+        raise RouterError(
+            f"{folder}: the model's tokenizer cannot be loaded ({error!r:.200}). Text needs it: add the tokenizer's "
+            "files, or, to merge without prompts, choose gate_mode random."
+        ) from error
+
+
+def by_transformers(folder: Path) -> Encode:
+    """The tokenizer as transformers makes it; special tokens are added.
+
+    Raises:
+        RouterError: there is none that can be loaded.
+    """
+    tokenizer = load_tokenizer(folder)
 
     def encode(text: str) -> tuple[list[int], list[int]]:
         result = tokenizer(text, return_special_tokens_mask=True, verbose=False)
@@ -40,10 +68,15 @@ def by_transformers(folder: Path) -> Encode:
 
 
 def by_tokenizers(file: Path) -> Encode:
-    """As `tokenizer.json` alone says; no special tokens are added."""
-    from tokenizers import Tokenizer
+    """As `tokenizer.json` alone says; no special tokens are added.
 
-    tokenizer = Tokenizer.from_file(str(file))
+    Raises:
+        RouterError: it cannot be loaded.
+    """
+    with _explained(file.parent):
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
 

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import torch
-from transformers import AutoModel
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
@@ -34,8 +33,7 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     """
     base, device = request.base, request.device
     dtype = compute_dtype(device)
-    keys = base.class_keys
-    model = empty_model(AutoModel, base.family.model_type, keys, device)
+    model = empty_model(base.family.model_type, base.class_keys, device)
     norm = base.family.last.removeprefix("model.").removesuffix(".weight")
     embeddings = request.tensors[base.family.embeddings]
     groups = list(group(request.prompts, lambda prompt: len(prompt.ids), TOKENS_PER_BATCH))

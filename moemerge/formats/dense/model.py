@@ -127,7 +127,7 @@ class DenseModel:
     def class_keys(self) -> dict[str, Any]:
         """What the family's class is told: no key that it does not read."""
         told = {
-            key: _decoded(value)
+            key: decoded(value)
             for key, value in self.config.items()
             if value is not None or self.family.defaults.get(key, 0) is not None
         }
@@ -169,10 +169,10 @@ class DenseModel:
         return int(factor or 1) * (int(name) if name.isdigit() else self.sizes[name])
 
 
-def _decoded(value: Any) -> Any:
+def decoded(value: Any) -> Any:
     """Numbers that JSON lacks, as transformers 5 writes them."""
     if isinstance(value, list):
-        return [_decoded(item) for item in value]
+        return [decoded(item) for item in value]
     return float(value["__float__"]) if isinstance(value, dict) and value.keys() == {"__float__"} else value
 
 

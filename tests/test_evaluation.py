@@ -1,0 +1,392 @@
+"""Evaluation and routes against whole models, as transformers computes them."""
+
+import copy
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from moemerge import merge, plan_merge
+from moemerge.config import parse_config
+from moemerge.errors import CheckpointError
+from moemerge.evaluation import evaluate, figures
+from moemerge.evaluation.runnable import average, forced, open_dense, open_mixture, uniform
+from moemerge.evaluation.running import run_model
+from moemerge.evaluation.tracing import trace
+from moemerge.formats import MOE_FAMILIES
+from moemerge.passes.tokens import Window
+from tests.families import DENSE, reference
+from tests.models import TEXT, VOCAB, load, make_model
+from tests.test_passes import IS_V4, change_buffers, in_words_of_4, is_known
+
+CPU = torch.device("cpu")
+# Shared experts without neurons, where a family has to have one.
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
+LINES = TEXT.split("\n")
+
+
+def windows() -> list[Window]:
+    """Of unequal length, the first token of each a BOS."""
+    generator = torch.Generator().manual_seed(5)
+    ids = [(1, *torch.randint(3, VOCAB, (length,), generator=generator).tolist()) for length in (5, 14, 9)]
+    return [Window(n, tokens, (False,) + (True,) * (len(tokens) - 1)) for n, tokens in enumerate(ids)]
+
+
+def losses_of(model) -> torch.Tensor:
+    """The same by a whole model."""
+    found = []
+    for window in windows():
+        ids = torch.tensor([window.ids])
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, :-1].float()
+        found.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    return torch.stack(found)
+
+
+def merged(root: Path, folders: list[Path], **keys) -> Path:
+    document = {
+        "base_model": str(folders[0]), "gate_mode": "random",
+        "experts": [{"source_model": str(folder)} for folder in folders[1:]], **keys,
+    }  # fmt: skip
+    plan = plan_merge(parse_config(json.dumps(document)))
+    merge(plan, root / "out", seed=3)
+    return root / "out"
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_losses_of_every_family_are_those_of_the_whole_model(tmp_path, name):
+    """Of a dense model, and of the mixture that it becomes."""
+    model_type, sizes = DENSE[name]
+    if not is_known(model_type):
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+    sizes = in_words_of_4(sizes) if IS_V4 else sizes
+    folders = [make_model(tmp_path / str(seed), seed, model_type, **sizes) for seed in range(3)]
+    for folder in folders:
+        change_buffers(folder)
+    dense = run_model(open_dense(str(folders[1]), "expert", print), windows(), CPU)
+    assert torch.allclose(dense.float(), losses_of(load(folders[1])), rtol=1e-4)
+    out = merged(tmp_path, folders)
+    if not is_known(json.loads((out / "config.json").read_text())["model_type"]):
+        pytest.skip(f"transformers {transformers.__version__} does not know the mixture")
+    found = run_model(open_mixture(out).runnable, windows(), CPU)
+    assert torch.allclose(found.float(), losses_of(load(out)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "keys"), [
+    ("llama", {}), ("granite", {"architecture": "granitemoe"}),
+    ("qwen3", {"architecture": "glm4_moe"}),
+    ("qwen3", {"architecture": "hy_v3"}),
+    ("ernie4_5", {}),
+])  # fmt: skip
+def test_choices_are_those_of_the_model(tmp_path, model_type, keys):
+    """Fused and separate experts, softmax and sigmoid routers: what is recorded is what the model did."""
+    folders = [make_model(tmp_path / str(seed), seed, model_type) for seed in range(4)]
+    document = {
+        "base_model": str(folders[0]), "gate_mode": "random", **keys,
+        "experts": [{"source_model": str(folder)} for folder in folders[1:]],
+    }  # fmt: skip
+    plan = plan_merge(parse_config(json.dumps(document)))
+    if not is_known(plan.family.model_type):
+        pytest.skip(f"transformers {transformers.__version__} does not know {plan.family.model_type}")
+    out = tmp_path / "out"
+    merge(plan, out, seed=3)
+    mixture, seen = open_mixture(out), []
+    run_model(mixture.runnable, windows(), CPU, mixture=mixture, chosen=seen.append)
+    model = reference(plan, out)
+    by_layer = [layer.get_submodule(plan.base.family.ffn_module) for layer in model.model.layers]
+    expected = []
+    for index, module in enumerate(by_layer):
+        module.register_forward_pre_hook(
+            lambda m, inputs, index=index: expected.append((index, inputs[0][0] @ m.rows.T))
+        )
+    for number, window in enumerate(windows()):
+        expected.clear()
+        with torch.no_grad():
+            model(torch.tensor([window.ids]), use_cache=False)
+        for layer, logits in expected:
+            choice = next(c for c in seen if (c.layer, c.window) == (layer, number))
+            assert torch.allclose(choice.logits, logits, atol=1e-4)
+            scores = logits.softmax(-1) if plan.family.scoring == "softmax" else logits.sigmoid()
+            weights, experts = scores.topk(2)
+            assert torch.equal(choice.experts, experts)
+            assert torch.allclose(choice.weights, weights / weights.sum(-1, keepdim=True), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("evaluated")
+    return [make_model(root / name, seed) for seed, name in enumerate(("base", "fox", "code", "chat"))]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, models) -> Path:
+    return merged(tmp_path_factory.mktemp("merged"), models)
+
+
+def with_ffns(model, others) -> torch.nn.Module:
+    """A model whose FFNs are the mean of other models'."""
+
+    class Mean(torch.nn.Module):
+        def __init__(self, ffns) -> None:
+            super().__init__()
+            self.ffns = torch.nn.ModuleList(ffns)
+
+        def forward(self, states):
+            return sum(ffn(states) for ffn in self.ffns) / len(self.ffns)
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp = Mean([copy.deepcopy(other.model.layers[index].mlp) for other in others])
+    return model
+
+
+def test_baselines_are_what_they_say(out, models):
+    mixture = open_mixture(out)
+    experts = [load(folder) for folder in models[1:]]
+    base = load(models[0])
+    even = run_model(uniform(mixture), windows(), CPU)
+    assert torch.allclose(even.float(), losses_of(with_ffns(copy.deepcopy(base), experts)), rtol=1e-4)
+    for number, expert in enumerate(experts):
+        found = run_model(forced(mixture, number), windows(), CPU)
+        assert torch.allclose(found.float(), losses_of(with_ffns(copy.deepcopy(base), [expert])), rtol=1e-4)
+    soup = average("soup", [open_dense(str(folder), "x", print) for folder in models[1:]])
+    states = [expert.state_dict() for expert in experts]
+    base.load_state_dict({name: sum(state[name] for state in states) / 3 for name in states[0]})
+    assert torch.allclose(run_model(soup, windows(), CPU).float(), losses_of(base), rtol=1e-4)
+
+
+def test_the_oracle_of_stacked_experts(tmp_path):
+    folders = [make_model(tmp_path / str(seed), seed, "granite") for seed in range(3)]
+    out = merged(tmp_path, folders, architecture="granitemoe")
+    found = run_model(forced(open_mixture(out), 1), windows(), CPU)
+    assert torch.allclose(found.float(), losses_of(with_ffns(load(folders[0]), [load(folders[2])])), rtol=1e-4)
+
+
+def test_models_of_different_shapes_have_no_average(tmp_path, models):
+    wide = make_model(tmp_path / "wide", 1, intermediate_size=64)
+    opened = [open_dense(str(folder), folder.name, print) for folder in (models[1], wide)]
+    assert average("soup", opened) == "wide and fox differ in their tensors, so their weights have no average"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("data")
+    texts = {"fox": LINES[0][:44], "code": LINES[0][45:], "other": LINES[1]}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text("\n<|document|>\n".join([text, text[::2], text[5:]]))
+    return {name: [str(folder / f"{name}.txt")] for name in texts}
+
+
+def test_an_evaluation_holds_every_model_and_says_what_it_left_out(out, data):
+    found = evaluate(out, data, baselines=True, tokens=200, window=32)
+    assert list(found.losses) == [
+        "merged", "base", "expert fox", "expert code", "expert chat", "uniform mixture", "weight average", "label oracle",
+    ]  # fmt: skip
+    assert [(d.name, d.expert, d.documents) for d in found.domains] == [
+        ("fox", 0, 3),
+        ("code", 1, 3),
+        ("other", None, 3),
+    ]
+    assert set(found.losses["label oracle"]) == {"fox", "code"}
+    assert "label oracle" not in found.mean_losses
+    assert found.mean_losses["merged"] == pytest.approx(np.mean([e.value for e in found.losses["merged"].values()]))
+    assert "other is no expert's name, so there is no oracle for it" in found.notes
+    for name in data:
+        loss, routing = found.losses["merged"][name], found.routing[name]
+        assert loss.low <= loss.value <= loss.high
+        assert sum(routing.load) == pytest.approx(2)
+        assert np.mean(routing.load_by_layer, axis=0) == pytest.approx(routing.load)
+        assert 0 < routing.entropy <= 1
+        assert 0.5 <= routing.top_weight <= 1
+        worse = loss.value >= found.losses["base"][name].value
+        assert worse == any("no better than the base" in note and f"{name} (" in note for note in found.notes)
+    assert found.routing["other"].accuracy is None
+    assert 0 <= found.routing["fox"].accuracy <= found.routing["fox"].hit_rate <= 1
+
+
+def test_recovered_is_one_for_the_oracle_and_nought_for_the_uniform_mixture():
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(10, 50, 20).astype(float)
+    uniform_sums = np.stack([tokens * 3 + generator.normal(size=20), tokens], axis=1)
+    better = uniform_sums - np.stack([tokens * 0.5, 0 * tokens], axis=1)
+    half = (uniform_sums + better) / 2
+
+    def recovered(sums):
+        losses = {figures.MERGED: sums, figures.UNIFORM: uniform_sums, figures.ORACLE: better}
+        return figures.recovered({name: {"a": found, "b": found} for name, found in losses.items()}, ["a", "b"])
+
+    assert recovered(better).value == pytest.approx(1)
+    assert recovered(uniform_sums).value == pytest.approx(0)
+    found = recovered(half)
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))  # the same documents for all three
+    same = {figures.MERGED: {"a": half}, figures.UNIFORM: {"a": half}, figures.ORACLE: {"a": half}}
+    assert figures.recovered(same, ["a"]) is None
+
+
+def test_an_interval_covers_the_mean_of_documents():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(60):
+        losses = generator.normal(2.0, 0.5, 40)
+        found = figures.estimate(np.stack([losses * 10, np.full(40, 10.0)], axis=1))
+        covered += found.low <= 2.0 <= found.high
+    assert 50 <= covered <= 60
+
+
+def run(arguments: list[object], monkeypatch, capsys) -> tuple[int, str, str]:
+    from moemerge.cli import main
+
+    monkeypatch.setattr("sys.argv", ["moemerge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr()
+    return end.value.code, printed.out, printed.err
+
+
+def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, capsys):
+    copied = shutil.copytree(out, tmp_path / "out")
+    given = [argument for name, (path,) in data.items() for argument in ("--data", f"{name}={path}")]
+    code, printed, errors = run(["eval", copied, *given, "--max-tokens", 60, "--baselines", "-v"], monkeypatch, capsys)
+    assert code == 0
+    assert re.search(r"merged +\d\.\d{3} \(\d+\.\d\d\)", printed)
+    assert "Load by layer, fox:" in printed
+    assert "note: other is no expert's name" in errors
+    before = (copied / "README.md").read_text()
+    for _ in range(2):
+        code, printed, _ = run(
+            ["eval", copied, *given, "--max-tokens", 60, "--json", "--update-card"], monkeypatch, capsys
+        )
+        assert code == 0
+    facts, card = json.loads(printed), (copied / "README.md").read_text()
+    assert card.count("## Evaluation") == 1
+    assert f"| merged | {facts['losses']['merged']['fox']['value']:.3f}" in card
+    assert card.index("## Evaluation") < card.index("## Configuration")
+    assert re.sub(r"<!-- evaluation -->.*<!-- /evaluation -->\n\n", "", card, flags=re.DOTALL) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["--data", "fox"], "error: --data: expected NAME=PATH, such as code=code.txt, found 'fox'.", 2),
+        (["--data", "a=nowhere.txt"], "--data a=[0]: 'nowhere.txt' leads to no .txt or .jsonl file.", 2),
+        (["--data", "a=empty.txt"], "error: --data a=: its files hold no text.", 2),
+    ],
+)
+def test_data_that_is_not_there_is_refused(  # noqa: PLR0917
+    out, tmp_path, monkeypatch, capsys, arguments, message, code
+):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    monkeypatch.chdir(tmp_path)
+    found, _, errors = run(["eval", out, *arguments], monkeypatch, capsys)
+    assert (found, message in errors) == (code, True), errors
+
+
+def test_a_model_without_its_sources_is_evaluated_alone(tmp_path, out, data, monkeypatch):
+    copied = shutil.copytree(out, tmp_path / "out")
+    config = copied / "moemerge_config.yaml"
+    config.write_text(
+        config.read_text().replace(str(Path(json.loads(config.read_text())["base_model"]).parent), "/gone")
+    )
+    found = evaluate(copied, data, tokens=40)
+    assert list(found.losses) == ["merged"]
+    assert found.notes[0].startswith("base and experts are left out: /gone/base")
+    config.unlink()
+    found = evaluate(copied, data, tokens=40)
+    assert found.experts == ("0", "1", "2")
+    assert f"{copied} does not say what it was merged from: base and experts are left out" in found.notes
+
+
+def test_what_is_no_mixture_is_refused(tmp_path, models, data, monkeypatch, capsys):
+    code, _, errors = run(["eval", models[0], "--data", "a=b"], monkeypatch, capsys)
+    assert code == 2
+    given = ["--data", f"fox={data['fox'][0]}"]
+    code, _, errors = run(["eval", models[0], *given], monkeypatch, capsys)
+    assert (code, "its model_type is 'llama', no mixture that moemerge writes: mixtral" in errors) == (2, True)
+    code, _, errors = run(["routes", tmp_path / "nowhere", "--text", "x"], monkeypatch, capsys)
+    assert (code, "there is no such folder" in errors) == (1, True)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path, out):
+    mixture = open_mixture(out)
+    shapes = {name: shape for name, shape in mixture.runnable.shapes.items() if "layers.1.self_attn.q_proj" not in name}
+    broken = mixture.runnable.__class__(**{**vars(mixture.runnable), "shapes": shapes})
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight: no tensor of the checkpoint"
+    ):
+        run_model(broken, windows(), CPU)
+
+
+# ---- routes
+
+
+def test_tokens_give_the_text_back(out):
+    texts = {"a": LINES[0], "b": "Le  chat\n\tdort "}
+    routes = trace(out, texts, tokens=500, device="cpu")
+    for text, traced in zip(texts.values(), routes.texts, strict=True):
+        assert "".join(traced.tokens) == text.rstrip(" ") or "".join(traced.tokens) == text
+        assert traced.experts.shape == traced.weights.shape == (3, len(traced.tokens), 2)
+        assert np.allclose(traced.weights.sum(axis=2), 1, atol=1e-5)
+    assert routes.layers == (0, 1, 2)
+    cut = trace(out, texts, tokens=6, device="cpu")
+    assert cut.texts[0].tokens == routes.texts[0].tokens[:5]  # and BOS
+
+
+def test_routes_are_those_of_the_model(out):
+    routes = trace(out, {"a": LINES[0]}, tokens=500, device="cpu")
+    model = load(out)
+    ids = transformers.AutoTokenizer.from_pretrained(out)(LINES[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids, output_router_logits=True).router_logits
+    rows = load_file(out / "model.safetensors")
+    assert len([name for name in rows if name.endswith(".gate.weight")]) == 3
+    for layer in range(3):
+        # transformers 5 gives softmax scores in their place: the order is the same.
+        expected = logits[layer].reshape(ids.shape[1], -1)[1:].topk(2, dim=1).indices.numpy()
+        assert (routes.texts[0].experts[layer] == expected).all()
+
+
+def test_routes_prints_names_where_there_are_no_colours(tmp_path, out, monkeypatch, capsys):
+    page = tmp_path / "routes.html"
+    code, printed, errors = run(["routes", out, "--text", LINES[0], "--html", page], monkeypatch, capsys)
+    assert code == 0
+    assert page.read_text().startswith("<!doctype html>".lower()) or "<html" in page.read_text()[:200].lower()
+    assert f"{page}: written" in errors
+    assert printed.startswith("text 1, majority of 3 layers: fox ")
+    assert re.sub(r"\[(fox|code|chat)\]", "", printed.split("\n", 1)[1].strip()) == LINES[0]
+    (tmp_path / "f.txt").write_text(LINES[1])
+    code, printed, _ = run(["routes", out, "--file", tmp_path / "f.txt", "--layer", 1], monkeypatch, capsys)
+    assert printed.startswith(f"{tmp_path / 'f.txt'}, layer 1: ")
+    code, printed, _ = run(["routes", out, "--text", LINES[0], "--json"], monkeypatch, capsys)
+    facts = json.loads(printed)
+    assert np.array(facts["texts"][0]["experts"]).shape == (3, len(facts["texts"][0]["tokens"]), 2)
+    assert math.isclose(sum(facts["texts"][0]["shares"]), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to route: give --text or --file."),
+        (["--file", "nowhere"], "--file: nowhere: cannot be read as text in UTF-8"),
+        (["--text", "x", "--html", "no/such/folder.html"], "--html: no/such: there is no such folder."),
+        (["--text", "The fox", "--layer", "9"], "--layer: layer 9 has no router; those with one: 0 to 2."),
+        (["--text", ""], "text 1: the model's tokenizer finds no tokens in it."),
+    ],
+)
+def test_routes_refuses_what_it_cannot_show(  # noqa: PLR0917
+    out, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = run(["routes", out, *arguments], monkeypatch, capsys)
+    assert (code, message in errors) == (2, True), errors
+
+
+def test_every_output_family_says_how_many_experts_a_token_goes_to():
+    from moemerge.evaluation.runnable import per_token_key
+
+    assert all(per_token_key(family) for family in MOE_FAMILIES.values())
