@@ -4,6 +4,7 @@ python benchmarks/mergekit_gates.py CONFIG GATES.pt
 """
 
 import sys
+from pathlib import Path
 
 import torch
 import yaml
@@ -14,8 +15,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoTokenizer
 
 config_path, gates_path = sys.argv[1:]
-with open(config_path, encoding="utf-8") as file:
-    config = yaml.safe_load(file)
+config = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
 tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
 # As its command does: mergekit/scripts/moe.py.
 tokenizer.padding_side = "left"

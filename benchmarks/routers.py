@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import merge, plan_merge
 from moemerge.config import MergeConfig, parse_config
-from moemerge.evaluation.figures import MERGED, ORACLE, UNIFORM, Sums, estimate, recovered
+from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, Sums, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.evaluation.running import run_model
@@ -52,6 +53,7 @@ ROWS = (
     ("ridge, texts", "ridge", "texts"),
     ("logistic, texts", "logistic", "texts"),
 )
+FLIPPED = ("ridge, prompts", "delta, weights alone", "ridge, texts", "logistic, texts")
 
 
 @dataclass
@@ -123,44 +125,51 @@ class Bench:
         return [*cells, *["-"] * (len(self.experts) + 6 - len(cells)), *more]
 
 
-def table(bench: Bench, mixture: MixtureModel, texts: Texts, test: list[RouterRequest], ways: list[str]) -> Iterator[list[str]]:  # fmt: skip
-    """Baselines, then every way of making routers."""
+def baselines(bench: Bench, mixture: MixtureModel, texts: Texts) -> Iterator[list[str]]:
+    """The base, every expert, and mixtures that need no router."""
     dense = {name: open_dense(model, name, print) for name, model in {"base": bench.base, **bench.experts}.items()}
     for name, model in dense.items():
         bench.run(f"{name}, dense", model, texts)
     bench.run(UNIFORM, uniform(mixture), texts)
-    for place, name in enumerate(bench.experts):
+    for place in range(len(bench.experts)):
         bench.run(ORACLE, forced(mixture, place), texts, [place])
-        del name
-    soup = average("weight average", [dense[name] for name in bench.experts])
+    soup = average(SOUP, [dense[name] for name in bench.experts])
     if not isinstance(soup, str):
-        bench.run("weight average", soup, texts)
+        bench.run(SOUP, soup, texts)
     for name in list(bench.sums):
         yield bench.line(name, texts, None)
-    wanted = [row for row in ROWS if not ways or row[0] in ways]
-    made = {}
-    for name, mode, given in wanted:
-        if given == "prompts" and not bench.prompts:
+
+
+def table(bench: Bench, mixture: MixtureModel, texts: Texts, ways: list[str]) -> Iterator[list[str]]:
+    """Every way of making routers."""
+    for name, mode, given in ROWS:
+        if (ways and name not in ways) or (given == "prompts" and not bench.prompts):
             continue
-        config = bench.config(mode, given)
-        rows, seconds = bench.rows(config)
-        made[name] = rows, bench.rows(config, "float32")[0] if name in FLIPPED else rows
+        rows, seconds = bench.rows(bench.config(mode, given))
         tally = RoutingTally(mixture, texts)
         replaced = mixture.with_rows(name, lambda layer, rows=rows: rows[layer])
         bench.run(name, replaced.runnable, texts, mixture=replaced, chosen=tally.add)
         yield bench.line(name, texts, tally, f"{seconds:.0f} s")
-    if made.keys() & set(FLIPPED):
-        flips = {name: [] for name in FLIPPED if name in made}
-        for inputs in capture_router_inputs(test[0]):
-            for name, found in flips.items():
-                stored, exact = (rows[inputs.layer] for rows in made[name])
-                rounded = (inputs.states.bfloat16() @ stored.bfloat16().T).argmax(dim=1)
-                found.append(float((rounded != (inputs.states @ exact.T).argmax(dim=1)).float().mean()))
-        for name, found in flips.items():
-            yield [f"bfloat16 flips the first choice: {name}", f"{np.mean(found):.2%}"]
 
 
-FLIPPED = ("mergekit_hidden, prompts", "ridge, prompts", "ridge, texts", "logistic, texts")
+def flips(bench: Bench, texts: Texts, ways: list[str]) -> Iterator[list[str]]:
+    """How often bfloat16, in which states and rows are multiplied, makes another expert the first choice."""
+    config = bench.config("random", "")
+    plan = plan_merge(config)
+    prompts = tuple(EncodedPrompt(0, True, window.ids, window.counted) for window in texts.windows)
+    request = RouterRequest(
+        plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, config.router
+    )  # fmt: skip
+    wanted = [row for row in ROWS if row[0] in FLIPPED and (not ways or row[0] in ways)]
+    made = {name: bench.rows(bench.config(mode, given), "float32")[0] for name, mode, given in wanted}
+    found: dict[str, list[float]] = {name: [] for name in made}
+    for inputs in capture_router_inputs(request) if made else ():
+        for name, rows in made.items():
+            exact = rows[inputs.layer]
+            rounded = (inputs.states.bfloat16() @ exact.bfloat16().T).argmax(dim=1)
+            found[name].append(float((rounded != (inputs.states @ exact.T).argmax(dim=1)).float().mean()))
+    for name, shares in found.items():
+        yield [f"bfloat16 flips the first choice: {name}", f"{np.mean(shares):.2%}"]
 
 
 def forward_ratio(bench: Bench, repeat: int) -> list[str]:
@@ -182,10 +191,8 @@ def forward_ratio(bench: Bench, repeat: int) -> list[str]:
         plain.append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     tokens = sum(len(window.ids) for window in windows)
-    return [
-        f"ridge, texts: time / plain forward pass, {tokens} tokens",
-        f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {repeat} runs; {median(ours):.0f} s / {median(plain):.0f} s)",
-    ]  # fmt: skip
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {repeat} runs; {median(ours):.0f} s / {median(plain):.0f} s"
+    return [f"ridge, texts: time / plain forward pass, {tokens} tokens", f"{median(ratios):.2f} ({spread})"]
 
 
 def mergekit_distance(bench: Bench, python: str, folder: Path) -> list[str]:
@@ -204,7 +211,7 @@ def mergekit_distance(bench: Bench, python: str, folder: Path) -> list[str]:
     distance = [
         1 - torch.nn.functional.cosine_similarity(rows[layer], theirs[layer], dim=1) for layer in range(len(theirs))
     ]
-    return ["mergekit_hidden: 1 - cosine to mergekit-moe's own gates, largest", f"{float(torch.stack(distance).max()):.1e}"]  # fmt: skip
+    return ["mergekit_hidden: 1 - cosine to mergekit-moe's own gates, largest", f"{torch.stack(distance).max():.1e}"]
 
 
 def main() -> None:
@@ -237,19 +244,13 @@ def main() -> None:
         mixture = open_mixture(folder / "merged")
         documents = {name: read_documents([options.texts / f"{name}.test.txt"]) for name in experts}
         texts = Texts.cut(mixture, documents, options.tokens, options.window)
-        prompts_of_test = tuple(EncodedPrompt(0, True, window.ids, window.counted) for window in texts.windows)
-        test = [
-            RouterRequest(
-                plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts_of_test, CPU,
-                plan.config.router,
-            )
-        ]  # fmt: skip
         print(machine(folder))
         heads = ["router", *experts, "mean", "recovered", "right first", "right in top k", "first's weight", "time"]
         show(heads, options)
         if options.markdown:
             show(["---"] * len(heads), options)
-        for cells in table(bench, mixture, texts, test, options.way):
+        rows = (baselines(bench, mixture, texts), table(bench, mixture, texts, options.way))
+        for cells in chain(*rows, flips(bench, texts, options.way)):
             show(cells, options)
         if options.repeat:
             show(forward_ratio(bench, options.repeat), options)

@@ -24,7 +24,8 @@ def main() -> None:
     start = time.perf_counter()
     plan = plan_merge(load_config(options.config))
     routers = init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts, mixture=plan.mixture,
+        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
+        mixture=plan.mixture,
         scoring=plan.family.scoring, shared_gate=False, run_base=plan.runs_base, seed=0, device=options.device,
         progress=lambda _done, _total: None,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import yaml
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.plan import Computed
+from tests.models import TEXT, make_model
 
 ROOT = Path(__file__).parents[1]
 ROWS = [
@@ -103,3 +104,26 @@ def test_the_raw_copy_moves_the_bytes_of_the_merge_except_the_routers(llamas, tm
         )
         if name in routers
     )
+
+
+def test_routers_are_judged_on_any_models_and_texts(tmp_path):
+    for seed, name in enumerate(("base", "fox", "code")):
+        make_model(tmp_path / "models" / name, seed)
+    (tmp_path / "texts").mkdir()
+    lines = TEXT.split("\n")
+    for name, line in (("fox", lines[0]), ("code", lines[1])):
+        for kind, text in (("calib", line), ("test", line[::-1])):
+            (tmp_path / "texts" / f"{name}.{kind}.txt").write_text("\n<|document|>\n".join([text, text[7:], text[::2]]))
+    (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")
+    ways = ["random", "mergekit_hidden, prompts", "ridge, prompts", "ridge, texts"]
+    printed = run(
+        "routers.py", tmp_path / "models", tmp_path / "texts", "--prompts", tmp_path / "prompts.yaml", "--tokens", "60",
+        "--repeat", "1", "--markdown", *(part for way in ways for part in ("--way", way)),
+    )  # fmt: skip
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
+    expected = ["router", "---", "base, dense", "code, dense", "fox, dense", "uniform mixture", "label oracle"]
+    expected += ["weight average", "random", "mergekit_hidden, prompts", "ridge, prompts", "ridge, texts"]
+    assert list(rows)[:12] == expected
+    assert "| 1.00 (1.00 to 1.00) |" in rows["label oracle"] or "| - |" in rows["label oracle"]
+    assert any(row.startswith("bfloat16 flips the first choice: ridge, texts") for row in rows)
+    assert any(row.startswith("ridge, texts: time / plain forward pass") for row in rows)
