@@ -114,8 +114,7 @@ def open_mixture(folder: Path | str) -> MixtureModel:
         )
     tensors = read_tensor_table(model, lambda _: None)
     # Nothing that could name code.
-    known = {*family.named, *family.fixed, *family.carried}
-    keys = {key: decoded(value) for key, value in model.config.items() if key in known}
+    keys = {key: decoded(value) for key, value in model.config.items() if key in family.keys}
     runnable = _stored(str(folder), family.model_type, keys, tensors, "model.embed_tokens.weight")
     router = next((name for name in tensors if name.endswith(f".{family.router}")), None)
     if router is None:

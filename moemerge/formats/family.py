@@ -97,6 +97,11 @@ class MoeFamily:
     wrong_in_v4: frozenset[str] = frozenset()
     """Facts of the base with which transformers 4.57 computes something else, or fails."""
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """Every key of `config.json` that says something about the model."""
+        return frozenset({*self.named, *self.fixed, *self.carried, *_LONGROPE})
+
     def told(self, base: DenseModel, mixture: Mixture) -> list[str]:
         """The notes that concern such a mixture."""
         facts = base.facts | mixture.facts
