@@ -405,3 +405,32 @@ def test_ways_that_are_solved_leave_their_inputs_alone():
     for way in FITTED:
         WAYS[way](inputs, asked())
     assert torch.equal(inputs.states, before)
+
+
+def test_streamed_statistics_are_those_of_the_whole_model(tuned):
+    """Ridge rows from a pass layer by layer, against ridge regression on what enters the FFNs of the whole model."""
+    plan = plan_of(parse_config(document(tuned, prompts=True, gate_mode="ridge", router={"lambda": 0.1})))
+    rows = rows_by_layer(plan, routers(plan))
+    model, seen = load(tuned / "base"), {layer: [] for layer in range(3)}
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda _module, inputs, index=index: seen[index].append(inputs[0][0, 1:]))
+    experts = []
+    for number, expert in enumerate(plan.config.experts):
+        for prompt in expert.positive_prompts:
+            ids = tokenizer()(prompt)["input_ids"]
+            experts += [number] * (len(ids) - 1)
+            with torch.no_grad():
+                model(torch.tensor([ids]))
+    for layer, states in seen.items():
+        expected = torch.from_numpy(by_definition(router_inputs(torch.cat(states), experts), 3, 0.1)).float()
+        cosine = torch.nn.functional.cosine_similarity(rows[layer].flatten(), expected.flatten(), dim=0)
+        assert float(cosine) > 0.9999
+
+
+def test_an_expert_that_is_the_base_keeps_what_is_for_none_of_the_others(tuned):
+    text = json.loads(document(tuned, texts=True, router={"load_prior": [1, 1, 2]}))
+    text["experts"][2]["source_model"] = str(tuned / "base")
+    plan = plan_of(parse_config(json.dumps(text)))
+    made = routers(plan)
+    assert made.report.first[2] > 0.9
+    assert made.report.experts[2] == "base"
