@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
-from moemerge.config_checks import Place, choose_way, cross_check, listed
+from moemerge.config_checks import Place, canonical_gate_mode, choose_way, cross_check, listed
 from moemerge.dtypes import SHORT, DType
 from moemerge.errors import ConfigError
 from moemerge.layer_choice import LayerChoice, read_layers
@@ -27,8 +27,6 @@ GateMode = Literal[
     "auto", "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
     "uniform_random",
 ]  # fmt: skip
-# Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
-_GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
 # A YAML file of a few lines can hold a value whose whole text would never end.
 _short: Final = reprlib.Repr()
 _short.maxstring = 60
@@ -36,10 +34,6 @@ _short.maxstring = 60
 
 def _canonical_dtype(value: Any) -> Any:
     return SHORT.get(value.removeprefix("torch."), value.removeprefix("torch.")) if isinstance(value, str) else value
-
-
-def _canonical_gate_mode(value: Any) -> Any:
-    return _GATE_MODE_ALIASES.get(value, value) if isinstance(value, str) else value
 
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
@@ -109,7 +103,7 @@ class MergeConfig(_Strict):
     base_model: Text
     """Where embeddings, attention, norms and the tokenizer come from."""
     experts: list[RoutedExpert]
-    gate_mode: Annotated[GateMode, BeforeValidator(_canonical_gate_mode)] = "auto"
+    gate_mode: Annotated[GateMode, BeforeValidator(canonical_gate_mode)] = "auto"
     dtype: Annotated[DType | None, BeforeValidator(_canonical_dtype)] = None
     """Of the merged model; None keeps the base model's."""
     experts_per_token: int = Field(2, ge=1, strict=True)

@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+# Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
+_GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
 _READ_PROMPTS: Final = ("mergekit_hidden", "cheap_embed")
 _READ_PROMPTS_AND_TEXTS: Final = ("hidden", "ridge", "logistic")
 _FITTED: Final = (*_READ_PROMPTS_AND_TEXTS, "delta", "delta_bootstrap")
@@ -16,6 +18,11 @@ _MIN_EXPERTS: Final = 2
 _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
 Place = tuple[int | str, ...]
 """Keys and indices that lead to a value."""
+
+
+def canonical_gate_mode(value: Any) -> Any:
+    """One name for each way of making routers."""
+    return _GATE_MODE_ALIASES.get(value, value) if isinstance(value, str) else value
 
 
 def listed(value: Any) -> Any:
@@ -90,7 +97,7 @@ def _lone_negatives(shared_experts: Any) -> list[tuple[Place, str]]:
 def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[str, Any]]) -> list[tuple[Place, str]]:
     settings = document.get("router")
     settings = settings if isinstance(settings, dict) else {}
-    gate_mode = document.get("gate_mode", "auto")
+    gate_mode = canonical_gate_mode(document.get("gate_mode", "auto"))
     given = [{key: listed(expert.get(key)) for key in _KEYS} for expert in experts]
     described = [bool(keys["positive_prompts"] or keys["positive_texts"]) for keys in given]
     way = choose_way(gate_mode, described=all(described), calibrated=bool(settings.get("calibration_texts")))

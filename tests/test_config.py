@@ -110,6 +110,13 @@ def test_other_names_of_hidden(mode):
     assert parse_config(PLAIN + f"gate_mode: {mode}\n").gate_mode == "hidden"
 
 
+@pytest.mark.parametrize("mode", ["hidden_avg", "hidden_last"])
+def test_other_names_of_hidden_need_the_same(mode):
+    reason = "gate_mode hidden needs positive_prompts or positive_texts: what should be routed to this expert"
+    assert problems(DATA % ("", ", positive_prompts: b") + f"gate_mode: {mode}\n") == [f"line 2: experts[0]: {reason}"]
+    assert parse_config(PLAIN + f"gate_mode: {mode}\nrouter: {{scale: 2}}\n").router.scale == 2
+
+
 @pytest.mark.parametrize("mode", ["random", "uniform_random"])
 def test_random_routers_need_no_prompts(mode):
     text = f"base_model: base\ngate_mode: {mode}\nexperts: [{{source_model: a}}, {{source_model: b}}]\n"
