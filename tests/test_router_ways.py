@@ -119,6 +119,22 @@ def test_the_scale_says_how_sure_held_out_documents_make_it():
     assert float(weights[:, 0].mean()) > 0.97
 
 
+@pytest.mark.parametrize("way", ["ridge", "logistic"])
+def test_documents_of_unequal_length_do_not_tip_what_is_held_out(way):
+    """Where an expert has few tokens in one part, it must not lose all of the other's."""
+    generator = torch.Generator().manual_seed(0)
+    documents = [(expert, number, length) for expert in range(3)
+                 for number, length in enumerate((4, 100) if expert == 1 else (100, 4))]  # fmt: skip
+    experts = [expert for expert, _, length in documents for _ in range(length)]
+    states = 0.5 * torch.randn(3, 64, generator=generator)[experts] + torch.randn(len(experts), 64, generator=generator)
+    states += 3 * torch.randn(64, generator=generator)
+    numbers = [10 * expert + number for expert, number, length in documents for _ in range(length)]
+    made = WAYS[way](router_inputs(states, experts, documents=numbers), asked())
+    assert made.held_out > 0.45
+    weights, _ = chosen(made.rows, states)
+    assert float(weights[:, 0].mean()) > 0.65
+
+
 @pytest.mark.parametrize("way", FITTED)
 @given(order=st.permutations([0, 1, 2]))
 @settings(max_examples=6, deadline=None)

@@ -32,8 +32,15 @@ class Labelled:
     """Relative to the mean variance of the states."""
 
     def part(self, chosen: torch.Tensor) -> "Labelled":
-        """Some of the tokens, by a mask (token,)."""
-        return Labelled(self.states[chosen], self.targets[chosen], self.weights[chosen], self.regularisation)
+        """Some of the tokens, by a mask (token,); those of each target weigh, in all, what they do in the whole.
+
+        Otherwise an expert whose long documents are held out would lose to the others everywhere.
+        """
+        _, kind = torch.unique(self.targets, dim=0, return_inverse=True)
+        whole = torch.bincount(kind, self.weights)
+        left = torch.bincount(kind[chosen], self.weights[chosen], minlength=len(whole))
+        weights = self.weights[chosen] * (whole / left)[kind[chosen]] * (int(chosen.sum()) / len(chosen))
+        return Labelled(self.states[chosen], self.targets[chosen], weights, self.regularisation)
 
 
 def gram_of(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
