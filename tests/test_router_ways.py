@@ -17,7 +17,7 @@ from moemerge.formats import Mixture
 from moemerge.routers import fitting, init_routers, logistic
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.computed import WAYS
-from moemerge.routers.prompts import encode_prompts
+from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.request import RouterRequest
 from moemerge.routers.scoring import top_weights
 from tests.models import PROMPTS, load, make_model, router_inputs, tokenizer
@@ -202,6 +202,17 @@ def test_a_load_prior_is_met_without_a_bias(prior):
     rows = WAYS["ridge"](inputs, asked(load_prior=prior)).rows
     loads = (inputs.states @ rows.T).softmax(dim=1).mean(dim=0)
     assert loads.tolist() == pytest.approx([share / sum(prior) for share in prior], abs=0.03)
+
+
+def test_a_load_prior_of_sharp_rows_is_finite():
+    """An expert that no text is like has no weight that float32 can tell from 0."""
+    inputs = clouds(spread=0.1)
+    like_one = inputs.states[inputs.expert == 0]
+    with_text = router_inputs(
+        torch.cat([inputs.states, like_one]), inputs.expert.tolist() + [UNSORTED] * len(like_one),
+        documents=inputs.document.tolist() + [99] * len(like_one),
+    )  # fmt: skip
+    assert WAYS["ridge"](with_text, asked(load_prior=[1, 1, 1], scale=30)).rows.isfinite().all()
 
 
 def test_the_scale_of_a_config_is_a_factor_on_the_fitted_one():

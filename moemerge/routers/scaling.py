@@ -1,5 +1,7 @@
 """How sharply a router should choose, and what else is done to rows however they were found."""
 
+import math
+
 import torch
 
 from moemerge.routers.request import RouterInputs, RouterRequest
@@ -69,7 +71,9 @@ def _with_prior(rows: torch.Tensor, states: torch.Tensor, request: RouterRequest
     logits = states @ rows.T
     bias = torch.zeros(len(present))
     for _ in range(_BALANCINGS):
-        bias += wanted.log() - (logits + bias).softmax(dim=1).mean(dim=0).log()
+        # As logarithms: of sharp rows, the mean weight of an expert that no state is like is 0 in float32.
+        loads = (logits + bias).log_softmax(dim=1).logsumexp(dim=0) - math.log(len(states))
+        bias += wanted.log() - loads
     gram = (states.T @ states).double()
     gram.diagonal().add_(_RIDGE * float(gram.trace()) / len(gram))
     constant = torch.cholesky_solve(states.sum(dim=0).double()[:, None], torch.linalg.cholesky(gram))[:, 0].float()
