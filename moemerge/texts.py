@@ -31,20 +31,27 @@ def find_files(patterns: Sequence[str], place: str) -> list[Path]:
     """
     found = []
     for index, pattern in enumerate(patterns):
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            files = [file for ending in _ENDINGS for file in path.rglob(f"*{ending}")]
-        elif path.exists():
-            files = [path]
-        else:
-            files = [Path(name) for name in glob(str(path), recursive=True)]  # noqa: PTH207  patterns may be absolute
-        files = sorted(file for file in files if file.suffix in _ENDINGS and file.is_file())
+        files = sorted(file for file in _matches(pattern) if file.suffix in _ENDINGS)
         if not files:
             raise RefusedError(
                 f"{place}[{index}]: {pattern!r} leads to no .txt or .jsonl file. Paths count from the current folder."
             )
         found += files
     return list({file.resolve(): file for file in found}.values())
+
+
+def _matches(pattern: str) -> list[Path]:
+    try:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            found = [file for ending in _ENDINGS for file in path.rglob(f"*{ending}")]
+        elif path.exists():
+            found = [path]
+        else:
+            found = [Path(name) for name in glob(str(path), recursive=True)]  # noqa: PTH207  patterns may be absolute
+        return [file for file in found if file.is_file()]
+    except (OSError, RuntimeError):  # a text in place of a path is too long for one; `~` of nobody
+        return []
 
 
 def read_documents(files: Sequence[Path]) -> list[str]:
@@ -76,9 +83,10 @@ def _documents(file: Path) -> Iterator[str]:
 def _text(line: str, place: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedError(f"{place}: is not JSON: {error}.") from error
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise RefusedError(f"{place}: expected a text, or an object with a text under the key 'text'.")
-    return text
+    # JSON can hold halves of letters, which no tokenizer takes.
+    return text.encode("utf-8", "replace").decode()

@@ -22,13 +22,15 @@ def test_files_folders_and_patterns_lead_to_documents(tmp_path, monkeypatch):
     assert read_documents(find_files([f"{tmp_path}/**/*.txt", "one.txt"], "x")) == ["fifth", "first", "second\nline"]
 
 
-@pytest.mark.parametrize("pattern", ["missing.txt", "*.txt", "folder", "other.md"])
+@pytest.mark.parametrize(
+    "pattern", ["missing.txt", "*.txt", "folder", "other.md", "~nobody/a.txt", "Write code. " * 30]
+)
 def test_what_leads_to_no_text_is_refused(tmp_path, monkeypatch, pattern):
     (tmp_path / "folder").mkdir()
     (tmp_path / "other.md").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RefusedError) as caught:
-        find_files(["other.md" if pattern == "x" else pattern], "experts[0].positive_texts")
+        find_files([pattern], "experts[0].positive_texts")
     assert str(caught.value) == (
         f"experts[0].positive_texts[0]: {pattern!r} leads to no .txt or .jsonl file. Paths count from the current folder."
     )
@@ -48,6 +50,12 @@ def test_lines_that_are_no_documents_are_named(tmp_path, line, problem):
     with pytest.raises(RefusedError) as caught:
         read_documents([file])
     assert str(caught.value).startswith(f"{file}, {problem}")
+
+
+def test_half_a_letter_in_json_is_read_as_a_question_mark(tmp_path, encode):
+    (tmp_path / "a.jsonl").write_text('{"text": "The \\ud83d fox"}\n')
+    assert read_documents([tmp_path / "a.jsonl"]) == ["The ? fox"]
+    assert cut_windows(["The ? fox"], encode, tokens=10, length=10)
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
