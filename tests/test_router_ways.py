@@ -357,6 +357,30 @@ def test_delta_is_the_slope_of_the_response_at_the_mean_of_any_text(tuned):
     assert not routers(plan).report.layers  # nothing says which text is whose
 
 
+def test_delta_has_a_table_only_where_every_expert_has_text(tuned):
+    text = json.loads(document(tuned, gate_mode="delta"))
+    text["experts"][0]["positive_prompts"] = PROMPTS[0]
+    assert not routers(plan_of(parse_config(json.dumps(text)))).report.layers
+    text = document(tuned, prompts=True, gate_mode="delta")
+    assert np.isfinite(routers(plan_of(parse_config(text))).report.load).all()
+
+
+def test_text_of_shared_experts_changes_no_delta_row_and_makes_a_gate(tuned):
+    text = json.loads(document(tuned, gate_mode="delta"))
+    text["shared_experts"] = [{"source_model": str(tuned / "base")}]
+    alone = routers(plan_of(parse_config(json.dumps(text))))
+    text["shared_experts"][0]["positive_prompts"] = ["The lazy dog"]
+    plan = plan_of(parse_config(json.dumps(text)))
+    made = init_routers(
+        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
+        mixture=plan.mixture, scoring=plan.family.scoring, shared_gate=True, run_base=plan.runs_base, seed=0,
+        device="cpu", progress=lambda _done, _total: None,
+    )  # fmt: skip
+    assert len(made.shared_gates) == len(made.rows)
+    for layer, row in rows_by_layer(plan, made).items():
+        assert torch.allclose(row, rows_by_layer(plan, alone)[layer], rtol=1e-3, atol=1e-5)
+
+
 def test_delta_bootstrap_labels_documents_by_what_they_move(tuned):
     texts = {"calibration_texts": [str(tuned / f"{number}.txt") for number in range(3)]}
     plan = plan_of(parse_config(document(tuned, router=texts)))

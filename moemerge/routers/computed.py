@@ -62,7 +62,7 @@ def compute_routers(
         layers[inputs.layer] = _bytes(rows)
         if shared_gate:
             gates[inputs.layer] = _bytes(shared_gate_row(inputs).to(stored_dtype))
-        if inputs.routed.any():
+        if set(inputs.expert[inputs.routed].tolist()) == set(range(len(config.experts))):
             routings.append(route_layer(rows.float(), inputs, request, new.held_out))
         progress(done + inputs.layer + 1, passes * last)
     return layers, gates, routings

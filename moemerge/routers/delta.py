@@ -13,7 +13,7 @@ import torch
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.errors import RouterError
 from moemerge.passes.weights import read_into
-from moemerge.routers.prompts import UNSORTED, EncodedPrompt
+from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 from moemerge.routers.scaling import finish_rows
 from moemerge.routers.scoring import fit_scale
@@ -32,11 +32,12 @@ def delta_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
     The first singular vector has no sign of its own; this has, and it is the first step of a power iteration for that
     vector from where the text is.
     """
-    mean = inputs.states.mean(dim=0)
+    states = inputs.states[inputs.expert != SHARED]
+    mean = states.mean(dim=0)
     rows = torch.stack([_slope(expert, inputs.layer, mean, request) for expert in request.present(inputs.layer)])
     rows -= rows.mean(dim=0)
-    rows *= fit_scale(rows, inputs.states, request.mixture.experts_per_token)
-    return LayerRows(finish_rows(rows, inputs.states, inputs, request))
+    rows *= fit_scale(rows, states, request.mixture.experts_per_token)
+    return LayerRows(finish_rows(rows, states, inputs, request))
 
 
 def _slope(expert: int, layer: int, mean: torch.Tensor, request: RouterRequest) -> torch.Tensor:

@@ -30,12 +30,14 @@ def hidden_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
 def shared_gate_row(inputs: RouterInputs) -> torch.Tensor:
     """A layer's gate (1, hidden) of the shared experts: what their prompts have more of than others, scaled.
 
-    The others are their negative prompts, or without any the positive prompts of the experts that are chosen between.
+    The others are their negative prompts, or without any the positive prompts of the experts that are chosen between,
+    or without those all text that is not theirs.
     """
     positive = inputs.states[inputs.positive & (inputs.expert == SHARED)]
     negative = inputs.mean(SHARED, positive=False)
     if negative.isnan().any():
-        negative = inputs.states[inputs.routed].mean(dim=0)
+        others = inputs.routed if inputs.routed.any() else inputs.expert != SHARED
+        negative = inputs.states[others].mean(dim=0)
     towards, away = unit(torch.stack([positive.mean(dim=0), negative]).numpy())
     row = torch.from_numpy(unit((towards - away)[None]))
     logits = positive @ row.T

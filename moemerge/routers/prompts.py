@@ -86,7 +86,7 @@ def encode_prompts(
         encoded += reader.texts(
             config.router.calibration_texts, "router.calibration_texts", UNSORTED, positive=True, tokens=tokens
         )
-    if config.way == "delta" and not encoded:
+    if config.way == "delta" and all(prompt.expert == SHARED for prompt in encoded):
         encoded += reader.documents(_ANY_TEXT, UNSORTED, True, config.router.tokens_per_expert)
     return tuple(encoded)
 
