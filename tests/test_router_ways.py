@@ -1,6 +1,7 @@
 """Routers from labelled tokens and from weights: what each way computes, and what must not matter to it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -441,6 +442,26 @@ def test_files_that_are_not_there_are_refused_before_anything_is_read(tuned):
     assert str(caught.value) == (
         "experts[2].positive_texts[0]: 'nowhere/*.txt' leads to no .txt or .jsonl file. Paths count from the current folder."
     )
+
+
+def test_what_cannot_be_solved_ends_in_a_message(tuned):
+    alike = json.loads(document(tuned, router={"lambda": 1e-12}))
+    for expert in alike["experts"]:
+        expert["positive_prompts"] = ["The fox", "The fox", "The dog"]
+    alike["experts"][0]["negative_prompts"] = ["The fox"]
+    with pytest.raises(RouterError, match=r"router inputs of layer 0 are too alike to be solved for"):
+        routers(plan_of(parse_config(json.dumps(alike))))
+
+
+@pytest.mark.parametrize("way", ["ridge", "logistic", "hidden"])
+def test_a_base_model_that_overflows_is_refused(tmp_path, tuned, way):
+    shutil.copytree(tuned / "base", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e38
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    text = json.loads(document(tuned, prompts=True, gate_mode=way)) | {"base_model": str(tmp_path / "base")}
+    with pytest.raises(RouterError, match=r"the base model's numbers overflow in layer 1"):
+        routers(plan_of(parse_config(json.dumps(text))))
 
 
 def test_the_order_of_batches_changes_nothing(tuned, monkeypatch):

@@ -57,7 +57,7 @@ def compute_routers(
     if config.way == "delta_bootstrap":
         request, done = _label_documents(request, lambda layer: progress(layer, passes * last)), last
     for inputs in _memory_watched(capture_router_inputs(request)):
-        new = LayerRows(torch.from_numpy(made[inputs.layer])) if made else WAYS[config.way](inputs, request)
+        new = _rows(config.way, inputs, request) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
         rows = new.rows.to(stored_dtype)
         layers[inputs.layer] = _bytes(rows)
         if shared_gate:
@@ -66,6 +66,20 @@ def compute_routers(
             routings.append(route_layer(rows.float(), inputs, request, new.held_out))
         progress(done + inputs.layer + 1, passes * last)
     return layers, gates, routings
+
+
+def _rows(way: RouterWay, inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+    if not inputs.states.isfinite().all():
+        raise RouterError(
+            f"some router weights are not finite numbers: the base model's numbers overflow in layer {inputs.layer}."
+        )
+    try:
+        return WAYS[way](inputs, request)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise RouterError(
+            f"the router inputs of layer {inputs.layer} are too alike to be solved for with this router.lambda: "
+            "raise it, leave it out, or give more text."
+        ) from error
 
 
 def _label_documents(request: RouterRequest, progress: Callable[[int], None]) -> RouterRequest:
