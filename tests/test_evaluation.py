@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from moemerge import merge, plan_merge
 from moemerge.config import parse_config
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, RefusedError
 from moemerge.evaluation import evaluate, figures
 from moemerge.evaluation.runnable import average, forced, open_dense, open_mixture, uniform
 from moemerge.evaluation.running import run_model
@@ -290,6 +290,16 @@ def test_data_that_is_not_there_is_refused(  # noqa: PLR0917
     monkeypatch.chdir(tmp_path)
     found, _, errors = run(["eval", out, *arguments], monkeypatch, capsys)
     assert (found, message in errors) == (code, True), errors
+
+
+def test_documents_without_a_token_to_predict_are_refused(tmp_path, out):
+    copied = shutil.copytree(out, tmp_path / "out")
+    tokenizer = json.loads((copied / "tokenizer.json").read_text()) | {"post_processor": None}  # no BOS
+    (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "short.jsonl").write_text('"f"\n"d"\n')
+    with pytest.raises(RefusedError) as caught:
+        evaluate(copied, {"fox": [str(tmp_path / "short.jsonl")]})
+    assert str(caught.value) == "--data fox=: its documents have no token that another one precedes."
 
 
 def test_a_model_without_its_sources_is_evaluated_alone(tmp_path, out, data, monkeypatch):

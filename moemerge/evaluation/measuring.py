@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moemerge.errors import MoemergeError
+from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.figures import (
     BASE,
     MERGED,
@@ -73,12 +73,16 @@ class Texts:
 
         Raises:
             RouterError: there is no tokenizer.
+            RefusedError: a domain has nothing to predict.
         """
         encode = by_transformers(mixture.folder)
         context = mixture.runnable.keys.get("max_position_embeddings", window + 1)
         cut = [
             cut_windows(texts, encode, tokens=tokens, length=min(window, context - 1)) for texts in documents.values()
         ]
+        for name, windows in zip(documents, cut, strict=True):
+            if not any(any(window.counted[1:]) for window in windows):
+                raise RefusedError(f"--data {name}=: its documents have no token that another one precedes.")
         experts = [mixture.experts.index(name) if name in mixture.experts else None for name in documents]
         return cls(
             tuple(documents), tuple(experts), tuple(window for part in cut for window in part),

@@ -140,6 +140,6 @@ def _losses(  # noqa: PLR0917
             loss = torch.nn.functional.cross_entropy(
                 logits[row, : len(ids) - 1].float(), ids[1:], reduction="none"
             )  # fmt: skip
-            losses[window] = loss[counted].double().sum().cpu()
+            losses[window] = loss[counted].cpu().double().sum()  # MPS has no float64
         del logits
     return losses
