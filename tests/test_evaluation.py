@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moemerge import merge, plan_merge
 from moemerge.config import parse_config
@@ -335,6 +335,30 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path, out):
         CheckpointError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight: no tensor of the checkpoint"
     ):
         run_model(broken, windows(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "problem"),
+    [
+        ("model.norm", "no tensor is the norm after the layers"),
+        ("layers.2.", r"model\.layers\.2\.\S+: no tensor of the checkpoint"),
+    ],
+)
+def test_a_checkpoint_without_a_norm_or_a_layer_is_refused(tmp_path, out, data, lacking, problem):
+    copied = shutil.copytree(out, tmp_path / "out")
+    tensors = {n: t for n, t in load_file(copied / "model.safetensors").items() if lacking not in n}
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=problem):
+        evaluate(copied, data, tokens=40)
+
+
+def test_a_router_that_is_not_finite_is_refused(tmp_path, out, data):
+    copied = shutil.copytree(out, tmp_path / "out")
+    tensors = load_file(copied / "model.safetensors")
+    next(tensor for name, tensor in tensors.items() if name.endswith("gate.weight"))[0, 0] = math.nan
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"gate\.weight: holds numbers that are not finite"):
+        evaluate(copied, data, tokens=40)
 
 
 # ---- routes

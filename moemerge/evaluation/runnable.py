@@ -10,7 +10,7 @@ import torch
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import CONFIG_COPY, MergeConfig, load_config
-from moemerge.errors import IncompatibleError, MoemergeError, SourceError
+from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError, SourceError
 from moemerge.formats import MOE_FAMILIES, MoeFamily
 from moemerge.formats.dense import decoded, read_dense
 from moemerge.formats.family import SWITCHED_OFF
@@ -49,9 +49,10 @@ class Runnable:
     @property
     def norm(self) -> str:
         """Path within the decoder of the norm after the layers."""
-        return next(
-            match[1] for name in self.names(None) if (match := re.fullmatch(r"model\.(\w*norm\w*)\.weight", name))
-        )
+        for name in self.names(None):
+            if match := re.fullmatch(r"model\.(\w*norm\w*)\.weight", name):
+                return match[1]
+        raise CheckpointError(f"{self.name}: no tensor is the norm after the layers.")
 
 
 @dataclass(frozen=True)

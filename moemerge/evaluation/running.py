@@ -94,6 +94,8 @@ class _Router:
     def __init__(self, mixture: MixtureModel, layer: Any, index: int, rows: torch.Tensor) -> None:
         self._mixture, self._layer, self._index, self._rows = mixture, layer, index, rows
         self._absent = mixture.absent(index)
+        if not rows.isfinite().all():
+            raise CheckpointError(f"{mixture.router(index)}: holds numbers that are not finite.")
         # Families differ in what they call it.
         self._module = next(
             module

@@ -20,6 +20,8 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
     Raises:
         CheckpointError: the model has no place for a tensor.
     """
+    if not tensors:
+        return
     if find_spec("transformers.core_model_loading") is None:
         for name, tensor in tensors.items():
             _place(model, name, tensor.to(device))
