@@ -49,14 +49,14 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
                 out, _by_name(data), baselines=baselines, tokens=max_tokens, window=window, device=device,
                 progress=stoppable(progress), announce=console.print,
             )  # fmt: skip
-        if update_card:
-            update_evaluation(out, found)
         if json:
             print_json(asdict(found))
         else:
             print_evaluation(stdout(), found, by_layer=verbose > 0)
         for note in found.notes:
             console.print(f"note: {note}", style="yellow")
+        if update_card:  # last: what took minutes is not lost with the card
+            update_evaluation(out, found)
 
 
 def _by_name(data: list[str]) -> dict[str, list[str]]:
