@@ -221,7 +221,7 @@ def _shared_notes(config: MergeConfig, family: MoeFamily) -> list[str]:
             f"shared experts add {share:.0%} of an FFN's output, {rest}"
             f"{'' if gated else ': with equal models nothing changes'}; residual_scale says otherwise"
         )
-    if any(expert.positive_prompts for expert in config.shared_experts):
+    if any(expert.is_described for expert in config.shared_experts):
         if not (family.shared and family.shared.gate):
             notes.append(f"prompts of shared experts are not used: {family.model_type} has no gate for them")
         elif not config.computes_shared_gate:
