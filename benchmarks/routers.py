@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -27,10 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import merge, plan_merge
 from moemerge.config import MergeConfig, parse_config
-from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, Sums, estimate, recovered
-from moemerge.evaluation.measuring import RoutingTally, Texts
+from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
+from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
-from moemerge.evaluation.running import run_model
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
 from moemerge.routers import init_routers
 from moemerge.routers.capture import capture_router_inputs
@@ -64,7 +63,6 @@ class Bench:
     prompts: dict[str, list[str]]
     per_token: int
     seed: int
-    sums: dict[str, dict[str, Sums]] = field(default_factory=dict)
 
     def config(self, mode: str, given: str, **router: object) -> MergeConfig:
         experts = []
@@ -100,56 +98,47 @@ class Bench:
         }
         return made, seconds
 
-    def run(
-        self, name: str, model: Runnable, texts: Texts, domains: list[int] | None = None, **options: object
-    ) -> None:
-        domains = list(range(len(texts.domains))) if domains is None else domains
-        places = [window for domain in domains for window in texts.of(domain)]
-        losses = run_model(model, [texts.windows[window] for window in places], CPU, **options)  # type: ignore[arg-type]
-        of_model = self.sums.setdefault(name, {})
-        for domain in domains:
-            mine = [index for index, window in enumerate(places) if texts.domain[window] == domain]
-            of_model[texts.domains[domain]] = texts.sums(losses[mine], [places[index] for index in mine])
-
-    def line(self, name: str, texts: Texts, tally: RoutingTally | None, *more: str) -> list[str]:
+    def line(self, name: str, runs: Runs, tally: RoutingTally | None, *more: str) -> list[str]:
         """Cells of one row: losses, their mean, recovered fraction with its interval, accuracy, top-k, first weight."""
-        found = self.sums[name]
-        losses = [estimate(found[domain]).value for domain in texts.domains]
-        share = recovered({**self.sums, MERGED: found}, texts.domains)
+        found = runs.sums[name]
+        losses = [estimate(found[domain]).value for domain in runs.texts.domains]
+        share = recovered({**runs.sums, MERGED: found}, runs.texts.domains)
         cells = [name, *(f"{loss:.3f}" for loss in losses), f"{np.mean(losses):.3f}"]
-        cells.append("-" if share is None else f"{share.value:.2f} ({share.low:.2f} to {share.high:.2f})")
+        cells.append("-" if share is None else f"{share.value:.2f}{share.interval}")
         if tally:
-            routings = [tally.of(place) for place in range(len(texts.domains))]
+            routings = [tally.of(place) for place in range(len(runs.texts.domains))]
             cells += [f"{np.mean([getattr(r, key) for r in routings]):.3f}" for key in ("accuracy", "hit_rate")]
             cells.append(f"{np.mean([r.top_weight for r in routings]):.2f}")
         return [*cells, *["-"] * (len(self.experts) + 6 - len(cells)), *more]
 
 
-def baselines(bench: Bench, mixture: MixtureModel, texts: Texts) -> Iterator[list[str]]:
+def baselines(bench: Bench, mixture: MixtureModel, runs: Runs) -> Iterator[list[str]]:
     """The base, every expert, and mixtures that need no router."""
     dense = {name: open_dense(model, name, print) for name, model in {"base": bench.base, **bench.experts}.items()}
     for name, model in dense.items():
-        bench.run(f"{name}, dense", model, texts)
-    bench.run(UNIFORM, uniform(mixture), texts)
+        runs.run(f"{name}, dense", model)
+    even = uniform(mixture)
+    if isinstance(even, Runnable):
+        runs.run(UNIFORM, even)
     for place in range(len(bench.experts)):
-        bench.run(ORACLE, forced(mixture, place), texts, [place])
+        runs.run(ORACLE, forced(mixture, place), domains=[place])
     soup = average(SOUP, [dense[name] for name in bench.experts])
     if not isinstance(soup, str):
-        bench.run(SOUP, soup, texts)
-    for name in list(bench.sums):
-        yield bench.line(name, texts, None)
+        runs.run(SOUP, soup)
+    for name in list(runs.sums):
+        yield bench.line(name, runs, None)
 
 
-def table(bench: Bench, mixture: MixtureModel, texts: Texts, ways: list[str]) -> Iterator[list[str]]:
+def table(bench: Bench, mixture: MixtureModel, runs: Runs, ways: list[str]) -> Iterator[list[str]]:
     """Every way of making routers."""
     for name, mode, given in ROWS:
         if (ways and name not in ways) or (given == "prompts" and not bench.prompts):
             continue
         rows, seconds = bench.rows(bench.config(mode, given))
-        tally = RoutingTally(mixture, texts)
+        tally = RoutingTally(mixture, runs.texts)
         replaced = mixture.with_rows(name, lambda layer, rows=rows: rows[layer])
-        bench.run(name, replaced.runnable, texts, mixture=replaced, chosen=tally.add)
-        yield bench.line(name, texts, tally, f"{seconds:.0f} s")
+        runs.run(name, replaced.runnable, mixture=replaced, chosen=tally.add)
+        yield bench.line(name, runs, tally, f"{seconds:.0f} s")
 
 
 def flips(bench: Bench, texts: Texts, ways: list[str]) -> Iterator[list[str]]:
@@ -249,7 +238,8 @@ def main() -> None:
         show(heads, options)
         if options.markdown:
             show(["---"] * len(heads), options)
-        rows = (baselines(bench, mixture, texts), table(bench, mixture, texts, options.way))
+        runs = Runs(texts, CPU, lambda _name, _done, _total: None)
+        rows = (baselines(bench, mixture, runs), table(bench, mixture, runs, options.way))
         for cells in chain(*rows, flips(bench, texts, options.way)):
             show(cells, options)
         if options.repeat:

@@ -106,16 +106,13 @@ def _evaluation(found: "Evaluation") -> str:
         + ", ".join(
             f"{domain.name}: {domain.tokens} tokens of {domain.documents} documents" for domain in found.domains
         )
-        + "), with 95 % intervals over documents.",
+        + "), with 95 % intervals over documents where there are at least 5.",
         "",
         f"| model | {' | '.join(names)} | mean |",
         "|---" * (len(names) + 2) + "|",
     ]
     for model, losses in found.losses.items():
-        cells = [
-            f"{losses[name].value:.3f} ({losses[name].low:.3f} to {losses[name].high:.3f})" if name in losses else ""
-            for name in names
-        ]
+        cells = [f"{losses[name].value:.3f}{losses[name].interval}" if name in losses else "" for name in names]
         mean = f"{found.mean_losses[model]:.3f}" if model in found.mean_losses else ""
         lines.append(f"| {model} | {' | '.join(cells)} | {mean} |")
     if found.recovered_mean:
@@ -123,7 +120,7 @@ def _evaluation(found: "Evaluation") -> str:
         lines += [
             "",
             "Of what choosing the right expert gains over mixing all alike, the router recovers "
-            f"{mean_share.value:.2f} ({mean_share.low:.2f} to {mean_share.high:.2f}).",
+            f"{mean_share.value:.2f}{mean_share.interval}.",
         ]
     heads = " | ".join(f"to {name}" for name in found.experts)
     lines += ["", f"| tokens of | right expert first | {heads} | first choice's weight |",

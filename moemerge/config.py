@@ -36,6 +36,12 @@ def _canonical_dtype(value: Any) -> Any:
     return SHORT.get(value.removeprefix("torch."), value.removeprefix("torch.")) if isinstance(value, str) else value
 
 
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")  # noqa: TRY004  pydantic's
+    return value
+
+
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Prompts = Annotated[list[Annotated[str, Field(strict=True)]], BeforeValidator(listed)]
 Texts = Annotated[list[Text], BeforeValidator(listed)]
@@ -83,15 +89,15 @@ class RoutedExpert(Expert):
 class RouterSettings(_Strict):
     """How routers are made of what `gate_mode` uses; see docs/routers.md."""
 
-    lambda_: float | None = Field(None, alias="lambda", gt=0, allow_inf_nan=False)
+    lambda_: Annotated[float | None, BeforeValidator(_no_flag)] = Field(None, alias="lambda", gt=0, allow_inf_nan=False)
     """Regularisation of ridge and logistic, relative to the mean variance of router inputs; None: by token count."""
-    scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+    scale: Annotated[float, BeforeValidator(_no_flag)] = Field(1.0, gt=0, allow_inf_nan=False)
     """Factor on the scale that is fitted: above 1 the chosen experts are mixed less."""
     tokens_per_expert: int = Field(4096, ge=1, strict=True)
     """How many tokens of its texts are read for each expert, and as many of the calibration texts for each."""
     calibration_texts: Texts = []
     """Files, folders or patterns of text that is not sorted by expert."""
-    load_prior: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    load_prior: list[Annotated[float, BeforeValidator(_no_flag), Field(gt=0, allow_inf_nan=False)]] | None = None
     """Share of the calibration texts that each expert should take, in the order of the experts."""
     seed: int | None = Field(None, ge=0, strict=True)
     """Of random routers, and of which documents are read where there are more than are needed."""
@@ -112,7 +118,9 @@ class MergeConfig(_Strict):
     """The output family's `model_type`; None chooses the first that fits."""
     moe_layers: Layers = "all"
     """Layers that hold experts; the others keep the base model's FFN."""
-    router: RouterSettings = Field(default_factory=lambda: RouterSettings.model_validate({}))
+    router: Annotated[RouterSettings, BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        default_factory=lambda: RouterSettings.model_validate({})
+    )
 
     _text: str = PrivateAttr("")
 
@@ -197,7 +205,7 @@ def parse_config(text: str, name: str = "config", *, allow_identical_experts: bo
     return config
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _explain(detail: ErrorDetails) -> str:  # noqa: PLR0911  one for each kind
     """One pydantic error in the words of someone who writes the YAML."""
     key, value = detail["loc"][-1], detail["input"]
     if detail["type"] == "extra_forbidden":
@@ -217,6 +225,10 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "string_type":
         in_prompts = any(str(step).endswith("_prompts") for step in detail["loc"])
         return f"expected text, found {_short.repr(value)}" + ("; write it in quotes" if in_prompts else "")
+    if detail["type"] == "float_parsing":
+        return f"expected a number, found {_short.repr(value)}"
+    if detail["type"] == "model_type":
+        return f"expected keys with values, found {_short.repr(value)}"
     if detail["type"] == "value_error":
         return f"{detail['ctx']['error']}, found {_short.repr(value)}"
     return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {_short.repr(value)}"

@@ -14,6 +14,7 @@ _USED_BY: Final = {
     "calibration_texts": _FITTED,
 }  # fmt: skip
 """Keys of `router`, each with the ways that use it."""
+_WITHOUT_LABELS: Final = ("auto", "delta", "delta_bootstrap")
 _MIN_EXPERTS: Final = 2
 _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
 Place = tuple[int | str, ...]
@@ -101,6 +102,7 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
     given = [{key: listed(expert.get(key)) for key in _KEYS} for expert in experts]
     described = [bool(keys["positive_prompts"] or keys["positive_texts"]) for keys in given]
     way = choose_way(gate_mode, described=all(described), calibrated=bool(settings.get("calibration_texts")))
+    reads = (*_READ_PROMPTS, *_READ_PROMPTS_AND_TEXTS)
     problems: list[tuple[Place, str]] = []
     for number, (expert, keys) in enumerate(zip(experts, given, strict=True)):
         missing = ""
@@ -113,10 +115,16 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
                 "has neither positive_prompts nor positive_texts, though others have: give it some, or none to any "
                 "expert, and the weights alone make the routers"
             )
+        elif way not in reads and gate_mode in _WITHOUT_LABELS and not described[number] and any(keys.values()):
+            missing = "negative text says what differs from positive text, but there is none"
         place: Place = ("experts", number)
         problems += [((*place, "positive_prompts") if "positive_prompts" in expert else place, missing)] * bool(missing)
+        if way in _READ_PROMPTS:
+            problems += [
+                ((*place[:2], key), f"gate_mode {way} reads prompts alone; ridge reads texts too")
+                for key in ("positive_texts", "negative_texts") if keys[key]
+            ]  # fmt: skip
     contents = [{key: _in_order(value) for key, value in keys.items()} for keys in given]
-    reads = (*_READ_PROMPTS, *_READ_PROMPTS_AND_TEXTS)
     if way in reads and len(contents) > 1 and described[0] and all(keys == contents[0] for keys in contents[1:]):
         problems.append((
             ("experts",),
@@ -136,6 +144,11 @@ def _check_settings(way: str, settings: Mapping[str, Any], experts: int) -> list
     for key, ways in _USED_BY.items():
         if settings.get(key) is not None and way not in ways:
             problems.append((("router", key), f"gate_mode {way} does not use it; {', '.join(ways)} do"))
+    if settings.get("calibration_texts") and way in _READ_PROMPTS_AND_TEXTS and not settings.get("load_prior"):
+        problems.append((
+            ("router", "calibration_texts"),
+            f"gate_mode {way} uses them for a load_prior alone, which is missing; delta_bootstrap is made from them",
+        ))  # fmt: skip
     prior = settings.get("load_prior")
     if isinstance(prior, list) and len(prior) != experts:
         problems.append((("router", "load_prior"), f"names {len(prior)} shares, but there are {experts} experts"))

@@ -148,8 +148,9 @@ class MergePlan:
         kinds = sum(bool(texts) for expert in described for texts in (expert.positive_texts, expert.negative_texts))
         kinds += len(config.experts) if config.router.calibration_texts else 0
         tokens = kinds * config.router.tokens_per_expert
-        # States, router inputs, and those that rows are fitted to; one matrix in float32 and two in float64.
-        return 3 * 4 * tokens * hidden + (20 * hidden * hidden if tokens else 0)
+        # States, router inputs, those that rows are fitted to, a part of them; a matrix in float32 and two in float64.
+        solves = tokens or config.way == "logistic" or config.router.load_prior
+        return 4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0)
 
     @property
     def shards_without_routers(self) -> list[Shard]:

@@ -14,13 +14,13 @@ from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.compatibility import check_base, check_configs, check_expert
 from moemerge.config import MergeConfig
 from moemerge.dtypes import NAMED, STORED, bytes_of
-from moemerge.errors import IncompatibleError
+from moemerge.errors import IncompatibleError, RefusedError
 from moemerge.formats import Mixture, MoeFamily, select_family
 from moemerge.formats.dense import DenseModel, read_dense
 from moemerge.plan import MergePlan, Output
 from moemerge.proportions import mixture_of, residual_scales
 from moemerge.sources import ModelFolder, open_model, read_tensor_table
-from moemerge.texts import find_files
+from moemerge.texts import find_files, read_documents
 
 Tensors = Mapping[str, StoredTensor]
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
@@ -37,6 +37,7 @@ def plan_merge(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     target: Path | None = None,
     routing_table: bool = False,
+    needs_texts: bool = True,
     announce: Callable[[str], None] = lambda _: None,
 ) -> MergePlan:
     """Decide a merge from configs and headers; no tensor bytes are read and nothing is written.
@@ -50,6 +51,7 @@ def plan_merge(
             shards are laid out for that. This is tried with an unnamed temporary file.
         routing_table: whether to show what the routers do with the prompts, even where that takes a pass of the base
             model which the routers do not need.
+        needs_texts: whether files of text have to be there, as for routers.
         announce: called with a line about what takes long.
 
     Raises:
@@ -76,7 +78,8 @@ def plan_merge(
     base, models = _dense(base_folder), [_dense(folder) for folder in folders]
     copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
     tokenizer_notes = _check_tokenizer({path.name for path in copied_files}, needed=runs_base or config.reads_text)
-    _check_texts(config)
+    if needs_texts and (runs_base or config.reads_text):
+        _check_texts(config)
     _refuse(_check_widths(config, base, models[:routed]))
     mixture = mixture_of(config, base, models[:routed], models[routed:])
     family, family_notes = select_family(base, config.architecture, mixture)
@@ -161,12 +164,17 @@ def _dense(folder: ModelFolder) -> DenseModel:
 
 
 def _check_texts(config: MergeConfig) -> None:
-    """Refuse files that are not there before any weights are downloaded."""
+    """Refuse files that are not there, or hold no text, before any weights are downloaded."""
     for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts)):
         for number, expert in enumerate(experts):
-            find_files(expert.positive_texts, f"{key}[{number}].positive_texts")
-            find_files(expert.negative_texts, f"{key}[{number}].negative_texts")
-    find_files(config.router.calibration_texts, "router.calibration_texts")
+            _check_documents(expert.positive_texts, f"{key}[{number}].positive_texts")
+            _check_documents(expert.negative_texts, f"{key}[{number}].negative_texts")
+    _check_documents(config.router.calibration_texts, "router.calibration_texts")
+
+
+def _check_documents(patterns: Sequence[str], place: str) -> None:
+    if patterns and not read_documents(find_files(patterns, place)):
+        raise RefusedError(f"{place}: these files hold no text.")
 
 
 def _check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:

@@ -15,8 +15,8 @@ from moemerge.errors import RefusedError
 
 _SEPARATOR: Final = re.compile(r"^<\|document\|>\s*$", re.MULTILINE)
 _ENDINGS: Final = (".txt", ".jsonl")
-# More than any calibration needs: a larger file is read so far.
-_FILE_CHARACTERS: Final = 50_000_000
+# More than any calibration needs: of more text, each file is read so far that it is no more in all.
+_CHARACTERS: Final = 50_000_000
 
 
 def find_files(patterns: Sequence[str], place: str) -> list[Path]:
@@ -60,21 +60,21 @@ def read_documents(files: Sequence[Path]) -> list[str]:
     Raises:
         RefusedError: a file cannot be read or is not what its ending says.
     """
-    return [text for file in files for text in _documents(file) if text.strip()]
+    return [text for file in files for text in _documents(file, _CHARACTERS // len(files)) if text.strip()]
 
 
-def _documents(file: Path) -> Iterator[str]:
+def _documents(file: Path, characters: int) -> Iterator[str]:
     try:
-        with file.open(encoding="utf-8") as opened:
+        with file.open(encoding="utf-8-sig") as opened:
             if file.suffix == ".txt":
-                yield from (part.strip("\n") for part in _SEPARATOR.split(opened.read(_FILE_CHARACTERS)))
+                yield from (part.strip("\n") for part in _SEPARATOR.split(opened.read(characters)))
                 return
             read = 0
             for number, line in enumerate(opened, 1):
                 if line.strip():
                     yield _text(line, f"{file}, line {number}")
                 read += len(line)
-                if read > _FILE_CHARACTERS:
+                if read > characters:
                     return
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedError(f"{file}: cannot be read as text in UTF-8: {error}.") from error

@@ -204,7 +204,7 @@ def test_an_evaluation_holds_every_model_and_says_what_it_left_out(out, data):
     assert "other is no expert's name, so there is no oracle for it" in found.notes
     for name in data:
         loss, routing = found.losses["merged"][name], found.routing[name]
-        assert loss.low <= loss.value <= loss.high
+        assert (loss.low, loss.high) == (None, None)  # of three documents
         assert sum(routing.load) == pytest.approx(2)
         assert np.mean(routing.load_by_layer, axis=0) == pytest.approx(routing.load)
         assert 0 < routing.entropy <= 1
@@ -279,7 +279,7 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     ("arguments", "message", "code"),
     [
         (["--data", "fox"], "error: --data: expected NAME=PATH, such as code=code.txt, found 'fox'.", 2),
-        (["--data", "a=nowhere.txt"], "--data a=[0]: 'nowhere.txt' leads to no .txt or .jsonl file.", 2),
+        (["--data", "a=nowhere.txt"], "--data a[0]: 'nowhere.txt' leads to no .txt or .jsonl file.", 2),
         (["--data", "a=empty.txt"], "error: --data a=: its files hold no text.", 2),
     ],
 )
@@ -310,7 +310,7 @@ def test_a_model_without_its_sources_is_evaluated_alone(tmp_path, out, data, mon
     )
     found = evaluate(copied, data, tokens=40)
     assert list(found.losses) == ["merged"]
-    assert found.notes[0].startswith("base and experts are left out: /gone/base")
+    assert found.notes[0].startswith("base, experts and their average are left out: /gone/base")
     config.unlink()
     found = evaluate(copied, data, tokens=40)
     assert found.experts == ("0", "1", "2")
@@ -322,7 +322,7 @@ def test_what_is_no_mixture_is_refused(tmp_path, models, data, monkeypatch, caps
     assert code == 2
     given = ["--data", f"fox={data['fox'][0]}"]
     code, _, errors = run(["eval", models[0], *given], monkeypatch, capsys)
-    assert (code, "its model_type is 'llama', no mixture that moemerge writes: mixtral" in errors) == (2, True)
+    assert (code, "its model_type is 'llama', no mixture that moemerge writes. Name" in errors) == (2, True)
     code, _, errors = run(["routes", tmp_path / "nowhere", "--text", "x"], monkeypatch, capsys)
     assert (code, "there is no such folder" in errors) == (1, True)
 
@@ -394,13 +394,13 @@ def test_routes_prints_names_where_there_are_no_colours(tmp_path, out, monkeypat
     page = tmp_path / "routes.html"
     code, printed, errors = run(["routes", out, "--text", LINES[0], "--html", page], monkeypatch, capsys)
     assert code == 0
-    assert page.read_text().startswith("<!doctype html>".lower()) or "<html" in page.read_text()[:200].lower()
+    assert page.read_text().lower().startswith("<!doctype html>")
     assert f"{page}: written" in errors
-    assert printed.startswith("text 1, majority of 3 layers: fox ")
+    assert printed.startswith("text 1, all 3 layers: fox ")
     assert re.sub(r"\[(fox|code|chat)\]", "", printed.split("\n", 1)[1].strip()) == LINES[0]
     (tmp_path / "f.txt").write_text(LINES[1])
     code, printed, _ = run(["routes", out, "--file", tmp_path / "f.txt", "--layer", 1], monkeypatch, capsys)
-    assert printed.startswith(f"{tmp_path / 'f.txt'}, layer 1: ")
+    assert printed.startswith("f.txt, layer 1: ")
     code, printed, _ = run(["routes", out, "--text", LINES[0], "--json"], monkeypatch, capsys)
     facts = json.loads(printed)
     assert np.array(facts["texts"][0]["experts"]).shape == (3, len(facts["texts"][0]["tokens"]), 2)
@@ -411,9 +411,9 @@ def test_routes_prints_names_where_there_are_no_colours(tmp_path, out, monkeypat
     ("arguments", "message"),
     [
         ([], "nothing to route: give --text or --file."),
-        (["--file", "nowhere"], "--file: nowhere: cannot be read as text in UTF-8"),
-        (["--text", "x", "--html", "no/such/folder.html"], "--html: no/such: there is no such folder."),
-        (["--text", "The fox", "--layer", "9"], "--layer: layer 9 has no router; those with one: 0 to 2."),
+        (["--file", "nowhere"], "--file: nowhere: cannot be read: No such file or directory."),
+        (["--text", "x", "--html", "no/such/folder.html"], "--html: no/such/folder.html: there is no such folder."),
+        (["--text", "The fox", "--layer", "9"], "layer 9 has no router; those with one: 0, 1, 2."),
         (["--text", ""], "text 1: the model's tokenizer finds no tokens in it."),
     ],
 )

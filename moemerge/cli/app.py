@@ -11,6 +11,8 @@ import typer
 
 from moemerge.cli.console import print_json, return_freed_memory, speaking, stdout, stoppable
 from moemerge.cli.evaluation import evaluate
+from moemerge.cli.families import list_families
+from moemerge.cli.options import Debug, Json, Quiet, Verbose
 from moemerge.cli.routes import show_routes
 from moemerge.errors import BusyError, RefusedError
 
@@ -54,10 +56,6 @@ AllowIdentical = Annotated[
     bool,
     typer.Option("--allow-identical-experts", help="Accept experts that are all one model, to be trained further."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more: routing by layer, log messages.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OutShardSize = Annotated[str | None, typer.Option(hidden=True)]
 
 
@@ -142,6 +140,11 @@ def _merge(
         for warning in report.warnings():
             console.print(f"warning: {warning}", style="yellow")
         if not quiet:
+            if plan.config.way == "delta" and not report.layers:
+                console.print(
+                    "note: no text says what the experts are for, so nothing is known of how these routers choose; "
+                    f"`moemerge eval {out} --data NAME=PATH` measures it"
+                )
             typer.echo(f"{out}: done")
 
 
@@ -213,7 +216,9 @@ def _verify(
 
         # Before a plan may download weights.
         open_merged(out)
-        plan = _plan_from(console, against, "5GB", None, cache_dir, quiet, allow_identical_experts)
+        plan = _plan_from(
+            console, against, "5GB", None, cache_dir, quiet, allow_identical_experts, needs_texts=False
+        )  # fmt: skip
         with show_progress(console, quiet=quiet) as progress:
             found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
         if json:
@@ -224,30 +229,9 @@ def _verify(
             raise typer.Exit(1)
 
 
-def _families(
-    json: Json = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-    debug: Debug = False,
-) -> None:
-    """List the output families: which dense models each repeats exactly, and what it can hold."""
-    with speaking(quiet=False, verbose=0, debug=debug):
-        from dataclasses import asdict
-
-        from moemerge.cli.families import as_markdown, print_families
-        from moemerge.formats.overview import family_rows
-
-        rows = family_rows()
-        if json:
-            print_json([asdict(row) for row in rows])
-        elif markdown:
-            typer.echo(as_markdown(rows))
-        else:
-            print_families(stdout(), rows)
-
-
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "routes": show_routes,
-    "families": _families,
+    "families": list_families,
 }  # fmt: skip
 
 
@@ -265,14 +249,14 @@ def main() -> None:
             typer.echo(f"note: {note}", err=True)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     command = _COMMANDS[word] if word else _merge
-    app.command(no_args_is_help=command is not _families, epilog=None if word else _EPILOG)(command)
+    app.command(no_args_is_help=command is not list_families, epilog=None if word else _EPILOG)(command)
     app(args=arguments, prog_name=f"moemerge {word}" if word else "moemerge")
 
 
 def _plan_from(
     console: "Console", config: Path, max_shard_size: str, out_shard_size: str | None, cache_dir: Path | None,
     quiet: bool, allow_identical_experts: bool,
-    target: Path | None = None, routing_table: bool = False,
+    target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
 ) -> "MergePlan":  # fmt: skip
     if cache_dir:
         os.environ["HF_HUB_CACHE"] = str(cache_dir)
@@ -289,7 +273,10 @@ def _plan_from(
     if out_shard_size is not None:
         max_bytes = parse_parameter_count(out_shard_size) * (4 if loaded.dtype == "float32" else 2)
     say: Callable[[str], None] = (lambda _line: None) if quiet else console.print
-    plan = plan_merge(loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, announce=say)
+    plan = plan_merge(
+        loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
+        announce=say,
+    )  # fmt: skip
     for note in plan.notes:
         say(f"note: {note}")
     return plan

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moemerge.cli.console import print_json, speaking, stdout, stoppable
+from moemerge.cli.options import Debug, Device, Json, Quiet, Verbose
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -29,15 +30,15 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
     ] = False,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192,
     window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512,
-    device: Annotated[str, typer.Option(help="Runs the models: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Device = "auto",
     update_card: Annotated[bool, typer.Option("--update-card", help="Write the result into the model card.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")] = False,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more: loads by layer.")] = 0,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compare a merged model's loss on held-out text with those of its base, its experts and simpler mixtures."""
-    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+    with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         from dataclasses import asdict
 
         from moemerge.card import update_evaluation
@@ -57,6 +58,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
             console.print(f"note: {note}", style="yellow")
         if update_card:  # last: what took minutes is not lost with the card
             update_evaluation(out, found)
+            console.print(f"{out / 'README.md'}: updated")
 
 
 def _by_name(data: list[str]) -> dict[str, list[str]]:
@@ -77,13 +79,16 @@ def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool) -
         cells = [_loss(losses[d.name].value) if d.name in losses else "-" for d in found.domains]
         table.add_row(model, *cells, _loss(found.mean_losses[model]) if model in found.mean_losses else "-")
     console.print(table)
-    console.print("tokens: " + ", ".join(f"{d.name} {d.tokens} of {d.documents} documents" for d in found.domains))
+    console.print(
+        "tokens: "
+        + ", ".join(f"{d.name} {d.tokens} of {d.documents} of {d.available} documents" for d in found.domains)
+    )
     if found.recovered_mean:
         mean = found.recovered_mean
         parts = [f"{name} {part.value:.2f}" for name, part in found.recovered.items()]
         console.print(
             "Recovered of what choosing the right expert gains over mixing all alike: "
-            f"{mean.value:.2f} (95 % interval {mean.low:.2f} to {mean.high:.2f}); {', '.join(parts)}"
+            f"{mean.value:.2f}{mean.interval}; {', '.join(parts)}"
         )
     console.print("Routing, averaged over layers:")
     table = Table(

@@ -1,6 +1,11 @@
 """The table of output families, for people, for programs, and for the documentation."""
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.cli.options import Debug, Json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -8,6 +13,26 @@ if TYPE_CHECKING:
     from moemerge.formats.overview import FamilyRow
 
 _HEADINGS: Final = ("family", "dense models", "they may have", "shared experts", "dense layers", "router")
+
+
+def list_families(
+    json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the output families: which dense models each repeats exactly, and what it can hold."""
+    with speaking(quiet=False, verbose=0, debug=debug):
+        from dataclasses import asdict
+
+        from moemerge.formats.overview import family_rows
+
+        rows = family_rows()
+        if json:
+            print_json([asdict(row) for row in rows])
+        elif markdown:
+            typer.echo(as_markdown(rows))
+        else:
+            print_families(stdout(), rows)
 
 
 def as_markdown(rows: "list[FamilyRow]") -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moemerge.cli.console import print_json, speaking, stdout, stoppable
+from moemerge.cli.options import Debug, Device, Json, Quiet
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -27,29 +28,29 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
         Path | None, typer.Option(help="Write a page with every layer's choices.", show_default=False)
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each text.")] = 2000,
-    device: Annotated[str, typer.Option(help="Runs the model: auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Show which expert of a merged model takes which token."""
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         texts = {f"text {number}": given for number, given in enumerate(text, 1)}
-        texts |= {str(path): _read(path) for path in file}
+        names = [path.name for path in file]
+        texts |= {path.name if names.count(path.name) == 1 else str(path): _read(path) for path in file}
         if not texts:
             raise RefusedError("nothing to route: give --text or --file.")
-        if html and not html.resolve().parent.is_dir():
-            raise RefusedError(f"--html: {html.parent}: there is no such folder.")
+        if html and (html.is_dir() or not html.resolve().parent.is_dir()):
+            raise RefusedError(f"--html: {html}: {'is a folder' if html.is_dir() else 'there is no such folder'}.")
         from moemerge.cli.progress import show_layers
         from moemerge.evaluation.tracing import trace
 
         with show_layers(console, quiet=quiet) as progress:
             report = stoppable(progress)
             routes = trace(
-                out, texts, tokens=max_tokens, device=device, progress=lambda done, of: report("routes", done, of)
-            )
-        if layer is not None and layer not in routes.layers:
-            raise RefusedError(f"--layer: layer {layer} has no router; those with one: {_listed(routes.layers)}.")
+                out, texts, tokens=max_tokens, layer=layer, device=device,
+                progress=lambda done, of: report("routes", done, of),
+            )  # fmt: skip
         if html:
             from moemerge.routes.page import write_page
 
@@ -64,14 +65,16 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RefusedError(f"--file: {path}: cannot be read as text in UTF-8: {error}.") from error
+    except OSError as error:
+        raise RefusedError(f"--file: {path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"--file: {path}: is not text in UTF-8.") from error
 
 
 def print_routes(console: Console, routes: "Routes", layer: int | None) -> None:
     """Texts with each token in its expert's colour; where there are no colours, the expert's name before its tokens."""
     index = None if layer is None else routes.layers.index(layer)
-    where = f"majority of {len(routes.layers)} layers" if layer is None else f"layer {layer}"
+    where = f"all {len(routes.layers)} layers" if layer is None else f"layer {layer}"
     for text in routes.texts:
         experts = routes.majority(text) if index is None else text.experts[index, :, 0]
         shares = routes.shares(text, index)
@@ -108,7 +111,3 @@ def _facts(routes: "Routes") -> dict[str, object]:
             for text in routes.texts
         ],
     }  # fmt: skip
-
-
-def _listed(layers: tuple[int, ...]) -> str:
-    return f"{layers[0]} to {layers[-1]}" if list(layers) == list(range(layers[0], layers[-1] + 1)) else str(layers)

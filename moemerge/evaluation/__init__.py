@@ -46,7 +46,7 @@ def evaluate(
         CheckpointError: files of a model are damaged.
         RouterError: the device or the tokenizer does not serve.
     """
-    documents = {name: read_documents(find_files(patterns, f"--data {name}=")) for name, patterns in data.items()}
+    documents = {name: read_documents(find_files(patterns, f"--data {name}")) for name, patterns in data.items()}
     empty = [name for name, texts in documents.items() if not texts]
     if empty:
         raise RefusedError(f"--data {empty[0]}=: its files hold no text.")

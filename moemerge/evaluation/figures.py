@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _RESAMPLINGS: Final = 1000
+_FEWEST_DOCUMENTS: Final = 5
 _INTERVAL: Final = (2.5, 97.5)
 # Below this, in nats per token, choosing experts cannot be told from mixing them all.
 _NO_GAIN: Final = 0.005
@@ -30,17 +31,25 @@ class Domain:
     expert: int | None
     """The expert of this name."""
     documents: int
+    """That were read."""
+    available: int
+    """Documents that there are."""
     tokens: int
     """That a loss was computed for."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % bootstrap interval over documents."""
+    """A number with its 95 % bootstrap interval over documents; None where there are too few for one."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    @property
+    def interval(self) -> str:
+        """The interval for people, or nothing."""
+        return "" if self.low is None or self.high is None else f" ({self.low:.3f} to {self.high:.3f})"
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def estimate(sums: Sums) -> Estimate:
     resampled = _resample(len(sums), 0)
     drawn = sums[resampled].sum(axis=1)
     total = sums.sum(axis=0)
-    return _estimate(float(total[0] / total[1]), drawn[:, 0] / drawn[:, 1])
+    return _estimate(float(total[0] / total[1]), drawn[:, 0] / drawn[:, 1], len(sums))
 
 
 def recovered(losses: Mapping[str, Mapping[str, Sums]], domains: Sequence[str]) -> Estimate | None:
@@ -113,7 +122,8 @@ def recovered(losses: Mapping[str, Mapping[str, Sums]], domains: Sequence[str]) 
     if gain < _NO_GAIN:
         return None
     gains = np.maximum(drawn[UNIFORM] - drawn[ORACLE], 1e-12)
-    return _estimate((point[UNIFORM] - point[MERGED]) / gain, (drawn[UNIFORM] - drawn[MERGED]) / gains)
+    fewest = min(len(losses[MERGED][domain]) for domain in domains)
+    return _estimate((point[UNIFORM] - point[MERGED]) / gain, (drawn[UNIFORM] - drawn[MERGED]) / gains, fewest)
 
 
 def no_better(losses: Mapping[str, Mapping[str, Estimate]], domains: Sequence[Domain]) -> list[str]:
@@ -132,7 +142,9 @@ def no_better(losses: Mapping[str, Mapping[str, Estimate]], domains: Sequence[Do
     return found
 
 
-def _estimate(value: float, samples: NDArray[np.float64]) -> Estimate:
+def _estimate(value: float, samples: NDArray[np.float64], documents: int) -> Estimate:
+    if documents < _FEWEST_DOCUMENTS:
+        return Estimate(value, None, None)
     low, high = np.percentile(samples, _INTERVAL)
     return Estimate(value, float(low), float(high))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moemerge.errors import MoemergeError, RefusedError
+from moemerge.config import CONFIG_COPY
+from moemerge.errors import CheckpointError, MoemergeError, RefusedError
 from moemerge.evaluation.figures import (
     BASE,
     MERGED,
@@ -37,21 +38,18 @@ def measure(
     found_device = find_device(device)
     mixture = open_mixture(folder)
     texts = Texts.cut(mixture, documents, tokens, window)
-    runs = _Runs(texts, found_device, progress)
+    runs = Runs(texts, found_device, progress)
     routing = RoutingTally(mixture, texts)
     runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=routing.add)
     dense, notes = _dense_models(mixture, announce)
-    for model in dense:
-        runs.run(model.name, model)
+    notes += [note for model in dense if (note := _try(runs, model))]
     if baselines:
-        runs.run(UNIFORM, uniform(mixture))
-        experts = dense[1:]
-        if experts:
-            soup = average(SOUP, experts)
-            if isinstance(soup, str):
-                notes.append(soup)
-            else:
-                runs.run(SOUP, soup)
+        made = {UNIFORM: uniform(mixture), SOUP: average(SOUP, dense[1:]) if dense else ""}
+        for name, baseline in made.items():
+            if isinstance(baseline, Runnable):
+                runs.run(name, baseline)
+            elif baseline:
+                notes.append(baseline)
         _run_oracle(runs, mixture, texts, notes)
     return _evaluation(folder, mixture, texts, runs.sums, routing, notes)
 
@@ -63,6 +61,8 @@ class Texts:
     domains: tuple[str, ...]
     expert: tuple[int | None, ...]
     """Of each domain, the expert that it is called like."""
+    documents: tuple[int, ...]
+    """Of each domain, how many there are."""
     windows: tuple[Window, ...]
     domain: tuple[int, ...]
     """Of each window, its domain's place."""
@@ -85,7 +85,8 @@ class Texts:
                 raise RefusedError(f"--data {name}=: its documents have no token that another one precedes.")
         experts = [mixture.experts.index(name) if name in mixture.experts else None for name in documents]
         return cls(
-            tuple(documents), tuple(experts), tuple(window for part in cut for window in part),
+            tuple(documents), tuple(experts), tuple(map(len, documents.values())),
+            tuple(window for part in cut for window in part),
             tuple(place for place, part in enumerate(cut) for _ in part),
         )  # fmt: skip
 
@@ -104,7 +105,7 @@ class Texts:
 
 
 @dataclass
-class _Runs:
+class Runs:
     """Runs models over the texts and keeps their losses by model and domain."""
 
     texts: Texts
@@ -116,12 +117,19 @@ class _Runs:
         self, name: str, model: Runnable, *, domains: Sequence[int] | None = None,
         mixture: MixtureModel | None = None, chosen: Callable[[Choice], None] = lambda _: None,
     ) -> None:  # fmt: skip
+        """Keep a model's losses by document under a name, for all domains or some; see `run_model`.
+
+        Raises:
+            CheckpointError: the losses are not finite.
+        """
         domains = range(len(self.texts.domains)) if domains is None else domains
         places = [window for domain in domains for window in self.texts.of(domain)]
         losses = run_model(
             model, [self.texts.windows[window] for window in places], self.device, mixture=mixture, chosen=chosen,
             progress=lambda done, total: self.progress(name, done, total),
         )  # fmt: skip
+        if not losses.isfinite().all():
+            raise CheckpointError(f"{name}: its losses are not finite numbers, so its weights are damaged or overflow.")
         of_model = self.sums.setdefault(name, {})
         for domain in domains:
             mine = [index for index, window in enumerate(places) if self.texts.domain[window] == domain]
@@ -137,10 +145,20 @@ def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tup
     try:
         return [open_dense(reference, name, announce) for reference, name in named], []
     except MoemergeError as error:
-        return [], [f"base and experts are left out: {error}"]
+        why = f"{error} Paths in its {CONFIG_COPY} count from the folder that it was merged in."
+        return [], [f"base, experts and their average are left out: {why}"]
 
 
-def _run_oracle(runs: _Runs, mixture: MixtureModel, texts: Texts, notes: list[str]) -> None:
+def _try(runs: Runs, model: Runnable) -> str:
+    """Run a model that may not be able to, such as one whose vocabulary lacks a token; gives the reason."""
+    try:
+        runs.run(model.name, model)
+    except MoemergeError as error:
+        return f"{model.name} is left out: {error}"
+    return ""
+
+
+def _run_oracle(runs: Runs, mixture: MixtureModel, texts: Texts, notes: list[str]) -> None:
     """Each domain that has an expert, all its tokens through that expert."""
     for domain, expert in enumerate(texts.expert):
         if expert is None:
@@ -199,11 +217,17 @@ def _evaluation(  # noqa: PLR0917
     routing: RoutingTally, notes: list[str],
 ) -> Evaluation:  # fmt: skip
     domains = tuple(
-        Domain(name, texts.expert[place], len(sums[MERGED][name]), int(sums[MERGED][name][:, 1].sum()))
+        Domain(
+            name,
+            texts.expert[place],
+            len(sums[MERGED][name]),
+            texts.documents[place],
+            int(sums[MERGED][name][:, 1].sum()),
+        )
         for place, name in enumerate(texts.domains)
     )
     losses = {model: {name: estimate(found) for name, found in of.items()} for model, of in sums.items()}
-    judged = [domain.name for domain in domains if domain.name in sums.get(ORACLE, {})]
+    judged = [domain.name for domain in domains if domain.name in sums.get(ORACLE, {}) and UNIFORM in sums]
     by_domain = {name: found for name in judged if (found := recovered(sums, [name]))}
     notes += [
         f"choosing experts gains nothing on {name}: the oracle is no better than the uniform mixture"

@@ -109,8 +109,8 @@ def open_mixture(folder: Path | str) -> MixtureModel:
     family = MOE_FAMILIES.get(str(model.config.get("model_type")))
     if family is None:
         raise IncompatibleError(
-            f"{folder}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge writes: "
-            f"{', '.join(MOE_FAMILIES)}.",
+            f"{folder}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge writes. Name "
+            "the folder that a merge wrote; `moemerge families` lists what it can hold.",
             [],
         )
     tensors = read_tensor_table(model, lambda _: None)
@@ -124,6 +124,9 @@ def open_mixture(folder: Path | str) -> MixtureModel:
         config = load_config(Path(folder) / CONFIG_COPY, allow_identical_experts=True)
     except MoemergeError:  # made by another tool, or edited
         config = None
+    missing = [key for key in (per_token_key(family), "num_hidden_layers") if key not in model.config]
+    if missing:
+        raise IncompatibleError(f"{folder}: its config.json has no {missing[0]}, which a {family.model_type} has.", [])
     count = tensors[router].shape[0]
     names = expert_names([expert.source_model for expert in config.experts]) if config else ()
     per_token = model.config[per_token_key(family)]
@@ -190,8 +193,10 @@ def average(name: str, models: Sequence[Runnable]) -> Runnable | str:
     return replace(first, name=name, read=read, embeddings=rows)
 
 
-def uniform(model: MixtureModel) -> Runnable:
-    """The mixture of all experts with equal weights: a router of zeros that chooses them all."""
+def uniform(model: MixtureModel) -> Runnable | str:
+    """The mixture of all experts with equal weights: a router of zeros that chooses them all; or why there is none."""
+    if any(model.absent(layer) for layer in model.moe_layers):
+        return "experts are absent from some layers, so there is no uniform mixture of all"
     key, count = per_token_key(model.family), len(model.experts)
     asked = model.runnable.keys[key]
     keys = {**model.runnable.keys, key: count if isinstance(asked, int) else [count] * len(asked)}

@@ -14,7 +14,7 @@ from moemerge.routes.traced import Routes, TracedText
 
 
 def trace(
-    folder: Path | str, texts: Mapping[str, str], *, tokens: int, device: str,
+    folder: Path | str, texts: Mapping[str, str], *, tokens: int, device: str, layer: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Routes:  # fmt: skip
     """Run a merged model over texts, a layer at a time, and keep what its routers choose.
@@ -24,16 +24,20 @@ def trace(
         texts: by name; of each, the first `tokens` tokens are read.
         tokens: at most the model's context length.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        layer: one that has to have a router.
         progress: called with the layers done and all there are.
 
     Raises:
         SourceError: there is no such model.
         IncompatibleError: it is no mixture that moemerge writes.
-        RefusedError: a text has no tokens.
+        RefusedError: a text has no tokens, or `layer` no router.
         CheckpointError: the model's files are damaged.
         RouterError: the device or the tokenizer does not serve.
     """
     mixture = open_mixture(folder)
+    layers = mixture.moe_layers
+    if layer is not None and layer not in layers:
+        raise RefusedError(f"layer {layer} has no router; those with one: {', '.join(map(str, layers))}.")
     tokens = min(tokens, mixture.runnable.keys.get("max_position_embeddings", tokens))
     tokenizer = load_tokenizer(mixture.folder)
     windows: list[Window] = []
@@ -44,7 +48,6 @@ def trace(
             raise RefusedError(f"{name}: the model's tokenizer finds no tokens in it.")
         windows.append(Window(len(windows), tuple(ids[:tokens]), tuple(not added for added in special[:tokens])))
         pieces.append(tuple(part for part, added in zip(parts[:tokens], special[:tokens], strict=True) if not added))
-    layers = mixture.moe_layers
     kept: list[dict[int, Choice]] = [{} for _ in windows]
     run_model(
         mixture.runnable, windows, find_device(device), mixture=mixture, losses=False, progress=progress,

@@ -16,6 +16,8 @@ Encode = Callable[[str], tuple[list[int], list[int]]]
 _DOCUMENT_CHARACTERS: Final = 100_000
 _SHORTEST: Final = 8
 _EVEN_LENGTH: Final = 64
+# Tokens of text have about four; where documents differ in length, the longer ones give more.
+_CHARACTERS_PER_TOKEN: Final = 64
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ def cut_windows(
     random.Random(seed).shuffle(order)  # noqa: S311  no secret
     if even:
         length = min(length, max(_EVEN_LENGTH, tokens // max(len(documents), 1)))
-    # A document beyond these would give nothing.
-    order = order[: max(tokens // _SHORTEST, 1)]
-    encoded = [(document, *_split(*encode(documents[document][:_DOCUMENT_CHARACTERS]))) for document in order]
+    # Documents beyond these would give nothing, and neither would what lies further behind in them.
+    order = order[: max(tokens // (_EVEN_LENGTH if even else _SHORTEST), 1)]
+    characters = min(_DOCUMENT_CHARACTERS, _CHARACTERS_PER_TOKEN * max(length, tokens // max(len(order), 1)))
+    encoded = [(document, *_split(*encode(documents[document][:characters]))) for document in order]
     windows: list[Window] = []
     left, start = tokens, 0
     while left > 0 and any(len(text) > start for _, _, text in encoded):

@@ -1,6 +1,7 @@
 """Routers, or a table of what they do, from one pass over the base model's layers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
@@ -35,6 +36,21 @@ WAYS: Final[dict[RouterWay, Callable[[RouterInputs, RouterRequest], LayerRows]]]
 }
 
 
+@contextmanager
+def _memory_watched() -> Iterator[None]:
+    """Torch's ways of saying that memory ran out turned into one message."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise RouterError(
+            "memory ran out while the base model read the prompts. Use fewer or shorter prompts, a smaller "
+            "router.tokens_per_expert, or another --device; gate_mode random without prompts needs no pass."
+        ) from error
+
+
+@_memory_watched()
 def compute_routers(
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
     experts: Sequence[tuple[DenseModel, Mapping[str, StoredTensor]]], mixture: Mixture, scoring: Scoring,
@@ -56,7 +72,7 @@ def compute_routers(
     passes, done = (2 if config.way == "delta_bootstrap" else 1), 0
     if config.way == "delta_bootstrap":
         request, done = _label_documents(request, lambda layer: progress(layer, passes * last)), last
-    for inputs in _memory_watched(capture_router_inputs(request)):
+    for inputs in capture_router_inputs(request):
         new = _rows(config.way, inputs, request) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
         rows = new.rows.to(stored_dtype)
         layers[inputs.layer] = _bytes(rows)
@@ -86,7 +102,7 @@ def _label_documents(request: RouterRequest, progress: Callable[[int], None]) ->
     """The request with each unsorted document given to the expert whose weights respond to it most."""
     unsorted = tuple(prompt for prompt in request.prompts if prompt.expert == UNSORTED)
     labeller = Labeller(request)
-    for inputs in _memory_watched(capture_router_inputs(replace(request, prompts=unsorted))):
+    for inputs in capture_router_inputs(replace(request, prompts=unsorted)):
         labeller.read(inputs)
         progress(inputs.layer + 1)
     return replace(request, prompts=labeller.labelled(request.prompts))
@@ -95,20 +111,6 @@ def _label_documents(request: RouterRequest, progress: Callable[[int], None]) ->
 def _bytes(tensor: torch.Tensor) -> bytes:
     data: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return data
-
-
-def _memory_watched(layers: Iterator[RouterInputs]) -> Iterator[RouterInputs]:
-    """The same, with torch's ways of saying that memory ran out turned into one message."""
-    try:
-        yield from layers
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise RouterError(
-            "memory ran out while the base model read the prompts. Use fewer or shorter prompts, a smaller "
-            "router.tokens_per_expert, or another --device; "
-            "gate_mode random without prompts needs no pass."
-        ) from error
 
 
 def find_device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ With `D` the change of an FFN's gate and up projections, `|D z|` is large for in
 trained on. Arrow (https://arxiv.org/abs/2405.11157) routes by the first right singular vector of `D`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
@@ -11,7 +12,7 @@ from typing import Final
 import torch
 
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.errors import RouterError
+from moemerge.errors import RefusedError
 from moemerge.passes.weights import read_into
 from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
@@ -54,13 +55,13 @@ def _slope(expert: int, layer: int, mean: torch.Tensor, request: RouterRequest) 
 
 def _check(expert: int, layer: int, changed: float, whole: float) -> None:
     if changed > _STRANGERS**2 * whole:
-        raise RouterError(
+        raise RefusedError(
             f"experts[{expert}]: its FFN differs from the base model's by {(changed / whole) ** 0.5:.0%} in layer "
             f"{layer}, so the base is not the model that it was trained from, and the difference says nothing. "
             "Name that model as base_model, or give the experts prompts and choose gate_mode ridge."
         )
     if not changed:
-        raise RouterError(
+        raise RefusedError(
             f"experts[{expert}]: its FFN is the base model's own in layer {layer}, so its weights do not say what it "
             "is for. Give the experts prompts and choose gate_mode ridge."
         )
@@ -95,6 +96,7 @@ class Labeller:
         layers = request.mixture.moe_layers
         self._layers = set(layers[:: max(len(layers) // _SCORED_LAYERS, 1)])
         self._scores: dict[int, torch.Tensor] = {}
+        self._seen = torch.zeros(len(request.experts))  # in how many layers
 
     def read(self, inputs: RouterInputs) -> None:
         """Add one layer to the scores."""
@@ -103,7 +105,7 @@ class Labeller:
         chosen = _evenly(inputs.prompt)
         states, documents = inputs.states[chosen], inputs.document[chosen].tolist()
         scores = torch.zeros(len(states), len(self._request.experts))
-        for expert in range(len(self._request.experts)):
+        for expert in self._request.present(inputs.layer):
             changed = whole = 0.0
             for delta, base in _changes(expert, inputs.layer, self._request):
                 scores[:, expert] += (states @ delta.T).square().sum(dim=1)
@@ -111,6 +113,7 @@ class Labeller:
                 whole += float(base.square().sum())
             _check(expert, inputs.layer, changed, whole)
             scores[:, expert] = (scores[:, expert] / changed).clamp_min(torch.finfo(scores.dtype).tiny).log()
+            self._seen[expert] += 1
         for document, score in zip(documents, scores, strict=True):
             self._scores[document] = self._scores.get(document, torch.zeros_like(score)) + score
 
@@ -118,14 +121,15 @@ class Labeller:
         """The prompts, each unsorted one as its expert's.
 
         Raises:
-            RouterError: no document is for one of the experts.
+            RefusedError: no document is for one of the experts.
         """
-        label = {document: int(score.argmax()) for document, score in self._scores.items()}
+        means = {document: (score / self._seen).nan_to_num(-math.inf) for document, score in self._scores.items()}
+        label = {document: int(mean.argmax()) for document, mean in means.items()}
         counts = [list(label.values()).count(expert) for expert in range(len(self._request.experts))]
         sorted_before = {prompt.expert for prompt in prompts if prompt.positive}
         for expert, count in enumerate(counts):
             if not count and expert not in sorted_before:
-                raise RouterError(
+                raise RefusedError(
                     f"router.calibration_texts: none of the {len(label)} documents is for experts[{expert}] "
                     f"({', '.join(map(str, counts))} for the experts in turn). Add text of its kind, or choose "
                     "gate_mode delta, which needs none."

@@ -59,20 +59,19 @@ def fit_rows(inputs: RouterInputs, request: RouterRequest, solve: Callable[[Labe
     data, right, folds = _label(inputs, request, present)
     rows = solve(data)
     judged = right >= 0
+    states = data.states if judged.all() else data.states[judged]
     parts = sorted(set(folds.tolist()))
     if len(parts) > 1:
         logits = torch.empty(len(data.states), len(present))
         for fold in parts:
             held = folds == fold
             logits[held] = data.states[held] @ solve(data.part(~held)).T
-        scale = calibrated_scale(
-            rows, data.states[judged], logits[judged], data.targets[judged], data.weights[judged]
-        )  # fmt: skip
+        scale = calibrated_scale(rows, states, logits[judged], data.targets[judged], data.weights[judged])
         hits = (logits[judged].argmax(dim=1) == right[judged]).float()
         held_out = float((hits * data.weights[judged]).sum() / data.weights[judged].sum())
     else:
-        scale, held_out = fit_scale(rows, data.states[judged], request.mixture.experts_per_token), None
-    return LayerRows(finish_rows(rows * scale, data.states[judged], inputs, request), held_out)
+        scale, held_out = fit_scale(rows, states, request.mixture.experts_per_token), None
+    return LayerRows(finish_rows(rows * scale, states, inputs, request), held_out)
 
 
 def _label(
