@@ -94,6 +94,35 @@ def test_settings_that_would_do_nothing_are_refused():
     ]
 
 
+def test_texts_that_nothing_would_read_are_refused():
+    assert problems(PLAIN + "router: {calibration_texts: c.txt}\n") == [
+        "line 7: router.calibration_texts: gate_mode ridge uses them for a load_prior alone, which is missing; "
+        "delta_bootstrap is made from them"
+    ]
+    parse_config(PLAIN + "router: {calibration_texts: c.txt, load_prior: [1, 2]}\n")
+    text = PLAIN.replace('["one"]', '["one"]\n    positive_texts: a.txt')
+    assert problems(text + "gate_mode: mergekit_hidden\n") == [
+        "line 5: experts[0].positive_texts: gate_mode mergekit_hidden reads prompts alone; ridge reads texts too"
+    ]
+    reason = "negative text says what differs from positive text, but there is none"
+    assert problems(DATA % (", negative_prompts: [x]", "")) == [f"line 2: experts[0]: {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("[]", "router: expected keys with values, found []"),
+        ("{lambda: true}", "router.lambda: expected a number, found True"),
+        ("{scale: big}", "router.scale: expected a number, found 'big'"),
+        ("{load_prior: [1, x]}", "router.load_prior[1]: expected a number, found 'x'"),
+    ],
+)
+def test_router_settings_of_another_kind_are_named(value, problem):
+    assert problems(PLAIN + f"router: {value}\n") == [f"line 7: {problem}"]
+    assert parse_config(PLAIN + "router:\n").router.tokens_per_expert == 4096
+    assert parse_config(PLAIN + "router: {lambda: 1e-2}\n").router.lambda_ == 0.01  # a text in YAML 1.1
+
+
 def test_router_settings_come_back_from_the_text_of_a_config():
     config = parse_config(PLAIN + "router: {lambda: 0.5, scale: 2}\n")
     assert (config.router.lambda_, config.router.scale, config.router.tokens_per_expert) == (0.5, 2.0, 4096)

@@ -429,3 +429,51 @@ def test_every_output_family_says_how_many_experts_a_token_goes_to():
     from moemerge.evaluation.runnable import per_token_key
 
     assert all(per_token_key(family) for family in MOE_FAMILIES.values())
+
+
+# ---- what cannot be run
+
+
+def test_a_mixture_whose_experts_are_absent_somewhere_has_no_uniform_one(tmp_path):
+    folders = [make_model(tmp_path / name, seed, "qwen3") for seed, name in enumerate(("base", "fox", "code", "chat"))]
+    experts = [{"source_model": str(folder)} for folder in folders[1:]]
+    experts[2]["layers"] = [0]
+    document = {"base_model": str(folders[0]), "gate_mode": "random", "architecture": "glm4_moe", "experts": experts}
+    merge(plan_merge(parse_config(json.dumps(document))), tmp_path / "out")
+    (tmp_path / "fox.txt").write_text(LINES[0])
+    found = evaluate(tmp_path / "out", {"fox": [str(tmp_path / "fox.txt")]}, baselines=True, tokens=30)
+    assert "uniform mixture" not in found.losses
+    assert "experts are absent from some layers, so there is no uniform mixture of all" in found.notes
+    assert "label oracle" in found.losses
+    assert found.recovered_mean is None
+    mixture = open_mixture(tmp_path / "out")
+    assert [mixture.absent(layer) for layer in range(3)] == [[], [2], [2]]
+
+
+def test_an_expert_that_lacks_a_token_is_left_out(tmp_path, out, data, models):
+    copied = shutil.copytree(out, tmp_path / "out")
+    small = make_model(tmp_path / "small", 2, vocab_size=20)
+    config = copied / "moemerge_config.yaml"
+    config.write_text(config.read_text().replace(str(models[2]), str(small)))
+    found = evaluate(copied, data, tokens=40, baselines=True)
+    assert "expert small" not in found.losses
+    assert "expert chat" in found.losses
+    assert any(note.startswith("expert small is left out: ") and "has 20 rows" in note for note in found.notes)
+    assert "expert small and expert fox differ in their tensors, so their weights have no average" in found.notes
+
+
+def test_losses_that_are_no_numbers_are_refused(tmp_path, out, data):
+    copied = shutil.copytree(out, tmp_path / "out")
+    tensors = load_file(copied / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="merged: its losses are not finite numbers"):
+        evaluate(copied, data, tokens=40)
+
+
+def test_five_documents_have_an_interval_and_four_have_none():
+    sums = np.stack([np.arange(5.0, 10.0), np.full(5, 2.0)], axis=1)
+    found = figures.estimate(sums)
+    assert found.low < found.value < found.high
+    assert found.interval == f" ({found.low:.3f} to {found.high:.3f})"
+    assert (figures.estimate(sums[:4]).low, figures.estimate(sums[:4]).interval) == (None, "")

@@ -465,6 +465,15 @@ def test_a_base_model_that_overflows_is_refused(tmp_path, tuned, way):
         routers(plan_of(parse_config(json.dumps(text))))
 
 
+def test_texts_are_needed_to_merge_and_not_to_verify(tuned, tmp_path):
+    text = json.loads(document(tuned, texts=True))
+    text["experts"][0]["positive_texts"] = [str(tmp_path / "a.txt")]
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(RefusedError, match=r"experts\[0\]\.positive_texts: these files hold no text\."):
+        plan_of(parse_config(json.dumps(text)))
+    assert plan_merge(parse_config(json.dumps(text)), needs_texts=False).config.way == "ridge"
+
+
 def test_the_order_of_batches_changes_nothing(tuned, monkeypatch):
     plan = plan_of(parse_config(document(tuned, texts=True)))
     whole = rows_by_layer(plan, routers(plan))
