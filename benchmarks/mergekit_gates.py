@@ -11,7 +11,6 @@ import yaml
 from mergekit.common import ModelReference
 from mergekit.moe.config import Expert
 from mergekit.moe.router import get_gate_params
-from mergekit.options import MergeOptions
 from transformers import AutoTokenizer
 
 config_path, gates_path = sys.argv[1:]
@@ -21,12 +20,12 @@ tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
 tokenizer.padding_side = "left"
 tokenizer.pad_token_id = tokenizer.bos_token_id
 if tokenizer.pad_token_id is None:
-    tokenizer.pad_token_id = tokenizer.eos_token_id
+    tokenizer.pad_token = tokenizer.eos_token
 gates = get_gate_params(
     ModelReference.parse(config["base_model"]),
     tokenizer,
     [Expert.model_validate(expert) for expert in config["experts"]],
     mode="hidden",
-    merge_options=MergeOptions(device="cpu"),
+    device="cpu",
 )
 torch.save(gates.float(), gates_path)  # (layer, expert, hidden)

@@ -54,8 +54,8 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def by_transformers(folder: Path) -> Encode:
-    """The tokenizer as transformers makes it; special tokens are added.
+def by_transformers(folder: Path, *, bos_as_text: bool = False) -> Encode:
+    """The tokenizer as transformers makes it; special tokens are added, or with `bos_as_text` the BOS alone.
 
     Raises:
         RouterError: there is none that can be loaded.
@@ -63,6 +63,9 @@ def by_transformers(folder: Path) -> Encode:
     tokenizer = load_tokenizer(folder)
 
     def encode(text: str) -> tuple[list[int], list[int]]:
+        if bos_as_text:
+            ids = tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False, verbose=False)["input_ids"]
+            return ids, [int(place == 0 and token == tokenizer.bos_token_id) for place, token in enumerate(ids)]
         result = tokenizer(text, return_special_tokens_mask=True, verbose=False)
         return result["input_ids"], result["special_tokens_mask"]
 

@@ -68,7 +68,11 @@ def encode_prompts(
         RefusedError: there are no such files.
     """
     file = folder / "tokenizer.json"
-    encode = by_transformers(folder) if special_tokens or not file.is_file() else by_tokenizers(file)
+    if special_tokens or not file.is_file():
+        # mergekit-moe writes the BOS before each prompt, whether the tokenizer adds one or not.
+        encode = by_transformers(folder, bos_as_text=config.way == "mergekit_hidden")
+    else:
+        encode = by_tokenizers(file)
     named: list[tuple[str, int, Expert]] = [(f"experts[{e}]", e, expert) for e, expert in enumerate(config.experts)]
     if shared_gate:
         named += [(f"shared_experts[{number}]", SHARED, expert) for number, expert in enumerate(config.shared_experts)]
