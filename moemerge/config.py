@@ -23,10 +23,7 @@ RouterWay = Literal[
     "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
     "uniform_random",
 ]  # fmt: skip
-GateMode = Literal[
-    "auto", "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
-    "uniform_random",
-]  # fmt: skip
+GateMode = Literal["auto", RouterWay]
 # A YAML file of a few lines can hold a value whose whole text would never end.
 _short: Final = reprlib.Repr()
 _short.maxstring = 60

@@ -96,10 +96,7 @@ class Evaluation:
 
 def estimate(sums: Sums) -> Estimate:
     """Loss per token and its interval."""
-    resampled = _resample(len(sums), 0)
-    drawn = sums[resampled].sum(axis=1)
-    total = sums.sum(axis=0)
-    return _estimate(float(total[0] / total[1]), drawn[:, 0] / drawn[:, 1], len(sums))
+    return _estimate(*_per_token(sums, 0), len(sums))
 
 
 def recovered(losses: Mapping[str, Mapping[str, Sums]], domains: Sequence[str]) -> Estimate | None:
@@ -110,13 +107,8 @@ def recovered(losses: Mapping[str, Mapping[str, Sums]], domains: Sequence[str]) 
     point: dict[str, float] = {}
     drawn: dict[str, NDArray[np.float64]] = {}
     for model in (MERGED, UNIFORM, ORACLE):
-        values, samples = [], []
-        for seed, domain in enumerate(domains):
-            sums = losses[model][domain]
-            total = sums.sum(axis=0)
-            again = sums[_resample(len(sums), seed)].sum(axis=1)
-            values.append(float(total[0] / total[1]))
-            samples.append(again[:, 0] / again[:, 1])
+        found = [_per_token(losses[model][domain], seed) for seed, domain in enumerate(domains)]
+        values, samples = zip(*found, strict=True)
         point[model], drawn[model] = math.fsum(values) / len(values), np.mean(samples, axis=0)
     gain = point[UNIFORM] - point[ORACLE]
     if gain < _NO_GAIN:
@@ -149,6 +141,8 @@ def _estimate(value: float, samples: NDArray[np.float64], documents: int) -> Est
     return Estimate(value, float(low), float(high))
 
 
-def _resample(documents: int, seed: int) -> NDArray[np.int64]:
-    """(resampling, document) which documents are drawn, with replacement."""
-    return np.random.default_rng(seed).integers(documents, size=(_RESAMPLINGS, documents))
+def _per_token(sums: Sums, seed: int) -> tuple[float, NDArray[np.float64]]:
+    """Loss per token, and the same (resampling,) of documents drawn with replacement."""
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(_RESAMPLINGS, len(sums)))
+    total, again = sums.sum(axis=0), sums[drawn].sum(axis=1)
+    return float(total[0] / total[1]), again[:, 0] / again[:, 1]

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.stored import read_rows
 from moemerge.config import CONFIG_COPY, MergeConfig, load_config
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError, SourceError
 from moemerge.formats import MOE_FAMILIES, MoeFamily
@@ -167,8 +168,6 @@ def _stored(
         return values
 
     def rows(ids: list[int]) -> torch.Tensor:
-        from moemerge.checkpoint.stored import read_rows
-
         return torch.from_numpy(read_rows(tensors[embeddings], ids))
 
     return Runnable(name, model_type, keys, {key: tensor.shape for key, tensor in tensors.items()}, read, rows)

@@ -5,7 +5,7 @@ trained on. Arrow (https://arxiv.org/abs/2405.11157) routes by the first right s
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -44,16 +44,25 @@ def delta_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
 def _slope(expert: int, layer: int, mean: torch.Tensor, request: RouterRequest) -> torch.Tensor:
     """(hidden,) `D'D m` at length 1."""
     slope = torch.zeros_like(mean)
-    changed = whole = 0.0
-    for delta, base in _changes(expert, layer, request):
-        slope += delta.T @ (delta @ mean)
-        changed += float(delta.square().sum())
-        whole += float(base.square().sum())
-    _check(expert, layer, changed, whole)
+
+    def add(delta: torch.Tensor) -> None:
+        slope.add_(delta.T @ (delta @ mean))
+
+    _visit_changes(expert, layer, request, add)
     return torch.nn.functional.normalize(slope, dim=0)
 
 
-def _check(expert: int, layer: int, changed: float, whole: float) -> None:
+def _visit_changes(expert: int, layer: int, request: RouterRequest, visit: Callable[[torch.Tensor], None]) -> float:
+    """Call `visit` with some rows (row, hidden) of `D` after the other; gives `|D|^2`.
+
+    Raises:
+        RefusedError: the change says nothing, for there is none, or it is no fine-tune's.
+    """
+    changed = whole = 0.0
+    for delta, base in _changes(expert, layer, request):
+        visit(delta)
+        changed += float(delta.square().sum())
+        whole += float(base.square().sum())
     if changed > _STRANGERS**2 * whole:
         raise RefusedError(
             f"experts[{expert}]: its FFN differs from the base model's by {(changed / whole) ** 0.5:.0%} in layer "
@@ -65,6 +74,7 @@ def _check(expert: int, layer: int, changed: float, whole: float) -> None:
             f"experts[{expert}]: its FFN is the base model's own in layer {layer}, so its weights do not say what it "
             "is for. Give the experts prompts and choose gate_mode ridge."
         )
+    return changed
 
 
 def _changes(expert: int, layer: int, request: RouterRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -106,12 +116,11 @@ class Labeller:
         states, documents = inputs.states[chosen], inputs.document[chosen].tolist()
         scores = torch.zeros(len(states), len(self._request.experts))
         for expert in self._request.present(inputs.layer):
-            changed = whole = 0.0
-            for delta, base in _changes(expert, inputs.layer, self._request):
-                scores[:, expert] += (states @ delta.T).square().sum(dim=1)
-                changed += float(delta.square().sum())
-                whole += float(base.square().sum())
-            _check(expert, inputs.layer, changed, whole)
+
+            def add(delta: torch.Tensor, score: torch.Tensor = scores[:, expert]) -> None:
+                score += (states @ delta.T).square().sum(dim=1)
+
+            changed = _visit_changes(expert, inputs.layer, self._request, add)
             scores[:, expert] = (scores[:, expert] / changed).clamp_min(torch.finfo(scores.dtype).tiny).log()
             self._seen[expert] += 1
         for document, score in zip(documents, scores, strict=True):
