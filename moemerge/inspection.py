@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
 from moemerge.sources import open_model, read_tensor_table
@@ -47,9 +48,8 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
         CheckpointError: the index, the headers and the files do not agree.
     """
     model = open_model(reference, announce)
-    tensors = read_tensor_table(model, announce)
-    files = {tensor.path: tensor.path.stat().st_size for tensor in tensors.values()}
-    names = {path.name for path in files}
+    tensors = read_tensor_table(model, announce, weights="stream")
+    files = {path.name: size_of(path) for path in {tensor.path for tensor in tensors.values()}}
     per_token = next((model.config[key] for key in _PER_TOKEN_KEYS if key in model.config), None)
     if isinstance(per_token, list):  # by layer
         per_token = max(per_token, default=None)
@@ -68,7 +68,7 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     stale = sorted(
         path.name
         for path in model.folder.glob("*.safetensors")
-        if path.name not in names and path.name.startswith("model")
+        if path.name not in files and path.name.startswith("model")
     )
     if stale:
         warnings.append(f"{', '.join(stale)}: not in the index, so no reader loads it")
@@ -86,7 +86,7 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
         total_parameters=total,
         active_parameters=total - round(in_experts * idle),
         tensors=len(tensors),
-        files={path.name: size for path, size in sorted(files.items())},
+        files=dict(sorted(files.items())),
         dtype_bytes=dict(dtype_bytes),
         warnings=tuple(warnings),
     )

@@ -7,11 +7,13 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.card import write_card
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
+from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
 from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.staging import check_space, journal_of, staged
 from moemerge.checkpoint.writer import ShardWriter
@@ -23,6 +25,8 @@ from moemerge.routers import check_base_bits, init_routers
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
 
+# Of the stage: what is read from the Hub more than once.
+_SOURCES: Final = ".sources"
 Stage = Literal["routers", "weights"]
 Progress = Callable[[Stage, int, int], None]
 """Called with the stage, what is done and all there is: layers for routers, bytes for weights.
@@ -74,10 +78,16 @@ def merge(
         from moemerge.routers.computed import find_device  # before anything is copied
 
         find_device(device)
-    with staged(out, [source.folder for source in plan.sources], overwrite=overwrite, resume=resume) as folder:
-        check_space(out, plan.output_bytes - plan.shared_bytes)
+    with (
+        staged(out, [source.folder for source in plan.sources], overwrite=overwrite, resume=resume) as folder,
+        ExitStack() as left,
+    ):
+        check_space(out, plan.output_bytes - plan.shared_bytes + plan.kept_bytes)
         journal = journal_of(folder)
         kept = journal.resume(plan.fingerprint(seed), folder, plan.shards_without_routers)
+        sources = folder / _SOURCES
+        left.callback(shutil.rmtree, sources, ignore_errors=True)
+        plan.keep_router_reads(sources)
         tally = _Tally(progress, plan, kept)
         with ShardWriter(
             folder,
@@ -88,6 +98,7 @@ def merge(
             completed=journal.record,
             reserve=not plan.shared_bytes,
             low_memory=low_memory,
+            threads=1 if low_memory else CONNECTIONS if plan.remote_bytes else MAX_THREADS,
         ) as writer:
             writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, Computed)})
 

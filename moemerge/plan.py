@@ -2,12 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from moemerge.checkpoint.files import File, size_of
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import build_index
 from moemerge.checkpoint.pieces import Band, Piece
@@ -84,8 +85,10 @@ class MergePlan:
     """The models whose FFNs are chosen between, in the order of the config."""
     sources: tuple[ModelFolder, ...]
     """The base, then every expert, then every shared expert."""
-    references: Mapping[Path, str]
+    references: Mapping[File, str]
     """Of each file of weights, the model that it belongs to, as the config names it."""
+    router_reads: tuple[StoredTensor, ...]
+    """What the routers are computed from; some of it is copied too."""
     dtype: str
     output_config: dict[str, Any]
     """The merged model's `config.json`."""
@@ -115,6 +118,28 @@ class MergePlan:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors, without headers: what a merge moves."""
         return sum(shard.nbytes - len(shard.header) for shard in self.shards)
+
+    @property
+    def remote_bytes(self) -> int:
+        """Size of the files of weights that are on other machines."""
+        return sum(file.nbytes for file in self.references if not isinstance(file, Path))
+
+    @property
+    def download_bytes(self) -> int:
+        """Of them, the bytes that the merge reads."""
+        pieces = [piece.source for output in self.outputs.values() for piece in output.pieces]
+        return _remote_bytes([*self.router_reads, *(piece for piece in pieces if isinstance(piece, StoredTensor))])
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of them, those that are kept on the disk until the end, for they are read more than once."""
+        return _remote_bytes(self.router_reads)
+
+    def keep_router_reads(self, folder: Path) -> None:
+        """Have what is read more than once from other machines kept in `folder`, for the merge to remove at the end."""
+        for tensor in self.router_reads:
+            if not isinstance(tensor.path, Path):
+                tensor.path.keep(folder, tensor.start, tensor.nbytes)
 
     @property
     def output_bytes(self) -> int:
@@ -160,7 +185,7 @@ class MergePlan:
 
     def fingerprint(self, seed: int) -> dict[str, Any]:
         """What decides every byte of `shards_without_routers`; a resumed merge keeps them only where it is the same."""
-        used: dict[Path, list[StoredTensor]] = {}
+        used: dict[File, list[StoredTensor]] = {}
         for output in self.outputs.values():
             for piece in output.pieces:
                 if isinstance(piece.source, StoredTensor):
@@ -173,8 +198,8 @@ class MergePlan:
             "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
             "sources": {
                 str(path): {
-                    "size": path.stat().st_size,
-                    "modified": path.stat().st_mtime_ns,
+                    "size": size_of(path),
+                    "modified": path.stat().st_mtime_ns if isinstance(path, Path) else path.identity,
                     "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
                 }
                 for path, tensors in used.items()
@@ -188,3 +213,18 @@ class MergePlan:
             return None
         weight_map = {name: shard.name for shard in self.shards for name in shard.starts}
         return build_index(weight_map, self.tensor_bytes)
+
+
+def _remote_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Bytes of those tensors that are on other machines; what several have in common counts once."""
+    spans: dict[File, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        if not isinstance(tensor.path, Path):
+            spans.setdefault(tensor.path, []).append((tensor.start, tensor.start + tensor.nbytes))
+    total = 0
+    for found in spans.values():
+        done = 0
+        for start, end in sorted(found):
+            total += max(0, end - max(start, done))
+            done = max(done, end)
+    return total

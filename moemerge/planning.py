@@ -3,8 +3,9 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from moemerge.assembly import Assembly, Source
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
@@ -14,13 +15,13 @@ from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.compatibility import check_base, check_configs, check_expert
 from moemerge.config import MergeConfig
 from moemerge.dtypes import NAMED, STORED, bytes_of
-from moemerge.errors import IncompatibleError, RefusedError
+from moemerge.errors import IncompatibleError
 from moemerge.formats import Mixture, MoeFamily, select_family
 from moemerge.formats.dense import DenseModel, read_dense
 from moemerge.plan import MergePlan, Output
 from moemerge.proportions import mixture_of, residual_scales
-from moemerge.sources import ModelFolder, open_model, read_tensor_table
-from moemerge.texts import find_files, read_documents
+from moemerge.router_needs import check_texts, check_tokenizer, check_widths, router_reads
+from moemerge.sources import ModelFolder, fetch_if_room, open_model, read_tensor_table
 
 Tensors = Mapping[str, StoredTensor]
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
@@ -38,11 +39,13 @@ def plan_merge(
     target: Path | None = None,
     routing_table: bool = False,
     needs_texts: bool = True,
+    weights: Literal["auto", "stream"] = "auto",
     announce: Callable[[str], None] = lambda _: None,
 ) -> MergePlan:
     """Decide a merge from configs and headers; no tensor bytes are read and nothing is written.
 
-    Weights of Hub models that are not in the cache are downloaded, after the models' configs were found to agree.
+    Of Hub models that are not in the cache the headers are read by ranges. When everything was found to agree, their
+    weights are downloaded, or stay on the Hub to be read by ranges.
 
     Args:
         config: the merge.
@@ -52,6 +55,8 @@ def plan_merge(
         routing_table: whether to show what the routers do with the prompts, even where that takes a pass of the base
             model which the routers do not need.
         needs_texts: whether files of text have to be there, as for routers.
+        weights: of Hub models that are not in the cache: `stream` leaves them on the Hub, to be read by ranges; `auto`
+            does so where the disk has no room for them.
         announce: called with a line about what takes long.
 
     Raises:
@@ -62,11 +67,9 @@ def plan_merge(
     runs_base = config.needs_pass or (routing_table and config.has_descriptions)
     if config.experts_per_token > len(config.experts):
         raise IncompatibleError(f"{config.experts_per_token} experts per token, but only {len(config.experts)}.", [])
-    opened: dict[str, ModelFolder] = {}
     every_expert = [*config.experts, *config.shared_experts]
-    for reference in (config.base_model, *(expert.source_model for expert in every_expert)):
-        if reference not in opened:
-            opened[reference] = open_model(reference, announce)
+    references = dict.fromkeys([config.base_model, *(expert.source_model for expert in every_expert)])
+    opened = {reference: open_model(reference, announce) for reference in references}
     base_folder = opened[config.base_model]
     folders = [opened[expert.source_model] for expert in every_expert]
     routed = len(config.experts)
@@ -77,10 +80,10 @@ def plan_merge(
     _refuse(found.problems)
     base, models = _dense(base_folder), [_dense(folder) for folder in folders]
     copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
-    tokenizer_notes = _check_tokenizer({path.name for path in copied_files}, needed=runs_base or config.reads_text)
+    tokenizer_notes = check_tokenizer({path.name for path in copied_files}, needed=runs_base or config.reads_text)
     if needs_texts and (runs_base or config.reads_text):
-        _check_texts(config)
-    _refuse(_check_widths(config, base, models[:routed]))
+        check_texts(config)
+    _refuse(check_widths(config, base, models[:routed]))
     mixture = mixture_of(config, base, models[:routed], models[routed:])
     family, family_notes = select_family(base, config.architecture, mixture)
 
@@ -89,7 +92,7 @@ def plan_merge(
             "These models cannot be merged:",
             [f"shared_experts[].noise_scale: {family.model_type} has copies of them, each would get other noise"],
         )
-    tables = {reference: read_tensor_table(folder, announce) for reference, folder in opened.items()}
+    tables = {reference: read_tensor_table(folder, announce, weights="stream") for reference, folder in opened.items()}
     base_tensors = tables[config.base_model]
     dtype = config.dtype or _main_dtype(base_tensors)
     findings = [found, check_base(base, family, base_tensors, mixture.dense_layers)]
@@ -105,26 +108,17 @@ def plan_merge(
             "chosen goes unnoticed; --routing-table has it read them"
         )
     notes += _shared_notes(config, family)
-    outputs = _assembly(config, family, mixture, base=base, models=models, tables=tables, dtype=STORED[dtype]).outputs()
-    if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
-        notes.append(
-            "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
-        )
-    zeros = sum(
-        piece.nbytes
-        for output in outputs.values() if output.is_expert
-        for piece in output.pieces if isinstance(piece.source, Fill)
-    )  # fmt: skip
-    if zeros:
-        notes.append(
-            f"{zeros / 1e9:.2f} GB of the output are zeros: of experts narrower than others, or absent from layers"
-        )
+    assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=STORED[dtype])
+    outputs = assemble(tables=tables).outputs()
+    if weights == "auto":
+        output_bytes = sum(bytes_of(STORED[dtype], output.shape) or 0 for output in outputs.values())
+        if fetched := fetch_if_room(opened, tables, beside=(target, output_bytes), announce=announce):
+            tables |= fetched
+            outputs = assemble(tables=tables).outputs()
     specs = [_spec(name, STORED[dtype], output.shape) for name, output in outputs.items()]
     shards, shared = _layout(outputs, specs, max_shard_bytes, target)
-    if shared:
-        notes.append(
-            f"{shared / 1e9:.2f} GB of the output share their place on the disk with the models they come from"
-        )
+    notes += _output_notes(outputs, dtype, shared)
+    experts = tuple((model, tables[f.reference]) for model, f in zip(models[:routed], folders[:routed], strict=True))
     total, active = _count_parameters(outputs, config)
     output_config = family.config(base, mixture, dtype)
     return MergePlan(
@@ -133,9 +127,12 @@ def plan_merge(
         mixture=mixture,
         base=base,
         base_folder=base_folder.folder,
-        base_tensors=base_tensors,
-        experts=tuple((model, tables[f.reference]) for model, f in zip(models[:routed], folders[:routed], strict=True)),
+        base_tensors=tables[config.base_model],
+        experts=experts,
         sources=(base_folder, *folders),
+        router_reads=tuple(
+            router_reads(config, mixture, base, tables[config.base_model], experts, runs_base=runs_base)
+        ),
         references={tensor.path: name for name, table in tables.items() for tensor in table.values()},
         dtype=dtype,
         output_config=output_config,
@@ -161,49 +158,6 @@ def _dense(folder: ModelFolder) -> DenseModel:
     if isinstance(model, str):
         raise IncompatibleError("These models cannot be merged:", [f"{folder.reference}: {model}"])
     return model
-
-
-def _check_texts(config: MergeConfig) -> None:
-    """Refuse files that are not there, or hold no text, before any weights are downloaded."""
-    for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts)):
-        for number, expert in enumerate(experts):
-            _check_documents(expert.positive_texts, f"{key}[{number}].positive_texts")
-            _check_documents(expert.negative_texts, f"{key}[{number}].negative_texts")
-    _check_documents(config.router.calibration_texts, "router.calibration_texts")
-
-
-def _check_documents(patterns: Sequence[str], place: str) -> None:
-    if patterns and not read_documents(find_files(patterns, place)):
-        raise RefusedError(f"{place}: these files hold no text.")
-
-
-def _check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
-    """Ways that compare the experts' weights with the base's need FFNs of one width."""
-    if not config.way.startswith("delta"):
-        return []
-    return [
-        f"experts[{number}]: its FFN has {model.sizes['ffn']} neurons, the base model's {base.sizes['ffn']}, so the "
-        f"weights cannot be compared as gate_mode {config.way} does: give the experts prompts, or choose random"
-        for number, model in enumerate(models)
-        if model.sizes["ffn"] != base.sizes["ffn"]
-    ]
-
-
-def _check_tokenizer(names: set[str], *, needed: bool) -> list[str]:
-    """Notes on the base's tokenizer; without one, prompts are refused before any weights are downloaded."""
-    if names & {"tokenizer.json", "vocab.json", "tekken.json"}:
-        return []
-    if "tokenizer.model" in names:
-        return [
-            "base_model: has tokenizer.model but no tokenizer.json; transformers 5 then chooses the tokenizer's class "
-            "by model_type, and may split text differently after the merge. Save it as tokenizer.json first"
-        ]
-    if needed:
-        raise IncompatibleError(
-            "base_model: has no tokenizer to read the prompts with.",
-            ["add its tokenizer.json, or remove the prompts and choose gate_mode random"],
-        )
-    return ["base_model: has no tokenizer.json and no tokenizer.model to copy"]
 
 
 def _main_dtype(tensors: dict[str, StoredTensor]) -> str:
@@ -269,11 +223,33 @@ def _layout(
     """The shards, and how many of their bytes are shared with the sources."""
     copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
     paths = {tensor.path for tensor in copied.values()}
-    if target is None or not paths or not all(shares_extents(path, target) for path in paths):
+    if not (target and paths and all(isinstance(path, Path) and shares_extents(path, target) for path in paths)):
         return layout_shards(specs, max_shard_bytes), 0
     starts = {name: tensor.start for name, tensor in copied.items()}
     shards = layout_to_share(specs, starts, max_shard_bytes)
     return shards, shared_bytes(specs, starts, shards)
+
+
+def _output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list[str]:
+    notes = []
+    if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
+        notes.append(
+            "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
+        )
+    zeros = sum(
+        piece.nbytes
+        for output in outputs.values() if output.is_expert
+        for piece in output.pieces if isinstance(piece.source, Fill)
+    )  # fmt: skip
+    if zeros:
+        notes.append(
+            f"{zeros / 1e9:.2f} GB of the output are zeros: of experts narrower than others, or absent from layers"
+        )
+    if shared:
+        notes.append(
+            f"{shared / 1e9:.2f} GB of the output share their place on the disk with the models they come from"
+        )
+    return notes
 
 
 def _spec(name: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:

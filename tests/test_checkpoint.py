@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from moemerge.checkpoint import copy, staging, writer
 from moemerge.checkpoint.header import StoredTensor, build_header, read_header
-from moemerge.checkpoint.index import model_files, read_tensors, read_weight_map
+from moemerge.checkpoint.index import model_files, read_weight_map
 from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import TensorSpec, layout_shards, parse_size
 from moemerge.checkpoint.staging import check_space, check_target, staged
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.errors import CheckpointError, OutputError, RefusedError
+from moemerge.sources import ModelFolder, read_tensor_table
 from moemerge.sources.local import resolve_file
-from moemerge.sources.pickles import read_pickle
 
 
 def raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -132,7 +132,7 @@ def test_a_weight_map_may_not_leave_its_folder(tmp_path, name):
 
 
 def read(folder: Path):
-    return read_tensors(folder, lambda name: resolve_file(folder, name), read_pickle)
+    return read_tensor_table(ModelFolder("", folder, folder, {}), print)
 
 
 def test_index_and_headers_have_to_agree(tmp_path):
@@ -319,7 +319,7 @@ def test_with_low_memory_the_bytes_are_the_same_and_files_are_forgotten_on_the_w
         threads.add(threading.get_ident())
 
     pieces = {"a": Piece(stored["a"], "F32"), "b": Piece(stored["b"], "BF16")}
-    found = write(tmp_path, pieces, {"a": (700, 3), "b": (400, 5)}, report, low_memory=True)
+    found = write(tmp_path, pieces, {"a": (700, 3), "b": (400, 5)}, report, low_memory=True, threads=1)
     assert torch.equal(found["a"], tensors["a"])
     assert torch.equal(found["b"], tensors["b"].bfloat16())
     assert max(done[:9]) <= 1000

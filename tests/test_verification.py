@@ -424,9 +424,7 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
     target.path.unlink()
     with pytest.raises(CheckpointError) as caught:
         compare.compare_tensor(((Piece(other, "F32"),),), 0, target, lambda _: None)
-    assert str(caught.value) == (
-        f"{target.path}: tensor 'a' cannot be compared with its source: No such file or directory."
-    )
+    assert str(caught.value) == (f"{target.path}: cannot be read: No such file or directory. Was it moved meanwhile?")
 
 
 def test_the_command_says_so_in_one_line(tmp_path, plan, merged, llamas):

@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Iterator
-from io import FileIO
 
 import numpy as np
 
-from moemerge.checkpoint.convert import CHUNK_ELEMENTS, Readable, convert, fill
+from moemerge.checkpoint.convert import CHUNK_ELEMENTS, convert, fill
+from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.floats import TYPES, narrow
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band, Fill, Piece, with_seeds
 from moemerge.dtypes import bytes_of
-from moemerge.errors import CheckpointError
 
 
 def tensor_chunks(bands: tuple[Band, ...], seed: int, name: str) -> Iterator[memoryview]:
@@ -49,24 +48,11 @@ def band_chunks(band: Band, seeds: list[str]) -> Iterator[memoryview]:
         yield together[:count].reshape(-1).data
 
 
-def open_source(source: StoredTensor) -> FileIO:
-    """Open the file of a tensor.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        return source.path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"{source.path}: cannot be read: {error.strerror}. Was it moved meanwhile?") from error
-
-
 def _piece_chunks(piece: Piece, seed: str, elements: int) -> Iterator[memoryview]:
     """The bytes of a piece, in chunks of so many elements."""
     source = piece.source
     if isinstance(source, StoredTensor):
-        with open_source(source) as file:
-            file.seek(source.start)
+        with source.open() as file:
             reader = _Regrouped(file, piece, source) if piece.head_rows else file
             if piece.changes_values:
                 yield from convert(
@@ -101,19 +87,19 @@ def _encode(block: Fill, dtype: str) -> bytes:
 
 
 class _Regrouped:
-    """A tensor's bytes with the even rows of every head before its odd ones."""
+    """A tensor's bytes with the even rows of every head before its odd ones; a head is in memory at a time."""
 
-    def __init__(self, file: FileIO, piece: Piece, source: StoredTensor) -> None:
-        self._file, self._start, self._head_rows = file, source.start, piece.head_rows
-        self._row_bytes, self._done = source.nbytes // max(1, piece.rows), 0
+    def __init__(self, file: Readable, piece: Piece, source: StoredTensor) -> None:
+        self._file, self._source = file, source
+        row_bytes = source.nbytes // max(1, piece.rows)
+        self._head = np.empty((piece.head_rows // 2, 2, row_bytes), np.uint8)
+        self._left = memoryview(b"")
 
     def readinto(self, view: memoryview, /) -> int | None:
-        """Read no further than to the end of a row."""
-        row, inside = divmod(self._done, self._row_bytes)
-        head, place = divmod(row, self._head_rows)
-        odd, pair = divmod(place, self._head_rows // 2)
-        row = head * self._head_rows + 2 * pair + odd
-        self._file.seek(self._start + row * self._row_bytes + inside)
-        count = self._file.readinto(view[: self._row_bytes - inside])
-        self._done += count or 0
+        """Read no further than to the end of a head."""
+        if not self._left:
+            fill(self._file, self._head.reshape(-1).data, self._source)
+            self._left = memoryview(self._head.swapaxes(0, 1).tobytes())
+        count = min(len(view), len(self._left))
+        view[:count], self._left = self._left[:count], self._left[count:]
         return count

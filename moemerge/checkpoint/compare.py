@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import numpy as np
 
 from moemerge.checkpoint.bands import tensor_chunks
 from moemerge.checkpoint.copy import Report
+from moemerge.checkpoint.files import File, Readable, read_exactly
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band
 from moemerge.checkpoint.stored import float32_of
@@ -44,9 +45,8 @@ def compare_tensor(bands: tuple[Band, ...], seed: int, found: StoredTensor, repo
         CheckpointError: `found` or a source cannot be read.
     """
     try:
-        with found.path.open("rb") as file:
-            file.seek(found.start)
-            return _compare(tensor_chunks(bands, seed, found.name), file, found.nbytes, report)
+        with found.open() as reader:
+            return _compare(tensor_chunks(bands, seed, found.name), reader, found.path, found.nbytes, report)
     except OSError as error:
         raise CheckpointError(
             f"{found.path}: tensor {found.name!r} cannot be compared with its source: {error.strerror or error}."
@@ -60,12 +60,12 @@ def compare_files(expected: Path, found: Path) -> str | None:
         CheckpointError: one of the two cannot be read.
     """
     try:
-        with expected.open("rb") as one, found.open("rb") as other:
+        with expected.open("rb", buffering=0) as one, found.open("rb", buffering=0) as other:
             sizes = [os.fstat(file.fileno()).st_size for file in (one, other)]
             if sizes[0] != sizes[1]:
                 return f"{sizes[1]} bytes instead of {sizes[0]}"
             steps = (min(CHUNK_BYTES, sizes[0] - start) for start in range(0, sizes[0], CHUNK_BYTES))
-            unequal = _compare((_read(one, step) for step in steps), other, sizes[0], lambda _: None)
+            unequal = _compare((_read(one, step, expected) for step in steps), other, found, sizes[0], lambda _: None)
             return str(unequal) if unequal else None
     except OSError as error:
         raise CheckpointError(f"{found}: cannot be compared with {expected}: {error.strerror or error}.") from error
@@ -79,10 +79,9 @@ def count_not_finite(tensor: StoredTensor, report: Report) -> int:
     """
     count = done = 0
     try:
-        with tensor.path.open("rb") as file:
-            file.seek(tensor.start)
+        with tensor.open() as reader:
             while done < tensor.nbytes:
-                chunk = _read(file, min(CHUNK_BYTES, tensor.nbytes - done))
+                chunk = _read(reader, min(CHUNK_BYTES, tensor.nbytes - done), tensor.path)
                 count += int((~np.isfinite(float32_of(chunk, NAMED[tensor.dtype]))).sum())
                 done += len(chunk)
                 report(len(chunk))
@@ -92,12 +91,12 @@ def count_not_finite(tensor: StoredTensor, report: Report) -> int:
 
 
 def _compare(
-    expected: Iterable[bytes | memoryview], found: BinaryIO, nbytes: int, report: Report
+    expected: Iterable[bytes | memoryview], found: Readable, file: File, nbytes: int, report: Report
 ) -> Unequal | None:  # fmt: skip
     first, count, done = 0, 0, 0
     for chunk in expected:
         size = len(chunk)
-        one, other = bytes(chunk), _read(found, size)
+        one, other = bytes(chunk), _read(found, size, file)
         if one != other:
             changed = (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).to_bytes(size, "little")
             if not count:
@@ -108,8 +107,8 @@ def _compare(
     return Unequal(count, nbytes, first) if count else None
 
 
-def _read(stream: BinaryIO, nbytes: int) -> bytes:
-    data = stream.read(nbytes)
+def _read(stream: Readable, nbytes: int, file: File) -> bytes:
+    data = read_exactly(stream, nbytes)
     if len(data) < nbytes:
-        raise CheckpointError(f"{stream.name}: ended while it was compared: was it changed meanwhile?")
+        raise CheckpointError(f"{file}: ended while it was compared: was it changed meanwhile?")
     return data

@@ -3,11 +3,12 @@
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.floats import TYPES, Stored, is_finite, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
@@ -17,13 +18,6 @@ from moemerge.errors import CheckpointError
 CHUNK_ELEMENTS: Final = 2**17
 # Computed at once, in several passes over memory that stays in the cache.
 BLOCK_ELEMENTS: Final = 2**16
-
-
-class Readable(Protocol):
-    """What bytes are read from, each read where the last one ended."""
-
-    def readinto(self, view: memoryview, /) -> int | None:
-        """Read up to as many bytes as `view` has; 0 at the end."""
 
 
 def convert(
@@ -80,9 +74,9 @@ def fill(source: Readable, view: memoryview, tensor: StoredTensor) -> None:
     """
     while view:
         count = source.readinto(view)
-        if not count:
+        if count == 0:
             raise ended_inside(tensor)
-        view = view[count:]
+        view = view[count or 0 :]
 
 
 def _views(

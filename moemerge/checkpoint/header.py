@@ -5,12 +5,11 @@ https://github.com/huggingface/safetensors#format
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
+from moemerge.checkpoint.files import File, Reader, open_range, read_exactly, size_of
 from moemerge.dtypes import BITS, bytes_of
 from moemerge.errors import CheckpointError
 
@@ -28,12 +27,24 @@ class StoredTensor:
     """Where one tensor's bytes lie: `nbytes` bytes from offset `start` of the file `path`."""
 
     name: str
-    path: Path
+    path: File
     dtype: str
     """As a safetensors header spells it: `BF16`."""
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+    def open(self) -> Reader:
+        """Its bytes, from the first on; what is read may go on behind its last.
+
+        Raises:
+            CheckpointError: its file cannot be read.
+            SourceError: its file cannot be reached.
+        """
+        try:
+            return open_range(self.path, self.start, self.nbytes)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}. Was it moved meanwhile?") from error
 
     def rows(self, first: int, count: int) -> "StoredTensor":
         """A slice along the first axis: `count` entries from `first` on, whose bytes are a part of these.
@@ -52,23 +63,24 @@ class StoredTensor:
         return replace(self, shape=(count, *self.shape[1:]), start=self.start + skipped, nbytes=nbytes)
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: File) -> dict[str, StoredTensor]:
     """Read and check a safetensors header; tensor bytes are not touched.
 
     Raises:
         CheckpointError: names the file, the tensor, what was expected and what was found.
     """
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(LENGTH_BYTES)
-            header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
-                raise CheckpointError(
-                    f"{path}: not a safetensors file, or cut off: it announces a header of {header_bytes} bytes "
-                    f"but is {file_bytes} bytes long. Download it again."
-                )
-            text = file.read(header_bytes)
+        file_bytes = size_of(path)
+        with open_range(path, 0, min(LENGTH_BYTES, file_bytes)) as reader:
+            prefix = read_exactly(reader, min(LENGTH_BYTES, file_bytes))
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+            raise CheckpointError(
+                f"{path}: not a safetensors file, or cut off: it announces a header of {header_bytes} bytes "
+                f"but is {file_bytes} bytes long. Download it again."
+            )
+        with open_range(path, LENGTH_BYTES, header_bytes) as reader:
+            text = read_exactly(reader, header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     entries = _parse(path, text)
@@ -97,7 +109,7 @@ def build_header(
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def _parse(path: File, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
@@ -122,7 +134,7 @@ def _is_size_list(value: Any) -> bool:
     )
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _tensor(path: File, name: str, entry: Any, data_start: int) -> StoredTensor:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets in the header, found {entry!r:.80}.")
@@ -142,7 +154,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     return StoredTensor(name, path, dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def _check_coverage(path: Path, tensors: list[StoredTensor], data_start: int, file_bytes: int) -> None:
+def _check_coverage(path: File, tensors: list[StoredTensor], data_start: int, file_bytes: int) -> None:
     """The format allows neither overlaps nor holes: each tensor begins where the one before it ends."""
     end = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):

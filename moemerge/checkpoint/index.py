@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.checkpoint.header import StoredTensor, read_header
+from moemerge.checkpoint.header import StoredTensor
 from moemerge.errors import CheckpointError
 
 SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
@@ -16,8 +16,6 @@ SINGLE_PICKLE: Final = "pytorch_model.bin"
 # Beside the shards in some repositories, holding the same weights again or something else.
 _NOT_THE_MODEL: Final = re.compile(r"(consolidated|adapter|training_args|optimizer)[^/]*")
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
-
-HeaderReader = Callable[[Path], dict[str, StoredTensor]]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,18 +71,21 @@ def model_files(names: set[str]) -> tuple[str, ...]:
     return ()
 
 
-def read_tensors(folder: Path, resolve: Callable[[str], Path], read_pickle: HeaderReader) -> dict[str, StoredTensor]:
+def read_tensors(
+    folder: Path, names: set[str], resolve: Callable[[str], Path],
+    read_headers: Callable[[Sequence[str]], Iterable[dict[str, StoredTensor]]],
+) -> dict[str, StoredTensor]:  # fmt: skip
     """Every tensor of the model in a folder, from headers alone.
 
     Args:
         folder: the model's folder.
-        resolve: from a file name in the folder to the file to open; raises for a link that leads elsewhere.
-        read_pickle: reads the tensor table of a pickled file.
+        names: of its files, which may lie elsewhere, but for the index.
+        resolve: from the index's name to the file to open; raises for a link that leads elsewhere.
+        read_headers: from names of files to the table of tensors of each.
 
     Raises:
         CheckpointError: no weights, a missing file, an index and headers that disagree, a damaged file.
     """
-    names = {path.name for path in folder.iterdir()}
     index = next((name for name in (SAFETENSORS_INDEX, PICKLE_INDEX) if name in names), None)
     if index == PICKLE_INDEX and SINGLE_SAFETENSORS in names:
         index = None  # converted later, the pickle's index left behind
@@ -99,9 +100,8 @@ def read_tensors(folder: Path, resolve: Callable[[str], Path], read_pickle: Head
             "Download the model again."
         )
     tensors: dict[str, StoredTensor] = {}
-    for file_name in files:
-        read = read_pickle if file_name.endswith(".bin") else read_header
-        for name, tensor in read(resolve(file_name)).items():
+    for file_name, table in zip(files, read_headers(files), strict=True):
+        for name, tensor in table.items():
             if weight_map is None and name in tensors:
                 raise CheckpointError(f"{folder}: tensor {name!r} is in {tensors[name].path.name} and in {file_name}.")
             if weight_map is not None and name not in weight_map:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Jobs wait for the disk, not the processor: more threads than this queue behind each other.
-MAX_THREADS: Final = 4
+MAX_THREADS: Final = min(4, os.cpu_count() or 1)
+CONNECTIONS: Final = 8
+"""How many ranges of files on other machines are worth reading at once: one connection seldom fills a line."""
 Result = TypeVar("Result")
 
 
@@ -25,7 +27,7 @@ class Jobs:
     """A context that ends when all its jobs are done; the first failure stops the others and is raised."""
 
     def __init__(self, report: Report, threads: int = MAX_THREADS) -> None:
-        """Start `threads` of them, or as many as there are processors.
+        """Start `threads` of them.
 
         Args:
             report: called with what the jobs report, from one thread at a time.
@@ -33,7 +35,7 @@ class Jobs:
         """
         self._report = report
         self._stop, self._lock = threading.Event(), threading.Lock()
-        self._pool = ThreadPoolExecutor(min(threads, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(threads)
         self._futures: list[Future[Any]] = []
 
     def start(self, job: Callable[[Report], Result]) -> Future[Result]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def _holds(path: Path, shard: Shard) -> bool:
 def _remove_all_but(folder: Path, names: set[str]) -> None:
     """What a merge that was cut off has left beside its complete shards: its base may have fewer files now."""
     for path in folder.iterdir():
-        if path.name not in names:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in names:
             path.unlink()
 
 

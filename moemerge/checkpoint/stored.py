@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import ended_inside
+from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED, STORED
@@ -41,11 +42,10 @@ def read_rows(tensor: StoredTensor, rows: Sequence[int]) -> NDArray[np.float32]:
         )
     row_bytes = tensor.nbytes // height
     read = np.empty((len(rows), width), np.float32)
-    with tensor.path.open("rb") as file:
-        for place, row in zip(read, rows, strict=True):
-            file.seek(tensor.start + row * row_bytes)
-            data = file.read(row_bytes)
-            if len(data) < row_bytes:
-                raise ended_inside(tensor)
-            place[:] = float32_of(data, NAMED[tensor.dtype])
+    for place, row in zip(read, rows, strict=True):
+        with tensor.rows(row, 1).open() as reader:
+            data = read_exactly(reader, row_bytes)
+        if len(data) < row_bytes:
+            raise ended_inside(tensor)
+        place[:] = float32_of(data, NAMED[tensor.dtype])
     return read

@@ -5,14 +5,16 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from moemerge.checkpoint.bands import band_chunks, open_source
+from moemerge.checkpoint.bands import band_chunks
 from moemerge.checkpoint.convert import ended_inside
 from moemerge.checkpoint.copy import Report, copy_range, write_all, write_failure
 from moemerge.checkpoint.disk import allocate, flush, forget
+from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.jobs import MAX_THREADS, Jobs
 from moemerge.checkpoint.pieces import Band, band_bytes, measure, with_seeds
@@ -26,6 +28,7 @@ CHUNK_BYTES: Final = 64 * 2**20
 LOW_MEMORY_CHUNK_BYTES: Final = 8 * 2**20
 # Written bytes go to the disk from early on: at the end of a large shard there is little left to wait for.
 FLUSH_BYTES: Final = 128 * 2**20
+RECEIVED_BYTES: Final = 2**20
 _BINARY: Final = getattr(os, "O_BINARY", 0)
 
 
@@ -39,6 +42,7 @@ class ShardWriter:
     def __init__(
         self, folder: Path, shards: Sequence[Shard], report: Report, *, seed: int = 0, kept: Collection[str] = (),
         completed: Callable[[Shard], None] = lambda _: None, reserve: bool = True, low_memory: bool = False,
+        threads: int = MAX_THREADS,
     ) -> None:  # fmt: skip
         """Prepare to write `shards` into `folder`.
 
@@ -50,13 +54,14 @@ class ShardWriter:
             kept: names of shards that are complete already, and left alone.
             completed: called with each shard that is safely on the disk, from one thread at a time.
             reserve: whether to claim all the room at once; not where most bytes will be shared with the sources'.
-            low_memory: one thread, small chunks, and nothing left in the page cache.
+            low_memory: small chunks, and nothing left in the page cache.
+            threads: how many tensors are written at once.
         """
         self._folder, self._seed, self._low_memory, self._completed = folder, seed, low_memory, completed
         self._shards = [shard for shard in shards if shard.name not in kept]
         self._missing, self._lock = {shard.name: len(shard.starts) for shard in self._shards}, threading.Lock()
         self._written, self._reserve = 0, reserve
-        self._copies = Jobs(report, 1 if low_memory else MAX_THREADS)
+        self._copies = Jobs(report, threads)
         # Flushing waits for the disk; copies go on meanwhile.
         self._flushes = Jobs(lambda _: None, 1)
 
@@ -151,8 +156,8 @@ def _write_band(
             opened.callback(os.close, target)
             files = []
             if low_memory:
-                stored = [piece.source for piece in band if isinstance(piece.source, StoredTensor)]
-                files = [opened.enter_context(open_source(tensor)).fileno() for tensor in stored]
+                stored = [piece.source.path for piece in band if isinstance(piece.source, StoredTensor)]
+                files = [opened.enter_context(path.open("rb")).fileno() for path in stored if isinstance(path, Path)]
                 report = _forgetting(report, files, target)
             if len(band) == 1 and isinstance(source, StoredTensor) and band[0].is_unchanged:
                 _copy(source, target, start, report, LOW_MEMORY_CHUNK_BYTES if low_memory else CHUNK_BYTES)
@@ -168,12 +173,29 @@ def _write_band(
 
 
 def _copy(source: StoredTensor, target: int, start: int, report: Report, chunk_bytes: int) -> None:
-    with open_source(source) as file:
-        copied = copy_range(
-            file.fileno(), source.start, target, start, source.nbytes, report, chunk_bytes=chunk_bytes
-        )  # fmt: skip
+    with source.open() as reader:
+        if isinstance(reader, FileIO):
+            copied = copy_range(
+                reader.fileno(), source.start, target, start, source.nbytes, report, chunk_bytes=chunk_bytes
+            )  # fmt: skip
+        else:
+            os.lseek(target, start, os.SEEK_SET)
+            copied = _receive(reader, target, source.nbytes, report)
     if copied < source.nbytes:
         raise ended_inside(source)
+
+
+def _receive(reader: Readable, target: int, nbytes: int, report: Report) -> int:
+    """Write what comes from another machine at the position of the open file `target`; gives how many bytes came."""
+    done, buffer = 0, memoryview(bytearray(min(nbytes, RECEIVED_BYTES)))
+    while done < nbytes:
+        count = reader.readinto(buffer[: nbytes - done])
+        if count == 0:
+            break
+        write_all(target, buffer[: count or 0])
+        done += count or 0
+        report(count or 0)  # also where none came: it may stop the copy
+    return done
 
 
 def _forgetting(report: Report, sources: list[int], target: int) -> Report:

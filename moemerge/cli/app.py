@@ -1,11 +1,10 @@
 """The commands. Whatever is slow to import is imported by the command that needs it."""
 
-import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -13,13 +12,9 @@ from moemerge.cli.console import print_json, return_freed_memory, speaking, stdo
 from moemerge.cli.evaluation import evaluate
 from moemerge.cli.families import list_families
 from moemerge.cli.options import Debug, Json, Quiet, Verbose
+from moemerge.cli.planned import plan_from
 from moemerge.cli.routes import show_routes
 from moemerge.errors import BusyError, RefusedError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from moemerge.plan import MergePlan
 
 _EPILOG: Final = """\
 Other commands, each with its own --help:
@@ -72,6 +67,9 @@ def _merge(
         bool,
         typer.Option("--routing-table", help="Run the base on the prompts for the table, whatever the gate_mode."),
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read Hub models by byte ranges, past the cache: only what is needed.")
+    ] = False,
     low_memory: Annotated[
         bool,
         typer.Option("--low-memory", "--lazy", help="One thread, small chunks, nothing left in the page cache."),
@@ -116,9 +114,9 @@ def _merge(
         base_bits: Literal[4, 8] | None = 8 if load_in_8bit else 4 if load_in_4bit else None
         check_base_bits(base_bits)
         return_freed_memory()
-        plan = _plan_from(
+        plan = plan_from(
             console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts, out,
-            routing_table,
+            routing_table, weights="stream" if stream else "auto",
         )  # fmt: skip
         try:
             with show_progress(console, quiet=quiet) as progress:
@@ -162,7 +160,9 @@ def _plan(
     with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
         from moemerge.cli.render import plan_facts, print_plan
 
-        plan = _plan_from(console, config, max_shard_size, None, cache_dir, quiet, allow_identical_experts)
+        plan = plan_from(
+            console, config, max_shard_size, None, cache_dir, quiet, allow_identical_experts, weights="stream"
+        )
         if json:
             print_json(plan_facts(plan))
         else:
@@ -216,8 +216,9 @@ def _verify(
 
         # Before a plan may download weights.
         open_merged(out)
-        plan = _plan_from(
-            console, against, "5GB", None, cache_dir, quiet, allow_identical_experts, needs_texts=False
+        plan = plan_from(
+            console, against, "5GB", None, cache_dir, quiet, allow_identical_experts, needs_texts=False,
+            weights="stream",
         )  # fmt: skip
         with show_progress(console, quiet=quiet) as progress:
             found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
@@ -251,35 +252,6 @@ def main() -> None:
     command = _COMMANDS[word] if word else _merge
     app.command(no_args_is_help=command is not list_families, epilog=None if word else _EPILOG)(command)
     app(args=arguments, prog_name=f"moemerge {word}" if word else "moemerge")
-
-
-def _plan_from(
-    console: "Console", config: Path, max_shard_size: str, out_shard_size: str | None, cache_dir: Path | None,
-    quiet: bool, allow_identical_experts: bool,
-    target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
-) -> "MergePlan":  # fmt: skip
-    if cache_dir:
-        os.environ["HF_HUB_CACHE"] = str(cache_dir)
-    from moemerge.checkpoint.shards import parse_size
-    from moemerge.cli.legacy import parse_parameter_count
-    from moemerge.config import load_config
-    from moemerge.planning import plan_merge
-
-    loaded = load_config(config, allow_identical_experts=allow_identical_experts)
-    try:
-        max_bytes = parse_size(max_shard_size)
-    except ValueError as error:
-        raise RefusedError(f"--max-shard-size: {error}.") from error
-    if out_shard_size is not None:
-        max_bytes = parse_parameter_count(out_shard_size) * (4 if loaded.dtype == "float32" else 2)
-    say: Callable[[str], None] = (lambda _line: None) if quiet else console.print
-    plan = plan_merge(
-        loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
-        announce=say,
-    )  # fmt: skip
-    for note in plan.notes:
-        say(f"note: {note}")
-    return plan
 
 
 def _show_version(*, show: bool) -> None:

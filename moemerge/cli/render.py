@@ -46,6 +46,9 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "output_bytes": plan.output_bytes,
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
         "peak_memory_bytes": plan.peak_memory_bytes,
+        "remote_bytes": plan.remote_bytes,
+        "download_bytes": plan.download_bytes,
+        "kept_bytes": plan.kept_bytes,
         "sources": [{"reference": source.reference, "folder": str(source.folder)} for source in plan.sources],
         "copied_files": [path.name for path in plan.copied_files],
         "notes": list(plan.notes),
@@ -94,6 +97,11 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
         "copied": ", ".join(path.name for path in plan.copied_files) or "no tokenizer files: the base model has none",
     }
+    if plan.remote_bytes:
+        kept = f", of which {size(plan.kept_bytes)} stay on the disk until the end" if plan.kept_bytes else ""
+        rows["to download"] = (
+            f"{size(plan.download_bytes)} of {size(plan.remote_bytes)} with --stream{kept}; else all, into the cache"
+        )
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)

@@ -37,8 +37,7 @@ def read_ahead(tensors: Iterable[StoredTensor]) -> None:
 def _chunks(tensor: StoredTensor) -> Iterator[memoryview]:
     """A tensor's bytes, in views of one buffer that the next chunk overwrites."""
     buffer = bytearray(min(tensor.nbytes, CHUNK_BYTES))
-    with tensor.path.open("rb", buffering=0) as file:
-        file.seek(tensor.start)
+    with tensor.open() as file:
         left = tensor.nbytes
         while left:
             view = memoryview(buffer)[:left]

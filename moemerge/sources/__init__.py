@@ -1,19 +1,30 @@
 """From a model reference in the YAML to its `config.json` and the table of its tensors; no tensor bytes are read."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from shutil import disk_usage
+from typing import Any, Literal
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.disk import nearest_folder
+from moemerge.checkpoint.files import size_of
+from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import SourceError
 from moemerge.sources.local import resolve_file
 from moemerge.sources.pickles import read_pickle
 from moemerge.sources.reference import Reference, parse_reference
 
-__all__ = ["Announce", "ModelFolder", "Reference", "open_model", "parse_reference", "read_tensor_table"]
+__all__ = [
+    "Announce",
+    "ModelFolder",
+    "Reference",
+    "fetch_if_room",
+    "open_model",
+    "parse_reference",
+    "read_tensor_table",
+]
 
 Announce = Callable[[str], None]
 """Called with one line about what is being done, for a user who waits."""
@@ -51,7 +62,7 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
         from moemerge.sources.hub import fetch_small_files
 
         announce(f"{reference}: looking it up on the Hub")
-        folder = fetch_small_files(origin)
+        folder = fetch_small_files(origin, announce)
     else:
         folder = origin
     if not (folder / "config.json").exists():
@@ -61,15 +72,75 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
     return ModelFolder(reference, origin, folder, read_json(resolve_file(folder, "config.json")))
 
 
-def read_tensor_table(model: ModelFolder, announce: Announce) -> dict[str, StoredTensor]:
-    """Every tensor of a model, from headers alone; a Hub model's weights are downloaded where they are not cached.
+def read_tensor_table(
+    model: ModelFolder, announce: Announce, *, weights: Literal["download", "stream"] = "download"
+) -> dict[str, StoredTensor]:
+    """Every tensor of a model, from headers alone.
+
+    Args:
+        model: the model.
+        announce: called with a line about what takes long.
+        weights: of a Hub model that is not in the cache: whether they are downloaded into it, or stay where they are to
+            be read by ranges. Pickles are always downloaded.
 
     Raises:
         SourceError: the Hub does not give the weights.
         CheckpointError: the model's files are damaged or incomplete.
     """
     if isinstance(model.origin, Reference):
-        from moemerge.sources.hub import fetch_weights
+        from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
 
-        fetch_weights(model.origin, model.folder, announce)
-    return read_tensors(model.folder, lambda name: resolve_file(model.folder, name), read_pickle)
+        if not holds_weights(model.folder):
+            if (
+                weights == "stream"
+                and (tensors := read_remote_tensors(model.origin, model.folder, announce)) is not None
+            ):
+                return tensors
+            fetch_weights(model.origin, model.folder, announce)
+
+    def read_headers(names: Sequence[str]) -> Iterator[dict[str, StoredTensor]]:
+        for name in names:
+            path = resolve_file(model.folder, name)
+            yield read_pickle(path) if name.endswith(".bin") else read_header(path)
+
+    names = {path.name for path in model.folder.iterdir()}
+    return read_tensors(model.folder, names, lambda name: resolve_file(model.folder, name), read_headers)
+
+
+def fetch_if_room(
+    models: Mapping[str, ModelFolder], tables: Mapping[str, dict[str, StoredTensor]], *,
+    beside: tuple[Path | None, int], announce: Announce,
+) -> dict[str, dict[str, StoredTensor]]:  # fmt: skip
+    """Download the weights of those models that are on the Hub, if the cache's disk has room for all of them.
+
+    Args:
+        models: by reference.
+        tables: of their tensors.
+        beside: a folder, and how many bytes will be written there at the same time.
+        announce: called with a line about what takes long.
+
+    Returns:
+        The tables of what was downloaded, by reference.
+
+    Raises:
+        SourceError: the Hub does not give the weights.
+        CheckpointError: a model's files are damaged or incomplete.
+    """
+    files = {reference: {t.path for t in table.values()} for reference, table in tables.items()}
+    remote = {reference: found for reference, found in files.items() if not all(isinstance(f, Path) for f in found)}
+    if not remote:
+        return {}
+    from moemerge.sources.hub import cache_folder
+
+    cache, (folder, written_bytes) = nearest_folder(cache_folder()), beside
+    needed = sum(size_of(file) for found in remote.values() for file in found)
+    if folder and nearest_folder(folder).stat().st_dev == cache.stat().st_dev:
+        needed += written_bytes
+    room = disk_usage(cache).free
+    if room < needed:
+        announce(
+            f"the disk of the Hub's cache has {room / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB would be needed: "
+            "weights are streamed from the Hub, as with --stream"
+        )
+        return {}
+    return {reference: read_tensor_table(models[reference], announce) for reference in remote}

@@ -1,0 +1,89 @@
+"""A file of weights, on this machine or on another: how its bytes are reached."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Readable(Protocol):
+    """What bytes are read from, each read where the last one ended."""
+
+    def readinto(self, view: memoryview, /) -> int | None:
+        """Read up to as many bytes as `view` has; 0 at the end, None where none have come yet: ask again."""
+
+
+class Reader(Readable, Protocol):
+    """An open file: a context that closes it."""
+
+    def __enter__(self) -> "Self": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class RemoteFile(Protocol):
+    """A file on another machine, which never changes under its name: else reading it fails."""
+
+    @property
+    def name(self) -> str:
+        """Without the folder."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+    @property
+    def identity(self) -> str:
+        """What another content would not have: a hash, or the like."""
+
+    def open(self, start: int, nbytes: int) -> Reader:
+        """Read `nbytes` bytes from offset `start` on; from the disk, as a file at that offset, where they are kept.
+
+        Raises:
+            SourceError: they cannot be reached; reading may raise it too.
+        """
+
+    def keep(self, folder: Path, start: int, nbytes: int) -> None:
+        """From now on, keep these bytes in `folder` when they are first read."""
+
+
+File = Path | RemoteFile
+
+
+def open_range(file: File, start: int, nbytes: int) -> Reader:
+    """Open a file for reading `nbytes` bytes from offset `start` on; a file on this machine does not end there.
+
+    Raises:
+        OSError: it cannot be opened.
+        SourceError: it cannot be reached.
+    """
+    if not isinstance(file, Path):
+        return file.open(start, nbytes)
+    reader = file.open("rb", buffering=0)
+    reader.seek(start)
+    return reader
+
+
+def size_of(file: File) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: it cannot be looked up.
+    """
+    return file.stat().st_size if isinstance(file, Path) else file.nbytes
+
+
+def read_exactly(reader: Readable, nbytes: int) -> bytes:
+    """The next `nbytes` bytes, or fewer where the file ends."""
+    data = bytearray(nbytes)
+    view = memoryview(data)
+    while view:
+        count = reader.readinto(view)
+        if count == 0:
+            return bytes(data[: nbytes - len(view)])
+        view = view[count or 0 :]
+    return bytes(data)

@@ -1,0 +1,270 @@
+"""A file of a repository on the Hub, read by byte ranges and, where they are read again, kept on the disk.
+
+A range is one request for a stretch of bytes (RFC 9110, section 14). What breaks off goes on where it was; what the Hub
+is too busy for is asked for again. URLs, tokens and errors are those of `huggingface_hub`; the token goes to the Hub
+alone, not to the host that it sends us to for the bytes.
+"""
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+from moemerge.checkpoint.copy import write_all, write_failure
+from moemerge.checkpoint.files import Reader
+from moemerge.errors import SourceError
+from moemerge.sources.patience import ABSENT, Patience, explained, patiently
+from moemerge.sources.reference import Reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# What has come when an answer breaks off is lost up to so many bytes.
+_CHUNK_BYTES: Final = 2**17
+_KEPT_BYTES: Final = 2**20
+# What sleeps can be woken so often, to see whether it is still wanted.
+_NAP_SECONDS: Final = 0.25
+_PARTIAL_CONTENT: Final = 206
+# Answers of the host for the bytes when the address that the Hub gave has expired.
+_EXPIRED: Final = {401, 403}
+
+
+class HubFile:
+    """A file at one commit; a `moemerge.checkpoint.files.RemoteFile`."""
+
+    def __init__(self, reference: Reference, commit: str, name: str, announce: Callable[[str], None]) -> None:
+        """Look it up.
+
+        Raises:
+            SourceError: the Hub does not give it; says what to do.
+        """
+        self._reference, self._commit, self.name, self.announce = reference, commit, name, announce
+        self._lock = threading.Lock()
+        self._spool: _Spool | None = None
+        self._url = hf_hub_url(reference.repo, name, revision=commit)
+        self._location: str | None = None
+        self._tags: dict[str, str] = {}
+        with explained(reference, ABSENT):
+            found = patiently(self, announce, lambda: get_hf_file_metadata(self._url))
+        self.nbytes, self.identity, self._location = found.size or 0, found.etag or "", found.location
+
+    def __str__(self) -> str:
+        return f"{self._reference.repo}@{self._commit[:7]}/{self.name}"
+
+    def keep(self, folder: Path, start: int, nbytes: int) -> None:
+        """From now on, keep these bytes in `folder` when they are first read."""
+        if self._spool is None or self._spool.path.parent != folder:
+            self._spool = _Spool(folder / f"{self._reference.repo.replace('/', '--')}--{self._commit}--{self.name}")
+        self._spool.want(start, start + nbytes)
+
+    def open(self, start: int, nbytes: int) -> Reader:
+        """Read `nbytes` bytes from offset `start` on; from the disk, as a file at that offset, where they are kept.
+
+        Raises:
+            OutputError: the disk is full.
+            SourceError: they cannot be reached, or the repository was changed; reading may raise it too.
+        """
+        if nbytes and self._spool and self._spool.wants(start, start + nbytes):
+            return self._spool.open(self, start, start + nbytes)
+        return _Range(self, start, start + nbytes)
+
+    def locate(self) -> str:
+        """The address of the bytes."""
+        with self._lock:
+            if self._location is None:
+                self._location = self._locate_again()
+            return self._location
+
+    def forget_location(self, location: str) -> None:
+        """An address was refused."""
+        with self._lock:
+            self._location = None if self._location == location else self._location
+
+    def _locate_again(self) -> str:
+        try:
+            found = get_hf_file_metadata(self._url)
+        except GatedRepoError:
+            raise
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+            raise self._changed("it is no longer there") from error
+        if found.etag != self.identity or found.size != self.nbytes or found.commit_hash not in {self._commit, None}:
+            raise self._changed("it has other content now")
+        return found.location
+
+    def check_answer(self, location: str, answer: Any, start: int, end: int) -> None:
+        """Refuse what is not the range that was asked for, or not of the same content as the ranges before.
+
+        Raises:
+            SourceError: it is not.
+        """
+        status, headers = answer.status_code, answer.headers
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", headers.get("Content-Range", ""))
+        if status != _PARTIAL_CONTENT or not found:
+            raise SourceError(
+                f"{self}: bytes {start} to {end} were asked for, but the Hub sends no byte ranges (status {status}). "
+                "Run without --stream."
+            )
+        first, last, total = map(int, found.groups())
+        if total != self.nbytes:
+            raise self._changed(f"it had {self.nbytes} bytes and has {total}")
+        if (tag := headers.get("ETag")) and self._tags.setdefault(urlsplit(location).path, tag) != tag:
+            raise self._changed("it has other content now")
+        if first != start or last >= end:
+            raise SourceError(f"{self}: bytes {start} to {end} were asked for, {first} to {last + 1} were sent.")
+
+    def _changed(self, how: str) -> SourceError:
+        return SourceError(
+            f"{self}: the repository was changed while it was read: {how}. Run it again, which starts from the new "
+            "commit, or name a revision that stays."
+        )
+
+    def explain(self, error: Exception) -> SourceError:
+        """What to tell the user when reading failed for good."""
+        if isinstance(error, SourceError):
+            return error
+        try:
+            with explained(self._reference, "the Hub cannot be reached any more. Check the network."):
+                raise error
+        except SourceError as told:
+            return told
+
+
+class _Range:
+    """A stretch of a file, as it comes."""
+
+    def __init__(self, file: HubFile, start: int, end: int) -> None:
+        self._file, self._next, self._end = file, start, end
+        self._patience = Patience(file, file.announce)
+        self._open = ExitStack()
+        self._chunks: Iterator[bytes] | None = None
+        self._left = memoryview(b"")
+        self._again_at = 0.0
+
+    def readinto(self, view: memoryview, /) -> int | None:
+        """Read what has come; None while the next try waits."""
+        if not self._left and self._next < self._end and not self._receive():
+            return None
+        count = min(len(view), len(self._left))
+        view[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+    def _receive(self) -> bool:
+        """Wait for a chunk; False where none has come."""
+        if (wait := self._again_at - time.monotonic()) > 0:
+            time.sleep(min(wait, _NAP_SECONDS))
+            return False
+        try:
+            if self._chunks is None:
+                self._chunks = self._connect()
+            chunk = next(self._chunks, b"")
+        except SourceError:
+            raise
+        except Exception as error:  # noqa: BLE001  of two HTTP libraries, which have nothing in common
+            return self._try_later(error)
+        if not chunk:
+            return self._try_later(ConnectionError(f"the answer ended {self._end - self._next} bytes too early"))
+        self._patience.reset()
+        self._left = memoryview(chunk)[: self._end - self._next]
+        self._next += len(self._left)
+        return True
+
+    def _try_later(self, error: Exception) -> Literal[False]:
+        self._chunks = None
+        self._open.close()
+        try:
+            self._again_at = time.monotonic() + self._patience.wait_after(error)
+        except Exception as final:
+            raise self._file.explain(final) from final
+        return False
+
+    def _connect(self) -> Iterator[bytes]:
+        location = self._file.locate()
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={self._next}-{self._end - 1}"}
+        if at_hub := urlsplit(location).netloc == urlsplit(constants.ENDPOINT).netloc:
+            headers |= build_hf_headers()
+        session: Any = get_session()
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        if isinstance(session.stream, bool):  # a session of requests, in huggingface_hub before 1.0
+            answer = self._open.enter_context(session.get(location, headers=headers, stream=True, timeout=timeout))
+            chunks: Iterator[bytes] = answer.iter_content(_CHUNK_BYTES)
+        else:
+            answer = self._open.enter_context(session.stream("GET", location, headers=headers, timeout=timeout))
+            chunks = answer.iter_raw()
+        if not at_hub and answer.status_code in _EXPIRED:
+            self._file.forget_location(location)
+            raise ConnectionError("the address of the bytes has expired")
+        hf_raise_for_status(answer)
+        self._file.check_answer(location, answer, self._next, self._end)
+        return chunks
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+
+class _Spool:
+    """What was read of a file, in a file with holes for the rest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._units: dict[tuple[int, int], threading.Lock] = {}
+        self._held: set[tuple[int, int]] = set()
+
+    def want(self, start: int, end: int) -> None:
+        """These bytes are worth keeping; they are fetched together, whichever of them is read first."""
+        if not any(first <= start and end <= last for first, last in self._units):
+            units = {unit: lock for unit, lock in self._units.items() if not start <= unit[0] <= unit[1] <= end}
+            self._units = units | {(start, end): threading.Lock()}
+
+    def wants(self, start: int, end: int) -> bool:
+        """Whether all of these bytes are worth keeping."""
+        for first, last in sorted(self._units):
+            if first <= start < last:
+                start = last
+        return start >= end
+
+    def open(self, file: HubFile, start: int, end: int) -> Reader:
+        """The file at `start`, once all is there up to `end`."""
+        for unit, lock in sorted(self._units.items()):
+            if unit[0] < end and start < unit[1]:
+                with lock:
+                    if unit not in self._held:
+                        self._fetch(file, *unit)
+                        self._held.add(unit)
+        reader = self.path.open("rb", buffering=0)
+        reader.seek(start)
+        return reader
+
+    def _fetch(self, file: HubFile, start: int, end: int) -> None:
+        buffer = memoryview(bytearray(min(_KEPT_BYTES, end - start)))
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            target = os.open(self.path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            try:
+                os.lseek(target, start, os.SEEK_SET)
+                with _Range(file, start, end) as reader:
+                    while (count := reader.readinto(buffer)) != 0:
+                        write_all(target, buffer[: count or 0])
+            finally:
+                os.close(target)
+        except OSError as error:
+            raise write_failure(self.path, error) from error
