@@ -6,23 +6,25 @@ Not `merge.py`: importing a module of that name would hide the function `moemerg
 import json
 import shutil
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.card import write_card
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
-from moemerge.checkpoint.pieces import Piece
+from moemerge.checkpoint.pieces import Band, Piece
+from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import check_space, journal_of, staged
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config import CONFIG_COPY
 from moemerge.dtypes import STORED
 from moemerge.plan import Computed, MergePlan
-from moemerge.routers import check_base_bits, init_routers
+from moemerge.routers import Routers, check_base_bits, init_routers
 
 if TYPE_CHECKING:
+    from moemerge.publish import Publisher
     from moemerge.routers.report import RoutingReport
 
 # Of the stage: what is read from the Hub more than once.
@@ -73,60 +75,173 @@ def merge(
         CheckpointError: a source is not what its header said.
     """
     out = Path(out)
-    check_base_bits(base_bits)
-    if plan.runs_base and device not in {"auto", "cpu"}:
-        from moemerge.routers.computed import find_device  # before anything is copied
-
-        find_device(device)
+    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory)
     with (
-        staged(out, [source.folder for source in plan.sources], overwrite=overwrite, resume=resume) as folder,
-        ExitStack() as left,
+        staged(out, plan.folders, overwrite=overwrite, resume=resume) as folder,
+        work.sources_kept_in(folder),
     ):
         check_space(out, plan.output_bytes - plan.shared_bytes + plan.kept_bytes)
         journal = journal_of(folder)
         kept = journal.resume(plan.fingerprint(seed), folder, plan.shards_without_routers)
-        sources = folder / _SOURCES
-        left.callback(shutil.rmtree, sources, ignore_errors=True)
-        plan.keep_router_reads(sources)
         tally = _Tally(progress, plan, kept)
-        with ShardWriter(
-            folder,
-            plan.shards,
-            tally.weights,
-            seed=seed,
-            kept=kept,
-            completed=journal.record,
-            reserve=not plan.shared_bytes,
-            low_memory=low_memory,
-            threads=1 if low_memory else CONNECTIONS if plan.remote_bytes else MAX_THREADS,
-        ) as writer:
+        with work.writer(folder, plan.shards, tally, kept=kept, completed=journal.record) as writer:
             writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, Computed)})
 
             def layer_done(done: int, total: int) -> None:
                 writer.check()
                 tally.routers(done, total)
 
-            computed = {name: o.origin for name, o in plan.outputs.items() if isinstance(o.origin, Computed)}
-            routers = init_routers(
-                plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-                mixture=plan.mixture,
-                scoring=plan.family.scoring, shared_gate=any(c.kind == "shared gate" for c in computed.values()),
-                run_base=plan.runs_base, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory,
-                progress=layer_done,
-            )  # fmt: skip
-            made = {"router": routers.rows, "shared gate": routers.shared_gates}
-            writer.add({
-                name: ((Piece(made[tensor.kind][tensor.layer], STORED[plan.dtype]),),)
-                for name, tensor in computed.items()
-            })  # fmt: skip
-            for path in plan.copied_files:
-                shutil.copyfile(path, folder / path.name)
-            if (index := plan.index) is not None:
-                (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
-            (folder / CONFIG_COPY).write_text(plan.config.text, encoding="utf-8")
-            write_card(folder, out.resolve().name, plan, routers.report)
-        (folder / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
+            routers = work.init_routers(layer_done)
+            writer.add(work.router_bands(routers))
+            work.write_other_files(folder, out.resolve().name, routers.report)
+        work.write_config(folder)
     return routers.report
+
+
+def merge_to_hub(
+    plan: MergePlan,
+    scratch: Path | str,
+    publisher: "Publisher",
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    low_memory: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    base_bits: Literal[4, 8] | None = None,
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> tuple["RoutingReport", str]:
+    """Carry out a plan shard by shard: each is sent to the Hub when it is complete, then removed from the disk.
+
+    Never are there more than two of them. Routers come first, the index, `config.json` and the model card last. What
+    was cut off is kept on the Hub, and beside `scratch` a list of it, for a run with `resume`.
+
+    Args:
+        plan: from `plan_merge`.
+        scratch: a folder that need not exist; shards are made beside it, and nothing is left there.
+        publisher: where they go; opened.
+        overwrite: replace a model that the repository holds.
+        resume: keep the shards of the same merge that the Hub has.
+        low_memory: see `merge`.
+        seed: see `merge`.
+        device: see `merge`.
+        base_bits: see `merge`.
+        progress: called as the work goes on.
+
+    Returns:
+        What the routers do with the prompts, and the model's address.
+
+    Raises:
+        PublishError: the Hub does not take something.
+        RefusedError: the repository would lose something; and see `merge`.
+        OutputError: see `merge`.
+        RouterError: see `merge`.
+        CheckpointError: see `merge`.
+    """
+    scratch = Path(scratch)
+    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory)
+    with (
+        staged(scratch, plan.folders, resume=resume, temporary=True) as folder,
+        work.sources_kept_in(folder),
+    ):
+        check_space(scratch, plan.kept_bytes + sum(sorted(shard.nbytes for shard in plan.shards)[-2:]))
+        publisher.begin_streaming(overwrite=overwrite)
+        journal = journal_of(folder)
+        kept = journal.resume(plan.fingerprint(seed), folder, plan.shards_without_routers, publisher.held())
+        tally = _Tally(progress, plan, kept)
+        routers = work.init_routers(tally.routers)
+        made = work.router_bands(routers)
+        bands = {name: made.get(name, output.bands) for name, output in plan.outputs.items()}
+
+        def send(shard: Shard) -> None:
+            journal.record(shard, publisher.send(folder / shard.name))
+            (folder / shard.name).unlink()
+
+        complete: list[Shard] = []
+        for shard in plan.shards:
+            if shard.name not in kept:
+                with work.writer(folder, [shard], tally) as writer:
+                    writer.add(bands)
+                    if complete:
+                        send(complete.pop())
+                complete.append(shard)
+        send(complete.pop())
+        work.write_other_files(folder, publisher.name, routers.report)
+        work.write_config(folder)
+        return routers.report, publisher.finish(folder)
+
+
+class _Work:
+    """The parts of a merge."""
+
+    def __init__(
+        self, plan: MergePlan, *, seed: int, device: str, base_bits: Literal[4, 8] | None, low_memory: bool
+    ) -> None:
+        check_base_bits(base_bits)
+        if plan.runs_base and device not in {"auto", "cpu"}:
+            from moemerge.routers.computed import find_device  # before anything is copied
+
+            find_device(device)
+        self._plan, self._seed, self._device = plan, seed, device
+        self._base_bits, self._low_memory = base_bits, low_memory
+
+    @contextmanager
+    def sources_kept_in(self, folder: Path) -> Iterator[None]:
+        """Have what is read more than once from other machines kept there, and remove it at the end."""
+        self._plan.keep_router_reads(folder / _SOURCES)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder / _SOURCES, ignore_errors=True)
+
+    def writer(
+        self, folder: Path, shards: Sequence[Shard], tally: "_Tally", *, kept: Collection[str] = (),
+        completed: Callable[[Shard], None] = lambda _: None,
+    ) -> ShardWriter:  # fmt: skip
+        """What writes shards."""
+        return ShardWriter(
+            folder,
+            shards,
+            tally.weights,
+            seed=self._seed,
+            kept=kept,
+            completed=completed,
+            reserve=not self._plan.shared_bytes,
+            low_memory=self._low_memory,
+            threads=1 if self._low_memory else CONNECTIONS if self._plan.remote_bytes else MAX_THREADS,
+        )
+
+    def init_routers(self, progress: Callable[[int, int], None]) -> Routers:
+        """Compute them."""
+        plan = self._plan
+        return init_routers(
+            plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
+            mixture=plan.mixture, scoring=plan.family.scoring,
+            shared_gate=any(computed.kind == "shared gate" for computed in plan.computed.values()),
+            run_base=plan.runs_base, seed=self._seed, device=self._device, base_bits=self._base_bits,
+            low_memory=self._low_memory, progress=progress,
+        )  # fmt: skip
+
+    def router_bands(self, routers: Routers) -> dict[str, tuple[Band, ...]]:
+        """The tensors that were computed."""
+        made = {"router": routers.rows, "shared gate": routers.shared_gates}
+        dtype = STORED[self._plan.dtype]
+        return {
+            name: ((Piece(made[tensor.kind][tensor.layer], dtype),),) for name, tensor in self._plan.computed.items()
+        }
+
+    def write_other_files(self, folder: Path, name: str, report: "RoutingReport") -> None:
+        """All but weights and `config.json`; `name` is the model's."""
+        for path in self._plan.copied_files:
+            shutil.copyfile(path, folder / path.name)
+        if (index := self._plan.index) is not None:
+            (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
+        (folder / CONFIG_COPY).write_text(self._plan.config.text, encoding="utf-8")
+        write_card(folder, name, self._plan, report)
+
+    def write_config(self, folder: Path) -> None:
+        """What makes a folder a model."""
+        (folder / "config.json").write_text(json.dumps(self._plan.output_config, indent=2) + "\n", encoding="utf-8")
 
 
 class _Tally:

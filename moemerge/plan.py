@@ -110,6 +110,16 @@ class MergePlan:
     """Parameters that a token passes through."""
 
     @property
+    def folders(self) -> list[Path]:
+        """Of the sources."""
+        return [source.folder for source in self.sources]
+
+    @property
+    def computed(self) -> dict[str, Computed]:
+        """The tensors that are made last, by name."""
+        return {name: o.origin for name, o in self.outputs.items() if isinstance(o.origin, Computed)}
+
+    @property
     def weight_bytes(self) -> int:
         """Size of all shards."""
         return sum(shard.nbytes for shard in self.shards)
@@ -180,8 +190,8 @@ class MergePlan:
     @property
     def shards_without_routers(self) -> list[Shard]:
         """Those that a resumed merge may keep: routers depend on more, down to the device that computed them."""
-        routers = {name for name, output in self.outputs.items() if isinstance(output.origin, Computed)}
-        return [shard for shard in self.shards if routers.isdisjoint(shard.starts)]
+        computed = self.computed.keys()
+        return [shard for shard in self.shards if computed.isdisjoint(shard.starts)]
 
     def fingerprint(self, seed: int) -> dict[str, Any]:
         """What decides every byte of `shards_without_routers`; a resumed merge keeps them only where it is the same."""

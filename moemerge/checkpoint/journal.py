@@ -13,7 +13,10 @@ from moemerge.errors import RefusedError
 
 
 class Journal:
-    """A file of JSON lines: the fingerprint of the merge, then name, size and header hash of each complete shard."""
+    """A file of JSON lines: the fingerprint of the merge, then name, size and header hash of each complete shard.
+
+    Of a shard that is on the Hub and no longer here, its SHA-256 too.
+    """
 
     def __init__(self, path: Path) -> None:
         """Use `path`, which need not exist."""
@@ -28,14 +31,23 @@ class Journal:
         self._path.unlink(missing_ok=True)
         self._append({"fingerprint": fingerprint})
 
-    def record(self, shard: Shard) -> None:
-        """Note a shard whose bytes have been flushed to the disk."""
-        self._append(_entry(shard))
+    def record(self, shard: Shard, sha256: str | None = None) -> None:
+        """Note a shard whose bytes have been flushed to the disk, or are on the Hub with this hash."""
+        self._append(_entry(shard) | ({"sha256": sha256} if sha256 else {}))
 
-    def resume(self, fingerprint: Mapping[str, Any], folder: Path, shards: Sequence[Shard]) -> set[str]:
-        """Names of the shards in `folder` that are complete; everything else there is removed.
+    def resume(
+        self, fingerprint: Mapping[str, Any], folder: Path, shards: Sequence[Shard],
+        on_hub: Mapping[str, tuple[str, int]] | None = None,
+    ) -> set[str]:  # fmt: skip
+        """Names of the shards that are complete; everything else in `folder` is removed.
 
         Where nothing is complete a new journal is begun.
+
+        Args:
+            fingerprint: of the merge.
+            folder: where it is written.
+            shards: that may be kept.
+            on_hub: by name the hash and the size of what the Hub has, where shards are sent there one by one.
 
         Raises:
             RefusedError: the journal is of another merge; says what differs.
@@ -48,16 +60,19 @@ class Journal:
                 f"{', '.join(changed[:6])}{' …' if len(changed) > 6 else ''}. "  # noqa: PLR2004
                 "Undo the change, or start over without --resume."
             )
-        kept = [shard for shard in shards if _entry(shard) in entries and _holds(folder / shard.name, shard)]
+        if on_hub is None:
+            kept = {s.name: _entry(s) for s in shards if _entry(s) in entries and _holds(folder / s.name, s)}
+        else:
+            sent = [_entry(s) | {"sha256": on_hub[s.name][0]} for s in shards if s.name in on_hub]
+            kept = {entry["name"]: entry for entry in sent if entry in entries}
         # What has to be written again must not be named while it is: its size and header are right from the start.
         draft = Journal(self._path.with_name(f"{self._path.name}.new"))
         draft.begin(fingerprint)
-        for shard in kept:
-            draft.record(shard)
+        for entry in kept.values():
+            draft._append(entry)
         draft._path.replace(self._path)
-        names = {shard.name for shard in kept}
-        _remove_all_but(folder, names)
-        return names
+        _remove_all_but(folder, set(kept))
+        return set(kept)
 
     def remove(self) -> None:
         """The merge is complete, or given up."""

@@ -86,9 +86,9 @@ def check_space(out: Path, nbytes: int) -> None:
 
 @contextmanager
 def staged(
-    out: Path, sources: Collection[Path] = (), *, overwrite: bool = False, resume: bool = False
+    out: Path, sources: Collection[Path] = (), *, overwrite: bool = False, resume: bool = False, temporary: bool = False
 ) -> Iterator[Path]:
-    """A folder to write into; when the block ends without an error it becomes `out`.
+    """A folder to write into; when the block ends without an error it becomes `out`, unless it is `temporary`.
 
     Otherwise it is removed, unless its journal (`journal_of`) names complete shards: then it stays for a run with
     `resume`, and a run without `resume` removes it first.
@@ -122,8 +122,9 @@ def staged(
             journal.remove()
         stage.mkdir(exist_ok=True)
         yield stage
-        check_target(out, sources, overwrite=overwrite)
-        _publish(stage, target)
+        if not temporary:
+            check_target(out, sources, overwrite=overwrite)
+            _publish(stage, target)
         journal.remove()
     except OSError as error:
         raise _failure(out, error) from error
