@@ -7,16 +7,18 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from moemerge.card import write_card
+from moemerge.card import licence_of, write_card
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.staging import check_space, journal_of, staged
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config import CONFIG_COPY
 from moemerge.dtypes import STORED
+from moemerge.errors import RefusedError
 from moemerge.plan import Computed, MergePlan
 from moemerge.routers import check_base_bits, init_routers
 
@@ -113,7 +115,10 @@ def merge(
             if (index := plan.index) is not None:
                 (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
             (folder / CONFIG_COPY).write_text(plan.config.text, encoding="utf-8")
-            write_card(folder, out.resolve().name, plan, routers.report)
+            licence = None
+            with suppress(RefusedError):  # only who publishes the model has to say
+                licence = licence_of(plan)
+            write_card(folder, out.resolve().name, plan, routers.report, licence)
         (folder / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
     return routers.report
 
