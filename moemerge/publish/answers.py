@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any, Final
 
+from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RevisionNotFoundError
 
 from moemerge.errors import PublishError, RefusedError
@@ -17,7 +18,7 @@ _BAD_TOKEN: Final = (
 )
 _NETWORK: Final = "the Hub cannot be reached. Check the network and HF_HUB_OFFLINE, and try again."
 _FULL_STATUSES: Final = frozenset({402, 403, 413, 507})
-_REFUSALS: Final = frozenset({400, 409, 422})
+_REFUSALS: Final = frozenset({400, 409})
 _FULL: Final = re.compile(r"storage|quota|size limit|too large", re.IGNORECASE)
 
 Explained = tuple[type[PublishError | RefusedError], str]
@@ -48,7 +49,9 @@ def _explain_answer(error: BaseException, to: Destination, account: Account) -> 
     said = " ".join(said.split()).rstrip(".")
     quoted = f": {said}" if said else ""
     kind: type[PublishError | RefusedError] = PublishError
-    if status == HTTPStatus.UNAUTHORIZED:
+    if not str(response.url).startswith(constants.ENDPOINT):
+        text = f"the Hub's storage answered with status {status}{quoted}. Try again later."
+    elif status == HTTPStatus.UNAUTHORIZED:
         text = _BAD_TOKEN
     elif status in _FULL_STATUSES and _FULL.search(said):
         text = f"the Hub has no room for it: {said}. Make room, or push to another account."
@@ -59,8 +62,8 @@ def _explain_answer(error: BaseException, to: Destination, account: Account) -> 
     elif status == HTTPStatus.PRECONDITION_FAILED:
         text = "somebody changed the repository in the meantime."
     elif status == HTTPStatus.FORBIDDEN:
-        own = " or ".join(f"{namespace}/..." for namespace in account.namespaces) or "no namespace"
-        kind, text = RefusedError, f"{account.name} may not write there{quoted}. The token may write to {own}."
+        places = " or ".join(account.places) or "nothing"
+        kind, text = RefusedError, f"{account.name} may not write there{quoted}. The token may write to {places}."
     elif isinstance(error, RevisionNotFoundError):
         kind, text = RefusedError, f"the repository has no revision {to.revision or 'main'!r}."
     elif status in _REFUSALS:

@@ -31,8 +31,8 @@ class Account:
     """Whose token it is."""
 
     name: str
-    namespaces: tuple[str, ...]
-    """Whose repositories it may write to, as far as the Hub says."""
+    places: tuple[str, ...]
+    """Where it may write, as far as the Hub says: repositories, and namespaces as `user/...`."""
 
 
 def check_names(to: Destination) -> None:
@@ -67,7 +67,7 @@ def read_account(api: HfApi, to: Destination) -> Account:
             f"{api.endpoint}/settings/tokens, and log in with `hf auth login`, or set HF_TOKEN."
         )
     writing = [org["name"] for org in who.get("orgs") or [] if org.get("roleInOrg") in _WRITING_ROLES]
-    namespaces = (str(who["name"]), *writing)
+    places = tuple(f"{namespace}/..." for namespace in (who["name"], *writing))
     if token.get("role") == "fineGrained":
         scopes = (token.get("fineGrained") or {}).get("scoped") or []
         granted = {permission for scope in scopes for permission in scope.get("permissions") or []}
@@ -78,10 +78,9 @@ def read_account(api: HfApi, to: Destination) -> Account:
                 f"{to.repo}: the fine-grained token of {who['name']} has no permission {' or '.join(sorted(needed))}. "
                 f"Give it one at {api.endpoint}/settings/tokens."
             )
-        namespaces = tuple(
-            dict.fromkeys(scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", []))
-        )
-    return Account(str(who["name"]), namespaces)
+        names = [scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", [])]
+        places = tuple(name if "/" in name else f"{name}/..." for name in names)
+    return Account(str(who["name"]), places)
 
 
 def open_repository(api: HfApi, to: Destination, announce: Announce) -> None:
