@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.config import Expert
 from moemerge.errors import RefusedError
+from moemerge.licences import strictest
 from moemerge.plan import MergePlan
 from moemerge.sources import Reference
 
@@ -29,18 +30,87 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_spec
 ```"""
 
 
-def write_card(folder: Path, name: str, plan: MergePlan, report: "RoutingReport") -> None:
-    """Write `README.md` with the Hub's metadata into `folder`; `name` is the merged model's."""
+def write_card(folder: Path, name: str, plan: MergePlan, report: "RoutingReport", licence: str | None = None) -> None:
+    """Write `README.md` with the Hub's metadata into `folder`; name and licence are the merged model's."""
     from huggingface_hub import ModelCard, ModelCardData
 
     origins = [source.origin for source in plan.sources]
+    repos = list(dict.fromkeys(origin.repo for origin in origins if isinstance(origin, Reference)))
     data = ModelCardData(
-        base_model=list(dict.fromkeys(origin.repo for origin in origins if isinstance(origin, Reference))) or None,
+        base_model=repos or None,
+        base_model_relation="merge" if repos else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=_TAGS,
+        **_licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report)}").save(folder / "README.md")
+
+
+def licence_of(plan: MergePlan) -> str:
+    """The merged model's licence, from its sources' model cards.
+
+    Raises:
+        RefusedError: they do not say; names every source's.
+    """
+    return strictest({source.reference: read_licence(source.folder) for source in plan.sources})
+
+
+def read_licence(folder: Path) -> str | None:
+    """The licence in the metadata of a folder's model card, or None where it names none.
+
+    One that the Hub has no identifier for is `other NAME LINK`; a link to a file beside the card is left out, since it
+    leads nowhere from another. Of several licences, which the Hub allows, all are taken to hold.
+    """
+    try:
+        metadata = _metadata(folder / "README.md")
+    except RefusedError:
+        return None
+    given = metadata.get("license")
+    found = sorted({str(one).strip().lower() for one in (given if isinstance(given, list) else [given]) if one})
+    if not found or "unknown" in found:
+        return None
+    if found == ["other"]:
+        name = "-".join(str(metadata.get("license_name") or "").split())
+        link = str(metadata.get("license_link") or "")
+        return " ".join(["other", *([name] if name else []), *([link] if name and "://" in link else [])])
+    try:
+        return strictest({one: one for one in found})
+    except RefusedError:
+        return "+".join(found)
+
+
+def set_licence(folder: Path, licence: str) -> None:
+    """Put a licence, as the Hub calls it or `other NAME LINK`, into the metadata of a folder's model card.
+
+    Where there is no card, one is begun.
+
+    Raises:
+        RefusedError: the card's metadata cannot be read.
+    """
+    from huggingface_hub import metadata_save
+
+    path = folder / "README.md"
+    kept = {key: value for key, value in _metadata(path).items() if not key.startswith("license")}
+    replacement = path.with_name("README.md.new")
+    replacement.write_bytes(path.read_bytes() if path.exists() else b"")
+    metadata_save(replacement, kept | _licence_fields(licence))
+    replacement.replace(path)
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    from huggingface_hub import metadata_load
+
+    try:
+        return (metadata_load(card) or {}) if card.exists() else {}
+    except Exception as error:  # whatever the YAML of somebody else's card provokes
+        raise RefusedError(
+            f"{card}: its metadata is no table in YAML. Correct what stands between its --- lines."
+        ) from error
+
+
+def _licence_fields(licence: str) -> dict[str, str]:
+    return dict(zip(("license", "license_name", "license_link"), licence.split(maxsplit=2), strict=False))
 
 
 def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
@@ -53,16 +123,20 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
         f"# {name}",
         f"A {plan.family.model_type} of {len(config.experts)} experts{where}, {config.experts_per_token} per token, "
         "made with moemerge: embeddings, attention and norms come from "
-        f"`{config.base_model}`, each expert's FFNs from its own model, routers from `gate_mode: {config.way}`.",
+        f"{_shown(config.base_model, plan)}, each expert's FFNs from its own model, "
+        f"routers from `gate_mode: {config.way}`.",
         f"**{_millions(plan.total_parameters)} parameters, {_millions(plan.active_parameters)} active per token, "
         f"{plan.dtype}.**",
         "\n".join(
             ["| expert | model | made for prompts such as |", "|---|---|---|"]
             + [
-                f"| {number} | `{expert.source_model}` | {_sample(expert)} |"
+                f"| {number} | {_shown(expert.source_model, plan)} | {_sample(expert)} |"
                 for number, expert in enumerate(config.experts)
             ]
-            + [f"| shared | `{expert.source_model}` | {_sample(expert)} |" for expert in config.shared_experts]
+            + [
+                f"| shared | {_shown(expert.source_model, plan)} | {_sample(expert)} |"
+                for expert in config.shared_experts
+            ]
         ),
         "\n".join(f"> **Note:** {note}." for note in plan.family_notes),
         "## Use\n\n" + _USAGE.format(name=name),
@@ -130,6 +204,14 @@ def _evaluation(found: "Evaluation") -> str:
         loads = " | ".join(f"{share:.1%}" for share in routing.load)
         lines.append(f"| {name} | {right} | {loads} | {routing.top_weight:.2f} |")
     return "\n".join([*lines, *(f"\n> **Note:** {note}." for note in found.notes)])
+
+
+def _shown(reference: str, plan: MergePlan) -> str:
+    """A source as the config names it, or as its repository and commit."""
+    source = next(source for source in plan.sources if source.reference == reference)
+    if isinstance(source.origin, Reference) and source.folder.parent.name == "snapshots":
+        return f"`{source.origin.repo}` at `{source.folder.name}`"
+    return f"`{reference}`"
 
 
 def _millions(parameters: int) -> str:

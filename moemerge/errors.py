@@ -6,6 +6,7 @@ MoemergeError                  exit code 1: something failed
 ├── OutputError                the target cannot be written: disk full
 │   └── BusyError              another process is writing it
 ├── RouterError                router weights cannot be computed
+├── PublishError               the Hub does not take a model
 └── RefusedError               exit code 2: the config or the command has to change
     ├── ConfigError            the YAML, every problem with its place
     └── IncompatibleError      the models cannot be merged, every reason
@@ -38,6 +39,10 @@ class BusyError(OutputError):
 
 class RouterError(MoemergeError):
     """Router weights cannot be computed from what was given."""
+
+
+class PublishError(MoemergeError):
+    """The Hub does not take a model: token, network, quota, or what it holds is not what was sent."""
 
 
 class RefusedError(MoemergeError):

@@ -7,11 +7,11 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from moemerge.card import write_card
+from moemerge.card import licence_of, write_card
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
 from moemerge.checkpoint.pieces import Band, Piece
@@ -20,6 +20,7 @@ from moemerge.checkpoint.staging import check_space, journal_of, staged
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config import CONFIG_COPY
 from moemerge.dtypes import STORED
+from moemerge.errors import RefusedError
 from moemerge.plan import Computed, MergePlan
 from moemerge.routers import Routers, check_base_bits, init_routers
 
@@ -237,7 +238,10 @@ class _Work:
         if (index := self._plan.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
         (folder / CONFIG_COPY).write_text(self._plan.config.text, encoding="utf-8")
-        write_card(folder, name, self._plan, report)
+        licence = None
+        with suppress(RefusedError):  # only who publishes the model has to say
+            licence = licence_of(self._plan)
+        write_card(folder, name, self._plan, report, licence)
 
     def write_config(self, folder: Path) -> None:
         """What makes a folder a model."""

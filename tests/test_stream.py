@@ -1,7 +1,5 @@
 """Weights that stay on the Hub, read by byte ranges: what is fetched, and what happens when the network fails."""
 
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hub_server import Files, Hub
 from tests.models import make_model, write_config
-from tests.test_hub import SINGLE, Machine, Result
+from tests.test_hub import SINGLE, Machine
 
 MODELS = ("base", "fox", "code", "chat")
 WAYS = {

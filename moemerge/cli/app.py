@@ -13,6 +13,7 @@ from moemerge.cli.evaluation import evaluate
 from moemerge.cli.families import list_families
 from moemerge.cli.options import Debug, Json, Quiet, Verbose
 from moemerge.cli.planned import plan_from
+from moemerge.cli.publishing import push
 from moemerge.cli.routes import show_routes
 from moemerge.errors import BusyError, RefusedError
 
@@ -28,6 +29,8 @@ Other commands, each with its own --help:
   moemerge eval OUT       how good a merged model is, beside its parts and baselines
 
   moemerge routes OUT     which expert takes which token of a text
+
+  moemerge push OUT REPO  send a merged model to the Hub
 
   moemerge families       which dense models become which mixture
 
@@ -232,7 +235,7 @@ def _verify(
 
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "routes": show_routes,
-    "families": list_families,
+    "push": push, "families": list_families,
 }  # fmt: skip
 
 

@@ -1,0 +1,33 @@
+"""The files of a complete checkpoint in a folder, and nothing else that lies there."""
+
+from pathlib import Path
+
+from moemerge.errors import RefusedError
+from moemerge.sources import Announce, read_tensor_table
+from moemerge.verification import open_merged
+
+
+def checkpoint_files(folder: Path, announce: Announce) -> list[Path]:
+    """Weights, `config.json`, index, tokenizer, model card and what else lies beside them.
+
+    Not hidden files, folders, and weights that the index does not name; these are announced.
+
+    Raises:
+        SourceError: there is no such folder, or no checkpoint in it.
+        CheckpointError: index, headers and files do not agree, or a link leads out of the folder.
+        RefusedError: the weights are not safetensors.
+    """
+    model = open_merged(folder)
+    weights = {tensor.path.name for tensor in read_tensor_table(model, announce).values()}
+    if pickles := sorted(name for name in weights if not name.endswith(".safetensors")):
+        raise RefusedError(f"{folder}: {pickles[0]}: only safetensors are sent. Merge or convert the model first.")
+    sent: list[str] = []
+    left: list[str] = []
+    for path in sorted(model.folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        strange = path.is_dir() or (path.suffix in {".safetensors", ".bin"} and path.name not in weights)
+        (left if strange else sent).append(path.name)
+    if left:
+        announce(f"{folder}: not sent, since no reader of the model needs it: {', '.join(left)}")
+    return [file for name in sent if (file := model.file(name))]
