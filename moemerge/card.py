@@ -1,6 +1,7 @@
 """The model card of a merged model: what it is made of, how it routes, how to run it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -8,7 +9,7 @@ from moemerge.config import Expert
 from moemerge.errors import RefusedError
 from moemerge.licences import strictest
 from moemerge.plan import MergePlan
-from moemerge.sources import Reference
+from moemerge.sources import ModelFolder, Reference
 
 if TYPE_CHECKING:
     from moemerge.evaluation.figures import Evaluation
@@ -47,13 +48,13 @@ def write_card(folder: Path, name: str, plan: MergePlan, report: "RoutingReport"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report)}").save(folder / "README.md")
 
 
-def licence_of(plan: MergePlan) -> str:
-    """The merged model's licence, from its sources' model cards.
+def licence_of(sources: Sequence[ModelFolder]) -> str:
+    """A merged model's licence, from its sources' model cards.
 
     Raises:
         RefusedError: they do not say; names every source's.
     """
-    return strictest({source.reference: read_licence(source.folder) for source in plan.sources})
+    return strictest({source.reference: read_licence(source.folder) for source in sources})
 
 
 def read_licence(folder: Path) -> str | None:

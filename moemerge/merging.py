@@ -48,6 +48,8 @@ def merge(
     seed: int = 0,
     device: str = "auto",
     base_bits: Literal[4, 8] | None = None,
+    licence: str | None = None,
+    name: str | None = None,
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> "RoutingReport":
     """Carry out a plan: the folder `out` is complete when this returns, and untouched when it raises.
@@ -63,6 +65,8 @@ def merge(
         seed: of random routers and of `noise_scale`.
         device: where the base model's layers are run for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         base_bits: hold the base model's Linear weights in so many bits for the routers, by bitsandbytes.
+        licence: of the merged model, for its card; else what the cards of its sources agree on, if they do.
+        name: of the merged model, for its card; else that of the folder.
         progress: called as the work goes on.
 
     Returns:
@@ -76,7 +80,7 @@ def merge(
         CheckpointError: a source is not what its header said.
     """
     out = Path(out)
-    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory)
+    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence)
     with (
         staged(out, plan.folders, overwrite=overwrite, resume=resume) as folder,
         work.sources_kept_in(folder),
@@ -94,7 +98,7 @@ def merge(
 
             routers = work.init_routers(layer_done)
             writer.add(work.router_bands(routers))
-            work.write_other_files(folder, out.resolve().name, routers.report)
+            work.write_other_files(folder, name or out.resolve().name, routers.report)
         work.write_config(folder)
     return routers.report
 
@@ -110,8 +114,9 @@ def merge_to_hub(
     seed: int = 0,
     device: str = "auto",
     base_bits: Literal[4, 8] | None = None,
+    licence: str | None = None,
     progress: Progress = lambda _stage, _done, _total: None,
-) -> tuple["RoutingReport", str]:
+) -> "RoutingReport":
     """Carry out a plan shard by shard: each is sent to the Hub when it is complete, then removed from the disk.
 
     Never are there more than two of them. Routers come first, the index, `config.json` and the model card last. What
@@ -127,10 +132,11 @@ def merge_to_hub(
         seed: see `merge`.
         device: see `merge`.
         base_bits: see `merge`.
+        licence: see `merge`.
         progress: called as the work goes on.
 
     Returns:
-        What the routers do with the prompts, and the model's address.
+        What the routers do with the prompts.
 
     Raises:
         PublishError: the Hub does not take something.
@@ -140,7 +146,7 @@ def merge_to_hub(
         CheckpointError: see `merge`.
     """
     scratch = Path(scratch)
-    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory)
+    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence)
     with (
         staged(scratch, plan.folders, resume=resume, temporary=True) as folder,
         work.sources_kept_in(folder),
@@ -167,24 +173,26 @@ def merge_to_hub(
                         send(complete.pop())
                 complete.append(shard)
         send(complete.pop())
-        work.write_other_files(folder, publisher.name, routers.report)
+        work.write_other_files(folder, publisher.repo, routers.report)
         work.write_config(folder)
-        return routers.report, publisher.finish(folder)
+        publisher.finish(folder)
+        return routers.report
 
 
 class _Work:
     """The parts of a merge."""
 
     def __init__(
-        self, plan: MergePlan, *, seed: int, device: str, base_bits: Literal[4, 8] | None, low_memory: bool
-    ) -> None:
+        self, plan: MergePlan, *, seed: int, device: str, base_bits: Literal[4, 8] | None, low_memory: bool,
+        licence: str | None,
+    ) -> None:  # fmt: skip
         check_base_bits(base_bits)
         if plan.runs_base and device not in {"auto", "cpu"}:
             from moemerge.routers.computed import find_device  # before anything is copied
 
             find_device(device)
         self._plan, self._seed, self._device = plan, seed, device
-        self._base_bits, self._low_memory = base_bits, low_memory
+        self._base_bits, self._low_memory, self._licence = base_bits, low_memory, licence
 
     @contextmanager
     def sources_kept_in(self, folder: Path) -> Iterator[None]:
@@ -238,9 +246,9 @@ class _Work:
         if (index := self._plan.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
         (folder / CONFIG_COPY).write_text(self._plan.config.text, encoding="utf-8")
-        licence = None
+        licence = self._licence
         with suppress(RefusedError):  # only who publishes the model has to say
-            licence = licence_of(self._plan)
+            licence = licence or licence_of(self._plan.sources)
         write_card(folder, name, self._plan, report, licence)
 
     def write_config(self, folder: Path) -> None:

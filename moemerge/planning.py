@@ -40,6 +40,7 @@ def plan_merge(
     routing_table: bool = False,
     needs_texts: bool = True,
     weights: Literal["auto", "stream"] = "auto",
+    approve: Callable[[Sequence[ModelFolder]], None] = lambda _: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> MergePlan:
     """Decide a merge from configs and headers; no tensor bytes are read and nothing is written.
@@ -57,6 +58,8 @@ def plan_merge(
         needs_texts: whether files of text have to be there, as for routers.
         weights: of Hub models that are not in the cache: `stream` leaves them on the Hub, to be read by ranges; `auto`
             does so where the disk has no room for them.
+        approve: called with the base, every expert and every shared expert, once they were found to fit and before any
+            weights are downloaded; may raise.
         announce: called with a line about what takes long.
 
     Raises:
@@ -110,6 +113,7 @@ def plan_merge(
     notes += _shared_notes(config, family)
     assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=STORED[dtype])
     outputs = assemble(tables=tables).outputs()
+    approve((base_folder, *folders))
     if weights == "auto":
         output_bytes = sum(bytes_of(STORED[dtype], output.shape) or 0 for output in outputs.values())
         if fetched := fetch_if_room(opened, tables, beside=(target, output_bytes), announce=announce):

@@ -1,13 +1,33 @@
 """Options that several commands have."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The merge config, a YAML file.", show_default=False)]
+ShardSize = Annotated[str, typer.Option(help="Largest shard, such as 5GB or 500MB.")]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Where Hub models are kept, instead of HF_HUB_CACHE.", show_default=False)
+]
+AllowIdentical = Annotated[
+    bool,
+    typer.Option("--allow-identical-experts", help="Accept experts that are all one model, to be trained further."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more: routing by layer, log messages.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REPO", help="Send the model to the Hub, to user/name, when it is complete.", show_default=False
+    ),
+]
+PushStreaming = Annotated[
+    bool,
+    typer.Option("--push-streaming", help="Send each shard when it is complete, and remove it: OUT is not written."),
+]
 Private = Annotated[bool, typer.Option("--private", help="Create the repository private.")]
 Revision = Annotated[
     str | None,

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Literal
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
     from moemerge.plan import MergePlan
+    from moemerge.sources import ModelFolder
 
 
 def plan_from(  # noqa: PLR0917  what typer has made of the command line
     console: "Console", config: Path, max_shard_size: str, out_shard_size: str | None, cache_dir: Path | None,
     quiet: bool, allow_identical_experts: bool,
     target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
-    weights: Literal["auto", "stream"] = "auto",
+    weights: Literal["auto", "stream"] = "auto", approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
 ) -> "MergePlan":  # fmt: skip
     """The plan of a config file; says what the user should know."""
     if cache_dir:
@@ -38,7 +39,7 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     say: Callable[[str], None] = (lambda _line: None) if quiet else console.print
     plan = plan_merge(
         loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
-        weights=weights, announce=say,
+        weights=weights, approve=approve, announce=say,
     )  # fmt: skip
     for note in plan.notes:
         say(f"note: {note}")

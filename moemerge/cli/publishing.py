@@ -1,13 +1,18 @@
 """`moemerge push`: a merged model sent to the Hub."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moemerge.cli.console import speaking
 from moemerge.cli.options import CreatePr, Debug, License, Private, Quiet, Revision
 from moemerge.errors import RefusedError
+
+if TYPE_CHECKING:
+    from moemerge.publish import Publisher
+    from moemerge.sources import ModelFolder
 
 
 def push(  # noqa: PLR0917  typer makes options of arguments
@@ -44,3 +49,44 @@ def push(  # noqa: PLR0917  typer makes options of arguments
         if license:
             set_licence(out, license)
         typer.echo(publisher.push(out))
+
+
+class Pushing:
+    """What a merge's `--push` and the options beside it ask for."""
+
+    def __init__(
+        self, repo: str | None, licence: str | None, say: Callable[[str], None], *, streaming: bool, private: bool,
+        revision: str | None, create_pr: bool,
+    ) -> None:  # fmt: skip
+        """Take the options.
+
+        Raises:
+            RefusedError: one of them makes no sense without `--push`.
+        """
+        others = {
+            "--push-streaming": streaming, "--private": private, "--revision": revision, "--create-pr": create_pr,
+            "--license": licence,
+        }  # fmt: skip
+        if not repo and (given := [name for name, value in others.items() if value]):
+            raise RefusedError(f"{given[0]}: says how to push, but not where to. Add --push user/repo.")
+        self.repo, self.licence, self._say = repo, licence, say
+        self.streaming, self._private, self._revision, self._create_pr = streaming, private, revision, create_pr
+        self.publisher: Publisher | None = None
+
+    def approve(self, sources: "Sequence[ModelFolder]") -> None:
+        """Make sure that a merge of these models will be taken by the Hub.
+
+        Raises:
+            RefusedError: their licences do not agree, or the destination has to change.
+            PublishError: the Hub refuses.
+        """
+        if not self.repo:
+            return
+        from moemerge.card import licence_of
+        from moemerge.publish import Destination, Publisher
+
+        self.licence = self.licence or licence_of(sources)
+        self.publisher = Publisher(
+            Destination(self.repo, self._private, self._revision, self._create_pr), self._say
+        )  # fmt: skip
+        self.publisher.open()

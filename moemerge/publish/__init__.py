@@ -38,6 +38,11 @@ class Publisher:
         """Where commits go; of a pull request that `begin_streaming` opens, its `refs/pr/N`."""
 
     @property
+    def repo(self) -> str:
+        """The repository, `user/name`."""
+        return self._to.repo
+
+    @property
     def url(self) -> str:
         """The page of the repository, its branch, or its pull request."""
         page = f"{self._api.endpoint}/{self._to.repo}"
@@ -132,6 +137,7 @@ class Publisher:
                 f"{self._to.repo}: {path.name}: expected {expected}, "
                 f"the Hub holds {' and '.join(held) or 'no such large file'}. {path} is kept: send it again."
             )
+        self._announce(f"{self._to.repo}: holds {path.name}")
         return sha256
 
     def finish(self, folder: Path) -> str:

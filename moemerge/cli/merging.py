@@ -1,0 +1,183 @@
+"""The main command: moemerge CONFIG OUT."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import typer
+
+from moemerge.cli.console import return_freed_memory, speaking, stdout, stoppable
+from moemerge.cli.options import (
+    AllowIdentical,
+    CacheDir,
+    Config,
+    CreatePr,
+    Debug,
+    License,
+    Private,
+    Push,
+    PushStreaming,
+    Quiet,
+    Revision,
+    ShardSize,
+    Verbose,
+)
+from moemerge.cli.planned import plan_from
+from moemerge.cli.publishing import Pushing
+from moemerge.errors import BusyError, RefusedError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moemerge.plan import MergePlan
+    from moemerge.routers.report import RoutingReport
+
+_BITS_HELP: Final = (
+    "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
+)
+
+OutShardSize = Annotated[str | None, typer.Option(hidden=True)]
+
+
+def merge_models(
+    config: Config,
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="The folder to write; it must be empty or absent.", show_default=False),
+    ],
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a merge that was cut off.")] = False,
+    routing_table: Annotated[
+        bool,
+        typer.Option("--routing-table", help="Run the base on the prompts for the table, whatever the gate_mode."),
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read Hub models by byte ranges, past the cache: only what is needed.")
+    ] = False,
+    low_memory: Annotated[
+        bool,
+        typer.Option("--low-memory", "--lazy", help="One thread, small chunks, nothing left in the page cache."),
+    ] = False,
+    push: Push = None,
+    push_streaming: PushStreaming = False,
+    private: Private = False,
+    revision: Revision = None,
+    create_pr: CreatePr = False,
+    license: License = None,  # noqa: A002  the option's name, as in model cards
+    seed: Annotated[int, typer.Option(help="Of random routers and of noise_scale.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="Runs the base model for the routers: auto, cpu, cuda, cuda:1, mps.")
+    ] = "auto",
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False,
+    cache_dir: CacheDir = None,
+    allow_identical_experts: AllowIdentical = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+    out_shard_size: OutShardSize = None,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=lambda value: _show_version(show=value)
+        ),
+    ] = False,
+) -> None:
+    """Build a mixture of experts: moemerge CONFIG OUT.
+
+    The base model gives embeddings, attention and norms, each expert its FFNs; the routers start from the prompts.
+    """
+    del version
+    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+        from moemerge.checkpoint.staging import check_target
+        from moemerge.cli.progress import show_progress
+        from moemerge.merging import merge, merge_to_hub
+
+        if push_streaming:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
+        pushing = Pushing(
+            push, license, (lambda _line: None) if quiet else console.print, streaming=push_streaming, private=private,
+            revision=revision, create_pr=create_pr,
+        )  # fmt: skip
+        # Before a plan may download weights.
+        check_target(out, (), overwrite=overwrite and not push_streaming)
+        base_bits = _check_pass(device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
+        return_freed_memory()
+        plan = plan_from(
+            console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts, out,
+            routing_table, weights="stream" if stream else "auto", approve=pushing.approve,
+        )  # fmt: skip
+        way = partial(merge, plan, out, name=push)
+        if push_streaming and pushing.publisher:
+            way = partial(merge_to_hub, plan, out, pushing.publisher)
+        with (
+            _told_what_is_kept(console, out, where="on the Hub" if push_streaming else f"beside {out}"),
+            show_progress(console, quiet=quiet) as progress,
+        ):
+            report = way(
+                overwrite=overwrite, resume=resume, low_memory=low_memory, seed=seed, device=device,
+                base_bits=base_bits, licence=pushing.licence, progress=stoppable(progress),
+            )  # fmt: skip
+        _print_report(console, out, plan, report, quiet=quiet, by_layer=verbose > 0)
+        if not quiet and not push_streaming:
+            typer.echo(f"{out}: done")
+        if pushing.publisher:
+            typer.echo(pushing.publisher.url if push_streaming else pushing.publisher.push(out))
+
+
+def _check_pass(device: str, *, load_in_8bit: bool, load_in_4bit: bool) -> Literal[4, 8] | None:
+    from moemerge.routers import check_base_bits
+
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
+        raise RefusedError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
+    if load_in_8bit and load_in_4bit:
+        raise RefusedError("--load-in-8bit, --load-in-4bit: give one of them, not both.")
+    base_bits: Literal[4, 8] | None = 8 if load_in_8bit else 4 if load_in_4bit else None
+    check_base_bits(base_bits)
+    return base_bits
+
+
+@contextmanager
+def _told_what_is_kept(console: "Console", out: Path, where: str) -> Iterator[None]:
+    """Say what a merge that stops leaves for `--resume`."""
+    from moemerge.checkpoint.staging import kept_shards
+
+    try:
+        yield
+    except (RefusedError, BusyError):
+        raise
+    except BaseException:
+        if kept := kept_shards(out):
+            console.print(
+                f"{kept} complete shards are kept {where}: --resume continues from them, a run without it starts over."
+            )
+        raise
+
+
+def _print_report(
+    console: "Console", out: Path, plan: "MergePlan", report: "RoutingReport", *, quiet: bool, by_layer: bool
+) -> None:
+    from moemerge.cli.render import print_routing
+
+    if not quiet:
+        print_routing(stdout(), report, by_layer=by_layer)
+    for warning in report.warnings():
+        console.print(f"warning: {warning}", style="yellow")
+    if not quiet and plan.config.way == "delta" and not report.layers:
+        console.print(
+            "note: no text says what the experts are for, so nothing is known of how these routers choose; "
+            f"`moemerge eval {out} --data NAME=PATH` measures it"
+        )
+
+
+def _show_version(*, show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        typer.echo(f"moemerge {version('moemerge')}")
+        raise typer.Exit
