@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import yaml
 
 from tests.hub_server.answer import AnswerError
-from tests.hub_server.reading import FRONT_MATTER, ReadingHandler, parse_metadata
+from tests.hub_server.reading import ReadingHandler, parse_metadata, read_card
 from tests.hub_server.state import ATTRIBUTES, Blob, Commit, Repository, matches
 from tests.hub_server.storage import Incoming
 
@@ -21,7 +21,7 @@ NO_SUCH_OBJECT = (
 PRIVATE_FULL = (
     "Private repository storage limit reached, please upgrade your plan to increase your private storage limit"
 )
-PUBLIC_FULL = "Your storage patterns tripped our internal systems! Please contact us so we can verify your account."
+PUBLIC_FULL = "Your storage patterns tripped our internal systems! Please contact us so we can verify your account"
 
 
 class HubHandler(ReadingHandler):
@@ -200,7 +200,7 @@ class HubHandler(ReadingHandler):
             blob = incoming.blob
             if self.hub.trusts_uploads:
                 blob.__dict__["sha256"] = oid
-            del self.hub.incoming[incoming.name]
+            self.hub.incoming.pop(incoming.name, None)
             if blob.size != asked["size"] or blob.sha256 != oid:
                 raise AnswerError(422, message="The object's size or hash is not what was announced")
             repository.objects[oid] = blob
@@ -220,8 +220,8 @@ class HubHandler(ReadingHandler):
             for line in lines:
                 if line["key"] != "header":
                     change(repository, blobs, line["key"], line["value"])
-            if errors := check_card(blobs["README.md"].read().decode())[0] if "README.md" in blobs else []:
-                raise AnswerError(400, message=f"Invalid metadata in README.md: {errors[0]['message']}")
+            for error in check_card(read_card(blobs))[0]:
+                raise AnswerError(400, message=f"Invalid metadata in README.md: {error['message']}")
             track(parent, blobs)
             request = ""
             if self.asks("create_pr"):
@@ -289,9 +289,6 @@ def check_card(text: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         metadata = parse_metadata(text)
     except yaml.YAMLError as error:
         return [{"message": f"YAML: {str(error).splitlines()[0]}"}], []
-    if not metadata:
-        malformed = FRONT_MATTER.match(text) and yaml.safe_load(FRONT_MATTER.match(text)[1])  # type: ignore[index]
-        return ([{"message": "The metadata is not a table"}] if malformed else []), [
-            {"message": "empty or missing yaml metadata in repo card"}
-        ]
-    return [], []
+    if not isinstance(metadata, dict | None):
+        return [{"message": "The metadata is not a table"}], []
+    return [], [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
