@@ -300,6 +300,8 @@ def test_who_may_not_write_may_open_pull_requests(hub, client, model, uploaded):
     assert client.get(f"api.file_exists({REPO!r}, 'new.txt', revision='refs/pr/1')")
     assert not client.get(f"api.file_exists({REPO!r}, 'new.txt')")
     assert client.get(f"api.model_info({REPO!r}, revision='refs/pr/1').sha") == opened[2]
+    more = (add % ("md", False)).replace("commit_message", "revision='refs/pr/1', commit_message")
+    assert client.get(f"{more}.oid", BOB) == hub.repositories[REPO].refs["refs/pr/1"].hash
     request = client.get(
         f"(lambda p: [p.num, p.git_reference, p.status])(api.create_pull_request({REPO!r}, title='t'))"
     )

@@ -36,6 +36,7 @@ class Incoming:
     """Its parts by their numbers, where there is no file."""
     tags: dict[int, str] = field(default_factory=dict)
     """The ETag of each part that arrived."""
+    is_complete: bool = False
 
     @property
     def blob(self) -> Blob:
@@ -126,5 +127,6 @@ class UploadsHandler(SignedHandler):
                 if self.hub.uploads_end_after is not None and arrived >= self.hub.uploads_end_after:
                     self.hub.refuse_uploads()
                     raise ConnectionAbortedError
+        incoming.is_complete = incoming.part_size is None
         incoming.tags[number] = f'"{check:08x}{number:024x}"'
         self.send(200, b"", {"ETag": incoming.tags[number]})
