@@ -1,6 +1,8 @@
 """Pushing to the Hub: the real client against a Hub on this machine, each command line in its own process."""
 
 import hashlib
+import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +62,14 @@ class Author(Machine):
         return self.python("-c", "\n".join([STREAM, *(f"    {line}" for line in lines), CAUGHT]), **environment)
 
 
+NOTED = """
+import os
+from pathlib import Path
+from moemerge.cli import main
+
+Path("pid").write_text(str(os.getpid()))
+main()
+"""
 STREAM = """
 import sys
 from pathlib import Path
@@ -167,6 +177,34 @@ def test_a_push_that_was_cut_off_sends_only_what_is_missing(tmp_path):
     assert sum(sent_again.values()) in sizes.values()
 
 
+def test_a_push_that_was_killed_leaves_the_old_model_and_sends_only_what_is_missing(tmp_path):
+    hub = make_hub()
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        out = machine.checkpoint(sharded=True)
+        hub.add("acme/mix", OLD)
+        before = files(hub, "acme/mix")
+        arrived = []
+
+        def kill_at_the_second() -> None:
+            arrived.append(1)
+            if len(arrived) == 2:
+                os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+        hub.before("*/objects/verify", kill_at_the_second, times=2)
+        killed = machine.python("-c", NOTED, "push", "out", "acme/mix", "--quiet")
+        assert (killed.code, files(hub, "acme/mix")) == (-signal.SIGKILL, before)
+        sizes = {name: (out / name).stat().st_size for name in (*SHARDS, "tokenizer.json")}
+        held = [name for name in sizes if sha256(out / name) in hub.repositories["acme/mix"].objects]
+        assert held
+        hub.reset()
+        done = machine.moemerge("push", "out", "acme/mix", "--quiet")
+        sent = {name: hub.received_bytes(sha256(out / name)) for name in sizes}
+    assert done == Result(0, f"{url}/acme/mix\n", "")
+    in_lfs = files_in_lfs(hub)
+    assert sent == {name: 0 if name in held or name not in in_lfs else size for name, size in sizes.items()}
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -179,10 +217,9 @@ def test_files_of_an_older_model_go_in_the_same_commit(tmp_path):
         out = machine.checkpoint()
         done = machine.moemerge("push", "out", "acme/mix")
     assert done.out == f"{url}/acme/mix\n"
-    stale = ["adapter_config.json", "merges.txt", *SHARDS, INDEX, "pytorch_model.bin"]
     assert done.err.splitlines() == [
+        f"acme/mix: removing what is of an older model: adapter_config.json, merges.txt, {SHARDS[0]} ...",
         "acme/mix: reading 4 files, and sending what is not there",
-        f"acme/mix: removing {', '.join(stale)} of an older model",
     ]
     kept = {name: OLD[name] for name in (".gitattributes", "notes.txt", "gguf/old.safetensors")}
     assert without_attributes(files(hub, "acme/mix")) == without_attributes(local(out) | kept)
@@ -195,10 +232,11 @@ def test_private_branch_and_pull_request(tmp_path):
         machine = Author(tmp_path, url)
         out = machine.checkpoint()
         hub.add("bob/mix", OLD)
-        private, branch, proposed, more, same = machine.session(
+        private, branch, proposed, none, more, same = machine.session(
             ["push", "out", "alice/mine", "--private"],
             ["push", "out", "alice/mine", "--revision", "dev/v2", "--private"],
             ["push", "out", "acme/mine", "--quiet"],
+            ["push", "out", "acme/mine", "--create-pr"],
             ["push", "out", "acme/mine", "--create-pr", "--license", "other acme https://acme.com/x"],
             ["push", "out", "acme/mine", "--revision", "refs/pr/1", "--quiet", "--license", "mit"],
         )
@@ -215,6 +253,12 @@ def test_private_branch_and_pull_request(tmp_path):
     )
     assert proposed == Result(0, f"{url}/acme/mine\n", "")
     assert not hub.repositories["acme/mine"].private
+    assert none == Result(
+        0,
+        f"{url}/acme/mine\n",
+        "acme/mine: reading 4 files, and sending what is not there\n"
+        "acme/mine: holds these files already, so there is nothing to propose\n",
+    )
     assert more.out == f"{url}/acme/mine/discussions/1\n"
     assert same == Result(0, f"{url}/acme/mine/discussions/1\n", "")
     assert history(hub, "acme/mine", "refs/pr/1") == ["Upload mine", "Upload mine", "Upload mine", "initial commit"]
@@ -449,8 +493,9 @@ def test_streaming_over_a_model_needs_a_word_and_goes_on_where_it_was_cut_off(tm
         f"RefusedError: acme/mix: main holds a model already (config.json, {INDEX}). "
         "Name another repository or --revision, or replace the model with --overwrite.\n"
     )  # fmt: skip
-    stale = ["adapter_config.json", "config.json", "merges.txt", *SHARDS, INDEX, "pytorch_model.bin"]
-    assert first.out == f"acme/mix: removing {', '.join(stale)} of an older model\n"
+    assert (
+        first.out == "acme/mix: removing what is of an older model: adapter_config.json, config.json, merges.txt ...\n"
+    )
     assert early.out == (
         f"PublishError: acme/mix: main has no {SHARDS[1]}, so the model is not complete. "
         "Run the same command again: it sends what is missing.\n"
@@ -483,7 +528,11 @@ def test_shards_for_a_pull_request_leave_main_as_it_is(tmp_path):
         )
     page = f"{url}/guild/mix/discussions/1"
     assert first.out == f"guild/mix: opened {page}; --revision refs/pr/1 continues it\n"
-    assert second.out == f"{SHARDS[0]}\n{page}\n"
+    assert second.out.splitlines() == [
+        SHARDS[0],
+        "guild/mix: removing what is of an older model: adapter_config.json, merges.txt, pytorch_model.bin",
+        page,
+    ]
     assert files(hub, "guild/mix") == OLD
     kept = {name: OLD[name] for name in ("notes.txt", "gguf/old.safetensors")}
     assert without_attributes(files(hub, "guild/mix", "refs/pr/1")) == local(out) | kept
