@@ -19,7 +19,11 @@ cdn: files in LFS, whole or a range, by addresses with a signature that expires
 
 uploads: objects for LFS, whole (`basic`) or in parts (`multipart`), by addresses with a signature that expires
 
-Not served: Xet, data sets and Spaces, search, tags, deleting or moving repositories, merging pull requests, `git` itself.
+Not served: Xet, data sets and Spaces, search, tags, deleting or moving repositories, merging pull requests, compression,
+the cache that the Hub redirects files outside LFS to, `git` itself.
+
+What is to go wrong is said by `Hub.fail`, `limit_rate`, `break_off`, `misanswer`, `before` with `rewrite` or `replace`,
+`expire_locations`, `corrupts_uploads`, `uploads_end_after`, and `storage_limits`.
 
 Xet is not offered: no answer has `X-Xet-Hash` or `xetHash`, so that both clients download over HTTP. For uploads 0.36.2
 asks for one of several transfers, and the answer names another. 2.4.0 does not ask: with hf_xet installed it uploads

@@ -122,8 +122,10 @@ class Hub(Counters):
         """Nothing more goes wrong."""
         with self.faults.lock:
             self.faults.waiting.clear()
-        self.corrupts_uploads, self.uploads_end_after = 0, None
+        self.corrupts_uploads = 0
         self.breaks_off.clear()
+        self.storage_limits.clear()
+        self.accept_uploads()
 
     def expire_locations(self) -> None:
         """Let the signatures of all addresses on the other hosts that were given out expire."""
@@ -170,7 +172,8 @@ class Hub(Counters):
     def accept_uploads(self) -> None:
         """Listen for uploads again, at the same address."""
         self.uploads_end_after = None
-        self._listen("uploads", int(self.uploads_url.rpartition(":")[2]))
+        if self._servers and not self.takes_uploads:
+            self._listen("uploads", int(self.uploads_url.rpartition(":")[2]))
 
     def _listen(self, host: str, port: int = 0) -> str:
         server = self._servers[host] = Server(("127.0.0.1", port), partial(HANDLERS[host], self))

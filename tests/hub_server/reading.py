@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import parse_qs, quote, unquote
 
@@ -95,9 +96,11 @@ class ReadingHandler(Handler):
             "likes": 0, "tags": [], "usedStorage": sum(blob.size for blob in repository.objects.values()),
             "siblings": [self._sibling(path, blob) for path, blob in sorted(commit.blobs.items())],
         }  # fmt: skip
-        if metadata := read_metadata(commit):
-            facts |= {"cardData": metadata, "tags": metadata.get("tags", [])}
-            facts |= {name: metadata[name] for name in ("library_name", "pipeline_tag") if name in metadata}
+        with suppress(yaml.YAMLError):
+            metadata = parse_metadata(read_card(commit.blobs))
+            if isinstance(metadata, dict):
+                facts |= {"cardData": metadata, "tags": metadata.get("tags", [])}
+                facts |= {name: metadata[name] for name in ("library_name", "pipeline_tag") if name in metadata}
         if wanted := self.query.get("expand"):
             facts = {name: value for name, value in facts.items() if name in {"_id", "id", *wanted}}
         self.send_json(facts)
@@ -224,13 +227,12 @@ def tree_entry(commit: Commit, path: str, *, expand: bool) -> dict[str, object]:
     return entry
 
 
-def read_metadata(commit: Commit) -> dict[str, Any]:
-    """What the YAML at the head of the model card says."""
-    card = commit.blobs.get("README.md")
-    return parse_metadata(card.read().decode()) if card else {}
+def read_card(blobs: dict[str, Blob]) -> str:
+    """The model card, empty where there is none."""
+    return blobs["README.md"].read().decode(errors="replace") if "README.md" in blobs else ""
 
 
-def parse_metadata(text: str) -> dict[str, Any]:
-    match = FRONT_MATTER.match(text)
-    found = yaml.safe_load(match[1]) if match else None
-    return found if isinstance(found, dict) else {}
+def parse_metadata(card: str) -> Any:
+    """What the YAML at the head of a model card says; None where there is none."""
+    match = FRONT_MATTER.match(card)
+    return yaml.safe_load(match[1]) if match else None

@@ -36,6 +36,7 @@ class Incoming:
     """Its parts by their numbers, where there is no file."""
     tags: dict[int, str] = field(default_factory=dict)
     """The ETag of each part that arrived."""
+    is_complete: bool = False
 
     @property
     def blob(self) -> Blob:
@@ -114,20 +115,18 @@ class UploadsHandler(SignedHandler):
         check = 0
         with incoming.open_part(number) as file:
             for piece in self.body:
+                # Connections that were open before the host refused new ones end here.
+                if not self.hub.takes_uploads:
+                    raise ConnectionAbortedError
                 arrived = self.hub.count_received(sha256, len(piece))
                 if corrupt:
                     piece[0] ^= 1
                     corrupt = False
                 file.write(piece)
                 check = zlib.crc32(piece, check)
-                self._check_limit(arrived)
+                if self.hub.uploads_end_after is not None and arrived >= self.hub.uploads_end_after:
+                    self.hub.refuse_uploads()
+                    raise ConnectionAbortedError
+        incoming.is_complete = incoming.part_size is None
         incoming.tags[number] = f'"{check:08x}{number:024x}"'
         self.send(200, b"", {"ETag": incoming.tags[number]})
-
-    def _check_limit(self, arrived: int) -> None:
-        limit = self.hub.uploads_end_after
-        if limit is not None and arrived >= limit:
-            self.hub.refuse_uploads()
-        # Connections that were open before end with the first byte that comes after.
-        if not self.hub.takes_uploads:
-            raise ConnectionAbortedError

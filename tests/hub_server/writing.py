@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import yaml
 
 from tests.hub_server.answer import AnswerError
-from tests.hub_server.reading import FRONT_MATTER, ReadingHandler, parse_metadata
+from tests.hub_server.reading import ReadingHandler, parse_metadata, read_card
 from tests.hub_server.state import ATTRIBUTES, Blob, Commit, Repository, matches
 from tests.hub_server.storage import Incoming
 
@@ -21,7 +21,7 @@ NO_SUCH_OBJECT = (
 PRIVATE_FULL = (
     "Private repository storage limit reached, please upgrade your plan to increase your private storage limit"
 )
-PUBLIC_FULL = "Your storage patterns tripped our internal systems! Please contact us so we can verify your account."
+PUBLIC_FULL = "Your storage patterns tripped our internal systems! Please contact us so we can verify your account"
 
 
 class HubHandler(ReadingHandler):
@@ -57,12 +57,11 @@ class HubHandler(ReadingHandler):
             raise AnswerError(403, message=message)
         return repository
 
-    def target(self, repo: str) -> Repository:
-        """A repository that is to be written to, or to get a pull request, which everyone may open."""
-        if not self.asks("create_pr"):
-            return self.writable(repo)
-        self.need_user()
-        return self.repository(repo)
+    def target(self, repo: str, revision: str) -> Repository:
+        """A repository for a commit; everyone may open a pull request, and go on with their own."""
+        repository, user = self.repository(repo), self.need_user()
+        own = {f"refs/pr/{found.num}" for found in repository.discussions if found.author == user.name}
+        return repository if self.asks("create_pr") or revision in own else self.writable(repo)
 
     def create_repository(self) -> None:
         asked, user = self.read_json(), self.need_user()
@@ -115,7 +114,7 @@ class HubHandler(ReadingHandler):
         )
 
     def prepare_upload(self, repo: str, revision: str) -> None:
-        asked, repository = self.read_json(), self.target(repo)
+        asked, repository = self.read_json(), self.target(repo, revision)
         commit = repository.commit(revision)
         own = commit.blobs.get(".gitignore")
         ignore = asked.get("gitIgnore") or (own.read().decode() if own else "")
@@ -142,7 +141,8 @@ class HubHandler(ReadingHandler):
             repository.commit(ref["name"])
         wanted = {entry["oid"]: entry["size"] for entry in asked["objects"]}
         missing = {oid: size for oid, size in wanted.items() if oid not in repository.objects}
-        self._check_storage(repository, sum(missing.values()))
+        if missing:
+            self._check_storage(repository, sum(missing.values()))
         transfers = asked.get("transfers") or ["basic"]
         parts = "multipart" in transfers and max(missing.values(), default=0) > self.hub.multipart_above
         objects = [
@@ -185,14 +185,15 @@ class HubHandler(ReadingHandler):
         tags = {part["partNumber"]: part["etag"] for part in asked["parts"]}
         if tags != incoming.tags or len(tags) != incoming.parts:
             raise AnswerError(400, message="One or more of the specified parts could not be found.")
-        incoming.part_size = None
+        incoming.is_complete = True
         self.send_json({})
 
     def verify_upload(self, repo: str) -> None:
         asked, repository = self.read_json(), self.writable(repo)
         oid = asked["oid"]
+        uploads = list(self.hub.incoming.values())
         arrived = [
-            i for i in self.hub.incoming.values() if (i.repo, i.sha256) == (repo, oid) and i.tags and not i.part_size
+            upload for upload in uploads if (upload.repo, upload.sha256, upload.is_complete) == (repo, oid, True)
         ]
         if not arrived and oid not in repository.objects:
             raise AnswerError(404, message="Object does not exist")
@@ -200,15 +201,16 @@ class HubHandler(ReadingHandler):
             blob = incoming.blob
             if self.hub.trusts_uploads:
                 blob.__dict__["sha256"] = oid
-            del self.hub.incoming[incoming.name]
-            if blob.size != asked["size"] or blob.sha256 != oid:
-                raise AnswerError(422, message="The object's size or hash is not what was announced")
-            repository.objects[oid] = blob
+            self.hub.incoming.pop(incoming.name, None)
+            if (blob.size, blob.sha256) == (asked["size"], oid):
+                repository.objects[oid] = blob
+        if oid not in repository.objects:
+            raise AnswerError(422, message="The object's size or hash is not what was announced")
         self.send_json({"success": True})
 
     def commit(self, repo: str, revision: str) -> None:
         lines = [json.loads(line) for line in self.read_body().splitlines() if line.strip()]
-        repository, user = self.target(repo), self.need_user()
+        repository, user = self.target(repo, revision), self.need_user()
         header = next((line["value"] for line in lines if line["key"] == "header"), None)
         if header is None:
             raise AnswerError(400, message="The commit has no header")
@@ -220,12 +222,14 @@ class HubHandler(ReadingHandler):
             for line in lines:
                 if line["key"] != "header":
                     change(repository, blobs, line["key"], line["value"])
-            if errors := check_card(blobs["README.md"].read().decode())[0] if "README.md" in blobs else []:
-                raise AnswerError(400, message=f"Invalid metadata in README.md: {errors[0]['message']}")
+            if blobs.get("README.md") is not parent.blobs.get("README.md"):
+                for error in check_card(read_card(blobs))[0]:
+                    raise AnswerError(400, message=f"Invalid metadata in README.md: {error['message']}")
             track(parent, blobs)
             request = ""
             if self.asks("create_pr"):
                 found = repository.open(header["summary"], header.get("description", ""), user.name, pull_request=True)
+                found.base = revision
                 revision, request = f"refs/pr/{found.num}", f"{self.hub.url}/{repo}/discussions/{found.num}"
             elif revision not in repository.refs:
                 raise AnswerError(400, message=f"Not a branch: {revision}")
@@ -289,9 +293,6 @@ def check_card(text: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         metadata = parse_metadata(text)
     except yaml.YAMLError as error:
         return [{"message": f"YAML: {str(error).splitlines()[0]}"}], []
-    if not metadata:
-        malformed = FRONT_MATTER.match(text) and yaml.safe_load(FRONT_MATTER.match(text)[1])  # type: ignore[index]
-        return ([{"message": "The metadata is not a table"}] if malformed else []), [
-            {"message": "empty or missing yaml metadata in repo card"}
-        ]
-    return [], []
+    if not isinstance(metadata, dict | None):
+        return [{"message": "The metadata is not a table"}], []
+    return [], [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
