@@ -209,8 +209,8 @@ def _evaluation(found: "Evaluation") -> str:
 
 def _shown(reference: str, plan: MergePlan) -> str:
     """A source as the config names it, or as its repository and commit."""
-    source = next(source for source in plan.sources if source.reference == reference)
-    if isinstance(source.origin, Reference) and source.folder.parent.name == "snapshots":
+    source = next((source for source in plan.sources if source.reference == reference), None)
+    if source and isinstance(source.origin, Reference) and source.folder.parent.name == "snapshots":
         return f"`{source.origin.repo}` at `{source.folder.name}`"
     return f"`{reference}`"
 

@@ -112,16 +112,24 @@ class Machine:
     def cache(self) -> Path:
         return self.folder / "cache"
 
-    def python(self, *arguments: str, **environment: str) -> Result:
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         ours = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHONPATH")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
         hub = {"HF_ENDPOINT": self.hub_url, "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": str(self.cache)}
-        done = subprocess.run(
+        return subprocess.Popen(
             [sys.executable, *arguments],
             cwd=self.folder, env=kept | hub | {"PYTHONPATH": str(ROOT)} | environment,
-            capture_output=True, text=True, check=False, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        return Result(done.returncode, done.stdout, done.stderr)
+
+    def python(self, *arguments: str, **environment: str) -> Result:
+        with self.start(*arguments, **environment) as child:
+            try:
+                out, err = child.communicate(timeout=120)
+            except BaseException:
+                child.kill()
+                raise
+        return Result(child.returncode, out, err)
 
     def moemerge(self, *arguments: str, **environment: str) -> Result:
         return self.python("-m", "moemerge", *arguments, **environment)

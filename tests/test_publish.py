@@ -1,7 +1,10 @@
 """Pushing to the Hub: the real client against a Hub on this machine, each command line in its own process."""
 
 import hashlib
+import os
+import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForCausalLM
@@ -12,7 +15,10 @@ from moemerge.merging import merge
 from moemerge.planning import plan_merge
 from tests.hub_server import Hub, User
 from tests.models import assert_close, logits, write_config
-from tests.test_hub import INDEX, SHARDS, Machine, Result, llama
+from tests.test_hub import INDEX, SHARDS, SINGLE, Machine, Result, llama
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TOKEN = "hf_alice_writes"  # noqa: S105  of the test's own Hub
 CARD = b"---\nlicense: mit\n---\n# A mixture\n"
@@ -56,6 +62,14 @@ class Author(Machine):
         return self.python("-c", "\n".join([STREAM, *(f"    {line}" for line in lines), CAUGHT]), **environment)
 
 
+NOTED = """
+import os
+from pathlib import Path
+from moemerge.cli import main
+
+Path("pid").write_text(str(os.getpid()))
+main()
+"""
 STREAM = """
 import sys
 from pathlib import Path
@@ -163,6 +177,34 @@ def test_a_push_that_was_cut_off_sends_only_what_is_missing(tmp_path):
     assert sum(sent_again.values()) in sizes.values()
 
 
+def test_a_push_that_was_killed_leaves_the_old_model_and_sends_only_what_is_missing(tmp_path):
+    hub = make_hub()
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        out = machine.checkpoint(sharded=True)
+        hub.add("acme/mix", OLD)
+        before = files(hub, "acme/mix")
+        arrived = []
+
+        def kill_at_the_second() -> None:
+            arrived.append(1)
+            if len(arrived) == 2:
+                os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+        hub.before("*/objects/verify", kill_at_the_second, times=2)
+        killed = machine.python("-c", NOTED, "push", "out", "acme/mix", "--quiet")
+        assert (killed.code, files(hub, "acme/mix")) == (-signal.SIGKILL, before)
+        sizes = {name: (out / name).stat().st_size for name in (*SHARDS, "tokenizer.json")}
+        held = [name for name in sizes if sha256(out / name) in hub.repositories["acme/mix"].objects]
+        assert held
+        hub.reset()
+        done = machine.moemerge("push", "out", "acme/mix", "--quiet")
+        sent = {name: hub.received_bytes(sha256(out / name)) for name in sizes}
+    assert done == Result(0, f"{url}/acme/mix\n", "")
+    in_lfs = files_in_lfs(hub)
+    assert sent == {name: 0 if name in held or name not in in_lfs else size for name, size in sizes.items()}
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -175,10 +217,9 @@ def test_files_of_an_older_model_go_in_the_same_commit(tmp_path):
         out = machine.checkpoint()
         done = machine.moemerge("push", "out", "acme/mix")
     assert done.out == f"{url}/acme/mix\n"
-    stale = ["adapter_config.json", "merges.txt", *SHARDS, INDEX, "pytorch_model.bin"]
     assert done.err.splitlines() == [
+        f"acme/mix: removing what is of an older model: adapter_config.json, merges.txt, {SHARDS[0]} ...",
         "acme/mix: reading 4 files, and sending what is not there",
-        f"acme/mix: removing {', '.join(stale)} of an older model",
     ]
     kept = {name: OLD[name] for name in (".gitattributes", "notes.txt", "gguf/old.safetensors")}
     assert without_attributes(files(hub, "acme/mix")) == without_attributes(local(out) | kept)
@@ -191,10 +232,11 @@ def test_private_branch_and_pull_request(tmp_path):
         machine = Author(tmp_path, url)
         out = machine.checkpoint()
         hub.add("bob/mix", OLD)
-        private, branch, proposed, more, same = machine.session(
+        private, branch, proposed, none, more, same = machine.session(
             ["push", "out", "alice/mine", "--private"],
             ["push", "out", "alice/mine", "--revision", "dev/v2", "--private"],
             ["push", "out", "acme/mine", "--quiet"],
+            ["push", "out", "acme/mine", "--create-pr"],
             ["push", "out", "acme/mine", "--create-pr", "--license", "other acme https://acme.com/x"],
             ["push", "out", "acme/mine", "--revision", "refs/pr/1", "--quiet", "--license", "mit"],
         )
@@ -211,6 +253,12 @@ def test_private_branch_and_pull_request(tmp_path):
     )
     assert proposed == Result(0, f"{url}/acme/mine\n", "")
     assert not hub.repositories["acme/mine"].private
+    assert none == Result(
+        0,
+        f"{url}/acme/mine\n",
+        "acme/mine: reading 4 files, and sending what is not there\n"
+        "acme/mine: holds these files already, so there is nothing to propose\n",
+    )
     assert more.out == f"{url}/acme/mine/discussions/1\n"
     assert same == Result(0, f"{url}/acme/mine/discussions/1\n", "")
     assert history(hub, "acme/mine", "refs/pr/1") == ["Upload mine", "Upload mine", "Upload mine", "initial commit"]
@@ -230,9 +278,7 @@ def test_the_token_of_the_login_is_taken_and_shown_nowhere(tmp_path):
         refused = machine.moemerge("push", "out", "club/mix", "--debug", **environment)
     assert (done.code, done.out) == (0, f"{url}/acme/mix\n")
     assert refused.code == 1
-    assert (
-        refused.err.rstrip().splitlines()[-1].startswith("moemerge.errors.RefusedError: club/mix: alice may not write")
-    )
+    assert "moemerge.errors.RefusedError: club/mix: alice may not write there: " in refused.err
     shown = [done.out, done.err, refused.out, refused.err, *(path.read_text("latin1") for path in out.iterdir())]
     assert [text for text in shown if TOKEN in text] == []
     assert [call for call in hub.calls if call.has_token and call.host != "hub"] == []
@@ -293,9 +339,242 @@ def test_what_the_hub_does_not_take_is_refused_before_anything_is_sent(tmp_path)
             (["acme/no--such"], {}, 2,
              "acme/no--such: is no repository's name: Cannot have -- or .. in repo_id: 'acme/no--such'."),
         ]  # fmt: skip
-        results = machine.session(*((["push", "out", *arguments, "-q"], changes) for arguments, changes, _, _ in cases))
+        results = machine.session(
+            *((["push", "out", *arguments, "-q"], {"HF_TOKEN": TOKEN} | changes) for arguments, changes, _, _ in cases)
+        )
         assert hub.received_bytes() == 0
         assert {name: history(hub, name) for name in hub.repositories} == {
             "acme/there": [""], "club/there": [""], "bob/secret": [""],
         }  # fmt: skip
     assert results == [Result(code, "", f"error: {message}\n") for _, _, code, message in cases]
+
+
+def test_what_fails_on_the_way_says_what_and_how_to_go_on(tmp_path):
+    """One command line each, with what goes wrong before it."""
+    hub = make_hub()
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        machine.checkpoint()
+        hub.add("acme/mix", OLD)
+        before = files(hub, "acme/mix")
+        repository = hub.repositories["acme/mix"]
+        cases: list[tuple[Callable[[], None], int, str]] = [
+            (lambda: hub.limit_rate("/api/whoami-v2", 7), 1, "the Hub asks for fewer requests. Try again in 7 s."),
+            (lambda: hub.fail("/api/models/acme/mix", 429, RateLimit='"api";r=0;t=55'), 1,
+             "the Hub asks for fewer requests. Try again in 55 s."),
+            (lambda: hub.limit_rate("/api/whoami-v2"), 1, "the Hub asks for fewer requests. Try again later."),
+            (lambda: hub.fail("/api/whoami-v2", 500), 1, "the Hub answered with status 500: Told to fail. Try again later."),
+            (lambda: hub.fail("/api/models/acme/mix", 403, code="GatedRepo", message="Access is restricted."), 2,
+             "alice may not write there: Access is restricted. The token may write to alice/... or acme/... or guild/...."),
+            (lambda: hub.fail("*/commit/main", 503), 1, "the Hub answered with status 503: Told to fail. Try again later." + COMPLETE),
+            (lambda: hub.fail("*/commit/main", 400), 2, "the Hub refuses it: Told to fail." + COMPLETE),
+            (lambda: hub.fail("*/validate-yaml", 400), 2, "the Hub refuses it: Told to fail." + COMPLETE),
+            (lambda: hub.before("*/commit/main", lambda: hub.add("acme/mix", OLD)), 1,
+             "somebody changed the repository in the meantime." + COMPLETE),
+            (lambda: hub.storage_limits.update(acme=1000), 1,
+             "the Hub has no room for it: Your storage patterns tripped our internal systems! Please contact us so we can "
+             "verify your account. Make room, or push to another account." + COMPLETE),
+        ]  # fmt: skip
+        # The first weights arrive wrong, later runs find them.
+        hub.corrupts_uploads = 1
+        corrupt = machine.moemerge("push", "out", "acme/mix", "-q")
+        for fail, code, message in cases:
+            fail()
+            if "room" in message:
+                repository.objects.clear()
+            done = machine.moemerge("push", "out", "acme/mix", "-q")
+            text = message.replace(COMPLETE, COMPLETE.format("out", "out", "acme/mix"))
+            assert done == Result(code, "", f"error: acme/mix: {text}\n")
+            hub.forget_faults()
+        assert files(hub, "acme/mix") == before
+    assert corrupt == Result(
+        1, "", "error: acme/mix: the Hub answered with status 422: The object's size or hash is not what was announced. "
+        f"Try again later.{COMPLETE.format('out', 'out', 'acme/mix')}\n",
+    )  # fmt: skip
+    unreachable = machine.moemerge("push", "out", "acme/mix", "-q")
+    offline = machine.moemerge("push", "out", "acme/mix", "-q", HF_HUB_OFFLINE="1")
+    assert unreachable == offline == Result(
+        1, "", "error: acme/mix: the Hub cannot be reached. Check the network and HF_HUB_OFFLINE, and try again.\n"
+    )  # fmt: skip
+
+
+def test_a_folder_that_is_no_complete_checkpoint_or_has_no_licence_is_refused(tmp_path):
+    hub = make_hub()
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        lost = machine.checkpoint("lost", sharded=True)
+        (lost / SHARDS[1]).unlink()
+        cut = machine.checkpoint("cut")
+        (cut / SINGLE).write_bytes((cut / SINGLE).read_bytes()[:-1])
+        machine.checkpoint("bare", card=b"# A mixture\n")
+        headless = machine.checkpoint("headless")
+        (headless / "README.md").unlink()
+        linked = machine.checkpoint("linked")
+        (tmp_path / "secret").write_text("private")
+        (linked / "vocab.json").symlink_to(tmp_path / "secret")
+        (tmp_path / "empty").mkdir()
+        odd = machine.checkpoint("odd")
+        (odd / ".env").write_text("private")
+        (odd / "consolidated.safetensors").write_bytes(b"other")
+        (odd / "gguf").mkdir()
+        results = machine.session(
+            *(["push", name, "alice/mix"] for name in ("lost", "cut", "bare", "headless", "linked", "empty", "none")),
+            ["push", "headless", "alice/mix", "--license", "mit", "-q"],
+            ["push", "odd", "alice/odd"],
+        )
+    refusals = [
+        (1, f"error: {lost}: {INDEX} names 1 file(s) that are not there: {SHARDS[1]}. Download the model again."),
+        (1, f"error: {cut / SINGLE}: tensor 'lm_head.weight': ends at byte 7560, but the file is 7559 bytes long: it was cut off."),
+        (2, "error: bare/README.md: names no licence, and nobody may use a model that has none. Name it with --license NAME."),
+        (2, "error: headless/README.md: names no licence, and nobody may use a model that has none. Name it with --license NAME."),
+        (1, f"error: {linked / 'vocab.json'}: is a link to {tmp_path / 'secret'}, outside the model's folder. "
+            "Copy or hard-link the file instead."),
+        (1, f"error: {tmp_path / 'empty'}: has no config.json, so it is not a model that moemerge can read."),
+        (1, "error: none: there is no such folder. Name the folder that holds the merged model."),
+    ]  # fmt: skip
+    assert results[:7] == [Result(code, "", message + "\n") for code, message in refusals]
+    assert results[7] == Result(0, f"{url}/alice/mix\n", "")
+    assert files(hub, "alice/mix")["README.md"] == b"---\nlicense: mit\n---\n"
+    assert results[8].err.splitlines() == [
+        "alice/odd: created",
+        "odd: not sent, since no reader of the model needs it: consolidated.safetensors, gguf",
+        "alice/odd: reading 4 files, and sending what is not there",
+    ]
+    assert without_attributes(files(hub, "alice/odd")).keys() == {"config.json", "README.md", SINGLE, "tokenizer.json"}
+
+
+def looks_finished(hub: Hub, repo: str, revision: str = "main") -> list[bool]:
+    """Of each commit from the first to the last, whether a reader would take it for a model."""
+    commits = [*hub.repositories[repo].commit(revision).history()][::-1]
+    return [bool({"config.json", INDEX} & commit.blobs.keys()) for commit in commits]
+
+
+def test_shards_are_sent_one_by_one_and_the_model_is_finished_last(tmp_path):
+    hub = make_hub()
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        out = machine.checkpoint(sharded=True)
+        whole = local(out)
+        sums = {name: (sha256(out / name), (out / name).stat().st_size) for name in SHARDS}
+        done = machine.stream(
+            "p = publisher('acme/mix')",
+            "p.begin_streaming(overwrite=False)",
+            f"for name in {SHARDS}:",
+            "    print(p.send(out / name))",
+            "    (out / name).unlink()",
+            "print({name: held for name, held in p.held().items() if name != 'tokenizer.json'})",
+            "print(p.finish(out))",
+        )
+    assert done.code == 0
+    assert done.out.splitlines() == [
+        "acme/mix: created", *(sum_ for sum_, _ in sums.values()), str(sums), f"{url}/acme/mix",
+    ]  # fmt: skip
+    assert without_attributes(files(hub, "acme/mix")) == whole
+    assert history(hub, "acme/mix")[::-1] == ["initial commit", *(f"Add {n}" for n in SHARDS), "Complete the model"]
+    assert looks_finished(hub, "acme/mix") == [False, False, False, True]
+
+
+def test_streaming_over_a_model_needs_a_word_and_goes_on_where_it_was_cut_off(tmp_path):
+    hub = make_hub()
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        out = machine.checkpoint(sharded=True)
+        hub.add("acme/mix", OLD | llama(5, sharded=True))
+        start = ("p = publisher('acme/mix')", "p.begin_streaming(overwrite=True)")
+        refused = machine.stream("publisher('acme/mix').begin_streaming(overwrite=False)")
+        first = machine.stream(*start, f"p.send(out / '{SHARDS[0]}')")
+        early = machine.stream(*start, f"(out / '{SHARDS[1]}').rename('later')", "p.finish(out)")
+        (tmp_path / "later").rename(out / SHARDS[1])
+        hub.reset()
+        second = machine.stream(*start, "print([*p.held()])", f"p.send(out / '{SHARDS[1]}')", "print(p.finish(out))")
+        assert hub.received_bytes(sha256(out / SHARDS[0])) == 0
+        again = machine.stream("publisher('acme/mix').begin_streaming(overwrite=False)")
+    assert refused.out == again.out == (
+        f"RefusedError: acme/mix: main holds a model already (config.json, {INDEX}). "
+        "Name another repository or --revision, or replace the model with --overwrite.\n"
+    )  # fmt: skip
+    assert (
+        first.out == "acme/mix: removing what is of an older model: adapter_config.json, config.json, merges.txt ...\n"
+    )
+    assert early.out == (
+        f"PublishError: acme/mix: main has no {SHARDS[1]}, so the model is not complete. "
+        "Run the same command again: it sends what is missing.\n"
+    )
+    assert second.out == f"['gguf/old.safetensors', '{SHARDS[0]}']\n{url}/acme/mix\n".replace(
+        "'gguf/old.safetensors', ", ""
+    )
+    kept = {name: OLD[name] for name in ("notes.txt", "gguf/old.safetensors")}
+    assert without_attributes(files(hub, "acme/mix")) == local(out) | kept
+    assert looks_finished(hub, "acme/mix") == [True, False, False, False, True]
+
+
+def test_shards_for_a_pull_request_leave_main_as_it_is(tmp_path):
+    hub = make_hub()
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        out = machine.checkpoint(sharded=True)
+        hub.add("guild/mix", OLD)
+        first = machine.stream(
+            "p = publisher('guild/mix', create_pr=True)",
+            "p.begin_streaming(overwrite=False)",
+            f"p.send(out / '{SHARDS[0]}')",
+        )
+        second = machine.stream(
+            "p = publisher('guild/mix', revision='refs/pr/1')",
+            "p.begin_streaming(overwrite=False)",
+            "print(*[name for name in p.held() if name.startswith('model')])",
+            f"p.send(out / '{SHARDS[1]}')",
+            "print(p.finish(out))",
+        )
+    page = f"{url}/guild/mix/discussions/1"
+    assert first.out == f"guild/mix: opened {page}; --revision refs/pr/1 continues it\n"
+    assert second.out.splitlines() == [
+        SHARDS[0],
+        "guild/mix: removing what is of an older model: adapter_config.json, merges.txt, pytorch_model.bin",
+        page,
+    ]
+    assert files(hub, "guild/mix") == OLD
+    kept = {name: OLD[name] for name in ("notes.txt", "gguf/old.safetensors")}
+    assert without_attributes(files(hub, "guild/mix", "refs/pr/1")) == local(out) | kept
+    assert looks_finished(hub, "guild/mix", "refs/pr/1") == [False, False, False, True]
+
+
+def test_a_shard_that_the_hub_holds_otherwise_is_an_error(tmp_path):
+    hub = make_hub()
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        out = machine.checkpoint()
+        start = ("p = publisher('acme/mix')", "p.begin_streaming(overwrite=False)")
+        hub.before("*/paths-info/*", lambda: hub.replace("acme/mix", SINGLE, b"other"))
+        done = machine.stream(*start, f"p.send(out / '{SINGLE}')")
+        hub.fail("*/commit/main", 503)
+        failed = machine.stream(*start, f"p.send(out / '{SINGLE}')")
+    other = hashlib.sha256(b"other").hexdigest()
+    assert done.out.splitlines()[1:] == [
+        f"PublishError: acme/mix: {SINGLE}: expected {(out / SINGLE).stat().st_size} bytes with SHA-256 {sha256(out / SINGLE)}, "
+        f"the Hub holds 5 bytes with SHA-256 {other}. {Path('out') / SINGLE} is kept: send it again."
+    ]
+    assert failed.out == "PublishError: acme/mix: the Hub answered with status 503: Told to fail. Try again later.\n"
+
+
+def test_the_card_says_where_each_model_comes_from_and_under_which_licence(tmp_path):
+    hub = make_hub()
+    for repo, seed, licence in (("acme/base", 0, "mit"), ("acme/fox", 1, "apache-2.0"), ("acme/code", 2, "llama3")):
+        hub.add(repo, llama(seed) | {"README.md": f"---\nlicense: {licence}\n---\n".encode()})
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        # As a merge will: the cards of the sources lie beside their configs.
+        machine.python("-c", "from huggingface_hub import snapshot_download as get; import sys\nfor r in sys.argv[1:]: get(r)",
+                       "acme/base", "acme/fox", "acme/code")  # fmt: skip
+        config = machine.write_config("acme/base", "acme/fox", "acme/code")
+        done, pushed = machine.session([config, "out", "-q"], ["push", "out", "alice/mix"])
+    assert done == Result(0, "", "")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == ["acme/base", "acme/fox", "acme/code"]
+    assert (card.data.to_dict()["base_model_relation"], card.data.license) == ("merge", "llama3")
+    commits = {name: hub.repositories[f"acme/{name}"].commit("main").hash for name in ("base", "fox", "code")}
+    assert f"norms come from `acme/base` at `{commits['base']}`, each" in card.text
+    assert f"| 0 | `acme/fox` at `{commits['fox']}` |" in card.text
+    assert f"| 1 | `acme/code` at `{commits['code']}` |" in card.text
+    assert str(tmp_path) not in card.content
+    assert (pushed.code, pushed.out) == (0, f"{url}/alice/mix\n")

@@ -1,11 +1,16 @@
 """A file of weights, on this machine or on another: how its bytes are reached."""
 
+import threading
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+interrupted: Final = threading.Event()
+"""Set by who interrupts the program: no thread then waits for another machine any longer."""
 
 
 class Readable(Protocol):

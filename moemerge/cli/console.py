@@ -5,20 +5,19 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
+from moemerge.checkpoint.files import interrupted
 from moemerge.errors import MoemergeError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _M_MMAP_THRESHOLD: Final = -3
-_interrupted: Final = threading.Event()
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def speaking(*, quiet: bool, verbose: int, debug: bool) -> Iterator["Console"]:
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
-    _interrupted.set()
+    interrupted.set()
     raise KeyboardInterrupt
 
 
@@ -58,7 +57,7 @@ def stoppable(report: Callable[..., None]) -> Callable[..., None]:
     """The same report, which stops the work if an interrupt got lost, as one may that comes during an import."""
 
     def report_or_stop(*arguments: Any) -> None:
-        if _interrupted.is_set():
+        if interrupted.is_set():
             raise KeyboardInterrupt
         report(*arguments)
 

@@ -1,7 +1,8 @@
 """A merged model sent to the Hub: the whole folder at once, or shard by shard while it is made."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ __all__ = ["Destination", "Publisher", "checkpoint_files"]
 # What a reader loads as a model: a file of an older model that stays makes a mixture with the new one.
 _WEIGHTS: Final = re.compile(r"[^/]+\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
 _READ_BESIDE: Final = frozenset({*COPIED_FILES, "config.json", "adapter_config.json"})
+_SHOWN: Final = 3
 
 
 class Publisher:
@@ -67,17 +69,15 @@ class Publisher:
             CheckpointError, SourceError: the folder holds no complete checkpoint; nothing is sent.
         """
         paths = checkpoint_files(folder, self._announce)
-        options = [f"--revision {self._to.revision}"] * bool(self._to.revision) + ["--create-pr"] * self._to.create_pr
-        again = " ".join(["moemerge push", str(folder), self._to.repo, *options])
+        options = ["--revision", self._to.revision] if self._to.revision else ["--create-pr"] * self._to.create_pr
+        again = shlex.join(["moemerge", "push", str(folder), self._to.repo, *options])
         with self._explained(f"\nThe model is complete in {folder}: `{again}` sends what is missing."):
             commit, names = self._listing()
-            stale = _stale(names, {path.name for path in paths})
+            stale = self._stale(names, {path.name for path in paths})
             self._announce(f"{self._to.repo}: reading {len(paths)} files, and sending what is not there")
-            if stale:
-                self._announce(f"{self._to.repo}: removing {', '.join(stale)} of an older model")
             sent = self._api.create_commit(
                 self._to.repo,
-                [*self._additions(paths), *map(CommitOperationDelete, stale)],
+                [*self._additions(paths), *stale],
                 commit_message=f"Upload {self._to.repo.partition('/')[2]}",
                 revision=self._to.revision,
                 create_pr=self._to.create_pr,
@@ -115,9 +115,7 @@ class Publisher:
                 self.revision = f"refs/pr/{pull_request.num}"
                 self._announce(f"{self._to.repo}: opened {self.url}; --revision {self.revision} continues it")
             if finished:
-                stale = _stale(names, ())
-                self._announce(f"{self._to.repo}: removing {', '.join(stale)} of an older model")
-                self._commit("Remove the older model", map(CommitOperationDelete, stale))
+                self._commit("Remove the older model", self._stale(names, ()))
 
     def send(self, path: Path) -> str:
         """Send one shard, and give its SHA-256 once the Hub was asked what it holds and named the same.
@@ -157,9 +155,7 @@ class Publisher:
                     f"{self._to.repo}: {self.revision} has no {', '.join(sorted(lost))}, so the model is not complete. "
                     "Run the same command again: it sends what is missing."
                 )
-            self._commit(
-                "Complete the model", [*self._additions(paths), *map(CommitOperationDelete, _stale(names, kept))]
-            )
+            self._commit("Complete the model", [*self._additions(paths), *self._stale(names, kept)])
         return self.url
 
     def _listing(self) -> tuple[str | None, list[str]]:
@@ -171,11 +167,17 @@ class Publisher:
     def _additions(paths: Collection[Path]) -> list[CommitOperationAdd]:
         return [CommitOperationAdd(path.name, path) for path in paths]
 
-    def _commit(
-        self,
-        message: str,
-        operations: Iterator[CommitOperationDelete] | list[CommitOperationAdd | CommitOperationDelete],
-    ) -> None:
+    def _stale(self, names: Collection[str], kept: Collection[str]) -> list[CommitOperationDelete]:
+        """The removal of those of a repository's files that make a model and are not of the one that is kept."""
+        stale = [
+            name for name in sorted(names) if name not in kept and (name in _READ_BESIDE or _WEIGHTS.fullmatch(name))
+        ]
+        if stale:
+            more = " ..." if len(stale) > _SHOWN else ""
+            self._announce(f"{self._to.repo}: removing what is of an older model: {', '.join(stale[:_SHOWN])}{more}")
+        return [CommitOperationDelete(name, is_folder=False) for name in stale]
+
+    def _commit(self, message: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> None:
         self._api.create_commit(self._to.repo, operations, commit_message=message, revision=self.revision)
 
     @contextmanager
@@ -188,8 +190,3 @@ class Publisher:
         except Exception as error:
             kind, text = explain(error, self._to, self._account)
             raise kind(f"{self._to.repo}: {text}{after}") from error
-
-
-def _stale(names: Collection[str], kept: Collection[str]) -> list[str]:
-    """Of a repository's files, those that make a model and are not of the one that is kept."""
-    return sorted(name for name in names if name not in kept and (name in _READ_BESIDE or _WEIGHTS.fullmatch(name)))

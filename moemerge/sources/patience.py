@@ -2,7 +2,6 @@
 
 import re
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from moemerge.checkpoint.files import interrupted
 from moemerge.errors import SourceError
 from moemerge.sources.reference import Reference
 
@@ -80,10 +80,21 @@ def patiently(what: object, announce: Callable[[str], None], action: Callable[[]
     while True:
         try:
             return action()
-        except HfHubHTTPError as error:  # noqa: PERF203  the loop is for the error
-            if error.response.status_code != _TOO_MANY_REQUESTS:
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:  # noqa: PERF203  the loop is for the error
+            answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
+            if not isinstance(answer, HfHubHTTPError) or answer.response.status_code != _TOO_MANY_REQUESTS:
                 raise
-            time.sleep(patience.wait_after(error))
+            sleep(patience.wait_after(answer))
+
+
+def sleep(seconds: float) -> None:
+    """Wait, in any thread, unless the program is interrupted.
+
+    Raises:
+        KeyboardInterrupt: it is.
+    """
+    if interrupted.wait(seconds):
+        raise KeyboardInterrupt
 
 
 def _seconds_asked(error: HfHubHTTPError) -> float | None:

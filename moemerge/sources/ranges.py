@@ -28,7 +28,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 from moemerge.checkpoint.copy import write_all, write_failure
 from moemerge.checkpoint.files import Reader
 from moemerge.errors import SourceError
-from moemerge.sources.patience import ABSENT, Patience, explained, patiently
+from moemerge.sources.patience import ABSENT, Patience, explained, patiently, sleep
 from moemerge.sources.reference import Reference
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # What has come when an answer breaks off is lost up to so many bytes.
 _CHUNK_BYTES: Final = 2**17
 _KEPT_BYTES: Final = 2**20
-# What sleeps can be woken so often, to see whether it is still wanted.
+# So often the reader is asked whether it still waits.
 _NAP_SECONDS: Final = 0.25
 _PARTIAL_CONTENT: Final = 206
 # Answers of the host for the bytes when the address that the Hub gave has expired.
@@ -63,7 +63,7 @@ class HubFile:
             found = patiently(self, announce, lambda: get_hf_file_metadata(self._url))
         self.nbytes, self.identity, self._location = found.size or 0, found.etag or "", found.location
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self._reference.repo}@{self._commit[:7]}/{self.name}"
 
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
@@ -166,7 +166,7 @@ class _Range:
     def _receive(self) -> bool:
         """Wait for a chunk; False where none has come."""
         if (wait := self._again_at - time.monotonic()) > 0:
-            time.sleep(min(wait, _NAP_SECONDS))
+            sleep(min(wait, _NAP_SECONDS))
             return False
         try:
             if self._chunks is None:
