@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 
 from moemerge.checkpoint.staging import kept_shards
-from moemerge.cli.app import _merge
 from moemerge.cli.console import explain_error
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
+from moemerge.cli.merging import merge_models
 from moemerge.cli.progress import show_progress
 from moemerge.errors import RefusedError
 from tests.models import edit_json, make_model, write_config
@@ -358,7 +358,7 @@ def test_every_flag_of_mergekit_moe_has_a_fate():
         --num-threads -j --gpu-rich --async-write --write-threads --out-shard-size --copy-tokenizer --clone-tensors
         --write-model-card --safe-serialization --help"""
     app = typer.Typer()
-    app.command()(_merge)
+    app.command()(merge_models)
     own = {"--help"} | {name for option in typer.main.get_command(app).params for name in option.opts}
     assert set(theirs.split()) <= own | FLAGS.keys()
     assert not own & FLAGS.keys()

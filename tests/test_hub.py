@@ -316,8 +316,10 @@ def test_what_the_hub_does_not_give_is_one_clear_error(planned, tmp_path):
     reader, stranger = {"HF_TOKEN": "hf_reader"}, {"HF_TOKEN": "hf_stranger"}
     expected: list[tuple[str, dict[str, str], str]] = [
         ("acme/none", {}, NOT_FOUND),
+        ("acme/pape", {}, f"{NOT_FOUND} Did you mean acme/paper?"),
         ("none", {}, NOT_FOUND),
-        ("acme/code@v9", {}, "the repository has no revision 'v9'."),
+        ("acme/code@v9", {}, "the repository has no revision 'v9'. Did you mean main or dev/v2?"),
+        ("acme/code@dev/v1", {}, "the repository has no revision 'dev/v1'. Did you mean dev/v2?"),
         ("acme/gated", {}, GATED),
         ("acme/busy", {}, "the Hub answered with status 503, Told to fail. Try again later, or check your token."),
         ("acme/forbidden", {}, "the Hub answered with status 403, Told to fail. Try again later, or check your token."),

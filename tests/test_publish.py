@@ -467,7 +467,10 @@ def test_shards_are_sent_one_by_one_and_the_model_is_finished_last(tmp_path):
         )
     assert done.code == 0
     assert done.out.splitlines() == [
-        "acme/mix: created", *(sum_ for sum_, _ in sums.values()), str(sums), f"{url}/acme/mix",
+        "acme/mix: created",
+        *(line for name, (sum_, _) in sums.items() for line in (f"acme/mix: holds {name}", sum_)),
+        str(sums),
+        f"{url}/acme/mix",
     ]  # fmt: skip
     assert without_attributes(files(hub, "acme/mix")) == whole
     assert history(hub, "acme/mix")[::-1] == ["initial commit", *(f"Add {n}" for n in SHARDS), "Complete the model"]
@@ -493,16 +496,15 @@ def test_streaming_over_a_model_needs_a_word_and_goes_on_where_it_was_cut_off(tm
         f"RefusedError: acme/mix: main holds a model already (config.json, {INDEX}). "
         "Name another repository or --revision, or replace the model with --overwrite.\n"
     )  # fmt: skip
-    assert (
-        first.out == "acme/mix: removing what is of an older model: adapter_config.json, config.json, merges.txt ...\n"
-    )
+    assert first.out.splitlines() == [
+        "acme/mix: removing what is of an older model: adapter_config.json, config.json, merges.txt ...",
+        f"acme/mix: holds {SHARDS[0]}",
+    ]
     assert early.out == (
         f"PublishError: acme/mix: main has no {SHARDS[1]}, so the model is not complete. "
         "Run the same command again: it sends what is missing.\n"
     )
-    assert second.out == f"['gguf/old.safetensors', '{SHARDS[0]}']\n{url}/acme/mix\n".replace(
-        "'gguf/old.safetensors', ", ""
-    )
+    assert second.out.splitlines() == [f"['{SHARDS[0]}']", f"acme/mix: holds {SHARDS[1]}", f"{url}/acme/mix"]
     kept = {name: OLD[name] for name in ("notes.txt", "gguf/old.safetensors")}
     assert without_attributes(files(hub, "acme/mix")) == local(out) | kept
     assert looks_finished(hub, "acme/mix") == [True, False, False, False, True]
@@ -527,9 +529,13 @@ def test_shards_for_a_pull_request_leave_main_as_it_is(tmp_path):
             "print(p.finish(out))",
         )
     page = f"{url}/guild/mix/discussions/1"
-    assert first.out == f"guild/mix: opened {page}; --revision refs/pr/1 continues it\n"
+    assert first.out.splitlines() == [
+        f"guild/mix: opened {page}; --revision refs/pr/1 continues it",
+        f"guild/mix: holds {SHARDS[0]}",
+    ]
     assert second.out.splitlines() == [
         SHARDS[0],
+        f"guild/mix: holds {SHARDS[1]}",
         "guild/mix: removing what is of an older model: adapter_config.json, merges.txt, pytorch_model.bin",
         page,
     ]

@@ -152,7 +152,8 @@ def _nearest_repository(reference: Reference) -> str:
     owner, _, name = reference.repo.rpartition("/")
     with suppress(Exception):  # this only helps
         listed = HfApi().list_models(author=owner, limit=200) if owner else HfApi().list_models(search=name, limit=200)
-        return _question(get_close_matches(reference.repo, [model.id for model in listed]))
+        names = {model.id.rpartition("/")[2]: model.id for model in listed}
+        return _question([names[near] for near in get_close_matches(name, names)])
     return ""
 
 

@@ -6,8 +6,9 @@ the Hub's public answers have it. Three hosts, told apart by their ports, as a t
 hub
 - `GET /api/whoami-v2`; tokens that read, write, or are fineGrained; organisations and roles in them
 - `POST /api/repos/create`, `/api/validate-yaml`, `/api/models/{repo}/branch/{branch}`, `.../discussions`
-- `GET /api/models/{repo}`, `.../revision/{revision}`, `.../refs`, `.../commits/{revision}`, `.../discussions/{number}`,
-  `.../auth-check`, `.../tree/{revision}/{folder}` in pages with a `Link` to the next; `POST .../paths-info/{revision}`
+- `GET /api/models` by author or a part of the name, `/api/models/{repo}`, `.../revision/{revision}`, `.../refs`,
+  `.../commits/{revision}`, `.../discussions/{number}`, `.../auth-check`, `.../tree/{revision}/{folder}` in pages with a
+  `Link` to the next; `POST .../paths-info/{revision}`
 - `HEAD` and `GET /{repo}/resolve/{revision}/{path}`: `ETag`, `X-Repo-Commit`; files in LFS are redirected to the CDN,
   with `X-Linked-ETag` and `X-Linked-Size`
 - `POST .../preupload/{revision}`, `/{repo}.git/info/lfs/objects/batch` and `verify`, `/api/complete_multipart`,

@@ -27,6 +27,7 @@ class ReadingHandler(Handler):
     host = "hub"
     routes: ClassVar[list[tuple[str, str, str]]] = [
         ("GET", "/api/whoami-v2", "send_user"),
+        ("GET", "/api/models", "send_models"),
         ("GET", "/api/models/REPO/auth-check", "check_gate"),
         ("GET", "/api/models/REPO/refs", "send_refs"),
         ("GET", "/api/models/REPO/revision/PART", "send_info"),
@@ -85,6 +86,13 @@ class ReadingHandler(Handler):
         if repository.gated and not (user and user.may_read_files(repository)):
             message = f"Access to model {repository.name} is restricted."
             raise AnswerError(403 if user else 401, "GatedRepo", message)
+
+    def send_models(self) -> None:
+        """The public ones, of one author or with names that contain a text."""
+        author, text = (self.query.get(name, [""])[0] for name in ("author", "search"))
+        repositories = self.hub.repositories.values()
+        names = [r.name for r in repositories if not r.private and author in {"", r.namespace} and text in r.name]
+        self.send_json([{"_id": "0" * 24, "id": name, "modelId": name} for name in sorted(names)])
 
     def send_info(self, repo: str, revision: str = "main") -> None:
         repository = self.repository(repo)
