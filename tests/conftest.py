@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub_world import machine, world  # noqa: F401  fixtures
 from tests.models import make_model
 
 

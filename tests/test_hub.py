@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import struct
-import subprocess
-import sys
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass
@@ -29,12 +27,11 @@ from moemerge.sources import open_model, parse_reference, read_tensor_table
 from moemerge.sources.hub import SMALL_FILES
 from moemerge.sources.local import resolve_file
 from tests.hub_server import Files, Hub
+from tests.machine import SINGLE, Machine, Result
 
-ROOT = Path(__file__).parents[1]
 LAYERS = 2
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 BRANCH = "acme/code@dev/v2"
 TOKENIZER: Files = {
     "tokenizer.json": b'{"version": "1.0"}', "tokenizer_config.json": b'{"bos_token": "<s>"}',
@@ -62,25 +59,6 @@ GATED = (
     "is gated. Accept its terms on HUB/acme/gated, then log in with `hf auth login`; who has done both may have to wait "
     "for the authors."
 )
-# Runs command lines one after the other, each with changes to the environment.
-SESSION = """
-import contextlib, io, json, os, sys
-from moemerge.cli import main
-
-results = []
-for arguments, environment in json.loads(sys.argv[1]):
-    os.environ.update(environment)
-    sys.argv[1:] = arguments
-    code = 0
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-    results.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
-"""
-
 FETCH = """
 import sys
 from moemerge.sources import parse_reference
@@ -90,66 +68,6 @@ for text in sys.argv[1:]:
     reference = parse_reference(text)
     fetch_weights(reference, fetch_small_files(reference, print), print)
 """
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command line did."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A machine with a cache of its own, and the address that it knows the Hub by."""
-
-    folder: Path
-    hub_url: str
-
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache"
-
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        ours = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHONPATH")
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
-        hub = {"HF_ENDPOINT": self.hub_url, "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": str(self.cache)}
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=self.folder, env=kept | hub | {"PYTHONPATH": str(ROOT)} | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def python(self, *arguments: str, **environment: str) -> Result:
-        with self.start(*arguments, **environment) as child:
-            try:
-                out, err = child.communicate(timeout=120)
-            except BaseException:
-                child.kill()
-                raise
-        return Result(child.returncode, out, err)
-
-    def moemerge(self, *arguments: str, **environment: str) -> Result:
-        return self.python("-m", "moemerge", *arguments, **environment)
-
-    def session(self, *commands: list[str] | tuple[list[str], dict[str, str]], **environment: str) -> list[Result]:
-        """Several command lines in one process, which starts faster than many."""
-        pairs = [command if isinstance(command, tuple) else (command, {}) for command in commands]
-        done = self.python("-c", SESSION, json.dumps(pairs), **environment)
-        assert (done.code, done.err) == (0, "")
-        return [Result(*values) for values in json.loads(done.out)]
-
-    def snapshot(self, repo: str) -> Path:
-        (found,) = (self.cache / f"models--{repo.replace('/', '--')}" / "snapshots").iterdir()
-        return found
-
-    def write_config(self, base: str, *experts: str) -> str:
-        document = {"base_model": base, "gate_mode": "random", "experts": [{"source_model": e} for e in experts]}
-        path = self.folder / f"merge{len(list(self.folder.iterdir()))}.yaml"
-        path.write_text(yaml.safe_dump(document))
-        return str(path)
 
 
 def shapes(hidden: int, vocab: int) -> dict[str, tuple[int, ...]]:

@@ -14,8 +14,9 @@ from moemerge.config import load_config
 from moemerge.merging import merge
 from moemerge.planning import plan_merge
 from tests.hub_server import Hub, User
+from tests.machine import SINGLE, Machine, Result
 from tests.models import assert_close, logits, write_config
-from tests.test_hub import INDEX, SHARDS, SINGLE, Machine, Result, llama
+from tests.test_hub import INDEX, SHARDS, llama
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,21 +6,18 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tests.hub_server import Files, Hub, User
+from tests.hub_server import Hub, User
+from tests.hub_world import MODELS, World, assert_nothing_is_left, files_of, lines, planned, weights_sent
+from tests.machine import SINGLE, Machine, Result
 from tests.models import SIZES, make_model, write_config
-from tests.test_hub import SINGLE, Machine, Result
 
-MODELS = ("base", "fox", "code", "chat")
 WAYS = {
     "ridge": {"gate_mode": "ridge"},
     "cheap_embed": {"gate_mode": "cheap_embed"},
@@ -30,74 +27,10 @@ WAYS = {
 }
 
 
-@dataclass(frozen=True)
-class World:
-    """Four models, in folders here and as `acme/NAME` on a Hub."""
-
-    folder: Path
-    hub: Hub
-    url: str
-
-    def config(self, machine: Machine, **keys: object) -> str:
-        base, *experts = (f"acme/{name}" for name in MODELS)
-        path = write_config(machine.folder / "merge.yaml", base, experts, **keys)
-        return str(path)
-
-    def merged_from_folders(self, machine: Machine, **keys: object) -> Path:
-        """The same merge of the same models, all on this machine."""
-        config = Path(self.config(machine, **keys))
-        document = yaml.safe_load(config.read_text().replace("acme/", f"{self.folder}/"))
-        (machine.folder / "local.yaml").write_text(yaml.safe_dump(document))
-        assert machine.moemerge("local.yaml", "local", "--quiet").code == 0
-        return machine.folder / "local"
-
-
-def files_of(folder: Path) -> Files:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder, hub = tmp_path_factory.mktemp("models"), Hub()
-    base = load_file(make_model(folder / "base") / SINGLE)
-    for seed, name in enumerate(MODELS):
-        weights = load_file(make_model(folder / name, seed) / SINGLE)
-        # Near to the base, as fine-tunes are.
-        mixed = {key: 0.95 * base[key] + 0.05 * weights[key] for key in weights}
-        save_file(mixed, folder / name / SINGLE, {"format": "pt"})
-        hub.add(f"acme/{name}", files_of(folder / name))
-    with hub.running() as url:
-        yield World(folder, hub, url)
-
-
-@pytest.fixture
-def machine(world, tmp_path):
-    yield Machine(tmp_path, world.url)
-    world.hub.forget_faults()
-    world.hub.reset()
-
-
 def header_bytes(hub: Hub, repo: str) -> int:
     """Of a model's file, its header with the 8 bytes that say how long that is."""
     content = hub.repositories[repo].find("main")[1][SINGLE]
     return 8 + int.from_bytes(content[:8], "little")
-
-
-def weights_sent(hub: Hub) -> int:
-    return hub.sent_bytes(suffix=".safetensors")
-
-
-def lines(result: Result) -> list[str]:
-    """What was said beside the progress."""
-    return [line for line in result.err.splitlines() if not line.startswith(("weights: ", "note: "))]
-
-
-def planned(machine: Machine, config: str) -> dict[str, Any]:
-    return json.loads(machine.moemerge("plan", config, "--json", "--quiet").out)
-
-
-def assert_nothing_is_left(machine: Machine) -> None:
-    assert {path.name for path in machine.folder.iterdir()} <= {"cache", "home", "merge.yaml"}
 
 
 @pytest.mark.parametrize("way", WAYS)
