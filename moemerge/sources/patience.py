@@ -2,7 +2,7 @@
 
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import Final, TypeVar
@@ -59,12 +59,13 @@ class Patience:
         Raises:
             Exception: `error`, if another try is not worth it.
         """
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        answer = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
+        status = None if answer is None else answer.status_code
         if self._tries + 1 >= _MOST_TRIES or (status is not None and status not in _MAY_PASS):
             raise error
         self._tries += 1
         why = "too many requests" if status == _TOO_MANY_REQUESTS else f"status {status}" if status else str(error)
-        asked = _seconds_asked(error) if isinstance(error, HfHubHTTPError) else None
+        asked = None if answer is None else _seconds_asked(answer.headers)
         if asked is not None:
             self._announce(f"{self._what}: the Hub asks to wait for {asked:.0f} s ({why})")
             return asked
@@ -81,7 +82,7 @@ def patiently(what: object, announce: Callable[[str], None], action: Callable[[]
         try:
             return action()
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:  # noqa: PERF203  the loop is for the error
-            answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
+            answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
             if not isinstance(answer, HfHubHTTPError) or answer.response.status_code != _TOO_MANY_REQUESTS:
                 raise
             sleep(patience.wait_after(answer))
@@ -97,12 +98,11 @@ def sleep(seconds: float) -> None:
         raise KeyboardInterrupt
 
 
-def _seconds_asked(error: HfHubHTTPError) -> float | None:
+def _seconds_asked(headers: Mapping[str, str]) -> float | None:
     """What the answer says: `Retry-After`, or the Hub's `RateLimit: "api";r=0;t=55`.
 
     https://huggingface.co/docs/hub/rate-limits
     """
-    headers = error.response.headers
     if match := re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", "")):
         return float(match[1])
     match = re.search(r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit", ""))

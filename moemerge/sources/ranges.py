@@ -34,7 +34,6 @@ from moemerge.sources.reference import Reference
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# What has come when an answer breaks off is lost up to so many bytes.
 _CHUNK_BYTES: Final = 2**17
 _KEPT_BYTES: Final = 2**20
 # So often the reader is asked whether it still waits.
@@ -201,7 +200,9 @@ class _Range:
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         if isinstance(session.stream, bool):  # a session of requests, in huggingface_hub before 1.0
             answer = self._open.enter_context(session.get(location, headers=headers, stream=True, timeout=timeout))
-            chunks: Iterator[bytes] = answer.iter_content(_CHUNK_BYTES)
+            # What has come is wanted even if no more comes, which only newer versions of urllib3 give.
+            read, most = (answer.raw.read1, _CHUNK_BYTES) if hasattr(answer.raw, "read1") else (answer.raw.read, 2**14)
+            chunks: Iterator[bytes] = iter(lambda: read(most), b"")
         else:
             answer = self._open.enter_context(session.stream("GET", location, headers=headers, timeout=timeout))
             chunks = answer.iter_raw()
