@@ -130,8 +130,10 @@ class MergeConfig(_Strict):
     shared_weights: Annotated[
         SharedWeights,
         BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else {} if value is None else value),
-    ] = SharedWeights()
+    ] = Field(default_factory=lambda: SharedWeights.model_validate({}))
     """Embeddings, attention and norms: the base model's, or made of all models' own."""
+    fold_norms: bool = Field(default=False, strict=True)
+    """Whether what an expert's own norm before its FFN does beyond the shared one is folded into the FFN."""
     router: Annotated[RouterSettings, BeforeValidator(lambda value: {} if value is None else value)] = Field(
         default_factory=lambda: RouterSettings.model_validate({})
     )

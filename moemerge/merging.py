@@ -197,7 +197,7 @@ class _Work:
     @contextmanager
     def sources_kept_in(self, folder: Path) -> Iterator[None]:
         """Have what is read more than once from other machines kept there, and remove it at the end."""
-        self._plan.keep_router_reads(folder / _SOURCES)
+        self._plan.keep_reread(folder / _SOURCES)
         try:
             yield
         finally:

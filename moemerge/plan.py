@@ -5,9 +5,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import File, size_of
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import build_index
@@ -87,8 +89,8 @@ class MergePlan:
     """The base, then every expert, then every shared expert."""
     references: Mapping[File, str]
     """Of each file of weights, the model that it belongs to, as the config names it."""
-    router_reads: tuple[StoredTensor, ...]
-    """What the routers are computed from; some of it is copied too."""
+    reread: tuple[StoredTensor, ...]
+    """What is read more than once: to compute routers and to be copied, or to find out how models are mixed."""
     dtype: str
     output_config: dict[str, Any]
     """The merged model's `config.json`."""
@@ -138,16 +140,16 @@ class MergePlan:
     def download_bytes(self) -> int:
         """Of them, the bytes that the merge reads."""
         pieces = [piece.source for output in self.outputs.values() for piece in output.pieces]
-        return _remote_bytes([*self.router_reads, *(piece for piece in pieces if isinstance(piece, StoredTensor))])
+        return _remote_bytes([*self.reread, *(piece for piece in pieces if isinstance(piece, StoredTensor))])
 
     @property
     def kept_bytes(self) -> int:
         """Of them, those that are kept on the disk until the end, for they are read more than once."""
-        return _remote_bytes(self.router_reads)
+        return _remote_bytes(self.reread)
 
-    def keep_router_reads(self, folder: Path) -> None:
+    def keep_reread(self, folder: Path) -> None:
         """Have what is read more than once from other machines kept in `folder`, for the merge to remove at the end."""
-        for tensor in self.router_reads:
+        for tensor in self.reread:
             if not isinstance(tensor.path, Path):
                 tensor.path.keep(folder, tensor.start, tensor.nbytes)
 
@@ -199,7 +201,8 @@ class MergePlan:
         for output in self.outputs.values():
             for piece in output.pieces:
                 if isinstance(piece.source, StoredTensor):
-                    used.setdefault(piece.source.path, []).append(piece.source)
+                    for tensor in leaves(piece.source):
+                        used.setdefault(tensor.path, []).append(tensor)
         headers = b"".join(shard.header for shard in self.shards)
         return {
             "moemerge": version("moemerge"),
@@ -228,9 +231,9 @@ class MergePlan:
 def _remote_bytes(tensors: Iterable[StoredTensor]) -> int:
     """Bytes of those tensors that are on other machines; what several have in common counts once."""
     spans: dict[File, list[tuple[int, int]]] = {}
-    for tensor in tensors:
-        if not isinstance(tensor.path, Path):
-            spans.setdefault(tensor.path, []).append((tensor.start, tensor.start + tensor.nbytes))
+    for leaf in chain.from_iterable(map(leaves, tensors)):
+        if not isinstance(leaf.path, Path):
+            spans.setdefault(leaf.path, []).append((leaf.start, leaf.start + leaf.nbytes))
     total = 0
     for found in spans.values():
         done = 0

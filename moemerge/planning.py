@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from moemerge.assembly import Assembly, Source
+from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill
@@ -18,6 +19,7 @@ from moemerge.dtypes import NAMED, STORED, bytes_of
 from moemerge.errors import IncompatibleError
 from moemerge.formats import Mixture, MoeFamily, select_family
 from moemerge.formats.dense import DenseModel, read_dense
+from moemerge.parts import Parts, take_parts
 from moemerge.plan import MergePlan, Output
 from moemerge.proportions import mixture_of, residual_scales
 from moemerge.router_needs import check_texts, check_tokenizer, check_widths, router_reads
@@ -111,35 +113,37 @@ def plan_merge(
             "chosen goes unnoticed; --routing-table has it read them"
         )
     notes += _shared_notes(config, family)
+    parts = take_parts(config, mixture, base, models, tables=tables, dtype=STORED[dtype])
+    notes += parts.notes
     assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=STORED[dtype])
-    outputs = assemble(tables=tables).outputs()
+    outputs = assemble(parts=parts).outputs()
     approve((base_folder, *folders))
     if weights == "auto":
         output_bytes = sum(bytes_of(STORED[dtype], output.shape) or 0 for output in outputs.values())
         if fetched := fetch_if_room(opened, tables, beside=(target, output_bytes), announce=announce):
             tables |= fetched
-            outputs = assemble(tables=tables).outputs()
-    specs = [_spec(name, STORED[dtype], output.shape) for name, output in outputs.items()]
-    shards, shared = _layout(outputs, specs, max_shard_bytes, target)
+            parts = take_parts(config, mixture, base, models, tables=tables, dtype=STORED[dtype])
+            outputs = assemble(parts=parts).outputs()
+    shards, shared = _layout(outputs, STORED[dtype], max_shard_bytes, target)
     notes += _output_notes(outputs, dtype, shared)
-    experts = tuple((model, tables[f.reference]) for model, f in zip(models[:routed], folders[:routed], strict=True))
+    experts = tuple(zip(models[:routed], parts.experts[:routed], strict=True))
     total, active = _count_parameters(outputs, config)
-    output_config = family.config(base, mixture, dtype)
     return MergePlan(
         config=config,
         family=family,
         mixture=mixture,
         base=base,
         base_folder=base_folder.folder,
-        base_tensors=tables[config.base_model],
+        base_tensors=dict(parts.base),
         experts=experts,
         sources=(base_folder, *folders),
-        router_reads=tuple(
-            router_reads(config, mixture, base, tables[config.base_model], experts, runs_base=runs_base)
+        reread=(
+            *router_reads(config, mixture, base, parts.base, experts, runs_base=runs_base),
+            *(tensor for tensor in parts.base.values() if isinstance(tensor.path, Derived) and tensor.path.rereads),
         ),
         references={tensor.path: name for name, table in tables.items() for tensor in table.values()},
         dtype=dtype,
-        output_config=output_config,
+        output_config=family.config(base, mixture, dtype),
         outputs=outputs,
         shards=tuple(shards),
         copied_files=copied_files,
@@ -197,7 +201,7 @@ def _shared_notes(config: MergeConfig, family: MoeFamily) -> list[str]:
 
 def _assembly(
     config: MergeConfig, family: MoeFamily, mixture: Mixture, *, base: DenseModel, models: Sequence[DenseModel],
-    tables: Mapping[str, Tensors], dtype: str,
+    parts: Parts, dtype: str,
 ) -> Assembly:  # fmt: skip
     computes_gate = _computes_gate(config, family)
     scales, shared_scales = residual_scales(config, gated=computes_gate)
@@ -206,14 +210,14 @@ def _assembly(
     scales += [scale * (2 if halved else 1) for scale in shared_scales]
     every_expert = [*config.experts, *config.shared_experts]
     sources = [
-        Source(model, tables[expert.source_model], scale, expert.noise_scale or 0.0)
-        for expert, model, scale in zip(every_expert, models, scales, strict=True)
+        Source(model, tensors, scale, expert.noise_scale or 0.0)
+        for expert, model, tensors, scale in zip(every_expert, models, parts.experts, scales, strict=True)
     ]
     routed = len(config.experts)
     return Assembly(
         family=family,
         mixture=mixture,
-        base=Source(base, tables[config.base_model]),
+        base=Source(base, parts.base),
         experts=sources[:routed],
         shared=sources[routed:],
         computes_gate=computes_gate,
@@ -222,10 +226,15 @@ def _assembly(
 
 
 def _layout(
-    outputs: dict[str, Output], specs: list[TensorSpec], max_shard_bytes: int, target: Path | None
+    outputs: dict[str, Output], dtype: str, max_shard_bytes: int, target: Path | None
 ) -> tuple[list[Shard], int]:
     """The shards, and how many of their bytes are shared with the sources."""
-    copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
+    specs = [_spec(name, dtype, output.shape) for name, output in outputs.items()]
+    copied = {
+        name: source
+        for name, output in outputs.items()
+        if (source := output.copied_from) and not isinstance(source.path, Derived)
+    }
     paths = {tensor.path for tensor in copied.values()}
     if not (target and paths and all(isinstance(path, Path) and shares_extents(path, target) for path in paths)):
         return layout_shards(specs, max_shard_bytes), 0

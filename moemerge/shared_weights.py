@@ -1,8 +1,8 @@
 """What the experts share, embeddings, attention and norms: the base's, or made of all models' own.
 
 `average` is the mean over the experts, as in Branch-Train-MiX (https://arxiv.org/abs/2403.07816). `ties`
-(https://arxiv.org/abs/2306.01708) and `dare` (https://arxiv.org/abs/2311.03099) add to the base what the experts changed:
-the largest changes, as far as they agree in sign, or some at random, scaled up for the others. MergeME
+(https://arxiv.org/abs/2306.01708) and `dare` (https://arxiv.org/abs/2311.03099) add to the base what the experts
+changed: the largest changes, as far as they agree in sign, or some at random, scaled up for the others. MergeME
 (https://arxiv.org/abs/2502.00997) uses both for the shared half of a mixture.
 """
 
@@ -49,8 +49,8 @@ def share_weights(
     if settings.method == "base":
         return dict(tensors), []
     problems = [
-        f"shared_weights: {name}: {key} is {model.config.get(key)!r}, but the base model's is {base.config.get(key)!r}, "
-        "so their attention cannot be mixed"
+        f"shared_weights: {name}: {key} is {model.config.get(key)!r}, but the base model's is "
+        f"{base.config.get(key)!r}, so their attention cannot be mixed"
         for name, model, _ in experts
         for key in _SAME
         if model.config.get(key) != base.config.get(key)
@@ -74,9 +74,7 @@ def share_weights(
             notes.append(f"shared_weights: {name} is the base model's: {other[0]} has another vocabulary")
         else:
             mixed.append(name)
-    made = {
-        name: _derive(settings, tensors[name], [theirs[name] for _, _, theirs in experts], dtype) for name in mixed
-    }
+    made = {name: _derive(settings, tensors[name], [theirs[name] for _, _, theirs in experts], dtype) for name in mixed}
     return {**tensors, **made}, notes
 
 
@@ -135,9 +133,12 @@ class _Ties:
         weighted = changes * weights
         agrees = np.sign(changes) == np.sign(weighted.sum(axis=0))
         agrees &= changes != 0
-        total = (weighted * agrees).sum(axis=0)
+        total: Rows = (weighted * agrees).sum(axis=0)
         shares = (weights * agrees).sum(axis=0)
-        return base + np.divide(total, shares, out=np.zeros_like(total), where=shares > 0)
+        np.divide(total, shares, out=total, where=shares > 0)
+        total[shares <= 0] = 0
+        total += base
+        return total
 
     def _threshold(self, expert: StoredTensor) -> np.float32:
         """The size of the smallest change that is kept: found in two passes, by the halves of its bits."""
@@ -154,7 +155,7 @@ class _Ties:
         for bits in self._sizes(expert):
             lower += np.bincount(bits[bits >> 16 == half] & 0xFFFF, minlength=2**16)
         rest = int(np.searchsorted(lower.cumsum(), rank, side="right"))
-        return np.array([half << 16 | rest], np.uint32).view(np.float32)[0]
+        return np.float32(np.array([half << 16 | rest], np.uint32).view(np.float32)[0])
 
     def _sizes(self, expert: StoredTensor) -> Iterator[NDArray[np.uint32]]:
         """Bits of the changes' sizes, which are in the order of the sizes; in blocks."""

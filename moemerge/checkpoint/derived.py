@@ -169,11 +169,8 @@ class _Computed:
 
     def readinto(self, view: memoryview, /) -> int | None:
         """Read from a block, and no further."""
-        while not self._left:
-            try:
-                self._left = memoryview(next(self._chunks))
-            except StopIteration:
-                return 0
+        if not self._left:
+            self._left = memoryview(next(filter(None, self._chunks), b""))
         count = min(len(view), len(self._left))
         view[:count], self._left = self._left[:count], self._left[count:]
         return count

@@ -112,7 +112,9 @@ def print_plan(console: Console, plan: MergePlan) -> None:
             key = ("routers", f"gate_mode {plan.config.way}")
             parts.setdefault(key, []).append(math.prod(output.shape) * BITS[STORED[plan.dtype]] // 8)
         for piece in output.pieces:
-            origin = plan.references[piece.source.path] if isinstance(piece.source, StoredTensor) else "constants"
+            origin = "constants"
+            if isinstance(piece.source, StoredTensor):
+                origin = plan.references.get(piece.source.path, piece.source.path.name)
             parts.setdefault(("experts" if output.is_expert else "shared by all", origin), []).append(piece.nbytes)
     for (part, origin), sizes in parts.items():
         table.add_row(part, size(sum(sizes)), origin)
