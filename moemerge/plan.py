@@ -87,8 +87,8 @@ class MergePlan:
     """The base, then every expert, then every shared expert."""
     references: Mapping[File, str]
     """Of each file of weights, the model that it belongs to, as the config names it."""
-    router_reads: tuple[StoredTensor, ...]
-    """What the routers are computed from; some of it is copied too."""
+    reread: tuple[StoredTensor, ...]
+    """What is read more than once: what routers are computed from, and what becomes several tensors."""
     dtype: str
     output_config: dict[str, Any]
     """The merged model's `config.json`."""
@@ -138,16 +138,16 @@ class MergePlan:
     def download_bytes(self) -> int:
         """Of them, the bytes that the merge reads."""
         pieces = [piece.source for output in self.outputs.values() for piece in output.pieces]
-        return _remote_bytes([*self.router_reads, *(piece for piece in pieces if isinstance(piece, StoredTensor))])
+        return _remote_bytes([*self.reread, *(piece for piece in pieces if isinstance(piece, StoredTensor))])
 
     @property
     def kept_bytes(self) -> int:
         """Of them, those that are kept on the disk until the end, for they are read more than once."""
-        return _remote_bytes(self.router_reads)
+        return _remote_bytes(self.reread)
 
-    def keep_router_reads(self, folder: Path) -> None:
+    def keep_reread(self, folder: Path) -> None:
         """Have what is read more than once from other machines kept in `folder`, for the merge to remove at the end."""
-        for tensor in self.router_reads:
+        for tensor in self.reread:
             if not isinstance(tensor.path, Path):
                 tensor.path.keep(folder, tensor.start, tensor.nbytes)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
@@ -45,8 +45,8 @@ def plan_merge(
 ) -> MergePlan:
     """Decide a merge from configs and headers; no tensor bytes are read and nothing is written.
 
-    Of Hub models that are not in the cache the headers are read by ranges. When everything was found to agree, their
-    weights are downloaded, or stay on the Hub to be read by ranges.
+    Of Hub models that are not in the cache the headers are read by ranges; pickles have none, and are downloaded. When
+    everything was found to agree, weights are downloaded, or stay on the Hub to be read by ranges.
 
     Args:
         config: the merge.
@@ -58,8 +58,8 @@ def plan_merge(
         needs_texts: whether files of text have to be there, as for routers.
         weights: of Hub models that are not in the cache: `stream` leaves them on the Hub, to be read by ranges; `auto`
             does so where the disk has no room for them.
-        approve: called with the base, every expert and every shared expert, once they were found to fit and before any
-            weights are downloaded; may raise.
+        approve: called with the base, every expert and every shared expert, once their configs were found to fit and
+            before any weights are downloaded; may raise.
         announce: called with a line about what takes long.
 
     Raises:
@@ -95,6 +95,7 @@ def plan_merge(
             "These models cannot be merged:",
             [f"shared_experts[].noise_scale: {family.model_type} has copies of them, each would get other noise"],
         )
+    approve((base_folder, *folders))
     tables = {reference: read_tensor_table(folder, announce, weights="stream") for reference, folder in opened.items()}
     base_tensors = tables[config.base_model]
     dtype = config.dtype or _main_dtype(base_tensors)
@@ -113,7 +114,6 @@ def plan_merge(
     notes += _shared_notes(config, family)
     assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=STORED[dtype])
     outputs = assemble(tables=tables).outputs()
-    approve((base_folder, *folders))
     if weights == "auto":
         output_bytes = sum(bytes_of(STORED[dtype], output.shape) or 0 for output in outputs.values())
         if fetched := fetch_if_room(opened, tables, beside=(target, output_bytes), announce=announce):
@@ -122,6 +122,7 @@ def plan_merge(
     specs = [_spec(name, STORED[dtype], output.shape) for name, output in outputs.items()]
     shards, shared = _layout(outputs, specs, max_shard_bytes, target)
     notes += _output_notes(outputs, dtype, shared)
+    base_tensors = tables[config.base_model]
     experts = tuple((model, tables[f.reference]) for model, f in zip(models[:routed], folders[:routed], strict=True))
     total, active = _count_parameters(outputs, config)
     output_config = family.config(base, mixture, dtype)
@@ -131,12 +132,10 @@ def plan_merge(
         mixture=mixture,
         base=base,
         base_folder=base_folder.folder,
-        base_tensors=tables[config.base_model],
+        base_tensors=base_tensors,
         experts=experts,
         sources=(base_folder, *folders),
-        router_reads=tuple(
-            router_reads(config, mixture, base, tables[config.base_model], experts, runs_base=runs_base)
-        ),
+        reread=(*router_reads(config, mixture, base, base_tensors, experts, runs_base=runs_base), *_repeated(outputs)),
         references={tensor.path: name for name, table in tables.items() for tensor in table.values()},
         dtype=dtype,
         output_config=output_config,
@@ -232,6 +231,13 @@ def _layout(
     starts = {name: tensor.start for name, tensor in copied.items()}
     shards = layout_to_share(specs, starts, max_shard_bytes)
     return shards, shared_bytes(specs, starts, shards)
+
+
+def _repeated(outputs: Mapping[str, Output]) -> Iterator[StoredTensor]:
+    """What several tensors of the output are made of."""
+    pieces = (piece.source for output in outputs.values() for piece in output.pieces)
+    counted = Counter(source for source in pieces if isinstance(source, StoredTensor))
+    yield from (tensor for tensor, count in counted.items() if count > 1)
 
 
 def _output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list[str]:
