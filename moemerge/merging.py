@@ -152,9 +152,10 @@ def merge_to_hub(
         work.sources_kept_in(folder),
     ):
         check_space(scratch, plan.kept_bytes + sum(sorted(shard.nbytes for shard in plan.shards)[-2:]))
-        publisher.begin_streaming(overwrite=overwrite)
+        publisher.check_streaming(overwrite=overwrite)
         journal = journal_of(folder)
-        kept = journal.resume(plan.fingerprint(seed), folder, plan.shards_without_routers, publisher.held())
+        fingerprint = plan.fingerprint(seed) | {"destination": f"{publisher.repo} {publisher.revision}"}
+        kept = journal.resume(fingerprint, folder, plan.shards_without_routers, publisher.held())
         tally = _Tally(progress, plan, kept)
         routers = work.init_routers(tally.routers)
         made = work.router_bands(routers)
@@ -164,6 +165,7 @@ def merge_to_hub(
             journal.record(shard, publisher.send(folder / shard.name))
             (folder / shard.name).unlink()
 
+        publisher.begin_streaming()
         complete: list[Shard] = []
         for shard in plan.shards:
             if shard.name not in kept:
@@ -197,6 +199,7 @@ class _Work:
     @contextmanager
     def sources_kept_in(self, folder: Path) -> Iterator[None]:
         """Have what is read more than once from other machines kept there, and remove it at the end."""
+        shutil.rmtree(folder / _SOURCES, ignore_errors=True)  # of a run that was killed
         self._plan.keep_reread(folder / _SOURCES)
         try:
             yield

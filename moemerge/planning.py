@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
 from moemerge.assembly import Assembly, Source
-from moemerge.checkpoint.derived import Derived
+from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill
@@ -47,8 +47,8 @@ def plan_merge(
 ) -> MergePlan:
     """Decide a merge from configs and headers; no tensor bytes are read and nothing is written.
 
-    Of Hub models that are not in the cache the headers are read by ranges. When everything was found to agree, their
-    weights are downloaded, or stay on the Hub to be read by ranges.
+    Of Hub models that are not in the cache the headers are read by ranges; pickles have none, and are downloaded. When
+    everything was found to agree, weights are downloaded, or stay on the Hub to be read by ranges.
 
     Args:
         config: the merge.
@@ -60,8 +60,8 @@ def plan_merge(
         needs_texts: whether files of text have to be there, as for routers.
         weights: of Hub models that are not in the cache: `stream` leaves them on the Hub, to be read by ranges; `auto`
             does so where the disk has no room for them.
-        approve: called with the base, every expert and every shared expert, once they were found to fit and before any
-            weights are downloaded; may raise.
+        approve: called with the base, every expert and every shared expert, once their configs were found to fit and
+            before any weights are downloaded; may raise.
         announce: called with a line about what takes long.
 
     Raises:
@@ -97,6 +97,7 @@ def plan_merge(
             "These models cannot be merged:",
             [f"shared_experts[].noise_scale: {family.model_type} has copies of them, each would get other noise"],
         )
+    approve((base_folder, *folders))
     tables = {reference: read_tensor_table(folder, announce, weights="stream") for reference, folder in opened.items()}
     base_tensors = tables[config.base_model]
     dtype = config.dtype or _main_dtype(base_tensors)
@@ -117,7 +118,6 @@ def plan_merge(
     notes += parts.notes
     assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=STORED[dtype])
     outputs = assemble(parts=parts).outputs()
-    approve((base_folder, *folders))
     if weights == "auto":
         output_bytes = sum(bytes_of(STORED[dtype], output.shape) or 0 for output in outputs.values())
         if fetched := fetch_if_room(opened, tables, beside=(target, output_bytes), announce=announce):
@@ -140,6 +140,7 @@ def plan_merge(
         reread=(
             *router_reads(config, mixture, base, parts.base, experts, runs_base=runs_base),
             *(tensor for tensor in parts.base.values() if isinstance(tensor.path, Derived) and tensor.path.rereads),
+            *_repeated(outputs),
         ),
         references={tensor.path: name for name, table in tables.items() for tensor in table.values()},
         dtype=dtype,
@@ -241,6 +242,13 @@ def _layout(
     starts = {name: tensor.start for name, tensor in copied.items()}
     shards = layout_to_share(specs, starts, max_shard_bytes)
     return shards, shared_bytes(specs, starts, shards)
+
+
+def _repeated(outputs: Mapping[str, Output]) -> Iterator[StoredTensor]:
+    """What several tensors of the output are made of."""
+    pieces = (piece.source for output in outputs.values() for piece in output.pieces)
+    counted = Counter(leaf for source in pieces if isinstance(source, StoredTensor) for leaf in leaves(source))
+    yield from (tensor for tensor, count in counted.items() if count > 1)
 
 
 def _output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list[str]:

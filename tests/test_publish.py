@@ -350,6 +350,19 @@ def test_what_the_hub_does_not_take_is_refused_before_anything_is_sent(tmp_path)
     assert results == [Result(code, "", f"error: {message}\n") for _, _, code, message in cases]
 
 
+def test_a_busy_hub_is_waited_for_as_it_says(tmp_path):
+    hub = make_hub()
+    with hub.running() as url:
+        machine = Author(tmp_path, url)
+        machine.checkpoint()
+        hub.limit_rate("/api/whoami-v2", 1)
+        hub.limit_rate("*/commit/main", 1)
+        hub.fail("/api/models/acme/mix/revision/main", 429, RateLimit='"api";r=0;t=1')
+        done = machine.moemerge("push", "out", "acme/mix")
+    assert (done.code, done.out) == (0, f"{url}/acme/mix\n")
+    assert done.err.count("acme/mix: the Hub asks to wait for 1 s (too many requests)\n") == 3
+
+
 def test_what_fails_on_the_way_says_what_and_how_to_go_on(tmp_path):
     """One command line each, with what goes wrong before it."""
     hub = make_hub()
@@ -360,10 +373,6 @@ def test_what_fails_on_the_way_says_what_and_how_to_go_on(tmp_path):
         before = files(hub, "acme/mix")
         repository = hub.repositories["acme/mix"]
         cases: list[tuple[Callable[[], None], int, str]] = [
-            (lambda: hub.limit_rate("/api/whoami-v2", 7), 1, "the Hub asks for fewer requests. Try again in 7 s."),
-            (lambda: hub.fail("/api/models/acme/mix", 429, RateLimit='"api";r=0;t=55'), 1,
-             "the Hub asks for fewer requests. Try again in 55 s."),
-            (lambda: hub.limit_rate("/api/whoami-v2"), 1, "the Hub asks for fewer requests. Try again later."),
             (lambda: hub.fail("/api/whoami-v2", 500), 1, "the Hub answered with status 500: Told to fail. Try again later."),
             (lambda: hub.fail("/api/models/acme/mix", 403, code="GatedRepo", message="Access is restricted."), 2,
              "alice may not write there: Access is restricted. The token may write to alice/... or acme/... or guild/...."),
@@ -459,7 +468,8 @@ def test_shards_are_sent_one_by_one_and_the_model_is_finished_last(tmp_path):
         sums = {name: (sha256(out / name), (out / name).stat().st_size) for name in SHARDS}
         done = machine.stream(
             "p = publisher('acme/mix')",
-            "p.begin_streaming(overwrite=False)",
+            "p.check_streaming(overwrite=False)",
+            "p.begin_streaming()",
             f"for name in {SHARDS}:",
             "    print(p.send(out / name))",
             "    (out / name).unlink()",
@@ -484,15 +494,15 @@ def test_streaming_over_a_model_needs_a_word_and_goes_on_where_it_was_cut_off(tm
         machine = Author(tmp_path, url)
         out = machine.checkpoint(sharded=True)
         hub.add("acme/mix", OLD | llama(5, sharded=True))
-        start = ("p = publisher('acme/mix')", "p.begin_streaming(overwrite=True)")
-        refused = machine.stream("publisher('acme/mix').begin_streaming(overwrite=False)")
+        start = ("p = publisher('acme/mix')", "p.check_streaming(overwrite=True)", "p.begin_streaming()")
+        refused = machine.stream("publisher('acme/mix').check_streaming(overwrite=False)")
         first = machine.stream(*start, f"p.send(out / '{SHARDS[0]}')")
         early = machine.stream(*start, f"(out / '{SHARDS[1]}').rename('later')", "p.finish(out)")
         (tmp_path / "later").rename(out / SHARDS[1])
         hub.reset()
         second = machine.stream(*start, "print([*p.held()])", f"p.send(out / '{SHARDS[1]}')", "print(p.finish(out))")
         assert hub.received_bytes(sha256(out / SHARDS[0])) == 0
-        again = machine.stream("publisher('acme/mix').begin_streaming(overwrite=False)")
+        again = machine.stream("publisher('acme/mix').check_streaming(overwrite=False)")
     assert refused.out == again.out == (
         f"RefusedError: acme/mix: main holds a model already (config.json, {INDEX}). "
         "Name another repository or --revision, or replace the model with --overwrite.\n"
@@ -519,12 +529,14 @@ def test_shards_for_a_pull_request_leave_main_as_it_is(tmp_path):
         hub.add("guild/mix", OLD)
         first = machine.stream(
             "p = publisher('guild/mix', create_pr=True)",
-            "p.begin_streaming(overwrite=False)",
+            "p.check_streaming(overwrite=False)",
+            "p.begin_streaming()",
             f"p.send(out / '{SHARDS[0]}')",
         )
         second = machine.stream(
             "p = publisher('guild/mix', revision='refs/pr/1')",
-            "p.begin_streaming(overwrite=False)",
+            "p.check_streaming(overwrite=False)",
+            "p.begin_streaming()",
             "print(*[name for name in p.held() if name.startswith('model')])",
             f"p.send(out / '{SHARDS[1]}')",
             "print(p.finish(out))",
@@ -551,7 +563,7 @@ def test_a_shard_that_the_hub_holds_otherwise_is_an_error(tmp_path):
     with hub.running() as url:
         machine = Author(tmp_path, url)
         out = machine.checkpoint()
-        start = ("p = publisher('acme/mix')", "p.begin_streaming(overwrite=False)")
+        start = ("p = publisher('acme/mix')", "p.check_streaming(overwrite=False)", "p.begin_streaming()")
         hub.before("*/paths-info/*", lambda: hub.replace("acme/mix", SINGLE, b"other"))
         done = machine.stream(*start, f"p.send(out / '{SINGLE}')")
         hub.fail("*/commit/main", 503)

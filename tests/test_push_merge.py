@@ -135,6 +135,28 @@ def test_a_model_in_the_way_is_replaced_only_when_told_to(world, machine):
     assert shards_of(files).keys() == set(json.loads(files[INDEX])["weight_map"].values())
 
 
+def test_nothing_is_removed_before_the_last_refusal(world, machine):
+    config = world.config(machine, gate_mode="random")
+    other = ("--stream", "--push", "alice/other", "--push-streaming", *SHARDS)
+    commits = iter(range(100))
+
+    def fail_the_fourth() -> None:
+        if next(commits) == 2:  # the next one is the fourth
+            world.hub.fail("/api/models/alice/other/commit/*", 500)
+
+    world.hub.before("/api/models/alice/other/commit/*", fail_the_fourth, 100)
+    assert machine.moemerge(config, "out", *other, **TOKEN).code == 1
+    old = {"config.json": b"{}", "model.safetensors": b"old"}
+    world.hub.add("alice/mix", old)
+    refused = machine.moemerge(config, "out", *STREAM, "--overwrite", "--resume", "--seed", "7", **TOKEN)
+    assert refused.code == 2
+    assert lines(refused)[-1] == (
+        "error: --resume: the merge that was cut off was not this one; what differs: destination, seed. Undo the change, "
+        "or start over without --resume."
+    )
+    assert pushed(world) == old
+
+
 def test_a_merge_is_pushed_when_it_is_complete(world, machine):
     config = world.config(machine, gate_mode="random")
     result = machine.moemerge(config, "out", "--push", "alice/mix", "--private", **TOKEN)

@@ -110,23 +110,42 @@ def test_a_body_that_is_too_short_goes_on_where_it_ended(world, machine, expecte
     assert (machine.folder / "out" / SINGLE).read_bytes() == expected
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ("shifted", "bytes {} to {} were asked for, {} to {} were sent."),
-        (
-            "whole",
-            "bytes {} to {} were asked for, but the Hub sends no byte ranges (status 200). Run without --stream.",
-        ),
-    ],
-)
-def test_other_bytes_than_were_asked_for_are_an_error(world, machine, wrong, message):
-    world.hub.before(f"*/{SINGLE}", lambda: world.hub.misanswer(f"*/{SINGLE}", wrong, 100), method="GET")
+def test_other_bytes_than_were_asked_for_are_an_error(world, machine):
+    world.hub.misanswer(f"*/{SINGLE}", "shifted", 100)
     result = merged(world, machine)
     assert result.code == 1
-    pattern = re.escape(message).replace(r"\{\}", r"\d+")
-    assert re.fullmatch(rf"error: acme/\w+@\w{{7}}/{SINGLE}: {pattern}", lines(result)[-1])
+    assert re.fullmatch(
+        rf"error: acme/\w+@\w{{7}}/{SINGLE}: bytes \d+ to \d+ were asked for, \d+ to \d+ were sent.", lines(result)[-1]
+    )
     assert_nothing_is_left(machine)
+
+
+def test_where_no_ranges_are_sent_all_is_downloaded(world, machine, expected):
+    world.hub.misanswer(f"*/{SINGLE}", "whole", 1000)
+    result = merged(world, machine)
+    assert result.code == 0, result.err
+    told = [line for line in lines(result) if "sends no byte ranges (status 200). All of it is downloaded." in line]
+    assert len(told) == len(MODELS)
+    assert len(list(machine.cache.rglob(SINGLE))) == len(MODELS)
+    assert (machine.folder / "out" / SINGLE).read_bytes() == expected
+
+
+def test_a_model_that_becomes_several_experts_is_fetched_once(world, machine):
+    config = write_config(machine.folder / "merge.yaml", "acme/base", ["acme/fox"] * 3, prompts=False)
+    plan = json.loads(machine.moemerge("plan", str(config), "--allow-identical-experts", "--json", "-q").out)
+    world.hub.reset()
+    assert machine.moemerge(str(config), "out", "--stream", "--allow-identical-experts").code == 0
+    headers = sum(header_bytes(world.hub, f"acme/{name}") for name in ("base", "fox"))
+    assert (
+        weights_sent(world.hub) == headers + plan["download_bytes"] < 2 * (world.folder / "fox" / SINGLE).stat().st_size
+    )
+
+
+def test_a_hub_that_stumbles_while_headers_are_read_is_asked_again(world, machine):
+    world.hub.fail("/api/models/acme/fox/revision/*", 503)
+    world.hub.fail(f"/acme/code/resolve/*/{SINGLE}", 500)
+    config = world.config(machine, **WAYS["random"])
+    assert machine.moemerge("plan", config).code == 0
 
 
 def test_a_busy_hub_is_asked_again_and_waited_for_as_it_says(world, machine, expected):

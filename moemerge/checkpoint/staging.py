@@ -93,9 +93,9 @@ def staged(
     Otherwise it is removed, unless its journal (`journal_of`) names complete shards: then it stays for a run with
     `resume`, and a run without `resume` removes it first.
 
-    The target is checked as by `check_target`, at the start and again at the end: it may have been filled meanwhile.
-    The folder lies beside `out`, so that the end is a rename; where `out` is a mount point it lies inside and its files
-    are moved, `config.json` last.
+    A target that is not `temporary` is checked as by `check_target`, at the start and again at the end: it may have
+    been filled meanwhile. The folder lies beside `out`, so that the end is a rename; where `out` is a mount point it
+    lies inside and its files are moved, `config.json` last.
 
     Raises:
         RefusedError: see `check_target`.
@@ -116,7 +116,8 @@ def staged(
         raise _failure(out, error) from error
     try:
         _restore(target)
-        check_target(out, sources, overwrite=overwrite)
+        if not temporary:
+            check_target(out, sources, overwrite=overwrite)
         if not resume or stage.is_symlink() or not stage.is_dir():
             _clear(stage)
             journal.remove()

@@ -40,6 +40,7 @@ _BITS_HELP: Final = (
     "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
 )
 
+_ON_THE_HUB: Final = "on the Hub"
 OutShardSize = Annotated[str | None, typer.Option(hidden=True)]
 
 
@@ -98,6 +99,8 @@ def merge_models(
         from moemerge.cli.progress import show_progress
         from moemerge.merging import merge, merge_to_hub
 
+        if cache_dir:
+            os.environ["HF_HUB_CACHE"] = str(cache_dir)  # before huggingface_hub is imported
         if push_streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
         pushing = Pushing(
@@ -105,18 +108,20 @@ def merge_models(
             revision=revision, create_pr=create_pr,
         )  # fmt: skip
         # Before a plan may download weights.
-        check_target(out, (), overwrite=overwrite and not push_streaming)
+        if not push_streaming:
+            check_target(out, (), overwrite=overwrite)
         base_bits = _check_pass(device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
         return_freed_memory()
         plan = plan_from(
-            console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts, out,
-            routing_table, weights="stream" if stream else "auto", approve=pushing.approve,
+            console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts,
+            None if push_streaming else out, routing_table, weights="stream" if stream else "auto",
+            approve=pushing.approve,
         )  # fmt: skip
         way = partial(merge, plan, out, name=push)
         if push_streaming and pushing.publisher:
             way = partial(merge_to_hub, plan, out, pushing.publisher)
         with (
-            _told_what_is_kept(console, out, where="on the Hub" if push_streaming else f"beside {out}"),
+            _told_what_is_kept(console, out, where=_ON_THE_HUB if push_streaming else f"beside {out}"),
             show_progress(console, quiet=quiet) as progress,
         ):
             report = way(
@@ -151,11 +156,13 @@ def _told_what_is_kept(console: "Console", out: Path, where: str) -> Iterator[No
         yield
     except (RefusedError, BusyError):
         raise
-    except BaseException:
+    except BaseException as error:
         if kept := kept_shards(out):
             console.print(
                 f"{kept} complete shards are kept {where}: --resume continues from them, a run without it starts over."
             )
+        if isinstance(error, KeyboardInterrupt) and where == _ON_THE_HUB and not error.args:
+            raise KeyboardInterrupt(f"nothing is left at {out}; what was sent stays on the Hub") from error
         raise
 
 

@@ -11,7 +11,7 @@ from moemerge.cli.options import CreatePr, Debug, License, Private, Quiet, Revis
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from moemerge.publish import Publisher
+    from moemerge.publish import Destination, Publisher
     from moemerge.sources import ModelFolder
 
 
@@ -61,7 +61,7 @@ class Pushing:
         """Take the options.
 
         Raises:
-            RefusedError: one of them makes no sense without `--push`.
+            RefusedError: one of them makes no sense without `--push`, or the destination's name is none.
         """
         others = {
             "--push-streaming": streaming, "--private": private, "--revision": revision, "--create-pr": create_pr,
@@ -69,8 +69,8 @@ class Pushing:
         }  # fmt: skip
         if not repo and (given := [name for name, value in others.items() if value]):
             raise RefusedError(f"{given[0]}: says how to push, but not where to. Add --push user/repo.")
-        self.repo, self.licence, self._say = repo, licence, say
-        self.streaming, self._private, self._revision, self._create_pr = streaming, private, revision, create_pr
+        self.licence, self._say = licence, say
+        self._destination = _destination(repo, private, revision, create_pr) if repo else None
         self.publisher: Publisher | None = None
 
     def approve(self, sources: "Sequence[ModelFolder]") -> None:
@@ -80,13 +80,19 @@ class Pushing:
             RefusedError: their licences do not agree, or the destination has to change.
             PublishError: the Hub refuses.
         """
-        if not self.repo:
+        if not self._destination:
             return
         from moemerge.card import licence_of
-        from moemerge.publish import Destination, Publisher
+        from moemerge.publish import Publisher
 
         self.licence = self.licence or licence_of(sources)
-        self.publisher = Publisher(
-            Destination(self.repo, self._private, self._revision, self._create_pr), self._say
-        )  # fmt: skip
+        self.publisher = Publisher(self._destination, self._say)
         self.publisher.open()
+
+
+def _destination(repo: str, private: bool, revision: str | None, create_pr: bool) -> "Destination":
+    from moemerge.publish.destination import Destination, check_names
+
+    destination = Destination(repo, private, revision, create_pr)
+    check_names(destination)
+    return destination

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -17,11 +17,14 @@ from moemerge.publish.answers import explain
 from moemerge.publish.destination import Account, Destination, check_names, open_repository, read_account
 from moemerge.publish.folder import checkpoint_files
 from moemerge.sources import Announce
+from moemerge.sources.patience import TOLD_TO_WAIT, Result, patiently
 
 __all__ = ["Destination", "Publisher", "checkpoint_files"]
 
 # What a reader loads as a model: a file of an older model that stays makes a mixture with the new one.
 _WEIGHTS: Final = re.compile(r"[^/]+\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
+# What makes a repository look like a finished model.
+_SEALS: Final = frozenset({"config.json", SAFETENSORS_INDEX})
 _READ_BESIDE: Final = frozenset({*COPIED_FILES, "config.json", "adapter_config.json"})
 _SHOWN: Final = 3
 
@@ -57,8 +60,8 @@ class Publisher:
         """Make sure, before any work, that the model will be taken; creates a repository or branch that is missing."""
         check_names(self._to)
         with self._explained():
-            self._account = read_account(self._api, self._to)
-            open_repository(self._api, self._to, self._announce)
+            self._account = self._ask(lambda: read_account(self._api, self._to))
+            self._ask(lambda: open_repository(self._api, self._to, self._announce))
 
     def push(self, folder: Path) -> str:
         """Send a folder's checkpoint in one commit, without weights that the repository has or a cut-off push sent.
@@ -75,13 +78,16 @@ class Publisher:
             commit, names = self._listing()
             stale = self._stale(names, {path.name for path in paths})
             self._announce(f"{self._to.repo}: reading {len(paths)} files, and sending what is not there")
-            sent = self._api.create_commit(
-                self._to.repo,
-                [*self._additions(paths), *stale],
-                commit_message=f"Upload {self._to.repo.partition('/')[2]}",
-                revision=self._to.revision,
-                create_pr=self._to.create_pr,
-                parent_commit=commit,
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [*self._additions(paths), *stale]
+            sent = self._ask(
+                lambda: self._api.create_commit(
+                    self._to.repo,
+                    operations,
+                    commit_message=f"Upload {self._to.repo.partition('/')[2]}",
+                    revision=self._to.revision,
+                    create_pr=self._to.create_pr,
+                    parent_commit=commit,
+                )
             )
         if self._to.create_pr and not sent.pr_url:
             self._announce(f"{self._to.repo}: holds these files already, so there is nothing to propose")
@@ -90,31 +96,38 @@ class Publisher:
     def held(self) -> Mapping[str, tuple[str, int]]:
         """SHA-256 and bytes of each large file that the revision holds now, by name."""
         with self._explained():
-            files = list(self._api.list_repo_tree(self._to.repo, revision=self.revision))
+            files = self._ask(lambda: list(self._api.list_repo_tree(self._to.repo, revision=self.revision)))
         large = [(file.path, lfs) for file in files if (lfs := getattr(file, "lfs", None))]
         return {name: (lfs.sha256, lfs.size) for name, lfs in large}
 
-    def begin_streaming(self, *, overwrite: bool) -> None:
-        """Make ready for shards: from here to `finish` the revision does not look like a finished model.
-
-        Weights that a cut-off run sent stay. For a pull request, it is opened here.
+    def check_streaming(self, *, overwrite: bool) -> None:
+        """Make sure that shards may be sent to the revision; nothing is changed.
 
         Raises:
-            RefusedError: the revision holds a finished model, and is not to be overwritten.
+            RefusedError: it holds a finished model, and is not to be overwritten.
         """
         with self._explained():
             _, names = self._listing()
-            finished = {"config.json", SAFETENSORS_INDEX}.intersection(names)
-            if finished and not overwrite:
-                raise RefusedError(
-                    f"{self._to.repo}: {self.revision} holds a model already ({', '.join(sorted(finished))}). "
-                    "Name another repository or --revision, or replace the model with --overwrite."
-                )
+        finished = _SEALS.intersection(names)
+        if finished and not overwrite:
+            raise RefusedError(
+                f"{self._to.repo}: {self.revision} holds a model already ({', '.join(sorted(finished))}). "
+                "Name another repository or --revision, or replace the model with --overwrite."
+            )
+
+    def begin_streaming(self) -> None:
+        """Make ready for shards: from here to `finish` the revision does not look like a finished model.
+
+        Weights that a cut-off run sent stay. For a pull request, it is opened here.
+        """
+        with self._explained():
+            _, names = self._listing()
             if self._to.create_pr:
-                pull_request = self._api.create_pull_request(self._to.repo, f"Upload {self._to.repo.partition('/')[2]}")
+                title = f"Upload {self._to.repo.partition('/')[2]}"
+                pull_request = self._ask(lambda: self._api.create_pull_request(self._to.repo, title))
                 self.revision = f"refs/pr/{pull_request.num}"
                 self._announce(f"{self._to.repo}: opened {self.url}; --revision {self.revision} continues it")
-            if finished:
+            if _SEALS.intersection(names):
                 self._commit("Remove the older model", self._stale(names, ()))
 
     def send(self, path: Path) -> str:
@@ -127,7 +140,7 @@ class Publisher:
             addition = CommitOperationAdd(path.name, path)
             self._commit(f"Add {path.name}", [addition])
             sha256, nbytes = addition.upload_info.sha256.hex(), addition.upload_info.size
-            files = self._api.get_paths_info(self._to.repo, [path.name], revision=self.revision)
+            files = self._ask(lambda: self._api.get_paths_info(self._to.repo, [path.name], revision=self.revision))
         held = [f"{lfs.size} bytes with SHA-256 {lfs.sha256}" for f in files if (lfs := getattr(f, "lfs", None))]
         expected = f"{nbytes} bytes with SHA-256 {sha256}"
         if held != [expected]:
@@ -160,7 +173,7 @@ class Publisher:
 
     def _listing(self) -> tuple[str | None, list[str]]:
         """The revision's commit and the names of its files."""
-        info = self._api.model_info(self._to.repo, revision=self.revision)
+        info = self._ask(lambda: self._api.model_info(self._to.repo, revision=self.revision))
         return info.sha, [file.rfilename for file in info.siblings or []]
 
     @staticmethod
@@ -178,7 +191,15 @@ class Publisher:
         return [CommitOperationDelete(name, is_folder=False) for name in stale]
 
     def _commit(self, message: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> None:
-        self._api.create_commit(self._to.repo, operations, commit_message=message, revision=self.revision)
+        self._ask(
+            lambda: self._api.create_commit(
+                self._to.repo, operations, commit_message=message, revision=self.revision
+            )
+        )  # fmt: skip
+
+    def _ask(self, action: Callable[[], Result]) -> Result:
+        """Ask the Hub again as long as it says that there were too many requests, and to wait."""
+        return patiently(self._to.repo, self._announce, action, TOLD_TO_WAIT)
 
     @contextmanager
     def _explained(self, after: str = "") -> Iterator[None]:
@@ -187,6 +208,8 @@ class Publisher:
             yield
         except MoemergeError:
             raise
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"not everything was sent to {self._to.repo}.{after}") from error
         except Exception as error:
             kind, text = explain(error, self._to, self._account)
             raise kind(f"{self._to.repo}: {text}{after}") from error

@@ -1,7 +1,6 @@
 """What the Hub's answers and the client's errors mean for one who publishes, and what to do next."""
 
 import re
-import socket
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any, Final
@@ -11,6 +10,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, R
 
 from moemerge.errors import PublishError, RefusedError
 from moemerge.publish.destination import Account, Destination
+from moemerge.sources.patience import is_of_network, seconds_asked
 
 _NO_TOKEN: Final = "pushing needs a token of the Hub, and there is none. Log in with `hf auth login`, or set HF_TOKEN."  # noqa: S105  no token
 _BAD_TOKEN: Final = (
@@ -33,7 +33,7 @@ def explain(error: BaseException, to: Destination, account: Account) -> Explaine
         return RefusedError, f"is no repository's name: {str(error).rstrip('.')}."
     if answered := next((one for one in chain if getattr(one, "response", None) is not None), None):
         return _explain_answer(answered, to, account)
-    if any(isinstance(one, ConnectionError | TimeoutError | socket.gaierror) for one in chain):
+    if is_of_network(error):
         return PublishError, _NETWORK
     while error.__cause__:
         error = error.__cause__
@@ -56,9 +56,8 @@ def _explain_answer(error: BaseException, to: Destination, account: Account) -> 
     elif status in _FULL_STATUSES and _FULL.search(said):
         text = f"the Hub has no room for it: {said}. Make room, or push to another account."
     elif status == HTTPStatus.TOO_MANY_REQUESTS:
-        window = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
-        seconds = response.headers.get("Retry-After") or (window and window[1])
-        text = f"the Hub asks for fewer requests. Try again {f'in {seconds} s' if seconds else 'later'}."
+        seconds = seconds_asked(response.headers)
+        text = f"the Hub asks for fewer requests. Try again {f'in {seconds:.0f} s' if seconds else 'later'}."
     elif status == HTTPStatus.PRECONDITION_FAILED:
         text = "somebody changed the repository in the meantime."
     elif status == HTTPStatus.FORBIDDEN:

@@ -21,7 +21,7 @@ from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.errors import SourceError
 from moemerge.sources.local import resolve_file
 from moemerge.sources.patience import ABSENT, PARTIAL, explained, patiently
-from moemerge.sources.ranges import HubFile
+from moemerge.sources.ranges import HubFile, NoRangesError
 from moemerge.sources.reference import Reference
 
 # Everything that a merge reads or copies beside weights; tokenizers come in many files.
@@ -75,7 +75,9 @@ def fetch_weights(reference: Reference, folder: Path, announce: Callable[[str], 
 def read_remote_tensors(
     reference: Reference, folder: Path, announce: Callable[[str], None]
 ) -> dict[str, StoredTensor] | None:
-    """Every tensor of a model, from headers that are read by ranges; None where it has pickles, which cannot be.
+    """Every tensor of a model, from headers that are read by ranges; None where they cannot be.
+
+    Pickles cannot, and not every proxy lets parts of a file through.
 
     Raises:
         SourceError: says what the Hub answered and what to do.
@@ -91,7 +93,11 @@ def read_remote_tensors(
             return list(pool.map(lambda name: read_header(HubFile(reference, folder.name, name, announce)), file_names))
 
     index = {SAFETENSORS_INDEX} if (folder / SAFETENSORS_INDEX).exists() else set()
-    return read_tensors(folder, {*names} | index, lambda name: resolve_file(folder, name), read)
+    try:
+        return read_tensors(folder, {*names} | index, lambda name: resolve_file(folder, name), read)
+    except NoRangesError as error:
+        announce(f"{error}".replace("Run without --stream.", "All of it is downloaded."))
+        return None
 
 
 def cache_folder() -> Path:

@@ -2,7 +2,8 @@
 
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import ssl
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import Final, TypeVar
@@ -36,17 +37,22 @@ FIRST_WAIT: Final = 0.5
 _LONGEST_WAIT: Final = 32.0
 _TOLD_WAIT: Final = 2.0
 _MOST_TRIES: Final = 11
+_FEW_TRIES: Final = 4
 _TOO_MANY_REQUESTS: Final = 429
-_MAY_PASS: Final = {408, _TOO_MANY_REQUESTS, 500, 502, 503, 504}
+TOLD_TO_WAIT: Final = frozenset({_TOO_MANY_REQUESTS})
+_MAY_PASS: Final = TOLD_TO_WAIT | {408, 500, 502, 503, 504}
+# Of HTTP libraries: what went wrong on the way is theirs, and so are these, which would again.
+_HTTP_LIBRARIES: Final = {"httpx", "httpx2", "httpcore", "httpcore2", "h11", "urllib3", "requests"}
+_USELESS: Final = {"InvalidURL", "UnsupportedProtocol", "InvalidSchema", "MissingSchema", "LocalProtocolError"}
 Result = TypeVar("Result")
 
 
 class Patience:
     """How often something is tried again, and how long it is waited before that."""
 
-    def __init__(self, what: object, announce: Callable[[str], None]) -> None:
-        """Speak of `what` when the Hub asks to wait."""
-        self._what, self._announce = what, announce
+    def __init__(self, what: object, announce: Callable[[str], None], most_tries: int = _MOST_TRIES) -> None:
+        """Speak of `what` when the Hub asks to wait, or when the waits get long."""
+        self._what, self._announce, self._most_tries = what, announce, most_tries
         self._tries = 0
 
     def reset(self) -> None:
@@ -61,29 +67,37 @@ class Patience:
         """
         answer = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
         status = None if answer is None else answer.status_code
-        if self._tries + 1 >= _MOST_TRIES or (status is not None and status not in _MAY_PASS):
+        if not (status in _MAY_PASS if status else _may_pass(error)):
             raise error
+        # The Hub that asks for patience will answer some day.
         self._tries += 1
+        if self._tries >= (_MOST_TRIES if status == _TOO_MANY_REQUESTS else self._most_tries):
+            raise error
         why = "too many requests" if status == _TOO_MANY_REQUESTS else f"status {status}" if status else str(error)
-        asked = None if answer is None else _seconds_asked(answer.headers)
+        why = (why.splitlines() or [type(error).__name__])[0]
+        asked = None if answer is None else seconds_asked(answer.headers)
         if asked is not None:
             self._announce(f"{self._what}: the Hub asks to wait for {asked:.0f} s ({why})")
             return asked
         wait: float = min(FIRST_WAIT * 2 ** (self._tries - 1), _LONGEST_WAIT)
         if wait >= _TOLD_WAIT:
-            self._announce(f"{self._what}: {why.splitlines()[0].rstrip('.')}; trying again in {wait:.0f} s")
+            self._announce(f"{self._what}: {why.rstrip('.')}; trying again in {wait:.0f} s")
         return wait
 
 
-def patiently(what: object, announce: Callable[[str], None], action: Callable[[], Result]) -> Result:
-    """Do something again as long as the Hub says that there were too many requests, and to wait."""
-    patience = Patience(what, announce)
+def patiently(
+    what: object, announce: Callable[[str], None], action: Callable[[], Result],
+    statuses: Collection[int] = _MAY_PASS,
+) -> Result:  # fmt: skip
+    """Ask the Hub again where it is too busy or stumbles; a network that is not there is not waited for."""
+    patience = Patience(what, announce, _FEW_TRIES)
     while True:
         try:
             return action()
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:  # noqa: PERF203  the loop is for the error
             answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-            if not isinstance(answer, HfHubHTTPError) or answer.response.status_code != _TOO_MANY_REQUESTS:
+            response = getattr(answer, "response", None)
+            if not isinstance(answer, HfHubHTTPError) or response is None or response.status_code not in statuses:
                 raise
             sleep(patience.wait_after(answer))
 
@@ -98,7 +112,7 @@ def sleep(seconds: float) -> None:
         raise KeyboardInterrupt
 
 
-def _seconds_asked(headers: Mapping[str, str]) -> float | None:
+def seconds_asked(headers: Mapping[str, str]) -> float | None:
     """What the answer says: `Retry-After`, or the Hub's `RateLimit: "api";r=0;t=55`.
 
     https://huggingface.co/docs/hub/rate-limits
@@ -123,7 +137,7 @@ def explained(reference: Reference, absent: str) -> Iterator[None]:
 def _explain(error: BaseException, reference: Reference, absent: str) -> str:  # noqa: PLR0911  one for each error
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         return _explain(error.__cause__, reference, absent)  # the Hub did answer
-    if isinstance(error, LocalEntryNotFoundError) or _is_of_network(error):
+    if isinstance(error, LocalEntryNotFoundError) or is_of_network(error):
         # Newer clients raise IncompleteSnapshotError, which alone has this attribute.
         return PARTIAL if hasattr(error, "snapshot_path") else absent
     if isinstance(error, RevisionNotFoundError):
@@ -169,8 +183,20 @@ def _question(names: Sequence[str]) -> str:
     return f" Did you mean {' or '.join(names)}?" if names else ""
 
 
-def _is_of_network(error: BaseException | None) -> bool:
+def is_of_network(error: BaseException) -> bool:
     """Whether the network failed, or is not to be used: below every HTTP library lies an error of its socket."""
-    while error and not isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+    return any(isinstance(one, ConnectionError | TimeoutError | socket.gaierror) for one in _chain(error))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether what is no answer of the Hub may be another time."""
+    if any(isinstance(one, ssl.SSLCertVerificationError) for one in _chain(error)):
+        return False
+    library = type(error).__module__.partition(".")[0]
+    return is_of_network(error) or (library in _HTTP_LIBRARIES and type(error).__name__ not in _USELESS)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error:
+        yield error
         error = error.__cause__ or error.__context__
-    return error is not None

@@ -10,19 +10,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from moemerge.checkpoint.copy import write_all, write_failure
@@ -39,8 +34,14 @@ _KEPT_BYTES: Final = 2**20
 # So often the reader is asked whether it still waits.
 _NAP_SECONDS: Final = 0.25
 _PARTIAL_CONTENT: Final = 206
+_NOT_SATISFIABLE: Final = 416
 # Answers of the host for the bytes when the address that the Hub gave has expired.
 _EXPIRED: Final = {401, 403}
+_MOST_REFUSALS: Final = 3
+
+
+class NoRangesError(SourceError):
+    """The Hub, or what stands before it, does not send parts of a file."""
 
 
 class HubFile:
@@ -60,7 +61,9 @@ class HubFile:
         self._tags: dict[str, str] = {}
         with explained(reference, ABSENT):
             found = patiently(self, announce, lambda: get_hf_file_metadata(self._url))
-        self.nbytes, self.identity, self._location = found.size or 0, found.etag or "", found.location
+        if found.size is None or found.etag is None:
+            raise NoRangesError(f"{self}: the Hub tells neither size nor hash of it, so it cannot be streamed.")
+        self.nbytes, self.identity, self._location = found.size, found.etag, found.location
 
     def __repr__(self) -> str:
         return f"{self._reference.repo}@{self._commit[:7]}/{self.name}"
@@ -97,9 +100,7 @@ class HubFile:
     def _locate_again(self) -> str:
         try:
             found = get_hf_file_metadata(self._url)
-        except GatedRepoError:
-            raise
-        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        except (RevisionNotFoundError, EntryNotFoundError) as error:
             raise self._changed("it is no longer there") from error
         if found.etag != self.identity or found.size != self.nbytes or found.commit_hash not in {self._commit, None}:
             raise self._changed("it has other content now")
@@ -112,19 +113,27 @@ class HubFile:
             SourceError: it is not.
         """
         status, headers = answer.status_code, answer.headers
-        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", headers.get("Content-Range", ""))
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
         if status != _PARTIAL_CONTENT or not found:
-            raise SourceError(
-                f"{self}: bytes {start} to {end} were asked for, but the Hub sends no byte ranges (status {status}). "
-                "Run without --stream."
+            raise NoRangesError(
+                f"{self}: bytes {start} to {end} were asked for, but {urlsplit(location).netloc} sends no byte ranges "
+                f"(status {status}). Run without --stream."
             )
-        first, last, total = map(int, found.groups())
-        if total != self.nbytes:
-            raise self._changed(f"it had {self.nbytes} bytes and has {total}")
-        if (tag := headers.get("ETag")) and self._tags.setdefault(urlsplit(location).path, tag) != tag:
+        first, last = int(found[1]), int(found[2])
+        if found[3] not in {str(self.nbytes), "*"}:
+            raise self._changed(f"it had {self.nbytes} bytes and has {found[3]}")
+        place = urlsplit(location)
+        if (tag := headers.get("ETag")) and self._tags.setdefault(place.netloc + place.path, tag) != tag:
             raise self._changed("it has other content now")
         if first != start or last >= end:
             raise SourceError(f"{self}: bytes {start} to {end} were asked for, {first} to {last + 1} were sent.")
+
+    def refused(self, location: str, status: int) -> SourceError:
+        """What to tell the user when the host for the bytes refuses even a fresh address."""
+        return SourceError(
+            f"{self}: {urlsplit(location).netloc}, where the Hub sends us for the bytes, refuses them (status "
+            f"{status}). Check what stands between you and it: a proxy, a firewall, the clock."
+        )
 
     def _changed(self, how: str) -> SourceError:
         return SourceError(
@@ -153,6 +162,8 @@ class _Range:
         self._chunks: Iterator[bytes] | None = None
         self._left = memoryview(b"")
         self._again_at = 0.0
+        self._refusals = 0
+        """How often addresses were refused since something came."""
 
     def readinto(self, view: memoryview, /) -> int | None:
         """Read what has come; None while the next try waits."""
@@ -164,8 +175,9 @@ class _Range:
 
     def _receive(self) -> bool:
         """Wait for a chunk; False where none has come."""
-        if (wait := self._again_at - time.monotonic()) > 0:
-            sleep(min(wait, _NAP_SECONDS))
+        wait = self._again_at - time.monotonic()
+        sleep(min(max(wait, 0), _NAP_SECONDS))
+        if wait > 0:
             return False
         try:
             if self._chunks is None:
@@ -178,8 +190,12 @@ class _Range:
         if not chunk:
             return self._try_later(ConnectionError(f"the answer ended {self._end - self._next} bytes too early"))
         self._patience.reset()
+        self._refusals = 0
         self._left = memoryview(chunk)[: self._end - self._next]
         self._next += len(self._left)
+        if self._next == self._end:
+            with suppress(Exception):  # a connection is used again only when its answer was read to the end
+                next(self._chunks, b"")
         return True
 
     def _try_later(self, error: Exception) -> Literal[False]:
@@ -194,7 +210,7 @@ class _Range:
     def _connect(self) -> Iterator[bytes]:
         location = self._file.locate()
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={self._next}-{self._end - 1}"}
-        if at_hub := urlsplit(location).netloc == urlsplit(constants.ENDPOINT).netloc:
+        if at_hub := urlsplit(location)[:2] == urlsplit(constants.ENDPOINT)[:2]:
             headers |= build_hf_headers()
         session: Any = get_session()
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -207,9 +223,13 @@ class _Range:
             answer = self._open.enter_context(session.stream("GET", location, headers=headers, timeout=timeout))
             chunks = answer.iter_raw()
         if not at_hub and answer.status_code in _EXPIRED:
+            self._refusals += 1
+            if self._refusals > _MOST_REFUSALS:
+                raise self._file.refused(location, answer.status_code)
             self._file.forget_location(location)
             raise ConnectionError("the address of the bytes has expired")
-        hf_raise_for_status(answer)
+        if answer.status_code != _NOT_SATISFIABLE:  # else of another size
+            hf_raise_for_status(answer)
         self._file.check_answer(location, answer, self._next, self._end)
         return chunks
 
@@ -227,30 +247,30 @@ class _Spool:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._units: dict[tuple[int, int], threading.Lock] = {}
+        self._spans: dict[tuple[int, int], threading.Lock] = {}
         self._held: set[tuple[int, int]] = set()
 
     def want(self, start: int, end: int) -> None:
         """These bytes are worth keeping; they are fetched together, whichever of them is read first."""
-        if not any(first <= start and end <= last for first, last in self._units):
-            units = {unit: lock for unit, lock in self._units.items() if not start <= unit[0] <= unit[1] <= end}
-            self._units = units | {(start, end): threading.Lock()}
+        if not any(first <= start and end <= last for first, last in self._spans):
+            spans = {span: lock for span, lock in self._spans.items() if not start <= span[0] <= span[1] <= end}
+            self._spans = spans | {(start, end): threading.Lock()}
 
     def wants(self, start: int, end: int) -> bool:
         """Whether all of these bytes are worth keeping."""
-        for first, last in sorted(self._units):
+        for first, last in sorted(self._spans):
             if first <= start < last:
                 start = last
         return start >= end
 
     def open(self, file: HubFile, start: int, end: int) -> Reader:
         """The file at `start`, once all is there up to `end`."""
-        for unit, lock in sorted(self._units.items()):
-            if unit[0] < end and start < unit[1]:
+        for span, lock in sorted(self._spans.items()):
+            if span[0] < end and start < span[1]:
                 with lock:
-                    if unit not in self._held:
-                        self._fetch(file, *unit)
-                        self._held.add(unit)
+                    if span not in self._held:
+                        self._fetch(file, *span)
+                        self._held.add(span)
         reader = self.path.open("rb", buffering=0)
         reader.seek(start)
         return reader
@@ -268,4 +288,4 @@ class _Spool:
             finally:
                 os.close(target)
         except OSError as error:
-            raise write_failure(self.path, error) from error
+            raise write_failure(self.path.parent.parent / self.path.name, error) from error
