@@ -90,8 +90,7 @@ class MergePlan:
     references: Mapping[File, str]
     """Of each file of weights, the model that it belongs to, as the config names it."""
     reread: tuple[StoredTensor, ...]
-    """What is read more than once: what routers are computed from, what becomes several tensors, and what has to be read
-    to find out how models are mixed."""
+    """What is read more than once: for routers, for several tensors, or to find out how models are mixed."""
     dtype: str
     output_config: dict[str, Any]
     """The merged model's `config.json`."""

@@ -231,11 +231,7 @@ def _layout(
 ) -> tuple[list[Shard], int]:
     """The shards, and how many of their bytes are shared with the sources."""
     specs = [_spec(name, dtype, output.shape) for name, output in outputs.items()]
-    copied = {
-        name: source
-        for name, output in outputs.items()
-        if (source := output.copied_from) and not isinstance(source.path, Derived)
-    }
+    copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
     paths = {tensor.path for tensor in copied.values()}
     if not (target and paths and all(isinstance(path, Path) and shares_extents(path, target) for path in paths)):
         return layout_shards(specs, max_shard_bytes), 0
