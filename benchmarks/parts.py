@@ -2,9 +2,9 @@
 
     python benchmarks/parts.py MODELS TEXTS --markdown
 
-MODELS and TEXTS are as for benchmarks/routers.py. Each way is merged, with routers fitted to the texts on its own weights,
-and run with these routers, with the label oracle's choices, and with all experts alike. docs/quality.md says what the rows
-mean; intervals are over documents, those of differences over the same documents drawn for both.
+MODELS and TEXTS are as for benchmarks/routers.py. Each way is merged, with routers fitted to the texts on its own
+weights, and run with these routers, with the label oracle's choices, and with all experts alike. docs/quality.md says
+what the rows mean; intervals are over documents, those of differences over the same documents drawn for both.
 """
 
 import argparse

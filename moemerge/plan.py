@@ -114,7 +114,8 @@ class MergePlan:
     @property
     def folders(self) -> list[Path]:
         """Of the sources."""
-        return [source.folder for source in self.sources]
+        adapters = [adapter.folder for source in self.sources for adapter in source.adapters]
+        return [*(source.folder for source in self.sources), *adapters]
 
     @property
     def computed(self) -> dict[str, Computed]:

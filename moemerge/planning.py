@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,7 +14,7 @@ from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_ex
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
-from moemerge.compatibility import check_base, check_configs, check_expert
+from moemerge.compatibility import check_adapters, check_base, check_configs, check_expert
 from moemerge.config import MergeConfig
 from moemerge.dtypes import NAMED, STORED, bytes_of
 from moemerge.errors import IncompatibleError
@@ -99,12 +100,16 @@ def plan_merge(
         )
     approve((base_folder, *folders))
     tables = {reference: read_tensor_table(folder, announce, weights="stream") for reference, folder in opened.items()}
-    base_tensors = tables[config.base_model]
-    dtype = config.dtype or _main_dtype(base_tensors)
-    findings = [found, check_base(base, family, base_tensors, mixture.dense_layers)]
+    dtype = config.dtype or _main_dtype(tables[config.base_model])
+    findings = [found, check_base(base, family, tables[config.base_model], mixture.dense_layers)]
     findings += [
         check_expert(name, model, tables[folder.reference])
         for name, model, folder in zip(names, models, folders, strict=True)
+    ]
+    findings += [
+        check_adapters(name, model, tables[folder.reference], shared=config.shared_weights.method)
+        for name, model, folder in zip(names, models, folders, strict=True)
+        if folder.adapters
     ]
     _refuse([problem for finding in findings for problem in finding.problems])
     notes = [note for finding in findings for note in finding.notes] + tokenizer_notes + family_notes
@@ -142,7 +147,9 @@ def plan_merge(
             *(tensor for tensor in parts.base.values() if isinstance(tensor.path, Derived) and tensor.path.rereads),
             *_repeated(outputs),
         ),
-        references={tensor.path: name for name, table in tables.items() for tensor in table.values()},
+        references={
+            leaf.path: name for name, table in tables.items() for tensor in table.values() for leaf in leaves(tensor)
+        },
         dtype=dtype,
         output_config=family.config(base, mixture, dtype),
         outputs=outputs,
@@ -172,9 +179,9 @@ def _dense(folder: ModelFolder) -> DenseModel:
 def _main_dtype(tensors: dict[str, StoredTensor]) -> str:
     """The dtype that most of a model's bytes are stored in; `config.json` may claim another."""
     counted: Counter[str] = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype in NAMED:
-            counted[tensor.dtype] += tensor.nbytes
+    for leaf in chain.from_iterable(map(leaves, tensors.values())):
+        if leaf.dtype in NAMED:
+            counted[leaf.dtype] += leaf.nbytes
     return NAMED[counted.most_common(1)[0][0]] if counted else "bfloat16"
 
 

@@ -44,6 +44,8 @@ class Derived:
     """Of the result, as a safetensors header spells it."""
     rereads: bool = False
     """Whether the recipe itself reads the inputs too."""
+    others: tuple[StoredTensor, ...] = ()
+    """What else the recipe reads, of other shapes."""
 
     def __repr__(self) -> str:
         return f"{self.name}: {self.inputs[0].path}"
@@ -61,7 +63,9 @@ class Derived:
     @property
     def identity(self) -> str:
         """A hash of the recipe, and of what the inputs are told by: place, size and time of change, or identity."""
-        inputs = [(repr(tensor), size_of(tensor.path), _told_by(tensor.path)) for tensor in self.inputs]
+        inputs = [
+            (repr(tensor), size_of(tensor.path), _told_by(tensor.path)) for tensor in (*self.inputs, *self.others)
+        ]
         return hashlib.sha256(repr((self.told, self.dtype, inputs)).encode()).hexdigest()
 
     def tensor(self, name: str) -> StoredTensor:
@@ -122,7 +126,7 @@ def blocks_of(tensors: Sequence[StoredTensor], first: int = 0) -> Iterator[list[
 def leaves(tensor: StoredTensor) -> Iterator[StoredTensor]:
     """What a tensor is read from in the end: itself, or all that it is derived from."""
     if isinstance(tensor.path, Derived):
-        for source in tensor.path.inputs:
+        for source in (*tensor.path.inputs, *tensor.path.others):
             yield from leaves(source)
     else:
         yield tensor
