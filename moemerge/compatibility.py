@@ -112,7 +112,7 @@ def check_expert(name: str, model: DenseModel, tensors: Mapping[str, StoredTenso
 
 
 def check_adapters(name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str) -> Findings:
-    """Check that an expert's adapters change its FFNs; what else they change matters where `shared` weights are mixed."""
+    """Check that an expert's adapters change its FFNs; the rest counts where `shared` weights are mixed."""
     found = Findings()
     changed = {tensor for tensor, stored in tensors.items() if isinstance(stored.path, Derived)}
     inside = changed & _ffns(model).keys()
