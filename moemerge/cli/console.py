@@ -80,7 +80,7 @@ def explain_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MoemergeError):
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted: {error or 'the output is as it was before'}", 130
+        return f"interrupted: {str(error) or 'the output is as it was before'}", 130
     if isinstance(error, MemoryError):
         return "error: memory ran out. `moemerge plan` says how much a merge needs.", 1
     fault = "This is a fault in moemerge: please report it, with what --debug shows."
