@@ -242,8 +242,8 @@ def test_a_norm_near_zero_cannot_be_undone(tmp_path, llamas):
     with pytest.raises(IncompatibleError) as caught:
         plan_merge(load_config(config))
     assert str(caught.value).splitlines()[1] == (
-        "  - fold_norms: experts[0]: 2 of 32 weights of layer 1's shared norm are near zero where its own are not: the "
-        "expert needs what that norm removes. Leave out fold_norms"
+        "  - fold_norms: experts[0]: 2 of 32 weights of layer 1's shared norm are near zero beside its own: the expert "
+        "needs what that norm removes. Leave out fold_norms"
     )
 
 
