@@ -3,8 +3,8 @@
     python benchmarks/parts.py MODELS TEXTS --markdown
 
 MODELS and TEXTS are as for benchmarks/routers.py. Each way is merged, with routers fitted to the texts on its own
-weights, and run with these routers, with the label oracle's choices, and with all experts alike. docs/quality.md says
-what the rows mean; intervals are over documents, those of differences over the same documents drawn for both.
+weights, and run with these routers and with the label oracle's choices; what is recovered is relative to the first row,
+between all its experts alike and its oracle. docs/quality.md says what the rows mean; intervals are over documents, those of differences over the same documents drawn for both.
 """
 
 import argparse
@@ -31,9 +31,9 @@ CPU = torch.device("cpu")
 DENSE_OWN = "each domain's own dense expert"
 WAYS: dict[str, dict[str, Any]] = {
     "base": {},
-    "base, folded norms": {"fold_norms": True},
     "average": {"shared_weights": "average"},
     "average, folded norms": {"shared_weights": "average", "fold_norms": True},
+    "base, folded norms": {"fold_norms": True},
     "ties, density 0.5": {"shared_weights": {"method": "ties", "density": 0.5}},
     "ties, density 0.2": {"shared_weights": {"method": "ties", "density": 0.2}},
     "dare, density 0.5": {"shared_weights": {"method": "dare", "density": 0.5}},
@@ -93,14 +93,14 @@ def rows(options: argparse.Namespace, experts: dict[str, str], folder: Path) -> 
                 runs.run(SOUP, soup)
             for baseline in (DENSE_OWN, SOUP):
                 yield [*cells(baseline, runs.sums[baseline], domains), *["-"] * 4]
-        even = uniform(mixture)
-        if isinstance(even, Runnable):
-            runs.run(UNIFORM, even)
+            even = uniform(mixture)
+            if isinstance(even, Runnable):
+                runs.run(UNIFORM, even)
         for place in range(len(domains)):
             runs.run(ORACLE, forced(mixture, place), domains=[place])
         tally = RoutingTally(mixture, runs.texts)
         runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=tally.add)
-        share = recovered(runs.sums, runs.texts.domains)
+        share = recovered({**first.sums, MERGED: runs.sums[MERGED]}, runs.texts.domains)
         right = np.mean([tally.of(place).accuracy for place in range(len(domains))])
         yield cells(
             name, runs.sums[MERGED], domains,
