@@ -126,8 +126,8 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
     sections = [
         f"# {name}",
         f"A {plan.family.model_type} of {len(config.experts)} experts{where}, {config.experts_per_token} per token, "
-        "made with moemerge: embeddings, attention and norms come from "
-        f"{_shown(config.base_model, plan)}, each expert's FFNs from its own model, "
+        f"made with moemerge: embeddings, attention and norms {_shared(plan)}, each expert's FFNs "
+        f"{'with its own norms folded in, ' if config.fold_norms else ''}from its own model, "
         f"routers from `gate_mode: {config.way}`.",
         f"**{_millions(plan.total_parameters)} parameters, {_millions(plan.active_parameters)} active per token, "
         f"{plan.dtype}.**",
@@ -208,6 +208,16 @@ def _evaluation(found: "Evaluation") -> str:
         loads = " | ".join(f"{share:.1%}" for share in routing.load)
         lines.append(f"| {name} | {right} | {loads} | {routing.top_weight:.2f} |")
     return "\n".join([*lines, *(f"\n> **Note:** {note}." for note in found.notes)])
+
+
+def _shared(plan: MergePlan) -> str:
+    """Where embeddings, attention and norms come from."""
+    base, method = _shown(plan.config.base_model, plan), plan.config.shared_weights.method
+    if method == "base":
+        return f"come from {base}"
+    if method == "average":
+        return f"are the mean of the experts' (tokenizer: {base})"
+    return f"are those of {base} with what the experts changed, by {method.upper()}"
 
 
 def _shown(reference: str, plan: MergePlan) -> str:

@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import MergeConfig
 from moemerge.folding import fold_norms
 from moemerge.formats import Mixture
 from moemerge.formats.dense import DenseModel
-from moemerge.shared_weights import share_weights
+from moemerge.shared_weights import can_share, share_weights
 
 Tensors = Mapping[str, StoredTensor]
+_AVERAGE: Final = (
+    "attention and norms are the base model's alone; with `shared_weights: average` they are the experts' mean, which "
+    "measured better for fine-tunes of one model (docs/quality.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class Parts:
     experts: Sequence[Tensors]
     """Of every expert, then of every shared expert."""
     notes: Sequence[str]
+    advice: Sequence[str] = ()
+    """What measured better than what the config asks for."""
 
 
 def take_parts(
@@ -47,8 +54,11 @@ def take_parts(
     own = [tables[expert.source_model] for expert in every_expert]
     routed = list(zip(places, models, own, strict=True))[: len(config.experts)]
     shared, notes = share_weights(config.shared_weights, base, tables[config.base_model], routed, dtype)
+    advice = []
+    if config.shared_weights.method == "base" and can_share(base, shared, routed):
+        advice = [_AVERAGE]
     if not config.fold_norms:
-        return Parts(shared, own, notes)
+        return Parts(shared, own, notes, advice)
     merged = (base, shared)
     ours = fold_norms("base_model", (base, tables[config.base_model]), merged, range(base.layers))
     ffn = [name for layer in range(base.layers) for name in base.ffn(layer)]
@@ -56,4 +66,4 @@ def take_parts(
         fold_norms(place, (model, table), merged, mixture.moe_layers)
         for place, model, table in zip(places, models, own, strict=True)
     ]
-    return Parts(shared | {name: ours[name] for name in ffn}, folded, notes)
+    return Parts(shared | {name: ours[name] for name in ffn}, folded, notes, advice)

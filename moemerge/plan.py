@@ -101,6 +101,8 @@ class MergePlan:
     """Of the base model, beside its weights."""
     notes: tuple[str, ...]
     """What the user should know."""
+    advice: tuple[str, ...]
+    """What measured better than what the config asks for."""
     family_notes: tuple[str, ...]
     """Those of them that a user of the merged model should know too: what readers of its family get wrong."""
     shared_bytes: int

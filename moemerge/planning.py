@@ -156,6 +156,7 @@ def plan_merge(
         shards=tuple(shards),
         copied_files=copied_files,
         notes=tuple(notes),
+        advice=tuple(parts.advice),
         family_notes=tuple(family_notes),
         shared_bytes=shared,
         runs_base=runs_base,

@@ -48,21 +48,8 @@ def share_weights(
     """
     if settings.method == "base":
         return dict(tensors), []
-    problems = [
-        f"shared_weights: {name}: {key} is {model.config.get(key)!r}, but the base model's is "
-        f"{base.config.get(key)!r}, so their attention cannot be mixed"
-        for name, model, _ in experts
-        for key in _SAME
-        if model.config.get(key) != base.config.get(key)
-    ]
-    inside = [name for layer in range(base.layers) for name in base.tensors(layer)] + [base.family.last]
-    problems += [
-        f"shared_weights: {name}: has no tensor {tensor} of shape {list(tensors[tensor].shape)}, as the base model has"
-        for name, _, theirs in experts
-        for tensor in inside
-        if tensor not in theirs or theirs[tensor].shape != tensors[tensor].shape
-    ]
-    if problems:
+    inside = _inside(base)
+    if problems := _differences(base, tensors, experts):
         raise IncompatibleError("These models cannot be merged:", problems)
     notes = []
     mixed = list(inside)
@@ -76,6 +63,38 @@ def share_weights(
             mixed.append(name)
     made = {name: _derive(settings, tensors[name], [theirs[name] for _, _, theirs in experts], dtype) for name in mixed}
     return {**tensors, **made}, notes
+
+
+def can_share(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]) -> bool:
+    """Whether the models' attention and norms could be mixed, and differ."""
+    if _differences(base, tensors, experts):
+        return False
+    files = {model_tensors[base.family.last].path for _, _, model_tensors in experts}
+    return len(files | {tensors[base.family.last].path}) > 1
+
+
+def _inside(base: DenseModel) -> list[str]:
+    """Names of the tensors that are mixed whatever the vocabularies are."""
+    return [name for layer in range(base.layers) for name in base.tensors(layer)] + [base.family.last]
+
+
+def _differences(
+    base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]
+) -> list[str]:  # fmt: skip
+    """Why attention and norms cannot be mixed."""
+    problems = [
+        f"shared_weights: {name}: {key} is {model.config.get(key)!r}, but the base model's is "
+        f"{base.config.get(key)!r}, so their attention cannot be mixed"
+        for name, model, _ in experts
+        for key in _SAME
+        if model.config.get(key) != base.config.get(key)
+    ]
+    return problems + [
+        f"shared_weights: {name}: has no tensor {tensor} of shape {list(tensors[tensor].shape)}, as the base model has"
+        for name, _, theirs in experts
+        for tensor in _inside(base)
+        if tensor not in theirs or theirs[tensor].shape != tensors[tensor].shape
+    ]
 
 
 def _derive(
