@@ -4,8 +4,8 @@
 
 MODELS and TEXTS are as for benchmarks/routers.py. Each way is merged, with routers fitted to the texts on its own
 weights, and run with these routers and with the label oracle's choices; what is recovered is relative to the first row,
-between all its experts alike and its oracle. docs/quality.md says what the rows mean; intervals are over documents, those
-of differences over the same documents drawn for both.
+between all its experts alike and its oracle. docs/quality.md says what the rows mean; intervals are over documents,
+those of differences over the same documents drawn for both.
 """
 
 import argparse
