@@ -9,7 +9,7 @@ from moemerge.config import Expert
 from moemerge.errors import RefusedError
 from moemerge.licences import strictest
 from moemerge.plan import MergePlan
-from moemerge.sources import ModelFolder, Reference
+from moemerge.sources import ModelFolder, Reference, parse_reference
 
 if TYPE_CHECKING:
     from moemerge.evaluation.figures import Evaluation
@@ -35,7 +35,8 @@ def write_card(folder: Path, name: str, plan: MergePlan, report: "RoutingReport"
     """Write `README.md` with the Hub's metadata into `folder`; name and licence are the merged model's."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    origins = [source.origin for source in plan.sources]
+    adapters = [parse_reference(adapter.reference) for source in plan.sources for adapter in source.adapters]
+    origins = [*(source.origin for source in plan.sources), *adapters]
     repos = list(dict.fromkeys(origin.repo for origin in origins if isinstance(origin, Reference)))
     data = ModelCardData(
         base_model=repos or None,
@@ -54,7 +55,9 @@ def licence_of(sources: Sequence[ModelFolder]) -> str:
     Raises:
         RefusedError: they do not say; names every source's.
     """
-    return strictest({source.reference: read_licence(source.folder) for source in sources})
+    adapters = {adapter.reference: adapter.folder for source in sources for adapter in source.adapters}
+    folders = {source.reference: source.folder for source in sources} | adapters
+    return strictest({reference: read_licence(folder) for reference, folder in folders.items()})
 
 
 def read_licence(folder: Path) -> str | None:
@@ -123,8 +126,8 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
     sections = [
         f"# {name}",
         f"A {plan.family.model_type} of {len(config.experts)} experts{where}, {config.experts_per_token} per token, "
-        "made with moemerge: embeddings, attention and norms come from "
-        f"{_shown(config.base_model, plan)}, each expert's FFNs from its own model, "
+        f"made with moemerge: embeddings, attention and norms {_shared(plan)}, each expert's FFNs "
+        f"{'with its own norms folded in, ' if config.fold_norms else ''}from its own model, "
         f"routers from `gate_mode: {config.way}`.",
         f"**{_millions(plan.total_parameters)} parameters, {_millions(plan.active_parameters)} active per token, "
         f"{plan.dtype}.**",
@@ -207,10 +210,25 @@ def _evaluation(found: "Evaluation") -> str:
     return "\n".join([*lines, *(f"\n> **Note:** {note}." for note in found.notes)])
 
 
+def _shared(plan: MergePlan) -> str:
+    """Where embeddings, attention and norms come from."""
+    base, method = _shown(plan.config.base_model, plan), plan.config.shared_weights.method
+    if method == "base":
+        return f"come from {base}"
+    if method == "average":
+        return f"are the mean of the experts' (tokenizer: {base})"
+    return f"are those of {base} with what the experts changed, by {method.upper()}"
+
+
 def _shown(reference: str, plan: MergePlan) -> str:
     """A source as the config names it, or as its repository and commit."""
     source = next((source for source in plan.sources if source.reference == reference), None)
-    if source and isinstance(source.origin, Reference) and source.folder.parent.name == "snapshots":
+    if (
+        source
+        and not source.adapters
+        and isinstance(source.origin, Reference)
+        and source.folder.parent.name == "snapshots"
+    ):
         return f"`{source.origin.repo}` at `{source.folder.name}`"
     return f"`{reference}`"
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
 from moemerge.formats.dense import PLAIN, Axes, DenseModel, read_dense
@@ -107,6 +108,24 @@ def check_expert(name: str, model: DenseModel, tensors: Mapping[str, StoredTenso
     rest = model.outside() | {model.family.head: ("vocab", "hidden")}
     rest |= {tensor: axes for layer in range(model.layers) for tensor, axes in model.tensors(layer).items()}
     _check_tensors(name, model, tensors, required=_ffns(model), allowed=rest, found=found)
+    return found
+
+
+def check_adapters(name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str) -> Findings:
+    """Check that an expert's adapters change its FFNs; the rest counts where `shared` weights are mixed."""
+    found = Findings()
+    changed = {tensor for tensor, stored in tensors.items() if isinstance(stored.path, Derived)}
+    inside = changed & _ffns(model).keys()
+    if not inside:
+        found.problems.append(
+            f"{name}: the adapter changes no FFN, so the expert would be the model before the +. Choose one that "
+            "targets gate_proj, up_proj or down_proj"
+        )
+    elif shared == "base" and (rest := len(changed - inside)):
+        found.notes.append(
+            f"{name}: what the adapter changes in {rest} tensors beside the FFNs is not used; shared_weights: average "
+            "takes it in"
+        )
     return found
 
 

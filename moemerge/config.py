@@ -100,6 +100,18 @@ class RouterSettings(_Strict):
     """Of random routers, and of which documents are read where there are more than are needed."""
 
 
+class SharedWeights(_Strict):
+    """How embeddings, attention and norms are made; see `moemerge.shared_weights`."""
+
+    method: Literal["base", "average", "ties", "dare"] = "base"
+    weights: list[Annotated[float, BeforeValidator(_no_flag), Field(gt=0, allow_inf_nan=False)]] | None = None
+    """Of the experts, in their order; they are divided by their sum. None: all alike."""
+    density: Annotated[float, BeforeValidator(_no_flag)] = Field(0.5, gt=0, le=1, allow_inf_nan=False)
+    """Of `ties` and `dare`: the share of an expert's changes that is kept."""
+    seed: int = Field(0, ge=0, strict=True)
+    """Of `dare`."""
+
+
 class MergeConfig(_Strict):
     """A merge: a base model and the experts whose FFNs are stacked into it."""
 
@@ -115,6 +127,13 @@ class MergeConfig(_Strict):
     """The output family's `model_type`; None chooses the first that fits."""
     moe_layers: Layers = "all"
     """Layers that hold experts; the others keep the base model's FFN."""
+    shared_weights: Annotated[
+        SharedWeights,
+        BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else {} if value is None else value),
+    ] = Field(default_factory=lambda: SharedWeights.model_validate({}))
+    """Embeddings, attention and norms: the base model's, or made of all models' own."""
+    fold_norms: bool = Field(default=False, strict=True)
+    """Whether what an expert's own norm before its FFN does beyond the shared one is folded into the FFN."""
     router: Annotated[RouterSettings, BeforeValidator(lambda value: {} if value is None else value)] = Field(
         default_factory=lambda: RouterSettings.model_validate({})
     )
@@ -208,6 +227,7 @@ def _explain(detail: ErrorDetails) -> str:  # noqa: PLR0911  one for each kind
     if detail["type"] == "extra_forbidden":
         models: dict[str, type[_Strict]] = {
             "experts": RoutedExpert, "shared_experts": Expert, "router": RouterSettings,
+            "shared_weights": SharedWeights,
         }  # fmt: skip
         model = models.get(str(detail["loc"][0]), MergeConfig) if len(detail["loc"]) > 1 else MergeConfig
         known = [field.alias or name for name, field in model.model_fields.items()]

@@ -131,7 +131,7 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
             "all experts have the same prompts, so nothing tells the router which to choose. "
             "Give each expert prompts that only it should answer",
         ))  # fmt: skip
-    return problems + _check_settings(way, settings, len(experts))
+    return problems + _check_settings(way, settings, len(experts)) + _check_shared(document, len(experts))
 
 
 def _check_settings(way: str, settings: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:
@@ -152,6 +152,22 @@ def _check_settings(way: str, settings: Mapping[str, Any], experts: int) -> list
     prior = settings.get("load_prior")
     if isinstance(prior, list) and len(prior) != experts:
         problems.append((("router", "load_prior"), f"names {len(prior)} shares, but there are {experts} experts"))
+    return problems
+
+
+def _check_shared(document: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:
+    given = document.get("shared_weights")
+    given = given if isinstance(given, dict) else {"method": given or "base"}
+    method = given.get("method", "base")
+    used = {"base": (), "average": ("weights",), "ties": ("weights", "density"), "dare": ("weights", "density", "seed")}
+    problems: list[tuple[Place, str]] = [
+        (("shared_weights", key), f"method {method} does not use it")
+        for key in ("weights", "density", "seed")
+        if key in given and isinstance(method, str) and key not in used.get(method, (key,))
+    ]
+    weights = given.get("weights")
+    if isinstance(weights, list) and len(weights) != experts:
+        problems.append((("shared_weights", "weights"), f"are {len(weights)}, but there are {experts} experts"))
     return problems
 
 

@@ -5,9 +5,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import File, size_of
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import build_index
@@ -88,7 +90,7 @@ class MergePlan:
     references: Mapping[File, str]
     """Of each file of weights, the model that it belongs to, as the config names it."""
     reread: tuple[StoredTensor, ...]
-    """What is read more than once: what routers are computed from, and what becomes several tensors."""
+    """What is read more than once: for routers, for several tensors, or to find out how models are mixed."""
     dtype: str
     output_config: dict[str, Any]
     """The merged model's `config.json`."""
@@ -99,6 +101,8 @@ class MergePlan:
     """Of the base model, beside its weights."""
     notes: tuple[str, ...]
     """What the user should know."""
+    advice: tuple[str, ...]
+    """What measured better than what the config asks for."""
     family_notes: tuple[str, ...]
     """Those of them that a user of the merged model should know too: what readers of its family get wrong."""
     shared_bytes: int
@@ -112,7 +116,8 @@ class MergePlan:
     @property
     def folders(self) -> list[Path]:
         """Of the sources."""
-        return [source.folder for source in self.sources]
+        adapters = [adapter.folder for source in self.sources for adapter in source.adapters]
+        return [*(source.folder for source in self.sources), *adapters]
 
     @property
     def computed(self) -> dict[str, Computed]:
@@ -199,7 +204,8 @@ class MergePlan:
         for output in self.outputs.values():
             for piece in output.pieces:
                 if isinstance(piece.source, StoredTensor):
-                    used.setdefault(piece.source.path, []).append(piece.source)
+                    for tensor in leaves(piece.source):
+                        used.setdefault(tensor.path, []).append(tensor)
         headers = b"".join(shard.header for shard in self.shards)
         return {
             "moemerge": version("moemerge"),
@@ -228,9 +234,9 @@ class MergePlan:
 def _remote_bytes(tensors: Iterable[StoredTensor]) -> int:
     """Bytes of those tensors that are on other machines; what several have in common counts once."""
     spans: dict[File, list[tuple[int, int]]] = {}
-    for tensor in tensors:
-        if not isinstance(tensor.path, Path):
-            spans.setdefault(tensor.path, []).append((tensor.start, tensor.start + tensor.nbytes))
+    for leaf in chain.from_iterable(map(leaves, tensors)):
+        if not isinstance(leaf.path, Path):
+            spans.setdefault(leaf.path, []).append((leaf.start, leaf.start + leaf.nbytes))
     total = 0
     for found in spans.values():
         done = 0

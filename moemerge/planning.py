@@ -4,20 +4,23 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
 from moemerge.assembly import Assembly, Source
+from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
-from moemerge.compatibility import check_base, check_configs, check_expert
+from moemerge.compatibility import check_adapters, check_base, check_configs, check_expert
 from moemerge.config import MergeConfig
 from moemerge.dtypes import NAMED, STORED, bytes_of
 from moemerge.errors import IncompatibleError
 from moemerge.formats import Mixture, MoeFamily, select_family
 from moemerge.formats.dense import DenseModel, read_dense
+from moemerge.parts import Parts, take_parts
 from moemerge.plan import MergePlan, Output
 from moemerge.proportions import mixture_of, residual_scales
 from moemerge.router_needs import check_texts, check_tokenizer, check_widths, router_reads
@@ -97,12 +100,16 @@ def plan_merge(
         )
     approve((base_folder, *folders))
     tables = {reference: read_tensor_table(folder, announce, weights="stream") for reference, folder in opened.items()}
-    base_tensors = tables[config.base_model]
-    dtype = config.dtype or _main_dtype(base_tensors)
-    findings = [found, check_base(base, family, base_tensors, mixture.dense_layers)]
+    dtype = config.dtype or _main_dtype(tables[config.base_model])
+    findings = [found, check_base(base, family, tables[config.base_model], mixture.dense_layers)]
     findings += [
         check_expert(name, model, tables[folder.reference])
         for name, model, folder in zip(names, models, folders, strict=True)
+    ]
+    findings += [
+        check_adapters(name, model, tables[folder.reference], shared=config.shared_weights.method)
+        for name, model, folder in zip(names, models, folders, strict=True)
+        if folder.adapters
     ]
     _refuse([problem for finding in findings for problem in finding.problems])
     notes = [note for finding in findings for note in finding.notes] + tokenizer_notes + family_notes
@@ -112,37 +119,44 @@ def plan_merge(
             "chosen goes unnoticed; --routing-table has it read them"
         )
     notes += _shared_notes(config, family)
+    parts = take_parts(config, mixture, base, models, tables=tables, dtype=STORED[dtype])
+    notes += parts.notes
     assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=STORED[dtype])
-    outputs = assemble(tables=tables).outputs()
+    outputs = assemble(parts=parts).outputs()
     if weights == "auto":
         output_bytes = sum(bytes_of(STORED[dtype], output.shape) or 0 for output in outputs.values())
         if fetched := fetch_if_room(opened, tables, beside=(target, output_bytes), announce=announce):
             tables |= fetched
-            outputs = assemble(tables=tables).outputs()
-    specs = [_spec(name, STORED[dtype], output.shape) for name, output in outputs.items()]
-    shards, shared = _layout(outputs, specs, max_shard_bytes, target)
+            parts = take_parts(config, mixture, base, models, tables=tables, dtype=STORED[dtype])
+            outputs = assemble(parts=parts).outputs()
+    shards, shared = _layout(outputs, STORED[dtype], max_shard_bytes, target)
     notes += _output_notes(outputs, dtype, shared)
-    base_tensors = tables[config.base_model]
-    experts = tuple((model, tables[f.reference]) for model, f in zip(models[:routed], folders[:routed], strict=True))
+    experts = tuple(zip(models[:routed], parts.experts[:routed], strict=True))
     total, active = _count_parameters(outputs, config)
-    output_config = family.config(base, mixture, dtype)
     return MergePlan(
         config=config,
         family=family,
         mixture=mixture,
         base=base,
         base_folder=base_folder.folder,
-        base_tensors=base_tensors,
+        base_tensors=dict(parts.base),
         experts=experts,
         sources=(base_folder, *folders),
-        reread=(*router_reads(config, mixture, base, base_tensors, experts, runs_base=runs_base), *_repeated(outputs)),
-        references={tensor.path: name for name, table in tables.items() for tensor in table.values()},
+        reread=(
+            *router_reads(config, mixture, base, parts.base, experts, runs_base=runs_base),
+            *(tensor for tensor in parts.base.values() if isinstance(tensor.path, Derived) and tensor.path.rereads),
+            *_repeated(outputs),
+        ),
+        references={
+            leaf.path: name for name, table in tables.items() for tensor in table.values() for leaf in leaves(tensor)
+        },
         dtype=dtype,
-        output_config=output_config,
+        output_config=family.config(base, mixture, dtype),
         outputs=outputs,
         shards=tuple(shards),
         copied_files=copied_files,
         notes=tuple(notes),
+        advice=tuple(parts.advice),
         family_notes=tuple(family_notes),
         shared_bytes=shared,
         runs_base=runs_base,
@@ -166,9 +180,9 @@ def _dense(folder: ModelFolder) -> DenseModel:
 def _main_dtype(tensors: dict[str, StoredTensor]) -> str:
     """The dtype that most of a model's bytes are stored in; `config.json` may claim another."""
     counted: Counter[str] = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype in NAMED:
-            counted[tensor.dtype] += tensor.nbytes
+    for leaf in chain.from_iterable(map(leaves, tensors.values())):
+        if leaf.dtype in NAMED:
+            counted[leaf.dtype] += leaf.nbytes
     return NAMED[counted.most_common(1)[0][0]] if counted else "bfloat16"
 
 
@@ -196,7 +210,7 @@ def _shared_notes(config: MergeConfig, family: MoeFamily) -> list[str]:
 
 def _assembly(
     config: MergeConfig, family: MoeFamily, mixture: Mixture, *, base: DenseModel, models: Sequence[DenseModel],
-    tables: Mapping[str, Tensors], dtype: str,
+    parts: Parts, dtype: str,
 ) -> Assembly:  # fmt: skip
     computes_gate = _computes_gate(config, family)
     scales, shared_scales = residual_scales(config, gated=computes_gate)
@@ -205,14 +219,14 @@ def _assembly(
     scales += [scale * (2 if halved else 1) for scale in shared_scales]
     every_expert = [*config.experts, *config.shared_experts]
     sources = [
-        Source(model, tables[expert.source_model], scale, expert.noise_scale or 0.0)
-        for expert, model, scale in zip(every_expert, models, scales, strict=True)
+        Source(model, tensors, scale, expert.noise_scale or 0.0)
+        for expert, model, tensors, scale in zip(every_expert, models, parts.experts, scales, strict=True)
     ]
     routed = len(config.experts)
     return Assembly(
         family=family,
         mixture=mixture,
-        base=Source(base, tables[config.base_model]),
+        base=Source(base, parts.base),
         experts=sources[:routed],
         shared=sources[routed:],
         computes_gate=computes_gate,
@@ -221,9 +235,10 @@ def _assembly(
 
 
 def _layout(
-    outputs: dict[str, Output], specs: list[TensorSpec], max_shard_bytes: int, target: Path | None
+    outputs: dict[str, Output], dtype: str, max_shard_bytes: int, target: Path | None
 ) -> tuple[list[Shard], int]:
     """The shards, and how many of their bytes are shared with the sources."""
+    specs = [_spec(name, dtype, output.shape) for name, output in outputs.items()]
     copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
     paths = {tensor.path for tensor in copied.values()}
     if not (target and paths and all(isinstance(path, Path) and shares_extents(path, target) for path in paths)):
@@ -236,7 +251,7 @@ def _layout(
 def _repeated(outputs: Mapping[str, Output]) -> Iterator[StoredTensor]:
     """What several tensors of the output are made of."""
     pieces = (piece.source for output in outputs.values() for piece in output.pieces)
-    counted = Counter(source for source in pieces if isinstance(source, StoredTensor))
+    counted = Counter(leaf for source in pieces if isinstance(source, StoredTensor) for leaf in leaves(source))
     yield from (tensor for tensor, count in counted.items() if count > 1)
 
 

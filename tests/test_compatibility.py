@@ -364,17 +364,17 @@ def test_references_that_lead_nowhere(tmp_path, pair):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for reference, message in {
         f"{tmp_path}/gone": "there is no such folder, and it cannot be a Hub repository (user/name).",
-        f"{pair[1]}+lora": "model+adapter is not supported. Merge the adapter into its base model first.",
+        f"{pair[1]}+{tmp_path}/gone": "there is no such folder, and it cannot be a Hub repository (user/name).",
         f"{pair[1]}@main": f"a folder has no revisions. Write '{pair[1]}', or a Hub repository.",
         f"{pair[1]}/config.json": "is a file. Name the folder that holds the model's config.json.",
-        f"{tmp_path}/adapter": "is a LoRA adapter, not a model. Merge it into its base model first.",
+        f"{tmp_path}/adapter": "is a LoRA adapter, not a model. Write it after its base model: model+adapter.",
         f"{tmp_path}": "has no config.json, so it is not a model that moemerge can read.",
     }.items():
         path = write_config(tmp_path / "merge.yaml", pair[0], [pair[1], Path("two")], gate_mode="random")
         path.write_text(path.read_text().replace("source_model: two", f"source_model: '{reference}'"))
         with pytest.raises(SourceError) as caught:
             plan_merge(load_config(path))
-        assert str(caught.value) == f"{reference}: {message}"
+        assert str(caught.value) == f"{reference.rpartition('+')[2]}: {message}"  # of model+adapter, the adapter
 
 
 def test_parameters_are_counted(tmp_path, pair):

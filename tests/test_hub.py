@@ -256,7 +256,7 @@ def test_what_the_hub_does_not_give_is_one_clear_error(planned, tmp_path):
         ("acme/fox", {}, NOT_FOUND),
         ("acme/blocked", {}, f"could not be downloaded: [Errno 17] File exists: '{blobs}'."),
         ("acme/gguf", {}, "has no config.json, so it is not a model that moemerge can read."),
-        ("acme/adapter", {}, "is a LoRA adapter, not a model. Merge it into its base model first."),
+        ("acme/adapter", {}, "is a LoRA adapter, not a model. Write it after its base model: model+adapter."),
         ("acme/gated", reader, GATED),
         ("acme/none", reader, NOT_FOUND),
         (

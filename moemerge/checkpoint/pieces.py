@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
+from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import BITS, bytes_of
 
@@ -90,6 +91,8 @@ class Piece:
     @property
     def is_unchanged(self) -> bool:
         """Whether the source's bytes are the output's, in their order."""
+        if isinstance(self.source, StoredTensor) and isinstance(self.source.path, Derived):
+            return False
         return not isinstance(self.source, Fill) and not self.changes_values and not self.head_rows
 
     @property

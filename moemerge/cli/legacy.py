@@ -22,7 +22,7 @@ class Flag:
 
 _BOUNDED: Final = "memory is bounded without it"
 _COPIES: Final = "bytes are copied by the kernel in several threads"
-_NO_LORA: Final = "no adapters are merged"
+_NO_LORA: Final = "adapters are merged while they are read"
 FLAGS: Final[dict[str, Flag]] = {
     "--i-understand-this-is-not-useful-without-training": Flag(becomes=("--allow-identical-experts",)),
     "--random-seed": Flag(becomes=("--seed",), takes_value=True),

@@ -52,6 +52,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "sources": [{"reference": source.reference, "folder": str(source.folder)} for source in plan.sources],
         "copied_files": [path.name for path in plan.copied_files],
         "notes": list(plan.notes),
+        "advice": list(plan.advice),
         "config": plan.output_config,
         "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in plan.shards],
         "tensors": [
@@ -112,11 +113,15 @@ def print_plan(console: Console, plan: MergePlan) -> None:
             key = ("routers", f"gate_mode {plan.config.way}")
             parts.setdefault(key, []).append(math.prod(output.shape) * BITS[STORED[plan.dtype]] // 8)
         for piece in output.pieces:
-            origin = plan.references[piece.source.path] if isinstance(piece.source, StoredTensor) else "constants"
+            origin = "constants"
+            if isinstance(piece.source, StoredTensor):
+                origin = plan.references.get(piece.source.path, piece.source.path.name)
             parts.setdefault(("experts" if output.is_expert else "shared by all", origin), []).append(piece.nbytes)
     for (part, origin), sizes in parts.items():
         table.add_row(part, size(sum(sizes)), origin)
     console.print(table)
+    for advice in plan.advice:
+        console.print(f"advice: {advice}")
 
 
 def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) -> None:

@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any, Literal
 
+from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.disk import nearest_folder
 from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import SourceError
 from moemerge.sources.local import resolve_file
+from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
 from moemerge.sources.pickles import read_pickle
 from moemerge.sources.reference import Reference, parse_reference
 
@@ -40,6 +42,8 @@ class ModelFolder:
     folder: Path
     config: dict[str, Any]
     """Its `config.json`."""
+    adapters: tuple[Adapter, ...] = ()
+    """Which are added to its weights, in this order."""
 
     def file(self, name: str) -> Path | None:
         """The file of this name in the model's folder, or None where there is none.
@@ -57,25 +61,36 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
         SourceError: the reference leads nowhere, or to no model.
         CheckpointError: its `config.json` is damaged.
     """
-    origin = parse_reference(reference)
-    if isinstance(origin, Reference):
-        from moemerge.sources.hub import fetch_small_files
-
-        announce(f"{reference}: looking it up on the Hub")
-        folder = fetch_small_files(origin, announce)
-    else:
-        folder = origin
+    model, _, adapter = reference.rpartition("+")
+    if model and adapter and not Path(reference).is_dir():
+        opened = open_model(model, announce)
+        _, folder = _find(adapter, announce)
+        return replace(opened, reference=reference, adapters=(*opened.adapters, open_adapter(adapter, folder)))
+    origin, folder = _find(reference, announce)
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
-            raise SourceError(f"{reference}: is a LoRA adapter, not a model. Merge it into its base model first.")
+            raise SourceError(
+                f"{reference}: is a LoRA adapter, not a model. Write it after its base model: model+adapter."
+            )
         raise SourceError(f"{reference}: has no config.json, so it is not a model that moemerge can read.")
     return ModelFolder(reference, origin, folder, read_json(resolve_file(folder, "config.json")))
+
+
+def _find(reference: str, announce: Announce) -> tuple[Path | Reference, Path]:
+    """What a reference means, and the folder with its small files."""
+    origin = parse_reference(reference)
+    if not isinstance(origin, Reference):
+        return origin, origin
+    from moemerge.sources.hub import fetch_small_files
+
+    announce(f"{reference}: looking it up on the Hub")
+    return origin, fetch_small_files(origin, announce)
 
 
 def read_tensor_table(
     model: ModelFolder, announce: Announce, *, weights: Literal["download", "stream"] = "download"
 ) -> dict[str, StoredTensor]:
-    """Every tensor of a model, from headers alone.
+    """Every tensor of a model, from headers alone; with adapters, as they are with what these add.
 
     Args:
         model: the model.
@@ -87,6 +102,15 @@ def read_tensor_table(
         SourceError: the Hub does not give the weights.
         CheckpointError: the model's files are damaged or incomplete.
     """
+    tensors = _read_weights(model, announce, weights)
+    for adapter in model.adapters:
+        tensors = merge_adapter(adapter, tensors)
+    return tensors
+
+
+def _read_weights(
+    model: ModelFolder, announce: Announce, weights: Literal["download", "stream"]
+) -> dict[str, StoredTensor]:  # fmt: skip
     if isinstance(model.origin, Reference):
         from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
 
@@ -126,7 +150,10 @@ def fetch_if_room(
         SourceError: the Hub does not give the weights.
         CheckpointError: a model's files are damaged or incomplete.
     """
-    files = {reference: {t.path for t in table.values()} for reference, table in tables.items()}
+    files = {
+        reference: {leaf.path for tensor in table.values() for leaf in leaves(tensor)}
+        for reference, table in tables.items()
+    }
     remote = {reference: found for reference, found in files.items() if not all(isinstance(f, Path) for f in found)}
     if not remote:
         return {}

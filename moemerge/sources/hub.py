@@ -28,7 +28,7 @@ from moemerge.sources.reference import Reference
 SMALL_FILES: Final = [
     "config.json", "generation_config.json", SAFETENSORS_INDEX, PICKLE_INDEX, "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "tekken.json", "chat_template.json", "*.jinja",
-    "adapter_config.json", "README.md",
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md",
 ]  # fmt: skip
 
 

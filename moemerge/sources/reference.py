@@ -33,8 +33,6 @@ def parse_reference(text: str) -> Path | Reference:
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
         raise SourceError(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
     name, _, revision = text.partition("@")
-    if "+" in name or "+" in revision:
-        raise SourceError(f"{text}: model+adapter is not supported. Merge the adapter into its base model first.")
     if revision and Path(name).expanduser().is_dir():
         raise SourceError(f"{text}: a folder has no revisions. Write {name!r}, or a Hub repository.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")):

@@ -82,6 +82,10 @@ class DenseFamily:
     ffn: Mapping[Role, Half] = field(default_factory=lambda: SEPARATE)
     ffn_module: str = "mlp"
     """Module of a layer whose input is the router input."""
+    ffn_norm: str | None = "post_attention_layernorm.weight"
+    """The norm whose output that is, or None where the FFN's input is not normalised."""
+    norm_offset: float = 0.0
+    """What that norm adds to its weights."""
     ffn_width: str | Callable[[Config], int] = "intermediate_size"
     first: dict[str, Axes] = field(default_factory=lambda: {"model.embed_tokens.weight": ("vocab", "hidden")})
     """Tensors before the layers, the embeddings first."""

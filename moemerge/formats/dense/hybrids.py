@@ -57,6 +57,7 @@ LFM2: Final = DenseFamily(
     aliases={"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings", "theta": "rope_theta"},
     ffn=_LFM2_FFN,
     ffn_module="feed_forward",
+    ffn_norm="ffn_norm.weight",
     ffn_width=_lfm2_width,
     last="model.embedding_norm.weight",
     layer_types=_lfm2_layers,
@@ -107,6 +108,7 @@ QWEN3_5: Final = DenseFamily(
     layer_types=_qwen3_5_layers,
     sizes=_qwen3_5_sizes,
     rope="verbatim",
+    norm_offset=1.0,
 )  # fmt: skip
 
 
@@ -213,6 +215,7 @@ GEMMA4: Final = DenseFamily(
     },
     {"own_values": "own_values"},
     block="gemma4",
+    ffn_norm="pre_feedforward_layernorm.weight",
     layer_types=_gemma4_layers,
     sizes=_gemma4_sizes,
     values=lambda config: {"own_values": not config["attention_k_eq_v"]},

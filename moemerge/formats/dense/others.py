@@ -15,6 +15,7 @@ OLMO2: Final = DenseFamily(
     | {"rms_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50279, "attention_bias": False},
     {"qkv_bias": "attention_bias", "output_bias": "attention_bias"},
     block="olmo2",
+    ffn_norm=None,
 )  # fmt: skip
 HUNYUAN: Final = DenseFamily(
     "hunyuan_v1_dense",
@@ -48,6 +49,7 @@ COHERE2: Final = DenseFamily(
     },
     {"qkv_bias": "attention_bias", "output_bias": "attention_bias"},
     block="cohere2",
+    ffn_norm="input_layernorm.weight",
     interleaved=True,
     layer_types=_window_but_every_fourth,
 )  # fmt: skip
@@ -58,6 +60,7 @@ COHERE: Final = DenseFamily(
     | {"rope_theta": 500000.0, "use_qk_norm": False, "model_max_length": None},
     COHERE2.facts,
     block="cohere2",
+    ffn_norm="input_layernorm.weight",
     interleaved=True,
     values=_rotate_all_layers,
     notes=("cohere2_moe sees no further back than the longest context that config.json names",),

@@ -1,0 +1,200 @@
+"""A tensor that is computed from others while it is read, some rows at a time: to everything else it is a file."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill
+from moemerge.checkpoint.files import Reader, size_of
+from moemerge.checkpoint.floats import TYPES, narrow, widen
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.dtypes import NAMED, bytes_of
+from moemerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Rows = NDArray[np.float32]
+"""Some rows of a matrix (row, width); the elements of a vector are rows of one."""
+Recipe = Callable[[int, list[Rows]], Rows]
+"""From the number of the first row, and the same rows of each input, to those of the result."""
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, computed from `inputs` of the same shape.
+
+    What is computed is rounded once, to `dtype`. It is computed anew each time, in blocks that begin at fixed rows.
+    """
+
+    name: str
+    """How it is made, for people."""
+    inputs: tuple[StoredTensor, ...]
+    recipe: Recipe
+    told: str
+    """All of the recipe that is not in the inputs, by which another is told from it."""
+    dtype: str
+    """Of the result, as a safetensors header spells it."""
+    rereads: bool = False
+    """Whether the recipe itself reads the inputs too."""
+    others: tuple[StoredTensor, ...] = ()
+    """What else the recipe reads, of other shapes."""
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.inputs[0].path}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        return self.inputs[0].shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the result."""
+        return bytes_of(self.dtype, self.shape) or 0
+
+    @property
+    def identity(self) -> str:
+        """A hash of the recipe, and of what the inputs are told by: place, size and time of change, or identity."""
+        inputs = [
+            (repr(tensor), size_of(tensor.path), _told_by(tensor.path)) for tensor in (*self.inputs, *self.others)
+        ]
+        return hashlib.sha256(repr((self.told, self.dtype, inputs)).encode()).hexdigest()
+
+    def tensor(self, name: str) -> StoredTensor:
+        """The result, under a name."""
+        return StoredTensor(name, self, self.dtype, self.shape, 0, self.nbytes)
+
+    def keep(self, folder: Path, start: int, nbytes: int) -> None:
+        """Have the inputs kept, whatever range is meant."""
+        del start, nbytes
+        for tensor in self.inputs:
+            if not isinstance(tensor.path, Path):
+                tensor.path.keep(folder, tensor.start, tensor.nbytes)
+
+    def open(self, start: int, nbytes: int) -> Reader:
+        """Compute `nbytes` bytes from offset `start` on; reading may raise what reading the inputs does, too.
+
+        Raises:
+            CheckpointError: when it is read: a finite number is infinite in `dtype`.
+        """
+        return _Computed(self._chunks(start, start + nbytes))
+
+    def _chunks(self, start: int, end: int) -> Iterator[bytes]:
+        rows, width = _as_matrix(self.inputs[0])
+        row_bytes = bytes_of(self.dtype, (width,)) or 1
+        step = max(1, CHUNK_ELEMENTS // width)
+        first = start // row_bytes // step * step
+        last = min(-(-end // row_bytes), rows)
+        for row, blocks in zip(range(first, last, step), blocks_of(self.inputs, first), strict=False):
+            data = self._encode(self.recipe(row, blocks))
+            yield data[max(0, start - row * row_bytes) : end - row * row_bytes]
+
+    def _encode(self, values: Rows) -> bytes:
+        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        stored = np.empty(len(flat), TYPES[self.dtype])
+        if not narrow(flat, self.dtype, stored, np.empty(len(flat), np.uint32)):
+            raise CheckpointError(
+                f"{self}: holds numbers that {NAMED[self.dtype]} cannot express, or that are not finite. "
+                "Set `dtype: bfloat16` or `dtype: float32` in the config."
+            )
+        return stored.tobytes()
+
+
+def blocks_of(tensors: Sequence[StoredTensor], first: int = 0) -> Iterator[list[Rows]]:
+    """The numbers of tensors of one shape, block by block, from a row on that is the first of a block.
+
+    Raises:
+        CheckpointError: a file ends too early.
+    """
+    rows, width = _as_matrix(tensors[0])
+    step = max(1, CHUNK_ELEMENTS // width)
+    with ExitStack() as opened:
+        readers = [opened.enter_context(_rows_from(tensor, first).open()) for tensor in tensors]
+        for row in range(first, rows, step):
+            count = min(step, rows - row)
+            yield [_read(reader, tensor, count, width) for reader, tensor in zip(readers, tensors, strict=True)]
+
+
+def leaves(tensor: StoredTensor) -> Iterator[StoredTensor]:
+    """What a tensor is read from in the end: itself, or all that it is derived from."""
+    if isinstance(tensor.path, Derived):
+        for source in (*tensor.path.inputs, *tensor.path.others):
+            yield from leaves(source)
+    else:
+        yield tensor
+
+
+def read_values(tensor: StoredTensor) -> NDArray[np.float32]:
+    """All numbers of a small tensor, in its shape.
+
+    Raises:
+        CheckpointError: its file ends too early.
+    """
+    with tensor.open() as reader:
+        return _read(reader, tensor, *_as_matrix(tensor)).reshape(tensor.shape)
+
+
+def _told_by(path: object) -> object:
+    return path.stat().st_mtime_ns if isinstance(path, Path) else getattr(path, "identity", "")
+
+
+def _as_matrix(tensor: StoredTensor) -> tuple[int, int]:
+    """Rows and width: all axes but the last, and the last; of a vector, its elements and 1."""
+    width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+    return int(np.prod(tensor.shape)) // max(width, 1), width
+
+
+def _rows_from(tensor: StoredTensor, first: int) -> StoredTensor:
+    shape = _as_matrix(tensor)
+    return replace(tensor, shape=shape).rows(first, shape[0] - first)
+
+
+def _read(reader: Reader, tensor: StoredTensor, count: int, width: int) -> Rows:
+    stored = np.empty(count * width, TYPES[tensor.dtype])
+    fill(reader, stored.view(np.uint8).data, tensor)
+    values = np.empty(count * width, np.float32)
+    widen(stored, tensor.dtype, values)
+    return values.reshape(count, width)
+
+
+class _Computed:
+    """A reader of what is computed."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._left = chunks, memoryview(b"")
+
+    def readinto(self, view: memoryview, /) -> int | None:
+        """Read from a block, and no further."""
+        if not self._left:
+            self._left = memoryview(next(filter(None, self._chunks), b""))
+        count = min(len(view), len(self._left))
+        view[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._chunks.close()  # type: ignore[attr-defined]  # a generator
+
+
+def linear(weights: Sequence[float]) -> Recipe:
+    """The weighted sum."""
+
+    def recipe(_row: int, blocks: list[Rows]) -> Rows:
+        total = np.zeros_like(blocks[0])
+        for weight, block in zip(weights, blocks, strict=True):
+            total += np.float32(weight) * block
+        return total
+
+    return recipe

@@ -1,0 +1,168 @@
+"""LoRA adapters of PEFT: what they add to the tensors of their base model, while these are read.
+
+`W + alpha / r * B A`, or `alpha / sqrt(r)` for rank-stabilised ones (https://arxiv.org/abs/2106.09685,
+https://arxiv.org/abs/2312.03732); with DoRA each row gets the length that the adapter says
+(https://arxiv.org/abs/2402.09353). Keys of adapter_config.json: https://huggingface.co/docs/peft/package_reference/lora
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+from moemerge.checkpoint.derived import Derived, Recipe, Rows, read_values
+from moemerge.checkpoint.header import StoredTensor, read_header
+from moemerge.checkpoint.index import read_json
+from moemerge.errors import SourceError
+from moemerge.sources.local import resolve_file
+from moemerge.sources.pickles import read_pickle
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX: Final = "base_model.model."
+_PARTS: Final = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+# What changes more than such a sum, or changes the base model too; with what it is called.
+_REFUSED: Final = {
+    "fan_in_fan_out": "its matrices lie the other way round", "lora_bias": "it trains biases of its own",
+    "trainable_token_indices": "it trains single tokens", "use_qalora": "it pools its inputs",
+    "alora_invocation_tokens": "it is active in a part of the text", "target_parameters": "it targets stacked experts",
+}  # fmt: skip
+_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder and its `adapter_config.json`."""
+
+    reference: str
+    folder: Path
+    config: Mapping[str, Any]
+
+
+def open_adapter(reference: str, folder: Path) -> Adapter:
+    """Read an adapter's config, and refuse what is no exact sum.
+
+    Raises:
+        SourceError: no adapter, or another kind than LoRA.
+        CheckpointError: its config is damaged.
+    """
+    if not (folder / CONFIG).exists():
+        raise SourceError(f"{reference}: has no {CONFIG}, so it is no adapter. Name it after the + of model+adapter.")
+    config = read_json(resolve_file(folder, CONFIG))
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise SourceError(f"{reference}: is a {kind} adapter; only LORA can be merged exactly. Merge it with PEFT.")
+    reasons = [words for key, words in _REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        reasons.append("it trains biases of the base model")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        reasons.append(f"init_lora_weights {start} changed the base model's weights too")
+    if reasons:
+        raise SourceError(f"{reference}: cannot be merged exactly: {' and '.join(reasons)}. Merge it with PEFT.")
+    return Adapter(reference, folder, config)
+
+
+def merge_adapter(adapter: Adapter, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The base model's tensors, those that the adapter targets with what it adds.
+
+    Raises:
+        SourceError: the adapter does not fit the base model.
+        CheckpointError: its file is damaged.
+    """
+    found = _read(adapter)
+    merged = dict(tensors)
+    for module, parts in _modules(adapter, found).items():
+        name = f"{module}.weight"
+        if name not in tensors:
+            raise SourceError(f"{adapter.reference}: targets {module}, which the model before the + does not have.")
+        if isinstance(parts, StoredTensor):
+            merged[name] = parts
+        else:
+            merged[name] = _merge(adapter, module, tensors[name], parts)
+        if merged[name].shape != tensors[name].shape:
+            raise SourceError(
+                f"{adapter.reference}: its {module} has the shape {list(merged[name].shape)}, but the model's is "
+                f"{list(tensors[name].shape)}."
+            )
+    return merged
+
+
+def _read(adapter: Adapter) -> dict[str, StoredTensor]:
+    name = next((name for name in WEIGHTS if (adapter.folder / name).exists()), None)
+    if name is None:
+        raise SourceError(f"{adapter.reference}: has no {' and no '.join(WEIGHTS)}.")
+    path = resolve_file(adapter.folder, name)
+    return read_pickle(path) if name.endswith(".bin") else read_header(path)
+
+
+def _modules(
+    adapter: Adapter, tensors: Mapping[str, StoredTensor]
+) -> dict[str, dict[str, StoredTensor] | StoredTensor]:  # fmt: skip
+    """By module of the base model the parts of what is added, or the tensor that takes its weight's place."""
+    modules: dict[str, dict[str, StoredTensor] | StoredTensor] = {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(_PREFIX)
+        if match := _PARTS.fullmatch(own):
+            parts = modules.setdefault(match[1], {})
+            if isinstance(parts, dict):
+                parts[match[2]] = tensor
+        elif "lora_" not in own and own.endswith(".weight"):
+            modules[own.removesuffix(".weight").replace(".modules_to_save.default", "")] = tensor
+        else:
+            raise SourceError(f"{adapter.reference}: nothing is known of its tensor {name}. Merge it with PEFT.")
+    return modules
+
+
+def _merge(
+    adapter: Adapter, module: str, weight: StoredTensor, parts: Mapping[str, StoredTensor]
+) -> StoredTensor:  # fmt: skip
+    lost = sorted({"lora_A", "lora_B"} - parts.keys())
+    if lost:
+        raise SourceError(f"{adapter.reference}: has no {lost[0]} for {module}.")
+    a, b, lengths = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
+    if (b.shape[0], *a.shape[1:]) != weight.shape or a.shape[0] != b.shape[1]:
+        raise SourceError(
+            f"{adapter.reference}: for {module} it has matrices {list(b.shape)} and {list(a.shape)}, but the model's "
+            f"weight is {list(weight.shape)}: it was trained on another base model."
+        )
+    scale = _scale(adapter.config, module, a.shape[0])
+    others = (a, b, *([lengths] if lengths else []))
+    name = f"with the adapter {adapter.reference}"
+    return Derived(name, (weight,), _recipe(a, b, lengths, scale), repr(scale), "F32", others=others).tensor(
+        weight.name
+    )
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Factor on `B A`; patterns match a module's whole name or its end, as in PEFT."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next(
+        (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)),
+        config.get("lora_alpha", rank),
+    )
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _recipe(a: StoredTensor, b: StoredTensor, lengths: StoredTensor | None, scale: float) -> Recipe:
+    def recipe(row: int, blocks: list[Rows]) -> Rows:
+        import torch  # whose product PEFT takes, to the last bit
+
+        values = torch.from_numpy(blocks[0])
+        rows = torch.from_numpy(_small(b))[row : row + len(values)]
+        values += (rows @ torch.from_numpy(_small(a))) * scale
+        if lengths:
+            wanted = torch.from_numpy(_small(lengths)).reshape(-1)[row : row + len(values)]
+            values *= (wanted / torch.linalg.norm(values, dim=1)).unsqueeze(1)
+        return blocks[0]
+
+    return recipe
+
+
+@lru_cache(maxsize=16)
+def _small(tensor: StoredTensor) -> Rows:
+    """A factor's numbers; its tensor is read in many blocks, one after the other."""
+    return read_values(tensor)
