@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint import derived
 from moemerge.checkpoint.header import read_header
+from moemerge.cli import main
 from moemerge.config import parse_config
 from moemerge.errors import ConfigError, IncompatibleError
 from moemerge.formats.dense import read_dense
 from tests.families import DENSE, stored
 from tests.machine import SINGLE
 from tests.models import assert_close, edit_json, load, logits, make_model, write_config
+from tests.test_families import PAIRS, PLAINEST, readable
 
 SHARED = ("self_attn", "layernorm", "embed_tokens", "lm_head", "model.norm")
 
@@ -168,19 +170,19 @@ def test_settings_are_checked(settings, problem):
     assert problem.partition(": ")[2] in str(caught.value)
 
 
-PLAINEST = {model_type: name for name, (model_type, _) in reversed(DENSE.items())}
-
-
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers' own
-@pytest.mark.parametrize("name", PLAINEST.values())
+@pytest.mark.parametrize("name", PLAINEST)
 def test_norms_are_folded_in_every_family(tmp_path, name):
     """Experts that compute what the base does, with other norms and FFNs that make up for it, fold into the base's."""
     model_type, keys = DENSE[name]
+    moe = next(moe for dense, moe in PAIRS if dense == name)
+    readable(name, moe)
     base = make_model(tmp_path / "base", 0, model_type, **keys)
     dense = read_dense(json.loads((base / "config.json").read_text()))
     config = write_config(
-        tmp_path / "c.yaml", base, [tmp_path / "one", tmp_path / "two"], prompts=False, fold_norms=True
-    )
+        tmp_path / "c.yaml", base, [tmp_path / "one", tmp_path / "two"], prompts=False, fold_norms=True,
+        architecture=moe,
+    )  # fmt: skip
     if dense.family.ffn_norm is None:
         for expert in ("one", "two"):
             make_model(tmp_path / expert, 1, model_type, **keys)
@@ -265,3 +267,18 @@ def test_what_is_mixed_is_verified_too(tmp_path, llamas, capsys, monkeypatch):
     assert [d.what for d in verify_merge(plan, tmp_path / "out").differences] == [
         "model.layers.0.self_attn.q_proj.weight"
     ]
+
+
+def test_plan_advises_what_measured_better(tmp_path, llamas, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["moemerge", "plan", str(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:]))])
+    with pytest.raises(SystemExit):
+        main()
+    advice = (
+        "advice: attention and norms are the base model's alone; with `shared_weights: average` they are the experts' mean, "
+        "which measured better for fine-tunes of one model (docs/quality.md)"
+    )
+    assert advice in " ".join(capsys.readouterr().out.split())
+    config = write_config(tmp_path / "d.yaml", llamas[0], llamas[1:], prompts=False, shared_weights="average")
+    assert plan_merge(load_config(config)).advice == ()
+    alone = write_config(tmp_path / "e.yaml", llamas[0], [llamas[0]] * 2, prompts=False)
+    assert plan_merge(load_config(alone, allow_identical_experts=True)).advice == ()
