@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-families test-transformers4 test-llamacpp demo bench bench-routers browser format clean
+.PHONY: install check lint test test-families test-transformers4 test-llamacpp demo bench bench-hub bench-routers browser format clean
 
 install: $(VENV)/.done
 
@@ -84,6 +84,10 @@ demo: install $(DEMO)/held_out.json
 # is compared with, which takes longer.
 bench: install
 	$(BIN)/python benchmarks/bench.py --repeat 3 $(if $(MERGEKIT),--mergekit $(MERGEKIT))
+
+# Merges from a Hub on this machine, and to it: half an hour, 32 GB of disk.
+bench-hub: install
+	$(BIN)/python benchmarks/hub.py
 
 # MODELS holds `base` and one folder for each expert, TEXTS their .calib.txt and .test.txt.
 MODELS ?= .cache/models

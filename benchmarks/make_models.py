@@ -22,13 +22,17 @@ from moemerge.checkpoint.stored import stored_bytes
 from moemerge.dtypes import BITS, NAMED
 
 SHAPES = {
-    # To try the programs themselves, then TinyLlama-1.1B and Mistral-7B
+    # To try the programs themselves, then TinyLlama-1.1B, Mistral-7B and Llama-2-70B
     "tiny": {
         "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 2000,
     },
     "1b": {"num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "num_key_value_heads": 4},
     "7b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
+    "70b": {
+        "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
 }  # fmt: skip
 COMMON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 32, "vocab_size": 32000,

@@ -25,16 +25,23 @@ class Row:
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    lines = [HEADINGS, *(row.cells for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-    lines.insert(1, tuple("-" * width for width in widths))
+    return text_table(HEADINGS, [row.cells for row in rows])
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    return markdown_table(HEADINGS, [row.cells for row in rows])
+
+
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in (headings, *rows)) for column in range(len(headings))]
+    lines = [headings, ["-" * width for width in widths], *rows]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *(row.cells for row in rows)]
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

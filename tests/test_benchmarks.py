@@ -127,3 +127,38 @@ def test_routers_are_judged_on_any_models_and_texts(tmp_path):
     assert "| 1.00 |" in rows["label oracle"] or "| - |" in rows["label oracle"]
     assert any(row.startswith("bfloat16 flips the first choice: ridge, texts") for row in rows)
     assert any(row.startswith("ridge, texts: time / plain forward pass") for row in rows)
+
+
+def test_merges_from_the_hub_and_to_it_take_what_was_planned(tmp_path):
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    (folder / "kept").touch()
+    printed = run("hub.py", "--folder", folder, "--shape", "tiny", "--markdown")
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    table = [line.strip("| ").split(" | ") for line in lines]
+    ways = ["cached", "streamed", "cached, then pushed", "streamed, pushed by shard"]
+    merges = [f"4 x tiny, {mode}" for mode in ("random", "ridge")]
+    assert [cells[:2] for cells in table[2:10]] == [[merge, way] for merge in merges for way in ways]
+    targets = {cells[0]: cells for cells in table if cells[-1] in {"yes", "NO", "-"}}
+    from_hub = [f"{merge}, {way}: weights from the Hub as planned, and headers" for merge in merges for way in ways]
+    to_hub = [f"{merge}, {way}: to the Hub: shards and tokenizer" for merge in merges for way in ways[2:]]
+    large = ["4 x 7b, random", "4 x 7b, ridge", "8 x 70b, random", "8 x 70b, ridge"]
+    headers = [f"{merge}, plan: weights from the Hub are headers alone" for merge in [*merges, *large]]
+    assert {name: targets[name][-1] for name in [*from_hub, *to_hub, *headers]} == dict.fromkeys(
+        [*from_hub, *to_hub, *headers], "yes"
+    )
+    compared = [name for name in targets if not name.endswith(("headers", "tokenizer", "alone"))]
+    assert [name.partition(": ")[2] for name in compared] == [
+        "disk, of downloads + output",
+        "disk, of kept bytes + output",
+        "memory / cached",
+        "time / cached",
+        "disk, of downloads + output",
+        "disk, of kept bytes + the two largest shards",
+        "memory / cached",
+        "time / cached",
+    ] * len(merges)
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+    # What is worked out stands in the documentation as it is printed.
+    assert [cells[0] for cells in table[-4:]] == large
+    assert "\n".join(lines[-4:]) in (ROOT / "docs" / "hub.md").read_text()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moemerge.checkpoint.jobs import CONNECTIONS
 from tests.hub_server import Hub, User
 from tests.hub_world import MODELS, World, assert_nothing_is_left, files_of, lines, planned, weights_sent
 from tests.machine import SINGLE, Machine, Result
@@ -92,6 +93,13 @@ def expected(world, tmp_path_factory) -> bytes:
     """The weights of the merge with random routers."""
     machine = Machine(tmp_path_factory.mktemp("expected"), world.url)
     return (world.merged_from_folders(machine, **WAYS["random"]) / SINGLE).read_bytes()
+
+
+def test_ranges_share_a_few_connections(world, machine):
+    assert merged(world, machine).code == 0
+    requests = [call for call in world.hub.calls if call.host == "cdn"]
+    # One for each thread that copies, and where a client's session is a thread's own, one for each model's header.
+    assert world.hub.connections["cdn"] <= CONNECTIONS + len(MODELS) < len(requests) / 2
 
 
 def test_what_breaks_off_goes_on_where_it_was(world, machine, expected):

@@ -42,6 +42,8 @@ class Counters:
         """Bytes of each repository's file that were sent."""
         self.received: Counter[str] = Counter()
         """Bytes of each LFS object, by its SHA-256, that arrived in uploads, those that broke off included."""
+        self.connections: Counter[str] = Counter()
+        """To each host."""
         self.lock = RLock()
 
     def requested(self, repo: str) -> set[str]:
@@ -69,8 +71,12 @@ class Counters:
     def reset(self) -> None:
         """Begin to count anew."""
         with self.lock:
-            for counts in (self.requests, self.calls, self.sent, self.received):
+            for counts in (self.requests, self.calls, self.sent, self.received, self.connections):
                 counts.clear()
+
+    def count_connection(self, host: str) -> None:
+        with self.lock:
+            self.connections[host] += 1
 
     def count_sent(self, repo: str, path: str, count: int) -> None:
         with self.lock:

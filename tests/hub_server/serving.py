@@ -37,6 +37,10 @@ class Handler(BaseHTTPRequestHandler):
         self.hub = hub
         super().__init__(*arguments)
 
+    def setup(self) -> None:
+        super().setup()
+        self.hub.count_connection(self.host)
+
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         self.route, self.query = url.path, parse_qs(url.query)
