@@ -18,13 +18,15 @@ from moemerge.checkpoint.shards import Shard
 from moemerge.config import MergeConfig
 from moemerge.formats import Mixture, MoeFamily
 from moemerge.formats.dense import DenseModel
-from moemerge.sources import ModelFolder
+from moemerge.sources import ModelFolder, Reference
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
 # torch with transformers, and what the classes and threads of a pass add to it.
 _PROGRAM_BYTES: Final = 70_000_000
 _LIBRARIES_BYTES: Final = 300_000_000
 _PASS_BYTES: Final = 110_000_000
+# The Hub's client, at work in several threads.
+_HUB_BYTES: Final = 50_000_000
 # What loading a tokenizer takes for each byte of its tokenizer.json.
 _TOKENIZER_FACTOR: Final = 14
 # What a layer holds at a time for each of 1024 tokens: four rows of the FFN's width in float32.
@@ -175,6 +177,7 @@ class MergePlan:
         imports_transformers = self.runs_base or (reads_prompts and not tokenizer_bytes)
         return (
             _PROGRAM_BYTES
+            + _HUB_BYTES * any(isinstance(source.origin, Reference) for source in self.sources)
             + _LIBRARIES_BYTES * imports_transformers
             + _TOKENIZER_FACTOR * tokenizer_bytes * reads_prompts
             + (_PASS_BYTES + layer + _STATES_BYTES * self.base.sizes["ffn"] + self._fit_bytes) * self.runs_base
