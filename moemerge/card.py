@@ -216,7 +216,7 @@ def _shared(plan: MergePlan) -> str:
     if method == "base":
         return f"come from {base}"
     if method == "average":
-        return f"are the mean of the experts' (tokenizer: {base})"
+        return f"are the mean of the experts', embeddings where vocabularies agree (else, and the tokenizer: {base})"
     return f"are those of {base} with what the experts changed, by {method.upper()}"
 
 

@@ -56,7 +56,7 @@ def check_configs(base: Mapping[str, Any], experts: Sequence[tuple[str, Mapping[
         if expert.config["vocab_size"] != base_model.config["vocab_size"]:
             found.notes.append(
                 f"{name}: vocabulary of {expert.config['vocab_size']}, the base's of "
-                f"{base_model.config['vocab_size']} is kept; only FFNs are taken from experts"
+                f"{base_model.config['vocab_size']} is kept"
             )
     return found
 
@@ -114,7 +114,11 @@ def check_expert(name: str, model: DenseModel, tensors: Mapping[str, StoredTenso
 def check_adapters(name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str) -> Findings:
     """Check that an expert's adapters change its FFNs; the rest counts where `shared` weights are mixed."""
     found = Findings()
-    changed = {tensor for tensor, stored in tensors.items() if isinstance(stored.path, Derived)}
+    changed = {
+        tensor
+        for tensor, stored in tensors.items()
+        if isinstance(stored.path, Derived) or stored.path.name.startswith("adapter_model.")
+    }
     inside = changed & _ffns(model).keys()
     if not inside:
         found.problems.append(

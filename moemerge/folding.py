@@ -39,6 +39,11 @@ def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -
     model, tensors = expert
     folded: dict[str, StoredTensor] = {}
     problems: list[str] = []
+    if behind := _differing_behind(expert, base, layers):
+        problems.append(
+            f"fold_norms: {name}: {behind}, the norm after its FFN, is not the shared one's, and cannot be folded into "
+            "an FFN. Leave out fold_norms"
+        )
     for layer in layers:
         ratio, lost = _ratio(expert, base, layer)
         if lost:
@@ -70,6 +75,15 @@ def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
     ratio = np.ones_like(own)
     np.divide(own, given, out=ratio, where=changed & ~lost)
     return ratio, int(lost.sum())
+
+
+def _differing_behind(expert: Loaded, base: Loaded, layers: Sequence[int]) -> str | None:
+    """A norm of the expert between its FFN and the residual stream that the shared weights have otherwise."""
+    for layer in layers:
+        name = f"model.layers.{layer}.post_feedforward_layernorm.weight"
+        if name in expert[1] and not np.array_equal(read_values(expert[1][name]), read_values(base[1][name])):
+            return name
+    return None
 
 
 def _fold(

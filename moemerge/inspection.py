@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
@@ -49,7 +50,8 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     """
     model = open_model(reference, announce)
     tensors = read_tensor_table(model, announce, weights="stream")
-    files = {path.name: size_of(path) for path in {tensor.path for tensor in tensors.values()}}
+    stored_tensors = {leaf for tensor in tensors.values() for leaf in leaves(tensor)}
+    files = {path.name: size_of(path) for path in {tensor.path for tensor in stored_tensors}}
     per_token = next((model.config[key] for key in _PER_TOKEN_KEYS if key in model.config), None)
     if isinstance(per_token, list):  # by layer
         per_token = max(per_token, default=None)
@@ -58,7 +60,7 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     in_experts = sum(math.prod(tensor.shape) for tensor in tensors.values() if _is_expert(tensor))
     idle = (experts - per_token) / experts if experts and isinstance(per_token, int) else 0
     dtype_bytes: Counter[str] = Counter()
-    for tensor in tensors.values():
+    for tensor in stored_tensors:
         dtype_bytes[tensor.dtype] += tensor.nbytes
     warnings = []
     claimed = next((model.config[key] for key in _EXPERT_COUNT_KEYS if key in model.config), 0)
@@ -75,7 +77,7 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     metadata = read_json(index).get("metadata") if index else None
     announced = metadata.get("total_size") if isinstance(metadata, dict) else None
     stored = sum(dtype_bytes.values())
-    if announced is not None and announced != stored:
+    if announced is not None and announced != stored and not model.adapters:
         warnings.append(f"{SAFETENSORS_INDEX} announces {announced} bytes of tensors, the headers {stored}")
     return Inspection(
         reference=reference,

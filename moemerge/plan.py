@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from moemerge.checkpoint.derived import leaves
+from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.files import File, size_of
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import build_index
@@ -210,11 +210,18 @@ class MergePlan:
                     for tensor in leaves(piece.source):
                         used.setdefault(tensor.path, []).append(tensor)
         headers = b"".join(shard.header for shard in self.shards)
+        made = [
+            (name, piece.source.path.identity)
+            for name, output in self.outputs.items()
+            for piece in output.pieces
+            if isinstance(piece.source, StoredTensor) and isinstance(piece.source.path, Derived)
+        ]
         return {
             "moemerge": version("moemerge"),
             "config": self.config.model_dump(mode="json"),
             "seed": seed,
             "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
+            "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
             "sources": {
                 str(path): {
                     "size": size_of(path),

@@ -46,7 +46,7 @@ def plan_merge(
     approve: Callable[[Sequence[ModelFolder]], None] = lambda _: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> MergePlan:
-    """Decide a merge from configs and headers; no tensor bytes are read and nothing is written.
+    """Decide a merge from configs and headers, and for `fold_norms` from norms; nothing is written.
 
     Of Hub models that are not in the cache the headers are read by ranges; pickles have none, and are downloaded. When
     everything was found to agree, weights are downloaded, or stay on the Hub to be read by ranges.

@@ -9,7 +9,7 @@ changed: the largest changes, as far as they agree in sign, or some at random, s
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +17,18 @@ from numpy.typing import NDArray
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, blocks_of, linear
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import SharedWeights
+from moemerge.dtypes import NAMED
 from moemerge.errors import IncompatibleError
 from moemerge.formats.dense import DenseModel
 
 Tensors = Mapping[str, StoredTensor]
 # What attention computes with: where it differs, weights do not mean the same.
 _SAME: Final = (
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
-    "sliding_window", "layer_types",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "norm_eps",
+)  # fmt: skip
+_SAME_VALUES: Final = (
+    "rope_with_part", "layer_rope_theta", "positions", "attention_multiplier", "embedding_multiplier",
+    "residual_multiplier", "logits_scaling", "layer_types", "window", "no_rope_layers",
 )  # fmt: skip
 
 
@@ -58,7 +62,9 @@ def share_weights(
             continue
         other = [who for who, _, theirs in experts if name not in theirs or theirs[name].shape != tensors[name].shape]
         if other:
-            notes.append(f"shared_weights: {name} is the base model's: {other[0]} has another vocabulary")
+            notes.append(
+                f"shared_weights: {name} is the base model's: {other[0]} has another vocabulary, or none of its own"
+            )
         else:
             mixed.append(name)
     made = {name: _derive(settings, tensors[name], [theirs[name] for _, _, theirs in experts], dtype) for name in mixed}
@@ -83,18 +89,29 @@ def _differences(
 ) -> list[str]:  # fmt: skip
     """Why attention and norms cannot be mixed."""
     problems = [
-        f"shared_weights: {name}: {key} is {model.config.get(key)!r}, but the base model's is "
-        f"{base.config.get(key)!r}, so their attention cannot be mixed"
+        f"shared_weights: {name}: {key} is {theirs!r}, but the base model's is {ours!r}, so their attention cannot be "
+        "mixed"
         for name, model, _ in experts
-        for key in _SAME
-        if model.config.get(key) != base.config.get(key)
+        for key, theirs, ours in _settings(model, base)
+        if theirs != ours
     ]
     return problems + [
-        f"shared_weights: {name}: has no tensor {tensor} of shape {list(tensors[tensor].shape)}, as the base model has"
+        f"shared_weights: {name}: has no tensor {tensor} of shape {list(tensors[tensor].shape)} in float32, float16 or "
+        "bfloat16, as the base model has"
         for name, _, theirs in experts
         for tensor in _inside(base)
-        if tensor not in theirs or theirs[tensor].shape != tensors[tensor].shape
+        if tensor not in theirs or theirs[tensor].shape != tensors[tensor].shape or theirs[tensor].dtype not in NAMED
     ]
+
+
+def _settings(model: DenseModel, base: DenseModel) -> Iterator[tuple[str, Any, Any]]:
+    """What attention computes with, of both."""
+    for key in _SAME:
+        yield key, model.config.get(key), base.config.get(key)
+    for key in _SAME_VALUES:
+        yield key.removesuffix("_with_part"), model.values.get(key), base.values.get(key)
+    yield "the order of rotary rows", model.family.interleaved, base.family.interleaved
+    yield "the offset of its norms", model.family.norm_offset, base.family.norm_offset
 
 
 def _derive(
@@ -104,6 +121,8 @@ def _derive(
     weights = [weight / sum(given) for weight in given]
     told = repr((settings.model_dump(), base.name))
     if settings.method == "average":
+        if len(set(experts)) == 1:
+            return experts[0]
         name = f"average of {len(experts)} models"
         return Derived(name, tuple(experts), linear(weights), told, dtype).tensor(base.name)
     recipe: Recipe = (

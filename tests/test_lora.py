@@ -5,7 +5,7 @@ import shutil
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moemerge import load_config, merge, plan_merge
@@ -148,3 +148,29 @@ def test_an_adapter_on_the_hub_is_added_to_a_streamed_model(world, machine, tmp_
     assert torch.equal(found, expected["model.layers.0.mlp.gate_proj.weight"])
     card = (machine.folder / "out" / "README.md").read_text()
     assert "- acme/adapter" in card
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_was_trained_again_is_read_again(tmp_path, llamas):
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+        expected = make_adapter(tmp_path / "adapter", llamas[0], seed)
+        tensors = read_tensor_table(open_model(f"{llamas[0]}+{tmp_path / 'adapter'}", print), print)
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert torch.equal(torch.from_numpy(read_values(tensors[name])), expected[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_adapters_are_clear_errors(tmp_path, llamas):
+    make_adapter(tmp_path / "good", llamas[0])
+    shutil.copytree(tmp_path / "good", tmp_path / "alpha")
+    edit_json(tmp_path / "alpha" / "adapter_config.json", lora_alpha="x")
+    shutil.copytree(tmp_path / "good", tmp_path / "double")
+    factors = load_file(tmp_path / "good" / "adapter_model.safetensors")
+    save_file({k: v.double() for k, v in factors.items()}, tmp_path / "double" / "adapter_model.safetensors")
+    for name, message in {
+        "alpha": "adapter_config.json: lora_alpha or alpha_pattern is no number",
+        "double": "is stored as F64; expected one of",
+    }.items():
+        with pytest.raises(SourceError, match=message):
+            read_tensor_table(open_model(f"{llamas[0]}+{tmp_path / name}", print), print)

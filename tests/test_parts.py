@@ -26,7 +26,7 @@ SHARED = ("self_attn", "layernorm", "embed_tokens", "lm_head", "model.norm")
 def merged(folder, models, **keys):
     """Tensors of the merged model, and its folder."""
     config = write_config(folder / "c.yaml", models[0], models[1:], prompts=False, **keys)
-    merge(plan_merge(load_config(config)), folder / "out")
+    merge(plan_merge(load_config(config, allow_identical_experts=True)), folder / "out")
     return load_file(folder / "out" / SINGLE), folder / "out"
 
 
@@ -134,8 +134,8 @@ def test_another_vocabulary_keeps_the_embeddings_of_the_base(tmp_path, llamas):
     config = write_config(tmp_path / "c.yaml", llamas[0], [llamas[1], other], prompts=False, shared_weights="average")
     plan = plan_merge(load_config(config))
     assert [note for note in plan.notes if note.startswith("shared_weights")] == [
-        "shared_weights: model.embed_tokens.weight is the base model's: experts[1] has another vocabulary",
-        "shared_weights: lm_head.weight is the base model's: experts[1] has another vocabulary",
+        "shared_weights: model.embed_tokens.weight is the base model's: experts[1] has another vocabulary, or none of its own",
+        "shared_weights: lm_head.weight is the base model's: experts[1] has another vocabulary, or none of its own",
     ]
     assert plan.outputs["model.embed_tokens.weight"].copied_from.path == llamas[0] / SINGLE
 
@@ -147,8 +147,9 @@ def test_attention_that_computes_otherwise_is_not_mixed(tmp_path, llamas):
     with pytest.raises(IncompatibleError) as caught:
         plan_merge(load_config(config))
     assert str(caught.value).splitlines()[1] == (
-        "  - shared_weights: experts[1]: rope_theta is 5.0, but the base model's is 10000.0, so their attention cannot be "
-        "mixed"
+        "  - shared_weights: experts[1]: rope is {'rope_theta': 5.0, 'rope_type': 'default', 'partial_rotary_factor': 1.0}, "
+        "but the base model's is {'rope_theta': 10000.0, 'rope_type': 'default', 'partial_rotary_factor': 1.0}, so their "
+        "attention cannot be mixed"
     )
 
 
@@ -282,3 +283,26 @@ def test_plan_advises_what_measured_better(tmp_path, llamas, capsys, monkeypatch
     assert plan_merge(load_config(config)).advice == ()
     alone = write_config(tmp_path / "e.yaml", llamas[0], [llamas[0]] * 2, prompts=False)
     assert plan_merge(load_config(alone, allow_identical_experts=True)).advice == ()
+
+
+def test_models_that_compute_otherwise_are_not_mixed(tmp_path):
+    base = make_model(tmp_path / "base", 0, "granite", attention_multiplier=0.2)
+    other = make_model(tmp_path / "other", 1, "granite", attention_multiplier=0.7)
+    config = write_config(tmp_path / "c.yaml", base, [other, base], prompts=False, shared_weights="average")
+    with pytest.raises(IncompatibleError, match=r"attention_multiplier is 0.7, but the base model's is 0.2"):
+        plan_merge(load_config(config))
+
+
+def test_equal_models_average_to_themselves(tmp_path, llamas):
+    found, _ = merged(tmp_path, [llamas[0], llamas[1], llamas[1]], shared_weights="average")
+    expert = load_file(llamas[1] / SINGLE)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expert.items() if shared(name))
+
+
+def test_another_recipe_is_another_merge(tmp_path, llamas):
+    prints = []
+    for seed in (0, 1):
+        settings = {"method": "dare", "density": 0.5, "seed": seed}
+        config = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False, shared_weights=settings)
+        prints.append(plan_merge(load_config(config)).fingerprint(0)["what is computed of the sources"])
+    assert prints[0] != prints[1]

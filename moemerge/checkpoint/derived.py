@@ -100,7 +100,9 @@ class Derived:
     def _encode(self, values: Rows) -> bytes:
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         stored = np.empty(len(flat), TYPES[self.dtype])
-        if not narrow(flat, self.dtype, stored, np.empty(len(flat), np.uint32)):
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is looked for
+            finite = narrow(flat, self.dtype, stored, np.empty(len(flat), np.uint32))
+        if not finite:
             raise CheckpointError(
                 f"{self}: holds numbers that {NAMED[self.dtype]} cannot express, or that are not finite. "
                 "Set `dtype: bfloat16` or `dtype: float32` in the config."
@@ -189,12 +191,13 @@ class _Computed:
 
 
 def linear(weights: Sequence[float]) -> Recipe:
-    """The weighted sum."""
+    """The sum with weights that add up to 1."""
 
     def recipe(_row: int, blocks: list[Rows]) -> Rows:
-        total = np.zeros_like(blocks[0])
-        for weight, block in zip(weights, blocks, strict=True):
-            total += np.float32(weight) * block
+        first = blocks[0]
+        total = first.copy()  # equal numbers stay what they are
+        for weight, block in zip(weights[1:], blocks[1:], strict=True):
+            total += np.float32(weight) * (block - first)
         return total
 
     return recipe

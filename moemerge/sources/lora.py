@@ -9,19 +9,20 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, read_values
 from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.index import read_json
+from moemerge.dtypes import NAMED
 from moemerge.errors import SourceError
 from moemerge.sources.local import resolve_file
 from moemerge.sources.pickles import read_pickle
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
+_USUAL_ALPHA: Final = 8
 _PREFIX: Final = "base_model.model."
 _PARTS: Final = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
 # What changes more than such a sum, or changes the base model too; with what it is called.
@@ -29,8 +30,10 @@ _REFUSED: Final = {
     "fan_in_fan_out": "its matrices lie the other way round", "lora_bias": "it trains biases of its own",
     "trainable_token_indices": "it trains single tokens", "use_qalora": "it pools its inputs",
     "alora_invocation_tokens": "it is active in a part of the text", "target_parameters": "it targets stacked experts",
+    "layer_replication": "it repeats layers", "use_bdlora": "its factors are blocks", "monteclora_config": "it samples",
+    "arrow_config": "it chooses between adapters", "kasa_config": "it has more than two factors",
 }  # fmt: skip
-_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq")
+_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,14 @@ def _modules(
         own = name.removeprefix(_PREFIX)
         if match := _PARTS.fullmatch(own):
             parts = modules.setdefault(match[1], {})
-            if isinstance(parts, dict):
-                parts[match[2]] = tensor
+            if not isinstance(parts, dict):
+                raise SourceError(f"{adapter.reference}: has both a weight and factors for {match[1]}.")
+            parts[match[2]] = tensor
         elif "lora_" not in own and own.endswith(".weight"):
-            modules[own.removesuffix(".weight").replace(".modules_to_save.default", "")] = tensor
+            module = own.removesuffix(".weight").replace(".modules_to_save.default", "")
+            if module in modules:
+                raise SourceError(f"{adapter.reference}: has both a weight and factors for {module}.")
+            modules[module] = tensor
         else:
             raise SourceError(f"{adapter.reference}: nothing is known of its tensor {name}. Merge it with PEFT.")
     return modules
@@ -124,12 +131,19 @@ def _merge(
     if lost:
         raise SourceError(f"{adapter.reference}: has no {lost[0]} for {module}.")
     a, b, lengths = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector")
-    if (b.shape[0], *a.shape[1:]) != weight.shape or a.shape[0] != b.shape[1]:
+    fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0  # noqa: PLR2004
+    if not fits or (b.shape[0], a.shape[1]) != weight.shape or (lengths and math.prod(lengths.shape) != b.shape[0]):
         raise SourceError(
             f"{adapter.reference}: for {module} it has matrices {list(b.shape)} and {list(a.shape)}, but the model's "
             f"weight is {list(weight.shape)}: it was trained on another base model."
         )
-    scale = _scale(adapter.config, module, a.shape[0])
+    for tensor in (weight, *parts.values()):
+        if tensor.dtype not in NAMED:
+            raise SourceError(
+                f"{adapter.reference}: {tensor.name} is stored as {tensor.dtype}; expected one of {', '.join(NAMED)}. "
+                "Save the adapter in float32."
+            )
+    scale = _scale(adapter, module, a.shape[0])
     others = (a, b, *([lengths] if lengths else []))
     name = f"with the adapter {adapter.reference}"
     return Derived(name, (weight,), _recipe(a, b, lengths, scale), repr(scale), "F32", others=others).tensor(
@@ -137,32 +151,42 @@ def _merge(
     )
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Factor on `B A`; patterns match a module's whole name or its end, as in PEFT."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next(
-        (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)),
-        config.get("lora_alpha", rank),
-    )
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _scale(adapter: Adapter, module: str, rank: int) -> float:
+    """Factor on `B A`; patterns match a module's whole name or its end, as in PEFT.
+
+    Raises:
+        SourceError: `lora_alpha` or `alpha_pattern` is not what PEFT writes.
+    """
+    alpha = adapter.config.get("lora_alpha", _USUAL_ALPHA)
+    try:
+        for pattern, own in (adapter.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = own
+                break
+        return float(alpha) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise SourceError(
+            f"{adapter.reference}: {CONFIG}: lora_alpha or alpha_pattern is no number ({error}). Save it again."
+        ) from error
 
 
 def _recipe(a: StoredTensor, b: StoredTensor, lengths: StoredTensor | None, scale: float) -> Recipe:
+    held: dict[str, Rows] = {}  # from a tensor's first block to its last
+
     def recipe(row: int, blocks: list[Rows]) -> Rows:
         import torch  # whose product PEFT takes, to the last bit
 
+        factors = held or {tensor.name: read_values(tensor) for tensor in (a, b, *([lengths] if lengths else []))}
         values = torch.from_numpy(blocks[0])
-        rows = torch.from_numpy(_small(b))[row : row + len(values)]
-        values += (rows @ torch.from_numpy(_small(a))) * scale
+        rows = torch.from_numpy(factors[b.name])[row : row + len(values)]
+        values += (rows @ torch.from_numpy(factors[a.name])) * scale
         if lengths:
-            wanted = torch.from_numpy(_small(lengths)).reshape(-1)[row : row + len(values)]
+            wanted = torch.from_numpy(factors[lengths.name]).reshape(-1)[row : row + len(values)]
             values *= (wanted / torch.linalg.norm(values, dim=1)).unsqueeze(1)
+        if row + len(values) < b.shape[0]:
+            held.update(factors)
+        else:
+            held.clear()
         return blocks[0]
 
     return recipe
-
-
-@lru_cache(maxsize=16)
-def _small(tensor: StoredTensor) -> Rows:
-    """A factor's numbers; its tensor is read in many blocks, one after the other."""
-    return read_values(tensor)
