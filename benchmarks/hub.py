@@ -185,8 +185,8 @@ def worked_out(fixture: Fixture, models: Path, shape: str, experts: int, mode: s
 
 
 def size(nbytes: float) -> str:
-    if nbytes < 100e6:
-        return f"{nbytes / 1e6:.2f} MB" if nbytes else "-"
+    if nbytes < 1e9:
+        return f"{nbytes / 1e6:.{0 if nbytes >= 100e6 else 2}f} MB" if nbytes else "-"
     return f"{nbytes / 1e9:.2f} GB" if nbytes < 100e9 else f"{nbytes / 1e9:.0f} GB"
 
 

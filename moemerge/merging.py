@@ -154,7 +154,7 @@ def merge_to_hub(
         check_space(scratch, plan.kept_bytes + sum(sorted(shard.nbytes for shard in plan.shards)[-2:]))
         publisher.check_streaming(overwrite=overwrite)
         journal = journal_of(folder)
-        fingerprint = plan.fingerprint(seed) | {"destination": f"{publisher.repo} {publisher.revision}"}
+        fingerprint = plan.fingerprint(seed) | {"destination": publisher.repo}
         kept = journal.resume(fingerprint, folder, plan.shards_without_routers, publisher.held())
         tally = _Tally(progress, plan, kept)
         routers = work.init_routers(tally.routers)

@@ -157,6 +157,29 @@ def test_nothing_is_removed_before_the_last_refusal(world, machine):
     assert pushed(world) == old
 
 
+def test_a_pull_request_that_was_cut_off_goes_on_under_the_name_that_was_told(world, machine):
+    expected = local_shards(world, machine, gate_mode="random")
+    config = world.config(machine, gate_mode="random")
+    world.hub.add("alice/mix", {"README.md": b"# Mix"})
+    commits = iter(range(100))
+
+    def fail_the_fourth() -> None:
+        if next(commits) == 2:  # the next one is the fourth
+            world.hub.fail("/api/models/alice/mix/commit/*", 500)
+
+    world.hub.before("/api/models/alice/mix/commit/*", fail_the_fourth, 100)
+    first = machine.moemerge(config, "out", *STREAM, "--create-pr", **TOKEN)
+    assert f"alice/mix: opened {world.url}/alice/mix/discussions/1; --revision refs/pr/1 continues it" in lines(first)
+    there = shards_of(pushed(world, revision="refs/pr/1"))
+    assert len(there) == 3
+    again = machine.moemerge(config, "out", *STREAM, "--revision", "refs/pr/1", "--resume", **TOKEN)
+    assert again.code == 0, again.err
+    sent = {name for name in expected if f"alice/mix: holds {name}" in lines(again)}
+    assert sent == expected.keys() - there.keys()
+    assert shards_of(pushed(world, revision="refs/pr/1")) == expected
+    assert pushed(world) == {"README.md": b"# Mix"}
+
+
 def test_a_merge_is_pushed_when_it_is_complete(world, machine):
     config = world.config(machine, gate_mode="random")
     result = machine.moemerge(config, "out", "--push", "alice/mix", "--private", **TOKEN)
