@@ -24,7 +24,7 @@ from moemerge.parts import Parts, take_parts
 from moemerge.plan import MergePlan, Output
 from moemerge.proportions import mixture_of, residual_scales
 from moemerge.router_needs import check_texts, check_tokenizer, check_widths, router_reads
-from moemerge.sources import ModelFolder, fetch_if_room, open_model, read_tensor_table
+from moemerge.sources import ModelFolder, fetch_if_room, open_model, read_tensor_tables
 
 Tensors = Mapping[str, StoredTensor]
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
@@ -99,7 +99,7 @@ def plan_merge(
             [f"shared_experts[].noise_scale: {family.model_type} has copies of them, each would get other noise"],
         )
     approve((base_folder, *folders))
-    tables = {reference: read_tensor_table(folder, announce, weights="stream") for reference, folder in opened.items()}
+    tables = dict(zip(opened, read_tensor_tables(opened.values(), announce, weights="stream"), strict=True))
     dtype = config.dtype or _main_dtype(tables[config.base_model])
     findings = [found, check_base(base, family, tables[config.base_model], mixture.dense_layers)]
     findings += [

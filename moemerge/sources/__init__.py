@@ -1,7 +1,8 @@
 """From a model reference in the YAML to its `config.json` and the table of its tensors; no tensor bytes are read."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
@@ -26,6 +27,7 @@ __all__ = [
     "open_model",
     "parse_reference",
     "read_tensor_table",
+    "read_tensor_tables",
 ]
 
 Announce = Callable[[str], None]
@@ -61,8 +63,8 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
         SourceError: the reference leads nowhere, or to no model.
         CheckpointError: its `config.json` is damaged.
     """
-    model, _, adapter = reference.rpartition("+")
-    if model and adapter and not Path(reference).is_dir():
+    if split := _split_adapter(reference):
+        model, adapter = split
         opened = open_model(model, announce)
         _, folder = _find(adapter, announce)
         return replace(opened, reference=reference, adapters=(*opened.adapters, open_adapter(adapter, folder)))
@@ -74,6 +76,23 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
             )
         raise SourceError(f"{reference}: has no config.json, so it is not a model that moemerge can read.")
     return ModelFolder(reference, origin, folder, read_json(resolve_file(folder, "config.json")))
+
+
+def _split_adapter(reference: str) -> tuple[str, str] | None:
+    """The two sides of model+adapter; of several `+`, the last that leaves a folder or a repository on both."""
+
+    def leads_somewhere(text: str) -> bool:
+        try:
+            parse_reference(text.partition("+")[0] if "+" in text and not Path(text).expanduser().is_dir() else text)
+        except SourceError:
+            return False
+        return True
+
+    if "+" not in reference or Path(reference).expanduser().is_dir():
+        return None
+    places = [match.start() for match in re.finditer(r"\+", reference)][::-1]
+    splits = [(reference[:place], reference[place + 1 :]) for place in places]
+    return next((split for split in splits if all(map(leads_somewhere, split))), splits[0])
 
 
 def _find(reference: str, announce: Announce) -> tuple[Path | Reference, Path]:
@@ -102,10 +121,29 @@ def read_tensor_table(
         SourceError: the Hub does not give the weights.
         CheckpointError: the model's files are damaged or incomplete.
     """
-    tensors = _read_weights(model, announce, weights)
-    for adapter in model.adapters:
-        tensors = merge_adapter(adapter, tensors)
+    (tensors,) = read_tensor_tables([model], announce, weights=weights)
     return tensors
+
+
+def read_tensor_tables(
+    models: Iterable[ModelFolder], announce: Announce, *, weights: Literal["download", "stream"] = "download"
+) -> list[dict[str, StoredTensor]]:
+    """The same of several models; what is one model with several adapters is read once.
+
+    Raises:
+        SourceError: see `read_tensor_table`.
+        CheckpointError: see `read_tensor_table`.
+    """
+    read: dict[Path, dict[str, StoredTensor]] = {}
+    tables = []
+    for model in models:
+        if model.folder not in read:
+            read[model.folder] = _read_weights(model, announce, weights)
+        tensors = read[model.folder]
+        for adapter in model.adapters:
+            tensors = merge_adapter(adapter, tensors)
+        tables.append(tensors)
+    return tables
 
 
 def _read_weights(
@@ -160,7 +198,7 @@ def fetch_if_room(
     from moemerge.sources.hub import cache_folder
 
     cache, (folder, written_bytes) = nearest_folder(cache_folder()), beside
-    needed = sum(size_of(file) for found in remote.values() for file in found)
+    needed = sum(size_of(file) for file in set().union(*remote.values()) if not isinstance(file, Path))
     if folder and nearest_folder(folder).stat().st_dev == cache.stat().st_dev:
         needed += written_bytes
     room = disk_usage(cache).free
@@ -170,4 +208,4 @@ def fetch_if_room(
             "weights are streamed from the Hub, as with --stream"
         )
         return {}
-    return {reference: read_tensor_table(models[reference], announce) for reference in remote}
+    return dict(zip(remote, read_tensor_tables([models[reference] for reference in remote], announce), strict=True))
