@@ -373,3 +373,12 @@ def test_shard_sizes_in_parameters(text, count):
 def test_what_is_no_number_of_parameters(text):
     with pytest.raises(RefusedError, match="is no number of parameters"):
         parse_parameter_count(text)
+
+
+def test_a_misspelt_command_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moemerge", "pln", "c.yaml"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: pln: there is no such config and no such command. Did you mean plan?\n"

@@ -194,6 +194,22 @@ def test_a_merge_is_pushed_when_it_is_complete(world, machine):
     assert world.hub.received_bytes() == 0
 
 
+def test_a_source_is_not_replaced_by_the_mixture_without_a_word(world, machine):
+    config = world.config(machine, gate_mode="random")
+    world.hub.add("alice/mix", dict(world.hub.repositories["acme/fox"].find("main")[1]))
+    message = (
+        "error: alice/mix: main holds a llama, and this is a mixtral. Name another repository or --revision, or replace "
+        "the model with --overwrite."
+    )
+    refused = machine.moemerge(config, "out", "--push", "alice/mix", **TOKEN)
+    assert (refused.code, lines(refused)[-1]) == (2, message)
+    assert not (machine.folder / "out").exists()
+    assert machine.moemerge(config, "out").code == 0
+    refused = machine.moemerge("push", "out", "alice/mix", **TOKEN)
+    assert (refused.code, lines(refused)[-1]) == (2, message)
+    assert machine.moemerge("push", "out", "alice/mix", "--overwrite", **TOKEN).code == 0
+
+
 def test_a_push_that_fails_leaves_the_model_and_says_how_to_go_on(world, machine):
     config = world.config(machine, gate_mode="random")
     world.hub.fail("/api/models/alice/mix/commit/*", 500)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -131,12 +132,24 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
 }  # fmt: skip
 
 
+def _misspelt(arguments: list[str]) -> str | None:
+    """The command that a first word, which is no file, is nearly called."""
+    if not arguments or arguments[0].startswith("-") or Path(arguments[0]).exists():
+        return None
+    return next(iter(get_close_matches(arguments[0], _COMMANDS, n=1)), None)
+
+
 def main() -> None:
     """The entry point: a first word that names a command is that command, anything else is a merge."""
     arguments = sys.argv[1:]
     word = arguments[0] if arguments and arguments[0] in _COMMANDS else None
     if word:
         arguments = arguments[1:]
+    elif near := _misspelt(arguments):
+        typer.echo(
+            f"error: {arguments[0]}: there is no such config and no such command. Did you mean {near}?", err=True
+        )
+        sys.exit(2)
     else:
         from moemerge.cli.legacy import translate
 

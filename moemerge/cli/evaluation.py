@@ -1,6 +1,7 @@
 """`moemerge eval` and what it prints: losses beside baselines, and what the routers do."""
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moemerge.cli.console import print_json, speaking, stdout, stoppable
-from moemerge.cli.options import Debug, Device, Json, Quiet, Verbose
+from moemerge.cli.options import CacheDir, Debug, Device, Json, Quiet, Verbose
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192,
     window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512,
     device: Device = "auto",
+    cache_dir: CacheDir = None,
     update_card: Annotated[bool, typer.Option("--update-card", help="Write the result into the model card.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -39,6 +41,8 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
 ) -> None:  # fmt: skip
     """Compare a merged model's loss on held-out text with those of its base, its experts and simpler mixtures."""
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
+        if cache_dir:
+            os.environ["HF_HUB_CACHE"] = str(cache_dir)  # before huggingface_hub is imported
         from dataclasses import asdict
 
         from moemerge.card import update_evaluation
@@ -48,7 +52,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
         with show_layers(console, quiet=quiet) as progress:
             found = run(
                 out, _by_name(data), baselines=baselines, tokens=max_tokens, window=window, device=device,
-                progress=stoppable(progress), announce=console.print,
+                progress=stoppable(progress), announce=(lambda _line: None) if quiet else console.print,
             )  # fmt: skip
         if json:
             print_json(asdict(found))

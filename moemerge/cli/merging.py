@@ -120,6 +120,7 @@ def merge_models(
         way = partial(merge, plan, out, name=push)
         if push_streaming and pushing.publisher:
             way = partial(merge_to_hub, plan, out, pushing.publisher)
+        pushing.check_replaced(plan.family.model_type, overwrite=overwrite)
         with (
             _told_what_is_kept(console, out, where=_ON_THE_HUB if push_streaming else f"beside {out}"),
             show_progress(console, quiet=quiet) as progress,
@@ -162,7 +163,7 @@ def _told_what_is_kept(console: "Console", out: Path, where: str) -> Iterator[No
                 f"{kept} complete shards are kept {where}: --resume continues from them, a run without it starts over."
             )
         if isinstance(error, KeyboardInterrupt) and where == _ON_THE_HUB and not error.args:
-            raise KeyboardInterrupt(f"nothing is left at {out}; what was sent stays on the Hub") from error
+            raise KeyboardInterrupt(f"{out} is not written; what was sent stays on the Hub") from error
         raise
 
 

@@ -22,6 +22,7 @@ def push(  # noqa: PLR0917  typer makes options of arguments
     revision: Revision = None,
     create_pr: CreatePr = False,
     license: License = None,  # noqa: A002  the option's name, as in model cards
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of another kind.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -31,6 +32,7 @@ def push(  # noqa: PLR0917  typer makes options of arguments
     """
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         from moemerge.card import read_licence, set_licence
+        from moemerge.checkpoint.index import read_json
         from moemerge.publish import Destination, Publisher, checkpoint_files
 
         def say(line: str) -> None:
@@ -46,6 +48,7 @@ def push(  # noqa: PLR0917  typer makes options of arguments
             )
         publisher = Publisher(Destination(repo, private, revision, create_pr), say)
         publisher.open()
+        publisher.check_replaced(read_json(out / "config.json").get("model_type"), overwrite=overwrite)
         if license:
             set_licence(out, license)
         typer.echo(publisher.push(out))
@@ -88,6 +91,15 @@ class Pushing:
         self.licence = self.licence or licence_of(sources)
         self.publisher = Publisher(self._destination, self._say)
         self.publisher.open()
+
+    def check_replaced(self, model_type: str, *, overwrite: bool) -> None:
+        """Refuse to replace a model of another kind, such as a source of the merge.
+
+        Raises:
+            RefusedError: the repository holds one, and is not to be overwritten.
+        """
+        if self.publisher:
+            self.publisher.check_replaced(model_type, overwrite=overwrite)
 
 
 def _destination(repo: str, private: bool, revision: str | None, create_pr: bool) -> "Destination":

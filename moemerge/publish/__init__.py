@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_weight_map
+from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
 from moemerge.errors import MoemergeError, PublishError, RefusedError
 from moemerge.planning import COPIED_FILES
 from moemerge.publish.answers import explain
@@ -62,6 +62,24 @@ class Publisher:
         with self._explained():
             self._account = self._ask(lambda: read_account(self._api, self._to))
             self._ask(lambda: open_repository(self._api, self._to, self._announce))
+
+    def check_replaced(self, model_type: object, *, overwrite: bool) -> None:
+        """Make sure that no model of another kind is replaced: a dense one is likely to be a source of the merge.
+
+        Raises:
+            RefusedError: the repository holds one, and is not to be overwritten.
+        """
+        with self._explained():
+            _, names = self._listing()
+            if overwrite or "config.json" not in names:
+                return
+            path = self._api.hf_hub_download(self._to.repo, "config.json", revision=self.revision)
+        held = read_json(Path(path)).get("model_type")
+        if held and held != model_type:
+            raise RefusedError(
+                f"{self._to.repo}: {self.revision} holds a {held}, and this is a {model_type}. Name another repository or "
+                "--revision, or replace the model with --overwrite."
+            )
 
     def push(self, folder: Path) -> str:
         """Send a folder's checkpoint in one commit, without weights that the repository has or a cut-off push sent.
