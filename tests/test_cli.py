@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from moemerge.checkpoint.staging import kept_shards
+from moemerge.cli import main
 from moemerge.cli.console import explain_error
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
 from moemerge.cli.merging import merge_models

@@ -77,8 +77,8 @@ class Publisher:
         held = read_json(Path(path)).get("model_type")
         if held and held != model_type:
             raise RefusedError(
-                f"{self._to.repo}: {self.revision} holds a {held}, and this is a {model_type}. Name another repository or "
-                "--revision, or replace the model with --overwrite."
+                f"{self._to.repo}: {self.revision} holds a {held}, and this is a {model_type}. Name another repository "
+                "or --revision, or replace the model with --overwrite."
             )
 
     def push(self, folder: Path) -> str:
