@@ -1,0 +1,216 @@
+"""A tuning from the model's folder to its new gates: what `moemerge.tuning.tune` does once data are read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moemerge.card import with_section
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.staging import check_target
+from moemerge.config import CONFIG_COPY
+from moemerge.dtypes import NAMED
+from moemerge.errors import MoemergeError, RefusedError
+from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense, open_mixture
+from moemerge.tuning.batches import Batches
+from moemerge.tuning.judging import Judge
+from moemerge.tuning.phatgoose import check_family, stack, train_gates
+from moemerge.tuning.processes import open_accelerator, weight_dtype
+from moemerge.tuning.settings import Settings, Tuned, card_section
+from moemerge.tuning.student import TOKENS_AT_ONCE, Student, check_memory
+from moemerge.tuning.teacher import Predictions, predict
+from moemerge.tuning.training import Training
+from moemerge.tuning.work import State, Work, fingerprint
+from moemerge.tuning.writing import check_room, gate_tensors, replace_files, stage_replacement, write_copy
+
+Documents = Mapping[str, Sequence[str]]
+
+
+def run(
+    folder: Path | str, training: Documents, held_out: Documents, settings: Settings, *, copy: Path | None,
+    device: str, resume: bool, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
+) -> Tuned | None:  # fmt: skip
+    """See `moemerge.tuning.tune`."""
+    mixture = open_mixture(folder)
+    gates = gate_tensors(mixture)
+    if mixture.experts_per_token == 1:
+        raise RefusedError(
+            f"{folder}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has no slope "
+            "to follow. Merge with experts_per_token: 2, tune, and set it to 1 in config.json."
+        )
+    if copy is not None:
+        check_target(copy, [mixture.folder.resolve()], overwrite=False)
+    check_room(gates, copy or mixture.folder)
+    accelerator = open_accelerator(device)
+    if not accelerator.is_main_process:
+        progress, announce = (lambda _name, _done, _total: None), (lambda _: None)
+    tuning = Tuning(mixture, gates, settings, accelerator, Work(mixture.folder), progress, announce)
+    try:
+        with tuning.work.held(main=accelerator.is_main_process):
+            return tuning.run(training, held_out, copy, resume=resume)
+    except KeyboardInterrupt:
+        announce("what was done so far is kept: the same command with --resume goes on")
+        raise
+
+
+@dataclass
+class Tuning:
+    """One call of `tune`."""
+
+    mixture: MixtureModel
+    gates: Mapping[int, StoredTensor]
+    settings: Settings
+    accelerator: Any
+    work: Work
+    progress: Callable[[str, int, int], None]
+    announce: Callable[[str], None]
+
+    def run(self, training: Documents, held_out: Documents, copy: Path | None, *, resume: bool) -> Tuned | None:
+        """Train, judge, and write what is better."""
+        main = self.accelerator.is_main_process
+        if main and self.work.finish():
+            self.announce("an earlier tuning had been cut off while its files were moved: it is complete now")
+            if resume:
+                return None
+        device = self.accelerator.device
+        batches = Batches.cut(self.mixture, training, held_out, self.settings)
+        if self.accelerator.num_processes > batches.windows_per_step:
+            raise RefusedError(
+                f"{self.accelerator.num_processes} processes share {batches.windows_per_step} windows of a step: raise "
+                "--tokens-per-step, or start fewer processes."
+            )
+        local = self.accelerator.num_processes if device.type == "cpu" else 1
+        tokens = min(self.settings.tokens_per_step, TOKENS_AT_ONCE)
+        need = check_memory(self.mixture.runnable, device, weight_dtype(self.accelerator), tokens, local)
+        self.announce(f"{self.mixture.folder}: {need}")
+        if main:
+            documents = {name: [*training[name], *held_out[name]] for name in training}
+            processes = self.accelerator.num_processes
+            self.work.begin(fingerprint(self.settings, documents, self.gates, processes), resume=resume)
+        self.accelerator.wait_for_everyone()
+        if self.settings.method == "phatgoose":
+            state = self._stack_gates(training, held_out, batches)
+        else:
+            state = self._train_gates(batches)
+        found = self._found(state, batches, copy)
+        if main:
+            if found.improved:
+                self._write(found, state, copy)
+            self.work.remove()
+        self.accelerator.wait_for_everyone()
+        return found
+
+    def _train_gates(self, batches: Batches) -> State:
+        teachers = self._teachers(batches) if self.settings.distil else {}
+        student, judge = self._load(batches)
+        steps = Training(
+            student, batches, judge, teachers, self.settings, self.accelerator, self.work,
+            partial(self.progress, "steps"), self.announce,
+        )  # fmt: skip
+        return steps.run()
+
+    def _stack_gates(self, training: Documents, held_out: Documents, batches: Batches) -> State:
+        without = [name for name in self.mixture.experts if name not in training]
+        if without:
+            raise RefusedError(
+                f"--method phatgoose: every expert's gate is trained on its own text, and {without[0]} has none: add "
+                f"--data {without[0]}=PATH."
+            )
+        if self.accelerator.num_processes > 1:
+            raise RefusedError("--method phatgoose: runs in one process. Start it without accelerate launch.")
+        dense = {number: self._open(number) for number in (None, *range(len(self.mixture.experts)))}
+        base = dense.pop(None)
+        check_family(self.mixture, base)
+        held = {name: held_out[name] for name in training}
+        own = [Batches.cut(self.mixture, {n: training[n]}, {n: held[n]}, self.settings) for n in self.mixture.experts]
+        gates = train_gates(
+            self.mixture, base, list(dense.values()), own, self.settings, self.accelerator, self.work, self.progress
+        )  # fmt: skip
+        student, judge = self._load(batches)
+        before, rows = judge.judge(), student.rows()
+        state = State(self.settings.steps, 0, 0, 0.0, before, before, rows, rows, {})
+        student.place({layer: new.to(student.device) for layer, new in stack(student, gates, batches.training).items()})
+        after = judge.judge()
+        self.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
+        if after.mean_loss < before.mean_loss:
+            state = replace(state, best=after, best_step=self.settings.steps, best_rows=student.rows())
+        return state
+
+    def _load(self, batches: Batches) -> tuple[Student, Judge]:
+        student = Student.load(
+            self.mixture, self.accelerator.device, weight_dtype(self.accelerator), partial(self.progress, "load")
+        )
+        return student, Judge(student, batches.held_out, self._dtypes(), self.accelerator)
+
+    def _dtypes(self) -> dict[int, torch.dtype]:
+        return {layer: getattr(torch, NAMED[tensor.dtype]) for layer, tensor in self.gates.items()}
+
+    def _teachers(self, batches: Batches) -> dict[int, Predictions]:
+        """By domain, what its expert predicts; computed by the first process."""
+        texts = batches.training
+        unknown = [name for name, expert in zip(texts.domains, texts.expert, strict=True) if expert is None]
+        if unknown:
+            raise RefusedError(
+                f"--data {unknown[0]}=: is no expert's name, so it has no teacher; experts: "
+                f"{', '.join(self.mixture.experts)}. Call the domain like its expert, or give --no-distil."
+            )
+        found = {}
+        for domain, expert in enumerate(texts.expert):
+            path = self.work.folder / f"teacher-{domain}.safetensors"
+            windows = [texts.windows[place] for place in texts.of(domain)]
+            if self.accelerator.is_main_process and not path.exists():
+                predict(
+                    self._open(expert), windows, path, int(self.mixture.runnable.keys["vocab_size"]),
+                    self.accelerator.device, partial(self.progress, f"teacher {texts.domains[domain]}"),
+                )  # fmt: skip
+            self.accelerator.wait_for_everyone()
+            found[domain] = Predictions(path, windows)
+        return found
+
+    def _open(self, expert: int | None) -> Runnable:
+        """A dense expert, or the base for None."""
+        config = self.mixture.config
+        what = "--method phatgoose needs the base and" if self.settings.method == "phatgoose" else "distillation needs"
+        if config is None:
+            raise RefusedError(
+                f"{self.mixture.folder}: does not say what it was merged from, and {what} the dense experts. Give "
+                "--no-distil and --method gates."
+            )
+        reference = config.base_model if expert is None else config.experts[expert].source_model
+        try:
+            return open_dense(reference, reference, self.announce)
+        except MoemergeError as error:
+            raise RefusedError(
+                f"{what} the dense experts, and one cannot be had: {error} Paths in {CONFIG_COPY} count from the "
+                "folder that it was merged in; --no-distil and --method gates do without."
+            ) from error
+
+    def _found(self, state: State, batches: Batches, copy: Path | None) -> Tuned:
+        improved = state.best_step > 0
+        texts = batches.held_out
+        counts = {name: texts.of(place) for place, name in enumerate(texts.domains)}
+        notes = [] if improved else ["nothing was better on held-out text than the routers that were there"]
+        return Tuned(
+            str(copy if copy and improved else self.mixture.folder), self.settings.method, improved, state.best_step,
+            state.step, state.before, state.best,
+            {n: sum(sum(texts.windows[place].counted[1:]) for place in mine) for n, mine in counts.items()},
+            {n: len({texts.windows[place].document for place in mine}) for n, mine in counts.items()},
+            state.seconds / max(state.step, 1), tuple(notes),
+        )  # fmt: skip
+
+    def _write(self, found: Tuned, state: State, copy: Path | None) -> None:
+        dtypes = self._dtypes()
+        rows = {
+            layer: new.to(dtypes[layer]).contiguous().view(torch.uint8).numpy().tobytes()
+            for layer, new in state.best_rows.items()
+        }
+        model, card = self.mixture.folder.resolve(), self.mixture.folder / "README.md"
+        text = with_section(card.read_text(encoding="utf-8"), "tuning", card_section(found)) if card.is_file() else None
+        if copy is not None:
+            write_copy(model, self.gates, rows, text, copy)
+            return
+        stage_replacement(model, self.gates, rows, text, self.work.draft, self.work.ready)
+        replace_files(self.work.ready, model)
