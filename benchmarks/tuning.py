@@ -1,4 +1,4 @@
-"""What tuning the routers gains, from random ones and from those that are made in closed form, on texts that it never saw.
+"""What tuning routers gains, random ones and those made in closed form, on texts that it never saw.
 
     python benchmarks/tuning.py MODELS TEXTS --markdown
 
@@ -27,8 +27,8 @@ from moemerge.tuning import Settings, Tuned, tune
 
 # Name of the row, the routers at first, and the options.
 ROWS = (
-    ("gates, distilled", "random", {"distil": True}),
     ("gates", "random", {"distil": False}),
+    ("gates, distilled", "random", {"distil": True}),
     ("gates, distilled", "ridge", {"distil": True}),
     ("gates", "ridge", {"distil": False}),
     ("phatgoose", "random", {"method": "phatgoose"}),
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("texts", type=Path)
     parser.add_argument("--tokens", type=int, default=4096, help="of test text, for each expert")
+    parser.add_argument("--window", type=int, default=512, help="of test text, in tokens")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=Settings.lr)
@@ -79,7 +80,7 @@ def main() -> None:
         starts = {way: merged(options, experts, way, folder / way) for way in dict.fromkeys(row[1] for row in rows)}
         first = open_mixture(next(iter(starts.values())))
         documents = {name: read_documents([options.texts / f"{name}.test.txt"]) for name in experts}
-        texts = Texts.cut(first, documents, options.tokens, 512)
+        texts = Texts.cut(first, documents, options.tokens, options.window)
         runs = Runs(texts, torch.device("cpu"), lambda _name, _done, _total: None)
         print(f"{machine(folder)}, tuned in {os.environ.get('ACCELERATE_MIXED_PRECISION', 'float32')}")
         heads = ["routers", *experts, "mean", "recovered", "right first", "held out while tuning", "s/step"]

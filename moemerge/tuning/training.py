@@ -66,13 +66,13 @@ class Training:
         state = self.work.load()
         before = state.before if state else self.judge.judge()
         optimiser = self._optimiser()
+        rates = [group["lr"] for group in optimiser.param_groups]
         if state is None:
             state = State(0, 0, 0, 0.0, before, before, start, start, {})
         else:
             self.student.place(state.rows)
             optimiser.load_state_dict(state.optimiser)
         anchored = {layer: rows.to(self.student.device) for layer, rows in start.items()}
-        rates = [group["lr"] for group in optimiser.param_groups]
         every = max(1, self.settings.steps // _JUDGEMENTS)
         while state.step < self.settings.steps and state.unimproved < _PATIENCE:
             begun = time.perf_counter()
