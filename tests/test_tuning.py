@@ -305,7 +305,7 @@ def test_the_load_term_falls_towards_its_prior(out):
     before.backward()
     with torch.no_grad():
         for gate in whole.gates.values():
-            gate -= 100 * gate.grad
+            gate.sub_(100 * gate.grad)
     assert 0 <= load_loss(whole, counted, prior) < before
 
 
@@ -385,7 +385,10 @@ tune(out, dict((name, [path]) for name, path in (d.split("=") for d in data)), S
 """
 
 
-def test_a_kill_between_the_renames_leaves_a_model_and_the_next_run_ends_it(out, data, tmp_path, monkeypatch, capsys):
+def test_a_kill_between_the_renames_leaves_a_model_and_the_next_run_ends_it(
+    specialists, data, tmp_path, monkeypatch, capsys
+):
+    out = merged(tmp_path, specialists, shard_bytes=300)
     old, straight = tensors(out), tmp_path / "straight"
     tune(out, data, FEW, copy=straight)
     words = [sys.executable, "-c", KILLED, str(out), *(f"{name}={paths[0]}" for name, paths in data.items())]
@@ -395,6 +398,7 @@ def test_a_kill_between_the_renames_leaves_a_model_and_the_next_run_ends_it(out,
     some = changed(old, tensors(out))
     assert some
     assert some < routers(out)
+    capsys.readouterr()
     code, _, errors = run(["tune", out, *arguments(data), "--resume"], monkeypatch, capsys)
     assert (code, errors) == (
         0, "an earlier tuning had been cut off while its files were moved: it is complete now\n"
