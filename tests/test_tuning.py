@@ -21,7 +21,8 @@ from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.passes.tokens import Window
 from moemerge.tuning import Settings, student, teacher, tune, work, writing
-from moemerge.tuning.losses import distillation_weight, load_loss, prior_of, text_loss
+from moemerge.tuning.losses import load_loss, prior_of, text_loss
+from moemerge.tuning.settings import distillation_weight
 from moemerge.tuning.student import Student
 from moemerge.tuning.teacher import Predictions, predict
 from moemerge.tuning.training import schedule
@@ -263,6 +264,19 @@ def test_experts_that_are_absent_stay_absent(tmp_path, data):
         assert found.after.mean_loss <= found.before.mean_loss
     mixture = open_mixture(model)
     assert [mixture.absent(layer) for layer in range(3)] == [[], [2], [2]]
+
+
+def test_phatgoose_is_refused_where_the_router_sees_something_else(tmp_path, data):
+    model_type, sizes = DENSE["gemma4_text"]
+    if not is_known(model_type):
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+    names = ("base", "fox", "code", "chat")
+    model = merged(tmp_path, [make_model(tmp_path / name, n, model_type, **sizes) for n, name in enumerate(names)])
+    with pytest.raises(RefusedError) as caught:
+        tune(model, data, Settings(steps=2, tokens_per_step=64, method="phatgoose"))
+    assert str(caught.value) == (
+        "--method phatgoose: the routers of gemma4_text do not see what enters the base's mlp. Use --method gates."
+    )
 
 
 # ---- its parts

@@ -8,7 +8,7 @@ from typing import Final
 from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.tokens import Window
-from moemerge.tuning.settings import Settings
+from moemerge.tuning.settings import Settings, distillation_weight
 
 _LONGEST: Final = 512
 _SHORTEST: Final = 16
@@ -48,6 +48,11 @@ class Batches:
     def windows_per_step(self) -> int:
         """Of all domains."""
         return self.per_domain * len(self.training.domains)
+
+    def taught(self, domain: int) -> list[Window]:
+        """Windows of a domain that steps with distillation read."""
+        steps = [step for step in range(self.settings.steps) if distillation_weight(step, self.settings.steps)]
+        return list(dict.fromkeys(window for step in steps for window, _ in self.step(step, [domain])))
 
     def step(self, step: int, domains: Sequence[int] | None = None) -> list[tuple[Window, int]]:
         """Windows of a step, each with its domain's place; when all were read they come again, in another order."""

@@ -12,13 +12,6 @@ from moemerge.tuning.teacher import Predictions
 
 _LOAD: Final = 1e-3
 _ANCHOR: Final = 1e-3
-# Distillation helps early and hurts late: https://arxiv.org/abs/2201.05596, section 4.2.
-_DISTILLED: Final = 0.6
-
-
-def distillation_weight(step: int, steps: int) -> float:
-    """1 at first, 0 from 60 % of the steps on, a straight line between."""
-    return max(0.0, 1 - step / (_DISTILLED * steps))
 
 
 def text_loss(

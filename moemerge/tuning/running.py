@@ -52,7 +52,8 @@ def run(
         with tuning.work.held(main=accelerator.is_main_process):
             return tuning.run(training, held_out, copy, resume=resume)
     except KeyboardInterrupt:
-        announce("what was done so far is kept: the same command with --resume goes on")
+        if tuning.work.folder.exists():
+            announce("what was done so far is kept: the same command with --resume goes on")
         raise
 
 
@@ -88,8 +89,8 @@ class Tuning:
         self.announce(f"{self.mixture.folder}: {need}")
         if main:
             documents = {name: [*training[name], *held_out[name]] for name in training}
-            processes = self.accelerator.num_processes
-            self.work.begin(fingerprint(self.settings, documents, self.gates, processes), resume=resume)
+            how = (self.accelerator.num_processes, self.accelerator.mixed_precision)
+            self.work.begin(fingerprint(self.settings, documents, self.gates, *how), resume=resume)
         self.accelerator.wait_for_everyone()
         if self.settings.method == "phatgoose":
             state = self._stack_gates(training, held_out, batches)
@@ -160,7 +161,7 @@ class Tuning:
         found = {}
         for domain, expert in enumerate(texts.expert):
             path = self.work.folder / f"teacher-{domain}.safetensors"
-            windows = [texts.windows[place] for place in texts.of(domain)]
+            windows = batches.taught(domain)
             if self.accelerator.is_main_process and not path.exists():
                 predict(
                     self._open(expert), windows, path, int(self.mixture.runnable.keys["vocab_size"]),

@@ -12,8 +12,8 @@ import torch
 from moemerge.passes.tokens import Window
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.judging import Judge
-from moemerge.tuning.losses import anchor_loss, distillation_weight, load_loss, prior_of, text_loss
-from moemerge.tuning.settings import Settings
+from moemerge.tuning.losses import anchor_loss, load_loss, prior_of, text_loss
+from moemerge.tuning.settings import Settings, distillation_weight
 from moemerge.tuning.student import TOKENS_AT_ONCE, Student, padded
 from moemerge.tuning.teacher import Predictions
 from moemerge.tuning.work import State, Work

@@ -66,10 +66,12 @@ class Work:
             lock.acquire(timeout=0)
         except Timeout:
             raise BusyError(f"{self._model}: another moemerge is tuning it. Wait for it to end.") from None
+        except OSError as error:
+            raise _failure(self._model, error) from error
         try:
             yield
         except OSError as error:
-            raise OutputError(f"{error.filename or self._model}: {error.strerror or error}.") from error
+            raise _failure(self._model, error) from error
         finally:
             if not (self._state.exists() or self.ready.exists() or any(self.folder.glob("phatgoose-*"))):
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -123,13 +125,18 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _failure(model: Path, error: OSError) -> OutputError:
+    return OutputError(f"{error.filename or model}: {error.strerror or error}.")
+
+
 def _held(stored: Mapping[str, Any]) -> Held:
     losses = {name: Estimate(**found) for name, found in stored["losses"].items()}
     return Held(losses, stored["mean_loss"], stored["accuracy"])
 
 
 def fingerprint(
-    settings: Settings, documents: Mapping[str, list[str]], gates: Mapping[int, StoredTensor], processes: int
+    settings: Settings, documents: Mapping[str, list[str]], gates: Mapping[int, StoredTensor], processes: int,
+    precision: str,
 ) -> dict[str, Any]:  # fmt: skip
     """What has to be the same for a tuning to go on."""
     shards = {Path(str(tensor.path)) for tensor in gates.values()}
@@ -138,4 +145,5 @@ def fingerprint(
         "data": {name: hashlib.sha256("\0".join(texts).encode()).hexdigest() for name, texts in documents.items()},
         "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(shards)},
         "processes": processes,
+        "precision": precision,
     }  # fmt: skip
