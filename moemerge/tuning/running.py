@@ -1,5 +1,6 @@
 """A tuning from the model's folder to its new gates: what `moemerge.tuning.tune` does once data are read."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,17 +73,11 @@ class Tuning:
     def run(self, training: Documents, held_out: Documents, copy: Path | None, *, resume: bool) -> Tuned | None:
         """Train, judge, and write what is better."""
         main = self.accelerator.is_main_process
-        if main and self.work.finish():
-            self.announce("an earlier tuning had been cut off while its files were moved: it is complete now")
-            if resume:
-                return None
+        if self._finish_earlier() and resume:
+            return None
         device = self.accelerator.device
         batches = Batches.cut(self.mixture, training, held_out, self.settings)
-        if self.accelerator.num_processes > batches.windows_per_step:
-            raise RefusedError(
-                f"{self.accelerator.num_processes} processes share {batches.windows_per_step} windows of a step: raise "
-                "--tokens-per-step, or start fewer processes."
-            )
+        self._check(batches)
         local = self.accelerator.num_processes if device.type == "cpu" else 1
         tokens = min(self.settings.tokens_per_step, TOKENS_AT_ONCE)
         need = check_memory(self.mixture.runnable, device, weight_dtype(self.accelerator), tokens, local)
@@ -104,6 +99,39 @@ class Tuning:
         self.accelerator.wait_for_everyone()
         return found
 
+    def _finish_earlier(self) -> bool:
+        """Move the files that an earlier run had only to move; whether there were any."""
+        unfinished = self.work.ready.is_dir()
+        self.accelerator.wait_for_everyone()
+        if unfinished and self.accelerator.is_main_process:
+            self.work.finish()
+            self.announce("an earlier tuning had been cut off while its files were moved: it is complete now")
+        self.accelerator.wait_for_everyone()
+        return unfinished
+
+    def _check(self, batches: Batches) -> None:
+        """Refuse what cannot be done, before what an earlier run has left is forgotten."""
+        texts, processes = batches.training, self.accelerator.num_processes
+        if processes > batches.windows_per_step:
+            raise RefusedError(
+                f"{processes} processes share {batches.windows_per_step} windows of a step: raise --tokens-per-step, or "
+                "start fewer processes."
+            )
+        if self.settings.method == "phatgoose":
+            without = [name for name in self.mixture.experts if name not in texts.domains]
+            if without:
+                raise RefusedError(
+                    f"--method phatgoose: every expert's gate is trained on its own text, and {without[0]} has none: add "
+                    f"--data {without[0]}=PATH."
+                )
+            if processes > 1:
+                raise RefusedError("--method phatgoose: runs in one process. Start it without accelerate launch.")
+        elif self.settings.distil and None in texts.expert:
+            raise RefusedError(
+                f"--data {texts.domains[texts.expert.index(None)]}=: is no expert's name, so it has no teacher; "
+                f"experts: {', '.join(self.mixture.experts)}. Call the domain like its expert, or give --no-distil."
+            )
+
     def _train_gates(self, batches: Batches) -> State:
         teachers = self._teachers(batches) if self.settings.distil else {}
         student, judge = self._load(batches)
@@ -114,25 +142,21 @@ class Tuning:
         return steps.run()
 
     def _stack_gates(self, training: Documents, held_out: Documents, batches: Batches) -> State:
-        without = [name for name in self.mixture.experts if name not in training]
-        if without:
-            raise RefusedError(
-                f"--method phatgoose: every expert's gate is trained on its own text, and {without[0]} has none: add "
-                f"--data {without[0]}=PATH."
-            )
-        if self.accelerator.num_processes > 1:
-            raise RefusedError("--method phatgoose: runs in one process. Start it without accelerate launch.")
         dense = {number: self._open(number) for number in (None, *range(len(self.mixture.experts)))}
         base = dense.pop(None)
         check_family(self.mixture, base)
-        held = {name: held_out[name] for name in training}
-        own = [Batches.cut(self.mixture, {n: training[n]}, {n: held[n]}, self.settings) for n in self.mixture.experts]
+        own = [
+            Batches.cut(self.mixture, {name: training[name]}, {name: held_out[name]}, self.settings)
+            for name in self.mixture.experts
+        ]
+        begun = time.perf_counter()
         gates = train_gates(
             self.mixture, base, list(dense.values()), own, self.settings, self.accelerator, self.work, self.progress
         )  # fmt: skip
+        seconds = (time.perf_counter() - begun) / len(own)
         student, judge = self._load(batches)
         before, rows = judge.judge(), student.rows()
-        state = State(self.settings.steps, 0, 0, 0.0, before, before, rows, rows, {})
+        state = State(self.settings.steps, 0, 0, seconds, before, before, rows, rows, {})
         student.place({layer: new.to(student.device) for layer, new in stack(student, gates, batches.training).items()})
         after = judge.judge()
         self.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
@@ -152,12 +176,6 @@ class Tuning:
     def _teachers(self, batches: Batches) -> dict[int, Predictions]:
         """By domain, what its expert predicts; computed by the first process."""
         texts = batches.training
-        unknown = [name for name, expert in zip(texts.domains, texts.expert, strict=True) if expert is None]
-        if unknown:
-            raise RefusedError(
-                f"--data {unknown[0]}=: is no expert's name, so it has no teacher; experts: "
-                f"{', '.join(self.mixture.experts)}. Call the domain like its expert, or give --no-distil."
-            )
         found = {}
         for domain, expert in enumerate(texts.expert):
             path = self.work.folder / f"teacher-{domain}.safetensors"

@@ -79,13 +79,10 @@ class Work:
                 Path(lock.lock_file).unlink()
             lock.release()
 
-    def finish(self) -> bool:
-        """Do what is left of an earlier run that was cut off while it replaced files; whether there was anything."""
-        if not self.ready.is_dir():
-            return False
+    def finish(self) -> None:
+        """Do what is left of an earlier run that was cut off while it replaced files."""
         replace_files(self.ready, self._model)
         self.remove()
-        return True
 
     def begin(self, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder, and forget what is in it unless it is resumed.
