@@ -20,7 +20,7 @@ from moemerge.errors import BusyError, CheckpointError, OutputError, RefusedErro
 from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.passes.tokens import Window
-from moemerge.tuning import Settings, student, teacher, tune, work, writing
+from moemerge.tuning import Settings, teacher, tune, whole, work, writing
 from moemerge.tuning.losses import load_loss, prior_of, text_loss
 from moemerge.tuning.settings import distillation_weight
 from moemerge.tuning.student import Student
@@ -232,20 +232,20 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     folders = [make_model(tmp_path / name, seed, model_type, **sizes) for seed, name in enumerate(names)]
     model = merged(tmp_path, folders, architecture=moe)
     mixture = open_mixture(model)
-    whole = Student.load(mixture, CPU, torch.float32)
+    held = Student.load(mixture, CPU, torch.float32)
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
-    logits = whole.logits([window])
+    logits = held.logits([window])
     assert torch.allclose(
         text_loss([window], logits, [None], 0)[1].double(), run_model(mixture.runnable, [window], CPU)
     )
     logits.square().mean().backward()
-    assert all(gate.grad.abs().max() > 0 for gate in whole.gates.values())
-    assert [n for n, p in whole.model.named_parameters() if p.requires_grad].__len__() == len(mixture.moe_layers)
+    assert all(gate.grad.abs().max() > 0 for gate in held.gates.values())
+    assert sum(p.requires_grad for p in held.model.parameters()) == len(mixture.moe_layers)
     with torch.no_grad():
-        quiet = whole.logits([window])
-        with whole.noisy(3.0):
-            assert not torch.equal(whole.logits([window]), quiet)
-        assert torch.equal(whole.logits([window]), quiet)
+        quiet = held.logits([window])
+        with held.noisy(3.0):
+            assert not torch.equal(held.logits([window]), quiet)
+        assert torch.equal(held.logits([window]), quiet)
     old = tensors(model)
     found = tune(model, data, FEW)
     assert changed(old, tensors(model)) == (routers(model) if found.improved else set())
@@ -294,10 +294,10 @@ def test_the_divergence_from_a_teacher_is_that_of_whole_distributions(tmp_path, 
         with torch.no_grad():
             taught, learnt = model(ids).logits[0], other(ids).logits[0]
             assert found.divergence(window, taught).abs().max() < 1e-3
-            whole = torch.nn.functional.kl_div(
+            by_token = torch.nn.functional.kl_div(
                 learnt.log_softmax(-1), taught.log_softmax(-1), reduction="none", log_target=True
             )
-            expected = whole.sum(-1)[:-1]
+            expected = by_token.sum(-1)[:-1]
             assert (found.divergence(window, learnt) <= expected + 1e-4).all()
             assert torch.allclose(found.divergence(window, learnt), expected, rtol=1e-3)
 
@@ -309,18 +309,18 @@ def test_schedules():
 
 
 def test_the_load_term_falls_towards_its_prior(out):
-    whole = Student.load(open_mixture(out), CPU, torch.float32)
+    held = Student.load(open_mixture(out), CPU, torch.float32)
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
-    whole.logits([window])
+    held.logits([window])
     counted, prior = torch.tensor([window.counted]), prior_of([0, 0, 1, None], 3, CPU)
     assert prior.sum() == pytest.approx(1)
     assert prior[0] > prior[1] > prior[2] > 0.05
-    before = load_loss(whole, counted, prior)
+    before = load_loss(held, counted, prior)
     before.backward()
     with torch.no_grad():
-        for gate in whole.gates.values():
+        for gate in held.gates.values():
             gate.sub_(100 * gate.grad)
-    assert 0 <= load_loss(whole, counted, prior) < before
+    assert 0 <= load_loss(held, counted, prior) < before
 
 
 # ---- cut off
@@ -508,7 +508,7 @@ def test_a_quantised_model_is_refused(out, data):
 
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch):
-    monkeypatch.setattr(student, "_free", lambda _: 100_000)
+    monkeypatch.setattr(whole, "_free", lambda _: 100_000)
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (

@@ -12,7 +12,8 @@ from moemerge.evaluation.measuring import Texts
 from moemerge.passes.decoder import group
 from moemerge.tuning.losses import text_loss
 from moemerge.tuning.settings import Held
-from moemerge.tuning.student import TOKENS_AT_ONCE, Student, padded
+from moemerge.tuning.student import Student, padded
+from moemerge.tuning.whole import TOKENS_AT_ONCE
 
 
 class Judge:

@@ -1,8 +1,7 @@
 """Rows from a sigmoid gate of each expert, trained on that expert's text alone: https://arxiv.org/abs/2402.05859.
 
 In the base model, the FFN of each layer with a router is replaced by `E_0 + s(u.z)(E_e - E_0)`: `E_0` the base's own,
-`E_e` the expert's, `s` the sigmoid, `u` the gate, zeros at first. Routers are the gates, standardised as in the paper
-(section 3.2), under a scale of ours.
+`E_e` the expert's, `s` the sigmoid, `u` the gate, zeros at first. What routers are made of them: `stacking.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,23 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moemerge.errors import RefusedError
-from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.formats.dense import DENSE_FAMILIES
 from moemerge.passes.decoder import empty_model
 from moemerge.passes.loading import load_tensors
-from moemerge.routers.scaling import calibrated_scale
-from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.losses import text_loss
 from moemerge.tuning.processes import weight_dtype
 from moemerge.tuning.settings import Settings
-from moemerge.tuning.student import Student, load_whole, padded
+from moemerge.tuning.student import padded
 from moemerge.tuning.training import schedule
+from moemerge.tuning.whole import load_whole
 from moemerge.tuning.work import Work
-
-# Of each expert, to fit the scale.
-_SCALE_TOKENS = 1024
 
 
 def train_gates(  # noqa: PLR0917
@@ -143,53 +137,3 @@ def _ffns(
         load_tensors(model, {name: expert.read(name).to(dtype) for name in names}, device)
         found[layer] = model.model.layers[layer].get_submodule(module).requires_grad_(requires_grad=False)
     return found
-
-
-def stack(student: Student, gates: dict[int, torch.Tensor], texts: Texts) -> dict[int, torch.Tensor]:
-    """Rows (expert, hidden) by layer: standardised gates, at the scale that texts whose expert is known bear out.
-
-    Args:
-        student: the mixture, whose router inputs are taken as it is.
-        gates: by layer (expert, hidden).
-        texts: of every expert, to fit the scale to.
-    """
-    states: dict[int, list[torch.Tensor]] = {layer: [] for layer in gates}
-    labels: list[int] = []
-    with torch.no_grad():
-        for domain, expert in enumerate(texts.expert):
-            left = _SCALE_TOKENS
-            for place in texts.of(domain) if expert is not None else ():
-                window = texts.windows[place]
-                if left <= 0:
-                    break
-                student.logits([window])
-                counted = torch.tensor(window.counted)
-                for layer, kept in states.items():
-                    kept.append(student.inputs[layer].cpu()[counted])
-                labels += [expert or 0] * int(counted.sum())
-                left -= int(counted.sum())
-    count = len(student.mixture.experts)
-    targets = torch.nn.functional.one_hot(torch.tensor(labels), count).float()
-    weights = (1 / targets.sum(dim=0).clamp_min(1))[labels]
-    return {
-        layer: _scaled(rows, torch.cat(states[layer]), targets, weights, student, layer)
-        for layer, rows in gates.items()
-    }
-
-
-def _scaled(  # noqa: PLR0917
-    gates: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, student: Student,
-    layer: int,
-) -> torch.Tensor:  # fmt: skip
-    present = [expert for expert in range(len(gates)) if expert not in student.absent[layer]]
-    rows = gates[present] - gates[present].mean(dim=1, keepdim=True)
-    rows = rows / rows.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
-    mine = targets[:, present].sum(dim=1) > 0
-    logits = states[mine] @ rows.T
-    rows = rows * calibrated_scale(rows, states[mine], logits, targets[mine][:, present], weights[mine])
-    rows = rows - rows.mean(dim=0)
-    if student.mixture.family.scoring == "sigmoid":
-        rows = rows - lowering(states)
-    placed = torch.zeros_like(gates)
-    placed[present] = rows
-    return placed

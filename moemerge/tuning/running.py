@@ -12,18 +12,19 @@ import torch
 from moemerge.card import with_section
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.staging import check_target
-from moemerge.config import CONFIG_COPY
 from moemerge.dtypes import NAMED
-from moemerge.errors import MoemergeError, RefusedError
-from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense, open_mixture
+from moemerge.errors import RefusedError
+from moemerge.evaluation.runnable import MixtureModel, open_mixture
 from moemerge.tuning.batches import Batches
+from moemerge.tuning.experts import open_expert, teach
 from moemerge.tuning.judging import Judge
-from moemerge.tuning.phatgoose import check_family, stack, train_gates
+from moemerge.tuning.phatgoose import check_family, train_gates
 from moemerge.tuning.processes import open_accelerator, weight_dtype
 from moemerge.tuning.settings import Settings, Tuned, card_section
-from moemerge.tuning.student import TOKENS_AT_ONCE, Student, check_memory
-from moemerge.tuning.teacher import Predictions, predict
+from moemerge.tuning.stacking import stack
+from moemerge.tuning.student import Student
 from moemerge.tuning.training import Training
+from moemerge.tuning.whole import TOKENS_AT_ONCE, check_memory
 from moemerge.tuning.work import State, Work, fingerprint
 from moemerge.tuning.writing import check_room, gate_tensors, replace_files, stage_replacement, write_copy
 
@@ -114,15 +115,15 @@ class Tuning:
         texts, processes = batches.training, self.accelerator.num_processes
         if processes > batches.windows_per_step:
             raise RefusedError(
-                f"{processes} processes share {batches.windows_per_step} windows of a step: raise --tokens-per-step, or "
-                "start fewer processes."
+                f"{processes} processes share {batches.windows_per_step} windows of a step: raise --tokens-per-step, "
+                "or start fewer processes."
             )
         if self.settings.method == "phatgoose":
             without = [name for name in self.mixture.experts if name not in texts.domains]
             if without:
                 raise RefusedError(
-                    f"--method phatgoose: every expert's gate is trained on its own text, and {without[0]} has none: add "
-                    f"--data {without[0]}=PATH."
+                    f"--method phatgoose: every expert's gate is trained on its own text, and {without[0]} has none: "
+                    f"add --data {without[0]}=PATH."
                 )
             if processes > 1:
                 raise RefusedError("--method phatgoose: runs in one process. Start it without accelerate launch.")
@@ -133,7 +134,9 @@ class Tuning:
             )
 
     def _train_gates(self, batches: Batches) -> State:
-        teachers = self._teachers(batches) if self.settings.distil else {}
+        teachers = {}
+        if self.settings.distil:
+            teachers = teach(self.mixture, batches, self.work, self.accelerator, self.progress, self.announce)
         student, judge = self._load(batches)
         steps = Training(
             student, batches, judge, teachers, self.settings, self.accelerator, self.work,
@@ -142,16 +145,19 @@ class Tuning:
         return steps.run()
 
     def _stack_gates(self, training: Documents, held_out: Documents, batches: Batches) -> State:
-        dense = {number: self._open(number) for number in (None, *range(len(self.mixture.experts)))}
-        base = dense.pop(None)
+        needs = "--method phatgoose needs the base and the dense experts"
+        base = open_expert(self.mixture, None, needs, self.announce)
         check_family(self.mixture, base)
+        experts = [
+            open_expert(self.mixture, number, needs, self.announce) for number in range(len(self.mixture.experts))
+        ]
         own = [
             Batches.cut(self.mixture, {name: training[name]}, {name: held_out[name]}, self.settings)
             for name in self.mixture.experts
         ]
         begun = time.perf_counter()
         gates = train_gates(
-            self.mixture, base, list(dense.values()), own, self.settings, self.accelerator, self.work, self.progress
+            self.mixture, base, experts, own, self.settings, self.accelerator, self.work, self.progress
         )  # fmt: skip
         seconds = (time.perf_counter() - begun) / len(own)
         student, judge = self._load(batches)
@@ -172,40 +178,6 @@ class Tuning:
 
     def _dtypes(self) -> dict[int, torch.dtype]:
         return {layer: getattr(torch, NAMED[tensor.dtype]) for layer, tensor in self.gates.items()}
-
-    def _teachers(self, batches: Batches) -> dict[int, Predictions]:
-        """By domain, what its expert predicts; computed by the first process."""
-        texts = batches.training
-        found = {}
-        for domain, expert in enumerate(texts.expert):
-            path = self.work.folder / f"teacher-{domain}.safetensors"
-            windows = batches.taught(domain)
-            if self.accelerator.is_main_process and not path.exists():
-                predict(
-                    self._open(expert), windows, path, int(self.mixture.runnable.keys["vocab_size"]),
-                    self.accelerator.device, partial(self.progress, f"teacher {texts.domains[domain]}"),
-                )  # fmt: skip
-            self.accelerator.wait_for_everyone()
-            found[domain] = Predictions(path, windows)
-        return found
-
-    def _open(self, expert: int | None) -> Runnable:
-        """A dense expert, or the base for None."""
-        config = self.mixture.config
-        what = "--method phatgoose needs the base and" if self.settings.method == "phatgoose" else "distillation needs"
-        if config is None:
-            raise RefusedError(
-                f"{self.mixture.folder}: does not say what it was merged from, and {what} the dense experts. Give "
-                "--no-distil and --method gates."
-            )
-        reference = config.base_model if expert is None else config.experts[expert].source_model
-        try:
-            return open_dense(reference, reference, self.announce)
-        except MoemergeError as error:
-            raise RefusedError(
-                f"{what} the dense experts, and one cannot be had: {error} Paths in {CONFIG_COPY} count from the "
-                "folder that it was merged in; --no-distil and --method gates do without."
-            ) from error
 
     def _found(self, state: State, batches: Batches, copy: Path | None) -> Tuned:
         improved = state.best_step > 0

@@ -14,8 +14,9 @@ from moemerge.tuning.batches import Batches
 from moemerge.tuning.judging import Judge
 from moemerge.tuning.losses import anchor_loss, load_loss, prior_of, text_loss
 from moemerge.tuning.settings import Settings, distillation_weight
-from moemerge.tuning.student import TOKENS_AT_ONCE, Student, padded
+from moemerge.tuning.student import Student, padded
 from moemerge.tuning.teacher import Predictions
+from moemerge.tuning.whole import TOKENS_AT_ONCE
 from moemerge.tuning.work import State, Work
 
 _BETAS: Final = (0.9, 0.95)
