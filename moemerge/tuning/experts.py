@@ -1,4 +1,4 @@
-"""The dense models that a mixture was merged from, opened again: teachers, and what PHATGOOSE's gates choose between."""
+"""The dense models that a mixture was merged from, opened again: as teachers, and for PHATGOOSE."""
 
 from collections.abc import Callable
 from functools import partial
