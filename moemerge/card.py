@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
 _SAMPLE_LENGTH: Final = 60
 _CONFIGURATION: Final = "## Configuration"
-_EVALUATION_START: Final = "<!-- evaluation -->"
-_EVALUATION_END: Final = "<!-- /evaluation -->"
 _USAGE: Final = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -160,19 +158,23 @@ def update_evaluation(folder: Path, found: "Evaluation") -> None:
     if not path.is_file():
         raise RefusedError(f"{path}: there is no model card to update.")
     text = path.read_text(encoding="utf-8")
-    section = f"{_EVALUATION_START}\n{_evaluation(found)}\n{_EVALUATION_END}"
-    before, start, rest = text.partition(_EVALUATION_START)
-    _, end, after = rest.partition(_EVALUATION_END)
-    if start and end:
-        text = before + section + after
-    elif _CONFIGURATION in text:
-        before, heading, after = text.rpartition(_CONFIGURATION)
-        text = f"{before}{section}\n\n{heading}{after}"
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
     replacement = path.with_name("README.md.new")
-    replacement.write_text(text, encoding="utf-8")
+    replacement.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
     replacement.replace(path)
+
+
+def with_section(text: str, name: str, section: str) -> str:
+    """A model card's text with a section between comments of this name, in place of an older one."""
+    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+    section = f"{opening}\n{section}\n{closing}"
+    before, start, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
+    if start and end:
+        return before + section + after
+    if _CONFIGURATION in text:
+        before, heading, after = text.rpartition(_CONFIGURATION)
+        return f"{before}{section}\n\n{heading}{after}"
+    return f"{text.rstrip()}\n\n{section}\n"
 
 
 def _evaluation(found: "Evaluation") -> str:

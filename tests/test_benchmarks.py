@@ -106,14 +106,31 @@ def test_the_raw_copy_moves_the_bytes_of_the_merge_except_the_routers(llamas, tm
     )
 
 
-def test_routers_are_judged_on_any_models_and_texts(tmp_path):
+def make_models_and_texts(folder: Path) -> None:
     for seed, name in enumerate(("base", "fox", "code")):
-        make_model(tmp_path / "models" / name, seed)
-    (tmp_path / "texts").mkdir()
+        make_model(folder / "models" / name, seed)
+    (folder / "texts").mkdir()
     lines = TEXT.split("\n")
     for name, line in (("fox", lines[0]), ("code", lines[1])):
         for kind, text in (("calib", line), ("test", line[::-1])):
-            (tmp_path / "texts" / f"{name}.{kind}.txt").write_text("\n<|document|>\n".join([text, text[7:], text[::2]]))
+            (folder / "texts" / f"{name}.{kind}.txt").write_text("\n<|document|>\n".join([text, text[7:], text[::2]]))
+
+
+def test_tunings_are_judged_on_any_models_and_texts(tmp_path):
+    make_models_and_texts(tmp_path)
+    printed = run(
+        "tuning.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--steps", "2", "--markdown"
+    )  # fmt: skip
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
+    assert list(rows) == [
+        "routers", "---", "uniform mixture", "label oracle", "random", "ridge", "random, gates",
+        "random, gates, distilled", "ridge, gates, distilled", "ridge, gates", "random, phatgoose",
+    ]  # fmt: skip
+    assert ", step " in rows["ridge, gates"]
+
+
+def test_routers_are_judged_on_any_models_and_texts(tmp_path):
+    make_models_and_texts(tmp_path)
     (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")
     ways = ["random", "mergekit_hidden, prompts", "ridge, prompts", "ridge, texts"]
     printed = run(

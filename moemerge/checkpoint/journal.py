@@ -53,7 +53,7 @@ class Journal:
             RefusedError: the journal is of another merge; says what differs.
         """
         first, *entries = self._lines() or [{}]
-        changed = list(_differences(first.get("fingerprint"), json.loads(json.dumps(fingerprint))))
+        changed = list(differences(first.get("fingerprint"), json.loads(json.dumps(fingerprint))))
         if entries and changed:
             raise RefusedError(
                 "--resume: the merge that was cut off was not this one; what differs: "
@@ -123,13 +123,13 @@ def _remove_all_but(folder: Path, names: set[str]) -> None:
             path.unlink()
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
     """Addresses at which two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, pair in enumerate(zip(old, new, strict=True)):
-            yield from _differences(*pair, f"{where}[{index}]")
+            yield from differences(*pair, f"{where}[{index}]")
     elif old != new:
         yield where

@@ -138,9 +138,14 @@ def staged(
         lock.release()
 
 
+def beside(target: Path, purpose: str) -> Path:
+    """A hidden name beside the resolved `target`, or inside it where it is a mount point: a rename leads from there."""
+    return target / f".{purpose}" if os.path.ismount(target) else target.parent / f".{target.name}.{purpose}"
+
+
 def _stage(target: Path) -> Path:
-    """Where the output is written: beside the resolved `target`, or inside it where it is a mount point."""
-    return target / f".{_PARTIAL}" if os.path.ismount(target) else target.parent / f".{target.name}.{_PARTIAL}"
+    """Where the output is written."""
+    return beside(target, _PARTIAL)
 
 
 def _room(path: Path) -> int:

@@ -16,6 +16,7 @@ from moemerge.cli.options import AllowIdentical, CacheDir, Config, Debug, Json, 
 from moemerge.cli.planned import plan_from
 from moemerge.cli.publishing import push
 from moemerge.cli.routes import show_routes
+from moemerge.cli.tuning import tune_routers
 
 _EPILOG: Final = """\
 Other commands, each with its own --help:
@@ -29,6 +30,8 @@ Other commands, each with its own --help:
   moemerge eval OUT       how good a merged model is, beside its parts and baselines
 
   moemerge routes OUT     which expert takes which token of a text
+
+  moemerge tune OUT       train a merged model's routers a little, if held-out text gains
 
   moemerge push OUT REPO  send a merged model to the Hub
 
@@ -128,7 +131,7 @@ def _verify(
 
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "routes": show_routes,
-    "push": push, "families": list_families,
+    "tune": tune_routers, "push": push, "families": list_families,
 }  # fmt: skip
 
 

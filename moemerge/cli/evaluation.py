@@ -51,7 +51,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
 
         with show_layers(console, quiet=quiet) as progress:
             found = run(
-                out, _by_name(data), baselines=baselines, tokens=max_tokens, window=window, device=device,
+                out, by_name(data), baselines=baselines, tokens=max_tokens, window=window, device=device,
                 progress=stoppable(progress), announce=(lambda _line: None) if quiet else console.print,
             )  # fmt: skip
         if json:
@@ -65,7 +65,12 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
             console.print(f"{out / 'README.md'}: updated")
 
 
-def _by_name(data: list[str]) -> dict[str, list[str]]:
+def by_name(data: list[str]) -> dict[str, list[str]]:
+    """Paths of each `--data NAME=PATH`.
+
+    Raises:
+        RefusedError: one is not of this form.
+    """
     named: dict[str, list[str]] = {}
     for given in data:
         name, equals, path = given.partition("=")

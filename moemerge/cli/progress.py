@@ -47,6 +47,16 @@ def show_layers(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int
         yield lambda name, done, total: console.print(f"{name}: {total} layers") if done == total else None
 
 
+@contextmanager
+def show_steps(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """The same for a training, which tells by itself how it gets on: a bar on a terminal, nothing elsewhere."""
+    if quiet or not console.is_terminal:
+        yield lambda _name, _done, _total: None
+    else:
+        with show_layers(console, quiet=False) as report:
+            yield report
+
+
 class _Said:
     """What is done, in words: layers, or bytes with their rate."""
 

@@ -46,13 +46,23 @@ def evaluate(
         CheckpointError: files of a model are damaged.
         RouterError: the device or the tokenizer does not serve.
     """
-    documents = {name: read_documents(find_files(patterns, f"--data {name}")) for name, patterns in data.items()}
-    empty = [name for name, texts in documents.items() if not texts]
-    if empty:
-        raise RefusedError(f"--data {empty[0]}=: its files hold no text.")
+    documents = read_domains(data)
     from moemerge.evaluation.measuring import measure  # imports torch and transformers
 
     return measure(
         folder, documents, baselines=baselines, tokens=tokens, window=window, device=device, progress=progress,
         announce=announce,
     )  # fmt: skip
+
+
+def read_domains(data: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The documents of each domain, from files, folders or patterns.
+
+    Raises:
+        RefusedError: there are no such files, or no text in them.
+    """
+    documents = {name: read_documents(find_files(patterns, f"--data {name}")) for name, patterns in data.items()}
+    empty = [name for name, texts in documents.items() if not texts]
+    if empty:
+        raise RefusedError(f"--data {empty[0]}=: its files hold no text.")
+    return documents

@@ -34,6 +34,7 @@ class Choice:
 def run_model(
     model: Runnable, windows: Sequence[Window], device: torch.device, *, mixture: MixtureModel | None = None,
     chosen: Callable[[Choice], None] = lambda _: None,
+    predicted: Callable[[int, torch.Tensor], None] = lambda _window, _logits: None,
     progress: Callable[[int, int], None] = lambda _done, _total: None, losses: bool = True,
 ) -> torch.Tensor:  # fmt: skip
     """Losses in nats, summed over each window's tokens that count: (window,).
@@ -44,6 +45,7 @@ def run_model(
         device: where.
         mixture: where `chosen` is wanted, the mixture that `model` is.
         chosen: called with the choices of each layer with a router, for each window.
+        predicted: called with each window's number and its logits (token, vocab), float32 on the device.
         progress: called with the layers done and all there are.
         losses: whether losses are wanted; without them, what follows the last layer is not run.
 
@@ -63,7 +65,7 @@ def run_model(
     for index in range(model.layers):
         _load(whole, model, model.names(index), device, dtype)
         layer = decoder.layers[index]
-        _check_complete(layer, f"model.layers.{index}")
+        check_complete(layer, f"model.layers.{index}")
         router = None
         if mixture and mixture.router(index) in model.shapes:
             router = _Router(mixture, layer, index, model.read(mixture.router(index)))
@@ -75,14 +77,19 @@ def run_model(
                 chosen(choice)
         layer.to("meta")
         progress(index + 1, model.layers)
-    return _losses(whole, decoder, model, windows, places, batches) if losses else torch.zeros(len(windows))
+    return _losses(whole, decoder, model, windows, places, batches, predicted) if losses else torch.zeros(len(windows))
 
 
 def _load(whole: Any, model: Runnable, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
     load_tensors(whole, {name: model.read(name).to(dtype) for name in names}, device)
 
 
-def _check_complete(module: Any, path: str) -> None:
+def check_complete(module: Any, path: str) -> None:
+    """Refuse a module of which a parameter got no values.
+
+    Raises:
+        CheckpointError: names the first such parameter.
+    """
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise CheckpointError(f"{path}.{name}: no tensor of the checkpoint gives its values.")
@@ -124,7 +131,7 @@ class _Router:
 
 def _losses(  # noqa: PLR0917
     whole: Any, decoder: Any, model: Runnable, windows: Sequence[Window], places: Sequence[Sequence[int]],
-    batches: list[Batch],
+    batches: list[Batch], predicted: Callable[[int, torch.Tensor], None],
 ) -> torch.Tensor:  # fmt: skip
     device, dtype = batches[0].ids.device, batches[0].states.dtype
     names = [name for name in model.names(None) if not name.startswith("model.embed_tokens.")]
@@ -139,9 +146,9 @@ def _losses(  # noqa: PLR0917
         for row, window in enumerate(part):
             ids = torch.tensor(windows[window].ids, device=device)
             counted = torch.tensor(windows[window].counted[1:], device=device)
-            loss = torch.nn.functional.cross_entropy(
-                logits[row, : len(ids) - 1].float(), ids[1:], reduction="none"
-            )  # fmt: skip
+            known = logits[row, : len(ids)].float()
+            predicted(window, known)
+            loss = torch.nn.functional.cross_entropy(known[:-1], ids[1:], reduction="none")
             losses[window] = loss[counted].cpu().double().sum()  # MPS has no float64
         del logits
     return losses

@@ -1,0 +1,94 @@
+"""`moemerge tune` and what it prints: held-out losses before and after."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moemerge.cli.console import print_json, speaking, stdout, stoppable
+from moemerge.cli.evaluation import by_name
+from moemerge.cli.options import Debug, Device, Json, Quiet
+
+if TYPE_CHECKING:
+    from moemerge.tuning import Tuned
+
+
+def tune_routers(  # noqa: PLR0917  typer makes options of arguments
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=PATH", show_default=False,
+            help="Text to train on: a file, folder or pattern of .txt or .jsonl. NAME is an expert's, or any other.",
+        ),
+    ],
+    steps: Annotated[int, typer.Option(help="Steps of training, of each expert with phatgoose.")] = 40,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, some of every NAME.")] = 512,
+    lr: Annotated[float, typer.Option(help="Learning rate: about how far a step moves a logit.")] = 0.07,
+    seed: Annotated[int, typer.Option(help="Of the order of texts, and of the noise.")] = 0,
+    noise: Annotated[float, typer.Option(help="Deviation of noise on the logits while training.")] = 0.0,
+    distil: Annotated[
+        bool, typer.Option("--distil/--no-distil", help="Learn from each text's own dense expert, too.")
+    ] = True,
+    method: Annotated[
+        Literal["gates", "phatgoose"],
+        typer.Option(help="gates: all together; phatgoose: a gate of each expert, on its own text alone."),
+    ] = "gates",
+    copy: Annotated[
+        Path | None, typer.Option("--out", metavar="COPY", help="Write a copy, not OUT itself.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a tuning that was cut off.")] = False,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Train the routers of a merged model a little, and keep them if held-out text is predicted better."""
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate has launched
+    with speaking(quiet=quiet or not first, verbose=0, debug=debug) as console:
+        from dataclasses import asdict
+
+        from moemerge.cli.progress import show_steps
+        from moemerge.tuning import Settings, tune
+
+        settings = Settings(steps, tokens_per_step, lr, seed, noise, distil, method)
+        with show_steps(console, quiet=quiet or not first) as progress:
+            found = tune(
+                out, by_name(data), settings, copy=copy, device=device, resume=resume, progress=stoppable(progress),
+                announce=lambda line: None if quiet else console.print(line),
+            )  # fmt: skip
+        if found is None or not first:
+            return
+        if json:
+            print_json(asdict(found))
+        else:
+            print_tuned(stdout(), found)
+        for note in found.notes:
+            console.print(f"note: {note}", style="yellow")
+        console.print(f"{found.model}: {'written' if found.improved else 'not touched'}")
+
+
+def print_tuned(console: Console, found: "Tuned") -> None:
+    """Held-out losses and the share of tokens whose expert comes first, before and after."""
+    console.print("Held-out loss in nats per token, with 95 % intervals over documents where there are at least 5:")
+    table = Table("", *found.before.losses, "mean", box=None, header_style="")
+    rows = (("before", found.before), ("after", found.after))
+    for name, held in rows:
+        cells = [f"{loss.value:.3f}{loss.interval}" for loss in held.losses.values()]
+        table.add_row(name, *cells, f"{held.mean_loss:.3f}")
+    console.print(table)
+    known = [name for name, share in found.before.accuracy.items() if share is not None]
+    if known:
+        console.print("Right expert first:")
+        table = Table("", *known, box=None, header_style="")
+        for name, held in rows:
+            table.add_row(name, *(f"{held.accuracy[domain]:.1%}" for domain in known))
+        console.print(table)
+    console.print(
+        f"best after step {found.step} of {found.steps}; {found.seconds_per_step:.2f} s per step; held out: "
+        + ", ".join(f"{n} {tokens} tokens of {found.held_out_documents[n]} documents"
+                    for n, tokens in found.held_out_tokens.items())
+    )  # fmt: skip

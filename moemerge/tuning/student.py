@@ -1,0 +1,145 @@
+"""The merged model that is tuned: all of it in memory, only its gates with gradients."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moemerge.errors import CheckpointError
+from moemerge.evaluation.runnable import MixtureModel
+from moemerge.passes.loading import load_tensors
+from moemerge.passes.tokens import Window
+from moemerge.tuning.whole import load_whole
+
+
+@dataclass
+class Student:
+    """A mixture in memory."""
+
+    mixture: MixtureModel
+    model: Any
+    device: torch.device
+    gates: dict[int, torch.nn.Parameter]
+    """By layer (expert, hidden), float32: what is trained."""
+    routers: dict[int, torch.nn.Module]
+    """By layer the module that holds the gate."""
+    absent: dict[int, list[int]]
+    """By layer the experts that are switched off there."""
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By layer (token, hidden) float32: what entered the router in the last pass, without gradients."""
+
+    @classmethod
+    def load(
+        cls, mixture: MixtureModel, device: torch.device, dtype: torch.dtype,
+        progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> "Student":  # fmt: skip
+        """Read a mixture, its weights but the gates as `dtype`.
+
+        Raises:
+            CheckpointError: its tensors do not fit its class, or a router is not finite.
+        """
+        rows = {layer: mixture.runnable.read(mixture.router(layer)) for layer in mixture.moe_layers}
+        found: dict[int, tuple[torch.nn.Module, str]] = {}
+
+        def find_router(model: Any, layer: int) -> None:
+            """Loaded alone, the router is the parameter that has values then, whatever its class calls it."""
+            if layer in rows:
+                load_tensors(model, {mixture.router(layer): rows[layer].to(dtype)}, device)
+                found[layer] = next(
+                    (module, name)
+                    for module in model.model.layers[layer].modules()
+                    for name, parameter in module.named_parameters(recurse=False)
+                    if not parameter.is_meta
+                )
+
+        for layer, values in rows.items():
+            if not values.isfinite().all():
+                raise CheckpointError(f"{mixture.router(layer)}: holds numbers that are not finite.")
+        model = load_whole(mixture.runnable, device, dtype, progress, find_router)
+        gates = {layer: torch.nn.Parameter(values.to(device)) for layer, values in rows.items()}
+        for layer, (module, name) in found.items():
+            setattr(module, name, gates[layer])
+        student = cls(
+            mixture, model, device, gates, {layer: module for layer, (module, _) in found.items()},
+            {layer: mixture.absent(layer) for layer in rows},
+        )  # fmt: skip
+        for layer, module in student.routers.items():
+            module.register_forward_pre_hook(partial(student._keep, layer))
+        return student
+
+    def _keep(self, layer: int, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.inputs[layer] = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+
+    def logits(self, windows: Sequence[Window]) -> torch.Tensor:
+        """(window, position, vocab) of windows, padded on the right."""
+        ids, _ = padded(windows, self.device)
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def choices(self, layer: int) -> torch.Tensor:
+        """(token, expert) router logits of the last pass; experts that are absent have minus infinity."""
+        logits = self.inputs[layer] @ self.gates[layer].T
+        absent = torch.tensor(self.absent[layer], device=logits.device, dtype=torch.long)
+        return logits.index_fill(1, absent, -torch.inf)
+
+    @contextmanager
+    def holding(self, rows: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Other rows in the gates for a while."""
+        kept = {layer: gate.detach().clone() for layer, gate in self.gates.items()}
+        self.place(rows)
+        try:
+            yield
+        finally:
+            self.place(kept)
+
+    def place(self, rows: Mapping[int, torch.Tensor]) -> None:
+        """Give the gates other rows."""
+        with torch.no_grad():
+            for layer, gate in self.gates.items():
+                gate.copy_(rows[layer])
+
+    def rows(self) -> dict[int, torch.Tensor]:
+        """Copies of the gates, on the CPU."""
+        return {layer: gate.detach().cpu().clone() for layer, gate in self.gates.items()}
+
+    @contextmanager
+    def noisy(self, noise: float) -> Iterator[None]:
+        """Routers that add noise of this deviation to every logit before they choose."""
+        with ExitStack() as undo:
+            for module in self.routers.values() if noise else ():
+                module.forward = partial(_noisy_forward, module.forward, noise)
+                undo.callback(delattr, module, "forward")
+            yield
+
+
+def _noisy_forward(forward: Callable[..., Any], noise: float, *args: Any, **kwargs: Any) -> Any:
+    with _Noise(noise):
+        return forward(*args, **kwargs)
+
+
+class _Noise(TorchFunctionMode):
+    """Adds noise to what a linear map gives: a router has one, in every family and version of its class."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        self._noise = noise
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:  # fmt: skip
+        given = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear:
+            return given + self._noise * torch.randn_like(given)
+        return given
+
+
+def padded(windows: Sequence[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (window, position) and which of them count, padded on the right: causal models never see it."""
+    length = max(len(window.ids) for window in windows)
+    ids = [[*window.ids, *[0] * (length - len(window.ids))] for window in windows]
+    counted = [[*window.counted, *[False] * (length - len(window.ids))] for window in windows]
+    return torch.tensor(ids, device=device), torch.tensor(counted, device=device)

@@ -1,0 +1,561 @@
+"""Routers tuned: the gates and nothing else, never worse, resumable, crash-safe, in every family and with two processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from moemerge import merge, plan_merge
+from moemerge.cli import main
+from moemerge.config import parse_config
+from moemerge.errors import BusyError, CheckpointError, OutputError, RefusedError
+from moemerge.evaluation.runnable import open_dense, open_mixture
+from moemerge.evaluation.running import run_model
+from moemerge.passes.tokens import Window
+from moemerge.tuning import Settings, teacher, tune, whole, work, writing
+from moemerge.tuning.losses import load_loss, prior_of, text_loss
+from moemerge.tuning.settings import distillation_weight
+from moemerge.tuning.student import Student
+from moemerge.tuning.teacher import Predictions, predict
+from moemerge.tuning.training import schedule
+from tests.families import DENSE
+from tests.models import TEXT, VOCAB, load, make_model, tokenizer
+from tests.test_families import pairs
+from tests.test_passes import IS_V4, in_words_of_4, is_known
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+FEW = Settings(steps=4, tokens_per_step=96, distil=False)
+# Shared experts without neurons, where a family has to have one.
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
+
+
+def merged(root: Path, folders: list[Path], *, shard_bytes: int = 10**9, **keys) -> Path:
+    document = {
+        "base_model": str(folders[0]), "gate_mode": "random",
+        "experts": [{"source_model": str(folder)} for folder in folders[1:]], **keys,
+    }  # fmt: skip
+    merge(plan_merge(parse_config(json.dumps(document)), max_shard_bytes=shard_bytes), root / "out", seed=3)
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, list[str]]:
+    """Eight documents for each expert, of words of its own."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = TEXT.split()
+    parts = {"fox": words[:9], "code": words[9:20], "chat": words[20:]}
+    for name, mine in parts.items():
+        shuffled = random.Random(name)
+        documents = [" ".join(shuffled.choices(mine, k=30)) for _ in range(8)]
+        (folder / f"{name}.txt").write_text("\n<|document|>\n".join(documents))
+    return {name: [str(folder / f"{name}.txt")] for name in parts}
+
+
+@pytest.fixture(scope="module")
+def specialists(tmp_path_factory, data) -> list[Path]:
+    """A base and three experts whose FFNs have learnt the words of one domain each."""
+    root = tmp_path_factory.mktemp("specialists")
+    folders = [make_model(root / name, 0) for name in ("base", *data)]
+    for folder, name in zip(folders[1:], data, strict=True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        ids = [
+            tokenizer()(text, return_tensors="pt")["input_ids"]
+            for text in Path(data[name][0]).read_text().split("<|document|>")
+        ]
+        ffns = [parameter for path, parameter in model.named_parameters() if ".mlp." in path]
+        optimiser = torch.optim.Adam(ffns, lr=5e-3)
+        for step in range(60):
+            text = ids[step % len(ids)]
+            model(text, labels=text).loss.backward()
+            optimiser.step()
+            model.zero_grad()
+        model.save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture
+def out(tmp_path, specialists) -> Path:
+    return merged(tmp_path, specialists, shard_bytes=40_000)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def changed(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> set[str]:
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name].view(torch.uint8), new[name].view(torch.uint8))}
+
+
+def routers(folder: Path) -> set[str]:
+    mixture = open_mixture(folder)
+    return {mixture.router(layer) for layer in mixture.moe_layers}
+
+
+def arguments(data: dict[str, list[str]]) -> list[str]:
+    return [part for name, paths in data.items() for part in ("--data", f"{name}={paths[0]}")]
+
+
+def run(words: list[object], monkeypatch, capsys) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code or 0, *capsys.readouterr()
+
+
+# ---- what it does
+
+
+@pytest.mark.parametrize("distil", [True, False])
+def test_gates_change_and_nothing_else_does_and_held_out_text_gains(out, data, distil):
+    old, files = tensors(out), contents(out)
+    found = tune(out, data, Settings(steps=12, tokens_per_step=96, distil=distil))
+    assert found.improved
+    assert found.after.mean_loss < found.before.mean_loss - 0.2
+    assert sum(found.after.accuracy.values()) > sum(found.before.accuracy.values()) + 0.2
+    assert changed(old, tensors(out)) == routers(out)
+    assert {name for name, text in contents(out).items() if files[name] != text} == {
+        "README.md", *(p.name for p in out.glob("*.safetensors") if any(n.endswith("gate.weight") for n in load_file(p)))
+    }  # fmt: skip
+    assert not list(out.parent.glob(".out*"))
+    load(out)
+    # Judged by the rows as they are stored.
+    assert tune(out, data, Settings(steps=1, tokens_per_step=96, distil=distil)).before == found.after
+
+
+def test_a_copy_is_a_whole_model_and_the_original_stays(out, data, tmp_path):
+    files = contents(out)
+    found = tune(out, data, FEW, copy=tmp_path / "copy")
+    assert (found.improved, found.model) == (True, str(tmp_path / "copy"))
+    assert contents(out) == files
+    assert contents(tmp_path / "copy").keys() == files.keys()
+    assert changed(tensors(out), tensors(tmp_path / "copy")) == routers(out)
+    load(tmp_path / "copy")
+    linked = [path for path in out.glob("*.safetensors") if path.samefile(tmp_path / "copy" / path.name)]
+    assert linked
+    tune(out, data, FEW)
+    assert contents(out).keys() == files.keys()
+    with pytest.raises(RefusedError) as caught:
+        tune(out, data, FEW, copy=tmp_path / "copy")
+    assert str(caught.value).startswith(f"{tmp_path / 'copy'}: is not empty (")
+
+
+def test_links_are_copies_where_there_are_none(out, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    tune(out, data, FEW, copy=tmp_path / "copy")
+    assert changed(tensors(out), tensors(tmp_path / "copy")) == routers(out)
+
+
+def test_what_is_no_better_is_not_written(out, data, monkeypatch, capsys):
+    files = contents(out)
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--lr", "1e-30", "--no-distil"]
+    code, printed, errors = run(words, monkeypatch, capsys)
+    assert code == 0
+    assert contents(out) == files
+    assert "best after step 0 of 3; " in printed  # and then given up
+    assert "note: nothing was better on held-out text than the routers that were there\n" in errors
+    assert f"{out}: not touched\n" in errors
+
+
+def test_the_card_has_the_last_tuning(out, data, monkeypatch, capsys):
+    words = ["tune", out, *arguments(data), "--steps", 3, "--tokens-per-step", 96, "--no-distil", "--json"]
+    code, printed, errors = run(words, monkeypatch, capsys)
+    assert code == 0, errors
+    first = json.loads(printed)
+    assert errors.startswith(f"{out}: 0 M parameters in float32: about 0.0 GB of memory")
+    assert "step 3 of 3: held-out loss " in errors
+    card = (out / "README.md").read_text()
+    assert card.count("## Router tuning") == 1
+    assert card.index("<!-- tuning -->") < card.index("## Configuration")
+    assert f"| after | {first['after']['losses']['fox']['value']:.3f} | " in card
+    assert f"| before | {first['before']['accuracy']['fox']:.1%} | " in card
+    assert "`moemerge tune` trained gates alone; the best of 3 steps was step " in card
+    assert tune(out, data, FEW).improved
+    assert (out / "README.md").read_text().count("## Router tuning") == 1
+    assert first["held_out_documents"] == {"fox": 2, "code": 2, "chat": 2}
+    (out / "README.md").unlink()
+    assert tune(out, data, Settings(steps=2, tokens_per_step=96, seed=1, distil=False))
+    assert not (out / "README.md").exists()
+
+
+def test_noise_changes_the_training_and_is_seeded(specialists, data, tmp_path):
+    found = []
+    for number, noise in enumerate((0.0, 0.5, 0.5)):
+        (tmp_path / str(number)).mkdir()
+        model = merged(tmp_path / str(number), specialists)
+        tune(model, data, Settings(steps=2, tokens_per_step=96, distil=False, noise=noise))
+        found.append(tensors(model))
+    assert changed(found[0], found[1])
+    assert not changed(found[1], found[2])
+
+
+def test_phatgoose_makes_rows_of_sigmoid_gates(out, data):
+    old = tensors(out)
+    found = tune(out, data, Settings(steps=6, tokens_per_step=64, method="phatgoose"))
+    assert found.method == "phatgoose"
+    assert found.improved == (found.after.mean_loss < found.before.mean_loss)
+    assert changed(old, tensors(out)) == (routers(out) if found.improved else set())
+    if found.improved:
+        assert "trained a sigmoid gate for each expert (PHATGOOSE)" in (out / "README.md").read_text()
+        rows = tensors(out)[open_mixture(out).router(0)].float()
+        assert rows.mean(dim=0).abs().max() < 0.01 * rows.abs().max()  # centred
+
+
+# ---- every family
+
+
+def families() -> list[tuple[str, str]]:
+    return list({moe: (name, moe) for name, moe in reversed(pairs())}.values())
+
+
+@pytest.mark.parametrize(("name", "moe"), families(), ids=lambda value: value)
+def test_every_family_is_tuned(tmp_path, data, name, moe):
+    model_type, sizes = DENSE[name]
+    for known in (model_type, moe):
+        if not is_known(known):
+            pytest.skip(f"transformers {transformers.__version__} does not know {known}")
+    sizes = in_words_of_4(sizes) if IS_V4 else sizes
+    names = ("base", "fox", "code", "chat")
+    folders = [make_model(tmp_path / name, seed, model_type, **sizes) for seed, name in enumerate(names)]
+    model = merged(tmp_path, folders, architecture=moe)
+    mixture = open_mixture(model)
+    held = Student.load(mixture, CPU, torch.float32)
+    window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
+    logits = held.logits([window])
+    assert torch.allclose(
+        text_loss([window], logits, [None], 0)[1].double(), run_model(mixture.runnable, [window], CPU)
+    )
+    logits.square().mean().backward()
+    assert all(gate.grad.abs().max() > 0 for gate in held.gates.values())
+    assert sum(p.requires_grad for p in held.model.parameters()) == len(mixture.moe_layers)
+    with torch.no_grad():
+        quiet = held.logits([window])
+        with held.noisy(3.0):
+            assert not torch.equal(held.logits([window]), quiet)
+        assert torch.equal(held.logits([window]), quiet)
+    old = tensors(model)
+    found = tune(model, data, FEW)
+    assert changed(old, tensors(model)) == (routers(model) if found.improved else set())
+    assert found.after.mean_loss <= found.before.mean_loss
+    if found.improved and not IS_V4:
+        load(model)
+
+
+def test_experts_that_are_absent_stay_absent(tmp_path, data):
+    folders = [make_model(tmp_path / name, seed, "qwen3") for seed, name in enumerate(("base", "fox", "code", "chat"))]
+    experts = [{"source_model": str(folder)} for folder in folders[1:]]
+    experts[2]["layers"] = [0]
+    model = merged(tmp_path, folders, experts=experts, architecture="glm4_moe")
+    for method in ("gates", "phatgoose"):
+        found = tune(model, data, Settings(steps=3, tokens_per_step=96, distil=False, method=method))
+        assert found.after.mean_loss <= found.before.mean_loss
+    mixture = open_mixture(model)
+    assert [mixture.absent(layer) for layer in range(3)] == [[], [2], [2]]
+
+
+def test_phatgoose_is_refused_where_the_router_sees_something_else(tmp_path, data):
+    model_type, sizes = DENSE["gemma4_text"]
+    if not is_known(model_type):
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+    names = ("base", "fox", "code", "chat")
+    model = merged(tmp_path, [make_model(tmp_path / name, n, model_type, **sizes) for n, name in enumerate(names)])
+    with pytest.raises(RefusedError) as caught:
+        tune(model, data, Settings(steps=2, tokens_per_step=64, method="phatgoose"))
+    assert str(caught.value) == (
+        "--method phatgoose: the routers of gemma4_text do not see what enters the base's mlp. Use --method gates."
+    )
+
+
+# ---- its parts
+
+
+def test_the_divergence_from_a_teacher_is_that_of_whole_distributions(tmp_path, llamas, monkeypatch):
+    """With as many kept as there are tokens; with fewer, the rest is one class, and there is less to tell apart."""
+    monkeypatch.setattr(teacher, "_TOP", VOCAB - 1)
+    windows = [Window(n, (1, *range(4, 9 + n)), (False, *[True] * (5 + n))) for n in range(2)]
+    model, other = load(llamas[1]), load(llamas[2])
+    predict(open_dense(str(llamas[1]), "fox", print), windows, tmp_path / "t", VOCAB, CPU, lambda _d, _t: None)
+    found = Predictions(tmp_path / "t", windows)
+    for window in windows:
+        ids = torch.tensor([window.ids])
+        with torch.no_grad():
+            taught, learnt = model(ids).logits[0], other(ids).logits[0]
+            assert found.divergence(window, taught).abs().max() < 1e-3
+            by_token = torch.nn.functional.kl_div(
+                learnt.log_softmax(-1), taught.log_softmax(-1), reduction="none", log_target=True
+            )
+            expected = by_token.sum(-1)[:-1]
+            assert (found.divergence(window, learnt) <= expected + 1e-4).all()
+            assert torch.allclose(found.divergence(window, learnt), expected, rtol=1e-3)
+
+
+def test_schedules():
+    assert [distillation_weight(step, 10) for step in (0, 3, 6, 9)] == [1, 0.5, 0, 0]
+    assert [round(schedule(step, 20), 3) for step in (0, 1, 2, 11, 19)] == [0.5, 1.0, 1.0, 0.5, 0.008]
+    assert schedule(0, 1) == 1
+
+
+def test_the_load_term_falls_towards_its_prior(out):
+    held = Student.load(open_mixture(out), CPU, torch.float32)
+    window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
+    held.logits([window])
+    counted, prior = torch.tensor([window.counted]), prior_of([0, 0, 1, None], 3, CPU)
+    assert prior.sum() == pytest.approx(1)
+    assert prior[0] > prior[1] > prior[2] > 0.05
+    before = load_loss(held, counted, prior)
+    before.backward()
+    with torch.no_grad():
+        for gate in held.gates.values():
+            gate.sub_(100 * gate.grad)
+    assert 0 <= load_loss(held, counted, prior) < before
+
+
+# ---- cut off
+
+
+def interrupted(out: Path, data, settings: Settings, after: int) -> None:
+    def stop(name: str, done: int, _total: int) -> None:
+        if (name, done) == ("steps", after):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(out, data, settings, progress=stop)
+
+
+@pytest.mark.parametrize("distil", [True, False])
+def test_a_resumed_run_gives_the_same_bytes(specialists, data, tmp_path, distil):
+    settings = Settings(steps=8, tokens_per_step=96, distil=distil, noise=0.1)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight, cut = merged(tmp_path / "a", specialists), merged(tmp_path / "b", specialists)
+    files = contents(cut)
+    expected = tune(straight, data, settings)
+    interrupted(cut, data, settings, 3)
+    assert contents(cut) == files
+    with pytest.raises(RefusedError) as caught:
+        tune(cut, data, Settings(steps=9, tokens_per_step=96, distil=distil, noise=0.1), resume=True)
+    assert str(caught.value) == (
+        "--resume: the tuning that was cut off was not this one; what differs: options.steps. Undo the change, or start "
+        "over without --resume."
+    )
+    lines = []
+    found = tune(cut, data, settings, resume=True, announce=lines.append)
+    assert not any(line.startswith("step 2 ") for line in lines)
+    assert (found.before, found.after, found.step) == (expected.before, expected.after, expected.step)
+    assert contents(cut) == contents(straight)
+    assert not list(cut.parent.glob(".out*"))
+
+
+def test_without_resume_it_starts_over(out, data):
+    interrupted(out, data, FEW, 2)
+    lines = []
+    assert tune(out, data, FEW, announce=lines.append).steps == 4
+    assert any(line.startswith("step 1 of 4: ") for line in lines)
+
+
+def test_phatgoose_goes_on_with_the_next_expert(out, data):
+    settings = Settings(steps=2, tokens_per_step=64, method="phatgoose")
+
+    def stop(name: str, done: int, _total: int) -> None:
+        if (name, done) == ("gate of code", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(out, data, settings, progress=stop)
+    seen = []
+    tune(out, data, settings, resume=True, progress=lambda name, _done, _total: seen.append(name))
+    assert "gate of fox" not in seen
+    assert {"gate of code", "gate of chat"} <= set(seen)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from moemerge.tuning import Settings, tune
+out, *data = sys.argv[1:]
+given, count = Path.replace, 0
+def replace(self, target):
+    global count
+    if Path(target).parent == Path(out):
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return given(self, target)
+Path.replace = replace
+tune(out, dict((name, [path]) for name, path in (d.split("=") for d in data)), Settings(4, 96, distil=False))
+"""
+
+
+def test_a_kill_between_the_renames_leaves_a_model_and_the_next_run_ends_it(
+    specialists, data, tmp_path, monkeypatch, capsys
+):
+    out = merged(tmp_path, specialists, shard_bytes=300)
+    old, straight = tensors(out), tmp_path / "straight"
+    tune(out, data, FEW, copy=straight)
+    words = [sys.executable, "-c", KILLED, str(out), *(f"{name}={paths[0]}" for name, paths in data.items())]
+    killed = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    load(out)
+    some = changed(old, tensors(out))
+    assert some
+    assert some < routers(out)
+    capsys.readouterr()
+    code, _, errors = run(["tune", out, *arguments(data), "--resume"], monkeypatch, capsys)
+    assert (code, errors) == (
+        0, "an earlier tuning had been cut off while its files were moved: it is complete now\n"
+    )  # fmt: skip
+    assert contents(out) == contents(straight)
+    assert not list(out.parent.glob(".out*"))
+
+
+def test_two_cannot_tune_the_same_model(out, data):
+    with work.Work(out).held(main=True), pytest.raises(BusyError) as caught:
+        tune(out, data, FEW)
+    assert str(caught.value) == f"{out}: another moemerge is tuning it. Wait for it to end."
+
+
+def test_two_processes_do_what_one_does(out, data, tmp_path):
+    """Data-parallel, by accelerate's own launcher: each reads half of every step, one of them writes."""
+    alone = tmp_path / "alone"
+    options = ["--steps", "3", "--tokens-per-step", "96", "--device", "cpu"]
+    tune(out, data, Settings(steps=3, tokens_per_step=96), copy=alone, device="cpu")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    words = [sys.executable, *launch, "-m", "moemerge", "tune", str(out), *arguments(data), *options, "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(words, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    facts = json.loads(found.stdout)  # printed once
+    assert facts["improved"]
+    assert found.stderr.count("step 3 of 3: ") == 1
+    one, two = tensors(alone), tensors(out)
+    assert changed(one, two) <= routers(out)
+    # The load term is of each process's own tokens.
+    assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in routers(out))
+
+
+# ---- what it refuses
+
+
+def test_messages(  # noqa: PLR0917
+    out, data, llamas, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "one.txt").write_text("The quick brown fox")
+    fox, single = data["fox"][0], tmp_path / "one.txt"
+    cases = {
+        (f"fox={single}",): (
+            "--data fox=: one of its documents is held out to judge by, so at least 2 are needed; found 1. Divide it by "
+            "lines <|document|>, or give another file."
+        ),
+        (f"other={fox}",): (
+            "--data other=: is no expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
+            "its expert, or give --no-distil."
+        ),
+        ("fox",): "--data: expected NAME=PATH, such as code=code.txt, found 'fox'.",
+        (f"fox={fox}", "--steps", "0"): "--steps: expected 1 or more, found 0.",
+        (f"fox={fox}", "--lr", "-1"): "--lr: expected a number above 0, found -1.0.",
+        (f"fox={fox}", "--noise", "nan"): "--noise: expected 0 or more, found nan.",
+        (f"fox={fox}", "--method", "phatgoose"): (
+            "--method phatgoose: every expert's gate is trained on its own text, and code has none: add "
+            "--data code=PATH."
+        ),
+    }  # fmt: skip
+    files = contents(out)
+    for words, message in cases.items():
+        code, printed, errors = run(["tune", out, "--data", *words], monkeypatch, capsys)
+        assert (code, printed, errors.splitlines()[-1]) == (2, "", f"error: {message}")
+    code, _, errors = run(["tune", llamas[0], "--data", f"fox={fox}"], monkeypatch, capsys)
+    assert (code, "its model_type is 'llama', no mixture that moemerge writes." in errors) == (2, True)
+    code, _, errors = run(["tune", out], monkeypatch, capsys)
+    assert (code, "Missing option '--data'" in errors) == (2, True)
+    assert contents(out) == files
+    assert not list(out.parent.glob(".out*"))
+
+
+def test_one_expert_per_token_has_no_slope(tmp_path, llamas, data):
+    model = merged(tmp_path, llamas, experts_per_token=1)
+    with pytest.raises(RefusedError) as caught:
+        tune(model, data, FEW)
+    assert str(caught.value) == (
+        f"{model}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has no slope to "
+        "follow. Merge with experts_per_token: 2, tune, and set it to 1 in config.json."
+    )
+
+
+def test_a_quantised_model_is_refused(out, data):
+    shard = next(path for path in out.glob("*.safetensors") if any("w1" in name for name in load_file(path)))
+    stored = load_file(shard)
+    name = next(name for name in stored if "w1" in name)
+    save_file({**stored, name: stored[name].to(torch.int8)}, shard, {"format": "pt"})
+    with pytest.raises(RefusedError) as caught:
+        tune(out, data, FEW)
+    assert str(caught.value) == (
+        f"{out}: {name} is stored as I8: a quantised model is not tuned. Tune the model that it was made from."
+    )
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch):
+    monkeypatch.setattr(whole, "_free", lambda _: 100_000)
+    with pytest.raises(RefusedError) as caught:
+        tune(out, data, FEW)
+    assert str(caught.value) == (
+        f"{out}: tuning holds the whole model in memory, 0 M parameters in float32: about 0.0 GB of memory, but 0.0 GB "
+        "are free on cpu. Use another machine or device, or make routers without it: `gate_mode: ridge`."
+    )
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and _Disk())
+    with pytest.raises(OutputError) as caught:
+        tune(out, data, FEW)
+    assert str(caught.value) == (
+        f"{out}: writing tuned gates takes 0.00 GB beside it for a while, but the disk has 0.00 GB free. Free some "
+        "space, or write a copy to another disk with --out."
+    )
+
+
+class _Disk:
+    free = 10
+
+
+def test_experts_that_are_gone_are_named(out, data):
+    config = out / "moemerge_config.yaml"
+    config.write_text(config.read_text().replace("/fox", "/gone"))
+    named = {"gone": data["fox"], "code": data["code"]}
+    with pytest.raises(RefusedError) as caught:
+        tune(out, named, Settings(steps=1, tokens_per_step=96))
+    assert str(caught.value).startswith("distillation needs the dense experts, and one cannot be had: ")
+    assert str(caught.value).endswith(
+        "Paths in moemerge_config.yaml count from the folder that it was merged in; --no-distil and --method gates do "
+        "without."
+    )
+    config.unlink()
+    with pytest.raises(RefusedError) as caught:
+        tune(out, {"0": data["fox"]}, Settings(steps=1, tokens_per_step=96))
+    assert str(caught.value) == (
+        f"{out}: does not say what it was merged from, and distillation needs the dense experts. Give --no-distil and "
+        "--method gates."
+    )
+    assert tune(out, data, FEW).before.accuracy == {"fox": None, "code": None, "chat": None}
+
+
+def test_weights_that_are_no_numbers_are_refused(out, data):
+    shard = next(path for path in out.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    stored = load_file(shard)
+    stored["model.norm.weight"][0] = float("nan")
+    save_file(stored, shard, {"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        tune(out, data, FEW)
+    assert str(caught.value) == (
+        f"{out}: its losses are not finite numbers, so its weights are damaged or overflow."
+    )  # fmt: skip
