@@ -34,7 +34,7 @@ test: check
 
 # Every pair of a dense and an MoE family.
 test-families: install
-	$(BIN)/pytest tests/test_families.py -m ""
+	$(BIN)/pytest tests/test_families.py tests/test_tuning.py -m ""
 
 # The same tests under the oldest transformers that is supported, and equal logits in both.
 VENV4 := .venv-transformers4
