@@ -15,8 +15,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/pip install $(PIP) -e '.[dev]'
 	touch $@
 
+# One thread each: with more, tiny models wait for each other's threads, many times as long as they compute.
 check: lint browser
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 # CI drives the routing page in a browser; elsewhere these tests are skipped where there is none.
 browser:
