@@ -32,7 +32,7 @@ class Parts:
 
 
 def take_parts(
-    config: MergeConfig, mixture: Mixture, base: DenseModel, models: Sequence[DenseModel], *,
+    config: MergeConfig, mixture: Mixture, base: DenseModel, models: Sequence[tuple[str, DenseModel]], *,
     tables: Mapping[str, dict[str, StoredTensor]], dtype: str,
 ) -> Parts:  # fmt: skip
     """Mix what is shared, and fold norms, as the config asks.
@@ -41,7 +41,7 @@ def take_parts(
         config: the merge.
         mixture: its layers.
         base: the base model.
-        models: every expert, then every shared expert.
+        models: every expert, then every shared expert, each with its place in the config.
         tables: tensors by reference.
         dtype: of the merged model, as a safetensors header spells it.
 
@@ -49,10 +49,9 @@ def take_parts(
         IncompatibleError: what is asked for cannot be made of these models exactly.
     """
     every_expert = [*config.experts, *config.shared_experts]
-    places = [f"experts[{number}]" for number in range(len(config.experts))]
-    places += [f"shared_experts[{number}]" for number in range(len(config.shared_experts))]
     own = [tables[expert.source_model] for expert in every_expert]
-    routed = list(zip(places, models, own, strict=True))[: len(config.experts)]
+    placed = [(place, model, table) for (place, model), table in zip(models, own, strict=True)]
+    routed = placed[: len(config.experts)]
     shared, notes = share_weights(config.shared_weights, base, tables[config.base_model], routed, dtype)
     advice = []
     if config.shared_weights.method == "base" and can_share(base, shared, routed):
@@ -62,8 +61,5 @@ def take_parts(
     merged = (base, shared)
     ours = fold_norms("base_model", (base, tables[config.base_model]), merged, range(base.layers))
     ffn = [name for layer in range(base.layers) for name in base.ffn(layer)]
-    folded = [
-        fold_norms(place, (model, table), merged, mixture.moe_layers)
-        for place, model, table in zip(places, models, own, strict=True)
-    ]
+    folded = [fold_norms(place, (model, table), merged, mixture.moe_layers) for place, model, table in placed]
     return Parts(shared | {name: ours[name] for name in ffn}, folded, notes, advice)

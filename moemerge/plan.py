@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from moemerge.checkpoint.derived import Derived, leaves
-from moemerge.checkpoint.files import File, size_of
+from moemerge.checkpoint.files import File, size_of, told_by
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import build_index
 from moemerge.checkpoint.pieces import Band, Piece
@@ -155,8 +155,7 @@ class MergePlan:
     def keep_reread(self, folder: Path) -> None:
         """Have what is read more than once from other machines kept in `folder`, for the merge to remove at the end."""
         for tensor in self.reread:
-            if not isinstance(tensor.path, Path):
-                tensor.path.keep(folder, tensor.start, tensor.nbytes)
+            tensor.keep(folder)
 
     @property
     def output_bytes(self) -> int:
@@ -225,7 +224,7 @@ class MergePlan:
             "sources": {
                 str(path): {
                     "size": size_of(path),
-                    "modified": path.stat().st_mtime_ns if isinstance(path, Path) else path.identity,
+                    "modified": told_by(path),
                     "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
                 }
                 for path, tensors in used.items()

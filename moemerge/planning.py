@@ -79,9 +79,12 @@ def plan_merge(
     base_folder = opened[config.base_model]
     folders = [opened[expert.source_model] for expert in every_expert]
     routed = len(config.experts)
-    places = [("experts", number) for number in range(routed)]
-    places += [("shared_experts", number) for number in range(len(config.shared_experts))]
-    names = [f"{key}[{number}] {f.reference}" for (key, number), f in zip(places, folders, strict=True)]
+    places = [
+        f"{key}[{number}]"
+        for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts))
+        for number in range(len(experts))
+    ]
+    names = [f"{place} {folder.reference}" for place, folder in zip(places, folders, strict=True)]
     found = check_configs(base_folder.config, [(n, f.config) for n, f in zip(names, folders, strict=True)])
     _refuse(found.problems)
     base, models = _dense(base_folder), [_dense(folder) for folder in folders]
@@ -119,7 +122,8 @@ def plan_merge(
             "chosen goes unnoticed; --routing-table has it read them"
         )
     notes += _shared_notes(config, family)
-    parts = take_parts(config, mixture, base, models, tables=tables, dtype=STORED[dtype])
+    take = partial(take_parts, config, mixture, base, [*zip(places, models, strict=True)], dtype=STORED[dtype])
+    parts = take(tables=tables)
     notes += parts.notes
     assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=STORED[dtype])
     outputs = assemble(parts=parts).outputs()
@@ -127,7 +131,7 @@ def plan_merge(
         output_bytes = sum(bytes_of(STORED[dtype], output.shape) or 0 for output in outputs.values())
         if fetched := fetch_if_room(opened, tables, beside=(target, output_bytes), announce=announce):
             tables |= fetched
-            parts = take_parts(config, mixture, base, models, tables=tables, dtype=STORED[dtype])
+            parts = take(tables=tables)
             outputs = assemble(parts=parts).outputs()
     shards, shared = _layout(outputs, STORED[dtype], max_shard_bytes, target)
     notes += _output_notes(outputs, dtype, shared)

@@ -52,11 +52,10 @@ def share_weights(
     """
     if settings.method == "base":
         return dict(tensors), []
-    inside = _inside(base)
     if problems := _differences(base, tensors, experts):
         raise IncompatibleError("These models cannot be merged:", problems)
     notes = []
-    mixed = list(inside)
+    mixed = _inside(base)
     for name in [*base.family.first, base.family.head]:
         if name not in tensors:
             continue

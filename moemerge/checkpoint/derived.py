@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill
-from moemerge.checkpoint.files import Reader, size_of
+from moemerge.checkpoint.files import Reader, size_of, told_by
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED, bytes_of
@@ -63,9 +63,7 @@ class Derived:
     @property
     def identity(self) -> str:
         """A hash of the recipe, and of what the inputs are told by: place, size and time of change, or identity."""
-        inputs = [
-            (repr(tensor), size_of(tensor.path), _told_by(tensor.path)) for tensor in (*self.inputs, *self.others)
-        ]
+        inputs = [(repr(tensor), size_of(tensor.path), told_by(tensor.path)) for tensor in (*self.inputs, *self.others)]
         return hashlib.sha256(repr((self.told, self.dtype, inputs)).encode()).hexdigest()
 
     def tensor(self, name: str) -> StoredTensor:
@@ -76,8 +74,7 @@ class Derived:
         """Have the inputs kept, whatever range is meant."""
         del start, nbytes
         for tensor in self.inputs:
-            if not isinstance(tensor.path, Path):
-                tensor.path.keep(folder, tensor.start, tensor.nbytes)
+            tensor.keep(folder)
 
     def open(self, start: int, nbytes: int) -> Reader:
         """Compute `nbytes` bytes from offset `start` on; reading may raise what reading the inputs does, too.
@@ -142,10 +139,6 @@ def read_values(tensor: StoredTensor) -> NDArray[np.float32]:
     """
     with tensor.open() as reader:
         return _read(reader, tensor, *_as_matrix(tensor)).reshape(tensor.shape)
-
-
-def _told_by(path: object) -> object:
-    return path.stat().st_mtime_ns if isinstance(path, Path) else getattr(path, "identity", "")
 
 
 def _as_matrix(tensor: StoredTensor) -> tuple[int, int]:

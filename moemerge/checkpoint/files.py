@@ -82,6 +82,11 @@ def size_of(file: File) -> int:
     return file.stat().st_size if isinstance(file, Path) else file.nbytes
 
 
+def told_by(file: File) -> int | str:
+    """What a change of its content would change beside its size: when it was written, or its identity."""
+    return file.stat().st_mtime_ns if isinstance(file, Path) else file.identity
+
+
 def read_exactly(reader: Readable, nbytes: int) -> bytes:
     """The next `nbytes` bytes, or fewer where the file ends."""
     data = bytearray(nbytes)

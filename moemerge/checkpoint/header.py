@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 from moemerge.checkpoint.files import File, Reader, open_range, read_exactly, size_of
@@ -45,6 +46,11 @@ class StoredTensor:
             return open_range(self.path, self.start, self.nbytes)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}. Was it moved meanwhile?") from error
+
+    def keep(self, folder: Path) -> None:
+        """From now on, keep its bytes in `folder` when they are first read, if its file is on another machine."""
+        if not isinstance(self.path, Path):
+            self.path.keep(folder, self.start, self.nbytes)
 
     def rows(self, first: int, count: int) -> "StoredTensor":
         """A slice along the first axis: `count` entries from `first` on, whose bytes are a part of these.

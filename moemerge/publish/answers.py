@@ -1,7 +1,6 @@
 """What the Hub's answers and the client's errors mean for one who publishes, and what to do next."""
 
 import re
-from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -10,7 +9,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, R
 
 from moemerge.errors import PublishError, RefusedError
 from moemerge.publish.destination import Account, Destination
-from moemerge.sources.patience import is_of_network, seconds_asked
+from moemerge.sources.patience import chain, is_of_network, seconds_asked
 
 _NO_TOKEN: Final = "pushing needs a token of the Hub, and there is none. Log in with `hf auth login`, or set HF_TOKEN."  # noqa: S105  no token
 _BAD_TOKEN: Final = (
@@ -26,12 +25,12 @@ Explained = tuple[type[PublishError | RefusedError], str]
 
 def explain(error: BaseException, to: Destination, account: Account) -> Explained:
     """The kind of an error and a line about it, without the repository's name."""
-    chain = list(_chain(error))
-    if any(isinstance(one, LocalTokenNotFoundError) for one in chain):
+    causes = list(chain(error))
+    if any(isinstance(one, LocalTokenNotFoundError) for one in causes):
         return PublishError, _NO_TOKEN
     if isinstance(error, HFValidationError):
         return RefusedError, f"is no repository's name: {str(error).rstrip('.')}."
-    if answered := next((one for one in chain if getattr(one, "response", None) is not None), None):
+    if answered := next((one for one in causes if getattr(one, "response", None) is not None), None):
         return _explain_answer(answered, to, account)
     if is_of_network(error):
         return PublishError, _NETWORK
@@ -70,9 +69,3 @@ def _explain_answer(error: BaseException, to: Destination, account: Account) -> 
     else:
         text = f"the Hub answered with status {status}{quoted}. Try again later."
     return kind, text
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -61,7 +61,7 @@ def fetch_weights(reference: Reference, folder: Path, announce: Callable[[str], 
     Raises:
         SourceError: says what the Hub answered and what to do.
     """
-    names = list(_find_weights(reference, folder, announce))
+    names = _find_weights(reference, folder, announce)
     announce(f"{reference}: downloading {', '.join(names[:3])}{' ...' if names[3:] else ''}")
     patterns = [glob.escape(name) for name in names]
     with explained(reference, PARTIAL):

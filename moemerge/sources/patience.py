@@ -185,18 +185,19 @@ def _question(names: Sequence[str]) -> str:
 
 def is_of_network(error: BaseException) -> bool:
     """Whether the network failed, or is not to be used: below every HTTP library lies an error of its socket."""
-    return any(isinstance(one, ConnectionError | TimeoutError | socket.gaierror) for one in _chain(error))
+    return any(isinstance(one, ConnectionError | TimeoutError | socket.gaierror) for one in chain(error))
 
 
 def _may_pass(error: Exception) -> bool:
     """Whether what is no answer of the Hub may be another time."""
-    if any(isinstance(one, ssl.SSLCertVerificationError) for one in _chain(error)):
+    if any(isinstance(one, ssl.SSLCertVerificationError) for one in chain(error)):
         return False
     library = type(error).__module__.partition(".")[0]
     return is_of_network(error) or (library in _HTTP_LIBRARIES and type(error).__name__ not in _USELESS)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
     while error:
         yield error
         error = error.__cause__ or error.__context__
