@@ -56,8 +56,9 @@ def config(options: argparse.Namespace, experts: dict[str, str], **keys: Any) ->
 
 
 def cells(name: str, sums: dict[str, Any], domains: list[str], *more: str) -> list[str]:
-    found = [estimate(sums[domain]).value for domain in domains]
-    return [name, *(f"{loss:.3f}" for loss in found), f"{np.mean(found):.3f}", f"{np.exp(np.mean(found)):.2f}", *more]
+    found = [estimate(sums[domain]) for domain in domains]
+    mean = np.mean([loss.value for loss in found])
+    return [name, *(f"{loss.value:.3f}{loss.interval}" for loss in found), f"{mean:.3f}", f"{np.exp(mean):.2f}", *more]
 
 
 def difference(one: dict[str, Any], other: dict[str, Any], domains: list[str]) -> str:

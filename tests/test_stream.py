@@ -178,22 +178,26 @@ def test_addresses_that_expire_are_asked_for_again(world, machine, expected):
     assert (machine.folder / "out" / SINGLE).read_bytes() == expected
 
 
-def test_a_repository_that_changes_meanwhile_is_an_error_and_not_a_mixture(world, machine, tmp_path):
-    other = files_of(make_model(tmp_path / "other", 9))
-    shutil.rmtree(tmp_path / "other")
-    original = files_of(world.folder / "fox")
+def change_meanwhile(world, change):
+    """Change `acme/fox` when its headers have been read, which takes two requests."""
+    address = f"/acme/fox/*/{SINGLE}"
 
-    def change() -> None:
-        world.hub.rewrite("acme/fox", other)
+    def change_and_expire() -> None:
+        change()
         world.hub.expire_locations()
 
-    # Not before the headers are there, which takes two requests.
-    world.hub.before(
-        f"/acme/fox/*/{SINGLE}",
-        lambda: world.hub.before(f"/acme/fox/*/{SINGLE}", change, method="GET"),
-        2,
-        method="GET",
-    )
+    world.hub.before(address, lambda: world.hub.before(address, change_and_expire, method="GET"), 2, method="GET")
+
+
+def files_of_another(folder):
+    other = files_of(make_model(folder / "other", 9))
+    shutil.rmtree(folder / "other")
+    return other
+
+
+def test_a_repository_that_changes_meanwhile_is_an_error_and_not_a_mixture(world, machine, tmp_path):
+    other, original = files_of_another(tmp_path), files_of(world.folder / "fox")
+    change_meanwhile(world, lambda: world.hub.rewrite("acme/fox", other))
     try:
         result = merged(world, machine)
     finally:
@@ -207,20 +211,8 @@ def test_a_repository_that_changes_meanwhile_is_an_error_and_not_a_mixture(world
 
 
 def test_another_content_under_the_same_commit_is_an_error(world, machine, tmp_path):
-    other = files_of(make_model(tmp_path / "other", 9))[SINGLE]
-    shutil.rmtree(tmp_path / "other")
-    original = files_of(world.folder / "fox")[SINGLE]
-
-    def change() -> None:
-        world.hub.replace("acme/fox", SINGLE, other)
-        world.hub.expire_locations()
-
-    world.hub.before(
-        f"/acme/fox/*/{SINGLE}",
-        lambda: world.hub.before(f"/acme/fox/*/{SINGLE}", change, method="GET"),
-        2,
-        method="GET",
-    )
+    other, original = files_of_another(tmp_path)[SINGLE], files_of(world.folder / "fox")[SINGLE]
+    change_meanwhile(world, lambda: world.hub.replace("acme/fox", SINGLE, other))
     try:
         result = merged(world, machine)
     finally:

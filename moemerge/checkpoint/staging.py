@@ -85,6 +85,33 @@ def check_space(out: Path, nbytes: int) -> None:
 
 
 @contextmanager
+def locked(folder: Path, out: Path, doing: str) -> Iterator[None]:
+    """Keep other processes away from `folder`, beside which the lock lies; errors name `out`, which it serves.
+
+    Raises:
+        BusyError: another process is `doing` the same to `out`.
+        OutputError: the system refused to write something.
+    """
+    lock_file = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(lock_file)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"{out}: another moemerge is {doing} it. Wait for it to end.") from None
+    except OSError as error:
+        raise _failure(out, error) from error
+    try:
+        yield
+    except OSError as error:
+        raise _failure(out, error) from error
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            lock_file.unlink()
+        lock.release()
+
+
+@contextmanager
 def staged(
     out: Path, sources: Collection[Path] = (), *, overwrite: bool = False, resume: bool = False, temporary: bool = False
 ) -> Iterator[Path]:
@@ -105,37 +132,24 @@ def staged(
     target = out.resolve()
     stage = _stage(target)
     journal = journal_of(stage)
-    lock_file = stage.with_name(f"{stage.name}.lock")
-    lock = FileLock(lock_file)
-    try:
-        stage.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BusyError(f"{out}: another moemerge is writing to it. Wait for it to end.") from None
-    except OSError as error:
-        raise _failure(out, error) from error
-    try:
-        _restore(target)
-        if not temporary:
-            check_target(out, sources, overwrite=overwrite)
-        if not resume or stage.is_symlink() or not stage.is_dir():
-            _clear(stage)
+    with locked(stage, out, "writing to"):
+        try:
+            _restore(target)
+            if not temporary:
+                check_target(out, sources, overwrite=overwrite)
+            if not resume or stage.is_symlink() or not stage.is_dir():
+                _clear(stage)
+                journal.remove()
+            stage.mkdir(exist_ok=True)
+            yield stage
+            if not temporary:
+                check_target(out, sources, overwrite=overwrite)
+                _publish(stage, target)
             journal.remove()
-        stage.mkdir(exist_ok=True)
-        yield stage
-        if not temporary:
-            check_target(out, sources, overwrite=overwrite)
-            _publish(stage, target)
-        journal.remove()
-    except OSError as error:
-        raise _failure(out, error) from error
-    finally:
-        if not len(journal):
-            _clear(stage)
-            journal.remove()
-        with suppress(OSError):  # Windows removes no open file
-            lock_file.unlink()
-        lock.release()
+        finally:
+            if not len(journal):
+                _clear(stage)
+                journal.remove()
 
 
 def beside(target: Path, purpose: str) -> Path:

@@ -56,12 +56,10 @@ def _plan(
     debug: Debug = False,
 ) -> None:
     """Show what a merge would do: output family, parameters, disk, memory, and where each part comes from."""
-    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+    with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from moemerge.cli.render import plan_facts, print_plan
 
-        plan = plan_from(
-            console, config, max_shard_size, None, cache_dir, quiet, allow_identical_experts, weights="stream"
-        )
+        plan = plan_from(console, config, max_shard_size, None, quiet, allow_identical_experts, weights="stream")
         if json:
             print_json(plan_facts(plan))
         else:
@@ -106,7 +104,7 @@ def _verify(
     debug: Debug = False,
 ) -> None:
     """Compare a merged checkpoint with what its config says, byte for byte; routers are not computed again."""
-    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+    with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
 
         from moemerge.cli.progress import show_progress
@@ -116,9 +114,8 @@ def _verify(
         # Before a plan may download weights.
         open_merged(out)
         plan = plan_from(
-            console, against, "5GB", None, cache_dir, quiet, allow_identical_experts, needs_texts=False,
-            weights="stream",
-        )  # fmt: skip
+            console, against, "5GB", None, quiet, allow_identical_experts, needs_texts=False, weights="stream"
+        )
         with show_progress(console, quiet=quiet) as progress:
             found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
         if json:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import typer
@@ -21,10 +22,12 @@ _M_MMAP_THRESHOLD: Final = -3
 
 
 @contextmanager
-def speaking(*, quiet: bool, verbose: int, debug: bool) -> Iterator["Console"]:
+def speaking(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path | None = None) -> Iterator["Console"]:
     """A console for messages; turns what goes wrong inside into a message and an exit code."""
     from rich.console import Console
 
+    if cache_dir:
+        os.environ["HF_HUB_CACHE"] = str(cache_dir)  # before huggingface_hub is imported
     # Other libraries' chatter and bars belong to those who ask for more.
     for library in ("TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "info" if verbose or debug else "error")
@@ -51,6 +54,11 @@ def speaking(*, quiet: bool, verbose: int, debug: bool) -> Iterator["Console"]:
 def _interrupt(_signal: int, _frame: object) -> None:
     interrupted.set()
     raise KeyboardInterrupt
+
+
+def saying(console: "Console", *, quiet: bool) -> Callable[[str], None]:
+    """What prints a line of news, or nothing."""
+    return (lambda _line: None) if quiet else console.print
 
 
 def stoppable(report: Callable[..., None]) -> Callable[..., None]:

@@ -1,7 +1,6 @@
 """`moemerge eval` and what it prints: losses beside baselines, and what the routers do."""
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moemerge.cli.console import print_json, speaking, stdout, stoppable
+from moemerge.cli.console import print_json, saying, speaking, stdout, stoppable
 from moemerge.cli.options import CacheDir, Debug, Device, Json, Quiet, Verbose
 from moemerge.errors import RefusedError
 
@@ -40,9 +39,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compare a merged model's loss on held-out text with those of its base, its experts and simpler mixtures."""
-    with speaking(quiet=quiet, verbose=0, debug=debug) as console:
-        if cache_dir:
-            os.environ["HF_HUB_CACHE"] = str(cache_dir)  # before huggingface_hub is imported
+    with speaking(quiet=quiet, verbose=0, debug=debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
 
         from moemerge.card import update_evaluation
@@ -52,7 +49,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
         with show_layers(console, quiet=quiet) as progress:
             found = run(
                 out, by_name(data), baselines=baselines, tokens=max_tokens, window=window, device=device,
-                progress=stoppable(progress), announce=(lambda _line: None) if quiet else console.print,
+                progress=stoppable(progress), announce=saying(console, quiet=quiet),
             )  # fmt: skip
         if json:
             print_json(asdict(found))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from moemerge.cli.console import return_freed_memory, speaking, stdout, stoppable
+from moemerge.cli.console import return_freed_memory, saying, speaking, stdout, stoppable
 from moemerge.cli.options import (
     AllowIdentical,
     CacheDir,
@@ -40,7 +40,6 @@ _BITS_HELP: Final = (
     "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
 )
 
-_ON_THE_HUB: Final = "on the Hub"
 OutShardSize = Annotated[str | None, typer.Option(hidden=True)]
 
 
@@ -94,17 +93,15 @@ def merge_models(
     The base model gives embeddings, attention and norms, each expert its FFNs; the routers start from the prompts.
     """
     del version
-    with speaking(quiet=quiet, verbose=verbose, debug=debug) as console:
+    with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from moemerge.checkpoint.staging import check_target
         from moemerge.cli.progress import show_progress
         from moemerge.merging import merge, merge_to_hub
 
-        if cache_dir:
-            os.environ["HF_HUB_CACHE"] = str(cache_dir)  # before huggingface_hub is imported
         if push_streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
         pushing = Pushing(
-            push, license, (lambda _line: None) if quiet else console.print, streaming=push_streaming, private=private,
+            push, license, saying(console, quiet=quiet), streaming=push_streaming, private=private,
             revision=revision, create_pr=create_pr,
         )  # fmt: skip
         # Before a plan may download weights.
@@ -113,16 +110,17 @@ def merge_models(
         base_bits = _check_pass(device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
         return_freed_memory()
         plan = plan_from(
-            console, config, max_shard_size, out_shard_size, cache_dir, quiet, allow_identical_experts,
+            console, config, max_shard_size, out_shard_size, quiet, allow_identical_experts,
             None if push_streaming else out, routing_table, weights="stream" if stream else "auto",
             approve=pushing.approve,
         )  # fmt: skip
         way = partial(merge, plan, out, name=push)
         if push_streaming and pushing.publisher:
             way = partial(merge_to_hub, plan, out, pushing.publisher)
-        pushing.check_replaced(plan.family.model_type, overwrite=overwrite)
+        if pushing.publisher:
+            pushing.publisher.check_replaced(plan.family.model_type, overwrite=overwrite)
         with (
-            _told_what_is_kept(console, out, where=_ON_THE_HUB if push_streaming else f"beside {out}"),
+            _told_what_is_kept(console, out, streaming=push_streaming),
             show_progress(console, quiet=quiet) as progress,
         ):
             report = way(
@@ -149,7 +147,7 @@ def _check_pass(device: str, *, load_in_8bit: bool, load_in_4bit: bool) -> Liter
 
 
 @contextmanager
-def _told_what_is_kept(console: "Console", out: Path, where: str) -> Iterator[None]:
+def _told_what_is_kept(console: "Console", out: Path, *, streaming: bool) -> Iterator[None]:
     """Say what a merge that stops leaves for `--resume`."""
     from moemerge.checkpoint.staging import kept_shards
 
@@ -159,10 +157,11 @@ def _told_what_is_kept(console: "Console", out: Path, where: str) -> Iterator[No
         raise
     except BaseException as error:
         if kept := kept_shards(out):
+            where = "on the Hub" if streaming else f"beside {out}"
             console.print(
                 f"{kept} complete shards are kept {where}: --resume continues from them, a run without it starts over."
             )
-        if isinstance(error, KeyboardInterrupt) and where == _ON_THE_HUB and not error.args:
+        if isinstance(error, KeyboardInterrupt) and streaming and not error.args:
             raise KeyboardInterrupt(f"{out} is not written; what was sent stays on the Hub") from error
         raise
 

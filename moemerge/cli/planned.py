@@ -1,9 +1,9 @@
 """From a config file and the options of a command line to a plan."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from moemerge.cli.console import saying
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -16,14 +16,12 @@ if TYPE_CHECKING:
 
 
 def plan_from(  # noqa: PLR0917  what typer has made of the command line
-    console: "Console", config: Path, max_shard_size: str, out_shard_size: str | None, cache_dir: Path | None,
+    console: "Console", config: Path, max_shard_size: str, out_shard_size: str | None,
     quiet: bool, allow_identical_experts: bool,
     target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
     weights: Literal["auto", "stream"] = "auto", approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
 ) -> "MergePlan":  # fmt: skip
     """The plan of a config file; says what the user should know."""
-    if cache_dir:
-        os.environ["HF_HUB_CACHE"] = str(cache_dir)
     from moemerge.checkpoint.shards import parse_size
     from moemerge.cli.legacy import parse_parameter_count
     from moemerge.config import load_config
@@ -36,7 +34,7 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
         raise RefusedError(f"--max-shard-size: {error}.") from error
     if out_shard_size is not None:
         max_bytes = parse_parameter_count(out_shard_size) * (4 if loaded.dtype == "float32" else 2)
-    say: Callable[[str], None] = (lambda _line: None) if quiet else console.print
+    say = saying(console, quiet=quiet)
     plan = plan_merge(
         loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
         weights=weights, approve=approve, announce=say,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moemerge.cli.console import speaking
+from moemerge.cli.console import saying, speaking
 from moemerge.cli.options import CreatePr, Debug, License, Private, Quiet, Revision
 from moemerge.errors import RefusedError
 
@@ -35,10 +35,6 @@ def push(  # noqa: PLR0917  typer makes options of arguments
         from moemerge.checkpoint.index import read_json
         from moemerge.publish import Destination, Publisher, checkpoint_files
 
-        def say(line: str) -> None:
-            if not quiet:
-                console.print(line)
-
         # Before the Hub is asked for anything.
         checkpoint_files(out, lambda _: None)
         if not license and not read_licence(out):
@@ -46,7 +42,7 @@ def push(  # noqa: PLR0917  typer makes options of arguments
                 f"{out / 'README.md'}: names no licence, and nobody may use a model that has none. "
                 "Name it with --license NAME."
             )
-        publisher = Publisher(Destination(repo, private, revision, create_pr), say)
+        publisher = Publisher(Destination(repo, private, revision, create_pr), saying(console, quiet=quiet))
         publisher.open()
         publisher.check_replaced(read_json(out / "config.json").get("model_type"), overwrite=overwrite)
         if license:
@@ -91,15 +87,6 @@ class Pushing:
         self.licence = self.licence or licence_of(sources)
         self.publisher = Publisher(self._destination, self._say)
         self.publisher.open()
-
-    def check_replaced(self, model_type: str, *, overwrite: bool) -> None:
-        """Refuse to replace a model of another kind, such as a source of the merge.
-
-        Raises:
-            RefusedError: the repository holds one, and is not to be overwritten.
-        """
-        if self.publisher:
-            self.publisher.check_replaced(model_type, overwrite=overwrite)
 
 
 def _destination(repo: str, private: bool, revision: str | None, create_pr: bool) -> "Destination":

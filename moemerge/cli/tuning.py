@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moemerge.cli.console import print_json, speaking, stdout, stoppable
+from moemerge.cli.console import print_json, saying, speaking, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.options import Debug, Device, Json, Quiet
 
@@ -58,7 +58,7 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         with show_steps(console, quiet=quiet or not first) as progress:
             found = tune(
                 out, by_name(data), settings, copy=copy, device=device, resume=resume, progress=stoppable(progress),
-                announce=lambda line: None if quiet else console.print(line),
+                announce=saying(console, quiet=quiet),
             )  # fmt: skip
         if found is None or not first:
             return

@@ -81,7 +81,7 @@ class Texts:
             cut_windows(texts, encode, tokens=tokens, length=min(window, context - 1)) for texts in documents.values()
         ]
         for name, windows in zip(documents, cut, strict=True):
-            if not any(any(window.counted[1:]) for window in windows):
+            if not any(any(window.scored) for window in windows):
                 raise RefusedError(f"--data {name}=: its documents have no token that another one precedes.")
         experts = [mixture.experts.index(name) if name in mixture.experts else None for name in documents]
         return cls(
@@ -100,7 +100,7 @@ class Texts:
         for window, loss in zip(windows, losses.tolist(), strict=True):
             total = by_document.setdefault(self.windows[window].document, [0.0, 0.0])
             total[0] += loss
-            total[1] += sum(self.windows[window].counted[1:])
+            total[1] += sum(self.windows[window].scored)
         return np.array([total for total in by_document.values() if total[1]])
 
 

@@ -145,7 +145,7 @@ def _losses(  # noqa: PLR0917
         logits = finish(whole, decoder, model.norm, batch)
         for row, window in enumerate(part):
             ids = torch.tensor(windows[window].ids, device=device)
-            counted = torch.tensor(windows[window].counted[1:], device=device)
+            counted = torch.tensor(windows[window].scored, device=device)
             known = logits[row, : len(ids)].float()
             predicted(window, known)
             loss = torch.nn.functional.cross_entropy(known[:-1], ids[1:], reduction="none")

@@ -30,6 +30,11 @@ class Window:
     counted: tuple[bool, ...]
     """Which tokens count in statistics: see `count_tokens`."""
 
+    @property
+    def scored(self) -> tuple[bool, ...]:
+        """Of each token but the first, which nothing predicts, whether its loss counts."""
+        return self.counted[1:]
+
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder, as transformers makes it.

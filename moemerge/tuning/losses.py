@@ -29,7 +29,7 @@ def text_loss(
     for window, predicted, teacher in zip(windows, logits, teachers, strict=True):
         known = predicted[: len(window.ids)].float()
         ids = torch.tensor(window.ids, device=logits.device)
-        counted = torch.tensor(window.counted[1:], device=logits.device)
+        counted = torch.tensor(window.scored, device=logits.device)
         entropy = torch.nn.functional.cross_entropy(known[:-1], ids[1:], reduction="none")[counted].sum()
         entropies.append(entropy.detach())
         if teacher and weight:

@@ -21,7 +21,7 @@ from moemerge.tuning.losses import text_loss
 from moemerge.tuning.processes import weight_dtype
 from moemerge.tuning.settings import Settings
 from moemerge.tuning.student import padded
-from moemerge.tuning.training import schedule
+from moemerge.tuning.training import make_optimiser, set_rates
 from moemerge.tuning.whole import load_whole
 from moemerge.tuning.work import Work
 
@@ -98,13 +98,10 @@ def _train(  # noqa: PLR0917
             with accelerator.autocast():
                 logits = model(input_ids=padded(windows, device)[0], use_cache=False).logits
             loss = text_loss(windows, logits, [None] * len(windows), 0)[0].sum()
-            accelerator.backward(loss / sum(sum(window.counted[1:]) for window in windows))
+            accelerator.backward(loss / sum(sum(window.scored) for window in windows))
             if optimiser is None:
-                groups = [{"params": [gates[layer]], "lr": settings.lr / float(lengths[layer])} for layer in layers]
-                optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
-                rates = [group["lr"] for group in optimiser.param_groups]
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(step, settings.steps)
+                optimiser = make_optimiser(gates, {layer: float(lengths[layer]) for layer in layers}, settings)
+            set_rates(optimiser, step, settings.steps)
             optimiser.step()
             optimiser.zero_grad()
             progress(f"gate of {mixture.experts[number]}", step + 1, settings.steps)

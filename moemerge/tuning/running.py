@@ -187,7 +187,7 @@ class Tuning:
         return Tuned(
             str(copy if copy and improved else self.mixture.folder), self.settings.method, improved, state.best_step,
             state.step, state.before, state.best,
-            {n: sum(sum(texts.windows[place].counted[1:]) for place in mine) for n, mine in counts.items()},
+            {n: sum(sum(texts.windows[place].scored) for place in mine) for n, mine in counts.items()},
             {n: len({texts.windows[place].document for place in mine}) for n, mine in counts.items()},
             state.seconds / max(state.step, 1), tuple(notes),
         )  # fmt: skip

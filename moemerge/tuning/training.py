@@ -34,6 +34,21 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def make_optimiser(
+    gates: Mapping[int, torch.Tensor], lengths: Mapping[int, float], settings: Settings
+) -> torch.optim.Optimizer:  # fmt: skip
+    """Adam for gates by layer, each at a rate of its own: the longer the states that enter a layer, the lower."""
+    rates = {layer: settings.lr / max(lengths[layer], 1e-6) for layer in gates}
+    groups = [{"params": [gate], "lr": rates[layer], "highest_lr": rates[layer]} for layer, gate in gates.items()]
+    return torch.optim.Adam(groups, betas=_BETAS)
+
+
+def set_rates(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """What the schedule says of this step, for an optimiser of `make_optimiser`."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["highest_lr"] * schedule(step, steps)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random numbers of this seed, the same before and after an interruption."""
@@ -67,7 +82,6 @@ class Training:
         state = self.work.load()
         before = state.before if state else self.judge.judge()
         optimiser = self._optimiser()
-        rates = [group["lr"] for group in optimiser.param_groups]
         if state is None:
             state = State(0, 0, 0, 0.0, before, before, start, start, {})
         else:
@@ -77,8 +91,7 @@ class Training:
         every = max(1, self.settings.steps // _JUDGEMENTS)
         while state.step < self.settings.steps and state.unimproved < _PATIENCE:
             begun = time.perf_counter()
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(state.step, self.settings.steps)
+            set_rates(optimiser, state.step, self.settings.steps)
             with seeded(self._seed(state.step)), self.student.noisy(self.settings.noise):
                 self._gradients(state.step, anchored)
             optimiser.step()
@@ -93,15 +106,9 @@ class Training:
         return state
 
     def _optimiser(self) -> torch.optim.Optimizer:
-        lengths = self.judge.lengths
-        if not lengths:
+        if not self.judge.lengths:
             self.judge.judge()
-            lengths = self.judge.lengths
-        groups = [
-            {"params": [gate], "lr": self.settings.lr / max(lengths[layer], 1e-6)}
-            for layer, gate in self.student.gates.items()
-        ]
-        return torch.optim.Adam(groups, betas=_BETAS, weight_decay=0.0)
+        return make_optimiser(self.student.gates, self.judge.lengths, self.settings)
 
     def _seed(self, step: int) -> int:
         place = step * self.accelerator.num_processes + self.accelerator.process_index
@@ -113,7 +120,7 @@ class Training:
         for gate in gates:
             gate.grad = None
         everything = self.batches.step(step)
-        total = sum(sum(window.counted[1:]) for window, _ in everything)
+        total = sum(sum(window.scored) for window, _ in everything)
         mine = everything[self.accelerator.process_index :: self.accelerator.num_processes]
         weight = distillation_weight(step, self.settings.steps) if self.teachers else 0.0
         experts = [self.batches.training.expert[domain] for _, domain in everything]
@@ -125,7 +132,7 @@ class Training:
             teachers = [self.teachers.get(domain) for _, domain in part]
             loss = text_loss(windows, logits, teachers, weight)[0].sum() / total
             counted = padded(windows, self.student.device)[1]
-            share = sum(sum(window.counted[1:]) for window in windows) / total
+            share = sum(sum(window.scored) for window in windows) / total
             loss = loss + share * (load_loss(self.student, counted, prior) + anchor_loss(self.student, start))
             self.accelerator.backward(loss)
         if self.accelerator.num_processes > 1:

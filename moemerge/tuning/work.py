@@ -4,19 +4,18 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from filelock import FileLock, Timeout
 
 from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.journal import differences
-from moemerge.checkpoint.staging import beside
-from moemerge.errors import BusyError, OutputError, RefusedError
+from moemerge.checkpoint.staging import beside, locked
+from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import Estimate
 from moemerge.tuning.settings import Held, Settings
 from moemerge.tuning.writing import replace_files
@@ -61,23 +60,12 @@ class Work:
         if not main:
             yield
             return
-        lock = FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise BusyError(f"{self._model}: another moemerge is tuning it. Wait for it to end.") from None
-        except OSError as error:
-            raise _failure(self._model, error) from error
-        try:
-            yield
-        except OSError as error:
-            raise _failure(self._model, error) from error
-        finally:
-            if not (self._state.exists() or self.ready.exists() or any(self.folder.glob("phatgoose-*"))):
-                shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # Windows removes no open file
-                Path(lock.lock_file).unlink()
-            lock.release()
+        with locked(self.folder, self._model, "tuning"):
+            try:
+                yield
+            finally:
+                if not (self._state.exists() or self.ready.exists() or any(self.folder.glob("phatgoose-*"))):
+                    shutil.rmtree(self.folder, ignore_errors=True)
 
     def finish(self) -> None:
         """Do what is left of an earlier run that was cut off while it replaced files."""
@@ -120,10 +108,6 @@ class Work:
     def remove(self) -> None:
         """Everything is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _failure(model: Path, error: OSError) -> OutputError:
-    return OutputError(f"{error.filename or model}: {error.strerror or error}.")
 
 
 def _held(stored: Mapping[str, Any]) -> Held:
