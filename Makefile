@@ -35,7 +35,7 @@ test: check
 
 # Every pair of a dense and an MoE family.
 test-families: install
-	$(BIN)/pytest tests/test_families.py tests/test_tuning.py -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_families.py tests/test_tuning.py -m ""
 
 # The same tests under the oldest transformers that is supported, and equal logits in both.
 VENV4 := .venv-transformers4
@@ -50,7 +50,7 @@ $(VENV4)/.done: pyproject.toml constraints-transformers4.txt
 test-transformers4: install $(VENV4)/.done
 	$(BIN)/python -m tests.other_version write .cache/other-version
 	$(VENV4)/bin/python -m tests.other_version compare .cache/other-version
-	$(VENV4)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest
 
 # llama.cpp's own converter, and its own tokens. One source distribution carries both; it compiles for minutes, once.
 VENVL := .venv-llamacpp

@@ -9,6 +9,7 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
 from moemerge.formats.dense import PLAIN, Axes, DenseModel, read_dense
 from moemerge.formats.family import MoeFamily
+from moemerge.sources import ModelFolder, Reference
 
 # Of an expert: what its FFNs must share with the base to compute the same way in its place.
 _EXPERT_KEYS: Final = ("num_hidden_layers", "hidden_size")
@@ -111,9 +112,18 @@ def check_expert(name: str, model: DenseModel, tensors: Mapping[str, StoredTenso
     return found
 
 
-def check_adapters(name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str) -> Findings:
+def check_adapters(
+    name: str, folder: ModelFolder, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str
+) -> Findings:  # fmt: skip
     """Check that an expert's adapters change its FFNs; the rest counts where `shared` weights are mixed."""
     found = Findings()
+    found.notes += [
+        f"{name}: the adapter {adapter.reference} was trained on {adapter.trained_on}, not on {folder.origin.repo}"
+        for adapter in folder.adapters
+        if isinstance(folder.origin, Reference)
+        and adapter.trained_on
+        and adapter.trained_on.lower() != folder.origin.repo.lower()
+    ]
     changed = {
         tensor
         for tensor, stored in tensors.items()

@@ -110,7 +110,7 @@ def plan_merge(
         for name, model, folder in zip(names, models, folders, strict=True)
     ]
     findings += [
-        check_adapters(name, model, tables[folder.reference], shared=config.shared_weights.method)
+        check_adapters(name, folder, model, tables[folder.reference], shared=config.shared_weights.method)
         for name, model, folder in zip(names, models, folders, strict=True)
         if folder.adapters
     ]

@@ -12,7 +12,8 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.derived import read_values
 from moemerge.errors import IncompatibleError, SourceError
 from moemerge.sources import open_model, read_tensor_table
-from tests.hub_world import lines, planned, weights_sent
+from moemerge.sources.lora import WEIGHTS
+from tests.hub_world import files_of, lines, planned, weights_sent
 from tests.machine import SINGLE
 from tests.models import edit_json, make_model, write_config
 
@@ -134,15 +135,24 @@ def test_an_adapter_without_ffns_is_no_expert(tmp_path, llamas):
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_on_the_hub_is_added_to_a_streamed_model(world, machine, tmp_path):
     expected = make_adapter(machine.folder / "adapter", world.folder / "fox")
-    world.hub.add("acme/adapter", {path.name: path.read_bytes() for path in (machine.folder / "adapter").iterdir()})
+    edit_json(machine.folder / "adapter" / "adapter_config.json", base_model_name_or_path="acme/hound")
+    adapter = files_of(machine.folder / "adapter")
+    world.hub.add("acme/adapter", adapter)
+    world.hub.add("acme/both", files_of(world.folder / "fox") | {WEIGHTS[0]: adapter[WEIGHTS[0]]})
     shutil.rmtree(machine.folder / "adapter")
     config = write_config(
-        machine.folder / "merge.yaml", "acme/base", ["acme/fox+acme/adapter", "acme/code"], prompts=False
+        machine.folder / "merge.yaml", "acme/base", ["acme/both+acme/adapter", "acme/code"], prompts=False
     )
     plan = planned(machine, str(config))
+    assert WEIGHTS[0] in world.hub.downloaded("acme/adapter")
+    assert WEIGHTS[0] not in world.hub.downloaded("acme/both")
     world.hub.reset()
     result = machine.moemerge(str(config), "out", "--stream")
     assert result.code == 0, lines(result)
+    assert (
+        "experts[0] acme/both+acme/adapter: the adapter acme/adapter was trained on acme/hound, not on acme/both"
+        in (plan["notes"])
+    )
     assert plan["download_bytes"] < weights_sent(world.hub) < plan["remote_bytes"]
     found = load_file(machine.folder / "out" / SINGLE)["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
     assert torch.equal(found, expected["model.layers.0.mlp.gate_proj.weight"])

@@ -15,6 +15,7 @@ from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import SourceError
 from moemerge.sources.local import resolve_file
+from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
 from moemerge.sources.pickles import read_pickle
 from moemerge.sources.reference import Reference, parse_reference
@@ -66,7 +67,7 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
     if split := _split_adapter(reference):
         model, adapter = split
         opened = open_model(model, announce)
-        _, folder = _find(adapter, announce)
+        _, folder = _find(adapter, announce, also=ADAPTER_WEIGHTS)
         return replace(opened, reference=reference, adapters=(*opened.adapters, open_adapter(adapter, folder)))
     origin, folder = _find(reference, announce)
     if not (folder / "config.json").exists():
@@ -95,15 +96,15 @@ def _split_adapter(reference: str) -> tuple[str, str] | None:
     return next((split for split in splits if all(map(leads_somewhere, split))), splits[0])
 
 
-def _find(reference: str, announce: Announce) -> tuple[Path | Reference, Path]:
-    """What a reference means, and the folder with its small files."""
+def _find(reference: str, announce: Announce, *, also: Sequence[str] = ()) -> tuple[Path | Reference, Path]:
+    """What a reference means, and the folder with its small files and those that are named."""
     origin = parse_reference(reference)
     if not isinstance(origin, Reference):
         return origin, origin
     from moemerge.sources.hub import fetch_small_files
 
     announce(f"{reference}: looking it up on the Hub")
-    return origin, fetch_small_files(origin, announce)
+    return origin, fetch_small_files(origin, announce, also=also)
 
 
 def read_tensor_table(

@@ -28,12 +28,19 @@ from moemerge.sources.reference import Reference
 SMALL_FILES: Final = [
     "config.json", "generation_config.json", SAFETENSORS_INDEX, PICKLE_INDEX, "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "tekken.json", "chat_template.json", "*.jinja",
-    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md",
+    "adapter_config.json", "README.md",
 ]  # fmt: skip
 
 
-def fetch_small_files(reference: Reference, announce: Callable[[str], None]) -> Path:
+def fetch_small_files(
+    reference: Reference, announce: Callable[[str], None], *, also: Sequence[str] = ()
+) -> Path:  # fmt: skip
     """Download all but the weights and give the snapshot's folder, which is named by the commit.
+
+    Args:
+        reference: of the repository.
+        announce: called with a line about what takes long.
+        also: names of other files to download.
 
     Raises:
         SourceError: says what the Hub answered and what to do.
@@ -43,7 +50,9 @@ def fetch_small_files(reference: Reference, announce: Callable[[str], None]) -> 
             patiently(
                 reference,
                 announce,
-                lambda: snapshot_download(reference.repo, revision=reference.revision, allow_patterns=SMALL_FILES),
+                lambda: snapshot_download(
+                    reference.repo, revision=reference.revision, allow_patterns=[*SMALL_FILES, *also]
+                ),
             )
         )
 

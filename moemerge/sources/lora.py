@@ -19,6 +19,7 @@ from moemerge.dtypes import NAMED
 from moemerge.errors import SourceError
 from moemerge.sources.local import resolve_file
 from moemerge.sources.pickles import read_pickle
+from moemerge.sources.reference import Reference, parse_reference
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
@@ -43,6 +44,16 @@ class Adapter:
     reference: str
     folder: Path
     config: Mapping[str, Any]
+
+    @property
+    def trained_on(self) -> str | None:
+        """The Hub repository that its config names, if it names one and not a folder."""
+        named = self.config.get("base_model_name_or_path")
+        try:
+            model = parse_reference(named) if named and isinstance(named, str) else None
+        except SourceError:
+            return None
+        return model.repo if isinstance(model, Reference) else None
 
 
 def open_adapter(reference: str, folder: Path) -> Adapter:
