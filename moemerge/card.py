@@ -1,10 +1,11 @@
 """The model card of a merged model: what it is made of, how it routes, how to run it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from moemerge.checkpoint.disk import drafted
 from moemerge.config import Expert
 from moemerge.errors import RefusedError
 from moemerge.licences import strictest
@@ -12,7 +13,7 @@ from moemerge.plan import MergePlan
 from moemerge.sources import ModelFolder, Reference, parse_reference
 
 if TYPE_CHECKING:
-    from moemerge.evaluation.figures import Evaluation
+    from moemerge.evaluation.figures import Estimate, Evaluation
     from moemerge.routers.report import RoutingReport
 
 _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
@@ -94,10 +95,9 @@ def set_licence(folder: Path, licence: str) -> None:
 
     path = folder / "README.md"
     kept = {key: value for key, value in _metadata(path).items() if not key.startswith("license")}
-    replacement = path.with_name("README.md.new")
-    replacement.write_bytes(path.read_bytes() if path.exists() else b"")
-    metadata_save(replacement, kept | _licence_fields(licence))
-    replacement.replace(path)
+    with drafted(path) as draft:
+        draft.write_bytes(path.read_bytes() if path.exists() else b"")
+        metadata_save(draft, kept | _licence_fields(licence))
 
 
 def _metadata(card: Path) -> dict[str, Any]:
@@ -158,9 +158,8 @@ def update_evaluation(folder: Path, found: "Evaluation") -> None:
     if not path.is_file():
         raise RefusedError(f"{path}: there is no model card to update.")
     text = path.read_text(encoding="utf-8")
-    replacement = path.with_name("README.md.new")
-    replacement.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
-    replacement.replace(path)
+    with drafted(path) as draft:
+        draft.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
 
 
 def with_section(text: str, name: str, section: str) -> str:
@@ -177,6 +176,24 @@ def with_section(text: str, name: str, section: str) -> str:
     return f"{text.rstrip()}\n\n{section}\n"
 
 
+def without_section(text: str, name: str) -> str:
+    """A model card's text without the section between comments of this name."""
+    before, start, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->\n")
+    return before + after.removeprefix("\n") if start and end else text
+
+
+def loss_table(
+    head: str, domains: Sequence[str], losses: Mapping[str, Mapping[str, "Estimate"]], means: Mapping[str, float]
+) -> list[str]:  # fmt: skip
+    """Lines of a Markdown table: by row, losses in nats per token of each domain, with intervals, and their mean."""
+    lines = [f"| {head} | {' | '.join(domains)} | mean |", "|---" * (len(domains) + 2) + "|"]
+    for row, found in losses.items():
+        cells = [f"{found[name].value:.3f}{found[name].interval}" if name in found else "" for name in domains]
+        lines.append(f"| {row} | {' | '.join(cells)} | {f'{means[row]:.3f}' if row in means else ''} |")
+    return lines
+
+
 def _evaluation(found: "Evaluation") -> str:
     names = [domain.name for domain in found.domains]
     lines = [
@@ -188,13 +205,8 @@ def _evaluation(found: "Evaluation") -> str:
         )
         + "), with 95 % intervals over documents where there are at least 5.",
         "",
-        f"| model | {' | '.join(names)} | mean |",
-        "|---" * (len(names) + 2) + "|",
+        *loss_table("model", names, found.losses, found.mean_losses),
     ]
-    for model, losses in found.losses.items():
-        cells = [f"{losses[name].value:.3f}{losses[name].interval}" if name in losses else "" for name in names]
-        mean = f"{found.mean_losses[model]:.3f}" if model in found.mean_losses else ""
-        lines.append(f"| {model} | {' | '.join(cells)} | {mean} |")
     if found.recovered_mean:
         mean_share = found.recovered_mean
         lines += [

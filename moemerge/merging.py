@@ -190,7 +190,7 @@ class _Work:
     ) -> None:  # fmt: skip
         check_base_bits(base_bits)
         if plan.runs_base and device not in {"auto", "cpu"}:
-            from moemerge.routers.computed import find_device  # before anything is copied
+            from moemerge.passes.device import find_device  # before anything is copied
 
             find_device(device)
         self._plan, self._seed, self._device = plan, seed, device

@@ -4,7 +4,8 @@ import ctypes
 import errno
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -38,6 +39,15 @@ def flush(path: Path) -> None:
             _flush(path, os.O_RDONLY)
     else:
         _flush(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+
+
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """Another name to write to; then what was written is flushed and takes the place of `path`: it appears whole."""
+    draft = path.with_name(f"{path.name}.new")
+    yield draft
+    flush(draft)
+    draft.replace(path)
 
 
 def forget(file: int, *, written: bool = False) -> None:

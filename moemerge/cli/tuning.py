@@ -11,6 +11,7 @@ from rich.table import Table
 from moemerge.cli.console import print_json, saying, speaking, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.options import Debug, Device, Json, Quiet
+from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
     from moemerge.tuning import Tuned
@@ -55,17 +56,24 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         from moemerge.tuning import Settings, tune
 
         settings = Settings(steps, tokens_per_step, lr, seed, noise, distil, method)
-        with show_steps(console, quiet=quiet or not first) as progress:
-            found = tune(
-                out, by_name(data), settings, copy=copy, device=device, resume=resume, progress=stoppable(progress),
-                announce=saying(console, quiet=quiet),
-            )  # fmt: skip
-        if found is None or not first:
+        try:
+            with show_steps(console, quiet=quiet or not first) as progress:
+                found = tune(
+                    out, by_name(data), settings, copy=copy, device=device, resume=resume, progress=stoppable(progress),
+                    announce=saying(console, quiet=quiet),
+                )  # fmt: skip
+        except RefusedError:
+            if first:
+                raise
+            raise typer.Exit(2) from None  # all are refused alike, and the first says why
+        if not first:
             return
         if json:
-            print_json(asdict(found))
-        else:
+            print_json(found and asdict(found))
+        elif found:
             print_tuned(stdout(), found)
+        if found is None:
+            return
         for note in found.notes:
             console.print(f"note: {note}", style="yellow")
         console.print(f"{found.model}: {'written' if found.improved else 'not touched'}")

@@ -26,8 +26,9 @@ from moemerge.evaluation.figures import (
 )  # fmt: skip
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.evaluation.running import Choice, run_model
+from moemerge.passes.device import find_device
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
-from moemerge.routers.computed import find_device
+from moemerge.routers.scoring import shares
 
 
 def measure(
@@ -77,11 +78,13 @@ class Texts:
         """
         encode = by_transformers(mixture.folder)
         context = mixture.runnable.keys.get("max_position_embeddings", window + 1)
+        length = min(window, context - 1)
         cut = [
-            cut_windows(texts, encode, tokens=tokens, length=min(window, context - 1)) for texts in documents.values()
+            [window for window in cut_windows(texts, encode, tokens=tokens, length=length) if any(window.scored)]
+            for texts in documents.values()
         ]
         for name, windows in zip(documents, cut, strict=True):
-            if not any(any(window.scored) for window in windows):
+            if not windows:
                 raise RefusedError(f"--data {name}=: its documents have no token that another one precedes.")
         experts = [mixture.experts.index(name) if name in mixture.experts else None for name in documents]
         return cls(
@@ -193,9 +196,8 @@ class RoutingTally:
         self._first[place] += torch.bincount(experts[:, 0], minlength=count)
         self._tokens[place] += len(experts)
         self._weight[place] += choice.weights[counted, 0].sum()
-        scores = logits.softmax(dim=1) if self._mixture.family.scoring == "softmax" else logits.sigmoid()
-        shares = scores / scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-        self._entropy[place] -= torch.special.xlogy(shares, shares).sum() / math.log(count)
+        given = shares(logits, self._mixture.family.scoring)
+        self._entropy[place] -= torch.special.xlogy(given, given).sum() / math.log(count)
 
     def of(self, domain: int) -> Routing:
         """What was counted."""

@@ -68,6 +68,8 @@ class MixtureModel:
     experts_per_token: int
     config: MergeConfig | None
     """What it was merged from, if its folder says so."""
+    tensors: Mapping[str, StoredTensor]
+    """Where each is stored."""
 
     @property
     def moe_layers(self) -> list[int]:
@@ -133,7 +135,7 @@ def open_mixture(folder: Path | str) -> MixtureModel:
     per_token = model.config[per_token_key(family)]
     return MixtureModel(
         Path(folder), family, runnable, names if len(names) == count else tuple(map(str, range(count))),
-        per_token if isinstance(per_token, int) else max(per_token), config,
+        per_token if isinstance(per_token, int) else max(per_token), config, tensors,
     )  # fmt: skip
 
 

@@ -144,11 +144,15 @@ def _losses(  # noqa: PLR0917
     for part, batch in zip(places, batches, strict=True):
         logits = finish(whole, decoder, model.norm, batch)
         for row, window in enumerate(part):
-            ids = torch.tensor(windows[window].ids, device=device)
-            counted = torch.tensor(windows[window].scored, device=device)
-            known = logits[row, : len(ids)].float()
+            known = logits[row, : len(windows[window].ids)].float()
             predicted(window, known)
-            loss = torch.nn.functional.cross_entropy(known[:-1], ids[1:], reduction="none")
-            losses[window] = loss[counted].cpu().double().sum()  # MPS has no float64
+            losses[window] = token_losses(windows[window], known).cpu().double().sum()  # MPS has no float64
         del logits
     return losses
+
+
+def token_losses(window: Window, logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (token,) in nats of a window's tokens that are scored, from its logits (position, vocab)."""
+    ids = torch.tensor(window.ids, device=logits.device)
+    scored = torch.tensor(window.scored, device=logits.device)
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")[scored]

@@ -8,8 +8,8 @@ import numpy as np
 from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import Choice, run_model
+from moemerge.passes.device import find_device
 from moemerge.passes.tokens import Window, load_tokenizer
-from moemerge.routers.computed import find_device
 from moemerge.routes.traced import Routes, TracedText
 
 

@@ -1,7 +1,6 @@
 """Routers, or a table of what they do, from one pass over the base model's layers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
@@ -14,6 +13,7 @@ from moemerge.errors import RouterError
 from moemerge.formats import Mixture
 from moemerge.formats.dense import DenseModel
 from moemerge.formats.family import Scoring
+from moemerge.passes.device import find_device, memory_watched
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.delta import Labeller, delta_rows
 from moemerge.routers.diagnostics import route_layer
@@ -36,21 +36,10 @@ WAYS: Final[dict[RouterWay, Callable[[RouterInputs, RouterRequest], LayerRows]]]
 }
 
 
-@contextmanager
-def _memory_watched() -> Iterator[None]:
-    """Torch's ways of saying that memory ran out turned into one message."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise RouterError(
-            "memory ran out while the base model read the prompts. Use fewer or shorter prompts, a smaller "
-            "router.tokens_per_expert, or another --device; gate_mode random without prompts needs no pass."
-        ) from error
-
-
-@_memory_watched()
+@memory_watched(
+    "the base model read the prompts. Use fewer or shorter prompts, a smaller router.tokens_per_expert, or another "
+    "--device; gate_mode random without prompts needs no pass."
+)
 def compute_routers(
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
     experts: Sequence[tuple[DenseModel, Mapping[str, StoredTensor]]], mixture: Mixture, scoring: Scoring,
@@ -111,20 +100,3 @@ def _label_documents(request: RouterRequest, progress: Callable[[int], None]) ->
 def _bytes(tensor: torch.Tensor) -> bytes:
     data: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return data
-
-
-def find_device(name: str) -> torch.device:
-    """The device of this name, or the best that `auto` finds.
-
-    Raises:
-        RouterError: there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
-        raise RouterError(f"device {name!r} cannot be used here: {why}. Choose --device cpu.") from error
-    return device

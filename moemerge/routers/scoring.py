@@ -29,6 +29,14 @@ def top_weights(logits: torch.Tensor, experts_per_token: int, scoring: Scoring) 
     return chosen.values / (chosen.values.sum(dim=1, keepdim=True) + _TINY), chosen.indices
 
 
+def shares(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """What share (token, expert) a router gives each expert before it chooses, from its logits."""
+    if scoring == "softmax":
+        return logits.softmax(dim=1)
+    scores = logits.sigmoid()
+    return scores / scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
 def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int, target: float = TARGET_WEIGHT) -> float:
     """Factor on rows (expert, hidden) with which the first choice of states (token, hidden) has this mean weight.
 

@@ -1,10 +1,13 @@
-"""Which windows of text a step reads: of every domain alike, in an order that the seed and the step alone decide."""
+"""Which windows of text a step reads: of every domain alike, in an order that the seed alone decides."""
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Final
 
+from moemerge.errors import RefusedError
 from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.tokens import Window
@@ -22,46 +25,64 @@ class Batches:
 
     training: Texts
     held_out: Texts
-    settings: Settings
-    per_domain: int
-    """Windows of a domain in a step."""
+    steps: tuple[tuple[int, ...], ...]
+    """Of each step the windows of `training`, one of every domain after the other."""
 
     @classmethod
     def cut(
         cls, mixture: MixtureModel, training: Mapping[str, Sequence[str]], held_out: Mapping[str, Sequence[str]],
         settings: Settings,
     ) -> "Batches":  # fmt: skip
-        """Divide documents into windows so that a step holds some of every domain.
+        """Divide documents into windows, and these into steps that hold some of every domain.
 
         Raises:
             RouterError: there is no tokenizer.
-            RefusedError: a domain has nothing to predict.
+            RefusedError: a domain has nothing to predict, or too little of a step.
         """
-        share = max(settings.tokens_per_step // len(training), _SHORTEST)
-        length = min(share, _LONGEST)
-        return cls(
-            Texts.cut(mixture, training, settings.steps * share, length),
-            Texts.cut(mixture, held_out, _HELD_OUT_STEPS * share, length), settings, share // length,
-        )  # fmt: skip
+        share = settings.tokens_per_step // len(training)
+        if share < _SHORTEST:
+            raise RefusedError(
+                f"--tokens-per-step: expected {_SHORTEST} or more for each of {len(training)} domains, so at least "
+                f"{_SHORTEST * len(training)}, found {settings.tokens_per_step}."
+            )
+        length = math.ceil(share / math.ceil(share / _LONGEST))
+        texts = Texts.cut(mixture, training, settings.steps * share, length)
+        domains = [
+            _fill(texts, domain, share, f"{settings.seed}:{domain}", settings.steps) for domain in range(len(training))
+        ]
+        steps = tuple(
+            tuple(window for turn in zip_longest(*of_domain) for window in turn if window is not None)
+            for of_domain in zip(*domains, strict=True)
+        )
+        return cls(texts, Texts.cut(mixture, held_out, _HELD_OUT_STEPS * share, length), steps)
 
-    @property
-    def windows_per_step(self) -> int:
-        """Of all domains."""
-        return self.per_domain * len(self.training.domains)
+    def step(self, step: int) -> list[tuple[Window, int]]:
+        """Windows of a step, each with its domain's place."""
+        return [(self.training.windows[place], self.training.domain[place]) for place in self.steps[step]]
 
     def taught(self, domain: int) -> list[Window]:
         """Windows of a domain that steps with distillation read."""
-        steps = [step for step in range(self.settings.steps) if distillation_weight(step, self.settings.steps)]
-        return list(dict.fromkeys(window for step in steps for window, _ in self.step(step, [domain])))
+        steps = [step for step in range(len(self.steps)) if distillation_weight(step, len(self.steps))]
+        return list(dict.fromkeys(window for step in steps for window, of in self.step(step) if of == domain))
 
-    def step(self, step: int, domains: Sequence[int] | None = None) -> list[tuple[Window, int]]:
-        """Windows of a step, each with its domain's place; when all were read they come again, in another order."""
-        found = []
-        for domain in range(len(self.training.domains)) if domains is None else domains:
-            mine = self.training.of(domain)
-            for place in range(step * self.per_domain, (step + 1) * self.per_domain):
-                again, index = divmod(place, len(mine))
-                order = mine.copy()
-                random.Random(f"{self.settings.seed}:{domain}:{again}").shuffle(order)  # noqa: S311  no secret
-                found.append((self.training.windows[order[index]], domain))
-        return found
+
+def _fill(texts: Texts, domain: int, share: int, seed: str, steps: int) -> list[list[int]]:
+    """A domain's windows of each step: as many tokens as its share of all steps so far, and one window at least."""
+    windows, read, filled = _shuffled(texts.of(domain), seed), 0, []
+    for step in range(1, steps + 1):
+        mine: list[int] = []
+        while not mine or read < step * share:
+            mine.append(next(windows))
+            read += len(texts.windows[mine[-1]].ids)
+        filled.append(mine)
+    return filled
+
+
+def _shuffled(places: Sequence[int], seed: str) -> Iterator[int]:
+    """When all were given they come again, in another order."""
+    turn = 0
+    while True:
+        order = list(places)
+        random.Random(f"{seed}:{turn}").shuffle(order)  # noqa: S311  no secret
+        yield from order
+        turn += 1

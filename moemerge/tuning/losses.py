@@ -5,45 +5,40 @@ from typing import Final
 
 import torch
 
-from moemerge.formats.family import Scoring
+from moemerge.evaluation.running import token_losses
 from moemerge.passes.tokens import Window
+from moemerge.routers.scoring import shares
 from moemerge.tuning.student import Student
-from moemerge.tuning.teacher import Predictions
+from moemerge.tuning.teachers import Predictions
 
 _LOAD: Final = 1e-3
 _ANCHOR: Final = 1e-3
 
 
-def text_loss(
-    windows: Sequence[Window], logits: torch.Tensor, teachers: Sequence[Predictions | None], weight: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and cross-entropy in nats, summed over the tokens of each window that count: (window,) each.
+def cross_entropy(windows: Sequence[Window], logits: torch.Tensor) -> torch.Tensor:
+    """In nats, summed over each window's tokens that are scored: (window,), from logits (window, position, vocab)."""
+    losses = [
+        token_losses(window, found[: len(window.ids)].float()).sum()
+        for window, found in zip(windows, logits, strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def distillation_loss(
+    windows: Sequence[Window], logits: torch.Tensor, teachers: Sequence[Predictions]
+) -> torch.Tensor:  # fmt: skip
+    """KL(teacher || mixture) in nats, summed over each window's tokens that are scored: (window,).
 
     Args:
         windows: of text.
         logits: (window, position, vocab).
-        teachers: of each window, its own expert's predictions, if there are any.
-        weight: of the distillation.
+        teachers: of each window, its own expert's predictions.
     """
-    losses, entropies = [], []
-    for window, predicted, teacher in zip(windows, logits, teachers, strict=True):
-        known = predicted[: len(window.ids)].float()
-        ids = torch.tensor(window.ids, device=logits.device)
-        counted = torch.tensor(window.scored, device=logits.device)
-        entropy = torch.nn.functional.cross_entropy(known[:-1], ids[1:], reduction="none")[counted].sum()
-        entropies.append(entropy.detach())
-        if teacher and weight:
-            entropy = entropy + weight * teacher.divergence(window, known)[counted].sum()
-        losses.append(entropy)
-    return torch.stack(losses), torch.stack(entropies)
-
-
-def scores_of(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """Shares (token, expert) that a router gives each expert before it chooses, from its logits."""
-    if scoring == "softmax":
-        return logits.softmax(dim=1)
-    scores = logits.sigmoid()
-    return scores / scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    losses = []
+    for window, found, teacher in zip(windows, logits, teachers, strict=True):
+        scored = torch.tensor(window.scored, device=logits.device)
+        losses.append(teacher.divergence(window, found[: len(window.ids)].float())[scored].sum())
+    return torch.stack(losses)
 
 
 def load_loss(student: Student, counted: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
@@ -52,20 +47,26 @@ def load_loss(student: Student, counted: torch.Tensor, prior: torch.Tensor) -> t
     Args:
         student: after a pass.
         counted: (window, position) which of its tokens count.
-        prior: what share each expert has of the text.
+        prior: what share each expert has of that text.
     """
     terms = []
     for layer in student.gates:
-        shares = scores_of(student.choices(layer)[counted.flatten()], student.mixture.family.scoring).mean(dim=0)
+        logits = student.router_logits(layer)[counted.flatten()]
+        found = shares(logits, student.mixture.family.scoring).mean(dim=0)
         present = prior.clone()
         present[student.absent[layer]] = 0
         present /= present.sum()
-        terms.append(torch.special.xlogy(present, present / shares.clamp_min(1e-6)).sum())
+        terms.append(torch.special.xlogy(present, present / found.clamp_min(1e-6)).sum())
     return _LOAD * torch.stack(terms).mean()
 
 
 def anchor_loss(student: Student, start: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """Squared distance of the gates from their start, relative to its own length, averaged over layers."""
+    """Squared distance of the gates from their start, relative to its own length, averaged over layers.
+
+    Args:
+        student: what is trained.
+        start: by layer (expert, hidden).
+    """
     terms = [
         (gate - start[layer]).square().sum() / start[layer].square().sum().clamp_min(1e-12)
         for layer, gate in student.gates.items()
@@ -73,13 +74,16 @@ def anchor_loss(student: Student, start: Mapping[int, torch.Tensor]) -> torch.Te
     return _ANCHOR * torch.stack(terms).mean()
 
 
-def prior_of(experts: Sequence[int | None], count: int, device: torch.device) -> torch.Tensor:
-    """The share (expert,) of the text that each expert is for; text of none belongs to all."""
-    prior = torch.zeros(count, device=device)
-    for expert in experts:
+def prior_of(texts: Sequence[tuple[int | None, int]], count: int, device: torch.device) -> torch.Tensor:
+    """The share (expert,) of some text that each expert is for, from experts with their tokens.
+
+    Text of no expert belongs to all alike; an expert without text keeps a little.
+    """
+    prior = torch.full((count,), 1e-2, device=device)
+    total = sum(tokens for _, tokens in texts)
+    for expert, tokens in texts:
         if expert is None:
-            prior += 1 / count
+            prior += tokens / total / count
         else:
-            prior[expert] += 1
-    # An expert without text of its own keeps a little.
-    return (prior + 1e-2) / (prior + 1e-2).sum()
+            prior[expert] += tokens / total
+    return prior / prior.sum()

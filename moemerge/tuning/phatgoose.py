@@ -1,136 +1,242 @@
 """Rows from a sigmoid gate of each expert, trained on that expert's text alone: https://arxiv.org/abs/2402.05859.
 
 In the base model, the FFN of each layer with a router is replaced by `E_0 + s(u.z)(E_e - E_0)`: `E_0` the base's own,
-`E_e` the expert's, `s` the sigmoid, `u` the gate, zeros at first. What routers are made of them: `stacking.py`.
+`E_e` the expert's, `s` the sigmoid, `u` the gate, zeros at first.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from moemerge.checkpoint.disk import drafted
+from moemerge.config import MergeConfig
 from moemerge.errors import RefusedError
+from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.formats.dense import DENSE_FAMILIES
-from moemerge.passes.decoder import empty_model
+from moemerge.passes.decoder import empty_model, group
 from moemerge.passes.loading import load_tensors
+from moemerge.routers.scaling import calibrated_scale
+from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.losses import text_loss
-from moemerge.tuning.processes import weight_dtype
-from moemerge.tuning.settings import Settings
-from moemerge.tuning.student import padded
+from moemerge.tuning.job import Job
+from moemerge.tuning.judging import judge
+from moemerge.tuning.losses import cross_entropy
+from moemerge.tuning.settings import Documents
+from moemerge.tuning.student import Student, load_student, padded
+from moemerge.tuning.teachers import open_source
 from moemerge.tuning.training import make_optimiser, set_rates
-from moemerge.tuning.whole import load_whole
-from moemerge.tuning.work import Work
+from moemerge.tuning.whole import TOKENS_AT_ONCE, load_whole
+from moemerge.tuning.work import State
+
+# Of each expert, to fit the scale.
+_SCALE_TOKENS: Final = 1024
 
 
-def train_gates(  # noqa: PLR0917
-    mixture: MixtureModel, base: Runnable, experts: Sequence[Runnable], batches: Sequence[Batches], settings: Settings,
-    accelerator: Any, work: Work, progress: Callable[[str, int, int], None],
-) -> dict[int, torch.Tensor]:  # fmt: skip
-    """By layer the gates (expert, hidden) of all experts, one trained after the other.
+def stack_gates(job: Job, training: Documents, held_out: Documents, batches: Batches) -> State:
+    """Rows made of single experts' gates, and what held-out text says of them.
 
     Args:
-        mixture: what they are for.
-        base: the dense base model.
-        experts: the dense models, in order.
-        batches: of each, windows of its own text.
-        settings: steps and learning rate.
-        accelerator: for device and precision.
-        work: where the gates of an expert are kept once they are trained.
-        progress: called with the expert, its steps done and all there are.
+        job: the tuning.
+        training: documents of every expert.
+        held_out: and those to judge by.
+        batches: of all of them together.
 
     Raises:
+        RefusedError: the merge was of another kind, or base and experts cannot be had.
         CheckpointError: tensors do not fit a class.
-        RefusedError: FFNs do not sit where the router's input goes.
     """
-    check_family(mixture, base)
-    found = []
-    model: Any = None
-    for number, (expert, own) in enumerate(zip(experts, batches, strict=True)):
-        path = work.folder / f"phatgoose-{number}.safetensors"
-        if not path.exists():
-            model = model or load_whole(base, accelerator.device, weight_dtype(accelerator))
-            gates = _train(model, mixture, base, expert, number, own, settings, accelerator, progress)
-            save_file({str(layer): gate for layer, gate in gates.items()}, path.with_suffix(".new"))
-            path.with_suffix(".new").replace(path)
-        found.append({int(layer): gate for layer, gate in load_file(path).items()})
-    hidden = int(base.keys["hidden_size"])
-    return {
-        layer: torch.stack([gates.get(layer, torch.zeros(hidden)) for gates in found]) for layer in mixture.moe_layers
-    }
+    mixture, needs = job.mixture, "--method phatgoose needs the base and the dense experts"
+    base = open_source(mixture, None, needs, job.announce)
+    _check(mixture, base)
+    experts = [open_source(mixture, number, needs, job.announce) for number in range(len(mixture.experts))]
+    begun = time.perf_counter()
+    gates = _train_all(job, base, experts, training, held_out)
+    seconds = (time.perf_counter() - begun) / len(experts)
+    student = load_student(job)
+    (before, _), rows = judge(job, student, batches.held_out), student.rows()
+    state = State(job.settings.steps, 0, 0, seconds, before, before, rows, rows, {})
+    student.place(_rows(student, gates, batches.training))
+    after, _ = judge(job, student, batches.held_out)
+    job.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
+    if after.mean_loss < before.mean_loss:
+        state = replace(state, best=after, best_step=job.settings.steps, best_rows=student.rows())
+    return state
 
 
-def check_family(mixture: MixtureModel, base: Runnable) -> None:
-    """Refuse families whose router does not see what enters the dense FFN.
-
-    Raises:
-        RefusedError: it is one.
-    """
-    module = DENSE_FAMILIES[base.model_type].ffn_module
+def _check(mixture: MixtureModel, base: Runnable) -> None:
+    """Refuse mixtures that compute otherwise than their base with an expert's FFN in it."""
     if mixture.family.keeps_dense_ffn:
         raise RefusedError(
             f"--method phatgoose: the routers of {mixture.family.model_type} do not see what enters the base's "
-            f"{module}. Use --method gates."
+            f"{DENSE_FAMILIES[base.model_type].ffn_module}. Use --method gates."
+        )
+    if mixture.config and (changes := _changes(mixture.config)):
+        raise RefusedError(
+            f"--method phatgoose: trains in the base model with experts as they are, and {' and '.join(changes)} "
+            "made something else of them here. Use --method gates."
         )
 
 
-def _train(  # noqa: PLR0917
-    model: Any, mixture: MixtureModel, base: Runnable, expert: Runnable, number: int, batches: Batches,
-    settings: Settings, accelerator: Any, progress: Callable[[str, int, int], None],
+def _changes(config: MergeConfig) -> list[str]:
+    found = [] if config.shared_weights.method == "base" else [f"shared_weights: {config.shared_weights.method}"]
+    found += ["fold_norms"] if config.fold_norms else []
+    keys = ("noise_scale", "residual_scale")
+    return found + [key for key in keys if any(getattr(expert, key) is not None for expert in config.experts)]
+
+
+def _train_all(
+    job: Job, base: Runnable, experts: Sequence[Runnable], training: Documents, held_out: Documents
 ) -> dict[int, torch.Tensor]:  # fmt: skip
-    device, dtype = accelerator.device, weight_dtype(accelerator)
-    layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
-    gates = {layer: torch.nn.Parameter(torch.zeros(int(base.keys["hidden_size"]), device=device)) for layer in layers}
-    other = _ffns(expert, layers, device, dtype)
-    lengths: dict[int, torch.Tensor] = {}
-    own = {
-        layer: model.model.layers[layer].get_submodule(DENSE_FAMILIES[base.model_type].ffn_module) for layer in layers
-    }
-    for layer, ffn in own.items():
-        ffn.forward = partial(_mixed, ffn.forward, other[layer], gates[layer], lengths, layer)
+    """By layer the gates (expert, hidden) of all experts, one trained after the other."""
+    mixture, found = job.mixture, []
+    model: Any = None
+    for number, (name, expert) in enumerate(zip(mixture.experts, experts, strict=True)):
+        path = job.work.folder / f"phatgoose-{number}.safetensors"
+        if not path.exists():
+            model = model or load_whole(base, job.processes.device, job.processes.dtype)
+            own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, job.settings)
+            layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
+            gates = _train(job, name, model, _ffns(expert, layers, job), own)
+            with drafted(path) as draft:
+                save_file({str(layer): gate for layer, gate in gates.items()}, draft)
+        found.append({int(layer): gate for layer, gate in load_file(path).items()})
+    del model
+    gc.collect()  # its layers hold themselves
+    none = torch.zeros(int(base.keys["hidden_size"]))
+    return {layer: torch.stack([gates.get(layer, none) for gates in found]) for layer in mixture.moe_layers}
+
+
+def _train(
+    job: Job, name: str, model: Any, ffns: Mapping[int, torch.nn.Module], batches: Batches
+) -> dict[int, torch.Tensor]:  # fmt: skip
+    """By layer the gate (hidden,) of one expert, whose FFNs these are."""
+    settings, device = job.settings, job.processes.device
+    mixed = {}
+    for layer, expert in ffns.items():
+        own = model.model.layers[layer].get_submodule(DENSE_FAMILIES[model.config.model_type].ffn_module)
+        gate = torch.nn.Parameter(torch.zeros(model.config.hidden_size, device=device))
+        mixed[layer] = own.forward = _Mixed(own, own.forward, expert, gate)
+    gates = {layer: one.gate for layer, one in mixed.items()}
     try:
         optimiser = None
         for step in range(settings.steps):
             windows = [window for window, _ in batches.step(step)]
-            with accelerator.autocast():
-                logits = model(input_ids=padded(windows, device)[0], use_cache=False).logits
-            loss = text_loss(windows, logits, [None] * len(windows), 0)[0].sum()
-            accelerator.backward(loss / sum(sum(window.scored) for window in windows))
+            scored = sum(sum(window.scored) for window in windows)
+            for part in group(windows, lambda window: len(window.ids), TOKENS_AT_ONCE):
+                ids, counted = padded(part, device)
+                for one in mixed.values():
+                    one.counted = counted
+                with job.processes.autocast():
+                    logits = model(input_ids=ids, use_cache=False).logits
+                torch.autograd.backward(cross_entropy(part, logits).sum() / scored)
             if optimiser is None:
-                optimiser = make_optimiser(gates, {layer: float(lengths[layer]) for layer in layers}, settings)
+                optimiser = make_optimiser(gates, {layer: one.length for layer, one in mixed.items()}, settings)
             set_rates(optimiser, step, settings.steps)
             optimiser.step()
             optimiser.zero_grad()
-            progress(f"gate of {mixture.experts[number]}", step + 1, settings.steps)
+            job.progress(f"gate of {name}", step + 1, settings.steps)
     finally:
-        for ffn in own.values():
-            del ffn.forward
+        for one in mixed.values():
+            del one.module.forward
     return {layer: gate.detach().cpu() for layer, gate in gates.items()}
 
 
-def _mixed(  # noqa: PLR0917
-    base: Callable[..., torch.Tensor], expert: torch.nn.Module, gate: torch.Tensor, lengths: dict[int, torch.Tensor],
-    layer: int, states: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    lengths.setdefault(layer, states.detach().float().square().sum(dim=-1).mean().sqrt())
-    share = (states.float() @ gate).sigmoid()[..., None].to(states.dtype)
-    plain = base(states)
-    mixed: torch.Tensor = plain + share * (expert(states) - plain)
-    return mixed
+@dataclass
+class _Mixed:
+    """The forward of an FFN that is mixed with an expert's."""
+
+    module: torch.nn.Module
+    base: Callable[[torch.Tensor], torch.Tensor]
+    expert: torch.nn.Module
+    gate: torch.Tensor
+    """(hidden,)"""
+    counted: torch.Tensor | None = None
+    """(window, position) which tokens of the pass count."""
+    _squares: float = 0.0
+    _tokens: int = 0
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        read = states[self.counted].detach().float()
+        self._squares, self._tokens = self._squares + float(read.square().sum()), self._tokens + len(read)
+        share = (states.float() @ self.gate).sigmoid()[..., None].to(states.dtype)
+        plain = self.base(states)
+        mixed: torch.Tensor = plain + share * (self.expert(states) - plain)
+        return mixed
+
+    @property
+    def length(self) -> float:
+        """Root mean square length of the states so far."""
+        return math.sqrt(self._squares / self._tokens)
 
 
-def _ffns(
-    expert: Runnable, layers: Sequence[int], device: torch.device, dtype: torch.dtype
-) -> dict[int, torch.nn.Module]:  # fmt: skip
-    """The FFNs of a dense model, without the rest of it."""
+def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.nn.Module]:
+    """The FFNs of a dense model, by layer, without the rest of it."""
+    device = job.processes.device
     model = empty_model(expert.model_type, expert.keys, device, head=True)
     module = DENSE_FAMILIES[expert.model_type].ffn_module
     found = {}
     for layer in layers:
         names = [name for name in expert.names(layer) if name.startswith(f"model.layers.{layer}.{module}.")]
-        load_tensors(model, {name: expert.read(name).to(dtype) for name in names}, device)
+        load_tensors(model, {name: expert.read(name).to(job.processes.dtype) for name in names}, device)
         found[layer] = model.model.layers[layer].get_submodule(module).requires_grad_(requires_grad=False)
     return found
+
+
+def _rows(student: Student, gates: dict[int, torch.Tensor], texts: Texts) -> dict[int, torch.Tensor]:
+    """Rows (expert, hidden) by layer: gates as standardised in the paper's section 3.2, under a scale of ours.
+
+    The scale is the one that texts (of every expert) whose expert is known bear out, from the student's router inputs.
+    """
+    states: dict[int, list[torch.Tensor]] = {layer: [] for layer in gates}
+    labels: list[int] = []
+    with torch.no_grad():
+        for domain, expert in enumerate(texts.expert):
+            left = _SCALE_TOKENS
+            for place in texts.of(domain) if expert is not None else ():
+                window = texts.windows[place]
+                if left <= 0:
+                    break
+                student.logits([window])
+                counted = torch.tensor(window.counted)
+                for layer, kept in states.items():
+                    kept.append(student.inputs[layer].cpu()[counted])
+                labels += [expert or 0] * int(counted.sum())
+                left -= int(counted.sum())
+    targets = torch.nn.functional.one_hot(torch.tensor(labels), len(student.mixture.experts)).float()
+    weights = (1 / targets.sum(dim=0).clamp_min(1))[labels]
+    rows = {}
+    for layer, kept in states.items():
+        rows[layer] = torch.zeros_like(gates[layer])
+        present = [expert for expert in range(len(gates[layer])) if expert not in student.absent[layer]]
+        mine = targets[:, present].sum(dim=1) > 0
+        found = standardised_rows(
+            gates[layer][present], torch.cat(kept)[mine], targets[mine][:, present], weights[mine]
+        )  # fmt: skip
+        if student.mixture.family.scoring == "sigmoid":
+            found = found - lowering(torch.cat(kept))
+        rows[layer][present] = found
+    return rows
+
+
+def standardised_rows(
+    gates: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    """Rows (expert, hidden) of a softmax router from sigmoid gates (expert, hidden).
+
+    Args:
+        gates: of single experts, of any length each.
+        states: (token, hidden) router inputs.
+        targets: (token, expert) 1 for the expert that a token is for.
+        weights: (token,) of the tokens.
+    """
+    rows = gates - gates.mean(dim=1, keepdim=True)
+    rows = rows / rows.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+    rows = rows * calibrated_scale(rows, states, states @ rows.T, targets, weights)
+    return rows - rows.mean(dim=0)

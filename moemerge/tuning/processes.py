@@ -1,46 +1,116 @@
 """Device, precision and processes, by accelerate: the one place that imports it here."""
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 
-from moemerge.errors import RefusedError
-from moemerge.routers.computed import find_device
+from moemerge.errors import RefusedError, RouterError
+from moemerge.passes.device import find_device
 
 _WHOLE: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 """Ways of accelerate in which every process holds the whole model."""
 # The others wait while the first runs the teachers.
-_PATIENCE: Final = timedelta(hours=24)
+_TIMEOUT: Final = timedelta(hours=24)
 
 
-def open_accelerator(device: str) -> Any:
-    """The accelerator for a device, or for what `accelerate launch` has set up.
+@dataclass(frozen=True)
+class Processes:
+    """Those that tune together, each with the whole model; usually one alone."""
+
+    _accelerator: Any
+    rank: int
+    count: int
+    device: torch.device
+    """Of this process."""
+    dtype: torch.dtype
+    """Of frozen weights: bfloat16 where that is computed in, as on a GPU, else float32."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in the precision that was asked for."""
+        found: AbstractContextManager[Any] = self._accelerator.autocast()
+        return found
+
+    def wait(self) -> None:
+        """Until all processes are here.
+
+        Raises:
+            RouterError: one of them has ended.
+        """
+        with _lost():
+            self._accelerator.wait_for_everyone()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Values added up over all processes, on the device where they are.
+
+        Raises:
+            RouterError: a process has ended.
+        """
+        if self.count == 1:
+            return values
+        with _lost():
+            summed: torch.Tensor = self._accelerator.reduce(values.to(self.device), "sum")
+        return summed.to(values.device)
+
+    def mine(self, everything: list[Any]) -> list[Any]:
+        """This process's part: one of as many runs as there are processes."""
+        start, end = (place * len(everything) // self.count for place in (self.rank, self.rank + 1))
+        return everything[start:end]
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RouterError("another process of this tuning has ended; what it said tells why.") from error
+
+
+def open_processes(device: str) -> Processes:
+    """This process alone on a device, or one of those that `accelerate launch` or `torchrun` has started.
 
     Raises:
         RouterError: there is no such device.
-        RefusedError: `accelerate launch` was told to divide the model, or to compute in float16.
+        RefusedError: they divide the model, are on several machines, or compute in another precision.
     """
+    count, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local < count > 1:
+        raise RefusedError(
+            f"{count} processes, {local} of them on this machine: all have to be on one, since what the first writes "
+            "for the others lies beside the model."
+        )
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in {"no", "bf16"}:
+        raise RefusedError(f"accelerate: mixed precision {asked} is too narrow for tuning. Use bf16 or no.")
+    if count > 1 and device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     found = find_device(device)
     if found.type == "cuda" and found.index is not None:
         torch.cuda.set_device(found)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if count == 1:
+        # Else the settings of an earlier call stay.
+        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  there is no other way
     accelerator = Accelerator(
-        cpu=found.type == "cpu", mixed_precision=None if found.type == "cpu" else "bf16",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)] if several else [],
+        cpu=found.type == "cpu", mixed_precision=asked if found.type == "cpu" else "bf16",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)] if count > 1 else [],
     )  # fmt: skip
     if accelerator.distributed_type.name not in _WHOLE:
         raise RefusedError(
-            f"accelerate launch: {accelerator.distributed_type.name} divides the model, which tune does not: every "
-            "process holds all of it. Use --multi_gpu, or see docs/tuning.md."
+            f"accelerate: {accelerator.distributed_type.name} divides the model, which tune does not: every process "
+            "holds all of it. Use --multi_gpu, or see docs/tuning.md."
         )
-    if accelerator.mixed_precision == "fp16":
-        raise RefusedError("accelerate launch: --mixed_precision fp16 is too narrow for tuning. Use bf16 or no.")
-    return accelerator
-
-
-def weight_dtype(accelerator: Any) -> torch.dtype:
-    """What frozen weights are held in: bfloat16 where that is computed in, as on a GPU."""
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return Processes(
+        accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device,
+        torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32,
+    )  # fmt: skip

@@ -1,34 +1,26 @@
 """A tuning from the model's folder to its new gates: what `moemerge.tuning.tune` does once data are read."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from moemerge.card import with_section
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.card import with_section, without_section
 from moemerge.checkpoint.staging import check_target
-from moemerge.dtypes import NAMED
-from moemerge.errors import RefusedError
+from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.runnable import MixtureModel, open_mixture
+from moemerge.passes.device import memory_watched
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.experts import open_expert, teach
-from moemerge.tuning.judging import Judge
-from moemerge.tuning.phatgoose import check_family, train_gates
-from moemerge.tuning.processes import open_accelerator, weight_dtype
-from moemerge.tuning.settings import Settings, Tuned, card_section
-from moemerge.tuning.stacking import stack
-from moemerge.tuning.student import Student
-from moemerge.tuning.training import Training
+from moemerge.tuning.job import Job
+from moemerge.tuning.judging import stored_dtypes
+from moemerge.tuning.phatgoose import stack_gates
+from moemerge.tuning.processes import open_processes
+from moemerge.tuning.settings import Documents, Settings, Tuned, card_section
+from moemerge.tuning.training import train
 from moemerge.tuning.whole import TOKENS_AT_ONCE, check_memory
 from moemerge.tuning.work import State, Work, fingerprint
-from moemerge.tuning.writing import check_room, gate_tensors, replace_files, stage_replacement, write_copy
-
-Documents = Mapping[str, Sequence[str]]
+from moemerge.tuning.writing import CARD, check_room, gate_tensors, shard_stamps, write_copy
 
 
 def run(
@@ -36,172 +28,130 @@ def run(
     device: str, resume: bool, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
 ) -> Tuned | None:  # fmt: skip
     """See `moemerge.tuning.tune`."""
-    mixture = open_mixture(folder)
-    gates = gate_tensors(mixture)
-    if mixture.experts_per_token == 1:
-        raise RefusedError(
-            f"{folder}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has no slope "
-            "to follow. Merge with experts_per_token: 2, tune, and set it to 1 in config.json."
-        )
-    if copy is not None:
-        check_target(copy, [mixture.folder.resolve()], overwrite=False)
-    check_room(gates, copy or mixture.folder)
-    accelerator = open_accelerator(device)
-    if not accelerator.is_main_process:
+    mixture, processes = open_mixture(folder), open_processes(device)
+    if not processes.first:
         progress, announce = (lambda _name, _done, _total: None), (lambda _: None)
-    tuning = Tuning(mixture, gates, settings, accelerator, Work(mixture.folder), progress, announce)
+    work = Work(mixture.folder)
+    job = Job(mixture, settings, processes, work, progress, announce)
+    advice = "tuning. Give fewer --tokens-per-step, or another --device; --resume goes on"
     try:
-        with tuning.work.held(main=accelerator.is_main_process):
-            return tuning.run(training, held_out, copy, resume=resume)
+        with work.held() if processes.first else nullcontext(), memory_watched(advice):
+            if _finish_earlier(job) and resume:
+                return None
+            return _run(job, training, held_out, copy, resume=resume)
     except KeyboardInterrupt:
-        if tuning.work.folder.exists():
+        if work.resumable and not work.unfinished:
             announce("what was done so far is kept: the same command with --resume goes on")
         raise
 
 
-@dataclass
-class Tuning:
-    """One call of `tune`."""
+def _finish_earlier(job: Job) -> bool:
+    """Move the files that an earlier run had only to move; whether there were any."""
+    unfinished = job.work.unfinished
+    job.processes.wait()
+    if unfinished and job.processes.first:
+        job.work.finish()
+        job.announce("an earlier tuning had been cut off while its files were moved: it is complete now")
+    job.processes.wait()
+    return unfinished
 
-    mixture: MixtureModel
-    gates: Mapping[int, StoredTensor]
-    settings: Settings
-    accelerator: Any
-    work: Work
-    progress: Callable[[str, int, int], None]
-    announce: Callable[[str], None]
 
-    def run(self, training: Documents, held_out: Documents, copy: Path | None, *, resume: bool) -> Tuned | None:
-        """Train, judge, and write what is better."""
-        main = self.accelerator.is_main_process
-        if self._finish_earlier() and resume:
-            return None
-        device = self.accelerator.device
-        batches = Batches.cut(self.mixture, training, held_out, self.settings)
-        self._check(batches)
-        local = self.accelerator.num_processes if device.type == "cpu" else 1
-        tokens = min(self.settings.tokens_per_step, TOKENS_AT_ONCE)
-        need = check_memory(self.mixture.runnable, device, weight_dtype(self.accelerator), tokens, local)
-        self.announce(f"{self.mixture.folder}: {need}")
-        if main:
-            documents = {name: [*training[name], *held_out[name]] for name in training}
-            how = (self.accelerator.num_processes, self.accelerator.mixed_precision)
-            self.work.begin(fingerprint(self.settings, documents, self.gates, *how), resume=resume)
-        self.accelerator.wait_for_everyone()
-        if self.settings.method == "phatgoose":
-            state = self._stack_gates(training, held_out, batches)
-        else:
-            state = self._train_gates(batches)
-        found = self._found(state, batches, copy)
-        if main:
-            if found.improved:
-                self._write(found, state, copy)
-            self.work.remove()
-        self.accelerator.wait_for_everyone()
-        return found
+def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, *, resume: bool) -> Tuned:
+    mixture, settings, processes = job.mixture, job.settings, job.processes
+    _check(job, copy)
+    batches = Batches.cut(mixture, training, held_out, settings)
+    _check_domains(job, batches)
+    local = processes.count if processes.device.type == "cpu" else 1
+    tokens = min(settings.tokens_per_step, TOKENS_AT_ONCE)
+    need = check_memory(mixture.runnable, processes.device, processes.dtype, tokens, local)
+    job.announce(f"{mixture.folder}: {need}")
+    shards = shard_stamps(gate_tensors(mixture))
+    if processes.first:
+        documents = {name: [*training[name], *held_out[name]] for name in training}
+        how = (processes.count, str(processes.dtype))
+        job.work.begin(fingerprint(settings, documents, shards, *how), resume=resume)
+    processes.wait()
+    state = stack_gates(job, training, held_out, batches) if settings.method == "phatgoose" else train(job, batches)
+    found = _found(job, state, batches, copy)
+    if processes.first:
+        if found.improved:
+            _write(job, found, state, shards, copy)
+        job.work.remove()
+    processes.wait()
+    return found
 
-    def _finish_earlier(self) -> bool:
-        """Move the files that an earlier run had only to move; whether there were any."""
-        unfinished = self.work.ready.is_dir()
-        self.accelerator.wait_for_everyone()
-        if unfinished and self.accelerator.is_main_process:
-            self.work.finish()
-            self.announce("an earlier tuning had been cut off while its files were moved: it is complete now")
-        self.accelerator.wait_for_everyone()
-        return unfinished
 
-    def _check(self, batches: Batches) -> None:
-        """Refuse what cannot be done, before what an earlier run has left is forgotten."""
-        texts, processes = batches.training, self.accelerator.num_processes
-        if processes > batches.windows_per_step:
-            raise RefusedError(
-                f"{processes} processes share {batches.windows_per_step} windows of a step: raise --tokens-per-step, "
-                "or start fewer processes."
-            )
-        if self.settings.method == "phatgoose":
-            without = [name for name in self.mixture.experts if name not in texts.domains]
-            if without:
-                raise RefusedError(
-                    f"--method phatgoose: every expert's gate is trained on its own text, and {without[0]} has none: "
-                    f"add --data {without[0]}=PATH."
-                )
-            if processes > 1:
-                raise RefusedError("--method phatgoose: runs in one process. Start it without accelerate launch.")
-        elif self.settings.distil and None in texts.expert:
-            raise RefusedError(
-                f"--data {texts.domains[texts.expert.index(None)]}=: is no expert's name, so it has no teacher; "
-                f"experts: {', '.join(self.mixture.experts)}. Call the domain like its expert, or give --no-distil."
-            )
-
-    def _train_gates(self, batches: Batches) -> State:
-        teachers = {}
-        if self.settings.distil:
-            teachers = teach(self.mixture, batches, self.work, self.accelerator, self.progress, self.announce)
-        student, judge = self._load(batches)
-        steps = Training(
-            student, batches, judge, teachers, self.settings, self.accelerator, self.work,
-            partial(self.progress, "steps"), self.announce,
-        )  # fmt: skip
-        return steps.run()
-
-    def _stack_gates(self, training: Documents, held_out: Documents, batches: Batches) -> State:
-        needs = "--method phatgoose needs the base and the dense experts"
-        base = open_expert(self.mixture, None, needs, self.announce)
-        check_family(self.mixture, base)
-        experts = [
-            open_expert(self.mixture, number, needs, self.announce) for number in range(len(self.mixture.experts))
-        ]
-        own = [
-            Batches.cut(self.mixture, {name: training[name]}, {name: held_out[name]}, self.settings)
-            for name in self.mixture.experts
-        ]
-        begun = time.perf_counter()
-        gates = train_gates(
-            self.mixture, base, experts, own, self.settings, self.accelerator, self.work, self.progress
-        )  # fmt: skip
-        seconds = (time.perf_counter() - begun) / len(own)
-        student, judge = self._load(batches)
-        before, rows = judge.judge(), student.rows()
-        state = State(self.settings.steps, 0, 0, seconds, before, before, rows, rows, {})
-        student.place({layer: new.to(student.device) for layer, new in stack(student, gates, batches.training).items()})
-        after = judge.judge()
-        self.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
-        if after.mean_loss < before.mean_loss:
-            state = replace(state, best=after, best_step=self.settings.steps, best_rows=student.rows())
-        return state
-
-    def _load(self, batches: Batches) -> tuple[Student, Judge]:
-        student = Student.load(
-            self.mixture, self.accelerator.device, weight_dtype(self.accelerator), partial(self.progress, "load")
+def _check(job: Job, copy: Path | None) -> None:
+    """Refuse what cannot be done, before what an earlier run has left is forgotten."""
+    mixture = job.mixture
+    gate_tensors(mixture)
+    if mixture.experts_per_token == 1:
+        raise RefusedError(
+            f"{mixture.folder}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has "
+            "no slope to follow. Merge with experts_per_token: 2, tune, and set it to 1 in config.json."
         )
-        return student, Judge(student, batches.held_out, self._dtypes(), self.accelerator)
+    if copy is not None:
+        check_target(copy, [mixture.folder.resolve()], overwrite=False)
+    check_room(mixture, copy)
 
-    def _dtypes(self) -> dict[int, torch.dtype]:
-        return {layer: getattr(torch, NAMED[tensor.dtype]) for layer, tensor in self.gates.items()}
 
-    def _found(self, state: State, batches: Batches, copy: Path | None) -> Tuned:
-        improved = state.best_step > 0
-        texts = batches.held_out
-        counts = {name: texts.of(place) for place, name in enumerate(texts.domains)}
-        notes = [] if improved else ["nothing was better on held-out text than the routers that were there"]
-        return Tuned(
-            str(copy if copy and improved else self.mixture.folder), self.settings.method, improved, state.best_step,
-            state.step, state.before, state.best,
-            {n: sum(sum(texts.windows[place].scored) for place in mine) for n, mine in counts.items()},
-            {n: len({texts.windows[place].document for place in mine}) for n, mine in counts.items()},
-            state.seconds / max(state.step, 1), tuple(notes),
-        )  # fmt: skip
+def _check_domains(job: Job, batches: Batches) -> None:
+    experts, texts = job.mixture.experts, batches.training
+    if job.settings.method == "phatgoose":
+        without = [name for name in experts if name not in texts.domains]
+        if without:
+            raise RefusedError(
+                f"--method phatgoose: every expert's gate is trained on its own text, and {without[0]} has none: "
+                f"add --data {without[0]}=PATH."
+            )
+        if job.processes.count > 1:
+            raise RefusedError("--method phatgoose: runs in one process. Start it without accelerate launch.")
+    elif job.settings.distil and None in texts.expert:
+        raise RefusedError(
+            f"--data {texts.domains[texts.expert.index(None)]}=: is no expert's name, so it has no teacher; "
+            f"experts: {', '.join(experts)}. Call the domain like its expert, or give --no-distil."
+        )
 
-    def _write(self, found: Tuned, state: State, copy: Path | None) -> None:
-        dtypes = self._dtypes()
-        rows = {
-            layer: new.to(dtypes[layer]).contiguous().view(torch.uint8).numpy().tobytes()
-            for layer, new in state.best_rows.items()
-        }
-        model, card = self.mixture.folder.resolve(), self.mixture.folder / "README.md"
-        text = with_section(card.read_text(encoding="utf-8"), "tuning", card_section(found)) if card.is_file() else None
-        if copy is not None:
-            write_copy(model, self.gates, rows, text, copy)
-            return
-        stage_replacement(model, self.gates, rows, text, self.work.draft, self.work.ready)
-        replace_files(self.work.ready, model)
+
+def _found(job: Job, state: State, batches: Batches, copy: Path | None) -> Tuned:
+    improved, texts = state.best_step > 0, batches.held_out
+    windows = {name: [texts.windows[place] for place in texts.of(domain)] for domain, name in enumerate(texts.domains)}
+    notes = [state.note] if state.note else []
+    if not improved:
+        notes.append("nothing was better on held-out text than the routers that were there")
+    return Tuned(
+        str(copy if copy and improved else job.mixture.folder), job.settings.method, improved, state.best_step,
+        state.step, state.before, state.best,
+        {name: sum(sum(window.scored) for window in mine) for name, mine in windows.items()},
+        {name: len({window.document for window in mine}) for name, mine in windows.items()},
+        state.seconds / max(state.step, 1), tuple(notes),
+    )  # fmt: skip
+
+
+def _write(
+    job: Job, found: Tuned, state: State, shards: dict[str, list[int]], copy: Path | None
+) -> None:  # fmt: skip
+    mixture = job.mixture
+    model, gates, dtypes = mixture.folder.resolve(), gate_tensors(mixture), stored_dtypes(job)
+    if shard_stamps(gates) != shards:
+        raise OutputError(
+            f"{mixture.folder}: its files were written anew while it was tuned, so these gates are not for it. Tune it "
+            "again."
+        )
+    rows = {
+        layer: new.to(dtypes[layer]).contiguous().view(torch.uint8).numpy().tobytes()
+        for layer, new in state.best_rows.items()
+    }
+    card = _card(mixture, found)
+    if copy is None:
+        job.work.replace(gates, rows, card)
+    else:
+        write_copy(model, gates, rows, card, copy)
+
+
+def _card(mixture: MixtureModel, found: Tuned) -> str | None:
+    """The model card with the tuning; an evaluation in it was of the routers before."""
+    path = mixture.folder / CARD
+    if not path.is_file():
+        return None
+    return with_section(without_section(path.read_text(encoding="utf-8"), "evaluation"), "tuning", card_section(found))

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from moemerge.card import loss_table
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import Estimate
 
+Documents = Mapping[str, Sequence[str]]
+"""Texts by domain."""
 Method = Literal["gates", "phatgoose"]
 
 _HELD_OUT: Final = 4
@@ -27,20 +30,25 @@ class Settings:
     """The options of `moemerge tune`."""
 
     steps: int = 40
+    """Of training; with phatgoose, of each expert."""
     tokens_per_step: int = 512
+    """Of all domains together; with phatgoose, of the expert's own."""
     lr: float = 0.07
     """How far a step of Adam moves a logit, about: it is divided by the length of the layer's router inputs."""
     seed: int = 0
+    """Of what is held out, of the order of texts, and of the noise."""
     noise: float = 0.0
     """Standard deviation of what is added to each logit while training."""
     distil: bool = True
+    """Whether each domain's own dense expert teaches, too."""
     method: Method = "gates"
+    """All gates together, or a sigmoid gate of each expert alone."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
 
         Raises:
-            RefusedError: one is out of its range.
+            RefusedError: names every one that is out of its range.
         """
         wrong = [
             f"--{name.replace('_', '-')}: expected {what}, found {value}."
@@ -53,7 +61,7 @@ class Settings:
             if not fits
         ]
         if wrong:
-            raise RefusedError(wrong[0])
+            raise RefusedError("\n".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,7 @@ class Tuned:
     notes: tuple[str, ...]
 
 
-def split_documents(
-    documents: Mapping[str, Sequence[str]], seed: int
-) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Documents to train on and to judge by, by domain.
 
     Raises:
@@ -119,22 +125,22 @@ def card_section(found: Tuned) -> str:
     texts = ", ".join(
         f"{name}: {found.held_out_tokens[name]} tokens of {found.held_out_documents[name]} documents" for name in names
     )
+    rows = {"before": found.before, "after": found.after}
     lines = [
         "## Router tuning",
         "",
         f"`moemerge tune` trained {what}; the best of {found.steps} steps was step {found.step}. Loss in nats per "
         f"token on documents that were held out to choose it ({texts}), with 95 % intervals over documents where "
-        "there are at least 5.",
+        "there are at least 5. What stands under Routing is of the routers before.",
         "",
-        f"| routers | {' | '.join(names)} | mean |",
-        "|---" * (len(names) + 2) + "|",
+        *loss_table(
+            "routers", names, {row: held.losses for row, held in rows.items()},
+            {row: held.mean_loss for row, held in rows.items()},
+        ),
     ]  # fmt: skip
-    for row, held in (("before", found.before), ("after", found.after)):
-        cells = [f"{held.losses[name].value:.3f}{held.losses[name].interval}" for name in names]
-        lines.append(f"| {row} | {' | '.join(cells)} | {held.mean_loss:.3f} |")
     known = [name for name in names if found.before.accuracy[name] is not None]
     if known:
         lines += ["", f"| right expert first | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|"]
-        for row, held in (("before", found.before), ("after", found.after)):
+        for row, held in rows.items():
             lines.append(f"| {row} | {' | '.join(f'{held.accuracy[name]:.1%}' for name in known)} |")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.loading import load_tensors
 from moemerge.passes.tokens import Window
+from moemerge.tuning.job import Job
 from moemerge.tuning.whole import load_whole
 
 
@@ -80,7 +81,7 @@ class Student:
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
-    def choices(self, layer: int) -> torch.Tensor:
+    def router_logits(self, layer: int) -> torch.Tensor:
         """(token, expert) router logits of the last pass; experts that are absent have minus infinity."""
         logits = self.inputs[layer] @ self.gates[layer].T
         absent = torch.tensor(self.absent[layer], device=logits.device, dtype=torch.long)
@@ -88,7 +89,7 @@ class Student:
 
     @contextmanager
     def holding(self, rows: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """Other rows in the gates for a while."""
+        """Other rows, by layer (expert, hidden), in the gates for a while."""
         kept = {layer: gate.detach().clone() for layer, gate in self.gates.items()}
         self.place(rows)
         try:
@@ -103,14 +104,19 @@ class Student:
                 gate.copy_(rows[layer])
 
     def rows(self) -> dict[int, torch.Tensor]:
-        """Copies of the gates, on the CPU."""
+        """By layer (expert, hidden), copies of the gates on the CPU."""
         return {layer: gate.detach().cpu().clone() for layer, gate in self.gates.items()}
 
     @contextmanager
-    def noisy(self, noise: float) -> Iterator[None]:
-        """Routers that add noise of this deviation to every logit before they choose."""
+    def noisy(self, noise: float, seed: int) -> Iterator[None]:
+        """Routers that add noise of this deviation to every logit before they choose; other random numbers stay."""
+        if not noise:
+            yield
+            return
         with ExitStack() as undo:
-            for module in self.routers.values() if noise else ():
+            undo.enter_context(torch.random.fork_rng([self.device] if self.device.type == "cuda" else []))
+            torch.manual_seed(seed)
+            for module in self.routers.values():
                 module.forward = partial(_noisy_forward, module.forward, noise)
                 undo.callback(delattr, module, "forward")
             yield
@@ -135,6 +141,15 @@ class _Noise(TorchFunctionMode):
         if func is torch.nn.functional.linear:
             return given + self._noise * torch.randn_like(given)
         return given
+
+
+def load_student(job: Job) -> Student:
+    """The mixture of a job, where and in what precision its processes compute.
+
+    Raises:
+        CheckpointError: its tensors do not fit its class, or a router is not finite.
+    """
+    return Student.load(job.mixture, job.processes.device, job.processes.dtype, partial(job.progress, "load"))
 
 
 def padded(windows: Sequence[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

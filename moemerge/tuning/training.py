@@ -2,22 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
+from torch.nn.utils import parameters_to_vector
 
+from moemerge.errors import CheckpointError
+from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.judging import Judge
-from moemerge.tuning.losses import anchor_loss, load_loss, prior_of, text_loss
+from moemerge.tuning.job import Job
+from moemerge.tuning.judging import judge
+from moemerge.tuning.losses import anchor_loss, cross_entropy, distillation_loss, load_loss, prior_of
 from moemerge.tuning.settings import Settings, distillation_weight
-from moemerge.tuning.student import Student, padded
-from moemerge.tuning.teacher import Predictions
+from moemerge.tuning.student import Student, load_student, padded
+from moemerge.tuning.teachers import Predictions, teach
 from moemerge.tuning.whole import TOKENS_AT_ONCE
-from moemerge.tuning.work import State, Work
+from moemerge.tuning.work import State
 
 _BETAS: Final = (0.9, 0.95)
 _WARM_UP: Final = 0.1
@@ -37,7 +40,13 @@ def schedule(step: int, steps: int) -> float:
 def make_optimiser(
     gates: Mapping[int, torch.Tensor], lengths: Mapping[int, float], settings: Settings
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """Adam for gates by layer, each at a rate of its own: the longer the states that enter a layer, the lower."""
+    """Adam for gates, each at a rate of its own: the longer the states that enter a layer, the lower.
+
+    Args:
+        gates: by layer, of any shape.
+        lengths: by layer, the root mean square length of what is multiplied with the gate.
+        settings: of the training.
+    """
     rates = {layer: settings.lr / max(lengths[layer], 1e-6) for layer in gates}
     groups = [{"params": [gate], "lr": rates[layer], "highest_lr": rates[layer]} for layer, gate in gates.items()]
     return torch.optim.Adam(groups, betas=_BETAS)
@@ -45,122 +54,115 @@ def make_optimiser(
 
 def set_rates(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
     """What the schedule says of this step, for an optimiser of `make_optimiser`."""
-    for group in optimiser.param_groups:
-        group["lr"] = group["highest_lr"] * schedule(step, steps)
+    for rates in optimiser.param_groups:
+        rates["lr"] = rates["highest_lr"] * schedule(step, steps)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of this seed, the same before and after an interruption."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+def train(job: Job, batches: Batches) -> State:
+    """Train the gates of a mixture together; see `Training.run`.
+
+    Raises:
+        RefusedError: a teacher cannot be had.
+        CheckpointError: tensors do not fit a class, or losses are not finite.
+        RouterError: another process has ended.
+    """
+    teachers = teach(job, batches) if job.settings.distil else {}
+    return Training(job, batches, load_student(job), teachers).run()
 
 
 @dataclass
 class Training:
-    """Trains a student's gates; see `run`."""
+    """Trains a student's gates."""
 
-    student: Student
+    job: Job
     batches: Batches
-    judge: Judge
+    student: Student
     teachers: Mapping[int, Predictions]
     """By domain."""
-    settings: Settings
-    accelerator: Any
-    work: Work
-    progress: Callable[[int, int], None]
-    announce: Callable[[str], None]
 
     def run(self) -> State:
-        """Train until the steps are done or held-out text says that more is of no use.
-
-        Raises:
-            CheckpointError: losses are not finite.
-        """
-        start = self.student.rows()
-        state = self.work.load()
-        before = state.before if state else self.judge.judge()
-        optimiser = self._optimiser()
-        if state is None:
-            state = State(0, 0, 0, 0.0, before, before, start, start, {})
-        else:
+        """Train until the steps are done or held-out text says that more is of no use."""
+        settings, start = self.job.settings, self.student.rows()
+        if state := self.job.work.load():
             self.student.place(state.rows)
-            optimiser.load_state_dict(state.optimiser)
+            optimiser = make_optimiser(self.student.gates, dict.fromkeys(self.student.gates, 1.0), settings)
+            optimiser.load_state_dict(state.optimiser)  # rates, too
+        else:
+            before, lengths = judge(self.job, self.student, self.batches.held_out)
+            optimiser = make_optimiser(self.student.gates, lengths, settings)
+            state = State(0, 0, 0, 0.0, before, before, start, start, {})
         anchored = {layer: rows.to(self.student.device) for layer, rows in start.items()}
-        every = max(1, self.settings.steps // _JUDGEMENTS)
-        while state.step < self.settings.steps and state.unimproved < _PATIENCE:
+        every = math.ceil(settings.steps / _JUDGEMENTS)
+        while state.step < settings.steps and state.without_gain < _PATIENCE:
             begun = time.perf_counter()
-            set_rates(optimiser, state.step, self.settings.steps)
-            with seeded(self._seed(state.step)), self.student.noisy(self.settings.noise):
-                self._gradients(state.step, anchored)
+            set_rates(optimiser, state.step, settings.steps)
+            with self.student.noisy(settings.noise, self._seed(state.step)):
+                self.set_gradients(state.step, anchored)
+            torch.nn.utils.clip_grad_norm_(self.student.gates.values(), _CLIP)
             optimiser.step()
             state.seconds += time.perf_counter() - begun
             state.step += 1
-            if state.step % every == 0 or state.step == self.settings.steps:
+            if state.step % every == 0 or state.step == settings.steps:
                 self._judge(state)
             state.rows, state.optimiser = self.student.rows(), optimiser.state_dict()
-            if self.accelerator.is_main_process:
-                self.work.save(state)
-            self.progress(state.step, self.settings.steps)
+            if self.job.processes.first:
+                self.job.work.save(state)
+            self.job.progress("steps", state.step, settings.steps)
         return state
 
-    def _optimiser(self) -> torch.optim.Optimizer:
-        if not self.judge.lengths:
-            self.judge.judge()
-        return make_optimiser(self.student.gates, self.judge.lengths, self.settings)
-
     def _seed(self, step: int) -> int:
-        place = step * self.accelerator.num_processes + self.accelerator.process_index
-        return hash((self.settings.seed, place)) % 2**31  # of numbers, the same in every process
+        place = step * self.job.processes.count + self.job.processes.rank
+        return hash((self.job.settings.seed, place)) % 2**31  # of numbers, the same in every process
 
-    def _gradients(self, step: int, start: Mapping[int, torch.Tensor]) -> None:
-        """Give the gates the gradients of a step's loss, averaged over all processes."""
-        gates = list(self.student.gates.values())
+    def set_gradients(self, step: int, start: Mapping[int, torch.Tensor]) -> None:
+        """Give the gates the gradients of a step's loss, added up over all processes.
+
+        Args:
+            step: its number.
+            start: by layer (expert, hidden), what the anchor holds to.
+        """
+        gates, windows = list(self.student.gates.values()), self.batches.step(step)
         for gate in gates:
-            gate.grad = None
-        everything = self.batches.step(step)
-        total = sum(sum(window.scored) for window, _ in everything)
-        mine = everything[self.accelerator.process_index :: self.accelerator.num_processes]
-        weight = distillation_weight(step, self.settings.steps) if self.teachers else 0.0
-        experts = [self.batches.training.expert[domain] for _, domain in everything]
-        prior = prior_of(experts, len(self.student.mixture.experts), self.student.device)
-        for part in _parts(mine):
-            windows = [window for window, _ in part]
-            with self.accelerator.autocast():
-                logits = self.student.logits(windows)
-            teachers = [self.teachers.get(domain) for _, domain in part]
-            loss = text_loss(windows, logits, teachers, weight)[0].sum() / total
-            counted = padded(windows, self.student.device)[1]
-            share = sum(sum(window.scored) for window in windows) / total
-            loss = loss + share * (load_loss(self.student, counted, prior) + anchor_loss(self.student, start))
-            self.accelerator.backward(loss)
-        if self.accelerator.num_processes > 1:
-            flat = self.accelerator.reduce(torch.cat([gate.grad.flatten() for gate in gates]), "sum")  # type: ignore[union-attr]
-            for gate, gradient in zip(gates, flat.split([gate.numel() for gate in gates]), strict=True):
-                gate.grad = gradient.view_as(gate)
-        torch.nn.utils.clip_grad_norm_(gates, _CLIP)
+            gate.grad = torch.zeros_like(gate)
+        scored = sum(sum(window.scored) for window, _ in windows)
+        mine = self.job.processes.mine(windows)
+        for part in group(mine, lambda one: len(one[0].ids), TOKENS_AT_ONCE) if mine else ():
+            torch.autograd.backward(self._loss(step, part, scored, start))
+        summed = self.job.processes.sum(parameters_to_vector(gate.grad for gate in gates if gate.grad is not None))
+        for gate in gates:
+            gate.grad, summed = summed[: gate.numel()].view_as(gate), summed[gate.numel() :]
+
+    def _loss(
+        self, step: int, part: Sequence[tuple[Window, int]], scored: int, start: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:  # fmt: skip
+        """What one pass has of a step's loss, of whose tokens `scored` are scored."""
+        windows, settings, student = [window for window, _ in part], self.job.settings, self.student
+        with self.job.processes.autocast():
+            logits = student.logits(windows)
+        loss = cross_entropy(windows, logits).sum() / scored
+        weight = distillation_weight(step, settings.steps)
+        if self.teachers and weight:
+            teachers = [self.teachers[domain] for _, domain in part]
+            loss = loss + weight * distillation_loss(windows, logits, teachers).sum() / scored
+        texts = [(self.batches.training.expert[domain], sum(window.counted)) for window, domain in part]
+        prior = prior_of(texts, len(student.mixture.experts), student.device)
+        counted = padded(windows, student.device)[1]
+        share = sum(sum(window.scored) for window in windows) / scored
+        return loss + share * (load_loss(student, counted, prior) + anchor_loss(student, start))
 
     def _judge(self, state: State) -> None:
-        found = self.judge.judge()
+        try:
+            found, _ = judge(self.job, self.student, self.batches.held_out)
+        except CheckpointError:  # at the start, losses were finite
+            state.without_gain = _PATIENCE
+            state.note = f"after step {state.step} losses were not finite, so it ended there: give a lower --lr"
+            return
         better = found.mean_loss < state.best.mean_loss
-        state.unimproved = 0 if better else state.unimproved + 1
+        state.without_gain = 0 if better else state.without_gain + 1
         if better:
             state.best_step, state.best, state.best_rows = state.step, found, self.student.rows()
-        self.announce(
-            f"step {state.step} of {self.settings.steps}: held-out loss {found.mean_loss:.4f} (at the start "
+        self.job.announce(
+            f"step {state.step} of {self.job.settings.steps}: held-out loss {found.mean_loss:.4f} (at the start "
             f"{state.before.mean_loss:.4f}, best {state.best.mean_loss:.4f} after step {state.best_step}); "
             f"{state.seconds / state.step:.2f} s per step"
         )
-
-
-def _parts(windows: Sequence[tuple[Window, int]]) -> Iterator[list[tuple[Window, int]]]:
-    """As many windows as may pass at once."""
-    part: list[tuple[Window, int]] = []
-    for window in windows:
-        if part and (len(part) + 1) * max(len(one.ids) for one, _ in [*part, window]) > TOKENS_AT_ONCE:
-            yield part
-            part = []
-        part.append(window)
-    if part:
-        yield part

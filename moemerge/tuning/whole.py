@@ -15,8 +15,8 @@ from moemerge.evaluation.running import check_complete
 from moemerge.passes.decoder import empty_model
 from moemerge.passes.loading import load_tensors
 
-# Tokens that pass at once; a larger step is made of several passes.
-TOKENS_AT_ONCE: Final = 1024
+# Tokens that pass at once: two of the longest windows and what a tokenizer puts in front.
+TOKENS_AT_ONCE: Final = 1040
 # Logits, their softmax and its gradient.
 _LOGIT_COPIES: Final = 3
 

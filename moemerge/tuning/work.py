@@ -11,14 +11,14 @@ from typing import Any, Final
 
 import torch
 
-from moemerge.checkpoint.disk import flush
+from moemerge.checkpoint.disk import drafted, flush
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.journal import differences
 from moemerge.checkpoint.staging import beside, locked
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import Estimate
 from moemerge.tuning.settings import Held, Settings
-from moemerge.tuning.writing import replace_files
+from moemerge.tuning.writing import CARD, patch_shards
 
 _PURPOSE: Final = "moemerge-tune"
 
@@ -29,14 +29,17 @@ class State:
 
     step: int
     best_step: int
-    unimproved: int
+    without_gain: int
     """Judgements in a row that found nothing better."""
     seconds: float
     before: Held
     best: Held
     rows: dict[int, torch.Tensor]
+    """By layer (expert, hidden): the gates now."""
     best_rows: dict[int, torch.Tensor]
     optimiser: dict[str, Any]
+    note: str = ""
+    """Why it ended early, if that is worth knowing."""
 
 
 class Work:
@@ -46,31 +49,34 @@ class Work:
         """Use the folder of this model; nothing is written yet."""
         self._model = model.resolve()
         self.folder = beside(self._model, _PURPOSE)
-        self.draft, self.ready = self.folder / "draft", self.folder / "ready"
-        self._state = self.folder / "state.pt"
+        self._ready, self._state = self.folder / "ready", self.folder / "state.pt"
+        self._fingerprint = self.folder / "fingerprint.json"
 
     @contextmanager
-    def held(self, *, main: bool) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """Keep others away; afterwards the folder is removed, unless there is something to resume.
 
         Raises:
             BusyError: another process tunes the same model.
             OutputError: the folder cannot be written.
         """
-        if not main:
-            yield
-            return
         with locked(self.folder, self._model, "tuning"):
             try:
                 yield
             finally:
-                if not (self._state.exists() or self.ready.exists() or any(self.folder.glob("phatgoose-*"))):
-                    shutil.rmtree(self.folder, ignore_errors=True)
+                if not self.resumable:
+                    self.remove()
 
-    def finish(self) -> None:
-        """Do what is left of an earlier run that was cut off while it replaced files."""
-        replace_files(self.ready, self._model)
-        self.remove()
+    @property
+    def resumable(self) -> bool:
+        """Whether there is more than the beginning of a tuning."""
+        found = {path.name for path in self.folder.glob("*") if not path.name.endswith(".new")}
+        return bool(found - {self._fingerprint.name})
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether an earlier run was cut off while it replaced files."""
+        return self._ready.is_dir()
 
     def begin(self, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder, and forget what is in it unless it is resumed.
@@ -79,12 +85,12 @@ class Work:
             RefusedError: what was cut off was another tuning; says what differs.
         """
         given = json.loads(json.dumps(fingerprint))
-        path = self.folder / "fingerprint.json"
-        if not resume or not path.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if not resume or not self._fingerprint.exists():
+            self.remove()
             self.folder.mkdir()
-            path.write_text(json.dumps(given), encoding="utf-8")
-        changed = list(differences(json.loads(path.read_text(encoding="utf-8")), given))
+            with drafted(self._fingerprint) as draft:
+                draft.write_text(json.dumps(given), encoding="utf-8")
+        changed = list(differences(json.loads(self._fingerprint.read_text(encoding="utf-8")), given))
         if changed:
             raise RefusedError(
                 f"--resume: the tuning that was cut off was not this one; what differs: {', '.join(changed[:6])}. "
@@ -93,20 +99,53 @@ class Work:
 
     def save(self, state: State) -> None:
         """Write the state; it appears whole."""
-        draft = self._state.with_suffix(".new")
-        torch.save({**vars(state), "before": asdict(state.before), "best": asdict(state.best)}, draft)
-        flush(draft)
-        draft.replace(self._state)
+        with drafted(self._state) as draft:
+            torch.save({**vars(state), "before": asdict(state.before), "best": asdict(state.best)}, draft)
 
     def load(self) -> State | None:
-        """The state that was saved last, if there is one."""
+        """The state that was saved last, on the CPU, if there is one."""
         if not self._state.exists():
             return None
-        stored = torch.load(self._state, weights_only=True)
+        stored = torch.load(self._state, map_location="cpu", weights_only=True)
         return State(**{**stored, "before": _held(stored["before"]), "best": _held(stored["best"])})
 
+    def replace(self, gates: Mapping[int, StoredTensor], rows: Mapping[int, bytes], card: str | None) -> None:
+        """Give the model other gates: files that replace its own are written here first, then moved.
+
+        Raises:
+            KeyboardInterrupt: says what is left to do, if the moves were interrupted.
+        """
+        draft = self.folder / "draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        patch_shards(self._model, gates, rows, draft)
+        if card is not None:
+            (draft / CARD).write_text(card, encoding="utf-8")
+            flush(draft / CARD)
+        flush(draft)
+        draft.rename(self._ready)
+        flush(self.folder)
+        try:
+            self.finish()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"some files of {self._model} are replaced; the next `moemerge tune` on it replaces the others"
+            ) from None
+
+    def finish(self) -> None:
+        """Move what is ready into the model, a file at a time; after a crash the same call does what is left.
+
+        Between two renames some layers have tuned gates and others not: any such mixture is a model that loads.
+        """
+        for path in sorted(self._ready.iterdir(), key=lambda path: (path.name == CARD, path.name)):
+            path.replace(self._model / path.name)
+        flush(self._model)
+        self.remove()
+
     def remove(self) -> None:
-        """Everything is done."""
+        """Everything is done, or nothing is begun."""
+        # Last of all what tells that files have to be moved, first what tells that steps are left.
+        self._fingerprint.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -116,15 +155,14 @@ def _held(stored: Mapping[str, Any]) -> Held:
 
 
 def fingerprint(
-    settings: Settings, documents: Mapping[str, list[str]], gates: Mapping[int, StoredTensor], processes: int,
+    settings: Settings, documents: Mapping[str, list[str]], shards: Mapping[str, list[int]], processes: int,
     precision: str,
 ) -> dict[str, Any]:  # fmt: skip
     """What has to be the same for a tuning to go on."""
-    shards = {Path(str(tensor.path)) for tensor in gates.values()}
     return {
         "options": asdict(settings),
         "data": {name: hashlib.sha256("\0".join(texts).encode()).hexdigest() for name, texts in documents.items()},
-        "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(shards)},
+        "model": shards,
         "processes": processes,
         "precision": precision,
     }  # fmt: skip
