@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,18 +16,26 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from moemerge import merge, plan_merge
+from moemerge.card import with_section, without_section
 from moemerge.cli import main
 from moemerge.config import parse_config
 from moemerge.errors import BusyError, CheckpointError, OutputError, RefusedError
+from moemerge.evaluation import evaluate, read_domains
 from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
+from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
-from moemerge.tuning import Settings, teachers, tune, whole, work, writing
+from moemerge.tuning import Settings, batches, teachers, training, tune, whole, work, writing
+from moemerge.tuning.batches import Batches
+from moemerge.tuning.job import Job
+from moemerge.tuning.judging import judge
 from moemerge.tuning.losses import cross_entropy, load_loss, prior_of
-from moemerge.tuning.settings import distillation_weight
-from moemerge.tuning.student import Student
+from moemerge.tuning.phatgoose import standardised_rows
+from moemerge.tuning.processes import open_processes
+from moemerge.tuning.settings import distillation_weight, split_documents
+from moemerge.tuning.student import Student, load_student
 from moemerge.tuning.teachers import Predictions, predict
-from moemerge.tuning.training import schedule
+from moemerge.tuning.training import Training, schedule
 from tests.families import DENSE
 from tests.models import TEXT, VOCAB, load, make_model, tokenizer
 from tests.test_families import pairs
@@ -204,14 +214,23 @@ def test_noise_changes_the_training_and_is_seeded(specialists, data, tmp_path):
 
 def test_phatgoose_makes_rows_of_sigmoid_gates(out, data):
     old = tensors(out)
-    found = tune(out, data, Settings(steps=6, tokens_per_step=64, method="phatgoose"))
-    assert found.method == "phatgoose"
-    assert found.improved == (found.after.mean_loss < found.before.mean_loss)
-    assert changed(old, tensors(out)) == (routers(out) if found.improved else set())
-    if found.improved:
-        assert "trained a sigmoid gate for each expert (PHATGOOSE)" in (out / "README.md").read_text()
-        rows = tensors(out)[open_mixture(out).router(0)].float()
-        assert rows.mean(dim=0).abs().max() < 0.01 * rows.abs().max()  # centred
+    found = tune(out, data, Settings(steps=12, tokens_per_step=64, method="phatgoose"))
+    assert (found.method, found.improved) == ("phatgoose", True)
+    assert found.after.mean_loss < found.before.mean_loss - 0.1
+    assert sum(found.after.accuracy.values()) > sum(found.before.accuracy.values()) + 0.2
+    assert changed(old, tensors(out)) == routers(out)
+    assert "trained a sigmoid gate for each expert (PHATGOOSE)" in (out / "README.md").read_text()
+    rows = tensors(out)[open_mixture(out).router(0)].float()
+    assert rows.mean(dim=0).abs().max() < 0.01 * rows.abs().max()  # centred
+
+
+def test_an_evaluation_of_the_old_routers_leaves_the_card(out, data):
+    card = out / "README.md"
+    text = card.read_text()
+    card.write_text(with_section(text, "evaluation", "## Evaluation\n\nof yesterday"))
+    tune(out, data, FEW)
+    assert "## Evaluation" not in card.read_text()
+    assert without_section(card.read_text(), "tuning") == text
 
 
 # ---- every family
@@ -303,6 +322,149 @@ def test_the_divergence_from_a_teacher_is_that_of_whole_distributions(tmp_path, 
             assert torch.allclose(found.divergence(window, learnt), expected, rtol=1e-3)
 
 
+def job_of(model: Path, settings: Settings) -> Job:
+    job = Job(open_mixture(model), settings, open_processes("cpu"), work.Work(model), lambda *_: None, lambda _: None)
+    job.work.begin({}, resume=False)
+    return job
+
+
+def training_of(model: Path, data, settings: Settings) -> Training:
+    job = job_of(model, settings)
+    batches = Batches.cut(job.mixture, *split_documents(read_domains(data), settings.seed), settings)
+    return Training(job, batches, load_student(job), teachers.teach(job, batches) if settings.distil else {})
+
+
+@pytest.mark.parametrize("at_once", [1040, 60])
+def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data, monkeypatch, at_once):
+    """Computed again with transformers' whole models and the formula of docs/tuning.md, in one pass and in several."""
+    top, step, settings = 5, 1, Settings(steps=4, tokens_per_step=192)
+    monkeypatch.setattr(teachers, "_TOP", top)
+    monkeypatch.setattr(training, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(batches, "_LONGEST", 20)
+    tuned = training_of(out, data, settings)
+    student, windows = tuned.student, tuned.batches.step(step)
+    start = student.rows()
+    student.place({layer: rows + 0.1 * torch.randn(rows.shape) for layer, rows in start.items()})
+    tuned.set_gradients(step, start)
+
+    model, dense = load(out), [load(folder) for folder in specialists[1:]]
+    model.requires_grad_(False)
+    gates = [
+        (module, module.weight)
+        for name, module in model.named_modules()
+        if name.endswith("gate") and hasattr(module, "weight")
+    ]
+    seen = {}
+    for layer, (module, weight) in enumerate(gates):
+        weight.requires_grad_(True).data.copy_(student.gates[layer])
+        module.register_forward_pre_hook(lambda _m, inputs, layer=layer: seen.setdefault(layer, []).append(inputs[0]))
+    scored = sum(len(window.ids) - 1 for window, _ in windows)
+    parts = list(group(windows, lambda one: len(one[0].ids), at_once))
+    assert len(windows) > 6
+    assert (len(parts) == 1) == (at_once == 1040)
+    weight, loss = 1 - step / (0.6 * settings.steps), 0
+    for part in parts:
+        seen.clear()
+        prior = torch.full((3,), 0.01)
+        tokens = sum(len(window.ids) - 1 for window, _ in part)
+        for window, domain in part:
+            ids = torch.tensor([window.ids])
+            found = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            loss = loss - found.gather(1, ids[0, 1:, None]).sum() / scored
+            with torch.no_grad():
+                taught = dense[domain](ids).logits[0, :-1].log_softmax(-1).topk(top)
+            log_q, log_p = found.gather(1, taught.indices), taught.values
+            p_rest, q_rest = 1 - log_p.exp().sum(1), 1 - log_q.exp().sum(1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(1) + p_rest * (p_rest / q_rest).log()
+            loss = loss + weight * kl.sum() / scored
+            prior[domain] += (len(window.ids) - 1) / tokens
+        prior /= prior.sum()
+        for layer, (_, gate) in enumerate(gates):
+            states = torch.cat([inputs.detach().reshape(-1, inputs.shape[-1])[1:] for inputs in seen[layer]])
+            shares = (states @ gate.T).softmax(1).mean(0)
+            anchor = (gate - start[layer]).square().sum() / start[layer].square().sum()
+            loss = loss + 1e-3 * tokens / scored * ((prior * (prior / shares).log()).sum() + anchor) / len(gates)
+    loss.backward()
+    for layer, (_, gate) in enumerate(gates):
+        torch.testing.assert_close(student.gates[layer].grad, gate.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("moe", ["mixtral", "deepseek_v3"])
+def test_bfloat16_has_nearly_the_same_gradients(tmp_path, data, monkeypatch, moe):
+    model_type, sizes = DENSE[next(name for name, of in pairs() if of == moe)]
+    names = ("base", *data)
+    model = merged(
+        tmp_path,
+        [make_model(tmp_path / name, n, model_type, **sizes) for n, name in enumerate(names)],
+        architecture=moe,
+    )
+    gradients = []
+    for precision in ("no", "bf16", "no"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        tuned = training_of(model, data, FEW)
+        assert tuned.job.processes.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        tuned.set_gradients(0, tuned.student.rows())
+        gradients.append(torch.cat([gate.grad.flatten() for gate in tuned.student.gates.values()]))
+    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.95  # some tokens go to other experts
+    assert torch.equal(gradients[0], gradients[2])
+    assert tune(model, data, FEW).before.mean_loss > 0
+
+
+def test_steps_read_the_tokens_that_they_are_asked_for(out, data):
+    documents = split_documents(read_domains(data), 0)
+    for asked in (96, 200, 1000):
+        settings = Settings(steps=10, tokens_per_step=asked)
+        cut = Batches.cut(open_mixture(out), *documents, settings)
+        read = [sum(len(window.ids) for window, _ in cut.step(step)) for step in range(10)]
+        assert asked - 3 <= sum(read) / 10 <= asked + 3 * 12
+        for step in range(10):
+            domains = [domain for _, domain in cut.step(step)]
+            assert set(domains[:3]) == {0, 1, 2}  # in turns
+    with pytest.raises(RefusedError) as caught:
+        Batches.cut(open_mixture(out), *documents, Settings(tokens_per_step=40))
+    assert str(caught.value) == (
+        "--tokens-per-step: expected 16 or more for each of 3 domains, so at least 48, found 40."
+    )
+
+
+def test_documents_are_trained_on_or_held_out(data):
+    documents = read_domains(data)
+    training_documents, held = split_documents(documents, 0)
+    for name, texts in documents.items():
+        assert (len(training_documents[name]), len(held[name])) == (6, 2)
+        assert sorted([*training_documents[name], *held[name]]) == sorted(texts)
+    assert split_documents(documents, 0) == (training_documents, held)
+    assert split_documents(documents, 1) != (training_documents, held)
+
+
+def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data):
+    """As Adam does: by the learning rate, half of it in a warm-up of two, over the length of what enters the layer."""
+    tuned = training_of(out, data, Settings(steps=20, tokens_per_step=96, lr=0.4, distil=False))
+    _, lengths = judge(tuned.job, tuned.student, tuned.batches.held_out)
+    start = tuned.student.rows()
+
+    def stop(_name, done, _total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(tuned, job=replace(tuned.job, progress=stop)).run()
+    for layer, rows in tuned.job.work.load().rows.items():
+        moved = (rows - start[layer]).abs()
+        assert moved.median() == pytest.approx(0.5 * 0.4 / lengths[layer], rel=1e-2)
+    assert len({round(length, 2) for length in lengths.values()}) > 1
+
+
+def test_rows_of_gates_depend_on_their_directions_alone():
+    generator = torch.Generator().manual_seed(0)
+    gates, labels = torch.randn(3, 64, generator=generator), torch.arange(300) % 3
+    states = gates[labels] + 0.5 * torch.randn(300, 64, generator=generator)
+    given = states, torch.nn.functional.one_hot(labels, 3).float(), torch.ones(300)
+    rows = standardised_rows(gates, *given)
+    assert ((states @ rows.T).argmax(dim=1) == labels).all()
+    assert torch.allclose(standardised_rows(gates * torch.tensor([[1.0], [10], [0.1]]), *given), rows, atol=1e-5)
+    assert torch.allclose(rows.mean(dim=0), torch.zeros(64), atol=1e-6)
+
+
 def test_schedules():
     assert [distillation_weight(step, 10) for step in (0, 3, 6, 9)] == [1, 0.5, 0, 0]
     assert [round(schedule(step, 20), 3) for step in (0, 1, 2, 11, 19)] == [0.5, 1.0, 1.0, 0.5, 0.008]
@@ -367,6 +529,81 @@ def test_without_resume_it_starts_over(out, data):
     assert any(line.startswith("step 1 of 4: ") for line in lines)
 
 
+def test_an_interrupt_before_the_first_step_keeps_the_teachers(out, data, monkeypatch, capsys):
+    monkeypatch.setattr(training.Training, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    words = ["tune", out, *arguments(data), "--steps", 2, "--tokens-per-step", 96]
+    code, _, errors = run(words, monkeypatch, capsys)
+    assert (code, errors.splitlines()[-2:]) == (
+        130,
+        [
+            "what was done so far is kept: the same command with --resume goes on",
+            "interrupted: the output is as it was before",
+        ],
+    )
+    monkeypatch.undo()
+    seen = []
+    settings = Settings(steps=2, tokens_per_step=96)
+    tune(out, data, settings, resume=True, progress=lambda name, _done, _total: seen.append(name))
+    assert set(seen) == {"load", "steps"}
+
+
+def test_an_interrupt_between_the_renames_says_so(specialists, data, tmp_path, monkeypatch, capsys):
+    out = merged(tmp_path, specialists, shard_bytes=300)
+    given, moved = Path.replace, []
+
+    def move(self, target):
+        if Path(target).parent == out:
+            moved.append(target)
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+        return given(self, target)
+
+    monkeypatch.setattr(Path, "replace", move)
+    words = ["tune", out, *arguments(data), "--no-distil", "--steps", 4, "--tokens-per-step", 96]
+    code, _, errors = run(words, monkeypatch, capsys)
+    assert (code, errors.splitlines()[-1]) == (
+        130,
+        f"interrupted: some files of {out} are replaced; the next `moemerge tune` on it replaces the others",
+    )
+    monkeypatch.undo()
+    code, printed, errors = run([*words, "--resume", "--json"], monkeypatch, capsys)
+    assert (code, printed) == (0, "null\n")
+    assert not list(out.parent.glob(".out*"))
+    assert "## Router tuning" in (out / "README.md").read_text()
+
+
+def test_a_model_that_is_written_meanwhile_is_left_alone(out, data, tmp_path):
+    shard = next(path for path in out.glob("*.safetensors") if any(n.endswith("gate.weight") for n in load_file(path)))
+    files = contents(out)
+    with pytest.raises(OutputError) as caught:
+        tune(out, data, FEW, announce=lambda line: os.utime(shard, (1, 1)) if line.startswith("step 2 ") else None)
+    assert str(caught.value) == (
+        f"{out}: its files were written anew while it was tuned, so these gates are not for it. Tune it again."
+    )
+    assert contents(out) == files
+
+
+def test_losses_that_overflow_end_the_run(out, data, monkeypatch, capsys):
+    words = ["tune", out, *arguments(data), "--no-distil", "--steps", 8, "--tokens-per-step", 96, "--lr", "1e38"]
+    files = contents(out)
+    code, _, errors = run(words, monkeypatch, capsys)
+    assert code == 0
+    assert "note: after step 2 losses were not finite, so it ended there: give a lower --lr\n" in errors
+    assert contents(out) == files
+
+
+def test_memory_that_runs_out_is_a_clear_error(out, data, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Student, "logits", full)
+    code, _, errors = run(["tune", out, *arguments(data), "--no-distil"], monkeypatch, capsys)
+    assert (code, errors.splitlines()[-1]) == (
+        1,
+        "error: memory ran out while tuning. Give fewer --tokens-per-step, or another --device; --resume goes on",
+    )
+
+
 def test_phatgoose_goes_on_with_the_next_expert(out, data):
     settings = Settings(steps=2, tokens_per_step=64, method="phatgoose")
 
@@ -428,24 +665,61 @@ def test_two_cannot_tune_the_same_model(out, data):
     assert str(caught.value) == f"{out}: another moemerge is tuning it. Wait for it to end."
 
 
+def in_two_processes(*words: str) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*launch, *words], cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+
+
 def test_two_processes_do_what_one_does(out, data, tmp_path):
-    """Data-parallel, by accelerate's own launcher: each reads half of every step, one of them writes."""
+    """Data-parallel: each reads half of every step, one of them writes."""
     alone = tmp_path / "alone"
     options = ["--steps", "3", "--tokens-per-step", "96", "--device", "cpu"]
-    tune(out, data, Settings(steps=3, tokens_per_step=96), copy=alone, device="cpu")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    words = [sys.executable, *launch, "-m", "moemerge", "tune", str(out), *arguments(data), *options, "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(words, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    expected = tune(out, data, Settings(steps=3, tokens_per_step=96), copy=alone, device="cpu")
+    found = in_two_processes("-m", "moemerge", "tune", str(out), *arguments(data), *options, "--json")
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)  # printed once
     assert facts["improved"]
+    assert found.stderr.count("that are free, in 2 processes\n") == 1
     assert found.stderr.count("step 3 of 3: ") == 1
+    assert facts["before"]["mean_loss"] == pytest.approx(expected.before.mean_loss, abs=1e-6)
+    assert facts["after"]["mean_loss"] == pytest.approx(expected.after.mean_loss, abs=1e-3)
     one, two = tensors(alone), tensors(out)
     assert changed(one, two) <= routers(out)
-    # The load term is of each process's own tokens.
+    # The load term is of each pass's own tokens.
     assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in routers(out))
+
+
+ONE_FAILS = """
+import os, sys
+from moemerge.card import with_section, without_section
+from moemerge.cli import main
+from moemerge.errors import SourceError
+from moemerge.tuning import training
+given, count = training.judge, 0
+def judge(*arguments):
+    global count
+    count += 1
+    if os.environ["RANK"] == "1" and count == 2:
+        raise SourceError("the disk of the second process has gone.")
+    return given(*arguments)
+training.judge = judge
+main()
+"""
+
+
+def test_one_of_two_processes_that_fails_ends_both(out, data, tmp_path):
+    (tmp_path / "one_fails.py").write_text(ONE_FAILS)
+    files = contents(out)
+    options = ["--no-distil", "--steps", "3", "--tokens-per-step", "96", "--device", "cpu"]
+    found = in_two_processes(str(tmp_path / "one_fails.py"), "tune", str(out), *arguments(data), *options)
+    assert found.returncode == 1
+    assert "error: the disk of the second process has gone.\n" in found.stderr
+    assert "fault in moemerge" not in found.stderr
+    assert contents(out) == files
+    refused = in_two_processes("-m", "moemerge", "tune", str(out), *arguments(data), "--method", "phatgoose")
+    message = "error: --method phatgoose: runs in one process. Start it without accelerate launch.\n"
+    assert refused.stderr.count(message) == 1
 
 
 # ---- what it refuses
@@ -516,7 +790,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch
         f"{out}: tuning holds the whole model in memory, 0 M parameters in float32: about 0.0 GB of memory, but 0.0 GB "
         "are free on cpu. Use another machine or device, or make routers without it: `gate_mode: ridge`."
     )
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and _Disk())
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: _Disk(10))
     with pytest.raises(OutputError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (
@@ -526,7 +800,8 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch
 
 
 class _Disk:
-    free = 10
+    def __init__(self, free):
+        self.free = free
 
 
 def test_experts_that_are_gone_are_named(out, data):
@@ -548,6 +823,60 @@ def test_experts_that_are_gone_are_named(out, data):
         "--method gates."
     )
     assert tune(out, data, FEW).before.accuracy == {"fox": None, "code": None, "chat": None}
+
+
+def test_what_phatgoose_does_not_train_in_is_refused(tmp_path, specialists, data):
+    model = merged(tmp_path, specialists, shared_weights="average", fold_norms=True)
+    with pytest.raises(RefusedError) as caught:
+        tune(model, data, Settings(method="phatgoose"))
+    assert str(caught.value) == (
+        "--method phatgoose: trains in the base model with experts as they are, and shared_weights: average and "
+        "fold_norms made something else of them here. Use --method gates."
+    )
+
+
+def test_settings_of_accelerate_that_do_not_serve_are_refused(out, data, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(RefusedError) as caught:
+        tune(out, data, FEW)
+    assert str(caught.value) == "accelerate: mixed precision fp16 is too narrow for tuning. Use bf16 or no."
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(RefusedError) as caught:
+        tune(out, data, FEW)
+    assert str(caught.value) == (
+        "4 processes, 2 of them on this machine: all have to be on one, since what the first writes for the others lies "
+        "beside the model."
+    )
+
+
+def test_a_copy_on_another_disk_is_of_everything(out, data, tmp_path, monkeypatch):
+    disk = Path("/dev/shm")  # noqa: S108  the one second file system that most machines have
+    if not disk.is_dir() or disk.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system")
+    copy = disk / f"moemerge-{os.getpid()}"
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    try:
+        monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: _Disk(size - 1))
+        with pytest.raises(OutputError) as caught:
+            tune(out, data, FEW, copy=copy)
+        assert str(caught.value).startswith(f"{copy}: writing tuned gates takes 0.00 GB there, but the disk has ")
+        monkeypatch.undo()
+        tune(out, data, FEW, copy=copy)
+        assert contents(copy).keys() == contents(out).keys()
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def test_documents_of_one_token_are_passed_over(out, data, tmp_path):
+    """Of tokenizers that put nothing in front, such as Qwen's: nothing is predicted there."""
+    words = json.loads((out / "tokenizer.json").read_text())
+    (out / "tokenizer.json").write_text(json.dumps({**words, "post_processor": None}))
+    text = Path(data["fox"][0]).read_text()
+    (tmp_path / "fox.txt").write_text(f"T\n<|document|>\n{text}\n<|document|>\nT\n<|document|>\nT")
+    given = {**data, "fox": [str(tmp_path / "fox.txt")]}
+    assert tune(out, given, FEW).held_out_documents["fox"] >= 1
+    assert evaluate(out, given).domains[0].tokens > 0
 
 
 def test_weights_that_are_no_numbers_are_refused(out, data):

@@ -64,7 +64,7 @@ def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, 
     local = processes.count if processes.device.type == "cpu" else 1
     tokens = min(settings.tokens_per_step, TOKENS_AT_ONCE)
     need = check_memory(mixture.runnable, processes.device, processes.dtype, tokens, local)
-    job.announce(f"{mixture.folder}: {need}")
+    job.announce(f"{mixture.folder}: {need}{f', in {processes.count} processes' if processes.count > 1 else ''}")
     shards = shard_stamps(gate_tensors(mixture))
     if processes.first:
         documents = {name: [*training[name], *held_out[name]] for name in training}
