@@ -130,7 +130,8 @@ def run(words: list[object], monkeypatch, capsys) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("distil", [True, False])
-def test_gates_change_and_nothing_else_does_and_held_out_text_gains(out, data, distil):
+def test_gates_change_and_nothing_else_does_and_held_out_text_gains(tmp_path, specialists, data, distil):
+    out = merged(tmp_path, specialists, shard_bytes=20_000, dtype="bfloat16")
     old, files = tensors(out), contents(out)
     found = tune(out, data, Settings(steps=12, tokens_per_step=96, distil=distil))
     assert found.improved
@@ -437,8 +438,9 @@ def test_documents_are_trained_on_or_held_out(data):
     assert split_documents(documents, 1) != (training_documents, held)
 
 
-def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data):
+def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data, monkeypatch):
     """As Adam does: by the learning rate, half of it in a warm-up of two, over the length of what enters the layer."""
+    monkeypatch.setattr(training, "_CLIP", 1e-3)
     tuned = training_of(out, data, Settings(steps=20, tokens_per_step=96, lr=0.4, distil=False))
     _, lengths = judge(tuned.job, tuned.student, tuned.batches.held_out)
     start = tuned.student.rows()
@@ -448,10 +450,13 @@ def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data):
 
     with pytest.raises(KeyboardInterrupt):
         replace(tuned, job=replace(tuned.job, progress=stop)).run()
-    for layer, rows in tuned.job.work.load().rows.items():
+    state = tuned.job.work.load()
+    for layer, rows in state.rows.items():
         moved = (rows - start[layer]).abs()
         assert moved.median() == pytest.approx(0.5 * 0.4 / lengths[layer], rel=1e-2)
     assert len({round(length, 2) for length in lengths.values()}) > 1
+    means = torch.cat([of["exp_avg"].flatten() for of in state.optimiser["state"].values()])
+    assert float(means.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # a tenth of gradients that were clipped
 
 
 def test_rows_of_gates_depend_on_their_directions_alone():
