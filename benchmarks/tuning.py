@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from routers import show
 from table import machine
 
 from moemerge import merge, plan_merge
@@ -32,6 +33,8 @@ ROWS = (
     ("gates, distilled", "ridge", {"distil": True}),
     ("gates", "ridge", {"distil": False}),
     ("phatgoose", "random", {"method": "phatgoose"}),
+    ("gates, distilled, noise 0.5", "random", {"noise": 0.5}),
+    ("gates, distilled, noise 0.5", "ridge", {"noise": 0.5}),
 )
 
 
@@ -117,10 +120,6 @@ def judged(name: str, model: Path, runs: Runs, tuned: Tuned | None) -> list[str]
     tally = RoutingTally(mixture, runs.texts)
     runs.run(name, mixture.runnable, mixture=mixture, chosen=tally.add)
     return line(name, runs, tally, tuned)
-
-
-def show(cells: list[str], options: argparse.Namespace) -> None:
-    print(f"| {' | '.join(cells)} |" if options.markdown else "  ".join([cells[0].ljust(26), *cells[1:]]), flush=True)
 
 
 if __name__ == "__main__":

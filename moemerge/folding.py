@@ -6,12 +6,15 @@ projections, multiplied by `gamma_e / gamma`, make it compute what it did. That 
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import numpy as np
 
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, read_values
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.errors import IncompatibleError
 from moemerge.formats.dense import DenseModel
 
@@ -39,13 +42,15 @@ def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -
     model, tensors = expert
     folded: dict[str, StoredTensor] = {}
     problems: list[str] = []
-    if behind := _differing_behind(expert, base, layers):
+    with ThreadPoolExecutor(CONNECTIONS) as pool:  # on the Hub each norm is a request
+        behind = list(pool.map(partial(_differs_behind, expert, base), layers))
+        ratios = list(pool.map(partial(_ratio, expert, base), layers))
+    if found := next(filter(None, behind), None):
         problems.append(
-            f"fold_norms: {name}: {behind}, the norm after its FFN, is not the shared one's, and cannot be folded into "
+            f"fold_norms: {name}: {found}, the norm after its FFN, is not the shared one's, and cannot be folded into "
             "an FFN. Leave out fold_norms"
         )
-    for layer in layers:
-        ratio, lost = _ratio(expert, base, layer)
+    for layer, (ratio, lost) in zip(layers, ratios, strict=True):
         if lost:
             problems.append(
                 f"fold_norms: {name}: {lost} of {len(ratio)} weights of layer {layer}'s shared norm are near zero "
@@ -77,13 +82,11 @@ def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
     return ratio, int(lost.sum())
 
 
-def _differing_behind(expert: Loaded, base: Loaded, layers: Sequence[int]) -> str | None:
+def _differs_behind(expert: Loaded, base: Loaded, layer: int) -> str | None:
     """A norm of the expert between its FFN and the residual stream that the shared weights have otherwise."""
-    for layer in layers:
-        name = f"model.layers.{layer}.post_feedforward_layernorm.weight"
-        if name in expert[1] and not np.array_equal(read_values(expert[1][name]), read_values(base[1][name])):
-            return name
-    return None
+    name = f"model.layers.{layer}.post_feedforward_layernorm.weight"
+    differs = name in expert[1] and not np.array_equal(read_values(expert[1][name]), read_values(base[1][name]))
+    return name if differs else None
 
 
 def _fold(
@@ -92,7 +95,7 @@ def _fold(
     told = hashlib.sha256(ratio.tobytes()).hexdigest()
     for name in {model.family.ffn[role].name for role in ("gate", "up")}:
         tensor = tensors[f"model.layers.{layer}.{name}"]
-        yield tensor.name, Derived("norm folded in", (tensor,), _columns(ratio), told, "F32").tensor(tensor.name)
+        yield tensor.name, Derived("norms folded into", (tensor,), _columns(ratio), told, "F32").tensor(tensor.name)
 
 
 def _columns(ratio: Rows) -> Recipe:

@@ -152,7 +152,10 @@ def plan_merge(
             *_repeated(outputs),
         ),
         references={
-            leaf.path: name for name, table in tables.items() for tensor in table.values() for leaf in leaves(tensor)
+            leaf.path: opened[name].name_of(leaf.path)
+            for name, table in tables.items()
+            for tensor in table.values()
+            for leaf in leaves(tensor)
         },
         dtype=dtype,
         output_config=family.config(base, mixture, dtype),

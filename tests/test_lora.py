@@ -1,15 +1,18 @@
 """LoRA adapters as experts: each tensor is what PEFT's own merge makes of it."""
 
+import io
 import shutil
 
 import peft
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.derived import read_values
+from moemerge.cli.render import print_plan
 from moemerge.errors import IncompatibleError, SourceError
 from moemerge.sources import open_model, read_tensor_table
 from moemerge.sources.lora import WEIGHTS
@@ -70,6 +73,12 @@ def test_an_adapter_is_an_expert(tmp_path, llamas):
         f"experts[0] {references[0]}: what the adapter changes in 6 tensors beside the FFNs is not used; shared_weights: "
         "average takes it in"
     ]
+    console = Console(width=1000, file=io.StringIO())
+    print_plan(console, plan)
+    printed = console.file.getvalue().splitlines()
+    assert [line.split("kB ")[1].strip() for line in printed if line.startswith("experts ")] == [
+        f"adapter {tmp_path / 'one'} on {llamas[0]}", f"adapter {tmp_path / 'two'} on {llamas[0]}", str(llamas[1])
+    ]  # fmt: skip
     merge(plan, tmp_path / "out")
     found = load_file(tmp_path / "out" / SINGLE)
     for number, expert in enumerate((one, two)):

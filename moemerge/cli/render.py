@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.dtypes import BITS, STORED
@@ -115,13 +116,21 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         for piece in output.pieces:
             origin = "constants"
             if isinstance(piece.source, StoredTensor):
-                origin = plan.references.get(piece.source.path, piece.source.path.name)
+                origin = _told(piece.source, plan)
             parts.setdefault(("experts" if output.is_expert else "shared by all", origin), []).append(piece.nbytes)
     for (part, origin), sizes in parts.items():
         table.add_row(part, size(sum(sizes)), origin)
     console.print(table)
     for advice in plan.advice:
         console.print(f"advice: {advice}")
+
+
+def _told(source: StoredTensor, plan: MergePlan) -> str:
+    """The model that a tensor is read from, or what is made of which."""
+    if not isinstance(source.path, Derived):
+        return plan.references.get(source.path, source.path.name)
+    made_of = source.path.inputs
+    return f"{source.path.name} {_told(made_of[0], plan)}" if len(made_of) == 1 else source.path.name
 
 
 def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.disk import nearest_folder
-from moemerge.checkpoint.files import size_of
+from moemerge.checkpoint.files import File, size_of
 from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import SourceError
@@ -47,6 +47,13 @@ class ModelFolder:
     """Its `config.json`."""
     adapters: tuple[Adapter, ...] = ()
     """Which are added to its weights, in this order."""
+
+    def name_of(self, file: File) -> str:
+        """Which reference one of its weight files belongs to: an adapter's, or that of the model before the `+`."""
+        for adapter in self.adapters:
+            if isinstance(file, Path) and adapter.folder in file.parents:
+                return adapter.reference
+        return self.reference.removesuffix("".join(f"+{adapter.reference}" for adapter in self.adapters))
 
     def file(self, name: str) -> Path | None:
         """The file of this name in the model's folder, or None where there is none.

@@ -156,7 +156,7 @@ def _merge(
             )
     scale = _scale(adapter, module, a.shape[0])
     others = (a, b, *([lengths] if lengths else []))
-    name = f"with the adapter {adapter.reference}"
+    name = f"adapter {adapter.reference} on"
     return Derived(name, (weight,), _recipe(a, b, lengths, scale), repr(scale), "F32", others=others).tensor(
         weight.name
     )
