@@ -33,7 +33,7 @@ from moemerge.tuning.losses import cross_entropy, load_loss, prior_of
 from moemerge.tuning.phatgoose import standardised_rows
 from moemerge.tuning.processes import open_processes
 from moemerge.tuning.settings import distillation_weight, split_documents
-from moemerge.tuning.student import Student, load_student
+from moemerge.tuning.student import Student
 from moemerge.tuning.teachers import Predictions, predict
 from moemerge.tuning.training import Training, schedule
 from tests.families import DENSE
@@ -255,7 +255,7 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     folders = [make_model(tmp_path / name, seed, model_type, **sizes) for seed, name in enumerate(names)]
     model = merged(tmp_path, folders, architecture=moe)
     mixture = open_mixture(model)
-    held = Student.load(mixture, CPU, torch.float32)
+    held = Student.load(job_of(model, FEW))
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
     logits = held.logits([window])
     assert torch.allclose(cross_entropy([window], logits).double(), run_model(mixture.runnable, [window], CPU))
@@ -332,7 +332,7 @@ def job_of(model: Path, settings: Settings) -> Job:
 def training_of(model: Path, data, settings: Settings) -> Training:
     job = job_of(model, settings)
     batches = Batches.cut(job.mixture, *split_documents(read_domains(data), settings.seed), settings)
-    return Training(job, batches, load_student(job), teachers.teach(job, batches) if settings.distil else {})
+    return Training(job, batches, Student.load(job), teachers.teach(job, batches) if settings.distil else {})
 
 
 @pytest.mark.parametrize("at_once", [1040, 60])
@@ -477,7 +477,7 @@ def test_schedules():
 
 
 def test_the_load_term_falls_towards_its_prior(out):
-    held = Student.load(open_mixture(out), CPU, torch.float32)
+    held = Student.load(job_of(out, FEW))
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
     held.logits([window])
     counted, prior = torch.tensor([window.counted]), prior_of([(0, 50), (1, 25), (None, 25)], 3, CPU)

@@ -29,7 +29,7 @@ from moemerge.tuning.job import Job
 from moemerge.tuning.judging import judge
 from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.settings import Documents
-from moemerge.tuning.student import Student, load_student, padded
+from moemerge.tuning.student import Student, padded
 from moemerge.tuning.teachers import open_source
 from moemerge.tuning.training import make_optimiser, set_rates
 from moemerge.tuning.whole import TOKENS_AT_ONCE, load_whole
@@ -59,7 +59,7 @@ def stack_gates(job: Job, training: Documents, held_out: Documents, batches: Bat
     begun = time.perf_counter()
     gates = _train_all(job, base, experts, training, held_out)
     seconds = (time.perf_counter() - begun) / len(experts)
-    student = load_student(job)
+    student = Student.load(job)
     (before, _), rows = judge(job, student, batches.held_out), student.rows()
     state = State(job.settings.steps, 0, 0, seconds, before, before, rows, rows, {})
     student.place(_rows(student, gates, batches.training))

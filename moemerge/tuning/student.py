@@ -34,15 +34,13 @@ class Student:
     """By layer (token, hidden) float32: what entered the router in the last pass, without gradients."""
 
     @classmethod
-    def load(
-        cls, mixture: MixtureModel, device: torch.device, dtype: torch.dtype,
-        progress: Callable[[int, int], None] = lambda _done, _total: None,
-    ) -> "Student":  # fmt: skip
-        """Read a mixture, its weights but the gates as `dtype`.
+    def load(cls, job: Job) -> "Student":
+        """Read a job's mixture to where its processes compute; all but the gates in their dtype.
 
         Raises:
             CheckpointError: its tensors do not fit its class, or a router is not finite.
         """
+        mixture, device, dtype = job.mixture, job.processes.device, job.processes.dtype
         rows = {layer: mixture.runnable.read(mixture.router(layer)) for layer in mixture.moe_layers}
         found: dict[int, tuple[torch.nn.Module, str]] = {}
 
@@ -60,7 +58,7 @@ class Student:
         for layer, values in rows.items():
             if not values.isfinite().all():
                 raise CheckpointError(f"{mixture.router(layer)}: holds numbers that are not finite.")
-        model = load_whole(mixture.runnable, device, dtype, progress, find_router)
+        model = load_whole(mixture.runnable, device, dtype, partial(job.progress, "load"), find_router)
         gates = {layer: torch.nn.Parameter(values.to(device)) for layer, values in rows.items()}
         for layer, (module, name) in found.items():
             setattr(module, name, gates[layer])
@@ -141,15 +139,6 @@ class _Noise(TorchFunctionMode):
         if func is torch.nn.functional.linear:
             return given + self._noise * torch.randn_like(given)
         return given
-
-
-def load_student(job: Job) -> Student:
-    """The mixture of a job, where and in what precision its processes compute.
-
-    Raises:
-        CheckpointError: its tensors do not fit its class, or a router is not finite.
-    """
-    return Student.load(job.mixture, job.processes.device, job.processes.dtype, partial(job.progress, "load"))
 
 
 def padded(windows: Sequence[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

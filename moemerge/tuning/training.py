@@ -17,7 +17,7 @@ from moemerge.tuning.job import Job
 from moemerge.tuning.judging import judge
 from moemerge.tuning.losses import anchor_loss, cross_entropy, distillation_loss, load_loss, prior_of
 from moemerge.tuning.settings import Settings, distillation_weight
-from moemerge.tuning.student import Student, load_student, padded
+from moemerge.tuning.student import Student, padded
 from moemerge.tuning.teachers import Predictions, teach
 from moemerge.tuning.whole import TOKENS_AT_ONCE
 from moemerge.tuning.work import State
@@ -67,7 +67,7 @@ def train(job: Job, batches: Batches) -> State:
         RouterError: another process has ended.
     """
     teachers = teach(job, batches) if job.settings.distil else {}
-    return Training(job, batches, load_student(job), teachers).run()
+    return Training(job, batches, Student.load(job), teachers).run()
 
 
 @dataclass
