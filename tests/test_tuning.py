@@ -25,7 +25,7 @@ from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
-from moemerge.tuning import Settings, batches, teachers, training, tune, whole, work, writing
+from moemerge.tuning import Settings, batches, running, teachers, training, tune, whole, work, writing
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.job import Job
 from moemerge.tuning.judging import judge
@@ -234,6 +234,41 @@ def test_an_evaluation_of_the_old_routers_leaves_the_card(out, data):
     assert without_section(card.read_text(), "tuning") == text
 
 
+@pytest.mark.parametrize("method", ["gates", "phatgoose"])
+def test_a_model_that_does_not_fit_is_read_from_the_disk_and_tuned_alike(
+    specialists, data, tmp_path, monkeypatch, method
+):
+    out, settings = merged(tmp_path, specialists), Settings(steps=4, tokens_per_step=96, method=method)
+    expected, lines, held = tune(out, data, settings, copy=tmp_path / "held"), [], []
+    given, release = whole.find_room, whole.from_disk
+    monkeypatch.setattr(whole, "from_disk", lambda *args, **kwargs: (held.append(1), release(*args, **kwargs))[1])
+    monkeypatch.setattr(running, "find_room", lambda *args: replace(given(*args), streamed=True))
+    found = tune(out, data, settings, announce=lines.append)
+    assert len(held) > 3 * 4
+    assert (found.before, found.after) == (expected.before, expected.after)
+    assert not changed(tensors(tmp_path / "held"), tensors(out))
+
+
+def test_whether_a_model_fits(out, monkeypatch):
+    shapes = {"model.embed_tokens.weight": (VOCAB, 32)} | {f"model.layers.{n}.x": (10**6,) for n in range(30)}
+    model = open_mixture(out).runnable
+    model = replace(model, keys={**model.keys, "num_hidden_layers": 30}, shapes=shapes)
+    passing = 4 * ((30 + 8) * 32 + 3 * VOCAB)
+    held = 4 * (VOCAB * 32 + 30 * 10**6) + 1040 * passing
+    streamed = 4 * (VOCAB * 32 + 3 * 10**6) + 4160 * passing
+    for free, is_streamed in ((held, False), (held - 1, True), (streamed, True)):
+        monkeypatch.setattr(whole, "_free", lambda _, free=free: free)
+        assert whole.find_room(model, CPU, torch.float32, 1).streamed == is_streamed
+    assert whole.find_room(model, CPU, torch.float32, 1).needs == (
+        "30 M parameters in float32 would take about 0.1 GB of memory, and 0.0 GB are free: its layers, 0.1 GB, are read "
+        "twice in each step, and about 0.0 GB of memory taken"
+    )
+    for free, copies in ((streamed - 1, 1), (streamed, 2)):
+        monkeypatch.setattr(whole, "_free", lambda _, free=free: free)
+        with pytest.raises(RefusedError):
+            whole.find_room(model, CPU, torch.float32, copies)
+
+
 # ---- every family
 
 
@@ -340,7 +375,7 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
     """Computed again with transformers' whole models and the formula of docs/tuning.md, in one pass and in several."""
     top, step, settings = 5, 1, Settings(steps=4, tokens_per_step=192)
     monkeypatch.setattr(teachers, "_TOP", top)
-    monkeypatch.setattr(training, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(whole.Room, "tokens_at_once", at_once)
     monkeypatch.setattr(batches, "_LONGEST", 20)
     tuned = training_of(out, data, settings)
     student, windows = tuned.student, tuned.batches.step(step)
@@ -792,9 +827,10 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (
-        f"{out}: tuning holds the whole model in memory, 0 M parameters in float32: about 0.0 GB of memory, but 0.0 GB "
-        "are free on cpu. Use another machine or device, or make routers without it: `gate_mode: ridge`."
+        f"{out}: tuning a layer of the model at a time needs about 0.0 GB of memory, but 0.0 GB are free on cpu. Use "
+        "another machine or device, or make routers without it: `gate_mode: ridge`."
     )
+    monkeypatch.undo()
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: _Disk(10))
     with pytest.raises(OutputError) as caught:
         tune(out, data, FEW)

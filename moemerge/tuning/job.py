@@ -1,11 +1,12 @@
 """What every part of a tuning needs to know."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.tuning.processes import Processes
 from moemerge.tuning.settings import Settings
+from moemerge.tuning.whole import Room
 from moemerge.tuning.work import Work
 
 
@@ -21,3 +22,4 @@ class Job:
     """Called with what is done, how far, and all there is."""
     announce: Callable[[str], None]
     """Called with lines for people who wait."""
+    room: Room = field(default=Room(streamed=False))

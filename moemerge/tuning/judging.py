@@ -13,7 +13,6 @@ from moemerge.tuning.job import Job
 from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.settings import Held
 from moemerge.tuning.student import Student, padded
-from moemerge.tuning.whole import TOKENS_AT_ONCE
 
 
 def stored_dtypes(job: Job) -> dict[int, torch.dtype]:
@@ -35,7 +34,7 @@ def judge(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, flo
     squares, tokens = dict.fromkeys(student.gates, 0.0), 0
     rounded = {layer: student.gates[layer].detach().to(dtype) for layer, dtype in stored_dtypes(job).items()}
     mine = job.processes.mine(list(range(len(losses))))
-    parts = group(mine, lambda place: len(texts.windows[place].ids), TOKENS_AT_ONCE) if mine else ()
+    parts = group(mine, lambda place: len(texts.windows[place].ids), job.room.tokens_at_once) if mine else ()
     with torch.no_grad(), student.holding(rounded), job.processes.autocast():
         for part in parts:
             windows = [texts.windows[place] for place in part]

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -32,7 +33,7 @@ from moemerge.tuning.settings import Documents
 from moemerge.tuning.student import Student, padded
 from moemerge.tuning.teachers import open_source
 from moemerge.tuning.training import make_optimiser, set_rates
-from moemerge.tuning.whole import TOKENS_AT_ONCE, load_whole
+from moemerge.tuning.whole import from_disk, load_whole
 from moemerge.tuning.work import State
 
 # Of each expert, to fit the scale.
@@ -100,7 +101,7 @@ def _train_all(
     for number, (name, expert) in enumerate(zip(mixture.experts, experts, strict=True)):
         path = job.work.folder / f"phatgoose-{number}.safetensors"
         if not path.exists():
-            model = model or load_whole(base, job.processes.device, job.processes.dtype)
+            model = model or _load(job, base)
             own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, job.settings)
             layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
             gates = _train(job, name, model, _ffns(expert, layers, job), own)
@@ -111,6 +112,11 @@ def _train_all(
     gc.collect()  # its layers hold themselves
     none = torch.zeros(int(base.keys["hidden_size"]))
     return {layer: torch.stack([gates.get(layer, none) for gates in found]) for layer in mixture.moe_layers}
+
+
+def _load(job: Job, base: Runnable) -> Any:
+    device, dtype = job.processes.device, job.processes.dtype
+    return load_whole(base, device, dtype, job.room, {}, partial(job.progress, "load"))[0]
 
 
 def _train(
@@ -129,7 +135,7 @@ def _train(
         for step in range(settings.steps):
             windows = [window for window, _ in batches.step(step)]
             scored = sum(sum(window.scored) for window in windows)
-            for part in group(windows, lambda window: len(window.ids), TOKENS_AT_ONCE):
+            for part in group(windows, lambda window: len(window.ids), job.room.tokens_at_once):
                 ids, counted = padded(part, device)
                 for one in mixed.values():
                     one.counted = counted
@@ -181,12 +187,19 @@ def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.
     device = job.processes.device
     model = empty_model(expert.model_type, expert.keys, device, head=True)
     module = DENSE_FAMILIES[expert.model_type].ffn_module
-    found = {}
-    for layer in layers:
+    ffns = {layer: model.model.layers[layer].get_submodule(module) for layer in layers}
+
+    def load(layer: int) -> None:
         names = [name for name in expert.names(layer) if name.startswith(f"model.layers.{layer}.{module}.")]
         load_tensors(model, {name: expert.read(name).to(job.processes.dtype) for name in names}, device)
-        found[layer] = model.model.layers[layer].get_submodule(module).requires_grad_(requires_grad=False)
-    return found
+        ffns[layer].requires_grad_(requires_grad=False)
+
+    for layer, ffn in ffns.items():
+        if job.room.streamed:
+            ffn.forward = partial(from_disk, partial(load, layer), ffn, ffn.forward)
+        else:
+            load(layer)
+    return ffns
 
 
 def _rows(student: Student, gates: dict[int, torch.Tensor], texts: Texts) -> dict[int, torch.Tensor]:

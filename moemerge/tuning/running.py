@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from moemerge.tuning.phatgoose import stack_gates
 from moemerge.tuning.processes import open_processes
 from moemerge.tuning.settings import Documents, Settings, Tuned, card_section
 from moemerge.tuning.training import train
-from moemerge.tuning.whole import TOKENS_AT_ONCE, check_memory
+from moemerge.tuning.whole import find_room
 from moemerge.tuning.work import State, Work, fingerprint
 from moemerge.tuning.writing import CARD, check_room, gate_tensors, shard_stamps, write_copy
 
@@ -62,9 +63,9 @@ def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, 
     batches = Batches.cut(mixture, training, held_out, settings)
     _check_domains(job, batches)
     local = processes.count if processes.device.type == "cpu" else 1
-    tokens = min(settings.tokens_per_step, TOKENS_AT_ONCE)
-    need = check_memory(mixture.runnable, processes.device, processes.dtype, tokens, local)
-    job.announce(f"{mixture.folder}: {need}{f', in {processes.count} processes' if processes.count > 1 else ''}")
+    room = find_room(mixture.runnable, processes.device, processes.dtype, local)
+    job = replace(job, room=room)
+    job.announce(f"{mixture.folder}: {room.needs}{f', in {processes.count} processes' if processes.count > 1 else ''}")
     shards = shard_stamps(gate_tensors(mixture))
     if processes.first:
         documents = {name: [*training[name], *held_out[name]] for name in training}

@@ -1,4 +1,4 @@
-"""The merged model that is tuned: all of it in memory, only its gates with gradients."""
+"""The merged model that is tuned: only its gates have gradients."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel
-from moemerge.passes.loading import load_tensors
 from moemerge.passes.tokens import Window
 from moemerge.tuning.job import Job
 from moemerge.tuning.whole import load_whole
@@ -19,7 +18,7 @@ from moemerge.tuning.whole import load_whole
 
 @dataclass
 class Student:
-    """A mixture in memory."""
+    """A mixture that is trained."""
 
     mixture: MixtureModel
     model: Any
@@ -41,30 +40,18 @@ class Student:
             CheckpointError: its tensors do not fit its class, or a router is not finite.
         """
         mixture, device, dtype = job.mixture, job.processes.device, job.processes.dtype
-        rows = {layer: mixture.runnable.read(mixture.router(layer)) for layer in mixture.moe_layers}
-        found: dict[int, tuple[torch.nn.Module, str]] = {}
-
-        def find_router(model: Any, layer: int) -> None:
-            """Loaded alone, the router is the parameter that has values then, whatever its class calls it."""
-            if layer in rows:
-                load_tensors(model, {mixture.router(layer): rows[layer].to(dtype)}, device)
-                found[layer] = next(
-                    (module, name)
-                    for module in model.model.layers[layer].modules()
-                    for name, parameter in module.named_parameters(recurse=False)
-                    if not parameter.is_meta
-                )
-
-        for layer, values in rows.items():
-            if not values.isfinite().all():
-                raise CheckpointError(f"{mixture.router(layer)}: holds numbers that are not finite.")
-        model = load_whole(mixture.runnable, device, dtype, partial(job.progress, "load"), find_router)
-        gates = {layer: torch.nn.Parameter(values.to(device)) for layer, values in rows.items()}
-        for layer, (module, name) in found.items():
-            setattr(module, name, gates[layer])
+        names = {layer: mixture.router(layer) for layer in mixture.moe_layers}
+        gates = {layer: torch.nn.Parameter(mixture.runnable.read(name).to(device)) for layer, name in names.items()}
+        for layer, gate in gates.items():
+            if not gate.isfinite().all():
+                raise CheckpointError(f"{names[layer]}: holds numbers that are not finite.")
+        model, holders = load_whole(
+            mixture.runnable, device, dtype, job.room, {names[layer]: gate for layer, gate in gates.items()},
+            partial(job.progress, "layers" if job.room.streamed else "load"),
+        )  # fmt: skip
         student = cls(
-            mixture, model, device, gates, {layer: module for layer, (module, _) in found.items()},
-            {layer: mixture.absent(layer) for layer in rows},
+            mixture, model, device, gates, {layer: holders[name] for layer, name in names.items()},
+            {layer: mixture.absent(layer) for layer in gates},
         )  # fmt: skip
         for layer, module in student.routers.items():
             module.register_forward_pre_hook(partial(student._keep, layer))

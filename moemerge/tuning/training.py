@@ -19,7 +19,6 @@ from moemerge.tuning.losses import anchor_loss, cross_entropy, distillation_loss
 from moemerge.tuning.settings import Settings, distillation_weight
 from moemerge.tuning.student import Student, padded
 from moemerge.tuning.teachers import Predictions, teach
-from moemerge.tuning.whole import TOKENS_AT_ONCE
 from moemerge.tuning.work import State
 
 _BETAS: Final = (0.9, 0.95)
@@ -126,7 +125,7 @@ class Training:
             gate.grad = torch.zeros_like(gate)
         scored = sum(sum(window.scored) for window, _ in windows)
         mine = self.job.processes.mine(windows)
-        for part in group(mine, lambda one: len(one[0].ids), TOKENS_AT_ONCE) if mine else ():
+        for part in group(mine, lambda one: len(one[0].ids), self.job.room.tokens_at_once) if mine else ():
             torch.autograd.backward(self._loss(step, part, scored, start))
         summed = self.job.processes.sum(parameters_to_vector(gate.grad for gate in gates if gate.grad is not None))
         for gate in gates:

@@ -1,6 +1,7 @@
-"""A whole model in memory, as gradients need it, and whether there is room for it."""
+"""A whole model as gradients need it: in memory, or a layer at a time from the disk, if there is no room for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -15,76 +16,150 @@ from moemerge.evaluation.running import check_complete
 from moemerge.passes.decoder import empty_model
 from moemerge.passes.loading import load_tensors
 
-# Tokens that pass at once: two of the longest windows and what a tokenizer puts in front.
-TOKENS_AT_ONCE: Final = 1040
 # Logits, their softmax and its gradient.
 _LOGIT_COPIES: Final = 3
+# A layer that is read lies beside what it is made of (stacked experts beside single ones), and beside the one before.
+_LAYER_COPIES: Final = 3
 
 
-def load_whole(
-    runnable: Runnable, device: torch.device, dtype: torch.dtype,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
-    first: Callable[[Any, int], None] = lambda _model, _layer: None,
-) -> Any:  # fmt: skip
-    """A whole model in memory, frozen, its layers recomputed where gradients are asked for.
+@dataclass(frozen=True)
+class Room:
+    """Where a model's layers are."""
+
+    streamed: bool
+    """Read from the disk each time that they are passed, not held in memory."""
+    needs: str = ""
+    """What they take, in words."""
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens that pass at once: 2 or 8 of the longest windows and what a tokenizer puts in front."""
+        return 4160 if self.streamed else 1040
+
+
+def load_whole(  # noqa: PLR0917
+    runnable: Runnable, device: torch.device, dtype: torch.dtype, room: Room,
+    gates: Mapping[str, torch.nn.Parameter], progress: Callable[[int, int], None],
+) -> tuple[Any, dict[str, torch.nn.Module]]:  # fmt: skip
+    """A whole model, frozen, its layers recomputed where gradients are asked for.
 
     Args:
         runnable: what to load.
         device: where.
         dtype: of its weights.
-        progress: called with the layers done and all there are.
-        first: called with the model and a layer before that layer's tensors are loaded.
+        room: whether its layers are held.
+        gates: by a tensor's name, what is put into the model in its place.
+        progress: called with the layers read and all there are.
+
+    Returns:
+        The model, and by its name the module that holds each gate.
 
     Raises:
-        CheckpointError: the tensors do not fit the class.
+        CheckpointError: the tensors do not fit the class; in a streamed model also when it is run.
     """
     model = empty_model(runnable.model_type, runnable.keys, device, head=True)
-    for layer in [None, *range(runnable.layers)]:
-        if layer is not None:
-            first(model, layer)
-        load_tensors(model, {name: runnable.read(name).to(dtype) for name in runnable.names(layer)}, device)
+    holders = {name: _place(model, name, gate, dtype) for name, gate in gates.items()}
+
+    def load(layer: int | None) -> None:
+        names = [name for name in runnable.names(layer) if name not in gates]
+        load_tensors(model, {name: runnable.read(name).to(dtype) for name in names}, device)
+        parts = model.model.named_children() if layer is None else [(f"layers.{layer}", model.model.layers[layer])]
+        for path, part in parts:
+            if path != "layers":
+                check_complete(part, f"model.{path}")
+            for parameter in part.parameters():
+                parameter.requires_grad_(any(parameter is gate for gate in gates.values()))
         progress((layer or 0) + 1, runnable.layers)
+
+    load(None)
     head = model.get_output_embeddings()
     if head.weight.is_meta:
         head.weight = model.model.embed_tokens.weight
-    check_complete(model.model, "model")
-    model.requires_grad_(requires_grad=False)
+    head.requires_grad_(requires_grad=False)
     if device.type == "cpu" and hasattr(model, "set_experts_implementation"):
         # In transformers 5. Grouped products take 1.5 times as long there, backwards, in bfloat16.
         model.set_experts_implementation("eager")
-    for layer in model.model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    return model
+    for number, layer in enumerate(model.model.layers):
+        forward = layer.forward
+        if room.streamed:
+            forward = partial(from_disk, partial(load, number), layer, forward)
+        else:
+            load(number)
+        layer.forward = partial(checkpoint, forward, use_reentrant=False)
+    return model, holders
 
 
-def check_memory(runnable: Runnable, device: torch.device, dtype: torch.dtype, tokens: int, copies: int) -> str:
-    """What the model needs in memory, in words.
+def _place(model: Any, name: str, gate: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Module:
+    """Put a gate where its tensor belongs: loaded alone, that is the new parameter that has values."""
+    given = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    load_tensors(model, {name: gate.detach().to(dtype)}, gate.device)
+    module, own = next(
+        (module, own)
+        for module in model.modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if not parameter.is_meta and not any(parameter is other for other in given)
+    )
+    setattr(module, own, gate)
+    holder: torch.nn.Module = module
+    return holder
+
+
+def from_disk(
+    load: Callable[[], None], module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:  # fmt: skip
+    """A module's forward with its weights in memory while it runs; what gradients need of them autograd holds."""
+    load()
+    try:
+        return forward(*args, **kwargs)
+    finally:  # a recomputation ends by an exception
+        for part in module.modules():
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                if not parameter.requires_grad:
+                    empty = torch.empty_like(parameter, device="meta")
+                    setattr(part, name, torch.nn.Parameter(empty, requires_grad=False))
+
+
+def find_room(
+    runnable: Runnable, device: torch.device, dtype: torch.dtype, copies: int
+) -> Room:  # fmt: skip
+    """Whether a model fits into memory, or its layers have to be read from the disk.
 
     Args:
         runnable: the model.
         device: where it is held.
         dtype: of its weights.
-        tokens: that pass at once.
         copies: how many processes of this machine hold one in the same memory.
 
     Raises:
-        RefusedError: it does not fit.
+        RefusedError: not even a layer at a time fits.
     """
-    parameters = sum(map(prod, runnable.shapes.values()))
-    states = tokens * (runnable.layers + 8) * int(runnable.keys["hidden_size"])
-    logits = _LOGIT_COPIES * tokens * int(runnable.keys["vocab_size"])
-    need = copies * (parameters * dtype.itemsize + 4 * (states + logits))
-    free = _free(device)
-    what = (
-        f"{parameters / 1e6:,.0f} M parameters in {str(dtype).removeprefix('torch.')}: about {need / 1e9:.1f} GB of "
-        "memory"
-    )
-    if free is not None and need > free:
+    sizes = {name: prod(shape) * dtype.itemsize for name, shape in runnable.shapes.items()}
+    whole, free = sum(sizes.values()), _free(device)
+    layers = [sum(sizes[name] for name in runnable.names(layer)) for layer in range(runnable.layers)]
+    parameters = f"{whole / dtype.itemsize / 1e6:,.0f} M parameters in {str(dtype).removeprefix('torch.')}"
+
+    def needed(room: Room, weights: int) -> int:
+        states = (runnable.layers + 8) * int(runnable.keys["hidden_size"])
+        logits = _LOGIT_COPIES * int(runnable.keys["vocab_size"])
+        return copies * (weights + 4 * room.tokens_at_once * (states + logits))
+
+    held = needed(Room(streamed=False), whole)
+    if free is None or held <= free:
+        known = "" if free is None else f", of {free / 1e9:.1f} GB that are free"
+        return Room(streamed=False, needs=f"{parameters}: about {held / 1e9:.1f} GB of memory{known}")
+    read = sum(layers)
+    need = needed(Room(streamed=True), whole - read + _LAYER_COPIES * max(layers))
+    if need > free:
         raise RefusedError(
-            f"{runnable.name}: tuning holds the whole model in memory, {what}, but {free / 1e9:.1f} GB are free on "
-            f"{device.type}. Use another machine or device, or make routers without it: `gate_mode: ridge`."
+            f"{runnable.name}: tuning a layer of the model at a time needs about {need / 1e9:.1f} GB of memory, but "
+            f"{free / 1e9:.1f} GB are free on {device.type}. Use another machine or device, or make routers without "
+            "it: `gate_mode: ridge`."
         )
-    return what + ("" if free is None else f", of {free / 1e9:.1f} GB that are free")
+    return Room(
+        streamed=True,
+        needs=f"{parameters} would take about {held / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: its "
+        f"layers, {read / 1e9:.1f} GB, are read twice in each step, and about {need / 1e9:.1f} GB of memory taken",
+    )
 
 
 def _free(device: torch.device) -> int | None:
