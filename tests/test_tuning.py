@@ -291,12 +291,20 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     model = merged(tmp_path, folders, architecture=moe)
     mixture = open_mixture(model)
     held = Student.load(job_of(model, FEW))
+    streamed = Student.load(replace(job_of(model, FEW), room=whole.Room(streamed=True)))
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
-    logits = held.logits([window])
+    logits, same = held.logits([window]), streamed.logits([window])
     assert torch.allclose(cross_entropy([window], logits).double(), run_model(mixture.runnable, [window], CPU))
-    logits.square().mean().backward()
-    assert all(gate.grad.abs().max() > 0 for gate in held.gates.values())
-    assert sum(p.requires_grad for p in held.model.parameters()) == len(mixture.moe_layers)
+    assert torch.equal(logits, same)
+    for student, found in ((held, logits), (streamed, same)):
+        found.square().mean().backward()
+        assert all(gate.grad.abs().max() > 0 for gate in student.gates.values())
+        assert sum(p.requires_grad for p in student.model.parameters()) == len(mixture.moe_layers)
+    assert all(torch.equal(held.gates[layer].grad, streamed.gates[layer].grad) for layer in held.gates)
+    in_memory = {
+        parameter for layer in streamed.model.model.layers for parameter in layer.parameters() if not parameter.is_meta
+    }
+    assert in_memory == set(streamed.gates.values())
     with torch.no_grad():
         quiet = held.logits([window])
         with held.noisy(3.0, seed=0):
