@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moemerge.formats import Mixture
 from moemerge.formats.dense import DENSE_FAMILIES, read_dense
+from moemerge.passes import device
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.request import RouterRequest
@@ -106,3 +107,22 @@ def test_the_pass_ends_with_the_last_layer_that_has_a_router(tmp_path, monkeypat
     part = {inputs.layer: inputs.states.clone() for inputs in capture_router_inputs(request(folder, (1, 3)))}
     assert list(part) == [1, 3]
     assert all(torch.equal(states, whole[layer]) for layer, states in part.items())
+
+
+def test_the_memory_of_a_container_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "_GROUPS", tmp_path)
+    free = device.free_memory(torch.device("cpu"))
+    for version, (folder, names, cache) in {
+        1: ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"),
+        2: (".", ("memory.max", "memory.current"), "inactive_file"),
+    }.items():
+        group = tmp_path / str(version) / folder
+        group.mkdir(parents=True)
+        for name, value in zip(names, ("1000000", "600000"), strict=True):
+            (group / name).write_text(f"{value}\n")
+        (group / "memory.stat").write_text(f"anon 500000\n{cache} 70000\nactive_file 1\n")
+        monkeypatch.setattr(device, "_GROUPS", tmp_path / str(version))
+        assert device.free_memory(torch.device("cpu")) == 1000000 - 600000 + 70000
+    (tmp_path / "2" / "memory.max").write_text("max\n")
+    assert device.free_memory(torch.device("cpu")) > 10**6
+    assert free is None or free > 10**6

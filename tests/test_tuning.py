@@ -257,14 +257,14 @@ def test_whether_a_model_fits(out, monkeypatch):
     held = 4 * (VOCAB * 32 + 30 * 10**6) + 1040 * passing
     streamed = 4 * (VOCAB * 32 + 3 * 10**6) + 4160 * passing
     for free, is_streamed in ((held, False), (held - 1, True), (streamed, True)):
-        monkeypatch.setattr(whole, "_free", lambda _, free=free: free)
+        monkeypatch.setattr(whole, "free_memory", lambda _, free=free: free)
         assert whole.find_room(model, CPU, torch.float32, 1).streamed == is_streamed
     assert whole.find_room(model, CPU, torch.float32, 1).needs == (
         "30 M parameters in float32 would take about 0.1 GB of memory, and 0.0 GB are free: its layers, 0.1 GB, are read "
         "twice in each step, and about 0.0 GB of memory taken"
     )
     for free, copies in ((streamed - 1, 1), (streamed, 2)):
-        monkeypatch.setattr(whole, "_free", lambda _, free=free: free)
+        monkeypatch.setattr(whole, "free_memory", lambda _, free=free: free)
         with pytest.raises(RefusedError):
             whole.find_room(model, CPU, torch.float32, copies)
 
@@ -831,7 +831,7 @@ def test_a_quantised_model_is_refused(out, data):
 
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch):
-    monkeypatch.setattr(whole, "_free", lambda _: 100_000)
+    monkeypatch.setattr(whole, "free_memory", lambda _: 100_000)
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (

@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
 
 import torch
 
 from moemerge.errors import RouterError
+
+# https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html
+_GROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def find_device(name: str) -> torch.device:
@@ -34,3 +39,30 @@ def memory_watched(doing: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise RouterError(f"memory ran out while {doing}") from error
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a device has free; of a CPU, within the limits of a container; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # no Linux
+        return None
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*available, *_free_in_group(_GROUPS)], default=None)
+
+
+def _free_in_group(folder: Path) -> Iterator[int]:
+    """Of the control group that is mounted here, which is a container's own; page cache that can go is free."""
+    for part, limit, used, cache in (
+        ("", "memory.max", "memory.current", "inactive_file "),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+    ):
+        try:
+            most, now = ((folder / part / name).read_text().strip() for name in (limit, used))
+            lines = (folder / part / "memory.stat").read_text().splitlines()
+        except OSError:  # another version, or none
+            continue
+        if most.isdecimal():  # and not "max"
+            yield int(most) - int(now) + sum(int(line.split()[1]) for line in lines if line.startswith(cache))

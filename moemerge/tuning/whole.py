@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -14,6 +13,7 @@ from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import Runnable
 from moemerge.evaluation.running import check_complete
 from moemerge.passes.decoder import empty_model
+from moemerge.passes.device import free_memory
 from moemerge.passes.loading import load_tensors
 
 # Logits, their softmax and its gradient.
@@ -134,7 +134,7 @@ def find_room(
         RefusedError: not even a layer at a time fits.
     """
     sizes = {name: prod(shape) * dtype.itemsize for name, shape in runnable.shapes.items()}
-    whole, free = sum(sizes.values()), _free(device)
+    whole, free = sum(sizes.values()), free_memory(device)
     layers = [sum(sizes[name] for name in runnable.names(layer)) for layer in range(runnable.layers)]
     parameters = f"{whole / dtype.itemsize / 1e6:,.0f} M parameters in {str(dtype).removeprefix('torch.')}"
 
@@ -160,13 +160,3 @@ def find_room(
         needs=f"{parameters} would take about {held / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: its "
         f"layers, {read / 1e9:.1f} GB, are read twice in each step, and about {need / 1e9:.1f} GB of memory taken",
     )
-
-
-def _free(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # no Linux
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
