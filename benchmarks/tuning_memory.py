@@ -8,6 +8,7 @@ these compare. Files come from the page cache where that has room for them.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from measure import run
 PROGRAM = """
 import sys
 from dataclasses import replace
-from moemerge.tuning import Settings, running, tune
-out, data, steps, tokens, streamed = sys.argv[1:]
-find = running.find_room
-running.find_room = lambda *given: replace(find(*given), streamed=streamed == "True")
-settings = Settings(int(steps), int(tokens), lr=1e-30, distil=False)  # so that nothing is written
-found = tune(out, {"text": [data]}, settings, copy=None, device="cpu")
-print(found.seconds_per_step, found.after.mean_loss)
+from moemerge.cli import main
+from moemerge.tuning import running
+find, streamed = running.find_room, sys.argv.pop() == "True"
+running.find_room = lambda *given: replace(find(*given), streamed=streamed)
+main()
 """
+# So that nothing is written.
+NO_CHANGE = ("--lr", "1e-30")
 
 
 def main() -> None:
@@ -38,9 +39,11 @@ def main() -> None:
     shown = [("layers", "s/step", "peak memory", "read", "held-out loss")]
     found = []
     for streamed in (False, True):
-        arguments = [options.out, options.data, options.steps, options.tokens_per_step, streamed]
-        took = run([sys.executable, "-c", PROGRAM, *map(str, arguments)])
-        seconds, loss = map(float, took.output.split())
+        sizes = ["--steps", options.steps, "--tokens-per-step", options.tokens_per_step]
+        words = ["tune", options.out, "--data", f"text={options.data}", *sizes, *NO_CHANGE, "--no-distil", "--json"]
+        took = run([sys.executable, "-c", PROGRAM, *map(str, words), "--device", "cpu", str(streamed)])
+        facts = json.loads(took.output)
+        seconds, loss = facts["seconds_per_step"], facts["after"]["mean_loss"]
         found.append((seconds, took.peak_bytes, took.read_bytes))
         name = "from the disk" if streamed else "in memory"
         shown.append((name, f"{seconds:.1f}", *(f"{count / 1e9:.2f} GB" for count in found[-1][1:]), f"{loss:.4f}"))

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moemerge.cli.console import print_json, saying, speaking, stdout, stoppable
+from moemerge.cli.console import print_json, return_freed_memory, saying, speaking, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.options import Debug, Device, Json, Quiet
 from moemerge.errors import RefusedError
@@ -55,6 +55,7 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         from moemerge.cli.progress import show_steps
         from moemerge.tuning import Settings, tune
 
+        return_freed_memory()
         settings = Settings(steps, tokens_per_step, lr, seed, noise, distil, method)
         try:
             with show_steps(console, quiet=quiet or not first) as progress:
