@@ -9,7 +9,7 @@ import torch
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, finish, group, run_layer
-from moemerge.passes.loading import load_tensors
+from moemerge.passes.loading import cast, load_tensors
 from moemerge.passes.tokens import Window
 from moemerge.routers.scoring import top_weights
 
@@ -53,7 +53,7 @@ def run_model(
         CheckpointError: the tensors do not fit the class.
     """
     dtype = compute_dtype(device)
-    whole = empty_model(model.model_type, model.keys, device, head=True)
+    whole = empty_model(model.model_type, model.keys, device, head=True, dtype=dtype)
     decoder = whole.model
     places = list(group(range(len(windows)), lambda index: len(windows[index].ids), _TOKENS))
     batches = [
@@ -81,7 +81,7 @@ def run_model(
 
 
 def _load(whole: Any, model: Runnable, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
-    load_tensors(whole, {name: model.read(name).to(dtype) for name in names}, device)
+    load_tensors(whole, {name: cast(model.read(name), dtype) for name in names}, device)
 
 
 def check_complete(module: Any, path: str) -> None:

@@ -41,19 +41,28 @@ class Batch:
     """By layer, what the model passes to it beside the states, by position and by name."""
 
 
-def empty_model(model_type: str, keys: Mapping[str, Any], device: torch.device, *, head: bool = False) -> Any:
-    """A decoder, or with `head` a causal language model, without weights.
+def empty_model(
+    model_type: str, keys: Mapping[str, Any], device: torch.device, *, head: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Any:  # fmt: skip
+    """A decoder, or with `head` a causal language model, without weights; those that it will be given become `dtype`.
 
-    Its buffers, such as rotary frequencies, are real and on the device. It is not made from `config.json` itself: a
-    hostile one can name a repository for its attention's code.
+    Its buffers, such as rotary frequencies and selection biases, are real, on the device, and float32. It is not made
+    from `config.json` itself: a hostile one can name a repository for its attention's code.
     """
     config = AutoConfig.for_model(model_type, **{**keys, "pad_token_id": None})
     with init_empty_weights(include_buffers=False), _uninitialised(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element")  # shared experts without neurons
-        model = (AutoModelForCausalLM if head else AutoModel).from_config(config, trust_remote_code=False)
+        model = (AutoModelForCausalLM if head else AutoModel).from_config(config, trust_remote_code=False, dtype=dtype)
     for name, buffer in list(model.named_buffers()):
         path, _, own = name.rpartition(".")
-        setattr(model.get_submodule(path), own, buffer.to(device))
+        wide = torch.float32 if buffer.is_floating_point() else buffer.dtype
+        setattr(model.get_submodule(path), own, buffer.to(device, wide))
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()  # ernie4_5_moe's routers
+    for name, parameter in list(model.named_parameters()):
+        if any(part in name for part in kept):
+            path, _, own = name.rpartition(".")
+            setattr(model.get_submodule(path), own, torch.nn.Parameter(parameter.float(), requires_grad=False))
     return model.eval()
 
 

@@ -12,7 +12,9 @@ from moemerge.errors import CheckpointError
 
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Give some of a model's parameters and buffers their values; the others stay as they are.
+    """Give some of a model's parameters and buffers their values, in the dtype that they have there.
+
+    The others stay as they are.
 
     transformers 5 stacks experts in memory; its own conversion of a whole checkpoint serves for a part of one. Version
     4 calls the tensors of our families as they are stored.
@@ -24,7 +26,7 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
         return
     if find_spec("transformers.core_model_loading") is None:
         for name, tensor in tensors.items():
-            _place(model, name, tensor.to(device))
+            _place(model, name, tensor, device)
         return
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -48,7 +50,12 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
         )
 
 
-def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
+def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Matrices in a narrow dtype, as they will be loaded; vectors as they are, since the model may hold them wider."""
+    return values if values.dim() < 2 else values.to(dtype)  # noqa: PLR2004
+
+
+def _place(model: Any, name: str, tensor: torch.Tensor, device: torch.device) -> None:
     path, _, own = name.rpartition(".")
     try:
         module = model.get_submodule(path)
@@ -59,6 +66,7 @@ def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(
             f"{name}: {type(model).__name__} expects the shape {list(expected.shape)}, found {list(tensor.shape)}."
         )
+    tensor = tensor.to(device, expected.dtype)
     if own in dict(module.named_buffers(recurse=False)):
         setattr(module, own, tensor)
     else:

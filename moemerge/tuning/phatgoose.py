@@ -22,7 +22,7 @@ from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.formats.dense import DENSE_FAMILIES
 from moemerge.passes.decoder import empty_model, group
-from moemerge.passes.loading import load_tensors
+from moemerge.passes.loading import cast, load_tensors
 from moemerge.routers.scaling import calibrated_scale
 from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
@@ -184,14 +184,14 @@ class _Mixed:
 
 def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.nn.Module]:
     """The FFNs of a dense model, by layer, without the rest of it."""
-    device = job.processes.device
-    model = empty_model(expert.model_type, expert.keys, device, head=True)
+    device, dtype = job.processes.device, job.processes.dtype
+    model = empty_model(expert.model_type, expert.keys, device, head=True, dtype=dtype)
     module = DENSE_FAMILIES[expert.model_type].ffn_module
     ffns = {layer: model.model.layers[layer].get_submodule(module) for layer in layers}
 
     def load(layer: int) -> None:
         names = [name for name in expert.names(layer) if name.startswith(f"model.layers.{layer}.{module}.")]
-        load_tensors(model, {name: expert.read(name).to(job.processes.dtype) for name in names}, device)
+        load_tensors(model, {name: cast(expert.read(name), dtype) for name in names}, device)
         ffns[layer].requires_grad_(requires_grad=False)
 
     for layer, ffn in ffns.items():

@@ -14,7 +14,7 @@ from moemerge.evaluation.runnable import Runnable
 from moemerge.evaluation.running import check_complete
 from moemerge.passes.decoder import empty_model
 from moemerge.passes.device import free_memory
-from moemerge.passes.loading import load_tensors
+from moemerge.passes.loading import cast, load_tensors
 
 # Logits, their softmax and its gradient.
 _LOGIT_COPIES: Final = 3
@@ -57,12 +57,12 @@ def load_whole(  # noqa: PLR0917
     Raises:
         CheckpointError: the tensors do not fit the class; in a streamed model also when it is run.
     """
-    model = empty_model(runnable.model_type, runnable.keys, device, head=True)
-    holders = {name: _place(model, name, gate, dtype) for name, gate in gates.items()}
+    model = empty_model(runnable.model_type, runnable.keys, device, head=True, dtype=dtype)
+    holders = {name: _place(model, name, gate) for name, gate in gates.items()}
 
     def load(layer: int | None) -> None:
         names = [name for name in runnable.names(layer) if name not in gates]
-        load_tensors(model, {name: runnable.read(name).to(dtype) for name in names}, device)
+        load_tensors(model, {name: cast(runnable.read(name), dtype) for name in names}, device)
         parts = model.model.named_children() if layer is None else [(f"layers.{layer}", model.model.layers[layer])]
         for path, part in parts:
             if path != "layers":
@@ -89,10 +89,10 @@ def load_whole(  # noqa: PLR0917
     return model, holders
 
 
-def _place(model: Any, name: str, gate: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Module:
+def _place(model: Any, name: str, gate: torch.nn.Parameter) -> torch.nn.Module:
     """Put a gate where its tensor belongs: loaded alone, that is the new parameter that has values."""
     given = [parameter for parameter in model.parameters() if not parameter.is_meta]
-    load_tensors(model, {name: gate.detach().to(dtype)}, gate.device)
+    load_tensors(model, {name: gate.detach()}, gate.device)
     module, own = next(
         (module, own)
         for module in model.modules()
