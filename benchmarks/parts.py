@@ -23,7 +23,7 @@ from table import machine
 
 from moemerge import merge, plan_merge
 from moemerge.config import parse_config
-from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
+from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, difference, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.texts import read_documents
@@ -39,7 +39,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "ties, density 0.2": {"shared_weights": {"method": "ties", "density": 0.2}},
     "dare, density 0.5": {"shared_weights": {"method": "dare", "density": 0.5}},
 }
-DRAWS = 1000
 
 
 def config(options: argparse.Namespace, experts: dict[str, str], **keys: Any) -> Any:
@@ -61,18 +60,9 @@ def cells(name: str, sums: dict[str, Any], domains: list[str], *more: str) -> li
     return [name, *(f"{loss.value:.3f}{loss.interval}" for loss in found), f"{mean:.3f}", f"{np.exp(mean):.2f}", *more]
 
 
-def difference(one: dict[str, Any], other: dict[str, Any], domains: list[str]) -> str:
-    """Mean loss of one over that of the other, with the 95 % interval of its bootstrap over documents."""
-    generator = np.random.default_rng(0)
-    drawn = np.zeros(DRAWS)
-    for domain in domains:
-        losses, others, tokens = one[domain][:, 0], other[domain][:, 0], one[domain][:, 1]
-        chosen = generator.integers(len(tokens), size=(DRAWS, len(tokens)))
-        weights = tokens[chosen].sum(axis=1)
-        drawn += ((losses - others)[chosen].sum(axis=1) / weights) / len(domains)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    mean = np.mean([estimate(one[d]).value - estimate(other[d]).value for d in domains])
-    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+def beside(one: dict[str, Any], other: dict[str, Any]) -> str:
+    found = difference(one, other)
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def rows(options: argparse.Namespace, experts: dict[str, str], folder: Path) -> Iterator[list[str]]:
@@ -109,7 +99,7 @@ def rows(options: argparse.Namespace, experts: dict[str, str], folder: Path) -> 
             f"{np.mean([estimate(runs.sums[ORACLE][domain]).value for domain in domains]):.3f}",
             "-" if share is None else f"{share.value:.2f}{share.interval}",
             f"{right:.3f}",
-            difference(runs.sums[MERGED], first.sums[DENSE_OWN], domains),
+            beside(runs.sums[MERGED], first.sums[DENSE_OWN]),
         )  # fmt: skip
 
 

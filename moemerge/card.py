@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.checkpoint.disk import drafted
 from moemerge.config import Expert
-from moemerge.errors import RefusedError
+from moemerge.errors import OutputError, RefusedError
 from moemerge.licences import strictest
 from moemerge.plan import MergePlan
 from moemerge.sources import ModelFolder, Reference, parse_reference
@@ -153,13 +153,17 @@ def update_evaluation(folder: Path, found: "Evaluation") -> None:
 
     Raises:
         RefusedError: there is no model card.
+        OutputError: it cannot be written.
     """
     path = folder / "README.md"
     if not path.is_file():
         raise RefusedError(f"{path}: there is no model card to update.")
     text = path.read_text(encoding="utf-8")
-    with drafted(path) as draft:
-        draft.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
+    try:
+        with drafted(path) as draft:
+            draft.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
 def with_section(text: str, name: str, section: str) -> str:

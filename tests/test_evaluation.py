@@ -438,6 +438,18 @@ def test_routes_refuses_what_it_cannot_show(  # noqa: PLR0917
     assert (code, message in errors) == (2, True), errors
 
 
+def test_a_difference_is_of_the_same_documents():
+    documents = np.array(
+        [[tokens * loss, tokens] for tokens, loss in ((10, 1.0), (30, 9.0), (20, 4.0), (10, 2.0), (50, 6.0))]
+    )
+    lower = documents - np.array([[0.1, 0]]) * documents[:, 1:]
+    found = figures.difference({"a": documents, "b": documents}, {"a": lower, "b": lower})
+    assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    found = figures.difference({"a": documents}, {"a": lower[::-1]})
+    assert found.low < 0 < found.high
+    assert figures.difference({"a": documents[:4]}, {"a": lower[:4]}).interval == ""
+
+
 def test_every_output_family_says_how_many_experts_a_token_goes_to():
     from moemerge.evaluation.runnable import per_token_key
 

@@ -161,7 +161,9 @@ def test_a_copy_is_a_whole_model_and_the_original_stays(out, data, tmp_path):
     assert contents(out).keys() == files.keys()
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW, copy=tmp_path / "copy")
-    assert str(caught.value).startswith(f"{tmp_path / 'copy'}: is not empty (")
+    assert str(caught.value) == (
+        f"{tmp_path / 'copy'}: is not empty. Choose another folder for the copy, or remove this one."
+    )
 
 
 def test_links_are_copies_where_there_are_none(out, data, tmp_path, monkeypatch):
@@ -176,7 +178,7 @@ def test_what_is_no_better_is_not_written(out, data, monkeypatch, capsys):
     code, printed, errors = run(words, monkeypatch, capsys)
     assert code == 0
     assert contents(out) == files
-    assert "best after step 0 of 3; " in printed  # and then given up
+    assert "none of 3 steps was better; " in printed  # and then given up
     assert "note: nothing was better on held-out text than the routers that were there\n" in errors
     assert f"{out}: not touched\n" in errors
 
@@ -367,7 +369,9 @@ def test_the_divergence_from_a_teacher_is_that_of_whole_distributions(tmp_path, 
 
 
 def job_of(model: Path, settings: Settings) -> Job:
-    job = Job(open_mixture(model), settings, open_processes("cpu"), work.Work(model), lambda *_: None, lambda _: None)
+    job = Job(
+        open_mixture(model), settings, open_processes("cpu"), work.Work(model, model), lambda *_: None, lambda _: None
+    )
     job.work.begin({}, resume=False)
     return job
 
@@ -375,7 +379,10 @@ def job_of(model: Path, settings: Settings) -> Job:
 def training_of(model: Path, data, settings: Settings) -> Training:
     job = job_of(model, settings)
     batches = Batches.cut(job.mixture, *split_documents(read_domains(data), settings.seed), settings)
-    return Training(job, batches, Student.load(job), teachers.teach(job, batches) if settings.distil else {})
+    predictions = {}
+    if settings.distil:
+        predictions = teachers.teach(job, batches, teachers.open_teachers(job, batches, resume=False))
+    return Training(job, batches, Student.load(job), predictions)
 
 
 @pytest.mark.parametrize("at_once", [1040, 60])
@@ -620,6 +627,80 @@ def test_an_interrupt_between_the_renames_says_so(specialists, data, tmp_path, m
     assert "## Router tuning" in (out / "README.md").read_text()
 
 
+def test_what_is_left_to_move_does_not_go_into_another_model(specialists, data, tmp_path, monkeypatch):
+    out = merged(tmp_path, specialists, shard_bytes=300)
+    given, moved = Path.replace, []
+
+    def move(self, target):
+        if Path(target).parent == out:
+            moved.append(target)
+            if len(moved) == 2:
+                raise OSError(1, "Operation not permitted")
+        return given(self, target)
+
+    monkeypatch.setattr(Path, "replace", move)
+    with pytest.raises(OutputError) as caught:
+        tune(out, data, FEW)
+    assert str(caught.value) == (
+        f"{out}: not all files could be replaced (Operation not permitted); the next `moemerge tune` on it replaces the "
+        "others."
+    )
+    monkeypatch.undo()
+    assert list(out.parent.glob(".out*/ready"))
+    shutil.rmtree(out)
+    merged(tmp_path, [specialists[0], *reversed(specialists[1:])], shard_bytes=300)
+    files, lines = contents(out), []
+    tune(out, data, Settings(steps=1, tokens_per_step=96, lr=1e-30, distil=False), announce=lines.append)
+    assert contents(out) == files
+    assert lines[0] == (
+        "an earlier tuning had been cut off while its files were moved, and the model was written anew since: what was "
+        "left of it is removed"
+    )
+    assert not list(out.parent.glob(".out*"))
+
+
+def test_what_is_kept_is_not_lost_to_a_refusal_and_not_mixed_up(out, data):
+    interrupted(out, data, FEW, 2)
+    folder = next(out.parent.glob(".out*"))
+    kept = contents(folder)
+    with pytest.raises(RefusedError) as caught:
+        tune(out, dict(reversed(data.items())), FEW, resume=True)
+    assert "what differs: order of --data[0], order of --data[2]." in str(caught.value)
+    config = (out / "moemerge_config.yaml").read_text()
+    (out / "moemerge_config.yaml").write_text(config.replace("/fox", "/gone"))
+    for settings in (Settings(steps=1), Settings(steps=1, method="phatgoose")):
+        with pytest.raises(RefusedError):
+            tune(out, {"gone" if name == "fox" else name: paths for name, paths in data.items()}, settings)
+    with pytest.raises(RefusedError) as caught:
+        tune(out, data, FEW, resume=True)
+    assert "what differs: experts[0]." in str(caught.value)
+    assert contents(folder) == kept
+    (out / "moemerge_config.yaml").write_text(config)
+    lines = []
+    tune(out, data, FEW, announce=lines.append)
+    assert "what an earlier tuning had kept is removed: this one starts over, without --resume" in lines
+
+
+def test_a_copy_is_made_without_touching_the_models_place(out, data, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tune(out, data, FEW, copy=tmp_path / "else" / "copy", progress=stop)
+        assert not list(out.parent.glob(".out*"))
+    assert list(tmp_path.glob("else/.copy.moemerge-tune*")) == []  # nothing was done yet
+
+
+def test_a_model_that_cannot_be_written_is_refused_at_first(out, data, monkeypatch):
+    monkeypatch.setattr(Path, "touch", lambda _: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(OutputError) as caught:
+        tune(out, data, FEW)
+    assert str(caught.value) == (
+        f"{out}: cannot be written to (Read-only file system). Write a copy elsewhere with --out."
+    )
+
+
 def test_a_model_that_is_written_meanwhile_is_left_alone(out, data, tmp_path):
     shard = next(path for path in out.glob("*.safetensors") if any(n.endswith("gate.weight") for n in load_file(path)))
     files = contents(out)
@@ -708,7 +789,7 @@ def test_a_kill_between_the_renames_leaves_a_model_and_the_next_run_ends_it(
 
 
 def test_two_cannot_tune_the_same_model(out, data):
-    with work.Work(out).held(), pytest.raises(BusyError) as caught:
+    with work.Work(out, out).held(), pytest.raises(BusyError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == f"{out}: another moemerge is tuning it. Wait for it to end."
 
@@ -814,7 +895,7 @@ def test_one_expert_per_token_has_no_slope(tmp_path, llamas, data):
         tune(model, data, FEW)
     assert str(caught.value) == (
         f"{model}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has no slope to "
-        "follow. Merge with experts_per_token: 2, tune, and set it to 1 in config.json."
+        "follow. Merge with experts_per_token: 2, tune, and set num_experts_per_tok to 1 in config.json."
     )
 
 
@@ -888,7 +969,7 @@ def test_settings_of_accelerate_that_do_not_serve_are_refused(out, data, monkeyp
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW)
-    assert str(caught.value) == "accelerate: mixed precision fp16 is too narrow for tuning. Use bf16 or no."
+    assert str(caught.value) == "accelerate: mixed precision 'fp16': tuning computes in bf16, or in float32 with no."
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(RefusedError) as caught:

@@ -23,11 +23,11 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         list[str],
         typer.Option(
             metavar="NAME=PATH", show_default=False,
-            help="Text to train on: a file, folder or pattern of .txt or .jsonl. NAME is an expert's, or any other.",
+            help="Text to train on, files of .txt or .jsonl. NAME is an expert's, or any with --no-distil.",
         ),
     ],
     steps: Annotated[int, typer.Option(help="Steps of training, of each expert with phatgoose.")] = 40,
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, some of every NAME.")] = 512,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, at least 16 of every NAME.")] = 512,
     lr: Annotated[float, typer.Option(help="Learning rate: about how far a step moves a logit.")] = 0.07,
     seed: Annotated[int, typer.Option(help="Of the order of texts, and of the noise.")] = 0,
     noise: Annotated[float, typer.Option(help="Deviation of noise on the logits while training.")] = 0.0,
@@ -86,7 +86,7 @@ def print_tuned(console: Console, found: "Tuned") -> None:
     table = Table("", *found.before.losses, "mean", box=None, header_style="")
     rows = (("before", found.before), ("after", found.after))
     for name, held in rows:
-        cells = [f"{loss.value:.3f}{loss.interval}" for loss in held.losses.values()]
+        cells = [f"{held.losses[domain].value:.3f}{held.losses[domain].interval}" for domain in found.before.losses]
         table.add_row(name, *cells, f"{held.mean_loss:.3f}")
     console.print(table)
     known = [name for name, share in found.before.accuracy.items() if share is not None]
@@ -97,7 +97,12 @@ def print_tuned(console: Console, found: "Tuned") -> None:
             table.add_row(name, *(f"{held.accuracy[domain]:.1%}" for domain in known))
         console.print(table)
     console.print(
-        f"best after step {found.step} of {found.steps}; {found.seconds_per_step:.2f} s per step; held out: "
+        (
+            f"lower by {found.gain.value:.4f}{found.gain.interval} after step {found.step} of {found.steps}"
+            if found.improved
+            else f"none of {found.steps} steps was better"
+        )
+        + f"; {found.seconds_per_step:.2f} s per step; held out: "
         + ", ".join(f"{n} {tokens} tokens of {found.held_out_documents[n]} documents"
                     for n, tokens in found.held_out_tokens.items())
     )  # fmt: skip

@@ -104,18 +104,20 @@ def recovered(losses: Mapping[str, Mapping[str, Sums]], domains: Sequence[str]) 
 
     Documents are drawn anew within each domain, the same ones for every model.
     """
-    point: dict[str, float] = {}
-    drawn: dict[str, NDArray[np.float64]] = {}
-    for model in (MERGED, UNIFORM, ORACLE):
-        found = [_per_token(losses[model][domain], seed) for seed, domain in enumerate(domains)]
-        values, samples = zip(*found, strict=True)
-        point[model], drawn[model] = math.fsum(values) / len(values), np.mean(samples, axis=0)
-    gain = point[UNIFORM] - point[ORACLE]
-    if gain < _NO_GAIN:
+    (merged, drawn), (uniform, uniforms), (oracle, oracles) = (
+        _mean(losses[model], domains) for model in (MERGED, UNIFORM, ORACLE)
+    )
+    if uniform - oracle < _NO_GAIN:
         return None
-    gains = np.maximum(drawn[UNIFORM] - drawn[ORACLE], 1e-12)
+    gains = np.maximum(uniforms - oracles, 1e-12)
     fewest = min(len(losses[MERGED][domain]) for domain in domains)
-    return _estimate((point[UNIFORM] - point[MERGED]) / gain, (drawn[UNIFORM] - drawn[MERGED]) / gains, fewest)
+    return _estimate((uniform - merged) / (uniform - oracle), (uniforms - drawn) / gains, fewest)
+
+
+def difference(one: Mapping[str, Sums], other: Mapping[str, Sums]) -> Estimate:
+    """How much higher the loss of one model is than another's, averaged over domains, on the same documents."""
+    (value, drawn), (less, others) = _mean(one, list(one)), _mean(other, list(one))
+    return _estimate(value - less, drawn - others, min(map(len, one.values())))
 
 
 def no_better(losses: Mapping[str, Mapping[str, Estimate]], domains: Sequence[Domain]) -> list[str]:
@@ -139,6 +141,12 @@ def _estimate(value: float, samples: NDArray[np.float64], documents: int) -> Est
         return Estimate(value, None, None)
     low, high = np.percentile(samples, _INTERVAL)
     return Estimate(value, float(low), float(high))
+
+
+def _mean(sums: Mapping[str, Sums], domains: Sequence[str]) -> tuple[float, NDArray[np.float64]]:
+    """Loss averaged over domains, and the same of documents drawn anew within each, alike for every model."""
+    values, samples = zip(*(_per_token(sums[domain], seed) for seed, domain in enumerate(domains)), strict=True)
+    return math.fsum(values) / len(values), np.mean(samples, axis=0)
 
 
 def _per_token(sums: Sums, seed: int) -> tuple[float, NDArray[np.float64]]:

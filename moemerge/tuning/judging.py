@@ -53,13 +53,12 @@ def judge(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, flo
         raise CheckpointError(
             f"{student.mixture.folder}: its losses are not finite numbers, so its weights are damaged or overflow."
         )
-    by_domain = {
-        name: estimate(texts.sums(losses[texts.of(place)], texts.of(place))) for place, name in enumerate(texts.domains)
-    }
+    sums = {name: texts.sums(losses[texts.of(place)], texts.of(place)) for place, name in enumerate(texts.domains)}
+    by_domain = {name: estimate(found) for name, found in sums.items()}
     accuracy = {
         name: None if expert is None else float(first[place, expert] / first[place].sum())
         for place, (name, expert) in enumerate(zip(texts.domains, texts.expert, strict=True))
     }
     mean = math.fsum(one.value for one in by_domain.values()) / len(by_domain)
     lengths = {layer: math.sqrt(total / read[-1]) for layer, total in zip(squares, read, strict=False)}
-    return Held(by_domain, mean, accuracy), lengths
+    return Held(by_domain, mean, accuracy, {name: found.tolist() for name, found in sums.items()}), lengths

@@ -40,23 +40,35 @@ from moemerge.tuning.work import State
 _SCALE_TOKENS: Final = 1024
 
 
-def stack_gates(job: Job, training: Documents, held_out: Documents, batches: Batches) -> State:
+def open_sources(job: Job) -> list[Runnable]:
+    """The base and every expert.
+
+    Raises:
+        RefusedError: the merge was of another kind, or one cannot be had.
+    """
+    needs = "--method phatgoose needs the base and the dense experts"
+    numbers = [None, *range(len(job.mixture.experts))]
+    found = [open_source(job.mixture, number, needs, job.announce) for number in numbers]
+    _check(job.mixture, found[0])
+    return found
+
+
+def stack_gates(
+    job: Job, sources: Sequence[Runnable], training: Documents, held_out: Documents, batches: Batches
+) -> State:  # fmt: skip
     """Rows made of single experts' gates, and what held-out text says of them.
 
     Args:
         job: the tuning.
+        sources: the base and every expert.
         training: documents of every expert.
         held_out: and those to judge by.
         batches: of all of them together.
 
     Raises:
-        RefusedError: the merge was of another kind, or base and experts cannot be had.
         CheckpointError: tensors do not fit a class.
     """
-    mixture, needs = job.mixture, "--method phatgoose needs the base and the dense experts"
-    base = open_source(mixture, None, needs, job.announce)
-    _check(mixture, base)
-    experts = [open_source(mixture, number, needs, job.announce) for number in range(len(mixture.experts))]
+    base, *experts = sources
     begun = time.perf_counter()
     gates = _train_all(job, base, experts, training, held_out)
     seconds = (time.perf_counter() - begun) / len(experts)
@@ -105,6 +117,7 @@ def _train_all(
             own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, job.settings)
             layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
             gates = _train(job, name, model, _ffns(expert, layers, job), own)
+            job.announce(f"{name}: its gates are trained ({number + 1} of {len(experts)})")
             with drafted(path) as draft:
                 save_file({str(layer): gate for layer, gate in gates.items()}, draft)
         found.append({int(layer): gate for layer, gate in load_file(path).items()})

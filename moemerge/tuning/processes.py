@@ -92,7 +92,7 @@ def open_processes(device: str) -> Processes:
         )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in {"no", "bf16"}:
-        raise RefusedError(f"accelerate: mixed precision {asked} is too narrow for tuning. Use bf16 or no.")
+        raise RefusedError(f"accelerate: mixed precision {asked!r}: tuning computes in bf16, or in float32 with no.")
     if count > 1 and device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     found = find_device(device)

@@ -1,27 +1,32 @@
 """A tuning from the model's folder to its new gates: what `moemerge.tuning.tune` does once data are read."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from moemerge.card import with_section, without_section
 from moemerge.checkpoint.staging import check_target
 from moemerge.errors import OutputError, RefusedError
-from moemerge.evaluation.runnable import MixtureModel, open_mixture
+from moemerge.evaluation.figures import difference
+from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_key
 from moemerge.passes.device import memory_watched
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.job import Job
 from moemerge.tuning.judging import stored_dtypes
-from moemerge.tuning.phatgoose import stack_gates
+from moemerge.tuning.phatgoose import open_sources, stack_gates
 from moemerge.tuning.processes import open_processes
 from moemerge.tuning.settings import Documents, Settings, Tuned, card_section
+from moemerge.tuning.teachers import open_teachers
 from moemerge.tuning.training import train
 from moemerge.tuning.whole import find_room
-from moemerge.tuning.work import State, Work, fingerprint
-from moemerge.tuning.writing import CARD, check_room, gate_tensors, shard_stamps, write_copy
+from moemerge.tuning.work import State, Work
+from moemerge.tuning.writing import CARD, check_room, check_writable, gate_tensors, shard_stamps, write_copy
 
 
 def run(
@@ -32,7 +37,9 @@ def run(
     mixture, processes = open_mixture(folder), open_processes(device)
     if not processes.first:
         progress, announce = (lambda _name, _done, _total: None), (lambda _: None)
-    work = Work(mixture.folder)
+    work = Work(mixture.folder, copy or mixture.folder)
+    if copy is None:
+        check_writable(mixture.folder)
     job = Job(mixture, settings, processes, work, progress, announce)
     advice = "tuning. Give fewer --tokens-per-step, or another --device; --resume goes on"
     try:
@@ -47,12 +54,15 @@ def run(
 
 
 def _finish_earlier(job: Job) -> bool:
-    """Move the files that an earlier run had only to move; whether there were any."""
+    """Move the files that an earlier run had only to move; whether there was one that is not complete by now."""
     unfinished = job.work.unfinished
     job.processes.wait()
     if unfinished and job.processes.first:
-        job.work.finish()
-        job.announce("an earlier tuning had been cut off while its files were moved: it is complete now")
+        cut_off = "an earlier tuning had been cut off while its files were moved"
+        if job.work.finish():
+            job.announce(f"{cut_off}: it is complete now")
+        else:
+            job.announce(f"{cut_off}, and the model was written anew since: what was left of it is removed")
     job.processes.wait()
     return unfinished
 
@@ -62,6 +72,11 @@ def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, 
     _check(job, copy)
     batches = Batches.cut(mixture, training, held_out, settings)
     _check_domains(job, batches)
+    phatgoose = settings.method == "phatgoose"
+    sources = open_sources(job) if phatgoose else []
+    teachers = {}
+    if processes.first and settings.distil and not phatgoose:
+        teachers = open_teachers(job, batches, resume=resume)
     local = processes.count if processes.device.type == "cpu" else 1
     room = find_room(mixture.runnable, processes.device, processes.dtype, local)
     job = replace(job, room=room)
@@ -69,10 +84,11 @@ def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, 
     shards = shard_stamps(gate_tensors(mixture))
     if processes.first:
         documents = {name: [*training[name], *held_out[name]] for name in training}
-        how = (processes.count, str(processes.dtype))
-        job.work.begin(fingerprint(settings, documents, shards, *how), resume=resume)
+        if job.work.resumable and not resume:
+            job.announce("what an earlier tuning had kept is removed: this one starts over, without --resume")
+        job.work.begin(_fingerprint(job, documents, shards), resume=resume)
     processes.wait()
-    state = stack_gates(job, training, held_out, batches) if settings.method == "phatgoose" else train(job, batches)
+    state = stack_gates(job, sources, training, held_out, batches) if phatgoose else train(job, batches, teachers)
     found = _found(job, state, batches, copy)
     if processes.first:
         if found.improved:
@@ -89,9 +105,12 @@ def _check(job: Job, copy: Path | None) -> None:
     if mixture.experts_per_token == 1:
         raise RefusedError(
             f"{mixture.folder}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has "
-            "no slope to follow. Merge with experts_per_token: 2, tune, and set it to 1 in config.json."
+            "no slope to follow. Merge with experts_per_token: 2, tune, and set "
+            f"{per_token_key(mixture.family)} to 1 in config.json."
         )
     if copy is not None:
+        if copy.is_dir() and any(copy.iterdir()):
+            raise RefusedError(f"{copy}: is not empty. Choose another folder for the copy, or remove this one.")
         check_target(copy, [mixture.folder.resolve()], overwrite=False)
     check_room(mixture, copy)
 
@@ -114,15 +133,33 @@ def _check_domains(job: Job, batches: Batches) -> None:
         )
 
 
+def _fingerprint(job: Job, documents: Mapping[str, list[str]], shards: Mapping[str, list[int]]) -> dict[str, Any]:
+    """What has to be the same for a tuning to go on."""
+    return {
+        "options": asdict(job.settings),
+        "experts": list(job.mixture.experts),
+        "order of --data": list(documents),
+        "data": {name: hashlib.sha256("\0".join(texts).encode()).hexdigest() for name, texts in documents.items()},
+        "model": shards,
+        "processes": job.processes.count,
+        "precision": str(job.processes.dtype),
+    }
+
+
 def _found(job: Job, state: State, batches: Batches, copy: Path | None) -> Tuned:
     improved, texts = state.best_step > 0, batches.held_out
     windows = {name: [texts.windows[place] for place in texts.of(domain)] for domain, name in enumerate(texts.domains)}
     notes = [state.note] if state.note else []
+    before, after = ({name: np.array(of) for name, of in held.documents.items()} for held in (state.before, state.best))
+    gain = difference(before, after)
     if not improved:
         notes.append("nothing was better on held-out text than the routers that were there")
+        notes += [f"{copy}: not written"] if copy else []
+    elif gain.low is not None and gain.low <= 0:
+        notes.append("the gain may be chance: its interval reaches below 0")
     return Tuned(
         str(copy if copy and improved else job.mixture.folder), job.settings.method, improved, state.best_step,
-        state.step, state.before, state.best,
+        state.step, state.before, state.best, gain,
         {name: sum(sum(window.scored) for window in mine) for name, mine in windows.items()},
         {name: len({window.document for window in mine}) for name, mine in windows.items()},
         state.seconds / max(state.step, 1), tuple(notes),

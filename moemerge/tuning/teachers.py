@@ -3,7 +3,7 @@
 No teacher is in memory with the student.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -81,27 +81,49 @@ def _rest(log_probs: torch.Tensor) -> torch.Tensor:
     return (1 - log_probs.exp().sum(dim=1)).clamp_min(1e-6).log()
 
 
-def teach(job: Job, batches: Batches) -> dict[int, Predictions]:
+def open_teachers(job: Job, batches: Batches, *, resume: bool) -> dict[int, Runnable]:
+    """By domain the expert that teaches, unless its predictions are there to be resumed with.
+
+    Raises:
+        RefusedError: one cannot be had.
+    """
+    needs = "distillation needs the dense experts"
+    return {
+        domain: open_source(job.mixture, expert, needs, job.announce)
+        for domain, expert in enumerate(batches.training.expert)
+        if not (resume and _file(job, domain).exists())
+    }
+
+
+def teach(job: Job, batches: Batches, teachers: Mapping[int, Runnable]) -> dict[int, Predictions]:
     """By domain, what its expert predicts after the text that steps with distillation read.
 
     The first process computes it, unless an earlier run has; all others wait.
 
+    Args:
+        job: the tuning.
+        batches: of all domains.
+        teachers: by domain, those of `open_teachers`.
+
     Raises:
-        RefusedError: an expert cannot be had.
-        CheckpointError: its tensors do not fit its class.
+        CheckpointError: an expert's tensors do not fit its class.
     """
     found = {}
-    for domain, expert in enumerate(batches.training.expert):
-        path = job.work.folder / f"teacher-{domain}.safetensors"
-        windows = batches.taught(domain)
+    for domain, name in enumerate(batches.training.domains):
+        path, windows = _file(job, domain), batches.taught(domain)
         if job.processes.first and not path.exists():
-            model = open_source(job.mixture, expert, "distillation needs the dense experts", job.announce)
-            report = partial(job.progress, f"teacher {batches.training.domains[domain]}")
+            tokens = sum(len(window.ids) for window in windows)
+            job.announce(f"{name}: its own expert predicts {tokens} tokens of it")
             vocab = int(job.mixture.runnable.keys["vocab_size"])
-            predict(model, windows, path, vocab, job.processes.device, report)
+            report = partial(job.progress, f"teacher {name}")
+            predict(teachers[domain], windows, path, vocab, job.processes.device, report)
         job.processes.wait()
         found[domain] = Predictions(path, windows)
     return found
+
+
+def _file(job: Job, domain: int) -> Path:
+    return job.work.folder / f"teacher-{domain}.safetensors"
 
 
 def predict(  # noqa: PLR0917

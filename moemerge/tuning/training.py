@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from moemerge.errors import CheckpointError
+from moemerge.evaluation.runnable import Runnable
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
 from moemerge.tuning.batches import Batches
@@ -57,16 +58,20 @@ def set_rates(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
         rates["lr"] = rates["highest_lr"] * schedule(step, steps)
 
 
-def train(job: Job, batches: Batches) -> State:
+def train(job: Job, batches: Batches, teachers: Mapping[int, Runnable]) -> State:
     """Train the gates of a mixture together; see `Training.run`.
 
+    Args:
+        job: the tuning.
+        batches: what to read.
+        teachers: by domain, those of `open_teachers`.
+
     Raises:
-        RefusedError: a teacher cannot be had.
         CheckpointError: tensors do not fit a class, or losses are not finite.
         RouterError: another process has ended.
     """
-    teachers = teach(job, batches) if job.settings.distil else {}
-    return Training(job, batches, Student.load(job), teachers).run()
+    predictions = teach(job, batches, teachers) if job.settings.distil else {}
+    return Training(job, batches, Student.load(job), predictions).run()
 
 
 @dataclass
@@ -101,11 +106,13 @@ class Training:
             optimiser.step()
             state.seconds += time.perf_counter() - begun
             state.step += 1
-            if state.step % every == 0 or state.step == settings.steps:
-                self._judge(state)
+            judged = state.step % every == 0 or state.step == settings.steps
+            news = self._judge(state) if judged else ""
             state.rows, state.optimiser = self.student.rows(), optimiser.state_dict()
             if self.job.processes.first:
                 self.job.work.save(state)
+            if news:
+                self.job.announce(news)
             self.job.progress("steps", state.step, settings.steps)
         return state
 
@@ -149,18 +156,19 @@ class Training:
         share = sum(sum(window.scored) for window in windows) / scored
         return loss + share * (load_loss(student, counted, prior) + anchor_loss(student, start))
 
-    def _judge(self, state: State) -> None:
+    def _judge(self, state: State) -> str:
+        """Note what held-out text says of a state; gives it in words, too."""
         try:
             found, _ = judge(self.job, self.student, self.batches.held_out)
         except CheckpointError:  # at the start, losses were finite
             state.without_gain = _PATIENCE
             state.note = f"after step {state.step} losses were not finite, so it ended there: give a lower --lr"
-            return
+            return state.note
         better = found.mean_loss < state.best.mean_loss
         state.without_gain = 0 if better else state.without_gain + 1
         if better:
             state.best_step, state.best, state.best_rows = state.step, found, self.student.rows()
-        self.job.announce(
+        return (
             f"step {state.step} of {self.job.settings.steps}: held-out loss {found.mean_loss:.4f} (at the start "
             f"{state.before.mean_loss:.4f}, best {state.best.mean_loss:.4f} after step {state.best_step}); "
             f"{state.seconds / state.step:.2f} s per step"

@@ -1,6 +1,5 @@
 """The folder beside a model that is being tuned: what a run that is cut off leaves for `--resume`."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,9 +14,9 @@ from moemerge.checkpoint.disk import drafted, flush
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.journal import differences
 from moemerge.checkpoint.staging import beside, locked
-from moemerge.errors import RefusedError
+from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import Estimate
-from moemerge.tuning.settings import Held, Settings
+from moemerge.tuning.settings import Held
 from moemerge.tuning.writing import CARD, patch_shards
 
 _PURPOSE: Final = "moemerge-tune"
@@ -43,24 +42,24 @@ class State:
 
 
 class Work:
-    """`.OUT.moemerge-tune` beside OUT."""
+    """`.OUT.moemerge-tune` beside OUT, the model or its tuned copy."""
 
-    def __init__(self, model: Path) -> None:
-        """Use the folder of this model; nothing is written yet."""
-        self._model = model.resolve()
-        self.folder = beside(self._model, _PURPOSE)
+    def __init__(self, model: Path, out: Path) -> None:
+        """Use the folder beside `out`; nothing is written yet."""
+        self._model, self._out = model.resolve(), out.resolve()
+        self.folder = beside(self._out, _PURPOSE)
         self._ready, self._state = self.folder / "ready", self.folder / "state.pt"
-        self._fingerprint = self.folder / "fingerprint.json"
+        self._fingerprint, self._replaced = self.folder / "fingerprint.json", self.folder / "replaced.json"
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep others away; afterwards the folder is removed, unless there is something to resume.
 
         Raises:
-            BusyError: another process tunes the same model.
+            BusyError: another process tunes to the same place.
             OutputError: the folder cannot be written.
         """
-        with locked(self.folder, self._model, "tuning"):
+        with locked(self.folder, self._out, "tuning"):
             try:
                 yield
             finally:
@@ -114,6 +113,7 @@ class Work:
 
         Raises:
             KeyboardInterrupt: says what is left to do, if the moves were interrupted.
+            OutputError: the same, if the system refused one.
         """
         draft = self.folder / "draft"
         shutil.rmtree(draft, ignore_errors=True)
@@ -123,24 +123,34 @@ class Work:
             (draft / CARD).write_text(card, encoding="utf-8")
             flush(draft / CARD)
         flush(draft)
+        stamps = {path.name: [_stamp(self._model / path.name), _stamp(path)] for path in draft.iterdir()}
+        with drafted(self._replaced) as record:
+            record.write_text(json.dumps(stamps), encoding="utf-8")
         draft.rename(self._ready)
         flush(self.folder)
+        left = "the next `moemerge tune` on it replaces the others"
         try:
             self.finish()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"some files of {self._model} are replaced; the next `moemerge tune` on it replaces the others"
-            ) from None
+            raise KeyboardInterrupt(f"some files of {self._model} are replaced; {left}") from None
+        except OSError as error:
+            raise OutputError(f"{self._model}: not all files could be replaced ({error.strerror}); {left}.") from error
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Move what is ready into the model, a file at a time; after a crash the same call does what is left.
 
-        Between two renames some layers have tuned gates and others not: any such mixture is a model that loads.
+        Between two renames some layers have tuned gates and others not: any such mixture is a model that loads. Into
+        a model that is neither that of before nor that of after, nothing is moved; False says so.
         """
+        record = json.loads(self._replaced.read_text(encoding="utf-8")) if self._replaced.exists() else {}
+        if not record or any(_stamp(self._model / name) not in stamps for name, stamps in record.items()):
+            self.remove()
+            return False
         for path in sorted(self._ready.iterdir(), key=lambda path: (path.name == CARD, path.name)):
             path.replace(self._model / path.name)
         flush(self._model)
         self.remove()
+        return True
 
     def remove(self) -> None:
         """Everything is done, or nothing is begun."""
@@ -149,20 +159,11 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _stamp(path: Path) -> list[int]:
+    """A file's bytes, and when it was written in nanoseconds; nothing of a file that is not there."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+
+
 def _held(stored: Mapping[str, Any]) -> Held:
     losses = {name: Estimate(**found) for name, found in stored["losses"].items()}
-    return Held(losses, stored["mean_loss"], stored["accuracy"])
-
-
-def fingerprint(
-    settings: Settings, documents: Mapping[str, list[str]], shards: Mapping[str, list[int]], processes: int,
-    precision: str,
-) -> dict[str, Any]:  # fmt: skip
-    """What has to be the same for a tuning to go on."""
-    return {
-        "options": asdict(settings),
-        "data": {name: hashlib.sha256("\0".join(texts).encode()).hexdigest() for name, texts in documents.items()},
-        "model": shards,
-        "processes": processes,
-        "precision": precision,
-    }  # fmt: skip
+    return Held(**{**stored, "losses": losses})

@@ -43,6 +43,22 @@ def shard_stamps(gates: Mapping[int, StoredTensor]) -> dict[str, list[int]]:
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in shards}
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a model whose files cannot be replaced, before anything is computed.
+
+    Raises:
+        OutputError: the system says why.
+    """
+    probe = folder / ".moemerge-tune.new"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written to ({error.strerror}). Write a copy elsewhere with --out."
+        ) from error
+
+
 def check_room(mixture: MixtureModel, copy: Path | None) -> None:
     """Refuse to start what the disk has no room to write.
 
