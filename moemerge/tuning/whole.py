@@ -20,6 +20,10 @@ from moemerge.passes.loading import cast, load_tensors
 _LOGIT_COPIES: Final = 3
 # A layer that is read lies beside what it is made of (stacked experts beside single ones), and beside the one before.
 _LAYER_COPIES: Final = 3
+# What a layer computes for a token, and the gradients of it, in widths of the states between layers.
+_ACTIVATIONS: Final = 64
+# Python, torch and transformers themselves.
+_LIBRARIES: Final = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,11 @@ def find_room(
     parameters = f"{whole / dtype.itemsize / 1e6:,.0f} M parameters in {str(dtype).removeprefix('torch.')}"
 
     def needed(room: Room, weights: int) -> int:
-        states = (runnable.layers + 8) * int(runnable.keys["hidden_size"])
+        states = (runnable.layers + _ACTIVATIONS) * int(runnable.keys["hidden_size"])
         logits = _LOGIT_COPIES * int(runnable.keys["vocab_size"])
-        return copies * (weights + 4 * room.tokens_at_once * (states + logits))
+        return copies * (_LIBRARIES + weights + 4 * room.tokens_at_once * (states + logits))
 
-    held = needed(Room(streamed=False), whole)
+    held = needed(Room(streamed=False), whole + max(layers))
     if free is None or held <= free:
         known = "" if free is None else f", of {free / 1e9:.1f} GB that are free"
         return Room(streamed=False, needs=f"{parameters}: about {held / 1e9:.1f} GB of memory{known}")
