@@ -188,7 +188,7 @@ def test_the_card_has_the_last_tuning(out, data, monkeypatch, capsys):
     code, printed, errors = run(words, monkeypatch, capsys)
     assert code == 0, errors
     first = json.loads(printed)
-    assert errors.startswith(f"{out}: 0 M parameters in float32: about 0.5 GB of memory")
+    assert errors.startswith(f"{out}: 0 M parameters in float32: about 1.0 GB of memory")
     assert "step 3 of 3: held-out loss " in errors
     card = (out / "README.md").read_text()
     assert card.count("## Router tuning") == 1
@@ -256,14 +256,14 @@ def test_whether_a_model_fits(out, monkeypatch):
     model = open_mixture(out).runnable
     model = replace(model, keys={**model.keys, "num_hidden_layers": 30}, shapes=shapes)
     passing = 4 * ((30 + 64) * 32 + 3 * VOCAB)
-    held = 5 * 10**8 + 4 * (VOCAB * 32 + 31 * 10**6) + 1040 * passing
-    streamed = 5 * 10**8 + 4 * (VOCAB * 32 + 3 * 10**6) + 4160 * passing
+    held = 10**9 + 4 * (VOCAB * 32 + 31 * 10**6) + 1040 * passing
+    streamed = 10**9 + 4 * (VOCAB * 32 + 3 * 10**6) + 4160 * passing
     for free, is_streamed in ((held, False), (held - 1, True), (streamed, True)):
         monkeypatch.setattr(whole, "free_memory", lambda _, free=free: free)
         assert whole.find_room(model, CPU, torch.float32, 1).streamed == is_streamed
     assert whole.find_room(model, CPU, torch.float32, 1).needs == (
-        "30 M parameters in float32 would take about 0.6 GB of memory, and 0.6 GB are free: its layers, 0.1 GB, are read "
-        "twice in each step, and about 0.6 GB of memory taken"
+        "30 M parameters in float32 would take about 1.1 GB of memory, and 1.1 GB are free: its layers, 0.1 GB, are read "
+        "twice in each step, and about 1.1 GB of memory taken"
     )
     for free, copies in ((streamed - 1, 1), (streamed, 2)):
         monkeypatch.setattr(whole, "free_memory", lambda _, free=free: free)
@@ -916,7 +916,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (
-        f"{out}: tuning a layer of the model at a time needs about 0.5 GB of memory, but 0.0 GB are free on cpu. Use "
+        f"{out}: tuning a layer of the model at a time needs about 1.0 GB of memory, but 0.0 GB are free on cpu. Use "
         "another machine or device, or make routers without it: `gate_mode: ridge`."
     )
     monkeypatch.undo()

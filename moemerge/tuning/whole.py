@@ -22,8 +22,8 @@ _LOGIT_COPIES: Final = 3
 _LAYER_COPIES: Final = 3
 # What a layer computes for a token, and the gradients of it, in widths of the states between layers.
 _ACTIVATIONS: Final = 64
-# Python, torch and transformers themselves.
-_LIBRARIES: Final = 500_000_000
+# Python, torch and transformers themselves, and what lies between what was freed.
+_LIBRARIES: Final = 1_000_000_000
 
 
 @dataclass(frozen=True)
