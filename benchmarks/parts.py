@@ -62,7 +62,7 @@ def cells(name: str, sums: dict[str, Any], domains: list[str], *more: str) -> li
 
 def beside(one: dict[str, Any], other: dict[str, Any]) -> str:
     found = difference(one, other)
-    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    return f"{found.value:+.3f}" + ("" if found.low is None else f" ({found.low:+.3f} to {found.high:+.3f})")
 
 
 def rows(options: argparse.Namespace, experts: dict[str, str], folder: Path) -> Iterator[list[str]]:

@@ -162,7 +162,8 @@ def test_a_copy_is_a_whole_model_and_the_original_stays(out, data, tmp_path):
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW, copy=tmp_path / "copy")
     assert str(caught.value) == (
-        f"{tmp_path / 'copy'}: is not empty. Choose another folder for the copy, or remove this one."
+        f"{tmp_path / 'copy'}: is not empty ({len(files)} entries, among them 'README.md'). Choose another output folder, "
+        "or remove this one."
     )
 
 
@@ -251,24 +252,22 @@ def test_a_model_that_does_not_fit_is_read_from_the_disk_and_tuned_alike(
     assert not changed(tensors(tmp_path / "held"), tensors(out))
 
 
-def test_whether_a_model_fits(out, monkeypatch):
+def test_whether_a_model_fits(out):
     shapes = {"model.embed_tokens.weight": (VOCAB, 32)} | {f"model.layers.{n}.x": (10**6,) for n in range(30)}
     model = open_mixture(out).runnable
     model = replace(model, keys={**model.keys, "num_hidden_layers": 30}, shapes=shapes)
     passing = 4 * ((30 + 64) * 32 + 3 * VOCAB)
     held = 10**9 + 4 * (VOCAB * 32 + 31 * 10**6) + 1040 * passing
     streamed = 10**9 + 4 * (VOCAB * 32 + 3 * 10**6) + 4160 * passing
-    for free, is_streamed in ((held, False), (held - 1, True), (streamed, True)):
-        monkeypatch.setattr(whole, "free_memory", lambda _, free=free: free)
-        assert whole.find_room(model, CPU, torch.float32, 1).streamed == is_streamed
-    assert whole.find_room(model, CPU, torch.float32, 1).needs == (
+    for free, is_streamed in ((held, False), (held - 1, True), (streamed, True), (None, False)):
+        assert whole.find_room(model, CPU, torch.float32, free, 1).streamed == is_streamed
+    assert whole.find_room(model, CPU, torch.float32, streamed, 1).needs == (
         "30 M parameters in float32 would take about 1.1 GB of memory, and 1.1 GB are free: its layers, 0.1 GB, are read "
         "twice in each step, and about 1.1 GB of memory taken"
     )
-    for free, copies in ((streamed - 1, 1), (streamed, 2)):
-        monkeypatch.setattr(whole, "free_memory", lambda _, free=free: free)
+    for free, processes in ((streamed - 1, 1), (streamed, 2)):
         with pytest.raises(RefusedError):
-            whole.find_room(model, CPU, torch.float32, copies)
+            whole.find_room(model, CPU, torch.float32, free, processes)
 
 
 # ---- every family
@@ -369,9 +368,8 @@ def test_the_divergence_from_a_teacher_is_that_of_whole_distributions(tmp_path, 
 
 
 def job_of(model: Path, settings: Settings) -> Job:
-    job = Job(
-        open_mixture(model), settings, open_processes("cpu"), work.Work(model, model), lambda *_: None, lambda _: None
-    )
+    beside, room = work.Work(model, model), whole.Room(streamed=False)
+    job = Job(open_mixture(model), settings, open_processes("cpu"), room, beside, lambda *_: None, lambda _: None)
     job.work.begin({}, resume=False)
     return job
 
@@ -659,6 +657,25 @@ def test_what_is_left_to_move_does_not_go_into_another_model(specialists, data, 
     assert not list(out.parent.glob(".out*"))
 
 
+def test_a_copy_is_not_made_of_a_model_that_is_half_tuned(specialists, data, tmp_path):
+    out = merged(tmp_path, specialists, shard_bytes=300)
+    ready = work.Work(out, out).folder / "ready"
+    ready.mkdir(parents=True)
+    with pytest.raises(RefusedError) as caught:
+        tune(out, data, FEW, copy=tmp_path / "copy")
+    assert str(caught.value) == (
+        f"{out}: an earlier tuning of it was cut off while its files were moved. End that first, by `moemerge tune` with "
+        "--resume and without --out."
+    )
+    ready.parent.rename(work.Work(out, tmp_path / "copy").folder)  # of a model that was there: it is gone
+    files = contents(out)
+    tune(out, data, FEW, copy=tmp_path / "copy")
+    assert contents(out) == files
+    with pytest.raises(RefusedError) as caught:
+        tune(out, data, FEW, copy=out / "sub" / "copy")
+    assert not (out / "sub").exists()
+
+
 def test_what_is_kept_is_not_lost_to_a_refusal_and_not_mixed_up(out, data):
     interrupted(out, data, FEW, 2)
     folder = next(out.parent.glob(".out*"))
@@ -693,7 +710,10 @@ def test_a_copy_is_made_without_touching_the_models_place(out, data, tmp_path):
 
 
 def test_a_model_that_cannot_be_written_is_refused_at_first(out, data, monkeypatch):
-    monkeypatch.setattr(Path, "touch", lambda _: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    def refuse(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(writing.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OutputError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (
@@ -912,7 +932,7 @@ def test_a_quantised_model_is_refused(out, data):
 
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch):
-    monkeypatch.setattr(whole, "free_memory", lambda _: 100_000)
+    monkeypatch.setattr(running, "free_memory", lambda _: 100_000)
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (

@@ -38,16 +38,23 @@ def flush(path: Path) -> None:
         with suppress(OSError):  # Windows opens no folders, some file systems flush none
             _flush(path, os.O_RDONLY)
     else:
-        _flush(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        try:
+            _flush(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        except PermissionError:  # one that may only be read
+            _flush(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
 
 @contextmanager
 def drafted(path: Path) -> Iterator[Path]:
     """Another name to write to; then what was written is flushed and takes the place of `path`: it appears whole."""
     draft = path.with_name(f"{path.name}.new")
-    yield draft
-    flush(draft)
-    draft.replace(path)
+    try:
+        yield draft
+        flush(draft)
+        draft.replace(path)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def forget(file: int, *, written: bool = False) -> None:

@@ -25,8 +25,8 @@ _CHECKPOINT_FILE: Final = re.compile(
 )
 
 
-def check_target(out: Path, sources: Collection[Path], *, overwrite: bool) -> None:
-    """Refuse a target that would lose something.
+def check_target(out: Path, sources: Collection[Path], *, overwrite: bool, offered: bool = True) -> None:
+    """Refuse a target that would lose something; where --overwrite is not `offered`, nothing is said of it.
 
     Raises:
         RefusedError: not a folder, not empty without `overwrite`, holds other things than a checkpoint, or holds or
@@ -42,7 +42,7 @@ def check_target(out: Path, sources: Collection[Path], *, overwrite: bool) -> No
     if entries and not overwrite:
         raise RefusedError(
             f"{out}: is not empty ({len(entries)} entries, among them {min(e.name for e in entries)!r}). "
-            "Choose another output folder, or replace this one with --overwrite."
+            f"Choose another output folder, or {'replace this one with --overwrite' if offered else 'remove this one'}."
         )
     if entries and not any(_CHECKPOINT_MARK.fullmatch(e.name) for e in entries):
         raise RefusedError(
@@ -175,7 +175,7 @@ def _failure(out: Path, error: OSError) -> OutputError:
 def _entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [e for e in folder.iterdir() if not e.name.startswith(f".{_PARTIAL}") and e.name != "lost+found"]
+    return [e for e in folder.iterdir() if not e.name.startswith(".moemerge-") and e.name != "lost+found"]
 
 
 def _clear(stage: Path) -> None:

@@ -98,7 +98,7 @@ def print_tuned(console: Console, found: "Tuned") -> None:
         console.print(table)
     console.print(
         (
-            f"lower by {found.gain.value:.4f}{found.gain.interval} after step {found.step} of {found.steps}"
+            f"lower by {found.gain.precise} after step {found.step} of {found.steps}"
             if found.improved
             else f"none of {found.steps} steps was better"
         )

@@ -47,6 +47,12 @@ class Estimate:
     high: float | None
 
     @property
+    def precise(self) -> str:
+        """Value and interval for people, of small differences."""
+        found = "" if self.low is None or self.high is None else f" ({self.low:.4f} to {self.high:.4f})"
+        return f"{self.value:.4f}{found}"
+
+    @property
     def interval(self) -> str:
         """The interval for people, or nothing."""
         return "" if self.low is None or self.high is None else f" ({self.low:.3f} to {self.high:.3f})"

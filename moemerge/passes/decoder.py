@@ -3,6 +3,7 @@
 Embeddings, rotary tables, masks and layers are the `transformers` classes' own; only the order of the loops is ours.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def empty_model(
         setattr(model.get_submodule(path), own, buffer.to(device, wide))
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()  # ernie4_5_moe's routers
     for name, parameter in list(model.named_parameters()):
-        if any(part in name for part in kept):
+        if any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept):
             path, _, own = name.rpartition(".")
             setattr(model.get_submodule(path), own, torch.nn.Parameter(parameter.float(), requires_grad=False))
     return model.eval()
@@ -85,7 +86,8 @@ def group(sequences: Sequence[_Sequence], length: Callable[[_Sequence], int], bu
             yield together
             together = []
         together.append(sequence)
-    yield together
+    if together:
+        yield together
 
 
 def embed(

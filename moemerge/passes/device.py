@@ -36,7 +36,8 @@ def memory_watched(doing: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        said = str(error)
+        if isinstance(error, RuntimeError) and ("memory" not in said or "illegal memory access" in said):
             raise
         raise RouterError(f"memory ran out while {doing}") from error
 

@@ -1,7 +1,7 @@
 """What every part of a tuning needs to know."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.tuning.processes import Processes
@@ -17,9 +17,9 @@ class Job:
     mixture: MixtureModel
     settings: Settings
     processes: Processes
+    room: Room
     work: Work
     progress: Callable[[str, int, int], None]
     """Called with what is done, how far, and all there is."""
     announce: Callable[[str], None]
     """Called with lines for people who wait."""
-    room: Room = field(default=Room(streamed=False))

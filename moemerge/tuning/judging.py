@@ -33,8 +33,8 @@ def judge(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, flo
     first = torch.zeros(len(texts.domains), experts, dtype=torch.float64)
     squares, tokens = dict.fromkeys(student.gates, 0.0), 0
     rounded = {layer: student.gates[layer].detach().to(dtype) for layer, dtype in stored_dtypes(job).items()}
-    mine = job.processes.mine(list(range(len(losses))))
-    parts = group(mine, lambda place: len(texts.windows[place].ids), job.room.tokens_at_once) if mine else ()
+    mine = job.processes.mine(range(len(losses)))
+    parts = group(mine, lambda place: len(texts.windows[place].ids), job.room.tokens_at_once)
     with torch.no_grad(), student.holding(rounded), job.processes.autocast():
         for part in parts:
             windows = [texts.windows[place] for place in part]
@@ -48,7 +48,8 @@ def judge(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, flo
                 first += torch.bincount(choices, minlength=first.numel()).view(first.shape).cpu()
                 squares[layer] += float(student.inputs[layer][counted.flatten()].square().sum())
     losses, first = job.processes.sum(losses), job.processes.sum(first)
-    read = job.processes.sum(torch.tensor([*squares.values(), float(tokens)], dtype=torch.float64)).tolist()
+    read = torch.tensor([*squares.values(), float(tokens)], dtype=torch.float64)
+    *totals, counted_tokens = job.processes.sum(read).tolist()
     if not losses.isfinite().all():
         raise CheckpointError(
             f"{student.mixture.folder}: its losses are not finite numbers, so its weights are damaged or overflow."
@@ -60,5 +61,5 @@ def judge(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, flo
         for place, (name, expert) in enumerate(zip(texts.domains, texts.expert, strict=True))
     }
     mean = math.fsum(one.value for one in by_domain.values()) / len(by_domain)
-    lengths = {layer: math.sqrt(total / read[-1]) for layer, total in zip(squares, read, strict=False)}
+    lengths = {layer: math.sqrt(total / counted_tokens) for layer, total in zip(squares, totals, strict=True)}
     return Held(by_domain, mean, accuracy, {name: found.tolist() for name, found in sums.items()}), lengths

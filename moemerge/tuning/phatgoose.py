@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -69,9 +70,9 @@ def stack_gates(
         CheckpointError: tensors do not fit a class.
     """
     base, *experts = sources
-    begun = time.perf_counter()
+    begun, left = time.perf_counter(), sum(not _file(job, number).exists() for number in range(len(experts)))
     gates = _train_all(job, base, experts, training, held_out)
-    seconds = (time.perf_counter() - begun) / len(experts)
+    seconds = (time.perf_counter() - begun) / max(left, 1)
     student = Student.load(job)
     (before, _), rows = judge(job, student, batches.held_out), student.rows()
     state = State(job.settings.steps, 0, 0, seconds, before, before, rows, rows, {})
@@ -111,7 +112,7 @@ def _train_all(
     mixture, found = job.mixture, []
     model: Any = None
     for number, (name, expert) in enumerate(zip(mixture.experts, experts, strict=True)):
-        path = job.work.folder / f"phatgoose-{number}.safetensors"
+        path = _file(job, number)
         if not path.exists():
             model = model or _load(job, base)
             own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, job.settings)
@@ -125,6 +126,10 @@ def _train_all(
     gc.collect()  # its layers hold themselves
     none = torch.zeros(int(base.keys["hidden_size"]))
     return {layer: torch.stack([gates.get(layer, none) for gates in found]) for layer in mixture.moe_layers}
+
+
+def _file(job: Job, number: int) -> Path:
+    return job.work.folder / f"phatgoose-{number}.safetensors"
 
 
 def _load(job: Job, base: Runnable) -> Any:
@@ -157,6 +162,8 @@ def _train(
                 torch.autograd.backward(cross_entropy(part, logits).sum() / scored)
             if optimiser is None:
                 optimiser = make_optimiser(gates, {layer: one.length for layer, one in mixed.items()}, settings)
+                for one in mixed.values():
+                    one.measured = False
             set_rates(optimiser, step, settings.steps)
             optimiser.step()
             optimiser.zero_grad()
@@ -178,12 +185,15 @@ class _Mixed:
     """(hidden,)"""
     counted: torch.Tensor | None = None
     """(window, position) which tokens of the pass count."""
+    measured: bool = True
+    """Whether `length` is of the states to come, too."""
     _squares: float = 0.0
     _tokens: int = 0
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        read = states[self.counted].detach().float()
-        self._squares, self._tokens = self._squares + float(read.square().sum()), self._tokens + len(read)
+        if self.measured:
+            read = states[self.counted].detach().float()
+            self._squares, self._tokens = self._squares + float(read.square().sum()), self._tokens + len(read)
         share = (states.float() @ self.gate).sigmoid()[..., None].to(states.dtype)
         plain = self.base(states)
         mixed: torch.Tensor = plain + share * (self.expert(states) - plain)

@@ -1,11 +1,11 @@
 """Device, precision and processes, by accelerate: the one place that imports it here."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -16,6 +16,7 @@ from moemerge.passes.device import find_device
 
 _WHOLE: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 """Ways of accelerate in which every process holds the whole model."""
+_Part = TypeVar("_Part")
 # The others wait while the first runs the teachers.
 _TIMEOUT: Final = timedelta(hours=24)
 
@@ -59,11 +60,24 @@ class Processes:
         """
         if self.count == 1:
             return values
+        here = values.to(self.device)
         with _lost():
-            summed: torch.Tensor = self._accelerator.reduce(values.to(self.device), "sum")
+            summed: torch.Tensor = self._accelerator.reduce(here, "sum")
         return summed.to(values.device)
 
-    def mine(self, everything: list[Any]) -> list[Any]:
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values.
+
+        Raises:
+            RouterError: a process has ended.
+        """
+        if self.count == 1:
+            return value
+        here = torch.tensor([value], device=self.device)
+        with _lost():
+            return int(self._accelerator.gather(here).min())
+
+    def mine(self, everything: Sequence[_Part]) -> Sequence[_Part]:
         """This process's part: one of as many runs as there are processes."""
         start, end = (place * len(everything) // self.count for place in (self.rank, self.rank + 1))
         return everything[start:end]
@@ -73,6 +87,8 @@ class Processes:
 def _lost() -> Iterator[None]:
     try:
         yield
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RouterError("another process of this tuning has ended; what it said tells why.") from error
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from moemerge.checkpoint.staging import check_target
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import difference
 from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_key
-from moemerge.passes.device import memory_watched
+from moemerge.passes.device import free_memory, memory_watched
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.job import Job
 from moemerge.tuning.judging import stored_dtypes
 from moemerge.tuning.phatgoose import open_sources, stack_gates
-from moemerge.tuning.processes import open_processes
+from moemerge.tuning.processes import Processes, open_processes
 from moemerge.tuning.settings import Documents, Settings, Tuned, card_section
 from moemerge.tuning.teachers import open_teachers
 from moemerge.tuning.training import train
@@ -37,39 +37,62 @@ def run(
     mixture, processes = open_mixture(folder), open_processes(device)
     if not processes.first:
         progress, announce = (lambda _name, _done, _total: None), (lambda _: None)
-    work = Work(mixture.folder, copy or mixture.folder)
     if copy is None:
         check_writable(mixture.folder)
-    job = Job(mixture, settings, processes, work, progress, announce)
+    else:
+        check_target(copy, [mixture.folder.resolve()], overwrite=False, offered=False)
+        if Work(mixture.folder, mixture.folder).unfinished:
+            raise RefusedError(
+                f"{folder}: an earlier tuning of it was cut off while its files were moved. End that first, by "
+                "`moemerge tune` with --resume and without --out."
+            )
+    work = Work(mixture.folder, copy or mixture.folder)
     advice = "tuning. Give fewer --tokens-per-step, or another --device; --resume goes on"
     try:
         with work.held() if processes.first else nullcontext(), memory_watched(advice):
-            if _finish_earlier(job) and resume:
+            if copy is None and _finish_earlier(work, processes, announce) and resume:
                 return None
-            return _run(job, training, held_out, copy, resume=resume)
+            _check(mixture, copy)
+            local = processes.count if processes.device.type == "cpu" else 1
+            free = free_memory(processes.device)
+            least = None if free is None else processes.least(free)
+            room = find_room(mixture.runnable, processes.device, processes.dtype, least, local)
+            job = Job(mixture, settings, processes, room, work, progress, announce)
+            return _run(job, training, held_out, copy, resume=resume and work.begun)
     except KeyboardInterrupt:
-        if work.resumable and not work.unfinished:
+        if work.in_use and work.resumable and not work.unfinished:
             announce("what was done so far is kept: the same command with --resume goes on")
         raise
 
 
-def _finish_earlier(job: Job) -> bool:
-    """Move the files that an earlier run had only to move; whether there was one that is not complete by now."""
-    unfinished = job.work.unfinished
-    job.processes.wait()
-    if unfinished and job.processes.first:
+def _finish_earlier(work: Work, processes: Processes, announce: Callable[[str], None]) -> bool:
+    """Move the files that an earlier run had only to move; whether that was done."""
+    unfinished, moved = work.unfinished, torch.zeros(1)
+    processes.wait()
+    if unfinished and processes.first:
         cut_off = "an earlier tuning had been cut off while its files were moved"
-        if job.work.finish():
-            job.announce(f"{cut_off}: it is complete now")
+        if work.finish():
+            moved += 1
+            announce(f"{cut_off}: it is complete now")
         else:
-            job.announce(f"{cut_off}, and the model was written anew since: what was left of it is removed")
-    job.processes.wait()
-    return unfinished
+            announce(f"{cut_off}, and the model was written anew since: what was left of it is removed")
+    return bool(processes.sum(moved))
+
+
+def _check(mixture: MixtureModel, copy: Path | None) -> None:
+    """Refuse what cannot be done, before what an earlier run has left is forgotten."""
+    gate_tensors(mixture)
+    if mixture.experts_per_token == 1:
+        raise RefusedError(
+            f"{mixture.folder}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has "
+            "no slope to follow. Merge with experts_per_token: 2, tune, and set "
+            f"{per_token_key(mixture.family)} to 1 in config.json."
+        )
+    check_room(mixture, copy)
 
 
 def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, *, resume: bool) -> Tuned:
     mixture, settings, processes = job.mixture, job.settings, job.processes
-    _check(job, copy)
     batches = Batches.cut(mixture, training, held_out, settings)
     _check_domains(job, batches)
     phatgoose = settings.method == "phatgoose"
@@ -77,10 +100,9 @@ def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, 
     teachers = {}
     if processes.first and settings.distil and not phatgoose:
         teachers = open_teachers(job, batches, resume=resume)
-    local = processes.count if processes.device.type == "cpu" else 1
-    room = find_room(mixture.runnable, processes.device, processes.dtype, local)
-    job = replace(job, room=room)
-    job.announce(f"{mixture.folder}: {room.needs}{f', in {processes.count} processes' if processes.count > 1 else ''}")
+    job.announce(
+        f"{mixture.folder}: {job.room.needs}{f', in {processes.count} processes' if processes.count > 1 else ''}"
+    )
     shards = shard_stamps(gate_tensors(mixture))
     if processes.first:
         documents = {name: [*training[name], *held_out[name]] for name in training}
@@ -96,23 +118,6 @@ def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, 
         job.work.remove()
     processes.wait()
     return found
-
-
-def _check(job: Job, copy: Path | None) -> None:
-    """Refuse what cannot be done, before what an earlier run has left is forgotten."""
-    mixture = job.mixture
-    gate_tensors(mixture)
-    if mixture.experts_per_token == 1:
-        raise RefusedError(
-            f"{mixture.folder}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has "
-            "no slope to follow. Merge with experts_per_token: 2, tune, and set "
-            f"{per_token_key(mixture.family)} to 1 in config.json."
-        )
-    if copy is not None:
-        if copy.is_dir() and any(copy.iterdir()):
-            raise RefusedError(f"{copy}: is not empty. Choose another folder for the copy, or remove this one.")
-        check_target(copy, [mixture.folder.resolve()], overwrite=False)
-    check_room(mixture, copy)
 
 
 def _check_domains(job: Job, batches: Batches) -> None:

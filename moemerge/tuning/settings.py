@@ -142,7 +142,7 @@ def card_section(found: Tuned) -> str:
             {row: held.mean_loss for row, held in rows.items()},
         ),
         "",
-        f"The mean is lower by {found.gain.value:.4f}{found.gain.interval}.",
+        f"The mean is lower by {found.gain.precise}.",
     ]  # fmt: skip
     known = [name for name in names if found.before.accuracy[name] is not None]
     if known:

@@ -132,7 +132,7 @@ class Training:
             gate.grad = torch.zeros_like(gate)
         scored = sum(sum(window.scored) for window, _ in windows)
         mine = self.job.processes.mine(windows)
-        for part in group(mine, lambda one: len(one[0].ids), self.job.room.tokens_at_once) if mine else ():
+        for part in group(mine, lambda one: len(one[0].ids), self.job.room.tokens_at_once):
             torch.autograd.backward(self._loss(step, part, scored, start))
         summed = self.job.processes.sum(parameters_to_vector(gate.grad for gate in gates if gate.grad is not None))
         for gate in gates:

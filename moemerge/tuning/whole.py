@@ -13,7 +13,6 @@ from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import Runnable
 from moemerge.evaluation.running import check_complete
 from moemerge.passes.decoder import empty_model
-from moemerge.passes.device import free_memory
 from moemerge.passes.loading import cast, load_tensors
 
 # Logits, their softmax and its gradient.
@@ -77,8 +76,9 @@ def load_whole(  # noqa: PLR0917
 
     load(None)
     head = model.get_output_embeddings()
-    if head.weight.is_meta:
+    if head.weight.is_meta and model.config.tie_word_embeddings:
         head.weight = model.model.embed_tokens.weight
+    check_complete(head, "lm_head")
     head.requires_grad_(requires_grad=False)
     if device.type == "cpu" and hasattr(model, "set_experts_implementation"):
         # In transformers 5. Grouped products take 1.5 times as long there, backwards, in bfloat16.
@@ -124,7 +124,7 @@ def from_disk(
 
 
 def find_room(
-    runnable: Runnable, device: torch.device, dtype: torch.dtype, copies: int
+    runnable: Runnable, device: torch.device, dtype: torch.dtype, free: int | None, processes: int
 ) -> Room:  # fmt: skip
     """Whether a model fits into memory, or its layers have to be read from the disk.
 
@@ -132,20 +132,21 @@ def find_room(
         runnable: the model.
         device: where it is held.
         dtype: of its weights.
-        copies: how many processes of this machine hold one in the same memory.
+        free: bytes of memory; None where that is not known.
+        processes: how many share this memory, each with a model of its own.
 
     Raises:
         RefusedError: not even a layer at a time fits.
     """
     sizes = {name: prod(shape) * dtype.itemsize for name, shape in runnable.shapes.items()}
-    whole, free = sum(sizes.values()), free_memory(device)
+    whole = sum(sizes.values())
     layers = [sum(sizes[name] for name in runnable.names(layer)) for layer in range(runnable.layers)]
     parameters = f"{whole / dtype.itemsize / 1e6:,.0f} M parameters in {str(dtype).removeprefix('torch.')}"
 
     def needed(room: Room, weights: int) -> int:
         states = (runnable.layers + _ACTIVATIONS) * int(runnable.keys["hidden_size"])
         logits = _LOGIT_COPIES * int(runnable.keys["vocab_size"])
-        return copies * (_LIBRARIES + weights + 4 * room.tokens_at_once * (states + logits))
+        return processes * (_LIBRARIES + weights + 4 * room.tokens_at_once * (states + logits))
 
     held = needed(Room(streamed=False), whole + max(layers))
     if free is None or held <= free:

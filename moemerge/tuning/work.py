@@ -17,7 +17,7 @@ from moemerge.checkpoint.staging import beside, locked
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import Estimate
 from moemerge.tuning.settings import Held
-from moemerge.tuning.writing import CARD, patch_shards
+from moemerge.tuning.writing import CARD, patch_shards, stamp
 
 _PURPOSE: Final = "moemerge-tune"
 
@@ -49,6 +49,8 @@ class Work:
         self._model, self._out = model.resolve(), out.resolve()
         self.folder = beside(self._out, _PURPOSE)
         self._ready, self._state = self.folder / "ready", self.folder / "state.pt"
+        self.in_use = False
+        """Whether this run has begun a tuning here."""
         self._fingerprint, self._replaced = self.folder / "fingerprint.json", self.folder / "replaced.json"
 
     @contextmanager
@@ -73,6 +75,11 @@ class Work:
         return bool(found - {self._fingerprint.name})
 
     @property
+    def begun(self) -> bool:
+        """Whether there is a tuning that may be gone on with."""
+        return self._fingerprint.exists()
+
+    @property
     def unfinished(self) -> bool:
         """Whether an earlier run was cut off while it replaced files."""
         return self._ready.is_dir()
@@ -84,7 +91,7 @@ class Work:
             RefusedError: what was cut off was another tuning; says what differs.
         """
         given = json.loads(json.dumps(fingerprint))
-        if not resume or not self._fingerprint.exists():
+        if not resume:
             self.remove()
             self.folder.mkdir()
             with drafted(self._fingerprint) as draft:
@@ -95,6 +102,7 @@ class Work:
                 f"--resume: the tuning that was cut off was not this one; what differs: {', '.join(changed[:6])}. "
                 "Undo the change, or start over without --resume."
             )
+        self.in_use = True
 
     def save(self, state: State) -> None:
         """Write the state; it appears whole."""
@@ -123,7 +131,7 @@ class Work:
             (draft / CARD).write_text(card, encoding="utf-8")
             flush(draft / CARD)
         flush(draft)
-        stamps = {path.name: [_stamp(self._model / path.name), _stamp(path)] for path in draft.iterdir()}
+        stamps = {path.name: [stamp(self._model / path.name), stamp(path)] for path in draft.iterdir()}
         with drafted(self._replaced) as record:
             record.write_text(json.dumps(stamps), encoding="utf-8")
         draft.rename(self._ready)
@@ -143,25 +151,22 @@ class Work:
         a model that is neither that of before nor that of after, nothing is moved; False says so.
         """
         record = json.loads(self._replaced.read_text(encoding="utf-8")) if self._replaced.exists() else {}
-        if not record or any(_stamp(self._model / name) not in stamps for name, stamps in record.items()):
+        if not record or any(stamp(self._model / name) not in stamps for name, stamps in record.items()):
             self.remove()
             return False
         for path in sorted(self._ready.iterdir(), key=lambda path: (path.name == CARD, path.name)):
             path.replace(self._model / path.name)
         flush(self._model)
+        self._fingerprint.unlink(missing_ok=True)
+        self._ready.rmdir()
+        flush(self.folder)
         self.remove()
         return True
 
     def remove(self) -> None:
         """Everything is done, or nothing is begun."""
-        # Last of all what tells that files have to be moved, first what tells that steps are left.
         self._fingerprint.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _stamp(path: Path) -> list[int]:
-    """A file's bytes, and when it was written in nanoseconds; nothing of a file that is not there."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
 
 
 def _held(stored: Mapping[str, Any]) -> Held:

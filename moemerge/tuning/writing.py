@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -40,7 +41,12 @@ def gate_tensors(mixture: MixtureModel) -> dict[int, StoredTensor]:
 def shard_stamps(gates: Mapping[int, StoredTensor]) -> dict[str, list[int]]:
     """Of the shards that hold gates, by name, their bytes and when they were written, in nanoseconds."""
     shards = sorted({Path(str(tensor.path)) for tensor in gates.values()})
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in shards}
+    return {path.name: stamp(path) for path in shards}
+
+
+def stamp(path: Path) -> list[int]:
+    """A file's bytes, and when it was written in nanoseconds; nothing of a file that is not there."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
 
 
 def check_writable(folder: Path) -> None:
@@ -49,10 +55,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         OutputError: the system says why.
     """
-    probe = folder / ".moemerge-tune.new"
     try:
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OutputError(
             f"{folder}: cannot be written to ({error.strerror}). Write a copy elsewhere with --out."
