@@ -11,7 +11,7 @@ import yaml
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.plan import Computed
-from tests.models import TEXT, make_model
+from tests.models import TEXT, make_model, write_config
 
 ROOT = Path(__file__).parents[1]
 ROWS = [
@@ -125,8 +125,30 @@ def test_tunings_are_judged_on_any_models_and_texts(tmp_path):
     assert list(rows) == [
         "routers", "---", "uniform mixture", "label oracle", "random", "ridge", "random, gates",
         "random, gates, distilled", "ridge, gates, distilled", "ridge, gates", "random, phatgoose",
+        "random, gates, distilled, noise 0.5", "ridge, gates, distilled, noise 0.5",
     ]  # fmt: skip
     assert ", step " in rows["ridge, gates"]
+
+
+def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path):
+    make_models_and_texts(tmp_path)
+    ways = [part for way in ("base", "average") for part in ("--way", way)]
+    printed = run("parts.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--markdown", *ways)
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
+    assert list(rows) == [
+        "shared weights", "---", "each domain's own dense expert", "weight average", "base", "average"
+    ]  # fmt: skip
+    cells = [rows[way].split(" | ") for way in ("base", "average")]
+    assert cells[0][1:] != cells[1][1:]
+
+
+def test_tuning_is_measured_in_memory_and_from_the_disk(tmp_path, llamas):
+    merge(plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:]))), tmp_path / "out")
+    (tmp_path / "text.txt").write_text(f"{TEXT}\n<|document|>\n{TEXT[9:]}")
+    printed = run("tuning_memory.py", tmp_path / "out", tmp_path / "text.txt", "--markdown", "--tokens-per-step", "64")
+    held, streamed, ratio = (line.split(" | ") for line in printed.splitlines()[2:])
+    assert (held[0], streamed[0], ratio[0]) == ("| in memory", "| from the disk", "| ratio")
+    assert held[4] == streamed[4]
 
 
 def test_routers_are_judged_on_any_models_and_texts(tmp_path):

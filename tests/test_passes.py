@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moemerge.formats import Mixture
 from moemerge.formats.dense import DENSE_FAMILIES, read_dense
-from moemerge.passes import device
+from moemerge.passes import decoder, device
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.request import RouterRequest
@@ -126,3 +126,16 @@ def test_the_memory_of_a_container_is_its_own(tmp_path, monkeypatch):
     (tmp_path / "2" / "memory.max").write_text("max\n")
     assert device.free_memory(torch.device("cpu")) > 10**6
     assert free is None or free > 10**6
+
+
+def test_what_a_class_keeps_in_float32_stays_so_and_nothing_else():
+    """Named by whole parts of a path: ernie4_5_moe's `gate` of transformers 4 is no `gate_proj`."""
+    keys = {
+        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "vocab_size": VOCAB,
+        "moe_num_experts": 2, "moe_k": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "moe_layer_start_index": 1,
+    }  # fmt: skip
+    model = decoder.empty_model("ernie4_5_moe", keys, torch.device("cpu"), head=True, dtype=torch.bfloat16)
+    kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert {name.replace("gate.moe", "moe") for name in kept} == {
+        "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    }  # fmt: skip
