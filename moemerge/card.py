@@ -1,7 +1,8 @@
 """The model card of a merged model: what it is made of, how it routes, how to run it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -90,14 +91,25 @@ def set_licence(folder: Path, licence: str) -> None:
 
     Raises:
         RefusedError: the card's metadata cannot be read.
+        OutputError: it cannot be written.
     """
     from huggingface_hub import metadata_save
 
     path = folder / "README.md"
     kept = {key: value for key, value in _metadata(path).items() if not key.startswith("license")}
-    with drafted(path) as draft:
+    with _rewritten(path) as draft:
         draft.write_bytes(path.read_bytes() if path.exists() else b"")
         metadata_save(draft, kept | _licence_fields(licence))
+
+
+@contextmanager
+def _rewritten(path: Path) -> Iterator[Path]:
+    """Where a card is written that then takes its old one's place."""
+    try:
+        with drafted(path) as draft:
+            yield draft
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
 def _metadata(card: Path) -> dict[str, Any]:
@@ -159,11 +171,8 @@ def update_evaluation(folder: Path, found: "Evaluation") -> None:
     if not path.is_file():
         raise RefusedError(f"{path}: there is no model card to update.")
     text = path.read_text(encoding="utf-8")
-    try:
-        with drafted(path) as draft:
-            draft.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
+    with _rewritten(path) as draft:
+        draft.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
 
 
 def with_section(text: str, name: str, section: str) -> str:

@@ -286,6 +286,12 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     assert f"| merged | {facts['losses']['merged']['fox']['value']:.3f}" in card
     assert card.index("## Evaluation") < card.index("## Configuration")
     assert re.sub(r"<!-- evaluation -->.*<!-- /evaluation -->\n\n", "", card, flags=re.DOTALL) == before
+    (copied / "README.md.new").mkdir()
+    code, _, errors = run(["eval", copied, *given, "--max-tokens", 60, "--update-card"], monkeypatch, capsys)
+    assert (code, errors.splitlines()[-1]) == (
+        1, f"error: {copied / 'README.md'}: cannot be written (Is a directory)."
+    )  # fmt: skip
+    assert (copied / "README.md").read_text() == card
 
 
 @pytest.mark.parametrize(
