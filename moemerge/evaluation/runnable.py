@@ -11,6 +11,7 @@ import torch
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
 from moemerge.config import CONFIG_COPY, MergeConfig, load_config
+from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError, SourceError
 from moemerge.formats import MOE_FAMILIES, MoeFamily
 from moemerge.formats.dense import decoded, read_dense
@@ -33,7 +34,7 @@ class Runnable:
     shapes: Mapping[str, tuple[int, ...]]
     """Of every tensor, by its name in the checkpoint."""
     read: Callable[[str], torch.Tensor]
-    """From a name to its values, float32 on the CPU."""
+    """From a name to its values on the CPU, in the dtype that they are stored in."""
     embeddings: Callable[[list[int]], torch.Tensor]
     """Rows (token, hidden) of the token embeddings."""
 
@@ -164,7 +165,7 @@ def _stored(
     name: str, model_type: str, keys: Mapping[str, Any], tensors: Mapping[str, StoredTensor], embeddings: str
 ) -> Runnable:
     def read(tensor: str) -> torch.Tensor:
-        values = torch.empty(tensors[tensor].shape)
+        values = torch.empty(tensors[tensor].shape, dtype=getattr(torch, NAMED[tensors[tensor].dtype]))
         if values.numel():
             read_into(tensors[tensor], values)
         return values
@@ -183,7 +184,7 @@ def average(name: str, models: Sequence[Runnable]) -> Runnable | str:
             return f"{model.name} and {first.name} differ in their tensors, so their weights have no average"
 
     def read(tensor: str) -> torch.Tensor:
-        total = first.read(tensor)
+        total = first.read(tensor).float()
         for model in models[1:]:
             total += model.read(tensor)
         return total / len(models)

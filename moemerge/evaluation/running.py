@@ -68,7 +68,7 @@ def run_model(
         check_complete(layer, f"model.layers.{index}")
         router = None
         if mixture and mixture.router(index) in model.shapes:
-            router = _Router(mixture, layer, index, model.read(mixture.router(index)))
+            router = _Router(mixture, layer, index, model.read(mixture.router(index)).float())
         for part, batch in zip(places, batches, strict=True):
             if router is None:
                 run_layer(layer, batch, index)

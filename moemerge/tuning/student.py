@@ -41,7 +41,10 @@ class Student:
         """
         mixture, device, dtype = job.mixture, job.processes.device, job.processes.dtype
         names = {layer: mixture.router(layer) for layer in mixture.moe_layers}
-        gates = {layer: torch.nn.Parameter(mixture.runnable.read(name).to(device)) for layer, name in names.items()}
+        gates = {
+            layer: torch.nn.Parameter(mixture.runnable.read(name).to(device, torch.float32))
+            for layer, name in names.items()
+        }
         for layer, gate in gates.items():
             if not gate.isfinite().all():
                 raise CheckpointError(f"{names[layer]}: holds numbers that are not finite.")
