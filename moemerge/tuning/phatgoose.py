@@ -21,6 +21,7 @@ from moemerge.config import MergeConfig
 from moemerge.errors import RefusedError
 from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
+from moemerge.evaluation.running import check_complete
 from moemerge.formats.dense import DENSE_FAMILIES
 from moemerge.passes.decoder import empty_model, group
 from moemerge.passes.loading import cast, load_tensors
@@ -215,6 +216,7 @@ def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.
     def load(layer: int) -> None:
         names = [name for name in expert.names(layer) if name.startswith(f"model.layers.{layer}.{module}.")]
         load_tensors(model, {name: cast(expert.read(name), dtype) for name in names}, device)
+        check_complete(ffns[layer], f"model.layers.{layer}.{module}")
         ffns[layer].requires_grad_(requires_grad=False)
 
     for layer, ffn in ffns.items():
