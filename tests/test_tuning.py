@@ -216,7 +216,9 @@ def test_noise_changes_the_training_and_is_seeded(specialists, data, tmp_path):
     assert not changed(found[1], found[2])
 
 
-def test_phatgoose_makes_rows_of_sigmoid_gates(out, data):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_phatgoose_makes_rows_of_sigmoid_gates(out, data, monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     old = tensors(out)
     found = tune(out, data, Settings(steps=12, tokens_per_step=64, method="phatgoose"))
     assert (found.method, found.improved) == ("phatgoose", True)

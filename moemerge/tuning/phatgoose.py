@@ -75,9 +75,9 @@ def stack_gates(
     gates = _train_all(job, base, experts, training, held_out)
     seconds = (time.perf_counter() - begun) / max(left, 1)
     student = Student.load(job)
-    (before, _), rows = judge(job, student, batches.held_out), student.rows()
-    state = State(job.settings.steps, 0, 0, seconds, before, before, rows, rows, {})
-    student.place(_rows(student, gates, batches.training))
+    (before, _), start = judge(job, student, batches.held_out), student.rows()
+    state = State(job.settings.steps, 0, 0, seconds, before, before, start, start, {})
+    student.place(_rows(job, student, gates, batches.training))
     after, _ = judge(job, student, batches.held_out)
     job.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
     if after.mean_loss < before.mean_loss:
@@ -227,7 +227,9 @@ def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.
     return ffns
 
 
-def _rows(student: Student, gates: dict[int, torch.Tensor], texts: Texts) -> dict[int, torch.Tensor]:
+def _rows(
+    job: Job, student: Student, gates: Mapping[int, torch.Tensor], texts: Texts
+) -> dict[int, torch.Tensor]:  # fmt: skip
     """Rows (expert, hidden) by layer: gates as standardised in the paper's section 3.2, under a scale of ours.
 
     The scale is the one that texts (of every expert) whose expert is known bear out, from the student's router inputs.
@@ -241,7 +243,8 @@ def _rows(student: Student, gates: dict[int, torch.Tensor], texts: Texts) -> dic
                 window = texts.windows[place]
                 if left <= 0:
                     break
-                student.logits([window])
+                with job.processes.autocast():
+                    student.logits([window])
                 counted = torch.tensor(window.counted)
                 for layer, kept in states.items():
                     kept.append(student.inputs[layer].cpu()[counted])
