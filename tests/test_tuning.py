@@ -602,18 +602,23 @@ def test_an_interrupt_before_the_first_step_keeps_the_teachers(out, data, monkey
     assert set(seen) == {"load", "steps"}
 
 
-def test_an_interrupt_between_the_renames_says_so(specialists, data, tmp_path, monkeypatch, capsys):
-    out = merged(tmp_path, specialists, shard_bytes=300)
+def fail_between_renames(out: Path, monkeypatch, error: BaseException) -> None:
+    """The second file that is moved into `out` is not."""
     given, moved = Path.replace, []
 
     def move(self, target):
         if Path(target).parent == out:
             moved.append(target)
             if len(moved) == 2:
-                raise KeyboardInterrupt
+                raise error
         return given(self, target)
 
     monkeypatch.setattr(Path, "replace", move)
+
+
+def test_an_interrupt_between_the_renames_says_so(specialists, data, tmp_path, monkeypatch, capsys):
+    out = merged(tmp_path, specialists, shard_bytes=300)
+    fail_between_renames(out, monkeypatch, KeyboardInterrupt())
     words = ["tune", out, *arguments(data), "--no-distil", "--steps", 4, "--tokens-per-step", 96]
     code, _, errors = run(words, monkeypatch, capsys)
     assert (code, errors.splitlines()[-1]) == (
@@ -629,16 +634,7 @@ def test_an_interrupt_between_the_renames_says_so(specialists, data, tmp_path, m
 
 def test_what_is_left_to_move_does_not_go_into_another_model(specialists, data, tmp_path, monkeypatch):
     out = merged(tmp_path, specialists, shard_bytes=300)
-    given, moved = Path.replace, []
-
-    def move(self, target):
-        if Path(target).parent == out:
-            moved.append(target)
-            if len(moved) == 2:
-                raise OSError(1, "Operation not permitted")
-        return given(self, target)
-
-    monkeypatch.setattr(Path, "replace", move)
+    fail_between_renames(out, monkeypatch, OSError(1, "Operation not permitted"))
     with pytest.raises(OutputError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (

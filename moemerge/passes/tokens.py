@@ -1,7 +1,7 @@
 """Text as tokens, by a model's own tokenizer, in pieces that a pass can read."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,11 @@ class Window:
     def scored(self) -> tuple[bool, ...]:
         """Of each token but the first, which nothing predicts, whether its loss counts."""
         return self.counted[1:]
+
+
+def count_scored(windows: Iterable[Window]) -> int:
+    """How many tokens of some windows have a loss that counts."""
+    return sum(sum(window.scored) for window in windows)
 
 
 def load_tokenizer(folder: Path) -> Any:

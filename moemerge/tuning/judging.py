@@ -12,7 +12,7 @@ from moemerge.passes.decoder import group
 from moemerge.tuning.job import Job
 from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.settings import Held
-from moemerge.tuning.student import Student, padded
+from moemerge.tuning.student import Student
 
 
 def stored_dtypes(job: Job) -> dict[int, torch.dtype]:
@@ -39,7 +39,7 @@ def judge(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, flo
         for part in parts:
             windows = [texts.windows[place] for place in part]
             losses[part] = cross_entropy(windows, student.logits(windows)).cpu().double()
-            counted = padded(windows, student.device)[1]
+            counted = student.counted
             domain = torch.tensor([texts.domain[place] for place in part], device=student.device)
             of_token = domain[:, None].expand_as(counted)[counted] * experts
             tokens += len(of_token)

@@ -25,6 +25,7 @@ from moemerge.evaluation.running import check_complete
 from moemerge.formats.dense import DENSE_FAMILIES
 from moemerge.passes.decoder import empty_model, group
 from moemerge.passes.loading import cast, load_tensors
+from moemerge.passes.tokens import count_scored
 from moemerge.routers.scaling import calibrated_scale
 from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
@@ -153,7 +154,7 @@ def _train(
         optimiser = None
         for step in range(settings.steps):
             windows = [window for window, _ in batches.step(step)]
-            scored = sum(sum(window.scored) for window in windows)
+            scored = count_scored(windows)
             for part in group(windows, lambda window: len(window.ids), job.room.tokens_at_once):
                 ids, counted = padded(part, device)
                 for one in mixed.values():

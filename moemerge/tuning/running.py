@@ -16,6 +16,7 @@ from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import difference
 from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_key
 from moemerge.passes.device import free_memory, memory_watched
+from moemerge.passes.tokens import count_scored
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.job import Job
 from moemerge.tuning.judging import stored_dtypes
@@ -165,7 +166,7 @@ def _found(job: Job, state: State, batches: Batches, copy: Path | None) -> Tuned
     return Tuned(
         str(copy if copy and improved else job.mixture.folder), job.settings.method, improved, state.best_step,
         state.step, state.before, state.best, gain,
-        {name: sum(sum(window.scored) for window in mine) for name, mine in windows.items()},
+        {name: count_scored(mine) for name, mine in windows.items()},
         {name: len({window.document for window in mine}) for name, mine in windows.items()},
         state.seconds / max(state.step, 1), tuple(notes),
     )  # fmt: skip

@@ -31,6 +31,8 @@ class Student:
     """By layer the experts that are switched off there."""
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     """By layer (token, hidden) float32: what entered the router in the last pass, without gradients."""
+    counted: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+    """(window, position) which tokens of the last pass count."""
 
     @classmethod
     def load(cls, job: Job) -> "Student":
@@ -65,7 +67,7 @@ class Student:
 
     def logits(self, windows: Sequence[Window]) -> torch.Tensor:
         """(window, position, vocab) of windows, padded on the right."""
-        ids, _ = padded(windows, self.device)
+        ids, self.counted = padded(windows, self.device)
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 

@@ -12,13 +12,13 @@ from torch.nn.utils import parameters_to_vector
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import Runnable
 from moemerge.passes.decoder import group
-from moemerge.passes.tokens import Window
+from moemerge.passes.tokens import Window, count_scored
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.job import Job
 from moemerge.tuning.judging import judge
 from moemerge.tuning.losses import anchor_loss, cross_entropy, distillation_loss, load_loss, prior_of
 from moemerge.tuning.settings import Settings, distillation_weight
-from moemerge.tuning.student import Student, padded
+from moemerge.tuning.student import Student
 from moemerge.tuning.teachers import Predictions, teach
 from moemerge.tuning.work import State
 
@@ -130,7 +130,7 @@ class Training:
         gates, windows = list(self.student.gates.values()), self.batches.step(step)
         for gate in gates:
             gate.grad = torch.zeros_like(gate)
-        scored = sum(sum(window.scored) for window, _ in windows)
+        scored = count_scored(window for window, _ in windows)
         mine = self.job.processes.mine(windows)
         for part in group(mine, lambda one: len(one[0].ids), self.job.room.tokens_at_once):
             torch.autograd.backward(self._loss(step, part, scored, start))
@@ -152,9 +152,8 @@ class Training:
             loss = loss + weight * distillation_loss(windows, logits, teachers).sum() / scored
         texts = [(self.batches.training.expert[domain], sum(window.counted)) for window, domain in part]
         prior = prior_of(texts, len(student.mixture.experts), student.device)
-        counted = padded(windows, student.device)[1]
-        share = sum(sum(window.scored) for window in windows) / scored
-        return loss + share * (load_loss(student, counted, prior) + anchor_loss(student, start))
+        share = count_scored(windows) / scored
+        return loss + share * (load_loss(student, student.counted, prior) + anchor_loss(student, start))
 
     def _judge(self, state: State) -> str:
         """Note what held-out text says of a state; gives it in words, too."""
