@@ -56,15 +56,18 @@ def empty_model(
         warnings.filterwarnings("ignore", "Initializing zero-element")  # shared experts without neurons
         model = (AutoModelForCausalLM if head else AutoModel).from_config(config, trust_remote_code=False, dtype=dtype)
     for name, buffer in list(model.named_buffers()):
-        path, _, own = name.rpartition(".")
-        wide = torch.float32 if buffer.is_floating_point() else buffer.dtype
-        setattr(model.get_submodule(path), own, buffer.to(device, wide))
+        _put(model, name, buffer.to(device, torch.float32 if buffer.is_floating_point() else buffer.dtype))
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()  # ernie4_5_moe's routers
     for name, parameter in list(model.named_parameters()):
         if any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept):
-            path, _, own = name.rpartition(".")
-            setattr(model.get_submodule(path), own, torch.nn.Parameter(parameter.float(), requires_grad=False))
+            _put(model, name, torch.nn.Parameter(parameter.float(), requires_grad=False))
     return model.eval()
+
+
+def _put(model: Any, name: str, value: torch.Tensor) -> None:
+    """Another buffer or parameter in the place of the one of this name."""
+    path, _, own = name.rpartition(".")
+    setattr(model.get_submodule(path), own, value)
 
 
 @contextmanager

@@ -90,14 +90,13 @@ class Work:
         Raises:
             RefusedError: what was cut off was another tuning; says what differs.
         """
-        given = json.loads(json.dumps(fingerprint))
+        given = json.dumps(fingerprint)
         if not resume:
             self.remove()
             self.folder.mkdir()
             with drafted(self._fingerprint) as draft:
-                draft.write_text(json.dumps(given), encoding="utf-8")
-        changed = list(differences(json.loads(self._fingerprint.read_text(encoding="utf-8")), given))
-        if changed:
+                draft.write_text(given, encoding="utf-8")
+        elif changed := list(differences(json.loads(self._fingerprint.read_text("utf-8")), json.loads(given))):
             raise RefusedError(
                 f"--resume: the tuning that was cut off was not this one; what differs: {', '.join(changed[:6])}. "
                 "Undo the change, or start over without --resume."
