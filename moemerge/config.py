@@ -5,26 +5,40 @@ Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 
 import difflib
 import reprlib
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
-from moemerge.config_checks import Place, canonical_gate_mode, choose_way, cross_check, listed
+from moemerge.config_checks import canonical_gate_mode, choose_way, cross_check, listed
 from moemerge.dtypes import SHORT, DType
 from moemerge.errors import ConfigError
 from moemerge.layer_choice import LayerChoice, read_layers
+from moemerge.yaml_text import Place, YamlTextError, join_halves, read_yaml
 
 CONFIG_COPY: Final = "moemerge_config.yaml"
 """What a merged model's folder calls the config that it was made from."""
+CARD: Final = "README.md"
+"""What it calls the model card, as the Hub does."""
 RouterWay = Literal[
     "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
     "uniform_random",
 ]  # fmt: skip
 GateMode = Literal["auto", RouterWay]
-# A YAML file of a few lines can hold a value whose whole text would never end.
+_MOST_BYTES: Final = 4_000_000
 _short: Final = reprlib.Repr()
 _short.maxstring = 60
 
@@ -39,6 +53,20 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
+def _in_float32(value: float) -> float:
+    """A number that is computed with in float32, where it is neither infinite nor vanishes."""
+    try:
+        held = struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        raise ValueError(
+            "expected a number below 3.4e+38: float32, in which is computed, holds no larger one"
+        ) from None
+    if value and not held:
+        raise ValueError("expected 0 or a number above 1.4e-45: in float32, in which is computed, it is 0")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Prompts = Annotated[list[Annotated[str, Field(strict=True)]], BeforeValidator(listed)]
 Texts = Annotated[list[Text], BeforeValidator(listed)]
@@ -65,9 +93,9 @@ class Expert(_Strict):
     """Files, folders or patterns of such text, beside or instead of prompts: see `moemerge.texts`."""
     negative_texts: Texts = []
     """The same of text that should not."""
-    noise_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
+    noise_scale: Number | None = Field(None, ge=0)
     """Standard deviation of Gaussian noise added to the expert's weights."""
-    residual_scale: float | None = Field(None, allow_inf_nan=False)
+    residual_scale: Number | None = None
     """Factor on the expert's down projection, that is, on what it adds to the residual stream."""
 
     @property
@@ -86,15 +114,15 @@ class RoutedExpert(Expert):
 class RouterSettings(_Strict):
     """How routers are made of what `gate_mode` uses; see docs/routers.md."""
 
-    lambda_: Annotated[float | None, BeforeValidator(_no_flag)] = Field(None, alias="lambda", gt=0, allow_inf_nan=False)
+    lambda_: Number | None = Field(None, alias="lambda", gt=0)
     """Regularisation of ridge and logistic, relative to the mean variance of router inputs; None: by token count."""
-    scale: Annotated[float, BeforeValidator(_no_flag)] = Field(1.0, gt=0, allow_inf_nan=False)
+    scale: Number = Field(1.0, gt=0)
     """Factor on the scale that is fitted: above 1 the chosen experts are mixed less."""
     tokens_per_expert: int = Field(4096, ge=1, strict=True)
     """How many tokens of its texts are read for each expert, and as many of the calibration texts for each."""
     calibration_texts: Texts = []
     """Files, folders or patterns of text that is not sorted by expert."""
-    load_prior: list[Annotated[float, BeforeValidator(_no_flag), Field(gt=0, allow_inf_nan=False)]] | None = None
+    load_prior: list[Annotated[Number, Field(gt=0)]] | None = None
     """Share of the calibration texts that each expert should take, in the order of the experts."""
     seed: int | None = Field(None, ge=0, strict=True)
     """Of random routers, and of which documents are read where there are more than are needed."""
@@ -104,16 +132,22 @@ class SharedWeights(_Strict):
     """How embeddings, attention and norms are made; see `moemerge.shared_weights`."""
 
     method: Literal["base", "average", "ties", "dare"] = "base"
-    weights: list[Annotated[float, BeforeValidator(_no_flag), Field(gt=0, allow_inf_nan=False)]] | None = None
+    weights: list[Annotated[Number, Field(gt=0)]] | None = None
     """Of the experts, in their order; they are divided by their sum. None: all alike."""
-    density: Annotated[float, BeforeValidator(_no_flag)] = Field(0.5, gt=0, le=1, allow_inf_nan=False)
+    density: Number = Field(0.5, gt=0, le=1)
     """Of `ties` and `dare`: the share of an expert's changes that is kept."""
     seed: int = Field(0, ge=0, strict=True)
     """Of `dare`."""
 
 
 class MergeConfig(_Strict):
-    """A merge: a base model and the experts whose FFNs are stacked into it."""
+    """A merge: a base model and the experts whose FFNs are stacked into it.
+
+    Made from keys with values, as in the YAML, it is checked as a file is.
+
+    Raises:
+        ConfigError: lists every problem with its address.
+    """
 
     base_model: Text
     """Where embeddings, attention, norms and the tokenizer come from."""
@@ -139,13 +173,41 @@ class MergeConfig(_Strict):
     )
 
     _text: str = PrivateAttr("")
+    _file: Path | None = PrivateAttr(None)
+    _checked: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _identical: bool = PrivateAttr(default=False)
+
+    def __init__(self, allow_identical_experts: bool = False, /, **document: Any) -> None:
+        problems = [*cross_check(_plain(document), allow_identical_experts=allow_identical_experts)]
+        try:
+            super().__init__(**document)
+        except ValidationError as error:
+            problems += [(detail["loc"], _explain(detail)) for detail in error.errors()]
+        if problems:
+            raise _PlacedError(problems)
+        self._checked, self._identical = self.model_dump(), allow_identical_experts
+
+    def rechecked(self) -> "MergeConfig":
+        """The same config; one that was changed by `model_copy` is checked as a new one.
+
+        Raises:
+            ConfigError: lists every problem with its address.
+        """
+        if self.model_dump() == self._checked:
+            return self
+        return MergeConfig(self._identical, **self.model_dump(by_alias=True))
+
+    @property
+    def file(self) -> Path | None:
+        """The file that it was read from."""
+        return self._file
 
     @property
     def text(self) -> str:
         """The YAML that it was read from, or says the same."""
-        document = self.model_dump(exclude_defaults=True, by_alias=True)
-        if self._text and MergeConfig.model_validate(yaml.safe_load(self._text)).model_dump() == self.model_dump():
+        if self._text and self.model_dump() == self._checked:
             return self._text
+        document = self.model_dump(exclude_defaults=True, by_alias=True)
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
     @property
@@ -177,48 +239,85 @@ class MergeConfig(_Strict):
         return all(expert.is_described for expert in self.experts)
 
 
-def load_config(path: Path | str, *, allow_identical_experts: bool = False) -> MergeConfig:
+class _PlacedError(ConfigError):
+    """A wrong config, with the place of each problem, from which its line can be found."""
+
+    def __init__(self, placed: list[tuple[Place, str]], name: str = "config", node: yaml.Node | None = None) -> None:
+        self.placed = placed
+        located = sorted((_line(node, place), _address(place), problem) for place, problem in placed)
+        lines = [
+            f"{f'line {line}: ' if node else ''}{f'{address}: ' if address else ''}{problem}"
+            if address else problem
+            for line, address, problem in located
+        ]  # fmt: skip
+        super().__init__(f"{name}: {len(lines)} problem{'s' if len(lines) > 1 else ''}:", lines)
+
+
+def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_experts: bool = False) -> MergeConfig:
     """Read and check a merge config.
 
     Args:
-        path: the YAML file.
+        source: a YAML file, or keys with values as such a file holds them.
         allow_identical_experts: accept experts that are all the same model.
 
     Raises:
-        ConfigError: lists every problem with its line and address.
+        ConfigError: lists every problem with its address, and its line in a file.
     """
-    path = Path(path)
+    if isinstance(source, Mapping):
+        return _check(dict(source), "config", None, allow_identical_experts)
+    path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_MOST_BYTES)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.", []) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not text in UTF-8.", []) from error
-    return parse_config(text, str(path), allow_identical_experts=allow_identical_experts)
+    except ValueError as error:  # a null byte in its name
+        raise ConfigError(f"{path}: cannot be read: {error}.", []) from error
+    config = parse_config(text, str(path), allow_identical_experts=allow_identical_experts)
+    config._file = path  # noqa: SLF001  its own class's
+    return config
 
 
 def parse_config(text: str, name: str = "config", *, allow_identical_experts: bool = False) -> MergeConfig:
     """Check the text of a merge config; `name` stands for it in messages. See `load_config`."""
     try:
-        document = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError, IndexError, RecursionError) as error:
-        raise ConfigError(f"{name}: not valid YAML:", [" ".join(str(error).split())]) from error
+        document, node = read_yaml(text)
+    except YamlTextError as error:
+        raise ConfigError(f"{name}: not valid YAML:", [str(error)]) from error
     if not isinstance(document, dict):
         raise ConfigError(f"{name}: expected keys such as base_model and experts, found {_short.repr(document)}.", [])
-    problems: list[tuple[tuple[int | str, ...], str]] = list(_repeated_keys(node))
-    config = None
-    try:
-        config = MergeConfig.model_validate(document)
-    except ValidationError as error:
-        problems += [(detail["loc"], _explain(detail)) for detail in error.errors()]
-    problems += cross_check(document, allow_identical_experts=allow_identical_experts)
-    if problems or config is None:
-        located = sorted((_line(node, place), _address(place), problem) for place, problem in problems)
-        lines = [f"line {line}: {address}: {problem}" if address else problem for line, address, problem in located]
-        raise ConfigError(f"{name}: {len(lines)} problem{'s' if len(lines) > 1 else ''}:", lines)
+    config = _check(document, name, node, allow_identical_experts)
     config._text = text  # noqa: SLF001  its own class's
     return config
+
+
+def _check(
+    document: dict[Any, Any], name: str, node: yaml.Node | None, allow_identical_experts: bool
+) -> MergeConfig:  # fmt: skip
+    document, halves = join_halves(document)
+    problems = [(place, "holds half of a letter, a lone surrogate") for place in halves]
+    problems += _repeated_keys(node)
+    problems += [((str(key),), "is no name of a key: expected text") for key in document if not isinstance(key, str)]
+    try:
+        config = MergeConfig(
+            allow_identical_experts, **{key: value for key, value in document.items() if isinstance(key, str)}
+        )
+    except _PlacedError as error:
+        raise _PlacedError([*problems, *error.placed], name, node) from None
+    if problems:
+        raise _PlacedError(problems, name, node)
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """A document of plain values, also where parts of it are models already."""
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(exclude_unset=True, by_alias=True))
+    if isinstance(value, Mapping):
+        return {key: _plain(held) for key, held in value.items()}
+    return [_plain(held) for held in value] if isinstance(value, (list, tuple)) else value
 
 
 def _explain(detail: ErrorDetails) -> str:  # noqa: PLR0911  one for each kind
@@ -231,13 +330,13 @@ def _explain(detail: ErrorDetails) -> str:  # noqa: PLR0911  one for each kind
         }  # fmt: skip
         model = models.get(str(detail["loc"][0]), MergeConfig) if len(detail["loc"]) > 1 else MergeConfig
         known = [field.alias or name for name, field in model.model_fields.items()]
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(key)[:60], known, n=1, cutoff=0.5)
         return f"unknown key, did you mean {near[0]}?" if near else f"unknown key; known: {', '.join(known)}"
     if detail["type"] == "missing":
         return "is missing"
     if detail["type"] == "literal_error":
         choices = detail["ctx"]["expected"].replace("'", "")
-        near = difflib.get_close_matches(str(value), choices.replace(" or ", ", ").split(", "), n=1)
+        near = difflib.get_close_matches(str(value)[:60], choices.replace(" or ", ", ").split(", "), n=1)
         return f"expected {choices}, found {_short.repr(value)}" + (f"; did you mean {near[0]}?" if near else "")
     if detail["type"] == "string_type":
         in_prompts = any(str(step).endswith("_prompts") for step in detail["loc"])
@@ -252,7 +351,7 @@ def _explain(detail: ErrorDetails) -> str:  # noqa: PLR0911  one for each kind
 
 
 def _address(place: Place) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(".")
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step:.60}" for step in place).lstrip(".")
 
 
 def _line(node: yaml.Node | None, place: Place) -> int:

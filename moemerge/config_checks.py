@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from moemerge.yaml_text import Place
+
 # Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
 _GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
 _READ_PROMPTS: Final = ("mergekit_hidden", "cheap_embed")
@@ -14,11 +16,17 @@ _USED_BY: Final = {
     "calibration_texts": _FITTED,
 }  # fmt: skip
 """Keys of `router`, each with the ways that use it."""
+# Of settings that are all there, as `model_dump` gives them, these say nothing.
+_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "router": {
+        "lambda": None, "scale": 1.0, "tokens_per_expert": 4096, "calibration_texts": [], "load_prior": None,
+        "seed": None,
+    },
+    "shared_weights": {"method": "base", "weights": None, "density": 0.5, "seed": 0},
+}  # fmt: skip
 _WITHOUT_LABELS: Final = ("auto", "delta", "delta_bootstrap")
 _MIN_EXPERTS: Final = 2
 _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
-Place = tuple[int | str, ...]
-"""Keys and indices that lead to a value."""
 
 
 def canonical_gate_mode(value: Any) -> Any:
@@ -142,7 +150,7 @@ def _check_settings(way: str, settings: Mapping[str, Any], experts: int) -> list
             "delta_bootstrap needs router.calibration_texts: files of text of all kinds that the experts are for",
         ))  # fmt: skip
     for key, ways in _USED_BY.items():
-        if settings.get(key) is not None and way not in ways:
+        if _is_set("router", settings, key) and way not in ways:
             problems.append((("router", key), f"gate_mode {way} does not use it; {', '.join(ways)} do"))
     if settings.get("calibration_texts") and way in _READ_PROMPTS_AND_TEXTS and not settings.get("load_prior"):
         problems.append((
@@ -163,12 +171,18 @@ def _check_shared(document: Mapping[str, Any], experts: int) -> list[tuple[Place
     problems: list[tuple[Place, str]] = [
         (("shared_weights", key), f"method {method} does not use it")
         for key in ("weights", "density", "seed")
-        if key in given and isinstance(method, str) and key not in used.get(method, (key,))
+        if _is_set("shared_weights", given, key) and isinstance(method, str) and key not in used.get(method, (key,))
     ]
     weights = given.get("weights")
     if isinstance(weights, list) and len(weights) != experts:
         problems.append((("shared_weights", "weights"), f"are {len(weights)}, but there are {experts} experts"))
     return problems
+
+
+def _is_set(group: str, settings: Mapping[str, Any], key: str) -> bool:
+    """Whether settings say something under a key."""
+    defaults = _DEFAULTS[group]
+    return settings.get(key) is not None and not (settings.keys() >= defaults.keys() and settings[key] == defaults[key])
 
 
 def _in_order(prompts: Any) -> Any:

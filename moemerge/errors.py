@@ -13,12 +13,23 @@ MoemergeError                  exit code 1: something failed
 """
 
 from collections.abc import Sequence
+from typing import Final
+
+from moemerge.printable import printable
+
+_MOST_BYTES: Final = 3500
+_MOST_PROBLEMS: Final = 20
+_PROBLEM_BYTES: Final = 600
 
 
 class MoemergeError(Exception):
-    """Root of everything moemerge raises on purpose; its text is meant for the user."""
+    """Root of everything moemerge raises on purpose; its text is meant for the user, short and safe to print."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        """Keep a message, whatever stands in names of files and tensors that it quotes."""
+        super().__init__(printable(str(message), _MOST_BYTES))
 
 
 class CheckpointError(MoemergeError):
@@ -56,7 +67,9 @@ class _ListedError(RefusedError):
 
     def __init__(self, headline: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n".join([headline, *(f"  - {problem}" for problem in problems)]))
+        shown = [f"  - {printable(problem, _PROBLEM_BYTES)}" for problem in problems[:_MOST_PROBLEMS]]
+        more = [f"  - and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+        super().__init__("\n".join([headline, *shown, *more]))
 
 
 class ConfigError(_ListedError):

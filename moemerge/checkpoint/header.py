@@ -5,22 +5,24 @@ https://github.com/huggingface/safetensors#format
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from moemerge.checkpoint.files import File, Reader, open_range, read_exactly, size_of
+from moemerge.checkpoint.json_text import MOST_BYTES, JsonTextError, parse_json
 from moemerge.dtypes import BITS, bytes_of
 from moemerge.errors import CheckpointError
 
 LENGTH_BYTES: Final = 8
-MAX_HEADER_BYTES: Final = 100_000_000  # the reference reader's own limit
 ALIGNMENT_BYTES: Final = 8
 BLOCK_BYTES: Final = 4096
 """Of file systems that can share a block between files."""
 MAX_AXES: Final = 16  # a shape of many huge sizes would take minutes to multiply
 _METADATA_KEY: Final = "__metadata__"
+_HALF: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +82,18 @@ def read_header(path: File) -> dict[str, StoredTensor]:
         with open_range(path, 0, min(LENGTH_BYTES, file_bytes)) as reader:
             prefix = read_exactly(reader, min(LENGTH_BYTES, file_bytes))
         header_bytes = int.from_bytes(prefix, "little")
-        if len(prefix) < LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+        if len(prefix) < LENGTH_BYTES or header_bytes > file_bytes - LENGTH_BYTES:
             raise CheckpointError(
                 f"{path}: not a safetensors file, or cut off: it announces a header of {header_bytes} bytes "
                 f"but is {file_bytes} bytes long. Download it again."
             )
+        if header_bytes > MOST_BYTES:
+            raise CheckpointError(f"{path}: its header has {header_bytes} bytes; at most {MOST_BYTES} are read.")
         with open_range(path, LENGTH_BYTES, header_bytes) as reader:
             text = read_exactly(reader, header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     entries = _parse(path, text)
-    entries.pop(_METADATA_KEY, None)
     data_start = LENGTH_BYTES + header_bytes
     tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
     _check_coverage(path, tensors, data_start, file_bytes)
@@ -116,19 +119,22 @@ def build_header(
 
 
 def _parse(path: File, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: the header names {repeated!r} twice.")
-        return dict(pairs)
+    """The header's entries; what the reference reader refuses is refused, too."""
+
+    def refuse(name: str) -> None:
+        raise CheckpointError(f"{path}: the header names {name!r} twice.")
 
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not JSON ({error}). Download it again.") from error
-    if not isinstance(header, dict):
+        header = parse_json(text, refuse)
+    except JsonTextError as error:
+        raise CheckpointError(f"{path}: the safetensors header {error}. Download it again.") from error
+    if not isinstance(header, dict) or not text.startswith(b"{"):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object.")
+    metadata = header.pop(_METADATA_KEY, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: {_METADATA_KEY} in the header has to be a table of texts.")
+    if name := next((name for name in (*header, *metadata, *metadata.values()) if _HALF.search(name)), None):
+        raise CheckpointError(f"{path}: the header holds half of a letter, a lone surrogate, in {name!r:.80}.")
     return header
 
 

@@ -1,0 +1,119 @@
+"""YAML that anybody may have written, read in bounded time and memory: a merge config, or a model card's metadata."""
+
+import re
+from typing import Any, Final
+
+import yaml
+
+Place = tuple[int | str, ...]
+"""Keys and indices that lead to a value."""
+
+# Far above any config; time and memory grow with them. The parser in C, where there is one, is ten times as fast, but
+# does not take halves of letters as JSON writes them.
+_FAST: Final[Any] = getattr(yaml, "CSafeLoader", None)
+_MOST_CHARACTERS: Final = {True: 1_000_000, False: 200_000}
+_MOST_VALUES: Final = 50_000
+_DEEPEST: Final = 50
+_HALF: Final = re.compile(r"\\[uU]0*[dD][89a-fA-F]")
+
+
+class YamlTextError(Exception):
+    """A text is not YAML, or expands to more than moemerge reads; says why in one line."""
+
+
+def read_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """The value of a YAML document, and its nodes, which know their lines; None and None of an empty one.
+
+    Aliases are counted as often as they are used (https://en.wikipedia.org/wiki/Billion_laughs_attack).
+
+    Raises:
+        YamlTextError: not YAML, or too large, too deep, or endless.
+    """
+    loads = _FAST if _FAST and not _HALF.search(text) else yaml.SafeLoader
+    most = _MOST_CHARACTERS[loads is _FAST]
+    if len(text) > most:
+        raise YamlTextError(f"has {len(text)} characters; at most {most} are read")
+    try:
+        _check_depth(text, loads)
+        node = yaml.compose(text, Loader=loads)
+        if node is None:
+            return None, None
+        _check_size(node)
+        loader = loads("")
+        try:
+            return loader.construct_document(node), node
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise YamlTextError(" ".join(str(error).split())[:400]) from error
+    except YamlTextError:
+        raise
+    except Exception as error:  # constructors of tags raise whatever their text provokes: `!!bool "x"`
+        raise YamlTextError(f"a value does not fit its tag: {type(error).__name__}: {error!s:.200}") from error
+
+
+def _check_depth(text: str, loads: Any) -> None:
+    """Look at the events alone, which takes no stack."""
+    depth = 0
+    for values, event in enumerate(yaml.parse(text, Loader=loads)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _DEEPEST or values > 2 * _MOST_VALUES:
+            what = f"is nested more than {_DEEPEST} deep" if depth > _DEEPEST else "holds too many values"
+            raise YamlTextError(f"{_line(event)}{what}")
+
+
+def _line(marked: yaml.Event | yaml.Node) -> str:
+    return f"line {marked.start_mark.line + 1}: " if marked.start_mark else ""
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Count values and their characters as if every alias were written out."""
+    sizes: dict[int, int | None] = {}
+
+    def size(node: yaml.Node) -> int:
+        known = sizes.get(id(node), 0)
+        if known is None:
+            raise YamlTextError(f"{_line(node)}holds itself, by an alias")
+        if known:
+            return known
+        sizes[id(node)] = None
+        if isinstance(node, yaml.ScalarNode):
+            total = 1 + len(node.value) // 100
+        elif isinstance(node, yaml.MappingNode):
+            total = 1 + sum(size(key) + size(value) for key, value in node.value)
+        else:
+            total = 1 + sum(map(size, node.value))
+        if total > _MOST_VALUES:
+            raise YamlTextError(
+                f"{_line(node)}stands for more than {_MOST_VALUES} values once its aliases are written out"
+            )
+        sizes[id(node)] = total
+        return total
+
+    size(root)
+
+
+def join_halves(value: Any) -> tuple[Any, list[Place]]:
+    r"""A value with the letters joined that JSON writes as two halves (`\ud83c\udf89`), and places of lone halves."""
+    lone: list[Place] = []
+
+    def joined(value: Any, place: Place) -> Any:
+        if isinstance(value, str):
+            try:
+                return value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                lone.append(place)
+                return value
+        if isinstance(value, dict):
+            return {
+                joined(key, (*place, str(key))): joined(held, (*place, key if isinstance(key, int) else str(key)))
+                for key, held in value.items()
+            }
+        if isinstance(value, list):
+            return [joined(held, (*place, index)) for index, held in enumerate(value)]
+        return value
+
+    return joined(value, ()), lone
