@@ -31,13 +31,18 @@ def find_files(patterns: Sequence[str], place: str) -> list[Path]:
     """
     found = []
     for index, pattern in enumerate(patterns):
-        files = sorted(file for file in _matches(pattern) if file.suffix in _ENDINGS)
+        files = matching_files([pattern])
         if not files:
             raise RefusedError(
                 f"{place}[{index}]: {pattern!r} leads to no .txt or .jsonl file. Paths count from the current folder."
             )
         found += files
     return list({file.resolve(): file for file in found}.values())
+
+
+def matching_files(patterns: Sequence[str]) -> list[Path]:
+    """The `.txt` and `.jsonl` files that patterns lead to, which may be none."""
+    return [file for pattern in patterns for file in sorted(_matches(pattern)) if file.suffix in _ENDINGS]
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -50,7 +55,11 @@ def _matches(pattern: str) -> list[Path]:
         else:
             found = [Path(name) for name in glob(str(path), recursive=True)]  # noqa: PTH207  patterns may be absolute
         return [file for file in found if file.is_file()]
-    except (OSError, RuntimeError):  # a text in place of a path is too long for one; `~` of nobody
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # a text in place of a path, too long for one; `~` of nobody; a null byte
         return []
 
 

@@ -234,8 +234,7 @@ REFUSALS = [
         ("--push", "bob/mix"),
         TOKEN,
         2,
-        'bob/mix: alice may not write there: You don\'t have the rights to create a model under the namespace "bob". '
-        "The token may write to alice/....",
+        "bob/mix: alice may not write there. The token may write to alice/....",
     ),
     (("--push-streaming",), TOKEN, 2, "--push-streaming: says how to push, but not where to. Add --push user/repo."),
     (("--private",), TOKEN, 2, "--private: says how to push, but not where to. Add --push user/repo."),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from moemerge.checkpoint.header import BLOCK_BYTES
-from moemerge.errors import OutputError
+from moemerge.errors import CheckpointError, OutputError
 
 BUFFER_BYTES: Final = 8 * 2**20
 # A kernel call that says one of these is not made for these two files; the next slower way is.
@@ -63,8 +63,29 @@ def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
 def write_failure(path: Path, error: OSError) -> OutputError:
     """What to tell the user when the output file `path` could not be written."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return OutputError(f"{path.parent.name}: the disk is full. Free some space, or write to another disk.")
+        return OutputError(f"{path}: the disk is full. Free some space, or write to another disk.")
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"{path}: is larger than this file system, or the limit of `ulimit -f`, allows. Lower --max-shard-size."
+        )
     return OutputError(f"{path}: cannot be written: {error.strerror or error}.")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a small file; what fails is said of the file that it fails on.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        OutputError: the target cannot be written.
+    """
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}.") from error
+    try:
+        target.write_bytes(data)
+    except OSError as error:
+        raise write_failure(target, error) from error
 
 
 def _copy_file_range(source: int, start: int, target: int, target_start: int, nbytes: int) -> int:

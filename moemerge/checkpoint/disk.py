@@ -7,6 +7,40 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
+
+
+def shown_bytes(nbytes: float) -> str:
+    """Bytes for people, in decimal units as on the Hub: `5.00 GB`, `12 B`."""
+    for unit, width in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= width:
+            return f"{nbytes / width:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def limit_of(what: Literal["FSIZE", "AS"]) -> int | None:
+    """Bytes that a file may have (`ulimit -f`), or that this process may address (`ulimit -v`); None for no limit."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit = resource.getrlimit(getattr(resource, f"RLIMIT_{what}"))[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def allow_open_files(wanted: int) -> int:
+    """How many files this process may have open (`ulimit -n`), raised to `wanted` as far as the system lets it."""
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with suppress(OSError, ValueError):  # some systems have a lower limit than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def nearest_folder(path: Path) -> Path:

@@ -1,60 +1,26 @@
 """Finished or absent: output is written beside its target and renamed into place when it is complete."""
 
+import errno
+import logging
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Final
 
 from filelock import FileLock, Timeout
 
-from moemerge.checkpoint.disk import flush, nearest_folder
+from moemerge.checkpoint.copy import write_failure
+from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.journal import Journal
+from moemerge.checkpoint.target import PARTIAL, Replaceable, check_target, entries, foreign_files
 from moemerge.errors import BusyError, OutputError, RefusedError
 
-_PARTIAL: Final = "moemerge-partial"
 _OLD: Final = "moemerge-old"
 # Without this file no reader takes a folder for a model, so it comes last and goes first.
 _SEAL: Final = "config.json"
-# What marks a folder as a checkpoint, and what one may hold: --overwrite replaces nothing else.
-_CHECKPOINT_MARK: Final = re.compile(r"config\.json|.+\.safetensors")
-_CHECKPOINT_FILE: Final = re.compile(
-    r".+\.(safetensors|json|jinja|model|bin|txt|ya?ml|md|gguf)|LICENSE.*|\.gitattributes|\." + _PARTIAL
-)
-
-
-def check_target(out: Path, sources: Collection[Path], *, overwrite: bool, offered: bool = True) -> None:
-    """Refuse a target that would lose something; where --overwrite is not `offered`, nothing is said of it.
-
-    Raises:
-        RefusedError: not a folder, not empty without `overwrite`, holds other things than a checkpoint, or holds or
-            lies within a source.
-    """
-    resolved = out.resolve()
-    if resolved.exists() and not resolved.is_dir():
-        raise RefusedError(f"{out}: exists and is not a folder. Choose another output folder.")
-    for source in sources:
-        if resolved == source or resolved in source.parents or source in resolved.parents:
-            raise RefusedError(f"{out}: is, holds or lies within the model {source}. Choose another output folder.")
-    entries = _entries(resolved)
-    if entries and not overwrite:
-        raise RefusedError(
-            f"{out}: is not empty ({len(entries)} entries, among them {min(e.name for e in entries)!r}). "
-            f"Choose another output folder, or {'replace this one with --overwrite' if offered else 'remove this one'}."
-        )
-    if entries and not any(_CHECKPOINT_MARK.fullmatch(e.name) for e in entries):
-        raise RefusedError(
-            f"{out}: holds no checkpoint, neither config.json nor *.safetensors; --overwrite replaces nothing else. "
-            "Choose another output folder."
-        )
-    foreign = sorted(e.name for e in entries if e.is_dir() or not _CHECKPOINT_FILE.fullmatch(e.name))
-    if foreign:
-        raise RefusedError(
-            f"{out}: holds {foreign[0]!r}, which is no part of a model ({len(foreign)} such entries), and --overwrite "
-            "replaces the whole folder. Move it away, or choose another output folder."
-        )
+_log: Final = logging.getLogger(__name__)
 
 
 def journal_of(stage: Path) -> Journal:
@@ -68,25 +34,17 @@ def kept_shards(out: Path) -> int:
     return len(journal_of(stage)) if stage.is_dir() else 0
 
 
-def check_space(out: Path, nbytes: int) -> None:
-    """Refuse to start what the disk cannot hold; what an unfinished merge has left there is used again.
-
-    Raises:
-        OutputError: says how much is needed and how much is free.
-    """
+def left_bytes(out: Path) -> int:
+    """Room on the disk that an unfinished merge into `out` has taken, which the next one uses again."""
     stage = _stage(out.resolve())
-    left = sum(map(_room, stage.iterdir())) if stage.is_dir() else 0
-    free = shutil.disk_usage(nearest_folder(out)).free
-    if free + left < nbytes:
-        raise OutputError(
-            f"{out}: the merged model takes {nbytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free. "
-            "Free some space, or write to another disk."
-        )
+    return sum(map(_room, stage.iterdir())) if stage.is_dir() else 0
 
 
 @contextmanager
 def locked(folder: Path, out: Path, doing: str) -> Iterator[None]:
     """Keep other processes away from `folder`, beside which the lock lies; errors name `out`, which it serves.
+
+    Folders above it are made, and removed again if nothing is in them at the end.
 
     Raises:
         BusyError: another process is `doing` the same to `out`.
@@ -94,6 +52,7 @@ def locked(folder: Path, out: Path, doing: str) -> Iterator[None]:
     """
     lock_file = folder.with_name(f"{folder.name}.lock")
     lock = FileLock(lock_file)
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -108,48 +67,71 @@ def locked(folder: Path, out: Path, doing: str) -> Iterator[None]:
     finally:
         with suppress(OSError):  # Windows removes no open file
             lock_file.unlink()
-        lock.release()
+        with suppress(OSError):
+            lock.release()
+        with suppress(OSError):  # the first that holds something stays, and all above it
+            for parent in made:
+                parent.rmdir()
 
 
 @contextmanager
 def staged(
-    out: Path, sources: Collection[Path] = (), *, overwrite: bool = False, resume: bool = False, temporary: bool = False
-) -> Iterator[Path]:
+    out: Path, sources: Collection[Path] = (), *, inputs: Collection[Path] = (),
+    replaceable: Replaceable | None = None, resume: bool = False, temporary: bool = False,
+) -> Iterator[Path]:  # fmt: skip
     """A folder to write into; when the block ends without an error it becomes `out`, unless it is `temporary`.
 
     Otherwise it is removed, unless its journal (`journal_of`) names complete shards: then it stays for a run with
     `resume`, and a run without `resume` removes it first.
 
-    A target that is not `temporary` is checked as by `check_target`, at the start and again at the end: it may have
-    been filled meanwhile. The folder lies beside `out`, so that the end is a rename; where `out` is a mount point it
-    lies inside and its files are moved, `config.json` last.
+    A target that is not `temporary` is checked as by `check_target`, before anything is made and again at the end: it
+    may have been filled meanwhile. The folder lies beside `out`, so that the end is a rename; where `out` is a mount
+    point it lies inside and its files are moved, `config.json` last. Once the output has its name, nothing is an error
+    any more: what cannot be tidied up is logged as a warning.
 
     Raises:
         RefusedError: see `check_target`.
         BusyError: another process is writing to the same target.
         OutputError: it cannot be written.
     """
+
+    def check() -> None:
+        if not temporary:
+            check_target(out, sources, inputs=inputs, replaceable=replaceable)
+
     target = out.resolve()
     stage = _stage(target)
     journal = journal_of(stage)
+    if not _replaced(target).is_dir():
+        check()
     with locked(stage, out, "writing to"):
+        published = False
         try:
             _restore(target)
-            if not temporary:
-                check_target(out, sources, overwrite=overwrite)
+            check()
             if not resume or stage.is_symlink() or not stage.is_dir():
                 _clear(stage)
                 journal.remove()
             stage.mkdir(exist_ok=True)
             yield stage
             if not temporary:
-                check_target(out, sources, overwrite=overwrite)
-                _publish(stage, target)
-            journal.remove()
+                check()
+                _publish(stage, target, replaceable)
+            published = True
         finally:
-            if not len(journal):
-                _clear(stage)
-                journal.remove()
+            with _tidying(out) if published else nullcontext():
+                if published or not len(journal):
+                    _clear(stage)
+                    journal.remove()
+
+
+@contextmanager
+def _tidying(out: Path) -> Iterator[None]:
+    """Say what cannot be removed behind a complete output, and go on."""
+    try:
+        yield
+    except (OSError, KeyboardInterrupt) as error:
+        _log.warning("%s: is complete; something beside it could not be removed (%r)", out, error)
 
 
 def beside(target: Path, purpose: str) -> Path:
@@ -159,7 +141,7 @@ def beside(target: Path, purpose: str) -> Path:
 
 def _stage(target: Path) -> Path:
     """Where the output is written."""
-    return beside(target, _PARTIAL)
+    return beside(target, PARTIAL)
 
 
 def _room(path: Path) -> int:
@@ -169,13 +151,9 @@ def _room(path: Path) -> int:
 
 
 def _failure(out: Path, error: OSError) -> OutputError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return write_failure(out, error)
     return OutputError(f"{error.filename or out}: {error.strerror or error}.")
-
-
-def _entries(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [e for e in folder.iterdir() if not e.name.startswith(".moemerge-") and e.name != "lost+found"]
 
 
 def _clear(stage: Path) -> None:
@@ -196,15 +174,9 @@ def _restore(target: Path) -> None:
         _replaced(target).rename(target)
 
 
-def _publish(stage: Path, target: Path) -> None:
-    for path in (*stage.iterdir(), stage):
+def _publish(stage: Path, target: Path, replaceable: Replaceable | None) -> None:
+    for path in (*stage.rglob("*"), stage):
         flush(path)
-    _rename(stage, target)
-    flush(target)
-    flush(target.parent)
-
-
-def _rename(stage: Path, target: Path) -> None:
     if stage.parent == target:
         _move_files(stage, target)
     elif not target.exists():
@@ -213,20 +185,36 @@ def _rename(stage: Path, target: Path) -> None:
         target.rmdir()
         stage.rename(target)
     else:
-        shutil.rmtree(_replaced(target), ignore_errors=True)
-        try:
-            target.rename(_replaced(target))
-            stage.rename(target)
-        except BaseException:
-            _restore(target)
-            raise
-        with suppress(KeyboardInterrupt):  # the output is complete; what is left of the old one goes with the next
-            shutil.rmtree(_replaced(target), ignore_errors=True)
+        _replace(stage, target, replaceable)
+    with _tidying(target):
+        flush(target)
+        flush(target.parent)
+
+
+def _replace(stage: Path, target: Path, replaceable: Replaceable | None) -> None:
+    """Put the stage in the place of a folder that has been checked."""
+    old = _replaced(target)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        target.rename(old)
+        _check_replaced(target, old, replaceable)
+        stage.rename(target)
+    except BaseException:
+        _restore(target)
+        raise
+    with _tidying(target):
+        shutil.rmtree(old)
+
+
+def _check_replaced(target: Path, old: Path, replaceable: Replaceable | None) -> None:
+    """Refuse to go on where a file has come between the check and the rename."""
+    if foreign := foreign_files(old, replaceable(old) or () if replaceable else ()):
+        raise RefusedError(f"{target}: {foreign[0]!r} has come into it meanwhile. Move it away, and merge again.")
 
 
 def _move_files(stage: Path, target: Path) -> None:
     (target / _SEAL).unlink(missing_ok=True)
-    for entry in _entries(target):
-        entry.unlink()
+    for entry in entries(target):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == _SEAL):
         entry.rename(target / entry.name)

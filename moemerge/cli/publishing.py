@@ -8,6 +8,7 @@ import typer
 
 from moemerge.cli.console import saying, speaking
 from moemerge.cli.options import CreatePr, Debug, License, Private, Quiet, Revision
+from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def push(  # noqa: PLR0917  typer makes options of arguments
         publisher = Publisher(Destination(repo, private, revision, create_pr), saying(console, quiet=quiet))
         publisher.open()
         publisher.check_replaced(read_json(out / "config.json").get("model_type"), overwrite=overwrite)
+        publisher.create()
         if license:
             set_licence(out, license)
-        typer.echo(publisher.push(out))
+        say(publisher.push(out))
 
 
 class Pushing:

@@ -9,12 +9,20 @@ from typing import Final
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
 from moemerge.errors import MoemergeError, PublishError, RefusedError
 from moemerge.planning import COPIED_FILES
 from moemerge.publish.answers import explain
-from moemerge.publish.destination import Account, Destination, check_names, open_repository, read_account
+from moemerge.publish.destination import (
+    Account,
+    Destination,
+    check_names,
+    check_repository,
+    create_repository,
+    read_account,
+)
 from moemerge.publish.folder import checkpoint_files
 from moemerge.sources import Announce
 from moemerge.sources.patience import TOLD_TO_WAIT, Result, patiently
@@ -57,11 +65,16 @@ class Publisher:
         return f"{page}/tree/{quote(number)}" if number == self.revision else f"{page}/discussions/{number}"
 
     def open(self) -> None:
-        """Make sure, before any work, that the model will be taken; creates a repository or branch that is missing."""
+        """Make sure, before any work, that the model will be taken; nothing is created."""
         check_names(self._to)
         with self._explained():
             self._account = self._ask(lambda: read_account(self._api, self._to))
-            self._ask(lambda: open_repository(self._api, self._to, self._announce))
+            self._ask(lambda: check_repository(self._api, self._to, self._account))
+
+    def create(self) -> None:
+        """Create the repository, or the branch, where it is missing."""
+        with self._explained():
+            self._ask(lambda: create_repository(self._api, self._to, self._announce))
 
     def check_replaced(self, model_type: object, *, overwrite: bool) -> None:
         """Make sure that no model of another kind is replaced: a dense one is likely to be a source of the merge.
@@ -70,7 +83,12 @@ class Publisher:
             RefusedError: the repository holds one, and is not to be overwritten.
         """
         with self._explained():
-            _, names = self._listing()
+            try:
+                _, names = self._listing()
+            except GatedRepoError:
+                raise
+            except (RepositoryNotFoundError, RevisionNotFoundError):  # still to be created
+                return
             if overwrite or "config.json" not in names:
                 return
             path = self._api.hf_hub_download(self._to.repo, "config.json", revision=self.revision)

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RevisionNotFoundError
 
 from moemerge.errors import PublishError, RefusedError
-from moemerge.publish.destination import Account, Destination
+from moemerge.publish.destination import Account, Destination, may_not_write
 from moemerge.sources.patience import chain, is_of_network, seconds_asked
 
 _NO_TOKEN: Final = "pushing needs a token of the Hub, and there is none. Log in with `hf auth login`, or set HF_TOKEN."  # noqa: S105  no token
@@ -60,8 +60,7 @@ def _explain_answer(error: BaseException, to: Destination, account: Account) -> 
     elif status == HTTPStatus.PRECONDITION_FAILED:
         text = "somebody changed the repository in the meantime."
     elif status == HTTPStatus.FORBIDDEN:
-        places = " or ".join(account.places) or "nothing"
-        kind, text = RefusedError, f"{account.name} may not write there{quoted}. The token may write to {places}."
+        kind, text = RefusedError, may_not_write(account, quoted)
     elif isinstance(error, RevisionNotFoundError):
         kind, text = RefusedError, f"the repository has no revision {to.revision or 'main'!r}."
     elif status in _REFUSALS:

@@ -35,6 +35,12 @@ class Account:
     """Where it may write, as far as the Hub says: repositories, and namespaces as `user/...`."""
 
 
+def may_not_write(account: Account, why: str = "") -> str:
+    """What to tell who may not write to a repository, with what the Hub said."""
+    places = " or ".join(account.places) or "nothing"
+    return f"{account.name} may not write there{why}. The token may write to {places}."
+
+
 def check_names(to: Destination) -> None:
     """Refuse what cannot be a destination, without asking the Hub.
 
@@ -83,8 +89,8 @@ def read_account(api: HfApi, to: Destination) -> Account:
     return Account(str(who["name"]), places)
 
 
-def open_repository(api: HfApi, to: Destination, announce: Announce) -> None:
-    """Find or create the repository and the branch, and have the Hub say whether files would be taken.
+def check_repository(api: HfApi, to: Destination, account: Account) -> None:
+    """Have the Hub say whether files would be taken, as far as there is a repository to ask about; nothing is created.
 
     Raises:
         RefusedError: the destination is not what the options say.
@@ -99,23 +105,42 @@ def open_repository(api: HfApi, to: Destination, announce: Announce) -> None:
                 f"{to.repo}: there is no such repository, so nothing can be proposed to it. "
                 "Check the name, or leave out --create-pr and --revision refs/pr/N to create it."
             ) from error
+        if not {to.repo, f"{to.repo.partition('/')[0]}/..."} & set(account.places):
+            raise RefusedError(f"{to.repo}: {may_not_write(account)}") from error
+        return
+    if to.private and public:
+        raise RefusedError(f"{to.repo}: exists and is public. Make it private in its settings, or leave out --private.")
+    if to.revision and not _has_revision(api, to):
+        if to.revision.startswith("refs/"):
+            raise RefusedError(f"{to.repo}: there is no pull request {to.revision}. Open one with --create-pr.")
+        return
+    _probe(api, to)
+
+
+def create_repository(api: HfApi, to: Destination, announce: Announce) -> None:
+    """Create the repository and the branch where they are missing, and ask once more whether files would be taken."""
+    try:
+        api.model_info(to.repo)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
         api.create_repo(to.repo, private=to.private or None)  # else as its owner's settings say
         announce(f"{to.repo}: created{', private' if to.private else ''}")
-    else:
-        if to.private and public:
-            raise RefusedError(
-                f"{to.repo}: exists and is public. Make it private in its settings, or leave out --private."
-            )
-    if to.revision:
-        try:
-            api.model_info(to.repo, revision=to.revision)
-        except RevisionNotFoundError as error:
-            if to.revision.startswith("refs/"):
-                raise RefusedError(
-                    f"{to.repo}: there is no pull request {to.revision}. Open one with --create-pr."
-                ) from error
-            api.create_branch(to.repo, branch=to.revision)
-            announce(f"{to.repo}: created the branch {to.revision}")
-    # Sends nothing: the Hub is asked how it would take the file, and refuses who may not write.
+    if to.revision and not _has_revision(api, to):
+        api.create_branch(to.repo, branch=to.revision)
+        announce(f"{to.repo}: created the branch {to.revision}")
+    _probe(api, to)
+
+
+def _has_revision(api: HfApi, to: Destination) -> bool:
+    try:
+        api.model_info(to.repo, revision=to.revision)
+    except RevisionNotFoundError:
+        return False
+    return True
+
+
+def _probe(api: HfApi, to: Destination) -> None:
+    """Send nothing: the Hub is asked how it would take a file, and refuses who may not write."""
     probe = CommitOperationAdd("README.md", b"# \n")
     api.preupload_lfs_files(to.repo, [probe], revision=to.revision, create_pr=to.create_pr)

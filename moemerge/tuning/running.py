@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moemerge.card import with_section, without_section
-from moemerge.checkpoint.staging import check_target
+from moemerge.checkpoint.target import check_target
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import difference
 from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_key
@@ -41,7 +41,7 @@ def run(
     if copy is None:
         check_writable(mixture.folder)
     else:
-        check_target(copy, [mixture.folder.resolve()], overwrite=False, offered=False)
+        check_target(copy, [mixture.folder.resolve()], offered=False)
         if Work(mixture.folder, mixture.folder).unfinished:
             raise RefusedError(
                 f"{folder}: an earlier tuning of it was cut off while its files were moved. End that first, by "

@@ -1,0 +1,223 @@
+"""The folder that output goes to: may it be written, would it lose something, is there room?"""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Final
+
+from moemerge.checkpoint.disk import allow_open_files, limit_of, nearest_folder, shown_bytes
+from moemerge.errors import OutputError, RefusedError
+
+PARTIAL: Final = "moemerge-partial"
+# What moemerge itself keeps in a folder that is a mount point, and what file systems do.
+_KEPT: Final = re.compile(rf"\.({PARTIAL}|moemerge-tune)(\..+)?|lost\+found")
+# The longest name beside an output is that of its journal's draft.
+_LONGEST_NAME: Final = f".{{}}.{PARTIAL}.journal.new"
+# Each thread has a source and a shard open, and a connection where it reads from the Hub.
+_OPEN_FILES: Final = 256
+_FEWEST_OPEN_FILES: Final = 32
+# Libraries and the stacks of threads take more addresses than memory.
+_ADDRESSES_BYTES: Final = 600_000_000
+
+Replaceable = Callable[[Path], Collection[str] | None]
+"""From a folder to the files in it that may be replaced, as paths within it; None where it holds no checkpoint."""
+
+
+def check_target(
+    out: Path, sources: Collection[Path] = (), *, inputs: Collection[Path] = (),
+    replaceable: Replaceable | None = None, offered: bool = True,
+) -> None:  # fmt: skip
+    """Refuse a target that cannot be written, or that would lose something; nothing is left on the disk.
+
+    Args:
+        out: the folder.
+        sources: folders of models that are read.
+        inputs: other files that are read, which `out` must not hold.
+        replaceable: what may be replaced in a folder that is not empty; None for nothing.
+        offered: whether to speak of --overwrite where the folder is not empty.
+
+    Raises:
+        RefusedError: not a folder; not empty without `replaceable`; holds a file that is not to be replaced; is, holds
+            or lies within a source; or its name does not serve.
+        OutputError: the system does not let it be written.
+    """
+    try:
+        resolved = _resolved(out)
+        if resolved.exists() and not resolved.is_dir():
+            raise RefusedError(f"{out}: exists and is not a folder. Choose another output folder.")
+        for source in sources:
+            if resolved == source or resolved in source.parents or source in resolved.parents:
+                raise RefusedError(f"{out}: is, holds or lies within the model {source}. Choose another output folder.")
+        held = entries(resolved)
+        if held:
+            _check_entries(out, resolved, held, inputs=inputs, replaceable=replaceable, offered=offered)
+    except OSError as error:
+        wrong = RefusedError if error.errno == errno.ENAMETOOLONG else OutputError
+        raise wrong(f"{out}: cannot be looked up: {error.strerror or error}. Choose another output folder.") from error
+    check_writable(out)
+
+
+def check_scratch(out: Path, sources: Collection[Path]) -> None:
+    """Refuse a folder beside which something is written for a while: it may hold anything, but lie in no source.
+
+    Raises:
+        RefusedError: it lies within a source, or its name does not serve.
+        OutputError: the system does not let anything be written there.
+    """
+    resolved = _resolved(out)
+    for source in sources:
+        if source in resolved.parents:
+            raise RefusedError(f"{out}: lies within the model {source}. Choose another output folder.")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a folder in which, or beside which, the system lets nothing be written; nothing is left on the disk.
+
+    Raises:
+        OutputError: says what the system said.
+        RefusedError: a folder above it is none, or the name is too long.
+    """
+    resolved = _resolved(out)
+    above = next((parent for parent in resolved.parents if os.path.lexists(parent)), resolved)
+    if not above.is_dir():
+        raise RefusedError(f"{out}: {above} is not a folder. Choose another output folder.")
+    folder = nearest_folder(resolved)
+    try:
+        os.path.lexists(folder / resolved.name)
+        os.lstat(folder / _LONGEST_NAME.format(resolved.name))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise RefusedError(
+            f"{out}: its name does not serve: {error.strerror or error}. While it is written, its name is used with "
+            f"{len(_LONGEST_NAME) - 2} letters more. Choose a shorter one."
+        ) from error
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OutputError(
+            f"{out}: cannot be written: in {folder} no file can be made ({error.strerror or error}). "
+            "Choose another output folder."
+        ) from error
+
+
+def check_space(out: Path, nbytes: int, *, left: int = 0) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Args:
+        out: the folder that is written.
+        nbytes: the room that is needed.
+        left: of it, what an unfinished run has left there, and is used again.
+
+    Raises:
+        OutputError: says how much is needed and how much is free.
+    """
+    free = shutil.disk_usage(nearest_folder(out)).free
+    if free + left < nbytes:
+        raise OutputError(
+            f"{out}: the merged model takes {shown_bytes(nbytes)}, but the disk has {shown_bytes(free)} free. "
+            "Free some space, or write to another disk."
+        )
+
+
+def check_limits(out: Path, *, largest: int, memory: int) -> None:
+    """Refuse to start what the limits of this process (`ulimit`) would end; that of open files is raised if it can be.
+
+    Args:
+        out: the folder that is written.
+        largest: bytes of its largest file.
+        memory: bytes that the work is expected to take.
+
+    Raises:
+        OutputError: says which limit is too low.
+    """
+    if (limit := limit_of("FSIZE")) is not None and limit < largest:
+        raise OutputError(
+            f"{out}: its largest file has {shown_bytes(largest)}, but this process may write files of "
+            f"{shown_bytes(limit)} at most. Raise the limit with `ulimit -f unlimited`, or lower --max-shard-size."
+        )
+    if (limit := limit_of("AS")) is not None and limit < memory + _ADDRESSES_BYTES:
+        raise OutputError(
+            f"{out}: about {shown_bytes(memory + _ADDRESSES_BYTES)} of addresses are needed, but this process may use "
+            f"{shown_bytes(limit)}. Raise the limit with `ulimit -v unlimited`."
+        )
+    if (allowed := allow_open_files(_OPEN_FILES)) < _FEWEST_OPEN_FILES:
+        raise OutputError(
+            f"{out}: this process may have {allowed} files open, and {_FEWEST_OPEN_FILES} are needed. Raise the limit "
+            f"with `ulimit -n {_OPEN_FILES}`."
+        )
+
+
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, without what moemerge itself and file systems keep there."""
+    if not folder.is_dir():
+        return []
+    return [entry for entry in folder.iterdir() if not _KEPT.fullmatch(entry.name)]
+
+
+def foreign_files(folder: Path, allowed: Collection[str]) -> list[str]:
+    """Paths within a folder of everything that is not `allowed`."""
+    return sorted(name for entry in entries(folder) for name in _within(entry, folder) if name not in allowed)
+
+
+def _within(entry: Path, folder: Path) -> Iterator[str]:
+    """An entry's own path, or those of all that it holds; of an empty folder, its own."""
+    children = list(entry.iterdir()) if entry.is_dir() and not entry.is_symlink() else []
+    for child in children:
+        yield from _within(child, folder)
+    if not children:
+        yield entry.relative_to(folder).as_posix()
+
+
+def _resolved(out: Path) -> Path:
+    """The folder that is meant, links followed.
+
+    Raises:
+        RefusedError: its name is no text, or leads round in a ring.
+    """
+    try:
+        str(out).encode()
+        return out.resolve()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(out).decode(errors="backslashreplace")
+        raise RefusedError(
+            f"{shown}: the folder's name is not text in UTF-8, so no program could open the model by its name. Choose "
+            "another output folder."
+        ) from error
+    except (RuntimeError, ValueError) as error:  # RuntimeError: a ring of links; ValueError: a null byte
+        raise RefusedError(f"{out}: cannot be looked up: {error}. Choose another output folder.") from error
+
+
+def _check_entries(
+    out: Path, resolved: Path, held: Collection[Path], *, inputs: Collection[Path], replaceable: Replaceable | None,
+    offered: bool,
+) -> None:  # fmt: skip
+    if replaceable is None:
+        raise RefusedError(
+            f"{out}: is not empty ({len(held)} entries, among them {min(e.name for e in held)!r}). "
+            f"Choose another output folder, or {'replace this one with --overwrite' if offered else 'remove this one'}."
+        )
+    for path in inputs:
+        if resolved in path.resolve().parents:
+            raise RefusedError(
+                f"{out}: holds {path.name!r}, which this merge reads, and --overwrite replaces the whole folder. Move "
+                "it away, or choose another output folder."
+            )
+    allowed = replaceable(resolved)
+    if allowed is None:
+        raise RefusedError(
+            f"{out}: holds no complete checkpoint, that is, config.json, weights and what their index names; "
+            "--overwrite replaces nothing else. Choose another output folder."
+        )
+    foreign = foreign_files(resolved, allowed)
+    if foreign:
+        raise RefusedError(
+            f"{out}: holds {foreign[0]!r}, which is no part of a merged model ({len(foreign)} such "
+            f"file{'s' if len(foreign) > 1 else ''}), and --overwrite replaces the whole folder. Move it away, or "
+            "choose another output folder."
+        )

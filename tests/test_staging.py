@@ -1,0 +1,277 @@
+"""Output is finished or absent, and nothing that lies in its place is lost."""
+
+import resource
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from moemerge.checkpoint import staging, target
+from moemerge.checkpoint.disk import allow_open_files, limit_of
+from moemerge.checkpoint.staging import staged
+from moemerge.checkpoint.target import check_limits, check_space, check_target
+from moemerge.errors import OutputError, RefusedError
+
+
+def everything(folder: Path) -> set[str]:
+    """As if every file in a folder were a checkpoint's."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_output_appears_only_when_complete(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with staged(out) as folder:
+        (folder / "config.json").write_text("{}")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_output_that_fails_leaves_what_was_there(tmp_path, error):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    with pytest.raises(error), staged(out, replaceable=everything) as folder:  # noqa: PT012  the block is what is interrupted
+        (folder / "config.json").write_text("new")
+        raise error
+    assert (out / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_leaves_no_old_file(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model-00001-of-00002.safetensors").write_text("old")
+    with staged(out, replaceable=everything) as folder:
+        (folder / "config.json").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_mount_point_is_filled_from_within_config_last(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("old")
+    monkeypatch.setattr(staging.os.path, "ismount", lambda path: Path(path) == out)
+    order = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: order.append(path.name) or rename(path, target))
+    with staged(out, replaceable=everything) as folder:
+        assert folder.parent == out
+        for name in ("config.json", "a.safetensors", "README.md"):
+            (folder / name).write_text("new")
+    assert order[-1] == "config.json"
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "a.safetensors", "config.json"]
+
+
+def test_a_stage_left_by_a_killed_process_is_taken_over(tmp_path):
+    stage = tmp_path / ".out.moemerge-partial"
+    stage.mkdir()
+    (stage / "model.safetensors").write_text("half")
+    with staged(tmp_path / "out") as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "config.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_write_the_same_output(tmp_path):
+    failed = []
+
+    def second():
+        try:
+            with staged(tmp_path / "out"):
+                pass
+        except OutputError as error:
+            failed.append(str(error))
+
+    with staged(tmp_path / "out") as folder:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        (folder / "config.json").write_text("{}")
+    assert failed == [f"{tmp_path / 'out'}: another moemerge is writing to it. Wait for it to end."]
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_replacement_that_stops_between_its_renames_is_undone(tmp_path, monkeypatch, error):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    rename = Path.rename
+    monkeypatch.setattr(
+        Path, "rename", lambda path, target: _fail(error) if path.name.endswith("partial") else rename(path, target)
+    )
+    with pytest.raises((error, OutputError)), staged(out, replaceable=everything) as folder:
+        (folder / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _fail(error):
+    raise error
+
+
+def test_a_replacement_that_was_killed_between_its_renames_is_undone_by_the_next_run(tmp_path):
+    old = tmp_path / ".out.moemerge-old"
+    old.mkdir()
+    (old / "config.json").write_text("old")
+    with pytest.raises(RefusedError, match="is not empty"), staged(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_what_appears_in_the_target_during_the_merge_is_not_lost(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(RefusedError, match="is not empty"), staged(out) as folder:  # noqa: PT012  what happens meanwhile
+        (folder / "config.json").write_text("{}")
+        out.mkdir()
+        (out / "thesis.odt").write_text("mine")
+    assert (out / "thesis.odt").read_text() == "mine"
+
+
+def test_a_stage_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "mine.txt").write_text("mine")
+    (tmp_path / ".out.moemerge-partial").symlink_to(tmp_path / "victim")
+    with staged(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "victim").iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "out").is_symlink()
+
+
+def test_targets_that_would_lose_something_are_refused(tmp_path):
+    source = tmp_path / "models" / "base"
+    source.mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for folder in (source, source.parent, source / "out"):
+        with pytest.raises(RefusedError, match="is, holds or lies within the model"):
+            check_target(folder, [source], replaceable=everything)
+    with pytest.raises(RefusedError, match="exists and is not a folder"):
+        check_target(tmp_path / "file")
+    out = tmp_path / "out"
+    out.mkdir()
+    check_target(out, [source])
+    (out / "config.json").write_text("{}")
+    with pytest.raises(RefusedError, match=r"is not empty \(1 entries, among them 'config.json'\).*--overwrite"):
+        check_target(out, [source])
+    check_target(out, [source], replaceable=everything)
+    with pytest.raises(RefusedError, match="holds no complete checkpoint, that is, config.json"):
+        check_target(out, replaceable=lambda _: None)
+    (out / "notes").mkdir()
+    (out / "notes" / "thesis.md").write_text("")
+    with pytest.raises(
+        RefusedError, match=r"holds 'notes/thesis.md', which is no part of a merged model \(1 such file\)"
+    ):
+        check_target(out, replaceable=lambda _: {"config.json", "thesis.md"})
+    with pytest.raises(RefusedError, match="holds 'thesis.md', which this merge reads"):
+        check_target(out, inputs=[out / "notes" / "thesis.md"], replaceable=everything)
+    check_target(out, inputs=[tmp_path / "file"], replaceable=lambda _: {"config.json", "notes/thesis.md"})
+
+
+def test_names_that_do_not_serve_are_refused_with_the_cause(tmp_path):
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    (tmp_path / "file").write_text("")
+    for name, message in (
+        ("a" * 240, "its name does not serve: File name too long. While it is written, its name is used with 30"),
+        ("a" * 300, "cannot be looked up: File name too long. Choose another output folder."),
+        ("\udcff", r"\\xff: the folder's name is not text in UTF-8, so no program could open the model by its name"),
+        ("ring", "cannot be looked up: "),
+        ("file/below", f"{tmp_path / 'file'} is not a folder. Choose another output folder."),
+    ):
+        with pytest.raises(RefusedError, match=message):
+            check_target(tmp_path / name)
+    with pytest.raises(OutputError, match="^/proc/x: cannot be written: in /proc no file can be made"):
+        check_target(Path("/proc/x"))
+    assert {path.name for path in tmp_path.iterdir()} == {"ring", "file"}
+
+
+def test_a_refusal_makes_nothing_and_a_failure_leaves_no_folder(tmp_path):
+    source = tmp_path / "base"
+    source.mkdir()
+    with pytest.raises(RefusedError), staged(source / "x" / "y", [source]):
+        pass
+    assert list(source.iterdir()) == []
+    with pytest.raises(RuntimeError), staged(tmp_path / "deep" / "er" / "out"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_what_comes_while_the_old_output_is_moved_away_is_not_lost(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    rename = Path.rename
+
+    def bring_a_file(path, target):
+        if path == out:
+            (out / "thesis.odt").write_text("mine")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", bring_a_file)
+    with (
+        pytest.raises(RefusedError, match="'thesis.odt' has come into it meanwhile"),
+        staged(out, replaceable=lambda _: {"config.json"}) as folder,
+    ):
+        (folder / "config.json").write_text("new")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"config.json": "old", "thesis.odt": "mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_behind_a_complete_output_nothing_is_an_error(tmp_path, monkeypatch, caplog, error):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    monkeypatch.setattr(
+        staging.shutil,
+        "rmtree",
+        lambda path, **_: _fail(error) if path.name == ".out.moemerge-old" and path.exists() else None,
+    )
+    with staged(out, replaceable=everything) as folder:
+        (folder / "config.json").write_text("new")
+        # A name that unlink refuses.
+        (tmp_path / ".out.moemerge-partial.journal").mkdir()
+    assert (out / "config.json").read_text() == "new"
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" (")[0] for message in messages] == [
+        f"{out}: is complete; something beside it could not be removed"
+    ] * 2
+
+
+def test_a_disk_too_small_is_refused_before_the_first_byte(tmp_path, monkeypatch):
+    with pytest.raises(OutputError, match=r"takes 1000000000.00 GB, but the disk has .* [GM]B free"):
+        check_space(tmp_path / "not" / "there", 10**18)
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda _: SimpleNamespace(free=12))
+    with pytest.raises(OutputError, match=r"takes 1.50 kB, but the disk has 12 B free"):
+        check_space(tmp_path, 1500)
+
+
+def test_limits_of_the_process_are_refused_before_work(tmp_path, monkeypatch):
+    limits = {"FSIZE": 10_000, "AS": None}
+    monkeypatch.setattr(target, "limit_of", limits.get)
+    with pytest.raises(
+        OutputError, match="largest file has 20.00 kB, but this process may write files of 10.00 kB at most"
+    ):
+        check_limits(tmp_path, largest=20_000, memory=0)
+    limits |= {"FSIZE": None, "AS": 10**9}
+    check_limits(tmp_path, largest=20_000, memory=10**8)
+    with pytest.raises(OutputError, match=r"about 1.60 GB of addresses are needed, but this process may use 1.00 GB"):
+        check_limits(tmp_path, largest=20_000, memory=10**9)
+    monkeypatch.setattr(target, "allow_open_files", lambda _: 12)
+    with pytest.raises(OutputError, match="this process may have 12 files open, and 32 are needed"):
+        check_limits(tmp_path, largest=0, memory=0)
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_can_be():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        assert allow_open_files(128) == 128
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (128, hard)
+        assert allow_open_files(100) == 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert limit_of("AS") in {None, resource.getrlimit(resource.RLIMIT_AS)[0]}
