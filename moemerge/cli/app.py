@@ -16,6 +16,7 @@ from moemerge.cli.options import AllowIdentical, CacheDir, Config, Debug, Json, 
 from moemerge.cli.planned import plan_from
 from moemerge.cli.publishing import push
 from moemerge.cli.routes import show_routes
+from moemerge.cli.streams import Guarded, guarded_streams, say
 from moemerge.cli.tuning import tune_routers
 
 _EPILOG: Final = """\
@@ -132,6 +133,10 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
 }  # fmt: skip
 
 
+# Their result is a model; the empty name is a merge.
+_WRITES_ELSEWHERE: Final = {"", "tune", "push"}
+
+
 def _misspelt(arguments: list[str]) -> str | None:
     """The command that a first word, which is no file, is nearly called."""
     if not arguments or arguments[0].startswith("-") or Path(arguments[0]).exists():
@@ -142,21 +147,41 @@ def _misspelt(arguments: list[str]) -> str | None:
 def main() -> None:
     """The entry point: a first word that names a command is that command, anything else is a merge."""
     arguments = sys.argv[1:]
-    word = arguments[0] if arguments and arguments[0] in _COMMANDS else None
-    if word:
-        arguments = arguments[1:]
-    elif near := _misspelt(arguments):
-        typer.echo(
-            f"error: {arguments[0]}: there is no such config and no such command. Did you mean {near}?", err=True
-        )
+    word = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
+    with guarded_streams() as (out, _):
+        code = 0
+        try:
+            _run(word, arguments[1:] if word else arguments)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        out.flush()
+        code = code or _lost(out, word)
+    sys.exit(code)
+
+
+def _run(word: str, arguments: list[str]) -> None:
+    if not word and (near := _misspelt(arguments)):
+        say(f"error: {arguments[0]}: there is no such config and no such command. Did you mean {near}?", error=True)
         sys.exit(2)
-    else:
+    if not word:
         from moemerge.cli.legacy import translate
 
         arguments, notes = translate(arguments)
         for note in notes:
-            typer.echo(f"note: {note}", err=True)
+            say(f"note: {note}", error=True)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     command = _COMMANDS[word] if word else merge_models
     app.command(no_args_is_help=command is not list_families, epilog=None if word else _EPILOG)(command)
     app(args=arguments, prog_name=f"moemerge {word}" if word else "moemerge")
+
+
+def _lost(out: Guarded, word: str) -> int:
+    """The exit code of a command that succeeded, if its standard output did not take all of it."""
+    if out.failure is None:
+        return 0
+    if word in _WRITES_ELSEWHERE:
+        say(f"warning: standard output took not all that was to be said ({out.why}); the work is done", error=True)
+        return 0
+    if not isinstance(out.failure, BrokenPipeError):  # as when a pager was left
+        say(f"error: the result cannot be written to standard output: {out.why}.", error=True)
+    return 1

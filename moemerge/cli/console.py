@@ -1,6 +1,7 @@
 """What all commands say in the same way: messages and exit codes, tables on stdout, JSON."""
 
 import ctypes
+import errno
 import logging
 import os
 import signal
@@ -13,19 +14,20 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from moemerge.checkpoint.files import interrupted
+from moemerge.cli.streams import say
 from moemerge.errors import MoemergeError
+from moemerge.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_MOST_BYTES: Final = 3500
 _M_MMAP_THRESHOLD: Final = -3
 
 
 @contextmanager
 def speaking(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path | None = None) -> Iterator["Console"]:
     """A console for messages; turns what goes wrong inside into a message and an exit code."""
-    from rich.console import Console
-
     if cache_dir:
         os.environ["HF_HUB_CACHE"] = str(cache_dir)  # before huggingface_hub is imported
     # Other libraries' chatter and bars belong to those who ask for more.
@@ -35,20 +37,51 @@ def speaking(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path | None =
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.ERROR
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    console = _console(stderr=True)
+    ours, shown = logging.getLogger("moemerge"), _Shown(console)
+    ours.addHandler(shown)
+    ours.setLevel(min(level, logging.WARNING))
+    ours.propagate = False
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # ignored by programs in the background
         signal.signal(signal.SIGINT, _interrupt)
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         yield console
-    except (typer.Exit, BrokenPipeError):
+    except typer.Exit:
         raise
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
         message, exit_code = explain_error(error)
-        typer.echo(message, err=True)
+        say(message, error=True)
         raise typer.Exit(exit_code) from error
+    finally:
+        ours.removeHandler(shown)
+
+
+def _console(*, stderr: bool = False, width: int | None = None) -> "Console":
+    """A console on which nothing that is printed can move the cursor."""
+    from rich.console import Console
+
+    class _Safe(Console):
+        def render_str(self, text: str, **keys: Any) -> Any:
+            return super().render_str(printable(text), **keys)
+
+    return _Safe(stderr=stderr, soft_wrap=True, highlight=False, markup=False, width=width)
+
+
+class _Shown(logging.Handler):
+    """Shows what moemerge itself logs."""
+
+    def __init__(self, console: "Console") -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a warning as such, news with the module's name."""
+        is_warning = record.levelno >= logging.WARNING
+        text = f"{'warning' if is_warning else record.name}: {record.getMessage()}"
+        self._console.print(text, style="yellow" if is_warning else None)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -89,23 +122,24 @@ def explain_error(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted: {str(error) or 'the output is as it was before'}", 130
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "error: memory ran out. `moemerge plan` says how much a merge needs.", 1
+    if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+        return "error: too many files are open. Raise the limit, with `ulimit -n 1024`.", 1
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "error: the system starts no more threads. Raise its limits, `ulimit -u` and `ulimit -v`.", 1
     fault = "This is a fault in moemerge: please report it, with what --debug shows."
-    return f"error: {type(error).__name__}: {error}\n{fault}", 1
+    return printable(f"error: {type(error).__name__}: {error}", _MOST_BYTES) + f"\n{fault}", 1
 
 
 def stdout() -> "Console":
     """A console for results."""
-    from rich.console import Console
-
     # Tables are as wide as the terminal; in a file they need not be narrow.
-    width = None if sys.stdout.isatty() else 160
-    return Console(soft_wrap=True, highlight=False, markup=False, width=width)
+    return _console(width=None if sys.stdout.isatty() else 160)
 
 
 def print_json(value: Any) -> None:
     """A result for programs."""
     import json
 
-    typer.echo(json.dumps(value, indent=2))
+    say(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))  # the one control character that JSON leaves

@@ -6,6 +6,7 @@ import typer
 
 from moemerge.cli.console import print_json, speaking, stdout
 from moemerge.cli.options import Debug, Json
+from moemerge.cli.streams import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,7 @@ def list_families(
         if json:
             print_json([asdict(row) for row in rows])
         elif markdown:
-            typer.echo(as_markdown(rows))
+            say(as_markdown(rows))
         else:
             print_families(stdout(), rows)
 

@@ -28,6 +28,7 @@ from moemerge.cli.options import (
 )
 from moemerge.cli.planned import plan_from
 from moemerge.cli.publishing import Pushing
+from moemerge.cli.streams import say
 from moemerge.errors import BusyError, RefusedError
 
 if TYPE_CHECKING:
@@ -94,9 +95,10 @@ def merge_models(
     """
     del version
     with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
-        from moemerge.checkpoint.staging import check_target
+        from moemerge.checkpoint.target import check_target
         from moemerge.cli.progress import show_progress
-        from moemerge.merging import merge, merge_to_hub
+        from moemerge.merging import check_output, check_streaming, merge, merge_to_hub
+        from moemerge.overwriting import replaceable_files
 
         if push_streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
@@ -106,7 +108,7 @@ def merge_models(
         )  # fmt: skip
         # Before a plan may download weights.
         if not push_streaming:
-            check_target(out, (), overwrite=overwrite)
+            check_target(out, inputs=[config], replaceable=replaceable_files if overwrite else None)
         base_bits = _check_pass(device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
         return_freed_memory()
         plan = plan_from(
@@ -119,6 +121,8 @@ def merge_models(
             way = partial(merge_to_hub, plan, out, pushing.publisher)
         if pushing.publisher:
             pushing.publisher.check_replaced(plan.family.model_type, overwrite=overwrite)
+            check_streaming(plan, out) if push_streaming else check_output(plan, out, overwrite=overwrite)
+            pushing.publisher.create()
         with (
             _told_what_is_kept(console, out, streaming=push_streaming),
             show_progress(console, quiet=quiet) as progress,
@@ -129,9 +133,9 @@ def merge_models(
             )  # fmt: skip
         _print_report(console, out, plan, report, quiet=quiet, by_layer=verbose > 0)
         if not quiet and not push_streaming:
-            typer.echo(f"{out}: done")
+            say(f"{out}: done")
         if pushing.publisher:
-            typer.echo(pushing.publisher.url if push_streaming else pushing.publisher.push(out))
+            say(pushing.publisher.url if push_streaming else pushing.publisher.push(out))
 
 
 def _check_pass(device: str, *, load_in_8bit: bool, load_in_4bit: bool) -> Literal[4, 8] | None:
@@ -186,5 +190,5 @@ def _show_version(*, show: bool) -> None:
     if show:
         from importlib.metadata import version
 
-        typer.echo(f"moemerge {version('moemerge')}")
+        say(f"moemerge {version('moemerge')}")
         raise typer.Exit

@@ -8,7 +8,7 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from moemerge.cli.render import size
+from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.merging import Progress as Report
 from moemerge.merging import Stage
 

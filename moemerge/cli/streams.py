@@ -1,0 +1,83 @@
+"""Standard output and error that may be closed, full, or of a small alphabet: they lose text, never the work."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from moemerge.printable import printable
+
+
+class Guarded:
+    """A text stream that keeps its first failure instead of raising it; what is written afterwards goes nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        """Guard `stream`; None is one that was closed before the program began."""
+        self.failure: OSError | ValueError | None = None if stream else ValueError("it is closed")
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  as long as the program
+        with suppress(AttributeError, ValueError, OSError):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Write, if nothing has failed yet."""
+        if self.failure is None:
+            try:
+                self._stream.write(text)
+            except (OSError, ValueError) as error:
+                self._fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if nothing has failed yet."""
+        if self.failure is None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError | ValueError) -> None:
+        self.failure = error
+        # What lies in buffers must not fail again when the program ends.
+        with suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    @property
+    def why(self) -> str:
+        """What failed, in words."""
+        return getattr(self.failure, "strerror", None) or str(self.failure)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _keep_open(number: int) -> None:
+    """Open nothing under a standard stream's number, if it is closed: it would go to the next file that is opened."""
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+
+
+@contextmanager
+def guarded_streams() -> Iterator[tuple[Guarded, Guarded]]:
+    """Put guards in the place of standard output and error; they stay where something failed."""
+    for number in range(3):
+        _keep_open(number)
+    given = sys.stdout, sys.stderr
+    out, err = guards = Guarded(sys.stdout), Guarded(sys.stderr)
+    sys.stdout, sys.stderr = guards
+    try:
+        yield guards
+    finally:
+        out.flush()
+        err.flush()
+        if not (out.failure or err.failure):
+            sys.stdout, sys.stderr = given
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line that may hold anybody's names."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
