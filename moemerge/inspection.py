@@ -62,7 +62,7 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     dtype_bytes: Counter[str] = Counter()
     for tensor in stored_tensors:
         dtype_bytes[tensor.dtype] += tensor.nbytes
-    warnings = []
+    warnings = [note.removeprefix(f"{reference}: ") for note in model.notes]
     claimed = next((model.config[key] for key in _EXPERT_COUNT_KEYS if key in model.config), 0)
     if experts != claimed:
         warnings.append(f"config.json announces {claimed} experts, the tensors hold {experts}")
@@ -72,7 +72,7 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
         for path in model.folder.glob("*.safetensors")
         if path.name not in files and path.name.startswith("model")
     )
-    if stale:
+    if stale and not model.notes:
         warnings.append(f"{', '.join(stale)}: not in the index, so no reader loads it")
     metadata = read_json(index).get("metadata") if index else None
     announced = metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -8,19 +8,24 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
 from moemerge.card import licence_of, write_card
+from moemerge.checkpoint.copy import copy_file
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
+from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
-from moemerge.checkpoint.staging import check_space, journal_of, staged
+from moemerge.checkpoint.staging import journal_of, left_bytes, staged
+from moemerge.checkpoint.target import Replaceable, check_limits, check_scratch, check_space, check_target
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config import CONFIG_COPY
 from moemerge.dtypes import STORED
-from moemerge.errors import RefusedError
+from moemerge.errors import CheckpointError, RefusedError
+from moemerge.overwriting import replaceable_files
 from moemerge.plan import Computed, MergePlan
 from moemerge.routers import Routers, check_base_bits, init_routers
 
@@ -81,11 +86,12 @@ def merge(
     """
     out = Path(out)
     work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence)
+    plan.check_sources("since the plan was made")
+    check_output(plan, out, overwrite=overwrite)
     with (
-        staged(out, plan.folders, overwrite=overwrite, resume=resume) as folder,
+        staged(out, plan.folders, **_replacing(plan, overwrite=overwrite), resume=resume) as folder,
         work.sources_kept_in(folder),
     ):
-        check_space(out, plan.output_bytes - plan.shared_bytes + plan.kept_bytes)
         journal = journal_of(folder)
         kept = journal.resume(plan.fingerprint(seed), folder, plan.shards_without_routers)
         tally = _Tally(progress, plan, kept)
@@ -99,6 +105,8 @@ def merge(
             routers = work.init_routers(layer_done)
             writer.add(work.router_bands(routers))
             work.write_other_files(folder, name or out.resolve().name, routers.report)
+        with _forgetting(journal):
+            plan.check_sources("while it was read")
         work.write_config(folder)
     return routers.report
 
@@ -147,11 +155,12 @@ def merge_to_hub(
     """
     scratch = Path(scratch)
     work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence)
+    plan.check_sources("since the plan was made")
+    check_streaming(plan, scratch)
     with (
         staged(scratch, plan.folders, resume=resume, temporary=True) as folder,
         work.sources_kept_in(folder),
     ):
-        check_space(scratch, plan.kept_bytes + sum(sorted(shard.nbytes for shard in plan.shards)[-2:]))
         publisher.check_streaming(overwrite=overwrite)
         journal = journal_of(folder)
         fingerprint = plan.fingerprint(seed) | {"destination": publisher.repo}
@@ -176,9 +185,60 @@ def merge_to_hub(
                 complete.append(shard)
         send(complete.pop())
         work.write_other_files(folder, publisher.repo, routers.report)
+        with _forgetting(journal):
+            plan.check_sources("while it was read")
         work.write_config(folder)
         publisher.finish(folder)
         return routers.report
+
+
+def check_output(plan: MergePlan, out: Path | str, *, overwrite: bool = False) -> None:
+    """Refuse a folder that `merge` could not write, or would take something from; nothing is left on the disk.
+
+    Raises:
+        RefusedError: see `merge`.
+        OutputError: see `merge`.
+    """
+    out = Path(out)
+    check_target(out, plan.folders, **_replacing(plan, overwrite=overwrite))
+    check_space(out, plan.output_bytes - plan.shared_bytes + plan.kept_bytes, left=left_bytes(out))
+    check_limits(out, largest=max(shard.nbytes for shard in plan.shards), memory=plan.peak_memory_bytes)
+
+
+def check_streaming(plan: MergePlan, scratch: Path | str) -> None:
+    """Refuse a folder beside which `merge_to_hub` could not write two shards; nothing is left on the disk.
+
+    Raises:
+        RefusedError: see `merge_to_hub`.
+        OutputError: see `merge_to_hub`.
+    """
+    scratch = Path(scratch)
+    check_scratch(scratch, plan.folders)
+    two_shards = sorted(shard.nbytes for shard in plan.shards)[-2:]
+    check_space(scratch, plan.kept_bytes + sum(two_shards), left=left_bytes(scratch))
+    check_limits(scratch, largest=two_shards[-1], memory=plan.peak_memory_bytes)
+
+
+@contextmanager
+def _forgetting(journal: Journal) -> Iterator[None]:
+    """Where this fails, complete shards are of no use to a later run either."""
+    try:
+        yield
+    except CheckpointError:
+        journal.remove()
+        raise
+
+
+class _Replacing(TypedDict, total=False):
+    inputs: Collection[Path]
+    replaceable: Replaceable
+
+
+def _replacing(plan: MergePlan, *, overwrite: bool) -> _Replacing:
+    """What may be replaced, and what may not be in the way of it."""
+    if not overwrite:
+        return {}
+    return {"inputs": plan.inputs, "replaceable": partial(replaceable_files, written=plan.file_names)}
 
 
 class _Work:
@@ -245,7 +305,7 @@ class _Work:
     def write_other_files(self, folder: Path, name: str, report: "RoutingReport") -> None:
         """All but weights and `config.json`; `name` is the model's."""
         for path in self._plan.copied_files:
-            shutil.copyfile(path, folder / path.name)
+            copy_file(path, folder / path.name)
         if (index := self._plan.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
         (folder / CONFIG_COPY).write_text(self._plan.config.text, encoding="utf-8")

@@ -3,22 +3,24 @@
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from moemerge.checkpoint.derived import Derived, leaves
-from moemerge.checkpoint.files import File, size_of, told_by
+from moemerge.checkpoint.files import File, Stamp, size_of, told_by
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.checkpoint.index import build_index
+from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
-from moemerge.config import MergeConfig
+from moemerge.config import CARD, CONFIG_COPY, MergeConfig
+from moemerge.errors import CheckpointError
 from moemerge.formats import Mixture, MoeFamily
 from moemerge.formats.dense import DenseModel
 from moemerge.sources import ModelFolder, Reference
+from moemerge.texts import matching_files
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
 # torch with transformers, and what the classes and threads of a pass add to it.
@@ -89,6 +91,8 @@ class MergePlan:
     """The models whose FFNs are chosen between, in the order of the config."""
     sources: tuple[ModelFolder, ...]
     """The base, then every expert, then every shared expert."""
+    stamps: Mapping[Path, Stamp]
+    """Of each local file that was read of the models, what told it from others when it was first read."""
     references: Mapping[File, str]
     """Of each file of weights, the model that it belongs to, as the config names it."""
     reread: tuple[StoredTensor, ...]
@@ -103,10 +107,14 @@ class MergePlan:
     """Of the base model, beside its weights."""
     notes: tuple[str, ...]
     """What the user should know."""
+    warnings: tuple[str, ...]
+    """What looks like a mistake: experts that are no fine-tunes of the base, or the base itself."""
     advice: tuple[str, ...]
     """What measured better than what the config asks for."""
     family_notes: tuple[str, ...]
     """Those of them that a user of the merged model should know too: what readers of its family get wrong."""
+    compared_bytes: int
+    """Bytes of weights that the plan itself has read on other machines, to compare the experts with the base."""
     shared_bytes: int
     """Bytes of the output that take no room on the disk: its files share them with the sources'."""
     runs_base: bool
@@ -120,6 +128,22 @@ class MergePlan:
         """Of the sources."""
         adapters = [adapter.folder for source in self.sources for adapter in source.adapters]
         return [*(source.folder for source in self.sources), *adapters]
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files that the merge reads: the config, texts, and those of models, which links may lead to."""
+        experts = [*self.config.experts, *self.config.shared_experts]
+        patterns = [text for expert in experts for text in (*expert.positive_texts, *expert.negative_texts)]
+        files = [path for path in (*self.references, *self.copied_files) if isinstance(path, Path)]
+        config = [self.config.file] if self.config.file else []
+        return [*config, *files, *matching_files([*patterns, *self.config.router.calibration_texts])]
+
+    @property
+    def file_names(self) -> list[str]:
+        """Names of the files of the merged model."""
+        index = [SAFETENSORS_INDEX] if len(self.shards) > 1 else []
+        others = ["config.json", CONFIG_COPY, CARD, *(path.name for path in self.copied_files)]
+        return [*(shard.name for shard in self.shards), *index, *others]
 
     @property
     def computed(self) -> dict[str, Computed]:
@@ -222,14 +246,39 @@ class MergePlan:
             "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
             "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
             "sources": {
-                str(path): {
-                    "size": size_of(path),
-                    "modified": told_by(path),
+                str(path): self._told_by(path)
+                | {
                     "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
                 }
                 for path, tensors in used.items()
             },
         }
+
+    def _told_by(self, file: File) -> dict[str, Any]:
+        """What a change of a file would change: of a local one the stamp that it had when it was planned with."""
+        if isinstance(file, Path) and file in self.stamps:
+            return asdict(self.stamps[file])
+        return {"size": size_of(file), "identity": str(told_by(file))}
+
+    def check_sources(self, when: str) -> None:
+        """Make sure that every file that was read of the models is still the same.
+
+        Args:
+            when: since when it may have changed, for the message.
+
+        Raises:
+            CheckpointError: one is not; says what of it is another.
+        """
+        for path, seen in self.stamps.items():
+            try:
+                found = asdict(Stamp.of(path))
+            except OSError as error:
+                raise CheckpointError(f"{path}: is gone {when}. Nothing is written. Merge again.") from error
+            if changed := [name for name, value in asdict(seen).items() if found[name] != value]:
+                raise CheckpointError(
+                    f"{path}: was changed {when} ({', '.join(changed)}), so the output would be of two models. "
+                    "Nothing is written. Merge again."
+                )
 
     @property
     def index(self) -> str | None:

@@ -90,6 +90,9 @@ def verify_merge(
         tensors = {}
         differences.append(Difference("weights", "an index, headers and files that agree", str(error)))
     else:
+        if model.file(SAFETENSORS_INDEX):
+            odd = "an index, headers and files that agree"
+            differences += [Difference("weights", odd, note) for note in model.notes]
         differences += _compare_index(model, tensors) + _compare_tables(plan, tensors)
     unfit = {difference.what for difference in differences}
     fit = [name for name in plan.outputs if name in tensors and name not in unfit]

@@ -1,4 +1,4 @@
-"""Files as hostile or broken as they come: headers, indexes, shard layout, copies, staging."""
+"""Files as hostile or broken as they come: headers, indexes, shard layout, copies."""
 
 import errno
 import json
@@ -9,20 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from moemerge.checkpoint import copy, staging, writer
+from moemerge.checkpoint import copy, writer
+from moemerge.checkpoint.derived import read_values
 from moemerge.checkpoint.header import StoredTensor, build_header, read_header
-from moemerge.checkpoint.index import model_files, read_weight_map
+from moemerge.checkpoint.index import Weights, choose_weights, read_weight_map
 from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import TensorSpec, layout_shards, parse_size
-from moemerge.checkpoint.staging import check_space, check_target, staged
 from moemerge.checkpoint.writer import ShardWriter
-from moemerge.errors import CheckpointError, OutputError, RefusedError
+from moemerge.errors import CheckpointError, OutputError
 from moemerge.sources import ModelFolder, read_tensor_table
 from moemerge.sources.local import resolve_file
+from tests.models import edit_json
 
 
 def raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -63,7 +66,11 @@ def test_reads_what_the_reference_library_writes(tmp_path):
         ({"a": {"dtype": "U8"}}, b"", "tensor 'a': expected dtype, shape and data_offsets"),
         ({"a": 5}, b"", "tensor 'a': expected dtype, shape and data_offsets"),
         ([1], b"", "the safetensors header is not a JSON object"),
-        (b"{", b"", "the safetensors header is not JSON"),
+        (b"{", b"", "the safetensors header is not valid JSON"),
+        (b" {}", b"", "the safetensors header is not a JSON object"),
+        ({"__metadata__": {"format": 1}}, b"", "__metadata__ in the header has to be a table of texts"),
+        ({"__metadata__": []}, b"", "__metadata__ in the header has to be a table of texts"),
+        ({"a\ud800": entry(0, 4)}, b"1234", "the header holds half of a letter, a lone surrogate, in 'a\\ud800'"),
         (b'{"a": 1, "a": 1}', b"", "the header names 'a' twice"),
     ],
 )  # fmt: skip
@@ -141,10 +148,6 @@ def test_index_and_headers_have_to_agree(tmp_path):
     file = "model-00001-of-00001.safetensors"
     for weight_map, message in (
         (
-            {"a": file},
-            "tensor 'b' is in model-00001-of-00001.safetensors, but model.safetensors.index.json does not name it",
-        ),
-        (
             {"a": file, "b": file, "c": file},
             "says that tensor 'c' is in model-00001-of-00001.safetensors, whose header has no",
         ),
@@ -153,6 +156,62 @@ def test_index_and_headers_have_to_agree(tmp_path):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=message):
             read(tmp_path)
+
+
+ONE, TWO, WHOLE = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+BESIDE = "m: has an index of shards beside {0}, which is read alone, as transformers does"
+
+
+@pytest.mark.parametrize(
+    ("files", "weight_map", "expected"),
+    [
+        ({WHOLE: 1.0, ONE: 2.0}, {"model.embed_tokens.weight": ONE}, (1.0, [BESIDE.format(WHOLE)])),
+        ({WHOLE: 1.0}, {"model.embed_tokens.weight": ONE}, (1.0, [BESIDE.format(WHOLE)])),
+        ({ONE: 2.0, "pytorch_model.bin": 3.0}, {"model.embed_tokens.weight": ONE}, (2.0, [])),
+        ({"pytorch_model.bin": 3.0, "pytorch_model-00001-of-00001.bin": 4.0}, {},
+         (3.0, [BESIDE.format("pytorch_model.bin")])),
+        ({ONE: 2.0, TWO: 5.0}, {"model.embed_tokens.weight": ONE, "model.norm.weight": TWO},
+         (5.0, ["m: model.safetensors.index.json does not say of 1 tensor(s), such as 'model.embed_tokens.weight', that "
+                "they are in model-00002-of-00002.safetensors; they are read from there, the last of two, as transformers "
+                "does"])),
+        ({WHOLE: 1.0, "mine.safetensors": 6.0}, None,
+         (6.0, ["m: config.json names mine.safetensors as the file of its weights, and that is read"])),
+    ],
+)  # fmt: skip
+def test_the_weights_of_a_folder_are_those_that_transformers_takes(tmp_path, llamas, files, weight_map, expected):
+    for path in llamas[0].iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(llamas[0] / WHOLE)
+    embeddings = "model.embed_tokens.weight"
+    for name, number in files.items():
+        own = (
+            tensors if name != ONE or TWO not in files else {embeddings: 0, "lm_head.weight": tensors["lm_head.weight"]}
+        )
+        own = {
+            key: value.clone()
+            for key, value in (own | {embeddings: torch.full_like(tensors[embeddings], number)}).items()
+        }
+        torch.save(own, tmp_path / name) if name.endswith(".bin") else save_file(own, tmp_path / name, {"format": "pt"})
+    if weight_map is None:
+        edit_json(tmp_path / "config.json", transformers_weights="mine.safetensors")
+    elif weight_map:
+        rest = dict.fromkeys(tensors.keys() - weight_map.keys(), next(reversed(weight_map.values())))
+        (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": rest | weight_map}))
+    else:
+        file = "pytorch_model-00001-of-00001.bin"
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file)}))
+    model = ModelFolder("m", tmp_path, tmp_path, json.loads((tmp_path / "config.json").read_text()))
+    table = read_tensor_table(model, print)
+    assert set(read_values(table[embeddings]).flatten().tolist()) == {expected[0]}
+    assert model.notes == expected[1]
+    # A key that transformers 4 does not know.
+    if weight_map is not None or transformers.__version__ >= "5":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert set(loaded.get_input_embeddings().weight.flatten().tolist()) == {expected[0]}
 
 
 def test_without_an_index_shards_are_found_and_strangers_left(tmp_path):
@@ -170,15 +229,24 @@ def test_without_an_index_shards_are_found_and_strangers_left(tmp_path):
 def test_an_empty_folder_has_no_weights(tmp_path):
     with pytest.raises(CheckpointError, match=r"no weights found: expected \*.safetensors or pytorch_model"):
         read(tmp_path)
-    assert model_files({"training_args.bin", "optimizer.bin", "adapter_model.safetensors"}) == ()
+    assert choose_weights({"training_args.bin", "optimizer.bin", "adapter_model.safetensors"}, dict) == Weights(())
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "model").mkdir()
+def test_links_lead_anywhere_but_out_of_the_cache(tmp_path):
     (tmp_path / "secret.txt").write_text("x")
-    (tmp_path / "model" / "tokenizer.json").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(CheckpointError, match="is a link to .*secret.txt, outside the model's folder"):
-        resolve_file(tmp_path / "model", "tokenizer.json")
+    model, snapshot = tmp_path / "model", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    for folder in (model, snapshot):
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.json").symlink_to(tmp_path / "secret.txt")
+    assert resolve_file(model, "tokenizer.json") == model / "tokenizer.json"
+    with pytest.raises(CheckpointError, match="is a link to .*secret.txt, out of the Hub's cache"):
+        resolve_file(snapshot, "tokenizer.json")
+    os.mkfifo(model / "config.json")
+    with pytest.raises(CheckpointError, match="config.json: is not a file"):
+        resolve_file(model, "config.json")
+    (model / "tokenizer.model").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="tokenizer.model: is not a file"):
+        resolve_file(model, "tokenizer.model")
 
 
 class Hostile:
@@ -371,156 +439,3 @@ def test_infinite_weights_stay_infinite(tmp_path):
     save_file({"a": torch.tensor([float("inf"), 1.0])}, tmp_path / "s.safetensors")
     tensor = read_header(tmp_path / "s.safetensors")["a"]
     assert write(tmp_path, {"a": Piece(tensor, "F16")}, {"a": (2,)})["a"][0].isinf()
-
-
-def test_output_appears_only_when_complete(tmp_path):
-    out = tmp_path / "deep" / "out"
-    with staged(out) as folder:
-        (folder / "config.json").write_text("{}")
-        assert not out.exists()
-    assert [path.name for path in out.iterdir()] == ["config.json"]
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_output_that_fails_leaves_what_was_there(tmp_path, error):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
-    with pytest.raises(error), staged(out, overwrite=True) as folder:  # noqa: PT012  the block is what is interrupted
-        (folder / "config.json").write_text("new")
-        raise error
-    assert (out / "config.json").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwriting_leaves_no_old_file(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "model-00001-of-00002.safetensors").write_text("old")
-    with staged(out, overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
-    assert [path.name for path in out.iterdir()] == ["config.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_mount_point_is_filled_from_within_config_last(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "model.safetensors").write_text("old")
-    monkeypatch.setattr(staging.os.path, "ismount", lambda path: Path(path) == out)
-    order = []
-    rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda path, target: order.append(path.name) or rename(path, target))
-    with staged(out, overwrite=True) as folder:
-        assert folder.parent == out
-        for name in ("config.json", "a.safetensors", "README.md"):
-            (folder / name).write_text("new")
-    assert order[-1] == "config.json"
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "a.safetensors", "config.json"]
-
-
-def test_a_stage_left_by_a_killed_process_is_taken_over(tmp_path):
-    stage = tmp_path / ".out.moemerge-partial"
-    stage.mkdir()
-    (stage / "model.safetensors").write_text("half")
-    with staged(tmp_path / "out") as folder:
-        assert list(folder.iterdir()) == []
-        (folder / "config.json").write_text("{}")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_two_processes_do_not_write_the_same_output(tmp_path):
-    failed = []
-
-    def second():
-        try:
-            with staged(tmp_path / "out"):
-                pass
-        except OutputError as error:
-            failed.append(str(error))
-
-    with staged(tmp_path / "out") as folder:
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join()
-        (folder / "config.json").write_text("{}")
-    assert failed == [f"{tmp_path / 'out'}: another moemerge is writing to it. Wait for it to end."]
-    assert (tmp_path / "out" / "config.json").exists()
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_replacement_that_stops_between_its_renames_is_undone(tmp_path, monkeypatch, error):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
-    rename = Path.rename
-    monkeypatch.setattr(
-        Path, "rename", lambda path, target: _fail(error) if path.name.endswith("partial") else rename(path, target)
-    )
-    with pytest.raises((error, OutputError)), staged(out, overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
-    assert (out / "config.json").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def _fail(error):
-    raise error
-
-
-def test_a_replacement_that_was_killed_between_its_renames_is_undone_by_the_next_run(tmp_path):
-    old = tmp_path / ".out.moemerge-old"
-    old.mkdir()
-    (old / "config.json").write_text("old")
-    with pytest.raises(RefusedError, match="is not empty"), staged(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
-
-
-def test_what_appears_in_the_target_during_the_merge_is_not_lost(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(RefusedError, match="is not empty"), staged(out) as folder:  # noqa: PT012  what happens meanwhile
-        (folder / "config.json").write_text("{}")
-        out.mkdir()
-        (out / "thesis.odt").write_text("mine")
-    assert (out / "thesis.odt").read_text() == "mine"
-
-
-def test_a_stage_that_is_a_link_is_not_followed(tmp_path):
-    (tmp_path / "victim").mkdir()
-    (tmp_path / "victim" / "mine.txt").write_text("mine")
-    (tmp_path / ".out.moemerge-partial").symlink_to(tmp_path / "victim")
-    with staged(tmp_path / "out") as folder:
-        (folder / "config.json").write_text("{}")
-    assert [path.name for path in (tmp_path / "victim").iterdir()] == ["mine.txt"]
-    assert not (tmp_path / "out").is_symlink()
-
-
-def test_targets_that_would_lose_something_are_refused(tmp_path):
-    source = tmp_path / "models" / "base"
-    source.mkdir(parents=True)
-    (tmp_path / "file").write_text("")
-    for target in (source, source.parent, source / "out"):
-        with pytest.raises(RefusedError, match="is, holds or lies within the model"):
-            check_target(target, [source], overwrite=True)
-    with pytest.raises(RefusedError, match="exists and is not a folder"):
-        check_target(tmp_path / "file", [], overwrite=True)
-    out = tmp_path / "out"
-    out.mkdir()
-    check_target(out, [source], overwrite=False)
-    (out / "config.json").write_text("{}")
-    with pytest.raises(RefusedError, match=r"is not empty \(1 entries, among them 'config.json'\).*--overwrite"):
-        check_target(out, [source], overwrite=False)
-    check_target(out, [source], overwrite=True)
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.md").write_text("")
-    with pytest.raises(RefusedError, match="holds no checkpoint"):
-        check_target(tmp_path / "notes", [], overwrite=True)
-    (out / "thesis.odt").write_text("")
-    with pytest.raises(RefusedError, match=r"holds 'thesis.odt', which is no part of a model"):
-        check_target(out, [source], overwrite=True)
-
-
-def test_a_disk_too_small_is_refused_before_the_first_byte(tmp_path):
-    with pytest.raises(OutputError, match=r"takes 1000000000.00 GB, but the disk has .* GB free"):
-        check_space(tmp_path / "not" / "there", 10**18)

@@ -82,15 +82,18 @@ def shapes(hidden: int, vocab: int) -> dict[str, tuple[int, ...]]:
 
 
 def llama(seed: int, *, hidden: int = 8, vocab: int = 16, sharded: bool = False) -> Files:
-    """The files of a random model."""
+    """The files of a random model; those of all seeds are near to each other, as fine-tunes are."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": 12,
         "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": vocab,
         "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
     }  # fmt: skip
-    rng = random.Random(seed)
+    first, rng = random.Random(0), random.Random(seed)
     tensors = shapes(hidden, vocab)
-    stored = {name: struct.pack("<f", rng.uniform(-1, 1)) * prod(shape) for name, shape in tensors.items()}
+    stored = {
+        name: struct.pack("<f", first.choice((-1, 1)) * (1 + 0.1 * rng.uniform(-1, 1))) * prod(shape)
+        for name, shape in tensors.items()
+    }
     homes = {name: SHARDS["layers.1" in name] if sharded else SINGLE for name in tensors}
     files: Files = {"config.json": json.dumps(config).encode()}
     for home in sorted(set(homes.values())):
@@ -166,9 +169,11 @@ def test_only_config_tokenizer_index_and_the_shards_it_names_are_requested(plann
     assert planned.hub.requested("acme/fox") == {"README.md", "config.json", SINGLE}
     assert planned.hub.requested("acme/code") == {"README.md", "config.json", SINGLE}
     for repo in planned.hub.repositories:
-        # Of a file of weights, the length of its header, its header, and the whole; of any other, the whole.
+        # Of a file of weights, the length of its header, its header, some rows of three matrices of each of its layers,
+        # and the whole; of any other, the whole.
         times = Counter(planned.hub.downloaded(repo))
-        assert times == {path: 3 if path in weights([path]) else 1 for path in planned.hub.requested(repo)}
+        rows = {path: 3 if path in SHARDS else 3 * LAYERS for path in planned.hub.requested(repo)}
+        assert times == {path: 3 + rows[path] if path in weights([path]) else 1 for path in rows}
 
 
 def test_the_revision_is_the_one_that_was_named_and_files_keep_their_names(planned):
@@ -320,7 +325,12 @@ def test_weights_are_those_that_a_folder_with_the_same_files_would_be_read_from(
     hub.add("acme/converted", config | pickles | {SINGLE: b"4"})
     hub.add(
         "acme/odd",
-        config | {INDEX: build_index({"a": "[m]*.safetensors"}, 1).encode(), "[m]*.safetensors": b"5"} | {SINGLE: b"6"},
+        config
+        | {INDEX: build_index({"a": "[m]*.safetensors"}, 1).encode(), "[m]*.safetensors": b"5", "m1.safetensors": b"6"},
+    )
+    hub.add(
+        "acme/both",
+        config | {INDEX: build_index({"a": "m1.safetensors"}, 1).encode(), "m1.safetensors": b"7", SINGLE: b"8"},
     )
     with hub.running() as url:
         done = Machine(tmp_path, url).python("-c", FETCH, *hub.repositories, HF_HUB_DISABLE_PROGRESS_BARS="1")
@@ -329,13 +339,15 @@ def test_weights_are_those_that_a_folder_with_the_same_files_would_be_read_from(
         "acme/old: downloading pytorch_model.bin\n"
         f"acme/older: downloading {bins[0]}, {bins[1]}\n"
         f"acme/converted: downloading {SINGLE}\n"
-        "acme/odd: downloading [m]*.safetensors\n",
+        "acme/odd: downloading [m]*.safetensors\n"
+        f"acme/both: downloading {SINGLE}\n",
         "",
     )
     assert weights(hub.downloaded("acme/old")) == ["pytorch_model.bin"]
     assert weights(hub.downloaded("acme/older")) == bins
     assert weights(hub.downloaded("acme/converted")) == [SINGLE]
     assert weights(hub.downloaded("acme/odd")) == ["[m]*.safetensors"]
+    assert weights(hub.downloaded("acme/both")) == [SINGLE]
 
 
 def test_a_planted_link_is_refused(planned, tmp_path):
@@ -358,7 +370,9 @@ def test_a_planted_link_is_refused(planned, tmp_path):
     for result, (link, target) in zip(results, links.values(), strict=True):
         assert (result.code, result.err.splitlines()[1:]) == (
             1,
-            [f"error: {link}: is a link to {target}, outside the model's folder. Copy or hard-link the file instead."],
+            [
+                f"error: {link}: is a link to {target}, out of the Hub's cache that it lies in. Download the model again."
+            ],
         )
 
 
@@ -381,7 +395,7 @@ def test_a_planted_tokenizer_is_refused_and_a_lost_one_noticed(planned, tmp_path
     blob = tokenizer.resolve()
     (tmp_path / "secret").write_text("private")
     plant(blob, tmp_path / "secret")  # the snapshot's own link is as it was
-    with pytest.raises(CheckpointError, match=r"tokenizer.json: is a link to .*/secret, outside the model's folder"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: is a link to .*/secret, out of the Hub's cache"):
         plan_of_folders(*folders)
     for target in (tmp_path / "gone", blob):
         plant(blob, target)  # to nowhere, then in a ring

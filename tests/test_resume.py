@@ -96,7 +96,9 @@ def test_another_merge_is_not_continued_and_says_what_differs(tmp_path, models, 
     )
     weights = models[2] / "model.safetensors"
     os.utime(weights, ns=(0, 0))
-    with pytest.raises(RefusedError, match=f"what differs: sources.{weights}.modified. Undo"):
+    with pytest.raises(
+        RefusedError, match=f"what differs: sources.{weights}.changed, sources.{weights}.modified. Undo"
+    ):
         merge(plan_of(tmp_path, models), out, resume=True)
     with pytest.raises(RefusedError, match=r"what differs: layout of the shards \(--max-shard-size\), sources"):
         merge(plan_of(tmp_path, models, 30_000), out, resume=True)
@@ -266,5 +268,5 @@ def test_a_refused_command_leaves_what_can_be_resumed(tmp_path, models, monkeypa
     assert kept_shards(out) == 2
     edit_json(models[0] / "generation_config.json", temperature=0.5)
     (out / "thesis.odt").unlink()
-    merge(plan, out, resume=True)
+    merge(plan_of(tmp_path, models), out, resume=True)
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill
-from moemerge.checkpoint.files import Reader, size_of, told_by
+from moemerge.checkpoint.files import Reader, told_by
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED, bytes_of
@@ -62,8 +62,8 @@ class Derived:
 
     @property
     def identity(self) -> str:
-        """A hash of the recipe, and of what the inputs are told by: place, size and time of change, or identity."""
-        inputs = [(repr(tensor), size_of(tensor.path), told_by(tensor.path)) for tensor in (*self.inputs, *self.others)]
+        """A hash of the recipe, and of what the inputs are told by: their place with a stamp, or an identity."""
+        inputs = [(repr(tensor), told_by(tensor.path)) for tensor in (*self.inputs, *self.others)]
         return hashlib.sha256(repr((self.told, self.dtype, inputs)).encode()).hexdigest()
 
     def tensor(self, name: str) -> StoredTensor:

@@ -1,6 +1,7 @@
 """A file of weights, on this machine or on another: how its bytes are reached."""
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol
@@ -82,9 +83,32 @@ def size_of(file: File) -> int:
     return file.stat().st_size if isinstance(file, Path) else file.nbytes
 
 
-def told_by(file: File) -> int | str:
-    """What a change of its content would change beside its size: when it was written, or its identity."""
-    return file.stat().st_mtime_ns if isinstance(file, Path) else file.identity
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What tells a local file from what takes its place: the times in nanoseconds, and the inode.
+
+    A copy with `cp -p` or `rsync -a` restores the time of modification, never that of the inode's change.
+    """
+
+    size: int
+    modified: int
+    changed: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        """The stamp of the file that a path leads to now.
+
+        Raises:
+            OSError: it cannot be looked up.
+        """
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+def told_by(file: File) -> Stamp | str:
+    """What a change of a file's content would change: its stamp, or its identity on another machine."""
+    return Stamp.of(file) if isinstance(file, Path) else file.identity
 
 
 def read_exactly(reader: Readable, nbytes: int) -> bytes:

@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.json_text import MOST_BYTES, JsonTextError, parse_json
 from moemerge.errors import CheckpointError
 
 SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
@@ -18,18 +20,21 @@ _NOT_THE_MODEL: Final = re.compile(r"(consolidated|adapter|training_args|optimiz
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, repeated: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Read a JSON object; see `parse_json`.
 
     Raises:
         CheckpointError: the file cannot be read or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is not a file.")
+        with path.open("rb") as file:
+            value = parse_json(file.read(MOST_BYTES + 1), repeated)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}.") from error
+    except JsonTextError as error:
+        raise CheckpointError(f"{path}: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {value!r:.60}.")
     return value
@@ -52,69 +57,114 @@ def read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def model_files(names: set[str]) -> tuple[str, ...]:
-    """Of the file names in a folder without an index, those that hold the model: safetensors before pickles.
+@dataclass(frozen=True)
+class Weights:
+    """Which files of a folder hold the model's weights."""
+
+    files: tuple[str, ...]
+    index: str = ""
+    """The index that names them; empty where none does."""
+    note: str = ""
+    """What else in the folder could be taken for them."""
+
+
+def choose_weights(names: Collection[str], read_index: Callable[[str], Iterable[str]], named: str = "") -> Weights:
+    """Of the regular files in a folder those with the weights, as transformers 4 and 5 choose.
+
+    One whole file goes before an index, safetensors before pickles (`_get_resolved_checkpoint_files`). Where neither is
+    there, transformers finds nothing, and shards without an index are taken.
+
+    Args:
+        names: of the files.
+        read_index: from an index's name to the names of the files that it speaks of.
+        named: what `transformers_weights` in config.json says, which transformers 5 takes before all else.
 
     Raises:
-        CheckpointError: a shard of a `-of-N` set is not there.
+        CheckpointError: a shard is not there.
     """
-    for single, suffix in ((SINGLE_SAFETENSORS, ".safetensors"), (SINGLE_PICKLE, ".bin")):
+    if named:
+        note = f"config.json names {named} as the file of its weights, and that is read"
+        is_index = named.endswith(".index.json")
+        return Weights(tuple(sorted(set(read_index(named)))) if is_index else (named,), named if is_index else "", note)
+    for single, index, suffix in (
+        (SINGLE_SAFETENSORS, SAFETENSORS_INDEX, ".safetensors"),
+        (SINGLE_PICKLE, PICKLE_INDEX, ".bin"),
+    ):
         if single in names:
-            return (single,)
-        stem = "pytorch_model" if suffix == ".bin" else ""
-        files = sorted(
-            name for name in names if name.endswith(suffix) and name.startswith(stem) and not _NOT_THE_MODEL.match(name)
-        )
-        if files:
-            _check_complete(files)
-            return tuple(files)
-    return ()
+            beside = f"has an index of shards beside {single}, which is read alone, as transformers does"
+            return Weights((single,), note=beside if index in names else "")
+        if index in names:
+            return Weights(tuple(sorted(set(read_index(index)))), index)
+        if loose := _loose_shards(names, suffix):
+            note = (
+                f"no index names its {len(loose)} files {loose[0]} ...: all are read, but transformers would find none"
+            )
+            return Weights(loose, note=note if len(loose) > 1 else "")
+    return Weights(())
+
+
+def _loose_shards(names: Collection[str], suffix: str) -> tuple[str, ...]:
+    stem = "pytorch_model" if suffix == ".bin" else ""
+    files = sorted(
+        name for name in names if name.endswith(suffix) and name.startswith(stem) and not _NOT_THE_MODEL.match(name)
+    )
+    _check_complete(files)
+    return tuple(files)
 
 
 def read_tensors(
-    folder: Path, names: set[str], resolve: Callable[[str], Path],
+    folder: Path, weights: Weights, names: Collection[str], read_map: Callable[[str], Mapping[str, str]],
     read_headers: Callable[[Sequence[str]], Iterable[dict[str, StoredTensor]]],
-) -> dict[str, StoredTensor]:  # fmt: skip
-    """Every tensor of the model in a folder, from headers alone.
+) -> tuple[dict[str, StoredTensor], list[str]]:  # fmt: skip
+    """Every tensor of the model in a folder, from headers alone, and what is odd about them.
+
+    As transformers does, all that the files hold is read, whichever of them the index says it is in; of a tensor that
+    two files hold, the last is taken.
 
     Args:
-        folder: the model's folder.
-        names: of its files, which may lie elsewhere, but for the index.
-        resolve: from the index's name to the file to open; raises for a link that leads elsewhere.
+        folder: the model's folder, for messages.
+        weights: which files.
+        names: of the files that are there.
+        read_map: from the index's name to its map from tensors to files.
         read_headers: from names of files to the table of tensors of each.
 
     Raises:
         CheckpointError: no weights, a missing file, an index and headers that disagree, a damaged file.
     """
-    index = next((name for name in (SAFETENSORS_INDEX, PICKLE_INDEX) if name in names), None)
-    if index == PICKLE_INDEX and SINGLE_SAFETENSORS in names:
-        index = None  # converted later, the pickle's index left behind
-    weight_map = read_weight_map(resolve(index)) if index else None
-    files = sorted(set(weight_map.values())) if weight_map else model_files(names)
-    if not files:
+    if not weights.files:
         raise CheckpointError(f"{folder}: no weights found: expected *.safetensors or pytorch_model*.bin.")
-    missing = [name for name in files if name not in names]
+    missing = [name for name in weights.files if name not in names]
     if missing:
         raise CheckpointError(
-            f"{folder}: {index} names {len(missing)} file(s) that are not there: {', '.join(missing[:4])}. "
-            "Download the model again."
+            f"{folder}: {weights.index or 'config.json'} names {len(missing)} file(s) that are not there: "
+            f"{', '.join(missing[:4])}. Download the model again."
         )
+    weight_map = read_map(weights.index) if weights.index else None
     tensors: dict[str, StoredTensor] = {}
-    for file_name, table in zip(files, read_headers(files), strict=True):
+    notes = [weights.note] if weights.note else []
+    twice: list[str] = []
+    for file_name, table in zip(weights.files, read_headers(weights.files), strict=True):
         for name, tensor in table.items():
-            if weight_map is None and name in tensors:
+            if name in tensors and weight_map is None:
                 raise CheckpointError(f"{folder}: tensor {name!r} is in {tensors[name].path.name} and in {file_name}.")
-            if weight_map is not None and name not in weight_map:
-                raise CheckpointError(f"{folder}: tensor {name!r} is in {file_name}, but {index} does not name it.")
-            if weight_map is None or weight_map[name] == file_name:
-                tensors[name] = tensor
-    absent = [name for name in weight_map or () if name not in tensors]
-    if weight_map and absent:
+            twice += [name] * (name in tensors)
+            tensors[name] = tensor
+    if weight_map is None:
+        return tensors, notes
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
         raise CheckpointError(
-            f"{folder}: {index} says that tensor {absent[0]!r} is in {weight_map[absent[0]]}, whose header has no such "
-            f"tensor ({len(absent)} such tensors in all)."
+            f"{folder}: {weights.index} says that tensor {absent[0]!r} is in {weight_map[absent[0]]}, whose header has "
+            f"no such tensor ({len(absent)} such tensors in all)."
         )
-    return tensors
+    odd = [name for name, tensor in tensors.items() if weight_map.get(name) != tensor.path.name]
+    if odd:
+        notes.append(
+            f"{weights.index} does not say of {len(odd)} tensor(s), such as {odd[0]!r}, that they are in "
+            f"{tensors[odd[0]].path.name}; they are read from there{', the last of two' if odd[0] in twice else ''}, "
+            "as transformers does"
+        )
+    return tensors, notes
 
 
 def build_index(weight_map: Mapping[str, str], total_bytes: int) -> str:

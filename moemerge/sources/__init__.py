@@ -3,20 +3,23 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any, Literal
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.disk import nearest_folder
-from moemerge.checkpoint.files import File, size_of
+from moemerge.checkpoint.files import File, Stamp, size_of
 from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import SourceError
-from moemerge.sources.local import resolve_file
+from moemerge.sources.local import find_weights, resolve_file, weights_named
+from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
+from moemerge.sources.names import unwrapped
 from moemerge.sources.pickles import read_pickle
 from moemerge.sources.reference import Reference, parse_reference
 
@@ -47,6 +50,10 @@ class ModelFolder:
     """Its `config.json`."""
     adapters: tuple[Adapter, ...] = ()
     """Which are added to its weights, in this order."""
+    stamps: dict[Path, Stamp] = field(default_factory=dict, compare=False)
+    """Of each of its files that was read, what told it from others when it was first read."""
+    notes: list[str] = field(default_factory=list, compare=False)
+    """What is odd about its files."""
 
     def name_of(self, file: File) -> str:
         """Which reference one of its weight files belongs to: an adapter's, or that of the model before the `+`."""
@@ -61,7 +68,13 @@ class ModelFolder:
         Raises:
             CheckpointError: it is a link that leads elsewhere, or nowhere.
         """
-        return resolve_file(self.folder, name) if os.path.lexists(self.folder / name) else None
+        return self.seen(resolve_file(self.folder, name)) if os.path.lexists(self.folder / name) else None
+
+    def seen(self, path: Path) -> Path:
+        """The same file of its, with its stamp kept."""
+        if path not in self.stamps:
+            self.stamps[path] = Stamp.of(path)
+        return path
 
 
 def open_model(reference: str, announce: Announce) -> ModelFolder:
@@ -75,6 +88,8 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
         model, adapter = split
         opened = open_model(model, announce)
         _, folder = _find(adapter, announce, also=ADAPTER_WEIGHTS)
+        config = folder / ADAPTER_CONFIG
+        opened.stamps.update({config: Stamp.of(config)} if config.is_file() else {})
         return replace(opened, reference=reference, adapters=(*opened.adapters, open_adapter(adapter, folder)))
     origin, folder = _find(reference, announce)
     if not (folder / "config.json").exists():
@@ -83,7 +98,9 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
                 f"{reference}: is a LoRA adapter, not a model. Write it after its base model: model+adapter."
             )
         raise SourceError(f"{reference}: has no config.json, so it is not a model that moemerge can read.")
-    return ModelFolder(reference, origin, folder, read_json(resolve_file(folder, "config.json")))
+    path = resolve_file(folder, "config.json")
+    stamp = Stamp.of(path)
+    return ModelFolder(reference, origin, folder, read_json(path), stamps={path: stamp})
 
 
 def _split_adapter(reference: str) -> tuple[str, str] | None:
@@ -134,9 +151,17 @@ def read_tensor_table(
 
 
 def read_tensor_tables(
-    models: Iterable[ModelFolder], announce: Announce, *, weights: Literal["download", "stream"] = "download"
-) -> list[dict[str, StoredTensor]]:
+    models: Iterable[ModelFolder], announce: Announce, *, weights: Literal["download", "stream"] = "download",
+    dense: bool = False,
+) -> list[dict[str, StoredTensor]]:  # fmt: skip
     """The same of several models; what is one model with several adapters is read once.
+
+    Args:
+        models: the models.
+        announce: see `read_tensor_table`.
+        weights: see `read_tensor_table`.
+        dense: whether they are dense models, whose tensors are then called as transformers calls them, whatever they
+            were wrapped in when they were saved.
 
     Raises:
         SourceError: see `read_tensor_table`.
@@ -146,9 +171,13 @@ def read_tensor_tables(
     tables = []
     for model in models:
         if model.folder not in read:
-            read[model.folder] = _read_weights(model, announce, weights)
+            found = _read_weights(model, announce, weights)
+            read[model.folder] = unwrapped(found, partial(_noted, model)) if dense else found
         tensors = read[model.folder]
         for adapter in model.adapters:
+            for path in (adapter.folder / name for name in ADAPTER_WEIGHTS):
+                if path.is_file():
+                    model.seen(path)
             tensors = merge_adapter(adapter, tensors)
         tables.append(tensors)
     return tables
@@ -157,24 +186,37 @@ def read_tensor_tables(
 def _read_weights(
     model: ModelFolder, announce: Announce, weights: Literal["download", "stream"]
 ) -> dict[str, StoredTensor]:  # fmt: skip
+    named = weights_named(model.config)
     if isinstance(model.origin, Reference):
         from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
 
+        if named:
+            raise SourceError(
+                f"{model.reference}: its config.json names {named} as the file of its weights, which is read from a "
+                "folder alone. Download the repository, and name the folder."
+            )
         if not holds_weights(model.folder):
-            if (
-                weights == "stream"
-                and (tensors := read_remote_tensors(model.origin, model.folder, announce)) is not None
-            ):
-                return tensors
+            if weights == "stream" and (found := read_remote_tensors(model.origin, model.folder, announce)) is not None:
+                return _noted(model, found[1], found[0])
             fetch_weights(model.origin, model.folder, announce)
 
     def read_headers(names: Sequence[str]) -> Iterator[dict[str, StoredTensor]]:
         for name in names:
-            path = resolve_file(model.folder, name)
+            path = model.seen(resolve_file(model.folder, name))
             yield read_pickle(path) if name.endswith(".bin") else read_header(path)
 
     names = {path.name for path in model.folder.iterdir()}
-    return read_tensors(model.folder, names, lambda name: resolve_file(model.folder, name), read_headers)
+    chosen, read_map = find_weights(model.folder, names, named, model.seen)
+    tensors, notes = read_tensors(model.folder, chosen, names, read_map, read_headers)
+    return _noted(model, notes, tensors)
+
+
+def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    told = [f"{model.reference}: {note}" for note in notes]
+    model.notes.extend(
+        note for note in told if note not in model.notes
+    )  # it may be read twice: streamed, then downloaded
+    return tensors
 
 
 def fetch_if_room(
@@ -216,4 +258,5 @@ def fetch_if_room(
             "weights are streamed from the Hub, as with --stream"
         )
         return {}
-    return dict(zip(remote, read_tensor_tables([models[reference] for reference in remote], announce), strict=True))
+    read = read_tensor_tables([models[reference] for reference in remote], announce, dense=True)
+    return dict(zip(remote, read, strict=True))

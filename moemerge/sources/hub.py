@@ -19,7 +19,7 @@ from moemerge.checkpoint.index import (
 )
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.errors import SourceError
-from moemerge.sources.local import resolve_file
+from moemerge.sources.local import find_weights, resolve_file
 from moemerge.sources.patience import ABSENT, PARTIAL, explained, patiently
 from moemerge.sources.ranges import HubFile, NoRangesError
 from moemerge.sources.reference import Reference
@@ -83,8 +83,8 @@ def fetch_weights(reference: Reference, folder: Path, announce: Callable[[str], 
 
 def read_remote_tensors(
     reference: Reference, folder: Path, announce: Callable[[str], None]
-) -> dict[str, StoredTensor] | None:
-    """Every tensor of a model, from headers that are read by ranges; None where they cannot be.
+) -> tuple[dict[str, StoredTensor], list[str]] | None:
+    """Every tensor of a model, from headers that are read by ranges, and what is odd; None where they cannot be.
 
     Pickles cannot, and not every proxy lets parts of a file through.
 
@@ -102,8 +102,9 @@ def read_remote_tensors(
             return list(pool.map(lambda name: read_header(HubFile(reference, folder.name, name, announce)), file_names))
 
     index = {SAFETENSORS_INDEX} if (folder / SAFETENSORS_INDEX).exists() else set()
+    chosen, read_map = find_weights(folder, {*names} | index)
     try:
-        return read_tensors(folder, {*names} | index, lambda name: resolve_file(folder, name), read)
+        return read_tensors(folder, chosen, names, read_map, read)
     except NoRangesError as error:
         announce(f"{error}".replace("Run without --stream.", "All of it is downloaded."))
         return None
@@ -123,7 +124,8 @@ def _find_weights(reference: Reference, folder: Path, announce: Callable[[str], 
     for names in choices:
         if on_hub.issuperset(names):
             return names
-    lost = [next(name for name in names if name not in on_hub) for names in choices]
+    indexed = [names for names in choices if names not in ([SINGLE_SAFETENSORS], [SINGLE_PICKLE])]
+    lost = [next(name for name in names if name not in on_hub) for names in indexed or choices]
     raise SourceError(
         f"{reference}: the repository has no {' and no '.join(lost)}, so it has no complete weights that moemerge can "
         "read."
@@ -131,11 +133,10 @@ def _find_weights(reference: Reference, folder: Path, announce: Callable[[str], 
 
 
 def _weight_files(folder: Path) -> list[list[str]]:
-    """The files that may hold the weights, in the order in which `read_tensors` chooses."""
-
-    def indexed(index: str) -> list[str]:
-        return sorted(set(read_weight_map(resolve_file(folder, index)).values()))
-
-    if (folder / SAFETENSORS_INDEX).exists():
-        return [indexed(SAFETENSORS_INDEX)]
-    return [[SINGLE_SAFETENSORS], indexed(PICKLE_INDEX) if (folder / PICKLE_INDEX).exists() else [SINGLE_PICKLE]]
+    """The files that may hold the weights, in the order in which `choose_weights` chooses."""
+    choices = []
+    for single, index in ((SINGLE_SAFETENSORS, SAFETENSORS_INDEX), (SINGLE_PICKLE, PICKLE_INDEX)):
+        choices.append([single])
+        if (folder / index).exists():
+            return [*choices, sorted(set(read_weight_map(resolve_file(folder, index)).values()))]
+    return choices

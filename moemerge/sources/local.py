@@ -1,19 +1,23 @@
-"""Files of a model's folder, with links followed no further than the cache that the folder belongs to."""
+"""Files of a model's folder, with links followed; those of the Hub's cache no further than that cache."""
 
 import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+from moemerge.checkpoint.index import Weights, choose_weights, read_weight_map
 from moemerge.errors import CheckpointError
 
 
 def resolve_file(folder: Path, name: str) -> Path:
     """The file `folder/name`, after a look at where its link leads; the path keeps the name, not a blob's hash.
 
-    A snapshot in the Hub's cache is a folder of links into the cache's blobs; nothing else may lead outside: a link to
-    a private file would be copied into the merged model.
+    In a folder that a user made, links are the user's and lead anywhere. A snapshot in the Hub's cache is a folder of
+    links into the cache's blobs; nothing in it may lead elsewhere: a link to a private file would be copied into the
+    merged model. Nothing but a regular file is ever opened: a pipe would be waited for.
 
     Raises:
-        CheckpointError: there is no such file, or the link leads elsewhere.
+        CheckpointError: there is no such file, it is no regular file, or its link leads out of the cache.
     """
     path = folder / name
     try:
@@ -23,11 +27,20 @@ def resolve_file(folder: Path, name: str) -> Path:
     if not target.is_file():
         raise CheckpointError(f"{path}: is not a file.")
     root = folder.resolve()
-    if root not in target.parents and not _is_blob_of(root, target):
+    if _is_snapshot(root) and leads_out(root, target):
         raise CheckpointError(
-            f"{path}: is a link to {target}, outside the model's folder. Copy or hard-link the file instead."
+            f"{path}: is a link to {target}, out of the Hub's cache that it lies in. Download the model again."
         )
     return path
+
+
+def leads_out(folder: Path, target: Path) -> bool:
+    """Whether a file lies neither in a resolved folder nor in the blobs that belong to it, where it is a snapshot."""
+    return folder not in target.parents and not _is_blob_of(folder, target)
+
+
+def _is_snapshot(folder: Path) -> bool:
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith(("models--", "datasets--"))
 
 
 def _is_blob_of(snapshot: Path, file: Path) -> bool:
@@ -41,3 +54,41 @@ def _is_blob_of(snapshot: Path, file: Path) -> bool:
         return False
     shared = file.parent.parent == repository.parent / "blobs" and re.fullmatch(r"[0-9a-f]{64}", file.name) is not None
     return shared or file.parent == repository / "blobs"
+
+
+def weights_named(config: Mapping[str, Any]) -> str:
+    """The file, or the index, that a `config.json` names for the weights; empty where it names none.
+
+    Raises:
+        CheckpointError: it is no safetensors file beside `config.json`.
+    """
+    named = config.get("transformers_weights")
+    if named is None:
+        return ""
+    if not isinstance(named, str) or not re.fullmatch(r"[^/\\\0:]+\.safetensors(\.index\.json)?", named):
+        raise CheckpointError(
+            f"config.json: transformers_weights is {named!r:.80}, where a safetensors file beside it is expected."
+        )
+    return named
+
+
+def find_weights(
+    folder: Path, names: Collection[str], named: str = "", seen: Callable[[Path], Path] = lambda path: path
+) -> tuple[Weights, Callable[[str], dict[str, str]]]:
+    """Which files of a folder hold the weights, and what reads its index.
+
+    Args:
+        folder: the model's folder.
+        names: of its files; weights need not be there yet.
+        named: see `choose_weights`.
+        seen: called with the index before it is read.
+
+    Raises:
+        CheckpointError: an index or a shard is damaged or not there.
+    """
+
+    def read_map(index: str) -> dict[str, str]:
+        return read_weight_map(seen(resolve_file(folder, index)))
+
+    there = {name for name in names if not (folder / name).exists() or (folder / name).is_file()}
+    return choose_weights(there, lambda index: read_map(index).values(), named), read_map

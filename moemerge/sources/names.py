@@ -1,0 +1,44 @@
+"""Names of tensors as transformers gives them, whatever the model was wrapped in when it was saved."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.errors import CheckpointError
+
+Table = dict[str, StoredTensor]
+# torch.compile, DistributedDataParallel, FSDP and activation checkpointing, PEFT.
+_WRAPPER: Final = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module|base_model\.model)\."
+)
+_BODY: Final = re.compile(r"(layers\.\d+|embed_tokens|\w*norm)\.")
+
+
+def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table]) -> Table:
+    """The same tensors under the names that a causal language model of transformers gives them.
+
+    Wrappers' prefixes fall, and a body that was saved alone gets the prefix `model.` that it has in the whole model.
+
+    Args:
+        tensors: by the names in their files.
+        noted: takes notes on it.
+
+    Raises:
+        CheckpointError: two tensors would have one name.
+    """
+    names = {name: name for name in tensors}
+    while any(_WRAPPER.search(name) for name in names.values()):
+        names = {name: _WRAPPER.sub("", plain) for name, plain in names.items()}
+    bare = not any(plain.startswith("model.") for plain in names.values())
+    if bare and any(re.match(r"layers\.\d+\.", plain) for plain in names.values()):
+        names = {name: f"model.{plain}" if _BODY.match(plain) else plain for name, plain in names.items()}
+    changed = next((name for name, plain in names.items() if name != plain), None)
+    if changed is None:
+        return tensors
+    if len(set(names.values())) < len(names):
+        raise CheckpointError(
+            f"{tensors[changed].path}: tensor {changed!r} and another one would both be called {names[changed]!r}."
+        )
+    renamed = {plain: tensors[name] for name, plain in names.items()}
+    return noted([f"its tensor {changed} is read as {names[changed]}, and others likewise"], renamed)
