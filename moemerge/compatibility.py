@@ -1,6 +1,7 @@
 """May these models be merged? From configs and headers alone; every problem is listed, none is only the first."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,6 +23,13 @@ _SILENT_KEYS: Final = {
     "label2id", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "quantization_config",
     "output_router_logits", "router_aux_loss_coef", "num_experts_per_tok", "per_layer_config",
 }  # fmt: skip
+# What readers compute themselves, or keep beside quantised keys and values.
+_BUFFER: Final = re.compile(r"(^|\.)rotary_emb\.\w+$|\.self_attn\.(\w+\.)?(q|k|v|kv|prob)_(scale|zero_point)$")
+# What a base may have beside the head of a language model.
+_OTHER_HEAD: Final = re.compile(r"(score|classifier|v_head|value_head|reward_head)\.")
+_IN_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(\w+)")
+# Methods that store plain numbers, and round them when the model is loaded.
+_QUANTISED_WHEN_LOADED: Final = {"bitnet"}
 
 
 @dataclass
@@ -94,7 +102,11 @@ def check_base(
     ffn = _ffns(model)
     dense_layers = layers if family.keeps_dense_ffn else dense_layers
     kept = {name: axes for layer in dense_layers for name, axes in model.ffn(layer).items()}
-    _check_tensors("base_model", model, tensors, required=expected | kept, allowed=ffn, found=found)
+    _check_tensors(
+        "base_model", model, tensors, required=expected | kept, allowed=ffn, found=found,
+        never_taken=lambda tensor: bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)),
+    )  # fmt: skip
+    _check_quantisation("base_model", model, found)
     dropped = sorted(set(model.unread) - _SILENT_KEYS)
     if dropped:
         found.notes.append(
@@ -103,12 +115,30 @@ def check_base(
     return found
 
 
-def check_expert(name: str, model: DenseModel, tensors: Mapping[str, StoredTensor]) -> Findings:
-    """Check that an expert has the FFNs that will be taken, and nothing that would be lost with the rest."""
+def check_expert(
+    name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str = "base"
+) -> Findings:  # fmt: skip
+    """Check that an expert has the FFNs that will be taken, and nothing that changes what they compute.
+
+    What else it has is left out with a note, unless `shared` weights are mixed and it belongs to attention.
+    """
     found = Findings()
     rest = model.outside() | {model.family.head: ("vocab", "hidden")}
     rest |= {tensor: axes for layer in range(model.layers) for tensor, axes in model.tensors(layer).items()}
-    _check_tensors(name, model, tensors, required=_ffns(model), allowed=rest, found=found)
+    beside = {row.name.partition(".")[0] for row in model.family.rows} - {model.family.ffn_module}
+
+    def never_taken(tensor: str) -> bool:
+        if _BUFFER.search(tensor):
+            return True
+        if not (inside := _IN_LAYER.match(tensor)):
+            return True
+        attends = inside[2] in beside and "norm" not in inside[2]
+        return shared == "base" and attends and int(inside[1]) < model.layers
+
+    _check_tensors(
+        name, model, tensors, required=_ffns(model), allowed=rest, found=found, never_taken=never_taken
+    )  # fmt: skip
+    _check_quantisation(name, model, found)
     return found
 
 
@@ -144,17 +174,34 @@ def check_adapters(
 
 
 def _read(config: Mapping[str, Any], name: str, found: Findings) -> DenseModel | None:
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        found.problems.append(
-            f"{name}: is quantised ({method}); its scales would be lost. Use the original weights, or dequantise it"
-        )
     model = read_dense(config)
     if isinstance(model, str):
         found.problems.append(f"{name}: {model}")
         return None
+    if model.quantised in _QUANTISED_WHEN_LOADED:
+        found.problems.append(_quantised(name, model))
+    for key in ("hidden_act", "hidden_activation"):
+        if config.get(key) not in {None, model.hidden_act} and model.config.get(key) == model.hidden_act:
+            found.notes.append(f"{name}: {key} {config[key]!r} is another name of {model.hidden_act!r}")
     return model
+
+
+def _quantised(name: str, model: DenseModel) -> str:
+    lost = f"is quantised ({model.quantised}); its scales would be lost"
+    return f"{name}: {lost}. Use the original weights, or dequantise it"
+
+
+def _check_quantisation(name: str, model: DenseModel, found: Findings) -> None:
+    """Tell a quantised model from one whose `config.json` has kept the words of how it was trained."""
+    if not model.quantised:
+        return
+    if found.problems:
+        found.problems = [_quantised(name, model)]
+    else:
+        found.notes.append(
+            f"{name}: its config.json speaks of quantisation ({model.quantised}), but what is taken of it is stored as "
+            "plain numbers without scales, and is merged as such"
+        )
 
 
 def _ffns(model: DenseModel) -> dict[str, Axes]:
@@ -163,13 +210,14 @@ def _ffns(model: DenseModel) -> dict[str, Axes]:
 
 def _check_tensors(
     name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *,
-    required: Mapping[str, Axes], allowed: Mapping[str, Axes], found: Findings,
+    required: Mapping[str, Axes], allowed: Mapping[str, Axes], never_taken: Callable[[str], bool], found: Findings,
 ) -> None:  # fmt: skip
     dense = model.family
     missing = [tensor for tensor in required if tensor not in tensors]
     extra = [t for t in tensors if t not in required and t not in allowed and not t.endswith(dense.derived)]
     found.problems += _listed(name, "is missing", missing)
-    found.problems += _listed(name, "has no place in a merge", extra)
+    found.problems += _listed(name, "has no place in a merge", [tensor for tensor in extra if not never_taken(tensor)])
+    found.notes += _listed(name, "is not used by the mixture", list(filter(never_taken, extra)))
     strange = [tensor for tensor in required if tensor in tensors and tensors[tensor].dtype not in NAMED]
     found.problems += _listed(
         name,

@@ -41,12 +41,14 @@ def change_tensors(folder: Path, change) -> None:
 def test_every_difference_between_configs_is_listed(tmp_path, pair):
     shutil.rmtree(pair[1])
     make_model(pair[1], 1, num_hidden_layers=5, hidden_size=64, intermediate_size=80, hidden_act="gelu")
-    edit_json(pair[2] / "config.json", quantization_config={"quant_method": "gptq"}, mlp_bias=True, attention_bias=True)
+    edit_json(
+        pair[2] / "config.json", quantization_config={"quant_method": "bitnet"}, mlp_bias=True, attention_bias=True
+    )
     assert problems(tmp_path, pair) == [
         "experts[0] /one: num_hidden_layers is 5, but the base model's is 3",
         "experts[0] /one: hidden_size is 64, but the base model's is 32",
         "experts[0] /one: hidden_act is 'gelu', but the base model's is 'silu'",
-        "experts[1] /two: is quantised (gptq); its scales would be lost. Use the original weights, or dequantise it",
+        "experts[1] /two: is quantised (bitnet); its scales would be lost. Use the original weights, or dequantise it",
         "experts[1] /two: computes with biases of queries, keys and values, the base model without",
         "experts[1] /two: computes with biases of the attention's output, the base model without",
         "experts[1] /two: computes with biases in its FFNs, the base model without",

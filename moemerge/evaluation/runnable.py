@@ -18,7 +18,7 @@ from moemerge.formats.dense import decoded, read_dense
 from moemerge.formats.family import SWITCHED_OFF
 from moemerge.passes.weights import read_into
 from moemerge.routers.report import expert_names
-from moemerge.sources import ModelFolder, open_model, read_tensor_table
+from moemerge.sources import ModelFolder, open_model, read_tensor_table, read_tensor_tables
 
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -157,7 +157,7 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Ru
     dense = read_dense(folder.config)
     if isinstance(dense, str):
         raise IncompatibleError(f"{reference}: {dense}", [])
-    tensors = read_tensor_table(folder, announce)
+    (tensors,) = read_tensor_tables([folder], announce, dense=True)
     return _stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)
 
 

@@ -7,11 +7,13 @@ from functools import cached_property
 from typing import Any, Final, NoReturn
 
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.formats.dense.family import FULL, SLIDING, Axes, DenseFamily, Role
+from moemerge.formats.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily, Role
 from moemerge.formats.dense.tables import DENSE_FAMILIES, NOT_MERGED
 from moemerge.formats.dense.values import UnreadableError, is_read, read_values
 
-_ROPE_TYPES: Final = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_ROPE_TYPES: Final = ("default", *ROPES)
+# Names under which transformers' ACT2FN holds the same function.
+_ACTIVATIONS: Final = {"swish": "silu", "gelu_python": "gelu"}
 _OWN_SCALES: Final = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
@@ -26,6 +28,8 @@ class DenseModel:
     """Keys of `config.json` that the class does not read."""
     given_rope: dict[str, Any] | None
     """`rope_scaling` as `config.json` spells it."""
+    quantised: str = ""
+    """The method of quantisation that `config.json` speaks of; empty for none."""
 
     @property
     def layers(self) -> int:
@@ -62,7 +66,7 @@ class DenseModel:
 
     @cached_property
     def facts(self) -> frozenset[str]:
-        """Those of `PLAIN` that hold, and `mlp_bias`, `tied`."""
+        """Those of `PLAIN` and `ROPES` that hold, and `mlp_bias`, `tied`."""
         config = self.config
         said = {fact: self.values.get(key) if isinstance(key, str) else key for fact, key in self.family.facts.items()}
         # A window that is no shorter than the context cuts nothing off.
@@ -77,6 +81,7 @@ class DenseModel:
             "wide_heads": config["head_dim"] * config["num_attention_heads"] != config["hidden_size"],
             "scaled_rope": bool(config.get("rope_scaling")),
             "tied": config["tie_word_embeddings"],
+            **{kind: kind == (config.get("rope_scaling") or {}).get("rope_type") for kind in ROPES},
         }
         return frozenset(fact for fact, holds in said.items() if holds)
 
@@ -202,6 +207,7 @@ def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
 def _read(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     spelled = {family.aliases.get(key, key): value for key, value in config.items()}
     full = read_values(family, spelled)
+    full |= {key: _ACTIVATIONS.get(full[key], full[key]) for key in ("hidden_act", "hidden_activation") if key in full}
     if config.get("per_layer_config") and "per_layer_config" not in family.defaults:
         raise UnreadableError("its config.json has a per_layer_config, which was not proved")
     unproved = [
@@ -216,11 +222,18 @@ def _read(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
         full.pop("rope_parameters", None)
     elif any(config.get(key) is not None for key in ("rope_theta", "rope_scaling")):
         raise UnreadableError("its rope settings stand outside rope_parameters, where this family reads them")
-    model = DenseModel(family, full, tuple(key for key in spelled if not is_read(family, key)), given_rope)
+    unread = tuple(key for key in spelled if not is_read(family, key))
+    model = DenseModel(family, full, unread, given_rope, _quantisation(config))
     small = [name for name, size in model.sizes.items() if type(size) is not int or size < 1]
     if small:
         raise UnreadableError(f"its config.json leaves nothing for {', '.join(small)}")
     return model
+
+
+def _quantisation(config: Mapping[str, Any]) -> str:
+    given = config.get("quantization_config")
+    method = given.get("quant_method", "unknown") if isinstance(given, dict) else given
+    return str(method)[:40] if given else ""
 
 
 def _read_rope(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
