@@ -114,6 +114,9 @@ def test_noise_and_scale_are_computed_in_float32_with_one_stream_of_noise(tmp_pa
         ("F16", 60000.0, "F16", 2.0),
         ("F32", -3.4e38, "BF16", 1.0),
         ("BF16", 2.0**127, "BF16", 1.9999),
+        ("F32", 2.0**127, "F32", 2.0),
+        ("F32", -3.0e38, "BF16", 1.0e30),
+        ("BF16", 2.0**100, "F32", 1.0e30),
     ],
 )
 def test_an_overflow_anywhere_is_found(tmp_path, source, value, target, scale):
@@ -124,10 +127,11 @@ def test_an_overflow_anywhere_is_found(tmp_path, source, value, target, scale):
         values[place - 1], values[(place + 1) % size] = math.inf, math.nan  # allowed, and hide nothing
         with pytest.raises(CheckpointError) as caught:
             converted(tmp_path, values, target, scale=scale)
-        assert str(caught.value) == (
-            f"{tmp_path / 'source'}: tensor 'a' holds {abs(value * scale):g}, which {NAMED[target]} cannot express. "
-            "Set `dtype: bfloat16` or `dtype: float32` in the config."
-        )
+        why = f"{NAMED[target]} cannot express. Set `dtype: bfloat16` or `dtype: float32` in the config."
+        if scale != 1.0:
+            other = ", or set `dtype: bfloat16`" if target == "F16" else ""
+            why = f"residual_scale or noise_scale make larger than {NAMED[target]} can express. Choose a smaller one{other}."
+        assert str(caught.value) == f"{tmp_path / 'source'}: tensor 'a' holds {value:g}, which {why}"
 
 
 def test_the_largest_number_of_a_dtype_is_kept(tmp_path):

@@ -97,19 +97,18 @@ def _by_table(tensor: StoredTensor, dtype: str, scale: float) -> Callable[[Store
         bits = stored.view(np.uint16)
         np.take(table, bits, out=result, mode="wrap")  # no index is out of range, and to make sure takes longer
         if may_overflow and not is_finite(result, dtype, spare):
-            _refuse_overflow(floats[bits], table[bits], tensor, dtype)
+            _refuse_overflow(floats[bits], result, tensor, dtype, changed=scale != 1.0)
 
     return convert_block
 
 
 @lru_cache(maxsize=4)
 def _tables(source: str, dtype: str, scale: float) -> tuple[NDArray[np.float32], Stored]:
-    """What each 16-bit float becomes, in float32 and as it is stored."""
+    """Each 16-bit float in float32, and what it becomes as it is stored."""
     floats, table = np.empty(2**16, np.float32), np.empty(2**16, TYPES[dtype])
     widen(np.arange(2**16, dtype=np.uint16).view(TYPES[source]), source, floats)
     with np.errstate(over="ignore", invalid="ignore"):
-        floats *= np.float32(scale)
-        narrow(floats, dtype, table, np.empty(2**16, np.uint32))
+        narrow(floats * np.float32(scale), dtype, table, np.empty(2**16, np.uint32))
     return floats, table
 
 
@@ -120,9 +119,11 @@ def _by_arithmetic(
     generator = np.random.default_rng(zlib.crc32(seed.encode()))
     floats, noise = np.empty((2, BLOCK_ELEMENTS), np.float32)
 
+    changes = noise_scale != 0.0 or scale != 1.0
+
     def convert_block(stored: Stored, result: Stored, spare: NDArray[np.uint32]) -> None:
         values = floats[: len(stored)]
-        if tensor.dtype == "F32":
+        if tensor.dtype == "F32" and not changes:
             values = stored
         else:
             widen(stored, tensor.dtype, values)
@@ -133,23 +134,33 @@ def _by_arithmetic(
         if scale != 1.0:
             values *= np.float32(scale)
         if not narrow(values, dtype, result, spare):
-            _refuse_overflow(values, result, tensor, dtype)
+            source = np.empty(len(stored), np.float32)
+            widen(stored, tensor.dtype, source)
+            _refuse_overflow(source, result, tensor, dtype, changed=changes)
 
     return convert_block
 
 
-def _refuse_overflow(values: NDArray[np.float32], converted: Stored, tensor: StoredTensor, dtype: str) -> None:
-    """Raise if a finite number became infinite; the source's own infinities and NaNs may stay."""
-    lost = _overflows(values, converted, dtype)
-    if lost.any():
-        largest = np.abs(values[lost]).max()
+def _refuse_overflow(
+    source: NDArray[np.float32], converted: Stored, tensor: StoredTensor, dtype: str, *, changed: bool
+) -> None:
+    """Raise if a finite number of the source became infinite; the source's own infinities and NaNs may stay."""
+    lost = _overflows(source, converted, dtype)
+    if not lost.any():
+        return
+    largest = source[lost][np.abs(source[lost]).argmax()]
+    what = f"{tensor.path}: tensor {tensor.name!r} holds {largest:g}, which"
+    if changed:
         raise CheckpointError(
-            f"{tensor.path}: tensor {tensor.name!r} holds {largest:g}, which {NAMED[dtype]} cannot express. "
-            "Set `dtype: bfloat16` or `dtype: float32` in the config."
+            f"{what} residual_scale or noise_scale make larger than {NAMED[dtype]} can express. Choose a smaller one"
+            f"{', or set `dtype: bfloat16`' if dtype == 'F16' else ''}."
         )
+    raise CheckpointError(
+        f"{what} {NAMED[dtype]} cannot express. Set `dtype: bfloat16` or `dtype: float32` in the config."
+    )
 
 
-def _overflows(values: NDArray[np.float32], converted: Stored, dtype: str) -> NDArray[np.bool_]:
+def _overflows(source: NDArray[np.float32], converted: Stored, dtype: str) -> NDArray[np.bool_]:
     kept = np.empty(len(converted), np.float32)
     widen(converted, dtype, kept)
-    return np.isinf(kept) & np.isfinite(values)
+    return ~np.isfinite(kept) & np.isfinite(source)
