@@ -94,7 +94,9 @@ def merges(fixture: Fixture, shape: str, mode: str, models: Path) -> tuple[list[
             say(f"round {number + 1}: {mode}, {way}: {taken[way][-1].run.seconds:.1f} s")
     name = f"{EXPERTS} x {shape}, {mode}"
     return [overview(name, way, found) for way, found in taken.items()], [
-        exact_row(f"{name}, plan: weights from the Hub are headers alone", header_bytes(models), [planned], sent),
+        exact_row(
+            f"{name}, plan: weights from the Hub are headers and rows to compare", peeked(plan, models), [planned], sent
+        ),
         *targets(name, plan, taken, models),
     ]
 
@@ -119,7 +121,7 @@ def overview(name: str, way: str, found: list[Taken]) -> tuple[str, ...]:
 
 
 def targets(name: str, plan: dict[str, Any], taken: dict[str, list[Taken]], models: Path) -> Iterator[Row]:
-    headers, weights = header_bytes(models), sum(shard["bytes"] for shard in plan["shards"])
+    headers, weights = peeked(plan, models), sum(shard["bytes"] for shard in plan["shards"])
     two_shards = sum(sorted(shard["bytes"] for shard in plan["shards"])[-2:])
     streamed = plan["download_bytes"] + headers
     # An empty repository of the Hub holds tokenizers in LFS.
@@ -163,6 +165,11 @@ def memory(found: list[Taken]) -> int:
     return max(one.run.peak_bytes for one in found)
 
 
+def peeked(plan: dict[str, Any], models: Path) -> int:
+    """What a plan reads of weights: headers, and the rows by which experts are compared with the base."""
+    return header_bytes(models) + int(plan["compared_bytes"])
+
+
 def header_bytes(models: Path) -> int:
     """Of all files of weights, their headers with the 8 bytes that say how long each is."""
     total = 0
@@ -180,7 +187,9 @@ def worked_out(fixture: Fixture, models: Path, shape: str, experts: int, mode: s
     remote, output, kept = plan["remote_bytes"], plan["output_bytes"], plan["kept_bytes"]
     numbers = (remote, plan["download_bytes"], remote + output, output + kept, kept + two_shards)
     name = f"{experts} x {shape}, {mode}"
-    row = exact_row(f"{name}, plan: weights from the Hub are headers alone", header_bytes(models), [taken], sent)
+    row = exact_row(
+        f"{name}, plan: weights from the Hub are headers and rows to compare", peeked(plan, models), [taken], sent
+    )
     return (name, *map(size, numbers), size(plan["peak_memory_bytes"])), row
 
 

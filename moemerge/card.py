@@ -1,5 +1,6 @@
 """The model card of a merged model: what it is made of, how it routes, how to run it."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ from moemerge.checkpoint.disk import drafted
 from moemerge.config import Expert
 from moemerge.errors import OutputError, RefusedError
 from moemerge.licences import strictest
+from moemerge.markdown import as_code, as_text
 from moemerge.plan import MergePlan
 from moemerge.sources import ModelFolder, Reference, parse_reference
+from moemerge.yaml_text import YamlTextError, read_yaml
 
 if TYPE_CHECKING:
     from moemerge.evaluation.figures import Estimate, Evaluation
@@ -19,13 +22,17 @@ if TYPE_CHECKING:
 
 _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
 _SAMPLE_LENGTH: Final = 60
+_BLOCK: Final = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r?\n|$)", re.DOTALL)
+_MOST_CHARACTERS: Final = 100_000
+_LONGEST_WORD: Final = 200
+_NO_TABLE: Final = "{}: its metadata is no table in YAML. Correct what stands between its --- lines."
 _CONFIGURATION: Final = "## Configuration"
 _USAGE: Final = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({name})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 ```"""
@@ -71,12 +78,11 @@ def read_licence(folder: Path) -> str | None:
     except RefusedError:
         return None
     given = metadata.get("license")
-    found = sorted({str(one).strip().lower() for one in (given if isinstance(given, list) else [given]) if one})
-    if not found or "unknown" in found:
+    found = sorted({_word(one).lower() for one in (given if isinstance(given, list) else [given])})
+    if not all(found) or "unknown" in found:
         return None
     if found == ["other"]:
-        name = "-".join(str(metadata.get("license_name") or "").split())
-        link = str(metadata.get("license_link") or "")
+        name, link = "-".join(_word(metadata.get("license_name")).split()), _word(metadata.get("license_link"))
         return " ".join(["other", *([name] if name else []), *([link] if name and "://" in link else [])])
     try:
         return strictest({one: one for one in found})
@@ -112,15 +118,26 @@ def _rewritten(path: Path) -> Iterator[Path]:
         raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
-def _metadata(card: Path) -> dict[str, Any]:
-    from huggingface_hub import metadata_load
+def _word(value: Any) -> str:
+    """A short text of the metadata, or nothing."""
+    return value.strip() if isinstance(value, str) and len(value) <= _LONGEST_WORD else ""
 
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """What stands between the first --- lines of somebody's card; nothing of what is no regular file."""
+    if not card.is_file():
+        return {}
     try:
-        return (metadata_load(card) or {}) if card.exists() else {}
-    except Exception as error:  # whatever the YAML of somebody else's card provokes
-        raise RefusedError(
-            f"{card}: its metadata is no table in YAML. Correct what stands between its --- lines."
-        ) from error
+        with card.open(encoding="utf-8", errors="replace") as file:
+            block = _BLOCK.match(file.read(_MOST_CHARACTERS))
+        metadata = read_yaml(block[1])[0] if block else None
+    except OSError:
+        return {}
+    except YamlTextError as error:
+        raise RefusedError(_NO_TABLE.format(card)) from error
+    if not isinstance(metadata or {}, dict):
+        raise RefusedError(_NO_TABLE.format(card))
+    return metadata or {}
 
 
 def _licence_fields(licence: str) -> dict[str, str]:
@@ -134,7 +151,7 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
     layers = plan.mixture.moe_layers
     where = "" if not plan.mixture.dense_layers else f" in {len(layers)} of {plan.base.layers} layers"
     sections = [
-        f"# {name}",
+        f"# {as_text(name)}",
         f"A {plan.family.model_type} of {len(config.experts)} experts{where}, {config.experts_per_token} per token, "
         f"made with moemerge: embeddings, attention and norms {_shared(plan)}, each expert's FFNs "
         f"{'with its own norms folded in, ' if config.fold_norms else ''}from its own model, "
@@ -152,8 +169,9 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
                 for expert in config.shared_experts
             ]
         ),
+        "\n".join(f"> **Warning:** {as_text(warning)}." for warning in plan.warnings),
         "\n".join(f"> **Note:** {note}." for note in plan.family_notes),
-        "## Use\n\n" + _USAGE.format(name=name),
+        "## Use\n\n" + _USAGE.format(name=json.dumps(name)),
         "## Routing\n\n" + _routing(report),
         f"{_CONFIGURATION}\n\n{fence}yaml\n{config.text.rstrip()}\n{fence}",
     ]
@@ -200,10 +218,10 @@ def loss_table(
     head: str, domains: Sequence[str], losses: Mapping[str, Mapping[str, "Estimate"]], means: Mapping[str, float]
 ) -> list[str]:  # fmt: skip
     """Lines of a Markdown table: by row, losses in nats per token of each domain, with intervals, and their mean."""
-    lines = [f"| {head} | {' | '.join(domains)} | mean |", "|---" * (len(domains) + 2) + "|"]
+    lines = [f"| {head} | {' | '.join(map(as_text, domains))} | mean |", "|---" * (len(domains) + 2) + "|"]
     for row, found in losses.items():
         cells = [f"{found[name].value:.3f}{found[name].interval}" if name in found else "" for name in domains]
-        lines.append(f"| {row} | {' | '.join(cells)} | {f'{means[row]:.3f}' if row in means else ''} |")
+        lines.append(f"| {as_text(row)} | {' | '.join(cells)} | {f'{means[row]:.3f}' if row in means else ''} |")
     return lines
 
 
@@ -214,7 +232,8 @@ def _evaluation(found: "Evaluation") -> str:
         "",
         "Loss in nats per token on held-out text ("
         + ", ".join(
-            f"{domain.name}: {domain.tokens} tokens of {domain.documents} documents" for domain in found.domains
+            f"{as_text(domain.name)}: {domain.tokens} tokens of {domain.documents} documents"
+            for domain in found.domains
         )
         + "), with 95 % intervals over documents where there are at least 5.",
         "",
@@ -227,14 +246,14 @@ def _evaluation(found: "Evaluation") -> str:
             "Of what choosing the right expert gains over mixing all alike, the router recovers "
             f"{mean_share.value:.2f}{mean_share.interval}.",
         ]
-    heads = " | ".join(f"to {name}" for name in found.experts)
+    heads = " | ".join(f"to {as_text(name)}" for name in found.experts)
     lines += ["", f"| tokens of | right expert first | {heads} | first choice's weight |",
               "|---" * (len(found.experts) + 3) + "|"]  # fmt: skip
     for name, routing in found.routing.items():
         right = "" if routing.accuracy is None else f"{routing.accuracy:.1%}"
         loads = " | ".join(f"{share:.1%}" for share in routing.load)
-        lines.append(f"| {name} | {right} | {loads} | {routing.top_weight:.2f} |")
-    return "\n".join([*lines, *(f"\n> **Note:** {note}." for note in found.notes)])
+        lines.append(f"| {as_text(name)} | {right} | {loads} | {routing.top_weight:.2f} |")
+    return "\n".join([*lines, *(f"\n> **Note:** {as_text(note)}." for note in found.notes)])
 
 
 def _shared(plan: MergePlan) -> str:
@@ -256,8 +275,8 @@ def _shown(reference: str, plan: MergePlan) -> str:
         and isinstance(source.origin, Reference)
         and source.folder.parent.name == "snapshots"
     ):
-        return f"`{source.origin.repo}` at `{source.folder.name}`"
-    return f"`{reference}`"
+        return f"{as_code(source.origin.repo)} at {as_code(source.folder.name)}"
+    return as_code(reference)
 
 
 def _millions(parameters: int) -> str:
@@ -266,9 +285,9 @@ def _millions(parameters: int) -> str:
 
 def _sample(expert: Expert) -> str:
     if not expert.positive_prompts:
-        return ", ".join(f"texts in `{Path(pattern).name}`" for pattern in expert.positive_texts)
+        return ", ".join(f"texts in {as_code(Path(pattern).name)}" for pattern in expert.positive_texts)
     prompt = " ".join(expert.positive_prompts[0].split())
-    return (prompt if len(prompt) < _SAMPLE_LENGTH else prompt[: _SAMPLE_LENGTH - 3] + "...").replace("|", "\\|")
+    return as_code(prompt if len(prompt) < _SAMPLE_LENGTH else prompt[: _SAMPLE_LENGTH - 3] + "...")
 
 
 def _routing(report: "RoutingReport") -> str:
@@ -283,7 +302,7 @@ def _routing(report: "RoutingReport") -> str:
         "| expert | own prompts | own prompts, first choice | all prompts |",
         "|---|---|---|---|",
         *(
-            f"| {name} | {own:.1%} | {first:.1%} | {load:.1%} |"
+            f"| {as_text(name)} | {own:.1%} | {first:.1%} | {load:.1%} |"
             for name, own, first, load in zip(report.experts, report.own, report.first, report.load, strict=True)
         ),
         "",
@@ -294,11 +313,11 @@ def _routing(report: "RoutingReport") -> str:
             else f" Rows made without a document put the right expert first for {report.held_out:.1%} of its tokens."
         ),
         "",
-        *(f"> **Warning:** {warning}." for warning in report.warnings()),
+        *(f"> **Warning:** {as_text(warning)}." for warning in report.warnings()),
         "",
         "<details><summary>By layer: own prompts</summary>",
         "",
-        f"| layer | {' | '.join(report.experts)} | first choice's weight |",
+        f"| layer | {' | '.join(map(as_text, report.experts))} | first choice's weight |",
         "|---" * (len(report.experts) + 2) + "|",
         *(f"| {row.layer} | {' | '.join(row.shown)} | {row.top_weight:.2f} |" for row in report.layers),
         "",

@@ -16,6 +16,7 @@ from moemerge.checkpoint.pieces import Fill
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.compatibility import check_adapters, check_base, check_configs, check_expert
 from moemerge.config import MergeConfig
+from moemerge.differences import Speaker, judge_experts
 from moemerge.dtypes import NAMED, STORED, bytes_of
 from moemerge.errors import IncompatibleError
 from moemerge.formats import Mixture, MoeFamily, select_family
@@ -102,11 +103,11 @@ def plan_merge(
             [f"shared_experts[].noise_scale: {family.model_type} has copies of them, each would get other noise"],
         )
     approve((base_folder, *folders))
-    tables = dict(zip(opened, read_tensor_tables(opened.values(), announce, weights="stream"), strict=True))
+    tables = dict(zip(opened, read_tensor_tables(opened.values(), announce, weights="stream", dense=True), strict=True))
     dtype = config.dtype or _main_dtype(tables[config.base_model])
     findings = [found, check_base(base, family, tables[config.base_model], mixture.dense_layers)]
     findings += [
-        check_expert(name, model, tables[folder.reference])
+        check_expert(name, model, tables[folder.reference], shared=config.shared_weights.method)
         for name, model, folder in zip(names, models, folders, strict=True)
     ]
     findings += [
@@ -115,19 +116,29 @@ def plan_merge(
         if folder.adapters
     ]
     _refuse([problem for finding in findings for problem in finding.problems])
-    notes = [note for finding in findings for note in finding.notes] + tokenizer_notes + family_notes
+    notes = [note for folder in opened.values() for note in folder.notes]
+    notes += [note for finding in findings for note in finding.notes] + tokenizer_notes + family_notes
     if config.has_descriptions and not runs_base:
         notes.append(
             f"the base model does not read the prompts for gate_mode {config.way}, so an expert that is never "
             "chosen goes unnoticed; --routing-table has it read them"
         )
     notes += _shared_notes(config, family)
+    speakers = [Speaker(*found) for found in zip(names, folders, models, strict=True)]
+    judged = judge_experts(
+        config, (Speaker("base_model", base_folder, base), tables[config.base_model]),
+        [(speaker, tables[speaker.folder.reference]) for speaker in speakers],
+    )  # fmt: skip
+    _refuse(judged.problems)
+    notes += judged.notes
     take = partial(take_parts, config, mixture, base, [*zip(places, models, strict=True)], dtype=STORED[dtype])
     parts = take(tables=tables)
     notes += parts.notes
     assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=STORED[dtype])
     outputs = assemble(parts=parts).outputs()
     if weights == "auto":
+        for warning in judged.warnings if judged.compared_bytes else ():  # before gigabytes are waited for
+            announce(f"warning: {warning}")
         output_bytes = sum(bytes_of(STORED[dtype], output.shape) or 0 for output in outputs.values())
         if fetched := fetch_if_room(opened, tables, beside=(target, output_bytes), announce=announce):
             tables |= fetched
@@ -151,6 +162,7 @@ def plan_merge(
             *(tensor for tensor in parts.base.values() if isinstance(tensor.path, Derived) and tensor.path.rereads),
             *_repeated(outputs),
         ),
+        stamps={path: stamp for folder in opened.values() for path, stamp in folder.stamps.items()},
         references={
             leaf.path: opened[name].name_of(leaf.path)
             for name, table in tables.items()
@@ -163,7 +175,9 @@ def plan_merge(
         shards=tuple(shards),
         copied_files=copied_files,
         notes=tuple(notes),
-        advice=tuple(parts.advice),
+        warnings=tuple(judged.warnings),
+        advice=() if judged.has_strangers else tuple(parts.advice),
+        compared_bytes=judged.compared_bytes,
         family_notes=tuple(family_notes),
         shared_bytes=shared,
         runs_base=runs_base,

@@ -10,6 +10,9 @@ from tests.models import make_model
 
 @pytest.fixture(scope="session")
 def llamas(tmp_path_factory) -> list[Path]:
-    """A base and three experts; tests must not change them."""
+    """A base and three fine-tunes of it; tests must not change them."""
     root = tmp_path_factory.mktemp("llamas")
-    return [make_model(root / name, seed) for seed, name in enumerate(("base", "fox", "code", "chat"))]
+    return [
+        make_model(root / "base"),
+        *(make_model(root / name, seed, tuned_from=0) for seed, name in enumerate(("fox", "code", "chat"), 1)),
+    ]

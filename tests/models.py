@@ -39,17 +39,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    folder: Path, seed: int = 0, model_type: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any
-) -> Path:
-    """Save a random model with its tokenizer; equal arguments give equal bytes."""
+    folder: Path, seed: int = 0, model_type: str = "llama", dtype: torch.dtype = torch.float32, *,
+    tuned_from: int | None = None, **sizes: Any,
+) -> Path:  # fmt: skip
+    """Save a random model with its tokenizer, or one near to that of another seed; equal arguments give equal bytes."""
     config = AutoConfig.for_model(model_type, **{**SIZES, **sizes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
+    origin = None if tuned_from is None else torch.Generator().manual_seed(tuned_from)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
+            if origin:
+                noise = torch.randn(parameter.shape, generator=origin) + 0.2 * noise
             if "norm" in name:
                 parameter.copy_(1 + 0.2 * noise)
             else:

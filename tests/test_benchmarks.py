@@ -182,11 +182,11 @@ def test_merges_from_the_hub_and_to_it_take_what_was_planned(tmp_path):
     from_hub = [f"{merge}, {way}: weights from the Hub as planned, and headers" for merge in merges for way in ways]
     to_hub = [f"{merge}, {way}: to the Hub: shards and tokenizer" for merge in merges for way in ways[2:]]
     large = ["4 x 7b, random", "4 x 7b, ridge", "8 x 70b, random", "8 x 70b, ridge"]
-    headers = [f"{merge}, plan: weights from the Hub are headers alone" for merge in [*merges, *large]]
+    headers = [f"{merge}, plan: weights from the Hub are headers and rows to compare" for merge in [*merges, *large]]
     assert {name: targets[name][-1] for name in [*from_hub, *to_hub, *headers]} == dict.fromkeys(
         [*from_hub, *to_hub, *headers], "yes"
     )
-    compared = [name for name in targets if not name.endswith(("headers", "tokenizer", "alone"))]
+    compared = [name for name in targets if not name.endswith(("headers", "tokenizer", "compare"))]
     assert [name.partition(": ")[2] for name in compared] == [
         "disk, of downloads + output",
         "disk, of kept bytes + output",

@@ -41,4 +41,6 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     )  # fmt: skip
     for note in plan.notes:
         say(f"note: {note}")
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow")
     return plan

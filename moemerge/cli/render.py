@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moemerge.checkpoint.derived import Derived
+from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.dtypes import BITS, STORED
@@ -18,14 +19,6 @@ from moemerge.verification import Verification
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people, in decimal units as on the Hub."""
-    for unit, width in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= width:
-            return f"{nbytes / width:.2f} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def billions(parameters: int) -> str:
@@ -50,9 +43,11 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "remote_bytes": plan.remote_bytes,
         "download_bytes": plan.download_bytes,
         "kept_bytes": plan.kept_bytes,
+        "compared_bytes": plan.compared_bytes,
         "sources": [{"reference": source.reference, "folder": str(source.folder)} for source in plan.sources],
         "copied_files": [path.name for path in plan.copied_files],
         "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
         "advice": list(plan.advice),
         "config": plan.output_config,
         "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in plan.shards],

@@ -62,8 +62,13 @@ def select_family(base: DenseModel, architecture: str | None, mixture: Mixture) 
                 "it has no shared experts; with `architecture: mixtral` their neurons are appended to every expert"
             ]
         if not reasons:
-            told = family.told(base, mixture)
-            return family, [*(note.format(family.model_type) for note in notes), *told, *base.family.notes]
+            original = base.config.get("original_max_position_embeddings")
+            own = [
+                note.format(family=family.model_type, original=original)
+                for fact, note in base.family.notes
+                if not fact or fact in base.facts
+            ]
+            return family, [*(note.format(family.model_type) for note in notes), *family.told(base, mixture), *own]
         problems += [f"{family.model_type}: {reason}" for reason in reasons]
     if others:
         problems.append(

@@ -67,7 +67,8 @@ GLM4_MOE: Final = MoeFamily(
     notes=(
         ("", "llama.cpp's converter refuses glm4_moe without GLM's special tokens in the tokenizer"),
         ("no_shared", _SHARED_FOR_LLAMACPP.format("glm4_moe")),
-        ("scaled_rope", "llama.cpp drops llama3's scaling of rotary positions, and yarn's mscale, of a glm4_moe"),
+        ("llama3", "llama.cpp drops llama3's scaling of rotary positions of a glm4_moe"),
+        ("yarn", "llama.cpp drops yarn's mscale of a glm4_moe"),
     ),
 )  # fmt: skip
 SOLAR_OPEN: Final = MoeFamily(
@@ -86,7 +87,7 @@ SOLAR_OPEN: Final = MoeFamily(
         ("", "transformers reads solar_open from version 5 on, vLLM does not"),
         ("", "llama.cpp's converter refuses solar_open without Solar's special tokens in the tokenizer"),
         ("no_shared", _SHARED_FOR_LLAMACPP.format("solar_open")),
-        ("scaled_rope", "llama.cpp drops llama3's scaling of rotary positions of a solar_open"),
+        ("llama3", "llama.cpp drops llama3's scaling of rotary positions of a solar_open"),
     ),
 )  # fmt: skip
 HY_V3: Final = MoeFamily(

@@ -20,8 +20,9 @@ _BIASES: Final = zero_biases("q", "k", "v", "o", when=("qkv_bias", "output_bias"
 _WRONG_IN_V4: Final = frozenset({"wide_heads"})
 _NOTES: Final = (
     ("wide_heads", "transformers 4.57 and llama.cpp take head_dim for hidden_size / num_attention_heads, and fail"),
-    ("scaled_rope", "llama.cpp's converter refuses Granite's families with llama3's scaling of rotary positions"),
-    ("scaled_rope", "llama.cpp ignores longrope's factors, and mscale in yarn's scaling of rotary positions"),
+    ("llama3", "llama.cpp's converter refuses Granite's families with llama3's scaling of rotary positions"),
+    ("longrope", "llama.cpp ignores longrope's factors"),
+    ("yarn", "llama.cpp ignores mscale in yarn's scaling of rotary positions"),
 )
 _MAMBA: Final[dict[str, Any]] = {
     "mamba_n_heads": 1, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": "auto", "mamba_d_conv": 4,

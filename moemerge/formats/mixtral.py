@@ -24,6 +24,7 @@ MIXTRAL: Final = MoeFamily(
     notes=(
         ("wide_heads", "mlx-lm takes head_dim for hidden_size / num_attention_heads"),
         ("window", "llama.cpp ignores mixtral's sliding window: it is right for texts up to the window's length"),
-        ("scaled_rope", "llama.cpp ignores longrope's factors, and mscale in yarn's scaling of rotary positions"),
+        ("longrope", "llama.cpp ignores longrope's factors"),
+        ("yarn", "llama.cpp ignores mscale in yarn's scaling of rotary positions"),
     ),
 )  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moemerge.formats import MOE_FAMILIES, Mixture, MoeFamily
-from moemerge.formats.dense import DENSE_FAMILIES, PLAIN, DenseFamily, DenseModel, read_dense
+from moemerge.formats.dense import DENSE_FAMILIES, PLAIN, ROPES, DenseFamily, DenseModel, read_dense
 from moemerge.formats.mixture import ASKED
 
 _SIZES: Final = {
@@ -53,7 +53,7 @@ def _plainest(family: DenseFamily) -> DenseModel:
 
 
 def _words(fact: str) -> str:
-    return {**PLAIN, **ASKED, "tied": "tied embeddings"}[fact]
+    return {**PLAIN, **ROPES, **ASKED, "tied": "tied embeddings"}[fact]
 
 
 def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:

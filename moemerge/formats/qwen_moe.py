@@ -100,6 +100,6 @@ MELLUM: Final = MoeFamily(
         ("", "llama.cpp ends with an assertion on mellum without sliding windows"),
         ("dense_layers", "llama.cpp's converter refuses mellum with dense layers"),
         ("tied", "llama.cpp does not load mellum with tied embeddings"),
-        ("scaled_rope", "llama.cpp computes something else where mellum scales rotary positions by yarn"),
+        ("yarn", "llama.cpp computes something else where mellum scales rotary positions by yarn"),
     ),
 )  # fmt: skip

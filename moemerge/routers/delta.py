@@ -18,10 +18,9 @@ from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 from moemerge.routers.scaling import finish_rows
 from moemerge.routers.scoring import fit_scale
+from moemerge.strangers import STRANGER, differs_too_much
 
 _CHUNK_ROWS: Final = 1024
-# Fine-tunes of one model differ from it by a few percent; models trained apart, by about 1.4.
-_STRANGERS: Final = 0.3
 # Enough to label documents as all layers and tokens do.
 _SCORED_LAYERS: Final = 8
 _SCORED_TOKENS: Final = 32
@@ -63,12 +62,8 @@ def _visit_changes(expert: int, layer: int, request: RouterRequest, visit: Calla
         visit(delta)
         changed += float(delta.square().sum())
         whole += float(base.square().sum())
-    if changed > _STRANGERS**2 * whole:
-        raise RefusedError(
-            f"experts[{expert}]: its FFN differs from the base model's by {(changed / whole) ** 0.5:.0%} in layer "
-            f"{layer}, so the base is not the model that it was trained from, and the difference says nothing. "
-            "Name that model as base_model, or give the experts prompts and choose gate_mode ridge."
-        )
+    if changed > STRANGER**2 * whole:
+        raise RefusedError(f"{differs_too_much(expert, layer, (changed / whole) ** 0.5)}.")
     if not changed:
         raise RefusedError(
             f"experts[{expert}]: its FFN is the base model's own in layer {layer}, so its weights do not say what it "

@@ -26,6 +26,14 @@ PLAIN: Final[dict[str, str]] = {
     "scaled_rope": "scaled rotary positions",
 }
 """Facts that are false of a plain Llama, each with the words for what it is about."""
+ROPES: Final[dict[str, str]] = {
+    "linear": "linearly scaled rotary positions",
+    "dynamic": "rotary positions scaled by the length",
+    "yarn": "yarn's rotary positions",
+    "longrope": "longrope's rotary positions",
+    "llama3": "llama3's rotary positions",
+}
+"""Rope types other than the default, which are facts too, each with the words for what it is about."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,11 @@ class DenseFamily:
     """Whether rope settings are understood, or carried to an output family that has the same."""
     derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of buffers that old checkpoints hold and every reader computes itself."""
-    notes: tuple[str, ...] = ()
-    """What to tell of every merge of this family."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """What to tell of a merge of this family, each with the fact of the model under which it holds, or an empty text.
+
+    `{family}` stands for the output family, `{original}` for `original_max_position_embeddings`.
+    """
     refusals: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """Keys with the only value under which the family was proved, and the reason."""
 

@@ -77,8 +77,11 @@ MINISTRAL3: Final = DenseFamily(
     layer_types=windows_everywhere,
     values=_without_query_scale,
     notes=(
-        "ministral3 scales queries beyond original_max_position_embeddings, which no output family does: "
-        "the merge is exact only up to there",
+        (
+            "",
+            "ministral3 scales queries beyond original_max_position_embeddings, which no output family does: "
+            "the merge is exact only up to there",
+        ),
     ),
 )  # fmt: skip
 CWM: Final = DenseFamily(
@@ -120,6 +123,14 @@ PHI3: Final = DenseFamily(
     },
     layer_types=windows_everywhere,
     rope_kinds={"su": "longrope", "yarn": "longrope"},
+    notes=(
+        (
+            "longrope",
+            "transformers' phi3 computes its cache anew when generation crosses position {original}, where longrope's "
+            "factors change; {family} does not, and from there on says something else than phi3 would. Texts that stay "
+            "below, or that begin beyond, are not concerned",
+        ),
+    ),
 )  # fmt: skip
 QWEN2: Final = DenseFamily(
     "qwen2", LAYER,

@@ -63,7 +63,7 @@ COHERE: Final = DenseFamily(
     ffn_norm="input_layernorm.weight",
     interleaved=True,
     values=_rotate_all_layers,
-    notes=("cohere2_moe sees no further back than the longest context that config.json names",),
+    notes=(("", "cohere2_moe sees no further back than the longest context that config.json names"),),
     refusals={"use_qk_norm": (False, "cohere2_moe does not normalise queries and keys")},
 )  # fmt: skip
 YOUTU: Final = DenseFamily(
