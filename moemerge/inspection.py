@@ -1,16 +1,20 @@
-"""What a checkpoint is, and whether its index, headers and sizes agree; from headers alone."""
+"""What a checkpoint is, and whether its index, headers and sizes agree, from headers alone; on request its numbers."""
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
+from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, Jobs
+from moemerge.checkpoint.values import Census, NotFinite, has_floats, look_at
 from moemerge.sources import open_model, read_tensor_table
 
 _NUMBERED_EXPERT: Final = re.compile(r"(?:^|\.)experts\.(\d+)\.")
@@ -18,6 +22,36 @@ _STACKED_EXPERTS: Final = re.compile(r"(?:^|\.)experts\.|block_sparse_moe\.(?:in
 _EXPERT_COUNT_KEYS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _PER_TOKEN_KEYS: Final = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 _EXPERT_AXES: Final = 3  # stacked experts: (expert, out, in)
+_MATRIX_AXES: Final = 2
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the numbers of a checkpoint are, every one of them."""
+
+    tensors: int
+    """That were read."""
+    not_finite: tuple[NotFinite, ...]
+    """Tensors with numbers that are infinite or NaN: the model is damaged."""
+    zeros: tuple[str, ...]
+    """Matrices that hold nothing but zeros."""
+    skipped: dict[str, int]
+    """By a dtype that is none of floats, such as those of quantised weights, how many tensors were not read."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What may be meant so, and what was left out, in words."""
+        found = []
+        if self.zeros:
+            more = f" and {len(self.zeros) - 1} more matrices hold" if len(self.zeros) > 1 else " holds"
+            found.append(
+                f"{self.zeros[0]}{more} nothing but zeros: so do weights that are switched off, and files that were "
+                "not downloaded whole"
+            )
+        if self.skipped:
+            kinds = ", ".join(f"{count} of {dtype}" for dtype, count in self.skipped.items())
+            found.append(f"tensors that are no floats, such as quantised weights, were not looked at: {kinds}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -39,10 +73,21 @@ class Inspection:
     """Stored dtype to bytes of tensors."""
     warnings: tuple[str, ...]
     """What does not stop a reader but looks wrong."""
+    values: Values | None
+    """None where they were not asked for."""
 
 
-def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda _: None) -> Inspection:
+def inspect_checkpoint(
+    reference: str, announce: Callable[[str], None] = lambda _: None, *, values: bool = False,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Inspection:  # fmt: skip
     """Read a model folder's config, index and headers, and check them against each other.
+
+    Args:
+        reference: of the model.
+        announce: called with a line about what takes long.
+        values: whether every number is read, too, in bounded memory.
+        progress: of that, called with the bytes read and all there are.
 
     Raises:
         SourceError: there is no such model.
@@ -79,6 +124,7 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
     stored = sum(dtype_bytes.values())
     if announced is not None and announced != stored and not model.adapters:
         warnings.append(f"{SAFETENSORS_INDEX} announces {announced} bytes of tensors, the headers {stored}")
+    looked = _look_at_all(stored_tensors, progress) if values else None
     return Inspection(
         reference=reference,
         model_type=str(model.config.get("model_type")),
@@ -91,6 +137,34 @@ def inspect_checkpoint(reference: str, announce: Callable[[str], None] = lambda 
         files=dict(sorted(files.items())),
         dtype_bytes=dict(dtype_bytes),
         warnings=tuple(warnings),
+        values=looked,
+    )
+
+
+def _look_at_all(tensors: Collection[StoredTensor], progress: Callable[[int, int], None]) -> Values:
+    """Every number of some tensors, files in the order of their bytes."""
+    ordered = sorted(tensors, key=lambda tensor: (str(tensor.path), tensor.start, tensor.name))
+    floats = [tensor for tensor in ordered if has_floats(tensor.dtype)]
+    done, total = 0, sum(tensor.nbytes for tensor in floats)
+
+    def report(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    here = all(isinstance(tensor.path, Path) for tensor in floats)
+    with Jobs(report, MAX_THREADS if here else CONNECTIONS) as jobs:
+        started = [jobs.start(partial(look_at, tensor)) for tensor in floats]
+    looked: list[Census] = [job.result() for job in started]
+    return Values(
+        tensors=len(floats),
+        not_finite=tuple(found for census in looked if (found := census.not_finite)),
+        zeros=tuple(
+            tensor.name
+            for tensor, census in zip(floats, looked, strict=True)
+            if census.only_zeros and len(tensor.shape) >= _MATRIX_AXES
+        ),
+        skipped=dict(sorted(Counter(tensor.dtype for tensor in ordered if not has_floats(tensor.dtype)).items())),
     )
 
 

@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.checkpoint.compare import compare_files, compare_tensor, count_not_finite
+from moemerge.checkpoint.compare import compare_files, compare_tensor
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
 from moemerge.checkpoint.jobs import Jobs
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
+from moemerge.checkpoint.values import Census, look_at
 from moemerge.dtypes import STORED
 from moemerge.errors import CheckpointError, SourceError
 from moemerge.plan import Computed, MergePlan, Output
@@ -37,10 +38,10 @@ class Verification:
     """What was found equal to the plan, and what was not."""
 
     copied: int
-    """Tensors whose bytes are their source's."""
+    """Tensors whose bytes are their source's, all of them finite numbers."""
     copied_bytes: int
     converted: int
-    """Tensors whose bytes are those that were computed again from their source, or constant."""
+    """Tensors whose bytes are those that were computed again from their source, or constant, and finite too."""
     converted_bytes: int
     routers: int
     """With the planned shape and dtype, and finite; their values are not computed again."""
@@ -106,7 +107,7 @@ def verify_merge(
     with Jobs(report) as jobs:
         started = [jobs.start(partial(_compare_output, plan.outputs[name], tensors[name], seed)) for name in fit]
     results = [job.result() for job in started]
-    differences += [result for result in results if result]
+    differences += [difference for result in results for difference in result]
     equal = [name for name, result in zip(fit, results, strict=True) if not result]
     routers = [name for name in equal if isinstance(plan.outputs[name].origin, Computed)]
     converted = [name for name in equal if plan.outputs[name].is_converted]
@@ -178,16 +179,27 @@ def _compare_entries(expected: dict[str, str], found: dict[str, str]) -> list[Di
     ]
 
 
-def _compare_output(output: Output, found: StoredTensor, seed: int, report: Report) -> Difference | None:
+def _compare_output(output: Output, found: StoredTensor, seed: int, report: Report) -> list[Difference]:
+    """What is wrong with a tensor: other bytes than those of the plan, or numbers that are infinite or NaN."""
     if isinstance(output.origin, Computed):
-        count = count_not_finite(found, report)
-        return Difference(found.name, "finite values", f"{count} that are not") if count else None
-    unequal = compare_tensor(output.origin, seed, found, report)
-    if not unequal:
-        return None
-    number, piece = piece_at(output.origin, unequal.first)
+        broken = look_at(found, report).not_finite
+        return [Difference(found.name, "finite numbers", broken.told)] if broken else []
+    census = Census(found)
+    unequal = compare_tensor(output.origin, seed, found, report, look=census.add)
+    differences = []
+    if unequal:
+        differences.append(Difference(found.name, _place(output, unequal.first, seed), str(unequal)))
+    if broken := census.not_finite:
+        source = "" if unequal else f": so it is in {_place(output, census.first_byte, seed)}"
+        differences.append(Difference(found.name, "finite numbers", broken.told + source))
+    return differences
+
+
+def _place(output: Output, byte: int, seed: int) -> str:
+    """Where a byte of a tensor comes from."""
+    number, piece = piece_at(output.bands, byte)
     place = f"piece {number} of {len(output.pieces)}: " if len(output.pieces) > 1 else ""
-    return Difference(found.name, place + _describe(piece, seed), str(unequal))
+    return place + _describe(piece, seed)
 
 
 def _describe(piece: Piece, seed: int) -> str:

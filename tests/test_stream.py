@@ -258,6 +258,8 @@ def test_an_inspection_and_a_verification_leave_nothing_in_the_cache(world, mach
     found = machine.moemerge("inspect", "acme/fox", "--json")
     assert json.loads(found.out)["files"] == {SINGLE: (world.folder / "fox" / SINGLE).stat().st_size}
     assert weights_sent(world.hub) == header_bytes(world.hub, "acme/fox")
+    looked = machine.moemerge("inspect", "acme/fox", "--values", "--json")
+    assert (looked.code, json.loads(looked.out)["values"]["not_finite"]) == (0, [])
     assert merged(world, machine).code == 0
     config = str(machine.folder / "merge.yaml")
     assert machine.moemerge("verify", "out", "--against", config).code == 0

@@ -19,7 +19,7 @@ from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.cli.render import plan_facts
 from moemerge.errors import CheckpointError
 from moemerge.verification import Difference, verify_merge
-from tests.models import write_config
+from tests.models import make_model, write_config
 from tests.test_cli import NO_TORCH, hashes, run
 
 WEIGHTS = "model.safetensors"
@@ -276,8 +276,67 @@ def test_routers_have_to_be_finite(plan, out):
     gate[0, 0], gate[2, 31] = float("nan"), float("-inf")
     edit_tensors(out, **{f"{BLOCK}gate.weight": gate})
     found = verify_merge(plan, out)
-    assert found.differences == (Difference(f"{BLOCK}gate.weight", "finite values", "2 that are not"),)
+    assert found.differences == (
+        Difference(
+            f"{BLOCK}gate.weight", "finite numbers", "2 numbers that are infinite or NaN, the first at [0, 0]"
+        ),
+    )  # fmt: skip
     assert found.routers == 2
+
+
+def damaged(tmp_path: Path, models: list[Path], number: int, name: str, *places: tuple[int, ...]) -> list[Path]:
+    """The models, one of them a copy with an infinity and NaNs in a tensor."""
+    folder = shutil.copytree(models[number], tmp_path / models[number].name)
+    tensors = load_file(folder / WEIGHTS)
+    for place, value in zip(places, (float("-inf"), *[float("nan")] * 9), strict=False):
+        tensors[name][place] = value
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return [*models[:number], folder, *models[number + 1 :]]
+
+
+@pytest.mark.parametrize(("dtype", "change"), [("float32", ""), ("bfloat16", ", as BF16"), ("float16", ", as F16")])
+def test_numbers_of_a_source_that_are_not_finite_are_found(tmp_path, llamas, dtype, change):
+    """They are merged as they are, since bytes are copied, and named with the tensor and file that they come from."""
+    models = damaged(tmp_path, llamas, 2, f"{DENSE}up_proj.weight", (3, 5), (47, 31))
+    plan = planned(tmp_path / "merge.yaml", models, dtype=dtype)
+    merge(plan, tmp_path / "out")
+    found = verify_merge(plan, tmp_path / "out")
+    assert found.differences == (
+        Difference(
+            f"{BLOCK}experts.1.w3.weight",
+            "finite numbers",
+            "2 numbers that are infinite or NaN, the first at [3, 5]: so it is in "
+            f"{DENSE}up_proj.weight of {models[2] / WEIGHTS}{change}",
+        ),
+    )
+    assert (found.copied if dtype == "float32" else found.converted) == 47
+
+
+def test_a_number_that_is_not_finite_is_named_by_its_piece(tmp_path):
+    """In a stack of experts it has another place than in its source."""
+    granites = [make_model(tmp_path / name, seed, "granite") for seed, name in enumerate(("base", "fox", "code"))]
+    (tmp_path / "damaged").mkdir()
+    models = damaged(tmp_path / "damaged", granites, 2, f"{DENSE}up_proj.weight", (1, 2))
+    plan = planned(tmp_path / "merge.yaml", models, architecture="granitemoe")
+    merge(plan, tmp_path / "out")
+    assert differences(plan, tmp_path / "out") == [
+        Difference(
+            f"{BLOCK}input_linear.weight",
+            "finite numbers",
+            "1 number that is infinite or NaN, at [1, 49, 2]: so it is in piece 3 of 4: "
+            f"{DENSE}up_proj.weight of {models[2] / WEIGHTS}",
+        )
+    ]
+
+
+def test_other_bytes_that_are_not_finite_are_not_laid_on_the_source(plan, out):
+    name = f"{BLOCK}experts.2.w3.weight"
+    tensors = load_file(out / WEIGHTS)
+    tensors[name][47, 31] = float("nan")
+    edit_tensors(out, **{name: tensors[name]})
+    byte, broken = differences(plan, out)
+    assert (byte.what, "of 6144 bytes differ, the first at byte 6140" in byte.found) == (name, True)
+    assert broken == Difference(name, "finite numbers", "1 number that is infinite or NaN, at [47, 31]")
 
 
 def test_keys_of_the_config_that_changed_are_found(plan, out):

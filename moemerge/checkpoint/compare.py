@@ -1,20 +1,16 @@
 """Stored bytes compared with what a merge would write: two streams, one bounded chunk of each at a time."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from moemerge.checkpoint.bands import tensor_chunks
 from moemerge.checkpoint.copy import Report
-from moemerge.checkpoint.files import File, Readable, read_exactly
+from moemerge.checkpoint.files import File, Readable
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band
-from moemerge.checkpoint.stored import float32_of
-from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError
 
 CHUNK_BYTES: Final = 2**20
@@ -32,7 +28,10 @@ class Unequal:
         return f"{self.count} of {self.nbytes} bytes differ, the first at byte {self.first}"
 
 
-def compare_tensor(bands: tuple[Band, ...], seed: int, found: StoredTensor, report: Report) -> Unequal | None:
+def compare_tensor(
+    bands: tuple[Band, ...], seed: int, found: StoredTensor, report: Report, *,
+    look: Callable[[memoryview], None] = lambda _: None,
+) -> Unequal | None:  # fmt: skip
     """How a stored tensor differs from what a merge makes of its pieces; None where they are equal.
 
     Args:
@@ -40,13 +39,15 @@ def compare_tensor(bands: tuple[Band, ...], seed: int, found: StoredTensor, repo
         seed: of the noise.
         found: as many bytes as the pieces, under the name that the merge gives them.
         report: called with the number of bytes compared.
+        look: called with the bytes of `found`, in their order and in whole numbers; valid until the next.
 
     Raises:
         CheckpointError: `found` or a source cannot be read.
     """
     try:
         with found.open() as reader:
-            return _compare(tensor_chunks(bands, seed, found.name), reader, found.path, found.nbytes, report)
+            expected = tensor_chunks(bands, seed, found.name)
+            return _compare(expected, reader, found.path, found.nbytes, report, look=look)
     except OSError as error:
         raise CheckpointError(
             f"{found.path}: tensor {found.name!r} cannot be compared with its source: {error.strerror or error}."
@@ -71,34 +72,20 @@ def compare_files(expected: Path, found: Path) -> str | None:
         raise CheckpointError(f"{found}: cannot be compared with {expected}: {error.strerror or error}.") from error
 
 
-def count_not_finite(tensor: StoredTensor, report: Report) -> int:
-    """How many of a tensor's values are infinite or not a number.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    count = done = 0
-    try:
-        with tensor.open() as reader:
-            while done < tensor.nbytes:
-                chunk = _read(reader, min(CHUNK_BYTES, tensor.nbytes - done), tensor.path)
-                count += int((~np.isfinite(float32_of(chunk, NAMED[tensor.dtype]))).sum())
-                done += len(chunk)
-                report(len(chunk))
-    except OSError as error:
-        raise CheckpointError(f"{tensor.path}: cannot be read: {error.strerror or error}.") from error
-    return count
-
-
 def _compare(
-    expected: Iterable[bytes | memoryview], found: Readable, file: File, nbytes: int, report: Report
+    expected: Iterable[bytearray | memoryview], found: Readable, file: File, nbytes: int, report: Report, *,
+    look: Callable[[memoryview], None] = lambda _: None,
 ) -> Unequal | None:  # fmt: skip
     first, count, done = 0, 0, 0
+    buffer = bytearray()
     for chunk in expected:
         size = len(chunk)
-        one, other = bytes(chunk), _read(found, size, file)
-        if one != other:
-            changed = (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).to_bytes(size, "little")
+        if len(buffer) != size:
+            buffer = bytearray(size)
+        _fill(found, memoryview(buffer), file)
+        look(memoryview(buffer))
+        if buffer != chunk:  # in this order: a bytearray compares whole blocks of memory, a view byte by byte
+            changed = (int.from_bytes(chunk, "little") ^ int.from_bytes(buffer, "little")).to_bytes(size, "little")
             if not count:
                 first = done + size - len(changed.lstrip(b"\0"))
             count += size - changed.count(0)
@@ -107,8 +94,15 @@ def _compare(
     return Unequal(count, nbytes, first) if count else None
 
 
-def _read(stream: Readable, nbytes: int, file: File) -> bytes:
-    data = read_exactly(stream, nbytes)
-    if len(data) < nbytes:
-        raise CheckpointError(f"{file}: ended while it was compared: was it changed meanwhile?")
+def _read(stream: Readable, nbytes: int, file: File) -> bytearray:
+    data = bytearray(nbytes)
+    _fill(stream, memoryview(data), file)
     return data
+
+
+def _fill(stream: Readable, view: memoryview, file: File) -> None:
+    while view:
+        count = stream.readinto(view)
+        if count == 0:
+            raise CheckpointError(f"{file}: ended while it was compared: was it changed meanwhile?")
+        view = view[count or 0 :]

@@ -15,6 +15,7 @@ from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill
 from moemerge.checkpoint.files import Reader, told_by
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.values import first_not_finite
 from moemerge.dtypes import NAMED, bytes_of
 from moemerge.errors import CheckpointError
 
@@ -80,7 +81,7 @@ class Derived:
         """Compute `nbytes` bytes from offset `start` on; reading may raise what reading the inputs does, too.
 
         Raises:
-            CheckpointError: when it is read: a finite number is infinite in `dtype`.
+            CheckpointError: when it is read: a finite number is infinite in `dtype`, or an input is not finite.
         """
         return _Computed(self._chunks(start, start + nbytes))
 
@@ -100,9 +101,11 @@ class Derived:
         with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is looked for
             finite = narrow(flat, self.dtype, stored, np.empty(len(flat), np.uint32))
         if not finite:
+            if broken := first_not_finite((*self.inputs, *self.others)):
+                raise CheckpointError(f"{self}: cannot be computed, since {broken}. Download that file again.")
             raise CheckpointError(
-                f"{self}: holds numbers that {NAMED[self.dtype]} cannot express, or that are not finite. "
-                "Set `dtype: bfloat16` or `dtype: float32` in the config."
+                f"{self}: holds numbers that {NAMED[self.dtype]} cannot express. Set `dtype: bfloat16` or "
+                "`dtype: float32` in the config."
             )
         return stored.tobytes()
 

@@ -32,7 +32,7 @@ Other commands, each with its own --help:
 
   moemerge routes OUT     which expert takes which token of a text
 
-  moemerge tune OUT       train a merged model's routers a little, if held-out text gains
+  moemerge tune OUT       train a merged model's routers a little, if held-out text surely gains
 
   moemerge push OUT REPO  send a merged model to the Hub
 
@@ -72,6 +72,9 @@ def _inspect(
         str,
         typer.Argument(metavar="MODEL", help="A model's folder, or a Hub repository.", show_default=False),
     ],
+    values: Annotated[
+        bool, typer.Option("--values", help="Read every number, too; exit code 1 if any is infinite or NaN.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -79,16 +82,22 @@ def _inspect(
     with speaking(quiet=False, verbose=0, debug=debug) as console:
         from dataclasses import asdict
 
+        from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_inspection
         from moemerge.inspection import inspect_checkpoint
 
-        found = inspect_checkpoint(model, console.print)
+        with show_progress(console, quiet=not values) as progress:
+            found = inspect_checkpoint(
+                model, console.print, values=values, progress=lambda done, total: progress("weights", done, total)
+            )
         if json:
             print_json(asdict(found))
         else:
             print_inspection(stdout(), found)
-        for warning in found.warnings:
+        for warning in (*found.warnings, *(found.values.remarks if found.values else ())):
             console.print(f"warning: {warning}", style="yellow")
+        if found.values and found.values.not_finite:
+            raise typer.Exit(1)
 
 
 def _verify(

@@ -163,7 +163,16 @@ def print_inspection(console: Console, found: Inspection) -> None:
     facts.add_row("tensors", f"{found.tensors}: {stored}")
     facts.add_row("files", f"{len(found.files)}, {size(sum(found.files.values()))}")
     facts.add_row("integrity", "see the warnings" if found.warnings else "index, headers and file sizes agree")
+    values = found.values
+    if values:
+        damaged = f"infinite or NaN in {len(values.not_finite)} of {values.tensors} tensors"
+        facts.add_row("values", damaged if values.not_finite else f"{values.tensors} tensors of finite numbers")
     console.print(facts)
+    if values and values.not_finite:
+        table = Table("tensor", "file", "infinite or NaN", "first at", box=None, padding=(0, 2, 0, 0))
+        for broken in values.not_finite:
+            table.add_row(broken.tensor, broken.file, str(broken.count), str(list(broken.first)))
+        console.print(table)
 
 
 def print_verification(console: Console, out: Path, found: Verification) -> None:
