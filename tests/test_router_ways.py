@@ -1,6 +1,8 @@
 """Routers from labelled tokens and from weights: what each way computes, and what must not matter to it."""
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from moemerge import plan_merge
 from moemerge.config import RouterSettings, parse_config
-from moemerge.errors import IncompatibleError, RefusedError, RouterError
+from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.formats import Mixture
 from moemerge.routers import fitting, init_routers, logistic
 from moemerge.routers.capture import capture_router_inputs
@@ -454,15 +456,123 @@ def test_what_cannot_be_solved_ends_in_a_message(tuned):
         routers(plan_of(parse_config(json.dumps(alike))))
 
 
+def changed_model(tmp_path: Path, model: Path, change) -> Path:
+    """A copy of a model, called like it, whose tensors `change` has changed in their places."""
+    shutil.copytree(model, tmp_path / model.name)
+    tensors = load_file(tmp_path / model.name / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / model.name / "model.safetensors", {"format": "pt"})
+    return tmp_path / model.name
+
+
+def damaged(tmp_path: Path, model: Path, name: str, *places: tuple[int, ...]) -> tuple[Path, str]:
+    """A copy of a model with NaNs in a tensor, and how messages tell of it."""
+
+    def put(tensors):
+        for place in places:
+            tensors[name][place] = math.nan
+
+    folder = changed_model(tmp_path, model, put)
+    count = (
+        "1 number that is infinite or NaN, at"
+        if len(places) == 1
+        else "2 numbers that are infinite or NaN, the first at"
+    )
+    return folder, f"{name} of {folder / 'model.safetensors'} holds {count} {list(min(places))}"
+
+
 @pytest.mark.parametrize("way", ["ridge", "logistic", "hidden"])
 def test_a_base_model_that_overflows_is_refused(tmp_path, tuned, way):
-    shutil.copytree(tuned / "base", tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e38
-    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    text = json.loads(document(tuned, prompts=True, gate_mode=way)) | {"base_model": str(tmp_path / "base")}
-    with pytest.raises(RouterError, match=r"the base model's numbers overflow in layer 1"):
+    base = changed_model(
+        tmp_path, tuned / "base", lambda found: found["model.layers.0.mlp.down_proj.weight"].mul_(1e38)
+    )
+    text = json.loads(document(tuned, prompts=True, gate_mode=way)) | {"base_model": str(base)}
+    with pytest.raises(RouterError) as caught:
         routers(plan_of(parse_config(json.dumps(text))))
+    assert str(caught.value) == (
+        "the base model's numbers overflow in layer 0, whose weights are finite: they grow beyond 3.4e+38, the largest "
+        "that float32 holds. gate_mode random needs no pass over it."
+    )
+
+
+@pytest.mark.parametrize(("name", "place", "where"), [
+    ("model.embed_tokens.weight", (slice(None), 3), "the embeddings"),
+    ("model.layers.0.mlp.up_proj.weight", (3, 5), "layer 0"),
+    ("model.layers.1.input_layernorm.weight", (31,), "layer 1"),
+    ("model.layers.2.self_attn.o_proj.weight", (3, 5), "layer 2"),  # of which the FFN is never run
+])  # fmt: skip
+def test_a_damaged_base_model_is_refused_where_it_is_damaged(tmp_path, tuned, name, place, where):
+    base, told = damaged(tmp_path, tuned / "base", name, place)
+    if where == "the embeddings":
+        told = told.replace(
+            "1 number that is infinite or NaN, at [slice(None, None, None)",
+            "160 numbers that are infinite or NaN, the first at [0",
+        )
+    text = json.loads(document(tuned, prompts=True, gate_mode="ridge")) | {"base_model": str(base)}
+    with pytest.raises(RouterError) as caught:
+        routers(plan_of(parse_config(json.dumps(text))))
+    assert str(caught.value) == f"the base model's numbers are not finite from {where} on: {told}. Download it again."
+
+
+def test_a_damaged_ffn_of_the_last_layer_does_not_matter_to_routers(tmp_path, tuned):
+    base, _ = damaged(tmp_path, tuned / "base", "model.layers.2.mlp.up_proj.weight", (3, 5))
+    text = json.loads(document(tuned, prompts=True, gate_mode="ridge"))
+    found = routers(plan_of(parse_config(json.dumps(text | {"base_model": str(base)}))))
+    assert found.rows == routers(plan_of(parse_config(json.dumps(text)))).rows
+
+
+@pytest.mark.parametrize("way", ["delta", "delta_bootstrap"])
+@pytest.mark.parametrize(("of", "layer", "expert"), [("expert1", 0, 1), ("base", 2, 0)])
+def test_ways_that_read_weights_name_those_that_are_damaged(tmp_path, tuned, way, of, layer, expert):  # noqa: PLR0917
+    """The base's too, in the last layer, whose FFN its pass does not run."""
+    model, told = damaged(tmp_path, tuned / of, f"model.layers.{layer}.mlp.up_proj.weight", (7, 5), (40, 0))
+    texts = {"router": {"calibration_texts": str(tuned / "*.txt")}} if way == "delta_bootstrap" else {}
+    text = document(tuned, gate_mode=way, **texts).replace(str(tuned / of), str(model))
+    with pytest.raises(RouterError) as caught:
+        routers(plan_of(parse_config(text)))
+    assert str(caught.value) == (
+        f"experts[{expert}]: {told}, so what fine-tuning changed there is not known. Download that model again."
+    )
+
+
+def test_a_damaged_half_of_a_fused_projection_is_named_by_its_place_in_the_whole(tmp_path):
+    base, expert = (make_model(tmp_path / name, 0, "phi3") for name in ("base", "expert"))
+    near = changed_model(
+        tmp_path / "near", expert, lambda found: [t.add_(0.01) for n, t in found.items() if "mlp" in n]
+    )
+    far, told = damaged(tmp_path / "far", expert, "model.layers.0.mlp.gate_up_proj.weight", (48 + 7, 5))
+    text = {"base_model": str(base), "gate_mode": "delta", "experts": [{"source_model": str(m)} for m in (near, far)]}
+    with pytest.raises(RouterError, match=re.escape(f"experts[1]: {told}, so what")):
+        routers(plan_of(parse_config(json.dumps(text))))
+
+
+def test_weights_whose_squares_overflow_are_told_from_damaged_ones(tmp_path, tuned):
+    name = "model.layers.0.mlp.up_proj.weight"
+    model = changed_model(tmp_path, tuned / "expert1", lambda found: found[name].mul_(1e25))
+    with pytest.raises(RouterError) as caught:
+        routers(plan_of(parse_config(document(tuned, gate_mode="delta").replace(str(tuned / "expert1"), str(model)))))
+    assert str(caught.value) == (
+        "experts[1]: its FFN is so far from the base model's in layer 0 that squares of the difference overflow. Give the "
+        "experts prompts and choose gate_mode ridge."
+    )
+
+
+def test_rows_that_the_output_cannot_hold_are_refused(tuned):
+    text = document(tuned, prompts=True, gate_mode="ridge", dtype="float16", router={"scale": 1e9})
+    with pytest.raises(RouterError) as caught:
+        routers(plan_of(parse_config(text)))
+    assert str(caught.value) == (
+        "some router weights are not finite numbers in float16: the base model's numbers, or router.scale, are too large "
+        "for it. Set `dtype: bfloat16`, lower router.scale, or choose gate_mode random."
+    )
+
+
+def test_what_is_mixed_of_damaged_weights_names_them(tmp_path, tuned):
+    model, told = damaged(tmp_path, tuned / "expert1", "model.layers.1.self_attn.q_proj.weight", (3, 5))
+    text = document(tuned, prompts=True, gate_mode="ridge", shared_weights="average")
+    with pytest.raises(CheckpointError) as caught:
+        routers(plan_of(parse_config(text.replace(str(tuned / "expert1"), str(model)))))
+    assert str(caught.value).endswith(f": cannot be computed, since {told}. Download that file again.")
 
 
 def test_texts_are_needed_to_merge_and_not_to_verify(tuned, tmp_path):

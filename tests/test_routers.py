@@ -504,14 +504,21 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path, mode):
         routers(plan_of(tmp_path, folders, gate_mode=mode))
 
 
-@pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])
-def test_routers_that_are_no_numbers_are_refused(tmp_path, llamas, mode):
+@pytest.mark.parametrize(
+    ("mode", "where"),
+    [("hidden", "numbers are not finite from the embeddings on"), ("cheap_embed", "embeddings are damaged")],
+)
+def test_routers_that_are_no_numbers_are_refused(tmp_path, llamas, mode, where):
     base = shutil.copytree(llamas[0], tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     tensors["model.embed_tokens.weight"][:] = math.inf
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RouterError, match="some router weights are not finite numbers"):
+    with pytest.raises(RouterError) as caught:
         routers(plan_of(tmp_path, [base, *llamas[1:]], gate_mode=mode))
+    assert str(caught.value) == (
+        f"the base model's {where}: model.embed_tokens.weight of {base / 'model.safetensors'} holds 5120 numbers that are "
+        "infinite or NaN, the first at [0, 0]. Download it again."
+    )
 
 
 def test_without_prompts_there_is_no_table(tmp_path, llamas):

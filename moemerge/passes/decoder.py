@@ -40,6 +40,15 @@ class Batch:
     """(sequence, position, hidden) what the next layer sees."""
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
     """By layer, what the model passes to it beside the states, by position and by name."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the states of all tokens are finite numbers; what stands in the padding does not count."""
+        return bool(self.states.isfinite().all()) or all(
+            bool(states[:length].isfinite().all()) for states, length in zip(self.states, self.lengths, strict=True)
+        )
 
 
 def empty_model(
@@ -112,8 +121,9 @@ def embed(
     length = max(map(len, sequences))
     padded = [[place[token] for token in ids] + [0] * (length - len(ids)) for ids in sequences]
     batch = Batch(
-        torch.tensor(padded, device=device), read_rows(tokens).to(device=device, dtype=dtype), torch.empty(0), {}
-    )
+        torch.tensor(padded, device=device), read_rows(tokens).to(device=device, dtype=dtype), torch.empty(0), {},
+        tuple(map(len, sequences)),
+    )  # fmt: skip
     embedded: list[torch.Tensor] = []
 
     def recorder(index: int) -> Any:

@@ -79,7 +79,10 @@ def init_routers(
         layers = {layer: stored_bytes(rows, dtype) for layer, rows in made.items()}
     stored, stored_gates = (float32_of(b"".join(made.values()), dtype) for made in (layers, gates))
     if not (np.isfinite(stored).all() and np.isfinite(stored_gates).all()):
-        raise RouterError("some router weights are not finite numbers: the base model's numbers overflow.")
+        raise RouterError(
+            f"some router weights are not finite numbers in {dtype}: the base model's numbers, or router.scale, are "
+            "too large for it. Set `dtype: bfloat16`, lower router.scale, or choose gate_mode random."
+        )
     names = expert_names([expert.source_model for expert in config.experts])
     distances = row_distances(
         stored.reshape(len(layers), len(names), -1), [mixture.absent.get(layer, frozenset()) for layer in layers]

@@ -5,7 +5,7 @@ page cache, where they take no memory from anyone. The FFN of the last layer tha
 it, is never run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -13,7 +13,10 @@ import torch
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
+from moemerge.checkpoint.values import first_not_finite
+from moemerge.errors import RouterError
 from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, group, run_layer
+from moemerge.passes.finite import where_it_began
 from moemerge.passes.weights import read_ahead, read_into
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.request import RouterInputs, RouterRequest
@@ -30,6 +33,9 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
 
     On a CPU the pass computes in float32, elsewhere in bfloat16. What a layer gives overwrites what the layer before
     gave.
+
+    Raises:
+        RouterError: the model's numbers are not finite; says where that began.
     """
     base, device = request.base, request.device
     dtype = compute_dtype(device)
@@ -47,6 +53,7 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
         )
         for part in groups
     ]  # fmt: skip
+    _check_finite("the embeddings", batches, [embeddings])
     order = tuple(prompt for part in groups for prompt in part)
     prompt = torch.repeat_interleave(torch.tensor([sum(prompt.counted) for prompt in order]))
     last = max(request.mixture.moe_layers)
@@ -54,7 +61,8 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     with ThreadPoolExecutor(1) as reader:
         for index in range(last + 1):
             layer = model.layers[index]
-            for name, tensor in _stored(layer, request, index, skip_ffn=index == last).items():
+            stored = _stored(layer, request, index, skip_ffn=index == last)
+            for name, tensor in stored.items():
                 _place(layer, name, tensor, room, request, dtype)
             ahead = None
             if index < last and not request.low_memory:
@@ -63,6 +71,7 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
             entering = _last_states(groups, batches) if request.entering else None
             for batch, mask, place in zip(batches, counted, places, strict=True):
                 _run(layer, batch, index, base.family.ffn_module, mask.to(device), place, stop_at_ffn=index == last)
+            _check_finite(f"layer {index}", batches, stored.values(), inputs)
             # Nothing may refer to the layer: bitsandbytes keeps weights that a move to meta does not reach.
             model.layers[index] = torch.nn.Identity()
             del layer
@@ -70,6 +79,17 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
                 yield RouterInputs(index, inputs, prompt, order, entering)
             if ahead:
                 ahead.result()
+
+
+def _check_finite(
+    place: str, batches: Sequence[Batch], tensors: Iterable[StoredTensor], inputs: torch.Tensor | None = None
+) -> None:  # fmt: skip
+    """Refuse what a part of the model, made of these tensors, gives, where it is not finite."""
+    if all(batch.is_finite for batch in batches) and (inputs is None or inputs.isfinite().all()):
+        return
+    broken = first_not_finite(tensors)
+    advice = "Download it again." if broken else "gate_mode random needs no pass over it."
+    raise RouterError(f"the base model's {where_it_began(place, broken, batches[0].states.dtype)}. {advice}")
 
 
 def _counted(part: Sequence[EncodedPrompt]) -> torch.Tensor:

@@ -10,7 +10,9 @@ import numpy as np
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
+from moemerge.checkpoint.values import look_at
 from moemerge.config import MergeConfig
+from moemerge.errors import RouterError
 from moemerge.formats.dense import DenseModel
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.rows import Rows
@@ -24,14 +26,20 @@ def mean_embeddings(
     Experts without negative prompts have NaN there.
 
     Raises:
-        RouterError: the tokenizer or the prompts do not serve.
+        RouterError: the tokenizer, the prompts or the embeddings do not serve.
         CheckpointError: the embeddings have no row for a token.
     """
     prompts = encode_prompts(
         folder, config, base.config["max_position_embeddings"], 0, special_tokens=False, prompts_only=True
     )
     ids = sorted({token for prompt in prompts for token in prompt.counted_ids})
-    table = dict(zip(ids, read_rows(tensors[base.family.embeddings], ids), strict=True))
+    embeddings = tensors[base.family.embeddings]
+    rows = read_rows(embeddings, ids)
+    if not np.isfinite(rows).all():
+        raise RouterError(
+            f"the base model's embeddings are damaged: {look_at(embeddings).not_finite}. Download it again."
+        )
+    table = dict(zip(ids, rows, strict=True))
 
     def mean(expert: int, *, positive: bool) -> Rows:
         tokens = [

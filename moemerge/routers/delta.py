@@ -12,7 +12,8 @@ from typing import Final
 import torch
 
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.errors import RefusedError
+from moemerge.checkpoint.values import first_not_finite
+from moemerge.errors import RefusedError, RouterError
 from moemerge.passes.weights import read_into
 from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
@@ -55,6 +56,7 @@ def _visit_changes(expert: int, layer: int, request: RouterRequest, visit: Calla
     """Call `visit` with some rows (row, hidden) of `D` after the other; gives `|D|^2`.
 
     Raises:
+        RouterError: weights of the expert or of the base are not finite.
         RefusedError: the change says nothing, for there is none, or it is no fine-tune's.
     """
     changed = whole = 0.0
@@ -62,6 +64,8 @@ def _visit_changes(expert: int, layer: int, request: RouterRequest, visit: Calla
         visit(delta)
         changed += float(delta.square().sum())
         whole += float(base.square().sum())
+    if not math.isfinite(changed + whole):
+        raise RouterError(f"experts[{expert}]: {_why_not_finite(expert, layer, request)}")
     if changed > STRANGER**2 * whole:
         raise RefusedError(f"{differs_too_much(expert, layer, (changed / whole) ** 0.5)}.")
     if not changed:
@@ -70,6 +74,18 @@ def _visit_changes(expert: int, layer: int, request: RouterRequest, visit: Calla
             "is for. Give the experts prompts and choose gate_mode ridge."
         )
     return changed
+
+
+def _why_not_finite(expert: int, layer: int, request: RouterRequest) -> str:
+    for model, tensors in (request.experts[expert], (request.base, request.tensors)):
+        # By name: a projection may be rows of a tensor.
+        names = [model.projection(tensors, layer, role).name for role in ("gate", "up")]
+        if broken := first_not_finite(tensors[name] for name in names):
+            return f"{broken}, so what fine-tuning changed there is not known. Download that model again."
+    return (
+        f"its FFN is so far from the base model's in layer {layer} that squares of the difference overflow. Give the "
+        "experts prompts and choose gate_mode ridge."
+    )
 
 
 def _changes(expert: int, layer: int, request: RouterRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

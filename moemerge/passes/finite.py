@@ -1,0 +1,31 @@
+"""Where the numbers of a pass stop being finite: in a weight that is not, or in what finite weights make of text."""
+
+import torch
+
+from moemerge.checkpoint.values import NotFinite
+
+
+def not_finite_in(name: str, values: torch.Tensor) -> NotFinite | None:
+    """How many of a tensor's numbers are infinite or NaN, and where the first is; None where all are finite."""
+    found = ~values.isfinite()
+    if not (count := int(found.sum())):
+        return None
+    place, first = int(found.flatten().byte().argmax()), []
+    for size in reversed(values.shape):
+        place, index = divmod(place, size)
+        first.append(index)
+    return NotFinite(name, "", count, tuple(reversed(first)))
+
+
+def where_it_began(place: str, broken: NotFinite | None, dtype: torch.dtype) -> str:
+    """Why what comes out of a part of a model is not finite, though what went in was: `numbers are not ...`.
+
+    Args:
+        place: the part, in words: `layer 3`.
+        broken: a weight of it that is not finite, if there is one.
+        dtype: that is computed in.
+    """
+    if broken:
+        return f"numbers are not finite from {place} on: {broken}"
+    largest = f"{torch.finfo(dtype).max:.2g}, the largest that {str(dtype).removeprefix('torch.')} holds"
+    return f"numbers overflow in {place}, whose weights are finite: they grow beyond {largest}"
