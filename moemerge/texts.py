@@ -1,7 +1,8 @@
 """Documents in files that a config or a command names: what routers are fitted to, and models evaluated on.
 
 A `.txt` file is one document, or several with a line `<|document|>` between them. A `.jsonl` file has one document a
-line, a string or an object with the key `text`.
+line, a string or an object with the key `text`. A file of another ending, which only `moemerge routes` reads, is one
+document.
 """
 
 import json
@@ -78,6 +79,9 @@ def _documents(file: Path, characters: int) -> Iterator[str]:
             if file.suffix == ".txt":
                 yield from (part.strip("\n") for part in _SEPARATOR.split(opened.read(characters)))
                 return
+            if file.suffix not in _ENDINGS:
+                yield opened.read(characters)
+                return
             read = 0
             for number, line in enumerate(opened, 1):
                 if line.strip():
@@ -85,7 +89,9 @@ def _documents(file: Path, characters: int) -> Iterator[str]:
                 read += len(line)
                 if read > characters:
                     return
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RefusedError(f"{file}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
         raise RefusedError(f"{file}: cannot be read as text in UTF-8: {error}.") from error
 
 

@@ -374,10 +374,13 @@ def test_a_checkpoint_without_a_norm_or_a_layer_is_refused(tmp_path, out, data, 
 def test_a_router_that_is_not_finite_is_refused(tmp_path, out, data):
     copied = shutil.copytree(out, tmp_path / "out")
     tensors = load_file(copied / "model.safetensors")
-    next(tensor for name, tensor in tensors.items() if name.endswith("gate.weight"))[0, 0] = math.nan
+    tensors["model.layers.1.block_sparse_moe.gate.weight"][2, 3] = math.nan
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"gate\.weight: holds numbers that are not finite"):
+    with pytest.raises(CheckpointError) as caught:
         evaluate(copied, data, tokens=40)
+    assert str(caught.value) == (
+        f"{copied}: model.layers.1.block_sparse_moe.gate.weight holds 1 number that is infinite or NaN, at [2, 3]."
+    )
 
 
 # ---- routes
@@ -426,11 +429,65 @@ def test_routes_prints_names_where_there_are_no_colours(tmp_path, out, monkeypat
     assert math.isclose(sum(facts["texts"][0]["shares"]), 1)
 
 
+def test_routes_reads_every_document_of_a_file(tmp_path, out, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text(f"{LINES[0]}\n<|document|>\n{LINES[1]}")
+    Path("notes/b.jsonl").write_text(json.dumps({"text": "Le chat dort"}) + "\n\n" + '"def main"\n')
+    Path("main.py").write_text("def main(argv):\n<|document|>\n")
+    Path("text 1").write_text("The fox")
+
+    def texts(*words: str) -> dict[str, str]:
+        code, printed, errors = run(["routes", out, *words, "--json", "--max-tokens", 8], monkeypatch, capsys)
+        assert code == 0, errors
+        return {text["name"]: "".join(text["tokens"]) for text in json.loads(printed)["texts"]}
+
+    found = texts("--file", "notes/a.txt", "--file", "notes/b.jsonl", "--file", "main.py")
+    assert list(found) == ["a.txt:1", "a.txt:2", "b.jsonl:1", "b.jsonl:2", "main.py"]
+    assert found["b.jsonl:2"] == "def main"
+    assert LINES[1].startswith(found["a.txt:2"])  # each text has its own --max-tokens
+    assert LINES[0].startswith(found["a.txt:1"])
+    assert texts("--file", "notes/*.txt").keys() == {"a.txt:1", "a.txt:2"}
+    assert texts("--file", "notes").keys() == {"a.txt:1", "a.txt:2", "b.jsonl:1", "b.jsonl:2"}
+    assert texts("--text", "Le chat", "--file", "text 1") == {"text 1": "Le chat", "text 1 (file)": "The fox"}
+
+
+def test_routes_says_how_many_documents_it_leaves_out(tmp_path, out, monkeypatch, capsys):
+    (tmp_path / "many.jsonl").write_text("".join(f'"item {number}"\n' for number in range(60)))
+    words = ["routes", out, "--text", "The fox", "--file", tmp_path / "many.jsonl", "--json", "--quiet"]
+    code, printed, errors = run(words, monkeypatch, capsys)
+    assert (code, errors) == (0, "note: of 60 documents, the first 50 are read\n")
+    assert [text["name"] for text in json.loads(printed)["texts"]][-1] == "many.jsonl:50"
+
+
+def test_of_a_long_text_no_more_is_tokenised_than_is_read(out):
+    text = f"{LINES[0]}\n" * 2000
+    whole = trace(out, {"a": text[:4000]}, tokens=100, device="cpu").texts[0]
+    seen = []
+    given = transformers.PreTrainedTokenizerFast.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            transformers.PreTrainedTokenizerFast, "__call__",
+            lambda self, text, **keys: (seen.append(len(text)), given(self, text, **keys))[1],
+        )  # fmt: skip
+        found = trace(out, {"a": text}, tokens=100, device="cpu").texts[0]
+    assert found.tokens == whole.tokens
+    assert seen == [6400]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "nothing to route: give --text or --file."),
         (["--file", "nowhere"], "--file: nowhere: cannot be read: No such file or directory."),
+        (["--file", "x" * 300], f"--file: {'x' * 300}: cannot be read: File name too long."),
+        (["--file", "."], "--file[0]: '.' leads to no .txt or .jsonl file. Paths count from the current folder."),
+        (
+            ["--file", "*.txt"],
+            "--file[0]: '*.txt' leads to no .txt or .jsonl file. Paths count from the current folder.",
+        ),
+        (["--file", "empty.md"], "--file: empty.md: holds no text."),
+        (["--file", "bytes.md"], "--file: bytes.md: cannot be read as text in UTF-8: "),
         (["--text", "x", "--html", "no/such/folder.html"], "--html: no/such/folder.html: there is no such folder."),
         (["--text", "The fox", "--layer", "9"], "layer 9 has no router; those with one: 0, 1, 2."),
         (["--text", ""], "text 1: the model's tokenizer finds no tokens in it."),
@@ -440,6 +497,8 @@ def test_routes_refuses_what_it_cannot_show(  # noqa: PLR0917
     out, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
+    Path("empty.md").write_text(" \n")
+    Path("bytes.md").write_bytes(b"\xff\xfe\x00")
     code, _, errors = run(["routes", out, *arguments], monkeypatch, capsys)
     assert (code, message in errors) == (2, True), errors
 
@@ -493,13 +552,116 @@ def test_an_expert_that_lacks_a_token_is_left_out(tmp_path, out, data, models):
     assert "expert small and expert fox differ in their tensors, so their weights have no average" in found.notes
 
 
-def test_losses_that_are_no_numbers_are_refused(tmp_path, out, data):
+def damage(folder: Path, name: str, place: tuple[int, ...], value: float = math.nan) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][place] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+FFN = "model.layers.1.block_sparse_moe.experts.0."
+
+
+@pytest.mark.parametrize(("name", "place", "value", "where", "told"), [
+    ("model.norm.weight", (0,), math.nan, "the norm and the head", "1 number that is infinite or NaN, at [0]"),
+    ("lm_head.weight", (7, 2), math.inf, "the norm and the head", "1 number that is infinite or NaN, at [7, 2]"),
+    ("model.embed_tokens.weight", (slice(5, None), 31), -math.inf, "the embeddings",
+     "155 numbers that are infinite or NaN, the first at [5, 31]"),
+    (f"{FFN}w3.weight", (3, 5), math.nan, "layer 1", "1 number that is infinite or NaN, at [3, 5]"),
+    ("model.layers.2.self_attn.o_proj.weight", (1,), math.inf, "layer 2",
+     "32 numbers that are infinite or NaN, the first at [1, 0]"),
+])  # fmt: skip
+def test_a_model_whose_numbers_are_not_finite_is_refused(  # noqa: PLR0917
+    tmp_path, out, data, monkeypatch, capsys, name, place, value, where, told
+):
+    copied = shutil.copytree(out, tmp_path / "out")
+    damage(copied, name, place, value)
+    message = f"error: {copied}: its numbers are not finite from {where} on: {name} holds {told}."
+    for words in (
+        ["eval", copied, "--data", f"fox={data['fox'][0]}", "--quiet", "--json"],
+        ["routes", copied, "--text", LINES[0], "--quiet", "--json"],
+    ):
+        code, printed, errors = run(words, monkeypatch, capsys)
+        assert (code, printed, errors.splitlines()[-1]) == (1, "", message)
+
+
+def test_finite_weights_that_overflow_are_refused(tmp_path, out, data):
     copied = shutil.copytree(out, tmp_path / "out")
     tensors = load_file(copied / "model.safetensors")
-    tensors["model.norm.weight"][0] = math.nan
+    for expert in range(3):
+        tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"] *= 1e38
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="merged: its losses are not finite numbers"):
+    with pytest.raises(CheckpointError) as caught:
         evaluate(copied, data, tokens=40)
+    assert str(caught.value) == (
+        f"{copied}: its numbers overflow in layer 1, whose weights are finite: they grow beyond 3.4e+38, the largest that "
+        "float32 holds."
+    )
+
+
+def test_a_selection_bias_that_is_not_finite_is_refused(tmp_path):
+    """It chooses nothing, and the layer's numbers stay finite all the same."""
+    folders = [make_model(tmp_path / str(seed), seed, "qwen3") for seed in range(3)]
+    out = merged(tmp_path, folders, architecture="glm4_moe")
+    damage(out, "model.layers.1.mlp.gate.e_score_correction_bias", (1,))
+    with pytest.raises(CheckpointError) as caught:
+        trace(out, {"a": LINES[0]}, tokens=50, device="cpu")
+    assert str(caught.value) == (
+        f"{out}: model.layers.1.mlp.gate.e_score_correction_bias holds 1 number that is infinite or NaN, at [1]."
+    )
+
+
+def test_the_head_is_looked_at_a_few_tokens_at_a_time(out, monkeypatch):
+    """Routes read longer texts than those whose logits have room."""
+    seen, given = [], running.finish
+    monkeypatch.setattr(running, "_TOKENS", 10)
+    monkeypatch.setattr(running, "finish", lambda *args: (seen.append(args[3].states.shape[1]), given(*args))[1])
+    routes = trace(out, {"a": LINES[0], "b": "Le chat"}, tokens=50, device="cpu")
+    long, short = (1 + len(text.tokens) for text in routes.texts)  # with the BOS
+    assert (long, short) == (26, 3)
+    assert seen == [3, 10, 10, 6]
+
+
+def test_baselines_that_are_damaged_are_left_out(tmp_path, data):
+    """The merged model is sound: attention is the base's, and no token goes to the expert with a NaN in its FFN."""
+    names = ("base", "fox", "code", "chat")
+    models = [make_model(tmp_path / name, seed, "qwen3") for seed, name in enumerate(names)]
+    out = merged(tmp_path, models, architecture="glm4_moe")
+    attention, ffn = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.experts.0.up_proj.weight"
+    damage(models[1], attention, (3, 5))
+    damage(out, ffn, (3, 5))
+    damage(out, "model.layers.1.mlp.gate.e_score_correction_bias", (0,), -100.0)
+    found = evaluate(out, data, tokens=40, baselines=True)
+    assert set(found.losses) == {"merged", "base", "expert code", "expert chat", "label oracle"}
+    place = "is left out: its numbers are not finite from layer 1 on:"
+    told = "holds 1 number that is infinite or NaN, at [3, 5]"
+    assert found.notes[:4] == (
+        f"expert fox {place} {attention} {told}",
+        f"uniform mixture {place} {ffn} {told}",
+        f"weight average {place} {attention} {told}",
+        f"label oracle of fox {place} {ffn} {told}",
+    )
+    assert set(found.losses["label oracle"]) == {"code"}
+    assert found.recovered_mean is None
+
+
+def test_a_perplexity_beyond_all_numbers_is_printed(tmp_path, out, data, monkeypatch, capsys):
+    copied = shutil.copytree(out, tmp_path / "out")
+    tensors = load_file(copied / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e4
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    code, printed, _ = run(["eval", copied, "--data", f"fox={data['fox'][0]}"], monkeypatch, capsys)
+    assert code == 0
+    assert re.search(r"merged +\d{4,}\.\d{3} \(over 1e6\)", printed)
+
+
+@pytest.mark.parametrize(("name", "near"), [("coed", "code"), ("Code", "code"), ("foxx", "fox"), ("chatt", "chat")])
+def test_a_misspelt_expert_is_refused(out, data, name, near):
+    with pytest.raises(RefusedError) as caught:
+        evaluate(out, {"fox": data["fox"], name: data["code"]}, tokens=40)
+    assert str(caught.value) == (
+        f"--data {name}=: is no expert's name, did you mean {near}? Experts: fox, code, chat. A domain that is for none of "
+        "them needs a name that is less like theirs."
+    )
 
 
 def test_five_documents_have_an_interval_and_four_have_none():

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
@@ -14,6 +14,8 @@ from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
     from moemerge.evaluation import Evaluation
+
+_LARGEST_LOSS: Final = math.log(1e6)
 
 
 def evaluate(  # noqa: PLR0917  typer makes options of arguments
@@ -116,4 +118,6 @@ def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool) -
 
 
 def _loss(value: float) -> str:
-    return f"{value:.3f} ({math.exp(value):.2f})"
+    """A loss with its perplexity, which of a model that predicts nothing would be a page of digits."""
+    perplexity = f"{math.exp(value):.2f}" if value < _LARGEST_LOSS else "over 1e6"
+    return f"{value:.3f} ({perplexity})"

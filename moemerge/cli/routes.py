@@ -1,5 +1,7 @@
 """`moemerge routes`: a text coloured by the experts that take its tokens, in the terminal or as a page."""
 
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -10,17 +12,27 @@ from rich.text import Text
 from moemerge.cli.console import print_json, speaking, stdout, stoppable
 from moemerge.cli.options import Debug, Device, Json, Quiet
 from moemerge.errors import RefusedError
+from moemerge.texts import find_files, read_documents
 
 if TYPE_CHECKING:
     from moemerge.routes.traced import Routes, TracedText
 
 _COLOURS: Final = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow")
+# Of files; a page of as many long ones is some ten megabytes.
+_MOST_DOCUMENTS: Final = 50
 
 
 def show_routes(  # noqa: PLR0917  typer makes options of arguments
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
     text: Annotated[list[str], typer.Option(help="A text to route.", show_default=False)] = [],  # noqa: B006
-    file: Annotated[list[Path], typer.Option(help="A text file to route.", show_default=False)] = [],  # noqa: B006
+    file: Annotated[
+        list[Path],
+        typer.Option(
+            help="A file, folder or pattern of documents to route, split as those of --data; a file that is neither "
+            ".txt nor .jsonl is one.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
     layer: Annotated[
         int | None, typer.Option(help="Show this layer's choices, not the majority of all.", show_default=False)
     ] = None,
@@ -36,10 +48,13 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
     """Show which expert of a merged model takes which token."""
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         texts = {f"text {number}": given for number, given in enumerate(text, 1)}
-        names = [path.name for path in file]
-        texts |= {path.name if names.count(path.name) == 1 else str(path): _read(path) for path in file}
+        documents = list(_documents(file))
+        for name, document in documents[:_MOST_DOCUMENTS]:
+            texts[name if name not in texts else f"{name} (file)"] = document
         if not texts:
             raise RefusedError("nothing to route: give --text or --file.")
+        if len(documents) > _MOST_DOCUMENTS:
+            console.print(f"note: of {len(documents)} documents, the first {_MOST_DOCUMENTS} are read", style="yellow")
         if html and (html.is_dir() or not html.resolve().parent.is_dir()):
             raise RefusedError(f"--html: {html}: {'is a folder' if html.is_dir() else 'there is no such folder'}.")
         from moemerge.cli.progress import show_layers
@@ -62,13 +77,30 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
             print_routes(stdout(), routes, layer)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RefusedError(f"--file: {path}: cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise RefusedError(f"--file: {path}: is not text in UTF-8.") from error
+def _documents(given: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """The documents of files, folders and patterns, each with its file's name: of several in one, with a number, too.
+
+    Raises:
+        RefusedError: there is no such file, or no text in it.
+    """
+    files = list(dict.fromkeys(file for path in given for file in _files(str(path))))
+    names = [file.name for file in files]
+    for file in files:
+        name = file.name if names.count(file.name) == 1 else str(file)
+        try:
+            documents = read_documents([file])
+        except RefusedError as error:
+            raise RefusedError(f"--file: {error}") from error
+        if not documents:
+            raise RefusedError(f"--file: {file}: holds no text.")
+        for number, document in enumerate(documents, 1):
+            yield f"{name}:{number}" if len(documents) > 1 else name, document
+
+
+def _files(path: str) -> list[Path]:
+    is_pattern = any(sign in path for sign in "*?[") and not os.path.lexists(path)
+    # Neither raises where a text was given in place of a path.
+    return find_files([path], "--file") if is_pattern or os.path.isdir(path) else [Path(path)]  # noqa: PTH112
 
 
 def print_routes(console: Console, routes: "Routes", layer: int | None) -> None:

@@ -42,8 +42,8 @@ def evaluate(
     Raises:
         SourceError: there is no such model.
         IncompatibleError: it is no mixture that moemerge writes.
-        RefusedError: there are no such files.
-        CheckpointError: files of a model are damaged.
+        RefusedError: there are no such files, or a domain is nearly called like an expert.
+        CheckpointError: files of the merged model are damaged, or its numbers are not finite.
         RouterError: the device or the tokenizer does not serve.
     """
     documents = read_domains(data)

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 _RESAMPLINGS: Final = 1000
-_FEWEST_DOCUMENTS: Final = 5
 _INTERVAL: Final = (2.5, 97.5)
+FEWEST_DOCUMENTS: Final = 5
+"""That have an interval."""
 # Below this, in nats per token, choosing experts cannot be told from mixing them all.
 _NO_GAIN: Final = 0.005
 MERGED: Final = "merged"
@@ -45,6 +46,13 @@ class Estimate:
     value: float
     low: float | None
     high: float | None
+
+    @property
+    def reversed(self) -> "Estimate":
+        """The same of the number with the other sign."""
+        return Estimate(
+            -self.value, None if self.high is None else -self.high, None if self.low is None else -self.low
+        )  # fmt: skip
 
     @property
     def precise(self) -> str:
@@ -143,7 +151,7 @@ def no_better(losses: Mapping[str, Mapping[str, Estimate]], domains: Sequence[Do
 
 
 def _estimate(value: float, samples: NDArray[np.float64], documents: int) -> Estimate:
-    if documents < _FEWEST_DOCUMENTS:
+    if documents < FEWEST_DOCUMENTS:
         return Estimate(value, None, None)
     low, high = np.percentile(samples, _INTERVAL)
     return Estimate(value, float(low), float(high))

@@ -1,15 +1,16 @@
 """The models of an evaluation run one after the other over the same windows of text."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from moemerge.config import CONFIG_COPY
-from moemerge.errors import CheckpointError, MoemergeError, RefusedError
+from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.figures import (
     BASE,
     MERGED,
@@ -43,16 +44,13 @@ def measure(
     routing = RoutingTally(mixture, texts)
     runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=routing.add)
     dense, notes = _dense_models(mixture, announce)
-    notes += [note for model in dense if (note := _try(runs, model))]
+    notes += [note for model in dense if (note := _try(runs, model.name, model))]
     if baselines:
         made = {UNIFORM: uniform(mixture), SOUP: average(SOUP, dense[1:]) if dense else ""}
         for name, baseline in made.items():
-            if isinstance(baseline, Runnable):
-                runs.run(name, baseline)
-            elif baseline:
-                notes.append(baseline)
+            notes.append(_try(runs, name, baseline) if isinstance(baseline, Runnable) else baseline)
         _run_oracle(runs, mixture, texts, notes)
-    return _evaluation(folder, mixture, texts, runs.sums, routing, notes)
+    return _evaluation(folder, mixture, texts, runs.sums, routing, list(filter(None, notes)))
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,9 @@ class Texts:
 
         Raises:
             RouterError: there is no tokenizer.
-            RefusedError: a domain has nothing to predict.
+            RefusedError: a domain is nearly called like an expert, or has nothing to predict.
         """
+        _check_names(documents, mixture.experts)
         encode = by_transformers(mixture.folder)
         context = mixture.runnable.keys.get("max_position_embeddings", window + 1)
         length = min(window, context - 1)
@@ -107,6 +106,17 @@ class Texts:
         return np.array([total for total in by_document.values() if total[1]])
 
 
+def _check_names(names: Collection[str], experts: Sequence[str]) -> None:
+    """Refuse a misspelt expert, whose text would be judged as nobody's."""
+    by_lower = {expert.lower(): expert for expert in reversed(experts)}
+    for name in names:
+        if name not in experts and (near := get_close_matches(name.lower(), by_lower, n=1)):
+            raise RefusedError(
+                f"--data {name}=: is no expert's name, did you mean {by_lower[near[0]]}? Experts: "
+                f"{', '.join(experts)}. A domain that is for none of them needs a name that is less like theirs."
+            )
+
+
 @dataclass
 class Runs:
     """Runs models over the texts and keeps their losses by model and domain."""
@@ -120,19 +130,13 @@ class Runs:
         self, name: str, model: Runnable, *, domains: Sequence[int] | None = None,
         mixture: MixtureModel | None = None, chosen: Callable[[Choice], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """Keep a model's losses by document under a name, for all domains or some; see `run_model`.
-
-        Raises:
-            CheckpointError: the losses are not finite.
-        """
+        """Keep a model's losses by document under a name, for all domains or some; see `run_model`."""
         domains = range(len(self.texts.domains)) if domains is None else domains
         places = [window for domain in domains for window in self.texts.of(domain)]
         losses = run_model(
             model, [self.texts.windows[window] for window in places], self.device, mixture=mixture, chosen=chosen,
             progress=lambda done, total: self.progress(name, done, total),
         )  # fmt: skip
-        if not losses.isfinite().all():
-            raise CheckpointError(f"{name}: its losses are not finite numbers, so its weights are damaged or overflow.")
         of_model = self.sums.setdefault(name, {})
         for domain in domains:
             mine = [index for index, window in enumerate(places) if self.texts.domain[window] == domain]
@@ -152,12 +156,20 @@ def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tup
         return [], [f"base, experts and their average are left out: {why}"]
 
 
-def _try(runs: Runs, model: Runnable) -> str:
-    """Run a model that may not be able to, such as one whose vocabulary lacks a token; gives the reason."""
+def _try(runs: Runs, name: str, model: Runnable, domain: int | None = None) -> str:
+    """Run a model that may not be able to, such as one whose vocabulary lacks a token; gives the reason.
+
+    Args:
+        runs: what keeps its losses.
+        name: what they are kept under.
+        model: the model.
+        domain: one to run it over, or None for all.
+    """
     try:
-        runs.run(model.name, model)
+        runs.run(name, model, domains=None if domain is None else [domain])
     except MoemergeError as error:
-        return f"{model.name} is left out: {error}"
+        what = name if domain is None else f"{name} of {runs.texts.domains[domain]}"
+        return f"{what} is left out: {str(error).removeprefix(f'{model.name}: ').removesuffix('.')}"
     return ""
 
 
@@ -169,7 +181,7 @@ def _run_oracle(runs: Runs, mixture: MixtureModel, texts: Texts, notes: list[str
         elif any(expert in mixture.absent(layer) for layer in mixture.moe_layers):
             notes.append(f"{mixture.experts[expert]} is absent from some layers, so there is no oracle for it")
         else:
-            runs.run(ORACLE, forced(mixture, expert), domains=[domain])
+            notes.append(_try(runs, ORACLE, forced(mixture, expert), domain))
 
 
 class RoutingTally:

@@ -1,7 +1,7 @@
 """A causal language model run over windows of text, a layer at a time: losses, and what its routers choose."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -9,12 +9,14 @@ import torch
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, finish, group, run_layer
+from moemerge.passes.finite import not_finite_in, where_it_began
 from moemerge.passes.loading import cast, load_tensors
 from moemerge.passes.tokens import Window
 from moemerge.routers.scoring import top_weights
 
 # Logits of so many tokens are in memory at a time: 100 MB for a vocabulary of 50 000.
 _TOKENS: Final = 512
+_EMBEDDINGS: Final = "model.embed_tokens."
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ def run_model(
         chosen: called with the choices of each layer with a router, for each window.
         predicted: called with each window's number and its logits (token, vocab), float32 on the device.
         progress: called with the layers done and all there are.
-        losses: whether losses are wanted; without them, what follows the last layer is not run.
+        losses: whether losses are wanted; without them, what follows the last layer is run only to see that it gives
+            finite numbers.
 
     Raises:
-        CheckpointError: the tensors do not fit the class.
+        CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
     """
     dtype = compute_dtype(device)
     whole = empty_model(model.model_type, model.keys, device, head=True, dtype=dtype)
@@ -62,6 +65,8 @@ def run_model(
         )
         for part in places
     ]  # fmt: skip
+    if not all(batch.is_finite for batch in batches):
+        raise _not_finite(model, "the embeddings", [n for n in model.names(None) if n.startswith(_EMBEDDINGS)], dtype)
     for index in range(model.layers):
         _load(whole, model, model.names(index), device, dtype)
         layer = decoder.layers[index]
@@ -70,14 +75,28 @@ def run_model(
         if mixture and mixture.router(index) in model.shapes:
             router = _Router(mixture, layer, index, model.read(mixture.router(index)).float())
         for part, batch in zip(places, batches, strict=True):
-            if router is None:
+            choices: list[Choice] | None = []
+            if router:
+                choices = router.watch(batch, part, windows)
+            else:
                 run_layer(layer, batch, index)
-                continue
-            for choice in router.watch(batch, part, windows):
+            if choices is None or not batch.is_finite:
+                raise _not_finite(model, f"layer {index}", model.names(index), dtype)
+            for choice in choices:
                 chosen(choice)
         layer.to("meta")
         progress(index + 1, model.layers)
-    return _losses(whole, decoder, model, windows, places, batches, predicted) if losses else torch.zeros(len(windows))
+    head = _Head(whole, model, device, dtype)
+    if losses:
+        return head.losses(windows, places, batches, predicted)
+    head.check(batches)
+    return torch.zeros(len(windows))
+
+
+def _not_finite(model: Runnable, place: str, names: Iterable[str], dtype: torch.dtype) -> CheckpointError:
+    """What to tell of a model whose numbers are finite before a part of it, made of these tensors, and not after."""
+    broken = next(filter(None, (not_finite_in(name, model.read(name)) for name in names)), None)
+    return CheckpointError(f"{model.name}: its {where_it_began(place, broken, dtype)}.")
 
 
 def _load(whole: Any, model: Runnable, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
@@ -101,8 +120,10 @@ class _Router:
     def __init__(self, mixture: MixtureModel, layer: Any, index: int, rows: torch.Tensor) -> None:
         self._mixture, self._layer, self._index, self._rows = mixture, layer, index, rows
         self._absent = mixture.absent(index)
-        if not rows.isfinite().all():
-            raise CheckpointError(f"{mixture.router(index)}: holds numbers that are not finite.")
+        bias = mixture.family.selection_bias
+        for name in (mixture.router(index), *([f"model.layers.{index}.{bias}"] if bias else [])):
+            if broken := not_finite_in(name, mixture.runnable.read(name)):
+                raise CheckpointError(f"{mixture.folder}: {broken}.")
         # Families differ in what they call it.
         self._module = next(
             module
@@ -111,8 +132,11 @@ class _Router:
             if parameter.shape == rows.shape and torch.equal(parameter.float().cpu(), rows.to(parameter.dtype).float())
         )
 
-    def watch(self, batch: Batch, part: Sequence[int], windows: Sequence[Window]) -> list[Choice]:
-        """Pass a batch through the layer; gives what its router chose for each of its windows."""
+    def watch(self, batch: Batch, part: Sequence[int], windows: Sequence[Window]) -> list[Choice] | None:
+        """Pass a batch through the layer; gives what its router chose for each of its windows.
+
+        None where its logits are not finite: they choose nothing then.
+        """
         seen: list[torch.Tensor] = []
         handle = self._module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
         try:
@@ -123,32 +147,58 @@ class _Router:
         choices = []
         for row, window in enumerate(part):
             logits = states[row, : len(windows[window].ids)] @ self._rows.T
+            if not logits.isfinite().all():
+                return None
             logits[:, self._absent] = -torch.inf
             weights, experts = top_weights(logits, self._mixture.experts_per_token, self._mixture.family.scoring)
             choices.append(Choice(self._index, window, experts, weights, logits))
         return choices
 
 
-def _losses(  # noqa: PLR0917
-    whole: Any, decoder: Any, model: Runnable, windows: Sequence[Window], places: Sequence[Sequence[int]],
-    batches: list[Batch], predicted: Callable[[int, torch.Tensor], None],
-) -> torch.Tensor:  # fmt: skip
-    device, dtype = batches[0].ids.device, batches[0].states.dtype
-    names = [name for name in model.names(None) if not name.startswith("model.embed_tokens.")]
-    _load(whole, model, names, device, dtype)
-    head = whole.get_output_embeddings()
-    if head.weight.is_meta:
-        tied = model.read("model.embed_tokens.weight").to(device=device, dtype=dtype)
-        head.weight = torch.nn.Parameter(tied, requires_grad=False)
-    losses = torch.zeros(len(windows), dtype=torch.float64)
-    for part, batch in zip(places, batches, strict=True):
-        logits = finish(whole, decoder, model.norm, batch)
-        for row, window in enumerate(part):
-            known = logits[row, : len(windows[window].ids)].float()
-            predicted(window, known)
-            losses[window] = token_losses(windows[window], known).cpu().double().sum()  # MPS has no float64
-        del logits
-    return losses
+class _Head:
+    """What follows the layers: the norm, and the head that makes logits."""
+
+    def __init__(self, whole: Any, model: Runnable, device: torch.device, dtype: torch.dtype) -> None:
+        self._whole, self._model, self._dtype = whole, model, dtype
+        self._names = [name for name in model.names(None) if not name.startswith(_EMBEDDINGS)]
+        _load(whole, model, self._names, device, dtype)
+        head = whole.get_output_embeddings()
+        if head.weight.is_meta:
+            self._names.append(f"{_EMBEDDINGS}weight")
+            tied = model.read(self._names[-1]).to(device=device, dtype=dtype)
+            head.weight = torch.nn.Parameter(tied, requires_grad=False)
+
+    def losses(
+        self, windows: Sequence[Window], places: Sequence[Sequence[int]], batches: Sequence[Batch],
+        predicted: Callable[[int, torch.Tensor], None],
+    ) -> torch.Tensor:  # fmt: skip
+        """Of each window, summed over its tokens that count."""
+        losses = torch.zeros(len(windows), dtype=torch.float64)
+        for part, batch in zip(places, batches, strict=True):
+            for window, known in zip(part, self._logits(batch), strict=True):
+                predicted(window, known)
+                losses[window] = token_losses(windows[window], known).cpu().double().sum()  # MPS has no float64
+        return losses
+
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Look whether the logits are finite, those of a few tokens at a time."""
+        for batch in batches:
+            for start in range(0, batch.ids.shape[1], _TOKENS):
+                span = slice(start, start + _TOKENS)
+                lengths = tuple(max(0, min(length - start, _TOKENS)) for length in batch.lengths)
+                part = replace(batch, ids=batch.ids[:, span], states=batch.states[:, span], lengths=lengths)
+                for _ in self._logits(part):
+                    pass
+
+    def _logits(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """(token, vocab) float32 of each sequence."""
+        for logits, length in zip(
+            finish(self._whole, self._whole.model, self._model.norm, batch), batch.lengths, strict=True
+        ):
+            known = logits[:length].float()
+            if not known.isfinite().all():
+                raise _not_finite(self._model, "the norm and the head", self._names, self._dtype)
+            yield known
 
 
 def token_losses(window: Window, logits: torch.Tensor) -> torch.Tensor:

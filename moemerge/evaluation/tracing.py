@@ -9,7 +9,7 @@ from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import Choice, run_model
 from moemerge.passes.device import find_device
-from moemerge.passes.tokens import Window, load_tokenizer
+from moemerge.passes.tokens import CHARACTERS_PER_TOKEN, Window, load_tokenizer
 from moemerge.routes.traced import Routes, TracedText
 
 
@@ -31,7 +31,7 @@ def trace(
         SourceError: there is no such model.
         IncompatibleError: it is no mixture that moemerge writes.
         RefusedError: a text has no tokens, or `layer` no router.
-        CheckpointError: the model's files are damaged.
+        CheckpointError: the model's files are damaged, or its numbers are not finite.
         RouterError: the device or the tokenizer does not serve.
     """
     mixture = open_mixture(folder)
@@ -43,7 +43,7 @@ def trace(
     windows: list[Window] = []
     pieces: list[tuple[str, ...]] = []
     for name, text in texts.items():
-        ids, special, parts = _split(tokenizer, text)
+        ids, special, parts = _split(tokenizer, text[: CHARACTERS_PER_TOKEN * tokens])
         if not any(parts):
             raise RefusedError(f"{name}: the model's tokenizer finds no tokens in it.")
         windows.append(Window(len(windows), tuple(ids[:tokens]), tuple(not added for added in special[:tokens])))

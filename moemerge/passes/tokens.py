@@ -16,8 +16,8 @@ Encode = Callable[[str], tuple[list[int], list[int]]]
 _DOCUMENT_CHARACTERS: Final = 100_000
 _SHORTEST: Final = 8
 _EVEN_LENGTH: Final = 64
-# Tokens of text have about four; where documents differ in length, the longer ones give more.
-_CHARACTERS_PER_TOKEN: Final = 64
+CHARACTERS_PER_TOKEN: Final = 64
+"""That are read at most. Tokens of text have about four; of documents that differ, the longer ones give more."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def cut_windows(
         length = min(length, max(_EVEN_LENGTH, tokens // max(len(documents), 1)))
     # Documents beyond these would give nothing, and neither would what lies further behind in them.
     order = order[: max(tokens // (_EVEN_LENGTH if even else _SHORTEST), 1)]
-    characters = min(_DOCUMENT_CHARACTERS, _CHARACTERS_PER_TOKEN * max(length, tokens // max(len(order), 1)))
+    characters = min(_DOCUMENT_CHARACTERS, CHARACTERS_PER_TOKEN * max(length, tokens // max(len(order), 1)))
     encoded = [(document, *_split(*encode(documents[document][:characters]))) for document in order]
     windows: list[Window] = []
     left, start = tokens, 0
