@@ -110,7 +110,8 @@ def main() -> None:
                 device="cpu",
                 announce=lambda line: print(line, file=sys.stderr, flush=True),
             )
-            show(judged(f"{way}, {what}", Path(found.model), runs, found), options)
+            kept = "" if found.improved else ", not kept"
+            show(judged(f"{way}, {what}{kept}", Path(found.model), runs, found), options)
             if copy.exists():
                 copy.rename(folder / f"{way}, {what}")
 

@@ -10,7 +10,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -21,6 +23,7 @@ from moemerge.cli import main
 from moemerge.config import parse_config
 from moemerge.errors import BusyError, CheckpointError, OutputError, RefusedError
 from moemerge.evaluation import evaluate, read_domains
+from moemerge.evaluation.figures import estimate
 from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.passes.decoder import group
@@ -59,13 +62,13 @@ def merged(root: Path, folders: list[Path], *, shard_bytes: int = 10**9, **keys)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, list[str]]:
-    """Eight documents for each expert, of words of its own."""
+    """Twelve documents for each expert, of words of its own; five are held out."""
     folder = tmp_path_factory.mktemp("texts")
     words = TEXT.split()
     parts = {"fox": words[:9], "code": words[9:20], "chat": words[20:]}
     for name, mine in parts.items():
         shuffled = random.Random(name)
-        documents = [" ".join(shuffled.choices(mine, k=30)) for _ in range(8)]
+        documents = [" ".join(shuffled.choices(mine, k=30)) for _ in range(12)]
         (folder / f"{name}.txt").write_text("\n<|document|>\n".join(documents))
     return {name: [str(folder / f"{name}.txt")] for name in parts}
 
@@ -184,6 +187,89 @@ def test_what_is_no_better_is_not_written(out, data, monkeypatch, capsys):
     assert f"{out}: not touched\n" in errors
 
 
+def judged_as(monkeypatch, gains: dict[str, list[float]]) -> None:
+    """The training finds, at its end, gates with which each held-out document's loss per token is lower by so much."""
+
+    def trained(job, cut, _teachers):
+        student = Student.load(job)
+        before, _ = judge(job, student, cut.held_out)
+        documents = {
+            name: [[loss - gain * tokens, tokens] for (loss, tokens), gain in zip(found, gains[name], strict=True)]
+            for name, found in before.documents.items()
+        }
+        losses = {name: estimate(np.array(found)) for name, found in documents.items()}
+        after = replace(before, documents=documents, losses=losses, mean_loss=before.mean_loss - 0.01)
+        start = student.rows()
+        return work.State(4, 4, 0, 1.0, before, after, start, {n: 2 * rows for n, rows in start.items()}, {})
+
+    monkeypatch.setattr(running, "train", trained)
+
+
+UNSURE = {"fox": [0.9, -0.1, -0.1, -0.1, -0.1], "code": [0.0] * 5, "chat": [0.0] * 5}
+
+
+def test_a_gain_that_may_be_chance_is_not_written(out, data, tmp_path, monkeypatch, capsys):
+    files = contents(out)
+    judged_as(monkeypatch, UNSURE)
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
+    code, printed, errors = run([*words, "--out", tmp_path / "copy"], monkeypatch, capsys)
+    assert code == 0
+    assert "best after step 4 of 4, which may be chance; " in printed
+    assert errors.splitlines()[-3:] == [
+        "note: the gain may be chance, for its interval reaches down to 0: more documents make it narrower",
+        f"note: {tmp_path / 'copy'}: not written",
+        f"{out}: not touched",
+    ]
+    code, printed, _ = run([*words, "--json"], monkeypatch, capsys)
+    facts = json.loads(printed)
+    assert (code, facts["improved"], facts["step"]) == (0, False, 4)
+    assert facts["gain"]["low"] < 0 < facts["gain"]["value"]
+    assert contents(out) == files
+    assert not (tmp_path / "copy").exists()
+    # With a gain in all documents the same state is written.
+    judged_as(monkeypatch, UNSURE | {"fox": [0.9, 0.1, 0.1, 0.1, 0.1]})
+    assert run(words, monkeypatch, capsys)[0] == 0
+    assert changed({n: t for n, t in tensors(out).items() if n in routers(out)}, tensors_of(files, out)) == routers(out)
+
+
+def tensors_of(files: dict[str, bytes], out: Path) -> dict[str, torch.Tensor]:
+    """The routers among what `contents` gave."""
+    found = {}
+    for name, data in files.items():
+        if name.endswith(".safetensors"):
+            found |= safetensors.torch.load(data)
+    return {name: found[name] for name in routers(out)}
+
+
+def test_every_domain_that_loses_is_named(out, data, monkeypatch, capsys):
+    judged_as(monkeypatch, {"fox": [0.5] * 5, "code": [-0.125] * 5, "chat": [0.0] * 5})
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
+    code, printed, errors = run(words, monkeypatch, capsys)
+    loss = "code loses: its held-out loss is higher by 0.1250 (0.1250 to 0.1250)"
+    assert (code, f"note: {loss}\n{out}: written\n" in errors) == (0, True)
+    row = next(line.strip() for line in printed.splitlines() if line.startswith(" lower by"))
+    assert row.split("  ")[1:] == [
+        "0.5000 (0.5000 to 0.5000)", "-0.1250 (-0.1250 to -0.1250)", "0.0000 (0.0000 to 0.0000)",
+        "0.1250 (0.1250 to 0.1250)",
+    ]  # fmt: skip
+    assert f"> **Note:** {loss}." in (out / "README.md").read_text()
+    code, printed, _ = run([*words, "--json"], monkeypatch, capsys)
+    facts = json.loads(printed)
+    assert facts["gains"]["code"]["value"] == pytest.approx(-0.125)
+    assert facts["notes"] == [loss]
+
+
+def test_an_expert_without_text_is_accepted_on_request_and_named(out, data, monkeypatch, capsys):
+    words = ["tune", out, "--data", f"fox={data['fox'][0]}", "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
+    code, printed, errors = run([*words, "--allow-missing-domains", "--json"], monkeypatch, capsys)
+    facts = json.loads(printed)
+    assert (code, facts["improved"], facts["missing"]) == (0, True, ["code", "chat"])
+    note = "what tuned gates do to the text of code, chat is not known: none was given"
+    assert facts["notes"] == [note]
+    assert f"note: {note}\n{out}: written\n" in errors
+    assert f"> **Note:** {note}." in (out / "README.md").read_text()
+
+
 def test_the_card_has_the_last_tuning(out, data, monkeypatch, capsys):
     words = ["tune", out, *arguments(data), "--steps", 3, "--tokens-per-step", 96, "--no-distil", "--json"]
     code, printed, errors = run(words, monkeypatch, capsys)
@@ -194,12 +280,14 @@ def test_the_card_has_the_last_tuning(out, data, monkeypatch, capsys):
     card = (out / "README.md").read_text()
     assert card.count("## Router tuning") == 1
     assert card.index("<!-- tuning -->") < card.index("## Configuration")
-    assert f"| after | {first['after']['losses']['fox']['value']:.3f} | " in card
+    assert f"| after | {first['after']['losses']['fox']['value']:.3f} (" in card
     assert f"| before | {first['before']['accuracy']['fox']:.1%} | " in card
     assert "`moemerge tune` trained gates alone; the best of 3 steps was step " in card
     assert tune(out, data, FEW).improved
     assert (out / "README.md").read_text().count("## Router tuning") == 1
-    assert first["held_out_documents"] == {"fox": 2, "code": 2, "chat": 2}
+    assert first["held_out_documents"] == {"fox": 5, "code": 5, "chat": 5}
+    assert first["missing"] == []
+    assert sum(gain["value"] for gain in first["gains"].values()) / 3 == pytest.approx(first["gain"]["value"])
     (out / "README.md").unlink()
     assert tune(out, data, Settings(steps=2, tokens_per_step=96, seed=1, distil=False))
     assert not (out / "README.md").exists()
@@ -482,10 +570,20 @@ def test_documents_are_trained_on_or_held_out(data):
     documents = read_domains(data)
     training_documents, held = split_documents(documents, 0)
     for name, texts in documents.items():
-        assert (len(training_documents[name]), len(held[name])) == (6, 2)
+        assert (len(training_documents[name]), len(held[name])) == (7, 5)
         assert sorted([*training_documents[name], *held[name]]) == sorted(texts)
     assert split_documents(documents, 0) == (training_documents, held)
     assert split_documents(documents, 1) != (training_documents, held)
+    many = [f"text {number}" for number in range(40)]
+    assert len(split_documents({"fox": many}, 0)[1]["fox"]) == 10
+
+
+def test_a_document_that_comes_again_is_not_held_out_from_itself():
+    texts = [f"text {number % 12}" for number in range(36)]
+    training_documents, held = split_documents({"fox": texts}, 0)
+    assert sorted([*training_documents["fox"], *held["fox"]]) == sorted(set(texts))
+    with pytest.raises(RefusedError, match="10 different ones are needed, found 9. Divide it"):
+        split_documents({"fox": [f"text {number % 9}" for number in range(36)]}, 0)
 
 
 def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data, monkeypatch):
@@ -683,12 +781,13 @@ def test_what_is_kept_is_not_lost_to_a_refusal_and_not_mixed_up(out, data):
     assert "what differs: order of --data[0], order of --data[2]." in str(caught.value)
     config = (out / "moemerge_config.yaml").read_text()
     (out / "moemerge_config.yaml").write_text(config.replace("/fox", "/gone"))
+    renamed = {"gone" if name == "fox" else name: paths for name, paths in data.items()}
     for settings in (Settings(steps=1), Settings(steps=1, method="phatgoose")):
         with pytest.raises(RefusedError):
-            tune(out, {"gone" if name == "fox" else name: paths for name, paths in data.items()}, settings)
+            tune(out, renamed, settings)
     with pytest.raises(RefusedError) as caught:
-        tune(out, data, FEW, resume=True)
-    assert "what differs: experts[0]." in str(caught.value)
+        tune(out, renamed, FEW, resume=True)
+    assert "experts[0]" in str(caught.value)
     assert contents(folder) == kept
     (out / "moemerge_config.yaml").write_text(config)
     lines = []
@@ -879,8 +978,25 @@ def test_messages(  # noqa: PLR0917
     fox, single = data["fox"][0], tmp_path / "one.txt"
     cases = {
         (f"fox={single}",): (
-            "--data fox=: one of its documents is held out to judge by, so at least 2 are needed; found 1. Divide it by "
-            "lines <|document|>, or give another file."
+            "--data fox=: 5 of its documents are held out to judge by, and at least as many trained on: 10 different ones "
+            "are needed, found 1. Divide it by lines <|document|>, or give more text."
+        ),
+        (f"coed={fox}",): (
+            "--data coed=: is no expert's name, did you mean code? Experts: fox, code, chat. A domain that is for none of "
+            "them needs a name that is less like theirs."
+        ),
+        (f"fox={fox}",): (
+            "--data: there is no text for code, chat. Gates that learn from the others' text alone send tokens away from "
+            "what has none: add --data code=PATH --data chat=PATH, or accept that with --allow-missing-domains."
+        ),
+        (f"other={fox}", "--no-distil"): (
+            "--data: there is no text for fox, code, chat. Gates that learn from the others' text alone send tokens away "
+            "from what has none: add --data fox=PATH --data code=PATH --data chat=PATH, or accept that with "
+            "--allow-missing-domains."
+        ),
+        (f"other={fox}", "--allow-missing-domains"): (
+            "--data other=: is no expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
+            "its expert, or give --no-distil."
         ),
         (f"other={fox}",): (
             "--data other=: is no expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
@@ -890,7 +1006,7 @@ def test_messages(  # noqa: PLR0917
         (f"fox={fox}", "--steps", "0"): "--steps: expected 1 or more, found 0.",
         (f"fox={fox}", "--lr", "-1"): "--lr: expected a number above 0, found -1.0.",
         (f"fox={fox}", "--noise", "nan"): "--noise: expected 0 or more, found nan.",
-        (f"fox={fox}", "--method", "phatgoose"): (
+        (f"fox={fox}", "--method", "phatgoose", "--allow-missing-domains"): (
             "--method phatgoose: every expert's gate is trained on its own text, and code has none: add "
             "--data code=PATH."
         ),
@@ -955,7 +1071,7 @@ class _Disk:
 def test_experts_that_are_gone_are_named(out, data):
     config = out / "moemerge_config.yaml"
     config.write_text(config.read_text().replace("/fox", "/gone"))
-    named = {"gone": data["fox"], "code": data["code"]}
+    named = {"gone": data["fox"], "code": data["code"], "chat": data["chat"]}
     with pytest.raises(RefusedError) as caught:
         tune(out, named, Settings(steps=1, tokens_per_step=96))
     assert str(caught.value).startswith("distillation needs the dense experts, and one cannot be had: ")
@@ -965,12 +1081,13 @@ def test_experts_that_are_gone_are_named(out, data):
     )
     config.unlink()
     with pytest.raises(RefusedError) as caught:
-        tune(out, {"0": data["fox"]}, Settings(steps=1, tokens_per_step=96))
+        tune(out, {"0": data["fox"]}, Settings(steps=1, tokens_per_step=96, allow_missing_domains=True))
     assert str(caught.value) == (
         f"{out}: does not say what it was merged from, and distillation needs the dense experts. Give --no-distil and "
         "--method gates."
     )
-    assert tune(out, data, FEW).before.accuracy == {"fox": None, "code": None, "chat": None}
+    nameless = replace(FEW, allow_missing_domains=True)
+    assert tune(out, data, nameless).before.accuracy == {"fox": None, "code": None, "chat": None}
 
 
 def test_what_phatgoose_does_not_train_in_is_refused(tmp_path, specialists, data):
@@ -1021,19 +1138,63 @@ def test_documents_of_one_token_are_passed_over(out, data, tmp_path):
     words = json.loads((out / "tokenizer.json").read_text())
     (out / "tokenizer.json").write_text(json.dumps({**words, "post_processor": None}))
     text = Path(data["fox"][0]).read_text()
-    (tmp_path / "fox.txt").write_text(f"T\n<|document|>\n{text}\n<|document|>\nT\n<|document|>\nT")
+    (tmp_path / "fox.txt").write_text(f"T\n<|document|>\n{text}\n<|document|>\na\n<|document|>\nb")
     given = {**data, "fox": [str(tmp_path / "fox.txt")]}
-    assert tune(out, given, FEW).held_out_documents["fox"] >= 1
+    seed = next(n for n in range(99) if not {"T", "a", "b"} & set(split_documents(read_domains(given), n)[1]["fox"]))
+    assert tune(out, given, replace(FEW, seed=seed)).held_out_documents["fox"] == 5
     assert evaluate(out, given).domains[0].tokens > 0
+    seed = next(n for n in range(99) if {"T", "a"} < set(split_documents(read_domains(given), n)[1]["fox"]))
+    files = contents(out)
+    with pytest.raises(RefusedError) as caught:
+        tune(out, given, replace(FEW, seed=seed))
+    assert str(caught.value) == (
+        "--data fox=: 3 of the documents that are held out have a token to predict, and 5 are needed to judge by. Give "
+        "more documents, or longer ones."
+    )
+    assert contents(out) == files
+
+
+def damaged(folder: Path, name: str, place: tuple[int, ...]) -> str:
+    """Put a NaN into a tensor of a model; gives how messages tell of it."""
+    shard = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
+    stored = load_file(shard)
+    stored[name][place] = float("nan")
+    save_file(stored, shard, {"format": "pt"})
+    return f"{name} holds 1 number that is infinite or NaN, at {list(place)}"
+
+
+@pytest.mark.parametrize("method", ["gates", "phatgoose"])
+def test_a_damaged_expert_is_named(specialists, data, tmp_path, method):
+    """Its NaN is in the mixture, too, which a merge copies as it is."""
+    folders = [*specialists[:2], shutil.copytree(specialists[2], tmp_path / "code"), specialists[3]]
+    told = damaged(folders[2], "model.layers.1.mlp.up_proj.weight", (3, 5))
+    out = merged(tmp_path, folders)
+    files = contents(out)
+    with pytest.raises(CheckpointError) as caught:
+        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method, distil=False))
+    place = "its numbers are not finite from layer 1 on: "
+    mixed = told.replace("mlp.up_proj", "block_sparse_moe.experts.1.w3")
+    assert str(caught.value) == (f"{out}: {place}{mixed}." if method == "gates" else f"{folders[2]}: {place}{told}.")
+    with pytest.raises(CheckpointError) as caught:
+        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method))
+    assert str(caught.value) == f"{folders[2]}: {place}{told}."  # as a teacher
+    assert contents(out) == files
+
+
+def test_a_weight_that_only_training_meets_is_named(out, data, tmp_path):
+    documents = read_domains(data)["fox"]
+    place = documents.index(split_documents({"fox": documents}, 0)[0]["fox"][0])
+    documents[place] = "0 1 2 3 4 5 6 7 8 9 " * 9
+    (tmp_path / "fox.txt").write_text("\n<|document|>\n".join(documents))
+    nine = tokenizer()("9")["input_ids"][-1]
+    told = damaged(out, "model.embed_tokens.weight", (nine, 7))
+    with pytest.raises(CheckpointError) as caught:
+        tune(out, {**data, "fox": [str(tmp_path / "fox.txt")]}, replace(FEW, steps=20))
+    assert str(caught.value) == f"{out}: its numbers are not finite from the embeddings on: {told}."
 
 
 def test_weights_that_are_no_numbers_are_refused(out, data):
-    shard = next(path for path in out.glob("*.safetensors") if "model.norm.weight" in load_file(path))
-    stored = load_file(shard)
-    stored["model.norm.weight"][0] = float("nan")
-    save_file(stored, shard, {"format": "pt"})
+    told = damaged(out, "model.norm.weight", (0,))
     with pytest.raises(CheckpointError) as caught:
         tune(out, data, FEW)
-    assert str(caught.value) == (
-        f"{out}: its losses are not finite numbers, so its weights are damaged or overflow."
-    )  # fmt: skip
+    assert str(caught.value) == f"{out}: its numbers are not finite from the norm and the head on: {told}."

@@ -38,6 +38,9 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         Literal["gates", "phatgoose"],
         typer.Option(help="gates: all together; phatgoose: a gate of each expert, on its own text alone."),
     ] = "gates",
+    allow_missing_domains: Annotated[
+        bool, typer.Option("--allow-missing-domains", help="Accept experts without text, which lose what is not seen.")
+    ] = False,
     copy: Annotated[
         Path | None, typer.Option("--out", metavar="COPY", help="Write a copy, not OUT itself.", show_default=False)
     ] = None,
@@ -47,7 +50,7 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Train the routers of a merged model a little, and keep them if held-out text is predicted better."""
+    """Train the routers of a merged model a little, and keep them if held-out text is surely predicted better."""
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate has launched
     with speaking(quiet=quiet or not first, verbose=0, debug=debug) as console:
         from dataclasses import asdict
@@ -56,7 +59,7 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         from moemerge.tuning import Settings, tune
 
         return_freed_memory()
-        settings = Settings(steps, tokens_per_step, lr, seed, noise, distil, method)
+        settings = Settings(steps, tokens_per_step, lr, seed, noise, distil, method, allow_missing_domains)
         try:
             with show_steps(console, quiet=quiet or not first) as progress:
                 found = tune(
@@ -82,12 +85,13 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
 
 def print_tuned(console: Console, found: "Tuned") -> None:
     """Held-out losses and the share of tokens whose expert comes first, before and after."""
-    console.print("Held-out loss in nats per token, with 95 % intervals over documents where there are at least 5:")
+    console.print("Held-out loss in nats per token, with 95 % intervals over documents:")
     table = Table("", *found.before.losses, "mean", box=None, header_style="")
     rows = (("before", found.before), ("after", found.after))
     for name, held in rows:
         cells = [f"{held.losses[domain].value:.3f}{held.losses[domain].interval}" for domain in found.before.losses]
         table.add_row(name, *cells, f"{held.mean_loss:.3f}")
+    table.add_row("lower by", *(gain.precise for gain in found.gains.values()), found.gain.precise)
     console.print(table)
     known = [name for name, share in found.before.accuracy.items() if share is not None]
     if known:
@@ -96,13 +100,9 @@ def print_tuned(console: Console, found: "Tuned") -> None:
         for name, held in rows:
             table.add_row(name, *(f"{held.accuracy[domain]:.1%}" for domain in known))
         console.print(table)
-    console.print(
-        (
-            f"lower by {found.gain.precise} after step {found.step} of {found.steps}"
-            if found.improved
-            else f"none of {found.steps} steps was better"
-        )
-        + f"; {found.seconds_per_step:.2f} s per step; held out: "
-        + ", ".join(f"{n} {tokens} tokens of {found.held_out_documents[n]} documents"
-                    for n, tokens in found.held_out_tokens.items())
-    )  # fmt: skip
+    best = f"best after step {found.step} of {found.steps}" if found.step else f"none of {found.steps} steps was better"
+    chance = ", which may be chance" if found.step and not found.improved else ""
+    read = (
+        f"{n} {tokens} tokens of {found.held_out_documents[n]} documents" for n, tokens in found.held_out_tokens.items()
+    )
+    console.print(f"{best}{chance}; {found.seconds_per_step:.2f} s per step; held out: {', '.join(read)}")

@@ -20,14 +20,14 @@ def tune(
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Tuned | None:
-    """Train the gates of a merged model on text, and write them back if held-out text is predicted better.
+    """Train the gates of a merged model on text, and write them back if held-out text is surely predicted better.
 
     Under `accelerate launch` every process calls it; the first one writes.
 
     Args:
         folder: of the merged model.
         data: by the name of a domain, files, folders or patterns of its documents. A domain that is called like an
-            expert is that expert's.
+            expert is that expert's, and every expert needs one.
         settings: of the training.
         copy: where the whole model with its new gates goes, instead of into `folder`.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
@@ -42,7 +42,7 @@ def tune(
         SourceError: there is no such model.
         IncompatibleError: it is no mixture that moemerge writes.
         RefusedError: the data, the model or the memory do not serve; `copy` is not empty.
-        CheckpointError: files of a model are damaged, or losses are not finite.
+        CheckpointError: files of a model are damaged, or its numbers are not finite.
         RouterError: the device or the tokenizer does not serve.
         OutputError: the model cannot be written, or another process is tuning it.
     """

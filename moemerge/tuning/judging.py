@@ -1,6 +1,7 @@
 """The student's losses and choices on held-out text, by as many processes as there are."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -8,7 +9,10 @@ from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.figures import estimate
 from moemerge.evaluation.measuring import Texts
+from moemerge.evaluation.runnable import Runnable
+from moemerge.evaluation.running import run_model
 from moemerge.passes.decoder import group
+from moemerge.passes.tokens import Window
 from moemerge.tuning.job import Job
 from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.settings import Held
@@ -19,6 +23,30 @@ def stored_dtypes(job: Job) -> dict[int, torch.dtype]:
     """By layer, in what the gate is stored."""
     mixture = job.mixture
     return {layer: getattr(torch, NAMED[mixture.tensors[mixture.router(layer)].dtype]) for layer in mixture.moe_layers}
+
+
+def judge_start(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, float]]:
+    """The same as `judge`, of the gates that are stored.
+
+    Raises:
+        CheckpointError: numbers are not finite; says where that began.
+        RouterError: another process has ended.
+    """
+    try:
+        return judge(job, student, texts)
+    except CheckpointError:
+        find_not_finite(job, [job.mixture.runnable], texts.windows)
+        raise
+
+
+def find_not_finite(job: Job, models: Sequence[Runnable], windows: Sequence[Window]) -> None:
+    """Run stored models over windows a layer at a time, which says where numbers stop being finite.
+
+    Raises:
+        CheckpointError: in one of them they do.
+    """
+    for model in models:
+        run_model(model, windows, job.processes.device)
 
 
 def judge(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, float]]:
@@ -52,7 +80,8 @@ def judge(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, flo
     *totals, counted_tokens = job.processes.sum(read).tolist()
     if not losses.isfinite().all():
         raise CheckpointError(
-            f"{student.mixture.folder}: its losses are not finite numbers, so its weights are damaged or overflow."
+            f"{student.mixture.folder}: its losses are not finite numbers: with the gates that it has now, its numbers "
+            "overflow."
         )
     sums = {name: texts.sums(losses[texts.of(place)], texts.of(place)) for place, name in enumerate(texts.domains)}
     by_domain = {name: estimate(found) for name, found in sums.items()}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from moemerge.checkpoint.disk import drafted
 from moemerge.config import MergeConfig
-from moemerge.errors import RefusedError
+from moemerge.errors import CheckpointError, RefusedError
 from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.evaluation.running import check_complete
@@ -30,7 +30,7 @@ from moemerge.routers.scaling import calibrated_scale
 from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.job import Job
-from moemerge.tuning.judging import judge
+from moemerge.tuning.judging import find_not_finite, judge, judge_start
 from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.settings import Documents
 from moemerge.tuning.student import Student, padded
@@ -69,14 +69,14 @@ def stack_gates(
         batches: of all of them together.
 
     Raises:
-        CheckpointError: tensors do not fit a class.
+        CheckpointError: tensors do not fit a class, or numbers are not finite.
     """
     base, *experts = sources
     begun, left = time.perf_counter(), sum(not _file(job, number).exists() for number in range(len(experts)))
     gates = _train_all(job, base, experts, training, held_out)
     seconds = (time.perf_counter() - begun) / max(left, 1)
     student = Student.load(job)
-    (before, _), start = judge(job, student, batches.held_out), student.rows()
+    (before, _), start = judge_start(job, student, batches.held_out), student.rows()
     state = State(job.settings.steps, 0, 0, seconds, before, before, start, start, {})
     student.place(_rows(job, student, gates, batches.training))
     after, _ = judge(job, student, batches.held_out)
@@ -120,6 +120,9 @@ def _train_all(
             own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, job.settings)
             layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
             gates = _train(job, name, model, _ffns(expert, layers, job), own)
+            if not all(gate.isfinite().all() for gate in gates.values()):
+                find_not_finite(job, [base, expert], own.training.windows)
+                raise CheckpointError(f"{name}: the gates that its text trains are not finite. Give a lower --lr.")
             job.announce(f"{name}: its gates are trained ({number + 1} of {len(experts)})")
             with drafted(path) as draft:
                 save_file({str(layer): gate for layer, gate in gates.items()}, draft)
@@ -170,6 +173,8 @@ def _train(
             optimiser.step()
             optimiser.zero_grad()
             job.progress(f"gate of {name}", step + 1, settings.steps)
+            if not all(gate.isfinite().all() for gate in gates.values()):
+                break
     finally:
         for one in mixed.values():
             del one.module.forward

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from moemerge.card import with_section, without_section
 from moemerge.checkpoint.target import check_target
 from moemerge.errors import OutputError, RefusedError
-from moemerge.evaluation.figures import difference
+from moemerge.evaluation.figures import FEWEST_DOCUMENTS, difference
 from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_key
 from moemerge.passes.device import free_memory, memory_watched
 from moemerge.passes.tokens import count_scored
@@ -123,8 +123,8 @@ def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, 
 
 def _check_domains(job: Job, batches: Batches) -> None:
     experts, texts = job.mixture.experts, batches.training
+    without = [name for name in experts if name not in texts.domains]
     if job.settings.method == "phatgoose":
-        without = [name for name in experts if name not in texts.domains]
         if without:
             raise RefusedError(
                 f"--method phatgoose: every expert's gate is trained on its own text, and {without[0]} has none: "
@@ -137,6 +137,19 @@ def _check_domains(job: Job, batches: Batches) -> None:
             f"--data {texts.domains[texts.expert.index(None)]}=: is no expert's name, so it has no teacher; "
             f"experts: {', '.join(experts)}. Call the domain like its expert, or give --no-distil."
         )
+    if without and not job.settings.allow_missing_domains:
+        raise RefusedError(
+            f"--data: there is no text for {', '.join(without)}. Gates that learn from the others' text alone send "
+            f"tokens away from what has none: add {' '.join(f'--data {name}=PATH' for name in without)}, or accept "
+            "that with --allow-missing-domains."
+        )
+    for domain, name in enumerate(batches.held_out.domains):
+        documents = len({batches.held_out.windows[place].document for place in batches.held_out.of(domain)})
+        if documents < FEWEST_DOCUMENTS:
+            raise RefusedError(
+                f"--data {name}=: {documents} of the documents that are held out have a token to predict, and "
+                f"{FEWEST_DOCUMENTS} are needed to judge by. Give more documents, or longer ones."
+            )
 
 
 def _fingerprint(job: Job, documents: Mapping[str, list[str]], shards: Mapping[str, list[int]]) -> dict[str, Any]:
@@ -153,23 +166,27 @@ def _fingerprint(job: Job, documents: Mapping[str, list[str]], shards: Mapping[s
 
 
 def _found(job: Job, state: State, batches: Batches, copy: Path | None) -> Tuned:
-    improved, texts = state.best_step > 0, batches.held_out
+    texts = batches.held_out
     windows = {name: [texts.windows[place] for place in texts.of(domain)] for domain, name in enumerate(texts.domains)}
-    notes = [state.note] if state.note else []
     before, after = ({name: np.array(of) for name, of in held.documents.items()} for held in (state.before, state.best))
     gain = difference(before, after)
-    if not improved:
+    improved = gain.low is not None and gain.low > 0
+    notes = [state.note] if state.note else []
+    if not state.best_step:
         notes.append("nothing was better on held-out text than the routers that were there")
-        notes += [f"{copy}: not written"] if copy else []
-    elif gain.low is not None and gain.low <= 0:
-        notes.append("the gain may be chance: its interval reaches below 0")
-    return Tuned(
+    elif not improved:
+        notes.append("the gain may be chance, for its interval reaches down to 0: more documents make it narrower")
+    notes += [f"{copy}: not written"] if copy and not improved else []
+    found = Tuned(
         str(copy if copy and improved else job.mixture.folder), job.settings.method, improved, state.best_step,
         state.step, state.before, state.best, gain,
+        {name: difference({name: before[name]}, {name: after[name]}) for name in before},
+        tuple(name for name in job.mixture.experts if name not in texts.domains),
         {name: count_scored(mine) for name, mine in windows.items()},
         {name: len({window.document for window in mine}) for name, mine in windows.items()},
         state.seconds / max(state.step, 1), tuple(notes),
     )  # fmt: skip
+    return replace(found, notes=(*notes, *found.harm))
 
 
 def _write(

@@ -8,14 +8,14 @@ from typing import Final, Literal
 
 from moemerge.card import loss_table
 from moemerge.errors import RefusedError
-from moemerge.evaluation.figures import Estimate
+from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
 
 Documents = Mapping[str, Sequence[str]]
 """Texts by domain."""
 Method = Literal["gates", "phatgoose"]
 
 _HELD_OUT: Final = 4
-"""One document of so many is held out, of each domain."""
+"""One document of so many is held out, of each domain; never fewer than an interval needs."""
 # Distillation helps early and hurts late: https://arxiv.org/abs/2201.05596, section 4.2.
 _DISTILLED: Final = 0.6
 
@@ -43,6 +43,8 @@ class Settings:
     """Whether each domain's own dense expert teaches, too."""
     method: Method = "gates"
     """All gates together, or a sigmoid gate of each expert alone."""
+    allow_missing_domains: bool = False
+    """Whether experts may be without text: what the tuning does to theirs is not seen then."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -86,7 +88,7 @@ class Tuned:
     """The folder that holds the tuned model, or the untouched one where nothing was better."""
     method: str
     improved: bool
-    """Whether anything was written."""
+    """Whether the gain is more than chance, its interval above 0, and so was written."""
     step: int
     """After which step the routers were best."""
     steps: int
@@ -95,28 +97,47 @@ class Tuned:
     """Of the routers that were best, which the model has now if anything was written."""
     gain: Estimate
     """How much lower the mean loss is than before; the interval is over documents, the same for both."""
+    gains: Mapping[str, Estimate]
+    """The same of each domain; below 0 where its loss is higher."""
+    missing: tuple[str, ...]
+    """Experts without text: see `Settings.allow_missing_domains`."""
     held_out_tokens: Mapping[str, int]
     held_out_documents: Mapping[str, int]
     seconds_per_step: float
     notes: tuple[str, ...]
 
+    @property
+    def harm(self) -> list[str]:
+        """Who loses, with the figure, and of whom that is not known, in words."""
+        lost = [
+            f"{name} loses: its held-out loss is higher by {gain.reversed.precise}"
+            for name, gain in self.gains.items()
+            if gain.value < 0
+        ]
+        without = f"what tuned gates do to the text of {', '.join(self.missing)} is not known: none was given"
+        return [*lost, without] if self.missing else lost
+
 
 def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Documents to train on and to judge by, by domain.
 
+    A text that comes again counts once: it would be held out and trained on.
+
     Raises:
-        RefusedError: a domain has one document only.
+        RefusedError: a domain has too few documents to judge by.
     """
     training, held = {}, {}
-    for name, texts in documents.items():
-        if len(texts) < 2:  # noqa: PLR2004  one for each part
+    for name, given in documents.items():
+        texts = list(dict.fromkeys(given))
+        if len(texts) < 2 * FEWEST_DOCUMENTS:
             raise RefusedError(
-                f"--data {name}=: one of its documents is held out to judge by, so at least 2 are needed; found "
-                f"{len(texts)}. Divide it by lines <|document|>, or give another file."
+                f"--data {name}=: {FEWEST_DOCUMENTS} of its documents are held out to judge by, and at least as many "
+                f"trained on: {2 * FEWEST_DOCUMENTS} different ones are needed, found {len(texts)}. Divide it by lines "
+                "<|document|>, or give more text."
             )
         order = list(range(len(texts)))
         random.Random(f"{seed}:{name}").shuffle(order)  # noqa: S311  no secret
-        count = max(1, len(texts) // _HELD_OUT)
+        count = max(FEWEST_DOCUMENTS, len(texts) // _HELD_OUT)
         held[name] = [texts[place] for place in sorted(order[:count])]
         training[name] = [texts[place] for place in sorted(order[count:])]
     return training, held
@@ -134,8 +155,8 @@ def card_section(found: Tuned) -> str:
         "## Router tuning",
         "",
         f"`moemerge tune` trained {what}; the best of {found.steps} steps was step {found.step}. Loss in nats per "
-        f"token on documents that were held out to choose it ({texts}), with 95 % intervals over documents where "
-        "there are at least 5. What stands under Routing is of the routers before.",
+        f"token on documents that were held out to choose it ({texts}), with 95 % intervals over documents. "
+        "What stands under Routing is of the routers before.",
         "",
         *loss_table(
             "routers", names, {row: held.losses for row, held in rows.items()},
@@ -143,6 +164,7 @@ def card_section(found: Tuned) -> str:
         ),
         "",
         f"The mean is lower by {found.gain.precise}.",
+        *(f"\n> **Note:** {harm}." for harm in found.harm),
     ]  # fmt: skip
     known = [name for name in names if found.before.accuracy[name] is not None]
     if known:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel
+from moemerge.passes.finite import not_finite_in
 from moemerge.passes.tokens import Window
 from moemerge.tuning.job import Job
 from moemerge.tuning.whole import load_whole
@@ -48,8 +49,8 @@ class Student:
             for layer, name in names.items()
         }
         for layer, gate in gates.items():
-            if not gate.isfinite().all():
-                raise CheckpointError(f"{names[layer]}: holds numbers that are not finite.")
+            if broken := not_finite_in(names[layer], gate):
+                raise CheckpointError(f"{mixture.folder}: {broken}.")
         model, holders = load_whole(
             mixture.runnable, device, dtype, job.room, {names[layer]: gate for layer, gate in gates.items()},
             partial(job.progress, "layers" if job.room.streamed else "load"),

@@ -15,7 +15,7 @@ from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window, count_scored
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.job import Job
-from moemerge.tuning.judging import judge
+from moemerge.tuning.judging import find_not_finite, judge, judge_start
 from moemerge.tuning.losses import anchor_loss, cross_entropy, distillation_loss, load_loss, prior_of
 from moemerge.tuning.settings import Settings, distillation_weight
 from moemerge.tuning.student import Student
@@ -92,7 +92,7 @@ class Training:
             optimiser = make_optimiser(self.student.gates, dict.fromkeys(self.student.gates, 1.0), settings)
             optimiser.load_state_dict(state.optimiser)  # rates, too
         else:
-            before, lengths = judge(self.job, self.student, self.batches.held_out)
+            before, lengths = judge_start(self.job, self.student, self.batches.held_out)
             optimiser = make_optimiser(self.student.gates, lengths, settings)
             state = State(0, 0, 0, 0.0, before, before, start, start, {})
         anchored = {layer: rows.to(self.student.device) for layer, rows in start.items()}
@@ -126,6 +126,9 @@ class Training:
         Args:
             step: its number.
             start: by layer (expert, hidden), what the anchor holds to.
+
+        Raises:
+            CheckpointError: numbers of the model that is stored are not finite on this text.
         """
         gates, windows = list(self.student.gates.values()), self.batches.step(step)
         for gate in gates:
@@ -135,6 +138,9 @@ class Training:
         for part in group(mine, lambda one: len(one[0].ids), self.job.room.tokens_at_once):
             torch.autograd.backward(self._loss(step, part, scored, start))
         summed = self.job.processes.sum(parameters_to_vector(gate.grad for gate in gates if gate.grad is not None))
+        if not summed.isfinite().all() and all(gate.isfinite().all() for gate in gates):
+            # Else it is the gates, which training has driven too far.
+            find_not_finite(self.job, [self.job.mixture.runnable], [window for window, _ in windows])
         for gate in gates:
             gate.grad, summed = summed[: gate.numel()].view_as(gate), summed[gate.numel() :]
 
