@@ -53,12 +53,13 @@ def line(name: str, runs: Runs, tally: RoutingTally | None, tuned: Tuned | None)
     found = {domain: estimate(runs.sums[name][domain]) for domain in runs.texts.domains}
     share = recovered({**runs.sums, MERGED: runs.sums[name]}, runs.texts.domains)
     places = range(len(runs.texts.domains))
+    kept = "" if tuned and tuned.improved else ", not kept: the row is of the routers before"
     return [
         name, *(f"{one.value:.3f}{one.interval}" for one in found.values()),
         f"{np.mean([one.value for one in found.values()]):.3f}",
         "-" if share is None else f"{share.value:.2f}{share.interval}",
         f"{np.mean([tally.of(place).accuracy for place in places]):.3f}" if tally else "-",
-        f"{tuned.before.mean_loss:.3f} -> {tuned.after.mean_loss:.3f}, step {tuned.step}" if tuned else "-",
+        f"{tuned.before.mean_loss:.3f} -> {tuned.after.mean_loss:.3f}, step {tuned.step}{kept}" if tuned else "-",
         f"{tuned.seconds_per_step:.1f}" if tuned and tuned.seconds_per_step else "-",
     ]  # fmt: skip
 
@@ -110,8 +111,7 @@ def main() -> None:
                 device="cpu",
                 announce=lambda line: print(line, file=sys.stderr, flush=True),
             )
-            kept = "" if found.improved else ", not kept"
-            show(judged(f"{way}, {what}{kept}", Path(found.model), runs, found), options)
+            show(judged(f"{way}, {what}", Path(found.model), runs, found), options)
             if copy.exists():
                 copy.rename(folder / f"{way}, {what}")
 

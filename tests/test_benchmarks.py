@@ -113,7 +113,8 @@ def make_models_and_texts(folder: Path) -> None:
     lines = TEXT.split("\n")
     for name, line in (("fox", lines[0]), ("code", lines[1])):
         for kind, text in (("calib", line), ("test", line[::-1])):
-            (folder / "texts" / f"{name}.{kind}.txt").write_text("\n<|document|>\n".join([text, text[7:], text[::2]]))
+            documents = [text[::2], *(text[number:] for number in range(9))]  # as many as a tuning needs
+            (folder / "texts" / f"{name}.{kind}.txt").write_text("\n<|document|>\n".join(documents))
 
 
 def test_tunings_are_judged_on_any_models_and_texts(tmp_path):
@@ -144,7 +145,7 @@ def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path):
 
 def test_tuning_is_measured_in_memory_and_from_the_disk(tmp_path, llamas):
     merge(plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:]))), tmp_path / "out")
-    (tmp_path / "text.txt").write_text(f"{TEXT}\n<|document|>\n{TEXT[9:]}")
+    (tmp_path / "text.txt").write_text("\n<|document|>\n".join(TEXT[number:] for number in range(10)))
     printed = run("tuning_memory.py", tmp_path / "out", tmp_path / "text.txt", "--markdown", "--tokens-per-step", "64")
     held, streamed, ratio = (line.split(" | ") for line in printed.splitlines()[2:])
     assert (held[0], streamed[0], ratio[0]) == ("| in memory", "| from the disk", "| ratio")

@@ -598,6 +598,19 @@ def test_finite_weights_that_overflow_are_refused(tmp_path, out, data):
     )
 
 
+def test_a_quantised_model_is_refused(tmp_path, out, data, monkeypatch, capsys):
+    copied = shutil.copytree(out, tmp_path / "out")
+    tensors = load_file(copied / "model.safetensors")
+    tensors[f"{FFN}w3.weight"] = tensors[f"{FFN}w3.weight"].to(torch.int8)
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    code, _, errors = run(["eval", copied, "--data", f"fox={data['fox'][0]}", "--quiet"], monkeypatch, capsys)
+    assert (code, errors) == (
+        1,
+        f"error: {copied}: {FFN}w3.weight is stored as I8: quantised models are not run. Name the model that it was made "
+        "from.\n",
+    )
+
+
 def test_a_selection_bias_that_is_not_finite_is_refused(tmp_path):
     """It chooses nothing, and the layer's numbers stay finite all the same."""
     folders = [make_model(tmp_path / str(seed), seed, "qwen3") for seed in range(3)]

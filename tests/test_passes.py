@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from moemerge.formats import Mixture
 from moemerge.formats.dense import DENSE_FAMILIES, read_dense
 from moemerge.passes import decoder, device
+from moemerge.routers import capture
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.request import RouterRequest
@@ -97,8 +98,8 @@ def test_the_pass_sees_what_the_whole_model_sees(tmp_path, name):
 def test_the_pass_ends_with_the_last_layer_that_has_a_router(tmp_path, monkeypatch):
     folder = make_model(tmp_path / "base", num_hidden_layers=5)
     whole = {inputs.layer: inputs.states.clone() for inputs in capture_router_inputs(request(folder, (0, 1, 2, 3, 4)))}
-    read = []
-    monkeypatch.setattr("moemerge.routers.capture.read_into", lambda tensor, _: read.append(tensor.name))
+    read, given = [], capture.read_into
+    monkeypatch.setattr(capture, "read_into", lambda tensor, room: (read.append(tensor.name), given(tensor, room)))
     for _ in capture_router_inputs(request(folder, (1, 3))):
         pass
     assert {int(name.split(".")[2]) for name in read} == {0, 1, 2, 3}
@@ -107,6 +108,15 @@ def test_the_pass_ends_with_the_last_layer_that_has_a_router(tmp_path, monkeypat
     part = {inputs.layer: inputs.states.clone() for inputs in capture_router_inputs(request(folder, (1, 3)))}
     assert list(part) == [1, 3]
     assert all(torch.equal(states, whole[layer]) for layer, states in part.items())
+
+
+def test_what_stands_in_the_padding_may_be_anything():
+    states = torch.ones(2, 4, 3)
+    batch = decoder.Batch(torch.zeros(2, 4, dtype=torch.long), torch.ones(1, 3), states, {}, (4, 2))
+    states[1, 2:] = torch.nan
+    assert batch.is_finite
+    states[1, 1, 0] = -torch.inf
+    assert not batch.is_finite
 
 
 def test_the_memory_of_a_container_is_its_own(tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         list[str],
         typer.Option(
             metavar="NAME=PATH", show_default=False,
-            help="Text to train on, files of .txt or .jsonl. NAME is an expert's, or any with --no-distil.",
+            help="Text to train on, files of .txt or .jsonl, for every expert: NAME is its name. With --no-distil "
+            "there may be others.",
         ),
     ],
     steps: Annotated[int, typer.Option(help="Steps of training, of each expert with phatgoose.")] = 40,

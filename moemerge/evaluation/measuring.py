@@ -209,7 +209,7 @@ class RoutingTally:
         self._tokens[place] += len(experts)
         self._weight[place] += choice.weights[counted, 0].sum()
         given = shares(logits, self._mixture.family.scoring)
-        self._entropy[place] -= torch.special.xlogy(given, given).sum() / math.log(count)
+        self._entropy[place] -= torch.special.xlogy(given, given).sum() / math.log(max(count, 2))
 
     def of(self, domain: int) -> Routing:
         """What was counted."""

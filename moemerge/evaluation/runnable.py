@@ -165,6 +165,11 @@ def _stored(
     name: str, model_type: str, keys: Mapping[str, Any], tensors: Mapping[str, StoredTensor], embeddings: str
 ) -> Runnable:
     def read(tensor: str) -> torch.Tensor:
+        if tensors[tensor].dtype not in NAMED:
+            raise CheckpointError(
+                f"{name}: {tensor} is stored as {tensors[tensor].dtype}: quantised models are not run. Name the model "
+                "that it was made from."
+            )
         values = torch.empty(tensors[tensor].shape, dtype=getattr(torch, NAMED[tensors[tensor].dtype]))
         if values.numel():
             read_into(tensors[tensor], values)
