@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.packed import notes_on
+from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
 from moemerge.dtypes import NAMED
 from moemerge.formats.dense import PLAIN, Axes, DenseModel, read_dense
 from moemerge.formats.family import MoeFamily
@@ -103,8 +105,8 @@ def check_base(
     dense_layers = layers if family.keeps_dense_ffn else dense_layers
     kept = {name: axes for layer in dense_layers for name, axes in model.ffn(layer).items()}
     _check_tensors(
-        "base_model", model, tensors, required=expected | kept, allowed=ffn, found=found,
-        never_taken=lambda tensor: bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)),
+        "base_model", model, *_readable("base_model", tensors, expected | kept, found, takes_all=True), allowed=ffn,
+        never_taken=lambda tensor: bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)), found=found,
     )  # fmt: skip
     _check_quantisation("base_model", model, found)
     dropped = sorted(set(model.unread) - _SILENT_KEYS)
@@ -136,7 +138,7 @@ def check_expert(
         return shared == "base" and attends and int(inside[1]) < model.layers
 
     _check_tensors(
-        name, model, tensors, required=_ffns(model), allowed=rest, found=found, never_taken=never_taken
+        name, model, *_readable(name, tensors, _ffns(model), found), allowed=rest, never_taken=never_taken, found=found
     )  # fmt: skip
     _check_quantisation(name, model, found)
     return found
@@ -165,7 +167,8 @@ def check_adapters(
             f"{name}: the adapter changes no FFN, so the expert would be the model before the +. Choose one that "
             "targets gate_proj, up_proj or down_proj"
         )
-    elif shared == "base" and (rest := len(changed - inside)):
+    rest = sum(not isinstance(tensors[tensor].path, Unreadable) for tensor in changed - inside)
+    if inside and shared == "base" and rest:
         found.notes.append(
             f"{name}: what the adapter changes in {rest} tensors beside the FFNs is not used; shared_weights: average "
             "takes it in"
@@ -204,13 +207,33 @@ def _check_quantisation(name: str, model: DenseModel, found: Findings) -> None:
         )
 
 
+def _readable(
+    name: str, tensors: Mapping[str, StoredTensor], required: Mapping[str, Axes], found: Findings, *,
+    takes_all: bool = False,
+) -> tuple[dict[str, StoredTensor], dict[str, Axes]]:  # fmt: skip
+    """What can be read, of the tensors and of those that are required; of the rest, problems and notes."""
+    lost: dict[tuple[str, bool], list[str]] = {}
+    for tensor, stored in tensors.items():
+        if isinstance(stored.path, Unreadable):
+            is_problem = tensor in required or (takes_all and not is_no_tensor(stored))
+            lost.setdefault((stored.path.reason, is_problem), []).append(tensor)
+    for (reason, is_problem), names in lost.items():
+        if is_problem:
+            found.problems += _listed(name, reason, names)
+        else:
+            found.notes += _listed(f"{name}: left out", reason, names)
+    found.notes += [f"{name}: {note}" for note in notes_on(tensors)]
+    readable = {t: stored for t, stored in tensors.items() if not isinstance(stored.path, Unreadable)}
+    return readable, {t: axes for t, axes in required.items() if t in readable or t not in tensors}
+
+
 def _ffns(model: DenseModel) -> dict[str, Axes]:
     return {name: axes for layer in range(model.layers) for name, axes in model.ffn(layer).items()}
 
 
 def _check_tensors(
-    name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *,
-    required: Mapping[str, Axes], allowed: Mapping[str, Axes], never_taken: Callable[[str], bool], found: Findings,
+    name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], required: Mapping[str, Axes], *,
+    allowed: Mapping[str, Axes], never_taken: Callable[[str], bool], found: Findings,
 ) -> None:  # fmt: skip
     dense = model.family
     missing = [tensor for tensor in required if tensor not in tensors]

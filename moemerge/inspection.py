@@ -14,6 +14,8 @@ from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, Jobs
+from moemerge.checkpoint.packed import notes_on
+from moemerge.checkpoint.unreadable import reasons
 from moemerge.checkpoint.values import Census, NotFinite, has_floats, look_at
 from moemerge.sources import open_model, read_tensor_table
 
@@ -21,6 +23,7 @@ _NUMBERED_EXPERT: Final = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 _STACKED_EXPERTS: Final = re.compile(r"(?:^|\.)experts\.|block_sparse_moe\.(?:input|output)_linear\.")
 _EXPERT_COUNT_KEYS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _PER_TOKEN_KEYS: Final = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
+_LISTED: Final = 4
 _EXPERT_AXES: Final = 3  # stacked experts: (expert, out, in)
 _MATRIX_AXES: Final = 2
 
@@ -119,6 +122,9 @@ def inspect_checkpoint(
     )
     if stale and not model.notes:
         warnings.append(f"{', '.join(stale)}: not in the index, so no reader loads it")
+    lost = [f"{name} {reason}" for name, reason in reasons(tensors).items()]
+    warnings += [*lost[:_LISTED], *([f"{len(lost) - _LISTED} more such tensors"] if lost[_LISTED:] else [])]
+    warnings += notes_on(tensors)
     metadata = read_json(index).get("metadata") if index else None
     announced = metadata.get("total_size") if isinstance(metadata, dict) else None
     stored = sum(dtype_bytes.values())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, blocks_of, linear
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.unreadable import reasons
 from moemerge.config import SharedWeights
 from moemerge.dtypes import NAMED
 from moemerge.errors import IncompatibleError
@@ -94,13 +95,25 @@ def _differences(
         for key, theirs, ours in _settings(model, base)
         if theirs != ours
     ]
-    return problems + [
-        f"shared_weights: {name}: has no tensor {tensor} of shape {list(tensors[tensor].shape)} in float32, float16 or "
-        "bfloat16, as the base model has"
-        for name, _, theirs in experts
-        for tensor in _inside(base)
-        if tensor not in theirs or theirs[tensor].shape != tensors[tensor].shape or theirs[tensor].dtype not in NAMED
-    ]
+    for name, _, theirs in experts:
+        lost = reasons(theirs)
+        problems += [
+            f"shared_weights: {name}: {tensor} {lost[tensor]}"
+            for tensor in [*base.family.first, base.family.head, *_inside(base)]
+            if tensor in tensors and tensor in lost
+        ]
+        problems += [
+            f"shared_weights: {name}: has no tensor {tensor} of shape {list(tensors[tensor].shape)} in float32, "
+            "float16 or bfloat16, as the base model has"
+            for tensor in _inside(base)
+            if tensor not in lost
+            and (
+                tensor not in theirs
+                or theirs[tensor].shape != tensors[tensor].shape
+                or theirs[tensor].dtype not in NAMED
+            )
+        ]
+    return problems
 
 
 def _settings(model: DenseModel, base: DenseModel) -> Iterator[tuple[str, Any, Any]]:

@@ -1,26 +1,23 @@
 """A tensor that is computed from others while it is read, some rows at a time: to everything else it is a file."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill
-from moemerge.checkpoint.files import Reader, told_by
+from moemerge.checkpoint.files import BlockReader, Reader, told_by
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.packed import Packed
+from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.dtypes import NAMED, bytes_of
 from moemerge.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Rows = NDArray[np.float32]
 """Some rows of a matrix (row, width); the elements of a vector are rows of one."""
@@ -83,9 +80,9 @@ class Derived:
         Raises:
             CheckpointError: when it is read: a finite number is infinite in `dtype`, or an input is not finite.
         """
-        return _Computed(self._chunks(start, start + nbytes))
+        return BlockReader(self._chunks(start, start + nbytes))
 
-    def _chunks(self, start: int, end: int) -> Iterator[bytes]:
+    def _chunks(self, start: int, end: int) -> Generator[bytes, None, None]:
         rows, width = _as_matrix(self.inputs[0])
         row_bytes = bytes_of(self.dtype, (width,)) or 1
         step = max(1, CHUNK_ELEMENTS // width)
@@ -126,10 +123,12 @@ def blocks_of(tensors: Sequence[StoredTensor], first: int = 0) -> Iterator[list[
 
 
 def leaves(tensor: StoredTensor) -> Iterator[StoredTensor]:
-    """What a tensor is read from in the end: itself, or all that it is derived from."""
+    """What a tensor is read from in the end: itself, or all that it is made of."""
     if isinstance(tensor.path, Derived):
         for source in (*tensor.path.inputs, *tensor.path.others):
             yield from leaves(source)
+    elif isinstance(tensor.path, Packed | Unreadable):
+        yield tensor.path.stored
     else:
         yield tensor
 
@@ -161,29 +160,6 @@ def _read(reader: Reader, tensor: StoredTensor, count: int, width: int) -> Rows:
     values = np.empty(count * width, np.float32)
     widen(stored, tensor.dtype, values)
     return values.reshape(count, width)
-
-
-class _Computed:
-    """A reader of what is computed."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._left = chunks, memoryview(b"")
-
-    def readinto(self, view: memoryview, /) -> int | None:
-        """Read from a block, and no further."""
-        if not self._left:
-            self._left = memoryview(next(filter(None, self._chunks), b""))
-        count = min(len(view), len(self._left))
-        view[:count], self._left = self._left[:count], self._left[count:]
-        return count
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._chunks.close()  # type: ignore[attr-defined]  # a generator
 
 
 def linear(weights: Sequence[float]) -> Recipe:

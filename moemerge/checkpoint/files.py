@@ -1,6 +1,7 @@
 """A file of weights, on this machine or on another: how its bytes are reached."""
 
 import threading
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,30 @@ class Reader(Readable, Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class BlockReader:
+    """A reader of what is computed block by block."""
+
+    def __init__(self, blocks: Generator[bytes | memoryview, None, None]) -> None:
+        self._blocks = blocks
+        self._left = memoryview(b"")
+
+    def readinto(self, view: memoryview, /) -> int | None:
+        """Read from a block, and no further."""
+        if not self._left:
+            self._left = memoryview(next((block for block in self._blocks if block), b""))
+        count = min(len(view), len(self._left))
+        view[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._blocks.close()
 
 
 class RemoteFile(Protocol):

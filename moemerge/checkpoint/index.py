@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.json_text import MOST_BYTES, JsonTextError, parse_json
+from moemerge.checkpoint.unreadable import is_no_tensor
 from moemerge.errors import CheckpointError
 
 SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
@@ -141,16 +142,18 @@ def read_tensors(
         )
     weight_map = read_map(weights.index) if weights.index else None
     tensors: dict[str, StoredTensor] = {}
+    others: dict[str, StoredTensor] = {}
     notes = [weights.note] if weights.note else []
     twice: list[str] = []
     for file_name, table in zip(weights.files, read_headers(weights.files), strict=True):
-        for name, tensor in table.items():
+        others |= {name: entry for name, entry in table.items() if is_no_tensor(entry)}  # an index need not name them
+        for name, tensor in [entry for entry in table.items() if not is_no_tensor(entry[1])]:
             if name in tensors and weight_map is None:
                 raise CheckpointError(f"{folder}: tensor {name!r} is in {tensors[name].path.name} and in {file_name}.")
             twice += [name] * (name in tensors)
             tensors[name] = tensor
     if weight_map is None:
-        return tensors, notes
+        return {**others, **tensors}, notes
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise CheckpointError(
@@ -164,7 +167,7 @@ def read_tensors(
             f"{tensors[odd[0]].path.name}; they are read from there{', the last of two' if odd[0] in twice else ''}, "
             "as transformers does"
         )
-    return tensors, notes
+    return {**others, **tensors}, notes
 
 
 def build_index(weight_map: Mapping[str, str], total_bytes: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moemerge.checkpoint.derived import Derived
+from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill, Piece
@@ -123,7 +123,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
 def _told(source: StoredTensor, plan: MergePlan) -> str:
     """The model that a tensor is read from, or what is made of which."""
     if not isinstance(source.path, Derived):
-        return plan.references.get(source.path, source.path.name)
+        return plan.references.get(next(leaves(source)).path, source.path.name)
     made_of = source.path.inputs
     return f"{source.path.name} {_told(made_of[0], plan)}" if len(made_of) == 1 else source.path.name
 

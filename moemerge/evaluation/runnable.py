@@ -10,6 +10,7 @@ import torch
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
+from moemerge.checkpoint.unreadable import reasons
 from moemerge.config import CONFIG_COPY, MergeConfig, load_config
 from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError, SourceError
@@ -158,6 +159,12 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Ru
     if isinstance(dense, str):
         raise IncompatibleError(f"{reference}: {dense}", [])
     (tensors,) = read_tensor_tables([folder], announce, dense=True)
+    lost = reasons(tensors)
+    needed = {*dense.outside(), dense.family.head}
+    needed |= {tensor for layer in range(dense.layers) for tensor in (*dense.tensors(layer), *dense.ffn(layer))}
+    if problems := [f"{tensor} {reason}" for tensor, reason in lost.items() if tensor in needed]:
+        raise IncompatibleError(f"{reference}: cannot be run:", problems)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in lost}
     return _stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)
 
 

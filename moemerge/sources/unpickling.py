@@ -1,0 +1,309 @@
+"""What a PyTorch pickle says of its tensors, found by a machine that knows tensors and nothing else.
+
+Its instructions are those of `torch.load(weights_only=True)`, but nothing is imported, called or built: names stay
+names, sizes stay numbers, and a key is a text or a small number, so that a hostile pickle can neither run nor grow.
+https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only-security
+"""
+
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moemerge.checkpoint.header import MAX_AXES
+
+MAX_PICKLE_BYTES: Final = 4 * 2**20
+"""Of the table; a model of 70 B parameters has 0.1 MB of it."""
+_MAX_INSTRUCTIONS: Final = 500_000  # 13 000 tensors, in half a second
+# Types of numbers by the names of their storages and of themselves, as a safetensors header spells them.
+_STORAGES: Final = {
+    "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Double": "F64", "Byte": "U8", "Char": "I8", "Short": "I16",
+    "Int": "I32", "Long": "I64", "Bool": "BOOL", "ComplexFloat": "C64", "Untyped": "U8",
+}  # fmt: skip
+_DTYPES: Final = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "uint8": "U8", "int8": "I8",
+    "bool": "BOOL", "int16": "I16", "int32": "I32", "int64": "I64", "uint16": "U16", "uint32": "U32", "uint64": "U64",
+    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+# Names that weights_only allows, but for those that only its own users can give it.
+_KNOWN: Final = re.compile(
+    r"torch\.(cuda\.)?\w+Storage|torch\.storage\.(Untyped|Typed)Storage|torch\.(q?u?int|b?float|complex|bits|bool)\w*"
+    r"|torch\.(Size|device|Tensor|nn\.parameter\.Parameter|_tensor\._rebuild_from_type_v2|serialization\._get_layout)"
+    r"|torch\.per_(tensor|channel)_\w+|torch\._utils\._rebuild_\w+|collections\.(OrderedDict|Counter)|_codecs\.encode"
+    r"|(builtins|__builtin__)\.(bytearray|set|complex)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Numbers in a record of the archive."""
+
+    key: str
+    """Of the record."""
+    dtype: str | None
+    """As a safetensors header spells it; None where it has no name for them."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StridedTensor:
+    """A view into a storage, in numbers of `dtype`, from the number `offset` on."""
+
+    storage: Storage
+    dtype: str | None
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    negated: bool
+    """Whether each number counts with the other sign than the stored one."""
+    conjugated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """Anything else."""
+
+    kind: str
+    """For people: `a sparse tensor`."""
+    is_tensor: bool
+
+
+def unpickle(data: bytes) -> Any:
+    """What a pickle holds: tables, lists, texts and numbers, `StridedTensor`, `Opaque`.
+
+    Raises:
+        ValueError: it is damaged, or holds what no table of weights does.
+    """
+    machine = _Machine(data)
+    try:
+        return machine.run()
+    except (AttributeError, LookupError, TypeError, struct.error) as error:
+        raise ValueError(f"damaged at byte {machine.place}: {type(error).__name__}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """Of a class, a function or a dtype, which is not looked up."""
+
+    text: str
+
+
+class _Machine:
+    """A stack, the stacks below marks, and what is remembered for later."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.place = data, 0
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
+
+    def run(self) -> Any:
+        """Follow the instructions to the last."""
+        for _ in range(_MAX_INSTRUCTIONS):
+            instruction = self.take(1)
+            if instruction == pickle.STOP:
+                return self.stack.pop()
+            if instruction not in _INSTRUCTIONS:
+                raise ValueError(f"instruction {instruction!r} at byte {self.place - 1}, which no file of weights has")
+            _INSTRUCTIONS[instruction](self)
+        raise ValueError("it is longer than a table of weights")
+
+    def take(self, count: int) -> bytes:
+        """The next bytes."""
+        self.place += count
+        if self.place > len(self._data):
+            raise ValueError("the pickle is cut off")
+        return self._data[self.place - count : self.place]
+
+    def number(self, code: str) -> Any:
+        """The next number, in a code of `struct`."""
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def push(self, value: Any) -> None:
+        """Lay a value onto the stack."""
+        self.stack.append(value)
+
+    def pop(self, count: int) -> tuple[Any, ...]:
+        """The last values."""
+        if count > len(self.stack):
+            raise IndexError
+        taken = tuple(self.stack[len(self.stack) - count :])
+        del self.stack[len(self.stack) - count :]
+        return taken
+
+    def pop_marked(self) -> list[Any]:
+        """The values since the last mark."""
+        taken, self.stack = self.stack, self.marks.pop()
+        return taken
+
+    def mark(self) -> None:
+        """Begin a group of values."""
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def name(self) -> None:
+        """A class, a function or a dtype."""
+        end = self._data.index(b"\n", self._data.index(b"\n", self.place) + 1)
+        text = ".".join(self.take(end - self.place).decode().split("\n"))
+        self.take(1)
+        if not _KNOWN.fullmatch(text):
+            raise ValueError(f"it names {text[:60]!r}, which is no part of weights")
+        self.push(Name(text))
+
+    def set_items(self, pairs: list[Any]) -> None:
+        """Put keys and values into the table below them."""
+        table = self.stack[-1]
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            # Others can take for ever: tuples of tuples to hash, chosen floats to tell apart.
+            if type(table) is not dict or not (type(key) is str or (type(key) is int and abs(key) < 2**32)):
+                raise ValueError(f"{type(key).__name__} as a key in {type(table).__name__}")
+            table[key] = value
+
+    def extend(self, values: list[Any]) -> None:
+        """Put values into the list below them."""
+        if type(self.stack[-1]) is not list:
+            raise TypeError
+        self.stack[-1].extend(values)
+
+    def set_state(self) -> None:
+        """Attributes of an object, such as an `OrderedDict`'s versions of modules; none of them is needed."""
+        self.pop(1)
+        if not isinstance(self.stack[-1], dict | Opaque):
+            raise TypeError
+
+    def store(self) -> None:
+        """A storage, by its persistent name."""
+        kind, form, key, _device, count = self.pop(1)[0]
+        if kind != "storage" or not isinstance(form, Name) or type(key) is not str or type(count) is not int:
+            raise TypeError
+        storage = Storage(key, _STORAGES.get(form.text.rpartition(".")[2].removesuffix("Storage")), count)
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError("two storages share a record")
+        self.push(storage)
+
+    def call(self) -> None:
+        """What a function would make of its arguments."""
+        function, arguments = self.pop(2)
+        if not isinstance(function, Name) or type(arguments) is not tuple:
+            raise TypeError
+        if function.text == "torch._tensor._rebuild_from_type_v2":  # a tensor that has attributes
+            function, kind, arguments, _state = arguments
+            if kind.text not in {"torch.Tensor", "torch.nn.parameter.Parameter"} or type(arguments) is not tuple:
+                raise TypeError
+        made = _MADE.get(function.text)
+        self.push(made(*arguments) if made else Opaque("an object", is_tensor=False))
+
+
+def _tensor(*arguments: Any) -> StridedTensor:
+    """From storage, offset, shape, strides, whether it is trained, hooks, bits; the last three may be missing."""
+    storage, offset, shape, strides, *rest = arguments
+    return _view(storage, storage.dtype, (offset, shape, strides), rest[2] if rest[2:] else None)
+
+
+def _typed_tensor(*arguments: Any) -> StridedTensor:
+    """The same with the name of a dtype before the bits."""
+    storage, offset, shape, strides, _trained, _hooks, dtype, *rest = arguments
+    return _view(storage, _dtype(dtype), (offset, shape, strides), rest[0] if rest else None)
+
+
+def _view(storage: Any, dtype: str | None, place: tuple[Any, Any, Any], bits: Any) -> StridedTensor:
+    offset, shape, strides = place
+    if not (isinstance(storage, Storage) and isinstance(bits, dict | None) and type(shape) is type(strides) is tuple):
+        raise TypeError
+    if len(shape) != len(strides) or len(shape) > MAX_AXES:
+        raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides")
+    if not all(type(size) is int and 0 <= size < 2**63 for size in (storage.count, offset, *shape, *strides)):
+        raise ValueError("a size that is no size")
+    negated, conjugated = ((bits or {}).get(bit, False) is True for bit in ("neg", "conj"))
+    return StridedTensor(storage, dtype, offset, shape, strides, negated, conjugated)
+
+
+def _dtype(name: Any) -> str | None:
+    if not isinstance(name, Name):
+        raise TypeError
+    return _DTYPES.get(name.text.removeprefix("torch."))
+
+
+def _same(data: Any, *_: Any) -> StridedTensor | Opaque:
+    """A parameter is its tensor."""
+    if not isinstance(data, StridedTensor | Opaque):
+        raise TypeError
+    return data
+
+
+def _from_device(data: Any, dtype: Any, *_: Any) -> StridedTensor | Opaque:
+    """A tensor of a TPU is stored as it would be on a CPU."""
+    if isinstance(data, StridedTensor) and data.dtype == _dtype(dtype):
+        return data
+    return Opaque("a tensor of another type than its numbers", is_tensor=True)
+
+
+def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    if type(sizes) is not tuple:
+        raise TypeError
+    return sizes
+
+
+def _ordered(*items: Any) -> dict[Any, Any] | Opaque:
+    return Opaque("OrderedDict", is_tensor=False) if items else {}
+
+
+def _unlike(kind: str) -> Callable[..., Opaque]:
+    return lambda *_: Opaque(kind, is_tensor=True)
+
+
+_MADE: Final[dict[str, Callable[..., Any]]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._utils._rebuild_parameter": _same,
+    "torch._utils._rebuild_parameter_with_state": _same,
+    "torch.nn.parameter.Parameter": _same,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _from_device,
+    "torch._utils._rebuild_meta_tensor_no_storage": _unlike("a meta tensor, without numbers"),
+    "torch._utils._rebuild_sparse_tensor": _unlike("a sparse tensor"),
+    "torch._utils._rebuild_qtensor": _unlike("a quantised tensor"),
+    "torch._utils._rebuild_nested_tensor": _unlike("a nested tensor"),
+    "torch._utils._rebuild_wrapper_subclass": _unlike("a tensor of a class of its own"),
+    "torch.Size": _size,
+    "collections.OrderedDict": _ordered,
+}
+_INSTRUCTIONS: Final[dict[bytes, Callable[[_Machine], Any]]] = {
+    pickle.PROTO: lambda m: m.take(1),
+    pickle.GLOBAL: _Machine.name,
+    pickle.REDUCE: _Machine.call,
+    pickle.NEWOBJ: _Machine.call,
+    pickle.BUILD: _Machine.set_state,
+    pickle.BINPERSID: _Machine.store,
+    pickle.MARK: _Machine.mark,
+    pickle.APPEND: lambda m: m.extend(list(m.pop(1))),
+    pickle.APPENDS: lambda m: m.extend(m.pop_marked()),
+    pickle.SETITEM: lambda m: m.set_items(list(m.pop(2))),
+    pickle.SETITEMS: lambda m: m.set_items(m.pop_marked()),
+    pickle.TUPLE: lambda m: m.push(tuple(m.pop_marked())),
+    pickle.TUPLE1: lambda m: m.push(m.pop(1)),
+    pickle.TUPLE2: lambda m: m.push(m.pop(2)),
+    pickle.TUPLE3: lambda m: m.push(m.pop(3)),
+    pickle.NONE: lambda m: m.push(None),
+    pickle.NEWFALSE: lambda m: m.push(False),
+    pickle.NEWTRUE: lambda m: m.push(True),
+    pickle.EMPTY_TUPLE: lambda m: m.push(()),
+    pickle.EMPTY_LIST: lambda m: m.push([]),
+    pickle.EMPTY_DICT: lambda m: m.push({}),
+    pickle.EMPTY_SET: lambda m: m.push(Opaque("set", is_tensor=False)),
+    pickle.BININT: lambda m: m.push(m.number("<i")),
+    pickle.BININT1: lambda m: m.push(m.number("<B")),
+    pickle.BININT2: lambda m: m.push(m.number("<H")),
+    pickle.BINFLOAT: lambda m: m.push(m.number(">d")),
+    pickle.LONG1: lambda m: m.push(int.from_bytes(m.take(m.number("<B")), "little", signed=True)),
+    pickle.BINUNICODE: lambda m: m.push(m.take(m.number("<I")).decode()),
+    pickle.SHORT_BINSTRING: lambda m: m.push(m.take(m.number("<B")).decode()),
+    pickle.BINGET: lambda m: m.push(m.memo[m.number("<B")]),
+    pickle.LONG_BINGET: lambda m: m.push(m.memo[m.number("<I")]),
+    pickle.BINPUT: lambda m: m.memo.__setitem__(m.number("<B"), m.stack[-1]),
+    pickle.LONG_BINPUT: lambda m: m.memo.__setitem__(m.number("<I"), m.stack[-1]),
+}
