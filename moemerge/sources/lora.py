@@ -7,14 +7,15 @@ https://arxiv.org/abs/2312.03732); with DoRA each row gets the length that the a
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, read_values
 from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.index import read_json
+from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
 from moemerge.dtypes import NAMED
 from moemerge.errors import SourceError
 from moemerge.sources.local import resolve_file
@@ -24,15 +25,25 @@ from moemerge.sources.reference import Reference, parse_reference
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _USUAL_ALPHA: Final = 8
-_PREFIX: Final = "base_model.model."
-_PARTS: Final = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+_PREFIXES: Final = re.compile(r"(_orig_mod\.|base_model\.model\.)*")
+# A module, and what PEFT has made in it or in its place.
+_MODULE: Final = re.compile(
+    r"(.*?)(?:\.((?:lora_|token_adapter\.|base_layer\.|modules_to_save\.).*|weight|bias))?", re.DOTALL
+)
+_FACTOR: Final = re.compile(r"(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+_WHOLE: Final = re.compile(r"(?:base_layer\.|modules_to_save\.default\.)?(weight|bias)")
+_LAYERS: Final = ("model.layers.", "layers.")
 # What changes more than such a sum, or changes the base model too; with what it is called.
 _REFUSED: Final = {
-    "fan_in_fan_out": "its matrices lie the other way round", "lora_bias": "it trains biases of its own",
-    "trainable_token_indices": "it trains single tokens", "use_qalora": "it pools its inputs",
-    "alora_invocation_tokens": "it is active in a part of the text", "target_parameters": "it targets stacked experts",
-    "layer_replication": "it repeats layers", "use_bdlora": "its factors are blocks", "monteclora_config": "it samples",
+    "use_qalora": "it pools its inputs", "alora_invocation_tokens": "it is active in a part of the text",
+    "target_parameters": "it targets stacked experts", "layer_replication": "it repeats layers",
+    "use_bdlora": "its factors are blocks", "monteclora_config": "it samples",
     "arrow_config": "it chooses between adapters", "kasa_config": "it has more than two factors",
+}  # fmt: skip
+# What changes one module otherwise than by such a sum, by how its tensors' names begin within the module.
+_INEXACT: Final = {
+    "lora_embedding_": "it adds factors that embeddings have", "token_adapter.": "it trains single tokens",
+    "lora_B.bias": "it trains a bias of its own",
 }  # fmt: skip
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -70,8 +81,6 @@ def open_adapter(reference: str, folder: Path) -> Adapter:
     if kind != "LORA":
         raise SourceError(f"{reference}: is a {kind} adapter; only LORA can be merged exactly. Merge it with PEFT.")
     reasons = [words for key, words in _REFUSED.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        reasons.append("it trains biases of the base model")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         reasons.append(f"init_lora_weights {start} changed the base model's weights too")
@@ -83,25 +92,18 @@ def open_adapter(reference: str, folder: Path) -> Adapter:
 def merge_adapter(adapter: Adapter, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The base model's tensors, those that the adapter targets with what it adds.
 
+    What it does outside of the layers, or otherwise than by a sum, is often needed by nobody: such a tensor cannot be
+    read, and says why.
+
     Raises:
-        SourceError: the adapter does not fit the base model.
+        SourceError: the adapter does not fit the base model's layers.
         CheckpointError: its file is damaged.
     """
     found = _read(adapter)
-    merged = dict(tensors)
-    for module, parts in _modules(adapter, found).items():
-        name = f"{module}.weight"
-        if name not in tensors:
-            raise SourceError(f"{adapter.reference}: targets {module}, which the model before the + does not have.")
-        if isinstance(parts, StoredTensor):
-            merged[name] = parts
-        else:
-            merged[name] = _merge(adapter, module, tensors[name], parts)
-        if merged[name].shape != tensors[name].shape:
-            raise SourceError(
-                f"{adapter.reference}: its {module} has the shape {list(merged[name].shape)}, but the model's is "
-                f"{list(tensors[name].shape)}."
-            )
+    nothing = {name: entry for name, entry in found.items() if is_no_tensor(entry)}
+    merged = {**tensors, **nothing}
+    for module, parts in _modules([tensor for name, tensor in found.items() if name not in nothing], tensors).items():
+        merged |= _changed(adapter, module, parts, tensors)
     return merged
 
 
@@ -114,25 +116,80 @@ def _read(adapter: Adapter) -> dict[str, StoredTensor]:
 
 
 def _modules(
-    adapter: Adapter, tensors: Mapping[str, StoredTensor]
-) -> dict[str, dict[str, StoredTensor] | StoredTensor]:  # fmt: skip
-    """By module of the base model the parts of what is added, or the tensor that takes its weight's place."""
-    modules: dict[str, dict[str, StoredTensor] | StoredTensor] = {}
-    for name, tensor in tensors.items():
-        own = name.removeprefix(_PREFIX)
-        if match := _PARTS.fullmatch(own):
-            parts = modules.setdefault(match[1], {})
-            if not isinstance(parts, dict):
-                raise SourceError(f"{adapter.reference}: has both a weight and factors for {match[1]}.")
-            parts[match[2]] = tensor
-        elif "lora_" not in own and own.endswith(".weight"):
-            module = own.removesuffix(".weight").replace(".modules_to_save.default", "")
-            if module in modules:
-                raise SourceError(f"{adapter.reference}: has both a weight and factors for {module}.")
-            modules[module] = tensor
-        else:
-            raise SourceError(f"{adapter.reference}: nothing is known of its tensor {name}. Merge it with PEFT.")
+    found: Iterable[StoredTensor], tensors: Mapping[str, StoredTensor]
+) -> dict[str, dict[str, StoredTensor]]:  # fmt: skip
+    """The adapter's tensors by module of the base model, or of what it lacks, and by their name within that."""
+    own = {name.rpartition(".")[0] for name in tensors}
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in found:
+        plain = _PREFIXES.sub("", tensor.name, count=1)
+        splits = [_split(plain), _split(f"model.{plain}")]  # trained without a head, a decoder's names lack `model.`
+        module, part = next((split for split in splits if split[0] in own), splits[0])
+        factor = _FACTOR.fullmatch(part)
+        parts = modules.setdefault(module, {})
+        if parts.setdefault(factor[1] if factor else part, tensor) is not tensor:
+            raise SourceError(f"{tensor.path}: tensor {tensor.name} is there twice, under another name.")
     return modules
+
+
+def _split(name: str) -> tuple[str, str]:
+    match = _MODULE.fullmatch(name)
+    return (match[1], match[2] or "") if match else (name, "")
+
+
+def _changed(
+    adapter: Adapter, module: str, parts: Mapping[str, StoredTensor], tensors: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """A module's tensors as they are with the adapter, or without a way to read them."""
+    whole = {name: tensors[name] for name in (f"{module}.weight", f"{module}.bias") if name in tensors}
+    if any(isinstance(tensor.path, Unreadable) for tensor in whole.values()):
+        return {}
+    stored = next(iter(parts.values()))
+    if not whole and not module.startswith(_LAYERS):
+        lacking = replace(stored, name=f"{module}.weight")
+        reason = f"is in the adapter {adapter.reference} alone: the model before the + has no such tensor"
+        return {lacking.name: Unreadable(stored, reason).tensor(lacking)}
+    inexact = [words for begin, words in _INEXACT.items() if any(part.startswith(begin) for part in parts)]
+    if inexact and whole:
+        reason = f"{adapter.reference}: {' and '.join(inexact)}"
+    else:
+        try:
+            return _merged(adapter, module, parts, whole)
+        except SourceError as error:
+            if module.startswith(_LAYERS):
+                raise
+            reason = str(error).removesuffix(".")
+    unreadable = Unreadable(stored, f"cannot be merged exactly: {reason}")
+    return {name: unreadable.tensor(tensor) for name, tensor in whole.items()}
+
+
+def _merged(
+    adapter: Adapter, module: str, parts: Mapping[str, StoredTensor], whole: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    weight = f"{module}.weight"
+    factors = {part: tensor for part, tensor in parts.items() if _FACTOR.fullmatch(part)}
+    merged = {}
+    for part, tensor in parts.items():
+        match = _WHOLE.fullmatch(part)
+        name = f"{module}.{match[1]}" if match else weight
+        if isinstance(tensor.path, Unreadable):
+            raise SourceError(f"{adapter.reference}: its {tensor.name} {tensor.path.reason}.")
+        if name not in whole:
+            raise SourceError(f"{adapter.reference}: targets {module}, which the model before the + does not have.")
+        if not match and part not in factors:
+            raise SourceError(f"{adapter.reference}: nothing is known of its tensor {tensor.name}. Merge it with PEFT.")
+        if part == "weight" and factors:
+            raise SourceError(f"{adapter.reference}: has both a weight and factors for {module}.")
+        if match and tensor.shape != whole[name].shape:
+            raise SourceError(
+                f"{adapter.reference}: its {module} has the shape {list(tensor.shape)}, but the model's is "
+                f"{list(whole[name].shape)}."
+            )
+        if match:
+            merged[name] = tensor
+    if factors:
+        merged[weight] = _merge(adapter, module, merged.get(weight, whole[weight]), factors)
+    return merged
 
 
 def _merge(
@@ -158,7 +215,7 @@ def _merge(
     others = (a, b, *([lengths] if lengths else []))
     name = f"adapter {adapter.reference} on"
     return Derived(name, (weight,), _recipe(a, b, lengths, scale), repr(scale), "F32", others=others).tensor(
-        weight.name
+        f"{module}.weight"
     )
 
 
