@@ -57,9 +57,7 @@ def share_weights(
         raise IncompatibleError("These models cannot be merged:", problems)
     notes = []
     mixed = _inside(base)
-    for name in [*base.family.first, base.family.head]:
-        if name not in tensors:
-            continue
+    for name in _outside(base, tensors):
         other = [who for who, _, theirs in experts if name not in theirs or theirs[name].shape != tensors[name].shape]
         if other:
             notes.append(
@@ -79,6 +77,11 @@ def can_share(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, D
     return len(files | {tensors[base.family.last].path}) > 1
 
 
+def _outside(base: DenseModel, tensors: Tensors) -> list[str]:
+    """Names of the tensors that are mixed where the vocabularies are of one size."""
+    return [name for name in (*base.family.first, base.family.head) if name in tensors]
+
+
 def _inside(base: DenseModel) -> list[str]:
     """Names of the tensors that are mixed whatever the vocabularies are."""
     return [name for layer in range(base.layers) for name in base.tensors(layer)] + [base.family.last]
@@ -95,24 +98,21 @@ def _differences(
         for key, theirs, ours in _settings(model, base)
         if theirs != ours
     ]
+    inside = _inside(base)
     for name, _, theirs in experts:
         lost = reasons(theirs)
-        problems += [
-            f"shared_weights: {name}: {tensor} {lost[tensor]}"
-            for tensor in [*base.family.first, base.family.head, *_inside(base)]
-            if tensor in tensors and tensor in lost
-        ]
-        problems += [
-            f"shared_weights: {name}: has no tensor {tensor} of shape {list(tensors[tensor].shape)} in float32, "
-            "float16 or bfloat16, as the base model has"
-            for tensor in _inside(base)
-            if tensor not in lost
-            and (
-                tensor not in theirs
-                or theirs[tensor].shape != tensors[tensor].shape
-                or theirs[tensor].dtype not in NAMED
-            )
-        ]
+        for tensor in [*_outside(base, tensors), *inside]:
+            shape = tensors[tensor].shape
+            fits = tensor in theirs and theirs[tensor].shape == shape
+            if tensor in lost:
+                problems.append(f"shared_weights: {name}: {tensor} {lost[tensor]}")
+            elif fits and theirs[tensor].dtype in NAMED:
+                continue
+            elif fits or tensor in inside:
+                problems.append(
+                    f"shared_weights: {name}: has no tensor {tensor} of shape {list(shape)} in float32, float16 or "
+                    "bfloat16, as the base model has"
+                )
     return problems
 
 

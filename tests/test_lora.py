@@ -386,3 +386,24 @@ def test_an_adapter_in_a_pickle_is_the_same(tmp_path, llamas):
     with pytest.raises(SourceError) as caught:
         read_tensor_table(model, print)
     assert str(caught.value) == f"{tmp_path / 'adapter'}: its {lost} is a meta tensor, without numbers."
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings_in_float64_are_refused_where_they_are_needed(tmp_path, llamas):
+    make_adapter(tmp_path / "good", llamas[0], modules_to_save=["embed_tokens"])
+    name = f"base_model.model.{EMBEDDINGS}"
+    folder = rewritten(tmp_path / "good", "wide", lambda tensors: tensors | {name: tensors[name].double()})
+    reference = f"{llamas[0]}+{folder}"
+    arguments = (tmp_path / "c.yaml", llamas[0], [reference, llamas[1]])
+    plan_merge(load_config(write_config(*arguments, prompts=False)))
+    with pytest.raises(IncompatibleError) as caught:
+        plan_merge(load_config(write_config(*arguments, prompts=False, shared_weights="average")))
+    assert caught.value.problems == (
+        f"shared_weights: experts[0]: has no tensor {EMBEDDINGS} of shape [160, 32] in float32, float16 or bfloat16, as the "
+        "base model has",
+    )
+    with pytest.raises(IncompatibleError) as caught:
+        open_dense(reference, "expert", print)
+    assert str(caught.value) == (
+        f"{reference}: cannot be run:\n  - {EMBEDDINGS} is stored as F64; expected one of float32, float16, bfloat16"
+    )

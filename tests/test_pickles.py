@@ -192,7 +192,9 @@ def test_what_cannot_be_read_says_why(tmp_path):
     torch.save({"fine": matrix} | {name: value for name, (value, _) in kinds.items()}, tmp_path / BIN)
     found = read(tmp_path)
     assert reasons(found) == {name: reason for name, (_, reason) in kinds.items()}
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: a tensor is needed that is a sparse tensor\."):
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model.bin: tensor 'sparse' is needed, but is a sparse tensor\."
+    ):
         found["sparse"].open()
 
 

@@ -48,7 +48,7 @@ class Unreadable:
             CheckpointError: always.
         """
         del start, nbytes
-        raise CheckpointError(f"{self.stored.path}: a tensor is needed that {self.reason}.")
+        raise CheckpointError(f"{self.stored.path}: tensor {self.stored.name!r} is needed, but {self.reason}.")
 
     def tensor(self, like: StoredTensor | None = None) -> StoredTensor:
         """An entry of a table: with name, type and shape of another tensor, or of what is stored."""

@@ -162,7 +162,12 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Ru
     lost = reasons(tensors)
     needed = {*dense.outside(), dense.family.head}
     needed |= {tensor for layer in range(dense.layers) for tensor in (*dense.tensors(layer), *dense.ffn(layer))}
-    if problems := [f"{tensor} {reason}" for tensor, reason in lost.items() if tensor in needed]:
+    lost |= {
+        tensor: f"is stored as {tensors[tensor].dtype}; expected one of {', '.join(NAMED.values())}"
+        for tensor in needed & tensors.keys() - lost.keys()
+        if tensors[tensor].dtype not in NAMED
+    }
+    if problems := sorted(f"{tensor} {reason}" for tensor, reason in lost.items() if tensor in needed):
         raise IncompatibleError(f"{reference}: cannot be run:", problems)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in lost}
     return _stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)

@@ -14,9 +14,10 @@ from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import BITS, bytes_of
 from moemerge.errors import CheckpointError
-from moemerge.sources.unpickling import MAX_PICKLE_BYTES, Opaque, StridedTensor, unpickle
+from moemerge.sources.pickled import Opaque, StridedTensor
+from moemerge.sources.unpickling import MAX_PICKLE_BYTES, unpickle
 
-# Of the archive's directory, which is read whole; a model of 70 B parameters has 0.1 MB of it.
+# Of the archive's directory, which is read whole; a model of 70 B parameters has 0.05 MB of it.
 _MAX_DIRECTORY_BYTES: Final = 4 * 2**20
 _MAX_NAME: Final = 250
 # Of a record's own header; what it says stands in the directory too, but for the lengths of its name and extra field.
