@@ -152,8 +152,9 @@ def read_tensors(
                 raise CheckpointError(f"{folder}: tensor {name!r} is in {tensors[name].path.name} and in {file_name}.")
             twice += [name] * (name in tensors)
             tensors[name] = tensor
+    whole = tensors | {name: entry for name, entry in others.items() if name not in tensors}
     if weight_map is None:
-        return {**others, **tensors}, notes
+        return whole, notes
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise CheckpointError(
@@ -167,7 +168,7 @@ def read_tensors(
             f"{tensors[odd[0]].path.name}; they are read from there{', the last of two' if odd[0] in twice else ''}, "
             "as transformers does"
         )
-    return {**others, **tensors}, notes
+    return whole, notes
 
 
 def build_index(weight_map: Mapping[str, str], total_bytes: int) -> str:
