@@ -1,13 +1,15 @@
 """Text as tokens, by a model's own tokenizer, in pieces that a pass can read."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.errors import RouterError
+from moemerge.checkpoint.index import read_json
+from moemerge.errors import CheckpointError, RouterError
 
 Encode = Callable[[str], tuple[list[int], list[int]]]
 """From a text to its tokens, and of each whether the tokenizer added it: 0 or 1."""
@@ -18,6 +20,8 @@ _SHORTEST: Final = 8
 _EVEN_LENGTH: Final = 64
 CHARACTERS_PER_TOKEN: Final = 64
 """That are read at most. Tokens of text have about four; of documents that differ, the longer ones give more."""
+_SHOWN: Final = 8
+_SENTENCEPIECE: Final = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,72 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """A folder's `tokenizer_config.json`; empty where there is none that can be read."""
+    path = folder / "tokenizer_config.json"
+    try:
+        return read_json(path) if path.is_file() else {}
+    except CheckpointError:
+        return {}
+
+
+def code_references(config: Mapping[str, Any]) -> list[str]:
+    """What `auto_map` of a tokenizer's config names: classes as `file.Class`, or `user/name--file.Class`."""
+    found = config.get("auto_map")
+    values = list(found.values()) if isinstance(found, dict) else [found]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(one for one in flat if isinstance(one, str)))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names that somebody else chose, no longer than a message may be."""
+    shown = [f"{_printable(name):.80}" for name in names]
+    return ", ".join(shown[:_SHOWN]) + (" ..." if shown[_SHOWN:] else "")
+
+
+def why_unreadable(folder: Path, error: Exception) -> tuple[str, str]:
+    """Why transformers makes no tokenizer of a folder, and what to do about it."""
+    if references := code_references(read_tokenizer_config(folder)):
+        return (
+            f"is code of its repository ({listed(references)}), which moemerge never runs",
+            "save it as a tokenizer.json in a copy of the model",
+        )
+    absent = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
+    pieces = [name for name in _SENTENCEPIECE if (folder / name).is_file()]
+    if absent and pieces and not (folder / "tokenizer.json").is_file():
+        packages = [package.removeprefix("google.") for package in absent]
+        why = (
+            f"is a {pieces[0]}, and {' and '.join(packages)} to read it {'are' if packages[1:] else 'is'} not installed"
+        )
+        return why, f"pip install {' '.join(packages)}"
+    return f"cannot be loaded ({told(error)})", "add the tokenizer's files"
+
+
+def told(error: Exception) -> str:
+    """What another library says in many lines, in one short one."""
+    return f"{type(error).__name__}: {_printable(' '.join(str(error).split())):.160}"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # nor is the package above it
+        return False
+
+
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each tokenizer class raises in its own way
+        why, step = why_unreadable(folder, error)
         raise RouterError(
-            f"{folder}: the model's tokenizer cannot be loaded ({error!r:.200}). Text needs it: add the tokenizer's "
-            "files, or, to merge without prompts, choose gate_mode random."
+            f"{folder}: the model's tokenizer {why}. Text needs it: {step}, or, to merge without prompts, choose "
+            "gate_mode random."
         ) from error
 
 

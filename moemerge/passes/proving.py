@@ -1,0 +1,194 @@
+"""Whether a merged model's tokenizer gives the base's ids, proved on a text, and a tokenizer.json with which it does.
+
+transformers chooses a tokenizer's class by `model_type` too, which the merged model has another of. As a program
+(`python -m moemerge.passes.proving BASE OUT`) it writes what it found to `proof.json` beside OUT.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from moemerge.passes.tokens import told, why_unreadable
+
+RESULT: Final = "proof.json"
+# What tokenizers that are nearly the same do differently: spaces at the ends and in runs, digits, contractions, marks
+# that join letters, scripts without spaces, what no vocabulary holds.
+_TEXTS: Final = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  two spaces before,\n\n  and\tbetween  words \r\n and behind  ",
+    " a", "a", "", "\n", "▁x_y",
+    "I'm sure WE'LL say it's 3.14, 1,000 or 20240229; don't you?",
+    "def f(x):\n    return {'a': [x**2 for x in range(10)]}  # <b>\n\n\n\tdone()",
+    "Größe naïve cafe\u0301 ½ ﬁ Straße Привет, мир! Ελλάδα",
+    "你好,世界。 こんにちは 안녕하세요 مرحبا नमस्ते क्षि ไทย",
+    "🙂🚀 👩\u200d👩\u200d👧 \u00a0\u2009\ufeff\x07",
+    "<s>[INST] hi [/INST]</s> <|im_start|>user\nhi<|im_end|><bos><unk><pad><|endoftext|>",
+)  # fmt: skip
+_MOST_ADDED: Final = 200
+_NAMED: Final = ("bos_token", "eos_token", "pad_token")
+# transformers 4 and 5 read tokenizer.json as it is by this class, where they heed it.
+_AS_IT_IS: Final = {"tokenizer_class": "PreTrainedTokenizerFast"}
+_ABSENT: Final = object()
+# Settings of added tokens that a class did not heed when it read the base, and would heed in a tokenizer.json.
+_ADDED_AS_MADE: Final = {"added_tokens_decoder": _ABSENT}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found, as text that can be stored."""
+
+    base_class: str = ""
+    """What the base's tokenizer is read by; empty where it cannot be read."""
+    problem: str = ""
+    """Why it cannot, or how the output differs from it: where ids are proved, with nothing but copied files."""
+    step: str = ""
+    """What to do where it cannot be read."""
+    output_class: str = ""
+    """What the output's is read by then; empty where it cannot be read."""
+    is_proved: bool = False
+    """Whether the output gives the base's ids."""
+
+
+def prove(base: Path, out: Path) -> Proof:
+    """Find out whether an output's tokenizer gives the base's ids, and make it so where it does not.
+
+    Both read a few texts, as transformers makes them of their folders.
+
+    Args:
+        base: the base model's folder.
+        out: the output's `config.json` and what is copied from the base. Where that is not enough, `tokenizer.json` is
+            made anew here of the base's tokenizer, and `tokenizer_config.json` edited.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes, about texts that a user did not write
+        return _prove(base, out)
+
+
+def _prove(base: Path, out: Path) -> Proof:
+    try:
+        tokenizer = _load(base)
+        converted, texts = _converted(tokenizer), _texts(tokenizer)
+        expected = _read(tokenizer, texts)
+    except Exception as error:  # noqa: BLE001  each tokenizer class raises in its own way
+        return Proof("", *why_unreadable(base, error))
+    compare = partial(_compare, out, texts, expected, type(tokenizer).__name__)
+    found = compare()
+    if found.is_proved and (out / "tokenizer.json").is_file():
+        return found
+    made = (out / "tokenizer.json", out / "tokenizer_config.json")
+    copied = {path: path.read_bytes() for path in made if path.is_file()}
+    last = found
+    for edits in _edits(tokenizer) if converted else ():
+        made[0].write_text(converted, encoding="utf-8")
+        _edit_config(made[1], copied.get(made[1]), edits)
+        last = compare()
+        if last.is_proved:
+            return replace(found, is_proved=True)
+    for path in made:
+        path.unlink(missing_ok=True)
+    for path, content in copied.items():
+        path.write_bytes(content)
+    return found if found.is_proved else last
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _converted(tokenizer: Any) -> str:
+    """A tokenizer as the text of a tokenizer.json; empty where it cannot be said in one."""
+    from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    try:
+        text: str = (convert_slow_tokenizer(tokenizer) if backend is None else backend).to_str(pretty=True)
+    except Exception:  # noqa: BLE001  each converter raises in its own way
+        return ""
+    return text
+
+
+def _texts(tokenizer: Any) -> list[str]:
+    """Those that the tokenizer can read: Code Llama's divides a text at its token for what is to be filled in."""
+    added = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})[:_MOST_ADDED]
+    texts = []
+    for text in (*_TEXTS, *(f"a{token}b {token} c{token}\n" for token in added)):
+        with suppress(ValueError):
+            tokenizer(text, verbose=False)
+            texts.append(text)
+    if not texts:
+        raise ValueError("it reads no text")
+    return texts
+
+
+def _read(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """What a tokenizer makes of texts, and what else of it decides which ids a model is given, each by its name."""
+    alone = {"add_special_tokens": False, "verbose": False}
+    return {
+        **{f"the ids of {text!r:.80}": tokenizer(text, verbose=False)["input_ids"] for text in texts},
+        **{f"the ids without special ones of {text!r:.80}": tokenizer(text, **alone)["input_ids"] for text in texts},
+        **{f"its {name}": getattr(tokenizer, f"{name}_id") for name in _NAMED},
+        "the id of": tokenizer.get_vocab(),
+        "its chat_template": tokenizer.chat_template,
+        "its model_input_names": list(tokenizer.model_input_names),
+    }
+
+
+def _compare(out: Path, texts: Sequence[str], expected: Mapping[str, Any], base_class: str) -> Proof:
+    """The first thing in which the output's tokenizer differs from what is expected, if there is one."""
+    try:
+        tokenizer = _load(out)
+        found = _read(tokenizer, texts)
+    except Exception as error:  # noqa: BLE001  each tokenizer class raises in its own way
+        return Proof(base_class, f"it cannot be loaded ({told(error)})")
+    name = type(tokenizer).__name__
+    for what, value in expected.items():
+        if found[what] != value:
+            place, ours, theirs = _first(what, found[what], value)
+            problem = f"{place}: {ours!r:.80} by {name}, {theirs!r:.80} by the base's {base_class}"
+            return Proof(base_class, problem, output_class=name)
+    return Proof(base_class, output_class=name, is_proved=True)
+
+
+def _first(what: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
+    """Where two values differ first, and what is there."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        key = next((key for key in (*expected, *found) if expected.get(key) != found.get(key)), "")
+        return f"{what} {key!r:.60}", found.get(key), expected.get(key)
+    if isinstance(found, list) and isinstance(expected, list):
+        pairs = enumerate(zip(found, expected, strict=False))
+        start = next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(found), len(expected)))
+        return f"{what} from {start} on", found[start : start + 4], expected[start : start + 4]
+    return what, found, expected
+
+
+def _edits(tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Keys that tokenizer_config.json may need beside a made tokenizer.json, the least first; `_ABSENT` removes one."""
+    named = {name: getattr(tokenizer, name) for name in _NAMED}
+    named["model_input_names"] = list(tokenizer.model_input_names)
+    for edits in ({}, named, named | _AS_IT_IS):
+        yield edits
+        yield edits | _ADDED_AS_MADE
+
+
+def _edit_config(path: Path, copied: bytes | None, edits: Mapping[str, Any]) -> None:
+    config = json.loads(copied or b"{}")
+    edited = {key: value for key, value in (config | edits).items() if value is not _ABSENT}
+    edited.pop("fast_tokenizer_files", None)  # it names files that are read in place of tokenizer.json
+    content = json.dumps(edited, indent=2).encode() + b"\n"
+    if edited != config:
+        path.write_bytes(content)
+    elif copied:
+        path.write_bytes(copied)
+
+
+if __name__ == "__main__":
+    _base, _out = map(Path, sys.argv[1:])
+    _out.with_name(RESULT).write_text(json.dumps(asdict(prove(_base, _out))), encoding="utf-8")
