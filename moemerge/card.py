@@ -38,8 +38,11 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_spec
 ```"""
 
 
-def write_card(folder: Path, name: str, plan: MergePlan, report: "RoutingReport", licence: str | None = None) -> None:
-    """Write `README.md` with the Hub's metadata into `folder`; name and licence are the merged model's."""
+def write_card(
+    folder: Path, name: str, plan: MergePlan, report: "RoutingReport", licence: str | None = None, *,
+    notes: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Write `README.md` with the Hub's metadata into `folder`; name, licence and notes are the merged model's."""
     from huggingface_hub import ModelCard, ModelCardData
 
     adapters = [parse_reference(adapter.reference) for source in plan.sources for adapter in source.adapters]
@@ -53,7 +56,9 @@ def write_card(folder: Path, name: str, plan: MergePlan, report: "RoutingReport"
         tags=_TAGS,
         **_licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report)}").save(folder / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, [*plan.family_notes, *notes])}").save(
+        folder / "README.md"
+    )
 
 
 def licence_of(sources: Sequence[ModelFolder]) -> str:
@@ -144,7 +149,7 @@ def _licence_fields(licence: str) -> dict[str, str]:
     return dict(zip(("license", "license_name", "license_link"), licence.split(maxsplit=2), strict=False))
 
 
-def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
+def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[str]) -> str:
     config = plan.config
     # A prompt may hold a fence of its own.
     fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", config.text))], key=len)
@@ -170,7 +175,7 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport") -> str:
             ]
         ),
         "\n".join(f"> **Warning:** {as_text(warning)}." for warning in plan.warnings),
-        "\n".join(f"> **Note:** {note}." for note in plan.family_notes),
+        "\n".join(f"> **Note:** {note}." for note in notes),
         "## Use\n\n" + _USAGE.format(name=json.dumps(name)),
         "## Routing\n\n" + _routing(report),
         f"{_CONFIGURATION}\n\n{fence}yaml\n{config.text.rstrip()}\n{fence}",

@@ -28,6 +28,7 @@ from moemerge.errors import CheckpointError, RefusedError
 from moemerge.overwriting import replaceable_files
 from moemerge.plan import Computed, MergePlan
 from moemerge.routers import Routers, check_base_bits, init_routers
+from moemerge.tokenizer_proof import prove_tokenizer
 
 if TYPE_CHECKING:
     from moemerge.publish import Publisher
@@ -56,6 +57,7 @@ def merge(
     licence: str | None = None,
     name: str | None = None,
     progress: Progress = lambda _stage, _done, _total: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":
     """Carry out a plan: the folder `out` is complete when this returns, and untouched when it raises.
 
@@ -73,21 +75,22 @@ def merge(
         licence: of the merged model, for its card; else what the cards of its sources agree on, if they do.
         name: of the merged model, for its card; else that of the folder.
         progress: called as the work goes on.
+        warn: called with a line about the tokenizer, where it is not just copied, or could not be proved.
 
     Returns:
         What the routers do with the prompts.
 
     Raises:
-        RefusedError: `out` would lose something, another merge than this was cut off, or bitsandbytes is needed and not
-            installed.
+        RefusedError: `out` would lose something, another merge than this was cut off, bitsandbytes is needed and not
+            installed, or the output's tokenizer would not give the base's ids.
         OutputError: the disk is full or cannot be written.
         RouterError: the routers cannot be computed.
         CheckpointError: a source is not what its header said.
     """
     out = Path(out)
-    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence)
     plan.check_sources("since the plan was made")
-    check_output(plan, out, overwrite=overwrite)
+    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn)
+    check_output(plan, out, overwrite=overwrite, made_bytes=work.made_bytes)
     with (
         staged(out, plan.folders, **_replacing(plan, overwrite=overwrite), resume=resume) as folder,
         work.sources_kept_in(folder),
@@ -124,6 +127,7 @@ def merge_to_hub(
     base_bits: Literal[4, 8] | None = None,
     licence: str | None = None,
     progress: Progress = lambda _stage, _done, _total: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":
     """Carry out a plan shard by shard: each is sent to the Hub when it is complete, then removed from the disk.
 
@@ -142,6 +146,7 @@ def merge_to_hub(
         base_bits: see `merge`.
         licence: see `merge`.
         progress: called as the work goes on.
+        warn: see `merge`.
 
     Returns:
         What the routers do with the prompts.
@@ -154,8 +159,8 @@ def merge_to_hub(
         CheckpointError: see `merge`.
     """
     scratch = Path(scratch)
-    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence)
     plan.check_sources("since the plan was made")
+    work = _Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn)
     check_streaming(plan, scratch)
     with (
         staged(scratch, plan.folders, resume=resume, temporary=True) as folder,
@@ -246,15 +251,25 @@ class _Work:
 
     def __init__(
         self, plan: MergePlan, *, seed: int, device: str, base_bits: Literal[4, 8] | None, low_memory: bool,
-        licence: str | None,
+        licence: str | None, warn: Callable[[str], None],
     ) -> None:  # fmt: skip
         check_base_bits(base_bits)
         if plan.runs_base and device not in {"auto", "cpu"}:
             from moemerge.passes.device import find_device  # before anything is copied
 
             find_device(device)
+        self._tokenizer = plan.tokenizer or prove_tokenizer(
+            plan.base_files, plan.output_config, in_process=plan.runs_base
+        )
+        for note in self._tokenizer.notes:
+            warn(note)
         self._plan, self._seed, self._device = plan, seed, device
         self._base_bits, self._low_memory, self._licence = base_bits, low_memory, licence
+
+    @property
+    def made_bytes(self) -> int:
+        """Size of what is made of the base's tokenizer."""
+        return sum(map(len, self._tokenizer.files.values()))
 
     @contextmanager
     def sources_kept_in(self, folder: Path) -> Iterator[None]:
@@ -304,15 +319,18 @@ class _Work:
 
     def write_other_files(self, folder: Path, name: str, report: "RoutingReport") -> None:
         """All but weights and `config.json`; `name` is the model's."""
-        for path in self._plan.copied_files:
-            copy_file(path, folder / path.name)
+        for file_name, path in self._plan.copied_files.items():
+            (folder / file_name).parent.mkdir(exist_ok=True)
+            copy_file(path, folder / file_name)
+        for file_name, content in self._tokenizer.files.items():
+            (folder / file_name).write_bytes(content)
         if (index := self._plan.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
         (folder / CONFIG_COPY).write_text(self._plan.config.text, encoding="utf-8")
         licence = self._licence
         with suppress(RefusedError):  # only who publishes the model has to say
             licence = licence or licence_of(self._plan.sources)
-        write_card(folder, name, self._plan, report, licence)
+        write_card(folder, name, self._plan, report, licence, notes=self._tokenizer.notes)
 
     def write_config(self, folder: Path) -> None:
         """What makes a folder a model."""

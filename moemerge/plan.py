@@ -21,6 +21,8 @@ from moemerge.formats import Mixture, MoeFamily
 from moemerge.formats.dense import DenseModel
 from moemerge.sources import ModelFolder, Reference
 from moemerge.texts import matching_files
+from moemerge.tokenizer_files import BaseFiles
+from moemerge.tokenizer_proof import ProvedTokenizer
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
 # torch with transformers, and what the classes and threads of a pass add to it.
@@ -103,8 +105,10 @@ class MergePlan:
     outputs: dict[str, Output]
     """Every tensor of the merged model, by name, in the order of the layers; routers last."""
     shards: tuple[Shard, ...]
-    copied_files: tuple[Path, ...]
-    """Of the base model, beside its weights."""
+    base_files: BaseFiles
+    """What is copied from the base model beside its weights."""
+    tokenizer: ProvedTokenizer | None
+    """The output's, where it was proved already."""
     notes: tuple[str, ...]
     """What the user should know."""
     warnings: tuple[str, ...]
@@ -112,7 +116,8 @@ class MergePlan:
     advice: tuple[str, ...]
     """What measured better than what the config asks for."""
     family_notes: tuple[str, ...]
-    """Those of them that a user of the merged model should know too: what readers of its family get wrong."""
+    """Those of them that a user of the merged model should know too: what readers of its family, or of its
+    tokenizer, get wrong."""
     compared_bytes: int
     """Bytes of weights that the plan itself has read on other machines, to compare the experts with the base."""
     shared_bytes: int
@@ -130,19 +135,29 @@ class MergePlan:
         return [*(source.folder for source in self.sources), *adapters]
 
     @property
+    def copied_files(self) -> Mapping[str, Path]:
+        """Of the base model, beside its weights, by their paths in the output."""
+        return self.base_files.copied
+
+    @property
+    def made_files(self) -> tuple[str, ...]:
+        """What may be made of the base's tokenizer beside or instead of them, by their paths in the output."""
+        return self.base_files.made(self.family.model_type)
+
+    @property
     def inputs(self) -> list[Path]:
         """Files that the merge reads: the config, texts, and those of models, which links may lead to."""
         experts = [*self.config.experts, *self.config.shared_experts]
         patterns = [text for expert in experts for text in (*expert.positive_texts, *expert.negative_texts)]
-        files = [path for path in (*self.references, *self.copied_files) if isinstance(path, Path)]
+        files = [path for path in (*self.references, *self.copied_files.values()) if isinstance(path, Path)]
         config = [self.config.file] if self.config.file else []
         return [*config, *files, *matching_files([*patterns, *self.config.router.calibration_texts])]
 
     @property
     def file_names(self) -> list[str]:
-        """Names of the files of the merged model."""
+        """Paths in the output of the files that the merge writes, or may write."""
         index = [SAFETENSORS_INDEX] if len(self.shards) > 1 else []
-        others = ["config.json", CONFIG_COPY, CARD, *(path.name for path in self.copied_files)]
+        others = ["config.json", CONFIG_COPY, CARD, *self.copied_files, *self.made_files]
         return [*(shard.name for shard in self.shards), *index, *others]
 
     @property
@@ -184,7 +199,7 @@ class MergePlan:
     @property
     def output_bytes(self) -> int:
         """Disk space of the merged model."""
-        return self.weight_bytes + sum(path.stat().st_size for path in self.copied_files)
+        return self.weight_bytes + sum(path.stat().st_size for path in self.copied_files.values())
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -197,12 +212,12 @@ class MergePlan:
         reads_prompts = self.runs_base or self.config.reads_text
         tokenizer = self.base_folder / "tokenizer.json"
         tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-        imports_transformers = self.runs_base or (reads_prompts and not tokenizer_bytes)
+        imports_transformers = self.runs_base or bool(self.made_files) or (reads_prompts and not tokenizer_bytes)
         return (
             _PROGRAM_BYTES
             + _HUB_BYTES * any(isinstance(source.origin, Reference) for source in self.sources)
             + _LIBRARIES_BYTES * imports_transformers
-            + _TOKENIZER_FACTOR * tokenizer_bytes * reads_prompts
+            + _TOKENIZER_FACTOR * tokenizer_bytes * (2 if self.made_files else reads_prompts)
             + (_PASS_BYTES + layer + _STATES_BYTES * self.base.sizes["ffn"] + self._fit_bytes) * self.runs_base
         )
 

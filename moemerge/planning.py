@@ -24,16 +24,13 @@ from moemerge.formats.dense import DenseModel, read_dense
 from moemerge.parts import Parts, take_parts
 from moemerge.plan import MergePlan, Output
 from moemerge.proportions import mixture_of, residual_scales
-from moemerge.router_needs import check_texts, check_tokenizer, check_widths, router_reads
+from moemerge.router_needs import check_texts, check_widths, router_reads
 from moemerge.sources import ModelFolder, fetch_if_room, open_model, read_tensor_tables
+from moemerge.tokenizer_files import find_base_files
+from moemerge.tokenizer_proof import prove_tokenizer
 
 Tensors = Mapping[str, StoredTensor]
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
-# Beside the weights, copied from the base byte for byte.
-COPIED_FILES: Final = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 def plan_merge(
@@ -46,6 +43,7 @@ def plan_merge(
     weights: Literal["auto", "stream"] = "auto",
     approve: Callable[[Sequence[ModelFolder]], None] = lambda _: None,
     announce: Callable[[str], None] = lambda _: None,
+    prove: bool = False,
 ) -> MergePlan:
     """Decide a merge from configs and headers, and for `fold_norms` from norms; nothing is written.
 
@@ -65,6 +63,7 @@ def plan_merge(
         approve: called with the base, every expert and every shared expert, once their configs were found to fit and
             before any weights are downloaded; may raise.
         announce: called with a line about what takes long.
+        prove: whether transformers proves the output's tokenizer before any weights are downloaded. Else `merge` does.
 
     Raises:
         SourceError: a model cannot be reached.
@@ -89,19 +88,15 @@ def plan_merge(
     found = check_configs(base_folder.config, [(n, f.config) for n, f in zip(names, folders, strict=True)])
     _refuse(found.problems)
     base, models = _dense(base_folder), [_dense(folder) for folder in folders]
-    copied_files = tuple(path for name in COPIED_FILES if (path := base_folder.file(name)))
-    tokenizer_notes = check_tokenizer({path.name for path in copied_files}, needed=runs_base or config.reads_text)
+    files = find_base_files(base_folder, announce, needed=runs_base or config.reads_text)
     if needs_texts and (runs_base or config.reads_text):
         check_texts(config)
     _refuse(check_widths(config, base, models[:routed]))
     mixture = mixture_of(config, base, models[:routed], models[routed:])
     family, family_notes = select_family(base, config.architecture, mixture)
-
-    if family.shared is None and any(expert.noise_scale for expert in config.shared_experts):
-        raise IncompatibleError(
-            "These models cannot be merged:",
-            [f"shared_experts[].noise_scale: {family.model_type} has copies of them, each would get other noise"],
-        )
+    _refuse(_check_noise(config, family))
+    shape = family.config(base, mixture, config.dtype or "bfloat16")  # of a dtype that is known only later
+    tokenizer = prove_tokenizer(files, shape, in_process=runs_base) if prove else None
     approve((base_folder, *folders))
     tables = dict(zip(opened, read_tensor_tables(opened.values(), announce, weights="stream", dense=True), strict=True))
     dtype = config.dtype or _main_dtype(tables[config.base_model])
@@ -116,8 +111,13 @@ def plan_merge(
         if folder.adapters
     ]
     _refuse([problem for finding in findings for problem in finding.problems])
-    notes = [note for folder in opened.values() for note in folder.notes]
-    notes += [note for finding in findings for note in finding.notes] + tokenizer_notes + family_notes
+    notes = [
+        *(note for folder in opened.values() for note in folder.notes),
+        *(note for finding in findings for note in finding.notes),
+        *files.notes,
+        *files.reader_notes,
+        *family_notes,
+    ]
     if config.has_descriptions and not runs_base:
         notes.append(
             f"the base model does not read the prompts for gate_mode {config.way}, so an expert that is never "
@@ -173,12 +173,13 @@ def plan_merge(
         output_config=family.config(base, mixture, dtype),
         outputs=outputs,
         shards=tuple(shards),
-        copied_files=copied_files,
+        base_files=files,
+        tokenizer=tokenizer,
         notes=tuple(notes),
         warnings=tuple(judged.warnings),
         advice=() if judged.has_strangers else tuple(parts.advice),
         compared_bytes=judged.compared_bytes,
-        family_notes=tuple(family_notes),
+        family_notes=(*files.reader_notes, *family_notes),
         shared_bytes=shared,
         runs_base=runs_base,
         total_parameters=total,
@@ -189,6 +190,12 @@ def plan_merge(
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise IncompatibleError("These models cannot be merged:", problems)
+
+
+def _check_noise(config: MergeConfig, family: MoeFamily) -> list[str]:
+    if family.shared or not any(expert.noise_scale for expert in config.shared_experts):
+        return []
+    return [f"shared_experts[].noise_scale: {family.model_type} has copies of them, each would get other noise"]
 
 
 def _dense(folder: ModelFolder) -> DenseModel:
@@ -259,7 +266,7 @@ def _layout(
     outputs: dict[str, Output], dtype: str, max_shard_bytes: int, target: Path | None
 ) -> tuple[list[Shard], int]:
     """The shards, and how many of their bytes are shared with the sources."""
-    specs = [_spec(name, dtype, output.shape) for name, output in outputs.items()]
+    specs = [TensorSpec(n, dtype, o.shape, bytes_of(dtype, o.shape) or 0) for n, o in outputs.items()]
     copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
     paths = {tensor.path for tensor in copied.values()}
     if not (target and paths and all(isinstance(path, Path) and shares_extents(path, target) for path in paths)):
@@ -296,10 +303,6 @@ def _output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> lis
             f"{shared / 1e9:.2f} GB of the output share their place on the disk with the models they come from"
         )
     return notes
-
-
-def _spec(name: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(name, dtype, shape, bytes_of(dtype, shape) or 0)
 
 
 def _count_parameters(outputs: dict[str, Output], config: MergeConfig) -> tuple[int, int]:

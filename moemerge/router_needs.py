@@ -1,10 +1,10 @@
-"""What the routers of a merge are made from, and whether it is there: texts, a tokenizer, weights of the models."""
+"""What the routers of a merge are made from, and whether it is there: texts, weights of the models."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import MergeConfig
-from moemerge.errors import IncompatibleError, RefusedError
+from moemerge.errors import RefusedError
 from moemerge.formats import Mixture
 from moemerge.formats.dense import DenseModel
 from moemerge.texts import find_files, read_documents
@@ -34,23 +34,6 @@ def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseMo
         for number, model in enumerate(models)
         if model.sizes["ffn"] != base.sizes["ffn"]
     ]
-
-
-def check_tokenizer(names: set[str], *, needed: bool) -> list[str]:
-    """Notes on the base's tokenizer; without one, prompts are refused before any weights are downloaded."""
-    if names & {"tokenizer.json", "vocab.json", "tekken.json"}:
-        return []
-    if "tokenizer.model" in names:
-        return [
-            "base_model: has tokenizer.model but no tokenizer.json; transformers 5 then chooses the tokenizer's class "
-            "by model_type, and may split text differently after the merge. Save it as tokenizer.json first"
-        ]
-    if needed:
-        raise IncompatibleError(
-            "base_model: has no tokenizer to read the prompts with.",
-            ["add its tokenizer.json, or remove the prompts and choose gate_mode random"],
-        )
-    return ["base_model: has no tokenizer.json and no tokenizer.model to copy"]
 
 
 def router_reads(

@@ -1,9 +1,10 @@
 """Whether a merged checkpoint holds what its plan says: every byte that does not come from prompts."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,10 +16,11 @@ from moemerge.checkpoint.jobs import Jobs
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.checkpoint.values import Census, look_at
 from moemerge.dtypes import STORED
-from moemerge.errors import CheckpointError, SourceError
+from moemerge.errors import CheckpointError, RefusedError, SourceError
 from moemerge.plan import Computed, MergePlan, Output
-from moemerge.planning import COPIED_FILES
 from moemerge.sources import ModelFolder, open_model, read_tensor_table
+from moemerge.tokenizer_files import COPIED_FILES, template_names
+from moemerge.tokenizer_proof import prove_tokenizer
 
 _ABSENT: Final = "absent"
 
@@ -46,7 +48,7 @@ class Verification:
     routers: int
     """With the planned shape and dtype, and finite; their values are not computed again."""
     files: int
-    """Copied from the base, byte for byte."""
+    """Copied from the base, or made of its tokenizer, byte for byte."""
     differences: tuple[Difference, ...]
 
 
@@ -84,7 +86,8 @@ def verify_merge(
         CheckpointError: a file cannot be read, or a source is not what its header said.
     """
     model = open_merged(out)
-    differences = _compare_config(plan, model) + _compare_copied_files(plan, model)
+    files, file_differences = _compare_other_files(plan, model)
+    differences = _compare_config(plan, model) + file_differences
     try:
         tensors = read_tensor_table(model, lambda _: None)
     except CheckpointError as error:
@@ -118,7 +121,7 @@ def verify_merge(
         converted=len(converted),
         converted_bytes=sum(tensors[name].nbytes for name in converted),
         routers=len(routers),
-        files=sum(path.name not in unfit for path in plan.copied_files),
+        files=files,
         differences=tuple(differences),
     )
 
@@ -130,19 +133,34 @@ def _compare_config(plan: MergePlan, model: ModelFolder) -> list[Difference]:
     return _compare_entries(texts(plan.output_config), texts(model.config))
 
 
-def _compare_copied_files(plan: MergePlan, model: ModelFolder) -> list[Difference]:
-    """Tokenizer and the like; one that the base lacks changes how the merged model reads text."""
-    differences = []
-    sources = {path.name: path for path in plan.copied_files}
-    for name in COPIED_FILES:
-        source, file = sources.get(name), model.file(name)
+def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list[Difference]]:
+    """Tokenizer and the like, and how many are equal; one that the base lacks changes how the merged model reads text.
+
+    What is made of the base's tokenizer is made again: by another transformers it may be other bytes.
+    """
+    differences: list[Difference] = []
+    made: Mapping[str, bytes] = {}
+    try:
+        made = prove_tokenizer(plan.base_files, plan.output_config, in_process=False).files
+    except RefusedError as error:
+        differences.append(Difference("tokenizer", "the base's ids", str(error)))
+    equal = 0
+    for name in dict.fromkeys([*COPIED_FILES, *plan.copied_files, *made, *template_names(model.folder)]):
+        source, file = plan.copied_files.get(name), model.file(name)
         expected = f"the bytes of {source}" if source else _ABSENT
-        if source and file:
-            if found := compare_files(source, file):
-                differences.append(Difference(name, expected, found))
-        elif source or file:
-            differences.append(Difference(name, expected, "a file" if file else _ABSENT))
-    return differences
+        if name in made:
+            expected = f"what transformers {version('transformers')} makes of the tokenizer in {plan.base_folder}"
+        if not file:
+            found = _ABSENT
+        elif name in made:
+            found = expected if file.read_bytes() == made[name] else "other bytes"
+        else:
+            found = (compare_files(source, file) or expected) if source else "a file"
+        if found != expected:
+            differences.append(Difference(name, expected, found))
+        else:
+            equal += file is not None
+    return equal, differences
 
 
 def _compare_index(model: ModelFolder, tensors: dict[str, StoredTensor]) -> list[Difference]:

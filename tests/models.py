@@ -60,6 +60,9 @@ def make_model(
                 parameter.copy_(noise * (0.5 if "embed" in name else 0.2))
     model.to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    # As most models name it; transformers 5 reads that mixture by its own class, whatever is named.
+    name = "Qwen3_5Tokenizer" if model_type == "qwen3_5_text" else "PreTrainedTokenizerFast"
+    edit_json(folder / "tokenizer_config.json", tokenizer_class=name)
     return folder
 
 

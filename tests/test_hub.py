@@ -22,19 +22,21 @@ from moemerge.checkpoint.header import StoredTensor, build_header, read_header
 from moemerge.checkpoint.index import PICKLE_INDEX, build_index
 from moemerge.config import parse_config
 from moemerge.errors import CheckpointError, SourceError
-from moemerge.planning import COPIED_FILES, plan_merge
+from moemerge.planning import plan_merge
 from moemerge.sources import open_model, parse_reference, read_tensor_table
 from moemerge.sources.hub import SMALL_FILES
 from moemerge.sources.local import resolve_file
+from moemerge.tokenizer_files import COPIED_FILES
 from tests.hub_server import Files, Hub
 from tests.machine import SINGLE, Machine, Result
+from tests.models import tokenizer
 
 LAYERS = 2
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"
 BRANCH = "acme/code@dev/v2"
 TOKENIZER: Files = {
-    "tokenizer.json": b'{"version": "1.0"}', "tokenizer_config.json": b'{"bos_token": "<s>"}',
+    "tokenizer.json": tokenizer().backend_tokenizer.to_str().encode(), "tokenizer_config.json": b'{"bos_token": "<s>"}',
     "tekken.json": b'{"vocab": []}', "special_tokens_map.json": b'{"eos_token": "</s>"}',
     "chat_template.jinja": b"{{ messages }}", "chat_template.json": b'{"chat_template": ""}',
     "generation_config.json": b'{"eos_token_id": 2}',
@@ -391,7 +393,7 @@ def test_a_planted_tokenizer_is_refused_and_a_lost_one_noticed(planned, tmp_path
     machine = planned.copy(tmp_path)
     folders = [machine.snapshot(repo) for repo in ("acme/base", "acme/fox", "acme/code")]
     tokenizer = folders[0] / "tokenizer.json"
-    assert tokenizer in plan_of_folders(*folders).copied_files
+    assert tokenizer in plan_of_folders(*folders).copied_files.values()
     blob = tokenizer.resolve()
     (tmp_path / "secret").write_text("private")
     plant(blob, tmp_path / "secret")  # the snapshot's own link is as it was

@@ -114,7 +114,7 @@ def merge_models(
         plan = plan_from(
             console, config, max_shard_size, out_shard_size, quiet, allow_identical_experts,
             None if push_streaming else out, routing_table, weights="stream" if stream else "auto",
-            approve=pushing.approve,
+            approve=pushing.approve, prove=True,
         )  # fmt: skip
         way = partial(merge, plan, out, name=push)
         if push_streaming and pushing.publisher:
@@ -130,6 +130,7 @@ def merge_models(
             report = way(
                 overwrite=overwrite, resume=resume, low_memory=low_memory, seed=seed, device=device,
                 base_bits=base_bits, licence=pushing.licence, progress=stoppable(progress),
+                warn=lambda line: console.print(f"warning: {line}", style="yellow"),
             )  # fmt: skip
         _print_report(console, out, plan, report, quiet=quiet, by_layer=verbose > 0)
         if not quiet and not push_streaming:

@@ -20,6 +20,7 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     quiet: bool, allow_identical_experts: bool,
     target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
     weights: Literal["auto", "stream"] = "auto", approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
+    prove: bool = False,
 ) -> "MergePlan":  # fmt: skip
     """The plan of a config file; says what the user should know."""
     from moemerge.checkpoint.shards import parse_size
@@ -37,7 +38,7 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     say = saying(console, quiet=quiet)
     plan = plan_merge(
         loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
-        weights=weights, approve=approve, announce=say,
+        weights=weights, approve=approve, announce=say, prove=prove,
     )  # fmt: skip
     for note in plan.notes:
         say(f"note: {note}")

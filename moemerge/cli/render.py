@@ -45,7 +45,8 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "kept_bytes": plan.kept_bytes,
         "compared_bytes": plan.compared_bytes,
         "sources": [{"reference": source.reference, "folder": str(source.folder)} for source in plan.sources],
-        "copied_files": [path.name for path in plan.copied_files],
+        "copied_files": list(plan.copied_files),
+        "made_files": list(plan.made_files),
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
         "advice": list(plan.advice),
@@ -92,7 +93,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
         "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s); {size(free)} free here",
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
-        "copied": ", ".join(path.name for path in plan.copied_files) or "no tokenizer files: the base model has none",
+        "copied": ", ".join(plan.copied_files) or "no tokenizer files: the base model has none",
     }
     if plan.remote_bytes:
         kept = f", of which {size(plan.kept_bytes)} stay on the disk until the end" if plan.kept_bytes else ""

@@ -13,7 +13,6 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
 from moemerge.errors import MoemergeError, PublishError, RefusedError
-from moemerge.planning import COPIED_FILES
 from moemerge.publish.answers import explain
 from moemerge.publish.destination import (
     Account,
@@ -23,9 +22,10 @@ from moemerge.publish.destination import (
     create_repository,
     read_account,
 )
-from moemerge.publish.folder import checkpoint_files
+from moemerge.publish.folder import checkpoint_files, name_in_repository
 from moemerge.sources import Announce
 from moemerge.sources.patience import TOLD_TO_WAIT, Result, patiently
+from moemerge.tokenizer_files import COPIED_FILES, TEMPLATES, template_names
 
 __all__ = ["Destination", "Publisher", "checkpoint_files"]
 
@@ -34,6 +34,7 @@ _WEIGHTS: Final = re.compile(r"[^/]+\.(safetensors|bin|h5|msgpack)(\.index\.json
 # What makes a repository look like a finished model.
 _SEALS: Final = frozenset({"config.json", SAFETENSORS_INDEX})
 _READ_BESIDE: Final = frozenset({*COPIED_FILES, "config.json", "adapter_config.json"})
+_TEMPLATE: Final = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 _SHOWN: Final = 3
 
 
@@ -112,7 +113,7 @@ class Publisher:
         again = shlex.join(["moemerge", "push", str(folder), self._to.repo, *options])
         with self._explained(f"\nThe model is complete in {folder}: `{again}` sends what is missing."):
             commit, names = self._listing()
-            stale = self._stale(names, {path.name for path in paths})
+            stale = self._stale(names, set(map(name_in_repository, paths)))
             self._announce(f"{self._to.repo}: reading {len(paths)} files, and sending what is not there")
             operations: list[CommitOperationAdd | CommitOperationDelete] = [*self._additions(paths), *stale]
             sent = self._ask(
@@ -194,9 +195,10 @@ class Publisher:
             PublishError: a shard of the index is neither in the folder nor on the Hub; nothing is committed.
         """
         paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        paths += [folder / name for name in template_names(folder)]
         index = folder / SAFETENSORS_INDEX
         shards = set(read_weight_map(index).values()) if index.exists() else {SINGLE_SAFETENSORS}
-        kept = shards | {path.name for path in paths}
+        kept = shards | set(map(name_in_repository, paths))
         with self._explained():
             _, names = self._listing()
             if lost := shards.difference(names, (path.name for path in paths)):
@@ -214,12 +216,14 @@ class Publisher:
 
     @staticmethod
     def _additions(paths: Collection[Path]) -> list[CommitOperationAdd]:
-        return [CommitOperationAdd(path.name, path) for path in paths]
+        return [CommitOperationAdd(name_in_repository(path), path) for path in paths]
 
     def _stale(self, names: Collection[str], kept: Collection[str]) -> list[CommitOperationDelete]:
         """The removal of those of a repository's files that make a model and are not of the one that is kept."""
         stale = [
-            name for name in sorted(names) if name not in kept and (name in _READ_BESIDE or _WEIGHTS.fullmatch(name))
+            name
+            for name in sorted(names)
+            if name not in kept and (name in _READ_BESIDE or _WEIGHTS.fullmatch(name) or _TEMPLATE.fullmatch(name))
         ]
         if stale:
             more = " ..." if len(stale) > _SHOWN else ""

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from moemerge.errors import RefusedError
 from moemerge.sources import Announce, read_tensor_table
+from moemerge.tokenizer_files import TEMPLATES, template_names
 from moemerge.verification import open_merged
 
 
 def checkpoint_files(folder: Path, announce: Announce) -> list[Path]:
-    """Weights, `config.json`, index, tokenizer, model card and what else lies beside them.
+    """Weights, `config.json`, index, tokenizer, model card and what else lies beside them; chat templates below.
 
-    Not hidden files, folders, and weights that the index does not name; these are announced.
+    Not hidden files, other folders, and weights that the index does not name; these are announced.
 
     Raises:
         SourceError: there is no such folder, or no checkpoint in it.
@@ -26,8 +27,16 @@ def checkpoint_files(folder: Path, announce: Announce) -> list[Path]:
     for path in sorted(model.folder.iterdir()):
         if path.name.startswith("."):
             continue
+        if path.name == TEMPLATES and path.is_dir():
+            sent += template_names(model.folder)
+            continue
         strange = path.is_dir() or (path.suffix in {".safetensors", ".bin"} and path.name not in weights)
         (left if strange else sent).append(path.name)
     if left:
         announce(f"{folder}: not sent, since no reader of the model needs it: {', '.join(left)}")
     return [file for name in sent if (file := model.file(name))]
+
+
+def name_in_repository(path: Path) -> str:
+    """The path in a repository of a file of a checkpoint."""
+    return f"{TEMPLATES}/{path.name}" if path.parent.name == TEMPLATES else path.name

@@ -27,6 +27,7 @@ __all__ = [
     "Announce",
     "ModelFolder",
     "Reference",
+    "fetch_files",
     "fetch_if_room",
     "open_model",
     "parse_reference",
@@ -129,6 +130,21 @@ def _find(reference: str, announce: Announce, *, also: Sequence[str] = ()) -> tu
 
     announce(f"{reference}: looking it up on the Hub")
     return origin, fetch_small_files(origin, announce, also=also)
+
+
+def fetch_files(model: ModelFolder, names: Sequence[str], announce: Announce) -> dict[str, Path]:
+    """Those of a model's small files that are there, by name; of a Hub model, those that are missing are downloaded.
+
+    Raises:
+        SourceError: the Hub does not give them.
+        CheckpointError: a file is a link that leads elsewhere.
+    """
+    missing = [name for name in names if not model.file(name)]
+    if missing and isinstance(model.origin, Reference):
+        from moemerge.sources import hub
+
+        hub.fetch_files(model.origin, model.folder, missing, announce)
+    return {name: path for name in names if (path := model.file(name))}
 
 
 def read_tensor_table(

@@ -27,8 +27,8 @@ from moemerge.sources.reference import Reference
 # Everything that a merge reads or copies beside weights; tokenizers come in many files.
 SMALL_FILES: Final = [
     "config.json", "generation_config.json", SAFETENSORS_INDEX, PICKLE_INDEX, "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "tekken.json", "chat_template.json", "*.jinja",
-    "adapter_config.json", "README.md",
+    "added_tokens.json", "vocab.*", "merges.txt", "tekken.json", "tiktoken.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.json", "*.jinja", "adapter_config.json", "README.md",
 ]  # fmt: skip
 
 
@@ -72,6 +72,15 @@ def fetch_weights(reference: Reference, folder: Path, announce: Callable[[str], 
     """
     names = _find_weights(reference, folder, announce)
     announce(f"{reference}: downloading {', '.join(names[:3])}{' ...' if names[3:] else ''}")
+    fetch_files(reference, folder, names, announce)
+
+
+def fetch_files(reference: Reference, folder: Path, names: Sequence[str], announce: Callable[[str], None]) -> None:
+    """Download files of these names, as far as the repository has them, into the snapshot `folder`.
+
+    Raises:
+        SourceError: says what the Hub answered and what to do.
+    """
     patterns = [glob.escape(name) for name in names]
     with explained(reference, PARTIAL):
         patiently(
