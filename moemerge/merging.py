@@ -197,8 +197,14 @@ def merge_to_hub(
         return routers.report
 
 
-def check_output(plan: MergePlan, out: Path | str, *, overwrite: bool = False) -> None:
+def check_output(plan: MergePlan, out: Path | str, *, overwrite: bool = False, made_bytes: int = 0) -> None:
     """Refuse a folder that `merge` could not write, or would take something from; nothing is left on the disk.
+
+    Args:
+        plan: the merge.
+        out: the folder.
+        overwrite: see `merge`.
+        made_bytes: of files that are made beside those that the plan counts.
 
     Raises:
         RefusedError: see `merge`.
@@ -206,7 +212,7 @@ def check_output(plan: MergePlan, out: Path | str, *, overwrite: bool = False) -
     """
     out = Path(out)
     check_target(out, plan.folders, **_replacing(plan, overwrite=overwrite))
-    check_space(out, plan.output_bytes - plan.shared_bytes + plan.kept_bytes, left=left_bytes(out))
+    check_space(out, plan.output_bytes + made_bytes - plan.shared_bytes + plan.kept_bytes, left=left_bytes(out))
     check_limits(out, largest=max(shard.nbytes for shard in plan.shards), memory=plan.peak_memory_bytes)
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
 from moemerge.config import CARD, CONFIG_COPY
 from moemerge.errors import CheckpointError
-from moemerge.planning import COPIED_FILES
+from moemerge.tokenizer_files import COPIED_FILES, template_names
 
 # Where it is not known yet which of them.
 _SHARD: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -31,10 +31,9 @@ def replaceable_files(folder: Path, written: Collection[str] | None = None) -> s
     if not (whole and _is_model(folder)):
         return None
     held = {*weights, SAFETENSORS_INDEX, "config.json", CARD}
-    if ours:
-        held |= {CONFIG_COPY, *COPIED_FILES}
+    if ours or written is None:
+        held |= {CONFIG_COPY, *COPIED_FILES, *template_names(folder)}
     if written is None:
-        held |= {CONFIG_COPY, *COPIED_FILES}
         held |= {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)}
     return held.union(written or ())
 
