@@ -14,7 +14,7 @@ from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_ex
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
-from moemerge.compatibility import check_adapters, check_base, check_configs, check_expert
+from moemerge.compatibility import Findings, check_adapters, check_base, check_configs, check_expert
 from moemerge.config import MergeConfig
 from moemerge.differences import Speaker, judge_experts
 from moemerge.dtypes import NAMED, STORED, bytes_of
@@ -70,20 +70,15 @@ def plan_merge(
         CheckpointError: a model's files are damaged.
         IncompatibleError: the models cannot be merged; lists every reason.
     """
+    config = config.rechecked()
     runs_base = config.needs_pass or (routing_table and config.has_descriptions)
-    if config.experts_per_token > len(config.experts):
-        raise IncompatibleError(f"{config.experts_per_token} experts per token, but only {len(config.experts)}.", [])
     every_expert = [*config.experts, *config.shared_experts]
     references = dict.fromkeys([config.base_model, *(expert.source_model for expert in every_expert)])
     opened = {reference: open_model(reference, announce) for reference in references}
     base_folder = opened[config.base_model]
     folders = [opened[expert.source_model] for expert in every_expert]
     routed = len(config.experts)
-    places = [
-        f"{key}[{number}]"
-        for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts))
-        for number in range(len(experts))
-    ]
+    places = _places(config)
     names = [f"{place} {folder.reference}" for place, folder in zip(places, folders, strict=True)]
     found = check_configs(base_folder.config, [(n, f.config) for n, f in zip(names, folders, strict=True)])
     _refuse(found.problems)
@@ -95,20 +90,17 @@ def plan_merge(
     mixture = mixture_of(config, base, models[:routed], models[routed:])
     family, family_notes = select_family(base, config.architecture, mixture)
     _refuse(_check_noise(config, family))
-    shape = family.config(base, mixture, config.dtype or "bfloat16")  # of a dtype that is known only later
+    # The output's dtype may be known only later, and does not matter.
+    shape = family.config(base, mixture, "bfloat16")
     tokenizer = prove_tokenizer(files, shape, in_process=runs_base) if prove else None
     approve((base_folder, *folders))
     tables = dict(zip(opened, read_tensor_tables(opened.values(), announce, weights="stream", dense=True), strict=True))
     dtype = config.dtype or _main_dtype(tables[config.base_model])
-    findings = [found, check_base(base, family, tables[config.base_model], mixture.dense_layers)]
-    findings += [
-        check_expert(name, model, tables[folder.reference], shared=config.shared_weights.method)
-        for name, model, folder in zip(names, models, folders, strict=True)
-    ]
-    findings += [
-        check_adapters(name, folder, model, tables[folder.reference], shared=config.shared_weights.method)
-        for name, model, folder in zip(names, models, folders, strict=True)
-        if folder.adapters
+    named = list(zip(names, folders, models, strict=True))
+    findings = [
+        found,
+        check_base(base, family, tables[config.base_model], mixture.dense_layers),
+        *_check_experts(config, tables, named),
     ]
     _refuse([problem for finding in findings for problem in finding.problems])
     notes = [
@@ -117,17 +109,11 @@ def plan_merge(
         *files.notes,
         *files.reader_notes,
         *family_notes,
+        *_config_notes(config, family, runs_base=runs_base),
     ]
-    if config.has_descriptions and not runs_base:
-        notes.append(
-            f"the base model does not read the prompts for gate_mode {config.way}, so an expert that is never "
-            "chosen goes unnoticed; --routing-table has it read them"
-        )
-    notes += _shared_notes(config, family)
-    speakers = [Speaker(*found) for found in zip(names, folders, models, strict=True)]
     judged = judge_experts(
         config, (Speaker("base_model", base_folder, base), tables[config.base_model]),
-        [(speaker, tables[speaker.folder.reference]) for speaker in speakers],
+        [(Speaker(*expert), tables[expert[1].reference]) for expert in named],
     )  # fmt: skip
     _refuse(judged.problems)
     notes += judged.notes
@@ -187,9 +173,26 @@ def plan_merge(
     )
 
 
+def _places(config: MergeConfig) -> list[str]:
+    """Every expert, then every shared expert, as messages call it."""
+    parts = (("experts", config.experts), ("shared_experts", config.shared_experts))
+    return [f"{key}[{number}]" for key, experts in parts for number in range(len(experts))]
+
+
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise IncompatibleError("These models cannot be merged:", problems)
+
+
+def _check_experts(
+    config: MergeConfig, tables: Mapping[str, Tensors], named: Sequence[tuple[str, ModelFolder, DenseModel]]
+) -> Iterator[Findings]:
+    shared = config.shared_weights.method
+    for name, folder, model in named:
+        yield check_expert(name, model, tables[folder.reference], shared=shared)
+    for name, folder, model in named:
+        if folder.adapters:
+            yield check_adapters(name, folder, model, tables[folder.reference], shared=shared)
 
 
 def _check_noise(config: MergeConfig, family: MoeFamily) -> list[str]:
@@ -218,8 +221,14 @@ def _computes_gate(config: MergeConfig, family: MoeFamily) -> bool:
     return bool(family.shared and family.shared.gate) and config.computes_shared_gate
 
 
-def _shared_notes(config: MergeConfig, family: MoeFamily) -> list[str]:
+def _config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool) -> list[str]:
+    """What becomes of prompts and of shared experts."""
     notes = []
+    if config.has_descriptions and not runs_base:
+        notes.append(
+            f"the base model does not read the prompts for gate_mode {config.way}, so an expert that is never "
+            "chosen goes unnoticed; --routing-table has it read them"
+        )
     gated = _computes_gate(config, family)
     if config.shared_experts and all(expert.residual_scale is None for expert in config.shared_experts):
         share = sum(residual_scales(config, gated=gated)[1])
