@@ -2,19 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from moemerge.checkpoint.disk import drafted
-from moemerge.config import Expert
-from moemerge.errors import OutputError, RefusedError
-from moemerge.licences import strictest
+from moemerge.card_metadata import licence_fields, read_metadata, rewritten
+from moemerge.config import CARD, Expert
+from moemerge.errors import RefusedError
 from moemerge.markdown import as_code, as_text
 from moemerge.plan import MergePlan
-from moemerge.sources import ModelFolder, Reference, parse_reference
-from moemerge.yaml_text import YamlTextError, read_yaml
+from moemerge.sources import Reference, parse_reference
 
 if TYPE_CHECKING:
     from moemerge.evaluation.figures import Estimate, Evaluation
@@ -22,10 +19,6 @@ if TYPE_CHECKING:
 
 _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
 _SAMPLE_LENGTH: Final = 60
-_BLOCK: Final = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r?\n|$)", re.DOTALL)
-_MOST_CHARACTERS: Final = 100_000
-_LONGEST_WORD: Final = 200
-_NO_TABLE: Final = "{}: its metadata is no table in YAML. Correct what stands between its --- lines."
 _CONFIGURATION: Final = "## Configuration"
 _USAGE: Final = """\
 ```python
@@ -45,140 +38,80 @@ def write_card(
     """Write `README.md` with the Hub's metadata into `folder`; name, licence and notes are the merged model's."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    adapters = [parse_reference(adapter.reference) for source in plan.sources for adapter in source.adapters]
-    origins = [*(source.origin for source in plan.sources), *adapters]
-    repos = list(dict.fromkeys(origin.repo for origin in origins if isinstance(origin, Reference)))
+    repos = _repositories(plan)
     data = ModelCardData(
         base_model=repos or None,
         base_model_relation="merge" if repos else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=_TAGS,
-        **_licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
+        **licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, [*plan.family_notes, *notes])}").save(
-        folder / "README.md"
-    )
+    ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, [*plan.family_notes, *map(as_text, notes)])}"
+    ).save(folder / "README.md")
 
 
-def licence_of(sources: Sequence[ModelFolder]) -> str:
-    """A merged model's licence, from its sources' model cards.
+def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:
+    """What a merged model's card does not say, or says otherwise: the words that are expected, and what is found.
 
-    Raises:
-        RefusedError: they do not say; names every source's.
+    Titles, licences, and what is measured may be anybody's; what the model is made of is the plan's.
     """
-    adapters = {adapter.reference: adapter.folder for source in sources for adapter in source.adapters}
-    folders = {source.reference: source.folder for source in sources} | adapters
-    return strictest({reference: read_licence(folder) for reference, folder in folders.items()})
-
-
-def read_licence(folder: Path) -> str | None:
-    """The licence in the metadata of a folder's model card, or None where it names none.
-
-    One that the Hub has no identifier for is `other NAME LINK`; a link to a file beside the card is left out, since it
-    leads nowhere from another. Of several licences, which the Hub allows, all are taken to hold.
-    """
+    path = folder / CARD
+    if not path.is_file():
+        return [("a model card", "absent")]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lost = [(fact, "not in it") for fact in _facts(plan) if fact not in text]
     try:
-        metadata = _metadata(folder / "README.md")
-    except RefusedError:
-        return None
-    given = metadata.get("license")
-    found = sorted({_word(one).lower() for one in (given if isinstance(given, list) else [given])})
-    if not all(found) or "unknown" in found:
-        return None
-    if found == ["other"]:
-        name, link = "-".join(_word(metadata.get("license_name")).split()), _word(metadata.get("license_link"))
-        return " ".join(["other", *([name] if name else []), *([link] if name and "://" in link else [])])
-    try:
-        return strictest({one: one for one in found})
-    except RefusedError:
-        return "+".join(found)
+        named = read_metadata(path).get("base_model")
+    except RefusedError as error:
+        return [*lost, ("metadata in YAML", str(error))]
+    repos = _repositories(plan)
+    return lost if named == (repos or None) else [*lost, (f"base_model: {repos}", f"base_model: {named!r:.200}")]
 
 
-def set_licence(folder: Path, licence: str) -> None:
-    """Put a licence, as the Hub calls it or `other NAME LINK`, into the metadata of a folder's model card.
-
-    Where there is no card, one is begun.
-
-    Raises:
-        RefusedError: the card's metadata cannot be read.
-        OutputError: it cannot be written.
-    """
-    from huggingface_hub import metadata_save
-
-    path = folder / "README.md"
-    kept = {key: value for key, value in _metadata(path).items() if not key.startswith("license")}
-    with _rewritten(path) as draft:
-        draft.write_bytes(path.read_bytes() if path.exists() else b"")
-        metadata_save(draft, kept | _licence_fields(licence))
+def _repositories(plan: MergePlan) -> list[str]:
+    """What the model is made of, as far as it is on the Hub."""
+    adapters = [parse_reference(adapter.reference) for source in plan.sources for adapter in source.adapters]
+    origins = [*(source.origin for source in plan.sources), *adapters]
+    return list(dict.fromkeys(origin.repo for origin in origins if isinstance(origin, Reference)))
 
 
-@contextmanager
-def _rewritten(path: Path) -> Iterator[Path]:
-    """Where a card is written that then takes its old one's place."""
-    try:
-        with drafted(path) as draft:
-            yield draft
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
-
-
-def _word(value: Any) -> str:
-    """A short text of the metadata, or nothing."""
-    return value.strip() if isinstance(value, str) and len(value) <= _LONGEST_WORD else ""
-
-
-def _metadata(card: Path) -> dict[str, Any]:
-    """What stands between the first --- lines of somebody's card; nothing of what is no regular file."""
-    if not card.is_file():
-        return {}
-    try:
-        with card.open(encoding="utf-8", errors="replace") as file:
-            block = _BLOCK.match(file.read(_MOST_CHARACTERS))
-        metadata = read_yaml(block[1])[0] if block else None
-    except OSError:
-        return {}
-    except YamlTextError as error:
-        raise RefusedError(_NO_TABLE.format(card)) from error
-    if not isinstance(metadata or {}, dict):
-        raise RefusedError(_NO_TABLE.format(card))
-    return metadata or {}
-
-
-def _licence_fields(licence: str) -> dict[str, str]:
-    return dict(zip(("license", "license_name", "license_link"), licence.split(maxsplit=2), strict=False))
-
-
-def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[str]) -> str:
+def _facts(plan: MergePlan) -> list[str]:
+    """The parts of a card that follow from the plan alone: what the model is, how large, and of which experts."""
     config = plan.config
-    # A prompt may hold a fence of its own.
-    fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", config.text))], key=len)
     layers = plan.mixture.moe_layers
     where = "" if not plan.mixture.dense_layers else f" in {len(layers)} of {plan.base.layers} layers"
-    sections = [
-        f"# {as_text(name)}",
+    return [
         f"A {plan.family.model_type} of {len(config.experts)} experts{where}, {config.experts_per_token} per token, "
         f"made with moemerge: embeddings, attention and norms {_shared(plan)}, each expert's FFNs "
         f"{'with its own norms folded in, ' if config.fold_norms else ''}from its own model, "
         f"routers from `gate_mode: {config.way}`.",
         f"**{_millions(plan.total_parameters)} parameters, {_millions(plan.active_parameters)} active per token, "
         f"{plan.dtype}.**",
-        "\n".join(
-            ["| expert | model | made for prompts such as |", "|---|---|---|"]
-            + [
-                f"| {number} | {_shown(expert.source_model, plan)} | {_sample(expert)} |"
-                for number, expert in enumerate(config.experts)
-            ]
-            + [
-                f"| shared | {_shown(expert.source_model, plan)} | {_sample(expert)} |"
-                for expert in config.shared_experts
-            ]
+        *(
+            f"| {number} | {_shown(expert.source_model, plan)} | {_sample(expert)} |"
+            for number, expert in enumerate(config.experts)
         ),
+        *(f"| shared | {_shown(expert.source_model, plan)} | {_sample(expert)} |" for expert in config.shared_experts),
+    ]
+
+
+def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[str]) -> str:
+    text = plan.config.text
+    # A prompt may hold a fence of its own.
+    fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", text))], key=len)
+    what, size, *experts = _facts(plan)
+    sections = [
+        f"# {as_text(name)}",
+        what,
+        size,
+        "\n".join(["| expert | model | made for prompts such as |", "|---|---|---|", *experts]),
         "\n".join(f"> **Warning:** {as_text(warning)}." for warning in plan.warnings),
         "\n".join(f"> **Note:** {note}." for note in notes),
         "## Use\n\n" + _USAGE.format(name=json.dumps(name)),
         "## Routing\n\n" + _routing(report),
-        f"{_CONFIGURATION}\n\n{fence}yaml\n{config.text.rstrip()}\n{fence}",
+        f"{_CONFIGURATION}\n\n{fence}yaml\n{text.rstrip()}\n{fence}",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
@@ -194,7 +127,7 @@ def update_evaluation(folder: Path, found: "Evaluation") -> None:
     if not path.is_file():
         raise RefusedError(f"{path}: there is no model card to update.")
     text = path.read_text(encoding="utf-8")
-    with _rewritten(path) as draft:
+    with rewritten(path) as draft:
         draft.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
 
 

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
-from moemerge.card import licence_of, write_card
+from moemerge.card import write_card
+from moemerge.card_metadata import licence_of
 from moemerge.checkpoint.copy import copy_file
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS

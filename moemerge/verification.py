@@ -1,38 +1,22 @@
 """Whether a merged checkpoint holds what its plan says: every byte that does not come from prompts."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
 
-from moemerge.checkpoint.compare import compare_files, compare_tensor
+from moemerge.checkpoint.compare import compare_tensor
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
+from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import Jobs
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.checkpoint.values import Census, look_at
 from moemerge.dtypes import STORED
-from moemerge.errors import CheckpointError, RefusedError, SourceError
+from moemerge.errors import CheckpointError, SourceError
 from moemerge.plan import Computed, MergePlan, Output
 from moemerge.sources import ModelFolder, open_model, read_tensor_table
-from moemerge.tokenizer_files import COPIED_FILES, template_names
-from moemerge.tokenizer_proof import prove_tokenizer
-
-_ABSENT: Final = "absent"
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Something in a merged checkpoint that is not as planned."""
-
-    what: str
-    """A tensor, a file, or a key of `config.json`."""
-    expected: str
-    found: str
+from moemerge.verified_files import Difference, compare_entries, compare_files_beside, compare_index
 
 
 @dataclass(frozen=True)
@@ -86,8 +70,7 @@ def verify_merge(
         CheckpointError: a file cannot be read, or a source is not what its header said.
     """
     model = open_merged(out)
-    files, file_differences = _compare_other_files(plan, model)
-    differences = _compare_config(plan, model) + file_differences
+    files, differences = compare_files_beside(plan, model)
     try:
         tensors = read_tensor_table(model, lambda _: None)
     except CheckpointError as error:
@@ -97,7 +80,7 @@ def verify_merge(
         if model.file(SAFETENSORS_INDEX):
             odd = "an index, headers and files that agree"
             differences += [Difference("weights", odd, note) for note in model.notes]
-        differences += _compare_index(model, tensors) + _compare_tables(plan, tensors)
+        differences += compare_index(model, tensors) + _compare_tables(plan, tensors)
     unfit = {difference.what for difference in differences}
     fit = [name for name in plan.outputs if name in tensors and name not in unfit]
     done, total = 0, sum(tensors[name].nbytes for name in fit)
@@ -126,75 +109,11 @@ def verify_merge(
     )
 
 
-def _compare_config(plan: MergePlan, model: ModelFolder) -> list[Difference]:
-    def texts(config: dict[str, Any]) -> dict[str, str]:
-        return {f"config.json: {key}": json.dumps(value, sort_keys=True) for key, value in config.items()}
-
-    return _compare_entries(texts(plan.output_config), texts(model.config))
-
-
-def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list[Difference]]:
-    """Tokenizer and the like, and how many are equal; one that the base lacks changes how the merged model reads text.
-
-    What is made of the base's tokenizer is made again: by another transformers it may be other bytes.
-    """
-    differences: list[Difference] = []
-    made: Mapping[str, bytes] = {}
-    try:
-        made = prove_tokenizer(plan.base_files, plan.output_config, in_process=False).files
-    except RefusedError as error:
-        differences.append(Difference("tokenizer", "the base's ids", str(error)))
-    equal = 0
-    for name in dict.fromkeys([*COPIED_FILES, *plan.copied_files, *made, *template_names(model.folder)]):
-        source, file = plan.copied_files.get(name), model.file(name)
-        expected = f"the bytes of {source}" if source else _ABSENT
-        if name in made:
-            expected = f"what transformers {version('transformers')} makes of the tokenizer in {plan.base_folder}"
-        if not file:
-            found = _ABSENT
-        elif name in made:
-            found = expected if file.read_bytes() == made[name] else "other bytes"
-        else:
-            found = (compare_files(source, file) or expected) if source else "a file"
-        if found != expected:
-            differences.append(Difference(name, expected, found))
-        else:
-            equal += file is not None
-    return equal, differences
-
-
-def _compare_index(model: ModelFolder, tensors: dict[str, StoredTensor]) -> list[Difference]:
-    """What a folder announces beside its weight map, which agrees with the headers once they are read."""
-    names = {tensor.path.name for tensor in tensors.values()}
-    differences = [
-        Difference(path.name, "no weights that the index does not name", "a file that no reader loads")
-        for path in sorted(model.folder.glob("*.safetensors"))
-        if path.name not in names
-    ]
-    if index := model.file(SAFETENSORS_INDEX):
-        metadata = read_json(index).get("metadata")
-        announced = metadata.get("total_size") if isinstance(metadata, dict) else None
-        stored = sum(tensor.nbytes for tensor in tensors.values())
-        if announced != stored:
-            differences.append(Difference(SAFETENSORS_INDEX, f"total_size {stored}", f"total_size {announced}"))
-    elif len(names) > 1:
-        differences.append(Difference(SAFETENSORS_INDEX, f"an index of {len(names)} files", _ABSENT))
-    return differences
-
-
 def _compare_tables(plan: MergePlan, tensors: dict[str, StoredTensor]) -> list[Difference]:
-    return _compare_entries(
+    return compare_entries(
         {name: f"{STORED[plan.dtype]} {list(output.shape)}" for name, output in plan.outputs.items()},
         {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()},
     )
-
-
-def _compare_entries(expected: dict[str, str], found: dict[str, str]) -> list[Difference]:
-    return [
-        Difference(what, expected.get(what, _ABSENT), found.get(what, _ABSENT))
-        for what in dict.fromkeys([*expected, *found])
-        if expected.get(what) != found.get(what)
-    ]
 
 
 def _compare_output(output: Output, found: StoredTensor, seed: int, report: Report) -> list[Difference]:

@@ -7,7 +7,7 @@ from huggingface_hub import metadata_load
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moemerge.card import read_licence, set_licence
+from moemerge.card_metadata import read_licence, set_licence
 from moemerge.errors import RefusedError
 from moemerge.licences import _CHAINS, _above, strictest
 

@@ -127,7 +127,8 @@ def test_noise_and_scales_are_computed_again_with_the_seed(tmp_path, llamas):
     )
     without = planned(tmp_path / "merge.yaml", llamas, changes[0], {}, changes[2], dtype="bfloat16")
     assert [difference.what for difference in differences(without, tmp_path / "out", seed=3)] == [
-        f"model.layers.{layer}.block_sparse_moe.experts.1.w2.weight" for layer in range(3)
+        "moemerge_config.yaml: experts[1].residual_scale",
+        *(f"model.layers.{layer}.block_sparse_moe.experts.1.w2.weight" for layer in range(3)),
     ]
 
 
@@ -282,6 +283,63 @@ def test_routers_have_to_be_finite(plan, out):
         ),
     )  # fmt: skip
     assert found.routers == 2
+
+
+READ_INSTEAD = [
+    "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt",
+    "modeling_mixtral.py", "quantize_config.json", "hf_quant_config.json", "quantization_config.json", "params.json",
+    "consolidated.safetensors", "tf_model.h5", "preprocessor_config.json", "processor_config.json", "model.gguf",
+    "modules.json",
+]  # fmt: skip
+
+
+def test_files_that_change_what_a_reader_loads_are_found(plan, out):
+    for name in READ_INSTEAD:
+        (out / name).write_text("{}")
+    (out / "notes.txt").write_text("mine")
+    (out / "results.json").write_text("{}")
+    (out / "images").mkdir()
+    found = differences(plan, out)
+    told = Difference("", "absent", "a file that changes what some reader loads")
+    assert {difference.what for difference in found} == set(READ_INSTEAD)
+    assert [replace(difference, what="") for difference in found if "safetensors" not in difference.what] == [told] * 14
+
+
+def test_metadata_of_shards_and_repeated_keys_are_found(plan, out):
+    tensors = load_file(out / WEIGHTS)
+    save_file(tensors, out / WEIGHTS, {"format": "tf", "quantization": "x"})
+    config = out / "config.json"
+    config.write_text(config.read_text().replace("{", '{"rope_theta": 5, "rope_theta": 6, ', 1))
+    found = {difference.what: difference for difference in differences(plan, out)}
+    assert found.keys() == {"config.json: rope_theta", WEIGHTS}
+    assert found["config.json: rope_theta"].expected == "once"
+    assert found[WEIGHTS].expected == 'metadata {"format": "pt"}'
+    assert json.loads(found[WEIGHTS].found) == {"format": "tf", "quantization": "x"}
+
+
+def test_what_the_card_and_the_copy_of_the_config_say_is_the_plans(plan, out, llamas):
+    card = out / "README.md"
+    card.write_text(card.read_text().replace("# out", "# My model").replace("## Use", "Lovely.\n\n## Use"))
+    assert differences(plan, out) == []
+    text = card.read_text()
+    card.write_text(
+        text.replace("A mixtral of 3 experts", "A mixtral of 8 experts").replace("---\n", "---\nbase_model: a/b\n", 1)
+    )
+    first, second = differences(plan, out)
+    assert (first.what, first.found) == ("README.md", "not in it")
+    assert first.expected.startswith("A mixtral of 3 experts, 2 per token, made with moemerge")
+    assert second == Difference("README.md", "base_model: []", "base_model: 'a/b'")
+    card.unlink()
+    copy = out / "moemerge_config.yaml"
+    copy.write_text(copy.read_text().replace(str(llamas[2]), str(llamas[0])))
+    assert differences(plan, out) == [
+        Difference("moemerge_config.yaml: experts[1].source_model", "as in the config", "another value"),
+        Difference("README.md", "a model card", "absent"),
+    ]
+    copy.write_text("experts: [")
+    assert differences(plan, out)[0].found.startswith(f"{copy}: not valid YAML:")
+    copy.unlink()
+    assert differences(plan, out)[0] == Difference("moemerge_config.yaml", "the config", "absent")
 
 
 def damaged(tmp_path: Path, models: list[Path], number: int, name: str, *places: tuple[int, ...]) -> list[Path]:

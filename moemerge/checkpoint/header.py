@@ -77,6 +77,25 @@ def read_header(path: File) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: names the file, the tensor, what was expected and what was found.
     """
+    text, file_bytes = _read_text(path)
+    entries, _ = _parse(path, text)
+    data_start = LENGTH_BYTES + len(text)
+    tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
+    _check_coverage(path, tensors, data_start, file_bytes)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: File) -> dict[str, str]:
+    """What a header says beside its tensors.
+
+    Raises:
+        CheckpointError: see `read_header`.
+    """
+    return _parse(path, _read_text(path)[0])[1]
+
+
+def _read_text(path: File) -> tuple[bytes, int]:
+    """The header's JSON, and the size of the file."""
     try:
         file_bytes = size_of(path)
         with open_range(path, 0, min(LENGTH_BYTES, file_bytes)) as reader:
@@ -90,14 +109,9 @@ def read_header(path: File) -> dict[str, StoredTensor]:
         if header_bytes > MOST_BYTES:
             raise CheckpointError(f"{path}: its header has {header_bytes} bytes; at most {MOST_BYTES} are read.")
         with open_range(path, LENGTH_BYTES, header_bytes) as reader:
-            text = read_exactly(reader, header_bytes)
+            return read_exactly(reader, header_bytes), file_bytes
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
-    entries = _parse(path, text)
-    data_start = LENGTH_BYTES + header_bytes
-    tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
-    _check_coverage(path, tensors, data_start, file_bytes)
-    return {tensor.name: tensor for tensor in tensors}
 
 
 def build_header(
@@ -118,8 +132,8 @@ def build_header(
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def _parse(path: File, text: bytes) -> dict[str, Any]:
-    """The header's entries; what the reference reader refuses is refused, too."""
+def _parse(path: File, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The header's entries, and its metadata; what the reference reader refuses is refused, too."""
 
     def refuse(name: str) -> None:
         raise CheckpointError(f"{path}: the header names {name!r} twice.")
@@ -135,7 +149,7 @@ def _parse(path: File, text: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {_METADATA_KEY} in the header has to be a table of texts.")
     if name := next((name for name in (*header, *metadata, *metadata.values()) if _HALF.search(name)), None):
         raise CheckpointError(f"{path}: the header holds half of a letter, a lone surrogate, in {name!r:.80}.")
-    return header
+    return header, metadata
 
 
 def _is_size_list(value: Any) -> bool:

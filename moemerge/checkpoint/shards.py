@@ -13,8 +13,8 @@ from moemerge.dtypes import BITS
 # Decimal as on the Hub (5GB = 5e9 bytes); the binary ones only when written with an i.
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS: Final = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-# What readers of safetensors files expect to find: the framework that can read them.
-_METADATA: Final = {"format": "pt"}
+METADATA: Final = {"format": "pt"}
+"""What readers of safetensors files expect to find: the framework that can read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def fill_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> Iterator
 
 def _shard(name: str, phase: int, tensors: Sequence[TensorSpec]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: -BITS[tensor.dtype])
-    header = build_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), _METADATA, phase)
+    header = build_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), METADATA, phase)
     starts = {}
     end = len(header)
     for tensor in ordered:

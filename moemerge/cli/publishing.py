@@ -32,7 +32,7 @@ def push(  # noqa: PLR0917  typer makes options of arguments
     The token is the one of `hf auth login`, or HF_TOKEN.
     """
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
-        from moemerge.card import read_licence, set_licence
+        from moemerge.card_metadata import read_licence, set_licence
         from moemerge.checkpoint.index import read_json
         from moemerge.publish import Destination, Publisher, checkpoint_files
 
@@ -83,7 +83,7 @@ class Pushing:
         """
         if not self._destination:
             return
-        from moemerge.card import licence_of
+        from moemerge.card_metadata import licence_of
         from moemerge.publish import Publisher
 
         self.licence = self.licence or licence_of(sources)
