@@ -23,6 +23,7 @@ Loaded = tuple[DenseModel, Mapping[str, StoredTensor]]
 """A model's config and its tensors."""
 STRANGER: Final = 0.3
 """Fine-tunes of one model differ from it by a few percent; models trained apart, by about 1.4."""
+_FAR: Final = 10
 _LAYERS: Final = 4
 _ROWS: Final = 16
 _ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
@@ -91,8 +92,9 @@ def distance_warnings(
         found = distances[folder.reference]
         where = f"in {found.rows} rows of {len(found.by_layer)} layers"
         if found.is_stranger:
+            amount = f"{found.mean:.0%}" if found.mean < _FAR else "far more than their own size"
             warnings.append(
-                f"{name}: its FFNs differ from the base's by {found.mean:.0%} {where}, where fine-tunes of one model "
+                f"{name}: its FFNs differ from the base's by {amount} {where}, where fine-tunes of one model "
                 f"differ by a few percent: it is hardly a fine-tune of {base.reference}, whose attention its FFNs were "
                 "not trained with. Name the model that it was trained from as base_model, or leave it out"
             )
@@ -124,8 +126,9 @@ def check_deltas(
 
 def differs_too_much(expert: int, layer: int, distance: float) -> str:
     """What to tell of an expert whose change says nothing."""
+    amount = f"{distance:.0%}" if distance < _FAR else "far more than its own size"
     return (
-        f"experts[{expert}]: its FFN differs from the base model's by {distance:.0%} in layer {layer}, so the base is "
+        f"experts[{expert}]: its FFN differs from the base model's by {amount} in layer {layer}, so the base is "
         "not the model that it was trained from, and the difference says nothing. Name that model as base_model, or "
         "give the experts prompts and choose gate_mode ridge"
     )

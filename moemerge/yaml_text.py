@@ -106,7 +106,7 @@ def join_halves(value: Any) -> tuple[Any, list[Place]]:
                 return value.encode("utf-16", "surrogatepass").decode("utf-16")
             except UnicodeDecodeError:
                 lone.append(place)
-                return value
+                return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if isinstance(value, dict):
             return {
                 joined(key, (*place, str(key))): joined(held, (*place, key if isinstance(key, int) else str(key)))

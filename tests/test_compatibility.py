@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, plan_merge
-from moemerge.errors import IncompatibleError, MoemergeError, SourceError
+from moemerge.errors import ConfigError, IncompatibleError, MoemergeError, SourceError
 from tests.models import edit_json, make_model, write_config
 
 
@@ -357,7 +357,7 @@ def test_configs_that_make_no_sense_are_refused(tmp_path, pair, keys, message):
 
 def test_more_experts_per_token_than_experts_are_refused_however_the_config_was_made(tmp_path, pair):
     config = plan(tmp_path, pair).config.model_copy(update={"experts_per_token": 3})
-    with pytest.raises(IncompatibleError, match="3 experts per token, but only 2"):
+    with pytest.raises(ConfigError, match="each token is to go to 3 experts, but there are only 2"):
         plan_merge(config)
     assert "experts_per_token: 3" in config.text
 

@@ -1,9 +1,11 @@
 """The YAML: what is accepted, and the whole message where it is not."""
 
+import time
+
 import pytest
 
 from moemerge import load_config
-from moemerge.config import MergeConfig, parse_config
+from moemerge.config import MergeConfig, RoutedExpert, RouterSettings, parse_config
 from moemerge.errors import ConfigError
 
 PLAIN = """\
@@ -214,10 +216,127 @@ def test_a_yaml_bomb_is_refused_at_once():
         parse_config("\n".join([*lines, "base_model: *a9", "experts: *a9"]), "c.yaml")
 
 
-@pytest.mark.parametrize("text", ["base_model: 2024-13-45\n", "base_model: !!int ''\n", "[" * 5000])
-def test_what_the_yaml_library_trips_over_is_refused(text):
-    with pytest.raises(ConfigError, match="not valid YAML"):
+BOMB = "a0: &a0 [x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 20))
+HALF = '"party \\ud83c"'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base_model: 2024-13-45\n", "a value does not fit its tag: ValueError: month must be in 1..12"),
+        ("base_model: !!int ''\n", "a value does not fit its tag: IndexError: string index out of range"),
+        ('base_model: !!bool "x"\n', "a value does not fit its tag: KeyError: 'x'"),
+        ("base_model: !!timestamp x\n", "a value does not fit its tag: AttributeError: "),
+        ("[" * 500_000, "line 1: is nested more than 50 deep"),
+        ("- x\n" * 120_000, "line 99999: holds too many values"),
+        ("base_model: &a [*a]\n", "line 1: holds itself, by an alias"),
+        (BOMB + "base_model: *a19\n", "stands for more than 50000 values once its aliases are written out"),
+        (MERGES + "base_model: *a19\n", "stands for more than 50000 values once its aliases are written out"),
+        (f"base_model: {'x' * 2_000_000}\n", "has 2000013 characters; at most 1000000 are read"),
+        (f"base_model: {HALF}\nx: {'x' * 300_000}\n", "at most 200000 are read"),
+    ],
+)
+def test_what_the_yaml_library_trips_over_is_refused_at_once(text, message):
+    start = time.process_time()
+    with pytest.raises(ConfigError, match="c.yaml: not valid YAML:") as caught:
         parse_config(text, "c.yaml")
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 4000
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("key", ["positive_prompts", "positive_texts", "base_model", "experts", "router"])
+def test_values_without_an_end_get_a_short_message(key):
+    values = ", ".join(["'" + "x" * 400 + "'"] * 100)
+    text = PLAIN.replace("source_model: a\n", f"source_model: a\n    {key}: {{a: [{values}]}}\n")
+    for broken in (
+        text,
+        PLAIN + f"{'k' * 90_000}: [{values}]\n",
+        PLAIN.replace("base_model: base", f"base_model: [{values}]"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(broken, "c.yaml")
+        assert len(str(caught.value)) < 4000
+
+
+def test_letters_in_two_halves_are_joined_and_lone_ones_named_by_line():
+    config = parse_config(PLAIN.replace('"one"', '"party \\ud83c\\udf89", "sea"'))
+    assert config.experts[0].positive_prompts == ["party \U0001f389", "sea"]
+    text = PLAIN.replace('"one"', f"sea, {HALF}").replace("base_model: base", 'base_model: "\\udc80"')
+    assert problems(text) == [
+        "line 1: base_model: holds half of a letter, a lone surrogate",
+        "line 4: experts[0].positive_prompts[1]: holds half of a letter, a lone surrogate",
+    ]
+
+
+def test_keys_that_are_no_text_are_named():
+    assert problems(PLAIN + "1: x\n") == ["line 7: 1: is no name of a key: expected text"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("noise_scale", "1.0e+39", "expected a number below 3.4e+38: float32, in which is computed, holds no larger one, found 1e+39"),
+        ("residual_scale", "-1.0e+39", "expected a number below 3.4e+38: float32, in which is computed, holds no larger one, found -1e+39"),
+        ("residual_scale", "1.0e-60", "expected 0 or a number above 1.4e-45: in float32, in which is computed, it is 0, found 1e-60"),
+        ("noise_scale", ".nan", "input should be a finite number, found nan"),
+        ("residual_scale", "true", "expected a number, found True"),
+    ],
+)  # fmt: skip
+def test_numbers_that_float32_does_not_hold_are_refused(key, value, problem):
+    text = PLAIN.replace("source_model: a\n", f"source_model: a\n    {key}: {value}\n")
+    assert problems(text) == [f"line 4: experts[0].{key}: {problem}"]
+    assert problems(PLAIN + f"router: {{scale: {value}}}\n")[0].startswith("line 7: router.scale: ")
+
+
+EXPERTS = [{"source_model": "a", "positive_prompts": ["one"]}, {"source_model": "b", "positive_prompts": "two"}]
+
+
+def test_a_config_made_in_python_is_that_of_the_text():
+    text = parse_config(PLAIN + "gate_mode: ridge\nrouter: {lambda: 0.5}\n")
+    keys = {"base_model": "base", "experts": EXPERTS, "gate_mode": "ridge", "router": {"lambda": 0.5}}
+    for made in (
+        MergeConfig(**keys),
+        load_config(keys),
+        MergeConfig(**{**keys, "router": RouterSettings(**{"lambda": 0.5})}),
+    ):
+        assert made.model_dump() == text.model_dump()
+        assert parse_config(made.text).model_dump() == text.model_dump()
+    again = MergeConfig(**text.model_dump(by_alias=True))
+    assert again.model_dump() == text.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"experts": [{"source_model": "a"}, {"source_model": "b"}]},
+         "experts[0]: gate_mode ridge needs positive_prompts or positive_texts"),
+        ({"experts": [RoutedExpert(source_model="a", positive_prompts=["x"]), RoutedExpert(source_model="b")]},
+         "experts[1]: gate_mode ridge needs positive_prompts or positive_texts"),
+        ({"experts": [EXPERTS[0], EXPERTS[0] | {"positive_prompts": ["y"]}]}, "experts: every expert is the same model"),
+        ({"experts": EXPERTS[:1]}, "experts: a mixture needs at least 2 experts, found 1"),
+        ({"gate_mod": 1}, "gate_mod: unknown key, did you mean gate_mode?"),
+        ({"base_model": 5}, "base_model: expected text, found 5"),
+        ({"experts_per_token": 3}, "experts_per_token: each token is to go to 3 experts"),
+    ],
+)  # fmt: skip
+def test_a_config_made_in_python_is_checked_like_a_file(change, problem):
+    keys = {"base_model": "base", "experts": EXPERTS, "gate_mode": "ridge"} | change
+    for make in (lambda: MergeConfig(**keys), lambda: load_config(keys)):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert str(caught.value).startswith(f"config: {len(caught.value.problems)} problem")
+        assert any(found.startswith(problem) for found in caught.value.problems)
+
+
+def test_identical_experts_are_allowed_in_python_too():
+    twice = {"base_model": "base", "experts": [EXPERTS[0], EXPERTS[0] | {"positive_prompts": ["y"]}]}
+    config = load_config(twice, allow_identical_experts=True)
+    assert config.rechecked() is config
+    assert config.model_copy(update={"experts_per_token": 1}).rechecked().experts_per_token == 1
+    with pytest.raises(ConfigError, match="each token is to go to 5 experts"):
+        config.model_copy(update={"experts_per_token": 5}).rechecked()
 
 
 def test_too_few_experts():

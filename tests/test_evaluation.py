@@ -418,6 +418,12 @@ def test_routes_prints_names_where_there_are_no_colours(tmp_path, out, monkeypat
     assert code == 0
     assert page.read_text().lower().startswith("<!doctype html>")
     assert f"{page}: written" in errors
+    assert run(["routes", out, "--text", LINES[1], "--html", page], monkeypatch, capsys)[0] == 0  # its own is replaced
+    mine = tmp_path / "thesis.html"
+    mine.write_text("<!doctype html>\n<html>mine")
+    code, _, errors = run(["routes", out, "--text", LINES[0], "--html", mine], monkeypatch, capsys)
+    assert (code, mine.read_text()) == (2, "<!doctype html>\n<html>mine")
+    assert f"{mine}: holds something else than a page of routes, and is not replaced. Choose another name." in errors
     assert printed.startswith("text 1, all 3 layers: fox ")
     assert re.sub(r"\[(fox|code|chat)\]", "", printed.split("\n", 1)[1].strip()) == LINES[0]
     (tmp_path / "f.txt").write_text(LINES[1])
@@ -488,7 +494,7 @@ def test_of_a_long_text_no_more_is_tokenised_than_is_read(out):
         ),
         (["--file", "empty.md"], "--file: empty.md: holds no text."),
         (["--file", "bytes.md"], "--file: bytes.md: cannot be read as text in UTF-8: "),
-        (["--text", "x", "--html", "no/such/folder.html"], "--html: no/such/folder.html: there is no such folder."),
+        (["--text", "x", "--html", "no/such/folder.html"], "no/such/folder.html: there is no such folder."),
         (["--text", "The fox", "--layer", "9"], "layer 9 has no router; those with one: 0, 1, 2."),
         (["--text", ""], "text 1: the model's tokenizer finds no tokens in it."),
     ],

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moemerge import plan_merge
+from moemerge import load_config, plan_merge
 from moemerge.config import RouterSettings, parse_config
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.formats import Mixture
@@ -284,7 +284,8 @@ def document(root: Path, *, texts=False, prompts=False, **keys) -> str:
 def plan_of(config, folders=None):
     if folders:
         experts = [e.model_copy(update={"source_model": str(f)}) for e, f in zip(config.experts, folders, strict=True)]
-        config = config.model_copy(update={"experts": experts})
+        document = config.model_dump(by_alias=True) | {"experts": [expert.model_dump() for expert in experts]}
+        config = load_config(document, allow_identical_experts=True)
     return plan_merge(config)
 
 
@@ -546,11 +547,18 @@ def test_a_damaged_half_of_a_fused_projection_is_named_by_its_place_in_the_whole
         routers(plan_of(parse_config(json.dumps(text))))
 
 
-def test_weights_whose_squares_overflow_are_told_from_damaged_ones(tmp_path, tuned):
+def test_weights_whose_squares_overflow_are_told_from_damaged_ones(tmp_path, tuned, monkeypatch):
     name = "model.layers.0.mlp.up_proj.weight"
     model = changed_model(tmp_path, tuned / "expert1", lambda found: found[name].mul_(1e25))
+    config = parse_config(document(tuned, gate_mode="delta").replace(str(tuned / "expert1"), str(model)))
+    with pytest.raises(
+        IncompatibleError, match="differs from the base model's by far more than its own size in layer 0"
+    ):
+        plan_of(config)
+    # As in a layer that the plan does not look at.
+    monkeypatch.setattr("moemerge.differences.check_deltas", lambda *_: [])
     with pytest.raises(RouterError) as caught:
-        routers(plan_of(parse_config(document(tuned, gate_mode="delta").replace(str(tuned / "expert1"), str(model)))))
+        routers(plan_of(config))
     assert str(caught.value) == (
         "experts[1]: its FFN is so far from the base model's in layer 0 that squares of the difference overflow. Give the "
         "experts prompts and choose gate_mode ridge."

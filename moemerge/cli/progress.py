@@ -21,7 +21,7 @@ def show_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
     if quiet:
         yield lambda _stage, _done, _total: None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[said]}"))
         with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
             yield _Bars(bars).report
     else:
@@ -34,7 +34,9 @@ def show_layers(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int
     if quiet:
         yield lambda _name, _done, _total: None
     elif console.is_terminal:
-        with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bars:
+        with Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(), console=console
+        ) as bars:
             tasks: dict[str, TaskID] = {}
 
             def report(name: str, done: int, total: int) -> None:

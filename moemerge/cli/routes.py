@@ -12,6 +12,7 @@ from rich.text import Text
 from moemerge.cli.console import print_json, speaking, stdout, stoppable
 from moemerge.cli.options import Debug, Device, Json, Quiet
 from moemerge.errors import RefusedError
+from moemerge.printable import printable
 from moemerge.texts import find_files, read_documents
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
             raise RefusedError("nothing to route: give --text or --file.")
         if len(documents) > _MOST_DOCUMENTS:
             console.print(f"note: of {len(documents)} documents, the first {_MOST_DOCUMENTS} are read", style="yellow")
-        if html and (html.is_dir() or not html.resolve().parent.is_dir()):
-            raise RefusedError(f"--html: {html}: {'is a folder' if html.is_dir() else 'there is no such folder'}.")
+        if html:
+            from moemerge.routes.page import check_page
+
+            check_page(html)
         from moemerge.cli.progress import show_layers
         from moemerge.evaluation.tracing import trace
 
@@ -110,9 +113,9 @@ def print_routes(console: Console, routes: "Routes", layer: int | None) -> None:
     for text in routes.texts:
         experts = routes.majority(text) if index is None else text.experts[index, :, 0]
         shares = routes.shares(text, index)
-        legend = Text(f"{text.name}, {where}: ")
+        legend = Text(printable(f"{text.name}, {where}: "))
         for expert, name in enumerate(routes.experts):
-            legend.append(f"{name} {shares[expert]:.1%}", _style(expert)).append("  ")
+            legend.append(printable(f"{name} {shares[expert]:.1%}"), _style(expert)).append("  ")
         console.print(legend)
         console.print(_coloured(text, experts.tolist(), routes.experts, named=not console.color_system), "")
 
@@ -121,8 +124,8 @@ def _coloured(text: "TracedText", experts: list[int], names: tuple[str, ...], *,
     line, last = Text(), None
     for token, expert in zip(text.tokens, experts, strict=True):
         if named and expert != last:
-            line.append(f"[{names[expert]}]")
-        line.append(token, _style(expert))
+            line.append(printable(f"[{names[expert]}]"))
+        line.append(printable(token), _style(expert))
         last = expert
     return line
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from moemerge.errors import RefusedError
+from moemerge.errors import CheckpointError, RefusedError
 from moemerge.sources import Announce, read_tensor_table
+from moemerge.sources.local import leads_out
 from moemerge.tokenizer_files import TEMPLATES, template_names
 from moemerge.verification import open_merged
 
@@ -34,7 +35,13 @@ def checkpoint_files(folder: Path, announce: Announce) -> list[Path]:
         (left if strange else sent).append(path.name)
     if left:
         announce(f"{folder}: not sent, since no reader of the model needs it: {', '.join(left)}")
-    return [file for name in sent if (file := model.file(name))]
+    files = [file for name in sent if (file := model.file(name))]
+    for file in files:
+        if leads_out(model.folder.resolve(), target := file.resolve()):
+            raise CheckpointError(
+                f"{file}: is a link to {target}, outside the model's folder. Copy or hard-link the file instead."
+            )
+    return files
 
 
 def name_in_repository(path: Path) -> str:

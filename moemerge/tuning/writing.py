@@ -4,10 +4,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Final
 
 from moemerge.checkpoint.disk import flush, nearest_folder
+from moemerge.checkpoint.files import Stamp
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.staging import staged
 from moemerge.dtypes import NAMED
@@ -39,14 +41,17 @@ def gate_tensors(mixture: MixtureModel) -> dict[int, StoredTensor]:
 
 
 def shard_stamps(gates: Mapping[int, StoredTensor]) -> dict[str, list[int]]:
-    """Of the shards that hold gates, by name, their bytes and when they were written, in nanoseconds."""
+    """Of the shards that hold gates, by name, what tells them from others: see `Stamp`."""
     shards = sorted({Path(str(tensor.path)) for tensor in gates.values()})
-    return {path.name: stamp(path) for path in shards}
+    return {path.name: list(astuple(Stamp.of(path))) for path in shards}
 
 
 def stamp(path: Path) -> list[int]:
-    """A file's bytes, and when it was written in nanoseconds; nothing of a file that is not there."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+    """What stays of a file when it is renamed: bytes, time of writing, inode; nothing of a file that is not there."""
+    if not path.exists():
+        return []
+    found = Stamp.of(path)
+    return [found.size, found.modified, found.inode]
 
 
 def check_writable(folder: Path) -> None:
