@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-families test-transformers4 test-llamacpp demo bench bench-hub bench-routers browser format clean
+.PHONY: install check lint test test-families test-transformers4 test-llamacpp demo bench bench-hub bench-routers browser fuzz format clean
 
 install: $(VENV)/.done
 
@@ -36,6 +36,11 @@ test: check
 # Every pair of a dense and an MoE family.
 test-families: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_families.py tests/test_tuning.py -m ""
+
+# Random damage to headers, configs and indexes, for 3 minutes; SEED chooses which.
+SEED ?= 0
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds 180 --seed $(SEED)
 
 # The same tests under the oldest transformers that is supported, and equal logits in both.
 VENV4 := .venv-transformers4
