@@ -17,7 +17,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 # One thread each: with more, tiny models wait for each other's threads, many times as long as they compute.
 check: lint browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 # CI drives the routing page in a browser; elsewhere these tests are skipped where there is none.
 browser:
@@ -35,7 +35,7 @@ test: check
 
 # Every pair of a dense and an MoE family.
 test-families: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_families.py tests/test_tuning.py -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/test_families.py tests/test_tuning.py -m ""
 
 # Random damage to headers, configs and indexes, for 3 minutes; SEED chooses which.
 SEED ?= 0
@@ -55,7 +55,7 @@ $(VENV4)/.done: pyproject.toml constraints-transformers4.txt
 test-transformers4: install $(VENV4)/.done
 	$(BIN)/python -m tests.other_version write .cache/other-version
 	$(VENV4)/bin/python -m tests.other_version compare .cache/other-version
-	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest -n auto
 
 # llama.cpp's own converter, and its own tokens. One source distribution carries both; it compiles for minutes, once.
 VENVL := .venv-llamacpp

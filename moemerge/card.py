@@ -47,9 +47,9 @@ def write_card(
         tags=_TAGS,
         **licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
     )
-    ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, [*plan.family_notes, *map(as_text, notes)])}"
-    ).save(folder / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, [*plan.family_notes, *notes])}").save(
+        folder / "README.md"
+    )
 
 
 def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:
@@ -108,7 +108,7 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[s
         size,
         "\n".join(["| expert | model | made for prompts such as |", "|---|---|---|", *experts]),
         "\n".join(f"> **Warning:** {as_text(warning)}." for warning in plan.warnings),
-        "\n".join(f"> **Note:** {note}." for note in notes),
+        "\n".join(f"> **Note:** {as_text(note)}." for note in notes),
         "## Use\n\n" + _USAGE.format(name=json.dumps(name)),
         "## Routing\n\n" + _routing(report),
         f"{_CONFIGURATION}\n\n{fence}yaml\n{text.rstrip()}\n{fence}",

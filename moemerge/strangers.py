@@ -25,7 +25,7 @@ STRANGER: Final = 0.3
 """Fine-tunes of one model differ from it by a few percent; models trained apart, by about 1.4."""
 _FAR: Final = 10
 _LAYERS: Final = 4
-_ROWS: Final = 16
+_ROWS: Final = 4
 _ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 
 

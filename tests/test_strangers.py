@@ -32,7 +32,7 @@ def test_a_stranger_is_named_in_plan_and_card_and_its_like_alone(tmp_path, llama
     (warning,) = plan.warnings
     assert warning.startswith(f"experts[0] {stranger}: its FFNs differ from the base's by 1")
     assert warning.endswith(
-        "% in 144 rows of 3 layers, where fine-tunes of one model differ by a few percent: it is hardly a fine-tune of "
+        "% in 36 rows of 3 layers, where fine-tunes of one model differ by a few percent: it is hardly a fine-tune of "
         f"{llamas[0]}, whose attention its FFNs were not trained with. Name the model that it was trained from as base_model, "
         "or leave it out"
     )
@@ -55,7 +55,7 @@ def test_the_base_under_another_name_is_named(tmp_path, llamas, copies):
     copy = Path(shutil.copytree(llamas[0], tmp_path / "copy"))
     plan = plan_of(tmp_path, llamas[0], [copy, llamas[1]])
     assert plan.warnings == (
-        f"experts[0] {copy}: its FFNs are the base's, unchanged (a difference of 0 % in 144 rows of 3 layers), so that it is "
+        f"experts[0] {copy}: its FFNs are the base's, unchanged (a difference of 0 % in 36 rows of 3 layers), so that it is "
         "no expert of anything. Was it trained as an adapter? That is written model+adapter",
     )
     # The base as an expert is meant so.

@@ -15,6 +15,7 @@ from moemerge.config import load_config
 from moemerge.errors import RefusedError, RouterError
 from moemerge.formats import MOE_FAMILIES
 from moemerge.formats.dense import DENSE_FAMILIES
+from moemerge.markdown import as_text
 from moemerge.merging import merge
 from moemerge.passes import tokens
 from moemerge.passes.proving import Proof
@@ -69,7 +70,7 @@ def merged(tmp_path: Path, base: Path, llamas: list[Path], **keys: object) -> tu
     assert found.differences == ()
     assert found.files == len({*plan.copied_files, *(name for name in plan.made_files if (out / name).exists())})
     card = (out / "README.md").read_text()
-    assert all(f"> **Note:** {note}." in card for note in said)
+    assert all(f"> **Note:** {as_text(note)}." in card for note in said)
     return out, said
 
 
@@ -324,7 +325,7 @@ def test_a_tokenizers_code_is_copied_with_what_it_names_and_never_run(tmp_path, 
     for name in ("tokenization_words.py", "helper_words.py", "words.tiktoken", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     assert not (out / "train.py").exists()
-    assert f"> **Note:** {CODE_NOTE}." in (out / "README.md").read_text()
+    assert f"> **Note:** {as_text(CODE_NOTE)}." in (out / "README.md").read_text()
     (base / "vocab.json").write_text("{}")
     with pytest.raises(RouterError) as caught:
         merge(plan_of(tmp_path, base, llamas, prompts=True), tmp_path / "text")
@@ -375,7 +376,7 @@ def test_what_transformers_4_cannot_read_is_named_with_what_mends_it(tmp_path, l
     note = NOTE_FOR_4 + (NOTE_ON_EXTRA if extra else "")
     assert plan_of(tmp_path, base, llamas).notes == (note,)
     out, _ = merged(tmp_path, base, llamas)
-    assert f"> **Note:** {note}." in (out / "README.md").read_text()
+    assert f"> **Note:** {as_text(note)}." in (out / "README.md").read_text()
     config = out / "tokenizer_config.json"
     assert config.read_bytes() == (base / "tokenizer_config.json").read_bytes()
     if IN_5:
