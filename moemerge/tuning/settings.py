@@ -9,6 +9,7 @@ from typing import Final, Literal
 from moemerge.card import loss_table
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
+from moemerge.markdown import as_text
 
 Documents = Mapping[str, Sequence[str]]
 """Texts by domain."""
@@ -148,7 +149,8 @@ def card_section(found: Tuned) -> str:
     names = list(found.before.losses)
     what = "gates alone" if found.method == "gates" else "a sigmoid gate for each expert (PHATGOOSE)"
     texts = ", ".join(
-        f"{name}: {found.held_out_tokens[name]} tokens of {found.held_out_documents[name]} documents" for name in names
+        f"{as_text(name)}: {found.held_out_tokens[name]} tokens of {found.held_out_documents[name]} documents"
+        for name in names
     )
     rows = {"before": found.before, "after": found.after}
     lines = [
@@ -164,11 +166,11 @@ def card_section(found: Tuned) -> str:
         ),
         "",
         f"The mean is lower by {found.gain.precise}.",
-        *(f"\n> **Note:** {harm}." for harm in found.harm),
+        *(f"\n> **Note:** {as_text(harm)}." for harm in found.harm),
     ]  # fmt: skip
     known = [name for name in names if found.before.accuracy[name] is not None]
     if known:
-        lines += ["", f"| right expert first | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|"]
+        lines += ["", f"| right expert first | {' | '.join(map(as_text, known))} |", "|---" * (len(known) + 1) + "|"]
         for row, held in rows.items():
             lines.append(f"| {row} | {' | '.join(f'{held.accuracy[name]:.1%}' for name in known)} |")
     return "\n".join(lines)
