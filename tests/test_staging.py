@@ -1,5 +1,7 @@
 """Output is finished or absent, and nothing that lies in its place is lost."""
 
+import errno
+import os
 import resource
 import threading
 from pathlib import Path
@@ -8,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from moemerge.checkpoint import staging, target
+from moemerge.checkpoint.copy import copy_file, write_failure
 from moemerge.checkpoint.disk import allow_open_files, limit_of
 from moemerge.checkpoint.staging import staged
 from moemerge.checkpoint.target import check_limits, check_space, check_target
-from moemerge.errors import OutputError, RefusedError
+from moemerge.errors import CheckpointError, OutputError, RefusedError
 
 
 def everything(folder: Path) -> set[str]:
@@ -275,3 +278,25 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_can_be():
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert limit_of("AS") in {None, resource.getrlimit(resource.RLIMIT_AS)[0]}
+
+
+def test_a_full_disk_is_said_of_the_output_not_of_the_source(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write = Path.write_bytes
+
+    def refuse(path, data):
+        if path.parent.name == "stage":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OutputError) as caught:
+        copy_file(tmp_path / "tokenizer.json", tmp_path / "stage" / "tokenizer.json")
+    assert str(caught.value) == (
+        f"{tmp_path / 'stage' / 'tokenizer.json'}: the disk is full. Free some space, or write to another disk."
+    )
+    with pytest.raises(OutputError, match=f"^{tmp_path / 'out'}: the disk is full"), staged(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "tokenizer.json"))
+    assert "lower --max-shard-size" in str(write_failure(tmp_path / "x", OSError(errno.EFBIG, "x"))).lower()
+    with pytest.raises(CheckpointError, match=r"gone.json: cannot be read: No such file"):
+        copy_file(tmp_path / "gone.json", tmp_path / "x")
