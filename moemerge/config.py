@@ -3,8 +3,6 @@
 Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 """
 
-import difflib
-import reprlib
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +19,9 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
 )
-from pydantic_core import ErrorDetails
 
 from moemerge.config_checks import canonical_gate_mode, choose_way, cross_check, listed
+from moemerge.config_problems import SHORT_REPR, PlacedError, explain, repeated_keys
 from moemerge.dtypes import SHORT, DType
 from moemerge.errors import ConfigError
 from moemerge.layer_choice import LayerChoice, read_layers
@@ -39,8 +37,6 @@ RouterWay = Literal[
 ]  # fmt: skip
 GateMode = Literal["auto", RouterWay]
 _MOST_BYTES: Final = 4_000_000
-_short: Final = reprlib.Repr()
-_short.maxstring = 60
 
 
 def _canonical_dtype(value: Any) -> Any:
@@ -182,9 +178,9 @@ class MergeConfig(_Strict):
         try:
             super().__init__(**document)
         except ValidationError as error:
-            problems += [(detail["loc"], _explain(detail)) for detail in error.errors()]
+            problems += [(detail["loc"], explain(detail, _known_keys)) for detail in error.errors()]
         if problems:
-            raise _PlacedError(problems)
+            raise PlacedError(problems)
         self._checked, self._identical = self.model_dump(), allow_identical_experts
 
     def rechecked(self) -> "MergeConfig":
@@ -239,20 +235,6 @@ class MergeConfig(_Strict):
         return all(expert.is_described for expert in self.experts)
 
 
-class _PlacedError(ConfigError):
-    """A wrong config, with the place of each problem, from which its line can be found."""
-
-    def __init__(self, placed: list[tuple[Place, str]], name: str = "config", node: yaml.Node | None = None) -> None:
-        self.placed = placed
-        located = sorted((_line(node, place), _address(place), problem) for place, problem in placed)
-        lines = [
-            f"{f'line {line}: ' if node else ''}{f'{address}: ' if address else ''}{problem}"
-            if address else problem
-            for line, address, problem in located
-        ]  # fmt: skip
-        super().__init__(f"{name}: {len(lines)} problem{'s' if len(lines) > 1 else ''}:", lines)
-
-
 def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_experts: bool = False) -> MergeConfig:
     """Read and check a merge config.
 
@@ -287,7 +269,9 @@ def parse_config(text: str, name: str = "config", *, allow_identical_experts: bo
     except YamlTextError as error:
         raise ConfigError(f"{name}: not valid YAML:", [str(error)]) from error
     if not isinstance(document, dict):
-        raise ConfigError(f"{name}: expected keys such as base_model and experts, found {_short.repr(document)}.", [])
+        raise ConfigError(
+            f"{name}: expected keys such as base_model and experts, found {SHORT_REPR.repr(document)}.", []
+        )
     config = _check(document, name, node, allow_identical_experts)
     config._text = text  # noqa: SLF001  its own class's
     return config
@@ -298,17 +282,26 @@ def _check(
 ) -> MergeConfig:  # fmt: skip
     document, halves = join_halves(document)
     problems = [(place, "holds half of a letter, a lone surrogate") for place in halves]
-    problems += _repeated_keys(node)
+    problems += repeated_keys(node)
     problems += [((str(key),), "is no name of a key: expected text") for key in document if not isinstance(key, str)]
     try:
         config = MergeConfig(
             allow_identical_experts, **{key: value for key, value in document.items() if isinstance(key, str)}
         )
-    except _PlacedError as error:
-        raise _PlacedError([*problems, *error.placed], name, node) from None
+    except PlacedError as error:
+        raise PlacedError([*problems, *error.placed], name, node) from None
     if problems:
-        raise _PlacedError(problems, name, node)
+        raise PlacedError(problems, name, node)
     return config
+
+
+def _known_keys(place: Place) -> list[str]:
+    """Keys that stand beside the one at a place."""
+    models: dict[str, type[_Strict]] = {
+        "experts": RoutedExpert, "shared_experts": Expert, "router": RouterSettings, "shared_weights": SharedWeights,
+    }  # fmt: skip
+    model = models.get(str(place[0]), MergeConfig) if len(place) > 1 else MergeConfig
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _plain(value: Any) -> Any:
@@ -318,68 +311,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(held) for key, held in value.items()}
     return [_plain(held) for held in value] if isinstance(value, (list, tuple)) else value
-
-
-def _explain(detail: ErrorDetails) -> str:  # noqa: PLR0911  one for each kind
-    """One pydantic error in the words of someone who writes the YAML."""
-    key, value = detail["loc"][-1], detail["input"]
-    if detail["type"] == "extra_forbidden":
-        models: dict[str, type[_Strict]] = {
-            "experts": RoutedExpert, "shared_experts": Expert, "router": RouterSettings,
-            "shared_weights": SharedWeights,
-        }  # fmt: skip
-        model = models.get(str(detail["loc"][0]), MergeConfig) if len(detail["loc"]) > 1 else MergeConfig
-        known = [field.alias or name for name, field in model.model_fields.items()]
-        near = difflib.get_close_matches(str(key)[:60], known, n=1, cutoff=0.5)
-        return f"unknown key, did you mean {near[0]}?" if near else f"unknown key; known: {', '.join(known)}"
-    if detail["type"] == "missing":
-        return "is missing"
-    if detail["type"] == "literal_error":
-        choices = detail["ctx"]["expected"].replace("'", "")
-        near = difflib.get_close_matches(str(value)[:60], choices.replace(" or ", ", ").split(", "), n=1)
-        return f"expected {choices}, found {_short.repr(value)}" + (f"; did you mean {near[0]}?" if near else "")
-    if detail["type"] == "string_type":
-        in_prompts = any(str(step).endswith("_prompts") for step in detail["loc"])
-        return f"expected text, found {_short.repr(value)}" + ("; write it in quotes" if in_prompts else "")
-    if detail["type"] == "float_parsing":
-        return f"expected a number, found {_short.repr(value)}"
-    if detail["type"] == "model_type":
-        return f"expected keys with values, found {_short.repr(value)}"
-    if detail["type"] == "value_error":
-        return f"{detail['ctx']['error']}, found {_short.repr(value)}"
-    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {_short.repr(value)}"
-
-
-def _address(place: Place) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step:.60}" for step in place).lstrip(".")
-
-
-def _line(node: yaml.Node | None, place: Place) -> int:
-    """Line of the innermost step of `place` that the document has."""
-    line = node.start_mark.line + 1 if node else 1
-    for step in place:
-        child = None
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((key, value) for key, value in node.value if key.value == step), None)
-            if pair:
-                line, child = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            child = node.value[step]
-            line = child.start_mark.line + 1
-        if child is None:
-            return line
-        node = child
-    return line
-
-
-def _repeated_keys(node: yaml.Node | None) -> list[tuple[Place, str]]:
-    """YAML keeps the last of two equal keys in silence; looked for at the top and in each expert."""
-    mappings: list[tuple[Place, yaml.Node | None]] = [((), node)]
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
-        if isinstance(value, yaml.SequenceNode):
-            mappings += [((key.value, index), child) for index, child in enumerate(value.value)]
-    problems = []
-    for place, mapping in mappings:
-        keys = [key.value for key, _ in mapping.value] if isinstance(mapping, yaml.MappingNode) else []
-        problems += [((*place, key), "is written twice") for key in dict.fromkeys(keys) if keys.count(key) > 1]
-    return problems

@@ -228,7 +228,8 @@ HALF = '"party \\ud83c"'
         ("base_model: !!int ''\n", "a value does not fit its tag: IndexError: string index out of range"),
         ('base_model: !!bool "x"\n', "a value does not fit its tag: KeyError: 'x'"),
         ("base_model: !!timestamp x\n", "a value does not fit its tag: AttributeError: "),
-        ("[" * 500_000, "line 1: is nested more than 50 deep"),
+        ("[" * 500_000, "nest"),  # libyaml has a limit of its own in some versions
+        ("[" * 60 + "]" * 60, "line 1: is nested more than 50 deep"),
         ("- x\n" * 120_000, "line 99999: holds too many values"),
         ("base_model: &a [*a]\n", "line 1: holds itself, by an alias"),
         (BOMB + "base_model: *a19\n", "stands for more than 50000 values once its aliases are written out"),

@@ -97,7 +97,8 @@ def merge_models(
     with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from moemerge.checkpoint.target import check_target
         from moemerge.cli.progress import show_progress
-        from moemerge.merging import check_output, check_streaming, merge, merge_to_hub
+        from moemerge.merging import merge, merge_to_hub
+        from moemerge.output_checks import check_output, check_streaming
         from moemerge.overwriting import replaceable_files
 
         if push_streaming:
