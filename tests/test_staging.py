@@ -282,14 +282,17 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_can_be():
 
 def test_a_full_disk_is_said_of_the_output_not_of_the_source(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
-    write = Path.write_bytes
+    (tmp_path / "stage").mkdir()
+    given = Path.open
 
-    def refuse(path, data):
+    def refuse(path, mode="r", **keys):
+        opened = given(path, mode, **keys)
         if path.parent.name == "stage":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, data)
+            opened.close()
+            opened = given(Path("/dev/full"), mode, **keys)
+        return opened
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(OutputError) as caught:
         copy_file(tmp_path / "tokenizer.json", tmp_path / "stage" / "tokenizer.json")
     assert str(caught.value) == (

@@ -3,8 +3,9 @@
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from moemerge.checkpoint.header import BLOCK_BYTES
 from moemerge.errors import CheckpointError, OutputError
@@ -72,20 +73,30 @@ def write_failure(path: Path, error: OSError) -> OutputError:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file; what fails is said of the file that it fails on.
+    """Copy a file that belongs beside weights; what fails is said of the file that it fails on.
 
     Raises:
         CheckpointError: the source cannot be read.
         OutputError: the target cannot be written.
     """
     try:
-        data = source.read_bytes()
+        reader = source.open("rb")
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}.") from error
+    with reader:
+        try:
+            with target.open("wb") as writer:
+                for chunk in iter(partial(_read_chunk, reader, source), b""):
+                    writer.write(chunk)
+        except OSError as error:
+            raise write_failure(target, error) from error
+
+
+def _read_chunk(reader: BinaryIO, source: Path) -> bytes:
     try:
-        target.write_bytes(data)
+        return reader.read(BUFFER_BYTES)
     except OSError as error:
-        raise write_failure(target, error) from error
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}.") from error
 
 
 def _copy_file_range(source: int, start: int, target: int, target_start: int, nbytes: int) -> int:
