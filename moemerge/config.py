@@ -4,7 +4,7 @@ Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -37,6 +37,7 @@ RouterWay = Literal[
 ]  # fmt: skip
 GateMode = Literal["auto", RouterWay]
 _MOST_BYTES: Final = 4_000_000
+_DEEPEST: Final = 50
 
 
 def _canonical_dtype(value: Any) -> Any:
@@ -49,6 +50,10 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
+# Below it float32 has fewer digits, and at last none.
+_SMALLEST: Final = 2.0**-126
+
+
 def _in_float32(value: float) -> float:
     """A number that is computed with in float32, where it is neither infinite nor vanishes."""
     try:
@@ -57,8 +62,8 @@ def _in_float32(value: float) -> float:
         raise ValueError(
             "expected a number below 3.4e+38: float32, in which is computed, holds no larger one"
         ) from None
-    if value and not held:
-        raise ValueError("expected 0 or a number above 1.4e-45: in float32, in which is computed, it is 0")
+    if value and abs(held) < _SMALLEST:
+        raise ValueError("expected 0 or a number above 1.2e-38: float32, in which is computed, holds no smaller one")
     return value
 
 
@@ -112,13 +117,13 @@ class RouterSettings(_Strict):
 
     lambda_: Number | None = Field(None, alias="lambda", gt=0)
     """Regularisation of ridge and logistic, relative to the mean variance of router inputs; None: by token count."""
-    scale: Number = Field(1.0, gt=0)
+    scale: Number = Field(1.0, ge=1e-6, le=1e6)
     """Factor on the scale that is fitted: above 1 the chosen experts are mixed less."""
     tokens_per_expert: int = Field(4096, ge=1, strict=True)
     """How many tokens of its texts are read for each expert, and as many of the calibration texts for each."""
     calibration_texts: Texts = []
     """Files, folders or patterns of text that is not sorted by expert."""
-    load_prior: list[Annotated[Number, Field(gt=0)]] | None = None
+    load_prior: list[Annotated[Number, Field(ge=1e-6, le=1e6)]] | None = None
     """Share of the calibration texts that each expert should take, in the order of the experts."""
     seed: int | None = Field(None, ge=0, strict=True)
     """Of random routers, and of which documents are read where there are more than are needed."""
@@ -130,7 +135,7 @@ class SharedWeights(_Strict):
     method: Literal["base", "average", "ties", "dare"] = "base"
     weights: list[Annotated[Number, Field(gt=0)]] | None = None
     """Of the experts, in their order; they are divided by their sum. None: all alike."""
-    density: Number = Field(0.5, gt=0, le=1)
+    density: Number = Field(0.5, ge=1e-6, le=1)
     """Of `ties` and `dare`: the share of an expert's changes that is kept."""
     seed: int = Field(0, ge=0, strict=True)
     """Of `dare`."""
@@ -174,7 +179,9 @@ class MergeConfig(_Strict):
     _identical: bool = PrivateAttr(default=False)
 
     def __init__(self, allow_identical_experts: bool = False, /, **document: Any) -> None:
-        problems = [*cross_check(_plain(document), allow_identical_experts=allow_identical_experts)]
+        document, halves = join_halves(_plain(document))
+        problems: list[tuple[Place, str]] = [(place, "holds half of a letter, a lone surrogate") for place in halves]
+        problems += cross_check(document, allow_identical_experts=allow_identical_experts)
         try:
             super().__init__(**document)
         except ValidationError as error:
@@ -280,9 +287,7 @@ def parse_config(text: str, name: str = "config", *, allow_identical_experts: bo
 def _check(
     document: dict[Any, Any], name: str, node: yaml.Node | None, allow_identical_experts: bool
 ) -> MergeConfig:  # fmt: skip
-    document, halves = join_halves(document)
-    problems = [(place, "holds half of a letter, a lone surrogate") for place in halves]
-    problems += repeated_keys(node)
+    problems = list(repeated_keys(node))
     problems += [((str(key),), "is no name of a key: expected text") for key in document if not isinstance(key, str)]
     try:
         config = MergeConfig(
@@ -304,10 +309,13 @@ def _known_keys(place: Place) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _plain(value: Any) -> Any:
-    """A document of plain values, also where parts of it are models already."""
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A document of plain values, also where parts of it are models, or come one by one."""
+    if depth > _DEEPEST:
+        raise ConfigError(f"config: is nested more than {_DEEPEST} deep.", [])
     if isinstance(value, BaseModel):
-        return _plain(value.model_dump(exclude_unset=True, by_alias=True))
+        return _plain(value.model_dump(exclude_unset=True, by_alias=True), depth)
     if isinstance(value, Mapping):
-        return {key: _plain(held) for key, held in value.items()}
-    return [_plain(held) for held in value] if isinstance(value, (list, tuple)) else value
+        return {key: _plain(held, depth + 1) for key, held in value.items()}
+    listed_like = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    return [_plain(held, depth + 1) for held in value] if listed_like else value

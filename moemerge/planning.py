@@ -18,7 +18,7 @@ from moemerge.compatibility import Findings, check_adapters, check_base, check_c
 from moemerge.config import MergeConfig
 from moemerge.differences import Speaker, judge_experts
 from moemerge.dtypes import NAMED, STORED, bytes_of
-from moemerge.errors import IncompatibleError
+from moemerge.errors import IncompatibleError, RefusedError
 from moemerge.formats import Mixture, MoeFamily, select_family
 from moemerge.formats.dense import DenseModel, read_dense
 from moemerge.parts import Parts, take_parts
@@ -70,7 +70,10 @@ def plan_merge(
         CheckpointError: a model's files are damaged.
         IncompatibleError: the models cannot be merged; lists every reason.
     """
-    config = config.rechecked()
+    # What is planned stays, whatever becomes of the one that is given.
+    config = config.rechecked().model_copy(deep=True)
+    if max_shard_bytes < 1:
+        raise RefusedError(f"a shard of at most {max_shard_bytes} bytes holds nothing.")
     runs_base = config.needs_pass or (routing_table and config.has_descriptions)
     every_expert = [*config.experts, *config.shared_experts]
     references = dict.fromkeys([config.base_model, *(expert.source_model for expert in every_expert)])

@@ -36,6 +36,7 @@ _IMPORT: Final = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 # Names of vocabularies in code.
 _VOCABULARY: Final = re.compile(r"[\"']([\w-][\w.-]*\.(?:tiktoken|model|txt|bpe|vocab))[\"']")
 _MOST_CODE: Final = 2**20
+_END_BYTES: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def find_base_files(base: ModelFolder, announce: Callable[[str], None], *, neede
         code, note = _find_code(base, references, announce)
         copied |= {name: path for name, path in code.items() if name not in copied}
         reader_notes.append(note)
+    if "tokenizer.json" in copied and not _looks_whole(copied["tokenizer.json"]):
+        notes.append("base_model: its tokenizer.json is empty or cut off: no program can load it, nor the output's")
     vocabularies = _vocabularies(copied)
     if needed and not vocabularies:
         raise IncompatibleError(
@@ -102,9 +105,17 @@ def find_base_files(base: ModelFolder, announce: Callable[[str], None], *, neede
     elif "tokenizer.json" not in vocabularies:
         notes.append(
             f"base_model: has no tokenizer.json; one is made of {', '.join(vocabularies)} as transformers converts it, "
-            "and compared with the base's tokenizer before anything is written"
+            "if it can, and compared with the base's tokenizer before anything is written"
         )
     return BaseFiles(base, copied, config, tuple(notes), tuple(reader_notes))
+
+
+def _looks_whole(path: Path) -> bool:
+    """Whether a file begins and ends as a JSON object does."""
+    with path.open("rb") as file:
+        first = file.read(_END_BYTES)
+        file.seek(max(path.stat().st_size - _END_BYTES, 0))
+        return first.lstrip().startswith(b"{") and file.read(_END_BYTES).rstrip().endswith(b"}")
 
 
 def template_names(folder: Path) -> list[str]:

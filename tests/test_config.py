@@ -280,7 +280,7 @@ def test_keys_that_are_no_text_are_named():
     [
         ("noise_scale", "1.0e+39", "expected a number below 3.4e+38: float32, in which is computed, holds no larger one, found 1e+39"),
         ("residual_scale", "-1.0e+39", "expected a number below 3.4e+38: float32, in which is computed, holds no larger one, found -1e+39"),
-        ("residual_scale", "1.0e-60", "expected 0 or a number above 1.4e-45: in float32, in which is computed, it is 0, found 1e-60"),
+        ("residual_scale", "1.0e-60", "expected 0 or a number above 1.2e-38: float32, in which is computed, holds no smaller one, found 1e-60"),
         ("noise_scale", ".nan", "input should be a finite number, found nan"),
         ("residual_scale", "true", "expected a number, found True"),
     ],
@@ -289,6 +289,15 @@ def test_numbers_that_float32_does_not_hold_are_refused(key, value, problem):
     text = PLAIN.replace("source_model: a\n", f"source_model: a\n    {key}: {value}\n")
     assert problems(text) == [f"line 4: experts[0].{key}: {problem}"]
     assert problems(PLAIN + f"router: {{scale: {value}}}\n")[0].startswith("line 7: router.scale: ")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    ["router: {scale: 1.0e-7}", "router: {scale: 1.0e+7}", "router: {load_prior: [1.0e-7, 1]}",
+     "router: {load_prior: [1, 1.0e+7]}", "shared_weights: {method: ties, density: 1.0e-7}"],
+)  # fmt: skip
+def test_factors_that_leave_nothing_are_refused(keys):
+    assert any(" should be " in problem for problem in problems(PLAIN + keys + "\n"))
 
 
 EXPERTS = [{"source_model": "a", "positive_prompts": ["one"]}, {"source_model": "b", "positive_prompts": "two"}]
@@ -329,6 +338,26 @@ def test_a_config_made_in_python_is_checked_like_a_file(change, problem):
             make()
         assert str(caught.value).startswith(f"config: {len(caught.value.problems)} problem")
         assert any(found.startswith(problem) for found in caught.value.problems)
+
+
+def test_a_config_made_in_python_may_give_its_lists_one_by_one():
+    made = MergeConfig(base_model="base", experts=(expert for expert in EXPERTS), gate_mode="ridge")
+    assert [expert.source_model for expert in made.experts] == ["a", "b"]
+    assert parse_config(made.text).model_dump() == made.model_dump()
+
+
+def test_a_config_made_in_python_that_holds_itself_is_refused():
+    ring: list[object] = []
+    ring.append(ring)
+    with pytest.raises(ConfigError, match="config: is nested more than 50 deep"):
+        MergeConfig(base_model="base", experts=ring)
+
+
+def test_half_letters_of_a_config_made_in_python_are_joined_or_named():
+    made = MergeConfig(base_model="\ud83d\ude42", experts=EXPERTS)
+    assert made.base_model == "\U0001f642"
+    with pytest.raises(ConfigError, match="base_model: holds half of a letter, a lone surrogate"):
+        MergeConfig(base_model="\ud83d", experts=EXPERTS)
 
 
 def test_identical_experts_are_allowed_in_python_too():

@@ -484,7 +484,7 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path, mode):
     with pytest.raises(IncompatibleError, match="has no tokenizer to read the prompts with"):
         plan_of(tmp_path, folders, gate_mode=mode)
     (folders[0] / "tokenizer.json").write_text("{}")
-    with pytest.raises(RouterError, match=r"the model's tokenizer cannot be loaded .* choose gate_mode random"):
+    with pytest.raises(RouterError, match=r"the model's tokenizer cannot be used .* choose gate_mode random"):
         routers(plan_of(tmp_path, folders, gate_mode=mode))
 
 

@@ -100,8 +100,8 @@ def test_a_tokenizer_json_is_made_of_vocabulary_and_merges(tmp_path, llamas, bas
     with_vocabulary(base, name, **config)
     plan = plan_of(tmp_path, base, llamas)
     assert plan.notes == (
-        "base_model: has no tokenizer.json; one is made of vocab.json, merges.txt as transformers converts it, and "
-        "compared with the base's tokenizer before anything is written",
+        "base_model: has no tokenizer.json; one is made of vocab.json, merges.txt as transformers converts it, if it can, "
+        "and compared with the base's tokenizer before anything is written",
     )
     out, _ = merged(tmp_path, base, llamas)
     assert ids(out) == ids(base)
@@ -136,13 +136,18 @@ def test_a_class_that_overrides_tokenizer_json_is_written_into_it(tmp_path, llam
     assert said == (
         [
             f"tokenizer.json is not the base's file but the base's tokenizer as transformers {version('transformers')} reads "
-            "it, by LlamaTokenizer: the file itself it would read otherwise for mixtral"
+            "it, by LlamaTokenizer: the file itself it would read otherwise for mixtral. What reads the file as it is, as "
+            "transformers 4 and llama.cpp may, reads the output otherwise than the base",
+            f"tokenizer_config.json is not the base's in padding_side, so that transformers {version('transformers')} reads "
+            "it alike",
         ]
         if IN_5
         else []
     )
     assert same != IN_5
-    assert (out / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+    config = json.loads((base / "tokenizer_config.json").read_text()) | ({"padding_side": "left"} if IN_5 else {})
+    assert json.loads((out / "tokenizer_config.json").read_text()) == config
+    assert AutoTokenizer.from_pretrained(out).padding_side == AutoTokenizer.from_pretrained(base).padding_side
     # Another architecture's class does the same to the file.
     shutil.rmtree(out)
     out, said = merged(tmp_path, base, llamas, architecture="qwen2_moe", prompts=True)
@@ -443,3 +448,12 @@ def test_no_tokenizer_config_stops_a_merge_that_reads_no_text(tmp_path, llamas, 
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
     _, said = merged(tmp_path, base, llamas)
     assert all(line.isprintable() and len(line) < 1200 for line in (*said, *plan_of(tmp_path, base, llamas).notes))
+
+
+@pytest.mark.parametrize("text", ["", '{"version": "1.0", "model": {"type": "BPE"'])
+def test_a_tokenizer_json_that_is_empty_or_cut_is_noted(tmp_path, base, llamas, text):
+    (base / "tokenizer.json").write_text(text)
+    assert (
+        "base_model: its tokenizer.json is empty or cut off: no program can load it, nor the output's"
+        in plan_of(tmp_path, base, llamas).notes
+    )

@@ -32,6 +32,7 @@ _TEXTS: Final = (
 )  # fmt: skip
 _MOST_ADDED: Final = 200
 _NAMED: Final = ("bos_token", "eos_token", "pad_token")
+_SIDES: Final = ("padding_side", "truncation_side")
 # transformers 4 and 5 read tokenizer.json as it is by this class, where they heed it.
 _AS_IT_IS: Final = {"tokenizer_class": "PreTrainedTokenizerFast"}
 _ABSENT: Final = object()
@@ -138,6 +139,7 @@ def _read(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
         "the id of": tokenizer.get_vocab(),
         "its chat_template": tokenizer.chat_template,
         "its model_input_names": list(tokenizer.model_input_names),
+        **{f"its {name}": getattr(tokenizer, name, None) for name in _SIDES},
     }
 
 
@@ -171,9 +173,10 @@ def _first(what: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
 
 def _edits(tokenizer: Any) -> Iterator[dict[str, Any]]:
     """Keys that tokenizer_config.json may need beside a made tokenizer.json, the least first; `_ABSENT` removes one."""
+    sides = {name: "left" for name in _SIDES if getattr(tokenizer, name, None) == "left"}
     named = {name: getattr(tokenizer, name) for name in _NAMED}
     named["model_input_names"] = list(tokenizer.model_input_names)
-    for edits in ({}, named, named | _AS_IT_IS):
+    for edits in (sides, sides | named, sides | named | _AS_IT_IS):
         yield edits
         yield edits | _ADDED_AS_MADE
 

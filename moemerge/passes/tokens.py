@@ -95,7 +95,8 @@ def why_unreadable(folder: Path, error: Exception) -> tuple[str, str]:
             f"is a {pieces[0]}, and {' and '.join(packages)} to read it {'are' if packages[1:] else 'is'} not installed"
         )
         return why, f"pip install {' '.join(packages)}"
-    return f"cannot be loaded ({told(error)})", "add the tokenizer's files"
+    has_files = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", *_SENTENCEPIECE))
+    return f"cannot be used ({told(error)})", f"{'mend' if has_files else 'add'} the tokenizer's files"
 
 
 def told(error: Exception) -> str:
@@ -135,11 +136,13 @@ def by_transformers(folder: Path, *, bos_as_text: bool = False) -> Encode:
     tokenizer = load_tokenizer(folder)
 
     def encode(text: str) -> tuple[list[int], list[int]]:
-        if bos_as_text:
-            ids = tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False, verbose=False)["input_ids"]
-            return ids, [int(place == 0 and token == tokenizer.bos_token_id) for place, token in enumerate(ids)]
-        result = tokenizer(text, return_special_tokens_mask=True, verbose=False)
-        return result["input_ids"], result["special_tokens_mask"]
+        with _explained(folder):
+            if bos_as_text:
+                whole = (tokenizer.bos_token or "") + text
+                ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+                return ids, [int(place == 0 and token == tokenizer.bos_token_id) for place, token in enumerate(ids)]
+            result = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+            return result["input_ids"], result["special_tokens_mask"]
 
     return encode
 
