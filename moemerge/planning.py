@@ -93,9 +93,10 @@ def plan_merge(
     mixture = mixture_of(config, base, models[:routed], models[routed:])
     family, family_notes = select_family(base, config.architecture, mixture)
     _refuse(_check_noise(config, family))
-    # The output's dtype may be known only later, and does not matter.
-    shape = family.config(base, mixture, "bfloat16")
-    tokenizer = prove_tokenizer(files, shape, in_process=runs_base) if prove else None
+    # The output's dtype may be known only later, and does not matter here.
+    tokenizer = (
+        prove_tokenizer(files, family.config(base, mixture, "bfloat16"), in_process=runs_base) if prove else None
+    )
     approve((base_folder, *folders))
     tables = dict(zip(opened, read_tensor_tables(opened.values(), announce, weights="stream", dense=True), strict=True))
     dtype = config.dtype or _main_dtype(tables[config.base_model])

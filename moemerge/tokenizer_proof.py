@@ -107,8 +107,8 @@ def _notes(
     if "tokenizer.json" in written and "tokenizer.json" in files.copied:
         yield (
             f"tokenizer.json is not the base's file but the base's tokenizer as {reader} reads it, by "
-            f"{proof.base_class}: the file itself it would read otherwise for {model_type}. What reads the file as it is, "
-            "as transformers 4 and llama.cpp may, reads the output otherwise than the base"
+            f"{proof.base_class}: the file itself it would read otherwise for {model_type}. Programs that read "
+            "the file as it is read the output otherwise than the base"
         )
     elif "tokenizer.json" in written and "tokenizer.model" in files.copied:
         yield (

@@ -136,8 +136,8 @@ def test_a_class_that_overrides_tokenizer_json_is_written_into_it(tmp_path, llam
     assert said == (
         [
             f"tokenizer.json is not the base's file but the base's tokenizer as transformers {version('transformers')} reads "
-            "it, by LlamaTokenizer: the file itself it would read otherwise for mixtral. What reads the file as it is, as "
-            "transformers 4 and llama.cpp may, reads the output otherwise than the base",
+            "it, by LlamaTokenizer: the file itself it would read otherwise for mixtral. Programs that read the "
+            "file as it is read the output otherwise than the base",
             f"tokenizer_config.json is not the base's in padding_side, so that transformers {version('transformers')} reads "
             "it alike",
         ]
