@@ -11,14 +11,17 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.index import read_json
 from moemerge.config import MergeConfig
 from moemerge.errors import CheckpointError
+from moemerge.formats import Mixture
 from moemerge.formats.dense import DenseModel
 from moemerge.sources import ModelFolder
 from moemerge.sources.local import resolve_file
-from moemerge.strangers import check_deltas, distance_warnings, measure_distances
+from moemerge.strangers import check_deltas, distance_notes, distance_warnings, measure_distances
 
 Tensors = Mapping[str, StoredTensor]
 _SCALES: Final = ("attention_multiplier", "embedding_multiplier", "logits_scaling")
 _NORMS: Final = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
+# What says most of rotary positions.
+_ROPE_FIRST: Final = ("rope_type", "rope_theta", "factor")
 _SHOWN: Final = 3
 # Of a tokenizer.json, where the list of added tokens stands; the vocabulary behind it has megabytes.
 _HEAD_CHARACTERS: Final = 1_000_000
@@ -40,18 +43,18 @@ class Speaker:
         return int(self.model.config["max_position_embeddings"])
 
     @cached_property
-    def template(self) -> str | None:
-        """Its chat template."""
-        if file := self._file("chat_template.jinja"):
-            with file.open(encoding="utf-8", errors="replace") as opened:
-                return opened.read(_HEAD_CHARACTERS)
+    def templates(self) -> dict[str, str]:
+        """Its chat templates by name, wherever they are kept; that of a model with one is `default`."""
         given = self._tokenizer_config.get("chat_template")
-        return json.dumps(given) if given else None
+        listed = given if isinstance(given, list) else [{"name": "default", "template": given}]
+        found = {str(entry.get("name")): entry.get("template") for entry in listed if isinstance(entry, dict)}
+        if file := self._file("chat_template.jinja"):
+            found["default"] = _beginning(file)
+        return {name: text.rstrip("\n") for name, text in found.items() if isinstance(text, str) and text}
 
-    @cached_property
-    def tokenizer(self) -> tuple[int, bytes, bytes] | None:
-        """What tells its `tokenizer.json`, or else its `tokenizer.model`, from others: size, first and last bytes."""
-        file = self._file("tokenizer.json") or self._file("tokenizer.model")
+    def tokenizer(self, name: str) -> tuple[int, bytes, bytes] | None:
+        """What tells its tokenizer's file of this name from others: size, first and last bytes; None without one."""
+        file = self._file(name)
         if file is None:
             return None
         with file.open("rb") as opened:
@@ -65,8 +68,7 @@ class Speaker:
         file = self._file("tokenizer.json")
         if file is None:
             return {}
-        with file.open(encoding="utf-8", errors="replace") as opened:
-            _, key, rest = opened.read(_HEAD_CHARACTERS).partition('"added_tokens":')
+        _, key, rest = _beginning(file).partition('"added_tokens":')
         try:
             listed, _ = json.JSONDecoder().raw_decode(rest.lstrip()) if key else ([], 0)
             return {str(token["content"]): int(token["id"]) for token in listed}
@@ -104,8 +106,11 @@ class Judgement:
 
 
 def judge_experts(
-    config: MergeConfig, base: tuple[Speaker, Tensors], experts: Sequence[tuple[Speaker, Tensors]]
-) -> Judgement:  # fmt: skip
+    config: MergeConfig,
+    mixture: Mixture,
+    base: tuple[Speaker, Tensors],
+    experts: Sequence[tuple[Speaker, Tensors]],
+) -> Judgement:
     """Compare every expert, then every shared expert, with the base, by config, small files and a few rows of weights.
 
     Raises:
@@ -114,13 +119,24 @@ def judge_experts(
     """
     ours, tensors = base
     by_reference = {expert.folder.reference: (expert.model, table) for expert, table in experts}
-    distances, compared_bytes = measure_distances((ours.model, tensors), by_reference)
+    layers: dict[str, set[int]] = {}
+    for number, (expert, _) in enumerate(experts):
+        present = {layer for layer in mixture.moe_layers if number not in mixture.absent.get(layer, ())}
+        layers.setdefault(expert.folder.reference, set()).update(present)
+    distances, compared_bytes = measure_distances(
+        (ours.model, tensors), by_reference, {reference: sorted(found) for reference, found in layers.items()}
+    )
     folders = [expert.folder for expert, _ in experts]
     strangers = {reference for reference, found in distances.items() if found.is_stranger}
     return Judgement(
         problems=check_deltas(config, ours.folder, folders[: len(config.experts)], distances),
         warnings=distance_warnings(ours.folder, [(expert.name, expert.folder) for expert, _ in experts], distances),
-        notes=lost_notes(ours, [expert for expert, _ in experts if expert.folder.reference not in strangers]),
+        notes=[
+            *distance_notes(
+                ours.model, [(expert.name, expert.folder, expert.model) for expert, _ in experts], distances
+            ),
+            *lost_notes(ours, [expert for expert, _ in experts if expert.folder.reference not in strangers]),
+        ],
         has_strangers=bool(strangers),
         compared_bytes=compared_bytes,
     )
@@ -151,12 +167,14 @@ def _lost(base: Speaker, expert: Speaker) -> Iterator[str]:
     if expert.context != base.context:
         yield f"context of {expert.context} tokens (base: {base.context})"
     ropes = [model.values.get("rope_parameters") or {} for model in (theirs, ours)]
-    keys = sorted(key for key in ropes[0].keys() | ropes[1].keys() if ropes[0].get(key) != ropes[1].get(key))
+    known = dict.fromkeys([*_ROPE_FIRST, *sorted(ropes[0].keys() | ropes[1].keys())])
+    keys = [key for key in known if ropes[0].get(key) != ropes[1].get(key)]
     told = [f"{key} {ropes[0].get(key)!s:.30} (base: {ropes[1].get(key)!s:.30})" for key in keys]
     if told:
         yield f"rotary positions, {', '.join(told[:_SHOWN])}{', ...' if len(told) > _SHOWN else ''}"
     pairs = {"sliding window": [model.values.get("window") or "none" for model in (theirs, ours)]}
-    pairs |= {key: [model.config.get(key) for model in (theirs, ours)] for key in (*_NORMS, "eos_token_id")}
+    pairs |= {key: [model.config.get(key) for model in (theirs, ours)] for key in _NORMS}
+    pairs["eos_token_id"] = [_only(model.config.get("eos_token_id")) for model in (theirs, ours)]
     pairs |= {key: [model.values[key] for model in (theirs, ours)] for key in _SCALES}
     for what, (own, kept) in pairs.items():
         if own != kept:
@@ -165,9 +183,11 @@ def _lost(base: Speaker, expert: Speaker) -> Iterator[str]:
 
 
 def _lost_words(base: Speaker, expert: Speaker) -> Iterator[str]:
-    if expert.template and expert.template != base.template:
-        yield f"chat template (base: {'another' if base.template else 'none'})"
-    if not (expert.tokenizer and base.tokenizer) or expert.tokenizer == base.tokenizer:
+    if expert.templates and expert.templates != base.templates:
+        yield f"chat template (base: {'another' if base.templates else 'none'})"
+    files = [(expert.tokenizer(name), base.tokenizer(name)) for name in ("tokenizer.json", "tokenizer.model")]
+    own, kept = next((pair for pair in files if all(pair)), (None, None))  # where both have it
+    if own == kept:
         return
     added = [token for token, number in expert.added_tokens.items() if base.added_tokens.get(token) != number]
     if added:
@@ -181,5 +201,15 @@ def _gained(base: Speaker, expert: Speaker) -> Iterator[str]:
     """What a merge would have more if the expert were its base."""
     if expert.context > base.context:
         yield f"a context of {expert.context} tokens, not {base.context}"
-    if expert.template and not base.template:
+    if expert.templates and not base.templates:
         yield "a chat template, which the base lacks"
+
+
+def _beginning(file: Path) -> str:
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        return opened.read(_HEAD_CHARACTERS)
+
+
+def _only(value: Any) -> Any:
+    """The one entry of a list that has one; anything else as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

@@ -116,7 +116,7 @@ def plan_merge(
         *_config_notes(config, family, runs_base=runs_base),
     ]
     judged = judge_experts(
-        config, (Speaker("base_model", base_folder, base), tables[config.base_model]),
+        config, mixture, (Speaker("base_model", base_folder, base), tables[config.base_model]),
         [(Speaker(*expert), tables[expert[1].reference]) for expert in named],
     )  # fmt: skip
     _refuse(judged.problems)

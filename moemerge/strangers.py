@@ -9,15 +9,15 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.derived import Derived
-from moemerge.checkpoint.files import read_exactly
+from moemerge.checkpoint.derived import Derived, read_values
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.jobs import CONNECTIONS
-from moemerge.checkpoint.stored import float32_of
+from moemerge.checkpoint.stored import stored_bytes
 from moemerge.config import MergeConfig
 from moemerge.dtypes import NAMED
 from moemerge.formats.dense import DenseModel, Role
 from moemerge.sources import ModelFolder
+from moemerge.sources.lora import LoraSum
 
 Loaded = tuple[DenseModel, Mapping[str, StoredTensor]]
 """A model's config and its tensors."""
@@ -54,15 +54,33 @@ class Distance:
         return bool(self.by_layer) and not any(self.by_layer.values())
 
 
-def measure_distances(base: Loaded, experts: Mapping[str, Loaded]) -> tuple[dict[str, Distance], int]:
+@dataclass(frozen=True)
+class _Rows:
+    numbers: NDArray[np.float32]
+    dtype: str | None
+    """That they are stored in; None of those that are computed."""
+
+    def squared_distance(self, other: "_Rows") -> float:
+        """0 where one is the other's, rounded to its dtype."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.dtype and other.dtype and self.dtype != other.dtype:
+                for dtype in (self.dtype, other.dtype):
+                    if stored_bytes(self.numbers, dtype) == stored_bytes(other.numbers, dtype):
+                        return 0.0
+            return float(np.square(np.subtract(other.numbers, self.numbers, dtype=np.float64)).sum())
+
+
+def measure_distances(
+    base: Loaded, experts: Mapping[str, Loaded], layers: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Distance], int]:  # fmt: skip
     """Compare each expert's FFNs with the base's, by some rows of some layers: a few megabytes of each model.
 
-    What adapters add is left out: an adapter's own base is what is compared. Models of another width or with other
-    numbers than floats are not compared.
+    Models of another width or with other numbers than floats are not compared.
 
     Args:
         base: the base model.
-        experts: by reference.
+        experts: by reference, with what adapters add.
+        layers: by reference, those in which the expert takes part.
 
     Returns:
         The distances by reference, and how many bytes were read from other machines.
@@ -71,15 +89,21 @@ def measure_distances(base: Loaded, experts: Mapping[str, Loaded]) -> tuple[dict
         CheckpointError: a file cannot be read.
         SourceError: a file on the Hub cannot be reached.
     """
-    chosen = _chosen_layers(base[0].layers)
     fitting = {name: expert for name, expert in experts.items() if expert[0].sizes["ffn"] == base[0].sizes["ffn"]}
-    blocks = [block for model in (base, *fitting.values()) for block in _blocks(model, chosen)] if fitting else []
+    chosen = {name: _spread(_changed_by_adapters(expert, layers[name])) for name, expert in fitting.items()}
+    theirs = {(name, layer, role): _block(fitting[name], layer, role) for name, layer, role in _places(chosen)}
+    ours = {(layer, role): _block(base, layer, role) for _, layer, role in _places(chosen)}
     with ThreadPoolExecutor(CONNECTIONS) as pool:  # on the Hub each block of rows is a request
-        rows = list(pool.map(_read, blocks))
-    count = len(chosen) * len(_ROLES)
-    parts = [rows[start : start + count] for start in range(0, len(rows), count)]
-    found = {name: _distance(chosen, parts[0], part) for name, part in zip(fitting, parts[1:], strict=True)}
-    remote = sum(block.nbytes for block in blocks if not isinstance(block.path, Path))
+        reading = pool.map(_read, ours.values()), pool.map(_read, theirs.values())
+        our_rows, their_rows = dict(zip(ours, reading[0], strict=True)), dict(zip(theirs, reading[1], strict=True))
+    found = {
+        name: _distance({
+            layer: [(our_rows[layer, role], their_rows[name, layer, role]) for role in _ROLES] for layer in layers
+        })
+        for name, layers in chosen.items()
+    }  # fmt: skip
+    leaves = map(_underlying, (*ours.values(), *theirs.values()))
+    remote = sum(leaf.nbytes for leaf in leaves if not isinstance(leaf.path, Path))
     return {name: found.get(name, Distance({}, 0)) for name in experts}, remote
 
 
@@ -98,12 +122,33 @@ def distance_warnings(
                 f"differ by a few percent: it is hardly a fine-tune of {base.reference}, whose attention its FFNs were "
                 "not trained with. Name the model that it was trained from as base_model, or leave it out"
             )
-        elif found.is_base and not folder.adapters and folder.folder != base.folder:
+        elif found.is_base and folder.adapters:
             warnings.append(
-                f"{name}: its FFNs are the base's, unchanged (a difference of 0 % {where}), so that it is no expert of "
-                "anything. Was it trained as an adapter? That is written model+adapter"
+                f"{name}: its adapter adds nothing to the base's FFNs (a difference of 0 % {where}): if it is so "
+                "everywhere, it is no expert of anything. Is the adapter's training finished, and its lora_alpha not 0?"
+            )
+        elif found.is_base and folder.folder != base.folder:
+            warnings.append(
+                f"{name}: its FFNs are the base's, unchanged (a difference of 0 % {where}): if they are so "
+                "everywhere, it is no expert of anything. Was it trained as an adapter? That is written model+adapter"
             )
     return warnings
+
+
+def distance_notes(
+    base: DenseModel, experts: Sequence[tuple[str, ModelFolder, DenseModel]], distances: Mapping[str, Distance]
+) -> list[str]:  # fmt: skip
+    """Experts of which nothing is known, for they cannot be compared with the base."""
+    return [
+        f"{name}: whether it is a fine-tune of the base model is not known: its FFNs "
+        + (
+            "have no finite numbers to compare, or the base's are zeros"
+            if model.sizes["ffn"] == base.sizes["ffn"]
+            else f"are {model.sizes['ffn']} wide, the base's {base.sizes['ffn']}"
+        )
+        for name, folder, model in experts
+        if not distances[folder.reference].by_layer
+    ]
 
 
 def check_deltas(
@@ -142,52 +187,69 @@ def is_the_base(expert: int, way: str) -> str:
     )
 
 
-def _chosen_layers(count: int) -> list[int]:
-    return sorted({round(place * (count - 1) / (_LAYERS - 1)) for place in range(_LAYERS)})
+def _spread(layers: Sequence[int]) -> list[int]:
+    return sorted({layers[round(place * (len(layers) - 1) / (_LAYERS - 1))] for place in range(_LAYERS)})
 
 
-def _blocks(model: Loaded, layers: Sequence[int]) -> Iterator[StoredTensor]:
-    """Some rows that follow each other, of each projection in each layer."""
+def _changed_by_adapters(model: Loaded, layers: Sequence[int]) -> Sequence[int]:
+    """Of an expert with adapters, the layers in which they add something; of others, all."""
     config, tensors = model
-    for layer in layers:
-        for role in _ROLES:
-            tensor = _underlying(config.projection(tensors, layer, role))
-            count = min(_ROWS, tensor.shape[0])
-            yield tensor.rows((tensor.shape[0] - count) // 3, count)
+    changed = [
+        layer
+        for layer in layers
+        if any(isinstance(config.projection(tensors, layer, role).path, Derived) for role in _ROLES)
+    ]
+    return changed or layers
+
+
+def _places(chosen: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Role]]:
+    for name, layers in chosen.items():
+        for layer in layers:
+            for role in _ROLES:
+                yield name, layer, role
+
+
+def _block(model: Loaded, layer: int, role: Role) -> StoredTensor:
+    """Some rows of a projection that follow each other."""
+    config, tensors = model
+    tensor = config.projection(tensors, layer, role)
+    count = min(_ROWS, tensor.shape[0])
+    return tensor.rows((tensor.shape[0] - count) // 3, count)
 
 
 def _underlying(tensor: StoredTensor) -> StoredTensor:
-    """The rows of the model before an adapter, of what is computed of both."""
+    """The same rows of the model before an adapter, of what is computed of both."""
     while isinstance(tensor.path, Derived):
-        given, rows = tensor.path.inputs[0], tensor.shape[0]
-        first = tensor.start * given.shape[0] // max(tensor.path.nbytes, 1)
-        tensor = given.rows(first, rows)
+        tensor = tensor.path.inputs[0].rows(_first_row(tensor, tensor.path), tensor.shape[0])
     return tensor
 
 
-def _read(tensor: StoredTensor) -> NDArray[np.float32] | None:
+def _first_row(rows: StoredTensor, whole: Derived) -> int:
+    return rows.start * whole.shape[0] // max(whole.nbytes, 1)
+
+
+def _read(tensor: StoredTensor) -> _Rows | None:
+    if isinstance(tensor.path, Derived):
+        first, count = _first_row(tensor, tensor.path), tensor.shape[0]
+        before = _read(tensor.path.inputs[0].rows(first, count))
+        if before is None or not isinstance(tensor.path.recipe, LoraSum):
+            return None
+        return _Rows(tensor.path.recipe.rows(first, before.numbers), None)
     if tensor.dtype not in NAMED:
         return None
-    with tensor.open() as reader:
-        data = read_exactly(reader, tensor.nbytes)
-    return float32_of(data, NAMED[tensor.dtype])
+    return _Rows(read_values(tensor), NAMED[tensor.dtype])
 
 
-def _distance(
-    layers: Sequence[int], ours: Sequence[NDArray[np.float32] | None], theirs: Sequence[NDArray[np.float32] | None]
-) -> Distance:
+def _distance(layers: Mapping[int, Sequence[tuple[_Rows | None, _Rows | None]]]) -> Distance:
     found, rows = {}, 0
-    for place, layer in enumerate(layers):
-        span = slice(place * len(_ROLES), (place + 1) * len(_ROLES))
+    for layer, read in layers.items():
         pairs = [
-            (mine, other)
-            for mine, other in zip(ours[span], theirs[span], strict=True)
-            if mine is not None and other is not None and mine.shape == other.shape
+            (ours, theirs) for ours, theirs in read if ours and theirs and ours.numbers.shape == theirs.numbers.shape
         ]
-        whole = sum(float(np.square(mine, dtype=np.float64).sum()) for mine, _ in pairs)
+        whole = sum(float(np.square(ours.numbers, dtype=np.float64).sum()) for ours, _ in pairs)
         if not whole or not np.isfinite(whole):
             continue
-        changed = sum(float(np.square(other - mine, dtype=np.float64).sum()) for mine, other in pairs)
+        changed = sum(ours.squared_distance(theirs) for ours, theirs in pairs)
         if np.isfinite(changed):
             found[layer], rows = (changed / whole) ** 0.5, rows + _ROWS * len(pairs)
     return Distance(found, rows)

@@ -3,16 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moemerge import load_config, merge, plan_merge
-from moemerge.errors import IncompatibleError
+from moemerge import MergeConfig, load_config, merge, plan_merge
+from moemerge.errors import IncompatibleError, RefusedError, SourceError
 from tests.families import DENSE, LLAMA3, YARN
 from tests.models import edit_json, make_model, write_config
+from tests.test_lora import make_adapter
 
 SINGLE = "model.safetensors"
 
@@ -55,19 +57,87 @@ def test_the_base_under_another_name_is_named(tmp_path, llamas, copies):
     copy = Path(shutil.copytree(llamas[0], tmp_path / "copy"))
     plan = plan_of(tmp_path, llamas[0], [copy, llamas[1]])
     assert plan.warnings == (
-        f"experts[0] {copy}: its FFNs are the base's, unchanged (a difference of 0 % in 36 rows of 3 layers), so that it is "
-        "no expert of anything. Was it trained as an adapter? That is written model+adapter",
+        f"experts[0] {copy}: its FFNs are the base's, unchanged (a difference of 0 % in 36 rows of 3 layers): if they "
+        "are so everywhere, it is no expert of anything. Was it trained as an adapter? That is written model+adapter",
     )
     # The base as an expert is meant so.
     assert plan_of(tmp_path, llamas[0], [llamas[0], llamas[1]]).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("kept", "other"),
+    [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16"), ("bfloat16", "float32")],
+)
+def test_the_base_in_another_dtype_is_named_and_tells_no_change(tmp_path, llamas, kept, other):
+    base = make_model(tmp_path / "base", 0, dtype=getattr(torch, kept))
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    save_file(
+        {k: v.to(getattr(torch, other)) for k, v in load_file(base / SINGLE).items()}, copy / SINGLE, {"format": "pt"}
+    )
+    plan = plan_of(tmp_path, base, [copy, llamas[1]])
+    assert [warning.partition(", unchanged")[0] for warning in plan.warnings] == [
+        f"experts[0] {copy}: its FFNs are the base's"
+    ]
+    # Of an expert that is the base cast up, and of one that the base was cast from.
+    for one, two in ((base, copy), (copy, base)):
+        plan = plan_of(tmp_path, one, [two, llamas[1]], gate_mode="delta")
+        with pytest.raises(RefusedError, match=r"experts\[0\]: its FFN is the base model's own in layer 0"):
+            merge(plan, tmp_path / "out")
+
+
+def test_rows_are_of_layers_that_are_taken(tmp_path, llamas, copies):
+    base, fox, code = copies
+    random = load_file(make_model(tmp_path / "random", 9) / SINGLE)
+    tensors = load_file(fox / SINGLE)
+    tensors |= {name: tensor for name, tensor in random.items() if "layers.0." in name}
+    save_file(tensors, fox / SINGLE, {"format": "pt"})
+    assert len(plan_of(tmp_path, base, [fox, code]).warnings) == 1
+    assert plan_of(tmp_path, base, [fox, code], moe_layers=[1, 2]).warnings == ()
+    config = {
+        "base_model": str(base),
+        "experts": [{"source_model": str(fox), "layers": [1]}, {"source_model": str(code)}],
+    }
+    assert plan_merge(MergeConfig(**config, gate_mode="random", experts_per_token=1)).warnings == ()
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_what_adapters_add_is_compared(tmp_path, llamas):
+    base = llamas[0]
+
+    def warnings(name: str, **keys: Any) -> list[str]:
+        make_adapter(tmp_path / name, base, **keys)
+        return [
+            w.partition(": ")[2] for w in plan_of(tmp_path, base, [f"{base}+{tmp_path / name}", llamas[1]]).warnings
+        ]
+
+    assert warnings("good", lora_alpha=2) == []
+    assert warnings("lengths", lora_alpha=2, use_dora=True) == []
+    assert warnings("one layer", lora_alpha=2, layers_to_transform=[1]) == []
+    (nothing,) = warnings("nothing", lora_alpha=0)
+    assert nothing == (
+        "its adapter adds nothing to the base's FFNs (a difference of 0 % in 36 rows of 3 layers): if it is so everywhere, "
+        "it is no expert of anything. Is the adapter's training finished, and its lora_alpha not 0?"
+    )
+    (blown,) = warnings("blown", lora_alpha=80000)
+    assert blown.startswith("its FFNs differ from the base's by far more than their own size in 36 rows")
+    for alpha in (float("nan"), float("inf"), 10**400, 1e38):
+        edit_json(tmp_path / "good" / "adapter_config.json", lora_alpha=alpha)
+        with pytest.raises(SourceError, match=r"adapter_config\.json: .*lora_alpha"):
+            plan_of(tmp_path, base, [f"{base}+{tmp_path / 'good'}", llamas[1]])
+
+
 def test_what_cannot_be_compared_is_no_stranger(tmp_path, llamas):
     wide = make_model(tmp_path / "wide", 3, intermediate_size=64)
-    assert plan_of(tmp_path, llamas[0], [wide, llamas[1]]).warnings == ()
+    plan = plan_of(tmp_path, llamas[0], [wide, llamas[1]])
+    assert plan.warnings == ()
+    assert (
+        f"experts[0] {wide}: whether it is a fine-tune of the base model is not known: its FFNs are 64 wide, the base's 48"
+    ) in plan.notes
     empty = Path(shutil.copytree(llamas[0], tmp_path / "empty"))
     save_file({k: torch.zeros_like(v) for k, v in load_file(empty / SINGLE).items()}, empty / SINGLE, {"format": "pt"})
-    assert plan_of(tmp_path, empty, llamas[1:3]).warnings == ()
+    plan = plan_of(tmp_path, empty, llamas[1:3])
+    assert plan.warnings == ()
+    assert sum("have no finite numbers to compare, or the base's are zeros" in note for note in plan.notes) == 2
 
 
 def test_weights_that_tell_nothing_are_refused_where_routers_are_made_of_them(tmp_path, llamas):
@@ -91,8 +161,8 @@ def lost(plan) -> list[str]:
     [
         ({"max_position_embeddings": 64}, "context of 64 tokens (base: 128)"),
         ({"rope_theta": 5000.0, "rope_parameters": None}, "rotary positions, rope_theta 5000.0 (base: 10000.0)"),
-        ({**LLAMA3, "rope_parameters": None}, "rotary positions, factor 8.0 (base: None), high_freq_factor 4.0 (base: None), low_freq_factor 1.0 (base: None), ..."),
-        ({**YARN, "rope_parameters": None}, "rotary positions, factor 4.0 (base: None), original_max_position_embeddings 32 (base: None), rope_type yarn (base: default)"),
+        ({**LLAMA3, "rope_parameters": None}, "rotary positions, rope_type llama3 (base: default), rope_theta 500000.0 (base: 10000.0), factor 8.0 (base: None), ..."),
+        ({**YARN, "rope_parameters": None}, "rotary positions, rope_type yarn (base: default), factor 4.0 (base: None), original_max_position_embeddings 32 (base: None)"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05 (base: 1e-06)"),
         ({"eos_token_id": 7}, "eos_token_id 7 (base: 2)"),
     ],
@@ -134,6 +204,27 @@ def test_templates_and_tokens_are_told_and_who_would_be_the_better_base(tmp_path
     assert "chat template (base: another)" in lost(plan_of(tmp_path, base, [fox, code]))[0]
     (code / "tokenizer.json").write_text((base / "tokenizer.json").read_text() + " ")
     assert lost(plan_of(tmp_path, base, [fox, code]))[1].endswith("tokenizer, whose file is another than the base's")
+
+
+def test_the_same_words_in_other_files_are_the_same(tmp_path, copies):
+    base, fox, code = copies
+    (base / "chat_template.jinja").write_text("{{ messages }}\n")
+    edit_json(fox / "tokenizer_config.json", chat_template="{{ messages }}")
+    edit_json(code / "tokenizer_config.json", chat_template=[{"name": "default", "template": "{{ messages }}"}])
+    edit_json(fox / "config.json", eos_token_id=[2])
+    # A tokenizer in another kind of file cannot be compared.
+    (code / "tokenizer.model").write_bytes(b"sentences")
+    (code / "tokenizer.json").unlink()
+    assert lost(plan_of(tmp_path, base, [fox, code])) == []
+    edit_json(
+        code / "tokenizer_config.json",
+        chat_template=[
+            {"name": "default", "template": "{{ messages }}"},
+            {"name": "tool_use", "template": "{{ tools }}"},
+        ],
+    )
+    (note,) = lost(plan_of(tmp_path, base, [fox, code]))
+    assert note.endswith("chat template (base: another)")
 
 
 LONGROPE = DENSE["phi3, longrope"][1]

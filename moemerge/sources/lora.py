@@ -8,11 +8,13 @@ https://arxiv.org/abs/2312.03732); with DoRA each row gets the length that the a
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.checkpoint.derived import Derived, Recipe, Rows, read_values
+import numpy as np
+
+from moemerge.checkpoint.derived import Derived, Rows, read_values
 from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.index import read_json
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
@@ -25,6 +27,8 @@ from moemerge.sources.reference import Reference, parse_reference
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _USUAL_ALPHA: Final = 8
+# Scales of a trained adapter are of the order of 1; this one makes any factors overflow.
+_TOO_LARGE: Final = 1e30
 _PREFIXES: Final = re.compile(r"(_orig_mod\.|base_model\.model\.)*")
 # A module, and what PEFT has made in it or in its place.
 _MODULE: Final = re.compile(
@@ -211,19 +215,17 @@ def _merge(
                 f"{adapter.reference}: {tensor.name} is stored as {tensor.dtype}; expected one of {', '.join(NAMED)}. "
                 "Save the adapter in float32."
             )
-    scale = _scale(adapter, module, a.shape[0])
+    recipe = LoraSum(a, b, lengths, _scale(adapter, module, a.shape[0]))
     others = (a, b, *([lengths] if lengths else []))
     name = f"adapter {adapter.reference} on"
-    return Derived(name, (weight,), _recipe(a, b, lengths, scale), repr(scale), "F32", others=others).tensor(
-        f"{module}.weight"
-    )
+    return Derived(name, (weight,), recipe, repr(recipe.scale), "F32", others=others).tensor(f"{module}.weight")
 
 
 def _scale(adapter: Adapter, module: str, rank: int) -> float:
     """Factor on `B A`; patterns match a module's whole name or its end, as in PEFT.
 
     Raises:
-        SourceError: `lora_alpha` or `alpha_pattern` is not what PEFT writes.
+        SourceError: `lora_alpha` or `alpha_pattern` is not what PEFT writes, or not finite.
     """
     alpha = adapter.config.get("lora_alpha", _USUAL_ALPHA)
     try:
@@ -231,30 +233,59 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 alpha = own
                 break
-        return float(alpha) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+        scale = float(alpha) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise SourceError(
             f"{adapter.reference}: {CONFIG}: lora_alpha or alpha_pattern is no number ({error}). Save it again."
         ) from error
+    if not abs(scale) < _TOO_LARGE:  # nor NaN
+        raise SourceError(
+            f"{adapter.reference}: {CONFIG}: with lora_alpha {alpha!s:.20} no factors are small enough. Set it to what "
+            "the adapter was trained with, often 8 to 64."
+        )
+    return scale
 
 
-def _recipe(a: StoredTensor, b: StoredTensor, lengths: StoredTensor | None, scale: float) -> Recipe:
-    held: dict[str, Rows] = {}  # from a tensor's first block to its last
+@dataclass(frozen=True, eq=False)
+class LoraSum:
+    """The recipe (`moemerge.checkpoint.derived.Recipe`) of a weight with an adapter: `W + scale B A`."""
 
-    def recipe(row: int, blocks: list[Rows]) -> Rows:
+    a: StoredTensor
+    b: StoredTensor
+    lengths: StoredTensor | None
+    """DoRA's, of the rows."""
+    scale: float
+    _held: dict[str, Rows] = field(default_factory=dict)
+    """The factors, from a tensor's first block to its last."""
+
+    def __call__(self, row: int, blocks: list[Rows]) -> Rows:
+        """The rows from `row` on, in the place of the weight's."""
         import torch  # whose product PEFT takes, to the last bit
 
-        factors = held or {tensor.name: read_values(tensor) for tensor in (a, b, *([lengths] if lengths else []))}
+        tensors = (self.a, self.b, *([self.lengths] if self.lengths else []))
+        factors = self._held or {tensor.name: read_values(tensor) for tensor in tensors}
         values = torch.from_numpy(blocks[0])
-        rows = torch.from_numpy(factors[b.name])[row : row + len(values)]
-        values += (rows @ torch.from_numpy(factors[a.name])) * scale
-        if lengths:
-            wanted = torch.from_numpy(factors[lengths.name]).reshape(-1)[row : row + len(values)]
+        rows = torch.from_numpy(factors[self.b.name])[row : row + len(values)]
+        values += (rows @ torch.from_numpy(factors[self.a.name])) * self.scale
+        if self.lengths:
+            wanted = torch.from_numpy(factors[self.lengths.name]).reshape(-1)[row : row + len(values)]
             values *= (wanted / torch.linalg.norm(values, dim=1)).unsqueeze(1)
-        if row + len(values) < b.shape[0]:
-            held.update(factors)
+        if row + len(values) < self.b.shape[0]:
+            self._held.update(factors)
         else:
-            held.clear()
+            self._held.clear()
         return blocks[0]
 
-    return recipe
+    def rows(self, first: int, weight: Rows) -> Rows:
+        """About the same of some rows of the weight, at once and without torch.
+
+        Raises:
+            CheckpointError: the adapter's file ends too early.
+        """
+        rows = slice(first, first + len(weight))
+        with np.errstate(all="ignore"):  # what is not finite shows
+            values = weight + np.float32(self.scale) * (read_values(self.b)[rows] @ read_values(self.a))
+            if self.lengths:
+                wanted = read_values(self.lengths).reshape(-1)[rows]
+                values *= (wanted / np.linalg.norm(values, axis=1))[:, None]
+        return values
