@@ -15,7 +15,8 @@ import numpy as np
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, read_values
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.jobs import CONNECTIONS
-from moemerge.errors import IncompatibleError
+from moemerge.checkpoint.values import first_not_finite
+from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.formats.dense import DenseModel
 
 Loaded = tuple[DenseModel, Mapping[str, StoredTensor]]
@@ -37,6 +38,7 @@ def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -
         layers: whose FFNs are taken.
 
     Raises:
+        CheckpointError: a norm holds numbers that are infinite or NaN.
         IncompatibleError: the FFNs are not behind a norm of their own, or a shared norm has weights near zero.
     """
     model, tensors = expert
@@ -75,6 +77,12 @@ def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
         read_values(tensors[f"model.layers.{layer}.{model.family.ffn_norm}"]) + np.float32(model.family.norm_offset)
         for model, tensors in (expert, base)
     )
+    for (_, tensors), norm in ((expert, own), (base, given)):
+        if not np.isfinite(norm).all():
+            raise CheckpointError(
+                f"{first_not_finite([tensors[f'model.layers.{layer}.{model.family.ffn_norm}']])}, so no norm can be "
+                "folded. Download that file again."
+            )
     changed = own != given
     lost = changed & (np.abs(own) > _LARGEST_FACTOR * np.abs(given))
     ratio = np.ones_like(own)

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from moemerge.assembly import Assembly, Source
 from moemerge.checkpoint.derived import Derived, leaves
+from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill
@@ -30,6 +31,8 @@ from moemerge.tokenizer_files import find_base_files
 from moemerge.tokenizer_proof import prove_tokenizer
 
 Tensors = Mapping[str, StoredTensor]
+# A factor by which usual weights of some hundredths come near the smallest that float16 has.
+_SMALL_SCALE: Final = 0.01
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
 
 
@@ -302,6 +305,12 @@ def _output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> lis
         notes.append(
             "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
         )
+    scales = {abs(piece.scale) for output in outputs.values() for piece in output.pieces}
+    if dtype == "float16" and min(scales, default=1) < _SMALL_SCALE:
+        notes.append(
+            f"float16 has few numbers below 6e-05 and none below 6e-08, so that weights times residual_scale "
+            f"{min(scales):g} lose digits or become 0; bfloat16 keeps them"
+        )
     zeros = sum(
         piece.nbytes
         for output in outputs.values() if output.is_expert
@@ -309,11 +318,11 @@ def _output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> lis
     )  # fmt: skip
     if zeros:
         notes.append(
-            f"{zeros / 1e9:.2f} GB of the output are zeros: of experts narrower than others, or absent from layers"
+            f"{shown_bytes(zeros)} of the output are zeros: of experts narrower than others, or absent from layers"
         )
     if shared:
         notes.append(
-            f"{shared / 1e9:.2f} GB of the output share their place on the disk with the models they come from"
+            f"{shown_bytes(shared)} of the output share their place on the disk with the models they come from"
         )
     return notes
 

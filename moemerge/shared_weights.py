@@ -188,6 +188,7 @@ class _Ties:
         np.divide(total, shares, out=total, where=shares > 0)
         total[shares <= 0] = 0
         total += base
+        total[~np.isfinite(changes).all(axis=0)] = np.nan  # which the signs would hide
         return total
 
     def _threshold(self, expert: StoredTensor) -> np.float32:

@@ -75,6 +75,8 @@ def read_documents(files: Sequence[Path]) -> list[str]:
 
 def _documents(file: Path, characters: int) -> Iterator[str]:
     try:
+        if file.exists() and not file.is_file():
+            raise RefusedError(f"{file}: is no file that can be read to an end. Name a file of text.")
         with file.open(encoding="utf-8-sig") as opened:
             if file.suffix == ".txt":
                 yield from (part.strip("\n") for part in _SEPARATOR.split(opened.read(characters)))

@@ -84,7 +84,9 @@ def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list
         if not file:
             found = _ABSENT
         elif name in made:
-            found = expected if file.read_bytes() == made[name] else "other bytes"
+            found = (
+                expected if file.read_bytes() == made[name] else "other bytes: changed, or made by another transformers"
+            )
         else:
             found = (compare_files(source, file) or expected) if source else "a file"
         if found != expected:
@@ -145,10 +147,11 @@ def _compare_config_copy(plan: MergePlan, model: ModelFolder) -> Iterator[Differ
 
 
 def _foreign_files(plan: MergePlan, model: ModelFolder) -> list[Difference]:
+    below = {path: path.relative_to(model.folder).as_posix() for path in sorted(model.folder.rglob("*"))}
     return [
-        Difference(path.name, _ABSENT, "a file that changes what some reader loads")
-        for path in sorted(model.folder.iterdir())
-        if _READ_INSTEAD.fullmatch(path.name) and path.name not in plan.copied_files
+        Difference(name, _ABSENT, "a file that changes what some reader loads")
+        for path, name in below.items()
+        if _READ_INSTEAD.fullmatch(path.name) and name not in plan.copied_files and not name.startswith(".")
     ]
 
 

@@ -255,6 +255,16 @@ def test_float16_warns_of_overflow_only_where_something_is_converted(tmp_path, p
     assert plan(tmp_path, pair, dtype="bf16").notes == ()
 
 
+def test_a_small_scale_in_float16_is_a_note(tmp_path, pair):
+    config = load_config(write_config(tmp_path / "c.yaml", pair[0], pair[1:], prompts=False, dtype="float16"))
+    small = config.experts[0].model_copy(update={"residual_scale": -0.001})
+    notes = plan_merge(config.model_copy(update={"experts": [small, config.experts[1]]})).notes
+    assert notes[-1] == (
+        "float16 has few numbers below 6e-05 and none below 6e-08, so that weights times residual_scale 0.001 lose digits "
+        "or become 0; bfloat16 keeps them"
+    )
+
+
 def test_tokenizers_that_readers_may_take_differently_are_noted(tmp_path, pair):
     (pair[0] / "tokenizer.json").unlink()
     assert plan(tmp_path, pair).notes == ("base_model: has no tokenizer.json and no tokenizer.model to copy",)

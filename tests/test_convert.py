@@ -127,7 +127,8 @@ def test_an_overflow_anywhere_is_found(tmp_path, source, value, target, scale):
         values[place - 1], values[(place + 1) % size] = math.inf, math.nan  # allowed, and hide nothing
         with pytest.raises(CheckpointError) as caught:
             converted(tmp_path, values, target, scale=scale)
-        why = f"{NAMED[target]} cannot express. Set `dtype: bfloat16` or `dtype: float32` in the config."
+        wider = "`dtype: bfloat16` or `dtype: float32`" if target == "F16" else "`dtype: float32`"
+        why = f"{NAMED[target]} cannot express. Set {wider} in the config."
         if scale != 1.0:
             other = ", or set `dtype: bfloat16`" if target == "F16" else ""
             why = f"residual_scale or noise_scale make larger than {NAMED[target]} can express. Choose a smaller one{other}."

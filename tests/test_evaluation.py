@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -493,6 +494,8 @@ def test_of_a_long_text_no_more_is_tokenised_than_is_read(out):
             "--file[0]: '*.txt' leads to no .txt or .jsonl file. Paths count from the current folder.",
         ),
         (["--file", "empty.md"], "--file: empty.md: holds no text."),
+        (["--file", "pipe.txt"], "--file: pipe.txt: is no file that can be read to an end. Name a file of text."),
+        (["--text", "x", "--text", "caf\udce9"], "--text: text 2 holds bytes that are no UTF-8. Write it in UTF-8."),
         (["--file", "bytes.md"], "--file: bytes.md: cannot be read as text in UTF-8: "),
         (["--text", "x", "--html", "no/such/folder.html"], "no/such/folder.html: there is no such folder."),
         (["--text", "The fox", "--layer", "9"], "layer 9 has no router; those with one: 0, 1, 2."),
@@ -505,6 +508,7 @@ def test_routes_refuses_what_it_cannot_show(  # noqa: PLR0917
     monkeypatch.chdir(tmp_path)
     Path("empty.md").write_text(" \n")
     Path("bytes.md").write_bytes(b"\xff\xfe\x00")
+    os.mkfifo("pipe.txt")
     code, _, errors = run(["routes", out, *arguments], monkeypatch, capsys)
     assert (code, message in errors) == (2, True), errors
 

@@ -1,6 +1,9 @@
 """What is made of the models' own tensors: shared weights mixed, norms folded into FFNs."""
 
 import json
+import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from moemerge.checkpoint import derived
 from moemerge.checkpoint.header import read_header
 from moemerge.cli import main
 from moemerge.config import parse_config
-from moemerge.errors import ConfigError, IncompatibleError
+from moemerge.errors import CheckpointError, ConfigError, IncompatibleError
 from moemerge.formats.dense import read_dense
 from tests.families import DENSE, stored
 from tests.machine import SINGLE
@@ -76,6 +79,22 @@ def test_ties_keeps_the_largest_changes_of_the_weightier_sign(tmp_path, llamas, 
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.2.input_layernorm.weight", "lm_head.weight"):
         expected = reference_ties(base[name], [expert[name] for expert in experts], density, weights)
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["average", "ties", "dare"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_not_hidden_by_what_is_mixed(tmp_path, llamas, method, number):
+    broken = Path(shutil.copytree(llamas[1], tmp_path / "broken"))
+    tensors = load_file(broken / SINGLE)
+    tensors["model.norm.weight"][5] = number
+    save_file(tensors, broken / SINGLE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight of .*broken.* holds 1 number .* at \[5\]"):
+        merged(
+            tmp_path,
+            [llamas[0], broken, llamas[2]],
+            shared_weights={"method": method, "density": 0.9} if method != "average" else "average",
+        )
 
 
 def test_dare_drops_changes_at_random_and_scales_the_others(tmp_path, llamas):
@@ -248,6 +267,18 @@ def test_a_norm_near_zero_cannot_be_undone(tmp_path, llamas):
         "  - fold_norms: experts[0]: 2 of 32 weights of layer 1's shared norm are near zero beside its own: the expert "
         "needs what that norm removes. Leave out fold_norms"
     )
+
+
+def test_a_norm_that_is_not_finite_is_named(tmp_path, llamas):
+    broken = Path(shutil.copytree(llamas[1], tmp_path / "broken"))
+    tensors = load_file(broken / SINGLE)
+    tensors["model.layers.1.post_attention_layernorm.weight"][7] = math.nan
+    save_file(tensors, broken / SINGLE, {"format": "pt"})
+    config = write_config(tmp_path / "c.yaml", llamas[0], [broken, llamas[2]], prompts=False, fold_norms=True)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.post_attention_layernorm\.weight of .* at \[7\], so no norm"
+    ):
+        plan_merge(load_config(config))
 
 
 def test_what_is_mixed_is_verified_too(tmp_path, llamas, capsys, monkeypatch):

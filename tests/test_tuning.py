@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from moemerge import merge, plan_merge
 from moemerge.card import with_section, without_section
+from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli import main
 from moemerge.config import parse_config
 from moemerge.errors import BusyError, CheckpointError, OutputError, RefusedError
@@ -101,7 +102,8 @@ def out(tmp_path, specialists) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -151,11 +153,16 @@ def test_gates_change_and_nothing_else_does_and_held_out_text_gains(tmp_path, sp
 
 
 def test_a_copy_is_a_whole_model_and_the_original_stays(out, data, tmp_path):
+    (out / "additional_chat_templates").mkdir()
+    (out / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (out / ".cache").mkdir()
+    (out / ".cache" / "x").write_text("")
     files = contents(out)
+    assert "additional_chat_templates/tool_use.jinja" in files
     found = tune(out, data, FEW, copy=tmp_path / "copy")
     assert (found.improved, found.model) == (True, str(tmp_path / "copy"))
     assert contents(out) == files
-    assert contents(tmp_path / "copy").keys() == files.keys()
+    assert contents(tmp_path / "copy").keys() == files.keys() - {".cache/x"}
     assert changed(tensors(out), tensors(tmp_path / "copy")) == routers(out)
     load(tmp_path / "copy")
     linked = [path for path in out.glob("*.safetensors") if path.samefile(tmp_path / "copy" / path.name)]
@@ -165,7 +172,7 @@ def test_a_copy_is_a_whole_model_and_the_original_stays(out, data, tmp_path):
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW, copy=tmp_path / "copy")
     assert str(caught.value) == (
-        f"{tmp_path / 'copy'}: is not empty ({len(files)} entries, among them 'README.md'). Choose another output folder, "
+        f"{tmp_path / 'copy'}: is not empty ({len(list((tmp_path / 'copy').iterdir()))} entries, among them 'README.md'). Choose another output folder, "
         "or remove this one."
     )
 
@@ -939,6 +946,7 @@ def test_two_processes_do_what_one_does(out, data, tmp_path):
 ONE_FAILS = """
 import os, sys
 from moemerge.card import with_section, without_section
+from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli import main
 from moemerge.errors import SourceError
 from moemerge.tuning import training
@@ -1055,10 +1063,12 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch
     )
     monkeypatch.undo()
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: _Disk(10))
+    shards = {tensor.path for tensor in writing.gate_tensors(open_mixture(out)).values()}
+    need = shown_bytes(sum(path.stat().st_size for path in shards))
     with pytest.raises(OutputError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (
-        f"{out}: writing tuned gates takes 0.00 GB beside it for a while, but the disk has 0.00 GB free. Free some "
+        f"{out}: writing tuned gates takes {need} beside it for a while, but the disk has 10 B free. Free some "
         "space, or write a copy to another disk with --out."
     )
 
@@ -1125,7 +1135,9 @@ def test_a_copy_on_another_disk_is_of_everything(out, data, tmp_path, monkeypatc
         monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: _Disk(size - 1))
         with pytest.raises(OutputError) as caught:
             tune(out, data, FEW, copy=copy)
-        assert str(caught.value).startswith(f"{copy}: writing tuned gates takes 0.00 GB there, but the disk has ")
+        assert str(caught.value).startswith(
+            f"{copy}: writing tuned gates takes {shown_bytes(size)} there, but the disk has "
+        )
         monkeypatch.undo()
         tune(out, data, FEW, copy=copy)
         assert contents(copy).keys() == contents(out).keys()

@@ -299,10 +299,14 @@ def test_files_that_change_what_a_reader_loads_are_found(plan, out):
     (out / "notes.txt").write_text("mine")
     (out / "results.json").write_text("{}")
     (out / "images").mkdir()
+    below = ["custom_generate/generate.py", "onnx/model.onnx"]
+    for name in (*below, ".git/hook.py"):
+        (out / name).parent.mkdir()
+        (out / name).write_text("")
     found = differences(plan, out)
     told = Difference("", "absent", "a file that changes what some reader loads")
-    assert {difference.what for difference in found} == set(READ_INSTEAD)
-    assert [replace(difference, what="") for difference in found if "safetensors" not in difference.what] == [told] * 14
+    assert {difference.what for difference in found} == {*READ_INSTEAD, *below}
+    assert [replace(difference, what="") for difference in found if "safetensors" not in difference.what] == [told] * 16
 
 
 def test_metadata_of_shards_and_repeated_keys_are_found(plan, out):

@@ -155,9 +155,14 @@ def _refuse_overflow(
             f"{what} residual_scale or noise_scale make larger than {NAMED[dtype]} can express. Choose a smaller one"
             f"{', or set `dtype: bfloat16`' if dtype == 'F16' else ''}."
         )
-    raise CheckpointError(
-        f"{what} {NAMED[dtype]} cannot express. Set `dtype: bfloat16` or `dtype: float32` in the config."
-    )
+    raise CheckpointError(f"{what} {NAMED[dtype]} cannot express. {wider(dtype)}.")
+
+
+def wider(dtype: str) -> str:
+    """What to do about numbers that a stored dtype cannot express."""
+    if dtype == "F32":
+        return "Choose smaller factors"
+    return f"Set {'`dtype: bfloat16` or ' if dtype == 'F16' else ''}`dtype: float32` in the config"
 
 
 def _overflows(source: NDArray[np.float32], converted: Stored, dtype: str) -> NDArray[np.bool_]:

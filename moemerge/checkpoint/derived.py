@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill
+from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill, wider
 from moemerge.checkpoint.files import BlockReader, Reader, told_by
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
@@ -89,20 +89,18 @@ class Derived:
         first = start // row_bytes // step * step
         last = min(-(-end // row_bytes), rows)
         for row, blocks in zip(range(first, last, step), blocks_of(self.inputs, first), strict=False):
-            data = self._encode(self.recipe(row, blocks))
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what is not finite is looked for
+                data = self._encode(self.recipe(row, blocks))
             yield data[max(0, start - row * row_bytes) : end - row * row_bytes]
 
     def _encode(self, values: Rows) -> bytes:
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         stored = np.empty(len(flat), TYPES[self.dtype])
-        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is looked for
-            finite = narrow(flat, self.dtype, stored, np.empty(len(flat), np.uint32))
-        if not finite:
+        if not narrow(flat, self.dtype, stored, np.empty(len(flat), np.uint32)):
             if broken := first_not_finite((*self.inputs, *self.others)):
                 raise CheckpointError(f"{self}: cannot be computed, since {broken}. Download that file again.")
             raise CheckpointError(
-                f"{self}: holds numbers that {NAMED[self.dtype]} cannot express. Set `dtype: bfloat16` or "
-                "`dtype: float32` in the config."
+                f"{self}: holds numbers that {NAMED[self.dtype]} cannot express. {wider(self.dtype)}."
             )
         return stored.tobytes()
 

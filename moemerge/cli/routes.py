@@ -49,6 +49,9 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
     """Show which expert of a merged model takes which token."""
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         texts = {f"text {number}": given for number, given in enumerate(text, 1)}
+        for name, given in texts.items():
+            if given.encode(errors="replace").decode() != given:
+                raise RefusedError(f"--text: {name} holds bytes that are no UTF-8. Write it in UTF-8.")
         documents = list(_documents(file))
         for name, document in documents[:_MOST_DOCUMENTS]:
             texts[name if name not in texts else f"{name} (file)"] = document

@@ -34,7 +34,7 @@ def contrast(positive: Rows, negative: Rows, absent: frozenset[int] = frozenset(
     return rows
 
 
-@np.errstate(invalid="ignore")
+@np.errstate(invalid="ignore", over="ignore")
 def _contrast(positive: Rows, negative: Rows) -> Rows:
     positive, negative = unit(positive), unit(negative)
     missing = np.isnan(negative).any(axis=1, keepdims=True)

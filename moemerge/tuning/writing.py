@@ -8,7 +8,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Final
 
-from moemerge.checkpoint.disk import flush, nearest_folder
+from moemerge.checkpoint.disk import flush, nearest_folder, shown_bytes
 from moemerge.checkpoint.files import Stamp
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.staging import staged
@@ -81,8 +81,8 @@ def check_room(mixture: MixtureModel, copy: Path | None) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OutputError(
-            f"{copy or mixture.folder}: writing tuned gates takes {need / 1e9:.2f} GB "
-            f"{'beside it for a while' if copy is None else 'there'}, but the disk has {free / 1e9:.2f} GB free. Free "
+            f"{copy or mixture.folder}: writing tuned gates takes {shown_bytes(need)} "
+            f"{'beside it for a while' if copy is None else 'there'}, but the disk has {shown_bytes(free)} free. Free "
             "some space, or write a copy to another disk with --out."
         )
 
@@ -124,9 +124,12 @@ def write_copy(
     with staged(copy, [model.resolve()]) as stage:
         patched = patch_shards(model, gates, rows, stage)
         for path in model.iterdir():
-            if path.is_dir() or path.name in patched or path.name.startswith(".moemerge"):
+            if path.name in patched or path.name.startswith(".moemerge"):
                 continue
-            if path.suffix != ".safetensors" or not _link(path.resolve(), stage / path.name):
+            if path.is_dir():
+                if not path.name.startswith("."):  # caches, and what tools keep of versions
+                    shutil.copytree(path, stage / path.name)
+            elif path.suffix != ".safetensors" or not _link(path.resolve(), stage / path.name):
                 shutil.copyfile(path, stage / path.name)
         if card is not None:
             (stage / CARD).write_text(card, encoding="utf-8")
