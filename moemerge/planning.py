@@ -1,4 +1,4 @@
-"""Deciding a merge from configs and headers alone."""
+"""Deciding a merge from configs, headers and a few rows."""
 
 import math
 from collections import Counter
@@ -48,9 +48,9 @@ def plan_merge(
     announce: Callable[[str], None] = lambda _: None,
     prove: bool = False,
 ) -> MergePlan:
-    """Decide a merge from configs and headers, and for `fold_norms` from norms; nothing is written.
+    """Decide a merge from configs, headers and some rows of the FFNs, and for `fold_norms` norms; nothing is written.
 
-    Of Hub models that are not in the cache the headers are read by ranges; pickles have none, and are downloaded. When
+    Of Hub models that are not in the cache these are read by ranges; pickles have no headers and are downloaded. When
     everything was found to agree, weights are downloaded, or stay on the Hub to be read by ranges.
 
     Args:
