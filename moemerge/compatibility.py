@@ -89,11 +89,11 @@ def _differences(name: str, base: DenseModel, expert: DenseModel) -> Iterator[st
 
 
 def check_base(
-    model: DenseModel, family: MoeFamily, tensors: Mapping[str, StoredTensor], dense_layers: Iterable[int]
+    model: DenseModel, family: MoeFamily, tensors: Mapping[str, StoredTensor], ffn_layers: Iterable[int]
 ) -> Findings:
     """Check that the base model's tensors are those that its config announces; none is left without a place.
 
-    Of `dense_layers` the FFN is taken too.
+    Of `ffn_layers` the FFN is read too.
     """
     dense = model.family
     found = Findings()
@@ -102,8 +102,8 @@ def check_base(
     if dense.head in tensors or not model.config["tie_word_embeddings"]:
         expected[dense.head] = ("vocab", "hidden")
     ffn = _ffns(model)
-    dense_layers = layers if family.keeps_dense_ffn else dense_layers
-    kept = {name: axes for layer in dense_layers for name, axes in model.ffn(layer).items()}
+    ffn_layers = layers if family.keeps_dense_ffn else ffn_layers
+    kept = {name: axes for layer in ffn_layers for name, axes in model.ffn(layer).items()}
     _check_tensors(
         "base_model", model, *_readable("base_model", tensors, expected | kept, found, takes_all=True), allowed=ffn,
         never_taken=lambda tensor: bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)), found=found,
@@ -199,7 +199,7 @@ def _check_quantisation(name: str, model: DenseModel, found: Findings) -> None:
     if not model.quantised:
         return
     if found.problems:
-        found.problems = [_quantised(name, model)]
+        found.problems.insert(0, _quantised(name, model))
     else:
         found.notes.append(
             f"{name}: its config.json speaks of quantisation ({model.quantised}), but what is taken of it is stored as "

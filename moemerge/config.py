@@ -30,13 +30,13 @@ from moemerge.yaml_text import Place, YamlTextError, join_halves, read_yaml
 CONFIG_COPY: Final = "moemerge_config.yaml"
 """What a merged model's folder calls the config that it was made from."""
 CARD: Final = "README.md"
-"""What it calls the model card, as the Hub does."""
+"""What a merged model's folder calls the model card, as the Hub does."""
 RouterWay = Literal[
     "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
     "uniform_random",
 ]  # fmt: skip
 GateMode = Literal["auto", RouterWay]
-_MOST_BYTES: Final = 4_000_000
+_MOST_CHARACTERS: Final = 4_000_000
 _DEEPEST: Final = 50
 
 
@@ -60,10 +60,12 @@ def _in_float32(value: float) -> float:
         held = struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
         raise ValueError(
-            "expected a number below 3.4e+38: float32, in which is computed, holds no larger one"
+            "expected a number below 3.4e+38: values are computed in float32, which holds no larger one"
         ) from None
     if value and abs(held) < _SMALLEST:
-        raise ValueError("expected 0 or a number above 1.2e-38: float32, in which is computed, holds no smaller one")
+        raise ValueError(
+            "expected 0 or a number above 1.2e-38: values are computed in float32, which holds no smaller one"
+        )
     return value
 
 
@@ -198,7 +200,9 @@ class MergeConfig(_Strict):
         """
         if self.model_dump() == self._checked:
             return self
-        return MergeConfig(self._identical, **self.model_dump(by_alias=True))
+        again = MergeConfig(self._identical, **self.model_dump(by_alias=True))
+        again._file = self._file
+        return again
 
     @property
     def file(self) -> Path | None:
@@ -257,7 +261,7 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
     path = Path(source)
     try:
         with path.open(encoding="utf-8-sig") as file:
-            text = file.read(_MOST_BYTES)
+            text = file.read(_MOST_CHARACTERS)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.", []) from error
     except UnicodeDecodeError as error:

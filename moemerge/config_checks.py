@@ -11,6 +11,8 @@ _GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
 _READ_PROMPTS: Final = ("mergekit_hidden", "cheap_embed")
 _READ_PROMPTS_AND_TEXTS: Final = ("hidden", "ridge", "logistic")
 _FITTED: Final = (*_READ_PROMPTS_AND_TEXTS, "delta", "delta_bootstrap")
+READ_CHANGES: Final = frozenset({"delta", "delta_bootstrap"})
+"""Ways that make routers of what fine-tuning changed in the experts' weights."""
 _USED_BY: Final = {
     "lambda": ("ridge", "logistic", "delta_bootstrap"), "scale": _FITTED, "load_prior": _FITTED,
     "calibration_texts": _FITTED,

@@ -12,7 +12,7 @@ from moemerge.errors import ConfigError
 from moemerge.yaml_text import Place
 
 SHORT_REPR: Final = reprlib.Repr()
-"""Of values that may be long."""
+"""`SHORT_REPR.repr(value)` is the repr of a value that may be long."""
 SHORT_REPR.maxstring = 60
 
 
@@ -23,10 +23,9 @@ class PlacedError(ConfigError):
         self.placed = placed
         located = sorted((_line(node, place), _address(place), problem) for place, problem in placed)
         lines = [
-            f"{f'line {line}: ' if node else ''}{f'{address}: ' if address else ''}{problem}"
-            if address else problem
+            f"{f'line {line}: ' if node else ''}{address}: {problem}" if address else problem
             for line, address, problem in located
-        ]  # fmt: skip
+        ]
         super().__init__(f"{name}: {len(lines)} problem{'s' if len(lines) > 1 else ''}:", lines)
 
 

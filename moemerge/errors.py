@@ -18,7 +18,8 @@ from typing import Final
 from moemerge.printable import printable
 
 _MOST_BYTES: Final = 3500
-_MOST_PROBLEMS: Final = 20
+# More than there are output families, each with its reasons.
+_MOST_PROBLEMS: Final = 30
 _PROBLEM_BYTES: Final = 600
 
 

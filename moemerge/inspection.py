@@ -12,7 +12,7 @@ from typing import Final
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
+from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, Jobs
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import reasons
@@ -120,7 +120,7 @@ def inspect_checkpoint(
         for path in model.folder.glob("*.safetensors")
         if path.name not in files and path.name.startswith("model")
     )
-    if stale and not model.notes:
+    if stale and not (index and SINGLE_SAFETENSORS in files):  # which a note speaks of
         warnings.append(f"{', '.join(stale)}: not in the index, so no reader loads it")
     lost = [f"{name} {reason}" for name, reason in reasons(tensors).items()]
     warnings += [*lost[:_LISTED], *([f"{len(lost) - _LISTED} more such tensors"] if lost[_LISTED:] else [])]

@@ -114,7 +114,7 @@ def merge_to_hub(
     Args:
         plan: from `plan_merge`.
         scratch: a folder that need not exist; shards are made beside it, and nothing is left there.
-        publisher: where they go; opened.
+        publisher: where they go; opened, and created (`Publisher.create`).
         overwrite: replace a model that the repository holds.
         resume: keep the shards of the same merge that the Hub has.
         low_memory: see `merge`.

@@ -59,7 +59,9 @@ def take_parts(
     if not config.fold_norms:
         return Parts(shared, own, notes, advice)
     merged = (base, shared)
-    ours = fold_norms("base_model", (base, tables[config.base_model]), merged, range(base.layers))
-    ffn = [name for layer in range(base.layers) for name in base.ffn(layer)]
+    # A base whose FFNs nobody takes may lack some.
+    layers = [layer for layer in range(base.layers) if shared.keys() >= base.ffn(layer).keys()]
+    ours = fold_norms("base_model", (base, tables[config.base_model]), merged, layers)
+    ffn = [name for layer in layers for name in base.ffn(layer)]
     folded = [fold_norms(place, (model, table), merged, mixture.moe_layers) for place, model, table in placed]
     return Parts(shared | {name: ours[name] for name in ffn}, folded, notes, advice)

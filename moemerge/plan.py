@@ -24,6 +24,11 @@ from moemerge.texts import matching_files
 from moemerge.tokenizer_files import BaseFiles
 from moemerge.tokenizer_proof import ProvedTokenizer
 
+# What a stamp holds, in words.
+_STAMPED: Final = {
+    "size": "size", "modified": "time of writing", "changed": "time of a change of content, links or permissions",
+    "inode": "inode",
+}  # fmt: skip
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
 # torch with transformers, and what the classes and threads of a pass add to it.
 _PROGRAM_BYTES: Final = 70_000_000
@@ -288,11 +293,11 @@ class MergePlan:
             try:
                 found = asdict(Stamp.of(path))
             except OSError as error:
-                raise CheckpointError(f"{path}: is gone {when}. Nothing is written. Merge again.") from error
-            if changed := [name for name, value in asdict(seen).items() if found[name] != value]:
+                raise CheckpointError(f"{path}: is gone {when}. Put it back, and merge again.") from error
+            if changed := [_STAMPED[name] for name, value in asdict(seen).items() if found[name] != value]:
                 raise CheckpointError(
-                    f"{path}: was changed {when} ({', '.join(changed)}), so the output would be of two models. "
-                    "Nothing is written. Merge again."
+                    f"{path}: was changed {when}: another {' and '.join(changed)}. The output would be of two models. "
+                    "Merge again."
                 )
 
     @property

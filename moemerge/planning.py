@@ -25,7 +25,7 @@ from moemerge.formats.dense import DenseModel, read_dense
 from moemerge.parts import Parts, take_parts
 from moemerge.plan import MergePlan, Output
 from moemerge.proportions import mixture_of, residual_scales
-from moemerge.router_needs import check_texts, check_widths, router_reads
+from moemerge.router_needs import base_ffn_layers, check_texts, check_widths, router_reads
 from moemerge.sources import ModelFolder, fetch_if_room, open_model, read_tensor_tables
 from moemerge.tokenizer_files import find_base_files
 from moemerge.tokenizer_proof import prove_tokenizer
@@ -72,11 +72,15 @@ def plan_merge(
         SourceError: a model cannot be reached.
         CheckpointError: a model's files are damaged.
         IncompatibleError: the models cannot be merged; lists every reason.
+        ConfigError: the config was changed by `model_copy` into one that is wrong.
+        RefusedError: texts are missing, `max_shard_bytes` is below 1, or the output's tokenizer would give other ids.
     """
     # What is planned stays, whatever becomes of the one that is given.
     config = config.rechecked().model_copy(deep=True)
     if max_shard_bytes < 1:
-        raise RefusedError(f"a shard of at most {max_shard_bytes} bytes holds nothing.")
+        raise RefusedError(
+            f"max_shard_bytes: a shard of at most {max_shard_bytes} bytes holds nothing. Choose 1 or more."
+        )
     runs_base = config.needs_pass or (routing_table and config.has_descriptions)
     every_expert = [*config.experts, *config.shared_experts]
     references = dict.fromkeys([config.base_model, *(expert.source_model for expert in every_expert)])
@@ -106,7 +110,9 @@ def plan_merge(
     named = list(zip(names, folders, models, strict=True))
     findings = [
         found,
-        check_base(base, family, tables[config.base_model], mixture.dense_layers),
+        check_base(
+            base, family, tables[config.base_model], base_ffn_layers(config, mixture, base, runs_base=runs_base)
+        ),
         *_check_experts(config, tables, named),
     ]
     _refuse([problem for finding in findings for problem in finding.problems])

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.config import MergeConfig
+from moemerge.config_checks import READ_CHANGES
 from moemerge.errors import RefusedError
 from moemerge.formats import Mixture
 from moemerge.formats.dense import DenseModel
@@ -26,7 +27,7 @@ def _check_documents(patterns: Sequence[str], place: str) -> None:
 
 def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
     """Ways that compare the experts' weights with the base's need FFNs of one width."""
-    if not config.way.startswith("delta"):
+    if config.way not in READ_CHANGES:
         return []
     return [
         f"experts[{number}]: its FFN has {model.sizes['ffn']} neurons, the base model's {base.sizes['ffn']}, so the "
@@ -34,6 +35,11 @@ def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseMo
         for number, model in enumerate(models)
         if model.sizes["ffn"] != base.sizes["ffn"]
     ]
+
+
+def base_ffn_layers(config: MergeConfig, mixture: Mixture, base: DenseModel, *, runs_base: bool) -> Sequence[int]:
+    """Layers in which the base model has to have an FFN: those that stay dense, all where routers are made of it."""
+    return range(base.layers) if runs_base or config.way in READ_CHANGES else mixture.dense_layers
 
 
 def router_reads(
@@ -48,7 +54,7 @@ def router_reads(
         is_embeddings = name == base.family.embeddings and (runs_base or config.way == "cheap_embed")
         if is_embeddings or (name.startswith(tuple(layers)) and not name.startswith(never_run)):
             yield tensor
-    if config.way.startswith("delta"):
+    if config.way in READ_CHANGES:
         for model, tensors in [(base, base_tensors), *experts]:
             for layer in mixture.moe_layers:
                 yield model.projection(tensors, layer, "gate")

@@ -14,6 +14,7 @@ from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.stored import stored_bytes
 from moemerge.config import MergeConfig
+from moemerge.config_checks import READ_CHANGES
 from moemerge.dtypes import NAMED
 from moemerge.formats.dense import DenseModel, Role
 from moemerge.sources import ModelFolder
@@ -102,7 +103,7 @@ def measure_distances(
         })
         for name, layers in chosen.items()
     }  # fmt: skip
-    leaves = map(_underlying, (*ours.values(), *theirs.values()))
+    leaves = [_underlying(block) for block in (*ours.values(), *theirs.values()) if block]
     remote = sum(leaf.nbytes for leaf in leaves if not isinstance(leaf.path, Path))
     return {name: found.get(name, Distance({}, 0)) for name in experts}, remote
 
@@ -142,7 +143,7 @@ def distance_notes(
     return [
         f"{name}: whether it is a fine-tune of the base model is not known: its FFNs "
         + (
-            "have no finite numbers to compare, or the base's are zeros"
+            "have no finite numbers to compare, or the base has none or zeros"
             if model.sizes["ffn"] == base.sizes["ffn"]
             else f"are {model.sizes['ffn']} wide, the base's {base.sizes['ffn']}"
         )
@@ -155,7 +156,7 @@ def check_deltas(
     config: MergeConfig, base: ModelFolder, folders: Sequence[ModelFolder], distances: Mapping[str, Distance]
 ) -> list[str]:  # fmt: skip
     """Why ways that read what fine-tuning changed in the experts' weights cannot read it, as far as rows tell."""
-    if not config.way.startswith("delta"):
+    if config.way not in READ_CHANGES:
         return []
     problems = []
     for number, folder in enumerate(folders):
@@ -209,10 +210,13 @@ def _places(chosen: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Rol
                 yield name, layer, role
 
 
-def _block(model: Loaded, layer: int, role: Role) -> StoredTensor:
-    """Some rows of a projection that follow each other."""
+def _block(model: Loaded, layer: int, role: Role) -> StoredTensor | None:
+    """Some rows of a projection that follow each other; None of a base that lacks FFNs, which nothing else takes."""
     config, tensors = model
-    tensor = config.projection(tensors, layer, role)
+    try:
+        tensor = config.projection(tensors, layer, role)
+    except KeyError:
+        return None
     count = min(_ROWS, tensor.shape[0])
     return tensor.rows((tensor.shape[0] - count) // 3, count)
 
@@ -228,7 +232,9 @@ def _first_row(rows: StoredTensor, whole: Derived) -> int:
     return rows.start * whole.shape[0] // max(whole.nbytes, 1)
 
 
-def _read(tensor: StoredTensor) -> _Rows | None:
+def _read(tensor: StoredTensor | None) -> _Rows | None:
+    if tensor is None:
+        return None
     if isinstance(tensor.path, Derived):
         first, count = _first_row(tensor, tensor.path), tensor.shape[0]
         before = _read(tensor.path.inputs[0].rows(first, count))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+from moemerge.checkpoint.copy import copy_file
 from moemerge.errors import OutputError, RefusedError
 from moemerge.passes.proving import RESULT, Proof, prove
 from moemerge.passes.tokens import listed, read_tokenizer_config
@@ -53,12 +53,14 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
             out.mkdir()
             for name, path in files.copied.items():
                 (out / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, out / name)
+                copy_file(path, out / name)
             (out / "config.json").write_text(json.dumps(output_config), encoding="utf-8")
             base = files.base.folder.resolve()
             in_process = in_process or "transformers" in sys.modules
             proof = prove(base, out) if in_process else _prove_in_child(base, out)
-            written = {name: content for name in made if (content := _new(out / name, files.copied.get(name)))}
+            # A child that died may have left half of something.
+            names = made if proof.is_proved else ()
+            written = {name: content for name in names if (content := _new(out / name, files.copied.get(name)))}
             config = read_tokenizer_config(out)
     except OSError as error:
         where = error.filename2 or error.filename or "a temporary folder"

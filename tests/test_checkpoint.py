@@ -241,10 +241,10 @@ def test_links_lead_anywhere_but_out_of_the_cache(tmp_path):
     with pytest.raises(CheckpointError, match="is a link to .*secret.txt, out of the Hub's cache"):
         resolve_file(snapshot, "tokenizer.json")
     os.mkfifo(model / "config.json")
-    with pytest.raises(CheckpointError, match="config.json: is not a file"):
+    with pytest.raises(CheckpointError, match="config.json: is no regular file"):
         resolve_file(model, "config.json")
     (model / "tokenizer.model").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="tokenizer.model: is not a file"):
+    with pytest.raises(CheckpointError, match="tokenizer.model: is no regular file"):
         resolve_file(model, "tokenizer.model")
 
 

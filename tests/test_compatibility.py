@@ -83,8 +83,7 @@ def test_what_a_family_cannot_express_is_refused_with_the_reason(tmp_path, pair)
         shutil.rmtree(folder)
         make_model(folder, 1, attention_bias=True)
     assert problems(tmp_path, pair, architecture="mixtral") == [
-        "mixtral: it has no biases of queries, keys and values",
-        "mixtral: it has no biases of the attention's output",
+        "mixtral: it has no biases of queries, keys and values; it has no biases of the attention's output",
     ]
     assert problems(tmp_path, pair, architecture="qwen3") == [
         "qwen3_moe: it always normalises queries and keys, llama does not",
@@ -127,13 +126,10 @@ def test_every_candidate_is_named_with_its_reason(tmp_path, pair):
         )
     found = problems(tmp_path, pair, moe_layers="1-", shared_experts=[{"source_model": str(pair[1])}], architecture="m")
     assert found == [
-        "mixtral: it has no layers that attend differently",
-        "mixtral: all its layers hold experts, but moe_layers leaves layer 0 dense",
-        "mellum: it always normalises queries and keys, ministral does not",
-        "mellum: it has no shared experts: remove shared_experts",
-        "mimo_v2_flash: it has no sliding window",
-        "mimo_v2_flash: it has no layers that attend differently",
-        "mimo_v2_flash: it has no shared experts: remove shared_experts",
+        "mixtral: it has no layers that attend differently; all its layers hold experts, but moe_layers leaves layer 0 dense",
+        "mellum: it always normalises queries and keys, ministral does not; it has no shared experts: remove shared_experts",
+        "mimo_v2_flash: it has no sliding window; it has no layers that attend differently; "
+        "it has no shared experts: remove shared_experts",
     ]
     assert problems(tmp_path, pair, architecture="lfm2") == ["lfm2_moe: does not compute like ministral"]
 

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import yaml
 
 from moemerge import load_config
 from moemerge.config import MergeConfig, RoutedExpert, RouterSettings, parse_config
@@ -278,9 +279,9 @@ def test_keys_that_are_no_text_are_named():
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("noise_scale", "1.0e+39", "expected a number below 3.4e+38: float32, in which is computed, holds no larger one, found 1e+39"),
-        ("residual_scale", "-1.0e+39", "expected a number below 3.4e+38: float32, in which is computed, holds no larger one, found -1e+39"),
-        ("residual_scale", "1.0e-60", "expected 0 or a number above 1.2e-38: float32, in which is computed, holds no smaller one, found 1e-60"),
+        ("noise_scale", "1.0e+39", "expected a number below 3.4e+38: values are computed in float32, which holds no larger one, found 1e+39"),
+        ("residual_scale", "-1.0e+39", "expected a number below 3.4e+38: values are computed in float32, which holds no larger one, found -1e+39"),
+        ("residual_scale", "1.0e-60", "expected 0 or a number above 1.2e-38: values are computed in float32, which holds no smaller one, found 1e-60"),
         ("noise_scale", ".nan", "input should be a finite number, found nan"),
         ("residual_scale", "true", "expected a number, found True"),
     ],
@@ -367,6 +368,12 @@ def test_identical_experts_are_allowed_in_python_too():
     assert config.model_copy(update={"experts_per_token": 1}).rechecked().experts_per_token == 1
     with pytest.raises(ConfigError, match="each token is to go to 5 experts"):
         config.model_copy(update={"experts_per_token": 5}).rechecked()
+
+
+def test_a_changed_config_is_still_of_its_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"base_model": "base", "experts": EXPERTS}))
+    assert load_config(path).model_copy(update={"dtype": "float16"}).rechecked().file == path
 
 
 def test_too_few_experts():

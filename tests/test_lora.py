@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint import derived
 from moemerge.checkpoint.derived import read_values
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.cli.render import print_plan
@@ -70,6 +72,18 @@ def test_each_tensor_is_what_peft_makes_of_it(tmp_path, llamas, kind):
         assert torch.equal(found, expected[name]), (name, (found - expected[name]).abs().max())
         changed += tensor.path != llamas[0] / SINGLE
     assert changed >= 9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_readers_of_one_tensor_do_not_disturb_each_other(tmp_path, llamas, monkeypatch):
+    monkeypatch.setattr(derived, "CHUNK_ELEMENTS", 32)
+    expected = make_adapter(tmp_path / "adapter", llamas[0], use_dora=True)
+    tensors = read_tensor_table(open_model(f"{llamas[0]}+{tmp_path / 'adapter'}", print), print)
+    name = "model.layers.1.mlp.up_proj.weight"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: read_values(tensors[name]), range(200)))
+    for values in found:
+        torch.testing.assert_close(torch.from_numpy(values), expected[name])
 
 
 @pytest.mark.filterwarnings("ignore")

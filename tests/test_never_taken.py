@@ -150,10 +150,21 @@ def test_a_quantised_expert_is_refused(tmp_path, models, kind):
     edit_json(models[1] / "config.json", quantization_config={"quant_method": kind[:4]})
     with pytest.raises(IncompatibleError) as refused:
         plan_of(tmp_path, models)
-    assert refused.value.problems == (
+    assert refused.value.problems[0] == (
         f"experts[0] {models[1]}: is quantised ({kind[:4]}); its scales would be lost. Use the original weights, or "
-        "dequantise it",
+        "dequantise it"
     )
+    assert all(FFN in problem for problem in refused.value.problems[1:])
+
+
+def test_what_else_is_wrong_with_a_model_that_speaks_of_quantisation_is_told(tmp_path, models):
+    tensors = load_file(models[1] / "model.safetensors")
+    del tensors[f"{FFN}.weight"]
+    save_file(tensors, models[1] / "model.safetensors", {"format": "pt"})
+    edit_json(models[1] / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(IncompatibleError) as refused:
+        plan_of(tmp_path, models)
+    assert refused.value.problems[1:] == (f"experts[0] {models[1]}: tensor {FFN}.weight is missing",)
 
 
 def test_another_name_of_the_same_activation_is_the_same(tmp_path, llamas, models):
@@ -186,7 +197,7 @@ def test_a_pipe_in_a_source_is_never_waited_for(tmp_path, models):
     merge(plan_of(tmp_path, models), tmp_path / "out")
     (models[0] / "generation_config.json").unlink()
     os.mkfifo(models[0] / "generation_config.json")
-    with pytest.raises(CheckpointError, match=r"generation_config.json: is not a file"):
+    with pytest.raises(CheckpointError, match=r"generation_config.json: is no regular file"):
         plan_of(tmp_path, models)
 
 

@@ -135,6 +135,18 @@ def test_a_model_in_the_way_is_replaced_only_when_told_to(world, machine):
     assert shards_of(files).keys() == set(json.loads(files[INDEX])["weight_map"].values())
 
 
+def test_no_branch_is_made_before_the_last_refusal(world, machine):
+    config = world.config(machine, gate_mode="random")
+    world.hub.add("alice/mix", {"config.json": b'{"model_type": "mixtral"}', "model.safetensors": b"old"})
+    refused = machine.moemerge(config, "out", *STREAM, "--revision", "new", **TOKEN)
+    assert (refused.code, lines(refused)[-1]) == (
+        2,
+        "error: alice/mix: main holds a model already (config.json). Name another repository or "
+        "--revision, or replace the model with --overwrite.",
+    )
+    assert list(world.hub.repositories["alice/mix"].refs) == ["main"]
+
+
 def test_nothing_is_removed_before_the_last_refusal(world, machine):
     config = world.config(machine, gate_mode="random")
     other = ("--stream", "--push", "alice/other", "--push-streaming", *SHARDS)

@@ -11,6 +11,7 @@ from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.staging import kept_shards
 from moemerge.errors import CheckpointError, RefusedError
 from tests.models import edit_json, make_model, write_config
+from tests.test_lora import make_adapter
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_a_change_during_the_copy_leaves_no_output(tmp_path, models, what):
 
     plan = plan_of(tmp_path, models)
     with pytest.raises(
-        CheckpointError, match=r"was changed while it was read \(|is gone while it was read|cannot be read"
+        CheckpointError, match=r"was changed while it was read: another|is gone while it was read|cannot be read"
     ):
         merge(plan, out, progress=change)
     assert done
@@ -79,8 +80,8 @@ def test_what_changed_is_said(tmp_path, models):
     with pytest.raises(CheckpointError) as noticed:
         merge(plan, tmp_path / "out")
     assert str(noticed.value) == (
-        f"{models[1] / 'model.safetensors'}: was changed since the plan was made (changed), so the output would be of two "
-        "models. Nothing is written. Merge again."
+        f"{models[1] / 'model.safetensors'}: was changed since the plan was made: another time of a change of content, links "
+        "or permissions. The output would be of two models. Merge again."
     )
 
 
@@ -103,7 +104,19 @@ def _cut_off() -> None:
     raise CheckpointError("cut off")
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_shards_and_adapters_are_watched_too(tmp_path, models):
+    make_adapter(tmp_path / "adapter", models[0])
+    plan = plan_of(tmp_path, [models[0], f"{models[0]}+{tmp_path / 'adapter'}", models[1]])
+    files = {path.name for path in plan.stamps if path.parent == tmp_path / "adapter"}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    for name in files:
+        plan = plan_of(tmp_path, [models[0], f"{models[0]}+{tmp_path / 'adapter'}", models[1]])
+        replace_file(tmp_path / "adapter" / name, keep_time=True)
+        with pytest.raises(CheckpointError, match=f"{name}: was changed since the plan was made: another .* and inode"):
+            merge(plan, tmp_path / "out")
+        if name.endswith(".json"):
+            (tmp_path / "adapter" / name).write_text((tmp_path / "adapter" / name).read_text()[:-1] + "}")
     experts = [make_model(tmp_path / "sharded", 5), models[1]]
     from transformers import AutoModelForCausalLM
 

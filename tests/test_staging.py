@@ -57,7 +57,7 @@ def test_a_mount_point_is_filled_from_within_config_last(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_text("old")
-    monkeypatch.setattr(staging.os.path, "ismount", lambda path: Path(path) == out)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
     order = []
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda path, target: order.append(path.name) or rename(path, target))
@@ -178,7 +178,7 @@ def test_names_that_do_not_serve_are_refused_with_the_cause(tmp_path):
     (tmp_path / "ring").symlink_to(tmp_path / "ring")
     (tmp_path / "file").write_text("")
     for name, message in (
-        ("a" * 240, "its name does not serve: File name too long. While it is written, its name is used with 30"),
+        ("a" * 240, "its name is too long. While it is written, its name is used with 30"),
         ("a" * 300, "cannot be looked up: File name too long. Choose another output folder."),
         ("\udcff", r"\\xff: the folder's name is not text in UTF-8, so no program could open the model by its name"),
         ("ring", "cannot be looked up: "),
@@ -261,7 +261,9 @@ def test_limits_of_the_process_are_refused_before_work(tmp_path, monkeypatch):
         check_limits(tmp_path, largest=20_000, memory=0)
     limits |= {"FSIZE": None, "AS": 10**9}
     check_limits(tmp_path, largest=20_000, memory=10**8)
-    with pytest.raises(OutputError, match=r"about 1.60 GB of addresses are needed, but this process may use 1.00 GB"):
+    with pytest.raises(
+        OutputError, match=r"about 1.60 GB of address space are needed, but this process may use 1.00 GB"
+    ):
         check_limits(tmp_path, largest=20_000, memory=10**9)
     monkeypatch.setattr(target, "allow_open_files", lambda _: 12)
     with pytest.raises(OutputError, match="this process may have 12 files open, and 32 are needed"):
@@ -277,7 +279,26 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_can_be():
         assert allow_open_files(100) == 100
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert limit_of("AS") in {None, resource.getrlimit(resource.RLIMIT_AS)[0]}
+
+
+def test_limits_are_those_of_the_process():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**12, hard))
+        assert limit_of("FSIZE") == 10**12
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (limit_of("FSIZE") is None) == (soft == resource.RLIM_INFINITY)
+
+
+def test_what_is_probed_is_the_folder_that_is_written_to(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    probed = []
+    given = target.tempfile.TemporaryFile
+    monkeypatch.setattr(target.tempfile, "TemporaryFile", lambda **keys: (probed.append(keys["dir"]), given(**keys))[1])
+    for name in ("out", "new", "far/away/new"):
+        check_target(tmp_path / name)
+    assert probed == [tmp_path] * 3
 
 
 def test_a_full_disk_is_said_of_the_output_not_of_the_source(tmp_path, monkeypatch):

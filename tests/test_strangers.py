@@ -137,7 +137,23 @@ def test_what_cannot_be_compared_is_no_stranger(tmp_path, llamas):
     save_file({k: torch.zeros_like(v) for k, v in load_file(empty / SINGLE).items()}, empty / SINGLE, {"format": "pt"})
     plan = plan_of(tmp_path, empty, llamas[1:3])
     assert plan.warnings == ()
-    assert sum("have no finite numbers to compare, or the base's are zeros" in note for note in plan.notes) == 2
+    assert sum("have no finite numbers to compare, or the base has none or zeros" in note for note in plan.notes) == 2
+
+
+@pytest.mark.parametrize("keys", [{}, {"shared_weights": "average", "fold_norms": True}])
+def test_a_base_that_lacks_ffns_is_not_compared(tmp_path, llamas, keys):
+    base = Path(shutil.copytree(llamas[0], tmp_path / "base"))
+    tensors = {name: tensor for name, tensor in load_file(base / SINGLE).items() if ".mlp." not in name}
+    save_file(tensors, base / SINGLE, {"format": "pt"})
+    plan = plan_of(tmp_path, base, llamas[1:3], **keys)
+    assert plan.warnings == ()
+    assert sum("or the base has none or zeros" in note for note in plan.notes) == 2
+    merge(plan, tmp_path / "out")
+    # Where routers are made of them, they have to be there.
+    for mode in ("delta", "hidden"):
+        config = write_config(tmp_path / "c.yaml", base, llamas[1:3], prompts=mode == "hidden", gate_mode=mode, **keys)
+        with pytest.raises(IncompatibleError, match=r"base_model: .*model\.layers\.0\.mlp\.gate_proj\.weight"):
+            plan_merge(load_config(config))
 
 
 def test_weights_that_tell_nothing_are_refused_where_routers_are_made_of_them(tmp_path, llamas):

@@ -28,8 +28,10 @@ def read_json(path: Path, repeated: Callable[[str], None] = lambda _: None) -> d
         CheckpointError: the file cannot be read or is not a JSON object.
     """
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path}: there is no such file.")
         if not path.is_file():
-            raise CheckpointError(f"{path}: is not a file.")
+            raise CheckpointError(f"{path}: is no regular file.")
         with path.open("rb") as file:
             value = parse_json(file.read(MOST_BYTES + 1), repeated)
     except OSError as error:

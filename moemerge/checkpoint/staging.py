@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -14,7 +13,7 @@ from filelock import FileLock, Timeout
 from moemerge.checkpoint.copy import write_failure
 from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.journal import Journal
-from moemerge.checkpoint.target import PARTIAL, Replaceable, check_target, entries, foreign_files
+from moemerge.checkpoint.target import PARTIAL, Replaceable, beside, check_target, entries, foreign_files
 from moemerge.errors import BusyError, OutputError, RefusedError
 
 _OLD: Final = "moemerge-old"
@@ -132,11 +131,6 @@ def _tidying(out: Path) -> Iterator[None]:
         yield
     except (OSError, KeyboardInterrupt) as error:
         _log.warning("%s: is complete; something beside it could not be removed (%r)", out, error)
-
-
-def beside(target: Path, purpose: str) -> Path:
-    """A hidden name beside the resolved `target`, or inside it where it is a mount point: a rename leads from there."""
-    return target / f".{purpose}" if os.path.ismount(target) else target.parent / f".{target.name}.{purpose}"
 
 
 def _stage(target: Path) -> Path:

@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -42,7 +43,7 @@ def check_target(
 
     Raises:
         RefusedError: not a folder; not empty without `replaceable`; holds a file that is not to be replaced; is, holds
-            or lies within a source; or its name does not serve.
+            or lies within a source; or its name cannot be used.
         OutputError: the system does not let it be written.
     """
     try:
@@ -65,7 +66,7 @@ def check_scratch(out: Path, sources: Collection[Path]) -> None:
     """Refuse a folder beside which something is written for a while: it may hold anything, but lie in no source.
 
     Raises:
-        RefusedError: it lies within a source, or its name does not serve.
+        RefusedError: it lies within a source, or its name cannot be used.
         OutputError: the system does not let anything be written there.
     """
     resolved = _resolved(out)
@@ -76,7 +77,7 @@ def check_scratch(out: Path, sources: Collection[Path]) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Refuse a folder in which, or beside which, the system lets nothing be written; nothing is left on the disk.
+    """Refuse a folder beside which the system lets nothing be written; nothing is left on the disk.
 
     Raises:
         OutputError: says what the system said.
@@ -86,24 +87,26 @@ def check_writable(out: Path) -> None:
     above = next((parent for parent in resolved.parents if os.path.lexists(parent)), resolved)
     if not above.is_dir():
         raise RefusedError(f"{out}: {above} is not a folder. Choose another output folder.")
-    folder = nearest_folder(resolved)
+    folder = nearest_folder(beside(resolved, PARTIAL).parent)
     try:
-        os.path.lexists(folder / resolved.name)
-        os.lstat(folder / _LONGEST_NAME.format(resolved.name))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise RefusedError(
-            f"{out}: its name does not serve: {error.strerror or error}. While it is written, its name is used with "
-            f"{len(_LONGEST_NAME) - 2} letters more. Choose a shorter one."
-        ) from error
-    try:
+        with suppress(FileNotFoundError):
+            os.lstat(folder / _LONGEST_NAME.format(resolved.name))
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RefusedError(
+                f"{out}: its name is too long. While it is written, its name is used with {len(_LONGEST_NAME) - 2} "
+                "letters more. Choose a shorter one."
+            ) from error
         raise OutputError(
             f"{out}: cannot be written: in {folder} no file can be made ({error.strerror or error}). "
             "Choose another output folder."
         ) from error
+
+
+def beside(target: Path, purpose: str) -> Path:
+    """A hidden name beside the resolved `target`, or inside it where it is a mount point: a rename leads from there."""
+    return target / f".{purpose}" if os.path.ismount(target) else target.parent / f".{target.name}.{purpose}"
 
 
 def check_space(out: Path, nbytes: int, *, left: int = 0) -> None:
@@ -143,8 +146,8 @@ def check_limits(out: Path, *, largest: int, memory: int) -> None:
         )
     if (limit := limit_of("AS")) is not None and limit < memory + _ADDRESSES_BYTES:
         raise OutputError(
-            f"{out}: about {shown_bytes(memory + _ADDRESSES_BYTES)} of addresses are needed, but this process may use "
-            f"{shown_bytes(limit)}. Raise the limit with `ulimit -v unlimited`."
+            f"{out}: about {shown_bytes(memory + _ADDRESSES_BYTES)} of address space are needed, but this process "
+            f"may use {shown_bytes(limit)}. Raise the limit with `ulimit -v unlimited`."
         )
     if (allowed := allow_open_files(_OPEN_FILES)) < _FEWEST_OPEN_FILES:
         raise OutputError(

@@ -189,7 +189,7 @@ def _lost(out: Guarded, word: str) -> int:
     if out.failure is None:
         return 0
     if word in _WRITES_ELSEWHERE:
-        say(f"warning: standard output took not all that was to be said ({out.why}); the work is done", error=True)
+        say(f"warning: standard output did not take all of the output ({out.why}); the work is done", error=True)
         return 0
     if not isinstance(out.failure, BrokenPipeError):  # as when a pager was left
         say(f"error: the result cannot be written to standard output: {out.why}.", error=True)

@@ -122,7 +122,11 @@ def merge_models(
             way = partial(merge_to_hub, plan, out, pushing.publisher)
         if pushing.publisher:
             pushing.publisher.check_replaced(plan.family.model_type, overwrite=overwrite)
-            check_streaming(plan, out) if push_streaming else check_output(plan, out, overwrite=overwrite)
+            if push_streaming:
+                check_streaming(plan, out)
+                pushing.publisher.check_streaming(overwrite=overwrite)
+            else:
+                check_output(plan, out, overwrite=overwrite)
             pushing.publisher.create()
         with (
             _told_what_is_kept(console, out, streaming=push_streaming),

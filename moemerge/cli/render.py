@@ -95,6 +95,10 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
         "copied": ", ".join(plan.copied_files) or "no tokenizer files: the base model has none",
     }
+    if plan.made_files:
+        rows["tokenizer"] = (
+            f"proved to give the base's ids when it is merged; {' and '.join(plan.made_files)} may be made"
+        )
     if plan.remote_bytes:
         kept = f", of which {size(plan.kept_bytes)} stay on the disk until the end" if plan.kept_bytes else ""
         rows["to download"] = (

@@ -69,7 +69,7 @@ def select_family(base: DenseModel, architecture: str | None, mixture: Mixture) 
                 if not fact or fact in base.facts
             ]
             return family, [*(note.format(family.model_type) for note in notes), *family.told(base, mixture), *own]
-        problems += [f"{family.model_type}: {reason}" for reason in reasons]
+        problems.append(f"{family.model_type}: {'; '.join(reasons)}")
     if others:
         problems.append(
             f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError, RouterError
+from moemerge.printable import printable
 
 Encode = Callable[[str], tuple[list[int], list[int]]]
 """From a text to its tokens, and of each whether the tokenizer added it: 0 or 1."""
@@ -76,7 +77,7 @@ def code_references(config: Mapping[str, Any]) -> list[str]:
 
 def listed(names: Iterable[str]) -> str:
     """Names that somebody else chose, no longer than a message may be."""
-    shown = [f"{_printable(name):.80}" for name in names]
+    shown = [f"{printable(name):.80}" for name in names]
     return ", ".join(shown[:_SHOWN]) + (" ..." if shown[_SHOWN:] else "")
 
 
@@ -101,11 +102,7 @@ def why_unreadable(folder: Path, error: Exception) -> tuple[str, str]:
 
 def told(error: Exception) -> str:
     """What another library says in many lines, in one short one."""
-    return f"{type(error).__name__}: {_printable(' '.join(str(error).split())):.160}"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"{type(error).__name__}: {printable(' '.join(str(error).split())):.160}"
 
 
 def _is_installed(package: str) -> bool:

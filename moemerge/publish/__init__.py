@@ -84,19 +84,14 @@ class Publisher:
             RefusedError: the repository holds one, and is not to be overwritten.
         """
         with self._explained():
-            try:
-                _, names = self._listing()
-            except GatedRepoError:
-                raise
-            except (RepositoryNotFoundError, RevisionNotFoundError):  # still to be created
-                return
+            revision, names = self._beginning()
             if overwrite or "config.json" not in names:
                 return
-            path = self._api.hf_hub_download(self._to.repo, "config.json", revision=self.revision)
+            path = self._api.hf_hub_download(self._to.repo, "config.json", revision=revision)
         held = read_json(Path(path)).get("model_type")
         if held and held != model_type:
             raise RefusedError(
-                f"{self._to.repo}: {self.revision} holds a {held}, and this is a {model_type}. Name another repository "
+                f"{self._to.repo}: {revision} holds a {held}, and this is a {model_type}. Name another repository "
                 "or --revision, or replace the model with --overwrite."
             )
 
@@ -144,11 +139,11 @@ class Publisher:
             RefusedError: it holds a finished model, and is not to be overwritten.
         """
         with self._explained():
-            _, names = self._listing()
+            revision, names = self._beginning()
         finished = _SEALS.intersection(names)
         if finished and not overwrite:
             raise RefusedError(
-                f"{self._to.repo}: {self.revision} holds a model already ({', '.join(sorted(finished))}). "
+                f"{self._to.repo}: {revision} holds a model already ({', '.join(sorted(finished))}). "
                 "Name another repository or --revision, or replace the model with --overwrite."
             )
 
@@ -209,9 +204,20 @@ class Publisher:
             self._commit("Complete the model", [*self._additions(paths), *self._stale(names, kept)])
         return self.url
 
-    def _listing(self) -> tuple[str | None, list[str]]:
+    def _beginning(self) -> tuple[str, list[str]]:
+        """The revision, or main, which a new branch is made of; and the names of its files."""
+        try:
+            return self.revision, self._listing()[1]
+        except RevisionNotFoundError:
+            return "main", self._listing("main")[1]
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return "main", []
+
+    def _listing(self, revision: str | None = None) -> tuple[str | None, list[str]]:
         """The revision's commit and the names of its files."""
-        info = self._ask(lambda: self._api.model_info(self._to.repo, revision=self.revision))
+        info = self._ask(lambda: self._api.model_info(self._to.repo, revision=revision or self.revision))
         return info.sha, [file.rfilename for file in info.siblings or []]
 
     @staticmethod

@@ -72,7 +72,7 @@ class ModelFolder:
         return self.seen(resolve_file(self.folder, name)) if os.path.lexists(self.folder / name) else None
 
     def seen(self, path: Path) -> Path:
-        """The same file of its, with its stamp kept."""
+        """The same path, once the stamp of that file is kept."""
         if path not in self.stamps:
             self.stamps[path] = Stamp.of(path)
         return path

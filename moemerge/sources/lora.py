@@ -263,7 +263,8 @@ class LoraSum:
         import torch  # whose product PEFT takes, to the last bit
 
         tensors = (self.a, self.b, *([self.lengths] if self.lengths else []))
-        factors = self._held or {tensor.name: read_values(tensor) for tensor in tensors}
+        # A copy: another reader of the same tensor may be at its end.
+        factors = dict(self._held) or {tensor.name: read_values(tensor) for tensor in tensors}
         values = torch.from_numpy(blocks[0])
         rows = torch.from_numpy(factors[self.b.name])[row : row + len(values)]
         values += (rows @ torch.from_numpy(factors[self.a.name])) * self.scale

@@ -13,7 +13,8 @@ import torch
 from moemerge.checkpoint.disk import drafted, flush
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.journal import differences
-from moemerge.checkpoint.staging import beside, locked
+from moemerge.checkpoint.staging import locked
+from moemerge.checkpoint.target import beside
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import Estimate
 from moemerge.tuning.settings import Held
