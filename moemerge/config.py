@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from moemerge.config_checks import canonical_gate_mode, choose_way, cross_check, listed
-from moemerge.config_problems import SHORT_REPR, PlacedError, explain, repeated_keys
+from moemerge.config_problems import MOST_EXPLAINED, SHORT_REPR, PlacedError, explain, repeated_keys
 from moemerge.dtypes import SHORT, DType
 from moemerge.errors import ConfigError
 from moemerge.layer_choice import LayerChoice, read_layers
@@ -187,7 +187,10 @@ class MergeConfig(_Strict):
         try:
             super().__init__(**document)
         except ValidationError as error:
-            problems += [(detail["loc"], explain(detail, _known_keys)) for detail in error.errors()]
+            problems += [
+                (detail["loc"], explain(detail, _known_keys) if number < MOST_EXPLAINED else "is wrong, too")
+                for number, detail in enumerate(error.errors())
+            ]
         if problems:
             raise PlacedError(problems)
         self._checked, self._identical = self.model_dump(), allow_identical_experts

@@ -113,6 +113,7 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
     described = [bool(keys["positive_prompts"] or keys["positive_texts"]) for keys in given]
     way = choose_way(gate_mode, described=all(described), calibrated=bool(settings.get("calibration_texts")))
     reads = (*_READ_PROMPTS, *_READ_PROMPTS_AND_TEXTS)
+    any_described = any(described)
     problems: list[tuple[Place, str]] = []
     for number, (expert, keys) in enumerate(zip(experts, given, strict=True)):
         missing = ""
@@ -120,7 +121,7 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
             missing = f"gate_mode {way} needs positive_prompts: text that should be routed to this expert"
         elif way in _READ_PROMPTS_AND_TEXTS and not described[number]:
             missing = f"gate_mode {way} needs positive_prompts or positive_texts: what should be routed to this expert"
-        elif gate_mode == "auto" and any(described) and not described[number]:
+        elif gate_mode == "auto" and any_described and not described[number]:
             missing = (
                 "has neither positive_prompts nor positive_texts, though others have: give it some, or none to any "
                 "expert, and the weights alone make the routers"

@@ -2,6 +2,7 @@
 
 import difflib
 import reprlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
@@ -11,6 +12,8 @@ from pydantic_core import ErrorDetails
 from moemerge.errors import ConfigError
 from moemerge.yaml_text import Place
 
+MOST_EXPLAINED: Final = 100
+"""Problems of a config that are explained; of a config with more, their number is told."""
 SHORT_REPR: Final = reprlib.Repr()
 """`SHORT_REPR.repr(value)` is the repr of a value that may be long."""
 SHORT_REPR.maxstring = 60
@@ -21,12 +24,14 @@ class PlacedError(ConfigError):
 
     def __init__(self, placed: list[tuple[Place, str]], name: str = "config", node: yaml.Node | None = None) -> None:
         self.placed = placed
-        located = sorted((_line(node, place), _address(place), problem) for place, problem in placed)
+        shown = placed[:MOST_EXPLAINED]
+        located = sorted((_line(node, place), _address(place), problem) for place, problem in shown)
         lines = [
             f"{f'line {line}: ' if node else ''}{address}: {problem}" if address else problem
             for line, address, problem in located
         ]
-        super().__init__(f"{name}: {len(lines)} problem{'s' if len(lines) > 1 else ''}:", lines)
+        more = [f"and {len(placed) - len(shown)} more"] if len(placed) > len(shown) else []
+        super().__init__(f"{name}: {len(placed)} problem{'s' if len(placed) > 1 else ''}:", [*lines, *more])
 
 
 def explain(detail: ErrorDetails, known_keys: Callable[[Place], list[str]]) -> str:  # noqa: PLR0911  one for each kind
@@ -84,6 +89,6 @@ def repeated_keys(node: yaml.Node | None) -> list[tuple[Place, str]]:
             mappings += [((key.value, index), child) for index, child in enumerate(value.value)]
     problems = []
     for place, mapping in mappings:
-        keys = [key.value for key, _ in mapping.value] if isinstance(mapping, yaml.MappingNode) else []
-        problems += [((*place, key), "is written twice") for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        keys = Counter(key.value for key, _ in mapping.value) if isinstance(mapping, yaml.MappingNode) else {}
+        problems += [((*place, key), "is written twice") for key, count in keys.items() if count > 1]
     return problems

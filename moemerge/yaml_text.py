@@ -11,9 +11,12 @@ Place = tuple[int | str, ...]
 # Far above any config; time and memory grow with them. The parser in C, where there is one, is ten times as fast, but
 # does not take halves of letters as JSON writes them.
 _FAST: Final[Any] = getattr(yaml, "CSafeLoader", None)
-_MOST_CHARACTERS: Final = {True: 1_000_000, False: 200_000}
+_MOST_CHARACTERS: Final = {True: 1_000_000, False: 120_000}
 _MOST_VALUES: Final = 50_000
 _DEEPEST: Final = 50
+# Reading one takes the square of its length, and Python writes none of more than 4300 digits.
+_LONGEST_NUMBER: Final = 400
+_NUMBERS: Final = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 _HALF: Final = re.compile(r"\\[uU]0*[dD][89a-fA-F]")
 
 
@@ -81,6 +84,10 @@ def _check_size(root: yaml.Node) -> None:
             return known
         sizes[id(node)] = None
         if isinstance(node, yaml.ScalarNode):
+            if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+                raise YamlTextError(
+                    f"{_line(node)}a number has {len(node.value)} characters; at most {_LONGEST_NUMBER} are read"
+                )
             total = 1 + len(node.value) // 100
         elif isinstance(node, yaml.MappingNode):
             total = 1 + sum(size(key) + size(value) for key, value in node.value)

@@ -236,7 +236,9 @@ HALF = '"party \\ud83c"'
         (BOMB + "base_model: *a19\n", "stands for more than 50000 values once its aliases are written out"),
         (MERGES + "base_model: *a19\n", "stands for more than 50000 values once its aliases are written out"),
         (f"base_model: {'x' * 2_000_000}\n", "has 2000013 characters; at most 1000000 are read"),
-        (f"base_model: {HALF}\nx: {'x' * 300_000}\n", "at most 200000 are read"),
+        (f"base_model: {HALF}\nx: {'x' * 300_000}\n", "at most 120000 are read"),
+        (f"experts_per_token: 0x{'f' * 5000}\n", "line 1: a number has 5002 characters; at most 400 are read"),
+        (f"base_model: x\nx: 1{':59' * 300_000}\n", "line 2: a number has 900001 characters; at most 400 are read"),
     ],
 )
 def test_what_the_yaml_library_trips_over_is_refused_at_once(text, message):
@@ -246,6 +248,28 @@ def test_what_the_yaml_library_trips_over_is_refused_at_once(text, message):
     assert message in str(caught.value)
     assert len(str(caught.value)) < 4000
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (PLAIN + "".join(f"k{n}: 1\n" for n in range(24_000)), 24_000),
+        (PLAIN + "".join(f"{n}: 1\n" for n in range(16_000)), 16_000),
+        (PLAIN + f"x: {HALF}\n" + "".join(f"k{n}: 1\n" for n in range(9_000)), 9_002),
+        ("base_model: a\nexperts:\n" + "- {}\n" * 24_000, 24_000),
+        (
+            "base_model: a\nexperts:\n- {source_model: b}\n- source_model: c\n  positive_prompts:\n"
+            + "  - 5\n" * 40_000,
+            40_001,
+        ),
+    ],
+)
+def test_of_many_problems_the_first_are_told_at_once(text, count):
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=f"c.yaml: {count} problems:\n  - line ") as caught:
+        parse_config(text, "c.yaml")
+    assert caught.value.problems[-1] == f"and {count - 100} more"
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("key", ["positive_prompts", "positive_texts", "base_model", "experts", "router"])
