@@ -72,7 +72,7 @@ class Speaker:
         try:
             listed, _ = json.JSONDecoder().raw_decode(rest.lstrip()) if key else ([], 0)
             return {str(token["content"]): int(token["id"]) for token in listed}
-        except (ValueError, KeyError, TypeError, RecursionError):  # whatever wrote it
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # whatever wrote it
             return {}
 
     @cached_property

@@ -18,8 +18,8 @@ def replaceable_files(folder: Path, written: Collection[str] | None = None) -> s
     """Files in a folder that a merge may replace; None where the folder holds no checkpoint as a whole.
 
     A checkpoint is whole where `config.json` names a model type, and every file of the index, or else
-    `model.safetensors`, is there. One that moemerge made is known by its copy of the config: of it the tokenizer's
-    files count too, and shards may be gone.
+    `model.safetensors`, is there. One that moemerge made is known by its copy of the config; of it shards may be gone.
+    Files of a tokenizer that the merge does not write may be the user's.
 
     Args:
         folder: the folder.
@@ -30,10 +30,9 @@ def replaceable_files(folder: Path, written: Collection[str] | None = None) -> s
     whole = ours or (bool(weights) and all((folder / name).is_file() for name in weights))
     if not (whole and _is_model(folder)):
         return None
-    held = {*weights, SAFETENSORS_INDEX, "config.json", CARD}
-    if ours or written is None:
-        held |= {CONFIG_COPY, *COPIED_FILES, *template_names(folder)}
+    held = {*weights, SAFETENSORS_INDEX, "config.json", CARD, CONFIG_COPY}
     if written is None:
+        held |= {*COPIED_FILES, *template_names(folder)}
         held |= {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)}
     return held.union(written or ())
 
@@ -50,6 +49,7 @@ def _weights(folder: Path) -> set[str]:
     if not (folder / SAFETENSORS_INDEX).is_file():
         return {SINGLE_SAFETENSORS}
     try:
-        return set(read_weight_map(folder / SAFETENSORS_INDEX).values())
+        names = set(read_weight_map(folder / SAFETENSORS_INDEX).values())
     except CheckpointError:
         return set()
+    return names if all(name.endswith(".safetensors") for name in names) else set()

@@ -151,10 +151,12 @@ class MergePlan:
 
     @property
     def inputs(self) -> list[Path]:
-        """Files that the merge reads: the config, texts, and those of models, which links may lead to."""
+        """Files that were read, or will be: the config, texts, and those of models, which links may lead to."""
         experts = [*self.config.experts, *self.config.shared_experts]
         patterns = [text for expert in experts for text in (*expert.positive_texts, *expert.negative_texts)]
-        files = [path for path in (*self.references, *self.copied_files.values()) if isinstance(path, Path)]
+        files = [
+            path for path in (*self.stamps, *self.references, *self.copied_files.values()) if isinstance(path, Path)
+        ]
         config = [self.config.file] if self.config.file else []
         return [*config, *files, *matching_files([*patterns, *self.config.router.calibration_texts])]
 

@@ -33,6 +33,8 @@ from moemerge.tokenizer_proof import prove_tokenizer
 Tensors = Mapping[str, StoredTensor]
 # A factor by which usual weights of some hundredths come near the smallest that float16 has.
 _SMALL_SCALE: Final = 0.01
+# Of such weights, steps to the next number: 0.01 / 2**9 in bfloat16, 0.01 / 2**12 in float16, 0.01 / 2**25 in float32.
+_FAINT_NOISE: Final = {"bfloat16": 2e-5, "float16": 2e-6, "float32": 3e-10}
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
 
 
@@ -310,6 +312,13 @@ def _output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> lis
     if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
         notes.append(
             "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
+        )
+    noises = {piece.noise_scale for output in outputs.values() for piece in output.pieces if piece.noise_scale}
+    faint = _FAINT_NOISE[dtype]
+    if noises and min(noises) < faint:
+        notes.append(
+            f"noise_scale {min(noises):g} is below the steps between most weights in {dtype}: it changes few of them, "
+            f"or none; {faint:g} is about the least that does"
         )
     scales = {abs(piece.scale) for output in outputs.values() for piece in output.pieces}
     if dtype == "float16" and min(scales, default=1) < _SMALL_SCALE:

@@ -22,7 +22,7 @@ from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import TensorSpec, layout_shards, parse_size
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.errors import CheckpointError, OutputError
-from moemerge.sources import ModelFolder, read_tensor_table
+from moemerge.sources import ModelFolder, open_model, read_tensor_table
 from moemerge.sources.local import resolve_file
 from tests.models import edit_json
 
@@ -176,6 +176,10 @@ BESIDE = "m: has an index of shards beside {0}, which is read alone, as transfor
          (5.0, ["m: model.safetensors.index.json does not say of 1 tensor(s), such as 'model.embed_tokens.weight', that "
                 "they are in model-00002-of-00002.safetensors; they are read from there, the last of two, as transformers "
                 "does"])),
+        ({"pytorch_model.bin": 3.0, "model.fp16.safetensors": 7.0}, {},
+         (3.0, [BESIDE.format("pytorch_model.bin")])),
+        ({"pytorch_model-00001-of-00001.bin": 3.0, ONE: 7.0, "weights.safetensors": 8.0}, {}, (3.0, [])),
+        ({ONE: 2.0, WHOLE: None}, {"model.embed_tokens.weight": ONE}, (2.0, [])),
         ({WHOLE: 1.0, "mine.safetensors": 6.0}, None,
          (6.0, ["m: config.json names mine.safetensors as the file of its weights, and that is read"])),
     ],
@@ -187,6 +191,9 @@ def test_the_weights_of_a_folder_are_those_that_transformers_takes(tmp_path, lla
     tensors = load_file(llamas[0] / WHOLE)
     embeddings = "model.embed_tokens.weight"
     for name, number in files.items():
+        if number is None:
+            (tmp_path / name).symlink_to(tmp_path / "gone")
+            continue
         own = (
             tensors if name != ONE or TWO not in files else {embeddings: 0, "lm_head.weight": tensors["lm_head.weight"]}
         )
@@ -202,7 +209,9 @@ def test_the_weights_of_a_folder_are_those_that_transformers_takes(tmp_path, lla
         (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": rest | weight_map}))
     else:
         file = "pytorch_model-00001-of-00001.bin"
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file)}))
+        (tmp_path / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file)})
+        )
     model = ModelFolder("m", tmp_path, tmp_path, json.loads((tmp_path / "config.json").read_text()))
     table = read_tensor_table(model, print)
     assert set(read_values(table[embeddings]).flatten().tolist()) == {expected[0]}
@@ -220,9 +229,43 @@ def test_without_an_index_shards_are_found_and_strangers_left(tmp_path):
         read(tmp_path)
     save_file({"b": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
     assert sorted(read(tmp_path)) == ["a", "b"]
+    model = ModelFolder("m", tmp_path, tmp_path, {})
+    read_tensor_table(model, print)
+    assert model.notes == [
+        "m: no index names its 2 files model-00001-of-00002.safetensors ...: all are read, but transformers would find no "
+        "weights"
+    ]
     save_file({"a": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match="tensor 'a' is in model-00001-of-00002.safetensors and in model-00002"):
         read(tmp_path)
+
+
+def test_one_file_of_another_name_is_read_and_noted(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.fp16.safetensors")
+    model = ModelFolder("m", tmp_path, tmp_path, {})
+    assert list(read_tensor_table(model, print)) == ["a"]
+    assert model.notes == [
+        "m: no index names its model.fp16.safetensors: it is read, but transformers would find no weights"
+    ]
+
+
+def test_a_link_to_nowhere_that_should_be_the_weights_is_named(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        CheckpointError, match="model.safetensors: there is no such file, or it is a link that leads nowh"
+    ):
+        read(tmp_path)
+
+
+def test_an_adapter_beside_whole_weights_is_noted(tmp_path, llamas):
+    for path in llamas[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (note,) = open_model(str(tmp_path), print).notes
+    assert note == (
+        f"{tmp_path}: has an adapter_config.json beside its own weights, which are read; transformers would load the adapter "
+        "and its base model where peft is installed. To merge these, write model+adapter"
+    )
 
 
 def test_an_empty_folder_has_no_weights(tmp_path):

@@ -251,6 +251,23 @@ def test_float16_warns_of_overflow_only_where_something_is_converted(tmp_path, p
     assert plan(tmp_path, pair, dtype="bf16").notes == ()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "noise", "told"),
+    [("float32", 1e-30, True), ("bfloat16", 1e-6, True), ("bfloat16", 1e-3, False), ("float16", 1e-7, True)],
+)
+def test_noise_that_no_weight_feels_is_a_note(tmp_path, pair, dtype, noise, told):
+    config = load_config(write_config(tmp_path / "c.yaml", pair[0], pair[1:], prompts=False, dtype=dtype))
+    noisy = config.experts[0].model_copy(update={"noise_scale": noise})
+    notes = plan_merge(config.model_copy(update={"experts": [noisy, config.experts[1]]})).notes
+    assert (
+        any(
+            note.startswith(f"noise_scale {noise:g} is below the steps between most weights in {dtype}")
+            for note in notes
+        )
+        == told
+    )
+
+
 def test_a_small_scale_in_float16_is_a_note(tmp_path, pair):
     config = load_config(write_config(tmp_path / "c.yaml", pair[0], pair[1:], prompts=False, dtype="float16"))
     small = config.experts[0].model_copy(update={"residual_scale": -0.001})

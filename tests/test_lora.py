@@ -207,11 +207,25 @@ def test_damaged_adapters_are_clear_errors(tmp_path, llamas):
     make_adapter(tmp_path / "good", llamas[0])
     shutil.copytree(tmp_path / "good", tmp_path / "alpha")
     edit_json(tmp_path / "alpha" / "adapter_config.json", lora_alpha="x")
+    for name, keys in {
+        "rank": {"r": 3},
+        "nested": {"alpha_pattern": {"(([a-z.0-9_]+)+)+X": 4}},
+        "many": {"rank_pattern": {".*.*.*.*.*.*.*X": 4}},
+        "odd": {"alpha_pattern": {"(": 4}},
+        "list": {"alpha_pattern": ["x"]},
+    }.items():
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+        edit_json(tmp_path / name / "adapter_config.json", **keys)
     shutil.copytree(tmp_path / "good", tmp_path / "double")
     factors = load_file(tmp_path / "good" / "adapter_model.safetensors")
     save_file({k: v.double() for k, v in factors.items()}, tmp_path / "double" / "adapter_model.safetensors")
     for name, message in {
         "alpha": "adapter_config.json: lora_alpha or alpha_pattern is no number",
+        "rank": "says that model.layers.0.mlp.down_proj has rank 3, but its matrices have 4. Save the adapter again",
+        "nested": "alpha_pattern has a pattern that is too intricate",
+        "many": "rank_pattern has a pattern that is too intricate",
+        "odd": "alpha_pattern has a pattern that is none",
+        "list": "alpha_pattern is no object",
         "double": "is stored as F64; expected one of",
     }.items():
         with pytest.raises(SourceError, match=message):

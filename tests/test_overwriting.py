@@ -35,11 +35,9 @@ def names(folder: Path) -> set[str]:
 
 def test_a_merged_model_is_replaced_by_one_of_other_files(out, config):
     assert sum(name.endswith(".safetensors") for name in names(out)) == 2
-    (out / "added_tokens.json").write_text("{}")  # of another base's tokenizer
     plan = plan_merge(load_config(config))
     merge(plan, out, overwrite=True)
     assert names(out) == {"README.md", "config.json", "model.safetensors", "moemerge_config.yaml", *plan.copied_files}
-    assert "added_tokens.json" not in names(out)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +45,8 @@ def test_a_merged_model_is_replaced_by_one_of_other_files(out, config):
     [
         "notes.txt", "results.json", "eval.md", "model.gguf", "other.safetensors", "model-00007-of-00009.safetensors",
         "pytorch_model.bin", "adapter_model.safetensors", "mine.yaml", "LICENSE", ".gitattributes", "notes/thesis.md",
-        "model-00001-of-00002.safetensors.bak", "empty/",
+        "model-00001-of-00002.safetensors.bak", "empty/", "added_tokens.json", "additional_chat_templates/mine.jinja",
+        "lost+found", ".moemerge-tune/notes", ".moemerge-partial/",
     ],
 )  # fmt: skip
 def test_a_file_that_no_merge_writes_is_named_and_stays(out, config, name):
@@ -58,7 +57,7 @@ def test_a_file_that_no_merge_writes_is_named_and_stays(out, config, name):
     with pytest.raises(RefusedError) as refused:
         merge(plan_merge(load_config(config)), out, overwrite=True)
     assert str(refused.value) == (
-        f"{out}: holds {name.rstrip('/')!r}, which is no part of a merged model (1 such file), and --overwrite replaces "
+        f"{out}: holds {name.rstrip('/')!r}, which this merge does not write (1 such file), and --overwrite replaces "
         "the whole folder. Move it away, or choose another output folder."
     )
     assert names(out) == before
@@ -85,6 +84,27 @@ def test_what_the_merge_reads_is_never_replaced(out, llamas, tmp_path):
     plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], [linked, llamas[2]], prompts=False)))
     with pytest.raises(RefusedError, match=message.format("model.safetensors")):
         merge(plan, out, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja"])
+def test_small_files_of_a_source_that_lie_in_the_output_are_never_replaced(out, llamas, tmp_path, name):
+    source = Path(shutil.copytree(llamas[1 if name == "config.json" else 0], tmp_path / "linked"))
+    (out / name).write_text((source / name).read_text() if (source / name).exists() else "{{ messages }}")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(out / name)
+    base, expert = (llamas[0], source) if name == "config.json" else (source, llamas[1])
+    plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", base, [expert, llamas[2]], prompts=False)))
+    with pytest.raises(RefusedError, match=f"holds '{name}', which this merge reads"):
+        merge(plan, out, overwrite=True)
+
+
+def test_an_index_of_files_that_are_no_weights_makes_no_checkpoint(out, config):
+    (out / "notes.txt").write_text("precious")
+    (out / "moemerge_config.yaml").unlink()
+    (out / "model.safetensors.index.json").write_text('{"weight_map": {"a": "notes.txt"}}')
+    with pytest.raises(RefusedError, match="holds no complete checkpoint"):
+        merge(plan_merge(load_config(config)), out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "precious"
 
 
 def test_what_is_no_whole_checkpoint_is_not_replaced(tmp_path, llamas, config):

@@ -165,9 +165,7 @@ def test_targets_that_would_lose_something_are_refused(tmp_path):
         check_target(out, replaceable=lambda _: None)
     (out / "notes").mkdir()
     (out / "notes" / "thesis.md").write_text("")
-    with pytest.raises(
-        RefusedError, match=r"holds 'notes/thesis.md', which is no part of a merged model \(1 such file\)"
-    ):
+    with pytest.raises(RefusedError, match=r"holds 'notes/thesis.md', which this merge does not write \(1 such file\)"):
         check_target(out, replaceable=lambda _: {"config.json", "thesis.md"})
     with pytest.raises(RefusedError, match="holds 'thesis.md', which this merge reads"):
         check_target(out, inputs=[out / "notes" / "thesis.md"], replaceable=everything)

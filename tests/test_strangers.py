@@ -222,6 +222,16 @@ def test_templates_and_tokens_are_told_and_who_would_be_the_better_base(tmp_path
     assert lost(plan_of(tmp_path, base, [fox, code]))[1].endswith("tokenizer, whose file is another than the base's")
 
 
+@pytest.mark.parametrize(
+    "listed", ['[{"content": "x", "id": 1e999}]', '[{"content": "x", "id": NaN}]', "[1", "{}", "5"]
+)
+def test_added_tokens_that_make_no_sense_are_passed_over(tmp_path, copies, listed):
+    tokenizer = (copies[1] / "tokenizer.json").read_text()
+    (copies[1] / "tokenizer.json").write_text(f'{{"added_tokens": {listed}, "x": {tokenizer}}}')
+    plan = plan_of(tmp_path, copies[0], copies[1:])
+    assert lost(plan)[0].endswith("kept: tokenizer, whose file is another than the base's")
+
+
 def test_the_same_words_in_other_files_are_the_same(tmp_path, copies):
     base, fox, code = copies
     (base / "chat_template.jinja").write_text("{{ messages }}\n")

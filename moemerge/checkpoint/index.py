@@ -74,8 +74,8 @@ class Weights:
 def choose_weights(names: Collection[str], read_index: Callable[[str], Iterable[str]], named: str = "") -> Weights:
     """Of the regular files in a folder those with the weights, as transformers 4 and 5 choose.
 
-    One whole file goes before an index, safetensors before pickles (`_get_resolved_checkpoint_files`). Where neither is
-    there, transformers finds nothing, and shards without an index are taken.
+    One whole file goes before an index, safetensors before pickles (`_get_resolved_checkpoint_files`). Where none of
+    these is there, transformers finds nothing, and files of other names, or shards without an index, are taken.
 
     Args:
         names: of the files.
@@ -89,20 +89,15 @@ def choose_weights(names: Collection[str], read_index: Callable[[str], Iterable[
         note = f"config.json names {named} as the file of its weights, and that is read"
         is_index = named.endswith(".index.json")
         return Weights(tuple(sorted(set(read_index(named)))) if is_index else (named,), named if is_index else "", note)
-    for single, index, suffix in (
-        (SINGLE_SAFETENSORS, SAFETENSORS_INDEX, ".safetensors"),
-        (SINGLE_PICKLE, PICKLE_INDEX, ".bin"),
-    ):
+    for single, index in ((SINGLE_SAFETENSORS, SAFETENSORS_INDEX), (SINGLE_PICKLE, PICKLE_INDEX)):
         if single in names:
             beside = f"has an index of shards beside {single}, which is read alone, as transformers does"
             return Weights((single,), note=beside if index in names else "")
         if index in names:
             return Weights(tuple(sorted(set(read_index(index)))), index)
-        if loose := _loose_shards(names, suffix):
-            note = (
-                f"no index names its {len(loose)} files {loose[0]} ...: all are read, but transformers would find none"
-            )
-            return Weights(loose, note=note if len(loose) > 1 else "")
+    if loose := _loose_shards(names, ".safetensors") or _loose_shards(names, ".bin"):
+        whose = f"{len(loose)} files {loose[0]} ...: all are" if len(loose) > 1 else f"{loose[0]}: it is"
+        return Weights(loose, note=f"no index names its {whose} read, but transformers would find no weights")
     return Weights(())
 
 

@@ -160,7 +160,8 @@ def entries(folder: Path) -> list[Path]:
     """What a folder holds, without what moemerge itself and file systems keep there."""
     if not folder.is_dir():
         return []
-    return [entry for entry in folder.iterdir() if not _KEPT.fullmatch(entry.name)]
+    is_mount = os.path.ismount(folder)
+    return [entry for entry in folder.iterdir() if not (is_mount and entry.is_dir() and _KEPT.fullmatch(entry.name))]
 
 
 def foreign_files(folder: Path, allowed: Collection[str]) -> list[str]:
@@ -220,7 +221,7 @@ def _check_entries(
     foreign = foreign_files(resolved, allowed)
     if foreign:
         raise RefusedError(
-            f"{out}: holds {foreign[0]!r}, which is no part of a merged model ({len(foreign)} such "
+            f"{out}: holds {foreign[0]!r}, which this merge does not write ({len(foreign)} such "
             f"file{'s' if len(foreign) > 1 else ''}), and --overwrite replaces the whole folder. Move it away, or "
             "choose another output folder."
         )

@@ -101,7 +101,13 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
         raise SourceError(f"{reference}: has no config.json, so it is not a model that moemerge can read.")
     path = resolve_file(folder, "config.json")
     stamp = Stamp.of(path)
-    return ModelFolder(reference, origin, folder, read_json(path), stamps={path: stamp})
+    opened = ModelFolder(reference, origin, folder, read_json(path), stamps={path: stamp})
+    if (folder / "adapter_config.json").is_file():
+        opened.notes.append(
+            f"{reference}: has an adapter_config.json beside its own weights, which are read; transformers would load "
+            "the adapter and its base model where peft is installed. To merge these, write model+adapter"
+        )
+    return opened
 
 
 def _split_adapter(reference: str) -> tuple[str, str] | None:
@@ -221,8 +227,12 @@ def _read_weights(
             path = model.seen(resolve_file(model.folder, name))
             yield read_pickle(path) if name.endswith(".bin") else read_header(path)
 
-    names = {path.name for path in model.folder.iterdir()}
+    paths = list(model.folder.iterdir())
+    names = {path.name for path in paths if path.is_file()}
     chosen, read_map = find_weights(model.folder, names, named, model.seen)
+    if not chosen.files:  # it may be a link that leads nowhere that should hold them, which is said then
+        names = {path.name for path in paths}
+        chosen, read_map = find_weights(model.folder, names, named, model.seen)
     tensors, notes = read_tensors(model.folder, chosen, names, read_map, read_headers)
     return _noted(model, notes, tensors)
 

@@ -27,6 +27,9 @@ from moemerge.sources.reference import Reference, parse_reference
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _USUAL_ALPHA: Final = 8
+_REPEATED: Final = re.compile(r"[*+{]")
+_GROUP_REPEATED: Final = re.compile(r"\)\s*[*+{]")
+_MOST_REPEATED: Final = 2
 # Scales of a trained adapter are of the order of 1; this one makes any factors overflow.
 _TOO_LARGE: Final = 1e30
 _PREFIXES: Final = re.compile(r"(_orig_mod\.|base_model\.model\.)*")
@@ -222,19 +225,21 @@ def _merge(
 
 
 def _scale(adapter: Adapter, module: str, rank: int) -> float:
-    """Factor on `B A`; patterns match a module's whole name or its end, as in PEFT.
+    """Factor on `B A`.
 
     Raises:
-        SourceError: `lora_alpha` or `alpha_pattern` is not what PEFT writes, or not finite.
+        SourceError: `lora_alpha`, `alpha_pattern` or the rank is not what PEFT takes, or not finite.
     """
-    alpha = adapter.config.get("lora_alpha", _USUAL_ALPHA)
+    told = _of_module(adapter, module, "r", "rank_pattern", rank)
+    if told != rank:
+        raise SourceError(
+            f"{adapter.reference}: {CONFIG} says that {module} has rank {told!r:.20}, but its matrices have {rank}. "
+            "Save the adapter again."
+        )
+    alpha = _of_module(adapter, module, "lora_alpha", "alpha_pattern", _USUAL_ALPHA)
     try:
-        for pattern, own in (adapter.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = own
-                break
         scale = float(alpha) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
-    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise SourceError(
             f"{adapter.reference}: {CONFIG}: lora_alpha or alpha_pattern is no number ({error}). Save it again."
         ) from error
@@ -244,6 +249,29 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
             "the adapter was trained with, often 8 to 64."
         )
     return scale
+
+
+def _of_module(adapter: Adapter, module: str, key: str, pattern_key: str, default: int) -> Any:
+    """A setting of a module; patterns match its whole name or its end, as in PEFT."""
+    patterns = adapter.config.get(pattern_key) or {}
+    if not isinstance(patterns, Mapping):
+        raise SourceError(f"{adapter.reference}: {CONFIG}: {pattern_key} is no object. Save the adapter again.")
+    for pattern, own in patterns.items():
+        # Nested repetitions, or many in a row, can take longer to match than anyone waits.
+        if len(_REPEATED.findall(pattern)) > _MOST_REPEATED or _GROUP_REPEATED.search(pattern):
+            raise SourceError(
+                f"{adapter.reference}: {CONFIG}: {pattern_key} has a pattern that is too intricate, {pattern!r:.60}. "
+                "Write the modules' names in its place."
+            )
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return own
+        except re.error as error:
+            raise SourceError(
+                f"{adapter.reference}: {CONFIG}: {pattern_key} has a pattern that is none, {pattern!r:.60} ({error}). "
+                "Save the adapter again."
+            ) from error
+    return adapter.config.get(key, default)
 
 
 @dataclass(frozen=True, eq=False)
