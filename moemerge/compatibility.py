@@ -184,7 +184,7 @@ def _read(config: Mapping[str, Any], name: str, found: Findings) -> DenseModel |
     if model.quantised in _QUANTISED_WHEN_LOADED:
         found.problems.append(_quantised(name, model))
     for key in ("hidden_act", "hidden_activation"):
-        if config.get(key) not in {None, model.hidden_act} and model.config.get(key) == model.hidden_act:
+        if config.get(key) not in (None, model.hidden_act) and model.config.get(key) == model.hidden_act:
             found.notes.append(f"{name}: {key} {config[key]!r} is another name of {model.hidden_act!r}")
     return model
 

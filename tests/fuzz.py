@@ -42,7 +42,7 @@ FAMILIES = tuple(
     if DENSE[name][0] in CONFIG_MAPPING  # not all in transformers 4
 )  # fmt: skip
 STRANGE: list[Any] = [
-    None, True, False, -1, 0, 1, 7, 2**31, 2**63, 2**64, 10**30, -0.0, 1e-60, 1e39, 1e400, float("nan"), "", " ", "x", "\x1b[31mred",
+    None, True, False, -1, 0, 1, 7, 2**31, 2**63, 2**64, 10**30, 10**400, -0.0, 1e-60, 1e39, 1e400, float("nan"), "", " ", "x", "\x1b[31mred",
     "\x00", "\ud83c", "é" * 50, "x" * 100_000, "../../etc/passwd", "model.safetensors", "silu", [], [[]], [1] * 100_000, {}, {"a": {"b": [None]}},
     {"__float__": "inf"}, [["x"] * 30] * 30,
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from tests.families import DENSE
 from tests.models import SIZES
 
 NONSENSE: tuple[Any, ...] = (
-    None, True, 0, -1, 1, 3, 0.5, float("nan"), float("inf"), 10**30, "x", "", [], [{}], [[]], [1, 0], ["x", None, 2], {},
+    None, True, 0, -1, 1, 3, 0.5, float("nan"), float("inf"), 10**30, 10**400, "x", "", [], [{}], [[]], [1, 0], ["x", None, 2], {},
     {"a": {}}, {"0": {"head_dim": 4}}, {"rope_type": "yarn"}, {"rope_theta": "x"}, {"type": []},
 )  # fmt: skip
 

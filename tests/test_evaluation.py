@@ -332,6 +332,9 @@ def test_a_model_without_its_sources_is_evaluated_alone(tmp_path, out, data, mon
     assert list(found.losses) == ["merged"]
     assert found.notes[0].startswith("base, experts and their average are left out: /gone/base")
     config.unlink()
+    os.mkfifo(config)  # which is not waited for
+    assert evaluate(copied, data, tokens=40).experts == ("0", "1", "2")
+    config.unlink()
     found = evaluate(copied, data, tokens=40)
     assert found.experts == ("0", "1", "2")
     assert f"{copied} does not say what it was merged from: base and experts are left out" in found.notes

@@ -7,6 +7,8 @@ from typing import Any, Final
 # What the header of a file with 100 000 tensors has, and a little more. In memory values are many times their text.
 MOST_BYTES: Final = 16_000_000
 _MOST: Final = {b'"': 1_500_000, b"[": 300_000, b"{": 300_000, b",": 1_200_000}
+# Fewer than the largest float has.
+_MOST_DIGITS: Final = 300
 
 
 class JsonTextError(Exception):
@@ -39,6 +41,12 @@ def parse_json(text: bytes, repeated: Callable[[str], None] = lambda _: None) ->
         return found
 
     try:
-        return json.loads(text.decode(), object_pairs_hook=table)
+        return json.loads(text.decode(), object_pairs_hook=table, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise JsonTextError(f"is not valid JSON: {error!s:.200}") from error
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits; at most {_MOST_DIGITS} are read")
+    return int(digits)

@@ -126,7 +126,8 @@ def open_mixture(folder: Path | str) -> MixtureModel:
     if router is None:
         raise IncompatibleError(f"{folder}: has no router: no tensor is called *.{family.router}.", [])
     try:
-        config = load_config(Path(folder) / CONFIG_COPY, allow_identical_experts=True)
+        copy = model.file(CONFIG_COPY)
+        config = load_config(copy, allow_identical_experts=True) if copy else None
     except MoemergeError:  # made by another tool, or edited
         config = None
     missing = [key for key in (per_token_key(family), "num_hidden_layers") if key not in model.config]

@@ -4,7 +4,6 @@ Checked against the configuration classes of `transformers` 4.57.6 and 5.23.0, w
 from those of the MoE families: an omitted key must be resolved before it is copied.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ _SIZES: Final = {
 # Far above any model; a hostile number would fill the memory with tensor names.
 _MOST_LAYERS: Final = 10_000
 _MOST: Final = 10**9
+_LARGEST: Final = 1e300
 # A null says as little as an absent key, except where it has a meaning of its own.
 _NULL_MEANS: Final = {
     "sliding_window", "head_dim", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -86,7 +86,7 @@ def _is_size(value: Any, most: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in {int, float} and math.isfinite(value)
+    return type(value) in {int, float} and abs(value) < _LARGEST  # nor NaN, nor an integer beyond floats
 
 
 def _refuse(what: str, keys: list[str]) -> None:
