@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moemerge.card_metadata import licence_fields, read_metadata, rewritten
-from moemerge.config import CARD, Expert
+from moemerge.config import CARD, CONFIG_COPY, Expert
 from moemerge.errors import RefusedError
 from moemerge.markdown import as_code, as_text
 from moemerge.plan import MergePlan
+from moemerge.printable import printable
 from moemerge.sources import Reference, parse_reference
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def write_card(
         **licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, [*plan.family_notes, *notes])}").save(
-        folder / "README.md"
+        folder / CARD
     )
 
 
@@ -61,7 +62,11 @@ def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:
     if not path.is_file():
         return [("a model card", "absent")]
     text = path.read_text(encoding="utf-8", errors="replace")
-    lost = [(fact, "not in it") for fact in _facts(plan) if fact not in text]
+    copy = folder / CONFIG_COPY
+    expected = [*_facts(plan), *_warnings(plan), *_notes(plan.family_notes)]
+    if copy.is_file():
+        expected.append(_block(copy.read_text(encoding="utf-8", errors="replace")))
+    lost = [(fact, "not in it") for fact in expected if fact not in text]
     try:
         named = read_metadata(path).get("base_model")
     except RefusedError as error:
@@ -98,34 +103,60 @@ def _facts(plan: MergePlan) -> list[str]:
 
 
 def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[str]) -> str:
-    text = plan.config.text
-    # A prompt may hold a fence of its own.
-    fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", text))], key=len)
     what, size, *experts = _facts(plan)
     sections = [
         f"# {as_text(name)}",
         what,
         size,
         "\n".join(["| expert | model | made for prompts such as |", "|---|---|---|", *experts]),
-        "\n".join(f"> **Warning:** {as_text(warning)}." for warning in plan.warnings),
-        "\n".join(f"> **Note:** {as_text(note)}." for note in notes),
+        "\n".join(_warnings(plan)),
+        "\n".join(_notes(notes)),
         "## Use\n\n" + _USAGE.format(name=json.dumps(name)),
         "## Routing\n\n" + _routing(report),
-        f"{_CONFIGURATION}\n\n{fence}yaml\n{text.rstrip()}\n{fence}",
+        f"{_CONFIGURATION}\n\n{_block(plan.config.text)}",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _warnings(plan: MergePlan) -> list[str]:
+    return [f"> **Warning:** {as_text(warning)}." for warning in plan.warnings]
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    return [f"> **Note:** {as_text(note)}." for note in notes]
+
+
+def _block(config: str) -> str:
+    """A config's text as a block of code; characters that would show it otherwise than it is are written as escapes."""
+    # A prompt may hold a fence of its own.
+    fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", config))], key=len)
+    return f"{fence}yaml\n{printable(config.rstrip())}\n{fence}"
+
+
+def check_card(folder: Path) -> None:
+    """Make sure that a folder's model card can be updated.
+
+    Raises:
+        RefusedError: there is none, or it is not text in UTF-8.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise RefusedError(f"{path}: there is no model card to update.")
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"{path}: is not text in UTF-8, so it cannot be updated. Save it as UTF-8.") from error
 
 
 def update_evaluation(folder: Path, found: "Evaluation") -> None:
     """Put what an evaluation found into a folder's model card, in place of an older one.
 
     Raises:
-        RefusedError: there is no model card.
+        RefusedError: there is no model card, or it is not text in UTF-8.
         OutputError: it cannot be written.
     """
-    path = folder / "README.md"
-    if not path.is_file():
-        raise RefusedError(f"{path}: there is no model card to update.")
+    check_card(folder)
+    path = folder / CARD
     text = path.read_text(encoding="utf-8")
     with rewritten(path) as draft:
         draft.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")

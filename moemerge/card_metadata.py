@@ -15,6 +15,8 @@ from moemerge.yaml_text import YamlTextError, read_yaml
 _BLOCK: Final = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r?\n|$)", re.DOTALL)
 _MOST_CHARACTERS: Final = 100_000
 _LONGEST_WORD: Final = 200
+_IDENTIFIER: Final = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_PAGE: Final = re.compile(r"https?://[^\s<>]+")
 _NO_TABLE: Final = "{}: its metadata is no table in YAML. Correct what stands between its --- lines."
 
 
@@ -40,12 +42,13 @@ def read_licence(folder: Path) -> str | None:
     except RefusedError:
         return None
     given = metadata.get("license")
-    found = sorted({_word(one).lower() for one in (given if isinstance(given, list) else [given])})
+    found = sorted({_identifier(one) for one in (given if isinstance(given, list) else [given])})
     if not all(found) or "unknown" in found:
         return None
     if found == ["other"]:
         name, link = "-".join(_word(metadata.get("license_name")).split()), _word(metadata.get("license_link"))
-        return " ".join(["other", *([name] if name else []), *([link] if name and "://" in link else [])])
+        is_page = bool(name) and _PAGE.fullmatch(link)
+        return " ".join(["other", *([name] if name else []), *([link] if is_page else [])])
     try:
         return strictest({one: one for one in found})
     except RefusedError:
@@ -81,8 +84,15 @@ def rewritten(path: Path) -> Iterator[Path]:
 
 
 def _word(value: Any) -> str:
-    """A short text of the metadata, or nothing."""
-    return value.strip() if isinstance(value, str) and len(value) <= _LONGEST_WORD else ""
+    """A short text of the metadata that can be shown, or nothing."""
+    text = value.strip() if isinstance(value, str) and len(value) <= _LONGEST_WORD else ""
+    return text if text.isprintable() else ""
+
+
+def _identifier(value: Any) -> str:
+    """A licence as the Hub calls it, or nothing."""
+    text = _word(value).lower()
+    return text if _IDENTIFIER.fullmatch(text) else ""
 
 
 def read_metadata(card: Path) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def _check_tensors(
     strange = [tensor for tensor in required if tensor in tensors and tensors[tensor].dtype not in NAMED]
     found.problems += _listed(
         name,
-        "is not stored as float32, float16 or bfloat16 (quantised?)",
+        "is not stored as float32, float16 or bfloat16",
         [f"{t} ({tensors[t].dtype})" for t in strange],
     )
     wrong = [

@@ -3,6 +3,7 @@
 Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 """
 
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ RouterWay = Literal[
 GateMode = Literal["auto", RouterWay]
 _MOST_CHARACTERS: Final = 4_000_000
 _DEEPEST: Final = 50
+_LARGEST: Final = 10**300
 
 
 def _canonical_dtype(value: Any) -> Any:
@@ -261,6 +263,8 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
     """
     if isinstance(source, Mapping):
         return _check(dict(source), "config", None, allow_identical_experts)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(f"config: expected a path, or keys with values, found {SHORT_REPR.repr(source)}.", [])
     path = Path(source)
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -324,5 +328,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return _plain(value.model_dump(exclude_unset=True, by_alias=True), depth)
     if isinstance(value, Mapping):
         return {key: _plain(held, depth + 1) for key, held in value.items()}
+    if isinstance(value, int) and abs(value) >= _LARGEST:  # which Python writes no decimals of
+        raise ConfigError("config: holds an integer beyond all floats.", [])
     listed_like = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
     return [_plain(held, depth + 1) for held in value] if listed_like else value

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.errors import IncompatibleError
+from moemerge.checkpoint.index import read_json
+from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.passes.tokens import code_references, listed, read_tokenizer_config
 from moemerge.sources import ModelFolder, fetch_files
 
@@ -21,6 +22,10 @@ TEMPLATES: Final = "additional_chat_templates"
 _VOCABULARIES: Final = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "tiktoken.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+_SMALL_TABLES: Final = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.json",
 )  # fmt: skip
 _MADE: Final = ("tokenizer.json", "tokenizer_config.json")
 # Classes by which tokenizer.json is read as it is.
@@ -94,6 +99,12 @@ def find_base_files(base: ModelFolder, announce: Callable[[str], None], *, neede
         reader_notes.append(note)
     if "tokenizer.json" in copied and not _looks_whole(copied["tokenizer.json"]):
         notes.append("base_model: its tokenizer.json is empty or cut off: no program can load it, nor the output's")
+    for name in _SMALL_TABLES:
+        if name in copied:
+            try:
+                read_json(copied[name])
+            except CheckpointError as error:
+                notes.append(f"base_model: its {name} is copied, but {str(error).partition(': ')[2].rstrip('.')}")
     vocabularies = _vocabularies(copied)
     if needed and not vocabularies:
         raise IncompatibleError(

@@ -263,8 +263,8 @@ def test_an_adapter_beside_whole_weights_is_noted(tmp_path, llamas):
     (tmp_path / "adapter_config.json").write_text("{}")
     (note,) = open_model(str(tmp_path), print).notes
     assert note == (
-        f"{tmp_path}: has an adapter_config.json beside its own weights, which are read; transformers would load the adapter "
-        "and its base model where peft is installed. To merge these, write model+adapter"
+        f"{tmp_path}: has an adapter_config.json beside its own weights, which are read; where peft is installed, "
+        "transformers would load the adapter too. To merge both, write model+adapter"
     )
 
 

@@ -385,6 +385,27 @@ def test_half_letters_of_a_config_made_in_python_are_joined_or_named():
         MergeConfig(base_model="\ud83d", experts=EXPERTS)
 
 
+@pytest.mark.parametrize("source", [None, 1, b"x", [], 1.5])
+def test_what_is_neither_a_path_nor_keys_is_refused(source):
+    with pytest.raises(ConfigError, match="expected a path, or keys with values, found"):
+        load_config(source)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"experts_per_token": 10**5000},
+        {"moe_layers": [10**5000]},
+        {"shared_weights": {"method": "dare", "seed": -(10**5000)}},
+        {"router": {"scale": 10**5000}},
+        {"x": 10**5000},
+    ],
+)
+def test_integers_that_cannot_be_written_are_refused_in_python_too(keys):
+    with pytest.raises(ConfigError, match="holds an integer beyond all floats"):
+        MergeConfig(base_model="base", experts=EXPERTS, **keys)
+
+
 def test_identical_experts_are_allowed_in_python_too():
     twice = {"base_model": "base", "experts": [EXPERTS[0], EXPERTS[0] | {"positive_prompts": ["y"]}]}
     config = load_config(twice, allow_identical_experts=True)

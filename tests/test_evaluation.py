@@ -322,6 +322,21 @@ def test_documents_without_a_token_to_predict_are_refused(tmp_path, out):
     assert str(caught.value) == "--data fox=: its documents have no token that another one precedes."
 
 
+@pytest.mark.parametrize(
+    ("card", "message"), [(None, "there is no model card to update"), (b"\xff", "is not text in UTF-8")]
+)
+def test_a_card_that_cannot_be_updated_is_refused_before_the_evaluation(  # noqa: PLR0917
+    tmp_path, out, data, monkeypatch, capsys, card, message
+):
+    copied = shutil.copytree(out, tmp_path / "out")
+    (copied / "README.md").unlink()
+    if card:
+        (copied / "README.md").write_bytes(card)
+    monkeypatch.setattr("moemerge.evaluation.evaluate", None)
+    code, _, errors = run(["eval", copied, "--data", f"fox={data['fox'][0]}", "--update-card"], monkeypatch, capsys)
+    assert (code, message in errors) == (2, True), errors
+
+
 def test_a_model_without_its_sources_is_evaluated_alone(tmp_path, out, data, monkeypatch):
     copied = shutil.copytree(out, tmp_path / "out")
     config = copied / "moemerge_config.yaml"

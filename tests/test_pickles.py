@@ -82,7 +82,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a zip", "is no PyTorch zip archive, or is cut off (File is not a zip file). Download it again, or convert it to safetensors with a program that you trust."),
+        (b"not a zip", "is no zip archive as PyTorch writes it since 1.6, or is cut off (File is not a zip file). Download it again, or convert it to safetensors with a program that you trust."),
         ([1, 2], "expected a table of tensors, found list."),
         ({"epoch": 3}, "expected a table of tensors, found 'epoch' -> int."),
         ({"epoch": 3, "state_dict": {"a": torch.ones(2)}}, "expected a table of tensors, found 'epoch' -> int. Save what is in its 'state_dict' as a file of its own."),
@@ -230,7 +230,7 @@ def test_an_archive_whose_bytes_are_not_the_tensors_is_refused(tmp_path):
         with pytest.raises(CheckpointError) as caught:
             read(tmp_path)
         assert str(caught.value) == (
-            f"{path}: is no PyTorch zip archive, or is cut off ({message}). Download it again, or convert it to "
+            f"{path}: is no zip archive as PyTorch writes it since 1.6, or is cut off ({message}). Download it again, or convert it to "
             "safetensors with a program that you trust."
         )
 
@@ -281,7 +281,7 @@ LONG = 4 * 2**20 - 1000
 NESTED = b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 60  # a tuple of 2**60 tuples, which takes for ever to hash
 WEIGHTS_ONLY = "cannot be read as weights only ({}). Convert it to safetensors with a program that you trust."
 NO_ARCHIVE = (
-    "is no PyTorch zip archive, or is cut off ({}). Download it again, or convert it to safetensors with a program that "
+    "is no zip archive as PyTorch writes it since 1.6, or is cut off ({}). Download it again, or convert it to safetensors with a program that "
     "you trust."
 )
 HOSTILE = {

@@ -466,6 +466,22 @@ def test_no_tokenizer_config_stops_a_merge_that_reads_no_text(tmp_path, llamas, 
     assert all(line.isprintable() and len(line) < 1200 for line in (*said, *plan_of(tmp_path, base, llamas).notes))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("generation_config.json", b"[]", "expected a JSON object, found []"),
+        ("added_tokens.json", b'{"a": 1', "is not valid JSON: "),
+        ("special_tokens_map.json", "{}".encode("utf-16"), "is not valid JSON: "),
+    ],
+)
+def test_small_files_that_no_program_reads_are_noted(  # noqa: PLR0917
+    tmp_path, base, llamas, name, content, told
+):
+    (base / name).write_bytes(content)
+    notes = plan_of(tmp_path, base, llamas).notes
+    assert sum(note.startswith(f"base_model: its {name} is copied, but {told}") for note in notes) == 1
+
+
 @pytest.mark.parametrize("text", ["", '{"version": "1.0", "model": {"type": "BPE"'])
 def test_a_tokenizer_json_that_is_empty_or_cut_is_noted(tmp_path, base, llamas, text):
     (base / "tokenizer.json").write_text(text)

@@ -333,6 +333,13 @@ def test_what_the_card_and_the_copy_of_the_config_say_is_the_plans(plan, out, ll
     assert (first.what, first.found) == ("README.md", "not in it")
     assert first.expected.startswith("A mixtral of 3 experts, 2 per token, made with moemerge")
     assert second == Difference("README.md", "base_model: []", "base_model: 'a/b'")
+    card.write_text(text.replace("source_model", "source_mode1"))
+    (block,) = differences(plan, out)
+    assert (block.what, block.found) == ("README.md", "not in it")
+    assert block.expected.startswith("```yaml\nbase_model: ")
+    number = "0x" + "f" * 5000
+    card.write_text(text.replace("---\n", f"---\nbase_model: {number}\n", 1))
+    assert [difference.expected for difference in differences(plan, out)] == ["metadata in YAML"]
     card.unlink()
     copy = out / "moemerge_config.yaml"
     copy.write_text(copy.read_text().replace(str(llamas[2]), str(llamas[0])))
@@ -344,6 +351,17 @@ def test_what_the_card_and_the_copy_of_the_config_say_is_the_plans(plan, out, ll
     assert differences(plan, out)[0].found.startswith(f"{copy}: not valid YAML:")
     copy.unlink()
     assert differences(plan, out)[0] == Difference("moemerge_config.yaml", "the config", "absent")
+
+
+def test_a_config_that_would_be_shown_otherwise_than_it_is_is_escaped_in_the_card(tmp_path, llamas):
+    config = write_random(tmp_path / "c.yaml", llamas)
+    config.write_text(f"# safe \u202e txet\n{config.read_text()}")
+    plan = plan_merge(load_config(config))
+    merge(plan, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\u202e" not in card
+    assert "```yaml\n# safe \\u202e txet\nbase_model: " in card
+    assert differences(plan, tmp_path / "out") == []
 
 
 def damaged(tmp_path: Path, models: list[Path], number: int, name: str, *places: tuple[int, ...]) -> list[Path]:

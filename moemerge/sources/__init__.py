@@ -104,8 +104,8 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
     opened = ModelFolder(reference, origin, folder, read_json(path), stamps={path: stamp})
     if (folder / "adapter_config.json").is_file():
         opened.notes.append(
-            f"{reference}: has an adapter_config.json beside its own weights, which are read; transformers would load "
-            "the adapter and its base model where peft is installed. To merge these, write model+adapter"
+            f"{reference}: has an adapter_config.json beside its own weights, which are read; where peft is "
+            "installed, transformers would load the adapter too. To merge both, write model+adapter"
         )
     return opened
 

@@ -52,7 +52,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
             return {name: _entry(archive, name, value) for name, value in table.items()}
     except (zipfile.BadZipFile, struct.error, OSError, RuntimeError, EOFError, ValueError, zlib.error) as error:
         raise CheckpointError(
-            f"{path}: is no PyTorch zip archive, or is cut off ({_first_line(error)}). "
+            f"{path}: is no zip archive as PyTorch writes it since 1.6, or is cut off ({_first_line(error)}). "
             "Download it again, or convert it to safetensors with a program that you trust."
         ) from error
 
