@@ -276,7 +276,7 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
     except ValueError as error:  # a null byte in its name
         raise ConfigError(f"{path}: cannot be read: {error}.", []) from error
     config = parse_config(text, str(path), allow_identical_experts=allow_identical_experts)
-    config._file = path  # noqa: SLF001  its own class's
+    config._file = path.absolute()  # noqa: SLF001  its own class's
     return config
 
 

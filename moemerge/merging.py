@@ -33,6 +33,7 @@ def merge(
     base_bits: Literal[4, 8] | None = None,
     licence: str | None = None,
     name: str | None = None,
+    ready: Callable[[], None] = lambda: None,
     progress: Progress = lambda _stage, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":
@@ -51,6 +52,7 @@ def merge(
         base_bits: hold the base model's Linear weights in so many bits for the routers, by bitsandbytes.
         licence: of the merged model, for its card; else what the cards of its sources agree on, if they do.
         name: of the merged model, for its card; else that of the folder.
+        ready: called when nothing is left to refuse, before the work begins; may raise.
         progress: called as the work goes on.
         warn: called with a line about the tokenizer, where it is not just copied, or could not be proved.
 
@@ -74,6 +76,7 @@ def merge(
     ):
         journal = journal_of(folder)
         kept = journal.resume(plan.fingerprint(seed), folder, plan.shards_without_routers)
+        ready()
         tally = Tally(progress, plan, kept)
         with work.writer(folder, plan.shards, tally, kept=kept, completed=journal.record) as writer:
             writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, Computed)})
@@ -114,7 +117,7 @@ def merge_to_hub(
     Args:
         plan: from `plan_merge`.
         scratch: a folder that need not exist; shards are made beside it, and nothing is left there.
-        publisher: where they go; opened, and created (`Publisher.create`).
+        publisher: where they go; opened. What is missing there is created when nothing is left to refuse.
         overwrite: replace a model that the repository holds.
         resume: keep the shards of the same merge that the Hub has.
         low_memory: see `merge`.
@@ -147,6 +150,7 @@ def merge_to_hub(
         journal = journal_of(folder)
         fingerprint = plan.fingerprint(seed) | {"destination": publisher.repo}
         kept = journal.resume(fingerprint, folder, plan.shards_without_routers, publisher.held())
+        publisher.create()
         tally = Tally(progress, plan, kept)
         routers = work.init_routers(tally.routers)
         made = work.router_bands(routers)

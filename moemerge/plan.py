@@ -20,6 +20,7 @@ from moemerge.errors import CheckpointError
 from moemerge.formats import Mixture, MoeFamily
 from moemerge.formats.dense import DenseModel
 from moemerge.sources import ModelFolder, Reference
+from moemerge.sources.local import is_snapshot
 from moemerge.texts import matching_files
 from moemerge.tokenizer_files import BaseFiles
 from moemerge.tokenizer_proof import ProvedTokenizer
@@ -135,9 +136,10 @@ class MergePlan:
 
     @property
     def folders(self) -> list[Path]:
-        """Of the sources."""
+        """Of the sources; of a snapshot in the Hub's cache, that of its repository."""
         adapters = [adapter.folder for source in self.sources for adapter in source.adapters]
-        return [*(source.folder for source in self.sources), *adapters]
+        folders = [*(source.folder for source in self.sources), *adapters]
+        return [folder.parent.parent if is_snapshot(folder) else folder for folder in folders]
 
     @property
     def copied_files(self) -> Mapping[str, Path]:

@@ -296,6 +296,15 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, plain, sent):
     assert [path.name for path in tmp_path.iterdir()] == ["merge.yaml"]
 
 
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "MemoryError"])
+def test_what_comes_while_the_report_is_shown_is_no_failure_of_the_merge(tmp_path, plain, error):
+    before = f"import moemerge.cli.render as render\ndef fail(*_, **__): raise {error}\nrender.print_routing = fail"
+    result = run(plain, tmp_path / "out", before=before)
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr.endswith(f"warning: {tmp_path / 'out'}: is complete; not all of its report is shown\n")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_an_interrupted_merge_says_how_to_go_on_and_goes_on(tmp_path, plain):
     out = tmp_path / "out"
     process = start(plain, out, "--max-shard-size", "30KB", shards=2)

@@ -1,9 +1,11 @@
 """Merges that go to the Hub, whole or shard by shard: what is there in the end, and what an interruption costs."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors.torch import load_file
 
@@ -133,6 +135,27 @@ def test_a_model_in_the_way_is_replaced_only_when_told_to(world, machine):
     assert files["notes.txt"] == b"kept"
     assert "model.safetensors" not in files
     assert shards_of(files).keys() == set(json.loads(files[INDEX])["weight_map"].values())
+
+
+@pytest.mark.parametrize("way", ["device", "lock", "resume"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_no_repository_is_made_before_the_last_refusal(world, machine, way, stream):
+    config = world.config(machine, gate_mode="ridge" if way == "device" else "random")
+    to = STREAM if stream else ("--stream", "--push", "alice/mix", *SHARDS)
+    more = {"device": ("--device", "cuda:77"), "lock": (), "resume": ("--resume",)}[way]
+    stage = machine.folder / ".out.moemerge-partial"
+    if way == "resume":
+        stage.mkdir()
+        (stage / "x.safetensors").write_bytes(b"x")
+        stage.with_name(f"{stage.name}.journal").write_text('{"seed": 5}\n{"name": "x.safetensors"}\n')
+    lock = FileLock(stage.with_name(f"{stage.name}.lock"))
+    with lock if way == "lock" else nullcontext():
+        result = machine.moemerge(config, "out", *to, *more, **TOKEN)
+    assert result.code in {1, 2}
+    assert {"device": "cuda:77", "lock": "another moemerge is writing", "resume": "--resume: the merge that was cut"}[
+        way
+    ] in result.err
+    assert "alice/mix" not in world.hub.repositories
 
 
 def test_no_branch_is_made_before_the_last_refusal(world, machine):

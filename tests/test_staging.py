@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,15 +222,44 @@ def test_what_comes_while_the_old_output_is_moved_away_is_not_lost(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_behind_a_complete_output_nothing_is_an_error(tmp_path, monkeypatch, caplog, error):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("point", ["rename", "rmtree", "unlink", "release"])
+def test_a_signal_behind_the_rename_stops_nothing(tmp_path, monkeypatch, caplog, point, sent):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    owner = {"rename": Path, "unlink": Path, "rmtree": staging.shutil, "release": staging.FileLock}[point]
+    given, handled, signals = getattr(owner, point), signal.getsignal(sent), [sent]
+
+    def signalled(*arguments, **keys):
+        found = given(*arguments, **keys)
+        if signals and (point != "rename" or arguments[0].name.endswith("partial")):
+            signal.raise_signal(signals.pop())
+        return found
+
+    signal.signal(sent, signal.default_int_handler)
+    try:
+        with staged(out, replaceable=everything) as folder:
+            (folder / "config.json").write_text("new")
+            monkeypatch.setattr(owner, point, signalled)
+        monkeypatch.undo()
+        assert signal.getsignal(sent) == signal.default_int_handler
+    finally:
+        signal.signal(sent, handled)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "config.json").read_text() == "new"
+    told = f"{out}: the interrupt came when the work on it was ending, and stopped nothing"
+    assert {record.getMessage() for record in caplog.records} == {told}
+
+
+def test_behind_a_complete_output_nothing_is_an_error(tmp_path, monkeypatch, caplog):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
     monkeypatch.setattr(
         staging.shutil,
         "rmtree",
-        lambda path, **_: _fail(error) if path.name == ".out.moemerge-old" and path.exists() else None,
+        lambda path, **_: _fail(OSError) if path.name == ".out.moemerge-old" and path.exists() else None,
     )
     with staged(out, replaceable=everything) as folder:
         (folder / "config.json").write_text("new")

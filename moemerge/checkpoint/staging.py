@@ -3,8 +3,10 @@
 import errno
 import logging
 import shutil
+import signal
+import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -64,13 +66,35 @@ def locked(folder: Path, out: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         raise _failure(out, error) from error
     finally:
-        with suppress(OSError):  # Windows removes no open file
-            lock_file.unlink()
-        with suppress(OSError):
-            lock.release()
-        with suppress(OSError):  # the first that holds something stays, and all above it
-            for parent in made:
-                parent.rmdir()
+        with _uninterrupted(out):
+            with suppress(OSError):  # Windows removes no open file
+                lock_file.unlink()
+            with suppress(OSError):
+                lock.release()
+            with suppress(OSError):  # the first that holds something stays, and all above it
+                for parent in made:
+                    parent.rmdir()
+
+
+@contextmanager
+def _uninterrupted(out: Path) -> Iterator[None]:
+    """Have signals wait while the work on `out` ends: there is nothing that they could still stop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        if came:
+            _log.warning("%s: the interrupt came when the work on it was ending, and stopped nothing", out)
 
 
 @contextmanager
@@ -114,14 +138,20 @@ def staged(
             stage.mkdir(exist_ok=True)
             yield stage
             if not temporary:
-                check()
-                _publish(stage, target, replaceable)
-            published = True
-        finally:
-            with _tidying(out) if published else nullcontext():
-                if published or not len(journal):
+                for path in (*stage.rglob("*"), stage):
+                    flush(path)
+            with _uninterrupted(out):
+                if not temporary:
+                    check()
+                    _publish(stage, target, replaceable)
+                published = True
+                with _tidying(out):
                     _clear(stage)
                     journal.remove()
+        finally:
+            if not published and not len(journal):
+                _clear(stage)
+                journal.remove()
 
 
 @contextmanager
@@ -129,7 +159,7 @@ def _tidying(out: Path) -> Iterator[None]:
     """Say what cannot be removed behind a complete output, and go on."""
     try:
         yield
-    except (OSError, KeyboardInterrupt) as error:
+    except OSError as error:
         _log.warning("%s: is complete; something beside it could not be removed (%r)", out, error)
 
 
@@ -169,8 +199,6 @@ def _restore(target: Path) -> None:
 
 
 def _publish(stage: Path, target: Path, replaceable: Replaceable | None) -> None:
-    for path in (*stage.rglob("*"), stage):
-        flush(path)
     if stage.parent == target:
         _move_files(stage, target)
     elif not target.exists():

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moemerge.plan import MergePlan
+    from moemerge.publish import Publisher
     from moemerge.routers.report import RoutingReport
 
 _BITS_HELP: Final = (
@@ -98,7 +99,6 @@ def merge_models(
         from moemerge.checkpoint.target import check_target
         from moemerge.cli.progress import show_progress
         from moemerge.merging import merge, merge_to_hub
-        from moemerge.output_checks import check_output, check_streaming
         from moemerge.overwriting import replaceable_files
 
         if push_streaming:
@@ -118,16 +118,11 @@ def merge_models(
             approve=pushing.approve, prove=True,
         )  # fmt: skip
         way = partial(merge, plan, out, name=push)
-        if push_streaming and pushing.publisher:
-            way = partial(merge_to_hub, plan, out, pushing.publisher)
         if pushing.publisher:
             pushing.publisher.check_replaced(plan.family.model_type, overwrite=overwrite)
+            way = partial(way, ready=pushing.publisher.create)
             if push_streaming:
-                check_streaming(plan, out)
-                pushing.publisher.check_streaming(overwrite=overwrite)
-            else:
-                check_output(plan, out, overwrite=overwrite)
-            pushing.publisher.create()
+                way = partial(merge_to_hub, plan, out, pushing.publisher)
         with (
             _told_what_is_kept(console, out, streaming=push_streaming),
             show_progress(console, quiet=quiet) as progress,
@@ -137,9 +132,10 @@ def merge_models(
                 base_bits=base_bits, licence=pushing.licence, progress=stoppable(progress),
                 warn=lambda line: console.print(f"warning: {line}", style="yellow"),
             )  # fmt: skip
-        _print_report(console, out, plan, report, quiet=quiet, by_layer=verbose > 0)
-        if not quiet and not push_streaming:
-            say(f"{out}: done")
+        with _complete(console, out, pushing.publisher, streaming=push_streaming):
+            _print_report(console, out, plan, report, quiet=quiet, by_layer=verbose > 0)
+            if not quiet and not push_streaming:
+                say(f"{out}: done")
         if pushing.publisher:
             say(pushing.publisher.url if push_streaming else pushing.publisher.push(out))
 
@@ -174,6 +170,18 @@ def _told_what_is_kept(console: "Console", out: Path, *, streaming: bool) -> Ite
         if isinstance(error, KeyboardInterrupt) and streaming and not error.args:
             raise KeyboardInterrupt(f"{out} is not written; what was sent stays on the Hub") from error
         raise
+
+
+@contextmanager
+def _complete(console: "Console", out: Path, publisher: "Publisher | None", *, streaming: bool) -> Iterator[None]:
+    """Let nothing that comes while results are shown look like a failure of the merge that is done."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError) as error:
+        if publisher and not streaming:
+            raise KeyboardInterrupt(f"{out} is complete, and not pushed") from error
+        where = publisher.url if publisher else out
+        console.print(f"warning: {where}: is complete; not all of its report is shown", style="yellow")
 
 
 def _print_report(

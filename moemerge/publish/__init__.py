@@ -126,9 +126,14 @@ class Publisher:
         return sent.pr_url or self.url
 
     def held(self) -> Mapping[str, tuple[str, int]]:
-        """SHA-256 and bytes of each large file that the revision holds now, by name."""
+        """SHA-256 and bytes of each large file that the revision holds now, by name; nothing where it is yet to be."""
         with self._explained():
-            files = self._ask(lambda: list(self._api.list_repo_tree(self._to.repo, revision=self.revision)))
+            try:
+                files = self._ask(lambda: list(self._api.list_repo_tree(self._to.repo, revision=self.revision)))
+            except GatedRepoError:
+                raise
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return {}
         large = [(file.path, lfs) for file in files if (lfs := getattr(file, "lfs", None))]
         return {name: (lfs.sha256, lfs.size) for name, lfs in large}
 

@@ -27,7 +27,7 @@ def resolve_file(folder: Path, name: str) -> Path:
     if not target.is_file():
         raise CheckpointError(f"{path}: is no regular file.")
     root = folder.resolve()
-    if _is_snapshot(root) and leads_out(root, target):
+    if is_snapshot(root) and leads_out(root, target):
         raise CheckpointError(
             f"{path}: is a link to {target}, out of the Hub's cache that it lies in. Download the model again."
         )
@@ -39,7 +39,8 @@ def leads_out(folder: Path, target: Path) -> bool:
     return folder not in target.parents and not _is_blob_of(folder, target)
 
 
-def _is_snapshot(folder: Path) -> bool:
+def is_snapshot(folder: Path) -> bool:
+    """Whether a resolved folder is one commit of a repository in the Hub's cache."""
     return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith(("models--", "datasets--"))
 
 

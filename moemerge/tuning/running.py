@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moemerge.card import with_section, without_section
+from moemerge.card import check_card, with_section, without_section
 from moemerge.checkpoint.target import check_target
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, difference
@@ -83,6 +83,8 @@ def _finish_earlier(work: Work, processes: Processes, announce: Callable[[str], 
 def _check(mixture: MixtureModel, copy: Path | None) -> None:
     """Refuse what cannot be done, before what an earlier run has left is forgotten."""
     gate_tensors(mixture)
+    if (mixture.folder / CARD).is_file():
+        check_card(mixture.folder)
     if mixture.experts_per_token == 1:
         raise RefusedError(
             f"{mixture.folder}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has "
