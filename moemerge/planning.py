@@ -10,10 +10,8 @@ from typing import Final, Literal
 
 from moemerge.assembly import Assembly, Source
 from moemerge.checkpoint.derived import Derived, leaves
-from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.checkpoint.pieces import Fill
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.compatibility import Findings, check_adapters, check_base, check_configs, check_expert
 from moemerge.config import MergeConfig
@@ -24,6 +22,7 @@ from moemerge.formats import Mixture, MoeFamily, select_family
 from moemerge.formats.dense import DenseModel, read_dense
 from moemerge.parts import Parts, take_parts
 from moemerge.plan import MergePlan, Output
+from moemerge.plan_notes import config_notes, output_notes
 from moemerge.proportions import mixture_of, residual_scales
 from moemerge.router_needs import base_ffn_layers, check_texts, check_widths, router_reads
 from moemerge.sources import ModelFolder, fetch_if_room, open_model, read_tensor_tables
@@ -31,10 +30,6 @@ from moemerge.tokenizer_files import find_base_files
 from moemerge.tokenizer_proof import prove_tokenizer
 
 Tensors = Mapping[str, StoredTensor]
-# A factor by which usual weights of some hundredths come near the smallest that float16 has.
-_SMALL_SCALE: Final = 0.01
-# Of such weights, steps to the next number: 0.01 / 2**9 in bfloat16, 0.01 / 2**12 in float16, 0.01 / 2**25 in float32.
-_FAINT_NOISE: Final = {"bfloat16": 2e-5, "float16": 2e-6, "float32": 3e-10}
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
 
 
@@ -124,7 +119,7 @@ def plan_merge(
         *files.notes,
         *files.reader_notes,
         *family_notes,
-        *_config_notes(config, family, runs_base=runs_base),
+        *config_notes(config, family, runs_base=runs_base, gated=_computes_gate(config, family)),
     ]
     judged = judge_experts(
         config, mixture, (Speaker("base_model", base_folder, base), tables[config.base_model]),
@@ -146,7 +141,7 @@ def plan_merge(
             parts = take(tables=tables)
             outputs = assemble(parts=parts).outputs()
     shards, shared = _layout(outputs, STORED[dtype], max_shard_bytes, target)
-    notes += _output_notes(outputs, dtype, shared)
+    notes += output_notes(outputs, dtype, shared)
     experts = tuple(zip(models[:routed], parts.experts[:routed], strict=True))
     total, active = _count_parameters(outputs, config)
     return MergePlan(
@@ -236,30 +231,6 @@ def _computes_gate(config: MergeConfig, family: MoeFamily) -> bool:
     return bool(family.shared and family.shared.gate) and config.computes_shared_gate
 
 
-def _config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool) -> list[str]:
-    """What becomes of prompts and of shared experts."""
-    notes = []
-    if config.has_descriptions and not runs_base:
-        notes.append(
-            f"the base model does not read the prompts for gate_mode {config.way}, so an expert that is never "
-            "chosen goes unnoticed; --routing-table has it read them"
-        )
-    gated = _computes_gate(config, family)
-    if config.shared_experts and all(expert.residual_scale is None for expert in config.shared_experts):
-        share = sum(residual_scales(config, gated=gated)[1])
-        rest = "where their gate is open, beside the chosen ones" if gated else "the chosen ones the rest"
-        notes.append(
-            f"shared experts add {share:.0%} of an FFN's output, {rest}"
-            f"{'' if gated else ': with equal models nothing changes'}; residual_scale says otherwise"
-        )
-    if any(expert.is_described for expert in config.shared_experts):
-        if not (family.shared and family.shared.gate):
-            notes.append(f"prompts of shared experts are not used: {family.model_type} has no gate for them")
-        elif not config.computes_shared_gate:
-            notes.append(f"prompts of shared experts are not used: gate_mode {config.way} makes no gate from them")
-    return notes
-
-
 def _assembly(
     config: MergeConfig, family: MoeFamily, mixture: Mixture, *, base: DenseModel, models: Sequence[DenseModel],
     parts: Parts, dtype: str,
@@ -305,41 +276,6 @@ def _repeated(outputs: Mapping[str, Output]) -> Iterator[StoredTensor]:
     pieces = (piece.source for output in outputs.values() for piece in output.pieces)
     counted = Counter(leaf for source in pieces if isinstance(source, StoredTensor) for leaf in leaves(source))
     yield from (tensor for tensor, count in counted.items() if count > 1)
-
-
-def _output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list[str]:
-    notes = []
-    if dtype == "float16" and any(piece.changes_values for output in outputs.values() for piece in output.pieces):
-        notes.append(
-            "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
-        )
-    noises = {piece.noise_scale for output in outputs.values() for piece in output.pieces if piece.noise_scale}
-    faint = _FAINT_NOISE[dtype]
-    if noises and min(noises) < faint:
-        notes.append(
-            f"noise_scale {min(noises):g} is below the steps between most weights in {dtype}: it changes few of them, "
-            f"or none; {faint:g} is about the least that does"
-        )
-    scales = {abs(piece.scale) for output in outputs.values() for piece in output.pieces}
-    if dtype == "float16" and min(scales, default=1) < _SMALL_SCALE:
-        notes.append(
-            f"float16 has few numbers below 6e-05 and none below 6e-08, so that weights times residual_scale "
-            f"{min(scales):g} lose digits or become 0; bfloat16 keeps them"
-        )
-    zeros = sum(
-        piece.nbytes
-        for output in outputs.values() if output.is_expert
-        for piece in output.pieces if isinstance(piece.source, Fill)
-    )  # fmt: skip
-    if zeros:
-        notes.append(
-            f"{shown_bytes(zeros)} of the output are zeros: of experts narrower than others, or absent from layers"
-        )
-    if shared:
-        notes.append(
-            f"{shown_bytes(shared)} of the output share their place on the disk with the models they come from"
-        )
-    return notes
 
 
 def _count_parameters(outputs: dict[str, Output], config: MergeConfig) -> tuple[int, int]:
