@@ -120,7 +120,7 @@ def test_what_adapters_add_is_compared(tmp_path, llamas):
     )
     (blown,) = warnings("blown", lora_alpha=80000)
     assert blown.startswith("its FFNs differ from the base's by far more than their own size in 36 rows")
-    for alpha in (float("nan"), float("inf"), 10**400, 1e38):
+    for alpha in (float("nan"), float("inf"), 10**290, 1e38):
         edit_json(tmp_path / "good" / "adapter_config.json", lora_alpha=alpha)
         with pytest.raises(SourceError, match=r"adapter_config\.json: .*lora_alpha"):
             plan_of(tmp_path, base, [f"{base}+{tmp_path / 'good'}", llamas[1]])
