@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from moemerge.checkpoint.derived import Derived, Recipe, Rows, read_values
+from moemerge.checkpoint.derived import Derived, Rows, ScaledColumns, read_values
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.values import first_not_finite
@@ -103,11 +103,5 @@ def _fold(
     told = hashlib.sha256(ratio.tobytes()).hexdigest()
     for name in {model.family.ffn[role].name for role in ("gate", "up")}:
         tensor = tensors[f"model.layers.{layer}.{name}"]
-        yield tensor.name, Derived("norms folded into", (tensor,), _columns(ratio), told, "F32").tensor(tensor.name)
-
-
-def _columns(ratio: Rows) -> Recipe:
-    def recipe(_row: int, blocks: list[Rows]) -> Rows:
-        return blocks[0] * ratio
-
-    return recipe
+        recipe = ScaledColumns(ratio)
+        yield tensor.name, Derived("norms folded into", (tensor,), recipe, told, "F32").tensor(tensor.name)

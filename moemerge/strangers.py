@@ -224,19 +224,15 @@ def _block(model: Loaded, layer: int, role: Role) -> StoredTensor | None:
 def _underlying(tensor: StoredTensor) -> StoredTensor:
     """The same rows of the model before an adapter, of what is computed of both."""
     while isinstance(tensor.path, Derived):
-        tensor = tensor.path.inputs[0].rows(_first_row(tensor, tensor.path), tensor.shape[0])
+        tensor = tensor.path.inputs[0].rows(tensor.path.first_row(tensor), tensor.shape[0])
     return tensor
-
-
-def _first_row(rows: StoredTensor, whole: Derived) -> int:
-    return rows.start * whole.shape[0] // max(whole.nbytes, 1)
 
 
 def _read(tensor: StoredTensor | None) -> _Rows | None:
     if tensor is None:
         return None
     if isinstance(tensor.path, Derived):
-        first, count = _first_row(tensor, tensor.path), tensor.shape[0]
+        first, count = tensor.path.first_row(tensor), tensor.shape[0]
         before = _read(tensor.path.inputs[0].rows(first, count))
         if before is None or not isinstance(tensor.path.recipe, LoraSum):
             return None

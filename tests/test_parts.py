@@ -269,6 +269,26 @@ def test_a_norm_near_zero_cannot_be_undone(tmp_path, llamas):
     )
 
 
+@pytest.mark.parametrize("shared", ["base", "average"])
+def test_routers_of_what_was_trained_look_behind_folded_norms(tmp_path, llamas, shared):
+    """Fine-tunes whose norms differ where the shared one is near zero are still fine-tunes."""
+    models = [Path(shutil.copytree(llama, tmp_path / llama.name)) for llama in llamas[:3]]
+    for number, model in enumerate(models):
+        tensors = load_file(model / SINGLE)
+        tensors["model.layers.1.post_attention_layernorm.weight"][3] = (0.001, 1.0, 1.0)[number]
+        save_file(tensors, model / SINGLE, {"format": "pt"})
+    plain, folded = (
+        plan_merge(load_config(write_config(tmp_path / "c.yaml", models[0], models[1:], prompts=False, gate_mode="delta",
+                                            fold_norms=fold, shared_weights=shared)))
+        for fold in (False, True)
+    )  # fmt: skip
+    rows = []
+    for plan in (plain, folded):
+        merge(plan, tmp_path / "out", overwrite=True)
+        rows.append(load_file(tmp_path / "out" / SINGLE)["model.layers.1.block_sparse_moe.gate.weight"])
+    assert torch.nn.functional.cosine_similarity(*rows).min() > 0.99
+
+
 def test_a_norm_that_is_not_finite_is_named(tmp_path, llamas):
     broken = Path(shutil.copytree(llamas[1], tmp_path / "broken"))
     tensors = load_file(broken / SINGLE)

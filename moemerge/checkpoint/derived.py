@@ -68,6 +68,10 @@ class Derived:
         """The result, under a name."""
         return StoredTensor(name, self, self.dtype, self.shape, 0, self.nbytes)
 
+    def first_row(self, rows: StoredTensor) -> int:
+        """The number of the first of some rows of the result."""
+        return rows.start * self.shape[0] // max(self.nbytes, 1)
+
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
         """Have the inputs kept, whatever range is meant."""
         del start, nbytes
@@ -158,6 +162,25 @@ def _read(reader: Reader, tensor: StoredTensor, count: int, width: int) -> Rows:
     values = np.empty(count * width, np.float32)
     widen(stored, tensor.dtype, values)
     return values.reshape(count, width)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledColumns:
+    """The recipe of a matrix each column of which is multiplied by its factor."""
+
+    factors: Rows
+    """(width,)"""
+
+    def __call__(self, _row: int, blocks: list[Rows]) -> Rows:
+        """Multiply some rows."""
+        return blocks[0] * self.factors
+
+
+def unscaled(tensor: StoredTensor) -> StoredTensor:
+    """The same rows of a matrix before its columns were multiplied (`ScaledColumns`); any other tensor as it is."""
+    while isinstance(tensor.path, Derived) and isinstance(tensor.path.recipe, ScaledColumns):
+        tensor = tensor.path.inputs[0].rows(tensor.path.first_row(tensor), tensor.shape[0])
+    return tensor
 
 
 def linear(weights: Sequence[float]) -> Recipe:

@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 
+from moemerge.checkpoint.derived import unscaled
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.dtypes import NAMED
@@ -90,11 +91,15 @@ def _why_not_finite(expert: int, layer: int, request: RouterRequest) -> str:
 
 
 def _changes(expert: int, layer: int, request: RouterRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Some rows (row, hidden) at a time of the gate and up projections: expert minus base, and base; float32."""
+    """Some rows (row, hidden) at a time of the gate and up projections: expert minus base, and base; float32.
+
+    As they were trained, without norms that are folded into them: a column behind a shared norm near zero would
+    outweigh all others.
+    """
     for role in ("gate", "up"):
         model, tensors = request.experts[expert]
-        theirs = model.projection(tensors, layer, role)
-        ours = request.base.projection(request.tensors, layer, role)
+        theirs = unscaled(model.projection(tensors, layer, role))
+        ours = unscaled(request.base.projection(request.tensors, layer, role))
         for first in range(0, ours.shape[0], _CHUNK_ROWS):
             count = min(_CHUNK_ROWS, ours.shape[0] - first)
             base, tuned = _read(ours.rows(first, count)), _read(theirs.rows(first, count))
