@@ -98,6 +98,8 @@ def test_of_a_base_only_other_heads_and_buffers_are_left_out(tmp_path, llamas, m
     [
         (lambda name: f"_orig_mod.{name}", "_orig_mod.lm_head.weight is read as lm_head.weight"),
         (lambda name: f"base_model.model.{name}", "base_model.model.lm_head.weight is read as lm_head.weight"),
+        (lambda name: f"model.{name}", "model.lm_head.weight is read as lm_head.weight"),
+        (lambda name: f"_forward_module.policy.{name}", "_forward_module.policy.lm_head.weight is read as lm_head.weight"),
         (lambda name: f"module._orig_mod.{name}", "module._orig_mod.lm_head.weight is read as lm_head.weight"),
         (lambda name: re.sub(r"layers\.(\d+)\.", r"layers.\1._orig_mod.", name),
          "model.layers.0._orig_mod.input_layernorm.weight is read as model.layers.0.input_layernorm.weight"),

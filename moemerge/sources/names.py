@@ -12,13 +12,16 @@ Table = dict[str, StoredTensor]
 _WRAPPER: Final = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module|base_model\.model)\."
 )
+# What a training loop has named the model that it held: in front of all tensors, or it is something else.
+_HOLDER: Final = re.compile(r"([\w.]+?\.)model\.layers\.\d+\.")
 _BODY: Final = re.compile(r"(layers\.\d+|embed_tokens|\w*norm)\.")
 
 
 def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table]) -> Table:
     """The same tensors under the names that a causal language model of transformers gives them.
 
-    Wrappers' prefixes fall, and a body that was saved alone gets the prefix `model.` that it has in the whole model.
+    Wrappers' prefixes fall, and so does what all tensors have in front of `model.layers`; a body that was saved alone
+    gets the prefix `model.` that it has in the whole model.
 
     Args:
         tensors: by the names in their files.
@@ -30,6 +33,9 @@ def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table]) ->
     names = {name: name for name in tensors}
     while any(_WRAPPER.search(name) for name in names.values()):
         names = {name: _WRAPPER.sub("", plain) for name, plain in names.items()}
+    holder = next((match[1] for plain in names.values() if (match := _HOLDER.match(plain))), "")
+    if holder and all(plain.startswith(holder) for plain in names.values()):
+        names = {name: plain.removeprefix(holder) for name, plain in names.items()}
     bare = not any(plain.startswith("model.") for plain in names.values())
     if bare and any(re.match(r"layers\.\d+\.", plain) for plain in names.values()):
         names = {name: f"model.{plain}" if _BODY.match(plain) else plain for name, plain in names.items()}
