@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.card_metadata import licence_fields, read_metadata, rewritten
 from moemerge.config import CARD, CONFIG_COPY, Expert
@@ -63,7 +63,7 @@ def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:
         return [("a model card", "absent")]
     text = path.read_text(encoding="utf-8", errors="replace")
     copy = folder / CONFIG_COPY
-    expected = [*_facts(plan), *_warnings(plan), *_notes(plan.family_notes)]
+    expected = [*_facts(plan), *_callouts("Warning", plan.warnings), *_callouts("Note", plan.family_notes)]
     if copy.is_file():
         expected.append(_block(copy.read_text(encoding="utf-8", errors="replace")))
     lost = [(fact, "not in it") for fact in expected if fact not in text]
@@ -109,8 +109,8 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[s
         what,
         size,
         "\n".join(["| expert | model | made for prompts such as |", "|---|---|---|", *experts]),
-        "\n".join(_warnings(plan)),
-        "\n".join(_notes(notes)),
+        "\n".join(_callouts("Warning", plan.warnings)),
+        "\n".join(_callouts("Note", notes)),
         "## Use\n\n" + _USAGE.format(name=json.dumps(name)),
         "## Routing\n\n" + _routing(report),
         f"{_CONFIGURATION}\n\n{_block(plan.config.text)}",
@@ -118,12 +118,8 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[s
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _warnings(plan: MergePlan) -> list[str]:
-    return [f"> **Warning:** {as_text(warning)}." for warning in plan.warnings]
-
-
-def _notes(notes: Sequence[str]) -> list[str]:
-    return [f"> **Note:** {as_text(note)}." for note in notes]
+def _callouts(kind: Literal["Note", "Warning"], texts: Sequence[str]) -> list[str]:
+    return [f"> **{kind}:** {as_text(text)}." for text in texts]
 
 
 def _block(config: str) -> str:
@@ -133,8 +129,8 @@ def _block(config: str) -> str:
     return f"{fence}yaml\n{printable(config.rstrip())}\n{fence}"
 
 
-def check_card(folder: Path) -> None:
-    """Make sure that a folder's model card can be updated.
+def read_card(folder: Path) -> str:
+    """The text of a folder's model card, which can be updated then.
 
     Raises:
         RefusedError: there is none, or it is not text in UTF-8.
@@ -143,7 +139,7 @@ def check_card(folder: Path) -> None:
     if not path.is_file():
         raise RefusedError(f"{path}: there is no model card to update.")
     try:
-        path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RefusedError(f"{path}: is not text in UTF-8, so it cannot be updated. Save it as UTF-8.") from error
 
@@ -155,10 +151,8 @@ def update_evaluation(folder: Path, found: "Evaluation") -> None:
         RefusedError: there is no model card, or it is not text in UTF-8.
         OutputError: it cannot be written.
     """
-    check_card(folder)
-    path = folder / CARD
-    text = path.read_text(encoding="utf-8")
-    with rewritten(path) as draft:
+    text = read_card(folder)
+    with rewritten(folder / CARD) as draft:
         draft.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
 
 
@@ -222,7 +216,7 @@ def _evaluation(found: "Evaluation") -> str:
         right = "" if routing.accuracy is None else f"{routing.accuracy:.1%}"
         loads = " | ".join(f"{share:.1%}" for share in routing.load)
         lines.append(f"| {as_text(name)} | {right} | {loads} | {routing.top_weight:.2f} |")
-    return "\n".join([*lines, *(f"\n> **Note:** {as_text(note)}." for note in found.notes)])
+    return "\n".join([*lines, *(f"\n{note}" for note in _callouts("Note", found.notes))])
 
 
 def _shared(plan: MergePlan) -> str:
@@ -282,7 +276,7 @@ def _routing(report: "RoutingReport") -> str:
             else f" Rows made without a document put the right expert first for {report.held_out:.1%} of its tokens."
         ),
         "",
-        *(f"> **Warning:** {as_text(warning)}." for warning in report.warnings()),
+        *_callouts("Warning", report.warnings()),
         "",
         "<details><summary>By layer: own prompts</summary>",
         "",

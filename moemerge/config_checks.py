@@ -10,9 +10,9 @@ from moemerge.yaml_text import Place
 _GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
 _READ_PROMPTS: Final = ("mergekit_hidden", "cheap_embed")
 _READ_PROMPTS_AND_TEXTS: Final = ("hidden", "ridge", "logistic")
-_FITTED: Final = (*_READ_PROMPTS_AND_TEXTS, "delta", "delta_bootstrap")
-READ_CHANGES: Final = frozenset({"delta", "delta_bootstrap"})
+READ_CHANGES: Final = ("delta", "delta_bootstrap")
 """Ways that make routers of what fine-tuning changed in the experts' weights."""
+_FITTED: Final = (*_READ_PROMPTS_AND_TEXTS, *READ_CHANGES)
 _USED_BY: Final = {
     "lambda": ("ridge", "logistic", "delta_bootstrap"), "scale": _FITTED, "load_prior": _FITTED,
     "calibration_texts": _FITTED,
@@ -26,7 +26,7 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     },
     "shared_weights": {"method": "base", "weights": None, "density": 0.5, "seed": 0},
 }  # fmt: skip
-_WITHOUT_LABELS: Final = ("auto", "delta", "delta_bootstrap")
+_WITHOUT_LABELS: Final = ("auto", *READ_CHANGES)
 _MIN_EXPERTS: Final = 2
 _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
 

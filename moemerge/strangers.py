@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moemerge.checkpoint.derived import Derived, read_values
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.jobs import CONNECTIONS
-from moemerge.checkpoint.stored import stored_bytes
+from moemerge.checkpoint.stored import is_rounded
 from moemerge.config import MergeConfig
 from moemerge.config_checks import READ_CHANGES
 from moemerge.dtypes import NAMED
@@ -63,11 +63,9 @@ class _Rows:
 
     def squared_distance(self, other: "_Rows") -> float:
         """0 where one is the other's, rounded to its dtype."""
+        if is_rounded(self.numbers, other.numbers, [dtype for dtype in (self.dtype, other.dtype) if dtype]):
+            return 0.0
         with np.errstate(over="ignore", invalid="ignore"):
-            if self.dtype and other.dtype and self.dtype != other.dtype:
-                for dtype in (self.dtype, other.dtype):
-                    if stored_bytes(self.numbers, dtype) == stored_bytes(other.numbers, dtype):
-                        return 0.0
             return float(np.square(np.subtract(other.numbers, self.numbers, dtype=np.float64)).sum())
 
 
@@ -224,7 +222,7 @@ def _block(model: Loaded, layer: int, role: Role) -> StoredTensor | None:
 def _underlying(tensor: StoredTensor) -> StoredTensor:
     """The same rows of the model before an adapter, of what is computed of both."""
     while isinstance(tensor.path, Derived):
-        tensor = tensor.path.inputs[0].rows(tensor.path.first_row(tensor), tensor.shape[0])
+        tensor = tensor.path.input_rows(tensor)
     return tensor
 
 
@@ -232,11 +230,10 @@ def _read(tensor: StoredTensor | None) -> _Rows | None:
     if tensor is None:
         return None
     if isinstance(tensor.path, Derived):
-        first, count = tensor.path.first_row(tensor), tensor.shape[0]
-        before = _read(tensor.path.inputs[0].rows(first, count))
+        before = _read(tensor.path.input_rows(tensor))
         if before is None or not isinstance(tensor.path.recipe, LoraSum):
             return None
-        return _Rows(tensor.path.recipe.rows(first, before.numbers), None)
+        return _Rows(tensor.path.recipe.rows(tensor.path.first_row(tensor), before.numbers), None)
     if tensor.dtype not in NAMED:
         return None
     return _Rows(read_values(tensor), NAMED[tensor.dtype])

@@ -147,11 +147,11 @@ def _compare_config_copy(plan: MergePlan, model: ModelFolder) -> Iterator[Differ
 
 
 def _foreign_files(plan: MergePlan, model: ModelFolder) -> list[Difference]:
-    below = {path: path.relative_to(model.folder).as_posix() for path in sorted(model.folder.rglob("*"))}
+    names = [path.relative_to(model.folder).as_posix() for path in sorted(model.folder.rglob("*"))]
     return [
         Difference(name, _ABSENT, "a file that changes what some reader loads")
-        for path, name in below.items()
-        if _READ_INSTEAD.fullmatch(path.name) and name not in plan.copied_files and not name.startswith(".")
+        for name in names
+        if _READ_INSTEAD.fullmatch(name.rpartition("/")[2]) and name not in plan.copied_files and name[0] != "."
     ]
 
 

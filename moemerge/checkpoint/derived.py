@@ -72,6 +72,10 @@ class Derived:
         """The number of the first of some rows of the result."""
         return rows.start * self.shape[0] // max(self.nbytes, 1)
 
+    def input_rows(self, rows: StoredTensor) -> StoredTensor:
+        """The same rows of the first input."""
+        return self.inputs[0].rows(self.first_row(rows), rows.shape[0])
+
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
         """Have the inputs kept, whatever range is meant."""
         del start, nbytes
@@ -179,7 +183,7 @@ class ScaledColumns:
 def unscaled(tensor: StoredTensor) -> StoredTensor:
     """The same rows of a matrix before its columns were multiplied (`ScaledColumns`); any other tensor as it is."""
     while isinstance(tensor.path, Derived) and isinstance(tensor.path.recipe, ScaledColumns):
-        tensor = tensor.path.inputs[0].rows(tensor.path.first_row(tensor), tensor.shape[0])
+        tensor = tensor.path.input_rows(tensor)
     return tensor
 
 

@@ -21,6 +21,12 @@ def stored_bytes(numbers: NDArray[np.float32], dtype: str) -> bytes:
     return stored.tobytes()
 
 
+def is_rounded(one: NDArray[np.float32], other: NDArray[np.float32], dtypes: Sequence[str]) -> bool:
+    """Whether numbers are the same before one side was rounded to its dtype; never where both have one dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return len(set(dtypes)) > 1 and any(stored_bytes(one, d) == stored_bytes(other, d) for d in dtypes)
+
+
 def float32_of(data: bytes, dtype: str) -> NDArray[np.float32]:
     """Stored numbers, exactly."""
     stored = np.frombuffer(data, TYPES[STORED[dtype]])

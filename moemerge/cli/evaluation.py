@@ -44,12 +44,12 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
     with speaking(quiet=quiet, verbose=0, debug=debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
 
-        from moemerge.card import check_card, update_evaluation
+        from moemerge.card import read_card, update_evaluation
         from moemerge.cli.progress import show_layers
         from moemerge.evaluation import evaluate as run
 
         if update_card:
-            check_card(out)  # before what takes minutes
+            read_card(out)  # before what takes minutes
         with show_layers(console, quiet=quiet) as progress:
             found = run(
                 out, by_name(data), baselines=baselines, tokens=max_tokens, window=window, device=device,

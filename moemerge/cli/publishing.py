@@ -32,7 +32,7 @@ def push(  # noqa: PLR0917  typer makes options of arguments
     The token is the one of `hf auth login`, or HF_TOKEN.
     """
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
-        from moemerge.card import check_card
+        from moemerge.card import read_card
         from moemerge.card_metadata import read_licence, set_licence
         from moemerge.checkpoint.index import read_json
         from moemerge.config import CARD
@@ -42,11 +42,11 @@ def push(  # noqa: PLR0917  typer makes options of arguments
         checkpoint_files(out, lambda _: None)
         if not license and not read_licence(out):
             raise RefusedError(
-                f"{out / 'README.md'}: names no licence, and nobody may use a model that has none. "
+                f"{out / CARD}: names no licence, and nobody may use a model that has none. "
                 "Name it with --license NAME."
             )
         if (out / CARD).is_file():
-            check_card(out)
+            read_card(out)
         publisher = Publisher(Destination(repo, private, revision, create_pr), saying(console, quiet=quiet))
         publisher.open()
         publisher.check_replaced(read_json(out / "config.json").get("model_type"), overwrite=overwrite)

@@ -13,6 +13,7 @@ import torch
 
 from moemerge.checkpoint.derived import unscaled
 from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.stored import is_rounded
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.dtypes import NAMED
 from moemerge.errors import RefusedError, RouterError
@@ -100,20 +101,13 @@ def _changes(expert: int, layer: int, request: RouterRequest) -> Iterator[tuple[
         model, tensors = request.experts[expert]
         theirs = unscaled(model.projection(tensors, layer, role))
         ours = unscaled(request.base.projection(request.tensors, layer, role))
+        dtypes = [NAMED[ours.dtype], NAMED[theirs.dtype]]
         for first in range(0, ours.shape[0], _CHUNK_ROWS):
             count = min(_CHUNK_ROWS, ours.shape[0] - first)
             base, tuned = _read(ours.rows(first, count)), _read(theirs.rows(first, count))
-            if _is_cast(base, tuned, ours.dtype, theirs.dtype):
+            if is_rounded(base.numpy(), tuned.numpy(), dtypes):
                 tuned = base
             yield tuned - base, base
-
-
-def _is_cast(ours: torch.Tensor, theirs: torch.Tensor, *dtypes: str) -> bool:
-    """Whether rows stored in two dtypes are the same before one of them was rounded."""
-    if dtypes[0] == dtypes[1]:
-        return False
-    named = (getattr(torch, NAMED[dtype]) for dtype in dtypes)
-    return any(torch.equal(ours.to(dtype), theirs.to(dtype)) for dtype in named)
 
 
 def _read(tensor: StoredTensor) -> torch.Tensor:

@@ -219,9 +219,9 @@ def _merge(
                 "Save the adapter in float32."
             )
     recipe = LoraSum(a, b, lengths, _scale(adapter, module, a.shape[0]))
-    others = (a, b, *([lengths] if lengths else []))
     name = f"adapter {adapter.reference} on"
-    return Derived(name, (weight,), recipe, repr(recipe.scale), "F32", others=others).tensor(f"{module}.weight")
+    told = repr(recipe.scale)
+    return Derived(name, (weight,), recipe, told, "F32", others=recipe.tensors).tensor(f"{module}.weight")
 
 
 def _scale(adapter: Adapter, module: str, rank: int) -> float:
@@ -286,13 +286,17 @@ class LoraSum:
     _held: dict[str, Rows] = field(default_factory=dict)
     """The factors, from a tensor's first block to its last."""
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """What it is made of beside the weight."""
+        return (self.a, self.b, *([self.lengths] if self.lengths else []))
+
     def __call__(self, row: int, blocks: list[Rows]) -> Rows:
         """The rows from `row` on, in the place of the weight's."""
         import torch  # whose product PEFT takes, to the last bit
 
-        tensors = (self.a, self.b, *([self.lengths] if self.lengths else []))
         # A copy: another reader of the same tensor may be at its end.
-        factors = dict(self._held) or {tensor.name: read_values(tensor) for tensor in tensors}
+        factors = dict(self._held) or {tensor.name: read_values(tensor) for tensor in self.tensors}
         values = torch.from_numpy(blocks[0])
         rows = torch.from_numpy(factors[self.b.name])[row : row + len(values)]
         values += (rows @ torch.from_numpy(factors[self.a.name])) * self.scale

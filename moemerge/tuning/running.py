@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moemerge.card import check_card, with_section, without_section
+from moemerge.card import read_card, with_section, without_section
 from moemerge.checkpoint.target import check_target
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, difference
@@ -84,7 +84,7 @@ def _check(mixture: MixtureModel, copy: Path | None) -> None:
     """Refuse what cannot be done, before what an earlier run has left is forgotten."""
     gate_tensors(mixture)
     if (mixture.folder / CARD).is_file():
-        check_card(mixture.folder)
+        read_card(mixture.folder)
     if mixture.experts_per_token == 1:
         raise RefusedError(
             f"{mixture.folder}: one expert takes each token, with a weight of 1 whatever the gates are: its loss has "
@@ -214,7 +214,6 @@ def _write(
 
 def _card(mixture: MixtureModel, found: Tuned) -> str | None:
     """The model card with the tuning; an evaluation in it was of the routers before."""
-    path = mixture.folder / CARD
-    if not path.is_file():
+    if not (mixture.folder / CARD).is_file():
         return None
-    return with_section(without_section(path.read_text(encoding="utf-8"), "evaluation"), "tuning", card_section(found))
+    return with_section(without_section(read_card(mixture.folder), "evaluation"), "tuning", card_section(found))
