@@ -16,6 +16,7 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
 from moemerge.config import CARD, CONFIG_COPY, MergeConfig
+from moemerge.engines import Engine
 from moemerge.errors import CheckpointError
 from moemerge.formats import Mixture, MoeFamily
 from moemerge.formats.dense import DenseModel
@@ -118,12 +119,15 @@ class MergePlan:
     notes: tuple[str, ...]
     """What the user should know."""
     warnings: tuple[str, ...]
-    """What looks like a mistake: experts that are no fine-tunes of the base, or the base itself."""
+    """What looks like a mistake: an engine that computes something else, experts that are no fine-tunes of the base, or
+    the base itself."""
     advice: tuple[str, ...]
     """What measured better than what the config asks for."""
     family_notes: tuple[str, ...]
     """Those of them that a user of the merged model should know too: what readers of its family, or of its
     tokenizer, get wrong."""
+    right_in: tuple[Engine, ...]
+    """Engines that compute such a mixture as transformers 5 does, as measured."""
     compared_bytes: int
     """Bytes of weights that the plan itself has read on other machines, to compare the experts with the base."""
     shared_bytes: int

@@ -95,7 +95,7 @@ def plan_merge(
         check_texts(config)
     _refuse(check_widths(config, base, models[:routed]))
     mixture = mixture_of(config, base, models[:routed], models[routed:])
-    family, family_notes = select_family(base, config.architecture, mixture)
+    family = (choice := select_family(base, mixture, config.architecture, config.engine)).family
     _refuse(_check_noise(config, family))
     # The output's dtype may be known only later, and does not matter here.
     tokenizer = (
@@ -118,7 +118,7 @@ def plan_merge(
         *(note for finding in findings for note in finding.notes),
         *files.notes,
         *files.reader_notes,
-        *family_notes,
+        *choice.notes,
         *config_notes(config, family, runs_base=runs_base, gated=_computes_gate(config, family)),
     ]
     judged = judge_experts(
@@ -172,10 +172,11 @@ def plan_merge(
         base_files=files,
         tokenizer=tokenizer,
         notes=tuple(notes),
-        warnings=tuple(judged.warnings),
+        warnings=(*choice.warnings, *judged.warnings),
         advice=() if judged.has_strangers else tuple(parts.advice),
         compared_bytes=judged.compared_bytes,
-        family_notes=(*files.reader_notes, *family_notes),
+        family_notes=(*files.reader_notes, *choice.notes),
+        right_in=choice.right_in,
         shared_bytes=shared,
         runs_base=runs_base,
         total_parameters=total,

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from moemerge.formats import Mixture as Shape
+from moemerge.formats.dense import DenseModel
+from moemerge.formats.engines import Trouble, facts_of, trouble_of
 from moemerge.plan import MergePlan
 from tests.models import load
 
@@ -110,6 +113,14 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text": ("gemma4_text", GEMMA4),
     "youtu": ("youtu", MLA),
 }  # fmt: skip
+
+
+def wrong_in_v4(base: DenseModel, moe: str) -> str:
+    """What transformers 4.57 was measured to make of models of that kind in a family, if it is not right."""
+    width = base.sizes["ffn"]
+    plain = Shape(base.layers, width, (width,) * 2, (), 2, tuple(range(base.layers)), {})
+    trouble = trouble_of("transformers", moe, facts_of(base, plain))
+    return trouble.words if isinstance(trouble, Trouble) else ""
 
 
 class Mixture(torch.nn.Module):

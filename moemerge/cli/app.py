@@ -12,7 +12,7 @@ from moemerge.cli.console import print_json, speaking, stdout
 from moemerge.cli.evaluation import evaluate
 from moemerge.cli.families import list_families
 from moemerge.cli.merging import merge_models
-from moemerge.cli.options import AllowIdentical, CacheDir, Config, Debug, Json, Quiet, ShardSize, Verbose
+from moemerge.cli.options import AllowIdentical, CacheDir, Config, Debug, For, Json, Quiet, ShardSize, Verbose
 from moemerge.cli.planned import plan_from
 from moemerge.cli.publishing import push
 from moemerge.cli.routes import show_routes
@@ -52,6 +52,7 @@ def _plan(
     max_shard_size: ShardSize = "5GB",
     cache_dir: CacheDir = None,
     allow_identical_experts: AllowIdentical = False,
+    engine: For = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
     debug: Debug = False,
@@ -60,7 +61,9 @@ def _plan(
     with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from moemerge.cli.render import plan_facts, print_plan
 
-        plan = plan_from(console, config, max_shard_size, None, quiet, allow_identical_experts, weights="stream")
+        plan = plan_from(
+            console, config, max_shard_size, None, quiet, allow_identical_experts, weights="stream", engine=engine
+        )
         if json:
             print_json(plan_facts(plan))
         else:

@@ -17,6 +17,7 @@ from moemerge.cli.options import (
     Config,
     CreatePr,
     Debug,
+    For,
     License,
     Private,
     Push,
@@ -79,6 +80,7 @@ def merge_models(
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False,
     cache_dir: CacheDir = None,
     allow_identical_experts: AllowIdentical = False,
+    engine: For = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
     debug: Debug = False,
@@ -115,7 +117,7 @@ def merge_models(
         plan = plan_from(
             console, config, max_shard_size, out_shard_size, quiet, allow_identical_experts,
             None if push_streaming else out, routing_table, weights="stream" if stream else "auto",
-            approve=pushing.approve, prove=True,
+            approve=pushing.approve, prove=True, engine=engine,
         )  # fmt: skip
         way = partial(merge, plan, out, name=push)
         if pushing.publisher:

@@ -14,6 +14,15 @@ AllowIdentical = Annotated[
     bool,
     typer.Option("--allow-identical-experts", help="Accept experts that are all one model, to be trained further."),
 ]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="ENGINE",
+        help="Refuse what this engine would get wrong: transformers, vllm, llama.cpp, mlx or openvino.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more: routing by layer, log messages.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

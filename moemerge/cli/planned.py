@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moemerge.cli.console import saying
+from moemerge.engines import ENGINES, canonical_engine
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     quiet: bool, allow_identical_experts: bool,
     target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
     weights: Literal["auto", "stream"] = "auto", approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
-    prove: bool = False,
+    prove: bool = False, engine: str | None = None,
 ) -> "MergePlan":  # fmt: skip
     """The plan of a config file; says what the user should know."""
     from moemerge.checkpoint.shards import parse_size
@@ -29,6 +30,10 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     from moemerge.planning import plan_merge
 
     loaded = load_config(config, allow_identical_experts=allow_identical_experts)
+    if engine:
+        if canonical_engine(engine) not in ENGINES:
+            raise RefusedError(f"--for: {engine!r} is none of {', '.join(ENGINES)}.")
+        loaded = loaded.model_copy(update={"engine": canonical_engine(engine)})
     try:
         max_bytes = parse_size(max_shard_size)
     except ValueError as error:

@@ -13,6 +13,7 @@ from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.dtypes import BITS, STORED
+from moemerge.engines import ENGINES
 from moemerge.inspection import Inspection
 from moemerge.plan import Computed, MergePlan, Output
 from moemerge.verification import Verification
@@ -50,6 +51,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
         "advice": list(plan.advice),
+        "right_in": list(plan.right_in),
         "config": plan.output_config,
         "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in plan.shards],
         "tensors": [
@@ -92,6 +94,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         f"{plan.config.experts_per_token} per token, routers: {plan.config.way}",
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
         "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s); {size(free)} free here",
+        "engines": f"right in {', '.join(['transformers 5', *(ENGINES[engine] for engine in plan.right_in)])}",
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
         "copied": ", ".join(plan.copied_files) or "no tokenizer files: the base model has none",
     }

@@ -1,10 +1,13 @@
-"""Output families and how one is chosen: the first in the table that holds the request exactly."""
+"""Output families and how one is chosen: exactly what was asked for, right in as many engines as can be."""
 
+from dataclasses import dataclass
 from typing import Final
 
+from moemerge.engines import ENGINES, Engine
 from moemerge.errors import IncompatibleError
 from moemerge.formats.deepseek_like import DEEPSEEK_V3, DOTS1, EXAONE_MOE, GLM4_MOE, HY_V3, MIMO_V2_FLASH, SOLAR_OPEN
 from moemerge.formats.dense import DenseModel
+from moemerge.formats.engines import MAIN, Trouble, facts_of, right_in, trouble_of
 from moemerge.formats.family import MoeFamily
 from moemerge.formats.granite_moe import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
 from moemerge.formats.mixtral import MIXTRAL
@@ -12,7 +15,7 @@ from moemerge.formats.mixture import Mixture
 from moemerge.formats.qwen_moe import MELLUM, QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE
 from moemerge.formats.siblings import COHERE2_MOE, ERNIE4_5_MOE, FLEX_OLMO, GEMMA4_MOE, HUNYUAN_V1_MOE, LFM2_MOE
 
-__all__ = ["MOE_FAMILIES", "Mixture", "MoeFamily", "select_family"]
+__all__ = ["MOE_FAMILIES", "Choice", "Mixture", "MoeFamily", "select_family"]
 
 MOE_FAMILIES: Final = {
     family.model_type: family
@@ -22,7 +25,7 @@ MOE_FAMILIES: Final = {
         MELLUM, EXAONE_MOE, HY_V3, MIMO_V2_FLASH, SOLAR_OPEN,
     )
 }  # fmt: skip
-"""In the order in which they are tried: what most engines read exactly comes first."""
+"""In the order in which they are preferred among equals."""
 
 _MERGEKIT_NAMES: Final = {"qwen": "qwen2_moe", "qwen3": "qwen3_moe"}
 _DEEPSEEK: Final = (
@@ -31,13 +34,31 @@ _DEEPSEEK: Final = (
 )
 
 
-def select_family(base: DenseModel, architecture: str | None, mixture: Mixture) -> tuple[MoeFamily, list[str]]:
-    """The output family for a mixture of models that compute like `base`, and what to tell about the choice.
+@dataclass(frozen=True)
+class Choice:
+    """The output family of a mixture, and what there is to say of it."""
+
+    family: MoeFamily
+    right_in: tuple[Engine, ...]
+    """The engines that compute such a mixture as transformers 5 does."""
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    """Engines that compute something else, without a word."""
+
+
+def select_family(
+    base: DenseModel, mixture: Mixture, architecture: str | None = None, engine: Engine | None = None
+) -> Choice:
+    """Choose the output family for a mixture of models that compute like `base`.
+
+    Of those that hold it exactly, the one that most of transformers 4.57, vLLM and llama.cpp read rightly, the first
+    of the table among equals.
 
     Args:
         base: the base model.
-        architecture: the family's `model_type`, its beginning, or a name of mergekit-moe; None for the first that fits.
         mixture: what the family has to hold.
+        architecture: the family's `model_type`, its beginning, or a name of mergekit-moe; None for any.
+        engine: the engine that has to read it rightly; None for any.
 
     Raises:
         IncompatibleError: none fits; says why for each candidate.
@@ -51,30 +72,59 @@ def select_family(base: DenseModel, architecture: str | None, mixture: Mixture) 
     if not candidates:
         known = ", ".join(MOE_FAMILIES)
         raise IncompatibleError(f"architecture: {architecture!r} is no output family; known: {known}.", [])
-    problems, others = [], []
+    problems, others, fitting = [], [], []
     for family in candidates:
         if base.family.block not in family.blocks:
             others.append(family.model_type)
-            continue
-        reasons = family.refusals(base, mixture)
-        if not asked and mixture.shared_widths and family.appends_shared and not reasons:
-            reasons = [
-                "it has no shared experts; with `architecture: mixtral` their neurons are appended to every expert"
-            ]
-        if not reasons:
-            original = base.config.get("original_max_position_embeddings")
-            own = [
-                note.format(family=family.model_type, original=original)
-                for fact, note in base.family.notes
-                if not fact or fact in base.facts
-            ]
-            return family, [*(note.format(family.model_type) for note in notes), *family.told(base, mixture), *own]
-        problems.append(f"{family.model_type}: {'; '.join(reasons)}")
+        elif reasons := _refusals(family, base, mixture, by_name=bool(asked), engine=engine):
+            problems.append(f"{family.model_type}: {'; '.join(reasons)}")
+        else:
+            fitting.append(family)
+    if fitting:
+        facts = facts_of(base, mixture)
+        best = max(fitting, key=lambda family: len(set(MAIN) & set(right_in(family.model_type, facts))))
+        return _choice(best, base, mixture, [note.format(family.model_type) for note in notes])
     if others:
         problems.append(
             f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
         )
     what = "No output family can hold this merge"
+    if engine:
+        what = f"engine: {ENGINES[engine]} reads no output family that can hold this merge rightly"
     if asked:
-        what = f"architecture: {architecture!r} cannot hold this merge; without the key the first that fits is taken"
+        what = f"architecture: {architecture!r} cannot hold this merge; without the key the best that fits is taken"
     raise IncompatibleError(f"{what}:", problems)
+
+
+def _refusals(
+    family: MoeFamily, base: DenseModel, mixture: Mixture, *, by_name: bool, engine: Engine | None
+) -> list[str]:
+    """Why a family that computes like the base cannot be chosen; `by_name` says whether it was asked for."""
+    if reasons := family.refusals(base, mixture):
+        return reasons
+    if not by_name and mixture.shared_widths and family.appends_shared:
+        return ["it has no shared experts; with `architecture: mixtral` their neurons are appended to every expert"]
+    trouble = trouble_of(engine, family.model_type, facts_of(base, mixture)) if engine else None
+    return (
+        [f"{ENGINES[engine]} {trouble.words if isinstance(trouble, Trouble) else trouble}"]
+        if engine and trouble
+        else []
+    )
+
+
+def _choice(family: MoeFamily, base: DenseModel, mixture: Mixture, notes: list[str]) -> Choice:
+    facts = facts_of(base, mixture)
+    warnings: list[str] = []
+    notes = [*notes, *family.notes]
+    for engine, name in ENGINES.items():
+        trouble = trouble_of(engine, family.model_type, facts)
+        if isinstance(trouble, Trouble):
+            told = notes if trouble.apart is None else warnings
+            told.append(f"{name} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
+    original = base.config.get("original_max_position_embeddings")
+    notes += [
+        note.format(family=family.model_type, original=original)
+        for fact, note in base.family.notes
+        if not fact or fact in base.facts
+    ]
+    return Choice(family, tuple(right_in(family.model_type, facts)), tuple(notes), tuple(warnings))

@@ -5,7 +5,7 @@ from typing import Any, Final
 from moemerge.formats.family import COMMON, ROPE, MoeFamily, Shared, separate
 
 _EXPERTS: Final = separate("mlp.experts.{expert}")
-_SHARED: Final = Shared(separate("mlp.shared_experts"), "multiple", "empty")
+_SHARED: Final = Shared(separate("mlp.shared_experts"), "multiple", "zeros")
 _BIAS: Final = "mlp.gate.e_score_correction_bias"
 _NUMBERS: Final = {
     "intermediate_size": "dense_width", "moe_intermediate_size": "expert_width",
@@ -24,7 +24,6 @@ _FIXED: Final[dict[str, Any]] = _ONE_GROUP | {
     "routed_scaling_factor": 1.0, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
 }  # fmt: skip
 _LAYER_KINDS: Final = {"mlp_layer_types": "mlp_layer_types"}
-_SHARED_FOR_LLAMACPP: Final = "llama.cpp reads {} only with a shared expert"
 
 DOTS1: Final = MoeFamily(
     "dots1", "Dots1ForCausalLM",
@@ -41,13 +40,6 @@ DOTS1: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
-    notes=(
-        ("no_shared", _SHARED_FOR_LLAMACPP.format("dots1")),
-        ("", "llama.cpp reads dots1 only with as many key heads as query heads, which Qwen3 has not"),
-        ("tied", "llama.cpp does not load dots1 with tied embeddings"),
-        ("window", "llama.cpp ignores dots1's sliding window: it is right for texts up to the window's length"),
-        ("", "vLLM has dropped dots1"),
-    ),
 )  # fmt: skip
 GLM4_MOE: Final = MoeFamily(
     "glm4_moe", "Glm4MoeForCausalLM",
@@ -64,12 +56,6 @@ GLM4_MOE: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
-    notes=(
-        ("", "llama.cpp's converter refuses glm4_moe without GLM's special tokens in the tokenizer"),
-        ("no_shared", _SHARED_FOR_LLAMACPP.format("glm4_moe")),
-        ("llama3", "llama.cpp drops llama3's scaling of rotary positions of a glm4_moe"),
-        ("yarn", "llama.cpp drops yarn's mscale of a glm4_moe"),
-    ),
 )  # fmt: skip
 SOLAR_OPEN: Final = MoeFamily(
     "solar_open", "SolarOpenForCausalLM",
@@ -83,12 +69,6 @@ SOLAR_OPEN: Final = MoeFamily(
     scoring="sigmoid",
     shared=_SHARED,
     selection_bias=_BIAS,
-    notes=(
-        ("", "transformers reads solar_open from version 5 on, vLLM does not"),
-        ("", "llama.cpp's converter refuses solar_open without Solar's special tokens in the tokenizer"),
-        ("no_shared", _SHARED_FOR_LLAMACPP.format("solar_open")),
-        ("llama3", "llama.cpp drops llama3's scaling of rotary positions of a solar_open"),
-    ),
 )  # fmt: skip
 HY_V3: Final = MoeFamily(
     "hy_v3", "HYV3ForCausalLM",
@@ -97,8 +77,15 @@ HY_V3: Final = MoeFamily(
     named=ROPE
     | _NUMBERS
     | _LAYER_KINDS
-    | {"num_experts": "experts", "num_shared_experts": "shared_count"},
-    fixed={"router_scaling_factor": 1.0, "enable_moe_fp32_combine": False, "attention_bias": False},
+    | {
+        "num_experts": "experts", "num_shared_experts": "shared_count",
+        # vLLM alone reads these, and two of the fixed ones.
+        "first_k_dense_replace": "dense_prefix", "expert_hidden_dim": "expert_width",
+    },
+    fixed={
+        "router_scaling_factor": 1.0, "enable_moe_fp32_combine": False, "attention_bias": False, "route_norm": True,
+        "qk_norm": True,
+    },
     carried=COMMON,
     holds=frozenset({"qk_norm", "wide_heads", "scaled_rope"}),
     needs_qk_norm=True,
@@ -107,7 +94,6 @@ HY_V3: Final = MoeFamily(
     shared=Shared(separate("mlp.shared_mlp"), "multiple", "zeros"),
     dense_layers="any",
     selection_bias="mlp.expert_bias",
-    notes=(("", "transformers reads hy_v3 from version 5 on"),),
 )  # fmt: skip
 EXAONE_MOE: Final = MoeFamily(
     "exaone_moe", "ExaoneMoEForCausalLM",  # as released; transformers spells its class ExaoneMoe
@@ -119,6 +105,7 @@ EXAONE_MOE: Final = MoeFamily(
     | {
         "num_experts": "experts", "num_shared_experts": "shared_count", "first_k_dense_replace": "dense_prefix",
         "layer_types": "all_sliding", "sliding_window": "max_position_embeddings",
+        "is_moe_layer": "moe_layer_flags",  # which mlx-lm alone reads
     },
     # Layers without a window do not rotate: all have one, as long as the context.
     fixed=_ONE_GROUP | {"routed_scaling_factor": 1.0, "sliding_window_pattern": 4, "scoring_func": "sigmoid"},
@@ -129,12 +116,7 @@ EXAONE_MOE: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="any",
     selection_bias="mlp.e_score_correction_bias",
-    notes=(
-        ("", "transformers reads exaone_moe from version 5 on"),
-        ("no_shared", _SHARED_FOR_LLAMACPP.format("exaone_moe")),
-        ("dense_layers", "llama.cpp does not load exaone_moe with dense layers after the others"),
-        ("", "exaone_moe sees no further back than max_position_embeddings"),
-    ),
+    notes=("exaone_moe sees no further back than max_position_embeddings",),
 )  # fmt: skip
 MIMO_V2_FLASH: Final = MoeFamily(
     "mimo_v2_flash", "MiMoV2FlashForCausalLM",
@@ -152,7 +134,6 @@ MIMO_V2_FLASH: Final = MoeFamily(
     scoring="sigmoid",
     dense_layers="any",
     selection_bias=_BIAS,
-    notes=(("", "transformers reads mimo_v2_flash from version 5 on; llama.cpp's converter refuses it"),),
 )  # fmt: skip
 DEEPSEEK_V3: Final = MoeFamily(
     "deepseek_v3", "DeepseekV3ForCausalLM",
@@ -170,5 +151,4 @@ DEEPSEEK_V3: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
-    notes=(("no_shared", _SHARED_FOR_LLAMACPP.format("deepseek_v3")),),
 )  # fmt: skip

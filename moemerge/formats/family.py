@@ -15,6 +15,8 @@ A name with `{expert}` stands for one tensor per expert; another for a stack of 
 Scoring = Literal["softmax", "sigmoid"]
 """How a router makes weights of its logits; those of the chosen experts are then divided by their sum."""
 
+# Of a shared expert of zeros, in neurons: k-quants want rows of so many elements, 8 GPUs an eighth each.
+_NARROW: Final = 256
 _LONGROPE: Final = ("original_max_position_embeddings",)
 SWITCHED_OFF: Final = -1e4
 """A selection bias with which no expert is chosen: scores are at most 1, and float16 holds it."""
@@ -42,15 +44,16 @@ class Shared:
     names: Names
     width: Literal["any", "multiple", "one expert"]
     """In neurons: any number, a multiple of an expert's, or exactly an expert's."""
-    absent: Literal["nothing", "empty", "zeros"]
-    """What is stored where there is none: no tensors, tensors without elements, or an expert of zeros."""
+    absent: Literal["nothing", "zeros"]
+    """What is stored where there is none: no tensors, or a narrow expert of zeros, where engines fail without one."""
     gate: str = ""
     """Tensor of shape (1, hidden) whose sigmoid weighs the shared expert, if there is one."""
 
     def stored_width(self, asked: int, expert_width: int) -> int:
         """How many neurons are stored for those that are asked for."""
         if not asked:
-            return expert_width if self.absent == "zeros" else 0
+            narrow = min(expert_width, _NARROW) if self.width == "any" else expert_width
+            return narrow if self.absent == "zeros" else 0
         return asked if self.width == "any" else -(-asked // expert_width) * expert_width
 
 
@@ -91,21 +94,13 @@ class MoeFamily:
     """Tensor (expert,) that is added to scores for the choice alone: what is switched off by it is never chosen."""
     bias_axes: Axes = ("experts",)
     extras: tuple[Extra, ...] = ()
-    notes: tuple[tuple[str, str], ...] = ()
-    """What readers of the output get wrong, each with the fact of the base or of the mixture under which they do, or an
-    empty text for always."""
-    wrong_in_v4: frozenset[str] = frozenset()
-    """Facts of the base with which transformers 4.57 computes something else, or fails."""
+    notes: tuple[str, ...] = ()
+    """What is peculiar to it; what engines get wrong is in `engines`."""
 
     @property
     def keys(self) -> frozenset[str]:
         """Every key of `config.json` that says something about the model."""
         return frozenset({*self.named, *self.fixed, *self.carried, *_LONGROPE})
-
-    def told(self, base: DenseModel, mixture: Mixture) -> list[str]:
-        """The notes that concern such a mixture."""
-        facts = base.facts | mixture.facts
-        return [note for fact, note in self.notes if not fact or fact in facts]
 
     def refusals(self, base: DenseModel, mixture: Mixture) -> list[str]:
         """Why this family cannot hold such a mixture of models that compute like `base`; empty where it can."""

@@ -17,13 +17,6 @@ _SHARED_WIDTH: Final = {"shared_intermediate_size": "shared_width"}
 _HOLDS: Final = frozenset({"qkv_bias", "output_bias", "multipliers", "wide_heads", "scaled_rope"})
 # One key switches all four on.
 _BIASES: Final = zero_biases("q", "k", "v", "o", when=("qkv_bias", "output_bias"))
-_WRONG_IN_V4: Final = frozenset({"wide_heads"})
-_NOTES: Final = (
-    ("wide_heads", "transformers 4.57 and llama.cpp take head_dim for hidden_size / num_attention_heads, and fail"),
-    ("llama3", "llama.cpp's converter refuses Granite's families with llama3's scaling of rotary positions"),
-    ("longrope", "llama.cpp ignores longrope's factors"),
-    ("yarn", "llama.cpp ignores mscale in yarn's scaling of rotary positions"),
-)
 _MAMBA: Final[dict[str, Any]] = {
     "mamba_n_heads": 1, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": "auto", "mamba_d_conv": 4,
     "mamba_expand": 2, "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_proj_bias": False,
@@ -38,8 +31,6 @@ GRANITEMOE: Final = MoeFamily(
     carried=COMMON,
     holds=_HOLDS,
     extras=_BIASES,
-    wrong_in_v4=_WRONG_IN_V4,
-    notes=_NOTES,
 )  # fmt: skip
 GRANITEMOESHARED: Final = MoeFamily(
     "granitemoeshared", "GraniteMoeSharedForCausalLM",
@@ -51,8 +42,6 @@ GRANITEMOESHARED: Final = MoeFamily(
     holds=_HOLDS,
     shared=Shared(_SHARED_NAMES, "any", "nothing"),
     extras=_BIASES,
-    wrong_in_v4=_WRONG_IN_V4,
-    notes=(*_NOTES, ("", "mlx-lm does not read granitemoeshared")),
 )  # fmt: skip
 GRANITEMOEHYBRID: Final = MoeFamily(
     "granitemoehybrid", "GraniteMoeHybridForCausalLM",
@@ -65,14 +54,8 @@ GRANITEMOEHYBRID: Final = MoeFamily(
     carried=(*COMMON, *_MAMBA, "time_step_limit"),
     blocks=("granitemoehybrid", "llama"),
     holds=_HOLDS | {"mixed_attention"},
-    shared=Shared(_SHARED_NAMES, "any", "empty"),
+    shared=Shared(_SHARED_NAMES, "any", "zeros"),
     extras=_BIASES,
-    wrong_in_v4=_WRONG_IN_V4,
-    notes=(
-        *_NOTES,
-        ("no_shared", "llama.cpp's converter reads granitemoehybrid only with a shared expert"),
-        ("mixed_attention", "llama.cpp rotates nothing in granitemoehybrid: it is right without positions (nope) only"),
-    ),
 )  # fmt: skip
 GRANITEMOE_SWA: Final = MoeFamily(
     "granitemoe_swa", "GraniteMoeSWAForCausalLM",
@@ -88,10 +71,4 @@ GRANITEMOE_SWA: Final = MoeFamily(
     shared=Shared(_SHARED_NAMES, "any", "nothing"),
     # Sinks whose exponential is 0.
     extras=(*_BIASES, Extra("self_attn.sinks", ("heads",), -1e4)),
-    notes=(
-        ("", "transformers reads granitemoe_swa from version 5 on, mlx-lm does not"),
-        ("", "llama.cpp ends with an assertion on granitemoe_swa without sliding windows"),
-        ("wide_heads", "llama.cpp takes head_dim for hidden_size / num_attention_heads, and fails"),
-        ("nope", "llama.cpp rotates in every layer of granitemoe_swa: it computes something else"),
-    ),
 )  # fmt: skip

@@ -21,10 +21,4 @@ MIXTRAL: Final = MoeFamily(
     carried=COMMON,
     holds=frozenset({"window", "wide_heads", "scaled_rope"}),
     appends_shared=True,
-    notes=(
-        ("wide_heads", "mlx-lm takes head_dim for hidden_size / num_attention_heads"),
-        ("window", "llama.cpp ignores mixtral's sliding window: it is right for texts up to the window's length"),
-        ("longrope", "llama.cpp ignores longrope's factors"),
-        ("yarn", "llama.cpp ignores mscale in yarn's scaling of rotary positions"),
-    ),
 )  # fmt: skip

@@ -52,6 +52,7 @@ class Mixture:
             "first_moe_layer": self.moe_layers[0],
             "last_moe_layer": self.moe_layers[-1],
             "mlp_layer_types": ["dense" if layer in dense else "sparse" for layer in range(self.layers)],
+            "moe_layer_flags": [layer not in dense for layer in range(self.layers)],
             "by_layer.experts_per_token": [self.experts_per_token] * self.layers,
             "by_layer.expert_width": [expert_width] * self.layers,
             "by_layer.shared_count": [shared_count] * self.layers,

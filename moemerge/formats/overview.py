@@ -1,11 +1,13 @@
 """Which dense families go into which output family, and what each output family holds, as rows of text."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from moemerge.engines import ENGINES
 from moemerge.formats import MOE_FAMILIES, Mixture, MoeFamily
-from moemerge.formats.dense import DENSE_FAMILIES, PLAIN, ROPES, DenseFamily, DenseModel, read_dense
-from moemerge.formats.mixture import ASKED
+from moemerge.formats.dense import DENSE_FAMILIES, PLAIN, DenseFamily, DenseModel, read_dense
+from moemerge.formats.engines import readings
 
 _SIZES: Final = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -52,8 +54,13 @@ def _plainest(family: DenseFamily) -> DenseModel:
     return model
 
 
-def _words(fact: str) -> str:
-    return {**PLAIN, **ROPES, **ASKED, "tied": "tied embeddings"}[fact]
+def _engine_notes(family: str) -> Iterator[str]:
+    """How each engine reads the family, as measured."""
+    for engine, name in ENGINES.items():
+        found = readings()[engine].get(family)
+        if found:
+            told = "; ".join(trouble.words for trouble in found.troubles)
+            yield f"{name} ({found.version}): {told or 'right'}"
 
 
 def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
@@ -64,7 +71,7 @@ def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
     shared = "appended to every expert, on request" if family.appends_shared else "no"
     if family.shared:
         shared = _SHARED[family.shared.width] + (", gated" if family.shared.gate else "")
-        shared += {"nothing": "", "empty": "", "zeros": ", of zeros where none is asked for"}[family.shared.absent]
+        shared += {"nothing": "", "zeros": ", of zeros where none is asked for"}[family.shared.absent]
     return FamilyRow(
         family=family.model_type,
         takes=tuple(model.family.model_type for model in fitting),
@@ -72,5 +79,5 @@ def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
         shared=shared,
         dense_layers=_DENSE_LAYERS[family.dense_layers],
         scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),
-        notes=tuple(f"{text} ({_words(fact)})" if fact else text for fact, text in family.notes),
+        notes=(*family.notes, *_engine_notes(family.model_type)),
     )

@@ -9,7 +9,7 @@ _NUMBERS: Final = {
     "intermediate_size": "dense_width", "moe_intermediate_size": "expert_width", "num_experts": "experts",
     "num_experts_per_tok": "experts_per_token",
 }  # fmt: skip
-_GATED: Final = Shared(separate("mlp.shared_expert"), "any", "empty", "mlp.shared_expert_gate.weight")
+_GATED: Final = Shared(separate("mlp.shared_expert"), "any", "zeros", "mlp.shared_expert_gate.weight")
 
 QWEN2_MOE: Final = MoeFamily(
     "qwen2_moe", "Qwen2MoeForCausalLM",
@@ -28,15 +28,6 @@ QWEN2_MOE: Final = MoeFamily(
     shared=_GATED,
     dense_layers="any",
     extras=zero_biases("q", "k", "v"),
-    wrong_in_v4=frozenset({"mixed_attention", "wide_heads"}),
-    notes=(
-        ("", "llama.cpp and mlx-lm do not renormalise qwen2_moe's weights: they compute something else"),
-        ("", "llama.cpp makes NaN of qwen2_moe's zeros in the shared expert's gate, and fails without that expert"),
-        ("dense_layers", "llama.cpp's converter refuses qwen2_moe with dense layers"),
-        ("tied", "llama.cpp does not load qwen2_moe with tied embeddings"),
-        ("mixed_attention", "transformers 4.57 gives every layer of a qwen2_moe the window: wrong numbers, no error"),
-        ("wide_heads", "transformers 4.57, vLLM and llama.cpp take head_dim for hidden_size / num_attention_heads"),
-    ),
 )  # fmt: skip
 QWEN3_MOE: Final = MoeFamily(
     "qwen3_moe", "Qwen3MoeForCausalLM",
@@ -52,10 +43,6 @@ QWEN3_MOE: Final = MoeFamily(
     holds=frozenset({"qk_norm", "qkv_bias", "output_bias", "wide_heads", "scaled_rope"}),
     needs_qk_norm=True,
     dense_layers="any",
-    notes=(
-        ("qkv_bias", "llama.cpp does not load qwen3_moe with biases"),
-        ("dense_layers", "llama.cpp's converter refuses qwen3_moe with dense layers"),
-    ),
 )  # fmt: skip
 QWEN3_5_MOE: Final = MoeFamily(
     "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
@@ -74,10 +61,6 @@ QWEN3_5_MOE: Final = MoeFamily(
     blocks=("qwen3_5",),
     holds=frozenset({"qkv_bias", "output_bias", "mixed_attention", "wide_heads", "partial_rotary"}),
     shared=_GATED,
-    notes=(
-        ("", "llama.cpp's converter reads qwen3_5_moe_text with the option --no-mtp"),
-        ("no_shared", "llama.cpp ends with an assertion on qwen3_5_moe_text without a shared expert"),
-    ),
 )  # fmt: skip
 MELLUM: Final = MoeFamily(
     "mellum", "MellumForCausalLM",
@@ -95,11 +78,4 @@ MELLUM: Final = MoeFamily(
     ),
     needs_qk_norm=True,
     dense_layers="any",
-    notes=(
-        ("", "transformers reads mellum from version 5 on"),
-        ("", "llama.cpp ends with an assertion on mellum without sliding windows"),
-        ("dense_layers", "llama.cpp's converter refuses mellum with dense layers"),
-        ("tied", "llama.cpp does not load mellum with tied embeddings"),
-        ("yarn", "llama.cpp computes something else where mellum scales rotary positions by yarn"),
-    ),
 )  # fmt: skip

@@ -20,7 +20,6 @@ FLEX_OLMO: Final = MoeFamily(
     carried=COMMON,
     blocks=("olmo2",),
     holds=_BIASES | {"scaled_rope"},
-    notes=(("", "llama.cpp and mlx-lm do not read flex_olmo"),),
 )  # fmt: skip
 ERNIE4_5_MOE: Final = MoeFamily(
     "ernie4_5_moe", "Ernie4_5_MoeForCausalLM",
@@ -40,11 +39,6 @@ ERNIE4_5_MOE: Final = MoeFamily(
     dense_layers="outside",
     selection_bias="mlp.moe_statics.e_score_correction_bias",
     bias_axes=("1", "experts"),
-    notes=(
-        ("", "llama.cpp's converter reads ernie4_5_moe only with a tokenizer.model"),
-        ("shared", "llama.cpp does not load ernie4_5_moe with a shared expert"),
-        ("dense_layers", "llama.cpp does not load ernie4_5_moe with dense layers after the others"),
-    ),
 )  # fmt: skip
 HUNYUAN_V1_MOE: Final = MoeFamily(
     "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM",
@@ -61,10 +55,6 @@ HUNYUAN_V1_MOE: Final = MoeFamily(
     blocks=("hunyuan",),
     holds=_BIASES | {"wide_heads", "scaled_rope"},
     shared=Shared(separate("mlp.shared_mlp"), "one expert", "zeros"),
-    notes=(
-        ("", "llama.cpp's converter reads no tokenizer.json for hunyuan_v1_moe, only Hunyuan-A13B's Python code"),
-        ("qkv_bias", "llama.cpp does not load hunyuan_v1_moe with biases"),
-    ),
 )  # fmt: skip
 LFM2_MOE: Final = MoeFamily(
     "lfm2_moe", "Lfm2MoeForCausalLM",
@@ -87,10 +77,7 @@ LFM2_MOE: Final = MoeFamily(
     dense_layers="prefix",
     dense_ffn=separate("feed_forward", ("w1", "w3", "w2")),
     selection_bias="feed_forward.expert_bias",
-    notes=(
-        ("", "transformers reads lfm2_moe from version 5 on; it divides weights by their sum and 1e-6"),
-        ("", "llama.cpp's converter reads lfm2_moe only with tied embeddings"),
-    ),
+    notes=("lfm2_moe divides the weights of the chosen experts by their sum and 1e-6",),
 )  # fmt: skip
 COHERE2_MOE: Final = MoeFamily(
     "cohere2_moe", "Cohere2MoeForCausalLM",
@@ -113,12 +100,6 @@ COHERE2_MOE: Final = MoeFamily(
     holds=_BIASES | {"window", "mixed_attention", "wide_heads", "scaled_rope"},
     shared=Shared(separate("mlp.shared_experts"), "multiple", "nothing"),
     dense_layers="any",
-    notes=(
-        ("", "transformers reads cohere2_moe from version 5 on, mlx-lm does not"),
-        ("qkv_bias", "llama.cpp's converter fails on cohere2_moe with biases"),
-        ("shared", "llama.cpp's converter refuses cohere2_moe with a shared expert"),
-        ("dense_layers", "llama.cpp does not load cohere2_moe with dense layers after the others"),
-    ),
 )  # fmt: skip
 _NORM: Final = "{}_feedforward_layernorm{}.weight"
 GEMMA4_MOE: Final = MoeFamily(
@@ -147,5 +128,4 @@ GEMMA4_MOE: Final = MoeFamily(
         Extra("router.scale", ("hidden",), source=_NORM.format("pre", ""), scale="sqrt hidden"),
         Extra("router.per_expert_scale", ("experts",), 1.0),
     ),
-    notes=(("", "transformers reads gemma4_text from version 5 on"),),
 )  # fmt: skip

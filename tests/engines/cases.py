@@ -1,0 +1,195 @@
+"""The mixtures that engines are tried with: kinds of dense models, in every output family that holds them."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moemerge.formats import MOE_FAMILIES, Mixture
+from moemerge.formats.dense import DenseModel, read_dense
+from moemerge.formats.engines import facts_of
+
+EXPERTS, LAYERS, TEXT_LENGTH, VOCAB = 3, 3, 24, 512
+# vLLM's attention wants heads of 32 or more; every other axis differs from each other.
+SIZES: Final[dict[str, Any]] = {
+    "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+TIED: Final = {"tie_word_embeddings": True}
+WIDE: Final = {"head_dim": 64}
+MIXED: Final = ["sliding_attention", "full_attention", "sliding_attention"]
+WINDOW: Final = {"sliding_window": 8}
+QWEN_WINDOWS: Final = {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}
+MUP: Final = {
+    "attention_multiplier": 0.1,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+}
+LLAMA3: Final = {
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+YARN: Final = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+MSCALE: Final = {
+    "rope_parameters": YARN["rope_scaling"]
+    | {
+        "rope_theta": 10000.0, "llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+}  # fmt: skip
+LONGROPE: Final = {
+    "original_max_position_embeddings": 16,
+    "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0 + i / 10 for i in range(16)], "long_factor": [2.0 + i for i in range(16)]
+    },
+}  # fmt: skip
+HYBRID: Final = {
+    "num_local_experts": 0, "shared_intermediate_size": 96, "position_embedding_type": "rope", "mamba_n_heads": 4,
+    "mamba_expand": 2, "mamba_d_head": 64, "mamba_d_state": 16, "layer_types": ["mamba", "attention", "attention"],
+}  # fmt: skip
+GEMMA4: Final = {
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB, "head_dim": 32, "global_head_dim": 64,
+    "num_global_key_value_heads": 1, "attention_k_eq_v": True, "num_kv_shared_layers": 0, **WINDOW,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "enable_moe_block": False,
+    "final_logit_softcapping": 30.0,
+}  # fmt: skip
+QWEN3_5: Final = {
+    "head_dim": 256, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+MLA: Final = {
+    "q_lora_rank": 24, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64,
+    "num_key_value_heads": 4, "pad_token_id": None,
+}  # fmt: skip
+LFM2: Final = {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]}
+COHERE2: Final = {**WINDOW, "logit_scale": 0.25, "layer_types": MIXED[::-1]}
+
+# A name, the model type and what its config says. The first of a type is the plainest.
+KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "llama": ("llama", {}),
+    "llama, tied, llama3 rope": ("llama", TIED | LLAMA3),
+    "llama, wide heads, yarn": ("llama", WIDE | YARN),
+    "llama, yarn": ("llama", YARN),
+    "llama, biases": ("llama", {"attention_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral, window": ("mistral", WINDOW),
+    "mistral, wide heads, window": ("mistral", WINDOW | WIDE),
+    "ministral, mixed windows": ("ministral", {"layer_types": MIXED, **WINDOW, "head_dim": 32}),
+    "ministral3": ("ministral3", {"sliding_window": None, "head_dim": 32, **MSCALE}),
+    "phi3": ("phi3", {"sliding_window": None, "resid_pdrop": 0.0}),
+    "phi3, longrope": ("phi3", {"sliding_window": None, **LONGROPE}),
+    "phi3, partial rotary": ("phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, tied": ("qwen2", TIED),
+    "qwen2, tied, yarn": ("qwen2", TIED | YARN),
+    "qwen2, mixed windows": ("qwen2", QWEN_WINDOWS),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3, tied, wide heads": ("qwen3", TIED | WIDE),
+    "qwen3, wide heads, yarn": ("qwen3", WIDE | YARN),
+    "qwen3, biases": ("qwen3", {"head_dim": 32, "attention_bias": True}),
+    "qwen3, mixed windows": ("qwen3", {"head_dim": 32, **QWEN_WINDOWS}),
+    "qwen3, ungrouped heads": ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}),
+    "seed_oss, wide heads": ("seed_oss", WIDE),
+    "smollm3, layers without positions": ("smollm3", {"no_rope_layers": [1, 0, 1], **TIED}),
+    "granite": ("granite", MUP),
+    "granite, tied, biases": ("granite", {**MUP, "attention_bias": True, **TIED}),
+    "granite_swa": ("granite_swa", {**MUP, **WINDOW, "layer_types": MIXED}),
+    "granitemoehybrid": ("granitemoehybrid", MUP | HYBRID),
+    "granitemoehybrid, without positions": ("granitemoehybrid", MUP | HYBRID | {"position_embedding_type": "nope"}),
+    "olmo2": ("olmo2", {}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 32}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 32}),
+    "cohere": ("cohere", {"logit_scale": 0.25, "use_qk_norm": False}),
+    "cohere2": ("cohere2", COHERE2),
+    "cohere2, biases": ("cohere2", COHERE2 | {"attention_bias": True}),
+    "lfm2": ("lfm2", LFM2),
+    "lfm2, tied": ("lfm2", LFM2 | TIED),
+    "qwen3_5_text": ("qwen3_5_text", QWEN3_5),
+    "gemma4_text": ("gemma4_text", GEMMA4),
+    "gemma4_text, tied": ("gemma4_text", GEMMA4 | TIED),
+    "youtu": ("youtu", MLA),
+}  # fmt: skip
+SENTENCEPIECE: Final = frozenset({"ernie4_5", "gemma4_text"})
+"""Dense families whose models bring a SentencePiece tokenizer, as some converters want."""
+
+# Mixtures with shared experts, and with layers that stay dense: of these kinds, for other kinds add nothing new.
+_WITH_SHARED: Final = {
+    "llama", "llama, tied, llama3 rope", "llama, biases", "mistral, window", "qwen2", "qwen2, tied", "qwen3", "granite",
+    "qwen3, tied, wide heads", "granite_swa", "granitemoehybrid", "granitemoehybrid, without positions", "ernie4_5",
+    "hunyuan_v1_dense", "cohere2", "qwen3_5_text", "youtu", "qwen3, ungrouped heads", "granite, tied, biases",
+    "llama, wide heads, yarn", "smollm3, layers without positions",
+}  # fmt: skip
+_WITH_DENSE: Final = {"llama", "qwen2", "qwen3", "ernie4_5", "cohere2", "lfm2, tied", "youtu"}
+# Of families that few engines read: enough to know that.
+_RARE: Final = {"solar_open", "exaone_moe", "mimo_v2_flash", "hy_v3", "mellum", "dots1"}
+_FOR_RARE: Final = {
+    "llama", "qwen2", "qwen3", "qwen3, tied, wide heads", "qwen3, ungrouped heads", "qwen3, mixed windows",
+    "llama, tied, llama3 rope",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mixture of models of one kind in an output family."""
+
+    kind: str
+    family: str
+    shared: bool
+    """Whether there is a shared expert beside the others."""
+    moe_layers: tuple[int, ...] = tuple(range(LAYERS))
+    """The others stay dense."""
+
+    def __str__(self) -> str:
+        layers = "" if len(self.moe_layers) == LAYERS else f", experts in layers {list(self.moe_layers)}"
+        return f"{self.kind} -> {self.family}{', a shared expert' if self.shared else ''}{layers}"
+
+    @property
+    def base(self) -> DenseModel:
+        """What moemerge knows of its models."""
+        model_type, sizes = KINDS[self.kind]
+        base = read_dense({**SIZES, "model_type": model_type, **sizes})
+        assert not isinstance(base, str), base
+        return base
+
+    @property
+    def mixture(self) -> Mixture:
+        """Its shape."""
+        width = SIZES["intermediate_size"]
+        return Mixture(LAYERS, width, (width,) * EXPERTS, (width,) * self.shared, 2, self.moe_layers, {})
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """What tells it from others, for engines."""
+        return facts_of(self.base, self.mixture)
+
+    @property
+    def form(self) -> str:
+        """A hash of what the family makes of it: another `config.json`, or names of tensors, have to be tried again."""
+        family = MOE_FAMILIES[self.family]
+        told = [family.config(self.base, self.mixture, "float32"), sorted(family.experts), family.router]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def is_held(self) -> bool:
+        """Whether moemerge makes such a mixture."""
+        return not MOE_FAMILIES[self.family].refusals(self.base, self.mixture)
+
+
+def cases() -> Iterator[Case]:
+    """Every kind in every output family that holds it; some also with a shared expert, and with dense layers."""
+    for kind in KINDS:
+        for family in MOE_FAMILIES:
+            if family in _RARE and kind not in _FOR_RARE:
+                continue
+            found = [Case(kind, family, shared=False)]
+            if kind in _WITH_SHARED:
+                found.append(Case(kind, family, shared=True))
+            if kind in _WITH_DENSE:
+                found += [Case(kind, family, shared, layers) for shared in (False, True) for layers in ((1, 2), (1,))]
+            yield from (case for case in found if case.is_held)

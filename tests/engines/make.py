@@ -1,0 +1,132 @@
+"""Merge every case, and keep what transformers computes of it.
+
+    python -m tests.engines.make FOLDER
+
+A folder for each case: `model`, `tokens.json`, and `expected.npz` with `logprobs` (sequence, position, vocab) of the
+tokens, and `generated` (sequence, new token), what follows them.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, Final
+
+import numpy as np
+import sentencepiece
+import torch
+from transformers import LlamaTokenizer
+
+from moemerge import load_config, merge, plan_merge
+from tests.engines.cases import EXPERTS, KINDS, LAYERS, SENTENCEPIECE, SIZES, TEXT_LENGTH, VOCAB, Case, cases
+from tests.models import load, make_model, write_config
+
+NEW_TOKENS: Final = 6
+_DONE: Final = "expected.npz"
+
+
+def main(root: Path) -> None:
+    """Make what is missing, or was made of other bytes; each kind's models once."""
+    known: set[tuple[str, frozenset[str]]] = set()
+    for case in cases():
+        if (key := (case.family, case.facts)) not in known:  # engines see no difference between such
+            known.add(key)
+            _make(case, root / slug(case))
+    for folder in (root / "sources").iterdir():
+        shutil.rmtree(folder)
+
+
+def slug(case: Case) -> str:
+    """The case's name as that of a folder."""
+    return str(case).replace(", ", "-").replace(" -> ", "--").replace(" ", "-").replace("[", "").replace("]", "")
+
+
+def _make(case: Case, folder: Path) -> None:
+    made = folder / "made"
+    shutil.rmtree(made, ignore_errors=True)
+    _merge(case, made, _sources(folder.parent / "sources", case.kind))
+    digest = _digest(made / "out")
+    told = {"case": str(case), "family": case.family, "facts": sorted(case.facts), "form": case.form, "digest": digest}
+    before = folder / "case.json"
+    if before.exists() and json.loads(before.read_text())["digest"] == digest and (folder / _DONE).exists():
+        shutil.rmtree(made)
+        before.write_text(json.dumps(told))
+        return
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    for answer in folder.glob("*.answer.json"):
+        answer.unlink()
+    (made / "out").rename(folder / "model")
+    shutil.rmtree(made)
+    tokens = torch.randint(3, VOCAB, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(7))
+    (folder / "tokens.json").write_text(json.dumps(tokens.tolist()))
+    np.savez(folder / _DONE, **_computed(folder / "model", tokens))
+    before.write_text(json.dumps(told))
+    sys.stdout.write(f"{case}\n")
+
+
+def _digest(model: Path) -> str:
+    files = sorted(path for path in model.iterdir() if path.suffix in {".json", ".safetensors"})
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+def _sources(root: Path, kind: str) -> list[Path]:
+    """A base, a shared expert and the others."""
+    model_type, sizes = KINDS[kind]
+    folder = root / kind.replace(" ", "-")
+    found = [folder / str(seed) for seed in range(EXPERTS + 2)]
+    if not folder.exists():
+        for seed, path in enumerate(found):
+            make_model(path, seed, model_type, **{**SIZES, **sizes})
+        if model_type in SENTENCEPIECE:
+            _sentencepiece(found[0])
+    return found
+
+
+def _merge(case: Case, folder: Path, sources: list[Path]) -> None:
+    base, shared, *experts = sources
+    folder.mkdir(parents=True)
+    keys: dict[str, Any] = {"shared_experts": [{"source_model": str(shared)}]} if case.shared else {}
+    if len(case.moe_layers) < LAYERS:
+        keys["moe_layers"] = list(case.moe_layers)
+    config = write_config(folder / "merge.yaml", base, experts, prompts=False, architecture=case.family, **keys)
+    merge(plan_merge(load_config(config)), folder / "out")
+
+
+@torch.no_grad()
+def _computed(model: Path, tokens: torch.Tensor) -> dict[str, np.ndarray]:
+    loaded = load(model)
+    ends = loaded.generation_config
+    ends.eos_token_id = None
+    generated = loaded.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
+    )
+    logits = loaded(tokens, use_cache=False).logits.double()
+    return {"logprobs": logits.log_softmax(-1).numpy(), "generated": generated[:, tokens.shape[1] :].numpy()}
+
+
+@cache
+def _sentencepiece_model() -> bytes:
+    """A SentencePiece tokenizer; the text that it learns from comes with Python."""
+    import io
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for topic in topics.values() for line in topic.splitlines() if line),
+        model_writer=written, vocab_size=VOCAB, model_type="bpe", byte_fallback=True, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    return written.getvalue()
+
+
+def _sentencepiece(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "tokenizer.model").write_bytes(_sentencepiece_model())
+    LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

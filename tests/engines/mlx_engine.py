@@ -1,0 +1,34 @@
+"""mlx-lm on the CPU, in float32."""
+
+from importlib.metadata import version as installed
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+
+def version() -> str:
+    """Name and version of the engine."""
+    return f"mlx-lm {installed('mlx-lm')}"
+
+
+def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.ndarray, list[list[int]]]:
+    """(sequence, position, vocab) log-probabilities of what follows each token, and what is generated."""
+    mx.set_default_device(mx.cpu)
+    model, _ = load_model(folder / "model")
+    found, generated = [], []
+    for ids in tokens:
+        logits = np.array(model(mx.array([ids]))[0].astype(mx.float32), dtype=np.float64)
+        found.append(
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
+        cache, given, new = make_prompt_cache(model), mx.array([ids]), []
+        for _ in range(new_tokens):
+            new.append(int(mx.argmax(model(given, cache=cache)[0, -1]).item()))
+            given = mx.array([[new[-1]]])
+        generated.append(new)
+    return np.stack(found), generated

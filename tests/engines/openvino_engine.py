@@ -1,0 +1,30 @@
+"""OpenVINO by optimum-intel, in float32."""
+
+from importlib.metadata import version as installed
+from pathlib import Path
+
+import numpy as np
+import torch
+from optimum.intel import OVModelForCausalLM
+
+
+def version() -> str:
+    """Name and version of the engine, and of what exports to it."""
+    return f"openvino {installed('openvino')}, optimum-intel {installed('optimum-intel')}"
+
+
+def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.ndarray, list[list[int]]]:
+    """(sequence, position, vocab) log-probabilities of what follows each token, and what is generated."""
+    model = OVModelForCausalLM.from_pretrained(
+        folder / "model", export=True, compile=True, load_in_8bit=False,
+        ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"},
+    )  # fmt: skip
+    model.generation_config.eos_token_id = None
+    found, generated = [], []
+    for sequence in tokens:
+        ids = torch.tensor([sequence])
+        mask = torch.ones_like(ids)
+        found.append(model(input_ids=ids, attention_mask=mask).logits[0].double().log_softmax(-1).numpy())
+        new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
+        generated.append(new[0, ids.shape[1] :].tolist())
+    return np.stack(found), generated

@@ -1,0 +1,56 @@
+"""Gather what engines answered into the package's record, `moemerge/formats/engines.json`.
+
+python -m tests.engines.record FOLDER
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from moemerge.engines import ENGINES
+from moemerge.formats import MOE_FAMILIES, engines
+
+_MOST: Final = 160
+"""Characters of a message."""
+
+
+def main(root: Path) -> None:
+    """Write the record."""
+    told: dict[str, dict[str, str]] = {}
+    families: dict[str, list[dict[str, Any]]] = {family: [] for family in MOE_FAMILIES}
+    for path in sorted(root.glob("*/case.json")):
+        case = json.loads(path.read_text())
+        row = {"facts": case["facts"], "form": case["form"]}
+        for engine in ENGINES:
+            answer = path.with_name(f"{engine}.answer.json")
+            if not answer.exists():
+                continue
+            found = json.loads(answer.read_text())
+            told[engine] = {"version": found["engine"], "date": max(found["date"], told.get(engine, found)["date"])}
+            row[engine] = _result(found)
+        families[case["family"]].append(row)
+    lines = [
+        f"    {json.dumps(family)}: [\n      " + ",\n      ".join(map(json.dumps, rows)) + "\n    ]"
+        for family, rows in families.items()
+        if rows
+    ]
+    head = json.dumps({"engines": told}, indent=2)[:-2]
+    target = Path(engines.__file__).with_name("engines.json")
+    target.write_text(f'{head},\n  "families": {{\n' + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
+
+
+def _result(found: dict[str, Any]) -> float | str:
+    """How far log-probabilities are apart, or why that is not all."""
+    if "fails" in found:
+        return re.sub(r"\S*/", "", found["fails"].split("\n")[0]).removeprefix("RuntimeError: ")[:_MOST].strip()
+    if found["apart"] is None:
+        return "computes NaN"
+    if found["apart"] <= engines.TOLERANCE and not found["generates"]:
+        return "generates other tokens than it computes for a whole text"
+    return float(found["apart"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,34 @@
+"""vLLM on the CPU, in float32."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}  # fmt: skip
+import vllm
+
+
+def version() -> str:
+    """Name and version of the engine."""
+    return f"vllm-cpu {vllm.__version__}"
+
+
+def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.ndarray, list[list[int]]]:
+    """(sequence, position, vocab) log-probabilities of what follows each token but the last, and what is generated."""
+    engine = vllm.LLM(
+        str(folder / "model"), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2, max_logprobs=-1,
+        skip_tokenizer_init=True, enable_prefix_caching=False, seed=0, disable_log_stats=True,
+    )  # fmt: skip
+    settings = vllm.SamplingParams(
+        max_tokens=new_tokens, temperature=0, ignore_eos=True, prompt_logprobs=-1, detokenize=False
+    )
+    answers = engine.generate([{"prompt_token_ids": ids} for ids in tokens], settings, use_tqdm=False)
+    logprobs = [
+        [[place[token].logprob for token in range(len(place))] for place in answer.prompt_logprobs[1:]]
+        for answer in answers
+    ]
+    return np.array(logprobs), [list(answer.outputs[0].token_ids) for answer in answers]
