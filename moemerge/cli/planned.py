@@ -21,12 +21,16 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     quiet: bool, allow_identical_experts: bool,
     target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
     weights: Literal["auto", "stream"] = "auto", approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
-    prove: bool = False, engine: str | None = None,
+    prove: bool = False, engine: str | None = None, family: str | None = None,
 ) -> "MergePlan":  # fmt: skip
-    """The plan of a config file; says what the user should know."""
+    """The plan of a config file; says what the user should know.
+
+    `engine` goes before the config's, `family` is taken where the config names no architecture.
+    """
     from moemerge.checkpoint.shards import parse_size
     from moemerge.cli.legacy import parse_parameter_count
     from moemerge.config import load_config
+    from moemerge.formats import MOE_FAMILIES
     from moemerge.planning import plan_merge
 
     loaded = load_config(config, allow_identical_experts=allow_identical_experts)
@@ -34,6 +38,8 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
         if canonical_engine(engine) not in ENGINES:
             raise RefusedError(f"--for: {engine!r} is none of {', '.join(ENGINES)}.")
         loaded = loaded.model_copy(update={"engine": canonical_engine(engine)})
+    if family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
+        loaded = loaded.model_copy(update={"architecture": family, "engine": None})
     try:
         max_bytes = parse_size(max_shard_size)
     except ValueError as error:

@@ -72,3 +72,17 @@ def _compute(gguf: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.n
             llama.eval([new[-1]])
         generated.append(new)
     return np.stack(found), generated
+
+
+def losses(model: Path, windows: list[list[int]]) -> list[float]:
+    """Mean loss of each window of a GGUF file, in nats per token."""
+    llama = llama_cpp.Llama(str(model), n_ctx=len(windows[0]), logits_all=True, n_batch=len(windows[0]), verbose=False)
+    found = []
+    for ids in windows:
+        llama.reset()
+        llama.eval(ids)
+        logits = llama.scores[: len(ids) - 1].astype(np.float64)
+        top = logits.max(-1, keepdims=True)
+        logprobs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+        found.append(-float(logprobs[np.arange(len(ids) - 1), ids[1:]].mean()))
+    return found

@@ -32,3 +32,16 @@ def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.
             given = mx.array([[new[-1]]])
         generated.append(new)
     return np.stack(found), generated
+
+
+def losses(model: Path, windows: list[list[int]]) -> list[float]:
+    """Mean loss of each window, in nats per token."""
+    mx.set_default_device(mx.cpu)
+    loaded, _ = load_model(model)
+    loaded.set_dtype(mx.float32)
+    found = []
+    for ids in windows:
+        logits = loaded(mx.array([ids[:-1]]))[0]
+        chosen = mx.take_along_axis(logits, mx.array(ids[1:])[:, None], axis=-1)[:, 0]
+        found.append(float((mx.logsumexp(logits, axis=-1) - chosen).mean().item()))
+    return found

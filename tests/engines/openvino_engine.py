@@ -13,12 +13,18 @@ def version() -> str:
     return f"openvino {installed('openvino')}, optimum-intel {installed('optimum-intel')}"
 
 
+def _open(model: Path) -> OVModelForCausalLM:
+    return OVModelForCausalLM.from_pretrained(
+        model, export=True, compile=True, load_in_8bit=False,
+        ov_config={
+            "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"
+        },
+    )  # fmt: skip
+
+
 def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.ndarray, list[list[int]]]:
     """(sequence, position, vocab) log-probabilities of what follows each token, and what is generated."""
-    model = OVModelForCausalLM.from_pretrained(
-        folder / "model", export=True, compile=True, load_in_8bit=False,
-        ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"},
-    )  # fmt: skip
+    model = _open(folder / "model")
     model.generation_config.eos_token_id = None
     found, generated = [], []
     for sequence in tokens:
@@ -28,3 +34,14 @@ def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.
         new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
         generated.append(new[0, ids.shape[1] :].tolist())
     return np.stack(found), generated
+
+
+def losses(model: Path, windows: list[list[int]]) -> list[float]:
+    """Mean loss of each window, in nats per token."""
+    loaded = _open(model)
+    found = []
+    for sequence in windows:
+        ids = torch.tensor([sequence])
+        logits = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].double()
+        found.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+    return found

@@ -12,7 +12,7 @@ from typing import Any, Final
 from moemerge.engines import ENGINES
 from moemerge.formats import MOE_FAMILIES, engines
 
-_MOST: Final = 160
+_MOST: Final = 110
 """Characters of a message."""
 
 
@@ -44,7 +44,9 @@ def main(root: Path) -> None:
 def _result(found: dict[str, Any]) -> float | str:
     """How far log-probabilities are apart, or why that is not all."""
     if "fails" in found:
-        return re.sub(r"\S*/", "", found["fails"].split("\n")[0]).removeprefix("RuntimeError: ")[:_MOST].strip()
+        sentence = " ".join(found["fails"].removeprefix("RuntimeError: ").split()).split(". ")[0]
+        told = re.sub(r"\S*/", "", sentence)
+        return told if len(told) <= _MOST else told[:_MOST].rsplit(" ", 1)[0] + " ..."
     if found["apart"] is None:
         return "computes NaN"
     if found["apart"] <= engines.TOLERANCE and not found["generates"]:

@@ -32,3 +32,10 @@ def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.
     )
     logits = model(ids, use_cache=False).logits.double()
     return logits.log_softmax(-1).numpy(), generated[:, ids.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def losses(model: Path, windows: list[list[int]]) -> list[float]:
+    """Mean loss of each window, in nats per token."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32).eval()
+    return [float(loaded(ids, labels=ids).loss) for ids in torch.tensor(windows).unsqueeze(1)]

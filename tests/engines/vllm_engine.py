@@ -32,3 +32,18 @@ def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.
         for answer in answers
     ]
     return np.array(logprobs), [list(answer.outputs[0].token_ids) for answer in answers]
+
+
+def losses(model: Path, windows: list[list[int]]) -> list[float]:
+    """Mean loss of each window, in nats per token."""
+    engine = vllm.LLM(
+        str(model), dtype="float32", enforce_eager=True, max_model_len=len(windows[0]) + 1, max_num_seqs=1,
+        skip_tokenizer_init=True, enable_prefix_caching=False, seed=0, disable_log_stats=True,
+    )  # fmt: skip
+    settings = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+    answers = engine.generate([{"prompt_token_ids": ids} for ids in windows], settings, use_tqdm=False)
+    return [
+        -sum(place[token].logprob for token, place in zip(ids[1:], answer.prompt_logprobs[1:], strict=True))
+        / (len(ids) - 1)
+        for ids, answer in zip(windows, answers, strict=True)
+    ]
