@@ -19,6 +19,7 @@ class Planned:
     dtype: str
     shape: tuple[int, ...]
     bands: tuple[Band, ...]
+    """Nothing yet of what is computed later."""
     seed: int
     """Of the noise."""
 
@@ -56,3 +57,10 @@ class Planned:
                 if done < end and start < done + len(chunk):
                     yield chunk[max(0, start - done) : end - done]
                 done += len(chunk)
+
+
+def waits(bands: tuple[Band, ...]) -> bool:
+    """Whether any of some pieces is part of a planned tensor that is computed later."""
+    sources = [piece.source for band in bands for piece in band]
+    files = [source.path for source in sources if isinstance(source, StoredTensor)]
+    return any(isinstance(file, Planned) and not file.bands for file in files)

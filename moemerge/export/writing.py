@@ -32,8 +32,8 @@ STAGED: Final = f"model{SUFFIX}"
 AskedType = GgufType | Literal["auto"]
 """`auto` is the 16-bit floats that the checkpoint has, else float16."""
 _MAGIC: Final = b"GGUF"
-# What keys and vocabularies take at most, with room to spare.
-_HEADER_BYTES: Final = 50_000_000
+HEADER_BYTES: Final = 50_000_000
+"""What keys and a vocabulary take at most, with room to spare."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,13 @@ def write_gguf(
             writer.add(padded_bands(tensors))
 
 
-def check_file(file: Path, *, overwrite: bool) -> None:
+def check_file(file: Path, *, overwrite: bool, inputs: Collection[Path] = ()) -> None:
     """Refuse a file that cannot be written, or that would be lost; the `gguf` package has to be there too.
+
+    Args:
+        file: the file.
+        overwrite: whether it may be replaced, if it is a GGUF file.
+        inputs: what is read, and is not to be replaced.
 
     Raises:
         RefusedError: says why.
@@ -153,6 +158,8 @@ def check_file(file: Path, *, overwrite: bool) -> None:
         return
     if not file.is_file():
         raise RefusedError(f"{file}: exists and is not a file. Choose another name.")
+    if file.resolve() in {path.resolve() for path in inputs}:
+        raise RefusedError(f"{file}: is read for this merge. Choose another name.")
     if not overwrite:
         raise RefusedError(f"{file}: exists. Replace it with --overwrite, or choose another name.")
     with file.open("rb") as found:
@@ -167,7 +174,7 @@ def check_room(file: Path, tensors: Sequence[GgufTensor]) -> None:
     Raises:
         OutputError: says how much is needed and how much is free.
     """
-    check_space(file.parent, sum(tensor.nbytes for tensor in tensors) + _HEADER_BYTES)
+    check_space(file.parent, sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES)
 
 
 @contextmanager
