@@ -151,7 +151,7 @@ def _replace(vocabulary: Vocabulary, number: int, token: str, kind: TokenType) -
 
 def _from_byte_fallback(folder: Path, tokenizer: Mapping[str, Any]) -> Vocabulary:
     """By the `tokenizer.json` that transformers makes of a SentencePiece model: it knows no scores."""
-    special = _special_texts(folder, tokenizer)
+    special = _special_texts(folder)
     found = Vocabulary("llama", "default")
     vocab = tokenizer["model"]["vocab"]
     for token, number in sorted(vocab.items(), key=lambda entry: entry[1]):
@@ -167,13 +167,12 @@ def _from_byte_fallback(folder: Path, tokenizer: Mapping[str, Any]) -> Vocabular
     return found
 
 
-def _special_texts(folder: Path, tokenizer: Mapping[str, Any]) -> set[str]:
-    """Tokens that have a part of their own, or are added as special ones."""
+def _special_texts(folder: Path) -> set[str]:
+    """Tokens that have a part of their own; not all that are added as special ones have."""
     config = read_table(folder / "tokenizer_config.json")
     listed = [*(config.get("additional_special_tokens") or []), *(config.get("extra_special_tokens") or [])]
-    texts = {text_of(token) for token in [*(config.get(f"{name}_token") for name in NAMED), *listed]}
-    added = {entry["content"] for entry in tokenizer.get("added_tokens") or [] if entry.get("special")}
-    return added | {text for text in texts if text is not None}
+    texts = [text_of(token) for token in [*(config.get(f"{name}_token") for name in NAMED), *listed]]
+    return {text for text in texts if text is not None}
 
 
 def _from_byte_level(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
