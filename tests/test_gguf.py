@@ -20,6 +20,7 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.cli.app import main
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError, OutputError, RefusedError, SourceError
 from moemerge.export.blocks import quantise_q8_0
+from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors
 from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
 from moemerge.export.vocabulary import read_vocabulary
@@ -29,7 +30,7 @@ from tests.models import edit_json, write_config
 from tests.splits import VOCAB, WAYS, save
 
 HEADS, KEY_HEADS, LAYERS, EXPERTS = 4, 2, 3, 2
-FAMILIES = "mixtral, granitemoe, granitemoeshared, qwen3_moe"
+FAMILIES = ", ".join(GGUF_FAMILIES)
 
 
 @pytest.fixture(scope="module")

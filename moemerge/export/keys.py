@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.export.families import GgufFamily
+from moemerge.export.families import Config, GgufFamily, Value
+from moemerge.export.values import head_width
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -35,39 +36,46 @@ _YARN: Final = (
     ("add_rope_scaling_yarn_beta_slow", ("beta_slow",)),
 )
 _GATING: Final = ("score_function", "scoring_func", "score_func", "moe_router_activation", "expert_selection_fn")
+# Methods whose value is one of a choice, and its name in the package.
+_CHOICES: Final = {"add_rope_scaling_type": "RopeScalingType", "add_expert_gating_func": "ExpertGatingFuncType"}
 _ROPE_OF_ALL: Final = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
-def add_keys(writer: "GGUFWriter", family: GgufFamily, config: Mapping[str, Any], file_type: int) -> None:
+def add_keys(writer: "GGUFWriter", family: GgufFamily, config: Config, file_type: int) -> None:
     """Add what the model computes, its sizes first."""
-    config = {key: value for key, value in config.items() if key != "head_dim" or not family.ignores_head_dim}
+    config = {**config, **{key: value_of(value, config) for key, value in family.replaces}}
     writer.add_block_count(config["num_hidden_layers"])
     _add(writer, _SIZES, config)
     _add_rope(writer, rope_parameters(config))
     _add(writer, _NUMBERS, config)
-    gating = _first(config, _GATING)
-    if gating is not None:
-        from gguf import ExpertGatingFuncType
-
-        writer.add_expert_gating_func(ExpertGatingFuncType[gating.upper()])
-    if (head_dim := config.get("head_dim")) is not None:
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
+    if config.get("head_dim") is not None:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     writer.add_file_type(file_type)
-    if family.has_rope_dimensions:
-        writer.add_vocab_size(config["vocab_size"])
-        writer.add_rope_dimension_count(head_width(config))
-    for method, key in family.keys:
-        if config.get(key):
-            getattr(writer, method)(config[key])
+    for method, made in (("add_expert_gating_func", _gating), *family.keys):
+        value = value_of(made, config)
+        if value is not None:
+            _call(writer, method, value)
 
 
-def head_width(config: Mapping[str, Any]) -> int:
-    """Elements of a head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+def value_of(value: Value, config: Config) -> Any:
+    """The value of a key; None where there is none."""
+    return config.get(value) if isinstance(value, str) else value(config)
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def _gating(config: Config) -> str | None:
+    """What a router makes weights by, where the config says it."""
+    found = _first(config, _GATING)
+    return None if found is None else str(found).upper()
+
+
+def _call(writer: "GGUFWriter", method: str, value: Any) -> None:
+    import gguf
+
+    getattr(writer, method)(getattr(gguf, _CHOICES[method])[value] if method in _CHOICES else value)
+
+
+def rope_parameters(config: Config) -> dict[str, Any]:
     """Settings of rotary positions, by whichever of its names `config.json` has them."""
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if "full_attention" in found or "sliding_attention" in found:
@@ -81,18 +89,16 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add_rope(writer: "GGUFWriter", parameters: Mapping[str, Any]) -> None:
-    from gguf import RopeScalingType
-
     rope = parameters.get("full_attention", parameters)
     kind, factor = rope.get("rope_type"), rope.get("factor")
     if kind in {"linear", "yarn"} and factor is not None:
-        writer.add_rope_scaling_type(RopeScalingType[kind.upper()])
+        _call(writer, "add_rope_scaling_type", kind.upper())
         writer.add_rope_scaling_factor(factor)
     if kind == "yarn" and factor is not None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         _add(writer, _YARN, rope)
     if kind == "longrope":
-        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        _call(writer, "add_rope_scaling_type", "LONGROPE")
     if rope.get("rope_theta") is not None:
         writer.add_rope_freq_base(rope["rope_theta"])
     local = parameters.get("sliding_attention", {}).get("rope_theta")
@@ -100,7 +106,7 @@ def _add_rope(writer: "GGUFWriter", parameters: Mapping[str, Any]) -> None:
         writer.add_rope_freq_base_swa(local)
 
 
-def rope_factors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
+def rope_factors(config: Config) -> NDArray[np.float32] | None:
     """By how much llama3's scaling slows each frequency (head width / 2,); None where there is no such scaling.
 
     Waves shorter than `original / high_freq_factor` stay, those longer than `original / low_freq_factor` are slowed by

@@ -82,7 +82,7 @@ def _add_general(writer: "GGUFWriter", folder: Path) -> None:
 
 def _add_tokenizer(writer: "GGUFWriter", family: GgufFamily, model: Described, vocabulary: Vocabulary) -> None:
     settings = read_table(model.folder / "tokenizer_config.json")
-    if family.has_rope_dimensions and isinstance(settings.get("add_prefix_space"), bool):
+    if family.is_llama and isinstance(settings.get("add_prefix_space"), bool):
         writer.add_add_space_prefix(settings["add_prefix_space"])
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -93,8 +93,12 @@ def _add_tokenizer(writer: "GGUFWriter", family: GgufFamily, model: Described, v
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
     special = read_special_tokens(model.folder, model.config, len(vocabulary.tokens))
+    numbers = {token: number for number, token in enumerate(vocabulary.tokens)}
+    for part, token in family.named_tokens:
+        if token in numbers:
+            special.ids.setdefault(part, numbers[token])
     if vocabulary.pre in ADD_BOS:
         special.added.setdefault("bos", False)
     special.add_to(writer)
-    if family.has_rope_dimensions and model.config["vocab_size"] == _WITHOUT_BOS:
+    if family.is_llama and model.config["vocab_size"] == _WITHOUT_BOS:
         writer.add_add_bos_token(False)

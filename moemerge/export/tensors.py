@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band, Piece, measure
 from moemerge.errors import IncompatibleError
 from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
-from moemerge.export.families import WHOLE, GgufFamily, Part
+from moemerge.export.families import Config, GgufFamily, Names, Part
 from moemerge.export.keys import rope_factors
 
 # What engines read in float32 alone, whatever the rest of the file is; so are vectors, and what is no weight.
 _ALWAYS_F32: Final = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight")
 _STACK_AXES: Final = 3
+# Groups of which each layer is of one, if the family has them; the first where it seems to be of none.
+_EITHER: Final = (("routed", "dense"), ("attention", "convolution"))
 _HEADS: Final = {"query": "num_attention_heads", "key": "num_key_value_heads"}
 
 
@@ -39,7 +41,7 @@ class Conversion:
     """How a checkpoint becomes tensors of a GGUF file."""
 
     family: GgufFamily
-    config: Mapping[str, Any]
+    config: Config
     """The checkpoint's `config.json`."""
     type: GgufType
     """What matrices are stored as."""
@@ -50,17 +52,19 @@ class Conversion:
         Raises:
             IncompatibleError: a tensor is missing, or would be dropped.
         """
-        found = list(self._rope_freqs())
-        used: set[str] = set()
-        missing: list[str] = []
-        for name, part, prefix in self._parts():
-            sources = self._sources(prefix + part.source, table)
-            used.update(sources)
-            stored = [table[source] for source in sources if source in table]
-            if len(stored) == len(sources) and all(tensor.nbytes for tensor in stored):
-                found.append(self._tensor(name, part, stored))
-            elif part.needed:
-                missing.append(f"{next(source for source in sources if source not in table)} is missing")
+        layers = [(f"blk.{layer}.", f"model.layers.{layer}.") for layer in range(self.config["num_hidden_layers"])]
+        places = [("", "", self.family.whole), *((*place, self.family.layer) for place in layers)]
+        found, used, missing = list(self._rope_freqs()), set[str](), list[str]()
+        for place, prefix, names in places:
+            groups = self._groups(names, prefix, table)
+            for name, part in names.items():
+                sources = self._sources(prefix + part.source, table)
+                absent = [source for source in sources if source not in table]
+                used.update(sources)
+                if absent and part.needed and part.group in groups:
+                    missing.append(f"{absent[0]} is missing")
+                elif not absent and table[sources[0]].nbytes:
+                    found.append(self._tensor(place + name, part, [table[source] for source in sources]))
         missing += [f"{name} has no place in a GGUF file of its kind" for name in table if name not in used]
         if missing:
             raise IncompatibleError(
@@ -68,22 +72,18 @@ class Conversion:
             )
         return found
 
+    def _groups(self, names: Names, prefix: str, table: Mapping[str, StoredTensor]) -> set[str]:
+        """What kinds of layer one is: of these groups all that is needed has to be there."""
+        found = {part.group for part in names.values() if self._sources(prefix + part.source, table)[0] in table}
+        known = {part.group for part in names.values()}
+        lacking = [either[0] for either in _EITHER if known & set(either) and not found & set(either)]
+        return {"", *found, *lacking}
+
     def _rope_freqs(self) -> Iterator[GgufTensor]:
         factors = rope_factors(self.config)
-        if factors is not None:
+        if factors is not None and self.family.slows_waves:
             piece = Piece(factors.astype("<f4").tobytes(), "F32")
             yield GgufTensor("rope_freqs.weight", factors.shape, "f32", ((piece,),))
-
-    def _parts(self) -> Iterator[tuple[str, Part, str]]:
-        """Each tensor's name, what it is made of, and what the names of its sources begin with."""
-        whole = iter(WHOLE.items())
-        name, part = next(whole)
-        yield name, part, ""
-        for layer in range(self.config["num_hidden_layers"]):
-            for name, part in self.family.layer.items():
-                yield f"blk.{layer}.{name}", part, f"model.layers.{layer}."
-        for name, part in whole:
-            yield name, part, ""
 
     def _sources(self, source: str, table: Mapping[str, StoredTensor]) -> list[str]:
         if "{expert}" not in source:
@@ -99,6 +99,8 @@ class Conversion:
     def _tensor(self, name: str, part: Part, sources: list[StoredTensor]) -> GgufTensor:
         is_stack = "{expert}" in part.source or (part.half and len(sources[0].shape) == _STACK_AXES)
         sources = [half for source in sources for half in _halves(source, part)]
+        if part.squeezed:
+            sources = [replace(source, shape=(source.shape[0], *source.shape[2:])) for source in sources]
         shape = (len(sources), *sources[0].shape) if is_stack else sources[0].shape
         kind = type_of(name, shape, self.type)
         head_rows = 0

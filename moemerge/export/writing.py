@@ -18,7 +18,9 @@ from moemerge.checkpoint.writer import ShardWriter
 from moemerge.errors import RefusedError
 from moemerge.export.blocks import GgufType
 from moemerge.export.converter import check_checkout
-from moemerge.export.families import GGUF_FAMILIES, GgufFamily
+from moemerge.export.families import GgufFamily
+from moemerge.export.family_tables import GGUF_FAMILIES
+from moemerge.export.keys import rope_factors
 from moemerge.export.layout import add_tensor_infos, lay_out, padded_bands
 from moemerge.export.metadata import Described, add_metadata
 from moemerge.export.packages import need
@@ -60,7 +62,16 @@ class GgufModel:
                 f"{model_type}: is not written as a GGUF file. Output families that are: {', '.join(GGUF_FAMILIES)}; "
                 "choose one with `architecture:` in the config, or use llama.cpp's own converter."
             )
-        return GGUF_FAMILIES[model_type]
+        family = GGUF_FAMILIES[model_type]
+        reasons = [reason for applies, reason in family.refuses if applies(self.config)]
+        if rope_factors(self.config) is not None and not family.slows_waves:
+            reasons.append("knows no llama3 scaling of its rotary positions")
+        if reasons:
+            raise RefusedError(
+                f"{model_type}: is not written as a GGUF file, for llama.cpp {' and '.join(reasons)}. "
+                "Choose another family with `architecture:` in the config."
+            )
+        return family
 
     def tensors(self, table: Mapping[str, StoredTensor]) -> list[GgufTensor]:
         """Every tensor of the file, made of the checkpoint's.

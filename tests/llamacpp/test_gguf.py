@@ -1,22 +1,28 @@
 """GGUF files that moemerge writes: the bytes of llama.cpp's converter, its keys, and transformers' tokens."""
 
 import json
+import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.export.vocabulary import unknown
 from moemerge.export.writing import write_gguf
 from moemerge.merging_to_gguf import merge_to_gguf
+from tests.families import DENSE, WINDOWS
 from tests.llamacpp.engine import converted, encoded
 from tests.llamacpp.kinds import VOCAB as PIECES
 from tests.models import edit_json, make_model, write_config
 from tests.splits import VOCAB, WAYS, save
 
+LAYERS = 3
 TYPES = ("f32", "f16", "bf16", "q8_0")
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 LLAMA3 = {
@@ -27,27 +33,61 @@ LLAMA3 = {
     },
 }  # fmt: skip
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
-KINDS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
-    "mixtral": ("mixtral", "llama", {}, False),
-    "mixtral, tied, llama3 rope": ("mixtral", "llama", LLAMA3 | {"tie_word_embeddings": True}, False),
-    "mixtral, yarn": ("mixtral", "llama", YARN, False),
-    "mixtral, head_dim, window": ("mixtral", "mistral", {"head_dim": 32, "sliding_window": 64}, False),
-    "mixtral, appended shared": ("mixtral", "llama", {}, True),
-    "granitemoe": ("granitemoe", "granite", {}, False),
-    "granitemoe, biases": ("granitemoe", "llama", {"attention_bias": True}, False),
-    "granitemoeshared": ("granitemoeshared", "granite", {}, True),
-    "qwen3_moe": ("qwen3_moe", "qwen3", {"head_dim": 16}, False),
-    "qwen3_moe, tied": ("qwen3_moe", "qwen3", {"head_dim": 32, "tie_word_embeddings": True}, False),
-}
-# What tells a file of one program from one of another.
-ASIDE: set[str] = set()
+MUP = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.0}
+QWEN3 = {"head_dim": 32}
+UNGROUPED = {"head_dim": 32, "num_key_value_heads": 4}
+GLM_TOKENS = ("[gMASK]", "<|user|>", "<|observation|>", "<|endoftext|>")
+SOLAR_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<unk>")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A mixture: its family, what its models are, and what else there is."""
+
+    moe: str
+    model_type: str
+    sizes: dict[str, Any] = field(default_factory=dict)
+    shared: bool = False
+    moe_layers: tuple[int, ...] = (0, 1, 2)
+    tokens: tuple[str, ...] = ()
+    """Added to the tokenizer."""
+
+
+KINDS: dict[str, Kind] = {
+    "mixtral": Kind("mixtral", "llama"),
+    "mixtral, tied, llama3 rope": Kind("mixtral", "llama", LLAMA3 | {"tie_word_embeddings": True}),
+    "mixtral, yarn": Kind("mixtral", "llama", YARN),
+    "mixtral, head_dim, window": Kind("mixtral", "mistral", {"head_dim": 32, "sliding_window": 64}),
+    "mixtral, appended shared": Kind("mixtral", "llama", shared=True),
+    "granitemoe": Kind("granitemoe", "granite", MUP),
+    "granitemoe, biases": Kind("granitemoe", "llama", {"attention_bias": True}),
+    "granitemoeshared": Kind("granitemoeshared", "granite", MUP, shared=True),
+    "granitemoehybrid": Kind("granitemoehybrid", "granite", MUP, shared=True),
+    "qwen3_moe": Kind("qwen3_moe", "qwen3", {"head_dim": 16}),
+    "qwen3_moe, tied, yarn": Kind("qwen3_moe", "qwen3", QWEN3 | YARN | {"tie_word_embeddings": True}),
+    "glm4_moe of qwen2": Kind("glm4_moe", "qwen2", {}, shared=True, tokens=GLM_TOKENS),
+    "glm4_moe, dense layers": Kind("glm4_moe", "llama", {}, shared=True, moe_layers=(1, 2), tokens=GLM_TOKENS),
+    "glm4_moe of qwen3": Kind("glm4_moe", "qwen3", QWEN3, shared=True, tokens=GLM_TOKENS),
+    "solar_open": Kind("solar_open", "llama", {}, shared=True, tokens=SOLAR_TOKENS),
+    "dots1": Kind("dots1", "qwen3", UNGROUPED, shared=True),
+    "dots1, dense layers": Kind("dots1", "qwen3", UNGROUPED, shared=True, moe_layers=(2,)),
+    "lfm2_moe": Kind("lfm2_moe", "lfm2", DENSE["lfm2"][1] | SIZES | {"tie_word_embeddings": True}),
+    "lfm2_moe, dense layers": Kind(
+        "lfm2_moe", "lfm2", DENSE["lfm2"][1] | SIZES | {"tie_word_embeddings": True}, moe_layers=(1, 2)
+    ),
+    "cohere2_moe": Kind("cohere2_moe", "cohere2", DENSE["cohere2"][1] | SIZES),
+    "cohere2_moe, dense layers": Kind("cohere2_moe", "cohere2", DENSE["cohere2"][1] | SIZES, moe_layers=(1, 2)),
+    "mellum": Kind("mellum", "qwen3", QWEN3 | WINDOWS),
+    "exaone_moe": Kind("exaone_moe", "qwen3", QWEN3, shared=True),
+    "exaone_moe, dense layers": Kind("exaone_moe", "qwen3", QWEN3, shared=True, moe_layers=(1, 2)),
+}  # fmt: skip
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, tuple[int, ...], bytes]]]:
     """Keys with their values, and tensors: type, shape, bytes."""
     reader = gguf.GGUFReader(file)
     return (
-        {name: field.contents() for name, field in reader.fields.items() if name not in ASIDE},
+        {name: field.contents() for name, field in reader.fields.items()},
         {t.name: (t.tensor_type, tuple(t.shape), t.data.tobytes()) for t in reader.tensors},
     )  # fmt: skip
 
@@ -59,13 +99,18 @@ def merged(tmp_path_factory):
 
     def of(name: str) -> tuple[Path, Path]:
         if name not in made:
-            moe, model_type, sizes, shared = KINDS[name]
+            kind = KINDS[name]
             root = tmp_path_factory.mktemp("gguf")
             base, *experts = (
-                make_model(root / str(seed), seed, model_type, **SIZES | sizes) for seed in range(3 + shared)
+                make_model(root / str(seed), seed, kind.model_type, **SIZES | kind.sizes)
+                for seed in range(3 + kind.shared)
             )
-            keys = {"shared_experts": [{"source_model": str(experts.pop())}]} if shared else {}
-            config = write_config(root / "merge.yaml", base, experts, prompts=False, architecture=moe, **keys)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+            tokenizer.add_tokens(list(kind.tokens), special_tokens=True)
+            tokenizer.save_pretrained(base)
+            keys: dict[str, Any] = {"shared_experts": [{"source_model": str(experts.pop())}]} if kind.shared else {}
+            keys |= {"moe_layers": list(kind.moe_layers)} if len(kind.moe_layers) < LAYERS else {}
+            config = write_config(root / "merge.yaml", base, experts, prompts=False, architecture=kind.moe, **keys)
             merge(plan_merge(load_config(config)), root / "out")
             made[name] = root / "out", config
         return made[name]
@@ -73,10 +118,13 @@ def merged(tmp_path_factory):
     return of
 
 
-def compare(ours: Path, theirs: Path) -> None:
-    """Equal keys, and equal tensors to the last byte."""
+def compare(ours: Path, theirs: Path, *, without: str = "") -> None:
+    """Equal keys, but for one that only theirs has, and equal tensors to the last byte."""
     keys, tensors = read(ours)
     expected_keys, expected_tensors = read(theirs)
+    if without:
+        del expected_keys[without]
+        expected_keys["GGUF.kv_count"] -= 1
     assert keys == expected_keys
     assert tensors.keys() == expected_tensors.keys()
     for name, expected in expected_tensors.items():
@@ -87,10 +135,11 @@ def compare(ours: Path, theirs: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_files_are_those_of_the_converter_with_and_without_a_checkpoint(tmp_path, merged, name, kind):
     out, config = merged(name)
-    theirs = converted(out, kind, "gpt-2")
-    assert isinstance(theirs, Path), theirs
     ours = tmp_path / "ours.gguf"
     write_gguf(out, ours, type=kind)
+    # That it is the right one is tested below: transformers gives some families' tokenizers another.
+    theirs = converted(out, kind, read(ours)[0]["tokenizer.ggml.pre"])
+    assert isinstance(theirs, Path), theirs
     compare(ours, theirs)
     merge_to_gguf(plan_merge(load_config(config)), tmp_path / "out.gguf", type=kind)
     assert ours.read_bytes() == (tmp_path / "out.gguf").read_bytes()
@@ -129,6 +178,19 @@ def test_texts_are_split_as_transformers_splits_them(tmp_path, out, name):
     assert encoded(tmp_path / "ours.gguf", list(TEXTS)) == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
+def test_a_tokenizer_that_is_not_known_is_read_by_the_converter_of_a_checkout(tmp_path, out, tokenizer_folder):
+    """It knows one by a hash, which no tiny one has: what is not known here is a setting that it does not look at."""
+    for file in out.glob("*token*"):
+        file.unlink()
+    shutil.copytree(tokenizer_folder, out, dirs_exist_ok=True)
+    write_gguf(out, tmp_path / "known.gguf", type="f16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moemerge.export.metadata.read_vocabulary", mock.Mock(side_effect=unknown("...")))
+        write_gguf(out, tmp_path / "ours.gguf", type="f16", llama_cpp=Path(os.environ["LLAMACPP"]))
+    compare(tmp_path / "ours.gguf", tmp_path / "known.gguf")
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_sentencepiece_model_is_read_as_the_converter_reads_it(tmp_path, out, tokenizer_folder):
     for file in out.glob("*token*"):
         file.unlink()
@@ -148,6 +210,25 @@ def test_a_sentencepiece_model_is_read_as_the_converter_reads_it(tmp_path, out, 
     # Before a text that begins with a space, transformers puts no other in front; llama.cpp and SentencePiece do.
     texts = [text for text in TEXTS if text[0] != " "]
     assert encoded(tmp_path / "ours.gguf", texts) == [tokenizer(text)["input_ids"] for text in texts]
+
+
+def test_ernies_mixture_is_read_as_the_converter_reads_it(tmp_path, tokenizer_folder):
+    sizes = SIZES | {"vocab_size": PIECES}
+    base, *experts = (make_model(tmp_path / str(n), n, "ernie4_5", **sizes) for n in range(3))
+    shutil.copytree(tokenizer_folder, base, dirs_exist_ok=True)
+    config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture="ernie4_5_moe")
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    for kind in TYPES:
+        write_gguf(tmp_path / "out", tmp_path / "ours.gguf", type=kind, overwrite=True)
+        theirs = converted(tmp_path / "out", kind)
+        assert isinstance(theirs, Path), theirs
+        # Where it is null, as here, the converter writes that no space is put in front, which is not so.
+        compare(tmp_path / "ours.gguf", theirs, without="tokenizer.ggml.add_space_prefix")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = [text for text in TEXTS if text[0] != " "]
+    expected = [tokenizer(text)["input_ids"] for text in texts]
+    assert encoded(tmp_path / "ours.gguf", texts) == expected
+    assert encoded(theirs, texts) != expected
 
 
 @pytest.mark.parametrize("named", [True, False])
