@@ -1,6 +1,7 @@
 """A merge whose output is one GGUF file: the plan's own stream, without a checkpoint in between."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -15,6 +16,7 @@ from moemerge.export.writing import (
     STAGED,
     AskedType,
     GgufModel,
+    advising_types,
     asked_type,
     check_file,
     staged_file,
@@ -88,7 +90,9 @@ def merge_to_gguf(
         work.describe(described)
         shard = model.lay_out(tensors, described, stage / STAGED)
         tally = Tally(progress, [shard])
-        with work.writer(stage, [shard], tally) as writer:
+        # What does not fit into the plan's own dtype is the config's to change.
+        advising = nullcontext() if STORED[plan.dtype] == "F16" else advising_types()
+        with advising, work.writer(stage, [shard], tally) as writer:
             ready = [tensor for tensor in tensors if not waits(tensor.bands)]
             writer.add(padded_bands(ready))
 

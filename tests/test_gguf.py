@@ -6,6 +6,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -18,7 +19,15 @@ from safetensors.numpy import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.cli.app import main
-from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError, OutputError, RefusedError, SourceError
+from moemerge.errors import (
+    CheckpointError,
+    IncompatibleError,
+    MoemergeError,
+    OutputError,
+    RefusedError,
+    SourceError,
+    TooLargeError,
+)
 from moemerge.export.blocks import quantise_q8_0
 from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors
@@ -26,9 +35,15 @@ from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
 from moemerge.export.vocabulary import read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
 from moemerge.merging_to_gguf import merge_to_gguf
-from tests.models import edit_json, write_config
+from tests.models import edit_json, make_model, write_config
 from tests.splits import VOCAB, WAYS, save
 
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
 HEADS, KEY_HEADS, LAYERS, EXPERTS = 4, 2, 3, 2
 FAMILIES = ", ".join(GGUF_FAMILIES)
 
@@ -308,6 +323,56 @@ def test_a_disk_without_room_is_not_filled(tmp_path, out, config, monkeypatch):
         assert message.startswith(f"{tmp_path}: the merged model takes 50.")
         assert message.endswith("but the disk has 1.00 kB free. Free some space, or write to another disk.")
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_a_type_cannot_hold_are_named_with_types_that_can(tmp_path, llamas, copied):
+    stored = load_file(copied / "model.safetensors")
+    stored["lm_head.weight"][3, 4] = 1e6
+    save_file(stored, copied / "model.safetensors", {"format": "pt"})
+    where = f"{copied / 'model.safetensors'}: tensor 'lm_head.weight' holds 1e+06, which float16 cannot express."
+    advice = "Write the file with --type bf16 or --type f32."
+    assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf", type="f16"), TooLargeError) == f"{where} {advice}"
+    assert not (tmp_path / "a.gguf").exists()
+    base = Path(shutil.copytree(llamas[0], tmp_path / "base"))
+    stored = load_file(base / "model.safetensors")
+    stored["lm_head.weight"][3, 4] = 1e6
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    where = where.replace(str(copied), str(base))
+    for dtype, expected in (
+        ("float32", advice), ("float16", "Set `dtype: bfloat16` or `dtype: float32` in the config."),
+    ):  # fmt: skip
+        config = write_config(tmp_path / "a.yaml", base, llamas[1:3], prompts=False, dtype=dtype)
+        plan = plan_merge(load_config(config))
+        assert (
+            refused(lambda plan=plan: merge_to_gguf(plan, tmp_path / "a.gguf"), TooLargeError) == f"{where} {expected}"
+        )
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], bool, str]] = {
+    "granitemoe": (
+        "llama", LLAMA3_ROPE, False, "llama.cpp knows no llama3 scaling of its rotary positions",
+    ),
+    "granitemoeshared": (
+        "llama", {"head_dim": 16}, False, "llama.cpp takes head_dim for hidden_size / num_attention_heads",
+    ),
+    "glm4_moe": ("llama", {}, False, "llama.cpp does not load it without a shared expert"),
+    "dots1": ("qwen3", {"head_dim": 8}, True, "llama.cpp does not load it with fewer key heads than query heads"),
+    "mellum": ("qwen3", {"head_dim": 8}, False, "llama.cpp does not load it where no layer has a window"),
+    "ernie4_5_moe": ("ernie4_5", {}, True, "llama.cpp does not load it with a shared expert"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("moe", REFUSED)
+def test_what_llamacpp_cannot_load_is_refused_before_anything_is_written(tmp_path, moe):
+    model_type, sizes, shared, reason = REFUSED[moe]
+    base, *experts = (make_model(tmp_path / str(n), n, model_type, num_hidden_layers=2, **sizes) for n in range(3))
+    keys = {"shared_experts": [{"source_model": str(experts[0])}]} if shared else {}
+    config = write_config(tmp_path / "a.yaml", base, experts, prompts=False, architecture=moe, **keys)
+    plan = plan_merge(load_config(config))
+    assert refused(lambda: merge_to_gguf(plan, tmp_path / "a.gguf")) == (
+        f"{moe}: is not written as a GGUF file, for {reason}. Choose another family with `architecture:` in the config."
+    )
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 # ---- finished or absent

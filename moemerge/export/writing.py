@@ -15,7 +15,7 @@ from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import staged
 from moemerge.checkpoint.target import check_space, check_writable
 from moemerge.checkpoint.writer import ShardWriter
-from moemerge.errors import RefusedError
+from moemerge.errors import RefusedError, TooLargeError
 from moemerge.export.blocks import GgufType
 from moemerge.export.converter import check_checkout
 from moemerge.export.families import GgufFamily
@@ -143,7 +143,7 @@ def write_gguf(
     gguf = GgufModel(model.config, asked_type(type, matrices), llama_cpp)
     tensors = gguf.tensors(table)
     check_room(file, tensors)
-    with staged_file(file, overwrite=overwrite) as stage:
+    with staged_file(file, overwrite=overwrite) as stage, advising_types():
         shard = gguf.lay_out(tensors, folder.resolve(), stage / STAGED)
         with tensor_writer(stage, shard, progress, low_memory=low_memory) as writer:
             writer.add(padded_bands(tensors))
@@ -206,6 +206,15 @@ def staged_file(file: Path, *, overwrite: bool) -> Iterator[Path]:
             flush(file.resolve().parent)
         except OSError as error:
             raise write_failure(file, error) from error
+
+
+@contextmanager
+def advising_types() -> Iterator[None]:
+    """Where a number is too large for a type of the file, name types that hold it."""
+    try:
+        yield
+    except TooLargeError as error:
+        raise TooLargeError(error.what, "Write the file with --type bf16 or --type f32") from error
 
 
 def tensor_writer(stage: Path, shard: Shard, progress: Callable[[int, int], None], *, low_memory: bool) -> ShardWriter:
