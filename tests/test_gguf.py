@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -156,7 +157,13 @@ def test_without_a_type_a_file_has_the_checkpoints_16_bit_floats(tmp_path, llama
 @settings(deadline=None)
 @given(arrays(np.float32, (5, 32), elements=st.floats(-1e4, 1e4, width=32)))
 def test_blocks_are_those_of_the_package(values):
+    # Smaller ones have no inverse, of which the package makes anything.
+    values[np.abs(values) < 1e-30] = 0
     assert quantise_q8_0(values).tobytes() == gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0).tobytes()
+
+
+def test_numbers_without_an_inverse_are_zeros():
+    assert quantise_q8_0(np.full((1, 32), 1e-40, np.float32)).tobytes() == bytes(34)
 
 
 def test_blocks_of_zeros_halves_and_tiny_numbers_are_those_of_the_package():
@@ -501,3 +508,26 @@ def test_options_that_say_nothing_of_the_output_are_refused(tmp_path, config, mo
         code, _, errors = run([config, tmp_path / words[0], *words[1:]], monkeypatch, capsys)
         assert (code, errors) == (2, f"error: {message}\n")
     assert not list(tmp_path.iterdir())
+
+
+# ---- the page
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "gguf.md").read_text()
+
+
+def test_the_pages_commands_work(tmp_path, config, out, monkeypatch, capsys):
+    shutil.copytree(out, tmp_path / "out")
+    shutil.copy(config, tmp_path / "merge.yaml")
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^    moemerge ([^#\n]+)", PAGE, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        Path("mixture.gguf").unlink(missing_ok=True)
+        assert run([*line.split(), "-q"], monkeypatch, capsys)[0] == 0
+        assert Path("mixture.gguf").is_file()
+
+
+def test_the_page_names_the_families():
+    text = PAGE[PAGE.index("## Families") : PAGE.index("Others are refused")]
+    assert re.findall(r"`(\w+)`", text) == list(GGUF_FAMILIES)

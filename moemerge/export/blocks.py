@@ -29,7 +29,8 @@ def quantise_q8_0(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
     blocks = numbers.reshape(-1, BLOCK_ELEMENTS)
     scales = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(_LARGEST)
     inverse = np.zeros_like(scales)
-    np.divide(np.float32(1), scales, out=inverse, where=scales != 0)
+    # Numbers that are too small for that become 0, as their scale does in float16.
+    np.divide(np.float32(1), scales, out=inverse, where=scales > np.finfo(np.float32).tiny)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays so
         scaled = blocks * inverse
         # Half away from zero; numpy rounds half to even.

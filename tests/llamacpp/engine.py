@@ -37,6 +37,11 @@ def encoded(gguf: Path, texts: list[str]) -> list[list[int]] | str:
     return _answer(gguf, _encode, gguf, texts) or "engine: gave no answer"
 
 
+def computed(gguf: Path, tokens: list[list[int]]) -> np.ndarray | None:
+    """Logits of a file, (sequence, position, vocab); None where the engine does not load it."""
+    return _answer(gguf, _compute, gguf, tokens)
+
+
 def _answer(path: Path, target: Callable[..., None], *arguments: Any) -> Any:
     """What a process of its own sends; None where it ends without."""
     receiver, sender = _CHILDREN.Pipe(duplex=False)
@@ -67,6 +72,13 @@ def _convert(sender: Connection, log: Path, folder: Path, options: tuple[str, ..
         sender.send(child.convert(folder, options, own_vocab=True, pre=pre))
     except (Exception, SystemExit) as error:  # noqa: BLE001
         sender.send(f"converter: {type(error).__name__}: {error}")
+
+
+def _compute(sender: Connection, log: Path, gguf: Path, tokens: list[list[int]]) -> None:
+    from tests.llamacpp import child
+
+    _writing_to(log)
+    sender.send(child.compute(gguf, tokens))
 
 
 def _encode(sender: Connection, log: Path, gguf: Path, texts: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import gguf
+import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -17,9 +18,10 @@ from moemerge.export.vocabulary import unknown
 from moemerge.export.writing import write_gguf
 from moemerge.merging_to_gguf import merge_to_gguf
 from tests.families import DENSE, WINDOWS
-from tests.llamacpp.engine import converted, encoded
+from tests.llamacpp.engine import computed, converted, encoded
 from tests.llamacpp.kinds import VOCAB as PIECES
-from tests.models import edit_json, make_model, write_config
+from tests.llamacpp.readers import TOLERANCE
+from tests.models import edit_json, load, logits, make_model, token_ids, write_config
 from tests.splits import VOCAB, WAYS, save
 
 LAYERS = 3
@@ -145,6 +147,23 @@ def test_files_are_those_of_the_converter_with_and_without_a_checkpoint(tmp_path
     assert ours.read_bytes() == (tmp_path / "out.gguf").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    ("moe", "model_type", "shared"), [("granitemoehybrid", "granite", False), ("glm4_moe", "llama", True)]
+)
+def test_what_the_converter_refuses_is_computed_as_by_transformers(tmp_path, moe, model_type, shared):
+    base, *experts = (make_model(tmp_path / str(n), n, model_type, **SIZES) for n in range(4))
+    keys = {"shared_experts": [{"source_model": str(experts.pop())}]} if shared else {}
+    config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture=moe, **keys)
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    assert isinstance(converted(tmp_path / "out", "f32"), str)
+    write_gguf(tmp_path / "out", tmp_path / "ours.gguf", type="f32")
+    found = computed(tmp_path / "ours.gguf", token_ids().tolist())
+    assert found is not None
+    expected = logits(load(tmp_path / "out")).numpy()
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
 # ---- tokenizers
 
 TEXTS = (
@@ -175,6 +194,16 @@ def test_texts_are_split_as_transformers_splits_them(tmp_path, out, name):
     assert isinstance(theirs, Path), theirs
     compare(tmp_path / "ours.gguf", theirs)
     tokenizer = AutoTokenizer.from_pretrained(out)
+    assert encoded(tmp_path / "ours.gguf", list(TEXTS)) == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "tekken", "qwen2"])
+def test_no_token_is_put_in_front_where_the_tokenizer_puts_none(tmp_path, out, name):
+    save(name, out)
+    edit_json(out / "tokenizer.json", post_processor=None)
+    write_gguf(out, tmp_path / "ours.gguf", type="f16")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id
     assert encoded(tmp_path / "ours.gguf", list(TEXTS)) == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
