@@ -37,6 +37,16 @@ def write_card(
     notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write `README.md` with the Hub's metadata into `folder`; name, licence and notes are the merged model's."""
+    body = _body(name, plan, report, [*plan.family_notes, *notes])
+    _save(folder, plan, licence, body)
+
+
+def write_metadata_card(folder: Path, plan: MergePlan, licence: str | None = None) -> None:
+    """Write a `README.md` with the Hub's metadata alone, for who reads nothing else of it."""
+    _save(folder, plan, licence, "")
+
+
+def _save(folder: Path, plan: MergePlan, licence: str | None, body: str) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     repos = _repositories(plan)
@@ -48,9 +58,7 @@ def write_card(
         tags=_TAGS,
         **licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, [*plan.family_notes, *notes])}").save(
-        folder / CARD
-    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / CARD)
 
 
 def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 MoemergeError                  exit code 1: something failed
 ├── CheckpointError            a model file is damaged or is not what it says
+│   └── TooLargeError          a number in it is infinite in the output's dtype
 ├── SourceError                a model cannot be reached: not found, no network, no access
 ├── OutputError                the target cannot be written: disk full
 │   └── BusyError              another process is writing it
@@ -35,6 +36,14 @@ class MoemergeError(Exception):
 
 class CheckpointError(MoemergeError):
     """A model file is damaged, truncated, hostile, or not a checkpoint."""
+
+
+class TooLargeError(CheckpointError):
+    """A finite number of a model is infinite in the output's dtype; `what` says which, the message what to do, too."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        self.what = what
+        super().__init__(f"{what}. {advice}.")
 
 
 class SourceError(MoemergeError):

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from moemerge.card import write_card
+from moemerge.card import write_card, write_metadata_card
 from moemerge.card_metadata import licence_of
 from moemerge.checkpoint.copy import copy_file
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
@@ -107,20 +107,33 @@ class Work:
             name: ((Piece(made[tensor.kind][tensor.layer], dtype),),) for name, tensor in self._plan.computed.items()
         }
 
-    def write_other_files(self, folder: Path, name: str, report: "RoutingReport") -> None:
-        """All but weights and `config.json`; `name` is the model's."""
+    def write_base_files(self, folder: Path) -> None:
+        """What is copied from the base beside its weights, and what is made of its tokenizer."""
         for file_name, path in self._plan.copied_files.items():
             (folder / file_name).parent.mkdir(exist_ok=True)
             copy_file(path, folder / file_name)
         for file_name, content in self._tokenizer.files.items():
             (folder / file_name).write_bytes(content)
+
+    def write_other_files(self, folder: Path, name: str, report: "RoutingReport") -> None:
+        """All but weights and `config.json`; `name` is the model's."""
+        self.write_base_files(folder)
         if (index := self._plan.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
         (folder / CONFIG_COPY).write_text(self._plan.config.text, encoding="utf-8")
+        write_card(folder, name, self._plan, report, self._known_licence(), notes=self._tokenizer.notes)
+
+    def describe(self, folder: Path) -> None:
+        """All but weights and what is measured: enough to say what the model is."""
+        self.write_base_files(folder)
+        write_metadata_card(folder, self._plan, self._known_licence())
+        self.write_config(folder)
+
+    def _known_licence(self) -> str | None:
         licence = self._licence
         with suppress(RefusedError):  # only who publishes the model has to say
             licence = licence or licence_of(self._plan.sources)
-        write_card(folder, name, self._plan, report, licence, notes=self._tokenizer.notes)
+        return licence
 
     def write_config(self, folder: Path) -> None:
         """What makes a folder a model."""
@@ -130,10 +143,10 @@ class Work:
 class Tally:
     """Sums up what two stages report at the same time."""
 
-    def __init__(self, progress: Progress, plan: MergePlan, kept: set[str]) -> None:
+    def __init__(self, progress: Progress, shards: Sequence[Shard], kept: Collection[str] = ()) -> None:
         self._progress, self._lock = progress, threading.Lock()
-        self._total = plan.tensor_bytes
-        self._done = sum(shard.nbytes - len(shard.header) for shard in plan.shards if shard.name in kept)
+        self._total = sum(shard.nbytes - len(shard.header) for shard in shards)
+        self._done = sum(shard.nbytes - len(shard.header) for shard in shards if shard.name in kept)
         self.weights(0)
 
     def weights(self, nbytes: int) -> None:

@@ -77,7 +77,7 @@ def merge(
         journal = journal_of(folder)
         kept = journal.resume(plan.fingerprint(seed), folder, plan.shards_without_routers)
         ready()
-        tally = Tally(progress, plan, kept)
+        tally = Tally(progress, plan.shards, kept)
         with work.writer(folder, plan.shards, tally, kept=kept, completed=journal.record) as writer:
             writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, Computed)})
 
@@ -151,7 +151,7 @@ def merge_to_hub(
         fingerprint = plan.fingerprint(seed) | {"destination": publisher.repo}
         kept = journal.resume(fingerprint, folder, plan.shards_without_routers, publisher.held())
         publisher.create()
-        tally = Tally(progress, plan, kept)
+        tally = Tally(progress, plan.shards, kept)
         routers = work.init_routers(tally.routers)
         made = work.router_bands(routers)
         bands = {name: made.get(name, output.bands) for name, output in plan.outputs.items()}

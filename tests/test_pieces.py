@@ -171,6 +171,16 @@ def test_regrouping_is_the_order_of_halves():
     assert not piece.changes_values
 
 
+@pytest.mark.parametrize(("source", "target"), [("F32", "F32"), ("BF16", "F32")])
+def test_regrouping_into_pairs_is_the_way_back(tmp_path, source, target):
+    values = normal(24, 6, dtype=source)
+    stored = save(tmp_path, a=values)["a"]
+    for head_rows in (2, 4, 12, 24):
+        piece = Piece(stored, target, head_rows=head_rows, into_pairs=True)
+        pairs = values.unflatten(0, (-1, 2, head_rows // 2)).transpose(1, 2).flatten(0, 2)
+        check(tmp_path, ((piece,),), pairs.to(DTYPES[target]))
+
+
 def test_any_bits_of_any_dtype_pass(tmp_path):
     """Also what cannot be converted, and not-a-numbers with something inside."""
     numbers = torch.arange(-60, 60).reshape(12, 10)

@@ -87,12 +87,13 @@ def _encode(block: Fill, dtype: str) -> bytes:
 
 
 class _Regrouped:
-    """A tensor's bytes with the even rows of every head before its odd ones; a head is in memory at a time."""
+    """A tensor's bytes with the rows of every head in another order; a head is in memory at a time."""
 
     def __init__(self, file: Readable, piece: Piece, source: StoredTensor) -> None:
         self._file, self._source = file, source
         row_bytes = source.nbytes // max(1, piece.rows)
-        self._head = np.empty((piece.head_rows // 2, 2, row_bytes), np.uint8)
+        half = piece.head_rows // 2
+        self._head = np.empty((2, half, row_bytes) if piece.into_pairs else (half, 2, row_bytes), np.uint8)
         self._left = memoryview(b"")
 
     def readinto(self, view: memoryview, /) -> int | None:

@@ -12,7 +12,7 @@ from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.floats import TYPES, Stored, is_finite, narrow, widen
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.dtypes import NAMED
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, TooLargeError
 
 # Read and written at once. Larger chunks leave the processor's cache on the way; all buffers take some 1 MiB.
 CHUNK_ELEMENTS: Final = 2**17
@@ -155,7 +155,7 @@ def _refuse_overflow(
             f"{what} residual_scale or noise_scale make larger than {NAMED[dtype]} can express. Choose a smaller one"
             f"{', or set `dtype: bfloat16`' if dtype == 'F16' else ''}."
         )
-    raise CheckpointError(f"{what} {NAMED[dtype]} cannot express. {wider(dtype)}.")
+    raise TooLargeError(f"{what} {NAMED[dtype]} cannot express", wider(dtype))
 
 
 def wider(dtype: str) -> str:

@@ -36,6 +36,8 @@ class Piece:
     noise_scale: float = 0.0
     head_rows: int = 0
     """Where positive: of every so many rows the even ones come first, then the odd ones. Noise is added after that."""
+    into_pairs: bool = False
+    """Whether `head_rows` are regrouped the other way round: a row of the first half, then one of the second."""
 
     def __post_init__(self) -> None:
         if self.head_rows and (

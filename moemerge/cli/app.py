@@ -11,6 +11,7 @@ import typer
 from moemerge.cli.console import print_json, speaking, stdout
 from moemerge.cli.evaluation import evaluate
 from moemerge.cli.families import list_families
+from moemerge.cli.gguf import write_file
 from moemerge.cli.merging import merge_models
 from moemerge.cli.options import AllowIdentical, CacheDir, Config, Debug, For, Json, Quiet, ShardSize, Verbose
 from moemerge.cli.planned import plan_from
@@ -33,6 +34,8 @@ Other commands, each with its own --help:
   moemerge routes OUT     which expert takes which token of a text
 
   moemerge tune OUT       train a merged model's routers a little, if held-out text surely gains
+
+  moemerge gguf OUT FILE  write a merged model as one GGUF file, for llama.cpp
 
   moemerge push OUT REPO  send a merged model to the Hub
 
@@ -142,12 +145,12 @@ def _verify(
 
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "routes": show_routes,
-    "tune": tune_routers, "push": push, "families": list_families,
+    "tune": tune_routers, "gguf": write_file, "push": push, "families": list_families,
 }  # fmt: skip
 
 
 # Their result is a model; the empty name is a merge.
-_WRITES_ELSEWHERE: Final = {"", "tune", "push"}
+_WRITES_ELSEWHERE: Final = {"", "tune", "gguf", "push"}
 
 
 def _misspelt(arguments: list[str]) -> str | None:

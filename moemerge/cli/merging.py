@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from moemerge.cli.console import return_freed_memory, saying, speaking, stdout, stoppable
+from moemerge.cli.gguf import check_gguf, check_options, is_gguf
 from moemerge.cli.options import (
     AllowIdentical,
     CacheDir,
@@ -18,7 +19,9 @@ from moemerge.cli.options import (
     CreatePr,
     Debug,
     For,
+    GgufType,
     License,
+    LlamaCpp,
     Private,
     Push,
     PushStreaming,
@@ -50,9 +53,15 @@ def merge_models(
     config: Config,
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="The folder to write; it must be empty or absent.", show_default=False),
+        typer.Argument(
+            metavar="OUT",
+            show_default=False,
+            help="The folder to write; it must be empty or absent. Or one GGUF file, NAME.gguf.",
+        ),
     ],
     max_shard_size: ShardSize = "5GB",
+    type: GgufType = "auto",  # noqa: A002  the option's name
+    llama_cpp: LlamaCpp = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a merge that was cut off.")] = False,
     routing_table: Annotated[
@@ -98,10 +107,9 @@ def merge_models(
     """
     del version
     with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
-        from moemerge.checkpoint.target import check_target
         from moemerge.cli.progress import show_progress
         from moemerge.merging import merge, merge_to_hub
-        from moemerge.overwriting import replaceable_files
+        from moemerge.merging_to_gguf import merge_to_gguf
 
         if push_streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
@@ -110,27 +118,33 @@ def merge_models(
             revision=revision, create_pr=create_pr,
         )  # fmt: skip
         # Before a plan may download weights.
-        if not push_streaming:
-            check_target(out, inputs=[config], replaceable=replaceable_files if overwrite else None)
+        to_file = is_gguf(out)
+        check_options(to_file, type, llama_cpp, {"--resume": resume, "--push": push is not None})
+        if to_file:
+            check_gguf(out, [config], llama_cpp, overwrite=overwrite)
+        elif not push_streaming:
+            _check_folder(out, [config], overwrite=overwrite)
         base_bits = _check_pass(device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
         return_freed_memory()
         plan = plan_from(
             console, config, max_shard_size, out_shard_size, quiet, allow_identical_experts,
-            None if push_streaming else out, routing_table, weights="stream" if stream else "auto",
+            None if push_streaming or to_file else out, routing_table, weights="stream" if stream else "auto",
             approve=pushing.approve, prove=True, engine=engine,
         )  # fmt: skip
-        way = partial(merge, plan, out, name=push)
+        way = partial(merge, plan, out, name=push, resume=resume)
+        if to_file:
+            way = partial(merge_to_gguf, plan, out, type=type, llama_cpp=llama_cpp)
         if pushing.publisher:
             pushing.publisher.check_replaced(plan.family.model_type, overwrite=overwrite)
             way = partial(way, ready=pushing.publisher.create)
             if push_streaming:
-                way = partial(merge_to_hub, plan, out, pushing.publisher)
+                way = partial(merge_to_hub, plan, out, pushing.publisher, resume=resume)
         with (
             _told_what_is_kept(console, out, streaming=push_streaming),
             show_progress(console, quiet=quiet) as progress,
         ):
             report = way(
-                overwrite=overwrite, resume=resume, low_memory=low_memory, seed=seed, device=device,
+                overwrite=overwrite, low_memory=low_memory, seed=seed, device=device,
                 base_bits=base_bits, licence=pushing.licence, progress=stoppable(progress),
                 warn=lambda line: console.print(f"warning: {line}", style="yellow"),
             )  # fmt: skip
@@ -140,6 +154,14 @@ def merge_models(
                 say(f"{out}: done")
         if pushing.publisher:
             say(pushing.publisher.url if push_streaming else pushing.publisher.push(out))
+
+
+def _check_folder(out: Path, inputs: list[Path], *, overwrite: bool) -> None:
+    """Refuse a folder that a merge could not write, before anything is downloaded."""
+    from moemerge.checkpoint.target import check_target
+    from moemerge.overwriting import replaceable_files
+
+    check_target(out, inputs=inputs, replaceable=replaceable_files if overwrite else None)
 
 
 def _check_pass(device: str, *, load_in_8bit: bool, load_in_4bit: bool) -> Literal[4, 8] | None:

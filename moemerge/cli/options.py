@@ -1,7 +1,7 @@
 """Options that several commands have."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -52,3 +52,16 @@ License = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Runs the model: auto, cpu, cuda, cuda:1, mps.")]
+GgufType = Annotated[
+    Literal["auto", "f32", "f16", "bf16", "q8_0"],
+    typer.Option(
+        "--type", help="What a GGUF file's matrices are stored as; auto: the merge's own 16-bit floats, else f16."
+    ),
+]
+LlamaCpp = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", show_default=False,
+        help="A checkout of llama.cpp, whose converter reads a tokenizer that moemerge does not know.",
+    ),
+]  # fmt: skip

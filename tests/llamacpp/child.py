@@ -22,16 +22,16 @@ import torch._dynamo  # noqa: E402, F401  # stacking experts imports it, for a s
 from transformers import AutoTokenizer  # noqa: E402, F401  # as the converter, late
 
 
-def convert(folder: Path, options: tuple[str, ...], *, own_vocab: bool) -> Path:
+def convert(folder: Path, options: tuple[str, ...], *, own_vocab: bool, pre: str = "llama-bpe") -> Path:
     """Run the converter; what it raises is raised.
 
-    It knows byte-level tokenizers by a hash of what they make of a text, which no tiny one has: it is told that this
-    one splits texts as Llama 3's does. Without `own_vocab`, the class's way of reading a tokenizer is replaced by the
+    It knows byte-level tokenizers by a hash of what they make of a text, which no tiny one has: it is told how this
+    one splits texts, as Llama 3's does unless said otherwise. Without `own_vocab`, the class's way of reading a tokenizer is replaced by the
     usual one.
     """
     out = folder.with_suffix(".gguf")
     text_model = conversion.base.TextModel
-    text_model.get_vocab_base_pre = lambda *_: "llama-bpe"
+    text_model.get_vocab_base_pre = lambda *_: pre
     command = ["convert_hf_to_gguf.py", str(folder), "--outtype", "f32", "--outfile", str(out), *options]
     with mock.patch.object(sys, "argv", command):
         if own_vocab:
@@ -57,3 +57,9 @@ def compute(gguf: Path, tokens: list[list[int]]) -> np.ndarray:
         llama.eval(sequence)
         found.append(llama.scores[: len(sequence)].copy())
     return np.stack(found)
+
+
+def encode(gguf: Path, texts: list[str]) -> list[list[int]]:
+    """The tokens of texts, by the vocabulary alone."""
+    llama = llama_cpp.Llama(str(gguf), vocab_only=True)
+    return [llama.tokenize(text.encode(), add_bos=True, special=False) for text in texts]

@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import re
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +20,32 @@ def logits(
     folder: Path, tokens: list[list[int]], options: tuple[str, ...] = (), *, own_vocab: bool = True
 ) -> np.ndarray | str:
     """Logits of a model, (sequence, position, vocab), or which step fails and with what message."""
+    answer = _answer(folder, _run, folder, tokens, (options, own_vocab))
+    if answer is None:
+        reasons = _REASON.findall(folder.with_suffix(".log").read_text(errors="replace"))
+        return "engine: " + "".join(reasons[-1] if reasons else ["gave no reason"])
+    return answer
+
+
+def converted(folder: Path, kind: str, pre: str = "llama-bpe", options: tuple[str, ...] = ()) -> Path | str:
+    """The file that the converter makes of a checkpoint, matrices stored as `kind`, or with what message it fails."""
+    return _answer(folder, _convert, folder, ("--outtype", kind, *options), pre)
+
+
+def encoded(gguf: Path, texts: list[str]) -> list[list[int]] | str:
+    """What the engine's tokenizer makes of texts, with what it puts around each; a message where it reads no file."""
+    return _answer(gguf, _encode, gguf, texts) or "engine: gave no answer"
+
+
+def computed(gguf: Path, tokens: list[list[int]]) -> np.ndarray | None:
+    """Logits of a file, (sequence, position, vocab); None where the engine does not load it."""
+    return _answer(gguf, _compute, gguf, tokens)
+
+
+def _answer(path: Path, target: Callable[..., None], *arguments: Any) -> Any:
+    """What a process of its own sends; None where it ends without."""
     receiver, sender = _CHILDREN.Pipe(duplex=False)
-    log = folder.with_suffix(".log")
-    process = _CHILDREN.Process(target=_run, args=(sender, log, folder, tokens, (options, own_vocab)))
+    process = _CHILDREN.Process(target=target, args=(sender, path.with_suffix(".log"), *arguments))
     process.start()
     sender.close()
     try:
@@ -29,10 +54,38 @@ def logits(
         answer = None
     process.join()
     receiver.close()
-    if answer is None:
-        reasons = _REASON.findall(log.read_text(errors="replace"))
-        return "engine: " + "".join(reasons[-1] if reasons else ["gave no reason"])
     return answer
+
+
+def _writing_to(log: Path) -> None:
+    """Have all output go to a file: the engine writes its reasons from C++."""
+    with log.open("wb") as written:
+        os.dup2(written.fileno(), 1)
+        os.dup2(written.fileno(), 2)
+
+
+def _convert(sender: Connection, log: Path, folder: Path, options: tuple[str, ...], pre: str) -> None:
+    from tests.llamacpp import child
+
+    _writing_to(log)
+    try:
+        sender.send(child.convert(folder, options, own_vocab=True, pre=pre))
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        sender.send(f"converter: {type(error).__name__}: {error}")
+
+
+def _compute(sender: Connection, log: Path, gguf: Path, tokens: list[list[int]]) -> None:
+    from tests.llamacpp import child
+
+    _writing_to(log)
+    sender.send(child.compute(gguf, tokens))
+
+
+def _encode(sender: Connection, log: Path, gguf: Path, texts: list[str]) -> None:
+    from tests.llamacpp import child
+
+    _writing_to(log)
+    sender.send(child.encode(gguf, texts))
 
 
 def _run(
@@ -40,10 +93,7 @@ def _run(
 ) -> None:
     from tests.llamacpp import child
 
-    # The engine writes its reasons there, from C++.
-    with log.open("wb") as written:
-        os.dup2(written.fileno(), 1)
-        os.dup2(written.fileno(), 2)
+    _writing_to(log)
     try:
         options, own_vocab = how
         gguf = child.convert(folder, options, own_vocab=own_vocab)

@@ -1,0 +1,80 @@
+"""Numbers as GGUF files store them: floats, and blocks of bytes that share a scale."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moemerge.checkpoint.bands import tensor_chunks
+from moemerge.checkpoint.files import BlockReader, Reader
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.pieces import Band, measure
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+"""What the matrices of a file are stored as, as llama.cpp's converter spells it."""
+FLOATS: Final[dict[str, str]] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+"""From a type that is plain floats to its name in a safetensors header."""
+BLOCK_ELEMENTS: Final = 32
+_BLOCK_BYTES: Final = 2 + BLOCK_ELEMENTS
+_LARGEST: Final = 127
+
+
+def quantise_q8_0(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Blocks (block, 34) of 32 numbers each: a float16 scale, the largest of them through 127, then 32 int8.
+
+    All is computed in float32 and rounded half away from zero, as by ggml's reference.
+    """
+    blocks = numbers.reshape(-1, BLOCK_ELEMENTS)
+    scales = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(_LARGEST)
+    inverse = np.zeros_like(scales)
+    # Numbers that are too small for that become 0, as their scale does in float16.
+    np.divide(np.float32(1), scales, out=inverse, where=scales > np.finfo(np.float32).tiny)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays so
+        scaled = blocks * inverse
+        # Half away from zero; numpy rounds half to even.
+        whole = np.trunc(scaled)
+        whole += np.trunc(2 * (scaled - whole))
+    stored = np.empty((len(blocks), _BLOCK_BYTES), np.uint8)
+    stored[:, :2] = scales.astype("<f2").view(np.uint8)
+    stored[:, 2:] = whole.astype(np.int8).view(np.uint8)
+    return stored
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """A file (`moemerge.checkpoint.files.RemoteFile`) of blocks, made of a tensor's float32 bands while it is read."""
+
+    name: str
+    bands: tuple[Band, ...]
+    """Of float32; every row is a multiple of 32 numbers long."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all blocks."""
+        return measure(self.bands) // (4 * BLOCK_ELEMENTS) * _BLOCK_BYTES
+
+    @property
+    def identity(self) -> str:
+        """What the blocks are made of."""
+        return repr(self.bands)
+
+    def tensor(self) -> StoredTensor:
+        """All of it, as bytes."""
+        return StoredTensor(self.name, self, "U8", (self.nbytes,), 0, self.nbytes)
+
+    def keep(self, folder: object, start: int, nbytes: int) -> None:
+        """It is made of what is elsewhere."""
+
+    def open(self, start: int, nbytes: int) -> Reader:
+        """Make `nbytes` bytes from offset `start` on; reading may raise what reading the bands does."""
+        return BlockReader(self._chunks(start, start + nbytes))
+
+    def _chunks(self, start: int, end: int) -> Generator[memoryview, None, None]:
+        done = 0
+        for chunk in tensor_chunks(self.bands, 0, self.name):
+            blocks = memoryview(quantise_q8_0(np.frombuffer(chunk, np.float32)).reshape(-1).data)
+            if done < end and start < done + len(blocks):
+                yield blocks[max(0, start - done) : end - done]
+            done += len(blocks)

@@ -1,0 +1,66 @@
+"""Tensors of a checkpoint that is not written: each is a file whose bytes a merge makes while it is read."""
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+
+from moemerge.checkpoint.bands import band_chunks
+from moemerge.checkpoint.files import BlockReader, Reader
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.pieces import Band, Piece, band_bytes, with_seeds
+from moemerge.dtypes import bytes_of
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor of a merge, made of its bands."""
+
+    name: str
+    """Of the tensor in the checkpoint, on which the noise of its pieces depends."""
+    dtype: str
+    shape: tuple[int, ...]
+    bands: tuple[Band, ...]
+    """Nothing yet of what is computed later."""
+    seed: int
+    """Of the noise."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor."""
+        return bytes_of(self.dtype, self.shape) or 0
+
+    @property
+    def identity(self) -> str:
+        """What the tensor is made of."""
+        return repr((self.name, self.seed, self.bands))
+
+    def tensor(self) -> StoredTensor:
+        """The tensor; where it is one piece that does not change, that piece's source, which the kernel can copy."""
+        match self.bands:
+            case ((Piece(source=StoredTensor() as source, is_unchanged=True),),):
+                return replace(source, shape=self.shape)
+        return StoredTensor(self.name, self, self.dtype, self.shape, 0, self.nbytes)
+
+    def keep(self, folder: object, start: int, nbytes: int) -> None:
+        """It is made of what is elsewhere."""
+
+    def open(self, start: int, nbytes: int) -> Reader:
+        """Make `nbytes` bytes from offset `start` on; reading may raise what reading the pieces does."""
+        return BlockReader(self._chunks(start, start + nbytes))
+
+    def _chunks(self, start: int, end: int) -> Generator[memoryview, None, None]:
+        done = 0
+        for band, seeds in with_seeds(self.bands, self.seed, self.name):
+            if done + band_bytes(band) <= start or end <= done:
+                done += band_bytes(band)
+                continue
+            for chunk in band_chunks(band, seeds):
+                if done < end and start < done + len(chunk):
+                    yield chunk[max(0, start - done) : end - done]
+                done += len(chunk)
+
+
+def waits(bands: tuple[Band, ...]) -> bool:
+    """Whether any of some pieces is part of a planned tensor that is computed later."""
+    sources = [piece.source for band in bands for piece in band]
+    files = [source.path for source in sources if isinstance(source, StoredTensor)]
+    return any(isinstance(file, Planned) and not file.bands for file in files)

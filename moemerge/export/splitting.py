@@ -1,0 +1,81 @@
+"""How a byte-level tokenizer splits texts, by the name that llama.cpp has for it.
+
+llama.cpp's converter knows a tokenizer by a hash of what it makes of one text; here it is known by what its
+`tokenizer.json` says that it does, which a new vocabulary does not change.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+Step = tuple[Any, ...]
+
+_BYTES: Final[Step] = ("ByteLevel", False)
+_GPT2: Final[Step] = ("ByteLevel", True)
+_DIGITS: Final[Step] = ("Digits", True)
+_CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES: Final = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS: Final = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SIGNS: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+_LLAMA3: Final = _CONTRACTIONS + _WORDS + r"|\p{N}{1,3}" + _SIGNS + _SPACES
+_QWEN2: Final = _CONTRACTIONS + _WORDS + r"|\p{N}" + _SIGNS + _SPACES
+_QWEN35: Final = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED: Final = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_CASED_SIGNS: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+_TEKKEN: Final = "|".join(_CASED) + r"|\p{N}" + _CASED_SIGNS + _SPACES
+_GPT4O: Final = "|".join(words + _CONTRACTIONS + "?" for words in _CASED) + r"|\p{N}{1,3}" + _CASED_SIGNS + _SPACES
+_DEEPSEEK3: Final = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    + _SPACES
+)
+_CJK: Final = "[一-龥\u3040-ゟ\u30a0-ヿ]+"
+
+
+def _split(pattern: str) -> Step:
+    return "Split", pattern, "Isolated", False
+
+
+_WAYS: Final[Mapping[tuple[Step, ...], str]] = {
+    (_GPT2,): "gpt-2",
+    (_DIGITS, _GPT2): "smollm",
+    (_split(_LLAMA3), _BYTES): "llama-bpe",
+    (_split(_QWEN2), _BYTES): "qwen2",
+    (_split(_QWEN35), _BYTES): "qwen35",
+    (_split(_TEKKEN), _BYTES): "tekken",
+    (_split(_GPT4O), _BYTES): "gpt-4o",
+    (_split(r"\p{N}{1,3}"), _split(_CJK), _split(_DEEPSEEK3), _BYTES): "deepseek-v3",
+}
+# Tokenizers that split texts as another does, and have a name of their own: a token by which each is known.
+_NAMESAKES: Final = (
+    ("smollm", "<fim_prefix>", "refact"), ("qwen2", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "deepseek-r1-qwen"),
+    ("llama-bpe", "[gMASK]", "glm4"),
+)  # fmt: skip
+ADD_BOS: Final = frozenset({"llama-bpe", "tekken"})
+"""With which engines put a BOS token before every text, unless the file says otherwise."""
+
+
+def pre_tokenizer_of(tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for how a `tokenizer.json` splits texts; None where it is not known to have one.
+
+    Texts are taken to be in the Unicode form NFC, into which some tokenizers put them first and llama.cpp does not.
+    """
+    normalizer = tokenizer.get("normalizer")
+    if normalizer is not None and normalizer.get("type") != "NFC":
+        return None
+    name = _WAYS.get(tuple(_steps(tokenizer.get("pre_tokenizer") or {})))
+    texts = {entry["content"] for entry in tokenizer.get("added_tokens") or []}
+    return next((other for way, token, other in _NAMESAKES if way == name and token in texts), name)
+
+
+def _steps(pre_tokenizer: Mapping[str, Any]) -> list[Step]:
+    """What a pre-tokenizer does, in short: what is no part of it here makes it one that is not known."""
+    match pre_tokenizer:
+        case {"type": "Sequence", "pretokenizers": list(parts)}:
+            return [step for part in parts for step in _steps(part)]
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return [("ByteLevel", pre_tokenizer.get("use_regex", True))]
+        case {"type": "Digits", "individual_digits": bool(each)}:
+            return [("Digits", each)]
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": str(behavior), "invert": bool(invert)}:
+            return [("Split", pattern, behavior, invert)]
+    return [("unknown", str(pre_tokenizer.get("type")))]

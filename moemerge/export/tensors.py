@@ -1,0 +1,136 @@
+"""Tensors of a GGUF file, made of a checkpoint's: renamed, stacked, divided, rows of heads in llama.cpp's order."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.pieces import Band, Piece, measure
+from moemerge.errors import IncompatibleError
+from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
+from moemerge.export.families import Config, GgufFamily, Names, Part
+from moemerge.export.keys import rope_factors
+
+# What engines read in float32 alone, whatever the rest of the file is; so are vectors, and what is no weight.
+_ALWAYS_F32: Final = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight")
+_STACK_AXES: Final = 3
+# Groups of which each layer is of one, if the family has them; the first where it seems to be of none.
+_EITHER: Final = (("routed", "dense"), ("attention", "convolution"))
+_HEADS: Final = {"query": "num_attention_heads", "key": "num_key_value_heads"}
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of a GGUF file."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Its longest strides first, as in a checkpoint: a file lists its axes the other way round."""
+    type: GgufType
+    bands: tuple[Band, ...]
+    """The pieces that its bytes are made of."""
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return measure(self.bands)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a checkpoint becomes tensors of a GGUF file."""
+
+    family: GgufFamily
+    config: Config
+    """The checkpoint's `config.json`."""
+    type: GgufType
+    """What matrices are stored as."""
+
+    def tensors(self, table: Mapping[str, StoredTensor]) -> list[GgufTensor]:
+        """Every tensor, layer by layer; first what is made of the config alone.
+
+        Raises:
+            IncompatibleError: a tensor is missing, or would be dropped.
+        """
+        layers = [(f"blk.{layer}.", f"model.layers.{layer}.") for layer in range(self.config["num_hidden_layers"])]
+        places = [("", "", self.family.whole), *((*place, self.family.layer) for place in layers)]
+        found, used, missing = list(self._rope_freqs()), set[str](), list[str]()
+        for place, prefix, names in places:
+            groups = self._groups(names, prefix, table)
+            for name, part in names.items():
+                sources = self._sources(prefix + part.source, table)
+                absent = [source for source in sources if source not in table]
+                used.update(sources)
+                if absent and part.needed and part.group in groups:
+                    missing.append(f"{absent[0]} is missing")
+                elif not absent and table[sources[0]].nbytes:
+                    found.append(self._tensor(place + name, part, [table[source] for source in sources]))
+        missing += [f"{name} has no place in a GGUF file of its kind" for name in table if name not in used]
+        if missing:
+            raise IncompatibleError(
+                f"The checkpoint is not what llama.cpp's {self.family.architecture} is made of:", missing
+            )
+        return found
+
+    def _groups(self, names: Names, prefix: str, table: Mapping[str, StoredTensor]) -> set[str]:
+        """What kinds of layer one is: of these groups all that is needed has to be there."""
+        found = {part.group for part in names.values() if self._sources(prefix + part.source, table)[0] in table}
+        known = {part.group for part in names.values()}
+        lacking = [either[0] for either in _EITHER if known & set(either) and not found & set(either)]
+        return {"", *found, *lacking}
+
+    def _rope_freqs(self) -> Iterator[GgufTensor]:
+        factors = rope_factors(self.config)
+        if factors is not None and self.family.slows_waves:
+            piece = Piece(factors.astype("<f4").tobytes(), "F32")
+            yield GgufTensor("rope_freqs.weight", factors.shape, "f32", ((piece,),))
+
+    def _sources(self, source: str, table: Mapping[str, StoredTensor]) -> list[str]:
+        if "{expert}" not in source:
+            return [source]
+        names = [source.format(expert=expert) for expert in range(self._experts)]
+        return names if names[0] in table else names[:1]
+
+    @property
+    def _experts(self) -> int:
+        keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        return next(int(self.config[key]) for key in keys if self.config.get(key))
+
+    def _tensor(self, name: str, part: Part, sources: list[StoredTensor]) -> GgufTensor:
+        is_stack = "{expert}" in part.source or (part.half and len(sources[0].shape) == _STACK_AXES)
+        sources = [half for source in sources for half in _halves(source, part)]
+        if part.squeezed:
+            sources = [replace(source, shape=(source.shape[0], *source.shape[2:])) for source in sources]
+        shape = (len(sources), *sources[0].shape) if is_stack else sources[0].shape
+        kind = type_of(name, shape, self.type)
+        head_rows = 0
+        if part.turned:
+            head_rows = shape[0] // int(self.config[_HEADS[part.turned]])
+        pieces = [
+            Piece(source, FLOATS.get(kind, "F32"), head_rows=head_rows, into_pairs=bool(head_rows))
+            for source in sources
+        ]
+        bands = tuple((piece,) for piece in pieces)
+        if kind == "q8_0":
+            bands = ((Piece(Quantised(name, bands).tensor(), "U8"),),)
+        return GgufTensor(name, shape, kind, bands)
+
+
+def type_of(name: str, shape: tuple[int, ...], asked: GgufType) -> GgufType:
+    """What a tensor is stored as in a file of some type."""
+    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(_ALWAYS_F32):  # noqa: PLR2004
+        return "f32"
+    if asked == "q8_0" and shape[-1] % BLOCK_ELEMENTS:
+        return "f16"
+    return asked
+
+
+def _halves(source: StoredTensor, part: Part) -> Iterator[StoredTensor]:
+    """The rows that are meant of a tensor, of a stack those of every expert."""
+    if not part.half:
+        yield source
+        return
+    *stack, rows, width = source.shape
+    flat = replace(source, shape=(rows * (stack[0] if stack else 1), width))
+    for first in range(0, flat.shape[0], rows):
+        yield flat.rows(first + (rows // 2 if part.half == "second" else 0), rows // 2)

@@ -1,0 +1,101 @@
+"""Values of GGUF keys that no key of `config.json` holds as they are, and what of a config llama.cpp cannot load."""
+
+from collections.abc import Callable
+from typing import Any
+
+from moemerge.export.families import Config
+
+
+def truthy(key: str) -> Callable[[Config], Any]:
+    """The value of a key, which is left out where it is 0."""
+    return lambda config: config.get(key) or None
+
+
+def constant(value: Any) -> Callable[[Config], Any]:
+    """The same for every model."""
+    return lambda _config: value
+
+
+def head_width(config: Config) -> int:
+    """Elements of a head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def rotated_width(config: Config) -> int:
+    """Elements of a head that rotary positions turn; half of them where nothing is said, as in GLM's models."""
+    rope = config.get("rope_parameters") or {}
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return int(head_width(config) * (0.5 if part is None else part))
+
+
+def is_sliding(config: Config) -> list[bool]:
+    """Of each layer, whether it sees a window alone."""
+    return [kind == "sliding_attention" for kind in config["layer_types"]]
+
+
+def heads_by_layer(config: Config) -> list[int]:
+    """Of each layer its key heads, none where it does not attend."""
+    heads = config["num_key_value_heads"]
+    return [heads if kind in {"attention", "full_attention"} else 0 for kind in config["layer_types"]]
+
+
+def dense_lead(config: Config) -> int:
+    """How many layers at the beginning hold no experts."""
+    kinds = config.get("mlp_layer_types") or []
+    return next((layer for layer, kind in enumerate(kinds) if kind != "dense"), len(kinds))
+
+
+def shared_width(config: Config) -> int:
+    """Neurons of all shared experts together."""
+    return int(config["moe_intermediate_size"] * config.get("num_shared_experts", 1))
+
+
+def state_width(config: Config) -> int:
+    """Of layers with states, which the model need not have."""
+    return int(config["mamba_expand"] * config["hidden_size"])
+
+
+# ---- what llama.cpp cannot load
+
+
+def has_wide_heads(config: Config) -> bool:
+    """Whether heads are of another width than the hidden state through their number."""
+    return head_width(config) * int(config["num_attention_heads"]) != int(config["hidden_size"])
+
+
+def has_grouped_heads(config: Config) -> bool:
+    """Whether there are fewer key heads than query heads."""
+    return bool(config["num_key_value_heads"] != config["num_attention_heads"])
+
+
+def has_no_shared(config: Config) -> bool:
+    """Whether there is no shared expert."""
+    return not (config.get("n_shared_experts") or config.get("num_shared_experts"))
+
+
+def has_shared(config: Config) -> bool:
+    """Whether there is one."""
+    return bool(config.get("moe_num_shared_experts"))
+
+
+def has_no_window(config: Config) -> bool:
+    """Whether every layer sees everything."""
+    return not (config.get("sliding_window") and any(is_sliding(config)))
+
+
+def has_yarn(config: Config) -> bool:
+    """Whether rotary positions are scaled by yarn."""
+    rope = config.get("rope_parameters") or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return any(kind.get("rope_type") == "yarn" for kind in kinds)
+
+
+def has_late_dense(config: Config) -> bool:
+    """Whether a layer without experts comes after one with them."""
+    kinds = config.get("mlp_layer_types") or []
+    return "dense" in kinds[dense_lead(config) :]
+
+
+def ends_dense(config: Config) -> bool:
+    """The same of Ernie's models."""
+    return bool(config["moe_layer_end_index"] not in {-1, config["num_hidden_layers"] - 1})

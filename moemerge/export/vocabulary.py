@@ -1,0 +1,204 @@
+"""A tokenizer's vocabulary as GGUF files hold it, read from whichever of its files llama.cpp's converter reads."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final
+
+from moemerge.errors import CheckpointError, IncompatibleError
+from moemerge.export.sentencepiece import Kind, read_pieces
+from moemerge.export.splitting import pre_tokenizer_of
+
+_MOST_BYTES: Final = 200_000_000
+_BYTE: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Added tokens that are not marked as special in files of some models, and are used as such.
+_CONTROL: Final = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>", re.DOTALL)
+_SPACE: Final = "▁"
+# Scores of tokens that no merge makes; the second is of those that are not in the vocabulary at all.
+_ADDED_SCORE: Final = -1000.0
+_ABSENT_SCORE: Final = -10000.0
+NAMED: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""Tokens that `tokenizer_config.json` names as `bos_token` and so on."""
+
+
+class TokenType(IntEnum):
+    """What a token is, as GGUF files number it."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass
+class Vocabulary:
+    """The tokens, by their numbers."""
+
+    model: str
+    """How texts become tokens: `llama` for SentencePiece, `gpt2` for byte-level BPE."""
+    pre: str
+    """How texts are split before that."""
+    tokens: list[str] = field(default_factory=list)
+    types: list[TokenType] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    """Of SentencePiece alone."""
+    merges: list[str] = field(default_factory=list)
+    """Of byte-level BPE alone, each two tokens with a space between."""
+
+    def add(self, token: str, kind: TokenType, score: float = _ADDED_SCORE) -> None:
+        """Add the next token."""
+        self.tokens.append(token)
+        self.types.append(kind)
+        self.scores.append(score)
+
+
+def read_vocabulary(folder: Path, size: int) -> Vocabulary:
+    """The vocabulary of a model's folder.
+
+    Args:
+        folder: with `tokenizer.model` or `tokenizer.json`.
+        size: of the vocabulary, as `config.json` has it.
+
+    Raises:
+        IncompatibleError: there is none, or of a kind that is not known.
+        CheckpointError: a file is damaged.
+    """
+    if (folder / "tokenizer.model").is_file():
+        return _from_sentencepiece(folder, size)
+    if not (folder / "tokenizer.json").is_file():
+        raise unknown(f"{folder} holds neither tokenizer.json nor tokenizer.model")
+    tokenizer = read_table(folder / "tokenizer.json")
+    model = tokenizer.get("model") or {}
+    if model.get("type") != "BPE":
+        raise unknown(f"tokenizer.json is of the kind {model.get('type')!r}, not BPE")
+    if model.get("byte_fallback") and (tokenizer.get("decoder") or {}).get("type") == "Sequence":
+        return _from_byte_fallback(folder, tokenizer)
+    return _from_byte_level(tokenizer, size)
+
+
+def unknown(what: str) -> IncompatibleError:
+    """The refusal of a tokenizer."""
+    return IncompatibleError(
+        "The tokenizer cannot be written to a GGUF file; llama.cpp's converter may know it, with --llama-cpp PATH:",
+        [what],
+    )
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON object of a tokenizer; an empty one where there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise CheckpointError(f"{path}: is larger than {_MOST_BYTES} bytes, as no tokenizer is.")
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({error!s:.80}). Download it again.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {found!r:.60}.")
+    return found
+
+
+def text_of(token: Any) -> str | None:
+    """The text of a token as `tokenizer_config.json` names one: itself, or a table with its content."""
+    found = token.get("content") if isinstance(token, Mapping) else token
+    return found if isinstance(found, str) else None
+
+
+def _kind_of_added(token: str, *, special: bool) -> tuple[str, TokenType]:
+    """An added token's text and type; what users may write has spaces as they write them."""
+    if special or _CONTROL.fullmatch(token):
+        return token, TokenType.CONTROL
+    return token.replace(_SPACE, " "), TokenType.USER_DEFINED
+
+
+def _from_sentencepiece(folder: Path, size: int) -> Vocabulary:
+    """By `tokenizer.model`, with what `added_tokens.json` and `tokenizer_config.json` add or change."""
+    kinds: dict[int, TokenType] = {
+        Kind.UNKNOWN: TokenType.UNKNOWN, Kind.CONTROL: TokenType.CONTROL, Kind.UNUSED: TokenType.UNUSED,
+        Kind.BYTE: TokenType.BYTE,
+    }  # fmt: skip
+    found = Vocabulary("llama", "default")
+    for piece in read_pieces(folder / "tokenizer.model")[:size]:
+        found.add(piece.text, kinds.get(piece.kind, TokenType.NORMAL), piece.score)
+    while len(found.tokens) < size:
+        found.add(f"[PAD{len(found.tokens)}]", TokenType.UNUSED, _ABSENT_SCORE)
+    for token, number in read_table(folder / "added_tokens.json").items():
+        if number < size:
+            _replace(found, number, token, TokenType.USER_DEFINED)
+    added = read_table(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    for number, entry in added.items():
+        if int(number) < size:
+            _replace(found, int(number), *_kind_of_added(entry["content"], special=bool(entry.get("special"))))
+    return found
+
+
+def _replace(vocabulary: Vocabulary, number: int, token: str, kind: TokenType) -> None:
+    vocabulary.tokens[number], vocabulary.types[number] = token, kind
+    vocabulary.scores[number] = _ADDED_SCORE
+
+
+def _from_byte_fallback(folder: Path, tokenizer: Mapping[str, Any]) -> Vocabulary:
+    """By the `tokenizer.json` that transformers makes of a SentencePiece model: it knows no scores."""
+    special = _special_texts(folder)
+    found = Vocabulary("llama", "default")
+    vocab = tokenizer["model"]["vocab"]
+    for token, number in sorted(vocab.items(), key=lambda entry: entry[1]):
+        if number != len(found.tokens):
+            raise unknown(f"tokenizer.json has no token {len(found.tokens)}")
+        if _BYTE.fullmatch(token):
+            found.add(token, TokenType.BYTE)
+        else:
+            found.add(token, TokenType.CONTROL if token in special else TokenType.NORMAL)
+    for entry in sorted(tokenizer.get("added_tokens") or [], key=lambda entry: entry["id"]):
+        if entry["id"] >= len(vocab):
+            found.add(entry["content"], TokenType.CONTROL if entry["content"] in special else TokenType.USER_DEFINED)
+    return found
+
+
+def _special_texts(folder: Path) -> set[str]:
+    """Tokens that have a part of their own; not all that are added as special ones have."""
+    config = read_table(folder / "tokenizer_config.json")
+    listed = [*(config.get("additional_special_tokens") or []), *(config.get("extra_special_tokens") or [])]
+    texts = [text_of(token) for token in [*(config.get(f"{name}_token") for name in NAMED), *listed]]
+    return {text for text in texts if text is not None}
+
+
+def _from_byte_level(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
+    """By a `tokenizer.json` of byte-level BPE."""
+    added = {entry["id"]: entry for entry in tokenizer.get("added_tokens") or []}
+    texts = {number: token for token, number in tokenizer["model"]["vocab"].items()}
+    texts |= {number: entry["content"] for number, entry in added.items()}
+    if max(texts) >= size:
+        raise unknown(f"tokenizer.json has a token {max(texts)}, but vocab_size is {size}")
+    pre = pre_tokenizer_of(tokenizer)
+    if pre is None:
+        raise unknown(
+            "how tokenizer.json splits texts is none of the ways that are known here (its pre_tokenizer and normalizer)"
+        )
+    found = Vocabulary("gpt2", pre, merges=[_merge(pair) for pair in tokenizer["model"].get("merges") or []])
+    for number in range(size):
+        if number not in texts:
+            found.add(f"[PAD{number}]", TokenType.UNUSED)
+        elif number in added:
+            found.add(*_kind_of_added(texts[number], special=bool(added[number].get("special"))))
+        else:
+            found.add(texts[number], TokenType.NORMAL)
+    found.scores.clear()
+    return found
+
+
+def _merge(pair: str | list[str]) -> str:
+    """Two tokens with a space between; a space in one of them is written as the letter that stands for it."""
+    return pair if isinstance(pair, str) else " ".join(part.replace(" ", "Ġ") for part in pair)
