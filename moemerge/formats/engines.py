@@ -45,11 +45,9 @@ class Trouble:
     @property
     def words(self) -> str:
         """What happens, and with what."""
-        what = (
-            f"fails ({self.message})"
-            if self.apart is None
-            else f"is wrong, log-probabilities up to {self.apart:.2g} off,"
-        )
+        what = f"fails ({self.message})"
+        if self.apart is not None:
+            what = f"computes something else, log-probabilities up to {self.apart:.2g} off,"
         reasons = " and ".join(FACTS[fact] for fact in FACTS if fact in self.facts)
         return f"{what} {'with ' if reasons else 'always'}{reasons}"
 
