@@ -147,7 +147,7 @@ def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "llama_cpp" else object())
     with pytest.raises(RefusedError) as caught:
         quantise(model, tmp_path / "q.gguf", "q4_k_m")
-    assert str(caught.value) == "to make q4_k_m, llama-cpp-python is needed: pip install llama-cpp-python."
+    assert str(caught.value) == "To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[gguf]'."
     monkeypatch.setattr(packages, "find_spec", lambda _: object())
     with pytest.raises(RefusedError) as caught:
         check_type("q4_k", None)

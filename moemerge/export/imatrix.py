@@ -92,7 +92,7 @@ class Importance:
             RefusedError: gguf is not installed.
             OutputError: the file cannot be written.
         """
-        need("gguf", "to write an importance matrix")
+        need("gguf", "To write an importance matrix")
         from gguf import GGUFWriter
 
         try:

@@ -6,6 +6,7 @@ from typing import Final
 from moemerge.errors import RefusedError
 
 _PACKAGES: Final = {"gguf": "gguf", "llama_cpp": "llama-cpp-python"}
+_EXTRA: Final = "pip install 'moemerge[gguf]'"
 
 
 def need(module: str, purpose: str) -> None:
@@ -13,11 +14,10 @@ def need(module: str, purpose: str) -> None:
 
     Args:
         module: what is imported.
-        purpose: what for: `to write a GGUF file`.
+        purpose: what for: `To write a GGUF file`.
 
     Raises:
         RefusedError: it is not installed.
     """
     if find_spec(module) is None:
-        package = _PACKAGES[module]
-        raise RefusedError(f"{purpose}, {package} is needed: pip install {package}.")
+        raise RefusedError(f"{purpose}, the package {_PACKAGES[module]} is needed: {_EXTRA}.")

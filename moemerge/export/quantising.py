@@ -73,7 +73,7 @@ def check_type(type_: str, importance: Importance | None) -> None:
     Raises:
         RefusedError: says which.
     """
-    need("llama_cpp", f"to make {type_}")
+    need("llama_cpp", f"To make {type_}")
     if type_ not in FILE_TYPES:
         raise RefusedError(f"--type {type_}: is none of {', '.join(FILE_TYPES)}.")
     if importance is None and type_ in NEED_IMPORTANCE:
@@ -146,7 +146,7 @@ def _report(
 
 def type_names(contents: GgufContents) -> dict[str, str]:
     """Of each tensor what it is stored as, as ggml calls it."""
-    need("gguf", "to read types of tensors")
+    need("gguf", "To read types of tensors")
     from gguf import GGMLQuantizationType
 
     known = {int(kind): kind.name for kind in GGMLQuantizationType}
