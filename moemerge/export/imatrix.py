@@ -59,6 +59,8 @@ class Importance:
     """By the tensor's name in a GGUF file."""
     texts: tuple[str, ...] = ()
     """What it was computed from."""
+    notes: tuple[str, ...] = ()
+    """On what it was computed from."""
 
     def uncovered(self) -> dict[str, list[int]]:
         """By the name of a stack of experts, those that too few tokens have reached."""

@@ -137,7 +137,7 @@ def _report(
     types, fallbacks = type_names(made), fallen_back(made, type_)
     notes = [fallback_note(fallbacks, made, type_)] if fallbacks else []
     if importance:
-        notes += uncovered_notes(importance)
+        notes += [*importance.notes, *uncovered_notes(importance)]
     return QuantisedReport(
         out, type_, made.nbytes, source.nbytes, dict(Counter(types.values()).most_common()), fallbacks,
         f"llama-cpp-python {version('llama-cpp-python')}", tuple(notes),
