@@ -54,7 +54,8 @@ def run_model(
         losses: whether losses are wanted; without them, what follows the last layer is run only to see that it gives
             finite numbers.
         watched: where what passes through a layer's modules is wanted, called with each layer's number and module; what
-            it gives is open while the windows pass through it, each by itself, without padding.
+            it gives is open while the windows pass through it, each by itself, without padding. What follows the last
+            layer is not run then.
 
     Raises:
         CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
@@ -91,6 +92,8 @@ def run_model(
                     chosen(choice)
         layer.to("meta")
         progress(index + 1, model.layers)
+    if watched:
+        return torch.zeros(len(windows))
     head = _Head(whole, model, device, dtype)
     if losses:
         return head.losses(windows, places, batches, predicted)

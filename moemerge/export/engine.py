@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import llama_cpp
 
-from moemerge.export.imatrix import read_importance
+from moemerge.export.imatrix import Importance, read_importance
 
 FAILED: Final = "failed to quantize: "
 """What the engine writes before its reason."""
@@ -30,20 +30,25 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"{FAILED}{_PACKAGE} {version(_PACKAGE)} has other settings than this program knows\n")
         return 1
     settings.ftype, settings.nthread, settings.max_buf_size = int(file_type), int(threads), _BUFFER_BYTES
-    kept = _imatrix(Path(imatrix[0])) if imatrix else None
+    kept = _imatrix(read_importance(Path(imatrix[0]))) if imatrix else None
     if kept:
         settings.imatrix = ctypes.cast(kept[0], type(settings.imatrix))
+        settings.kv_overrides = ctypes.cast(kept[1], type(settings.kv_overrides))
     return int(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(settings)))
 
 
-def _imatrix(path: Path) -> tuple[Any, list[Any]]:
-    """The engine's array of means, and what has to live as long."""
-    means = {name: found.means() for name, found in read_importance(path).tensors.items()}
+def _imatrix(importance: Importance) -> tuple[Any, Any, list[Any]]:
+    """The engine's array of means, keys of the file that say that there was one, and what has to live as long."""
+    means = {name: found.means() for name, found in importance.tensors.items()}
     floats = ctypes.POINTER(ctypes.c_float)
     entries = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()  # the last is the end: it has no name
     for entry, (name, values) in zip(entries, means.items(), strict=False):
         entry.name, entry.data, entry.size = name.encode(), values.ctypes.data_as(floats), values.size
-    return entries, list(means.values())
+    # As llama-quantize writes them.
+    keys = (llama_cpp.llama_model_kv_override * 2)()
+    keys[0].key, keys[0].tag = b"quantize.imatrix.entries_count", llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+    keys[0].value.val_i64 = len(means)
+    return entries, keys, list(means.values())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -140,8 +140,15 @@ def _report(
         notes += [*importance.notes, *uncovered_notes(importance)]
     return QuantisedReport(
         out, type_, made.nbytes, source.nbytes, dict(Counter(types.values()).most_common()), fallbacks,
-        f"llama-cpp-python {version('llama-cpp-python')}", tuple(notes),
+        _engine_version(), tuple(notes),
     )  # fmt: skip
+
+
+def _engine_version() -> str:
+    try:
+        return f"llama-cpp-python {version('llama-cpp-python')}"
+    except PackageNotFoundError:  # installed by something else than pip
+        return "llama-cpp-python"
 
 
 def type_names(contents: GgufContents) -> dict[str, str]:

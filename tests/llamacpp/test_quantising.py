@@ -104,6 +104,8 @@ def test_what_matters_is_kept_better(model, importance, tmp_path):
     quantise(model, tmp_path / "plain.gguf", "q4_k_m", threads=1)
     quantise(model, tmp_path / "told.gguf", "q4_k_m", importance=importance, threads=1)
     exact, means = weights(model, name), importance.tensors[name].means()
+    told = read_contents(tmp_path / "told.gguf").settings["quantize.imatrix.entries_count"]
+    assert told == len(importance.tensors)
     lost = [
         float(((weights(tmp_path / file, name) - exact) ** 2 * means[:, None]).sum())
         for file in ("plain.gguf", "told.gguf")
