@@ -1,12 +1,12 @@
-"""Packages that only an export needs: the extra `gguf`."""
+"""Packages that only an export needs: the extras `gguf` and `k-quants`."""
 
 from importlib.util import find_spec
 from typing import Final
 
 from moemerge.errors import RefusedError
 
-_PACKAGES: Final = {"gguf": "gguf", "llama_cpp": "llama-cpp-python"}
-_EXTRA: Final = "pip install 'moemerge[gguf]'"
+_PACKAGES: Final = {"gguf": ("gguf", "gguf"), "llama_cpp": ("llama-cpp-python", "k-quants")}
+"""Of a module, the package that it comes from, and the extra that brings it."""
 
 
 def need(module: str, purpose: str) -> None:
@@ -20,4 +20,5 @@ def need(module: str, purpose: str) -> None:
         RefusedError: it is not installed.
     """
     if find_spec(module) is None:
-        raise RefusedError(f"{purpose}, the package {_PACKAGES[module]} is needed: {_EXTRA}.")
+        package, extra = _PACKAGES[module]
+        raise RefusedError(f"{purpose}, the package {package} is needed: pip install 'moemerge[{extra}]'.")
