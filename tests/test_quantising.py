@@ -147,7 +147,9 @@ def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "llama_cpp" else object())
     with pytest.raises(RefusedError) as caught:
         quantise(model, tmp_path / "q.gguf", "q4_k_m")
-    assert str(caught.value) == "To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[k-quants]'."
+    assert (
+        str(caught.value) == "To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[k-quants]'."
+    )
     monkeypatch.setattr(packages, "find_spec", lambda _: object())
     with pytest.raises(RefusedError) as caught:
         check_type("q4_k", None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from moemerge.cli.console import return_freed_memory, saying, speaking, stdout, stoppable
-from moemerge.cli.gguf import check_gguf, check_options, is_gguf
+from moemerge.cli.gguf import check_gguf, check_options, is_gguf, quantised
 from moemerge.cli.options import (
     AllowIdentical,
     CacheDir,
@@ -121,7 +121,7 @@ def merge_models(
         to_file = is_gguf(out)
         check_options(to_file, type, llama_cpp, {"--resume": resume, "--push": push is not None})
         if to_file:
-            check_gguf(out, [config], llama_cpp, overwrite=overwrite)
+            check_gguf(out, type, [config], llama_cpp, overwrite=overwrite)
         elif not push_streaming:
             _check_folder(out, [config], overwrite=overwrite)
         base_bits = _check_pass(device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
@@ -132,8 +132,6 @@ def merge_models(
             approve=pushing.approve, prove=True, engine=engine,
         )  # fmt: skip
         way = partial(merge, plan, out, name=push, resume=resume)
-        if to_file:
-            way = partial(merge_to_gguf, plan, out, type=type, llama_cpp=llama_cpp)
         if pushing.publisher:
             pushing.publisher.check_replaced(plan.family.model_type, overwrite=overwrite)
             way = partial(way, ready=pushing.publisher.create)
@@ -141,8 +139,11 @@ def merge_models(
                 way = partial(merge_to_hub, plan, out, pushing.publisher, resume=resume)
         with (
             _told_what_is_kept(console, out, streaming=push_streaming),
+            quantised(console, out, type, quiet=quiet) as (file, kind),
             show_progress(console, quiet=quiet) as progress,
         ):
+            if to_file:
+                way = partial(merge_to_gguf, plan, file, type=kind, llama_cpp=llama_cpp)
             report = way(
                 overwrite=overwrite, low_memory=low_memory, seed=seed, device=device,
                 base_bits=base_bits, licence=pushing.licence, progress=stoppable(progress),

@@ -1,7 +1,7 @@
 """Options that several commands have."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -53,9 +53,12 @@ License = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Runs the model: auto, cpu, cuda, cuda:1, mps.")]
 GgufType = Annotated[
-    Literal["auto", "f32", "f16", "bf16", "q8_0"],
+    str,
     typer.Option(
-        "--type", help="What a GGUF file's matrices are stored as; auto: the merge's own 16-bit floats, else f16."
+        "--type",
+        metavar="TYPE",
+        help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, or what llama.cpp makes of these: q6_k, "
+        "q5_k_m, q4_k_m, iq4_xs and others; auto: the merge's own 16-bit floats, else f16.",
     ),
 ]
 LlamaCpp = Annotated[

@@ -32,6 +32,8 @@ SUFFIX: Final = ".gguf"
 STAGED: Final = f"model{SUFFIX}"
 """What the file is called in its stage."""
 AskedType = GgufType | Literal["auto"]
+ASKED_TYPES: Final[dict[str, AskedType]] = {"auto": "auto", "f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "q8_0"}
+"""What is written here; all others llama.cpp makes of these."""
 """`auto` is the 16-bit floats that the checkpoint has, else float16."""
 _MAGIC: Final = b"GGUF"
 HEADER_BYTES: Final = 50_000_000
