@@ -30,6 +30,8 @@ _LINEARS: Final[Mapping[str, tuple[str, ...]]] = {
         for shared in ("shared_expert", "shared_experts", "shared_mlp")
         for one in ("gate", "up", "down")
     },
+    "conv.in_proj": ("shortconv.in_proj",), "conv.out_proj": ("shortconv.out_proj",),
+    "mamba.in_proj": ("ssm_in",), "mamba.out_proj": ("ssm_out",),
     "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"), "shared_mlp.output_linear": ("ffn_down_shexp",),
 }  # fmt: skip
 _INTO: Final = ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps")

@@ -22,7 +22,7 @@ from tests.models import make_model, write_config
 ROOT = Path(__file__).parents[2]
 REAL_MODELS = Path(os.environ.get("MOEMERGE_REAL_MODELS", ROOT / ".cache" / "models"))
 TOPICS = [text for text in topics.values() if len(text) > 1500]
-WINDOW = 512
+WINDOW = 256
 
 
 # tests/llamacpp/child.py knows what tiny tokenizers need.
