@@ -19,6 +19,8 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.files import read_exactly
+from moemerge.checkpoint.header import read_header
 from moemerge.cli.app import main
 from moemerge.errors import (
     CheckpointError,
@@ -33,6 +35,7 @@ from moemerge.export.blocks import quantise_q8_0
 from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors
 from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
+from moemerge.export.transposed import Transposed
 from moemerge.export.vocabulary import read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
 from moemerge.merging_to_gguf import merge_to_gguf
@@ -196,6 +199,18 @@ def test_llama3_slows_long_waves_and_leaves_short_ones():
     assert (np.diff(factors) >= 0).all()
     assert 1 < np.unique(factors)[1] < 8
     assert rope_factors({"rope_parameters": rope | {"rope_type": "default"}, "head_dim": 128}) is None
+
+
+def test_a_head_is_transposed_in_any_part_of_it(tmp_path):
+    values = np.arange(40, dtype=np.float32).reshape(5, 8)
+    save_file({"before": np.zeros(3, np.float32), "head": values}, tmp_path / "a.safetensors")
+    stored = read_header(tmp_path / "a.safetensors")["head"]
+    tensor = Transposed(stored).tensor()
+    assert tensor.shape == (8, 5)
+    for first, count in ((0, 8), (3, 4)):
+        rows = tensor.rows(first, count)
+        with rows.open() as reader:
+            assert read_exactly(reader, rows.nbytes) == values.T[first : first + count].tobytes()
 
 
 # ---- refusals

@@ -28,6 +28,8 @@ class Part:
     """Whether every layer that has its group has it."""
     group: str = ""
     """What kinds of layers have it: of one group at least one tensor is there, of the empty one in every layer."""
+    cut: Literal["", "keys", "values"] = ""
+    """Of every head the rows that make keys of a compressed state, transposed, or those that make values."""
     squeezed: bool = False
     """Whether an axis of one element in the middle falls."""
 

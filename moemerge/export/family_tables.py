@@ -8,6 +8,7 @@ from moemerge.export.values import (
     constant,
     dense_lead,
     ends_dense,
+    first_of,
     has_grouped_heads,
     has_late_dense,
     has_no_shared,
@@ -17,11 +18,15 @@ from moemerge.export.values import (
     has_yarn,
     head_width,
     heads_by_layer,
+    is_partly_unrotated,
     is_sliding,
+    key_head_width,
+    key_width,
     rotated_width,
     shared_width,
     state_width,
     truthy,
+    yarn_log_factor,
 )
 
 _TIED: Final[Names] = {
@@ -70,6 +75,7 @@ _WEIGHTS: Final = (
 )  # fmt: skip
 _SIGMOID: Final = ("add_expert_gating_func", constant("SIGMOID"))
 _WITHOUT_SHARED: Final = (has_no_shared, "does not load it without a shared expert")
+_WITHOUT_WINDOW: Final = (has_no_window, "does not load it where no layer has a window")
 _LATE_DENSE: Final = (has_late_dense, "does not load it with dense layers after others")
 
 MIXTRAL: Final = GgufFamily(
@@ -204,7 +210,7 @@ COHERE2_MOE: Final = GgufFamily(
 MELLUM: Final = GgufFamily(
     "mellum", _NORMS | _ATTENTION | _QK_NORMS | _ROUTED, _UNTIED, keys=(_EXPERT_WIDTH, *_WINDOW),
     refuses=(
-        (has_no_window, "does not load it where no layer has a window"),
+        _WITHOUT_WINDOW,
         (has_yarn, "computes something else where rotary positions are scaled by yarn"),
     ),
 )  # fmt: skip
@@ -220,11 +226,74 @@ EXAONE_MOE: Final = GgufFamily(
     ),
     slows_waves=True, refuses=(_WITHOUT_SHARED, _LATE_DENSE),
 )  # fmt: skip
+HY_V3: Final = GgufFamily(
+    "hy_v3",
+    _NORMS | _ATTENTION | _QK_NORMS | _DENSE | grouped("routed", {
+        "ffn_gate_inp.weight": Part("mlp.router.gate.weight"), "exp_probs_b": Part("mlp.expert_bias"), **_EXPERTS,
+        **separate("mlp.shared_mlp", _PROJECTIONS, "_shexp"),
+    }),
+    _WHOLE,
+    keys=(
+        _EXPERT_WIDTH, ("add_expert_shared_feed_forward_length", shared_width),
+        ("add_expert_weights_norm", constant(value=True)), ("add_expert_weights_scale", "router_scaling_factor"),
+        _SIGMOID,
+    ),
+)  # fmt: skip
+HUNYUAN_V1_MOE: Final = GgufFamily(
+    "hunyuan-moe",
+    _NORMS | _ATTENTION | {
+        "attn_q_norm.weight": Part("self_attn.query_layernorm.weight"),
+        "attn_k_norm.weight": Part("self_attn.key_layernorm.weight"),
+        "ffn_gate_inp.weight": Part("mlp.gate.wg.weight"), **_EXPERTS,
+        **separate("mlp.shared_mlp", _PROJECTIONS, "_shexp"),
+    },
+    _WHOLE,
+    keys=(
+        ("add_expert_shared_feed_forward_length", "intermediate_size"),
+        ("add_expert_feed_forward_length", first_of("moe_intermediate_size")),
+        ("add_expert_used_count", first_of("moe_topk")), ("add_expert_shared_count", first_of("num_shared_expert")),
+    ),
+)  # fmt: skip
+GRANITE_MOE_SWA: Final = GgufFamily(
+    "granite_swa",
+    _NORMS | _TURNED | {
+        "attn_sinks.weight": Part("self_attn.sinks"), "ffn_gate_inp.weight": Part("block_sparse_moe.router.weight"),
+        "ffn_gate_up_exps.weight": Part("block_sparse_moe.experts.gate_up_proj"),
+        "ffn_down_exps.weight": Part("block_sparse_moe.experts.down_proj"),
+        "ffn_up_shexp.weight": optional("shared_mlp.input_linear.weight"),
+        "ffn_down_shexp.weight": optional("shared_mlp.output_linear.weight"),
+    },
+    _WHOLE, keys=(*_GRANITE_KEYS, *_WINDOW), replaces=(("head_dim", constant(None)),), is_llama=True,
+    refuses=(_HEADS, _WITHOUT_WINDOW, (is_partly_unrotated, "rotates positions in every layer")),
+)  # fmt: skip
+DEEPSEEK_V3: Final = GgufFamily(
+    "deepseek2",
+    _NORMS | _DENSE | _ROUTED | _CHOICE | _SHARED | {
+        "attn_q.weight": optional("self_attn.q_proj.weight"), "attn_q_a.weight": optional("self_attn.q_a_proj.weight"),
+        "attn_q_a_norm.weight": optional("self_attn.q_a_layernorm.weight"),
+        "attn_q_b.weight": optional("self_attn.q_b_proj.weight"),
+        "attn_kv_a_mqa.weight": Part("self_attn.kv_a_proj_with_mqa.weight"),
+        "attn_kv_a_norm.weight": Part("self_attn.kv_a_layernorm.weight"),
+        "attn_k_b.weight": Part("self_attn.kv_b_proj.weight", cut="keys"),
+        "attn_v_b.weight": Part("self_attn.kv_b_proj.weight", cut="values"),
+        "attn_output.weight": _ATTENTION["attn_output.weight"],
+    },
+    _WHOLE,
+    keys=(
+        _DENSE_PREFIX, _VOCAB_SIZE, ("add_q_lora_rank", "q_lora_rank"), ("add_kv_lora_rank", "kv_lora_rank"),
+        ("add_key_length", key_width), ("add_value_length", "kv_lora_rank"), ("add_key_length_mla", key_head_width),
+        ("add_value_length_mla", "v_head_dim"), _EXPERT_WIDTH, ("add_expert_shared_count", "n_shared_experts"),
+        *_WEIGHTS, ("add_rope_dimension_count", "qk_rope_head_dim"),
+        ("add_rope_scaling_yarn_log_mul", yarn_log_factor),
+    ),
+    replaces=(("num_key_value_heads", constant(1)), ("head_dim", constant(None))), refuses=(_WITHOUT_SHARED,),
+)  # fmt: skip
 
 GGUF_FAMILIES: Final[Mapping[str, GgufFamily]] = {
     "mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE, "granitemoe": GRANITE_MOE, "granitemoeshared": GRANITE_MOE,
     "granitemoehybrid": GRANITE_HYBRID, "glm4_moe": GLM4_MOE, "solar_open": SOLAR_OPEN, "dots1": DOTS1,
     "ernie4_5_moe": ERNIE4_5_MOE, "lfm2_moe": LFM2_MOE, "cohere2_moe": COHERE2_MOE, "mellum": MELLUM,
-    "exaone_moe": EXAONE_MOE,
+    "exaone_moe": EXAONE_MOE, "hy_v3": HY_V3, "hunyuan_v1_moe": HUNYUAN_V1_MOE, "granitemoe_swa": GRANITE_MOE_SWA,
+    "deepseek_v3": DEEPSEEK_V3,
 }  # fmt: skip
 """By `model_type`."""

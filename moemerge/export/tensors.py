@@ -10,6 +10,7 @@ from moemerge.errors import IncompatibleError
 from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
 from moemerge.export.families import Config, GgufFamily, Names, Part
 from moemerge.export.keys import rope_factors
+from moemerge.export.transposed import Transposed
 
 # What engines read in float32 alone, whatever the rest of the file is; so are vectors, and what is no weight.
 _ALWAYS_F32: Final = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight")
@@ -97,8 +98,9 @@ class Conversion:
         return next(int(self.config[key]) for key in keys if self.config.get(key))
 
     def _tensor(self, name: str, part: Part, sources: list[StoredTensor]) -> GgufTensor:
-        is_stack = "{expert}" in part.source or (part.half and len(sources[0].shape) == _STACK_AXES)
+        is_stack = "{expert}" in part.source or part.cut or (part.half and len(sources[0].shape) == _STACK_AXES)
         sources = [half for source in sources for half in _halves(source, part)]
+        sources = [head for source in sources for head in self._heads(source, part)]
         if part.squeezed:
             sources = [replace(source, shape=(source.shape[0], *source.shape[2:])) for source in sources]
         shape = (len(sources), *sources[0].shape) if is_stack else sources[0].shape
@@ -114,6 +116,19 @@ class Conversion:
         if kind == "q8_0":
             bands = ((Piece(Quantised(name, bands).tensor(), "U8"),),)
         return GgufTensor(name, shape, kind, bands)
+
+    def _heads(self, source: StoredTensor, part: Part) -> Iterator[StoredTensor]:
+        """The rows that are meant of every head, which lie keys before values."""
+        if not part.cut:
+            yield source
+            return
+        keys, values = int(self.config["qk_nope_head_dim"]), int(self.config["v_head_dim"])
+        for first in range(0, source.shape[0], keys + values):
+            yield (
+                Transposed(source.rows(first, keys)).tensor()
+                if part.cut == "keys"
+                else source.rows(first + keys, values)
+            )
 
 
 def type_of(name: str, shape: tuple[int, ...], asked: GgufType) -> GgufType:

@@ -50,6 +50,27 @@ def shared_width(config: Config) -> int:
     return int(config["moe_intermediate_size"] * config.get("num_shared_experts", 1))
 
 
+def first_of(key: str) -> Callable[[Config], Any]:
+    """What a key says of the first layer, which it says of every layer."""
+    return lambda config: config[key][0]
+
+
+def key_width(config: Config) -> int:
+    """Of a compressed state beside what positions turn."""
+    return int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+
+
+def key_head_width(config: Config) -> int:
+    """Of a head's keys that are made of one."""
+    return int(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+
+
+def yarn_log_factor(config: Config) -> float | None:
+    """A tenth of yarn's `mscale_all_dim`, as llama.cpp has it of this family."""
+    found = (config.get("rope_parameters") or {}).get("mscale_all_dim")
+    return None if found is None else 0.1 * found
+
+
 def state_width(config: Config) -> int:
     """Of layers with states, which the model need not have."""
     return int(config["mamba_expand"] * config["hidden_size"])
@@ -88,6 +109,11 @@ def has_yarn(config: Config) -> bool:
     rope = config.get("rope_parameters") or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     return any(kind.get("rope_type") == "yarn" for kind in kinds)
+
+
+def is_partly_unrotated(config: Config) -> bool:
+    """Whether rotary positions turn nothing in some layers."""
+    return not all(config.get("layer_rope_theta") or [True])
 
 
 def has_late_dense(config: Config) -> bool:

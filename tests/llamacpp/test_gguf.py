@@ -80,6 +80,14 @@ KINDS: dict[str, Kind] = {
     "cohere2_moe": Kind("cohere2_moe", "cohere2", DENSE["cohere2"][1] | SIZES),
     "cohere2_moe, dense layers": Kind("cohere2_moe", "cohere2", DENSE["cohere2"][1] | SIZES, moe_layers=(1, 2)),
     "mellum": Kind("mellum", "qwen3", QWEN3 | WINDOWS),
+    "hy_v3": Kind("hy_v3", "qwen3", QWEN3),
+    "hy_v3, shared, dense layers": Kind("hy_v3", "qwen3", QWEN3, shared=True, moe_layers=(1,)),
+    "granitemoe_swa": Kind("granitemoe_swa", "granite_swa", DENSE["granite_swa"][1] | SIZES),
+    "granitemoe_swa, shared": Kind("granitemoe_swa", "granite_swa", DENSE["granite_swa"][1] | SIZES, shared=True),
+    "deepseek_v3": Kind("deepseek_v3", "youtu", DENSE["youtu"][1] | SIZES, shared=True),
+    "deepseek_v3, dense layers": Kind(
+        "deepseek_v3", "youtu", DENSE["youtu"][1] | SIZES, shared=True, moe_layers=(1, 2)
+    ),
     "exaone_moe": Kind("exaone_moe", "qwen3", QWEN3, shared=True),
     "exaone_moe, dense layers": Kind("exaone_moe", "qwen3", QWEN3, shared=True, moe_layers=(1, 2)),
 }  # fmt: skip
@@ -149,10 +157,17 @@ def test_files_are_those_of_the_converter_with_and_without_a_checkpoint(tmp_path
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
-    ("moe", "model_type", "shared"), [("granitemoehybrid", "granite", False), ("glm4_moe", "llama", True)]
+    ("moe", "model_type", "shared"),
+    [
+        ("granitemoehybrid", "granite", False),
+        ("glm4_moe", "llama", True),
+        ("hunyuan_v1_moe", "hunyuan_v1_dense", True),
+        ("hunyuan_v1_moe", "hunyuan_v1_dense", False),
+    ],
 )
 def test_what_the_converter_refuses_is_computed_as_by_transformers(tmp_path, moe, model_type, shared):
-    base, *experts = (make_model(tmp_path / str(n), n, model_type, **SIZES) for n in range(4))
+    sizes = DENSE[model_type][1] | SIZES
+    base, *experts = (make_model(tmp_path / str(n), n, model_type, **sizes) for n in range(4))
     keys = {"shared_experts": [{"source_model": str(experts.pop())}]} if shared else {}
     config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture=moe, **keys)
     merge(plan_merge(load_config(config)), tmp_path / "out")
