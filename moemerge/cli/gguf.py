@@ -73,6 +73,7 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
             report = stoppable(progress)
             write_gguf(
                 out, file, type=type, overwrite=overwrite, low_memory=low_memory, llama_cpp=llama_cpp,
+                tell=lambda note: console.print(f"warning: {note}", style="yellow"),
                 progress=lambda done, total: report("weights", done, total),
             )  # fmt: skip
         if not quiet:

@@ -6,7 +6,7 @@ from typing import Final
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band, Piece, measure
-from moemerge.errors import IncompatibleError
+from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
 from moemerge.export.families import Config, GgufFamily, Names, Part
 from moemerge.export.keys import rope_factors
@@ -17,6 +17,7 @@ _ALWAYS_F32: Final = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp
 _STACK_AXES: Final = 3
 # Groups of which each layer is of one, if the family has them; the first where it seems to be of none.
 _EITHER: Final = (("routed", "dense"), ("attention", "convolution"))
+_EXPERTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _HEADS: Final = {"query": "num_attention_heads", "key": "num_key_value_heads"}
 
 
@@ -82,7 +83,7 @@ class Conversion:
 
     def _rope_freqs(self) -> Iterator[GgufTensor]:
         factors = rope_factors(self.config)
-        if factors is not None and self.family.slows_waves:
+        if factors is not None:
             piece = Piece(factors.astype("<f4").tobytes(), "F32")
             yield GgufTensor("rope_freqs.weight", factors.shape, "f32", ((piece,),))
 
@@ -94,8 +95,10 @@ class Conversion:
 
     @property
     def _experts(self) -> int:
-        keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-        return next(int(self.config[key]) for key in keys if self.config.get(key))
+        found = next((self.config[key] for key in _EXPERTS if self.config.get(key)), None)
+        if type(found) is not int:
+            raise CheckpointError(f"config.json: names no number of experts, by none of {', '.join(_EXPERTS)}.")
+        return found
 
     def _tensor(self, name: str, part: Part, sources: list[StoredTensor]) -> GgufTensor:
         is_stack = "{expert}" in part.source or part.cut or (part.half and len(sources[0].shape) == _STACK_AXES)

@@ -104,11 +104,14 @@ def has_no_window(config: Config) -> bool:
     return not (config.get("sliding_window") and any(is_sliding(config)))
 
 
+def has_window(config: Config) -> bool:
+    """Whether layers see a window alone."""
+    return bool(config.get("sliding_window"))
+
+
 def has_yarn(config: Config) -> bool:
     """Whether rotary positions are scaled by yarn."""
-    rope = config.get("rope_parameters") or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type") == "yarn" for kind in kinds)
+    return any(rope.get("rope_type") == "yarn" for rope in _ropes(config))
 
 
 def is_partly_unrotated(config: Config) -> bool:
@@ -125,3 +128,24 @@ def has_late_dense(config: Config) -> bool:
 def ends_dense(config: Config) -> bool:
     """The same of Ernie's models."""
     return bool(config["moe_layer_end_index"] not in {-1, config["num_hidden_layers"] - 1})
+
+
+def _has_rope(kind: str) -> Callable[[Config], bool]:
+    """Whether rotary positions are scaled in some way."""
+    return lambda config: any(rope.get("rope_type", rope.get("type")) == kind for rope in _ropes(config))
+
+
+def _ropes(config: Config) -> list[Config]:
+    """Settings of rotary positions, by whichever of their names the config has them, of each kind of layers."""
+    found = [config.get("rope_parameters") or {}, config.get("rope_scaling") or {}]
+    return [*found, *(value for rope in found for value in rope.values() if isinstance(value, dict))]
+
+
+LLAMA3 = "knows no llama3 scaling of its rotary positions"
+MSCALE = "ignores mscale in yarn's scaling of rotary positions"
+ROPES = (
+    (_has_rope("llama3"), LLAMA3),
+    (_has_rope("longrope"), "ignores longrope's factors"),
+    (lambda config: any("mscale" in rope for rope in _ropes(config)), MSCALE),
+)
+"""Scalings of rotary positions that most families' files cannot hold, and how to say so."""

@@ -71,7 +71,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder, size)
     if not (folder / "tokenizer.json").is_file():
-        raise unknown(f"{folder} holds neither tokenizer.json nor tokenizer.model")
+        raise unknown("there is neither tokenizer.json nor tokenizer.model")
     tokenizer = read_table(folder / "tokenizer.json")
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
@@ -99,14 +99,14 @@ def read_table(path: Path) -> dict[str, Any]:
         return {}
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise CheckpointError(f"{path}: is larger than {_MOST_BYTES} bytes, as no tokenizer is.")
+            raise CheckpointError(f"{path.name}: is larger than {_MOST_BYTES} bytes, as no tokenizer is.")
         found = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error!s:.80}). Download it again.") from error
+        raise CheckpointError(f"{path.name}: is not JSON ({error!s:.80}). Download it again.") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {found!r:.60}.")
+        raise CheckpointError(f"{path.name}: expected a JSON object, found {found!r:.60}.")
     return found
 
 
