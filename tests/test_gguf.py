@@ -274,9 +274,11 @@ def test_a_tensor_is_neither_missing_nor_dropped(tmp_path, copied):
     stored = load_file(copied / "model.safetensors")
     stored["model.layers.1.more"] = stored.pop("model.layers.1.self_attn.v_proj.weight")
     del stored["model.layers.2.block_sparse_moe.experts.1.w1.weight"]
+    stored["model.layers.0.self_attn.o_proj.weight"] = np.zeros((32, 32), np.int8)
     save_file(stored, copied / "model.safetensors", {"format": "pt"})
     assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf"), IncompatibleError).splitlines() == [
         "The checkpoint is not what llama.cpp's llama is made of:",
+        "  - model.layers.0.self_attn.o_proj.weight is stored as I8, not as floats",
         "  - model.layers.1.self_attn.v_proj.weight is missing",
         "  - model.layers.2.block_sparse_moe.experts.1.w1.weight is missing",
         "  - model.layers.1.more has no place in a GGUF file of its kind",
@@ -373,6 +375,14 @@ def test_numbers_that_a_type_cannot_hold_are_named_with_types_that_can(tmp_path,
 DAMAGE = {
     "a size that is none": ({"config.json": {"num_hidden_layers": "3"}}, (
         "config.json: num_hidden_layers has to be a size, found '3'."
+    )),
+    "layers": ({"config.json": {"num_hidden_layers": 10**12}}, (
+        "config.json: vocab_size 160 and 1000000000000 layers, but there are 42 tensors, and 160 rows in "
+        "model.embed_tokens.weight. Is a file missing?"
+    )),
+    "tokens beyond": ({"config.json": {"vocab_size": 10**12}}, (
+        "config.json: vocab_size 1000000000000 and 3 layers, but there are 42 tensors, and 160 rows in "
+        "model.embed_tokens.weight. Is a file missing?"
     )),
     "no experts": ({"config.json": {"num_local_experts": None}}, (
         "config.json: names no number of experts, by none of num_local_experts, num_experts, n_routed_experts, "

@@ -19,6 +19,7 @@ from moemerge.export.values import ROPES
 
 AskedType = GgufType | Literal["auto"]
 """`auto` is the 16-bit floats that the checkpoint has, else float16."""
+_EMBEDDINGS: Final = "model.embed_tokens.weight"
 # Without which there is no model of any family.
 _SIZES: Final = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
@@ -83,6 +84,13 @@ class GgufModel:
             CheckpointError: see `check`.
         """
         self.check()
+        rows = table[_EMBEDDINGS].shape[0] if _EMBEDDINGS in table else 0
+        size, layers = self.config["vocab_size"], self.config["num_hidden_layers"]
+        if size != rows or layers > len(table):
+            raise CheckpointError(
+                f"config.json: vocab_size {size} and {layers} layers, but there are {len(table)} tensors, and "
+                f"{rows} rows in {_EMBEDDINGS}. Is a file missing?"
+            )
         with _told_as_damage("config.json"):
             return Conversion(self.family, self.config, self.type).tensors(table)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from moemerge.checkpoint.floats import TYPES
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band, Piece, measure
 from moemerge.errors import CheckpointError, IncompatibleError
@@ -18,6 +19,8 @@ _STACK_AXES: Final = 3
 # Groups of which each layer is of one, if the family has them; the first where it seems to be of none.
 _EITHER: Final = (("routed", "dense"), ("attention", "convolution"))
 _EXPERTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Of a config that may say anything; those beyond are missing in any case.
+_MOST_EXPERTS: Final = 100_000
 _HEADS: Final = {"query": "num_attention_heads", "key": "num_key_value_heads"}
 
 
@@ -63,10 +66,14 @@ class Conversion:
                 sources = self._sources(prefix + part.source, table)
                 absent = [source for source in sources if source not in table]
                 used.update(sources)
-                if absent and part.needed and part.group in groups:
+                stored = [table[source] for source in sources if source in table]
+                odd = [tensor for tensor in stored if tensor.dtype not in TYPES]
+                if odd:
+                    missing.append(f"{odd[0].name} is stored as {odd[0].dtype}, not as floats")
+                elif absent and part.needed and part.group in groups:
                     missing.append(f"{absent[0]} is missing")
-                elif not absent and table[sources[0]].nbytes:
-                    found.append(self._tensor(place + name, part, [table[source] for source in sources]))
+                elif not absent and stored[0].nbytes:
+                    found.append(self._tensor(place + name, part, stored))
         missing += [f"{name} has no place in a GGUF file of its kind" for name in table if name not in used]
         if missing:
             raise IncompatibleError(
@@ -98,7 +105,7 @@ class Conversion:
         found = next((self.config[key] for key in _EXPERTS if self.config.get(key)), None)
         if type(found) is not int:
             raise CheckpointError(f"config.json: names no number of experts, by none of {', '.join(_EXPERTS)}.")
-        return found
+        return min(found, _MOST_EXPERTS)
 
     def _tensor(self, name: str, part: Part, sources: list[StoredTensor]) -> GgufTensor:
         is_stack = "{expert}" in part.source or part.cut or (part.half and len(sources[0].shape) == _STACK_AXES)
