@@ -51,6 +51,8 @@ class GgufFamily:
     """Further keys: the method of `gguf.GGUFWriter` that adds one, and its value."""
     replaces: tuple[tuple[str, Value], ...] = ()
     """Keys of `config.json` that stand for something else while the usual keys are made of it."""
+    is_gemma4: bool = False
+    """Whether its vocabulary is a kind of its own: SentencePiece's tokens, and merges of them."""
     is_llama: bool = False
     """Whether its vocabulary is read as Llama's: spaces before texts, and no BOS token of Granite's."""
     named_tokens: tuple[tuple[str, str], ...] = ()

@@ -1,8 +1,17 @@
-"""Names that most families share, of a GGUF file's tensors and of what they are made of."""
+"""What families share: names of a GGUF file's tensors and of what they are made of, keys, reasons."""
 
 from typing import Final
 
 from moemerge.export.families import Names, Part, grouped, optional, separate
+from moemerge.export.values import (
+    constant,
+    has_late_dense,
+    has_no_shared,
+    has_no_window,
+    has_window,
+    head_width,
+    is_sliding,
+)
 
 TIED: Final[Names] = {
     "token_embd.weight": Part("model.embed_tokens.weight"), "output_norm.weight": Part("model.norm.weight"),
@@ -39,3 +48,20 @@ EXPERTS: Final = separate("mlp.experts.{expert}", PROJECTIONS, "_exps")
 ROUTED: Final = grouped("routed", {"ffn_gate_inp.weight": Part("mlp.gate.weight"), **EXPERTS})
 SHARED: Final = grouped("routed", separate("mlp.shared_experts", PROJECTIONS, "_shexp"))
 CHOICE: Final = grouped("routed", {"exp_probs_b.bias": Part("mlp.gate.e_score_correction_bias")})
+
+EXPERT_WIDTH: Final = ("add_expert_feed_forward_length", "moe_intermediate_size")
+VOCAB_SIZE: Final = ("add_vocab_size", "vocab_size")
+WINDOW: Final = (("add_sliding_window", "sliding_window"), ("add_sliding_window_pattern", is_sliding))
+DENSE_PREFIX: Final = ("add_leading_dense_block_count", "first_k_dense_replace")
+ROTATED: Final = ("add_rope_dimension_count", head_width)
+WEIGHTS: Final = (
+    ("add_expert_weights_scale", "routed_scaling_factor"), ("add_expert_weights_norm", "norm_topk_prob"),
+)  # fmt: skip
+SIGMOID: Final = ("add_expert_gating_func", constant("SIGMOID"))
+WITHOUT_SHARED: Final = (has_no_shared, "does not load it without a shared expert")
+WITHOUT_WINDOW: Final = (has_no_window, "does not load it where no layer has a window")
+WINDOW_IGNORED: Final = (
+    has_window,
+    "llama.cpp ignores its window: it is right for texts up to {sliding_window} tokens",
+)
+LATE_DENSE: Final = (has_late_dense, "does not load it with dense layers after others")

@@ -10,7 +10,7 @@ from moemerge.checkpoint.pieces import Band, Piece, measure
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
 from moemerge.export.families import Config, GgufFamily, Names, Part
-from moemerge.export.keys import rope_factors
+from moemerge.export.keys import proportional_factors, rope_factors
 from moemerge.export.transposed import Transposed
 
 # What engines read in float32 alone, whatever the rest of the file is; so are vectors, and what is no weight.
@@ -89,7 +89,7 @@ class Conversion:
         return {"", *found, *lacking}
 
     def _rope_freqs(self) -> Iterator[GgufTensor]:
-        factors = rope_factors(self.config)
+        factors = proportional_factors(self.config) if self.family.is_gemma4 else rope_factors(self.config)
         if factors is not None:
             piece = Piece(factors.astype("<f4").tobytes(), "F32")
             yield GgufTensor("rope_freqs.weight", factors.shape, "f32", ((piece,),))

@@ -71,6 +71,30 @@ def yarn_log_factor(config: Config) -> float | None:
     return None if found is None else 0.1 * found
 
 
+def whole_layers(key: str, other: str) -> Callable[[Config], Any]:
+    """What layers without a window have for a key, or the model by another name; None where nothing is said."""
+
+    def value(config: Config) -> Any:
+        by_layer = config.get("per_layer_config") or {}
+        kinds = config["layer_types"]
+        own = [by_layer.get(str(layer), {}).get(key) for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        return next((found for found in own if found is not None), config.get(other))
+
+    return value
+
+
+def key_heads_of_kinds(config: Config) -> list[int] | None:
+    """Of each layer its key heads, where those without a window have others."""
+    whole = whole_layers("num_key_value_heads", "num_global_key_value_heads")(config)
+    windowed = config["num_key_value_heads"]
+    return None if whole is None else [windowed if sliding else whole for sliding in is_sliding(config)]
+
+
+def is_not_proportional(config: Config) -> bool:
+    """Whether layers without a window turn positions otherwise than Gemma 4's."""
+    return bool(config["rope_parameters"]["full_attention"].get("rope_type") != "proportional")
+
+
 def state_width(config: Config) -> int:
     """Of layers with states, which the model need not have."""
     return int(config["mamba_expand"] * config["hidden_size"])

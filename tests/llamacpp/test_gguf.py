@@ -275,6 +275,24 @@ def test_ernies_mixture_is_read_as_the_converter_reads_it(tmp_path, tokenizer_fo
     assert encoded(theirs, texts) != expected
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gemmas_mixture_is_read_as_the_converter_reads_it(tmp_path, tokenizer_folder, tied):
+    sizes = DENSE["gemma4_text"][1] | {"vocab_size": PIECES, "vocab_size_per_layer_input": PIECES}
+    sizes |= {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": tied}
+    base, *experts = (make_model(tmp_path / str(n), n, "gemma4_text", **sizes) for n in range(3))
+    shutil.copytree(tokenizer_folder, base, dirs_exist_ok=True)
+    (base / "tokenizer.model").unlink()
+    config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture="gemma4_text")
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    for kind in TYPES:
+        write_gguf(tmp_path / "out", tmp_path / "ours.gguf", type=kind, overwrite=True)
+        theirs = converted(tmp_path / "out", kind)
+        assert isinstance(theirs, Path), theirs
+        compare(tmp_path / "ours.gguf", theirs)
+        merge_to_gguf(plan_merge(load_config(config)), tmp_path / "out.gguf", type=kind, overwrite=True)
+        assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_tokenizer_json_with_byte_fallback_is_read_as_the_converter_reads_it(tmp_path, tokenizer_folder, named):
     base, *experts = (make_model(tmp_path / str(n), n, "llama", **SIZES, vocab_size=PIECES + 2) for n in range(3))
