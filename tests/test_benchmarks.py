@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -202,3 +203,10 @@ def test_merges_from_the_hub_and_to_it_take_what_was_planned(tmp_path):
     # What is worked out stands in the documentation as it is printed.
     assert [cells[0] for cells in table[-4:]] == large
     assert "\n".join(lines[-4:]) in (ROOT / "docs" / "hub.md").read_text()
+
+
+def test_memory_of_a_gguf_file_is_measured(tmp_path):
+    heads, row = run("gguf_files.py", tmp_path, "--shape", "tiny").splitlines()
+    assert heads.startswith("what ")
+    assert re.fullmatch(r"plan -> q8_0 .* \d+ MB", row)
+    assert not list(tmp_path.glob("*.gguf"))

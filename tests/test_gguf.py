@@ -19,6 +19,8 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.files import read_exactly
+from moemerge.checkpoint.header import read_header
 from moemerge.cli.app import main
 from moemerge.errors import (
     CheckpointError,
@@ -33,6 +35,7 @@ from moemerge.export.blocks import quantise_q8_0
 from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors
 from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
+from moemerge.export.transposed import Transposed
 from moemerge.export.vocabulary import read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
 from moemerge.merging_to_gguf import merge_to_gguf
@@ -198,6 +201,18 @@ def test_llama3_slows_long_waves_and_leaves_short_ones():
     assert rope_factors({"rope_parameters": rope | {"rope_type": "default"}, "head_dim": 128}) is None
 
 
+def test_a_head_is_transposed_in_any_part_of_it(tmp_path):
+    values = np.arange(40, dtype=np.float32).reshape(5, 8)
+    save_file({"before": np.zeros(3, np.float32), "head": values}, tmp_path / "a.safetensors")
+    stored = read_header(tmp_path / "a.safetensors")["head"]
+    tensor = Transposed(stored).tensor()
+    assert tensor.shape == (8, 5)
+    for first, count in ((0, 8), (3, 4)):
+        rows = tensor.rows(first, count)
+        with rows.open() as reader:
+            assert read_exactly(reader, rows.nbytes) == values.T[first : first + count].tobytes()
+
+
 # ---- refusals
 
 
@@ -259,9 +274,11 @@ def test_a_tensor_is_neither_missing_nor_dropped(tmp_path, copied):
     stored = load_file(copied / "model.safetensors")
     stored["model.layers.1.more"] = stored.pop("model.layers.1.self_attn.v_proj.weight")
     del stored["model.layers.2.block_sparse_moe.experts.1.w1.weight"]
+    stored["model.layers.0.self_attn.o_proj.weight"] = np.zeros((32, 32), np.int8)
     save_file(stored, copied / "model.safetensors", {"format": "pt"})
     assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf"), IncompatibleError).splitlines() == [
         "The checkpoint is not what llama.cpp's llama is made of:",
+        "  - model.layers.0.self_attn.o_proj.weight is stored as I8, not as floats",
         "  - model.layers.1.self_attn.v_proj.weight is missing",
         "  - model.layers.2.block_sparse_moe.experts.1.w1.weight is missing",
         "  - model.layers.1.more has no place in a GGUF file of its kind",
@@ -273,7 +290,7 @@ UNKNOWN = "The tokenizer cannot be written to a GGUF file; llama.cpp's converter
 
 def _without(copied: Path) -> str:
     (copied / "tokenizer.json").unlink()
-    return f"{copied} holds neither tokenizer.json nor tokenizer.model"
+    return "there is neither tokenizer.json nor tokenizer.model"
 
 
 def _unigram(copied: Path) -> str:
@@ -327,7 +344,7 @@ def test_a_disk_without_room_is_not_filled(tmp_path, out, config, monkeypatch):
         lambda: merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf"),
     ):
         message = refused(work, OutputError)
-        assert message.startswith(f"{tmp_path}: the merged model takes 50.")
+        assert message.startswith(f"{tmp_path / 'a.gguf'}: the merged model takes 50.")
         assert message.endswith("but the disk has 1.00 kB free. Free some space, or write to another disk.")
     assert not list(tmp_path.iterdir())
 
@@ -355,12 +372,78 @@ def test_numbers_that_a_type_cannot_hold_are_named_with_types_that_can(tmp_path,
         )
 
 
+DAMAGE = {
+    "a size that is none": ({"config.json": {"num_hidden_layers": "3"}}, (
+        "config.json: num_hidden_layers has to be a size, found '3'."
+    )),
+    "layers": ({"config.json": {"num_hidden_layers": 10**12}}, (
+        "config.json: vocab_size 160 and 1000000000000 layers, but there are 42 tensors, and 160 rows in "
+        "model.embed_tokens.weight. Is a file missing?"
+    )),
+    "tokens beyond": ({"config.json": {"vocab_size": 10**12}}, (
+        "config.json: vocab_size 1000000000000 and 3 layers, but there are 42 tensors, and 160 rows in "
+        "model.embed_tokens.weight. Is a file missing?"
+    )),
+    "no experts": ({"config.json": {"num_local_experts": None}}, (
+        "config.json: names no number of experts, by none of num_local_experts, num_experts, n_routed_experts, "
+        "moe_num_experts."
+    )),
+    "sampling": ({"generation_config.json": {"temperature": "hot"}}, (
+        "config.json, model card, generation_config.json or tokenizer: holds what cannot be read, or written to a GGUF "
+        "file (error: required argument is not a float). Look at what differs from the released models of its family."
+    )),
+    "tokens": ({"tokenizer.json": {"added_tokens": [{"content": "<x>"}]}}, (
+        "config.json, model card, generation_config.json or tokenizer: holds what cannot be read, or written to a GGUF "
+        "file (KeyError: 'id'). Look at what differs from the released models of its family."
+    )),
+    "a list": ({"tokenizer_config.json": []}, "tokenizer_config.json: expected a JSON object, found []."),
+    "half": ({"tokenizer.json": "{"}, (
+        "tokenizer.json: is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)). "
+        "Download it again."
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_small_files_that_hold_anything_are_named(tmp_path, copied, name):
+    files, message = DAMAGE[name]
+    for file, change in files.items():
+        if isinstance(change, dict):
+            (copied / file).write_text((copied / file).read_text() if (copied / file).exists() else "{}")
+            edit_json(copied / file, **change)
+        else:
+            (copied / file).write_text(change if isinstance(change, str) else json.dumps(change))
+    assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf"), CheckpointError) == message
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_link_stays_one(tmp_path, out):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "b.gguf", tmp_path / "a.gguf"
+    target.write_bytes(b"GGUF")
+    link.symlink_to(target)
+    write_gguf(out, link, overwrite=True)
+    assert link.is_symlink()
+    assert "output.weight" in read(target)
+
+
+def test_what_llamacpp_ignores_is_told(tmp_path, copied):
+    told: list[str] = []
+    edit_json(copied / "config.json", sliding_window=16)
+    write_gguf(copied, tmp_path / "a.gguf", tell=told.append)
+    assert told == [f"{copied}: llama.cpp ignores its window: it is right for texts up to 16 tokens"]
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], bool, str]] = {
     "granitemoe": (
         "llama", LLAMA3_ROPE, False, "llama.cpp knows no llama3 scaling of its rotary positions",
     ),
     "granitemoeshared": (
         "llama", {"head_dim": 16}, False, "llama.cpp takes head_dim for hidden_size / num_attention_heads",
+    ),
+    "mixtral": (
+        "llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7}}, False,
+        "llama.cpp ignores mscale in yarn's scaling of rotary positions",
     ),
     "glm4_moe": ("llama", {}, False, "llama.cpp does not load it without a shared expert"),
     "dots1": ("qwen3", {"head_dim": 8}, True, "llama.cpp does not load it with fewer key heads than query heads"),
@@ -465,7 +548,7 @@ def test_pieces_are_read_from_the_file_alone(tmp_path):
     path.write_bytes(data[:-3])
     with pytest.raises(CheckpointError) as caught:
         read_pieces(path)
-    assert str(caught.value) == f"{path}: is no SentencePiece model (it is cut off). Download it again."
+    assert str(caught.value) == f"{path.name}: is no SentencePiece model (it is cut off). Download it again."
 
 
 @settings(deadline=None)
@@ -476,7 +559,7 @@ def test_any_bytes_are_pieces_or_refused(tmp_path_factory, data):
     try:
         assert all(isinstance(piece, SentencePiece) for piece in read_pieces(path))
     except CheckpointError as error:
-        assert str(error).startswith(f"{path}: is no SentencePiece model (")  # noqa: PT017
+        assert str(error).startswith(f"{path.name}: is no SentencePiece model (")  # noqa: PT017
 
 
 # ---- the command line

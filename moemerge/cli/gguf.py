@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moemerge.export.imatrix import Importance
-    from moemerge.export.writing import AskedType
+    from moemerge.export.model import AskedType
 
 _MODELFILE: Final = "Modelfile"
 
@@ -69,8 +69,8 @@ def check_gguf(
 
 def _check_kind(kind: str, *, calibrated: bool) -> None:
     from moemerge.export.imatrix import Importance
+    from moemerge.export.model import ASKED_TYPES
     from moemerge.export.quantising import FILE_TYPES, check_type
-    from moemerge.export.writing import ASKED_TYPES
 
     if kind not in ASKED_TYPES and kind not in FILE_TYPES:
         raise RefusedError(f"--type {kind}: is none of {', '.join(ASKED_TYPES | FILE_TYPES)}.")
@@ -95,8 +95,8 @@ def quantised(
         importance: the importance matrix of what was written first.
     """
     from moemerge.checkpoint.staging import staged
+    from moemerge.export.model import ASKED_TYPES
     from moemerge.export.quantising import quantise
-    from moemerge.export.writing import ASKED_TYPES
 
     if kind in ASKED_TYPES:
         yield file, ASKED_TYPES[kind]
@@ -162,6 +162,7 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
             report = stoppable(progress)
             write_gguf(
                 out, target, type=kind, overwrite=overwrite, low_memory=low_memory, llama_cpp=llama_cpp,
+                tell=lambda note: console.print(f"warning: {note}", style="yellow"),
                 progress=lambda done, total: report("weights", done, total),
             )  # fmt: skip
         if not quiet:

@@ -28,6 +28,8 @@ class Part:
     """Whether every layer that has its group has it."""
     group: str = ""
     """What kinds of layers have it: of one group at least one tensor is there, of the empty one in every layer."""
+    cut: Literal["", "keys", "values"] = ""
+    """Of every head the rows that make keys of a compressed state, transposed, or those that make values."""
     squeezed: bool = False
     """Whether an axis of one element in the middle falls."""
 
@@ -49,12 +51,16 @@ class GgufFamily:
     """Further keys: the method of `gguf.GGUFWriter` that adds one, and its value."""
     replaces: tuple[tuple[str, Value], ...] = ()
     """Keys of `config.json` that stand for something else while the usual keys are made of it."""
-    slows_waves: bool = False
-    """Whether llama3's scaling of rotary positions is a tensor of the file; else there is none."""
+    is_gemma4: bool = False
+    """Whether its vocabulary is a kind of its own: SentencePiece's tokens, and merges of them."""
     is_llama: bool = False
     """Whether its vocabulary is read as Llama's: spaces before texts, and no BOS token of Granite's."""
     named_tokens: tuple[tuple[str, str], ...] = ()
     """Parts of tokens, and the tokens that have them where nothing says otherwise."""
+    knows: frozenset[str] = frozenset()
+    """Of the reasons in `moemerge.export.values.ROPES`, those that are none for it."""
+    notes: tuple[tuple[Callable[[Config], bool], str], ...] = ()
+    """What llama.cpp computes wrongly, but not always; with keys of `config.json` in braces."""
     refuses: tuple[tuple[Callable[[Config], bool], str], ...] = ()
     """What llama.cpp cannot load or computes wrongly, and how to say that it does."""
 

@@ -3,85 +3,63 @@
 from collections.abc import Mapping
 from typing import Final
 
-from moemerge.export.families import GgufFamily, Names, Part, grouped, optional, separate
+from moemerge.export.families import GgufFamily, Part, grouped, optional, separate
+from moemerge.export.names import (
+    ATTENTION,
+    BIASES,
+    CHOICE,
+    DENSE,
+    DENSE_PREFIX,
+    EXPERT_WIDTH,
+    EXPERTS,
+    LATE_DENSE,
+    NORMS,
+    OPTIONAL_QK_NORMS,
+    PROJECTIONS,
+    QK_NORMS,
+    ROTATED,
+    ROUTED,
+    SHARED,
+    SIGMOID,
+    TURNED,
+    UNTIED,
+    VOCAB_SIZE,
+    WEIGHTS,
+    WHOLE,
+    WINDOW,
+    WINDOW_IGNORED,
+    WITHOUT_SHARED,
+    WITHOUT_WINDOW,
+)
+from moemerge.export.sibling_tables import COHERE2_MOE, ERNIE4_5_MOE, GEMMA4, HUNYUAN_V1_MOE, LFM2_MOE
 from moemerge.export.values import (
+    LLAMA3,
+    MSCALE,
     constant,
-    dense_lead,
-    ends_dense,
     has_grouped_heads,
-    has_late_dense,
-    has_no_shared,
-    has_no_window,
-    has_shared,
     has_wide_heads,
     has_yarn,
-    head_width,
     heads_by_layer,
-    is_sliding,
+    is_partly_unrotated,
+    key_head_width,
+    key_width,
     rotated_width,
     shared_width,
     state_width,
     truthy,
+    yarn_log_factor,
 )
-
-_TIED: Final[Names] = {
-    "token_embd.weight": Part("model.embed_tokens.weight"), "output_norm.weight": Part("model.norm.weight"),
-}  # fmt: skip
-_WHOLE: Final[Names] = _TIED | {"output.weight": optional("lm_head.weight")}
-_UNTIED: Final[Names] = _TIED | {"output.weight": Part("lm_head.weight")}
-_NORMS: Final[Names] = {
-    "attn_norm.weight": Part("input_layernorm.weight"), "ffn_norm.weight": Part("post_attention_layernorm.weight"),
-}  # fmt: skip
-_ATTENTION: Final[Names] = {
-    f"attn_{name}.weight": Part(f"self_attn.{source}_proj.weight")
-    for name, source in (("q", "q"), ("k", "k"), ("v", "v"), ("output", "o"))
-}
-_BIASES: Final[Names] = {
-    f"attn_{name}.bias": optional(f"self_attn.{source}_proj.bias")
-    for name, source in (("q", "q"), ("k", "k"), ("v", "v"), ("output", "o"))
-}
-_TURNED: Final[Names] = _ATTENTION | _BIASES | {
-    "attn_q.weight": Part("self_attn.q_proj.weight", "query"),
-    "attn_q.bias": Part("self_attn.q_proj.bias", "query", needed=False),
-    "attn_k.weight": Part("self_attn.k_proj.weight", "key"),
-    "attn_k.bias": Part("self_attn.k_proj.bias", "key", needed=False),
-}  # fmt: skip
-_QK_NORMS: Final[Names] = {
-    "attn_q_norm.weight": Part("self_attn.q_norm.weight"), "attn_k_norm.weight": Part("self_attn.k_norm.weight"),
-}  # fmt: skip
-_OPTIONAL_QK_NORMS: Final[Names] = {
-    "attn_q_norm.weight": optional("self_attn.q_norm.weight"),
-    "attn_k_norm.weight": optional("self_attn.k_norm.weight"),
-}  # fmt: skip
-_PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
-_DENSE: Final = grouped("dense", separate("mlp", _PROJECTIONS))
-_EXPERTS: Final = separate("mlp.experts.{expert}", _PROJECTIONS, "_exps")
-_ROUTED: Final = grouped("routed", {"ffn_gate_inp.weight": Part("mlp.gate.weight"), **_EXPERTS})
-_SHARED: Final = grouped("routed", separate("mlp.shared_experts", _PROJECTIONS, "_shexp"))
-_CHOICE: Final = grouped("routed", {"exp_probs_b.bias": Part("mlp.gate.e_score_correction_bias")})
-
-_EXPERT_WIDTH: Final = ("add_expert_feed_forward_length", "moe_intermediate_size")
-_VOCAB_SIZE: Final = ("add_vocab_size", "vocab_size")
-_WINDOW: Final = (("add_sliding_window", "sliding_window"), ("add_sliding_window_pattern", is_sliding))
-_DENSE_PREFIX: Final = ("add_leading_dense_block_count", "first_k_dense_replace")
-_ROTATED: Final = ("add_rope_dimension_count", head_width)
-_WEIGHTS: Final = (
-    ("add_expert_weights_scale", "routed_scaling_factor"), ("add_expert_weights_norm", "norm_topk_prob"),
-)  # fmt: skip
-_SIGMOID: Final = ("add_expert_gating_func", constant("SIGMOID"))
-_WITHOUT_SHARED: Final = (has_no_shared, "does not load it without a shared expert")
-_LATE_DENSE: Final = (has_late_dense, "does not load it with dense layers after others")
 
 MIXTRAL: Final = GgufFamily(
     "llama",
-    _NORMS | _TURNED | {
+    NORMS | TURNED | {
         "ffn_gate_inp.weight": Part("block_sparse_moe.gate.weight"),
         **separate("block_sparse_moe.experts.{expert}", ("w1", "w3", "w2"), "_exps"),
     },
-    _WHOLE, keys=(_VOCAB_SIZE, _ROTATED), slows_waves=True, is_llama=True,
+    WHOLE, keys=(VOCAB_SIZE, ROTATED), knows=frozenset({LLAMA3}), is_llama=True, notes=(WINDOW_IGNORED,),
 )  # fmt: skip
 _GRANITE_KEYS: Final = (
-    _VOCAB_SIZE, _ROTATED, ("add_attention_scale", truthy("attention_multiplier")),
+    VOCAB_SIZE, ROTATED, ("add_attention_scale", truthy("attention_multiplier")),
     ("add_embedding_scale", truthy("embedding_multiplier")), ("add_residual_scale", truthy("residual_multiplier")),
     ("add_logit_scale", truthy("logits_scaling")),
     ("add_expert_shared_feed_forward_length", truthy("shared_intermediate_size")),
@@ -89,7 +67,7 @@ _GRANITE_KEYS: Final = (
 _HEADS: Final = (has_wide_heads, "takes head_dim for hidden_size / num_attention_heads")
 GRANITE_MOE: Final = GgufFamily(
     "granitemoe",
-    _NORMS | _TURNED | {
+    NORMS | TURNED | {
         "ffn_gate_inp.weight": Part("block_sparse_moe.router.layer.weight"),
         "ffn_gate_exps.weight": Part("block_sparse_moe.input_linear.weight", half="first"),
         "ffn_up_exps.weight": Part("block_sparse_moe.input_linear.weight", half="second"),
@@ -98,11 +76,11 @@ GRANITE_MOE: Final = GgufFamily(
         "ffn_up_shexp.weight": Part("shared_mlp.input_linear.weight", half="second", needed=False),
         "ffn_down_shexp.weight": optional("shared_mlp.output_linear.weight"),
     },
-    _WHOLE, keys=_GRANITE_KEYS, replaces=(("head_dim", constant(None)),), is_llama=True, refuses=(_HEADS,),
+    WHOLE, keys=_GRANITE_KEYS, replaces=(("head_dim", constant(None)),), is_llama=True, refuses=(_HEADS,),
 )  # fmt: skip
 # One that attends in every layer is a granitemoe; of layers with states it has the settings all the same.
 GRANITE_HYBRID: Final = GgufFamily(
-    "granitemoe", GRANITE_MOE.layer, _WHOLE,
+    "granitemoe", GRANITE_MOE.layer, WHOLE,
     keys=(
         *_GRANITE_KEYS, ("add_ssm_conv_kernel", "mamba_d_conv"), ("add_ssm_state_size", "mamba_d_state"),
         ("add_ssm_group_count", "mamba_n_groups"), ("add_ssm_inner_size", state_width),
@@ -111,120 +89,111 @@ GRANITE_HYBRID: Final = GgufFamily(
     replaces=(("head_dim", constant(None)), ("num_key_value_heads", heads_by_layer)), refuses=(_HEADS,),
 )  # fmt: skip
 QWEN3_MOE: Final = GgufFamily(
-    "qwen3moe", _NORMS | _ATTENTION | _QK_NORMS | _ROUTED, _WHOLE, keys=(_EXPERT_WIDTH,),
+    "qwen3moe", NORMS | ATTENTION | QK_NORMS | ROUTED, WHOLE, keys=(EXPERT_WIDTH,),
 )  # fmt: skip
 _GLM_KEYS: Final = (
-    ("add_rope_dimension_count", rotated_width), _EXPERT_WIDTH, ("add_expert_shared_count", "n_shared_experts"),
-    _DENSE_PREFIX, _SIGMOID, *_WEIGHTS, ("add_nextn_predict_layers", "num_nextn_predict_layers"),
+    ("add_rope_dimension_count", rotated_width), EXPERT_WIDTH, ("add_expert_shared_count", "n_shared_experts"),
+    DENSE_PREFIX, SIGMOID, *WEIGHTS, ("add_nextn_predict_layers", "num_nextn_predict_layers"),
 )  # fmt: skip
 GLM4_MOE: Final = GgufFamily(
     "glm4moe",
     {
-        "attn_norm.weight": _NORMS["attn_norm.weight"], "post_attention_norm.weight": _NORMS["ffn_norm.weight"],
-        **_ATTENTION, **_BIASES, **_OPTIONAL_QK_NORMS, **_DENSE, **_ROUTED, **_CHOICE, **_SHARED,
+        "attn_norm.weight": NORMS["attn_norm.weight"], "post_attention_norm.weight": NORMS["ffn_norm.weight"],
+        **ATTENTION, **BIASES, **OPTIONAL_QK_NORMS, **DENSE, **ROUTED, **CHOICE, **SHARED,
     },
-    _WHOLE, keys=_GLM_KEYS,
+    WHOLE, keys=_GLM_KEYS,
     named_tokens=(
         ("bos", "[gMASK]"), ("eot", "<|user|>"), ("unk", "<|endoftext|>"), ("eom", "<|observation|>"),
     ),
-    refuses=(_WITHOUT_SHARED,),
+    refuses=(WITHOUT_SHARED,),
 )  # fmt: skip
 SOLAR_OPEN: Final = GgufFamily(
-    "glm4moe", GLM4_MOE.layer, _WHOLE, keys=_GLM_KEYS,
+    "glm4moe", GLM4_MOE.layer, WHOLE, keys=_GLM_KEYS,
     named_tokens=(
         ("eos", "<|endoftext|>"), ("eot", "<|endoftext|>"), ("unk", "<unk>"), ("bos", "<|startoftext|>"),
     ),
-    refuses=(_WITHOUT_SHARED,),
+    refuses=(WITHOUT_SHARED,),
 )  # fmt: skip
 DOTS1: Final = GgufFamily(
-    "dots1", _NORMS | _ATTENTION | _QK_NORMS | _DENSE | _ROUTED | _CHOICE | _SHARED, _UNTIED,
-    keys=(_EXPERT_WIDTH, _DENSE_PREFIX, ("add_expert_shared_count", "n_shared_experts"), *_WEIGHTS),
-    refuses=(_WITHOUT_SHARED, (has_grouped_heads, "does not load it with fewer key heads than query heads")),
-)  # fmt: skip
-ERNIE4_5_MOE: Final = GgufFamily(
-    "ernie4_5-moe",
-    _NORMS | _ATTENTION | _DENSE | _ROUTED
-    | grouped("routed", {"exp_probs_b.bias": Part("mlp.moe_statics.e_score_correction_bias")}),
-    _WHOLE,
-    keys=(
-        ("add_expert_count", "moe_num_experts"), ("add_expert_used_count", "moe_k"),
-        ("add_interleave_moe_layer_step", "moe_layer_interval"),
-        ("add_leading_dense_block_count", "moe_layer_start_index"), _EXPERT_WIDTH,
-        ("add_expert_shared_count", "moe_num_shared_experts"),
-    ),
-    is_llama=True,
-    refuses=(
-        (has_shared, "does not load it with a shared expert"),
-        (ends_dense, "does not load it with dense layers after others"),
-    ),
-)  # fmt: skip
-LFM2_MOE: Final = GgufFamily(
-    "lfm2moe",
-    {
-        "attn_norm.weight": Part("operator_norm.weight"), "ffn_norm.weight": Part("ffn_norm.weight"),
-        **grouped("attention", {
-            "attn_q.weight": Part("self_attn.q_proj.weight"), "attn_k.weight": Part("self_attn.k_proj.weight"),
-            "attn_v.weight": Part("self_attn.v_proj.weight"), "attn_output.weight": Part("self_attn.out_proj.weight"),
-            "attn_q_norm.weight": Part("self_attn.q_layernorm.weight"),
-            "attn_k_norm.weight": Part("self_attn.k_layernorm.weight"),
-        }),
-        **grouped("convolution", {
-            "shortconv.conv.weight": Part("conv.conv.weight", squeezed=True),
-            "shortconv.in_proj.weight": Part("conv.in_proj.weight"),
-            "shortconv.out_proj.weight": Part("conv.out_proj.weight"),
-        }),
-        **grouped("dense", separate("feed_forward", ("w1", "w3", "w2"))),
-        **grouped("routed", {
-            "ffn_gate_inp.weight": Part("feed_forward.gate.weight"),
-            "exp_probs_b.bias": Part("feed_forward.expert_bias"),
-            **separate("feed_forward.experts.{expert}", ("w1", "w3", "w2"), "_exps"),
-        }),
-    },
-    {
-        "token_embd.weight": Part("model.embed_tokens.weight"),
-        "token_embd_norm.weight": Part("model.embedding_norm.weight"),
-    },
-    keys=(
-        _EXPERT_WIDTH, ("add_leading_dense_block_count", "num_dense_layers"), _SIGMOID, _VOCAB_SIZE,
-        ("add_shortconv_l_cache", "conv_L_cache"),
-    ),
-    replaces=(("num_key_value_heads", heads_by_layer),),
-)  # fmt: skip
-COHERE2_MOE: Final = GgufFamily(
-    "cohere2moe",
-    {"attn_norm.weight": _NORMS["attn_norm.weight"], **_ATTENTION, **_DENSE, **_ROUTED},
-    _WHOLE,
-    keys=(
-        ("add_logit_scale", "logit_scale"), *_WINDOW, _VOCAB_SIZE,
-        ("add_expert_feed_forward_length", "intermediate_size"), ("add_leading_dense_block_count", dense_lead),
-        ("add_expert_weights_norm", "norm_topk_prob"), _ROTATED, ("add_rope_scaling_type", constant("NONE")),
-    ),
-    refuses=(_LATE_DENSE,),
+    "dots1", NORMS | ATTENTION | QK_NORMS | DENSE | ROUTED | CHOICE | SHARED, UNTIED,
+    keys=(EXPERT_WIDTH, DENSE_PREFIX, ("add_expert_shared_count", "n_shared_experts"), *WEIGHTS),
+    refuses=(WITHOUT_SHARED, (has_grouped_heads, "does not load it with fewer key heads than query heads")),
+    notes=(WINDOW_IGNORED,),
 )  # fmt: skip
 MELLUM: Final = GgufFamily(
-    "mellum", _NORMS | _ATTENTION | _QK_NORMS | _ROUTED, _UNTIED, keys=(_EXPERT_WIDTH, *_WINDOW),
+    "mellum", NORMS | ATTENTION | QK_NORMS | ROUTED, UNTIED, keys=(EXPERT_WIDTH, *WINDOW),
     refuses=(
-        (has_no_window, "does not load it where no layer has a window"),
+        WITHOUT_WINDOW,
         (has_yarn, "computes something else where rotary positions are scaled by yarn"),
     ),
 )  # fmt: skip
 EXAONE_MOE: Final = GgufFamily(
     "exaone-moe",
-    _NORMS | _ATTENTION | _QK_NORMS | _DENSE | _ROUTED | _SHARED
+    NORMS | ATTENTION | QK_NORMS | DENSE | ROUTED | SHARED
     | grouped("routed", {"exp_probs_b.bias": Part("mlp.e_score_correction_bias")}),
-    _WHOLE,
+    WHOLE,
     keys=(
-        _VOCAB_SIZE, *_WINDOW, _EXPERT_WIDTH, ("add_expert_shared_count", "num_shared_experts"),
-        ("add_expert_shared_feed_forward_length", shared_width), *_WEIGHTS, _DENSE_PREFIX,
+        VOCAB_SIZE, *WINDOW, EXPERT_WIDTH, ("add_expert_shared_count", "num_shared_experts"),
+        ("add_expert_shared_feed_forward_length", shared_width), *WEIGHTS, DENSE_PREFIX,
         ("add_nextn_predict_layers", constant(0)), ("add_rope_scaling_type", constant("NONE")),
     ),
-    slows_waves=True, refuses=(_WITHOUT_SHARED, _LATE_DENSE),
+    knows=frozenset({LLAMA3}), refuses=(WITHOUT_SHARED, LATE_DENSE),
+)  # fmt: skip
+HY_V3: Final = GgufFamily(
+    "hy_v3",
+    NORMS | ATTENTION | QK_NORMS | DENSE | grouped("routed", {
+        "ffn_gate_inp.weight": Part("mlp.router.gate.weight"), "exp_probs_b": Part("mlp.expert_bias"), **EXPERTS,
+        **separate("mlp.shared_mlp", PROJECTIONS, "_shexp"),
+    }),
+    WHOLE,
+    keys=(
+        EXPERT_WIDTH, ("add_expert_shared_feed_forward_length", shared_width),
+        ("add_expert_weights_norm", constant(value=True)), ("add_expert_weights_scale", "router_scaling_factor"),
+        SIGMOID,
+    ),
+)  # fmt: skip
+GRANITE_MOE_SWA: Final = GgufFamily(
+    "granite_swa",
+    NORMS | TURNED | {
+        "attn_sinks.weight": Part("self_attn.sinks"), "ffn_gate_inp.weight": Part("block_sparse_moe.router.weight"),
+        "ffn_gate_up_exps.weight": Part("block_sparse_moe.experts.gate_up_proj"),
+        "ffn_down_exps.weight": Part("block_sparse_moe.experts.down_proj"),
+        "ffn_up_shexp.weight": optional("shared_mlp.input_linear.weight"),
+        "ffn_down_shexp.weight": optional("shared_mlp.output_linear.weight"),
+    },
+    WHOLE, keys=(*_GRANITE_KEYS, *WINDOW), replaces=(("head_dim", constant(None)),), is_llama=True,
+    refuses=(_HEADS, WITHOUT_WINDOW, (is_partly_unrotated, "rotates positions in every layer")),
+)  # fmt: skip
+DEEPSEEK_V3: Final = GgufFamily(
+    "deepseek2",
+    NORMS | DENSE | ROUTED | CHOICE | SHARED | {
+        "attn_q.weight": optional("self_attn.q_proj.weight"), "attn_q_a.weight": optional("self_attn.q_a_proj.weight"),
+        "attn_q_a_norm.weight": optional("self_attn.q_a_layernorm.weight"),
+        "attn_q_b.weight": optional("self_attn.q_b_proj.weight"),
+        "attn_kv_a_mqa.weight": Part("self_attn.kv_a_proj_with_mqa.weight"),
+        "attn_kv_a_norm.weight": Part("self_attn.kv_a_layernorm.weight"),
+        "attn_k_b.weight": Part("self_attn.kv_b_proj.weight", cut="keys"),
+        "attn_v_b.weight": Part("self_attn.kv_b_proj.weight", cut="values"),
+        "attn_output.weight": ATTENTION["attn_output.weight"],
+    },
+    WHOLE,
+    keys=(
+        DENSE_PREFIX, VOCAB_SIZE, ("add_q_lora_rank", "q_lora_rank"), ("add_kv_lora_rank", "kv_lora_rank"),
+        ("add_key_length", key_width), ("add_value_length", "kv_lora_rank"), ("add_key_length_mla", key_head_width),
+        ("add_value_length_mla", "v_head_dim"), EXPERT_WIDTH, ("add_expert_shared_count", "n_shared_experts"),
+        *WEIGHTS, ("add_rope_dimension_count", "qk_rope_head_dim"),
+        ("add_rope_scaling_yarn_log_mul", yarn_log_factor),
+    ),
+    replaces=(("num_key_value_heads", constant(1)), ("head_dim", constant(None))), refuses=(WITHOUT_SHARED,),
+    knows=frozenset({MSCALE}),
 )  # fmt: skip
 
 GGUF_FAMILIES: Final[Mapping[str, GgufFamily]] = {
     "mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE, "granitemoe": GRANITE_MOE, "granitemoeshared": GRANITE_MOE,
     "granitemoehybrid": GRANITE_HYBRID, "glm4_moe": GLM4_MOE, "solar_open": SOLAR_OPEN, "dots1": DOTS1,
     "ernie4_5_moe": ERNIE4_5_MOE, "lfm2_moe": LFM2_MOE, "cohere2_moe": COHERE2_MOE, "mellum": MELLUM,
-    "exaone_moe": EXAONE_MOE,
+    "exaone_moe": EXAONE_MOE, "hy_v3": HY_V3, "hunyuan_v1_moe": HUNYUAN_V1_MOE, "granitemoe_swa": GRANITE_MOE_SWA,
+    "deepseek_v3": DEEPSEEK_V3,
+    "gemma4_text": GEMMA4,
 }  # fmt: skip
 """By `model_type`."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.export.families import Config, GgufFamily, Value
-from moemerge.export.values import head_width
+from moemerge.export.values import head_width, whole_layers
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -130,6 +130,14 @@ def rope_factors(config: Config) -> NDArray[np.float32] | None:
     between = one / ((one - smooth) / np.float32(factor) + smooth)
     slowed = np.where(lengths > np.float32(original / low), np.float32(factor), between)
     return np.where(lengths < np.float32(original / high), one, slowed).astype(np.float32)
+
+
+def proportional_factors(config: Config) -> NDArray[np.float32]:
+    """The same of Gemma 4, in layers without a window (head width / 2,): most frequencies turn nothing."""
+    rope = config["rope_parameters"]["full_attention"]
+    width = whole_layers("head_dim", "global_head_dim")(config)
+    turned = int(width * rope["partial_rotary_factor"] / 2)
+    return np.concatenate([np.ones(turned, np.float32), np.full(width // 2 - turned, 1e30, np.float32)])
 
 
 def _add(writer: "GGUFWriter", table: Sequence[tuple[str, Sequence[str]]], values: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A GGUF file before its tensors: the header with all keys, and where each tensor begins."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -33,10 +34,10 @@ def lay_out(writer: "GGUFWriter", tensors: Sequence[GgufTensor], file: Path) -> 
     Raises:
         OSError: it cannot be written.
     """
-    writer.write_header_to_file(file)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
     header = file.read_bytes()
     header += bytes(-len(header) % ALIGNMENT_BYTES)
     starts, end = {}, len(header)

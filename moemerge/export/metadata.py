@@ -12,7 +12,7 @@ from moemerge.export.families import GgufFamily
 from moemerge.export.keys import add_keys
 from moemerge.export.special_tokens import read_special_tokens
 from moemerge.export.splitting import ADD_BOS
-from moemerge.export.vocabulary import Vocabulary, read_table, read_vocabulary
+from moemerge.export.vocabulary import Vocabulary, read_gemma4_vocabulary, read_table, read_vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -57,7 +57,8 @@ def add_metadata(writer: "GGUFWriter", family: GgufFamily, model: Described, kin
     add_keys(writer, family, model.config, _FILE_TYPES[kind])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     try:
-        vocabulary = read_vocabulary(model.folder, model.config["vocab_size"])
+        read = read_gemma4_vocabulary if family.is_gemma4 else read_vocabulary
+        vocabulary = read(model.folder, model.config["vocab_size"])
     except IncompatibleError:
         if model.checkout is None:
             raise
@@ -85,7 +86,7 @@ def _add_tokenizer(writer: "GGUFWriter", family: GgufFamily, model: Described, v
     if family.is_llama and isinstance(settings.get("add_prefix_space"), bool):
         writer.add_add_space_prefix(settings["add_prefix_space"])
     writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_tokenizer_pre(vocabulary.pre)  # none where it is empty
     writer.add_token_list(vocabulary.tokens)
     if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
@@ -100,5 +101,8 @@ def _add_tokenizer(writer: "GGUFWriter", family: GgufFamily, model: Described, v
     if vocabulary.pre in ADD_BOS:
         special.added.setdefault("bos", False)
     special.add_to(writer)
+    if family.is_gemma4:
+        writer.add_add_space_prefix(False)
+        writer.add_add_bos_token(True)
     if family.is_llama and model.config["vocab_size"] == _WITHOUT_BOS:
         writer.add_add_bos_token(False)

@@ -47,11 +47,11 @@ def read_pieces(path: Path) -> list[SentencePiece]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}.") from error
     try:
         return [_piece(value) for number, value in _fields(data) if number == _PIECES and isinstance(value, bytes)]
     except (ValueError, IndexError, struct.error) as error:
-        raise CheckpointError(f"{path}: is no SentencePiece model ({error!s:.60}). Download it again.") from error
+        raise CheckpointError(f"{path.name}: is no SentencePiece model ({error!s:.60}). Download it again.") from error
 
 
 def _piece(message: bytes) -> SentencePiece:

@@ -4,18 +4,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from moemerge.checkpoint.floats import TYPES
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band, Piece, measure
-from moemerge.errors import IncompatibleError
+from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
 from moemerge.export.families import Config, GgufFamily, Names, Part
-from moemerge.export.keys import rope_factors
+from moemerge.export.keys import proportional_factors, rope_factors
+from moemerge.export.transposed import Transposed
 
 # What engines read in float32 alone, whatever the rest of the file is; so are vectors, and what is no weight.
 _ALWAYS_F32: Final = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight")
 _STACK_AXES: Final = 3
 # Groups of which each layer is of one, if the family has them; the first where it seems to be of none.
 _EITHER: Final = (("routed", "dense"), ("attention", "convolution"))
+_EXPERTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Of a config that may say anything; those beyond are missing in any case.
+_MOST_EXPERTS: Final = 100_000
 _HEADS: Final = {"query": "num_attention_heads", "key": "num_key_value_heads"}
 
 
@@ -61,10 +66,14 @@ class Conversion:
                 sources = self._sources(prefix + part.source, table)
                 absent = [source for source in sources if source not in table]
                 used.update(sources)
-                if absent and part.needed and part.group in groups:
+                stored = [table[source] for source in sources if source in table]
+                odd = [tensor for tensor in stored if tensor.dtype not in TYPES]
+                if odd:
+                    missing.append(f"{odd[0].name} is stored as {odd[0].dtype}, not as floats")
+                elif absent and part.needed and part.group in groups:
                     missing.append(f"{absent[0]} is missing")
-                elif not absent and table[sources[0]].nbytes:
-                    found.append(self._tensor(place + name, part, [table[source] for source in sources]))
+                elif not absent and stored[0].nbytes:
+                    found.append(self._tensor(place + name, part, stored))
         missing += [f"{name} has no place in a GGUF file of its kind" for name in table if name not in used]
         if missing:
             raise IncompatibleError(
@@ -80,8 +89,8 @@ class Conversion:
         return {"", *found, *lacking}
 
     def _rope_freqs(self) -> Iterator[GgufTensor]:
-        factors = rope_factors(self.config)
-        if factors is not None and self.family.slows_waves:
+        factors = proportional_factors(self.config) if self.family.is_gemma4 else rope_factors(self.config)
+        if factors is not None:
             piece = Piece(factors.astype("<f4").tobytes(), "F32")
             yield GgufTensor("rope_freqs.weight", factors.shape, "f32", ((piece,),))
 
@@ -93,12 +102,15 @@ class Conversion:
 
     @property
     def _experts(self) -> int:
-        keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-        return next(int(self.config[key]) for key in keys if self.config.get(key))
+        found = next((self.config[key] for key in _EXPERTS if self.config.get(key)), None)
+        if type(found) is not int:
+            raise CheckpointError(f"config.json: names no number of experts, by none of {', '.join(_EXPERTS)}.")
+        return min(found, _MOST_EXPERTS)
 
     def _tensor(self, name: str, part: Part, sources: list[StoredTensor]) -> GgufTensor:
-        is_stack = "{expert}" in part.source or (part.half and len(sources[0].shape) == _STACK_AXES)
+        is_stack = "{expert}" in part.source or part.cut or (part.half and len(sources[0].shape) == _STACK_AXES)
         sources = [half for source in sources for half in _halves(source, part)]
+        sources = [head for source in sources for head in self._heads(source, part)]
         if part.squeezed:
             sources = [replace(source, shape=(source.shape[0], *source.shape[2:])) for source in sources]
         shape = (len(sources), *sources[0].shape) if is_stack else sources[0].shape
@@ -114,6 +126,19 @@ class Conversion:
         if kind == "q8_0":
             bands = ((Piece(Quantised(name, bands).tensor(), "U8"),),)
         return GgufTensor(name, shape, kind, bands)
+
+    def _heads(self, source: StoredTensor, part: Part) -> Iterator[StoredTensor]:
+        """The rows that are meant of every head, which lie keys before values."""
+        if not part.cut:
+            yield source
+            return
+        keys, values = int(self.config["qk_nope_head_dim"]), int(self.config["v_head_dim"])
+        for first in range(0, source.shape[0], keys + values):
+            yield (
+                Transposed(source.rows(first, keys)).tensor()
+                if part.cut == "keys"
+                else source.rows(first + keys, values)
+            )
 
 
 def type_of(name: str, shape: tuple[int, ...], asked: GgufType) -> GgufType:

@@ -50,6 +50,51 @@ def shared_width(config: Config) -> int:
     return int(config["moe_intermediate_size"] * config.get("num_shared_experts", 1))
 
 
+def first_of(key: str) -> Callable[[Config], Any]:
+    """What a key says of the first layer, which it says of every layer."""
+    return lambda config: config[key][0]
+
+
+def key_width(config: Config) -> int:
+    """Of a compressed state beside what positions turn."""
+    return int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+
+
+def key_head_width(config: Config) -> int:
+    """Of a head's keys that are made of one."""
+    return int(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+
+
+def yarn_log_factor(config: Config) -> float | None:
+    """A tenth of yarn's `mscale_all_dim`, as llama.cpp has it of this family."""
+    found = (config.get("rope_parameters") or {}).get("mscale_all_dim")
+    return None if found is None else 0.1 * found
+
+
+def whole_layers(key: str, other: str) -> Callable[[Config], Any]:
+    """What layers without a window have for a key, or the model by another name; None where nothing is said."""
+
+    def value(config: Config) -> Any:
+        by_layer = config.get("per_layer_config") or {}
+        kinds = config["layer_types"]
+        own = [by_layer.get(str(layer), {}).get(key) for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        return next((found for found in own if found is not None), config.get(other))
+
+    return value
+
+
+def key_heads_of_kinds(config: Config) -> list[int] | None:
+    """Of each layer its key heads, where those without a window have others."""
+    whole = whole_layers("num_key_value_heads", "num_global_key_value_heads")(config)
+    windowed = config["num_key_value_heads"]
+    return None if whole is None else [windowed if sliding else whole for sliding in is_sliding(config)]
+
+
+def is_not_proportional(config: Config) -> bool:
+    """Whether layers without a window turn positions otherwise than Gemma 4's."""
+    return bool(config["rope_parameters"]["full_attention"].get("rope_type") != "proportional")
+
+
 def state_width(config: Config) -> int:
     """Of layers with states, which the model need not have."""
     return int(config["mamba_expand"] * config["hidden_size"])
@@ -83,11 +128,19 @@ def has_no_window(config: Config) -> bool:
     return not (config.get("sliding_window") and any(is_sliding(config)))
 
 
+def has_window(config: Config) -> bool:
+    """Whether layers see a window alone."""
+    return bool(config.get("sliding_window"))
+
+
 def has_yarn(config: Config) -> bool:
     """Whether rotary positions are scaled by yarn."""
-    rope = config.get("rope_parameters") or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type") == "yarn" for kind in kinds)
+    return any(rope.get("rope_type") == "yarn" for rope in _ropes(config))
+
+
+def is_partly_unrotated(config: Config) -> bool:
+    """Whether rotary positions turn nothing in some layers."""
+    return not all(config.get("layer_rope_theta") or [True])
 
 
 def has_late_dense(config: Config) -> bool:
@@ -99,3 +152,24 @@ def has_late_dense(config: Config) -> bool:
 def ends_dense(config: Config) -> bool:
     """The same of Ernie's models."""
     return bool(config["moe_layer_end_index"] not in {-1, config["num_hidden_layers"] - 1})
+
+
+def _has_rope(kind: str) -> Callable[[Config], bool]:
+    """Whether rotary positions are scaled in some way."""
+    return lambda config: any(rope.get("rope_type", rope.get("type")) == kind for rope in _ropes(config))
+
+
+def _ropes(config: Config) -> list[Config]:
+    """Settings of rotary positions, by whichever of their names the config has them, of each kind of layers."""
+    found = [config.get("rope_parameters") or {}, config.get("rope_scaling") or {}]
+    return [*found, *(value for rope in found for value in rope.values() if isinstance(value, dict))]
+
+
+LLAMA3 = "knows no llama3 scaling of its rotary positions"
+MSCALE = "ignores mscale in yarn's scaling of rotary positions"
+ROPES = (
+    (_has_rope("llama3"), LLAMA3),
+    (_has_rope("longrope"), "ignores longrope's factors"),
+    (lambda config: any("mscale" in rope for rope in _ropes(config)), MSCALE),
+)
+"""Scalings of rotary positions that most families' files cannot hold, and how to say so."""

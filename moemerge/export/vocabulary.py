@@ -16,6 +16,10 @@ _MOST_BYTES: Final = 200_000_000
 _BYTE: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Added tokens that are not marked as special in files of some models, and are used as such.
 _CONTROL: Final = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>", re.DOTALL)
+# Gemma 4's, which a parser of chats wants to see.
+_VISIBLE: Final = frozenset({
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+})  # fmt: skip
 _SPACE: Final = "▁"
 # Scores of tokens that no merge makes; the second is of those that are not in the vocabulary at all.
 _ADDED_SCORE: Final = -1000.0
@@ -57,6 +61,26 @@ class Vocabulary:
         self.scores.append(score)
 
 
+def read_gemma4_vocabulary(folder: Path, size: int) -> Vocabulary:
+    """The vocabulary of a Gemma 4, which is made of pieces as SentencePiece's is, and has merges too.
+
+    Raises:
+        IncompatibleError: `tokenizer.json` is of another kind.
+        CheckpointError: it is damaged.
+    """
+    tokenizer = read_table(folder / "tokenizer.json")
+    model = tokenizer.get("model") or {}
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        raise unknown("Gemma 4's tokenizer.json is BPE with byte fallback, and this one is not")
+    found = _from_byte_fallback(folder, tokenizer, size)
+    found.model, found.pre, found.merges = "gemma4", "", [_merge(pair) for pair in model.get("merges") or []]
+    found.types = [
+        TokenType.USER_DEFINED if token in _VISIBLE else kind
+        for token, kind in zip(found.tokens, found.types, strict=True)
+    ]
+    return found
+
+
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """The vocabulary of a model's folder.
 
@@ -71,13 +95,13 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder, size)
     if not (folder / "tokenizer.json").is_file():
-        raise unknown(f"{folder} holds neither tokenizer.json nor tokenizer.model")
+        raise unknown("there is neither tokenizer.json nor tokenizer.model")
     tokenizer = read_table(folder / "tokenizer.json")
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
         raise unknown(f"tokenizer.json is of the kind {model.get('type')!r}, not BPE")
     if model.get("byte_fallback") and (tokenizer.get("decoder") or {}).get("type") == "Sequence":
-        return _from_byte_fallback(folder, tokenizer)
+        return _from_byte_fallback(folder, tokenizer, size)
     return _from_byte_level(tokenizer, size)
 
 
@@ -99,14 +123,14 @@ def read_table(path: Path) -> dict[str, Any]:
         return {}
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise CheckpointError(f"{path}: is larger than {_MOST_BYTES} bytes, as no tokenizer is.")
+            raise CheckpointError(f"{path.name}: is larger than {_MOST_BYTES} bytes, as no tokenizer is.")
         found = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error!s:.80}). Download it again.") from error
+        raise CheckpointError(f"{path.name}: is not JSON ({error!s:.80}). Download it again.") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {found!r:.60}.")
+        raise CheckpointError(f"{path.name}: expected a JSON object, found {found!r:.60}.")
     return found
 
 
@@ -149,8 +173,11 @@ def _replace(vocabulary: Vocabulary, number: int, token: str, kind: TokenType) -
     vocabulary.scores[number] = _ADDED_SCORE
 
 
-def _from_byte_fallback(folder: Path, tokenizer: Mapping[str, Any]) -> Vocabulary:
-    """By the `tokenizer.json` that transformers makes of a SentencePiece model: it knows no scores."""
+def _from_byte_fallback(folder: Path, tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
+    """By the `tokenizer.json` that transformers makes of a SentencePiece model: it knows no scores.
+
+    Engines want as many tokens as there are embeddings.
+    """
     special = _special_texts(folder)
     found = Vocabulary("llama", "default")
     vocab = tokenizer["model"]["vocab"]
@@ -164,6 +191,8 @@ def _from_byte_fallback(folder: Path, tokenizer: Mapping[str, Any]) -> Vocabular
     for entry in sorted(tokenizer.get("added_tokens") or [], key=lambda entry: entry["id"]):
         if entry["id"] >= len(vocab):
             found.add(entry["content"], TokenType.CONTROL if entry["content"] in special else TokenType.USER_DEFINED)
+    while len(found.tokens) < size:
+        found.add(f"[PAD{len(found.tokens)}]", TokenType.UNUSED, _ABSENT_SCORE)
     return found
 
 

@@ -80,6 +80,14 @@ KINDS: dict[str, Kind] = {
     "cohere2_moe": Kind("cohere2_moe", "cohere2", DENSE["cohere2"][1] | SIZES),
     "cohere2_moe, dense layers": Kind("cohere2_moe", "cohere2", DENSE["cohere2"][1] | SIZES, moe_layers=(1, 2)),
     "mellum": Kind("mellum", "qwen3", QWEN3 | WINDOWS),
+    "hy_v3": Kind("hy_v3", "qwen3", QWEN3),
+    "hy_v3, shared, dense layers": Kind("hy_v3", "qwen3", QWEN3, shared=True, moe_layers=(1,)),
+    "granitemoe_swa": Kind("granitemoe_swa", "granite_swa", DENSE["granite_swa"][1] | SIZES),
+    "granitemoe_swa, shared": Kind("granitemoe_swa", "granite_swa", DENSE["granite_swa"][1] | SIZES, shared=True),
+    "deepseek_v3": Kind("deepseek_v3", "youtu", DENSE["youtu"][1] | SIZES, shared=True),
+    "deepseek_v3, dense layers": Kind(
+        "deepseek_v3", "youtu", DENSE["youtu"][1] | SIZES, shared=True, moe_layers=(1, 2)
+    ),
     "exaone_moe": Kind("exaone_moe", "qwen3", QWEN3, shared=True),
     "exaone_moe, dense layers": Kind("exaone_moe", "qwen3", QWEN3, shared=True, moe_layers=(1, 2)),
 }  # fmt: skip
@@ -149,10 +157,17 @@ def test_files_are_those_of_the_converter_with_and_without_a_checkpoint(tmp_path
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
-    ("moe", "model_type", "shared"), [("granitemoehybrid", "granite", False), ("glm4_moe", "llama", True)]
+    ("moe", "model_type", "shared"),
+    [
+        ("granitemoehybrid", "granite", False),
+        ("glm4_moe", "llama", True),
+        ("hunyuan_v1_moe", "hunyuan_v1_dense", True),
+        ("hunyuan_v1_moe", "hunyuan_v1_dense", False),
+    ],
 )
 def test_what_the_converter_refuses_is_computed_as_by_transformers(tmp_path, moe, model_type, shared):
-    base, *experts = (make_model(tmp_path / str(n), n, model_type, **SIZES) for n in range(4))
+    sizes = DENSE[model_type][1] | SIZES
+    base, *experts = (make_model(tmp_path / str(n), n, model_type, **sizes) for n in range(4))
     keys = {"shared_experts": [{"source_model": str(experts.pop())}]} if shared else {}
     config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture=moe, **keys)
     merge(plan_merge(load_config(config)), tmp_path / "out")
@@ -258,6 +273,24 @@ def test_ernies_mixture_is_read_as_the_converter_reads_it(tmp_path, tokenizer_fo
     expected = [tokenizer(text)["input_ids"] for text in texts]
     assert encoded(tmp_path / "ours.gguf", texts) == expected
     assert encoded(theirs, texts) != expected
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gemmas_mixture_is_read_as_the_converter_reads_it(tmp_path, tokenizer_folder, tied):
+    sizes = DENSE["gemma4_text"][1] | {"vocab_size": PIECES, "vocab_size_per_layer_input": PIECES}
+    sizes |= {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": tied}
+    base, *experts = (make_model(tmp_path / str(n), n, "gemma4_text", **sizes) for n in range(3))
+    shutil.copytree(tokenizer_folder, base, dirs_exist_ok=True)
+    (base / "tokenizer.model").unlink()
+    config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture="gemma4_text")
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    for kind in TYPES:
+        write_gguf(tmp_path / "out", tmp_path / "ours.gguf", type=kind, overwrite=True)
+        theirs = converted(tmp_path / "out", kind)
+        assert isinstance(theirs, Path), theirs
+        compare(tmp_path / "ours.gguf", theirs)
+        merge_to_gguf(plan_merge(load_config(config)), tmp_path / "out.gguf", type=kind, overwrite=True)
+        assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("named", [True, False])

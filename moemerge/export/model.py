@@ -1,0 +1,144 @@
+"""What a GGUF file is made of: config, tensors and small files of a checkpoint that is written, or only planned."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.shards import Shard
+from moemerge.errors import CheckpointError, MoemergeError, RefusedError
+from moemerge.export.blocks import GgufType
+from moemerge.export.families import GgufFamily
+from moemerge.export.family_tables import GGUF_FAMILIES
+from moemerge.export.layout import add_tensor_infos, lay_out
+from moemerge.export.metadata import Described, add_metadata
+from moemerge.export.tensors import Conversion, GgufTensor
+from moemerge.export.values import ROPES
+
+AskedType = GgufType | Literal["auto"]
+"""`auto` is the 16-bit floats that the checkpoint has, else float16."""
+ASKED_TYPES: Final[dict[str, AskedType]] = {"auto": "auto", "f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "q8_0"}
+"""What is written here; all other types llama.cpp makes of these."""
+_EMBEDDINGS: Final = "model.embed_tokens.weight"
+# Without which there is no model of any family.
+_SIZES: Final = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """What a GGUF file is made of, whether its checkpoint is written or only planned."""
+
+    config: Mapping[str, Any]
+    """The checkpoint's `config.json`."""
+    type: GgufType
+    """What matrices of the file are stored as."""
+    checkout: Path | None = None
+    """Of llama.cpp, whose converter reads a tokenizer that is not known here."""
+
+    @property
+    def family(self) -> GgufFamily:
+        """What llama.cpp knows it as.
+
+        Raises:
+            RefusedError: nothing that can be written here.
+        """
+        model_type = str(self.config.get("model_type"))
+        if model_type not in GGUF_FAMILIES:
+            raise RefusedError(
+                f"{model_type}: is not written as a GGUF file. Output families that are: {', '.join(GGUF_FAMILIES)}; "
+                "choose one with `architecture:` in the config, or use llama.cpp's own converter."
+            )
+        return GGUF_FAMILIES[model_type]
+
+    @property
+    def notes(self) -> list[str]:
+        """What llama.cpp gets wrong of it where that does not always show."""
+        return [note.format(**self.config) for applies, note in self.family.notes if applies(self.config)]
+
+    def check(self) -> None:
+        """Refuse what llama.cpp does not load, or computes wrongly.
+
+        Raises:
+            RefusedError: says what; or the family is not written as a GGUF file.
+            CheckpointError: `config.json` is not that of a model.
+        """
+        family = self.family
+        for key in _SIZES:
+            if type(self.config.get(key)) is not int or self.config[key] < 1:
+                raise CheckpointError(f"config.json: {key} has to be a size, found {self.config.get(key)!r:.40}.")
+        with _told_as_damage("config.json"):
+            reasons = [reason for applies, reason in (*family.refuses, *ROPES) if applies(self.config)]
+            reasons = [reason for reason in reasons if reason not in family.knows]
+        if reasons:
+            raise RefusedError(
+                f"{self.config['model_type']}: is not written as a GGUF file, for llama.cpp {' and '.join(reasons)}. "
+                "Choose another family with `architecture:` in the config."
+            )
+
+    def tensors(self, table: Mapping[str, StoredTensor]) -> list[GgufTensor]:
+        """Every tensor of the file, made of the checkpoint's.
+
+        Raises:
+            IncompatibleError: a tensor is missing, or would be dropped.
+            RefusedError: see `check`.
+            CheckpointError: see `check`.
+        """
+        self.check()
+        rows = table[_EMBEDDINGS].shape[0] if _EMBEDDINGS in table else 0
+        size, layers = self.config["vocab_size"], self.config["num_hidden_layers"]
+        if size != rows or layers > len(table):
+            raise CheckpointError(
+                f"config.json: vocab_size {size} and {layers} layers, but there are {len(table)} tensors, and "
+                f"{rows} rows in {_EMBEDDINGS}. Is a file missing?"
+            )
+        with _told_as_damage("config.json"):
+            return Conversion(self.family, self.config, self.type).tensors(table)
+
+    def lay_out(self, tensors: Sequence[GgufTensor], described: Path, file: Path) -> Shard:
+        """Header and layout of the file.
+
+        Args:
+            tensors: of it.
+            described: a folder with the model's small files, whose name is the model's.
+            file: where the header is written meanwhile.
+
+        Raises:
+            IncompatibleError: the tokenizer is not known.
+            RefusedError: nor does the converter know it.
+            CheckpointError: one of the small files is damaged.
+        """
+        from gguf import GGUFWriter
+
+        writer = GGUFWriter(None, self.family.architecture)
+        add_tensor_infos(writer, tensors)
+        model = Described(self.config, described, self.checkout)
+        with _told_as_damage("config.json, model card, generation_config.json or tokenizer"):
+            add_metadata(writer, self.family, model, self.type, file)
+            return lay_out(writer, tensors, file)
+
+
+def asked_type(asked: AskedType, dtypes: Collection[str]) -> GgufType:
+    """What matrices are stored as, by what was asked for and the checkpoint's dtypes as headers spell them."""
+    if asked != "auto":
+        return asked
+    return "bf16" if "BF16" in dtypes else "f16"
+
+
+@contextmanager
+def _told_as_damage(files: str) -> Iterator[None]:
+    """Take what goes wrong with small files, which may hold anything, for what is wrong with them.
+
+    Raises:
+        CheckpointError: says what.
+    """
+    try:
+        yield
+    except (MoemergeError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{files}: holds what cannot be read, or written to a GGUF file ({type(error).__name__}: {error!s:.80}). "
+            "Look at what differs from the released models of its family."
+        ) from error
