@@ -88,7 +88,7 @@ def test_what_a_family_cannot_express_is_refused_with_the_reason(tmp_path, pair)
     assert problems(tmp_path, pair, architecture="qwen3") == [
         "qwen3_moe: it always normalises queries and keys, llama does not",
     ]
-    assert plan(tmp_path, pair).family.model_type == "granitemoe"
+    assert plan(tmp_path, pair).family.model_type == "granitemoehybrid"
 
 
 def test_biases_of_ffns_are_refused(tmp_path, pair):

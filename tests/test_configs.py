@@ -11,7 +11,7 @@ from tests.models import load, make_model, tokenizer
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral", "7b": "mistral"}
-FAMILIES = {"residual-qwen2.5-3x1.5b.yaml": "granitemoeshared", "second-half-qwen3-2x4b.yaml": "qwen3_moe"}
+FAMILIES = {"residual-qwen2.5-3x1.5b.yaml": "granitemoehybrid", "second-half-qwen3-2x4b.yaml": "qwen3_moe"}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # SmolLM2-135M-Instruct and four fine-tunes of it, 1.4 GB: see configs/smollm2-4x135m.yaml.
 REAL_MODELS = Path(os.environ.get("MOEMERGE_REAL_MODELS", ROOT / ".cache" / "models"))

@@ -445,7 +445,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], bool, str]] = {
         "llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7}}, False,
         "llama.cpp ignores mscale in yarn's scaling of rotary positions",
     ),
-    "glm4_moe": ("llama", {}, False, "llama.cpp does not load it without a shared expert"),
     "dots1": ("qwen3", {"head_dim": 8}, True, "llama.cpp does not load it with fewer key heads than query heads"),
     "mellum": ("qwen3", {"head_dim": 8}, False, "llama.cpp does not load it where no layer has a window"),
     "ernie4_5_moe": ("ernie4_5", {}, True, "llama.cpp does not load it with a shared expert"),
@@ -463,6 +462,17 @@ def test_what_llamacpp_cannot_load_is_refused_before_anything_is_written(tmp_pat
         f"{moe}: is not written as a GGUF file, for {reason}. Choose another family with `architecture:` in the config."
     )
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_checkpoint_that_has_lost_its_shared_expert_is_refused(tmp_path):
+    base, *experts = (make_model(tmp_path / str(n), n, num_hidden_layers=2) for n in range(3))
+    config = write_config(tmp_path / "a.yaml", base, experts, prompts=False, architecture="glm4_moe")
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    edit_json(tmp_path / "out" / "config.json", n_shared_experts=0)
+    assert refused(lambda: write_gguf(tmp_path / "out", tmp_path / "a.gguf")) == (
+        "glm4_moe: is not written as a GGUF file, for llama.cpp does not load it without a shared expert. "
+        "Choose another family with `architecture:` in the config."
+    )
 
 
 # ---- finished or absent

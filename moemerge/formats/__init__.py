@@ -83,7 +83,7 @@ def select_family(
     if fitting:
         facts = facts_of(base, mixture)
         best = max(fitting, key=lambda family: len(set(MAIN) & set(right_in(family.model_type, facts))))
-        return _choice(best, base, mixture, [note.format(family.model_type) for note in notes])
+        return _choice(best, base, mixture, [note.format(best.model_type) for note in notes])
     if others:
         problems.append(
             f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
