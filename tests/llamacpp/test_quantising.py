@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.cli import main
 from moemerge.errors import OutputError
 from moemerge.export import quantising
 from moemerge.export.contents import read_contents
@@ -59,6 +60,23 @@ def weights(path: Path, name: str) -> np.ndarray:
     """A tensor in float32."""
     stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
     return gguf.dequantize(stored.data, stored.tensor_type)
+
+
+def test_the_command_line_quantises_a_folder_and_a_config_alike(model, tmp_path, monkeypatch, capsys):
+    folder = model.with_suffix("")
+    for words in ([folder, tmp_path / "a.gguf"], [folder.parent / "merge.yaml", tmp_path / "b.gguf"]):
+        command = ["gguf"] if words[0] == folder else []
+        monkeypatch.setattr(sys, "argv", ["moemerge", *command, *map(str, words), "--type", "q4_k_m"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, capsys.readouterr().err
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"a.gguf", "b.gguf"}
+    # Their names differ, and by these the models'.
+    made = [read_contents(tmp_path / name) for name in sorted(files)]
+    assert made[0].tensors.keys() == made[1].tensors.keys()
+    assert all((weights(made[0].path, name) == weights(made[1].path, name)).all() for name in made[0].tensors)
+    assert made[0].settings["general.file_type"] == FILE_TYPES["q4_k_m"]
 
 
 @pytest.mark.parametrize("type_", ["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "q2_k", "q4_0"])
