@@ -138,12 +138,26 @@ def _vocabularies(names: Collection[str]) -> list[str]:
     return [name for name in _VOCABULARIES if name in names]
 
 
-def _notes_for_4(config: Mapping[str, Any]) -> list[str]:
-    """What transformers 4 cannot read of what transformers 5 saves; seen with 4.57.6."""
-    lines = []
+def respelled_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 5 has saved as `tokenizer_config.json`, in words that transformers 4 reads, too.
+
+    Seen with 4.57.6 and 5.23.
+    """
+    found = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        lines.append('"tokenizer_class": "PreTrainedTokenizerFast"')
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    return found
+
+
+def _notes_for_4(config: Mapping[str, Any]) -> list[str]:
+    """What transformers 4 cannot read of what transformers 5 saves."""
+    both = respelled_tokenizer(config)
+    lines = []
+    if both.get("tokenizer_class") != config.get("tokenizer_class"):
+        lines.append(f'"tokenizer_class": "{both["tokenizer_class"]}"')
+    if "additional_special_tokens" in both.keys() - config.keys():
         lines.append('"additional_special_tokens" as the name of "extra_special_tokens"')
     if not lines:
         return []

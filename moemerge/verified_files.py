@@ -23,7 +23,8 @@ from moemerge.tokenizer_proof import prove_tokenizer
 
 # What decides on the output family alone, which is compared itself.
 _DECIDED: Final = {"architecture", "engine"}
-_ABSENT: Final = "absent"
+ABSENT: Final = "absent"
+"""What is found of a file or key that is not there."""
 # What some reader loads instead of the model, on top of it, or as a reason to read it in another way: adapters,
 # weights in other formats, Mistral's own layout, code, settings of quantisation and of processors.
 _READ_INSTEAD: Final = re.compile(
@@ -80,11 +81,11 @@ def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list
     equal = 0
     for name in dict.fromkeys([*COPIED_FILES, *plan.copied_files, *made, *template_names(model.folder)]):
         source, file = plan.copied_files.get(name), model.file(name)
-        expected = f"the bytes of {source}" if source else _ABSENT
+        expected = f"the bytes of {source}" if source else ABSENT
         if name in made:
             expected = f"what transformers {version('transformers')} makes of the tokenizer in {plan.base_folder}"
         if not file:
-            found = _ABSENT
+            found = ABSENT
         elif name in made:
             found = (
                 expected if file.read_bytes() == made[name] else "other bytes: changed, or made by another transformers"
@@ -118,7 +119,7 @@ def compare_index(model: ModelFolder, tensors: dict[str, StoredTensor]) -> list[
         if announced != stored:
             differences.append(Difference(SAFETENSORS_INDEX, f"total_size {stored}", f"total_size {announced}"))
     elif len(names) > 1:
-        differences.append(Difference(SAFETENSORS_INDEX, f"an index of {len(names)} files", _ABSENT))
+        differences.append(Difference(SAFETENSORS_INDEX, f"an index of {len(names)} files", ABSENT))
     return differences
 
 
@@ -137,7 +138,7 @@ def _compare_config_copy(plan: MergePlan, model: ModelFolder) -> Iterator[Differ
     """The config that the folder keeps for those who evaluate or tune it."""
     path = model.file(CONFIG_COPY)
     if path is None:
-        yield Difference(CONFIG_COPY, "the config", _ABSENT)
+        yield Difference(CONFIG_COPY, "the config", ABSENT)
         return
     try:
         copy = load_config(path, allow_identical_experts=True)
@@ -152,7 +153,7 @@ def _compare_config_copy(plan: MergePlan, model: ModelFolder) -> Iterator[Differ
 def _foreign_files(plan: MergePlan, model: ModelFolder) -> list[Difference]:
     names = [path.relative_to(model.folder).as_posix() for path in sorted(model.folder.rglob("*"))]
     return [
-        Difference(name, _ABSENT, "a file that changes what some reader loads")
+        Difference(name, ABSENT, "a file that changes what some reader loads")
         for name in names
         if _READ_INSTEAD.fullmatch(name.rpartition("/")[2]) and name not in plan.copied_files and name[0] != "."
     ]
@@ -161,7 +162,7 @@ def _foreign_files(plan: MergePlan, model: ModelFolder) -> list[Difference]:
 def compare_entries(expected: dict[str, str], found: dict[str, str]) -> list[Difference]:
     """What two tables of texts do not have in common."""
     return [
-        Difference(what, expected.get(what, _ABSENT), found.get(what, _ABSENT))
+        Difference(what, expected.get(what, ABSENT), found.get(what, ABSENT))
         for what in dict.fromkeys([*expected, *found])
         if expected.get(what) != found.get(what)
     ]

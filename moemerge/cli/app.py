@@ -16,6 +16,7 @@ from moemerge.cli.merging import merge_models
 from moemerge.cli.options import AllowIdentical, CacheDir, Config, Debug, For, Json, Quiet, ShardSize, Verbose
 from moemerge.cli.planned import plan_from
 from moemerge.cli.publishing import push
+from moemerge.cli.repairing import repair_model
 from moemerge.cli.routes import show_routes
 from moemerge.cli.streams import Guarded, guarded_streams, say
 from moemerge.cli.tuning import tune_routers
@@ -36,6 +37,8 @@ Other commands, each with its own --help:
   moemerge tune OUT       train a merged model's routers a little, if held-out text surely gains
 
   moemerge gguf OUT FILE  write a merged model as one GGUF file, for llama.cpp
+
+  moemerge repair OUT     put back what transformers 5 dropped when it saved a merged model again
 
   moemerge push OUT REPO  send a merged model to the Hub
 
@@ -145,12 +148,12 @@ def _verify(
 
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "routes": show_routes,
-    "tune": tune_routers, "gguf": write_file, "push": push, "families": list_families,
+    "tune": tune_routers, "repair": repair_model, "gguf": write_file, "push": push, "families": list_families,
 }  # fmt: skip
 
 
 # Their result is a model; the empty name is a merge.
-_WRITES_ELSEWHERE: Final = {"", "tune", "gguf", "push"}
+_WRITES_ELSEWHERE: Final = {"", "tune", "gguf", "repair", "push"}
 
 
 def _misspelt(arguments: list[str]) -> str | None:

@@ -1,7 +1,7 @@
 """What an output family is: names of tensors, keys of `config.json`, and what it can hold."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from moemerge.formats.dense import PLAIN, Axes, DenseModel, Role
@@ -94,6 +94,8 @@ class MoeFamily:
     """Tensor (expert,) that is added to scores for the choice alone: what is switched off by it is never chosen."""
     bias_axes: Axes = ("experts",)
     extras: tuple[Extra, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Layer types that transformers 5 saves in words of its own, each with that of released checkpoints."""
     notes: tuple[str, ...] = ()
     """What is peculiar to it; what engines get wrong is in `engines`."""
 

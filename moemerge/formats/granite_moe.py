@@ -56,6 +56,7 @@ GRANITEMOEHYBRID: Final = MoeFamily(
     holds=_HOLDS | {"mixed_attention"},
     shared=Shared(_SHARED_NAMES, "any", "zeros"),
     extras=_BIASES,
+    kinds={"linear_attention": "mamba", "full_attention": "attention"},
 )  # fmt: skip
 GRANITEMOE_SWA: Final = MoeFamily(
     "granitemoe_swa", "GraniteMoeSWAForCausalLM",

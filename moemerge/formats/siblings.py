@@ -108,14 +108,15 @@ GEMMA4_MOE: Final = MoeFamily(
     router="router.proj.weight",
     named={
         "moe_intermediate_size": "expert_width", "intermediate_size": "dense_width", "num_experts": "experts",
-        "top_k_experts": "experts_per_token", "layer_types": "layer_types",
+        "top_k_experts": "experts_per_token", "layer_types": "layer_types", "global_head_dim": "global_head_dim",
+        "num_global_key_value_heads": "num_global_key_value_heads",
     },
     fixed={"enable_moe_block": True},
     carried=(
         *(key for key in COMMON if not key.startswith(("rope_", "hidden_act"))), "rope_parameters",
         "hidden_activation", "attention_bias", "sliding_window", "final_logit_softcapping",
         "vocab_size_per_layer_input", "hidden_size_per_layer_input", "attention_k_eq_v", "num_kv_shared_layers",
-        "use_double_wide_mlp", "global_head_dim", "num_global_key_value_heads", "per_layer_config",
+        "use_double_wide_mlp", "per_layer_config",
     ),
     blocks=("gemma4",),
     holds=frozenset({"window", "mixed_attention", "wide_heads"}),

@@ -168,17 +168,24 @@ def _gemma4_layers(config: Config) -> list[str]:
     return [SLIDING if (layer + 1) % 6 and layer < layers - 1 else FULL for layer in range(layers)]
 
 
-def _gemma4_sizes(config: Config) -> dict[str, int]:
+def _gemma4_values(config: Config) -> dict[str, Any]:
+    """What is said of layers with full attention: by layer, as transformers 5 saves it, or as Gemma was released."""
     by_layer = config["per_layer_config"] or {}
     own: dict[str, Any] = next(iter(by_layer.values()), {})
     if any(other != own for other in by_layer.values()) or own.keys() - {"head_dim", "num_key_value_heads"}:
         raise UnreadableError("its per_layer_config says more than one head_dim of layers with full attention")
-    head = own.get("head_dim") or config["global_head_dim"]
-    keys = own.get("num_key_value_heads") or (config["num_global_key_value_heads"] if config["attention_k_eq_v"] else 0)
     return {
-        "full_head": head, "full_query": config["num_attention_heads"] * head,
-        "full_key": (keys or config["num_key_value_heads"]) * head,
-    }  # fmt: skip
+        "own_values": not config["attention_k_eq_v"],
+        "global_head_dim": own.get("head_dim") or config["global_head_dim"],
+        "num_global_key_value_heads": own.get("num_key_value_heads")
+        or (config["num_global_key_value_heads"] if config["attention_k_eq_v"] else None),
+    }
+
+
+def _gemma4_sizes(config: Config) -> dict[str, int]:
+    full = _gemma4_values(config)
+    head, keys = full["global_head_dim"], full["num_global_key_value_heads"] or config["num_key_value_heads"]
+    return {"full_head": head, "full_query": config["num_attention_heads"] * head, "full_key": keys * head}
 
 
 def _gemma4_attention(kind: str, head: str, query: str, key: str) -> tuple[Row, ...]:
@@ -218,7 +225,7 @@ GEMMA4: Final = DenseFamily(
     ffn_norm="pre_feedforward_layernorm.weight",
     layer_types=_gemma4_layers,
     sizes=_gemma4_sizes,
-    values=lambda config: {"own_values": not config["attention_k_eq_v"]},
+    values=_gemma4_values,
     rope="verbatim",
     refusals={
         "enable_moe_block": (False, "it has experts already"),

@@ -51,8 +51,7 @@ def full_every_fourth(config: Config) -> list[str]:
 def _without_query_scale(config: Config) -> dict[str, Any]:
     unknown = ("llama_4_scaling_beta", "max_position_embeddings")
     scaling = {key: value for key, value in (config["rope_scaling"] or {}).items() if key not in unknown} or None
-    rope = {"rope_theta": config["rope_theta"], **(scaling or {"rope_type": "default"})}
-    return {"rope_scaling": scaling, "rope_parameters": rope}
+    return {"rope_scaling": scaling}
 
 
 LLAMA: Final = DenseFamily("llama", LAYER, DEFAULTS | _NO_BIAS, _ATTENTION_BIAS | {"mlp_bias": "mlp_bias"})

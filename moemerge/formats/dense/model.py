@@ -88,8 +88,9 @@ class DenseModel:
     @cached_property
     def values(self) -> dict[str, Any]:
         """`config`, with what output families say in words of their own."""
-        config, layers = self.config, self.layers
-        rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {"rope_type": "default"})}
+        config, layers, own = self.config, self.layers, self.family.values(self.config)
+        scaling = own.get("rope_scaling", config.get("rope_scaling"))
+        rope = {"rope_theta": config.get("rope_theta"), **(scaling or {"rope_type": "default"})}
         rotary_part = config.get("partial_rotary_factor", 1.0)
         with_part = rope | {"partial_rotary_factor": rotary_part}
         window = config.get("sliding_window") if SLIDING in self.layer_types else None
@@ -113,7 +114,7 @@ class DenseModel:
             "rope_with_part": with_part,
             "rope_by_kind": {FULL: rope, SLIDING: rope},
             "rope_by_kind_with_part": {FULL: with_part, SLIDING: with_part},
-            **self.family.values(config),
+            **own,
         }
 
     @property

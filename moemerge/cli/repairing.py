@@ -1,0 +1,48 @@
+"""`moemerge repair`: what transformers 5 dropped when it saved a merged model, put back."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.cli.options import Debug, Json, Quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moemerge.verified_files import Difference
+
+
+def repair_model(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The saved model's folder.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be put back; write nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Put back what save_pretrained of transformers 5 drops of a merged model's config, in place; weights stay."""
+    with speaking(quiet=quiet, verbose=0, debug=debug):
+        from dataclasses import asdict
+
+        from moemerge.repairing import repair
+
+        found = repair(out, dry_run=dry_run)
+        if json:
+            print_json([asdict(difference) for difference in found])
+        elif not quiet:
+            print_repair(stdout(), out, found, dry_run=dry_run)
+
+
+def print_repair(console: "Console", out: Path, found: "list[Difference]", *, dry_run: bool) -> None:
+    """What was found and what takes its place."""
+    from rich.table import Table
+
+    if not found:
+        console.print(f"{out}: nothing to do: every reader finds its keys.")
+        return
+    table = Table("file and key", "found", "put back", box=None, padding=(0, 2, 0, 0))
+    for difference in found:
+        table.add_row(difference.what, difference.found, difference.expected)
+    console.print(table)
+    console.print(f"{out}: {len(found)} to put back, nothing was written." if dry_run else f"{out}: repaired.")
