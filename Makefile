@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-families test-transformers4 test-llamacpp test-engines demo bench bench-hub bench-routers browser fuzz format clean
+.PHONY: install check lint test test-families test-transformers4 test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
 
 install: $(VENV)/.done
 
@@ -119,6 +119,27 @@ $(DEMO)/held_out.json: docs/demo/build.py docs/demo/texts.py | $(VENV)/.done
 demo: install $(DEMO)/held_out.json
 	$(BIN)/moemerge configs/demo.yaml $(DEMO)/merged --overwrite
 	$(BIN)/python docs/demo/report.py $(DEMO) $(DEMO)/merged
+
+# What docs/next-steps.md trains and quantises, command by command, on the demo's mixture. llm-compressor wants an older
+# transformers, so it has an environment of its own.
+VENVT := .venv-trainers
+VENVC := .venv-compressor
+
+$(VENVT)/.done: pyproject.toml constraints.txt constraints-trainers.txt
+	$(PYTHON) -m venv $(VENVT)
+	$(VENVT)/bin/pip install $(PIP) torch==2.13.0
+	$(VENVT)/bin/pip install $(PIP) -c constraints-trainers.txt -e . trl peft bitsandbytes torchao pytest pytest-socket
+	touch $@
+
+$(VENVC)/.done:
+	$(PYTHON) -m venv $(VENVC)
+	$(VENVC)/bin/pip install $(QUIET) torch==2.13.0
+	$(VENVC)/bin/pip install $(QUIET) torch==2.13.0 llmcompressor==0.14.0.1
+	touch $@
+
+test-next-steps: install $(DEMO)/held_out.json $(VENVT)/.done $(VENVC)/.done $(VENV4)/.done
+	$(BIN)/moemerge configs/demo.yaml $(DEMO)/merged --overwrite --quiet
+	OMP_NUM_THREADS=1 $(VENVT)/bin/pytest tests/next_steps
 
 # Speed and memory beside their targets, in one table: at most 10 minutes, 20 GB of disk. MERGEKIT=path/to/mergekit-moe
 # is compared with, which takes longer.

@@ -86,3 +86,13 @@ def test_links_and_make_targets_lead_somewhere(page):
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_programs_that_a_page_shows_are_those_that_are_run():
+    """The text of a block is that of the file that its first line names, between its docstring and its end."""
+    page = (ROOT / "docs" / "next-steps.md").read_text()
+    shown = dict(re.findall(r"^```python (docs/\S+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+    assert shown.keys() == {f"docs/next_steps/{path.name}" for path in (ROOT / "docs" / "next_steps").glob("*.py")}
+    for name, text in shown.items():
+        assert text == (ROOT / name).read_text(), f"{name}: put the file into docs/next-steps.md"
+        compile(text, name, "exec")
