@@ -1,12 +1,12 @@
 """The model card of a merged model: what it is made of, how it routes, how to run it."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.card_metadata import licence_fields, read_metadata, rewritten
+from moemerge.card_usage import use_it
 from moemerge.config import CARD, CONFIG_COPY, Expert
 from moemerge.errors import RefusedError
 from moemerge.markdown import as_code, as_text
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
 _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
 _SAMPLE_LENGTH: Final = 60
 _CONFIGURATION: Final = "## Configuration"
-_USAGE: Final = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained({name})
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
-```"""
 
 
 def write_card(
@@ -119,7 +110,8 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[s
         "\n".join(["| expert | model | made for prompts such as |", "|---|---|---|", *experts]),
         "\n".join(_callouts("Warning", plan.warnings)),
         "\n".join(_callouts("Note", notes)),
-        "## Use\n\n" + _USAGE.format(name=json.dumps(name)),
+        "## Use",
+        *use_it(name, plan.family.model_type, plan.right_in),
         "## Routing\n\n" + _routing(report),
         f"{_CONFIGURATION}\n\n{_block(plan.config.text)}",
     ]

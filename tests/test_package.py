@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 
 import moemerge
 from moemerge import load_config, merge, plan_merge
+from moemerge.card_usage import use_it
 from moemerge.formats import MOE_FAMILIES
+from moemerge.formats.engines import readings
 from moemerge.inspection import inspect_checkpoint
 from tests.models import write_config
 
@@ -63,6 +65,34 @@ def test_the_card_says_what_the_model_is(tmp_path, llamas):
         f"| fox | {report.own[0]:.1%} | {report.first[0]:.1%} |",
     ):
         assert part in card.text
+
+
+def test_the_card_names_the_engines_that_are_right_and_no_other():
+    told = "\n\n".join(use_it("my model", "mixtral", ["vllm", "llamacpp", "transformers"]))
+    versions = {engine: families["mixtral"].version for engine, families in readings().items()}
+    assert told.startswith("In transformers 4.57 and 5:\n\n```python\n")
+    assert 'AutoModelForCausalLM.from_pretrained("my model", dtype="auto")' in told
+    assert told.endswith(
+        f"""
+
+Tiny mixtures of this kind computed the same in:
+
+- vLLM ({versions["vllm"]}): `vllm serve 'my model'`
+- llama.cpp ({versions["llamacpp"]}): `moemerge gguf 'my model' 'my model'.gguf`
+
+After fine-tuning with transformers 5, run `moemerge repair FOLDER` on what was saved: other readers miss keys of its config.json."""
+    )
+    alone = use_it("m", "mellum", [])
+    assert alone[0] == "In transformers 5:"
+    assert len(alone) == 3
+
+
+def test_the_card_takes_its_engines_from_what_was_measured(tmp_path, llamas):
+    plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False)))
+    merge(plan, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert {"vllm", "llamacpp"} <= set(plan.right_in)
+    assert "\n\n".join(["## Use", *use_it("out", "mixtral", plan.right_in), "## Routing"]) in card
 
 
 def test_inspect_notices_what_does_not_fit(tmp_path, llamas):
