@@ -128,7 +128,7 @@ VENVC := .venv-compressor
 $(VENVT)/.done: pyproject.toml constraints.txt constraints-trainers.txt
 	$(PYTHON) -m venv $(VENVT)
 	$(VENVT)/bin/pip install $(PIP) torch==2.13.0
-	$(VENVT)/bin/pip install $(PIP) -c constraints-trainers.txt -e . trl peft bitsandbytes torchao pytest pytest-socket
+	$(VENVT)/bin/pip install $(PIP) -c constraints-trainers.txt -e . gguf trl peft bitsandbytes torchao pytest pytest-socket
 	touch $@
 
 $(VENVC)/.done:

@@ -85,6 +85,10 @@ def test_what_was_saved_is_repaired_and_goes_on_in_transformers_4(said):
         assert len(text) > len("Once upon a time") + 20
 
 
+def test_a_gguf_file_is_written(said):
+    assert (said[0] / "model.gguf").read_bytes()[:4] == b"GGUF"
+
+
 def test_experts_are_most_of_what_is_there_and_are_passed_by_unless_they_are_named(said):
     found = dict(
         re.findall(r"(\S+): (\S+) MB", "".join(text for command, text in said[1].items() if "quantise" in command))
