@@ -36,7 +36,7 @@ from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors
 from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
 from moemerge.export.transposed import Transposed
-from moemerge.export.vocabulary import read_vocabulary
+from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
 from moemerge.merging_to_gguf import merge_to_gguf
 from tests.models import edit_json, make_model, write_config
@@ -141,6 +141,21 @@ def test_a_plan_makes_the_file_that_its_checkpoint_makes(tmp_path, config, out, 
     merge_to_gguf(plan_merge(load_config(config)), tmp_path / "merged.gguf", type=kind)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "merged.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("moe", "keys"),
+    [
+        ("mixtral", {"shared_weights": "average", "dtype": "bfloat16"}), ("mixtral", {"fold_norms": True}),
+        ("granitemoe", {"dtype": "float16"}), ("granitemoehybrid", {}),
+    ],
+)  # fmt: skip
+def test_what_a_merge_computes_is_in_the_file_too(tmp_path, llamas, moe, keys):
+    config = write_config(tmp_path / "a.yaml", llamas[0], llamas[1:], prompts=False, architecture=moe, **keys)
+    merge(plan_merge(load_config(config)), tmp_path / "a")
+    write_gguf(tmp_path / "a", tmp_path / "b.gguf", type="q8_0")
+    merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf", type="q8_0")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "F16"), ("float16", "F16"), ("bfloat16", "BF16")])
@@ -522,6 +537,32 @@ def test_ways_of_splitting_are_known_by_what_they_do(tmp_path, name):
     assert (kinds["<s>"], kinds["<tool>"], kinds["<|plain|>"]) == ("CONTROL", "USER_DEFINED", "CONTROL")
     assert kinds[f"[PAD{VOCAB - 1}]"] == "UNUSED"
     assert len(found.tokens) == len(found.types) == VOCAB
+
+
+def _with_byte_fallback(folder: Path) -> None:
+    vocab = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "a": 3, "b": 4, "ab": 5}
+    tokenizer = {
+        "added_tokens": [{"id": 1, "content": "<s>", "special": True}, {"id": 6, "content": "<|tool_call>"}],
+        "decoder": {"type": "Sequence"},
+        "model": {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": [["a", "b"]]},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+
+
+def test_a_vocabulary_is_filled_up_to_the_embeddings(tmp_path):
+    _with_byte_fallback(tmp_path)
+    found = read_vocabulary(tmp_path, 9)
+    assert (found.model, found.pre, found.merges) == ("llama", "default", [])
+    assert found.tokens[5:] == ["ab", "<|tool_call>", "[PAD7]", "[PAD8]"]
+    kinds = ["NORMAL", "CONTROL", "BYTE", "NORMAL", "NORMAL", "NORMAL", "USER_DEFINED", "UNUSED", "UNUSED"]
+    assert [kind.name for kind in found.types] == kinds
+    gemma = read_gemma4_vocabulary(tmp_path, 9)
+    assert (gemma.model, gemma.pre, gemma.merges) == ("gemma4", "", ["a b"])
+    assert gemma.tokens == found.tokens
+    save("qwen2", tmp_path)
+    with pytest.raises(IncompatibleError, match=r"Gemma 4's tokenizer.json is BPE with byte fallback"):
+        read_gemma4_vocabulary(tmp_path, 9)
 
 
 def piece(text: str, score: float, kind: int | None = None) -> bytes:
