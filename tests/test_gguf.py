@@ -480,6 +480,16 @@ def test_what_llamacpp_cannot_load_is_refused_before_anything_is_written(tmp_pat
     assert not list(tmp_path.glob("*.gguf"))
 
 
+def test_room_that_a_killed_run_has_taken_is_used_again(tmp_path, out, monkeypatch):
+    stage = tmp_path / ".a.gguf.moemerge-partial"
+    stage.mkdir()
+    (stage / "model.gguf").write_bytes(bytes(51_000_000))
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
+    write_gguf(out, tmp_path / "a.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
 # ---- finished or absent
 
 
