@@ -613,6 +613,17 @@ def test_any_bytes_are_pieces_or_refused(tmp_path_factory, data):
         assert str(error).startswith(f"{path.name}: is no SentencePiece model (")  # noqa: PT017
 
 
+def test_named_chat_templates_are_in_the_order_of_their_names(tmp_path, copied):
+    names = [f"name{number}" for number in (3, 1, 4, 2, 5, 9, 6)]
+    templates = [{"name": name, "template": f"{name}!"} for name in ("default", *names)]
+    edit_json(copied / "tokenizer_config.json", chat_template=templates)
+    write_gguf(copied, tmp_path / "a.gguf")
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["tokenizer.chat_templates"].contents() == sorted(names)
+    assert fields["tokenizer.chat_template"].contents() == "default!"
+    assert fields["tokenizer.chat_template.name4"].contents() == "name4!"
+
+
 # ---- the command line
 
 
