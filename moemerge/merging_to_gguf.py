@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band
-from moemerge.checkpoint.target import check_limits, check_space
+from moemerge.checkpoint.target import check_limits
 from moemerge.dtypes import STORED
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
 from moemerge.export.planned import Planned, waits
 from moemerge.export.writing import (
-    HEADER_BYTES,
     STAGED,
     advising_types,
     check_file,
+    check_room,
     staged_file,
 )
 from moemerge.merge_parts import Progress, Tally, Work
@@ -78,8 +78,7 @@ def merge_to_gguf(
     check_file(file, overwrite=overwrite, inputs=plan.inputs)
     model = GgufModel(plan.output_config, asked_type(type, {STORED[plan.dtype]}), llama_cpp)
     tensors = model.tensors(_table(plan, seed, {}))
-    nbytes = sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES
-    check_space(file, nbytes + plan.kept_bytes)
+    nbytes = check_room(file, tensors, plan.kept_bytes)
     check_limits(file, largest=nbytes, memory=plan.peak_memory_bytes)
     work = Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn)
     with staged_file(file, overwrite=overwrite) as stage, work.sources_kept_in(stage):

@@ -36,7 +36,7 @@ from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors
 from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
 from moemerge.export.transposed import Transposed
-from moemerge.export.vocabulary import read_vocabulary
+from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
 from moemerge.merging_to_gguf import merge_to_gguf
 from tests.models import edit_json, make_model, write_config
@@ -141,6 +141,21 @@ def test_a_plan_makes_the_file_that_its_checkpoint_makes(tmp_path, config, out, 
     merge_to_gguf(plan_merge(load_config(config)), tmp_path / "merged.gguf", type=kind)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "merged.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("moe", "keys"),
+    [
+        ("mixtral", {"shared_weights": "average", "dtype": "bfloat16"}), ("mixtral", {"fold_norms": True}),
+        ("granitemoe", {"dtype": "float16"}), ("granitemoehybrid", {}),
+    ],
+)  # fmt: skip
+def test_what_a_merge_computes_is_in_the_file_too(tmp_path, llamas, moe, keys):
+    config = write_config(tmp_path / "a.yaml", llamas[0], llamas[1:], prompts=False, architecture=moe, **keys)
+    merge(plan_merge(load_config(config)), tmp_path / "a")
+    write_gguf(tmp_path / "a", tmp_path / "b.gguf", type="q8_0")
+    merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf", type="q8_0")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "F16"), ("float16", "F16"), ("bfloat16", "BF16")])
@@ -475,6 +490,16 @@ def test_a_checkpoint_that_has_lost_its_shared_expert_is_refused(tmp_path):
     )
 
 
+def test_room_that_a_killed_run_has_taken_is_used_again(tmp_path, out, monkeypatch):
+    stage = tmp_path / ".a.gguf.moemerge-partial"
+    stage.mkdir()
+    (stage / "model.gguf").write_bytes(bytes(51_000_000))
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
+    write_gguf(out, tmp_path / "a.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
 # ---- finished or absent
 
 
@@ -563,6 +588,32 @@ def test_ways_of_splitting_are_known_by_what_they_do(tmp_path, name):
     assert len(found.tokens) == len(found.types) == VOCAB
 
 
+def _with_byte_fallback(folder: Path) -> None:
+    vocab = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "a": 3, "b": 4, "ab": 5}
+    tokenizer = {
+        "added_tokens": [{"id": 1, "content": "<s>", "special": True}, {"id": 6, "content": "<|tool_call>"}],
+        "decoder": {"type": "Sequence"},
+        "model": {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": [["a", "b"]]},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+
+
+def test_a_vocabulary_is_filled_up_to_the_embeddings(tmp_path):
+    _with_byte_fallback(tmp_path)
+    found = read_vocabulary(tmp_path, 9)
+    assert (found.model, found.pre, found.merges) == ("llama", "default", [])
+    assert found.tokens[5:] == ["ab", "<|tool_call>", "[PAD7]", "[PAD8]"]
+    kinds = ["NORMAL", "CONTROL", "BYTE", "NORMAL", "NORMAL", "NORMAL", "USER_DEFINED", "UNUSED", "UNUSED"]
+    assert [kind.name for kind in found.types] == kinds
+    gemma = read_gemma4_vocabulary(tmp_path, 9)
+    assert (gemma.model, gemma.pre, gemma.merges) == ("gemma4", "", ["a b"])
+    assert gemma.tokens == found.tokens
+    save("qwen2", tmp_path)
+    with pytest.raises(IncompatibleError, match=r"Gemma 4's tokenizer.json is BPE with byte fallback"):
+        read_gemma4_vocabulary(tmp_path, 9)
+
+
 def piece(text: str, score: float, kind: int | None = None) -> bytes:
     """A piece as SentencePiece writes it: text, score, and the kind of all but normal ones."""
     encoded = text.encode()
@@ -599,6 +650,17 @@ def test_any_bytes_are_pieces_or_refused(tmp_path_factory, data):
         assert all(isinstance(piece, SentencePiece) for piece in read_pieces(path))
     except CheckpointError as error:
         assert str(error).startswith(f"{path.name}: is no SentencePiece model (")  # noqa: PT017
+
+
+def test_named_chat_templates_are_in_the_order_of_their_names(tmp_path, copied):
+    names = [f"name{number}" for number in (3, 1, 4, 2, 5, 9, 6)]
+    templates = [{"name": name, "template": f"{name}!"} for name in ("default", *names)]
+    edit_json(copied / "tokenizer_config.json", chat_template=templates)
+    write_gguf(copied, tmp_path / "a.gguf")
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["tokenizer.chat_templates"].contents() == sorted(names)
+    assert fields["tokenizer.chat_template"].contents() == "default!"
+    assert fields["tokenizer.chat_template.name4"].contents() == "name4!"
 
 
 # ---- the command line

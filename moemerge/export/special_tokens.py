@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.export.vocabulary import NAMED, read_table, text_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+_TEMPLATE_NAMES: Final = "tokenizer.chat_templates"
 
 
 @dataclass
@@ -31,6 +33,9 @@ class SpecialTokens:
             getattr(writer, f"add_add_{name}_token")(value)
         if self.chat_template is not None:
             writer.add_chat_template(self.chat_template)
+            names = writer.kv_data[0].get(_TEMPLATE_NAMES)
+            if names is not None:
+                names.value = sorted(names.value)  # the package's order is another in every process
 
 
 def read_special_tokens(folder: Path, config: Mapping[str, Any], size: int) -> SpecialTokens:

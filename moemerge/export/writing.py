@@ -10,7 +10,7 @@ from moemerge.checkpoint.copy import write_failure
 from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.jobs import MAX_THREADS
 from moemerge.checkpoint.shards import Shard
-from moemerge.checkpoint.staging import staged
+from moemerge.checkpoint.staging import left_bytes, staged
 from moemerge.checkpoint.target import check_space, check_writable
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.errors import RefusedError, TooLargeError
@@ -101,13 +101,20 @@ def check_file(file: Path, *, overwrite: bool, inputs: Collection[Path] = ()) ->
         raise RefusedError(f"{file}: is no GGUF file, and --overwrite replaces no other. Choose another name.")
 
 
-def check_room(file: Path, tensors: Sequence[GgufTensor]) -> None:
-    """Refuse to begin what the disk cannot hold.
+def check_room(file: Path, tensors: Sequence[GgufTensor], more: int = 0) -> int:
+    """Refuse to begin what the disk cannot hold; gives the bytes that are counted on.
+
+    Args:
+        file: the file.
+        tensors: that it will hold.
+        more: bytes that are needed beside it.
 
     Raises:
         OutputError: says how much is needed and how much is free.
     """
-    check_space(file, sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES)
+    nbytes = sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES + more
+    check_space(file, nbytes, left=left_bytes(file))
+    return nbytes
 
 
 @contextmanager

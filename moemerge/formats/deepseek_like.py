@@ -140,7 +140,8 @@ DEEPSEEK_V3: Final = MoeFamily(
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=_NAMED,
-    fixed=_FIXED,
+    # Which transformers 5 saves as 1: a layer that is not there.
+    fixed=_FIXED | {"num_nextn_predict_layers": 0},
     carried=(
         *COMMON, "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave",
     ),

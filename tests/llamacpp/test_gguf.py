@@ -313,6 +313,19 @@ def test_a_tokenizer_json_with_byte_fallback_is_read_as_the_converter_reads_it(t
     compare(tmp_path / "ours.gguf", theirs)
 
 
+def test_there_are_as_many_tokens_as_embeddings_which_the_engine_demands(tmp_path, tokenizer_folder):
+    base, *experts = (make_model(tmp_path / str(n), n, "llama", **SIZES, vocab_size=PIECES + 8) for n in range(3))
+    config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture="mixtral")
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    shutil.copytree(tokenizer_folder, tmp_path / "out", dirs_exist_ok=True)
+    (tmp_path / "out" / "tokenizer.model").unlink()
+    write_gguf(tmp_path / "out", tmp_path / "ours.gguf", type="f32")
+    theirs = converted(tmp_path / "out", "f32")
+    assert isinstance(theirs, Path), theirs
+    assert computed(theirs, [[1, 2, 3]]) is None
+    assert computed(tmp_path / "ours.gguf", [[1, 2, 3]]) is not None
+
+
 TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
 TEMPLATES: dict[str, dict[str, str]] = {
     "none": {},
