@@ -1,5 +1,6 @@
 """GGUF files read, and what is said of one that llama.cpp has made smaller; the engine itself: `make test-llamacpp`."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -95,6 +96,29 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SourceError) as caught:
         read_contents(tmp_path / "m.gguf")
     assert str(caught.value) == f"{tmp_path / 'm.gguf'}: cannot be read: No such file or directory."
+
+
+def test_no_pipe_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(SourceError) as caught:
+        read_contents(tmp_path / "m.gguf")
+    assert str(caught.value) == f"{tmp_path / 'm.gguf'}: is no regular file. Name a GGUF file."
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts"), [(-1.0, 1.0), (np.inf, 1.0), (np.nan, 1.0), (1.0, -1.0), (1.0, 1e30), (1.0, np.nan)]
+)
+def test_an_importance_matrix_that_nothing_can_have_counted_is_refused(tmp_path, sums, counts):
+    path = write(tmp_path / "i.gguf", {"a.in_sum2": ((2,), Kind.F32), "a.counts": ((1,), Kind.F32)})
+    content = bytearray(path.read_bytes())
+    for name, value in (("a.in_sum2", sums), ("a.counts", counts)):
+        struct.pack_into("<f", content, read_contents(path).tensors[name].offset, value)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_importance(path)
+    assert str(caught.value) == (
+        f"{path}: a has 2 sums for 1 counts, or they are no sums of squares. Make the matrix again."
+    )
 
 
 def test_tensors_stored_otherwise_than_asked_for_are_named(tmp_path):
@@ -232,7 +256,7 @@ def test_a_file_that_is_no_importance_matrix_is_refused(tmp_path):
     assert str(caught.value) == (f"{path}: is no importance matrix: no tensor is called *.in_sum2. Name another file.")
     for bad, message in {
         "a.in_sum2": "a.counts is missing or not in float32. Make the matrix again.",
-        "a.in_sum2 a.counts": "a has 2 sums for 3 counts, or they are not finite. Make the matrix again.",
+        "a.in_sum2 a.counts": "a has 2 sums for 3 counts, or they are no sums of squares. Make the matrix again.",
     }.items():
         matrices = {name: ((3 if "counts" in name else 2,), Kind.F32) for name in bad.split()}
         with pytest.raises(CheckpointError) as caught:
