@@ -1,6 +1,7 @@
 """A causal language model run over windows of text, a layer at a time: losses, and what its routers choose."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ def run_model(
     chosen: Callable[[Choice], None] = lambda _: None,
     predicted: Callable[[int, torch.Tensor], None] = lambda _window, _logits: None,
     progress: Callable[[int, int], None] = lambda _done, _total: None, losses: bool = True,
+    watched: Callable[[int, Any], AbstractContextManager[None]] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Losses in nats, summed over each window's tokens that count: (window,).
 
@@ -51,6 +53,9 @@ def run_model(
         progress: called with the layers done and all there are.
         losses: whether losses are wanted; without them, what follows the last layer is run only to see that it gives
             finite numbers.
+        watched: where what passes through a layer's modules is wanted, called with each layer's number and module; what
+            it gives is open while the windows pass through it, each by itself, without padding. What follows the last
+            layer is not run then.
 
     Raises:
         CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
@@ -58,7 +63,7 @@ def run_model(
     dtype = compute_dtype(device)
     whole = empty_model(model.model_type, model.keys, device, head=True, dtype=dtype)
     decoder = whole.model
-    places = list(group(range(len(windows)), lambda index: len(windows[index].ids), _TOKENS))
+    places = list(group(range(len(windows)), lambda index: len(windows[index].ids), 0 if watched else _TOKENS))
     batches = [
         embed(
             decoder, model.norm, [windows[index].ids for index in part], model.embeddings, device=device, dtype=dtype
@@ -74,18 +79,21 @@ def run_model(
         router = None
         if mixture and mixture.router(index) in model.shapes:
             router = _Router(mixture, layer, index, model.read(mixture.router(index)).float())
-        for part, batch in zip(places, batches, strict=True):
-            choices: list[Choice] | None = []
-            if router:
-                choices = router.watch(batch, part, windows)
-            else:
-                run_layer(layer, batch, index)
-            if choices is None or not batch.is_finite:
-                raise _not_finite(model, f"layer {index}", model.names(index), dtype)
-            for choice in choices:
-                chosen(choice)
+        with watched(index, layer) if watched else nullcontext():
+            for part, batch in zip(places, batches, strict=True):
+                choices: list[Choice] | None = []
+                if router:
+                    choices = router.watch(batch, part, windows)
+                else:
+                    run_layer(layer, batch, index)
+                if choices is None or not batch.is_finite:
+                    raise _not_finite(model, f"layer {index}", model.names(index), dtype)
+                for choice in choices:
+                    chosen(choice)
         layer.to("meta")
         progress(index + 1, model.layers)
+    if watched:
+        return torch.zeros(len(windows))
     head = _Head(whole, model, device, dtype)
     if losses:
         return head.losses(windows, places, batches, predicted)

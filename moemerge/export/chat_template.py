@@ -1,0 +1,117 @@
+"""A model's chat template rendered, in jinja2's sandbox, as transformers renders it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from moemerge.checkpoint.index import read_json
+from moemerge.errors import CheckpointError
+from moemerge.passes.tokens import read_tokenizer_config
+
+if TYPE_CHECKING:
+    from jinja2.ext import Extension
+
+Messages = Sequence[tuple[str, str]]
+"""Role and content of each."""
+Render = Callable[..., str]
+"""From messages, and `ask` whether an answer is to follow, to the text that a model reads.
+
+Raises any error of a template.
+"""
+_FILE: Final = "chat_template.jinja"
+_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+_MOST_CHARACTERS: Final = 200_000
+
+
+def read_chat_template(folder: Path) -> str:
+    """A folder's chat template, or of several the default; empty where there is none that can be read."""
+    file = folder / _FILE
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")[:_MOST_CHARACTERS]
+    except (OSError, UnicodeDecodeError):
+        return ""
+    found = read_tokenizer_config(folder).get("chat_template")
+    if isinstance(found, list):
+        found = next(
+            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), ""
+        )
+    return found if isinstance(found, str) else ""
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The texts of a tokenizer's BOS, EOS, padding and unknown tokens, those that it has."""
+    config = read_tokenizer_config(folder)
+    found = {name: config.get(name) for name in _TOKENS}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
+    return {name: value for name, value in texts.items() if isinstance(value, str)}
+
+
+def added_tokens(folder: Path) -> dict[int, str]:
+    """The texts of tokens that stand beside a tokenizer's vocabulary, by id."""
+    entries: list[tuple[Any, Any]] = []
+    try:
+        listed = read_json(folder / "tokenizer.json").get("added_tokens")
+        entries += [(one.get("id"), one.get("content")) for one in listed or () if isinstance(one, dict)]
+    except CheckpointError:
+        pass
+    decoder = read_tokenizer_config(folder).get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        entries += [
+            (int(key), one.get("content")) for key, one in decoder.items() if key.isdecimal() and isinstance(one, dict)
+        ]
+    return {id_: text for id_, text in entries if isinstance(id_, int) and isinstance(text, str)}
+
+
+def renderer(template: str, tokens: Mapping[str, str]) -> Render:
+    """What renders a chat template.
+
+    Args:
+        template: in Jinja.
+        tokens: texts of special tokens that it may use, by name.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
+    )
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)  # noqa: DTZ005  as the user's clock
+    environment.filters["tojson"] = _as_json
+    return partial(_render, environment.from_string(template), dict(tokens))
+
+
+def _render(template: Any, tokens: Mapping[str, str], messages: Messages, *, ask: bool = True) -> str:
+    given = [{"role": role, "content": content} for role, content in messages]
+    text: str = template.render(messages=given, add_generation_prompt=ask, tools=None, documents=None, **tokens)
+    return text
+
+
+def _refuse(message: object = "") -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(str(message))
+
+
+def _as_json(value: object, **options: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False, indent=options.get("indent"))
+
+
+def _generation_tag() -> "type[Extension]":
+    """The tag with which templates mark what an assistant says; it changes nothing of it."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012  as jinja2 has it
+
+        def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    return Generation

@@ -1,0 +1,104 @@
+"""An importance matrix of a merged model: what reaches its weights when it is run over text, a layer at a time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from moemerge.config import CONFIG_COPY, MergeConfig
+from moemerge.errors import RefusedError
+from moemerge.evaluation.runnable import open_mixture
+from moemerge.evaluation.running import run_model
+from moemerge.export.columns import ColumnTally
+from moemerge.export.contents import read_contents
+from moemerge.export.imatrix import Importance
+from moemerge.passes.device import find_device
+from moemerge.passes.tokens import Window, by_transformers, cut_windows
+from moemerge.texts import find_files, matching_files, read_documents
+
+TOKENS: Final = 16384
+"""That are read where nobody says how many."""
+_WINDOW: Final = 512
+
+
+def importance_of(
+    folder: Path, gguf: Path, texts: Sequence[str] = (), *, tokens: int = TOKENS, device: str = "auto",
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Importance:  # fmt: skip
+    """Run a merged model over text and count what passes through the columns of its weights.
+
+    Args:
+        folder: of the merged model.
+        gguf: the file that was made of it, whose tensors are meant.
+        texts: files, folders or patterns of text; where there are none, what the model's routers were made from.
+        tokens: that are read in all, of each kind of text as many.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        progress: called with the layers done and all there are.
+
+    Raises:
+        SourceError: there is no such model or GGUF file.
+        IncompatibleError: it is no mixture that moemerge writes.
+        RefusedError: there are no such files, or nothing says what text to read.
+        CheckpointError: files are damaged, or the model's numbers are not finite.
+        RouterError: the device or the tokenizer does not serve.
+    """
+    model, mixture = read_contents(gguf), open_mixture(folder)
+    notes: list[str] = []
+    if texts:
+        kinds = {", ".join(texts): read_documents(find_files(texts, "--imatrix-texts"))}
+    elif mixture.config:
+        kinds, notes = calibration_texts(mixture.config)
+    else:
+        raise RefusedError(
+            f"{folder}: has no {CONFIG_COPY} that says what its routers were made from. Name text for the importance "
+            "matrix with --imatrix-texts."
+        )
+    context = mixture.runnable.keys.get("max_position_embeddings", _WINDOW + 1)
+    windows = list(_windows(kinds, by_transformers(mixture.folder), tokens, min(_WINDOW, context - 1)))
+    if not windows:
+        raise RefusedError("--imatrix: there is no text to read. Name some with --imatrix-texts.")
+    tally = ColumnTally(model)
+    run_model(
+        mixture.runnable, windows, find_device(device), losses=False, progress=progress, watched=tally.watch,
+    )  # fmt: skip
+    return Importance(tally.tensors, tuple(kinds), tuple(notes))
+
+
+def calibration_texts(config: MergeConfig) -> tuple[dict[str, list[str]], list[str]]:
+    """Documents by expert, and those for no one expert, that routers were made from; and notes on what is not there."""
+    named = [
+        (f"{place}[{number}] {expert.source_model}", expert.positive_prompts, expert.positive_texts)
+        for place, experts in (("experts", config.experts), ("shared_experts", config.shared_experts))
+        for number, expert in enumerate(experts)
+    ]
+    named.append(("router.calibration_texts", [], config.router.calibration_texts))
+    kinds: dict[str, list[str]] = {}
+    notes = []
+    for name, prompts, patterns in named:
+        files = matching_files(patterns)
+        absent = [pattern for pattern in patterns if not matching_files([pattern])]
+        if absent:
+            notes.append(f"importance matrix: {', '.join(absent)} of {name} leads to no file from here: it is left out")
+        # As one document: alone, most prompts are too short to tell more than how a text begins.
+        documents = [*read_documents(files), *(["\n\n".join(prompts)] if prompts else [])]
+        if documents:
+            kinds[name] = documents
+    return kinds, notes
+
+
+def _windows(
+    kinds: Mapping[str, Sequence[str]], encode: Callable[[str], tuple[list[int], list[int]]], tokens: int, length: int
+) -> Iterator[Window]:  # fmt: skip
+    """Windows of every kind of text, of each as many tokens as far as it has them; of the longer ones the more."""
+
+    def cut(documents: Sequence[str], most: int) -> list[Window]:
+        return cut_windows(documents, encode, tokens=most, length=length)
+
+    def size(windows: Sequence[Window]) -> int:
+        return sum(len(window.ids) for window in windows)
+
+    left = tokens
+    ordered = sorted(kinds.values(), key=lambda documents: size(cut(documents, tokens)))
+    for place, documents in enumerate(ordered):
+        windows = cut(documents, left // (len(ordered) - place))
+        left = max(left - size(windows), 0)
+        yield from windows

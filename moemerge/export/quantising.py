@@ -1,0 +1,256 @@
+"""A GGUF file made smaller by llama.cpp: its k-quants and others, with an importance matrix or without."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+from moemerge.checkpoint.target import PARTIAL
+from moemerge.errors import OutputError, RefusedError
+from moemerge.export.contents import GgufContents, read_contents
+from moemerge.export.imatrix import FEWEST_TOKENS, Importance
+from moemerge.export.packages import need
+from moemerge.printable import printable
+
+# enum llama_ftype of https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
+FILE_TYPES: Final[dict[str, int]] = {
+    "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q5_1": 9, "q5_0": 8, "q4_k_m": 15, "q4_k_s": 14, "q4_1": 3,
+    "q4_0": 2, "iq4_nl": 25, "iq4_xs": 30, "q3_k_l": 13, "q3_k_m": 12, "q3_k_s": 11, "iq3_m": 27, "iq3_s": 26,
+    "iq3_xs": 22, "iq3_xxs": 23, "q2_k": 10, "q2_k_s": 21, "iq2_m": 29, "iq2_s": 28, "iq2_xs": 20, "iq2_xxs": 19,
+    "iq1_m": 31, "iq1_s": 24, "tq2_0": 37, "tq1_0": 36, "mxfp4_moe": 38,
+}  # fmt: skip
+"""What llama.cpp makes of floats, the finest first."""
+NEED_IMPORTANCE: Final = frozenset(
+    {"iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"}
+)
+"""Those that the engine does not make without an importance matrix."""
+_FLOATS: Final = {"F32", "F16", "BF16"}
+_SMALL_BLOCKS: Final = {"q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "mxfp4_moe"}
+_SMALL_BLOCK: Final = 32
+_LARGE_BLOCK: Final = 256
+# Of models with so many experts the engine stores these in Q8_0 whatever their rows are.
+_WITH_FINE_KEYS: Final = 8
+_FINE_KEYS: Final = ("attn_k.weight", "attn_v.weight")
+_LAYER: Final = re.compile(r"blk\.(\d+)\.")
+_PROGRESS: Final = re.compile(rb"^\[ *(\d+)/ *(\d+)\]")
+_REASONS: Final = re.compile(
+    r"failed to quantize: (.+)|error loading model: (.+)|(GGML_ASSERT\(.*\) failed)|(^\w*Error: .+)"
+)
+_KEPT_LINES: Final = 200
+_REASON_BYTES: Final = 400
+_SHOWN: Final = 3
+
+
+@dataclass(frozen=True)
+class QuantisedReport:
+    """What was made."""
+
+    path: Path
+    type: str
+    nbytes: int
+    source_bytes: int
+    types: Mapping[str, int]
+    """How many tensors are stored as what, by ggml's name: `Q4_K`."""
+    fallbacks: Mapping[str, str]
+    """Tensors whose rows the type does not divide, and as what they are stored."""
+    engine: str
+    """What made it, with its version."""
+    notes: tuple[str, ...]
+
+
+def check_type(type_: str, importance: Importance | None) -> None:
+    """Refuse a type that there is not, or that needs what is not given, and do so before any work.
+
+    Raises:
+        RefusedError: says which.
+    """
+    need("llama_cpp", f"To make {type_}")
+    if type_ not in FILE_TYPES:
+        raise RefusedError(f"--type {type_}: is none of {', '.join(FILE_TYPES)}.")
+    if importance is None and type_ in NEED_IMPORTANCE:
+        raise RefusedError(
+            f"--type {type_}: llama.cpp makes it only with an importance matrix: add --imatrix, or choose q3_k_s."
+        )
+
+
+def quantise(
+    gguf: Path, out: Path, type_: str, *, importance: Importance | None = None, threads: int = 0,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> QuantisedReport:  # fmt: skip
+    """Store a model's matrices in fewer bits; `out` appears when it is complete.
+
+    Args:
+        gguf: a GGUF file of floats.
+        out: the file that is written, or replaced.
+        type_: a key of `FILE_TYPES`.
+        importance: which columns of each matrix matter how much.
+        threads: to compute with; 0 for all there are.
+        progress: called with the tensors done and all there are.
+
+    Raises:
+        RefusedError: there is no such type, it needs an importance matrix, or the one that is given is another
+            model's; llama-cpp-python is not installed; `gguf` is quantised already, `out` is a folder.
+        SourceError: `gguf` cannot be read.
+        CheckpointError: `gguf` is damaged.
+        OutputError: the engine failed, with its reason, or `out` cannot be written.
+    """
+    check_type(type_, importance)
+    if out.is_dir():
+        raise RefusedError(f"{out}: is a folder. Name the file that is to be written.")
+    source = read_contents(gguf)
+    names = type_names(source)
+    if quantised := [name for name in source.tensors if names[name] not in _FLOATS]:
+        raise RefusedError(
+            f"{gguf}: {quantised[0]} is stored as {names[quantised[0]]}; expected F32, F16 or BF16: what is quantised "
+            "twice loses twice. Name the file that it was made from."
+        )
+    if importance:
+        importance.check(source)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.{PARTIAL}-", dir=out.resolve().parent) as folder:
+            draft = Path(folder, "quantised.gguf")
+            command = [str(gguf.resolve()), str(draft), str(FILE_TYPES[type_]), str(threads)]
+            if importance:
+                importance.write(Path(folder, "imatrix.gguf"))
+                command.append(str(Path(folder, "imatrix.gguf")))
+            _run(command, gguf, type_, progress)
+            made = read_contents(draft)
+            _flush(draft)
+            draft.replace(out)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
+    return _report(source, made, out, type_, importance)
+
+
+def _report(
+    source: GgufContents, made: GgufContents, out: Path, type_: str, importance: Importance | None
+) -> QuantisedReport:
+    types, fallbacks = type_names(made), fallen_back(made, type_)
+    notes = [fallback_note(fallbacks, made, type_)] if fallbacks else []
+    if importance:
+        notes += [*importance.notes, *uncovered_notes(importance)]
+    return QuantisedReport(
+        out, type_, made.nbytes, source.nbytes, dict(Counter(types.values()).most_common()), fallbacks,
+        _engine_version(), tuple(notes),
+    )  # fmt: skip
+
+
+def _engine_version() -> str:
+    try:
+        return f"llama-cpp-python {version('llama-cpp-python')}"
+    except PackageNotFoundError:  # installed by something else than pip
+        return "llama-cpp-python"
+
+
+def type_names(contents: GgufContents) -> dict[str, str]:
+    """Of each tensor what it is stored as, as ggml calls it."""
+    need("gguf", "To read types of tensors")
+    from gguf import GGMLQuantizationType
+
+    known = {int(kind): kind.name for kind in GGMLQuantizationType}
+    return {name: known.get(tensor.type, f"type {tensor.type}") for name, tensor in contents.tensors.items()}
+
+
+def fallen_back(made: GgufContents, type_: str) -> dict[str, str]:
+    """Tensors whose rows are no whole number of the type's blocks, and what they are stored as instead.
+
+    Args:
+        made: a quantised file.
+        type_: what was asked for.
+    """
+    block = _SMALL_BLOCK if type_ in _SMALL_BLOCKS else _LARGE_BLOCK
+    by_choice = () if made.settings.get(f"{made.architecture}.expert_count") != _WITH_FINE_KEYS else _FINE_KEYS
+    return {
+        name: stored
+        for name, stored in type_names(made).items()
+        if (row := made.tensors[name].sizes[0]) % block and len(made.tensors[name].sizes) > 1
+        if stored not in _FLOATS or (stored == "F16" and row % _SMALL_BLOCK)
+        if not (stored == "Q8_0" and name.endswith(by_choice))
+    }
+
+
+def fallback_note(fallbacks: Mapping[str, str], made: GgufContents, type_: str) -> str:
+    """Which tensors are stored otherwise than asked for, why, and what that means for the size."""
+    matrices = [tensor for tensor in made.tensors.values() if len(tensor.sizes) > 1]
+    rows = sorted({made.tensors[name].sizes[0] for name in fallbacks})
+    kinds = []
+    for kind, count in Counter(fallbacks.values()).most_common():
+        names = [name for name, stored in fallbacks.items() if stored == kind]
+        kinds.append(f"{count} as {kind} ({', '.join(names[:_SHOWN])}{', ...' if names[_SHOWN:] else ''})")
+    weights = sum(math.prod(tensor.sizes) for tensor in made.tensors.values())
+    bits = 8 * made.nbytes / weights
+    block = _SMALL_BLOCK if type_ in _SMALL_BLOCKS else _LARGE_BLOCK
+    return (
+        f"{type_}: rows of {' and '.join(map(str, rows))} numbers are no whole number of its blocks of {block}, so "
+        f"llama.cpp stores {len(fallbacks)} of {len(matrices)} matrices otherwise: {'; '.join(kinds)}. The file takes "
+        f"{bits:.1f} bits a weight, where q8_0 takes about 8.5 and loses less"
+    )
+
+
+def uncovered_notes(importance: Importance) -> list[str]:
+    """Which experts too little text has reached to tell which of their columns matter."""
+    by_expert: dict[int, list[str]] = {}
+    for name, experts in importance.uncovered().items():
+        layer = match[1] if (match := _LAYER.match(name)) else name
+        for expert in experts:
+            if layer not in by_expert.setdefault(expert, []):
+                by_expert[expert].append(layer)
+    return [
+        f"importance matrix: fewer than {FEWEST_TOKENS} tokens reach expert {expert} in layers {', '.join(layers)}: "
+        "there it has the mean of the layer's other experts"
+        for expert, layers in sorted(by_expert.items())
+    ]
+
+
+def _run(command: list[str], gguf: Path, type_: str, progress: Callable[[int, int], None]) -> None:
+    """Run the engine in a process of its own; it imports from where this one does."""
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # noqa: PTH100  links stay as they are
+    # Before it aborts, ggml would call a debugger, which takes seconds.
+    environment = os.environ | {"PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
+    said: deque[str] = deque(maxlen=_KEPT_LINES)
+    with subprocess.Popen(  # noqa: S603  this program itself
+        [sys.executable, "-m", "moemerge.export.engine", *command],
+        env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    ) as engine:  # fmt: skip
+        try:
+            for line in engine.stderr or ():
+                if step := _PROGRESS.match(line):
+                    progress(int(step[1]), int(step[2]))
+                said.append(line.decode(errors="replace"))
+        except BaseException:
+            engine.kill()
+            raise
+    if engine.returncode:
+        raise OutputError(f"{gguf}: llama.cpp does not make {type_} of it: {why(said, engine.returncode)}.")
+
+
+def why(said: Iterable[str], code: int) -> str:
+    """The last reason in what the engine said before it ended, on one line.
+
+    Args:
+        said: its last lines.
+        code: of its exit; negative for a signal.
+    """
+    lines = [line.strip() for line in said if line.strip()]
+    reasons = [next(filter(None, match.groups())) for line in lines for match in _REASONS.finditer(line)]
+    if code < 0 and not any("GGML_ASSERT" in reason for reason in reasons[-1:]):
+        named = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        reasons.append(f"its process was ended by {named}" + (f" after {lines[-1]!r:.200}" if lines else ""))
+    found = reasons[-1] if reasons else (lines[-1] if lines else "it gave no reason")
+    if "iostream" in found or "basic_ios" in found:
+        found += ": the disk is full or cannot be written"
+    return printable(found.rstrip(".!"), _REASON_BYTES)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
