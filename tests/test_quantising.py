@@ -2,12 +2,17 @@
 
 import os
 import struct
+import sys
 from pathlib import Path
+from typing import get_args
 
 import gguf
 import numpy as np
 import pytest
 
+from moemerge import load_config, merge, plan_merge
+from moemerge.cli.app import main
+from moemerge.cli.options import GgufType
 from moemerge.errors import CheckpointError, RefusedError, SourceError
 from moemerge.export import packages
 from moemerge.export.contents import read_contents
@@ -21,6 +26,7 @@ from moemerge.export.quantising import (
     uncovered_notes,
     why,
 )
+from tests.models import write_config
 
 Kind = gguf.GGMLQuantizationType
 _MATRICES = {
@@ -174,10 +180,10 @@ def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):
     assert str(caught.value) == "To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[gguf]'."
     monkeypatch.setattr(packages, "find_spec", lambda _: object())
     with pytest.raises(RefusedError) as caught:
-        check_type("q4_k", None)
+        check_type("q4_k", with_importance=False)
     assert str(caught.value) == f"--type q4_k: is none of {', '.join(FILE_TYPES)}."
     with pytest.raises(RefusedError) as caught:
-        check_type("iq2_m", None)
+        check_type("iq2_m", with_importance=False)
     assert str(caught.value) == (
         "--type iq2_m: llama.cpp makes it only with an importance matrix: add --imatrix, or choose q3_k_s."
     )
@@ -267,3 +273,63 @@ def test_a_file_that_is_no_importance_matrix_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         read_importance(path)
     assert str(caught.value) == f"{path}: a.counts goes beyond the file's end. Make the matrix again."
+
+
+def run(words: list[object], monkeypatch, capsys) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code or 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--type", "q8_0", "--imatrix"], "--imatrix: --type q8_0 has no use of an importance matrix. Choose q4_k_m or the like."),
+        (
+            ["--imatrix-out", "i.gguf"],
+            "--imatrix-out: --type auto has no use of an importance matrix. Choose q4_k_m or the like.",
+        ),
+        (
+            ["--type", "q4_k_m", "--imatrix-file", "i.gguf", "--imatrix-texts", "a.txt"],
+            "--imatrix-file, --imatrix-texts: give one of them, not both.",
+        ),
+        (
+            ["--ollama", "-f"],
+            "--ollama -f: is no model's name for Ollama. Expected letters, digits, `.`, `-` and `_`, such as my-mixture, "
+            "user/my-mixture or my-mixture:q4.",
+        ),
+        (
+            ["--type", "iq2_m"],
+            "--type iq2_m: llama.cpp makes it only with an importance matrix: add --imatrix, or choose q3_k_s.",
+        ),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(packages, "find_spec", lambda _: object())
+    assert run(["gguf", tmp_path, tmp_path / "m.gguf", *words], monkeypatch, capsys) == (2, f"error: {message}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_into_a_quantised_file_is_refused_before_it_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "llama_cpp" else object())
+    assert run(["none.yaml", tmp_path / "m.gguf", "--type", "q4_k_m"], monkeypatch, capsys) == (
+        2, "error: To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[gguf]'.\n"
+    )  # fmt: skip
+
+
+def test_every_type_of_the_engine_can_be_asked_for():
+    assert [*get_args(get_args(GgufType)[0])] == ["auto", "f32", "f16", "bf16", *FILE_TYPES]
+
+
+def test_a_modelfile_is_written_beside_the_file(tmp_path, llamas, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:3], prompts=False)
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    words = ["gguf", tmp_path / "out", tmp_path / "m.gguf", "--ollama", "mix", "-q"]
+    code, said = run(words, monkeypatch, capsys)
+    assert (code, said) == (0, "")
+    assert (tmp_path / "Modelfile").read_text().startswith('FROM ./m.gguf\nTEMPLATE """{{ range .Messages }}')

@@ -1,15 +1,25 @@
 """`moemerge gguf`: a merged model as one GGUF file."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.console import Console
 
-from moemerge.cli.console import return_freed_memory, speaking, stoppable
-from moemerge.cli.options import Debug, GgufType, LlamaCpp, Quiet
+from moemerge.cli.console import return_freed_memory, saying, speaking, stoppable
+from moemerge.cli.options import Debug, Device, GgufType, LlamaCpp, Quiet
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
+
+if TYPE_CHECKING:
+    from moemerge.export.imatrix import Importance
+    from moemerge.plan import MergePlan
+
+_WRITTEN_HERE: Final = ("auto", "f32", "f16", "bf16", "q8_0")
+MODELFILE: Final = "Modelfile"
 
 
 def is_gguf(out: Path) -> bool:
@@ -36,7 +46,7 @@ def check_options(to_file: bool, kind: str, llama_cpp: Path | None, folders_only
         raise RefusedError(f"{name}: is of GGUF files, and OUT is none. Name a file that ends in .gguf.")
 
 
-def check_gguf(file: Path, inputs: Collection[Path], llama_cpp: Path | None, *, overwrite: bool) -> None:
+def check_gguf(file: Path, kind: str, inputs: Collection[Path], llama_cpp: Path | None, *, overwrite: bool) -> None:
     """Refuse a file that a merge could not write, before anything is downloaded.
 
     Raises:
@@ -44,11 +54,95 @@ def check_gguf(file: Path, inputs: Collection[Path], llama_cpp: Path | None, *, 
         OutputError: the system does not let it be written.
     """
     from moemerge.export.converter import check_checkout
+    from moemerge.export.quantising import check_type
     from moemerge.export.writing import check_file
 
+    if kind not in _WRITTEN_HERE:
+        check_type(kind, with_importance=False)
     check_file(file, overwrite=overwrite, inputs=inputs)
     if llama_cpp is not None:
         check_checkout(llama_cpp)
+
+
+def merge_into(  # noqa: PLR0917
+    console: Console, plan: "MergePlan", out: Path, kind: str, llama_cpp: Path | None, quiet: bool, *, overwrite: bool,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Merge into a GGUF file, by way of one in floats where llama.cpp quantises it; gives the routers' report."""
+    from moemerge.merging_to_gguf import merge_to_gguf
+
+    merge: Callable[..., Any] = partial(merge_to_gguf, plan, llama_cpp=llama_cpp, **options)
+    if kind in _WRITTEN_HERE:
+        return merge(out, type=kind, overwrite=overwrite)
+    reports: list[Any] = []
+    _quantise(console, out, kind, lambda floats: reports.append(merge(floats)), quiet=quiet, overwrite=overwrite)
+    return reports[0]
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """Where an importance matrix comes from, and where it is kept."""
+
+    wanted: bool
+    texts: tuple[str, ...]
+    file: Path | None
+    out: Path | None
+    tokens: int
+    device: str
+
+    def maker(self, console: Console, folder: Path, kind: str, *, quiet: bool) -> "Callable[[Path], Importance] | None":
+        """What makes it of a file in floats; None where none is wanted.
+
+        Raises:
+            RefusedError: what is given belongs to no file of this kind, or not together.
+        """
+        given = {"--imatrix": self.wanted, "--imatrix-texts": self.texts, "--imatrix-file": self.file,
+                 "--imatrix-out": self.out}  # fmt: skip
+        named = [name for name, value in given.items() if value]
+        if named and kind in _WRITTEN_HERE:
+            raise RefusedError(
+                f"{named[0]}: --type {kind} has no use of an importance matrix. Choose q4_k_m or the like."
+            )
+        if self.file and len(named) > 1:
+            other = next(name for name in named if name != "--imatrix-file")
+            raise RefusedError(f"--imatrix-file, {other}: give one of them, not both.")
+        return partial(self._make, console, folder, quiet) if named else None
+
+    def _make(self, console: Console, folder: Path, quiet: bool, floats: Path) -> "Importance":
+        from moemerge.cli.progress import show_steps
+        from moemerge.export.imatrix import read_importance
+
+        if self.file:
+            return read_importance(self.file)
+        from moemerge.export.importance import importance_of  # imports torch and transformers
+
+        saying(console, quiet=quiet)(f"importance matrix: the model reads up to {self.tokens} tokens")
+        with show_steps(console, quiet=quiet) as progress:
+            report = stoppable(progress)
+            found = importance_of(
+                folder, floats, self.texts, tokens=self.tokens, device=self.device,
+                progress=lambda done, total: report("importance matrix", done, total),
+            )  # fmt: skip
+        if self.out:
+            found.write(self.out)
+        return found
+
+
+def _quantise(
+    console: Console, file: Path, kind: str, write: Callable[[Path], object],
+    importance: "Callable[[Path], Importance] | None" = None, *, quiet: bool, overwrite: bool,
+) -> None:  # fmt: skip
+    from moemerge.cli.progress import show_steps
+    from moemerge.export.quantised_file import write_quantised
+
+    with show_steps(console, quiet=quiet) as progress:
+        report = stoppable(progress)
+        made = write_quantised(
+            file, kind, write, overwrite=overwrite, importance=importance,
+            progress=lambda done, total: report(kind, done, total),
+        )  # fmt: skip
+    for note in made.notes:
+        console.print(f"note: {note}", style="yellow")
 
 
 def write_file(  # noqa: PLR0917  typer makes options of arguments
@@ -60,21 +154,67 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="One thread, small chunks, nothing left in the page cache.")
     ] = False,
+    imatrix: Annotated[
+        bool, typer.Option("--imatrix", help="Quantise by what the texts that the routers were made from need most.")
+    ] = False,
+    imatrix_texts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="The same by other text: files, folders, patterns.", show_default=False),
+    ] = None,
+    imatrix_file: Annotated[
+        Path | None, typer.Option(help="The same by a file of llama-imatrix.", show_default=False)
+    ] = None,
+    imatrix_out: Annotated[
+        Path | None, typer.Option(help="Keep the importance matrix, for llama.cpp's tools.", show_default=False)
+    ] = None,
+    imatrix_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read for it.")] = 16384,
+    ollama: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Write a Modelfile beside FILE, and create NAME in Ollama.", show_default=False
+        ),
+    ] = None,
+    device: Device = "auto",
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write a merged model as one GGUF file, for llama.cpp and what is built on it: the bytes of its own converter."""
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         from moemerge.cli.progress import show_progress
+        from moemerge.export.ollama import check_name
         from moemerge.export.writing import write_gguf
 
+        told = Imatrix(imatrix, tuple(imatrix_texts or ()), imatrix_file, imatrix_out, imatrix_tokens, device)
+        importance = told.maker(console, out, type, quiet=quiet)
+        if ollama:
+            check_name(ollama)
         return_freed_memory()
-        with show_progress(console, quiet=quiet) as progress:
-            report = stoppable(progress)
-            write_gguf(
-                out, file, type=type, overwrite=overwrite, low_memory=low_memory, llama_cpp=llama_cpp,
-                tell=lambda note: console.print(f"warning: {note}", style="yellow"),
-                progress=lambda done, total: report("weights", done, total),
-            )  # fmt: skip
+
+        def write(target: Path, kind: Any, *, overwrite: bool = False) -> None:
+            with show_progress(console, quiet=quiet) as progress:
+                report = stoppable(progress)
+                write_gguf(
+                    out, target, type=kind, overwrite=overwrite, low_memory=low_memory, llama_cpp=llama_cpp,
+                    tell=lambda note: console.print(f"warning: {note}", style="yellow"),
+                    progress=lambda done, total: report("weights", done, total),
+                )  # fmt: skip
+
+        if type in _WRITTEN_HERE:
+            write(file, type, overwrite=overwrite)
+        else:
+            _quantise(
+                console, file, type, lambda floats: write(floats, "auto"), importance, quiet=quiet, overwrite=overwrite
+            )
         if not quiet:
             say(f"{file}: done")
+        if ollama:
+            _describe_to_ollama(console, out, file, ollama)
+
+
+def _describe_to_ollama(console: Console, out: Path, file: Path, name: str) -> None:
+    from moemerge.export.ollama import create, write_modelfile
+
+    written = write_modelfile(out, file, file.with_name(MODELFILE))
+    for note in written.notes:
+        console.print(f"note: {note}", style="yellow")
+    say(f"next: {create(name, written.path)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from moemerge.cli.console import return_freed_memory, saying, speaking, stdout, stoppable
-from moemerge.cli.gguf import check_gguf, check_options, is_gguf
+from moemerge.cli.gguf import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.options import (
     AllowIdentical,
     CacheDir,
@@ -107,7 +107,6 @@ def merge_models(
     with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from moemerge.cli.progress import show_progress
         from moemerge.merging import merge, merge_to_hub
-        from moemerge.merging_to_gguf import merge_to_gguf
 
         if push_streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
@@ -119,7 +118,7 @@ def merge_models(
         to_file = is_gguf(out)
         check_options(to_file, type, llama_cpp, {"--resume": resume, "--push": push is not None})
         if to_file:
-            check_gguf(out, [config], llama_cpp, overwrite=overwrite)
+            check_gguf(out, type, [config], llama_cpp, overwrite=overwrite)
         elif not push_streaming:
             _check_folder(out, [config], overwrite=overwrite)
         base_bits = _check_pass(device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
@@ -131,7 +130,7 @@ def merge_models(
         )  # fmt: skip
         way = partial(merge, plan, out, name=push, resume=resume)
         if to_file:
-            way = partial(merge_to_gguf, plan, out, type=type, llama_cpp=llama_cpp)
+            way = partial(merge_into, console, plan, out, type, llama_cpp, quiet)
         if pushing.publisher:
             pushing.publisher.check_replaced(plan.family.model_type, overwrite=overwrite)
             way = partial(way, ready=pushing.publisher.create)
