@@ -8,7 +8,8 @@ import gguf
 import pytest
 
 from moemerge.errors import OutputError, RefusedError
-from moemerge.export.chat_format import find_format
+from moemerge.export import chat_format
+from moemerge.export.chat_format import find_format, read_format
 from moemerge.export.chat_template import read_chat_template, renderer
 from moemerge.export.ollama import check_name, create, write_modelfile
 
@@ -231,6 +232,10 @@ def test_the_bos_is_written_where_llama_cpp_does_not_put_it(folder, tmp_path, se
             CHATML.replace("<|im_end|>", '"""'),
             'TEMPLATE is left out: the chat template holds """, which a Modelfile cannot',
         ),
+        (
+            CHATML.replace("<|im_end|>", "\u00a0"),
+            "TEMPLATE is left out: the chat template holds '\\xa0', which a Modelfile cannot",
+        ),
         (GEMMA, "the chat template takes no system message: TEMPLATE puts one in front of the first question"),
         (
             CHATML + "{% set today = strftime_now('%d') %}",
@@ -248,6 +253,27 @@ def test_what_a_modelfile_lacks_is_said(folder, tmp_path, template, note):
     found = write_modelfile(folder, write(tmp_path / "m.gguf", add_bos_token=True), tmp_path / "Modelfile")
     assert found.notes == (note,)
     assert bool(found.template) == ("left out" not in note) == ("TEMPLATE" in (tmp_path / "Modelfile").read_text())
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "{{ 'a' * 9999999999 }}"],
+)
+def test_a_template_that_does_not_end_is_given_up(monkeypatch, template):
+    monkeypatch.setattr(chat_format, "_SECONDS", 2)
+    assert read_format(template + CHATML, {}) is None
+
+
+def test_a_format_read_in_a_child_is_the_same():
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    assert read_format(LLAMA2, tokens, "<s>", "</s>") == find_format(renderer(LLAMA2, tokens), "<s>", "</s>")
+
+
+def test_a_file_whose_name_a_modelfile_cannot_hold_is_refused(folder, tmp_path):
+    model = write(tmp_path / "a\nb.gguf")
+    with pytest.raises(RefusedError) as caught:
+        write_modelfile(folder, model, tmp_path / "Modelfile")
+    assert str(caught.value) == f"{model}: its name holds signs that a Modelfile cannot. Choose another name."
 
 
 def test_a_chat_template_is_found_where_transformers_finds_it(folder):

@@ -1,12 +1,18 @@
 """GGUF files read, and what is said of one that llama.cpp has made smaller; the engine itself: `make test-llamacpp`."""
 
+import os
 import struct
+import sys
 from pathlib import Path
+from typing import get_args
 
 import gguf
 import numpy as np
 import pytest
 
+from moemerge import load_config, merge, plan_merge
+from moemerge.cli.app import main
+from moemerge.cli.options import GgufType
 from moemerge.errors import CheckpointError, RefusedError, SourceError
 from moemerge.export import packages
 from moemerge.export.contents import read_contents
@@ -20,6 +26,7 @@ from moemerge.export.quantising import (
     uncovered_notes,
     why,
 )
+from tests.models import write_config
 
 Kind = gguf.GGMLQuantizationType
 _MATRICES = {
@@ -97,6 +104,29 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     assert str(caught.value) == f"{tmp_path / 'm.gguf'}: cannot be read: No such file or directory."
 
 
+def test_no_pipe_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(SourceError) as caught:
+        read_contents(tmp_path / "m.gguf")
+    assert str(caught.value) == f"{tmp_path / 'm.gguf'}: is no regular file. Name a GGUF file."
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts"), [(-1.0, 1.0), (np.inf, 1.0), (np.nan, 1.0), (1.0, -1.0), (1.0, 1e30), (1.0, np.nan)]
+)
+def test_an_importance_matrix_that_nothing_can_have_counted_is_refused(tmp_path, sums, counts):
+    path = write(tmp_path / "i.gguf", {"a.in_sum2": ((2,), Kind.F32), "a.counts": ((1,), Kind.F32)})
+    content = bytearray(path.read_bytes())
+    for name, value in (("a.in_sum2", sums), ("a.counts", counts)):
+        struct.pack_into("<f", content, read_contents(path).tensors[name].offset, value)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_importance(path)
+    assert str(caught.value) == (
+        f"{path}: a has 2 sums for 1 counts, or they are no sums of squares. Make the matrix again."
+    )
+
+
 def test_tensors_stored_otherwise_than_asked_for_are_named(tmp_path):
     made = read_contents(write(tmp_path / "m.gguf"))
     found = fallen_back(made, "q4_k_m")
@@ -152,10 +182,10 @@ def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(packages, "find_spec", lambda _: object())
     with pytest.raises(RefusedError) as caught:
-        check_type("q4_k", None)
+        check_type("q4_k", with_importance=False)
     assert str(caught.value) == f"--type q4_k: is none of {', '.join(FILE_TYPES)}."
     with pytest.raises(RefusedError) as caught:
-        check_type("iq2_m", None)
+        check_type("iq2_m", with_importance=False)
     assert str(caught.value) == (
         "--type iq2_m: llama.cpp makes it only with an importance matrix: add --imatrix, or choose q3_k_s."
     )
@@ -234,7 +264,7 @@ def test_a_file_that_is_no_importance_matrix_is_refused(tmp_path):
     assert str(caught.value) == (f"{path}: is no importance matrix: no tensor is called *.in_sum2. Name another file.")
     for bad, message in {
         "a.in_sum2": "a.counts is missing or not in float32. Make the matrix again.",
-        "a.in_sum2 a.counts": "a has 2 sums for 3 counts, or they are not finite. Make the matrix again.",
+        "a.in_sum2 a.counts": "a has 2 sums for 3 counts, or they are no sums of squares. Make the matrix again.",
     }.items():
         matrices = {name: ((3 if "counts" in name else 2,), Kind.F32) for name in bad.split()}
         with pytest.raises(CheckpointError) as caught:
@@ -245,3 +275,63 @@ def test_a_file_that_is_no_importance_matrix_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         read_importance(path)
     assert str(caught.value) == f"{path}: a.counts goes beyond the file's end. Make the matrix again."
+
+
+def run(words: list[object], monkeypatch, capsys) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code or 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--type", "q8_0", "--imatrix"], "--imatrix: --type q8_0 has no use of an importance matrix. Choose q4_k_m or the like."),
+        (
+            ["--imatrix-out", "i.gguf"],
+            "--imatrix-out: --type auto has no use of an importance matrix. Choose q4_k_m or the like.",
+        ),
+        (
+            ["--type", "q4_k_m", "--imatrix-file", "i.gguf", "--imatrix-texts", "a.txt"],
+            "--imatrix-file, --imatrix-texts: give one of them, not both.",
+        ),
+        (
+            ["--ollama", "-f"],
+            "--ollama -f: is no model's name for Ollama. Expected letters, digits, `.`, `-` and `_`, such as my-mixture, "
+            "user/my-mixture or my-mixture:q4.",
+        ),
+        (
+            ["--type", "iq2_m"],
+            "--type iq2_m: llama.cpp makes it only with an importance matrix: add --imatrix, or choose q3_k_s.",
+        ),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(packages, "find_spec", lambda _: object())
+    assert run(["gguf", tmp_path, tmp_path / "m.gguf", *words], monkeypatch, capsys) == (2, f"error: {message}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_into_a_quantised_file_is_refused_before_it_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "llama_cpp" else object())
+    assert run(["none.yaml", tmp_path / "m.gguf", "--type", "q4_k_m"], monkeypatch, capsys) == (
+        2, "error: To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[k-quants]'.\n"
+    )  # fmt: skip
+
+
+def test_every_type_of_the_engine_can_be_asked_for():
+    assert [*get_args(get_args(GgufType)[0])] == ["auto", "f32", "f16", "bf16", *FILE_TYPES]
+
+
+def test_a_modelfile_is_written_beside_the_file(tmp_path, llamas, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:3], prompts=False)
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    words = ["gguf", tmp_path / "out", tmp_path / "m.gguf", "--ollama", "mix", "-q"]
+    code, said = run(words, monkeypatch, capsys)
+    assert (code, said) == (0, "")
+    assert (tmp_path / "Modelfile").read_text().startswith('FROM ./m.gguf\nTEMPLATE """{{ range .Messages }}')

@@ -1,12 +1,13 @@
 """`moemerge gguf`: a merged model as one GGUF file."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.console import Console
 
 from moemerge.cli.console import return_freed_memory, saying, speaking, stoppable
 from moemerge.cli.options import Debug, Device, GgufType, LlamaCpp, Quiet
@@ -14,12 +15,11 @@ from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from moemerge.export.imatrix import Importance
-    from moemerge.export.model import AskedType
+    from moemerge.plan import MergePlan
 
-_MODELFILE: Final = "Modelfile"
+_WRITTEN_HERE: Final = ("auto", "f32", "f16", "bf16", "q8_0")
+MODELFILE: Final = "Modelfile"
 
 
 def is_gguf(out: Path) -> bool:
@@ -46,152 +46,175 @@ def check_options(to_file: bool, kind: str, llama_cpp: Path | None, folders_only
         raise RefusedError(f"{name}: is of GGUF files, and OUT is none. Name a file that ends in .gguf.")
 
 
-def check_gguf(
-    file: Path, kind: str, inputs: Collection[Path], llama_cpp: Path | None, *,
-    overwrite: bool, calibrated: bool = False,
-) -> None:  # fmt: skip
-    """Refuse a file that could not be written, before anything is downloaded or read.
-
-    `calibrated` says whether there will be an importance matrix.
+def check_gguf(file: Path, kind: str, inputs: Collection[Path], llama_cpp: Path | None, *, overwrite: bool) -> None:
+    """Refuse a file that a merge could not write, before anything is downloaded.
 
     Raises:
         RefusedError: says why.
         OutputError: the system does not let it be written.
     """
     from moemerge.export.converter import check_checkout
+    from moemerge.export.quantising import check_type
     from moemerge.export.writing import check_file
 
+    if kind not in _WRITTEN_HERE:
+        check_type(kind, with_importance=False)
     check_file(file, overwrite=overwrite, inputs=inputs)
-    _check_kind(kind, calibrated=calibrated)
     if llama_cpp is not None:
         check_checkout(llama_cpp)
 
 
-def _check_kind(kind: str, *, calibrated: bool) -> None:
-    from moemerge.export.imatrix import Importance
-    from moemerge.export.model import ASKED_TYPES
-    from moemerge.export.quantising import FILE_TYPES, check_type
+def merge_into(  # noqa: PLR0917
+    console: Console, plan: "MergePlan", out: Path, kind: str, llama_cpp: Path | None, quiet: bool, *, overwrite: bool,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Merge into a GGUF file, by way of one in floats where llama.cpp quantises it; gives the routers' report."""
+    from moemerge.merging_to_gguf import merge_to_gguf
 
-    if kind not in ASKED_TYPES and kind not in FILE_TYPES:
-        raise RefusedError(f"--type {kind}: is none of {', '.join(ASKED_TYPES | FILE_TYPES)}.")
-    if kind not in ASKED_TYPES:
-        check_type(kind, Importance({}) if calibrated else None)
-    elif calibrated:
-        raise RefusedError(f"--imatrix: says nothing of {kind}. Remove it, or choose a type such as q4_k_m.")
+    merge: Callable[..., Any] = partial(merge_to_gguf, plan, llama_cpp=llama_cpp, **options)
+    if kind in _WRITTEN_HERE:
+        return merge(out, type=kind, overwrite=overwrite)
+    reports: list[Any] = []
+    _quantise(console, out, kind, lambda floats: reports.append(merge(floats)), quiet=quiet, overwrite=overwrite)
+    return reports[0]
 
 
-@contextmanager
-def quantised(
-    console: "Console", file: Path, kind: str, *, quiet: bool,
-    importance: "Callable[[Path], Importance | None]" = lambda _: None,
-) -> Iterator[tuple[Path, "AskedType"]]:  # fmt: skip
-    """Where to write a GGUF file first and of what type; llama.cpp then makes it smaller, if `kind` asks for that.
+@dataclass(frozen=True)
+class Imatrix:
+    """Where an importance matrix comes from, and where it is kept."""
 
-    Args:
-        console: for notes.
-        file: what there is at the end.
-        kind: what its matrices are stored as.
-        quiet: whether notes are left out.
-        importance: the importance matrix of what was written first.
-    """
-    from moemerge.checkpoint.staging import staged
-    from moemerge.export.model import ASKED_TYPES
-    from moemerge.export.quantising import quantise
+    wanted: bool
+    texts: tuple[str, ...]
+    file: Path | None
+    out: Path | None
+    tokens: int
+    device: str
 
-    if kind in ASKED_TYPES:
-        yield file, ASKED_TYPES[kind]
-        return
-    tell = saying(console, quiet=quiet)
-    with staged(file, temporary=True) as stage:
-        floats = stage / file.name
-        yield floats, "auto"
-        matrix = importance(floats)
-        tell(f"{kind}: made by llama.cpp")
-        report = quantise(floats, file, kind, importance=matrix)
-    for note in report.notes:
-        tell(f"note: {note}")
+    def maker(self, console: Console, folder: Path, kind: str, *, quiet: bool) -> "Callable[[Path], Importance] | None":
+        """What makes it of a file in floats; None where none is wanted.
+
+        Raises:
+            RefusedError: what is given belongs to no file of this kind, or not together.
+        """
+        given = {"--imatrix": self.wanted, "--imatrix-texts": self.texts, "--imatrix-file": self.file,
+                 "--imatrix-out": self.out}  # fmt: skip
+        named = [name for name, value in given.items() if value]
+        if named and kind in _WRITTEN_HERE:
+            raise RefusedError(
+                f"{named[0]}: --type {kind} has no use of an importance matrix. Choose q4_k_m or the like."
+            )
+        if self.file and len(named) > 1:
+            other = next(name for name in named if name != "--imatrix-file")
+            raise RefusedError(f"--imatrix-file, {other}: give one of them, not both.")
+        return partial(self._make, console, folder, quiet) if named else None
+
+    def _make(self, console: Console, folder: Path, quiet: bool, floats: Path) -> "Importance":
+        from moemerge.cli.progress import show_steps
+        from moemerge.export.imatrix import read_importance
+
+        if self.file:
+            return read_importance(self.file)
+        from moemerge.export.importance import importance_of  # imports torch and transformers
+
+        saying(console, quiet=quiet)(f"importance matrix: the model reads up to {self.tokens} tokens")
+        with show_steps(console, quiet=quiet) as progress:
+            report = stoppable(progress)
+            found = importance_of(
+                folder, floats, self.texts, tokens=self.tokens, device=self.device,
+                progress=lambda done, total: report("importance matrix", done, total),
+            )  # fmt: skip
+        if self.out:
+            found.write(self.out)
+        return found
+
+
+def _quantise(
+    console: Console, file: Path, kind: str, write: Callable[[Path], object],
+    importance: "Callable[[Path], Importance] | None" = None, *, quiet: bool, overwrite: bool,
+) -> None:  # fmt: skip
+    from moemerge.cli.progress import show_steps
+    from moemerge.export.quantised_file import write_quantised
+
+    with show_steps(console, quiet=quiet) as progress:
+        report = stoppable(progress)
+        made = write_quantised(
+            file, kind, write, overwrite=overwrite, importance=importance,
+            progress=lambda done, total: report(kind, done, total),
+        )  # fmt: skip
+    for note in made.notes:
+        console.print(f"note: {note}", style="yellow")
 
 
 def write_file(  # noqa: PLR0917  typer makes options of arguments
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, NAME.gguf.", show_default=False)],
     type: GgufType = "auto",  # noqa: A002  the option's name
-    imatrix: Annotated[
-        bool, typer.Option("--imatrix", help="Weigh columns by what the routers' own prompts and texts activate.")
-    ] = False,
-    imatrix_texts: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="Files of text for --imatrix, instead of the routers'.", show_default=False),
-    ] = None,
-    imatrix_out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Keep the importance matrix, for llama.cpp.", show_default=False)
-    ] = None,
-    ollama: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Write a Modelfile too, and make it a model of Ollama's.", show_default=False
-        ),
-    ] = None,
     llama_cpp: LlamaCpp = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a GGUF file of that name.")] = False,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="One thread, small chunks, nothing left in the page cache.")
     ] = False,
+    imatrix: Annotated[
+        bool, typer.Option("--imatrix", help="Quantise by what the texts that the routers were made from need most.")
+    ] = False,
+    imatrix_texts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="The same by other text: files, folders, patterns.", show_default=False),
+    ] = None,
+    imatrix_file: Annotated[
+        Path | None, typer.Option(help="The same by a file of llama-imatrix.", show_default=False)
+    ] = None,
+    imatrix_out: Annotated[
+        Path | None, typer.Option(help="Keep the importance matrix, for llama.cpp's tools.", show_default=False)
+    ] = None,
+    imatrix_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read for it.")] = 16384,
+    ollama: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Write a Modelfile beside FILE, and create NAME in Ollama.", show_default=False
+        ),
+    ] = None,
     device: Device = "auto",
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write a merged model as one GGUF file, for llama.cpp and what is built on it: the bytes of its own converter."""
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         from moemerge.cli.progress import show_progress
         from moemerge.export.ollama import check_name
         from moemerge.export.writing import write_gguf
 
-        calibrated = imatrix or bool(imatrix_texts) or imatrix_out is not None
-        check_gguf(file, type, [], llama_cpp, overwrite=overwrite, calibrated=calibrated)
-        if ollama is not None:
+        told = Imatrix(imatrix, tuple(imatrix_texts or ()), imatrix_file, imatrix_out, imatrix_tokens, device)
+        importance = told.maker(console, out, type, quiet=quiet)
+        if ollama:
             check_name(ollama)
-        importance = partial(_importance, console, out, imatrix_texts or (), imatrix_out, device, quiet=quiet)
         return_freed_memory()
-        with (
-            quantised(
-                console, file, type, quiet=quiet, importance=importance if calibrated else lambda _: None
-            ) as (target, kind),
-            show_progress(console, quiet=quiet) as progress,
-        ):  # fmt: skip
-            report = stoppable(progress)
-            write_gguf(
-                out, target, type=kind, overwrite=overwrite, low_memory=low_memory, llama_cpp=llama_cpp,
-                tell=lambda note: console.print(f"warning: {note}", style="yellow"),
-                progress=lambda done, total: report("weights", done, total),
-            )  # fmt: skip
+
+        def write(target: Path, kind: Any, *, overwrite: bool = False) -> None:
+            with show_progress(console, quiet=quiet) as progress:
+                report = stoppable(progress)
+                write_gguf(
+                    out, target, type=kind, overwrite=overwrite, low_memory=low_memory, llama_cpp=llama_cpp,
+                    tell=lambda note: console.print(f"warning: {note}", style="yellow"),
+                    progress=lambda done, total: report("weights", done, total),
+                )  # fmt: skip
+
+        if type in _WRITTEN_HERE:
+            write(file, type, overwrite=overwrite)
+        else:
+            _quantise(
+                console, file, type, lambda floats: write(floats, "auto"), importance, quiet=quiet, overwrite=overwrite
+            )
         if not quiet:
             say(f"{file}: done")
-        if ollama is not None:
-            say(_make_ollama(console, out, file, ollama, quiet=quiet))
+        if ollama:
+            _describe_to_ollama(console, out, file, ollama)
 
 
-def _importance(  # noqa: PLR0917  bound one by one
-    console: "Console", out: Path, texts: Collection[str], kept: Path | None, device: str, gguf: Path, *, quiet: bool
-) -> "Importance":  # fmt: skip
-    from moemerge.cli.progress import show_progress
-    from moemerge.export.importance import importance_of
-
-    with show_progress(console, quiet=quiet) as progress:
-        report = stoppable(progress)
-        found = importance_of(
-            out, gguf, tuple(texts), device=device, progress=lambda done, total: report("routers", done, total)
-        )
-    if kept is not None:
-        found.write(kept)
-    return found
-
-
-def _make_ollama(console: "Console", out: Path, file: Path, name: str, *, quiet: bool) -> str:
-    """Write the Modelfile beside the file; gives what to do next."""
+def _describe_to_ollama(console: Console, out: Path, file: Path, name: str) -> None:
     from moemerge.export.ollama import create, write_modelfile
 
-    written = write_modelfile(out, file, file.with_name(_MODELFILE))
+    written = write_modelfile(out, file, file.with_name(MODELFILE))
     for note in written.notes:
-        saying(console, quiet=quiet)(f"note: {note}")
-    return create(name, written.path)
+        console.print(f"note: {note}", style="yellow")
+    say(f"next: {create(name, written.path)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from moemerge.cli.console import return_freed_memory, saying, speaking, stdout, stoppable
-from moemerge.cli.gguf import check_gguf, check_options, is_gguf, quantised
+from moemerge.cli.gguf import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.options import (
     AllowIdentical,
     CacheDir,
@@ -109,7 +109,6 @@ def merge_models(
     with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from moemerge.cli.progress import show_progress
         from moemerge.merging import merge, merge_to_hub
-        from moemerge.merging_to_gguf import merge_to_gguf
 
         if push_streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
@@ -132,6 +131,8 @@ def merge_models(
             approve=pushing.approve, prove=True, engine=engine,
         )  # fmt: skip
         way = partial(merge, plan, out, name=push, resume=resume)
+        if to_file:
+            way = partial(merge_into, console, plan, out, type, llama_cpp, quiet)
         if pushing.publisher:
             pushing.publisher.check_replaced(plan.family.model_type, overwrite=overwrite)
             way = partial(way, ready=pushing.publisher.create)
@@ -139,11 +140,8 @@ def merge_models(
                 way = partial(merge_to_hub, plan, out, pushing.publisher, resume=resume)
         with (
             _told_what_is_kept(console, out, streaming=push_streaming),
-            quantised(console, out, type, quiet=quiet) as (file, kind),
             show_progress(console, quiet=quiet) as progress,
         ):
-            if to_file:
-                way = partial(merge_to_gguf, plan, file, type=kind, llama_cpp=llama_cpp)
             report = way(
                 overwrite=overwrite, low_memory=low_memory, seed=seed, device=device,
                 base_bits=base_bits, licence=pushing.licence, progress=stoppable(progress),

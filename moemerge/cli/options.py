@@ -1,7 +1,7 @@
 """Options that several commands have."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -53,14 +53,17 @@ License = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Runs the model: auto, cpu, cuda, cuda:1, mps.")]
 GgufType = Annotated[
-    str,
+    Literal[
+        "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
+        "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k",
+        "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq2_0", "tq1_0", "mxfp4_moe",
+    ],
     typer.Option(
-        "--type",
-        metavar="TYPE",
-        help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, or what llama.cpp makes of these: q6_k, "
-        "q5_k_m, q4_k_m, iq4_xs and others; auto: the merge's own 16-bit floats, else f16.",
+        "--type", metavar="TYPE",
+        help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, or what llama.cpp makes of them, such "
+        "as q4_k_m; auto: the merge's own 16-bit floats, else f16.",
     ),
-]
+]  # fmt: skip
 LlamaCpp = Annotated[
     Path | None,
     typer.Option(

@@ -1,14 +1,20 @@
 """How a chat template puts turns into text, found by rendering it; and the same as a Go template, which Ollama reads.
 
 What stands around each role's messages is read off a few renderings of a chat template. A format counts only where it
-gives what the template gives for longer chats too.
+gives what the template gives for longer chats too. As a program (`python -m moemerge.export.chat_format`) it reads a
+template and tokens as JSON from stdin, and writes the format as JSON: a template may not end.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Final, Literal
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Literal
 
-from moemerge.export.chat_template import Messages, Render
+from moemerge.export.chat_template import Messages, Render, renderer
 
 _SYSTEM: Final = ("system", "Qsystem0Q")
 _FIRST: Final = ("user", "Quser1Q")
@@ -19,6 +25,8 @@ _CHATS: Final[tuple[Messages, ...]] = (
     (_FIRST,), (_LONG,), (_FIRST, _ANSWER, _SECOND), (_FIRST, _ANSWER, _LONG, ("assistant", "Yes: 1, 2."), _SECOND),
 )  # fmt: skip
 _WITHOUT_SYSTEM: Final = ("", "\n\n")
+_SECONDS: Final = 30
+_MEMORY_BYTES: Final = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,31 @@ def _literal(text: str) -> str:
 
 def _around(both: tuple[str, str], name: str) -> str:
     return f"{_literal(both[0])}{{{{ {name} }}}}{_literal(both[1])}"
+
+
+def read_format(template: str, tokens: Mapping[str, str], bos: str = "", eos: str = "") -> ChatFormat | None:
+    """The same as `find_format` of a template that anybody may have written: in a child, in bounded time and memory.
+
+    Args:
+        template: in Jinja.
+        tokens: texts of special tokens that it may use, by name.
+        bos: see `find_format`.
+        eos: see `find_format`.
+    """
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # noqa: PTH100  links stay as they are
+    given = json.dumps({"template": template, "tokens": dict(tokens), "bos": bos, "eos": eos})
+    try:
+        done = subprocess.run(  # noqa: S603  this program itself
+            [sys.executable, "-m", __name__], env=os.environ | {"PYTHONPATH": paths}, input=given.encode(),
+            capture_output=True, timeout=_SECONDS, check=True,
+        )  # fmt: skip
+        found: dict[str, Any] | None = json.loads(done.stdout)
+    except (subprocess.SubprocessError, ValueError):
+        return None
+    if found is None:
+        return None
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    return ChatFormat(**fields)
 
 
 def find_format(render: Render, bos: str = "", eos: str = "") -> ChatFormat | None:
@@ -179,3 +212,17 @@ def _behind(text: str, begin: str) -> str:
     if not text.startswith(begin):
         raise ValueError(f"{text!r} does not begin with {begin!r}")
     return text.removeprefix(begin)
+
+
+def _main() -> None:
+    with suppress(ImportError, ValueError, OSError):  # no Unix; a lower limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    given = json.load(sys.stdin)
+    found = find_format(renderer(given["template"], given["tokens"]), given["bos"], given["eos"])
+    sys.stdout.write(json.dumps(found and asdict(found)))
+
+
+if __name__ == "__main__":
+    _main()

@@ -17,6 +17,7 @@ Array = npt.NDArray[np.float32]
 _SUMS: Final = ".in_sum2"
 _COUNTS: Final = ".counts"
 _FLOAT32: Final = 0
+_MOST_TOKENS: Final = 2**53
 FEWEST_TOKENS: Final = 32
 """An expert that fewer have reached counts as not covered: of so few squares the mean is a quarter off."""
 
@@ -147,9 +148,10 @@ def _tensors(contents: GgufContents) -> Iterator[tuple[str, ColumnSquares]]:
                 raise CheckpointError(f"{path}: {stored.name} goes beyond the file's end. Make the matrix again.")
             parts.append(np.fromfile(path, "<f4", count, offset=stored.offset))
         sums, counts = parts
-        if not len(counts) or len(sums) % len(counts) or not (np.isfinite(sums).all() and np.isfinite(counts).all()):
+        possible = bool((sums >= 0).all() and (counts >= 0).all() and (counts < _MOST_TOKENS).all())
+        if not len(counts) or len(sums) % len(counts) or not (possible and np.isfinite(sums).all()):
             raise CheckpointError(
-                f"{path}: {name} has {len(sums)} sums for {len(counts)} counts, or they are not finite. Make the "
-                "matrix again."
+                f"{path}: {name} has {len(sums)} sums for {len(counts)} counts, or they are no sums of squares. "
+                "Make the matrix again."
             )
         yield name, ColumnSquares(sums.reshape(len(counts), -1), np.rint(counts).astype(np.int64))

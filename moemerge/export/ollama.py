@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError, OutputError, RefusedError
-from moemerge.export.chat_format import ChatFormat, find_format
-from moemerge.export.chat_template import added_tokens, read_chat_template, renderer, special_tokens
+from moemerge.export.chat_format import ChatFormat, read_format
+from moemerge.export.chat_template import added_tokens, read_chat_template, special_tokens
 from moemerge.export.contents import GgufContents, read_contents
 from moemerge.printable import printable
 
@@ -70,12 +70,13 @@ def write_modelfile(folder: Path, gguf: Path, out: Path) -> WrittenModelfile:
         SourceError: the GGUF file cannot be read.
         CheckpointError: it is damaged.
         OutputError: the Modelfile cannot be written.
+        RefusedError: the file's name cannot stand in it.
     """
     found, notes = _format(folder, read_contents(gguf))
     template = found.go_template() if found else ""
-    if _QUOTES in template:
+    if lost := _unwritable(template):
         template = ""
-        notes.append(f"TEMPLATE is left out: the chat template holds {_QUOTES}, which a Modelfile cannot")
+        notes.append(f"TEMPLATE is left out: the chat template holds {lost}, which a Modelfile cannot")
     stops = tuple(_stops(folder, found))
     lines = [f"FROM {_reference(gguf, out)}"]
     if template:
@@ -123,10 +124,7 @@ def _format(folder: Path, model: GgufContents) -> tuple[ChatFormat | None, list[
         return None, ["TEMPLATE is left out: the model has no chat template; Ollama gives it each text as it is"]
     tokens = special_tokens(folder)
     bos = tokens.get("bos_token", "") if puts_bos(model) else ""
-    try:
-        found = find_format(renderer(template, tokens), bos, tokens.get("eos_token", ""))
-    except Exception:  # noqa: BLE001  each fault of a template has its own exception
-        found = None
+    found = read_format(template, tokens, bos, tokens.get("eos_token", ""))
     if found is None:
         return None, [
             "TEMPLATE is left out: what the chat template writes is no plain sequence of turns. Ollama may know the "
@@ -150,6 +148,13 @@ def puts_bos(model: GgufContents) -> bool:
         or model.settings.get("tokenizer.ggml.model") in _WITH_BOS
         or split in _SPLITS_WITH_BOS
     )
+
+
+def _unwritable(template: str) -> str:
+    """What Ollama's reader of Modelfiles ends a text at, or drops from one; empty where there is none."""
+    if _QUOTES in template:
+        return _QUOTES
+    return next((ascii(sign) for sign in template if not sign.isprintable() and sign not in "\n\t"), "")
 
 
 def _stops(folder: Path, found: ChatFormat | None) -> Iterator[str]:
@@ -198,4 +203,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _reference(gguf: Path, out: Path) -> str:
     """The file as a Modelfile names it: beside or below it, or from the root."""
     file, beside = gguf.resolve(), out.resolve().parent
+    if not str(file).isprintable():
+        raise RefusedError(f"{file}: its name holds signs that a Modelfile cannot. Choose another name.")
     return f"./{file.relative_to(beside).as_posix()}" if file.is_relative_to(beside) else os.fspath(file)

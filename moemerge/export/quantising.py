@@ -67,7 +67,7 @@ class QuantisedReport:
     notes: tuple[str, ...]
 
 
-def check_type(type_: str, importance: Importance | None) -> None:
+def check_type(type_: str, *, with_importance: bool) -> None:
     """Refuse a type that there is not, or that needs what is not given, and do so before any work.
 
     Raises:
@@ -76,7 +76,7 @@ def check_type(type_: str, importance: Importance | None) -> None:
     need("llama_cpp", f"To make {type_}")
     if type_ not in FILE_TYPES:
         raise RefusedError(f"--type {type_}: is none of {', '.join(FILE_TYPES)}.")
-    if importance is None and type_ in NEED_IMPORTANCE:
+    if not with_importance and type_ in NEED_IMPORTANCE:
         raise RefusedError(
             f"--type {type_}: llama.cpp makes it only with an importance matrix: add --imatrix, or choose q3_k_s."
         )
@@ -103,7 +103,7 @@ def quantise(
         CheckpointError: `gguf` is damaged.
         OutputError: the engine failed, with its reason, or `out` cannot be written.
     """
-    check_type(type_, importance)
+    check_type(type_, with_importance=importance is not None)
     if out.is_dir():
         raise RefusedError(f"{out}: is a folder. Name the file that is to be written.")
     source = read_contents(gguf)

@@ -1,6 +1,7 @@
 """llama.cpp makes a mixture smaller when asked, and says why where it does not."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.cli import main
+from moemerge.cli.app import main
 from moemerge.errors import OutputError
 from moemerge.export import quantising
 from moemerge.export.contents import read_contents
@@ -60,23 +61,6 @@ def weights(path: Path, name: str) -> np.ndarray:
     """A tensor in float32."""
     stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
     return gguf.dequantize(stored.data, stored.tensor_type)
-
-
-def test_the_command_line_quantises_a_folder_and_a_config_alike(model, tmp_path, monkeypatch, capsys):
-    folder = model.with_suffix("")
-    for words in ([folder, tmp_path / "a.gguf"], [folder.parent / "merge.yaml", tmp_path / "b.gguf"]):
-        command = ["gguf"] if words[0] == folder else []
-        monkeypatch.setattr(sys, "argv", ["moemerge", *command, *map(str, words), "--type", "q4_k_m"])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 0, capsys.readouterr().err
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"a.gguf", "b.gguf"}
-    # Their names differ, and by these the models'.
-    made = [read_contents(tmp_path / name) for name in sorted(files)]
-    assert made[0].tensors.keys() == made[1].tensors.keys()
-    assert all((weights(made[0].path, name) == weights(made[1].path, name)).all() for name in made[0].tensors)
-    assert made[0].settings["general.file_type"] == FILE_TYPES["q4_k_m"]
 
 
 @pytest.mark.parametrize("type_", ["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "q2_k", "q4_0"])
@@ -184,3 +168,62 @@ def test_a_full_disk_is_named(model, tmp_path):
         "be written.\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """From words of a command line to what it says on stderr; it has to succeed."""
+
+    def of(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        assert not ended.value.code, printed.err
+        return printed.err
+
+    return of
+
+
+def test_the_pages_commands_work(model, tmp_path, monkeypatch, run):
+    page = (Path(__file__).parents[2] / "docs" / "gguf.md").read_text()
+    lines = re.findall(r"^    moemerge ([^#\n]+)", page, re.MULTILINE)
+    lines = [line for line in lines if "--type" in line and "q8_0" not in line]
+    assert len(lines) == 5
+    shutil.copytree(model.with_suffix(""), tmp_path / "out")
+    shutil.copy(model.with_name("merge.yaml"), tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("What is said of one expert. " * 30)
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        Path("mixture.gguf").unlink(missing_ok=True)
+        run(*line.split(), "-q")
+        assert Path("mixture.gguf").is_file()
+
+
+def test_the_command_line_quantises_both_ways(model, tmp_path, run):
+    folder, file = model.with_suffix(""), tmp_path / "merged.gguf"
+    (tmp_path / "a.txt").write_text("What is said of one expert. " * 30)
+    said = run("gguf", folder, file, "--type", "q4_k_m", "--imatrix-texts", tmp_path / "a.txt", "--imatrix-out",
+               tmp_path / "i.gguf", "-q")  # fmt: skip
+    assert said.startswith("note: q4_k_m: rows of 96 numbers are no whole number of its blocks of 256, so llama.cpp ")
+    made = read_contents(file)
+    assert made.settings["general.file_type"] == FILE_TYPES["q4_k_m"]
+    assert made.settings["quantize.imatrix.entries_count"] == 14
+    again = tmp_path / "again.gguf"
+    run("gguf", folder, again, "--type", "q4_k_m", "--imatrix-file", tmp_path / "i.gguf", "-q")
+    assert again.read_bytes() == file.read_bytes()
+    # Without a checkpoint in between.
+    run("gguf", folder, file, "--type", "q4_k_m", "--overwrite", "-q")
+    direct = tmp_path / "direct" / "merged.gguf"
+    direct.parent.mkdir()
+    run(model.with_name("merge.yaml"), direct, "--type", "q4_k_m", "-q")
+    assert direct.read_bytes() == file.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.txt",
+        "again.gguf",
+        "direct",
+        "i.gguf",
+        "merged.gguf",
+    ]
+    assert [path.name for path in direct.parent.iterdir()] == ["merged.gguf"]

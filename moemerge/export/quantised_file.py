@@ -1,0 +1,44 @@
+"""A quantised GGUF file in one go: the model in floats first, in the file's stage, then what becomes of it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from moemerge.export.imatrix import Importance
+from moemerge.export.quantising import QuantisedReport, check_type, quantise
+from moemerge.export.writing import STAGED, check_file, staged_file
+
+_FLOATS: Final = "floats"
+
+
+def write_quantised(
+    file: Path, kind: str, write: Callable[[Path], object], *, overwrite: bool = False,
+    importance: Callable[[Path], Importance] | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> QuantisedReport:  # fmt: skip
+    """Write a model in floats and quantise it: the file is complete when this returns, and untouched when it raises.
+
+    Args:
+        file: the file.
+        kind: a key of `FILE_TYPES`.
+        write: writes the model in floats into the file that it is given, which is called like `file`.
+        overwrite: replace a GGUF file of this name.
+        importance: gives the importance matrix for the file in floats.
+        progress: called with the tensors quantised and all there are.
+
+    Raises:
+        RefusedError: see `quantise` and `check_file`.
+        OutputError: see `quantise`.
+    """
+    check_type(kind, with_importance=importance is not None)
+    check_file(file, overwrite=overwrite)
+    with staged_file(file, overwrite=overwrite) as stage:
+        floats = stage / _FLOATS / file.name
+        floats.parent.mkdir()
+        write(floats)
+        told = importance(floats) if importance else None
+        report = quantise(floats, stage / STAGED, kind, importance=told, progress=progress)
+        floats.unlink()
+        floats.parent.rmdir()
+    return replace(report, path=file)
