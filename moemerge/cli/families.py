@@ -9,6 +9,8 @@ from moemerge.cli.options import Debug, Json
 from moemerge.cli.streams import say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from moemerge.formats.overview import FamilyRow
@@ -37,10 +39,17 @@ def list_families(
 
 
 def as_markdown(rows: "list[FamilyRow]") -> str:
-    """The table and the readers' notes below it, for docs/families.md."""
+    """The tables of families and of engines, and the notes below them, for docs/families.md."""
     table = [_HEADINGS, tuple("---" for _ in _HEADINGS), *(_cells(row, code="`") for row in rows)]
+    versions = dict.fromkeys(f"{cell.engine} ({cell.version})" for row in rows for cell in row.engines)
+    engines = [("family", *versions), tuple("---" for _ in range(len(versions) + 1))]
+    engines += [(f"`{row.family}`", *(cell.short for cell in row.engines)) for row in rows]
     notes = [f"- `{row.family}`: {note}" for row in rows for note in row.notes]
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in table), "", *notes])
+    return "\n".join([*map(_line, table), "", *map(_line, engines), "", *notes])
+
+
+def _line(cells: "Sequence[str]") -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def print_families(console: "Console", rows: "list[FamilyRow]") -> None:
@@ -49,6 +58,8 @@ def print_families(console: "Console", rows: "list[FamilyRow]") -> None:
         console.print(row.family, style="bold")
         for heading, cell in zip(_HEADINGS[1:], _cells(row)[1:], strict=True):
             console.print(f"  {heading}: {cell}")
+        for engine in row.engines:
+            console.print(f"  {engine.engine} ({engine.version}): {engine.told}", markup=False)
         for note in row.notes:
             console.print(f"  note: {note}")
 

@@ -22,7 +22,7 @@ FACTS: Final = {
     **ROPES, "mscale": "yarn's mscale", **PLAIN, "tied": "tied embeddings", "untied": "a head of its own", **ASKED,
     "later_dense_layers": "dense layers after others", "absent": "experts absent from layers",
     "state_spaces": "state-space layers", "no_window": "full attention in every layer",
-    "grouped_heads": "fewer key heads than query heads", "positions": "rotary positions",
+    "grouped_heads": "fewer key heads than query heads", "positions": "rotary positions beside state spaces",
 }  # fmt: skip
 """What tells mixtures of a family apart, in words; where several explain as much, the first is named."""
 # Log-probabilities in float32: rounding alone makes 3e-4, and 3e-3 where GELU comes from a table; faults make 1.
@@ -48,8 +48,12 @@ class Trouble:
         what = f"fails ({self.message})"
         if self.apart is not None:
             what = f"computes something else, log-probabilities up to {self.apart:.2g} off,"
-        reasons = " and ".join(FACTS[fact] for fact in FACTS if fact in self.facts)
-        return f"{what} {'with ' if reasons else 'always'}{reasons}"
+        return f"{what} with {self.with_what}" if self.facts else f"{what} always"
+
+    @property
+    def with_what(self) -> str:
+        """With which facts, in words."""
+        return " and ".join(FACTS[fact] for fact in FACTS if fact in self.facts)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Reading:
     version: str
     troubles: tuple[Trouble, ...]
     tried: frozenset[str]
-    """Facts of the mixtures that were tried."""
+    """Facts of mixtures that were right, or that are troubles."""
 
     def of(self, facts: frozenset[str]) -> "Trouble | str | None":
         """What it makes of a mixture: None where it is right, or words for why that is not known."""
@@ -125,7 +129,9 @@ def _read(version: str, rows: Sequence[tuple[frozenset[str], float | str]]) -> R
         messages = [found for found in happened if isinstance(found, str)]
         troubles.append(Trouble(culprit, max(apart) if apart else None, messages[0] if messages else "", version))
         wrong = [facts for facts in wrong if not culprit <= facts]
-    return Reading(version, tuple(troubles), frozenset().union(*(facts for facts, _ in rows)))
+    # Of what was tried only together with a trouble, nothing is known.
+    known = frozenset().union(*right, *(trouble.facts for trouble in troubles))
+    return Reading(version, tuple(troubles), known)
 
 
 def _is_right(found: float | str) -> bool:

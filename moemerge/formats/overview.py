@@ -25,6 +25,18 @@ _SHARED: Final = {"any": "any width", "multiple": "multiples of an expert", "one
 
 
 @dataclass(frozen=True)
+class EngineCell:
+    """What an engine was measured to make of a family."""
+
+    engine: str
+    version: str
+    short: str
+    """`right`, `wrong`, `fails`, or with what it is not right."""
+    told: str
+    """The same in full: how far off, and with what message."""
+
+
+@dataclass(frozen=True)
 class FamilyRow:
     """An output family in words."""
 
@@ -36,6 +48,7 @@ class FamilyRow:
     shared: str
     dense_layers: str
     scoring: str
+    engines: tuple[EngineCell, ...]
     notes: tuple[str, ...]
 
 
@@ -54,13 +67,19 @@ def _plainest(family: DenseFamily) -> DenseModel:
     return model
 
 
-def _engine_notes(family: str) -> Iterator[str]:
+def _engines(family: str) -> Iterator[EngineCell]:
     """How each engine reads the family, as measured."""
     for engine, name in ENGINES.items():
         found = readings()[engine].get(family)
-        if found:
-            told = "; ".join(trouble.words for trouble in found.troubles)
-            yield f"{name} ({found.version}): {told or 'right'}"
+        if found is None:
+            continue
+        short = "right"
+        if found.troubles:
+            always = next((trouble for trouble in found.troubles if not trouble.facts), None)
+            short = "not with " + "; ".join(trouble.with_what for trouble in found.troubles)
+            if always:
+                short = "fails" if always.apart is None else "wrong"
+        yield EngineCell(name, found.version, short, "; ".join(trouble.words for trouble in found.troubles) or "right")
 
 
 def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
@@ -79,5 +98,6 @@ def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
         shared=shared,
         dense_layers=_DENSE_LAYERS[family.dense_layers],
         scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),
-        notes=(*family.notes, *_engine_notes(family.model_type)),
+        engines=tuple(_engines(family.model_type)),
+        notes=family.notes,
     )

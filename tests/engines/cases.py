@@ -73,7 +73,9 @@ COHERE2: Final = {**WINDOW, "logit_scale": 0.25, "layer_types": MIXED[::-1]}
 # A name, the model type and what its config says. The first of a type is the plainest.
 KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "llama": ("llama", {}),
+    "llama, tied": ("llama", TIED),
     "llama, tied, llama3 rope": ("llama", TIED | LLAMA3),
+    "llama, wide heads": ("llama", WIDE),
     "llama, wide heads, yarn": ("llama", WIDE | YARN),
     "llama, yarn": ("llama", YARN),
     "llama, biases": ("llama", {"attention_bias": True}),
