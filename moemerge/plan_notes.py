@@ -52,11 +52,22 @@ def output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list
         notes.append(
             f"{shown_bytes(zeros)} of the output are zeros: of experts narrower than others, or absent from layers"
         )
+    if idle := sum(piece.nbytes for output in outputs.values() if _is_idle(output) for piece in output.pieces):
+        notes.append(
+            f"{shown_bytes(idle)} of the output are a shared expert of zeros, without which vLLM, llama.cpp or mlx-lm "
+            "fail on this family"
+        )
     if shared:
         notes.append(
             f"{shown_bytes(shared)} of the output share their place on the disk with the models they come from"
         )
     return notes
+
+
+def _is_idle(output: Output) -> bool:
+    """Whether it is a matrix of zeros that every token passes through."""
+    is_matrix = len(output.shape) > 1 and output.shape[0] > 1
+    return is_matrix and not output.is_expert and all(isinstance(piece.source, Fill) for piece in output.pieces)
 
 
 def _value_notes(pieces: Sequence[Piece], dtype: str) -> list[str]:

@@ -101,6 +101,16 @@ def test_what_an_engine_gets_wrong_is_a_warning_in_plan_and_card(tmp_path):
     assert f"> **Warning:** {as_text(told)}." in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_shared_expert_of_zeros_is_told(tmp_path):
+    base, *experts = [make_model(tmp_path / str(seed), seed, "qwen2") for seed in range(3)]
+    plan = plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, prompts=False)))
+    assert plan.family.model_type == "granitemoehybrid"
+    # 3 layers of 3 x 48 x 32 float32.
+    assert plan.notes == (
+        "55.30 kB of the output are a shared expert of zeros, without which vLLM, llama.cpp or mlx-lm fail on this family",
+    )
+
+
 @pytest.mark.parametrize(("written", "read"), [("llama.cpp", "llamacpp"), ("vLLM", "vllm"), ("mlx-lm", "mlx")])
 def test_engines_may_be_written_as_people_call_them(written, read):
     config = {"base_model": "a", "experts": [{"source_model": "b"}, {"source_model": "c"}], "engine": written}

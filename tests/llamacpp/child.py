@@ -22,25 +22,17 @@ import torch._dynamo  # noqa: E402, F401  # stacking experts imports it, for a s
 from transformers import AutoTokenizer  # noqa: E402, F401  # as the converter, late
 
 
-def convert(folder: Path, options: tuple[str, ...], *, own_vocab: bool, pre: str = "llama-bpe") -> Path:
+def convert(folder: Path, options: tuple[str, ...], pre: str = "llama-bpe") -> Path:
     """Run the converter; what it raises is raised.
 
     It knows byte-level tokenizers by a hash of what they make of a text, which no tiny one has: it is told how this
-    one splits texts, as Llama 3's does unless said otherwise. Without `own_vocab`, the class's way of reading a tokenizer is replaced by the
-    usual one.
+    one splits texts, as Llama 3's does unless said otherwise.
     """
     out = folder.with_suffix(".gguf")
-    text_model = conversion.base.TextModel
-    text_model.get_vocab_base_pre = lambda *_: pre
+    conversion.base.TextModel.get_vocab_base_pre = lambda *_: pre
     command = ["convert_hf_to_gguf.py", str(folder), "--outtype", "f32", "--outfile", str(out), *options]
     with mock.patch.object(sys, "argv", command):
-        if own_vocab:
-            convert_hf_to_gguf.main()
-        else:
-            hparams = conversion.base.ModelBase.load_hparams(folder, is_mistral_format=False)
-            family = conversion.get_model_class(hparams["architectures"][0])
-            with mock.patch.object(family, "set_vocab", text_model._set_vocab_gpt2):
-                convert_hf_to_gguf.main()
+        convert_hf_to_gguf.main()
     return out
 
 

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 from transformers import LlamaTokenizer
 
-from tests.llamacpp.kinds import VOCAB
+from tests.llamacpp.engine import VOCAB
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
-"""What llama.cpp makes of a model: its logits, or in words why there are none."""
+"""What llama.cpp's converter and engine make of a model, each asked in a process of its own."""
 
 import multiprocessing
 import os
-import re
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,18 +12,8 @@ import numpy as np
 _CHILDREN = multiprocessing.get_context("forkserver")
 # Imported once, by the process of which all others are copies.
 _CHILDREN.set_forkserver_preload(["tests.llamacpp.child", "pytest"])
-_REASON = re.compile(r"error loading model: (.*)|(GGML_ASSERT\(.*\) failed)")
-
-
-def logits(
-    folder: Path, tokens: list[list[int]], options: tuple[str, ...] = (), *, own_vocab: bool = True
-) -> np.ndarray | str:
-    """Logits of a model, (sequence, position, vocab), or which step fails and with what message."""
-    answer = _answer(folder, _run, folder, tokens, (options, own_vocab))
-    if answer is None:
-        reasons = _REASON.findall(folder.with_suffix(".log").read_text(errors="replace"))
-        return "engine: " + "".join(reasons[-1] if reasons else ["gave no reason"])
-    return answer
+VOCAB = 512
+"""Of models whose tokenizer is a SentencePiece model: it has a token for every byte."""
 
 
 def converted(folder: Path, kind: str, pre: str = "llama-bpe", options: tuple[str, ...] = ()) -> Path | str:
@@ -69,7 +58,7 @@ def _convert(sender: Connection, log: Path, folder: Path, options: tuple[str, ..
 
     _writing_to(log)
     try:
-        sender.send(child.convert(folder, options, own_vocab=True, pre=pre))
+        sender.send(child.convert(folder, options, pre=pre))
     except (Exception, SystemExit) as error:  # noqa: BLE001
         sender.send(f"converter: {type(error).__name__}: {error}")
 
@@ -89,21 +78,3 @@ def _encode(sender: Connection, log: Path, gguf: Path, texts: list[str]) -> None
 
     _writing_to(log)
     sender.send(child.encode(gguf, texts))
-
-
-def _run(
-    sender: Connection, log: Path, folder: Path, tokens: list[list[int]], how: tuple[tuple[str, ...], bool]
-) -> None:
-    from tests.llamacpp import child
-
-    _writing_to(log)
-    try:
-        options, own_vocab = how
-        gguf = child.convert(folder, options, own_vocab=own_vocab)
-    except (Exception, SystemExit) as error:  # noqa: BLE001
-        sender.send(f"converter: {type(error).__name__}: {error}")
-        return
-    try:
-        sender.send(child.compute(gguf, tokens))
-    except ValueError:
-        sender.send(None)

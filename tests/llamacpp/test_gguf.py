@@ -18,13 +18,14 @@ from moemerge.export.vocabulary import unknown
 from moemerge.export.writing import write_gguf
 from moemerge.merging_to_gguf import merge_to_gguf
 from tests.families import DENSE, WINDOWS
+from tests.llamacpp.engine import VOCAB as PIECES
 from tests.llamacpp.engine import computed, converted, encoded
-from tests.llamacpp.kinds import VOCAB as PIECES
-from tests.llamacpp.readers import TOLERANCE
 from tests.models import edit_json, load, logits, make_model, token_ids, write_config
 from tests.splits import VOCAB, WAYS, save
 
 LAYERS = 3
+TOLERANCE = 1e-3
+"""Of the largest logit: all but gemma4_text are below 3e-6; its GELU comes from a table of float16."""
 TYPES = ("f32", "f16", "bf16", "q8_0")
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 LLAMA3 = {

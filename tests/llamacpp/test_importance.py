@@ -16,7 +16,7 @@ from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import Importance, read_importance
 from moemerge.export.importance import importance_of
 from moemerge.export.quantising import quantise
-from tests.llamacpp.kinds import VOCAB
+from tests.llamacpp.engine import VOCAB
 from tests.models import make_model, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ WINDOW = 256
 
 
 # tests/llamacpp/child.py knows what tiny tokenizers need.
-_CONVERT = "import sys, pathlib; from tests.llamacpp import child; child.convert(pathlib.Path(sys.argv[1]), (), own_vocab=True)"
+_CONVERT = "import sys, pathlib; from tests.llamacpp import child; child.convert(pathlib.Path(sys.argv[1]), ())"
 
 
 def run(command: list[object]) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moemerge import load_config, merge, plan_merge
-from tests.llamacpp.kinds import VOCAB
+from tests.llamacpp.engine import VOCAB
 from tests.models import load, make_model, write_config
 
 LAYERS, NEW_TOKENS = 3, 16

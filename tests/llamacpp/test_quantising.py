@@ -19,7 +19,7 @@ from moemerge.export import quantising
 from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import ColumnSquares, Importance
 from moemerge.export.quantising import FILE_TYPES, NEED_IMPORTANCE, quantise
-from tests.llamacpp.kinds import VOCAB
+from tests.llamacpp.engine import VOCAB
 from tests.models import make_model, write_config
 
 SIZES = {
