@@ -31,7 +31,6 @@ from tests.test_passes import IS_V4, change_buffers, in_words_of_4, is_known
 
 CPU = torch.device("cpu")
 # Shared experts without neurons, where a family has to have one.
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
 LINES = TEXT.split("\n")
 
 

@@ -190,7 +190,6 @@ def test_settings_are_checked(settings, problem):
     assert problem.partition(": ")[2] in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers' own
 @pytest.mark.parametrize("name", PLAINEST)
 def test_norms_are_folded_in_every_family(tmp_path, name):
     """Experts that compute what the base does, with other norms and FFNs that make up for it, fold into the base's."""

@@ -62,7 +62,6 @@ def mixtral(tmp_path_factory, llamas) -> Path:
 
 @only_5
 @pytest.mark.parametrize("moe", MOE_FAMILIES)
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_every_key_that_a_merge_wrote_is_put_back(tmp_path, moe):
     out = merged(tmp_path, PAIRS[moe], moe)
     assert repair(out) == []

@@ -49,7 +49,6 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 FEW = Settings(steps=4, tokens_per_step=96, distil=False)
 # Shared experts without neurons, where a family has to have one.
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
 
 
 def merged(root: Path, folders: list[Path], *, shard_bytes: int = 10**9, **keys) -> Path:

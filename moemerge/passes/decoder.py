@@ -4,7 +4,6 @@ Embeddings, rotary tables, masks and layers are the `transformers` classes' own;
 """
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,8 +60,7 @@ def empty_model(
     from `config.json` itself: a hostile one can name a repository for its attention's code.
     """
     config = AutoConfig.for_model(model_type, **{**keys, "pad_token_id": None})
-    with init_empty_weights(include_buffers=False), _uninitialised(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element")  # shared experts without neurons
+    with init_empty_weights(include_buffers=False), _uninitialised():
         model = (AutoModelForCausalLM if head else AutoModel).from_config(config, trust_remote_code=False, dtype=dtype)
     for name, buffer in list(model.named_buffers()):
         _put(model, name, buffer.to(device, torch.float32 if buffer.is_floating_point() else buffer.dtype))
