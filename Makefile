@@ -100,7 +100,7 @@ QUIET := -q --disable-pip-version-check
 	$(@D)/bin/pip uninstall $(QUIET) -y torchvision
 	touch $@
 
-test-engines: install $(VENV4)/.done $(VENVL)/.done .venv-vllm/.done .venv-mlx/.done .venv-openvino/.done
+test-engines: install demo $(VENV4)/.done $(VENVL)/.done .venv-vllm/.done .venv-mlx/.done .venv-openvino/.done
 	OMP_NUM_THREADS=1 $(VENVL)/bin/python -m tests.engines.make $(ENGINES)
 	OMP_NUM_THREADS=1 $(VENV4)/bin/python tests/engines/run.py transformers $(ENGINES)
 	OMP_NUM_THREADS=1 LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/python tests/engines/run.py llamacpp $(ENGINES)
@@ -109,6 +109,9 @@ test-engines: install $(VENV4)/.done $(VENVL)/.done .venv-vllm/.done .venv-mlx/.
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python tests/engines/run.py vllm $(ENGINES)
 	$(BIN)/python -m tests.engines.record $(ENGINES)
 	$(BIN)/pytest tests/test_engines.py
+	.venv-vllm/bin/python docs/next_steps/generate_vllm.py $(DEMO)/merged "Once upon a time"
+	.venv-openvino/bin/python docs/next_steps/generate_openvino.py $(DEMO)/merged "Once upon a time"
+	.venv-mlx/bin/python -m mlx_lm generate --model $(DEMO)/merged --prompt "Once upon a time" --max-tokens 40
 
 # A first look: models trained here, once, from texts that every virtual environment has, merged and measured.
 DEMO := .cache/demo

@@ -106,7 +106,7 @@ def test_shared_experts_are_refused_with_the_reason(tmp_path, pair):
 def test_families_are_chosen_in_the_documented_order(tmp_path, pair):
     shared = {"shared_experts": [{"source_model": str(pair[1])}]}
     assert plan(tmp_path, pair).family.model_type == "mixtral"
-    assert plan(tmp_path, pair, **shared).family.model_type == "granitemoeshared"
+    assert plan(tmp_path, pair, **shared).family.model_type == "granitemoehybrid"
     assert plan(tmp_path, pair, moe_layers="second-half").family.model_type == "glm4_moe"
     assert plan(tmp_path, pair, moe_layers=[1]).family.model_type == "qwen2_moe"
     assert plan(tmp_path, pair, moe_layers=[1], **shared).family.model_type == "qwen2_moe"

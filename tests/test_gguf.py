@@ -19,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.card_usage import NOT_WRITTEN
 from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.header import read_header
 from moemerge.cli.app import main
@@ -38,6 +39,7 @@ from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
 from moemerge.export.transposed import Transposed
 from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
+from moemerge.formats import MOE_FAMILIES
 from moemerge.merging_to_gguf import merge_to_gguf
 from tests.models import edit_json, make_model, write_config
 from tests.splits import VOCAB, WAYS, save
@@ -477,6 +479,43 @@ def test_what_llamacpp_cannot_load_is_refused_before_anything_is_written(tmp_pat
         f"{moe}: is not written as a GGUF file, for {reason}. Choose another family with `architecture:` in the config."
     )
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_head_that_llamacpp_wants_is_missed_before_anything_is_written(tmp_path):
+    sizes = {"head_dim": 8, "tie_word_embeddings": True}
+    base, *experts = (make_model(tmp_path / str(n), n, "qwen3", num_hidden_layers=2, **sizes) for n in range(3))
+    config = write_config(tmp_path / "a.yaml", base, experts, prompts=False, architecture="exaone_moe")
+    assert "lm_head.weight" in refused(
+        lambda: merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf"), IncompatibleError
+    )
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_cards_offer_a_gguf_file_of_what_is_written_as_one():
+    assert MOE_FAMILIES.keys() - GGUF_FAMILIES.keys() == NOT_WRITTEN
+
+
+@pytest.mark.parametrize(
+    "options", [("--type", "q4_k_m", "--imatrix-out", "notes.gguf"), ("--ollama", "mine")], ids=["imatrix", "ollama"]
+)
+def test_nothing_beside_the_file_is_lost(tmp_path, out, options, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kept = "Modelfile" if "--ollama" in options else options[-1]
+    Path(kept).write_text("mine")
+    code, _, errors = run(["gguf", out, "a.gguf", *options], monkeypatch, capsys)
+    assert code == 2
+    assert errors.startswith(f"error: {kept}: exists")
+    assert Path(kept).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [kept]
+
+
+def test_what_an_importance_matrix_is_made_of_is_looked_for_first(tmp_path, out, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for options in (("--imatrix-file", "none.gguf"), ("--imatrix-texts", "none.txt")):
+        code, _, errors = run(["gguf", out, "a.gguf", "--type", "q4_k_m", *options], monkeypatch, capsys)
+        assert code in {1, 2}
+        assert "none." in errors
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_has_lost_its_shared_expert_is_refused(tmp_path):

@@ -271,7 +271,7 @@ def test_notes_go_by_the_rope_type(tmp_path):
     plan, told = notes("phi3", LONGROPE)
     assert told == [
         "transformers' phi3 computes its cache anew when generation crosses position 16, where longrope's factors change; "
-        "mixtral does not, and from there on says something else than phi3 would. Texts that stay below, or that begin beyond, "
+        "granitemoe does not, and from there on says something else than phi3 would. Texts that stay below, or that begin beyond, "
         "are not concerned",
     ]
     assert set(told) <= set(plan.notes)

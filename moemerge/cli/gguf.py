@@ -108,6 +108,25 @@ class Imatrix:
             raise RefusedError(f"--imatrix-file, {other}: give one of them, not both.")
         return partial(self._make, console, folder, quiet) if named else None
 
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse before any work what could not be read or written.
+
+        Raises:
+            RefusedError: a file is not there, or there already.
+            SourceError: the matrix cannot be read.
+            CheckpointError: it is damaged.
+        """
+        from moemerge.export.imatrix import read_importance
+        from moemerge.export.writing import check_file
+        from moemerge.texts import find_files
+
+        if self.file:
+            read_importance(self.file)
+        if self.texts:
+            find_files(self.texts, "--imatrix-texts")
+        if self.out:
+            check_file(self.out, overwrite=overwrite)
+
     def _make(self, console: Console, folder: Path, quiet: bool, floats: Path) -> "Importance":
         from moemerge.cli.progress import show_steps
         from moemerge.export.imatrix import read_importance
@@ -181,13 +200,15 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
     """Write a merged model as one GGUF file, for llama.cpp and what is built on it: the bytes of its own converter."""
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         from moemerge.cli.progress import show_progress
-        from moemerge.export.ollama import check_name
+        from moemerge.export.ollama import check_modelfile, check_name
         from moemerge.export.writing import write_gguf
 
         told = Imatrix(imatrix, tuple(imatrix_texts or ()), imatrix_file, imatrix_out, imatrix_tokens, device)
         importance = told.maker(console, out, type, quiet=quiet)
+        told.check(overwrite=overwrite)
         if ollama:
             check_name(ollama)
+            check_modelfile(file.with_name(MODELFILE), overwrite=overwrite)
         return_freed_memory()
 
         def write(target: Path, kind: Any, *, overwrite: bool = False) -> None:
@@ -208,13 +229,15 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
         if not quiet:
             say(f"{file}: done")
         if ollama:
-            _describe_to_ollama(console, out, file, ollama)
+            _describe_to_ollama(console, out, file, ollama, quiet=quiet)
 
 
-def _describe_to_ollama(console: Console, out: Path, file: Path, name: str) -> None:
+def _describe_to_ollama(console: Console, out: Path, file: Path, name: str, *, quiet: bool) -> None:
     from moemerge.export.ollama import create, write_modelfile
 
     written = write_modelfile(out, file, file.with_name(MODELFILE))
     for note in written.notes:
         console.print(f"note: {note}", style="yellow")
-    say(f"next: {create(name, written.path)}")
+    following = create(name, written.path)
+    if not quiet:
+        say(f"next: {following}")

@@ -131,7 +131,7 @@ EXAONE_MOE: Final = GgufFamily(
     "exaone-moe",
     NORMS | ATTENTION | QK_NORMS | DENSE | ROUTED | SHARED
     | grouped("routed", {"exp_probs_b.bias": Part("mlp.e_score_correction_bias")}),
-    WHOLE,
+    UNTIED,
     keys=(
         VOCAB_SIZE, *WINDOW, EXPERT_WIDTH, ("add_expert_shared_count", "num_shared_experts"),
         ("add_expert_shared_feed_forward_length", shared_width), *WEIGHTS, DENSE_PREFIX,

@@ -52,7 +52,7 @@ def add_keys(writer: "GGUFWriter", family: GgufFamily, config: Config, file_type
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     writer.add_file_type(file_type)
-    for method, made in (("add_expert_gating_func", _gating), *family.keys):
+    for method, made in dict((("add_expert_gating_func", _gating), *family.keys)).items():
         value = value_of(made, config)
         if value is not None:
             _call(writer, method, value)

@@ -19,8 +19,6 @@ from moemerge.export.values import ROPES
 
 AskedType = GgufType | Literal["auto"]
 """`auto` is the 16-bit floats that the checkpoint has, else float16."""
-ASKED_TYPES: Final[dict[str, AskedType]] = {"auto": "auto", "f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "q8_0"}
-"""What is written here; all other types llama.cpp makes of these."""
 _EMBEDDINGS: Final = "model.embed_tokens.weight"
 # Without which there is no model of any family.
 _SIZES: Final = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")

@@ -58,6 +58,18 @@ def check_name(name: str) -> None:
         )
 
 
+def check_modelfile(path: Path, *, overwrite: bool) -> None:
+    """Refuse to lose a Modelfile that is there.
+
+    Raises:
+        RefusedError: it is, and is not to be replaced.
+    """
+    if path.exists() and not (overwrite and path.is_file()):
+        raise RefusedError(
+            f"{path}: exists, and --ollama writes one. Replace it with --overwrite, or name a file in another folder."
+        )
+
+
 def write_modelfile(folder: Path, gguf: Path, out: Path) -> WrittenModelfile:
     """Write what Ollama needs to know of a GGUF file.
 

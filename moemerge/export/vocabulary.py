@@ -156,6 +156,8 @@ def _from_sentencepiece(folder: Path, size: int) -> Vocabulary:
     found = Vocabulary("llama", "default")
     for piece in read_pieces(folder / "tokenizer.model")[:size]:
         found.add(piece.text, kinds.get(piece.kind, TokenType.NORMAL), piece.score)
+    if len(found.tokens) > size:
+        raise unknown(f"tokenizer.json has {len(found.tokens)} tokens, more than the {size} embeddings")
     while len(found.tokens) < size:
         found.add(f"[PAD{len(found.tokens)}]", TokenType.UNUSED, _ABSENT_SCORE)
     for token, number in read_table(folder / "added_tokens.json").items():
@@ -190,7 +192,11 @@ def _from_byte_fallback(folder: Path, tokenizer: Mapping[str, Any], size: int) -
             found.add(token, TokenType.CONTROL if token in special else TokenType.NORMAL)
     for entry in sorted(tokenizer.get("added_tokens") or [], key=lambda entry: entry["id"]):
         if entry["id"] >= len(vocab):
+            if entry["id"] != len(found.tokens):
+                raise unknown(f"tokenizer.json has no token {len(found.tokens)}")
             found.add(entry["content"], TokenType.CONTROL if entry["content"] in special else TokenType.USER_DEFINED)
+    if len(found.tokens) > size:
+        raise unknown(f"tokenizer.json has {len(found.tokens)} tokens, more than the {size} embeddings")
     while len(found.tokens) < size:
         found.add(f"[PAD{len(found.tokens)}]", TokenType.UNUSED, _ABSENT_SCORE)
     return found

@@ -51,8 +51,8 @@ def select_family(
 ) -> Choice:
     """Choose the output family for a mixture of models that compute like `base`.
 
-    Of those that hold it exactly, the one that most of transformers 4.57, vLLM and llama.cpp read rightly, the first
-    of the table among equals.
+    Of those that hold it exactly, the one that most of transformers 4.57, vLLM and llama.cpp read rightly, then the one
+    that most engines do, then the first of the table.
 
     Args:
         base: the base model.
@@ -82,7 +82,10 @@ def select_family(
             fitting.append(family)
     if fitting:
         facts = facts_of(base, mixture)
-        best = max(fitting, key=lambda family: len(set(MAIN) & set(right_in(family.model_type, facts))))
+        right = {family.model_type: set(right_in(family.model_type, facts)) for family in fitting}
+        best = max(
+            fitting, key=lambda family: (len(right[family.model_type] & set(MAIN)), len(right[family.model_type]))
+        )
         return _choice(best, base, mixture, [note.format(best.model_type) for note in notes])
     if others:
         problems.append(

@@ -1,10 +1,11 @@
 """What engines make of each output family, as measured by running them: `engines.json` and what follows from it.
 
-`make test-engines` runs every engine over tiny mixtures of every kind and writes that file; nothing else is said of
-engines anywhere.
+`make test-engines` runs every engine over tiny mixtures of every kind and writes that file. What else is said of
+llama.cpp stands in `export`, which refuses what its engine does not load.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,8 @@ FACTS: Final = {
 """What tells mixtures of a family apart, in words; where several explain as much, the first is named."""
 # Log-probabilities in float32: rounding alone makes 3e-4, and 3e-3 where GELU comes from a table; faults make 1.
 TOLERANCE: Final = 5e-3
+NAN: Final = "computes NaN"
+"""What stands in the record for a distance that is no number."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Trouble:
     facts: frozenset[str]
     """All of them together do; none: every mixture of the family."""
     apart: float | None
-    """How far log-probabilities were from transformers' at most; None where the engine failed, or computed NaN."""
+    """How far log-probabilities were from transformers' at most; infinite for NaN, None where the engine failed."""
     message: str
     """What it said where it failed."""
     version: str
@@ -48,6 +51,7 @@ class Trouble:
         what = f"fails ({self.message})"
         if self.apart is not None:
             what = f"computes something else, log-probabilities up to {self.apart:.2g} off,"
+            what = "computes NaN" if math.isinf(self.apart) else what
         return f"{what} with {self.with_what}" if self.facts else f"{what} always"
 
     @property
@@ -108,7 +112,9 @@ def readings() -> Mapping[Engine, Mapping[str, Reading]]:
     measured = json.loads(Path(__file__).with_name("engines.json").read_text(encoding="utf-8"))
     return {
         engine: {
-            family: _read(about["version"], [(frozenset(row["facts"]), row[engine]) for row in rows if engine in row])
+            family: _read(
+                about["version"], [(frozenset(row["facts"]), _found(row[engine])) for row in rows if engine in row]
+            )
             for family, rows in measured["families"].items()
             if any(engine in row for row in rows)
         }
@@ -132,6 +138,10 @@ def _read(version: str, rows: Sequence[tuple[frozenset[str], float | str]]) -> R
     # Of what was tried only together with a trouble, nothing is known.
     known = frozenset().union(*right, *(trouble.facts for trouble in troubles))
     return Reading(version, tuple(troubles), known)
+
+
+def _found(written: float | str) -> float | str:
+    return math.inf if written == NAN else written
 
 
 def _is_right(found: float | str) -> bool:

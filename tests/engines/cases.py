@@ -92,6 +92,8 @@ KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "qwen2, tied, yarn": ("qwen2", TIED | YARN),
     "qwen2, mixed windows": ("qwen2", QWEN_WINDOWS),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3, tied": ("qwen3", TIED | {"head_dim": 32}),
+    "qwen3, wide heads": ("qwen3", WIDE),
     "qwen3, tied, wide heads": ("qwen3", TIED | WIDE),
     "qwen3, wide heads, yarn": ("qwen3", WIDE | YARN),
     "qwen3, biases": ("qwen3", {"head_dim": 32, "attention_bias": True}),
@@ -124,7 +126,7 @@ SENTENCEPIECE: Final = frozenset({"ernie4_5", "gemma4_text"})
 # Mixtures with shared experts, and with layers that stay dense: of these kinds, for other kinds add nothing new.
 _WITH_SHARED: Final = {
     "llama", "llama, tied, llama3 rope", "llama, biases", "mistral, window", "qwen2", "qwen2, tied", "qwen3", "granite",
-    "qwen3, tied, wide heads", "granite_swa", "granitemoehybrid", "granitemoehybrid, without positions", "ernie4_5",
+    "qwen3, tied, wide heads", "qwen3, tied", "qwen3, wide heads", "granite_swa", "granitemoehybrid", "granitemoehybrid, without positions", "ernie4_5",
     "hunyuan_v1_dense", "cohere2", "qwen3_5_text", "youtu", "qwen3, ungrouped heads", "granite, tied, biases",
     "llama, wide heads, yarn", "smollm3, layers without positions",
 }  # fmt: skip
@@ -132,7 +134,7 @@ _WITH_DENSE: Final = {"llama", "qwen2", "qwen3", "ernie4_5", "cohere2", "lfm2, t
 # Of families that few engines read: enough to know that.
 _RARE: Final = {"solar_open", "exaone_moe", "mimo_v2_flash", "hy_v3", "mellum", "dots1"}
 _FOR_RARE: Final = {
-    "llama", "qwen2", "qwen3", "qwen3, tied, wide heads", "qwen3, ungrouped heads", "qwen3, mixed windows",
+    "llama", "qwen2", "qwen3", "qwen3, tied", "qwen3, wide heads", "qwen3, tied, wide heads", "qwen3, ungrouped heads", "qwen3, mixed windows",
     "llama, tied, llama3 rope",
 }  # fmt: skip
 

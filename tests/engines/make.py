@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import sentencepiece
 import torch
+import transformers
 from transformers import LlamaTokenizer
 
 from moemerge import load_config, merge, plan_merge
@@ -49,7 +50,14 @@ def _make(case: Case, folder: Path) -> None:
     shutil.rmtree(made, ignore_errors=True)
     _merge(case, made, _sources(folder.parent / "sources", case.kind))
     digest = _digest(made / "out")
-    told = {"case": str(case), "family": case.family, "facts": sorted(case.facts), "form": case.form, "digest": digest}
+    told = {
+        "case": str(case),
+        "reference": f"transformers {transformers.__version__}",
+        "family": case.family,
+        "facts": sorted(case.facts),
+        "form": case.form,
+        "digest": digest,
+    }
     before = folder / "case.json"
     if before.exists() and json.loads(before.read_text())["digest"] == digest and (folder / _DONE).exists():
         shutil.rmtree(made)

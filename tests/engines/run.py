@@ -28,7 +28,7 @@ def main(engine: str, root: Path, beginning: str = "") -> None:
     module = importlib.import_module(f"{engine}_engine")
     for path in sorted(root.glob(f"{beginning}*/case.json")):
         answer = path.with_name(f"{engine}.answer.json")
-        if answer.exists():
+        if answer.exists() and json.loads(answer.read_text())["engine"] == module.version():
             continue
         begun = time.monotonic()
         found = _ask(module, path.parent)
