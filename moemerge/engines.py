@@ -8,9 +8,11 @@ ENGINES: Final[dict[Engine, str]] = {
     "openvino": "OpenVINO",
 }  # fmt: skip
 """Each with its name. What transformers 5 computes is what all are compared with."""
-_OTHER_NAMES: Final = {"llama.cpp": "llamacpp", "mlx-lm": "mlx"}
+NAMES: Final = ("transformers", "vllm", "llama.cpp", "mlx", "openvino")
+"""As they are written in a config."""
 
 
 def canonical_engine(name: Any) -> Any:
     """The key of `ENGINES` for a name that people write."""
-    return _OTHER_NAMES.get(name.lower(), name.lower()) if isinstance(name, str) else name
+    plain = "".join(filter(str.isalnum, name.lower())) if isinstance(name, str) else name
+    return "mlx" if plain == "mlxlm" else plain

@@ -54,8 +54,8 @@ def output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list
         )
     if idle := sum(piece.nbytes for output in outputs.values() if _is_idle(output) for piece in output.pieces):
         notes.append(
-            f"{shown_bytes(idle)} of the output are a shared expert of zeros, without which vLLM, llama.cpp or mlx-lm "
-            "fail on this family"
+            f"{shown_bytes(idle)} of the output are a shared expert of zeros: some engines fail on this family without "
+            "one"
         )
     if shared:
         notes.append(

@@ -24,7 +24,7 @@ MODELFILE: Final = "Modelfile"
 
 def is_gguf(out: Path) -> bool:
     """Whether a merge's output is one file, by its name."""
-    return out.suffix == ".gguf" and not out.is_dir()
+    return out.suffix.lower() == ".gguf" and not out.is_dir()
 
 
 def check_options(to_file: bool, kind: str, llama_cpp: Path | None, folders_only: Mapping[str, bool]) -> None:
@@ -206,7 +206,7 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
         told = Imatrix(imatrix, tuple(imatrix_texts or ()), imatrix_file, imatrix_out, imatrix_tokens, device)
         importance = told.maker(console, out, type, quiet=quiet)
         told.check(overwrite=overwrite)
-        if ollama:
+        if ollama is not None:
             check_name(ollama)
             check_modelfile(file.with_name(MODELFILE), overwrite=overwrite)
         return_freed_memory()
@@ -228,7 +228,7 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
             )
         if not quiet:
             say(f"{file}: done")
-        if ollama:
+        if ollama is not None:
             _describe_to_ollama(console, out, file, ollama, quiet=quiet)
 
 

@@ -19,7 +19,8 @@ For = Annotated[
     typer.Option(
         "--for",
         metavar="ENGINE",
-        help="Refuse what this engine would get wrong: transformers, vllm, llama.cpp, mlx or openvino.",
+        help="Refuse what this engine would get wrong, instead of the config's: transformers, vllm, llama.cpp, mlx, "
+        "openvino.",
         show_default=False,
     ),
 ]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moemerge.cli.console import saying
-from moemerge.engines import ENGINES, canonical_engine
+from moemerge.engines import ENGINES, NAMES, canonical_engine
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     from moemerge.planning import plan_merge
 
     loaded = load_config(config, allow_identical_experts=allow_identical_experts)
-    if engine:
+    if engine is not None:
         if canonical_engine(engine) not in ENGINES:
-            raise RefusedError(f"--for: {engine!r} is none of {', '.join(ENGINES)}.")
+            raise RefusedError(f"--for: {engine!r} is none of {', '.join(NAMES)}.")
         loaded = loaded.model_copy(update={"engine": canonical_engine(engine)})
     if family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
         loaded = loaded.model_copy(update={"architecture": family, "engine": None})

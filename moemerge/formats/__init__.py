@@ -34,6 +34,13 @@ _DEEPSEEK: Final = (
 )
 
 
+_CLAMPED: Final = (
+    "llama.cpp takes a sum of the chosen experts' sigmoids below 6.1e-5 for 6.1e-5, transformers does not: where the "
+    "router logits of a token are all below about -10 it computes something else of {}, as was seen with routers of "
+    "real experts"
+)
+
+
 @dataclass(frozen=True)
 class Choice:
     """The output family of a mixture, and what there is to say of it."""
@@ -92,10 +99,15 @@ def select_family(
             f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
         )
     what = "No output family can hold this merge"
-    if engine:
-        what = f"engine: {ENGINES[engine]} reads no output family that can hold this merge rightly"
     if asked:
         what = f"architecture: {architecture!r} cannot hold this merge; without the key the best that fits is taken"
+    if engine:
+        what = f"{ENGINES[engine]} reads no output family rightly that can hold this merge (engine, --for)"
+    if engine and asked:
+        what = (
+            f"architecture: {architecture!r} is not what {ENGINES[engine]} reads rightly here (engine, --for); without "
+            "the key another may be"
+        )
     raise IncompatibleError(f"{what}:", problems)
 
 
@@ -124,6 +136,8 @@ def _choice(family: MoeFamily, base: DenseModel, mixture: Mixture, notes: list[s
         if isinstance(trouble, Trouble):
             told = notes if trouble.apart is None else warnings
             told.append(f"{name} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
+    if family.scoring == "sigmoid" and trouble_of("llamacpp", family.model_type, facts) is None:
+        warnings.append(_CLAMPED.format(family.model_type))
     original = base.config.get("original_max_position_embeddings")
     notes += [
         note.format(family=family.model_type, original=original)

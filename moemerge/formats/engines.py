@@ -20,7 +20,7 @@ from moemerge.formats.mixture import ASKED, Mixture
 MAIN: Final[tuple[Engine, ...]] = ("transformers", "vllm", "llamacpp")
 """Those in most of which a family that nobody asked for should be right."""
 FACTS: Final = {
-    **ROPES, "mscale": "yarn's mscale", **PLAIN, "tied": "tied embeddings", "untied": "a head of its own", **ASKED,
+    **ROPES, "mscale": "yarn's mscale", **PLAIN, "tied": "tied embeddings", "untied": "untied embeddings", **ASKED,
     "later_dense_layers": "dense layers after others", "absent": "experts absent from layers",
     "state_spaces": "state-space layers", "no_window": "full attention in every layer",
     "grouped_heads": "fewer key heads than query heads", "positions": "rotary positions beside state spaces",
