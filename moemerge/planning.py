@@ -17,6 +17,7 @@ from moemerge.compatibility import Findings, check_adapters, check_base, check_c
 from moemerge.config import MergeConfig
 from moemerge.differences import Speaker, judge_experts
 from moemerge.dtypes import NAMED, STORED, bytes_of
+from moemerge.engines import Engine
 from moemerge.errors import IncompatibleError, RefusedError
 from moemerge.formats import Mixture, MoeFamily, select_family
 from moemerge.formats.dense import DenseModel, read_dense
@@ -44,6 +45,7 @@ def plan_merge(
     approve: Callable[[Sequence[ModelFolder]], None] = lambda _: None,
     announce: Callable[[str], None] = lambda _: None,
     prove: bool = False,
+    preferred: Engine | None = None,
 ) -> MergePlan:
     """Decide a merge from configs, headers and some rows of the FFNs, and for `fold_norms` norms; nothing is written.
 
@@ -63,6 +65,7 @@ def plan_merge(
         approve: called with the base, every expert and every shared expert, once their configs were found to fit and
             before any weights are downloaded; may raise.
         announce: called with a line about what takes long.
+        preferred: an engine that should read the output rightly, if one can; `config.engine` is one that has to.
         prove: whether transformers proves the output's tokenizer before any weights are downloaded. Else `merge` does.
 
     Raises:
@@ -95,7 +98,7 @@ def plan_merge(
         check_texts(config)
     _refuse(check_widths(config, base, models[:routed]))
     mixture = mixture_of(config, base, models[:routed], models[routed:])
-    family = (choice := select_family(base, mixture, config.architecture, config.engine)).family
+    family = (choice := select_family(base, mixture, config.architecture, config.engine, preferred)).family
     _refuse(_check_noise(config, family))
     # The output's dtype may be known only later, and does not matter here.
     tokenizer = (

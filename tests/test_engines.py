@@ -86,6 +86,13 @@ def test_an_engine_that_is_asked_for_refuses_what_it_gets_wrong():
     assert choose("qwen2", engine="vllm").family.model_type == "granitemoehybrid"
 
 
+def test_a_gguf_file_is_for_llamacpp():
+    dense = {"moe_layers": (1, 2)}
+    assert "llamacpp" not in choose("qwen3", **dense).right_in
+    assert "llamacpp" in choose("qwen3", **dense, preferred="llamacpp").right_in
+    assert choose("llama", **dense, preferred="llamacpp").family == choose("llama", **dense).family  # none is
+
+
 def test_what_an_engine_gets_wrong_is_a_warning_in_plan_and_card(tmp_path):
     base, *experts = [make_model(tmp_path / str(seed), seed, "qwen2") for seed in range(3)]
     config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture="granitemoe")

@@ -283,7 +283,7 @@ def test_families_that_are_not_written_are_refused_by_name(tmp_path, copied):
     edit_json(copied / "config.json", model_type="qwen2_moe")
     assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf")) == (
         f"qwen2_moe: is not written as a GGUF file. Output families that are: {FAMILIES}; choose one with "
-        "`architecture:` in the config, or use llama.cpp's own converter."
+        "`architecture:` in the config, if it can hold the merge."
     )
 
 

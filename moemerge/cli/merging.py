@@ -128,7 +128,7 @@ def merge_models(
         plan = plan_from(
             console, config, max_shard_size, out_shard_size, quiet, allow_identical_experts,
             None if push_streaming or to_file else out, routing_table, weights="stream" if stream else "auto",
-            approve=pushing.approve, prove=True, engine=engine,
+            approve=pushing.approve, prove=True, engine=engine, to_gguf=to_file,
         )  # fmt: skip
         way = partial(merge, plan, out, name=push, resume=resume)
         if to_file:

@@ -22,10 +22,12 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
     weights: Literal["auto", "stream"] = "auto", approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
     prove: bool = False, engine: str | None = None, family: str | None = None,
+    to_gguf: bool = False,
 ) -> "MergePlan":  # fmt: skip
     """The plan of a config file; says what the user should know.
 
-    `engine` goes before the config's, `family` is taken where the config names no architecture.
+    `engine` goes before the config's, `family` is taken where the config names no architecture; `to_gguf` prefers what
+    llama.cpp reads.
     """
     from moemerge.checkpoint.shards import parse_size
     from moemerge.cli.legacy import parse_parameter_count
@@ -50,6 +52,7 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     plan = plan_merge(
         loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
         weights=weights, approve=approve, announce=say, prove=prove,
+        preferred="llamacpp" if to_gguf else None,
     )  # fmt: skip
     for note in plan.notes:
         say(f"note: {note}")

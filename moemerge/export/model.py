@@ -46,7 +46,7 @@ class GgufModel:
         if model_type not in GGUF_FAMILIES:
             raise RefusedError(
                 f"{model_type}: is not written as a GGUF file. Output families that are: {', '.join(GGUF_FAMILIES)}; "
-                "choose one with `architecture:` in the config, or use llama.cpp's own converter."
+                "choose one with `architecture:` in the config, if it can hold the merge."
             )
         return GGUF_FAMILIES[model_type]
 

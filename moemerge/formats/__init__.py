@@ -54,8 +54,9 @@ class Choice:
 
 
 def select_family(
-    base: DenseModel, mixture: Mixture, architecture: str | None = None, engine: Engine | None = None
-) -> Choice:
+    base: DenseModel, mixture: Mixture, architecture: str | None = None, engine: Engine | None = None,
+    preferred: Engine | None = None,
+) -> Choice:  # fmt: skip
     """Choose the output family for a mixture of models that compute like `base`.
 
     Of those that hold it exactly, the one that most of transformers 4.57, vLLM and llama.cpp read rightly, then the one
@@ -66,6 +67,7 @@ def select_family(
         mixture: what the family has to hold.
         architecture: the family's `model_type`, its beginning, or a name of mergekit-moe; None for any.
         engine: the engine that has to read it rightly; None for any.
+        preferred: an engine that should, if one can.
 
     Raises:
         IncompatibleError: none fits; says why for each candidate.
@@ -90,9 +92,7 @@ def select_family(
     if fitting:
         facts = facts_of(base, mixture)
         right = {family.model_type: set(right_in(family.model_type, facts)) for family in fitting}
-        best = max(
-            fitting, key=lambda family: (len(right[family.model_type] & set(MAIN)), len(right[family.model_type]))
-        )
+        best = max(fitting, key=lambda family: _worth(right[family.model_type], preferred))
         return _choice(best, base, mixture, [note.format(best.model_type) for note in notes])
     if others:
         problems.append(
@@ -109,6 +109,11 @@ def select_family(
             "the key another may be"
         )
     raise IncompatibleError(f"{what}:", problems)
+
+
+def _worth(right: set[Engine], preferred: Engine | None) -> tuple[bool, int, int]:
+    """By what families are compared: the engines that are right with each."""
+    return preferred in right, len(right & set(MAIN)), len(right)
 
 
 def _refusals(
