@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moemerge import load_config, merge, plan_merge
-from tests.llamacpp.engine import VOCAB
 from tests.models import load, make_model, write_config
+from tests.sentencepiece_model import VOCAB
 
 LAYERS, NEW_TOKENS = 3, 16
 SIZES: dict[str, Any] = {
@@ -96,7 +96,9 @@ def converted(request, tmp_path_factory, tokenizer_folder):
         for seed, name in enumerate(("base", "fox", "code", "chat"))
     )
     shutil.copytree(tokenizer_folder, base, dirs_exist_ok=True)
-    plan = plan_merge(load_config(write_config(root / "merge.yaml", base, experts)), max_shard_bytes=400_000)
+    plan = plan_merge(
+        load_config(write_config(root / "merge.yaml", base, experts, architecture="mixtral")), max_shard_bytes=400_000
+    )
     assert len(plan.shards) > 1
     merge(plan, root / "merged")
 
