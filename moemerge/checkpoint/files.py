@@ -1,7 +1,7 @@
 """A file of weights, on this machine or on another: how its bytes are reached."""
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,15 @@ class Reader(Readable, Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def clipped(chunks: Iterable[memoryview], start: int, end: int) -> Iterator[memoryview]:
+    """Of chunks that follow each other, the bytes from `start` up to `end`."""
+    done = 0
+    for chunk in chunks:
+        if done < end and start < done + len(chunk):
+            yield chunk[max(0, start - done) : end - done]
+        done += len(chunk)
 
 
 class BlockReader:

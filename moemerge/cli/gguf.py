@@ -90,12 +90,21 @@ class Imatrix:
     tokens: int
     device: str
 
-    def maker(self, console: Console, folder: Path, kind: str, *, quiet: bool) -> "Callable[[Path], Importance] | None":
-        """What makes it of a file in floats; None where none is wanted.
+    def maker(
+        self, console: Console, folder: Path, kind: str, *, quiet: bool, overwrite: bool
+    ) -> "Callable[[Path], Importance] | None":
+        """What makes it of a file in floats; None where none is wanted. What could not be read or written is refused.
 
         Raises:
-            RefusedError: what is given belongs to no file of this kind, or not together.
+            RefusedError: what is given belongs to no file of this kind, or not together; a file is not there, or there
+                already.
+            SourceError: the matrix cannot be read.
+            CheckpointError: it is damaged.
         """
+        from moemerge.export.imatrix import read_importance
+        from moemerge.export.writing import check_file
+        from moemerge.texts import find_files
+
         given = {"--imatrix": self.wanted, "--imatrix-texts": self.texts, "--imatrix-file": self.file,
                  "--imatrix-out": self.out}  # fmt: skip
         named = [name for name, value in given.items() if value]
@@ -106,33 +115,17 @@ class Imatrix:
         if self.file and len(named) > 1:
             other = next(name for name in named if name != "--imatrix-file")
             raise RefusedError(f"--imatrix-file, {other}: give one of them, not both.")
-        return partial(self._make, console, folder, quiet) if named else None
-
-    def check(self, *, overwrite: bool) -> None:
-        """Refuse before any work what could not be read or written.
-
-        Raises:
-            RefusedError: a file is not there, or there already.
-            SourceError: the matrix cannot be read.
-            CheckpointError: it is damaged.
-        """
-        from moemerge.export.imatrix import read_importance
-        from moemerge.export.writing import check_file
-        from moemerge.texts import find_files
-
         if self.file:
-            read_importance(self.file)
+            given_matrix = read_importance(self.file)
+            return lambda _floats: given_matrix
         if self.texts:
             find_files(self.texts, "--imatrix-texts")
         if self.out:
             check_file(self.out, overwrite=overwrite)
+        return partial(self._make, console, folder, quiet) if named else None
 
     def _make(self, console: Console, folder: Path, quiet: bool, floats: Path) -> "Importance":
         from moemerge.cli.progress import show_steps
-        from moemerge.export.imatrix import read_importance
-
-        if self.file:
-            return read_importance(self.file)
         from moemerge.export.importance import importance_of  # imports torch and transformers
 
         saying(console, quiet=quiet)(f"importance matrix: the model reads up to {self.tokens} tokens")
@@ -204,8 +197,7 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
         from moemerge.export.writing import write_gguf
 
         told = Imatrix(imatrix, tuple(imatrix_texts or ()), imatrix_file, imatrix_out, imatrix_tokens, device)
-        importance = told.maker(console, out, type, quiet=quiet)
-        told.check(overwrite=overwrite)
+        importance = told.maker(console, out, type, quiet=quiet, overwrite=overwrite)
         if ollama is not None:
             check_name(ollama)
             check_modelfile(file.with_name(MODELFILE), overwrite=overwrite)

@@ -1,6 +1,6 @@
 """Numbers as GGUF files store them: floats, and blocks of bytes that share a scale."""
 
-from collections.abc import Generator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.bands import tensor_chunks
-from moemerge.checkpoint.files import BlockReader, Reader
+from moemerge.checkpoint.files import BlockReader, Reader, clipped
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band, measure
 
@@ -73,12 +73,8 @@ class Quantised:
 
     def open(self, start: int, nbytes: int) -> Reader:
         """Make `nbytes` bytes from offset `start` on; reading may raise what reading the bands does."""
-        return BlockReader(self._chunks(start, start + nbytes))
+        return BlockReader(chunk for chunk in clipped(self._blocks(), start, start + nbytes))
 
-    def _chunks(self, start: int, end: int) -> Generator[memoryview, None, None]:
-        done = 0
+    def _blocks(self) -> Iterator[memoryview]:
         for chunk in tensor_chunks(self.bands, 0, self.name):
-            blocks = memoryview(quantise_q8_0(np.frombuffer(chunk, np.float32)).reshape(-1).data)
-            if done < end and start < done + len(blocks):
-                yield blocks[max(0, start - done) : end - done]
-            done += len(blocks)
+            yield memoryview(quantise_q8_0(np.frombuffer(chunk, np.float32)).reshape(-1).data)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError
+from moemerge.export.vocabulary import text_of
 from moemerge.passes.tokens import read_tokenizer_config
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def read_chat_template(folder: Path) -> str:
 def special_tokens(folder: Path) -> dict[str, str]:
     """The texts of a tokenizer's BOS, EOS, padding and unknown tokens, those that it has."""
     config = read_tokenizer_config(folder)
-    found = {name: config.get(name) for name in _TOKENS}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
-    return {name: value for name, value in texts.items() if isinstance(value, str)}
+    return {name: text for name in _TOKENS if (text := text_of(config.get(name))) is not None}
 
 
 def added_tokens(folder: Path) -> dict[int, str]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from moemerge.checkpoint.disk import drafted
 from moemerge.errors import CheckpointError, OutputError, RefusedError
 from moemerge.export.contents import GgufContents, read_contents
 from moemerge.export.packages import need
@@ -99,12 +100,13 @@ class Importance:
         from gguf import GGUFWriter
 
         try:
-            writer = GGUFWriter(path, "")
-            self._put(writer)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
+            with drafted(path) as draft:
+                writer = GGUFWriter(draft, "")
+                self._put(writer)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_tensors_to_file()
+                writer.close()
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from error
 

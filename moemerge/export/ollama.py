@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from moemerge.checkpoint.disk import drafted
 from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError, OutputError, RefusedError
 from moemerge.export.chat_format import ChatFormat, read_format
 from moemerge.export.chat_template import added_tokens, read_chat_template, special_tokens
 from moemerge.export.contents import GgufContents, read_contents
+from moemerge.export.splitting import ADD_BOS
 from moemerge.printable import printable
 
 # Ollama's name of a parameter, by the key of generation_config.json.
@@ -21,12 +23,8 @@ _PARAMETERS: Final = {
     "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }  # fmt: skip
-# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp: kinds of tokenizers and ways of splitting,
-# with which a BOS is put in front where the file does not say.
+# Kinds of tokenizers with which a BOS is put in front where the file does not say.
 _WITH_BOS: Final = {"llama"}
-_SPLITS_WITH_BOS: Final = {
-    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken", "chameleon",
-}  # fmt: skip
 _ALWAYS_WITH_BOS: Final = "gemma4"
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,2}(:[\w.-]+)?")
 _QUOTES: Final = '"""'
@@ -96,7 +94,8 @@ def write_modelfile(folder: Path, gguf: Path, out: Path) -> WrittenModelfile:
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     lines += [f"PARAMETER {name} {value}" for name, value in _settings(folder)]
     try:
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+        with drafted(out) as draft:
+            draft.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
     return WrittenModelfile(out, template, stops, tuple(notes))
@@ -155,11 +154,7 @@ def puts_bos(model: GgufContents) -> bool:
     said, split = (model.settings.get(f"tokenizer.ggml.{key}") for key in ("add_bos_token", "pre"))
     if said is not None and split != _ALWAYS_WITH_BOS:
         return bool(said)
-    return (
-        split == _ALWAYS_WITH_BOS
-        or model.settings.get("tokenizer.ggml.model") in _WITH_BOS
-        or split in _SPLITS_WITH_BOS
-    )
+    return split == _ALWAYS_WITH_BOS or model.settings.get("tokenizer.ggml.model") in _WITH_BOS or split in ADD_BOS
 
 
 def _unwritable(template: str) -> str:

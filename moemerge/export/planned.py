@@ -4,7 +4,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 from moemerge.checkpoint.bands import band_chunks
-from moemerge.checkpoint.files import BlockReader, Reader
+from moemerge.checkpoint.files import BlockReader, Reader, clipped
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band, Piece, band_bytes, with_seeds
 from moemerge.dtypes import bytes_of
@@ -50,13 +50,10 @@ class Planned:
     def _chunks(self, start: int, end: int) -> Generator[memoryview, None, None]:
         done = 0
         for band, seeds in with_seeds(self.bands, self.seed, self.name):
-            if done + band_bytes(band) <= start or end <= done:
-                done += band_bytes(band)
-                continue
-            for chunk in band_chunks(band, seeds):
-                if done < end and start < done + len(chunk):
-                    yield chunk[max(0, start - done) : end - done]
-                done += len(chunk)
+            nbytes = band_bytes(band)
+            if done < end and start < done + nbytes:
+                yield from clipped(band_chunks(band, seeds), start - done, end - done)
+            done += nbytes
 
 
 def waits(bands: tuple[Band, ...]) -> bool:

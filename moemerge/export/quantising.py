@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
+from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.target import PARTIAL
 from moemerge.errors import OutputError, RefusedError
 from moemerge.export.contents import GgufContents, read_contents
@@ -124,7 +125,7 @@ def quantise(
                 command.append(str(Path(folder, "imatrix.gguf")))
             _run(command, gguf, type_, progress)
             made = read_contents(draft)
-            _flush(draft)
+            flush(draft)
             draft.replace(out)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
@@ -249,8 +250,3 @@ def why(said: Iterable[str], code: int) -> str:
     if "iostream" in found or "basic_ios" in found:
         found += ": the disk is full or cannot be written"
     return printable(found.rstrip(".!"), _REASON_BYTES)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -50,8 +50,11 @@ _NAMESAKES: Final = (
     ("smollm", "<fim_prefix>", "refact"), ("qwen2", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "deepseek-r1-qwen"),
     ("llama-bpe", "[gMASK]", "glm4"),
 )  # fmt: skip
-ADD_BOS: Final = frozenset({"llama-bpe", "tekken"})
-"""With which engines put a BOS token before every text, unless the file says otherwise."""
+# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
+ADD_BOS: Final = frozenset({
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken", "chameleon",
+})  # fmt: skip
+"""Ways of splitting with which engines put a BOS token before every text, unless the file says otherwise."""
 
 
 def pre_tokenizer_of(tokenizer: Mapping[str, Any]) -> str | None:

@@ -156,8 +156,6 @@ def _from_sentencepiece(folder: Path, size: int) -> Vocabulary:
     found = Vocabulary("llama", "default")
     for piece in read_pieces(folder / "tokenizer.model")[:size]:
         found.add(piece.text, kinds.get(piece.kind, TokenType.NORMAL), piece.score)
-    if len(found.tokens) > size:
-        raise unknown(f"tokenizer.json has {len(found.tokens)} tokens, more than the {size} embeddings")
     while len(found.tokens) < size:
         found.add(f"[PAD{len(found.tokens)}]", TokenType.UNUSED, _ABSENT_SCORE)
     for token, number in read_table(folder / "added_tokens.json").items():

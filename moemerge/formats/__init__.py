@@ -81,19 +81,19 @@ def select_family(
     if not candidates:
         known = ", ".join(MOE_FAMILIES)
         raise IncompatibleError(f"architecture: {architecture!r} is no output family; known: {known}.", [])
+    facts = facts_of(base, mixture)
     problems, others, fitting = [], [], []
     for family in candidates:
         if base.family.block not in family.blocks:
             others.append(family.model_type)
-        elif reasons := _refusals(family, base, mixture, by_name=bool(asked), engine=engine):
+        elif reasons := _refusals(family, base, mixture, by_name=bool(asked)) or _troubles(engine, family, facts):
             problems.append(f"{family.model_type}: {'; '.join(reasons)}")
         else:
             fitting.append(family)
     if fitting:
-        facts = facts_of(base, mixture)
         right = {family.model_type: set(right_in(family.model_type, facts)) for family in fitting}
         best = max(fitting, key=lambda family: _worth(right[family.model_type], preferred))
-        return _choice(best, base, mixture, [note.format(best.model_type) for note in notes])
+        return _choice(best, base, facts, [note.format(best.model_type) for note in notes])
     if others:
         problems.append(
             f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
@@ -116,32 +116,33 @@ def _worth(right: set[Engine], preferred: Engine | None) -> tuple[bool, int, int
     return preferred in right, len(right & set(MAIN)), len(right)
 
 
-def _refusals(
-    family: MoeFamily, base: DenseModel, mixture: Mixture, *, by_name: bool, engine: Engine | None
-) -> list[str]:
+def _refusals(family: MoeFamily, base: DenseModel, mixture: Mixture, *, by_name: bool) -> list[str]:
     """Why a family that computes like the base cannot be chosen; `by_name` says whether it was asked for."""
     if reasons := family.refusals(base, mixture):
         return reasons
     if not by_name and mixture.shared_widths and family.appends_shared:
         return ["it has no shared experts; with `architecture: mixtral` their neurons are appended to every expert"]
-    trouble = trouble_of(engine, family.model_type, facts_of(base, mixture)) if engine else None
-    return (
-        [f"{ENGINES[engine]} {trouble.words if isinstance(trouble, Trouble) else trouble}"]
-        if engine and trouble
-        else []
-    )
+    return []
 
 
-def _choice(family: MoeFamily, base: DenseModel, mixture: Mixture, notes: list[str]) -> Choice:
-    facts = facts_of(base, mixture)
+def _troubles(engine: Engine | None, family: MoeFamily, facts: frozenset[str]) -> list[str]:
+    """Why an engine that was asked for does not serve."""
+    trouble = trouble_of(engine, family.model_type, facts) if engine else None
+    if engine is None or trouble is None:
+        return []
+    return [f"{ENGINES[engine]} {trouble.words if isinstance(trouble, Trouble) else trouble}"]
+
+
+def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: list[str]) -> Choice:
     warnings: list[str] = []
     notes = [*notes, *family.notes]
-    for engine, name in ENGINES.items():
-        trouble = trouble_of(engine, family.model_type, facts)
+    troubles = {engine: trouble_of(engine, family.model_type, facts) for engine in ENGINES}
+    right = tuple(engine for engine, trouble in troubles.items() if trouble is None)
+    for engine, trouble in troubles.items():
         if isinstance(trouble, Trouble):
             told = notes if trouble.apart is None else warnings
-            told.append(f"{name} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
-    if family.scoring == "sigmoid" and trouble_of("llamacpp", family.model_type, facts) is None:
+            told.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
+    if family.scoring == "sigmoid" and "llamacpp" in right:
         warnings.append(_CLAMPED.format(family.model_type))
     original = base.config.get("original_max_position_embeddings")
     notes += [
@@ -149,4 +150,4 @@ def _choice(family: MoeFamily, base: DenseModel, mixture: Mixture, notes: list[s
         for fact, note in base.family.notes
         if not fact or fact in base.facts
     ]
-    return Choice(family, tuple(right_in(family.model_type, facts)), tuple(notes), tuple(warnings))
+    return Choice(family, right, tuple(notes), tuple(warnings))

@@ -112,14 +112,10 @@ def readings() -> Mapping[Engine, Mapping[str, Reading]]:
     measured = json.loads(Path(__file__).with_name("engines.json").read_text(encoding="utf-8"))
     return {
         engine: {
-            family: _read(
-                about["version"], [(frozenset(row["facts"]), _found(row[engine])) for row in rows if engine in row]
-            )
+            family: _read(about["version"], [(frozenset(row["facts"]), _found(row[engine])) for row in rows])
             for family, rows in measured["families"].items()
-            if any(engine in row for row in rows)
         }
-        for engine in ENGINES
-        if (about := measured["engines"].get(engine, {"version": ""}))
+        for engine, about in measured["engines"].items()
     }
 
 

@@ -9,8 +9,9 @@ from typing import Any, Final
 from moemerge.formats import MOE_FAMILIES, Mixture
 from moemerge.formats.dense import DenseModel, read_dense
 from moemerge.formats.engines import facts_of
+from tests.families import LLAMA3, MINISTRAL3, MIXED, WINDOWS, YARN
 
-EXPERTS, LAYERS, TEXT_LENGTH, VOCAB = 3, 3, 24, 512
+EXPERTS, LAYERS, TEXT_LENGTH, VOCAB = 3, 3, 24, 512  # as many tokens as tests.sentencepiece_model has
 # vLLM's attention wants heads of 32 or more; every other axis differs from each other.
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": LAYERS,
@@ -19,30 +20,13 @@ SIZES: Final[dict[str, Any]] = {
 }  # fmt: skip
 TIED: Final = {"tie_word_embeddings": True}
 WIDE: Final = {"head_dim": 64}
-MIXED: Final = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOW: Final = {"sliding_window": 8}
-QWEN_WINDOWS: Final = {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}
 MUP: Final = {
     "attention_multiplier": 0.1,
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.4,
     "logits_scaling": 2.0,
 }
-LLAMA3: Final = {
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-}  # fmt: skip
-YARN: Final = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
-MSCALE: Final = {
-    "rope_parameters": YARN["rope_scaling"]
-    | {
-        "rope_theta": 10000.0, "llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    }
-}  # fmt: skip
 LONGROPE: Final = {
     "original_max_position_embeddings": 16,
     "rope_scaling": {
@@ -83,21 +67,21 @@ KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "mistral, window": ("mistral", WINDOW),
     "mistral, wide heads, window": ("mistral", WINDOW | WIDE),
     "ministral, mixed windows": ("ministral", {"layer_types": MIXED, **WINDOW, "head_dim": 32}),
-    "ministral3": ("ministral3", {"sliding_window": None, "head_dim": 32, **MSCALE}),
+    "ministral3": ("ministral3", {"sliding_window": None, "head_dim": 32, **MINISTRAL3}),
     "phi3": ("phi3", {"sliding_window": None, "resid_pdrop": 0.0}),
     "phi3, longrope": ("phi3", {"sliding_window": None, **LONGROPE}),
     "phi3, partial rotary": ("phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),
     "qwen2": ("qwen2", {}),
     "qwen2, tied": ("qwen2", TIED),
     "qwen2, tied, yarn": ("qwen2", TIED | YARN),
-    "qwen2, mixed windows": ("qwen2", QWEN_WINDOWS),
+    "qwen2, mixed windows": ("qwen2", WINDOWS),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3, tied": ("qwen3", TIED | {"head_dim": 32}),
     "qwen3, wide heads": ("qwen3", WIDE),
     "qwen3, tied, wide heads": ("qwen3", TIED | WIDE),
     "qwen3, wide heads, yarn": ("qwen3", WIDE | YARN),
     "qwen3, biases": ("qwen3", {"head_dim": 32, "attention_bias": True}),
-    "qwen3, mixed windows": ("qwen3", {"head_dim": 32, **QWEN_WINDOWS}),
+    "qwen3, mixed windows": ("qwen3", {"head_dim": 32, **WINDOWS}),
     "qwen3, ungrouped heads": ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}),
     "seed_oss, wide heads": ("seed_oss", WIDE),
     "smollm3, layers without positions": ("smollm3", {"no_rope_layers": [1, 0, 1], **TIED}),

@@ -10,20 +10,17 @@ import hashlib
 import json
 import shutil
 import sys
-from functools import cache
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, Final
 
 import numpy as np
-import sentencepiece
 import torch
 import transformers
-from transformers import LlamaTokenizer
 
 from moemerge import load_config, merge, plan_merge
 from tests.engines.cases import EXPERTS, KINDS, LAYERS, SENTENCEPIECE, SIZES, TEXT_LENGTH, VOCAB, Case, cases
 from tests.models import load, make_model, write_config
+from tests.sentencepiece_model import save_sentencepiece
 
 NEW_TOKENS: Final = 6
 _DONE: Final = "expected.npz"
@@ -89,7 +86,9 @@ def _sources(root: Path, kind: str) -> list[Path]:
         for seed, path in enumerate(found):
             make_model(path, seed, model_type, **{**SIZES, **sizes})
         if model_type in SENTENCEPIECE:
-            _sentencepiece(found[0])
+            for path in found[0].glob("tokenizer*"):
+                path.unlink()
+            save_sentencepiece(found[0])
     return found
 
 
@@ -113,27 +112,6 @@ def _computed(model: Path, tokens: torch.Tensor) -> dict[str, np.ndarray]:
     )
     logits = loaded(tokens, use_cache=False).logits.double()
     return {"logprobs": logits.log_softmax(-1).numpy(), "generated": generated[:, tokens.shape[1] :].numpy()}
-
-
-@cache
-def _sentencepiece_model() -> bytes:
-    """A SentencePiece tokenizer; the text that it learns from comes with Python."""
-    import io
-
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for topic in topics.values() for line in topic.splitlines() if line),
-        model_writer=written, vocab_size=VOCAB, model_type="bpe", byte_fallback=True, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
-    return written.getvalue()
-
-
-def _sentencepiece(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-    (folder / "tokenizer.model").write_bytes(_sentencepiece_model())
-    LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from logprobs import logprobs_of
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
@@ -20,12 +21,7 @@ def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.
     model, _ = load_model(folder / "model")
     found, generated = [], []
     for ids in tokens:
-        logits = np.array(model(mx.array([ids]))[0].astype(mx.float32), dtype=np.float64)
-        found.append(
-            logits
-            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-            - logits.max(-1, keepdims=True)
-        )
+        found.append(logprobs_of(np.array(model(mx.array([ids]))[0].astype(mx.float32))))
         cache, given, new = make_prompt_cache(model), mx.array([ids]), []
         for _ in range(new_tokens):
             new.append(int(mx.argmax(model(given, cache=cache)[0, -1]).item()))

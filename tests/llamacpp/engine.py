@@ -12,8 +12,6 @@ import numpy as np
 _CHILDREN = multiprocessing.get_context("forkserver")
 # Imported once, by the process of which all others are copies.
 _CHILDREN.set_forkserver_preload(["tests.llamacpp.child", "pytest"])
-VOCAB = 512
-"""Of models whose tokenizer is a SentencePiece model: it has a token for every byte."""
 
 
 def converted(folder: Path, kind: str, pre: str = "llama-bpe", options: tuple[str, ...] = ()) -> Path | str:

@@ -18,9 +18,9 @@ from moemerge.export.vocabulary import unknown
 from moemerge.export.writing import write_gguf
 from moemerge.merging_to_gguf import merge_to_gguf
 from tests.families import DENSE, WINDOWS
-from tests.llamacpp.engine import VOCAB as PIECES
 from tests.llamacpp.engine import computed, converted, encoded
 from tests.models import edit_json, load, logits, make_model, token_ids, write_config
+from tests.sentencepiece_model import VOCAB as PIECES
 from tests.splits import VOCAB, WAYS, save
 
 LAYERS = 3

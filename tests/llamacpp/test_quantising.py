@@ -19,8 +19,8 @@ from moemerge.export import quantising
 from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import ColumnSquares, Importance
 from moemerge.export.quantising import FILE_TYPES, NEED_IMPORTANCE, quantise
-from tests.llamacpp.engine import VOCAB
 from tests.models import make_model, write_config
+from tests.sentencepiece_model import VOCAB
 
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
