@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from moemerge.engines import ENGINES, Engine
+from moemerge.formats import MOE_FAMILIES
 from moemerge.formats.engines import readings
 from moemerge.markdown import as_code
 
@@ -25,8 +26,6 @@ _COMMANDS: Final[dict[Engine, str]] = {
     "openvino": "OVModelForCausalLM.from_pretrained({text}, export=True)",
 }
 """With the model's name as a word of a shell and as a text of Python."""
-NOT_WRITTEN: Final = frozenset({"qwen2_moe", "flex_olmo", "qwen3_5_moe_text", "mimo_v2_flash"})
-"""Families that `moemerge gguf` does not write."""
 _AGAIN: Final = (
     "After fine-tuning with transformers 5, run {} on what was saved: other readers miss keys of its config.json."
 )
@@ -45,7 +44,7 @@ def use_it(name: str, family: str, engines: Sequence[Engine]) -> list[str]:
     rows = [
         f"- {ENGINES[engine]} ({readings()[engine][family].version}): {as_code(command.format(**named))}"
         for engine, command in _COMMANDS.items()
-        if engine in engines and not (engine == "llamacpp" and family in NOT_WRITTEN)
+        if engine in engines and not (engine == "llamacpp" and not MOE_FAMILIES[family].in_gguf)
     ]
     return [
         f"In {versions}:",

@@ -37,6 +37,7 @@ from moemerge.export.values import (
     MSCALE,
     constant,
     has_grouped_heads,
+    has_states,
     has_wide_heads,
     has_yarn,
     heads_by_layer,
@@ -86,7 +87,8 @@ GRANITE_HYBRID: Final = GgufFamily(
         ("add_ssm_group_count", "mamba_n_groups"), ("add_ssm_inner_size", state_width),
         ("add_ssm_time_step_rank", "mamba_n_heads"), ("add_rope_scaling_finetuned", constant(value=True)),
     ),
-    replaces=(("head_dim", constant(None)), ("num_key_value_heads", heads_by_layer)), refuses=(_HEADS,),
+    replaces=(("head_dim", constant(None)), ("num_key_value_heads", heads_by_layer)),
+    refuses=(_HEADS, (has_states, "has files of another kind for state-space layers")),
 )  # fmt: skip
 QWEN3_MOE: Final = GgufFamily(
     "qwen3moe", NORMS | ATTENTION | QK_NORMS | ROUTED, WHOLE, keys=(EXPERT_WIDTH,),

@@ -15,7 +15,7 @@ from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.layout import add_tensor_infos, lay_out
 from moemerge.export.metadata import Described, add_metadata
 from moemerge.export.tensors import Conversion, GgufTensor
-from moemerge.export.values import ROPES
+from moemerge.export.values import ACTIVATION, LENGTH_IGNORED, ROPES
 
 AskedType = GgufType | Literal["auto"]
 """`auto` is the 16-bit floats that the checkpoint has, else float16."""
@@ -53,7 +53,8 @@ class GgufModel:
     @property
     def notes(self) -> list[str]:
         """What llama.cpp gets wrong of it where that does not always show."""
-        return [note.format(**self.config) for applies, note in self.family.notes if applies(self.config)]
+        notes = (*self.family.notes, LENGTH_IGNORED)
+        return [note.format(**self.config) for applies, note in notes if applies(self.config)]
 
     def check(self) -> None:
         """Refuse what llama.cpp does not load, or computes wrongly.
@@ -67,7 +68,7 @@ class GgufModel:
             if type(self.config.get(key)) is not int or self.config[key] < 1:
                 raise CheckpointError(f"config.json: {key} has to be a size, found {self.config.get(key)!r:.40}.")
         with _told_as_damage("config.json"):
-            reasons = [reason for applies, reason in (*family.refuses, *ROPES) if applies(self.config)]
+            reasons = [reason for applies, reason in (*family.refuses, *ROPES, ACTIVATION) if applies(self.config)]
             reasons = [reason for reason in reasons if reason not in family.knows]
         if reasons:
             raise RefusedError(

@@ -118,6 +118,11 @@ def has_no_shared(config: Config) -> bool:
     return not (config.get("n_shared_experts") or config.get("num_shared_experts"))
 
 
+def has_states(config: Config) -> bool:
+    """Whether layers keep a state in place of keys and values."""
+    return 0 in heads_by_layer(config)
+
+
 def has_shared(config: Config) -> bool:
     """Whether there is one."""
     return bool(config.get("moe_num_shared_experts"))
@@ -154,6 +159,12 @@ def ends_dense(config: Config) -> bool:
     return bool(config["moe_layer_end_index"] not in {-1, config["num_hidden_layers"] - 1})
 
 
+def has_other_activation(config: Config) -> bool:
+    """Whether FFNs have another activation than llama.cpp's: of all families SiLU, of Gemma, whose key it is, GELU."""
+    given = config.get("hidden_act") not in {None, "silu", "swish"}
+    return given or config.get("hidden_activation") not in {None, "gelu_pytorch_tanh"}
+
+
 def _has_rope(kind: str) -> Callable[[Config], bool]:
     """Whether rotary positions are scaled in some way."""
     return lambda config: any(rope.get("rope_type", rope.get("type")) == kind for rope in _ropes(config))
@@ -173,3 +184,10 @@ ROPES = (
     (lambda config: any("mscale" in rope for rope in _ropes(config)), MSCALE),
 )
 """Scalings of rotary positions that most families' files cannot hold, and how to say so."""
+ACTIVATION = (has_other_activation, "computes another activation in its FFNs than config.json says")
+"""Of any family, and how to say so."""
+LENGTH_IGNORED = (
+    _has_rope("dynamic"),
+    "llama.cpp scales no rotary positions by the length: it is right for texts up to max_position_embeddings",
+)
+"""A note of any family."""

@@ -134,6 +134,7 @@ MIMO_V2_FLASH: Final = MoeFamily(
     scoring="sigmoid",
     dense_layers="any",
     selection_bias=_BIAS,
+    in_gguf=False,
 )  # fmt: skip
 DEEPSEEK_V3: Final = MoeFamily(
     "deepseek_v3", "DeepseekV3ForCausalLM",

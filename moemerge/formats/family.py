@@ -94,6 +94,8 @@ class MoeFamily:
     """Tensor (expert,) that is added to scores for the choice alone: what is switched off by it is never chosen."""
     bias_axes: Axes = ("experts",)
     extras: tuple[Extra, ...] = ()
+    in_gguf: bool = True
+    """Whether `moemerge gguf` writes it; what it makes of it stands in `export.family_tables`."""
     kinds: Mapping[str, str] = field(default_factory=dict)
     """Layer types that transformers 5 saves in words of its own, each with that of released checkpoints."""
     notes: tuple[str, ...] = ()

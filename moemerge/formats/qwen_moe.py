@@ -28,6 +28,7 @@ QWEN2_MOE: Final = MoeFamily(
     shared=_GATED,
     dense_layers="any",
     extras=zero_biases("q", "k", "v"),
+    in_gguf=False,
 )  # fmt: skip
 QWEN3_MOE: Final = MoeFamily(
     "qwen3_moe", "Qwen3MoeForCausalLM",
@@ -61,6 +62,7 @@ QWEN3_5_MOE: Final = MoeFamily(
     blocks=("qwen3_5",),
     holds=frozenset({"qkv_bias", "output_bias", "mixed_attention", "wide_heads", "partial_rotary"}),
     shared=_GATED,
+    in_gguf=False,
 )  # fmt: skip
 MELLUM: Final = MoeFamily(
     "mellum", "MellumForCausalLM",

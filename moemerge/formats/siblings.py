@@ -20,6 +20,7 @@ FLEX_OLMO: Final = MoeFamily(
     carried=COMMON,
     blocks=("olmo2",),
     holds=_BIASES | {"scaled_rope"},
+    in_gguf=False,
 )  # fmt: skip
 ERNIE4_5_MOE: Final = MoeFamily(
     "ernie4_5_moe", "Ernie4_5_MoeForCausalLM",
