@@ -104,6 +104,7 @@ test-engines: install demo $(VENV4)/.done $(VENVL)/.done .venv-vllm/.done .venv-
 	OMP_NUM_THREADS=1 $(VENVL)/bin/python -m tests.engines.make $(ENGINES)
 	OMP_NUM_THREADS=1 $(VENV4)/bin/python tests/engines/run.py transformers $(ENGINES)
 	OMP_NUM_THREADS=1 LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/python tests/engines/run.py llamacpp $(ENGINES)
+	OMP_NUM_THREADS=1 LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/python tests/engines/run.py converter $(ENGINES)
 	OMP_NUM_THREADS=1 .venv-mlx/bin/python tests/engines/run.py mlx $(ENGINES)
 	OMP_NUM_THREADS=1 .venv-openvino/bin/python tests/engines/run.py openvino $(ENGINES)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python tests/engines/run.py vllm $(ENGINES)

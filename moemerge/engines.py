@@ -2,13 +2,17 @@
 
 from typing import Any, Final, Literal
 
-Engine = Literal["transformers", "vllm", "llamacpp", "mlx", "openvino"]
+Engine = Literal["transformers", "vllm", "llamacpp", "converter", "mlx", "openvino"]
 ENGINES: Final[dict[Engine, str]] = {
-    "transformers": "transformers 4.57", "vllm": "vLLM", "llamacpp": "llama.cpp", "mlx": "mlx-lm",
-    "openvino": "OpenVINO",
+    "transformers": "transformers 4.57", "vllm": "vLLM", "llamacpp": "llama.cpp",
+    "converter": "llama.cpp's converter", "mlx": "mlx-lm", "openvino": "OpenVINO",
 }  # fmt: skip
-"""Each with its name. What transformers 5 computes is what all are compared with."""
-NAMES: Final = ("transformers", "vllm", "llama.cpp", "mlx", "openvino")
+"""Each with its name. What transformers 5 computes is what all are compared with.
+
+llama.cpp reads the file that `moemerge gguf` writes, of families that it does not write that of llama.cpp's converter;
+what it makes of the converter's files, which other tools run, is told of every family beside it.
+"""
+NAMES: Final = ("transformers", "vllm", "llama.cpp", "converter", "mlx", "openvino")
 """As they are written in a config."""
 
 

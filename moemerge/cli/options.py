@@ -19,8 +19,8 @@ For = Annotated[
     typer.Option(
         "--for",
         metavar="ENGINE",
-        help="Refuse what this engine would get wrong, instead of the config's: transformers, vllm, llama.cpp, mlx, "
-        "openvino.",
+        help="Refuse what this engine would get wrong, instead of the config's: transformers, vllm, llama.cpp, "
+        "converter (llama.cpp's), mlx, openvino.",
         show_default=False,
     ),
 ]

@@ -34,6 +34,8 @@ _DEEPSEEK: Final = (
 )
 
 
+_CLAMPS: Final = frozenset[Engine]({"llamacpp", "converter"})
+"""Of families whose routers have sigmoids, right on the condition that `_CLAMPED` tells."""
 _CLAMPED: Final = (
     "llama.cpp takes a sum of the chosen experts' sigmoids below 6.1e-5 for 6.1e-5, transformers does not: where the "
     "router logits of a token are all below about -10 it computes something else of {}, as was seen with routers of "
@@ -60,7 +62,7 @@ def select_family(
     """Choose the output family for a mixture of models that compute like `base`.
 
     Of those that hold it exactly, the one that most of transformers 4.57, vLLM and llama.cpp read rightly, then the one
-    that most engines do, then the first of the table.
+    that most engines do, then the first of the table. llama.cpp counts less where routers have sigmoids.
 
     Args:
         base: the base model.
@@ -91,8 +93,7 @@ def select_family(
         else:
             fitting.append(family)
     if fitting:
-        right = {family.model_type: set(right_in(family.model_type, facts)) for family in fitting}
-        best = max(fitting, key=lambda family: _worth(right[family.model_type], preferred))
+        best = max(fitting, key=lambda family: _worth(family, facts, preferred))
         return _choice(best, base, facts, [note.format(best.model_type) for note in notes])
     if others:
         problems.append(
@@ -111,9 +112,11 @@ def select_family(
     raise IncompatibleError(f"{what}:", problems)
 
 
-def _worth(right: set[Engine], preferred: Engine | None) -> tuple[bool, int, int]:
-    """By what families are compared: the engines that are right with each."""
-    return preferred in right, len(right & set(MAIN)), len(right)
+def _worth(family: MoeFamily, facts: frozenset[str], preferred: Engine | None) -> tuple[bool, bool, int, int, int]:
+    """By what families are compared: the engines that are right with each, most of all without a condition."""
+    right = set(right_in(family.model_type, facts))
+    sure = right - _CLAMPS if family.scoring == "sigmoid" else right
+    return preferred in sure, preferred in right, len(sure & set(MAIN)), len(sure), len(right)
 
 
 def _refusals(family: MoeFamily, base: DenseModel, mixture: Mixture, *, by_name: bool) -> list[str]:
@@ -139,10 +142,10 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
     troubles = {engine: trouble_of(engine, family.model_type, facts) for engine in ENGINES}
     right = tuple(engine for engine, trouble in troubles.items() if trouble is None)
     for engine, trouble in troubles.items():
-        if isinstance(trouble, Trouble):
-            told = notes if trouble.apart is None else warnings
+        if isinstance(trouble, Trouble) and not (engine == "converter" and _is_like(trouble, troubles["llamacpp"])):
+            told = warnings if trouble.is_silent else notes
             told.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
-    if family.scoring == "sigmoid" and "llamacpp" in right:
+    if family.scoring == "sigmoid" and not _CLAMPS.isdisjoint(right):
         warnings.append(_CLAMPED.format(family.model_type))
     original = base.config.get("original_max_position_embeddings")
     notes += [
@@ -151,3 +154,8 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
         if not fact or fact in base.facts
     ]
     return Choice(family, right, tuple(notes), tuple(warnings))
+
+
+def _is_like(trouble: Trouble, other: Trouble | str | None) -> bool:
+    """Whether who is told of one trouble need not be told of the other: both fail, or both compute something else."""
+    return isinstance(other, Trouble) and trouble.is_silent == other.is_silent

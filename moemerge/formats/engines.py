@@ -20,12 +20,16 @@ from moemerge.formats.mixture import ASKED, Mixture
 MAIN: Final[tuple[Engine, ...]] = ("transformers", "vllm", "llamacpp")
 """Those in most of which a family that nobody asked for should be right."""
 FACTS: Final = {
-    **ROPES, "mscale": "yarn's mscale", **PLAIN, "tied": "tied embeddings", "untied": "untied embeddings", **ASKED,
+    **ROPES, "mscale": "yarn's mscale", "state_spaces": "state-space layers", **PLAIN,
+    "tied": "tied embeddings", "untied": "untied embeddings", **ASKED,
     "later_dense_layers": "dense layers after others", "absent": "experts absent from layers",
-    "state_spaces": "state-space layers", "no_window": "full attention in every layer",
+    "no_window": "full attention in every layer", "gelu": "GELU for SiLU", "gelu_tanh": "GELU by tanh for SiLU",
+    "other_activation": "an activation beside SiLU and GELU",
     "grouped_heads": "fewer key heads than query heads", "positions": "rotary positions beside state spaces",
 }  # fmt: skip
 """What tells mixtures of a family apart, in words; where several explain as much, the first is named."""
+_BY_TANH: Final = ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
+_ACTIVATIONS: Final = {"gelu": "gelu", **dict.fromkeys(_BY_TANH, "gelu_tanh")}
 # Log-probabilities in float32: rounding alone makes 3e-4, and 3e-3 where GELU comes from a table; faults make 1.
 TOLERANCE: Final = 5e-3
 NAN: Final = "computes NaN"
@@ -44,6 +48,11 @@ class Trouble:
     """What it said where it failed."""
     version: str
     """Name and version of the engine."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it computes something else without a word."""
+        return self.apart is not None
 
     @property
     def words(self) -> str:
@@ -73,7 +82,7 @@ class Reading:
         """What it makes of a mixture: None where it is right, or words for why that is not known."""
         found = [trouble for trouble in self.troubles if trouble.facts <= facts]
         if found:
-            return max(found, key=lambda trouble: (trouble.apart is not None, len(trouble.facts)))
+            return max(found, key=lambda trouble: (trouble.is_silent, len(trouble.facts)))
         untried = [FACTS[fact] for fact in FACTS if fact in facts - self.tried]
         return f"was not tried with {' or '.join(untried)}" if untried else None
 
@@ -90,6 +99,7 @@ def facts_of(base: DenseModel, mixture: Mixture) -> frozenset[str]:
         "positions": config.get("position_embedding_type") == "rope",
         "later_dense_layers": bool(set(mixture.dense_layers) - set(range(mixture.moe_layers[0]))),
         "absent": bool(mixture.absent),
+        _ACTIVATIONS.get(base.hidden_act, "other_activation"): base.hidden_act != "silu",
     }
     held = base.facts | mixture.facts | {fact for fact, holds in said.items() if holds}
     return frozenset(fact for fact in FACTS if fact in held) - {"scaled_rope"}
@@ -99,6 +109,11 @@ def trouble_of(engine: Engine, family: str, facts: frozenset[str]) -> Trouble | 
     """What an engine makes of a mixture of a family: None where it is right, words where that is not known."""
     found = readings()[engine].get(family)
     return "was not tried with this family" if found is None else found.of(facts)
+
+
+def is_right(found: float | str) -> bool:
+    """Whether what stands in the record for a mixture is what transformers computes, but for rounding."""
+    return isinstance(found, float) and found <= TOLERANCE
 
 
 def right_in(family: str, facts: frozenset[str]) -> list[Engine]:
@@ -120,8 +135,8 @@ def readings() -> Mapping[Engine, Mapping[str, Reading]]:
 
 
 def _read(version: str, rows: Sequence[tuple[frozenset[str], float | str]]) -> Reading:
-    wrong = [facts for facts, found in rows if not _is_right(found)]
-    right = [facts for facts, found in rows if _is_right(found)]
+    wrong = [facts for facts, found in rows if not is_right(found)]
+    right = [facts for facts, found in rows if is_right(found)]
     troubles = []
     while wrong:
         # What is never in a mixture that was right, and explains the most with the least.
@@ -138,10 +153,6 @@ def _read(version: str, rows: Sequence[tuple[frozenset[str], float | str]]) -> R
 
 def _found(written: float | str) -> float | str:
     return math.inf if written == NAN else written
-
-
-def _is_right(found: float | str) -> bool:
-    return isinstance(found, float) and found <= TOLERANCE
 
 
 def _suspects(wrong: Iterable[frozenset[str]], right: Sequence[frozenset[str]]) -> Iterator[frozenset[str]]:

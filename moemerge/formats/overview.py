@@ -67,10 +67,10 @@ def _plainest(family: DenseFamily) -> DenseModel:
     return model
 
 
-def _engines(family: str) -> Iterator[EngineCell]:
+def _engines(family: MoeFamily) -> Iterator[EngineCell]:
     """How each engine reads the family, as measured."""
     for engine, name in ENGINES.items():
-        found = readings()[engine].get(family)
+        found = readings()[engine].get(family.model_type)
         if found is None:
             continue
         short = "right"
@@ -78,8 +78,10 @@ def _engines(family: str) -> Iterator[EngineCell]:
             always = next((trouble for trouble in found.troubles if not trouble.facts), None)
             short = "not with " + "; ".join(trouble.with_what for trouble in found.troubles)
             if always:
-                short = "fails" if always.apart is None else "wrong"
-        yield EngineCell(name, found.version, short, "; ".join(trouble.words for trouble in found.troubles) or "right")
+                short = "wrong" if always.is_silent else "fails"
+        told = "; ".join(trouble.words for trouble in found.troubles) or "right"
+        of_what = "" if family.in_gguf or engine != "llamacpp" else " (the converter's file: moemerge writes none)"
+        yield EngineCell(name, found.version, short + of_what, told + of_what)
 
 
 def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
@@ -98,6 +100,6 @@ def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
         shared=shared,
         dense_layers=_DENSE_LAYERS[family.dense_layers],
         scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),
-        engines=tuple(_engines(family.model_type)),
+        engines=tuple(_engines(family)),
         notes=family.notes,
     )

@@ -33,6 +33,9 @@ LONGROPE: Final = {
         "type": "longrope", "short_factor": [1.0 + i / 10 for i in range(16)], "long_factor": [2.0 + i for i in range(16)]
     },
 }  # fmt: skip
+LINEAR: Final = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+# Which changes nothing of texts that are shorter than this.
+DYNAMIC: Final = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
 HYBRID: Final = {
     "num_local_experts": 0, "shared_intermediate_size": 96, "position_embedding_type": "rope", "mamba_n_heads": 4,
     "mamba_expand": 2, "mamba_d_head": 64, "mamba_d_state": 16, "layer_types": ["mamba", "attention", "attention"],
@@ -63,6 +66,9 @@ KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "llama, wide heads, yarn": ("llama", WIDE | YARN),
     "llama, yarn": ("llama", YARN),
     "llama, biases": ("llama", {"attention_bias": True}),
+    "llama, linear rope": ("llama", LINEAR),
+    "llama, dynamic rope": ("llama", DYNAMIC),
+    "llama, gelu": ("llama", {"hidden_act": "gelu"}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral, window": ("mistral", WINDOW),
     "mistral, wide heads, window": ("mistral", WINDOW | WIDE),
@@ -76,6 +82,7 @@ KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "qwen2, tied, yarn": ("qwen2", TIED | YARN),
     "qwen2, mixed windows": ("qwen2", WINDOWS),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3, gelu": ("qwen3", {"head_dim": 32, "hidden_act": "gelu"}),
     "qwen3, tied": ("qwen3", TIED | {"head_dim": 32}),
     "qwen3, wide heads": ("qwen3", WIDE),
     "qwen3, tied, wide heads": ("qwen3", TIED | WIDE),
@@ -115,6 +122,12 @@ _WITH_SHARED: Final = {
     "llama, wide heads, yarn", "smollm3, layers without positions",
 }  # fmt: skip
 _WITH_DENSE: Final = {"llama", "qwen2", "qwen3", "ernie4_5", "cohere2", "lfm2, tied", "youtu"}
+# Of models that few have: in what most people merge into.
+_UNUSUAL: Final = {"llama, linear rope", "llama, dynamic rope", "llama, gelu", "qwen3, gelu"}
+_FOR_UNUSUAL: Final = {
+    "mixtral", "qwen3_moe", "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "glm4_moe",
+}  # fmt: skip
+_WITH_ABSENT: Final = {("llama", "glm4_moe"), ("qwen3", "glm4_moe"), ("qwen3, ungrouped heads", "dots1")}
 # Of families that few engines read: enough to know that.
 _RARE: Final = {"solar_open", "exaone_moe", "mimo_v2_flash", "hy_v3", "mellum", "dots1"}
 _FOR_RARE: Final = {
@@ -133,9 +146,12 @@ class Case:
     """Whether there is a shared expert beside the others."""
     moe_layers: tuple[int, ...] = tuple(range(LAYERS))
     """The others stay dense."""
+    has_absent: bool = False
+    """Whether the last expert has no part in the first layer."""
 
     def __str__(self) -> str:
         layers = "" if len(self.moe_layers) == LAYERS else f", experts in layers {list(self.moe_layers)}"
+        layers += ", an expert absent" if self.has_absent else ""
         return f"{self.kind} -> {self.family}{', a shared expert' if self.shared else ''}{layers}"
 
     @property
@@ -150,7 +166,8 @@ class Case:
     def mixture(self) -> Mixture:
         """Its shape."""
         width = SIZES["intermediate_size"]
-        return Mixture(LAYERS, width, (width,) * EXPERTS, (width,) * self.shared, 2, self.moe_layers, {})
+        absent = {0: frozenset({EXPERTS - 1})} if self.has_absent else {}
+        return Mixture(LAYERS, width, (width,) * EXPERTS, (width,) * self.shared, 2, self.moe_layers, absent)
 
     @property
     def facts(self) -> frozenset[str]:
@@ -171,14 +188,16 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every kind in every output family that holds it; some also with a shared expert, and with dense layers."""
+    """Every kind in every output family that holds it; some also with a shared expert, with dense layers, with an absent one."""
     for kind in KINDS:
         for family in MOE_FAMILIES:
-            if family in _RARE and kind not in _FOR_RARE:
+            if (family in _RARE and kind not in _FOR_RARE) or (kind in _UNUSUAL and family not in _FOR_UNUSUAL):
                 continue
             found = [Case(kind, family, shared=False)]
             if kind in _WITH_SHARED:
                 found.append(Case(kind, family, shared=True))
             if kind in _WITH_DENSE:
                 found += [Case(kind, family, shared, layers) for shared in (False, True) for layers in ((1, 2), (1,))]
+            if (kind, family) in _WITH_ABSENT:
+                found.append(Case(kind, family, shared=False, has_absent=True))
             yield from (case for case in found if case.is_held)

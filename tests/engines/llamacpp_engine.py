@@ -1,57 +1,44 @@
-"""llama.cpp: its own converter, whose folder LLAMACPP names, then its engine, both in float32."""
+"""llama.cpp with the file that `moemerge gguf` writes, or of families that it does not write, its own converter's."""
 
+import hashlib
 import json
-import sys
 from pathlib import Path
 
+import converter_engine
 import llama_cpp
 import numpy as np
+from converter_engine import compute_file, version
 from logprobs import logprobs_of
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.llamacpp import child
+import moemerge.export
+from moemerge.errors import RefusedError
+from moemerge.export.writing import write_gguf
+from moemerge.formats import MOE_FAMILIES
 
-_OPTIONS = {"qwen3_5_moe_text": ("--no-mtp",)}
-"""Without which a family's converter stops: it looks for layers that predict further tokens."""
+__all__ = ["MADE_BY", "compute", "losses", "version"]
 
-
-def version() -> str:
-    """Name and version of the engine."""
-    return f"llama.cpp of llama-cpp-python {llama_cpp.__version__}"
+_SOURCES = sorted(Path(moemerge.export.__file__).parent.glob("*.py"))
+MADE_BY = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
+"""Of what writes the files: answers are for one of these alone."""
 
 
 def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.ndarray, list[list[int]]]:
-    """(sequence, position, vocab) log-probabilities of what follows each token, and what is generated."""
-    gguf = folder / "model.gguf"
+    """(sequence, position, vocab) log-probabilities of what follows each token, and what is generated.
+
+    Raises:
+        RuntimeError: the mixture is refused.
+    """
+    model, gguf = folder / "model", folder / "ours.gguf"
+    family = json.loads((model / "config.json").read_text())["model_type"]
+    if not MOE_FAMILIES[family].in_gguf:
+        return converter_engine.compute(folder, tokens, new_tokens)
     try:
-        _convert(folder / "model")
-        return _compute(gguf, tokens, new_tokens)
+        write_gguf(model, gguf, type="f32", overwrite=True)
+        return compute_file(gguf, tokens, new_tokens)
+    except RefusedError as error:
+        raise RuntimeError(str(error).removeprefix(f"{family}: ")) from error
     finally:
         gguf.unlink(missing_ok=True)
-
-
-def _convert(model: Path) -> None:
-    """Run the converter; what it raises is raised, with the step's name."""
-    model_type = json.loads((model / "config.json").read_text())["model_type"]
-    try:
-        child.convert(model, _OPTIONS.get(model_type, ()))
-    except (Exception, SystemExit) as error:
-        raise RuntimeError(f"converter: {type(error).__name__}: {error}") from error
-
-
-def _compute(gguf: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.ndarray, list[list[int]]]:
-    llama = child.opened(gguf)
-    found, generated = [], []
-    for sequence in tokens:
-        llama.reset()
-        llama.eval(sequence)
-        found.append(logprobs_of(llama.scores[: len(sequence)]))
-        new: list[int] = []
-        for _ in range(new_tokens):
-            new.append(int(llama.scores[llama.n_tokens - 1].argmax()))
-            llama.eval([new[-1]])
-        generated.append(new)
-    return np.stack(found), generated
 
 
 def losses(model: Path, windows: list[list[int]]) -> list[float]:

@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 import transformers
+import yaml
 
 from moemerge import load_config, merge, plan_merge
 from tests.engines.cases import EXPERTS, KINDS, LAYERS, SENTENCEPIECE, SIZES, TEXT_LENGTH, VOCAB, Case, cases
@@ -99,6 +100,10 @@ def _merge(case: Case, folder: Path, sources: list[Path]) -> None:
     if len(case.moe_layers) < LAYERS:
         keys["moe_layers"] = list(case.moe_layers)
     config = write_config(folder / "merge.yaml", base, experts, prompts=False, architecture=case.family, **keys)
+    if case.has_absent:
+        document = yaml.safe_load(config.read_text())
+        document["experts"][-1]["layers"] = list(range(1, LAYERS))
+        config.write_text(yaml.safe_dump(document))
     merge(plan_merge(load_config(config)), folder / "out")
 
 

@@ -3,7 +3,8 @@
     ENGINE'S PYTHON run.py ENGINE FOLDER [BEGINNING]
 
 It imports nothing of moemerge: engines have environments of their own. Of each case a process of its own is asked,
-which the engine may end; only cases without an answer are tried, and whose folder's name begins as asked.
+which the engine may end; only cases without an answer of this engine are tried (and of the same `MADE_BY`, where its
+module has one), and whose folder's name begins as asked.
 """
 
 import importlib
@@ -26,13 +27,16 @@ def main(engine: str, root: Path, beginning: str = "") -> None:
     """Ask the engine about every case."""
     sys.path.insert(0, str(Path(__file__).parent))
     module = importlib.import_module(f"{engine}_engine")
+    identity = {"engine": module.version()}
+    if hasattr(module, "MADE_BY"):
+        identity["made_by"] = module.MADE_BY
     for path in sorted(root.glob(f"{beginning}*/case.json")):
         answer = path.with_name(f"{engine}.answer.json")
-        if answer.exists() and json.loads(answer.read_text())["engine"] == module.version():
+        if answer.exists() and identity.items() <= json.loads(answer.read_text()).items():
             continue
         begun = time.monotonic()
         found = _ask(module, path.parent)
-        answer.write_text(json.dumps(found | {"engine": module.version(), "date": time.strftime("%Y-%m-%d")}))
+        answer.write_text(json.dumps(found | identity | {"date": time.strftime("%Y-%m-%d")}))
         sys.stdout.write(f"{time.monotonic() - begun:4.0f} s  {path.parent.name}: {found}\n")
         sys.stdout.flush()
 
