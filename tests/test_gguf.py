@@ -696,11 +696,26 @@ def test_the_command_line_writes_both_ways(tmp_path, out, config, monkeypatch, c
 def test_options_that_say_nothing_of_the_output_are_refused(tmp_path, config, monkeypatch, capsys):
     for words, message in {
         ("a.gguf", "--resume"): "--resume: a merge into a GGUF file has no use of it. Remove it, or name a folder.",
+        ("a.gguf", "--max-shard-size", "5GB"): (
+            "--max-shard-size: a merge into a GGUF file has no use of it. Remove it, or name a folder."
+        ),
+        ("a.gguf", "--out-shard-size", "1B"): (
+            "--out-shard-size: a merge into a GGUF file has no use of it. Remove it, or name a folder."
+        ),
         ("a", "--type", "f16"): "--type: is of GGUF files, and OUT is none. Name a file that ends in .gguf.",
         ("a", "--llama-cpp", "b"): "--llama-cpp: is of GGUF files, and OUT is none. Name a file that ends in .gguf.",
     }.items():
         code, _, errors = run([config, tmp_path / words[0], *words[1:]], monkeypatch, capsys)
         assert (code, errors) == (2, f"error: {message}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_is_sent_to_the_command_that_merges_it(tmp_path, config, monkeypatch, capsys):
+    assert run(["gguf", config, tmp_path / "a.gguf"], monkeypatch, capsys) == (
+        2, "",
+        f"error: {config}: is a config, and no merged model's folder. It is merged into a GGUF file by `moemerge {config} "
+        f"{tmp_path / 'a.gguf'}`.\n",
+    )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 

@@ -55,7 +55,7 @@ Exit codes: 0 done, 1 failed, 2 the config or the command has to change, 130 int
 def _plan(
     config: Config,
     json: Json = False,
-    max_shard_size: ShardSize = "5GB",
+    max_shard_size: ShardSize = None,
     cache_dir: CacheDir = None,
     allow_identical_experts: AllowIdentical = False,
     engine: For = None,
@@ -133,7 +133,7 @@ def _verify(
         # Before a plan may download weights.
         family = open_merged(out).config.get("model_type")
         plan = plan_from(
-            console, against, "5GB", None, quiet, allow_identical_experts, needs_texts=False, weights="stream",
+            console, against, None, None, quiet, allow_identical_experts, needs_texts=False, weights="stream",
             family=family,
         )  # fmt: skip
         with show_progress(console, quiet=quiet) as progress:

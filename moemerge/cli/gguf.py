@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moemerge.plan import MergePlan
 
 _WRITTEN_HERE: Final = ("auto", "f32", "f16", "bf16", "q8_0")
+_CONFIGS: Final = (".yaml", ".yml")
 MODELFILE: Final = "Modelfile"
 
 
@@ -196,6 +197,11 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
         from moemerge.export.ollama import check_modelfile, check_name
         from moemerge.export.writing import write_gguf
 
+        if out.suffix.lower() in _CONFIGS and not out.is_dir():
+            raise RefusedError(
+                f"{out}: is a config, and no merged model's folder. It is merged into a GGUF file by `moemerge {out} "
+                f"{file}`."
+            )
         told = Imatrix(imatrix, tuple(imatrix_texts or ()), imatrix_file, imatrix_out, imatrix_tokens, device)
         importance = told.maker(console, out, type, quiet=quiet, overwrite=overwrite)
         if ollama is not None:
