@@ -77,7 +77,7 @@ def test_the_card_names_the_engines_that_are_right_and_no_other():
 
 Tiny mixtures of this kind computed the same in:
 
-- vLLM ({versions["vllm"]}): `vllm serve 'my model'`
+- vLLM ({versions["vllm"]}): `python -m vllm.entrypoints.openai.api_server --model 'my model'`
 - llama.cpp ({versions["llamacpp"]}): `moemerge gguf 'my model' 'my model'.gguf`
 
 After fine-tuning with transformers 5, run `moemerge repair FOLDER` on what was saved: other readers miss keys of its config.json."""

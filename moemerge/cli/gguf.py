@@ -76,7 +76,14 @@ def merge_into(  # noqa: PLR0917
     if kind in _WRITTEN_HERE:
         return merge(out, type=kind, overwrite=overwrite)
     reports: list[Any] = []
-    _quantise(console, out, kind, lambda floats: reports.append(merge(floats)), quiet=quiet, overwrite=overwrite)
+    _quantise(
+        console,
+        out,
+        kind,
+        lambda floats, room: reports.append(merge(floats, room=room)),
+        quiet=quiet,
+        overwrite=overwrite,
+    )
     return reports[0]
 
 
@@ -142,7 +149,7 @@ class Imatrix:
 
 
 def _quantise(
-    console: Console, file: Path, kind: str, write: Callable[[Path], object],
+    console: Console, file: Path, kind: str, write: Callable[..., object],
     importance: "Callable[[Path], Importance] | None" = None, *, quiet: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     from moemerge.cli.progress import show_steps
@@ -209,11 +216,11 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
             check_modelfile(file.with_name(MODELFILE), overwrite=overwrite)
         return_freed_memory()
 
-        def write(target: Path, kind: Any, *, overwrite: bool = False) -> None:
+        def write(target: Path, kind: Any, **options: Any) -> None:
             with show_progress(console, quiet=quiet) as progress:
                 report = stoppable(progress)
                 write_gguf(
-                    out, target, type=kind, overwrite=overwrite, low_memory=low_memory, llama_cpp=llama_cpp,
+                    out, target, type=kind, low_memory=low_memory, llama_cpp=llama_cpp, **options,
                     tell=lambda note: console.print(f"warning: {note}", style="yellow"),
                     progress=lambda done, total: report("weights", done, total),
                 )  # fmt: skip
@@ -222,8 +229,9 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
             write(file, type, overwrite=overwrite)
         else:
             _quantise(
-                console, file, type, lambda floats: write(floats, "auto"), importance, quiet=quiet, overwrite=overwrite
-            )
+                console, file, type, lambda floats, room: write(floats, "auto", room=room), importance, quiet=quiet,
+                overwrite=overwrite,
+            )  # fmt: skip
         if not quiet:
             say(f"{file}: done")
         if ollama is not None:

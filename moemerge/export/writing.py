@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from moemerge.checkpoint.copy import write_failure
 from moemerge.checkpoint.disk import flush
@@ -30,9 +30,33 @@ HEADER_BYTES: Final = 50_000_000
 """What keys and a vocabulary take at most, with room to spare."""
 
 
+class Room(Protocol):
+    """What asks for room on the disk, as `check_room` does."""
+
+    def __call__(self, file: Path, tensors: Sequence[GgufTensor], more: int = 0) -> int:
+        """Refuse to begin what the disk cannot hold."""
+
+
+def check_room(file: Path, tensors: Sequence[GgufTensor], more: int = 0, what: str = "the merged model") -> int:
+    """Refuse to begin what the disk cannot hold; gives the bytes that the file takes at most.
+
+    Args:
+        file: the file.
+        tensors: that it will hold.
+        more: bytes that are needed beside it.
+        what: is written.
+
+    Raises:
+        OutputError: says how much is needed and how much is free.
+    """
+    nbytes = sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES
+    check_space(file, nbytes + more, left=left_bytes(file), what=what)
+    return nbytes
+
+
 def write_gguf(
     checkpoint: Path | str, file: Path | str, *, type: AskedType = "auto",  # noqa: A002  as the option is called
-    overwrite: bool = False, low_memory: bool = False, llama_cpp: Path | None = None,
+    overwrite: bool = False, low_memory: bool = False, llama_cpp: Path | None = None, room: Room = check_room,
     tell: Callable[[str], None] = lambda _: None, progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:  # fmt: skip
     """Write a merged checkpoint as one GGUF file, in bounded memory: complete when this returns, absent when it raises.
@@ -44,6 +68,7 @@ def write_gguf(
         overwrite: replace a GGUF file of this name.
         low_memory: one copying thread, small chunks, and neither file left in the page cache.
         llama_cpp: a checkout of llama.cpp, whose converter reads a tokenizer that is not known here.
+        room: asks for room on the disk.
         tell: called with what llama.cpp gets wrong of the model.
         progress: called with the bytes written and all there are.
 
@@ -64,7 +89,7 @@ def write_gguf(
     tensors = model.tensors(table)
     for note in model.notes:
         tell(f"{folder}: {note}")
-    check_room(file, tensors)
+    room(file, tensors)
     with staged_file(file, overwrite=overwrite) as stage, advising_types():
         shard = model.lay_out(tensors, folder.resolve(), stage / STAGED)
         with tensor_writer(stage, shard, progress, low_memory=low_memory) as writer:
@@ -99,22 +124,6 @@ def check_file(file: Path, *, overwrite: bool, inputs: Collection[Path] = ()) ->
         magic = found.read(len(_MAGIC))
     if magic != _MAGIC:
         raise RefusedError(f"{file}: is no GGUF file, and --overwrite replaces no other. Choose another name.")
-
-
-def check_room(file: Path, tensors: Sequence[GgufTensor], more: int = 0) -> int:
-    """Refuse to begin what the disk cannot hold; gives the bytes that are counted on.
-
-    Args:
-        file: the file.
-        tensors: that it will hold.
-        more: bytes that are needed beside it.
-
-    Raises:
-        OutputError: says how much is needed and how much is free.
-    """
-    nbytes = sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES + more
-    check_space(file, nbytes, left=left_bytes(file))
-    return nbytes
 
 
 @contextmanager
