@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli.app import main
 from moemerge.cli.options import GgufType
-from moemerge.checkpoint.disk import shown_bytes
 from moemerge.errors import CheckpointError, OutputError, RefusedError, SourceError
 from moemerge.export import packages
 from moemerge.export.contents import read_contents
