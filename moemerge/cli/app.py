@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.cli.console import print_json, saying, speaking, stdout
 from moemerge.cli.evaluation import evaluate
 from moemerge.cli.families import list_families
 from moemerge.cli.gguf import write_file
@@ -138,6 +138,8 @@ def _verify(
         )  # fmt: skip
         with show_progress(console, quiet=quiet) as progress:
             found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
+        for note in found.notes:
+            saying(console, quiet=quiet)(f"note: {note}")
         if json:
             print_json(asdict(found))
         elif found.differences or not quiet:
