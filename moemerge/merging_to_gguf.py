@@ -78,7 +78,7 @@ def merge_to_gguf(
     """
     file = Path(file)
     plan.check_sources("since the plan was made")
-    check_file(file, overwrite=overwrite, inputs=plan.inputs)
+    check_file(file, overwrite=overwrite, inputs=plan.inputs, sources=plan.folders)
     model = GgufModel(plan.output_config, asked_type(type, {STORED[plan.dtype]}), llama_cpp)
     tensors = model.tensors(_table(plan, seed, {}))
     nbytes = room(file, tensors, plan.kept_bytes)

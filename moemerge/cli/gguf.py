@@ -70,8 +70,10 @@ def merge_into(  # noqa: PLR0917
     **options: Any,
 ) -> Any:  # fmt: skip
     """Merge into a GGUF file, by way of one in floats where llama.cpp quantises it; gives the routers' report."""
+    from moemerge.export.writing import check_file
     from moemerge.merging_to_gguf import merge_to_gguf
 
+    check_file(out, overwrite=overwrite, inputs=plan.inputs, sources=plan.folders)
     merge: Callable[..., Any] = partial(merge_to_gguf, plan, llama_cpp=llama_cpp, **options)
     if kind in _WRITTEN_HERE:
         return merge(out, type=kind, overwrite=overwrite)
@@ -202,7 +204,7 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         from moemerge.cli.progress import show_progress
         from moemerge.export.ollama import check_modelfile, check_name
-        from moemerge.export.writing import write_gguf
+        from moemerge.export.writing import check_file, sources_of, write_gguf
 
         if out.suffix.lower() in _CONFIGS and not out.is_dir():
             raise RefusedError(
@@ -214,6 +216,7 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
         if ollama is not None:
             check_name(ollama)
             check_modelfile(file.with_name(MODELFILE), overwrite=overwrite)
+        check_file(file, overwrite=overwrite, sources=sources_of(out))
         return_freed_memory()
 
         def write(target: Path, kind: Any, **options: Any) -> None:

@@ -11,9 +11,10 @@ from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.jobs import MAX_THREADS
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import left_bytes, staged
-from moemerge.checkpoint.target import check_space, check_writable
+from moemerge.checkpoint.target import check_scratch, check_space
 from moemerge.checkpoint.writer import ShardWriter
-from moemerge.errors import RefusedError, TooLargeError
+from moemerge.config import CONFIG_COPY, load_config
+from moemerge.errors import ConfigError, RefusedError, TooLargeError
 from moemerge.export.converter import check_checkout
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
@@ -26,6 +27,7 @@ SUFFIX: Final = ".gguf"
 STAGED: Final = f"model{SUFFIX}"
 """What the file is called in its stage."""
 _MAGIC: Final = b"GGUF"
+_MODEL_CONFIGS: Final = ("config.json", "adapter_config.json")
 HEADER_BYTES: Final = 50_000_000
 """What keys and a vocabulary take at most, with room to spare."""
 
@@ -79,7 +81,7 @@ def write_gguf(
         OutputError: the disk is full or cannot be written.
     """
     file, folder = Path(file), Path(checkpoint)
-    check_file(file, overwrite=overwrite)
+    check_file(file, overwrite=overwrite, sources=sources_of(folder))
     if llama_cpp is not None:
         check_checkout(llama_cpp)
     opened = open_merged(folder)
@@ -96,13 +98,27 @@ def write_gguf(
             writer.add(padded_bands(tensors))
 
 
-def check_file(file: Path, *, overwrite: bool, inputs: Collection[Path] = ()) -> None:
+def sources_of(folder: Path) -> list[Path]:
+    """Folders of the models that a merged model was made of, as far as the copy of its config leads to them."""
+    try:
+        config = load_config(folder / CONFIG_COPY, allow_identical_experts=True)
+    except ConfigError:
+        return []
+    references = [config.base_model, *(expert.source_model for expert in (*config.experts, *config.shared_experts))]
+    found = (Path(part) for reference in references for part in {reference, *reference.split("+")})
+    return [path.resolve() for path in found if any((path / name).is_file() for name in _MODEL_CONFIGS)]
+
+
+def check_file(
+    file: Path, *, overwrite: bool, inputs: Collection[Path] = (), sources: Collection[Path] = ()
+) -> None:  # fmt: skip
     """Refuse a file that cannot be written, or that would be lost; the `gguf` package has to be there too.
 
     Args:
         file: the file.
         overwrite: whether it may be replaced, if it is a GGUF file.
         inputs: what is read, and is not to be replaced.
+        sources: folders of models that are read, into which nothing is written.
 
     Raises:
         RefusedError: says why.
@@ -111,7 +127,7 @@ def check_file(file: Path, *, overwrite: bool, inputs: Collection[Path] = ()) ->
     need("gguf", "To write a GGUF file")
     if file.suffix != SUFFIX:
         raise RefusedError(f"{file}: the name of a GGUF file ends in {SUFFIX}.")
-    check_writable(file)
+    check_scratch(file, sources)
     if not os.path.lexists(file):
         return
     if not file.is_file():
