@@ -95,12 +95,7 @@ def merge_to_gguf(
         with advising, work.writer(stage, [shard], tally) as writer:
             ready = [tensor for tensor in tensors if not waits(tensor.bands)]
             writer.add(padded_bands(ready))
-
-            def layer_done(done: int, total: int) -> None:
-                writer.check()
-                tally.routers(done, total)
-
-            routers = work.init_routers(layer_done)
+            routers = work.init_routers_beside(writer, tally)
             complete = model.tensors(_table(plan, seed, work.router_bands(routers)))
             names = {tensor.name for tensor in ready}
             writer.add(padded_bands([tensor for tensor in complete if tensor.name not in names]))
