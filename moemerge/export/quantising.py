@@ -40,12 +40,14 @@ _LARGE_BLOCK: Final = 256
 _WITH_FINE_KEYS: Final = 8
 _FINE_KEYS: Final = ("attn_k.weight", "attn_v.weight")
 _LAYER: Final = re.compile(r"blk\.(\d+)\.")
+_STACK: Final = re.compile(r"blk\.\d+\..+_exps\.")
 _PROGRESS: Final = re.compile(rb"^\[ *(\d+)/ *(\d+)\]")
 _REASONS: Final = re.compile(
     r"failed to quantize: (.+)|error loading model: (.+)|(GGML_ASSERT\(.*\) failed)|(^\w*Error: .+)"
 )
 # Bits a weight beside those that a type is named by: of scales, and of the matrices that llama.cpp stores in finer
-# types. Rows that are no whole blocks take as many once more; nothing takes more than Q8_0, as the head may.
+# types. Rows that are no whole blocks take as many once more; nothing takes more than Q8_0, as the head may,
+# and in types for mixtures all but experts.
 _MORE_BITS: Final = 1.5
 _MOST_BITS: Final = 8.5
 _KEPT_LINES: Final = 200
@@ -145,13 +147,14 @@ def quantised_bytes(tensors: Sequence[GgufTensor], type_: str) -> int:
     """
     named = int(next(letter for letter in type_ if letter.isdecimal()))
     block = _SMALL_BLOCK if type_ in _SMALL_BLOCKS else _LARGE_BLOCK
+    coarse = _STACK if type_.endswith("_moe") else _LAYER
     total = 0
     for tensor in tensors:
         row = tensor.shape[-1]
         if tensor.type == "f32" or row % _SMALL_BLOCK:
             total += tensor.nbytes
         else:
-            more = _MORE_BITS * (2 if row % block else 1) if _LAYER.match(tensor.name) else _MOST_BITS
+            more = _MORE_BITS * (2 if row % block else 1) if coarse.match(tensor.name) else _MOST_BITS
             bits = min(named + more, _MOST_BITS)
             total += math.ceil(math.prod(tensor.shape) * bits / 8)
     return total
