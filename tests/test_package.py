@@ -15,6 +15,7 @@ from moemerge.formats import MOE_FAMILIES
 from moemerge.formats.engines import readings
 from moemerge.inspection import inspect_checkpoint
 from tests.models import write_config
+from tests.next_steps.serve import command
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +83,8 @@ Tiny mixtures of this kind computed the same in:
 
 After fine-tuning with transformers 5, run `moemerge repair FOLDER` on what was saved: other readers miss keys of its config.json."""
     )
+    # What `make test-engines` runs, and the page shows.
+    assert command("my model") == ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", "my model"]
     alone = use_it("m", "mellum", [])
     assert alone[0] == "In transformers 5:"
     assert len(alone) == 3
