@@ -269,6 +269,8 @@ def test_no_file_is_written_into_a_source(tmp_path, llamas, monkeypatch, capsys)
         for words in (["gguf", tmp_path / "out", file], [config, file]):
             for kind in ("q8_0", "q4_k_m"):
                 assert run([*words, "--type", kind, "-q"], monkeypatch, capsys) == (2, "", f"error: {message}\n")
+        words = ["gguf", tmp_path / "out", tmp_path / "q.gguf", "--type", "q4_k_m", "--imatrix", "--imatrix-out", file]
+        assert run(words, monkeypatch, capsys) == (2, "", f"error: {message}\n")
         assert not list(source.glob("*.gguf"))
     # The merged model's own folder is the place that other programs look in; verify says so, too.
     write_gguf(tmp_path / "out", tmp_path / "out" / "a.gguf")

@@ -112,7 +112,7 @@ class Imatrix:
             CheckpointError: it is damaged.
         """
         from moemerge.export.imatrix import read_importance
-        from moemerge.export.writing import check_file
+        from moemerge.export.writing import check_file, sources_of
         from moemerge.texts import find_files
 
         given = {"--imatrix": self.wanted, "--imatrix-texts": self.texts, "--imatrix-file": self.file,
@@ -131,7 +131,7 @@ class Imatrix:
         if self.texts:
             find_files(self.texts, "--imatrix-texts")
         if self.out:
-            check_file(self.out, overwrite=overwrite)
+            check_file(self.out, overwrite=overwrite, sources=sources_of(folder))
         return partial(self._make, console, folder, quiet) if named else None
 
     def _make(self, console: Console, folder: Path, quiet: bool, floats: Path) -> "Importance":
