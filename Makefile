@@ -110,7 +110,8 @@ test-engines: install demo $(VENV4)/.done $(VENVL)/.done .venv-vllm/.done .venv-
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python tests/engines/run.py vllm $(ENGINES)
 	$(BIN)/python -m tests.engines.record $(ENGINES)
 	$(BIN)/pytest tests/test_engines.py
-	.venv-vllm/bin/python docs/next_steps/generate_vllm.py $(DEMO)/merged "Once upon a time"
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.next_steps.serve .venv-vllm/bin/python $(DEMO)/merged
+	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python docs/next_steps/generate_vllm.py $(DEMO)/merged "Once upon a time"
 	.venv-openvino/bin/python docs/next_steps/generate_openvino.py $(DEMO)/merged "Once upon a time"
 	.venv-mlx/bin/python -m mlx_lm generate --model $(DEMO)/merged --prompt "Once upon a time" --max-tokens 40
 

@@ -20,7 +20,7 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 ```"""
 _COMMANDS: Final[dict[Engine, str]] = {
-    "vllm": "vllm serve {word}",
+    "vllm": "python -m vllm.entrypoints.openai.api_server --model {word}",
     "llamacpp": "moemerge gguf {word} {word}.gguf",
     "mlx": 'python -m mlx_lm generate --model {word} --prompt "Once upon a time"',
     "openvino": "OVModelForCausalLM.from_pretrained({text}, export=True)",

@@ -99,6 +99,15 @@ class Work:
             low_memory=self._low_memory, progress=progress,
         )  # fmt: skip
 
+    def init_routers_beside(self, writer: ShardWriter, tally: "Tally") -> Routers:
+        """Compute them while a writer is at work; where that fails, this ends after the layer."""
+
+        def layer_done(done: int, total: int) -> None:
+            writer.check()
+            tally.routers(done, total)
+
+        return self.init_routers(layer_done)
+
     def router_bands(self, routers: Routers) -> dict[str, tuple[Band, ...]]:
         """The tensors that were computed."""
         made = {"router": routers.rows, "shared gate": routers.shared_gates}

@@ -80,12 +80,7 @@ def merge(
         tally = Tally(progress, plan.shards, kept)
         with work.writer(folder, plan.shards, tally, kept=kept, completed=journal.record) as writer:
             writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, Computed)})
-
-            def layer_done(done: int, total: int) -> None:
-                writer.check()
-                tally.routers(done, total)
-
-            routers = work.init_routers(layer_done)
+            routers = work.init_routers_beside(writer, tally)
             writer.add(work.router_bands(routers))
             work.write_other_files(folder, name or out.resolve().name, routers.report)
         with _forgetting(journal):

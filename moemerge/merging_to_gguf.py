@@ -14,6 +14,7 @@ from moemerge.export.model import AskedType, GgufModel, asked_type
 from moemerge.export.planned import Planned, waits
 from moemerge.export.writing import (
     STAGED,
+    Room,
     advising_types,
     check_file,
     check_room,
@@ -41,6 +42,7 @@ def merge_to_gguf(
     base_bits: Literal[4, 8] | None = None,
     licence: str | None = None,
     llama_cpp: Path | None = None,
+    room: Room = check_room,
     progress: Progress = lambda _stage, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":
@@ -60,6 +62,7 @@ def merge_to_gguf(
         base_bits: see `merge`.
         licence: see `merge`.
         llama_cpp: a checkout of llama.cpp, whose converter reads a tokenizer that is not known here.
+        room: asks for room on the disk.
         progress: called as the work goes on.
         warn: see `merge`.
 
@@ -75,10 +78,10 @@ def merge_to_gguf(
     """
     file = Path(file)
     plan.check_sources("since the plan was made")
-    check_file(file, overwrite=overwrite, inputs=plan.inputs)
+    check_file(file, overwrite=overwrite, inputs=plan.inputs, sources=plan.folders)
     model = GgufModel(plan.output_config, asked_type(type, {STORED[plan.dtype]}), llama_cpp)
     tensors = model.tensors(_table(plan, seed, {}))
-    nbytes = check_room(file, tensors, plan.kept_bytes)
+    nbytes = room(file, tensors, plan.kept_bytes)
     check_limits(file, largest=nbytes, memory=plan.peak_memory_bytes)
     work = Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn)
     with staged_file(file, overwrite=overwrite) as stage, work.sources_kept_in(stage):
@@ -92,12 +95,7 @@ def merge_to_gguf(
         with advising, work.writer(stage, [shard], tally) as writer:
             ready = [tensor for tensor in tensors if not waits(tensor.bands)]
             writer.add(padded_bands(ready))
-
-            def layer_done(done: int, total: int) -> None:
-                writer.check()
-                tally.routers(done, total)
-
-            routers = work.init_routers(layer_done)
+            routers = work.init_routers_beside(writer, tally)
             complete = model.tensors(_table(plan, seed, work.router_bands(routers)))
             names = {tensor.name for tensor in ready}
             writer.add(padded_bands([tensor for tensor in complete if tensor.name not in names]))

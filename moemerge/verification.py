@@ -16,7 +16,7 @@ from moemerge.dtypes import STORED
 from moemerge.errors import CheckpointError, SourceError
 from moemerge.plan import Computed, MergePlan, Output
 from moemerge.sources import ModelFolder, open_model, read_tensor_table
-from moemerge.verified_files import Difference, compare_entries, compare_files_beside, compare_index
+from moemerge.verified_files import Difference, compare_entries, compare_files_beside, compare_index, notable
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Verification:
     files: int
     """Copied from the base, or made of its tokenizer, byte for byte."""
     differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+    """What is there or not, and damages nothing."""
 
 
 def open_merged(out: Path | str) -> ModelFolder:
@@ -71,6 +73,7 @@ def verify_merge(
     """
     model = open_merged(out)
     files, differences = compare_files_beside(plan, model)
+    differences, notes = notable(model, differences)
     try:
         tensors = read_tensor_table(model, lambda _: None)
     except CheckpointError as error:
@@ -106,6 +109,7 @@ def verify_merge(
         routers=len(routers),
         files=files,
         differences=tuple(differences),
+        notes=tuple(notes),
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,10 @@ _READ_INSTEAD: Final = re.compile(
     r"adapter_(config\.json|model\..+)|.+\.(bin|bin\.index\.json|pt|pth|ckpt|h5|msgpack|gguf|onnx|py)|consolidated.*|"
     r"params\.json|(\w*_)?quant\w*\.json|(pre)?processor_config\.json|modules\.json|config_sentence_transformers\.json"
 )
+_GGUF: Final = ".gguf"
+_GGUF_MAGIC: Final = b"GGUF"
+# No merge writes it, `save_pretrained` always.
+_SAVED_BY: Final = "transformers_version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,39 @@ def compare_files_beside(plan: MergePlan, model: ModelFolder) -> tuple[int, list
         *(Difference(CARD, expected, found) for expected, found in compare_card(model.folder, plan)),
         *_foreign_files(plan, model),
     ]
+
+
+def notable(model: ModelFolder, differences: Sequence[Difference]) -> tuple[list[Difference], list[str]]:
+    """Differences, and as notes those that damage nothing: files of the same model for others, or for people.
+
+    These are GGUF files, and what `save_pretrained` of transformers leaves out. A card or a copy of the config that is
+    not the merge's is a difference all the same.
+
+    Args:
+        model: the merged folder.
+        differences: what was found of its files.
+    """
+    notes, harmless = [], set[Difference]()
+    for difference in differences:
+        if difference.what.endswith(_GGUF) and _is_gguf(model.folder / difference.what):
+            harmless.add(difference)
+            notes.append(
+                f"{difference.what}: a GGUF file, which some readers load instead of the weights beside it. It is not "
+                "compared: write it again where they have changed since"
+            )
+    if isinstance(version := model.config.get(_SAVED_BY), str):
+        dropped = [d for d in differences if d.what in {CARD, CONFIG_COPY} and d.found == ABSENT]
+        harmless.update(dropped, [d for d in differences if d.what == f"config.json: {_SAVED_BY}"])
+        lost = f", which keeps no {' and no '.join(d.what for d in dropped)}" if dropped else ""
+        notes.append(f"config.json: says that transformers {version:.20} has saved the model again{lost}")
+    return [difference for difference in differences if difference not in harmless], notes
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
 
 
 def _compare_config(plan: MergePlan, model: ModelFolder) -> list[Difference]:

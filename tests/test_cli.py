@@ -210,6 +210,10 @@ def test_a_wrong_command_is_explained(tmp_path, config):
     for arguments, message in (
         ((config,), "Missing argument 'OUT'"),
         ((config, tmp_path / "out", "--max-shard-size", "5 bananas"), "'5 bananas' is not a size: write it like 5GB"),
+        (
+            (config, tmp_path / "out", "--max-shard-size", "5"),
+            "error: --max-shard-size: '5' is 5 bytes: write a unit, as in 5GB or 500MB.\n",
+        ),
         ((config, tmp_path / "out", "--out-shard-size", "5GB"), "is no number of parameters like 1B or 500M"),
         ((config, tmp_path / "out", "--bogus"), "No such option"),
         (

@@ -31,6 +31,7 @@ from moemerge.errors import (
     SourceError,
     TooLargeError,
 )
+from moemerge.export import packages
 from moemerge.export.blocks import quantise_q8_0
 from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors
@@ -40,6 +41,7 @@ from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
 from moemerge.formats import MOE_FAMILIES
 from moemerge.merging_to_gguf import merge_to_gguf
+from moemerge.verification import verify_merge
 from tests.families import GEMMA4, HYBRID, MIXED
 from tests.models import edit_json, make_model, write_config
 from tests.splits import VOCAB, WAYS, save
@@ -252,6 +254,27 @@ def test_a_file_that_is_there_is_kept(tmp_path, out, config):
     assert other.read_bytes() == b"mine"
     write_gguf(out, file, type="f32", overwrite=True)
     assert read(file)["output.weight"].dtype == np.float32
+
+
+def test_no_file_is_written_into_a_source(tmp_path, llamas, monkeypatch, capsys):
+    base, expert = (Path(shutil.copytree(llama, tmp_path / name)) for name, llama in zip("be", llamas, strict=False))
+    config = write_config(tmp_path / "c.yaml", base, [expert, llamas[2]], prompts=False)
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    for source in (base, expert):
+        file = source / "a.gguf"
+        message = f"{file}: lies within the model {source}. Choose another output folder."
+        assert refused(lambda file=file: write_gguf(tmp_path / "out", file)) == message
+        assert refused(lambda file=file: merge_to_gguf(plan_merge(load_config(config)), file)) == message
+        monkeypatch.setattr(packages, "find_spec", lambda _: object())
+        for words in (["gguf", tmp_path / "out", file], [config, file]):
+            for kind in ("q8_0", "q4_k_m"):
+                assert run([*words, "--type", kind, "-q"], monkeypatch, capsys) == (2, "", f"error: {message}\n")
+        words = ["gguf", tmp_path / "out", tmp_path / "q.gguf", "--type", "q4_k_m", "--imatrix", "--imatrix-out", file]
+        assert run(words, monkeypatch, capsys) == (2, "", f"error: {message}\n")
+        assert not list(source.glob("*.gguf"))
+    # The merged model's own folder is the place that other programs look in; verify says so, too.
+    write_gguf(tmp_path / "out", tmp_path / "out" / "a.gguf")
+    assert verify_merge(plan_merge(load_config(config)), tmp_path / "out").differences == ()
 
 
 def test_names_that_no_file_can_have_are_refused(tmp_path, out):
@@ -719,11 +742,26 @@ def test_the_command_line_writes_both_ways(tmp_path, out, config, monkeypatch, c
 def test_options_that_say_nothing_of_the_output_are_refused(tmp_path, config, monkeypatch, capsys):
     for words, message in {
         ("a.gguf", "--resume"): "--resume: a merge into a GGUF file has no use of it. Remove it, or name a folder.",
+        ("a.gguf", "--max-shard-size", "5GB"): (
+            "--max-shard-size: a merge into a GGUF file has no use of it. Remove it, or name a folder."
+        ),
+        ("a.gguf", "--out-shard-size", "1B"): (
+            "--out-shard-size: a merge into a GGUF file has no use of it. Remove it, or name a folder."
+        ),
         ("a", "--type", "f16"): "--type: is of GGUF files, and OUT is none. Name a file that ends in .gguf.",
         ("a", "--llama-cpp", "b"): "--llama-cpp: is of GGUF files, and OUT is none. Name a file that ends in .gguf.",
     }.items():
         code, _, errors = run([config, tmp_path / words[0], *words[1:]], monkeypatch, capsys)
         assert (code, errors) == (2, f"error: {message}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_is_sent_to_the_command_that_merges_it(tmp_path, config, monkeypatch, capsys):
+    assert run(["gguf", config, tmp_path / "a.gguf"], monkeypatch, capsys) == (
+        2, "",
+        f"error: {config}: is a config, and no merged model's folder. It is merged into a GGUF file by `moemerge {config} "
+        f"{tmp_path / 'a.gguf'}`.\n",
+    )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 

@@ -285,6 +285,9 @@ def test_a_chat_template_is_found_where_transformers_finds_it(folder):
     assert read_chat_template(folder) == "d"
     (folder / "tokenizer_config.json").write_text("{}")
     assert read_chat_template(folder) == ""
+    # Where llama.cpp's converter finds it, so that a GGUF file has it.
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "j"}))
+    assert read_chat_template(folder) == "j"
 
 
 def test_a_modelfile_that_cannot_be_written_is_named(folder, tmp_path):

@@ -15,6 +15,7 @@ from moemerge.formats import MOE_FAMILIES
 from moemerge.formats.engines import readings
 from moemerge.inspection import inspect_checkpoint
 from tests.models import write_config
+from tests.next_steps.serve import command
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,11 +78,13 @@ def test_the_card_names_the_engines_that_are_right_and_no_other():
 
 Tiny mixtures of this kind computed the same in:
 
-- vLLM ({versions["vllm"]}): `vllm serve 'my model'`
+- vLLM ({versions["vllm"]}): `python -m vllm.entrypoints.openai.api_server --model 'my model'`
 - llama.cpp ({versions["llamacpp"]}): `moemerge gguf 'my model' 'my model'.gguf`
 
 After fine-tuning with transformers 5, run `moemerge repair FOLDER` on what was saved: other readers miss keys of its config.json."""
     )
+    # What `make test-engines` runs, and the page shows.
+    assert command("my model") == ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", "my model"]
     alone = use_it("m", "mellum", [])
     assert alone[0] == "In transformers 5:"
     assert len(alone) == 3

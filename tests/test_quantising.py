@@ -1,6 +1,7 @@
 """GGUF files read, and what is said of one that llama.cpp has made smaller; the engine itself: `make test-llamacpp`."""
 
 import os
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -11,21 +12,25 @@ import numpy as np
 import pytest
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli.app import main
 from moemerge.cli.options import GgufType
-from moemerge.errors import CheckpointError, RefusedError, SourceError
+from moemerge.errors import CheckpointError, OutputError, RefusedError, SourceError
 from moemerge.export import packages
 from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import ColumnSquares, Importance, read_importance
+from moemerge.export.quantised_file import write_quantised
 from moemerge.export.quantising import (
     FILE_TYPES,
     check_type,
     fallback_note,
     fallen_back,
     quantise,
+    quantised_bytes,
     uncovered_notes,
     why,
 )
+from moemerge.export.writing import HEADER_BYTES, write_gguf
 from tests.models import write_config
 
 Kind = gguf.GGMLQuantizationType
@@ -275,6 +280,38 @@ def test_a_file_that_is_no_importance_matrix_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         read_importance(path)
     assert str(caught.value) == f"{path}: a.counts goes beyond the file's end. Make the matrix again."
+
+
+def test_room_is_asked_for_both_files_before_the_first(tmp_path, llamas, monkeypatch):
+    monkeypatch.setattr(packages, "find_spec", lambda _: object())
+    config = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:3], prompts=False)
+    merge(plan_merge(load_config(config)), tmp_path / "out")
+    needed, file = 0, tmp_path / "q.gguf"
+
+    def count(_file, tensors, more=0):
+        nonlocal needed
+        needed = sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES + more + quantised_bytes(tensors, "q4_k_m")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_gguf(tmp_path / "out", tmp_path / "a.gguf", room=count)
+
+    def write(floats, room):
+        write_gguf(tmp_path / "out", floats, room=room)
+        raise KeyboardInterrupt
+
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: disk._replace(free=needed - 1_000_000))
+    with pytest.raises(OutputError) as caught:
+        write_quantised(file, "q4_k_m", write)
+    assert str(caught.value) == (
+        f"{file}: the merged model, in floats and in q4_k_m, takes {shown_bytes(needed)}, but the disk has "
+        f"{shown_bytes(needed - 1_000_000)} free. Free some space, or write to another disk."
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: disk._replace(free=needed))
+    with pytest.raises(KeyboardInterrupt):
+        write_quantised(file, "q4_k_m", write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "out"]
 
 
 def run(words: list[object], monkeypatch, capsys) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from moemerge.cli import main
 from moemerge.errors import RefusedError
 from moemerge.formats import MOE_FAMILIES
 from moemerge.repairing import repair
+from moemerge.verification import verify_merge
 from moemerge.verified_files import Difference
 from tests.families import DENSE
 from tests.models import edit_json, load, logits, make_model, tokenizer, write_config
@@ -58,6 +59,23 @@ def mixtral(tmp_path_factory, llamas) -> Path:
         plan_merge(load_config(write_config(folder / "c.yaml", llamas[0], llamas[1:], prompts=False))), folder / "out"
     )
     return folder / "out"
+
+
+@only_5
+def test_what_was_repaired_is_as_planned(tmp_path, llamas):
+    plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False)))
+    merge(plan, tmp_path / "out")
+    again = saved(tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "out" / name, again)
+    assert "config.json: rope_theta" in {difference.what for difference in verify_merge(plan, again).differences}
+    repair(again)
+    found = verify_merge(plan, again)
+    assert found.differences == ()
+    assert found.notes == (
+        f"config.json: says that transformers {transformers.__version__} has saved the model again, which keeps no "
+        "moemerge_config.yaml and no README.md",
+    )
 
 
 @only_5

@@ -309,6 +309,33 @@ def test_files_that_change_what_a_reader_loads_are_found(plan, out):
     assert [replace(difference, what="") for difference in found if "safetensors" not in difference.what] == [told] * 16
 
 
+def test_a_gguf_file_beside_the_weights_is_a_note(plan, out, llamas, tmp_path):
+    (out / "model.gguf").write_bytes(b"GGUF" + bytes(20))
+    found = verify_merge(plan, out)
+    note = (
+        "model.gguf: a GGUF file, which some readers load instead of the weights beside it. It is not compared: write "
+        "it again where they have changed since"
+    )
+    assert (found.differences, found.notes) == ((), (note,))
+    result = run("verify", out, "--against", write_random(tmp_path / "merge.yaml", llamas))
+    assert (result.returncode, f"note: {note}" in result.stderr) == (0, True)
+
+
+def test_what_transformers_leaves_out_is_a_note_and_what_is_changed_is_not(plan, out):
+    (out / "README.md").unlink()
+    assert [found.what for found in differences(plan, out)] == ["README.md"]
+    edit_keys(out / "config.json", transformers_version="5.23.0")
+    (out / "moemerge_config.yaml").unlink()
+    found = verify_merge(plan, out)
+    assert found.differences == ()
+    assert found.notes == (
+        "config.json: says that transformers 5.23.0 has saved the model again, which keeps no moemerge_config.yaml and no "
+        "README.md",
+    )
+    (out / "README.md").write_text("---\nbase_model: other\n---\n")
+    assert {found.what for found in differences(plan, out)} == {"README.md"}
+
+
 def test_metadata_of_shards_and_repeated_keys_are_found(plan, out):
     tensors = load_file(out / WEIGHTS)
     save_file(tensors, out / WEIGHTS, {"format": "tf", "quantization": "x"})
@@ -602,7 +629,7 @@ def test_the_command_shows_what_differs(tmp_path, plan, out, llamas):
     assert result.returncode == 1
     assert json.loads(result.stdout) == {
         "copied": 48, "copied_bytes": 244608, "converted": 0, "converted_bytes": 0, "routers": 3, "files": len(plan.copied_files),
-        "differences": [{"what": "config.json: num_experts_per_tok", "expected": "2", "found": "1"}],
+        "differences": [{"what": "config.json: num_experts_per_tok", "expected": "2", "found": "1"}], "notes": [],
     }  # fmt: skip
 
 

@@ -109,13 +109,14 @@ def beside(target: Path, purpose: str) -> Path:
     return target / f".{purpose}" if os.path.ismount(target) else target.parent / f".{target.name}.{purpose}"
 
 
-def check_space(out: Path, nbytes: int, *, left: int = 0) -> None:
+def check_space(out: Path, nbytes: int, *, left: int = 0, what: str = "the merged model") -> None:
     """Refuse to start what the disk cannot hold.
 
     Args:
         out: the folder that is written.
         nbytes: the room that is needed.
         left: of it, what an unfinished run has left there, and is used again.
+        what: needs it.
 
     Raises:
         OutputError: says how much is needed and how much is free.
@@ -123,7 +124,7 @@ def check_space(out: Path, nbytes: int, *, left: int = 0) -> None:
     free = shutil.disk_usage(nearest_folder(out)).free
     if free + left < nbytes:
         raise OutputError(
-            f"{out}: the merged model takes {shown_bytes(nbytes)}, but the disk has {shown_bytes(free)} free. "
+            f"{out}: {what} takes {shown_bytes(nbytes)}, but the disk has {shown_bytes(free)} free. "
             "Free some space, or write to another disk."
         )
 

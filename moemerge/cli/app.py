@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.cli.console import print_json, saying, speaking, stdout
 from moemerge.cli.evaluation import evaluate
 from moemerge.cli.families import list_families
 from moemerge.cli.gguf import write_file
@@ -55,7 +55,7 @@ Exit codes: 0 done, 1 failed, 2 the config or the command has to change, 130 int
 def _plan(
     config: Config,
     json: Json = False,
-    max_shard_size: ShardSize = "5GB",
+    max_shard_size: ShardSize = None,
     cache_dir: CacheDir = None,
     allow_identical_experts: AllowIdentical = False,
     engine: For = None,
@@ -133,11 +133,13 @@ def _verify(
         # Before a plan may download weights.
         family = open_merged(out).config.get("model_type")
         plan = plan_from(
-            console, against, "5GB", None, quiet, allow_identical_experts, needs_texts=False, weights="stream",
+            console, against, None, None, quiet, allow_identical_experts, needs_texts=False, weights="stream",
             family=family,
         )  # fmt: skip
         with show_progress(console, quiet=quiet) as progress:
             found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
+        for note in found.notes:
+            saying(console, quiet=quiet)(f"note: {note}")
         if json:
             print_json(asdict(found))
         elif found.differences or not quiet:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moemerge.plan import MergePlan
 
 _WRITTEN_HERE: Final = ("auto", "f32", "f16", "bf16", "q8_0")
+_CONFIGS: Final = (".yaml", ".yml")
 MODELFILE: Final = "Modelfile"
 
 
@@ -69,13 +70,22 @@ def merge_into(  # noqa: PLR0917
     **options: Any,
 ) -> Any:  # fmt: skip
     """Merge into a GGUF file, by way of one in floats where llama.cpp quantises it; gives the routers' report."""
+    from moemerge.export.writing import check_file
     from moemerge.merging_to_gguf import merge_to_gguf
 
+    check_file(out, overwrite=overwrite, inputs=plan.inputs, sources=plan.folders)
     merge: Callable[..., Any] = partial(merge_to_gguf, plan, llama_cpp=llama_cpp, **options)
     if kind in _WRITTEN_HERE:
         return merge(out, type=kind, overwrite=overwrite)
     reports: list[Any] = []
-    _quantise(console, out, kind, lambda floats: reports.append(merge(floats)), quiet=quiet, overwrite=overwrite)
+    _quantise(
+        console,
+        out,
+        kind,
+        lambda floats, room: reports.append(merge(floats, room=room)),
+        quiet=quiet,
+        overwrite=overwrite,
+    )
     return reports[0]
 
 
@@ -102,7 +112,7 @@ class Imatrix:
             CheckpointError: it is damaged.
         """
         from moemerge.export.imatrix import read_importance
-        from moemerge.export.writing import check_file
+        from moemerge.export.writing import check_file, sources_of
         from moemerge.texts import find_files
 
         given = {"--imatrix": self.wanted, "--imatrix-texts": self.texts, "--imatrix-file": self.file,
@@ -121,7 +131,7 @@ class Imatrix:
         if self.texts:
             find_files(self.texts, "--imatrix-texts")
         if self.out:
-            check_file(self.out, overwrite=overwrite)
+            check_file(self.out, overwrite=overwrite, sources=sources_of(folder))
         return partial(self._make, console, folder, quiet) if named else None
 
     def _make(self, console: Console, folder: Path, quiet: bool, floats: Path) -> "Importance":
@@ -141,7 +151,7 @@ class Imatrix:
 
 
 def _quantise(
-    console: Console, file: Path, kind: str, write: Callable[[Path], object],
+    console: Console, file: Path, kind: str, write: Callable[..., object],
     importance: "Callable[[Path], Importance] | None" = None, *, quiet: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     from moemerge.cli.progress import show_steps
@@ -194,20 +204,26 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
         from moemerge.cli.progress import show_progress
         from moemerge.export.ollama import check_modelfile, check_name
-        from moemerge.export.writing import write_gguf
+        from moemerge.export.writing import check_file, sources_of, write_gguf
 
+        if out.suffix.lower() in _CONFIGS and not out.is_dir():
+            raise RefusedError(
+                f"{out}: is a config, and no merged model's folder. It is merged into a GGUF file by `moemerge {out} "
+                f"{file}`."
+            )
         told = Imatrix(imatrix, tuple(imatrix_texts or ()), imatrix_file, imatrix_out, imatrix_tokens, device)
         importance = told.maker(console, out, type, quiet=quiet, overwrite=overwrite)
         if ollama is not None:
             check_name(ollama)
             check_modelfile(file.with_name(MODELFILE), overwrite=overwrite)
+        check_file(file, overwrite=overwrite, sources=sources_of(out))
         return_freed_memory()
 
-        def write(target: Path, kind: Any, *, overwrite: bool = False) -> None:
+        def write(target: Path, kind: Any, **options: Any) -> None:
             with show_progress(console, quiet=quiet) as progress:
                 report = stoppable(progress)
                 write_gguf(
-                    out, target, type=kind, overwrite=overwrite, low_memory=low_memory, llama_cpp=llama_cpp,
+                    out, target, type=kind, low_memory=low_memory, llama_cpp=llama_cpp, **options,
                     tell=lambda note: console.print(f"warning: {note}", style="yellow"),
                     progress=lambda done, total: report("weights", done, total),
                 )  # fmt: skip
@@ -216,8 +232,9 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
             write(file, type, overwrite=overwrite)
         else:
             _quantise(
-                console, file, type, lambda floats: write(floats, "auto"), importance, quiet=quiet, overwrite=overwrite
-            )
+                console, file, type, lambda floats, room: write(floats, "auto", room=room), importance, quiet=quiet,
+                overwrite=overwrite,
+            )  # fmt: skip
         if not quiet:
             say(f"{file}: done")
         if ollama is not None:

@@ -59,7 +59,7 @@ def merge_models(
             help="The folder to write; it must be empty or absent. Or one GGUF file, NAME.gguf.",
         ),
     ],
-    max_shard_size: ShardSize = "5GB",
+    max_shard_size: ShardSize = None,
     type: GgufType = "auto",  # noqa: A002  the option's name
     llama_cpp: LlamaCpp = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False,
@@ -118,7 +118,11 @@ def merge_models(
         )  # fmt: skip
         # Before a plan may download weights.
         to_file = is_gguf(out)
-        check_options(to_file, type, llama_cpp, {"--resume": resume, "--push": push is not None})
+        folders_only = {
+            "--resume": resume, "--push": push is not None, "--max-shard-size": max_shard_size is not None,
+            "--out-shard-size": out_shard_size is not None,
+        }  # fmt: skip
+        check_options(to_file, type, llama_cpp, folders_only)
         if to_file:
             check_gguf(out, type, [config], llama_cpp, overwrite=overwrite)
         elif not push_streaming:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The merge config, a YAML file.", show_default=False)]
-ShardSize = Annotated[str, typer.Option(help="Largest shard, such as 5GB or 500MB.")]
+ShardSize = Annotated[str | None, typer.Option(help="Largest shard, such as 500MB.", show_default="5GB")]
 CacheDir = Annotated[
     Path | None, typer.Option(help="Where Hub models are kept, instead of HF_HUB_CACHE.", show_default=False)
 ]

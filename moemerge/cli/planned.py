@@ -1,7 +1,7 @@
 """From a config file and the options of a command line to a plan."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.cli.console import saying
 from moemerge.engines import ENGINES, NAMES, canonical_engine
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from moemerge.plan import MergePlan
     from moemerge.sources import ModelFolder
 
+# A bare number below is a size in GB or MB whose unit was left out.
+_FEWEST_BARE_BYTES: Final = 1_000_000
+
 
 def plan_from(  # noqa: PLR0917  what typer has made of the command line
-    console: "Console", config: Path, max_shard_size: str, out_shard_size: str | None,
+    console: "Console", config: Path, max_shard_size: str | None, out_shard_size: str | None,
     quiet: bool, allow_identical_experts: bool,
     target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
     weights: Literal["auto", "stream"] = "auto", approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
@@ -29,8 +32,6 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     `engine` goes before the config's, `family` is taken where the config names no architecture; `to_gguf` prefers what
     llama.cpp reads.
     """
-    from moemerge.checkpoint.shards import parse_size
-    from moemerge.cli.legacy import parse_parameter_count
     from moemerge.config import load_config
     from moemerge.formats import MOE_FAMILIES
     from moemerge.planning import plan_merge
@@ -42,12 +43,7 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
         loaded = loaded.model_copy(update={"engine": canonical_engine(engine)})
     if family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
         loaded = loaded.model_copy(update={"architecture": family, "engine": None})
-    try:
-        max_bytes = parse_size(max_shard_size)
-    except ValueError as error:
-        raise RefusedError(f"--max-shard-size: {error}.") from error
-    if out_shard_size is not None:
-        max_bytes = parse_parameter_count(out_shard_size) * (4 if loaded.dtype == "float32" else 2)
+    max_bytes = _shard_bytes(max_shard_size, out_shard_size, 4 if loaded.dtype == "float32" else 2)
     say = saying(console, quiet=quiet)
     plan = plan_merge(
         loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
@@ -59,3 +55,24 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
     return plan
+
+
+def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int) -> int:
+    """The largest shard, by `--max-shard-size` or by the parameters of `--out-shard-size`, which goes before.
+
+    Raises:
+        RefusedError: it is no size, or so small that its unit was surely left out.
+    """
+    from moemerge.checkpoint.shards import parse_size
+    from moemerge.cli.legacy import parse_parameter_count
+    from moemerge.planning import DEFAULT_MAX_SHARD_BYTES
+
+    nbytes = DEFAULT_MAX_SHARD_BYTES
+    if size is not None:
+        try:
+            nbytes = parse_size(size)
+        except ValueError as error:
+            raise RefusedError(f"--max-shard-size: {error}.") from error
+        if nbytes < _FEWEST_BARE_BYTES and size.rstrip(" bB")[-1].isdecimal():
+            raise RefusedError(f"--max-shard-size: {size!r} is {nbytes} bytes: write a unit, as in 5GB or 500MB.")
+    return nbytes if parameters is None else parse_parameter_count(parameters) * parameter_bytes

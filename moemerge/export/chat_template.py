@@ -1,4 +1,4 @@
-"""A model's chat template rendered, in jinja2's sandbox, as transformers renders it."""
+"""A model's chat template found, and rendered in jinja2's sandbox as transformers renders it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError
-from moemerge.export.vocabulary import text_of
+from moemerge.export.vocabulary import read_table, text_of
 from moemerge.passes.tokens import read_tokenizer_config
+from moemerge.tokenizer_files import TEMPLATES
 
 if TYPE_CHECKING:
     from jinja2.ext import Extension
@@ -26,20 +27,46 @@ _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MOST_CHARACTERS: Final = 200_000
 
 
-def read_chat_template(folder: Path) -> str:
-    """A folder's chat template, or of several the default; empty where there is none that can be read."""
+def find_chat_template(folder: Path, settings: Mapping[str, Any], *, files_first: bool) -> str | list[Any] | None:
+    """A folder's chat template, or several with names; None where there is none.
+
+    Args:
+        folder: of the model.
+        settings: its `tokenizer_config.json`, which may have one, too.
+        files_first: prefer those in files of their own, as transformers does, and llama.cpp's converter does not.
+
+    Raises:
+        CheckpointError: a file is damaged.
+        OSError: a file cannot be read.
+        UnicodeDecodeError: a template is no text in UTF-8.
+    """
+    own = _templates_in_files(folder)
+    prefers_own = files_first and own is not None
+    found = own if prefers_own else settings.get("chat_template", own)
+    return found if isinstance(found, str | list) else None
+
+
+def _templates_in_files(folder: Path) -> Any:
     file = folder / _FILE
+    if not file.is_file():
+        return read_table(folder / "chat_template.json").get("chat_template")
+    default = file.read_text(encoding="utf-8")
+    others = [(path.stem, path.read_text(encoding="utf-8")) for path in sorted((folder / TEMPLATES).glob("*.jinja"))]
+    if not others:
+        return default
+    return [{"name": name, "template": text} for name, text in [("default", default), *others]]
+
+
+def read_chat_template(folder: Path) -> str:
+    """The chat template that transformers takes, of several the default; empty where there is none that can be read."""
     try:
-        if file.is_file():
-            return file.read_text(encoding="utf-8")[:_MOST_CHARACTERS]
-    except (OSError, UnicodeDecodeError):
+        found = find_chat_template(folder, read_tokenizer_config(folder), files_first=True)
+    except (OSError, UnicodeDecodeError, CheckpointError):
         return ""
-    found = read_tokenizer_config(folder).get("chat_template")
     if isinstance(found, list):
-        found = next(
-            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), ""
-        )
-    return found if isinstance(found, str) else ""
+        named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    return found[:_MOST_CHARACTERS] if isinstance(found, str) else ""
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

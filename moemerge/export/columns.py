@@ -22,16 +22,15 @@ _LINEARS: Final[Mapping[str, tuple[str, ...]]] = {
     **{f"self_attn.{one}_proj": (f"attn_{one}",) for one in "qkv"},
     "self_attn.o_proj": ("attn_output",), "self_attn.out_proj": ("attn_output",),
     "self_attn.q_a_proj": ("attn_q_a",), "self_attn.q_b_proj": ("attn_q_b",),
-    "self_attn.kv_a_proj_with_mqa": ("attn_kv_a_mqa",), "self_attn.kv_b_proj": ("attn_kv_b",),
+    "self_attn.kv_a_proj_with_mqa": ("attn_kv_a_mqa",),
     **{f"mlp.{one}_proj": (f"ffn_{one}",) for one in ("gate", "up", "down")},
     **{f"feed_forward.{one}": (f"ffn_{role}",) for one, role in (("w1", "gate"), ("w3", "up"), ("w2", "down"))},
     **{
         f"mlp.{shared}.{one}_proj": (f"ffn_{one}_shexp",)
-        for shared in ("shared_expert", "shared_experts", "shared_mlp")
+        for shared in ("shared_experts", "shared_mlp")
         for one in ("gate", "up", "down")
     },
     "conv.in_proj": ("shortconv.in_proj",), "conv.out_proj": ("shortconv.out_proj",),
-    "mamba.in_proj": ("ssm_in",), "mamba.out_proj": ("ssm_out",),
     "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"), "shared_mlp.output_linear": ("ffn_down_shexp",),
 }  # fmt: skip
 _INTO: Final = ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps")

@@ -1,19 +1,21 @@
 """A quantised GGUF file in one go: the model in floats first, in the file's stage, then what becomes of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from moemerge.export.imatrix import Importance
-from moemerge.export.quantising import QuantisedReport, check_type, quantise
-from moemerge.export.writing import STAGED, check_file, staged_file
+from moemerge.export.quantising import QuantisedReport, check_type, quantise, quantised_bytes
+from moemerge.export.tensors import GgufTensor
+from moemerge.export.writing import STAGED, Room, check_file, check_room, staged_file
 
 _FLOATS: Final = "floats"
 
 
 def write_quantised(
-    file: Path, kind: str, write: Callable[[Path], object], *, overwrite: bool = False,
+    file: Path, kind: str, write: Callable[[Path, Room], object], *, overwrite: bool = False,
     importance: Callable[[Path], Importance] | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> QuantisedReport:  # fmt: skip
@@ -22,23 +24,30 @@ def write_quantised(
     Args:
         file: the file.
         kind: a key of `FILE_TYPES`.
-        write: writes the model in floats into the file that it is given, which is called like `file`.
+        write: writes the model in floats into the file that it is given, which is called like `file`, and asks for
+            room as it is told to.
         overwrite: replace a GGUF file of this name.
         importance: gives the importance matrix for the file in floats.
         progress: called with the tensors quantised and all there are.
 
     Raises:
         RefusedError: see `quantise` and `check_file`.
-        OutputError: see `quantise`.
+        OutputError: see `quantise`; or the disk has no room for both files.
     """
     check_type(kind, with_importance=importance is not None)
     check_file(file, overwrite=overwrite)
     with staged_file(file, overwrite=overwrite) as stage:
         floats = stage / _FLOATS / file.name
         floats.parent.mkdir()
-        write(floats)
+        write(floats, partial(_check_both, file, kind))
         told = importance(floats) if importance else None
         report = quantise(floats, stage / STAGED, kind, importance=told, progress=progress)
         floats.unlink()
         floats.parent.rmdir()
     return replace(report, path=file)
+
+
+def _check_both(file: Path, kind: str, _floats: Path, tensors: Sequence[GgufTensor], more: int = 0) -> int:
+    """Refuse to begin where the disk cannot hold the model in floats and what becomes of it at the same time."""
+    what = f"the merged model, in floats and in {kind},"
+    return check_room(file, tensors, more + quantised_bytes(tensors, kind), what)

@@ -6,20 +6,18 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from moemerge.checkpoint.disk import flush
-from moemerge.checkpoint.target import PARTIAL
 from moemerge.errors import OutputError, RefusedError
 from moemerge.export.contents import GgufContents, read_contents
 from moemerge.export.imatrix import FEWEST_TOKENS, Importance
 from moemerge.export.packages import need
+from moemerge.export.tensors import GgufTensor
 from moemerge.printable import printable
 
 # enum llama_ftype of https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
@@ -42,10 +40,16 @@ _LARGE_BLOCK: Final = 256
 _WITH_FINE_KEYS: Final = 8
 _FINE_KEYS: Final = ("attn_k.weight", "attn_v.weight")
 _LAYER: Final = re.compile(r"blk\.(\d+)\.")
+_STACK: Final = re.compile(r"blk\.\d+\..+_exps\.")
 _PROGRESS: Final = re.compile(rb"^\[ *(\d+)/ *(\d+)\]")
 _REASONS: Final = re.compile(
     r"failed to quantize: (.+)|error loading model: (.+)|(GGML_ASSERT\(.*\) failed)|(^\w*Error: .+)"
 )
+# Bits a weight beside those that a type is named by: of scales, and of the matrices that llama.cpp stores in finer
+# types. Rows that are no whole blocks take as many once more; nothing takes more than Q8_0, as the head may,
+# and in types for mixtures all but experts.
+_MORE_BITS: Final = 1.5
+_MOST_BITS: Final = 8.5
 _KEPT_LINES: Final = 200
 _REASON_BYTES: Final = 400
 _SHOWN: Final = 3
@@ -87,11 +91,11 @@ def quantise(
     gguf: Path, out: Path, type_: str, *, importance: Importance | None = None, threads: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> QuantisedReport:  # fmt: skip
-    """Store a model's matrices in fewer bits; `out` appears when it is complete.
+    """Store a model's matrices in fewer bits; of `out` nothing is left where this raises.
 
     Args:
         gguf: a GGUF file of floats.
-        out: the file that is written, or replaced.
+        out: the file that is written, in a stage: the importance matrix lies beside it meanwhile.
         type_: a key of `FILE_TYPES`.
         importance: which columns of each matrix matter how much.
         threads: to compute with; 0 for all there are.
@@ -116,20 +120,44 @@ def quantise(
         )
     if importance:
         importance.check(source)
+    matrix = out.with_suffix(".imatrix")
+    command = [str(gguf.resolve()), str(out.resolve()), str(FILE_TYPES[type_]), str(threads)]
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.{PARTIAL}-", dir=out.resolve().parent) as folder:
-            draft = Path(folder, "quantised.gguf")
-            command = [str(gguf.resolve()), str(draft), str(FILE_TYPES[type_]), str(threads)]
-            if importance:
-                importance.write(Path(folder, "imatrix.gguf"))
-                command.append(str(Path(folder, "imatrix.gguf")))
-            _run(command, gguf, type_, progress)
-            made = read_contents(draft)
-            flush(draft)
-            draft.replace(out)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
+        if importance:
+            importance.write(matrix)
+            command.append(str(matrix.resolve()))
+        _run(command, gguf, type_, progress)
+        made = read_contents(out)
+    except BaseException as error:
+        out.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{out}: cannot be written: {error.strerror or error}.") from error
+        raise
+    finally:
+        matrix.unlink(missing_ok=True)
     return _report(source, made, out, type_, importance)
+
+
+def quantised_bytes(tensors: Sequence[GgufTensor], type_: str) -> int:
+    """About the most that tensors in floats take when they are quantised.
+
+    Args:
+        tensors: of a file in floats.
+        type_: a key of `FILE_TYPES`.
+    """
+    named = int(next(letter for letter in type_ if letter.isdecimal()))
+    block = _SMALL_BLOCK if type_ in _SMALL_BLOCKS else _LARGE_BLOCK
+    coarse = _STACK if type_.endswith("_moe") else _LAYER
+    total = 0
+    for tensor in tensors:
+        row = tensor.shape[-1]
+        if tensor.type == "f32" or row % _SMALL_BLOCK:
+            total += tensor.nbytes
+        else:
+            more = _MORE_BITS * (2 if row % block else 1) if coarse.match(tensor.name) else _MOST_BITS
+            bits = min(named + more, _MOST_BITS)
+            total += math.ceil(math.prod(tensor.shape) * bits / 8)
+    return total
 
 
 def _report(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from moemerge.export.chat_template import find_chat_template
 from moemerge.export.vocabulary import NAMED, read_table, text_of
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def read_special_tokens(folder: Path, config: Mapping[str, Any], size: int) -> S
         numbers = {entry["content"]: entry["id"] for entry in reversed(tokenizer.get("added_tokens") or [])}
         ids = {name: numbers.get(text) for name, text in texts.items() if text is not None}
         found.ids = {name: number for name, number in ids.items() if number is not None and number < size}
-        found.chat_template = _chat_template(folder, settings)
+        found.chat_template = find_chat_template(folder, settings, files_first=False)  # as the converter
     for name in texts:
         number = config.get(f"{name}_token_id")
         if isinstance(number, int) and 0 <= number < size:
@@ -127,18 +128,3 @@ def _read_pair(
     )
     if added["sep"]:
         texts["sep"] = texts["sep"] or texts["eos"]
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> Any:
-    """The template that `tokenizer_config.json` has, else that of a file beside it, with any others there."""
-    other: Any = None
-    if (folder / "chat_template.jinja").is_file():
-        other = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        if more:
-            named = [(path.stem, path.read_text(encoding="utf-8")) for path in more]
-            other = [{"name": name, "template": text} for name, text in [("default", other), *named]]
-    elif (folder / "chat_template.json").is_file():
-        other = read_table(folder / "chat_template.json").get("chat_template")
-    found = settings.get("chat_template", other)
-    return found if isinstance(found, str | list) else None

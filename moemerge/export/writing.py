@@ -4,16 +4,17 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from moemerge.checkpoint.copy import write_failure
 from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.jobs import MAX_THREADS
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import left_bytes, staged
-from moemerge.checkpoint.target import check_space, check_writable
+from moemerge.checkpoint.target import check_scratch, check_space
 from moemerge.checkpoint.writer import ShardWriter
-from moemerge.errors import RefusedError, TooLargeError
+from moemerge.config import CONFIG_COPY, load_config
+from moemerge.errors import ConfigError, RefusedError, TooLargeError
 from moemerge.export.converter import check_checkout
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
@@ -26,13 +27,38 @@ SUFFIX: Final = ".gguf"
 STAGED: Final = f"model{SUFFIX}"
 """What the file is called in its stage."""
 _MAGIC: Final = b"GGUF"
+_MODEL_CONFIGS: Final = ("config.json", "adapter_config.json")
 HEADER_BYTES: Final = 50_000_000
 """What keys and a vocabulary take at most, with room to spare."""
 
 
+class Room(Protocol):
+    """What asks for room on the disk, as `check_room` does."""
+
+    def __call__(self, file: Path, tensors: Sequence[GgufTensor], more: int = 0) -> int:
+        """Refuse to begin what the disk cannot hold."""
+
+
+def check_room(file: Path, tensors: Sequence[GgufTensor], more: int = 0, what: str = "the merged model") -> int:
+    """Refuse to begin what the disk cannot hold; gives the bytes that the file takes at most.
+
+    Args:
+        file: the file.
+        tensors: that it will hold.
+        more: bytes that are needed beside it.
+        what: is written.
+
+    Raises:
+        OutputError: says how much is needed and how much is free.
+    """
+    nbytes = sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES
+    check_space(file, nbytes + more, left=left_bytes(file), what=what)
+    return nbytes
+
+
 def write_gguf(
     checkpoint: Path | str, file: Path | str, *, type: AskedType = "auto",  # noqa: A002  as the option is called
-    overwrite: bool = False, low_memory: bool = False, llama_cpp: Path | None = None,
+    overwrite: bool = False, low_memory: bool = False, llama_cpp: Path | None = None, room: Room = check_room,
     tell: Callable[[str], None] = lambda _: None, progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:  # fmt: skip
     """Write a merged checkpoint as one GGUF file, in bounded memory: complete when this returns, absent when it raises.
@@ -44,6 +70,7 @@ def write_gguf(
         overwrite: replace a GGUF file of this name.
         low_memory: one copying thread, small chunks, and neither file left in the page cache.
         llama_cpp: a checkout of llama.cpp, whose converter reads a tokenizer that is not known here.
+        room: asks for room on the disk.
         tell: called with what llama.cpp gets wrong of the model.
         progress: called with the bytes written and all there are.
 
@@ -54,7 +81,7 @@ def write_gguf(
         OutputError: the disk is full or cannot be written.
     """
     file, folder = Path(file), Path(checkpoint)
-    check_file(file, overwrite=overwrite)
+    check_file(file, overwrite=overwrite, sources=sources_of(folder))
     if llama_cpp is not None:
         check_checkout(llama_cpp)
     opened = open_merged(folder)
@@ -64,20 +91,34 @@ def write_gguf(
     tensors = model.tensors(table)
     for note in model.notes:
         tell(f"{folder}: {note}")
-    check_room(file, tensors)
+    room(file, tensors)
     with staged_file(file, overwrite=overwrite) as stage, advising_types():
         shard = model.lay_out(tensors, folder.resolve(), stage / STAGED)
         with tensor_writer(stage, shard, progress, low_memory=low_memory) as writer:
             writer.add(padded_bands(tensors))
 
 
-def check_file(file: Path, *, overwrite: bool, inputs: Collection[Path] = ()) -> None:
+def sources_of(folder: Path) -> list[Path]:
+    """Folders of the models that a merged model was made of, as far as the copy of its config leads to them."""
+    try:
+        config = load_config(folder / CONFIG_COPY, allow_identical_experts=True)
+    except ConfigError:
+        return []
+    references = [config.base_model, *(expert.source_model for expert in (*config.experts, *config.shared_experts))]
+    found = (Path(part) for reference in references for part in {reference, *reference.split("+")})
+    return [path.resolve() for path in found if any((path / name).is_file() for name in _MODEL_CONFIGS)]
+
+
+def check_file(
+    file: Path, *, overwrite: bool, inputs: Collection[Path] = (), sources: Collection[Path] = ()
+) -> None:  # fmt: skip
     """Refuse a file that cannot be written, or that would be lost; the `gguf` package has to be there too.
 
     Args:
         file: the file.
         overwrite: whether it may be replaced, if it is a GGUF file.
         inputs: what is read, and is not to be replaced.
+        sources: folders of models that are read, into which nothing is written.
 
     Raises:
         RefusedError: says why.
@@ -86,7 +127,7 @@ def check_file(file: Path, *, overwrite: bool, inputs: Collection[Path] = ()) ->
     need("gguf", "To write a GGUF file")
     if file.suffix != SUFFIX:
         raise RefusedError(f"{file}: the name of a GGUF file ends in {SUFFIX}.")
-    check_writable(file)
+    check_scratch(file, sources)
     if not os.path.lexists(file):
         return
     if not file.is_file():
@@ -99,22 +140,6 @@ def check_file(file: Path, *, overwrite: bool, inputs: Collection[Path] = ()) ->
         magic = found.read(len(_MAGIC))
     if magic != _MAGIC:
         raise RefusedError(f"{file}: is no GGUF file, and --overwrite replaces no other. Choose another name.")
-
-
-def check_room(file: Path, tensors: Sequence[GgufTensor], more: int = 0) -> int:
-    """Refuse to begin what the disk cannot hold; gives the bytes that are counted on.
-
-    Args:
-        file: the file.
-        tensors: that it will hold.
-        more: bytes that are needed beside it.
-
-    Raises:
-        OutputError: says how much is needed and how much is free.
-    """
-    nbytes = sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES + more
-    check_space(file, nbytes, left=left_bytes(file))
-    return nbytes
 
 
 @contextmanager

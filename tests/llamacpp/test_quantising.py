@@ -18,7 +18,8 @@ from moemerge.errors import OutputError
 from moemerge.export import quantising
 from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import ColumnSquares, Importance
-from moemerge.export.quantising import FILE_TYPES, NEED_IMPORTANCE, quantise
+from moemerge.export.quantising import FILE_TYPES, NEED_IMPORTANCE, quantise, quantised_bytes
+from moemerge.export.writing import write_gguf
 from tests.models import make_model, write_config
 from tests.sentencepiece_model import VOCAB
 
@@ -84,9 +85,17 @@ def test_a_mixture_is_made_smaller_and_loads(model, tmp_path, type_):
 
 
 def test_all_types_that_are_offered_are_made(model, importance, tmp_path):
+    tensors = []
+    write_gguf(
+        model.with_suffix(""), tmp_path / "floats.gguf", room=lambda _file, found, _more=0: tensors.extend(found) or 0
+    )
     for type_ in FILE_TYPES:
         found = quantise(model, tmp_path / "q.gguf", type_, importance=importance, threads=1)
         assert found.nbytes < found.source_bytes, type_
+        # The room that is asked for is about what is needed; header and vocabulary have their own.
+        made = read_contents(tmp_path / "q.gguf")
+        weights = made.nbytes - min(tensor.offset for tensor in made.tensors.values())
+        assert weights <= quantised_bytes(tensors, type_) < 2 * weights, type_
 
 
 def test_what_the_engine_does_not_make_without_an_importance_matrix_is_known(model, tmp_path, monkeypatch):
