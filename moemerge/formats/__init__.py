@@ -34,13 +34,6 @@ _DEEPSEEK: Final = (
 )
 
 
-_CLAMPED: Final = (
-    "llama.cpp takes a sum of the chosen experts' sigmoids below 6.1e-5 for 6.1e-5, transformers does not: where the "
-    "router logits of a token are all below about -10 it computes something else of {}, as was seen with routers of "
-    "real experts"
-)
-
-
 @dataclass(frozen=True)
 class Choice:
     """The output family of a mixture, and what there is to say of it."""
@@ -142,8 +135,6 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
         if isinstance(trouble, Trouble):
             told = notes if trouble.apart is None else warnings
             told.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
-    if family.scoring == "sigmoid" and "llamacpp" in right:
-        warnings.append(_CLAMPED.format(family.model_type))
     original = base.config.get("original_max_position_embeddings")
     notes += [
         note.format(family=family.model_type, original=original)
