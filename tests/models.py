@@ -118,7 +118,7 @@ def router_inputs(
         EncodedPrompt(expert, sign, (3,), (True,), number)
         for expert, sign, number in zip(experts, signs, numbers, strict=True)
     )
-    return RouterInputs(0, states, torch.arange(len(states)), prompts)
+    return RouterInputs(0, states, torch.arange(len(states)), prompts, states)
 
 
 def edit_json(path: Path, **keys: Any) -> None:

@@ -168,6 +168,20 @@ def test_lowered_sigmoids_weigh_as_a_softmax_does(dtype, experts, per_token):
     assert plain > 1.5 or experts == 8
 
 
+def test_sigmoids_at_first_tokens_stay_above_what_llamacpp_clamps():
+    """It takes a sum of chosen sigmoids below 6.1e-5 for 6.1e-5; first tokens are far out, and count in no mean."""
+    flat = domains(4).flatten(0, 1)
+    sink = 1.5 * flat.mean(dim=0) + 2 * torch.randn(256, generator=torch.Generator().manual_seed(1))
+    beginnings = sink + domains(4, 8).flatten(0, 1)
+    seen, others = beginnings[:16], beginnings[16:]
+
+    def smallest(lowered: torch.Tensor) -> float:
+        return float((-(others @ lowered)).sigmoid().min()) * 2
+
+    assert smallest(lowering(torch.cat([flat, seen]))) > 6.1e-5
+    assert smallest(lowering(flat)) < 6.1e-5
+
+
 @pytest.mark.parametrize(("model_type", "moe"), [("llama", "glm4_moe"), ("qwen3", "dots1"), ("llama", "mixtral")])
 def test_first_choices_have_their_weight_in_every_family(tmp_path, kinds, model_type, moe):
     plan = plan_of(tmp_path, kinds(model_type), architecture=moe, dtype="bfloat16")

@@ -32,15 +32,8 @@ _DEEPSEEK: Final = (
     "architecture: deepseek is DeepSeek-V1, which transformers reads only with code from a repository; "
     "{} is the nearest family"
 )
-
-
 _CLAMPS: Final = frozenset[Engine]({"llamacpp", "converter"})
-"""Of families whose routers have sigmoids, right on the condition that `_CLAMPED` tells."""
-_CLAMPED: Final = (
-    "llama.cpp takes a sum of the chosen experts' sigmoids below 6.1e-5 for 6.1e-5, transformers does not: where the "
-    "router logits of a token are all below about -10 it computes something else of {}, as was seen with routers of "
-    "real experts"
-)
+"""They take a sum of the chosen experts' sigmoids below 6.1e-5 for 6.1e-5, which transformers does not."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +138,6 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
         if isinstance(trouble, Trouble) and not (engine == "converter" and _is_like(trouble, troubles["llamacpp"])):
             told = warnings if trouble.is_silent else notes
             told.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
-    if family.scoring == "sigmoid" and not _CLAMPS.isdisjoint(right):
-        warnings.append(_CLAMPED.format(family.model_type))
     original = base.config.get("original_max_position_embeddings")
     notes += [
         note.format(family=family.model_type, original=original)

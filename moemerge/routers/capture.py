@@ -46,6 +46,8 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
     counted = [_counted(part) for part in groups]
     inputs = torch.empty(sum(int(part.sum()) for part in counted), base.config["hidden_size"])
     places = torch.split(inputs, [int(part.sum()) for part in counted])
+    beginnings = torch.empty(len(request.prompts), base.config["hidden_size"])
+    first_places = torch.split(beginnings, [len(part) for part in groups])
     batches = [
         embed(
             model, norm, [prompt.ids for prompt in part],
@@ -69,14 +71,14 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
                 following = _stored(model.layers[index + 1], request, index + 1, skip_ffn=index + 1 == last)
                 ahead = reader.submit(read_ahead, following.values())
             entering = _last_states(groups, batches) if request.entering else None
-            for batch, mask, place in zip(batches, counted, places, strict=True):
-                _run(layer, batch, index, base.family.ffn_module, mask.to(device), place, stop_at_ffn=index == last)
+            for batch, mask, *kept in zip(batches, counted, places, first_places, strict=True):
+                _run(layer, batch, index, base.family.ffn_module, mask.to(device), *kept, stop_at_ffn=index == last)
             _check_finite(f"layer {index}", batches, stored.values(), inputs)
             # Nothing may refer to the layer: bitsandbytes keeps weights that a move to meta does not reach.
             model.layers[index] = torch.nn.Identity()
             del layer
             if index in request.mixture.moe_layers:
-                yield RouterInputs(index, inputs, prompt, order, entering)
+                yield RouterInputs(index, inputs, prompt, order, beginnings, entering)
             if ahead:
                 ahead.result()
 
@@ -142,13 +144,18 @@ def _place(  # noqa: PLR0917
 
 
 def _run(  # noqa: PLR0917
-    layer: Any, batch: Batch, index: int, ffn_module: str, counted: torch.Tensor, place: torch.Tensor, *,
-    stop_at_ffn: bool,
+    layer: Any, batch: Batch, index: int, ffn_module: str, counted: torch.Tensor, place: torch.Tensor,
+    first_place: torch.Tensor, *, stop_at_ffn: bool,
 ) -> None:  # fmt: skip
-    """Pass a batch through a layer; the states (counted token, hidden) that enter its FFN go to `place`, as float32."""
+    """Pass a batch through a layer; the states that enter its FFN are kept as float32.
+
+    Those of tokens that count (counted token, hidden) go to `place`, those of first tokens (prompt, hidden) to
+    `first_place`.
+    """
 
     def keep(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         place.copy_(inputs[0].flatten(0, 1)[counted])
+        first_place.copy_(inputs[0][:, 0])
         if stop_at_ffn:
             raise _EndOfPassError
 

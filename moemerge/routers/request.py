@@ -54,6 +54,8 @@ class RouterInputs:
     prompt: torch.Tensor
     """(token,) int: the place in `prompts` of the one that the token is from."""
     prompts: tuple[EncodedPrompt, ...]
+    beginnings: torch.Tensor
+    """(prompt, hidden) float32: the state that enters the FFN at each prompt's first token, which rarely counts."""
     entering: torch.Tensor | None = None
     """(prompt, hidden) float32: the residual stream that enters the layer at each prompt's last token."""
 

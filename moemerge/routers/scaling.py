@@ -54,7 +54,9 @@ def finish_rows(rows: torch.Tensor, states: torch.Tensor, inputs: RouterInputs, 
         rows = _with_prior(rows, inputs.states[inputs.unsorted] if inputs.unsorted.any() else states, request, present)
     rows = rows - rows.mean(dim=0)
     if request.scoring == "sigmoid":
-        rows = rows - lowering(states)
+        absent = request.absent(inputs.layer)
+        first = inputs.beginnings[torch.tensor([prompt.expert not in absent for prompt in inputs.prompts])]
+        rows = rows - lowering(torch.cat([states, first]))
     placed = torch.zeros(len(request.mixture.expert_widths), rows.shape[1])
     placed[present] = rows
     return placed

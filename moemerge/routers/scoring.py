@@ -11,8 +11,11 @@ from moemerge.formats.family import Scoring
 TARGET_WEIGHT: Final = 0.9
 _SMALLEST, _LARGEST = 1e-4, 1e4
 _BISECTIONS: Final = 40
-# More would cost bfloat16 routers mantissa, and lfm2_moe adds 1e-6 to the sum of the scores.
-_LOWERED: Final = 8.0
+# More would cost bfloat16 routers mantissa, lfm2_moe adds 1e-6 to the sum of the scores, and llama.cpp takes a sum below
+# 6.1e-5, that of logits of -10, for 6.1e-5.
+_LOWERED: Final = 7.0
+# With as much, a few prompts are enough for a direction that is as even on other text; see docs/routers.md.
+_EVENING: Final = 3.0
 _STEPS: Final = 64
 # A sharper router has to earn it: float16 ends at 65504, and sigmoids near 1 tie.
 _WORTHWHILE: Final = 1e-3
@@ -58,11 +61,21 @@ def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int, 
 def lowering(states: torch.Tensor) -> torch.Tensor:
     """What to take from every row so that the sigmoids of states (token, hidden) grow as exponentials do.
 
-    The logits of all experts become lower by about `_LOWERED`, by way of the direction that all states share: divided
-    by their sum, such sigmoids are a softmax. As they are, both of two large logits weigh one half.
+    The logits of all experts become lower by about `_LOWERED`: divided by their sum, such sigmoids are a softmax. As
+    they are, both of two large logits weigh one half. They are lowered by way of a direction `c` (hidden) along which
+    all text is about equally far: ridge regression of the number 1 on the states, with a mean of 1. Among them have to
+    be those of first tokens, which are far from all others.
     """
-    mean = states.mean(dim=0)
-    return _LOWERED * mean / (mean @ mean).clamp_min(torch.finfo(mean.dtype).tiny)
+    wide = states.double()
+    # Either matrix has the same trace, and gives the same direction: the smaller one is solved with.
+    narrow = wide.shape[0] < wide.shape[1]
+    gram = wide @ wide.T if narrow else wide.T @ wide
+    tiny = torch.finfo(gram.dtype).tiny
+    gram.diagonal().add_(_EVENING * float(gram.trace()) / wide.shape[1] + tiny)
+    wanted = torch.ones(len(wide), 1, dtype=gram.dtype)
+    factor = torch.linalg.cholesky(gram)
+    even = wide.T @ torch.cholesky_solve(wanted, factor) if narrow else torch.cholesky_solve(wide.T @ wanted, factor)
+    return (_LOWERED * even[:, 0] / (wide @ even).mean().clamp_min(tiny)).float()
 
 
 def nearest_scale(weight: Callable[[float], float]) -> float:

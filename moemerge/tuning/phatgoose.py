@@ -241,6 +241,7 @@ def _rows(
     The scale is the one that texts (of every expert) whose expert is known bear out, from the student's router inputs.
     """
     states: dict[int, list[torch.Tensor]] = {layer: [] for layer in gates}
+    beginnings: dict[int, list[torch.Tensor]] = {layer: [] for layer in gates}
     labels: list[int] = []
     with torch.no_grad():
         for domain, expert in enumerate(texts.expert):
@@ -254,6 +255,7 @@ def _rows(
                 counted = torch.tensor(window.counted)
                 for layer, kept in states.items():
                     kept.append(student.inputs[layer].cpu()[counted])
+                    beginnings[layer].append(student.inputs[layer].cpu()[:1])
                 labels += [expert or 0] * int(counted.sum())
                 left -= int(counted.sum())
     targets = torch.nn.functional.one_hot(torch.tensor(labels), len(student.mixture.experts)).float()
@@ -267,7 +269,7 @@ def _rows(
             gates[layer][present], torch.cat(kept)[mine], targets[mine][:, present], weights[mine]
         )  # fmt: skip
         if student.mixture.family.scoring == "sigmoid":
-            found = found - lowering(torch.cat(kept))
+            found = found - lowering(torch.cat(kept + beginnings[layer]))
         rows[layer][present] = found
     return rows
 
