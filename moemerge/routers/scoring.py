@@ -11,8 +11,8 @@ from moemerge.formats.family import Scoring
 TARGET_WEIGHT: Final = 0.9
 _SMALLEST, _LARGEST = 1e-4, 1e4
 _BISECTIONS: Final = 40
-# More would cost bfloat16 routers mantissa, lfm2_moe adds 1e-6 to the sum of the scores, and llama.cpp takes a sum below
-# 6.1e-5, that of logits of -10, for 6.1e-5.
+# More would cost bfloat16 routers mantissa, lfm2_moe adds 1e-6 to the sum of the scores, and llama.cpp takes a sum
+# below 6.1e-5, that of logits of -10, for 6.1e-5.
 _LOWERED: Final = 7.0
 # With as much, a few prompts are enough for a direction that is as even on other text; see docs/routers.md.
 _EVENING: Final = 3.0
