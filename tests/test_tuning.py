@@ -373,7 +373,7 @@ def families() -> list:
     """Each output family once; those that differ most in their routers, and with `make test-families` all."""
     found = {moe: (name, moe) for name, moe in reversed(pairs())}
     few = {"mixtral", "qwen3_moe", "granitemoe", "deepseek_v3"}
-    return [pytest.param(*pair, marks=() if moe in few else pytest.mark.matrix) for moe, pair in found.items()]
+    return [pytest.param(*pair, marks=() if moe in few else pytest.mark.slow) for moe, pair in found.items()]
 
 
 @pytest.mark.parametrize(("name", "moe"), families(), ids=lambda value: value)
