@@ -30,10 +30,13 @@ for arguments, environment in json.loads(sys.argv[1]):
 print(json.dumps(results))
 """
 HURRIED = """
-from moemerge.checkpoint.files import interrupted
-from moemerge.cli import main
+import os
 
-interrupted.wait = lambda seconds, wait=interrupted.wait: wait(min(seconds, 0.01))
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does before it imports the Hub's client
+from moemerge.cli import main
+from moemerge.sources import patience
+
+patience.FIRST_WAIT = 0.01
 main()
 """
 
