@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-families test-transformers4 test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
+.PHONY: install check lint test test-all test-families test-transformers4 test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
 
 install: $(VENV)/.done
 
@@ -15,9 +15,10 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/pip install $(PIP) -e '.[dev]'
 	touch $@
 
-# One thread each: with more, tiny models wait for each other's threads, many times as long as they compute.
+# One thread each: with more, tiny models wait for each other's threads, many times as long as they compute. Neighbours
+# share fixtures, and stay in one process where work is stolen, not dealt out.
 check: lint browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 # CI drives the routing page in a browser; elsewhere these tests are skipped where there is none.
 browser:
@@ -33,9 +34,13 @@ lint: install
 # Everything that must pass.
 test: check
 
+# With what is marked slow, too.
+test-all: lint browser
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m ""
+
 # Every pair of a dense and an MoE family.
 test-families: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/test_families.py tests/test_tuning.py -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/test_families.py tests/test_tuning.py -m ""
 
 # Random damage to headers, configs and indexes, for 3 minutes; SEED chooses which.
 SEED ?= 0
@@ -55,7 +60,7 @@ $(VENV4)/.done: pyproject.toml constraints-transformers4.txt
 test-transformers4: install $(VENV4)/.done
 	$(BIN)/python -m tests.other_version write .cache/other-version
 	$(VENV4)/bin/python -m tests.other_version compare .cache/other-version
-	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest -n auto
+	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest -n auto --dist worksteal
 
 # llama.cpp's own converter, and its own tokens. One source distribution carries both; it compiles for minutes, once.
 VENVL := .venv-llamacpp

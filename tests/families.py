@@ -1,6 +1,7 @@
 """Tiny models of every dense family, and mixtures of them in plain torch, independent of any MoE class."""
 
 import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +168,17 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@lru_cache(maxsize=8)
+def _dense(folder: Path) -> Any:
+    """A model that is not changed here; those of a kind are experts of one mixture after the other."""
+    return load(folder)
+
+
 def reference(plan: MergePlan, out: Path, routed_scale=1.0, shared_scales=()) -> Any:
     """The base as transformers computes it, each FFN replaced by a `Mixture` of the experts' own FFN modules."""
     family, module = plan.family, plan.base.family.ffn_module
     base = load(plan.sources[0].folder)
-    others = [load(source.folder) for source in plan.sources[1:]]
+    others = [_dense(source.folder) for source in plan.sources[1:]]
     experts, shared = others[: len(plan.config.experts)], others[len(plan.config.experts) :]
     tensors = stored(out)
     for index in plan.mixture.moe_layers:

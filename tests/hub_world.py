@@ -9,6 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from moemerge import load_config, merge, plan_merge
 from tests.hub_server import Files, Hub
 from tests.machine import SINGLE, Machine, Result
 from tests.models import make_model, write_config
@@ -30,12 +31,13 @@ class World:
         path = write_config(machine.folder / "merge.yaml", base, experts, **keys)
         return str(path)
 
-    def merged_from_folders(self, machine: Machine, *options: str, **keys: object) -> Path:
-        """The same merge of the same models, all on this machine."""
+    def merged_from_folders(self, machine: Machine, max_shard_bytes: int = 10**9, **keys: object) -> Path:
+        """The same merge of the same models, all on this machine and in this process."""
         config = Path(self.config(machine, **keys))
         document = yaml.safe_load(config.read_text().replace("acme/", f"{self.folder}/"))
         (machine.folder / "local.yaml").write_text(yaml.safe_dump(document))
-        assert machine.moemerge("local.yaml", "local", "--quiet", *options).code == 0
+        plan = plan_merge(load_config(machine.folder / "local.yaml"), max_shard_bytes=max_shard_bytes)
+        merge(plan, machine.folder / "local")
         return machine.folder / "local"
 
 

@@ -29,6 +29,16 @@ for arguments, environment in json.loads(sys.argv[1]):
     results.append([code, out.getvalue(), err.getvalue()])
 print(json.dumps(results))
 """
+HURRIED = """
+import os
+
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does before it imports the Hub's client
+from moemerge.cli import main
+from moemerge.sources import patience
+
+patience.FIRST_WAIT = 0.01
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,10 @@ class Machine:
 
     def moemerge(self, *arguments: str, **environment: str) -> Result:
         return self.python("-m", "moemerge", *arguments, **environment)
+
+    def in_a_hurry(self, *arguments: str, **environment: str) -> Result:
+        """A command line that hardly waits, where what goes on after a wait is tested, and not the wait."""
+        return self.python("-c", HURRIED, *arguments, **environment)
 
     def session(self, *commands: list[str] | tuple[list[str], dict[str, str]], **environment: str) -> list[Result]:
         """Several command lines in one process, which starts faster than many."""

@@ -1,6 +1,8 @@
 """Tiny real models for tests: transformers' own classes with weights large enough that every part matters."""
 
 import json
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,26 @@ def make_model(
     tuned_from: int | None = None, **sizes: Any,
 ) -> Path:  # fmt: skip
     """Save a random model with its tokenizer, or one near to that of another seed; equal arguments give equal bytes."""
-    config = AutoConfig.for_model(model_type, **{**SIZES, **sizes})
+    key = repr((seed, model_type, dtype, tuned_from, sizes))
+    if key not in _MADE:
+        made = Path(_home().name) / str(len(_MADE))
+        _make(made, seed, AutoConfig.for_model(model_type, **{**SIZES, **sizes}), dtype, tuned_from)
+        _MADE[key] = made
+    # Copies are as new as if they were made now.
+    shutil.copytree(_MADE[key], folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    return folder
+
+
+_MADE: dict[str, Path] = {}
+"""What this process has made, by the arguments."""
+
+
+@cache
+def _home() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="moemerge-models-")
+
+
+def _make(folder: Path, seed: int, config: Any, dtype: torch.dtype, tuned_from: int | None) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -61,9 +82,8 @@ def make_model(
     model.to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     # As most models name it; transformers 5 reads that mixture by its own class, whatever is named.
-    name = "Qwen3_5Tokenizer" if model_type == "qwen3_5_text" else "PreTrainedTokenizerFast"
+    name = "Qwen3_5Tokenizer" if config.model_type == "qwen3_5_text" else "PreTrainedTokenizerFast"
     edit_json(folder / "tokenizer_config.json", tokenizer_class=name)
-    return folder
 
 
 def write_config(path: Path, base: Path, experts: list[Path], *, prompts: bool = True, **keys: Any) -> Path:

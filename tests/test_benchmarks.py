@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,26 @@ def run(program: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs a program of those that do not measure their own process in this one, which has imported torch."""
+
+    def start(program: str, *arguments: str | Path) -> str:
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        capsys.readouterr()
+        code = None
+        try:
+            runpy.run_path(str(ROOT / "benchmarks" / program), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        assert not code
+        return capsys.readouterr().out
+
+    return start
+
+
+@pytest.mark.slow
 def test_the_suite_prints_every_row_and_leaves_nothing(tmp_path):
     folder, other = tmp_path / "bench", tmp_path / "mergekit-moe"
     folder.mkdir()
@@ -67,7 +88,7 @@ def test_the_suite_prints_every_row_and_leaves_nothing(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["kept"]
 
 
-def test_the_raw_copy_moves_the_bytes_of_the_merge_except_the_routers(llamas, tmp_path):
+def test_the_raw_copy_moves_the_bytes_of_the_merge_except_the_routers(llamas, tmp_path, here):
     config = tmp_path / "merge.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -80,8 +101,8 @@ def test_the_raw_copy_moves_the_bytes_of_the_merge_except_the_routers(llamas, tm
     )
     plan = plan_merge(load_config(config), max_shard_bytes=100_000)
     merge(plan, tmp_path / "merged")
-    run("ranges.py", config, tmp_path / "ranges.json", "--max-shard-size", "100000")
-    run("raw_copy.py", tmp_path / "ranges.json", tmp_path / "raw", "--fsync")
+    here("ranges.py", config, tmp_path / "ranges.json", "--max-shard-size", "100000")
+    here("raw_copy.py", tmp_path / "ranges.json", tmp_path / "raw", "--fsync")
 
     assert len(plan.shards) > 1
     assert {path.name for path in (tmp_path / "raw").iterdir()} == {shard.name for shard in plan.shards}
@@ -118,9 +139,9 @@ def make_models_and_texts(folder: Path) -> None:
             (folder / "texts" / f"{name}.{kind}.txt").write_text("\n<|document|>\n".join(documents))
 
 
-def test_tunings_are_judged_on_any_models_and_texts(tmp_path):
+def test_tunings_are_judged_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
-    printed = run(
+    printed = here(
         "tuning.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--steps", "2", "--markdown"
     )  # fmt: skip
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
@@ -132,10 +153,10 @@ def test_tunings_are_judged_on_any_models_and_texts(tmp_path):
     assert ", step " in rows["ridge, gates"]
 
 
-def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path):
+def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
     ways = [part for way in ("base", "average") for part in ("--way", way)]
-    printed = run("parts.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--markdown", *ways)
+    printed = here("parts.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--markdown", *ways)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
     assert list(rows) == [
         "shared weights", "---", "each domain's own dense expert", "weight average", "base", "average"
@@ -144,6 +165,7 @@ def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path):
     assert cells[0][1:] != cells[1][1:]
 
 
+@pytest.mark.slow
 def test_tuning_is_measured_in_memory_and_from_the_disk(tmp_path, llamas):
     merge(plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:]))), tmp_path / "out")
     (tmp_path / "text.txt").write_text("\n<|document|>\n".join(TEXT[number:] for number in range(10)))
@@ -153,11 +175,11 @@ def test_tuning_is_measured_in_memory_and_from_the_disk(tmp_path, llamas):
     assert held[4] == streamed[4]
 
 
-def test_routers_are_judged_on_any_models_and_texts(tmp_path):
+def test_routers_are_judged_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
     (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")
     ways = ["random", "mergekit_hidden, prompts", "ridge, prompts", "ridge, texts"]
-    printed = run(
+    printed = here(
         "routers.py", tmp_path / "models", tmp_path / "texts", "--prompts", tmp_path / "prompts.yaml", "--tokens", "60",
         "--repeat", "1", "--markdown", *(part for way in ways for part in ("--way", way)),
     )  # fmt: skip
@@ -170,6 +192,7 @@ def test_routers_are_judged_on_any_models_and_texts(tmp_path):
     assert any(row.startswith("ridge, texts: time / plain forward pass") for row in rows)
 
 
+@pytest.mark.slow
 def test_merges_from_the_hub_and_to_it_take_what_was_planned(tmp_path):
     folder = tmp_path / "bench"
     folder.mkdir()

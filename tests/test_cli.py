@@ -37,6 +37,19 @@ def run(*arguments: object, cwd: Path | None = None, before: str = "", after: st
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs the command line in this process, for what does not differ there."""
+
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run_here
+
+
 NO_TORCH = "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
 
 
@@ -206,7 +219,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in run(tmp_path / "no.yaml", tmp_path / "out", "--debug").stderr
 
 
-def test_a_wrong_command_is_explained(tmp_path, config):
+def test_a_wrong_command_is_explained(tmp_path, config, here):
     for arguments, message in (
         ((config,), "Missing argument 'OUT'"),
         ((config, tmp_path / "out", "--max-shard-size", "5 bananas"), "'5 bananas' is not a size: write it like 5GB"),
@@ -222,18 +235,18 @@ def test_a_wrong_command_is_explained(tmp_path, config):
         ),
         ((config, tmp_path / "out", "--device", "cdua"), "--device: 'cdua' is none of auto, cpu"),
     ):
-        result = run(*arguments)
-        assert result.returncode == 2, result.stderr
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
+        code, _, errors = here(*arguments)
+        assert code == 2, errors
+        assert message in errors
+        assert "Traceback" not in errors
 
 
-def test_a_full_folder_is_refused_then_replaced_on_request(tmp_path, plain):
-    assert run(plain, tmp_path / "out", "--quiet", "--max-shard-size", "20kB").returncode == 0
-    result = run(plain, tmp_path / "out")
-    assert result.returncode == 2
-    assert "is not empty" in result.stderr
-    assert run(plain, tmp_path / "out", "--quiet", "--overwrite").returncode == 0
+def test_a_full_folder_is_refused_then_replaced_on_request(tmp_path, plain, here):
+    assert here(plain, tmp_path / "out", "--quiet", "--max-shard-size", "20kB")[0] == 0
+    code, _, errors = here(plain, tmp_path / "out")
+    assert code == 2
+    assert "is not empty" in errors
+    assert here(plain, tmp_path / "out", "--quiet", "--overwrite")[0] == 0
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
@@ -247,7 +260,7 @@ def test_a_truncated_source_is_named(tmp_path):
     assert result.stderr.startswith(f"error: {weights}: tensor 'model.norm.weight': ends at byte")
 
 
-def test_code_in_a_model_folder_is_never_run(tmp_path):
+def test_code_in_a_model_folder_is_never_run(tmp_path, here):
     folders = [make_model(tmp_path / str(seed), seed) for seed in range(3)]
     marker = tmp_path / "executed"
     for name in ("modeling_x", "configuration_x", "tokenization_x"):
@@ -260,9 +273,9 @@ def test_code_in_a_model_folder_is_never_run(tmp_path):
     edit_json(folders[0] / "config.json", auto_map=classes, attn_implementation="evil/kernel")
     edit_json(folders[0] / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
     config = write_config(tmp_path / "c.yaml", folders[0], folders[1:])
-    result = run(config, tmp_path / "out", "--trust-remote-code")
+    code, _, errors = here(config, tmp_path / "out", "--trust-remote-code")
     assert not marker.exists()
-    assert result.returncode == 0, result.stderr
+    assert code == 0, errors
 
 
 SLOW = """

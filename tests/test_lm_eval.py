@@ -22,6 +22,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow  # for its imports
 def test_lm_eval_finds_the_loss_that_we_find(tmp_path):
     folders = [make_model(tmp_path / name, seed) for seed, name in enumerate(("base", "fox", "code"))]
     document = {

@@ -41,8 +41,14 @@ def merged(tmp_path: Path, base: Path, experts: list[Path], **keys) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "mode"),
+    [
+        pytest.param(variant, mode, marks=() if variant == "llama" or mode == "hidden" else pytest.mark.slow)
+        for variant in VARIANTS
+        for mode in MODES
+    ],
+)
 def test_identical_experts_compute_what_the_base_computes(tmp_path, variant, mode):
     model_type, sizes = VARIANTS[variant]
     base = make_model(tmp_path / "base", 1, model_type, **sizes)

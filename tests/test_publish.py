@@ -393,7 +393,7 @@ def test_what_fails_on_the_way_says_what_and_how_to_go_on(tmp_path):
             fail()
             if "room" in message:
                 repository.objects.clear()
-            done = machine.moemerge("push", "out", "acme/mix", "-q")
+            done = machine.in_a_hurry("push", "out", "acme/mix", "-q")
             text = message.replace(COMPLETE, COMPLETE.format("out", "out", "acme/mix"))
             assert done == Result(code, "", f"error: acme/mix: {text}\n")
             hub.forget_faults()

@@ -51,18 +51,19 @@ def cut_off(plan, out: Path, monkeypatch) -> set[str]:
     return {path.name for path in (out.parent / f".{out.name}.moemerge-partial").iterdir()}
 
 
-def test_fifty_kills_at_random_moments_and_the_result_is_the_same(tmp_path, models):
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_and_the_result_is_the_same(tmp_path, models, kills):
     config = write_config(tmp_path / "merge.yaml", models[0], models[1:], prompts=False)
     folder = tmp_path / "kills"
     folder.mkdir()
     result = subprocess.run(
-        [sys.executable, "-m", "tests.kill", str(config), str(folder), "50"], cwd=ROOT, capture_output=True,
+        [sys.executable, "-m", "tests.kill", str(config), str(folder), str(kills)], cwd=ROOT, capture_output=True,
         text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     counts = json.loads(result.stdout)
-    assert counts["nothing"] + counts["kept"] >= 50
-    assert counts["kept"] >= 10
+    assert counts["nothing"] + counts["kept"] >= kills
+    assert counts["kept"] >= kills / 5
     assert counts["shards"] >= 8
 
 

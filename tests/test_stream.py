@@ -88,6 +88,10 @@ def merged(world: World, machine: Machine, *options: str) -> Result:
     return machine.moemerge(world.config(machine, **WAYS["random"]), "out", "--stream", *options)
 
 
+def merged_in_a_hurry(world: World, machine: Machine) -> Result:
+    return machine.in_a_hurry(world.config(machine, **WAYS["random"]), "out", "--stream")
+
+
 @pytest.fixture(scope="module")
 def expected(world, tmp_path_factory) -> bytes:
     """The weights of the merge with random routers."""
@@ -104,7 +108,7 @@ def test_ranges_share_a_few_connections(world, machine):
 
 def test_what_breaks_off_goes_on_where_it_was(world, machine, expected):
     world.hub.break_off(f"*/{SINGLE}", 12, after=700)
-    result = merged(world, machine)
+    result = merged_in_a_hurry(world, machine)
     assert (result.code, lines(result)[8:]) == (0, [])
     assert (machine.folder / "out" / SINGLE).read_bytes() == expected
     for name in MODELS:
@@ -114,7 +118,7 @@ def test_what_breaks_off_goes_on_where_it_was(world, machine, expected):
 
 def test_a_body_that_is_too_short_goes_on_where_it_ended(world, machine, expected):
     world.hub.misanswer(f"*/{SINGLE}", "short", 6)
-    assert merged(world, machine).code == 0
+    assert merged_in_a_hurry(world, machine).code == 0
     assert (machine.folder / "out" / SINGLE).read_bytes() == expected
 
 

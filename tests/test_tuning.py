@@ -373,7 +373,7 @@ def families() -> list:
     """Each output family once; those that differ most in their routers, and with `make test-families` all."""
     found = {moe: (name, moe) for name, moe in reversed(pairs())}
     few = {"mixtral", "qwen3_moe", "granitemoe", "deepseek_v3"}
-    return [pytest.param(*pair, marks=() if moe in few else pytest.mark.matrix) for moe, pair in found.items()]
+    return [pytest.param(*pair, marks=() if moe in few else pytest.mark.slow) for moe, pair in found.items()]
 
 
 @pytest.mark.parametrize(("name", "moe"), families(), ids=lambda value: value)
@@ -970,9 +970,22 @@ def test_one_of_two_processes_that_fails_ends_both(out, data, tmp_path):
     assert "error: the disk of the second process has gone.\n" in found.stderr
     assert "fault in moemerge" not in found.stderr
     assert contents(out) == files
+
+
+ONE_PROCESS = "--method phatgoose: runs in one process. Start it without accelerate launch."
+
+
+@pytest.mark.slow
+def test_a_refusal_of_two_processes_is_said_once(out, data):
     refused = in_two_processes("-m", "moemerge", "tune", str(out), *arguments(data), "--method", "phatgoose")
-    message = "error: --method phatgoose: runs in one process. Start it without accelerate launch.\n"
-    assert refused.stderr.count(message) == 1
+    assert refused.stderr.count(f"error: {ONE_PROCESS}\n") == 1
+
+
+def test_phatgoose_is_refused_in_two_processes(out, data, monkeypatch):
+    monkeypatch.setattr(running, "open_processes", lambda device: replace(open_processes(device), count=2))
+    with pytest.raises(RefusedError) as caught:
+        tune(out, data, replace(FEW, method="phatgoose"))
+    assert str(caught.value) == ONE_PROCESS
 
 
 # ---- what it refuses
