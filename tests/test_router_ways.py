@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from moemerge import load_config, plan_merge
 from moemerge.config import RouterSettings, parse_config
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.formats import Mixture
-from moemerge.routers import fitting, init_routers, logistic
+from moemerge.routers import fitting, init_routers, logistic, regression
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.computed import WAYS
 from moemerge.routers.prompts import UNSORTED, encode_prompts
@@ -77,8 +78,8 @@ def test_ridge_is_balanced_centred_ridge_regression(tokens):
 def test_the_gram_matrix_is_a_sum_over_chunks(monkeypatch):
     states, weights = clouds().states, torch.rand(180)
     whole = states.T @ (states * weights[:, None])
-    monkeypatch.setattr(fitting, "_CHUNK_TOKENS", 7)
-    assert torch.allclose(fitting.gram_of(states, weights), whole, rtol=1e-5)
+    monkeypatch.setattr(regression, "_CHUNK_TOKENS", 7)
+    assert torch.allclose(regression.gram_of(states, weights), whole, rtol=1e-5)
 
 
 def test_each_logistic_step_lowers_the_loss(monkeypatch):
@@ -89,7 +90,7 @@ def test_each_logistic_step_lowers_the_loss(monkeypatch):
     for steps in range(8):
         monkeypatch.setattr(logistic, "_STEPS", steps)
         rows = logistic.solve(data)
-        penalty = 0.01 * float(fitting.gram_of(data.states, data.weights).trace()) / len(targets) / 16 / 2
+        penalty = 0.01 * float(regression.gram_of(data.states, data.weights).trace()) / len(targets) / 16 / 2
         loss = torch.nn.functional.cross_entropy(data.states @ rows.T, inputs.expert)
         losses.append(float(loss + penalty * rows.square().sum()))
     assert losses == sorted(losses, reverse=True)
@@ -170,6 +171,7 @@ def test_a_common_vector_changes_nothing_and_a_factor_no_choice(seed, factor):
 def test_absent_experts_have_rows_of_zeros_and_change_nothing(way, scoring):
     inputs = clouds(experts=4)
     keep = inputs.expert != 3
+    inputs = replace(inputs, beginnings=inputs.beginnings.where(keep[:, None], torch.tensor(1e3)))
     three = router_inputs(inputs.states[keep], inputs.expert[keep].tolist(), documents=inputs.document[keep].tolist())
     rows = WAYS[way](inputs, asked(4, scoring, frozenset({3}))).rows
     assert torch.equal(rows[3], torch.zeros(16))
@@ -184,6 +186,19 @@ def test_sigmoids_choose_and_weigh_as_a_softmax_does(way):
     found, chosen_by_sigmoid = top_weights(inputs.states @ sharp.T, 2, "sigmoid")
     assert (chosen_by_softmax[:, 0] == chosen_by_sigmoid[:, 0]).float().mean() > 0.97
     assert float(found[:, 0].mean()) == pytest.approx(float(expected[:, 0].mean()), abs=0.05)
+
+
+@pytest.mark.parametrize("way", FITTED)
+def test_sigmoids_are_lowered_at_first_tokens_as_elsewhere(way):
+    inputs = clouds(spread=0.5)
+    far = inputs.states + 30 * torch.eye(16)[0]  # an axis of its own, and further along the mean
+    lowest = {
+        name: float(
+            (far @ WAYS[way](replace(inputs, beginnings=beginnings), asked(3, "sigmoid")).rows.mean(dim=0)).min()
+        )
+        for name, beginnings in (("with", far), ("without", inputs.states))
+    }
+    assert lowest["with"] > -9.7 > lowest["without"]  # 6.1e-5, which llama.cpp takes smaller sums for
 
 
 def test_negative_text_turns_tokens_away():

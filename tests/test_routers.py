@@ -115,8 +115,14 @@ def test_the_streamed_pass_sees_what_the_whole_model_sees(tmp_path, monkeypatch,
     path.write_text(path.read_text().replace("item 1", f"'{LONG}'"))
     plan = plan_merge(load_config(path))
     model = load(folders[0])
-    captured = [replace(inputs, states=inputs.states.clone()) for inputs in capture_router_inputs(request(plan))]
+    captured = [
+        replace(inputs, states=inputs.states.clone(), beginnings=inputs.beginnings.clone())
+        for inputs in capture_router_inputs(request(plan))
+    ]
     assert len(captured) == 3
+    for place, prompt in enumerate(captured[0].prompts):
+        for inputs, states in zip(captured, ffn_inputs(model, list(prompt.ids)), strict=True):
+            assert torch.allclose(inputs.beginnings[place], states[0], atol=1e-4)
     for number, expert in enumerate(plan.config.experts):
         expected = [
             torch.cat(states)

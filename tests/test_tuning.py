@@ -29,7 +29,8 @@ from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
-from moemerge.tuning import Settings, batches, running, teachers, training, tune, whole, work, writing
+from moemerge.routers.scoring import lowering
+from moemerge.tuning import Settings, batches, phatgoose, running, teachers, training, tune, whole, work, writing
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.job import Job
 from moemerge.tuning.judging import judge
@@ -322,6 +323,15 @@ def test_phatgoose_makes_rows_of_sigmoid_gates(out, data, monkeypatch, precision
     assert "trained a sigmoid gate for each expert (PHATGOOSE)" in (out / "README.md").read_text()
     rows = tensors(out)[open_mixture(out).router(0)].float()
     assert rows.mean(dim=0).abs().max() < 0.01 * rows.abs().max()  # centred
+
+
+def test_phatgoose_lowers_sigmoids_at_first_tokens_too(specialists, data, tmp_path, monkeypatch):
+    model, seen = merged(tmp_path, specialists, architecture="glm4_moe"), []
+    monkeypatch.setattr(phatgoose, "lowering", lambda states: seen.append(states) or lowering(states))
+    tune(model, data, Settings(steps=1, tokens_per_step=48, method="phatgoose"))
+    first = seen[0]  # of layer 0, where the state at BOS is the same in every window
+    assert torch.allclose(first[-1], first[-2], atol=1e-5)
+    assert not torch.allclose(first[0], first[-1], atol=1e-2)
 
 
 def test_an_evaluation_of_the_old_routers_leaves_the_card(out, data):

@@ -10,7 +10,6 @@ from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 from moemerge.routers.scaling import calibrated_scale, finish_rows
 from moemerge.routers.scoring import fit_scale
 
-_CHUNK_TOKENS: Final = 4096
 # Few tokens are cheap to fit often, and need every document; many do not.
 _FOLDS_OF_FEW: Final = 4
 _FOLDS_OF_MANY: Final = 2
@@ -41,16 +40,6 @@ class Labelled:
         left = torch.bincount(kind[chosen], self.weights[chosen], minlength=len(whole))
         weights = self.weights[chosen] * (whole / left)[kind[chosen]] * (int(chosen.sum()) / len(chosen))
         return Labelled(self.states[chosen], self.targets[chosen], weights, self.regularisation)
-
-
-def gram_of(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The sum (hidden, hidden) over tokens of `weight z z'`, float32, a chunk of tokens at a time."""
-    gram = torch.zeros(states.shape[1], states.shape[1])
-    for first in range(0, len(states), _CHUNK_TOKENS):
-        chunk = slice(first, first + _CHUNK_TOKENS)
-        weighed = states[chunk] * weights[chunk].sqrt()[:, None]
-        gram.addmm_(weighed.T, weighed)
-    return gram
 
 
 def fit_rows(inputs: RouterInputs, request: RouterRequest, solve: Callable[[Labelled], torch.Tensor]) -> LayerRows:

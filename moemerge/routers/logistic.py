@@ -8,7 +8,8 @@ from typing import Final
 
 import torch
 
-from moemerge.routers.fitting import Labelled, fit_rows, gram_of
+from moemerge.routers.fitting import Labelled, fit_rows
+from moemerge.routers.regression import gram_of
 from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 
 # Stopped early: more steps sharpen what held-out documents do not bear out.

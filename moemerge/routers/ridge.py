@@ -6,7 +6,8 @@ absolute lambda.
 
 import torch
 
-from moemerge.routers.fitting import Labelled, fit_rows, gram_of
+from moemerge.routers.fitting import Labelled, fit_rows
+from moemerge.routers.regression import regress
 from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 
 
@@ -16,19 +17,7 @@ def ridge_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
 
 
 def solve(data: Labelled) -> torch.Tensor:
-    """Rows (expert, hidden), centred: one Cholesky factor in float64, of the smaller of the two systems that agree."""
+    """Rows (expert, hidden), centred."""
     centred = data.targets - 1 / data.targets.shape[1]
-    tokens, hidden = data.states.shape
-    if tokens < hidden:
-        root = data.weights.sqrt()[:, None]
-        weighed = data.states * root
-        system = (weighed @ weighed.T).double()
-        system.diagonal().add_(data.regularisation * float(system.trace()) / hidden)
-        inner = torch.cholesky_solve((centred * root).double(), torch.linalg.cholesky(system))
-        rows = inner.float().T @ weighed
-    else:
-        system = gram_of(data.states, data.weights).double()
-        system.diagonal().add_(data.regularisation * float(system.trace()) / hidden)
-        moments = data.states.T @ (centred * data.weights[:, None])
-        rows = torch.cholesky_solve(moments.double(), torch.linalg.cholesky(system)).float().T
+    rows = regress(data.states, centred, data.weights, data.regularisation)
     return rows - rows.mean(dim=0)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from moemerge.routers.request import RouterInputs, RouterRequest
-from moemerge.routers.scoring import fit_scale, lowering
+from moemerge.routers.scoring import even_direction, fit_scale, lowering
 
 # On text that tells experts apart without fault, no scale would be sharp enough; and a router that is certain of
 # everything is certain of what it has never seen.
@@ -13,7 +13,6 @@ _SHARPEST = 0.99
 _LOW, _HIGH = 1e-4, 1e4
 _BISECTIONS = 50
 _BALANCINGS = 200
-_RIDGE = 1e-3
 
 
 def calibrated_scale(
@@ -63,11 +62,7 @@ def finish_rows(rows: torch.Tensor, states: torch.Tensor, inputs: RouterInputs, 
 
 
 def _with_prior(rows: torch.Tensor, states: torch.Tensor, request: RouterRequest, present: list[int]) -> torch.Tensor:
-    """Rows with which experts take their shares of the states: a bias for each, by way of a constant direction.
-
-    A router has no bias, but router inputs have a direction `c` with `c.z` of about 1, which ridge regression of the
-    number 1 finds.
-    """
+    """Rows with which experts take their shares of the states: a bias for each, along an even direction."""
     wanted = torch.tensor([request.settings.load_prior[expert] for expert in present])  # type: ignore[index]
     wanted /= wanted.sum()
     logits = states @ rows.T
@@ -76,7 +71,4 @@ def _with_prior(rows: torch.Tensor, states: torch.Tensor, request: RouterRequest
         # As logarithms: of sharp rows, the mean weight of an expert that no state is like is 0 in float32.
         loads = (logits + bias).log_softmax(dim=1).logsumexp(dim=0) - math.log(len(states))
         bias += wanted.log() - loads
-    gram = (states.T @ states).double()
-    gram.diagonal().add_(_RIDGE * float(gram.trace()) / len(gram))
-    constant = torch.cholesky_solve(states.sum(dim=0).double()[:, None], torch.linalg.cholesky(gram))[:, 0].float()
-    return rows + bias[:, None] * constant
+    return rows + bias[:, None] * even_direction(states)

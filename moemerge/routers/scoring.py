@@ -6,6 +6,7 @@ from typing import Final
 import torch
 
 from moemerge.formats.family import Scoring
+from moemerge.routers.regression import regress
 
 # Rows of length 1 would mix the chosen experts almost equally, whatever the router knows.
 TARGET_WEIGHT: Final = 0.9
@@ -15,7 +16,7 @@ _BISECTIONS: Final = 40
 # below 6.1e-5, that of logits of -10, for 6.1e-5.
 _LOWERED: Final = 7.0
 # With as much, a few prompts are enough for a direction that is as even on other text; see docs/routers.md.
-_EVENING: Final = 3.0
+_EVEN_PENALTY: Final = 3.0
 _STEPS: Final = 64
 # A sharper router has to earn it: float16 ends at 65504, and sigmoids near 1 tie.
 _WORTHWHILE: Final = 1e-3
@@ -58,24 +59,26 @@ def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int, 
     return high
 
 
+def even_direction(states: torch.Tensor) -> torch.Tensor:
+    """The direction `c` (hidden) along which all text is about equally far: `c.z` is 1 for the mean of the states.
+
+    It is the ridge regression of the number 1, and takes the place of a bias, which no router has.
+
+    Args:
+        states: (token, hidden) router inputs; those of first tokens have to be among them, which are far from others.
+    """
+    ones = torch.ones(len(states), 1)
+    row = regress(states, ones, ones[:, 0], _EVEN_PENALTY)[0]
+    return row / (states @ row).mean().clamp_min(torch.finfo(row.dtype).tiny)
+
+
 def lowering(states: torch.Tensor) -> torch.Tensor:
     """What to take from every row so that the sigmoids of states (token, hidden) grow as exponentials do.
 
     The logits of all experts become lower by about `_LOWERED`: divided by their sum, such sigmoids are a softmax. As
-    they are, both of two large logits weigh one half. They are lowered by way of a direction `c` (hidden) along which
-    all text is about equally far: ridge regression of the number 1 on the states, with a mean of 1. Among them have to
-    be those of first tokens, which are far from all others.
+    they are, both of two large logits weigh one half.
     """
-    wide = states.double()
-    # Either matrix has the same trace, and gives the same direction: the smaller one is solved with.
-    narrow = wide.shape[0] < wide.shape[1]
-    gram = wide @ wide.T if narrow else wide.T @ wide
-    tiny = torch.finfo(gram.dtype).tiny
-    gram.diagonal().add_(_EVENING * float(gram.trace()) / wide.shape[1] + tiny)
-    wanted = torch.ones(len(wide), 1, dtype=gram.dtype)
-    factor = torch.linalg.cholesky(gram)
-    even = wide.T @ torch.cholesky_solve(wanted, factor) if narrow else torch.cholesky_solve(wide.T @ wanted, factor)
-    return (_LOWERED * even[:, 0] / (wide @ even).mean().clamp_min(tiny)).float()
+    return _LOWERED * even_direction(states)
 
 
 def nearest_scale(weight: Callable[[float], float]) -> float:
