@@ -14,8 +14,8 @@ import pytest
 import moemerge
 from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
-from moemerge.engines import ENGINES
-from moemerge.errors import IncompatibleError
+from moemerge.engines import ENGINES, NAMES
+from moemerge.errors import ConfigError, IncompatibleError
 from moemerge.formats import MOE_FAMILIES, engines, select_family
 from moemerge.formats.engines import MAIN, TOLERANCE, facts_of, readings, right_in, trouble_of
 from moemerge.formats.overview import family_rows
@@ -329,11 +329,30 @@ def test_a_shared_expert_of_zeros_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("written", "read"), [("llama.cpp", "llamacpp"), ("llama-cpp", "llamacpp"), ("vLLM", "vllm"), ("mlx-lm", "mlx")]
+    ("written", "read"),
+    [
+        ("llama.cpp", "llamacpp"),
+        ("llama-cpp", "llamacpp"),
+        ("vLLM", "vllm"),
+        ("mlx-lm", "mlx"),
+        ("llama.cpp-converter", "converter"),
+        ("llama-cpp converter", "converter"),
+        ("converter", "converter"),
+    ],
 )
 def test_engines_may_be_written_as_people_call_them(written, read):
     config = {"base_model": "a", "experts": [{"source_model": "b"}, {"source_model": "c"}], "engine": written}
     assert load_config(config).engine == read
+
+
+@pytest.mark.parametrize("written", ["ollama", "vllm-converter", 4, ["vllm"]])
+def test_an_unknown_engine_is_refused_with_the_names_as_they_are_written(written):
+    config = {"base_model": "a", "experts": [{"source_model": "b"}, {"source_model": "c"}], "engine": written}
+    with pytest.raises(ConfigError) as caught:
+        load_config(config)
+    assert str(caught.value) == (
+        f"config: 1 problem:\n  - engine: expected {', '.join(NAMES[:-1])} or openvino, found {written!r}"
+    )
 
 
 def test_an_unknown_engine_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
@@ -344,5 +363,5 @@ def test_an_unknown_engine_is_refused_before_anything_is_read(tmp_path, monkeypa
     assert ended.value.code == 2
     assert (
         capsys.readouterr().err
-        == "error: --for: 'ollama' is none of transformers, vllm, llama.cpp, converter, mlx, openvino.\n"
+        == "error: --for: 'ollama' is none of transformers, vllm, llama.cpp, llama.cpp-converter, mlx, openvino.\n"
     )
