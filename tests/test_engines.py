@@ -288,9 +288,36 @@ def test_one_line_is_enough_where_the_converters_file_has_the_same_trouble():
     assert told.startswith("llama.cpp's converter computes something else, ")
 
 
+NOT_WRITTEN = "is not written as a GGUF file"
+
+
+def test_a_family_that_moemerge_does_not_write_is_right_in_llamacpp_by_its_converter_alone():
+    unwritten = {family for family, row in ROWS if row["llamacpp"] == NOT_WRITTEN}
+    assert unwritten == {name for name, family in MOE_FAMILIES.items() if not family.in_gguf}
+    found = choose("qwen3_5_text")
+    assert found.family.model_type == "qwen3_5_moe_text"
+    assert found.right_in == ("converter",)
+    assert choose("qwen3_5_text", engine="converter").family == found.family
+    with pytest.raises(IncompatibleError) as caught:
+        choose("qwen3_5_text", architecture="qwen3_5_moe_text", engine="llamacpp")
+    assert str(caught.value) == (
+        "architecture: 'qwen3_5_moe_text' is not what llama.cpp reads rightly here (engine, --for); without the key another "
+        f"may be:\n  - qwen3_5_moe_text: llama.cpp fails ({NOT_WRITTEN}) always"
+    )
+
+
+def test_of_a_family_that_is_not_written_the_converters_failure_is_told_too():
+    version = RECORD["engines"]["llamacpp"]["version"]
+    assert [note for note in choose("olmo2").notes if note.startswith("llama.cpp")] == [
+        f"llama.cpp fails ({NOT_WRITTEN}) always: flex_olmo, as measured with {version}",
+        f"llama.cpp's converter fails (converter: SystemExit: 1) always: flex_olmo, as measured with {version}",
+    ]
+
+
 def test_a_family_that_moemerge_does_not_write_is_marked_in_the_table():
     cells = {row.family: {cell.engine: cell.short for cell in row.engines} for row in family_rows()}
-    assert cells["qwen3_5_moe_text"]["llama.cpp"] == "right (the converter's file: moemerge writes none)"
+    assert cells["qwen3_5_moe_text"]["llama.cpp"] == "not written"
+    assert cells["qwen3_5_moe_text"]["llama.cpp's converter"] == "right"
     assert cells["glm4_moe"]["llama.cpp"].startswith("not with ")
     assert cells["glm4_moe"]["llama.cpp's converter"] == "fails"
 
