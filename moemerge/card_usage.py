@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from moemerge.engines import ENGINES, Engine
-from moemerge.formats import MOE_FAMILIES
 from moemerge.formats.engines import readings
 from moemerge.markdown import as_code
 
@@ -44,7 +43,7 @@ def use_it(name: str, family: str, engines: Sequence[Engine]) -> list[str]:
     rows = [
         f"- {ENGINES[engine]} ({readings()[engine][family].version}): {as_code(command.format(**named))}"
         for engine, command in _COMMANDS.items()
-        if engine in engines and not (engine == "llamacpp" and not MOE_FAMILIES[family].in_gguf)
+        if engine in engines
     ]
     return [
         f"In {versions}:",

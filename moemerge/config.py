@@ -24,7 +24,7 @@ from pydantic import (
 from moemerge.config_checks import canonical_gate_mode, choose_way, cross_check, listed
 from moemerge.config_problems import MOST_EXPLAINED, SHORT_REPR, PlacedError, explain, repeated_keys
 from moemerge.dtypes import SHORT, DType
-from moemerge.engines import Engine, canonical_engine
+from moemerge.engines import Engine, engine_of
 from moemerge.errors import ConfigError
 from moemerge.layer_choice import LayerChoice, read_layers
 from moemerge.yaml_text import Place, YamlTextError, join_halves, read_yaml
@@ -165,7 +165,7 @@ class MergeConfig(_Strict):
     shared_experts: Annotated[list[Expert], BeforeValidator(listed)] = []
     architecture: Text | None = None
     """The output family's `model_type`; None chooses the one that most engines read rightly."""
-    engine: Annotated[Engine | None, BeforeValidator(canonical_engine)] = None
+    engine: Annotated[Engine | None, BeforeValidator(engine_of)] = None
     """The engine that has to read the merged model rightly; None for any."""
     moe_layers: Layers = "all"
     """Layers that hold experts; the others keep the base model's FFN."""

@@ -9,14 +9,27 @@ ENGINES: Final[dict[Engine, str]] = {
 }  # fmt: skip
 """Each with its name. What transformers 5 computes is what all are compared with.
 
-llama.cpp reads the file that `moemerge gguf` writes, of families that it does not write that of llama.cpp's converter;
-what it makes of the converter's files, which other tools run, is told of every family beside it.
+llama.cpp reads the file that `moemerge gguf` writes, and is right with no family that is not written; what it makes of
+the files of its own converter, which other tools run, is told apart.
 """
-NAMES: Final = ("transformers", "vllm", "llama.cpp", "converter", "mlx", "openvino")
+NAMES: Final = ("transformers", "vllm", "llama.cpp", "llama.cpp-converter", "mlx", "openvino")
 """As they are written in a config."""
+_OTHERS: Final[dict[str, Engine]] = {"mlxlm": "mlx", "llamacppconverter": "converter"}
 
 
 def canonical_engine(name: Any) -> Any:
     """The key of `ENGINES` for a name that people write."""
     plain = "".join(filter(str.isalnum, name.lower())) if isinstance(name, str) else name
-    return "mlx" if plain == "mlxlm" else plain
+    return _OTHERS.get(plain, plain) if isinstance(plain, str) else plain
+
+
+def engine_of(name: Any) -> Any:
+    """The same for a config's value, which may be none.
+
+    Raises:
+        ValueError: there is no such engine; says which there are.
+    """
+    found = canonical_engine(name)
+    if found not in (*ENGINES, None):  # a list cannot be looked up in a dict
+        raise ValueError(f"expected {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    return found

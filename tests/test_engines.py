@@ -1,5 +1,6 @@
 """What is said of engines is what was measured: the record, and what is concluded from it."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 
+import moemerge
 from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
-from moemerge.engines import ENGINES
-from moemerge.errors import IncompatibleError
+from moemerge.engines import ENGINES, NAMES
+from moemerge.errors import ConfigError, IncompatibleError
 from moemerge.formats import MOE_FAMILIES, engines, select_family
 from moemerge.formats.engines import MAIN, TOLERANCE, facts_of, readings, right_in, trouble_of
 from moemerge.formats.overview import family_rows
@@ -22,6 +24,8 @@ from tests.engines import run
 from tests.engines.cases import Case, cases
 from tests.engines.record import RECORD as RECORDED
 from tests.engines.record import main as record
+from tests.engines.record import regressions
+from tests.engines.writers import SOURCES
 from tests.models import make_model, write_config
 
 RECORD = json.loads(Path(engines.__file__).with_name("engines.json").read_text())
@@ -49,24 +53,36 @@ def test_what_is_concluded_is_what_was_measured(engine):
 
 def measured(root: Path, family: str, row: dict[str, Any], **changed: Any) -> None:
     """What engines leave of one mixture, that of a row of the record but for some answers."""
-    folder = root / row["form"]
-    folder.mkdir()
+    folder = root / hashlib.sha256(repr((family, row["facts"])).encode()).hexdigest()
+    folder.mkdir(exist_ok=True)
     case = {"family": family, "facts": row["facts"], "form": row["form"], "reference": RECORD["reference"]}
     (folder / "case.json").write_text(json.dumps(case))
     for engine, about in RECORD["engines"].items():
         found = changed.get(engine, row[engine])
         answer = {"apart": found, "generates": True} if isinstance(found, float) else {"fails": found}
+        answer |= {"apart": None} if found == engines.NAN else {}
         told = answer | {"engine": about["version"], "date": about["date"]}
         (folder / f"{engine}.answer.json").write_text(json.dumps(told))
 
 
-def test_what_was_right_is_not_recorded_as_wrong_without_a_word(tmp_path, capsys):
-    (family, right), (_, other) = ROWS[:2]
-    target = tmp_path / "record.json"
-    shutil.copy(RECORDED, target)
-    measured(tmp_path, family, right, vllm=2.0, mlx="no such layer")
-    measured(tmp_path, family, other)
-    assert record(tmp_path, target) == 1
+@pytest.fixture
+def everything(tmp_path) -> Path:
+    """What engines leave of every mixture, as it is in the record."""
+    for family, row in ROWS:
+        measured(tmp_path, family, row)
+    return tmp_path
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    """A copy of the record, to be written over."""
+    return Path(shutil.copy(RECORDED, tmp_path / "record.json"))
+
+
+def test_what_was_right_is_not_recorded_as_wrong_without_a_word(everything, target, capsys):
+    family, right = ROWS[0]
+    measured(everything, family, right, vllm=2.0, mlx="no such layer")
+    assert record(everything, target) == 1
     assert target.read_text() == RECORDED.read_text()
     facts = ", ".join(right["facts"])
     assert capsys.readouterr().out == (
@@ -74,27 +90,101 @@ def test_what_was_right_is_not_recorded_as_wrong_without_a_word(tmp_path, capsys
         f"mixtral ({facts}), mlx-lm: {right['mlx']} before, now no such layer\n"
         "2 that were right are so no longer: not recorded. With --accept they are.\n"
     )
-    assert record(tmp_path, target, accept=True) == 0
-    written = json.loads(target.read_text())
-    assert written["families"] == {"mixtral": [right | {"vllm": 2.0, "mlx": "no such layer"}, other]}
-    assert record(tmp_path, target) == 0  # is no longer news
+    assert record(everything, target, accept=True) == 0
+    written = json.loads(target.read_text())["families"]
+    assert {family: len(rows) for family, rows in written.items()} == {
+        family: len(rows) for family, rows in RECORD["families"].items()
+    }
+    assert [row for row in written["mixtral"] if row not in RECORD["families"]["mixtral"]] == [
+        right | {"vllm": 2.0, "mlx": "no such layer"}
+    ]
+    assert record(everything, target) == 0  # is no longer news
 
 
-def test_a_mixture_whose_facts_are_named_otherwise_is_compared_too(tmp_path, capsys):
-    _, row = next((family, row) for family, row in ROWS if family == "mixtral")
-    measured(tmp_path, "mixtral", row | {"facts": ["newly named"]}, vllm=2.0)
-    target = tmp_path / "record.json"
-    shutil.copy(RECORDED, target)
-    assert record(tmp_path, target) == 1
-    assert capsys.readouterr().out.startswith(f"mixtral (newly named), vLLM: {row['vllm']} before, now 2.0\n")
+@pytest.mark.parametrize("accept", [False, True])
+def test_a_mixture_that_was_not_tried_is_missed_and_nothing_is_written(tmp_path, target, capsys, accept):
+    lacking = ROWS[3], ROWS[-1]
+    for family, row in ROWS:
+        if (family, row) not in lacking:
+            measured(tmp_path, family, row)
+    assert record(tmp_path, target, accept=accept) == 1
+    assert target.read_text() == RECORDED.read_text()
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert sorted(lines) == sorted(f"{family} ({', '.join(row['facts'])})" for family, row in lacking)
+    assert last == "2 were not tried: not recorded. Run tests.engines.make, then every engine."
+
+
+def rows_of(*rows: tuple[str, str, float]) -> dict[str, Any]:
+    """A record of mixtures of one family: of each a fact, its form, and how far vLLM is off."""
+    found = [{"facts": [fact], "form": form, "vllm": apart} for fact, form, apart in rows]
+    return {"engines": {"vllm": {}}, "families": {"mixtral": found}}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "lost"),
+    [
+        # Named otherwise.
+        ([("a", "f", 0.0)], [("b", "f", 2.0)], ["mixtral (b), vLLM: 0.0 before, now 2.0"]),
+        ([("a", "f", 2.0)], [("b", "f", 2.0)], []),
+        # Of several of one form, all that are named otherwise count, in whatever order.
+        ([("a", "f", 0.0), ("b", "f", 2.0)], [("c", "f", 2.0)], ["mixtral (c), vLLM: 0.0 before, now 2.0"]),
+        ([("b", "f", 2.0), ("a", "f", 0.0)], [("c", "f", 2.0)], ["mixtral (c), vLLM: 0.0 before, now 2.0"]),
+        # One that is new is not compared with one that is still there.
+        ([("a", "f", 0.0)], [("a", "f", 0.0), ("b", "f", 2.0)], []),
+        ([("a", "f", 2.0), ("b", "f", 0.0)], [("a", "f", 2.0), ("b", "f", 0.0), ("c", "f", 2.0)], []),
+        # Written otherwise.
+        ([("a", "f", 0.0)], [("a", "g", 2.0)], ["mixtral (a), vLLM: 0.0 before, now 2.0"]),
+        # Gone.
+        ([("a", "f", 0.0)], [("b", "g", 0.0)], ["mixtral (a), vLLM: right before, now not tried"]),
+        ([("a", "f", 0.0), ("b", "f", 0.0)], [("b", "f", 0.0)], ["mixtral (a), vLLM: right before, now not tried"]),
+        ([("a", "f", 2.0)], [("b", "g", 0.0)], []),
+    ],
+)
+def test_a_mixture_is_compared_with_what_it_was_under_whatever_name(before, now, lost):
+    assert list(regressions(rows_of(*before), rows_of(*now))) == lost
 
 
 def test_an_answer_that_is_missing_is_missed(tmp_path):
     measured(tmp_path, *ROWS[0])
-    answer = tmp_path / ROWS[0][1]["form"] / "mlx.answer.json"
+    (answer,) = tmp_path.glob("*/mlx.answer.json")
     answer.unlink()
     with pytest.raises(SystemExit, match=rf"^{re.escape(str(answer))}: is missing. Run this engine.$"):
         record(tmp_path, tmp_path / "never.json")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "others", "one"),
+    [
+        ({"engine": "e 1"}, {"engine": "e 2"}, "e 1", "e 2"),
+        ({"engine": "e", "made_by": "1"}, {"engine": "e", "made_by": "2"}, "e with files of code 1", "e with files of code 2"),
+        ({"engine": "e", "made_by": "1"}, {"engine": "e"}, "e with files of code 1", "e"),
+    ],
+)  # fmt: skip
+def test_answers_of_different_code_are_not_recorded_together(tmp_path, first, second, others, one):
+    for family, row in ROWS[:2]:
+        measured(tmp_path, family, row)
+    answers = sorted(tmp_path.glob("*/llamacpp.answer.json"))
+    for answer, identity in zip(answers, (first, second), strict=True):
+        found = json.loads(answer.read_text())
+        del found["engine"]
+        answer.write_text(json.dumps(found | identity))
+    with pytest.raises(SystemExit) as ended:
+        record(tmp_path, tmp_path / "never.json")
+    assert str(ended.value) == f"{answers[1]}: is of {one}, others of {others}. Run this engine again."
+
+
+def test_a_folder_without_cases_is_no_record(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        record(tmp_path, tmp_path / "never.json")
+    assert str(ended.value) == (
+        f"{tmp_path}: expected cases computed by one transformers, found none. Run tests.engines.make."
+    )
+
+
+def test_files_are_known_to_be_of_all_the_code_that_writes_them():
+    parts = {path.relative_to(Path(moemerge.__file__).parent).as_posix() for path in SOURCES}
+    assert {f"checkpoint/{name}.py" for name in ("bands", "pieces", "convert", "writer")} <= parts
+    assert {"export/writing.py", "export/layout.py"} <= parts
 
 
 def test_an_answer_about_a_file_that_is_written_otherwise_now_is_asked_for_again(tmp_path, monkeypatch):
@@ -198,9 +288,36 @@ def test_one_line_is_enough_where_the_converters_file_has_the_same_trouble():
     assert told.startswith("llama.cpp's converter computes something else, ")
 
 
+NOT_WRITTEN = "is not written as a GGUF file"
+
+
+def test_a_family_that_moemerge_does_not_write_is_right_in_llamacpp_by_its_converter_alone():
+    unwritten = {family for family, row in ROWS if row["llamacpp"] == NOT_WRITTEN}
+    assert unwritten == {name for name, family in MOE_FAMILIES.items() if not family.in_gguf}
+    found = choose("qwen3_5_text")
+    assert found.family.model_type == "qwen3_5_moe_text"
+    assert found.right_in == ("converter",)
+    assert choose("qwen3_5_text", engine="converter").family == found.family
+    with pytest.raises(IncompatibleError) as caught:
+        choose("qwen3_5_text", architecture="qwen3_5_moe_text", engine="llamacpp")
+    assert str(caught.value) == (
+        "architecture: 'qwen3_5_moe_text' is not what llama.cpp reads rightly here (engine, --for); without the key another "
+        f"may be:\n  - qwen3_5_moe_text: llama.cpp fails ({NOT_WRITTEN}) always"
+    )
+
+
+def test_of_a_family_that_is_not_written_the_converters_failure_is_told_too():
+    version = RECORD["engines"]["llamacpp"]["version"]
+    assert [note for note in choose("olmo2").notes if note.startswith("llama.cpp")] == [
+        f"llama.cpp fails ({NOT_WRITTEN}) always: flex_olmo, as measured with {version}",
+        f"llama.cpp's converter fails (converter: SystemExit: 1) always: flex_olmo, as measured with {version}",
+    ]
+
+
 def test_a_family_that_moemerge_does_not_write_is_marked_in_the_table():
     cells = {row.family: {cell.engine: cell.short for cell in row.engines} for row in family_rows()}
-    assert cells["qwen3_5_moe_text"]["llama.cpp"] == "right (the converter's file: moemerge writes none)"
+    assert cells["qwen3_5_moe_text"]["llama.cpp"] == "not written"
+    assert cells["qwen3_5_moe_text"]["llama.cpp's converter"] == "right"
     assert cells["glm4_moe"]["llama.cpp"].startswith("not with ")
     assert cells["glm4_moe"]["llama.cpp's converter"] == "fails"
 
@@ -239,11 +356,30 @@ def test_a_shared_expert_of_zeros_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("written", "read"), [("llama.cpp", "llamacpp"), ("llama-cpp", "llamacpp"), ("vLLM", "vllm"), ("mlx-lm", "mlx")]
+    ("written", "read"),
+    [
+        ("llama.cpp", "llamacpp"),
+        ("llama-cpp", "llamacpp"),
+        ("vLLM", "vllm"),
+        ("mlx-lm", "mlx"),
+        ("llama.cpp-converter", "converter"),
+        ("llama-cpp converter", "converter"),
+        ("converter", "converter"),
+    ],
 )
 def test_engines_may_be_written_as_people_call_them(written, read):
     config = {"base_model": "a", "experts": [{"source_model": "b"}, {"source_model": "c"}], "engine": written}
     assert load_config(config).engine == read
+
+
+@pytest.mark.parametrize("written", ["ollama", "vllm-converter", 4, ["vllm"]])
+def test_an_unknown_engine_is_refused_with_the_names_as_they_are_written(written):
+    config = {"base_model": "a", "experts": [{"source_model": "b"}, {"source_model": "c"}], "engine": written}
+    with pytest.raises(ConfigError) as caught:
+        load_config(config)
+    assert str(caught.value) == (
+        f"config: 1 problem:\n  - engine: expected {', '.join(NAMES[:-1])} or openvino, found {written!r}"
+    )
 
 
 def test_an_unknown_engine_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
@@ -254,5 +390,5 @@ def test_an_unknown_engine_is_refused_before_anything_is_read(tmp_path, monkeypa
     assert ended.value.code == 2
     assert (
         capsys.readouterr().err
-        == "error: --for: 'ollama' is none of transformers, vllm, llama.cpp, converter, mlx, openvino.\n"
+        == "error: --for: 'ollama' is none of transformers, vllm, llama.cpp, llama.cpp-converter, mlx, openvino.\n"
     )

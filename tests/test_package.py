@@ -84,7 +84,8 @@ Tiny mixtures of this kind computed the same in:
 After fine-tuning with transformers 5, run `moemerge repair FOLDER` on what was saved: other readers miss keys of its config.json."""
     )
     # What `make test-engines` runs, and the page shows.
-    assert command("my model") == ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", "my model"]
+    words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", "my model", "--port", "81"]
+    assert command("my model", 81) == words
     alone = use_it("m", "mellum", [])
     assert alone[0] == "In transformers 5:"
     assert len(alone) == 3

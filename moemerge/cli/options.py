@@ -20,7 +20,7 @@ For = Annotated[
         "--for",
         metavar="ENGINE",
         help="Refuse what this engine would get wrong, instead of the config's: transformers, vllm, llama.cpp, "
-        "converter (llama.cpp's), mlx, openvino.",
+        "llama.cpp-converter, mlx, openvino.",
         show_default=False,
     ),
 ]

@@ -55,7 +55,7 @@ def select_family(
     """Choose the output family for a mixture of models that compute like `base`.
 
     Of those that hold it exactly, the one that most of transformers 4.57, vLLM and llama.cpp read rightly, then the one
-    that most engines do, then the first of the table. llama.cpp counts less where routers have sigmoids.
+    that most engines do, then the first of the table. llama.cpp is a tie-break alone where routers have sigmoids.
 
     Args:
         base: the base model.
@@ -134,8 +134,10 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
     notes = [*notes, *family.notes]
     troubles = {engine: trouble_of(engine, family.model_type, facts) for engine in ENGINES}
     right = tuple(engine for engine, trouble in troubles.items() if trouble is None)
+    if family.in_gguf and _is_same_kind(troubles["converter"], troubles["llamacpp"]):
+        del troubles["converter"]
     for engine, trouble in troubles.items():
-        if isinstance(trouble, Trouble) and not (engine == "converter" and _is_like(trouble, troubles["llamacpp"])):
+        if isinstance(trouble, Trouble):
             told = warnings if trouble.is_silent else notes
             told.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
     original = base.config.get("original_max_position_embeddings")
@@ -147,6 +149,6 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
     return Choice(family, right, tuple(notes), tuple(warnings))
 
 
-def _is_like(trouble: Trouble, other: Trouble | str | None) -> bool:
+def _is_same_kind(trouble: Trouble | str | None, other: Trouble | str | None) -> bool:
     """Whether who is told of one trouble need not be told of the other: both fail, or both compute something else."""
-    return isinstance(other, Trouble) and trouble.is_silent == other.is_silent
+    return isinstance(trouble, Trouble) and isinstance(other, Trouble) and trouble.is_silent == other.is_silent

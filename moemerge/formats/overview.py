@@ -31,7 +31,7 @@ class EngineCell:
     engine: str
     version: str
     short: str
-    """`right`, `wrong`, `fails`, or with what it is not right."""
+    """`right`, `wrong`, `fails`, `not written` as a GGUF file, or with what it is not right."""
     told: str
     """The same in full: how far off, and with what message."""
 
@@ -80,8 +80,9 @@ def _engines(family: MoeFamily) -> Iterator[EngineCell]:
             if always:
                 short = "wrong" if always.is_silent else "fails"
         told = "; ".join(trouble.words for trouble in found.troubles) or "right"
-        of_what = "" if family.in_gguf or engine != "llamacpp" else " (the converter's file: moemerge writes none)"
-        yield EngineCell(name, found.version, short + of_what, told + of_what)
+        if engine == "llamacpp" and not family.in_gguf:
+            short = told = "not written"
+        yield EngineCell(name, found.version, short, told)
 
 
 def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:

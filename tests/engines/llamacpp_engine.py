@@ -1,37 +1,28 @@
-"""llama.cpp with the file that `moemerge gguf` writes, or of families that it does not write, its own converter's."""
+"""llama.cpp with the file that `moemerge gguf` writes."""
 
-import hashlib
 import json
 from pathlib import Path
 
-import converter_engine
 import llama_cpp
 import numpy as np
 from converter_engine import compute_file, version
 from logprobs import logprobs_of
+from writers import MADE_BY
 
-import moemerge.export
 from moemerge.errors import RefusedError
 from moemerge.export.writing import write_gguf
-from moemerge.formats import MOE_FAMILIES
 
 __all__ = ["MADE_BY", "compute", "losses", "version"]
-
-_SOURCES = sorted(Path(moemerge.export.__file__).parent.glob("*.py"))
-MADE_BY = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
-"""Of what writes the files: answers are for one of these alone."""
 
 
 def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.ndarray, list[list[int]]]:
     """(sequence, position, vocab) log-probabilities of what follows each token, and what is generated.
 
     Raises:
-        RuntimeError: the mixture is refused.
+        RuntimeError: the mixture, or its family, is not written.
     """
     model, gguf = folder / "model", folder / "ours.gguf"
     family = json.loads((model / "config.json").read_text())["model_type"]
-    if not MOE_FAMILIES[family].in_gguf:
-        return converter_engine.compute(folder, tokens, new_tokens)
     try:
         write_gguf(model, gguf, type="f32", overwrite=True)
         return compute_file(gguf, tokens, new_tokens)

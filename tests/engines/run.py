@@ -2,9 +2,9 @@
 
     ENGINE'S PYTHON run.py ENGINE FOLDER [BEGINNING]
 
-It imports nothing of moemerge: engines have environments of their own. Of each case a process of its own is asked,
-which the engine may end; only cases without an answer of this engine are tried (and of the same `MADE_BY`, where its
-module has one), and whose folder's name begins as asked.
+Engines have environments of their own: it imports nothing of moemerge, but for llama.cpp's, whose files moemerge writes.
+Of each case a process of its own is asked, which the engine may end; only cases without an answer of this engine are
+tried (and of the same `MADE_BY`, where its module has one), and whose folder's name begins as asked.
 """
 
 import importlib
