@@ -256,6 +256,27 @@ def test_a_small_size_with_a_unit_is_taken(tmp_path, plain, here):
     assert len(facts["shards"]) > len(facts["tensors"]) / 2
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "verify OUT --against OUT", "repair OUT", "push OUT user/name", "eval OUT --data a=OUT", "tune OUT --data a=OUT",
+        "routes OUT --text a", "gguf OUT a.gguf",
+    ],
+)  # fmt: skip
+def test_a_file_in_place_of_a_merged_models_folder_is_called_one(tmp_path, here, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("\n<|document|>\n".join(f"text {number}" for number in range(20)))
+    assert here(*command.replace("OUT", "a.txt").split()) == (
+        1, "", "error: a.txt: is a file. Name the folder that holds the merged model.\n",
+    )  # fmt: skip
+
+
+def test_a_file_in_place_of_any_models_folder_is_called_one(config, here):
+    assert here("inspect", config) == (
+        1, "", f"error: {config}: is a file. Name the folder that holds the model's config.json.\n",
+    )  # fmt: skip
+
+
 def test_a_full_folder_is_refused_then_replaced_on_request(tmp_path, plain, here):
     assert here(plain, tmp_path / "out", "--quiet", "--max-shard-size", "20kB")[0] == 0
     code, _, errors = here(plain, tmp_path / "out")

@@ -272,6 +272,15 @@ def test_no_file_is_written_into_a_source(tmp_path, llamas, monkeypatch, capsys)
         words = ["gguf", tmp_path / "out", tmp_path / "q.gguf", "--type", "q4_k_m", "--imatrix", "--imatrix-out", file]
         assert run(words, monkeypatch, capsys) == (2, "", f"error: {message}\n")
         assert not list(source.glob("*.gguf"))
+    # However the config writes the folder down.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for written, source in (("~/b", base), ("b", base), ("~/b+~/e", expert)):
+        write_config(tmp_path / "out" / "moemerge_config.yaml", written, [llamas[1], llamas[2]], prompts=False)
+        file = source / "a.gguf"
+        message = f"{file}: lies within the model {source}. Choose another output folder."
+        assert refused(lambda file=file: write_gguf(tmp_path / "out", file)) == message
+    shutil.copy(config, tmp_path / "out" / "moemerge_config.yaml")
     # The merged model's own folder is the place that other programs look in; verify says so, too.
     write_gguf(tmp_path / "out", tmp_path / "out" / "a.gguf")
     assert verify_merge(plan_merge(load_config(config)), tmp_path / "out").differences == ()

@@ -20,8 +20,8 @@ from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
 from moemerge.export.packages import need
 from moemerge.export.tensors import GgufTensor
-from moemerge.sources import read_tensor_table
-from moemerge.verification import open_merged
+from moemerge.sources import open_merged, read_tensor_table
+from moemerge.sources.reference import local_folders
 
 SUFFIX: Final = ".gguf"
 STAGED: Final = f"model{SUFFIX}"
@@ -99,14 +99,17 @@ def write_gguf(
 
 
 def sources_of(folder: Path) -> list[Path]:
-    """Folders of the models that a merged model was made of, as far as the copy of its config leads to them."""
+    """Folders of the models that a merged model was made of, as far as the copy of its config leads to them.
+
+    Relative paths count from the current folder.
+    """
     try:
         config = load_config(folder / CONFIG_COPY, allow_identical_experts=True)
     except ConfigError:
         return []
     references = [config.base_model, *(expert.source_model for expert in (*config.experts, *config.shared_experts))]
-    found = (Path(part) for reference in references for part in {reference, *reference.split("+")})
-    return [path.resolve() for path in found if any((path / name).is_file() for name in _MODEL_CONFIGS)]
+    found = (folder for reference in references for folder in local_folders(reference))
+    return [folder for folder in found if any((folder / name).is_file() for name in _MODEL_CONFIGS)]
 
 
 def check_file(
