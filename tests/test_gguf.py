@@ -274,6 +274,17 @@ def test_no_file_is_written_into_a_source(tmp_path, llamas, monkeypatch, capsys)
         words = ["gguf", tmp_path / "out", tmp_path / "q.gguf", "--type", "q4_k_m", "--imatrix", "--imatrix-out", file]
         assert run(words, monkeypatch, capsys) == (2, "", f"error: {message}\n")
         assert not list(source.glob("*.gguf"))
+    # Before weights are read, which may be a download; the same of folders.
+    weights = (expert / "model.safetensors").rename(tmp_path / "w")
+    for place, *options in (
+        (expert / "a.gguf",), (expert / "a.gguf", "--type", "q4_k_m"), (expert / "a",),
+        (expert / "a", "--push", "user/name", "--push-streaming"),
+    ):  # fmt: skip
+        within = "lies within" if options or place.suffix else "is, holds or lies within"
+        assert run([config, place, *options], monkeypatch, capsys) == (
+            2, "", f"error: {place}: {within} the model {expert}. Choose another output folder.\n",
+        )  # fmt: skip
+    weights.rename(expert / "model.safetensors")
     # However the config writes the folder down.
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
