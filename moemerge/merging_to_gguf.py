@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Band
-from moemerge.checkpoint.target import check_limits
 from moemerge.dtypes import STORED
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
@@ -81,8 +80,7 @@ def merge_to_gguf(
     check_file(file, overwrite=overwrite, inputs=plan.inputs, sources=plan.folders)
     model = GgufModel(plan.output_config, asked_type(type, {STORED[plan.dtype]}), llama_cpp)
     tensors = model.tensors(_table(plan, seed, {}))
-    nbytes = room(file, tensors, plan.kept_bytes)
-    check_limits(file, largest=nbytes, memory=plan.peak_memory_bytes)
+    room(file, tensors, plan.kept_bytes, plan.peak_memory_bytes)
     work = Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn)
     with staged_file(file, overwrite=overwrite) as stage, work.sources_kept_in(stage):
         described = stage / _DESCRIBED / file.stem

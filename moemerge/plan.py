@@ -21,7 +21,6 @@ from moemerge.errors import CheckpointError
 from moemerge.formats import Mixture, MoeFamily
 from moemerge.formats.dense import DenseModel
 from moemerge.sources import ModelFolder, Reference
-from moemerge.sources.local import is_snapshot
 from moemerge.texts import matching_files
 from moemerge.tokenizer_files import BaseFiles
 from moemerge.tokenizer_proof import ProvedTokenizer
@@ -141,9 +140,7 @@ class MergePlan:
     @property
     def folders(self) -> list[Path]:
         """Of the sources; of a snapshot in the Hub's cache, that of its repository."""
-        adapters = [adapter.folder for source in self.sources for adapter in source.adapters]
-        folders = [*(source.folder for source in self.sources), *adapters]
-        return [folder.parent.parent if is_snapshot(folder) else folder for folder in folders]
+        return [folder for source in self.sources for folder in source.folders]
 
     @property
     def copied_files(self) -> Mapping[str, Path]:

@@ -11,9 +11,8 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, rea
 from moemerge.errors import OutputError, RefusedError
 from moemerge.formats import MOE_FAMILIES, MoeFamily
 from moemerge.formats.respelling import lost_keys, respelled_keys
-from moemerge.sources import ModelFolder, read_tensor_table
+from moemerge.sources import ModelFolder, open_merged, read_tensor_table
 from moemerge.tokenizer_files import respelled_tokenizer
-from moemerge.verification import open_merged
 from moemerge.verified_files import ABSENT, Difference
 
 _CONFIG: Final = "config.json"

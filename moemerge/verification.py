@@ -13,9 +13,9 @@ from moemerge.checkpoint.jobs import Jobs
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.checkpoint.values import Census, look_at
 from moemerge.dtypes import STORED
-from moemerge.errors import CheckpointError, SourceError
+from moemerge.errors import CheckpointError
 from moemerge.plan import Computed, MergePlan, Output
-from moemerge.sources import ModelFolder, open_model, read_tensor_table
+from moemerge.sources import open_merged, read_tensor_table
 from moemerge.verified_files import Difference, compare_entries, compare_files_beside, compare_index, notable
 
 
@@ -36,18 +36,6 @@ class Verification:
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
     """What is there or not, and damages nothing."""
-
-
-def open_merged(out: Path | str) -> ModelFolder:
-    """The merged checkpoint in a folder, never one on the Hub.
-
-    Raises:
-        SourceError: there is no such folder, or no checkpoint in it.
-        CheckpointError: its `config.json` is damaged.
-    """
-    if not Path(out).is_dir():
-        raise SourceError(f"{out}: there is no such folder. Name the folder that holds the merged model.")
-    return open_model(str(Path(out).resolve()), lambda _: None)
 
 
 def verify_merge(

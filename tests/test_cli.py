@@ -241,6 +241,42 @@ def test_a_wrong_command_is_explained(tmp_path, config, here):
         assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("size", ["5", "5\t", " 999.5 "])
+def test_a_small_size_without_a_unit_is_asked_for_one(tmp_path, config, here, size):
+    assert here(config, tmp_path / "out", "--max-shard-size", size)[::2] == (
+        2,
+        f"error: --max-shard-size: {size!r} is {int(float(size))} bytes: write a unit, as in 5GB or 500MB.\n",
+    )
+
+
+def test_a_small_size_with_a_unit_is_taken(tmp_path, plain, here):
+    code, shown, errors = here("plan", plain, "--json", "--max-shard-size", "999B")
+    assert (code, errors) == (0, "")
+    facts = json.loads(shown)
+    assert len(facts["shards"]) > len(facts["tensors"]) / 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "verify OUT --against OUT", "repair OUT", "push OUT user/name", "eval OUT --data a=OUT", "tune OUT --data a=OUT",
+        "routes OUT --text a", "gguf OUT a.gguf",
+    ],
+)  # fmt: skip
+def test_a_file_in_place_of_a_merged_models_folder_is_called_one(tmp_path, here, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("\n<|document|>\n".join(f"text {number}" for number in range(20)))
+    assert here(*command.replace("OUT", "a.txt").split()) == (
+        1, "", "error: a.txt: is a file. Name the folder that holds the merged model.\n",
+    )  # fmt: skip
+
+
+def test_a_file_in_place_of_any_models_folder_is_called_one(config, here):
+    assert here("inspect", config) == (
+        1, "", f"error: {config}: is a file. Name the folder that holds the model's config.json.\n",
+    )  # fmt: skip
+
+
 def test_a_full_folder_is_refused_then_replaced_on_request(tmp_path, plain, here):
     assert here(plain, tmp_path / "out", "--quiet", "--max-shard-size", "20kB")[0] == 0
     code, _, errors = here(plain, tmp_path / "out")

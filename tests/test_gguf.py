@@ -19,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint import target
 from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.header import read_header
 from moemerge.cli.app import main
@@ -35,6 +36,7 @@ from moemerge.export import packages
 from moemerge.export.blocks import quantise_q8_0
 from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors
+from moemerge.export.quantised_file import write_quantised
 from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
 from moemerge.export.transposed import Transposed
 from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
@@ -272,6 +274,26 @@ def test_no_file_is_written_into_a_source(tmp_path, llamas, monkeypatch, capsys)
         words = ["gguf", tmp_path / "out", tmp_path / "q.gguf", "--type", "q4_k_m", "--imatrix", "--imatrix-out", file]
         assert run(words, monkeypatch, capsys) == (2, "", f"error: {message}\n")
         assert not list(source.glob("*.gguf"))
+    # Before weights are read, which may be a download; the same of folders.
+    weights = (expert / "model.safetensors").rename(tmp_path / "w")
+    for place, *options in (
+        (expert / "a.gguf",), (expert / "a.gguf", "--type", "q4_k_m"), (expert / "a",),
+        (expert / "a", "--push", "user/name", "--push-streaming"),
+    ):  # fmt: skip
+        within = "lies within" if options or place.suffix else "is, holds or lies within"
+        assert run([config, place, *options], monkeypatch, capsys) == (
+            2, "", f"error: {place}: {within} the model {expert}. Choose another output folder.\n",
+        )  # fmt: skip
+    weights.rename(expert / "model.safetensors")
+    # However the config writes the folder down.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for written, source in (("~/b", base), ("b", base), ("~/b+~/e", expert)):
+        write_config(tmp_path / "out" / "moemerge_config.yaml", written, [llamas[1], llamas[2]], prompts=False)
+        file = source / "a.gguf"
+        message = f"{file}: lies within the model {source}. Choose another output folder."
+        assert refused(lambda file=file: write_gguf(tmp_path / "out", file)) == message
+    shutil.copy(config, tmp_path / "out" / "moemerge_config.yaml")
     # The merged model's own folder is the place that other programs look in; verify says so, too.
     write_gguf(tmp_path / "out", tmp_path / "out" / "a.gguf")
     assert verify_merge(plan_merge(load_config(config)), tmp_path / "out").differences == ()
@@ -386,6 +408,33 @@ def test_a_disk_without_room_is_not_filled(tmp_path, out, config, monkeypatch):
         message = refused(work, OutputError)
         assert message.startswith(f"{tmp_path / 'a.gguf'}: the merged model takes 50.")
         assert message.endswith("but the disk has 1.00 kB free. Free some space, or write to another disk.")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", ["FSIZE", "AS"])
+def test_limits_of_the_process_are_refused_before_the_first_byte(tmp_path, out, config, monkeypatch, limit):
+    file = tmp_path / "a.gguf"
+    plan = plan_merge(load_config(config))
+    monkeypatch.setattr(target, "limit_of", {limit: 10_000}.get)
+    monkeypatch.setattr(packages, "find_spec", lambda _: object())
+    for work in (
+        lambda: write_gguf(out, file),
+        lambda: merge_to_gguf(plan, file),
+        lambda: write_quantised(file, "q4_k_m", lambda floats, room: write_gguf(out, floats, room=room)),
+    ):
+        message = refused(work, OutputError)
+        if limit == "FSIZE":
+            assert re.fullmatch(
+                rf"{file}: takes up to 50\.\d+ MB, but this process may write files of 10\.00 kB at most\. Raise the limit "
+                "with `ulimit -f unlimited`\\.",
+                message,
+            )
+        else:
+            assert re.fullmatch(
+                rf"{file}: about \d+\.\d+ [MG]B of address space are needed, but this process may use 10\.00 kB\. Raise the "
+                "limit with `ulimit -v unlimited`\\.",
+                message,
+            )
     assert not list(tmp_path.iterdir())
 
 

@@ -280,6 +280,9 @@ def test_a_chat_template_is_found_where_transformers_finds_it(folder):
     assert read_chat_template(folder) == CHATML
     (folder / "chat_template.jinja").unlink()
     assert read_chat_template(folder) == "unread"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "a processor's"}))
+    assert read_chat_template(folder) == "unread"
+    (folder / "chat_template.json").unlink()
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert read_chat_template(folder) == "d"

@@ -651,7 +651,7 @@ def test_a_wrong_command_is_explained(tmp_path, llamas):
     absent = tmp_path / "user" / "absent"
     for arguments, status, message in (
         ((absent, "--against", config), 1, f"error: {absent}: there is no such folder. Name the folder that holds the merged model.\n"),
-        ((config, "--against", config), 1, f"error: {config}: there is no such folder. Name the folder that holds the merged model.\n"),
+        ((config, "--against", config), 1, f"error: {config}: is a file. Name the folder that holds the merged model.\n"),
         ((tmp_path / "empty", "--against", config), 1, f"error: {tmp_path / 'empty'}: has no config.json, so it is not a model that moemerge can read.\n"),
         ((llamas[0], "--against", wrong), 2, "gate_mod: unknown key, did you mean gate_mode?"),
         ((llamas[0],), 2, "Missing option '--against'"),

@@ -129,21 +129,23 @@ def check_space(out: Path, nbytes: int, *, left: int = 0, what: str = "the merge
         )
 
 
-def check_limits(out: Path, *, largest: int, memory: int) -> None:
+def check_limits(out: Path, *, largest: int, memory: int, in_shards: bool = True) -> None:
     """Refuse to start what the limits of this process (`ulimit`) would end; that of open files is raised if it can be.
 
     Args:
-        out: the folder that is written.
+        out: what is written.
         largest: bytes of its largest file.
         memory: bytes that the work is expected to take.
+        in_shards: whether it is a folder of shards, which could be smaller; else one file.
 
     Raises:
         OutputError: says which limit is too low.
     """
     if (limit := limit_of("FSIZE")) is not None and limit < largest:
+        what, else_ = ("its largest file has", ", or lower --max-shard-size") if in_shards else ("takes up to", "")
         raise OutputError(
-            f"{out}: its largest file has {shown_bytes(largest)}, but this process may write files of "
-            f"{shown_bytes(limit)} at most. Raise the limit with `ulimit -f unlimited`, or lower --max-shard-size."
+            f"{out}: {what} {shown_bytes(largest)}, but this process may write files of "
+            f"{shown_bytes(limit)} at most. Raise the limit with `ulimit -f unlimited`{else_}."
         )
     if (limit := limit_of("AS")) is not None and limit < memory + _ADDRESSES_BYTES:
         raise OutputError(

@@ -128,7 +128,8 @@ def _verify(
 
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_verification
-        from moemerge.verification import open_merged, verify_merge
+        from moemerge.sources import open_merged
+        from moemerge.verification import verify_merge
 
         # Before a plan may download weights.
         family = open_merged(out).config.get("model_type")

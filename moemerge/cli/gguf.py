@@ -47,8 +47,19 @@ def check_options(to_file: bool, kind: str, llama_cpp: Path | None, folders_only
         raise RefusedError(f"{name}: is of GGUF files, and OUT is none. Name a file that ends in .gguf.")
 
 
-def check_gguf(file: Path, kind: str, inputs: Collection[Path], llama_cpp: Path | None, *, overwrite: bool) -> None:
-    """Refuse a file that a merge could not write, before anything is downloaded.
+def check_gguf(
+    file: Path, kind: str, inputs: Collection[Path], llama_cpp: Path | None, sources: Collection[Path], *,
+    overwrite: bool,
+) -> None:  # fmt: skip
+    """Refuse a file that a merge could not write, before weights are downloaded.
+
+    Args:
+        file: the file.
+        kind: what `--type` asks for.
+        inputs: files that are read.
+        llama_cpp: what `--llama-cpp` names.
+        sources: folders of the models, as far as they are known.
+        overwrite: whether it may be replaced.
 
     Raises:
         RefusedError: says why.
@@ -60,7 +71,7 @@ def check_gguf(file: Path, kind: str, inputs: Collection[Path], llama_cpp: Path 
 
     if kind not in _WRITTEN_HERE:
         check_type(kind, with_importance=False)
-    check_file(file, overwrite=overwrite, inputs=inputs)
+    check_file(file, overwrite=overwrite, inputs=inputs, sources=sources)
     if llama_cpp is not None:
         check_checkout(llama_cpp)
 
@@ -73,7 +84,7 @@ def merge_into(  # noqa: PLR0917
     from moemerge.export.writing import check_file
     from moemerge.merging_to_gguf import merge_to_gguf
 
-    check_file(out, overwrite=overwrite, inputs=plan.inputs, sources=plan.folders)
+    check_file(out, overwrite=overwrite, inputs=plan.inputs)
     merge: Callable[..., Any] = partial(merge_to_gguf, plan, llama_cpp=llama_cpp, **options)
     if kind in _WRITTEN_HERE:
         return merge(out, type=kind, overwrite=overwrite)
@@ -167,6 +178,23 @@ def _quantise(
         console.print(f"note: {note}", style="yellow")
 
 
+UseImatrix = Annotated[
+    bool, typer.Option("--imatrix", help="Quantise by what the texts that the routers were made from need most.")
+]
+ImatrixTexts = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATH", help="The same by other text: files, folders, patterns.", show_default=False),
+]
+ImatrixFile = Annotated[Path | None, typer.Option(help="The same by a file of llama-imatrix.", show_default=False)]
+ImatrixOut = Annotated[
+    Path | None, typer.Option(help="Keep the importance matrix, for llama.cpp's tools.", show_default=False)
+]
+Ollama = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Write a Modelfile beside FILE, and create NAME in Ollama.", show_default=False),
+]
+
+
 def write_file(  # noqa: PLR0917  typer makes options of arguments
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, NAME.gguf.", show_default=False)],
@@ -176,69 +204,68 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="One thread, small chunks, nothing left in the page cache.")
     ] = False,
-    imatrix: Annotated[
-        bool, typer.Option("--imatrix", help="Quantise by what the texts that the routers were made from need most.")
-    ] = False,
-    imatrix_texts: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="The same by other text: files, folders, patterns.", show_default=False),
-    ] = None,
-    imatrix_file: Annotated[
-        Path | None, typer.Option(help="The same by a file of llama-imatrix.", show_default=False)
-    ] = None,
-    imatrix_out: Annotated[
-        Path | None, typer.Option(help="Keep the importance matrix, for llama.cpp's tools.", show_default=False)
-    ] = None,
+    imatrix: UseImatrix = False,
+    imatrix_texts: ImatrixTexts = None,
+    imatrix_file: ImatrixFile = None,
+    imatrix_out: ImatrixOut = None,
     imatrix_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read for it.")] = 16384,
-    ollama: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Write a Modelfile beside FILE, and create NAME in Ollama.", show_default=False
-        ),
-    ] = None,
+    ollama: Ollama = None,
     device: Device = "auto",
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Write a merged model as one GGUF file, for llama.cpp and what is built on it: the bytes of its own converter."""
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
-        from moemerge.cli.progress import show_progress
-        from moemerge.export.ollama import check_modelfile, check_name
-        from moemerge.export.writing import check_file, sources_of, write_gguf
-
-        if out.suffix.lower() in _CONFIGS and not out.is_dir():
-            raise RefusedError(
-                f"{out}: is a config, and no merged model's folder. It is merged into a GGUF file by `moemerge {out} "
-                f"{file}`."
-            )
+        _check_merged(out, file)
         told = Imatrix(imatrix, tuple(imatrix_texts or ()), imatrix_file, imatrix_out, imatrix_tokens, device)
         importance = told.maker(console, out, type, quiet=quiet, overwrite=overwrite)
-        if ollama is not None:
-            check_name(ollama)
-            check_modelfile(file.with_name(MODELFILE), overwrite=overwrite)
-        check_file(file, overwrite=overwrite, sources=sources_of(out))
+        _check_names(out, file, ollama, overwrite=overwrite)
         return_freed_memory()
-
-        def write(target: Path, kind: Any, **options: Any) -> None:
-            with show_progress(console, quiet=quiet) as progress:
-                report = stoppable(progress)
-                write_gguf(
-                    out, target, type=kind, low_memory=low_memory, llama_cpp=llama_cpp, **options,
-                    tell=lambda note: console.print(f"warning: {note}", style="yellow"),
-                    progress=lambda done, total: report("weights", done, total),
-                )  # fmt: skip
-
+        write = partial(_write, console, out, low_memory=low_memory, llama_cpp=llama_cpp, quiet=quiet)
         if type in _WRITTEN_HERE:
-            write(file, type, overwrite=overwrite)
+            write(file, type=type, overwrite=overwrite)
         else:
             _quantise(
-                console, file, type, lambda floats, room: write(floats, "auto", room=room), importance, quiet=quiet,
-                overwrite=overwrite,
+                console, file, type, lambda floats, room: write(floats, type="auto", room=room), importance,
+                quiet=quiet, overwrite=overwrite,
             )  # fmt: skip
         if not quiet:
             say(f"{file}: done")
         if ollama is not None:
             _describe_to_ollama(console, out, file, ollama, quiet=quiet)
+
+
+def _check_merged(out: Path, file: Path) -> None:
+    if out.suffix.lower() in _CONFIGS and not out.is_dir():
+        raise RefusedError(
+            f"{out}: is a config, and no merged model's folder. It is merged into a GGUF file by `moemerge {out} "
+            f"{file}`."
+        )
+
+
+def _check_names(out: Path, file: Path, ollama: str | None, *, overwrite: bool) -> None:
+    """Refuse names of what will be written, before minutes of work."""
+    from moemerge.export.ollama import check_modelfile, check_name
+    from moemerge.export.writing import check_file, sources_of
+
+    if ollama is not None:
+        check_name(ollama)
+        check_modelfile(file.with_name(MODELFILE), overwrite=overwrite)
+    check_file(file, overwrite=overwrite, sources=sources_of(out))
+
+
+def _write(console: Console, out: Path, file: Path, *, quiet: bool, **options: Any) -> None:
+    """Write a file in a type that is written here, and show how far it is."""
+    from moemerge.cli.progress import show_progress
+    from moemerge.export.writing import write_gguf
+
+    with show_progress(console, quiet=quiet) as progress:
+        report = stoppable(progress)
+        write_gguf(
+            out, file, **options,
+            tell=lambda note: console.print(f"warning: {note}", style="yellow"),
+            progress=lambda done, total: report("weights", done, total),
+        )  # fmt: skip
 
 
 def _describe_to_ollama(console: Console, out: Path, file: Path, name: str, *, quiet: bool) -> None:

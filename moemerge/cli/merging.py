@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from moemerge.plan import MergePlan
     from moemerge.publish import Publisher
     from moemerge.routers.report import RoutingReport
+    from moemerge.sources import ModelFolder
 
 _BITS_HELP: Final = (
     "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
@@ -123,16 +124,23 @@ def merge_models(
             "--out-shard-size": out_shard_size is not None,
         }  # fmt: skip
         check_options(to_file, type, llama_cpp, folders_only)
+        check_place: Callable[[list[Path]], None] = partial(
+            _check_folder, out, [config], overwrite=overwrite, streaming=push_streaming
+        )
         if to_file:
-            check_gguf(out, type, [config], llama_cpp, overwrite=overwrite)
-        elif not push_streaming:
-            _check_folder(out, [config], overwrite=overwrite)
+            check_place = partial(check_gguf, out, type, [config], llama_cpp, overwrite=overwrite)
+        check_place([])
+
+        def approve(sources: "Sequence[ModelFolder]") -> None:
+            check_place([folder for source in sources for folder in source.folders])
+            pushing.approve(sources)
+
         base_bits = _check_pass(device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
         return_freed_memory()
         plan = plan_from(
             console, config, max_shard_size, out_shard_size, quiet, allow_identical_experts,
             None if push_streaming or to_file else out, routing_table, weights="stream" if stream else "auto",
-            approve=pushing.approve, prove=True, engine=engine, to_gguf=to_file,
+            approve=approve, prove=True, engine=engine, to_gguf=to_file,
         )  # fmt: skip
         way = partial(merge, plan, out, name=push, resume=resume)
         if to_file:
@@ -159,12 +167,17 @@ def merge_models(
             say(pushing.publisher.url if push_streaming else pushing.publisher.push(out))
 
 
-def _check_folder(out: Path, inputs: list[Path], *, overwrite: bool) -> None:
-    """Refuse a folder that a merge could not write, before anything is downloaded."""
-    from moemerge.checkpoint.target import check_target
+def _check_folder(
+    out: Path, inputs: list[Path], sources: list[Path], *, overwrite: bool, streaming: bool
+) -> None:  # fmt: skip
+    """Refuse a folder that a merge could not write, or not keep shards beside; before weights are downloaded."""
+    from moemerge.checkpoint.target import check_scratch, check_target
     from moemerge.overwriting import replaceable_files
 
-    check_target(out, inputs=inputs, replaceable=replaceable_files if overwrite else None)
+    if streaming:
+        check_scratch(out, sources)
+    else:
+        check_target(out, sources, inputs=inputs, replaceable=replaceable_files if overwrite else None)
 
 
 def _check_pass(device: str, *, load_in_8bit: bool, load_in_4bit: bool) -> Literal[4, 8] | None:

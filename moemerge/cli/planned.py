@@ -73,6 +73,6 @@ def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int)
             nbytes = parse_size(size)
         except ValueError as error:
             raise RefusedError(f"--max-shard-size: {error}.") from error
-        if nbytes < _FEWEST_BARE_BYTES and size.rstrip(" bB")[-1].isdecimal():
+        if nbytes < _FEWEST_BARE_BYTES and size.strip().replace(".", "", 1).isdecimal():
             raise RefusedError(f"--max-shard-size: {size!r} is {nbytes} bytes: write a unit, as in 5GB or 500MB.")
     return nbytes if parameters is None else parse_parameter_count(parameters) * parameter_bytes

@@ -13,13 +13,13 @@ from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.config import CONFIG_COPY, MergeConfig, load_config
 from moemerge.dtypes import NAMED
-from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError, SourceError
+from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError
 from moemerge.formats import MOE_FAMILIES, MoeFamily
 from moemerge.formats.dense import decoded, read_dense
 from moemerge.formats.family import SWITCHED_OFF
 from moemerge.passes.weights import read_into
 from moemerge.routers.report import expert_names
-from moemerge.sources import ModelFolder, open_model, read_tensor_table, read_tensor_tables
+from moemerge.sources import ModelFolder, open_merged, open_model, read_tensor_table, read_tensor_tables
 
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -108,9 +108,7 @@ def open_mixture(folder: Path | str) -> MixtureModel:
         IncompatibleError: it is no mixture of a family that moemerge writes.
         CheckpointError: its files are damaged.
     """
-    if not Path(folder).is_dir():
-        raise SourceError(f"{folder}: there is no such folder. Name the folder that holds the merged model.")
-    model = open_model(str(Path(folder).resolve()), lambda _: None)
+    model = open_merged(folder)
     family = MOE_FAMILIES.get(str(model.config.get("model_type")))
     if family is None:
         raise IncompatibleError(

@@ -33,7 +33,8 @@ def find_chat_template(folder: Path, settings: Mapping[str, Any], *, files_first
     Args:
         folder: of the model.
         settings: its `tokenizer_config.json`, which may have one, too.
-        files_first: prefer those in files of their own, as transformers does, and llama.cpp's converter does not.
+        files_first: prefer those in `.jinja` files, as transformers does, and llama.cpp's converter does not.
+            `chat_template.json`, a processor's, comes last either way.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -41,15 +42,17 @@ def find_chat_template(folder: Path, settings: Mapping[str, Any], *, files_first
         UnicodeDecodeError: a template is no text in UTF-8.
     """
     own = _templates_in_files(folder)
-    prefers_own = files_first and own is not None
-    found = own if prefers_own else settings.get("chat_template", own)
+    if files_first and own is not None:
+        return own
+    other = read_table(folder / "chat_template.json").get("chat_template") if own is None else own
+    found = settings.get("chat_template", other)
     return found if isinstance(found, str | list) else None
 
 
-def _templates_in_files(folder: Path) -> Any:
+def _templates_in_files(folder: Path) -> str | list[Any] | None:
     file = folder / _FILE
     if not file.is_file():
-        return read_table(folder / "chat_template.json").get("chat_template")
+        return None
     default = file.read_text(encoding="utf-8")
     others = [(path.stem, path.read_text(encoding="utf-8")) for path in sorted((folder / TEMPLATES).glob("*.jinja"))]
     if not others:

@@ -9,7 +9,7 @@ from typing import Final
 from moemerge.export.imatrix import Importance
 from moemerge.export.quantising import QuantisedReport, check_type, quantise, quantised_bytes
 from moemerge.export.tensors import GgufTensor
-from moemerge.export.writing import STAGED, Room, check_file, check_room, staged_file
+from moemerge.export.writing import MEMORY_BYTES, STAGED, Room, check_file, check_room, staged_file
 
 _FLOATS: Final = "floats"
 
@@ -47,7 +47,9 @@ def write_quantised(
     return replace(report, path=file)
 
 
-def _check_both(file: Path, kind: str, _floats: Path, tensors: Sequence[GgufTensor], more: int = 0) -> int:
+def _check_both(
+    file: Path, kind: str, _floats: Path, tensors: Sequence[GgufTensor], more: int = 0, memory: int = MEMORY_BYTES
+) -> None:  # fmt: skip
     """Refuse to begin where the disk cannot hold the model in floats and what becomes of it at the same time."""
     what = f"the merged model, in floats and in {kind},"
-    return check_room(file, tensors, more + quantised_bytes(tensors, kind), what)
+    check_room(file, tensors, more + quantised_bytes(tensors, kind), memory, what=what)

@@ -11,7 +11,7 @@ from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.jobs import MAX_THREADS
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import left_bytes, staged
-from moemerge.checkpoint.target import check_scratch, check_space
+from moemerge.checkpoint.target import check_limits, check_scratch, check_space
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config import CONFIG_COPY, load_config
 from moemerge.errors import ConfigError, RefusedError, TooLargeError
@@ -20,8 +20,8 @@ from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
 from moemerge.export.packages import need
 from moemerge.export.tensors import GgufTensor
-from moemerge.sources import read_tensor_table
-from moemerge.verification import open_merged
+from moemerge.sources import open_merged, read_tensor_table
+from moemerge.sources.reference import local_folders
 
 SUFFIX: Final = ".gguf"
 STAGED: Final = f"model{SUFFIX}"
@@ -30,30 +30,38 @@ _MAGIC: Final = b"GGUF"
 _MODEL_CONFIGS: Final = ("config.json", "adapter_config.json")
 HEADER_BYTES: Final = 50_000_000
 """What keys and a vocabulary take at most, with room to spare."""
+MEMORY_BYTES: Final = 100_000_000
+"""What a file that is made of a checkpoint takes in memory, whatever its size."""
 
 
 class Room(Protocol):
     """What asks for room on the disk, as `check_room` does."""
 
-    def __call__(self, file: Path, tensors: Sequence[GgufTensor], more: int = 0) -> int:
-        """Refuse to begin what the disk cannot hold."""
+    def __call__(
+        self, file: Path, tensors: Sequence[GgufTensor], more: int = 0, memory: int = MEMORY_BYTES
+    ) -> None:  # fmt: skip
+        """Refuse to begin what the disk cannot hold, or what limits of this process would end."""
 
 
-def check_room(file: Path, tensors: Sequence[GgufTensor], more: int = 0, what: str = "the merged model") -> int:
-    """Refuse to begin what the disk cannot hold; gives the bytes that the file takes at most.
+def check_room(
+    file: Path, tensors: Sequence[GgufTensor], more: int = 0, memory: int = MEMORY_BYTES, *,
+    what: str = "the merged model",
+) -> None:  # fmt: skip
+    """Refuse to begin what the disk cannot hold, or what limits of this process (`ulimit`) would end.
 
     Args:
         file: the file.
         tensors: that it will hold.
         more: bytes that are needed beside it.
+        memory: bytes that the work is expected to take.
         what: is written.
 
     Raises:
-        OutputError: says how much is needed and how much is free.
+        OutputError: says how much is needed and how much is free, or which limit is too low.
     """
     nbytes = sum(tensor.nbytes for tensor in tensors) + HEADER_BYTES
     check_space(file, nbytes + more, left=left_bytes(file), what=what)
-    return nbytes
+    check_limits(file, largest=nbytes, memory=memory, in_shards=False)
 
 
 def write_gguf(
@@ -78,7 +86,7 @@ def write_gguf(
         RefusedError: the family or its tokenizer is not written as a GGUF file, or the file is there already.
         SourceError: there is no such folder.
         CheckpointError: the checkpoint is damaged.
-        OutputError: the disk is full or cannot be written.
+        OutputError: the disk is full or cannot be written, or a limit of this process is too low.
     """
     file, folder = Path(file), Path(checkpoint)
     check_file(file, overwrite=overwrite, sources=sources_of(folder))
@@ -99,14 +107,17 @@ def write_gguf(
 
 
 def sources_of(folder: Path) -> list[Path]:
-    """Folders of the models that a merged model was made of, as far as the copy of its config leads to them."""
+    """Folders of the models that a merged model was made of, as far as the copy of its config leads to them.
+
+    Relative paths count from the current folder.
+    """
     try:
         config = load_config(folder / CONFIG_COPY, allow_identical_experts=True)
     except ConfigError:
         return []
     references = [config.base_model, *(expert.source_model for expert in (*config.experts, *config.shared_experts))]
-    found = (Path(part) for reference in references for part in {reference, *reference.split("+")})
-    return [path.resolve() for path in found if any((path / name).is_file() for name in _MODEL_CONFIGS)]
+    found = (folder for reference in references for folder in local_folders(reference))
+    return [folder for folder in found if any((folder / name).is_file() for name in _MODEL_CONFIGS)]
 
 
 def check_file(

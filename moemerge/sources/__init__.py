@@ -1,7 +1,6 @@
 """From a model reference in the YAML to its `config.json` and the table of its tensors; no tensor bytes are read."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,13 +14,13 @@ from moemerge.checkpoint.files import File, Stamp, size_of
 from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import SourceError
-from moemerge.sources.local import find_weights, resolve_file, weights_named
+from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
 from moemerge.sources.names import unwrapped
 from moemerge.sources.pickles import read_pickle
-from moemerge.sources.reference import Reference, parse_reference
+from moemerge.sources.reference import Reference, parse_reference, split_adapter
 
 __all__ = [
     "Announce",
@@ -29,6 +28,7 @@ __all__ = [
     "Reference",
     "fetch_files",
     "fetch_if_room",
+    "open_merged",
     "open_model",
     "parse_reference",
     "read_tensor_table",
@@ -55,6 +55,12 @@ class ModelFolder:
     """Of each of its files that was read, what told it from others when it was first read."""
     notes: list[str] = field(default_factory=list, compare=False)
     """What is odd about its files."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """Its own and its adapters'; of a snapshot in the Hub's cache, that of its repository."""
+        folders = [self.folder, *(adapter.folder for adapter in self.adapters)]
+        return [folder.parent.parent if is_snapshot(folder) else folder for folder in folders]
 
     def name_of(self, file: File) -> str:
         """Which reference one of its weight files belongs to: an adapter's, or that of the model before the `+`."""
@@ -85,7 +91,7 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
         SourceError: the reference leads nowhere, or to no model.
         CheckpointError: its `config.json` is damaged.
     """
-    if split := _split_adapter(reference):
+    if split := split_adapter(reference):
         model, adapter = split
         opened = open_model(model, announce)
         _, folder = _find(adapter, announce, also=ADAPTER_WEIGHTS)
@@ -110,21 +116,17 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
     return opened
 
 
-def _split_adapter(reference: str) -> tuple[str, str] | None:
-    """The two sides of model+adapter; of several `+`, the last that leaves a folder or a repository on both."""
+def open_merged(out: Path | str) -> ModelFolder:
+    """The merged checkpoint in a folder, never one on the Hub.
 
-    def leads_somewhere(text: str) -> bool:
-        try:
-            parse_reference(text.partition("+")[0] if "+" in text and not Path(text).expanduser().is_dir() else text)
-        except SourceError:
-            return False
-        return True
-
-    if "+" not in reference or Path(reference).expanduser().is_dir():
-        return None
-    places = [match.start() for match in re.finditer(r"\+", reference)][::-1]
-    splits = [(reference[:place], reference[place + 1 :]) for place in places]
-    return next((split for split in splits if all(map(leads_somewhere, split))), splits[0])
+    Raises:
+        SourceError: there is no such folder, or no checkpoint in it.
+        CheckpointError: its `config.json` is damaged.
+    """
+    if not Path(out).is_dir():
+        found = "is a file" if Path(out).is_file() else "there is no such folder"
+        raise SourceError(f"{out}: {found}. Name the folder that holds the merged model.")
+    return open_model(str(Path(out).resolve()), lambda _: None)
 
 
 def _find(reference: str, announce: Announce, *, also: Sequence[str] = ()) -> tuple[Path | Reference, Path]:

@@ -38,3 +38,31 @@ def parse_reference(text: str) -> Path | Reference:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")):
         raise SourceError(f"{text}: there is no such folder, and it cannot be a Hub repository (user/name).")
     return Reference(name, revision or None)
+
+
+def split_adapter(reference: str) -> tuple[str, str] | None:
+    """The two sides of model+adapter; of several `+`, the last that leaves a folder or a repository on both."""
+
+    def leads_somewhere(text: str) -> bool:
+        try:
+            parse_reference(text.partition("+")[0] if "+" in text and not Path(text).expanduser().is_dir() else text)
+        except SourceError:
+            return False
+        return True
+
+    if "+" not in reference or Path(reference).expanduser().is_dir():
+        return None
+    places = [match.start() for match in re.finditer(r"\+", reference)][::-1]
+    splits = [(reference[:place], reference[place + 1 :]) for place in places]
+    return next((split for split in splits if all(map(leads_somewhere, split))), splits[0])
+
+
+def local_folders(reference: str) -> list[Path]:
+    """The folders on this machine that a reference leads to: a model's, and its adapters'."""
+    if split := split_adapter(reference):
+        return [folder for side in split for folder in local_folders(side)]
+    try:
+        origin = parse_reference(reference)
+    except SourceError:
+        return []
+    return [origin] if isinstance(origin, Path) else []
