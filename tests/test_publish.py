@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,6 +161,9 @@ def test_a_push_that_was_cut_off_sends_only_what_is_missing(tmp_path):
         out = machine.checkpoint(sharded=True)
         hub.add("acme/mix", OLD)
         before = files(hub, "acme/mix")
+        arrived = threading.Event()
+        hub.before("*/objects/verify", arrived.set)
+        hub.before("*", lambda: arrived.wait(20), method="PUT")  # the other shard's
         hub.fail("*", 400, host="uploads", method="PUT", message="Told to fail")
         broken = machine.moemerge("push", "out", "acme/mix", "--quiet")
         assert files(hub, "acme/mix") == before
