@@ -15,7 +15,7 @@ from moemerge.checkpoint.copy import copy_file
 from moemerge.errors import OutputError, RefusedError
 from moemerge.passes.proving import RESULT, Proof, prove
 from moemerge.passes.tokens import listed, read_tokenizer_config
-from moemerge.tokenizer_files import BaseFiles
+from moemerge.tokenizer_files import BaseFiles, notes_for_4, respelled_tokenizer
 
 _CHILD_SECONDS: Final = 600
 
@@ -46,7 +46,7 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
     """
     made = files.made(output_config["model_type"])
     if not made:
-        return ProvedTokenizer({}, ())
+        return ProvedTokenizer(files.respelled, ())
     try:
         with TemporaryDirectory(prefix="moemerge-") as folder:
             out = Path(folder).resolve() / "out"
@@ -54,6 +54,8 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
             for name, path in files.copied.items():
                 (out / name).parent.mkdir(exist_ok=True)
                 copy_file(path, out / name)
+            for name, text in files.respelled.items():
+                (out / name).write_bytes(text)
             (out / "config.json").write_text(json.dumps(output_config), encoding="utf-8")
             base = files.base.folder.resolve()
             in_process = in_process or "transformers" in sys.modules
@@ -106,6 +108,7 @@ def _notes(
             f"the base's tokenizer {proof.problem}; its files are copied, but nothing proves that the output reads "
             f"text as the base does. To have it proved, {proof.step} and merge again"
         )
+        yield from notes_for_4(files.tokenizer_config)
     if "tokenizer.json" in written and "tokenizer.json" in files.copied:
         yield (
             f"tokenizer.json is not the base's file but the base's tokenizer as {reader} reads it, by "
@@ -118,9 +121,10 @@ def _notes(
             "merge with the one that will read the output"
         )
     if "tokenizer_config.json" in written:
-        base = files.tokenizer_config
+        base = respelled_tokenizer(files.tokenizer_config)
         changed = [key for key in dict.fromkeys([*base, *config]) if base.get(key) != config.get(key)]
-        yield f"tokenizer_config.json is not the base's in {', '.join(changed)}, so that {reader} reads it alike"
+        if changed:
+            yield f"tokenizer_config.json is not the base's in {', '.join(changed)}, so that {reader} reads it alike"
 
 
 def _refusal(proof: Proof, model_type: str) -> str:
