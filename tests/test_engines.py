@@ -89,6 +89,28 @@ def test_a_mixture_whose_facts_are_named_otherwise_is_compared_too(tmp_path, cap
     assert capsys.readouterr().out.startswith(f"mixtral (newly named), vLLM: {row['vllm']} before, now 2.0\n")
 
 
+@pytest.mark.parametrize(
+    ("said", "recorded"),
+    [
+        (
+            "takes head_dim for hidden_size / num_attention_heads",
+            "takes head_dim for hidden_size / num_attention_heads",
+        ),
+        ("/home/a/b.gguf: is damaged", "b.gguf: is damaged"),
+        ("reads '/home/a/b.gguf' and /c.gguf", "reads 'b.gguf' and c.gguf"),
+        ("see https://example.org/a/b", "see https://example.org/a/b"),
+    ],
+)
+def test_of_a_message_only_folders_are_dropped(tmp_path, said, recorded):
+    family, row = ROWS[0]
+    (tmp_path / "cases").mkdir()
+    measured(tmp_path / "cases", family, row, mlx=said)
+    target = tmp_path / "record.json"
+    shutil.copy(RECORDED, target)
+    assert record(tmp_path / "cases", target, accept=True) == 0
+    assert json.loads(target.read_text())["families"][family][0]["mlx"] == recorded
+
+
 def test_an_answer_that_is_missing_is_missed(tmp_path):
     measured(tmp_path, *ROWS[0])
     answer = tmp_path / ROWS[0][1]["form"] / "mlx.answer.json"
