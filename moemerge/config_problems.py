@@ -9,6 +9,7 @@ from typing import Final
 import yaml
 from pydantic_core import ErrorDetails
 
+from moemerge.engines import NAMES
 from moemerge.errors import ConfigError
 from moemerge.yaml_text import Place
 
@@ -45,6 +46,8 @@ def explain(detail: ErrorDetails, known_keys: Callable[[Place], list[str]]) -> s
         return "is missing"
     if detail["type"] == "literal_error":
         choices = detail["ctx"]["expected"].replace("'", "")
+        if key == "engine":
+            choices = f"{', '.join(NAMES[:-1])} or {NAMES[-1]}"
         near = difflib.get_close_matches(str(value)[:60], choices.replace(" or ", ", ").split(", "), n=1)
         return f"expected {choices}, found {SHORT_REPR.repr(value)}" + (f"; did you mean {near[0]}?" if near else "")
     if detail["type"] == "string_type":

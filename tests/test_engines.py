@@ -13,7 +13,7 @@ import pytest
 from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
 from moemerge.engines import ENGINES
-from moemerge.errors import IncompatibleError
+from moemerge.errors import ConfigError, IncompatibleError
 from moemerge.formats import MOE_FAMILIES, engines, select_family
 from moemerge.formats.engines import MAIN, TOLERANCE, facts_of, readings, right_in, trouble_of
 from moemerge.formats.overview import family_rows
@@ -277,4 +277,17 @@ def test_an_unknown_engine_is_refused_before_anything_is_read(tmp_path, monkeypa
     assert (
         capsys.readouterr().err
         == "error: --for: 'ollama' is none of transformers, vllm, llama.cpp, converter, mlx, openvino.\n"
+    )
+
+
+def test_a_config_that_names_an_unknown_engine_is_told_names_as_they_are_written(tmp_path):
+    keys = {"engine": "ollama"}
+    config = write_config(
+        tmp_path / "merge.yaml", tmp_path / "a", [tmp_path / "b", tmp_path / "c"], prompts=False, **keys
+    )
+    with pytest.raises(ConfigError) as refused:
+        load_config(config)
+    assert str(refused.value).splitlines()[1] == (
+        "  - line 2: engine: expected transformers, vllm, llama.cpp, converter, mlx or openvino, found 'ollama'; did you "
+        "mean llama.cpp?"
     )
