@@ -83,7 +83,10 @@ def merge_to_gguf(
     tensors = model.tensors(_table(plan, seed, {}))
     nbytes = room(file, tensors, plan.kept_bytes)
     check_limits(file, largest=nbytes, memory=plan.peak_memory_bytes)
-    work = Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn)
+    work = Work(
+        plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn,
+        to_folder=False,
+    )  # fmt: skip
     with staged_file(file, overwrite=overwrite) as stage, work.sources_kept_in(stage):
         described = stage / _DESCRIBED / file.stem
         described.mkdir(parents=True)

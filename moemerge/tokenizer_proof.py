@@ -28,6 +28,8 @@ class ProvedTokenizer:
     """By name."""
     notes: tuple[str, ...]
     """What the user of the output should know."""
+    doubts: tuple[str, ...] = ()
+    """Those of them that do not speak of the files alone."""
 
 
 def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_process: bool) -> ProvedTokenizer:
@@ -70,7 +72,8 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
     model_type = output_config["model_type"]
     if proof.base_class and not proof.is_proved:
         raise RefusedError(_refusal(proof, model_type))
-    return ProvedTokenizer(written, tuple(_notes(files, proof, written, config, model_type)))
+    doubts = () if proof.base_class else (_doubt(proof),)
+    return ProvedTokenizer(written, (*doubts, *_notes(files, proof, written, config, model_type)), doubts)
 
 
 def _prove_in_child(base: Path, out: Path) -> Proof:
@@ -99,15 +102,18 @@ def _new(path: Path, copied_from: Path | None) -> bytes | None:
     return None if copied_from and content == copied_from.read_bytes() else content
 
 
+def _doubt(proof: Proof) -> str:
+    return (
+        f"the base's tokenizer {proof.problem}; its files are copied, but nothing proves that the output reads "
+        f"text as the base does. To have it proved, {proof.step} and merge again"
+    )
+
+
 def _notes(
     files: BaseFiles, proof: Proof, written: Mapping[str, bytes], config: Mapping[str, Any], model_type: str
 ) -> Iterator[str]:
     reader = f"transformers {version('transformers')}"
     if not proof.base_class:
-        yield (
-            f"the base's tokenizer {proof.problem}; its files are copied, but nothing proves that the output reads "
-            f"text as the base does. To have it proved, {proof.step} and merge again"
-        )
         yield from notes_for_4(files.tokenizer_config)
     if "tokenizer.json" in written and "tokenizer.json" in files.copied:
         yield (

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
 from moemerge.formats import MOE_FAMILIES
 from moemerge.merging_to_gguf import merge_to_gguf
+from moemerge.tokenizer_proof import ProvedTokenizer
 from moemerge.verification import verify_merge
 from tests.families import GEMMA4, HYBRID, MIXED
 from tests.models import edit_json, make_model, write_config
@@ -548,6 +550,15 @@ def test_what_a_family_has_no_tensors_for_is_said_in_words(tmp_path, what):
         f"{moe}: is not written as a GGUF file, for llama.cpp {reason}. {NEXT}"
     )
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_what_is_said_of_a_tokenizers_files_is_said_of_folders_alone(tmp_path, config):
+    said: list[str] = []
+    plan = replace(
+        plan_merge(load_config(config)), tokenizer=ProvedTokenizer({}, ("a doubt", "of a file"), ("a doubt",))
+    )
+    merge_to_gguf(plan, tmp_path / "a.gguf", warn=said.append)
+    assert said == ["a doubt"]
 
 
 def test_cards_offer_a_gguf_file_of_what_is_written_as_one():

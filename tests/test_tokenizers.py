@@ -445,6 +445,9 @@ def test_what_cannot_be_proved_stays_in_the_words_of_its_base_with_a_note(tmp_pa
     (base / "tekken.json").write_text("{}")
     (base / "tokenizer.json").write_text("{}")
     out, warnings = merged(tmp_path, base, llamas)
+    plan = plan_of(tmp_path, base, llamas)
+    proved = tokenizer_proof.prove_tokenizer(plan.base_files, plan.output_config, in_process=True)
+    assert proved.doubts == (warnings[0],)
     assert warnings[1:] == [
         "transformers 4 does not read this tokenizer_config.json, which transformers 5 has saved: for both, it needs "
         '"tokenizer_class": "PreTrainedTokenizerFast" and "additional_special_tokens" as the name of '
