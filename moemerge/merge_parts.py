@@ -41,7 +41,7 @@ class Work:
 
     def __init__(
         self, plan: MergePlan, *, seed: int, device: str, base_bits: Literal[4, 8] | None, low_memory: bool,
-        licence: str | None, warn: Callable[[str], None],
+        licence: str | None, warn: Callable[[str], None], to_folder: bool = True,
     ) -> None:  # fmt: skip
         check_base_bits(base_bits)
         if plan.runs_base and device not in {"auto", "cpu"}:
@@ -51,7 +51,7 @@ class Work:
         self._tokenizer = plan.tokenizer or prove_tokenizer(
             plan.base_files, plan.output_config, in_process=plan.runs_base
         )
-        for note in self._tokenizer.notes:
+        for note in self._tokenizer.notes if to_folder else self._tokenizer.doubts:
             warn(note)
         self._plan, self._seed, self._device = plan, seed, device
         self._base_bits, self._low_memory, self._licence = base_bits, low_memory, licence

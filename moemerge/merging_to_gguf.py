@@ -81,7 +81,10 @@ def merge_to_gguf(
     model = GgufModel(plan.output_config, asked_type(type, {STORED[plan.dtype]}), llama_cpp)
     tensors = model.tensors(_table(plan, seed, {}))
     room(file, tensors, plan.kept_bytes, plan.peak_memory_bytes)
-    work = Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn)
+    work = Work(
+        plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn,
+        to_folder=False,
+    )  # fmt: skip
     with staged_file(file, overwrite=overwrite) as stage, work.sources_kept_in(stage):
         described = stage / _DESCRIBED / file.stem
         described.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """The files that a merge copies from its base beside weights, and what is to be known of its tokenizer."""
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ _SMALL_TABLES: Final = (
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.json",
 )  # fmt: skip
-_MADE: Final = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+_MADE: Final = ("tokenizer.json", TOKENIZER_CONFIG)
 # Classes by which tokenizer.json is read as it is.
 _AS_IT_IS: Final = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Model types for which transformers 5 takes another class all the same, and those for which it takes no other ever:
@@ -72,6 +74,12 @@ class BaseFiles:
         has_one = bool(_vocabularies(self.copied)) or named not in (None, *_AS_IT_IS)
         return () if read_alike or not has_one else _MADE
 
+    @property
+    def respelled(self) -> Mapping[str, bytes]:
+        """`tokenizer_config.json` in words that transformers 4 reads, too, where the base's own are 5's alone."""
+        both = respelled_tokenizer(self.tokenizer_config)
+        return {} if both == self.tokenizer_config else {TOKENIZER_CONFIG: json.dumps(both, indent=2).encode() + b"\n"}
+
 
 def find_base_files(base: ModelFolder, announce: Callable[[str], None], *, needed: bool) -> BaseFiles:
     """Find what is copied from a base, chat templates and what its tokenizer's config names among it.
@@ -92,7 +100,8 @@ def find_base_files(base: ModelFolder, announce: Callable[[str], None], *, neede
     wanted = [*COPIED_FILES, *(name for name in versioned if re.fullmatch(r"tokenizer\.[\w.-]+\.json", name))]
     wanted += template_names(base.folder)
     copied = {name: path for name in wanted if (path := base.file(name))}
-    notes, reader_notes = [], _notes_for_4(config)
+    notes: list[str] = []
+    reader_notes: list[str] = []
     if references := code_references(config):
         code, note = _find_code(base, references, announce)
         copied |= {name: path for name, path in code.items() if name not in copied}
@@ -151,7 +160,7 @@ def respelled_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _notes_for_4(config: Mapping[str, Any]) -> list[str]:
+def notes_for_4(config: Mapping[str, Any]) -> list[str]:
     """What transformers 4 cannot read of what transformers 5 saves."""
     both = respelled_tokenizer(config)
     lines = []
@@ -163,7 +172,7 @@ def _notes_for_4(config: Mapping[str, Any]) -> list[str]:
         return []
     return [
         "transformers 4 does not read this tokenizer_config.json, which transformers 5 has saved: for both, it needs "
-        f"{' and '.join(lines)}"
+        f"{' and '.join(lines)}, which `moemerge repair` writes"
     ]
 
 

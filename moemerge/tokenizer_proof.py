@@ -15,7 +15,7 @@ from moemerge.checkpoint.copy import copy_file
 from moemerge.errors import OutputError, RefusedError
 from moemerge.passes.proving import RESULT, Proof, prove
 from moemerge.passes.tokens import listed, read_tokenizer_config
-from moemerge.tokenizer_files import BaseFiles
+from moemerge.tokenizer_files import BaseFiles, notes_for_4, respelled_tokenizer
 
 _CHILD_SECONDS: Final = 600
 
@@ -28,6 +28,8 @@ class ProvedTokenizer:
     """By name."""
     notes: tuple[str, ...]
     """What the user of the output should know."""
+    doubts: tuple[str, ...] = ()
+    """Those of them that do not speak of the files alone."""
 
 
 def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_process: bool) -> ProvedTokenizer:
@@ -46,7 +48,7 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
     """
     made = files.made(output_config["model_type"])
     if not made:
-        return ProvedTokenizer({}, ())
+        return ProvedTokenizer(files.respelled, ())
     try:
         with TemporaryDirectory(prefix="moemerge-") as folder:
             out = Path(folder).resolve() / "out"
@@ -54,6 +56,8 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
             for name, path in files.copied.items():
                 (out / name).parent.mkdir(exist_ok=True)
                 copy_file(path, out / name)
+            for name, text in files.respelled.items():
+                (out / name).write_bytes(text)
             (out / "config.json").write_text(json.dumps(output_config), encoding="utf-8")
             base = files.base.folder.resolve()
             in_process = in_process or "transformers" in sys.modules
@@ -68,7 +72,8 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
     model_type = output_config["model_type"]
     if proof.base_class and not proof.is_proved:
         raise RefusedError(_refusal(proof, model_type))
-    return ProvedTokenizer(written, tuple(_notes(files, proof, written, config, model_type)))
+    doubts = () if proof.base_class else (_doubt(proof),)
+    return ProvedTokenizer(written, (*doubts, *_notes(files, proof, written, config, model_type)), doubts)
 
 
 def _prove_in_child(base: Path, out: Path) -> Proof:
@@ -97,15 +102,19 @@ def _new(path: Path, copied_from: Path | None) -> bytes | None:
     return None if copied_from and content == copied_from.read_bytes() else content
 
 
+def _doubt(proof: Proof) -> str:
+    return (
+        f"the base's tokenizer {proof.problem}; its files are copied, but nothing proves that the output reads "
+        f"text as the base does. To have it proved, {proof.step} and merge again"
+    )
+
+
 def _notes(
     files: BaseFiles, proof: Proof, written: Mapping[str, bytes], config: Mapping[str, Any], model_type: str
 ) -> Iterator[str]:
     reader = f"transformers {version('transformers')}"
     if not proof.base_class:
-        yield (
-            f"the base's tokenizer {proof.problem}; its files are copied, but nothing proves that the output reads "
-            f"text as the base does. To have it proved, {proof.step} and merge again"
-        )
+        yield from notes_for_4(files.tokenizer_config)
     if "tokenizer.json" in written and "tokenizer.json" in files.copied:
         yield (
             f"tokenizer.json is not the base's file but the base's tokenizer as {reader} reads it, by "
@@ -118,9 +127,10 @@ def _notes(
             "merge with the one that will read the output"
         )
     if "tokenizer_config.json" in written:
-        base = files.tokenizer_config
+        base = respelled_tokenizer(files.tokenizer_config)
         changed = [key for key in dict.fromkeys([*base, *config]) if base.get(key) != config.get(key)]
-        yield f"tokenizer_config.json is not the base's in {', '.join(changed)}, so that {reader} reads it alike"
+        if changed:
+            yield f"tokenizer_config.json is not the base's in {', '.join(changed)}, so that {reader} reads it alike"
 
 
 def _refusal(proof: Proof, model_type: str) -> str:

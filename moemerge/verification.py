@@ -13,7 +13,9 @@ from moemerge.checkpoint.jobs import Jobs
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.checkpoint.values import Census, look_at
 from moemerge.dtypes import STORED
+from moemerge.engines import ENGINES
 from moemerge.errors import CheckpointError
+from moemerge.formats.engines import Trouble, facts_of, trouble_of
 from moemerge.plan import Computed, MergePlan, Output
 from moemerge.sources import open_merged, read_tensor_table
 from moemerge.verified_files import Difference, compare_entries, compare_files_beside, compare_index, notable
@@ -61,6 +63,7 @@ def verify_merge(
     """
     model = open_merged(out)
     files, differences = compare_files_beside(plan, model)
+    differences += _compare_engine(plan)
     differences, notes = notable(model, differences)
     try:
         tensors = read_tensor_table(model, lambda _: None)
@@ -99,6 +102,18 @@ def verify_merge(
         differences=tuple(differences),
         notes=tuple(notes),
     )
+
+
+def _compare_engine(plan: MergePlan) -> list[Difference]:
+    """Whether the engine that the config names reads such a mixture rightly; a plan for another may be compared."""
+    engine = plan.config.engine
+    if engine is None or engine in plan.right_in:
+        return []
+    family = plan.family.model_type
+    trouble = trouble_of(engine, family, facts_of(plan.base, plan.mixture))
+    words = trouble.words if isinstance(trouble, Trouble) else trouble
+    name = ENGINES[engine]
+    return [Difference("engine", f"a mixture that {name} reads rightly", f"a {family}, with which {name} {words}")]
 
 
 def _compare_tables(plan: MergePlan, tensors: dict[str, StoredTensor]) -> list[Difference]:

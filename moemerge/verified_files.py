@@ -15,10 +15,10 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
 from moemerge.checkpoint.journal import differences as changed_keys
 from moemerge.checkpoint.shards import METADATA
 from moemerge.config import CARD, CONFIG_COPY, load_config
-from moemerge.errors import ConfigError, RefusedError
+from moemerge.errors import CheckpointError, ConfigError, RefusedError
 from moemerge.plan import MergePlan
 from moemerge.sources import ModelFolder
-from moemerge.tokenizer_files import COPIED_FILES, template_names
+from moemerge.tokenizer_files import COPIED_FILES, respelled_tokenizer, template_names
 from moemerge.tokenizer_proof import prove_tokenizer
 
 # What decides on the output family alone, which is compared itself.
@@ -33,6 +33,7 @@ _READ_INSTEAD: Final = re.compile(
 )
 _GGUF: Final = ".gguf"
 _GGUF_MAGIC: Final = b"GGUF"
+_OF_5_ALONE: Final = "words that transformers 5 alone reads"
 # No merge writes it, `save_pretrained` always.
 _SAVED_BY: Final = "transformers_version"
 
@@ -82,6 +83,12 @@ def notable(model: ModelFolder, differences: Sequence[Difference]) -> tuple[list
                 f"{difference.what}: a GGUF file, which some readers load instead of the weights beside it. It is not "
                 "compared: write it again where they have changed since"
             )
+        if difference.found == _OF_5_ALONE:
+            harmless.add(difference)
+            notes.append(
+                f"{difference.what}: transformers 4 does not read it, for transformers 5 has saved it; else it is as "
+                "planned. `moemerge repair` writes it for both"
+            )
     if isinstance(version := model.config.get(_SAVED_BY), str):
         dropped = [d for d in differences if d.what in {CARD, CONFIG_COPY} and d.found == ABSENT]
         harmless.update(dropped, [d for d in differences if d.what == f"config.json: {_SAVED_BY}"])
@@ -119,10 +126,15 @@ def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list
     for name in dict.fromkeys([*COPIED_FILES, *plan.copied_files, *made, *template_names(model.folder)]):
         source, file = plan.copied_files.get(name), model.file(name)
         expected = f"the bytes of {source}" if source else ABSENT
-        if name in made:
+        respelled = plan.base_files.respelled.get(name)
+        if respelled and made.get(name) == respelled:
+            expected = f"what {source} says, in words that transformers 4 reads, too"
+        elif name in made:
             expected = f"what transformers {version('transformers')} makes of the tokenizer in {plan.base_folder}"
         if not file:
             found = ABSENT
+        elif respelled and (is_for_both := _is_respelled(file, made.get(name, respelled))) is not None:
+            found = expected if is_for_both or name not in made else _OF_5_ALONE
         elif name in made:
             found = (
                 expected if file.read_bytes() == made[name] else "other bytes: changed, or made by another transformers"
@@ -134,6 +146,16 @@ def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list
         else:
             equal += file is not None
     return equal, differences
+
+
+def _is_respelled(file: Path, respelled: bytes) -> bool | None:
+    """Whether a tokenizer's config is in words that transformers 4 reads, too; None where it says something else."""
+    try:
+        found = read_json(file)
+    except CheckpointError:
+        return None
+    both = respelled_tokenizer(found)
+    return found == both if both == json.loads(respelled) else None
 
 
 def compare_index(model: ModelFolder, tensors: dict[str, StoredTensor]) -> list[Difference]:

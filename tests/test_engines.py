@@ -144,6 +144,26 @@ def test_a_mixture_is_compared_with_what_it_was_under_whatever_name(before, now,
     assert list(regressions(rows_of(*before), rows_of(*now))) == lost
 
 
+@pytest.mark.parametrize(
+    ("said", "recorded"),
+    [
+        (
+            "takes head_dim for hidden_size / num_attention_heads",
+            "takes head_dim for hidden_size / num_attention_heads",
+        ),
+        ("/home/a/b.gguf: is damaged", "b.gguf: is damaged"),
+        ("reads '/home/a/b.gguf' and /c.gguf", "reads 'b.gguf' and c.gguf"),
+        ("see https://example.org/a/b", "see https://example.org/a/b"),
+    ],
+)
+def test_of_a_message_only_folders_are_dropped(everything, target, said, recorded):
+    family, row = ROWS[0]
+    measured(everything, family, row, mlx=said)
+    assert record(everything, target, accept=True) == 0
+    rows = json.loads(target.read_text())["families"][family]
+    assert [found["mlx"] for found in rows if found["facts"] == row["facts"]] == [recorded]
+
+
 def test_an_answer_that_is_missing_is_missed(tmp_path):
     measured(tmp_path, *ROWS[0])
     (answer,) = tmp_path.glob("*/mlx.answer.json")

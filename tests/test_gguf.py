@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
 from moemerge.formats import MOE_FAMILIES
 from moemerge.merging_to_gguf import merge_to_gguf
+from moemerge.tokenizer_proof import ProvedTokenizer
 from moemerge.verification import verify_merge
 from tests.families import GEMMA4, HYBRID, MIXED
 from tests.models import edit_json, make_model, write_config
@@ -535,6 +537,7 @@ def test_what_llamacpp_ignores_is_told(tmp_path, copied, changes, expected):
     assert told == [f"{copied}: {expected}"]
 
 
+NEXT = "Merge again with `--for llama.cpp`, which chooses a family that it reads, if there is one."
 REFUSED: dict[str, tuple[str, dict[str, Any], bool, str]] = {
     "granitemoe": (
         "llama", LLAMA3_ROPE, False, "llama.cpp knows no llama3 scaling of its rotary positions",
@@ -574,19 +577,40 @@ def test_what_llamacpp_cannot_load_is_refused_before_anything_is_written(tmp_pat
     config = write_config(tmp_path / "a.yaml", base, experts, prompts=False, architecture=moe, **keys)
     plan = plan_merge(load_config(config))
     assert refused(lambda: merge_to_gguf(plan, tmp_path / "a.gguf")) == (
-        f"{moe}: is not written as a GGUF file, for {reason}. Choose another family with `architecture:` in the config."
+        f"{moe}: is not written as a GGUF file, for {reason}. {NEXT}"
     )
     assert not list(tmp_path.glob("*.gguf"))
 
 
-def test_a_head_that_llamacpp_wants_is_missed_before_anything_is_written(tmp_path):
-    sizes = {"head_dim": 8, "tie_word_embeddings": True}
-    base, *experts = (make_model(tmp_path / str(n), n, "qwen3", num_hidden_layers=2, **sizes) for n in range(3))
-    config = write_config(tmp_path / "a.yaml", base, experts, prompts=False, architecture="exaone_moe")
-    assert "lm_head.weight" in refused(
-        lambda: merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf"), IncompatibleError
+LACKS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
+    "dense layers": ("qwen3", "qwen3_moe", {}, {"moe_layers": [1]}, "loads it only with experts in every layer"),
+    "biases": ("qwen3", "qwen3_moe", {"attention_bias": True}, {}, "knows no biases in its attention"),
+    "tied": ("qwen3", "exaone_moe", {"tie_word_embeddings": True}, {}, "does not load it with tied embeddings"),
+    "a shared expert": ("cohere2", "cohere2_moe", {"sliding_window": 8, "layer_types": MIXED[:2]}, {"shared_experts": True}, "knows no shared expert in it"),
+    "a head": ("lfm2", "lfm2_moe", {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]}, {}, "knows no head in it beside the embeddings"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LACKS)
+def test_what_a_family_has_no_tensors_for_is_said_in_words(tmp_path, what):
+    model_type, moe, sizes, keys, reason = LACKS[what]
+    base, *experts = (make_model(tmp_path / str(n), n, model_type, num_hidden_layers=2, **sizes) for n in range(3))
+    if "shared_experts" in keys:
+        keys = {"shared_experts": [{"source_model": str(experts[0])}]}
+    config = write_config(tmp_path / "a.yaml", base, experts, prompts=False, architecture=moe, **keys)
+    assert refused(lambda: merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf")) == (
+        f"{moe}: is not written as a GGUF file, for llama.cpp {reason}. {NEXT}"
     )
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_what_is_said_of_a_tokenizers_files_is_said_of_folders_alone(tmp_path, config):
+    said: list[str] = []
+    plan = replace(
+        plan_merge(load_config(config)), tokenizer=ProvedTokenizer({}, ("a doubt", "of a file"), ("a doubt",))
+    )
+    merge_to_gguf(plan, tmp_path / "a.gguf", warn=said.append)
+    assert said == ["a doubt"]
 
 
 def test_cards_offer_a_gguf_file_of_what_is_written_as_one():
@@ -622,8 +646,7 @@ def test_a_checkpoint_that_has_lost_its_shared_expert_is_refused(tmp_path):
     merge(plan_merge(load_config(config)), tmp_path / "out")
     edit_json(tmp_path / "out" / "config.json", n_shared_experts=0)
     assert refused(lambda: write_gguf(tmp_path / "out", tmp_path / "a.gguf")) == (
-        "glm4_moe: is not written as a GGUF file, for llama.cpp does not load it without a shared expert. "
-        "Choose another family with `architecture:` in the config."
+        f"glm4_moe: is not written as a GGUF file, for llama.cpp does not load it without a shared expert. {NEXT}"
     )
 
 

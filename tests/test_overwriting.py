@@ -40,6 +40,17 @@ def test_a_merged_model_is_replaced_by_one_of_other_files(out, config):
     assert names(out) == {"README.md", "config.json", "model.safetensors", "moemerge_config.yaml", *plan.copied_files}
 
 
+def test_of_files_that_no_merge_writes_a_gguf_file_is_named_first(out, config):
+    for name in ("Modelfile", "a.txt", "mix.gguf"):
+        (out / name).write_text("precious")
+    with pytest.raises(RefusedError) as refused:
+        merge(plan_merge(load_config(config)), out, overwrite=True)
+    assert str(refused.value) == (
+        f"{out}: holds 'mix.gguf', which this merge does not write (3 such files), and --overwrite replaces "
+        "the whole folder. Move it away, or choose another output folder."
+    )
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -5,7 +5,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -14,9 +14,9 @@ import pytest
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli.app import main
-from moemerge.cli.options import GgufType
+from moemerge.cli.options import GGUF_TYPES
 from moemerge.errors import CheckpointError, OutputError, RefusedError, SourceError
-from moemerge.export import packages
+from moemerge.export import packages, quantised_file
 from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import ColumnSquares, Importance, read_importance
 from moemerge.export.quantised_file import write_quantised
@@ -235,6 +235,11 @@ def test_an_expert_without_text_has_the_mean_of_the_others():
         "importance matrix: fewer than 32 tokens reach expert 2 in layers 2: there it has the mean of the layer's "
         "other experts"
     ]
+    names = sorted(f"blk.{layer}.ffn_{part}_exps.weight" for layer in (0, 1, 2, 10, 12) for part in ("up", "down"))
+    assert uncovered_notes(Importance(dict.fromkeys(names, stack))) == [
+        "importance matrix: fewer than 32 tokens reach expert 2 in layers 0, 1, 2, 10, 12: there it has the mean of the "
+        "layer's other experts"
+    ]
     # Where no expert is covered all have the mean of what there is, and of nothing, ones.
     few = ColumnSquares(stack.sums, np.array([10, 0, 10]))
     np.testing.assert_allclose(few.means(), [[1001 / 20, 201 / 20]] * 3, rtol=1e-6)
@@ -358,7 +363,33 @@ def test_a_merge_into_a_quantised_file_is_refused_before_it_begins(tmp_path, mon
 
 
 def test_every_type_of_the_engine_can_be_asked_for():
-    assert [*get_args(get_args(GgufType)[0])] == ["auto", "f32", "f16", "bf16", *FILE_TYPES]
+    assert [*GGUF_TYPES] == ["auto", "f32", "f16", "bf16", *FILE_TYPES]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_where_nothing_but_warnings_is_asked_for_a_file_has_no_notes(tmp_path, monkeypatch, capsys, quiet):
+    monkeypatch.setattr(packages, "find_spec", lambda _: object())
+    monkeypatch.setattr(quantised_file, "write_quantised", lambda *_, **__: SimpleNamespace(notes=("of its types",)))
+    (tmp_path / "out").mkdir()
+    words = ["gguf", tmp_path / "out", tmp_path / "m.gguf", "--type", "q4_k_m", *(["-q"] if quiet else [])]
+    assert run(words, monkeypatch, capsys) == (0, "" if quiet else "note: of its types\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Q4_K_M", "Q4_K_M: To make"),
+        ("q4km", "Invalid value for '--type': 'q4km' is not known; did you mean q4_k_m?\n"),
+        ("Q4_K", "Invalid value for '--type': 'Q4_K' is not known; did you mean q4_k_s?\n"),
+        ("best", f"Invalid value for '--type': 'best' is not known; known: {', '.join(GGUF_TYPES)}.\n"),
+    ],
+)
+def test_types_are_read_as_others_write_them(tmp_path, monkeypatch, capsys, name, said):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "llama_cpp" else object())
+    code, found = run(["none.yaml", tmp_path / "m.gguf", "--type", name], monkeypatch, capsys)
+    assert code == 2
+    assert found.endswith(said if "Invalid" in said else "'moemerge[k-quants]'.\n")
+    assert "Value error" not in found
 
 
 def test_a_modelfile_is_written_beside_the_file(tmp_path, llamas, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from moemerge.passes import tokens
 from moemerge.passes.proving import Proof
 from moemerge.planning import plan_merge
 from moemerge.publish.folder import checkpoint_files, name_in_repository
+from moemerge.repairing import repair
 from moemerge.tokenizer_files import TEMPLATES
 from moemerge.verification import verify_merge
 from tests.models import edit_json, make_model, tokenizer, write_config
@@ -383,33 +384,77 @@ def test_additional_chat_templates_and_other_versions_of_tokenizer_json_are_copi
     assert [difference.what for difference in found] == [copied[1], f"{TEMPLATES}/new.jinja"]
 
 
-NOTE_FOR_4 = (
-    "transformers 4 does not read this tokenizer_config.json, which transformers 5 has saved: for both, it needs "
-    '"tokenizer_class": "PreTrainedTokenizerFast"'
-)
-NOTE_ON_EXTRA = ' and "additional_special_tokens" as the name of "extra_special_tokens"'
+def saved_by_5(base: Path, extra: list[str] | None = None) -> None:
+    """Give a base a tokenizer's config in words that transformers 4 does not read."""
+    edit_json(base / "tokenizer_config.json", tokenizer_class="TokenizersBackend", extra_special_tokens=extra)
 
 
 @pytest.mark.parametrize("extra", [None, ["<|a|>"]])
-def test_what_transformers_4_cannot_read_is_named_with_what_mends_it(tmp_path, llamas, base, extra):
-    edit_json(base / "tokenizer_config.json", tokenizer_class="TokenizersBackend", extra_special_tokens=extra)
-    note = NOTE_FOR_4 + (NOTE_ON_EXTRA if extra else "")
-    assert plan_of(tmp_path, base, llamas).notes == (note,)
-    out, _ = merged(tmp_path, base, llamas)
-    assert f"> **Note:** {as_text(note)}." in (out / "README.md").read_text()
-    config = out / "tokenizer_config.json"
-    assert config.read_bytes() == (base / "tokenizer_config.json").read_bytes()
-    if IN_5:
-        expected = ids(out)
-    else:
-        with pytest.raises(ValueError, match="TokenizersBackend does not exist"):
-            ids(out)
-        expected = ids(llamas[0])
-    edit_json(config, tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens=None)
-    if extra:
-        edit_json(config, additional_special_tokens=extra)
-    assert ids(out) == expected
+def test_what_transformers_4_cannot_read_is_written_for_both(tmp_path, llamas, base, extra):
+    saved_by_5(base, extra)
+    plan = plan_of(tmp_path, base, llamas)
+    assert plan.notes == ()
+    out, warnings = merged(tmp_path, base, llamas)
+    assert warnings == []
+    written, expected = (json.loads((folder / "tokenizer_config.json").read_text()) for folder in (out, base))
+    expected.pop("extra_special_tokens", None)
+    expected["tokenizer_class"] = "PreTrainedTokenizerFast"
+    assert written == expected | ({"additional_special_tokens": extra} if extra else {})
+    assert ids(out) == ids(base if IN_5 else llamas[0])
     assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|a|>") == (156 if extra else None)
+    found = verify_merge(plan, out)
+    assert (found.differences, found.notes) == ((), ())
+
+
+@pytest.mark.skipif(not IN_5, reason="transformers 4 does not read the base")
+def test_a_proof_reads_what_is_written_for_both(tmp_path):
+    base, *others = [make_model(tmp_path / f"qwen{seed}", seed, "qwen2") for seed in range(3)]
+    qwens = [base, *others]
+    saved_by_5(base)
+    plan = plan_of(tmp_path, base, qwens)
+    assert plan.made_files == ("tokenizer.json", "tokenizer_config.json")
+    out, warnings = merged(tmp_path, base, qwens)
+    assert not any("transformers 4" in warning or "tokenizer_class" in warning for warning in warnings)
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert verify_merge(plan, out).differences == ()
+
+
+def test_what_repair_writes_is_as_planned_and_what_it_would_write_a_note(tmp_path, llamas, base):
+    saved_by_5(base, ["<|a|>"])
+    plan = plan_of(tmp_path, base, llamas)
+    out, _ = merged(tmp_path, base, llamas)
+    shutil.copy(base / "tokenizer_config.json", out)
+    found = verify_merge(plan, out)
+    assert found.differences == ()
+    assert found.notes == (
+        "tokenizer_config.json: transformers 4 does not read it, for transformers 5 has saved it; else it is as "
+        "planned. `moemerge repair` writes it for both",
+    )
+    assert [difference.what for difference in repair(out)] == [
+        "tokenizer_config.json: additional_special_tokens", "tokenizer_config.json: extra_special_tokens",
+        "tokenizer_config.json: tokenizer_class",
+    ]  # fmt: skip
+    found = verify_merge(plan, out)
+    assert (found.differences, found.notes) == ((), ())
+    edit_json(out / "tokenizer_config.json", add_bos_token=True)
+    assert [difference.what for difference in verify_merge(plan, out).differences] == ["tokenizer_config.json"]
+
+
+def test_what_cannot_be_proved_stays_in_the_words_of_its_base_with_a_note(tmp_path, llamas, base):
+    saved_by_5(base, ["<|a|>"])
+    (base / "tekken.json").write_text("{}")
+    (base / "tokenizer.json").write_text("{}")
+    out, warnings = merged(tmp_path, base, llamas)
+    plan = plan_of(tmp_path, base, llamas)
+    proved = tokenizer_proof.prove_tokenizer(plan.base_files, plan.output_config, in_process=True)
+    assert proved.doubts == (warnings[0],)
+    assert warnings[1:] == [
+        "transformers 4 does not read this tokenizer_config.json, which transformers 5 has saved: for both, it needs "
+        '"tokenizer_class": "PreTrainedTokenizerFast" and "additional_special_tokens" as the name of '
+        '"extra_special_tokens", which `moemerge repair` writes'
+    ]
+    assert f"> **Note:** {as_text(warnings[1])}." in (out / "README.md").read_text()
+    assert (out / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
 
 
 FIND = """

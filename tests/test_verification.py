@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import compare
 from moemerge.checkpoint.header import StoredTensor, read_header
 from moemerge.checkpoint.pieces import Fill, Piece
+from moemerge.cli import main
 from moemerge.cli.render import plan_facts
 from moemerge.errors import CheckpointError
 from moemerge.verification import Difference, verify_merge
@@ -102,6 +104,25 @@ def test_routers_of_every_mode_pass(tmp_path, llamas, mode):
     found = verify_merge(plan, tmp_path / "out")
     assert (found.copied, found.converted, found.routers, found.differences) == (0, 48, 3, ())
     assert found.converted_bytes == plan.tensor_bytes - 3 * 3 * 32 * 2
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])
+def test_an_engine_that_the_config_names_has_to_read_what_is_there(tmp_path, monkeypatch, capsys, engine):
+    models = [make_model(tmp_path / str(seed), seed, "qwen3", num_hidden_layers=2) for seed in range(3)]
+    path = write_config(tmp_path / "c.yaml", models[0], models[1:], prompts=False, moe_layers=[1])
+    merge(plan_merge(load_config(path)), tmp_path / "out")
+    write_config(tmp_path / "c.yaml", models[0], models[1:], prompts=False, moe_layers=[1], engine=engine)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3_moe"
+    monkeypatch.setattr(sys, "argv", ["moemerge", "verify", str(tmp_path / "out"), "--against", str(path), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code or 0, json.loads(capsys.readouterr().out)["differences"]) == ((0, []) if engine == "vllm" else (
+        1, [{
+            "what": "engine", "expected": "a mixture that llama.cpp reads rightly",
+            "found": "a qwen3_moe, with which llama.cpp fails (is not written as a GGUF file, for llama.cpp loads it only "
+            "with experts in every layer) with dense layers",
+        }],
+    ))  # fmt: skip
 
 
 def test_shards_do_not_matter(tmp_path, plan):

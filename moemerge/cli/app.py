@@ -189,7 +189,7 @@ def _run(word: str, arguments: list[str]) -> None:
         from moemerge.cli.legacy import translate
 
         arguments, notes = translate(arguments)
-        for note in notes:
+        for note in () if {"-q", "--quiet"} & {*arguments} else notes:
             say(f"note: {note}", error=True)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     command = _COMMANDS[word] if word else merge_models

@@ -59,7 +59,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
             print_json(asdict(found))
         else:
             print_evaluation(stdout(), found, by_layer=verbose > 0)
-        for note in found.notes:
+        for note in () if quiet else found.notes:
             console.print(f"note: {note}", style="yellow")
         if update_card:  # last: what took minutes is not lost with the card
             update_evaluation(out, found)

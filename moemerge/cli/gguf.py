@@ -174,7 +174,7 @@ def _quantise(
             file, kind, write, overwrite=overwrite, importance=importance,
             progress=lambda done, total: report(kind, done, total),
         )  # fmt: skip
-    for note in made.notes:
+    for note in () if quiet else made.notes:
         console.print(f"note: {note}", style="yellow")
 
 
@@ -272,7 +272,7 @@ def _describe_to_ollama(console: Console, out: Path, file: Path, name: str, *, q
     from moemerge.export.ollama import create, write_modelfile
 
     written = write_modelfile(out, file, file.with_name(MODELFILE))
-    for note in written.notes:
+    for note in () if quiet else written.notes:
         console.print(f"note: {note}", style="yellow")
     following = create(name, written.path)
     if not quiet:

@@ -1,7 +1,9 @@
 """Options that several commands have."""
 
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, get_args
 
 import typer
 
@@ -53,14 +55,31 @@ License = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Runs the model: auto, cpu, cuda, cuda:1, mps.")]
+_Type = Literal[
+    "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
+    "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k",
+    "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq2_0", "tq1_0", "mxfp4_moe",
+]  # fmt: skip
+GGUF_TYPES: Final[tuple[str, ...]] = get_args(_Type)
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """What reads one of some names, in any case, and refuses another with the nearest, or with all of them."""
+
+    def read(given: str) -> str:
+        if given.lower() in names:
+            return given.lower()
+        near = get_close_matches(given[:60].lower(), names, n=1)
+        known = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}."
+        raise typer.BadParameter(f"{given[:60]!r} is not known; {known}")
+
+    return read
+
+
 GgufType = Annotated[
-    Literal[
-        "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
-        "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k",
-        "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq2_0", "tq1_0", "mxfp4_moe",
-    ],
+    _Type,
     typer.Option(
-        "--type", metavar="TYPE",
+        "--type", metavar="TYPE", parser=one_of(GGUF_TYPES),
         help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, or what llama.cpp makes of them, such "
         "as q4_k_m; auto: the merge's own 16-bit floats, else f16.",
     ),

@@ -29,9 +29,11 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
 ) -> "MergePlan":  # fmt: skip
     """The plan of a config file; says what the user should know.
 
-    `engine` goes before the config's, `family` is taken where the config names no architecture; `to_gguf` prefers what
-    llama.cpp reads.
+    `engine` goes before the config's, `family` is taken where the config names no architecture, whatever an engine that
+    it names makes of that; `to_gguf` prefers what llama.cpp reads.
     """
+    from dataclasses import replace
+
     from moemerge.config import load_config
     from moemerge.formats import MOE_FAMILIES
     from moemerge.planning import plan_merge
@@ -41,6 +43,7 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
         if canonical_engine(engine) not in ENGINES:
             raise RefusedError(f"--for: {engine!r} is none of {', '.join(NAMES)}.")
         loaded = loaded.model_copy(update={"engine": canonical_engine(engine)})
+    asked = loaded.engine
     if family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
         loaded = loaded.model_copy(update={"architecture": family, "engine": None})
     max_bytes = _shard_bytes(max_shard_size, out_shard_size, 4 if loaded.dtype == "float32" else 2)
@@ -54,7 +57,9 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
         say(f"note: {note}")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
-    return plan
+    return (
+        plan if plan.config.engine == asked else replace(plan, config=plan.config.model_copy(update={"engine": asked}))
+    )
 
 
 def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int) -> int:

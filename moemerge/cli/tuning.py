@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moemerge.cli.console import print_json, return_freed_memory, saying, speaking, stdout, stoppable
 from moemerge.cli.evaluation import by_name
-from moemerge.cli.options import Debug, Device, Json, Quiet
+from moemerge.cli.options import Debug, Device, Json, Quiet, one_of
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
     ] = True,
     method: Annotated[
         Literal["gates", "phatgoose"],
-        typer.Option(help="gates: all together; phatgoose: a gate of each expert, on its own text alone."),
+        typer.Option(
+            metavar="METHOD", parser=one_of(("gates", "phatgoose")),
+            help="gates: all together; phatgoose: a gate of each expert, on its own text alone.",
+        ),
     ] = "gates",
     allow_missing_domains: Annotated[
         bool, typer.Option("--allow-missing-domains", help="Accept experts without text, which lose what is not seen.")
@@ -79,7 +82,7 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
             print_tuned(stdout(), found)
         if found is None:
             return
-        for note in found.notes:
+        for note in () if quiet else found.notes:
             console.print(f"note: {note}", style="yellow")
         console.print(f"{found.model}: {'written' if found.improved else 'not touched'}")
 

@@ -15,7 +15,7 @@ from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.layout import add_tensor_infos, lay_out
 from moemerge.export.metadata import Described, add_metadata
 from moemerge.export.tensors import Conversion, GgufTensor
-from moemerge.export.values import ACTIVATION, LENGTH_IGNORED, ROPES
+from moemerge.export.values import ACTIVATION, LENGTH_IGNORED, ROPES, lacks
 
 AskedType = GgufType | Literal["auto"]
 """`auto` is the 16-bit floats that the checkpoint has, else float16."""
@@ -69,11 +69,11 @@ class GgufModel:
                 raise CheckpointError(f"config.json: {key} has to be a size, found {self.config.get(key)!r:.40}.")
         with _told_as_damage("config.json"):
             reasons = [reason for applies, reason in (*family.refuses, *ROPES, ACTIVATION) if applies(self.config)]
-            reasons = [reason for reason in reasons if reason not in family.knows]
+            reasons = [reason for reason in reasons if reason not in family.knows] + lacks(family, self.config)
         if reasons:
             raise RefusedError(
                 f"{self.config['model_type']}: is not written as a GGUF file, for llama.cpp {' and '.join(reasons)}. "
-                "Choose another family with `architecture:` in the config."
+                "Merge again with `--for llama.cpp`, which chooses a family that it reads, if there is one."
             )
 
     def tensors(self, table: Mapping[str, StoredTensor]) -> list[GgufTensor]:

@@ -233,11 +233,17 @@ def uncovered_notes(importance: Importance) -> list[str]:
         for expert in experts:
             if layer not in by_expert.setdefault(expert, []):
                 by_expert[expert].append(layer)
+    ordered = {expert: sorted(layers, key=_by_number) for expert, layers in sorted(by_expert.items())}
     return [
         f"importance matrix: fewer than {FEWEST_TOKENS} tokens reach expert {expert} in layers {', '.join(layers)}: "
         "there it has the mean of the layer's other experts"
-        for expert, layers in sorted(by_expert.items())
+        for expert, layers in ordered.items()
     ]
+
+
+def _by_number(layer: str) -> tuple[int, str]:
+    """Layers in their order, before the names of what lies in none."""
+    return (int(layer), "") if layer.isdecimal() else (sys.maxsize, layer)
 
 
 def _run(command: list[str], gguf: Path, type_: str, progress: Callable[[int, int], None]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from moemerge.export.families import Config
+from moemerge.export.families import Config, GgufFamily
 
 
 def truthy(key: str) -> Callable[[Config], Any]:
@@ -148,6 +148,12 @@ def is_partly_unrotated(config: Config) -> bool:
     return not all(config.get("layer_rope_theta") or [True])
 
 
+def has_dense(config: Config) -> bool:
+    """Whether a layer holds no experts."""
+    kinds = config.get("mlp_layer_types") or []
+    return bool(config.get("mlp_only_layers") or "dense" in kinds or config.get("first_k_dense_replace"))
+
+
 def has_late_dense(config: Config) -> bool:
     """Whether a layer without experts comes after one with them."""
     kinds = config.get("mlp_layer_types") or []
@@ -178,6 +184,22 @@ def _ropes(config: Config) -> list[Config]:
 
 LLAMA3 = "knows no llama3 scaling of its rotary positions"
 MSCALE = "ignores mscale in yarn's scaling of rotary positions"
+
+
+def lacks(family: GgufFamily, config: Config) -> list[str]:
+    """What of a checkpoint a family has no tensors for, or wants and does not find, as its config says."""
+    head, groups = family.whole.get("output.weight"), {part.group for part in family.layer.values()}
+    tied = config.get("tie_word_embeddings")
+    reasons = {
+        "loads it only with experts in every layer": has_dense(config) and "dense" not in groups,
+        "knows no biases in its attention": config.get("attention_bias") and "attn_q.bias" not in family.layer,
+        "does not load it with tied embeddings": tied is True and head is not None and head.needed,
+        "knows no head in it beside the embeddings": tied is False and head is None,
+        "knows no shared expert in it": config.get("num_shared_experts") and "ffn_up_shexp.weight" not in family.layer,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
 ROPES = (
     (_has_rope("llama3"), LLAMA3),
     (_has_rope("longrope"), "ignores longrope's factors"),

@@ -20,6 +20,8 @@ from tests.engines.cases import cases
 RECORD: Final = Path(engines.__file__).with_name("engines.json")
 _MOST: Final = 110
 """Characters of a message."""
+_FOLDERS: Final = re.compile(r"(?<![\w.:/])/(?:\S*/)?(?=\S)")
+"""Of a path its folders, of an address or a division nothing."""
 
 
 def main(root: Path, target: Path = RECORD, *, accept: bool = False) -> int:
@@ -119,7 +121,7 @@ def _result(found: dict[str, Any]) -> float | str:
     """How far log-probabilities are apart, or why that is not all."""
     if "fails" in found:
         sentence = " ".join(found["fails"].removeprefix("RuntimeError: ").split()).split(". ")[0]
-        told = re.sub(r"\S*/", "", sentence)
+        told = _FOLDERS.sub("", sentence)
         return told if len(told) <= _MOST else told[:_MOST].rsplit(" ", 1)[0] + " ..."
     if found["apart"] is None:
         return engines.NAN
