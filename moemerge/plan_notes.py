@@ -21,8 +21,8 @@ def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gat
     notes = []
     if config.experts_per_token == len(config.experts):
         notes.append(
-            f"every token passes through all {len(config.experts)} experts, and the router only weighs them: nothing is "
-            "saved. A lower experts_per_token, or more experts, has it choose"
+            f"every token passes through all {len(config.experts)} experts, and the router only weighs them: nothing "
+            "is saved. A lower experts_per_token, or more experts, has it choose"
         )
     if config.has_descriptions and not runs_base:
         notes.append(
