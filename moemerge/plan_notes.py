@@ -19,6 +19,11 @@ _FAINT_NOISE: Final = {"bfloat16": 2e-5, "float16": 2e-6, "float32": 3e-10}
 def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gated: bool) -> list[str]:
     """What becomes of prompts and of shared experts, whose gate may be made from prompts (`gated`)."""
     notes = []
+    if config.experts_per_token == len(config.experts):
+        notes.append(
+            f"every token passes through all {len(config.experts)} experts, and the router only weighs them: nothing "
+            "is saved. A lower experts_per_token, or more experts, has it choose"
+        )
     if config.has_descriptions and not runs_base:
         notes.append(
             f"the base model does not read the prompts for gate_mode {config.way}, so an expert that is never "

@@ -23,6 +23,7 @@ def pair(tmp_path) -> list[Path]:
 
 def plan(tmp_path: Path, folders: list[Path], **keys):
     base, *experts = folders
+    keys = {"experts_per_token": 1, **keys}
     return plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, prompts=False, **keys)))
 
 
@@ -232,6 +233,14 @@ def test_derived_buffers_of_old_checkpoints_are_left_out(tmp_path, pair):
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in plan(tmp_path, pair).outputs
 
 
+def test_a_router_that_chooses_nothing_is_a_note(tmp_path, pair):
+    assert plan(tmp_path, pair, experts_per_token=2).notes == (
+        "every token passes through all 2 experts, and the router only weighs them: nothing is saved. A lower "
+        "experts_per_token, or more experts, has it choose",
+    )
+    assert plan(tmp_path, pair, experts_per_token=1).notes == ()
+
+
 def test_another_vocabulary_of_an_expert_is_a_note(tmp_path, pair):
     shutil.rmtree(pair[1])
     make_model(pair[1], 1, vocab_size=200)
@@ -310,7 +319,7 @@ def test_the_output_config_is_explicit_and_speaks_both_dialects(tmp_path):
         )
         for seed in range(3)
     ]
-    config = plan(tmp_path, folders).output_config
+    config = plan(tmp_path, folders, experts_per_token=2).output_config
     assert config["rope_theta"] == 5e5
     assert config["rope_scaling"] == rope
     assert config["rope_parameters"] == rope | {"rope_theta": 5e5}

@@ -367,7 +367,8 @@ def test_what_an_engine_gets_wrong_is_a_warning_in_plan_and_card(tmp_path):
 
 def test_a_shared_expert_of_zeros_is_told(tmp_path):
     base, *experts = [make_model(tmp_path / str(seed), seed, "qwen2") for seed in range(3)]
-    plan = plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, prompts=False)))
+    keys = {"experts_per_token": 1}
+    plan = plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, prompts=False, **keys)))
     assert plan.family.model_type == "granitemoehybrid"
     # 3 layers of 3 x 48 x 32 float32.
     assert plan.notes == (

@@ -480,7 +480,7 @@ def test_routes_says_how_many_documents_it_leaves_out(tmp_path, out, monkeypatch
     (tmp_path / "many.jsonl").write_text("".join(f'"item {number}"\n' for number in range(60)))
     words = ["routes", out, "--text", "The fox", "--file", tmp_path / "many.jsonl", "--json", "--quiet"]
     code, printed, errors = run(words, monkeypatch, capsys)
-    assert (code, errors) == (0, "note: of 60 documents, the first 50 are read\n")
+    assert (code, errors) == (0, "warning: of 60 documents, the first 50 are read\n")
     assert [text["name"] for text in json.loads(printed)["texts"]][-1] == "many.jsonl:50"
 
 

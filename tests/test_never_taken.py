@@ -23,6 +23,7 @@ def models(tmp_path, llamas) -> list[Path]:
 
 
 def plan_of(tmp_path, models, **keys):
+    keys = {"experts_per_token": 1, **keys}
     return plan_merge(load_config(write_config(tmp_path / "c.yaml", models[0], models[1:], prompts=False, **keys)))
 
 

@@ -57,8 +57,9 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
             texts[name if name not in texts else f"{name} (file)"] = document
         if not texts:
             raise RefusedError("nothing to route: give --text or --file.")
-        if len(documents) > _MOST_DOCUMENTS and not quiet:
-            console.print(f"note: of {len(documents)} documents, the first {_MOST_DOCUMENTS} are read", style="yellow")
+        if len(documents) > _MOST_DOCUMENTS:
+            left = f"of {len(documents)} documents, the first {_MOST_DOCUMENTS} are read"
+            console.print(f"warning: {left}", style="yellow")
         if html:
             from moemerge.routes.page import check_page
 
