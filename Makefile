@@ -40,12 +40,12 @@ test-all: lint browser
 
 # Every pair of a dense and an MoE family.
 test-families: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/test_families.py tests/test_tuning.py -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/families/test_families.py tests/tuning/test_tuning.py -m ""
 
 # Random damage to headers, configs and indexes, for 3 minutes; SEED chooses which.
 SEED ?= 0
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds 180 --seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.fuzz --seconds 180 --seed $(SEED)
 
 # The same tests under the oldest transformers that is supported, and equal logits in both.
 VENV4 := .venv-transformers4
@@ -58,8 +58,8 @@ $(VENV4)/.done: pyproject.toml constraints-transformers4.txt
 	touch $@
 
 test-transformers4: install $(VENV4)/.done
-	$(BIN)/python -m tests.other_version write .cache/other-version
-	$(VENV4)/bin/python -m tests.other_version compare .cache/other-version
+	$(BIN)/python -m tests.support.other_version write .cache/other-version
+	$(VENV4)/bin/python -m tests.support.other_version compare .cache/other-version
 	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest -n auto --dist worksteal
 
 # llama.cpp's own converter, and its own tokens. One source distribution carries both; it compiles for minutes, once.
@@ -114,7 +114,7 @@ test-engines: install demo $(VENV4)/.done $(VENVL)/.done .venv-vllm/.done .venv-
 	OMP_NUM_THREADS=1 .venv-openvino/bin/python tests/engines/run.py openvino $(ENGINES)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python tests/engines/run.py vllm $(ENGINES)
 	$(BIN)/python -m tests.engines.record $(ENGINES)
-	$(BIN)/pytest tests/test_engines.py
+	$(BIN)/pytest tests/families/test_engines.py
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.next_steps.serve .venv-vllm/bin/python $(DEMO)/merged
 	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python docs/next_steps/generate_vllm.py $(DEMO)/merged "Once upon a time"
 	.venv-openvino/bin/python docs/next_steps/generate_openvino.py $(DEMO)/merged "Once upon a time"

@@ -22,11 +22,11 @@ from routers import show
 from table import machine
 
 from moemerge import merge, plan_merge
-from moemerge.config import parse_config
+from moemerge.config.schema import parse_config
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, difference, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import Runnable, average, forced, open_dense, open_mixture, uniform
-from moemerge.texts import read_documents
+from moemerge.texts.documents import read_documents
 
 CPU = torch.device("cpu")
 DENSE_OWN = "each domain's own dense expert"

@@ -26,16 +26,16 @@ from table import machine
 from transformers import AutoModelForCausalLM
 
 from moemerge import merge, plan_merge
-from moemerge.config import MergeConfig, parse_config
+from moemerge.config.schema import MergeConfig, parse_config
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
-from moemerge.routers import init_routers
 from moemerge.routers.capture import capture_router_inputs
+from moemerge.routers.initialisation import init_routers
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.request import RouterRequest
-from moemerge.texts import find_files, read_documents
+from moemerge.texts.documents import find_files, read_documents
 
 CPU = torch.device("cpu")
 # Name of the row, gate_mode, and what it is given: prompts, texts, calibration texts.

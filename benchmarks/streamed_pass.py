@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moemerge import load_config, plan_merge
 from moemerge.cli.console import return_freed_memory
-from moemerge.routers import init_routers
+from moemerge.routers.initialisation import init_routers
 
 
 def main() -> None:

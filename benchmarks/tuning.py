@@ -19,12 +19,13 @@ from routers import show
 from table import machine
 
 from moemerge import merge, plan_merge
-from moemerge.config import parse_config
+from moemerge.config.schema import parse_config
 from moemerge.evaluation.figures import MERGED, ORACLE, UNIFORM, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import Runnable, forced, open_mixture, uniform
-from moemerge.texts import read_documents
-from moemerge.tuning import Settings, Tuned, tune
+from moemerge.texts.documents import read_documents
+from moemerge.tuning.settings import Settings, Tuned
+from moemerge.tuning.tuner import tune
 
 # Name of the row, the routers at first, and the options.
 ROWS = (

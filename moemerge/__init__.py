@@ -11,21 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moemerge.config import MergeConfig, load_config
+    from moemerge.config.schema import MergeConfig, load_config
     from moemerge.errors import MoemergeError
-    from moemerge.merging import merge
-    from moemerge.plan import MergePlan
-    from moemerge.planning import plan_merge
+    from moemerge.merging.checkpoint import merge
+    from moemerge.planning.plan import MergePlan
+    from moemerge.planning.planner import plan_merge
 
 __all__ = ["MergeConfig", "MergePlan", "MoemergeError", "load_config", "merge", "plan_merge"]
 
 _HOMES = {
-    "MergeConfig": "config",
-    "MergePlan": "plan",
+    "MergeConfig": "config.schema",
+    "MergePlan": "planning.plan",
     "MoemergeError": "errors",
-    "load_config": "config",
-    "merge": "merging",
-    "plan_merge": "planning",
+    "load_config": "config.schema",
+    "merge": "merging.checkpoint",
+    "plan_merge": "planning.planner",
 }
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_world import machine, world  # noqa: F401  fixtures
-from tests.models import make_model
+from tests.support.hub_world import machine, world  # noqa: F401  fixtures
+from tests.support.models import make_model
 
 
 @pytest.fixture(scope="session")

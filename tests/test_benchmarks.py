@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.plan import Computed
-from tests.models import TEXT, make_model, write_config
+from moemerge.planning.plan import Computed
+from tests.support.models import TEXT, make_model, write_config
 
 ROOT = Path(__file__).parents[1]
 ROWS = [

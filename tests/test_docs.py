@@ -10,9 +10,9 @@ import yaml
 
 from moemerge.cli import main
 from moemerge.cli.families import as_markdown
-from moemerge.config import MergeConfig, RoutedExpert, parse_config
-from moemerge.formats.overview import family_rows
-from tests.models import make_model
+from moemerge.config.schema import MergeConfig, RoutedExpert, parse_config
+from moemerge.families.overview import family_rows
+from tests.support.models import make_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,12 +10,12 @@ from huggingface_hub import ModelCard
 
 import moemerge
 from moemerge import load_config, merge, plan_merge
-from moemerge.card_usage import use_it
-from moemerge.formats import MOE_FAMILIES
-from moemerge.formats.engines import readings
-from moemerge.inspection import inspect_checkpoint
-from tests.models import write_config
+from moemerge.checks.inspection import inspect_checkpoint
+from moemerge.families.engines import readings
+from moemerge.families.selection import MOE_FAMILIES
+from moemerge.model_card.usage import use_it
 from tests.next_steps.serve import command
+from tests.support.models import write_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def test_what_is_public_is_importable_and_documented():
 
 
 def test_importing_the_package_imports_nothing_slow():
-    code = "import sys, moemerge.merging, moemerge.cli.app; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, moemerge.merging.checkpoint, moemerge.cli.app; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

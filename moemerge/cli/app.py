@@ -91,9 +91,9 @@ def _inspect(
     with speaking(quiet=False, verbose=0, debug=debug) as console:
         from dataclasses import asdict
 
+        from moemerge.checks.inspection import inspect_checkpoint
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_inspection
-        from moemerge.inspection import inspect_checkpoint
 
         with show_progress(console, quiet=not values) as progress:
             found = inspect_checkpoint(
@@ -126,10 +126,10 @@ def _verify(
     with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
 
+        from moemerge.checks.verification import verify_merge
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_verification
-        from moemerge.sources import open_merged
-        from moemerge.verification import verify_merge
+        from moemerge.sources.model_folder import open_merged
 
         # Before a plan may download weights.
         family = open_merged(out).config.get("model_type")

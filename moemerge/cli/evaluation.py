@@ -13,7 +13,7 @@ from moemerge.cli.options import CacheDir, Debug, Device, Json, Quiet, Verbose
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from moemerge.evaluation import Evaluation
+    from moemerge.evaluation.figures import Evaluation
 
 _LARGEST_LOSS: Final = math.log(1e6)
 
@@ -44,9 +44,9 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
     with speaking(quiet=quiet, verbose=0, debug=debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
 
-        from moemerge.card import read_card, update_evaluation
         from moemerge.cli.progress import show_layers
-        from moemerge.evaluation import evaluate as run
+        from moemerge.evaluation.evaluator import evaluate as run
+        from moemerge.model_card.card import read_card, update_evaluation
 
         if update_card:
             read_card(out)  # before what takes minutes

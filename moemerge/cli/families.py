@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from moemerge.formats.overview import FamilyRow
+    from moemerge.families.overview import FamilyRow
 
 _HEADINGS: Final = ("family", "dense models", "they may have", "shared experts", "dense layers", "router")
 
@@ -27,7 +27,7 @@ def list_families(
     with speaking(quiet=False, verbose=0, debug=debug):
         from dataclasses import asdict
 
-        from moemerge.formats.overview import family_rows
+        from moemerge.families.overview import family_rows
 
         rows = family_rows()
         if json:

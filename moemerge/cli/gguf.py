@@ -16,7 +16,7 @@ from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
     from moemerge.export.imatrix import Importance
-    from moemerge.plan import MergePlan
+    from moemerge.planning.plan import MergePlan
 
 _WRITTEN_HERE: Final = ("auto", "f32", "f16", "bf16", "q8_0")
 _CONFIGS: Final = (".yaml", ".yml")
@@ -82,7 +82,7 @@ def merge_into(  # noqa: PLR0917
 ) -> Any:  # fmt: skip
     """Merge into a GGUF file, by way of one in floats where llama.cpp quantises it; gives the routers' report."""
     from moemerge.export.writing import check_file
-    from moemerge.merging_to_gguf import merge_to_gguf
+    from moemerge.merging.gguf import merge_to_gguf
 
     check_file(out, overwrite=overwrite, inputs=plan.inputs)
     merge: Callable[..., Any] = partial(merge_to_gguf, plan, llama_cpp=llama_cpp, **options)
@@ -124,7 +124,7 @@ class Imatrix:
         """
         from moemerge.export.imatrix import read_importance
         from moemerge.export.writing import check_file, sources_of
-        from moemerge.texts import find_files
+        from moemerge.texts.documents import find_files
 
         given = {"--imatrix": self.wanted, "--imatrix-texts": self.texts, "--imatrix-file": self.file,
                  "--imatrix-out": self.out}  # fmt: skip

@@ -38,10 +38,10 @@ from moemerge.errors import BusyError, RefusedError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moemerge.plan import MergePlan
-    from moemerge.publish import Publisher
+    from moemerge.planning.plan import MergePlan
+    from moemerge.publish.publisher import Publisher
     from moemerge.routers.report import RoutingReport
-    from moemerge.sources import ModelFolder
+    from moemerge.sources.model_folder import ModelFolder
 
 _BITS_HELP: Final = (
     "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
@@ -109,7 +109,7 @@ def merge_models(
     del version
     with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from moemerge.cli.progress import show_progress
-        from moemerge.merging import merge, merge_to_hub
+        from moemerge.merging.checkpoint import merge, merge_to_hub
 
         if push_streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
@@ -172,7 +172,7 @@ def _check_folder(
 ) -> None:  # fmt: skip
     """Refuse a folder that a merge could not write, or not keep shards beside; before weights are downloaded."""
     from moemerge.checkpoint.target import check_scratch, check_target
-    from moemerge.overwriting import replaceable_files
+    from moemerge.merging.overwriting import replaceable_files
 
     if streaming:
         check_scratch(out, sources)
@@ -181,7 +181,7 @@ def _check_folder(
 
 
 def _check_pass(device: str, *, load_in_8bit: bool, load_in_4bit: bool) -> Literal[4, 8] | None:
-    from moemerge.routers import check_base_bits
+    from moemerge.routers.initialisation import check_base_bits
 
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
         raise RefusedError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from moemerge.plan import MergePlan
-    from moemerge.sources import ModelFolder
+    from moemerge.planning.plan import MergePlan
+    from moemerge.sources.model_folder import ModelFolder
 
 # A bare number below is a size in GB or MB whose unit was left out.
 _FEWEST_BARE_BYTES: Final = 1_000_000
@@ -34,9 +34,9 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     """
     from dataclasses import replace
 
-    from moemerge.config import load_config
-    from moemerge.formats import MOE_FAMILIES
-    from moemerge.planning import plan_merge
+    from moemerge.config.schema import load_config
+    from moemerge.families.selection import MOE_FAMILIES
+    from moemerge.planning.planner import plan_merge
 
     loaded = load_config(config, allow_identical_experts=allow_identical_experts)
     if engine is not None:
@@ -70,7 +70,7 @@ def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int)
     """
     from moemerge.checkpoint.shards import parse_size
     from moemerge.cli.legacy import parse_parameter_count
-    from moemerge.planning import DEFAULT_MAX_SHARD_BYTES
+    from moemerge.planning.planner import DEFAULT_MAX_SHARD_BYTES
 
     nbytes = DEFAULT_MAX_SHARD_BYTES
     if size is not None:

@@ -12,8 +12,9 @@ from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from moemerge.publish import Destination, Publisher
-    from moemerge.sources import ModelFolder
+    from moemerge.publish.destination import Destination
+    from moemerge.publish.publisher import Publisher
+    from moemerge.sources.model_folder import ModelFolder
 
 
 def push(  # noqa: PLR0917  typer makes options of arguments
@@ -32,11 +33,13 @@ def push(  # noqa: PLR0917  typer makes options of arguments
     The token is the one of `hf auth login`, or HF_TOKEN.
     """
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
-        from moemerge.card import read_card
-        from moemerge.card_metadata import read_licence, set_licence
         from moemerge.checkpoint.index import read_json
-        from moemerge.config import CARD
-        from moemerge.publish import Destination, Publisher, checkpoint_files
+        from moemerge.config.schema import CARD
+        from moemerge.model_card.card import read_card
+        from moemerge.model_card.metadata import read_licence, set_licence
+        from moemerge.publish.destination import Destination
+        from moemerge.publish.folder import checkpoint_files
+        from moemerge.publish.publisher import Publisher
 
         # Before the Hub is asked for anything.
         checkpoint_files(out, lambda _: None)
@@ -87,8 +90,8 @@ class Pushing:
         """
         if not self._destination:
             return
-        from moemerge.card_metadata import licence_of
-        from moemerge.publish import Publisher
+        from moemerge.model_card.metadata import licence_of
+        from moemerge.publish.publisher import Publisher
 
         self.licence = self.licence or licence_of(sources)
         self.publisher = Publisher(self._destination, self._say)

@@ -12,11 +12,11 @@ from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.pieces import Fill, Piece
+from moemerge.checks.inspection import Inspection
+from moemerge.checks.verification import Verification
 from moemerge.dtypes import BITS, STORED
 from moemerge.engines import ENGINES
-from moemerge.inspection import Inspection
-from moemerge.plan import Computed, MergePlan, Output
-from moemerge.verification import Verification
+from moemerge.planning.plan import Computed, MergePlan, Output
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport

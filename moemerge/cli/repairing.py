@@ -11,7 +11,7 @@ from moemerge.cli.options import Debug, Json, Quiet
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moemerge.verified_files import Difference
+    from moemerge.checks.files import Difference
 
 
 def repair_model(
@@ -25,7 +25,7 @@ def repair_model(
     with speaking(quiet=quiet, verbose=0, debug=debug):
         from dataclasses import asdict
 
-        from moemerge.repairing import repair
+        from moemerge.checks.repairing import repair
 
         found = repair(out, dry_run=dry_run)
         if json:

@@ -13,10 +13,10 @@ from moemerge.cli.console import print_json, speaking, stdout, stoppable
 from moemerge.cli.options import Debug, Device, Json, Quiet
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
-from moemerge.texts import find_files, read_documents
+from moemerge.texts.documents import find_files, read_documents
 
 if TYPE_CHECKING:
-    from moemerge.routes.traced import Routes, TracedText
+    from moemerge.evaluation.routes.traced import Routes, TracedText
 
 _COLOURS: Final = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow")
 # Of files; a page of as many long ones is some ten megabytes.
@@ -61,11 +61,11 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
             left = f"of {len(documents)} documents, the first {_MOST_DOCUMENTS} are read"
             console.print(f"warning: {left}", style="yellow")
         if html:
-            from moemerge.routes.page import check_page
+            from moemerge.evaluation.routes.page import check_page
 
             check_page(html)
         from moemerge.cli.progress import show_layers
-        from moemerge.evaluation.tracing import trace
+        from moemerge.evaluation.routes.tracing import trace
 
         with show_layers(console, quiet=quiet) as progress:
             report = stoppable(progress)
@@ -74,7 +74,7 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
                 progress=lambda done, of: report("routes", done, of),
             )  # fmt: skip
         if html:
-            from moemerge.routes.page import write_page
+            from moemerge.evaluation.routes.page import write_page
 
             write_page(html, routes)
             console.print(f"{html}: written")

@@ -14,7 +14,7 @@ from moemerge.cli.options import Debug, Device, Json, Quiet, one_of
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from moemerge.tuning import Tuned
+    from moemerge.tuning.settings import Tuned
 
 
 def tune_routers(  # noqa: PLR0917  typer makes options of arguments
@@ -60,7 +60,8 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         from dataclasses import asdict
 
         from moemerge.cli.progress import show_steps
-        from moemerge.tuning import Settings, tune
+        from moemerge.tuning.settings import Settings
+        from moemerge.tuning.tuner import tune
 
         return_freed_memory()
         settings = Settings(steps, tokens_per_step, lr, seed, noise, distil, method, allow_missing_domains)

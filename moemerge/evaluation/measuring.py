@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moemerge.config import CONFIG_COPY
+from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import MoemergeError, RefusedError
-from moemerge.evaluation.figures import (
+from moemerge.evaluation.figures import (  # fmt: skip
     BASE,
     MERGED,
     ORACLE,
@@ -24,7 +24,7 @@ from moemerge.evaluation.figures import (
     estimate,
     no_better,
     recovered,
-)  # fmt: skip
+)
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.evaluation.running import Choice, run_model
 from moemerge.passes.device import find_device
@@ -36,7 +36,7 @@ def measure(
     folder: Path | str, documents: Mapping[str, Sequence[str]], *, baselines: bool, tokens: int, window: int,
     device: str, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
 ) -> Evaluation:  # fmt: skip
-    """See `moemerge.evaluation.evaluate`; `documents` are texts by domain."""
+    """See `moemerge.evaluation.evaluator.evaluate`; `documents` are texts by domain."""
     found_device = find_device(device)
     mixture = open_mixture(folder)
     texts = Texts.cut(mixture, documents, tokens, window)

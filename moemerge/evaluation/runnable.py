@@ -11,15 +11,15 @@ import torch
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.unreadable import reasons
-from moemerge.config import CONFIG_COPY, MergeConfig, load_config
+from moemerge.config.schema import CONFIG_COPY, MergeConfig, load_config
 from moemerge.dtypes import NAMED
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError
-from moemerge.formats import MOE_FAMILIES, MoeFamily
-from moemerge.formats.dense import decoded, read_dense
-from moemerge.formats.family import SWITCHED_OFF
+from moemerge.families.dense import decoded, read_dense
+from moemerge.families.family import SWITCHED_OFF, MoeFamily
+from moemerge.families.selection import MOE_FAMILIES
 from moemerge.passes.weights import read_into
 from moemerge.routers.report import expert_names
-from moemerge.sources import ModelFolder, open_merged, open_model, read_tensor_table, read_tensor_tables
+from moemerge.sources.model_folder import ModelFolder, open_merged, open_model, read_tensor_table, read_tensor_tables
 
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 

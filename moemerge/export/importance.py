@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from moemerge.config import CONFIG_COPY, MergeConfig
+from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import run_model
@@ -13,7 +13,7 @@ from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import Importance
 from moemerge.passes.device import find_device
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
-from moemerge.texts import find_files, matching_files, read_documents
+from moemerge.texts.documents import find_files, matching_files, read_documents
 
 TOKENS: Final = 16384
 """That are read where nobody says how many."""

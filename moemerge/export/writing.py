@@ -13,14 +13,14 @@ from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import left_bytes, staged
 from moemerge.checkpoint.target import check_limits, check_scratch, check_space
 from moemerge.checkpoint.writer import ShardWriter
-from moemerge.config import CONFIG_COPY, load_config
+from moemerge.config.schema import CONFIG_COPY, load_config
 from moemerge.errors import ConfigError, RefusedError, TooLargeError
 from moemerge.export.converter import check_checkout
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
 from moemerge.export.packages import need
 from moemerge.export.tensors import GgufTensor
-from moemerge.sources import open_merged, read_tensor_table
+from moemerge.sources.model_folder import open_merged, read_tensor_table
 from moemerge.sources.reference import local_folders
 
 SUFFIX: Final = ".gguf"

@@ -8,7 +8,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from moemerge.errors import PublishError, RefusedError
-from moemerge.sources import Announce
+from moemerge.sources.model_folder import Announce
 
 _PULL_REQUEST: Final = re.compile(r"refs/pr/[1-9]\d*")
 _WRITING_ROLES: Final = frozenset({"admin", "write", "contributor"})

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from moemerge.errors import CheckpointError, RefusedError
-from moemerge.sources import Announce, open_merged, read_tensor_table
+from moemerge.planning.tokenizer_files import TEMPLATES, template_names
 from moemerge.sources.local import leads_out
-from moemerge.tokenizer_files import TEMPLATES, template_names
+from moemerge.sources.model_folder import Announce, open_merged, read_tensor_table
 
 
 def checkpoint_files(folder: Path, announce: Announce) -> list[Path]:

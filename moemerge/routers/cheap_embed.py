@@ -11,9 +11,9 @@ import numpy as np
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.values import look_at
-from moemerge.config import MergeConfig
+from moemerge.config.schema import MergeConfig
 from moemerge.errors import RouterError
-from moemerge.formats.dense import DenseModel
+from moemerge.families.dense import DenseModel
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.rows import Rows
 

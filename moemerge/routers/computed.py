@@ -8,11 +8,11 @@ from typing import Final, Literal
 import torch
 
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.config import MergeConfig, RouterWay
+from moemerge.config.schema import MergeConfig, RouterWay
 from moemerge.errors import RouterError
-from moemerge.formats import Mixture
-from moemerge.formats.dense import DenseModel
-from moemerge.formats.family import Scoring
+from moemerge.families.dense import DenseModel
+from moemerge.families.family import Scoring
+from moemerge.families.mixture import Mixture
 from moemerge.passes.device import find_device, memory_watched
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.delta import Labeller, delta_rows

@@ -15,6 +15,7 @@ from moemerge.checkpoint.derived import unscaled
 from moemerge.checkpoint.header import StoredTensor
 from moemerge.checkpoint.stored import is_rounded
 from moemerge.checkpoint.values import first_not_finite
+from moemerge.compatibility.distances import STRANGER, differs_too_much
 from moemerge.dtypes import NAMED
 from moemerge.errors import RefusedError, RouterError
 from moemerge.passes.weights import read_into
@@ -22,7 +23,6 @@ from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 from moemerge.routers.scaling import finish_rows
 from moemerge.routers.scoring import fit_scale
-from moemerge.strangers import STRANGER, differs_too_much
 
 _CHUNK_ROWS: Final = 1024
 # Enough to label documents as all layers and tokens do.

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moemerge.config import Expert, MergeConfig
+from moemerge.config.schema import Expert, MergeConfig
 from moemerge.errors import RouterError
 from moemerge.passes.tokens import Encode, by_tokenizers, by_transformers, count_tokens, cut_windows
-from moemerge.texts import find_files, read_documents
+from moemerge.texts.documents import find_files, read_documents
 
 SHARED: Final = -1
 """In place of an expert's number: the shared experts, which are one FFN."""

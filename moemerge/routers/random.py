@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from moemerge.config import RouterWay
+from moemerge.config.schema import RouterWay
 from moemerge.routers.rows import Rows
 
 

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 
 from moemerge.checkpoint.header import StoredTensor
-from moemerge.config import RouterSettings
-from moemerge.formats import Mixture
-from moemerge.formats.dense import DenseModel
-from moemerge.formats.family import Scoring
+from moemerge.config.schema import RouterSettings
+from moemerge.families.dense import DenseModel
+from moemerge.families.family import Scoring
+from moemerge.families.mixture import Mixture
 from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 
 

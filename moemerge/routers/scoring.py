@@ -5,7 +5,7 @@ from typing import Final
 
 import torch
 
-from moemerge.formats.family import Scoring
+from moemerge.families.family import Scoring
 from moemerge.routers.regression import regress
 
 # Rows of length 1 would mix the chosen experts almost equally, whatever the router knows.

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moemerge.checkpoint.disk import drafted
-from moemerge.config import MergeConfig
+from moemerge.config.schema import MergeConfig
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.evaluation.running import check_complete
-from moemerge.formats.dense import DENSE_FAMILIES
+from moemerge.families.dense import DENSE_FAMILIES
 from moemerge.passes.decoder import empty_model, group
 from moemerge.passes.loading import cast, load_tensors
 from moemerge.passes.tokens import count_scored

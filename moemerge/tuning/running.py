@@ -1,4 +1,4 @@
-"""A tuning from the model's folder to its new gates: what `moemerge.tuning.tune` does once data are read."""
+"""A tuning from the model's folder to its new gates: what `moemerge.tuning.tuner.tune` does once data are read."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from moemerge.card import read_card, with_section, without_section
 from moemerge.checkpoint.target import check_target
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, difference
 from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_key
+from moemerge.model_card.card import read_card, with_section, without_section
 from moemerge.passes.device import free_memory, memory_watched
 from moemerge.passes.tokens import count_scored
 from moemerge.tuning.batches import Batches
@@ -34,7 +34,7 @@ def run(
     folder: Path | str, training: Documents, held_out: Documents, settings: Settings, *, copy: Path | None,
     device: str, resume: bool, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
 ) -> Tuned | None:  # fmt: skip
-    """See `moemerge.tuning.tune`."""
+    """See `moemerge.tuning.tuner.tune`."""
     mixture, processes = open_mixture(folder), open_processes(device)
     if not processes.first:
         progress, announce = (lambda _name, _done, _total: None), (lambda _: None)

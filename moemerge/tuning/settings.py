@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from moemerge.card import loss_table
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
-from moemerge.markdown import as_text
+from moemerge.model_card.card import loss_table
+from moemerge.model_card.markdown import as_text
 
 Documents = Mapping[str, Sequence[str]]
 """Texts by domain."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moemerge.checkpoint.disk import drafted
-from moemerge.config import CONFIG_COPY
+from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense
 from moemerge.evaluation.running import run_model

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from moemerge.formats import MOE_FAMILIES, Mixture
-from moemerge.formats.dense import DenseModel, read_dense
-from moemerge.formats.engines import facts_of
-from tests.families import LLAMA3, MINISTRAL3, MIXED, WINDOWS, YARN
+from moemerge.families.dense import DenseModel, read_dense
+from moemerge.families.engines import facts_of
+from moemerge.families.mixture import Mixture
+from moemerge.families.selection import MOE_FAMILIES
+from tests.support.families import LLAMA3, MINISTRAL3, MIXED, WINDOWS, YARN
 
-EXPERTS, LAYERS, TEXT_LENGTH, VOCAB = 3, 3, 24, 512  # as many tokens as tests.sentencepiece_model has
+EXPERTS, LAYERS, TEXT_LENGTH, VOCAB = 3, 3, 24, 512  # as many tokens as tests.support.sentencepiece_model has
 # vLLM's attention wants heads of 32 or more; every other axis differs from each other.
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": LAYERS,

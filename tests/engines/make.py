@@ -20,8 +20,8 @@ import yaml
 
 from moemerge import load_config, merge, plan_merge
 from tests.engines.cases import EXPERTS, KINDS, LAYERS, SENTENCEPIECE, SIZES, TEXT_LENGTH, VOCAB, Case, cases
-from tests.models import load, make_model, write_config
-from tests.sentencepiece_model import save_sentencepiece
+from tests.support.models import load, make_model, write_config
+from tests.support.sentencepiece_model import save_sentencepiece
 
 NEW_TOKENS: Final = 6
 _DONE: Final = "expected.npz"

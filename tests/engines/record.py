@@ -1,4 +1,4 @@
-"""Gather what engines answered into the package's record, `moemerge/formats/engines.json`.
+"""Gather what engines answered into the package's record, `moemerge/families/engines.json`.
 
     python -m tests.engines.record FOLDER [--accept]
 
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from moemerge.engines import ENGINES
-from moemerge.formats import MOE_FAMILIES, engines
+from moemerge.families import engines
+from moemerge.families.selection import MOE_FAMILIES
 from tests.engines.cases import cases
 
 RECORD: Final = Path(engines.__file__).with_name("engines.json")

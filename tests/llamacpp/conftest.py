@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sentencepiece_model import save_sentencepiece
+from tests.support.sentencepiece_model import save_sentencepiece
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from moemerge import load_config, merge, plan_merge
 from moemerge.export.vocabulary import unknown
 from moemerge.export.writing import write_gguf
-from moemerge.merging_to_gguf import merge_to_gguf
-from tests.families import DENSE, WINDOWS
+from moemerge.merging.gguf import merge_to_gguf
 from tests.llamacpp.engine import computed, converted, encoded
-from tests.models import edit_json, load, logits, make_model, token_ids, write_config
-from tests.sentencepiece_model import VOCAB as PIECES
-from tests.splits import VOCAB, WAYS, save
+from tests.support.families import DENSE, WINDOWS
+from tests.support.models import edit_json, load, logits, make_model, token_ids, write_config
+from tests.support.sentencepiece_model import VOCAB as PIECES
+from tests.support.splits import VOCAB, WAYS, save
 
 LAYERS = 3
 TOLERANCE = 1e-3

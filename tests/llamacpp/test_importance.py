@@ -16,8 +16,8 @@ from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import Importance, read_importance
 from moemerge.export.importance import importance_of
 from moemerge.export.quantising import quantise
-from tests.models import make_model, write_config
-from tests.sentencepiece_model import VOCAB
+from tests.support.models import make_model, write_config
+from tests.support.sentencepiece_model import VOCAB
 
 ROOT = Path(__file__).parents[2]
 REAL_MODELS = Path(os.environ.get("MOEMERGE_REAL_MODELS", ROOT / ".cache" / "models"))

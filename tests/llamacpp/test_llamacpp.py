@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moemerge import load_config, merge, plan_merge
-from tests.models import load, make_model, write_config
-from tests.sentencepiece_model import VOCAB
+from tests.support.models import load, make_model, write_config
+from tests.support.sentencepiece_model import VOCAB
 
 LAYERS, NEW_TOKENS = 3, 16
 SIZES: dict[str, Any] = {

@@ -20,8 +20,8 @@ from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import ColumnSquares, Importance
 from moemerge.export.quantising import FILE_TYPES, NEED_IMPORTANCE, quantise, quantised_bytes
 from moemerge.export.writing import write_gguf
-from tests.models import make_model, write_config
-from tests.sentencepiece_model import VOCAB
+from tests.support.models import make_model, write_config
+from tests.support.sentencepiece_model import VOCAB
 
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from moemerge.card_usage import use_it
+from moemerge.model_card.usage import use_it
 
 PAGE = Path(__file__).parents[2] / "docs" / "next-steps.md"
 HOST = "127.0.0.1"

@@ -1,0 +1,158 @@
+"""Whether a merged checkpoint holds what its plan says: every byte that does not come from prompts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from moemerge.checkpoint.compare import compare_tensor
+from moemerge.checkpoint.copy import Report
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.index import SAFETENSORS_INDEX
+from moemerge.checkpoint.jobs import Jobs
+from moemerge.checkpoint.pieces import Fill, Piece, piece_at
+from moemerge.checkpoint.values import Census, look_at
+from moemerge.checks.files import Difference, compare_entries, compare_files_beside, compare_index, notable
+from moemerge.dtypes import STORED
+from moemerge.engines import ENGINES
+from moemerge.errors import CheckpointError
+from moemerge.families.engines import Trouble, facts_of, trouble_of
+from moemerge.planning.plan import Computed, MergePlan, Output
+from moemerge.sources.model_folder import open_merged, read_tensor_table
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found equal to the plan, and what was not."""
+
+    copied: int
+    """Tensors whose bytes are their source's, all of them finite numbers."""
+    copied_bytes: int
+    converted: int
+    """Tensors whose bytes are those that were computed again from their source, or constant, and finite too."""
+    converted_bytes: int
+    routers: int
+    """With the planned shape and dtype, and finite; their values are not computed again."""
+    files: int
+    """Copied from the base, or made of its tokenizer, byte for byte."""
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+    """What is there or not, and damages nothing."""
+
+
+def verify_merge(
+    plan: MergePlan,
+    out: Path | str,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Verification:
+    """Compare a merged checkpoint with its plan, in bounded memory; nothing is written.
+
+    In which shard a tensor lies does not matter.
+
+    Args:
+        plan: from `plan_merge`.
+        out: the folder of the merged checkpoint.
+        seed: that the merge had, for `noise_scale`.
+        progress: called with the bytes compared and all there are.
+
+    Raises:
+        SourceError: `out` is no folder with a checkpoint.
+        CheckpointError: a file cannot be read, or a source is not what its header said.
+    """
+    model = open_merged(out)
+    files, differences = compare_files_beside(plan, model)
+    differences += _compare_engine(plan)
+    differences, notes = notable(model, differences)
+    try:
+        tensors = read_tensor_table(model, lambda _: None)
+    except CheckpointError as error:
+        tensors = {}
+        differences.append(Difference("weights", "an index, headers and files that agree", str(error)))
+    else:
+        if model.file(SAFETENSORS_INDEX):
+            odd = "an index, headers and files that agree"
+            differences += [Difference("weights", odd, note) for note in model.notes]
+        differences += compare_index(model, tensors) + _compare_tables(plan, tensors)
+    unfit = {difference.what for difference in differences}
+    fit = [name for name in plan.outputs if name in tensors and name not in unfit]
+    done, total = 0, sum(tensors[name].nbytes for name in fit)
+
+    def report(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    with Jobs(report) as jobs:
+        started = [jobs.start(partial(_compare_output, plan.outputs[name], tensors[name], seed)) for name in fit]
+    results = [job.result() for job in started]
+    differences += [difference for result in results for difference in result]
+    equal = [name for name, result in zip(fit, results, strict=True) if not result]
+    routers = [name for name in equal if isinstance(plan.outputs[name].origin, Computed)]
+    converted = [name for name in equal if plan.outputs[name].is_converted]
+    copied = sorted(set(equal).difference(routers, converted))
+    return Verification(
+        copied=len(copied),
+        copied_bytes=sum(tensors[name].nbytes for name in copied),
+        converted=len(converted),
+        converted_bytes=sum(tensors[name].nbytes for name in converted),
+        routers=len(routers),
+        files=files,
+        differences=tuple(differences),
+        notes=tuple(notes),
+    )
+
+
+def _compare_engine(plan: MergePlan) -> list[Difference]:
+    """Whether the engine that the config names reads such a mixture rightly; a plan for another may be compared."""
+    engine = plan.config.engine
+    if engine is None or engine in plan.right_in:
+        return []
+    family = plan.family.model_type
+    trouble = trouble_of(engine, family, facts_of(plan.base, plan.mixture))
+    words = trouble.words if isinstance(trouble, Trouble) else trouble
+    name = ENGINES[engine]
+    return [Difference("engine", f"a mixture that {name} reads rightly", f"a {family}, with which {name} {words}")]
+
+
+def _compare_tables(plan: MergePlan, tensors: dict[str, StoredTensor]) -> list[Difference]:
+    return compare_entries(
+        {name: f"{STORED[plan.dtype]} {list(output.shape)}" for name, output in plan.outputs.items()},
+        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()},
+    )
+
+
+def _compare_output(output: Output, found: StoredTensor, seed: int, report: Report) -> list[Difference]:
+    """What is wrong with a tensor: other bytes than those of the plan, or numbers that are infinite or NaN."""
+    if isinstance(output.origin, Computed):
+        broken = look_at(found, report).not_finite
+        return [Difference(found.name, "finite numbers", broken.told)] if broken else []
+    census = Census(found)
+    unequal = compare_tensor(output.origin, seed, found, report, look=census.add)
+    differences = []
+    if unequal:
+        differences.append(Difference(found.name, _place(output, unequal.first, seed), str(unequal)))
+    if broken := census.not_finite:
+        source = "" if unequal else f": so it is in {_place(output, census.first_byte, seed)}"
+        differences.append(Difference(found.name, "finite numbers", broken.told + source))
+    return differences
+
+
+def _place(output: Output, byte: int, seed: int) -> str:
+    """Where a byte of a tensor comes from."""
+    number, piece = piece_at(output.bands, byte)
+    place = f"piece {number} of {len(output.pieces)}: " if len(output.pieces) > 1 else ""
+    return place + _describe(piece, seed)
+
+
+def _describe(piece: Piece, seed: int) -> str:
+    """Where the bytes of a piece should come from, and how they change on the way."""
+    source = piece.source
+    if not isinstance(source, StoredTensor):
+        return f"the number {source.value:g}" if isinstance(source, Fill) else "bytes of the plan"
+    changes = [f"as {piece.dtype}"] if piece.dtype != source.dtype else []
+    changes += [f"with noise of {piece.noise_scale:g} and seed {seed}"] if piece.noise_scale != 0.0 else []
+    changes += [f"times {piece.scale:g}"] if piece.scale != 1.0 else []
+    changes += [f"even rows of {piece.head_rows} before odd ones"] if piece.head_rows else []
+    return ", ".join([f"{source.name} of {source.path}", *changes])

@@ -1,0 +1,265 @@
+"""May these models be merged? From configs and headers alone; every problem is listed, none is only the first."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from moemerge.checkpoint.derived import Derived
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.packed import notes_on
+from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
+from moemerge.dtypes import NAMED
+from moemerge.families.dense import PLAIN, Axes, DenseModel, read_dense
+from moemerge.families.family import MoeFamily
+from moemerge.sources.model_folder import ModelFolder
+from moemerge.sources.reference import Reference
+
+# Of an expert: what its FFNs must share with the base to compute the same way in its place.
+_EXPERT_KEYS: Final = ("num_hidden_layers", "hidden_size")
+_EXPERT_FACTS: Final = ("qk_norm", "qkv_bias", "output_bias", "mlp_bias", "multipliers", "partial_rotary", "sinks")
+# Keys that no class computes with.
+_SILENT_KEYS: Final = {
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "pretraining_tp",
+    "auto_map", "_attn_implementation_autoset", "_model_name_or_path", "unk_token_id", "unsloth_version",
+    "unsloth_fixed", "eod_token_id", "output_hidden_states", "output_attentions", "return_dict", "id2label",
+    "label2id", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "quantization_config",
+    "output_router_logits", "router_aux_loss_coef", "num_experts_per_tok", "per_layer_config",
+}  # fmt: skip
+# What readers compute themselves, or keep beside quantised keys and values.
+_BUFFER: Final = re.compile(r"(^|\.)rotary_emb\.\w+$|\.self_attn\.(\w+\.)?(q|k|v|kv|prob)_(scale|zero_point)$")
+# What a base may have beside the head of a language model.
+_OTHER_HEAD: Final = re.compile(r"(score|classifier|v_head|value_head|reward_head)\.")
+_IN_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(\w+)")
+# Methods that store plain numbers, and round them when the model is loaded.
+_QUANTISED_WHEN_LOADED: Final = {"bitnet"}
+
+
+@dataclass
+class Findings:
+    """What a comparison found."""
+
+    problems: list[str] = field(default_factory=list)
+    """Each makes the merge impossible."""
+    notes: list[str] = field(default_factory=list)
+    """Worth knowing; nothing is wrong."""
+
+
+def check_configs(base: Mapping[str, Any], experts: Sequence[tuple[str, Mapping[str, Any]]]) -> Findings:
+    """Compare `config.json` of the base with those of the experts, given as (name, config).
+
+    Nothing else is needed, so that a merge can be refused before weights are downloaded.
+    """
+    found = Findings()
+    base_model = _read(base, "base_model", found)
+    if base_model and "mlp_bias" in base_model.facts:
+        found.problems.append("base_model: its FFNs have biases, which the experts of no output family have")
+    for name, config in experts:
+        expert = _read(config, name, found)
+        if base_model is None or expert is None:
+            continue
+        found.problems += _differences(name, base_model, expert)
+        scales = [model.values["residual_multiplier"] for model in (base_model, expert)]
+        if scales[0] != scales[1]:
+            found.notes.append(
+                f"{name}: residual_multiplier is {scales[1]:g}, but the base's {scales[0]:g} will scale its FFNs; "
+                f"residual_scale: {scales[1] / scales[0]:g} makes up for it"
+            )
+        if expert.config["vocab_size"] != base_model.config["vocab_size"]:
+            found.notes.append(
+                f"{name}: vocabulary of {expert.config['vocab_size']}, the base's of "
+                f"{base_model.config['vocab_size']} is kept"
+            )
+    return found
+
+
+def _differences(name: str, base: DenseModel, expert: DenseModel) -> Iterator[str]:
+    pairs = {key: (base.config[key], expert.config[key]) for key in _EXPERT_KEYS}
+    pairs["hidden_act"] = (base.hidden_act, expert.hidden_act)
+    for key, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            yield f"{name}: {key} is {theirs!r}, but the base model's is {ours!r}"
+    if base.family.block != expert.family.block:
+        yield f"{name}: a {expert.family.model_type} does not compute like the base model, a {base.family.model_type}"
+        return
+    for fact in _EXPERT_FACTS:
+        if (fact in base.facts) != (fact in expert.facts):
+            words = PLAIN.get(fact, "biases in its FFNs")
+            ours, theirs = ("with" if fact in model.facts else "without" for model in (base, expert))
+            yield f"{name}: computes {theirs} {words}, the base model {ours}"
+
+
+def check_base(
+    model: DenseModel, family: MoeFamily, tensors: Mapping[str, StoredTensor], ffn_layers: Iterable[int]
+) -> Findings:
+    """Check that the base model's tensors are those that its config announces; none is left without a place.
+
+    Of `ffn_layers` the FFN is read too.
+    """
+    dense = model.family
+    found = Findings()
+    layers = range(model.layers)
+    expected = model.outside() | {name: axes for layer in layers for name, axes in model.tensors(layer).items()}
+    if dense.head in tensors or not model.config["tie_word_embeddings"]:
+        expected[dense.head] = ("vocab", "hidden")
+    ffn = _ffns(model)
+    ffn_layers = layers if family.keeps_dense_ffn else ffn_layers
+    kept = {name: axes for layer in ffn_layers for name, axes in model.ffn(layer).items()}
+    _check_tensors(
+        "base_model", model, *_readable("base_model", tensors, expected | kept, found, takes_all=True), allowed=ffn,
+        never_taken=lambda tensor: bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)), found=found,
+    )  # fmt: skip
+    _check_quantisation("base_model", model, found)
+    dropped = sorted(set(model.unread) - _SILENT_KEYS)
+    if dropped:
+        found.notes.append(
+            f"base_model: {family.model_type} has no use for these keys of its config.json: {', '.join(dropped)}"
+        )
+    return found
+
+
+def check_expert(
+    name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str = "base"
+) -> Findings:  # fmt: skip
+    """Check that an expert has the FFNs that will be taken, and nothing that changes what they compute.
+
+    What else it has is left out with a note, unless `shared` weights are mixed and it belongs to attention.
+    """
+    found = Findings()
+    rest = model.outside() | {model.family.head: ("vocab", "hidden")}
+    rest |= {tensor: axes for layer in range(model.layers) for tensor, axes in model.tensors(layer).items()}
+    beside = {row.name.partition(".")[0] for row in model.family.rows} - {model.family.ffn_module}
+
+    def never_taken(tensor: str) -> bool:
+        if _BUFFER.search(tensor):
+            return True
+        if not (inside := _IN_LAYER.match(tensor)):
+            return True
+        attends = inside[2] in beside and "norm" not in inside[2]
+        return shared == "base" and attends and int(inside[1]) < model.layers
+
+    _check_tensors(
+        name, model, *_readable(name, tensors, _ffns(model), found), allowed=rest, never_taken=never_taken, found=found
+    )  # fmt: skip
+    _check_quantisation(name, model, found)
+    return found
+
+
+def check_adapters(
+    name: str, folder: ModelFolder, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str
+) -> Findings:  # fmt: skip
+    """Check that an expert's adapters change its FFNs; the rest counts where `shared` weights are mixed."""
+    found = Findings()
+    found.notes += [
+        f"{name}: the adapter {adapter.reference} was trained on {adapter.trained_on}, not on {folder.origin.repo}"
+        for adapter in folder.adapters
+        if isinstance(folder.origin, Reference)
+        and adapter.trained_on
+        and adapter.trained_on.lower() != folder.origin.repo.lower()
+    ]
+    changed = {
+        tensor
+        for tensor, stored in tensors.items()
+        if isinstance(stored.path, Derived) or stored.path.name.startswith("adapter_model.")
+    }
+    inside = changed & _ffns(model).keys()
+    if not inside:
+        found.problems.append(
+            f"{name}: the adapter changes no FFN, so the expert would be the model before the +. Choose one that "
+            "targets gate_proj, up_proj or down_proj"
+        )
+    rest = sum(not isinstance(tensors[tensor].path, Unreadable) for tensor in changed - inside)
+    if inside and shared == "base" and rest:
+        found.notes.append(
+            f"{name}: what the adapter changes in {rest} tensors beside the FFNs is not used; shared_weights: average "
+            "takes it in"
+        )
+    return found
+
+
+def _read(config: Mapping[str, Any], name: str, found: Findings) -> DenseModel | None:
+    model = read_dense(config)
+    if isinstance(model, str):
+        found.problems.append(f"{name}: {model}")
+        return None
+    if model.quantised in _QUANTISED_WHEN_LOADED:
+        found.problems.append(_quantised(name, model))
+    for key in ("hidden_act", "hidden_activation"):
+        if config.get(key) not in (None, model.hidden_act) and model.config.get(key) == model.hidden_act:
+            found.notes.append(f"{name}: {key} {config[key]!r} is another name of {model.hidden_act!r}")
+    return model
+
+
+def _quantised(name: str, model: DenseModel) -> str:
+    lost = f"is quantised ({model.quantised}); its scales would be lost"
+    return f"{name}: {lost}. Use the original weights, or dequantise it"
+
+
+def _check_quantisation(name: str, model: DenseModel, found: Findings) -> None:
+    """Tell a quantised model from one whose `config.json` has kept the words of how it was trained."""
+    if not model.quantised:
+        return
+    if found.problems:
+        found.problems.insert(0, _quantised(name, model))
+    else:
+        found.notes.append(
+            f"{name}: its config.json speaks of quantisation ({model.quantised}), but what is taken of it is stored as "
+            "plain numbers without scales, and is merged as such"
+        )
+
+
+def _readable(
+    name: str, tensors: Mapping[str, StoredTensor], required: Mapping[str, Axes], found: Findings, *,
+    takes_all: bool = False,
+) -> tuple[dict[str, StoredTensor], dict[str, Axes]]:  # fmt: skip
+    """What can be read, of the tensors and of those that are required; of the rest, problems and notes."""
+    lost: dict[tuple[str, bool], list[str]] = {}
+    for tensor, stored in tensors.items():
+        if isinstance(stored.path, Unreadable):
+            is_problem = tensor in required or (takes_all and not is_no_tensor(stored))
+            lost.setdefault((stored.path.reason, is_problem), []).append(tensor)
+    for (reason, is_problem), names in lost.items():
+        if is_problem:
+            found.problems += _listed(name, reason, names)
+        else:
+            found.notes += _listed(f"{name}: left out", reason, names)
+    found.notes += [f"{name}: {note}" for note in notes_on(tensors)]
+    readable = {t: stored for t, stored in tensors.items() if not isinstance(stored.path, Unreadable)}
+    return readable, {t: axes for t, axes in required.items() if t in readable or t not in tensors}
+
+
+def _ffns(model: DenseModel) -> dict[str, Axes]:
+    return {name: axes for layer in range(model.layers) for name, axes in model.ffn(layer).items()}
+
+
+def _check_tensors(
+    name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], required: Mapping[str, Axes], *,
+    allowed: Mapping[str, Axes], never_taken: Callable[[str], bool], found: Findings,
+) -> None:  # fmt: skip
+    dense = model.family
+    missing = [tensor for tensor in required if tensor not in tensors]
+    extra = [t for t in tensors if t not in required and t not in allowed and not t.endswith(dense.derived)]
+    found.problems += _listed(name, "is missing", missing)
+    found.problems += _listed(name, "has no place in a merge", [tensor for tensor in extra if not never_taken(tensor)])
+    found.notes += _listed(name, "is not used by the mixture", list(filter(never_taken, extra)))
+    strange = [tensor for tensor in required if tensor in tensors and tensors[tensor].dtype not in NAMED]
+    found.problems += _listed(
+        name,
+        "is not stored as float32, float16 or bfloat16",
+        [f"{t} ({tensors[t].dtype})" for t in strange],
+    )
+    wrong = [
+        f"{tensor} (expected {list(model.shape(axes))}, found {list(tensors[tensor].shape)})"
+        for tensor, axes in required.items()
+        if tensor in tensors and tensor not in strange and tensors[tensor].shape != model.shape(axes)
+    ]
+    found.problems += _listed(name, "has another shape than config.json says", wrong)
+
+
+def _listed(name: str, what: str, tensors: Iterable[str]) -> list[str]:
+    """One line for many tensors with the same problem."""
+    listed = list(tensors)
+    if not listed:
+        return []
+    more = f" (and {len(listed) - 1} more)" if len(listed) > 1 else ""
+    return [f"{name}: tensor {listed[0]} {what}{more}"]

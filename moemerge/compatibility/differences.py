@@ -1,0 +1,215 @@
+"""What is lost of experts that differ from the base beside their FFNs, and which model would be the better base."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.index import read_json
+from moemerge.compatibility.distances import check_deltas, distance_notes, distance_warnings, measure_distances
+from moemerge.config.schema import MergeConfig
+from moemerge.errors import CheckpointError
+from moemerge.families.dense import DenseModel
+from moemerge.families.mixture import Mixture
+from moemerge.sources.local import resolve_file
+from moemerge.sources.model_folder import ModelFolder
+
+Tensors = Mapping[str, StoredTensor]
+_SCALES: Final = ("attention_multiplier", "embedding_multiplier", "logits_scaling")
+_NORMS: Final = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
+# What says most of rotary positions.
+_ROPE_FIRST: Final = ("rope_type", "rope_theta", "factor")
+_SHOWN: Final = 3
+# Of a tokenizer.json, where the list of added tokens stands; the vocabulary behind it has megabytes.
+_HEAD_CHARACTERS: Final = 1_000_000
+_END_BYTES: Final = 200_000
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model with what it says of chats and tokens."""
+
+    name: str
+    """In messages."""
+    folder: ModelFolder
+    model: DenseModel
+
+    @property
+    def context(self) -> int:
+        """How many tokens it was made for."""
+        return int(self.model.config["max_position_embeddings"])
+
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """Its chat templates by name, wherever they are kept; that of a model with one is `default`."""
+        given = self._tokenizer_config.get("chat_template")
+        listed = given if isinstance(given, list) else [{"name": "default", "template": given}]
+        found = {str(entry.get("name")): entry.get("template") for entry in listed if isinstance(entry, dict)}
+        if file := self._file("chat_template.jinja"):
+            found["default"] = _beginning(file)
+        return {name: text.rstrip("\n") for name, text in found.items() if isinstance(text, str) and text}
+
+    def tokenizer(self, name: str) -> tuple[int, bytes, bytes] | None:
+        """What tells its tokenizer's file of this name from others: size, first and last bytes; None without one."""
+        file = self._file(name)
+        if file is None:
+            return None
+        with file.open("rb") as opened:
+            first, size = opened.read(_END_BYTES), file.stat().st_size
+            opened.seek(max(size - _END_BYTES, 0))
+            return size, first, opened.read(_END_BYTES)
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens beside the vocabulary's, with their numbers."""
+        file = self._file("tokenizer.json")
+        if file is None:
+            return {}
+        _, key, rest = _beginning(file).partition('"added_tokens":')
+        try:
+            listed, _ = json.JSONDecoder().raw_decode(rest.lstrip()) if key else ([], 0)
+            return {str(token["content"]): int(token["id"]) for token in listed}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # whatever wrote it
+            return {}
+
+    @cached_property
+    def _tokenizer_config(self) -> dict[str, Any]:
+        file = self._file("tokenizer_config.json")
+        try:
+            return read_json(file) if file else {}
+        except CheckpointError:
+            return {}
+
+    def _file(self, name: str) -> Path | None:
+        try:
+            return resolve_file(self.folder.folder, name)
+        except CheckpointError:  # there is none, or it is a pipe, or a link that leads nowhere
+            return None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is said of experts that can be merged."""
+
+    problems: list[str]
+    """Why their weights do not say what they are for, where the routers are made from them."""
+    warnings: list[str]
+    """Experts that are no fine-tunes of the base, or the base itself."""
+    notes: list[str]
+    """What is lost of them."""
+    has_strangers: bool
+    compared_bytes: int
+    """Read on other machines to find this out."""
+
+
+def judge_experts(
+    config: MergeConfig,
+    mixture: Mixture,
+    base: tuple[Speaker, Tensors],
+    experts: Sequence[tuple[Speaker, Tensors]],
+) -> Judgement:
+    """Compare every expert, then every shared expert, with the base, by config, small files and a few rows of weights.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        SourceError: a file on the Hub cannot be reached.
+    """
+    ours, tensors = base
+    by_reference = {expert.folder.reference: (expert.model, table) for expert, table in experts}
+    layers: dict[str, set[int]] = {}
+    for number, (expert, _) in enumerate(experts):
+        present = {layer for layer in mixture.moe_layers if number not in mixture.absent.get(layer, ())}
+        layers.setdefault(expert.folder.reference, set()).update(present)
+    distances, compared_bytes = measure_distances(
+        (ours.model, tensors), by_reference, {reference: sorted(found) for reference, found in layers.items()}
+    )
+    folders = [expert.folder for expert, _ in experts]
+    strangers = {reference for reference, found in distances.items() if found.is_stranger}
+    return Judgement(
+        problems=check_deltas(config, ours.folder, folders[: len(config.experts)], distances),
+        warnings=distance_warnings(ours.folder, [(expert.name, expert.folder) for expert, _ in experts], distances),
+        notes=[
+            *distance_notes(
+                ours.model, [(expert.name, expert.folder, expert.model) for expert, _ in experts], distances
+            ),
+            *lost_notes(ours, [expert for expert, _ in experts if expert.folder.reference not in strangers]),
+        ],
+        has_strangers=bool(strangers),
+        compared_bytes=compared_bytes,
+    )
+
+
+def lost_notes(base: Speaker, experts: Sequence[Speaker]) -> list[str]:
+    """Notes on what each expert has of its own that the base's takes the place of, and on who would lose less.
+
+    Args:
+        base: the base model.
+        experts: every expert and shared expert; those that are the base itself lose nothing.
+    """
+    others = [expert for expert in experts if expert.folder.folder != base.folder.folder]
+    notes = [
+        f"{expert.name}: not used of it, since the base model's own is kept: {'; '.join(lost)}"
+        for expert in others
+        if (lost := list(_lost(base, expert)))
+    ]
+    gains = [(gained, expert) for expert in others if (gained := list(_gained(base, expert)))]
+    if gains:
+        gained, best = max(gains, key=lambda pair: len(pair[0]))
+        notes.append(f"base_model: {best.folder.reference} would be the better base: it has {' and '.join(gained)}")
+    return notes
+
+
+def _lost(base: Speaker, expert: Speaker) -> Iterator[str]:
+    theirs, ours = expert.model, base.model
+    if expert.context != base.context:
+        yield f"context of {expert.context} tokens (base: {base.context})"
+    ropes = [model.values.get("rope_parameters") or {} for model in (theirs, ours)]
+    known = dict.fromkeys([*_ROPE_FIRST, *sorted(ropes[0].keys() | ropes[1].keys())])
+    keys = [key for key in known if ropes[0].get(key) != ropes[1].get(key)]
+    told = [f"{key} {ropes[0].get(key)!s:.30} (base: {ropes[1].get(key)!s:.30})" for key in keys]
+    if told:
+        yield f"rotary positions, {', '.join(told[:_SHOWN])}{', ...' if len(told) > _SHOWN else ''}"
+    pairs = {"sliding window": [model.values.get("window") or "none" for model in (theirs, ours)]}
+    pairs |= {key: [model.config.get(key) for model in (theirs, ours)] for key in _NORMS}
+    pairs["eos_token_id"] = [_only(model.config.get("eos_token_id")) for model in (theirs, ours)]
+    pairs |= {key: [model.values[key] for model in (theirs, ours)] for key in _SCALES}
+    for what, (own, kept) in pairs.items():
+        if own != kept:
+            yield f"{what} {own!s:.30} (base: {kept!s:.30})"
+    yield from _lost_words(base, expert)
+
+
+def _lost_words(base: Speaker, expert: Speaker) -> Iterator[str]:
+    if expert.templates and expert.templates != base.templates:
+        yield f"chat template (base: {'another' if base.templates else 'none'})"
+    files = [(expert.tokenizer(name), base.tokenizer(name)) for name in ("tokenizer.json", "tokenizer.model")]
+    own, kept = next((pair for pair in files if all(pair)), (None, None))  # where both have it
+    if own == kept:
+        return
+    added = [token for token, number in expert.added_tokens.items() if base.added_tokens.get(token) != number]
+    if added:
+        more = f" and {len(added) - _SHOWN} more" if len(added) > _SHOWN else ""
+        yield f"tokens {', '.join(repr(token)[:40] for token in added[:_SHOWN])}{more}"
+    else:
+        yield "tokenizer, whose file is another than the base's"
+
+
+def _gained(base: Speaker, expert: Speaker) -> Iterator[str]:
+    """What a merge would have more if the expert were its base."""
+    if expert.context > base.context:
+        yield f"a context of {expert.context} tokens, not {base.context}"
+    if expert.templates and not base.templates:
+        yield "a chat template, which the base lacks"
+
+
+def _beginning(file: Path) -> str:
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        return opened.read(_HEAD_CHARACTERS)
+
+
+def _only(value: Any) -> Any:
+    """The one entry of a list that has one; anything else as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

@@ -1,0 +1,254 @@
+"""How far each expert's FFNs are from the base's, by a few rows: a fine-tune of it, a stranger, or the base itself."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moemerge.checkpoint.derived import Derived, read_values
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.jobs import CONNECTIONS
+from moemerge.checkpoint.stored import is_rounded
+from moemerge.config.checks import READ_CHANGES
+from moemerge.config.schema import MergeConfig
+from moemerge.dtypes import NAMED
+from moemerge.families.dense import DenseModel, Role
+from moemerge.sources.lora import LoraSum
+from moemerge.sources.model_folder import ModelFolder
+
+Loaded = tuple[DenseModel, Mapping[str, StoredTensor]]
+"""A model's config and its tensors."""
+STRANGER: Final = 0.3
+"""Fine-tunes of one model differ from it by a few percent; models trained apart, by about 1.4."""
+_FAR: Final = 10
+_LAYERS: Final = 4
+_ROWS: Final = 4
+_ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """What was found of one expert."""
+
+    by_layer: Mapping[int, float]
+    """Of each layer that was looked at, `|expert - base| / |base|` over the rows; empty where none can be compared."""
+    rows: int
+    """How many were compared."""
+
+    @property
+    def mean(self) -> float:
+        """Over layers."""
+        return sum(self.by_layer.values()) / len(self.by_layer)
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether it is no fine-tune of the base, as far as the rows tell."""
+        return bool(self.by_layer) and self.mean > STRANGER
+
+    @property
+    def is_base(self) -> bool:
+        """Whether every row is the base's."""
+        return bool(self.by_layer) and not any(self.by_layer.values())
+
+
+@dataclass(frozen=True)
+class _Rows:
+    numbers: NDArray[np.float32]
+    dtype: str | None
+    """That they are stored in; None of those that are computed."""
+
+    def squared_distance(self, other: "_Rows") -> float:
+        """0 where one is the other's, rounded to its dtype."""
+        if is_rounded(self.numbers, other.numbers, [dtype for dtype in (self.dtype, other.dtype) if dtype]):
+            return 0.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(np.square(np.subtract(other.numbers, self.numbers, dtype=np.float64)).sum())
+
+
+def measure_distances(
+    base: Loaded, experts: Mapping[str, Loaded], layers: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Distance], int]:  # fmt: skip
+    """Compare each expert's FFNs with the base's, by some rows of some layers: a few megabytes of each model.
+
+    Models of another width or with other numbers than floats are not compared.
+
+    Args:
+        base: the base model.
+        experts: by reference, with what adapters add.
+        layers: by reference, those in which the expert takes part.
+
+    Returns:
+        The distances by reference, and how many bytes were read from other machines.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        SourceError: a file on the Hub cannot be reached.
+    """
+    fitting = {name: expert for name, expert in experts.items() if expert[0].sizes["ffn"] == base[0].sizes["ffn"]}
+    chosen = {name: _spread(_changed_by_adapters(expert, layers[name])) for name, expert in fitting.items()}
+    theirs = {(name, layer, role): _block(fitting[name], layer, role) for name, layer, role in _places(chosen)}
+    ours = {(layer, role): _block(base, layer, role) for _, layer, role in _places(chosen)}
+    with ThreadPoolExecutor(CONNECTIONS) as pool:  # on the Hub each block of rows is a request
+        reading = pool.map(_read, ours.values()), pool.map(_read, theirs.values())
+        our_rows, their_rows = dict(zip(ours, reading[0], strict=True)), dict(zip(theirs, reading[1], strict=True))
+    found = {
+        name: _distance({
+            layer: [(our_rows[layer, role], their_rows[name, layer, role]) for role in _ROLES] for layer in layers
+        })
+        for name, layers in chosen.items()
+    }  # fmt: skip
+    leaves = [_underlying(block) for block in (*ours.values(), *theirs.values()) if block]
+    remote = sum(leaf.nbytes for leaf in leaves if not isinstance(leaf.path, Path))
+    return {name: found.get(name, Distance({}, 0)) for name in experts}, remote
+
+
+def distance_warnings(
+    base: ModelFolder, experts: Sequence[tuple[str, ModelFolder]], distances: Mapping[str, Distance]
+) -> list[str]:  # fmt: skip
+    """What to say of experts, given with their names, that are no fine-tunes of the base, or nothing but the base."""
+    warnings = []
+    for name, folder in experts:
+        found = distances[folder.reference]
+        where = f"in {found.rows} rows of {len(found.by_layer)} layers"
+        if found.is_stranger:
+            amount = f"{found.mean:.0%}" if found.mean < _FAR else "far more than their own size"
+            warnings.append(
+                f"{name}: its FFNs differ from the base's by {amount} {where}, where fine-tunes of one model "
+                f"differ by a few percent: it is hardly a fine-tune of {base.reference}, whose attention its FFNs were "
+                "not trained with. Name the model that it was trained from as base_model, or leave it out"
+            )
+        elif found.is_base and folder.adapters:
+            warnings.append(
+                f"{name}: its adapter adds nothing to the base's FFNs (a difference of 0 % {where}): if it is so "
+                "everywhere, it is no expert of anything. Is the adapter's training finished, and its lora_alpha not 0?"
+            )
+        elif found.is_base and folder.folder != base.folder:
+            warnings.append(
+                f"{name}: its FFNs are the base's, unchanged (a difference of 0 % {where}): if they are so "
+                "everywhere, it is no expert of anything. Was it trained as an adapter? That is written model+adapter"
+            )
+    return warnings
+
+
+def distance_notes(
+    base: DenseModel, experts: Sequence[tuple[str, ModelFolder, DenseModel]], distances: Mapping[str, Distance]
+) -> list[str]:  # fmt: skip
+    """Experts of which nothing is known, for they cannot be compared with the base."""
+    return [
+        f"{name}: whether it is a fine-tune of the base model is not known: its FFNs "
+        + (
+            "have no finite numbers to compare, or the base has none or zeros"
+            if model.sizes["ffn"] == base.sizes["ffn"]
+            else f"are {model.sizes['ffn']} wide, the base's {base.sizes['ffn']}"
+        )
+        for name, folder, model in experts
+        if not distances[folder.reference].by_layer
+    ]
+
+
+def check_deltas(
+    config: MergeConfig, base: ModelFolder, folders: Sequence[ModelFolder], distances: Mapping[str, Distance]
+) -> list[str]:  # fmt: skip
+    """Why ways that read what fine-tuning changed in the experts' weights cannot read it, as far as rows tell."""
+    if config.way not in READ_CHANGES:
+        return []
+    problems = []
+    for number, folder in enumerate(folders):
+        by_layer = distances[folder.reference].by_layer
+        far = {layer: distance for layer, distance in by_layer.items() if distance > STRANGER}
+        if far:
+            layer, distance = next(iter(far.items()))
+            problems.append(differs_too_much(number, layer, distance))
+        elif folder.folder == base.folder and not folder.adapters:
+            problems.append(is_the_base(number, config.way))
+    return problems
+
+
+def differs_too_much(expert: int, layer: int, distance: float) -> str:
+    """What to tell of an expert whose change says nothing."""
+    amount = f"{distance:.0%}" if distance < _FAR else "far more than its own size"
+    return (
+        f"experts[{expert}]: its FFN differs from the base model's by {amount} in layer {layer}, so the base is "
+        "not the model that it was trained from, and the difference says nothing. Name that model as base_model, or "
+        "give the experts prompts and choose gate_mode ridge"
+    )
+
+
+def is_the_base(expert: int, way: str) -> str:
+    """What to tell of an expert that has no change."""
+    return (
+        f"experts[{expert}]: its FFNs are the base model's own, so its weights do not say what it is for, and "
+        f"gate_mode {way} reads nothing else. Give the experts prompts and choose gate_mode ridge"
+    )
+
+
+def _spread(layers: Sequence[int]) -> list[int]:
+    return sorted({layers[round(place * (len(layers) - 1) / (_LAYERS - 1))] for place in range(_LAYERS)})
+
+
+def _changed_by_adapters(model: Loaded, layers: Sequence[int]) -> Sequence[int]:
+    """Of an expert with adapters, the layers in which they add something; of others, all."""
+    config, tensors = model
+    changed = [
+        layer
+        for layer in layers
+        if any(isinstance(config.projection(tensors, layer, role).path, Derived) for role in _ROLES)
+    ]
+    return changed or layers
+
+
+def _places(chosen: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Role]]:
+    for name, layers in chosen.items():
+        for layer in layers:
+            for role in _ROLES:
+                yield name, layer, role
+
+
+def _block(model: Loaded, layer: int, role: Role) -> StoredTensor | None:
+    """Some rows of a projection that follow each other; None of a base that lacks FFNs, which nothing else takes."""
+    config, tensors = model
+    try:
+        tensor = config.projection(tensors, layer, role)
+    except KeyError:
+        return None
+    count = min(_ROWS, tensor.shape[0])
+    return tensor.rows((tensor.shape[0] - count) // 3, count)
+
+
+def _underlying(tensor: StoredTensor) -> StoredTensor:
+    """The same rows of the model before an adapter, of what is computed of both."""
+    while isinstance(tensor.path, Derived):
+        tensor = tensor.path.input_rows(tensor)
+    return tensor
+
+
+def _read(tensor: StoredTensor | None) -> _Rows | None:
+    if tensor is None:
+        return None
+    if isinstance(tensor.path, Derived):
+        before = _read(tensor.path.input_rows(tensor))
+        if before is None or not isinstance(tensor.path.recipe, LoraSum):
+            return None
+        return _Rows(tensor.path.recipe.rows(tensor.path.first_row(tensor), before.numbers), None)
+    if tensor.dtype not in NAMED:
+        return None
+    return _Rows(read_values(tensor), NAMED[tensor.dtype])
+
+
+def _distance(layers: Mapping[int, Sequence[tuple[_Rows | None, _Rows | None]]]) -> Distance:
+    found, rows = {}, 0
+    for layer, read in layers.items():
+        pairs = [
+            (ours, theirs) for ours, theirs in read if ours and theirs and ours.numbers.shape == theirs.numbers.shape
+        ]
+        whole = sum(float(np.square(ours.numbers, dtype=np.float64).sum()) for ours, _ in pairs)
+        if not whole or not np.isfinite(whole):
+            continue
+        changed = sum(ours.squared_distance(theirs) for ours, theirs in pairs)
+        if np.isfinite(changed):
+            found[layer], rows = (changed / whole) ** 0.5, rows + _ROWS * len(pairs)
+    return Distance(found, rows)

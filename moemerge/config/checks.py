@@ -1,0 +1,192 @@
+"""Problems between the keys of a merge config: prompts that make no router, experts that are all alike."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from moemerge.config.yaml_text import Place
+
+# Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
+_GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
+_READ_PROMPTS: Final = ("mergekit_hidden", "cheap_embed")
+_READ_PROMPTS_AND_TEXTS: Final = ("hidden", "ridge", "logistic")
+READ_CHANGES: Final = ("delta", "delta_bootstrap")
+"""Ways that make routers of what fine-tuning changed in the experts' weights."""
+_FITTED: Final = (*_READ_PROMPTS_AND_TEXTS, *READ_CHANGES)
+_USED_BY: Final = {
+    "lambda": ("ridge", "logistic", "delta_bootstrap"), "scale": _FITTED, "load_prior": _FITTED,
+    "calibration_texts": _FITTED,
+}  # fmt: skip
+"""Keys of `router`, each with the ways that use it."""
+# Of settings that are all there, as `model_dump` gives them, these say nothing.
+_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "router": {
+        "lambda": None, "scale": 1.0, "tokens_per_expert": 4096, "calibration_texts": [], "load_prior": None,
+        "seed": None,
+    },
+    "shared_weights": {"method": "base", "weights": None, "density": 0.5, "seed": 0},
+}  # fmt: skip
+_WITHOUT_LABELS: Final = ("auto", *READ_CHANGES)
+_MIN_EXPERTS: Final = 2
+_KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
+
+
+def canonical_gate_mode(value: Any) -> Any:
+    """One name for each way of making routers."""
+    return _GATE_MODE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+
+def listed(value: Any) -> Any:
+    """A text alone as a list of one, nothing as an empty list."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> list[tuple[Place, str]]:
+    """Problems between keys; works on the raw document, so that they show beside problems within keys."""
+    experts = document.get("experts")
+    if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
+        return []
+    problems: list[tuple[Place, str]] = []
+    per_token = document.get("experts_per_token", 2)
+    if len(experts) < _MIN_EXPERTS:
+        problems.append((("experts",), f"a mixture needs at least {_MIN_EXPERTS} experts, found {len(experts)}"))
+    elif type(per_token) is int and len(experts) < per_token:
+        problems.append((
+            ("experts_per_token",),
+            f"each token is to go to {per_token} experts, but there are only {len(experts)}: "
+            "name more experts or lower experts_per_token",
+        ))  # fmt: skip
+    models = [expert.get("source_model") for expert in experts]
+    folders = {os.path.normpath(os.path.expanduser(model)) if isinstance(model, str) else None for model in models}  # noqa: PTH111  Path.expanduser raises
+    if len(folders) == 1 and None not in folders and len(experts) >= _MIN_EXPERTS and not allow_identical_experts:
+        problems.append((
+            ("experts",),
+            "every expert is the same model, so the result computes what that model does at a higher cost. "
+            "Name different models, or, to train the result further, pass --allow-identical-experts",
+        ))  # fmt: skip
+    problems += _blank_prompts("experts", experts) + _blank_prompts("shared_experts", document.get("shared_experts"))
+    problems += _lone_negatives(document.get("shared_experts"))
+    return problems + _check_descriptions(document, experts)
+
+
+def choose_way(gate_mode: Any, *, described: bool, calibrated: bool) -> Any:
+    """How routers are made: `gate_mode`, or what `auto` finds to be the best that there is data for.
+
+    Args:
+        gate_mode: as the config says.
+        described: whether prompts or texts say of every expert what should be routed to it.
+        calibrated: whether there are calibration texts.
+    """
+    if gate_mode != "auto":
+        return gate_mode
+    return "ridge" if described else "delta_bootstrap" if calibrated else "delta"
+
+
+def _blank_prompts(key: str, experts: Any) -> list[tuple[Place, str]]:
+    problems: list[tuple[Place, str]] = []
+    for number, expert in enumerate(experts if isinstance(experts, list) else []):
+        for sign in ("positive_prompts", "negative_prompts"):
+            prompts = listed(expert.get(sign)) if isinstance(expert, dict) else None
+            if isinstance(prompts, list):
+                blank = [
+                    index for index, prompt in enumerate(prompts) if isinstance(prompt, str) and not prompt.strip()
+                ]
+                problems += [((key, number, sign, index), "the prompt is empty") for index in blank]
+    return problems
+
+
+def _lone_negatives(shared_experts: Any) -> list[tuple[Place, str]]:
+    return [
+        (("shared_experts", number), "negative_prompts say what differs from positive_prompts, but there are none")
+        for number, expert in enumerate(shared_experts if isinstance(shared_experts, list) else [])
+        if isinstance(expert, dict)
+        and (expert.get("negative_prompts") or expert.get("negative_texts"))
+        and not (expert.get("positive_prompts") or expert.get("positive_texts"))
+    ]
+
+
+def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[str, Any]]) -> list[tuple[Place, str]]:
+    settings = document.get("router")
+    settings = settings if isinstance(settings, dict) else {}
+    gate_mode = canonical_gate_mode(document.get("gate_mode", "auto"))
+    given = [{key: listed(expert.get(key)) for key in _KEYS} for expert in experts]
+    described = [bool(keys["positive_prompts"] or keys["positive_texts"]) for keys in given]
+    way = choose_way(gate_mode, described=all(described), calibrated=bool(settings.get("calibration_texts")))
+    reads = (*_READ_PROMPTS, *_READ_PROMPTS_AND_TEXTS)
+    any_described = any(described)
+    problems: list[tuple[Place, str]] = []
+    for number, (expert, keys) in enumerate(zip(experts, given, strict=True)):
+        missing = ""
+        if way in _READ_PROMPTS and not keys["positive_prompts"]:
+            missing = f"gate_mode {way} needs positive_prompts: text that should be routed to this expert"
+        elif way in _READ_PROMPTS_AND_TEXTS and not described[number]:
+            missing = f"gate_mode {way} needs positive_prompts or positive_texts: what should be routed to this expert"
+        elif gate_mode == "auto" and any_described and not described[number]:
+            missing = (
+                "has neither positive_prompts nor positive_texts, though others have: give it some, or none to any "
+                "expert, and the weights alone make the routers"
+            )
+        elif way not in reads and gate_mode in _WITHOUT_LABELS and not described[number] and any(keys.values()):
+            missing = "negative text says what differs from positive text, but there is none"
+        place: Place = ("experts", number)
+        problems += [((*place, "positive_prompts") if "positive_prompts" in expert else place, missing)] * bool(missing)
+        if way in _READ_PROMPTS:
+            problems += [
+                ((*place[:2], key), f"gate_mode {way} reads prompts alone; ridge reads texts too")
+                for key in ("positive_texts", "negative_texts") if keys[key]
+            ]  # fmt: skip
+    contents = [{key: _in_order(value) for key, value in keys.items()} for keys in given]
+    if way in reads and len(contents) > 1 and described[0] and all(keys == contents[0] for keys in contents[1:]):
+        problems.append((
+            ("experts",),
+            "all experts have the same prompts, so nothing tells the router which to choose. "
+            "Give each expert prompts that only it should answer",
+        ))  # fmt: skip
+    return problems + _check_settings(way, settings, len(experts)) + _check_shared(document, len(experts))
+
+
+def _check_settings(way: str, settings: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:
+    problems: list[tuple[Place, str]] = []
+    if way == "delta_bootstrap" and not settings.get("calibration_texts"):
+        problems.append((
+            ("gate_mode",),
+            "delta_bootstrap needs router.calibration_texts: files of text of all kinds that the experts are for",
+        ))  # fmt: skip
+    for key, ways in _USED_BY.items():
+        if _is_set("router", settings, key) and way not in ways:
+            problems.append((("router", key), f"gate_mode {way} does not use it; {', '.join(ways)} do"))
+    if settings.get("calibration_texts") and way in _READ_PROMPTS_AND_TEXTS and not settings.get("load_prior"):
+        problems.append((
+            ("router", "calibration_texts"),
+            f"gate_mode {way} uses them for a load_prior alone, which is missing; delta_bootstrap is made from them",
+        ))  # fmt: skip
+    prior = settings.get("load_prior")
+    if isinstance(prior, list) and len(prior) != experts:
+        problems.append((("router", "load_prior"), f"names {len(prior)} shares, but there are {experts} experts"))
+    return problems
+
+
+def _check_shared(document: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:
+    given = document.get("shared_weights")
+    given = given if isinstance(given, dict) else {"method": given or "base"}
+    method = given.get("method", "base")
+    used = {"base": (), "average": ("weights",), "ties": ("weights", "density"), "dare": ("weights", "density", "seed")}
+    problems: list[tuple[Place, str]] = [
+        (("shared_weights", key), f"method {method} does not use it")
+        for key in ("weights", "density", "seed")
+        if _is_set("shared_weights", given, key) and isinstance(method, str) and key not in used.get(method, (key,))
+    ]
+    weights = given.get("weights")
+    if isinstance(weights, list) and len(weights) != experts:
+        problems.append((("shared_weights", "weights"), f"are {len(weights)}, but there are {experts} experts"))
+    return problems
+
+
+def _is_set(group: str, settings: Mapping[str, Any], key: str) -> bool:
+    """Whether settings say something under a key."""
+    defaults = _DEFAULTS[group]
+    return settings.get(key) is not None and not (settings.keys() >= defaults.keys() and settings[key] == defaults[key])
+
+
+def _in_order(prompts: Any) -> Any:
+    return sorted(map(str, prompts)) if isinstance(prompts, list) else prompts

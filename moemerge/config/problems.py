@@ -1,0 +1,94 @@
+"""Problems of a config in the words of someone who writes the YAML, each with its line and address."""
+
+import difflib
+import reprlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+import yaml
+from pydantic_core import ErrorDetails
+
+from moemerge.config.yaml_text import Place
+from moemerge.errors import ConfigError
+
+MOST_EXPLAINED: Final = 100
+"""Problems of a config that are explained; of a config with more, their number is told."""
+SHORT_REPR: Final = reprlib.Repr()
+"""`SHORT_REPR.repr(value)` is the repr of a value that may be long."""
+SHORT_REPR.maxstring = 60
+
+
+class PlacedError(ConfigError):
+    """A wrong config, with the place of each problem, from which its line can be found."""
+
+    def __init__(self, placed: list[tuple[Place, str]], name: str = "config", node: yaml.Node | None = None) -> None:
+        self.placed = placed
+        shown = placed[:MOST_EXPLAINED]
+        located = sorted((_line(node, place), _address(place), problem) for place, problem in shown)
+        lines = [
+            f"{f'line {line}: ' if node else ''}{address}: {problem}" if address else problem
+            for line, address, problem in located
+        ]
+        more = [f"and {len(placed) - len(shown)} more"] if len(placed) > len(shown) else []
+        super().__init__(f"{name}: {len(placed)} problem{'s' if len(placed) > 1 else ''}:", [*lines, *more])
+
+
+def explain(detail: ErrorDetails, known_keys: Callable[[Place], list[str]]) -> str:  # noqa: PLR0911  one for each kind
+    """One pydantic error in the words of someone who writes the YAML."""
+    key, value = detail["loc"][-1], detail["input"]
+    if detail["type"] == "extra_forbidden":
+        known = known_keys(detail["loc"])
+        near = difflib.get_close_matches(str(key)[:60], known, n=1, cutoff=0.5)
+        return f"unknown key, did you mean {near[0]}?" if near else f"unknown key; known: {', '.join(known)}"
+    if detail["type"] == "missing":
+        return "is missing"
+    if detail["type"] == "literal_error":
+        choices = detail["ctx"]["expected"].replace("'", "")
+        near = difflib.get_close_matches(str(value)[:60], choices.replace(" or ", ", ").split(", "), n=1)
+        return f"expected {choices}, found {SHORT_REPR.repr(value)}" + (f"; did you mean {near[0]}?" if near else "")
+    if detail["type"] == "string_type":
+        in_prompts = any(str(step).endswith("_prompts") for step in detail["loc"])
+        return f"expected text, found {SHORT_REPR.repr(value)}" + ("; write it in quotes" if in_prompts else "")
+    if detail["type"] == "float_parsing":
+        return f"expected a number, found {SHORT_REPR.repr(value)}"
+    if detail["type"] == "model_type":
+        return f"expected keys with values, found {SHORT_REPR.repr(value)}"
+    if detail["type"] == "value_error":
+        return f"{detail['ctx']['error']}, found {SHORT_REPR.repr(value)}"
+    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {SHORT_REPR.repr(value)}"
+
+
+def _address(place: Place) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step:.60}" for step in place).lstrip(".")
+
+
+def _line(node: yaml.Node | None, place: Place) -> int:
+    """Line of the innermost step of `place` that the document has."""
+    line = node.start_mark.line + 1 if node else 1
+    for step in place:
+        child = None
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == step), None)
+            if pair:
+                line, child = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            child = node.value[step]
+            line = child.start_mark.line + 1
+        if child is None:
+            return line
+        node = child
+    return line
+
+
+def repeated_keys(node: yaml.Node | None) -> list[tuple[Place, str]]:
+    """YAML keeps the last of two equal keys in silence; looked for at the top and in each expert."""
+    mappings: list[tuple[Place, yaml.Node | None]] = [((), node)]
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        if isinstance(value, yaml.SequenceNode):
+            mappings += [((key.value, index), child) for index, child in enumerate(value.value)]
+    problems = []
+    for place, mapping in mappings:
+        keys = Counter(key.value for key, _ in mapping.value) if isinstance(mapping, yaml.MappingNode) else {}
+        problems += [((*place, key), "is written twice") for key, count in keys.items() if count > 1]
+    return problems

@@ -1,0 +1,68 @@
+"""How good a merged model is, and whether its routers earn their place: losses beside those of honest baselines."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from moemerge.errors import RefusedError
+from moemerge.evaluation.figures import Evaluation
+from moemerge.texts.documents import find_files, read_documents
+
+__all__ = ["Evaluation", "evaluate"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with the model that runs, its layers done and all there are."""
+
+
+def evaluate(
+    folder: Path | str,
+    data: Mapping[str, Sequence[str]],
+    *,
+    baselines: bool = False,
+    tokens: int = 8192,
+    window: int = 512,
+    device: str = "auto",
+    progress: Progress = lambda _name, _done, _total: None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Evaluation:
+    """Run a merged model, and the models that it is made of, over text that it was not made from.
+
+    Every model is run a layer at a time, and none is written to the disk.
+
+    Args:
+        folder: of the merged model.
+        data: by the name of a domain, files, folders or patterns of its documents. A domain that is called like an
+            expert is that expert's.
+        baselines: whether to run the weight average, the uniform mixture and the label oracle too.
+        tokens: how many tokens of each domain are read.
+        window: in how long pieces, in tokens.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        progress: called as the work goes on.
+        announce: called with a line about what takes long.
+
+    Raises:
+        SourceError: there is no such model.
+        IncompatibleError: it is no mixture that moemerge writes.
+        RefusedError: there are no such files, or a domain is nearly called like an expert.
+        CheckpointError: files of the merged model are damaged, or its numbers are not finite.
+        RouterError: the device or the tokenizer does not serve.
+    """
+    documents = read_domains(data)
+    from moemerge.evaluation.measuring import measure  # imports torch and transformers
+
+    return measure(
+        folder, documents, baselines=baselines, tokens=tokens, window=window, device=device, progress=progress,
+        announce=announce,
+    )  # fmt: skip
+
+
+def read_domains(data: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The documents of each domain, from files, folders or patterns.
+
+    Raises:
+        RefusedError: there are no such files, or no text in them.
+    """
+    documents = {name: read_documents(find_files(patterns, f"--data {name}")) for name, patterns in data.items()}
+    empty = [name for name, texts in documents.items() if not texts]
+    if empty:
+        raise RefusedError(f"--data {empty[0]}=: its files hold no text.")
+    return documents

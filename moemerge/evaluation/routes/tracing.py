@@ -1,0 +1,87 @@
+"""Which experts a merged model's routers choose for each token of a text."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from moemerge.errors import RefusedError
+from moemerge.evaluation.routes.traced import Routes, TracedText
+from moemerge.evaluation.runnable import open_mixture
+from moemerge.evaluation.running import Choice, run_model
+from moemerge.passes.device import find_device
+from moemerge.passes.tokens import CHARACTERS_PER_TOKEN, Window, load_tokenizer
+
+
+def trace(
+    folder: Path | str, texts: Mapping[str, str], *, tokens: int, device: str, layer: int | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Routes:  # fmt: skip
+    """Run a merged model over texts, a layer at a time, and keep what its routers choose.
+
+    Args:
+        folder: of the merged model.
+        texts: by name; of each, the first `tokens` tokens are read.
+        tokens: at most the model's context length.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        layer: one that has to have a router.
+        progress: called with the layers done and all there are.
+
+    Raises:
+        SourceError: there is no such model.
+        IncompatibleError: it is no mixture that moemerge writes.
+        RefusedError: a text has no tokens, or `layer` no router.
+        CheckpointError: the model's files are damaged, or its numbers are not finite.
+        RouterError: the device or the tokenizer does not serve.
+    """
+    mixture = open_mixture(folder)
+    layers = mixture.moe_layers
+    if layer is not None and layer not in layers:
+        raise RefusedError(f"layer {layer} has no router; those with one: {', '.join(map(str, layers))}.")
+    tokens = min(tokens, mixture.runnable.keys.get("max_position_embeddings", tokens))
+    tokenizer = load_tokenizer(mixture.folder)
+    windows: list[Window] = []
+    pieces: list[tuple[str, ...]] = []
+    for name, text in texts.items():
+        ids, special, parts = _split(tokenizer, text[: CHARACTERS_PER_TOKEN * tokens])
+        if not any(parts):
+            raise RefusedError(f"{name}: the model's tokenizer finds no tokens in it.")
+        windows.append(Window(len(windows), tuple(ids[:tokens]), tuple(not added for added in special[:tokens])))
+        pieces.append(tuple(part for part, added in zip(parts[:tokens], special[:tokens], strict=True) if not added))
+    kept: list[dict[int, Choice]] = [{} for _ in windows]
+    run_model(
+        mixture.runnable, windows, find_device(device), mixture=mixture, losses=False, progress=progress,
+        chosen=lambda choice: kept[choice.window].update({choice.layer: choice}),
+    )  # fmt: skip
+    traced = []
+    for name, window, tokens_of, choices in zip(texts, windows, pieces, kept, strict=True):
+        counted = np.array(window.counted)
+        traced.append(
+            TracedText(
+                name, tokens_of,
+                np.stack([choices[layer].experts.numpy()[counted] for layer in layers]),
+                np.stack([choices[layer].weights.numpy()[counted] for layer in layers]),
+            )
+        )  # fmt: skip
+    return Routes(Path(folder).resolve().name, mixture.experts, tuple(layers), tuple(traced))
+
+
+def _split(tokenizer: object, text: str) -> tuple[list[int], list[int], list[str]]:
+    """Tokens, whether the tokenizer added them, and the part of the text that each stands for.
+
+    Of a letter that is several tokens, the first one stands for it and the others are U+FFFD.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    result = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=fast, verbose=False)  # type: ignore[operator]
+    ids, special = result["input_ids"], result["special_tokens_mask"]
+    if not fast:
+        return ids, special, [tokenizer.decode([token]) for token in ids]  # type: ignore[attr-defined]
+    parts = [""] * len(ids)
+    own = [index for index, added in enumerate(special) if not added]
+    # What a tokenizer leaves out, such as a space, belongs to the token behind it.
+    end = 0
+    for index in own:
+        upto = result["offset_mapping"][index][1]
+        parts[index] = text[end:upto] or "\ufffd"
+        end = max(end, upto)
+    return ids, special, parts

@@ -1,0 +1,264 @@
+"""A dense model as its `config.json` describes it, every silent default made explicit."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, NoReturn
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily, Role
+from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
+from moemerge.families.dense.values import UnreadableError, is_read, read_values
+
+_ROPE_TYPES: Final = ("default", *ROPES)
+# Names under which transformers' ACT2FN holds the same function.
+_ACTIVATIONS: Final = {"swish": "silu", "gelu_python": "gelu"}
+_OWN_SCALES: Final = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """What a dense model's `config.json` says, every silent default made explicit."""
+
+    family: DenseFamily
+    config: dict[str, Any]
+    """What the family's class reads, defaults included; one spelling of rope settings in place of all others."""
+    unread: tuple[str, ...]
+    """Keys of `config.json` that the class does not read."""
+    given_rope: dict[str, Any] | None
+    """`rope_scaling` as `config.json` spells it."""
+    quantised: str = ""
+    """The method of quantisation that `config.json` speaks of; empty for none."""
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def hidden_act(self) -> str:
+        """The FFN's activation."""
+        return str(self.config.get("hidden_act") or self.config.get("hidden_activation") or "silu")
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Length of each named axis of the family's tensors."""
+        config, width = self.config, self.family.ffn_width
+        query, key = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
+        return {
+            "vocab": config["vocab_size"],
+            "hidden": config["hidden_size"],
+            "ffn": width(config) if callable(width) else config[width],
+            "query": query,
+            "key": key,
+            "qkv": query + 2 * key,
+            "head": config["head_dim"],
+            "heads": config["num_attention_heads"],
+            **self.family.sizes(config),
+        }
+
+    @cached_property
+    def layer_types(self) -> list[str]:
+        """Of each layer, what it does beside its FFN."""
+        given = self.config.get("layer_types")
+        return [self.family.kinds.get(kind, kind) for kind in given or self.family.layer_types(self.config)]
+
+    @cached_property
+    def facts(self) -> frozenset[str]:
+        """Those of `PLAIN` and `ROPES` that hold, and `mlp_bias`, `tied`."""
+        config = self.config
+        said = {fact: self.values.get(key) if isinstance(key, str) else key for fact, key in self.family.facts.items()}
+        # A window that is no shorter than the context cuts nothing off.
+        window = (config.get("sliding_window") or config["max_position_embeddings"]) < config["max_position_embeddings"]
+        window = window and SLIDING in self.layer_types
+        said |= {
+            "partial_rotary": config.get("partial_rotary_factor", 1.0) != 1.0,
+            "multipliers": not self.has_plain_scales,
+            "nope": 0 in (self.values["layer_rope_theta"] or ()),
+            "window": window,
+            "mixed_attention": len(set(self.layer_types)) > 1,
+            "wide_heads": config["head_dim"] * config["num_attention_heads"] != config["hidden_size"],
+            "scaled_rope": bool(config.get("rope_scaling")),
+            "tied": config["tie_word_embeddings"],
+            **{kind: kind == (config.get("rope_scaling") or {}).get("rope_type") for kind in ROPES},
+        }
+        return frozenset(fact for fact, holds in said.items() if holds)
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """`config`, with what output families say in words of their own."""
+        config, layers, own = self.config, self.layers, self.family.values(self.config)
+        scaling = own.get("rope_scaling", config.get("rope_scaling"))
+        rope = {"rope_theta": config.get("rope_theta"), **(scaling or {"rope_type": "default"})}
+        rotary_part = config.get("partial_rotary_factor", 1.0)
+        with_part = rope | {"partial_rotary_factor": rotary_part}
+        window = config.get("sliding_window") if SLIDING in self.layer_types else None
+        return {
+            **dict.fromkeys(_OWN_SCALES, 1.0),
+            "rope_parameters": rope,
+            "layer_rope_theta": [config.get("rope_theta")] * layers,
+            "positions": "rope",
+            "mamba_d_head": 2 * config["hidden_size"],
+            **config,
+            "layers": layers,
+            "hidden_act": self.hidden_act,
+            "attention_multiplier": self.attention_multiplier,
+            "layer_types": self.layer_types,
+            "granite_kinds": ["mamba" if kind == "mamba" else "attention" for kind in self.layer_types],
+            "all_sliding": [SLIDING] * layers,
+            "window": window,
+            "window_switch": window is not None,
+            "some_window": window or config["max_position_embeddings"],
+            "rotary_part": rotary_part,
+            "rope_with_part": with_part,
+            "rope_by_kind": {FULL: rope, SLIDING: rope},
+            "rope_by_kind_with_part": {FULL: with_part, SLIDING: with_part},
+            **own,
+        }
+
+    @property
+    def attention_multiplier(self) -> float:
+        """Factor on the products of queries and keys."""
+        given = self.config.get("attention_multiplier")
+        return self.config["head_dim"] ** -0.5 if given is None else float(given)
+
+    @property
+    def has_plain_scales(self) -> bool:
+        """Whether nothing is scaled that a Llama leaves alone."""
+        own = all(self.config.get(key, 1.0) == 1.0 for key in _OWN_SCALES)
+        return own and math.isclose(self.attention_multiplier, self.config["head_dim"] ** -0.5)
+
+    @property
+    def class_keys(self) -> dict[str, Any]:
+        """What the family's class is told: no key that it does not read."""
+        told = {
+            key: decoded(value)
+            for key, value in self.config.items()
+            if value is not None or self.family.defaults.get(key, 0) is not None
+        }
+        if self.given_rope:  # some classes of transformers 4 know one spelling alone
+            told["rope_scaling"] = self.given_rope
+        return told | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
+
+    def projection(self, tensors: Mapping[str, StoredTensor], layer: int, role: Role) -> StoredTensor:
+        """One projection of a layer's FFN, which may be part of a larger tensor."""
+        half = self.family.ffn[role]
+        tensor = tensors[f"model.layers.{layer}.{half.name}"]
+        width = self.sizes["ffn"]
+        return tensor.rows(half.part * width, width) if half.parts > 1 else tensor
+
+    def tensors(self, layer: int) -> dict[str, Axes]:
+        """Names and axes of a layer's tensors beside its FFN."""
+        holds = {*self.facts, self.layer_types[layer]}
+        prefix = f"model.layers.{layer}."
+        return {prefix + row.name: row.axes for row in self.family.rows if holds.issuperset(row.when)}
+
+    def ffn(self, layer: int) -> dict[str, Axes]:
+        """Names and axes of the tensors of a layer's FFN."""
+        named: dict[str, Axes] = {}
+        for role, half in self.family.ffn.items():
+            width = "ffn" if half.parts == 1 else f"{half.parts} ffn"
+            named[f"model.layers.{layer}.{half.name}"] = ("hidden", width) if role == "down" else (width, "hidden")
+        return named
+
+    def outside(self) -> dict[str, Axes]:
+        """Names and axes of the tensors outside the layers, beside the head."""
+        return {**self.family.first, self.family.last: ("hidden",)}
+
+    def shape(self, axes: Axes) -> tuple[int, ...]:
+        """Sizes of the named axes; an axis `2 ffn` is twice as long as `ffn`."""
+        return tuple(self._size(axis) for axis in axes)
+
+    def _size(self, axis: str) -> int:
+        factor, _, name = axis.rpartition(" ")
+        return int(factor or 1) * (int(name) if name.isdigit() else self.sizes[name])
+
+
+def decoded(value: Any) -> Any:
+    """Numbers that JSON lacks, as transformers 5 writes them."""
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    return float(value["__float__"]) if isinstance(value, dict) and value.keys() == {"__float__"} else value
+
+
+def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
+    """Interpret a `config.json`; a text says why it cannot be."""
+    model_type = config.get("model_type")
+    family = DENSE_FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    try:
+        return _read(_family_unknown(config) if family is None else family, config)
+    except UnreadableError as error:
+        return str(error)
+
+
+def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in NOT_MERGED:
+        raise UnreadableError(
+            f"its model_type is {model_type!r}, which no output family repeats exactly: {NOT_MERGED[model_type]}"
+        )
+    if isinstance(config.get("text_config"), dict):
+        inner = config["text_config"].get("model_type")
+        raise UnreadableError(f"it is multimodal ({model_type}); save its text model ({inner}) alone and merge that")
+    known = ", ".join(DENSE_FAMILIES)
+    raise UnreadableError(f"its model_type is {model_type!r}; moemerge reads dense models of type {known}")
+
+
+def _read(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
+    spelled = {family.aliases.get(key, key): value for key, value in config.items()}
+    full = read_values(family, spelled)
+    full |= {key: _ACTIVATIONS.get(full[key], full[key]) for key in ("hidden_act", "hidden_activation") if key in full}
+    if config.get("per_layer_config") and "per_layer_config" not in family.defaults:
+        raise UnreadableError("its config.json has a per_layer_config, which was not proved")
+    unproved = [
+        f"{key} is {full[key]!r}: {reason}" for key, (value, reason) in family.refusals.items() if full[key] != value
+    ]
+    if unproved:
+        raise UnreadableError("; ".join(unproved))
+    given_rope = None
+    if family.rope == "read":
+        given_rope = spelled.get("rope_scaling")
+        full |= _read_rope(family, full)
+        full.pop("rope_parameters", None)
+    elif any(config.get(key) is not None for key in ("rope_theta", "rope_scaling")):
+        raise UnreadableError("its rope settings stand outside rope_parameters, where this family reads them")
+    unread = tuple(key for key in spelled if not is_read(family, key))
+    model = DenseModel(family, full, unread, given_rope, _quantisation(config))
+    small = [name for name, size in model.sizes.items() if type(size) is not int or size < 1]
+    if small:
+        raise UnreadableError(f"its config.json leaves nothing for {', '.join(small)}")
+    return model
+
+
+def _quantisation(config: Mapping[str, Any]) -> str:
+    given = config.get("quantization_config")
+    method = given.get("quant_method", "unknown") if isinstance(given, dict) else given
+    return str(method)[:40] if given else ""
+
+
+def _read_rope(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
+    """One spelling for rotary settings, read as transformers 5 reads them (`convert_rope_params_to_dict`)."""
+    settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in settings.values()):
+        raise UnreadableError(f"its rope settings differ between layers: {settings!r:.80}")
+    theta = settings.pop("rope_theta", config["rope_theta"])
+    partial = settings.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    for name, number in {"rope_theta": theta, "partial_rotary_factor": partial}.items():
+        if type(number) not in {int, float} or not 0 < number < math.inf:
+            raise UnreadableError(f"its {name} is {number!r:.40}, no positive number")
+    if partial != 1.0 and "partial_rotary_factor" not in family.defaults:
+        raise UnreadableError(
+            f"its partial_rotary_factor is {partial!r}, which {family.model_type} does not read in all versions"
+        )
+    kind = settings.pop("rope_type", settings.pop("type", "default"))
+    settings.pop("type", None)
+    kind = family.rope_kinds.get(kind, kind) if isinstance(kind, str) else kind
+    if kind not in _ROPE_TYPES:
+        raise UnreadableError(f"its rope type is {kind!r:.40}; known: {', '.join(_ROPE_TYPES)}")
+    read = {"rope_theta": theta, "rope_scaling": None, "partial_rotary_factor": partial}
+    if kind == "default":
+        return read
+    if config.get("original_max_position_embeddings"):
+        settings["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    return read | {"rope_scaling": {"rope_type": kind, **settings}}

@@ -1,0 +1,168 @@
+"""What engines make of each output family, as measured by running them: `engines.json` and what follows from it.
+
+`make test-engines` runs every engine over tiny mixtures of every kind and writes that file. What else is said of
+llama.cpp stands in `export`, which refuses what its engine does not load.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Final
+
+from moemerge.engines import ENGINES, Engine
+from moemerge.families.dense import PLAIN, ROPES, DenseModel
+from moemerge.families.mixture import ASKED, Mixture
+
+MAIN: Final[tuple[Engine, ...]] = ("transformers", "vllm", "llamacpp")
+"""Those in most of which a family that nobody asked for should be right."""
+FACTS: Final = {
+    **ROPES, "mscale": "yarn's mscale", "state_spaces": "state-space layers", **PLAIN,
+    "tied": "tied embeddings", "untied": "untied embeddings", **ASKED,
+    "later_dense_layers": "dense layers after others", "absent": "experts absent from layers",
+    "no_window": "full attention in every layer", "gelu": "GELU for SiLU", "gelu_tanh": "GELU by tanh for SiLU",
+    "other_activation": "an activation beside SiLU and GELU",
+    "grouped_heads": "fewer key heads than query heads", "positions": "rotary positions beside state spaces",
+}  # fmt: skip
+"""What tells mixtures of a family apart, in words; where several explain as much, the first is named."""
+_BY_TANH: Final = ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
+_ACTIVATIONS: Final = {"gelu": "gelu", **dict.fromkeys(_BY_TANH, "gelu_tanh")}
+# Log-probabilities in float32: rounding alone makes 3e-4, and 3e-3 where GELU comes from a table; faults make 1.
+TOLERANCE: Final = 5e-3
+NAN: Final = "computes NaN"
+"""What stands in the record for a distance that is no number."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What makes an engine compute something else, or fail."""
+
+    facts: frozenset[str]
+    """All of them together do; none: every mixture of the family."""
+    apart: float | None
+    """How far log-probabilities were from transformers' at most; infinite for NaN, None where the engine failed."""
+    message: str
+    """What it said where it failed."""
+    version: str
+    """Name and version of the engine."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it computes something else without a word."""
+        return self.apart is not None
+
+    @property
+    def words(self) -> str:
+        """What happens, and with what."""
+        what = f"fails ({self.message})"
+        if self.apart is not None:
+            what = f"computes something else, log-probabilities up to {self.apart:.2g} off,"
+            what = "computes NaN" if math.isinf(self.apart) else what
+        return f"{what} with {self.with_what}" if self.facts else f"{what} always"
+
+    @property
+    def with_what(self) -> str:
+        """With which facts, in words."""
+        return " and ".join(FACTS[fact] for fact in FACTS if fact in self.facts)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an engine reads the mixtures of a family."""
+
+    version: str
+    troubles: tuple[Trouble, ...]
+    tried: frozenset[str]
+    """Facts of mixtures that were right, or that are troubles."""
+
+    def of(self, facts: frozenset[str]) -> "Trouble | str | None":
+        """What it makes of a mixture: None where it is right, or words for why that is not known."""
+        found = [trouble for trouble in self.troubles if trouble.facts <= facts]
+        if found:
+            return max(found, key=lambda trouble: (trouble.is_silent, len(trouble.facts)))
+        untried = [FACTS[fact] for fact in FACTS if fact in facts - self.tried]
+        return f"was not tried with {' or '.join(untried)}" if untried else None
+
+
+def facts_of(base: DenseModel, mixture: Mixture) -> frozenset[str]:
+    """What tells a mixture from others of its family, as far as engines have been seen to care."""
+    config = base.config
+    said = {
+        "untied": "tied" not in base.facts,
+        "no_window": "window" not in base.facts,
+        "grouped_heads": base.sizes["key"] < base.sizes["query"],
+        "mscale": "mscale" in (config.get("rope_scaling") or {}),
+        "state_spaces": "mamba" in base.layer_types,
+        "positions": config.get("position_embedding_type") == "rope",
+        "later_dense_layers": bool(set(mixture.dense_layers) - set(range(mixture.moe_layers[0]))),
+        "absent": bool(mixture.absent),
+        _ACTIVATIONS.get(base.hidden_act, "other_activation"): base.hidden_act != "silu",
+    }
+    held = base.facts | mixture.facts | {fact for fact, holds in said.items() if holds}
+    return frozenset(fact for fact in FACTS if fact in held) - {"scaled_rope"}
+
+
+def trouble_of(engine: Engine, family: str, facts: frozenset[str]) -> Trouble | str | None:
+    """What an engine makes of a mixture of a family: None where it is right, words where that is not known."""
+    found = readings()[engine].get(family)
+    return "was not tried with this family" if found is None else found.of(facts)
+
+
+def is_right(found: float | str) -> bool:
+    """Whether what stands in the record for a mixture is what transformers computes, but for rounding."""
+    return isinstance(found, float) and found <= TOLERANCE
+
+
+def right_in(family: str, facts: frozenset[str]) -> list[Engine]:
+    """The engines that compute a mixture of a family as transformers 5 does."""
+    return [engine for engine in ENGINES if trouble_of(engine, family, facts) is None]
+
+
+@cache
+def readings() -> Mapping[Engine, Mapping[str, Reading]]:
+    """How each engine reads each family that it was tried with."""
+    measured = json.loads(Path(__file__).with_name("engines.json").read_text(encoding="utf-8"))
+    return {
+        engine: {
+            family: _read(about["version"], [(frozenset(row["facts"]), _found(row[engine])) for row in rows])
+            for family, rows in measured["families"].items()
+        }
+        for engine, about in measured["engines"].items()
+    }
+
+
+def _read(version: str, rows: Sequence[tuple[frozenset[str], float | str]]) -> Reading:
+    wrong = [facts for facts, found in rows if not is_right(found)]
+    right = [facts for facts, found in rows if is_right(found)]
+    troubles = []
+    while wrong:
+        # What is never in a mixture that was right, and explains the most with the least.
+        culprit = max(_suspects(wrong, right), key=lambda facts: (-len(facts), sum(facts <= row for row in wrong)))
+        happened = [found for facts, found in rows if culprit <= facts and facts in wrong]
+        apart = [found for found in happened if isinstance(found, float)]
+        messages = [found for found in happened if isinstance(found, str)]
+        troubles.append(Trouble(culprit, max(apart) if apart else None, messages[0] if messages else "", version))
+        wrong = [facts for facts in wrong if not culprit <= facts]
+    # Of what was tried only together with a trouble, nothing is known.
+    known = frozenset().union(*right, *(trouble.facts for trouble in troubles))
+    return Reading(version, tuple(troubles), known)
+
+
+def _found(written: float | str) -> float | str:
+    return math.inf if written == NAN else written
+
+
+def _suspects(wrong: Iterable[frozenset[str]], right: Sequence[frozenset[str]]) -> Iterator[frozenset[str]]:
+    """The smallest sets of facts that are in wrong mixtures and in no right one, in the order of `FACTS`."""
+    for size in range(len(FACTS)):
+        found = [
+            facts
+            for together in combinations(FACTS, size)
+            if any((facts := frozenset(together)) <= row for row in wrong) and not any(facts <= row for row in right)
+        ]
+        if found:
+            yield from found
+            return

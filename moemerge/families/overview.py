@@ -1,0 +1,108 @@
+"""Which dense families go into which output family, and what each output family holds, as rows of text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moemerge.engines import ENGINES
+from moemerge.families.dense import DENSE_FAMILIES, PLAIN, DenseFamily, DenseModel, read_dense
+from moemerge.families.engines import readings
+from moemerge.families.family import MoeFamily
+from moemerge.families.mixture import Mixture
+from moemerge.families.selection import MOE_FAMILIES
+
+_SIZES: Final = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16,
+}  # fmt: skip
+# Most models of these families have less than their class's defaults.
+_PLAIN: Final[dict[str, dict[str, Any]]] = {
+    "mistral": {"sliding_window": None},
+    "granitemoehybrid": {"position_embedding_type": "rope"},
+}
+_DENSE_LAYERS: Final = {
+    "none": "none", "prefix": "the first ones", "outside": "before and after the others", "any": "any",
+}  # fmt: skip
+_SHARED: Final = {"any": "any width", "multiple": "multiples of an expert", "one expert": "one, as wide as an expert"}
+
+
+@dataclass(frozen=True)
+class EngineCell:
+    """What an engine was measured to make of a family."""
+
+    engine: str
+    version: str
+    short: str
+    """`right`, `wrong`, `fails`, `not written` as a GGUF file, or with what it is not right."""
+    told: str
+    """The same in full: how far off, and with what message."""
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """An output family in words."""
+
+    family: str
+    takes: tuple[str, ...]
+    """Dense model types whose plainest models it repeats exactly."""
+    holds: tuple[str, ...]
+    """What those models may have beside."""
+    shared: str
+    dense_layers: str
+    scoring: str
+    engines: tuple[EngineCell, ...]
+    notes: tuple[str, ...]
+
+
+def family_rows() -> list[FamilyRow]:
+    """Every output family, in the order in which they are tried."""
+    models = [_plainest(family) for family in DENSE_FAMILIES.values()]
+    return [_row(family, models) for family in MOE_FAMILIES.values()]
+
+
+def _plainest(family: DenseFamily) -> DenseModel:
+    """A model of the family as its defaults have it, without what most of its models do without."""
+    allowed = {key: value for key, (value, _) in family.refusals.items()}
+    model = read_dense({**_SIZES, **_PLAIN.get(family.model_type, {}), **allowed, "model_type": family.model_type})
+    if isinstance(model, str):
+        raise TypeError(model)
+    return model
+
+
+def _engines(family: MoeFamily) -> Iterator[EngineCell]:
+    """How each engine reads the family, as measured."""
+    for engine, name in ENGINES.items():
+        found = readings()[engine].get(family.model_type)
+        if found is None:
+            continue
+        short = "right"
+        if found.troubles:
+            always = next((trouble for trouble in found.troubles if not trouble.facts), None)
+            short = "not with " + "; ".join(trouble.with_what for trouble in found.troubles)
+            if always:
+                short = "wrong" if always.is_silent else "fails"
+        told = "; ".join(trouble.words for trouble in found.troubles) or "right"
+        if engine == "llamacpp" and not family.in_gguf:
+            short = told = "not written"
+        yield EngineCell(name, found.version, short, told)
+
+
+def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
+    width = _SIZES["intermediate_size"]
+    plain = Mixture(4, width, (width, width), (), 2, (0, 1, 2, 3), {})
+    fitting = [model for model in models if not family.refusals(model, plain)]
+    always = set.intersection(*({*model.facts} for model in fitting)) if fitting else set()
+    shared = "appended to every expert, on request" if family.appends_shared else "no"
+    if family.shared:
+        shared = _SHARED[family.shared.width] + (", gated" if family.shared.gate else "")
+        shared += {"nothing": "", "zeros": ", of zeros where none is asked for"}[family.shared.absent]
+    return FamilyRow(
+        family=family.model_type,
+        takes=tuple(model.family.model_type for model in fitting),
+        holds=tuple(words for fact, words in PLAIN.items() if fact in family.holds - always),
+        shared=shared,
+        dense_layers=_DENSE_LAYERS[family.dense_layers],
+        scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),
+        engines=tuple(_engines(family)),
+        notes=family.notes,
+    )

@@ -1,0 +1,154 @@
+"""Output families and how one is chosen: exactly what was asked for, right in as many engines as can be."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from moemerge.engines import ENGINES, Engine
+from moemerge.errors import IncompatibleError
+from moemerge.families.deepseek_like import DEEPSEEK_V3, DOTS1, EXAONE_MOE, GLM4_MOE, HY_V3, MIMO_V2_FLASH, SOLAR_OPEN
+from moemerge.families.dense import DenseModel
+from moemerge.families.engines import MAIN, Trouble, facts_of, right_in, trouble_of
+from moemerge.families.family import MoeFamily
+from moemerge.families.granite_moe import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
+from moemerge.families.mixtral import MIXTRAL
+from moemerge.families.mixture import Mixture
+from moemerge.families.qwen_moe import MELLUM, QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE
+from moemerge.families.siblings import COHERE2_MOE, ERNIE4_5_MOE, FLEX_OLMO, GEMMA4_MOE, HUNYUAN_V1_MOE, LFM2_MOE
+
+__all__ = ["MOE_FAMILIES", "Choice", "Mixture", "MoeFamily", "select_family"]
+
+MOE_FAMILIES: Final = {
+    family.model_type: family
+    for family in (
+        MIXTRAL, QWEN3_MOE, GRANITEMOE, GRANITEMOESHARED, GLM4_MOE, DOTS1, QWEN2_MOE, FLEX_OLMO, ERNIE4_5_MOE,
+        HUNYUAN_V1_MOE, LFM2_MOE, COHERE2_MOE, QWEN3_5_MOE, GEMMA4_MOE, DEEPSEEK_V3, GRANITEMOEHYBRID, GRANITEMOE_SWA,
+        MELLUM, EXAONE_MOE, HY_V3, MIMO_V2_FLASH, SOLAR_OPEN,
+    )
+}  # fmt: skip
+"""In the order in which they are preferred among equals."""
+
+_MERGEKIT_NAMES: Final = {"qwen": "qwen2_moe", "qwen3": "qwen3_moe"}
+_DEEPSEEK: Final = (
+    "architecture: deepseek is DeepSeek-V1, which transformers reads only with code from a repository; "
+    "{} is the nearest family"
+)
+_CLAMPS: Final = frozenset[Engine]({"llamacpp", "converter"})
+"""They take a sum of the chosen experts' sigmoids below 6.1e-5 for 6.1e-5, which transformers does not."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The output family of a mixture, and what there is to say of it."""
+
+    family: MoeFamily
+    right_in: tuple[Engine, ...]
+    """The engines that compute such a mixture as transformers 5 does."""
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    """Engines that compute something else, without a word."""
+
+
+def select_family(
+    base: DenseModel, mixture: Mixture, architecture: str | None = None, engine: Engine | None = None,
+    preferred: Engine | None = None,
+) -> Choice:  # fmt: skip
+    """Choose the output family for a mixture of models that compute like `base`.
+
+    Of those that hold it exactly, the one that most of transformers 4.57, vLLM and llama.cpp read rightly, then the one
+    that most engines do, then the first of the table. llama.cpp is a tie-break alone where routers have sigmoids.
+
+    Args:
+        base: the base model.
+        mixture: what the family has to hold.
+        architecture: the family's `model_type`, its beginning, or a name of mergekit-moe; None for any.
+        engine: the engine that has to read it rightly; None for any.
+        preferred: an engine that should, if one can.
+
+    Raises:
+        IncompatibleError: none fits; says why for each candidate.
+    """
+    asked = (architecture or "").lower()
+    notes = [_DEEPSEEK] if asked == "deepseek" else []
+    asked = "" if notes else _MERGEKIT_NAMES.get(asked, asked)
+    candidates = [MOE_FAMILIES[asked]] if asked in MOE_FAMILIES else [
+        family for name, family in MOE_FAMILIES.items() if name.startswith(asked)
+    ]  # fmt: skip
+    if not candidates:
+        known = ", ".join(MOE_FAMILIES)
+        raise IncompatibleError(f"architecture: {architecture!r} is no output family; known: {known}.", [])
+    facts = facts_of(base, mixture)
+    problems, others, fitting = [], [], []
+    for family in candidates:
+        if base.family.block not in family.blocks:
+            others.append(family.model_type)
+        elif reasons := _refusals(family, base, mixture, by_name=bool(asked)) or _troubles(engine, family, facts):
+            problems.append(f"{family.model_type}: {'; '.join(reasons)}")
+        else:
+            fitting.append(family)
+    if fitting:
+        best = max(fitting, key=lambda family: _worth(family, facts, preferred))
+        return _choice(best, base, facts, [note.format(best.model_type) for note in notes])
+    if others:
+        problems.append(
+            f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
+        )
+    what = "No output family can hold this merge"
+    if asked:
+        what = f"architecture: {architecture!r} cannot hold this merge; without the key the best that fits is taken"
+    if engine:
+        what = f"{ENGINES[engine]} reads no output family rightly that can hold this merge (engine, --for)"
+    if engine and asked:
+        what = (
+            f"architecture: {architecture!r} is not what {ENGINES[engine]} reads rightly here (engine, --for); without "
+            "the key another may be"
+        )
+    raise IncompatibleError(f"{what}:", problems)
+
+
+def _worth(family: MoeFamily, facts: frozenset[str], preferred: Engine | None) -> tuple[bool, bool, int, int, int]:
+    """By what families are compared: the engines that are right with each, most of all without a condition."""
+    right = set(right_in(family.model_type, facts))
+    sure = right - _CLAMPS if family.scoring == "sigmoid" else right
+    return preferred in sure, preferred in right, len(sure & set(MAIN)), len(sure), len(right)
+
+
+def _refusals(family: MoeFamily, base: DenseModel, mixture: Mixture, *, by_name: bool) -> list[str]:
+    """Why a family that computes like the base cannot be chosen; `by_name` says whether it was asked for."""
+    if reasons := family.refusals(base, mixture):
+        return reasons
+    if not by_name and mixture.shared_widths and family.appends_shared:
+        return ["it has no shared experts; with `architecture: mixtral` their neurons are appended to every expert"]
+    return []
+
+
+def _troubles(engine: Engine | None, family: MoeFamily, facts: frozenset[str]) -> list[str]:
+    """Why an engine that was asked for does not serve."""
+    trouble = trouble_of(engine, family.model_type, facts) if engine else None
+    if engine is None or trouble is None:
+        return []
+    return [f"{ENGINES[engine]} {trouble.words if isinstance(trouble, Trouble) else trouble}"]
+
+
+def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: list[str]) -> Choice:
+    warnings: list[str] = []
+    notes = [*notes, *family.notes]
+    troubles = {engine: trouble_of(engine, family.model_type, facts) for engine in ENGINES}
+    right = tuple(engine for engine, trouble in troubles.items() if trouble is None)
+    if family.in_gguf and _is_same_kind(troubles["converter"], troubles["llamacpp"]):
+        del troubles["converter"]
+    for engine, trouble in troubles.items():
+        if isinstance(trouble, Trouble):
+            told = warnings if trouble.is_silent else notes
+            told.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
+    original = base.config.get("original_max_position_embeddings")
+    notes += [
+        note.format(family=family.model_type, original=original)
+        for fact, note in base.family.notes
+        if not fact or fact in base.facts
+    ]
+    return Choice(family, right, tuple(notes), tuple(warnings))
+
+
+def _is_same_kind(trouble: Trouble | str | None, other: Trouble | str | None) -> bool:
+    """Whether who is told of one trouble need not be told of the other: both fail, or both compute something else."""
+    return isinstance(trouble, Trouble) and isinstance(other, Trouble) and trouble.is_silent == other.is_silent

@@ -1,0 +1,1 @@
+"""The merge itself: into a folder, to the Hub, or into one GGUF file."""

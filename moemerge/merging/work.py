@@ -1,0 +1,170 @@
+"""The parts of a merge: what is written by whom, and how far it is."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from moemerge.checkpoint.copy import copy_file
+from moemerge.checkpoint.index import SAFETENSORS_INDEX
+from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
+from moemerge.checkpoint.pieces import Band, Piece
+from moemerge.checkpoint.shards import Shard
+from moemerge.checkpoint.writer import ShardWriter
+from moemerge.config.schema import CONFIG_COPY
+from moemerge.dtypes import STORED
+from moemerge.errors import RefusedError
+from moemerge.model_card.card import write_card, write_metadata_card
+from moemerge.model_card.metadata import licence_of
+from moemerge.planning.plan import MergePlan
+from moemerge.planning.tokenizer_proof import prove_tokenizer
+from moemerge.routers.initialisation import Routers, check_base_bits, init_routers
+
+if TYPE_CHECKING:
+    from moemerge.routers.report import RoutingReport
+
+# Of the stage: what is read from the Hub more than once.
+_SOURCES: Final = ".sources"
+Stage = Literal["routers", "weights"]
+Progress = Callable[[Stage, int, int], None]
+"""Called with the stage, what is done and all there is: layers for routers, bytes for weights.
+
+Weights are written while routers are computed: reports of the two stages alternate, from one thread at a time.
+"""
+
+
+class Work:
+    """The parts of a merge."""
+
+    def __init__(
+        self, plan: MergePlan, *, seed: int, device: str, base_bits: Literal[4, 8] | None, low_memory: bool,
+        licence: str | None, warn: Callable[[str], None], to_folder: bool = True,
+    ) -> None:  # fmt: skip
+        check_base_bits(base_bits)
+        if plan.runs_base and device not in {"auto", "cpu"}:
+            from moemerge.passes.device import find_device  # before anything is copied
+
+            find_device(device)
+        self._tokenizer = plan.tokenizer or prove_tokenizer(
+            plan.base_files, plan.output_config, in_process=plan.runs_base
+        )
+        for note in self._tokenizer.notes if to_folder else self._tokenizer.doubts:
+            warn(note)
+        self._plan, self._seed, self._device = plan, seed, device
+        self._base_bits, self._low_memory, self._licence = base_bits, low_memory, licence
+
+    @property
+    def made_bytes(self) -> int:
+        """Size of what is made of the base's tokenizer."""
+        return sum(map(len, self._tokenizer.files.values()))
+
+    @contextmanager
+    def sources_kept_in(self, folder: Path) -> Iterator[None]:
+        """Have what is read more than once from other machines kept there, and remove it at the end."""
+        shutil.rmtree(folder / _SOURCES, ignore_errors=True)  # of a run that was killed
+        self._plan.keep_reread(folder / _SOURCES)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder / _SOURCES, ignore_errors=True)
+
+    def writer(
+        self, folder: Path, shards: Sequence[Shard], tally: "Tally", *, kept: Collection[str] = (),
+        completed: Callable[[Shard], None] = lambda _: None,
+    ) -> ShardWriter:  # fmt: skip
+        """What writes shards."""
+        return ShardWriter(
+            folder,
+            shards,
+            tally.weights,
+            seed=self._seed,
+            kept=kept,
+            completed=completed,
+            reserve=not self._plan.shared_bytes,
+            low_memory=self._low_memory,
+            threads=1 if self._low_memory else CONNECTIONS if self._plan.remote_bytes else MAX_THREADS,
+        )
+
+    def init_routers(self, progress: Callable[[int, int], None]) -> Routers:
+        """Compute them."""
+        plan = self._plan
+        return init_routers(
+            plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
+            mixture=plan.mixture, scoring=plan.family.scoring,
+            shared_gate=any(computed.kind == "shared gate" for computed in plan.computed.values()),
+            run_base=plan.runs_base, seed=self._seed, device=self._device, base_bits=self._base_bits,
+            low_memory=self._low_memory, progress=progress,
+        )  # fmt: skip
+
+    def init_routers_beside(self, writer: ShardWriter, tally: "Tally") -> Routers:
+        """Compute them while a writer is at work; where that fails, this ends after the layer."""
+
+        def layer_done(done: int, total: int) -> None:
+            writer.check()
+            tally.routers(done, total)
+
+        return self.init_routers(layer_done)
+
+    def router_bands(self, routers: Routers) -> dict[str, tuple[Band, ...]]:
+        """The tensors that were computed."""
+        made = {"router": routers.rows, "shared gate": routers.shared_gates}
+        dtype = STORED[self._plan.dtype]
+        return {
+            name: ((Piece(made[tensor.kind][tensor.layer], dtype),),) for name, tensor in self._plan.computed.items()
+        }
+
+    def write_base_files(self, folder: Path) -> None:
+        """What is copied from the base beside its weights, and what is made of its tokenizer."""
+        for file_name, path in self._plan.copied_files.items():
+            (folder / file_name).parent.mkdir(exist_ok=True)
+            copy_file(path, folder / file_name)
+        for file_name, content in self._tokenizer.files.items():
+            (folder / file_name).write_bytes(content)
+
+    def write_other_files(self, folder: Path, name: str, report: "RoutingReport") -> None:
+        """All but weights and `config.json`; `name` is the model's."""
+        self.write_base_files(folder)
+        if (index := self._plan.index) is not None:
+            (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
+        (folder / CONFIG_COPY).write_text(self._plan.config.text, encoding="utf-8")
+        write_card(folder, name, self._plan, report, self._known_licence(), notes=self._tokenizer.notes)
+
+    def describe(self, folder: Path) -> None:
+        """All but weights and what is measured: enough to say what the model is."""
+        self.write_base_files(folder)
+        write_metadata_card(folder, self._plan, self._known_licence())
+        self.write_config(folder)
+
+    def _known_licence(self) -> str | None:
+        licence = self._licence
+        with suppress(RefusedError):  # only who publishes the model has to say
+            licence = licence or licence_of(self._plan.sources)
+        return licence
+
+    def write_config(self, folder: Path) -> None:
+        """What makes a folder a model."""
+        (folder / "config.json").write_text(json.dumps(self._plan.output_config, indent=2) + "\n", encoding="utf-8")
+
+
+class Tally:
+    """Sums up what two stages report at the same time."""
+
+    def __init__(self, progress: Progress, shards: Sequence[Shard], kept: Collection[str] = ()) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self._total = sum(shard.nbytes - len(shard.header) for shard in shards)
+        self._done = sum(shard.nbytes - len(shard.header) for shard in shards if shard.name in kept)
+        self.weights(0)
+
+    def weights(self, nbytes: int) -> None:
+        """So many bytes more are written."""
+        with self._lock:
+            self._done += nbytes
+            self._progress("weights", self._done, self._total)
+
+    def routers(self, done: int, total: int) -> None:
+        """So many layers have their routers."""
+        with self._lock:
+            self._progress("routers", done, total)

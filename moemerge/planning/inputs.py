@@ -1,0 +1,67 @@
+"""What the base and each expert bring into a merge: their own tensors, or what the config has made of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.config.schema import MergeConfig
+from moemerge.families.dense import DenseModel
+from moemerge.families.mixture import Mixture
+from moemerge.planning.norm_folding import fold_norms
+from moemerge.planning.shared_weights import can_share, share_weights
+
+Tensors = Mapping[str, StoredTensor]
+_AVERAGE: Final = (
+    "attention and norms are the base model's alone; with `shared_weights: average` they are the experts' mean, which "
+    "measured better for fine-tunes of one model (docs/quality.md)"
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of a merge's models, by the names that the models give them."""
+
+    base: Mapping[str, StoredTensor]
+    """What the experts share, and the base's FFNs."""
+    experts: Sequence[Tensors]
+    """Of every expert, then of every shared expert."""
+    notes: Sequence[str]
+    advice: Sequence[str] = ()
+    """What measured better than what the config asks for."""
+
+
+def take_parts(
+    config: MergeConfig, mixture: Mixture, base: DenseModel, models: Sequence[tuple[str, DenseModel]], *,
+    tables: Mapping[str, dict[str, StoredTensor]], dtype: str,
+) -> Parts:  # fmt: skip
+    """Mix what is shared, and fold norms, as the config asks.
+
+    Args:
+        config: the merge.
+        mixture: its layers.
+        base: the base model.
+        models: every expert, then every shared expert, each with its place in the config.
+        tables: tensors by reference.
+        dtype: of the merged model, as a safetensors header spells it.
+
+    Raises:
+        IncompatibleError: what is asked for cannot be made of these models exactly.
+    """
+    every_expert = [*config.experts, *config.shared_experts]
+    own = [tables[expert.source_model] for expert in every_expert]
+    placed = [(place, model, table) for (place, model), table in zip(models, own, strict=True)]
+    routed = placed[: len(config.experts)]
+    shared, notes = share_weights(config.shared_weights, base, tables[config.base_model], routed, dtype)
+    advice = []
+    if config.shared_weights.method == "base" and can_share(base, shared, routed):
+        advice = [_AVERAGE]
+    if not config.fold_norms:
+        return Parts(shared, own, notes, advice)
+    merged = (base, shared)
+    # A base whose FFNs nobody takes may lack some.
+    layers = [layer for layer in range(base.layers) if shared.keys() >= base.ffn(layer).keys()]
+    ours = fold_norms("base_model", (base, tables[config.base_model]), merged, layers)
+    ffn = [name for layer in layers for name in base.ffn(layer)]
+    folded = [fold_norms(place, (model, table), merged, mixture.moe_layers) for place, model, table in placed]
+    return Parts(shared | {name: ours[name] for name in ffn}, folded, notes, advice)

@@ -1,0 +1,107 @@
+"""An expert's FFN behind another norm: the norm's weights are folded into the FFN's first projections.
+
+An FFN was trained on `gamma_e * x / |x|`, and in the mixture gets `gamma * x / |x|`: the columns of its gate and up
+projections, multiplied by `gamma_e / gamma`, make it compute what it did. That is exact, wherever `gamma` is not zero.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Final
+
+import numpy as np
+
+from moemerge.checkpoint.derived import Derived, Rows, ScaledColumns, read_values
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.jobs import CONNECTIONS
+from moemerge.checkpoint.values import first_not_finite
+from moemerge.errors import CheckpointError, IncompatibleError
+from moemerge.families.dense import DenseModel
+
+Loaded = tuple[DenseModel, Mapping[str, StoredTensor]]
+"""A model's config and its tensors."""
+# A larger factor leaves too few digits of what it is multiplied with. Even models of 100 M parameters have norms with
+# a weight of a thousandth of the others; with the same in the shared norm that does no harm.
+_LARGEST_FACTOR: Final = 1e4
+
+
+def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -> dict[str, StoredTensor]:
+    """The model's tensors, its gate and up projections folded where its norms differ from the shared ones.
+
+    The norms are read for it: a vector for each layer.
+
+    Args:
+        name: of the model, for messages.
+        expert: the model whose FFNs are taken.
+        base: the base model, with what the merged model has beside its experts.
+        layers: whose FFNs are taken.
+
+    Raises:
+        CheckpointError: a norm holds numbers that are infinite or NaN.
+        IncompatibleError: the FFNs are not behind a norm of their own, or a shared norm has weights near zero.
+    """
+    model, tensors = expert
+    folded: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    with ThreadPoolExecutor(CONNECTIONS) as pool:  # on the Hub each norm is a request
+        behind = list(pool.map(partial(_differs_behind, expert, base), layers))
+        ratios = list(pool.map(partial(_ratio, expert, base), layers))
+    if found := next(filter(None, behind), None):
+        problems.append(
+            f"fold_norms: {name}: {found}, the norm after its FFN, is not the shared one's, and cannot be folded into "
+            "an FFN. Leave out fold_norms"
+        )
+    for layer, (ratio, lost) in zip(layers, ratios, strict=True):
+        if lost:
+            problems.append(
+                f"fold_norms: {name}: {lost} of {len(ratio)} weights of layer {layer}'s shared norm are near zero "
+                "beside its own: the expert needs what that norm removes. Leave out fold_norms"
+            )
+        elif (ratio != 1).any():
+            folded |= dict(_fold(model, tensors, layer, ratio))
+    if problems:
+        raise IncompatibleError("These models cannot be merged:", problems)
+    return {**tensors, **folded}
+
+
+def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
+    """(hidden,) factors on the columns, and how many cannot be had."""
+    model = expert[0]
+    if not (model.family.ffn_norm and base[0].family.ffn_norm):
+        raise IncompatibleError(
+            "These models cannot be merged:",
+            [f"fold_norms: in a {model.family.model_type} no norm comes before the FFN, so there is none to fold"],
+        )
+    own, given = (
+        read_values(tensors[f"model.layers.{layer}.{model.family.ffn_norm}"]) + np.float32(model.family.norm_offset)
+        for model, tensors in (expert, base)
+    )
+    for (_, tensors), norm in ((expert, own), (base, given)):
+        if not np.isfinite(norm).all():
+            raise CheckpointError(
+                f"{first_not_finite([tensors[f'model.layers.{layer}.{model.family.ffn_norm}']])}, so no norm can be "
+                "folded. Download that file again."
+            )
+    changed = own != given
+    lost = changed & (np.abs(own) > _LARGEST_FACTOR * np.abs(given))
+    ratio = np.ones_like(own)
+    np.divide(own, given, out=ratio, where=changed & ~lost)
+    return ratio, int(lost.sum())
+
+
+def _differs_behind(expert: Loaded, base: Loaded, layer: int) -> str | None:
+    """A norm of the expert between its FFN and the residual stream that the shared weights have otherwise."""
+    name = f"model.layers.{layer}.post_feedforward_layernorm.weight"
+    differs = name in expert[1] and not np.array_equal(read_values(expert[1][name]), read_values(base[1][name]))
+    return name if differs else None
+
+
+def _fold(
+    model: DenseModel, tensors: Mapping[str, StoredTensor], layer: int, ratio: Rows
+) -> Iterator[tuple[str, StoredTensor]]:
+    told = hashlib.sha256(ratio.tobytes()).hexdigest()
+    for name in {model.family.ffn[role].name for role in ("gate", "up")}:
+        tensor = tensors[f"model.layers.{layer}.{name}"]
+        recipe = ScaledColumns(ratio)
+        yield tensor.name, Derived("norms folded into", (tensor,), recipe, told, "F32").tensor(tensor.name)

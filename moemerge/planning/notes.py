@@ -1,0 +1,97 @@
+"""What a plan says to the user beside what it decides: about prompts, shared experts, small factors, zeros."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from moemerge.checkpoint.disk import shown_bytes
+from moemerge.checkpoint.pieces import Fill, Piece
+from moemerge.config.schema import MergeConfig
+from moemerge.families.family import MoeFamily
+from moemerge.planning.plan import Output
+from moemerge.planning.shape import residual_scales
+
+# A factor by which usual weights of some hundredths come near the smallest that float16 has.
+_SMALL_SCALE: Final = 0.01
+# Of such weights, steps to the next number: 0.01 / 2**9 in bfloat16, 0.01 / 2**12 in float16, 0.01 / 2**25 in float32.
+_FAINT_NOISE: Final = {"bfloat16": 2e-5, "float16": 2e-6, "float32": 3e-10}
+
+
+def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gated: bool) -> list[str]:
+    """What becomes of prompts and of shared experts, whose gate may be made from prompts (`gated`)."""
+    notes = []
+    if config.experts_per_token == len(config.experts):
+        notes.append(
+            f"every token passes through all {len(config.experts)} experts, and the router only weighs them: nothing "
+            "is saved. A lower experts_per_token, or more experts, has it choose"
+        )
+    if config.has_descriptions and not runs_base:
+        notes.append(
+            f"the base model does not read the prompts for gate_mode {config.way}, so an expert that is never "
+            "chosen goes unnoticed; --routing-table has it read them"
+        )
+    if config.shared_experts and all(expert.residual_scale is None for expert in config.shared_experts):
+        share = sum(residual_scales(config, gated=gated)[1])
+        rest = "where their gate is open, beside the chosen ones" if gated else "the chosen ones the rest"
+        notes.append(
+            f"shared experts add {share:.0%} of an FFN's output, {rest}"
+            f"{'' if gated else ': with equal models nothing changes'}; residual_scale says otherwise"
+        )
+    if any(expert.is_described for expert in config.shared_experts):
+        if not (family.shared and family.shared.gate):
+            notes.append(f"prompts of shared experts are not used: {family.model_type} has no gate for them")
+        elif not config.computes_shared_gate:
+            notes.append(f"prompts of shared experts are not used: gate_mode {config.way} makes no gate from them")
+    return notes
+
+
+def output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list[str]:
+    """What the numbers and the bytes of the output's tensors, of one dtype, are; `shared` bytes take no room."""
+    pieces = [piece for output in outputs.values() for piece in output.pieces]
+    notes = _value_notes(pieces, dtype)
+    zeros = sum(
+        piece.nbytes
+        for output in outputs.values() if output.is_expert
+        for piece in output.pieces if isinstance(piece.source, Fill)
+    )  # fmt: skip
+    if zeros:
+        notes.append(
+            f"{shown_bytes(zeros)} of the output are zeros: of experts narrower than others, or absent from layers"
+        )
+    if idle := sum(piece.nbytes for output in outputs.values() if _is_idle(output) for piece in output.pieces):
+        notes.append(
+            f"{shown_bytes(idle)} of the output are a shared expert of zeros: some engines fail on this family without "
+            "one"
+        )
+    if shared:
+        notes.append(
+            f"{shown_bytes(shared)} of the output share their place on the disk with the models they come from"
+        )
+    return notes
+
+
+def _is_idle(output: Output) -> bool:
+    """Whether it is a matrix of zeros that every token passes through."""
+    is_matrix = len(output.shape) > 1 and output.shape[0] > 1
+    return is_matrix and not output.is_expert and all(isinstance(piece.source, Fill) for piece in output.pieces)
+
+
+def _value_notes(pieces: Sequence[Piece], dtype: str) -> list[str]:
+    notes = []
+    if dtype == "float16" and any(piece.changes_values for piece in pieces):
+        notes.append(
+            "float16 cannot express weights above 65504: the merge stops if it meets one; bfloat16 holds them all"
+        )
+    noises = {piece.noise_scale for piece in pieces if piece.noise_scale}
+    faint = _FAINT_NOISE[dtype]
+    if noises and min(noises) < faint:
+        notes.append(
+            f"noise_scale {min(noises):g} is below the steps between most weights in {dtype}: it changes few of them, "
+            f"or none; {faint:g} is about the least that does"
+        )
+    scales = {abs(piece.scale) for piece in pieces if piece.scale}
+    if dtype == "float16" and min(scales, default=1) < _SMALL_SCALE:
+        notes.append(
+            f"float16 has few numbers below 6e-05 and none below 6e-08, so that weights times residual_scale "
+            f"{min(scales):g} lose digits or become 0; bfloat16 keeps them"
+        )
+    return notes

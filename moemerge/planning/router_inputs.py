@@ -1,0 +1,61 @@
+"""What the routers of a merge are made from, and whether it is there: texts, weights of the models."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.config.checks import READ_CHANGES
+from moemerge.config.schema import MergeConfig
+from moemerge.errors import RefusedError
+from moemerge.families.dense import DenseModel
+from moemerge.families.mixture import Mixture
+from moemerge.texts.documents import find_files, read_documents
+
+
+def check_texts(config: MergeConfig) -> None:
+    """Refuse files that are not there, or hold no text, before any weights are downloaded."""
+    for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts)):
+        for number, expert in enumerate(experts):
+            _check_documents(expert.positive_texts, f"{key}[{number}].positive_texts")
+            _check_documents(expert.negative_texts, f"{key}[{number}].negative_texts")
+    _check_documents(config.router.calibration_texts, "router.calibration_texts")
+
+
+def _check_documents(patterns: Sequence[str], place: str) -> None:
+    if patterns and not read_documents(find_files(patterns, place)):
+        raise RefusedError(f"{place}: these files hold no text.")
+
+
+def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
+    """Ways that compare the experts' weights with the base's need FFNs of one width."""
+    if config.way not in READ_CHANGES:
+        return []
+    return [
+        f"experts[{number}]: its FFN has {model.sizes['ffn']} neurons, the base model's {base.sizes['ffn']}, so the "
+        f"weights cannot be compared as gate_mode {config.way} does: give the experts prompts, or choose random"
+        for number, model in enumerate(models)
+        if model.sizes["ffn"] != base.sizes["ffn"]
+    ]
+
+
+def base_ffn_layers(config: MergeConfig, mixture: Mixture, base: DenseModel, *, runs_base: bool) -> Sequence[int]:
+    """Layers in which the base model has to have an FFN: those that stay dense, all where routers are made of it."""
+    return range(base.layers) if runs_base or config.way in READ_CHANGES else mixture.dense_layers
+
+
+def router_reads(
+    config: MergeConfig, mixture: Mixture, base: DenseModel, base_tensors: Mapping[str, StoredTensor],
+    experts: Sequence[tuple[DenseModel, Mapping[str, StoredTensor]]], *, runs_base: bool,
+) -> Iterator[StoredTensor]:  # fmt: skip
+    """What of the models' weights is read to make the routers, most of it more than once."""
+    last = max(mixture.moe_layers)
+    layers = [f"model.layers.{layer}." for layer in range(last + 1)] if runs_base else []
+    never_run = f"model.layers.{last}.{base.family.ffn_module}."
+    for name, tensor in base_tensors.items():
+        is_embeddings = name == base.family.embeddings and (runs_base or config.way == "cheap_embed")
+        if is_embeddings or (name.startswith(tuple(layers)) and not name.startswith(never_run)):
+            yield tensor
+    if config.way in READ_CHANGES:
+        for model, tensors in [(base, base_tensors), *experts]:
+            for layer in mixture.moe_layers:
+                yield model.projection(tensors, layer, "gate")
+                yield model.projection(tensors, layer, "up")

@@ -1,0 +1,214 @@
+"""What the experts share, embeddings, attention and norms: the base's, or made of all models' own.
+
+`average` is the mean over the experts, as in Branch-Train-MiX (https://arxiv.org/abs/2403.07816). `ties`
+(https://arxiv.org/abs/2306.01708) and `dare` (https://arxiv.org/abs/2311.03099) add to the base what the experts
+changed: the largest changes, as far as they agree in sign, or some at random, scaled up for the others. MergeME
+(https://arxiv.org/abs/2502.00997) uses both for the shared half of a mixture.
+"""
+
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moemerge.checkpoint.derived import Derived, Recipe, Rows, blocks_of, linear
+from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.unreadable import reasons
+from moemerge.config.schema import SharedWeights
+from moemerge.dtypes import NAMED
+from moemerge.errors import IncompatibleError
+from moemerge.families.dense import DenseModel
+
+Tensors = Mapping[str, StoredTensor]
+# What attention computes with: where it differs, weights do not mean the same.
+_SAME: Final = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "norm_eps",
+)  # fmt: skip
+_SAME_VALUES: Final = (
+    "rope_with_part", "layer_rope_theta", "positions", "attention_multiplier", "embedding_multiplier",
+    "residual_multiplier", "logits_scaling", "layer_types", "window", "no_rope_layers",
+)  # fmt: skip
+
+
+def share_weights(
+    settings: SharedWeights, base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]],
+    dtype: str,
+) -> tuple[dict[str, StoredTensor], list[str]]:  # fmt: skip
+    """The base's tensors, those that are shared replaced by what is made of all models'; and notes for the user.
+
+    Embeddings and head stay the base's where a vocabulary differs, and so do the FFNs of layers without experts.
+
+    Args:
+        settings: how they are made.
+        base: the base model.
+        tensors: its tensors.
+        experts: name, config and tensors of each expert.
+        dtype: of the result, as a safetensors header spells it.
+
+    Raises:
+        IncompatibleError: the experts' attention does not compute like the base's.
+    """
+    if settings.method == "base":
+        return dict(tensors), []
+    if problems := _differences(base, tensors, experts):
+        raise IncompatibleError("These models cannot be merged:", problems)
+    notes = []
+    mixed = _inside(base)
+    for name in _outside(base, tensors):
+        other = [who for who, _, theirs in experts if name not in theirs or theirs[name].shape != tensors[name].shape]
+        if other:
+            notes.append(
+                f"shared_weights: {name} is the base model's: {other[0]} has another vocabulary, or none of its own"
+            )
+        else:
+            mixed.append(name)
+    made = {name: _derive(settings, tensors[name], [theirs[name] for _, _, theirs in experts], dtype) for name in mixed}
+    return {**tensors, **made}, notes
+
+
+def can_share(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]) -> bool:
+    """Whether the models' attention and norms could be mixed, and differ."""
+    if _differences(base, tensors, experts):
+        return False
+    files = {model_tensors[base.family.last].path for _, _, model_tensors in experts}
+    return len(files | {tensors[base.family.last].path}) > 1
+
+
+def _outside(base: DenseModel, tensors: Tensors) -> list[str]:
+    """Names of the tensors that are mixed where the vocabularies are of one size."""
+    return [name for name in (*base.family.first, base.family.head) if name in tensors]
+
+
+def _inside(base: DenseModel) -> list[str]:
+    """Names of the tensors that are mixed whatever the vocabularies are."""
+    return [name for layer in range(base.layers) for name in base.tensors(layer)] + [base.family.last]
+
+
+def _differences(
+    base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]
+) -> list[str]:  # fmt: skip
+    """Why attention and norms cannot be mixed."""
+    problems = [
+        f"shared_weights: {name}: {key} is {theirs!r}, but the base model's is {ours!r}, so their attention cannot be "
+        "mixed"
+        for name, model, _ in experts
+        for key, theirs, ours in _settings(model, base)
+        if theirs != ours
+    ]
+    inside = _inside(base)
+    for name, _, theirs in experts:
+        lost = reasons(theirs)
+        for tensor in [*_outside(base, tensors), *inside]:
+            shape = tensors[tensor].shape
+            fits = tensor in theirs and theirs[tensor].shape == shape
+            if tensor in lost:
+                problems.append(f"shared_weights: {name}: {tensor} {lost[tensor]}")
+            elif fits and theirs[tensor].dtype in NAMED:
+                continue
+            elif fits or tensor in inside:
+                problems.append(
+                    f"shared_weights: {name}: has no tensor {tensor} of shape {list(shape)} in float32, float16 or "
+                    "bfloat16, as the base model has"
+                )
+    return problems
+
+
+def _settings(model: DenseModel, base: DenseModel) -> Iterator[tuple[str, Any, Any]]:
+    """What attention computes with, of both."""
+    for key in _SAME:
+        yield key, model.config.get(key), base.config.get(key)
+    for key in _SAME_VALUES:
+        yield key.removesuffix("_with_part"), model.values.get(key), base.values.get(key)
+    yield "the order of rotary rows", model.family.interleaved, base.family.interleaved
+    yield "the offset of its norms", model.family.norm_offset, base.family.norm_offset
+
+
+def _derive(
+    settings: SharedWeights, base: StoredTensor, experts: Sequence[StoredTensor], dtype: str
+) -> StoredTensor:  # fmt: skip
+    given = settings.weights or [1.0] * len(experts)
+    weights = [weight / sum(given) for weight in given]
+    told = repr((settings.model_dump(), base.name))
+    if settings.method == "average":
+        if len(set(experts)) == 1:
+            return experts[0]
+        name = f"average of {len(experts)} models"
+        return Derived(name, tuple(experts), linear(weights), told, dtype).tensor(base.name)
+    recipe: Recipe = (
+        _Ties(base, experts, settings.density, weights)
+        if settings.method == "ties"
+        else _dare(base.name, settings, weights)
+    )
+    name = f"{settings.method} of {len(experts)} models"
+    return Derived(name, (base, *experts), recipe, told, dtype, rereads=settings.method == "ties").tensor(base.name)
+
+
+def _dare(name: str, settings: SharedWeights, weights: Sequence[float]) -> Recipe:
+    """The base and the weighted sum of the changes, each number of which is dropped or divided by the density."""
+
+    def recipe(row: int, blocks: list[Rows]) -> Rows:
+        base, *others = blocks
+        total = base.copy()
+        for number, (weight, other) in enumerate(zip(weights, others, strict=True)):
+            seed = zlib.crc32(f"{settings.seed} {name} {number} {row}".encode())
+            kept = np.random.default_rng(seed).random(base.shape, np.float32) < settings.density
+            total += np.float32(weight / settings.density) * (other - base) * kept
+        return total
+
+    return recipe
+
+
+class _Ties:
+    """The base and, of the changes that are large for their expert, the mean of those that have the weightier sign."""
+
+    def __init__(
+        self, base: StoredTensor, experts: Sequence[StoredTensor], density: float, weights: Sequence[float]
+    ) -> None:
+        self._base, self._experts, self._density, self._weights = base, experts, density, weights
+        self._lock = threading.Lock()
+        self._thresholds: list[np.float32] = []
+
+    def __call__(self, _row: int, blocks: list[Rows]) -> Rows:
+        with self._lock:
+            if not self._thresholds:
+                self._thresholds = [self._threshold(expert) for expert in self._experts]
+        base, *others = blocks
+        changes = np.stack([other - base for other in others])
+        for change, threshold in zip(changes, self._thresholds, strict=True):
+            change[np.abs(change) < threshold] = 0
+        weights = np.array(self._weights, np.float32).reshape(-1, 1, 1)
+        weighted = changes * weights
+        agrees = np.sign(changes) == np.sign(weighted.sum(axis=0))
+        agrees &= changes != 0
+        total: Rows = (weighted * agrees).sum(axis=0)
+        shares = (weights * agrees).sum(axis=0)
+        np.divide(total, shares, out=total, where=shares > 0)
+        total[shares <= 0] = 0
+        total += base
+        total[~np.isfinite(changes).all(axis=0)] = np.nan  # which the signs would hide
+        return total
+
+    def _threshold(self, expert: StoredTensor) -> np.float32:
+        """The size of the smallest change that is kept: found in two passes, by the halves of its bits."""
+        total = int(np.prod(expert.shape))
+        rank = max(total - round(self._density * total), 0)  # so many are smaller
+        upper = np.zeros(2**16, np.int64)
+        for bits in self._sizes(expert):
+            upper += np.bincount(bits >> 16, minlength=2**16)
+        half = int(np.searchsorted(upper.cumsum(), rank, side="right"))
+        if half >= len(upper):
+            return np.float32(np.inf)
+        rank -= int(upper[:half].sum())
+        lower = np.zeros(2**16, np.int64)
+        for bits in self._sizes(expert):
+            lower += np.bincount(bits[bits >> 16 == half] & 0xFFFF, minlength=2**16)
+        rest = int(np.searchsorted(lower.cumsum(), rank, side="right"))
+        return np.float32(np.array([half << 16 | rest], np.uint32).view(np.float32)[0])
+
+    def _sizes(self, expert: StoredTensor) -> Iterator[NDArray[np.uint32]]:
+        """Bits of the changes' sizes, which are in the order of the sizes; in blocks."""
+        for base, other in blocks_of([self._base, expert]):
+            yield np.abs(other - base).reshape(-1).view(np.uint32)

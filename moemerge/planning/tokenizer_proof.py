@@ -1,0 +1,146 @@
+"""The output's tokenizer, proved to give the base's ids before anything is written; made anew where copies do not."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from moemerge.checkpoint.copy import copy_file
+from moemerge.errors import OutputError, RefusedError
+from moemerge.passes.proving import RESULT, Proof, prove
+from moemerge.passes.tokens import listed, read_tokenizer_config
+from moemerge.planning.tokenizer_files import BaseFiles, notes_for_4, respelled_tokenizer
+
+_CHILD_SECONDS: Final = 600
+
+
+@dataclass(frozen=True)
+class ProvedTokenizer:
+    """What a merge writes of its tokenizer beside or instead of what it copies."""
+
+    files: Mapping[str, bytes]
+    """By name."""
+    notes: tuple[str, ...]
+    """What the user of the output should know."""
+    doubts: tuple[str, ...] = ()
+    """Those of them that do not speak of the files alone."""
+
+
+def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_process: bool) -> ProvedTokenizer:
+    """Have transformers read the tokenizers of base and output, where it is not known that both are read alike.
+
+    Nothing is written but in a temporary folder.
+
+    Args:
+        files: of the base.
+        output_config: the output's `config.json`.
+        in_process: whether transformers will be loaded in this process anyway, with its hundreds of megabytes.
+
+    Raises:
+        RefusedError: the output would give other ids, and no tokenizer.json changes that.
+        OutputError: the temporary folder cannot be written.
+    """
+    made = files.made(output_config["model_type"])
+    if not made:
+        return ProvedTokenizer(files.respelled, ())
+    try:
+        with TemporaryDirectory(prefix="moemerge-") as folder:
+            out = Path(folder).resolve() / "out"
+            out.mkdir()
+            for name, path in files.copied.items():
+                (out / name).parent.mkdir(exist_ok=True)
+                copy_file(path, out / name)
+            for name, text in files.respelled.items():
+                (out / name).write_bytes(text)
+            (out / "config.json").write_text(json.dumps(output_config), encoding="utf-8")
+            base = files.base.folder.resolve()
+            in_process = in_process or "transformers" in sys.modules
+            proof = prove(base, out) if in_process else _prove_in_child(base, out)
+            # A child that died may have left half of something.
+            names = made if proof.is_proved else ()
+            written = {name: content for name in names if (content := _new(out / name, files.copied.get(name)))}
+            config = read_tokenizer_config(out)
+    except OSError as error:
+        where = error.filename2 or error.filename or "a temporary folder"
+        raise OutputError(f"{where}: {error.strerror or error}.") from error
+    model_type = output_config["model_type"]
+    if proof.base_class and not proof.is_proved:
+        raise RefusedError(_refusal(proof, model_type))
+    doubts = () if proof.base_class else (_doubt(proof),)
+    return ProvedTokenizer(written, (*doubts, *_notes(files, proof, written, config, model_type)), doubts)
+
+
+def _prove_in_child(base: Path, out: Path) -> Proof:
+    """The same in a process that gives its memory back; it imports from where this one does, and asks no network."""
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # noqa: PTH100  links stay as they are
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "USE_TORCH": "0"}
+    command = [sys.executable, "-m", prove.__module__, str(base), str(out)]
+    try:
+        done = subprocess.run(  # noqa: S603  this program itself
+            command, cwd=out.parent, env=environment, capture_output=True, timeout=_CHILD_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        how = f"has not been read after {_CHILD_SECONDS} seconds"
+    else:
+        result = out.with_name(RESULT)
+        if done.returncode == 0 and result.is_file():
+            return Proof(**json.loads(result.read_text(encoding="utf-8")))
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        how = f"ends the process that reads it ({listed([str(done.returncode), *last])})"
+    return Proof(problem=how, step="save it anew")
+
+
+def _new(path: Path, copied_from: Path | None) -> bytes | None:
+    """The content of a file that is not just copied."""
+    content = path.read_bytes() if path.is_file() else None
+    return None if copied_from and content == copied_from.read_bytes() else content
+
+
+def _doubt(proof: Proof) -> str:
+    return (
+        f"the base's tokenizer {proof.problem}; its files are copied, but nothing proves that the output reads "
+        f"text as the base does. To have it proved, {proof.step} and merge again"
+    )
+
+
+def _notes(
+    files: BaseFiles, proof: Proof, written: Mapping[str, bytes], config: Mapping[str, Any], model_type: str
+) -> Iterator[str]:
+    reader = f"transformers {version('transformers')}"
+    if not proof.base_class:
+        yield from notes_for_4(files.tokenizer_config)
+    if "tokenizer.json" in written and "tokenizer.json" in files.copied:
+        yield (
+            f"tokenizer.json is not the base's file but the base's tokenizer as {reader} reads it, by "
+            f"{proof.base_class}: the file itself it would read otherwise for {model_type}. Programs that read "
+            "the file as it is read the output otherwise than the base"
+        )
+    elif "tokenizer.json" in written and "tokenizer.model" in files.copied:
+        yield (
+            f"tokenizer.json is made of tokenizer.model by {reader}; transformers 4 and 5 convert it differently, so "
+            "merge with the one that will read the output"
+        )
+    if "tokenizer_config.json" in written:
+        base = respelled_tokenizer(files.tokenizer_config)
+        changed = [key for key in dict.fromkeys([*base, *config]) if base.get(key) != config.get(key)]
+        if changed:
+            yield f"tokenizer_config.json is not the base's in {', '.join(changed)}, so that {reader} reads it alike"
+
+
+def _refusal(proof: Proof, model_type: str) -> str:
+    step = "Choose another architecture, or merge from a copy of the base without tokenizer files."
+    if proof.output_class not in {"", proof.base_class}:
+        step = (
+            f"If {proof.output_class} is right, name it as tokenizer_class in a copy of the base; else {step.lower()}"
+        )
+    reader = f"transformers {version('transformers')}"
+    return (
+        f"base_model: {reader} would not read text for a {model_type} as it does for the base, by "
+        f"{proof.base_class}: {proof.problem}. {step}"
+    )

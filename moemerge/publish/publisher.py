@@ -1,0 +1,266 @@
+"""A merged model sent to the Hub: the whole folder at once, or shard by shard while it is made."""
+
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
+from moemerge.errors import MoemergeError, PublishError, RefusedError
+from moemerge.planning.tokenizer_files import COPIED_FILES, TEMPLATES, template_names
+from moemerge.publish.answers import explain
+from moemerge.publish.destination import (
+    Account,
+    Destination,
+    check_names,
+    check_repository,
+    create_repository,
+    read_account,
+)
+from moemerge.publish.folder import checkpoint_files, name_in_repository
+from moemerge.sources.model_folder import Announce
+from moemerge.sources.patience import TOLD_TO_WAIT, Result, patiently
+
+__all__ = ["Destination", "Publisher", "checkpoint_files"]
+
+# What a reader loads as a model: a file of an older model that stays makes a mixture with the new one.
+_WEIGHTS: Final = re.compile(r"[^/]+\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
+# What makes a repository look like a finished model.
+_SEALS: Final = frozenset({"config.json", SAFETENSORS_INDEX})
+_READ_BESIDE: Final = frozenset({*COPIED_FILES, "config.json", "adapter_config.json"})
+_TEMPLATE: Final = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
+_SHOWN: Final = 3
+
+
+class Publisher:
+    """Sends a model to one repository; the token comes from the client alone: HF_TOKEN, or `hf auth login`.
+
+    Every method raises PublishError for what failed, and RefusedError where destination or command have to change.
+    """
+
+    def __init__(self, destination: Destination, announce: Announce) -> None:
+        self._to, self._announce = destination, announce
+        self._api = HfApi(token=True)  # needed, whatever HF_HUB_DISABLE_IMPLICIT_TOKEN says
+        self._account = Account("", ())
+        self.revision = destination.revision or "main"
+        """Where commits go; of a pull request that `begin_streaming` opens, its `refs/pr/N`."""
+
+    @property
+    def repo(self) -> str:
+        """The repository, `user/name`."""
+        return self._to.repo
+
+    @property
+    def url(self) -> str:
+        """The page of the repository, its branch, or its pull request."""
+        page = f"{self._api.endpoint}/{self._to.repo}"
+        if self.revision == "main":
+            return page
+        number = self.revision.removeprefix("refs/pr/")
+        return f"{page}/tree/{quote(number)}" if number == self.revision else f"{page}/discussions/{number}"
+
+    def open(self) -> None:
+        """Make sure, before any work, that the model will be taken; nothing is created."""
+        check_names(self._to)
+        with self._explained():
+            self._account = self._ask(lambda: read_account(self._api, self._to))
+            self._ask(lambda: check_repository(self._api, self._to, self._account))
+
+    def create(self) -> None:
+        """Create the repository, or the branch, where it is missing."""
+        with self._explained():
+            self._ask(lambda: create_repository(self._api, self._to, self._announce))
+
+    def check_replaced(self, model_type: object, *, overwrite: bool) -> None:
+        """Make sure that no model of another kind is replaced: a dense one is likely to be a source of the merge.
+
+        Raises:
+            RefusedError: the repository holds one, and is not to be overwritten.
+        """
+        with self._explained():
+            revision, names = self._beginning()
+            if overwrite or "config.json" not in names:
+                return
+            path = self._api.hf_hub_download(self._to.repo, "config.json", revision=revision)
+        held = read_json(Path(path)).get("model_type")
+        if held and held != model_type:
+            raise RefusedError(
+                f"{self._to.repo}: {revision} holds a {held}, and this is a {model_type}. Name another repository "
+                "or --revision, or replace the model with --overwrite."
+            )
+
+    def push(self, folder: Path) -> str:
+        """Send a folder's checkpoint in one commit, without weights that the repository has or a cut-off push sent.
+
+        Files of an older model that the folder lacks are removed in the same commit. Gives the page's URL.
+
+        Raises:
+            CheckpointError, SourceError: the folder holds no complete checkpoint; nothing is sent.
+        """
+        paths = checkpoint_files(folder, self._announce)
+        options = ["--revision", self._to.revision] if self._to.revision else ["--create-pr"] * self._to.create_pr
+        again = shlex.join(["moemerge", "push", str(folder), self._to.repo, *options])
+        with self._explained(f"\nThe model is complete in {folder}: `{again}` sends what is missing."):
+            commit, names = self._listing()
+            stale = self._stale(names, set(map(name_in_repository, paths)))
+            self._announce(f"{self._to.repo}: reading {len(paths)} files, and sending what is not there")
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [*self._additions(paths), *stale]
+            sent = self._ask(
+                lambda: self._api.create_commit(
+                    self._to.repo,
+                    operations,
+                    commit_message=f"Upload {self._to.repo.partition('/')[2]}",
+                    revision=self._to.revision,
+                    create_pr=self._to.create_pr,
+                    parent_commit=commit,
+                )
+            )
+        if self._to.create_pr and not sent.pr_url:
+            self._announce(f"{self._to.repo}: holds these files already, so there is nothing to propose")
+        return sent.pr_url or self.url
+
+    def held(self) -> Mapping[str, tuple[str, int]]:
+        """SHA-256 and bytes of each large file that the revision holds now, by name; nothing where it is yet to be."""
+        with self._explained():
+            try:
+                files = self._ask(lambda: list(self._api.list_repo_tree(self._to.repo, revision=self.revision)))
+            except GatedRepoError:
+                raise
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return {}
+        large = [(file.path, lfs) for file in files if (lfs := getattr(file, "lfs", None))]
+        return {name: (lfs.sha256, lfs.size) for name, lfs in large}
+
+    def check_streaming(self, *, overwrite: bool) -> None:
+        """Make sure that shards may be sent to the revision; nothing is changed.
+
+        Raises:
+            RefusedError: it holds a finished model, and is not to be overwritten.
+        """
+        with self._explained():
+            revision, names = self._beginning()
+        finished = _SEALS.intersection(names)
+        if finished and not overwrite:
+            raise RefusedError(
+                f"{self._to.repo}: {revision} holds a model already ({', '.join(sorted(finished))}). "
+                "Name another repository or --revision, or replace the model with --overwrite."
+            )
+
+    def begin_streaming(self) -> None:
+        """Make ready for shards: from here to `finish` the revision does not look like a finished model.
+
+        Weights that a cut-off run sent stay. For a pull request, it is opened here.
+        """
+        with self._explained():
+            _, names = self._listing()
+            if self._to.create_pr:
+                title = f"Upload {self._to.repo.partition('/')[2]}"
+                pull_request = self._ask(lambda: self._api.create_pull_request(self._to.repo, title))
+                self.revision = f"refs/pr/{pull_request.num}"
+                self._announce(f"{self._to.repo}: opened {self.url}; --revision {self.revision} continues it")
+            if _SEALS.intersection(names):
+                self._commit("Remove the older model", self._stale(names, ()))
+
+    def send(self, path: Path) -> str:
+        """Send one shard, and give its SHA-256 once the Hub was asked what it holds and named the same.
+
+        Raises:
+            PublishError: the Hub holds something else.
+        """
+        with self._explained():
+            addition = CommitOperationAdd(path.name, path)
+            self._commit(f"Add {path.name}", [addition])
+            sha256, nbytes = addition.upload_info.sha256.hex(), addition.upload_info.size
+            files = self._ask(lambda: self._api.get_paths_info(self._to.repo, [path.name], revision=self.revision))
+        held = [f"{lfs.size} bytes with SHA-256 {lfs.sha256}" for f in files if (lfs := getattr(f, "lfs", None))]
+        expected = f"{nbytes} bytes with SHA-256 {sha256}"
+        if held != [expected]:
+            raise PublishError(
+                f"{self._to.repo}: {path.name}: expected {expected}, "
+                f"the Hub holds {' and '.join(held) or 'no such large file'}. {path} is kept: send it again."
+            )
+        self._announce(f"{self._to.repo}: holds {path.name}")
+        return sha256
+
+    def finish(self, folder: Path) -> str:
+        """Send what is left in the folder, in one commit that makes the model complete; gives the page's URL.
+
+        Raises:
+            PublishError: a shard of the index is neither in the folder nor on the Hub; nothing is committed.
+        """
+        paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        paths += [folder / name for name in template_names(folder)]
+        index = folder / SAFETENSORS_INDEX
+        shards = set(read_weight_map(index).values()) if index.exists() else {SINGLE_SAFETENSORS}
+        kept = shards | set(map(name_in_repository, paths))
+        with self._explained():
+            _, names = self._listing()
+            if lost := shards.difference(names, (path.name for path in paths)):
+                raise PublishError(
+                    f"{self._to.repo}: {self.revision} has no {', '.join(sorted(lost))}, so the model is not complete. "
+                    "Run the same command again: it sends what is missing."
+                )
+            self._commit("Complete the model", [*self._additions(paths), *self._stale(names, kept)])
+        return self.url
+
+    def _beginning(self) -> tuple[str, list[str]]:
+        """The revision, or main, which a new branch is made of; and the names of its files."""
+        try:
+            return self.revision, self._listing()[1]
+        except RevisionNotFoundError:
+            return "main", self._listing("main")[1]
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return "main", []
+
+    def _listing(self, revision: str | None = None) -> tuple[str | None, list[str]]:
+        """The revision's commit and the names of its files."""
+        info = self._ask(lambda: self._api.model_info(self._to.repo, revision=revision or self.revision))
+        return info.sha, [file.rfilename for file in info.siblings or []]
+
+    @staticmethod
+    def _additions(paths: Collection[Path]) -> list[CommitOperationAdd]:
+        return [CommitOperationAdd(name_in_repository(path), path) for path in paths]
+
+    def _stale(self, names: Collection[str], kept: Collection[str]) -> list[CommitOperationDelete]:
+        """The removal of those of a repository's files that make a model and are not of the one that is kept."""
+        stale = [
+            name
+            for name in sorted(names)
+            if name not in kept and (name in _READ_BESIDE or _WEIGHTS.fullmatch(name) or _TEMPLATE.fullmatch(name))
+        ]
+        if stale:
+            more = " ..." if len(stale) > _SHOWN else ""
+            self._announce(f"{self._to.repo}: removing what is of an older model: {', '.join(stale[:_SHOWN])}{more}")
+        return [CommitOperationDelete(name, is_folder=False) for name in stale]
+
+    def _commit(self, message: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> None:
+        self._ask(
+            lambda: self._api.create_commit(
+                self._to.repo, operations, commit_message=message, revision=self.revision
+            )
+        )  # fmt: skip
+
+    def _ask(self, action: Callable[[], Result]) -> Result:
+        """Ask the Hub again as long as it says that there were too many requests, and to wait."""
+        return patiently(self._to.repo, self._announce, action, TOLD_TO_WAIT)
+
+    @contextmanager
+    def _explained(self, after: str = "") -> Iterator[None]:
+        """Turn whatever the client raises into a line for the user; its HTTP library differs between its versions."""
+        try:
+            yield
+        except MoemergeError:
+            raise
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"not everything was sent to {self._to.repo}.{after}") from error
+        except Exception as error:
+            kind, text = explain(error, self._to, self._account)
+            raise kind(f"{self._to.repo}: {text}{after}") from error

@@ -1,0 +1,1 @@
+"""Documents and prompts, read from files."""

@@ -1,0 +1,475 @@
+"""The YAML: what is accepted, and the whole message where it is not."""
+
+import time
+
+import pytest
+import yaml
+
+from moemerge import load_config
+from moemerge.config.schema import MergeConfig, RoutedExpert, RouterSettings, parse_config
+from moemerge.errors import ConfigError
+
+PLAIN = """\
+base_model: base
+experts:
+  - source_model: a
+    positive_prompts: ["one"]
+  - source_model: b
+    positive_prompts: ["two"]
+"""
+
+
+def problems(text: str, **keys) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "c.yaml", **keys)
+    return list(caught.value.problems)
+
+
+def test_defaults():
+    config = parse_config(PLAIN)
+    assert (config.gate_mode, config.dtype, config.experts_per_token) == ("auto", None, 2)
+    assert (config.architecture, config.shared_experts) == (None, [])
+
+
+def test_every_key_of_mergekit_moe_is_accepted():
+    config = parse_config(
+        "base_model: base@main\ngate_mode: cheap_embed\ndtype: bfloat16\nexperts_per_token: 1\narchitecture: mixtral\n"
+        "shared_experts:\n- {source_model: s, positive_prompts: [x], residual_scale: 0.1}\n"
+        "experts:\n- {source_model: a, positive_prompts: [x], negative_prompts: [y], noise_scale: 0.1, residual_scale: 1}\n"
+        "- {source_model: b, positive_prompts: [z], negative_prompts: null}\n"
+    )
+    assert config.experts[0].negative_prompts == ["y"]
+    assert config.experts[1].negative_prompts == []
+    assert config.shared_experts[0].residual_scale == 0.1
+
+
+@pytest.mark.parametrize(
+    ("spelling", "dtype"),
+    [
+        ("bf16", "bfloat16"),
+        ("fp16", "float16"),
+        ("fp32", "float32"),
+        ("float16", "float16"),
+        ("torch.bfloat16", "bfloat16"),
+    ],
+)
+def test_dtype_spellings(spelling, dtype):
+    assert parse_config(PLAIN + f"dtype: {spelling}\n").dtype == dtype
+
+
+DATA = "base_model: base\nexperts: [{source_model: a%s}, {source_model: b%s}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "way"),
+    [
+        (PLAIN, "ridge"),
+        (DATA % (", positive_texts: a.txt", ", positive_prompts: b"), "ridge"),
+        (DATA % ("", "") + "router: {calibration_texts: c.txt}\n", "delta_bootstrap"),
+        (DATA % ("", ""), "delta"),
+        (PLAIN + "gate_mode: hidden\n", "hidden"),
+    ],
+)
+def test_auto_takes_the_best_way_that_there_is_data_for(text, way):
+    assert parse_config(text).way == way
+
+
+def test_an_expert_that_nothing_is_said_of_beside_others_is_named():
+    text = DATA % (", positive_texts: a.txt", "")
+    reason = (
+        "has neither positive_prompts nor positive_texts, though others have: give it some, or none to any expert, "
+        "and the weights alone make the routers"
+    )
+    assert problems(text) == [f"line 2: experts[1]: {reason}"]
+    reason = "gate_mode ridge needs positive_prompts or positive_texts: what should be routed to this expert"
+    assert problems(text + "gate_mode: ridge\n") == [f"line 2: experts[1]: {reason}"]
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    assert problems(PLAIN + "gate_mode: hidden\nrouter: {lambda: 0.1, load_prior: [1, 2, 3], tokens: 5}\n") == [
+        "line 8: router.lambda: gate_mode hidden does not use it; ridge, logistic, delta_bootstrap do",
+        "line 8: router.load_prior: names 3 shares, but there are 2 experts",
+        "line 8: router.tokens: unknown key, did you mean tokens_per_expert?",
+    ]
+    assert problems(DATA % ("", "") + "gate_mode: delta_bootstrap\n") == [
+        "line 3: gate_mode: delta_bootstrap needs router.calibration_texts: files of text of all kinds that the "
+        "experts are for"
+    ]
+
+
+def test_texts_that_nothing_would_read_are_refused():
+    assert problems(PLAIN + "router: {calibration_texts: c.txt}\n") == [
+        "line 7: router.calibration_texts: gate_mode ridge uses them for a load_prior alone, which is missing; "
+        "delta_bootstrap is made from them"
+    ]
+    parse_config(PLAIN + "router: {calibration_texts: c.txt, load_prior: [1, 2]}\n")
+    text = PLAIN.replace('["one"]', '["one"]\n    positive_texts: a.txt')
+    assert problems(text + "gate_mode: mergekit_hidden\n") == [
+        "line 5: experts[0].positive_texts: gate_mode mergekit_hidden reads prompts alone; ridge reads texts too"
+    ]
+    reason = "negative text says what differs from positive text, but there is none"
+    assert problems(DATA % (", negative_prompts: [x]", "")) == [f"line 2: experts[0]: {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("[]", "router: expected keys with values, found []"),
+        ("{lambda: true}", "router.lambda: expected a number, found True"),
+        ("{scale: big}", "router.scale: expected a number, found 'big'"),
+        ("{load_prior: [1, x]}", "router.load_prior[1]: expected a number, found 'x'"),
+    ],
+)
+def test_router_settings_of_another_kind_are_named(value, problem):
+    assert problems(PLAIN + f"router: {value}\n") == [f"line 7: {problem}"]
+    assert parse_config(PLAIN + "router:\n").router.tokens_per_expert == 4096
+    assert parse_config(PLAIN + "router: {lambda: 1e-2}\n").router.lambda_ == 0.01  # a text in YAML 1.1
+
+
+def test_router_settings_come_back_from_the_text_of_a_config():
+    config = parse_config(PLAIN + "router: {lambda: 0.5, scale: 2}\n")
+    assert (config.router.lambda_, config.router.scale, config.router.tokens_per_expert) == (0.5, 2.0, 4096)
+    again = parse_config(MergeConfig.model_validate(config.model_dump(by_alias=True)).text)
+    assert again.model_dump() == config.model_dump()
+
+
+def test_a_single_prompt_needs_no_list():
+    assert parse_config(PLAIN.replace('["one"]', "one")).experts[0].positive_prompts == ["one"]
+
+
+@pytest.mark.parametrize("mode", ["hidden_avg", "hidden_last"])
+def test_other_names_of_hidden(mode):
+    assert parse_config(PLAIN + f"gate_mode: {mode}\n").gate_mode == "hidden"
+
+
+@pytest.mark.parametrize("mode", ["hidden_avg", "hidden_last"])
+def test_other_names_of_hidden_need_the_same(mode):
+    reason = "gate_mode hidden needs positive_prompts or positive_texts: what should be routed to this expert"
+    assert problems(DATA % ("", ", positive_prompts: b") + f"gate_mode: {mode}\n") == [f"line 2: experts[0]: {reason}"]
+    assert parse_config(PLAIN + f"gate_mode: {mode}\nrouter: {{scale: 2}}\n").router.scale == 2
+
+
+@pytest.mark.parametrize("mode", ["random", "uniform_random"])
+def test_random_routers_need_no_prompts(mode):
+    text = f"base_model: base\ngate_mode: {mode}\nexperts: [{{source_model: a}}, {{source_model: b}}]\n"
+    assert not parse_config(text).has_descriptions
+
+
+def test_all_problems_come_at_once_each_with_line_and_address():
+    text = """\
+base_modell: base
+gate_mode: hiden
+dtype: int8
+experts_per_token: 4
+experts:
+  - source_model: a
+    positive_promps: ["one"]
+  - source_model: b
+    positive_prompts: ["two", "", 3]
+    noise_scale: -1
+"""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "c.yaml")
+    assert str(caught.value) == (
+        "c.yaml: 9 problems:\n"
+        "  - line 1: base_model: is missing\n"
+        "  - line 1: base_modell: unknown key, did you mean base_model?\n"
+        "  - line 2: gate_mode: expected auto, hidden, mergekit_hidden, ridge, logistic, delta, delta_bootstrap, cheap_embed, random or uniform_random, found 'hiden'; did you mean hidden?\n"
+        "  - line 3: dtype: expected float32, float16 or bfloat16, found 'int8'\n"
+        "  - line 4: experts_per_token: each token is to go to 4 experts, but there are only 2: name more experts or lower "
+        "experts_per_token\n"
+        "  - line 7: experts[0].positive_promps: unknown key, did you mean positive_prompts?\n"
+        "  - line 9: experts[1].positive_prompts[1]: the prompt is empty\n"
+        "  - line 9: experts[1].positive_prompts[2]: expected text, found 3; write it in quotes\n"
+        "  - line 10: experts[1].noise_scale: input should be greater than or equal to 0, found -1"
+    )
+
+
+def test_empty_prompts_are_refused_where_prompts_make_the_router():
+    assert problems(PLAIN.replace('["one"]', "[]") + "gate_mode: cheap_embed\n") == [
+        "line 4: experts[0].positive_prompts: gate_mode cheap_embed needs positive_prompts: text that should be routed to this expert"
+    ]
+
+
+def test_blank_prompts_are_refused_in_every_mode():
+    assert problems(PLAIN.replace('"one"', '" "') + "gate_mode: random\n") == [
+        "line 4: experts[0].positive_prompts[0]: the prompt is empty"
+    ]
+
+
+def test_prompts_of_shared_experts_are_checked_but_may_be_missing():
+    shared = (
+        "shared_experts:\n- source_model: s\n- {source_model: t, positive_prompts: [x], negative_prompts: [y, ' ']}\n"
+    )
+    assert problems(PLAIN + shared) == [
+        f"line {PLAIN.count(chr(10)) + 3}: shared_experts[1].negative_prompts[1]: the prompt is empty"
+    ]
+    assert parse_config(PLAIN + shared.replace("' '", "z")).computes_shared_gate
+
+
+def test_the_order_of_prompts_does_not_make_them_different():
+    assert len(problems(PLAIN.replace('["one"]', "[a, b]").replace('["two"]', "[b, a]"))) == 1
+
+
+def test_a_yaml_bomb_is_refused_at_once():
+    lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    with pytest.raises(ConfigError, match="line 6: stands for more than 50000 values once its aliases are written out"):
+        parse_config("\n".join([*lines, "base_model: *a9", "experts: *a9"]), "c.yaml")
+
+
+BOMB = "a0: &a0 [x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 20))
+HALF = '"party \\ud83c"'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base_model: 2024-13-45\n", "a value does not fit its tag: ValueError: month must be in 1..12"),
+        ("base_model: !!int ''\n", "a value does not fit its tag: IndexError: string index out of range"),
+        ('base_model: !!bool "x"\n', "a value does not fit its tag: KeyError: 'x'"),
+        ("base_model: !!timestamp x\n", "a value does not fit its tag: AttributeError: "),
+        ("[" * 500_000, "nest"),  # libyaml has a limit of its own in some versions
+        ("[" * 60 + "]" * 60, "line 1: is nested more than 50 deep"),
+        ("- x\n" * 120_000, "line 99999: holds too many values"),
+        ("base_model: &a [*a]\n", "line 1: holds itself, by an alias"),
+        (BOMB + "base_model: *a19\n", "stands for more than 50000 values once its aliases are written out"),
+        (MERGES + "base_model: *a19\n", "stands for more than 50000 values once its aliases are written out"),
+        (f"base_model: {'x' * 2_000_000}\n", "has 2000013 characters; at most 1000000 are read"),
+        (f"base_model: {HALF}\nx: {'x' * 300_000}\n", "at most 120000 are read"),
+        (f"experts_per_token: 0x{'f' * 5000}\n", "line 1: a number has 5002 characters; at most 400 are read"),
+        (f"base_model: x\nx: 1{':59' * 300_000}\n", "line 2: a number has 900001 characters; at most 400 are read"),
+    ],
+)
+def test_what_the_yaml_library_trips_over_is_refused_at_once(text, message):
+    start = time.process_time()
+    with pytest.raises(ConfigError, match="c.yaml: not valid YAML:") as caught:
+        parse_config(text, "c.yaml")
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 4000
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (PLAIN + "".join(f"k{n}: 1\n" for n in range(24_000)), 24_000),
+        (PLAIN + "".join(f"{n}: 1\n" for n in range(16_000)), 16_000),
+        (PLAIN + f"x: {HALF}\n" + "".join(f"k{n}: 1\n" for n in range(9_000)), 9_002),
+        ("base_model: a\nexperts:\n" + "- {}\n" * 24_000, 24_000),
+        (
+            "base_model: a\nexperts:\n- {source_model: b}\n- source_model: c\n  positive_prompts:\n"
+            + "  - 5\n" * 40_000,
+            40_001,
+        ),
+    ],
+)
+def test_of_many_problems_the_first_are_told_at_once(text, count):
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=f"c.yaml: {count} problems:\n  - line ") as caught:
+        parse_config(text, "c.yaml")
+    assert caught.value.problems[-1] == f"and {count - 100} more"
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("key", ["positive_prompts", "positive_texts", "base_model", "experts", "router"])
+def test_values_without_an_end_get_a_short_message(key):
+    values = ", ".join(["'" + "x" * 400 + "'"] * 100)
+    text = PLAIN.replace("source_model: a\n", f"source_model: a\n    {key}: {{a: [{values}]}}\n")
+    for broken in (
+        text,
+        PLAIN + f"{'k' * 90_000}: [{values}]\n",
+        PLAIN.replace("base_model: base", f"base_model: [{values}]"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(broken, "c.yaml")
+        assert len(str(caught.value)) < 4000
+
+
+def test_letters_in_two_halves_are_joined_and_lone_ones_named_by_line():
+    config = parse_config(PLAIN.replace('"one"', '"party \\ud83c\\udf89", "sea"'))
+    assert config.experts[0].positive_prompts == ["party \U0001f389", "sea"]
+    text = PLAIN.replace('"one"', f"sea, {HALF}").replace("base_model: base", 'base_model: "\\udc80"')
+    assert problems(text) == [
+        "line 1: base_model: holds half of a letter, a lone surrogate",
+        "line 4: experts[0].positive_prompts[1]: holds half of a letter, a lone surrogate",
+    ]
+
+
+def test_keys_that_are_no_text_are_named():
+    assert problems(PLAIN + "1: x\n") == ["line 7: 1: is no name of a key: expected text"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("noise_scale", "1.0e+39", "expected a number below 3.4e+38: values are computed in float32, which holds no larger one, found 1e+39"),
+        ("residual_scale", "-1.0e+39", "expected a number below 3.4e+38: values are computed in float32, which holds no larger one, found -1e+39"),
+        ("residual_scale", "1.0e-60", "expected 0 or a number above 1.2e-38: values are computed in float32, which holds no smaller one, found 1e-60"),
+        ("noise_scale", ".nan", "input should be a finite number, found nan"),
+        ("residual_scale", "true", "expected a number, found True"),
+    ],
+)  # fmt: skip
+def test_numbers_that_float32_does_not_hold_are_refused(key, value, problem):
+    text = PLAIN.replace("source_model: a\n", f"source_model: a\n    {key}: {value}\n")
+    assert problems(text) == [f"line 4: experts[0].{key}: {problem}"]
+    assert problems(PLAIN + f"router: {{scale: {value}}}\n")[0].startswith("line 7: router.scale: ")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    ["router: {scale: 1.0e-7}", "router: {scale: 1.0e+7}", "router: {load_prior: [1.0e-7, 1]}",
+     "router: {load_prior: [1, 1.0e+7]}", "shared_weights: {method: ties, density: 1.0e-7}"],
+)  # fmt: skip
+def test_factors_that_leave_nothing_are_refused(keys):
+    assert any(" should be " in problem for problem in problems(PLAIN + keys + "\n"))
+
+
+EXPERTS = [{"source_model": "a", "positive_prompts": ["one"]}, {"source_model": "b", "positive_prompts": "two"}]
+
+
+def test_a_config_made_in_python_is_that_of_the_text():
+    text = parse_config(PLAIN + "gate_mode: ridge\nrouter: {lambda: 0.5}\n")
+    keys = {"base_model": "base", "experts": EXPERTS, "gate_mode": "ridge", "router": {"lambda": 0.5}}
+    for made in (
+        MergeConfig(**keys),
+        load_config(keys),
+        MergeConfig(**{**keys, "router": RouterSettings(**{"lambda": 0.5})}),
+    ):
+        assert made.model_dump() == text.model_dump()
+        assert parse_config(made.text).model_dump() == text.model_dump()
+    again = MergeConfig(**text.model_dump(by_alias=True))
+    assert again.model_dump() == text.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"experts": [{"source_model": "a"}, {"source_model": "b"}]},
+         "experts[0]: gate_mode ridge needs positive_prompts or positive_texts"),
+        ({"experts": [RoutedExpert(source_model="a", positive_prompts=["x"]), RoutedExpert(source_model="b")]},
+         "experts[1]: gate_mode ridge needs positive_prompts or positive_texts"),
+        ({"experts": [EXPERTS[0], EXPERTS[0] | {"positive_prompts": ["y"]}]}, "experts: every expert is the same model"),
+        ({"experts": EXPERTS[:1]}, "experts: a mixture needs at least 2 experts, found 1"),
+        ({"gate_mod": 1}, "gate_mod: unknown key, did you mean gate_mode?"),
+        ({"base_model": 5}, "base_model: expected text, found 5"),
+        ({"experts_per_token": 3}, "experts_per_token: each token is to go to 3 experts"),
+    ],
+)  # fmt: skip
+def test_a_config_made_in_python_is_checked_like_a_file(change, problem):
+    keys = {"base_model": "base", "experts": EXPERTS, "gate_mode": "ridge"} | change
+    for make in (lambda: MergeConfig(**keys), lambda: load_config(keys)):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert str(caught.value).startswith(f"config: {len(caught.value.problems)} problem")
+        assert any(found.startswith(problem) for found in caught.value.problems)
+
+
+def test_a_config_made_in_python_may_give_its_lists_one_by_one():
+    made = MergeConfig(base_model="base", experts=(expert for expert in EXPERTS), gate_mode="ridge")
+    assert [expert.source_model for expert in made.experts] == ["a", "b"]
+    assert parse_config(made.text).model_dump() == made.model_dump()
+
+
+def test_a_config_made_in_python_that_holds_itself_is_refused():
+    ring: list[object] = []
+    ring.append(ring)
+    with pytest.raises(ConfigError, match="config: is nested more than 50 deep"):
+        MergeConfig(base_model="base", experts=ring)
+
+
+def test_half_letters_of_a_config_made_in_python_are_joined_or_named():
+    made = MergeConfig(base_model="\ud83d\ude42", experts=EXPERTS)
+    assert made.base_model == "\U0001f642"
+    with pytest.raises(ConfigError, match="base_model: holds half of a letter, a lone surrogate"):
+        MergeConfig(base_model="\ud83d", experts=EXPERTS)
+
+
+@pytest.mark.parametrize("source", [None, 1, b"x", [], 1.5])
+def test_what_is_neither_a_path_nor_keys_is_refused(source):
+    with pytest.raises(ConfigError, match="expected a path, or keys with values, found"):
+        load_config(source)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"experts_per_token": 10**5000},
+        {"moe_layers": [10**5000]},
+        {"shared_weights": {"method": "dare", "seed": -(10**5000)}},
+        {"router": {"scale": 10**5000}},
+        {"x": 10**5000},
+    ],
+)
+def test_integers_that_cannot_be_written_are_refused_in_python_too(keys):
+    with pytest.raises(ConfigError, match="holds an integer beyond all floats"):
+        MergeConfig(base_model="base", experts=EXPERTS, **keys)
+
+
+def test_identical_experts_are_allowed_in_python_too():
+    twice = {"base_model": "base", "experts": [EXPERTS[0], EXPERTS[0] | {"positive_prompts": ["y"]}]}
+    config = load_config(twice, allow_identical_experts=True)
+    assert config.rechecked() is config
+    assert config.model_copy(update={"experts_per_token": 1}).rechecked().experts_per_token == 1
+    with pytest.raises(ConfigError, match="each token is to go to 5 experts"):
+        config.model_copy(update={"experts_per_token": 5}).rechecked()
+
+
+def test_a_changed_config_is_still_of_its_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"base_model": "base", "experts": EXPERTS}))
+    assert load_config(path).model_copy(update={"dtype": "float16"}).rechecked().file == path
+
+
+def test_too_few_experts():
+    one = 'base_model: base\nexperts_per_token: 1\nexperts:\n- {source_model: a, positive_prompts: ["x"]}\n'
+    assert problems(one) == ["line 3: experts: a mixture needs at least 2 experts, found 1"]
+
+
+def test_identical_prompts_are_refused():
+    assert problems(PLAIN.replace('"two"', '"one"')) == [
+        "line 2: experts: all experts have the same prompts, so nothing tells the router which to choose. "
+        "Give each expert prompts that only it should answer"
+    ]
+
+
+@pytest.mark.parametrize("other", ["a", "./a", "a/"])
+def test_identical_experts_are_refused_unless_allowed(other):
+    text = PLAIN.replace("source_model: b", f"source_model: {other}")
+    assert problems(text) == [
+        "line 2: experts: every expert is the same model, so the result computes what that model does at a higher cost. "
+        "Name different models, or, to train the result further, pass --allow-identical-experts"
+    ]
+    assert parse_config(text, allow_identical_experts=True).experts[1].source_model == other
+
+
+def test_keys_written_twice_are_refused():
+    assert problems(PLAIN + "base_model: other\n") == ["line 1: base_model: is written twice"]
+    assert problems(PLAIN.replace("source_model: a\n", "source_model: a\n    source_model: c\n")) == [
+        "line 3: experts[0].source_model: is written twice"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "c.yaml: expected keys such as base_model and experts, found None"),
+        ("- a\n", "c.yaml: expected keys such as base_model and experts, found ['a']"),
+        ("base_model: [\n", "c.yaml: not valid YAML:"),
+        ("experts: 3\nbase_model: a\n", "c.yaml: 1 problem:"),
+    ],
+)
+def test_what_is_no_config_is_said_so(text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "c.yaml")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_missing_file_is_one_message(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "no.yaml")
+    assert str(caught.value) == f"{tmp_path / 'no.yaml'}: cannot be read: No such file or directory."
+
+
+def test_the_text_is_kept_for_the_copy_beside_the_model():
+    assert parse_config(PLAIN + "# a comment\n").text == PLAIN + "# a comment\n"

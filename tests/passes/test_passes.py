@@ -1,0 +1,151 @@
+"""The streamed pass of every dense family against the whole model, as transformers computes it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from moemerge.families.dense import DENSE_FAMILIES, read_dense
+from moemerge.families.mixture import Mixture
+from moemerge.passes import decoder, device
+from moemerge.routers import capture
+from moemerge.routers.capture import capture_router_inputs
+from moemerge.routers.prompts import EncodedPrompt
+from moemerge.routers.request import RouterRequest
+from moemerge.sources.model_folder import open_model, read_tensor_table
+from tests.support.families import DENSE
+from tests.support.models import VOCAB, load, make_model
+
+IS_V4 = transformers.__version__.startswith("4.")
+LENGTHS = (3, 14, 1, 9)
+
+
+def is_known(model_type: str) -> bool:
+    return model_type in transformers.AutoConfig.for_model.__globals__["CONFIG_MAPPING"]
+
+
+def in_words_of_4(sizes: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 calls the same."""
+    sizes = dict(sizes)
+    if rope := dict(sizes.pop("rope_parameters", {})):
+        sizes |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    if "mamba_n_heads" in sizes:
+        sizes["layer_types"] = ["mamba" if kind == "linear_attention" else "attention" for kind in sizes["layer_types"]]
+    return sizes
+
+
+def prompts() -> tuple[EncodedPrompt, ...]:
+    """One for each expert, of unequal length."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist()) for length in LENGTHS]
+    return tuple(EncodedPrompt(expert, True, tokens, (True,) * len(tokens)) for expert, tokens in enumerate(ids))
+
+
+def request(folder: Path, layers: tuple[int, ...]) -> RouterRequest:
+    base = read_dense(json.loads((folder / "config.json").read_text()))
+    assert not isinstance(base, str), base
+    width = base.sizes["ffn"]
+    mixture = Mixture(base.layers, width, (width,) * len(LENGTHS), (), 2, layers, {})
+    tensors = read_tensor_table(open_model(str(folder), print), print)
+    return RouterRequest(base, tensors, mixture, "softmax", prompts(), torch.device("cpu"))
+
+
+def ffn_inputs(folder: Path, ffn_module: str, ids: tuple[int, ...]) -> list[torch.Tensor]:
+    """What enters each layer's FFN in the whole model: (layer) of (token, hidden)."""
+    model, seen = load(folder), []
+    for layer in model.model.layers:
+        layer.get_submodule(ffn_module).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0]))
+    with torch.no_grad():
+        model(torch.tensor([ids]), use_cache=False)
+    return seen
+
+
+def change_buffers(folder: Path) -> None:
+    """Give what a checkpoint holds beside parameters, Gemma 4's scalars, values other than a new model's."""
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: tensor * 1.5 for name, tensor in tensors.items() if name.endswith("layer_scalar")}
+    save_file(tensors | changed, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_every_family_is_tried():
+    assert {model_type for model_type, _ in DENSE.values()} == set(DENSE_FAMILIES)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_the_pass_sees_what_the_whole_model_sees(tmp_path, name):
+    """Prompts of unequal length are padded together, and each is seen as if alone."""
+    model_type, sizes = DENSE[name]
+    if not is_known(model_type):
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+    folder = make_model(tmp_path / "base", 1, model_type, **(in_words_of_4(sizes) if IS_V4 else sizes))
+    change_buffers(folder)
+    asked = request(folder, (0, 1, 2))
+    expected = [ffn_inputs(folder, asked.base.family.ffn_module, prompt.ids) for prompt in asked.prompts]
+    seen = 0
+    for inputs in capture_router_inputs(asked):
+        for expert, layers in enumerate(expected):
+            found, states = inputs.states[inputs.expert == expert], layers[inputs.layer]
+            assert found.shape == states.shape
+            assert (found - states).abs().max() <= 1e-5 * states.abs().max()
+        seen += 1
+    assert seen == 3
+
+
+def test_the_pass_ends_with_the_last_layer_that_has_a_router(tmp_path, monkeypatch):
+    folder = make_model(tmp_path / "base", num_hidden_layers=5)
+    whole = {inputs.layer: inputs.states.clone() for inputs in capture_router_inputs(request(folder, (0, 1, 2, 3, 4)))}
+    read, given = [], capture.read_into
+    monkeypatch.setattr(capture, "read_into", lambda tensor, room: (read.append(tensor.name), given(tensor, room)))
+    for _ in capture_router_inputs(request(folder, (1, 3))):
+        pass
+    assert {int(name.split(".")[2]) for name in read} == {0, 1, 2, 3}
+    assert not any(name.startswith("model.layers.3.mlp.") for name in read)
+    monkeypatch.undo()
+    part = {inputs.layer: inputs.states.clone() for inputs in capture_router_inputs(request(folder, (1, 3)))}
+    assert list(part) == [1, 3]
+    assert all(torch.equal(states, whole[layer]) for layer, states in part.items())
+
+
+def test_what_stands_in_the_padding_may_be_anything():
+    states = torch.ones(2, 4, 3)
+    batch = decoder.Batch(torch.zeros(2, 4, dtype=torch.long), torch.ones(1, 3), states, {}, (4, 2))
+    states[1, 2:] = torch.nan
+    assert batch.is_finite
+    states[1, 1, 0] = -torch.inf
+    assert not batch.is_finite
+
+
+def test_the_memory_of_a_container_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "_GROUPS", tmp_path)
+    free = device.free_memory(torch.device("cpu"))
+    for version, (folder, names, cache) in {
+        1: ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"),
+        2: (".", ("memory.max", "memory.current"), "inactive_file"),
+    }.items():
+        group = tmp_path / str(version) / folder
+        group.mkdir(parents=True)
+        for name, value in zip(names, ("1000000", "600000"), strict=True):
+            (group / name).write_text(f"{value}\n")
+        (group / "memory.stat").write_text(f"anon 500000\n{cache} 70000\nactive_file 1\n")
+        monkeypatch.setattr(device, "_GROUPS", tmp_path / str(version))
+        assert device.free_memory(torch.device("cpu")) == 1000000 - 600000 + 70000
+    (tmp_path / "2" / "memory.max").write_text("max\n")
+    assert device.free_memory(torch.device("cpu")) > 10**6
+    assert free is None or free > 10**6
+
+
+def test_what_a_class_keeps_in_float32_stays_so_and_nothing_else():
+    """Named by whole parts of a path: ernie4_5_moe's `gate` of transformers 4 is no `gate_proj`."""
+    keys = {
+        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "vocab_size": VOCAB,
+        "moe_num_experts": 2, "moe_k": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "moe_layer_start_index": 1,
+    }  # fmt: skip
+    model = decoder.empty_model("ernie4_5_moe", keys, torch.device("cpu"), head=True, dtype=torch.bfloat16)
+    kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert {name.replace("gate.moe", "moe") for name in kept} == {
+        "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""What tests share: models, machines, servers, and programs that run beside them."""
