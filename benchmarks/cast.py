@@ -18,27 +18,27 @@ import torch
 
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, convert
 from moemerge.checkpoint.copy import copy_range, write_all
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.writer import CHUNK_BYTES
-from moemerge.dtypes import BITS, NAMED
+from moemerge.dtypes import BITS, CONFIG_DTYPES
 
 BLOCK_ELEMENTS = 2**22
 BUFFER_BYTES = 2**20
 BINARY = getattr(os, "O_BINARY", 0)
 
 
-def cast(tensor: StoredTensor, target: int) -> None:
+def cast(tensor: TensorInfo, target: int) -> None:
     with tensor.path.open("rb", buffering=0) as source:
         for chunk in convert(source, tensor, "BF16", CHUNK_ELEMENTS):
             write_all(target, chunk)
 
 
-def copy(tensor: StoredTensor, target: int) -> None:
+def copy(tensor: TensorInfo, target: int) -> None:
     with tensor.path.open("rb", buffering=0) as source:
         copy_range(source.fileno(), 0, target, 0, tensor.nbytes, lambda _: None, chunk_bytes=CHUNK_BYTES)
 
 
-def read_and_write(tensor: StoredTensor, target: int) -> None:
+def read_and_write(tensor: TensorInfo, target: int) -> None:
     buffer = memoryview(bytearray(BUFFER_BYTES))
     with tensor.path.open("rb", buffering=0) as source:
         while count := source.readinto(buffer):
@@ -48,18 +48,20 @@ def read_and_write(tensor: StoredTensor, target: int) -> None:
 WAYS = {"copied by the kernel": copy, "read and written": read_and_write, "cast to BF16": cast}
 
 
-def make(path: Path, dtype: str, nbytes: int) -> StoredTensor:
+def make(path: Path, dtype: str, nbytes: int) -> TensorInfo:
     """A file of normal numbers, one block of them over and over."""
-    block = torch.randn(BLOCK_ELEMENTS).mul_(0.02).to(getattr(torch, NAMED[dtype])).view(torch.uint8).numpy().data
+    block = (
+        torch.randn(BLOCK_ELEMENTS).mul_(0.02).to(getattr(torch, CONFIG_DTYPES[dtype])).view(torch.uint8).numpy().data
+    )
     with path.open("wb") as file:
         for start in range(0, nbytes, len(block)):
             file.write(block[: nbytes - start])
         file.flush()
         os.fsync(file.fileno())  # no write-back of the input while the clock runs
-    return StoredTensor("weight", path, dtype, (nbytes * 8 // BITS[dtype],), 0, nbytes)
+    return TensorInfo("weight", path, dtype, (nbytes * 8 // BITS[dtype],), 0, nbytes)
 
 
-def seconds(way: Callable[[StoredTensor, int], None], tensor: StoredTensor, path: Path) -> tuple[float, float]:
+def seconds(way: Callable[[TensorInfo, int], None], tensor: TensorInfo, path: Path) -> tuple[float, float]:
     """Elapsed and processor time of one run into a new file, its space reserved as the merge does."""
     nbytes = tensor.shape[0] * 2 if way is cast else tensor.nbytes
     target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY)

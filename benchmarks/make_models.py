@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, build_index
 from moemerge.checkpoint.stored import stored_bytes
-from moemerge.dtypes import BITS, NAMED
+from moemerge.dtypes import BITS, CONFIG_DTYPES
 
 SHAPES = {
     # To try the programs themselves, then TinyLlama-1.1B, Mistral-7B and Llama-2-70B
@@ -70,13 +70,13 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def block(dtype: str) -> memoryview:
     """`BLOCK_ELEMENTS` normal numbers as bytes."""
     numbers = np.random.default_rng(0).standard_normal(BLOCK_ELEMENTS, dtype=np.float32) * np.float32(SCALE)
-    return memoryview(stored_bytes(numbers, NAMED[dtype]))
+    return memoryview(stored_bytes(numbers, CONFIG_DTYPES[dtype]))
 
 
 def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None) -> int:
     """Write one model; without numbers its tensors are holes."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = COMMON | SHAPES[shape] | {"torch_dtype": NAMED[dtype]}
+    config = COMMON | SHAPES[shape] | {"torch_dtype": CONFIG_DTYPES[dtype]}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     width = BITS[dtype] // 8
     files: list[dict[str, tuple[int, ...]]] = [{}]

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from moemerge import load_config, plan_merge
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.shards import parse_size
 
 
@@ -33,7 +33,7 @@ def main() -> None:
             start = place
             for piece in plan.outputs[name].pieces:
                 source = piece.source
-                if isinstance(source, StoredTensor):
+                if isinstance(source, TensorInfo):
                     assert piece.nbytes <= source.nbytes
                     ranges.append((str(source.path), source.start, shard.name, start, piece.nbytes))
                     input_bytes += source.nbytes

@@ -12,13 +12,13 @@ BITS: Final[dict[str, int]] = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
 
-STORED: Final[dict[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+HEADER_DTYPES: Final[dict[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """From the name in `config.json` to the name in a safetensors header."""
 
-NAMED: Final[dict[str, str]] = {stored: name for name, stored in STORED.items()}
+CONFIG_DTYPES: Final[dict[str, str]] = {stored: name for name, stored in HEADER_DTYPES.items()}
 """From the name in a safetensors header to the name in `config.json`, floats that can be merged."""
 
-SHORT: Final[dict[str, DType]] = {
+DTYPE_ALIASES: Final[dict[str, DType]] = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32",
 }  # fmt: skip
 """Spellings of the YAML key `dtype` accepted beside the full names."""

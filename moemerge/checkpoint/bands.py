@@ -8,7 +8,7 @@ import numpy as np
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, convert, fill
 from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.floats import TYPES, narrow
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Fill, Piece, with_seeds
 from moemerge.dtypes import bytes_of
 
@@ -51,7 +51,7 @@ def band_chunks(band: Band, seeds: list[str]) -> Iterator[memoryview]:
 def _piece_chunks(piece: Piece, seed: str, elements: int) -> Iterator[memoryview]:
     """The bytes of a piece, in chunks of so many elements."""
     source = piece.source
-    if isinstance(source, StoredTensor):
+    if isinstance(source, TensorInfo):
         with source.open() as file:
             reader = _Regrouped(file, piece, source) if piece.head_rows else file
             if piece.changes_values:
@@ -71,7 +71,7 @@ def _piece_chunks(piece: Piece, seed: str, elements: int) -> Iterator[memoryview
             yield constant[: piece.nbytes - start]
 
 
-def _stored_chunks(reader: Readable, source: StoredTensor, chunk_bytes: int) -> Iterator[memoryview]:
+def _stored_chunks(reader: Readable, source: TensorInfo, chunk_bytes: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(chunk_bytes, source.nbytes)))
     for start in range(0, source.nbytes, chunk_bytes):
         view = buffer[: min(chunk_bytes, source.nbytes - start)]
@@ -89,7 +89,7 @@ def _encode(block: Fill, dtype: str) -> bytes:
 class _Regrouped:
     """A tensor's bytes with the rows of every head in another order; a head is in memory at a time."""
 
-    def __init__(self, file: Readable, piece: Piece, source: StoredTensor) -> None:
+    def __init__(self, file: Readable, piece: Piece, source: TensorInfo) -> None:
         self._file, self._source = file, source
         row_bytes = source.nbytes // max(1, piece.rows)
         half = piece.head_rows // 2

@@ -9,7 +9,7 @@ from typing import Final
 from moemerge.checkpoint.bands import tensor_chunks
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.files import File, Readable
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band
 from moemerge.errors import CheckpointError
 
@@ -29,7 +29,7 @@ class Unequal:
 
 
 def compare_tensor(
-    bands: tuple[Band, ...], seed: int, found: StoredTensor, report: Report, *,
+    bands: tuple[Band, ...], seed: int, found: TensorInfo, report: Report, *,
     look: Callable[[memoryview], None] = lambda _: None,
 ) -> Unequal | None:  # fmt: skip
     """How a stored tensor differs from what a merge makes of its pieces; None where they are equal.

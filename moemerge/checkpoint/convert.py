@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.floats import TYPES, Stored, is_finite, narrow, widen
-from moemerge.checkpoint.header import StoredTensor
-from moemerge.dtypes import NAMED
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, TooLargeError
 
 # Read and written at once. Larger chunks leave the processor's cache on the way; all buffers take some 1 MiB.
@@ -21,7 +21,7 @@ BLOCK_ELEMENTS: Final = 2**16
 
 
 def convert(
-    source: Readable, tensor: StoredTensor, dtype: str, chunk_elements: int, *,
+    source: Readable, tensor: TensorInfo, dtype: str, chunk_elements: int, *,
     scale: float = 1.0, noise_scale: float = 0.0, seed: str = "",
 ) -> Iterator[memoryview]:  # fmt: skip
     """The bytes of `(tensor + noise_scale * N(0, 1)) * scale`, computed in float32, as `dtype`.
@@ -61,12 +61,12 @@ def convert(
         yield converted_bytes
 
 
-def ended_inside(tensor: StoredTensor) -> CheckpointError:
+def ended_inside(tensor: TensorInfo) -> CheckpointError:
     """What to tell the user when a source is shorter than its header said."""
     return CheckpointError(f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed meanwhile?")
 
 
-def fill(source: Readable, view: memoryview, tensor: StoredTensor) -> None:
+def fill(source: Readable, view: memoryview, tensor: TensorInfo) -> None:
     """Read until `view` is full; one read may give less.
 
     Raises:
@@ -88,7 +88,7 @@ def _views(
     return stored.view(np.uint8).data, blocks, converted.view(np.uint8).data
 
 
-def _by_table(tensor: StoredTensor, dtype: str, scale: float) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
+def _by_table(tensor: TensorInfo, dtype: str, scale: float) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
     """The function that converts a block of 16-bit floats into `result`, by looking them up."""
     floats, table = _tables(tensor.dtype, dtype, scale)
     may_overflow = bool(_overflows(floats, table, dtype).any())
@@ -113,7 +113,7 @@ def _tables(source: str, dtype: str, scale: float) -> tuple[NDArray[np.float32],
 
 
 def _by_arithmetic(
-    tensor: StoredTensor, dtype: str, scale: float, noise_scale: float, seed: str
+    tensor: TensorInfo, dtype: str, scale: float, noise_scale: float, seed: str
 ) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
     """The function that converts a block of numbers into `result`."""
     generator = np.random.default_rng(zlib.crc32(seed.encode()))
@@ -142,7 +142,7 @@ def _by_arithmetic(
 
 
 def _refuse_overflow(
-    source: NDArray[np.float32], converted: Stored, tensor: StoredTensor, dtype: str, *, changed: bool
+    source: NDArray[np.float32], converted: Stored, tensor: TensorInfo, dtype: str, *, changed: bool
 ) -> None:
     """Raise if a finite number of the source became infinite; the source's own infinities and NaNs may stay."""
     lost = _overflows(source, converted, dtype)
@@ -152,10 +152,10 @@ def _refuse_overflow(
     what = f"{tensor.path}: tensor {tensor.name!r} holds {largest:g}, which"
     if changed:
         raise CheckpointError(
-            f"{what} residual_scale or noise_scale make larger than {NAMED[dtype]} can express. Choose a smaller one"
-            f"{', or set `dtype: bfloat16`' if dtype == 'F16' else ''}."
+            f"{what} residual_scale or noise_scale make larger than {CONFIG_DTYPES[dtype]} can express. Choose a "
+            f"smaller one{', or set `dtype: bfloat16`' if dtype == 'F16' else ''}."
         )
-    raise TooLargeError(f"{what} {NAMED[dtype]} cannot express", wider(dtype))
+    raise TooLargeError(f"{what} {CONFIG_DTYPES[dtype]} cannot express", wider(dtype))
 
 
 def wider(dtype: str) -> str:

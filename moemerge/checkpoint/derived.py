@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill, wider
 from moemerge.checkpoint.files import BlockReader, Reader, told_by
 from moemerge.checkpoint.floats import TYPES, narrow, widen
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.checkpoint.values import first_not_finite
-from moemerge.dtypes import NAMED, bytes_of
+from moemerge.dtypes import CONFIG_DTYPES, bytes_of
 from moemerge.errors import CheckpointError
 
 Rows = NDArray[np.float32]
@@ -34,7 +34,7 @@ class Derived:
 
     name: str
     """How it is made, for people."""
-    inputs: tuple[StoredTensor, ...]
+    inputs: tuple[TensorInfo, ...]
     recipe: Recipe
     told: str
     """All of the recipe that is not in the inputs, by which another is told from it."""
@@ -42,7 +42,7 @@ class Derived:
     """Of the result, as a safetensors header spells it."""
     rereads: bool = False
     """Whether the recipe itself reads the inputs too."""
-    others: tuple[StoredTensor, ...] = ()
+    others: tuple[TensorInfo, ...] = ()
     """What else the recipe reads, of other shapes."""
 
     def __repr__(self) -> str:
@@ -64,15 +64,15 @@ class Derived:
         inputs = [(repr(tensor), told_by(tensor.path)) for tensor in (*self.inputs, *self.others)]
         return hashlib.sha256(repr((self.told, self.dtype, inputs)).encode()).hexdigest()
 
-    def tensor(self, name: str) -> StoredTensor:
+    def tensor(self, name: str) -> TensorInfo:
         """The result, under a name."""
-        return StoredTensor(name, self, self.dtype, self.shape, 0, self.nbytes)
+        return TensorInfo(name, self, self.dtype, self.shape, 0, self.nbytes)
 
-    def first_row(self, rows: StoredTensor) -> int:
+    def first_row(self, rows: TensorInfo) -> int:
         """The number of the first of some rows of the result."""
         return rows.start * self.shape[0] // max(self.nbytes, 1)
 
-    def input_rows(self, rows: StoredTensor) -> StoredTensor:
+    def input_rows(self, rows: TensorInfo) -> TensorInfo:
         """The same rows of the first input."""
         return self.inputs[0].rows(self.first_row(rows), rows.shape[0])
 
@@ -108,12 +108,12 @@ class Derived:
             if broken := first_not_finite((*self.inputs, *self.others)):
                 raise CheckpointError(f"{self}: cannot be computed, since {broken}. Download that file again.")
             raise CheckpointError(
-                f"{self}: holds numbers that {NAMED[self.dtype]} cannot express. {wider(self.dtype)}."
+                f"{self}: holds numbers that {CONFIG_DTYPES[self.dtype]} cannot express. {wider(self.dtype)}."
             )
         return stored.tobytes()
 
 
-def blocks_of(tensors: Sequence[StoredTensor], first: int = 0) -> Iterator[list[Rows]]:
+def blocks_of(tensors: Sequence[TensorInfo], first: int = 0) -> Iterator[list[Rows]]:
     """The numbers of tensors of one shape, block by block, from a row on that is the first of a block.
 
     Raises:
@@ -128,7 +128,7 @@ def blocks_of(tensors: Sequence[StoredTensor], first: int = 0) -> Iterator[list[
             yield [_read(reader, tensor, count, width) for reader, tensor in zip(readers, tensors, strict=True)]
 
 
-def leaves(tensor: StoredTensor) -> Iterator[StoredTensor]:
+def leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
     """What a tensor is read from in the end: itself, or all that it is made of."""
     if isinstance(tensor.path, Derived):
         for source in (*tensor.path.inputs, *tensor.path.others):
@@ -139,7 +139,7 @@ def leaves(tensor: StoredTensor) -> Iterator[StoredTensor]:
         yield tensor
 
 
-def read_values(tensor: StoredTensor) -> NDArray[np.float32]:
+def read_values(tensor: TensorInfo) -> NDArray[np.float32]:
     """All numbers of a small tensor, in its shape.
 
     Raises:
@@ -149,18 +149,18 @@ def read_values(tensor: StoredTensor) -> NDArray[np.float32]:
         return _read(reader, tensor, *_as_matrix(tensor)).reshape(tensor.shape)
 
 
-def _as_matrix(tensor: StoredTensor) -> tuple[int, int]:
+def _as_matrix(tensor: TensorInfo) -> tuple[int, int]:
     """Rows and width: all axes but the last, and the last; of a vector, its elements and 1."""
     width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
     return int(np.prod(tensor.shape)) // max(width, 1), width
 
 
-def _rows_from(tensor: StoredTensor, first: int) -> StoredTensor:
+def _rows_from(tensor: TensorInfo, first: int) -> TensorInfo:
     shape = _as_matrix(tensor)
     return replace(tensor, shape=shape).rows(first, shape[0] - first)
 
 
-def _read(reader: Reader, tensor: StoredTensor, count: int, width: int) -> Rows:
+def _read(reader: Reader, tensor: TensorInfo, count: int, width: int) -> Rows:
     stored = np.empty(count * width, TYPES[tensor.dtype])
     fill(reader, stored.view(np.uint8).data, tensor)
     values = np.empty(count * width, np.float32)
@@ -180,7 +180,7 @@ class ScaledColumns:
         return blocks[0] * self.factors
 
 
-def unscaled(tensor: StoredTensor) -> StoredTensor:
+def unscaled(tensor: TensorInfo) -> TensorInfo:
     """The same rows of a matrix before its columns were multiplied (`ScaledColumns`); any other tensor as it is."""
     while isinstance(tensor.path, Derived) and isinstance(tensor.path.recipe, ScaledColumns):
         tensor = tensor.path.input_rows(tensor)

@@ -26,7 +26,7 @@ _HALF: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class TensorInfo:
     """Where one tensor's bytes lie: `nbytes` bytes from offset `start` of the file `path`."""
 
     name: str
@@ -54,7 +54,7 @@ class StoredTensor:
         if not isinstance(self.path, Path):
             self.path.keep(folder, self.start, self.nbytes)
 
-    def rows(self, first: int, count: int) -> "StoredTensor":
+    def rows(self, first: int, count: int) -> "TensorInfo":
         """A slice along the first axis: `count` entries from `first` on, whose bytes are a part of these.
 
         Raises:
@@ -71,7 +71,7 @@ class StoredTensor:
         return replace(self, shape=(count, *self.shape[1:]), start=self.start + skipped, nbytes=nbytes)
 
 
-def read_header(path: File) -> dict[str, StoredTensor]:
+def read_header(path: File) -> dict[str, TensorInfo]:
     """Read and check a safetensors header; tensor bytes are not touched.
 
     Raises:
@@ -160,7 +160,7 @@ def _is_size_list(value: Any) -> bool:
     )
 
 
-def _tensor(path: File, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _tensor(path: File, name: str, entry: Any, data_start: int) -> TensorInfo:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets in the header, found {entry!r:.80}.")
@@ -177,10 +177,10 @@ def _tensor(path: File, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise CheckpointError(
             f"{where}: {dtype} {shape} takes {expected} bytes, but its data_offsets span {end - begin}."
         )
-    return StoredTensor(name, path, dtype, tuple(shape), data_start + begin, end - begin)
+    return TensorInfo(name, path, dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def _check_coverage(path: File, tensors: list[StoredTensor], data_start: int, file_bytes: int) -> None:
+def _check_coverage(path: File, tensors: list[TensorInfo], data_start: int, file_bytes: int) -> None:
     """The format allows neither overlaps nor holes: each tensor begins where the one before it ends."""
     end = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.json_text import MOST_BYTES, JsonTextError, parse_json
 from moemerge.checkpoint.unreadable import is_no_tensor
 from moemerge.errors import CheckpointError
@@ -112,8 +112,8 @@ def _loose_shards(names: Collection[str], suffix: str) -> tuple[str, ...]:
 
 def read_tensors(
     folder: Path, weights: Weights, names: Collection[str], read_map: Callable[[str], Mapping[str, str]],
-    read_headers: Callable[[Sequence[str]], Iterable[dict[str, StoredTensor]]],
-) -> tuple[dict[str, StoredTensor], list[str]]:  # fmt: skip
+    read_headers: Callable[[Sequence[str]], Iterable[dict[str, TensorInfo]]],
+) -> tuple[dict[str, TensorInfo], list[str]]:  # fmt: skip
     """Every tensor of the model in a folder, from headers alone, and what is odd about them.
 
     As transformers does, all that the files hold is read, whichever of them the index says it is in; of a tensor that
@@ -138,8 +138,8 @@ def read_tensors(
             f"{', '.join(missing[:4])}. Download the model again."
         )
     weight_map = read_map(weights.index) if weights.index else None
-    tensors: dict[str, StoredTensor] = {}
-    others: dict[str, StoredTensor] = {}
+    tensors: dict[str, TensorInfo] = {}
+    others: dict[str, TensorInfo] = {}
     notes = [weights.note] if weights.note else []
     twice: list[str] = []
     for file_name, table in zip(weights.files, read_headers(weights.files), strict=True):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import fill
 from moemerge.checkpoint.files import BlockReader, Reader, size_of, told_by
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import BITS, bytes_of
 from moemerge.errors import CheckpointError
 
@@ -35,7 +35,7 @@ Numbers = NDArray[Any]
 class Packed:
     """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, unpacked while it is read, in blocks."""
 
-    stored: StoredTensor
+    stored: TensorInfo
     """A record of the archive, with the type and the shape of the tensor; compressed it has other bytes than that."""
     offset: int
     """Of the tensor's first number in the record, in numbers."""
@@ -65,10 +65,10 @@ class Packed:
         """How the numbers lie in the record, and what another content of the archive would be told by."""
         return repr((self.offset, self.strides, self.negated, size_of(self.stored.path), told_by(self.stored.path)))
 
-    def tensor(self) -> StoredTensor:
+    def tensor(self) -> TensorInfo:
         """The tensor, unpacked."""
         stored = self.stored
-        return StoredTensor(stored.name, self, stored.dtype, stored.shape, 0, self.nbytes)
+        return TensorInfo(stored.name, self, stored.dtype, stored.shape, 0, self.nbytes)
 
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
         """It is on this machine."""
@@ -142,7 +142,7 @@ class Packed:
         self._gather(record, offset + half * strides[axis], strides, upper)
 
 
-def notes_on(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+def notes_on(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     """What to know of a table with such tensors, by file."""
     files: dict[str, list[Packed]] = {}
     for tensor in tensors.values():

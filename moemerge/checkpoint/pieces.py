@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from moemerge.checkpoint.derived import Derived
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import BITS, bytes_of
 
 
@@ -29,7 +29,7 @@ class Piece:
         ValueError: the source's rows cannot be regrouped by `head_rows`.
     """
 
-    source: StoredTensor | Fill | bytes
+    source: TensorInfo | Fill | bytes
     dtype: str
     """Of the output, as a safetensors header spells it: `BF16`."""
     scale: float = 1.0
@@ -41,7 +41,7 @@ class Piece:
 
     def __post_init__(self) -> None:
         if self.head_rows and (
-            not isinstance(self.source, StoredTensor)
+            not isinstance(self.source, TensorInfo)
             or self.head_rows < 0
             or self.head_rows % 2
             or self.rows % self.head_rows
@@ -86,14 +86,14 @@ class Piece:
     @property
     def changes_values(self) -> bool:
         """Whether what is written are other numbers, or other bits, than the source's."""
-        return isinstance(self.source, StoredTensor) and (
+        return isinstance(self.source, TensorInfo) and (
             self.source.dtype != self.dtype or self.scale != 1.0 or self.noise_scale != 0.0
         )
 
     @property
     def is_unchanged(self) -> bool:
         """Whether the source's bytes are the output's, in their order."""
-        if isinstance(self.source, StoredTensor) and isinstance(self.source.path, Derived):
+        if isinstance(self.source, TensorInfo) and isinstance(self.source.path, Derived):
             return False
         return not isinstance(self.source, Fill) and not self.changes_values and not self.head_rows
 

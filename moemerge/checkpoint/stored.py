@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 from moemerge.checkpoint.convert import ended_inside
 from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.floats import TYPES, narrow, widen
-from moemerge.checkpoint.header import StoredTensor
-from moemerge.dtypes import NAMED, STORED
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES
 from moemerge.errors import CheckpointError
 
 
 def stored_bytes(numbers: NDArray[np.float32], dtype: str) -> bytes:
     """Numbers as they are stored, rounded to the nearest, ties to even."""
     numbers = numbers.ravel()
-    stored = np.empty(len(numbers), TYPES[STORED[dtype]])
-    narrow(numbers, STORED[dtype], stored, np.empty(len(numbers), np.uint32))
+    stored = np.empty(len(numbers), TYPES[HEADER_DTYPES[dtype]])
+    narrow(numbers, HEADER_DTYPES[dtype], stored, np.empty(len(numbers), np.uint32))
     return stored.tobytes()
 
 
@@ -29,13 +29,13 @@ def is_rounded(one: NDArray[np.float32], other: NDArray[np.float32], dtypes: Seq
 
 def float32_of(data: bytes, dtype: str) -> NDArray[np.float32]:
     """Stored numbers, exactly."""
-    stored = np.frombuffer(data, TYPES[STORED[dtype]])
+    stored = np.frombuffer(data, TYPES[HEADER_DTYPES[dtype]])
     floats = np.empty(len(stored), np.float32)
-    widen(stored, STORED[dtype], floats)
+    widen(stored, HEADER_DTYPES[dtype], floats)
     return floats
 
 
-def read_rows(tensor: StoredTensor, rows: Sequence[int]) -> NDArray[np.float32]:
+def read_rows(tensor: TensorInfo, rows: Sequence[int]) -> NDArray[np.float32]:
     """Some rows (len(rows), width) of a matrix; the others are not read.
 
     Raises:
@@ -53,5 +53,5 @@ def read_rows(tensor: StoredTensor, rows: Sequence[int]) -> NDArray[np.float32]:
             data = read_exactly(reader, row_bytes)
         if len(data) < row_bytes:
             raise ended_inside(tensor)
-        place[:] = float32_of(data, NAMED[tensor.dtype])
+        place[:] = float32_of(data, CONFIG_DTYPES[tensor.dtype])
     return read

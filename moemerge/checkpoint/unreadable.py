@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.errors import CheckpointError
 
 
@@ -13,7 +13,7 @@ from moemerge.errors import CheckpointError
 class Unreadable:
     """A file (`moemerge.checkpoint.files.RemoteFile`) that gives no bytes, only the reason."""
 
-    stored: StoredTensor
+    stored: TensorInfo
     """What lies in a file in its place; of no bytes where nothing does."""
     reason: str
     """What follows the tensor's name in a sentence: `is sparse`."""
@@ -50,16 +50,16 @@ class Unreadable:
         del start, nbytes
         raise CheckpointError(f"{self.stored.path}: tensor {self.stored.name!r} is needed, but {self.reason}.")
 
-    def tensor(self, like: StoredTensor | None = None) -> StoredTensor:
+    def tensor(self, like: TensorInfo | None = None) -> TensorInfo:
         """An entry of a table: with name, type and shape of another tensor, or of what is stored."""
         return replace(like or self.stored, path=self, start=0, nbytes=0)
 
 
-def reasons(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+def reasons(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Why some of a model's tensors cannot be read, by their names."""
     return {name: tensor.path.reason for name, tensor in tensors.items() if isinstance(tensor.path, Unreadable)}
 
 
-def is_no_tensor(entry: StoredTensor) -> bool:
+def is_no_tensor(entry: TensorInfo) -> bool:
     """Whether an entry of a table stands for something else, so that nothing is lost without it."""
     return isinstance(entry.path, Unreadable) and not entry.path.is_tensor

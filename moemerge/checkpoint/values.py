@@ -8,7 +8,7 @@ import numpy as np
 
 from moemerge.checkpoint.convert import fill
 from moemerge.checkpoint.copy import Report
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import BITS
 from moemerge.errors import CheckpointError
 
@@ -44,7 +44,7 @@ class NotFinite:
 class Census:
     """Looks at a tensor's bytes as they are read."""
 
-    def __init__(self, tensor: StoredTensor) -> None:
+    def __init__(self, tensor: TensorInfo) -> None:
         """Begin before its first byte.
 
         Raises:
@@ -94,7 +94,7 @@ def has_floats(dtype: str) -> bool:
     return dtype in _INFINITY
 
 
-def look_at(tensor: StoredTensor, report: Report = lambda _: None) -> Census:
+def look_at(tensor: TensorInfo, report: Report = lambda _: None) -> Census:
     """Look at all numbers of a tensor, a bounded chunk at a time.
 
     Args:
@@ -118,7 +118,7 @@ def look_at(tensor: StoredTensor, report: Report = lambda _: None) -> Census:
     return census
 
 
-def first_not_finite(tensors: Iterable[StoredTensor]) -> NotFinite | None:
+def first_not_finite(tensors: Iterable[TensorInfo]) -> NotFinite | None:
     """Of the first tensor that holds infinite or NaN, how many and where; None where all are finite.
 
     Raises:

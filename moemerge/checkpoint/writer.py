@@ -15,7 +15,7 @@ from moemerge.checkpoint.convert import ended_inside
 from moemerge.checkpoint.copy import Report, copy_range, write_all, write_failure
 from moemerge.checkpoint.disk import allocate, flush, forget
 from moemerge.checkpoint.files import Readable
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import MAX_THREADS, Jobs
 from moemerge.checkpoint.pieces import Band, band_bytes, measure, with_seeds
 from moemerge.checkpoint.shards import Shard
@@ -156,10 +156,10 @@ def _write_band(
             opened.callback(os.close, target)
             files = []
             if low_memory:
-                stored = [piece.source.path for piece in band if isinstance(piece.source, StoredTensor)]
+                stored = [piece.source.path for piece in band if isinstance(piece.source, TensorInfo)]
                 files = [opened.enter_context(path.open("rb")).fileno() for path in stored if isinstance(path, Path)]
                 report = _forgetting(report, files, target)
-            if len(band) == 1 and isinstance(source, StoredTensor) and band[0].is_unchanged:
+            if len(band) == 1 and isinstance(source, TensorInfo) and band[0].is_unchanged:
                 _copy(source, target, start, report, LOW_MEMORY_CHUNK_BYTES if low_memory else CHUNK_BYTES)
             else:
                 os.lseek(target, start, os.SEEK_SET)
@@ -172,7 +172,7 @@ def _write_band(
         raise write_failure(path, error) from error
 
 
-def _copy(source: StoredTensor, target: int, start: int, report: Report, chunk_bytes: int) -> None:
+def _copy(source: TensorInfo, target: int, start: int, report: Report, chunk_bytes: int) -> None:
     with source.open() as reader:
         if isinstance(reader, FileIO):
             copied = copy_range(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moemerge.checkpoint.compare import compare_files
-from moemerge.checkpoint.header import StoredTensor, read_metadata
+from moemerge.checkpoint.header import TensorInfo, read_metadata
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
 from moemerge.checkpoint.journal import differences as changed_keys
 from moemerge.checkpoint.shards import METADATA
@@ -158,7 +158,7 @@ def _is_respelled(file: Path, respelled: bytes) -> bool | None:
     return found == both if both == json.loads(respelled) else None
 
 
-def compare_index(model: ModelFolder, tensors: dict[str, StoredTensor]) -> list[Difference]:
+def compare_index(model: ModelFolder, tensors: dict[str, TensorInfo]) -> list[Difference]:
     """What a folder announces beside its weight map, which agrees with the headers once they are read."""
     names = {tensor.path.name for tensor in tensors.values()}
     differences = [

@@ -11,7 +11,7 @@ from typing import Final
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import size_of
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, Jobs
 from moemerge.checkpoint.packed import notes_on
@@ -147,7 +147,7 @@ def inspect_checkpoint(
     )
 
 
-def _look_at_all(tensors: Collection[StoredTensor], progress: Callable[[int, int], None]) -> Values:
+def _look_at_all(tensors: Collection[TensorInfo], progress: Callable[[int, int], None]) -> Values:
     """Every number of some tensors, files in the order of their bytes."""
     ordered = sorted(tensors, key=lambda tensor: (str(tensor.path), tensor.start, tensor.name))
     floats = [tensor for tensor in ordered if has_floats(tensor.dtype)]
@@ -174,12 +174,12 @@ def _look_at_all(tensors: Collection[StoredTensor], progress: Callable[[int, int
     )
 
 
-def _is_expert(tensor: StoredTensor) -> bool:
+def _is_expert(tensor: TensorInfo) -> bool:
     stacked = _STACKED_EXPERTS.search(tensor.name) and len(tensor.shape) == _EXPERT_AXES
     return bool(stacked or _NUMBERED_EXPERT.search(tensor.name))
 
 
-def _count_experts(tensors: dict[str, StoredTensor]) -> int:
+def _count_experts(tensors: dict[str, TensorInfo]) -> int:
     numbers = {int(match[1]) for name in tensors if (match := _NUMBERED_EXPERT.search(name))}
     stacked = {tensor.shape[0] for tensor in tensors.values() if _is_expert(tensor)} if not numbers else set()
     return len(numbers) or max(stacked, default=0)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
 from moemerge.checks.files import ABSENT, Difference
 from moemerge.errors import OutputError, RefusedError
@@ -76,7 +76,7 @@ def _repaired(out: Path | str, family: MoeFamily, config: Mapping[str, Any]) -> 
     return {**config, **lost, **respelled_keys(family, config)}
 
 
-def _check_names(out: Path | str, family: MoeFamily, tensors: Mapping[str, StoredTensor]) -> None:
+def _check_names(out: Path | str, family: MoeFamily, tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse tensors that are not named as in the family's checkpoints, which a `config.json` does not mend."""
     routers = [name for name in tensors if name.endswith(f".{family.router}")]
     wanted = [f"model.layers.0.{family.router}"] if not routers else []

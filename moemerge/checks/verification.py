@@ -7,13 +7,13 @@ from pathlib import Path
 
 from moemerge.checkpoint.compare import compare_tensor
 from moemerge.checkpoint.copy import Report
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import Jobs
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.checkpoint.values import Census, look_at
 from moemerge.checks.files import Difference, compare_entries, compare_files_beside, compare_index, notable
-from moemerge.dtypes import STORED
+from moemerge.dtypes import HEADER_DTYPES
 from moemerge.engines import ENGINES
 from moemerge.errors import CheckpointError
 from moemerge.families.engines import Trouble, facts_of, trouble_of
@@ -116,14 +116,14 @@ def _compare_engine(plan: MergePlan) -> list[Difference]:
     return [Difference("engine", f"a mixture that {name} reads rightly", f"a {family}, with which {name} {words}")]
 
 
-def _compare_tables(plan: MergePlan, tensors: dict[str, StoredTensor]) -> list[Difference]:
+def _compare_tables(plan: MergePlan, tensors: dict[str, TensorInfo]) -> list[Difference]:
     return compare_entries(
-        {name: f"{STORED[plan.dtype]} {list(output.shape)}" for name, output in plan.outputs.items()},
+        {name: f"{HEADER_DTYPES[plan.dtype]} {list(output.shape)}" for name, output in plan.outputs.items()},
         {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()},
     )
 
 
-def _compare_output(output: Output, found: StoredTensor, seed: int, report: Report) -> list[Difference]:
+def _compare_output(output: Output, found: TensorInfo, seed: int, report: Report) -> list[Difference]:
     """What is wrong with a tensor: other bytes than those of the plan, or numbers that are infinite or NaN."""
     if isinstance(output.origin, Computed):
         broken = look_at(found, report).not_finite
@@ -149,7 +149,7 @@ def _place(output: Output, byte: int, seed: int) -> str:
 def _describe(piece: Piece, seed: int) -> str:
     """Where the bytes of a piece should come from, and how they change on the way."""
     source = piece.source
-    if not isinstance(source, StoredTensor):
+    if not isinstance(source, TensorInfo):
         return f"the number {source.value:g}" if isinstance(source, Fill) else "bytes of the plan"
     changes = [f"as {piece.dtype}"] if piece.dtype != source.dtype else []
     changes += [f"with noise of {piece.noise_scale:g} and seed {seed}"] if piece.noise_scale != 0.0 else []

@@ -10,11 +10,11 @@ from rich.table import Table
 
 from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.disk import shown_bytes as size
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.checks.inspection import Inspection
 from moemerge.checks.verification import Verification
-from moemerge.dtypes import BITS, STORED
+from moemerge.dtypes import BITS, HEADER_DTYPES
 from moemerge.engines import ENGINES
 from moemerge.planning.plan import Computed, MergePlan, Output
 
@@ -75,7 +75,7 @@ def _origin(output: Output) -> dict[str, Any]:
 
 def _source(piece: Piece) -> dict[str, Any]:
     source = piece.source
-    if not isinstance(source, StoredTensor):
+    if not isinstance(source, TensorInfo):
         return {"from": "constant"} | ({"value": source.value} if isinstance(source, Fill) else {})
     return {
         "from": str(source.path),
@@ -115,10 +115,10 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     for output in plan.outputs.values():
         if isinstance(output.origin, Computed):
             key = ("routers", f"gate_mode {plan.config.way}")
-            parts.setdefault(key, []).append(math.prod(output.shape) * BITS[STORED[plan.dtype]] // 8)
+            parts.setdefault(key, []).append(math.prod(output.shape) * BITS[HEADER_DTYPES[plan.dtype]] // 8)
         for piece in output.pieces:
             origin = "constants"
-            if isinstance(piece.source, StoredTensor):
+            if isinstance(piece.source, TensorInfo):
                 origin = _told(piece.source, plan)
             parts.setdefault(("experts" if output.is_expert else "shared by all", origin), []).append(piece.nbytes)
     for (part, origin), sizes in parts.items():
@@ -128,7 +128,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         console.print(f"advice: {advice}")
 
 
-def _told(source: StoredTensor, plan: MergePlan) -> str:
+def _told(source: TensorInfo, plan: MergePlan) -> str:
     """The model that a tensor is read from, or what is made of which."""
     if not isinstance(source.path, Derived):
         return plan.references.get(next(leaves(source)).path, source.path.name)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moemerge.checkpoint.derived import Derived
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.families.dense import PLAIN, Axes, DenseModel, read_dense
 from moemerge.families.family import MoeFamily
 from moemerge.sources.model_folder import ModelFolder
@@ -90,7 +90,7 @@ def _differences(name: str, base: DenseModel, expert: DenseModel) -> Iterator[st
 
 
 def check_base(
-    model: DenseModel, family: MoeFamily, tensors: Mapping[str, StoredTensor], ffn_layers: Iterable[int]
+    model: DenseModel, family: MoeFamily, tensors: Mapping[str, TensorInfo], ffn_layers: Iterable[int]
 ) -> Findings:
     """Check that the base model's tensors are those that its config announces; none is left without a place.
 
@@ -119,7 +119,7 @@ def check_base(
 
 
 def check_expert(
-    name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str = "base"
+    name: str, model: DenseModel, tensors: Mapping[str, TensorInfo], *, shared: str = "base"
 ) -> Findings:  # fmt: skip
     """Check that an expert has the FFNs that will be taken, and nothing that changes what they compute.
 
@@ -146,7 +146,7 @@ def check_expert(
 
 
 def check_adapters(
-    name: str, folder: ModelFolder, model: DenseModel, tensors: Mapping[str, StoredTensor], *, shared: str
+    name: str, folder: ModelFolder, model: DenseModel, tensors: Mapping[str, TensorInfo], *, shared: str
 ) -> Findings:  # fmt: skip
     """Check that an expert's adapters change its FFNs; the rest counts where `shared` weights are mixed."""
     found = Findings()
@@ -209,9 +209,9 @@ def _check_quantisation(name: str, model: DenseModel, found: Findings) -> None:
 
 
 def _readable(
-    name: str, tensors: Mapping[str, StoredTensor], required: Mapping[str, Axes], found: Findings, *,
+    name: str, tensors: Mapping[str, TensorInfo], required: Mapping[str, Axes], found: Findings, *,
     takes_all: bool = False,
-) -> tuple[dict[str, StoredTensor], dict[str, Axes]]:  # fmt: skip
+) -> tuple[dict[str, TensorInfo], dict[str, Axes]]:  # fmt: skip
     """What can be read, of the tensors and of those that are required; of the rest, problems and notes."""
     lost: dict[tuple[str, bool], list[str]] = {}
     for tensor, stored in tensors.items():
@@ -233,7 +233,7 @@ def _ffns(model: DenseModel) -> dict[str, Axes]:
 
 
 def _check_tensors(
-    name: str, model: DenseModel, tensors: Mapping[str, StoredTensor], required: Mapping[str, Axes], *,
+    name: str, model: DenseModel, tensors: Mapping[str, TensorInfo], required: Mapping[str, Axes], *,
     allowed: Mapping[str, Axes], never_taken: Callable[[str], bool], found: Findings,
 ) -> None:  # fmt: skip
     dense = model.family
@@ -242,7 +242,7 @@ def _check_tensors(
     found.problems += _listed(name, "is missing", missing)
     found.problems += _listed(name, "has no place in a merge", [tensor for tensor in extra if not never_taken(tensor)])
     found.notes += _listed(name, "is not used by the mixture", list(filter(never_taken, extra)))
-    strange = [tensor for tensor in required if tensor in tensors and tensors[tensor].dtype not in NAMED]
+    strange = [tensor for tensor in required if tensor in tensors and tensors[tensor].dtype not in CONFIG_DTYPES]
     found.problems += _listed(
         name,
         "is not stored as float32, float16 or bfloat16",

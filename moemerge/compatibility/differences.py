@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import read_json
 from moemerge.compatibility.distances import check_deltas, distance_notes, distance_warnings, measure_distances
 from moemerge.config.schema import MergeConfig
@@ -17,7 +17,7 @@ from moemerge.families.mixture import Mixture
 from moemerge.sources.local import resolve_file
 from moemerge.sources.model_folder import ModelFolder
 
-Tensors = Mapping[str, StoredTensor]
+Tensors = Mapping[str, TensorInfo]
 _SCALES: Final = ("attention_multiplier", "embedding_multiplier", "logits_scaling")
 _NORMS: Final = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
 # What says most of rotary positions.

@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.derived import Derived, read_values
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.stored import is_rounded
 from moemerge.config.checks import READ_CHANGES
 from moemerge.config.schema import MergeConfig
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.families.dense import DenseModel, Role
 from moemerge.sources.lora import LoraSum
 from moemerge.sources.model_folder import ModelFolder
 
-Loaded = tuple[DenseModel, Mapping[str, StoredTensor]]
+Loaded = tuple[DenseModel, Mapping[str, TensorInfo]]
 """A model's config and its tensors."""
 STRANGER: Final = 0.3
 """Fine-tunes of one model differ from it by a few percent; models trained apart, by about 1.4."""
@@ -208,7 +208,7 @@ def _places(chosen: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Rol
                 yield name, layer, role
 
 
-def _block(model: Loaded, layer: int, role: Role) -> StoredTensor | None:
+def _block(model: Loaded, layer: int, role: Role) -> TensorInfo | None:
     """Some rows of a projection that follow each other; None of a base that lacks FFNs, which nothing else takes."""
     config, tensors = model
     try:
@@ -219,14 +219,14 @@ def _block(model: Loaded, layer: int, role: Role) -> StoredTensor | None:
     return tensor.rows((tensor.shape[0] - count) // 3, count)
 
 
-def _underlying(tensor: StoredTensor) -> StoredTensor:
+def _underlying(tensor: TensorInfo) -> TensorInfo:
     """The same rows of the model before an adapter, of what is computed of both."""
     while isinstance(tensor.path, Derived):
         tensor = tensor.path.input_rows(tensor)
     return tensor
 
 
-def _read(tensor: StoredTensor | None) -> _Rows | None:
+def _read(tensor: TensorInfo | None) -> _Rows | None:
     if tensor is None:
         return None
     if isinstance(tensor.path, Derived):
@@ -234,9 +234,9 @@ def _read(tensor: StoredTensor | None) -> _Rows | None:
         if before is None or not isinstance(tensor.path.recipe, LoraSum):
             return None
         return _Rows(tensor.path.recipe.rows(tensor.path.first_row(tensor), before.numbers), None)
-    if tensor.dtype not in NAMED:
+    if tensor.dtype not in CONFIG_DTYPES:
         return None
-    return _Rows(read_values(tensor), NAMED[tensor.dtype])
+    return _Rows(read_values(tensor), CONFIG_DTYPES[tensor.dtype])
 
 
 def _distance(layers: Mapping[int, Sequence[tuple[_Rows | None, _Rows | None]]]) -> Distance:

@@ -25,7 +25,7 @@ from moemerge.config.checks import canonical_gate_mode, choose_way, cross_check,
 from moemerge.config.layer_choice import LayerChoice, read_layers
 from moemerge.config.problems import MOST_EXPLAINED, SHORT_REPR, PlacedError, explain, repeated_keys
 from moemerge.config.yaml_text import Place, YamlTextError, join_halves, read_yaml
-from moemerge.dtypes import SHORT, DType
+from moemerge.dtypes import DTYPE_ALIASES, DType
 from moemerge.engines import Engine, engine_of
 from moemerge.errors import ConfigError
 
@@ -44,7 +44,11 @@ _LARGEST: Final = 10**300
 
 
 def _canonical_dtype(value: Any) -> Any:
-    return SHORT.get(value.removeprefix("torch."), value.removeprefix("torch.")) if isinstance(value, str) else value
+    return (
+        DTYPE_ALIASES.get(value.removeprefix("torch."), value.removeprefix("torch."))
+        if isinstance(value, str)
+        else value
+    )
 
 
 def _no_flag(value: Any) -> Any:

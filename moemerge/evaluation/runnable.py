@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import torch
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.config.schema import CONFIG_COPY, MergeConfig, load_config
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError
 from moemerge.families.dense import decoded, read_dense
 from moemerge.families.family import SWITCHED_OFF, MoeFamily
@@ -70,7 +70,7 @@ class MixtureModel:
     experts_per_token: int
     config: MergeConfig | None
     """What it was merged from, if its folder says so."""
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, TensorInfo]
     """Where each is stored."""
 
     @property
@@ -162,9 +162,9 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Ru
     needed = {*dense.outside(), dense.family.head}
     needed |= {tensor for layer in range(dense.layers) for tensor in (*dense.tensors(layer), *dense.ffn(layer))}
     lost |= {
-        tensor: f"is stored as {tensors[tensor].dtype}; expected one of {', '.join(NAMED.values())}"
+        tensor: f"is stored as {tensors[tensor].dtype}; expected one of {', '.join(CONFIG_DTYPES.values())}"
         for tensor in needed & tensors.keys() - lost.keys()
-        if tensors[tensor].dtype not in NAMED
+        if tensors[tensor].dtype not in CONFIG_DTYPES
     }
     if problems := sorted(f"{tensor} {reason}" for tensor, reason in lost.items() if tensor in needed):
         raise IncompatibleError(f"{reference}: cannot be run:", problems)
@@ -173,15 +173,15 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Ru
 
 
 def _stored(
-    name: str, model_type: str, keys: Mapping[str, Any], tensors: Mapping[str, StoredTensor], embeddings: str
+    name: str, model_type: str, keys: Mapping[str, Any], tensors: Mapping[str, TensorInfo], embeddings: str
 ) -> Runnable:
     def read(tensor: str) -> torch.Tensor:
-        if tensors[tensor].dtype not in NAMED:
+        if tensors[tensor].dtype not in CONFIG_DTYPES:
             raise CheckpointError(
                 f"{name}: {tensor} is stored as {tensors[tensor].dtype}: quantised models are not run. Name the model "
                 "that it was made from."
             )
-        values = torch.empty(tensors[tensor].shape, dtype=getattr(torch, NAMED[tensors[tensor].dtype]))
+        values = torch.empty(tensors[tensor].shape, dtype=getattr(torch, CONFIG_DTYPES[tensors[tensor].dtype]))
         if values.numel():
             read_into(tensors[tensor], values)
         return values

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.bands import tensor_chunks
 from moemerge.checkpoint.files import BlockReader, Reader, clipped
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, measure
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -64,9 +64,9 @@ class Quantised:
         """What the blocks are made of."""
         return repr(self.bands)
 
-    def tensor(self) -> StoredTensor:
+    def tensor(self) -> TensorInfo:
         """All of it, as bytes."""
-        return StoredTensor(self.name, self, "U8", (self.nbytes,), 0, self.nbytes)
+        return TensorInfo(self.name, self, "U8", (self.nbytes,), 0, self.nbytes)
 
     def keep(self, folder: object, start: int, nbytes: int) -> None:
         """It is made of what is elsewhere."""

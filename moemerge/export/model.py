@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.shards import Shard
 from moemerge.errors import CheckpointError, MoemergeError, RefusedError
 from moemerge.export.blocks import GgufType
@@ -76,7 +76,7 @@ class GgufModel:
                 "Merge again with `--for llama.cpp`, which chooses a family that it reads, if there is one."
             )
 
-    def tensors(self, table: Mapping[str, StoredTensor]) -> list[GgufTensor]:
+    def tensors(self, table: Mapping[str, TensorInfo]) -> list[GgufTensor]:
         """Every tensor of the file, made of the checkpoint's.
 
         Raises:

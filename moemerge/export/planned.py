@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from moemerge.checkpoint.bands import band_chunks
 from moemerge.checkpoint.files import BlockReader, Reader, clipped
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Piece, band_bytes, with_seeds
 from moemerge.dtypes import bytes_of
 
@@ -33,12 +33,12 @@ class Planned:
         """What the tensor is made of."""
         return repr((self.name, self.seed, self.bands))
 
-    def tensor(self) -> StoredTensor:
+    def tensor(self) -> TensorInfo:
         """The tensor; where it is one piece that does not change, that piece's source, which the kernel can copy."""
         match self.bands:
-            case ((Piece(source=StoredTensor() as source, is_unchanged=True),),):
+            case ((Piece(source=TensorInfo() as source, is_unchanged=True),),):
                 return replace(source, shape=self.shape)
-        return StoredTensor(self.name, self, self.dtype, self.shape, 0, self.nbytes)
+        return TensorInfo(self.name, self, self.dtype, self.shape, 0, self.nbytes)
 
     def keep(self, folder: object, start: int, nbytes: int) -> None:
         """It is made of what is elsewhere."""
@@ -59,5 +59,5 @@ class Planned:
 def waits(bands: tuple[Band, ...]) -> bool:
     """Whether any of some pieces is part of a planned tensor that is computed later."""
     sources = [piece.source for band in bands for piece in band]
-    files = [source.path for source in sources if isinstance(source, StoredTensor)]
+    files = [source.path for source in sources if isinstance(source, TensorInfo)]
     return any(isinstance(file, Planned) and not file.bands for file in files)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from moemerge.checkpoint.floats import TYPES
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Piece, measure
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
@@ -51,7 +51,7 @@ class Conversion:
     type: GgufType
     """What matrices are stored as."""
 
-    def tensors(self, table: Mapping[str, StoredTensor]) -> list[GgufTensor]:
+    def tensors(self, table: Mapping[str, TensorInfo]) -> list[GgufTensor]:
         """Every tensor, layer by layer; first what is made of the config alone.
 
         Raises:
@@ -81,7 +81,7 @@ class Conversion:
             )
         return found
 
-    def _groups(self, names: Names, prefix: str, table: Mapping[str, StoredTensor]) -> set[str]:
+    def _groups(self, names: Names, prefix: str, table: Mapping[str, TensorInfo]) -> set[str]:
         """What kinds of layer one is: of these groups all that is needed has to be there."""
         found = {part.group for part in names.values() if self._sources(prefix + part.source, table)[0] in table}
         known = {part.group for part in names.values()}
@@ -94,7 +94,7 @@ class Conversion:
             piece = Piece(factors.astype("<f4").tobytes(), "F32")
             yield GgufTensor("rope_freqs.weight", factors.shape, "f32", ((piece,),))
 
-    def _sources(self, source: str, table: Mapping[str, StoredTensor]) -> list[str]:
+    def _sources(self, source: str, table: Mapping[str, TensorInfo]) -> list[str]:
         if "{expert}" not in source:
             return [source]
         names = [source.format(expert=expert) for expert in range(self._experts)]
@@ -107,7 +107,7 @@ class Conversion:
             raise CheckpointError(f"config.json: names no number of experts, by none of {', '.join(_EXPERTS)}.")
         return min(found, _MOST_EXPERTS)
 
-    def _tensor(self, name: str, part: Part, sources: list[StoredTensor]) -> GgufTensor:
+    def _tensor(self, name: str, part: Part, sources: list[TensorInfo]) -> GgufTensor:
         is_stack = "{expert}" in part.source or part.cut or (part.half and len(sources[0].shape) == _STACK_AXES)
         sources = [half for source in sources for half in _halves(source, part)]
         sources = [head for source in sources for head in self._heads(source, part)]
@@ -127,7 +127,7 @@ class Conversion:
             bands = ((Piece(Quantised(name, bands).tensor(), "U8"),),)
         return GgufTensor(name, shape, kind, bands)
 
-    def _heads(self, source: StoredTensor, part: Part) -> Iterator[StoredTensor]:
+    def _heads(self, source: TensorInfo, part: Part) -> Iterator[TensorInfo]:
         """The rows that are meant of every head, which lie keys before values."""
         if not part.cut:
             yield source
@@ -150,7 +150,7 @@ def type_of(name: str, shape: tuple[int, ...], asked: GgufType) -> GgufType:
     return asked
 
 
-def _halves(source: StoredTensor, part: Part) -> Iterator[StoredTensor]:
+def _halves(source: TensorInfo, part: Part) -> Iterator[TensorInfo]:
     """The rows that are meant of a tensor, of a stack those of every expert."""
     if not part.half:
         yield source

@@ -6,14 +6,14 @@ import numpy as np
 
 from moemerge.checkpoint.convert import fill
 from moemerge.checkpoint.files import BlockReader, Reader
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 
 
 @dataclass(frozen=True, eq=False)
 class Transposed:
     """A file (`moemerge.checkpoint.files.RemoteFile`) that holds the transpose of a matrix."""
 
-    matrix: StoredTensor
+    matrix: TensorInfo
     """(row, column); all of it is in memory at a time."""
 
     @property
@@ -31,9 +31,9 @@ class Transposed:
         """What it is the transpose of."""
         return repr(self.matrix)
 
-    def tensor(self) -> StoredTensor:
+    def tensor(self) -> TensorInfo:
         """The transpose (column, row)."""
-        return StoredTensor(self.name, self, self.matrix.dtype, self.matrix.shape[::-1], 0, self.nbytes)
+        return TensorInfo(self.name, self, self.matrix.dtype, self.matrix.shape[::-1], 0, self.nbytes)
 
     def keep(self, folder: object, start: int, nbytes: int) -> None:
         """It is made of what is elsewhere."""

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band
-from moemerge.dtypes import STORED
+from moemerge.dtypes import HEADER_DTYPES
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
 from moemerge.export.planned import Planned, waits
@@ -71,7 +71,7 @@ def merge_to_gguf(
     file = Path(file)
     plan.check_sources("since the plan was made")
     check_file(file, overwrite=overwrite, inputs=plan.inputs, sources=plan.folders)
-    model = GgufModel(plan.output_config, asked_type(type, {STORED[plan.dtype]}), llama_cpp)
+    model = GgufModel(plan.output_config, asked_type(type, {HEADER_DTYPES[plan.dtype]}), llama_cpp)
     tensors = model.tensors(_table(plan, seed, {}))
     room(file, tensors, plan.kept_bytes, plan.peak_memory_bytes)
     work = Work(
@@ -85,7 +85,7 @@ def merge_to_gguf(
         shard = model.lay_out(tensors, described, stage / STAGED)
         tally = Tally(progress, [shard])
         # What does not fit into the plan's own dtype is the config's to change.
-        advising = nullcontext() if STORED[plan.dtype] == "F16" else advising_types()
+        advising = nullcontext() if HEADER_DTYPES[plan.dtype] == "F16" else advising_types()
         with advising, work.writer(stage, [shard], tally) as writer:
             ready = [tensor for tensor in tensors if not waits(tensor.bands)]
             writer.add(padded_bands(ready))
@@ -97,9 +97,9 @@ def merge_to_gguf(
     return routers.report
 
 
-def _table(plan: MergePlan, seed: int, made: Mapping[str, tuple[Band, ...]]) -> dict[str, StoredTensor]:
+def _table(plan: MergePlan, seed: int, made: Mapping[str, tuple[Band, ...]]) -> dict[str, TensorInfo]:
     """The checkpoint that the plan would write; of what is computed, what is `made` already."""
-    dtype = STORED[plan.dtype]
+    dtype = HEADER_DTYPES[plan.dtype]
     return {
         name: Planned(name, dtype, output.shape, made.get(name, output.bands), seed).tensor()
         for name, output in plan.outputs.items()

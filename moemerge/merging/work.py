@@ -15,7 +15,7 @@ from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config.schema import CONFIG_COPY
-from moemerge.dtypes import STORED
+from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import RefusedError
 from moemerge.model_card.card import write_card, write_metadata_card
 from moemerge.model_card.metadata import licence_of
@@ -111,7 +111,7 @@ class Work:
     def router_bands(self, routers: Routers) -> dict[str, tuple[Band, ...]]:
         """The tensors that were computed."""
         made = {"router": routers.rows, "shared gate": routers.shared_gates}
-        dtype = STORED[self._plan.dtype]
+        dtype = HEADER_DTYPES[self._plan.dtype]
         return {
             name: ((Piece(made[tensor.kind][tensor.layer], dtype),),) for name, tensor in self._plan.computed.items()
         }

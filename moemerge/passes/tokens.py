@@ -33,7 +33,7 @@ class Window:
     ids: tuple[int, ...]
     """With the special tokens that the tokenizer puts in front of every text."""
     counted: tuple[bool, ...]
-    """Which tokens count in statistics: see `count_tokens`."""
+    """Which tokens count in statistics: see `counted_mask`."""
 
     @property
     def scored(self) -> tuple[bool, ...]:
@@ -164,7 +164,7 @@ def by_tokenizers(file: Path) -> Encode:
     return encode
 
 
-def count_tokens(special: Sequence[int]) -> tuple[bool, ...]:
+def counted_mask(special: Sequence[int]) -> tuple[bool, ...]:
     """Which tokens count in statistics: those of the text itself, without the one at which it begins.
 
     The first token of a sequence, BOS or not, gathers attention (an attention sink, https://arxiv.org/abs/2309.17453):
@@ -205,7 +205,7 @@ def cut_windows(
             # What is left of a document may be too short to say anything.
             if len(part) >= (_SHORTEST if start else 1):
                 special = [*[1] * len(added), *[0] * len(part)]
-                windows.append(Window(document, (*added, *part), count_tokens(special)))
+                windows.append(Window(document, (*added, *part), counted_mask(special)))
                 left -= len(part)
         start += length
     return windows

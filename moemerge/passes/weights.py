@@ -6,19 +6,19 @@ from typing import Final
 import torch
 
 from moemerge.checkpoint.convert import fill
-from moemerge.checkpoint.header import StoredTensor
-from moemerge.dtypes import NAMED
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.dtypes import CONFIG_DTYPES
 
 CHUNK_BYTES: Final = 2**20
 
 
-def read_into(tensor: StoredTensor, target: torch.Tensor) -> None:
+def read_into(tensor: TensorInfo, target: torch.Tensor) -> None:
     """Fill `target`, of the same shape, on any device and of any float dtype, from the file; a chunk at a time.
 
     Raises:
         CheckpointError: the file ends too early.
     """
-    dtype: torch.dtype = getattr(torch, NAMED[tensor.dtype])
+    dtype: torch.dtype = getattr(torch, CONFIG_DTYPES[tensor.dtype])
     flat = target.view(-1)
     done = 0
     for chunk in _chunks(tensor):
@@ -27,14 +27,14 @@ def read_into(tensor: StoredTensor, target: torch.Tensor) -> None:
         done += len(values)
 
 
-def read_ahead(tensors: Iterable[StoredTensor]) -> None:
+def read_ahead(tensors: Iterable[TensorInfo]) -> None:
     """Bring bytes into the page cache, from where they are read without waiting for the disk."""
     for tensor in tensors:
         for _ in _chunks(tensor):
             pass
 
 
-def _chunks(tensor: StoredTensor) -> Iterator[memoryview]:
+def _chunks(tensor: TensorInfo) -> Iterator[memoryview]:
     """A tensor's bytes, in views of one buffer that the next chunk overwrites."""
     buffer = bytearray(min(tensor.nbytes, CHUNK_BYTES))
     with tensor.open() as file:

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
 from moemerge.families.dense import DenseModel
 from moemerge.families.mixture import Mixture
 from moemerge.planning.norm_folding import fold_norms
 from moemerge.planning.shared_weights import can_share, share_weights
 
-Tensors = Mapping[str, StoredTensor]
+Tensors = Mapping[str, TensorInfo]
 _AVERAGE: Final = (
     "attention and norms are the base model's alone; with `shared_weights: average` they are the experts' mean, which "
     "measured better for fine-tunes of one model (docs/quality.md)"
@@ -22,7 +22,7 @@ _AVERAGE: Final = (
 class Parts:
     """The tensors of a merge's models, by the names that the models give them."""
 
-    base: Mapping[str, StoredTensor]
+    base: Mapping[str, TensorInfo]
     """What the experts share, and the base's FFNs."""
     experts: Sequence[Tensors]
     """Of every expert, then of every shared expert."""
@@ -33,7 +33,7 @@ class Parts:
 
 def take_parts(
     config: MergeConfig, mixture: Mixture, base: DenseModel, models: Sequence[tuple[str, DenseModel]], *,
-    tables: Mapping[str, dict[str, StoredTensor]], dtype: str,
+    tables: Mapping[str, dict[str, TensorInfo]], dtype: str,
 ) -> Parts:  # fmt: skip
     """Mix what is shared, and fold norms, as the config asks.
 

@@ -13,20 +13,20 @@ from typing import Final
 import numpy as np
 
 from moemerge.checkpoint.derived import Derived, Rows, ScaledColumns, read_values
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.families.dense import DenseModel
 
-Loaded = tuple[DenseModel, Mapping[str, StoredTensor]]
+Loaded = tuple[DenseModel, Mapping[str, TensorInfo]]
 """A model's config and its tensors."""
 # A larger factor leaves too few digits of what it is multiplied with. Even models of 100 M parameters have norms with
 # a weight of a thousandth of the others; with the same in the shared norm that does no harm.
 _LARGEST_FACTOR: Final = 1e4
 
 
-def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -> dict[str, StoredTensor]:
+def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -> dict[str, TensorInfo]:
     """The model's tensors, its gate and up projections folded where its norms differ from the shared ones.
 
     The norms are read for it: a vector for each layer.
@@ -42,7 +42,7 @@ def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -
         IncompatibleError: the FFNs are not behind a norm of their own, or a shared norm has weights near zero.
     """
     model, tensors = expert
-    folded: dict[str, StoredTensor] = {}
+    folded: dict[str, TensorInfo] = {}
     problems: list[str] = []
     with ThreadPoolExecutor(CONNECTIONS) as pool:  # on the Hub each norm is a request
         behind = list(pool.map(partial(_differs_behind, expert, base), layers))
@@ -98,8 +98,8 @@ def _differs_behind(expert: Loaded, base: Loaded, layer: int) -> str | None:
 
 
 def _fold(
-    model: DenseModel, tensors: Mapping[str, StoredTensor], layer: int, ratio: Rows
-) -> Iterator[tuple[str, StoredTensor]]:
+    model: DenseModel, tensors: Mapping[str, TensorInfo], layer: int, ratio: Rows
+) -> Iterator[tuple[str, TensorInfo]]:
     told = hashlib.sha256(ratio.tobytes()).hexdigest()
     for name in {model.family.ffn[role].name for role in ("gate", "up")}:
         tensor = tensors[f"model.layers.{layer}.{name}"]

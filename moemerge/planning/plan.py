@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.files import File, Stamp, size_of, told_by
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
@@ -79,10 +79,10 @@ class Output:
         return any(not piece.is_unchanged for piece in self.pieces)
 
     @property
-    def copied_from(self) -> StoredTensor | None:
+    def copied_from(self) -> TensorInfo | None:
         """The one source whose bytes it holds as they are; None where it is made in another way."""
         match self.pieces:
-            case [Piece(source=StoredTensor() as source, is_unchanged=True)]:
+            case [Piece(source=TensorInfo() as source, is_unchanged=True)]:
                 return source
         return None
 
@@ -96,8 +96,8 @@ class MergePlan:
     mixture: Mixture
     base: DenseModel
     base_folder: Path
-    base_tensors: dict[str, StoredTensor]
-    experts: tuple[tuple[DenseModel, Mapping[str, StoredTensor]], ...]
+    base_tensors: dict[str, TensorInfo]
+    experts: tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]
     """The models whose FFNs are chosen between, in the order of the config."""
     sources: tuple[ModelFolder, ...]
     """The base, then every expert, then every shared expert."""
@@ -105,7 +105,7 @@ class MergePlan:
     """Of each local file that was read of the models, what told it from others when it was first read."""
     references: Mapping[File, str]
     """Of each file of weights, the model that it belongs to, as the config names it."""
-    reread: tuple[StoredTensor, ...]
+    reread: tuple[TensorInfo, ...]
     """What is read more than once: for routers, for several tensors, or to find out how models are mixed."""
     dtype: str
     output_config: dict[str, Any]
@@ -196,7 +196,7 @@ class MergePlan:
     def download_bytes(self) -> int:
         """Of them, the bytes that the merge reads."""
         pieces = [piece.source for output in self.outputs.values() for piece in output.pieces]
-        return _remote_bytes([*self.reread, *(piece for piece in pieces if isinstance(piece, StoredTensor))])
+        return _remote_bytes([*self.reread, *(piece for piece in pieces if isinstance(piece, TensorInfo))])
 
     @property
     def kept_bytes(self) -> int:
@@ -253,10 +253,10 @@ class MergePlan:
 
     def fingerprint(self, seed: int) -> dict[str, Any]:
         """What decides every byte of `shards_without_routers`; a resumed merge keeps them only where it is the same."""
-        used: dict[File, list[StoredTensor]] = {}
+        used: dict[File, list[TensorInfo]] = {}
         for output in self.outputs.values():
             for piece in output.pieces:
-                if isinstance(piece.source, StoredTensor):
+                if isinstance(piece.source, TensorInfo):
                     for tensor in leaves(piece.source):
                         used.setdefault(tensor.path, []).append(tensor)
         headers = b"".join(shard.header for shard in self.shards)
@@ -264,7 +264,7 @@ class MergePlan:
             (name, piece.source.path.identity)
             for name, output in self.outputs.items()
             for piece in output.pieces
-            if isinstance(piece.source, StoredTensor) and isinstance(piece.source.path, Derived)
+            if isinstance(piece.source, TensorInfo) and isinstance(piece.source.path, Derived)
         ]
         return {
             "moemerge": version("moemerge"),
@@ -316,7 +316,7 @@ class MergePlan:
         return build_index(weight_map, self.tensor_bytes)
 
 
-def _remote_bytes(tensors: Iterable[StoredTensor]) -> int:
+def _remote_bytes(tensors: Iterable[TensorInfo]) -> int:
     """Bytes of those tensors that are on other machines; what several have in common counts once."""
     spans: dict[File, list[tuple[int, int]]] = {}
     for leaf in chain.from_iterable(map(leaves, tensors)):

@@ -10,12 +10,12 @@ from typing import Final, Literal
 
 from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.compatibility.checks import Findings, check_adapters, check_base, check_configs, check_expert
 from moemerge.compatibility.differences import Speaker, judge_experts
 from moemerge.config.schema import MergeConfig
-from moemerge.dtypes import NAMED, STORED, bytes_of
+from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES, bytes_of
 from moemerge.engines import Engine
 from moemerge.errors import IncompatibleError, RefusedError
 from moemerge.families.dense import DenseModel, read_dense
@@ -32,7 +32,7 @@ from moemerge.planning.tokenizer_files import find_base_files
 from moemerge.planning.tokenizer_proof import prove_tokenizer
 from moemerge.sources.model_folder import ModelFolder, fetch_if_room, open_model, read_tensor_tables
 
-Tensors = Mapping[str, StoredTensor]
+Tensors = Mapping[str, TensorInfo]
 DEFAULT_MAX_SHARD_BYTES: Final = 5_000_000_000
 
 
@@ -132,20 +132,20 @@ def plan_merge(
     )  # fmt: skip
     _refuse(judged.problems)
     notes += judged.notes
-    take = partial(take_parts, config, mixture, base, [*zip(places, models, strict=True)], dtype=STORED[dtype])
+    take = partial(take_parts, config, mixture, base, [*zip(places, models, strict=True)], dtype=HEADER_DTYPES[dtype])
     parts = take(tables=tables)
     notes += parts.notes
-    assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=STORED[dtype])
+    assemble = partial(_assembly, config, family, mixture, base=base, models=models, dtype=HEADER_DTYPES[dtype])
     outputs = assemble(parts=parts).outputs()
     if weights == "auto":
         for warning in judged.warnings if judged.compared_bytes else ():  # before gigabytes are waited for
             announce(f"warning: {warning}")
-        output_bytes = sum(bytes_of(STORED[dtype], output.shape) or 0 for output in outputs.values())
+        output_bytes = sum(bytes_of(HEADER_DTYPES[dtype], output.shape) or 0 for output in outputs.values())
         if fetched := fetch_if_room(opened, tables, beside=(target, output_bytes), announce=announce):
             tables |= fetched
             parts = take(tables=tables)
             outputs = assemble(parts=parts).outputs()
-    shards, shared = _layout(outputs, STORED[dtype], max_shard_bytes, target)
+    shards, shared = _layout(outputs, HEADER_DTYPES[dtype], max_shard_bytes, target)
     notes += output_notes(outputs, dtype, shared)
     experts = tuple(zip(models[:routed], parts.experts[:routed], strict=True))
     total, active = _count_parameters(outputs, config)
@@ -224,13 +224,13 @@ def _dense(folder: ModelFolder) -> DenseModel:
     return model
 
 
-def _main_dtype(tensors: dict[str, StoredTensor]) -> str:
+def _main_dtype(tensors: dict[str, TensorInfo]) -> str:
     """The dtype that most of a model's bytes are stored in; `config.json` may claim another."""
     counted: Counter[str] = Counter()
     for leaf in chain.from_iterable(map(leaves, tensors.values())):
-        if leaf.dtype in NAMED:
+        if leaf.dtype in CONFIG_DTYPES:
             counted[leaf.dtype] += leaf.nbytes
-    return NAMED[counted.most_common(1)[0][0]] if counted else "bfloat16"
+    return CONFIG_DTYPES[counted.most_common(1)[0][0]] if counted else "bfloat16"
 
 
 def _computes_gate(config: MergeConfig, family: MoeFamily) -> bool:
@@ -277,10 +277,10 @@ def _layout(
     return shards, shared_bytes(specs, starts, shards)
 
 
-def _repeated(outputs: Mapping[str, Output]) -> Iterator[StoredTensor]:
+def _repeated(outputs: Mapping[str, Output]) -> Iterator[TensorInfo]:
     """What several tensors of the output are made of."""
     pieces = (piece.source for output in outputs.values() for piece in output.pieces)
-    counted = Counter(leaf for source in pieces if isinstance(source, StoredTensor) for leaf in leaves(source))
+    counted = Counter(leaf for source in pieces if isinstance(source, TensorInfo) for leaf in leaves(source))
     yield from (tensor for tensor, count in counted.items() if count > 1)
 
 

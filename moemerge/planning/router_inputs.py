@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.checks import READ_CHANGES
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError
@@ -43,9 +43,9 @@ def base_ffn_layers(config: MergeConfig, mixture: Mixture, base: DenseModel, *, 
 
 
 def router_reads(
-    config: MergeConfig, mixture: Mixture, base: DenseModel, base_tensors: Mapping[str, StoredTensor],
-    experts: Sequence[tuple[DenseModel, Mapping[str, StoredTensor]]], *, runs_base: bool,
-) -> Iterator[StoredTensor]:  # fmt: skip
+    config: MergeConfig, mixture: Mixture, base: DenseModel, base_tensors: Mapping[str, TensorInfo],
+    experts: Sequence[tuple[DenseModel, Mapping[str, TensorInfo]]], *, runs_base: bool,
+) -> Iterator[TensorInfo]:  # fmt: skip
     """What of the models' weights is read to make the routers, most of it more than once."""
     last = max(mixture.moe_layers)
     layers = [f"model.layers.{layer}." for layer in range(last + 1)] if runs_base else []

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, blocks_of, linear
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.config.schema import SharedWeights
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DenseModel
 
-Tensors = Mapping[str, StoredTensor]
+Tensors = Mapping[str, TensorInfo]
 # What attention computes with: where it differs, weights do not mean the same.
 _SAME: Final = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "norm_eps",
@@ -36,7 +36,7 @@ _SAME_VALUES: Final = (
 def share_weights(
     settings: SharedWeights, base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]],
     dtype: str,
-) -> tuple[dict[str, StoredTensor], list[str]]:  # fmt: skip
+) -> tuple[dict[str, TensorInfo], list[str]]:  # fmt: skip
     """The base's tensors, those that are shared replaced by what is made of all models'; and notes for the user.
 
     Embeddings and head stay the base's where a vocabulary differs, and so do the FFNs of layers without experts.
@@ -106,7 +106,7 @@ def _differences(
             fits = tensor in theirs and theirs[tensor].shape == shape
             if tensor in lost:
                 problems.append(f"shared_weights: {name}: {tensor} {lost[tensor]}")
-            elif fits and theirs[tensor].dtype in NAMED:
+            elif fits and theirs[tensor].dtype in CONFIG_DTYPES:
                 continue
             elif fits or tensor in inside:
                 problems.append(
@@ -127,8 +127,8 @@ def _settings(model: DenseModel, base: DenseModel) -> Iterator[tuple[str, Any, A
 
 
 def _derive(
-    settings: SharedWeights, base: StoredTensor, experts: Sequence[StoredTensor], dtype: str
-) -> StoredTensor:  # fmt: skip
+    settings: SharedWeights, base: TensorInfo, experts: Sequence[TensorInfo], dtype: str
+) -> TensorInfo:  # fmt: skip
     given = settings.weights or [1.0] * len(experts)
     weights = [weight / sum(given) for weight in given]
     told = repr((settings.model_dump(), base.name))
@@ -165,7 +165,7 @@ class _Ties:
     """The base and, of the changes that are large for their expert, the mean of those that have the weightier sign."""
 
     def __init__(
-        self, base: StoredTensor, experts: Sequence[StoredTensor], density: float, weights: Sequence[float]
+        self, base: TensorInfo, experts: Sequence[TensorInfo], density: float, weights: Sequence[float]
     ) -> None:
         self._base, self._experts, self._density, self._weights = base, experts, density, weights
         self._lock = threading.Lock()
@@ -191,7 +191,7 @@ class _Ties:
         total[~np.isfinite(changes).all(axis=0)] = np.nan  # which the signs would hide
         return total
 
-    def _threshold(self, expert: StoredTensor) -> np.float32:
+    def _threshold(self, expert: TensorInfo) -> np.float32:
         """The size of the smallest change that is kept: found in two passes, by the halves of its bits."""
         total = int(np.prod(expert.shape))
         rank = max(total - round(self._density * total), 0)  # so many are smaller
@@ -208,7 +208,7 @@ class _Ties:
         rest = int(np.searchsorted(lower.cumsum(), rank, side="right"))
         return np.float32(np.array([half << 16 | rest], np.uint32).view(np.float32)[0])
 
-    def _sizes(self, expert: StoredTensor) -> Iterator[NDArray[np.uint32]]:
+    def _sizes(self, expert: TensorInfo) -> Iterator[NDArray[np.uint32]]:
         """Bits of the changes' sizes, which are in the order of the sizes; in blocks."""
         for base, other in blocks_of([self._base, expert]):
             yield np.abs(other - base).reshape(-1).view(np.uint32)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Fill, Piece
 from moemerge.families.dense import DenseModel, Role
 from moemerge.families.family import SWITCHED_OFF, Extra, MoeFamily, separate
@@ -22,7 +22,7 @@ class Source:
     """A model that an FFN is taken from, and what is done to it."""
 
     model: DenseModel
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, TensorInfo]
     scale: float = 1.0
     """Of what the FFN adds to the residual stream."""
     noise_scale: float = 0.0

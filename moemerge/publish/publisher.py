@@ -14,7 +14,6 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
 from moemerge.errors import MoemergeError, PublishError, RefusedError
 from moemerge.planning.tokenizer_files import COPIED_FILES, TEMPLATES, template_names
-from moemerge.publish.answers import explain
 from moemerge.publish.destination import (
     Account,
     Destination,
@@ -24,8 +23,9 @@ from moemerge.publish.destination import (
     read_account,
 )
 from moemerge.publish.folder import checkpoint_files, name_in_repository
+from moemerge.publish.hub_errors import explain
 from moemerge.sources.model_folder import Announce
-from moemerge.sources.patience import TOLD_TO_WAIT, Result, patiently
+from moemerge.sources.retries import TOLD_TO_WAIT, Result, patiently
 
 __all__ = ["Destination", "Publisher", "checkpoint_files"]
 

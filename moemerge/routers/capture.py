@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.errors import RouterError
@@ -84,7 +84,7 @@ def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
 
 
 def _check_finite(
-    place: str, batches: Sequence[Batch], tensors: Iterable[StoredTensor], inputs: torch.Tensor | None = None
+    place: str, batches: Sequence[Batch], tensors: Iterable[TensorInfo], inputs: torch.Tensor | None = None
 ) -> None:  # fmt: skip
     """Refuse what a part of the model, made of these tensors, gives, where it is not finite."""
     if all(batch.is_finite for batch in batches) and (inputs is None or inputs.isfinite().all()):
@@ -112,7 +112,7 @@ def _last_states(groups: Sequence[Sequence[EncodedPrompt]], batches: Sequence[Ba
     return torch.stack(found)
 
 
-def _stored(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool) -> dict[str, StoredTensor]:
+def _stored(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool) -> dict[str, TensorInfo]:
     """Of a layer's tensors, by name within it, where they are stored; without the FFN's if it will not run."""
     ffn = request.base.family.ffn_module
     return {
@@ -123,7 +123,7 @@ def _stored(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool) -
 
 
 def _place(  # noqa: PLR0917
-    layer: Any, name: str, tensor: StoredTensor, room: dict[str, torch.Tensor], request: RouterRequest,
+    layer: Any, name: str, tensor: TensorInfo, room: dict[str, torch.Tensor], request: RouterRequest,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Read a tensor straight to its device, into the room that the layer before had for it."""

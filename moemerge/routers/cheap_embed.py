@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.values import look_at
 from moemerge.config.schema import MergeConfig
@@ -19,7 +19,7 @@ from moemerge.routers.rows import Rows
 
 
 def mean_embeddings(
-    folder: Path, base: DenseModel, tensors: Mapping[str, StoredTensor], config: MergeConfig
+    folder: Path, base: DenseModel, tensors: Mapping[str, TensorInfo], config: MergeConfig
 ) -> tuple[Rows, Rows]:
     """Mean embeddings (expert, hidden) of positive and of negative prompts; only the rows of their tokens are read.
 

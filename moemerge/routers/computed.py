@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 import torch
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig, RouterWay
 from moemerge.errors import RouterError
 from moemerge.families.dense import DenseModel
@@ -41,8 +41,8 @@ WAYS: Final[dict[RouterWay, Callable[[RouterInputs, RouterRequest], LayerRows]]]
     "--device; gate_mode random without prompts needs no pass."
 )
 def compute_routers(
-    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
-    experts: Sequence[tuple[DenseModel, Mapping[str, StoredTensor]]], mixture: Mixture, scoring: Scoring,
+    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, TensorInfo], dtype: str, *,
+    experts: Sequence[tuple[DenseModel, Mapping[str, TensorInfo]]], mixture: Mixture, scoring: Scoring,
     shared_gate: bool, made: Mapping[int, Rows] | None, seed: int, device: str,
     progress: Callable[[int, int], None], base_bits: Literal[4, 8] | None, low_memory: bool,
 ) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:  # fmt: skip

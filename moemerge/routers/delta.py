@@ -12,11 +12,11 @@ from typing import Final
 import torch
 
 from moemerge.checkpoint.derived import unscaled
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import is_rounded
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.compatibility.distances import STRANGER, differs_too_much
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import RefusedError, RouterError
 from moemerge.passes.weights import read_into
 from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
@@ -101,7 +101,7 @@ def _changes(expert: int, layer: int, request: RouterRequest) -> Iterator[tuple[
         model, tensors = request.experts[expert]
         theirs = unscaled(model.projection(tensors, layer, role))
         ours = unscaled(request.base.projection(request.tensors, layer, role))
-        dtypes = [NAMED[ours.dtype], NAMED[theirs.dtype]]
+        dtypes = [CONFIG_DTYPES[ours.dtype], CONFIG_DTYPES[theirs.dtype]]
         for first in range(0, ours.shape[0], _CHUNK_ROWS):
             count = min(_CHUNK_ROWS, ours.shape[0] - first)
             base, tuned = _read(ours.rows(first, count)), _read(theirs.rows(first, count))
@@ -110,7 +110,7 @@ def _changes(expert: int, layer: int, request: RouterRequest) -> Iterator[tuple[
             yield tuned - base, base
 
 
-def _read(tensor: StoredTensor) -> torch.Tensor:
+def _read(tensor: TensorInfo) -> torch.Tensor:
     values = torch.empty(tensor.shape)
     read_into(tensor, values)
     return values

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import float32_of, stored_bytes
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError, RouterError
@@ -35,8 +35,8 @@ class Routers:
 
 
 def init_routers(
-    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], dtype: str, *,
-    experts: Sequence[tuple[DenseModel, Mapping[str, StoredTensor]]], mixture: Mixture, scoring: Scoring,
+    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, TensorInfo], dtype: str, *,
+    experts: Sequence[tuple[DenseModel, Mapping[str, TensorInfo]]], mixture: Mixture, scoring: Scoring,
     shared_gate: bool, run_base: bool, seed: int, device: str, progress: Callable[[int, int], None],
     base_bits: Literal[4, 8] | None = None, low_memory: bool = False,
 ) -> Routers:  # fmt: skip
@@ -92,7 +92,7 @@ def init_routers(
 
 
 def _made_without_pass(  # noqa: PLR0917
-    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, StoredTensor], mixture: Mixture, seed: int
+    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, TensorInfo], mixture: Mixture, seed: int
 ) -> dict[int, Rows] | None:
     """By layer the rows (expert, hidden) of ways that need no pass, zeros for absent experts; None of those that do."""
     if config.way in DRAWN:

@@ -7,7 +7,7 @@ from typing import Final
 
 from moemerge.config.schema import Expert, MergeConfig
 from moemerge.errors import RouterError
-from moemerge.passes.tokens import Encode, by_tokenizers, by_transformers, count_tokens, cut_windows
+from moemerge.passes.tokens import Encode, by_tokenizers, by_transformers, counted_mask, cut_windows
 from moemerge.texts.documents import find_files, read_documents
 
 SHARED: Final = -1
@@ -113,7 +113,7 @@ class _Reader:
             if all(special):
                 raise RouterError(f"{place}[{index}]: the base model's tokenizer finds no tokens in {prompt!r:.40}.")
             # An embedding does not know where in a text it stands.
-            counted = count_tokens(special) if self._in_context else tuple(not added for added in special)
+            counted = counted_mask(special) if self._in_context else tuple(not added for added in special)
             yield EncodedPrompt(expert, positive, tuple(ids), counted, self._documents)
             self._documents += 1
 

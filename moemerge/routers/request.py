@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import RouterSettings
 from moemerge.families.dense import DenseModel
 from moemerge.families.family import Scoring
@@ -20,13 +20,13 @@ class RouterRequest:
     """A base model and the mixture that its layers become."""
 
     base: DenseModel
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, TensorInfo]
     mixture: Mixture
     scoring: Scoring
     prompts: tuple[EncodedPrompt, ...]
     device: torch.device
     settings: RouterSettings = field(default_factory=lambda: RouterSettings.model_validate({}))
-    experts: tuple[tuple[DenseModel, Mapping[str, StoredTensor]], ...] = ()
+    experts: tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...] = ()
     """The models whose FFNs are chosen between, for ways that read their weights."""
     entering: bool = False
     """Whether the residual stream that enters each layer is wanted too."""

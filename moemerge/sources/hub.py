@@ -8,7 +8,7 @@ from typing import Final
 
 from huggingface_hub import HfApi, constants, snapshot_download
 
-from moemerge.checkpoint.header import StoredTensor, read_header
+from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import (
     PICKLE_INDEX,
     SAFETENSORS_INDEX,
@@ -20,9 +20,9 @@ from moemerge.checkpoint.index import (
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.errors import SourceError
 from moemerge.sources.local import find_weights, resolve_file
-from moemerge.sources.patience import ABSENT, PARTIAL, explained, patiently
 from moemerge.sources.ranges import HubFile, NoRangesError
 from moemerge.sources.reference import Reference
+from moemerge.sources.retries import ABSENT, PARTIAL, explained, patiently
 
 # Everything that a merge reads or copies beside weights; tokenizers come in many files.
 SMALL_FILES: Final = [
@@ -92,7 +92,7 @@ def fetch_files(reference: Reference, folder: Path, names: Sequence[str], announ
 
 def read_remote_tensors(
     reference: Reference, folder: Path, announce: Callable[[str], None]
-) -> tuple[dict[str, StoredTensor], list[str]] | None:
+) -> tuple[dict[str, TensorInfo], list[str]] | None:
     """Every tensor of a model, from headers that are read by ranges, and what is odd; None where they cannot be.
 
     Pickles cannot, and not every proxy lets parts of a file through.
@@ -106,7 +106,7 @@ def read_remote_tensors(
         return None
     announce(f"{reference}: reading the headers of {len(names)} file(s) on the Hub")
 
-    def read(file_names: Sequence[str]) -> list[dict[str, StoredTensor]]:
+    def read(file_names: Sequence[str]) -> list[dict[str, TensorInfo]]:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             return list(pool.map(lambda name: read_header(HubFile(reference, folder.name, name, announce)), file_names))
 

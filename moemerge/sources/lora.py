@@ -15,10 +15,10 @@ from typing import Any, Final
 import numpy as np
 
 from moemerge.checkpoint.derived import Derived, Rows, read_values
-from moemerge.checkpoint.header import StoredTensor, read_header
+from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import SourceError
 from moemerge.sources.local import resolve_file
 from moemerge.sources.pickles import read_pickle
@@ -96,7 +96,7 @@ def open_adapter(reference: str, folder: Path) -> Adapter:
     return Adapter(reference, folder, config)
 
 
-def merge_adapter(adapter: Adapter, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def merge_adapter(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The base model's tensors, those that the adapter targets with what it adds.
 
     What it does outside of the layers, or otherwise than by a sum, is often needed by nobody: such a tensor cannot be
@@ -114,7 +114,7 @@ def merge_adapter(adapter: Adapter, tensors: Mapping[str, StoredTensor]) -> dict
     return merged
 
 
-def _read(adapter: Adapter) -> dict[str, StoredTensor]:
+def _read(adapter: Adapter) -> dict[str, TensorInfo]:
     name = next((name for name in WEIGHTS if (adapter.folder / name).exists()), None)
     if name is None:
         raise SourceError(f"{adapter.reference}: has no {' and no '.join(WEIGHTS)}.")
@@ -123,11 +123,11 @@ def _read(adapter: Adapter) -> dict[str, StoredTensor]:
 
 
 def _modules(
-    found: Iterable[StoredTensor], tensors: Mapping[str, StoredTensor]
-) -> dict[str, dict[str, StoredTensor]]:  # fmt: skip
+    found: Iterable[TensorInfo], tensors: Mapping[str, TensorInfo]
+) -> dict[str, dict[str, TensorInfo]]:  # fmt: skip
     """The adapter's tensors by module of the base model, or of what it lacks, and by their name within that."""
     own = {name.rpartition(".")[0] for name in tensors}
-    modules: dict[str, dict[str, StoredTensor]] = {}
+    modules: dict[str, dict[str, TensorInfo]] = {}
     for tensor in found:
         plain = _PREFIXES.sub("", tensor.name, count=1)
         splits = [_split(plain), _split(f"model.{plain}")]  # trained without a head, a decoder's names lack `model.`
@@ -145,8 +145,8 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _changed(
-    adapter: Adapter, module: str, parts: Mapping[str, StoredTensor], tensors: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
+    adapter: Adapter, module: str, parts: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
     """A module's tensors as they are with the adapter, or without a way to read them."""
     whole = {name: tensors[name] for name in (f"{module}.weight", f"{module}.bias") if name in tensors}
     if any(isinstance(tensor.path, Unreadable) for tensor in whole.values()):
@@ -171,8 +171,8 @@ def _changed(
 
 
 def _merged(
-    adapter: Adapter, module: str, parts: Mapping[str, StoredTensor], whole: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
+    adapter: Adapter, module: str, parts: Mapping[str, TensorInfo], whole: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
     weight = f"{module}.weight"
     factors = {part: tensor for part, tensor in parts.items() if _FACTOR.fullmatch(part)}
     merged = {}
@@ -200,8 +200,8 @@ def _merged(
 
 
 def _merge(
-    adapter: Adapter, module: str, weight: StoredTensor, parts: Mapping[str, StoredTensor]
-) -> StoredTensor:  # fmt: skip
+    adapter: Adapter, module: str, weight: TensorInfo, parts: Mapping[str, TensorInfo]
+) -> TensorInfo:  # fmt: skip
     lost = sorted({"lora_A", "lora_B"} - parts.keys())
     if lost:
         raise SourceError(f"{adapter.reference}: has no {lost[0]} for {module}.")
@@ -213,10 +213,10 @@ def _merge(
             f"weight is {list(weight.shape)}: it was trained on another base model."
         )
     for tensor in (weight, *parts.values()):
-        if tensor.dtype not in NAMED:
+        if tensor.dtype not in CONFIG_DTYPES:
             raise SourceError(
-                f"{adapter.reference}: {tensor.name} is stored as {tensor.dtype}; expected one of {', '.join(NAMED)}. "
-                "Save the adapter in float32."
+                f"{adapter.reference}: {tensor.name} is stored as {tensor.dtype}; expected one of "
+                f"{', '.join(CONFIG_DTYPES)}. Save the adapter in float32."
             )
     recipe = LoraSum(a, b, lengths, _scale(adapter, module, a.shape[0]))
     name = f"adapter {adapter.reference} on"
@@ -278,16 +278,16 @@ def _of_module(adapter: Adapter, module: str, key: str, pattern_key: str, defaul
 class LoraSum:
     """The recipe (`moemerge.checkpoint.derived.Recipe`) of a weight with an adapter: `W + scale B A`."""
 
-    a: StoredTensor
-    b: StoredTensor
-    lengths: StoredTensor | None
+    a: TensorInfo
+    b: TensorInfo
+    lengths: TensorInfo | None
     """DoRA's, of the rows."""
     scale: float
     _held: dict[str, Rows] = field(default_factory=dict)
     """The factors, from a tensor's first block to its last."""
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
+    def tensors(self) -> tuple[TensorInfo, ...]:
         """What it is made of beside the weight."""
         return (self.a, self.b, *([self.lengths] if self.lengths else []))
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.disk import nearest_folder
 from moemerge.checkpoint.files import File, Stamp, size_of
-from moemerge.checkpoint.header import StoredTensor, read_header
+from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import SourceError
 from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
@@ -157,7 +157,7 @@ def fetch_files(model: ModelFolder, names: Sequence[str], announce: Announce) ->
 
 def read_tensor_table(
     model: ModelFolder, announce: Announce, *, weights: Literal["download", "stream"] = "download"
-) -> dict[str, StoredTensor]:
+) -> dict[str, TensorInfo]:
     """Every tensor of a model, from headers alone; with adapters, as they are with what these add.
 
     Args:
@@ -177,7 +177,7 @@ def read_tensor_table(
 def read_tensor_tables(
     models: Iterable[ModelFolder], announce: Announce, *, weights: Literal["download", "stream"] = "download",
     dense: bool = False,
-) -> list[dict[str, StoredTensor]]:  # fmt: skip
+) -> list[dict[str, TensorInfo]]:  # fmt: skip
     """The same of several models; what is one model with several adapters is read once.
 
     Args:
@@ -191,7 +191,7 @@ def read_tensor_tables(
         SourceError: see `read_tensor_table`.
         CheckpointError: see `read_tensor_table`.
     """
-    read: dict[Path, dict[str, StoredTensor]] = {}
+    read: dict[Path, dict[str, TensorInfo]] = {}
     tables = []
     for model in models:
         if model.folder not in read:
@@ -209,7 +209,7 @@ def read_tensor_tables(
 
 def _read_weights(
     model: ModelFolder, announce: Announce, weights: Literal["download", "stream"]
-) -> dict[str, StoredTensor]:  # fmt: skip
+) -> dict[str, TensorInfo]:  # fmt: skip
     named = weights_named(model.config)
     if isinstance(model.origin, Reference):
         from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
@@ -224,7 +224,7 @@ def _read_weights(
                 return _noted(model, found[1], found[0])
             fetch_weights(model.origin, model.folder, announce)
 
-    def read_headers(names: Sequence[str]) -> Iterator[dict[str, StoredTensor]]:
+    def read_headers(names: Sequence[str]) -> Iterator[dict[str, TensorInfo]]:
         for name in names:
             path = model.seen(resolve_file(model.folder, name))
             yield read_pickle(path) if name.endswith(".bin") else read_header(path)
@@ -239,7 +239,7 @@ def _read_weights(
     return _noted(model, notes, tensors)
 
 
-def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     told = [f"{model.reference}: {note}" for note in notes]
     model.notes.extend(
         note for note in told if note not in model.notes
@@ -248,9 +248,9 @@ def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, StoredTe
 
 
 def fetch_if_room(
-    models: Mapping[str, ModelFolder], tables: Mapping[str, dict[str, StoredTensor]], *,
+    models: Mapping[str, ModelFolder], tables: Mapping[str, dict[str, TensorInfo]], *,
     beside: tuple[Path | None, int], announce: Announce,
-) -> dict[str, dict[str, StoredTensor]]:  # fmt: skip
+) -> dict[str, dict[str, TensorInfo]]:  # fmt: skip
     """Download the weights of those models that are on the Hub, if the cache's disk has room for all of them.
 
     Args:

@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.errors import CheckpointError
 
-Table = dict[str, StoredTensor]
+Table = dict[str, TensorInfo]
 # torch.compile, DistributedDataParallel, FSDP and activation checkpointing, PEFT.
 _WRAPPER: Final = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module|base_model\.model)\."

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import BITS, bytes_of
@@ -25,7 +25,7 @@ _LOCAL_HEADER: Final = struct.Struct("<4s22xHH")
 _ENCRYPTED: Final = 1
 
 
-def read_pickle(path: Path) -> dict[str, StoredTensor]:
+def read_pickle(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a PyTorch zip checkpoint as byte ranges of the file, or as what is unpacked from it when read.
 
     What cannot be read stands in the table with the reason. https://docs.pytorch.org/docs/stable/notes/serialization.html
@@ -125,7 +125,7 @@ def _check_table(path: Path, table: dict[Any, Any]) -> None:
         raise CheckpointError(f"{path}: expected a table of tensors, found {name!r} -> {_kind(entry)}.{hint}")
 
 
-def _entry(archive: _Archive, name: str, value: Any) -> StoredTensor:
+def _entry(archive: _Archive, name: str, value: Any) -> TensorInfo:
     is_tensor = isinstance(value, StridedTensor) or (isinstance(value, Opaque) and value.is_tensor)
     if not isinstance(value, StridedTensor):
         reason = f"is {_kind(value)}" if is_tensor else f"is no tensor but {_kind(value)}"
@@ -135,12 +135,12 @@ def _entry(archive: _Archive, name: str, value: Any) -> StoredTensor:
         reason = "is complex and conjugated"
     else:
         return _stored(archive, name, value)
-    return Unreadable(StoredTensor(name, archive.path, "U8", (), 0, 0), reason, is_tensor).tensor()
+    return Unreadable(TensorInfo(name, archive.path, "U8", (), 0, 0), reason, is_tensor).tensor()
 
 
-def _stored(archive: _Archive, name: str, tensor: StridedTensor) -> StoredTensor:
+def _stored(archive: _Archive, name: str, tensor: StridedTensor) -> TensorInfo:
     dtype, storage = tensor.dtype or "", tensor.storage
-    stored = StoredTensor(name, archive.path, dtype, tensor.shape, 0, bytes_of(dtype, tensor.shape) or 0)
+    stored = TensorInfo(name, archive.path, dtype, tensor.shape, 0, bytes_of(dtype, tensor.shape) or 0)
     if not stored.nbytes:
         return stored
     width, found = BITS[dtype] // 8, archive.find(storage.key)

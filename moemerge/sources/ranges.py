@@ -23,8 +23,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 from moemerge.checkpoint.copy import write_all, write_failure
 from moemerge.checkpoint.files import Reader
 from moemerge.errors import SourceError
-from moemerge.sources.patience import ABSENT, Patience, explained, patiently, sleep
 from moemerge.sources.reference import Reference
+from moemerge.sources.retries import ABSENT, Patience, explained, patiently, sleep
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.figures import estimate
 from moemerge.evaluation.measuring import Texts
@@ -22,7 +22,10 @@ from moemerge.tuning.student import Student
 def stored_dtypes(job: Job) -> dict[int, torch.dtype]:
     """By layer, in what the gate is stored."""
     mixture = job.mixture
-    return {layer: getattr(torch, NAMED[mixture.tensors[mixture.router(layer)].dtype]) for layer in mixture.moe_layers}
+    return {
+        layer: getattr(torch, CONFIG_DTYPES[mixture.tensors[mixture.router(layer)].dtype])
+        for layer in mixture.moe_layers
+    }
 
 
 def judge_start(job: Job, student: Student, texts: Texts) -> tuple[Held, dict[int, float]]:

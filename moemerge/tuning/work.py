@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from moemerge.checkpoint.disk import drafted, flush
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.journal import differences
 from moemerge.checkpoint.staging import locked
 from moemerge.checkpoint.target import beside
@@ -116,7 +116,7 @@ class Work:
         stored = torch.load(self._state, map_location="cpu", weights_only=True)
         return State(**{**stored, "before": _held(stored["before"]), "best": _held(stored["best"])})
 
-    def replace(self, gates: Mapping[int, StoredTensor], rows: Mapping[int, bytes], card: str | None) -> None:
+    def replace(self, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], card: str | None) -> None:
         """Give the model other gates: files that replace its own are written here first, then moved.
 
         Raises:

@@ -10,23 +10,23 @@ from typing import Final
 
 from moemerge.checkpoint.disk import flush, nearest_folder, shown_bytes
 from moemerge.checkpoint.files import Stamp
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.staging import staged
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.runnable import MixtureModel
 
 CARD: Final = "README.md"
 
 
-def gate_tensors(mixture: MixtureModel) -> dict[int, StoredTensor]:
+def gate_tensors(mixture: MixtureModel) -> dict[int, TensorInfo]:
     """By layer, where its gate is stored.
 
     Raises:
         RefusedError: it cannot be put back there.
     """
     for name, tensor in mixture.tensors.items():
-        if tensor.dtype not in NAMED:
+        if tensor.dtype not in CONFIG_DTYPES:
             raise RefusedError(
                 f"{mixture.folder}: {name} is stored as {tensor.dtype}: a quantised model is not tuned. Tune the model "
                 "that it was made from."
@@ -40,7 +40,7 @@ def gate_tensors(mixture: MixtureModel) -> dict[int, StoredTensor]:
     return found
 
 
-def shard_stamps(gates: Mapping[int, StoredTensor]) -> dict[str, list[int]]:
+def shard_stamps(gates: Mapping[int, TensorInfo]) -> dict[str, list[int]]:
     """Of the shards that hold gates, by name, what tells them from others: see `Stamp`."""
     shards = sorted({Path(str(tensor.path)) for tensor in gates.values()})
     return {path.name: list(astuple(Stamp.of(path))) for path in shards}
@@ -88,7 +88,7 @@ def check_room(mixture: MixtureModel, copy: Path | None) -> None:
 
 
 def patch_shards(
-    model: Path, gates: Mapping[int, StoredTensor], rows: Mapping[int, bytes], folder: Path
+    model: Path, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], folder: Path
 ) -> list[str]:  # fmt: skip
     """Copy the shards that hold gates into `folder` with other bytes for these, flushed to the disk; gives their names.
 
@@ -113,7 +113,7 @@ def patch_shards(
 
 
 def write_copy(
-    model: Path, gates: Mapping[int, StoredTensor], rows: Mapping[int, bytes], card: str | None, copy: Path
+    model: Path, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], card: str | None, copy: Path
 ) -> None:  # fmt: skip
     """Write a whole model with other gates; shards without any are linked where the file system can.
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge.checkpoint import copy, writer
 from moemerge.checkpoint.derived import read_values
-from moemerge.checkpoint.header import StoredTensor, build_header, read_header
+from moemerge.checkpoint.header import TensorInfo, build_header, read_header
 from moemerge.checkpoint.index import Weights, choose_weights, read_weight_map
 from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import TensorSpec, layout_shards, parse_size
@@ -397,7 +397,7 @@ def test_with_low_memory_the_bytes_are_the_same_and_files_are_forgotten_on_the_w
 
 
 def test_a_source_cut_off_after_the_plan_is_an_error(tmp_path):
-    tensor = StoredTensor("a", tmp_path / "source", "F32", (100,), 0, 400)
+    tensor = TensorInfo("a", tmp_path / "source", "F32", (100,), 0, 400)
     (tmp_path / "source").write_bytes(bytes(300))
     for dtype in ("F32", "BF16"):
         with pytest.raises(CheckpointError, match="source: ended inside tensor 'a'"):
@@ -409,7 +409,7 @@ def test_a_full_disk_is_said_so(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(copy, "_copy_file_range", full)
-    tensor = StoredTensor("a", tmp_path / "source", "F32", (1,), 0, 4)
+    tensor = TensorInfo("a", tmp_path / "source", "F32", (1,), 0, 4)
     (tmp_path / "source").write_bytes(bytes(4))
     with pytest.raises(OutputError, match="the disk is full"):
         write(tmp_path, {"a": Piece(tensor, "F32")}, {"a": (1,)})

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moemerge.checkpoint.convert import BLOCK_ELEMENTS, CHUNK_ELEMENTS, convert
-from moemerge.checkpoint.header import StoredTensor
-from moemerge.dtypes import NAMED
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError
 
-DTYPES = {stored: getattr(torch, name) for stored, name in NAMED.items()}
+DTYPES = {stored: getattr(torch, name) for stored, name in CONFIG_DTYPES.items()}
 SIZES = [
     0, 1, 15, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 1, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS,
     CHUNK_ELEMENTS + 1, 2 * CHUNK_ELEMENTS, 2 * CHUNK_ELEMENTS + 3 * BLOCK_ELEMENTS + 7,
@@ -36,7 +36,7 @@ def converted(
     source = folder / "source"
     source.write_bytes(SKIPPED + values.view(torch.uint8).numpy().tobytes())
     stored = next(name for name, other in DTYPES.items() if other == values.dtype)
-    tensor = StoredTensor("a", source, stored, tuple(values.shape), len(SKIPPED), values.nbytes)
+    tensor = TensorInfo("a", source, stored, tuple(values.shape), len(SKIPPED), values.nbytes)
     with opened(source) as file:
         file.seek(tensor.start)
         chunks = [bytes(data) for data in convert(file, tensor, dtype, chunk, **options)]
@@ -128,10 +128,10 @@ def test_an_overflow_anywhere_is_found(tmp_path, source, value, target, scale):
         with pytest.raises(CheckpointError) as caught:
             converted(tmp_path, values, target, scale=scale)
         wider = "`dtype: bfloat16` or `dtype: float32`" if target == "F16" else "`dtype: float32`"
-        why = f"{NAMED[target]} cannot express. Set {wider} in the config."
+        why = f"{CONFIG_DTYPES[target]} cannot express. Set {wider} in the config."
         if scale != 1.0:
             other = ", or set `dtype: bfloat16`" if target == "F16" else ""
-            why = f"residual_scale or noise_scale make larger than {NAMED[target]} can express. Choose a smaller one{other}."
+            why = f"residual_scale or noise_scale make larger than {CONFIG_DTYPES[target]} can express. Choose a smaller one{other}."
         assert str(caught.value) == f"{tmp_path / 'source'}: tensor 'a' holds {value:g}, which {why}"
 
 

@@ -17,18 +17,18 @@ from moemerge.checkpoint import bands as streams
 from moemerge.checkpoint.bands import tensor_chunks
 from moemerge.checkpoint.compare import compare_tensor
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS
-from moemerge.checkpoint.header import StoredTensor, read_header
+from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.pieces import Band, Fill, Piece, band_bytes, measure, piece_at, with_seeds
 from moemerge.checkpoint.shards import TensorSpec, layout_shards
 from moemerge.checkpoint.writer import ShardWriter
-from moemerge.dtypes import NAMED
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError
 from moemerge.planning.plan import Computed, Output
 
-DTYPES = {stored: getattr(torch, name) for stored, name in NAMED.items()}
+DTYPES = {stored: getattr(torch, name) for stored, name in CONFIG_DTYPES.items()}
 
 
-def save(folder: Path, **tensors: torch.Tensor) -> dict[str, StoredTensor]:
+def save(folder: Path, **tensors: torch.Tensor) -> dict[str, TensorInfo]:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "source.safetensors")
     return read_header(folder / "source.safetensors")
 
@@ -59,7 +59,7 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def write(folder: Path, name: str, bands: tuple[Band, ...], **keys) -> tuple[bytes, StoredTensor]:
+def write(folder: Path, name: str, bands: tuple[Band, ...], **keys) -> tuple[bytes, TensorInfo]:
     """What a merge writes for a tensor that lies between two others in a file full of old bytes."""
     dtype, nbytes = bands[0][0].dtype, measure(bands)
     width = DTYPES[dtype].itemsize
@@ -76,9 +76,7 @@ def write(folder: Path, name: str, bands: tuple[Band, ...], **keys) -> tuple[byt
     start = shard.starts[name]
     assert data == shard.header + before + data[start : start + nbytes] + behind
     assert sum(reported) == shard.nbytes - len(shard.header)
-    return data[start : start + nbytes], StoredTensor(
-        name, folder / shard.name, dtype, (nbytes // width,), start, nbytes
-    )
+    return data[start : start + nbytes], TensorInfo(name, folder / shard.name, dtype, (nbytes // width,), start, nbytes)
 
 
 def check(folder: Path, bands: tuple[Band, ...], expected: torch.Tensor) -> None:
@@ -165,7 +163,7 @@ def test_rows_of_heads_are_regrouped(tmp_path, source, target, shape):
 
 
 def test_regrouping_is_the_order_of_halves():
-    piece = Piece(StoredTensor("a", Path("a"), "F32", (8,), 0, 32), "F32", head_rows=4)
+    piece = Piece(TensorInfo("a", Path("a"), "F32", (8,), 0, 32), "F32", head_rows=4)
     assert block(piece, torch.arange(8.0), "").flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     assert not piece.is_unchanged
     assert not piece.changes_values
@@ -296,8 +294,8 @@ def test_any_layout_is_what_torch_makes_of_it(tmp_path_factory, layout, chunk, l
 
 
 def test_rows_of_a_tensor_are_a_part_of_its_bytes():
-    tensor = StoredTensor("a", Path("file"), "BF16", (6, 2, 5), 100, 120)
-    assert tensor.rows(2, 3) == StoredTensor("a", Path("file"), "BF16", (3, 2, 5), 140, 60)
+    tensor = TensorInfo("a", Path("file"), "BF16", (6, 2, 5), 100, 120)
+    assert tensor.rows(2, 3) == TensorInfo("a", Path("file"), "BF16", (3, 2, 5), 140, 60)
     assert tensor.rows(0, 6) == tensor
     assert tensor.rows(6, 0).nbytes == 0
     assert tensor.rows(1, 4).rows(1, 2) == tensor.rows(2, 2)
@@ -305,13 +303,13 @@ def test_rows_of_a_tensor_are_a_part_of_its_bytes():
         with pytest.raises(ValueError, match=f"^a: no {count} rows from row {first} on in a tensor of shape"):
             tensor.rows(first, count)
     with pytest.raises(ValueError, match="no 0 rows"):
-        StoredTensor("a", Path("file"), "F32", (), 0, 4).rows(0, 0)
+        TensorInfo("a", Path("file"), "F32", (), 0, 4).rows(0, 0)
     with pytest.raises(ValueError, match="a: 1 rows from row 1 on are not whole bytes of F4"):
-        StoredTensor("a", Path("file"), "F4", (2, 3), 0, 3).rows(1, 1)
+        TensorInfo("a", Path("file"), "F4", (2, 3), 0, 3).rows(1, 1)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    tensor = StoredTensor("a", tmp_path / "a", "F32", (6, 2), 0, 48)
+    tensor = TensorInfo("a", tmp_path / "a", "F32", (6, 2), 0, 48)
     for source, head_rows in ((tensor, 3), (tensor, 4), (tensor, -2), (Fill(0.0, (6,)), 2), (b"12345678", 2)):
         with pytest.raises(ValueError, match=f"cannot be regrouped by {head_rows}$"):
             Piece(source, "F32", head_rows=head_rows)
@@ -321,7 +319,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="differ in their dtypes"):
         measure(((piece,), (Piece(tensor, "F16"),)))
     with pytest.raises(ValueError, match=r"F4 \[3\] does not fill whole bytes"):
-        measure(((Piece(StoredTensor("b", tmp_path, "F4", (2, 3), 0, 3), "F4"),) * 2,))
+        measure(((Piece(TensorInfo("b", tmp_path, "F4", (2, 3), 0, 3), "F4"),) * 2,))
     with pytest.raises(ValueError, match="byte 48 lies behind"):
         piece_at(((piece,),), 48)
     shards = layout_shards([TensorSpec("t", "F32", (13,), 52)], 100)
@@ -330,7 +328,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 def test_an_output_knows_its_pieces(tmp_path):
-    tensor = StoredTensor("a", tmp_path / "a", "F32", (6, 2), 0, 48)
+    tensor = TensorInfo("a", tmp_path / "a", "F32", (6, 2), 0, 48)
     piece, cast, zeros = Piece(tensor, "F32"), Piece(tensor, "F16"), Piece(Fill(0.0, (6, 2)), "F32")
     assert Output((6, 2), ((piece,),)).copied_from == tensor
     for bands in (((piece,), (piece,)), ((piece, piece),), ((cast,),), ((zeros,),)):

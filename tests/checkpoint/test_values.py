@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moemerge.checkpoint import values
-from moemerge.checkpoint.header import StoredTensor, read_header
+from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.values import Census, NotFinite, first_not_finite, has_floats, look_at
 from moemerge.checks.inspection import inspect_checkpoint
 from moemerge.cli import main
@@ -28,7 +28,7 @@ UNSIGNED = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 WEIGHTS = "model.safetensors"
 
 
-def stored(path: Path, tensor: torch.Tensor) -> StoredTensor:
+def stored(path: Path, tensor: torch.Tensor) -> TensorInfo:
     save_file({"a": tensor}, path)
     return read_header(path)["a"]
 

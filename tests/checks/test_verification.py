@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import compare
-from moemerge.checkpoint.header import StoredTensor, read_header
+from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.checks.verification import Difference, verify_merge
 from moemerge.cli import main
@@ -187,7 +187,7 @@ def test_one_changed_byte_of_a_converted_tensor_is_found(tmp_path, llamas):
 def pieced(plan) -> MergePlan:
     """A merge with tensors of several pieces: shapes as before, so that index and headers stay as planned."""
 
-    def of(expert: int, role: str) -> StoredTensor:
+    def of(expert: int, role: str) -> TensorInfo:
         return read_header(plan.sources[expert].folder / WEIGHTS)[f"{DENSE}{role}_proj.weight"]
 
     zeros = Piece(Fill(0.0, (32, 16)), "F32")
@@ -545,7 +545,7 @@ def test_an_index_that_disagrees_is_found(tmp_path, plan):
     )
 
 
-def stored(path: Path, tensor: torch.Tensor) -> StoredTensor:
+def stored(path: Path, tensor: torch.Tensor) -> TensorInfo:
     save_file({"a": tensor}, path)
     return read_header(path)["a"]
 

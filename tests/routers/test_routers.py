@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import float32_of, read_rows, stored_bytes
 from moemerge.config.schema import MergeConfig, RoutedExpert, parse_config
-from moemerge.dtypes import STORED
+from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
 from moemerge.passes.quantised import quantise_weight
@@ -277,7 +277,7 @@ def test_embedding_rows_are_looked_up_and_the_rest_is_not_read(tmp_path):
         file.truncate(rows * width * 4)
         file.seek(7 * width * 4)
         file.write(torch.ones(width).numpy().tobytes())
-    embeddings = StoredTensor("e", path, "F32", (rows, width), 0, rows * width * 4)
+    embeddings = TensorInfo("e", path, "F32", (rows, width), 0, rows * width * 4)
     tracemalloc.start()
     found = read_rows(embeddings, [7, rows - 1])
     _, peak_bytes = tracemalloc.get_traced_memory()
@@ -296,7 +296,7 @@ def test_rows_are_rounded_and_read_as_torch_does(tmp_path, dtype):
     assert torch.equal(torch.from_numpy(float32_of(data, dtype)).view(64, 8), stored.float())
     path = tmp_path / "rows"
     path.write_bytes(bytes(3) + data)
-    tensor = StoredTensor("e", path, STORED[dtype], (64, 8), 3, len(data))
+    tensor = TensorInfo("e", path, HEADER_DTYPES[dtype], (64, 8), 3, len(data))
     assert torch.equal(torch.from_numpy(read_rows(tensor, [0, 63])), stored[[0, 63]].float())
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="rows: ended inside tensor 'e'"):

@@ -18,7 +18,7 @@ import huggingface_hub.errors
 import pytest
 import yaml
 
-from moemerge.checkpoint.header import StoredTensor, build_header, read_header
+from moemerge.checkpoint.header import TensorInfo, build_header, read_header
 from moemerge.checkpoint.index import PICKLE_INDEX, build_index
 from moemerge.config.schema import parse_config
 from moemerge.errors import CheckpointError, SourceError
@@ -437,7 +437,7 @@ def test_a_download_that_broke_off_is_resumed(tmp_path):
     assert (machine.snapshot("acme/large") / SINGLE).read_bytes() == llama(5, vocab=330_000)[SINGLE]
 
 
-def stored_bytes(tensor: StoredTensor) -> bytes:
+def stored_bytes(tensor: TensorInfo) -> bytes:
     return tensor.path.read_bytes()[tensor.start : tensor.start + tensor.nbytes]
 
 

@@ -34,9 +34,9 @@ import os
 
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does before it imports the Hub's client
 from moemerge.cli import main
-from moemerge.sources import patience
+from moemerge.sources import retries
 
-patience.FIRST_WAIT = 0.01
+retries.FIRST_WAIT = 0.01
 main()
 """
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moemerge.errors import RefusedError
-from moemerge.passes.tokens import by_transformers, count_tokens, cut_windows
+from moemerge.passes.tokens import by_transformers, counted_mask, cut_windows
 from moemerge.texts.documents import find_files, read_documents
 from tests.support.models import tokenizer
 
@@ -95,4 +95,4 @@ def test_every_document_gets_a_window_if_there_is_room(encode):
     [([1, 0, 0], [False, True, True]), ([0, 0, 1], [False, True, False]), ([0], [True]), ([1, 0], [False, True])],
 )
 def test_the_first_token_does_not_count(special, counted):
-    assert list(count_tokens(special)) == counted
+    assert list(counted_mask(special)) == counted

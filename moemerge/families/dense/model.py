@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NoReturn
 
-from moemerge.checkpoint.header import StoredTensor
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily, Role
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
 from moemerge.families.dense.values import UnreadableError, is_read, read_values
@@ -141,7 +141,7 @@ class DenseModel:
             told["rope_scaling"] = self.given_rope
         return told | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
 
-    def projection(self, tensors: Mapping[str, StoredTensor], layer: int, role: Role) -> StoredTensor:
+    def projection(self, tensors: Mapping[str, TensorInfo], layer: int, role: Role) -> TensorInfo:
         """One projection of a layer's FFN, which may be part of a larger tensor."""
         half = self.family.ffn[role]
         tensor = tensors[f"model.layers.{layer}.{half.name}"]

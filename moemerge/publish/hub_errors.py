@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, R
 
 from moemerge.errors import PublishError, RefusedError
 from moemerge.publish.destination import Account, Destination, may_not_write
-from moemerge.sources.patience import chain, is_of_network, seconds_asked
+from moemerge.sources.retries import chain, is_of_network, seconds_asked
 
 _NO_TOKEN: Final = "pushing needs a token of the Hub, and there is none. Log in with `hf auth login`, or set HF_TOKEN."  # noqa: S105  no token
 _BAD_TOKEN: Final = (
