@@ -4,32 +4,123 @@
     plan = plan_merge(config)
     report = merge(plan, "out/")
 
-Names are imported at their first use: `moemerge --help` needs none of them, and no import needs torch.
+docs/python.md has a program for each function. All but errors are imported at their first use: `moemerge --help` needs
+none of them, and no import needs torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moemerge.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    IncompatibleError,
+    MoemergeError,
+    OutputError,
+    PublishError,
+    RefusedError,
+    RouterError,
+    SourceError,
+    TooLargeError,
+)
+
 if TYPE_CHECKING:
+    from moemerge.checks.files import Difference
+    from moemerge.checks.inspection import Inspection
+    from moemerge.checks.inspection import inspect_checkpoint as inspect
+    from moemerge.checks.verification import Verification
+    from moemerge.checks.verification import verify_merge as verify
     from moemerge.config.schema import MergeConfig, load_config
-    from moemerge.errors import MoemergeError
+    from moemerge.evaluation.evaluator import evaluate
+    from moemerge.evaluation.figures import Estimate, Evaluation
+    from moemerge.evaluation.routes.traced import Routes, TracedText
+    from moemerge.evaluation.routes.tracer import trace_routes
     from moemerge.merging.checkpoint import merge
     from moemerge.planning.plan import MergePlan
     from moemerge.planning.planner import plan_merge
+    from moemerge.publish.pushing import push
+    from moemerge.routers.report import RoutingReport
+    from moemerge.tuning.settings import Settings as TuningSettings
+    from moemerge.tuning.settings import Tuned as TuningResult
+    from moemerge.tuning.tuner import tune
 
-__all__ = ["MergeConfig", "MergePlan", "MoemergeError", "load_config", "merge", "plan_merge"]
+    __version__: str
+
+__all__ = [
+    "BusyError",
+    "CheckpointError",
+    "ConfigError",
+    "Difference",
+    "Estimate",
+    "Evaluation",
+    "IncompatibleError",
+    "Inspection",
+    "MergeConfig",
+    "MergePlan",
+    "MoemergeError",
+    "OutputError",
+    "PublishError",
+    "RefusedError",
+    "RouterError",
+    "Routes",
+    "RoutingReport",
+    "SourceError",
+    "TooLargeError",
+    "TracedText",
+    "TuningResult",
+    "TuningSettings",
+    "Verification",
+    "__version__",
+    "evaluate",
+    "inspect",
+    "load_config",
+    "merge",
+    "plan_merge",
+    "push",
+    "trace_routes",
+    "tune",
+    "verify",
+]
 
 _HOMES = {
-    "MergeConfig": "config.schema",
-    "MergePlan": "planning.plan",
-    "MoemergeError": "errors",
-    "load_config": "config.schema",
-    "merge": "merging.checkpoint",
-    "plan_merge": "planning.planner",
+    "Difference": "checks.files:Difference",
+    "Estimate": "evaluation.figures:Estimate",
+    "Evaluation": "evaluation.figures:Evaluation",
+    "Inspection": "checks.inspection:Inspection",
+    "MergeConfig": "config.schema:MergeConfig",
+    "MergePlan": "planning.plan:MergePlan",
+    "Routes": "evaluation.routes.traced:Routes",
+    "RoutingReport": "routers.report:RoutingReport",
+    "TracedText": "evaluation.routes.traced:TracedText",
+    "TuningResult": "tuning.settings:Tuned",
+    "TuningSettings": "tuning.settings:Settings",
+    "Verification": "checks.verification:Verification",
+    "evaluate": "evaluation.evaluator:evaluate",
+    "inspect": "checks.inspection:inspect_checkpoint",
+    "load_config": "config.schema:load_config",
+    "merge": "merging.checkpoint:merge",
+    "plan_merge": "planning.planner:plan_merge",
+    "push": "publish.pushing:push",
+    "trace_routes": "evaluation.routes.tracer:trace_routes",
+    "tune": "tuning.tuner:tune",
+    "verify": "checks.verification:verify_merge",
 }
+"""Public names that are imported at their first use: their module, and what they are called there."""
+
+# Hidden from type checkers, so that they know of no names but those above.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("moemerge")
+        if name in _HOMES:
+            module, _, attribute = _HOMES[name].partition(":")
+            return getattr(import_module(f"moemerge.{module}"), attribute)
+        raise AttributeError(f"module 'moemerge' has no attribute {name!r}")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"moemerge.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'moemerge' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(__all__)

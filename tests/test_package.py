@@ -1,12 +1,16 @@
 """The public border, the layout names that other readers expect, the card, inspection."""
 
+import ast
+import pkgutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import gguf
 import pytest
 from huggingface_hub import ModelCard
+from mypy import api
 
 import moemerge
 from moemerge import load_config, merge, plan_merge
@@ -21,14 +25,53 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_what_is_public_is_importable_and_documented():
+    assert dir(moemerge) == sorted(moemerge.__all__)
     for name in moemerge.__all__:
         assert getattr(moemerge, name).__doc__, name
-    with pytest.raises(AttributeError, match="no attribute 'bogus'"):
+    assert version("moemerge") == moemerge.__version__
+    with pytest.raises(AttributeError, match="module 'moemerge' has no attribute 'bogus'"):
         _ = moemerge.bogus
 
 
+def test_every_error_is_public():
+    classes = {name: held for name, held in vars(moemerge.errors).items() if isinstance(held, type) and name[0] != "_"}
+    errors = {name for name, held in classes.items() if issubclass(held, Exception)}
+    assert errors == {name for name in moemerge.__all__ if name.endswith("Error")}
+
+
+def test_no_module_hides_a_public_name():
+    assert not {module.name for module in pkgutil.iter_modules(moemerge.__path__)} & {*moemerge.__all__}
+
+
+def test_type_checkers_and_the_interpreter_know_the_same_names():
+    hidden, told = ast.parse((ROOT / "moemerge" / "__init__.py").read_text()), {}
+    block = next(node for node in hidden.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    for node in block.body:
+        if isinstance(node, ast.ImportFrom):
+            home = node.module.removeprefix("moemerge.")
+            told |= {alias.asname or alias.name: f"{home}:{alias.name}" for alias in node.names}
+    assert told == moemerge._HOMES
+
+
+def test_a_misspelt_name_is_an_error_of_types(tmp_path):
+    """Only the package's own file is checked beside the probe: what it imports is taken for anything."""
+    probe = tmp_path / "probe.py"
+    probe.write_text("from moemerge import plan_merge\nfrom moemerge import plan_merg\n")
+    found, problems, code = api.run(
+        ["--strict", "--follow-imports=skip", f"--cache-dir={tmp_path}", str(ROOT / "moemerge/__init__.py"), str(probe)]
+    )
+    told = 'probe.py:2: error: Module "moemerge" has no attribute "plan_merg"; maybe "plan_merge"?  [attr-defined]'
+    assert (found.splitlines()[0].rpartition("/")[2], len(found.splitlines()), problems, code) == (told, 2, "", 1)
+
+
 def test_importing_the_package_imports_nothing_slow():
-    code = "import sys, moemerge.merging.checkpoint, moemerge.cli.app; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, moemerge.merging.checkpoint, moemerge.cli.app; from moemerge import *; "
+        "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    # What a name needs is imported when it is asked for.
+    code = "import sys, moemerge; assert not {'numpy', 'pydantic', 'huggingface_hub', 'yaml'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

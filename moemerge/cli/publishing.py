@@ -33,30 +33,13 @@ def push(  # noqa: PLR0917  typer makes options of arguments
     The token is the one of `hf auth login`, or HF_TOKEN.
     """
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
-        from moemerge.checkpoint.index import read_json
-        from moemerge.config.schema import CARD
-        from moemerge.model_card.card import read_card
-        from moemerge.model_card.metadata import read_licence, set_licence
-        from moemerge.publish.destination import Destination
-        from moemerge.publish.folder import checkpoint_files
-        from moemerge.publish.publisher import Publisher
+        from moemerge.publish.pushing import push as send
 
-        # Before the Hub is asked for anything.
-        checkpoint_files(out, lambda _: None)
-        if not license and not read_licence(out):
-            raise RefusedError(
-                f"{out / CARD}: names no licence, and nobody may use a model that has none. "
-                "Name it with --license NAME."
-            )
-        if (out / CARD).is_file():
-            read_card(out)
-        publisher = Publisher(Destination(repo, private, revision, create_pr), saying(console, quiet=quiet))
-        publisher.open()
-        publisher.check_replaced(read_json(out / "config.json").get("model_type"), overwrite=overwrite)
-        publisher.create()
-        if license:
-            set_licence(out, license)
-        say(publisher.push(out))
+        url = send(
+            out, repo, private=private, revision=revision, create_pr=create_pr, licence=license, overwrite=overwrite,
+            announce=saying(console, quiet=quiet),
+        )  # fmt: skip
+        say(url)
 
 
 class Pushing:

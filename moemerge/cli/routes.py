@@ -65,11 +65,11 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
 
             check_page(html)
         from moemerge.cli.progress import show_layers
-        from moemerge.evaluation.routes.tracing import trace
+        from moemerge.evaluation.routes.tracer import trace_routes
 
         with show_layers(console, quiet=quiet) as progress:
             report = stoppable(progress)
-            routes = trace(
+            routes = trace_routes(
                 out, texts, tokens=max_tokens, layer=layer, device=device,
                 progress=lambda done, of: report("routes", done, of),
             )  # fmt: skip

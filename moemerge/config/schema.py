@@ -262,7 +262,8 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
     """Read and check a merge config.
 
     Args:
-        source: a YAML file, or keys with values as such a file holds them.
+        source: path of a YAML file; or its text, which has several lines or begins with a brace; or keys with values as
+            such a file holds them. A `Path` is never taken for text.
         allow_identical_experts: accept experts that are all the same model.
 
     Raises:
@@ -272,6 +273,8 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
         return _check(dict(source), "config", None, allow_identical_experts)
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"config: expected a path, or keys with values, found {SHORT_REPR.repr(source)}.", [])
+    if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
+        return parse_config(source, allow_identical_experts=allow_identical_experts)
     path = Path(source)
     try:
         with path.open(encoding="utf-8-sig") as file:

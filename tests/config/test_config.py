@@ -1,6 +1,8 @@
 """The YAML: what is accepted, and the whole message where it is not."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -383,6 +385,24 @@ def test_half_letters_of_a_config_made_in_python_are_joined_or_named():
     assert made.base_model == "\U0001f642"
     with pytest.raises(ConfigError, match="base_model: holds half of a letter, a lone surrogate"):
         MergeConfig(base_model="\ud83d", experts=EXPERTS)
+
+
+@pytest.mark.parametrize("text", [PLAIN, json.dumps({"base_model": "base", "experts": EXPERTS})])
+def test_a_config_may_be_given_as_text(text):
+    """Lines, or one line in braces; whatever begins with a brace as a `Path` is a file's name."""
+    config = load_config(text)
+    assert config.model_dump() == parse_config(text).model_dump()
+    assert (config.text, config.file) == (text, None)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(Path(text))
+
+
+def test_what_is_wrong_in_a_text_is_told_with_its_line():
+    with pytest.raises(ConfigError) as caught:
+        load_config(PLAIN + "gate_mode: bogus\n")
+    assert str(caught.value).startswith(
+        f"config: 1 problem:\n  - line {len(PLAIN.splitlines()) + 1}: gate_mode: expected auto, "
+    )
 
 
 @pytest.mark.parametrize("source", [None, 1, b"x", [], 1.5])

@@ -17,23 +17,7 @@ def trace(
     folder: Path | str, texts: Mapping[str, str], *, tokens: int, device: str, layer: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Routes:  # fmt: skip
-    """Run a merged model over texts, a layer at a time, and keep what its routers choose.
-
-    Args:
-        folder: of the merged model.
-        texts: by name; of each, the first `tokens` tokens are read.
-        tokens: at most the model's context length.
-        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-        layer: one that has to have a router.
-        progress: called with the layers done and all there are.
-
-    Raises:
-        SourceError: there is no such model.
-        IncompatibleError: it is no mixture that moemerge writes.
-        RefusedError: a text has no tokens, or `layer` no router.
-        CheckpointError: the model's files are damaged, or its numbers are not finite.
-        RouterError: the device or the tokenizer does not serve.
-    """
+    """Run a merged model over texts and keep what its routers choose: see `moemerge.evaluation.routes.tracer`."""
     mixture = open_mixture(folder)
     layers = mixture.moe_layers
     if layer is not None and layer not in layers:
