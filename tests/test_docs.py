@@ -88,6 +88,42 @@ def test_links_and_make_targets_lead_somewhere(page):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_the_table_of_layers_is_the_one_that_is_checked():
+    rows = re.findall(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    checked = [
+        (str(number), name) for number, layer in enumerate(reversed(layers), 1) for name in layer.split(" | ")
+    ]  # fmt: skip
+    assert sorted(rows) == sorted(checked)
+    assert [int(number) for number, _ in rows] == sorted((int(number) for number, _ in rows), reverse=True)
+
+
+# Of llama.cpp, of mergekit, and in the text that a page shows a command for.
+ELSEWHERE = {"convert_hf_to_gguf.py", "main.py", "router.py"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_a_page_names_are_there(page):
+    """As seen from the root, from the package, or from the folder of the programs that docs/next-steps.md shows."""
+    roots = (ROOT, ROOT / "moemerge", ROOT / "docs" / "next_steps")
+    text = re.sub(r"https?://\S+", "", page.read_text())
+    names = {name.lstrip("./") for name in re.findall(r"[\w./*-]+\.py\b", text)} - ELSEWHERE
+    # In backticks, a package: no folder of models or texts has the name of one.
+    packages = {path.name for path in (ROOT / "moemerge").iterdir() if path.is_dir()}
+    names |= {name for name in re.findall(r"`([\w/]+/)`", text) if name.split("/")[0] in packages}
+    assert [name for name in sorted(names) if not any([*root.glob(name)] for root in roots)] == []
+
+
+def test_ten_questions_have_an_answer_each():
+    section = (ROOT / "docs" / "design.md").read_text().partition("## Where is what?")[2]
+    rows = re.findall(r"^\| ([^|]+\?) \| ([^|]+) \|$", section, re.MULTILINE)
+    assert len(rows) == 10
+    for question, answer in rows:
+        assert re.search(r"`[\w/]+(\.py|/)`", answer), question
+
+
 def test_programs_that_a_page_shows_are_those_that_are_run():
     """The text of a block is that of the file that its first line names, between its docstring and its end."""
     page = (ROOT / "docs" / "next-steps.md").read_text()
