@@ -116,6 +116,12 @@ def test_modules_that_a_page_names_are_there(page):
     assert [name for name in sorted(names) if not any([*root.glob(name)] for root in roots)] == []
 
 
+def test_hooks_before_a_commit_run_what_make_lint_runs():
+    lint = re.search(r"^lint: install\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == lint.replace("$(BIN)", ".venv/bin").replace("\t", "").splitlines()
+
+
 def test_ten_questions_have_an_answer_each():
     section = (ROOT / "docs" / "design.md").read_text().partition("## Where is what?")[2]
     rows = re.findall(r"^\| ([^|]+\?) \| ([^|]+) \|$", section, re.MULTILINE)
