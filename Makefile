@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-all test-families test-transformers4 test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
+.PHONY: install check lint test test-all test-families test-transformers4 test-wheel test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
 
 install: $(VENV)/.done
 
@@ -61,6 +61,26 @@ test-transformers4: install $(VENV4)/.done
 	$(BIN)/python -m tests.support.other_version write .cache/other-version
 	$(VENV4)/bin/python -m tests.support.other_version compare .cache/other-version
 	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest -n auto --dist worksteal
+
+# The wheel by itself: its metadata, and a merge by what is installed from it alone, of the demo's models where there are
+# some. Twine has an environment of its own, since its dependencies would stand in for missing ones.
+WHEEL := .cache/wheel
+VENVW := .venv-wheel
+VENVP := .venv-twine
+
+$(VENVP)/.done:
+	$(PYTHON) -m venv $(VENVP)
+	$(VENVP)/bin/pip install $(QUIET) twine
+	touch $@
+
+test-wheel: install $(VENVP)/.done
+	rm -rf build $(WHEEL) $(VENVW)
+	$(BIN)/pip wheel $(QUIET) --no-deps -w $(WHEEL) .
+	$(VENVP)/bin/twine check --strict $(WHEEL)/*.whl
+	$(PYTHON) -m venv $(VENVW)
+	$(VENVW)/bin/pip install $(PIP) torch==2.13.0
+	$(VENVW)/bin/pip install $(PIP) $(WHEEL)/*.whl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.installed $(VENVW) $(WHEEL)
 
 # llama.cpp's own converter, and its own tokens. One source distribution carries both; it compiles for minutes, once.
 VENVL := .venv-llamacpp
