@@ -21,7 +21,7 @@ from statistics import median
 
 from measure import Run, run
 from table import Row, as_markdown, as_text, machine
-from workshop import GIGABYTES, HERE, MOEMERGE, NoRoomError, Workshop, merged_gigabytes, say
+from workshop import GIGABYTES, HERE, MOEMERGE, Command, NoRoomError, Workshop, merged_gigabytes, say
 
 EXPERTS = 4
 PEAK_MB = 450
@@ -69,7 +69,7 @@ def hidden(suite: Suite) -> Iterator[Row]:
     """Routers from the base model's layers: memory of the merge, time of the pass alone."""
     shop, models = suite.shop, suite.shop.models(suite.shape, EXPERTS)
     config = shop.config(models, EXPERTS, "hidden")
-    passes = {
+    passes: dict[str, Command] = {
         "whole": [sys.executable, HERE / "whole_model_pass.py", config],
         "streamed": [sys.executable, HERE / "streamed_pass.py", config],
     }

@@ -8,6 +8,7 @@ the page cache, so the figures are the processor's and not the disk's; the best 
 """
 
 import argparse
+import io
 import os
 import tempfile
 import time
@@ -27,20 +28,26 @@ BUFFER_BYTES = 2**20
 BINARY = getattr(os, "O_BINARY", 0)
 
 
+def unbuffered(tensor: TensorInfo) -> io.FileIO:
+    """The file of a tensor, which is one of this machine."""
+    assert isinstance(tensor.path, Path)
+    return tensor.path.open("rb", buffering=0)
+
+
 def cast(tensor: TensorInfo, target: int) -> None:
-    with tensor.path.open("rb", buffering=0) as source:
+    with unbuffered(tensor) as source:
         for chunk in convert(source, tensor, "BF16", CHUNK_ELEMENTS):
             write_all(target, chunk)
 
 
 def copy(tensor: TensorInfo, target: int) -> None:
-    with tensor.path.open("rb", buffering=0) as source:
+    with unbuffered(tensor) as source:
         copy_range(source.fileno(), 0, target, 0, tensor.nbytes, lambda _: None, chunk_bytes=CHUNK_BYTES)
 
 
 def read_and_write(tensor: TensorInfo, target: int) -> None:
     buffer = memoryview(bytearray(BUFFER_BYTES))
-    with tensor.path.open("rb", buffering=0) as source:
+    with unbuffered(tensor) as source:
         while count := source.readinto(buffer):
             write_all(target, buffer[:count])
 
@@ -98,7 +105,7 @@ def main() -> None:
                 print(
                     f"{dtype} {name:20} {rate:5.2f} GB/s  {cpu / elapsed:.2f} cores  {ratio:.2f} of the kernel's copy"
                 )
-            tensor.path.unlink()
+            Path(folder, dtype).unlink()
 
 
 if __name__ == "__main__":

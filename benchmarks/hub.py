@@ -89,7 +89,15 @@ def merges(fixture: Fixture, shape: str, mode: str, models: Path) -> tuple[list[
             # Cache and output, and what is pushed.
             shop.need(EXPERTS * GIGABYTES[shape][0] + 2 * merged_gigabytes(shape, EXPERTS), f"{mode}, {way}")
             warm(models)
-            merge = [config, shop.folder / "work" / "out", "--device", "cpu", "--max-shard-size", shards, "--quiet"]
+            merge: list[str | Path] = [
+                config,
+                shop.folder / "work" / "out",
+                "--device",
+                "cpu",
+                "--max-shard-size",
+                shards,
+                "--quiet",
+            ]
             taken[way].append(fixture.once([*merge, *options]))
             say(f"round {number + 1}: {mode}, {way}: {taken[way][-1].run.seconds:.1f} s")
     name = f"{EXPERTS} x {shape}, {mode}"

@@ -55,7 +55,15 @@ def serving(served: Path, store: Path) -> Iterator[HubProcess]:
 
     Nothing is hashed: gigabytes of it would compete with what is measured.
     """
-    command = [sys.executable, "-m", "tests.support.hub_server", served, store, "--unhashed", "--counts"]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "tests.support.hub_server",
+        served,
+        store,
+        "--unhashed",
+        "--counts",
+    ]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE.parent

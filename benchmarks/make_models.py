@@ -12,6 +12,7 @@ import os
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -47,7 +48,7 @@ SCALE = 0.02
 VOCABULARY = 1500  # of the tokenizer: 1.3 tokens for a word of prompts.py, as real ones make
 
 
-def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
@@ -76,7 +77,7 @@ def block(dtype: str) -> memoryview:
 def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None) -> int:
     """Write one model; without numbers its tensors are holes."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = COMMON | SHAPES[shape] | {"torch_dtype": CONFIG_DTYPES[dtype]}
+    config: dict[str, Any] = COMMON | SHAPES[shape] | {"torch_dtype": CONFIG_DTYPES[dtype]}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     width = BITS[dtype] // 8
     files: list[dict[str, tuple[int, ...]]] = [{}]
@@ -88,7 +89,8 @@ def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None
             filled = 0
         files[-1][name] = size
         filled += nbytes
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, tensors in enumerate(files, start=1):
         single = len(files) == 1
         file_name = SINGLE_SAFETENSORS if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"

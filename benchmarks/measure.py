@@ -43,7 +43,7 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = N
     Raises:
         SystemExit: it failed; with what it printed.
     """
-    variables = os.environ | ENVIRONMENT | (environment or {})
+    variables = {**os.environ, **ENVIRONMENT, **(environment or {})}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors, watching(watch) as most:
         start = time.perf_counter()
         child = subprocess.Popen(command, stdout=output, stderr=errors, env=variables)

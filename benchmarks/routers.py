@@ -10,7 +10,6 @@ mixture is merged once; its routers are replaced in memory. docs/routers.md says
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -136,7 +135,7 @@ def table(bench: Bench, mixture: MixtureModel, runs: Runs, ways: list[str]) -> I
             continue
         rows, seconds = bench.rows(bench.config(mode, given))
         tally = RoutingTally(mixture, runs.texts)
-        replaced = mixture.with_rows(name, lambda layer, rows=rows: rows[layer])
+        replaced = mixture.with_rows(name, rows.__getitem__)
         runs.run(name, replaced.runnable, mixture=replaced, chosen=tally.add)
         yield bench.line(name, runs, tally, f"{seconds:.0f} s")
 
@@ -253,4 +252,4 @@ def show(cells: list[str], options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -112,6 +112,7 @@ def main() -> None:
                 device="cpu",
                 announce=lambda line: print(line, file=sys.stderr, flush=True),
             )
+            assert found, "nothing was cut off"
             show(judged(f"{way}, {what}", Path(found.model), runs, found), options)
             if copy.exists():
                 copy.rename(folder / f"{way}, {what}")

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=512)
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
-    shown = [("layers", "s/step", "peak memory", "read", "held-out loss")]
+    shown: list[tuple[str, ...]] = [("layers", "s/step", "peak memory", "read", "held-out loss")]
     found = []
     for streamed in (False, True):
         sizes = ["--steps", options.steps, "--tokens-per-step", options.tokens_per_step]

@@ -25,7 +25,8 @@ def batches(prompts: list[list[int]]) -> Iterator[torch.Tensor]:
         if group and (ids is None or (len(group) + 1) * len(ids) > TOKENS_PER_BATCH):
             yield torch.tensor([prompt + [0] * (len(group[-1]) - len(prompt)) for prompt in group])
             group = []
-        group.append(ids)
+        if ids is not None:
+            group.append(ids)
 
 
 def main() -> None:

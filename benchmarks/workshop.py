@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from measure import Run, run
 from prompts import prompts
@@ -45,7 +46,15 @@ class Workshop:
                     f"making {experts} x {shape} in {dtype}",
                 )
                 self._real = folder
-            command = [sys.executable, HERE / "make_models.py", folder, "--shape", shape, "--experts", str(experts - 1)]
+            command: list[str | Path] = [
+                sys.executable,
+                HERE / "make_models.py",
+                folder,
+                "--shape",
+                shape,
+                "--experts",
+                str(experts - 1),
+            ]
             say(run([*command, "--dtype", dtype, *["--sparse"] * sparse]).output.strip())
         return folder
 
@@ -53,10 +62,10 @@ class Workshop:
         """A merge config, in JSON, which is YAML; 40 prompts in all where the mode reads any."""
         path = self.folder / f"{models.name}-{mode}-{experts}-{dtype}.yaml"
         folders = [models / "base", *(models / f"expert{number}" for number in range(experts - 1))]
-        chosen = [{"source_model": str(folder)} for folder in folders]
+        chosen: list[dict[str, Any]] = [{"source_model": str(folder)} for folder in folders]
         if mode != "random":
             for number, expert in enumerate(chosen):
-                expert |= {"positive_prompts": prompts(number, 40 // experts)}
+                expert["positive_prompts"] = prompts(number, 40 // experts)
         config = {"base_model": str(folders[0]), "gate_mode": mode, "dtype": DTYPES[dtype], "experts": chosen}
         path.write_text(json.dumps(config, indent=1))
         return path

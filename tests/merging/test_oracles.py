@@ -10,28 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
+from tests.support.families import VARIANTS
 from tests.support.models import assert_close, edit_json, load, logits, make_model, write_config
 
-VARIANTS = {
-    "llama": ("llama", {}),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "llama, llama3 rope": (
-        "llama",
-        {
-            "rope_scaling": {
-                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            },
-            "rope_theta": 500000.0,
-        },
-    ),
-    "llama, yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),
-    "llama, head_dim 12": ("llama", {"head_dim": 12}),
-    "llama, gelu": ("llama", {"hidden_act": "gelu"}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "mistral, tied, head_dim 12": ("mistral", {"tie_word_embeddings": True, "head_dim": 12}),
-    "mistral, window of 8": ("mistral", {"sliding_window": 8}),
-}  # fmt: skip
 MODES = ("hidden", "cheap_embed", "random", "uniform_random")
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,9 @@ class Browser:
         os.write(self._commands, json.dumps(message).encode() + b"\0")
         answer = self._wait(lambda found: found.get("id") == self._last)
         assert "error" not in answer, answer
-        return answer["result"]
+        return dict(answer["result"])
 
-    def _wait(self, wanted) -> dict[str, Any]:
+    def _wait(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The next message that is wanted; events before it are kept."""
         deadline = time.monotonic() + TIMEOUT
         while True:
@@ -62,7 +63,7 @@ class Browser:
                     raise TimeoutError("Chromium does not answer" if not ready else "Chromium has ended")
                 self._received += chunk
             raw, _, self._received = self._received.partition(b"\0")
-            message = json.loads(raw)
+            message: dict[str, Any] = json.loads(raw)
             if "method" in message:
                 self.events.append(message)
             if wanted(message):
@@ -84,10 +85,11 @@ class Browser:
 
     def _middle(self, selector: str) -> dict[str, float]:
         element = f"document.querySelector({json.dumps(selector)})"
-        return self.evaluate(
+        middle: dict[str, float] = self.evaluate(
             f"(() => {{ {element}.scrollIntoView(); const box = {element}.getClientRects()[0];"
             "return { x: box.x + box.width / 2, y: box.y + box.height / 2 }; })()"
         )
+        return middle
 
     def hover(self, selector: str) -> None:
         self.send("Input.dispatchMouseEvent", type="mouseMoved", **self._middle(selector))
@@ -124,12 +126,12 @@ class Browser:
 
 
 @contextmanager
-def browser(profile: Path):
+def browser(profile: Path) -> Iterator[Browser]:
     """A browser that ends with the block, whatever happens in it."""
     reading, commands = os.pipe()
     answers, writing = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-IS", "-c", LAUNCH, str(reading), str(writing), CHROMIUM, *OPTIONS, f"--user-data-dir={profile}"],
+        [sys.executable, "-IS", "-c", LAUNCH, str(reading), str(writing), CHROMIUM or "", *OPTIONS, f"--user-data-dir={profile}"],
         pass_fds=(reading, writing), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     os.close(reading)

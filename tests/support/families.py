@@ -1,7 +1,8 @@
 """Tiny models of every dense family, and mixtures of them in plain torch, independent of any MoE class."""
 
 import copy
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,26 @@ from moemerge.families.mixture import Mixture as Shape
 from moemerge.planning.plan import MergePlan
 from tests.support.models import load
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, llama3 rope": (
+        "llama",
+        {
+            "rope_scaling": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+            "rope_theta": 500000.0,
+        },
+    ),
+    "llama, yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),
+    "llama, head_dim 12": ("llama", {"head_dim": 12}),
+    "llama, gelu": ("llama", {"hidden_act": "gelu"}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral, tied, head_dim 12": ("mistral", {"tie_word_embeddings": True, "head_dim": 12}),
+    "mistral, window of 8": ("mistral", {"sliding_window": 8}),
+}  # fmt: skip
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 MUP = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0}
 # Spelled as both versions of transformers read it.
@@ -124,16 +145,25 @@ def wrong_in_v4(base: DenseModel, moe: str) -> str:
     return trouble.words if isinstance(trouble, Trouble) else ""
 
 
+def total(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Their sum."""
+    return reduce(torch.add, parts)
+
+
 class Mixture(torch.nn.Module):
     """FFNs behind a router, by their definition."""
 
-    def __init__(self, ffns, rows, k, *, scoring, bias=None, shared=None, shared_gate=None) -> None:
+    def __init__(
+        self, ffns: Sequence[torch.nn.Module], rows: torch.Tensor, k: int, *, scoring: str,
+        bias: torch.Tensor | None = None, shared: torch.nn.Module | None = None,
+        shared_gate: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.ffns, self.shared = torch.nn.ModuleList(ffns), shared
         self.rows, self.k, self.scoring, self.bias, self.shared_gate = rows, k, scoring, bias, shared_gate
         self.chosen = torch.zeros(len(ffns))
 
-    def forward(self, states, *_):
+    def forward(self, states: torch.Tensor, *_: object) -> torch.Tensor:
         flat = states.flatten(0, -2)
         logits = flat @ self.rows.T
         scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
@@ -141,7 +171,7 @@ class Mixture(torch.nn.Module):
         weights = scores.gather(-1, index)
         weights = torch.zeros_like(scores).scatter_(-1, index, weights / weights.sum(-1, keepdim=True))
         self.chosen += (weights > 0).sum(0)
-        result = sum(weights[:, [expert]] * ffn(flat) for expert, ffn in enumerate(self.ffns))
+        result = total(weights[:, [expert]] * ffn(flat) for expert, ffn in enumerate(self.ffns))
         if self.shared is not None:
             added = self.shared(flat)
             result = result + (added if self.shared_gate is None else added * (flat @ self.shared_gate.T).sigmoid())
@@ -151,17 +181,17 @@ class Mixture(torch.nn.Module):
 class Sum(torch.nn.Module):
     """Several FFNs at once, each with its factor."""
 
-    def __init__(self, ffns, scales) -> None:
+    def __init__(self, ffns: Sequence[torch.nn.Module], scales: Sequence[float]) -> None:
         super().__init__()
         self.ffns, self.scales = torch.nn.ModuleList(ffns), scales
 
-    def forward(self, states):
-        return sum(scale * ffn(states) for ffn, scale in zip(self.ffns, self.scales, strict=True))
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return total(scale * ffn(states) for ffn, scale in zip(self.ffns, self.scales, strict=True))
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, in float32."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
@@ -174,7 +204,7 @@ def _dense(folder: Path) -> Any:
     return load(folder)
 
 
-def reference(plan: MergePlan, out: Path, routed_scale=1.0, shared_scales=()) -> Any:
+def reference(plan: MergePlan, out: Path, routed_scale: float = 1.0, shared_scales: Sequence[float] = ()) -> Any:
     """The base as transformers computes it, each FFN replaced by a `Mixture` of the experts' own FFN modules."""
     family, module = plan.family, plan.base.family.ffn_module
     base = load(plan.sources[0].folder)
@@ -184,8 +214,9 @@ def reference(plan: MergePlan, out: Path, routed_scale=1.0, shared_scales=()) ->
     for index in plan.mixture.moe_layers:
         prefix = f"model.layers.{index}."
 
-        def ffn(model, index=index):
-            return copy.deepcopy(model.model.layers[index].get_submodule(module))
+        def ffn(model: Any, index: int = index) -> torch.nn.Module:
+            found: torch.nn.Module = copy.deepcopy(model.model.layers[index].get_submodule(module))
+            return found
 
         gate = family.shared.gate if family.shared else ""
         bias = tensors.get(prefix + family.selection_bias) if family.selection_bias else None

@@ -97,7 +97,8 @@ class Fuzz:
     """Models that are damaged in copies."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.trios = root, {}
+        self.root = root
+        self.trios: dict[str, list[Path]] = {}
         self.case = root / "case"
 
     def trio(self, name: str) -> list[Path]:

@@ -1,6 +1,7 @@
 """Four models in folders here and on a Hub beside it, for tests of merges from there."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ class World:
     hub: Hub
     url: str
 
-    def config(self, machine: Machine, **keys: object) -> str:
+    def config(self, machine: Machine, **keys: Any) -> str:
         base, *experts = (f"acme/{name}" for name in MODELS)
         path = write_config(machine.folder / "merge.yaml", base, experts, **keys)
         return str(path)
 
-    def merged_from_folders(self, machine: Machine, max_shard_bytes: int = 10**9, **keys: object) -> Path:
+    def merged_from_folders(self, machine: Machine, max_shard_bytes: int = 10**9, **keys: Any) -> Path:
         """The same merge of the same models, all on this machine and in this process."""
         config = Path(self.config(machine, **keys))
         document = yaml.safe_load(config.read_text().replace("acme/", f"{self.folder}/"))
@@ -46,7 +47,7 @@ def files_of(folder: Path) -> Files:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder, hub = tmp_path_factory.mktemp("models"), Hub()
     base = load_file(make_model(folder / "base") / SINGLE)
     for seed, name in enumerate(MODELS):
@@ -61,7 +62,7 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def machine(world, tmp_path):
+def machine(world: World, tmp_path: Path) -> Iterator[Machine]:
     yield Machine(tmp_path, world.url)
     world.hub.forget_faults()
     world.hub.reset()
@@ -77,7 +78,8 @@ def lines(result: Result) -> list[str]:
 
 
 def planned(machine: Machine, config: str) -> dict[str, Any]:
-    return json.loads(machine.moemerge("plan", config, "--json", "--quiet").out)
+    plan: dict[str, Any] = json.loads(machine.moemerge("plan", config, "--json", "--quiet").out)
+    return plan
 
 
 def assert_nothing_is_left(machine: Machine) -> None:

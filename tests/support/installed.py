@@ -36,12 +36,13 @@ def main(environment: Path, folder: Path) -> None:
     if not found.startswith(str(environment.absolute())):
         sys.exit(f"moemerge is imported from {found}, not from {environment}.")
     config, out = config_in(folder), folder / "out"
-    for arguments in (
+    commands: tuple[list[str | Path], ...] = (
         [config, out, "--overwrite"],
         ["verify", out, "--against", config],
         ["inspect", out, "--values"],
         ["routes", out, "--text", "def main(argv): return argv", "--html", folder / "routes.html", "-q"],
-    ):
+    )
+    for arguments in commands:
         subprocess.run([command, *arguments], check=True, cwd=ROOT)
     print(found.strip())
 

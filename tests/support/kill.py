@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from moemerge import load_config, merge, plan_merge
+from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import writer
 from moemerge.checkpoint.staging import kept_shards
 
@@ -23,7 +23,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def start(plan, out: Path, *, resume: bool, overwrite: bool = False) -> int:
+def start(plan: MergePlan, out: Path, *, resume: bool, overwrite: bool = False) -> int:
     process = os.fork()
     if process:
         return process
@@ -35,7 +35,7 @@ def start(plan, out: Path, *, resume: bool, overwrite: bool = False) -> int:
         os._exit(status)
 
 
-def kill_and_resume(plan, out: Path, duration: float, counts: dict[str, int], rng: random.Random) -> None:
+def kill_and_resume(plan: MergePlan, out: Path, duration: float, counts: dict[str, int], rng: random.Random) -> None:
     resume = False
     while True:
         process = start(plan, out, resume=resume)
@@ -58,9 +58,9 @@ def kill_and_resume(plan, out: Path, duration: float, counts: dict[str, int], rn
 
 
 def main(config: str, folder: Path, kills: int) -> None:
-    writer.CHUNK_BYTES = 1024
+    setattr(writer, "CHUNK_BYTES", 1024)  # noqa: B010  it is final for everybody else
     plan = plan_merge(load_config(config), max_shard_bytes=SHARD_BYTES)
-    import moemerge.routers  # noqa: F401  torch, once for all forks
+    import moemerge.routers.computed  # noqa: F401  torch, once for all forks
 
     durations = []
     for _ in range(3):

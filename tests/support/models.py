@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def _make(folder: Path, seed: int, config: Any, dtype: torch.dtype, tuned_from: 
     edit_json(folder / "tokenizer_config.json", tokenizer_class=name)
 
 
-def write_config(path: Path, base: Path, experts: list[Path], *, prompts: bool = True, **keys: Any) -> Path:
+def write_config(
+    path: Path, base: Path | str, experts: Sequence[Path | str], *, prompts: bool = True, **keys: Any
+) -> Path:
     """Write a merge config: `hidden` with different prompts for each expert, or random routers without any."""
     document = {
         "base_model": str(base),
@@ -121,7 +124,8 @@ def token_ids(length: int = 24) -> torch.Tensor:
 @torch.no_grad()
 def logits(model: Any, length: int = 24) -> torch.Tensor:
     """(2, length, vocab) logits of the same tokens for every model."""
-    return model(token_ids(length), use_cache=False).logits.float()
+    found: torch.Tensor = model(token_ids(length), use_cache=False).logits.float()
+    return found
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checks.repairing import repair
-from tests.merging.test_oracles import VARIANTS
-from tests.support.families import DENSE
+from tests.support.families import DENSE, VARIANTS
 from tests.support.models import assert_close, load, logits, make_model, write_config
 
 # Output families that transformers 4 reads too, each with a dense model whose settings transformers 5 saves otherwise.
