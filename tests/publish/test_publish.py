@@ -77,7 +77,8 @@ STREAM = """
 import sys
 from pathlib import Path
 from moemerge.errors import MoemergeError
-from moemerge.publish import Destination, Publisher
+from moemerge.publish.destination import Destination
+from moemerge.publish.publisher import Publisher
 
 def publisher(*arguments, **options):
     p = Publisher(Destination(*arguments, **options), print)

@@ -885,7 +885,8 @@ def test_phatgoose_goes_on_with_the_next_expert(out, data):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from moemerge.tuning import Settings, tune
+from moemerge.tuning.settings import Settings
+from moemerge.tuning.tuner import tune
 out, *data = sys.argv[1:]
 given, count = Path.replace, 0
 def replace(self, target):
@@ -955,7 +956,7 @@ def test_two_processes_do_what_one_does(out, data, tmp_path):
 
 ONE_FAILS = """
 import os, sys
-from moemerge.card import with_section, without_section
+from moemerge.model_card.card import with_section, without_section
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli import main
 from moemerge.errors import SourceError
