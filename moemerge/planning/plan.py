@@ -21,6 +21,7 @@ from moemerge.errors import CheckpointError
 from moemerge.families.dense import DenseModel
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture import Mixture
+from moemerge.families.names import layer_prefix
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.planning.tokenizer_proof import ProvedTokenizer
 from moemerge.sources.model_folder import ModelFolder
@@ -219,7 +220,7 @@ class MergePlan:
         layer = sum(
             4 * math.prod(tensor.shape)
             for name, tensor in self.base_tensors.items()
-            if name.startswith("model.layers.0.")
+            if name.startswith(layer_prefix(0))
         )
         reads_prompts = self.runs_base or self.config.reads_text
         tokenizer = self.base_folder / "tokenizer.json"

@@ -8,6 +8,7 @@ from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError
 from moemerge.families.dense import DenseModel
 from moemerge.families.mixture import Mixture
+from moemerge.families.names import layer_prefix
 from moemerge.texts.documents import find_files, read_documents
 
 
@@ -48,8 +49,8 @@ def router_reads(
 ) -> Iterator[TensorInfo]:  # fmt: skip
     """What of the models' weights is read to make the routers, most of it more than once."""
     last = max(mixture.moe_layers)
-    layers = [f"model.layers.{layer}." for layer in range(last + 1)] if runs_base else []
-    never_run = f"model.layers.{last}.{base.family.ffn_module}."
+    layers = [layer_prefix(layer) for layer in range(last + 1)] if runs_base else []
+    never_run = f"{layer_prefix(last)}{base.family.ffn_module}."
     for name, tensor in base_tensors.items():
         is_embeddings = name == base.family.embeddings and (runs_base or config.way == "cheap_embed")
         if is_embeddings or (name.startswith(tuple(layers)) and not name.startswith(never_run)):

@@ -10,6 +10,7 @@ from moemerge.checkpoint.pieces import Band, Fill, Piece
 from moemerge.families.dense import DenseModel, Role
 from moemerge.families.family import SWITCHED_OFF, Extra, MoeFamily, separate
 from moemerge.families.mixture import Mixture
+from moemerge.families.names import layer_prefix
 from moemerge.planning.plan import Computed, Output
 
 _USUAL_FFN: Final = separate("mlp")
@@ -64,10 +65,10 @@ class Assembly:
         # Every other shard is complete without routers.
         hidden = model.sizes["hidden"]
         for layer in self.mixture.moe_layers:
-            name = f"model.layers.{layer}.{self.family.router}"
+            name = layer_prefix(layer) + self.family.router
             outputs[name] = Output((len(self.experts), hidden), Computed(layer, "router"))
             if self.computes_gate and self.family.shared:
-                name = f"model.layers.{layer}.{self.family.shared.gate}"
+                name = layer_prefix(layer) + self.family.shared.gate
                 outputs[name] = Output((1, hidden), Computed(layer, "shared gate"))
         return outputs
 
@@ -77,7 +78,7 @@ class Assembly:
 
     def _attention(self, layer: int) -> Iterator[tuple[str, Output]]:
         """A layer's tensors beside its FFN, and those that only the family has."""
-        model, prefix = self.base.model, f"model.layers.{layer}."
+        model, prefix = self.base.model, layer_prefix(layer)
         names = model.tensors(layer)
         regroups = model.family.interleaved and not self.family.interleaved
         for name in names:
@@ -107,7 +108,7 @@ class Assembly:
 
     def _ffns(self, layer: int) -> Iterator[tuple[str, Output]]:
         """A layer's experts, shared expert and selection bias, or its dense FFN."""
-        family, mixture, prefix = self.family, self.mixture, f"model.layers.{layer}."
+        family, mixture, prefix = self.family, self.mixture, layer_prefix(layer)
         routed = layer in mixture.moe_layers
         if not routed or family.keeps_dense_ffn:
             for name, roles in (family.dense_ffn or _USUAL_FFN).items():

@@ -15,6 +15,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.errors import RouterError
+from moemerge.families.names import layer_prefix
 from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, group, run_layer
 from moemerge.passes.finite import where_it_began
 from moemerge.passes.weights import read_ahead, read_into
@@ -116,7 +117,7 @@ def _stored(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool) -
     """Of a layer's tensors, by name within it, where they are stored; without the FFN's if it will not run."""
     ffn = request.base.family.ffn_module
     return {
-        name: request.tensors[f"model.layers.{index}.{name}"]
+        name: request.tensors[layer_prefix(index) + name]
         for name in layer.state_dict()
         if not (skip_ffn and name.startswith(f"{ffn}."))
     }
