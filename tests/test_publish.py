@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,16 +193,22 @@ def test_a_push_that_was_killed_leaves_the_old_model_and_sends_only_what_is_miss
         before = files(hub, "acme/mix")
         arrived = []
 
+        def is_held(name: str) -> bool:
+            return sha256(out / name) in hub.repositories["acme/mix"].objects
+
         def kill_at_the_second() -> None:
             arrived.append(1)
             if len(arrived) == 2:
+                deadline = time.monotonic() + 20
+                while not any(map(is_held, SHARDS)) and time.monotonic() < deadline:
+                    time.sleep(0.01)  # the first is answered meanwhile, by another thread
                 os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
         hub.before("*/objects/verify", kill_at_the_second, times=2)
         killed = machine.python("-c", NOTED, "push", "out", "acme/mix", "--quiet")
         assert (killed.code, files(hub, "acme/mix")) == (-signal.SIGKILL, before)
         sizes = {name: (out / name).stat().st_size for name in (*SHARDS, "tokenizer.json")}
-        held = [name for name in sizes if sha256(out / name) in hub.repositories["acme/mix"].objects]
+        held = [name for name in sizes if is_held(name)]
         assert held
         hub.reset()
         done = machine.moemerge("push", "out", "acme/mix", "--quiet")
