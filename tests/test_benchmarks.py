@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.planning.plan import Computed
+from moemerge.planning.output import Computed
 from tests.support.models import TEXT, make_model, write_config
 
 ROOT = Path(__file__).parents[1]

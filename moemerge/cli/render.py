@@ -16,7 +16,8 @@ from moemerge.checks.inspection import Inspection
 from moemerge.checks.verification import Verification
 from moemerge.dtypes import BITS, HEADER_DTYPES
 from moemerge.engines import ENGINES
-from moemerge.planning.plan import Computed, MergePlan, Output
+from moemerge.planning.output import Computed, Output
+from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport

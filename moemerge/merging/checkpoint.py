@@ -14,7 +14,8 @@ from moemerge.checkpoint.staging import journal_of, staged
 from moemerge.errors import CheckpointError
 from moemerge.merging.output_checks import check_output, check_streaming, replacing
 from moemerge.merging.work import Progress, Tally, Work
-from moemerge.planning.plan import Computed, MergePlan
+from moemerge.planning.output import Computed
+from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
     from moemerge.publish.publisher import Publisher

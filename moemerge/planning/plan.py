@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.files import File, Stamp, size_of, told_by
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
-from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
 from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
 from moemerge.engines import Engine
@@ -22,6 +21,7 @@ from moemerge.families.dense import DenseModel
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture import Mixture
 from moemerge.families.names import layer_prefix
+from moemerge.planning.output import Computed, Output
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.planning.tokenizer_proof import ProvedTokenizer
 from moemerge.sources.model_folder import ModelFolder
@@ -44,48 +44,6 @@ _HUB_BYTES: Final = 50_000_000
 _TOKENIZER_FACTOR: Final = 14
 # What a layer holds at a time for each of 1024 tokens: four rows of the FFN's width in float32.
 _STATES_BYTES: Final = 1024 * 4 * 4
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A tensor that is made from prompts, or drawn, while the others are written."""
-
-    layer: int
-    kind: Literal["router", "shared gate"]
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor of the merged model."""
-
-    shape: tuple[int, ...]
-    origin: tuple[Band, ...] | Computed
-    """The pieces that it is made of, or what it is computed from later."""
-    is_expert: bool = False
-    """Whether it belongs to experts that are chosen between."""
-
-    @property
-    def bands(self) -> tuple[Band, ...]:
-        """What it is made of; nothing yet where it is computed."""
-        return () if isinstance(self.origin, Computed) else self.origin
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """The same, from left to right and from top to bottom."""
-        return [piece for band in self.bands for piece in band]
-
-    @property
-    def is_converted(self) -> bool:
-        """Whether any of its bytes are computed, or in another order than in the source."""
-        return any(not piece.is_unchanged for piece in self.pieces)
-
-    @property
-    def copied_from(self) -> TensorInfo | None:
-        """The one source whose bytes it holds as they are; None where it is made in another way."""
-        match self.pieces:
-            case [Piece(source=TensorInfo() as source, is_unchanged=True)]:
-                return source
-        return None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from moemerge.families.mixture import Mixture
 from moemerge.families.selection import select_family
 from moemerge.planning.inputs import Parts, take_parts
 from moemerge.planning.notes import config_notes, output_notes
-from moemerge.planning.plan import MergePlan, Output
+from moemerge.planning.output import Output
+from moemerge.planning.plan import MergePlan
 from moemerge.planning.router_inputs import base_ffn_layers, check_texts, check_widths, router_reads
 from moemerge.planning.shape import mixture_of, residual_scales
 from moemerge.planning.tensors import Assembly, Source

@@ -11,7 +11,7 @@ from moemerge.families.dense import DenseModel, Role
 from moemerge.families.family import SWITCHED_OFF, Extra, MoeFamily, separate
 from moemerge.families.mixture import Mixture
 from moemerge.families.names import layer_prefix
-from moemerge.planning.plan import Computed, Output
+from moemerge.planning.output import Computed, Output
 
 _USUAL_FFN: Final = separate("mlp")
 # Projections whose rows are turned by positions.

@@ -17,7 +17,7 @@ from moemerge.checkpoint.shards import TensorSpec, layout_shards
 from moemerge.checkpoint.staging import journal_of, kept_shards
 from moemerge.checks.verification import verify_merge
 from moemerge.errors import CheckpointError, OutputError, RefusedError, RouterError
-from moemerge.planning.plan import Computed
+from moemerge.planning.output import Computed
 from tests.support.kill import contents
 from tests.support.models import edit_json, make_model, write_config
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.families.mixture import Mixture
-from moemerge.planning.plan import Computed
+from moemerge.planning.output import Computed
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers

@@ -26,7 +26,7 @@ from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
 from moemerge.passes.quantised import quantise_weight
-from moemerge.planning.plan import Computed
+from moemerge.planning.output import Computed
 from moemerge.routers import capture
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer
