@@ -36,6 +36,7 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
 
     from moemerge.config.schema import load_config
     from moemerge.families.selection import MOE_FAMILIES
+    from moemerge.planning.options import PlanOptions
     from moemerge.planning.planner import plan_merge
 
     loaded = load_config(config, allow_identical_experts=allow_identical_experts)
@@ -49,9 +50,12 @@ def plan_from(  # noqa: PLR0917  what typer has made of the command line
     max_bytes = _shard_bytes(max_shard_size, out_shard_size, 4 if loaded.dtype == "float32" else 2)
     say = saying(console, quiet=quiet)
     plan = plan_merge(
-        loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
-        weights=weights, approve=approve, announce=say, prove=prove,
-        preferred="llamacpp" if to_gguf else None,
+        loaded,
+        PlanOptions(
+            max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
+            weights=weights, proves_tokenizer=prove, preferred="llamacpp" if to_gguf else None,
+        ),
+        approve=approve, announce=say,
     )  # fmt: skip
     for note in plan.notes:
         say(f"note: {note}")
@@ -70,7 +74,7 @@ def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int)
     """
     from moemerge.checkpoint.shards import parse_size
     from moemerge.cli.legacy import parse_parameter_count
-    from moemerge.planning.planner import DEFAULT_MAX_SHARD_BYTES
+    from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
 
     nbytes = DEFAULT_MAX_SHARD_BYTES
     if size is not None:

@@ -132,7 +132,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
 def _told(source: TensorInfo, plan: MergePlan) -> str:
     """The model that a tensor is read from, or what is made of which."""
     if not isinstance(source.path, Derived):
-        return plan.references.get(next(leaves(source)).path, source.path.name)
+        return plan.origins.references.get(next(leaves(source)).path, source.path.name)
     made_of = source.path.inputs
     return f"{source.path.name} {_told(made_of[0], plan)}" if len(made_of) == 1 else source.path.name
 

@@ -68,7 +68,7 @@ def merge(
         CheckpointError: a source is not what its header said.
     """
     out = Path(out)
-    plan.check_sources("since the plan was made")
+    plan.origins.check("since the plan was made")
     work = Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn)
     check_output(plan, out, overwrite=overwrite, made_bytes=work.made_bytes)
     with (
@@ -85,7 +85,7 @@ def merge(
             writer.add(work.router_bands(routers))
             work.write_other_files(folder, name or out.resolve().name, routers.report)
         with _forgetting(journal):
-            plan.check_sources("while it was read")
+            plan.origins.check("while it was read")
         work.write_config(folder)
     return routers.report
 
@@ -135,7 +135,7 @@ def merge_to_hub(
         CheckpointError: see `merge`.
     """
     scratch = Path(scratch)
-    plan.check_sources("since the plan was made")
+    plan.origins.check("since the plan was made")
     work = Work(plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn)
     check_streaming(plan, scratch)
     with (
@@ -168,7 +168,7 @@ def merge_to_hub(
         send(complete.pop())
         work.write_other_files(folder, publisher.repo, routers.report)
         with _forgetting(journal):
-            plan.check_sources("while it was read")
+            plan.origins.check("while it was read")
         work.write_config(folder)
         publisher.finish(folder)
         return routers.report

@@ -69,7 +69,7 @@ def merge_to_gguf(
         CheckpointError: see `merge`.
     """
     file = Path(file)
-    plan.check_sources("since the plan was made")
+    plan.origins.check("since the plan was made")
     check_file(file, overwrite=overwrite, inputs=plan.inputs, sources=plan.folders)
     model = GgufModel(plan.output_config, asked_type(type, {HEADER_DTYPES[plan.dtype]}), llama_cpp)
     tensors = model.tensors(_table(plan, seed, {}))
@@ -93,7 +93,7 @@ def merge_to_gguf(
             complete = model.tensors(_table(plan, seed, work.router_bands(routers)))
             names = {tensor.name for tensor in ready}
             writer.add(padded_bands([tensor for tensor in complete if tensor.name not in names]))
-        plan.check_sources("while it was read")
+        plan.origins.check("while it was read")
     return routers.report
 
 

@@ -65,7 +65,8 @@ class Work:
     def sources_kept_in(self, folder: Path) -> Iterator[None]:
         """Have what is read more than once from other machines kept there, and remove it at the end."""
         shutil.rmtree(folder / _SOURCES, ignore_errors=True)  # of a run that was killed
-        self._plan.keep_reread(folder / _SOURCES)
+        for tensor in self._plan.origins.reread:
+            tensor.keep(folder / _SOURCES)
         try:
             yield
         finally:
@@ -92,7 +93,7 @@ class Work:
         """Compute them."""
         plan = self._plan
         return init_routers(
-            plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
+            plan.config, plan.base_folder, plan.base, dict(plan.base_tensors), plan.dtype, experts=plan.experts,
             mixture=plan.mixture, scoring=plan.family.scoring,
             shared_gate=any(computed.kind == "shared gate" for computed in plan.computed.values()),
             run_base=plan.runs_base, seed=self._seed, device=self._device, base_bits=self._base_bits,

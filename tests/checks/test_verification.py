@@ -21,6 +21,7 @@ from moemerge.checks.verification import Difference, verify_merge
 from moemerge.cli import main
 from moemerge.cli.render import plan_facts
 from moemerge.errors import CheckpointError
+from moemerge.planning.options import PlanOptions
 from tests.cli.test_cli import NO_TORCH, hashes, run
 from tests.support.models import make_model, write_config
 
@@ -126,7 +127,7 @@ def test_an_engine_that_the_config_names_has_to_read_what_is_there(tmp_path, mon
 
 
 def test_shards_do_not_matter(tmp_path, plan):
-    small = plan_merge(plan.config, max_shard_bytes=30_000)
+    small = plan_merge(plan.config, PlanOptions(max_shard_bytes=30_000))
     merge(small, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert verify_merge(plan, tmp_path / "out").differences == ()
@@ -504,7 +505,7 @@ def test_copied_files_that_changed_are_found(plan, out):
 
 
 def test_an_index_that_is_absent_is_found(tmp_path, plan):
-    merge(plan_merge(plan.config, max_shard_bytes=50_000), tmp_path / "out")
+    merge(plan_merge(plan.config, PlanOptions(max_shard_bytes=50_000)), tmp_path / "out")
     (tmp_path / "out" / INDEX).unlink()
     count = len(list((tmp_path / "out").glob("*.safetensors")))
     assert verify_merge(plan, tmp_path / "out").differences == (
@@ -514,7 +515,7 @@ def test_an_index_that_is_absent_is_found(tmp_path, plan):
 
 def test_an_index_that_disagrees_is_found(tmp_path, plan):
     out = tmp_path / "out"
-    merge(plan_merge(plan.config, max_shard_bytes=30_000), out)
+    merge(plan_merge(plan.config, PlanOptions(max_shard_bytes=30_000)), out)
     index = json.loads((out / INDEX).read_text())
     total = index["metadata"]["total_size"]
     edit_keys(out / INDEX, metadata={"total_size": total + 1})

@@ -606,9 +606,9 @@ def test_what_a_family_has_no_tensors_for_is_said_in_words(tmp_path, what):
 
 def test_what_is_said_of_a_tokenizers_files_is_said_of_folders_alone(tmp_path, config):
     said: list[str] = []
-    plan = replace(
-        plan_merge(load_config(config)), tokenizer=ProvedTokenizer({}, ("a doubt", "of a file"), ("a doubt",))
-    )
+    plan = plan_merge(load_config(config))
+    doubted = ProvedTokenizer({}, ("a doubt", "of a file"), ("a doubt",))
+    plan = replace(plan, shape=replace(plan.shape, tokenizer=doubted))
     merge_to_gguf(plan, tmp_path / "a.gguf", warn=said.append)
     assert said == ["a doubt"]
 

@@ -7,6 +7,7 @@ import pytest
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.errors import RefusedError
+from moemerge.planning.options import PlanOptions
 from tests.support.models import edit_json, write_config
 
 
@@ -20,7 +21,7 @@ def made(tmp_path_factory, llamas) -> Path:
     """A merged model in two shards."""
     root = tmp_path_factory.mktemp("made")
     config = write_config(root / "merge.yaml", llamas[0], llamas[1:3], prompts=False)
-    merge(plan_merge(load_config(config), max_shard_bytes=150_000), root / "out")
+    merge(plan_merge(load_config(config), PlanOptions(max_shard_bytes=150_000)), root / "out")
     return root / "out"
 
 

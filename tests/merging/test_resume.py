@@ -17,6 +17,7 @@ from moemerge.checkpoint.shards import TensorSpec, layout_shards
 from moemerge.checkpoint.staging import journal_of, kept_shards
 from moemerge.checks.verification import verify_merge
 from moemerge.errors import CheckpointError, OutputError, RefusedError, RouterError
+from moemerge.planning.options import PlanOptions
 from moemerge.planning.output import Computed
 from tests.support.kill import contents
 from tests.support.models import edit_json, make_model, write_config
@@ -32,7 +33,7 @@ def models(tmp_path) -> list[Path]:
 
 def plan_of(tmp_path: Path, models: list[Path], shard_bytes: int = SHARD_BYTES, **keys):
     config = write_config(tmp_path / "merge.yaml", models[0], models[1:], prompts=False, **keys)
-    return plan_merge(load_config(config), max_shard_bytes=shard_bytes)
+    return plan_merge(load_config(config), PlanOptions(max_shard_bytes=shard_bytes))
 
 
 def cut_off(plan, out: Path, monkeypatch) -> set[str]:

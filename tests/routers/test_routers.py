@@ -26,6 +26,7 @@ from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
 from moemerge.passes.quantised import quantise_weight
+from moemerge.planning.options import PlanOptions
 from moemerge.planning.output import Computed
 from moemerge.routers import capture
 from moemerge.routers.capture import capture_router_inputs
@@ -544,7 +545,7 @@ def test_the_base_reads_prompts_only_for_routers_or_a_table(tmp_path, llamas, mo
         f"the base model does not read the prompts for gate_mode {mode}, so an expert that is never chosen goes "
         "unnoticed; --routing-table has it read them",
     )
-    asked = plan_merge(load_config(path), routing_table=True)
+    asked = plan_merge(load_config(path), PlanOptions(routing_table=True))
     assert asked.notes == ()
     made = routers(asked)
     assert len(made.report.layers) == 3

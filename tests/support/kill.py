@@ -15,6 +15,7 @@ from pathlib import Path
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint import writer
 from moemerge.checkpoint.staging import kept_shards
+from moemerge.planning.options import PlanOptions
 
 SHARD_BYTES = 12_000
 
@@ -59,7 +60,7 @@ def kill_and_resume(plan, out: Path, duration: float, counts: dict[str, int], rn
 
 def main(config: str, folder: Path, kills: int) -> None:
     writer.CHUNK_BYTES = 1024
-    plan = plan_merge(load_config(config), max_shard_bytes=SHARD_BYTES)
+    plan = plan_merge(load_config(config), PlanOptions(max_shard_bytes=SHARD_BYTES))
     import moemerge.routers  # noqa: F401  torch, once for all forks
 
     durations = []
