@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.merging.options import MergeOptions
 from moemerge.planning.options import PlanOptions
 from tests.support.models import assert_close, edit_json, load, logits, make_model, write_config
 
@@ -172,8 +173,8 @@ def test_noise_and_residual_scale_do_what_they_say(tmp_path, llamas):
         f"- {{source_model: {first}, noise_scale: 0.5}}\n"
     )
     for out in ("one", "two"):
-        merge(plan_merge(load_config(path)), tmp_path / out, seed=3)
-    merge(plan_merge(load_config(path)), tmp_path / "other", seed=4)
+        merge(plan_merge(load_config(path)), tmp_path / out, MergeOptions(seed=3))
+    merge(plan_merge(load_config(path)), tmp_path / "other", MergeOptions(seed=4))
     one, two, other = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two", "other"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     first, second = (load_file(folder / "model.safetensors") for folder in (first, second))

@@ -25,6 +25,7 @@ from moemerge.config.schema import MergeConfig, RoutedExpert, parse_config
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
+from moemerge.merging.options import MergeOptions
 from moemerge.passes.quantised import quantise_weight
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.output import Computed
@@ -200,7 +201,7 @@ def test_a_quantised_base_without_bitsandbytes_is_refused_before_anything_is_wri
     plan = plan_of(tmp_path, llamas)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(RefusedError, match="to run the base model in 8 bits, bitsandbytes is needed"):
-        merge(plan, tmp_path / "out", base_bits=8)
+        merge(plan, tmp_path / "out", MergeOptions(base_bits=8))
     assert not (tmp_path / "out").exists()
 
 
@@ -499,7 +500,7 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path, mode):
 def test_a_device_that_is_not_there_is_refused(tmp_path, llamas):
     plan = plan_of(tmp_path, llamas)
     with pytest.raises(RouterError, match="device 'cuda:9' cannot be used here"):
-        merge(plan, tmp_path / "out", device="cuda:9")
+        merge(plan, tmp_path / "out", MergeOptions(device="cuda:9"))
     assert not (tmp_path / "out").exists()
 
 

@@ -10,6 +10,7 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.staging import kept_shards
 from moemerge.errors import CheckpointError, RefusedError
+from moemerge.merging.options import MergeOptions
 from moemerge.planning.options import PlanOptions
 from tests.sources.test_lora import make_adapter
 from tests.support.models import edit_json, make_model, write_config
@@ -98,7 +99,7 @@ def test_a_restored_time_does_not_deceive_resume(tmp_path, models, monkeypatch):
     assert kept_shards(out) == 2
     rewrite(models[1] / "model.safetensors")
     with pytest.raises(RefusedError, match=r"what differs: sources\..*fox/model.safetensors.changed\. Undo"):
-        merge(plan_of(tmp_path, models), out, resume=True)
+        merge(plan_of(tmp_path, models), out, MergeOptions(resume=True))
 
 
 def _cut_off() -> None:

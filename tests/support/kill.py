@@ -15,6 +15,7 @@ from pathlib import Path
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint import writer
 from moemerge.checkpoint.staging import kept_shards
+from moemerge.merging.options import MergeOptions
 from moemerge.planning.options import PlanOptions
 
 SHARD_BYTES = 12_000
@@ -30,7 +31,7 @@ def start(plan, out: Path, *, resume: bool, overwrite: bool = False) -> int:
         return process
     status = 1
     try:
-        merge(plan, out, resume=resume, overwrite=overwrite)
+        merge(plan, out, MergeOptions(resume=resume, overwrite=overwrite))
         status = 0
     finally:
         os._exit(status)

@@ -26,6 +26,7 @@ from moemerge.evaluation.evaluator import evaluate, read_domains
 from moemerge.evaluation.figures import estimate
 from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
+from moemerge.merging.options import MergeOptions
 from moemerge.model_card.card import with_section, without_section
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
@@ -60,7 +61,9 @@ def merged(root: Path, folders: list[Path], *, shard_bytes: int = 10**9, **keys)
         "experts": [{"source_model": str(folder)} for folder in folders[1:]], **keys,
     }  # fmt: skip
     merge(
-        plan_merge(parse_config(json.dumps(document)), PlanOptions(max_shard_bytes=shard_bytes)), root / "out", seed=3
+        plan_merge(parse_config(json.dumps(document)), PlanOptions(max_shard_bytes=shard_bytes)),
+        root / "out",
+        MergeOptions(seed=3),
     )
     return root / "out"
 
