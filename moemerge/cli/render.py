@@ -16,7 +16,8 @@ from moemerge.checks.inspection import Inspection
 from moemerge.checks.verification import Verification
 from moemerge.dtypes import BITS, HEADER_DTYPES
 from moemerge.engines import ENGINES
-from moemerge.planning.plan import Computed, MergePlan, Output
+from moemerge.planning.output import Computed, Output
+from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -131,7 +132,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
 def _told(source: TensorInfo, plan: MergePlan) -> str:
     """The model that a tensor is read from, or what is made of which."""
     if not isinstance(source.path, Derived):
-        return plan.references.get(next(leaves(source)).path, source.path.name)
+        return plan.origins.references.get(next(leaves(source)).path, source.path.name)
     made_of = source.path.inputs
     return f"{source.path.name} {_told(made_of[0], plan)}" if len(made_of) == 1 else source.path.name
 

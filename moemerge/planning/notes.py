@@ -7,7 +7,7 @@ from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.config.schema import MergeConfig
 from moemerge.families.family import MoeFamily
-from moemerge.planning.plan import Output
+from moemerge.planning.output import Output
 from moemerge.planning.shape import residual_scales
 
 # A factor by which usual weights of some hundredths come near the smallest that float16 has.

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from moemerge.checkpoint.index import read_json
 from moemerge.config.schema import load_config
 from moemerge.merging.checkpoint import merge
+from moemerge.planning.options import PlanOptions
 from moemerge.planning.planner import plan_merge
 from tests.sources.test_hub import INDEX, SHARDS, llama
 from tests.support.hub_server import Hub, User
@@ -117,7 +118,7 @@ def test_what_was_pushed_is_read_back_and_computes_the_same(tmp_path, llamas):
     with hub.running() as url:
         machine = Author(tmp_path, url)
         path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], gate_mode="random")
-        merge(plan_merge(load_config(path), max_shard_bytes=60_000), tmp_path / "out")
+        merge(plan_merge(load_config(path), PlanOptions(max_shard_bytes=60_000)), tmp_path / "out")
         done = machine.moemerge("push", "out", "alice/mix", "--license", "apache-2.0")
         assert (done.code, done.out) == (0, f"{url}/alice/mix\n")
         count = len(local(tmp_path / "out"))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.families.mixture import Mixture
-from moemerge.planning.plan import Computed
+from moemerge.planning.options import PlanOptions
+from moemerge.planning.output import Computed
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers
@@ -44,7 +45,7 @@ def plan_of(tmp_path: Path, folders: list[Path], expert_keys=(), routing_table=F
     for expert, more in zip(document["experts"], expert_keys, strict=False):
         expert.update(more)
     path.write_text(yaml.safe_dump(document))
-    return plan_merge(load_config(path), routing_table=routing_table)
+    return plan_merge(load_config(path), PlanOptions(routing_table=routing_table))
 
 
 def routers(plan):

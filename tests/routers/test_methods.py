@@ -18,6 +18,7 @@ from moemerge import load_config, plan_merge
 from moemerge.config.schema import RouterSettings, parse_config
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
+from moemerge.planning.options import PlanOptions
 from moemerge.routers import fitting, logistic, regression
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.computed import WAYS
@@ -605,7 +606,7 @@ def test_texts_are_needed_to_merge_and_not_to_verify(tuned, tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(RefusedError, match=r"experts\[0\]\.positive_texts: these files hold no text\."):
         plan_of(parse_config(json.dumps(text)))
-    assert plan_merge(parse_config(json.dumps(text)), needs_texts=False).config.way == "ridge"
+    assert plan_merge(parse_config(json.dumps(text)), PlanOptions(needs_texts=False)).config.way == "ridge"
 
 
 def test_the_order_of_batches_changes_nothing(tuned, monkeypatch):

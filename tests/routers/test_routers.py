@@ -25,8 +25,10 @@ from moemerge.config.schema import MergeConfig, RoutedExpert, parse_config
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
+from moemerge.merging.options import MergeOptions
 from moemerge.passes.quantised import quantise_weight
-from moemerge.planning.plan import Computed
+from moemerge.planning.options import PlanOptions
+from moemerge.planning.output import Computed
 from moemerge.routers import capture
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer
@@ -199,7 +201,7 @@ def test_a_quantised_base_without_bitsandbytes_is_refused_before_anything_is_wri
     plan = plan_of(tmp_path, llamas)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(RefusedError, match="to run the base model in 8 bits, bitsandbytes is needed"):
-        merge(plan, tmp_path / "out", base_bits=8)
+        merge(plan, tmp_path / "out", MergeOptions(base_bits=8))
     assert not (tmp_path / "out").exists()
 
 
@@ -498,7 +500,7 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path, mode):
 def test_a_device_that_is_not_there_is_refused(tmp_path, llamas):
     plan = plan_of(tmp_path, llamas)
     with pytest.raises(RouterError, match="device 'cuda:9' cannot be used here"):
-        merge(plan, tmp_path / "out", device="cuda:9")
+        merge(plan, tmp_path / "out", MergeOptions(device="cuda:9"))
     assert not (tmp_path / "out").exists()
 
 
@@ -544,7 +546,7 @@ def test_the_base_reads_prompts_only_for_routers_or_a_table(tmp_path, llamas, mo
         f"the base model does not read the prompts for gate_mode {mode}, so an expert that is never chosen goes "
         "unnoticed; --routing-table has it read them",
     )
-    asked = plan_merge(load_config(path), routing_table=True)
+    asked = plan_merge(load_config(path), PlanOptions(routing_table=True))
     assert asked.notes == ()
     made = routers(asked)
     assert len(made.report.layers) == 3
