@@ -8,7 +8,7 @@ from typing import Final, Literal
 import torch
 
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.config.schema import MergeConfig, RouterWay
+from moemerge.config.schema import MergeConfig
 from moemerge.errors import RouterError
 from moemerge.families.dense import DenseModel
 from moemerge.families.family import Scoring
@@ -26,7 +26,7 @@ from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 from moemerge.routers.ridge import ridge_rows
 from moemerge.routers.rows import Rows
 
-WAYS: Final[dict[RouterWay, Callable[[RouterInputs, RouterRequest], LayerRows]]] = {
+METHODS: Final[dict[str, Callable[[RouterInputs, RouterRequest], LayerRows]]] = {
     "hidden": hidden_rows,
     "mergekit_hidden": mergekit_hidden_rows,
     "ridge": ridge_rows,
@@ -48,21 +48,25 @@ def compute_routers(
 ) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:  # fmt: skip
     """By layer the rows (expert, hidden) and gates (1, hidden) as they are stored, and what the rows do with prompts.
 
-    Rows that are already made are only routed by; None makes those of the config's way. See `init_routers`.
+    Rows that are already made are only routed by; None makes those of the config's method. See `init_routers`.
     """
     prompts = encode_prompts(folder, config, base.config["max_position_embeddings"], seed, shared_gate=shared_gate)
     request = RouterRequest(
         base, tensors, mixture, scoring, prompts, find_device(device), config.router, tuple(experts),
-        entering=config.way == "mergekit_hidden", base_bits=base_bits, low_memory=low_memory,
+        entering=config.method.like_mergekit, base_bits=base_bits, low_memory=low_memory,
     )  # fmt: skip
     stored_dtype: torch.dtype = getattr(torch, dtype)
     layers, gates, routings = {}, {}, []
     last = mixture.moe_layers[-1] + 1
-    passes, done = (2 if config.way == "delta_bootstrap" else 1), 0
-    if config.way == "delta_bootstrap":
+    passes, done = (2 if config.method.labels_texts else 1), 0
+    if config.method.labels_texts:
         request, done = _label_documents(request, lambda layer: progress(layer, passes * last)), last
     for inputs in capture_router_inputs(request):
-        new = _rows(config.way, inputs, request) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
+        new = (
+            _rows(config.method.name, inputs, request)
+            if made is None
+            else LayerRows(torch.from_numpy(made[inputs.layer]))
+        )
         rows = new.rows.to(stored_dtype)
         layers[inputs.layer] = _bytes(rows)
         if shared_gate:
@@ -73,9 +77,9 @@ def compute_routers(
     return layers, gates, routings
 
 
-def _rows(way: RouterWay, inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+def _rows(method: str, inputs: RouterInputs, request: RouterRequest) -> LayerRows:
     try:
-        return WAYS[way](inputs, request)
+        return METHODS[method](inputs, request)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise RouterError(
             f"the router inputs of layer {inputs.layer} are too alike to be solved for with this router.lambda: "

@@ -1,4 +1,4 @@
-"""What ways that learn from labelled tokens share: targets and weights, held-out documents, scale."""
+"""What methods that learn from labelled tokens share: targets and weights, held-out documents, scale."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How routers get their first weights: one file per way, one pass over the base model for all that need it."""
+"""How routers get their first weights: one file per method, one pass over the base model for all that need it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,12 +48,12 @@ def init_routers(
         base: the base model's config.
         tensors: the base model's tensors.
         dtype: of the merged model; routers are judged as they will be stored.
-        experts: the models whose FFNs are chosen between, for ways that read their weights.
+        experts: the models whose FFNs are chosen between, for methods that read their weights.
         mixture: which layers have routers, and which experts take part in them.
         scoring: how the output family's routers make weights of their logits.
         shared_gate: whether the shared experts have a gate that is made from their prompts.
         run_base: whether the base model reads the prompts, for the routers or for the table.
-        seed: of the random ways and of the choice of documents, where the config has none.
+        seed: of random rows and of the choice of documents, where the config has none.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
         progress: called with the number of layers done and of those to do.
         base_bits: of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
@@ -94,14 +94,14 @@ def init_routers(
 def _made_without_pass(  # noqa: PLR0917
     config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, TensorInfo], mixture: Mixture, seed: int
 ) -> dict[int, Rows] | None:
-    """By layer the rows (expert, hidden) of ways that need no pass, zeros for absent experts; None of those that do."""
-    if config.way in DRAWN:
+    """By layer the rows (expert, hidden), zeros for absent experts, of a method that needs no pass; else None."""
+    if config.method.name in DRAWN:
         # As for all layers and experts: which of them take part changes nothing in the others.
-        drawn = DRAWN[config.way]((base.layers, len(config.experts), base.config["hidden_size"]), seed)
+        drawn = DRAWN[config.method.name]((base.layers, len(config.experts), base.config["hidden_size"]), seed)
         for layer, absent in mixture.absent.items():
             drawn[layer, sorted(absent)] = 0
         return {layer: drawn[layer] for layer in mixture.moe_layers}
-    if config.way == "cheap_embed":
+    if config.method.reads_embeddings:
         positive, negative = mean_embeddings(folder, base, tensors, config)
         none: frozenset[int] = frozenset()
         return {layer: contrast(positive, negative, mixture.absent.get(layer, none)) for layer in mixture.moe_layers}

@@ -10,7 +10,6 @@ from typing import Final
 
 import numpy as np
 
-from moemerge.config.schema import RouterWay
 from moemerge.routers.rows import Rows
 
 
@@ -25,7 +24,7 @@ def uniform_rows(shape: tuple[int, int, int], seed: int) -> Rows:
     return rows / np.float32(math.sqrt(shape[-1]))
 
 
-DRAWN: Final[dict[RouterWay, Callable[[tuple[int, int, int], int], Rows]]] = {
+DRAWN: Final[dict[str, Callable[[tuple[int, int, int], int], Rows]]] = {
     "random": normal_rows,
     "uniform_random": uniform_rows,
 }

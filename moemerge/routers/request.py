@@ -27,7 +27,7 @@ class RouterRequest:
     device: torch.device
     settings: RouterSettings = field(default_factory=lambda: RouterSettings.model_validate({}))
     experts: tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...] = ()
-    """The models whose FFNs are chosen between, for ways that read their weights."""
+    """The models whose FFNs are chosen between, for methods that read their weights."""
     entering: bool = False
     """Whether the residual stream that enters each layer is wanted too."""
     base_bits: Literal[4, 8] | None = None

@@ -1,4 +1,4 @@
-"""Routers: what each way computes, and what the routing table says of it."""
+"""Routers: what each method computes, and what the routing table says of it."""
 
 import json
 import math
