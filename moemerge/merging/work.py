@@ -90,12 +90,8 @@ class Work:
 
     def init_routers(self, progress: Callable[[int, int], None]) -> Routers:
         """Compute them."""
-        plan = self._plan
         return init_routers(
-            plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-            mixture=plan.mixture, scoring=plan.family.scoring,
-            shared_gate=any(computed.kind == "shared gate" for computed in plan.computed.values()),
-            run_base=plan.runs_base, seed=self._seed, device=self._device, base_bits=self._base_bits,
+            self._plan.router_request, seed=self._seed, device=self._device, base_bits=self._base_bits,
             low_memory=self._low_memory, progress=progress,
         )  # fmt: skip
 

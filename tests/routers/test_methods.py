@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, plan_merge
+from moemerge.config.router_methods import METHODS
 from moemerge.config.schema import RouterSettings, parse_config
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
 from moemerge.routers import fitting, logistic, regression
+from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.capture import capture_router_inputs
-from moemerge.routers.computed import METHODS
 from moemerge.routers.initialisation import init_routers
+from moemerge.routers.methods import rows_from_pass
 from moemerge.routers.prompts import UNSORTED, encode_prompts
-from moemerge.routers.request import RouterRequest
 from moemerge.routers.scoring import top_weights
 from tests.support.models import PROMPTS, load, make_model, router_inputs, tokenizer
 
@@ -31,9 +32,14 @@ CPU = torch.device("cpu")
 FITTED = ("hidden", "ridge", "logistic")
 
 
-def asked(experts=3, scoring="softmax", absent=frozenset(), **router) -> RouterRequest:
+def asked(experts=3, scoring="softmax", absent=frozenset(), **router) -> PassRequest:
     mixture = Mixture(1, 8, (8,) * experts, (), 2, (0,), {0: absent} if absent else {})
-    return RouterRequest(None, {}, mixture, scoring, (), CPU, RouterSettings.model_validate(router))
+    return PassRequest(None, {}, mixture, scoring, (), CPU, RouterSettings.model_validate(router))
+
+
+def fit(method: str, inputs: RouterInputs, request: PassRequest) -> LayerRows:
+    """A layer's router by a method of the table."""
+    return rows_from_pass(METHODS[method])(inputs, request)
 
 
 def clouds(experts=3, tokens=60, hidden=16, spread=1.0, seed=0):
@@ -70,7 +76,7 @@ def test_ridge_is_balanced_centred_ridge_regression(tokens):
     inputs = router_inputs(
         inputs.states[uneven], inputs.expert[uneven].tolist(), documents=inputs.document[uneven].tolist()
     )
-    found = METHODS["ridge"](inputs, asked(**{"lambda": 0.1})).rows.numpy()
+    found = fit("ridge", inputs, asked(**{"lambda": 0.1})).rows.numpy()
     expected = by_definition(inputs, 3, 0.1)
     cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
     assert cosine == pytest.approx(1, abs=1e-6)
@@ -103,7 +109,7 @@ def test_held_out_tokens_reach_their_expert_and_are_counted(method):
     both = clouds(tokens=120, spread=0.7)
     known, fresh = both.document % 10 < 5, both.document % 10 >= 5
     inputs = router_inputs(both.states[known], both.expert[known].tolist(), documents=both.document[known].tolist())
-    made = METHODS[method](inputs, asked())
+    made = fit(method, inputs, asked())
     hits = ((both.states[fresh] @ made.rows.T).argmax(dim=1) == both.expert[fresh]).float().mean()
     assert hits > 0.9
     if method != "hidden":
@@ -117,11 +123,11 @@ def test_the_scale_says_how_sure_held_out_documents_make_it():
     noise = router_inputs(
         torch.randn(48, 64, generator=generator), [0, 1, 2] * 16, documents=[n // 3 * 3 + n % 3 for n in range(48)]
     )
-    made = METHODS["ridge"](noise, asked())
+    made = fit("ridge", noise, asked())
     assert made.held_out == pytest.approx(1 / 3, abs=0.25)
     weights, _ = chosen(made.rows, torch.randn(500, 64, generator=generator))
     assert float(weights[:, 0].mean()) < 0.75
-    sure = METHODS["ridge"](clouds(spread=0.1), asked())
+    sure = fit("ridge", clouds(spread=0.1), asked())
     weights, _ = chosen(sure.rows, clouds(spread=0.1).states)
     assert float(weights[:, 0].mean()) > 0.97
 
@@ -136,7 +142,7 @@ def test_documents_of_unequal_length_do_not_tip_what_is_held_out(method):
     states = 0.5 * torch.randn(3, 64, generator=generator)[experts] + torch.randn(len(experts), 64, generator=generator)
     states += 3 * torch.randn(64, generator=generator)
     numbers = [10 * expert + number for expert, number, length in documents for _ in range(length)]
-    made = METHODS[method](router_inputs(states, experts, documents=numbers), asked())
+    made = fit(method, router_inputs(states, experts, documents=numbers), asked())
     assert made.held_out > 0.45
     weights, _ = chosen(made.rows, states)
     assert float(weights[:, 0].mean()) > 0.65
@@ -147,9 +153,9 @@ def test_documents_of_unequal_length_do_not_tip_what_is_held_out(method):
 @settings(max_examples=6, deadline=None)
 def test_permuting_experts_permutes_rows(method, order):
     inputs = clouds()
-    rows = METHODS[method](inputs, asked()).rows
+    rows = fit(method, inputs, asked()).rows
     moved = router_inputs(inputs.states, [order[e] for e in inputs.expert.tolist()], documents=inputs.document.tolist())
-    again = METHODS[method](moved, asked()).rows
+    again = fit(method, moved, asked()).rows
     assert torch.allclose(again[order], rows, rtol=1e-3, atol=1e-4 * float(rows.abs().max()))
 
 
@@ -174,15 +180,15 @@ def test_absent_experts_have_rows_of_zeros_and_change_nothing(method, scoring):
     keep = inputs.expert != 3
     inputs = replace(inputs, beginnings=inputs.beginnings.where(keep[:, None], torch.tensor(1e3)))
     three = router_inputs(inputs.states[keep], inputs.expert[keep].tolist(), documents=inputs.document[keep].tolist())
-    rows = METHODS[method](inputs, asked(4, scoring, frozenset({3}))).rows
+    rows = fit(method, inputs, asked(4, scoring, frozenset({3}))).rows
     assert torch.equal(rows[3], torch.zeros(16))
-    assert torch.allclose(rows[:3], METHODS[method](three, asked(3, scoring)).rows, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(rows[:3], fit(method, three, asked(3, scoring)).rows, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", FITTED)
 def test_sigmoids_choose_and_weigh_as_a_softmax_does(method):
     inputs = clouds(spread=0.5)
-    soft, sharp = (METHODS[method](inputs, asked(3, scoring)).rows for scoring in ("softmax", "sigmoid"))
+    soft, sharp = (fit(method, inputs, asked(3, scoring)).rows for scoring in ("softmax", "sigmoid"))
     expected, chosen_by_softmax = top_weights(inputs.states @ soft.T, 2, "softmax")
     found, chosen_by_sigmoid = top_weights(inputs.states @ sharp.T, 2, "sigmoid")
     assert (chosen_by_softmax[:, 0] == chosen_by_sigmoid[:, 0]).float().mean() > 0.97
@@ -195,7 +201,7 @@ def test_sigmoids_are_lowered_at_first_tokens_as_elsewhere(method):
     far = inputs.states + 30 * torch.eye(16)[0]  # an axis of its own, and further along the mean
     lowest = {
         name: float(
-            (far @ METHODS[method](replace(inputs, beginnings=beginnings), asked(3, "sigmoid")).rows.mean(dim=0)).min()
+            (far @ fit(method, replace(inputs, beginnings=beginnings), asked(3, "sigmoid")).rows.mean(dim=0)).min()
         )
         for name, beginnings in (("with", far), ("without", inputs.states))
     }
@@ -204,12 +210,12 @@ def test_sigmoids_are_lowered_at_first_tokens_as_elsewhere(method):
 
 def test_negative_text_turns_tokens_away():
     inputs = clouds()
-    plain = METHODS["ridge"](inputs, asked()).rows
+    plain = fit("ridge", inputs, asked()).rows
     odd = inputs.states[inputs.expert == 1][:20] + 3 * torch.eye(16)[0]
     states = torch.cat([inputs.states, odd])
     experts, documents = inputs.expert.tolist() + [0] * 20, inputs.document.tolist() + list(range(100, 120))
     signs = [True] * len(inputs.states) + [False] * 20
-    with_negative = METHODS["ridge"](router_inputs(states, experts, signs, documents), asked()).rows
+    with_negative = fit("ridge", router_inputs(states, experts, signs, documents), asked()).rows
 
     def margin(rows):
         logits = (odd @ rows.T).softmax(dim=1)
@@ -221,7 +227,7 @@ def test_negative_text_turns_tokens_away():
 @pytest.mark.parametrize("prior", [[1.0, 1.0, 1.0], [0.2, 0.2, 0.6]])
 def test_a_load_prior_is_met_without_a_bias(prior):
     inputs = clouds(spread=1.5)
-    rows = METHODS["ridge"](inputs, asked(load_prior=prior)).rows
+    rows = fit("ridge", inputs, asked(load_prior=prior)).rows
     loads = (inputs.states @ rows.T).softmax(dim=1).mean(dim=0)
     assert loads.tolist() == pytest.approx([share / sum(prior) for share in prior], abs=0.03)
 
@@ -234,12 +240,12 @@ def test_a_load_prior_of_sharp_rows_is_finite():
         torch.cat([inputs.states, like_one]), inputs.expert.tolist() + [UNSORTED] * len(like_one),
         documents=inputs.document.tolist() + [99] * len(like_one),
     )  # fmt: skip
-    assert METHODS["ridge"](with_text, asked(load_prior=[1, 1, 1], scale=30)).rows.isfinite().all()
+    assert fit("ridge", with_text, asked(load_prior=[1, 1, 1], scale=30)).rows.isfinite().all()
 
 
 def test_the_scale_of_a_config_is_a_factor_on_the_fitted_one():
     inputs = clouds()
-    once, twice = (METHODS["ridge"](inputs, asked(scale=scale)).rows for scale in (1, 2))
+    once, twice = (fit("ridge", inputs, asked(scale=scale)).rows for scale in (1, 2))
     assert torch.allclose(twice, 2 * once, rtol=1e-5)
 
 
@@ -305,20 +311,16 @@ def plan_of(config, folders=None):
     return plan_merge(config)
 
 
-def request_of(plan, **keys) -> RouterRequest:
+def request_of(plan, **keys) -> PassRequest:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
-    return RouterRequest(
+    return PassRequest(
         plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, plan.config.router, plan.experts,
         **keys,
     )  # fmt: skip
 
 
 def routers(plan, seed=0):
-    return init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-        mixture=plan.mixture, scoring=plan.family.scoring, shared_gate=False, run_base=plan.runs_base, seed=seed,
-        device="cpu", progress=lambda _done, _total: None,
-    )  # fmt: skip
+    return init_routers(plan.router_request, seed=seed, device="cpu", progress=lambda _done, _total: None)
 
 
 def rows_by_layer(plan, made) -> dict[int, torch.Tensor]:
@@ -392,11 +394,8 @@ def test_text_of_shared_experts_changes_no_delta_row_and_makes_a_gate(tuned):
     alone = routers(plan_of(parse_config(json.dumps(text))))
     text["shared_experts"][0]["positive_prompts"] = ["The lazy dog"]
     plan = plan_of(parse_config(json.dumps(text)))
-    made = init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-        mixture=plan.mixture, scoring=plan.family.scoring, shared_gate=True, run_base=plan.runs_base, seed=0,
-        device="cpu", progress=lambda _done, _total: None,
-    )  # fmt: skip
+    request = replace(plan.router_request, shared_gate=True)
+    made = init_routers(request, seed=0, device="cpu", progress=lambda _done, _total: None)
     assert len(made.shared_gates) == len(made.rows)
     for layer, row in rows_by_layer(plan, made).items():
         assert torch.allclose(row, rows_by_layer(plan, alone)[layer], rtol=1e-3, atol=1e-5)
@@ -621,7 +620,7 @@ def test_ways_that_are_solved_leave_their_inputs_alone():
     inputs = clouds()
     before = inputs.states.clone()
     for method in FITTED:
-        METHODS[method](inputs, asked())
+        fit(method, inputs, asked())
     assert torch.equal(inputs.states, before)
 
 
