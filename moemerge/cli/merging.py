@@ -235,7 +235,7 @@ def _print_report(
         print_routing(stdout(), report, by_layer=by_layer)
     for warning in report.warnings():
         console.print(f"warning: {warning}", style="yellow")
-    if not quiet and plan.config.way == "delta" and not report.layers:
+    if not quiet and plan.config.method.reads == {"weights"} and not report.layers:
         console.print(
             "note: no text says what the experts are for, so nothing is known of how these routers choose; "
             f"`moemerge eval {out} --data NAME=PATH` measures it"

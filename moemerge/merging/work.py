@@ -84,12 +84,9 @@ class Work:
 
     def init_routers(self, progress: Callable[[int, int], None]) -> Routers:
         """Compute them."""
-        plan, options = self.plan, self.options
+        options = self.options
         return init_routers(
-            plan.config, plan.base_folder, plan.base, dict(plan.base_tensors), plan.dtype, experts=plan.experts,
-            mixture=plan.mixture, scoring=plan.family.scoring,
-            shared_gate=any(computed.kind == "shared gate" for computed in plan.computed.values()),
-            run_base=plan.runs_base, seed=options.seed, device=options.device, base_bits=options.base_bits,
+            self.plan.router_request, seed=options.seed, device=options.device, base_bits=options.base_bits,
             low_memory=options.low_memory, progress=progress,
         )  # fmt: skip
 

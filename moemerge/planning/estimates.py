@@ -49,5 +49,6 @@ def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
     kinds += len(config.experts) if config.router.calibration_texts else 0
     tokens = kinds * config.router.tokens_per_expert
     # States, router inputs, those that rows are fitted to, a part of them; a matrix in float32 and two in float64.
-    solves = tokens or config.way == "logistic" or config.router.load_prior or shape.family.scoring == "sigmoid"
+    even = config.router.load_prior or shape.family.scoring == "sigmoid"
+    solves = tokens or config.method.solves_for_hidden or even
     return 4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0)

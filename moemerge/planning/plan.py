@@ -26,6 +26,7 @@ from moemerge.planning.output import Computed, Output
 from moemerge.planning.shape import Shape
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.planning.tokenizer_proof import ProvedTokenizer
+from moemerge.routers.request import RouterRequest
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.texts.documents import matching_files
 
@@ -212,6 +213,22 @@ class MergePlan:
     def computed(self) -> dict[str, Computed]:
         """The tensors that are made last, by name."""
         return {name: o.origin for name, o in self.outputs.items() if isinstance(o.origin, Computed)}
+
+    @property
+    def router_request(self) -> RouterRequest:
+        """What its routers are to be made from."""
+        return RouterRequest(
+            config=self.config,
+            folder=self.base_folder,
+            base=self.base,
+            tensors=self.base_tensors,
+            experts=self.experts,
+            mixture=self.mixture,
+            scoring=self.family.scoring,
+            dtype=self.dtype,
+            shared_gate=any(computed.kind == "shared gate" for computed in self.computed.values()),
+            runs_base=self.runs_base,
+        )
 
     @property
     def weight_bytes(self) -> int:
