@@ -25,6 +25,7 @@ from moemerge.config.schema import parse_config
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, difference, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import Runnable, average, forced, open_dense, open_mixture, uniform
+from moemerge.merging.options import MergeOptions
 from moemerge.texts.documents import read_documents
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def rows(options: argparse.Namespace, experts: dict[str, str], folder: Path) -> 
     for name, keys in WAYS.items():
         if options.way and name not in options.way:
             continue
-        merge(plan_merge(config(options, experts, **keys)), folder / "merged", overwrite=True)
+        merge(plan_merge(config(options, experts, **keys)), folder / "merged", MergeOptions(overwrite=True))
         mixture = open_mixture(folder / "merged")
         documents = {domain: read_documents([options.texts / f"{domain}.test.txt"]) for domain in domains}
         runs = Runs(Texts.cut(mixture, documents, options.tokens, options.window), CPU, lambda *_: None)

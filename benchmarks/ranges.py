@@ -15,6 +15,7 @@ from pathlib import Path
 from moemerge import load_config, plan_merge
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.shards import parse_size
+from moemerge.planning.options import PlanOptions
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("ranges", type=Path)
     parser.add_argument("--max-shard-size", type=parse_size, default="5GB")
     options = parser.parse_args()
-    plan = plan_merge(load_config(options.config), max_shard_bytes=options.max_shard_size)
+    plan = plan_merge(load_config(options.config), PlanOptions(max_shard_bytes=options.max_shard_size))
     headers = options.ranges.with_suffix(".headers").resolve()
     ranges, header_start, input_bytes = [], 0, 0
     for shard in plan.shards:

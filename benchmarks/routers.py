@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -30,10 +30,10 @@ from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate,
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
+from moemerge.routers.base_pass import PassRequest
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.prompts import EncodedPrompt
-from moemerge.routers.request import RouterRequest
 from moemerge.texts.documents import find_files, read_documents
 
 CPU = torch.device("cpu")
@@ -84,11 +84,8 @@ class Bench:
         """By layer the rows (expert, hidden), as a merge stores them, and the seconds that they took."""
         plan = plan_merge(config)
         start = time.perf_counter()
-        routers = init_routers(
-            plan.config, plan.base_folder, plan.base, plan.base_tensors, dtype, experts=plan.experts,
-            mixture=plan.mixture, scoring=plan.family.scoring, shared_gate=False, run_base=False, seed=self.seed,
-            device="cpu", progress=lambda _done, _total: None,
-        )  # fmt: skip
+        request = replace(plan.router_request, dtype=dtype)
+        routers = init_routers(request, seed=self.seed, device="cpu", progress=lambda _done, _total: None)
         seconds = time.perf_counter() - start
         stored = getattr(torch, dtype)
         made = {
@@ -145,7 +142,7 @@ def flips(bench: Bench, texts: Texts, ways: list[str]) -> Iterator[list[str]]:
     config = bench.config("random", "")
     plan = plan_merge(config)
     prompts = tuple(EncodedPrompt(0, True, window.ids, window.counted) for window in texts.windows)
-    request = RouterRequest(
+    request = PassRequest(
         plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, config.router
     )  # fmt: skip
     wanted = [row for row in ROWS if row[0] in FLIPPED and (not ways or row[0] in ways)]

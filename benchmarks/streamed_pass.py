@@ -23,12 +23,7 @@ def main() -> None:
     return_freed_memory()  # as the command does
     start = time.perf_counter()
     plan = plan_merge(load_config(options.config))
-    routers = init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-        mixture=plan.mixture,
-        scoring=plan.family.scoring, shared_gate=False, run_base=plan.runs_base, seed=0, device=options.device,
-        progress=lambda _done, _total: None,
-    )  # fmt: skip
+    routers = init_routers(plan.router_request, seed=0, device=options.device, progress=lambda _done, _total: None)
     print(json.dumps({"seconds": time.perf_counter() - start, "layers": len(routers.rows)}))
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from moemerge.evaluation.routes.traced import Routes, TracedText
     from moemerge.evaluation.routes.tracer import trace_routes
     from moemerge.merging.checkpoint import merge
+    from moemerge.merging.options import MergeOptions
+    from moemerge.planning.options import PlanOptions
     from moemerge.planning.plan import MergePlan
     from moemerge.planning.planner import plan_merge
     from moemerge.publish.pushing import push
@@ -57,9 +59,11 @@ __all__ = [
     "IncompatibleError",
     "Inspection",
     "MergeConfig",
+    "MergeOptions",
     "MergePlan",
     "MoemergeError",
     "OutputError",
+    "PlanOptions",
     "PublishError",
     "RefusedError",
     "RouterError",
@@ -89,7 +93,9 @@ _HOMES = {
     "Evaluation": "evaluation.figures:Evaluation",
     "Inspection": "checks.inspection:Inspection",
     "MergeConfig": "config.schema:MergeConfig",
+    "MergeOptions": "merging.options:MergeOptions",
     "MergePlan": "planning.plan:MergePlan",
+    "PlanOptions": "planning.options:PlanOptions",
     "Routes": "evaluation.routes.traced:Routes",
     "RoutingReport": "routers.report:RoutingReport",
     "TracedText": "evaluation.routes.traced:TracedText",

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.planning.plan import Computed
+from moemerge.planning.options import PlanOptions
+from moemerge.planning.output import Computed
 from tests.support.models import TEXT, make_model, write_config
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def test_the_raw_copy_moves_the_bytes_of_the_merge_except_the_routers(llamas, tm
             }
         )
     )
-    plan = plan_merge(load_config(config), max_shard_bytes=100_000)
+    plan = plan_merge(load_config(config), PlanOptions(max_shard_bytes=100_000))
     merge(plan, tmp_path / "merged")
     here("ranges.py", config, tmp_path / "ranges.json", "--max-shard-size", "100000")
     here("raw_copy.py", tmp_path / "ranges.json", tmp_path / "raw", "--fsync")

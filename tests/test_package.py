@@ -18,6 +18,7 @@ from moemerge.checks.inspection import inspect_checkpoint
 from moemerge.families.engines import readings
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.model_card.usage import use_it
+from moemerge.planning.options import PlanOptions
 from tests.next_steps.serve import command
 from tests.support.models import write_config
 
@@ -144,7 +145,7 @@ def test_the_card_takes_its_engines_from_what_was_measured(tmp_path, llamas):
 
 def test_inspect_notices_what_does_not_fit(tmp_path, llamas):
     path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], gate_mode="random")
-    merge(plan_merge(load_config(path), max_shard_bytes=30_000), tmp_path / "out")
+    merge(plan_merge(load_config(path), PlanOptions(max_shard_bytes=30_000)), tmp_path / "out")
     index = tmp_path / "out" / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"total_size": ', '"total_size": 1'))
     (tmp_path / "out" / "model-00001-of-00009.safetensors").write_bytes(b"old")

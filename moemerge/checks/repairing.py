@@ -10,6 +10,7 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, rea
 from moemerge.checks.files import ABSENT, Difference
 from moemerge.errors import OutputError, RefusedError
 from moemerge.families.family import MoeFamily
+from moemerge.families.names import layer_prefix
 from moemerge.families.respelling import lost_keys, respelled_keys
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.model_card.metadata import rewritten
@@ -79,7 +80,7 @@ def _repaired(out: Path | str, family: MoeFamily, config: Mapping[str, Any]) -> 
 def _check_names(out: Path | str, family: MoeFamily, tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse tensors that are not named as in the family's checkpoints, which a `config.json` does not mend."""
     routers = [name for name in tensors if name.endswith(f".{family.router}")]
-    wanted = [f"model.layers.0.{family.router}"] if not routers else []
+    wanted = [layer_prefix(0) + family.router] if not routers else []
     for name in routers:
         layer = name.removesuffix(family.router)
         count = tensors[name].shape[0]

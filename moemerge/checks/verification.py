@@ -17,7 +17,8 @@ from moemerge.dtypes import HEADER_DTYPES
 from moemerge.engines import ENGINES
 from moemerge.errors import CheckpointError
 from moemerge.families.engines import Trouble, facts_of, trouble_of
-from moemerge.planning.plan import Computed, MergePlan, Output
+from moemerge.planning.output import Computed, Output
+from moemerge.planning.plan import MergePlan
 from moemerge.sources.model_folder import open_merged, read_tensor_table
 
 

@@ -14,7 +14,7 @@ from moemerge.cli.families import list_families
 from moemerge.cli.gguf import write_file
 from moemerge.cli.merging import merge_models
 from moemerge.cli.options import AllowIdentical, CacheDir, Config, Debug, For, Json, Quiet, ShardSize, Verbose
-from moemerge.cli.planned import plan_from
+from moemerge.cli.planned import Asked, plan_from
 from moemerge.cli.publishing import push
 from moemerge.cli.repairing import repair_model
 from moemerge.cli.routes import show_routes
@@ -66,10 +66,10 @@ def _plan(
     """Show what a merge would do: output family, parameters, disk, memory, and where each part comes from."""
     with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
         from moemerge.cli.render import plan_facts, print_plan
+        from moemerge.planning.options import PlanOptions
 
-        plan = plan_from(
-            console, config, max_shard_size, None, quiet, allow_identical_experts, weights="stream", engine=engine
-        )
+        asked = Asked(config, allow_identical_experts, engine, max_shard_size=max_shard_size)
+        plan = plan_from(console, asked, PlanOptions(weights="stream"), quiet=quiet)
         if json:
             print_json(plan_facts(plan))
         else:
@@ -129,14 +129,13 @@ def _verify(
         from moemerge.checks.verification import verify_merge
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_verification
+        from moemerge.planning.options import PlanOptions
         from moemerge.sources.model_folder import open_merged
 
         # Before a plan may download weights.
         family = open_merged(out).config.get("model_type")
-        plan = plan_from(
-            console, against, None, None, quiet, allow_identical_experts, needs_texts=False, weights="stream",
-            family=family,
-        )  # fmt: skip
+        asked = Asked(against, allow_identical_experts, family=family)
+        plan = plan_from(console, asked, PlanOptions(needs_texts=False, weights="stream"), quiet=quiet)
         with show_progress(console, quiet=quiet) as progress:
             found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
         for note in found.notes:

@@ -1,7 +1,7 @@
 """`moemerge gguf`: a merged model as one GGUF file."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -16,6 +16,7 @@ from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
     from moemerge.export.imatrix import Importance
+    from moemerge.merging.options import MergeOptions
     from moemerge.planning.plan import MergePlan
 
 _WRITTEN_HERE: Final = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -76,27 +77,33 @@ def check_gguf(
         check_checkout(llama_cpp)
 
 
-def merge_into(  # noqa: PLR0917
-    console: Console, plan: "MergePlan", out: Path, kind: str, llama_cpp: Path | None, quiet: bool, *, overwrite: bool,
-    **options: Any,
-) -> Any:  # fmt: skip
-    """Merge into a GGUF file, by way of one in floats where llama.cpp quantises it; gives the routers' report."""
+def merge_into(
+    console: Console, plan: "MergePlan", out: Path, kind: str, options: "MergeOptions", *, quiet: bool, **how: Any
+) -> Any:
+    """Merge into a GGUF file, by way of one in floats where llama.cpp quantises it; gives the routers' report.
+
+    Args:
+        console: where it is said what was quantised otherwise.
+        plan: the merge.
+        out: the file.
+        kind: what `--type` asks for.
+        options: how it is done.
+        quiet: whether nothing is said.
+        how: what else `merge_to_gguf` takes.
+    """
     from moemerge.export.writing import check_file
     from moemerge.merging.gguf import merge_to_gguf
 
-    check_file(out, overwrite=overwrite, inputs=plan.inputs)
-    merge: Callable[..., Any] = partial(merge_to_gguf, plan, llama_cpp=llama_cpp, **options)
+    check_file(out, overwrite=options.overwrite, inputs=plan.inputs)
+    merge: Callable[..., Any] = partial(merge_to_gguf, plan, **how)
     if kind in _WRITTEN_HERE:
-        return merge(out, type=kind, overwrite=overwrite)
+        return merge(out, options, type=kind)
     reports: list[Any] = []
+    floats_options = replace(options, overwrite=False)
     _quantise(
-        console,
-        out,
-        kind,
-        lambda floats, room: reports.append(merge(floats, room=room)),
-        quiet=quiet,
-        overwrite=overwrite,
-    )
+        console, out, kind, lambda floats, room: reports.append(merge(floats, floats_options, room=room)),
+        quiet=quiet, overwrite=options.overwrite,
+    )  # fmt: skip
     return reports[0]
 
 

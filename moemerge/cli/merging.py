@@ -6,31 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moemerge.cli.console import return_freed_memory, saying, speaking, stdout, stoppable
 from moemerge.cli.gguf import check_gguf, check_options, is_gguf, merge_into
-from moemerge.cli.options import (
-    AllowIdentical,
-    CacheDir,
-    Config,
-    CreatePr,
-    Debug,
-    For,
-    GgufType,
-    License,
-    LlamaCpp,
-    Private,
-    Push,
-    PushStreaming,
-    Quiet,
-    Revision,
-    ShardSize,
-    Verbose,
+from moemerge.cli.grouping import grouped
+from moemerge.cli.merge_options import (
+    ModelOptions,
+    OutputOptions,
+    PushOptions,
+    ReadingOptions,
+    RouterOptions,
+    TalkOptions,
 )
-from moemerge.cli.planned import plan_from
+from moemerge.cli.options import Config
+from moemerge.cli.planned import Asked, plan_from
 from moemerge.cli.publishing import Pushing
 from moemerge.cli.streams import say
 from moemerge.errors import BusyError, RefusedError
@@ -38,133 +30,142 @@ from moemerge.errors import BusyError, RefusedError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moemerge.merging.destinations import Destination
+    from moemerge.merging.options import MergeOptions
+    from moemerge.planning.options import PlanOptions
     from moemerge.planning.plan import MergePlan
     from moemerge.publish.publisher import Publisher
     from moemerge.routers.report import RoutingReport
     from moemerge.sources.model_folder import ModelFolder
 
-_BITS_HELP: Final = (
-    "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
-)
 
-OutShardSize = Annotated[str | None, typer.Option(hidden=True)]
+Out = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT",
+        show_default=False,
+        help="The folder to write; it must be empty or absent. Or one GGUF file, NAME.gguf.",
+    ),
+]
 
 
+@grouped
 def merge_models(
     config: Config,
-    out: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT",
-            show_default=False,
-            help="The folder to write; it must be empty or absent. Or one GGUF file, NAME.gguf.",
-        ),
-    ],
-    max_shard_size: ShardSize = None,
-    type: GgufType = "auto",  # noqa: A002  the option's name
-    llama_cpp: LlamaCpp = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a merge that was cut off.")] = False,
-    routing_table: Annotated[
-        bool,
-        typer.Option("--routing-table", help="Run the base on the prompts for the table, whatever the gate_mode."),
-    ] = False,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Read Hub models by byte ranges, past the cache: only what is needed.")
-    ] = False,
-    low_memory: Annotated[
-        bool,
-        typer.Option("--low-memory", "--lazy", help="One thread, small chunks, nothing left in the page cache."),
-    ] = False,
-    push: Push = None,
-    push_streaming: PushStreaming = False,
-    private: Private = False,
-    revision: Revision = None,
-    create_pr: CreatePr = False,
-    license: License = None,  # noqa: A002  the option's name, as in model cards
-    seed: Annotated[int, typer.Option(help="Of random routers and of noise_scale.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="Runs the base model for the routers: auto, cpu, cuda, cuda:1, mps.")
-    ] = "auto",
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False,
-    cache_dir: CacheDir = None,
-    allow_identical_experts: AllowIdentical = False,
-    engine: For = None,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
-    out_shard_size: OutShardSize = None,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", is_eager=True, callback=lambda value: _show_version(show=value)
-        ),
-    ] = False,
+    out: Out,
+    output: OutputOptions,
+    reading: ReadingOptions,
+    push: PushOptions,
+    routers: RouterOptions,
+    models: ModelOptions,
+    talk: TalkOptions,
 ) -> None:
     """Build a mixture of experts: moemerge CONFIG OUT.
 
     The base model gives embeddings, attention and norms, each expert its FFNs; the routers start from the prompts.
     """
-    del version
-    with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
-        from moemerge.cli.progress import show_progress
-        from moemerge.merging.checkpoint import merge, merge_to_hub
+    quiet, streaming = talk.quiet, push.push_streaming
+    with speaking(quiet=quiet, verbose=talk.verbose, debug=talk.debug, cache_dir=models.cache_dir) as console:
+        from moemerge.merging.options import MergeOptions
 
-        if push_streaming:
+        if streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
         pushing = Pushing(
-            push, license, saying(console, quiet=quiet), streaming=push_streaming, private=private,
-            revision=revision, create_pr=create_pr,
+            push.push, push.license, saying(console, quiet=quiet), streaming=streaming, private=push.private,
+            revision=push.revision, create_pr=push.create_pr,
         )  # fmt: skip
         # Before a plan may download weights.
-        to_file = is_gguf(out)
-        folders_only = {
-            "--resume": resume, "--push": push is not None, "--max-shard-size": max_shard_size is not None,
-            "--out-shard-size": out_shard_size is not None,
-        }  # fmt: skip
-        check_options(to_file, type, llama_cpp, folders_only)
-        check_place: Callable[[list[Path]], None] = partial(
-            _check_folder, out, [config], overwrite=overwrite, streaming=push_streaming
-        )
-        if to_file:
-            check_place = partial(check_gguf, out, type, [config], llama_cpp, overwrite=overwrite)
-        check_place([])
-
-        def approve(sources: "Sequence[ModelFolder]") -> None:
-            check_place([folder for source in sources for folder in source.folders])
-            pushing.approve(sources)
-
-        base_bits = _check_pass(device, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
+        approve = _place_check(config, out, output, push, pushing)
+        base_bits = _base_bits(routers)
         return_freed_memory()
-        plan = plan_from(
-            console, config, max_shard_size, out_shard_size, quiet, allow_identical_experts,
-            None if push_streaming or to_file else out, routing_table, weights="stream" if stream else "auto",
-            approve=approve, prove=True, engine=engine, to_gguf=to_file,
+        asked = Asked(
+            config, models.allow_identical_experts, models.engine, max_shard_size=output.max_shard_size,
+            out_shard_size=output.out_shard_size,
         )  # fmt: skip
-        way = partial(merge, plan, out, name=push, resume=resume)
-        if to_file:
-            way = partial(merge_into, console, plan, out, type, llama_cpp, quiet)
-        if pushing.publisher:
-            pushing.publisher.check_replaced(plan.family.model_type, overwrite=overwrite)
-            way = partial(way, ready=pushing.publisher.create)
-            if push_streaming:
-                way = partial(merge_to_hub, plan, out, pushing.publisher, resume=resume)
-        with (
-            _told_what_is_kept(console, out, streaming=push_streaming),
-            show_progress(console, quiet=quiet) as progress,
-        ):
-            report = way(
-                overwrite=overwrite, low_memory=low_memory, seed=seed, device=device,
-                base_bits=base_bits, licence=pushing.licence, progress=stoppable(progress),
-                warn=lambda line: console.print(f"warning: {line}", style="yellow"),
-            )  # fmt: skip
-        with _complete(console, out, pushing.publisher, streaming=push_streaming):
-            _print_report(console, out, plan, report, quiet=quiet, by_layer=verbose > 0)
-            if not quiet and not push_streaming:
+        plan = plan_from(console, asked, _plan_options(out, reading, push), quiet=quiet, approve=approve)
+        options = MergeOptions(
+            overwrite=output.overwrite, resume=output.resume, low_memory=reading.low_memory, seed=routers.seed,
+            device=routers.device, base_bits=base_bits, licence=pushing.licence,
+        )  # fmt: skip
+        report = _merge(console, plan, out, options, output, push=push, publisher=pushing.publisher, quiet=quiet)
+        with _complete(console, out, pushing.publisher, streaming=streaming):
+            _print_report(console, out, plan, report, quiet=quiet, by_layer=talk.verbose > 0)
+            if not quiet and not streaming:
                 say(f"{out}: done")
         if pushing.publisher:
-            say(pushing.publisher.url if push_streaming else pushing.publisher.push(out))
+            say(pushing.publisher.url if streaming else pushing.publisher.push(out))
+
+
+def _place_check(
+    config: Path, out: Path, output: OutputOptions, push: PushOptions, pushing: Pushing
+) -> "Callable[[Sequence[ModelFolder]], None]":
+    """Refuse what could not be written; gives what refuses the same of a merge whose models are known."""
+    to_file = is_gguf(out)
+    folders_only = {
+        "--resume": output.resume, "--push": push.push is not None,
+        "--max-shard-size": output.max_shard_size is not None,
+        "--out-shard-size": output.out_shard_size is not None,
+    }  # fmt: skip
+    check_options(to_file, output.type, output.llama_cpp, folders_only)
+    check_place: Callable[[list[Path]], None] = partial(
+        _check_folder, out, [config], overwrite=output.overwrite, streaming=push.push_streaming
+    )
+    if to_file:
+        check_place = partial(check_gguf, out, output.type, [config], output.llama_cpp, overwrite=output.overwrite)
+    check_place([])
+
+    def approve(sources: "Sequence[ModelFolder]") -> None:
+        check_place([folder for source in sources for folder in source.folders])
+        pushing.approve(sources)
+
+    return approve
+
+
+def _plan_options(out: Path, reading: ReadingOptions, push: PushOptions) -> "PlanOptions":
+    from moemerge.planning.options import PlanOptions
+
+    to_file = is_gguf(out)
+    return PlanOptions(
+        target=None if push.push_streaming or to_file else out,
+        weights="stream" if reading.stream else "auto",
+        routing_table=reading.routing_table,
+        proves_tokenizer=True,
+        preferred="llamacpp" if to_file else None,
+    )
+
+
+def _merge(
+    console: "Console", plan: "MergePlan", out: Path, options: "MergeOptions", output: OutputOptions, *,
+    push: PushOptions, publisher: "Publisher | None", quiet: bool,
+) -> "RoutingReport":  # fmt: skip
+    """Merge to where it is asked for, and show how far it is."""
+    from moemerge.cli.progress import show_progress
+    from moemerge.merging.checkpoint import merge
+
+    streaming = push.push_streaming
+    carry_out: Callable[..., Any] = partial(
+        merge_into, console, plan, out, output.type, options, quiet=quiet, llama_cpp=output.llama_cpp
+    )
+    if publisher:
+        publisher.check_replaced(plan.family.model_type, overwrite=options.overwrite)
+    if not is_gguf(out):
+        carry_out = partial(merge, plan, _destination(out, push, publisher), options)
+    with (
+        _told_what_is_kept(console, out, streaming=streaming),
+        show_progress(console, quiet=quiet) as progress,
+    ):
+        report: RoutingReport = carry_out(
+            progress=stoppable(progress), warn=lambda line: console.print(f"warning: {line}", style="yellow")
+        )
+    return report
+
+
+def _destination(out: Path, push: PushOptions, publisher: "Publisher | None") -> "Destination":
+    from moemerge.merging.destinations import Folder, Hub
+
+    if publisher is None:
+        return Folder(out)
+    return Hub(out, publisher) if push.push_streaming else Folder(out, push.push, publisher.create)
 
 
 def _check_folder(
@@ -180,14 +181,15 @@ def _check_folder(
         check_target(out, sources, inputs=inputs, replaceable=replaceable_files if overwrite else None)
 
 
-def _check_pass(device: str, *, load_in_8bit: bool, load_in_4bit: bool) -> Literal[4, 8] | None:
+def _base_bits(routers: RouterOptions) -> Literal[4, 8] | None:
+    """The bits of the base model's pass; an option of it that makes no sense is refused."""
     from moemerge.routers.initialisation import check_base_bits
 
-    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
-        raise RefusedError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
-    if load_in_8bit and load_in_4bit:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", routers.device):
+        raise RefusedError(f"--device: {routers.device!r} is none of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
+    if routers.load_in_8bit and routers.load_in_4bit:
         raise RefusedError("--load-in-8bit, --load-in-4bit: give one of them, not both.")
-    base_bits: Literal[4, 8] | None = 8 if load_in_8bit else 4 if load_in_4bit else None
+    base_bits: Literal[4, 8] | None = 8 if routers.load_in_8bit else 4 if routers.load_in_4bit else None
     check_base_bits(base_bits)
     return base_bits
 
@@ -233,16 +235,8 @@ def _print_report(
         print_routing(stdout(), report, by_layer=by_layer)
     for warning in report.warnings():
         console.print(f"warning: {warning}", style="yellow")
-    if not quiet and plan.config.way == "delta" and not report.layers:
+    if not quiet and plan.config.method.reads == {"weights"} and not report.layers:
         console.print(
             "note: no text says what the experts are for, so nothing is known of how these routers choose; "
             f"`moemerge eval {out} --data NAME=PATH` measures it"
         )
-
-
-def _show_version(*, show: bool) -> None:
-    if show:
-        from importlib.metadata import version
-
-        say(f"moemerge {version('moemerge')}")
-        raise typer.Exit

@@ -1,7 +1,8 @@
 """From a config file and the options of a command line to a plan."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from moemerge.cli.console import saying
 from moemerge.engines import ENGINES, NAMES, canonical_engine
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from moemerge.config.schema import MergeConfig
+    from moemerge.planning.options import PlanOptions
     from moemerge.planning.plan import MergePlan
     from moemerge.sources.model_folder import ModelFolder
 
@@ -19,47 +22,58 @@ if TYPE_CHECKING:
 _FEWEST_BARE_BYTES: Final = 1_000_000
 
 
-def plan_from(  # noqa: PLR0917  what typer has made of the command line
-    console: "Console", config: Path, max_shard_size: str | None, out_shard_size: str | None,
-    quiet: bool, allow_identical_experts: bool,
-    target: Path | None = None, routing_table: bool = False, needs_texts: bool = True,
-    weights: Literal["auto", "stream"] = "auto", approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
-    prove: bool = False, engine: str | None = None, family: str | None = None,
-    to_gguf: bool = False,
+@dataclass(frozen=True)
+class Asked:
+    """A config file, and what the command line has to say of it."""
+
+    config: Path
+    allow_identical_experts: bool = False
+    engine: str | None = None
+    """`--for`, which goes before the config's own."""
+    family: str | None = None
+    """Taken where the config names no architecture, whatever an engine that it names makes of that."""
+    max_shard_size: str | None = None
+    out_shard_size: str | None = None
+
+    def read(self) -> "MergeConfig":
+        """The config, with the engine that is asked for.
+
+        Raises:
+            ConfigError: the file is no config, or a wrong one.
+            RefusedError: there is no such engine.
+        """
+        from moemerge.config.schema import load_config
+
+        loaded = load_config(self.config, allow_identical_experts=self.allow_identical_experts)
+        if self.engine is None:
+            return loaded
+        if canonical_engine(self.engine) not in ENGINES:
+            raise RefusedError(f"--for: {self.engine!r} is none of {', '.join(NAMES)}.")
+        return loaded.model_copy(update={"engine": canonical_engine(self.engine)})
+
+
+def plan_from(
+    console: "Console", asked: Asked, options: "PlanOptions", *, quiet: bool,
+    approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
 ) -> "MergePlan":  # fmt: skip
-    """The plan of a config file; says what the user should know.
-
-    `engine` goes before the config's, `family` is taken where the config names no architecture, whatever an engine that
-    it names makes of that; `to_gguf` prefers what llama.cpp reads.
-    """
-    from dataclasses import replace
-
-    from moemerge.config.schema import load_config
+    """The plan of a config file; says what the user should know."""
     from moemerge.families.selection import MOE_FAMILIES
     from moemerge.planning.planner import plan_merge
 
-    loaded = load_config(config, allow_identical_experts=allow_identical_experts)
-    if engine is not None:
-        if canonical_engine(engine) not in ENGINES:
-            raise RefusedError(f"--for: {engine!r} is none of {', '.join(NAMES)}.")
-        loaded = loaded.model_copy(update={"engine": canonical_engine(engine)})
-    asked = loaded.engine
-    if family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
-        loaded = loaded.model_copy(update={"architecture": family, "engine": None})
-    max_bytes = _shard_bytes(max_shard_size, out_shard_size, 4 if loaded.dtype == "float32" else 2)
+    loaded = asked.read()
+    planned = loaded
+    if asked.family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
+        planned = loaded.model_copy(update={"architecture": asked.family, "engine": None})
+    max_bytes = _shard_bytes(asked.max_shard_size, asked.out_shard_size, 4 if loaded.dtype == "float32" else 2)
     say = saying(console, quiet=quiet)
-    plan = plan_merge(
-        loaded, max_shard_bytes=max_bytes, target=target, routing_table=routing_table, needs_texts=needs_texts,
-        weights=weights, approve=approve, announce=say, prove=prove,
-        preferred="llamacpp" if to_gguf else None,
-    )  # fmt: skip
+    plan = plan_merge(planned, replace(options, max_shard_bytes=max_bytes), approve=approve, announce=say)
     for note in plan.notes:
         say(f"note: {note}")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow")
-    return (
-        plan if plan.config.engine == asked else replace(plan, config=plan.config.model_copy(update={"engine": asked}))
-    )
+    if plan.config.engine == loaded.engine:
+        return plan
+    return replace(plan, config=plan.config.model_copy(update={"engine": loaded.engine}))
 
 
 def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int) -> int:
@@ -70,7 +84,7 @@ def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int)
     """
     from moemerge.checkpoint.shards import parse_size
     from moemerge.cli.legacy import parse_parameter_count
-    from moemerge.planning.planner import DEFAULT_MAX_SHARD_BYTES
+    from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
 
     nbytes = DEFAULT_MAX_SHARD_BYTES
     if size is not None:

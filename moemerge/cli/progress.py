@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from moemerge.checkpoint.disk import shown_bytes as size
-from moemerge.merging.work import Progress as Report
-from moemerge.merging.work import Stage
+from moemerge.merging.options import Progress as Report
+from moemerge.merging.options import Stage
 
 _LINES: Final = 10
 

@@ -16,7 +16,8 @@ from moemerge.checks.inspection import Inspection
 from moemerge.checks.verification import Verification
 from moemerge.dtypes import BITS, HEADER_DTYPES
 from moemerge.engines import ENGINES
-from moemerge.planning.plan import Computed, MergePlan, Output
+from moemerge.planning.output import Computed, Output
+from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -33,7 +34,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
     return {
         "family": plan.family.model_type,
         "dtype": plan.dtype,
-        "gate_mode": plan.config.way,
+        "gate_mode": plan.config.method.name,
         "experts": len(plan.config.experts),
         "experts_per_token": plan.config.experts_per_token,
         "total_parameters": plan.total_parameters,
@@ -91,7 +92,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     free = shutil.disk_usage(Path.cwd()).free
     rows = {
         "output": f"{plan.family.architecture}, {plan.dtype}, {len(plan.config.experts)} experts, "
-        f"{plan.config.experts_per_token} per token, routers: {plan.config.way}",
+        f"{plan.config.experts_per_token} per token, routers: {plan.config.method.name}",
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
         "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s); {size(free)} free here",
         "engines": f"right in {', '.join(['transformers 5', *(ENGINES[engine] for engine in plan.right_in)])}",
@@ -114,7 +115,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     parts: dict[tuple[str, str], list[int]] = {}
     for output in plan.outputs.values():
         if isinstance(output.origin, Computed):
-            key = ("routers", f"gate_mode {plan.config.way}")
+            key = ("routers", f"gate_mode {plan.config.method.name}")
             parts.setdefault(key, []).append(math.prod(output.shape) * BITS[HEADER_DTYPES[plan.dtype]] // 8)
         for piece in output.pieces:
             origin = "constants"
@@ -131,7 +132,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
 def _told(source: TensorInfo, plan: MergePlan) -> str:
     """The model that a tensor is read from, or what is made of which."""
     if not isinstance(source.path, Derived):
-        return plan.references.get(next(leaves(source)).path, source.path.name)
+        return plan.origins.references.get(next(leaves(source)).path, source.path.name)
     made_of = source.path.inputs
     return f"{source.path.name} {_told(made_of[0], plan)}" if len(made_of) == 1 else source.path.name
 

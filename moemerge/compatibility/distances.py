@@ -13,7 +13,6 @@ from moemerge.checkpoint.derived import Derived, read_values
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.stored import is_rounded
-from moemerge.config.checks import READ_CHANGES
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.families.dense import DenseModel, Role
@@ -153,8 +152,8 @@ def distance_notes(
 def check_deltas(
     config: MergeConfig, base: ModelFolder, folders: Sequence[ModelFolder], distances: Mapping[str, Distance]
 ) -> list[str]:  # fmt: skip
-    """Why ways that read what fine-tuning changed in the experts' weights cannot read it, as far as rows tell."""
-    if config.way not in READ_CHANGES:
+    """Why methods that read what fine-tuning changed in the experts' weights cannot read it, as far as rows tell."""
+    if not config.method.reads_weights:
         return []
     problems = []
     for number, folder in enumerate(folders):
@@ -164,7 +163,7 @@ def check_deltas(
             layer, distance = next(iter(far.items()))
             problems.append(differs_too_much(number, layer, distance))
         elif folder.folder == base.folder and not folder.adapters:
-            problems.append(is_the_base(number, config.way))
+            problems.append(is_the_base(number, config.method.name))
     return problems
 
 
@@ -178,11 +177,11 @@ def differs_too_much(expert: int, layer: int, distance: float) -> str:
     )
 
 
-def is_the_base(expert: int, way: str) -> str:
+def is_the_base(expert: int, method: str) -> str:
     """What to tell of an expert that has no change."""
     return (
         f"experts[{expert}]: its FFNs are the base model's own, so its weights do not say what it is for, and "
-        f"gate_mode {way} reads nothing else. Give the experts prompts and choose gate_mode ridge"
+        f"gate_mode {method} reads nothing else. Give the experts prompts and choose gate_mode ridge"
     )
 
 

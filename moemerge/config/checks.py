@@ -4,20 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from moemerge.config.router_methods import AUTO, METHODS, SETTINGS, RouterMethod, canonical_gate_mode, choose_method
 from moemerge.config.yaml_text import Place
 
-# Names that mergekit-moe also takes; its average over positions is what `hidden` means here.
-_GATE_MODE_ALIASES: Final = {"hidden_avg": "hidden", "hidden_last": "hidden"}
-_READ_PROMPTS: Final = ("mergekit_hidden", "cheap_embed")
-_READ_PROMPTS_AND_TEXTS: Final = ("hidden", "ridge", "logistic")
-READ_CHANGES: Final = ("delta", "delta_bootstrap")
-"""Ways that make routers of what fine-tuning changed in the experts' weights."""
-_FITTED: Final = (*_READ_PROMPTS_AND_TEXTS, *READ_CHANGES)
-_USED_BY: Final = {
-    "lambda": ("ridge", "logistic", "delta_bootstrap"), "scale": _FITTED, "load_prior": _FITTED,
-    "calibration_texts": _FITTED,
-}  # fmt: skip
-"""Keys of `router`, each with the ways that use it."""
 # Of settings that are all there, as `model_dump` gives them, these say nothing.
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "router": {
@@ -26,14 +15,8 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     },
     "shared_weights": {"method": "base", "weights": None, "density": 0.5, "seed": 0},
 }  # fmt: skip
-_WITHOUT_LABELS: Final = ("auto", *READ_CHANGES)
 _MIN_EXPERTS: Final = 2
 _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
-
-
-def canonical_gate_mode(value: Any) -> Any:
-    """One name for each way of making routers."""
-    return _GATE_MODE_ALIASES.get(value, value) if isinstance(value, str) else value
 
 
 def listed(value: Any) -> Any:
@@ -69,19 +52,6 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
     return problems + _check_descriptions(document, experts)
 
 
-def choose_way(gate_mode: Any, *, described: bool, calibrated: bool) -> Any:
-    """How routers are made: `gate_mode`, or what `auto` finds to be the best that there is data for.
-
-    Args:
-        gate_mode: as the config says.
-        described: whether prompts or texts say of every expert what should be routed to it.
-        calibrated: whether there are calibration texts.
-    """
-    if gate_mode != "auto":
-        return gate_mode
-    return "ridge" if described else "delta_bootstrap" if calibrated else "delta"
-
-
 def _blank_prompts(key: str, experts: Any) -> list[tuple[Place, str]]:
     problems: list[tuple[Place, str]] = []
     for number, expert in enumerate(experts if isinstance(experts, list) else []):
@@ -108,57 +78,61 @@ def _lone_negatives(shared_experts: Any) -> list[tuple[Place, str]]:
 def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[str, Any]]) -> list[tuple[Place, str]]:
     settings = document.get("router")
     settings = settings if isinstance(settings, dict) else {}
-    gate_mode = canonical_gate_mode(document.get("gate_mode", "auto"))
+    gate_mode = canonical_gate_mode(document.get("gate_mode", AUTO))
     given = [{key: listed(expert.get(key)) for key in _KEYS} for expert in experts]
     described = [bool(keys["positive_prompts"] or keys["positive_texts"]) for keys in given]
-    way = choose_way(gate_mode, described=all(described), calibrated=bool(settings.get("calibration_texts")))
-    reads = (*_READ_PROMPTS, *_READ_PROMPTS_AND_TEXTS)
+    calibrated = bool(settings.get("calibration_texts"))
+    method = choose_method(gate_mode, described=all(described), calibrated=calibrated)
+    mode, prompts_alone = f"gate_mode {method.name}", method.reads_descriptions and "texts" not in method.reads
     any_described = any(described)
     problems: list[tuple[Place, str]] = []
     for number, (expert, keys) in enumerate(zip(experts, given, strict=True)):
         missing = ""
-        if way in _READ_PROMPTS and not keys["positive_prompts"]:
-            missing = f"gate_mode {way} needs positive_prompts: text that should be routed to this expert"
-        elif way in _READ_PROMPTS_AND_TEXTS and not described[number]:
-            missing = f"gate_mode {way} needs positive_prompts or positive_texts: what should be routed to this expert"
-        elif gate_mode == "auto" and any_described and not described[number]:
+        if prompts_alone and not keys["positive_prompts"]:
+            missing = f"{mode} needs positive_prompts: text that should be routed to this expert"
+        elif "texts" in method.reads and not described[number]:
+            missing = f"{mode} needs positive_prompts or positive_texts: what should be routed to this expert"
+        elif gate_mode == AUTO and any_described and not described[number]:
             missing = (
                 "has neither positive_prompts nor positive_texts, though others have: give it some, or none to any "
                 "expert, and the weights alone make the routers"
             )
-        elif way not in reads and gate_mode in _WITHOUT_LABELS and not described[number] and any(keys.values()):
+        elif method.reads_weights and not described[number] and any(keys.values()):
             missing = "negative text says what differs from positive text, but there is none"
         place: Place = ("experts", number)
         problems += [((*place, "positive_prompts") if "positive_prompts" in expert else place, missing)] * bool(missing)
-        if way in _READ_PROMPTS:
+        if prompts_alone:
             problems += [
-                ((*place[:2], key), f"gate_mode {way} reads prompts alone; ridge reads texts too")
+                ((*place[:2], key), f"{mode} reads prompts alone; ridge reads texts too")
                 for key in ("positive_texts", "negative_texts") if keys[key]
             ]  # fmt: skip
     contents = [{key: _in_order(value) for key, value in keys.items()} for keys in given]
-    if way in reads and len(contents) > 1 and described[0] and all(keys == contents[0] for keys in contents[1:]):
+    all_alike = len(contents) > 1 and described[0] and all(keys == contents[0] for keys in contents[1:])
+    if method.reads_descriptions and all_alike:
         problems.append((
             ("experts",),
             "all experts have the same prompts, so nothing tells the router which to choose. "
             "Give each expert prompts that only it should answer",
         ))  # fmt: skip
-    return problems + _check_settings(way, settings, len(experts)) + _check_shared(document, len(experts))
+    return problems + _check_settings(method, settings, len(experts)) + _check_shared(document, len(experts))
 
 
-def _check_settings(way: str, settings: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:
+def _check_settings(method: RouterMethod, settings: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:
     problems: list[tuple[Place, str]] = []
-    if way == "delta_bootstrap" and not settings.get("calibration_texts"):
+    if "unsorted texts" in method.reads and not settings.get("calibration_texts"):
         problems.append((
             ("gate_mode",),
-            "delta_bootstrap needs router.calibration_texts: files of text of all kinds that the experts are for",
+            f"{method.name} needs router.calibration_texts: files of text of all kinds that the experts are for",
         ))  # fmt: skip
-    for key, ways in _USED_BY.items():
-        if _is_set("router", settings, key) and way not in ways:
-            problems.append((("router", key), f"gate_mode {way} does not use it; {', '.join(ways)} do"))
-    if settings.get("calibration_texts") and way in _READ_PROMPTS_AND_TEXTS and not settings.get("load_prior"):
+    for key in SETTINGS:
+        if _is_set("router", settings, key) and key not in method.settings:
+            users = ", ".join(other.name for other in METHODS.values() if key in other.settings)
+            problems.append((("router", key), f"gate_mode {method.name} does not use it; {users} do"))
+    if settings.get("calibration_texts") and "texts" in method.reads and not settings.get("load_prior"):
         problems.append((
             ("router", "calibration_texts"),
-            f"gate_mode {way} uses them for a load_prior alone, which is missing; delta_bootstrap is made from them",
+            f"gate_mode {method.name} uses them for a load_prior alone, which is missing; "
+            "delta_bootstrap is made from them",
         ))  # fmt: skip
     prior = settings.get("load_prior")
     if isinstance(prior, list) and len(prior) != experts:

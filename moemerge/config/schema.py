@@ -20,10 +20,12 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
 )
+from pydantic_core import PydanticKnownError
 
-from moemerge.config.checks import canonical_gate_mode, choose_way, cross_check, listed
+from moemerge.config.checks import cross_check, listed
 from moemerge.config.layer_choice import LayerChoice, read_layers
 from moemerge.config.problems import MOST_EXPLAINED, SHORT_REPR, PlacedError, explain, repeated_keys
+from moemerge.config.router_methods import AUTO, RouterMethod, canonical_gate_mode, choose_method, gate_modes
 from moemerge.config.yaml_text import Place, YamlTextError, join_halves, read_yaml
 from moemerge.dtypes import DTYPE_ALIASES, DType
 from moemerge.engines import Engine, engine_of
@@ -33,11 +35,6 @@ CONFIG_COPY: Final = "moemerge_config.yaml"
 """What a merged model's folder calls the config that it was made from."""
 CARD: Final = "README.md"
 """What a merged model's folder calls the model card, as the Hub does."""
-RouterWay = Literal[
-    "hidden", "mergekit_hidden", "ridge", "logistic", "delta", "delta_bootstrap", "cheap_embed", "random",
-    "uniform_random",
-]  # fmt: skip
-GateMode = Literal["auto", RouterWay]
 _MOST_CHARACTERS: Final = 4_000_000
 _DEEPEST: Final = 50
 _LARGEST: Final = 10**300
@@ -49,6 +46,15 @@ def _canonical_dtype(value: Any) -> Any:
         if isinstance(value, str)
         else value
     )
+
+
+def _gate_mode_of(value: Any) -> str:
+    """A value that the table of methods has, as it is spelled there; refused as one that a `Literal` lacks."""
+    name, known = canonical_gate_mode(value), gate_modes()
+    if isinstance(name, str) and name in known:
+        return name
+    expected = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+    raise PydanticKnownError("literal_error", {"expected": expected})
 
 
 def _no_flag(value: Any) -> Any:
@@ -162,7 +168,8 @@ class MergeConfig(_Strict):
     base_model: Text
     """Where embeddings, attention, norms and the tokenizer come from."""
     experts: list[RoutedExpert]
-    gate_mode: Annotated[GateMode, BeforeValidator(canonical_gate_mode)] = "auto"
+    gate_mode: Annotated[str, BeforeValidator(_gate_mode_of)] = AUTO
+    """A method of `moemerge.config.router_methods`, or `auto`."""
     dtype: Annotated[DType | None, BeforeValidator(_canonical_dtype)] = None
     """Of the merged model; None keeps the base model's."""
     experts_per_token: int = Field(2, ge=1, strict=True)
@@ -230,22 +237,20 @@ class MergeConfig(_Strict):
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
     @property
-    def way(self) -> RouterWay:
-        """How its routers are made: `gate_mode`, or what `auto` finds to be the best that there is data for."""
-        way: RouterWay = choose_way(
-            self.gate_mode, described=self.has_descriptions, calibrated=bool(self.router.calibration_texts)
-        )
-        return way
+    def method(self) -> RouterMethod:
+        """How its routers are made: by `gate_mode`, or by what `auto` finds to be the best that there is data for."""
+        calibrated = bool(self.router.calibration_texts)
+        return choose_method(self.gate_mode, described=self.has_descriptions, calibrated=calibrated)
 
     @property
     def needs_pass(self) -> bool:
         """Whether its routers are made from what the base model computes of text."""
-        return self.way not in {"cheap_embed", "random", "uniform_random"}
+        return self.method.runs_base
 
     @property
     def reads_text(self) -> bool:
         """Whether its routers are made from text."""
-        return self.way not in {"random", "uniform_random"}
+        return self.method.reads_text
 
     @property
     def computes_shared_gate(self) -> bool:

@@ -16,6 +16,7 @@ from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError
 from moemerge.families.dense import decoded, read_dense
 from moemerge.families.family import SWITCHED_OFF, MoeFamily
+from moemerge.families.names import layer_prefix
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.passes.weights import read_into
 from moemerge.routers.report import expert_names
@@ -80,13 +81,13 @@ class MixtureModel:
 
     def router(self, layer: int) -> str:
         """Name of a layer's router tensor, of shape (expert, hidden)."""
-        return f"model.layers.{layer}.{self.family.router}"
+        return layer_prefix(layer) + self.family.router
 
     def absent(self, layer: int) -> list[int]:
         """Experts that a layer's selection bias switches off."""
         if not self.family.selection_bias:
             return []
-        bias = self.runnable.read(f"model.layers.{layer}.{self.family.selection_bias}").flatten()
+        bias = self.runnable.read(layer_prefix(layer) + self.family.selection_bias).flatten()
         return (bias < SWITCHED_OFF / 2).nonzero()[:, 0].tolist()
 
     def with_rows(self, name: str, rows: Callable[[int], torch.Tensor]) -> "MixtureModel":

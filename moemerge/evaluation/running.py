@@ -9,6 +9,7 @@ import torch
 
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel, Runnable
+from moemerge.families.names import layer_prefix
 from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, finish, group, run_layer
 from moemerge.passes.finite import not_finite_in, where_it_began
 from moemerge.passes.loading import cast, load_tensors
@@ -75,7 +76,7 @@ def run_model(
     for index in range(model.layers):
         _load(whole, model, model.names(index), device, dtype)
         layer = decoder.layers[index]
-        check_complete(layer, f"model.layers.{index}")
+        check_complete(layer, layer_prefix(index).removesuffix("."))
         router = None
         if mixture and mixture.router(index) in model.shapes:
             router = _Router(mixture, layer, index, model.read(mixture.router(index)).float())
@@ -129,7 +130,7 @@ class _Router:
         self._mixture, self._layer, self._index, self._rows = mixture, layer, index, rows
         self._absent = mixture.absent(index)
         bias = mixture.family.selection_bias
-        for name in (mixture.router(index), *([f"model.layers.{index}.{bias}"] if bias else [])):
+        for name in (mixture.router(index), *([layer_prefix(index) + bias] if bias else [])):
             if broken := not_finite_in(name, mixture.runnable.read(name)):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
         # Families differ in what they call it.

@@ -12,6 +12,7 @@ from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
 from moemerge.export.families import Config, GgufFamily, Names, Part
 from moemerge.export.keys import proportional_factors, rope_factors
 from moemerge.export.transposed import Transposed
+from moemerge.families.names import layer_prefix
 
 # What engines read in float32 alone, whatever the rest of the file is; so are vectors, and what is no weight.
 _ALWAYS_F32: Final = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight")
@@ -57,7 +58,7 @@ class Conversion:
         Raises:
             IncompatibleError: a tensor is missing, or would be dropped.
         """
-        layers = [(f"blk.{layer}.", f"model.layers.{layer}.") for layer in range(self.config["num_hidden_layers"])]
+        layers = [(f"blk.{layer}.", layer_prefix(layer)) for layer in range(self.config["num_hidden_layers"])]
         places = [("", "", self.family.whole), *((*place, self.family.layer) for place in layers)]
         found, used, missing = list(self._rope_freqs()), set[str](), list[str]()
         for place, prefix, names in places:

@@ -1,18 +1,21 @@
 """A merge whose output is one GGUF file: the plan's own stream, without a checkpoint in between."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band
+from moemerge.checkpoint.shards import Shard
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
 from moemerge.export.planned import Planned, waits
+from moemerge.export.tensors import GgufTensor
 from moemerge.export.writing import STAGED, Room, advising_types, check_file, check_room, staged_file
-from moemerge.merging.work import Progress, Tally, Work
+from moemerge.merging.options import MergeOptions, Progress
+from moemerge.merging.work import Tally, Work
 from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -25,14 +28,9 @@ _DESCRIBED: Final = "described"
 def merge_to_gguf(
     plan: MergePlan,
     file: Path | str,
+    options: MergeOptions = MergeOptions(),
     *,
     type: AskedType = "auto",  # noqa: A002  as the option is called
-    overwrite: bool = False,
-    low_memory: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    base_bits: Literal[4, 8] | None = None,
-    licence: str | None = None,
     llama_cpp: Path | None = None,
     room: Room = check_room,
     progress: Progress = lambda _stage, _done, _total: None,
@@ -46,13 +44,8 @@ def merge_to_gguf(
     Args:
         plan: from `plan_merge`.
         file: the file to write.
+        options: how it is done; nothing is kept for `resume`.
         type: what matrices are stored as; vectors, norms and routers are float32.
-        overwrite: replace a GGUF file of this name.
-        low_memory: see `merge`.
-        seed: see `merge`.
-        device: see `merge`.
-        base_bits: see `merge`.
-        licence: see `merge`.
         llama_cpp: a checkout of llama.cpp, whose converter reads a tokenizer that is not known here.
         room: asks for room on the disk.
         progress: called as the work goes on.
@@ -64,36 +57,39 @@ def merge_to_gguf(
     Raises:
         RefusedError: the family or its tokenizer is not written as a GGUF file, the file is there already, or is read;
             and see `merge`.
-        OutputError: see `merge`.
-        RouterError: see `merge`.
-        CheckpointError: see `merge`.
+        OutputError, RouterError, CheckpointError: see `merge`.
     """
     file = Path(file)
-    plan.check_sources("since the plan was made")
-    check_file(file, overwrite=overwrite, inputs=plan.inputs, sources=plan.folders)
+    plan.origins.check("since the plan was made")
+    check_file(file, overwrite=options.overwrite, inputs=plan.inputs, sources=plan.folders)
     model = GgufModel(plan.output_config, asked_type(type, {HEADER_DTYPES[plan.dtype]}), llama_cpp)
-    tensors = model.tensors(_table(plan, seed, {}))
+    tensors = model.tensors(_table(plan, options.seed, {}))
     room(file, tensors, plan.kept_bytes, plan.peak_memory_bytes)
-    work = Work(
-        plan, seed=seed, device=device, base_bits=base_bits, low_memory=low_memory, licence=licence, warn=warn,
-        to_folder=False,
-    )  # fmt: skip
-    with staged_file(file, overwrite=overwrite) as stage, work.sources_kept_in(stage):
+    work = Work(plan, options, warn, to_folder=False)
+    with staged_file(file, overwrite=options.overwrite) as stage, work.sources_kept_in(stage):
         described = stage / _DESCRIBED / file.stem
         described.mkdir(parents=True)
         work.describe(described)
         shard = model.lay_out(tensors, described, stage / STAGED)
-        tally = Tally(progress, [shard])
-        # What does not fit into the plan's own dtype is the config's to change.
-        advising = nullcontext() if HEADER_DTYPES[plan.dtype] == "F16" else advising_types()
-        with advising, work.writer(stage, [shard], tally) as writer:
-            ready = [tensor for tensor in tensors if not waits(tensor.bands)]
-            writer.add(padded_bands(ready))
-            routers = work.init_routers_beside(writer, tally)
-            complete = model.tensors(_table(plan, seed, work.router_bands(routers)))
-            names = {tensor.name for tensor in ready}
-            writer.add(padded_bands([tensor for tensor in complete if tensor.name not in names]))
-        plan.check_sources("while it was read")
+        report = _write(work, model, tensors, stage, shard=shard, tally=Tally(progress, [shard]))
+        plan.origins.check("while it was read")
+    return report
+
+
+def _write(
+    work: Work, model: GgufModel, tensors: Sequence[GgufTensor], stage: Path, *, shard: Shard, tally: Tally
+) -> "RoutingReport":  # fmt: skip
+    """Write what does not wait for routers while they are computed, then the rest."""
+    plan, options = work.plan, work.options
+    # What does not fit into the plan's own dtype is the config's to change.
+    advising = nullcontext() if HEADER_DTYPES[plan.dtype] == "F16" else advising_types()
+    with advising, work.writer(stage, [shard], tally) as writer:
+        ready = [tensor for tensor in tensors if not waits(tensor.bands)]
+        writer.add(padded_bands(ready))
+        routers = work.init_routers_beside(writer, tally)
+        complete = model.tensors(_table(plan, options.seed, work.router_bands(routers)))
+        names = {tensor.name for tensor in ready}
+        writer.add(padded_bands([tensor for tensor in complete if tensor.name not in names]))
     return routers.report
 
 

@@ -31,11 +31,11 @@ def check_output(plan: MergePlan, out: Path | str, *, overwrite: bool = False, m
 
 
 def check_streaming(plan: MergePlan, scratch: Path | str) -> None:
-    """Refuse a folder beside which `merge_to_hub` could not write two shards; nothing is left on the disk.
+    """Refuse a folder beside which a merge to the Hub could not write two shards; nothing is left on the disk.
 
     Raises:
-        RefusedError: see `merge_to_hub`.
-        OutputError: see `merge_to_hub`.
+        RefusedError: see `merge`.
+        OutputError: see `merge`.
     """
     scratch = Path(scratch)
     check_scratch(scratch, plan.folders)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from moemerge.checkpoint.copy import copy_file
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
@@ -17,6 +17,7 @@ from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import RefusedError
+from moemerge.merging.options import MergeOptions, Progress
 from moemerge.model_card.card import write_card, write_metadata_card
 from moemerge.model_card.metadata import licence_of
 from moemerge.planning.plan import MergePlan
@@ -28,33 +29,25 @@ if TYPE_CHECKING:
 
 # Of the stage: what is read from the Hub more than once.
 _SOURCES: Final = ".sources"
-Stage = Literal["routers", "weights"]
-Progress = Callable[[Stage, int, int], None]
-"""Called with the stage, what is done and all there is: layers for routers, bytes for weights.
-
-Weights are written while routers are computed: reports of the two stages alternate, from one thread at a time.
-"""
 
 
 class Work:
     """The parts of a merge."""
 
     def __init__(
-        self, plan: MergePlan, *, seed: int, device: str, base_bits: Literal[4, 8] | None, low_memory: bool,
-        licence: str | None, warn: Callable[[str], None], to_folder: bool = True,
-    ) -> None:  # fmt: skip
-        check_base_bits(base_bits)
-        if plan.runs_base and device not in {"auto", "cpu"}:
+        self, plan: MergePlan, options: MergeOptions, warn: Callable[[str], None], *, to_folder: bool = True
+    ) -> None:
+        check_base_bits(options.base_bits)
+        if plan.runs_base and options.device not in {"auto", "cpu"}:
             from moemerge.passes.device import find_device  # before anything is copied
 
-            find_device(device)
+            find_device(options.device)
         self._tokenizer = plan.tokenizer or prove_tokenizer(
             plan.base_files, plan.output_config, in_process=plan.runs_base
         )
         for note in self._tokenizer.notes if to_folder else self._tokenizer.doubts:
             warn(note)
-        self._plan, self._seed, self._device = plan, seed, device
-        self._base_bits, self._low_memory, self._licence = base_bits, low_memory, licence
+        self.plan, self.options = plan, options
 
     @property
     def made_bytes(self) -> int:
@@ -65,7 +58,8 @@ class Work:
     def sources_kept_in(self, folder: Path) -> Iterator[None]:
         """Have what is read more than once from other machines kept there, and remove it at the end."""
         shutil.rmtree(folder / _SOURCES, ignore_errors=True)  # of a run that was killed
-        self._plan.keep_reread(folder / _SOURCES)
+        for tensor in self.plan.origins.reread:
+            tensor.keep(folder / _SOURCES)
         try:
             yield
         finally:
@@ -80,23 +74,20 @@ class Work:
             folder,
             shards,
             tally.weights,
-            seed=self._seed,
+            seed=self.options.seed,
             kept=kept,
             completed=completed,
-            reserve=not self._plan.shared_bytes,
-            low_memory=self._low_memory,
-            threads=1 if self._low_memory else CONNECTIONS if self._plan.remote_bytes else MAX_THREADS,
+            reserve=not self.plan.shared_bytes,
+            low_memory=self.options.low_memory,
+            threads=1 if self.options.low_memory else CONNECTIONS if self.plan.remote_bytes else MAX_THREADS,
         )
 
     def init_routers(self, progress: Callable[[int, int], None]) -> Routers:
         """Compute them."""
-        plan = self._plan
+        options = self.options
         return init_routers(
-            plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-            mixture=plan.mixture, scoring=plan.family.scoring,
-            shared_gate=any(computed.kind == "shared gate" for computed in plan.computed.values()),
-            run_base=plan.runs_base, seed=self._seed, device=self._device, base_bits=self._base_bits,
-            low_memory=self._low_memory, progress=progress,
+            self.plan.router_request, seed=options.seed, device=options.device, base_bits=options.base_bits,
+            low_memory=options.low_memory, progress=progress,
         )  # fmt: skip
 
     def init_routers_beside(self, writer: ShardWriter, tally: "Tally") -> Routers:
@@ -111,14 +102,14 @@ class Work:
     def router_bands(self, routers: Routers) -> dict[str, tuple[Band, ...]]:
         """The tensors that were computed."""
         made = {"router": routers.rows, "shared gate": routers.shared_gates}
-        dtype = HEADER_DTYPES[self._plan.dtype]
+        dtype = HEADER_DTYPES[self.plan.dtype]
         return {
-            name: ((Piece(made[tensor.kind][tensor.layer], dtype),),) for name, tensor in self._plan.computed.items()
+            name: ((Piece(made[tensor.kind][tensor.layer], dtype),),) for name, tensor in self.plan.computed.items()
         }
 
     def write_base_files(self, folder: Path) -> None:
         """What is copied from the base beside its weights, and what is made of its tokenizer."""
-        for file_name, path in self._plan.copied_files.items():
+        for file_name, path in self.plan.copied_files.items():
             (folder / file_name).parent.mkdir(exist_ok=True)
             copy_file(path, folder / file_name)
         for file_name, content in self._tokenizer.files.items():
@@ -127,26 +118,26 @@ class Work:
     def write_other_files(self, folder: Path, name: str, report: "RoutingReport") -> None:
         """All but weights and `config.json`; `name` is the model's."""
         self.write_base_files(folder)
-        if (index := self._plan.index) is not None:
+        if (index := self.plan.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
-        (folder / CONFIG_COPY).write_text(self._plan.config.text, encoding="utf-8")
-        write_card(folder, name, self._plan, report, self._known_licence(), notes=self._tokenizer.notes)
+        (folder / CONFIG_COPY).write_text(self.plan.config.text, encoding="utf-8")
+        write_card(folder, name, self.plan, report, self._known_licence(), notes=self._tokenizer.notes)
 
     def describe(self, folder: Path) -> None:
         """All but weights and what is measured: enough to say what the model is."""
         self.write_base_files(folder)
-        write_metadata_card(folder, self._plan, self._known_licence())
+        write_metadata_card(folder, self.plan, self._known_licence())
         self.write_config(folder)
 
     def _known_licence(self) -> str | None:
-        licence = self._licence
+        licence = self.options.licence
         with suppress(RefusedError):  # only who publishes the model has to say
-            licence = licence or licence_of(self._plan.sources)
+            licence = licence or licence_of(self.plan.sources)
         return licence
 
     def write_config(self, folder: Path) -> None:
         """What makes a folder a model."""
-        (folder / "config.json").write_text(json.dumps(self._plan.output_config, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(self.plan.output_config, indent=2) + "\n", encoding="utf-8")
 
 
 class Tally:

@@ -90,7 +90,7 @@ def _facts(plan: MergePlan) -> list[str]:
         f"A {plan.family.model_type} of {len(config.experts)} experts{where}, {config.experts_per_token} per token, "
         f"made with moemerge: embeddings, attention and norms {_shared(plan)}, each expert's FFNs "
         f"{'with its own norms folded in, ' if config.fold_norms else ''}from its own model, "
-        f"routers from `gate_mode: {config.way}`.",
+        f"routers from `gate_mode: {config.method.name}`.",
         f"**{_millions(plan.total_parameters)} parameters, {_millions(plan.active_parameters)} active per token, "
         f"{plan.dtype}.**",
         *(

@@ -18,6 +18,7 @@ from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.families.dense import DenseModel
+from moemerge.families.names import layer_prefix
 
 Loaded = tuple[DenseModel, Mapping[str, TensorInfo]]
 """A model's config and its tensors."""
@@ -74,13 +75,13 @@ def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
             [f"fold_norms: in a {model.family.model_type} no norm comes before the FFN, so there is none to fold"],
         )
     own, given = (
-        read_values(tensors[f"model.layers.{layer}.{model.family.ffn_norm}"]) + np.float32(model.family.norm_offset)
+        read_values(tensors[f"{layer_prefix(layer)}{model.family.ffn_norm}"]) + np.float32(model.family.norm_offset)
         for model, tensors in (expert, base)
     )
     for (_, tensors), norm in ((expert, own), (base, given)):
         if not np.isfinite(norm).all():
             raise CheckpointError(
-                f"{first_not_finite([tensors[f'model.layers.{layer}.{model.family.ffn_norm}']])}, so no norm can be "
+                f"{first_not_finite([tensors[layer_prefix(layer) + str(model.family.ffn_norm)]])}, so no norm can be "
                 "folded. Download that file again."
             )
     changed = own != given
@@ -92,7 +93,7 @@ def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
 
 def _differs_behind(expert: Loaded, base: Loaded, layer: int) -> str | None:
     """A norm of the expert between its FFN and the residual stream that the shared weights have otherwise."""
-    name = f"model.layers.{layer}.post_feedforward_layernorm.weight"
+    name = layer_prefix(layer) + "post_feedforward_layernorm.weight"
     differs = name in expert[1] and not np.array_equal(read_values(expert[1][name]), read_values(base[1][name]))
     return name if differs else None
 
@@ -102,6 +103,6 @@ def _fold(
 ) -> Iterator[tuple[str, TensorInfo]]:
     told = hashlib.sha256(ratio.tobytes()).hexdigest()
     for name in {model.family.ffn[role].name for role in ("gate", "up")}:
-        tensor = tensors[f"model.layers.{layer}.{name}"]
+        tensor = tensors[layer_prefix(layer) + name]
         recipe = ScaledColumns(ratio)
         yield tensor.name, Derived("norms folded into", (tensor,), recipe, told, "F32").tensor(tensor.name)

@@ -7,7 +7,7 @@ from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.config.schema import MergeConfig
 from moemerge.families.family import MoeFamily
-from moemerge.planning.plan import Output
+from moemerge.planning.output import Output
 from moemerge.planning.shape import residual_scales
 
 # A factor by which usual weights of some hundredths come near the smallest that float16 has.
@@ -26,7 +26,7 @@ def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gat
         )
     if config.has_descriptions and not runs_base:
         notes.append(
-            f"the base model does not read the prompts for gate_mode {config.way}, so an expert that is never "
+            f"the base model does not read the prompts for gate_mode {config.method.name}, so an expert that is never "
             "chosen goes unnoticed; --routing-table has it read them"
         )
     if config.shared_experts and all(expert.residual_scale is None for expert in config.shared_experts):
@@ -40,7 +40,9 @@ def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gat
         if not (family.shared and family.shared.gate):
             notes.append(f"prompts of shared experts are not used: {family.model_type} has no gate for them")
         elif not config.computes_shared_gate:
-            notes.append(f"prompts of shared experts are not used: gate_mode {config.way} makes no gate from them")
+            notes.append(
+                f"prompts of shared experts are not used: gate_mode {config.method.name} makes no gate from them"
+            )
     return notes
 
 

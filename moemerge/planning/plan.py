@@ -2,121 +2,42 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint.derived import Derived, leaves
-from moemerge.checkpoint.files import File, Stamp, size_of, told_by
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
-from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
 from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
 from moemerge.engines import Engine
-from moemerge.errors import CheckpointError
 from moemerge.families.dense import DenseModel
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture import Mixture
+from moemerge.planning.estimates import peak_memory_bytes
+from moemerge.planning.inputs import Parts
+from moemerge.planning.layout import Layout
+from moemerge.planning.models import Models
+from moemerge.planning.origins import Origins, remote_bytes
+from moemerge.planning.output import Computed, Output
+from moemerge.planning.shape import Shape
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.planning.tokenizer_proof import ProvedTokenizer
+from moemerge.routers.request import RouterRequest
 from moemerge.sources.model_folder import ModelFolder
-from moemerge.sources.reference import Reference
 from moemerge.texts.documents import matching_files
 
-# What a stamp holds, in words.
-_STAMPED: Final = {
-    "size": "size", "modified": "time of writing", "changed": "time of a change of content, links or permissions",
-    "inode": "inode",
-}  # fmt: skip
-# Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
-# torch with transformers, and what the classes and threads of a pass add to it.
-_PROGRAM_BYTES: Final = 70_000_000
-_LIBRARIES_BYTES: Final = 300_000_000
-_PASS_BYTES: Final = 110_000_000
-# The Hub's client, at work in several threads.
-_HUB_BYTES: Final = 50_000_000
-# What loading a tokenizer takes for each byte of its tokenizer.json.
-_TOKENIZER_FACTOR: Final = 14
-# What a layer holds at a time for each of 1024 tokens: four rows of the FFN's width in float32.
-_STATES_BYTES: Final = 1024 * 4 * 4
+if TYPE_CHECKING:
+    from moemerge.checkpoint.files import File
 
 
 @dataclass(frozen=True)
-class Computed:
-    """A tensor that is made from prompts, or drawn, while the others are written."""
+class Remarks:
+    """What a plan says to the user beside what it decides."""
 
-    layer: int
-    kind: Literal["router", "shared gate"]
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor of the merged model."""
-
-    shape: tuple[int, ...]
-    origin: tuple[Band, ...] | Computed
-    """The pieces that it is made of, or what it is computed from later."""
-    is_expert: bool = False
-    """Whether it belongs to experts that are chosen between."""
-
-    @property
-    def bands(self) -> tuple[Band, ...]:
-        """What it is made of; nothing yet where it is computed."""
-        return () if isinstance(self.origin, Computed) else self.origin
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """The same, from left to right and from top to bottom."""
-        return [piece for band in self.bands for piece in band]
-
-    @property
-    def is_converted(self) -> bool:
-        """Whether any of its bytes are computed, or in another order than in the source."""
-        return any(not piece.is_unchanged for piece in self.pieces)
-
-    @property
-    def copied_from(self) -> TensorInfo | None:
-        """The one source whose bytes it holds as they are; None where it is made in another way."""
-        match self.pieces:
-            case [Piece(source=TensorInfo() as source, is_unchanged=True)]:
-                return source
-        return None
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """A merge, completely decided; nothing has been written yet."""
-
-    config: MergeConfig
-    family: MoeFamily
-    mixture: Mixture
-    base: DenseModel
-    base_folder: Path
-    base_tensors: dict[str, TensorInfo]
-    experts: tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]
-    """The models whose FFNs are chosen between, in the order of the config."""
-    sources: tuple[ModelFolder, ...]
-    """The base, then every expert, then every shared expert."""
-    stamps: Mapping[Path, Stamp]
-    """Of each local file that was read of the models, what told it from others when it was first read."""
-    references: Mapping[File, str]
-    """Of each file of weights, the model that it belongs to, as the config names it."""
-    reread: tuple[TensorInfo, ...]
-    """What is read more than once: for routers, for several tensors, or to find out how models are mixed."""
-    dtype: str
-    output_config: dict[str, Any]
-    """The merged model's `config.json`."""
-    outputs: dict[str, Output]
-    """Every tensor of the merged model, by name, in the order of the layers; routers last."""
-    shards: tuple[Shard, ...]
-    base_files: BaseFiles
-    """What is copied from the base model beside its weights."""
-    tokenizer: ProvedTokenizer | None
-    """The output's, where it was proved already."""
     notes: tuple[str, ...]
     """What the user should know."""
     warnings: tuple[str, ...]
@@ -124,20 +45,134 @@ class MergePlan:
     the base itself."""
     advice: tuple[str, ...]
     """What measured better than what the config asks for."""
-    family_notes: tuple[str, ...]
-    """Those of them that a user of the merged model should know too: what readers of its family, or of its
-    tokenizer, get wrong."""
-    right_in: tuple[Engine, ...]
-    """Engines that compute such a mixture as transformers 5 does, as measured."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge, completely decided; nothing has been written yet, and nothing of the plan changes any more."""
+
+    config: MergeConfig
+    models: Models
+    shape: Shape
+    """What the merged model is."""
+    parts: Parts
+    """What the base and each expert bring."""
+    dtype: str
+    outputs: Mapping[str, Output]
+    """Every tensor of the merged model, by name, in the order of the layers; routers last."""
+    layout: Layout
+    """Where each of them is written."""
+    origins: Origins
+    """The files that they come from."""
+    remarks: Remarks
     compared_bytes: int
     """Bytes of weights that the plan itself has read on other machines, to compare the experts with the base."""
-    shared_bytes: int
-    """Bytes of the output that take no room on the disk: its files share them with the sources'."""
-    runs_base: bool
-    """Whether the prompts pass through the base model: for the routers, or for the routing table."""
-    total_parameters: int
-    active_parameters: int
-    """Parameters that a token passes through."""
+
+    @property
+    def family(self) -> MoeFamily:
+        """The output's."""
+        return self.shape.family
+
+    @property
+    def mixture(self) -> Mixture:
+        """Its layers and experts."""
+        return self.shape.mixture
+
+    @property
+    def base(self) -> DenseModel:
+        """The model that gives all but the experts."""
+        return self.models.base.model
+
+    @property
+    def base_folder(self) -> Path:
+        """Where that model's small files are."""
+        return self.models.base.folder.folder
+
+    @property
+    def base_tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors, or what is made of all models' in their place."""
+        return self.parts.base
+
+    @property
+    def experts(self) -> tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]:
+        """The models whose FFNs are chosen between, in the order of the config."""
+        models = [member.model for member in self.models.experts]
+        return tuple(zip(models, self.parts.experts[: len(models)], strict=True))
+
+    @property
+    def sources(self) -> tuple[ModelFolder, ...]:
+        """The base, then every expert, then every shared expert."""
+        return self.models.sources
+
+    @property
+    def output_config(self) -> dict[str, Any]:
+        """The merged model's `config.json`."""
+        return self.family.config(self.base, self.mixture, self.dtype)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files of weights."""
+        return self.layout.shards
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the output that take no room on the disk: its files share them with the sources'."""
+        return self.layout.shared_bytes
+
+    @property
+    def base_files(self) -> BaseFiles:
+        """What is copied from the base model beside its weights."""
+        return self.shape.base_files
+
+    @property
+    def tokenizer(self) -> ProvedTokenizer | None:
+        """The output's, where it was proved already."""
+        return self.shape.tokenizer
+
+    @property
+    def runs_base(self) -> bool:
+        """Whether the prompts pass through the base model: for the routers, or for the routing table."""
+        return self.shape.runs_base
+
+    @property
+    def right_in(self) -> tuple[Engine, ...]:
+        """Engines that compute such a mixture as transformers 5 does, as measured."""
+        return self.shape.choice.right_in
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See `Remarks`."""
+        return self.remarks.notes
+
+    @property
+    def family_notes(self) -> tuple[str, ...]:
+        """Those of the notes that a user of the merged model should know too.
+
+        That is what readers of its family, or of its tokenizer, get wrong.
+        """
+        return (*self.base_files.reader_notes, *self.shape.choice.notes)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """See `Remarks`."""
+        return self.remarks.warnings
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """See `Remarks`."""
+        return self.remarks.advice
+
+    @property
+    def total_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(output.shape) for output in self.outputs.values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of them that a token passes through."""
+        in_experts = sum(math.prod(output.shape) for output in self.outputs.values() if output.is_expert)
+        experts, chosen = len(self.config.experts), self.config.experts_per_token
+        return self.total_parameters - in_experts * (experts - chosen) // experts
 
     @property
     def folders(self) -> list[Path]:
@@ -160,7 +195,9 @@ class MergePlan:
         experts = [*self.config.experts, *self.config.shared_experts]
         patterns = [text for expert in experts for text in (*expert.positive_texts, *expert.negative_texts)]
         files = [
-            path for path in (*self.stamps, *self.references, *self.copied_files.values()) if isinstance(path, Path)
+            path
+            for path in (*self.origins.stamps, *self.origins.references, *self.copied_files.values())
+            if isinstance(path, Path)
         ]
         config = [self.config.file] if self.config.file else []
         return [*config, *files, *matching_files([*patterns, *self.config.router.calibration_texts])]
@@ -178,6 +215,22 @@ class MergePlan:
         return {name: o.origin for name, o in self.outputs.items() if isinstance(o.origin, Computed)}
 
     @property
+    def router_request(self) -> RouterRequest:
+        """What its routers are to be made from."""
+        return RouterRequest(
+            config=self.config,
+            folder=self.base_folder,
+            base=self.base,
+            tensors=self.base_tensors,
+            experts=self.experts,
+            mixture=self.mixture,
+            scoring=self.family.scoring,
+            dtype=self.dtype,
+            shared_gate=any(computed.kind == "shared gate" for computed in self.computed.values()),
+            runs_base=self.runs_base,
+        )
+
+    @property
     def weight_bytes(self) -> int:
         """Size of all shards."""
         return sum(shard.nbytes for shard in self.shards)
@@ -190,23 +243,18 @@ class MergePlan:
     @property
     def remote_bytes(self) -> int:
         """Size of the files of weights that are on other machines."""
-        return sum(file.nbytes for file in self.references if not isinstance(file, Path))
+        return self.origins.remote_bytes
 
     @property
     def download_bytes(self) -> int:
         """Of them, the bytes that the merge reads."""
         pieces = [piece.source for output in self.outputs.values() for piece in output.pieces]
-        return _remote_bytes([*self.reread, *(piece for piece in pieces if isinstance(piece, TensorInfo))])
+        return remote_bytes([*self.origins.reread, *(piece for piece in pieces if isinstance(piece, TensorInfo))])
 
     @property
     def kept_bytes(self) -> int:
         """Of them, those that are kept on the disk until the end, for they are read more than once."""
-        return _remote_bytes(self.reread)
-
-    def keep_reread(self, folder: Path) -> None:
-        """Have what is read more than once from other machines kept in `folder`, for the merge to remove at the end."""
-        for tensor in self.reread:
-            tensor.keep(folder)
+        return self.origins.kept_bytes
 
     @property
     def output_bytes(self) -> int:
@@ -215,35 +263,8 @@ class MergePlan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Estimate of the resident memory: the libraries that are needed, one layer for the pass over the prompts."""
-        layer = sum(
-            4 * math.prod(tensor.shape)
-            for name, tensor in self.base_tensors.items()
-            if name.startswith("model.layers.0.")
-        )
-        reads_prompts = self.runs_base or self.config.reads_text
-        tokenizer = self.base_folder / "tokenizer.json"
-        tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-        imports_transformers = self.runs_base or bool(self.made_files) or (reads_prompts and not tokenizer_bytes)
-        return (
-            _PROGRAM_BYTES
-            + _HUB_BYTES * any(isinstance(source.origin, Reference) for source in self.sources)
-            + _LIBRARIES_BYTES * imports_transformers
-            + _TOKENIZER_FACTOR * tokenizer_bytes * (2 if self.made_files else reads_prompts)
-            + (_PASS_BYTES + layer + _STATES_BYTES * self.base.sizes["ffn"] + self._fit_bytes) * self.runs_base
-        )
-
-    @property
-    def _fit_bytes(self) -> int:
-        """What texts add to the pass: states and router inputs of their tokens, and what a closed form needs."""
-        config, hidden = self.config, self.base.sizes["hidden"]
-        described = [*config.experts, *config.shared_experts]
-        kinds = sum(bool(texts) for expert in described for texts in (expert.positive_texts, expert.negative_texts))
-        kinds += len(config.experts) if config.router.calibration_texts else 0
-        tokens = kinds * config.router.tokens_per_expert
-        # States, router inputs, those that rows are fitted to, a part of them; a matrix in float32 and two in float64.
-        solves = tokens or config.way == "logistic" or config.router.load_prior or self.family.scoring == "sigmoid"
-        return 4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0)
+        """Estimate of the resident memory."""
+        return peak_memory_bytes(self.config, self.models, self.shape, self.parts)
 
     @property
     def shards_without_routers(self) -> list[Shard]:
@@ -273,39 +294,13 @@ class MergePlan:
             "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
             "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
             "sources": {
-                str(path): self._told_by(path)
+                str(path): self.origins.told_by(path)
                 | {
                     "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
                 }
                 for path, tensors in used.items()
             },
         }
-
-    def _told_by(self, file: File) -> dict[str, Any]:
-        """What a change of a file would change: of a local one the stamp that it had when it was planned with."""
-        if isinstance(file, Path) and file in self.stamps:
-            return asdict(self.stamps[file])
-        return {"size": size_of(file), "identity": str(told_by(file))}
-
-    def check_sources(self, when: str) -> None:
-        """Make sure that every file that was read of the models is still the same.
-
-        Args:
-            when: since when it may have changed, for the message.
-
-        Raises:
-            CheckpointError: one is not; says what of it is another.
-        """
-        for path, seen in self.stamps.items():
-            try:
-                found = asdict(Stamp.of(path))
-            except OSError as error:
-                raise CheckpointError(f"{path}: is gone {when}. Put it back, and merge again.") from error
-            if changed := [_STAMPED[name] for name, value in asdict(seen).items() if found[name] != value]:
-                raise CheckpointError(
-                    f"{path}: was changed {when}: another {' and '.join(changed)}. The output would be of two models. "
-                    "Merge again."
-                )
 
     @property
     def index(self) -> str | None:
@@ -314,18 +309,3 @@ class MergePlan:
             return None
         weight_map = {name: shard.name for shard in self.shards for name in shard.starts}
         return build_index(weight_map, self.tensor_bytes)
-
-
-def _remote_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """Bytes of those tensors that are on other machines; what several have in common counts once."""
-    spans: dict[File, list[tuple[int, int]]] = {}
-    for leaf in chain.from_iterable(map(leaves, tensors)):
-        if not isinstance(leaf.path, Path):
-            spans.setdefault(leaf.path, []).append((leaf.start, leaf.start + leaf.nbytes))
-    total = 0
-    for found in spans.values():
-        done = 0
-        for start, end in sorted(found):
-            total += max(0, end - max(start, done))
-            done = max(done, end)
-    return total

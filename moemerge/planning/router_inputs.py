@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.config.checks import READ_CHANGES
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError
 from moemerge.families.dense import DenseModel
 from moemerge.families.mixture import Mixture
+from moemerge.families.names import layer_prefix
 from moemerge.texts.documents import find_files, read_documents
 
 
@@ -26,12 +26,12 @@ def _check_documents(patterns: Sequence[str], place: str) -> None:
 
 
 def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
-    """Ways that compare the experts' weights with the base's need FFNs of one width."""
-    if config.way not in READ_CHANGES:
+    """Methods that compare the experts' weights with the base's need FFNs of one width."""
+    if not config.method.reads_weights:
         return []
     return [
         f"experts[{number}]: its FFN has {model.sizes['ffn']} neurons, the base model's {base.sizes['ffn']}, so the "
-        f"weights cannot be compared as gate_mode {config.way} does: give the experts prompts, or choose random"
+        f"weights cannot be compared as gate_mode {config.method.name} does: give the experts prompts, or choose random"
         for number, model in enumerate(models)
         if model.sizes["ffn"] != base.sizes["ffn"]
     ]
@@ -39,7 +39,7 @@ def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseMo
 
 def base_ffn_layers(config: MergeConfig, mixture: Mixture, base: DenseModel, *, runs_base: bool) -> Sequence[int]:
     """Layers in which the base model has to have an FFN: those that stay dense, all where routers are made of it."""
-    return range(base.layers) if runs_base or config.way in READ_CHANGES else mixture.dense_layers
+    return range(base.layers) if runs_base or config.method.reads_weights else mixture.dense_layers
 
 
 def router_reads(
@@ -48,13 +48,13 @@ def router_reads(
 ) -> Iterator[TensorInfo]:  # fmt: skip
     """What of the models' weights is read to make the routers, most of it more than once."""
     last = max(mixture.moe_layers)
-    layers = [f"model.layers.{layer}." for layer in range(last + 1)] if runs_base else []
-    never_run = f"model.layers.{last}.{base.family.ffn_module}."
+    layers = [layer_prefix(layer) for layer in range(last + 1)] if runs_base else []
+    never_run = f"{layer_prefix(last)}{base.family.ffn_module}."
     for name, tensor in base_tensors.items():
-        is_embeddings = name == base.family.embeddings and (runs_base or config.way == "cheap_embed")
+        is_embeddings = name == base.family.embeddings and (runs_base or config.method.reads_embeddings)
         if is_embeddings or (name.startswith(tuple(layers)) and not name.startswith(never_run)):
             yield tensor
-    if config.way in READ_CHANGES:
+    if config.method.reads_weights:
         for model, tensors in [(base, base_tensors), *experts]:
             for layer in mixture.moe_layers:
                 yield model.projection(tensors, layer, "gate")

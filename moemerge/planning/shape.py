@@ -1,12 +1,72 @@
-"""What a config asks for in numbers: which expert in which layer, how wide, and how much each adds."""
+"""The second step of a plan: what mixture a config asks for, in which family, and with which tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from moemerge.config.layer_choice import LayerChoice, chosen_layers
 from moemerge.config.schema import Expert, MergeConfig
 from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DenseModel
+from moemerge.families.family import MoeFamily
 from moemerge.families.mixture import Mixture
+from moemerge.families.selection import Choice, select_family
+from moemerge.planning.models import Models, refuse
+from moemerge.planning.options import PlanOptions
+from moemerge.planning.router_inputs import check_texts, check_widths
+from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
+from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the merged model is, before any tensor was looked at."""
+
+    mixture: Mixture
+    choice: Choice
+    """Its family, with what there is to say of it."""
+    runs_base: bool
+    """Whether the prompts pass through the base model: for the routers, or for the routing table."""
+    base_files: BaseFiles
+    """What is copied from the base model beside its weights."""
+    tokenizer: ProvedTokenizer | None
+    """The output's, where it was proved already."""
+
+    @property
+    def family(self) -> MoeFamily:
+        """The output's."""
+        return self.choice.family
+
+
+def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce: Callable[[str], None]) -> Shape:
+    """Decide what the merged model is, from the models' configs and small files.
+
+    Raises:
+        IncompatibleError: no mixture, or no family, is what the config asks for; lists every reason.
+        RefusedError: texts are missing, or the output's tokenizer would give other ids.
+        SourceError: a small file cannot be reached.
+        CheckpointError: a small file is damaged.
+    """
+    base, routed = models.base.model, [member.model for member in models.experts]
+    runs_base = config.needs_pass or (options.routing_table and config.has_descriptions)
+    files = find_base_files(models.base.folder, announce, needed=runs_base or config.reads_text)
+    if options.needs_texts and (runs_base or config.reads_text):
+        check_texts(config)
+    refuse(check_widths(config, base, routed))
+    mixture = mixture_of(config, base, routed, [member.model for member in models.shared])
+    choice = select_family(base, mixture, config.architecture, config.engine, options.preferred)
+    refuse(_check_noise(config, choice.family))
+    tokenizer = None
+    if options.proves_tokenizer:
+        # The output's dtype may be known only later, and does not matter here.
+        output_config = choice.family.config(base, mixture, "bfloat16")
+        tokenizer = prove_tokenizer(files, output_config, in_process=runs_base)
+    return Shape(mixture, choice, runs_base, files, tokenizer)
+
+
+def _check_noise(config: MergeConfig, family: MoeFamily) -> list[str]:
+    if family.shared or not any(expert.noise_scale for expert in config.shared_experts):
+        return []
+    return [f"shared_experts[].noise_scale: {family.model_type} has copies of them, each would get other noise"]
 
 
 def mixture_of(
@@ -72,3 +132,8 @@ def residual_scales(config: MergeConfig, *, gated: bool) -> tuple[list[float], l
     left = 1 - sum(expert.residual_scale is None for expert in config.shared_experts) / parts
     left = 1.0 if gated else left
     return scales(config.experts, left), scales(config.shared_experts, 1 / parts)
+
+
+def computes_gate(config: MergeConfig, family: MoeFamily) -> bool:
+    """Whether the shared expert's gate is made from prompts."""
+    return bool(family.shared and family.shared.gate) and config.computes_shared_gate

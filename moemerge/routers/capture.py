@@ -15,11 +15,12 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.errors import RouterError
+from moemerge.families.names import layer_prefix
 from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, group, run_layer
 from moemerge.passes.finite import where_it_began
 from moemerge.passes.weights import read_ahead, read_into
+from moemerge.routers.base_pass import PassRequest, RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
-from moemerge.routers.request import RouterInputs, RouterRequest
 
 TOKENS_PER_BATCH: Final = 1024
 
@@ -28,7 +29,7 @@ class _EndOfPassError(Exception):
     """Raised inside the last layer once its router input is known."""
 
 
-def capture_router_inputs(request: RouterRequest) -> Iterator[RouterInputs]:
+def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
     """Router inputs of each layer with a router in turn, for the request's prompts.
 
     On a CPU the pass computes in float32, elsewhere in bfloat16. What a layer gives overwrites what the layer before
@@ -112,18 +113,18 @@ def _last_states(groups: Sequence[Sequence[EncodedPrompt]], batches: Sequence[Ba
     return torch.stack(found)
 
 
-def _stored(layer: Any, request: RouterRequest, index: int, *, skip_ffn: bool) -> dict[str, TensorInfo]:
+def _stored(layer: Any, request: PassRequest, index: int, *, skip_ffn: bool) -> dict[str, TensorInfo]:
     """Of a layer's tensors, by name within it, where they are stored; without the FFN's if it will not run."""
     ffn = request.base.family.ffn_module
     return {
-        name: request.tensors[f"model.layers.{index}.{name}"]
+        name: request.tensors[layer_prefix(index) + name]
         for name in layer.state_dict()
         if not (skip_ffn and name.startswith(f"{ffn}."))
     }
 
 
 def _place(  # noqa: PLR0917
-    layer: Any, name: str, tensor: TensorInfo, room: dict[str, torch.Tensor], request: RouterRequest,
+    layer: Any, name: str, tensor: TensorInfo, room: dict[str, torch.Tensor], request: PassRequest,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Read a tensor straight to its device, into the room that the layer before had for it."""

@@ -3,37 +3,39 @@
 Made without torch.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import numpy as np
 
-from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.values import look_at
-from moemerge.config.schema import MergeConfig
 from moemerge.errors import RouterError
-from moemerge.families.dense import DenseModel
 from moemerge.routers.prompts import encode_prompts
-from moemerge.routers.rows import Rows
+from moemerge.routers.request import RouterRequest
+from moemerge.routers.rows import Rows, contrast
 
 
-def mean_embeddings(
-    folder: Path, base: DenseModel, tensors: Mapping[str, TensorInfo], config: MergeConfig
-) -> tuple[Rows, Rows]:
-    """Mean embeddings (expert, hidden) of positive and of negative prompts; only the rows of their tokens are read.
-
-    Experts without negative prompts have NaN there.
+def cheap_embed_rows(request: RouterRequest, _seed: int) -> dict[int, Rows]:
+    """By layer rows (expert, hidden): contrast of mean embeddings of the prompts; zeros for absent experts.
 
     Raises:
         RouterError: the tokenizer, the prompts or the embeddings do not serve.
         CheckpointError: the embeddings have no row for a token.
     """
+    positive, negative = _mean_embeddings(request)
+    mixture, none = request.mixture, frozenset[int]()
+    return {layer: contrast(positive, negative, mixture.absent.get(layer, none)) for layer in mixture.moe_layers}
+
+
+def _mean_embeddings(request: RouterRequest) -> tuple[Rows, Rows]:
+    """Mean embeddings (expert, hidden) of positive and of negative prompts; only the rows of their tokens are read.
+
+    Experts without negative prompts have NaN there.
+    """
+    config, base = request.config, request.base
     prompts = encode_prompts(
-        folder, config, base.config["max_position_embeddings"], 0, special_tokens=False, prompts_only=True
+        request.folder, config, base.config["max_position_embeddings"], 0, special_tokens=False, prompts_only=True
     )
     ids = sorted({token for prompt in prompts for token in prompt.counted_ids})
-    embeddings = tensors[base.family.embeddings]
+    embeddings = request.tensors[base.family.embeddings]
     rows = read_rows(embeddings, ids)
     if not np.isfinite(rows).all():
         raise RouterError(

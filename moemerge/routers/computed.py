@@ -1,39 +1,24 @@
 """Routers, or a table of what they do, from one pass over the base model's layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 
-from moemerge.checkpoint.header import TensorInfo
-from moemerge.config.schema import MergeConfig, RouterWay
+from moemerge.config.router_methods import RouterMethod
 from moemerge.errors import RouterError
-from moemerge.families.dense import DenseModel
-from moemerge.families.family import Scoring
-from moemerge.families.mixture import Mixture
 from moemerge.passes.device import find_device, memory_watched
+from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.capture import capture_router_inputs
-from moemerge.routers.delta import Labeller, delta_rows
+from moemerge.routers.delta import Labeller
 from moemerge.routers.diagnostics import route_layer
-from moemerge.routers.hidden import hidden_rows, shared_gate_row
-from moemerge.routers.logistic import logistic_rows
-from moemerge.routers.mergekit_hidden import mergekit_hidden_rows
+from moemerge.routers.hidden import shared_gate_row
+from moemerge.routers.methods import rows_from_pass
 from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.report import LayerRouting
-from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
-from moemerge.routers.ridge import ridge_rows
+from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import Rows
-
-WAYS: Final[dict[RouterWay, Callable[[RouterInputs, RouterRequest], LayerRows]]] = {
-    "hidden": hidden_rows,
-    "mergekit_hidden": mergekit_hidden_rows,
-    "ridge": ridge_rows,
-    "logistic": logistic_rows,
-    "delta": delta_rows,
-    "delta_bootstrap": ridge_rows,  # of documents that the weights have labelled
-}
 
 
 @memory_watched(
@@ -41,41 +26,41 @@ WAYS: Final[dict[RouterWay, Callable[[RouterInputs, RouterRequest], LayerRows]]]
     "--device; gate_mode random without prompts needs no pass."
 )
 def compute_routers(
-    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, TensorInfo], dtype: str, *,
-    experts: Sequence[tuple[DenseModel, Mapping[str, TensorInfo]]], mixture: Mixture, scoring: Scoring,
-    shared_gate: bool, made: Mapping[int, Rows] | None, seed: int, device: str,
+    request: RouterRequest, made: Mapping[int, Rows] | None, *, seed: int, device: str,
     progress: Callable[[int, int], None], base_bits: Literal[4, 8] | None, low_memory: bool,
 ) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:  # fmt: skip
     """By layer the rows (expert, hidden) and gates (1, hidden) as they are stored, and what the rows do with prompts.
 
-    Rows that are already made are only routed by; None makes those of the config's way. See `init_routers`.
+    Rows that are already made are only routed by; None makes those of the config's method. See `init_routers`.
     """
-    prompts = encode_prompts(folder, config, base.config["max_position_embeddings"], seed, shared_gate=shared_gate)
-    request = RouterRequest(
-        base, tensors, mixture, scoring, prompts, find_device(device), config.router, tuple(experts),
-        entering=config.way == "mergekit_hidden", base_bits=base_bits, low_memory=low_memory,
+    config, base, method = request.config, request.base, request.config.method
+    context = base.config["max_position_embeddings"]
+    prompts = encode_prompts(request.folder, config, context, seed, shared_gate=request.shared_gate)
+    asked = PassRequest(
+        base, request.tensors, request.mixture, request.scoring, prompts, find_device(device), config.router,
+        request.experts, entering=method.like_mergekit, base_bits=base_bits, low_memory=low_memory,
     )  # fmt: skip
-    stored_dtype: torch.dtype = getattr(torch, dtype)
+    stored_dtype: torch.dtype = getattr(torch, request.dtype)
     layers, gates, routings = {}, {}, []
-    last = mixture.moe_layers[-1] + 1
-    passes, done = (2 if config.way == "delta_bootstrap" else 1), 0
-    if config.way == "delta_bootstrap":
-        request, done = _label_documents(request, lambda layer: progress(layer, passes * last)), last
-    for inputs in capture_router_inputs(request):
-        new = _rows(config.way, inputs, request) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
+    last = request.mixture.moe_layers[-1] + 1
+    passes, done = (2 if method.labels_texts else 1), 0
+    if method.labels_texts:
+        asked, done = _label_documents(asked, lambda layer: progress(layer, passes * last)), last
+    for inputs in capture_router_inputs(asked):
+        new = _rows(method, inputs, asked) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
         rows = new.rows.to(stored_dtype)
         layers[inputs.layer] = _bytes(rows)
-        if shared_gate:
+        if request.shared_gate:
             gates[inputs.layer] = _bytes(shared_gate_row(inputs).to(stored_dtype))
         if set(inputs.expert[inputs.routed].tolist()) == set(range(len(config.experts))):
-            routings.append(route_layer(rows.float(), inputs, request, new.held_out))
+            routings.append(route_layer(rows.float(), inputs, asked, new.held_out))
         progress(done + inputs.layer + 1, passes * last)
     return layers, gates, routings
 
 
-def _rows(way: RouterWay, inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+def _rows(method: RouterMethod, inputs: RouterInputs, request: PassRequest) -> LayerRows:
     try:
-        return WAYS[way](inputs, request)
+        return rows_from_pass(method)(inputs, request)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise RouterError(
             f"the router inputs of layer {inputs.layer} are too alike to be solved for with this router.lambda: "
@@ -83,7 +68,7 @@ def _rows(way: RouterWay, inputs: RouterInputs, request: RouterRequest) -> Layer
         ) from error
 
 
-def _label_documents(request: RouterRequest, progress: Callable[[int], None]) -> RouterRequest:
+def _label_documents(request: PassRequest, progress: Callable[[int], None]) -> PassRequest:
     """The request with each unsorted document given to the expert whose weights respond to it most."""
     unsorted = tuple(prompt for prompt in request.prompts if prompt.expert == UNSORTED)
     labeller = Labeller(request)

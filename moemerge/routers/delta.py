@@ -19,8 +19,8 @@ from moemerge.compatibility.distances import STRANGER, differs_too_much
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import RefusedError, RouterError
 from moemerge.passes.weights import read_into
+from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
-from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 from moemerge.routers.scaling import finish_rows
 from moemerge.routers.scoring import fit_scale
 
@@ -30,7 +30,7 @@ _SCORED_LAYERS: Final = 8
 _SCORED_TOKENS: Final = 32
 
 
-def delta_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+def delta_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
     """A layer's rows `u(D'D m)`: the slope of `|D z|^2` at the mean `m` of the router inputs of any text.
 
     The first singular vector has no sign of its own; this has, and it is the first step of a power iteration for that
@@ -44,7 +44,7 @@ def delta_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
     return LayerRows(finish_rows(rows, states, inputs, request))
 
 
-def _slope(expert: int, layer: int, mean: torch.Tensor, request: RouterRequest) -> torch.Tensor:
+def _slope(expert: int, layer: int, mean: torch.Tensor, request: PassRequest) -> torch.Tensor:
     """(hidden,) `D'D m` at length 1."""
     slope = torch.zeros_like(mean)
 
@@ -55,7 +55,7 @@ def _slope(expert: int, layer: int, mean: torch.Tensor, request: RouterRequest) 
     return torch.nn.functional.normalize(slope, dim=0)
 
 
-def _visit_changes(expert: int, layer: int, request: RouterRequest, visit: Callable[[torch.Tensor], None]) -> float:
+def _visit_changes(expert: int, layer: int, request: PassRequest, visit: Callable[[torch.Tensor], None]) -> float:
     """Call `visit` with some rows (row, hidden) of `D` after the other; gives `|D|^2`.
 
     Raises:
@@ -79,7 +79,7 @@ def _visit_changes(expert: int, layer: int, request: RouterRequest, visit: Calla
     return changed
 
 
-def _why_not_finite(expert: int, layer: int, request: RouterRequest) -> str:
+def _why_not_finite(expert: int, layer: int, request: PassRequest) -> str:
     for model, tensors in (request.experts[expert], (request.base, request.tensors)):
         # By name: a projection may be rows of a tensor.
         names = [model.projection(tensors, layer, role).name for role in ("gate", "up")]
@@ -91,7 +91,7 @@ def _why_not_finite(expert: int, layer: int, request: RouterRequest) -> str:
     )
 
 
-def _changes(expert: int, layer: int, request: RouterRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _changes(expert: int, layer: int, request: PassRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Some rows (row, hidden) at a time of the gate and up projections: expert minus base, and base; float32.
 
     As they were trained, without norms that are folded into them: a column behind a shared norm near zero would
@@ -122,7 +122,7 @@ class Labeller:
     The score of expert e is the sum over tokens and layers of `log(|D_e z|^2 / |D_e|^2)`.
     """
 
-    def __init__(self, request: RouterRequest) -> None:
+    def __init__(self, request: PassRequest) -> None:
         self._request = request
         layers = request.mixture.moe_layers
         self._layers = set(layers[:: max(len(layers) // _SCORED_LAYERS, 1)])

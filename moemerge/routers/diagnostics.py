@@ -4,13 +4,13 @@ import math
 
 import torch
 
+from moemerge.routers.base_pass import PassRequest, RouterInputs
 from moemerge.routers.report import LayerRouting
-from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.scoring import top_weights
 
 
 def route_layer(
-    rows: torch.Tensor, inputs: RouterInputs, request: RouterRequest, held_out: float | None = None
+    rows: torch.Tensor, inputs: RouterInputs, request: PassRequest, held_out: float | None = None
 ) -> LayerRouting:
     """Route one layer's inputs by router rows (expert, hidden)."""
     absent = request.absent(inputs.layer)

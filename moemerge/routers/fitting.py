@@ -1,4 +1,4 @@
-"""What ways that learn from labelled tokens share: targets and weights, held-out documents, scale."""
+"""What methods that learn from labelled tokens share: targets and weights, held-out documents, scale."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
+from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.scaling import calibrated_scale, finish_rows
 from moemerge.routers.scoring import fit_scale
 
@@ -42,7 +42,7 @@ class Labelled:
         return Labelled(self.states[chosen], self.targets[chosen], weights, self.regularisation)
 
 
-def fit_rows(inputs: RouterInputs, request: RouterRequest, solve: Callable[[Labelled], torch.Tensor]) -> LayerRows:
+def fit_rows(inputs: RouterInputs, request: PassRequest, solve: Callable[[Labelled], torch.Tensor]) -> LayerRows:
     """Rows that `solve` (labelled tokens -> (expert, hidden)) finds, at a scale that held-out documents ask for."""
     present = request.present(inputs.layer)
     data, right, folds = _label(inputs, request, present)
@@ -64,7 +64,7 @@ def fit_rows(inputs: RouterInputs, request: RouterRequest, solve: Callable[[Labe
 
 
 def _label(
-    inputs: RouterInputs, request: RouterRequest, present: list[int]
+    inputs: RouterInputs, request: PassRequest, present: list[int]
 ) -> tuple[Labelled, torch.Tensor, torch.Tensor]:
     """Tokens of present experts; of each its expert's place among them (-1 in negative text), and its fold.
 

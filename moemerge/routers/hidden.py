@@ -6,14 +6,14 @@ the state that enters the FFN.
 
 import torch
 
+from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import SHARED
-from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast, unit
 from moemerge.routers.scaling import finish_rows
 from moemerge.routers.scoring import fit_scale, nearest_scale
 
 
-def hidden_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+def hidden_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
     """A layer's rows: contrast of mean router inputs, scaled."""
     experts, present = range(len(request.mixture.expert_widths)), request.present(inputs.layer)
     made = contrast(

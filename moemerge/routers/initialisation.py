@@ -1,24 +1,18 @@
-"""How routers get their first weights: one file per way, one pass over the base model for all that need it."""
+"""How routers get their first weights: one file per method, one pass over the base model for all that need it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import float32_of, stored_bytes
-from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError, RouterError
-from moemerge.families.dense import DenseModel
-from moemerge.families.family import Scoring
-from moemerge.families.mixture import Mixture
-from moemerge.routers.cheap_embed import mean_embeddings
-from moemerge.routers.random import DRAWN
+from moemerge.routers.methods import rows_without_pass
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
-from moemerge.routers.rows import Rows, contrast, row_distances
+from moemerge.routers.request import RouterRequest
+from moemerge.routers.rows import row_distances
 
 __all__ = ["Routers", "check_base_bits", "init_routers"]
 
@@ -35,25 +29,14 @@ class Routers:
 
 
 def init_routers(
-    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, TensorInfo], dtype: str, *,
-    experts: Sequence[tuple[DenseModel, Mapping[str, TensorInfo]]], mixture: Mixture, scoring: Scoring,
-    shared_gate: bool, run_base: bool, seed: int, device: str, progress: Callable[[int, int], None],
+    request: RouterRequest, *, seed: int, device: str, progress: Callable[[int, int], None],
     base_bits: Literal[4, 8] | None = None, low_memory: bool = False,
 ) -> Routers:  # fmt: skip
     """Compute the routers of a merge and the table of what they do with its prompts.
 
     Args:
-        config: the merge.
-        folder: the base model's folder.
-        base: the base model's config.
-        tensors: the base model's tensors.
-        dtype: of the merged model; routers are judged as they will be stored.
-        experts: the models whose FFNs are chosen between, for ways that read their weights.
-        mixture: which layers have routers, and which experts take part in them.
-        scoring: how the output family's routers make weights of their logits.
-        shared_gate: whether the shared experts have a gate that is made from their prompts.
-        run_base: whether the base model reads the prompts, for the routers or for the table.
-        seed: of the random ways and of the choice of documents, where the config has none.
+        request: the mixture, and the models that its routers are made from.
+        seed: of random rows and of the choice of documents, where the config has none.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
         progress: called with the number of layers done and of those to do.
         base_bits: of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
@@ -62,19 +45,18 @@ def init_routers(
     Raises:
         RouterError: the tokenizer, the prompts or the device do not serve.
     """
+    config, mixture, dtype = request.config, request.mixture, request.dtype
     seed = seed if config.router.seed is None else config.router.seed
-    made = _made_without_pass(config, folder, base, tensors, mixture, seed)
+    made = None if config.method.runs_base else rows_without_pass(config.method)(request, seed)
     gates: dict[int, bytes] = {}
     routings: list[LayerRouting] = []
-    if made is None or run_base:
+    if made is None or request.runs_base:
         # Imports torch and transformers: seconds, and hundreds of megabytes.
         from moemerge.routers.computed import compute_routers
 
         layers, gates, routings = compute_routers(
-            config, folder, base, tensors, dtype, experts=experts, mixture=mixture, scoring=scoring,
-            shared_gate=shared_gate, made=made, seed=seed, device=device, progress=progress, base_bits=base_bits,
-            low_memory=low_memory,
-        )  # fmt: skip
+            request, made, seed=seed, device=device, progress=progress, base_bits=base_bits, low_memory=low_memory
+        )
     else:
         layers = {layer: stored_bytes(rows, dtype) for layer, rows in made.items()}
     stored, stored_gates = (float32_of(b"".join(made.values()), dtype) for made in (layers, gates))
@@ -89,23 +71,6 @@ def init_routers(
     )
     report = RoutingReport(names, config.experts_per_token, tuple(routings), distances)
     return Routers(layers, gates, report)
-
-
-def _made_without_pass(  # noqa: PLR0917
-    config: MergeConfig, folder: Path, base: DenseModel, tensors: dict[str, TensorInfo], mixture: Mixture, seed: int
-) -> dict[int, Rows] | None:
-    """By layer the rows (expert, hidden) of ways that need no pass, zeros for absent experts; None of those that do."""
-    if config.way in DRAWN:
-        # As for all layers and experts: which of them take part changes nothing in the others.
-        drawn = DRAWN[config.way]((base.layers, len(config.experts), base.config["hidden_size"]), seed)
-        for layer, absent in mixture.absent.items():
-            drawn[layer, sorted(absent)] = 0
-        return {layer: drawn[layer] for layer in mixture.moe_layers}
-    if config.way == "cheap_embed":
-        positive, negative = mean_embeddings(folder, base, tensors, config)
-        none: frozenset[int] = frozenset()
-        return {layer: contrast(positive, negative, mixture.absent.get(layer, none)) for layer in mixture.moe_layers}
-    return None
 
 
 def check_base_bits(bits: Literal[4, 8] | None) -> None:

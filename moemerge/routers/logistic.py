@@ -8,16 +8,16 @@ from typing import Final
 
 import torch
 
+from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.fitting import Labelled, fit_rows
 from moemerge.routers.regression import gram_of
-from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 
 # Stopped early: more steps sharpen what held-out documents do not bear out.
 _STEPS: Final = 20
 _BOUND: Final = 0.5
 
 
-def logistic_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+def logistic_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
     """A layer's rows, at the scale of held-out documents."""
     return fit_rows(inputs, request, solve)
 

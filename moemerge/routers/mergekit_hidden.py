@@ -6,10 +6,10 @@ centred nor scaled. https://github.com/arcee-ai/mergekit/blob/main/mergekit/moe/
 
 import torch
 
-from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
+from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 
 
-def mergekit_hidden_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+def mergekit_hidden_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
     """A layer's rows `u(mean over positive prompts - mean over negative ones)`; zeros for experts that are absent."""
     assert inputs.entering is not None  # noqa: S101  asked for by the request
     rows = torch.zeros(len(request.mixture.expert_widths), inputs.entering.shape[1])

@@ -16,7 +16,7 @@ UNSORTED: Final = -2
 """In place of an expert's number: text that is not sorted by expert."""
 # Longer ones would make of a given number of tokens fewer documents.
 _WINDOW: Final = 512
-# Where a way needs any text and the config has none.
+# Where a method needs any text and the config has none.
 _ANY_TEXT: Final = (
     "In the morning the train was late again, so Maria read the report that her colleague had sent: sales had grown "
     'by 12.5 % in the third quarter, mostly in the north. "What should we do about the rest?" she asked.',
@@ -70,7 +70,7 @@ def encode_prompts(
     file = folder / "tokenizer.json"
     if special_tokens or not file.is_file():
         # mergekit-moe writes the BOS before each prompt, whether the tokenizer adds one or not.
-        encode = by_transformers(folder, bos_as_text=config.way == "mergekit_hidden")
+        encode = by_transformers(folder, bos_as_text=config.method.like_mergekit)
     else:
         encode = by_tokenizers(file)
     named: list[tuple[str, int, Expert]] = [(f"experts[{e}]", e, expert) for e, expert in enumerate(config.experts)]
@@ -90,7 +90,7 @@ def encode_prompts(
         encoded += reader.texts(
             config.router.calibration_texts, "router.calibration_texts", UNSORTED, positive=True, tokens=tokens
         )
-    if config.way == "delta" and all(prompt.expert == SHARED for prompt in encoded):
+    if config.method.runs_base and all(prompt.expert == SHARED for prompt in encoded):
         encoded += reader.documents(_ANY_TEXT, UNSORTED, True, config.router.tokens_per_expert)
     return tuple(encoded)
 

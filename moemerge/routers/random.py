@@ -5,27 +5,39 @@ A router input is a normed state of length about sqrt(hidden). Rows with element
 """
 
 import math
-from collections.abc import Callable
-from typing import Final
 
 import numpy as np
 
-from moemerge.config.schema import RouterWay
+from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import Rows
 
 
-def normal_rows(shape: tuple[int, int, int], seed: int) -> Rows:
-    """Rows (layer, expert, hidden) from N(0, 1/hidden), seeded."""
-    return np.random.default_rng(seed).standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[-1]))
+def normal_rows(request: RouterRequest, seed: int) -> dict[int, Rows]:
+    """By layer rows (expert, hidden) from N(0, 1/hidden), seeded; zeros for absent experts."""
+    shape = _shape(request)
+    return _placed(np.random.default_rng(seed).standard_normal(shape, np.float32) / _root(shape), request)
 
 
-def uniform_rows(shape: tuple[int, int, int], seed: int) -> Rows:
-    """Rows (layer, expert, hidden) from U(-1/sqrt(hidden), 1/sqrt(hidden)), as `torch.nn.Linear` starts, seeded."""
-    rows = np.random.default_rng(seed).random(shape, np.float32) * 2 - 1
-    return rows / np.float32(math.sqrt(shape[-1]))
+def uniform_rows(request: RouterRequest, seed: int) -> dict[int, Rows]:
+    """By layer rows (expert, hidden) from U(-1/sqrt(hidden), 1/sqrt(hidden)), as `torch.nn.Linear` starts, seeded.
+
+    Zeros for absent experts.
+    """
+    shape = _shape(request)
+    return _placed((np.random.default_rng(seed).random(shape, np.float32) * 2 - 1) / _root(shape), request)
 
 
-DRAWN: Final[dict[RouterWay, Callable[[tuple[int, int, int], int], Rows]]] = {
-    "random": normal_rows,
-    "uniform_random": uniform_rows,
-}
+def _shape(request: RouterRequest) -> tuple[int, int, int]:
+    """Of all layers and experts: which of them take part changes nothing in the others."""
+    return request.base.layers, len(request.config.experts), request.base.config["hidden_size"]
+
+
+def _root(shape: tuple[int, int, int]) -> np.float32:
+    return np.float32(math.sqrt(shape[-1]))
+
+
+def _placed(drawn: Rows, request: RouterRequest) -> dict[int, Rows]:
+    """By layer with a router its rows out of all (layer, expert, hidden)."""
+    for layer, absent in request.mixture.absent.items():
+        drawn[layer, sorted(absent)] = 0
+    return {layer: drawn[layer] for layer in request.mixture.moe_layers}

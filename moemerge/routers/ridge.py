@@ -6,12 +6,12 @@ absolute lambda.
 
 import torch
 
+from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.fitting import Labelled, fit_rows
 from moemerge.routers.regression import regress
-from moemerge.routers.request import LayerRows, RouterInputs, RouterRequest
 
 
-def ridge_rows(inputs: RouterInputs, request: RouterRequest) -> LayerRows:
+def ridge_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
     """A layer's rows: `(G + lambda tr(G)/d I)^-1 Z' D (Y - 1/N)`, at the scale of held-out documents."""
     return fit_rows(inputs, request, solve)
 

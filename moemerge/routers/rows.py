@@ -1,4 +1,4 @@
-"""Arithmetic on router rows that more than one way of making them needs, without torch."""
+"""Arithmetic on router rows that more than one method needs, without torch."""
 
 from collections.abc import Sequence
 from itertools import combinations

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from moemerge.routers.request import RouterInputs, RouterRequest
+from moemerge.routers.base_pass import PassRequest, RouterInputs
 from moemerge.routers.scoring import even_direction, fit_scale, lowering
 
 # On text that tells experts apart without fault, no scale would be sharp enough; and a router that is certain of
@@ -38,7 +38,7 @@ def calibrated_scale(
     return min(low, fit_scale(rows, states, 2, _SHARPEST))
 
 
-def finish_rows(rows: torch.Tensor, states: torch.Tensor, inputs: RouterInputs, request: RouterRequest) -> torch.Tensor:
+def finish_rows(rows: torch.Tensor, states: torch.Tensor, inputs: RouterInputs, request: PassRequest) -> torch.Tensor:
     """Rows (expert, hidden) as they are stored, from scaled rows of the experts that are there, centred.
 
     Args:
@@ -61,7 +61,7 @@ def finish_rows(rows: torch.Tensor, states: torch.Tensor, inputs: RouterInputs, 
     return placed
 
 
-def _with_prior(rows: torch.Tensor, states: torch.Tensor, request: RouterRequest, present: list[int]) -> torch.Tensor:
+def _with_prior(rows: torch.Tensor, states: torch.Tensor, request: PassRequest, present: list[int]) -> torch.Tensor:
     """Rows with which experts take their shares of the states: a bias for each, along an even direction."""
     wanted = torch.tensor([request.settings.load_prior[expert] for expert in present])  # type: ignore[index]
     wanted /= wanted.sum()

@@ -23,6 +23,7 @@ from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.evaluation.running import check_complete
 from moemerge.families.dense import DENSE_FAMILIES
+from moemerge.families.names import layer_prefix
 from moemerge.passes.decoder import empty_model, group
 from moemerge.passes.loading import cast, load_tensors
 from moemerge.passes.tokens import count_scored
@@ -220,9 +221,9 @@ def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.
     ffns = {layer: model.model.layers[layer].get_submodule(module) for layer in layers}
 
     def load(layer: int) -> None:
-        names = [name for name in expert.names(layer) if name.startswith(f"model.layers.{layer}.{module}.")]
+        names = [name for name in expert.names(layer) if name.startswith(f"{layer_prefix(layer)}{module}.")]
         load_tensors(model, {name: cast(expert.read(name), dtype) for name in names}, device)
-        check_complete(ffns[layer], f"model.layers.{layer}.{module}")
+        check_complete(ffns[layer], layer_prefix(layer) + module)
         ffns[layer].requires_grad_(requires_grad=False)
 
     for layer, ffn in ffns.items():

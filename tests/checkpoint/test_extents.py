@@ -13,6 +13,7 @@ from moemerge.checkpoint.extents import BLOCK_BYTES, layout_to_share, shared_byt
 from moemerge.checkpoint.header import read_header
 from moemerge.checkpoint.shards import TensorSpec
 from moemerge.checks.verification import verify_merge
+from moemerge.planning.options import PlanOptions
 from tests.support.models import make_model, write_config
 
 
@@ -85,7 +86,7 @@ def test_on_such_a_file_system_a_merge_takes_no_room(disk, small):
     ]
     path = write_config(disk / "merge.yaml", folders[0], folders[1:], prompts=False)
     out = disk / "out"
-    plan = plan_merge(load_config(path), target=out)
+    plan = plan_merge(load_config(path), PlanOptions(target=out))
     assert plan.shared_bytes > 0.95 * plan.tensor_bytes
     os.sync()
     before = os.statvfs(disk)
@@ -95,15 +96,18 @@ def test_on_such_a_file_system_a_merge_takes_no_room(disk, small):
     taken = (before.f_bfree - after.f_bfree) * before.f_frsize
     assert taken < plan.tensor_bytes - plan.shared_bytes + 2**21
     assert verify_merge(plan, out).differences == ()
-    elsewhere = plan_merge(load_config(path), target=disk.parent / "out")
+    elsewhere = plan_merge(load_config(path), PlanOptions(target=disk.parent / "out"))
     assert elsewhere.shared_bytes == 0
 
 
 def test_where_nothing_is_shared_the_layout_is_the_usual_one(tmp_path, llamas):
     path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], prompts=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moemerge.planning.planner.shares_extents", lambda _source, _folder: False)
-        assert plan_merge(load_config(path), target=tmp_path / "out").shards == plan_merge(load_config(path)).shards
+        patch.setattr("moemerge.planning.layout.shares_extents", lambda _source, _folder: False)
+        assert (
+            plan_merge(load_config(path), PlanOptions(target=tmp_path / "out")).shards
+            == plan_merge(load_config(path)).shards
+        )
 
 
 def test_the_trial_leaves_nothing(tmp_path):
@@ -116,8 +120,8 @@ def test_the_trial_leaves_nothing(tmp_path):
 def test_a_header_may_place_its_data_anywhere_in_a_block(tmp_path, small, llamas):
     path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], prompts=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moemerge.planning.planner.shares_extents", lambda _source, _folder: True)
-        plan = plan_merge(load_config(path), target=tmp_path / "out")
+        patch.setattr("moemerge.planning.layout.shares_extents", lambda _source, _folder: True)
+        plan = plan_merge(load_config(path), PlanOptions(target=tmp_path / "out"))
     assert plan.shared_bytes > 0
     merge(plan, tmp_path / "out")
     for shard in plan.shards:

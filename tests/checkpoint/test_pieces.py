@@ -23,7 +23,7 @@ from moemerge.checkpoint.shards import TensorSpec, layout_shards
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError
-from moemerge.planning.plan import Computed, Output
+from moemerge.planning.output import Computed, Output
 
 DTYPES = {stored: getattr(torch, name) for stored, name in CONFIG_DTYPES.items()}
 

@@ -16,6 +16,7 @@ from moemerge.checks.verification import verify_merge
 from moemerge.cli import main
 from moemerge.errors import RefusedError
 from moemerge.families.selection import MOE_FAMILIES
+from moemerge.planning.options import PlanOptions
 from tests.support.families import DENSE
 from tests.support.models import edit_json, load, logits, make_model, tokenizer, write_config
 
@@ -152,7 +153,7 @@ def test_an_expert_that_is_not_there_is_refused(tmp_path, mixtral):
 def test_an_index_of_shards_that_are_gone_is_removed(tmp_path, llamas):
     """As vLLM loads the files that an index names, and no others."""
     path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False)
-    merge(plan_merge(load_config(path), max_shard_bytes=60_000), tmp_path / "out")
+    merge(plan_merge(load_config(path), PlanOptions(max_shard_bytes=60_000)), tmp_path / "out")
     model = load(tmp_path / "out")
     model.save_pretrained(tmp_path / "out")
     index = tmp_path / "out" / "model.safetensors.index.json"
@@ -166,7 +167,7 @@ def test_an_index_of_shards_that_are_gone_is_removed(tmp_path, llamas):
 
 def test_an_index_whose_shards_are_there_stays(tmp_path, llamas):
     path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False)
-    merge(plan_merge(load_config(path), max_shard_bytes=60_000), tmp_path / "out")
+    merge(plan_merge(load_config(path), PlanOptions(max_shard_bytes=60_000)), tmp_path / "out")
     assert repair(tmp_path / "out") == []
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 

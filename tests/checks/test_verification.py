@@ -21,6 +21,8 @@ from moemerge.checks.verification import Difference, verify_merge
 from moemerge.cli import main
 from moemerge.cli.render import plan_facts
 from moemerge.errors import CheckpointError
+from moemerge.merging.options import MergeOptions
+from moemerge.planning.options import PlanOptions
 from tests.cli.test_cli import NO_TORCH, hashes, run
 from tests.support.models import make_model, write_config
 
@@ -126,7 +128,7 @@ def test_an_engine_that_the_config_names_has_to_read_what_is_there(tmp_path, mon
 
 
 def test_shards_do_not_matter(tmp_path, plan):
-    small = plan_merge(plan.config, max_shard_bytes=30_000)
+    small = plan_merge(plan.config, PlanOptions(max_shard_bytes=30_000))
     merge(small, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert verify_merge(plan, tmp_path / "out").differences == ()
@@ -135,7 +137,7 @@ def test_shards_do_not_matter(tmp_path, plan):
 def test_noise_and_scales_are_computed_again_with_the_seed(tmp_path, llamas):
     changes = [{"noise_scale": 0.5}, {"residual_scale": 0.25}, {"noise_scale": 0.5, "residual_scale": 2.0}]
     plan = planned(tmp_path / "merge.yaml", llamas, *changes, dtype="bfloat16")
-    merge(plan, tmp_path / "out", seed=3)
+    merge(plan, tmp_path / "out", MergeOptions(seed=3))
     assert differences(plan, tmp_path / "out", seed=3) == []
     found = {difference.what: difference for difference in differences(plan, tmp_path / "out", seed=4)}
     assert set(found) == {
@@ -211,7 +213,7 @@ def pieced(plan) -> MergePlan:
 
 
 def test_tensors_of_several_pieces_are_compared_piece_by_piece(tmp_path, pieced):
-    merge(pieced, tmp_path / "out", seed=5)
+    merge(pieced, tmp_path / "out", MergeOptions(seed=5))
     found = verify_merge(pieced, tmp_path / "out", seed=5)
     assert (found.copied, found.converted, found.differences) == (46, 2, ())
     stored = load_file(tmp_path / "out" / WEIGHTS)
@@ -504,7 +506,7 @@ def test_copied_files_that_changed_are_found(plan, out):
 
 
 def test_an_index_that_is_absent_is_found(tmp_path, plan):
-    merge(plan_merge(plan.config, max_shard_bytes=50_000), tmp_path / "out")
+    merge(plan_merge(plan.config, PlanOptions(max_shard_bytes=50_000)), tmp_path / "out")
     (tmp_path / "out" / INDEX).unlink()
     count = len(list((tmp_path / "out").glob("*.safetensors")))
     assert verify_merge(plan, tmp_path / "out").differences == (
@@ -514,7 +516,7 @@ def test_an_index_that_is_absent_is_found(tmp_path, plan):
 
 def test_an_index_that_disagrees_is_found(tmp_path, plan):
     out = tmp_path / "out"
-    merge(plan_merge(plan.config, max_shard_bytes=30_000), out)
+    merge(plan_merge(plan.config, PlanOptions(max_shard_bytes=30_000)), out)
     index = json.loads((out / INDEX).read_text())
     total = index["metadata"]["total_size"]
     edit_keys(out / INDEX, metadata={"total_size": total + 1})
@@ -656,7 +658,7 @@ def test_the_command_shows_what_differs(tmp_path, plan, out, llamas):
 
 def test_the_seed_of_the_command_is_that_of_the_noise(tmp_path, llamas):
     plan = planned(tmp_path / "merge.yaml", llamas, *[{"noise_scale": 0.1}] * 3)
-    merge(plan, tmp_path / "out", seed=5)
+    merge(plan, tmp_path / "out", MergeOptions(seed=5))
     command = ("verify", tmp_path / "out", "--against", tmp_path / "merge.yaml", "--json")
     assert run(*command, "--seed", 5).returncode == 0
     result = run(*command)

@@ -63,7 +63,7 @@ DATA = "base_model: base\nexperts: [{source_model: a%s}, {source_model: b%s}]\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "way"),
+    ("text", "method"),
     [
         (PLAIN, "ridge"),
         (DATA % (", positive_texts: a.txt", ", positive_prompts: b"), "ridge"),
@@ -72,8 +72,8 @@ DATA = "base_model: base\nexperts: [{source_model: a%s}, {source_model: b%s}]\n"
         (PLAIN + "gate_mode: hidden\n", "hidden"),
     ],
 )
-def test_auto_takes_the_best_way_that_there_is_data_for(text, way):
-    assert parse_config(text).way == way
+def test_auto_takes_the_best_method_that_there_is_data_for(text, method):
+    assert parse_config(text).method.name == method
 
 
 def test_an_expert_that_nothing_is_said_of_beside_others_is_named():

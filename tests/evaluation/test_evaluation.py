@@ -24,6 +24,7 @@ from moemerge.evaluation.runnable import average, forced, open_dense, open_mixtu
 from moemerge.evaluation.running import run_model
 from moemerge.families.dense import read_dense
 from moemerge.families.selection import MOE_FAMILIES
+from moemerge.merging.options import MergeOptions
 from moemerge.passes import decoder
 from moemerge.passes.tokens import Window
 from tests.passes.test_passes import IS_V4, change_buffers, in_words_of_4, is_known
@@ -59,7 +60,7 @@ def merged(root: Path, folders: list[Path], **keys) -> Path:
         "experts": [{"source_model": str(folder)} for folder in folders[1:]], **keys,
     }  # fmt: skip
     plan = plan_merge(parse_config(json.dumps(document)))
-    merge(plan, root / "out", seed=3)
+    merge(plan, root / "out", MergeOptions(seed=3))
     return root / "out"
 
 
@@ -115,7 +116,7 @@ def test_choices_are_those_of_the_model(tmp_path, model_type, keys):
     if not is_known(plan.family.model_type):
         pytest.skip(f"transformers {transformers.__version__} does not know {plan.family.model_type}")
     out = tmp_path / "out"
-    merge(plan, out, seed=3)
+    merge(plan, out, MergeOptions(seed=3))
     mixture, seen = open_mixture(out), []
     run_model(mixture.runnable, windows(), CPU, mixture=mixture, chosen=seen.append)
     model = reference(plan, out)

@@ -45,6 +45,7 @@ from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
 from moemerge.export.writing import check_file, write_gguf
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.merging.gguf import merge_to_gguf
+from moemerge.merging.options import MergeOptions
 from moemerge.planning.tokenizer_proof import ProvedTokenizer
 from tests.passes.test_passes import is_known
 from tests.support.families import GEMMA4, HYBRID, MIXED
@@ -172,7 +173,7 @@ def test_without_a_type_a_file_has_the_checkpoints_16_bit_floats(tmp_path, llama
     config = write_config(tmp_path / "a.yaml", llamas[0], llamas[1:3], prompts=False, dtype=dtype)
     merge(plan_merge(load_config(config)), tmp_path / "a")
     write_gguf(tmp_path / "a", tmp_path / "b.gguf")
-    merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf", low_memory=True)
+    merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf", MergeOptions(low_memory=True))
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert tensors["output.weight"].tensor_type.name == kind
@@ -606,9 +607,9 @@ def test_what_a_family_has_no_tensors_for_is_said_in_words(tmp_path, what):
 
 def test_what_is_said_of_a_tokenizers_files_is_said_of_folders_alone(tmp_path, config):
     said: list[str] = []
-    plan = replace(
-        plan_merge(load_config(config)), tokenizer=ProvedTokenizer({}, ("a doubt", "of a file"), ("a doubt",))
-    )
+    plan = plan_merge(load_config(config))
+    doubted = ProvedTokenizer({}, ("a doubt", "of a file"), ("a doubt",))
+    plan = replace(plan, shape=replace(plan.shape, tokenizer=doubted))
     merge_to_gguf(plan, tmp_path / "a.gguf", warn=said.append)
     assert said == ["a doubt"]
 
@@ -685,7 +686,7 @@ def test_an_interrupt_leaves_the_old_file(tmp_path, out, config):
 
     for work in (
         lambda: write_gguf(out, file, overwrite=True, type="f32", progress=interrupt),
-        lambda: merge_to_gguf(plan_merge(load_config(config)), file, overwrite=True, progress=interrupt),
+        lambda: merge_to_gguf(plan_merge(load_config(config)), file, MergeOptions(overwrite=True), progress=interrupt),
     ):
         with pytest.raises(KeyboardInterrupt):
             work()

@@ -17,6 +17,7 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.export.vocabulary import unknown
 from moemerge.export.writing import write_gguf
 from moemerge.merging.gguf import merge_to_gguf
+from moemerge.merging.options import MergeOptions
 from tests.llamacpp.engine import computed, converted, encoded
 from tests.support.families import DENSE, WINDOWS
 from tests.support.models import edit_json, load, logits, make_model, token_ids, write_config
@@ -289,7 +290,7 @@ def test_gemmas_mixture_is_read_as_the_converter_reads_it(tmp_path, tokenizer_fo
         theirs = converted(tmp_path / "out", kind)
         assert isinstance(theirs, Path), theirs
         compare(tmp_path / "ours.gguf", theirs)
-        merge_to_gguf(plan_merge(load_config(config)), tmp_path / "out.gguf", type=kind, overwrite=True)
+        merge_to_gguf(plan_merge(load_config(config)), tmp_path / "out.gguf", MergeOptions(overwrite=True), type=kind)
         assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
 
 

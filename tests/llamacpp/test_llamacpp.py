@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.planning.options import PlanOptions
 from tests.support.models import load, make_model, write_config
 from tests.support.sentencepiece_model import VOCAB
 
@@ -97,7 +98,8 @@ def converted(request, tmp_path_factory, tokenizer_folder):
     )
     shutil.copytree(tokenizer_folder, base, dirs_exist_ok=True)
     plan = plan_merge(
-        load_config(write_config(root / "merge.yaml", base, experts, architecture="mixtral")), max_shard_bytes=400_000
+        load_config(write_config(root / "merge.yaml", base, experts, architecture="mixtral")),
+        PlanOptions(max_shard_bytes=400_000),
     )
     assert len(plan.shards) > 1
     merge(plan, root / "merged")

@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.merging.options import MergeOptions
+from moemerge.planning.options import PlanOptions
 from tests.support.families import VARIANTS
 from tests.support.models import assert_close, edit_json, load, logits, make_model, write_config
 
@@ -75,7 +77,7 @@ def _force(output, chosen):
 def test_copied_tensors_are_byte_equal_and_every_source_tensor_is_accounted_for(tmp_path, llamas, shard_bytes):
     base, *experts = llamas
     path = write_config(tmp_path / "merge.yaml", base, experts, gate_mode="uniform_random")
-    merge(plan_merge(load_config(path), max_shard_bytes=shard_bytes), tmp_path / "out")
+    merge(plan_merge(load_config(path), PlanOptions(max_shard_bytes=shard_bytes)), tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes < 10**9)
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -103,7 +105,7 @@ def test_copied_tensors_are_byte_equal_and_every_source_tensor_is_accounted_for(
 def test_index_names_every_tensor_and_its_total_is_right(tmp_path, llamas):
     base, *experts = llamas
     path = write_config(tmp_path / "merge.yaml", base, experts, gate_mode="random")
-    merge(plan_merge(load_config(path), max_shard_bytes=30_000), tmp_path / "out")
+    merge(plan_merge(load_config(path), PlanOptions(max_shard_bytes=30_000)), tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     for file in (tmp_path / "out").glob("*.safetensors"):
         assert {name for name, place in index["weight_map"].items() if place == file.name} == load_file(file).keys()
@@ -152,8 +154,8 @@ def test_noise_and_residual_scale_do_what_they_say(tmp_path, llamas):
         f"- {{source_model: {first}, noise_scale: 0.5}}\n"
     )
     for out in ("one", "two"):
-        merge(plan_merge(load_config(path)), tmp_path / out, seed=3)
-    merge(plan_merge(load_config(path)), tmp_path / "other", seed=4)
+        merge(plan_merge(load_config(path)), tmp_path / out, MergeOptions(seed=3))
+    merge(plan_merge(load_config(path)), tmp_path / "other", MergeOptions(seed=4))
     one, two, other = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two", "other"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     first, second = (load_file(folder / "model.safetensors") for folder in (first, second))

@@ -7,6 +7,8 @@ import pytest
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.errors import RefusedError
+from moemerge.merging.options import MergeOptions
+from moemerge.planning.options import PlanOptions
 from tests.support.models import edit_json, write_config
 
 
@@ -20,7 +22,7 @@ def made(tmp_path_factory, llamas) -> Path:
     """A merged model in two shards."""
     root = tmp_path_factory.mktemp("made")
     config = write_config(root / "merge.yaml", llamas[0], llamas[1:3], prompts=False)
-    merge(plan_merge(load_config(config), max_shard_bytes=150_000), root / "out")
+    merge(plan_merge(load_config(config), PlanOptions(max_shard_bytes=150_000)), root / "out")
     return root / "out"
 
 
@@ -36,7 +38,7 @@ def names(folder: Path) -> set[str]:
 def test_a_merged_model_is_replaced_by_one_of_other_files(out, config):
     assert sum(name.endswith(".safetensors") for name in names(out)) == 2
     plan = plan_merge(load_config(config))
-    merge(plan, out, overwrite=True)
+    merge(plan, out, MergeOptions(overwrite=True))
     assert names(out) == {"README.md", "config.json", "model.safetensors", "moemerge_config.yaml", *plan.copied_files}
 
 
@@ -44,7 +46,7 @@ def test_of_files_that_no_merge_writes_a_gguf_file_is_named_first(out, config):
     for name in ("Modelfile", "a.txt", "mix.gguf"):
         (out / name).write_text("precious")
     with pytest.raises(RefusedError) as refused:
-        merge(plan_merge(load_config(config)), out, overwrite=True)
+        merge(plan_merge(load_config(config)), out, MergeOptions(overwrite=True))
     assert str(refused.value) == (
         f"{out}: holds 'mix.gguf', which this merge does not write (3 such files), and --overwrite replaces "
         "the whole folder. Move it away, or choose another output folder."
@@ -66,7 +68,7 @@ def test_a_file_that_no_merge_writes_is_named_and_stays(out, config, name):
     path.mkdir() if name.endswith("/") else path.write_text("precious")
     before = names(out)
     with pytest.raises(RefusedError) as refused:
-        merge(plan_merge(load_config(config)), out, overwrite=True)
+        merge(plan_merge(load_config(config)), out, MergeOptions(overwrite=True))
     assert str(refused.value) == (
         f"{out}: holds {name.rstrip('/')!r}, which this merge does not write (1 such file), and --overwrite replaces "
         "the whole folder. Move it away, or choose another output folder."
@@ -79,13 +81,13 @@ def test_what_the_merge_reads_is_never_replaced(out, llamas, tmp_path):
     message = r"holds '{}', which this merge reads"
     inside = out / "moemerge_config.yaml"
     with pytest.raises(RefusedError, match=message.format("moemerge_config.yaml")):
-        merge(plan_merge(load_config(inside)), out, overwrite=True)
+        merge(plan_merge(load_config(inside)), out, MergeOptions(overwrite=True))
     experts = [{"source_model": str(llama), "positive_texts": [str(out / "*.txt")]} for llama in llamas[1:3]]
     experts[1] |= {"positive_prompts": ["x"]}
     (out / "all.txt").write_text("text of the fox")
     config = load_config({"base_model": str(llamas[0]), "experts": experts, "gate_mode": "ridge"})
     with pytest.raises(RefusedError, match=message.format("all.txt")):
-        merge(plan_merge(config), out, overwrite=True)
+        merge(plan_merge(config), out, MergeOptions(overwrite=True))
     (out / "all.txt").unlink()
     # A source whose folder lies elsewhere, and whose weights lie in OUT.
     linked = Path(shutil.copytree(llamas[1], tmp_path / "linked"))
@@ -94,7 +96,7 @@ def test_what_the_merge_reads_is_never_replaced(out, llamas, tmp_path):
     (linked / "model.safetensors").symlink_to(out / "model.safetensors")
     plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], [linked, llamas[2]], prompts=False)))
     with pytest.raises(RefusedError, match=message.format("model.safetensors")):
-        merge(plan, out, overwrite=True)
+        merge(plan, out, MergeOptions(overwrite=True))
 
 
 @pytest.mark.parametrize("name", ["config.json", "chat_template.jinja"])
@@ -106,7 +108,7 @@ def test_small_files_of_a_source_that_lie_in_the_output_are_never_replaced(out, 
     base, expert = (llamas[0], source) if name == "config.json" else (source, llamas[1])
     plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", base, [expert, llamas[2]], prompts=False)))
     with pytest.raises(RefusedError, match=f"holds '{name}', which this merge reads"):
-        merge(plan, out, overwrite=True)
+        merge(plan, out, MergeOptions(overwrite=True))
 
 
 def test_an_index_of_files_that_are_no_weights_makes_no_checkpoint(out, config):
@@ -114,7 +116,7 @@ def test_an_index_of_files_that_are_no_weights_makes_no_checkpoint(out, config):
     (out / "moemerge_config.yaml").unlink()
     (out / "model.safetensors.index.json").write_text('{"weight_map": {"a": "notes.txt"}}')
     with pytest.raises(RefusedError, match="holds no complete checkpoint"):
-        merge(plan_merge(load_config(config)), out, overwrite=True)
+        merge(plan_merge(load_config(config)), out, MergeOptions(overwrite=True))
     assert (out / "notes.txt").read_text() == "precious"
 
 
@@ -125,18 +127,20 @@ def test_what_is_no_whole_checkpoint_is_not_replaced(tmp_path, llamas, config):
     (folder / "README.md").write_text("my site")
     (folder / "config.json").write_text('{"port": 80}')
     dense = Path(shutil.copytree(llamas[3], tmp_path / "dense"))
-    merge(plan, Path(shutil.copytree(dense, tmp_path / "whole")), overwrite=True)  # another model, asked for
+    merge(
+        plan, Path(shutil.copytree(dense, tmp_path / "whole")), MergeOptions(overwrite=True)
+    )  # another model, asked for
     (dense / "model.safetensors").unlink()
     for target in (folder, dense):
         before = names(target)
         with pytest.raises(RefusedError, match="holds no complete checkpoint"):
-            merge(plan, target, overwrite=True)
+            merge(plan, target, MergeOptions(overwrite=True))
         assert names(target) == before
 
 
 def test_a_merged_model_that_lost_a_shard_is_replaced(out, config):
     (out / "model-00002-of-00002.safetensors").unlink()
-    merge(plan_merge(load_config(config)), out, overwrite=True)
+    merge(plan_merge(load_config(config)), out, MergeOptions(overwrite=True))
     edit_json(out / "config.json", model_type=None)
     with pytest.raises(RefusedError, match="holds no complete checkpoint"):
-        merge(plan_merge(load_config(config)), out, overwrite=True)
+        merge(plan_merge(load_config(config)), out, MergeOptions(overwrite=True))

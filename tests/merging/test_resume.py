@@ -17,7 +17,9 @@ from moemerge.checkpoint.shards import TensorSpec, layout_shards
 from moemerge.checkpoint.staging import journal_of, kept_shards
 from moemerge.checks.verification import verify_merge
 from moemerge.errors import CheckpointError, OutputError, RefusedError, RouterError
-from moemerge.planning.plan import Computed
+from moemerge.merging.options import MergeOptions
+from moemerge.planning.options import PlanOptions
+from moemerge.planning.output import Computed
 from tests.support.kill import contents
 from tests.support.models import edit_json, make_model, write_config
 
@@ -32,7 +34,7 @@ def models(tmp_path) -> list[Path]:
 
 def plan_of(tmp_path: Path, models: list[Path], shard_bytes: int = SHARD_BYTES, **keys):
     config = write_config(tmp_path / "merge.yaml", models[0], models[1:], prompts=False, **keys)
-    return plan_merge(load_config(config), max_shard_bytes=shard_bytes)
+    return plan_merge(load_config(config), PlanOptions(max_shard_bytes=shard_bytes))
 
 
 def cut_off(plan, out: Path, monkeypatch) -> set[str]:
@@ -76,7 +78,12 @@ def test_complete_shards_are_kept_and_only_the_rest_is_written(tmp_path, models,
     partial = tmp_path / ".out.moemerge-partial"
     written = {shard.name: (partial / shard.name).stat().st_mtime_ns for shard in plan.shards}
     done = []
-    merge(plan, tmp_path / "out", resume=True, progress=lambda stage, n, _: stage == "weights" and done.append(n))
+    merge(
+        plan,
+        tmp_path / "out",
+        MergeOptions(resume=True),
+        progress=lambda stage, n, _: stage == "weights" and done.append(n),
+    )
     again = [name for name, when in written.items() if (tmp_path / "out" / name).stat().st_mtime_ns != when]
     assert len(again) == len(plan.shards) - 2
     assert min(done) > 0.5 * SHARD_BYTES
@@ -90,7 +97,7 @@ def test_another_merge_is_not_continued_and_says_what_differs(tmp_path, models, 
     out = tmp_path / "out"
     cut_off(plan_of(tmp_path, models), out, monkeypatch)
     with pytest.raises(RefusedError) as refused:
-        merge(plan_of(tmp_path, models, experts_per_token=1), out, resume=True, seed=3)
+        merge(plan_of(tmp_path, models, experts_per_token=1), out, MergeOptions(resume=True, seed=3))
     assert str(refused.value) == (
         "--resume: the merge that was cut off was not this one; what differs: config.experts_per_token, seed. "
         "Undo the change, or start over without --resume."
@@ -100,9 +107,9 @@ def test_another_merge_is_not_continued_and_says_what_differs(tmp_path, models, 
     with pytest.raises(
         RefusedError, match=f"what differs: sources.{weights}.changed, sources.{weights}.modified. Undo"
     ):
-        merge(plan_of(tmp_path, models), out, resume=True)
+        merge(plan_of(tmp_path, models), out, MergeOptions(resume=True))
     with pytest.raises(RefusedError, match=r"what differs: layout of the shards \(--max-shard-size\), sources"):
-        merge(plan_of(tmp_path, models, 30_000), out, resume=True)
+        merge(plan_of(tmp_path, models, 30_000), out, MergeOptions(resume=True))
     assert kept_shards(out) == 2
 
 
@@ -116,7 +123,7 @@ def test_without_resume_a_merge_starts_over(tmp_path, models, monkeypatch):
 
 
 def test_with_nothing_to_resume_a_merge_begins(tmp_path, models):
-    merge(plan_of(tmp_path, models), tmp_path / "out", resume=True)
+    merge(plan_of(tmp_path, models), tmp_path / "out", MergeOptions(resume=True))
     assert (tmp_path / "out" / "config.json").exists()
 
 
@@ -125,7 +132,7 @@ def test_a_shard_that_is_damaged_is_written_again(tmp_path, models, monkeypatch)
     cut_off(plan, tmp_path / "out", monkeypatch)
     partial = tmp_path / ".out.moemerge-partial"
     os.truncate(partial / plan.shards[0].name, 100)
-    merge(plan, tmp_path / "out", resume=True)
+    merge(plan, tmp_path / "out", MergeOptions(resume=True))
     merge(plan, tmp_path / "again")
     name = plan.shards[0].name
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -161,7 +168,7 @@ def test_whatever_stops_a_merge_its_complete_shards_are_flushed_and_kept(tmp_pat
         merge(plan, out)
     monkeypatch.undo()
     assert kept_shards(out) >= len(plan.shards) - 3
-    merge(plan, out, resume=True)
+    merge(plan, out, MergeOptions(resume=True))
     assert verify_merge(plan, out).differences == ()
 
 
@@ -195,19 +202,19 @@ def test_what_the_base_no_longer_has_is_not_published(tmp_path, models, monkeypa
     stage = tmp_path / ".out.moemerge-partial"
     (stage / "chat_template.jinja").write_text("{{ messages }}")
     template.unlink()
-    merge(plan_of(tmp_path, models), tmp_path / "out", resume=True)
+    merge(plan_of(tmp_path, models), tmp_path / "out", MergeOptions(resume=True))
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
 def test_a_journal_without_shards_or_without_its_folder_stops_nobody(tmp_path, models):
     journal = journal_of(tmp_path / ".out.moemerge-partial")
     journal.begin({"another": "merge"})
-    merge(plan_of(tmp_path, models), tmp_path / "out", resume=True)
+    merge(plan_of(tmp_path, models), tmp_path / "out", MergeOptions(resume=True))
     journal.begin({"another": "merge"})
     for shard in shards():
         journal.record(shard)  # killed after the last rename
     assert kept_shards(tmp_path / "out") == 0
-    merge(plan_of(tmp_path, models), tmp_path / "out", resume=True, overwrite=True)
+    merge(plan_of(tmp_path, models), tmp_path / "out", MergeOptions(resume=True, overwrite=True))
     assert len(journal) == 0
 
 
@@ -269,5 +276,5 @@ def test_a_refused_command_leaves_what_can_be_resumed(tmp_path, models, monkeypa
     assert kept_shards(out) == 2
     edit_json(models[0] / "generation_config.json", temperature=0.5)
     (out / "thesis.odt").unlink()
-    merge(plan_of(tmp_path, models), out, resume=True)
+    merge(plan_of(tmp_path, models), out, MergeOptions(resume=True))
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5

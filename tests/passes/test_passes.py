@@ -13,9 +13,9 @@ from moemerge.families.dense import DENSE_FAMILIES, read_dense
 from moemerge.families.mixture import Mixture
 from moemerge.passes import decoder, device
 from moemerge.routers import capture
+from moemerge.routers.base_pass import PassRequest
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.prompts import EncodedPrompt
-from moemerge.routers.request import RouterRequest
 from moemerge.sources.model_folder import open_model, read_tensor_table
 from tests.support.families import DENSE
 from tests.support.models import VOCAB, load, make_model
@@ -45,13 +45,13 @@ def prompts() -> tuple[EncodedPrompt, ...]:
     return tuple(EncodedPrompt(expert, True, tokens, (True,) * len(tokens)) for expert, tokens in enumerate(ids))
 
 
-def request(folder: Path, layers: tuple[int, ...]) -> RouterRequest:
+def request(folder: Path, layers: tuple[int, ...]) -> PassRequest:
     base = read_dense(json.loads((folder / "config.json").read_text()))
     assert not isinstance(base, str), base
     width = base.sizes["ffn"]
     mixture = Mixture(base.layers, width, (width,) * len(LENGTHS), (), 2, layers, {})
     tensors = read_tensor_table(open_model(str(folder), print), print)
-    return RouterRequest(base, tensors, mixture, "softmax", prompts(), torch.device("cpu"))
+    return PassRequest(base, tensors, mixture, "softmax", prompts(), torch.device("cpu"))
 
 
 def ffn_inputs(folder: Path, ffn_module: str, ids: tuple[int, ...]) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from moemerge.cli import main
 from moemerge.config.schema import parse_config
 from moemerge.errors import CheckpointError, ConfigError, IncompatibleError
 from moemerge.families.dense import read_dense
+from moemerge.merging.options import MergeOptions
 from tests.families.test_families import PAIRS, PLAINEST, readable
 from tests.support.families import DENSE, stored
 from tests.support.machine import SINGLE
@@ -283,7 +284,7 @@ def test_routers_of_what_was_trained_look_behind_folded_norms(tmp_path, llamas, 
     )  # fmt: skip
     rows = []
     for plan in (plain, folded):
-        merge(plan, tmp_path / "out", overwrite=True)
+        merge(plan, tmp_path / "out", MergeOptions(overwrite=True))
         rows.append(load_file(tmp_path / "out" / SINGLE)["model.layers.1.block_sparse_moe.gate.weight"])
     assert torch.nn.functional.cosine_similarity(*rows).min() > 0.99
 

@@ -21,6 +21,7 @@ from moemerge.model_card.markdown import as_text
 from moemerge.passes import tokens
 from moemerge.passes.proving import Proof
 from moemerge.planning import tokenizer_proof
+from moemerge.planning.options import PlanOptions
 from moemerge.planning.planner import plan_merge
 from moemerge.planning.tokenizer_files import TEMPLATES
 from moemerge.publish.folder import checkpoint_files, name_in_repository
@@ -229,7 +230,9 @@ def test_a_tokenizer_that_no_file_can_hold_is_refused_before_anything_is_written
     with pytest.raises(RefusedError, match=f"^{message}$"):
         merge(plan, tmp_path / "out")
     with pytest.raises(RefusedError, match=f"^{message}$"):
-        plan_merge(plan.config, prove=True, approve=lambda _: pytest.fail("asked for what is refused"))
+        plan_merge(
+            plan.config, PlanOptions(proves_tokenizer=True), approve=lambda _: pytest.fail("asked for what is refused")
+        )
     assert sorted(tmp_path.rglob("*")) == before
     for name in plan.copied_files:
         (base / name).unlink()
@@ -459,8 +462,8 @@ def test_what_cannot_be_proved_stays_in_the_words_of_its_base_with_a_note(tmp_pa
 
 
 FIND = """
-from moemerge.sources import open_model
-from moemerge.tokenizer_files import find_base_files
+from moemerge.sources.model_folder import open_model
+from moemerge.planning.tokenizer_files import find_base_files
 print(*find_base_files(open_model({!r}, lambda _: None), lambda _: None, needed=False).copied)
 """
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from moemerge.checkpoint.index import read_json
 from moemerge.config.schema import load_config
 from moemerge.merging.checkpoint import merge
+from moemerge.planning.options import PlanOptions
 from moemerge.planning.planner import plan_merge
 from tests.sources.test_hub import INDEX, SHARDS, llama
 from tests.support.hub_server import Hub, User
@@ -76,7 +78,8 @@ STREAM = """
 import sys
 from pathlib import Path
 from moemerge.errors import MoemergeError
-from moemerge.publish import Destination, Publisher
+from moemerge.publish.destination import Destination
+from moemerge.publish.publisher import Publisher
 
 def publisher(*arguments, **options):
     p = Publisher(Destination(*arguments, **options), print)
@@ -115,7 +118,7 @@ def test_what_was_pushed_is_read_back_and_computes_the_same(tmp_path, llamas):
     with hub.running() as url:
         machine = Author(tmp_path, url)
         path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], gate_mode="random")
-        merge(plan_merge(load_config(path), max_shard_bytes=60_000), tmp_path / "out")
+        merge(plan_merge(load_config(path), PlanOptions(max_shard_bytes=60_000)), tmp_path / "out")
         done = machine.moemerge("push", "out", "alice/mix", "--license", "apache-2.0")
         assert (done.code, done.out) == (0, f"{url}/alice/mix\n")
         count = len(local(tmp_path / "out"))
@@ -192,16 +195,22 @@ def test_a_push_that_was_killed_leaves_the_old_model_and_sends_only_what_is_miss
         before = files(hub, "acme/mix")
         arrived = []
 
+        def is_held(name: str) -> bool:
+            return sha256(out / name) in hub.repositories["acme/mix"].objects
+
         def kill_at_the_second() -> None:
             arrived.append(1)
             if len(arrived) == 2:
+                deadline = time.monotonic() + 20
+                while not any(map(is_held, SHARDS)) and time.monotonic() < deadline:
+                    time.sleep(0.01)  # the first is answered meanwhile, by another thread
                 os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
         hub.before("*/objects/verify", kill_at_the_second, times=2)
         killed = machine.python("-c", NOTED, "push", "out", "acme/mix", "--quiet")
         assert (killed.code, files(hub, "acme/mix")) == (-signal.SIGKILL, before)
         sizes = {name: (out / name).stat().st_size for name in (*SHARDS, "tokenizer.json")}
-        held = [name for name in sizes if sha256(out / name) in hub.repositories["acme/mix"].objects]
+        held = [name for name in sizes if is_held(name)]
         assert held
         hub.reset()
         done = machine.moemerge("push", "out", "acme/mix", "--quiet")

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.families.mixture import Mixture
-from moemerge.planning.plan import Computed
+from moemerge.planning.options import PlanOptions
+from moemerge.routers.base_pass import PassRequest, RouterInputs
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.prompts import SHARED, encode_prompts
 from moemerge.routers.report import LayerRouting, RoutingReport
-from moemerge.routers.request import RouterInputs, RouterRequest
 from moemerge.routers.rows import contrast
 from moemerge.routers.scoring import fit_scale, lowering, nearest_scale, top_weights
 from tests.support.models import make_model, router_inputs, write_config
@@ -44,17 +44,11 @@ def plan_of(tmp_path: Path, folders: list[Path], expert_keys=(), routing_table=F
     for expert, more in zip(document["experts"], expert_keys, strict=False):
         expert.update(more)
     path.write_text(yaml.safe_dump(document))
-    return plan_merge(load_config(path), routing_table=routing_table)
+    return plan_merge(load_config(path), PlanOptions(routing_table=routing_table))
 
 
 def routers(plan):
-    kinds = {output.origin.kind for output in plan.outputs.values() if isinstance(output.origin, Computed)}
-    return init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-        mixture=plan.mixture,
-        scoring=plan.family.scoring, shared_gate="shared gate" in kinds, run_base=plan.runs_base, seed=0, device="cpu",
-        progress=lambda _done, _total: None,
-    )  # fmt: skip
+    return init_routers(plan.router_request, seed=0, device="cpu", progress=lambda _done, _total: None)
 
 
 def rows_of(plan, data: bytes) -> torch.Tensor:
@@ -64,7 +58,7 @@ def rows_of(plan, data: bytes) -> torch.Tensor:
 
 def inputs_of(plan) -> dict[int, RouterInputs]:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0, shared_gate=True)
-    request = RouterRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU)
+    request = PassRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU)
     return {inputs.layer: replace(inputs, states=inputs.states.clone()) for inputs in capture_router_inputs(request)}
 
 
@@ -242,7 +236,7 @@ def test_the_table_knows_neither_absent_experts_nor_shared_ones():
     states = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 3.0]])
     inputs = router_inputs(states, [0, 1, SHARED], [True, True, True])
     mixture = Mixture(1, 8, (8,) * 3, (), 1, (0,), {0: frozenset({2})})
-    request = RouterRequest(None, {}, mixture, "sigmoid", (), CPU)
+    request = PassRequest(None, {}, mixture, "sigmoid", (), CPU)
     found = route_layer(torch.tensor([[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]), inputs, request)
     assert found == LayerRouting(0, (1.0, 1.0, None), (1.0, 1.0, None), found.load, 1.0)
     assert found.load[2] is None

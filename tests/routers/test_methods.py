@@ -1,4 +1,4 @@
-"""Routers from labelled tokens and from weights: what each way computes, and what must not matter to it."""
+"""Routers from labelled tokens and from weights: what each method computes, and what must not matter to it."""
 
 import json
 import math
@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, plan_merge
+from moemerge.config.router_methods import METHODS
 from moemerge.config.schema import RouterSettings, parse_config
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
+from moemerge.planning.options import PlanOptions
 from moemerge.routers import fitting, logistic, regression
+from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.capture import capture_router_inputs
-from moemerge.routers.computed import WAYS
 from moemerge.routers.initialisation import init_routers
+from moemerge.routers.methods import rows_from_pass
 from moemerge.routers.prompts import UNSORTED, encode_prompts
-from moemerge.routers.request import RouterRequest
 from moemerge.routers.scoring import top_weights
 from tests.support.models import PROMPTS, load, make_model, router_inputs, tokenizer
 
@@ -31,9 +33,14 @@ CPU = torch.device("cpu")
 FITTED = ("hidden", "ridge", "logistic")
 
 
-def asked(experts=3, scoring="softmax", absent=frozenset(), **router) -> RouterRequest:
+def asked(experts=3, scoring="softmax", absent=frozenset(), **router) -> PassRequest:
     mixture = Mixture(1, 8, (8,) * experts, (), 2, (0,), {0: absent} if absent else {})
-    return RouterRequest(None, {}, mixture, scoring, (), CPU, RouterSettings.model_validate(router))
+    return PassRequest(None, {}, mixture, scoring, (), CPU, RouterSettings.model_validate(router))
+
+
+def fit(method: str, inputs: RouterInputs, request: PassRequest) -> LayerRows:
+    """A layer's router by a method of the table."""
+    return rows_from_pass(METHODS[method])(inputs, request)
 
 
 def clouds(experts=3, tokens=60, hidden=16, spread=1.0, seed=0):
@@ -70,7 +77,7 @@ def test_ridge_is_balanced_centred_ridge_regression(tokens):
     inputs = router_inputs(
         inputs.states[uneven], inputs.expert[uneven].tolist(), documents=inputs.document[uneven].tolist()
     )
-    found = WAYS["ridge"](inputs, asked(**{"lambda": 0.1})).rows.numpy()
+    found = fit("ridge", inputs, asked(**{"lambda": 0.1})).rows.numpy()
     expected = by_definition(inputs, 3, 0.1)
     cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
     assert cosine == pytest.approx(1, abs=1e-6)
@@ -98,15 +105,15 @@ def test_each_logistic_step_lowers_the_loss(monkeypatch):
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("way", FITTED)
-def test_held_out_tokens_reach_their_expert_and_are_counted(way):
+@pytest.mark.parametrize("method", FITTED)
+def test_held_out_tokens_reach_their_expert_and_are_counted(method):
     both = clouds(tokens=120, spread=0.7)
     known, fresh = both.document % 10 < 5, both.document % 10 >= 5
     inputs = router_inputs(both.states[known], both.expert[known].tolist(), documents=both.document[known].tolist())
-    made = WAYS[way](inputs, asked())
+    made = fit(method, inputs, asked())
     hits = ((both.states[fresh] @ made.rows.T).argmax(dim=1) == both.expert[fresh]).float().mean()
     assert hits > 0.9
-    if way != "hidden":
+    if method != "hidden":
         assert made.held_out == pytest.approx(float(hits), abs=0.1)
     assert torch.allclose(made.rows.sum(dim=0), torch.zeros(16), atol=1e-4)
 
@@ -117,17 +124,17 @@ def test_the_scale_says_how_sure_held_out_documents_make_it():
     noise = router_inputs(
         torch.randn(48, 64, generator=generator), [0, 1, 2] * 16, documents=[n // 3 * 3 + n % 3 for n in range(48)]
     )
-    made = WAYS["ridge"](noise, asked())
+    made = fit("ridge", noise, asked())
     assert made.held_out == pytest.approx(1 / 3, abs=0.25)
     weights, _ = chosen(made.rows, torch.randn(500, 64, generator=generator))
     assert float(weights[:, 0].mean()) < 0.75
-    sure = WAYS["ridge"](clouds(spread=0.1), asked())
+    sure = fit("ridge", clouds(spread=0.1), asked())
     weights, _ = chosen(sure.rows, clouds(spread=0.1).states)
     assert float(weights[:, 0].mean()) > 0.97
 
 
-@pytest.mark.parametrize("way", ["ridge", "logistic"])
-def test_documents_of_unequal_length_do_not_tip_what_is_held_out(way):
+@pytest.mark.parametrize("method", ["ridge", "logistic"])
+def test_documents_of_unequal_length_do_not_tip_what_is_held_out(method):
     """Where an expert has few tokens in one part, it must not lose all of the other's."""
     generator = torch.Generator().manual_seed(0)
     documents = [(expert, number, length) for expert in range(3)
@@ -136,20 +143,20 @@ def test_documents_of_unequal_length_do_not_tip_what_is_held_out(way):
     states = 0.5 * torch.randn(3, 64, generator=generator)[experts] + torch.randn(len(experts), 64, generator=generator)
     states += 3 * torch.randn(64, generator=generator)
     numbers = [10 * expert + number for expert, number, length in documents for _ in range(length)]
-    made = WAYS[way](router_inputs(states, experts, documents=numbers), asked())
+    made = fit(method, router_inputs(states, experts, documents=numbers), asked())
     assert made.held_out > 0.45
     weights, _ = chosen(made.rows, states)
     assert float(weights[:, 0].mean()) > 0.65
 
 
-@pytest.mark.parametrize("way", FITTED)
+@pytest.mark.parametrize("method", FITTED)
 @given(order=st.permutations([0, 1, 2]))
 @settings(max_examples=6, deadline=None)
-def test_permuting_experts_permutes_rows(way, order):
+def test_permuting_experts_permutes_rows(method, order):
     inputs = clouds()
-    rows = WAYS[way](inputs, asked()).rows
+    rows = fit(method, inputs, asked()).rows
     moved = router_inputs(inputs.states, [order[e] for e in inputs.expert.tolist()], documents=inputs.document.tolist())
-    again = WAYS[way](moved, asked()).rows
+    again = fit(method, moved, asked()).rows
     assert torch.allclose(again[order], rows, rtol=1e-3, atol=1e-4 * float(rows.abs().max()))
 
 
@@ -167,35 +174,35 @@ def test_a_common_vector_changes_nothing_and_a_factor_no_choice(seed, factor):
     assert torch.equal(scaled, experts)
 
 
-@pytest.mark.parametrize("way", FITTED)
+@pytest.mark.parametrize("method", FITTED)
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-def test_absent_experts_have_rows_of_zeros_and_change_nothing(way, scoring):
+def test_absent_experts_have_rows_of_zeros_and_change_nothing(method, scoring):
     inputs = clouds(experts=4)
     keep = inputs.expert != 3
     inputs = replace(inputs, beginnings=inputs.beginnings.where(keep[:, None], torch.tensor(1e3)))
     three = router_inputs(inputs.states[keep], inputs.expert[keep].tolist(), documents=inputs.document[keep].tolist())
-    rows = WAYS[way](inputs, asked(4, scoring, frozenset({3}))).rows
+    rows = fit(method, inputs, asked(4, scoring, frozenset({3}))).rows
     assert torch.equal(rows[3], torch.zeros(16))
-    assert torch.allclose(rows[:3], WAYS[way](three, asked(3, scoring)).rows, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(rows[:3], fit(method, three, asked(3, scoring)).rows, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", FITTED)
-def test_sigmoids_choose_and_weigh_as_a_softmax_does(way):
+@pytest.mark.parametrize("method", FITTED)
+def test_sigmoids_choose_and_weigh_as_a_softmax_does(method):
     inputs = clouds(spread=0.5)
-    soft, sharp = (WAYS[way](inputs, asked(3, scoring)).rows for scoring in ("softmax", "sigmoid"))
+    soft, sharp = (fit(method, inputs, asked(3, scoring)).rows for scoring in ("softmax", "sigmoid"))
     expected, chosen_by_softmax = top_weights(inputs.states @ soft.T, 2, "softmax")
     found, chosen_by_sigmoid = top_weights(inputs.states @ sharp.T, 2, "sigmoid")
     assert (chosen_by_softmax[:, 0] == chosen_by_sigmoid[:, 0]).float().mean() > 0.97
     assert float(found[:, 0].mean()) == pytest.approx(float(expected[:, 0].mean()), abs=0.05)
 
 
-@pytest.mark.parametrize("way", FITTED)
-def test_sigmoids_are_lowered_at_first_tokens_as_elsewhere(way):
+@pytest.mark.parametrize("method", FITTED)
+def test_sigmoids_are_lowered_at_first_tokens_as_elsewhere(method):
     inputs = clouds(spread=0.5)
     far = inputs.states + 30 * torch.eye(16)[0]  # an axis of its own, and further along the mean
     lowest = {
         name: float(
-            (far @ WAYS[way](replace(inputs, beginnings=beginnings), asked(3, "sigmoid")).rows.mean(dim=0)).min()
+            (far @ fit(method, replace(inputs, beginnings=beginnings), asked(3, "sigmoid")).rows.mean(dim=0)).min()
         )
         for name, beginnings in (("with", far), ("without", inputs.states))
     }
@@ -204,12 +211,12 @@ def test_sigmoids_are_lowered_at_first_tokens_as_elsewhere(way):
 
 def test_negative_text_turns_tokens_away():
     inputs = clouds()
-    plain = WAYS["ridge"](inputs, asked()).rows
+    plain = fit("ridge", inputs, asked()).rows
     odd = inputs.states[inputs.expert == 1][:20] + 3 * torch.eye(16)[0]
     states = torch.cat([inputs.states, odd])
     experts, documents = inputs.expert.tolist() + [0] * 20, inputs.document.tolist() + list(range(100, 120))
     signs = [True] * len(inputs.states) + [False] * 20
-    with_negative = WAYS["ridge"](router_inputs(states, experts, signs, documents), asked()).rows
+    with_negative = fit("ridge", router_inputs(states, experts, signs, documents), asked()).rows
 
     def margin(rows):
         logits = (odd @ rows.T).softmax(dim=1)
@@ -221,7 +228,7 @@ def test_negative_text_turns_tokens_away():
 @pytest.mark.parametrize("prior", [[1.0, 1.0, 1.0], [0.2, 0.2, 0.6]])
 def test_a_load_prior_is_met_without_a_bias(prior):
     inputs = clouds(spread=1.5)
-    rows = WAYS["ridge"](inputs, asked(load_prior=prior)).rows
+    rows = fit("ridge", inputs, asked(load_prior=prior)).rows
     loads = (inputs.states @ rows.T).softmax(dim=1).mean(dim=0)
     assert loads.tolist() == pytest.approx([share / sum(prior) for share in prior], abs=0.03)
 
@@ -234,12 +241,12 @@ def test_a_load_prior_of_sharp_rows_is_finite():
         torch.cat([inputs.states, like_one]), inputs.expert.tolist() + [UNSORTED] * len(like_one),
         documents=inputs.document.tolist() + [99] * len(like_one),
     )  # fmt: skip
-    assert WAYS["ridge"](with_text, asked(load_prior=[1, 1, 1], scale=30)).rows.isfinite().all()
+    assert fit("ridge", with_text, asked(load_prior=[1, 1, 1], scale=30)).rows.isfinite().all()
 
 
 def test_the_scale_of_a_config_is_a_factor_on_the_fitted_one():
     inputs = clouds()
-    once, twice = (WAYS["ridge"](inputs, asked(scale=scale)).rows for scale in (1, 2))
+    once, twice = (fit("ridge", inputs, asked(scale=scale)).rows for scale in (1, 2))
     assert torch.allclose(twice, 2 * once, rtol=1e-5)
 
 
@@ -305,20 +312,16 @@ def plan_of(config, folders=None):
     return plan_merge(config)
 
 
-def request_of(plan, **keys) -> RouterRequest:
+def request_of(plan, **keys) -> PassRequest:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
-    return RouterRequest(
+    return PassRequest(
         plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, plan.config.router, plan.experts,
         **keys,
     )  # fmt: skip
 
 
 def routers(plan, seed=0):
-    return init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-        mixture=plan.mixture, scoring=plan.family.scoring, shared_gate=False, run_base=plan.runs_base, seed=seed,
-        device="cpu", progress=lambda _done, _total: None,
-    )  # fmt: skip
+    return init_routers(plan.router_request, seed=seed, device="cpu", progress=lambda _done, _total: None)
 
 
 def rows_by_layer(plan, made) -> dict[int, torch.Tensor]:
@@ -361,7 +364,7 @@ def test_the_seed_of_the_config_goes_before_the_commands(tuned):
 
 def test_delta_is_the_slope_of_the_response_at_the_mean_of_any_text(tuned):
     plan = plan_of(parse_config(document(tuned)))
-    assert plan.config.way == "delta"
+    assert plan.config.method.name == "delta"
     rows = rows_by_layer(plan, routers(plan))
     for inputs in capture_router_inputs(request_of(plan)):
         expected = []
@@ -392,11 +395,8 @@ def test_text_of_shared_experts_changes_no_delta_row_and_makes_a_gate(tuned):
     alone = routers(plan_of(parse_config(json.dumps(text))))
     text["shared_experts"][0]["positive_prompts"] = ["The lazy dog"]
     plan = plan_of(parse_config(json.dumps(text)))
-    made = init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-        mixture=plan.mixture, scoring=plan.family.scoring, shared_gate=True, run_base=plan.runs_base, seed=0,
-        device="cpu", progress=lambda _done, _total: None,
-    )  # fmt: skip
+    request = replace(plan.router_request, shared_gate=True)
+    made = init_routers(request, seed=0, device="cpu", progress=lambda _done, _total: None)
     assert len(made.shared_gates) == len(made.rows)
     for layer, row in rows_by_layer(plan, made).items():
         assert torch.allclose(row, rows_by_layer(plan, alone)[layer], rtol=1e-3, atol=1e-5)
@@ -405,7 +405,7 @@ def test_text_of_shared_experts_changes_no_delta_row_and_makes_a_gate(tuned):
 def test_delta_bootstrap_labels_documents_by_what_they_move(tuned):
     texts = {"calibration_texts": [str(tuned / f"{number}.txt") for number in range(3)]}
     plan = plan_of(parse_config(document(tuned, router=texts)))
-    assert plan.config.way == "delta_bootstrap"
+    assert plan.config.method.name == "delta_bootstrap"
     made = routers(plan)
     assert accuracy(tuned, rows_by_layer(plan, made)) > 0.9
     assert made.report.held_out > 0.5
@@ -498,12 +498,12 @@ def damaged(tmp_path: Path, model: Path, name: str, *places: tuple[int, ...]) ->
     return folder, f"{name} of {folder / 'model.safetensors'} holds {count} {list(min(places))}"
 
 
-@pytest.mark.parametrize("way", ["ridge", "logistic", "hidden"])
-def test_a_base_model_that_overflows_is_refused(tmp_path, tuned, way):
+@pytest.mark.parametrize("method", ["ridge", "logistic", "hidden"])
+def test_a_base_model_that_overflows_is_refused(tmp_path, tuned, method):
     base = changed_model(
         tmp_path, tuned / "base", lambda found: found["model.layers.0.mlp.down_proj.weight"].mul_(1e38)
     )
-    text = json.loads(document(tuned, prompts=True, gate_mode=way)) | {"base_model": str(base)}
+    text = json.loads(document(tuned, prompts=True, gate_mode=method)) | {"base_model": str(base)}
     with pytest.raises(RouterError) as caught:
         routers(plan_of(parse_config(json.dumps(text))))
     assert str(caught.value) == (
@@ -538,13 +538,13 @@ def test_a_damaged_ffn_of_the_last_layer_does_not_matter_to_routers(tmp_path, tu
     assert found.rows == routers(plan_of(parse_config(json.dumps(text)))).rows
 
 
-@pytest.mark.parametrize("way", ["delta", "delta_bootstrap"])
+@pytest.mark.parametrize("method", ["delta", "delta_bootstrap"])
 @pytest.mark.parametrize(("of", "layer", "expert"), [("expert1", 0, 1), ("base", 2, 0)])
-def test_ways_that_read_weights_name_those_that_are_damaged(tmp_path, tuned, way, of, layer, expert):  # noqa: PLR0917
+def test_ways_that_read_weights_name_those_that_are_damaged(tmp_path, tuned, method, of, layer, expert):  # noqa: PLR0917
     """The base's too, in the last layer, whose FFN its pass does not run."""
     model, told = damaged(tmp_path, tuned / of, f"model.layers.{layer}.mlp.up_proj.weight", (7, 5), (40, 0))
-    texts = {"router": {"calibration_texts": str(tuned / "*.txt")}} if way == "delta_bootstrap" else {}
-    text = document(tuned, gate_mode=way, **texts).replace(str(tuned / of), str(model))
+    texts = {"router": {"calibration_texts": str(tuned / "*.txt")}} if method == "delta_bootstrap" else {}
+    text = document(tuned, gate_mode=method, **texts).replace(str(tuned / of), str(model))
     with pytest.raises(RouterError) as caught:
         routers(plan_of(parse_config(text)))
     assert str(caught.value) == (
@@ -605,7 +605,7 @@ def test_texts_are_needed_to_merge_and_not_to_verify(tuned, tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(RefusedError, match=r"experts\[0\]\.positive_texts: these files hold no text\."):
         plan_of(parse_config(json.dumps(text)))
-    assert plan_merge(parse_config(json.dumps(text)), needs_texts=False).config.way == "ridge"
+    assert plan_merge(parse_config(json.dumps(text)), PlanOptions(needs_texts=False)).config.method.name == "ridge"
 
 
 def test_the_order_of_batches_changes_nothing(tuned, monkeypatch):
@@ -620,8 +620,8 @@ def test_the_order_of_batches_changes_nothing(tuned, monkeypatch):
 def test_ways_that_are_solved_leave_their_inputs_alone():
     inputs = clouds()
     before = inputs.states.clone()
-    for way in FITTED:
-        WAYS[way](inputs, asked())
+    for method in FITTED:
+        fit(method, inputs, asked())
     assert torch.equal(inputs.states, before)
 
 

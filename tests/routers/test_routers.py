@@ -1,4 +1,4 @@
-"""Routers: what each way computes, and what the routing table says of it."""
+"""Routers: what each method computes, and what the routing table says of it."""
 
 import json
 import math
@@ -25,15 +25,16 @@ from moemerge.config.schema import MergeConfig, RoutedExpert, parse_config
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
+from moemerge.merging.options import MergeOptions
 from moemerge.passes.quantised import quantise_weight
-from moemerge.planning.plan import Computed
+from moemerge.planning.options import PlanOptions
 from moemerge.routers import capture
+from moemerge.routers.base_pass import PassRequest
 from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
-from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import contrast, row_distances, unit
 from moemerge.routers.scoring import fit_scale, top_weights
 from tests.support.models import TEXT, edit_json, load, make_model, router_inputs, tokenizer, write_config
@@ -50,32 +51,25 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
 def routers(plan, seed: int = 0, base_bits: int | None = None):
     """The report, and weights (layer, expert, hidden)."""
     made = init_routers(
-        plan.config, plan.base_folder, plan.base, plan.base_tensors, plan.dtype, experts=plan.experts,
-        mixture=plan.mixture,
-        scoring=plan.family.scoring, shared_gate=computes_gate(plan), run_base=plan.runs_base, seed=seed, device="cpu",
-        progress=lambda _done, _total: None, base_bits=base_bits,
-    )  # fmt: skip
+        plan.router_request, seed=seed, device="cpu", progress=lambda _done, _total: None, base_bits=base_bits
+    )
     dtype, experts = getattr(torch, plan.dtype), len(plan.config.experts)
     rows = [torch.frombuffer(bytearray(layer), dtype=dtype).view(experts, -1) for layer in made.rows.values()]
     gates = {layer: torch.frombuffer(bytearray(gate), dtype=dtype) for layer, gate in made.shared_gates.items()}
     return SimpleNamespace(report=made.report, weights=torch.stack(rows), layers=list(made.rows), gates=gates)
 
 
-def computes_gate(plan) -> bool:
-    return any(isinstance(o.origin, Computed) and o.origin.kind == "shared gate" for o in plan.outputs.values())
-
-
-def request(plan) -> RouterRequest:
+def request(plan) -> PassRequest:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
-    return RouterRequest(
+    return PassRequest(
         plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, torch.device("cpu")
     )  # fmt: skip
 
 
-def asked(experts: int, per_token: int, scoring: str = "softmax", absent=frozenset()) -> RouterRequest:
+def asked(experts: int, per_token: int, scoring: str = "softmax", absent=frozenset()) -> PassRequest:
     """Of a mixture whose layer 0 lacks some experts, without a base model."""
     mixture = Mixture(1, 8, (8,) * experts, (), per_token, (0,), {0: absent} if absent else {})
-    return RouterRequest(None, {}, mixture, scoring, (), torch.device("cpu"))
+    return PassRequest(None, {}, mixture, scoring, (), torch.device("cpu"))
 
 
 def config_of(**keys) -> MergeConfig:
@@ -199,7 +193,7 @@ def test_a_quantised_base_without_bitsandbytes_is_refused_before_anything_is_wri
     plan = plan_of(tmp_path, llamas)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(RefusedError, match="to run the base model in 8 bits, bitsandbytes is needed"):
-        merge(plan, tmp_path / "out", base_bits=8)
+        merge(plan, tmp_path / "out", MergeOptions(base_bits=8))
     assert not (tmp_path / "out").exists()
 
 
@@ -498,7 +492,7 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path, mode):
 def test_a_device_that_is_not_there_is_refused(tmp_path, llamas):
     plan = plan_of(tmp_path, llamas)
     with pytest.raises(RouterError, match="device 'cuda:9' cannot be used here"):
-        merge(plan, tmp_path / "out", device="cuda:9")
+        merge(plan, tmp_path / "out", MergeOptions(device="cuda:9"))
     assert not (tmp_path / "out").exists()
 
 
@@ -544,7 +538,7 @@ def test_the_base_reads_prompts_only_for_routers_or_a_table(tmp_path, llamas, mo
         f"the base model does not read the prompts for gate_mode {mode}, so an expert that is never chosen goes "
         "unnoticed; --routing-table has it read them",
     )
-    asked = plan_merge(load_config(path), routing_table=True)
+    asked = plan_merge(load_config(path), PlanOptions(routing_table=True))
     assert asked.notes == ()
     made = routers(asked)
     assert len(made.report.layers) == 3

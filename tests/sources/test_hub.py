@@ -64,7 +64,7 @@ GATED = (
 )
 FETCH = """
 import sys
-from moemerge.sources import parse_reference
+from moemerge.sources.reference import parse_reference
 from moemerge.sources.hub import fetch_small_files, fetch_weights
 
 for text in sys.argv[1:]:

@@ -22,6 +22,7 @@ from moemerge.checks.inspection import inspect_checkpoint
 from moemerge.checks.verification import verify_merge
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.evaluation.runnable import open_dense
+from moemerge.merging.options import MergeOptions
 from moemerge.sources.model_folder import ModelFolder, read_tensor_table
 from moemerge.sources.pickles import read_pickle
 from tests.support.machine import SINGLE
@@ -368,7 +369,7 @@ def pickle_of(tmp_path, llamas):
 
 def merged(tmp_path, base, experts, **keys):
     plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", base, experts, prompts=False, **keys)))
-    merge(plan, tmp_path / "out", overwrite=True)
+    merge(plan, tmp_path / "out", MergeOptions(overwrite=True))
     return plan, load_file(tmp_path / "out" / SINGLE)
 
 

@@ -10,6 +10,8 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.staging import kept_shards
 from moemerge.errors import CheckpointError, RefusedError
+from moemerge.merging.options import MergeOptions
+from moemerge.planning.options import PlanOptions
 from tests.sources.test_lora import make_adapter
 from tests.support.models import edit_json, make_model, write_config
 
@@ -21,7 +23,7 @@ def models(tmp_path, llamas) -> list[Path]:
 
 def plan_of(tmp_path, models, **keys):
     config = write_config(tmp_path / "merge.yaml", models[0], models[1:], prompts=False, **keys)
-    return plan_merge(load_config(config), max_shard_bytes=40_000)
+    return plan_merge(load_config(config), PlanOptions(max_shard_bytes=40_000))
 
 
 def replace_file(path: Path, *, keep_time: bool = False) -> None:
@@ -97,7 +99,7 @@ def test_a_restored_time_does_not_deceive_resume(tmp_path, models, monkeypatch):
     assert kept_shards(out) == 2
     rewrite(models[1] / "model.safetensors")
     with pytest.raises(RefusedError, match=r"what differs: sources\..*fox/model.safetensors.changed\. Undo"):
-        merge(plan_of(tmp_path, models), out, resume=True)
+        merge(plan_of(tmp_path, models), out, MergeOptions(resume=True))
 
 
 def _cut_off() -> None:
@@ -108,7 +110,7 @@ def _cut_off() -> None:
 def test_shards_and_adapters_are_watched_too(tmp_path, models):
     make_adapter(tmp_path / "adapter", models[0])
     plan = plan_of(tmp_path, [models[0], f"{models[0]}+{tmp_path / 'adapter'}", models[1]])
-    files = {path.name for path in plan.stamps if path.parent == tmp_path / "adapter"}
+    files = {path.name for path in plan.origins.stamps if path.parent == tmp_path / "adapter"}
     assert files == {"adapter_config.json", "adapter_model.safetensors"}
     for name in files:
         plan = plan_of(tmp_path, [models[0], f"{models[0]}+{tmp_path / 'adapter'}", models[1]])
@@ -123,5 +125,5 @@ def test_shards_and_adapters_are_watched_too(tmp_path, models):
     AutoModelForCausalLM.from_pretrained(experts[0]).save_pretrained(experts[0], max_shard_size="50KB")
     (experts[0] / "model.safetensors").unlink()
     plan = plan_of(tmp_path, [models[0], *experts])
-    names = {path.name for path in plan.stamps if path.parent == experts[0]}
+    names = {path.name for path in plan.origins.stamps if path.parent == experts[0]}
     assert names == {"config.json", "model.safetensors.index.json"} | {path.name for path in experts[0].glob("model-*")}

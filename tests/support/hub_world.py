@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.planning.options import PlanOptions
 from tests.support.hub_server import Files, Hub
 from tests.support.machine import SINGLE, Machine, Result
 from tests.support.models import make_model, write_config
@@ -37,7 +38,7 @@ class World:
         config = Path(self.config(machine, **keys))
         document = yaml.safe_load(config.read_text().replace("acme/", f"{self.folder}/"))
         (machine.folder / "local.yaml").write_text(yaml.safe_dump(document))
-        plan = plan_merge(load_config(machine.folder / "local.yaml"), max_shard_bytes=max_shard_bytes)
+        plan = plan_merge(load_config(machine.folder / "local.yaml"), PlanOptions(max_shard_bytes=max_shard_bytes))
         merge(plan, machine.folder / "local")
         return machine.folder / "local"
 

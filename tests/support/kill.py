@@ -15,6 +15,8 @@ from pathlib import Path
 from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import writer
 from moemerge.checkpoint.staging import kept_shards
+from moemerge.merging.options import MergeOptions
+from moemerge.planning.options import PlanOptions
 
 SHARD_BYTES = 12_000
 
@@ -29,7 +31,7 @@ def start(plan: MergePlan, out: Path, *, resume: bool, overwrite: bool = False) 
         return process
     status = 1
     try:
-        merge(plan, out, resume=resume, overwrite=overwrite)
+        merge(plan, out, MergeOptions(resume=resume, overwrite=overwrite))
         status = 0
     finally:
         os._exit(status)
@@ -59,7 +61,7 @@ def kill_and_resume(plan: MergePlan, out: Path, duration: float, counts: dict[st
 
 def main(config: str, folder: Path, kills: int) -> None:
     setattr(writer, "CHUNK_BYTES", 1024)  # noqa: B010  it is final for everybody else
-    plan = plan_merge(load_config(config), max_shard_bytes=SHARD_BYTES)
+    plan = plan_merge(load_config(config), PlanOptions(max_shard_bytes=SHARD_BYTES))
     import moemerge.routers.computed  # noqa: F401  torch, once for all forks
 
     durations = []

@@ -13,8 +13,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from moemerge.routers.base_pass import RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
-from moemerge.routers.request import RouterInputs
 
 TEXT = """The quick brown fox jumps over the lazy dog. def main(argv): return [item for item in argv if item]
 Le chat dort sur le tapis et la souris danse. Integrate x squared from zero to one. 0 1 2 3 4 5 6 7 8 9"""

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checks.repairing import repair
+from moemerge.merging.options import MergeOptions
 from tests.support.families import DENSE, VARIANTS
 from tests.support.models import assert_close, load, logits, make_model, write_config
 
@@ -30,13 +31,17 @@ def write(folder: Path) -> None:
     for name, (model_type, sizes) in VARIANTS.items():
         root = folder / name.replace(", ", "-").replace(" ", "-")
         base, *experts = [make_model(root / str(seed), seed, model_type, **sizes) for seed in range(4)]
-        merge(plan_merge(load_config(write_config(root / "merge.yaml", base, experts))), root / "out", overwrite=True)
+        merge(
+            plan_merge(load_config(write_config(root / "merge.yaml", base, experts))),
+            root / "out",
+            MergeOptions(overwrite=True),
+        )
         torch.save(logits(load(root / "out")), root / "logits.pt")
     for moe, name in SAVED_AGAIN.items():
         root, (model_type, sizes) = folder / "saved-again" / moe, DENSE[name]
         base, *experts = [make_model(root / str(seed), seed, model_type, **sizes) for seed in range(4)]
         path = write_config(root / "merge.yaml", base, experts, prompts=False, architecture=moe)
-        merge(plan_merge(load_config(path)), root / "out", overwrite=True)
+        merge(plan_merge(load_config(path)), root / "out", MergeOptions(overwrite=True))
         torch.save(logits(load(root / "out")), root / "expected.pt")
         for saved in ("saved", "repaired"):
             AutoModelForCausalLM.from_pretrained(root / "out").save_pretrained(root / saved)

@@ -26,9 +26,11 @@ from moemerge.evaluation.evaluator import evaluate, read_domains
 from moemerge.evaluation.figures import estimate
 from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
+from moemerge.merging.options import MergeOptions
 from moemerge.model_card.card import with_section, without_section
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
+from moemerge.planning.options import PlanOptions
 from moemerge.routers.scoring import lowering
 from moemerge.tuning import batches, phatgoose, running, teachers, training, whole, work, writing
 from moemerge.tuning.batches import Batches
@@ -58,7 +60,11 @@ def merged(root: Path, folders: list[Path], *, shard_bytes: int = 10**9, **keys)
         "base_model": str(folders[0]), "gate_mode": "random",
         "experts": [{"source_model": str(folder)} for folder in folders[1:]], **keys,
     }  # fmt: skip
-    merge(plan_merge(parse_config(json.dumps(document)), max_shard_bytes=shard_bytes), root / "out", seed=3)
+    merge(
+        plan_merge(parse_config(json.dumps(document)), PlanOptions(max_shard_bytes=shard_bytes)),
+        root / "out",
+        MergeOptions(seed=3),
+    )
     return root / "out"
 
 
@@ -885,7 +891,8 @@ def test_phatgoose_goes_on_with_the_next_expert(out, data):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from moemerge.tuning import Settings, tune
+from moemerge.tuning.settings import Settings
+from moemerge.tuning.tuner import tune
 out, *data = sys.argv[1:]
 given, count = Path.replace, 0
 def replace(self, target):
@@ -955,7 +962,7 @@ def test_two_processes_do_what_one_does(out, data, tmp_path):
 
 ONE_FAILS = """
 import os, sys
-from moemerge.card import with_section, without_section
+from moemerge.model_card.card import with_section, without_section
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli import main
 from moemerge.errors import SourceError

@@ -10,6 +10,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily, Role
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
 from moemerge.families.dense.values import UnreadableError, is_read, read_values
+from moemerge.families.names import layer_prefix
 
 _ROPE_TYPES: Final = ("default", *ROPES)
 # Names under which transformers' ACT2FN holds the same function.
@@ -144,14 +145,14 @@ class DenseModel:
     def projection(self, tensors: Mapping[str, TensorInfo], layer: int, role: Role) -> TensorInfo:
         """One projection of a layer's FFN, which may be part of a larger tensor."""
         half = self.family.ffn[role]
-        tensor = tensors[f"model.layers.{layer}.{half.name}"]
+        tensor = tensors[layer_prefix(layer) + half.name]
         width = self.sizes["ffn"]
         return tensor.rows(half.part * width, width) if half.parts > 1 else tensor
 
     def tensors(self, layer: int) -> dict[str, Axes]:
         """Names and axes of a layer's tensors beside its FFN."""
         holds = {*self.facts, self.layer_types[layer]}
-        prefix = f"model.layers.{layer}."
+        prefix = layer_prefix(layer)
         return {prefix + row.name: row.axes for row in self.family.rows if holds.issuperset(row.when)}
 
     def ffn(self, layer: int) -> dict[str, Axes]:
@@ -159,7 +160,7 @@ class DenseModel:
         named: dict[str, Axes] = {}
         for role, half in self.family.ffn.items():
             width = "ffn" if half.parts == 1 else f"{half.parts} ffn"
-            named[f"model.layers.{layer}.{half.name}"] = ("hidden", width) if role == "down" else (width, "hidden")
+            named[layer_prefix(layer) + half.name] = ("hidden", width) if role == "down" else (width, "hidden")
         return named
 
     def outside(self) -> dict[str, Axes]:

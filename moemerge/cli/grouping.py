@@ -1,0 +1,35 @@
+"""Options in groups: a command takes a dataclass for each, and its command line has an option for each field."""
+
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, is_dataclass
+from inspect import Parameter, Signature, signature
+from typing import Any
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer reads it: parameters that are dataclasses are spread into their fields, in their place."""
+    groups: dict[str, type[Any]] = {}
+    spread: list[Parameter] = []
+    for name, parameter in signature(command).parameters.items():
+        if is_dataclass(parameter.annotation) and isinstance(parameter.annotation, type):
+            groups[name] = parameter.annotation
+            spread += map(_parameter, fields(parameter.annotation))
+        else:
+            spread.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+
+    def run(**given: Any) -> None:
+        made = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **made)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
+    run.__signature__ = Signature(spread)  # type: ignore[attr-defined]
+    return run
+
+
+def _parameter(field: Field[Any]) -> Parameter:
+    default = Parameter.empty if field.default is MISSING else field.default
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=field.type)

@@ -1,0 +1,114 @@
+"""Options of the main command, in groups, in the order in which its help lists them."""
+
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import typer
+
+from moemerge.cli.options import (
+    AllowIdentical,
+    CacheDir,
+    CreatePr,
+    Debug,
+    For,
+    GgufType,
+    License,
+    LlamaCpp,
+    Private,
+    Push,
+    PushStreaming,
+    Quiet,
+    Revision,
+    ShardSize,
+    Verbose,
+)
+from moemerge.cli.streams import say
+
+_BITS_HELP: Final = (
+    "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
+)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written."""
+
+    max_shard_size: ShardSize = None
+    type: GgufType = "auto"
+    llama_cpp: LlamaCpp = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a merge that was cut off.")] = False
+    out_shard_size: Annotated[str | None, typer.Option(hidden=True)] = None
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How models and prompts are read."""
+
+    routing_table: Annotated[
+        bool,
+        typer.Option("--routing-table", help="Run the base on the prompts for the table, whatever the gate_mode."),
+    ] = False
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read Hub models by byte ranges, past the cache: only what is needed.")
+    ] = False
+    low_memory: Annotated[
+        bool,
+        typer.Option("--low-memory", "--lazy", help="One thread, small chunks, nothing left in the page cache."),
+    ] = False
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Where the model goes on the Hub."""
+
+    push: Push = None
+    push_streaming: PushStreaming = False
+    private: Private = False
+    revision: Revision = None
+    create_pr: CreatePr = False
+    license: License = None
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """How routers are made."""
+
+    seed: Annotated[int, typer.Option(help="Of random routers and of noise_scale.")] = 0
+    device: Annotated[str, typer.Option(help="Runs the base model for the routers: auto, cpu, cuda, cuda:1, mps.")] = (
+        "auto"
+    )
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which models may be merged, and where they are kept."""
+
+    cache_dir: CacheDir = None
+    allow_identical_experts: AllowIdentical = False
+    engine: For = None
+
+
+def _show_version(*, show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        say(f"moemerge {version('moemerge')}")
+        raise typer.Exit
+
+
+@dataclass(frozen=True)
+class TalkOptions:
+    """What is said."""
+
+    quiet: Quiet = False
+    verbose: Verbose = 0
+    debug: Debug = False
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=lambda value: _show_version(show=value)
+        ),
+    ] = False

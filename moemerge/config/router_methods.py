@@ -1,0 +1,127 @@
+"""The table of router methods: what each reads, which settings it takes, and the function that makes its rows.
+
+Everything that asks about a method asks its row. A new one is a file in `moemerge.routers` and a row here.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
+
+Material = Literal["prompts", "texts", "unsorted texts", "weights"]
+"""What a router can be made from: prompts and texts of each expert, texts of no expert, the experts' weights."""
+Setting = Literal["lambda", "scale", "load_prior", "calibration_texts"]
+"""Keys of `router` that only some methods use."""
+SETTINGS: Final[tuple[Setting, ...]] = get_args(Setting)
+AUTO: Final = "auto"
+"""The `gate_mode` that chooses a method by what there is to read."""
+
+
+@dataclass(frozen=True)
+class RouterMethod:
+    """How routers get their first weights."""
+
+    name: str
+    """Its `gate_mode`."""
+    function: str
+    """`module:function`, imported when routers are made and not before: see `moemerge.routers.methods`."""
+    reads: frozenset[Material] = frozenset()
+    settings: frozenset[Setting] = frozenset()
+    runs_base: bool = True
+    """Whether it reads what the base model computes of text, so that the base model has to run."""
+    aliases: tuple[str, ...] = ()
+    """Other values of `gate_mode` that mean it."""
+    like_mergekit: bool = False
+    """Whether it sees what mergekit-moe sees: a BOS before every prompt, the residual stream that enters the layer."""
+    solves_for_hidden: bool = False
+    """Whether it holds matrices (hidden, hidden) however little text there is."""
+
+    @property
+    def reads_descriptions(self) -> bool:
+        """Whether prompts or texts have to say of every expert what should be routed to it."""
+        return "prompts" in self.reads
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether it reads what fine-tuning changed in the experts' weights."""
+        return "weights" in self.reads
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether it reads the base model's embeddings of the prompts and nothing else of that model."""
+        return self.reads_descriptions and not self.runs_base
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs the base model's tokenizer."""
+        return self.reads_descriptions or self.runs_base
+
+    @property
+    def labels_texts(self) -> bool:
+        """Whether the experts' weights first say which unsorted text is for whom, in a pass of its own."""
+        return self.reads >= {"unsorted texts", "weights"}
+
+
+_DESCRIPTIONS: Final[frozenset[Material]] = frozenset({"prompts", "texts"})
+_SCALED: Final[frozenset[Setting]] = frozenset({"scale", "load_prior", "calibration_texts"})
+_SOLVED: Final[frozenset[Setting]] = _SCALED | {"lambda"}
+
+METHODS: Final[dict[str, RouterMethod]] = {
+    method.name: method
+    for method in (
+        # Names of mergekit-moe mean `hidden`, too: its average over positions is what that is here.
+        RouterMethod(
+            "hidden", "moemerge.routers.hidden:hidden_rows", _DESCRIPTIONS, _SCALED,
+            aliases=("hidden_avg", "hidden_last"),
+        ),
+        RouterMethod(
+            "mergekit_hidden", "moemerge.routers.mergekit_hidden:mergekit_hidden_rows", frozenset({"prompts"}),
+            like_mergekit=True,
+        ),
+        RouterMethod("ridge", "moemerge.routers.ridge:ridge_rows", _DESCRIPTIONS, _SOLVED),
+        RouterMethod(
+            "logistic", "moemerge.routers.logistic:logistic_rows", _DESCRIPTIONS, _SOLVED, solves_for_hidden=True
+        ),
+        RouterMethod("delta", "moemerge.routers.delta:delta_rows", frozenset({"weights"}), _SCALED),
+        RouterMethod(
+            "delta_bootstrap", "moemerge.routers.ridge:ridge_rows", frozenset({"weights", "unsorted texts"}), _SOLVED
+        ),
+        RouterMethod(
+            "cheap_embed", "moemerge.routers.cheap_embed:cheap_embed_rows", frozenset({"prompts"}), runs_base=False
+        ),
+        RouterMethod("random", "moemerge.routers.random:normal_rows", runs_base=False),
+        RouterMethod("uniform_random", "moemerge.routers.random:uniform_rows", runs_base=False),
+    )
+}  # fmt: skip
+"""Every method by its name, in the order in which messages list them."""
+_AUTO_CHOICES: Final = ("ridge", "delta_bootstrap", "delta")
+
+
+def canonical_gate_mode(value: Any) -> Any:
+    """The name that the table has for a `gate_mode`; what it does not know stays as it is."""
+    if isinstance(value, str):
+        return next((method.name for method in METHODS.values() if value in method.aliases), value)
+    return value
+
+
+def gate_modes() -> list[str]:
+    """Every canonical value of `gate_mode`."""
+    return [AUTO, *METHODS]
+
+
+def choose_method(gate_mode: Any, *, described: bool, calibrated: bool) -> RouterMethod:
+    """The method that `gate_mode` names; for `auto` the best that there is data for.
+
+    A name that is not in the table gives a method that reads and takes nothing.
+
+    Args:
+        gate_mode: as the config says.
+        described: whether prompts or texts say of every expert what should be routed to it.
+        calibrated: whether there are calibration texts.
+    """
+    if gate_mode == AUTO:
+        return next(
+            method
+            for method in map(METHODS.__getitem__, _AUTO_CHOICES)
+            if (described or not method.reads_descriptions) and (calibrated or "unsorted texts" not in method.reads)
+        )
+    known = METHODS.get(gate_mode) if isinstance(gate_mode, str) else None
+    return known or RouterMethod(str(gate_mode), "", runs_base=False)

@@ -1,0 +1,6 @@
+"""Names that all families give their tensors."""
+
+
+def layer_prefix(layer: int) -> str:
+    """How the names of a decoder layer's tensors begin in a checkpoint, such as `model.layers.7.`."""
+    return f"model.layers.{layer}."

@@ -1,0 +1,77 @@
+"""The third step of a plan: whether the models' tensors fit, and what their weights say of each other."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.compatibility.checks import Findings, check_adapters, check_base, check_expert
+from moemerge.compatibility.differences import Judgement, Speaker, judge_experts
+from moemerge.config.schema import MergeConfig
+from moemerge.planning.models import Member, Models, refuse
+from moemerge.planning.notes import config_notes
+from moemerge.planning.router_inputs import base_ffn_layers
+from moemerge.planning.shape import Shape, computes_gate
+
+Tables = Mapping[str, dict[str, TensorInfo]]
+"""Each model's tensors, by its reference."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Models that can be merged."""
+
+    notes: tuple[str, ...]
+    judgement: Judgement
+    """What is said of the experts."""
+
+    @property
+    def urgent(self) -> list[str]:
+        """Warnings that were paid for with reads on the Hub, to be said before gigabytes are waited for."""
+        return self.judgement.warnings if self.judgement.compared_bytes else []
+
+
+def check_models(config: MergeConfig, models: Models, shape: Shape, tables: Tables) -> Checked:
+    """Check every tensor table, then compare a few rows of the experts' weights with the base's.
+
+    Raises:
+        IncompatibleError: the models cannot be merged; lists every reason.
+        CheckpointError: a file cannot be read.
+        SourceError: a file on the Hub cannot be reached.
+    """
+    findings = list(_findings(config, models, shape, tables))
+    refuse([problem for finding in findings for problem in finding.problems])
+    files, choice = shape.base_files, shape.choice
+    notes = [
+        *(note for folder in models.by_reference.values() for note in folder.notes),
+        *models.notes,
+        *(note for finding in findings for note in finding.notes),
+        *files.notes,
+        *files.reader_notes,
+        *choice.notes,
+        *config_notes(config, shape.family, runs_base=shape.runs_base, gated=computes_gate(config, shape.family)),
+    ]
+    judgement = judge_experts(
+        config,
+        shape.mixture,
+        _speaker(models.base, tables),
+        [_speaker(member, tables) for member in models.every_expert],
+    )
+    refuse(judgement.problems)
+    return Checked((*notes, *judgement.notes), judgement)
+
+
+def _findings(config: MergeConfig, models: Models, shape: Shape, tables: Tables) -> Iterator[Findings]:
+    """What each model's tensor table says: the base's, every expert's, then those of adapters."""
+    base, shared = models.base.model, config.shared_weights.method
+    layers = base_ffn_layers(config, shape.mixture, base, runs_base=shape.runs_base)
+    yield check_base(base, shape.family, tables[config.base_model], layers)
+    for member in models.every_expert:
+        yield check_expert(member.name, member.model, tables[member.folder.reference], shared=shared)
+    for member in models.every_expert:
+        if member.folder.adapters:
+            table = tables[member.folder.reference]
+            yield check_adapters(member.name, member.folder, member.model, table, shared=shared)
+
+
+def _speaker(member: Member, tables: Tables) -> tuple[Speaker, Mapping[str, TensorInfo]]:
+    return Speaker(member.name, member.folder, member.model), tables[member.folder.reference]

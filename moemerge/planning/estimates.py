@@ -1,0 +1,54 @@
+"""What a merge will take of memory, estimated from its plan."""
+
+import math
+from typing import Final
+
+from moemerge.config.schema import MergeConfig
+from moemerge.families.names import layer_prefix
+from moemerge.planning.inputs import Parts
+from moemerge.planning.models import Models
+from moemerge.planning.shape import Shape
+from moemerge.sources.reference import Reference
+
+# Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
+# torch with transformers, and what the classes and threads of a pass add to it.
+_PROGRAM_BYTES: Final = 70_000_000
+_LIBRARIES_BYTES: Final = 300_000_000
+_PASS_BYTES: Final = 110_000_000
+# The Hub's client, at work in several threads.
+_HUB_BYTES: Final = 50_000_000
+# What loading a tokenizer takes for each byte of its tokenizer.json.
+_TOKENIZER_FACTOR: Final = 14
+# What a layer holds at a time for each of 1024 tokens: four rows of the FFN's width in float32.
+_STATES_BYTES: Final = 1024 * 4 * 4
+
+
+def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: Parts) -> int:
+    """Estimate of the resident memory: the libraries that are needed, one layer for the pass over the prompts."""
+    layer = sum(4 * math.prod(tensor.shape) for name, tensor in parts.base.items() if name.startswith(layer_prefix(0)))
+    reads_prompts = shape.runs_base or config.reads_text
+    tokenizer = models.base.folder.folder / "tokenizer.json"
+    tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
+    makes_tokenizer = bool(shape.base_files.made(shape.family.model_type))
+    imports_transformers = shape.runs_base or makes_tokenizer or (reads_prompts and not tokenizer_bytes)
+    states = _STATES_BYTES * models.base.model.sizes["ffn"]
+    return (
+        _PROGRAM_BYTES
+        + _HUB_BYTES * any(isinstance(source.origin, Reference) for source in models.sources)
+        + _LIBRARIES_BYTES * imports_transformers
+        + _TOKENIZER_FACTOR * tokenizer_bytes * (2 if makes_tokenizer else reads_prompts)
+        + (_PASS_BYTES + layer + states + _fit_bytes(config, models, shape)) * shape.runs_base
+    )
+
+
+def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
+    """What texts add to the pass: states and router inputs of their tokens, and what a closed form needs."""
+    hidden = models.base.model.sizes["hidden"]
+    described = [*config.experts, *config.shared_experts]
+    kinds = sum(bool(texts) for expert in described for texts in (expert.positive_texts, expert.negative_texts))
+    kinds += len(config.experts) if config.router.calibration_texts else 0
+    tokens = kinds * config.router.tokens_per_expert
+    # States, router inputs, those that rows are fitted to, a part of them; a matrix in float32 and two in float64.
+    even = config.router.load_prior or shape.family.scoring == "sigmoid"
+    solves = tokens or config.method.solves_for_hidden or even
+    return 4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0)

@@ -1,0 +1,32 @@
+"""The last step of a plan: which file each tensor of the output is in, and where its bytes begin."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
+from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
+from moemerge.dtypes import HEADER_DTYPES, bytes_of
+from moemerge.planning.options import PlanOptions
+from moemerge.planning.tensors import Assembled
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of weights."""
+
+    shards: tuple[Shard, ...]
+    shared_bytes: int
+    """Bytes that take no room on the disk: the files share them with the sources'."""
+
+
+def lay_out(assembled: Assembled, options: PlanOptions) -> Layout:
+    """Divide the tensors into files; where the target's file system can share the sources' blocks, so that it does."""
+    outputs, dtype, target = assembled.outputs, HEADER_DTYPES[assembled.dtype], options.target
+    specs = [TensorSpec(n, dtype, o.shape, bytes_of(dtype, o.shape) or 0) for n, o in outputs.items()]
+    copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
+    paths = {tensor.path for tensor in copied.values()}
+    if not (target and paths and all(isinstance(path, Path) and shares_extents(path, target) for path in paths)):
+        return Layout(tuple(layout_shards(specs, options.max_shard_bytes)), 0)
+    starts = {name: tensor.start for name, tensor in copied.items()}
+    shards = layout_to_share(specs, starts, options.max_shard_bytes)
+    return Layout(tuple(shards), shared_bytes(specs, starts, shards))

@@ -1,0 +1,98 @@
+"""The first step of a plan: its models are opened, and their configs fit together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moemerge.compatibility.checks import check_configs
+from moemerge.config.schema import MergeConfig
+from moemerge.errors import IncompatibleError
+from moemerge.families.dense import DenseModel, read_dense
+from moemerge.sources.model_folder import ModelFolder, open_model
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model that a merge takes something from."""
+
+    place: str
+    """Where the config names it: `base_model`, `experts[0]`, `shared_experts[0]`."""
+    name: str
+    """How messages call it."""
+    folder: ModelFolder
+    model: DenseModel
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a merge, each opened once."""
+
+    base: Member
+    experts: tuple[Member, ...]
+    """Those whose FFNs are chosen between, in the order of the config."""
+    shared: tuple[Member, ...]
+    """The shared experts."""
+    notes: tuple[str, ...] = ()
+    """What their configs say that the user should know."""
+
+    @property
+    def every_expert(self) -> tuple[Member, ...]:
+        """Every expert, then every shared expert."""
+        return (*self.experts, *self.shared)
+
+    @property
+    def sources(self) -> tuple[ModelFolder, ...]:
+        """The base, then every expert, then every shared expert; a model may be there more than once."""
+        return tuple(member.folder for member in (self.base, *self.every_expert))
+
+    @property
+    def by_reference(self) -> dict[str, ModelFolder]:
+        """Each model once, by the reference that the config has for it."""
+        return {folder.reference: folder for folder in self.sources}
+
+
+def open_models(config: MergeConfig, announce: Callable[[str], None]) -> Models:
+    """Open every model of a merge; of Hub models only the small files are downloaded.
+
+    Raises:
+        SourceError: a model cannot be reached.
+        CheckpointError: a `config.json` is damaged.
+        IncompatibleError: the configs do not fit together; lists every reason.
+    """
+    every_expert = [*config.experts, *config.shared_experts]
+    references = dict.fromkeys([config.base_model, *(expert.source_model for expert in every_expert)])
+    opened = {reference: open_model(reference, announce) for reference in references}
+    base = opened[config.base_model]
+    placed = [(place, opened[expert.source_model]) for place, expert in zip(_places(config), every_expert, strict=True)]
+    found = check_configs(base.config, [(_name(place, folder), folder.config) for place, folder in placed])
+    refuse(found.problems)
+    base_member = Member("base_model", "base_model", base, _dense(base))
+    members = tuple(Member(place, _name(place, folder), folder, _dense(folder)) for place, folder in placed)
+    routed = len(config.experts)
+    return Models(base_member, members[:routed], members[routed:], tuple(found.notes))
+
+
+def refuse(problems: list[str]) -> None:
+    """Refuse models that have problems with each other.
+
+    Raises:
+        IncompatibleError: there are any; lists them.
+    """
+    if problems:
+        raise IncompatibleError("These models cannot be merged:", problems)
+
+
+def _places(config: MergeConfig) -> list[str]:
+    """Every expert, then every shared expert, as messages call it."""
+    parts = (("experts", config.experts), ("shared_experts", config.shared_experts))
+    return [f"{key}[{number}]" for key, experts in parts for number in range(len(experts))]
+
+
+def _name(place: str, folder: ModelFolder) -> str:
+    return f"{place} {folder.reference}"
+
+
+def _dense(folder: ModelFolder) -> DenseModel:
+    model = read_dense(folder.config)
+    if isinstance(model, str):
+        raise IncompatibleError("These models cannot be merged:", [f"{folder.reference}: {model}"])
+    return model
