@@ -10,7 +10,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
 from moemerge.dtypes import CONFIG_DTYPES
-from moemerge.families.dense import PLAIN, Axes, DenseModel, read_dense
+from moemerge.families.dense import NON_LLAMA_FACTS, Axes, DenseModel, read_dense
 from moemerge.families.family import MoeFamily
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.sources.reference import Reference
@@ -84,7 +84,7 @@ def _differences(name: str, base: DenseModel, expert: DenseModel) -> Iterator[st
         return
     for fact in _EXPERT_FACTS:
         if (fact in base.facts) != (fact in expert.facts):
-            words = PLAIN.get(fact, "biases in its FFNs")
+            words = NON_LLAMA_FACTS.get(fact, "biases in its FFNs")
             ours, theirs = ("with" if fact in model.facts else "without" for model in (base, expert))
             yield f"{name}: computes {theirs} {words}, the base model {ours}"
 
@@ -128,7 +128,7 @@ def check_expert(
     found = Findings()
     rest = model.outside() | {model.family.head: ("vocab", "hidden")}
     rest |= {tensor: axes for layer in range(model.layers) for tensor, axes in model.tensors(layer).items()}
-    beside = {row.name.partition(".")[0] for row in model.family.rows} - {model.family.ffn_module}
+    beside = {tensor.name.partition(".")[0] for tensor in model.family.tensors} - {model.family.ffn_module}
 
     def never_taken(tensor: str) -> bool:
         if _BUFFER.search(tensor):

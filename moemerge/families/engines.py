@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from moemerge.engines import ENGINES, Engine
-from moemerge.families.dense import PLAIN, ROPES, DenseModel
+from moemerge.families.dense import NON_LLAMA_FACTS, ROPES, DenseModel
 from moemerge.families.mixture import ASKED, Mixture
 
 MAIN: Final[tuple[Engine, ...]] = ("transformers", "vllm", "llamacpp")
 """Those in most of which a family that nobody asked for should be right."""
 FACTS: Final = {
-    **ROPES, "mscale": "yarn's mscale", "state_spaces": "state-space layers", **PLAIN,
+    **ROPES, "mscale": "yarn's mscale", "state_spaces": "state-space layers", **NON_LLAMA_FACTS,
     "tied": "tied embeddings", "untied": "untied embeddings", **ASKED,
     "later_dense_layers": "dense layers after others", "absent": "experts absent from layers",
     "no_window": "full attention in every layer", "gelu": "GELU for SiLU", "gelu_tanh": "GELU by tanh for SiLU",

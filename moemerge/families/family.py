@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from moemerge.families.dense import PLAIN, Axes, DenseModel, Role
+from moemerge.families.dense import NON_LLAMA_FACTS, Axes, DenseModel, Role
 from moemerge.families.mixture import Mixture
 
 Names = Mapping[str, tuple[Role, ...]]
@@ -77,7 +77,7 @@ class MoeFamily:
     interleaved: bool = False
     """Whether rotary positions turn neighbouring elements; from those, rows are regrouped for families that do not."""
     holds: frozenset[str] = frozenset()
-    """Facts of `PLAIN` that it can express."""
+    """Facts of `NON_LLAMA_FACTS` that it can express."""
     needs_qk_norm: bool = False
     """Whether it always normalises queries and keys."""
     scoring: Scoring = "softmax"
@@ -112,7 +112,7 @@ class MoeFamily:
             return [f"does not compute like {base.family.model_type}"]
         if self.interleaved and not base.family.interleaved:
             return [f"rotates neighbouring elements of a head, {base.family.model_type} its halves"]
-        reasons = [f"it has no {words}" for fact, words in PLAIN.items() if fact in base.facts - self.holds]
+        reasons = [f"it has no {words}" for fact, words in NON_LLAMA_FACTS.items() if fact in base.facts - self.holds]
         if self.needs_qk_norm and "qk_norm" not in base.facts:
             reasons.append(f"it always normalises queries and keys, {base.family.model_type} does not")
         return reasons + self._refuse_shared(mixture) + self._refuse_dense_layers(mixture)
@@ -164,7 +164,7 @@ class MoeFamily:
         the class's `rope_theta` without a message.
         """
         values = {
-            **{fact: fact in base.facts for fact in PLAIN},
+            **{fact: fact in base.facts for fact in NON_LLAMA_FACTS},
             "any_bias": not base.facts.isdisjoint({"qkv_bias", "output_bias"}),
             **base.values,
             **mixture.values(self.expert_width(mixture), self.shared_width(mixture)),

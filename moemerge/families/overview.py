@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moemerge.engines import ENGINES
-from moemerge.families.dense import DENSE_FAMILIES, PLAIN, DenseFamily, DenseModel, read_dense
+from moemerge.families.dense import DENSE_FAMILIES, NON_LLAMA_FACTS, DenseFamily, DenseModel, read_dense
 from moemerge.families.engines import readings
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture import Mixture
@@ -99,7 +99,7 @@ def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
     return FamilyRow(
         family=family.model_type,
         takes=tuple(model.family.model_type for model in fitting),
-        holds=tuple(words for fact, words in PLAIN.items() if fact in family.holds - always),
+        holds=tuple(words for fact, words in NON_LLAMA_FACTS.items() if fact in family.holds - always),
         shared=shared,
         dense_layers=_DENSE_LAYERS[family.dense_layers],
         scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),

@@ -12,7 +12,7 @@ Config = Mapping[str, Any]
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
 
-PLAIN: Final[dict[str, str]] = {
+NON_LLAMA_FACTS: Final[dict[str, str]] = {
     "qk_norm": "norms of queries and keys",
     "qkv_bias": "biases of queries, keys and values",
     "output_bias": "biases of the attention's output",
@@ -37,7 +37,7 @@ ROPES: Final[dict[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerTensor:
     """A tensor of a layer, named within the layer; it is there where all of `when` holds."""
 
     name: str
@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Half:
+class FfnProjection:
     """The tensor that holds one projection of an FFN, alone or as one of `parts` equal runs of rows."""
 
     name: str
@@ -65,10 +65,10 @@ def nothing_more(_config: Config) -> dict[str, Any]:
     return {}
 
 
-SEPARATE: Final[dict[Role, Half]] = {
-    "gate": Half("mlp.gate_proj.weight"),
-    "up": Half("mlp.up_proj.weight"),
-    "down": Half("mlp.down_proj.weight"),
+SEPARATE: Final[dict[Role, FfnProjection]] = {
+    "gate": FfnProjection("mlp.gate_proj.weight"),
+    "up": FfnProjection("mlp.up_proj.weight"),
+    "down": FfnProjection("mlp.down_proj.weight"),
 }
 
 
@@ -77,17 +77,17 @@ class DenseFamily:
     """A dense decoder family as data."""
 
     model_type: str
-    rows: tuple[Row, ...]
+    tensors: tuple[LayerTensor, ...]
     """Tensors of a layer beside its FFN."""
     defaults: dict[str, Any]
     """What an absent key of `config.json` means: every key that the family's class reads."""
     facts: dict[str, str | bool] = field(default_factory=dict)
-    """Names of `PLAIN`, the multipliers and `mlp_bias`: the key that says it, or what always holds."""
+    """Names of `NON_LLAMA_FACTS`, the multipliers and `mlp_bias`: the key that says it, or what always holds."""
     block: str = "llama"
     """Families of one block compute alike but for their facts."""
     interleaved: bool = False
     """Whether rotary positions turn neighbouring elements, not the two halves of a head."""
-    ffn: Mapping[Role, Half] = field(default_factory=lambda: SEPARATE)
+    ffn: Mapping[Role, FfnProjection] = field(default_factory=lambda: SEPARATE)
     ffn_module: str = "mlp"
     """Module of a layer whose input is the router input."""
     ffn_norm: str | None = "post_attention_layernorm.weight"

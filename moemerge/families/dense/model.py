@@ -66,7 +66,7 @@ class DenseModel:
 
     @cached_property
     def facts(self) -> frozenset[str]:
-        """Those of `PLAIN` and `ROPES` that hold, and `mlp_bias`, `tied`."""
+        """Those of `NON_LLAMA_FACTS` and `ROPES` that hold, and `mlp_bias`, `tied`."""
         config = self.config
         said = {fact: self.values.get(key) if isinstance(key, str) else key for fact, key in self.family.facts.items()}
         # A window that is no shorter than the context cuts nothing off.
@@ -143,23 +143,24 @@ class DenseModel:
 
     def projection(self, tensors: Mapping[str, TensorInfo], layer: int, role: Role) -> TensorInfo:
         """One projection of a layer's FFN, which may be part of a larger tensor."""
-        half = self.family.ffn[role]
-        tensor = tensors[f"model.layers.{layer}.{half.name}"]
+        projection = self.family.ffn[role]
+        tensor = tensors[f"model.layers.{layer}.{projection.name}"]
         width = self.sizes["ffn"]
-        return tensor.rows(half.part * width, width) if half.parts > 1 else tensor
+        return tensor.rows(projection.part * width, width) if projection.parts > 1 else tensor
 
     def tensors(self, layer: int) -> dict[str, Axes]:
         """Names and axes of a layer's tensors beside its FFN."""
         holds = {*self.facts, self.layer_types[layer]}
         prefix = f"model.layers.{layer}."
-        return {prefix + row.name: row.axes for row in self.family.rows if holds.issuperset(row.when)}
+        return {prefix + tensor.name: tensor.axes for tensor in self.family.tensors if holds.issuperset(tensor.when)}
 
     def ffn(self, layer: int) -> dict[str, Axes]:
         """Names and axes of the tensors of a layer's FFN."""
         named: dict[str, Axes] = {}
-        for role, half in self.family.ffn.items():
-            width = "ffn" if half.parts == 1 else f"{half.parts} ffn"
-            named[f"model.layers.{layer}.{half.name}"] = ("hidden", width) if role == "down" else (width, "hidden")
+        for role, projection in self.family.ffn.items():
+            width = "ffn" if projection.parts == 1 else f"{projection.parts} ffn"
+            axes = ("hidden", width) if role == "down" else (width, "hidden")
+            named[f"model.layers.{layer}.{projection.name}"] = axes
         return named
 
     def outside(self) -> dict[str, Axes]:

@@ -71,7 +71,7 @@ def read_values(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any
 
 
 def _wrong(family: DenseFamily, full: Mapping[str, Any]) -> Iterator[str]:
-    kinds = {FULL, SLIDING, *family.kinds, *(fact for row in family.rows for fact in row.when)}
+    kinds = {FULL, SLIDING, *family.kinds, *(fact for tensor in family.tensors for fact in tensor.when)}
     for key, value in full.items():
         check = _CHECKS.get(key, _anything)
         fits = check(value)
