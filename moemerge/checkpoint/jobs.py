@@ -23,7 +23,7 @@ class _StoppedError(Exception):
     """Another thread failed, or the user gave up."""
 
 
-class Jobs:
+class JobPool:
     """A context that ends when all its jobs are done; the first failure stops the others and is raised."""
 
     def __init__(self, report: Report, threads: int = MAX_THREADS) -> None:

@@ -16,7 +16,7 @@ from moemerge.checkpoint.copy import Report, copy_range, write_all, write_failur
 from moemerge.checkpoint.disk import allocate, flush, forget
 from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.jobs import MAX_THREADS, Jobs
+from moemerge.checkpoint.jobs import MAX_THREADS, JobPool
 from moemerge.checkpoint.pieces import Band, band_bytes, measure, with_seeds
 from moemerge.checkpoint.shards import Shard
 
@@ -61,9 +61,9 @@ class ShardWriter:
         self._shards = [shard for shard in shards if shard.name not in kept]
         self._missing, self._lock = {shard.name: len(shard.starts) for shard in self._shards}, threading.Lock()
         self._written, self._reserve = 0, reserve
-        self._copies = Jobs(report, threads)
+        self._copies = JobPool(report, threads)
         # Flushing waits for the disk; copies go on meanwhile.
-        self._flushes = Jobs(lambda _: None, 1)
+        self._flushes = JobPool(lambda _: None, 1)
 
     def __enter__(self) -> "Self":
         for shard in self._shards:

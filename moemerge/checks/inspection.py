@@ -13,7 +13,7 @@ from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json
-from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, Jobs
+from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, JobPool
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.checkpoint.values import Census, NotFinite, has_floats, look_at
@@ -159,7 +159,7 @@ def _look_at_all(tensors: Collection[TensorInfo], progress: Callable[[int, int],
         progress(done, total)
 
     here = all(isinstance(tensor.path, Path) for tensor in floats)
-    with Jobs(report, MAX_THREADS if here else CONNECTIONS) as jobs:
+    with JobPool(report, MAX_THREADS if here else CONNECTIONS) as jobs:
         started = [jobs.start(partial(look_at, tensor)) for tensor in floats]
     looked: list[Census] = [job.result() for job in started]
     return Values(

@@ -9,7 +9,7 @@ from moemerge.checkpoint.compare import compare_tensor
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
-from moemerge.checkpoint.jobs import Jobs
+from moemerge.checkpoint.jobs import JobPool
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.checkpoint.values import Census, look_at
 from moemerge.checks.files import Difference, compare_entries, compare_files_beside, compare_index, notable
@@ -84,7 +84,7 @@ def verify_merge(
         done += nbytes
         progress(done, total)
 
-    with Jobs(report) as jobs:
+    with JobPool(report) as jobs:
         started = [jobs.start(partial(_compare_output, plan.outputs[name], tensors[name], seed)) for name in fit]
     results = [job.result() for job in started]
     differences += [difference for result in results for difference in result]

@@ -29,7 +29,7 @@ from moemerge.passes.tokens import count_scored
 from moemerge.routers.scaling import calibrated_scale
 from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.job import Job
+from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import find_not_finite, judge, judge_start
 from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.settings import Documents
@@ -43,26 +43,26 @@ from moemerge.tuning.work import State
 _SCALE_TOKENS: Final = 1024
 
 
-def open_sources(job: Job) -> list[Runnable]:
+def open_sources(context: TuningContext) -> list[Runnable]:
     """The base and every expert.
 
     Raises:
         RefusedError: the merge was of another kind, or one cannot be had.
     """
     needs = "--method phatgoose needs the base and the dense experts"
-    numbers = [None, *range(len(job.mixture.experts))]
-    found = [open_source(job.mixture, number, needs, job.announce) for number in numbers]
-    _check(job.mixture, found[0])
+    numbers = [None, *range(len(context.mixture.experts))]
+    found = [open_source(context.mixture, number, needs, context.announce) for number in numbers]
+    _check(context.mixture, found[0])
     return found
 
 
 def stack_gates(
-    job: Job, sources: Sequence[Runnable], training: Documents, held_out: Documents, batches: Batches
+    context: TuningContext, sources: Sequence[Runnable], training: Documents, held_out: Documents, batches: Batches
 ) -> State:  # fmt: skip
     """Rows made of single experts' gates, and what held-out text says of them.
 
     Args:
-        job: the tuning.
+        context: the tuning.
         sources: the base and every expert.
         training: documents of every expert.
         held_out: and those to judge by.
@@ -72,17 +72,17 @@ def stack_gates(
         CheckpointError: tensors do not fit a class, or numbers are not finite.
     """
     base, *experts = sources
-    begun, left = time.perf_counter(), sum(not _file(job, number).exists() for number in range(len(experts)))
-    gates = _train_all(job, base, experts, training, held_out)
+    begun, left = time.perf_counter(), sum(not _file(context, number).exists() for number in range(len(experts)))
+    gates = _train_all(context, base, experts, training, held_out)
     seconds = (time.perf_counter() - begun) / max(left, 1)
-    student = Student.load(job)
-    (before, _), start = judge_start(job, student, batches.held_out), student.rows()
-    state = State(job.settings.steps, 0, 0, seconds, before, before, start, start, {})
-    student.place(_rows(job, student, gates, batches.training))
-    after, _ = judge(job, student, batches.held_out)
-    job.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
+    student = Student.load(context)
+    (before, _), start = judge_start(context, student, batches.held_out), student.rows()
+    state = State(context.settings.steps, 0, 0, seconds, before, before, start, start, {})
+    student.place(_rows(context, student, gates, batches.training))
+    after, _ = judge(context, student, batches.held_out)
+    context.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
     if after.mean_loss < before.mean_loss:
-        state = replace(state, best=after, best_step=job.settings.steps, best_rows=student.rows())
+        state = replace(state, best=after, best_step=context.settings.steps, best_rows=student.rows())
     return state
 
 
@@ -108,22 +108,22 @@ def _changes(config: MergeConfig) -> list[str]:
 
 
 def _train_all(
-    job: Job, base: Runnable, experts: Sequence[Runnable], training: Documents, held_out: Documents
+    context: TuningContext, base: Runnable, experts: Sequence[Runnable], training: Documents, held_out: Documents
 ) -> dict[int, torch.Tensor]:  # fmt: skip
     """By layer the gates (expert, hidden) of all experts, one trained after the other."""
-    mixture, found = job.mixture, []
+    mixture, found = context.mixture, []
     model: Any = None
     for number, (name, expert) in enumerate(zip(mixture.experts, experts, strict=True)):
-        path = _file(job, number)
+        path = _file(context, number)
         if not path.exists():
-            model = model or _load(job, base)
-            own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, job.settings)
+            model = model or _load(context, base)
+            own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, context.settings)
             layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
-            gates = _train(job, name, model, _ffns(expert, layers, job), own)
+            gates = _train(context, name, model, _ffns(expert, layers, context), own)
             if not all(gate.isfinite().all() for gate in gates.values()):
-                find_not_finite(job, [base, expert], own.training.windows)
+                find_not_finite(context, [base, expert], own.training.windows)
                 raise CheckpointError(f"{name}: the gates that its text trains are not finite. Give a lower --lr.")
-            job.announce(f"{name}: its gates are trained ({number + 1} of {len(experts)})")
+            context.announce(f"{name}: its gates are trained ({number + 1} of {len(experts)})")
             with drafted(path) as draft:
                 save_file({str(layer): gate for layer, gate in gates.items()}, draft)
         found.append({int(layer): gate for layer, gate in load_file(path).items()})
@@ -133,20 +133,20 @@ def _train_all(
     return {layer: torch.stack([gates.get(layer, none) for gates in found]) for layer in mixture.moe_layers}
 
 
-def _file(job: Job, number: int) -> Path:
-    return job.work.folder / f"phatgoose-{number}.safetensors"
+def _file(context: TuningContext, number: int) -> Path:
+    return context.work.folder / f"phatgoose-{number}.safetensors"
 
 
-def _load(job: Job, base: Runnable) -> Any:
-    device, dtype = job.processes.device, job.processes.dtype
-    return load_whole(base, device, dtype, job.room, {}, partial(job.progress, "load"))[0]
+def _load(context: TuningContext, base: Runnable) -> Any:
+    device, dtype = context.processes.device, context.processes.dtype
+    return load_whole(base, device, dtype, context.memory, {}, partial(context.progress, "load"))[0]
 
 
 def _train(
-    job: Job, name: str, model: Any, ffns: Mapping[int, torch.nn.Module], batches: Batches
+    context: TuningContext, name: str, model: Any, ffns: Mapping[int, torch.nn.Module], batches: Batches
 ) -> dict[int, torch.Tensor]:  # fmt: skip
     """By layer the gate (hidden,) of one expert, whose FFNs these are."""
-    settings, device = job.settings, job.processes.device
+    settings, device = context.settings, context.processes.device
     mixed = {}
     for layer, expert in ffns.items():
         own = model.model.layers[layer].get_submodule(DENSE_FAMILIES[model.config.model_type].ffn_module)
@@ -158,11 +158,11 @@ def _train(
         for step in range(settings.steps):
             windows = [window for window, _ in batches.step(step)]
             scored = count_scored(windows)
-            for part in group(windows, lambda window: len(window.ids), job.room.tokens_at_once):
+            for part in group(windows, lambda window: len(window.ids), context.memory.tokens_at_once):
                 ids, counted = padded(part, device)
                 for one in mixed.values():
                     one.counted = counted
-                with job.processes.autocast():
+                with context.processes.autocast():
                     logits = model(input_ids=ids, use_cache=False).logits
                 torch.autograd.backward(cross_entropy(part, logits).sum() / scored)
             if optimiser is None:
@@ -172,7 +172,7 @@ def _train(
             set_rates(optimiser, step, settings.steps)
             optimiser.step()
             optimiser.zero_grad()
-            job.progress(f"gate of {name}", step + 1, settings.steps)
+            context.progress(f"gate of {name}", step + 1, settings.steps)
             if not all(gate.isfinite().all() for gate in gates.values()):
                 break
     finally:
@@ -212,9 +212,9 @@ class _Mixed:
         return math.sqrt(self._squares / self._tokens)
 
 
-def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.nn.Module]:
+def _ffns(expert: Runnable, layers: Sequence[int], context: TuningContext) -> dict[int, torch.nn.Module]:
     """The FFNs of a dense model, by layer, without the rest of it."""
-    device, dtype = job.processes.device, job.processes.dtype
+    device, dtype = context.processes.device, context.processes.dtype
     model = empty_model(expert.model_type, expert.keys, device, head=True, dtype=dtype)
     module = DENSE_FAMILIES[expert.model_type].ffn_module
     ffns = {layer: model.model.layers[layer].get_submodule(module) for layer in layers}
@@ -226,7 +226,7 @@ def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.
         ffns[layer].requires_grad_(requires_grad=False)
 
     for layer, ffn in ffns.items():
-        if job.room.streamed:
+        if context.memory.streamed:
             ffn.forward = partial(from_disk, partial(load, layer), ffn, ffn.forward)
         else:
             load(layer)
@@ -234,7 +234,7 @@ def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.
 
 
 def _rows(
-    job: Job, student: Student, gates: Mapping[int, torch.Tensor], texts: Texts
+    context: TuningContext, student: Student, gates: Mapping[int, torch.Tensor], texts: Texts
 ) -> dict[int, torch.Tensor]:  # fmt: skip
     """Rows (expert, hidden) by layer: gates as standardised in the paper's section 3.2, under a scale of ours.
 
@@ -250,7 +250,7 @@ def _rows(
                 window = texts.windows[place]
                 if left <= 0:
                     break
-                with job.processes.autocast():
+                with context.processes.autocast():
                     student.logits([window])
                 counted = torch.tensor(window.counted)
                 for layer, kept in states.items():

@@ -68,7 +68,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutScores:
     """What held-out text says of a router."""
 
     losses: Mapping[str, Estimate]
@@ -82,7 +82,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuningResult:
     """What a tuning did."""
 
     model: str
@@ -93,8 +93,8 @@ class Tuned:
     step: int
     """After which step the routers were best."""
     steps: int
-    before: Held
-    after: Held
+    before: HeldOutScores
+    after: HeldOutScores
     """Of the routers that were best, which the model has now if anything was written."""
     gain: Estimate
     """How much lower the mean loss is than before; the interval is over documents, the same for both."""
@@ -144,7 +144,7 @@ def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str
     return training, held
 
 
-def card_section(found: Tuned) -> str:
+def card_section(found: TuningResult) -> str:
     """The part of the model card on the tuning, in Markdown."""
     names = list(found.before.losses)
     what = "gates alone" if found.method == "gates" else "a sigmoid gate for each expert (PHATGOOSE)"

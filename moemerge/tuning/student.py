@@ -13,7 +13,7 @@ from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.finite import not_finite_in
 from moemerge.passes.tokens import Window
-from moemerge.tuning.job import Job
+from moemerge.tuning.context import TuningContext
 from moemerge.tuning.whole import load_whole
 
 
@@ -36,13 +36,13 @@ class Student:
     """(window, position) which tokens of the last pass count."""
 
     @classmethod
-    def load(cls, job: Job) -> "Student":
-        """Read a job's mixture to where its processes compute; all but the gates in their dtype.
+    def load(cls, context: TuningContext) -> "Student":
+        """Read a context's mixture to where its processes compute; all but the gates in their dtype.
 
         Raises:
             CheckpointError: its tensors do not fit its class, or a router is not finite.
         """
-        mixture, device, dtype = job.mixture, job.processes.device, job.processes.dtype
+        mixture, device, dtype = context.mixture, context.processes.device, context.processes.dtype
         names = {layer: mixture.router(layer) for layer in mixture.moe_layers}
         gates = {
             layer: torch.nn.Parameter(mixture.runnable.read(name).to(device, torch.float32))
@@ -52,8 +52,8 @@ class Student:
             if broken := not_finite_in(names[layer], gate):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
         model, holders = load_whole(
-            mixture.runnable, device, dtype, job.room, {names[layer]: gate for layer, gate in gates.items()},
-            partial(job.progress, "layers" if job.room.streamed else "load"),
+            mixture.runnable, device, dtype, context.memory, {names[layer]: gate for layer, gate in gates.items()},
+            partial(context.progress, "layers" if context.memory.streamed else "load"),
         )  # fmt: skip
         student = cls(
             mixture, model, device, gates, {layer: holders[name] for layer, name in names.items()},

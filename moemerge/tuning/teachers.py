@@ -18,7 +18,7 @@ from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense
 from moemerge.evaluation.running import run_model
 from moemerge.passes.tokens import Window
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.job import Job
+from moemerge.tuning.context import TuningContext
 
 # Of the teacher's distribution; all others together are one more class.
 _TOP: Final = 64
@@ -81,7 +81,7 @@ def _rest(log_probs: torch.Tensor) -> torch.Tensor:
     return (1 - log_probs.exp().sum(dim=1)).clamp_min(1e-6).log()
 
 
-def open_teachers(job: Job, batches: Batches, *, resume: bool) -> dict[int, Runnable]:
+def open_teachers(context: TuningContext, batches: Batches, *, resume: bool) -> dict[int, Runnable]:
     """By domain the expert that teaches, unless its predictions are there to be resumed with.
 
     Raises:
@@ -89,19 +89,19 @@ def open_teachers(job: Job, batches: Batches, *, resume: bool) -> dict[int, Runn
     """
     needs = "distillation needs the dense experts"
     return {
-        domain: open_source(job.mixture, expert, needs, job.announce)
+        domain: open_source(context.mixture, expert, needs, context.announce)
         for domain, expert in enumerate(batches.training.expert)
-        if not (resume and _file(job, domain).exists())
+        if not (resume and _file(context, domain).exists())
     }
 
 
-def teach(job: Job, batches: Batches, teachers: Mapping[int, Runnable]) -> dict[int, Predictions]:
+def teach(context: TuningContext, batches: Batches, teachers: Mapping[int, Runnable]) -> dict[int, Predictions]:
     """By domain, what its expert predicts after the text that steps with distillation read.
 
     The first process computes it, unless an earlier run has; all others wait.
 
     Args:
-        job: the tuning.
+        context: the tuning.
         batches: of all domains.
         teachers: by domain, those of `open_teachers`.
 
@@ -110,20 +110,20 @@ def teach(job: Job, batches: Batches, teachers: Mapping[int, Runnable]) -> dict[
     """
     found = {}
     for domain, name in enumerate(batches.training.domains):
-        path, windows = _file(job, domain), batches.taught(domain)
-        if job.processes.first and not path.exists():
+        path, windows = _file(context, domain), batches.taught(domain)
+        if context.processes.first and not path.exists():
             tokens = sum(len(window.ids) for window in windows)
-            job.announce(f"{name}: its own expert predicts {tokens} tokens of it")
-            vocab = int(job.mixture.runnable.keys["vocab_size"])
-            report = partial(job.progress, f"teacher {name}")
-            predict(teachers[domain], windows, path, vocab, job.processes.device, report)
-        job.processes.wait()
+            context.announce(f"{name}: its own expert predicts {tokens} tokens of it")
+            vocab = int(context.mixture.runnable.keys["vocab_size"])
+            report = partial(context.progress, f"teacher {name}")
+            predict(teachers[domain], windows, path, vocab, context.processes.device, report)
+        context.processes.wait()
         found[domain] = Predictions(path, windows)
     return found
 
 
-def _file(job: Job, domain: int) -> Path:
-    return job.work.folder / f"teacher-{domain}.safetensors"
+def _file(context: TuningContext, domain: int) -> Path:
+    return context.work.folder / f"teacher-{domain}.safetensors"
 
 
 def predict(  # noqa: PLR0917

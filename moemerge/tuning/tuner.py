@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moemerge.evaluation.evaluator import read_domains
-from moemerge.tuning.settings import Settings, Tuned, split_documents
+from moemerge.tuning.settings import Settings, TuningResult, split_documents
 
-__all__ = ["Settings", "Tuned", "tune"]
+__all__ = ["Settings", "TuningResult", "tune"]
 
 
 def tune(
@@ -19,7 +19,7 @@ def tune(
     resume: bool = False,
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
     announce: Callable[[str], None] = lambda _: None,
-) -> Tuned | None:
+) -> TuningResult | None:
     """Train the gates of a merged model on text, and write them back if held-out text is surely predicted better.
 
     Under `accelerate launch` every process calls it; the first one writes.

@@ -1,4 +1,4 @@
-"""A whole model as gradients need it: in memory, or a layer at a time from the disk, if there is no room for it."""
+"""A whole model as gradients need it: in memory, or a layer at a time from the disk, if there is no memory for it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _LIBRARIES: Final = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryPlan:
     """Where a model's layers are."""
 
     streamed: bool
@@ -41,7 +41,7 @@ class Room:
 
 
 def load_whole(  # noqa: PLR0917
-    runnable: Runnable, device: torch.device, dtype: torch.dtype, room: Room,
+    runnable: Runnable, device: torch.device, dtype: torch.dtype, memory: MemoryPlan,
     gates: Mapping[str, torch.nn.Parameter], progress: Callable[[int, int], None],
 ) -> tuple[Any, dict[str, torch.nn.Module]]:  # fmt: skip
     """A whole model, frozen, its layers recomputed where gradients are asked for.
@@ -50,7 +50,7 @@ def load_whole(  # noqa: PLR0917
         runnable: what to load.
         device: where.
         dtype: of its weights.
-        room: whether its layers are held.
+        memory: whether its layers are held.
         gates: by a tensor's name, what is put into the model in its place.
         progress: called with the layers read and all there are.
 
@@ -85,7 +85,7 @@ def load_whole(  # noqa: PLR0917
         model.set_experts_implementation("eager")
     for number, layer in enumerate(model.model.layers):
         forward = layer.forward
-        if room.streamed:
+        if memory.streamed:
             forward = partial(from_disk, partial(load, number), layer, forward)
         else:
             load(number)
@@ -123,9 +123,9 @@ def from_disk(
                     setattr(part, name, torch.nn.Parameter(empty, requires_grad=False))
 
 
-def find_room(
+def plan_memory(
     runnable: Runnable, device: torch.device, dtype: torch.dtype, free: int | None, processes: int
-) -> Room:  # fmt: skip
+) -> MemoryPlan:  # fmt: skip
     """Whether a model fits into memory, or its layers have to be read from the disk.
 
     Args:
@@ -143,24 +143,24 @@ def find_room(
     layers = [sum(sizes[name] for name in runnable.names(layer)) for layer in range(runnable.layers)]
     parameters = f"{whole / dtype.itemsize / 1e6:,.0f} M parameters in {str(dtype).removeprefix('torch.')}"
 
-    def needed(room: Room, weights: int) -> int:
+    def needed(memory: MemoryPlan, weights: int) -> int:
         states = (runnable.layers + _ACTIVATIONS) * int(runnable.keys["hidden_size"])
         logits = _LOGIT_COPIES * int(runnable.keys["vocab_size"])
-        return processes * (_LIBRARIES + weights + 4 * room.tokens_at_once * (states + logits))
+        return processes * (_LIBRARIES + weights + 4 * memory.tokens_at_once * (states + logits))
 
-    held = needed(Room(streamed=False), whole + max(layers))
+    held = needed(MemoryPlan(streamed=False), whole + max(layers))
     if free is None or held <= free:
         known = "" if free is None else f", of {free / 1e9:.1f} GB that are free"
-        return Room(streamed=False, needs=f"{parameters}: about {held / 1e9:.1f} GB of memory{known}")
+        return MemoryPlan(streamed=False, needs=f"{parameters}: about {held / 1e9:.1f} GB of memory{known}")
     read = sum(layers)
-    need = needed(Room(streamed=True), whole - read + _LAYER_COPIES * max(layers))
+    need = needed(MemoryPlan(streamed=True), whole - read + _LAYER_COPIES * max(layers))
     if need > free:
         raise RefusedError(
             f"{runnable.name}: tuning a layer of the model at a time needs about {need / 1e9:.1f} GB of memory, but "
             f"{free / 1e9:.1f} GB are free on {device.type}. Use another machine or device, or make routers without "
             "it: `gate_mode: ridge`."
         )
-    return Room(
+    return MemoryPlan(
         streamed=True,
         needs=f"{parameters} would take about {held / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: its "
         f"layers, {read / 1e9:.1f} GB, are read twice in each step, and about {need / 1e9:.1f} GB of memory taken",

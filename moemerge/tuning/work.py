@@ -17,7 +17,7 @@ from moemerge.checkpoint.staging import locked
 from moemerge.checkpoint.target import beside
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import Estimate
-from moemerge.tuning.settings import Held
+from moemerge.tuning.settings import HeldOutScores
 from moemerge.tuning.writing import CARD, patch_shards, stamp
 
 _PURPOSE: Final = "moemerge-tune"
@@ -32,8 +32,8 @@ class State:
     without_gain: int
     """Judgements in a row that found nothing better."""
     seconds: float
-    before: Held
-    best: Held
+    before: HeldOutScores
+    best: HeldOutScores
     rows: dict[int, torch.Tensor]
     """By layer (expert, hidden): the gates now."""
     best_rows: dict[int, torch.Tensor]
@@ -114,7 +114,7 @@ class Work:
         if not self._state.exists():
             return None
         stored = torch.load(self._state, map_location="cpu", weights_only=True)
-        return State(**{**stored, "before": _held(stored["before"]), "best": _held(stored["best"])})
+        return State(**{**stored, "before": _scores(stored["before"]), "best": _scores(stored["best"])})
 
     def replace(self, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], card: str | None) -> None:
         """Give the model other gates: files that replace its own are written here first, then moved.
@@ -169,6 +169,6 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _held(stored: Mapping[str, Any]) -> Held:
+def _scores(stored: Mapping[str, Any]) -> HeldOutScores:
     losses = {name: Estimate(**found) for name, found in stored["losses"].items()}
-    return Held(**{**stored, "losses": losses})
+    return HeldOutScores(**{**stored, "losses": losses})

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.tuning.processes import Processes
 from moemerge.tuning.settings import Settings
-from moemerge.tuning.whole import Room
+from moemerge.tuning.whole import MemoryPlan
 from moemerge.tuning.work import Work
 
 
 @dataclass(frozen=True)
-class Job:
+class TuningContext:
     """One call of `tune`."""
 
     mixture: MixtureModel
     settings: Settings
     processes: Processes
-    room: Room
+    memory: MemoryPlan
     work: Work
     progress: Callable[[str, int, int], None]
     """Called with what is done, how far, and all there is."""
