@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill, wider
-from moemerge.checkpoint.files import BlockReader, Reader, told_by
+from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import Packed
@@ -36,7 +36,7 @@ class Derived:
     """How it is made, for people."""
     inputs: tuple[TensorInfo, ...]
     recipe: Recipe
-    told: str
+    recipe_key: str
     """All of the recipe that is not in the inputs, by which another is told from it."""
     dtype: str
     """Of the result, as a safetensors header spells it."""
@@ -61,8 +61,8 @@ class Derived:
     @property
     def identity(self) -> str:
         """A hash of the recipe, and of what the inputs are told by: their place with a stamp, or an identity."""
-        inputs = [(repr(tensor), told_by(tensor.path)) for tensor in (*self.inputs, *self.others)]
-        return hashlib.sha256(repr((self.told, self.dtype, inputs)).encode()).hexdigest()
+        inputs = [(repr(tensor), fingerprint_of(tensor.path)) for tensor in (*self.inputs, *self.others)]
+        return hashlib.sha256(repr((self.recipe_key, self.dtype, inputs)).encode()).hexdigest()
 
     def tensor(self, name: str) -> TensorInfo:
         """The result, under a name."""

@@ -140,7 +140,7 @@ class Stamp:
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
-def told_by(file: File) -> Stamp | str:
+def fingerprint_of(file: File) -> Stamp | str:
     """What a change of a file's content would change: its stamp, or its identity on another machine."""
     return Stamp.of(file) if isinstance(file, Path) else file.identity
 

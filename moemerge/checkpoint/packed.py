@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import fill
-from moemerge.checkpoint.files import BlockReader, Reader, size_of, told_by
+from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of, size_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import BITS, bytes_of
 from moemerge.errors import CheckpointError
@@ -63,7 +63,9 @@ class Packed:
     @property
     def identity(self) -> str:
         """How the numbers lie in the record, and what another content of the archive would be told by."""
-        return repr((self.offset, self.strides, self.negated, size_of(self.stored.path), told_by(self.stored.path)))
+        return repr(
+            (self.offset, self.strides, self.negated, size_of(self.stored.path), fingerprint_of(self.stored.path))
+        )
 
     def tensor(self) -> TensorInfo:
         """The tensor, unpacked."""

@@ -31,14 +31,14 @@ class NotFinite:
     """Of the first one, the index along each axis."""
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """How many, and where, in words."""
         if self.count == 1:
             return f"1 number that is infinite or NaN, at {list(self.first)}"
         return f"{self.count} numbers that are infinite or NaN, the first at {list(self.first)}"
 
     def __str__(self) -> str:
-        return f"{self.tensor}{f' of {self.file}' if self.file else ''} holds {self.told}"
+        return f"{self.tensor}{f' of {self.file}' if self.file else ''} holds {self.description}"
 
 
 class Census:

@@ -127,7 +127,7 @@ def _compare_output(output: Output, found: TensorInfo, seed: int, report: Report
     """What is wrong with a tensor: other bytes than those of the plan, or numbers that are infinite or NaN."""
     if isinstance(output.origin, Computed):
         broken = look_at(found, report).not_finite
-        return [Difference(found.name, "finite numbers", broken.told)] if broken else []
+        return [Difference(found.name, "finite numbers", broken.description)] if broken else []
     census = Census(found)
     unequal = compare_tensor(output.origin, seed, found, report, look=census.add)
     differences = []
@@ -135,7 +135,7 @@ def _compare_output(output: Output, found: TensorInfo, seed: int, report: Report
         differences.append(Difference(found.name, _place(output, unequal.first, seed), str(unequal)))
     if broken := census.not_finite:
         source = "" if unequal else f": so it is in {_place(output, census.first_byte, seed)}"
-        differences.append(Difference(found.name, "finite numbers", broken.told + source))
+        differences.append(Difference(found.name, "finite numbers", broken.description + source))
     return differences
 
 

@@ -169,9 +169,9 @@ def _lost(base: Speaker, expert: Speaker) -> Iterator[str]:
     ropes = [model.values.get("rope_parameters") or {} for model in (theirs, ours)]
     known = dict.fromkeys([*_ROPE_FIRST, *sorted(ropes[0].keys() | ropes[1].keys())])
     keys = [key for key in known if ropes[0].get(key) != ropes[1].get(key)]
-    told = [f"{key} {ropes[0].get(key)!s:.30} (base: {ropes[1].get(key)!s:.30})" for key in keys]
-    if told:
-        yield f"rotary positions, {', '.join(told[:_SHOWN])}{', ...' if len(told) > _SHOWN else ''}"
+    changed = [f"{key} {ropes[0].get(key)!s:.30} (base: {ropes[1].get(key)!s:.30})" for key in keys]
+    if changed:
+        yield f"rotary positions, {', '.join(changed[:_SHOWN])}{', ...' if len(changed) > _SHOWN else ''}"
     pairs = {"sliding window": [model.values.get("window") or "none" for model in (theirs, ours)]}
     pairs |= {key: [model.config.get(key) for model in (theirs, ours)] for key in _NORMS}
     pairs["eos_token_id"] = [_only(model.config.get("eos_token_id")) for model in (theirs, ours)]

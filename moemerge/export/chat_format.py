@@ -49,13 +49,13 @@ class ChatFormat:
     def render(self, messages: Messages) -> str:
         """The text of a chat that asks for an answer, as `go_template` gives it."""
         system = "\n\n".join(content for role, content in messages if role == "system")
-        told = "".join((self.system[0], system, self.system[1])) if system else ""
+        system_text = "".join((self.system[0], system, self.system[1])) if system else ""
         parts = [] if system else [self.opening]
         questions = [index for index, (role, _) in enumerate(messages) if role == "user"]
         at = {"own turn": None, "first question": questions[0], "last question": len(messages) - 1}[self.place]
         for index, (role, content) in enumerate(messages):
             if role == "user":
-                parts += [self.user[0], told if index == at else "", content, self.user[1]]
+                parts += [self.user[0], system_text if index == at else "", content, self.user[1]]
             elif role == "assistant":
                 parts += [self.assistant[0], content, self.assistant[1]]
             elif self.place == "own turn":
@@ -71,20 +71,20 @@ class ChatFormat:
         parts = []
         if self.opening:
             parts.append(f"{{{{ if not .System }}}}{_literal(self.opening)}{{{{ end }}}}")
-        own, told, after = "", "", ""
+        own, system, after = "", "", ""
         if self.place == "own turn":
             own = f'{{{{ if eq .Role "system" }}}}{_around(self.system, ".Content")}{{{{ else if eq .Role "user" }}}}'
         else:
             own = '{{ if eq .Role "user" }}'
-            told = _around(self.system, "$.System")
+            system = _around(self.system, "$.System")
         if self.place == "first question":
             parts.append("{{ $told := not .System }}")
-            told, after = f"{{{{ if not $told }}}}{told}{{{{ end }}}}", "{{ $told = true }}"
+            system, after = f"{{{{ if not $told }}}}{system}{{{{ end }}}}", "{{ $told = true }}"
         elif self.place == "last question":
-            told = f"{{{{ if and $.System (eq (len (slice $.Messages $index)) 1) }}}}{told}{{{{ end }}}}"
+            system = f"{{{{ if and $.System (eq (len (slice $.Messages $index)) 1) }}}}{system}{{{{ end }}}}"
         parts += [
             "{{ range $index, $_ := .Messages }}" if self.place == "last question" else "{{ range .Messages }}",
-            own, _literal(self.user[0]), told, "{{ .Content }}", after, _literal(self.user[1]),
+            own, _literal(self.user[0]), system, "{{ .Content }}", after, _literal(self.user[1]),
             '{{ else if eq .Role "assistant" }}', _around(self.assistant, ".Content"), "{{ end }}{{ end }}",
             _literal(self.answer),
         ]  # fmt: skip
@@ -133,18 +133,18 @@ def find_format(render: Render, bos: str = "", eos: str = "") -> ChatFormat | No
         eos: a text that some templates put behind a chat in which no answer is asked for.
     """
 
-    def told(*messages: tuple[str, str], ask: bool = True) -> str:
+    def rendered(*messages: tuple[str, str], ask: bool = True) -> str:
         return render(messages, ask=ask)
 
     try:
-        plain = _without_system(told, bos, eos)
+        plain = _without_system(rendered, bos, eos)
     except Exception:  # noqa: BLE001  each template raises in its own way, or lacks a message
         return None
-    expected = {chat: told(*chat).removeprefix(bos) for chat in _CHATS}
+    expected = {chat: rendered(*chat).removeprefix(bos) for chat in _CHATS}
     if any(plain.render(chat) != text for chat, text in expected.items()):
         return None
     try:
-        with_system = {chat: told(_SYSTEM, *chat).removeprefix(bos) for chat in _CHATS}
+        with_system = {chat: rendered(_SYSTEM, *chat).removeprefix(bos) for chat in _CHATS}
     except Exception:  # noqa: BLE001  `System role not supported`
         return replace(plain, system=_WITHOUT_SYSTEM, place="first question", knows_system=False)
     for found in _with_system(plain, with_system[(_FIRST,)]):
@@ -153,16 +153,16 @@ def find_format(render: Render, bos: str = "", eos: str = "") -> ChatFormat | No
     return None
 
 
-def _without_system(told: Render, bos: str, eos: str) -> ChatFormat:
+def _without_system(render: Render, bos: str, eos: str) -> ChatFormat:
     """What stands around questions and answers.
 
     Raises:
         ValueError: a message is left out, or what follows is not what came before.
     """
-    head, tail = _cut(told(_FIRST), _FIRST)
-    _, between, between_too, _ = _cut(told(_FIRST, _ANSWER, _SECOND), _FIRST, _ANSWER, _SECOND)
-    _, after_question = _cut(told(_FIRST, ask=False), _FIRST)
-    _, _, after_answer = _cut(told(_FIRST, _ANSWER, ask=False), _FIRST, _ANSWER)
+    head, tail = _cut(render(_FIRST), _FIRST)
+    _, between, between_too, _ = _cut(render(_FIRST, _ANSWER, _SECOND), _FIRST, _ANSWER, _SECOND)
+    _, after_question = _cut(render(_FIRST, ask=False), _FIRST)
+    _, _, after_answer = _cut(render(_FIRST, _ANSWER, ask=False), _FIRST, _ANSWER)
     if eos and not tail.startswith(after_question):
         after_question = after_question.removesuffix(eos)
     if eos and not between_too.startswith(after_answer):

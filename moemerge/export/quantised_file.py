@@ -9,13 +9,13 @@ from typing import Final
 from moemerge.export.imatrix import Importance
 from moemerge.export.quantising import QuantisedReport, check_type, quantise, quantised_bytes
 from moemerge.export.tensors import GgufTensor
-from moemerge.export.writing import MEMORY_BYTES, STAGED, Room, check_file, check_room, staged_file
+from moemerge.export.writing import MEMORY_BYTES, STAGED, SpaceCheck, check_file, check_room, staged_file
 
 _FLOATS: Final = "floats"
 
 
 def write_quantised(
-    file: Path, kind: str, write: Callable[[Path, Room], object], *, overwrite: bool = False,
+    file: Path, kind: str, write: Callable[[Path, SpaceCheck], object], *, overwrite: bool = False,
     importance: Callable[[Path], Importance] | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> QuantisedReport:  # fmt: skip
@@ -40,8 +40,8 @@ def write_quantised(
         floats = stage / _FLOATS / file.name
         floats.parent.mkdir()
         write(floats, partial(_check_both, file, kind))
-        told = importance(floats) if importance else None
-        report = quantise(floats, stage / STAGED, kind, importance=told, progress=progress)
+        matrix = importance(floats) if importance else None
+        report = quantise(floats, stage / STAGED, kind, importance=matrix, progress=progress)
         floats.unlink()
         floats.parent.rmdir()
     return replace(report, path=file)

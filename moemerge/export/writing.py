@@ -34,7 +34,7 @@ MEMORY_BYTES: Final = 100_000_000
 """What a file that is made of a checkpoint takes in memory, whatever its size."""
 
 
-class Room(Protocol):
+class SpaceCheck(Protocol):
     """What asks for room on the disk, as `check_room` does."""
 
     def __call__(
@@ -66,7 +66,7 @@ def check_room(
 
 def write_gguf(
     checkpoint: Path | str, file: Path | str, *, type: AskedType = "auto",  # noqa: A002  as the option is called
-    overwrite: bool = False, low_memory: bool = False, llama_cpp: Path | None = None, room: Room = check_room,
+    overwrite: bool = False, low_memory: bool = False, llama_cpp: Path | None = None, room: SpaceCheck = check_room,
     tell: Callable[[str], None] = lambda _: None, progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:  # fmt: skip
     """Write a merged checkpoint as one GGUF file, in bounded memory: complete when this returns, absent when it raises.

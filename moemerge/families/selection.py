@@ -138,8 +138,8 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
         del troubles["converter"]
     for engine, trouble in troubles.items():
         if isinstance(trouble, Trouble):
-            told = warnings if trouble.is_silent else notes
-            told.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
+            found = warnings if trouble.is_silent else notes
+            found.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
     original = base.config.get("original_max_position_embeddings")
     notes += [
         note.format(family=family.model_type, original=original)

@@ -11,7 +11,7 @@ from moemerge.dtypes import HEADER_DTYPES
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
 from moemerge.export.planned import Planned, waits
-from moemerge.export.writing import STAGED, Room, advising_types, check_file, check_room, staged_file
+from moemerge.export.writing import STAGED, SpaceCheck, advising_types, check_file, check_room, staged_file
 from moemerge.merging.work import Progress, Tally, Work
 from moemerge.planning.plan import MergePlan
 
@@ -34,7 +34,7 @@ def merge_to_gguf(
     base_bits: Literal[4, 8] | None = None,
     licence: str | None = None,
     llama_cpp: Path | None = None,
-    room: Room = check_room,
+    room: SpaceCheck = check_room,
     progress: Progress = lambda _stage, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":

@@ -36,10 +36,10 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
     logging.disable_progress_bar()
     try:
         dtype = next(iter(tensors.values())).dtype
-        told = LoadStateDictConfig(
+        settings = LoadStateDictConfig(
             device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)
         )
-        found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), told)
+        found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
     finally:
         if shown:
             logging.enable_progress_bar()

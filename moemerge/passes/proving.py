@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.passes.tokens import told, why_unreadable
+from moemerge.passes.tokens import error_line, why_unreadable
 
 RESULT: Final = "proof.json"
 # What tokenizers that are nearly the same do differently: spaces at the ends and in runs, digits, contractions, marks
@@ -149,7 +149,7 @@ def _compare(out: Path, texts: Sequence[str], expected: Mapping[str, Any], base_
         tokenizer = _load(out)
         found = _read(tokenizer, texts)
     except Exception as error:  # noqa: BLE001  each tokenizer class raises in its own way
-        return Proof(base_class, f"it cannot be loaded ({told(error)})")
+        return Proof(base_class, f"it cannot be loaded ({error_line(error)})")
     name = type(tokenizer).__name__
     for what, value in expected.items():
         if found[what] != value:

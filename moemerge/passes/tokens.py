@@ -97,10 +97,10 @@ def why_unreadable(folder: Path, error: Exception) -> tuple[str, str]:
         )
         return why, f"pip install {' '.join(packages)}"
     has_files = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", *_SENTENCEPIECE))
-    return f"cannot be used ({told(error)})", f"{'mend' if has_files else 'add'} the tokenizer's files"
+    return f"cannot be used ({error_line(error)})", f"{'mend' if has_files else 'add'} the tokenizer's files"
 
 
-def told(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """What another library says in many lines, in one short one."""
     return f"{type(error).__name__}: {printable(' '.join(str(error).split())):.160}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from moemerge.checkpoint.derived import Derived, leaves
-from moemerge.checkpoint.files import File, Stamp, size_of, told_by
+from moemerge.checkpoint.files import File, Stamp, fingerprint_of, size_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.pieces import Band, Piece
@@ -273,7 +273,7 @@ class MergePlan:
             "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
             "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
             "sources": {
-                str(path): self._told_by(path)
+                str(path): self._fingerprint_of(path)
                 | {
                     "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
                 }
@@ -281,11 +281,11 @@ class MergePlan:
             },
         }
 
-    def _told_by(self, file: File) -> dict[str, Any]:
+    def _fingerprint_of(self, file: File) -> dict[str, Any]:
         """What a change of a file would change: of a local one the stamp that it had when it was planned with."""
         if isinstance(file, Path) and file in self.stamps:
             return asdict(self.stamps[file])
-        return {"size": size_of(file), "identity": str(told_by(file))}
+        return {"size": size_of(file), "identity": str(fingerprint_of(file))}
 
     def check_sources(self, when: str) -> None:
         """Make sure that every file that was read of the models is still the same.

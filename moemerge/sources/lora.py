@@ -220,8 +220,8 @@ def _merge(
             )
     recipe = LoraSum(a, b, lengths, _scale(adapter, module, a.shape[0]))
     name = f"adapter {adapter.reference} on"
-    told = repr(recipe.scale)
-    return Derived(name, (weight,), recipe, told, "F32", others=recipe.tensors).tensor(f"{module}.weight")
+    recipe_key = repr(recipe.scale)
+    return Derived(name, (weight,), recipe, recipe_key, "F32", others=recipe.tensors).tensor(f"{module}.weight")
 
 
 def _scale(adapter: Adapter, module: str, rank: int) -> float:
@@ -230,10 +230,10 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
     Raises:
         SourceError: `lora_alpha`, `alpha_pattern` or the rank is not what PEFT takes, or not finite.
     """
-    told = _of_module(adapter, module, "r", "rank_pattern", rank)
-    if told != rank:
+    stated = _of_module(adapter, module, "r", "rank_pattern", rank)
+    if stated != rank:
         raise SourceError(
-            f"{adapter.reference}: {CONFIG} says that {module} has rank {told!r:.20}, but its matrices have {rank}. "
+            f"{adapter.reference}: {CONFIG} says that {module} has rank {stated!r:.20}, but its matrices have {rank}. "
             "Save the adapter again."
         )
     alpha = _of_module(adapter, module, "lora_alpha", "alpha_pattern", _USUAL_ALPHA)

@@ -240,9 +240,9 @@ def _read_weights(
 
 
 def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    told = [f"{model.reference}: {note}" for note in notes]
+    named = [f"{model.reference}: {note}" for note in notes]
     model.notes.extend(
-        note for note in told if note not in model.notes
+        note for note in named if note not in model.notes
     )  # it may be read twice: streamed, then downloaded
     return tensors
 

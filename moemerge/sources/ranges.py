@@ -148,8 +148,8 @@ class HubFile:
         try:
             with explained(self._reference, "the Hub cannot be reached any more. Check the network."):
                 raise error
-        except SourceError as told:
-            return told
+        except SourceError as failure:
+            return failure
 
 
 class _Range:

@@ -132,14 +132,14 @@ class DenseModel:
     @property
     def class_keys(self) -> dict[str, Any]:
         """What the family's class is told: no key that it does not read."""
-        told = {
+        keys = {
             key: decoded(value)
             for key, value in self.config.items()
             if value is not None or self.family.defaults.get(key, 0) is not None
         }
         if self.given_rope:  # some classes of transformers 4 know one spelling alone
-            told["rope_scaling"] = self.given_rope
-        return told | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
+            keys["rope_scaling"] = self.given_rope
+        return keys | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
 
     def projection(self, tensors: Mapping[str, TensorInfo], layer: int, role: Role) -> TensorInfo:
         """One projection of a layer's FFN, which may be part of a larger tensor."""
