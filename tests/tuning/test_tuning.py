@@ -887,7 +887,8 @@ def test_phatgoose_goes_on_with_the_next_expert(out, data):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from moemerge.tuning import Settings, tune
+from moemerge.tuning.settings import Settings
+from moemerge.tuning.tuner import tune
 out, *data = sys.argv[1:]
 given, count = Path.replace, 0
 def replace(self, target):
