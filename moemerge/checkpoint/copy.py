@@ -27,9 +27,8 @@ def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
     """Copy `nbytes` bytes from offset `start` of one open file to offset `target_start` of another.
 
     Uses `os.copy_file_range`, else `os.sendfile`, else reads and writes. `target` must not be shared with another
-    thread.
-    Where a file system shares extents it does so from one block border to another: the first step leads up to one, if
-    both files reach theirs together.
+    thread. Where a file system shares extents it does so from one block border to another: the first step leads up to
+    one, if both files reach theirs together.
 
     `report` is called after each step of at most `chunk_bytes`.
 

@@ -47,7 +47,7 @@ def layout_to_share(tensors: Sequence[TensorSpec], starts: Mapping[str, int], ma
 
     Returns:
         Shards of shared tensors first, then shards of the others in their order: computed ones and those that are too
-            small.
+        small.
     """
     groups: list[tuple[int, list[TensorSpec]]] = []  # where in a block the data begin, and what they are
     growing: dict[int, int] = {}  # where in a block a group ends, to its index
