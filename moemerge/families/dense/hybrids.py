@@ -1,4 +1,4 @@
-"""Dense families whose layers are of several kinds: convolutions, linear attention, state spaces beside attention."""
+"""Dense families with several kinds of layers: convolutions, linear attention, state spaces beside attention."""
 
 from typing import Any, Final
 
@@ -170,7 +170,7 @@ def _gemma4_layers(config: Config) -> list[str]:
 
 
 def _gemma4_values(config: Config) -> dict[str, Any]:
-    """What is said of layers with full attention: by layer, as transformers 5 saves it, or as Gemma was released."""
+    """Read Gemma 4's settings of layers with full attention, as transformers 5 saves them or as Gemma was released."""
     by_layer = config["per_layer_config"] or {}
     own: dict[str, Any] = next(iter(by_layer.values()), {})
     if any(other != own for other in by_layer.values()) or own.keys() - {"head_dim", "num_key_value_heads"}:

@@ -1,4 +1,4 @@
-"""Dense families that compute like Llama but for a few facts: what people merge most."""
+"""Dense families that compute like Llama but for a few facts: the ones that people merge most."""
 
 from dataclasses import replace
 from typing import Any, Final
@@ -29,13 +29,13 @@ _NO_BIAS: Final = {"attention_bias": False, "mlp_bias": False}
 
 
 def windows_everywhere(config: Config) -> list[str]:
-    """Every layer has the window, if there is one."""
+    """Give every layer the window, if there is one."""
     kind = FULL if config.get("sliding_window") is None else SLIDING
     return [kind] * int(config["num_hidden_layers"])
 
 
 def windows_above(config: Config) -> list[str]:
-    """Qwen's rule: layers from `max_window_layers` on have the window, where it is switched on."""
+    """Apply Qwen's rule: layers from `max_window_layers` on have the window, where it is switched on."""
     has_window = config["use_sliding_window"] and config.get("sliding_window") is not None
     return [
         SLIDING if has_window and layer >= config["max_window_layers"] else FULL
@@ -44,7 +44,7 @@ def windows_above(config: Config) -> list[str]:
 
 
 def full_every_fourth(config: Config) -> list[str]:
-    """Layers 0, 4, 8 and so on attend to everything."""
+    """Let layers 0, 4, 8 and so on attend to everything."""
     return [SLIDING if layer % 4 else FULL for layer in range(config["num_hidden_layers"])]
 
 
@@ -215,7 +215,7 @@ def _windows_without_positions(config: Config) -> list[str]:
 
 
 def _rotating(config: Config) -> list[int]:
-    """SmolLM3's `no_rope_layers`, in which 1 means that a layer does rotate."""
+    """Read SmolLM3's `no_rope_layers`, in which 1 means that a layer does rotate."""
     layers, every = config["num_hidden_layers"], config["no_rope_layer_interval"]
     return config.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(layers)]
 

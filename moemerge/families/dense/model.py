@@ -1,4 +1,4 @@
-"""A dense model as its `config.json` describes it, every silent default made explicit."""
+"""A dense model as its `config.json` describes it, with every silent default made explicit."""
 
 import math
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ _OWN_SCALES: Final = ("embedding_multiplier", "residual_multiplier", "logits_sca
 
 @dataclass(frozen=True)
 class DenseModel:
-    """What a dense model's `config.json` says, every silent default made explicit."""
+    """The contents of a dense model's `config.json`, with every silent default made explicit."""
 
     family: DenseFamily
     config: dict[str, Any]
-    """What the family's class reads, defaults included; one spelling of rope settings in place of all others."""
+    """The keys that the family's class reads, defaults included; rope settings are in one spelling."""
     unread: tuple[str, ...]
     """Keys of `config.json` that the class does not read."""
     given_rope: dict[str, Any] | None
-    """`rope_scaling` as `config.json` spells it."""
+    """The value of `rope_scaling` as `config.json` spells it."""
     quantised: str = ""
-    """The method of quantisation that `config.json` speaks of; empty for none."""
+    """The method of quantisation that `config.json` names; empty for none."""
 
     @property
     def layers(self) -> int:
@@ -60,7 +60,7 @@ class DenseModel:
 
     @cached_property
     def layer_types(self) -> list[str]:
-        """Of each layer, what it does beside its FFN."""
+        """What each layer does beside its FFN: its type, as transformers names it."""
         given = self.config.get("layer_types")
         return [self.family.kinds.get(kind, kind) for kind in given or self.family.layer_types(self.config)]
 
@@ -87,7 +87,7 @@ class DenseModel:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """`config`, with what output families say in words of their own."""
+        """`config`, together with the values of `DenseFamily.values`."""
         config, layers, own = self.config, self.layers, self.family.values(self.config)
         scaling = own.get("rope_scaling", config.get("rope_scaling"))
         rope = {"rope_theta": config.get("rope_theta"), **(scaling or {"rope_type": "default"})}
@@ -119,7 +119,7 @@ class DenseModel:
 
     @property
     def attention_multiplier(self) -> float:
-        """Factor on the products of queries and keys."""
+        """The factor on the products of queries and keys."""
         given = self.config.get("attention_multiplier")
         return self.config["head_dim"] ** -0.5 if given is None else float(given)
 
@@ -131,7 +131,7 @@ class DenseModel:
 
     @property
     def class_keys(self) -> dict[str, Any]:
-        """What the family's class is told: no key that it does not read."""
+        """Arguments for the family's class, without keys that it does not read."""
         keys = {
             key: decoded(value)
             for key, value in self.config.items()
@@ -142,7 +142,7 @@ class DenseModel:
         return keys | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
 
     def projection(self, tensors: Mapping[str, TensorInfo], layer: int, role: Role) -> TensorInfo:
-        """One projection of a layer's FFN, which may be part of a larger tensor."""
+        """Find one projection of a layer's FFN, which may be part of a larger tensor."""
         projection = self.family.ffn[role]
         tensor = tensors[f"model.layers.{layer}.{projection.name}"]
         width = self.sizes["ffn"]
@@ -168,7 +168,7 @@ class DenseModel:
         return {**self.family.first, self.family.last: ("hidden",)}
 
     def shape(self, axes: Axes) -> tuple[int, ...]:
-        """Sizes of the named axes; an axis `2 ffn` is twice as long as `ffn`."""
+        """Shape of the named axes; an axis `2 ffn` is twice as long as `ffn`."""
         return tuple(self._size(axis) for axis in axes)
 
     def _size(self, axis: str) -> int:
@@ -177,14 +177,14 @@ class DenseModel:
 
 
 def decoded(value: Any) -> Any:
-    """Numbers that JSON lacks, as transformers 5 writes them."""
+    """Replace the objects that transformers 5 writes for numbers that JSON lacks."""
     if isinstance(value, list):
         return [decoded(item) for item in value]
     return float(value["__float__"]) if isinstance(value, dict) and value.keys() == {"__float__"} else value
 
 
 def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
-    """Interpret a `config.json`; a text says why it cannot be."""
+    """Interpret a `config.json`; a returned text says why it cannot be interpreted."""
     model_type = config.get("model_type")
     family = DENSE_FAMILIES.get(model_type) if isinstance(model_type, str) else None
     try:
@@ -239,7 +239,7 @@ def _quantisation(config: Mapping[str, Any]) -> str:
 
 
 def _read_rope(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """One spelling for rotary settings, read as transformers 5 reads them (`convert_rope_params_to_dict`)."""
+    """Bring rotary settings into one spelling, read as transformers 5 reads them (`convert_rope_params_to_dict`)."""
     settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if any(isinstance(value, dict) for value in settings.values()):
         raise UnreadableError(f"its rope settings differ between layers: {settings!r:.80}")

@@ -37,7 +37,7 @@ def _window_but_every_fourth(config: Config) -> list[str]:
 
 
 def _rotate_all_layers(config: Config) -> dict[str, Any]:
-    # In Cohere2 layers with a window rotate, the others do not; Cohere rotates all.
+    # Cohere2 rotates only the layers with a window; Cohere rotates all.
     context = max(config["max_position_embeddings"], config["model_max_length"] or 0)
     return {"layer_types": [SLIDING] * config["num_hidden_layers"], "window": context}
 
