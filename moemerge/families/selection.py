@@ -55,8 +55,7 @@ def select_family(
     """Choose the output family for a mixture of models that compute like `base`.
 
     Of those that hold it exactly, the choice is the one that most of transformers 4.57, vLLM and llama.cpp read
-    rightly, then the one that most engines do, then the first of the table. With sigmoid routers llama.cpp only breaks
-    ties.
+    rightly, then the one that most engines do, then the first of the table. With sigmoid routers llama.cpp breaks ties.
 
     Args:
         base: the base model.
