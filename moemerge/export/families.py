@@ -27,7 +27,7 @@ class Part:
     needed: bool = True
     """Whether every layer that has its group has it."""
     group: str = ""
-    """What kinds of layers have it: of one group at least one tensor is there, of the empty one in every layer."""
+    """The kind of layers that has it: such a layer has some tensor of the group; the empty group is in every layer."""
     cut: Literal["", "keys", "values"] = ""
     """Which rows of every head: those that make keys of a compressed state, transposed, or those that make values."""
     squeezed: bool = False
