@@ -1,4 +1,4 @@
-"""One HTML file that shows which token goes to which expert; it needs no network and no other file."""
+"""Write one HTML file that shows which token goes to which expert; it needs no network and no other file."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def write_page(path: Path, routes: Routes) -> None:
     """Write the page of `routes` to `path`, in UTF-8.
 
     Raises:
-        OutputError: the system refuses.
+        OutputError: the system refuses to write it.
     """
     data = {
         "model": routes.model,
