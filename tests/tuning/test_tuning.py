@@ -958,8 +958,6 @@ def test_two_processes_do_what_one_does(out, data, tmp_path):
 
 ONE_FAILS = """
 import os, sys
-from moemerge.card import with_section, without_section
-from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli import main
 from moemerge.errors import SourceError
 from moemerge.tuning import training
