@@ -1,4 +1,4 @@
-"""What every part of a tuning needs to know."""
+"""The settings and resources that every part of a tuning needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from moemerge.tuning.work import Work
 
 @dataclass(frozen=True)
 class TuningContext:
-    """One call of `tune`."""
+    """The context of one call of `tune`."""
 
     mixture: MixtureModel
     settings: Settings
@@ -20,6 +20,6 @@ class TuningContext:
     memory: MemoryPlan
     work: Work
     progress: Callable[[str, int, int], None]
-    """Called with what is done, how far, and all there is."""
+    """Called with the name of the work, the amount done, and the total."""
     announce: Callable[[str], None]
-    """Called with lines for people who wait."""
+    """Called with lines for the user who waits."""

@@ -1,4 +1,4 @@
-"""The student's losses and choices on held-out text, by as many processes as there are."""
+"""Judge the student on held-out text: its losses and choices, computed by all processes together."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from moemerge.tuning.student import Student
 
 
 def stored_dtypes(context: TuningContext) -> dict[int, torch.dtype]:
-    """By layer, in what the gate is stored."""
+    """The dtype in which each layer's gate is stored, by layer."""
     mixture = context.mixture
     return {
         layer: getattr(torch, CONFIG_DTYPES[mixture.tensors[mixture.router(layer)].dtype])
@@ -29,7 +29,7 @@ def stored_dtypes(context: TuningContext) -> dict[int, torch.dtype]:
 
 
 def judge_start(context: TuningContext, student: Student, texts: Texts) -> tuple[HeldOutScores, dict[int, float]]:
-    """The same as `judge`, of the gates that are stored.
+    """Judge the gates that are stored; see `judge`.
 
     Raises:
         CheckpointError: numbers are not finite; says where that began.
@@ -43,17 +43,17 @@ def judge_start(context: TuningContext, student: Student, texts: Texts) -> tuple
 
 
 def find_not_finite(context: TuningContext, models: Sequence[Runnable], windows: Sequence[Window]) -> None:
-    """Run stored models over windows a layer at a time, which says where numbers stop being finite.
+    """Run stored models over windows a layer at a time, to find where numbers stop being finite.
 
     Raises:
-        CheckpointError: in one of them they do.
+        CheckpointError: numbers of one of them are not finite.
     """
     for model in models:
         run_model(model, windows, context.processes.device)
 
 
 def judge(context: TuningContext, student: Student, texts: Texts) -> tuple[HeldOutScores, dict[int, float]]:
-    """What held-out texts say of the gates as they would be stored, and the root mean square length of their inputs.
+    """Judge the gates as they would be stored on held-out text; also gives the root mean square length of their inputs.
 
     Raises:
         CheckpointError: the losses are not finite.

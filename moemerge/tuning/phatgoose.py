@@ -1,7 +1,7 @@
-"""Rows from a sigmoid gate of each expert, trained on that expert's text alone: https://arxiv.org/abs/2402.05859.
+"""Make router rows from a sigmoid gate of each expert, trained on that expert's text: https://arxiv.org/abs/2402.05859.
 
-In the base model, the FFN of each layer with a router is replaced by `E_0 + s(u.z)(E_e - E_0)`: `E_0` the base's own,
-`E_e` the expert's, `s` the sigmoid, `u` the gate, zeros at first.
+In the base model, the FFN of each layer with a router is replaced by `E_0 + s(u.z)(E_e - E_0)`: `E_0` is the base's
+own FFN, `E_e` the expert's, `s` the sigmoid, and `u` the gate, which begins with zeros.
 """
 
 import gc
@@ -39,15 +39,15 @@ from moemerge.tuning.training import make_optimiser, set_rates
 from moemerge.tuning.whole import from_disk, load_whole
 from moemerge.tuning.work import State
 
-# Of each expert, to fit the scale.
+# Tokens of each expert that the scale is fitted to.
 _SCALE_TOKENS: Final = 1024
 
 
 def open_sources(context: TuningContext) -> list[Runnable]:
-    """The base and every expert.
+    """Open the base and every expert.
 
     Raises:
-        RefusedError: the merge was of another kind, or one cannot be had.
+        RefusedError: the merge was of another kind, or a model cannot be opened.
     """
     needs = "--method phatgoose needs the base and the dense experts"
     numbers = [None, *range(len(context.mixture.experts))]
@@ -59,14 +59,14 @@ def open_sources(context: TuningContext) -> list[Runnable]:
 def stack_gates(
     context: TuningContext, sources: Sequence[Runnable], training: Documents, held_out: Documents, batches: Batches
 ) -> State:  # fmt: skip
-    """Rows made of single experts' gates, and what held-out text says of them.
+    """Make rows of single experts' gates, and judge them on held-out text.
 
     Args:
-        context: the tuning.
+        context: the context of the tuning.
         sources: the base and every expert.
-        training: documents of every expert.
-        held_out: and those to judge by.
-        batches: of all of them together.
+        training: documents of every expert to train on.
+        held_out: documents of every expert to judge by.
+        batches: windows of all experts together.
 
     Raises:
         CheckpointError: tensors do not fit a class, or numbers are not finite.
@@ -110,7 +110,7 @@ def _changes(config: MergeConfig) -> list[str]:
 def _train_all(
     context: TuningContext, base: Runnable, experts: Sequence[Runnable], training: Documents, held_out: Documents
 ) -> dict[int, torch.Tensor]:  # fmt: skip
-    """By layer the gates (expert, hidden) of all experts, one trained after the other."""
+    """Train the gates of all experts, one after the other; returns them by layer (expert, hidden)."""
     mixture, found = context.mixture, []
     model: Any = None
     for number, (name, expert) in enumerate(zip(mixture.experts, experts, strict=True)):
@@ -145,7 +145,7 @@ def _load(context: TuningContext, base: Runnable) -> Any:
 def _train(
     context: TuningContext, name: str, model: Any, ffns: Mapping[int, torch.nn.Module], batches: Batches
 ) -> dict[int, torch.Tensor]:  # fmt: skip
-    """By layer the gate (hidden,) of one expert, whose FFNs these are."""
+    """Train the gate of one expert, whose FFNs these are; returns it by layer (hidden,)."""
     settings, device = context.settings, context.processes.device
     mixed = {}
     for layer, expert in ffns.items():
@@ -189,11 +189,11 @@ class _Mixed:
     base: Callable[[torch.Tensor], torch.Tensor]
     expert: torch.nn.Module
     gate: torch.Tensor
-    """(hidden,)"""
+    """The gate (hidden,)."""
     counted: torch.Tensor | None = None
-    """(window, position) which tokens of the pass count."""
+    """Which tokens of the pass count (window, position)."""
     measured: bool = True
-    """Whether `length` is of the states to come, too."""
+    """Whether `length` also measures the states to come."""
     _squares: float = 0.0
     _tokens: int = 0
 
@@ -213,7 +213,7 @@ class _Mixed:
 
 
 def _ffns(expert: Runnable, layers: Sequence[int], context: TuningContext) -> dict[int, torch.nn.Module]:
-    """The FFNs of a dense model, by layer, without the rest of it."""
+    """Load the FFNs of a dense model, by layer, without the rest of it."""
     device, dtype = context.processes.device, context.processes.dtype
     model = empty_model(expert.model_type, expert.keys, device, head=True, dtype=dtype)
     module = DENSE_FAMILIES[expert.model_type].ffn_module
@@ -236,9 +236,9 @@ def _ffns(expert: Runnable, layers: Sequence[int], context: TuningContext) -> di
 def _rows(
     context: TuningContext, student: Student, gates: Mapping[int, torch.Tensor], texts: Texts
 ) -> dict[int, torch.Tensor]:  # fmt: skip
-    """Rows (expert, hidden) by layer: gates as standardised in the paper's section 3.2, under a scale of ours.
+    """Make rows (expert, hidden) by layer: gates standardised as in the paper's section 3.2, under a scale of our own.
 
-    The scale is the one that texts (of every expert) whose expert is known bear out, from the student's router inputs.
+    The scale is fitted to the student's router inputs on texts (of every expert) whose expert is known.
     """
     states: dict[int, list[torch.Tensor]] = {layer: [] for layer in gates}
     beginnings: dict[int, list[torch.Tensor]] = {layer: [] for layer in gates}
@@ -277,13 +277,13 @@ def _rows(
 def standardised_rows(
     gates: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:  # fmt: skip
-    """Rows (expert, hidden) of a softmax router from sigmoid gates (expert, hidden).
+    """Make rows (expert, hidden) of a softmax router from sigmoid gates (expert, hidden).
 
     Args:
-        gates: of single experts, of any length each.
-        states: (token, hidden) router inputs.
-        targets: (token, expert) 1 for the expert that a token is for.
-        weights: (token,) of the tokens.
+        gates: the gates of single experts, of any length each.
+        states: router inputs (token, hidden).
+        targets: 1 for the expert that a token is for (token, expert).
+        weights: the weight of each token (token,).
     """
     rows = gates - gates.mean(dim=1, keepdim=True)
     rows = rows / rows.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)

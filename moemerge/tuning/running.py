@@ -1,4 +1,4 @@
-"""A tuning from the model's folder to its new gates: what `moemerge.tuning.tuner.tune` does once data are read."""
+"""Run a tuning from the model's folder to its new gates, once `moemerge.tuning.tuner.tune` has read the data."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ def run(
     folder: Path | str, training: Documents, held_out: Documents, settings: Settings, *, copy: Path | None,
     device: str, resume: bool, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
 ) -> TuningResult | None:  # fmt: skip
-    """See `moemerge.tuning.tuner.tune`."""
+    """Tune the model on documents as `moemerge.tuning.tuner.tune` does."""
     mixture, processes = open_mixture(folder), open_processes(device)
     if not processes.first:
         progress, announce = (lambda _name, _done, _total: None), (lambda _: None)
@@ -67,7 +67,7 @@ def run(
 
 
 def _finish_earlier(work: Work, processes: Processes, announce: Callable[[str], None]) -> bool:
-    """Move the files that an earlier run had only to move; whether that was done."""
+    """Move the files that an earlier run had only left to move; returns whether that was done."""
     unfinished, moved = work.unfinished, torch.zeros(1)
     processes.wait()
     if unfinished and processes.first:
@@ -81,7 +81,7 @@ def _finish_earlier(work: Work, processes: Processes, announce: Callable[[str], 
 
 
 def _check(mixture: MixtureModel, copy: Path | None) -> None:
-    """Refuse what cannot be done, before what an earlier run has left is forgotten."""
+    """Refuse what cannot be done, before what an earlier run has left is removed."""
     gate_tensors(mixture)
     if (mixture.folder / CARD).is_file():
         read_card(mixture.folder)
@@ -161,7 +161,7 @@ def _check_domains(context: TuningContext, batches: Batches) -> None:
 def _fingerprint(
     context: TuningContext, documents: Mapping[str, list[str]], shards: Mapping[str, list[int]]
 ) -> dict[str, Any]:
-    """What has to be the same for a tuning to go on."""
+    """The settings and files that have to be the same for a tuning to be resumed."""
     return {
         "options": asdict(context.settings),
         "experts": list(context.mixture.experts),
@@ -219,7 +219,7 @@ def _write(
 
 
 def _card(mixture: MixtureModel, found: TuningResult) -> str | None:
-    """The model card with the tuning; an evaluation in it was of the routers before."""
+    """The model card with the tuning, without an evaluation of the routers before; None if there is no card."""
     if not (mixture.folder / CARD).is_file():
         return None
     return with_section(without_section(read_card(mixture.folder), "evaluation"), "tuning", card_section(found))

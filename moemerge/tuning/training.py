@@ -30,7 +30,7 @@ _PATIENCE: Final = 3
 
 
 def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: a warm-up over a tenth of the steps, then half a cosine."""
+    """The factor on the learning rate: a warm-up over a tenth of the steps, then half a cosine."""
     warm = max(1, round(_WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
@@ -40,12 +40,12 @@ def schedule(step: int, steps: int) -> float:
 def make_optimiser(
     gates: Mapping[int, torch.Tensor], lengths: Mapping[int, float], settings: Settings
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """Adam for gates, each at a rate of its own: the longer the states that enter a layer, the lower.
+    """Make Adam for gates, each with its own rate: the longer the states that enter a layer, the lower.
 
     Args:
-        gates: by layer, of any shape.
-        lengths: by layer, the root mean square length of what is multiplied with the gate.
-        settings: of the training.
+        gates: gates by layer, of any shape.
+        lengths: root mean square length of the states that are multiplied with the gate, by layer.
+        settings: the options of the training.
     """
     rates = {layer: settings.lr / max(lengths[layer], 1e-6) for layer in gates}
     groups = [{"params": [gate], "lr": rates[layer], "highest_lr": rates[layer]} for layer, gate in gates.items()]
@@ -53,7 +53,7 @@ def make_optimiser(
 
 
 def set_rates(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
-    """What the schedule says of this step, for an optimiser of `make_optimiser`."""
+    """Set the rates that the schedule has for this step, in an optimiser of `make_optimiser`."""
     for rates in optimiser.param_groups:
         rates["lr"] = rates["highest_lr"] * schedule(step, steps)
 
@@ -62,9 +62,9 @@ def train(context: TuningContext, batches: Batches, teachers: Mapping[int, Runna
     """Train the gates of a mixture together; see `Training.run`.
 
     Args:
-        context: the tuning.
-        batches: what to read.
-        teachers: by domain, those of `open_teachers`.
+        context: the context of the tuning.
+        batches: the windows to read.
+        teachers: the experts of `open_teachers`, by domain.
 
     Raises:
         CheckpointError: tensors do not fit a class, or losses are not finite.
@@ -76,16 +76,16 @@ def train(context: TuningContext, batches: Batches, teachers: Mapping[int, Runna
 
 @dataclass
 class Training:
-    """Trains a student's gates."""
+    """The training of a student's gates."""
 
     context: TuningContext
     batches: Batches
     student: Student
     teachers: Mapping[int, Predictions]
-    """By domain."""
+    """Predictions of the teachers, by domain."""
 
     def run(self) -> State:
-        """Train until the steps are done or held-out text says that more is of no use."""
+        """Train until the steps are done, or held-out text shows that more training is of no use."""
         settings, start = self.context.settings, self.student.rows()
         if state := self.context.work.load():
             self.student.place(state.rows)
@@ -124,11 +124,11 @@ class Training:
         """Give the gates the gradients of a step's loss, added up over all processes.
 
         Args:
-            step: its number.
-            start: by layer (expert, hidden), what the anchor holds to.
+            step: the step's number.
+            start: the gates that the anchor holds to, by layer (expert, hidden).
 
         Raises:
-            CheckpointError: numbers of the model that is stored are not finite on this text.
+            CheckpointError: numbers of the stored model are not finite on this text.
         """
         gates, windows = list(self.student.gates.values()), self.batches.step(step)
         for gate in gates:
@@ -139,7 +139,7 @@ class Training:
             torch.autograd.backward(self._loss(step, part, scored, start))
         summed = self.context.processes.sum(parameters_to_vector(gate.grad for gate in gates if gate.grad is not None))
         if not summed.isfinite().all() and all(gate.isfinite().all() for gate in gates):
-            # Else it is the gates, which training has driven too far.
+            # If the stored model is finite, training has driven the gates too far.
             find_not_finite(self.context, [self.context.mixture.runnable], [window for window, _ in windows])
         for gate in gates:
             gate.grad, summed = summed[: gate.numel()].view_as(gate), summed[gate.numel() :]
@@ -147,7 +147,7 @@ class Training:
     def _loss(
         self, step: int, part: Sequence[tuple[Window, int]], scored: int, start: Mapping[int, torch.Tensor]
     ) -> torch.Tensor:  # fmt: skip
-        """What one pass has of a step's loss, of whose tokens `scored` are scored."""
+        """The contribution of one pass to a step's loss, which has `scored` scored tokens in all."""
         windows, settings, student = [window for window, _ in part], self.context.settings, self.student
         with self.context.processes.autocast():
             logits = student.logits(windows)
@@ -162,7 +162,7 @@ class Training:
         return loss + share * (load_loss(student, student.counted, prior) + anchor_loss(student, start))
 
     def _judge(self, state: State) -> str:
-        """Note what held-out text says of a state; gives it in words, too."""
+        """Judge a state on held-out text and note the result in it; returns it in words, too."""
         try:
             found, _ = judge(self.context, self.student, self.batches.held_out)
         except CheckpointError:  # at the start, losses were finite
