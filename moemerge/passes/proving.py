@@ -172,7 +172,7 @@ def _first(what: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
 
 
 def _edits(tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Yield keys that tokenizer_config.json may need beside a made tokenizer.json, fewest first; `_ABSENT` removes one."""
+    """Yield additions to tokenizer_config.json for a made tokenizer.json, the fewest first; `_ABSENT` removes a key."""
     sides = {name: "left" for name in _SIDES if getattr(tokenizer, name, None) == "left"}
     named = {name: getattr(tokenizer, name) for name in _NAMED}
     named["model_input_names"] = list(tokenizer.model_input_names)

@@ -58,7 +58,7 @@ def write_page(path: Path, routes: Routes) -> None:
 
 
 def _text(routes: Routes, text: TracedText) -> dict[str, Any]:
-    """What the page shows of a text: (layer, token, choice) flat; shares (1 + layer, expert), first of all layers."""
+    """The data of a text on the page: (layer, token, choice) flat; shares (1 + layer, expert), first of all layers."""
     shares = [routes.shares(text), *(routes.shares(text, index) for index in range(len(routes.layers)))]
     return {
         "name": text.name,
