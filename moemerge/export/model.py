@@ -67,7 +67,7 @@ class GgufModel:
         for key in _SIZES:
             if type(self.config.get(key)) is not int or self.config[key] < 1:
                 raise CheckpointError(f"config.json: {key} has to be a size, found {self.config.get(key)!r:.40}.")
-        with _told_as_damage("config.json"):
+        with _as_damaged("config.json"):
             reasons = [reason for applies, reason in (*family.refuses, *ROPES, ACTIVATION) if applies(self.config)]
             reasons = [reason for reason in reasons if reason not in family.knows] + lacks(family, self.config)
         if reasons:
@@ -92,7 +92,7 @@ class GgufModel:
                 f"config.json: vocab_size {size} and {layers} layers, but there are {len(table)} tensors, and "
                 f"{rows} rows in {_EMBEDDINGS}. Is a file missing?"
             )
-        with _told_as_damage("config.json"):
+        with _as_damaged("config.json"):
             return Conversion(self.family, self.config, self.type).tensors(table)
 
     def lay_out(self, tensors: Sequence[GgufTensor], described: Path, file: Path) -> Shard:
@@ -101,7 +101,7 @@ class GgufModel:
         Args:
             tensors: the tensors of the file.
             described: a folder with the model's small files, whose name is the model's.
-            file: where the header is written on the way.
+            file: the file that the header is written to on the way.
 
         Raises:
             IncompatibleError: the tokenizer is not known.
@@ -113,7 +113,7 @@ class GgufModel:
         writer = GGUFWriter(None, self.family.architecture)
         add_tensor_infos(writer, tensors)
         model = Described(self.config, described, self.checkout)
-        with _told_as_damage("config.json, model card, generation_config.json or tokenizer"):
+        with _as_damaged("config.json, model card, generation_config.json or tokenizer"):
             add_metadata(writer, self.family, model, self.type, file)
             return lay_out(writer, tensors, file)
 
@@ -126,7 +126,7 @@ def asked_type(asked: AskedType, dtypes: Collection[str]) -> GgufType:
 
 
 @contextmanager
-def _told_as_damage(files: str) -> Iterator[None]:
+def _as_damaged(files: str) -> Iterator[None]:
     """Turn any error from small files, which may hold anything, into a message that they are damaged.
 
     Raises:

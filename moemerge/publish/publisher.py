@@ -25,7 +25,7 @@ from moemerge.publish.destination import (
 from moemerge.publish.folder import checkpoint_files, name_in_repository
 from moemerge.publish.hub_errors import explain
 from moemerge.sources.model_folder import Announce
-from moemerge.sources.retries import TOLD_TO_WAIT, Result, patiently
+from moemerge.sources.retries import WAIT_STATUSES, Result, patiently
 
 __all__ = ["Destination", "Publisher", "checkpoint_files"]
 
@@ -250,7 +250,7 @@ class Publisher:
 
     def _ask(self, action: Callable[[], Result]) -> Result:
         """Ask the Hub again as long as it answers that there were too many requests, and to wait."""
-        return patiently(self._to.repo, self._announce, action, TOLD_TO_WAIT)
+        return patiently(self._to.repo, self._announce, action, WAIT_STATUSES)
 
     @contextmanager
     def _explained(self, after: str = "") -> Iterator[None]:

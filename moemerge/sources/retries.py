@@ -39,8 +39,8 @@ _TOLD_WAIT: Final = 2.0
 _MOST_TRIES: Final = 11
 _FEW_TRIES: Final = 4
 _TOO_MANY_REQUESTS: Final = 429
-TOLD_TO_WAIT: Final = frozenset({_TOO_MANY_REQUESTS})
-_MAY_PASS: Final = TOLD_TO_WAIT | {408, 500, 502, 503, 504}
+WAIT_STATUSES: Final = frozenset({_TOO_MANY_REQUESTS})
+_MAY_PASS: Final = WAIT_STATUSES | {408, 500, 502, 503, 504}
 # Errors of HTTP libraries are errors on the way, except for these, which would occur again.
 _HTTP_LIBRARIES: Final = {"httpx", "httpx2", "httpcore", "httpcore2", "h11", "urllib3", "requests"}
 _USELESS: Final = {"InvalidURL", "UnsupportedProtocol", "InvalidSchema", "MissingSchema", "LocalProtocolError"}

@@ -7,7 +7,7 @@ from moemerge.evaluation.runnable import MixtureModel
 from moemerge.tuning.processes import Processes
 from moemerge.tuning.settings import Settings
 from moemerge.tuning.whole import MemoryPlan
-from moemerge.tuning.work import Work
+from moemerge.tuning.work import WorkFolder
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class TuningContext:
     settings: Settings
     processes: Processes
     memory: MemoryPlan
-    work: Work
+    work: WorkFolder
     progress: Callable[[str, int, int], None]
     """Called with the name of the work, the amount done, and the total."""
     announce: Callable[[str], None]

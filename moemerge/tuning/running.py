@@ -26,7 +26,7 @@ from moemerge.tuning.settings import Documents, Settings, TuningResult, card_sec
 from moemerge.tuning.teachers import open_teachers
 from moemerge.tuning.training import train
 from moemerge.tuning.whole import plan_memory
-from moemerge.tuning.work import State, Work
+from moemerge.tuning.work import State, WorkFolder
 from moemerge.tuning.writing import CARD, check_room, check_writable, gate_tensors, shard_stamps, write_copy
 
 
@@ -42,12 +42,12 @@ def run(
         check_writable(mixture.folder)
     else:
         check_target(copy, [mixture.folder.resolve()], offered=False)
-        if Work(mixture.folder, mixture.folder).unfinished:
+        if WorkFolder(mixture.folder, mixture.folder).unfinished:
             raise RefusedError(
                 f"{folder}: an earlier tuning of it was cut off while its files were moved. End that first, by "
                 "`moemerge tune` with --resume and without --out."
             )
-    work = Work(mixture.folder, copy or mixture.folder)
+    work = WorkFolder(mixture.folder, copy or mixture.folder)
     advice = "tuning. Give fewer --tokens-per-step, or another --device; --resume goes on"
     try:
         with work.held() if processes.first else nullcontext(), memory_watched(advice):
@@ -66,7 +66,7 @@ def run(
         raise
 
 
-def _finish_earlier(work: Work, processes: Processes, announce: Callable[[str], None]) -> bool:
+def _finish_earlier(work: WorkFolder, processes: Processes, announce: Callable[[str], None]) -> bool:
     """Move the files that an earlier run had only left to move; returns whether that was done."""
     unfinished, moved = work.unfinished, torch.zeros(1)
     processes.wait()

@@ -27,7 +27,7 @@ _LIBRARIES: Final = 1_000_000_000
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where a model's layers are kept while it is tuned."""
+    """The place of a model's layers while it is tuned, and the memory that it takes."""
 
     streamed: bool
     """Whether layers are read from the disk each time that they are passed, and not held in memory."""

@@ -42,7 +42,7 @@ class State:
     """Why the tuning ended early, if that is worth knowing."""
 
 
-class Work:
+class WorkFolder:
     """The folder `.OUT.moemerge-tune` beside OUT, which is the model or its tuned copy."""
 
     def __init__(self, model: Path, out: Path) -> None:

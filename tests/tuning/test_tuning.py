@@ -475,7 +475,7 @@ def test_the_divergence_from_a_teacher_is_that_of_whole_distributions(tmp_path, 
 
 
 def context_of(model: Path, settings: Settings) -> TuningContext:
-    beside, memory = work.Work(model, model), whole.MemoryPlan(streamed=False)
+    beside, memory = work.WorkFolder(model, model), whole.MemoryPlan(streamed=False)
     context = TuningContext(
         open_mixture(model), settings, open_processes("cpu"), memory, beside, lambda *_: None, lambda _: None
     )
@@ -774,7 +774,7 @@ def test_what_is_left_to_move_does_not_go_into_another_model(specialists, data, 
 
 def test_a_copy_is_not_made_of_a_model_that_is_half_tuned(specialists, data, tmp_path):
     out = merged(tmp_path, specialists, shard_bytes=300)
-    ready = work.Work(out, out).folder / "ready"
+    ready = work.WorkFolder(out, out).folder / "ready"
     ready.mkdir(parents=True)
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW, copy=tmp_path / "copy")
@@ -782,7 +782,7 @@ def test_a_copy_is_not_made_of_a_model_that_is_half_tuned(specialists, data, tmp
         f"{out}: an earlier tuning of it was cut off while its files were moved. End that first, by `moemerge tune` with "
         "--resume and without --out."
     )
-    ready.parent.rename(work.Work(out, tmp_path / "copy").folder)  # of a model that was there: it is gone
+    ready.parent.rename(work.WorkFolder(out, tmp_path / "copy").folder)  # of a model that was there: it is gone
     files = contents(out)
     tune(out, data, FEW, copy=tmp_path / "copy")
     assert contents(out) == files
@@ -926,7 +926,7 @@ def test_a_kill_between_the_renames_leaves_a_model_and_the_next_run_ends_it(
 
 
 def test_two_cannot_tune_the_same_model(out, data):
-    with work.Work(out, out).held(), pytest.raises(BusyError) as caught:
+    with work.WorkFolder(out, out).held(), pytest.raises(BusyError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == f"{out}: another moemerge is tuning it. Wait for it to end."
 
