@@ -88,7 +88,7 @@ class RemoteFile(Protocol):
         """
 
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """From now on, keep these bytes in `folder` when they are first read."""
+        """Keep these bytes in `folder` when they are first read."""
 
 
 File = Path | RemoteFile

@@ -27,7 +27,7 @@ _HALF: Final = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor's bytes lie: `nbytes` bytes from offset `start` of the file `path`."""
+    """One tensor of a file: `nbytes` bytes from offset `start` of the file `path`."""
 
     name: str
     path: File

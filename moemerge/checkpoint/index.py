@@ -1,4 +1,4 @@
-"""Which file of a model folder holds which tensor: by an index, in one file, or in many files without an index."""
+"""The map from a model's tensors to its files: from an index, from one file, or from many files without an index."""
 
 import json
 import re
@@ -68,7 +68,7 @@ class Weights:
     index: str = ""
     """Name of the index that lists them; empty where there is none."""
     note: str = ""
-    """Which other files in the folder could be taken for the weights, in words."""
+    """A note on other files in the folder that could be taken for the weights."""
 
 
 def choose_weights(names: Collection[str], read_index: Callable[[str], Iterable[str]], named: str = "") -> Weights:
@@ -77,10 +77,10 @@ def choose_weights(names: Collection[str], read_index: Callable[[str], Iterable[
     One whole file goes before an index, safetensors before pickles (`_get_resolved_checkpoint_files`). Where none of
     these is there, transformers finds nothing, and files of other names, or shards without an index, are taken.
 
-    names: names of the files in the folder.
+    Args:
+        names: names of the files in the folder.
         read_index: a function from an index's name to the names of the files in it.
         named: the value of `transformers_weights` in config.json, which transformers 5 takes before all else.
-        named: what `transformers_weights` in config.json says, which transformers 5 takes before all else.
 
     Raises:
         CheckpointError: a shard is not there.

@@ -7,7 +7,7 @@ from typing import Any, Final
 # A little more than the header of a file with 100 000 tensors has. In memory values are many times their text.
 MOST_BYTES: Final = 16_000_000
 _MOST: Final = {b'"': 1_500_000, b"[": 300_000, b"{": 300_000, b",": 1_200_000}
-# More digits than the largest float has.
+# Fewer digits than the largest float has.
 _MOST_DIGITS: Final = 300
 
 
@@ -18,8 +18,8 @@ class JsonTextError(Exception):
 def parse_json(text: bytes, repeated: Callable[[str], None] = lambda _: None) -> Any:
     """Parse a JSON text in UTF-8.
 
-    text: the bytes of the text.
-        text: the text.
+    Args:
+        text: the bytes of the text.
         repeated: called with each key that an object has twice (the last one counts); may raise.
 
     Raises:

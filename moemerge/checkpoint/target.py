@@ -25,7 +25,7 @@ _FEWEST_OPEN_FILES: Final = 32
 _ADDRESSES_BYTES: Final = 600_000_000
 
 Replaceable = Callable[[Path], Collection[str] | None]
-"""From a folder to the files in it that may be replaced, as paths within it; None if it has no checkpoint."""
+"""A function from a folder to the files in it that may be replaced (relative paths); None without a checkpoint."""
 
 
 def check_target(

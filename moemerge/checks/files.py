@@ -34,7 +34,7 @@ _READ_INSTEAD: Final = re.compile(
 _GGUF: Final = ".gguf"
 _GGUF_MAGIC: Final = b"GGUF"
 _OF_5_ALONE: Final = "words that transformers 5 alone reads"
-# A file that no merge writes, and `save_pretrained` always does.
+# A key that no merge writes, and `save_pretrained` always does.
 _SAVED_BY: Final = "transformers_version"
 
 

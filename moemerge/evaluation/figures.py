@@ -77,7 +77,7 @@ class Routing:
     load: tuple[float, ...]
     """Share of tokens that have each expert among their choices."""
     load_by_layer: tuple[tuple[float, ...], ...]
-    """The same share for each layer with a router and each expert."""
+    """Share of tokens that have each expert among their choices, for each layer with a router."""
     entropy: float
     """Entropy of the weights before the choice, as a share of that of equal weights."""
     top_weight: float
@@ -101,7 +101,7 @@ class Evaluation:
     recovered: Mapping[str, Estimate]
     """`(uniform - merged) / (uniform - oracle)` by domain, where choosing gains anything."""
     recovered_mean: Estimate | None
-    """The same ratio of mean losses over the domains that have an expert."""
+    """`(uniform - merged) / (uniform - oracle)` of the mean losses over the domains that have an expert."""
     routing: Mapping[str, Routing]
     """Routing by domain."""
     notes: tuple[str, ...]

@@ -71,7 +71,7 @@ class MixtureModel:
     config: MergeConfig | None
     """The config that it was merged from, if its folder has a copy."""
     tensors: Mapping[str, TensorInfo]
-    """Where each tensor is stored."""
+    """The stored tensors by name."""
 
     @property
     def moe_layers(self) -> list[int]:

@@ -23,13 +23,13 @@ class Part:
     turned: Literal["", "query", "key"] = ""
     """Whose heads the rows belong to, if they are put into pairs of neighbours for rotary positions."""
     half: Literal["", "first", "second"] = ""
-    """Which half of its rows, or of every expert's in a stack: gate and up projections may be stored as one."""
+    """The half of its rows, or of every expert's in a stack: gate and up projections may be stored as one."""
     needed: bool = True
     """Whether every layer that has its group has it."""
     group: str = ""
     """The kind of layers that has it: such a layer has some tensor of the group; the empty group is in every layer."""
     cut: Literal["", "keys", "values"] = ""
-    """Which rows of every head: those that make keys of a compressed state, transposed, or those that make values."""
+    """The rows of every head: those that make keys of a compressed state, transposed, or those that make values."""
     squeezed: bool = False
     """Whether an axis of one element in the middle is dropped."""
 
@@ -58,7 +58,7 @@ class GgufFamily:
     named_tokens: tuple[tuple[str, str], ...] = ()
     """Roles of tokens with the tokens that have them by default."""
     knows: frozenset[str] = frozenset()
-    """Those of the reasons in `moemerge.export.values.ROPES` that do not apply to it."""
+    """Reasons in `moemerge.export.values.ROPES` that do not apply to it."""
     notes: tuple[tuple[Callable[[Config], bool], str], ...] = ()
     """What llama.cpp computes wrongly, but not always; keys of `config.json` are in braces."""
     refuses: tuple[tuple[Callable[[Config], bool], str], ...] = ()

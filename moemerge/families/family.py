@@ -77,7 +77,7 @@ class MoeFamily:
     interleaved: bool = False
     """Whether rotary positions turn neighbouring elements; for families that do not, the base's rows are regrouped."""
     holds: frozenset[str] = frozenset()
-    """Those of `NON_LLAMA_FACTS` that it can express."""
+    """The facts of `NON_LLAMA_FACTS` that it can express."""
     needs_qk_norm: bool = False
     """Whether it always normalises queries and keys."""
     scoring: Scoring = "softmax"

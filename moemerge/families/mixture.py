@@ -27,7 +27,7 @@ class Mixture:
 
     @property
     def facts(self) -> frozenset[str]:
-        """Those of `ASKED` that hold."""
+        """The facts of `ASKED` that hold."""
         held = {"dense_layers": self.dense_layers, "shared": self.shared_widths, "no_shared": not self.shared_widths}
         return frozenset(fact for fact, holds in held.items() if holds)
 

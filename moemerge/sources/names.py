@@ -23,8 +23,8 @@ def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table]) ->
     Prefixes of wrappers are removed, and so is what all tensors have in front of `model.layers`; a body that was saved
     alone gets the prefix `model.` that it has in the whole model.
 
-    tensors: tensors by their names in the files.
-        tensors: by the names in their files.
+    Args:
+        tensors: tensors by their names in the files.
         noted: called with notes and the table; returns the table.
 
     Raises:

@@ -66,7 +66,7 @@ class DenseModel:
 
     @cached_property
     def facts(self) -> frozenset[str]:
-        """Those of `NON_LLAMA_FACTS` and `ROPES` that hold, and `mlp_bias`, `tied`."""
+        """The facts that hold: those of `NON_LLAMA_FACTS` and `ROPES`, and `mlp_bias`, `tied`."""
         config = self.config
         said = {fact: self.values.get(key) if isinstance(key, str) else key for fact, key in self.family.facts.items()}
         # A window that is no shorter than the context cuts nothing off.
