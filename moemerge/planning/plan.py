@@ -294,7 +294,7 @@ class MergePlan:
             "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
             "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
             "sources": {
-                str(path): self.origins.told_by(path)
+                str(path): self.origins.fingerprint_of(path)
                 | {
                     "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
                 }

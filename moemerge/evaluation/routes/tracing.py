@@ -1,4 +1,4 @@
-"""Which experts a merged model's routers choose for each token of a text."""
+"""Find which experts a merged model's routers choose for each token of a text."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,19 +20,19 @@ def trace(
     """Run a merged model over texts, a layer at a time, and keep what its routers choose.
 
     Args:
-        folder: of the merged model.
-        texts: by name; of each, the first `tokens` tokens are read.
-        tokens: at most the model's context length.
+        folder: the folder of the merged model.
+        texts: texts by name; the first `tokens` tokens of each are read.
+        tokens: the most tokens of a text; at most the model's context length.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-        layer: one that has to have a router.
+        layer: a layer that must have a router.
         progress: called with the layers done and all there are.
 
     Raises:
         SourceError: there is no such model.
-        IncompatibleError: it is no mixture that moemerge writes.
+        IncompatibleError: the model is no mixture that moemerge writes.
         RefusedError: a text has no tokens, or `layer` no router.
         CheckpointError: the model's files are damaged, or its numbers are not finite.
-        RouterError: the device or the tokenizer does not serve.
+        RouterError: the device or the tokenizer cannot be used.
     """
     mixture = open_mixture(folder)
     layers = mixture.moe_layers
@@ -67,9 +67,9 @@ def trace(
 
 
 def _split(tokenizer: object, text: str) -> tuple[list[int], list[int], list[str]]:
-    """Tokens, whether the tokenizer added them, and the part of the text that each stands for.
+    """Split a text into tokens, whether the tokenizer added them, and the part of the text that each stands for.
 
-    Of a letter that is several tokens, the first one stands for it and the others are U+FFFD.
+    The first of several tokens of a letter stands for it; the others are U+FFFD.
     """
     fast = bool(getattr(tokenizer, "is_fast", False))
     result = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=fast, verbose=False)  # type: ignore[operator]
@@ -78,7 +78,7 @@ def _split(tokenizer: object, text: str) -> tuple[list[int], list[int], list[str
         return ids, special, [tokenizer.decode([token]) for token in ids]  # type: ignore[attr-defined]
     parts = [""] * len(ids)
     own = [index for index, added in enumerate(special) if not added]
-    # What a tokenizer leaves out, such as a space, belongs to the token behind it.
+    # Text that a tokenizer leaves out, such as a space, belongs to the token after it.
     end = 0
     for index in own:
         upto = result["offset_mapping"][index][1]
