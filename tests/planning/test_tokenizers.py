@@ -459,8 +459,8 @@ def test_what_cannot_be_proved_stays_in_the_words_of_its_base_with_a_note(tmp_pa
 
 
 FIND = """
-from moemerge.sources import open_model
-from moemerge.tokenizer_files import find_base_files
+from moemerge.sources.model_folder import open_model
+from moemerge.planning.tokenizer_files import find_base_files
 print(*find_base_files(open_model({!r}, lambda _: None), lambda _: None, needed=False).copied)
 """
 
