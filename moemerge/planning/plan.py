@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint.derived import Derived, leaves
@@ -91,7 +92,7 @@ class MergePlan:
     @property
     def base_tensors(self) -> Mapping[str, TensorInfo]:
         """Its tensors, or what is made of all models' in their place."""
-        return self.parts.base
+        return MappingProxyType(self.parts.base)
 
     @property
     def experts(self) -> tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]:
