@@ -24,7 +24,7 @@ from moemerge.evaluation.figures import MERGED, ORACLE, UNIFORM, estimate, recov
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import Runnable, forced, open_mixture, uniform
 from moemerge.texts.documents import read_documents
-from moemerge.tuning.settings import Settings, Tuned
+from moemerge.tuning.settings import Settings, TuningResult
 from moemerge.tuning.tuner import tune
 
 # Name of the row, the routers at first, and the options.
@@ -49,7 +49,7 @@ def merged(options: argparse.Namespace, experts: list[str], way: str, out: Path)
     return out
 
 
-def line(name: str, runs: Runs, tally: RoutingTally | None, tuned: Tuned | None) -> list[str]:
+def line(name: str, runs: Runs, tally: RoutingTally | None, tuned: TuningResult | None) -> list[str]:
     """Cells of a row: losses with intervals, mean, recovered fraction, accuracy, best step, seconds per step."""
     found = {domain: estimate(runs.sums[name][domain]) for domain in runs.texts.domains}
     share = recovered({**runs.sums, MERGED: runs.sums[name]}, runs.texts.domains)
@@ -118,7 +118,7 @@ def main() -> None:
                 copy.rename(folder / f"{way}, {what}")
 
 
-def judged(name: str, model: Path, runs: Runs, tuned: Tuned | None) -> list[str]:
+def judged(name: str, model: Path, runs: Runs, tuned: TuningResult | None) -> list[str]:
     mixture = open_mixture(model)
     tally = RoutingTally(mixture, runs.texts)
     runs.run(name, mixture.runnable, mixture=mixture, chosen=tally.add)

@@ -20,8 +20,8 @@ import sys
 from dataclasses import replace
 from moemerge.cli import main
 from moemerge.tuning import running
-find, streamed = running.find_room, sys.argv.pop() == "True"
-running.find_room = lambda *given: replace(find(*given), streamed=streamed)
+find, streamed = running.plan_memory, sys.argv.pop() == "True"
+running.plan_memory = lambda *given: replace(find(*given), streamed=streamed)
 main()
 """
 # So that nothing is written.

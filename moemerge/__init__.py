@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from moemerge.publish.pushing import push
     from moemerge.routers.report import RoutingReport
     from moemerge.tuning.settings import Settings as TuningSettings
-    from moemerge.tuning.settings import Tuned as TuningResult
+    from moemerge.tuning.settings import TuningResult
     from moemerge.tuning.tuner import tune
 
     __version__: str
@@ -99,7 +99,7 @@ _HOMES = {
     "Routes": "evaluation.routes.traced:Routes",
     "RoutingReport": "routers.report:RoutingReport",
     "TracedText": "evaluation.routes.traced:TracedText",
-    "TuningResult": "tuning.settings:Tuned",
+    "TuningResult": "tuning.settings:TuningResult",
     "TuningSettings": "tuning.settings:Settings",
     "Verification": "checks.verification:Verification",
     "evaluate": "evaluation.evaluator:evaluate",

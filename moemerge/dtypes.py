@@ -13,19 +13,19 @@ BITS: Final[dict[str, int]] = {
 }  # fmt: skip
 
 HEADER_DTYPES: Final[dict[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""From the name in `config.json` to the name in a safetensors header."""
+"""Map from the name in `config.json` to the name in a safetensors header."""
 
 CONFIG_DTYPES: Final[dict[str, str]] = {stored: name for name, stored in HEADER_DTYPES.items()}
-"""From the name in a safetensors header to the name in `config.json`, floats that can be merged."""
+"""Map from the name in a safetensors header to the name in `config.json`, for floats that can be merged."""
 
 DTYPE_ALIASES: Final[dict[str, DType]] = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32",
 }  # fmt: skip
-"""Spellings of the YAML key `dtype` accepted beside the full names."""
+"""Other spellings that the YAML key `dtype` accepts beside the full names."""
 
 
 def bytes_of(dtype: str, shape: tuple[int, ...]) -> int | None:
-    """Bytes that a tensor takes in a file, or None where its bits do not fill whole bytes."""
+    """Bytes that a tensor takes in a file; None where its bits do not fill whole bytes."""
     bits = BITS[dtype]
     for size in shape:
         bits *= size

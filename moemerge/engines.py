@@ -1,4 +1,4 @@
-"""Names of the engines that merged models are run with."""
+"""Names of the engines that run merged models."""
 
 from typing import Any, Final, Literal
 
@@ -7,24 +7,24 @@ ENGINES: Final[dict[Engine, str]] = {
     "transformers": "transformers 4.57", "vllm": "vLLM", "llamacpp": "llama.cpp",
     "converter": "llama.cpp's converter", "mlx": "mlx-lm", "openvino": "OpenVINO",
 }  # fmt: skip
-"""Each with its name. What transformers 5 computes is what all are compared with.
+"""Engines with their names. All are compared with what transformers 5 computes.
 
 llama.cpp reads the file that `moemerge gguf` writes, and is right with no family that is not written; what it makes of
-the files of its own converter, which other tools run, is told apart.
+the files of its own converter, which other tools run, is recorded separately.
 """
 NAMES: Final = ("transformers", "vllm", "llama.cpp", "llama.cpp-converter", "mlx", "openvino")
-"""As they are written in a config."""
+"""Names of engines as a config spells them."""
 _OTHERS: Final[dict[str, Engine]] = {"mlxlm": "mlx", "llamacppconverter": "converter"}
 
 
 def canonical_engine(name: Any) -> Any:
-    """The key of `ENGINES` for a name that people write."""
+    """Turn a name that people write into the key of `ENGINES`."""
     plain = "".join(filter(str.isalnum, name.lower())) if isinstance(name, str) else name
     return _OTHERS.get(plain, plain) if isinstance(plain, str) else plain
 
 
 def engine_of(name: Any) -> Any:
-    """The same for a config's value, which may be none.
+    """Turn a config's value, which may be None, into the key of `ENGINES`.
 
     Raises:
         ValueError: there is no such engine; says which there are.

@@ -1,4 +1,4 @@
-"""What can go wrong, as a small tree; the library raises, the command line speaks.
+"""The tree of errors; the library raises them, the command line prints them.
 
 MoemergeError                  exit code 1: something failed
 ├── CheckpointError            a model file is damaged or is not what it says
@@ -25,12 +25,12 @@ _PROBLEM_BYTES: Final = 600
 
 
 class MoemergeError(Exception):
-    """Root of everything moemerge raises on purpose; its text is meant for the user, short and safe to print."""
+    """Root of everything that moemerge raises on purpose; its text is meant for the user, short and safe to print."""
 
     exit_code = 1
 
     def __init__(self, message: object = "") -> None:
-        """Keep a message, whatever stands in names of files and tensors that it quotes."""
+        """Keep a message, made safe to print whatever file and tensor names it quotes."""
         super().__init__(printable(str(message), _MOST_BYTES))
 
 
@@ -39,7 +39,7 @@ class CheckpointError(MoemergeError):
 
 
 class TooLargeError(CheckpointError):
-    """A finite number of a model is infinite in the output's dtype; `what` says which, the message what to do, too."""
+    """A finite number of a model is infinite in the output's dtype; `what` says which, the message also what to do."""
 
     def __init__(self, what: str, advice: str) -> None:
         self.what = what
@@ -47,7 +47,7 @@ class TooLargeError(CheckpointError):
 
 
 class SourceError(MoemergeError):
-    """A model reference leads nowhere."""
+    """A model reference cannot be resolved or reached."""
 
 
 class OutputError(MoemergeError):
@@ -63,7 +63,7 @@ class RouterError(MoemergeError):
 
 
 class PublishError(MoemergeError):
-    """The Hub does not take a model: token, network, quota, or what it holds is not what was sent."""
+    """The Hub does not take a model: token, network, quota, or it holds something else than was sent."""
 
 
 class RefusedError(MoemergeError):
@@ -73,7 +73,7 @@ class RefusedError(MoemergeError):
 
 
 class _ListedError(RefusedError):
-    """A refusal with every reason in a list."""
+    """A refusal that lists every reason."""
 
     def __init__(self, headline: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: headers, indexes, shards, and moving bytes between them. Knows nothing of experts."""
+"""Checkpoints on disk: headers, indexes, shards, and copying bytes between them. Knows nothing of experts."""

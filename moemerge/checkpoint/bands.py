@@ -1,4 +1,4 @@
-"""What a merge writes for a tensor, as a stream: one bounded chunk at a time, whatever its pieces are."""
+"""The bytes that a merge writes for a tensor, as a stream of bounded chunks, whatever the tensor is made of."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from moemerge.dtypes import bytes_of
 
 
 def tensor_chunks(bands: tuple[Band, ...], seed: int, name: str) -> Iterator[memoryview]:
-    """The bytes of the output tensor `name`; each chunk is valid until the next.
+    """Yield the bytes of the output tensor `name`; each chunk is valid until the next.
 
     Raises:
         CheckpointError: see `band_chunks`.
@@ -24,12 +24,12 @@ def tensor_chunks(bands: tuple[Band, ...], seed: int, name: str) -> Iterator[mem
 
 
 def band_chunks(band: Band, seeds: list[str]) -> Iterator[memoryview]:
-    """The bytes of a band, of each piece with its seed; each chunk is valid until the next.
+    """Yield the bytes of a band, with one noise seed for each piece; each chunk is valid until the next.
 
-    Rows of pieces side by side are put together in memory, some `CHUNK_ELEMENTS` at a time, at least one row.
+    Rows of pieces side by side are put together in memory, about `CHUNK_ELEMENTS` at a time and at least one row.
 
     Raises:
-        CheckpointError: a source is not what its header said, or a finite weight is infinite in the output's dtype.
+        CheckpointError: a source differs from its header, or a finite weight is infinite in the output's dtype.
     """
     if len(band) == 1:
         yield from _piece_chunks(band[0], seeds[0], CHUNK_ELEMENTS)
@@ -49,7 +49,7 @@ def band_chunks(band: Band, seeds: list[str]) -> Iterator[memoryview]:
 
 
 def _piece_chunks(piece: Piece, seed: str, elements: int) -> Iterator[memoryview]:
-    """The bytes of a piece, in chunks of so many elements."""
+    """Yield the bytes of a piece, in chunks of `elements` elements."""
     source = piece.source
     if isinstance(source, TensorInfo):
         with source.open() as file:
@@ -80,14 +80,14 @@ def _stored_chunks(reader: Readable, source: TensorInfo, chunk_bytes: int) -> It
 
 
 def _encode(block: Fill, dtype: str) -> bytes:
-    """One element of a constant block, as it is stored."""
+    """Encode one element of a constant block as it is stored."""
     stored = np.empty(1, TYPES[dtype])
     narrow(np.array([block.value], np.float32), dtype, stored, np.empty(1, np.uint32))
     return stored.tobytes()
 
 
 class _Regrouped:
-    """A tensor's bytes with the rows of every head in another order; a head is in memory at a time."""
+    """A tensor's bytes with the rows of every head in another order; one head is in memory at a time."""
 
     def __init__(self, file: Readable, piece: Piece, source: TensorInfo) -> None:
         self._file, self._source = file, source
@@ -97,7 +97,7 @@ class _Regrouped:
         self._left = memoryview(b"")
 
     def readinto(self, view: memoryview, /) -> int | None:
-        """Read no further than to the end of a head."""
+        """Read at most to the end of a head."""
         if not self._left:
             fill(self._file, self._head.reshape(-1).data, self._source)
             self._left = memoryview(self._head.swapaxes(0, 1).tobytes())

@@ -1,4 +1,4 @@
-"""Stored bytes compared with what a merge would write: two streams, one bounded chunk of each at a time."""
+"""Compare stored bytes with what a merge would write: two streams, one bounded chunk of each at a time."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -32,12 +32,12 @@ def compare_tensor(
     bands: tuple[Band, ...], seed: int, found: TensorInfo, report: Report, *,
     look: Callable[[memoryview], None] = lambda _: None,
 ) -> Unequal | None:  # fmt: skip
-    """How a stored tensor differs from what a merge makes of its pieces; None where they are equal.
+    """Compare a stored tensor with what a merge makes of its pieces; None where they are equal.
 
     Args:
-        bands: the pieces.
-        seed: of the noise.
-        found: as many bytes as the pieces, under the name that the merge gives them.
+        bands: the pieces of the tensor.
+        seed: the seed of the noise.
+        found: the stored tensor: as many bytes as the pieces, under the name that the merge gives them.
         report: called with the number of bytes compared.
         look: called with the bytes of `found`, in their order and in whole numbers; valid until the next.
 
@@ -55,7 +55,7 @@ def compare_tensor(
 
 
 def compare_files(expected: Path, found: Path) -> str | None:
-    """How a file differs from another; None where they are equal.
+    """Say in words how a file differs from another; None where they are equal.
 
     Raises:
         CheckpointError: one of the two cannot be read.

@@ -1,4 +1,4 @@
-"""Tensor bytes that change on the way: another dtype, a scale, added noise."""
+"""Convert tensor bytes while they are copied: to another dtype, with a scale, with added noise."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, TooLargeError
 
-# Read and written at once. Larger chunks leave the processor's cache on the way; all buffers take some 1 MiB.
+# Elements read and written at once. Larger chunks leave the processor's cache on the way; all buffers take some 1 MiB.
 CHUNK_ELEMENTS: Final = 2**17
-# Computed at once, in several passes over memory that stays in the cache.
+# Elements computed at once, in several passes over memory that stays in the cache.
 BLOCK_ELEMENTS: Final = 2**16
 
 
@@ -24,19 +24,19 @@ def convert(
     source: Readable, tensor: TensorInfo, dtype: str, chunk_elements: int, *,
     scale: float = 1.0, noise_scale: float = 0.0, seed: str = "",
 ) -> Iterator[memoryview]:  # fmt: skip
-    """The bytes of `(tensor + noise_scale * N(0, 1)) * scale`, computed in float32, as `dtype`.
+    """Yield the bytes of `(tensor + noise_scale * N(0, 1)) * scale`, computed in float32, as `dtype`.
 
-    The noise depends on the text `seed` and on numpy's generator alone, so that two runs agree; each piece of an output
-    needs its own. Numbers are those of `torch.Tensor.to`; which of its bit patterns a NaN gets is left open.
+    The noise depends only on the text `seed` and on numpy's generator, so that two runs agree; each piece of an output
+    needs a seed of its own. Numbers are those of `torch.Tensor.to`; which bit pattern a NaN gets is left open.
 
     Args:
-        source: at the tensor's first byte.
-        tensor: what is read.
-        dtype: of the result.
+        source: a reader at the tensor's first byte.
+        tensor: the tensor that is read.
+        dtype: the dtype of the result.
         chunk_elements: how many elements are read, converted and yielded at once. A chunk is valid until the next.
-        scale: on the numbers and the noise.
+        scale: a factor on the numbers and the noise.
         noise_scale: standard deviation of the noise.
-        seed: of the noise.
+        seed: the seed of the noise.
 
     Raises:
         CheckpointError: the source ends too early, or a finite weight is infinite in `dtype`.
@@ -62,7 +62,7 @@ def convert(
 
 
 def ended_inside(tensor: TensorInfo) -> CheckpointError:
-    """What to tell the user when a source is shorter than its header said."""
+    """The error for a source that is shorter than its header says."""
     return CheckpointError(f"{tensor.path}: ended inside tensor {tensor.name!r}: was it changed meanwhile?")
 
 
@@ -82,14 +82,14 @@ def fill(source: Readable, view: memoryview, tensor: TensorInfo) -> None:
 def _views(
     stored: Stored, converted: Stored, spare: NDArray[np.uint32]
 ) -> tuple[memoryview, list[tuple[Stored, Stored, NDArray[np.uint32]]], memoryview]:
-    """A chunk's bytes to be read, its blocks to be converted, and its bytes to be written."""
+    """Split buffers into views: a chunk's bytes to read, its blocks to convert, and its bytes to write."""
     spans = [slice(start, start + BLOCK_ELEMENTS) for start in range(0, len(stored), BLOCK_ELEMENTS)]
     blocks = [(stored[span], converted[span], spare[: len(stored[span])]) for span in spans]
     return stored.view(np.uint8).data, blocks, converted.view(np.uint8).data
 
 
 def _by_table(tensor: TensorInfo, dtype: str, scale: float) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
-    """The function that converts a block of 16-bit floats into `result`, by looking them up."""
+    """A function that converts a block of 16-bit floats by looking them up in a table."""
     floats, table = _tables(tensor.dtype, dtype, scale)
     may_overflow = bool(_overflows(floats, table, dtype).any())
 
@@ -104,7 +104,7 @@ def _by_table(tensor: TensorInfo, dtype: str, scale: float) -> Callable[[Stored,
 
 @lru_cache(maxsize=4)
 def _tables(source: str, dtype: str, scale: float) -> tuple[NDArray[np.float32], Stored]:
-    """Each 16-bit float in float32, and what it becomes as it is stored."""
+    """All 16-bit floats in float32, and the stored form of each after conversion."""
     floats, table = np.empty(2**16, np.float32), np.empty(2**16, TYPES[dtype])
     widen(np.arange(2**16, dtype=np.uint16).view(TYPES[source]), source, floats)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -115,7 +115,7 @@ def _tables(source: str, dtype: str, scale: float) -> tuple[NDArray[np.float32],
 def _by_arithmetic(
     tensor: TensorInfo, dtype: str, scale: float, noise_scale: float, seed: str
 ) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
-    """The function that converts a block of numbers into `result`."""
+    """A function that converts a block of numbers by computing them in float32."""
     generator = np.random.default_rng(zlib.crc32(seed.encode()))
     floats, noise = np.empty((2, BLOCK_ELEMENTS), np.float32)
 
@@ -159,7 +159,7 @@ def _refuse_overflow(
 
 
 def wider(dtype: str) -> str:
-    """What to do about numbers that a stored dtype cannot express."""
+    """The advice for numbers that a stored dtype cannot express."""
     if dtype == "F32":
         return "Choose smaller factors"
     return f"Set {'`dtype: bfloat16` or ' if dtype == 'F16' else ''}`dtype: float32` in the config"

@@ -1,4 +1,4 @@
-"""Moving bytes from file to file, unchanged: by the kernel where it can, through one bounded buffer elsewhere."""
+"""Copy bytes from file to file unchanged: by the kernel where it can, through one bounded buffer elsewhere."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from moemerge.checkpoint.header import BLOCK_BYTES
 from moemerge.errors import CheckpointError, OutputError
 
 BUFFER_BYTES: Final = 8 * 2**20
-# A kernel call that says one of these is not made for these two files; the next slower way is.
+# A kernel call that fails with one of these cannot serve these two files; the next slower way is tried.
 _NOT_HERE: Final = {
     errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.ENOTSOCK,
 }  # fmt: skip
@@ -26,9 +26,9 @@ def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
 ) -> int:  # fmt: skip
     """Copy `nbytes` bytes from offset `start` of one open file to offset `target_start` of another.
 
-    `os.copy_file_range`, else `os.sendfile`, else reads and writes. `target` must not be shared with another thread.
-    Where a file system shares extents it does so from one block border to another: the first step leads up to one, if
-    both files reach theirs together.
+    Uses `os.copy_file_range`, else `os.sendfile`, else reads and writes. `target` must not be shared with another
+    thread. Where a file system shares extents it does so from one block border to another: the first step leads up to
+    one, if both files reach theirs together.
 
     `report` is called after each step of at most `chunk_bytes`.
 
@@ -62,7 +62,7 @@ def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
 
 
 def write_failure(path: Path, error: OSError) -> OutputError:
-    """What to tell the user when the output file `path` could not be written."""
+    """The error for an output file `path` that could not be written."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return OutputError(f"{path}: the disk is full. Free some space, or write to another disk.")
     if error.errno == errno.EFBIG:
@@ -73,7 +73,7 @@ def write_failure(path: Path, error: OSError) -> OutputError:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file that belongs beside weights; what fails is said of the file that it fails on.
+    """Copy a file that belongs beside weights; an error names the file that could not be read or written.
 
     Raises:
         CheckpointError: the source cannot be read.

@@ -1,4 +1,4 @@
-"""A tensor that is computed from others while it is read, some rows at a time: to everything else it is a file."""
+"""Tensors that are computed from others while they are read, some rows at a time; to other code they are files."""
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill, wider
-from moemerge.checkpoint.files import BlockReader, Reader, told_by
+from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import Packed
@@ -22,68 +22,68 @@ from moemerge.errors import CheckpointError
 Rows = NDArray[np.float32]
 """Some rows of a matrix (row, width); the elements of a vector are rows of one."""
 Recipe = Callable[[int, list[Rows]], Rows]
-"""From the number of the first row, and the same rows of each input, to those of the result."""
+"""A function of the number of the first row and the same rows of each input; it returns those rows of the result."""
 
 
 @dataclass(frozen=True, eq=False)
 class Derived:
     """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, computed from `inputs` of the same shape.
 
-    What is computed is rounded once, to `dtype`. It is computed anew each time, in blocks that begin at fixed rows.
+    The result is rounded once, to `dtype`. It is computed anew at each reading, in blocks that begin at fixed rows.
     """
 
     name: str
-    """How it is made, for people."""
+    """How the tensor is made, in words for messages."""
     inputs: tuple[TensorInfo, ...]
     recipe: Recipe
-    told: str
-    """All of the recipe that is not in the inputs, by which another is told from it."""
+    recipe_key: str
+    """Everything that sets this recipe apart from others and is not in the inputs; part of `identity`."""
     dtype: str
-    """Of the result, as a safetensors header spells it."""
+    """Dtype of the result, as a safetensors header spells it."""
     rereads: bool = False
-    """Whether the recipe itself reads the inputs too."""
+    """Whether the recipe reads the inputs once more by itself."""
     others: tuple[TensorInfo, ...] = ()
-    """What else the recipe reads, of other shapes."""
+    """Other tensors that the recipe reads; they may have other shapes."""
 
     def __repr__(self) -> str:
         return f"{self.name}: {self.inputs[0].path}"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the result."""
+        """Shape of the result."""
         return self.inputs[0].shape
 
     @property
     def nbytes(self) -> int:
-        """Of the result."""
+        """Size of the result in bytes."""
         return bytes_of(self.dtype, self.shape) or 0
 
     @property
     def identity(self) -> str:
-        """A hash of the recipe, and of what the inputs are told by: their place with a stamp, or an identity."""
-        inputs = [(repr(tensor), told_by(tensor.path)) for tensor in (*self.inputs, *self.others)]
-        return hashlib.sha256(repr((self.told, self.dtype, inputs)).encode()).hexdigest()
+        """A hash of the recipe and of the identity of each input: its place and stamp, or its own identity."""
+        inputs = [(repr(tensor), fingerprint_of(tensor.path)) for tensor in (*self.inputs, *self.others)]
+        return hashlib.sha256(repr((self.recipe_key, self.dtype, inputs)).encode()).hexdigest()
 
     def tensor(self, name: str) -> TensorInfo:
-        """The result, under a name."""
+        """The result as a tensor called `name`."""
         return TensorInfo(name, self, self.dtype, self.shape, 0, self.nbytes)
 
     def first_row(self, rows: TensorInfo) -> int:
-        """The number of the first of some rows of the result."""
+        """The row number in the whole result at which the slice `rows` begins."""
         return rows.start * self.shape[0] // max(self.nbytes, 1)
 
     def input_rows(self, rows: TensorInfo) -> TensorInfo:
-        """The same rows of the first input."""
+        """The rows of the first input from which the slice `rows` of the result is computed."""
         return self.inputs[0].rows(self.first_row(rows), rows.shape[0])
 
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """Have the inputs kept, whatever range is meant."""
+        """Keep the inputs whole, whatever range is given."""
         del start, nbytes
         for tensor in self.inputs:
             tensor.keep(folder)
 
     def open(self, start: int, nbytes: int) -> Reader:
-        """Compute `nbytes` bytes from offset `start` on; reading may raise what reading the inputs does, too.
+        """Open `nbytes` bytes from offset `start` on; reading may raise what reading the inputs does.
 
         Raises:
             CheckpointError: when it is read: a finite number is infinite in `dtype`, or an input is not finite.
@@ -114,7 +114,7 @@ class Derived:
 
 
 def blocks_of(tensors: Sequence[TensorInfo], first: int = 0) -> Iterator[list[Rows]]:
-    """The numbers of tensors of one shape, block by block, from a row on that is the first of a block.
+    """Yield the numbers of tensors of one shape, block by block; row `first` must be the first of a block.
 
     Raises:
         CheckpointError: a file ends too early.
@@ -129,7 +129,7 @@ def blocks_of(tensors: Sequence[TensorInfo], first: int = 0) -> Iterator[list[Ro
 
 
 def leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
-    """What a tensor is read from in the end: itself, or all that it is made of."""
+    """Yield the stored tensors that a tensor is read from in the end: itself, or all that it is computed from."""
     if isinstance(tensor.path, Derived):
         for source in (*tensor.path.inputs, *tensor.path.others):
             yield from leaves(source)
@@ -140,7 +140,7 @@ def leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
 
 
 def read_values(tensor: TensorInfo) -> NDArray[np.float32]:
-    """All numbers of a small tensor, in its shape.
+    """Read all numbers of a small tensor, in its shape.
 
     Raises:
         CheckpointError: its file ends too early.
@@ -150,7 +150,7 @@ def read_values(tensor: TensorInfo) -> NDArray[np.float32]:
 
 
 def _as_matrix(tensor: TensorInfo) -> tuple[int, int]:
-    """Rows and width: all axes but the last, and the last; of a vector, its elements and 1."""
+    """Rows and width of a tensor: all axes but the last, and the last; for a vector, its elements and 1."""
     width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
     return int(np.prod(tensor.shape)) // max(width, 1), width
 
@@ -170,25 +170,25 @@ def _read(reader: Reader, tensor: TensorInfo, count: int, width: int) -> Rows:
 
 @dataclass(frozen=True, eq=False)
 class ScaledColumns:
-    """The recipe of a matrix each column of which is multiplied by its factor."""
+    """A recipe that multiplies each column of a matrix by a factor of its own."""
 
     factors: Rows
-    """(width,)"""
+    """Factors, one for each column (width,)."""
 
     def __call__(self, _row: int, blocks: list[Rows]) -> Rows:
-        """Multiply some rows."""
+        """Multiply some rows by the factors."""
         return blocks[0] * self.factors
 
 
 def unscaled(tensor: TensorInfo) -> TensorInfo:
-    """The same rows of a matrix before its columns were multiplied (`ScaledColumns`); any other tensor as it is."""
+    """The same rows of a matrix before `ScaledColumns` multiplied its columns; any other tensor unchanged."""
     while isinstance(tensor.path, Derived) and isinstance(tensor.path.recipe, ScaledColumns):
         tensor = tensor.path.input_rows(tensor)
     return tensor
 
 
 def linear(weights: Sequence[float]) -> Recipe:
-    """The sum with weights that add up to 1."""
+    """A recipe for the weighted sum of the inputs; the weights add up to 1."""
 
     def recipe(_row: int, blocks: list[Rows]) -> Rows:
         first = blocks[0]

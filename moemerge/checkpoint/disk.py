@@ -1,4 +1,4 @@
-"""What the operating system is asked to do with a file's bytes: make room, keep them, forget them."""
+"""Requests to the operating system about a file's bytes: reserve space, flush them, drop them from the page cache."""
 
 import ctypes
 import errno
@@ -11,7 +11,7 @@ from typing import Literal
 
 
 def shown_bytes(nbytes: float) -> str:
-    """Bytes for people, in decimal units as on the Hub: `5.00 GB`, `12 B`."""
+    """Format a number of bytes in decimal units as on the Hub: `5.00 GB`, `12 B`."""
     for unit, width in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= width:
             return f"{nbytes / width:.2f} {unit}"
@@ -19,7 +19,7 @@ def shown_bytes(nbytes: float) -> str:
 
 
 def limit_of(what: Literal["FSIZE", "AS"]) -> int | None:
-    """Bytes that a file may have (`ulimit -f`), or that this process may address (`ulimit -v`); None for no limit."""
+    """The largest file in bytes (`ulimit -f`) or address space of this process (`ulimit -v`); None for no limit."""
     if sys.platform == "win32":
         return None
     import resource
@@ -29,7 +29,7 @@ def limit_of(what: Literal["FSIZE", "AS"]) -> int | None:
 
 
 def allow_open_files(wanted: int) -> int:
-    """How many files this process may have open (`ulimit -n`), raised to `wanted` as far as the system lets it."""
+    """Raise the limit of open files (`ulimit -n`) to `wanted` as far as the system allows; returns the limit."""
     if sys.platform == "win32":
         return wanted
     import resource
@@ -50,9 +50,10 @@ def nearest_folder(path: Path) -> Path:
 
 
 def allocate(file: int, nbytes: int, *, reserve: bool) -> None:
-    """Make an open file `nbytes` long, if possible with its room reserved: a full disk is then noticed now.
+    """Make an open file `nbytes` long and reserve its space if possible, so that a full disk is noticed now.
 
-    Not `os.posix_fallocate`: where a file system cannot reserve (network, FUSE), glibc writes a byte into every block.
+    `os.posix_fallocate` is not used: where a file system cannot reserve (network, FUSE), glibc writes a byte into every
+    block.
 
     Raises:
         OSError: the disk is full.
@@ -80,7 +81,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def drafted(path: Path) -> Iterator[Path]:
-    """Another name to write to; then what was written is flushed and takes the place of `path`: it appears whole."""
+    """A context with a draft to write to; at the end it is flushed and renamed to `path`, which appears whole."""
     draft = path.with_name(f"{path.name}.new")
     try:
         yield draft
@@ -92,7 +93,7 @@ def drafted(path: Path) -> Iterator[Path]:
 
 
 def forget(file: int, *, written: bool = False) -> None:
-    """Let the page cache drop an open file's bytes, where the system can; those that were written are flushed first."""
+    """Let the page cache drop an open file's bytes where the system can; written bytes are flushed first."""
     if hasattr(os, "posix_fadvise"):
         if written:
             os.fdatasync(file)

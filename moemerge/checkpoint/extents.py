@@ -1,8 +1,8 @@
-"""Copies that take neither time nor room: files that share the blocks of their sources, where a file system can.
+"""Copies that take neither time nor space: files share the blocks of their sources where the file system can.
 
 Such a file system (btrfs, XFS, bcachefs) shares whole blocks. A tensor can be shared only if it begins equally far into
-a block in both files. Tensors of a file follow each other without holes, so that a shard has one choice: where its data
-begin, which its header's padding decides. Tensors that need the same choice are put into the same shard.
+a block in both files. Tensors of a file follow each other without holes, so that a shard has one choice: the offset at
+which its data begin, which its header's padding decides. Tensors that need the same offset go into the same shard.
 """
 
 import os
@@ -17,7 +17,7 @@ from moemerge.checkpoint.disk import nearest_folder
 from moemerge.checkpoint.header import ALIGNMENT_BYTES, BLOCK_BYTES
 from moemerge.checkpoint.shards import Shard, TensorSpec, build_shards, fill_shards
 
-# What is not worth a shard of its own.
+# Bytes that are not worth a shard of their own.
 SMALL_TENSOR_BYTES: Final = 2**20
 SMALL_SHARD_BYTES: Final = 2**26
 _FICLONERANGE: Final = 0x4020940D  # linux/fs.h, with struct file_clone_range
@@ -42,11 +42,12 @@ def layout_to_share(tensors: Sequence[TensorSpec], starts: Mapping[str, int], ma
 
     Args:
         tensors: what to write.
-        starts: of the tensors whose bytes are copied, the offset in the source file.
+        starts: offsets in the source files, for the tensors whose bytes are copied.
         max_shard_bytes: upper bound of the tensor data in one shard.
 
     Returns:
-        Shards of shared tensors, then those of the others in their order: what is computed, and what is too small.
+        Shards of shared tensors first, then shards of the others in their order: computed ones and those that are too
+        small.
     """
     groups: list[tuple[int, list[TensorSpec]]] = []  # where in a block the data begin, and what they are
     growing: dict[int, int] = {}  # where in a block a group ends, to its index
@@ -68,7 +69,7 @@ def layout_to_share(tensors: Sequence[TensorSpec], starts: Mapping[str, int], ma
 
 
 def shared_bytes(tensors: Sequence[TensorSpec], starts: Mapping[str, int], shards: Sequence[Shard]) -> int:
-    """How many bytes of the shards take no room, where the file system shares blocks with the sources."""
+    """How many bytes of the shards take no space where the file system shares blocks with the sources'."""
     total = 0
     sizes = {tensor.name: tensor.nbytes for tensor in tensors}
     for shard in shards:

@@ -1,4 +1,4 @@
-"""A file of weights, on this machine or on another: how its bytes are reached."""
+"""Files of weights, on this machine or another, and how their bytes are read."""
 
 import threading
 from collections.abc import Generator, Iterable, Iterator
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 interrupted: Final = threading.Event()
-"""Set by who interrupts the program: no thread then waits for another machine any longer."""
+"""Set by whoever interrupts the program; then no thread waits for another machine any longer."""
 
 
 class Readable(Protocol):
-    """What bytes are read from, each read where the last one ended."""
+    """A source of bytes; each read continues where the last one ended."""
 
     def readinto(self, view: memoryview, /) -> int | None:
-        """Read up to as many bytes as `view` has; 0 at the end, None where none have come yet: ask again."""
+        """Read up to as many bytes as `view` has; 0 at the end, None if none have arrived yet: ask again."""
 
 
 class Reader(Readable, Protocol):
@@ -33,7 +33,7 @@ class Reader(Readable, Protocol):
 
 
 def clipped(chunks: Iterable[memoryview], start: int, end: int) -> Iterator[memoryview]:
-    """Of chunks that follow each other, the bytes from `start` up to `end`."""
+    """Cut the bytes from `start` up to `end` out of consecutive chunks."""
     done = 0
     for chunk in chunks:
         if done < end and start < done + len(chunk):
@@ -42,14 +42,14 @@ def clipped(chunks: Iterable[memoryview], start: int, end: int) -> Iterator[memo
 
 
 class BlockReader:
-    """A reader of what is computed block by block."""
+    """A reader of data that is computed block by block."""
 
     def __init__(self, blocks: Generator[bytes | memoryview, None, None]) -> None:
         self._blocks = blocks
         self._left = memoryview(b"")
 
     def readinto(self, view: memoryview, /) -> int | None:
-        """Read from a block, and no further."""
+        """Read at most to the end of a block."""
         if not self._left:
             self._left = memoryview(next((block for block in self._blocks if block), b""))
         count = min(len(view), len(self._left))
@@ -66,36 +66,36 @@ class BlockReader:
 
 
 class RemoteFile(Protocol):
-    """A file on another machine, which never changes under its name: else reading it fails."""
+    """A file on another machine whose content never changes; if it does, reading fails."""
 
     @property
     def name(self) -> str:
-        """Without the folder."""
+        """The file's name, without its folder."""
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The file's size in bytes."""
 
     @property
     def identity(self) -> str:
-        """What another content would not have: a hash, or the like."""
+        """A hash or the like, which another content would not have."""
 
     def open(self, start: int, nbytes: int) -> Reader:
-        """Read `nbytes` bytes from offset `start` on; from the disk, as a file at that offset, where they are kept.
+        """Open the file for reading `nbytes` bytes from offset `start` on; kept bytes come from a file on the disk.
 
         Raises:
-            SourceError: they cannot be reached; reading may raise it too.
+            SourceError: the bytes cannot be reached; reading may raise it too.
         """
 
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """From now on, keep these bytes in `folder` when they are first read."""
+        """Keep these bytes in `folder` when they are first read."""
 
 
 File = Path | RemoteFile
 
 
 def open_range(file: File, start: int, nbytes: int) -> Reader:
-    """Open a file for reading `nbytes` bytes from offset `start` on; a file on this machine does not end there.
+    """Open a file for reading `nbytes` bytes from offset `start` on; the reader of a local file does not end there.
 
     Raises:
         OSError: it cannot be opened.
@@ -109,7 +109,7 @@ def open_range(file: File, start: int, nbytes: int) -> Reader:
 
 
 def size_of(file: File) -> int:
-    """Bytes of a file.
+    """The size of a file in bytes.
 
     Raises:
         OSError: it cannot be looked up.
@@ -119,9 +119,9 @@ def size_of(file: File) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells a local file from what takes its place: the times in nanoseconds, and the inode.
+    """Size, times in nanoseconds and inode of a local file, which set it apart from a file that takes its place.
 
-    A copy with `cp -p` or `rsync -a` restores the time of modification, never that of the inode's change.
+    `cp -p` and `rsync -a` restore the time of modification, but never the time of the inode's change.
     """
 
     size: int
@@ -140,13 +140,13 @@ class Stamp:
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
-def told_by(file: File) -> Stamp | str:
-    """What a change of a file's content would change: its stamp, or its identity on another machine."""
+def fingerprint_of(file: File) -> Stamp | str:
+    """A value that changes with the file's content: the stamp of a local file, the identity of a remote one."""
     return Stamp.of(file) if isinstance(file, Path) else file.identity
 
 
 def read_exactly(reader: Readable, nbytes: int) -> bytes:
-    """The next `nbytes` bytes, or fewer where the file ends."""
+    """Read the next `nbytes` bytes, or fewer where the file ends."""
     data = bytearray(nbytes)
     view = memoryview(data)
     while view:

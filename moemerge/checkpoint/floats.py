@@ -1,4 +1,4 @@
-"""Floats as files store them, by numpy, which has no bfloat16: that is the upper half of a float32."""
+"""Stored floats in numpy, which has no bfloat16: a bfloat16 is the upper half of a float32."""
 
 from typing import Any, Final
 
@@ -6,20 +6,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 Stored = NDArray[Any]
-"""Stored floats: float16 and float32 as they are, bfloat16 as its bits."""
+"""An array of stored floats: float16 and float32 as they are, bfloat16 as its bits."""
 
 TYPES: Final[dict[str, np.dtype[Any]]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-"""From the name in a safetensors header to numpy's type."""
+"""Map from the dtype in a safetensors header to the numpy type."""
 
 _BITS: Final[dict[int, np.dtype[Any]]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 # An infinity without its sign bit, shifted out to the left; NaNs are above it.
 _INFINITY: Final = {"F32": 0xFF000000, "F16": 0xF800, "BF16": 0xFF00}
-# Likewise the smallest float32 that is rounded to bfloat16's infinity, half a step above its largest number.
+# The smallest float32 that rounds to bfloat16's infinity, shifted likewise: half a step above its largest number.
 _ROUNDED_TO_INFINITY: Final = 0xFEFF0000
 
 
 def widen(stored: Stored, dtype: str, floats: NDArray[np.float32]) -> None:
-    """Write stored numbers into `floats`, exactly."""
+    """Convert stored numbers to float32 in `floats`, exactly."""
     if dtype == "BF16":
         bits = floats.view(np.uint32)
         np.copyto(bits, stored)
@@ -29,13 +29,13 @@ def widen(stored: Stored, dtype: str, floats: NDArray[np.float32]) -> None:
 
 
 def narrow(floats: NDArray[np.float32], dtype: str, stored: Stored, spare: NDArray[np.uint32]) -> bool:
-    """Write numbers into `stored`, rounded to the nearest, ties to even.
+    """Convert numbers into `stored`, rounded to the nearest, ties to even.
 
     Args:
-        floats: the numbers.
-        dtype: how they are stored.
-        stored: as many.
-        spare: as many, to be overwritten.
+        floats: the numbers to convert.
+        dtype: the dtype of `stored`.
+        stored: the result, as many elements as `floats`.
+        spare: as many elements, which are overwritten.
 
     Returns:
         Whether all that was written is finite.
@@ -59,7 +59,7 @@ def narrow(floats: NDArray[np.float32], dtype: str, stored: Stored, spare: NDArr
 
 
 def is_finite(stored: Stored, dtype: str, spare: NDArray[np.uint32]) -> bool:
-    """Whether no stored number is infinite or NaN; `spare` has as many elements, to be overwritten."""
+    """Whether no stored number is infinite or NaN; `spare` has as many elements, which are overwritten."""
     bits = stored.view(_BITS[stored.itemsize])
     shifted = spare.view(bits.dtype)[: len(bits)]
     np.left_shift(bits, 1, out=shifted)

@@ -1,4 +1,4 @@
-"""The safetensors header: reading one without trusting it, and building one.
+"""The safetensors header: read one without trusting it, and build one.
 
 A file is an 8-byte little-endian length, that many bytes of JSON, then the tensors' bytes without holes:
 https://github.com/huggingface/safetensors#format
@@ -19,7 +19,7 @@ from moemerge.errors import CheckpointError
 LENGTH_BYTES: Final = 8
 ALIGNMENT_BYTES: Final = 8
 BLOCK_BYTES: Final = 4096
-"""Of file systems that can share a block between files."""
+"""Block size of file systems that can share a block between files, in bytes."""
 MAX_AXES: Final = 16  # a shape of many huge sizes would take minutes to multiply
 _METADATA_KEY: Final = "__metadata__"
 _HALF: Final = re.compile("[\ud800-\udfff]")
@@ -27,18 +27,18 @@ _HALF: Final = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor's bytes lie: `nbytes` bytes from offset `start` of the file `path`."""
+    """One tensor of a file: `nbytes` bytes from offset `start` of the file `path`."""
 
     name: str
     path: File
     dtype: str
-    """As a safetensors header spells it: `BF16`."""
+    """Dtype as a safetensors header spells it: `BF16`."""
     shape: tuple[int, ...]
     start: int
     nbytes: int
 
     def open(self) -> Reader:
-        """Its bytes, from the first on; what is read may go on behind its last.
+        """Open the tensor at its first byte; the reader may go on past its last.
 
         Raises:
             CheckpointError: its file cannot be read.
@@ -50,12 +50,12 @@ class TensorInfo:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}. Was it moved meanwhile?") from error
 
     def keep(self, folder: Path) -> None:
-        """From now on, keep its bytes in `folder` when they are first read, if its file is on another machine."""
+        """Keep the tensor's bytes in `folder` when they are first read, if its file is on another machine."""
         if not isinstance(self.path, Path):
             self.path.keep(folder, self.start, self.nbytes)
 
     def rows(self, first: int, count: int) -> "TensorInfo":
-        """A slice along the first axis: `count` entries from `first` on, whose bytes are a part of these.
+        """A slice along the first axis: `count` entries from `first` on; its bytes are a part of this tensor's.
 
         Raises:
             ValueError: there are no such entries, or they do not begin and end with whole bytes.
@@ -86,7 +86,7 @@ def read_header(path: File) -> dict[str, TensorInfo]:
 
 
 def read_metadata(path: File) -> dict[str, str]:
-    """What a header says beside its tensors.
+    """Read the metadata of a safetensors header.
 
     Raises:
         CheckpointError: see `read_header`.
@@ -95,7 +95,7 @@ def read_metadata(path: File) -> dict[str, str]:
 
 
 def _read_text(path: File) -> tuple[bytes, int]:
-    """The header's JSON, and the size of the file."""
+    """Read the header's JSON, and the size of the file."""
     try:
         file_bytes = size_of(path)
         with open_range(path, 0, min(LENGTH_BYTES, file_bytes)) as reader:
@@ -117,9 +117,10 @@ def _read_text(path: File) -> tuple[bytes, int]:
 def build_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str], phase: int = 0
 ) -> bytes:
-    """Length prefix and header for tensors given as (name, dtype, shape, nbytes) in the order of their bytes.
+    """Build the length prefix and header for tensors given as (name, dtype, shape, nbytes) in the order of their bytes.
 
-    Padded with spaces so that the data begin at a multiple of 8 bytes; with a `phase`, so far into a block.
+    The header is padded with spaces so that the data begin at a multiple of 8 bytes; with a `phase`, so far into a
+    block.
     """
     header: dict[str, Any] = {_METADATA_KEY: dict(metadata)}
     end = 0
@@ -133,7 +134,7 @@ def build_header(
 
 
 def _parse(path: File, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """The header's entries, and its metadata; what the reference reader refuses is refused, too."""
+    """Parse the header's entries and metadata; whatever the reference reader refuses is refused."""
 
     def refuse(name: str) -> None:
         raise CheckpointError(f"{path}: the header names {name!r} twice.")
@@ -181,7 +182,7 @@ def _tensor(path: File, name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _check_coverage(path: File, tensors: list[TensorInfo], data_start: int, file_bytes: int) -> None:
-    """The format allows neither overlaps nor holes: each tensor begins where the one before it ends."""
+    """Refuse overlaps and holes, which the format forbids: each tensor begins where the one before it ends."""
     end = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
         where = f"{path}: tensor {tensor.name!r}"

@@ -1,4 +1,4 @@
-"""Which file of a model folder holds which tensor: the index, one file, or many files without an index."""
+"""The map from a model's tensors to its files: from an index, from one file, or from many files without an index."""
 
 import json
 import re
@@ -16,7 +16,7 @@ SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
 PICKLE_INDEX: Final = "pytorch_model.bin.index.json"
 SINGLE_SAFETENSORS: Final = "model.safetensors"
 SINGLE_PICKLE: Final = "pytorch_model.bin"
-# Beside the shards in some repositories, holding the same weights again or something else.
+# These lie beside the shards in some repositories and hold the same weights again, or something else.
 _NOT_THE_MODEL: Final = re.compile(r"(consolidated|adapter|training_args|optimizer)[^/]*")
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 
@@ -44,7 +44,7 @@ def read_json(path: Path, repeated: Callable[[str], None] = lambda _: None) -> d
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """Tensor name to file name from an index, each file name checked to stay in the index's folder.
+    """Read an index's map from tensor to file name; each file name is checked to stay in the index's folder.
 
     Raises:
         CheckpointError: no usable `weight_map`, or an entry that leaves the folder.
@@ -62,25 +62,25 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Which files of a folder hold the model's weights."""
+    """The files of a folder that hold the model's weights."""
 
     files: tuple[str, ...]
     index: str = ""
-    """The index that names them; empty where none does."""
+    """Name of the index that lists them; empty where there is none."""
     note: str = ""
-    """What else in the folder could be taken for them."""
+    """A note on other files in the folder that could be taken for the weights."""
 
 
 def choose_weights(names: Collection[str], read_index: Callable[[str], Iterable[str]], named: str = "") -> Weights:
-    """Of the regular files in a folder those with the weights, as transformers 4 and 5 choose.
+    """Choose the files with the weights among the regular files of a folder, as transformers 4 and 5 choose.
 
     One whole file goes before an index, safetensors before pickles (`_get_resolved_checkpoint_files`). Where none of
     these is there, transformers finds nothing, and files of other names, or shards without an index, are taken.
 
     Args:
-        names: of the files.
-        read_index: from an index's name to the names of the files that it speaks of.
-        named: what `transformers_weights` in config.json says, which transformers 5 takes before all else.
+        names: names of the files in the folder.
+        read_index: a function from an index's name to the names of the files in it.
+        named: the value of `transformers_weights` in config.json, which transformers 5 takes before all else.
 
     Raises:
         CheckpointError: a shard is not there.
@@ -114,17 +114,17 @@ def read_tensors(
     folder: Path, weights: Weights, names: Collection[str], read_map: Callable[[str], Mapping[str, str]],
     read_headers: Callable[[Sequence[str]], Iterable[dict[str, TensorInfo]]],
 ) -> tuple[dict[str, TensorInfo], list[str]]:  # fmt: skip
-    """Every tensor of the model in a folder, from headers alone, and what is odd about them.
+    """Read the table of every tensor of the model in a folder from headers alone, with notes on what is odd.
 
-    As transformers does, all that the files hold is read, whichever of them the index says it is in; of a tensor that
+    Like transformers, this takes all that the files hold, whichever file the index names; of a tensor that
     two files hold, the last is taken.
 
     Args:
         folder: the model's folder, for messages.
-        weights: which files.
-        names: of the files that are there.
-        read_map: from the index's name to its map from tensors to files.
-        read_headers: from names of files to the table of tensors of each.
+        weights: the files to read.
+        names: names of the files that are there.
+        read_map: a function from the index's name to its map from tensors to files.
+        read_headers: a function from names of files to the tensor table of each.
 
     Raises:
         CheckpointError: no weights, a missing file, an index and headers that disagree, a damaged file.

@@ -1,4 +1,4 @@
-"""Independent jobs in a few threads, stopped together when one fails or the user gives up."""
+"""A pool of threads for independent jobs, stopped together when one fails or the user gives up."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Jobs wait for the disk, not the processor: more threads than this queue behind each other.
 MAX_THREADS: Final = min(4, os.cpu_count() or 1)
 CONNECTIONS: Final = 8
-"""How many ranges of files on other machines are worth reading at once: one connection seldom fills a line."""
+"""How many ranges of remote files to read at once: a single connection seldom uses all the bandwidth."""
 Result = TypeVar("Result")
 
 
@@ -23,11 +23,11 @@ class _StoppedError(Exception):
     """Another thread failed, or the user gave up."""
 
 
-class Jobs:
+class JobPool:
     """A context that ends when all its jobs are done; the first failure stops the others and is raised."""
 
     def __init__(self, report: Report, threads: int = MAX_THREADS) -> None:
-        """Start `threads` of them.
+        """Start a pool of `threads` threads.
 
         Args:
             report: called with what the jobs report, from one thread at a time.
@@ -39,13 +39,13 @@ class Jobs:
         self._futures: list[Future[Any]] = []
 
     def start(self, job: Callable[[Report], Result]) -> Future[Result]:
-        """Run `job`, which calls what it is given with the number of bytes done, often enough to be stopped there."""
+        """Run `job` in a thread; it calls its argument with the bytes done, often enough to be stopped there."""
         future = self._pool.submit(job, self._report_or_stop)
         self._futures.append(future)
         return future
 
     def check(self) -> None:
-        """Raise what a job has failed with."""
+        """Raise the error of a job that has failed."""
         for future in self._futures:
             error = future.exception() if future.done() and not future.cancelled() else None
             if error and not isinstance(error, _StoppedError):

@@ -1,4 +1,4 @@
-"""What a merge that was cut off has finished: one line for each shard, written when its bytes are on the disk."""
+"""The journal of a merge, for `--resume`: one line for each shard whose bytes are on the disk."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from moemerge.errors import RefusedError
 class Journal:
     """A file of JSON lines: the fingerprint of the merge, then name, size and header hash of each complete shard.
 
-    Of a shard that is on the Hub and no longer here, its SHA-256 too.
+    A shard that was sent to the Hub and removed here has its SHA-256 too.
     """
 
     def __init__(self, path: Path) -> None:
-        """Use `path`, which need not exist."""
+        """Use `path`, which need not exist yet."""
         self._path = path
 
     def __len__(self) -> int:
-        """Number of complete shards."""
+        """The number of complete shards."""
         return max(0, len(self._lines()) - 1)
 
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
@@ -39,18 +39,18 @@ class Journal:
         self, fingerprint: Mapping[str, Any], folder: Path, shards: Sequence[Shard],
         on_hub: Mapping[str, tuple[str, int]] | None = None,
     ) -> set[str]:  # fmt: skip
-        """Names of the shards that are complete; everything else in `folder` is removed.
+        """Find the shards that are complete, and remove everything else in `folder`; returns their names.
 
         Where nothing is complete a new journal is begun.
 
         Args:
-            fingerprint: of the merge.
-            folder: where it is written.
-            shards: that may be kept.
-            on_hub: by name the hash and the size of what the Hub has, where shards are sent there one by one.
+            fingerprint: the fingerprint of the merge.
+            folder: the folder that the merge writes to.
+            shards: the shards that may be kept.
+            on_hub: hash and size of what the Hub has, by name, where shards are sent there one by one.
 
         Raises:
-            RefusedError: the journal is of another merge; says what differs.
+            RefusedError: the journal belongs to another merge; says what differs.
         """
         first, *entries = self._lines() or [{}]
         changed = list(differences(first.get("fingerprint"), json.loads(json.dumps(fingerprint))))
@@ -65,7 +65,8 @@ class Journal:
         else:
             sent = [_entry(s) | {"sha256": on_hub[s.name][0]} for s in shards if s.name in on_hub]
             kept = {entry["name"]: entry for entry in sent if entry in entries}
-        # What has to be written again must not be named while it is: its size and header are right from the start.
+        # A shard that has to be written again must leave the journal first: its size and header are right from the
+        # start.
         draft = Journal(self._path.with_name(f"{self._path.name}.new"))
         draft.begin(fingerprint)
         for entry in kept.values():
@@ -75,7 +76,7 @@ class Journal:
         return set(kept)
 
     def remove(self) -> None:
-        """The merge is complete, or given up."""
+        """Remove the journal: the merge is complete, or given up."""
         self._path.unlink(missing_ok=True)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
@@ -85,7 +86,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Every whole line; a last one that was cut off says nothing."""
+        """Read every whole line; a last line that was cut off is ignored."""
         try:
             text = self._path.read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -115,7 +116,7 @@ def _holds(path: Path, shard: Shard) -> bool:
 
 
 def _remove_all_but(folder: Path, names: set[str]) -> None:
-    """What a merge that was cut off has left beside its complete shards: its base may have fewer files now."""
+    """Remove what a merge that was cut off left beside its complete shards: its base may have fewer files now."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -124,7 +125,7 @@ def _remove_all_but(folder: Path, names: set[str]) -> None:
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Addresses at which two JSON values differ."""
+    """Yield the addresses at which two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)

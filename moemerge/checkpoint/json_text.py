@@ -1,29 +1,29 @@
-"""JSON that anybody may have written, read in bounded time and memory: headers, indexes, configs."""
+"""Read JSON from untrusted sources in bounded time and memory: headers, indexes, configs."""
 
 import json
 from collections.abc import Callable
 from typing import Any, Final
 
-# What the header of a file with 100 000 tensors has, and a little more. In memory values are many times their text.
+# A little more than the header of a file with 100 000 tensors has. In memory values are many times their text.
 MOST_BYTES: Final = 16_000_000
 _MOST: Final = {b'"': 1_500_000, b"[": 300_000, b"{": 300_000, b",": 1_200_000}
-# Fewer than the largest float has.
+# Fewer digits than the largest float has.
 _MOST_DIGITS: Final = 300
 
 
 class JsonTextError(Exception):
-    """A text is not JSON, or holds more than moemerge reads; says why in one line."""
+    """The text is not JSON, or holds more than moemerge reads; says why in one line."""
 
 
 def parse_json(text: bytes, repeated: Callable[[str], None] = lambda _: None) -> Any:
-    """The value of a JSON text in UTF-8.
+    """Parse a JSON text in UTF-8.
 
     Args:
-        text: the text.
-        repeated: called with each key that an object has twice, the last of which counts; may raise.
+        text: the bytes of the text.
+        repeated: called with each key that an object has twice (the last one counts); may raise.
 
     Raises:
-        JsonTextError: not JSON, or too much of it.
+        JsonTextError: the text is not JSON, or there is too much of it.
     """
     if len(text) > MOST_BYTES:
         raise JsonTextError(f"has {len(text)} bytes; at most {MOST_BYTES} are read")

@@ -1,4 +1,4 @@
-"""A tensor of an archive where its bytes do not lie row by row, as they are: compressed, in another order, negated."""
+"""Tensors of an archive whose bytes are not stored plainly row by row: compressed, in another order, or negated."""
 
 import zipfile
 import zlib
@@ -15,20 +15,20 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import fill
-from moemerge.checkpoint.files import BlockReader, Reader, size_of, told_by
+from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of, size_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import BITS, bytes_of
 from moemerge.errors import CheckpointError
 
-# Put in order at once: for each block of rows of a transposed matrix all of it is read.
+# Bytes reordered at once: each block of rows of a transposed matrix reads all of it.
 _BLOCK_BYTES: Final = 2**24
-# Read at once, and thinned out afterwards: where one number in so many is needed, or the whole is small.
+# Bytes read at once and thinned out afterwards, where one number in so many is needed or the whole is small.
 _SPAN_ELEMENTS: Final = 2**21
 _SPARSE: Final = 16
 _SMALL: Final = 2**14
 
 Numbers = NDArray[Any]
-"""Of any type of their width: they are moved, and not looked at."""
+"""Numbers of any type of the right width: they are moved without being interpreted."""
 
 
 @dataclass(frozen=True)
@@ -36,48 +36,50 @@ class Packed:
     """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, unpacked while it is read, in blocks."""
 
     stored: TensorInfo
-    """A record of the archive, with the type and the shape of the tensor; compressed it has other bytes than that."""
+    """The record of the archive, with the tensor's dtype and shape; a compressed one has other bytes."""
     offset: int
-    """Of the tensor's first number in the record, in numbers."""
+    """Position of the tensor's first number in the record, in numbers."""
     strides: tuple[int, ...]
-    """From a number to the next along each axis, in numbers."""
+    """Steps from a number to the next along each axis, in numbers."""
     negated: bool
     checksum: int | None
-    """Of the bytes of a record that is compressed; None where it is stored as it is."""
+    """Checksum of a compressed record's bytes; None where the record is stored as it is."""
     record_bytes: int
-    """Of the record, decompressed."""
+    """Size of the decompressed record in bytes."""
 
     def __str__(self) -> str:
         return str(self.stored.path)
 
     @property
     def name(self) -> str:
-        """Of the archive."""
+        """The archive's name."""
         return self.stored.path.name
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """The tensor's size in bytes."""
         return bytes_of(self.stored.dtype, self.stored.shape) or 0
 
     @property
     def identity(self) -> str:
-        """How the numbers lie in the record, and what another content of the archive would be told by."""
-        return repr((self.offset, self.strides, self.negated, size_of(self.stored.path), told_by(self.stored.path)))
+        """How the numbers lie in the record, and the fingerprint of the archive's content, as text."""
+        return repr(
+            (self.offset, self.strides, self.negated, size_of(self.stored.path), fingerprint_of(self.stored.path))
+        )
 
     def tensor(self) -> TensorInfo:
-        """The tensor, unpacked."""
+        """The unpacked tensor."""
         stored = self.stored
         return TensorInfo(stored.name, self, stored.dtype, stored.shape, 0, self.nbytes)
 
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """It is on this machine."""
+        """Do nothing: the archive is on this machine."""
 
     def open(self, start: int, nbytes: int) -> Reader:
-        """Unpack `nbytes` bytes from offset `start` on.
+        """Open the unpacked tensor for reading `nbytes` bytes from offset `start` on.
 
         Raises:
-            CheckpointError: when it is read: the archive cannot be, or ends too early.
+            CheckpointError: when it is read: the archive cannot be read, or ends too early.
         """
         return BlockReader(self._chunks(start, start + nbytes))
 
@@ -94,7 +96,7 @@ class Packed:
 
     @contextmanager
     def _record(self) -> Iterator[Any]:
-        """The record, open for reading and seeking."""
+        """A context with the record open for reading and seeking."""
         with Path(str(self)).open("rb", buffering=0) as file:
             if self.checksum is None:
                 yield file
@@ -107,7 +109,7 @@ class Packed:
                 yield record
 
     def _blocks(self, record: Any, first: int, end: int) -> Iterator[tuple[int, memoryview]]:
-        """The numbers from `first` to `end`, and some around them: where a block begins, and its bytes."""
+        """Yield the numbers from `first` to `end`, and some around them: the offset of each block, and its bytes."""
         shape, strides = self.stored.shape or (1,), self.strides or (1,)
         elements = _BLOCK_BYTES * 8 // BITS[self.stored.dtype]
         axis = next(axis for axis in range(len(shape)) if prod(shape[axis + 1 :]) <= elements)
@@ -126,7 +128,7 @@ class Packed:
                 yield begin + row * inner, stored.reshape(-1).data
 
     def _gather(self, record: Any, offset: int, strides: tuple[int, ...], target: Numbers) -> None:
-        """Fill `target` with numbers that lie `strides` apart: all between them are read, or half after half."""
+        """Fill `target` with numbers that lie `strides` apart: reads all between them, or goes by halves."""
         reach = [(size - 1) * stride for size, stride in zip(target.shape, strides, strict=True)]
         span = sum(reach) + 1
         if span <= _SMALL or span <= min(_SPAN_ELEMENTS, _SPARSE * target.size):
@@ -143,7 +145,7 @@ class Packed:
 
 
 def notes_on(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """What to know of a table with such tensors, by file."""
+    """Yield a note for each file in a table that holds packed tensors."""
     files: dict[str, list[Packed]] = {}
     for tensor in tensors.values():
         if isinstance(tensor.path, Packed):

@@ -1,4 +1,4 @@
-"""What an output tensor is made of: pieces side by side make a band, bands one under the other make the tensor."""
+"""What an output tensor is made of: pieces side by side make a band, stacked bands make the tensor."""
 
 import math
 from bisect import bisect_right
@@ -13,7 +13,7 @@ from moemerge.dtypes import BITS, bytes_of
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """A block of one number."""
+    """A block filled with one number."""
 
     value: float
     shape: tuple[int, ...]
@@ -23,7 +23,7 @@ class Fill:
 class Piece:
     """A block of an output tensor: `(source + noise_scale * N(0, 1)) * scale` as `dtype`.
 
-    Bytes are written as they are, and count as one column; a `Fill` is written as `dtype`, without noise and scale.
+    Source bytes (`bytes`) are written as they are and count as one column; a `Fill` has no noise and no scale.
 
     Raises:
         ValueError: the source's rows cannot be regrouped by `head_rows`.
@@ -31,11 +31,11 @@ class Piece:
 
     source: TensorInfo | Fill | bytes
     dtype: str
-    """Of the output, as a safetensors header spells it: `BF16`."""
+    """Dtype in the output, as a safetensors header spells it: `BF16`."""
     scale: float = 1.0
     noise_scale: float = 0.0
     head_rows: int = 0
-    """Where positive: of every so many rows the even ones come first, then the odd ones. Noise is added after that."""
+    """If positive, the even rows of every so many come first, then the odd ones. Noise is added after that."""
     into_pairs: bool = False
     """Whether `head_rows` are regrouped the other way round: a row of the first half, then one of the second."""
 
@@ -50,14 +50,14 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the source, and of the block."""
+        """Shape of the source, which is that of the block."""
         if isinstance(self.source, bytes):
             return (len(self.source) * 8 // BITS[self.dtype],)
         return self.source.shape
 
     @property
     def rows(self) -> int:
-        """The product of all axes but the last; each element of a vector is a row."""
+        """Number of rows: the product of all axes but the last; each element of a vector is a row."""
         return math.prod(self.shape[:-1] if self._has_columns else self.shape)
 
     @property
@@ -76,7 +76,7 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the output.
+        """Bytes of the piece in the output.
 
         Raises:
             ValueError: its bits do not fill whole bytes.
@@ -85,14 +85,14 @@ class Piece:
 
     @property
     def changes_values(self) -> bool:
-        """Whether what is written are other numbers, or other bits, than the source's."""
+        """Whether the written numbers, or their bits, differ from the source's."""
         return isinstance(self.source, TensorInfo) and (
             self.source.dtype != self.dtype or self.scale != 1.0 or self.noise_scale != 0.0
         )
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the source's bytes are the output's, in their order."""
+        """Whether the output has the source's bytes in their order."""
         if isinstance(self.source, TensorInfo) and isinstance(self.source.path, Derived):
             return False
         return not isinstance(self.source, Fill) and not self.changes_values and not self.head_rows
@@ -107,7 +107,7 @@ Band = tuple[Piece, ...]
 
 
 def measure(bands: tuple[Band, ...]) -> int:
-    """How many bytes the tensor takes.
+    """Count the bytes that the tensor takes.
 
     Raises:
         ValueError: the pieces do not fit together.
@@ -118,20 +118,20 @@ def measure(bands: tuple[Band, ...]) -> int:
     for band in bands:
         if not band or len({piece.rows for piece in band}) > 1:
             raise ValueError(f"pieces of {[piece.rows for piece in band]} rows cannot lie side by side")
-        # Rows that lie side by side have to begin and end with whole bytes.
+        # Rows that lie side by side have to begin and end on whole bytes.
         total += band_bytes(band) if len(band) == 1 else band[0].rows * sum(piece.row_bytes for piece in band)
     return total
 
 
 def band_bytes(band: Band) -> int:
-    """How many bytes a band takes."""
+    """Count the bytes that a band takes."""
     return sum(piece.nbytes for piece in band)
 
 
 def with_seeds(bands: tuple[Band, ...], seed: int, name: str) -> Iterator[tuple[Band, list[str]]]:
-    """Each band of the output tensor `name`, with the texts that the noise of its pieces depends on.
+    """Yield each band of the output tensor `name` with the noise seed of each of its pieces.
 
-    All are different: two experts made of one model get different noise, and so do two pieces of a tensor.
+    All seeds are different: two experts made of one model get different noise, and so do two pieces of a tensor.
     """
     number = 0
     for band in bands:
@@ -141,7 +141,7 @@ def with_seeds(bands: tuple[Band, ...], seed: int, name: str) -> Iterator[tuple[
 
 
 def piece_at(bands: tuple[Band, ...], offset: int) -> tuple[int, Piece]:
-    """The number and the piece that a byte of the tensor belongs to.
+    """The piece that a byte of the tensor belongs to, and its number.
 
     Raises:
         ValueError: the tensor has no such byte.

@@ -1,4 +1,4 @@
-"""Dividing tensors into files: sizes as people write them, shard names, offsets, headers."""
+"""Divide tensors into files: sizes as people write them, shard names, offsets, headers."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -10,37 +10,37 @@ from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SINGLE_SAFETENSORS
 from moemerge.dtypes import BITS
 
-# Decimal as on the Hub (5GB = 5e9 bytes); the binary ones only when written with an i.
+# Units are decimal as on the Hub (5GB = 5e9 bytes), and binary only when written with an i.
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS: Final = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 METADATA: Final = {"format": "pt"}
-"""What readers of safetensors files expect to find: the framework that can read them."""
+"""Metadata that readers of safetensors files expect: the framework that can read them."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor to be written."""
+    """Name, dtype and shape of a tensor to be written."""
 
     name: str
     dtype: str
-    """As a safetensors header spells it: `BF16`."""
+    """Dtype as a safetensors header spells it: `BF16`."""
     shape: tuple[int, ...]
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file: its header's bytes, then the tensors', each at its offset in the file."""
+    """One output file: the bytes of its header, and the offset in the file of each tensor."""
 
     name: str
     header: bytes
     starts: dict[str, int]
-    """Tensor name to offset in the file, in the order of the bytes."""
+    """Map from tensor name to offset in the file, in the order of the bytes."""
     nbytes: int
 
 
 def parse_size(text: str) -> int:
-    """Bytes in a size such as `5GB`, `500 MB`, `2GiB` or `1048576`; decimal units unless written with an i.
+    """Parse a size such as `5GB`, `500 MB`, `2GiB` or `1048576` into bytes; units are decimal unless written with an i.
 
     Raises:
         ValueError: not a size, or zero.
@@ -64,7 +64,7 @@ def layout_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> list[S
 
 
 def build_shards(groups: Sequence[tuple[int, Sequence[TensorSpec]]]) -> list[Shard]:
-    """Name the files; each group is where in a block its data begin (0: anywhere), and its tensors."""
+    """Name the files and build headers; a group is the phase of its data in a block (0: any), and its tensors."""
     if len(groups) == 1:
         return [_shard(SINGLE_SAFETENSORS, *groups[0])]
     return [

@@ -1,4 +1,4 @@
-"""Finished or absent: output is written beside its target and renamed into place when it is complete."""
+"""Finished or absent: write output beside its target and rename it into place when it is complete."""
 
 import errno
 import logging
@@ -25,7 +25,7 @@ _log: Final = logging.getLogger(__name__)
 
 
 def journal_of(stage: Path) -> Journal:
-    """The journal of what is complete in a stage, beside it."""
+    """The journal of a stage's complete shards; it lies beside the stage."""
     return Journal(stage.with_name(f"{stage.name}.journal"))
 
 
@@ -36,14 +36,14 @@ def kept_shards(out: Path) -> int:
 
 
 def left_bytes(out: Path) -> int:
-    """Room on the disk that an unfinished merge into `out` has taken, which the next one uses again."""
+    """Disk space in bytes that an unfinished merge into `out` has taken and the next one uses again."""
     stage = _stage(out.resolve())
     return sum(map(_room, stage.iterdir())) if stage.is_dir() else 0
 
 
 @contextmanager
 def locked(folder: Path, out: Path, doing: str) -> Iterator[None]:
-    """Keep other processes away from `folder`, beside which the lock lies; errors name `out`, which it serves.
+    """Keep other processes away from `folder` with a lock beside it; errors name `out`, which the folder serves.
 
     Folders above it are made, and removed again if nothing is in them at the end.
 
@@ -78,7 +78,7 @@ def locked(folder: Path, out: Path, doing: str) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted(out: Path) -> Iterator[None]:
-    """Have signals wait while the work on `out` ends: there is nothing that they could still stop."""
+    """Hold signals back while the work on `out` ends, since there is nothing left to stop."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -101,7 +101,7 @@ def staged(
     out: Path, sources: Collection[Path] = (), *, inputs: Collection[Path] = (),
     replaceable: Replaceable | None = None, resume: bool = False, temporary: bool = False,
 ) -> Iterator[Path]:  # fmt: skip
-    """A folder to write into; when the block ends without an error it becomes `out`, unless it is `temporary`.
+    """A context with a folder to write into; at its end without an error it becomes `out`, unless it is `temporary`.
 
     Otherwise it is removed, unless its journal (`journal_of`) names complete shards: then it stays for a run with
     `resume`, and a run without `resume` removes it first.
@@ -114,7 +114,7 @@ def staged(
     Raises:
         RefusedError: see `check_target`.
         BusyError: another process is writing to the same target.
-        OutputError: it cannot be written.
+        OutputError: the output cannot be written.
     """
 
     def check() -> None:
@@ -155,7 +155,7 @@ def staged(
 
 @contextmanager
 def _tidying(out: Path) -> Iterator[None]:
-    """Say what cannot be removed behind a complete output, and go on."""
+    """Log what cannot be removed after the output is complete, and go on."""
     try:
         yield
     except OSError as error:
@@ -163,12 +163,12 @@ def _tidying(out: Path) -> Iterator[None]:
 
 
 def _stage(target: Path) -> Path:
-    """Where the output is written."""
+    """The folder that the output is written to before it is renamed."""
     return beside(target, PARTIAL)
 
 
 def _room(path: Path) -> int:
-    """Bytes on the disk that a file has claimed; where the system does not say, none."""
+    """Bytes on the disk that a file has claimed; 0 where the system does not say."""
     found = path.stat()
     return min(found.st_size, 512 * getattr(found, "st_blocks", 0))
 
@@ -180,14 +180,14 @@ def _failure(out: Path, error: OSError) -> OutputError:
 
 
 def _clear(stage: Path) -> None:
-    """Remove what this or a killed process has written; a link is removed, never followed."""
+    """Remove what this process or a killed one has written; a link is removed, never followed."""
     if stage.is_symlink():
         stage.unlink()
     shutil.rmtree(stage, ignore_errors=True)
 
 
 def _replaced(target: Path) -> Path:
-    """Where the folder that is being replaced lies until the new one is in place."""
+    """The place of the folder that is being replaced until the new one is in its place."""
     return target.parent / f".{target.name}.{_OLD}"
 
 
@@ -213,7 +213,7 @@ def _publish(stage: Path, target: Path, replaceable: Replaceable | None) -> None
 
 
 def _replace(stage: Path, target: Path, replaceable: Replaceable | None) -> None:
-    """Put the stage in the place of a folder that has been checked."""
+    """Move the stage into the place of a folder that has been checked."""
     old = _replaced(target)
     shutil.rmtree(old, ignore_errors=True)
     try:
@@ -228,7 +228,7 @@ def _replace(stage: Path, target: Path, replaceable: Replaceable | None) -> None
 
 
 def _check_replaced(target: Path, old: Path, replaceable: Replaceable | None) -> None:
-    """Refuse to go on where a file has come between the check and the rename."""
+    """Refuse to go on if a file has appeared between the check and the rename."""
     if foreign := foreign_files(old, replaceable(old) or () if replaceable else ()):
         raise RefusedError(f"{target}: {foreign[0]!r} has come into it meanwhile. Move it away, and merge again.")
 

@@ -1,4 +1,4 @@
-"""Rows of matrices as they are stored, and as numpy's float32."""
+"""Conversion between rows of stored matrices and numpy's float32."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from moemerge.errors import CheckpointError
 
 
 def stored_bytes(numbers: NDArray[np.float32], dtype: str) -> bytes:
-    """Numbers as they are stored, rounded to the nearest, ties to even."""
+    """Encode numbers as stored bytes, rounded to the nearest, ties to even."""
     numbers = numbers.ravel()
     stored = np.empty(len(numbers), TYPES[HEADER_DTYPES[dtype]])
     narrow(numbers, HEADER_DTYPES[dtype], stored, np.empty(len(numbers), np.uint32))
@@ -22,13 +22,13 @@ def stored_bytes(numbers: NDArray[np.float32], dtype: str) -> bytes:
 
 
 def is_rounded(one: NDArray[np.float32], other: NDArray[np.float32], dtypes: Sequence[str]) -> bool:
-    """Whether numbers are the same before one side was rounded to its dtype; never where both have one dtype."""
+    """Whether two arrays are equal up to the rounding of one side to its dtype; False where both have one dtype."""
     with np.errstate(over="ignore", invalid="ignore"):
         return len(set(dtypes)) > 1 and any(stored_bytes(one, d) == stored_bytes(other, d) for d in dtypes)
 
 
 def float32_of(data: bytes, dtype: str) -> NDArray[np.float32]:
-    """Stored numbers, exactly."""
+    """Decode stored numbers, exactly."""
     stored = np.frombuffer(data, TYPES[HEADER_DTYPES[dtype]])
     floats = np.empty(len(stored), np.float32)
     widen(stored, HEADER_DTYPES[dtype], floats)
@@ -36,7 +36,7 @@ def float32_of(data: bytes, dtype: str) -> NDArray[np.float32]:
 
 
 def read_rows(tensor: TensorInfo, rows: Sequence[int]) -> NDArray[np.float32]:
-    """Some rows (len(rows), width) of a matrix; the others are not read.
+    """Read some rows (len(rows), width) of a matrix and no others.
 
     Raises:
         CheckpointError: there is no such row, or the file ends too early.

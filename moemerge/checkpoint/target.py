@@ -1,4 +1,4 @@
-"""The folder that output goes to: may it be written, would it lose something, is there room?"""
+"""Checks of the folder that output goes to: can it be written, would something be lost, is there enough space?"""
 
 import errno
 import os
@@ -14,18 +14,18 @@ from moemerge.checkpoint.disk import allow_open_files, limit_of, nearest_folder,
 from moemerge.errors import OutputError, RefusedError
 
 PARTIAL: Final = "moemerge-partial"
-# What moemerge itself keeps in a folder that is a mount point, and what file systems do.
+# Names that moemerge itself keeps in a folder that is a mount point, and that file systems keep there.
 _KEPT: Final = re.compile(rf"\.({PARTIAL}|moemerge-tune)(\..+)?|lost\+found")
 # The longest name beside an output is that of its journal's draft.
 _LONGEST_NAME: Final = f".{{}}.{PARTIAL}.journal.new"
 # Each thread has a source and a shard open, and a connection where it reads from the Hub.
 _OPEN_FILES: Final = 256
 _FEWEST_OPEN_FILES: Final = 32
-# Libraries and the stacks of threads take more addresses than memory.
+# Libraries and thread stacks take more addresses than memory.
 _ADDRESSES_BYTES: Final = 600_000_000
 
 Replaceable = Callable[[Path], Collection[str] | None]
-"""From a folder to the files in it that may be replaced, as paths within it; None where it holds no checkpoint."""
+"""A function from a folder to the files in it that may be replaced (relative paths); None without a checkpoint."""
 
 
 def check_target(
@@ -39,7 +39,7 @@ def check_target(
         sources: folders of models that are read.
         inputs: other files that are read, which `out` must not hold.
         replaceable: what may be replaced in a folder that is not empty; None for nothing.
-        offered: whether to speak of --overwrite where the folder is not empty.
+        offered: whether to mention --overwrite where the folder is not empty.
 
     Raises:
         RefusedError: not a folder; not empty without `replaceable`; holds a file that is not to be replaced; is, holds
@@ -63,7 +63,7 @@ def check_target(
 
 
 def check_scratch(out: Path, sources: Collection[Path]) -> None:
-    """Refuse a folder beside which something is written for a while: it may hold anything, but lie in no source.
+    """Refuse a folder that cannot be written beside for a while; it may hold anything, but lie within no source.
 
     Raises:
         RefusedError: it lies within a source, or its name cannot be used.
@@ -77,11 +77,11 @@ def check_scratch(out: Path, sources: Collection[Path]) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Refuse a folder beside which the system lets nothing be written; nothing is left on the disk.
+    """Refuse a folder if the system lets nothing be written beside it; nothing is left on the disk.
 
     Raises:
         OutputError: says what the system said.
-        RefusedError: a folder above it is none, or the name is too long.
+        RefusedError: a parent is not a folder, or the name is too long.
     """
     resolved = _resolved(out)
     above = next((parent for parent in resolved.parents if os.path.lexists(parent)), resolved)
@@ -105,18 +105,18 @@ def check_writable(out: Path) -> None:
 
 
 def beside(target: Path, purpose: str) -> Path:
-    """A hidden name beside the resolved `target`, or inside it where it is a mount point: a rename leads from there."""
+    """A hidden path beside the resolved `target`, or inside it if it is a mount point: a rename leads to it."""
     return target / f".{purpose}" if os.path.ismount(target) else target.parent / f".{target.name}.{purpose}"
 
 
 def check_space(out: Path, nbytes: int, *, left: int = 0, what: str = "the merged model") -> None:
-    """Refuse to start what the disk cannot hold.
+    """Refuse to start if the disk has too little space.
 
     Args:
         out: the folder that is written.
-        nbytes: the room that is needed.
-        left: of it, what an unfinished run has left there, and is used again.
-        what: needs it.
+        nbytes: the space that is needed.
+        left: the part of it that an unfinished run has left there and that is used again.
+        what: what needs the space, for the message.
 
     Raises:
         OutputError: says how much is needed and how much is free.
@@ -130,13 +130,13 @@ def check_space(out: Path, nbytes: int, *, left: int = 0, what: str = "the merge
 
 
 def check_limits(out: Path, *, largest: int, memory: int, in_shards: bool = True) -> None:
-    """Refuse to start what the limits of this process (`ulimit`) would end; that of open files is raised if it can be.
+    """Refuse to start if limits of this process (`ulimit`) would end it; that of open files is raised if it can be.
 
     Args:
-        out: what is written.
+        out: the file or folder that is written.
         largest: bytes of its largest file.
         memory: bytes that the work is expected to take.
-        in_shards: whether it is a folder of shards, which could be smaller; else one file.
+        in_shards: whether `out` is a folder of shards, which could be smaller, and not one file.
 
     Raises:
         OutputError: says which limit is too low.
@@ -160,7 +160,7 @@ def check_limits(out: Path, *, largest: int, memory: int, in_shards: bool = True
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, without what moemerge itself and file systems keep there."""
+    """List what a folder holds, without what moemerge itself and file systems keep there."""
     if not folder.is_dir():
         return []
     is_mount = os.path.ismount(folder)
@@ -168,13 +168,13 @@ def entries(folder: Path) -> list[Path]:
 
 
 def foreign_files(folder: Path, allowed: Collection[str]) -> list[str]:
-    """Paths within a folder of everything that is not `allowed`; GGUF files, hours of work perhaps, come first."""
+    """Paths of all files within a folder that are not `allowed`; GGUF files, which may be hours of work, come first."""
     found = (name for entry in entries(folder) for name in _within(entry, folder) if name not in allowed)
     return sorted(found, key=lambda name: (not name.lower().endswith(".gguf"), name))
 
 
 def _within(entry: Path, folder: Path) -> Iterator[str]:
-    """An entry's own path, or those of all that it holds; of an empty folder, its own."""
+    """Yield an entry's own path, or the paths of all that a folder holds; for an empty folder, its own."""
     children = list(entry.iterdir()) if entry.is_dir() and not entry.is_symlink() else []
     for child in children:
         yield from _within(child, folder)
@@ -183,10 +183,10 @@ def _within(entry: Path, folder: Path) -> Iterator[str]:
 
 
 def _resolved(out: Path) -> Path:
-    """The folder that is meant, links followed.
+    """Resolve the output folder, following links.
 
     Raises:
-        RefusedError: its name is no text, or leads round in a ring.
+        RefusedError: its name is not text, or its links form a ring.
     """
     try:
         str(out).encode()

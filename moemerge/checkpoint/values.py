@@ -1,4 +1,4 @@
-"""Stored numbers looked at: how many are infinite or NaN, and where the first one is."""
+"""Look for infinite and NaN numbers in stored tensors: how many, and where the first one is."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moemerge.dtypes import BITS
 from moemerge.errors import CheckpointError
 
 CHUNK_BYTES: Final = 2**19
-# Without the sign, the bits of infinity, or of NaN where there is no infinity; above it all are NaN.
+# Bits of infinity without the sign, or of NaN where there is no infinity; everything above is NaN.
 _INFINITY: Final = {
     "F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E5M2": 0x7C, "F8_E4M3": 0x7F,
 }  # fmt: skip
@@ -25,30 +25,30 @@ class NotFinite:
 
     tensor: str
     file: str
-    """That holds it; empty where that is told otherwise."""
+    """Name of the file that holds the tensor; empty where the message names it otherwise."""
     count: int
     first: tuple[int, ...]
-    """Of the first one, the index along each axis."""
+    """Index of the first such number along each axis."""
 
     @property
-    def told(self) -> str:
-        """How many, and where, in words."""
+    def description(self) -> str:
+        """How many numbers are not finite and where the first is, in words."""
         if self.count == 1:
             return f"1 number that is infinite or NaN, at {list(self.first)}"
         return f"{self.count} numbers that are infinite or NaN, the first at {list(self.first)}"
 
     def __str__(self) -> str:
-        return f"{self.tensor}{f' of {self.file}' if self.file else ''} holds {self.told}"
+        return f"{self.tensor}{f' of {self.file}' if self.file else ''} holds {self.description}"
 
 
 class Census:
-    """Looks at a tensor's bytes as they are read."""
+    """A count of the infinite and NaN numbers among a tensor's bytes, taken as they are read."""
 
     def __init__(self, tensor: TensorInfo) -> None:
-        """Begin before its first byte.
+        """Begin before the first byte of `tensor`.
 
         Raises:
-            KeyError: its dtype has neither infinity nor NaN, or is none that can be looked at: see `has_floats`.
+            KeyError: the dtype has neither infinity nor NaN, or cannot be looked at: see `has_floats`.
         """
         self._tensor, self._infinity = tensor, _INFINITY[tensor.dtype]
         nbytes = BITS[tensor.dtype] // 8
@@ -58,9 +58,9 @@ class Census:
         self._zeros = True
 
     def add(self, data: bytes | memoryview) -> None:
-        """Look at the next bytes, of whole numbers."""
+        """Count the next bytes, which hold whole numbers."""
         bits = np.frombuffer(data, self._unsigned)
-        # Numbers with a sign are the largest without one: two maxima find what is beyond all finite ones.
+        # Read as unsigned, negative numbers are the largest: two maxima find what is beyond all finite ones.
         negative, positive = bits.max(initial=0), bits.view(self._signed).max(initial=0)
         self._zeros &= not negative
         if positive >= self._infinity or negative >= self._sign + self._infinity:
@@ -72,7 +72,7 @@ class Census:
 
     @property
     def not_finite(self) -> NotFinite | None:
-        """What was found among the numbers so far."""
+        """What is not finite among the numbers so far; None where all are."""
         if not self._count:
             return None
         first = tuple(int(place) for place in np.unravel_index(self._first, self._tensor.shape))
@@ -80,25 +80,25 @@ class Census:
 
     @property
     def first_byte(self) -> int:
-        """The offset in the tensor of the first number that was found."""
+        """The offset in the tensor of the first number that is not finite, in bytes."""
         return self._first * self._unsigned.itemsize
 
     @property
     def only_zeros(self) -> bool:
-        """Whether there were numbers, and all were 0."""
+        """Whether there were numbers and all were 0."""
         return self._zeros and self._done > 0
 
 
 def has_floats(dtype: str) -> bool:
-    """Whether a stored dtype is one of floats that a `Census` knows, as a safetensors header spells it."""
+    """Whether `Census` knows a stored dtype, as a safetensors header spells it: floats alone."""
     return dtype in _INFINITY
 
 
 def look_at(tensor: TensorInfo, report: Report = lambda _: None) -> Census:
-    """Look at all numbers of a tensor, a bounded chunk at a time.
+    """Take the census of all numbers of a tensor, a bounded chunk at a time.
 
     Args:
-        tensor: of floats.
+        tensor: a tensor of floats.
         report: called with the number of bytes read.
 
     Raises:
@@ -119,7 +119,7 @@ def look_at(tensor: TensorInfo, report: Report = lambda _: None) -> Census:
 
 
 def first_not_finite(tensors: Iterable[TensorInfo]) -> NotFinite | None:
-    """Of the first tensor that holds infinite or NaN, how many and where; None where all are finite.
+    """Find the first tensor that holds infinite or NaN numbers; None where all are finite.
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Filling output files from their sources, by a few threads in the background: headers first, then every tensor."""
+"""Fill output files from their sources by a few threads in the background: headers first, then every tensor."""
 
 import os
 import threading
@@ -16,7 +16,7 @@ from moemerge.checkpoint.copy import Report, copy_range, write_all, write_failur
 from moemerge.checkpoint.disk import allocate, flush, forget
 from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.jobs import MAX_THREADS, Jobs
+from moemerge.checkpoint.jobs import MAX_THREADS, JobPool
 from moemerge.checkpoint.pieces import Band, band_bytes, measure, with_seeds
 from moemerge.checkpoint.shards import Shard
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 # Small enough that Ctrl-C and the progress bar are prompt, large enough that the calls cost nothing.
 CHUNK_BYTES: Final = 64 * 2**20
 LOW_MEMORY_CHUNK_BYTES: Final = 8 * 2**20
-# Written bytes go to the disk from early on: at the end of a large shard there is little left to wait for.
+# Flushing starts early, so that there is little left to wait for at the end of a large shard.
 FLUSH_BYTES: Final = 128 * 2**20
 RECEIVED_BYTES: Final = 2**20
 _BINARY: Final = getattr(os, "O_BINARY", 0)
 
 
 class ShardWriter:
-    """Writes shards while the caller does other work: a context that ends when every tensor is on the disk.
+    """Writes shards in the background: a context that ends when every tensor is on the disk.
 
-    Each file is preallocated to its final size when the context begins; `add` then names the pieces of tensors, in any
-    order and number of calls. A shard with all its tensors is flushed to the disk before `completed` is told.
+    Each file is preallocated to its final size when the context begins; `add` then gives the pieces of tensors, in any
+    order and number of calls. A shard with all its tensors is flushed to the disk before `completed` is called.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class ShardWriter:
             folder: an existing folder; files in it are overwritten.
             shards: what to write where.
             report: called with the number of bytes written, from one thread at a time.
-            seed: of the noise.
-            kept: names of shards that are complete already, and left alone.
+            seed: the seed of the noise.
+            kept: names of shards that are complete already and left alone.
             completed: called with each shard that is safely on the disk, from one thread at a time.
-            reserve: whether to claim all the room at once; not where most bytes will be shared with the sources'.
-            low_memory: small chunks, and nothing left in the page cache.
+            reserve: whether to reserve all the space at once; False where most bytes will be shared with the sources'.
+            low_memory: whether to use small chunks and leave nothing in the page cache.
             threads: how many tensors are written at once.
         """
         self._folder, self._seed, self._low_memory, self._completed = folder, seed, low_memory, completed
         self._shards = [shard for shard in shards if shard.name not in kept]
         self._missing, self._lock = {shard.name: len(shard.starts) for shard in self._shards}, threading.Lock()
         self._written, self._reserve = 0, reserve
-        self._copies = Jobs(report, threads)
+        self._copies = JobPool(report, threads)
         # Flushing waits for the disk; copies go on meanwhile.
-        self._flushes = Jobs(lambda _: None, 1)
+        self._flushes = JobPool(lambda _: None, 1)
 
     def __enter__(self) -> "Self":
         for shard in self._shards:
@@ -78,7 +78,7 @@ class ShardWriter:
         return self
 
     def add(self, tensors: Mapping[str, tuple[Band, ...]]) -> None:
-        """Begin to write tensors, in the order of their shards; those of kept shards are passed over.
+        """Begin to write tensors, in the order of their shards; tensors of kept shards are skipped.
 
         Raises:
             ValueError: a tensor's pieces do not fit together, or into its place.
@@ -93,10 +93,10 @@ class ShardWriter:
                 self._copies.start(partial(self._write, shard, name, tensors[name]))
 
     def check(self) -> None:
-        """Raise what a thread has failed with.
+        """Raise the error of a thread that has failed.
 
         Raises:
-            CheckpointError: a source is not what its header said.
+            CheckpointError: a source differs from its header.
             OutputError: the disk is full or cannot be written.
         """
         self._copies.check()
@@ -110,7 +110,7 @@ class ShardWriter:
             self._copies.__exit__(kind, error, trace)
             failed = kind is not None
         finally:
-            # What is complete is flushed even when the rest is given up.
+            # Complete shards are flushed even when the rest is given up.
             with suppress(Exception) if failed else nullcontext():
                 self._flushes.__exit__(None, None, None)
         if kind is None and (lost := [name for name, missing in self._missing.items() if missing]):
@@ -186,7 +186,7 @@ def _copy(source: TensorInfo, target: int, start: int, report: Report, chunk_byt
 
 
 def _receive(reader: Readable, target: int, nbytes: int, report: Report) -> int:
-    """Write what comes from another machine at the position of the open file `target`; gives how many bytes came."""
+    """Write what a reader gives at the position of the open file `target`; returns how many bytes came."""
     done, buffer = 0, memoryview(bytearray(min(nbytes, RECEIVED_BYTES)))
     while done < nbytes:
         count = reader.readinto(buffer[: nbytes - done])
@@ -199,7 +199,7 @@ def _receive(reader: Readable, target: int, nbytes: int, report: Report) -> int:
 
 
 def _forgetting(report: Report, sources: list[int], target: int) -> Report:
-    """The same report, which also keeps all files out of the page cache, a chunk behind what is done."""
+    """Wrap a report so that it also keeps all files out of the page cache, a chunk behind what is done."""
     cached = 0
 
     def forget_behind(nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether the files of a merged folder are those of its plan, beside the tensors in them."""
+"""Compare the files of a merged folder with its plan, beside the tensors in them."""
 
 import json
 import re
@@ -21,11 +21,11 @@ from moemerge.planning.tokenizer_files import COPIED_FILES, respelled_tokenizer,
 from moemerge.planning.tokenizer_proof import prove_tokenizer
 from moemerge.sources.model_folder import ModelFolder
 
-# What decides on the output family alone, which is compared itself.
+# Keys that only decide on the output family, which is compared itself.
 _DECIDED: Final = {"architecture", "engine"}
 ABSENT: Final = "absent"
-"""What is found of a file or key that is not there."""
-# What some reader loads instead of the model, on top of it, or as a reason to read it in another way: adapters,
+"""Stands for the value of a file or key that is not there."""
+# Files that some reader loads instead of the model, on top of it, or as a reason to read it in another way: adapters,
 # weights in other formats, Mistral's own layout, code, settings of quantisation and of processors.
 _READ_INSTEAD: Final = re.compile(
     r"adapter_(config\.json|model\..+)|.+\.(bin|bin\.index\.json|pt|pth|ckpt|h5|msgpack|gguf|onnx|py)|consolidated.*|"
@@ -34,7 +34,7 @@ _READ_INSTEAD: Final = re.compile(
 _GGUF: Final = ".gguf"
 _GGUF_MAGIC: Final = b"GGUF"
 _OF_5_ALONE: Final = "words that transformers 5 alone reads"
-# No merge writes it, `save_pretrained` always.
+# A key that no merge writes, and `save_pretrained` always does.
 _SAVED_BY: Final = "transformers_version"
 
 
@@ -43,13 +43,13 @@ class Difference:
     """Something in a merged checkpoint that is not as planned."""
 
     what: str
-    """A tensor, a file, or a key of `config.json`."""
+    """The name of a tensor, a file, or a key of `config.json`."""
     expected: str
     found: str
 
 
 def compare_files_beside(plan: MergePlan, model: ModelFolder) -> tuple[int, list[Difference]]:
-    """Everything but weights: how many copied files are equal, and what is not as planned.
+    """Compare everything but weights: returns how many copied files are equal, and what is not as planned.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -66,14 +66,14 @@ def compare_files_beside(plan: MergePlan, model: ModelFolder) -> tuple[int, list
 
 
 def notable(model: ModelFolder, differences: Sequence[Difference]) -> tuple[list[Difference], list[str]]:
-    """Differences, and as notes those that damage nothing: files of the same model for others, or for people.
+    """Split differences into those that matter and notes on files that damage nothing.
 
-    These are GGUF files, and what `save_pretrained` of transformers leaves out. A card or a copy of the config that is
-    not the merge's is a difference all the same.
+    Notes are GGUF files, and files that `save_pretrained` of transformers leaves out. A card or a copy of the config
+    that is not the merge's is a difference all the same.
 
     Args:
         model: the merged folder.
-        differences: what was found of its files.
+        differences: the differences of its files.
     """
     notes, harmless = [], set[Difference]()
     for difference in differences:
@@ -112,9 +112,9 @@ def _compare_config(plan: MergePlan, model: ModelFolder) -> list[Difference]:
 
 
 def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list[Difference]]:
-    """Tokenizer and the like, and how many are equal; one that the base lacks changes how the merged model reads text.
+    """Compare the tokenizer and the like; returns how many are equal. An extra file changes how the model reads text.
 
-    What is made of the base's tokenizer is made again: by another transformers it may be other bytes.
+    A file made of the base's tokenizer is made again for this; another transformers may make other bytes.
     """
     differences: list[Difference] = []
     made: Mapping[str, bytes] = {}
@@ -149,7 +149,7 @@ def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list
 
 
 def _is_respelled(file: Path, respelled: bytes) -> bool | None:
-    """Whether a tokenizer's config is in words that transformers 4 reads, too; None where it says something else."""
+    """Whether a tokenizer's config is the one that transformers 4 reads, too; None where it says something else."""
     try:
         found = read_json(file)
     except CheckpointError:
@@ -159,7 +159,7 @@ def _is_respelled(file: Path, respelled: bytes) -> bool | None:
 
 
 def compare_index(model: ModelFolder, tensors: dict[str, TensorInfo]) -> list[Difference]:
-    """What a folder announces beside its weight map, which agrees with the headers once they are read."""
+    """Compare the index beyond its weight map, which agrees with the headers once they are read."""
     names = {tensor.path.name for tensor in tensors.values()}
     differences = [
         Difference(path.name, f"metadata {json.dumps(METADATA)}", json.dumps(found)[:200])
@@ -183,7 +183,7 @@ def compare_index(model: ModelFolder, tensors: dict[str, TensorInfo]) -> list[Di
 
 
 def _repeated_keys(model: ModelFolder) -> list[Difference]:
-    """Keys that stand in a file twice: readers differ in which they take."""
+    """Find keys that a file has twice: readers differ in which they take."""
     repeated: list[tuple[str, str]] = []
     for name in ("config.json", SAFETENSORS_INDEX):
         keys: list[str] = []
@@ -194,7 +194,7 @@ def _repeated_keys(model: ModelFolder) -> list[Difference]:
 
 
 def _compare_config_copy(plan: MergePlan, model: ModelFolder) -> Iterator[Difference]:
-    """The config that the folder keeps for those who evaluate or tune it."""
+    """Compare the copy of the config that the folder keeps for evaluation and tuning."""
     path = model.file(CONFIG_COPY)
     if path is None:
         yield Difference(CONFIG_COPY, "the config", ABSENT)
@@ -219,7 +219,7 @@ def _foreign_files(plan: MergePlan, model: ModelFolder) -> list[Difference]:
 
 
 def compare_entries(expected: dict[str, str], found: dict[str, str]) -> list[Difference]:
-    """What two tables of texts do not have in common."""
+    """List the entries in which two tables of texts differ."""
     return [
         Difference(what, expected.get(what, ABSENT), found.get(what, ABSENT))
         for what in dict.fromkeys([*expected, *found])

@@ -1,4 +1,4 @@
-"""What a checkpoint is, and whether its index, headers and sizes agree, from headers alone; on request its numbers."""
+"""Find what a checkpoint is, and whether index, headers and sizes agree, from headers alone; on request its numbers."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json
-from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, Jobs
+from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, JobPool
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.checkpoint.values import Census, NotFinite, has_floats, look_at
@@ -30,20 +30,20 @@ _MATRIX_AXES: Final = 2
 
 @dataclass(frozen=True)
 class Values:
-    """What the numbers of a checkpoint are, every one of them."""
+    """A summary of all numbers of a checkpoint."""
 
     tensors: int
-    """That were read."""
+    """Number of tensors that were read."""
     not_finite: tuple[NotFinite, ...]
-    """Tensors with numbers that are infinite or NaN: the model is damaged."""
+    """Tensors with infinite or NaN numbers: the model is damaged."""
     zeros: tuple[str, ...]
     """Matrices that hold nothing but zeros."""
     skipped: dict[str, int]
-    """By a dtype that is none of floats, such as those of quantised weights, how many tensors were not read."""
+    """Number of tensors that were not read, by dtype: those that hold no floats, such as quantised weights."""
 
     @property
     def remarks(self) -> list[str]:
-        """What may be meant so, and what was left out, in words."""
+        """Remarks in words on what may be intended, and on what was left out."""
         found = []
         if self.zeros:
             more = f" and {len(self.zeros) - 1} more matrices hold" if len(self.zeros) > 1 else " holds"
@@ -59,25 +59,25 @@ class Values:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's facts."""
+    """A summary of a checkpoint."""
 
     reference: str
     model_type: str
     layers: int | None
     experts: int
-    """0 for a dense model."""
+    """Number of experts; 0 for a dense model."""
     experts_per_token: int | None
     total_parameters: int
     active_parameters: int
     tensors: int
     files: dict[str, int]
-    """File name to size in bytes."""
+    """Map from file name to size in bytes."""
     dtype_bytes: dict[str, int]
-    """Stored dtype to bytes of tensors."""
+    """Map from stored dtype to bytes of tensors."""
     warnings: tuple[str, ...]
-    """What does not stop a reader but looks wrong."""
+    """Warnings of what does not stop a reader but looks wrong."""
     values: Values | None
-    """None where they were not asked for."""
+    """The summary of all numbers; None where it was not asked for."""
 
 
 def inspect_checkpoint(
@@ -87,10 +87,10 @@ def inspect_checkpoint(
     """Read a model folder's config, index and headers, and check them against each other.
 
     Args:
-        reference: of the model.
-        announce: called with a line about what takes long.
-        values: whether every number is read, too, in bounded memory.
-        progress: of that, called with the bytes read and all there are.
+        reference: the model's reference.
+        announce: called with a line about each step that takes long.
+        values: whether to read every number, too, in bounded memory.
+        progress: called while numbers are read, with the bytes read and all there are.
 
     Raises:
         SourceError: there is no such model.
@@ -148,7 +148,7 @@ def inspect_checkpoint(
 
 
 def _look_at_all(tensors: Collection[TensorInfo], progress: Callable[[int, int], None]) -> Values:
-    """Every number of some tensors, files in the order of their bytes."""
+    """Look at every number of some tensors, in the order of their bytes in each file."""
     ordered = sorted(tensors, key=lambda tensor: (str(tensor.path), tensor.start, tensor.name))
     floats = [tensor for tensor in ordered if has_floats(tensor.dtype)]
     done, total = 0, sum(tensor.nbytes for tensor in floats)
@@ -159,7 +159,7 @@ def _look_at_all(tensors: Collection[TensorInfo], progress: Callable[[int, int],
         progress(done, total)
 
     here = all(isinstance(tensor.path, Path) for tensor in floats)
-    with Jobs(report, MAX_THREADS if here else CONNECTIONS) as jobs:
+    with JobPool(report, MAX_THREADS if here else CONNECTIONS) as jobs:
         started = [jobs.start(partial(look_at, tensor)) for tensor in floats]
     looked: list[Census] = [job.result() for job in started]
     return Values(

@@ -1,4 +1,4 @@
-"""A merged model that transformers 5 has saved again, put back into the spelling that every reader knows."""
+"""Restore a merged model that transformers 5 has saved again to the spelling that every reader knows."""
 
 import json
 from collections.abc import Mapping
@@ -22,19 +22,19 @@ _TOKENIZER: Final = "tokenizer_config.json"
 
 
 def repair(out: Path | str, *, dry_run: bool = False) -> list[Difference]:
-    """Put back what `save_pretrained` of transformers 5 drops or spells in its own way; gives what was put back.
+    """Put back what `save_pretrained` of transformers 5 drops or spells in its own way; returns what was put back.
 
-    Keys that are not understood stay, weights are not touched, and each file takes its old one's place when it is
+    Unknown keys stay, weights are not touched, and each file takes its old one's place when it is
     complete. The merge's other files are not needed: a copy that was saved elsewhere has none of them.
 
     Args:
-        out: the folder.
+        out: the folder of the merged model.
         dry_run: write nothing.
 
     Raises:
         SourceError: there is no such folder or no model in it.
-        CheckpointError: its files are damaged.
-        RefusedError: it is no mixture that moemerge writes, keys contradict each other, or tensors have other names.
+        CheckpointError: the model's files are damaged.
+        RefusedError: the model is no mixture that moemerge writes, keys contradict each other, or tensors were renamed.
         OutputError: a file cannot be written.
     """
     model = open_merged(out)
@@ -78,7 +78,7 @@ def _repaired(out: Path | str, family: MoeFamily, config: Mapping[str, Any]) -> 
 
 
 def _check_names(out: Path | str, family: MoeFamily, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse tensors that are not named as in the family's checkpoints, which a `config.json` does not mend."""
+    """Refuse tensors that are not named as in the family's checkpoints, which no `config.json` can repair."""
     routers = [name for name in tensors if name.endswith(f".{family.router}")]
     wanted = [layer_prefix(0) + family.router] if not routers else []
     for name in routers:
@@ -111,7 +111,7 @@ def _shown(value: Any) -> str:
 
 
 def _stale_index(model: ModelFolder) -> Path | None:
-    """An index that was left beside one whole file: vLLM takes it for the list of files."""
+    """Find an index that was left beside one whole file: vLLM takes it for the list of files."""
     index = model.file(SAFETENSORS_INDEX)
     if not index or not model.file(SINGLE_SAFETENSORS):
         return None

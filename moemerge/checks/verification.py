@@ -1,4 +1,4 @@
-"""Whether a merged checkpoint holds what its plan says: every byte that does not come from prompts."""
+"""Verify that a merged checkpoint holds what its plan says: every byte that does not come from prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from moemerge.checkpoint.compare import compare_tensor
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
-from moemerge.checkpoint.jobs import Jobs
+from moemerge.checkpoint.jobs import JobPool
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.checkpoint.values import Census, look_at
 from moemerge.checks.files import Difference, compare_entries, compare_files_beside, compare_index, notable
@@ -24,21 +24,21 @@ from moemerge.sources.model_folder import open_merged, read_tensor_table
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found equal to the plan, and what was not."""
+    """Counts of what was found equal to the plan, and what was not."""
 
     copied: int
-    """Tensors whose bytes are their source's, all of them finite numbers."""
+    """Number of tensors whose bytes are their source's, all of them finite numbers."""
     copied_bytes: int
     converted: int
-    """Tensors whose bytes are those that were computed again from their source, or constant, and finite too."""
+    """Number of tensors whose bytes are constant or were computed again from their source, and finite too."""
     converted_bytes: int
     routers: int
-    """With the planned shape and dtype, and finite; their values are not computed again."""
+    """Number of finite routers of the planned shape and dtype; their values are not computed again."""
     files: int
-    """Copied from the base, or made of its tokenizer, byte for byte."""
+    """Number of files copied from the base, or made of its tokenizer, byte for byte."""
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
-    """What is there or not, and damages nothing."""
+    """Notes on what may be there or not, and damages nothing."""
 
 
 def verify_merge(
@@ -50,17 +50,17 @@ def verify_merge(
 ) -> Verification:
     """Compare a merged checkpoint with its plan, in bounded memory; nothing is written.
 
-    In which shard a tensor lies does not matter.
+    It does not matter in which shard a tensor lies.
 
     Args:
-        plan: from `plan_merge`.
+        plan: the plan, from `plan_merge`.
         out: the folder of the merged checkpoint.
-        seed: that the merge had, for `noise_scale`.
+        seed: the seed of the merge, for `noise_scale`.
         progress: called with the bytes compared and all there are.
 
     Raises:
         SourceError: `out` is no folder with a checkpoint.
-        CheckpointError: a file cannot be read, or a source is not what its header said.
+        CheckpointError: a file cannot be read, or a source differs from its header.
     """
     model = open_merged(out)
     files, differences = compare_files_beside(plan, model)
@@ -85,7 +85,7 @@ def verify_merge(
         done += nbytes
         progress(done, total)
 
-    with Jobs(report) as jobs:
+    with JobPool(report) as jobs:
         started = [jobs.start(partial(_compare_output, plan.outputs[name], tensors[name], seed)) for name in fit]
     results = [job.result() for job in started]
     differences += [difference for result in results for difference in result]
@@ -106,7 +106,7 @@ def verify_merge(
 
 
 def _compare_engine(plan: MergePlan) -> list[Difference]:
-    """Whether the engine that the config names reads such a mixture rightly; a plan for another may be compared."""
+    """Check that the engine in the config reads such a mixture rightly; a plan for another engine may be compared."""
     engine = plan.config.engine
     if engine is None or engine in plan.right_in:
         return []
@@ -125,10 +125,10 @@ def _compare_tables(plan: MergePlan, tensors: dict[str, TensorInfo]) -> list[Dif
 
 
 def _compare_output(output: Output, found: TensorInfo, seed: int, report: Report) -> list[Difference]:
-    """What is wrong with a tensor: other bytes than those of the plan, or numbers that are infinite or NaN."""
+    """Find what is wrong with a tensor: other bytes than those of the plan, or numbers that are infinite or NaN."""
     if isinstance(output.origin, Computed):
         broken = look_at(found, report).not_finite
-        return [Difference(found.name, "finite numbers", broken.told)] if broken else []
+        return [Difference(found.name, "finite numbers", broken.description)] if broken else []
     census = Census(found)
     unequal = compare_tensor(output.origin, seed, found, report, look=census.add)
     differences = []
@@ -136,19 +136,19 @@ def _compare_output(output: Output, found: TensorInfo, seed: int, report: Report
         differences.append(Difference(found.name, _place(output, unequal.first, seed), str(unequal)))
     if broken := census.not_finite:
         source = "" if unequal else f": so it is in {_place(output, census.first_byte, seed)}"
-        differences.append(Difference(found.name, "finite numbers", broken.told + source))
+        differences.append(Difference(found.name, "finite numbers", broken.description + source))
     return differences
 
 
 def _place(output: Output, byte: int, seed: int) -> str:
-    """Where a byte of a tensor comes from."""
+    """Say where a byte of a tensor comes from."""
     number, piece = piece_at(output.bands, byte)
     place = f"piece {number} of {len(output.pieces)}: " if len(output.pieces) > 1 else ""
     return place + _describe(piece, seed)
 
 
 def _describe(piece: Piece, seed: int) -> str:
-    """Where the bytes of a piece should come from, and how they change on the way."""
+    """Say where the bytes of a piece should come from, and how they change on the way."""
     source = piece.source
     if not isinstance(source, TensorInfo):
         return f"the number {source.value:g}" if isinstance(source, Fill) else "bytes of the plan"

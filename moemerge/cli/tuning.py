@@ -14,7 +14,7 @@ from moemerge.cli.options import Debug, Device, Json, Quiet, one_of
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from moemerge.tuning.settings import Tuned
+    from moemerge.tuning.settings import TuningResult
 
 
 def tune_routers(  # noqa: PLR0917  typer makes options of arguments
@@ -88,9 +88,9 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         console.print(f"{found.model}: {'written' if found.improved else 'not touched'}")
 
 
-def print_tuned(console: Console, found: "Tuned") -> None:
-    """Held-out losses and the share of tokens whose expert comes first, before and after."""
-    console.print("Held-out loss in nats per token, with 95 % intervals over documents:")
+def print_tuned(console: Console, found: "TuningResult") -> None:
+    """HeldOutScores-out losses and the share of tokens whose expert comes first, before and after."""
+    console.print("HeldOutScores-out loss in nats per token, with 95 % intervals over documents:")
     table = Table("", *found.before.losses, "mean", box=None, header_style="")
     rows = (("before", found.before), ("after", found.after))
     for name, held in rows:

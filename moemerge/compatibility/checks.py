@@ -1,4 +1,4 @@
-"""May these models be merged? From configs and headers alone; every problem is listed, none is only the first."""
+"""Check from configs and headers alone that models may be merged; every problem is listed, not only the first."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,12 +10,12 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
 from moemerge.dtypes import CONFIG_DTYPES
-from moemerge.families.dense import PLAIN, Axes, DenseModel, read_dense
+from moemerge.families.dense import NON_LLAMA_FACTS, Axes, DenseModel, read_dense
 from moemerge.families.family import MoeFamily
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.sources.reference import Reference
 
-# Of an expert: what its FFNs must share with the base to compute the same way in its place.
+# What an expert's FFNs must share with the base's to compute the same way in its place.
 _EXPERT_KEYS: Final = ("num_hidden_layers", "hidden_size")
 _EXPERT_FACTS: Final = ("qk_norm", "qkv_bias", "output_bias", "mlp_bias", "multipliers", "partial_rotary", "sinks")
 # Keys that no class computes with.
@@ -26,9 +26,9 @@ _SILENT_KEYS: Final = {
     "label2id", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "quantization_config",
     "output_router_logits", "router_aux_loss_coef", "num_experts_per_tok", "per_layer_config",
 }  # fmt: skip
-# What readers compute themselves, or keep beside quantised keys and values.
+# Tensors that readers compute themselves, or that belong to quantised keys and values.
 _BUFFER: Final = re.compile(r"(^|\.)rotary_emb\.\w+$|\.self_attn\.(\w+\.)?(q|k|v|kv|prob)_(scale|zero_point)$")
-# What a base may have beside the head of a language model.
+# Tensors that a base may have beside those of a language model.
 _OTHER_HEAD: Final = re.compile(r"(score|classifier|v_head|value_head|reward_head)\.")
 _IN_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(\w+)")
 # Methods that store plain numbers, and round them when the model is loaded.
@@ -37,12 +37,12 @@ _QUANTISED_WHEN_LOADED: Final = {"bitnet"}
 
 @dataclass
 class Findings:
-    """What a comparison found."""
+    """The result of a comparison."""
 
     problems: list[str] = field(default_factory=list)
-    """Each makes the merge impossible."""
+    """Problems, each of which makes the merge impossible."""
     notes: list[str] = field(default_factory=list)
-    """Worth knowing; nothing is wrong."""
+    """Notes worth knowing, where nothing is wrong."""
 
 
 def check_configs(base: Mapping[str, Any], experts: Sequence[tuple[str, Mapping[str, Any]]]) -> Findings:
@@ -84,7 +84,7 @@ def _differences(name: str, base: DenseModel, expert: DenseModel) -> Iterator[st
         return
     for fact in _EXPERT_FACTS:
         if (fact in base.facts) != (fact in expert.facts):
-            words = PLAIN.get(fact, "biases in its FFNs")
+            words = NON_LLAMA_FACTS.get(fact, "biases in its FFNs")
             ours, theirs = ("with" if fact in model.facts else "without" for model in (base, expert))
             yield f"{name}: computes {theirs} {words}, the base model {ours}"
 
@@ -94,7 +94,7 @@ def check_base(
 ) -> Findings:
     """Check that the base model's tensors are those that its config announces; none is left without a place.
 
-    Of `ffn_layers` the FFN is read too.
+    The base's FFNs are needed too in the layers `ffn_layers`.
     """
     dense = model.family
     found = Findings()
@@ -123,12 +123,12 @@ def check_expert(
 ) -> Findings:  # fmt: skip
     """Check that an expert has the FFNs that will be taken, and nothing that changes what they compute.
 
-    What else it has is left out with a note, unless `shared` weights are mixed and it belongs to attention.
+    Its other tensors are left out with a note, unless `shared` weights are mixed and they belong to attention.
     """
     found = Findings()
     rest = model.outside() | {model.family.head: ("vocab", "hidden")}
     rest |= {tensor: axes for layer in range(model.layers) for tensor, axes in model.tensors(layer).items()}
-    beside = {row.name.partition(".")[0] for row in model.family.rows} - {model.family.ffn_module}
+    beside = {tensor.name.partition(".")[0] for tensor in model.family.tensors} - {model.family.ffn_module}
 
     def never_taken(tensor: str) -> bool:
         if _BUFFER.search(tensor):
@@ -196,7 +196,7 @@ def _quantised(name: str, model: DenseModel) -> str:
 
 
 def _check_quantisation(name: str, model: DenseModel, found: Findings) -> None:
-    """Tell a quantised model from one whose `config.json` has kept the words of how it was trained."""
+    """Tell a quantised model from one whose `config.json` only kept settings from its training."""
     if not model.quantised:
         return
     if found.problems:
@@ -212,7 +212,7 @@ def _readable(
     name: str, tensors: Mapping[str, TensorInfo], required: Mapping[str, Axes], found: Findings, *,
     takes_all: bool = False,
 ) -> tuple[dict[str, TensorInfo], dict[str, Axes]]:  # fmt: skip
-    """What can be read, of the tensors and of those that are required; of the rest, problems and notes."""
+    """Split off the tensors that can be read, and the required ones among them; the rest become problems and notes."""
     lost: dict[tuple[str, bool], list[str]] = {}
     for tensor, stored in tensors.items():
         if isinstance(stored.path, Unreadable):
@@ -257,7 +257,7 @@ def _check_tensors(
 
 
 def _listed(name: str, what: str, tensors: Iterable[str]) -> list[str]:
-    """One line for many tensors with the same problem."""
+    """Put many tensors with the same problem into one line."""
     listed = list(tensors)
     if not listed:
         return []

@@ -1,4 +1,4 @@
-"""What is lost of experts that differ from the base beside their FFNs, and which model would be the better base."""
+"""Find what is lost of experts that differ from the base beside their FFNs, and which base would lose less."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,31 +20,31 @@ from moemerge.sources.model_folder import ModelFolder
 Tensors = Mapping[str, TensorInfo]
 _SCALES: Final = ("attention_multiplier", "embedding_multiplier", "logits_scaling")
 _NORMS: Final = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
-# What says most of rotary positions.
+# The settings that say most about rotary positions.
 _ROPE_FIRST: Final = ("rope_type", "rope_theta", "factor")
 _SHOWN: Final = 3
-# Of a tokenizer.json, where the list of added tokens stands; the vocabulary behind it has megabytes.
+# Bytes of a tokenizer.json that hold the list of added tokens; the vocabulary after it has megabytes.
 _HEAD_CHARACTERS: Final = 1_000_000
 _END_BYTES: Final = 200_000
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model with what it says of chats and tokens."""
+    """A model's settings for chats and tokens."""
 
     name: str
-    """In messages."""
+    """The model's name in messages."""
     folder: ModelFolder
     model: DenseModel
 
     @property
     def context(self) -> int:
-        """How many tokens it was made for."""
+        """The number of tokens that it was made for."""
         return int(self.model.config["max_position_embeddings"])
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """Its chat templates by name, wherever they are kept; that of a model with one is `default`."""
+        """Its chat templates by name, wherever they are kept; the only one of a model is called `default`."""
         given = self._tokenizer_config.get("chat_template")
         listed = given if isinstance(given, list) else [{"name": "default", "template": given}]
         found = {str(entry.get("name")): entry.get("template") for entry in listed if isinstance(entry, dict)}
@@ -53,7 +53,7 @@ class Speaker:
         return {name: text.rstrip("\n") for name, text in found.items() if isinstance(text, str) and text}
 
     def tokenizer(self, name: str) -> tuple[int, bytes, bytes] | None:
-        """What tells its tokenizer's file of this name from others: size, first and last bytes; None without one."""
+        """A fingerprint of its tokenizer file of this name: size, first and last bytes; None without one."""
         file = self._file(name)
         if file is None:
             return None
@@ -64,7 +64,7 @@ class Speaker:
 
     @cached_property
     def added_tokens(self) -> dict[str, int]:
-        """Tokens beside the vocabulary's, with their numbers."""
+        """Tokens beside the vocabulary's, with their ids."""
         file = self._file("tokenizer.json")
         if file is None:
             return {}
@@ -92,17 +92,17 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What is said of experts that can be merged."""
+    """The findings about experts that can be merged."""
 
     problems: list[str]
-    """Why their weights do not say what they are for, where the routers are made from them."""
+    """Reasons why their weights do not say what they are for, where the routers are made from them."""
     warnings: list[str]
-    """Experts that are no fine-tunes of the base, or the base itself."""
+    """Warnings of experts that are no fine-tunes of the base, or are the base itself."""
     notes: list[str]
-    """What is lost of them."""
+    """Notes on what is lost of them."""
     has_strangers: bool
     compared_bytes: int
-    """Read on other machines to find this out."""
+    """Bytes that were read on other machines to find this out."""
 
 
 def judge_experts(
@@ -143,7 +143,7 @@ def judge_experts(
 
 
 def lost_notes(base: Speaker, experts: Sequence[Speaker]) -> list[str]:
-    """Notes on what each expert has of its own that the base's takes the place of, and on who would lose less.
+    """Notes on what each expert loses because the base's own takes its place, and on the base that would lose less.
 
     Args:
         base: the base model.
@@ -169,9 +169,9 @@ def _lost(base: Speaker, expert: Speaker) -> Iterator[str]:
     ropes = [model.values.get("rope_parameters") or {} for model in (theirs, ours)]
     known = dict.fromkeys([*_ROPE_FIRST, *sorted(ropes[0].keys() | ropes[1].keys())])
     keys = [key for key in known if ropes[0].get(key) != ropes[1].get(key)]
-    told = [f"{key} {ropes[0].get(key)!s:.30} (base: {ropes[1].get(key)!s:.30})" for key in keys]
-    if told:
-        yield f"rotary positions, {', '.join(told[:_SHOWN])}{', ...' if len(told) > _SHOWN else ''}"
+    changed = [f"{key} {ropes[0].get(key)!s:.30} (base: {ropes[1].get(key)!s:.30})" for key in keys]
+    if changed:
+        yield f"rotary positions, {', '.join(changed[:_SHOWN])}{', ...' if len(changed) > _SHOWN else ''}"
     pairs = {"sliding window": [model.values.get("window") or "none" for model in (theirs, ours)]}
     pairs |= {key: [model.config.get(key) for model in (theirs, ours)] for key in _NORMS}
     pairs["eos_token_id"] = [_only(model.config.get("eos_token_id")) for model in (theirs, ours)]
@@ -198,7 +198,7 @@ def _lost_words(base: Speaker, expert: Speaker) -> Iterator[str]:
 
 
 def _gained(base: Speaker, expert: Speaker) -> Iterator[str]:
-    """What a merge would have more if the expert were its base."""
+    """Yield what a merge would have more if the expert were its base."""
     if expert.context > base.context:
         yield f"a context of {expert.context} tokens, not {base.context}"
     if expert.templates and not base.templates:
@@ -211,5 +211,5 @@ def _beginning(file: Path) -> str:
 
 
 def _only(value: Any) -> Any:
-    """The one entry of a list that has one; anything else as it is."""
+    """Return the one entry of a list that has one, and anything else as it is."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value

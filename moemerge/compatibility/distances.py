@@ -1,4 +1,4 @@
-"""How far each expert's FFNs are from the base's, by a few rows: a fine-tune of it, a stranger, or the base itself."""
+"""Measure by a few rows how far each expert's FFNs are from the base's: a fine-tune, a stranger, or the base itself."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ from moemerge.sources.model_folder import ModelFolder
 Loaded = tuple[DenseModel, Mapping[str, TensorInfo]]
 """A model's config and its tensors."""
 STRANGER: Final = 0.3
-"""Fine-tunes of one model differ from it by a few percent; models trained apart, by about 1.4."""
+"""Distance of a stranger: fine-tunes of one model differ by a few percent, models trained apart by about 1.4."""
 _FAR: Final = 10
 _LAYERS: Final = 4
 _ROWS: Final = 4
@@ -31,21 +31,21 @@ _ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Distance:
-    """What was found of one expert."""
+    """The distance of one expert from the base."""
 
     by_layer: Mapping[int, float]
-    """Of each layer that was looked at, `|expert - base| / |base|` over the rows; empty where none can be compared."""
+    """`|expert - base| / |base|` over the rows of each layer that was looked at; empty where none can be compared."""
     rows: int
-    """How many were compared."""
+    """Number of rows that were compared."""
 
     @property
     def mean(self) -> float:
-        """Over layers."""
+        """Mean distance over layers."""
         return sum(self.by_layer.values()) / len(self.by_layer)
 
     @property
     def is_stranger(self) -> bool:
-        """Whether it is no fine-tune of the base, as far as the rows tell."""
+        """Whether the expert is no fine-tune of the base, as far as the rows tell."""
         return bool(self.by_layer) and self.mean > STRANGER
 
     @property
@@ -58,10 +58,10 @@ class Distance:
 class _Rows:
     numbers: NDArray[np.float32]
     dtype: str | None
-    """That they are stored in; None of those that are computed."""
+    """Dtype that the rows are stored in; None for computed rows."""
 
     def squared_distance(self, other: "_Rows") -> float:
-        """0 where one is the other's, rounded to its dtype."""
+        """The squared distance of rows; 0 where one side is the other, rounded to its dtype."""
         if is_rounded(self.numbers, other.numbers, [dtype for dtype in (self.dtype, other.dtype) if dtype]):
             return 0.0
         with np.errstate(over="ignore", invalid="ignore"):
@@ -77,8 +77,8 @@ def measure_distances(
 
     Args:
         base: the base model.
-        experts: by reference, with what adapters add.
-        layers: by reference, those in which the expert takes part.
+        experts: experts by reference, with their adapters added.
+        layers: the layers in which each expert takes part, by reference.
 
     Returns:
         The distances by reference, and how many bytes were read from other machines.
@@ -108,7 +108,7 @@ def measure_distances(
 def distance_warnings(
     base: ModelFolder, experts: Sequence[tuple[str, ModelFolder]], distances: Mapping[str, Distance]
 ) -> list[str]:  # fmt: skip
-    """What to say of experts, given with their names, that are no fine-tunes of the base, or nothing but the base."""
+    """Warnings of experts, given with their names, that are no fine-tunes of the base, or nothing but the base."""
     warnings = []
     for name, folder in experts:
         found = distances[folder.reference]
@@ -136,7 +136,7 @@ def distance_warnings(
 def distance_notes(
     base: DenseModel, experts: Sequence[tuple[str, ModelFolder, DenseModel]], distances: Mapping[str, Distance]
 ) -> list[str]:  # fmt: skip
-    """Experts of which nothing is known, for they cannot be compared with the base."""
+    """Notes on experts of which nothing is known, because they cannot be compared with the base."""
     return [
         f"{name}: whether it is a fine-tune of the base model is not known: its FFNs "
         + (
@@ -152,7 +152,7 @@ def distance_notes(
 def check_deltas(
     config: MergeConfig, base: ModelFolder, folders: Sequence[ModelFolder], distances: Mapping[str, Distance]
 ) -> list[str]:  # fmt: skip
-    """Why methods that read what fine-tuning changed in the experts' weights cannot read it, as far as rows tell."""
+    """Reasons why methods that read the changes made by fine-tuning cannot read them from the experts' weights."""
     if not config.method.reads_weights:
         return []
     problems = []
@@ -168,7 +168,7 @@ def check_deltas(
 
 
 def differs_too_much(expert: int, layer: int, distance: float) -> str:
-    """What to tell of an expert whose change says nothing."""
+    """The refusal of an expert whose change says nothing."""
     amount = f"{distance:.0%}" if distance < _FAR else "far more than its own size"
     return (
         f"experts[{expert}]: its FFN differs from the base model's by {amount} in layer {layer}, so the base is "
@@ -178,7 +178,7 @@ def differs_too_much(expert: int, layer: int, distance: float) -> str:
 
 
 def is_the_base(expert: int, method: str) -> str:
-    """What to tell of an expert that has no change."""
+    """The refusal of an expert that has no change."""
     return (
         f"experts[{expert}]: its FFNs are the base model's own, so its weights do not say what it is for, and "
         f"gate_mode {method} reads nothing else. Give the experts prompts and choose gate_mode ridge"
@@ -190,7 +190,7 @@ def _spread(layers: Sequence[int]) -> list[int]:
 
 
 def _changed_by_adapters(model: Loaded, layers: Sequence[int]) -> Sequence[int]:
-    """Of an expert with adapters, the layers in which they add something; of others, all."""
+    """The layers in which an expert's adapters add something; all layers if it has none."""
     config, tensors = model
     changed = [
         layer
@@ -208,7 +208,7 @@ def _places(chosen: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Rol
 
 
 def _block(model: Loaded, layer: int, role: Role) -> TensorInfo | None:
-    """Some rows of a projection that follow each other; None of a base that lacks FFNs, which nothing else takes."""
+    """Some consecutive rows of a projection; None for a base that lacks FFNs, which nothing else takes."""
     config, tensors = model
     try:
         tensor = config.projection(tensors, layer, role)
@@ -219,7 +219,7 @@ def _block(model: Loaded, layer: int, role: Role) -> TensorInfo | None:
 
 
 def _underlying(tensor: TensorInfo) -> TensorInfo:
-    """The same rows of the model before an adapter, of what is computed of both."""
+    """The same rows of the model before an adapter, if they are computed from both."""
     while isinstance(tensor.path, Derived):
         tensor = tensor.path.input_rows(tensor)
     return tensor

@@ -1,1 +1,1 @@
-"""How good a merged model is, and whether its routers earn their place: losses beside those of honest baselines."""
+"""Evaluate a merged model and its routers: losses beside those of honest baselines."""

@@ -1,4 +1,4 @@
-"""How good a merged model is, and whether its routers earn their place: losses beside those of honest baselines."""
+"""Evaluate a merged model and its routers: losses beside those of honest baselines."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,22 +29,22 @@ def evaluate(
     Every model is run a layer at a time, and none is written to the disk.
 
     Args:
-        folder: of the merged model.
-        data: by the name of a domain, files, folders or patterns of its documents. A domain that is called like an
-            expert is that expert's.
+        folder: the folder of the merged model.
+        data: files, folders or patterns of documents, by the name of their domain. A domain with the name of an expert
+            is that expert's.
         baselines: whether to run the weight average, the uniform mixture and the label oracle too.
         tokens: how many tokens of each domain are read.
-        window: in how long pieces, in tokens.
+        window: the length of the pieces that text is read in, in tokens.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         progress: called as the work goes on.
-        announce: called with a line about what takes long.
+        announce: called with a line about each step that takes long.
 
     Raises:
         SourceError: there is no such model.
-        IncompatibleError: it is no mixture that moemerge writes.
-        RefusedError: there are no such files, or a domain is nearly called like an expert.
+        IncompatibleError: the model is no mixture that moemerge writes.
+        RefusedError: there are no such files, or a domain's name is nearly that of an expert.
         CheckpointError: files of the merged model are damaged, or its numbers are not finite.
-        RouterError: the device or the tokenizer does not serve.
+        RouterError: the device or the tokenizer cannot be used.
     """
     documents = read_domains(data)
     from moemerge.evaluation.measuring import measure  # imports torch and transformers
@@ -56,7 +56,7 @@ def evaluate(
 
 
 def read_domains(data: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The documents of each domain, from files, folders or patterns.
+    """Read the documents of each domain from files, folders or patterns.
 
     Raises:
         RefusedError: there are no such files, or no text in them.

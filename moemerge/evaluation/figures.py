@@ -1,4 +1,4 @@
-"""What an evaluation found, and how sure it is."""
+"""The results of an evaluation, with their confidence intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 _RESAMPLINGS: Final = 1000
 _INTERVAL: Final = (2.5, 97.5)
 FEWEST_DOCUMENTS: Final = 5
-"""That have an interval."""
-# Below this, in nats per token, choosing experts cannot be told from mixing them all.
+"""Fewest documents that get an interval."""
+# Differences in nats per token below which choosing experts is no different from mixing them all.
 _NO_GAIN: Final = 0.005
 MERGED: Final = "merged"
 UNIFORM: Final = "uniform mixture"
@@ -21,7 +21,7 @@ SOUP: Final = "weight average"
 BASE: Final = "base"
 
 Sums = NDArray[np.float64]
-"""(document, 2): loss in nats summed over tokens, and tokens."""
+"""Sums by document (document, 2): loss in nats over its tokens, and their number."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Domain:
 
     name: str
     expert: int | None
-    """The expert of this name."""
+    """Number of the expert of this name; None without one."""
     documents: int
-    """That were read."""
+    """Number of documents that were read."""
     available: int
-    """Documents that there are."""
+    """Number of documents that there are."""
     tokens: int
-    """That a loss was computed for."""
+    """Number of tokens that a loss was computed for."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ class Estimate:
 
     @property
     def reversed(self) -> "Estimate":
-        """The same of the number with the other sign."""
+        """The estimate of the number with the opposite sign."""
         return Estimate(
             -self.value, None if self.high is None else -self.high, None if self.low is None else -self.low
         )  # fmt: skip
 
     @property
     def precise(self) -> str:
-        """Value and interval for people, of small differences."""
+        """Value and interval in words, with digits enough for small differences."""
         found = "" if self.low is None or self.high is None else f" ({self.low:.4f} to {self.high:.4f})"
         return f"{self.value:.4f}{found}"
 
     @property
     def interval(self) -> str:
-        """The interval for people, or nothing."""
+        """The interval in words; empty where there is none."""
         return "" if self.low is None or self.high is None else f" ({self.low:.3f} to {self.high:.3f})"
 
 
@@ -73,13 +73,13 @@ class Routing:
     accuracy: float | None
     """Share of tokens whose first choice is the domain's expert."""
     hit_rate: float | None
-    """Share of tokens that have it among their choices."""
+    """Share of tokens that have the domain's expert among their choices."""
     load: tuple[float, ...]
-    """By expert: share of tokens that have it among their choices."""
+    """Share of tokens that have each expert among their choices."""
     load_by_layer: tuple[tuple[float, ...], ...]
-    """By layer with a router and by expert: the same."""
+    """Share of tokens that have each expert among their choices, for each layer with a router."""
     entropy: float
-    """Of the weights before the choice, as a share of what equal ones have."""
+    """Entropy of the weights before the choice, as a share of that of equal weights."""
     top_weight: float
     """Mean weight of the first choice."""
 
@@ -92,31 +92,31 @@ class Evaluation:
     experts: tuple[str, ...]
     experts_per_token: int
     layers: tuple[int, ...]
-    """Those with a router."""
+    """Numbers of the layers with a router."""
     domains: tuple[Domain, ...]
     losses: Mapping[str, Mapping[str, Estimate]]
-    """By model and domain: nats per token. A model may lack a domain, such as the oracle where there is no expert."""
+    """Nats per token by model and domain. A model may lack a domain, such as the oracle one without an expert."""
     mean_losses: Mapping[str, float]
-    """By model that has all domains: the mean over domains, each weighing alike."""
+    """Mean loss over domains, each weighing alike, for every model that has all domains."""
     recovered: Mapping[str, Estimate]
-    """By domain: `(uniform - merged) / (uniform - oracle)`, where choosing gains anything."""
+    """`(uniform - merged) / (uniform - oracle)` by domain, where choosing gains anything."""
     recovered_mean: Estimate | None
-    """The same of the means over the domains that have an expert."""
+    """`(uniform - merged) / (uniform - oracle)` of the mean losses over the domains that have an expert."""
     routing: Mapping[str, Routing]
-    """By domain."""
+    """Routing by domain."""
     notes: tuple[str, ...]
-    """What was left out and why, and where the merged model is no better than what costs less."""
+    """Notes on what was left out and why, and where the merged model is no better than what costs less."""
 
 
 def estimate(sums: Sums) -> Estimate:
-    """Loss per token and its interval."""
+    """Estimate the loss per token."""
     return _estimate(*_per_token(sums, 0), len(sums))
 
 
 def recovered(losses: Mapping[str, Mapping[str, Sums]], domains: Sequence[str]) -> Estimate | None:
-    """`(uniform - merged) / (uniform - oracle)` of losses averaged over domains; None where the oracle gains nothing.
+    """Estimate `(uniform - merged) / (uniform - oracle)` of losses averaged over domains; None without an oracle gain.
 
-    Documents are drawn anew within each domain, the same ones for every model.
+    Documents are resampled within each domain, the same ones for every model.
     """
     (merged, drawn), (uniform, uniforms), (oracle, oracles) = (
         _mean(losses[model], domains) for model in (MERGED, UNIFORM, ORACLE)
@@ -129,13 +129,13 @@ def recovered(losses: Mapping[str, Mapping[str, Sums]], domains: Sequence[str]) 
 
 
 def difference(one: Mapping[str, Sums], other: Mapping[str, Sums]) -> Estimate:
-    """How much higher the loss of one model is than another's, averaged over domains, on the same documents."""
+    """Estimate how much higher one model's loss is than another's, averaged over domains, on the same documents."""
     (value, drawn), (less, others) = _mean(one, list(one)), _mean(other, list(one))
     return _estimate(value - less, drawn - others, min(map(len, one.values())))
 
 
 def no_better(losses: Mapping[str, Mapping[str, Estimate]], domains: Sequence[Domain]) -> list[str]:
-    """Where the merged model loses to a baseline, in words."""
+    """Say in words where the merged model loses to a baseline."""
     found = []
     for baseline in (SOUP, UNIFORM, BASE):
         worse = [
@@ -158,13 +158,13 @@ def _estimate(value: float, samples: NDArray[np.float64], documents: int) -> Est
 
 
 def _mean(sums: Mapping[str, Sums], domains: Sequence[str]) -> tuple[float, NDArray[np.float64]]:
-    """Loss averaged over domains, and the same of documents drawn anew within each, alike for every model."""
+    """The loss averaged over domains, and resampled ones; documents are drawn within domains, alike for all models."""
     values, samples = zip(*(_per_token(sums[domain], seed) for seed, domain in enumerate(domains)), strict=True)
     return math.fsum(values) / len(values), np.mean(samples, axis=0)
 
 
 def _per_token(sums: Sums, seed: int) -> tuple[float, NDArray[np.float64]]:
-    """Loss per token, and the same (resampling,) of documents drawn with replacement."""
+    """The loss per token, and losses (resampling,) of documents drawn with replacement."""
     drawn = np.random.default_rng(seed).integers(len(sums), size=(_RESAMPLINGS, len(sums)))
     total, again = sums.sum(axis=0), sums[drawn].sum(axis=1)
     return float(total[0] / total[1]), again[:, 0] / again[:, 1]

@@ -1,4 +1,4 @@
-"""The models of an evaluation run one after the other over the same windows of text."""
+"""Run the models of an evaluation one after the other over the same windows of text."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,7 +36,7 @@ def measure(
     folder: Path | str, documents: Mapping[str, Sequence[str]], *, baselines: bool, tokens: int, window: int,
     device: str, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
 ) -> Evaluation:  # fmt: skip
-    """See `moemerge.evaluation.evaluator.evaluate`; `documents` are texts by domain."""
+    """Evaluate as `moemerge.evaluation.evaluator.evaluate` does; `documents` are texts by domain."""
     found_device = find_device(device)
     mixture = open_mixture(folder)
     texts = Texts.cut(mixture, documents, tokens, window)
@@ -59,20 +59,20 @@ class Texts:
 
     domains: tuple[str, ...]
     expert: tuple[int | None, ...]
-    """Of each domain, the expert that it is called like."""
+    """The expert with the name of each domain; None without one."""
     documents: tuple[int, ...]
-    """Of each domain, how many there are."""
+    """Number of documents in each domain."""
     windows: tuple[Window, ...]
     domain: tuple[int, ...]
-    """Of each window, its domain's place."""
+    """Number of the domain of each window."""
 
     @classmethod
     def cut(cls, mixture: MixtureModel, documents: Mapping[str, Sequence[str]], tokens: int, window: int) -> "Texts":
-        """Read each domain's documents by the mixture's tokenizer.
+        """Read each domain's documents with the mixture's tokenizer.
 
         Raises:
             RouterError: there is no tokenizer.
-            RefusedError: a domain is nearly called like an expert, or has nothing to predict.
+            RefusedError: a domain's name is nearly that of an expert, or it has nothing to predict.
         """
         _check_names(documents, mixture.experts)
         encode = by_transformers(mixture.folder)
@@ -93,11 +93,11 @@ class Texts:
         )  # fmt: skip
 
     def of(self, domain: int) -> list[int]:
-        """Windows of a domain."""
+        """Numbers of the windows of a domain."""
         return [window for window, place in enumerate(self.domain) if place == domain]
 
     def sums(self, losses: torch.Tensor, windows: Sequence[int]) -> Sums:
-        """Losses (window of `windows`,) by document."""
+        """Sum losses (window of `windows`,) by document."""
         by_document: dict[int, list[float]] = {}
         for window, loss in zip(windows, losses.tolist(), strict=True):
             total = by_document.setdefault(self.windows[window].document, [0.0, 0.0])
@@ -107,7 +107,7 @@ class Texts:
 
 
 def _check_names(names: Collection[str], experts: Sequence[str]) -> None:
-    """Refuse a misspelt expert, whose text would be judged as nobody's."""
+    """Refuse a misspelt expert's name, whose text would otherwise count as nobody's."""
     by_lower = {expert.lower(): expert for expert in reversed(experts)}
     for name in names:
         if name not in experts and (near := get_close_matches(name.lower(), by_lower, n=1)):
@@ -130,7 +130,7 @@ class Runs:
         self, name: str, model: Runnable, *, domains: Sequence[int] | None = None,
         mixture: MixtureModel | None = None, chosen: Callable[[Choice], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """Keep a model's losses by document under a name, for all domains or some; see `run_model`."""
+        """Run a model over all domains or some, and keep its losses by document under a name; see `run_model`."""
         domains = range(len(self.texts.domains)) if domains is None else domains
         places = [window for domain in domains for window in self.texts.of(domain)]
         losses = run_model(
@@ -144,7 +144,7 @@ class Runs:
 
 
 def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tuple[list[Runnable], list[str]]:
-    """The base and every expert, as far as they are still there; a base that cannot be had leaves out all."""
+    """Open the base and every expert that is still there, with notes; without the base none is opened."""
     if mixture.config is None:
         return [], [f"{mixture.folder} does not say what it was merged from: base and experts are left out"]
     named = [(mixture.config.base_model, BASE)]
@@ -157,13 +157,13 @@ def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tup
 
 
 def _try(runs: Runs, name: str, model: Runnable, domain: int | None = None) -> str:
-    """Run a model that may not be able to, such as one whose vocabulary lacks a token; gives the reason.
+    """Run a model that may fail, such as one whose vocabulary lacks a token; returns the reason, or an empty text.
 
     Args:
-        runs: what keeps its losses.
-        name: what they are kept under.
-        model: the model.
-        domain: one to run it over, or None for all.
+        runs: keeps its losses.
+        name: the name that they are kept under.
+        model: the model to run.
+        domain: the domain to run it over, or None for all.
     """
     try:
         runs.run(name, model, domains=None if domain is None else [domain])
@@ -174,7 +174,7 @@ def _try(runs: Runs, name: str, model: Runnable, domain: int | None = None) -> s
 
 
 def _run_oracle(runs: Runs, mixture: MixtureModel, texts: Texts, notes: list[str]) -> None:
-    """Each domain that has an expert, all its tokens through that expert."""
+    """Run each domain that has an expert with all its tokens through that expert."""
     for domain, expert in enumerate(texts.expert):
         if expert is None:
             notes.append(f"{texts.domains[domain]} is no expert's name, so there is no oracle for it")
@@ -199,7 +199,7 @@ class RoutingTally:
         )
 
     def add(self, choice: Choice) -> None:
-        """One layer's choices for one window."""
+        """Count one layer's choices for one window."""
         counted = torch.tensor(self._texts.windows[choice.window].counted)
         place = self._texts.domain[choice.window], self._layers[choice.layer]
         experts, logits = choice.experts[counted], choice.logits[counted]
@@ -212,7 +212,7 @@ class RoutingTally:
         self._entropy[place] -= torch.special.xlogy(given, given).sum() / math.log(max(count, 2))
 
     def of(self, domain: int) -> Routing:
-        """What was counted."""
+        """The routing that was counted for a domain."""
         tokens = self._tokens[domain][:, None]
         load, first = self._chosen[domain] / tokens, self._first[domain] / tokens
         expert = self._texts.expert[domain]

@@ -1,4 +1,4 @@
-"""What can be run: a stored model, or one that is made of stored ones while it runs, never written to the disk."""
+"""Models that can be run: stored ones, or ones made of stored models while they run, never written to the disk."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,18 +27,18 @@ _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Runnable:
-    """A causal language model as a class of transformers, its settings and its tensors."""
+    """A causal language model: a class of transformers, its settings and its tensors."""
 
     name: str
     model_type: str
     keys: Mapping[str, Any]
-    """What the class is told."""
+    """Settings of the class."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of every tensor, by its name in the checkpoint."""
+    """Shape of every tensor, by its name in the checkpoint."""
     read: Callable[[str], torch.Tensor]
-    """From a name to its values on the CPU, in the dtype that they are stored in."""
+    """A function from a name to the tensor's values on the CPU, in the dtype that they are stored in."""
     embeddings: Callable[[list[int]], torch.Tensor]
-    """Rows (token, hidden) of the token embeddings."""
+    """A function that reads rows (token, hidden) of the token embeddings."""
 
     @property
     def layers(self) -> int:
@@ -46,13 +46,13 @@ class Runnable:
         return int(self.keys["num_hidden_layers"])
 
     def names(self, layer: int | None) -> list[str]:
-        """Tensors of a layer; None for those outside of all layers."""
+        """Names of a layer's tensors; for None, of those outside of all layers."""
         found = {name: _LAYER.match(name) for name in self.shapes}
         return [name for name, match in found.items() if (int(match[1]) if match else None) == layer]
 
     @property
     def norm(self) -> str:
-        """Path within the decoder of the norm after the layers."""
+        """Path within the decoder to the norm after the layers."""
         for name in self.names(None):
             if match := re.fullmatch(r"model\.(\w*norm\w*)\.weight", name):
                 return match[1]
@@ -67,12 +67,12 @@ class MixtureModel:
     family: MoeFamily
     runnable: Runnable
     experts: tuple[str, ...]
-    """Names for people."""
+    """Names of the experts."""
     experts_per_token: int
     config: MergeConfig | None
-    """What it was merged from, if its folder says so."""
+    """The config that it was merged from, if its folder has a copy."""
     tensors: Mapping[str, TensorInfo]
-    """Where each is stored."""
+    """The stored tensors by name."""
 
     @property
     def moe_layers(self) -> list[int]:
@@ -80,7 +80,7 @@ class MixtureModel:
         return [layer for layer in range(self.runnable.layers) if self.router(layer) in self.runnable.shapes]
 
     def router(self, layer: int) -> str:
-        """Name of a layer's router tensor, of shape (expert, hidden)."""
+        """Name of a layer's router tensor, which has the shape (expert, hidden)."""
         return layer_prefix(layer) + self.family.router
 
     def absent(self, layer: int) -> list[int]:
@@ -91,7 +91,7 @@ class MixtureModel:
         return (bias < SWITCHED_OFF / 2).nonzero()[:, 0].tolist()
 
     def with_rows(self, name: str, rows: Callable[[int], torch.Tensor]) -> "MixtureModel":
-        """The same model with other router rows: from a layer to (expert, hidden)."""
+        """Make the same model with other router rows; `rows` is a function from a layer to (expert, hidden)."""
         routers = {self.router(layer): layer for layer in self.moe_layers}
         given = self.runnable.read
 
@@ -102,11 +102,11 @@ class MixtureModel:
 
 
 def open_mixture(folder: Path | str) -> MixtureModel:
-    """The merged model in a folder.
+    """Open the merged model in a folder.
 
     Raises:
         SourceError: there is no such folder or no model in it.
-        IncompatibleError: it is no mixture of a family that moemerge writes.
+        IncompatibleError: the model is no mixture of a family that moemerge writes.
         CheckpointError: its files are damaged.
     """
     model = open_merged(folder)
@@ -118,7 +118,7 @@ def open_mixture(folder: Path | str) -> MixtureModel:
             [],
         )
     tensors = read_tensor_table(model, lambda _: None)
-    # Nothing that could name code.
+    # Only keys that cannot name code.
     keys = {key: decoded(value) for key, value in model.config.items() if key in family.keys}
     runnable = _stored(str(folder), family.model_type, keys, tensors, "model.embed_tokens.weight")
     router = next((name for name in tensors if name.endswith(f".{family.router}")), None)
@@ -142,16 +142,16 @@ def open_mixture(folder: Path | str) -> MixtureModel:
 
 
 def per_token_key(family: MoeFamily) -> str:
-    """The key of `config.json` that says how many experts a token goes to."""
+    """The key of `config.json` for the number of experts per token."""
     return next(key for key, name in family.named.items() if name.endswith("experts_per_token"))
 
 
 def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Runnable:
-    """A dense model, as a config names it.
+    """Open a dense model by a reference, as a config writes it.
 
     Raises:
         SourceError: the reference leads nowhere.
-        IncompatibleError: it is of no dense family.
+        IncompatibleError: the model is of no dense family.
         CheckpointError: its files are damaged.
     """
     folder: ModelFolder = open_model(reference, announce)
@@ -194,7 +194,7 @@ def _stored(
 
 
 def average(name: str, models: Sequence[Runnable]) -> Runnable | str:
-    """The weight average of models of one shape; a text says why there is none."""
+    """Make the weight average of models of one shape; a returned text says why there is none."""
     first = models[0]
     for model in models[1:]:
         if model.model_type != first.model_type or model.shapes != first.shapes:
@@ -213,7 +213,7 @@ def average(name: str, models: Sequence[Runnable]) -> Runnable | str:
 
 
 def uniform(model: MixtureModel) -> Runnable | str:
-    """The mixture of all experts with equal weights: a router of zeros that chooses them all; or why there is none."""
+    """Make the mixture of all experts with equal weights, by a router of zeros; a returned text says why not."""
     if any(model.absent(layer) for layer in model.moe_layers):
         return "experts are absent from some layers, so there is no uniform mixture of all"
     key, count = per_token_key(model.family), len(model.experts)
@@ -224,7 +224,7 @@ def uniform(model: MixtureModel) -> Runnable | str:
 
 
 def forced(model: MixtureModel, expert: int) -> Runnable:
-    """The mixture in which every token goes to one expert: all experts are that one."""
+    """Make the mixture in which every token goes to one expert: all experts are that one."""
     prefix = r"model\.layers\.\d+\."
     separate = [name.split("{expert}") for name in model.family.experts if "{expert}" in name]
     numbered = [re.compile(f"({prefix}{re.escape(before)})\\d+({re.escape(after)})") for before, after in separate]

@@ -1,4 +1,4 @@
-"""A causal language model run over windows of text, a layer at a time: losses, and what its routers choose."""
+"""Run a causal language model over windows of text, a layer at a time: its losses, and what its routers choose."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,23 +16,23 @@ from moemerge.passes.loading import cast, load_tensors
 from moemerge.passes.tokens import Window
 from moemerge.routers.scoring import top_weights
 
-# Logits of so many tokens are in memory at a time: 100 MB for a vocabulary of 50 000.
+# Tokens whose logits are in memory at a time: 100 MB for a vocabulary of 50 000.
 _TOKENS: Final = 512
 _EMBEDDINGS: Final = "model.embed_tokens."
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer's router does with a window."""
+    """The choices of a layer's router for a window."""
 
     layer: int
     window: int
     experts: torch.Tensor
-    """(token, choice) int, by falling weight; of every token, special ones too."""
+    """Chosen experts (token, choice), by falling weight; special tokens are included."""
     weights: torch.Tensor
-    """(token, choice)"""
+    """Weights of the chosen experts (token, choice)."""
     logits: torch.Tensor
-    """(token, expert), minus infinity for experts that are absent."""
+    """Router logits (token, expert), minus infinity for absent experts."""
 
 
 def run_model(
@@ -42,21 +42,21 @@ def run_model(
     progress: Callable[[int, int], None] = lambda _done, _total: None, losses: bool = True,
     watched: Callable[[int, Any], AbstractContextManager[None]] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Losses in nats, summed over each window's tokens that count: (window,).
+    """Compute losses in nats, summed over each window's tokens that count: (window,).
 
     Args:
-        model: what to run.
-        windows: of text.
-        device: where.
-        mixture: where `chosen` is wanted, the mixture that `model` is.
+        model: the model to run.
+        windows: the windows of text.
+        device: the device to run on.
+        mixture: the mixture that `model` is, if `chosen` is wanted.
         chosen: called with the choices of each layer with a router, for each window.
         predicted: called with each window's number and its logits (token, vocab), float32 on the device.
         progress: called with the layers done and all there are.
-        losses: whether losses are wanted; without them, what follows the last layer is run only to see that it gives
+        losses: whether losses are wanted; without them, the part after the last layer is run only to see that it gives
             finite numbers.
-        watched: where what passes through a layer's modules is wanted, called with each layer's number and module; what
-            it gives is open while the windows pass through it, each by itself, without padding. What follows the last
-            layer is not run then.
+        watched: called with each layer's number and module if what passes through a layer's modules is wanted; the
+            context that it returns is open while the windows pass through, each by itself, without padding. What
+            follows the last layer is not run then.
 
     Raises:
         CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
@@ -103,7 +103,7 @@ def run_model(
 
 
 def _not_finite(model: Runnable, place: str, names: Iterable[str], dtype: torch.dtype) -> CheckpointError:
-    """What to tell of a model whose numbers are finite before a part of it, made of these tensors, and not after."""
+    """The error for a model whose numbers are finite before a part of it, made of these tensors, and not after."""
     broken = next(filter(None, (not_finite_in(name, model.read(name)) for name in names)), None)
     return CheckpointError(f"{model.name}: its {where_it_began(place, broken, dtype)}.")
 
@@ -113,7 +113,7 @@ def _load(whole: Any, model: Runnable, names: list[str], device: torch.device, d
 
 
 def check_complete(module: Any, path: str) -> None:
-    """Refuse a module of which a parameter got no values.
+    """Refuse a module with a parameter that got no values.
 
     Raises:
         CheckpointError: names the first such parameter.
@@ -124,7 +124,7 @@ def check_complete(module: Any, path: str) -> None:
 
 
 class _Router:
-    """Watches one layer's router: what enters it, and what that makes it choose."""
+    """A watcher of one layer's router: what enters it, and what it chooses."""
 
     def __init__(self, mixture: MixtureModel, layer: Any, index: int, rows: torch.Tensor) -> None:
         self._mixture, self._layer, self._index, self._rows = mixture, layer, index, rows
@@ -133,7 +133,7 @@ class _Router:
         for name in (mixture.router(index), *([layer_prefix(index) + bias] if bias else [])):
             if broken := not_finite_in(name, mixture.runnable.read(name)):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
-        # Families differ in what they call it.
+        # Families call it by different names.
         self._module = next(
             module
             for module in layer.modules()
@@ -142,9 +142,9 @@ class _Router:
         )
 
     def watch(self, batch: Batch, part: Sequence[int], windows: Sequence[Window]) -> list[Choice] | None:
-        """Pass a batch through the layer; gives what its router chose for each of its windows.
+        """Pass a batch through the layer; returns the router's choices for each of the batch's windows.
 
-        None where its logits are not finite: they choose nothing then.
+        None where the router's logits are not finite, since they choose nothing then.
         """
         seen: list[torch.Tensor] = []
         handle = self._module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
@@ -165,7 +165,7 @@ class _Router:
 
 
 class _Head:
-    """What follows the layers: the norm, and the head that makes logits."""
+    """The part after the layers: the norm, and the head that makes logits."""
 
     def __init__(self, whole: Any, model: Runnable, device: torch.device, dtype: torch.dtype) -> None:
         self._whole, self._model, self._dtype = whole, model, dtype
@@ -181,7 +181,7 @@ class _Head:
         self, windows: Sequence[Window], places: Sequence[Sequence[int]], batches: Sequence[Batch],
         predicted: Callable[[int, torch.Tensor], None],
     ) -> torch.Tensor:  # fmt: skip
-        """Of each window, summed over its tokens that count."""
+        """Losses of each window, summed over its tokens that count."""
         losses = torch.zeros(len(windows), dtype=torch.float64)
         for part, batch in zip(places, batches, strict=True):
             for window, known in zip(part, self._logits(batch), strict=True):
@@ -190,7 +190,7 @@ class _Head:
         return losses
 
     def check(self, batches: Sequence[Batch]) -> None:
-        """Look whether the logits are finite, those of a few tokens at a time."""
+        """Check that the logits are finite, those of a few tokens at a time."""
         for batch in batches:
             for start in range(0, batch.ids.shape[1], _TOKENS):
                 span = slice(start, start + _TOKENS)
@@ -200,7 +200,7 @@ class _Head:
                     pass
 
     def _logits(self, batch: Batch) -> Iterator[torch.Tensor]:
-        """(token, vocab) float32 of each sequence."""
+        """Yield the logits (token, vocab) of each sequence in float32."""
         for logits, length in zip(
             finish(self._whole, self._whole.model, self._model.norm, batch), batch.lengths, strict=True
         ):

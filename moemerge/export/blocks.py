@@ -13,24 +13,24 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, measure
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
-"""What the matrices of a file are stored as, as llama.cpp's converter spells it."""
+"""The type of a file's matrices, as llama.cpp's converter spells it."""
 FLOATS: Final[dict[str, str]] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-"""From a type that is plain floats to its name in a safetensors header."""
+"""Map from a type of plain floats to its name in a safetensors header."""
 BLOCK_ELEMENTS: Final = 32
 _BLOCK_BYTES: Final = 2 + BLOCK_ELEMENTS
 _LARGEST: Final = 127
 
 
 def quantise_q8_0(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Blocks (block, 34) of 32 numbers each: a float16 scale, the largest of them through 127, then 32 int8.
+    """Encode numbers as blocks (block, 34) of 32 each: a float16 scale (their largest through 127), then 32 int8.
 
-    All is computed in float32 and rounded half away from zero, as by ggml's reference.
+    Everything is computed in float32 and rounded half away from zero, as in ggml's reference.
     """
     blocks = numbers.reshape(-1, BLOCK_ELEMENTS)
-    # The maximum of many short rows takes numpy four times as long as that of a few long ones.
+    # numpy takes four times as long for the maximum of many short rows as for that of a few long ones.
     scales = np.abs(np.ascontiguousarray(blocks.T)).max(axis=0) / np.float32(_LARGEST)
     inverse = np.zeros_like(scales)
-    # Numbers that are too small for that become 0, as their scale does in float16.
+    # Numbers whose block has too small a scale become 0, as the scale does in float16.
     np.divide(np.float32(1), scales, out=inverse, where=scales > np.finfo(np.float32).tiny)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays so
         rest = blocks * inverse[:, None]
@@ -52,27 +52,27 @@ class Quantised:
 
     name: str
     bands: tuple[Band, ...]
-    """Of float32; every row is a multiple of 32 numbers long."""
+    """Bands of float32; every row is a multiple of 32 numbers long."""
 
     @property
     def nbytes(self) -> int:
-        """Of all blocks."""
+        """Size of all blocks in bytes."""
         return measure(self.bands) // (4 * BLOCK_ELEMENTS) * _BLOCK_BYTES
 
     @property
     def identity(self) -> str:
-        """What the blocks are made of."""
+        """A text of what the blocks are made of."""
         return repr(self.bands)
 
     def tensor(self) -> TensorInfo:
-        """All of it, as bytes."""
+        """All blocks, as a tensor of bytes."""
         return TensorInfo(self.name, self, "U8", (self.nbytes,), 0, self.nbytes)
 
     def keep(self, folder: object, start: int, nbytes: int) -> None:
-        """It is made of what is elsewhere."""
+        """Do nothing: the blocks are computed from other files."""
 
     def open(self, start: int, nbytes: int) -> Reader:
-        """Make `nbytes` bytes from offset `start` on; reading may raise what reading the bands does."""
+        """Open `nbytes` bytes of blocks from offset `start` on; reading may raise what reading the bands does."""
         return BlockReader(chunk for chunk in clipped(self._blocks(), start, start + nbytes))
 
     def _blocks(self) -> Iterator[memoryview]:

@@ -1,8 +1,8 @@
-"""How a chat template puts turns into text, found by rendering it; and the same as a Go template, which Ollama reads.
+"""Find how a chat template writes turns by rendering it, and write the same as a Go template for Ollama.
 
-What stands around each role's messages is read off a few renderings of a chat template. A format counts only where it
-gives what the template gives for longer chats too. As a program (`python -m moemerge.export.chat_format`) it reads a
-template and tokens as JSON from stdin, and writes the format as JSON: a template may not end.
+What stands around each role's messages is read off a few renderings of a chat template. A format is accepted only if
+it gives what the template gives for longer chats too. As a program (`python -m moemerge.export.chat_format`) it reads a
+template and tokens as JSON from stdin, and writes the format as JSON, since rendering a template may never end.
 """
 
 import json
@@ -31,31 +31,31 @@ _MEMORY_BYTES: Final = 2_000_000_000
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What stands around messages, and where a system message goes."""
+    """The text around messages, and the place of a system message."""
 
     opening: str
-    """Of a chat without a system message."""
+    """The beginning of a chat without a system message."""
     system: tuple[str, str]
-    """Before and behind a system message."""
+    """The text before and after a system message."""
     place: Literal["own turn", "first question", "last question"]
-    """Where that stands."""
+    """Where the system message is placed."""
     user: tuple[str, str]
     assistant: tuple[str, str]
     answer: str
-    """What comes before the answer that is asked for."""
+    """The text before the answer that is asked for."""
     knows_system: bool = True
     """Whether the chat template takes system messages at all."""
 
     def render(self, messages: Messages) -> str:
-        """The text of a chat that asks for an answer, as `go_template` gives it."""
+        """Write the text of a chat that asks for an answer, as `go_template` does."""
         system = "\n\n".join(content for role, content in messages if role == "system")
-        told = "".join((self.system[0], system, self.system[1])) if system else ""
+        system_text = "".join((self.system[0], system, self.system[1])) if system else ""
         parts = [] if system else [self.opening]
         questions = [index for index, (role, _) in enumerate(messages) if role == "user"]
         at = {"own turn": None, "first question": questions[0], "last question": len(messages) - 1}[self.place]
         for index, (role, content) in enumerate(messages):
             if role == "user":
-                parts += [self.user[0], told if index == at else "", content, self.user[1]]
+                parts += [self.user[0], system_text if index == at else "", content, self.user[1]]
             elif role == "assistant":
                 parts += [self.assistant[0], content, self.assistant[1]]
             elif self.place == "own turn":
@@ -63,28 +63,28 @@ class ChatFormat:
         return "".join((*parts, self.answer))
 
     def go_template(self) -> str:
-        """The format as a template of Ollama's.
+        """Write the format as a template for Ollama.
 
-        Ollama gives `.System`, all system messages in one text, and `.Messages`, of which those of one role that
-        follow each other are one (https://github.com/ollama/ollama/blob/main/docs/template.md).
+        Ollama gives all system messages as one text `.System`, and `.Messages`, in which consecutive messages of one
+        role are one (https://github.com/ollama/ollama/blob/main/docs/template.md).
         """
         parts = []
         if self.opening:
             parts.append(f"{{{{ if not .System }}}}{_literal(self.opening)}{{{{ end }}}}")
-        own, told, after = "", "", ""
+        own, system, after = "", "", ""
         if self.place == "own turn":
             own = f'{{{{ if eq .Role "system" }}}}{_around(self.system, ".Content")}{{{{ else if eq .Role "user" }}}}'
         else:
             own = '{{ if eq .Role "user" }}'
-            told = _around(self.system, "$.System")
+            system = _around(self.system, "$.System")
         if self.place == "first question":
             parts.append("{{ $told := not .System }}")
-            told, after = f"{{{{ if not $told }}}}{told}{{{{ end }}}}", "{{ $told = true }}"
+            system, after = f"{{{{ if not $told }}}}{system}{{{{ end }}}}", "{{ $told = true }}"
         elif self.place == "last question":
-            told = f"{{{{ if and $.System (eq (len (slice $.Messages $index)) 1) }}}}{told}{{{{ end }}}}"
+            system = f"{{{{ if and $.System (eq (len (slice $.Messages $index)) 1) }}}}{system}{{{{ end }}}}"
         parts += [
             "{{ range $index, $_ := .Messages }}" if self.place == "last question" else "{{ range .Messages }}",
-            own, _literal(self.user[0]), told, "{{ .Content }}", after, _literal(self.user[1]),
+            own, _literal(self.user[0]), system, "{{ .Content }}", after, _literal(self.user[1]),
             '{{ else if eq .Role "assistant" }}', _around(self.assistant, ".Content"), "{{ end }}{{ end }}",
             _literal(self.answer),
         ]  # fmt: skip
@@ -100,11 +100,11 @@ def _around(both: tuple[str, str], name: str) -> str:
 
 
 def read_format(template: str, tokens: Mapping[str, str], bos: str = "", eos: str = "") -> ChatFormat | None:
-    """The same as `find_format` of a template that anybody may have written: in a child, in bounded time and memory.
+    """Find the format of an untrusted template in a child process, in bounded time and memory; see `find_format`.
 
     Args:
-        template: in Jinja.
-        tokens: texts of special tokens that it may use, by name.
+        template: the chat template, in Jinja.
+        tokens: texts of special tokens that the template may use, by name.
         bos: see `find_format`.
         eos: see `find_format`.
     """
@@ -125,26 +125,26 @@ def read_format(template: str, tokens: Mapping[str, str], bos: str = "", eos: st
 
 
 def find_format(render: Render, bos: str = "", eos: str = "") -> ChatFormat | None:
-    """The format that gives what a chat template gives; None where there is none such.
+    """Find the format that gives what a chat template gives; None if there is none.
 
     Args:
-        render: the chat template.
-        bos: a text that a runtime puts in front, so that the format begins behind it.
-        eos: a text that some templates put behind a chat in which no answer is asked for.
+        render: a function that renders the chat template.
+        bos: a text that a runtime puts in front, so that the format begins after it.
+        eos: a text that some templates put at the end of a chat in which no answer is asked for.
     """
 
-    def told(*messages: tuple[str, str], ask: bool = True) -> str:
+    def rendered(*messages: tuple[str, str], ask: bool = True) -> str:
         return render(messages, ask=ask)
 
     try:
-        plain = _without_system(told, bos, eos)
+        plain = _without_system(rendered, bos, eos)
     except Exception:  # noqa: BLE001  each template raises in its own way, or lacks a message
         return None
-    expected = {chat: told(*chat).removeprefix(bos) for chat in _CHATS}
+    expected = {chat: rendered(*chat).removeprefix(bos) for chat in _CHATS}
     if any(plain.render(chat) != text for chat, text in expected.items()):
         return None
     try:
-        with_system = {chat: told(_SYSTEM, *chat).removeprefix(bos) for chat in _CHATS}
+        with_system = {chat: rendered(_SYSTEM, *chat).removeprefix(bos) for chat in _CHATS}
     except Exception:  # noqa: BLE001  `System role not supported`
         return replace(plain, system=_WITHOUT_SYSTEM, place="first question", knows_system=False)
     for found in _with_system(plain, with_system[(_FIRST,)]):
@@ -153,16 +153,16 @@ def find_format(render: Render, bos: str = "", eos: str = "") -> ChatFormat | No
     return None
 
 
-def _without_system(told: Render, bos: str, eos: str) -> ChatFormat:
-    """What stands around questions and answers.
+def _without_system(render: Render, bos: str, eos: str) -> ChatFormat:
+    """Find the text around questions and answers.
 
     Raises:
-        ValueError: a message is left out, or what follows is not what came before.
+        ValueError: a message is left out, or a longer chat does not begin as a shorter one.
     """
-    head, tail = _cut(told(_FIRST), _FIRST)
-    _, between, between_too, _ = _cut(told(_FIRST, _ANSWER, _SECOND), _FIRST, _ANSWER, _SECOND)
-    _, after_question = _cut(told(_FIRST, ask=False), _FIRST)
-    _, _, after_answer = _cut(told(_FIRST, _ANSWER, ask=False), _FIRST, _ANSWER)
+    head, tail = _cut(render(_FIRST), _FIRST)
+    _, between, between_too, _ = _cut(render(_FIRST, _ANSWER, _SECOND), _FIRST, _ANSWER, _SECOND)
+    _, after_question = _cut(render(_FIRST, ask=False), _FIRST)
+    _, _, after_answer = _cut(render(_FIRST, _ANSWER, ask=False), _FIRST, _ANSWER)
     if eos and not tail.startswith(after_question):
         after_question = after_question.removesuffix(eos)
     if eos and not between_too.startswith(after_answer):
@@ -171,7 +171,7 @@ def _without_system(told: Render, bos: str, eos: str) -> ChatFormat:
     before_question = _behind(between_too, after_answer)
     head = head.removeprefix(bos)
     if bos and before_question.startswith(bos) and not head.endswith(before_question):
-        # Llama 2 begins each question with a BOS; the first of them the runtime has put there.
+        # Llama 2 begins each question with a BOS; the first one is put there by the runtime.
         before_question, after_answer = before_question.removeprefix(bos), after_answer + bos
     opening = head.removesuffix(before_question)
     if not head.endswith(before_question):
@@ -182,7 +182,7 @@ def _without_system(told: Render, bos: str, eos: str) -> ChatFormat:
 
 
 def _with_system(plain: ChatFormat, text: str) -> Iterator[ChatFormat]:
-    """Formats that give a system message and one question as they are rendered."""
+    """Yield formats that reproduce a rendered chat of a system message and one question."""
     before, between, _ = _cut(text, _SYSTEM, _FIRST)
     begin = plain.user[0]
     if between.endswith(begin):
@@ -194,10 +194,10 @@ def _with_system(plain: ChatFormat, text: str) -> Iterator[ChatFormat]:
 
 
 def _cut(text: str, *messages: tuple[str, str]) -> list[str]:
-    """What stands before, between and behind messages, each of which is there once.
+    """Cut out the texts before, between and after messages, each of which is there once.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a message is missing.
     """
     parts = []
     for _, content in messages:

@@ -1,4 +1,4 @@
-"""A model's chat template found, and rendered in jinja2's sandbox as transformers renders it."""
+"""Find a model's chat template, and render it in jinja2's sandbox as transformers does."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from jinja2.ext import Extension
 
 Messages = Sequence[tuple[str, str]]
-"""Role and content of each."""
+"""Role and content of each message."""
 Render = Callable[..., str]
-"""From messages, and `ask` whether an answer is to follow, to the text that a model reads.
+"""A function from messages, and `ask` (whether an answer is to follow), to the text that a model reads.
 
-Raises any error of a template.
+It raises whatever errors the template raises.
 """
 _FILE: Final = "chat_template.jinja"
 _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -28,18 +28,18 @@ _MOST_CHARACTERS: Final = 200_000
 
 
 def find_chat_template(folder: Path, settings: Mapping[str, Any], *, files_first: bool) -> str | list[Any] | None:
-    """A folder's chat template, or several with names; None where there is none.
+    """Find a folder's chat template, or several with names; None where there is none.
 
     Args:
-        folder: of the model.
-        settings: its `tokenizer_config.json`, which may have one, too.
-        files_first: prefer those in `.jinja` files, as transformers does, and llama.cpp's converter does not.
+        folder: the model's folder.
+        settings: the model's `tokenizer_config.json`, which may hold a template, too.
+        files_first: prefer templates in `.jinja` files, as transformers does and llama.cpp's converter does not.
             `chat_template.json`, a processor's, comes last either way.
 
     Raises:
         CheckpointError: a file is damaged.
         OSError: a file cannot be read.
-        UnicodeDecodeError: a template is no text in UTF-8.
+        UnicodeDecodeError: a template is not text in UTF-8.
     """
     own = _templates_in_files(folder)
     if files_first and own is not None:
@@ -61,7 +61,7 @@ def _templates_in_files(folder: Path) -> str | list[Any] | None:
 
 
 def read_chat_template(folder: Path) -> str:
-    """The chat template that transformers takes, of several the default; empty where there is none that can be read."""
+    """Read the chat template that transformers uses, of several the default; empty if none can be read."""
     try:
         found = find_chat_template(folder, read_tokenizer_config(folder), files_first=True)
     except (OSError, UnicodeDecodeError, CheckpointError):
@@ -73,13 +73,13 @@ def read_chat_template(folder: Path) -> str:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """The texts of a tokenizer's BOS, EOS, padding and unknown tokens, those that it has."""
+    """Read the texts of a tokenizer's BOS, EOS, padding and unknown tokens, as far as it has them."""
     config = read_tokenizer_config(folder)
     return {name: text for name in _TOKENS if (text := text_of(config.get(name))) is not None}
 
 
 def added_tokens(folder: Path) -> dict[int, str]:
-    """The texts of tokens that stand beside a tokenizer's vocabulary, by id."""
+    """Read the texts of tokens that a tokenizer adds to its vocabulary, by id."""
     entries: list[tuple[Any, Any]] = []
     try:
         listed = read_json(folder / "tokenizer.json").get("added_tokens")
@@ -95,11 +95,11 @@ def added_tokens(folder: Path) -> dict[int, str]:
 
 
 def renderer(template: str, tokens: Mapping[str, str]) -> Render:
-    """What renders a chat template.
+    """Make a function that renders a chat template.
 
     Args:
-        template: in Jinja.
-        tokens: texts of special tokens that it may use, by name.
+        template: the chat template, in Jinja.
+        tokens: texts of special tokens that the template may use, by name.
     """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -131,7 +131,7 @@ def _as_json(value: object, **options: Any) -> str:
 
 
 def _generation_tag() -> "type[Extension]":
-    """The tag with which templates mark what an assistant says; it changes nothing of it."""
+    """The tag with which templates mark what an assistant says; it does not change the text."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 

@@ -1,4 +1,4 @@
-"""What passes through the columns of a layer's weights while the layer runs: their inputs' squares, summed.
+"""Sum the squares of what enters the columns of a layer's weights while the layer runs.
 
 Names of modules are those of transformers, which stacks experts since version 5.
 """
@@ -17,7 +17,7 @@ from moemerge.errors import RefusedError
 from moemerge.export.contents import GgufContents
 from moemerge.export.imatrix import ColumnSquares
 
-# By a module's path within its layer, the tensors of a GGUF file that its weight becomes.
+# The tensors of a GGUF file that a module's weight becomes, by the module's path within its layer.
 _LINEARS: Final[Mapping[str, tuple[str, ...]]] = {
     **{f"self_attn.{one}_proj": (f"attn_{one}",) for one in "qkv"},
     "self_attn.o_proj": ("attn_output",), "self_attn.out_proj": ("attn_output",),
@@ -54,7 +54,7 @@ class ColumnTally:
 
     @property
     def tensors(self) -> dict[str, ColumnSquares]:
-        """What was counted."""
+        """What was counted, by tensor."""
         return {
             name: ColumnSquares(sums.numpy().astype(np.float32), self._counts[name].numpy())
             for name, sums in self._sums.items()
@@ -62,7 +62,7 @@ class ColumnTally:
 
     @contextmanager
     def watch(self, index: int, layer: Any) -> Iterator[None]:
-        """Count what enters a layer's matrices as long as this is open; every token counts."""
+        """A context in which all tokens that enter a layer's matrices are counted."""
         handles = [
             module.register_forward_pre_hook(partial(hook, index), with_kwargs=True)
             for module, hook in self._hooks(layer)
@@ -91,7 +91,7 @@ class ColumnTally:
         self._add(names, index, matrix, given[0])
 
     def _stacked(self, index: int, module: Any, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Experts as one module: what enters the down projection is computed again, expert by expert."""
+        """Count for experts in one module: the inputs of the down projection are computed again, expert by expert."""
         states, experts = (*given, *named.values())[:2]
         for expert in experts.unique().tolist():
             rows = states[(experts == expert).any(dim=-1)]
@@ -100,7 +100,7 @@ class ColumnTally:
             self._add(_OUT_OF, index, expert, module.act_fn(gate) * up)
 
     def _divided(self, names: tuple[str, ...], index: int, _module: Any, given: tuple[Any, ...], _named: Any) -> None:
-        """A stack that is given the tokens of one expert after the other, and how many each has."""
+        """Count for a stack that is given the tokens of one expert after the other, and how many each has."""
         for expert, rows in enumerate(given[0].split(given[1], dim=0)):
             self._add(names, index, expert, rows)
 
@@ -108,7 +108,7 @@ class ColumnTally:
         """Count the rows (..., column) of an input.
 
         Raises:
-            RefusedError: the file's tensor is of another size.
+            RefusedError: the file's tensor has another size.
         """
         rows = inputs.detach().flatten(0, -2).float()
         squares = rows.square().sum(dim=0).cpu().double()

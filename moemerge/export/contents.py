@@ -1,6 +1,6 @@
-"""What a GGUF file says it holds: its settings, and of each tensor name, sizes, type and place.
+"""Read a GGUF file's header: its settings, and name, sizes, type and offset of each tensor.
 
-Not by the package gguf, whose reader makes objects of every token of a vocabulary: seconds and hundreds of MB.
+The package gguf is not used, since its reader makes objects of every token of a vocabulary: seconds and hundreds of MB.
 """
 
 import mmap
@@ -26,31 +26,31 @@ _MOST_DIMENSIONS: Final = 4
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of a GGUF file."""
+    """A tensor's entry in a GGUF file's header."""
 
     name: str
     sizes: tuple[int, ...]
-    """The length of a row first, then rows, then matrices of a stack."""
+    """Sizes with the length of a row first, then rows, then matrices of a stack."""
     type: int
-    """As ggml numbers them: 0 is F32, 1 is F16."""
+    """Type as ggml numbers them: 0 is F32, 1 is F16."""
     offset: int
-    """In bytes, from the file's start."""
+    """Offset from the file's start, in bytes."""
 
 
 @dataclass(frozen=True)
 class GgufContents:
-    """What is in a GGUF file."""
+    """The contents of a GGUF file."""
 
     path: Path
     nbytes: int
-    """Of the file."""
+    """Size of the file in bytes."""
     settings: Mapping[str, Any]
     """Numbers and texts by key; arrays, such as the vocabulary, are left out."""
     tensors: Mapping[str, GgufTensor]
 
     @property
     def architecture(self) -> str:
-        """The model's family, as llama.cpp calls it; empty where the file does not say."""
+        """The model's family, as llama.cpp calls it; empty where the file does not name it."""
         return str(self.settings.get("general.architecture", ""))
 
 
@@ -58,8 +58,8 @@ def read_contents(path: Path) -> GgufContents:
     """Read a GGUF file's header.
 
     Raises:
-        SourceError: it cannot be read.
-        CheckpointError: it is no GGUF file, or is damaged.
+        SourceError: the file cannot be read.
+        CheckpointError: the file is no GGUF file, or is damaged.
     """
     if path.exists() and not path.is_file():
         raise SourceError(f"{path}: is no regular file. Name a GGUF file.")
@@ -73,7 +73,7 @@ def read_contents(path: Path) -> GgufContents:
 
 
 class _Header:
-    """Reads a header from its start to its end."""
+    """A reader of a header from its start to its end."""
 
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
         self._path, self._mapped, self._place = path, mapped, 0
@@ -111,7 +111,7 @@ class _Header:
         return value
 
     def _value(self, kind: int) -> Any:
-        """A number or text; None for an array, which is passed over."""
+        """Read a number or text; None for an array, which is skipped."""
         if kind == _STRING:
             return self._bytes().decode(errors="replace")
         if kind != _ARRAY:

@@ -1,4 +1,4 @@
-"""A tokenizer that is not known here, as the converter of a llama.cpp checkout reads it."""
+"""Read a tokenizer that moemerge does not know with the converter of a llama.cpp checkout."""
 
 import subprocess
 import sys
@@ -16,20 +16,20 @@ _SHOWN: Final = 300
 
 
 def check_checkout(checkout: Path) -> None:
-    """Refuse what is no checkout of llama.cpp.
+    """Refuse a folder that is no checkout of llama.cpp.
 
     Raises:
-        RefusedError: its converter is not there.
+        RefusedError: the converter is not in the folder.
     """
     if not (checkout / SCRIPT).is_file():
         raise RefusedError(f"--llama-cpp: {checkout} holds no {SCRIPT}. Name the folder of a checkout of llama.cpp.")
 
 
 def add_tokenizer_of(writer: "GGUFWriter", checkout: Path, folder: Path, scratch: Path) -> None:
-    """Add the keys of the tokenizer in `folder`, which the converter writes to `scratch` meanwhile.
+    """Add the keys of the tokenizer in `folder`, which the converter writes to `scratch` on the way.
 
     Raises:
-        RefusedError: the converter does not know the tokenizer either; says what it says.
+        RefusedError: the converter does not know the tokenizer either; quotes its message.
     """
     from gguf import GGUFReader
 

@@ -1,6 +1,7 @@
-"""llama.cpp's quantiser, called by its Python package: a program, since the engine ends its process where it fails.
+"""A program that calls llama.cpp's quantiser by its Python package, since the engine ends its process where it fails.
 
-`python -m moemerge.export.engine GGUF OUT FILE_TYPE THREADS [IMATRIX]` says what it does, and why it fails, on stderr.
+`python -m moemerge.export.engine GGUF OUT FILE_TYPE THREADS [IMATRIX]` prints progress and reasons for failure to
+stderr.
 """
 
 import ctypes
@@ -14,15 +15,15 @@ import llama_cpp
 from moemerge.export.imatrix import Importance, read_importance
 
 FAILED: Final = "failed to quantize: "
-"""What the engine writes before its reason."""
+"""The text that the engine prints before its reason."""
 _PACKAGE: Final = "llama-cpp-python"
-# Rows that are in memory at a time; as the engine itself would have it, 8 GB.
+# Rows that are in memory at a time; by default the engine would take 8 GB.
 _BUFFER_BYTES: Final = 2**28
 _Q8_0: Final = 7
 
 
 def main(arguments: list[str]) -> int:
-    """Quantise, and give the exit code."""
+    """Quantise a file, and return the exit code."""
     source, out, file_type, threads, *imatrix = arguments
     llama_cpp.llama_log_set(llama_cpp.llama_log_callback(0), ctypes.c_void_p(0))  # all of it to stderr
     settings = llama_cpp.llama_model_quantize_default_params()
@@ -38,13 +39,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _imatrix(importance: Importance) -> tuple[Any, Any, list[Any]]:
-    """The engine's array of means, keys of the file that say that there was one, and what has to live as long."""
+    """The engine's array of means, metadata keys for the file, and the objects that must live as long."""
     means = {name: found.means() for name, found in importance.tensors.items()}
     floats = ctypes.POINTER(ctypes.c_float)
     entries = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()  # the last is the end: it has no name
     for entry, (name, values) in zip(entries, means.items(), strict=False):
         entry.name, entry.data, entry.size = name.encode(), values.ctypes.data_as(floats), values.size
-    # As llama-quantize writes them.
+    # Keys as llama-quantize writes them.
     keys = (llama_cpp.llama_model_kv_override * 2)()
     keys[0].key, keys[0].tag = b"quantize.imatrix.entries_count", llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
     keys[0].value.val_i64 = len(means)

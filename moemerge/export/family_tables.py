@@ -79,7 +79,7 @@ GRANITE_MOE: Final = GgufFamily(
     },
     WHOLE, keys=_GRANITE_KEYS, replaces=(("head_dim", constant(None)),), is_llama=True, refuses=(_HEADS,),
 )  # fmt: skip
-# One that attends in every layer is a granitemoe; of layers with states it has the settings all the same.
+# A model that attends in every layer is a granitemoe; it has the settings of layers with states all the same.
 GRANITE_HYBRID: Final = GgufFamily(
     "granitemoe", GRANITE_MOE.layer, WHOLE,
     keys=(
@@ -198,4 +198,4 @@ GGUF_FAMILIES: Final[Mapping[str, GgufFamily]] = {
     "deepseek_v3": DEEPSEEK_V3,
     "gemma4_text": GEMMA4,
 }  # fmt: skip
-"""By `model_type`."""
+"""GGUF families by `model_type`."""

@@ -1,4 +1,4 @@
-"""Importance matrices: what passes through each column of a model's weights, as llama.cpp's tools store it."""
+"""Importance matrices: what passes through each column of a model's weights, in the format of llama.cpp's tools."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ _COUNTS: Final = ".counts"
 _FLOAT32: Final = 0
 _MOST_TOKENS: Final = 2**53
 FEWEST_TOKENS: Final = 32
-"""An expert that fewer have reached counts as not covered: of so few squares the mean is a quarter off."""
+"""Tokens below which an expert counts as not covered: the mean of so few squares is a quarter off."""
 
 
 @dataclass(frozen=True)
 class ColumnSquares:
-    """What has passed through the columns of one tensor, which may be a stack of matrices."""
+    """Squares of what has passed through the columns of one tensor, which may be a stack of matrices."""
 
     sums: Array
-    """(matrix, column) squares, summed over tokens."""
+    """Squares (matrix, column), summed over tokens."""
     counts: npt.NDArray[np.int64]
-    """(matrix,) tokens."""
+    """Number of tokens (matrix,)."""
 
     @property
     def uncovered(self) -> list[int]:
@@ -38,9 +38,9 @@ class ColumnSquares:
         return [] if len(self.counts) == 1 else (self.counts < FEWEST_TOKENS).nonzero()[0].tolist()
 
     def means(self) -> Array:
-        """(matrix, column) means of squares; what is not covered has the mean of the others, for the want of better.
+        """Means of squares (matrix, column); a matrix that is not covered gets the mean of the others.
 
-        Where none is covered, it is the mean of all tokens there are, and ones where there are none.
+        Where none is covered, all get the mean of all tokens there are, or ones where there are none.
         """
         missing = self.uncovered
         known = [matrix for matrix in range(len(self.counts)) if matrix not in missing] or list(range(len(self.counts)))
@@ -55,24 +55,24 @@ class ColumnSquares:
 
 @dataclass(frozen=True)
 class Importance:
-    """An importance matrix."""
+    """An importance matrix of a model."""
 
     tensors: Mapping[str, ColumnSquares]
-    """By the tensor's name in a GGUF file."""
+    """Sums and counts by the tensor's name in a GGUF file."""
     texts: tuple[str, ...] = ()
-    """What it was computed from."""
+    """Names of the texts that it was computed from."""
     notes: tuple[str, ...] = ()
-    """On what it was computed from."""
+    """Notes on the texts that it was computed from."""
 
     def uncovered(self) -> dict[str, list[int]]:
-        """By the name of a stack of experts, those that too few tokens have reached."""
+        """Experts that too few tokens have reached, by the name of their stack."""
         return {name: missing for name, found in self.tensors.items() if (missing := found.uncovered)}
 
     def check(self, model: GgufContents) -> None:
         """Refuse a matrix of another model.
 
         Raises:
-            RefusedError: a tensor is of another size, or none is the model's.
+            RefusedError: a tensor has another size, or the model has none of the tensors.
         """
         known = self.tensors.keys() & model.tensors.keys()
         if not known:
@@ -90,7 +90,7 @@ class Importance:
                 )
 
     def write(self, path: Path) -> None:
-        """Write it as `llama-imatrix` does, what is not covered as it was counted.
+        """Write the matrix as `llama-imatrix` does; what is not covered is written as it was counted.
 
         Raises:
             RefusedError: gguf is not installed.
@@ -124,11 +124,11 @@ class Importance:
 
 
 def read_importance(path: Path) -> Importance:
-    """An importance matrix in a GGUF file, as this program and `llama-imatrix` write it.
+    """Read an importance matrix from a GGUF file, as this program and `llama-imatrix` write it.
 
     Raises:
-        SourceError: it cannot be read.
-        CheckpointError: it is damaged or holds something else.
+        SourceError: the file cannot be read.
+        CheckpointError: the file is damaged or holds something else.
     """
     contents = read_contents(path)
     return Importance(dict(_tensors(contents)))

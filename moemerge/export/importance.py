@@ -1,4 +1,4 @@
-"""An importance matrix of a merged model: what reaches its weights when it is run over text, a layer at a time."""
+"""Compute an importance matrix of a merged model by running it over text, a layer at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from moemerge.passes.tokens import Window, by_transformers, cut_windows
 from moemerge.texts.documents import find_files, matching_files, read_documents
 
 TOKENS: Final = 16384
-"""That are read where nobody says how many."""
+"""The number of tokens that are read by default."""
 _WINDOW: Final = 512
 
 
@@ -27,19 +27,19 @@ def importance_of(
     """Run a merged model over text and count what passes through the columns of its weights.
 
     Args:
-        folder: of the merged model.
-        gguf: the file that was made of it, whose tensors are meant.
-        texts: files, folders or patterns of text; where there are none, what the model's routers were made from.
-        tokens: that are read in all, of each kind of text as many.
+        folder: the folder of the merged model.
+        gguf: the GGUF file that was made of it, which names the tensors.
+        texts: files, folders or patterns of text; if empty, the texts that the model's routers were made from.
+        tokens: the tokens to read in all, as many of each kind of text.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         progress: called with the layers done and all there are.
 
     Raises:
         SourceError: there is no such model or GGUF file.
-        IncompatibleError: it is no mixture that moemerge writes.
+        IncompatibleError: the model is no mixture that moemerge writes.
         RefusedError: there are no such files, or nothing says what text to read.
         CheckpointError: files are damaged, or the model's numbers are not finite.
-        RouterError: the device or the tokenizer does not serve.
+        RouterError: the device or the tokenizer cannot be used.
     """
     model, mixture = read_contents(gguf), open_mixture(folder)
     notes: list[str] = []
@@ -64,7 +64,7 @@ def importance_of(
 
 
 def calibration_texts(config: MergeConfig) -> tuple[dict[str, list[str]], list[str]]:
-    """Documents by expert, and those for no one expert, that routers were made from; and notes on what is not there."""
+    """Find the documents that routers were made from, by expert and for no one expert, and notes on missing ones."""
     named = [
         (f"{place}[{number}] {expert.source_model}", expert.positive_prompts, expert.positive_texts)
         for place, experts in (("experts", config.experts), ("shared_experts", config.shared_experts))
@@ -78,7 +78,7 @@ def calibration_texts(config: MergeConfig) -> tuple[dict[str, list[str]], list[s
         absent = [pattern for pattern in patterns if not matching_files([pattern])]
         if absent:
             notes.append(f"importance matrix: {', '.join(absent)} of {name} leads to no file from here: it is left out")
-        # As one document: alone, most prompts are too short to tell more than how a text begins.
+        # Prompts are joined into one document: alone, most are too short to show more than how a text begins.
         documents = [*read_documents(files), *(["\n\n".join(prompts)] if prompts else [])]
         if documents:
             kinds[name] = documents
@@ -88,7 +88,7 @@ def calibration_texts(config: MergeConfig) -> tuple[dict[str, list[str]], list[s
 def _windows(
     kinds: Mapping[str, Sequence[str]], encode: Callable[[str], tuple[list[int], list[int]]], tokens: int, length: int
 ) -> Iterator[Window]:  # fmt: skip
-    """Windows of every kind of text, of each as many tokens as far as it has them; of the longer ones the more."""
+    """Cut windows from every kind of text, as many tokens of each as far as it has them; longer texts give more."""
 
     def cut(documents: Sequence[str], most: int) -> list[Window]:
         return cut_windows(documents, encode, tokens=most, length=length)

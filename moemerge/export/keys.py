@@ -1,4 +1,4 @@
-"""Keys of a GGUF file that say what the model computes, from its `config.json`; those of llama.cpp's converter."""
+"""GGUF keys that say what the model computes, taken from its `config.json`; those of llama.cpp's converter."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,13 +36,13 @@ _YARN: Final = (
     ("add_rope_scaling_yarn_beta_slow", ("beta_slow",)),
 )
 _GATING: Final = ("score_function", "scoring_func", "score_func", "moe_router_activation", "expert_selection_fn")
-# Methods whose value is one of a choice, and its name in the package.
+# Methods whose value is one of a choice, with the choice's name in the package.
 _CHOICES: Final = {"add_rope_scaling_type": "RopeScalingType", "add_expert_gating_func": "ExpertGatingFuncType"}
 _ROPE_OF_ALL: Final = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
 def add_keys(writer: "GGUFWriter", family: GgufFamily, config: Config, file_type: int) -> None:
-    """Add what the model computes, its sizes first."""
+    """Add keys for what the model computes, its sizes first."""
     config = {**config, **{key: value_of(value, config) for key, value in family.replaces}}
     writer.add_block_count(config["num_hidden_layers"])
     _add(writer, _SIZES, config)
@@ -59,12 +59,12 @@ def add_keys(writer: "GGUFWriter", family: GgufFamily, config: Config, file_type
 
 
 def value_of(value: Value, config: Config) -> Any:
-    """The value of a key; None where there is none."""
+    """Compute the value of a key; None where there is none."""
     return config.get(value) if isinstance(value, str) else value(config)
 
 
 def _gating(config: Config) -> str | None:
-    """What a router makes weights by, where the config says it."""
+    """Name the function that turns router logits into weights, where the config says it."""
     found = _first(config, _GATING)
     return None if found is None else str(found).upper()
 
@@ -76,7 +76,7 @@ def _call(writer: "GGUFWriter", method: str, value: Any) -> None:
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
-    """Settings of rotary positions, by whichever of its names `config.json` has them."""
+    """Find the settings of rotary positions under any of their names in `config.json`."""
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if "full_attention" in found or "sliding_attention" in found:
         return found
@@ -107,10 +107,10 @@ def _add_rope(writer: "GGUFWriter", parameters: Mapping[str, Any]) -> None:
 
 
 def rope_factors(config: Config) -> NDArray[np.float32] | None:
-    """By how much llama3's scaling slows each frequency (head width / 2,); None where there is no such scaling.
+    """The divisors by which llama3's scaling slows each frequency (head width / 2,); None without such a scaling.
 
     Waves shorter than `original / high_freq_factor` stay, those longer than `original / low_freq_factor` are slowed by
-    `factor`, and between them it rises smoothly.
+    `factor`, and between them the divisor rises smoothly.
     """
     parameters = rope_parameters(config)
     rope = parameters.get("full_attention", parameters)
@@ -133,7 +133,7 @@ def rope_factors(config: Config) -> NDArray[np.float32] | None:
 
 
 def proportional_factors(config: Config) -> NDArray[np.float32]:
-    """The same of Gemma 4, in layers without a window (head width / 2,): most frequencies turn nothing."""
+    """The divisors of Gemma 4's frequencies in layers without a window (head width / 2,); most turn nothing."""
     rope = config["rope_parameters"]["full_attention"]
     width = whole_layers("head_dim", "global_head_dim")(config)
     turned = int(width * rope["partial_rotary_factor"] / 2)

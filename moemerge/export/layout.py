@@ -1,4 +1,4 @@
-"""A GGUF file before its tensors: the header with all keys, and where each tensor begins."""
+"""The beginning of a GGUF file: the header with all keys, and where each tensor begins."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ALIGNMENT_BYTES: Final = 32
-"""At which tensors begin, unless a file says otherwise."""
+"""Tensors begin at multiples of this, unless a file says otherwise."""
 
 
 def add_tensor_infos(writer: "GGUFWriter", tensors: Sequence[GgufTensor]) -> None:
-    """Name the tensors in a header, in the order of their bytes."""
+    """Add the tensors to a header, in the order of their bytes."""
     from gguf import GGMLQuantizationType
 
     for tensor in tensors:
         kind = GGMLQuantizationType[tensor.type.upper()]
-        # With the type as it is stored, numpy's is not looked at; of bytes another shape would be expected.
+        # With the stored type given, numpy's is not looked at; for bytes another shape would be expected.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
 
 
 def lay_out(writer: "GGUFWriter", tensors: Sequence[GgufTensor], file: Path) -> Shard:
-    """The file as a shard; the header is written to `file`, and read from there.
+    """Lay the file out as a shard; the header is written to `file`, and read back from there.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the header cannot be written.
     """
     with closing(writer):
         writer.write_header_to_file(file)
@@ -48,7 +48,7 @@ def lay_out(writer: "GGUFWriter", tensors: Sequence[GgufTensor], file: Path) -> 
 
 
 def padded_bands(tensors: Sequence[GgufTensor]) -> Mapping[str, tuple[Band, ...]]:
-    """What is written for each tensor: its bands, and zeros up to where the next one begins."""
+    """The bands that are written for each tensor, and zeros up to where the next one begins."""
     return {tensor.name: _with_padding(tensor) for tensor in tensors}
 
 

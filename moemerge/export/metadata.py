@@ -17,37 +17,37 @@ from moemerge.export.vocabulary import Vocabulary, read_gemma4_vocabulary, read_
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# As llama.cpp numbers the types of whole files.
+# Types of whole files, as llama.cpp numbers them.
 _FILE_TYPES: Final[Mapping[GgufType, int]] = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-# Of Granite's small models: their tokenizer says nothing, and they know no BOS token.
+# Families of Granite's small models: their tokenizer does not say it, but they know no BOS token.
 _WITHOUT_BOS: Final = 49152
 
 
 @dataclass(frozen=True)
 class Described:
-    """A model's small files."""
+    """A model's small files, which describe it."""
 
     config: Mapping[str, Any]
-    """Its `config.json`."""
+    """The model's `config.json`."""
     folder: Path
-    """With its model card, `generation_config.json` and tokenizer; its name is the model's."""
+    """The folder with model card, `generation_config.json` and tokenizer; its name is the model's."""
     checkout: Path | None = None
-    """Of llama.cpp, whose converter reads a tokenizer that is not known here."""
+    """A checkout of llama.cpp, whose converter reads a tokenizer that is not known here."""
 
 
 def add_metadata(writer: "GGUFWriter", family: GgufFamily, model: Described, kind: GgufType, scratch: Path) -> None:
-    """Add what a model's small files say, once the tensors' infos are there.
+    """Add what a model's small files say, after the tensors' infos.
 
     Args:
-        writer: of the file.
-        family: of the model.
-        model: the files.
-        kind: what matrices are stored as.
+        writer: the writer of the file.
+        family: the model's family.
+        model: the small files.
+        kind: the type of matrices.
         scratch: a file that may be written for a while.
 
     Raises:
         IncompatibleError: the tokenizer is not known.
-        RefusedError: nor does the converter know it.
+        RefusedError: the converter does not know the tokenizer either.
         CheckpointError: a file is damaged.
     """
     from gguf import GGML_QUANT_VERSION, GGUFType
@@ -68,7 +68,7 @@ def add_metadata(writer: "GGUFWriter", family: GgufFamily, model: Described, kin
 
 
 def _add_general(writer: "GGUFWriter", folder: Path) -> None:
-    """What the model is called, whose it is, and how it is sampled from."""
+    """Add the model's name, its owner, and how it is sampled from."""
     import gguf
 
     total, shared, expert, count = writer.get_total_parameter_count()

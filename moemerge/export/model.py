@@ -1,4 +1,4 @@
-"""What a GGUF file is made of: config, tensors and small files of a checkpoint that is written, or only planned."""
+"""The inputs of a GGUF file: config, tensors and small files of a checkpoint that is written, or only planned."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,29 +18,29 @@ from moemerge.export.tensors import Conversion, GgufTensor
 from moemerge.export.values import ACTIVATION, LENGTH_IGNORED, ROPES, lacks
 
 AskedType = GgufType | Literal["auto"]
-"""`auto` is the 16-bit floats that the checkpoint has, else float16."""
+"""A type, or `auto` for the 16-bit floats that the checkpoint has, else float16."""
 _EMBEDDINGS: Final = "model.embed_tokens.weight"
-# Without which there is no model of any family.
+# Keys without which there is no model of any family.
 _SIZES: Final = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What a GGUF file is made of, whether its checkpoint is written or only planned."""
+    """A model to be written as a GGUF file, whether its checkpoint is written or only planned."""
 
     config: Mapping[str, Any]
     """The checkpoint's `config.json`."""
     type: GgufType
-    """What matrices of the file are stored as."""
+    """The type of the file's matrices."""
     checkout: Path | None = None
-    """Of llama.cpp, whose converter reads a tokenizer that is not known here."""
+    """A checkout of llama.cpp, whose converter reads a tokenizer that is not known here."""
 
     @property
     def family(self) -> GgufFamily:
-        """What llama.cpp knows it as.
+        """The model's family in llama.cpp.
 
         Raises:
-            RefusedError: nothing that can be written here.
+            RefusedError: no family that can be written here.
         """
         model_type = str(self.config.get("model_type"))
         if model_type not in GGUF_FAMILIES:
@@ -52,12 +52,12 @@ class GgufModel:
 
     @property
     def notes(self) -> list[str]:
-        """What llama.cpp gets wrong of it where that does not always show."""
+        """What llama.cpp gets wrong of the model without always showing it."""
         notes = (*self.family.notes, LENGTH_IGNORED)
         return [note.format(**self.config) for applies, note in notes if applies(self.config)]
 
     def check(self) -> None:
-        """Refuse what llama.cpp does not load, or computes wrongly.
+        """Refuse a model that llama.cpp does not load, or computes wrongly.
 
         Raises:
             RefusedError: says what; or the family is not written as a GGUF file.
@@ -67,7 +67,7 @@ class GgufModel:
         for key in _SIZES:
             if type(self.config.get(key)) is not int or self.config[key] < 1:
                 raise CheckpointError(f"config.json: {key} has to be a size, found {self.config.get(key)!r:.40}.")
-        with _told_as_damage("config.json"):
+        with _as_damaged("config.json"):
             reasons = [reason for applies, reason in (*family.refuses, *ROPES, ACTIVATION) if applies(self.config)]
             reasons = [reason for reason in reasons if reason not in family.knows] + lacks(family, self.config)
         if reasons:
@@ -77,7 +77,7 @@ class GgufModel:
             )
 
     def tensors(self, table: Mapping[str, TensorInfo]) -> list[GgufTensor]:
-        """Every tensor of the file, made of the checkpoint's.
+        """Make every tensor of the file from the checkpoint's.
 
         Raises:
             IncompatibleError: a tensor is missing, or would be dropped.
@@ -92,20 +92,20 @@ class GgufModel:
                 f"config.json: vocab_size {size} and {layers} layers, but there are {len(table)} tensors, and "
                 f"{rows} rows in {_EMBEDDINGS}. Is a file missing?"
             )
-        with _told_as_damage("config.json"):
+        with _as_damaged("config.json"):
             return Conversion(self.family, self.config, self.type).tensors(table)
 
     def lay_out(self, tensors: Sequence[GgufTensor], described: Path, file: Path) -> Shard:
-        """Header and layout of the file.
+        """Build the header and layout of the file.
 
         Args:
-            tensors: of it.
+            tensors: the tensors of the file.
             described: a folder with the model's small files, whose name is the model's.
-            file: where the header is written meanwhile.
+            file: the file that the header is written to on the way.
 
         Raises:
             IncompatibleError: the tokenizer is not known.
-            RefusedError: nor does the converter know it.
+            RefusedError: the converter does not know the tokenizer either.
             CheckpointError: one of the small files is damaged.
         """
         from gguf import GGUFWriter
@@ -113,24 +113,24 @@ class GgufModel:
         writer = GGUFWriter(None, self.family.architecture)
         add_tensor_infos(writer, tensors)
         model = Described(self.config, described, self.checkout)
-        with _told_as_damage("config.json, model card, generation_config.json or tokenizer"):
+        with _as_damaged("config.json, model card, generation_config.json or tokenizer"):
             add_metadata(writer, self.family, model, self.type, file)
             return lay_out(writer, tensors, file)
 
 
 def asked_type(asked: AskedType, dtypes: Collection[str]) -> GgufType:
-    """What matrices are stored as, by what was asked for and the checkpoint's dtypes as headers spell them."""
+    """Choose the type of matrices by what was asked for and the checkpoint's dtypes as headers spell them."""
     if asked != "auto":
         return asked
     return "bf16" if "BF16" in dtypes else "f16"
 
 
 @contextmanager
-def _told_as_damage(files: str) -> Iterator[None]:
-    """Take what goes wrong with small files, which may hold anything, for what is wrong with them.
+def _as_damaged(files: str) -> Iterator[None]:
+    """Turn any error from small files, which may hold anything, into a message that they are damaged.
 
     Raises:
-        CheckpointError: says what.
+        CheckpointError: quotes the error.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What families share: names of a GGUF file's tensors and of what they are made of, keys, reasons."""
+"""Tables that families share: names of a GGUF file's tensors and their sources, keys, reasons."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""A Modelfile for Ollama, of a model's chat template, tokens and settings; and `ollama create` with it."""
+"""Write a Modelfile for Ollama from a model's chat template, tokens and settings, and run `ollama create` with it."""
 
 import os
 import re
@@ -23,7 +23,7 @@ _PARAMETERS: Final = {
     "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }  # fmt: skip
-# Kinds of tokenizers with which a BOS is put in front where the file does not say.
+# Kinds of tokenizers that put a BOS in front where the file does not say.
 _WITH_BOS: Final = {"llama"}
 _ALWAYS_WITH_BOS: Final = "gemma4"
 _NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,2}(:[\w.-]+)?")
@@ -37,17 +37,17 @@ class WrittenModelfile:
 
     path: Path
     template: str
-    """In Go; empty where there is none."""
+    """The template in Go; empty where there is none."""
     stops: tuple[str, ...]
     """Texts at which an answer ends."""
     notes: tuple[str, ...]
 
 
 def check_name(name: str) -> None:
-    """Refuse what Ollama takes for no model's name.
+    """Refuse a name that Ollama does not take for a model.
 
     Raises:
-        RefusedError: says so.
+        RefusedError: the name is not valid.
     """
     if not _NAME.fullmatch(name):
         raise RefusedError(
@@ -57,10 +57,10 @@ def check_name(name: str) -> None:
 
 
 def check_modelfile(path: Path, *, overwrite: bool) -> None:
-    """Refuse to lose a Modelfile that is there.
+    """Refuse to overwrite a Modelfile that is there.
 
     Raises:
-        RefusedError: it is, and is not to be replaced.
+        RefusedError: it exists, and is not to be replaced.
     """
     if path.exists() and not (overwrite and path.is_file()):
         raise RefusedError(
@@ -69,18 +69,18 @@ def check_modelfile(path: Path, *, overwrite: bool) -> None:
 
 
 def write_modelfile(folder: Path, gguf: Path, out: Path) -> WrittenModelfile:
-    """Write what Ollama needs to know of a GGUF file.
+    """Write the Modelfile for a GGUF file.
 
     Args:
-        folder: the model's, with its chat template, tokenizer and generation_config.json.
-        gguf: the file.
-        out: the Modelfile, which is replaced.
+        folder: the model's folder, with its chat template, tokenizer and generation_config.json.
+        gguf: the GGUF file.
+        out: the Modelfile to write, which is replaced.
 
     Raises:
         SourceError: the GGUF file cannot be read.
-        CheckpointError: it is damaged.
+        CheckpointError: the GGUF file is damaged.
         OutputError: the Modelfile cannot be written.
-        RefusedError: the file's name cannot stand in it.
+        RefusedError: the GGUF file's name cannot be written in a Modelfile.
     """
     found, notes = _format(folder, read_contents(gguf))
     template = found.go_template() if found else ""
@@ -102,11 +102,11 @@ def write_modelfile(folder: Path, gguf: Path, out: Path) -> WrittenModelfile:
 
 
 def create(name: str, modelfile: Path) -> str:
-    """Have Ollama make a model of a Modelfile, if it is there; gives a line about what to do next.
+    """Let Ollama make a model of a Modelfile, if Ollama is installed; returns a line about what to do next.
 
     Raises:
-        RefusedError: the name is none.
-        OutputError: Ollama does not make it.
+        RefusedError: the name is not valid.
+        OutputError: Ollama fails to make the model.
     """
     check_name(name)
     program = shutil.which("ollama")
@@ -129,7 +129,7 @@ def create(name: str, modelfile: Path) -> str:
 
 
 def _format(folder: Path, model: GgufContents) -> tuple[ChatFormat | None, list[str]]:
-    """How the model's chats are written, and what is to be said of that."""
+    """Find the format of the model's chats, with notes on it."""
     template = read_chat_template(folder)
     if not template:
         return None, ["TEMPLATE is left out: the model has no chat template; Ollama gives it each text as it is"]
@@ -158,14 +158,14 @@ def puts_bos(model: GgufContents) -> bool:
 
 
 def _unwritable(template: str) -> str:
-    """What Ollama's reader of Modelfiles ends a text at, or drops from one; empty where there is none."""
+    """What Ollama's reader of Modelfiles ends a text at, or drops from one; empty if the template has none of it."""
     if _QUOTES in template:
         return _QUOTES
     return next((ascii(sign) for sign in template if not sign.isprintable() and sign not in "\n\t"), "")
 
 
 def _stops(folder: Path, found: ChatFormat | None) -> Iterator[str]:
-    """Texts at which an answer ends: tokens that end a text, and those around turns."""
+    """Yield texts at which an answer ends: tokens that end a text, and those around turns."""
     added = added_tokens(folder)
     special = set(added.values()) | set(special_tokens(folder).values())
     texts = [*_ends(folder, added)]
@@ -177,7 +177,7 @@ def _stops(folder: Path, found: ChatFormat | None) -> Iterator[str]:
 
 
 def _ends(folder: Path, added: dict[int, str]) -> Iterator[str]:
-    """Tokens that end a text, by generation_config.json, and by the tokenizer."""
+    """Yield tokens that end a text, by generation_config.json and by the tokenizer."""
     ids = _read(folder / "generation_config.json").get("eos_token_id")
     for id_ in ids if isinstance(ids, list) else [ids]:
         if isinstance(id_, int) and id_ in added:
@@ -187,7 +187,7 @@ def _ends(folder: Path, added: dict[int, str]) -> Iterator[str]:
 
 
 def _tokens_in(text: str, special: Iterable[str]) -> list[str]:
-    """Special tokens that a text holds, in their order, the longer where one is part of another."""
+    """Find the special tokens in a text, in their order; of two that overlap, the longer one."""
     names = sorted(filter(None, special), key=len, reverse=True)
     return re.findall("|".join(map(re.escape, names)), text) if names else []
 
@@ -208,7 +208,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _reference(gguf: Path, out: Path) -> str:
-    """The file as a Modelfile names it: beside or below it, or from the root."""
+    """Write the file's path for a Modelfile: relative if beside or below it, else absolute."""
     file, beside = gguf.resolve(), out.resolve().parent
     if not str(file).isprintable():
         raise RefusedError(f"{file}: its name holds signs that a Modelfile cannot. Choose another name.")

@@ -1,4 +1,4 @@
-"""Packages that only an export needs: the extras `gguf` and `k-quants`."""
+"""Checks for packages that only an export needs: the extras `gguf` and `k-quants`."""
 
 from importlib.util import find_spec
 from typing import Final
@@ -6,18 +6,18 @@ from typing import Final
 from moemerge.errors import RefusedError
 
 _PACKAGES: Final = {"gguf": ("gguf", "gguf"), "llama_cpp": ("llama-cpp-python", "k-quants")}
-"""Of a module, the package that it comes from, and the extra that brings it."""
+"""The package that a module comes from, and the extra that installs it."""
 
 
 def need(module: str, purpose: str) -> None:
-    """Refuse to begin where a package is not installed; it is found, not imported.
+    """Refuse to begin if a package is not installed; it is searched for, not imported.
 
     Args:
-        module: what is imported.
-        purpose: what for: `To write a GGUF file`.
+        module: the module that will be imported.
+        purpose: what it is needed for: `To write a GGUF file`.
 
     Raises:
-        RefusedError: it is not installed.
+        RefusedError: the package is not installed.
     """
     if find_spec(module) is None:
         package, extra = _PACKAGES[module]

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that is not written: each is a file whose bytes a merge makes while it is read."""
+"""Tensors of a checkpoint that is not written, as files whose bytes a merge makes while they are read."""
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -15,36 +15,36 @@ class Planned:
     """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor of a merge, made of its bands."""
 
     name: str
-    """Of the tensor in the checkpoint, on which the noise of its pieces depends."""
+    """Name of the tensor in the checkpoint, on which the noise of its pieces depends."""
     dtype: str
     shape: tuple[int, ...]
     bands: tuple[Band, ...]
-    """Nothing yet of what is computed later."""
+    """The tensor's bands; empty until a tensor that is computed later is there."""
     seed: int
-    """Of the noise."""
+    """The seed of the noise."""
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """Size of the tensor in bytes."""
         return bytes_of(self.dtype, self.shape) or 0
 
     @property
     def identity(self) -> str:
-        """What the tensor is made of."""
+        """A text of what the tensor is made of."""
         return repr((self.name, self.seed, self.bands))
 
     def tensor(self) -> TensorInfo:
-        """The tensor; where it is one piece that does not change, that piece's source, which the kernel can copy."""
+        """The tensor; if it is one unchanged piece, that piece's source, which the kernel can copy."""
         match self.bands:
             case ((Piece(source=TensorInfo() as source, is_unchanged=True),),):
                 return replace(source, shape=self.shape)
         return TensorInfo(self.name, self, self.dtype, self.shape, 0, self.nbytes)
 
     def keep(self, folder: object, start: int, nbytes: int) -> None:
-        """It is made of what is elsewhere."""
+        """Do nothing: the tensor is computed from other files."""
 
     def open(self, start: int, nbytes: int) -> Reader:
-        """Make `nbytes` bytes from offset `start` on; reading may raise what reading the pieces does."""
+        """Open `nbytes` bytes from offset `start` on; reading may raise what reading the pieces does."""
         return BlockReader(self._chunks(start, start + nbytes))
 
     def _chunks(self, start: int, end: int) -> Generator[memoryview, None, None]:
@@ -57,7 +57,7 @@ class Planned:
 
 
 def waits(bands: tuple[Band, ...]) -> bool:
-    """Whether any of some pieces is part of a planned tensor that is computed later."""
+    """Whether any of the pieces is part of a planned tensor that is computed later."""
     sources = [piece.source for band in bands for piece in band]
     files = [source.path for source in sources if isinstance(source, TensorInfo)]
     return any(isinstance(file, Planned) and not file.bands for file in files)

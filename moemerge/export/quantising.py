@@ -1,4 +1,4 @@
-"""A GGUF file made smaller by llama.cpp: its k-quants and others, with an importance matrix or without."""
+"""Quantise a GGUF file with llama.cpp: its k-quants and others, with or without an importance matrix."""
 
 import math
 import os
@@ -27,16 +27,16 @@ FILE_TYPES: Final[dict[str, int]] = {
     "iq3_xs": 22, "iq3_xxs": 23, "q2_k": 10, "q2_k_s": 21, "iq2_m": 29, "iq2_s": 28, "iq2_xs": 20, "iq2_xxs": 19,
     "iq1_m": 31, "iq1_s": 24, "tq2_0": 37, "tq1_0": 36, "mxfp4_moe": 38,
 }  # fmt: skip
-"""What llama.cpp makes of floats, the finest first."""
+"""Types of quantised files with llama.cpp's numbers, the finest first."""
 NEED_IMPORTANCE: Final = frozenset(
     {"iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"}
 )
-"""Those that the engine does not make without an importance matrix."""
+"""Types that the engine does not make without an importance matrix."""
 _FLOATS: Final = {"F32", "F16", "BF16"}
 _SMALL_BLOCKS: Final = {"q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "mxfp4_moe"}
 _SMALL_BLOCK: Final = 32
 _LARGE_BLOCK: Final = 256
-# Of models with so many experts the engine stores these in Q8_0 whatever their rows are.
+# In models with so many experts the engine stores these in Q8_0, whatever their rows are.
 _WITH_FINE_KEYS: Final = 8
 _FINE_KEYS: Final = ("attn_k.weight", "attn_v.weight")
 _LAYER: Final = re.compile(r"blk\.(\d+)\.")
@@ -45,7 +45,7 @@ _PROGRESS: Final = re.compile(rb"^\[ *(\d+)/ *(\d+)\]")
 _REASONS: Final = re.compile(
     r"failed to quantize: (.+)|error loading model: (.+)|(GGML_ASSERT\(.*\) failed)|(^\w*Error: .+)"
 )
-# Bits a weight beside those that a type is named by: of scales, and of the matrices that llama.cpp stores in finer
+# Bits a weight beyond those that name a type: for scales, and for the matrices that llama.cpp stores in finer
 # types. Rows that are no whole blocks take as many once more; nothing takes more than Q8_0, as the head may,
 # and in types for mixtures all but experts.
 _MORE_BITS: Final = 1.5
@@ -57,23 +57,23 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True)
 class QuantisedReport:
-    """What was made."""
+    """A report on the quantised file."""
 
     path: Path
     type: str
     nbytes: int
     source_bytes: int
     types: Mapping[str, int]
-    """How many tensors are stored as what, by ggml's name: `Q4_K`."""
+    """Number of tensors of each type, by ggml's name: `Q4_K`."""
     fallbacks: Mapping[str, str]
-    """Tensors whose rows the type does not divide, and as what they are stored."""
+    """Tensors whose rows the type does not divide, with the type that they are stored as."""
     engine: str
-    """What made it, with its version."""
+    """The engine that made the file, with its version."""
     notes: tuple[str, ...]
 
 
 def check_type(type_: str, *, with_importance: bool) -> None:
-    """Refuse a type that there is not, or that needs what is not given, and do so before any work.
+    """Refuse an unknown type, or one that needs an importance matrix that is not given, before any work.
 
     Raises:
         RefusedError: says which.
@@ -91,18 +91,18 @@ def quantise(
     gguf: Path, out: Path, type_: str, *, importance: Importance | None = None, threads: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> QuantisedReport:  # fmt: skip
-    """Store a model's matrices in fewer bits; of `out` nothing is left where this raises.
+    """Store a model's matrices in fewer bits; if this raises, nothing is left of `out`.
 
     Args:
         gguf: a GGUF file of floats.
-        out: the file that is written, in a stage: the importance matrix lies beside it meanwhile.
+        out: the file to write, in a stage; the importance matrix lies beside it meanwhile.
         type_: a key of `FILE_TYPES`.
-        importance: which columns of each matrix matter how much.
-        threads: to compute with; 0 for all there are.
+        importance: how much each column of each matrix matters.
+        threads: number of threads; 0 for all there are.
         progress: called with the tensors done and all there are.
 
     Raises:
-        RefusedError: there is no such type, it needs an importance matrix, or the one that is given is another
+        RefusedError: the type is unknown, it needs an importance matrix, or the given one is another
             model's; llama-cpp-python is not installed; `gguf` is quantised already, `out` is a folder.
         SourceError: `gguf` cannot be read.
         CheckpointError: `gguf` is damaged.
@@ -139,10 +139,10 @@ def quantise(
 
 
 def quantised_bytes(tensors: Sequence[GgufTensor], type_: str) -> int:
-    """About the most that tensors in floats take when they are quantised.
+    """Estimate the most bytes that tensors in floats take when they are quantised.
 
     Args:
-        tensors: of a file in floats.
+        tensors: the tensors of a file in floats.
         type_: a key of `FILE_TYPES`.
     """
     named = int(next(letter for letter in type_ if letter.isdecimal()))
@@ -181,7 +181,7 @@ def _engine_version() -> str:
 
 
 def type_names(contents: GgufContents) -> dict[str, str]:
-    """Of each tensor what it is stored as, as ggml calls it."""
+    """The type of each tensor, as ggml calls it."""
     need("gguf", "To read types of tensors")
     from gguf import GGMLQuantizationType
 
@@ -190,11 +190,11 @@ def type_names(contents: GgufContents) -> dict[str, str]:
 
 
 def fallen_back(made: GgufContents, type_: str) -> dict[str, str]:
-    """Tensors whose rows are no whole number of the type's blocks, and what they are stored as instead.
+    """Find tensors whose rows are no whole number of the type's blocks, and the types that they have instead.
 
     Args:
         made: a quantised file.
-        type_: what was asked for.
+        type_: the type that was asked for.
     """
     block = _SMALL_BLOCK if type_ in _SMALL_BLOCKS else _LARGE_BLOCK
     by_choice = () if made.settings.get(f"{made.architecture}.expert_count") != _WITH_FINE_KEYS else _FINE_KEYS
@@ -208,7 +208,7 @@ def fallen_back(made: GgufContents, type_: str) -> dict[str, str]:
 
 
 def fallback_note(fallbacks: Mapping[str, str], made: GgufContents, type_: str) -> str:
-    """Which tensors are stored otherwise than asked for, why, and what that means for the size."""
+    """A note on tensors that are stored otherwise than asked for: which, why, and what that means for the size."""
     matrices = [tensor for tensor in made.tensors.values() if len(tensor.sizes) > 1]
     rows = sorted({made.tensors[name].sizes[0] for name in fallbacks})
     kinds = []
@@ -226,7 +226,7 @@ def fallback_note(fallbacks: Mapping[str, str], made: GgufContents, type_: str) 
 
 
 def uncovered_notes(importance: Importance) -> list[str]:
-    """Which experts too little text has reached to tell which of their columns matter."""
+    """Notes on experts that too little text has reached to tell which of their columns matter."""
     by_expert: dict[int, list[str]] = {}
     for name, experts in importance.uncovered().items():
         layer = match[1] if (match := _LAYER.match(name)) else name
@@ -242,12 +242,12 @@ def uncovered_notes(importance: Importance) -> list[str]:
 
 
 def _by_number(layer: str) -> tuple[int, str]:
-    """Layers in their order, before the names of what lies in none."""
+    """A sort key that puts layers in their order, before the names of what lies in none."""
     return (int(layer), "") if layer.isdecimal() else (sys.maxsize, layer)
 
 
 def _run(command: list[str], gguf: Path, type_: str, progress: Callable[[int, int], None]) -> None:
-    """Run the engine in a process of its own; it imports from where this one does."""
+    """Run the engine in a process of its own, which imports modules from where this one does."""
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # noqa: PTH100  links stay as they are
     # Before it aborts, ggml would call a debugger, which takes seconds.
     environment = os.environ | {"PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
@@ -269,11 +269,11 @@ def _run(command: list[str], gguf: Path, type_: str, progress: Callable[[int, in
 
 
 def why(said: Iterable[str], code: int) -> str:
-    """The last reason in what the engine said before it ended, on one line.
+    """Find the last reason in what the engine said before it ended, as one line.
 
     Args:
-        said: its last lines.
-        code: of its exit; negative for a signal.
+        said: the last lines that it printed.
+        code: its exit code; negative for a signal.
     """
     lines = [line.strip() for line in said if line.strip()]
     reasons = [next(filter(None, match.groups())) for line in lines for match in _REASONS.finditer(line)]

@@ -1,6 +1,7 @@
-"""The pieces of a SentencePiece model, from its file alone.
+"""Read the pieces of a SentencePiece model from its file, without the library.
 
-It is a message of protocol buffers: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+The file is a message of protocol buffers:
+https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
 import struct
@@ -19,7 +20,7 @@ _WIDTHS: Final = {_FIXED64: 8, _FIXED32: 4}
 
 
 class Kind(IntEnum):
-    """What a piece is; there are others, which are texts like a normal one."""
+    """The kind of a piece; kinds that are not listed are texts like a normal one."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -39,7 +40,7 @@ class SentencePiece:
 
 
 def read_pieces(path: Path) -> list[SentencePiece]:
-    """All pieces of a model, in the order of their numbers.
+    """Read all pieces of a model, in the order of their numbers.
 
     Raises:
         CheckpointError: the file cannot be read, or is no such model.
@@ -67,7 +68,7 @@ def _piece(message: bytes) -> SentencePiece:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Each field of a message: its number, and an integer or bytes."""
+    """Yield each field of a message: its number, and an integer or bytes."""
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)
@@ -89,7 +90,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, the lowest first, and where it ends."""
+    """Decode a number of 7 bits a byte, the lowest first; returns it and where it ends."""
     value = shift = 0
     while True:
         byte = message[place]

@@ -1,4 +1,4 @@
-"""Families that repeat one dense sibling alone, as GGUF files: ERNIE 4.5, LFM2, Cohere2, Hunyuan, Gemma 4."""
+"""Families that repeat one dense sibling alone, as GGUF families: ERNIE 4.5, LFM2, Cohere2, Hunyuan, Gemma 4."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""Tokens with a part of their own, whether texts begin or end with them, and chat templates."""
+"""Tokens with a role, whether texts begin or end with them, and chat templates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ _TEMPLATE_NAMES: Final = "tokenizer.chat_templates"
 
 @dataclass
 class SpecialTokens:
-    """What a model's folder says of them."""
+    """What a model's folder says of its special tokens."""
 
     ids: dict[str, int] = field(default_factory=dict)
-    """By part: bos, eos and so on."""
+    """Token ids by role: bos, eos and so on."""
     added: dict[str, bool] = field(default_factory=dict)
-    """By part, whether it is put before or behind every text; where nothing says so, engines have defaults."""
+    """Whether a token is put before or behind every text, by role; where a role is absent, engines have defaults."""
     chat_template: Any = None
-    """A text, or several with names."""
+    """The chat template, or several with names."""
 
     def add_to(self, writer: "GGUFWriter") -> None:
         """Add all of it to a file."""
@@ -40,12 +40,12 @@ class SpecialTokens:
 
 
 def read_special_tokens(folder: Path, config: Mapping[str, Any], size: int) -> SpecialTokens:
-    """What the files of a tokenizer say, and where they are silent `config.json`.
+    """Read the special tokens from a tokenizer's files, and from `config.json` where those are silent.
 
     Args:
-        folder: of the model.
-        config: its `config.json`.
-        size: of the vocabulary; tokens beyond it are left out.
+        folder: the model's folder.
+        config: the model's `config.json`.
+        size: the size of the vocabulary; tokens beyond it are left out.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -76,7 +76,7 @@ def read_special_tokens(folder: Path, config: Mapping[str, Any], size: int) -> S
 
 
 def _read_step(step: Mapping[str, Any], texts: dict[str, str | None], added: dict[str, bool]) -> None:
-    """What one step of a `post_processor` puts around texts."""
+    """Read which tokens one step of a `post_processor` puts around texts."""
     if step.get("type") == "ByteLevel":
         added.setdefault("bos", False)
         added.setdefault("eos", False)
@@ -98,7 +98,7 @@ def _read_step(step: Mapping[str, Any], texts: dict[str, str | None], added: dic
 
 
 def _ends(template: list[Mapping[str, Any]]) -> tuple[str | None, str | None]:
-    """The special tokens before and behind a text."""
+    """The special tokens before and after a text."""
     if len(template) < 2:  # noqa: PLR2004
         return None, None
     return _special(template[0]), _special(template[-1])
@@ -113,7 +113,7 @@ def _read_pair(
     pair: list[Mapping[str, Any]], ends: tuple[str | None, str | None], texts: dict[str, str | None],
     added: dict[str, bool],
 ) -> None:  # fmt: skip
-    """Whether two texts are told apart by a separator."""
+    """Read whether a separator is put between two texts."""
     first, last = ends
     if pair and first and _special(pair[0]) == first:
         pair = pair[1:]

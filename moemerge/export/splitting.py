@@ -1,7 +1,7 @@
-"""How a byte-level tokenizer splits texts, by the name that llama.cpp has for it.
+"""llama.cpp's names for the ways in which byte-level tokenizers split texts.
 
-llama.cpp's converter knows a tokenizer by a hash of what it makes of one text; here it is known by what its
-`tokenizer.json` says that it does, which a new vocabulary does not change.
+llama.cpp's converter knows a tokenizer by a hash of what it makes of one text; here it is known by the steps in its
+`tokenizer.json`, which a new vocabulary does not change.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ _WAYS: Final[Mapping[tuple[Step, ...], str]] = {
     (_split(_GPT4O), _BYTES): "gpt-4o",
     (_split(r"\p{N}{1,3}"), _split(_CJK), _split(_DEEPSEEK3), _BYTES): "deepseek-v3",
 }
-# Tokenizers that split texts as another does, and have a name of their own: a token by which each is known.
+# Tokenizers that split texts as another does but have a name of their own: a token by which each is known.
 _NAMESAKES: Final = (
     ("smollm", "<fim_prefix>", "refact"), ("qwen2", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "deepseek-r1-qwen"),
     ("llama-bpe", "[gMASK]", "glm4"),
@@ -58,9 +58,9 @@ ADD_BOS: Final = frozenset({
 
 
 def pre_tokenizer_of(tokenizer: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for how a `tokenizer.json` splits texts; None where it is not known to have one.
+    """Find llama.cpp's name for how a `tokenizer.json` splits texts; None where no name is known.
 
-    Texts are taken to be in the Unicode form NFC, into which some tokenizers put them first and llama.cpp does not.
+    Texts are assumed to be in the Unicode form NFC, into which some tokenizers put them first and llama.cpp does not.
     """
     normalizer = tokenizer.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
@@ -71,7 +71,7 @@ def pre_tokenizer_of(tokenizer: Mapping[str, Any]) -> str | None:
 
 
 def _steps(pre_tokenizer: Mapping[str, Any]) -> list[Step]:
-    """What a pre-tokenizer does, in short: what is no part of it here makes it one that is not known."""
+    """List the steps of a pre-tokenizer, in short; a step that is not known here makes all of it unknown."""
     match pre_tokenizer:
         case {"type": "Sequence", "pretokenizers": list(parts)}:
             return [step for part in parts for step in _steps(part)]

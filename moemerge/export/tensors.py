@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file, made of a checkpoint's: renamed, stacked, divided, rows of heads in llama.cpp's order."""
+"""Make a GGUF file's tensors from a checkpoint's: renamed, stacked, divided, rows of heads in llama.cpp's order."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +14,13 @@ from moemerge.export.keys import proportional_factors, rope_factors
 from moemerge.export.transposed import Transposed
 from moemerge.families.names import layer_prefix
 
-# What engines read in float32 alone, whatever the rest of the file is; so are vectors, and what is no weight.
+# Weights that engines read in float32 alone, whatever the rest of the file is; so are vectors, and other tensors.
 _ALWAYS_F32: Final = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight")
 _STACK_AXES: Final = 3
-# Groups of which each layer is of one, if the family has them; the first where it seems to be of none.
+# Groups of which each layer has one, if the family has them; the first where it seems to have none.
 _EITHER: Final = (("routed", "dense"), ("attention", "convolution"))
 _EXPERTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-# Of a config that may say anything; those beyond are missing in any case.
+# A limit for configs that may say anything; layers beyond it are missing in any case.
 _MOST_EXPERTS: Final = 100_000
 _HEADS: Final = {"query": "num_attention_heads", "key": "num_key_value_heads"}
 
@@ -31,29 +31,29 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]
-    """Its longest strides first, as in a checkpoint: a file lists its axes the other way round."""
+    """Shape with the longest stride first, as in a checkpoint: a file lists its axes the other way round."""
     type: GgufType
     bands: tuple[Band, ...]
     """The pieces that its bytes are made of."""
 
     @property
     def nbytes(self) -> int:
-        """In the file."""
+        """Size in the file, in bytes."""
         return measure(self.bands)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a checkpoint becomes tensors of a GGUF file."""
+    """The conversion of a checkpoint into tensors of a GGUF file."""
 
     family: GgufFamily
     config: Config
     """The checkpoint's `config.json`."""
     type: GgufType
-    """What matrices are stored as."""
+    """The type of matrices."""
 
     def tensors(self, table: Mapping[str, TensorInfo]) -> list[GgufTensor]:
-        """Every tensor, layer by layer; first what is made of the config alone.
+        """Make every tensor, layer by layer; those that are made of the config alone come first.
 
         Raises:
             IncompatibleError: a tensor is missing, or would be dropped.
@@ -83,7 +83,7 @@ class Conversion:
         return found
 
     def _groups(self, names: Names, prefix: str, table: Mapping[str, TensorInfo]) -> set[str]:
-        """What kinds of layer one is: of these groups all that is needed has to be there."""
+        """Find the groups that a layer has; every needed tensor of these groups has to be there."""
         found = {part.group for part in names.values() if self._sources(prefix + part.source, table)[0] in table}
         known = {part.group for part in names.values()}
         lacking = [either[0] for either in _EITHER if known & set(either) and not found & set(either)]
@@ -129,7 +129,7 @@ class Conversion:
         return GgufTensor(name, shape, kind, bands)
 
     def _heads(self, source: TensorInfo, part: Part) -> Iterator[TensorInfo]:
-        """The rows that are meant of every head, which lie keys before values."""
+        """Yield the chosen rows of every head; a head has those for keys before those for values."""
         if not part.cut:
             yield source
             return
@@ -143,7 +143,7 @@ class Conversion:
 
 
 def type_of(name: str, shape: tuple[int, ...], asked: GgufType) -> GgufType:
-    """What a tensor is stored as in a file of some type."""
+    """Choose the type of a tensor in a file of some type."""
     if len(shape) < 2 or not name.endswith(".weight") or name.endswith(_ALWAYS_F32):  # noqa: PLR2004
         return "f32"
     if asked == "q8_0" and shape[-1] % BLOCK_ELEMENTS:
@@ -152,7 +152,7 @@ def type_of(name: str, shape: tuple[int, ...], asked: GgufType) -> GgufType:
 
 
 def _halves(source: TensorInfo, part: Part) -> Iterator[TensorInfo]:
-    """The rows that are meant of a tensor, of a stack those of every expert."""
+    """Yield the chosen half of a tensor's rows; for a stack, of every expert's."""
     if not part.half:
         yield source
         return

@@ -1,4 +1,4 @@
-"""A matrix with its axes exchanged while it is read: one that is small, as a head's."""
+"""A small matrix, such as one head's, that is transposed while it is read."""
 
 from dataclasses import dataclass
 
@@ -14,21 +14,21 @@ class Transposed:
     """A file (`moemerge.checkpoint.files.RemoteFile`) that holds the transpose of a matrix."""
 
     matrix: TensorInfo
-    """(row, column); all of it is in memory at a time."""
+    """The matrix (row, column); all of it is in memory at a time."""
 
     @property
     def name(self) -> str:
-        """Of the matrix."""
+        """The name of the matrix's file."""
         return self.matrix.name
 
     @property
     def nbytes(self) -> int:
-        """Of the matrix."""
+        """Size of the matrix in bytes."""
         return self.matrix.nbytes
 
     @property
     def identity(self) -> str:
-        """What it is the transpose of."""
+        """A text of the matrix that it is the transpose of."""
         return repr(self.matrix)
 
     def tensor(self) -> TensorInfo:
@@ -36,13 +36,13 @@ class Transposed:
         return TensorInfo(self.name, self, self.matrix.dtype, self.matrix.shape[::-1], 0, self.nbytes)
 
     def keep(self, folder: object, start: int, nbytes: int) -> None:
-        """It is made of what is elsewhere."""
+        """Do nothing: the transpose is computed from another file."""
 
     def open(self, start: int, nbytes: int) -> Reader:
-        """Read the matrix, and give `nbytes` bytes of the transpose from offset `start` on.
+        """Read the matrix, and open `nbytes` bytes of the transpose from offset `start` on.
 
         Raises:
-            CheckpointError: the matrix is not what its header said.
+            CheckpointError: the matrix differs from its header.
         """
         rows, columns = self.matrix.shape
         stored = np.empty((rows, columns, self.nbytes // (rows * columns)), np.uint8)

@@ -1,4 +1,4 @@
-"""Values of GGUF keys that no key of `config.json` holds as they are, and what of a config llama.cpp cannot load."""
+"""Values of GGUF keys that are computed from several keys of `config.json`, and configs that llama.cpp cannot load."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,72 +7,72 @@ from moemerge.export.families import Config, GgufFamily
 
 
 def truthy(key: str) -> Callable[[Config], Any]:
-    """The value of a key, which is left out where it is 0."""
+    """A function for the value of a key, which is left out where it is 0."""
     return lambda config: config.get(key) or None
 
 
 def constant(value: Any) -> Callable[[Config], Any]:
-    """The same for every model."""
+    """A function for a value that is the same for every model."""
     return lambda _config: value
 
 
 def head_width(config: Config) -> int:
-    """Elements of a head."""
+    """The width of a head in elements."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def rotated_width(config: Config) -> int:
-    """Elements of a head that rotary positions turn; half of them where nothing is said, as in GLM's models."""
+    """The number of elements in a head that rotary positions turn; half of the head by default, as in GLM's models."""
     rope = config.get("rope_parameters") or {}
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     return int(head_width(config) * (0.5 if part is None else part))
 
 
 def is_sliding(config: Config) -> list[bool]:
-    """Of each layer, whether it sees a window alone."""
+    """Whether each layer sees only a window."""
     return [kind == "sliding_attention" for kind in config["layer_types"]]
 
 
 def heads_by_layer(config: Config) -> list[int]:
-    """Of each layer its key heads, none where it does not attend."""
+    """The number of key heads of each layer, 0 where it does not attend."""
     heads = config["num_key_value_heads"]
     return [heads if kind in {"attention", "full_attention"} else 0 for kind in config["layer_types"]]
 
 
 def dense_lead(config: Config) -> int:
-    """How many layers at the beginning hold no experts."""
+    """The number of layers at the beginning that hold no experts."""
     kinds = config.get("mlp_layer_types") or []
     return next((layer for layer, kind in enumerate(kinds) if kind != "dense"), len(kinds))
 
 
 def shared_width(config: Config) -> int:
-    """Neurons of all shared experts together."""
+    """The neurons of all shared experts together."""
     return int(config["moe_intermediate_size"] * config.get("num_shared_experts", 1))
 
 
 def first_of(key: str) -> Callable[[Config], Any]:
-    """What a key says of the first layer, which it says of every layer."""
+    """A function for the value that a key has in the first layer, and so in every layer."""
     return lambda config: config[key][0]
 
 
 def key_width(config: Config) -> int:
-    """Of a compressed state beside what positions turn."""
+    """The width of a compressed state together with what positions turn."""
     return int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
 
 
 def key_head_width(config: Config) -> int:
-    """Of a head's keys that are made of one."""
+    """The width of a head's keys that are made of a compressed state."""
     return int(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
 
 
 def yarn_log_factor(config: Config) -> float | None:
-    """A tenth of yarn's `mscale_all_dim`, as llama.cpp has it of this family."""
+    """A tenth of yarn's `mscale_all_dim`, which is what llama.cpp expects of this family."""
     found = (config.get("rope_parameters") or {}).get("mscale_all_dim")
     return None if found is None else 0.1 * found
 
 
 def whole_layers(key: str, other: str) -> Callable[[Config], Any]:
-    """What layers without a window have for a key, or the model by another name; None where nothing is said."""
+    """A function for a setting of layers without a window, else the model's under another name; None without either."""
 
     def value(config: Config) -> Any:
         by_layer = config.get("per_layer_config") or {}
@@ -84,7 +84,7 @@ def whole_layers(key: str, other: str) -> Callable[[Config], Any]:
 
 
 def key_heads_of_kinds(config: Config) -> list[int] | None:
-    """Of each layer its key heads, where those without a window have others."""
+    """The number of key heads of each layer, where layers without a window have another."""
     whole = whole_layers("num_key_value_heads", "num_global_key_value_heads")(config)
     windowed = config["num_key_value_heads"]
     return None if whole is None else [windowed if sliding else whole for sliding in is_sliding(config)]
@@ -96,7 +96,7 @@ def is_not_proportional(config: Config) -> bool:
 
 
 def state_width(config: Config) -> int:
-    """Of layers with states, which the model need not have."""
+    """The width of states in layers with states, which the model need not have."""
     return int(config["mamba_expand"] * config["hidden_size"])
 
 
@@ -104,7 +104,7 @@ def state_width(config: Config) -> int:
 
 
 def has_wide_heads(config: Config) -> bool:
-    """Whether heads are of another width than the hidden state through their number."""
+    """Whether heads have another width than the hidden state divided by their number."""
     return head_width(config) * int(config["num_attention_heads"]) != int(config["hidden_size"])
 
 
@@ -124,7 +124,7 @@ def has_states(config: Config) -> bool:
 
 
 def has_shared(config: Config) -> bool:
-    """Whether there is one."""
+    """Whether there is a shared expert."""
     return bool(config.get("moe_num_shared_experts"))
 
 
@@ -134,7 +134,7 @@ def has_no_window(config: Config) -> bool:
 
 
 def has_window(config: Config) -> bool:
-    """Whether layers see a window alone."""
+    """Whether some layers see only a window."""
     return bool(config.get("sliding_window"))
 
 
@@ -161,23 +161,23 @@ def has_late_dense(config: Config) -> bool:
 
 
 def ends_dense(config: Config) -> bool:
-    """The same of Ernie's models."""
+    """Whether a layer without experts comes after one with them, by the keys of Ernie's models."""
     return bool(config["moe_layer_end_index"] not in {-1, config["num_hidden_layers"] - 1})
 
 
 def has_other_activation(config: Config) -> bool:
-    """Whether FFNs have another activation than llama.cpp's: of all families SiLU, of Gemma, whose key it is, GELU."""
+    """Whether FFNs have another activation than llama.cpp's: SiLU for all families but Gemma, whose key it is: GELU."""
     given = config.get("hidden_act") not in {None, "silu", "swish"}
     return given or config.get("hidden_activation") not in {None, "gelu_pytorch_tanh"}
 
 
 def _has_rope(kind: str) -> Callable[[Config], bool]:
-    """Whether rotary positions are scaled in some way."""
+    """A function that tells whether rotary positions are scaled in some way."""
     return lambda config: any(rope.get("rope_type", rope.get("type")) == kind for rope in _ropes(config))
 
 
 def _ropes(config: Config) -> list[Config]:
-    """Settings of rotary positions, by whichever of their names the config has them, of each kind of layers."""
+    """List the settings of rotary positions of each kind of layers, under any of their names in the config."""
     found = [config.get("rope_parameters") or {}, config.get("rope_scaling") or {}]
     return [*found, *(value for rope in found for value in rope.values() if isinstance(value, dict))]
 
@@ -187,7 +187,7 @@ MSCALE = "ignores mscale in yarn's scaling of rotary positions"
 
 
 def lacks(family: GgufFamily, config: Config) -> list[str]:
-    """What of a checkpoint a family has no tensors for, or wants and does not find, as its config says."""
+    """List what the family has no tensors for, or wants and does not find, according to a checkpoint's config."""
     head, groups = family.whole.get("output.weight"), {part.group for part in family.layer.values()}
     tied = config.get("tie_word_embeddings")
     reasons = {
@@ -205,11 +205,11 @@ ROPES = (
     (_has_rope("longrope"), "ignores longrope's factors"),
     (lambda config: any("mscale" in rope for rope in _ropes(config)), MSCALE),
 )
-"""Scalings of rotary positions that most families' files cannot hold, and how to say so."""
+"""Scalings of rotary positions that most families' files cannot hold, with the words for it."""
 ACTIVATION = (has_other_activation, "computes another activation in its FFNs than config.json says")
-"""Of any family, and how to say so."""
+"""A refusal for every family: a condition, and the words for it."""
 LENGTH_IGNORED = (
     _has_rope("dynamic"),
     "llama.cpp scales no rotary positions by the length: it is right for texts up to max_position_embeddings",
 )
-"""A note of any family."""
+"""A note for every family."""

@@ -1,4 +1,4 @@
-"""A tokenizer's vocabulary as GGUF files hold it, read from whichever of its files llama.cpp's converter reads."""
+"""Read a tokenizer's vocabulary for a GGUF file, from whichever of its files llama.cpp's converter reads."""
 
 import json
 import re
@@ -14,22 +14,22 @@ from moemerge.export.splitting import pre_tokenizer_of
 
 _MOST_BYTES: Final = 200_000_000
 _BYTE: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# Added tokens that are not marked as special in files of some models, and are used as such.
+# Added tokens that some models do not mark as special in their files, but use as such.
 _CONTROL: Final = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>", re.DOTALL)
-# Gemma 4's, which a parser of chats wants to see.
+# Tokens of Gemma 4 that a parser of chats has to see.
 _VISIBLE: Final = frozenset({
     "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
 })  # fmt: skip
 _SPACE: Final = "▁"
-# Scores of tokens that no merge makes; the second is of those that are not in the vocabulary at all.
+# Scores of tokens that no merge makes; the second is for tokens that are not in the vocabulary at all.
 _ADDED_SCORE: Final = -1000.0
 _ABSENT_SCORE: Final = -10000.0
 NAMED: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""Tokens that `tokenizer_config.json` names as `bos_token` and so on."""
+"""Roles of tokens that `tokenizer_config.json` names as `bos_token` and so on."""
 
 
 class TokenType(IntEnum):
-    """What a token is, as GGUF files number it."""
+    """Type of a token, as GGUF files number it."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -41,18 +41,18 @@ class TokenType(IntEnum):
 
 @dataclass
 class Vocabulary:
-    """The tokens, by their numbers."""
+    """The tokens of a vocabulary, by their numbers."""
 
     model: str
-    """How texts become tokens: `llama` for SentencePiece, `gpt2` for byte-level BPE."""
+    """The algorithm: `llama` for SentencePiece, `gpt2` for byte-level BPE."""
     pre: str
-    """How texts are split before that."""
+    """The name of the way in which texts are split before that."""
     tokens: list[str] = field(default_factory=list)
     types: list[TokenType] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    """Of SentencePiece alone."""
+    """Scores of tokens; only SentencePiece has them."""
     merges: list[str] = field(default_factory=list)
-    """Of byte-level BPE alone, each two tokens with a space between."""
+    """Merges, each as two tokens with a space between; only byte-level BPE has them."""
 
     def add(self, token: str, kind: TokenType, score: float = _ADDED_SCORE) -> None:
         """Add the next token."""
@@ -62,11 +62,11 @@ class Vocabulary:
 
 
 def read_gemma4_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """The vocabulary of a Gemma 4, which is made of pieces as SentencePiece's is, and has merges too.
+    """Read the vocabulary of a Gemma 4, which has pieces as SentencePiece's does, and merges too.
 
     Raises:
         IncompatibleError: `tokenizer.json` is of another kind.
-        CheckpointError: it is damaged.
+        CheckpointError: `tokenizer.json` is damaged.
     """
     tokenizer = read_table(folder / "tokenizer.json")
     model = tokenizer.get("model") or {}
@@ -82,14 +82,14 @@ def read_gemma4_vocabulary(folder: Path, size: int) -> Vocabulary:
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """The vocabulary of a model's folder.
+    """Read the vocabulary in a model's folder.
 
     Args:
-        folder: with `tokenizer.model` or `tokenizer.json`.
-        size: of the vocabulary, as `config.json` has it.
+        folder: the folder with `tokenizer.model` or `tokenizer.json`.
+        size: the size of the vocabulary according to `config.json`.
 
     Raises:
-        IncompatibleError: there is none, or of a kind that is not known.
+        IncompatibleError: there is no vocabulary, or one of an unknown kind.
         CheckpointError: a file is damaged.
     """
     if (folder / "tokenizer.model").is_file():
@@ -106,7 +106,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
 
 
 def unknown(what: str) -> IncompatibleError:
-    """The refusal of a tokenizer."""
+    """The refusal of a tokenizer that is not known."""
     return IncompatibleError(
         "The tokenizer cannot be written to a GGUF file; llama.cpp's converter may know it, with --llama-cpp PATH:",
         [what],
@@ -114,10 +114,10 @@ def unknown(what: str) -> IncompatibleError:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A JSON object of a tokenizer; an empty one where there is no such file.
+    """Read a JSON object of a tokenizer; an empty one where there is no such file.
 
     Raises:
-        CheckpointError: it cannot be read, or is none.
+        CheckpointError: the file cannot be read, or is no JSON object.
     """
     if not path.is_file():
         return {}
@@ -135,20 +135,20 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def text_of(token: Any) -> str | None:
-    """The text of a token as `tokenizer_config.json` names one: itself, or a table with its content."""
+    """The text of a token in `tokenizer_config.json`: the value itself, or its `content`."""
     found = token.get("content") if isinstance(token, Mapping) else token
     return found if isinstance(found, str) else None
 
 
 def _kind_of_added(token: str, *, special: bool) -> tuple[str, TokenType]:
-    """An added token's text and type; what users may write has spaces as they write them."""
+    """An added token's text and type; tokens that users may write get their spaces as users write them."""
     if special or _CONTROL.fullmatch(token):
         return token, TokenType.CONTROL
     return token.replace(_SPACE, " "), TokenType.USER_DEFINED
 
 
 def _from_sentencepiece(folder: Path, size: int) -> Vocabulary:
-    """By `tokenizer.model`, with what `added_tokens.json` and `tokenizer_config.json` add or change."""
+    """Read `tokenizer.model`, with what `added_tokens.json` and `tokenizer_config.json` add or change."""
     kinds: dict[int, TokenType] = {
         Kind.UNKNOWN: TokenType.UNKNOWN, Kind.CONTROL: TokenType.CONTROL, Kind.UNUSED: TokenType.UNUSED,
         Kind.BYTE: TokenType.BYTE,
@@ -174,7 +174,7 @@ def _replace(vocabulary: Vocabulary, number: int, token: str, kind: TokenType) -
 
 
 def _from_byte_fallback(folder: Path, tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
-    """By the `tokenizer.json` that transformers makes of a SentencePiece model: it knows no scores.
+    """Read the `tokenizer.json` that transformers makes of a SentencePiece model, which has no scores.
 
     Engines want as many tokens as there are embeddings.
     """
@@ -201,7 +201,7 @@ def _from_byte_fallback(folder: Path, tokenizer: Mapping[str, Any], size: int) -
 
 
 def _special_texts(folder: Path) -> set[str]:
-    """Tokens that have a part of their own; not all that are added as special ones have."""
+    """Tokens that have a role; not all that are added as special ones have."""
     config = read_table(folder / "tokenizer_config.json")
     listed = [*(config.get("additional_special_tokens") or []), *(config.get("extra_special_tokens") or [])]
     texts = [text_of(token) for token in [*(config.get(f"{name}_token") for name in NAMED), *listed]]
@@ -209,7 +209,7 @@ def _special_texts(folder: Path) -> set[str]:
 
 
 def _from_byte_level(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
-    """By a `tokenizer.json` of byte-level BPE."""
+    """Read a `tokenizer.json` of byte-level BPE."""
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens") or []}
     texts = {number: token for token, number in tokenizer["model"]["vocab"].items()}
     texts |= {number: entry["content"] for number, entry in added.items()}
@@ -233,5 +233,5 @@ def _from_byte_level(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
 
 
 def _merge(pair: str | list[str]) -> str:
-    """Two tokens with a space between; a space in one of them is written as the letter that stands for it."""
+    """Join two tokens with a space; a space in one of them is written as the letter that stands for it."""
     return pair if isinstance(pair, str) else " ".join(part.replace(" ", "Ġ") for part in pair)

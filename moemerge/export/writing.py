@@ -1,4 +1,4 @@
-"""A GGUF file written: staged beside its name, flushed, and renamed when it is complete."""
+"""Write a GGUF file: staged beside its name, flushed, and renamed when it is complete."""
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,36 +25,36 @@ from moemerge.sources.reference import local_folders
 
 SUFFIX: Final = ".gguf"
 STAGED: Final = f"model{SUFFIX}"
-"""What the file is called in its stage."""
+"""Name of the file in its stage."""
 _MAGIC: Final = b"GGUF"
 _MODEL_CONFIGS: Final = ("config.json", "adapter_config.json")
 HEADER_BYTES: Final = 50_000_000
-"""What keys and a vocabulary take at most, with room to spare."""
+"""The most bytes that keys and a vocabulary take, with a margin."""
 MEMORY_BYTES: Final = 100_000_000
-"""What a file that is made of a checkpoint takes in memory, whatever its size."""
+"""Memory in bytes that writing a file from a checkpoint takes, whatever its size."""
 
 
-class Room(Protocol):
-    """What asks for room on the disk, as `check_room` does."""
+class SpaceCheck(Protocol):
+    """The signature of `check_room`: a check that the disk has enough space."""
 
     def __call__(
         self, file: Path, tensors: Sequence[GgufTensor], more: int = 0, memory: int = MEMORY_BYTES
     ) -> None:  # fmt: skip
-        """Refuse to begin what the disk cannot hold, or what limits of this process would end."""
+        """Refuse to begin if the disk has too little space, or limits of this process would end the work."""
 
 
 def check_room(
     file: Path, tensors: Sequence[GgufTensor], more: int = 0, memory: int = MEMORY_BYTES, *,
     what: str = "the merged model",
 ) -> None:  # fmt: skip
-    """Refuse to begin what the disk cannot hold, or what limits of this process (`ulimit`) would end.
+    """Refuse to begin if the disk has too little space, or limits of this process (`ulimit`) would end the work.
 
     Args:
-        file: the file.
-        tensors: that it will hold.
+        file: the file to write.
+        tensors: the tensors that it will hold.
         more: bytes that are needed beside it.
         memory: bytes that the work is expected to take.
-        what: is written.
+        what: what is written, for the message.
 
     Raises:
         OutputError: says how much is needed and how much is free, or which limit is too low.
@@ -66,19 +66,19 @@ def check_room(
 
 def write_gguf(
     checkpoint: Path | str, file: Path | str, *, type: AskedType = "auto",  # noqa: A002  as the option is called
-    overwrite: bool = False, low_memory: bool = False, llama_cpp: Path | None = None, room: Room = check_room,
+    overwrite: bool = False, low_memory: bool = False, llama_cpp: Path | None = None, room: SpaceCheck = check_room,
     tell: Callable[[str], None] = lambda _: None, progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:  # fmt: skip
     """Write a merged checkpoint as one GGUF file, in bounded memory: complete when this returns, absent when it raises.
 
     Args:
-        checkpoint: its folder.
-        file: the file.
-        type: what matrices are stored as; vectors, norms and routers are float32.
+        checkpoint: the folder of the checkpoint.
+        file: the file to write.
+        type: the type of matrices; vectors, norms and routers are float32.
         overwrite: replace a GGUF file of this name.
-        low_memory: one copying thread, small chunks, and neither file left in the page cache.
+        low_memory: use one copying thread and small chunks, and leave neither file in the page cache.
         llama_cpp: a checkout of llama.cpp, whose converter reads a tokenizer that is not known here.
-        room: asks for room on the disk.
+        room: the check that the disk has enough space.
         tell: called with what llama.cpp gets wrong of the model.
         progress: called with the bytes written and all there are.
 
@@ -107,7 +107,7 @@ def write_gguf(
 
 
 def sources_of(folder: Path) -> list[Path]:
-    """Folders of the models that a merged model was made of, as far as the copy of its config leads to them.
+    """Find the folders of the models that a merged model was made of, as far as the copy of its config leads to them.
 
     Relative paths count from the current folder.
     """
@@ -126,9 +126,9 @@ def check_file(
     """Refuse a file that cannot be written, or that would be lost; the `gguf` package has to be there too.
 
     Args:
-        file: the file.
+        file: the file to write.
         overwrite: whether it may be replaced, if it is a GGUF file.
-        inputs: what is read, and is not to be replaced.
+        inputs: files that are read and must not be replaced.
         sources: folders of models that are read, into which nothing is written.
 
     Raises:
@@ -155,12 +155,12 @@ def check_file(
 
 @contextmanager
 def staged_file(file: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to write `STAGED` into; when the block ends without an error it becomes `file`, which is checked again.
+    """A context with a folder to write `STAGED` into; at its end without an error the checked file becomes `file`.
 
     Raises:
         RefusedError: see `check_file`.
         BusyError: another process is writing it.
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     target = file.resolve()  # a link stays one
     with staged(file, temporary=True) as stage:
@@ -176,7 +176,7 @@ def staged_file(file: Path, *, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def advising_types() -> Iterator[None]:
-    """Where a number is too large for a type of the file, name types that hold it."""
+    """A context that adds advice on larger types to the error for a number that is too large."""
     try:
         yield
     except TooLargeError as error:
@@ -184,7 +184,7 @@ def advising_types() -> Iterator[None]:
 
 
 def tensor_writer(stage: Path, shard: Shard, progress: Callable[[int, int], None], *, low_memory: bool) -> ShardWriter:
-    """What writes a file's tensors; `progress` is called with the bytes written and all there are."""
+    """Open the writer of a file's tensors; `progress` is called with the bytes written and all there are."""
     done, total = 0, shard.nbytes - len(shard.header)
 
     def report(nbytes: int) -> None:

@@ -1,1 +1,1 @@
-"""Output families and how one is chosen: exactly what was asked for, right in as many engines as can be."""
+"""Output families, and the choice of one that holds what was asked for and is right in as many engines as can be."""

@@ -1,4 +1,4 @@
-"""Families with DeepSeek-V3's router: sigmoids, a bias for the choice alone, ungated shared experts."""
+"""Output families with DeepSeek-V3's router: sigmoids, a bias for the choice alone, ungated shared experts."""
 
 from typing import Any, Final
 
@@ -62,7 +62,7 @@ SOLAR_OPEN: Final = MoeFamily(
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named={key: value for key, value in _NAMED.items() if key != "intermediate_size"},
-    # llama.cpp reads it as a GLM, which rotates half of each head where nothing is said.
+    # llama.cpp reads it as a GLM, which rotates half of each head if no key says otherwise.
     fixed=_FIXED | {"partial_rotary_factor": 1.0},
     carried=COMMON,
     holds=frozenset({"qkv_bias", "wide_heads", "scaled_rope"}),
@@ -107,7 +107,7 @@ EXAONE_MOE: Final = MoeFamily(
         "layer_types": "all_sliding", "sliding_window": "max_position_embeddings",
         "is_moe_layer": "moe_layer_flags",  # which mlx-lm alone reads
     },
-    # Layers without a window do not rotate: all have one, as long as the context.
+    # Layers without a window do not rotate, so all layers have one, as long as the context.
     fixed=_ONE_GROUP | {"routed_scaling_factor": 1.0, "sliding_window_pattern": 4, "scoring_func": "sigmoid"},
     carried=COMMON,
     holds=frozenset({"qk_norm", "wide_heads", "scaled_rope"}),
@@ -141,7 +141,7 @@ DEEPSEEK_V3: Final = MoeFamily(
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=_NAMED,
-    # Which transformers 5 saves as 1: a layer that is not there.
+    # transformers 5 saves this as 1, a layer that is not there.
     fixed=_FIXED | {"num_nextn_predict_layers": 0},
     carried=(
         *COMMON, "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave",

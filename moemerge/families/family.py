@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from moemerge.families.dense import PLAIN, Axes, DenseModel, Role
+from moemerge.families.dense import NON_LLAMA_FACTS, Axes, DenseModel, Role
 from moemerge.families.mixture import Mixture
 
 Names = Mapping[str, tuple[Role, ...]]
-"""Tensors within a layer, each with the FFN projections that it holds, one under the other.
+"""Tensors within a layer, each with the FFN projections that it holds, stacked in this order.
 
-A name with `{expert}` stands for one tensor per expert; another for a stack of all experts.
+A name with `{expert}` stands for one tensor per expert, any other for a stack of all experts.
 """
 Scoring = Literal["softmax", "sigmoid"]
-"""How a router makes weights of its logits; those of the chosen experts are then divided by their sum."""
+"""How a router turns logits into weights; those of the chosen experts are then divided by their sum."""
 
-# Of a shared expert of zeros, in neurons: k-quants want rows of so many elements, 8 GPUs an eighth each.
+# Neurons in a shared expert of zeros: k-quants want rows of so many elements, 8 GPUs an eighth each.
 _NARROW: Final = 256
 _LONGROPE: Final = ("original_max_position_embeddings",)
 SWITCHED_OFF: Final = -1e4
@@ -30,11 +30,11 @@ class Extra:
     axes: Axes
     value: float = 0.0
     source: str = ""
-    """A tensor of the base's layer that it is made from, instead of `value`."""
+    """A tensor of the base's layer that this one is made from, instead of `value`."""
     scale: Literal["one", "sqrt hidden"] = "one"
-    """Factor on `source`."""
+    """The factor on `source`."""
     when: tuple[str, ...] = ()
-    """Facts of the base of which one has to hold."""
+    """Facts of the base; the tensor is needed where one of them holds."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Shared:
 
     names: Names
     width: Literal["any", "multiple", "one expert"]
-    """In neurons: any number, a multiple of an expert's, or exactly an expert's."""
+    """The width in neurons: any number, a multiple of an expert's, or exactly an expert's."""
     absent: Literal["nothing", "zeros"]
-    """What is stored where there is none: no tensors, or a narrow expert of zeros, where engines fail without one."""
+    """What is stored without a shared expert: nothing, or a narrow expert of zeros where engines fail without one."""
     gate: str = ""
     """Tensor of shape (1, hidden) whose sigmoid weighs the shared expert, if there is one."""
 
     def stored_width(self, asked: int, expert_width: int) -> int:
-        """How many neurons are stored for those that are asked for."""
+        """The number of neurons that are stored for `asked` ones."""
         if not asked:
             narrow = min(expert_width, _NARROW) if self.width == "any" else expert_width
             return narrow if self.absent == "zeros" else 0
@@ -65,19 +65,19 @@ class MoeFamily:
     architecture: str
     experts: Names
     router: str
-    """Tensor of shape (expert, hidden)."""
+    """Name of the router's tensor (expert, hidden)."""
     named: Mapping[str, str]
-    """Key of `config.json` to the name of its value, in `DenseModel.values` or `Mixture.values`."""
+    """Map from a key of `config.json` to the name of its value in `DenseModel.values` or `Mixture.values`."""
     fixed: Mapping[str, Any]
-    """Keys with values of their own; what the base's config says goes before."""
+    """Keys with fixed values, unless the base's config has its own."""
     carried: tuple[str, ...]
     """Keys of the base's `config.json` that mean the same here."""
     blocks: tuple[str, ...] = ("llama",)
-    """Whose computation it repeats; see `DenseFamily.block`."""
+    """Dense blocks whose computation it repeats; see `DenseFamily.block`."""
     interleaved: bool = False
-    """Whether rotary positions turn neighbouring elements; from those, rows are regrouped for families that do not."""
+    """Whether rotary positions turn neighbouring elements; for families that do not, the base's rows are regrouped."""
     holds: frozenset[str] = frozenset()
-    """Facts of `PLAIN` that it can express."""
+    """The facts of `NON_LLAMA_FACTS` that it can express."""
     needs_qk_norm: bool = False
     """Whether it always normalises queries and keys."""
     scoring: Scoring = "softmax"
@@ -89,17 +89,17 @@ class MoeFamily:
     dense_ffn: Names | None = None
     """The FFN of a layer that stays dense; None for the usual names."""
     keeps_dense_ffn: bool = False
-    """Whether every layer has a dense FFN beside the experts, here switched off."""
+    """Whether every layer has a dense FFN beside the experts, which is switched off here."""
     selection_bias: str = ""
-    """Tensor (expert,) that is added to scores for the choice alone: what is switched off by it is never chosen."""
+    """Tensor (expert,) that is added to scores for the choice alone; an expert that it switches off is never chosen."""
     bias_axes: Axes = ("experts",)
     extras: tuple[Extra, ...] = ()
     in_gguf: bool = True
-    """Whether `moemerge gguf` writes it; what it makes of it stands in `export.family_tables`."""
+    """Whether `moemerge gguf` writes it; `export.family_tables` says how."""
     kinds: Mapping[str, str] = field(default_factory=dict)
-    """Layer types that transformers 5 saves in words of its own, each with that of released checkpoints."""
+    """Layer types that transformers 5 saves in its own spelling, each with that of released checkpoints."""
     notes: tuple[str, ...] = ()
-    """What is peculiar to it; what engines get wrong is in `engines`."""
+    """Notes on its peculiarities; what engines get wrong is in `engines`."""
 
     @property
     def keys(self) -> frozenset[str]:
@@ -107,12 +107,12 @@ class MoeFamily:
         return frozenset({*self.named, *self.fixed, *self.carried, *_LONGROPE})
 
     def refusals(self, base: DenseModel, mixture: Mixture) -> list[str]:
-        """Why this family cannot hold such a mixture of models that compute like `base`; empty where it can."""
+        """List why this family cannot hold such a mixture of models that compute like `base`; empty where it can."""
         if base.family.block not in self.blocks:
             return [f"does not compute like {base.family.model_type}"]
         if self.interleaved and not base.family.interleaved:
             return [f"rotates neighbouring elements of a head, {base.family.model_type} its halves"]
-        reasons = [f"it has no {words}" for fact, words in PLAIN.items() if fact in base.facts - self.holds]
+        reasons = [f"it has no {words}" for fact, words in NON_LLAMA_FACTS.items() if fact in base.facts - self.holds]
         if self.needs_qk_norm and "qk_norm" not in base.facts:
             reasons.append(f"it always normalises queries and keys, {base.family.model_type} does not")
         return reasons + self._refuse_shared(mixture) + self._refuse_dense_layers(mixture)
@@ -148,23 +148,23 @@ class MoeFamily:
         return reasons
 
     def expert_width(self, mixture: Mixture) -> int:
-        """Neurons that are stored for every expert; narrower ones are padded with zeros."""
+        """The neurons that are stored for every expert; narrower experts are padded with zeros."""
         return max(mixture.expert_widths) + (sum(mixture.shared_widths) if self.shared is None else 0)
 
     def shared_width(self, mixture: Mixture) -> int:
-        """Neurons that are stored for the shared experts."""
+        """The neurons that are stored for the shared experts."""
         if self.shared is None:
             return 0
         return self.shared.stored_width(sum(mixture.shared_widths), self.expert_width(mixture))
 
     def config(self, base: DenseModel, mixture: Mixture, dtype: str) -> dict[str, Any]:
-        """The merged model's `config.json`, every value explicit: class defaults differ between families.
+        """Write the merged model's `config.json` with every value explicit: class defaults differ between families.
 
         Rope settings are written in both spellings: with `rope_parameters` alone, transformers 4.57 falls back to
         the class's `rope_theta` without a message.
         """
         values = {
-            **{fact: fact in base.facts for fact in PLAIN},
+            **{fact: fact in base.facts for fact in NON_LLAMA_FACTS},
             "any_bias": not base.facts.isdisjoint({"qkv_bias", "output_bias"}),
             **base.values,
             **mixture.values(self.expert_width(mixture), self.shared_width(mixture)),
@@ -175,7 +175,7 @@ class MoeFamily:
             **self.fixed,
             **{key: value for key, value in carried.items() if value is not None or key in NULLABLE},
             **{key: values[name] for key, name in self.named.items()},
-            # transformers 4 reads it here alone.
+            # transformers 4 reads this key only here.
             **({key: base.config[key] for key in _LONGROPE if base.config.get(key)} if longrope else {}),
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -203,17 +203,17 @@ SPARSE: Final = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 
 
 def separate(module: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Names:
-    """One tensor for each projection of an FFN."""
+    """Name one tensor for each projection of an FFN."""
     gate, up, down = (f"{module}.{name}.weight" for name in names)
     return {gate: ("gate",), up: ("up",), down: ("down",)}
 
 
 def fused(gate_up: str, down: str) -> Names:
-    """Gate and up projections in one tensor."""
+    """Name one tensor for gate and up projections together, and one for down."""
     return {gate_up: ("gate", "up"), down: ("down",)}
 
 
 def zero_biases(*projections: str, when: tuple[str, ...] = ()) -> tuple[Extra, ...]:
-    """Biases of the attention that do nothing, where the base has none."""
+    """Biases of the attention that do nothing, for bases that have none."""
     axes = {"q": "query", "k": "key", "v": "key", "o": "hidden"}
     return tuple(Extra(f"self_attn.{name}_proj.bias", (axes[name],), when=when) for name in projections)

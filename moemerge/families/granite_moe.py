@@ -1,4 +1,4 @@
-"""IBM's mixtures: granitemoe, granitemoeshared, granitemoehybrid and granitemoe_swa, experts stacked as released."""
+"""IBM's mixtures: granitemoe, granitemoeshared, granitemoehybrid, granitemoe_swa; experts stacked as released."""
 
 from typing import Any, Final
 
@@ -70,6 +70,6 @@ GRANITEMOE_SWA: Final = MoeFamily(
     carried=COMMON,
     holds=(_HOLDS | {"window", "mixed_attention", "nope", "sinks"}) - {"scaled_rope"},
     shared=Shared(_SHARED_NAMES, "any", "nothing"),
-    # Sinks whose exponential is 0.
+    # The exponential of such sinks is 0.
     extras=(*_BIASES, Extra("self_attn.sinks", ("heads",), -1e4)),
 )  # fmt: skip

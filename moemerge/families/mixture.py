@@ -7,27 +7,27 @@ from typing import Any, Final
 ASKED: Final = {
     "dense_layers": "dense layers", "shared": "shared experts", "no_shared": "without shared experts",
 }  # fmt: skip
-"""Facts of a mixture, each with the words for what it is about."""
+"""Facts of a mixture, each with the words for it in messages."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a config asks for, in numbers. Widths count an FFN's neurons."""
+    """What a config asks for, in numbers; widths count an FFN's neurons."""
 
     layers: int
     dense_width: int
-    """Of the base's FFN."""
+    """Width of the base's FFN."""
     expert_widths: tuple[int, ...]
     shared_widths: tuple[int, ...]
     experts_per_token: int
     moe_layers: tuple[int, ...]
-    """In ascending order; the others keep the base's FFN."""
+    """Layers with experts, in ascending order; the others keep the base's FFN."""
     absent: Mapping[int, frozenset[int]]
-    """Layers in which experts have no part, and which; those layers alone."""
+    """Experts that are absent from a layer, by layer; only layers with absent experts are listed."""
 
     @property
     def facts(self) -> frozenset[str]:
-        """Those of `ASKED` that hold."""
+        """The facts of `ASKED` that hold."""
         held = {"dense_layers": self.dense_layers, "shared": self.shared_widths, "no_shared": not self.shared_widths}
         return frozenset(fact for fact, holds in held.items() if holds)
 
@@ -37,7 +37,7 @@ class Mixture:
         return sorted(set(range(self.layers)) - set(self.moe_layers))
 
     def values(self, expert_width: int, shared_width: int) -> dict[str, Any]:
-        """What output families write into `config.json`, by name; the widths are those that are stored."""
+        """Values that output families write into `config.json`, by name; the given widths are those that are stored."""
         dense = self.dense_layers
         shared_count = -(-shared_width // expert_width)
         return {

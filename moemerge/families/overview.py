@@ -1,11 +1,11 @@
-"""Which dense families go into which output family, and what each output family holds, as rows of text."""
+"""Rows of text on which dense families go into which output family, and what each output family holds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from moemerge.engines import ENGINES
-from moemerge.families.dense import DENSE_FAMILIES, PLAIN, DenseFamily, DenseModel, read_dense
+from moemerge.families.dense import DENSE_FAMILIES, NON_LLAMA_FACTS, DenseFamily, DenseModel, read_dense
 from moemerge.families.engines import readings
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture import Mixture
@@ -15,7 +15,7 @@ _SIZES: Final = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16,
 }  # fmt: skip
-# Most models of these families have less than their class's defaults.
+# Most models of these families have fewer peculiarities than their class's defaults.
 _PLAIN: Final[dict[str, dict[str, Any]]] = {
     "mistral": {"sliding_window": None},
     "granitemoehybrid": {"position_embedding_type": "rope"},
@@ -33,9 +33,9 @@ class EngineCell:
     engine: str
     version: str
     short: str
-    """`right`, `wrong`, `fails`, `not written` as a GGUF file, or with what it is not right."""
+    """`right`, `wrong`, `fails`, `not written` (as a GGUF file), or the facts with which it is not right."""
     told: str
-    """The same in full: how far off, and with what message."""
+    """The result in full: how far off, and with what message."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FamilyRow:
     takes: tuple[str, ...]
     """Dense model types whose plainest models it repeats exactly."""
     holds: tuple[str, ...]
-    """What those models may have beside."""
+    """Facts that those models may have in addition."""
     shared: str
     dense_layers: str
     scoring: str
@@ -55,13 +55,13 @@ class FamilyRow:
 
 
 def family_rows() -> list[FamilyRow]:
-    """Every output family, in the order in which they are tried."""
+    """List every output family, in the order in which they are tried."""
     models = [_plainest(family) for family in DENSE_FAMILIES.values()]
     return [_row(family, models) for family in MOE_FAMILIES.values()]
 
 
 def _plainest(family: DenseFamily) -> DenseModel:
-    """A model of the family as its defaults have it, without what most of its models do without."""
+    """A model with the family's defaults, without peculiarities that most of its models lack."""
     allowed = {key: value for key, (value, _) in family.refusals.items()}
     model = read_dense({**_SIZES, **_PLAIN.get(family.model_type, {}), **allowed, "model_type": family.model_type})
     if isinstance(model, str):
@@ -70,7 +70,7 @@ def _plainest(family: DenseFamily) -> DenseModel:
 
 
 def _engines(family: MoeFamily) -> Iterator[EngineCell]:
-    """How each engine reads the family, as measured."""
+    """Yield how each engine reads the family, as measured."""
     for engine, name in ENGINES.items():
         found = readings()[engine].get(family.model_type)
         if found is None:
@@ -99,7 +99,7 @@ def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
     return FamilyRow(
         family=family.model_type,
         takes=tuple(model.family.model_type for model in fitting),
-        holds=tuple(words for fact, words in PLAIN.items() if fact in family.holds - always),
+        holds=tuple(words for fact, words in NON_LLAMA_FACTS.items() if fact in family.holds - always),
         shared=shared,
         dense_layers=_DENSE_LAYERS[family.dense_layers],
         scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),

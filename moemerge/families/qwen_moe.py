@@ -34,7 +34,7 @@ QWEN3_MOE: Final = MoeFamily(
     "qwen3_moe", "Qwen3MoeForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
-    # transformers 5 saves num_local_experts alone, of which 4.57 knows nothing.
+    # transformers 5 saves num_local_experts alone, which 4.57 does not read.
     named=ROPE
     | _NUMBERS
     | {"num_local_experts": "experts", "mlp_only_layers": "dense_layers", "attention_bias": "qkv_bias"},

@@ -1,7 +1,7 @@
-"""What transformers 5 drops or spells otherwise when it saves an output family's `config.json`, from what it keeps.
+"""Restore keys of an output family's `config.json` that transformers 5 drops or spells otherwise when it saves it.
 
 Measured with 5.23: of a family's keys these alone differ from what a merge writes. Readers that know the released
-spelling fall back to defaults without a word: transformers 4.57 to its class's `rope_theta`, for one.
+spelling silently fall back to defaults: transformers 4.57, for one, to its class's `rope_theta`.
 """
 
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from typing import Any, Final
 
 from moemerge.families.family import MoeFamily
 
-# Keys that say the same; each is saved for the other, by some class.
+# Keys with the same meaning; each is saved in place of the other, by some class.
 _TWINS: Final = (("num_experts", "num_local_experts"), ("dtype", "torch_dtype"))
 _IN_ROPE_ALONE: Final = ("rope_theta", "partial_rotary_factor")
 
 
 def lost_keys(family: MoeFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of the family that follow from others in a `config.json`, with their values: what may be put back."""
+    """Keys of the family that follow from others in a `config.json`, with their values: those that may be put back."""
     wanted = family.keys | {"dtype", "torch_dtype"}
     found = _from_rope(config) | _from_layers(config)
     for twins in _TWINS:
@@ -25,7 +25,7 @@ def lost_keys(family: MoeFamily, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def respelled_keys(family: MoeFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys whose values transformers 5 saves in words of its own, with those of the released checkpoints."""
+    """Keys whose values transformers 5 saves in its own spelling, with the values of the released checkpoints."""
     found: dict[str, Any] = {}
     kinds, named = config.get("layer_types"), config.get("architectures")
     if isinstance(kinds, list):
@@ -52,7 +52,7 @@ def _from_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_layers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What Gemma 4 says once of all its layers with full attention."""
+    """Gemma 4's settings for all its layers with full attention."""
     by_layer = config.get("per_layer_config")
     own = list(by_layer.values()) if isinstance(by_layer, dict) else []
     if not own or not isinstance(own[0], dict) or any(other != own[0] for other in own):

@@ -1,4 +1,4 @@
-"""Output families and how one is chosen: exactly what was asked for, right in as many engines as can be."""
+"""Choose the output family: one that holds exactly what was asked for and is right in as many engines as can be."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -25,7 +25,7 @@ MOE_FAMILIES: Final = {
         MELLUM, EXAONE_MOE, HY_V3, MIMO_V2_FLASH, SOLAR_OPEN,
     )
 }  # fmt: skip
-"""In the order in which they are preferred among equals."""
+"""Output families, in the order in which they are preferred among equals."""
 
 _MERGEKIT_NAMES: Final = {"qwen": "qwen2_moe", "qwen3": "qwen3_moe"}
 _DEEPSEEK: Final = (
@@ -33,19 +33,19 @@ _DEEPSEEK: Final = (
     "{} is the nearest family"
 )
 _CLAMPS: Final = frozenset[Engine]({"llamacpp", "converter"})
-"""They take a sum of the chosen experts' sigmoids below 6.1e-5 for 6.1e-5, which transformers does not."""
+"""Engines that raise a sum of the chosen experts' sigmoids below 6.1e-5 to 6.1e-5, which transformers does not."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The output family of a mixture, and what there is to say of it."""
+    """The output family of a mixture, with notes and warnings about it."""
 
     family: MoeFamily
     right_in: tuple[Engine, ...]
     """The engines that compute such a mixture as transformers 5 does."""
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-    """Engines that compute something else, without a word."""
+    """Warnings of engines that silently compute something else."""
 
 
 def select_family(
@@ -54,18 +54,18 @@ def select_family(
 ) -> Choice:  # fmt: skip
     """Choose the output family for a mixture of models that compute like `base`.
 
-    Of those that hold it exactly, the one that most of transformers 4.57, vLLM and llama.cpp read rightly, then the one
-    that most engines do, then the first of the table. llama.cpp is a tie-break alone where routers have sigmoids.
+    Of those that hold it exactly, the choice is the one that most of transformers 4.57, vLLM and llama.cpp read
+    rightly, then the one that most engines do, then the first of the table. With sigmoid routers llama.cpp breaks ties.
 
     Args:
         base: the base model.
-        mixture: what the family has to hold.
+        mixture: the mixture that the family has to hold.
         architecture: the family's `model_type`, its beginning, or a name of mergekit-moe; None for any.
         engine: the engine that has to read it rightly; None for any.
-        preferred: an engine that should, if one can.
+        preferred: an engine that should read it rightly, if it can.
 
     Raises:
-        IncompatibleError: none fits; says why for each candidate.
+        IncompatibleError: no family fits; says why for each candidate.
     """
     asked = (architecture or "").lower()
     notes = [_DEEPSEEK] if asked == "deepseek" else []
@@ -106,14 +106,14 @@ def select_family(
 
 
 def _worth(family: MoeFamily, facts: frozenset[str], preferred: Engine | None) -> tuple[bool, bool, int, int, int]:
-    """By what families are compared: the engines that are right with each, most of all without a condition."""
+    """The key by which families are compared: the engines that are right with each, most of all without a condition."""
     right = set(right_in(family.model_type, facts))
     sure = right - _CLAMPS if family.scoring == "sigmoid" else right
     return preferred in sure, preferred in right, len(sure & set(MAIN)), len(sure), len(right)
 
 
 def _refusals(family: MoeFamily, base: DenseModel, mixture: Mixture, *, by_name: bool) -> list[str]:
-    """Why a family that computes like the base cannot be chosen; `by_name` says whether it was asked for."""
+    """List why a family that computes like the base cannot be chosen; `by_name` says whether it was asked for."""
     if reasons := family.refusals(base, mixture):
         return reasons
     if not by_name and mixture.shared_widths and family.appends_shared:
@@ -122,7 +122,7 @@ def _refusals(family: MoeFamily, base: DenseModel, mixture: Mixture, *, by_name:
 
 
 def _troubles(engine: Engine | None, family: MoeFamily, facts: frozenset[str]) -> list[str]:
-    """Why an engine that was asked for does not serve."""
+    """List why a family does not serve for the engine that was asked for."""
     trouble = trouble_of(engine, family.model_type, facts) if engine else None
     if engine is None or trouble is None:
         return []
@@ -138,8 +138,8 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
         del troubles["converter"]
     for engine, trouble in troubles.items():
         if isinstance(trouble, Trouble):
-            told = warnings if trouble.is_silent else notes
-            told.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
+            found = warnings if trouble.is_silent else notes
+            found.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
     original = base.config.get("original_max_position_embeddings")
     notes += [
         note.format(family=family.model_type, original=original)
@@ -150,5 +150,5 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
 
 
 def _is_same_kind(trouble: Trouble | str | None, other: Trouble | str | None) -> bool:
-    """Whether who is told of one trouble need not be told of the other: both fail, or both compute something else."""
+    """Whether two troubles are of one kind, so that naming one is enough: both fail, or both compute something else."""
     return isinstance(trouble, Trouble) and isinstance(other, Trouble) and trouble.is_silent == other.is_silent

@@ -1,4 +1,4 @@
-"""Families that repeat one dense sibling alone: FlexOlmo, ERNIE 4.5, Hunyuan, LFM2, Cohere2, Gemma 4."""
+"""Output families that repeat one dense sibling alone: FlexOlmo, ERNIE 4.5, Hunyuan, LFM2, Cohere2, Gemma 4."""
 
 from typing import Final
 
@@ -122,7 +122,7 @@ GEMMA4_MOE: Final = MoeFamily(
     blocks=("gemma4",),
     holds=frozenset({"window", "mixed_attention", "wide_heads"}),
     keeps_dense_ffn=True,
-    # The dense FFN is a branch with a norm of its own, whose weight is 0; router and experts see what it sees.
+    # The dense FFN is a branch with a norm of its own, whose weight is 0; router and experts have the same input.
     extras=(
         Extra(_NORM.format("post", "_1"), ("hidden",), 0.0),
         Extra(_NORM.format("post", "_2"), ("hidden",), 1.0),

@@ -13,7 +13,7 @@ from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
 from moemerge.export.planned import Planned, waits
 from moemerge.export.tensors import GgufTensor
-from moemerge.export.writing import STAGED, Room, advising_types, check_file, check_room, staged_file
+from moemerge.export.writing import STAGED, SpaceCheck, advising_types, check_file, check_room, staged_file
 from moemerge.merging.options import MergeOptions, Progress
 from moemerge.merging.work import Tally, Work
 from moemerge.planning.plan import MergePlan
@@ -32,7 +32,7 @@ def merge_to_gguf(
     *,
     type: AskedType = "auto",  # noqa: A002  as the option is called
     llama_cpp: Path | None = None,
-    room: Room = check_room,
+    room: SpaceCheck = check_room,
     progress: Progress = lambda _stage, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":

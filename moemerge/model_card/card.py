@@ -33,7 +33,7 @@ def write_card(
 
 
 def write_metadata_card(folder: Path, plan: MergePlan, licence: str | None = None) -> None:
-    """Write a `README.md` with the Hub's metadata alone, for who reads nothing else of it."""
+    """Write a `README.md` with the Hub's metadata alone, for readers that need nothing else."""
     _save(folder, plan, licence, "")
 
 
@@ -53,9 +53,9 @@ def _save(folder: Path, plan: MergePlan, licence: str | None, body: str) -> None
 
 
 def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:
-    """What a merged model's card does not say, or says otherwise: the words that are expected, and what is found.
+    """Find what a merged model's card lacks or says otherwise: the expected words, and those that are found.
 
-    Titles, licences, and what is measured may be anybody's; what the model is made of is the plan's.
+    Titles, licences and measured figures are not compared; what the model is made of is the plan's.
     """
     path = folder / CARD
     if not path.is_file():
@@ -75,7 +75,7 @@ def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:
 
 
 def _repositories(plan: MergePlan) -> list[str]:
-    """What the model is made of, as far as it is on the Hub."""
+    """The repositories that the model is made of, as far as it is on the Hub."""
     adapters = [parse_reference(adapter.reference) for source in plan.sources for adapter in source.adapters]
     origins = [*(source.origin for source in plan.sources), *adapters]
     return list(dict.fromkeys(origin.repo for origin in origins if isinstance(origin, Reference)))
@@ -123,17 +123,17 @@ def _callouts(kind: Literal["Note", "Warning"], texts: Sequence[str]) -> list[st
 
 
 def _block(config: str) -> str:
-    """A config's text as a block of code; characters that would show it otherwise than it is are written as escapes."""
-    # A prompt may hold a fence of its own.
+    """Format a config's text as a block of code; characters that would change its display are written as escapes."""
+    # A prompt may hold a code fence of its own.
     fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", config))], key=len)
     return f"{fence}yaml\n{printable(config.rstrip())}\n{fence}"
 
 
 def read_card(folder: Path) -> str:
-    """The text of a folder's model card, which can be updated then.
+    """Read the text of a folder's model card, for an update.
 
     Raises:
-        RefusedError: there is none, or it is not text in UTF-8.
+        RefusedError: there is no model card, or it is not text in UTF-8.
     """
     path = folder / CARD
     if not path.is_file():
@@ -145,11 +145,11 @@ def read_card(folder: Path) -> str:
 
 
 def update_evaluation(folder: Path, found: "Evaluation") -> None:
-    """Put what an evaluation found into a folder's model card, in place of an older one.
+    """Put the results of an evaluation into a folder's model card, in place of older ones.
 
     Raises:
         RefusedError: there is no model card, or it is not text in UTF-8.
-        OutputError: it cannot be written.
+        OutputError: the card cannot be written.
     """
     text = read_card(folder)
     with rewritten(folder / CARD) as draft:
@@ -157,7 +157,7 @@ def update_evaluation(folder: Path, found: "Evaluation") -> None:
 
 
 def with_section(text: str, name: str, section: str) -> str:
-    """A model card's text with a section between comments of this name, in place of an older one."""
+    """Put a section between comments of this name into a model card's text, in place of an older one."""
     opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
     section = f"{opening}\n{section}\n{closing}"
     before, start, rest = text.partition(opening)
@@ -171,7 +171,7 @@ def with_section(text: str, name: str, section: str) -> str:
 
 
 def without_section(text: str, name: str) -> str:
-    """A model card's text without the section between comments of this name."""
+    """Remove the section between comments of this name from a model card's text."""
     before, start, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->\n")
     return before + after.removeprefix("\n") if start and end else text
@@ -180,7 +180,7 @@ def without_section(text: str, name: str) -> str:
 def loss_table(
     head: str, domains: Sequence[str], losses: Mapping[str, Mapping[str, "Estimate"]], means: Mapping[str, float]
 ) -> list[str]:  # fmt: skip
-    """Lines of a Markdown table: by row, losses in nats per token of each domain, with intervals, and their mean."""
+    """Write a Markdown table with a row per entry: losses in nats per token by domain, intervals, and their mean."""
     lines = [f"| {head} | {' | '.join(map(as_text, domains))} | mean |", "|---" * (len(domains) + 2) + "|"]
     for row, found in losses.items():
         cells = [f"{found[name].value:.3f}{found[name].interval}" if name in found else "" for name in domains]
@@ -220,7 +220,7 @@ def _evaluation(found: "Evaluation") -> str:
 
 
 def _shared(plan: MergePlan) -> str:
-    """Where embeddings, attention and norms come from."""
+    """Say where embeddings, attention and norms come from."""
     base, method = _shown(plan.config.base_model, plan), plan.config.shared_weights.method
     if method == "base":
         return f"come from {base}"
@@ -230,7 +230,7 @@ def _shared(plan: MergePlan) -> str:
 
 
 def _shown(reference: str, plan: MergePlan) -> str:
-    """A source as the config names it, or as its repository and commit."""
+    """Show a source as the config names it, or as its repository and commit."""
     source = next((source for source in plan.sources if source.reference == reference), None)
     if (
         source

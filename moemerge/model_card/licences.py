@@ -1,6 +1,6 @@
-"""Which licence a merged model has: the strictest of its sources', where one of them contains the others.
+"""Find the licence of a merged model: the strictest of its sources', where one of them contains the others.
 
-No legal advice: this finds the cases in which practice agrees, and refuses to guess in all others.
+This is no legal advice: it finds the cases in which practice agrees, and refuses to guess in all others.
 """
 
 import re
@@ -13,7 +13,7 @@ from moemerge.errors import RefusedError
 # From lenient to strict, by the Hub's identifiers (https://huggingface.co/docs/hub/repositories-licenses): a work with
 # parts under one licence may as a whole be under any later one, if the notices of its parts are kept.
 _CHAINS: Final = (
-    # Each asks for all that those before it ask for: nothing, notices, no use of names, a patent clause.
+    # Each requires all that those before it require: nothing, notices, no use of names, a patent clause.
     ("wtfpl", "unlicense", "pddl", "cc0-1.0", "isc", "mit", "bsd-2-clause", "bsd-3-clause", "apache-2.0"),
     # GNU's list (https://www.gnu.org/licenses/license-list.html): Apache 2.0 fits version 3 alone; LGPL 2.1, section 3;
     # MPL 2.0, section 3.3. The Hub's "gpl-2.0" does not say "or later", so nothing is above it.
@@ -29,7 +29,7 @@ _CHAINS: Final = (
     ("cc-by-sa-3.0", "cc-by-sa-4.0"),
     ("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0"),
     ("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
-    # Terms of their own, which have to be passed on. Each of Llama's versions is an agreement apart from the others.
+    # Licences with terms of their own, which have to be passed on. Each version of Llama has its own agreement.
     *(
         ("apache-2.0", terms)
         for terms in (
@@ -42,10 +42,10 @@ _UNNAMED: Final = "other"
 
 
 def strictest(licences: Mapping[str, str | None]) -> str:
-    """The licence of what is made of all sources: the one of theirs that contains all others.
+    """Find the licence of what is made of all sources: the one of theirs that contains all others.
 
     Args:
-        licences: of each source its licence in lower case, as the Hub calls it or `other NAME LINK`, or None.
+        licences: each source's licence in lower case, as the Hub calls it or `other NAME LINK`, or None.
 
     Raises:
         RefusedError: one is missing, forbids derivatives, or there is no order between two; names every source's.

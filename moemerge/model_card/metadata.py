@@ -1,4 +1,4 @@
-"""The metadata of a model card: what the Hub reads between its first lines, licences above all."""
+"""Read and write the metadata at the top of a model card, licences above all, which the Hub reads."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ _NO_TABLE: Final = "{}: its metadata is no table in YAML. Correct what stands be
 
 
 def licence_of(sources: Sequence[ModelFolder]) -> str:
-    """A merged model's licence, from its sources' model cards.
+    """Find a merged model's licence from its sources' model cards.
 
     Raises:
-        RefusedError: they do not say; names every source's.
+        RefusedError: the cards do not determine one; names every source's.
     """
     adapters = {adapter.reference: adapter.folder for source in sources for adapter in source.adapters}
     folders = {source.reference: source.folder for source in sources} | adapters
@@ -32,10 +32,10 @@ def licence_of(sources: Sequence[ModelFolder]) -> str:
 
 
 def read_licence(folder: Path) -> str | None:
-    """The licence in the metadata of a folder's model card, or None where it names none.
+    """Read the licence in the metadata of a folder's model card; None where it names none.
 
-    One that the Hub has no identifier for is `other NAME LINK`; a link to a file beside the card is left out, since it
-    leads nowhere from another. Of several licences, which the Hub allows, all are taken to hold.
+    A licence without an identifier on the Hub is `other NAME LINK`; a link to a file beside the card is left out, since
+    it would lead nowhere from another card. Of several licences, which the Hub allows, all are taken to hold.
     """
     try:
         metadata = read_metadata(folder / "README.md")
@@ -58,11 +58,11 @@ def read_licence(folder: Path) -> str | None:
 def set_licence(folder: Path, licence: str) -> None:
     """Put a licence, as the Hub calls it or `other NAME LINK`, into the metadata of a folder's model card.
 
-    Where there is no card, one is begun.
+    If there is no card, one is begun.
 
     Raises:
         RefusedError: the card's metadata cannot be read.
-        OutputError: it cannot be written.
+        OutputError: the card cannot be written.
     """
     from huggingface_hub import metadata_save
 
@@ -75,7 +75,7 @@ def set_licence(folder: Path, licence: str) -> None:
 
 @contextmanager
 def rewritten(path: Path) -> Iterator[Path]:
-    """Where a card is written that then takes its old one's place."""
+    """A context with the path of a draft, which then takes the place of the card."""
     try:
         with drafted(path) as draft:
             yield draft
@@ -84,22 +84,22 @@ def rewritten(path: Path) -> Iterator[Path]:
 
 
 def _word(value: Any) -> str:
-    """A short text of the metadata that can be shown, or nothing."""
+    """A short text of the metadata that can be shown, or an empty text."""
     text = value.strip() if isinstance(value, str) and len(value) <= _LONGEST_WORD else ""
     return text if text.isprintable() else ""
 
 
 def _identifier(value: Any) -> str:
-    """A licence as the Hub calls it, or nothing."""
+    """A licence as the Hub calls it, or an empty text."""
     text = _word(value).lower()
     return text if _IDENTIFIER.fullmatch(text) else ""
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
-    """What stands between the first --- lines of somebody's card; nothing of what is no regular file.
+    """Read the metadata between the first --- lines of a card; an empty table if it is no regular file.
 
     Raises:
-        RefusedError: it is no table in YAML.
+        RefusedError: the metadata is no table in YAML.
     """
     if not card.is_file():
         return {}
@@ -117,5 +117,5 @@ def read_metadata(card: Path) -> dict[str, Any]:
 
 
 def licence_fields(licence: str) -> dict[str, str]:
-    """A licence, as the Hub calls it or `other NAME LINK`, as keys of the metadata."""
+    """Turn a licence, as the Hub calls it or `other NAME LINK`, into keys of the metadata."""
     return dict(zip(("license", "license_name", "license_link"), licence.split(maxsplit=2), strict=False))

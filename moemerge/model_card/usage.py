@@ -1,4 +1,4 @@
-"""How to use a merged model, for its card: what its family's engines were seen to compute rightly, and no other."""
+"""How to use a merged model, for its card: only in the engines that were seen to compute its family rightly."""
 
 import json
 import shlex
@@ -24,19 +24,19 @@ _COMMANDS: Final[dict[Engine, str]] = {
     "mlx": 'python -m mlx_lm generate --model {word} --prompt "Once upon a time"',
     "openvino": "OVModelForCausalLM.from_pretrained({text}, export=True)",
 }
-"""With the model's name as a word of a shell and as a text of Python."""
+"""Commands with the model's name as a word of a shell and as a text of Python."""
 _AGAIN: Final = (
     "After fine-tuning with transformers 5, run {} on what was saved: other readers miss keys of its config.json."
 )
 
 
 def use_it(name: str, family: str, engines: Sequence[Engine]) -> list[str]:
-    """Paragraphs of Markdown that say how to run a model of a family in the engines that are right, and what then.
+    """Write paragraphs of Markdown on how to run a model of a family in the engines that are right, and what then.
 
     Args:
         name: the model's folder.
-        family: its `model_type`.
-        engines: those that compute it as transformers 5 does; see `moemerge.families.engines.right_in`.
+        family: the model's `model_type`.
+        engines: the engines that compute it as transformers 5 does; see `moemerge.families.engines.right_in`.
     """
     versions = "transformers 4.57 and 5" if "transformers" in engines else "transformers 5"
     named = {"word": shlex.quote(name), "text": json.dumps(name)}

@@ -1,1 +1,1 @@
-"""A model run one decoder layer at a time, by transformers' own classes: never more of it in memory than a layer."""
+"""Run a model one decoder layer at a time with transformers' own classes; one layer at most is in memory."""

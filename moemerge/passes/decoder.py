@@ -1,6 +1,6 @@
-"""What is the same in every streamed pass: a model without weights, token sequences before and after its layers.
+"""The parts that every streamed pass shares: a model without weights, and token sequences before and after its layers.
 
-Embeddings, rotary tables, masks and layers are the `transformers` classes' own; only the order of the loops is ours.
+Embeddings, rotary tables, masks and layers are those of the `transformers` classes; only the loops are different.
 """
 
 import re
@@ -20,7 +20,7 @@ Ids = Sequence[int]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """In what a pass computes: float32 on a CPU, elsewhere bfloat16."""
+    """The dtype of a pass: float32 on a CPU, elsewhere bfloat16."""
     return _COMPUTE_DTYPES.get(device.type, torch.bfloat16)
 
 
@@ -28,23 +28,23 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 class Batch:
     """Token sequences that pass together, padded on the right to one length.
 
-    No mask tells of the padding: attention, convolutions and states are causal, so no token sees what follows it.
+    Padding is not masked: attention, convolutions and states are causal, so no token sees what follows it.
     """
 
     ids: torch.Tensor
-    """(sequence, position) rows of `table`."""
+    """Row numbers in `table` (sequence, position)."""
     table: torch.Tensor
-    """(token, hidden) embeddings of the tokens that occur."""
+    """Embeddings of the tokens that occur (token, hidden)."""
     states: torch.Tensor
-    """(sequence, position, hidden) what the next layer sees."""
+    """Inputs of the next layer (sequence, position, hidden)."""
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
-    """By layer, what the model passes to it beside the states, by position and by name."""
+    """Arguments that the model passes to each layer beside the states, by position and by name."""
     lengths: tuple[int, ...]
-    """Tokens of each sequence."""
+    """Number of tokens in each sequence."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether the states of all tokens are finite numbers; what stands in the padding does not count."""
+        """Whether the states of all tokens are finite numbers; padding does not count."""
         return bool(self.states.isfinite().all()) or all(
             bool(states[:length].isfinite().all()) for states, length in zip(self.states, self.lengths, strict=True)
         )
@@ -54,10 +54,10 @@ def empty_model(
     model_type: str, keys: Mapping[str, Any], device: torch.device, *, head: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Any:  # fmt: skip
-    """A decoder, or with `head` a causal language model, without weights; those that it will be given become `dtype`.
+    """Make a decoder, or with `head` a causal language model, without weights; weights to be loaded become `dtype`.
 
     Its buffers, such as rotary frequencies and selection biases, are real, on the device, and float32. It is not made
-    from `config.json` itself: a hostile one can name a repository for its attention's code.
+    from `config.json` itself, since a hostile one can name a repository for its attention's code.
     """
     config = AutoConfig.for_model(model_type, **{**keys, "pad_token_id": None})
     with init_empty_weights(include_buffers=False), _uninitialised():
@@ -72,14 +72,14 @@ def empty_model(
 
 
 def _put(model: Any, name: str, value: torch.Tensor) -> None:
-    """Another buffer or parameter in the place of the one of this name."""
+    """Replace the buffer or parameter of this name."""
     path, _, own = name.rpartition(".")
     setattr(model.get_submodule(path), own, value)
 
 
 @contextmanager
 def _uninitialised() -> Iterator[None]:
-    """Models are made without first values for weights that lie nowhere: transformers 4 fails to give Mamba's."""
+    """A context in which models get no initial values for meta weights: transformers 4 fails to give Mamba's."""
     given = PreTrainedModel.init_weights
     PreTrainedModel.init_weights = lambda _: None
     try:
@@ -89,7 +89,7 @@ def _uninitialised() -> Iterator[None]:
 
 
 def group(sequences: Sequence[_Sequence], length: Callable[[_Sequence], int], budget: int) -> Iterator[list[_Sequence]]:
-    """Sequences of similar length together, within a budget of padded tokens."""
+    """Group sequences of similar length, within a budget of padded tokens."""
     together: list[_Sequence] = []
     for sequence in sorted(sequences, key=length):
         if together and (len(together) + 1) * length(sequence) > budget:
@@ -107,12 +107,12 @@ def embed(
     """Run everything before the layers, recording what the decoder would pass to each of them.
 
     Args:
-        decoder: the model's part with `embed_tokens` and `layers`.
-        norm: name in it of the norm after the layers.
-        sequences: token ids.
-        read_rows: gives rows (token, hidden) of the embeddings; only those of the tokens that occur are read.
-        device: of the pass.
-        dtype: of its states.
+        decoder: the part of the model with `embed_tokens` and `layers`.
+        norm: the name in it of the norm after the layers.
+        sequences: token ids of each sequence.
+        read_rows: reads rows (token, hidden) of the embeddings; only those of the tokens that occur are read.
+        device: the device of the pass.
+        dtype: the dtype of the states.
     """
     tokens = sorted({token for ids in sequences for token in ids})
     place = {token: index for index, token in enumerate(tokens)}
@@ -128,7 +128,7 @@ def embed(
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             batch.arguments[index] = args, kwargs
             embedded.append(hidden_states)
-            # Where transformers 4 expects a tuple, it passes on the first sequence alone: never what came in.
+            # Where transformers 4 expects a tuple it passes on only the first sequence, never all that came in.
             return embedded[0]
 
         return forward
@@ -140,7 +140,7 @@ def embed(
 
 
 def finish(model: Any, decoder: Any, norm: str, batch: Batch) -> torch.Tensor:
-    """Run everything behind the layers: logits (sequence, position, vocab) of states that have passed them all."""
+    """Run everything after the layers, from states to logits (sequence, position, vocab)."""
     last = decoder.get_submodule(norm)
     forward = last.forward
 
@@ -156,7 +156,7 @@ def finish(model: Any, decoder: Any, norm: str, batch: Batch) -> torch.Tensor:
 
 
 def _call(model: Any, decoder: Any, batch: Batch, forwards: Mapping[Any, Callable[..., Any]]) -> Any:
-    """Call a model on a batch with other forwards in place of some modules' own."""
+    """Call a model on a batch, with other forwards in place of some modules' own."""
     decoder.embed_tokens.weight = torch.nn.Parameter(batch.table, requires_grad=False)
     for module, forward in forwards.items():
         module.forward = forward
@@ -169,7 +169,7 @@ def _call(model: Any, decoder: Any, batch: Batch, forwards: Mapping[Any, Callabl
 
 
 def run_layer(layer: Any, batch: Batch, index: int) -> None:
-    """Pass a batch through a layer: its states are replaced, in their place.
+    """Pass a batch through a layer; its states are replaced in place.
 
     Long-lived blocks between the short-lived ones of a layer would keep the heap from shrinking.
     """

@@ -1,4 +1,4 @@
-"""The device that models run on, and what to say when its memory runs out."""
+"""Find the device that models run on and its free memory, and turn out-of-memory errors into messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ _GROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name, or the best that `auto` finds.
+    """Find the device of this name, or the best one for `auto`.
 
     Raises:
-        RouterError: there is none.
+        RouterError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +32,7 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def memory_watched(doing: str) -> Iterator[None]:
-    """Torch's ways of saying that memory ran out turned into one message: while what, and what to do about it."""
+    """A context that turns torch's out-of-memory errors into one message: during what, and what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -43,7 +43,7 @@ def memory_watched(doing: str) -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a device has free; of a CPU, within the limits of a container; None where the system does not say."""
+    """The free bytes of a device; for a CPU within the limits of a container; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -55,7 +55,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _free_in_group(folder: Path) -> Iterator[int]:
-    """Of the control group that is mounted here, which is a container's own; page cache that can go is free."""
+    """Yield the free bytes of the control group mounted here (a container's own); droppable page cache is free."""
     for part, limit, used, cache in (
         ("", "memory.max", "memory.current", "inactive_file "),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),

@@ -1,4 +1,4 @@
-"""Where the numbers of a pass stop being finite: in a weight that is not, or in what finite weights make of text."""
+"""Find where the numbers of a pass stop being finite: in a weight, or in what finite weights make of the text."""
 
 import torch
 
@@ -6,7 +6,7 @@ from moemerge.checkpoint.values import NotFinite
 
 
 def not_finite_in(name: str, values: torch.Tensor) -> NotFinite | None:
-    """How many of a tensor's numbers are infinite or NaN, and where the first is; None where all are finite."""
+    """Count the infinite and NaN numbers of a tensor and find the first; None where all are finite."""
     found = ~values.isfinite()
     if not (count := int(found.sum())):
         return None
@@ -18,12 +18,12 @@ def not_finite_in(name: str, values: torch.Tensor) -> NotFinite | None:
 
 
 def where_it_began(place: str, broken: NotFinite | None, dtype: torch.dtype) -> str:
-    """Why what comes out of a part of a model is not finite, though what went in was: `numbers are not ...`.
+    """Explain why the output of a part of a model is not finite although its input was: `numbers are not ...`.
 
     Args:
         place: the part, in words: `layer 3`.
-        broken: a weight of it that is not finite, if there is one.
-        dtype: that is computed in.
+        broken: a weight of the part that is not finite, if there is one.
+        dtype: the dtype that is computed in.
     """
     if broken:
         return f"numbers are not finite from {place} on: {broken}"

@@ -1,4 +1,4 @@
-"""Tensors as a checkpoint names them, placed in a model of transformers whatever it calls them in memory."""
+"""Load tensors with a checkpoint's names into a model of transformers, whatever it calls them in memory."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -14,10 +14,10 @@ from moemerge.errors import CheckpointError
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Give some of a model's parameters and buffers their values, in the dtype that they have there.
 
-    The others stay as they are.
+    Other parameters stay as they are.
 
-    transformers 5 stacks experts in memory; its own conversion of a whole checkpoint serves for a part of one. Version
-    4 calls the tensors of our families as they are stored.
+    transformers 5 stacks experts in memory; its conversion of a whole checkpoint is used here for a part of one.
+    Version 4 calls the tensors of our families as they are stored.
 
     Raises:
         CheckpointError: the model has no place for a tensor.
@@ -36,10 +36,10 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
     logging.disable_progress_bar()
     try:
         dtype = next(iter(tensors.values())).dtype
-        told = LoadStateDictConfig(
+        settings = LoadStateDictConfig(
             device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)
         )
-        found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), told)
+        found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -51,7 +51,7 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Matrices in a narrow dtype, as they will be loaded; vectors as they are, since the model may hold them wider."""
+    """Cast matrices to a narrow dtype, as they will be loaded; vectors stay, since the model may hold them wider."""
     return values if values.dim() < 2 else values.to(dtype)  # noqa: PLR2004
 
 

@@ -1,6 +1,6 @@
-"""Whether a merged model's tokenizer gives the base's ids, proved on a text, and a tokenizer.json with which it does.
+"""Prove on a text that a merged model's tokenizer gives the base's ids, or make a tokenizer.json with which it does.
 
-transformers chooses a tokenizer's class by `model_type` too, which the merged model has another of. As a program
+transformers chooses a tokenizer's class by `model_type` too, which differs in the merged model. As a program
 (`python -m moemerge.passes.proving BASE OUT`) it writes what it found to `proof.json` beside OUT.
 """
 
@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.passes.tokens import told, why_unreadable
+from moemerge.passes.tokens import error_line, why_unreadable
 
 RESULT: Final = "proof.json"
-# What tokenizers that are nearly the same do differently: spaces at the ends and in runs, digits, contractions, marks
+# Text that nearly equal tokenizers treat differently: spaces at the ends and in runs, digits, contractions, marks
 # that join letters, scripts without spaces, what no vocabulary holds.
 _TEXTS: Final = (
     "The quick brown fox jumps over the lazy dog.",
@@ -33,25 +33,25 @@ _TEXTS: Final = (
 _MOST_ADDED: Final = 200
 _NAMED: Final = ("bos_token", "eos_token", "pad_token")
 _SIDES: Final = ("padding_side", "truncation_side")
-# transformers 4 and 5 read tokenizer.json as it is by this class, where they heed it.
+# This class makes transformers 4 and 5 read tokenizer.json as it is, where they heed it.
 _AS_IT_IS: Final = {"tokenizer_class": "PreTrainedTokenizerFast"}
 _ABSENT: Final = object()
-# Settings of added tokens that a class did not heed when it read the base, and would heed in a tokenizer.json.
+# Settings of added tokens that a class ignored when it read the base, and would heed in a tokenizer.json.
 _ADDED_AS_MADE: Final = {"added_tokens_decoder": _ABSENT}
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found, as text that can be stored."""
+    """The result, as text that can be stored."""
 
     base_class: str = ""
-    """What the base's tokenizer is read by; empty where it cannot be read."""
+    """The class that reads the base's tokenizer; empty where it cannot be read."""
     problem: str = ""
-    """Why it cannot, or how the output differs from it: where ids are proved, with nothing but copied files."""
+    """Why it cannot be read, or how the output differs: where ids are proved, with nothing but copied files."""
     step: str = ""
     """What to do where it cannot be read."""
     output_class: str = ""
-    """What the output's is read by then; empty where it cannot be read."""
+    """The class that reads the output's tokenizer then; empty where it cannot be read."""
     is_proved: bool = False
     """Whether the output gives the base's ids."""
 
@@ -59,12 +59,12 @@ class Proof:
 def prove(base: Path, out: Path) -> Proof:
     """Find out whether an output's tokenizer gives the base's ids, and make it so where it does not.
 
-    Both read a few texts, as transformers makes them of their folders.
+    Both tokenizers, as transformers makes them of their folders, read a few texts.
 
     Args:
         base: the base model's folder.
-        out: the output's `config.json` and what is copied from the base. Where that is not enough, `tokenizer.json` is
-            made anew here of the base's tokenizer, and `tokenizer_config.json` edited.
+        out: a folder with the output's `config.json` and the files copied from the base. Where these are not enough,
+            `tokenizer.json` is made anew here from the base's tokenizer, and `tokenizer_config.json` edited.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes, about texts that a user did not write
@@ -105,7 +105,7 @@ def _load(folder: Path) -> Any:
 
 
 def _converted(tokenizer: Any) -> str:
-    """A tokenizer as the text of a tokenizer.json; empty where it cannot be said in one."""
+    """Write a tokenizer as the text of a tokenizer.json; empty where that is not possible."""
     from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -117,7 +117,7 @@ def _converted(tokenizer: Any) -> str:
 
 
 def _texts(tokenizer: Any) -> list[str]:
-    """Those that the tokenizer can read: Code Llama's divides a text at its token for what is to be filled in."""
+    """The texts that the tokenizer can read: Code Llama's divides a text at its token for what is to be filled in."""
     added = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})[:_MOST_ADDED]
     texts = []
     for text in (*_TEXTS, *(f"a{token}b {token} c{token}\n" for token in added)):
@@ -130,7 +130,7 @@ def _texts(tokenizer: Any) -> list[str]:
 
 
 def _read(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """What a tokenizer makes of texts, and what else of it decides which ids a model is given, each by its name."""
+    """Collect what a tokenizer makes of texts, and its other settings that decide on a model's ids, by name."""
     alone = {"add_special_tokens": False, "verbose": False}
     return {
         **{f"the ids of {text!r:.80}": tokenizer(text, verbose=False)["input_ids"] for text in texts},
@@ -144,12 +144,12 @@ def _read(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _compare(out: Path, texts: Sequence[str], expected: Mapping[str, Any], base_class: str) -> Proof:
-    """The first thing in which the output's tokenizer differs from what is expected, if there is one."""
+    """Find the first thing in which the output's tokenizer differs from what is expected, if there is one."""
     try:
         tokenizer = _load(out)
         found = _read(tokenizer, texts)
     except Exception as error:  # noqa: BLE001  each tokenizer class raises in its own way
-        return Proof(base_class, f"it cannot be loaded ({told(error)})")
+        return Proof(base_class, f"it cannot be loaded ({error_line(error)})")
     name = type(tokenizer).__name__
     for what, value in expected.items():
         if found[what] != value:
@@ -160,7 +160,7 @@ def _compare(out: Path, texts: Sequence[str], expected: Mapping[str, Any], base_
 
 
 def _first(what: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
-    """Where two values differ first, and what is there."""
+    """Find where two values differ first, and what each has there."""
     if isinstance(found, dict) and isinstance(expected, dict):
         key = next((key for key in (*expected, *found) if expected.get(key) != found.get(key)), "")
         return f"{what} {key!r:.60}", found.get(key), expected.get(key)
@@ -172,7 +172,7 @@ def _first(what: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
 
 
 def _edits(tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Keys that tokenizer_config.json may need beside a made tokenizer.json, the least first; `_ABSENT` removes one."""
+    """Yield additions to tokenizer_config.json for a made tokenizer.json, the fewest first; `_ABSENT` removes a key."""
     sides = {name: "left" for name in _SIDES if getattr(tokenizer, name, None) == "left"}
     named = {name: getattr(tokenizer, name) for name in _NAMED}
     named["model_input_names"] = list(tokenizer.model_input_names)

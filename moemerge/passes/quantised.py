@@ -1,4 +1,4 @@
-"""Linear layers whose weights are held in 4 or 8 bits, computed by bitsandbytes: the one place that imports it."""
+"""Linear layers with weights in 4 or 8 bits, computed by bitsandbytes: the only module that imports it."""
 
 import logging
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def quantise_weight(layer: torch.nn.Module, name: str, bits: Literal[4, 8]) -> N
 
 
 def _in_8_bits(linear: torch.nn.Linear) -> Any:
-    # It would say for each product that the inputs are cast to float16.
+    # Without this it warns at each product that the inputs are cast to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     quantised = Linear8bitLt(
         linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=_OUTLIER, device="meta"

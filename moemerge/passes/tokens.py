@@ -1,4 +1,4 @@
-"""Text as tokens, by a model's own tokenizer, in pieces that a pass can read."""
+"""Turn text into tokens with a model's own tokenizer, in windows that a pass can read."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,14 +13,14 @@ from moemerge.errors import CheckpointError, RouterError
 from moemerge.printable import printable
 
 Encode = Callable[[str], tuple[list[int], list[int]]]
-"""From a text to its tokens, and of each whether the tokenizer added it: 0 or 1."""
+"""A function from a text to its tokens, with a 0 or 1 for each: 1 if the tokenizer added it."""
 
-# Of each document; tokens are seldom longer than a few characters.
+# Characters read of each document; tokens are seldom longer than a few characters.
 _DOCUMENT_CHARACTERS: Final = 100_000
 _SHORTEST: Final = 8
 _EVEN_LENGTH: Final = 64
 CHARACTERS_PER_TOKEN: Final = 64
-"""That are read at most. Tokens of text have about four; of documents that differ, the longer ones give more."""
+"""Most characters read for a token. Tokens of text have about four; longer documents make up for shorter ones."""
 _SHOWN: Final = 8
 _SENTENCEPIECE: Final = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -31,26 +31,26 @@ class Window:
 
     document: int
     ids: tuple[int, ...]
-    """With the special tokens that the tokenizer puts in front of every text."""
+    """Token ids, with the special tokens that the tokenizer puts in front of every text."""
     counted: tuple[bool, ...]
     """Which tokens count in statistics: see `counted_mask`."""
 
     @property
     def scored(self) -> tuple[bool, ...]:
-        """Of each token but the first, which nothing predicts, whether its loss counts."""
+        """Whether each token's loss counts, without the first token, which nothing predicts."""
         return self.counted[1:]
 
 
 def count_scored(windows: Iterable[Window]) -> int:
-    """How many tokens of some windows have a loss that counts."""
+    """Count the tokens of some windows whose loss counts."""
     return sum(sum(window.scored) for window in windows)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model's folder, as transformers makes it.
+    """Load the tokenizer of a model's folder, as transformers makes it.
 
     Raises:
-        RouterError: there is none that can be loaded.
+        RouterError: no tokenizer can be loaded.
     """
     with _explained(folder):
         from transformers import AutoTokenizer
@@ -59,7 +59,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """A folder's `tokenizer_config.json`; empty where there is none that can be read."""
+    """Read a folder's `tokenizer_config.json`; empty if there is none that can be read."""
     path = folder / "tokenizer_config.json"
     try:
         return read_json(path) if path.is_file() else {}
@@ -68,7 +68,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def code_references(config: Mapping[str, Any]) -> list[str]:
-    """What `auto_map` of a tokenizer's config names: classes as `file.Class`, or `user/name--file.Class`."""
+    """The names in `auto_map` of a tokenizer's config: classes as `file.Class`, or `user/name--file.Class`."""
     found = config.get("auto_map")
     values = list(found.values()) if isinstance(found, dict) else [found]
     flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
@@ -76,13 +76,13 @@ def code_references(config: Mapping[str, Any]) -> list[str]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names that somebody else chose, no longer than a message may be."""
+    """Join names from untrusted files to a text that is short enough for a message."""
     shown = [f"{printable(name):.80}" for name in names]
     return ", ".join(shown[:_SHOWN]) + (" ..." if shown[_SHOWN:] else "")
 
 
 def why_unreadable(folder: Path, error: Exception) -> tuple[str, str]:
-    """Why transformers makes no tokenizer of a folder, and what to do about it."""
+    """Explain why transformers makes no tokenizer of a folder, and what to do about it."""
     if references := code_references(read_tokenizer_config(folder)):
         return (
             f"is code of its repository ({listed(references)}), which moemerge never runs",
@@ -97,11 +97,11 @@ def why_unreadable(folder: Path, error: Exception) -> tuple[str, str]:
         )
         return why, f"pip install {' '.join(packages)}"
     has_files = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", *_SENTENCEPIECE))
-    return f"cannot be used ({told(error)})", f"{'mend' if has_files else 'add'} the tokenizer's files"
+    return f"cannot be used ({error_line(error)})", f"{'mend' if has_files else 'add'} the tokenizer's files"
 
 
-def told(error: Exception) -> str:
-    """What another library says in many lines, in one short one."""
+def error_line(error: Exception) -> str:
+    """Shorten another library's error of many lines to one short line."""
     return f"{type(error).__name__}: {printable(' '.join(str(error).split())):.160}"
 
 
@@ -125,10 +125,10 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def by_transformers(folder: Path, *, bos_as_text: bool = False) -> Encode:
-    """The tokenizer as transformers makes it; special tokens are added, or with `bos_as_text` the BOS alone.
+    """Load a tokenizer as transformers makes it; special tokens are added, or with `bos_as_text` the BOS alone.
 
     Raises:
-        RouterError: there is none that can be loaded.
+        RouterError: no tokenizer can be loaded.
     """
     tokenizer = load_tokenizer(folder)
 
@@ -145,10 +145,10 @@ def by_transformers(folder: Path, *, bos_as_text: bool = False) -> Encode:
 
 
 def by_tokenizers(file: Path) -> Encode:
-    """As `tokenizer.json` alone says; no special tokens are added.
+    """Load a tokenizer from `tokenizer.json` alone; no special tokens are added.
 
     Raises:
-        RouterError: it cannot be loaded.
+        RouterError: the file cannot be loaded.
     """
     with _explained(file.parent):
         from tokenizers import Tokenizer
@@ -165,10 +165,10 @@ def by_tokenizers(file: Path) -> Encode:
 
 
 def counted_mask(special: Sequence[int]) -> tuple[bool, ...]:
-    """Which tokens count in statistics: those of the text itself, without the one at which it begins.
+    """Mark the tokens that count in statistics: those of the text itself, without the first token of the sequence.
 
-    The first token of a sequence, BOS or not, gathers attention (an attention sink, https://arxiv.org/abs/2309.17453):
-    its states are far from all others, and in an average would outweigh the text. A text of one token has to count.
+    The first token, BOS or not, gathers attention (an attention sink, https://arxiv.org/abs/2309.17453): its
+    states are far from all others and would outweigh the text in an average. The only token of a text has to count.
     """
     counted = [not added for added in special]
     if counted[0] and sum(counted) > 1:
@@ -179,21 +179,21 @@ def counted_mask(special: Sequence[int]) -> tuple[bool, ...]:
 def cut_windows(
     documents: Sequence[str], encode: Encode, *, tokens: int, length: int, seed: int = 0, even: bool = False
 ) -> list[Window]:
-    """Windows of documents, a round of one from each after the other, until there are enough tokens.
+    """Cut windows from documents, one of each in every round, until there are enough tokens.
 
     Args:
-        documents: the texts; of each, at most 100 000 characters are read.
+        documents: the texts; at most 100 000 characters of each are read.
         encode: the tokenizer.
-        tokens: how many tokens are wanted in all, those that the tokenizer adds left out.
-        length: of the longest window, without the tokens that the tokenizer adds.
-        seed: which documents come first.
-        even: whether windows are shortened so that every document has one, if they are not shorter than 64 tokens.
+        tokens: how many tokens are wanted in all, without those that the tokenizer adds.
+        length: the most tokens in a window, without those that the tokenizer adds.
+        seed: decides which documents come first.
+        even: whether windows are shortened so that every document has one, as long as they keep 64 tokens.
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)  # noqa: S311  no secret
     if even:
         length = min(length, max(_EVEN_LENGTH, tokens // max(len(documents), 1)))
-    # Documents beyond these would give nothing, and neither would what lies further behind in them.
+    # Documents beyond these would give nothing, and neither would text beyond this in each of them.
     order = order[: max(tokens // (_EVEN_LENGTH if even else _SHORTEST), 1)]
     characters = min(_DOCUMENT_CHARACTERS, CHARACTERS_PER_TOKEN * max(length, tokens // max(len(order), 1)))
     encoded = [(document, *_split(*encode(documents[document][:characters]))) for document in order]
@@ -202,7 +202,7 @@ def cut_windows(
     while left > 0 and any(len(text) > start for _, _, text in encoded):
         for document, added, text in encoded:
             part = text[start : start + min(length, left)]
-            # What is left of a document may be too short to say anything.
+            # The rest of a document may be too short to say anything.
             if len(part) >= (_SHORTEST if start else 1):
                 special = [*[1] * len(added), *[0] * len(part)]
                 windows.append(Window(document, (*added, *part), counted_mask(special)))
@@ -212,6 +212,6 @@ def cut_windows(
 
 
 def _split(ids: list[int], special: list[int]) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts in front of every text, and the text's own."""
+    """Split tokens into those that the tokenizer puts in front of every text, and the text's own."""
     first = next((index for index, added in enumerate(special) if not added), len(ids))
     return ids[:first], [token for token, added in zip(ids, special, strict=True) if not added]

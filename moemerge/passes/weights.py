@@ -1,4 +1,4 @@
-"""Stored tensors as torch tensors, read by their byte ranges, whatever file they lie in."""
+"""Read stored tensors as torch tensors by their byte ranges, whatever file they lie in."""
 
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -13,7 +13,7 @@ CHUNK_BYTES: Final = 2**20
 
 
 def read_into(tensor: TensorInfo, target: torch.Tensor) -> None:
-    """Fill `target`, of the same shape, on any device and of any float dtype, from the file; a chunk at a time.
+    """Fill `target` from the file, a chunk at a time; it has the same shape, and any device and float dtype.
 
     Raises:
         CheckpointError: the file ends too early.
@@ -28,14 +28,14 @@ def read_into(tensor: TensorInfo, target: torch.Tensor) -> None:
 
 
 def read_ahead(tensors: Iterable[TensorInfo]) -> None:
-    """Bring bytes into the page cache, from where they are read without waiting for the disk."""
+    """Bring the bytes of tensors into the page cache, so that reading them does not wait for the disk."""
     for tensor in tensors:
         for _ in _chunks(tensor):
             pass
 
 
 def _chunks(tensor: TensorInfo) -> Iterator[memoryview]:
-    """A tensor's bytes, in views of one buffer that the next chunk overwrites."""
+    """Yield a tensor's bytes in views of one buffer, which the next chunk overwrites."""
     buffer = bytearray(min(tensor.nbytes, CHUNK_BYTES))
     with tensor.open() as file:
         left = tensor.nbytes

@@ -101,8 +101,8 @@ def _differs_behind(expert: Loaded, base: Loaded, layer: int) -> str | None:
 def _fold(
     model: DenseModel, tensors: Mapping[str, TensorInfo], layer: int, ratio: Rows
 ) -> Iterator[tuple[str, TensorInfo]]:
-    told = hashlib.sha256(ratio.tobytes()).hexdigest()
+    recipe_key = hashlib.sha256(ratio.tobytes()).hexdigest()
     for name in {model.family.ffn[role].name for role in ("gate", "up")}:
         tensor = tensors[layer_prefix(layer) + name]
         recipe = ScaledColumns(ratio)
-        yield tensor.name, Derived("norms folded into", (tensor,), recipe, told, "F32").tensor(tensor.name)
+        yield tensor.name, Derived("norms folded into", (tensor,), recipe, recipe_key, "F32").tensor(tensor.name)

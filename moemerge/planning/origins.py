@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from moemerge.checkpoint.derived import Derived, leaves
-from moemerge.checkpoint.files import File, Stamp, size_of, told_by
+from moemerge.checkpoint.files import File, Stamp, fingerprint_of, size_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import CheckpointError
@@ -47,11 +47,11 @@ class Origins:
         """Of them, the bytes that are kept on the disk until the end, for they are read more than once."""
         return remote_bytes(self.reread)
 
-    def told_by(self, file: File) -> dict[str, Any]:
+    def fingerprint_of(self, file: File) -> dict[str, Any]:
         """What a change of a file would change: of a local one the stamp that it had when it was planned with."""
         if isinstance(file, Path) and file in self.stamps:
             return asdict(self.stamps[file])
-        return {"size": size_of(file), "identity": str(told_by(file))}
+        return {"size": size_of(file), "identity": str(fingerprint_of(file))}
 
     def check(self, when: str) -> None:
         """Make sure that every file that was read of the models is still the same.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint.derived import Derived, leaves
@@ -91,7 +92,7 @@ class MergePlan:
     @property
     def base_tensors(self) -> Mapping[str, TensorInfo]:
         """Its tensors, or what is made of all models' in their place."""
-        return self.parts.base
+        return MappingProxyType(self.parts.base)
 
     @property
     def experts(self) -> tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]:
@@ -294,7 +295,7 @@ class MergePlan:
             "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
             "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
             "sources": {
-                str(path): self.origins.told_by(path)
+                str(path): self.origins.fingerprint_of(path)
                 | {
                     "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
                 }

@@ -131,19 +131,21 @@ def _derive(
 ) -> TensorInfo:  # fmt: skip
     given = settings.weights or [1.0] * len(experts)
     weights = [weight / sum(given) for weight in given]
-    told = repr((settings.model_dump(), base.name))
+    recipe_key = repr((settings.model_dump(), base.name))
     if settings.method == "average":
         if len(set(experts)) == 1:
             return experts[0]
         name = f"average of {len(experts)} models"
-        return Derived(name, tuple(experts), linear(weights), told, dtype).tensor(base.name)
+        return Derived(name, tuple(experts), linear(weights), recipe_key, dtype).tensor(base.name)
     recipe: Recipe = (
         _Ties(base, experts, settings.density, weights)
         if settings.method == "ties"
         else _dare(base.name, settings, weights)
     )
     name = f"{settings.method} of {len(experts)} models"
-    return Derived(name, (base, *experts), recipe, told, dtype, rereads=settings.method == "ties").tensor(base.name)
+    return Derived(name, (base, *experts), recipe, recipe_key, dtype, rereads=settings.method == "ties").tensor(
+        base.name
+    )
 
 
 def _dare(name: str, settings: SharedWeights, weights: Sequence[float]) -> Recipe:

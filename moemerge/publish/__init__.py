@@ -1,1 +1,1 @@
-"""A merged model sent to the Hub: the whole folder at once, or shard by shard while it is made."""
+"""Send a merged model to the Hub: the whole folder at once, or shard by shard while it is made."""

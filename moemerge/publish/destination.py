@@ -1,4 +1,4 @@
-"""Where a model goes on the Hub, and whether it will be taken there: asked before any work."""
+"""A model's destination on the Hub, and checks before any work that the Hub will take the model."""
 
 import re
 from dataclasses import dataclass
@@ -16,27 +16,27 @@ _WRITING_ROLES: Final = frozenset({"admin", "write", "contributor"})
 
 @dataclass(frozen=True)
 class Destination:
-    """A repository on the Hub and how a model gets there."""
+    """A repository on the Hub and how a model is sent there."""
 
     repo: str
     private: bool = False
-    """A repository that does not exist yet is created private; one that is public is refused."""
+    """Whether a new repository is created private; then a public one is refused."""
     revision: str | None = None
-    """A branch, created where it is missing, or a pull request as `refs/pr/N`; else `main`."""
+    """A branch, created where it is missing, or a pull request as `refs/pr/N`; None for `main`."""
     create_pr: bool = False
 
 
 @dataclass(frozen=True)
 class Account:
-    """Whose token it is."""
+    """The account that a token belongs to."""
 
     name: str
     places: tuple[str, ...]
-    """Where it may write, as far as the Hub says: repositories, and namespaces as `user/...`."""
+    """Where the account may write, as far as the Hub says: repositories, and namespaces as `user/...`."""
 
 
 def may_not_write(account: Account, why: str = "") -> str:
-    """What to tell who may not write to a repository, with what the Hub said."""
+    """The message for an account that may not write to a repository, with what the Hub said."""
     places = " or ".join(account.places) or "nothing"
     return f"{account.name} may not write there{why}. The token may write to {places}."
 
@@ -60,10 +60,10 @@ def check_names(to: Destination) -> None:
 
 
 def read_account(api: HfApi, to: Destination) -> Account:
-    """Whose token it is, if it may write at all.
+    """Find the account of the token, if the token may write at all.
 
     Raises:
-        PublishError: the token is there to read only.
+        PublishError: the token can only read.
     """
     who: dict[str, Any] = api.whoami()
     token = (who.get("auth") or {}).get("accessToken") or {}
@@ -90,10 +90,10 @@ def read_account(api: HfApi, to: Destination) -> Account:
 
 
 def check_repository(api: HfApi, to: Destination, account: Account) -> None:
-    """Have the Hub say whether files would be taken, as far as there is a repository to ask about; nothing is created.
+    """Ask the Hub whether it would take files, as far as the repository exists; nothing is created.
 
     Raises:
-        RefusedError: the destination is not what the options say.
+        RefusedError: the repository differs from what the options say.
     """
     try:
         public = not api.model_info(to.repo).private
@@ -141,6 +141,6 @@ def _has_revision(api: HfApi, to: Destination) -> bool:
 
 
 def _probe(api: HfApi, to: Destination) -> None:
-    """Send nothing: the Hub is asked how it would take a file, and refuses who may not write."""
+    """Ask the Hub how it would take a file, without sending one; it refuses accounts that may not write."""
     probe = CommitOperationAdd("README.md", b"# \n")
     api.preupload_lfs_files(to.repo, [probe], revision=to.revision, create_pr=to.create_pr)

@@ -1,4 +1,4 @@
-"""The files of a complete checkpoint in a folder, and nothing else that lies there."""
+"""Find the files of a complete checkpoint in a folder, and nothing else that lies there."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from moemerge.sources.model_folder import Announce, open_merged, read_tensor_tab
 
 
 def checkpoint_files(folder: Path, announce: Announce) -> list[Path]:
-    """Weights, `config.json`, index, tokenizer, model card and what else lies beside them; chat templates below.
+    """List weights, `config.json`, index, tokenizer, model card and other files beside them, and chat templates below.
 
-    Not hidden files, other folders, and weights that the index does not name; these are announced.
+    Hidden files, other folders, and weights that the index does not name are left out, and announced.
 
     Raises:
         SourceError: there is no such folder, or no checkpoint in it.

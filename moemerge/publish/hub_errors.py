@@ -1,4 +1,4 @@
-"""What the Hub's answers and the client's errors mean for one who publishes, and what to do next."""
+"""Explain the Hub's answers and the client's errors to the user who publishes, with what to do next."""
 
 import re
 from http import HTTPStatus
@@ -24,7 +24,7 @@ Explained = tuple[type[PublishError | RefusedError], str]
 
 
 def explain(error: BaseException, to: Destination, account: Account) -> Explained:
-    """The kind of an error and a line about it, without the repository's name."""
+    """Give the kind of an error and a line about it, without the repository's name."""
     causes = list(chain(error))
     if any(isinstance(one, LocalTokenNotFoundError) for one in causes):
         return PublishError, _NO_TOKEN
@@ -41,7 +41,7 @@ def explain(error: BaseException, to: Destination, account: Account) -> Explaine
 
 
 def _explain_answer(error: BaseException, to: Destination, account: Account) -> Explained:
-    """Of an error that carries the Hub's response."""
+    """Explain an error that carries the Hub's response."""
     response: Any = getattr(error, "response", None)
     status = int(response.status_code)
     said = getattr(error, "server_message", None) or response.headers.get("X-Error-Message") or ""

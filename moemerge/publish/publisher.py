@@ -1,4 +1,4 @@
-"""A merged model sent to the Hub: the whole folder at once, or shard by shard while it is made."""
+"""Send a merged model to the Hub: the whole folder at once, or shard by shard while it is made."""
 
 import re
 import shlex
@@ -25,13 +25,13 @@ from moemerge.publish.destination import (
 from moemerge.publish.folder import checkpoint_files, name_in_repository
 from moemerge.publish.hub_errors import explain
 from moemerge.sources.model_folder import Announce
-from moemerge.sources.retries import TOLD_TO_WAIT, Result, patiently
+from moemerge.sources.retries import WAIT_STATUSES, Result, patiently
 
 __all__ = ["Destination", "Publisher", "checkpoint_files"]
 
-# What a reader loads as a model: a file of an older model that stays makes a mixture with the new one.
+# Files that a reader loads as a model: one of an older model that stays would make a mixture with the new one.
 _WEIGHTS: Final = re.compile(r"[^/]+\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
-# What makes a repository look like a finished model.
+# Files that make a repository look like a finished model.
 _SEALS: Final = frozenset({"config.json", SAFETENSORS_INDEX})
 _READ_BESIDE: Final = frozenset({*COPIED_FILES, "config.json", "adapter_config.json"})
 _TEMPLATE: Final = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
@@ -39,7 +39,7 @@ _SHOWN: Final = 3
 
 
 class Publisher:
-    """Sends a model to one repository; the token comes from the client alone: HF_TOKEN, or `hf auth login`.
+    """Sends a model to one repository; the token is the Hub client's: HF_TOKEN, or that of `hf auth login`.
 
     Every method raises PublishError for what failed, and RefusedError where destination or command have to change.
     """
@@ -49,7 +49,7 @@ class Publisher:
         self._api = HfApi(token=True)  # needed, whatever HF_HUB_DISABLE_IMPLICIT_TOKEN says
         self._account = Account("", ())
         self.revision = destination.revision or "main"
-        """Where commits go; of a pull request that `begin_streaming` opens, its `refs/pr/N`."""
+        """The revision that commits go to; for a pull request that `begin_streaming` opens, its `refs/pr/N`."""
 
     @property
     def repo(self) -> str:
@@ -81,7 +81,7 @@ class Publisher:
         """Make sure that no model of another kind is replaced: a dense one is likely to be a source of the merge.
 
         Raises:
-            RefusedError: the repository holds one, and is not to be overwritten.
+            RefusedError: the repository holds such a model, and is not to be overwritten.
         """
         with self._explained():
             revision, names = self._beginning()
@@ -98,7 +98,7 @@ class Publisher:
     def push(self, folder: Path) -> str:
         """Send a folder's checkpoint in one commit, without weights that the repository has or a cut-off push sent.
 
-        Files of an older model that the folder lacks are removed in the same commit. Gives the page's URL.
+        Files of an older model that the folder lacks are removed in the same commit. Returns the page's URL.
 
         Raises:
             CheckpointError, SourceError: the folder holds no complete checkpoint; nothing is sent.
@@ -126,7 +126,7 @@ class Publisher:
         return sent.pr_url or self.url
 
     def held(self) -> Mapping[str, tuple[str, int]]:
-        """SHA-256 and bytes of each large file that the revision holds now, by name; nothing where it is yet to be."""
+        """SHA-256 and size of each large file that the revision holds, by name; empty if there is no revision yet."""
         with self._explained():
             try:
                 files = self._ask(lambda: list(self._api.list_repo_tree(self._to.repo, revision=self.revision)))
@@ -141,7 +141,7 @@ class Publisher:
         """Make sure that shards may be sent to the revision; nothing is changed.
 
         Raises:
-            RefusedError: it holds a finished model, and is not to be overwritten.
+            RefusedError: the revision holds a finished model, and is not to be overwritten.
         """
         with self._explained():
             revision, names = self._beginning()
@@ -153,9 +153,9 @@ class Publisher:
             )
 
     def begin_streaming(self) -> None:
-        """Make ready for shards: from here to `finish` the revision does not look like a finished model.
+        """Prepare for shards: from here to `finish` the revision does not look like a finished model.
 
-        Weights that a cut-off run sent stay. For a pull request, it is opened here.
+        Weights that a cut-off run sent stay. A pull request is opened here.
         """
         with self._explained():
             _, names = self._listing()
@@ -168,7 +168,7 @@ class Publisher:
                 self._commit("Remove the older model", self._stale(names, ()))
 
     def send(self, path: Path) -> str:
-        """Send one shard, and give its SHA-256 once the Hub was asked what it holds and named the same.
+        """Send one shard, and check that the Hub names the same SHA-256; returns it.
 
         Raises:
             PublishError: the Hub holds something else.
@@ -189,7 +189,7 @@ class Publisher:
         return sha256
 
     def finish(self, folder: Path) -> str:
-        """Send what is left in the folder, in one commit that makes the model complete; gives the page's URL.
+        """Send what is left in the folder, in one commit that makes the model complete; returns the page's URL.
 
         Raises:
             PublishError: a shard of the index is neither in the folder nor on the Hub; nothing is committed.
@@ -210,7 +210,7 @@ class Publisher:
         return self.url
 
     def _beginning(self) -> tuple[str, list[str]]:
-        """The revision, or main, which a new branch is made of; and the names of its files."""
+        """The revision, or main if a new branch will be made of it, and the names of its files."""
         try:
             return self.revision, self._listing()[1]
         except RevisionNotFoundError:
@@ -230,7 +230,7 @@ class Publisher:
         return [CommitOperationAdd(name_in_repository(path), path) for path in paths]
 
     def _stale(self, names: Collection[str], kept: Collection[str]) -> list[CommitOperationDelete]:
-        """The removal of those of a repository's files that make a model and are not of the one that is kept."""
+        """Operations that remove the repository's files of an older model, those that a reader would load."""
         stale = [
             name
             for name in sorted(names)
@@ -249,12 +249,12 @@ class Publisher:
         )  # fmt: skip
 
     def _ask(self, action: Callable[[], Result]) -> Result:
-        """Ask the Hub again as long as it says that there were too many requests, and to wait."""
-        return patiently(self._to.repo, self._announce, action, TOLD_TO_WAIT)
+        """Ask the Hub again as long as it answers that there were too many requests, and to wait."""
+        return patiently(self._to.repo, self._announce, action, WAIT_STATUSES)
 
     @contextmanager
     def _explained(self, after: str = "") -> Iterator[None]:
-        """Turn whatever the client raises into a line for the user; its HTTP library differs between its versions."""
+        """Turn whatever the client raises into a message for the user; its HTTP library differs by version."""
         try:
             yield
         except MoemergeError:

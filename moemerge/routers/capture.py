@@ -41,22 +41,13 @@ def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
     base, device = request.base, request.device
     dtype = compute_dtype(device)
     model = empty_model(base.family.model_type, base.class_keys, device)
-    norm = base.family.last.removeprefix("model.").removesuffix(".weight")
-    embeddings = request.tensors[base.family.embeddings]
     groups = list(group(request.prompts, lambda prompt: len(prompt.ids), TOKENS_PER_BATCH))
     counted = [_counted(part) for part in groups]
     inputs = torch.empty(sum(int(part.sum()) for part in counted), base.config["hidden_size"])
     places = torch.split(inputs, [int(part.sum()) for part in counted])
     beginnings = torch.empty(len(request.prompts), base.config["hidden_size"])
     first_places = torch.split(beginnings, [len(part) for part in groups])
-    batches = [
-        embed(
-            model, norm, [prompt.ids for prompt in part],
-            lambda ids: torch.from_numpy(read_rows(embeddings, ids)), device=device, dtype=dtype,
-        )
-        for part in groups
-    ]  # fmt: skip
-    _check_finite("the embeddings", batches, [embeddings])
+    batches = _embedded(model, groups, request, dtype)
     order = tuple(prompt for part in groups for prompt in part)
     prompt = torch.repeat_interleave(torch.tensor([sum(prompt.counted) for prompt in order]))
     last = max(request.mixture.moe_layers)
@@ -82,6 +73,24 @@ def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
                 yield RouterInputs(index, inputs, prompt, order, beginnings, entering)
             if ahead:
                 ahead.result()
+
+
+def _embedded(
+    model: Any, groups: Sequence[Sequence[EncodedPrompt]], request: PassRequest, dtype: torch.dtype
+) -> list[Batch]:  # fmt: skip
+    """The prompts of each group as they enter the first layer."""
+    family = request.base.family
+    norm = family.last.removeprefix("model.").removesuffix(".weight")
+    embeddings = request.tensors[family.embeddings]
+    batches = [
+        embed(
+            model, norm, [prompt.ids for prompt in part],
+            lambda ids: torch.from_numpy(read_rows(embeddings, ids)), device=request.device, dtype=dtype,
+        )
+        for part in groups
+    ]  # fmt: skip
+    _check_finite("the embeddings", batches, [embeddings])
+    return batches
 
 
 def _check_finite(

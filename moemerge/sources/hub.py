@@ -1,4 +1,4 @@
-"""Models on the Hub, through `huggingface_hub` and its cache; with `HF_HUB_OFFLINE=1` from the cache alone."""
+"""Models on the Hub, read through `huggingface_hub` and its cache; with `HF_HUB_OFFLINE=1` from the cache alone."""
 
 import glob
 from collections.abc import Callable, Sequence
@@ -35,11 +35,11 @@ SMALL_FILES: Final = [
 def fetch_small_files(
     reference: Reference, announce: Callable[[str], None], *, also: Sequence[str] = ()
 ) -> Path:  # fmt: skip
-    """Download all but the weights and give the snapshot's folder, which is named by the commit.
+    """Download everything but the weights; returns the snapshot's folder, which is named after the commit.
 
     Args:
-        reference: of the repository.
-        announce: called with a line about what takes long.
+        reference: the repository.
+        announce: called with a line about each step that takes long.
         also: names of other files to download.
 
     Raises:
@@ -65,7 +65,7 @@ def holds_weights(folder: Path) -> bool:
 def fetch_weights(reference: Reference, folder: Path, announce: Callable[[str], None]) -> None:
     """Download the weights into the snapshot `folder`: what its index names, or a single file.
 
-    The snapshot is named by its commit, so that small files and weights are of one revision.
+    The snapshot is named after its commit, so that small files and weights are of one revision.
 
     Raises:
         SourceError: says what the Hub answered and what to do.
@@ -76,7 +76,7 @@ def fetch_weights(reference: Reference, folder: Path, announce: Callable[[str], 
 
 
 def fetch_files(reference: Reference, folder: Path, names: Sequence[str], announce: Callable[[str], None]) -> None:
-    """Download files of these names, as far as the repository has them, into the snapshot `folder`.
+    """Download those of the named files that the repository has into the snapshot `folder`.
 
     Raises:
         SourceError: says what the Hub answered and what to do.
@@ -93,9 +93,9 @@ def fetch_files(reference: Reference, folder: Path, names: Sequence[str], announ
 def read_remote_tensors(
     reference: Reference, folder: Path, announce: Callable[[str], None]
 ) -> tuple[dict[str, TensorInfo], list[str]] | None:
-    """Every tensor of a model, from headers that are read by ranges, and what is odd; None where they cannot be.
+    """Read the table of a model's tensors from headers by byte ranges, with notes on what is odd; None if that fails.
 
-    Pickles cannot, and not every proxy lets parts of a file through.
+    Pickles cannot be read by ranges, and not every proxy lets parts of a file through.
 
     Raises:
         SourceError: says what the Hub answered and what to do.
@@ -120,7 +120,7 @@ def read_remote_tensors(
 
 
 def cache_folder() -> Path:
-    """Where the cache lies; it need not exist."""
+    """The folder of the Hub's cache; it need not exist."""
     return Path(constants.HF_HUB_CACHE)
 
 
@@ -142,7 +142,7 @@ def _find_weights(reference: Reference, folder: Path, announce: Callable[[str], 
 
 
 def _weight_files(folder: Path) -> list[list[str]]:
-    """The files that may hold the weights, in the order in which `choose_weights` chooses."""
+    """Groups of files that may hold the weights, in the order in which `choose_weights` chooses."""
     choices = []
     for single, index in ((SINGLE_SAFETENSORS, SAFETENSORS_INDEX), (SINGLE_PICKLE, PICKLE_INDEX)):
         choices.append([single])

@@ -1,4 +1,4 @@
-"""Files of a model's folder, with links followed; those of the Hub's cache no further than that cache."""
+"""Find files in a model's folder and follow their links; in the Hub's cache no further than that cache."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -10,11 +10,11 @@ from moemerge.errors import CheckpointError
 
 
 def resolve_file(folder: Path, name: str) -> Path:
-    """The file `folder/name`, after a look at where its link leads; the path keeps the name, not a blob's hash.
+    """Find the file `folder/name` and check where its link leads; the path keeps the name, not a blob's hash.
 
-    In a folder that a user made, links are the user's and lead anywhere. A snapshot in the Hub's cache is a folder of
-    links into the cache's blobs; nothing in it may lead elsewhere: a link to a private file would be copied into the
-    merged model. Nothing but a regular file is ever opened: a pipe would be waited for.
+    In a folder that a user made, links are the user's and may lead anywhere. A snapshot in the Hub's cache is a folder
+    of links into the cache's blobs; nothing in it may lead elsewhere: a link to a private file would be copied into the
+    merged model. Only a regular file is ever opened: reading a pipe would wait for it.
 
     Raises:
         CheckpointError: there is no such file, it is no regular file, or its link leads out of the cache.
@@ -35,7 +35,7 @@ def resolve_file(folder: Path, name: str) -> Path:
 
 
 def leads_out(folder: Path, target: Path) -> bool:
-    """Whether a file lies neither in a resolved folder nor in the blobs that belong to it, where it is a snapshot."""
+    """Whether a file lies outside both a resolved folder and, if that is a snapshot, the blobs that belong to it."""
     return folder not in target.parents and not _is_blob_of(folder, target)
 
 
@@ -58,10 +58,10 @@ def _is_blob_of(snapshot: Path, file: Path) -> bool:
 
 
 def weights_named(config: Mapping[str, Any]) -> str:
-    """The file, or the index, that a `config.json` names for the weights; empty where it names none.
+    """The weight file or index that a `config.json` names; empty where it names none.
 
     Raises:
-        CheckpointError: it is no safetensors file beside `config.json`.
+        CheckpointError: the value is no safetensors file beside `config.json`.
     """
     named = config.get("transformers_weights")
     if named is None:
@@ -76,11 +76,11 @@ def weights_named(config: Mapping[str, Any]) -> str:
 def find_weights(
     folder: Path, names: Collection[str], named: str = "", seen: Callable[[Path], Path] = lambda path: path
 ) -> tuple[Weights, Callable[[str], dict[str, str]]]:
-    """Which files of a folder hold the weights, and what reads its index.
+    """Find the files of a folder that hold the weights, and a function that reads their index.
 
     Args:
         folder: the model's folder.
-        names: of its files; weights need not be there yet.
+        names: names of the folder's files; weights need not be there yet.
         named: see `choose_weights`.
         seen: called with the index before it is read.
 

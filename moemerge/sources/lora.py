@@ -1,7 +1,7 @@
-"""LoRA adapters of PEFT: what they add to the tensors of their base model, while these are read.
+"""LoRA adapters of PEFT, added to the tensors of their base model while these are read.
 
-`W + alpha / r * B A`, or `alpha / sqrt(r)` for rank-stabilised ones (https://arxiv.org/abs/2106.09685,
-https://arxiv.org/abs/2312.03732); with DoRA each row gets the length that the adapter says
+A weight becomes `W + alpha / r * B A`, or `alpha / sqrt(r)` with rank-stabilised adapters
+(https://arxiv.org/abs/2106.09685, https://arxiv.org/abs/2312.03732); DoRA gives each row the adapter's length
 (https://arxiv.org/abs/2402.09353). Keys of adapter_config.json: https://huggingface.co/docs/peft/package_reference/lora
 """
 
@@ -33,21 +33,21 @@ _MOST_REPEATED: Final = 2
 # Scales of a trained adapter are of the order of 1; this one makes any factors overflow.
 _TOO_LARGE: Final = 1e30
 _PREFIXES: Final = re.compile(r"(_orig_mod\.|base_model\.model\.)*")
-# A module, and what PEFT has made in it or in its place.
+# A module, and what PEFT has made in it or put in its place.
 _MODULE: Final = re.compile(
     r"(.*?)(?:\.((?:lora_|token_adapter\.|base_layer\.|modules_to_save\.).*|weight|bias))?", re.DOTALL
 )
 _FACTOR: Final = re.compile(r"(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
 _WHOLE: Final = re.compile(r"(?:base_layer\.|modules_to_save\.default\.)?(weight|bias)")
 _LAYERS: Final = ("model.layers.", "layers.")
-# What changes more than such a sum, or changes the base model too; with what it is called.
+# PEFT's settings that change more than such a sum, or change the base model too, with what they are called.
 _REFUSED: Final = {
     "use_qalora": "it pools its inputs", "alora_invocation_tokens": "it is active in a part of the text",
     "target_parameters": "it targets stacked experts", "layer_replication": "it repeats layers",
     "use_bdlora": "its factors are blocks", "monteclora_config": "it samples",
     "arrow_config": "it chooses between adapters", "kasa_config": "it has more than two factors",
 }  # fmt: skip
-# What changes one module otherwise than by such a sum, by how its tensors' names begin within the module.
+# Changes to one module other than such a sum, by how the names of their tensors begin within the module.
 _INEXACT: Final = {
     "lora_embedding_": "it adds factors that embeddings have", "token_adapter.": "it trains single tokens",
     "lora_B.bias": "it trains a bias of its own",
@@ -65,7 +65,7 @@ class Adapter:
 
     @property
     def trained_on(self) -> str | None:
-        """The Hub repository that its config names, if it names one and not a folder."""
+        """The Hub repository that its config names as the base, if it names one and not a folder."""
         named = self.config.get("base_model_name_or_path")
         try:
             model = parse_reference(named) if named and isinstance(named, str) else None
@@ -75,10 +75,10 @@ class Adapter:
 
 
 def open_adapter(reference: str, folder: Path) -> Adapter:
-    """Read an adapter's config, and refuse what is no exact sum.
+    """Read an adapter's config, and refuse an adapter that is no exact sum.
 
     Raises:
-        SourceError: no adapter, or another kind than LoRA.
+        SourceError: there is no adapter, or it is of another kind than LoRA.
         CheckpointError: its config is damaged.
     """
     if not (folder / CONFIG).exists():
@@ -97,10 +97,10 @@ def open_adapter(reference: str, folder: Path) -> Adapter:
 
 
 def merge_adapter(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The base model's tensors, those that the adapter targets with what it adds.
+    """The base model's tensors with an adapter added to those that it targets.
 
-    What it does outside of the layers, or otherwise than by a sum, is often needed by nobody: such a tensor cannot be
-    read, and says why.
+    A change outside the layers, or other than by a sum, is often not needed: such a tensor is marked as unreadable with
+    the reason.
 
     Raises:
         SourceError: the adapter does not fit the base model's layers.
@@ -125,7 +125,7 @@ def _read(adapter: Adapter) -> dict[str, TensorInfo]:
 def _modules(
     found: Iterable[TensorInfo], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, dict[str, TensorInfo]]:  # fmt: skip
-    """The adapter's tensors by module of the base model, or of what it lacks, and by their name within that."""
+    """Group the adapter's tensors by module of the base model, or of what it lacks, and by their name within that."""
     own = {name.rpartition(".")[0] for name in tensors}
     modules: dict[str, dict[str, TensorInfo]] = {}
     for tensor in found:
@@ -147,7 +147,7 @@ def _split(name: str) -> tuple[str, str]:
 def _changed(
     adapter: Adapter, module: str, parts: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, TensorInfo]:
-    """A module's tensors as they are with the adapter, or without a way to read them."""
+    """The tensors of a module with the adapter added, or marked as unreadable."""
     whole = {name: tensors[name] for name in (f"{module}.weight", f"{module}.bias") if name in tensors}
     if any(isinstance(tensor.path, Unreadable) for tensor in whole.values()):
         return {}
@@ -220,20 +220,20 @@ def _merge(
             )
     recipe = LoraSum(a, b, lengths, _scale(adapter, module, a.shape[0]))
     name = f"adapter {adapter.reference} on"
-    told = repr(recipe.scale)
-    return Derived(name, (weight,), recipe, told, "F32", others=recipe.tensors).tensor(f"{module}.weight")
+    recipe_key = repr(recipe.scale)
+    return Derived(name, (weight,), recipe, recipe_key, "F32", others=recipe.tensors).tensor(f"{module}.weight")
 
 
 def _scale(adapter: Adapter, module: str, rank: int) -> float:
-    """Factor on `B A`.
+    """The factor on `B A`.
 
     Raises:
         SourceError: `lora_alpha`, `alpha_pattern` or the rank is not what PEFT takes, or not finite.
     """
-    told = _of_module(adapter, module, "r", "rank_pattern", rank)
-    if told != rank:
+    stated = _of_module(adapter, module, "r", "rank_pattern", rank)
+    if stated != rank:
         raise SourceError(
-            f"{adapter.reference}: {CONFIG} says that {module} has rank {told!r:.20}, but its matrices have {rank}. "
+            f"{adapter.reference}: {CONFIG} says that {module} has rank {stated!r:.20}, but its matrices have {rank}. "
             "Save the adapter again."
         )
     alpha = _of_module(adapter, module, "lora_alpha", "alpha_pattern", _USUAL_ALPHA)
@@ -252,7 +252,7 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
 
 
 def _of_module(adapter: Adapter, module: str, key: str, pattern_key: str, default: int) -> Any:
-    """A setting of a module; patterns match its whole name or its end, as in PEFT."""
+    """Look up a setting of a module; patterns match its whole name or its end, as in PEFT."""
     patterns = adapter.config.get(pattern_key) or {}
     if not isinstance(patterns, Mapping):
         raise SourceError(f"{adapter.reference}: {CONFIG}: {pattern_key} is no object. Save the adapter again.")
@@ -281,21 +281,21 @@ class LoraSum:
     a: TensorInfo
     b: TensorInfo
     lengths: TensorInfo | None
-    """DoRA's, of the rows."""
+    """DoRA's lengths of the rows."""
     scale: float
     _held: dict[str, Rows] = field(default_factory=dict)
-    """The factors, from a tensor's first block to its last."""
+    """The factors `A` and `B`, kept from a tensor's first block to its last."""
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """What it is made of beside the weight."""
+        """The adapter's tensors that the recipe reads beside the weight."""
         return (self.a, self.b, *([self.lengths] if self.lengths else []))
 
     def __call__(self, row: int, blocks: list[Rows]) -> Rows:
-        """The rows from `row` on, in the place of the weight's."""
+        """Compute the rows from `row` on, in place of the weight's."""
         import torch  # whose product PEFT takes, to the last bit
 
-        # A copy: another reader of the same tensor may be at its end.
+        # A copy, since another reader of the same tensor may be at its end.
         factors = dict(self._held) or {tensor.name: read_values(tensor) for tensor in self.tensors}
         values = torch.from_numpy(blocks[0])
         rows = torch.from_numpy(factors[self.b.name])[row : row + len(values)]
@@ -310,7 +310,7 @@ class LoraSum:
         return blocks[0]
 
     def rows(self, first: int, weight: Rows) -> Rows:
-        """About the same of some rows of the weight, at once and without torch.
+        """Compute some rows of the changed weight approximately, all at once and without torch.
 
         Raises:
             CheckpointError: the adapter's file ends too early.

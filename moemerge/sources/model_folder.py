@@ -1,4 +1,4 @@
-"""From a model reference in the YAML to its `config.json` and the table of its tensors; no tensor bytes are read."""
+"""Open models: from a reference in the YAML to `config.json` and the table of tensors; no tensor bytes are read."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,56 +36,56 @@ __all__ = [
 ]
 
 Announce = Callable[[str], None]
-"""Called with one line about what is being done, for a user who waits."""
+"""Called with one line about the work being done, for a user who waits."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's small files: enough to refuse it, before any weights are downloaded."""
+    """A model's small files: enough to refuse it before any weights are downloaded."""
 
     reference: str
-    """As the config names it."""
+    """The reference as the config writes it."""
     origin: Path | Reference
     folder: Path
     config: dict[str, Any]
-    """Its `config.json`."""
+    """The model's `config.json`."""
     adapters: tuple[Adapter, ...] = ()
-    """Which are added to its weights, in this order."""
+    """Adapters that are added to its weights, in this order."""
     stamps: dict[Path, Stamp] = field(default_factory=dict, compare=False)
-    """Of each of its files that was read, what told it from others when it was first read."""
+    """The stamp of each of its files when it was first read, to notice files that change later."""
     notes: list[str] = field(default_factory=list, compare=False)
-    """What is odd about its files."""
+    """Notes on what is odd about its files."""
 
     @property
     def folders(self) -> list[Path]:
-        """Its own and its adapters'; of a snapshot in the Hub's cache, that of its repository."""
+        """The model's folder and its adapters'; for a snapshot in the Hub's cache, the folder of its repository."""
         folders = [self.folder, *(adapter.folder for adapter in self.adapters)]
         return [folder.parent.parent if is_snapshot(folder) else folder for folder in folders]
 
     def name_of(self, file: File) -> str:
-        """Which reference one of its weight files belongs to: an adapter's, or that of the model before the `+`."""
+        """The reference that one of its weight files belongs to: an adapter's, or that of the model before the `+`."""
         for adapter in self.adapters:
             if isinstance(file, Path) and adapter.folder in file.parents:
                 return adapter.reference
         return self.reference.removesuffix("".join(f"+{adapter.reference}" for adapter in self.adapters))
 
     def file(self, name: str) -> Path | None:
-        """The file of this name in the model's folder, or None where there is none.
+        """The file of this name in the model's folder; None where there is none.
 
         Raises:
-            CheckpointError: it is a link that leads elsewhere, or nowhere.
+            CheckpointError: the file is a link that leads elsewhere, or nowhere.
         """
         return self.seen(resolve_file(self.folder, name)) if os.path.lexists(self.folder / name) else None
 
     def seen(self, path: Path) -> Path:
-        """The same path, once the stamp of that file is kept."""
+        """Keep the stamp of a file and return its path."""
         if path not in self.stamps:
             self.stamps[path] = Stamp.of(path)
         return path
 
 
 def open_model(reference: str, announce: Announce) -> ModelFolder:
-    """Find a model and read its `config.json`; of a Hub model only the small files are downloaded.
+    """Find a model and read its `config.json`; only the small files of a Hub model are downloaded.
 
     Raises:
         SourceError: the reference leads nowhere, or to no model.
@@ -117,7 +117,7 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
 
 
 def open_merged(out: Path | str) -> ModelFolder:
-    """The merged checkpoint in a folder, never one on the Hub.
+    """Open the merged checkpoint in a folder; a name on the Hub is not looked up.
 
     Raises:
         SourceError: there is no such folder, or no checkpoint in it.
@@ -130,7 +130,7 @@ def open_merged(out: Path | str) -> ModelFolder:
 
 
 def _find(reference: str, announce: Announce, *, also: Sequence[str] = ()) -> tuple[Path | Reference, Path]:
-    """What a reference means, and the folder with its small files and those that are named."""
+    """Resolve a reference, and give the folder with its small files and those that are named."""
     origin = parse_reference(reference)
     if not isinstance(origin, Reference):
         return origin, origin
@@ -141,7 +141,7 @@ def _find(reference: str, announce: Announce, *, also: Sequence[str] = ()) -> tu
 
 
 def fetch_files(model: ModelFolder, names: Sequence[str], announce: Announce) -> dict[str, Path]:
-    """Those of a model's small files that are there, by name; of a Hub model, those that are missing are downloaded.
+    """Find those of the named small files that a model has, by name; missing ones of a Hub model are downloaded.
 
     Raises:
         SourceError: the Hub does not give them.
@@ -158,13 +158,13 @@ def fetch_files(model: ModelFolder, names: Sequence[str], announce: Announce) ->
 def read_tensor_table(
     model: ModelFolder, announce: Announce, *, weights: Literal["download", "stream"] = "download"
 ) -> dict[str, TensorInfo]:
-    """Every tensor of a model, from headers alone; with adapters, as they are with what these add.
+    """Read the table of every tensor of a model from headers alone; adapters are added to it.
 
     Args:
-        model: the model.
-        announce: called with a line about what takes long.
-        weights: of a Hub model that is not in the cache: whether they are downloaded into it, or stay where they are to
-            be read by ranges. Pickles are always downloaded.
+        model: the model whose tensors are read.
+        announce: called with a line about each step that takes long.
+        weights: whether the weights of a Hub model that is not in the cache are downloaded into it, or stay on the Hub
+            to be read by ranges. Pickles are always downloaded.
 
     Raises:
         SourceError: the Hub does not give the weights.
@@ -178,13 +178,13 @@ def read_tensor_tables(
     models: Iterable[ModelFolder], announce: Announce, *, weights: Literal["download", "stream"] = "download",
     dense: bool = False,
 ) -> list[dict[str, TensorInfo]]:  # fmt: skip
-    """The same of several models; what is one model with several adapters is read once.
+    """Read the tensor tables of several models; a model that comes with several adapters is read once.
 
     Args:
-        models: the models.
+        models: the models whose tensors are read.
         announce: see `read_tensor_table`.
         weights: see `read_tensor_table`.
-        dense: whether they are dense models, whose tensors are then called as transformers calls them, whatever they
+        dense: whether they are dense models, whose tensors are then renamed to transformers' names, whatever the models
             were wrapped in when they were saved.
 
     Raises:
@@ -240,9 +240,9 @@ def _read_weights(
 
 
 def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    told = [f"{model.reference}: {note}" for note in notes]
+    named = [f"{model.reference}: {note}" for note in notes]
     model.notes.extend(
-        note for note in told if note not in model.notes
+        note for note in named if note not in model.notes
     )  # it may be read twice: streamed, then downloaded
     return tensors
 
@@ -251,16 +251,16 @@ def fetch_if_room(
     models: Mapping[str, ModelFolder], tables: Mapping[str, dict[str, TensorInfo]], *,
     beside: tuple[Path | None, int], announce: Announce,
 ) -> dict[str, dict[str, TensorInfo]]:  # fmt: skip
-    """Download the weights of those models that are on the Hub, if the cache's disk has room for all of them.
+    """Download the weights of those models that are on the Hub, if the cache's disk has space for all of them.
 
     Args:
-        models: by reference.
-        tables: of their tensors.
+        models: models by reference.
+        tables: tensor tables of the models, by reference.
         beside: a folder, and how many bytes will be written there at the same time.
-        announce: called with a line about what takes long.
+        announce: called with a line about each step that takes long.
 
     Returns:
-        The tables of what was downloaded, by reference.
+        The tables of the downloaded models, by reference.
 
     Raises:
         SourceError: the Hub does not give the weights.

@@ -1,4 +1,4 @@
-"""Names of tensors as transformers gives them, whatever the model was wrapped in when it was saved."""
+"""Tensor names as transformers gives them, whatever wrapped the model when it was saved."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,27 +8,27 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.errors import CheckpointError
 
 Table = dict[str, TensorInfo]
-# torch.compile, DistributedDataParallel, FSDP and activation checkpointing, PEFT.
+# Prefixes of torch.compile, DistributedDataParallel, FSDP and activation checkpointing, PEFT.
 _WRAPPER: Final = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module|base_model\.model)\."
 )
-# What a training loop has named the model that it held: in front of all tensors, or it is something else.
+# Names that training loops give the model they hold; they count as such only in front of all tensors.
 _HOLDER: Final = re.compile(r"([\w.]+?\.)model\.layers\.\d+\.")
 _BODY: Final = re.compile(r"(layers\.\d+|embed_tokens|\w*norm)\.")
 
 
 def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table]) -> Table:
-    """The same tensors under the names that a causal language model of transformers gives them.
+    """Rename tensors to the names that a causal language model of transformers gives them.
 
-    Wrappers' prefixes fall, and so does what all tensors have in front of `model.layers`; a body that was saved alone
-    gets the prefix `model.` that it has in the whole model.
+    Prefixes of wrappers are removed, and so is what all tensors have in front of `model.layers`; a body that was saved
+    alone gets the prefix `model.` that it has in the whole model.
 
     Args:
-        tensors: by the names in their files.
-        noted: takes notes on it.
+        tensors: tensors by their names in the files.
+        noted: called with notes and the table; returns the table.
 
     Raises:
-        CheckpointError: two tensors would have one name.
+        CheckpointError: two tensors would have the same name.
     """
     names = {name: name for name in tensors}
     while any(_WRAPPER.search(name) for name in names.values()):

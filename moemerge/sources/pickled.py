@@ -1,4 +1,4 @@
-"""What functions of torch would make of the arguments that a pickle calls them with: said, not made."""
+"""Descriptions of the objects in a PyTorch pickle: what torch's functions would make, without making it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from moemerge.checkpoint.header import MAX_AXES
 
-# Types of numbers by the names of their storages and of themselves, as a safetensors header spells them.
+# Number types by the names of their storages and their own names, as a safetensors header spells them.
 _STORAGES: Final = {
     "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Double": "F64", "Byte": "U8", "Char": "I8", "Short": "I16",
     "Int": "I32", "Long": "I64", "Bool": "BOOL", "ComplexFloat": "C64", "Untyped": "U8",
@@ -21,7 +21,7 @@ _DTYPES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """Of a class, a function or a dtype, which is not looked up."""
+    """The name of a class, a function or a dtype; it is never imported."""
 
     text: str
 
@@ -31,9 +31,9 @@ class Storage:
     """Numbers in a record of the archive."""
 
     key: str
-    """Of the record."""
+    """The record's key."""
     dtype: str | None
-    """As a safetensors header spells it; None where it has no name for them."""
+    """Dtype as a safetensors header spells it; None where it has no name for it."""
     count: int
 
 
@@ -47,27 +47,27 @@ class StridedTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     negated: bool
-    """Whether each number counts with the other sign than the stored one."""
+    """Whether the stored numbers count with the opposite sign."""
     conjugated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Anything else."""
+    """Any other object."""
 
     kind: str
-    """For people: `a sparse tensor`."""
+    """What it is, in words for messages: `a sparse tensor`."""
     is_tensor: bool
 
 
 def _tensor(*arguments: Any) -> StridedTensor:
-    """From storage, offset, shape, strides, whether it is trained, hooks, bits; the last three may be missing."""
+    """Describe a tensor by storage, offset, shape, strides, requires_grad, hooks, bits; the last three are optional."""
     storage, offset, shape, strides, *rest = arguments
     return _view(storage, storage.dtype, (offset, shape, strides), rest[2] if rest[2:] else None)
 
 
 def _typed_tensor(*arguments: Any) -> StridedTensor:
-    """The same with the name of a dtype before the bits."""
+    """Describe a tensor as `_tensor` does, from arguments with the name of a dtype before the bits."""
     storage, offset, shape, strides, _trained, _hooks, dtype, *rest = arguments
     return _view(storage, _dtype(dtype), (offset, shape, strides), rest[0] if rest else None)
 
@@ -85,7 +85,7 @@ def _view(storage: Any, dtype: str | None, place: tuple[Any, Any, Any], bits: An
 
 
 def storage_dtype(name: Name) -> str | None:
-    """Type of the numbers in a class of storages, as a safetensors header spells it; None where it has no name."""
+    """The dtype of a class of storages, as a safetensors header spells it; None where it has no name for it."""
     return _STORAGES.get(name.text.rpartition(".")[2].removesuffix("Storage"))
 
 
@@ -96,14 +96,14 @@ def _dtype(name: Any) -> str | None:
 
 
 def _same(data: Any, *_: Any) -> StridedTensor | Opaque:
-    """A parameter is its tensor."""
+    """Describe a parameter as its tensor."""
     if not isinstance(data, StridedTensor | Opaque):
         raise TypeError
     return data
 
 
 def _from_device(data: Any, dtype: Any, *_: Any) -> StridedTensor | Opaque:
-    """A tensor of a TPU is stored as it would be on a CPU."""
+    """Describe a tensor of a TPU, which is stored as it would be on a CPU."""
     if isinstance(data, StridedTensor) and data.dtype == _dtype(dtype):
         return data
     return Opaque("a tensor of another type than its numbers", is_tensor=True)
@@ -139,4 +139,4 @@ MADE: Final[dict[str, Callable[..., Any]]] = {
     "torch.Size": _size,
     "collections.OrderedDict": _ordered,
 }
-"""By the names of functions and classes, what they would make."""
+"""Functions that describe what torch's functions and classes would make, by their names."""

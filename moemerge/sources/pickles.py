@@ -17,21 +17,22 @@ from moemerge.errors import CheckpointError
 from moemerge.sources.pickled import Opaque, StridedTensor
 from moemerge.sources.unpickling import MAX_PICKLE_BYTES, unpickle
 
-# Of the archive's directory, which is read whole; a model of 70 B parameters has 0.05 MB of it.
+# Bytes of the archive's directory, which is read whole; for a model of 70 B parameters it has 0.05 MB.
 _MAX_DIRECTORY_BYTES: Final = 4 * 2**20
 _MAX_NAME: Final = 250
-# Of a record's own header; what it says stands in the directory too, but for the lengths of its name and extra field.
+# Bytes of a record's own header; the directory repeats it, but for the lengths of its name and extra field.
 _LOCAL_HEADER: Final = struct.Struct("<4s22xHH")
 _ENCRYPTED: Final = 1
 
 
 def read_pickle(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a PyTorch zip checkpoint as byte ranges of the file, or as what is unpacked from it when read.
+    """Read the tensors of a PyTorch zip checkpoint as byte ranges of the file, or as tensors unpacked when read.
 
-    What cannot be read stands in the table with the reason. https://docs.pytorch.org/docs/stable/notes/serialization.html
+    Tensors that cannot be read are marked with the reason.
+    https://docs.pytorch.org/docs/stable/notes/serialization.html
 
     Raises:
-        CheckpointError: not a zip checkpoint, or one that holds no table of tensors, or not those that it says.
+        CheckpointError: not a zip checkpoint, without a table of tensors, or without the records that the table names.
     """
     try:
         with _Bounded(path) as file:
@@ -70,7 +71,7 @@ class _Archive:
         self._records = {name.removeprefix(folder): records[name] for name in records if name.startswith(folder)}
 
     def read(self, name: str, limit: int, default: bytes | None = None) -> bytes:
-        """A small record."""
+        """Read a small record."""
         record = self._records.get(name)
         if record is None and default is not None:
             return default
@@ -84,7 +85,7 @@ class _Archive:
             return opened.read(limit)
 
     def find(self, key: str) -> tuple[zipfile.ZipInfo, int] | None:
-        """The record of a storage, and where its bytes begin."""
+        """Find the record of a storage, and where its bytes begin."""
         record = self._records.get(f"data/{key}".lower())
         if record is None:
             return None
@@ -97,17 +98,17 @@ class _Archive:
 
 
 class _Bounded(FileIO):
-    """A file that is not read whole, whatever size of its directory an archive announces."""
+    """A file that is never read whole, whatever size an archive announces for its directory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         if size is not None and size > _MAX_DIRECTORY_BYTES:
             raise zipfile.BadZipFile("its directory is too long for a file of weights")
         return super().read(-1 if size is None else size)
 
 
 def _is_usual(record: zipfile.ZipInfo) -> bool:
-    """Whether a record is stored as it is, or compressed as usual."""
+    """Whether a record is stored plainly or compressed in the usual way."""
     if record.compress_type == zipfile.ZIP_STORED and record.compress_size != record.file_size:
         raise zipfile.BadZipFile("a record has two sizes")
     return record.compress_type in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED} and not record.flag_bits & _ENCRYPTED
@@ -159,7 +160,7 @@ def _stored(archive: _Archive, name: str, tensor: StridedTensor) -> TensorInfo:
 
 
 def _reach(tensor: StridedTensor) -> int:
-    """The number in the storage that is the last of the tensor's."""
+    """The position in the storage of the tensor's last number."""
     return tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
 
 

@@ -1,8 +1,8 @@
-"""A file of a repository on the Hub, read by byte ranges and, where they are read again, kept on the disk.
+"""Files of a repository on the Hub, read by byte ranges; ranges that are read again are kept on the disk.
 
-A range is one request for a stretch of bytes (RFC 9110, section 14). What breaks off goes on where it was; what the Hub
-is too busy for is asked for again. URLs, tokens and errors are those of `huggingface_hub`; the token goes to the Hub
-alone, not to the host that it sends us to for the bytes.
+A range is one request for a stretch of bytes (RFC 9110, section 14). A broken download goes on where it was; what the
+Hub is too busy for is asked for again. URLs, tokens and errors are those of `huggingface_hub`; the token goes to the
+Hub alone, not to the host that the Hub redirects to for the bytes.
 """
 
 import os
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES: Final = 2**17
 _KEPT_BYTES: Final = 2**20
-# So often the reader is asked whether it still waits.
+# Seconds between checks whether the reader still waits.
 _NAP_SECONDS: Final = 0.25
 _PARTIAL_CONTENT: Final = 206
 _NOT_SATISFIABLE: Final = 416
-# Answers of the host for the bytes when the address that the Hub gave has expired.
+# Status codes of the host for the bytes when the address that the Hub gave has expired.
 _EXPIRED: Final = {401, 403}
 _MOST_REFUSALS: Final = 3
 
 
 class NoRangesError(SourceError):
-    """The Hub, or what stands before it, does not send parts of a file."""
+    """The Hub, or a proxy before it, does not send parts of a file."""
 
 
 class HubFile:
     """A file at one commit; a `moemerge.checkpoint.files.RemoteFile`."""
 
     def __init__(self, reference: Reference, commit: str, name: str, announce: Callable[[str], None]) -> None:
-        """Look it up.
+        """Look the file up.
 
         Raises:
-            SourceError: the Hub does not give it; says what to do.
+            SourceError: the Hub does not give the file; says what to do.
         """
         self._reference, self._commit, self.name, self.announce = reference, commit, name, announce
         self._lock = threading.Lock()
@@ -69,31 +69,31 @@ class HubFile:
         return f"{self._reference.repo}@{self._commit[:7]}/{self.name}"
 
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """From now on, keep these bytes in `folder` when they are first read."""
+        """Keep these bytes in `folder` when they are first read."""
         if self._spool is None or self._spool.path.parent != folder:
             self._spool = _Spool(folder / f"{self._reference.repo.replace('/', '--')}--{self._commit}--{self.name}")
         self._spool.want(start, start + nbytes)
 
     def open(self, start: int, nbytes: int) -> Reader:
-        """Read `nbytes` bytes from offset `start` on; from the disk, as a file at that offset, where they are kept.
+        """Open the file for reading `nbytes` bytes from offset `start` on; kept bytes come from a file on the disk.
 
         Raises:
             OutputError: the disk is full.
-            SourceError: they cannot be reached, or the repository was changed; reading may raise it too.
+            SourceError: the bytes cannot be reached, or the repository was changed; reading may raise it too.
         """
         if nbytes and self._spool and self._spool.wants(start, start + nbytes):
             return self._spool.open(self, start, start + nbytes)
         return _Range(self, start, start + nbytes)
 
     def locate(self) -> str:
-        """The address of the bytes."""
+        """The address of the file's bytes."""
         with self._lock:
             if self._location is None:
                 self._location = self._locate_again()
             return self._location
 
     def forget_location(self, location: str) -> None:
-        """An address was refused."""
+        """Look the address up again next time, since this one was refused."""
         with self._lock:
             self._location = None if self._location == location else self._location
 
@@ -107,10 +107,10 @@ class HubFile:
         return found.location
 
     def check_answer(self, location: str, answer: Any, start: int, end: int) -> None:
-        """Refuse what is not the range that was asked for, or not of the same content as the ranges before.
+        """Check that an answer is the range that was asked for, of the same content as the ranges before.
 
         Raises:
-            SourceError: it is not.
+            SourceError: the answer is something else.
         """
         status, headers = answer.status_code, answer.headers
         found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
@@ -129,7 +129,7 @@ class HubFile:
             raise SourceError(f"{self}: bytes {start} to {end} were asked for, {first} to {last + 1} were sent.")
 
     def refused(self, location: str, status: int) -> SourceError:
-        """What to tell the user when the host for the bytes refuses even a fresh address."""
+        """The error for a host that refuses even a fresh address."""
         return SourceError(
             f"{self}: {urlsplit(location).netloc}, where the Hub sends us for the bytes, refuses them (status "
             f"{status}). Check what stands between you and it: a proxy, a firewall, the clock."
@@ -142,18 +142,18 @@ class HubFile:
         )
 
     def explain(self, error: Exception) -> SourceError:
-        """What to tell the user when reading failed for good."""
+        """The error for reading that failed for good."""
         if isinstance(error, SourceError):
             return error
         try:
             with explained(self._reference, "the Hub cannot be reached any more. Check the network."):
                 raise error
-        except SourceError as told:
-            return told
+        except SourceError as failure:
+            return failure
 
 
 class _Range:
-    """A stretch of a file, as it comes."""
+    """A reader of a range of a file, as the bytes arrive."""
 
     def __init__(self, file: HubFile, start: int, end: int) -> None:
         self._file, self._next, self._end = file, start, end
@@ -163,10 +163,10 @@ class _Range:
         self._left = memoryview(b"")
         self._again_at = 0.0
         self._refusals = 0
-        """How often addresses were refused since something came."""
+        """Count of refused addresses since bytes last arrived."""
 
     def readinto(self, view: memoryview, /) -> int | None:
-        """Read what has come; None while the next try waits."""
+        """Read what has arrived; None while the next try waits."""
         if not self._left and self._next < self._end and not self._receive():
             return None
         count = min(len(view), len(self._left))
@@ -174,7 +174,7 @@ class _Range:
         return count
 
     def _receive(self) -> bool:
-        """Wait for a chunk; False where none has come."""
+        """Wait for a chunk; False if none has arrived."""
         wait = self._again_at - time.monotonic()
         sleep(min(max(wait, 0), _NAP_SECONDS))
         if wait > 0:
@@ -216,7 +216,7 @@ class _Range:
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         if isinstance(session.stream, bool):  # a session of requests, in huggingface_hub before 1.0
             answer = self._open.enter_context(session.get(location, headers=headers, stream=True, timeout=timeout))
-            # What has come is wanted even if no more comes, which only newer versions of urllib3 give.
+            # Bytes that have arrived are wanted even if no more come, which only newer versions of urllib3 give.
             read, most = (answer.raw.read1, _CHUNK_BYTES) if hasattr(answer.raw, "read1") else (answer.raw.read, 2**14)
             chunks: Iterator[bytes] = iter(lambda: read(most), b"")
         else:
@@ -243,7 +243,7 @@ class _Range:
 
 
 class _Spool:
-    """What was read of a file, in a file with holes for the rest."""
+    """Bytes read of a file, kept in a sparse local file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -251,20 +251,20 @@ class _Spool:
         self._held: set[tuple[int, int]] = set()
 
     def want(self, start: int, end: int) -> None:
-        """These bytes are worth keeping; they are fetched together, whichever of them is read first."""
+        """Mark these bytes to be kept; they are fetched together, whichever of them is read first."""
         if not any(first <= start and end <= last for first, last in self._spans):
             spans = {span: lock for span, lock in self._spans.items() if not start <= span[0] <= span[1] <= end}
             self._spans = spans | {(start, end): threading.Lock()}
 
     def wants(self, start: int, end: int) -> bool:
-        """Whether all of these bytes are worth keeping."""
+        """Whether all of these bytes are marked to be kept."""
         for first, last in sorted(self._spans):
             if first <= start < last:
                 start = last
         return start >= end
 
     def open(self, file: HubFile, start: int, end: int) -> Reader:
-        """The file at `start`, once all is there up to `end`."""
+        """Open the local file at `start`, once everything up to `end` is there."""
         for span, lock in sorted(self._spans.items()):
             if span[0] < end and start < span[1]:
                 with lock:

@@ -19,10 +19,10 @@ class Reference:
 
 
 def parse_reference(text: str) -> Path | Reference:
-    """A folder where one of that name exists, else a Hub repository, `user/name` or `user/name@revision`.
+    """Parse a reference: a folder if one of that name exists, else a Hub repository, `user/name[@revision]`.
 
     Raises:
-        SourceError: neither; says which it looks like and what to write.
+        SourceError: it is neither; says which it looks like and what to write.
     """
     try:
         path = Path(text).expanduser()
@@ -41,7 +41,7 @@ def parse_reference(text: str) -> Path | Reference:
 
 
 def split_adapter(reference: str) -> tuple[str, str] | None:
-    """The two sides of model+adapter; of several `+`, the last that leaves a folder or a repository on both."""
+    """Split model+adapter in two; of several `+`, at the last that leaves a folder or a repository on both sides."""
 
     def leads_somewhere(text: str) -> bool:
         try:
@@ -58,7 +58,7 @@ def split_adapter(reference: str) -> tuple[str, str] | None:
 
 
 def local_folders(reference: str) -> list[Path]:
-    """The folders on this machine that a reference leads to: a model's, and its adapters'."""
+    """The folders on this machine that a reference leads to: the model's, and its adapters'."""
     if split := split_adapter(reference):
         return [folder for side in split for folder in local_folders(side)]
     try:

@@ -1,4 +1,4 @@
-"""What the Hub's client raises: what it means to the user, and whether it is worth another try."""
+"""Errors of the Hub's client: what they mean to the user, and whether another try is worth it."""
 
 import re
 import socket
@@ -39,37 +39,37 @@ _TOLD_WAIT: Final = 2.0
 _MOST_TRIES: Final = 11
 _FEW_TRIES: Final = 4
 _TOO_MANY_REQUESTS: Final = 429
-TOLD_TO_WAIT: Final = frozenset({_TOO_MANY_REQUESTS})
-_MAY_PASS: Final = TOLD_TO_WAIT | {408, 500, 502, 503, 504}
-# Of HTTP libraries: what went wrong on the way is theirs, and so are these, which would again.
+WAIT_STATUSES: Final = frozenset({_TOO_MANY_REQUESTS})
+_MAY_PASS: Final = WAIT_STATUSES | {408, 500, 502, 503, 504}
+# Errors of HTTP libraries are errors on the way, except for these, which would occur again.
 _HTTP_LIBRARIES: Final = {"httpx", "httpx2", "httpcore", "httpcore2", "h11", "urllib3", "requests"}
 _USELESS: Final = {"InvalidURL", "UnsupportedProtocol", "InvalidSchema", "MissingSchema", "LocalProtocolError"}
 Result = TypeVar("Result")
 
 
 class Patience:
-    """How often something is tried again, and how long it is waited before that."""
+    """How often something is tried again, and how long to wait before that."""
 
     def __init__(self, what: object, announce: Callable[[str], None], most_tries: int = _MOST_TRIES) -> None:
-        """Speak of `what` when the Hub asks to wait, or when the waits get long."""
+        """Name `what` in messages when the Hub asks to wait, or when the waits get long."""
         self._what, self._announce, self._most_tries = what, announce, most_tries
         self._tries = 0
 
     def reset(self) -> None:
-        """Something was achieved."""
+        """Start counting anew, since something was achieved."""
         self._tries = 0
 
     def wait_after(self, error: Exception) -> float:
-        """Seconds to wait before another try.
+        """The seconds to wait before another try.
 
         Raises:
-            Exception: `error`, if another try is not worth it.
+            Exception: `error` itself, if another try is not worth it.
         """
         answer = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
         status = None if answer is None else answer.status_code
         if not (status in _MAY_PASS if status else _may_pass(error)):
             raise error
-        # The Hub that asks for patience will answer some day.
+        # A Hub that asks to wait will answer some day.
         self._tries += 1
         if self._tries >= (_MOST_TRIES if status == _TOO_MANY_REQUESTS else self._most_tries):
             raise error
@@ -89,7 +89,7 @@ def patiently(
     what: object, announce: Callable[[str], None], action: Callable[[], Result],
     statuses: Collection[int] = _MAY_PASS,
 ) -> Result:  # fmt: skip
-    """Ask the Hub again where it is too busy or stumbles; a network that is not there is not waited for."""
+    """Ask the Hub again where it is too busy or fails; a missing network is not waited for."""
     patience = Patience(what, announce, _FEW_TRIES)
     while True:
         try:
@@ -106,14 +106,14 @@ def sleep(seconds: float) -> None:
     """Wait, in any thread, unless the program is interrupted.
 
     Raises:
-        KeyboardInterrupt: it is.
+        KeyboardInterrupt: the program is interrupted.
     """
     if interrupted.wait(seconds):
         raise KeyboardInterrupt
 
 
 def seconds_asked(headers: Mapping[str, str]) -> float | None:
-    """What the answer says: `Retry-After`, or the Hub's `RateLimit: "api";r=0;t=55`.
+    """The seconds that an answer asks to wait: `Retry-After`, or the Hub's `RateLimit: "api";r=0;t=55`.
 
     https://huggingface.co/docs/hub/rate-limits
     """
@@ -125,7 +125,7 @@ def seconds_asked(headers: Mapping[str, str]) -> float | None:
 
 @contextmanager
 def explained(reference: Reference, absent: str) -> Iterator[None]:
-    """Turn whatever the client raises into a line for the user; its HTTP library differs between its versions."""
+    """Turn whatever the client raises into a message for the user; its HTTP library differs between its versions."""
     try:
         yield
     except SourceError:
@@ -162,7 +162,7 @@ def page_of(repo: str) -> str:
 
 
 def _nearest_repository(reference: Reference) -> str:
-    """A question with the owner's models that are called alike, if the Hub names any."""
+    """A question that names the owner's most similar models, if the Hub lists any."""
     owner, _, name = reference.repo.rpartition("/")
     with suppress(Exception):  # this only helps
         listed = HfApi().list_models(author=owner, limit=200) if owner else HfApi().list_models(search=name, limit=200)
@@ -184,12 +184,12 @@ def _question(names: Sequence[str]) -> str:
 
 
 def is_of_network(error: BaseException) -> bool:
-    """Whether the network failed, or is not to be used: below every HTTP library lies an error of its socket."""
+    """Whether the network failed or must not be used: below every HTTP library lies an error of its socket."""
     return any(isinstance(one, ConnectionError | TimeoutError | socket.gaierror) for one in chain(error))
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether what is no answer of the Hub may be another time."""
+    """Whether an error that is no answer of the Hub may not occur the next time."""
     if any(isinstance(one, ssl.SSLCertVerificationError) for one in chain(error)):
         return False
     library = type(error).__module__.partition(".")[0]
@@ -197,7 +197,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
+    """Yield an error, the error it was raised from, and so on."""
     while error:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,6 +1,6 @@
-"""What a PyTorch pickle says of its tensors, found by a machine that knows tensors and nothing else.
+"""An interpreter for PyTorch pickles that knows tensors and nothing else.
 
-Its instructions are those of `torch.load(weights_only=True)`, but nothing is imported, called or built: names stay
+It follows the instructions of `torch.load(weights_only=True)`, but imports, calls and builds nothing: names stay
 names, sizes stay numbers, and a key is a text or a small number, so that a hostile pickle can neither run nor grow.
 https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only-security
 """
@@ -14,9 +14,9 @@ from typing import Any, Final
 from moemerge.sources.pickled import MADE, Name, Opaque, Storage, storage_dtype
 
 MAX_PICKLE_BYTES: Final = 4 * 2**20
-"""Of the table; a model of 70 B parameters has 0.1 MB of it."""
+"""Largest pickle of a table in bytes; for a model of 70 B parameters it has 0.1 MB."""
 _MAX_INSTRUCTIONS: Final = 500_000  # 15 000 tensors, in half a second
-# Names that weights_only allows, but for those that only its own users can give it.
+# Names that weights_only allows, except those that only its own users can add.
 _KNOWN: Final = re.compile(
     r"torch\.(cuda\.)?\w+Storage|torch\.storage\.(Untyped|Typed)Storage|torch\.(q?u?int|b?float|complex|bits|bool)\w*"
     r"|torch\.(Size|device|Tensor|nn\.parameter\.Parameter|_tensor\._rebuild_from_type_v2|serialization\._get_layout)"
@@ -26,10 +26,10 @@ _KNOWN: Final = re.compile(
 
 
 def unpickle(data: bytes) -> Any:
-    """What a pickle holds: tables, lists, texts and numbers, `StridedTensor`, `Opaque`.
+    """Read what a pickle holds: tables, lists, texts and numbers, `StridedTensor`, `Opaque`.
 
     Raises:
-        ValueError: it is damaged, or holds what no table of weights does.
+        ValueError: the pickle is damaged, or holds something that no table of weights does.
     """
     machine = _Machine(data)
     try:
@@ -39,7 +39,7 @@ def unpickle(data: bytes) -> Any:
 
 
 class _Machine:
-    """A stack, the stacks below marks, and what is remembered for later."""
+    """A stack, the stacks below marks, and the memo."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self.place = data, 0
@@ -60,22 +60,22 @@ class _Machine:
         raise ValueError("it is longer than a table of weights")
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         self.place += count
         if self.place > len(self._data):
             raise ValueError("the pickle is cut off")
         return self._data[self.place - count : self.place]
 
     def number(self, code: str) -> Any:
-        """The next number, in a code of `struct`."""
+        """Read the next number, in a format code of `struct`."""
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def push(self, value: Any) -> None:
-        """Lay a value onto the stack."""
+        """Push a value onto the stack."""
         self.stack.append(value)
 
     def pop(self, count: int) -> tuple[Any, ...]:
-        """The last values."""
+        """Pop the last values."""
         if count > len(self.stack):
             raise IndexError
         taken = tuple(self.stack[len(self.stack) - count :])
@@ -83,7 +83,7 @@ class _Machine:
         return taken
 
     def pop_marked(self) -> list[Any]:
-        """The values since the last mark."""
+        """Pop the values since the last mark."""
         taken, self.stack = self.stack, self.marks.pop()
         return taken
 
@@ -93,7 +93,7 @@ class _Machine:
         self.stack = []
 
     def name(self) -> None:
-        """A class, a function or a dtype."""
+        """Push the name of a class, a function or a dtype."""
         end = self._data.index(b"\n", self._data.index(b"\n", self.place) + 1)
         text = ".".join(self.take(end - self.place).decode().split("\n"))
         self.take(1)
@@ -105,25 +105,25 @@ class _Machine:
         """Put keys and values into the table below them."""
         table = self.stack[-1]
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Others can take for ever: tuples of tuples to hash, chosen floats to tell apart.
+            # Other keys can take for ever: tuples of tuples to hash, chosen floats to tell apart.
             if type(table) is not dict or not (type(key) is str or (type(key) is int and abs(key) < 2**32)):
                 raise ValueError(f"{type(key).__name__} as a key in {type(table).__name__}")
             table[key] = value
 
     def extend(self, values: list[Any]) -> None:
-        """Put values into the list below them."""
+        """Append values to the list below them."""
         if type(self.stack[-1]) is not list:
             raise TypeError
         self.stack[-1].extend(values)
 
     def set_state(self) -> None:
-        """Attributes of an object, such as an `OrderedDict`'s versions of modules; none of them is needed."""
+        """Drop the attributes of an object, such as an `OrderedDict`'s versions of modules; none of them is needed."""
         self.pop(1)
         if not isinstance(self.stack[-1], dict | Opaque):
             raise TypeError
 
     def store(self) -> None:
-        """A storage, by its persistent name."""
+        """Push a storage, by its persistent name."""
         kind, form, key, _device, count = self.pop(1)[0]
         if kind != "storage" or not isinstance(form, Name) or type(key) is not str or type(count) is not int:
             raise TypeError
@@ -133,7 +133,7 @@ class _Machine:
         self.push(storage)
 
     def call(self) -> None:
-        """What a function would make of its arguments."""
+        """Describe what a function would make of its arguments."""
         function, arguments = self.pop(2)
         if not isinstance(function, Name) or type(arguments) is not tuple:
             raise TypeError

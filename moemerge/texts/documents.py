@@ -1,7 +1,7 @@
-"""Documents in files that a config or a command names: what routers are fitted to, and models evaluated on.
+"""Read documents from the files that a config or command names, to fit routers to and evaluate models on.
 
 A `.txt` file is one document, or several with a line `<|document|>` between them. A `.jsonl` file has one document a
-line, a string or an object with the key `text`. A file of another ending, which only `moemerge routes` reads, is one
+line, a string or an object with the key `text`. A file with another ending, which only `moemerge routes` reads, is one
 document.
 """
 
@@ -16,16 +16,16 @@ from moemerge.errors import RefusedError
 
 _SEPARATOR: Final = re.compile(r"^<\|document\|>\s*$", re.MULTILINE)
 _ENDINGS: Final = (".txt", ".jsonl")
-# More than any calibration needs: of more text, each file is read so far that it is no more in all.
+# More than any calibration needs: of a larger total, every file is read only in part.
 _CHARACTERS: Final = 50_000_000
 
 
 def find_files(patterns: Sequence[str], place: str) -> list[Path]:
-    """Files that patterns name: a file, a folder with all that lies below it, or a glob such as `notes/**/*.txt`.
+    """Find the files that patterns name: a file, a folder with all below it, or a glob such as `notes/**/*.txt`.
 
     Args:
         patterns: relative to the current folder; `~` is the home folder.
-        place: how messages call what holds them, such as `experts[0].positive_texts`.
+        place: what messages call the key that holds the patterns, such as `experts[0].positive_texts`.
 
     Raises:
         RefusedError: a pattern finds no `.txt` or `.jsonl` file.
@@ -42,7 +42,7 @@ def find_files(patterns: Sequence[str], place: str) -> list[Path]:
 
 
 def matching_files(patterns: Sequence[str]) -> list[Path]:
-    """The `.txt` and `.jsonl` files that patterns lead to, which may be none."""
+    """Find the `.txt` and `.jsonl` files that patterns lead to; there may be none."""
     return [file for pattern in patterns for file in sorted(_matches(pattern)) if file.suffix in _ENDINGS]
 
 
@@ -65,7 +65,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def read_documents(files: Sequence[Path]) -> list[str]:
-    """Every document of the files that is not blank, in their order.
+    """Read every document of the files that is not blank, in their order.
 
     Raises:
         RefusedError: a file cannot be read or is not what its ending says.
@@ -105,5 +105,5 @@ def _text(line: str, place: str) -> str:
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise RefusedError(f"{place}: expected a text, or an object with a text under the key 'text'.")
-    # JSON can hold halves of letters, which no tokenizer takes.
+    # JSON can hold unpaired surrogates, which no tokenizer takes.
     return text.encode("utf-8", "replace").decode()

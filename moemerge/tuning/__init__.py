@@ -1,1 +1,1 @@
-"""Routers of a merged model trained a little further, with everything else as it is."""
+"""Train the routers of a merged model a little further, with everything else frozen."""

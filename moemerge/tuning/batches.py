@@ -1,4 +1,4 @@
-"""Which windows of text a step reads: of every domain alike, in an order that the seed alone decides."""
+"""Choose the windows of text of each step: as many of every domain, in an order that depends on the seed alone."""
 
 import math
 import random
@@ -15,7 +15,7 @@ from moemerge.tuning.settings import Settings, distillation_weight
 
 _LONGEST: Final = 512
 _SHORTEST: Final = 16
-# Tokens that judge a state, as steps.
+# Tokens that judge a state, counted in steps.
 _HELD_OUT_STEPS: Final = 8
 
 
@@ -26,7 +26,7 @@ class Batches:
     training: Texts
     held_out: Texts
     steps: tuple[tuple[int, ...], ...]
-    """Of each step the windows of `training`, one of every domain after the other."""
+    """The windows of `training` that each step reads, one of every domain in turn."""
 
     @classmethod
     def cut(
@@ -37,7 +37,7 @@ class Batches:
 
         Raises:
             RouterError: there is no tokenizer.
-            RefusedError: a domain has nothing to predict, or too little of a step.
+            RefusedError: a domain has nothing to predict, or too little in a step.
         """
         share = settings.tokens_per_step // len(training)
         if share < _SHORTEST:
@@ -57,17 +57,17 @@ class Batches:
         return cls(texts, Texts.cut(mixture, held_out, _HELD_OUT_STEPS * share, length), steps)
 
     def step(self, step: int) -> list[tuple[Window, int]]:
-        """Windows of a step, each with its domain's place."""
+        """The windows of a step, each with the number of its domain."""
         return [(self.training.windows[place], self.training.domain[place]) for place in self.steps[step]]
 
     def taught(self, domain: int) -> list[Window]:
-        """Windows of a domain that steps with distillation read."""
+        """The windows of a domain that steps with distillation read."""
         steps = [step for step in range(len(self.steps)) if distillation_weight(step, len(self.steps))]
         return list(dict.fromkeys(window for step in steps for window, of in self.step(step) if of == domain))
 
 
 def _fill(texts: Texts, domain: int, share: int, seed: str, steps: int) -> list[list[int]]:
-    """A domain's windows of each step: as many tokens as its share of all steps so far, and one window at least."""
+    """Choose a domain's windows for each step: its share of the tokens of all steps so far, and one window at least."""
     windows, read, filled = _shuffled(texts.of(domain), seed), 0, []
     for step in range(1, steps + 1):
         mine: list[int] = []
@@ -79,7 +79,7 @@ def _fill(texts: Texts, domain: int, share: int, seed: str, steps: int) -> list[
 
 
 def _shuffled(places: Sequence[int], seed: str) -> Iterator[int]:
-    """When all were given they come again, in another order."""
+    """Yield the places in random order; when all were given they come again, in another order."""
     turn = 0
     while True:
         order = list(places)

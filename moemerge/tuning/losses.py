@@ -1,4 +1,4 @@
-"""What a step of tuning makes small: the formula stands in docs/tuning.md."""
+"""The losses that a step of tuning minimises; docs/tuning.md has the formula."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -16,7 +16,7 @@ _ANCHOR: Final = 1e-3
 
 
 def cross_entropy(windows: Sequence[Window], logits: torch.Tensor) -> torch.Tensor:
-    """In nats, summed over each window's tokens that are scored: (window,), from logits (window, position, vocab)."""
+    """Cross-entropy in nats over each window's scored tokens: (window,), from logits (window, position, vocab)."""
     losses = [
         token_losses(window, found[: len(window.ids)].float()).sum()
         for window, found in zip(windows, logits, strict=True)
@@ -30,9 +30,9 @@ def distillation_loss(
     """KL(teacher || mixture) in nats, summed over each window's tokens that are scored: (window,).
 
     Args:
-        windows: of text.
-        logits: (window, position, vocab).
-        teachers: of each window, its own expert's predictions.
+        windows: the windows of text.
+        logits: the mixture's logits (window, position, vocab).
+        teachers: for each window, its own expert's predictions.
     """
     losses = []
     for window, found, teacher in zip(windows, logits, teachers, strict=True):
@@ -42,12 +42,12 @@ def distillation_loss(
 
 
 def load_loss(student: Student, counted: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """How far the experts' mean shares are from a prior (expert,): KL(prior || share), averaged over layers.
+    """Compare the experts' mean shares with a prior (expert,): KL(prior || share), averaged over layers.
 
     Args:
-        student: after a pass.
-        counted: (window, position) which of its tokens count.
-        prior: what share each expert has of that text.
+        student: the student after a pass.
+        counted: which tokens of the pass count (window, position).
+        prior: the share of that text that each expert is to have.
     """
     terms = []
     for layer in student.gates:
@@ -61,11 +61,11 @@ def load_loss(student: Student, counted: torch.Tensor, prior: torch.Tensor) -> t
 
 
 def anchor_loss(student: Student, start: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """Squared distance of the gates from their start, relative to its own length, averaged over layers.
+    """Squared distance of the gates from their start, relative to the start's squared length, averaged over layers.
 
     Args:
-        student: what is trained.
-        start: by layer (expert, hidden).
+        student: the model that is trained.
+        start: the gates at the start, by layer (expert, hidden).
     """
     terms = [
         (gate - start[layer]).square().sum() / start[layer].square().sum().clamp_min(1e-12)
@@ -75,7 +75,7 @@ def anchor_loss(student: Student, start: Mapping[int, torch.Tensor]) -> torch.Te
 
 
 def prior_of(texts: Sequence[tuple[int | None, int]], count: int, device: torch.device) -> torch.Tensor:
-    """The share (expert,) of some text that each expert is for, from experts with their tokens.
+    """Compute the share (expert,) of some text that each expert is for, from pairs of an expert and its tokens.
 
     Text of no expert belongs to all alike; an expert without text keeps a little.
     """

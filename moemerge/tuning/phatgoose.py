@@ -1,7 +1,7 @@
-"""Rows from a sigmoid gate of each expert, trained on that expert's text alone: https://arxiv.org/abs/2402.05859.
+"""Make router rows from a sigmoid gate of each expert, trained on that expert's text: https://arxiv.org/abs/2402.05859.
 
-In the base model, the FFN of each layer with a router is replaced by `E_0 + s(u.z)(E_e - E_0)`: `E_0` the base's own,
-`E_e` the expert's, `s` the sigmoid, `u` the gate, zeros at first.
+In the base model, the FFN of each layer with a router is replaced by `E_0 + s(u.z)(E_e - E_0)`: `E_0` is the base's
+own FFN, `E_e` the expert's, `s` the sigmoid, and `u` the gate, which begins with zeros.
 """
 
 import gc
@@ -30,7 +30,7 @@ from moemerge.passes.tokens import count_scored
 from moemerge.routers.scaling import calibrated_scale
 from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.job import Job
+from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import find_not_finite, judge, judge_start
 from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.settings import Documents
@@ -40,50 +40,50 @@ from moemerge.tuning.training import make_optimiser, set_rates
 from moemerge.tuning.whole import from_disk, load_whole
 from moemerge.tuning.work import State
 
-# Of each expert, to fit the scale.
+# Tokens of each expert that the scale is fitted to.
 _SCALE_TOKENS: Final = 1024
 
 
-def open_sources(job: Job) -> list[Runnable]:
-    """The base and every expert.
+def open_sources(context: TuningContext) -> list[Runnable]:
+    """Open the base and every expert.
 
     Raises:
-        RefusedError: the merge was of another kind, or one cannot be had.
+        RefusedError: the merge was of another kind, or a model cannot be opened.
     """
     needs = "--method phatgoose needs the base and the dense experts"
-    numbers = [None, *range(len(job.mixture.experts))]
-    found = [open_source(job.mixture, number, needs, job.announce) for number in numbers]
-    _check(job.mixture, found[0])
+    numbers = [None, *range(len(context.mixture.experts))]
+    found = [open_source(context.mixture, number, needs, context.announce) for number in numbers]
+    _check(context.mixture, found[0])
     return found
 
 
 def stack_gates(
-    job: Job, sources: Sequence[Runnable], training: Documents, held_out: Documents, batches: Batches
+    context: TuningContext, sources: Sequence[Runnable], training: Documents, held_out: Documents, batches: Batches
 ) -> State:  # fmt: skip
-    """Rows made of single experts' gates, and what held-out text says of them.
+    """Make rows of single experts' gates, and judge them on held-out text.
 
     Args:
-        job: the tuning.
+        context: the context of the tuning.
         sources: the base and every expert.
-        training: documents of every expert.
-        held_out: and those to judge by.
-        batches: of all of them together.
+        training: documents of every expert to train on.
+        held_out: documents of every expert to judge by.
+        batches: windows of all experts together.
 
     Raises:
         CheckpointError: tensors do not fit a class, or numbers are not finite.
     """
     base, *experts = sources
-    begun, left = time.perf_counter(), sum(not _file(job, number).exists() for number in range(len(experts)))
-    gates = _train_all(job, base, experts, training, held_out)
+    begun, left = time.perf_counter(), sum(not _file(context, number).exists() for number in range(len(experts)))
+    gates = _train_all(context, base, experts, training, held_out)
     seconds = (time.perf_counter() - begun) / max(left, 1)
-    student = Student.load(job)
-    (before, _), start = judge_start(job, student, batches.held_out), student.rows()
-    state = State(job.settings.steps, 0, 0, seconds, before, before, start, start, {})
-    student.place(_rows(job, student, gates, batches.training))
-    after, _ = judge(job, student, batches.held_out)
-    job.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
+    student = Student.load(context)
+    (before, _), start = judge_start(context, student, batches.held_out), student.rows()
+    state = State(context.settings.steps, 0, 0, seconds, before, before, start, start, {})
+    student.place(_rows(context, student, gates, batches.training))
+    after, _ = judge(context, student, batches.held_out)
+    context.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
     if after.mean_loss < before.mean_loss:
-        state = replace(state, best=after, best_step=job.settings.steps, best_rows=student.rows())
+        state = replace(state, best=after, best_step=context.settings.steps, best_rows=student.rows())
     return state
 
 
@@ -109,22 +109,22 @@ def _changes(config: MergeConfig) -> list[str]:
 
 
 def _train_all(
-    job: Job, base: Runnable, experts: Sequence[Runnable], training: Documents, held_out: Documents
+    context: TuningContext, base: Runnable, experts: Sequence[Runnable], training: Documents, held_out: Documents
 ) -> dict[int, torch.Tensor]:  # fmt: skip
-    """By layer the gates (expert, hidden) of all experts, one trained after the other."""
-    mixture, found = job.mixture, []
+    """Train the gates of all experts, one after the other; returns them by layer (expert, hidden)."""
+    mixture, found = context.mixture, []
     model: Any = None
     for number, (name, expert) in enumerate(zip(mixture.experts, experts, strict=True)):
-        path = _file(job, number)
+        path = _file(context, number)
         if not path.exists():
-            model = model or _load(job, base)
-            own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, job.settings)
+            model = model or _load(context, base)
+            own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, context.settings)
             layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
-            gates = _train(job, name, model, _ffns(expert, layers, job), own)
+            gates = _train(context, name, model, _ffns(expert, layers, context), own)
             if not all(gate.isfinite().all() for gate in gates.values()):
-                find_not_finite(job, [base, expert], own.training.windows)
+                find_not_finite(context, [base, expert], own.training.windows)
                 raise CheckpointError(f"{name}: the gates that its text trains are not finite. Give a lower --lr.")
-            job.announce(f"{name}: its gates are trained ({number + 1} of {len(experts)})")
+            context.announce(f"{name}: its gates are trained ({number + 1} of {len(experts)})")
             with drafted(path) as draft:
                 save_file({str(layer): gate for layer, gate in gates.items()}, draft)
         found.append({int(layer): gate for layer, gate in load_file(path).items()})
@@ -134,20 +134,20 @@ def _train_all(
     return {layer: torch.stack([gates.get(layer, none) for gates in found]) for layer in mixture.moe_layers}
 
 
-def _file(job: Job, number: int) -> Path:
-    return job.work.folder / f"phatgoose-{number}.safetensors"
+def _file(context: TuningContext, number: int) -> Path:
+    return context.work.folder / f"phatgoose-{number}.safetensors"
 
 
-def _load(job: Job, base: Runnable) -> Any:
-    device, dtype = job.processes.device, job.processes.dtype
-    return load_whole(base, device, dtype, job.room, {}, partial(job.progress, "load"))[0]
+def _load(context: TuningContext, base: Runnable) -> Any:
+    device, dtype = context.processes.device, context.processes.dtype
+    return load_whole(base, device, dtype, context.memory, {}, partial(context.progress, "load"))[0]
 
 
 def _train(
-    job: Job, name: str, model: Any, ffns: Mapping[int, torch.nn.Module], batches: Batches
+    context: TuningContext, name: str, model: Any, ffns: Mapping[int, torch.nn.Module], batches: Batches
 ) -> dict[int, torch.Tensor]:  # fmt: skip
-    """By layer the gate (hidden,) of one expert, whose FFNs these are."""
-    settings, device = job.settings, job.processes.device
+    """Train the gate of one expert, whose FFNs these are; returns it by layer (hidden,)."""
+    settings, device = context.settings, context.processes.device
     mixed = {}
     for layer, expert in ffns.items():
         own = model.model.layers[layer].get_submodule(DENSE_FAMILIES[model.config.model_type].ffn_module)
@@ -159,11 +159,11 @@ def _train(
         for step in range(settings.steps):
             windows = [window for window, _ in batches.step(step)]
             scored = count_scored(windows)
-            for part in group(windows, lambda window: len(window.ids), job.room.tokens_at_once):
+            for part in group(windows, lambda window: len(window.ids), context.memory.tokens_at_once):
                 ids, counted = padded(part, device)
                 for one in mixed.values():
                     one.counted = counted
-                with job.processes.autocast():
+                with context.processes.autocast():
                     logits = model(input_ids=ids, use_cache=False).logits
                 torch.autograd.backward(cross_entropy(part, logits).sum() / scored)
             if optimiser is None:
@@ -173,7 +173,7 @@ def _train(
             set_rates(optimiser, step, settings.steps)
             optimiser.step()
             optimiser.zero_grad()
-            job.progress(f"gate of {name}", step + 1, settings.steps)
+            context.progress(f"gate of {name}", step + 1, settings.steps)
             if not all(gate.isfinite().all() for gate in gates.values()):
                 break
     finally:
@@ -190,11 +190,11 @@ class _Mixed:
     base: Callable[[torch.Tensor], torch.Tensor]
     expert: torch.nn.Module
     gate: torch.Tensor
-    """(hidden,)"""
+    """The gate (hidden,)."""
     counted: torch.Tensor | None = None
-    """(window, position) which tokens of the pass count."""
+    """Which tokens of the pass count (window, position)."""
     measured: bool = True
-    """Whether `length` is of the states to come, too."""
+    """Whether `length` also measures the states to come."""
     _squares: float = 0.0
     _tokens: int = 0
 
@@ -213,9 +213,9 @@ class _Mixed:
         return math.sqrt(self._squares / self._tokens)
 
 
-def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.nn.Module]:
-    """The FFNs of a dense model, by layer, without the rest of it."""
-    device, dtype = job.processes.device, job.processes.dtype
+def _ffns(expert: Runnable, layers: Sequence[int], context: TuningContext) -> dict[int, torch.nn.Module]:
+    """Load the FFNs of a dense model, by layer, without the rest of it."""
+    device, dtype = context.processes.device, context.processes.dtype
     model = empty_model(expert.model_type, expert.keys, device, head=True, dtype=dtype)
     module = DENSE_FAMILIES[expert.model_type].ffn_module
     ffns = {layer: model.model.layers[layer].get_submodule(module) for layer in layers}
@@ -227,7 +227,7 @@ def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.
         ffns[layer].requires_grad_(requires_grad=False)
 
     for layer, ffn in ffns.items():
-        if job.room.streamed:
+        if context.memory.streamed:
             ffn.forward = partial(from_disk, partial(load, layer), ffn, ffn.forward)
         else:
             load(layer)
@@ -235,11 +235,11 @@ def _ffns(expert: Runnable, layers: Sequence[int], job: Job) -> dict[int, torch.
 
 
 def _rows(
-    job: Job, student: Student, gates: Mapping[int, torch.Tensor], texts: Texts
+    context: TuningContext, student: Student, gates: Mapping[int, torch.Tensor], texts: Texts
 ) -> dict[int, torch.Tensor]:  # fmt: skip
-    """Rows (expert, hidden) by layer: gates as standardised in the paper's section 3.2, under a scale of ours.
+    """Make rows (expert, hidden) by layer: gates standardised as in the paper's section 3.2, under a scale of our own.
 
-    The scale is the one that texts (of every expert) whose expert is known bear out, from the student's router inputs.
+    The scale is fitted to the student's router inputs on texts (of every expert) whose expert is known.
     """
     states: dict[int, list[torch.Tensor]] = {layer: [] for layer in gates}
     beginnings: dict[int, list[torch.Tensor]] = {layer: [] for layer in gates}
@@ -251,7 +251,7 @@ def _rows(
                 window = texts.windows[place]
                 if left <= 0:
                     break
-                with job.processes.autocast():
+                with context.processes.autocast():
                     student.logits([window])
                 counted = torch.tensor(window.counted)
                 for layer, kept in states.items():
@@ -278,13 +278,13 @@ def _rows(
 def standardised_rows(
     gates: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:  # fmt: skip
-    """Rows (expert, hidden) of a softmax router from sigmoid gates (expert, hidden).
+    """Make rows (expert, hidden) of a softmax router from sigmoid gates (expert, hidden).
 
     Args:
-        gates: of single experts, of any length each.
-        states: (token, hidden) router inputs.
-        targets: (token, expert) 1 for the expert that a token is for.
-        weights: (token,) of the tokens.
+        gates: the gates of single experts, of any length each.
+        states: router inputs (token, hidden).
+        targets: 1 for the expert that a token is for (token, expert).
+        weights: the weight of each token (token,).
     """
     rows = gates - gates.mean(dim=1, keepdim=True)
     rows = rows / rows.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""Device, precision and processes, by accelerate: the one place that imports it here."""
+"""Device, precision and processes of a tuning, set up by accelerate; only this module of tuning imports it."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,45 +15,45 @@ from moemerge.errors import RefusedError, RouterError
 from moemerge.passes.device import find_device
 
 _WHOLE: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
-"""Ways of accelerate in which every process holds the whole model."""
+"""Kinds of accelerate's distribution in which every process holds the whole model."""
 _Part = TypeVar("_Part")
-# The others wait while the first runs the teachers.
+# The others wait while the first process runs the teachers.
 _TIMEOUT: Final = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Those that tune together, each with the whole model; usually one alone."""
+    """The processes that tune together, each with the whole model; usually there is only one."""
 
     _accelerator: Any
     rank: int
     count: int
     device: torch.device
-    """Of this process."""
+    """The device of this process."""
     dtype: torch.dtype
-    """Of frozen weights: bfloat16 where that is computed in, as on a GPU, else float32."""
+    """The dtype of frozen weights: bfloat16 where that is computed in, as on a GPU, else float32."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in the precision that was asked for."""
+        """A context that computes in the precision that was asked for."""
         found: AbstractContextManager[Any] = self._accelerator.autocast()
         return found
 
     def wait(self) -> None:
-        """Until all processes are here.
+        """Wait until all processes are here.
 
         Raises:
-            RouterError: one of them has ended.
+            RouterError: one of the processes has ended.
         """
         with _lost():
             self._accelerator.wait_for_everyone()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Values added up over all processes, on the device where they are.
+        """Add values up over all processes, on the device where they are.
 
         Raises:
             RouterError: a process has ended.
@@ -66,7 +66,7 @@ class Processes:
         return summed.to(values.device)
 
     def least(self, value: int) -> int:
-        """The smallest of all processes' values.
+        """Find the smallest of all processes' values.
 
         Raises:
             RouterError: a process has ended.
@@ -78,7 +78,7 @@ class Processes:
             return int(self._accelerator.gather(here).min())
 
     def mine(self, everything: Sequence[_Part]) -> Sequence[_Part]:
-        """This process's part: one of as many runs as there are processes."""
+        """This process's part of a sequence: one of as many runs as there are processes."""
         start, end = (place * len(everything) // self.count for place in (self.rank, self.rank + 1))
         return everything[start:end]
 
@@ -94,11 +94,11 @@ def _lost() -> Iterator[None]:
 
 
 def open_processes(device: str) -> Processes:
-    """This process alone on a device, or one of those that `accelerate launch` or `torchrun` has started.
+    """Set up this process alone on a device, or as one of those that `accelerate launch` or `torchrun` has started.
 
     Raises:
         RouterError: there is no such device.
-        RefusedError: they divide the model, are on several machines, or compute in another precision.
+        RefusedError: the processes divide the model, are on several machines, or compute in another precision.
     """
     count, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local < count > 1:
@@ -115,7 +115,7 @@ def open_processes(device: str) -> Processes:
     if found.type == "cuda" and found.index is not None:
         torch.cuda.set_device(found)
     if count == 1:
-        # Else the settings of an earlier call stay.
+        # Without this, the settings of an earlier call stay.
         AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  there is no other way
     accelerator = Accelerator(
         cpu=found.type == "cpu", mixed_precision=asked if found.type == "cpu" else "bf16",

@@ -1,4 +1,4 @@
-"""A tuning from the model's folder to its new gates: what `moemerge.tuning.tuner.tune` does once data are read."""
+"""Run a tuning from the model's folder to its new gates, once `moemerge.tuning.tuner.tune` has read the data."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -18,23 +18,23 @@ from moemerge.model_card.card import read_card, with_section, without_section
 from moemerge.passes.device import free_memory, memory_watched
 from moemerge.passes.tokens import count_scored
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.job import Job
+from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import stored_dtypes
 from moemerge.tuning.phatgoose import open_sources, stack_gates
 from moemerge.tuning.processes import Processes, open_processes
-from moemerge.tuning.settings import Documents, Settings, Tuned, card_section
+from moemerge.tuning.settings import Documents, Settings, TuningResult, card_section
 from moemerge.tuning.teachers import open_teachers
 from moemerge.tuning.training import train
-from moemerge.tuning.whole import find_room
-from moemerge.tuning.work import State, Work
+from moemerge.tuning.whole import plan_memory
+from moemerge.tuning.work import State, WorkFolder
 from moemerge.tuning.writing import CARD, check_room, check_writable, gate_tensors, shard_stamps, write_copy
 
 
 def run(
     folder: Path | str, training: Documents, held_out: Documents, settings: Settings, *, copy: Path | None,
     device: str, resume: bool, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
-) -> Tuned | None:  # fmt: skip
-    """See `moemerge.tuning.tuner.tune`."""
+) -> TuningResult | None:  # fmt: skip
+    """Tune the model on documents as `moemerge.tuning.tuner.tune` does."""
     mixture, processes = open_mixture(folder), open_processes(device)
     if not processes.first:
         progress, announce = (lambda _name, _done, _total: None), (lambda _: None)
@@ -42,12 +42,12 @@ def run(
         check_writable(mixture.folder)
     else:
         check_target(copy, [mixture.folder.resolve()], offered=False)
-        if Work(mixture.folder, mixture.folder).unfinished:
+        if WorkFolder(mixture.folder, mixture.folder).unfinished:
             raise RefusedError(
                 f"{folder}: an earlier tuning of it was cut off while its files were moved. End that first, by "
                 "`moemerge tune` with --resume and without --out."
             )
-    work = Work(mixture.folder, copy or mixture.folder)
+    work = WorkFolder(mixture.folder, copy or mixture.folder)
     advice = "tuning. Give fewer --tokens-per-step, or another --device; --resume goes on"
     try:
         with work.held() if processes.first else nullcontext(), memory_watched(advice):
@@ -57,17 +57,17 @@ def run(
             local = processes.count if processes.device.type == "cpu" else 1
             free = free_memory(processes.device)
             least = None if free is None else processes.least(free)
-            room = find_room(mixture.runnable, processes.device, processes.dtype, least, local)
-            job = Job(mixture, settings, processes, room, work, progress, announce)
-            return _run(job, training, held_out, copy, resume=resume and work.begun)
+            memory = plan_memory(mixture.runnable, processes.device, processes.dtype, least, local)
+            context = TuningContext(mixture, settings, processes, memory, work, progress, announce)
+            return _run(context, training, held_out, copy, resume=resume and work.begun)
     except KeyboardInterrupt:
         if work.in_use and work.resumable and not work.unfinished:
             announce("what was done so far is kept: the same command with --resume goes on")
         raise
 
 
-def _finish_earlier(work: Work, processes: Processes, announce: Callable[[str], None]) -> bool:
-    """Move the files that an earlier run had only to move; whether that was done."""
+def _finish_earlier(work: WorkFolder, processes: Processes, announce: Callable[[str], None]) -> bool:
+    """Move the files that an earlier run had only left to move; returns whether that was done."""
     unfinished, moved = work.unfinished, torch.zeros(1)
     processes.wait()
     if unfinished and processes.first:
@@ -81,7 +81,7 @@ def _finish_earlier(work: Work, processes: Processes, announce: Callable[[str], 
 
 
 def _check(mixture: MixtureModel, copy: Path | None) -> None:
-    """Refuse what cannot be done, before what an earlier run has left is forgotten."""
+    """Refuse what cannot be done, before what an earlier run has left is removed."""
     gate_tensors(mixture)
     if (mixture.folder / CARD).is_file():
         read_card(mixture.folder)
@@ -94,52 +94,56 @@ def _check(mixture: MixtureModel, copy: Path | None) -> None:
     check_room(mixture, copy)
 
 
-def _run(job: Job, training: Documents, held_out: Documents, copy: Path | None, *, resume: bool) -> Tuned:
-    mixture, settings, processes = job.mixture, job.settings, job.processes
+def _run(
+    context: TuningContext, training: Documents, held_out: Documents, copy: Path | None, *, resume: bool
+) -> TuningResult:
+    mixture, settings, processes = context.mixture, context.settings, context.processes
     batches = Batches.cut(mixture, training, held_out, settings)
-    _check_domains(job, batches)
+    _check_domains(context, batches)
     phatgoose = settings.method == "phatgoose"
-    sources = open_sources(job) if phatgoose else []
+    sources = open_sources(context) if phatgoose else []
     teachers = {}
     if processes.first and settings.distil and not phatgoose:
-        teachers = open_teachers(job, batches, resume=resume)
-    job.announce(
-        f"{mixture.folder}: {job.room.needs}{f', in {processes.count} processes' if processes.count > 1 else ''}"
+        teachers = open_teachers(context, batches, resume=resume)
+    context.announce(
+        f"{mixture.folder}: {context.memory.needs}{f', in {processes.count} processes' if processes.count > 1 else ''}"
     )
     shards = shard_stamps(gate_tensors(mixture))
     if processes.first:
         documents = {name: [*training[name], *held_out[name]] for name in training}
-        if job.work.resumable and not resume:
-            job.announce("what an earlier tuning had kept is removed: this one starts over, without --resume")
-        job.work.begin(_fingerprint(job, documents, shards), resume=resume)
+        if context.work.resumable and not resume:
+            context.announce("what an earlier tuning had kept is removed: this one starts over, without --resume")
+        context.work.begin(_fingerprint(context, documents, shards), resume=resume)
     processes.wait()
-    state = stack_gates(job, sources, training, held_out, batches) if phatgoose else train(job, batches, teachers)
-    found = _found(job, state, batches, copy)
+    state = (
+        stack_gates(context, sources, training, held_out, batches) if phatgoose else train(context, batches, teachers)
+    )
+    found = _found(context, state, batches, copy)
     if processes.first:
         if found.improved:
-            _write(job, found, state, shards, copy)
-        job.work.remove()
+            _write(context, found, state, shards, copy)
+        context.work.remove()
     processes.wait()
     return found
 
 
-def _check_domains(job: Job, batches: Batches) -> None:
-    experts, texts = job.mixture.experts, batches.training
+def _check_domains(context: TuningContext, batches: Batches) -> None:
+    experts, texts = context.mixture.experts, batches.training
     without = [name for name in experts if name not in texts.domains]
-    if job.settings.method == "phatgoose":
+    if context.settings.method == "phatgoose":
         if without:
             raise RefusedError(
                 f"--method phatgoose: every expert's gate is trained on its own text, and {without[0]} has none: "
                 f"add --data {without[0]}=PATH."
             )
-        if job.processes.count > 1:
+        if context.processes.count > 1:
             raise RefusedError("--method phatgoose: runs in one process. Start it without accelerate launch.")
-    elif job.settings.distil and None in texts.expert:
+    elif context.settings.distil and None in texts.expert:
         raise RefusedError(
             f"--data {texts.domains[texts.expert.index(None)]}=: is no expert's name, so it has no teacher; "
             f"experts: {', '.join(experts)}. Call the domain like its expert, or give --no-distil."
         )
-    if without and not job.settings.allow_missing_domains:
+    if without and not context.settings.allow_missing_domains:
         raise RefusedError(
             f"--data: there is no text for {', '.join(without)}. Gates that learn from the others' text alone send "
             f"tokens away from what has none: add {' '.join(f'--data {name}=PATH' for name in without)}, or accept "
@@ -154,20 +158,22 @@ def _check_domains(job: Job, batches: Batches) -> None:
             )
 
 
-def _fingerprint(job: Job, documents: Mapping[str, list[str]], shards: Mapping[str, list[int]]) -> dict[str, Any]:
-    """What has to be the same for a tuning to go on."""
+def _fingerprint(
+    context: TuningContext, documents: Mapping[str, list[str]], shards: Mapping[str, list[int]]
+) -> dict[str, Any]:
+    """The settings and files that have to be the same for a tuning to be resumed."""
     return {
-        "options": asdict(job.settings),
-        "experts": list(job.mixture.experts),
+        "options": asdict(context.settings),
+        "experts": list(context.mixture.experts),
         "order of --data": list(documents),
         "data": {name: hashlib.sha256("\0".join(texts).encode()).hexdigest() for name, texts in documents.items()},
         "model": shards,
-        "processes": job.processes.count,
-        "precision": str(job.processes.dtype),
+        "processes": context.processes.count,
+        "precision": str(context.processes.dtype),
     }
 
 
-def _found(job: Job, state: State, batches: Batches, copy: Path | None) -> Tuned:
+def _found(context: TuningContext, state: State, batches: Batches, copy: Path | None) -> TuningResult:
     texts = batches.held_out
     windows = {name: [texts.windows[place] for place in texts.of(domain)] for domain, name in enumerate(texts.domains)}
     before, after = ({name: np.array(of) for name, of in held.documents.items()} for held in (state.before, state.best))
@@ -179,11 +185,11 @@ def _found(job: Job, state: State, batches: Batches, copy: Path | None) -> Tuned
     elif not improved:
         notes.append("the gain may be chance, for its interval reaches down to 0: more documents make it narrower")
     notes += [f"{copy}: not written"] if copy and not improved else []
-    found = Tuned(
-        str(copy if copy and improved else job.mixture.folder), job.settings.method, improved, state.best_step,
+    found = TuningResult(
+        str(copy if copy and improved else context.mixture.folder), context.settings.method, improved, state.best_step,
         state.step, state.before, state.best, gain,
         {name: difference({name: before[name]}, {name: after[name]}) for name in before},
-        tuple(name for name in job.mixture.experts if name not in texts.domains),
+        tuple(name for name in context.mixture.experts if name not in texts.domains),
         {name: count_scored(mine) for name, mine in windows.items()},
         {name: len({window.document for window in mine}) for name, mine in windows.items()},
         state.seconds / max(state.step, 1), tuple(notes),
@@ -192,10 +198,10 @@ def _found(job: Job, state: State, batches: Batches, copy: Path | None) -> Tuned
 
 
 def _write(
-    job: Job, found: Tuned, state: State, shards: dict[str, list[int]], copy: Path | None
+    context: TuningContext, found: TuningResult, state: State, shards: dict[str, list[int]], copy: Path | None
 ) -> None:  # fmt: skip
-    mixture = job.mixture
-    model, gates, dtypes = mixture.folder.resolve(), gate_tensors(mixture), stored_dtypes(job)
+    mixture = context.mixture
+    model, gates, dtypes = mixture.folder.resolve(), gate_tensors(mixture), stored_dtypes(context)
     if shard_stamps(gates) != shards:
         raise OutputError(
             f"{mixture.folder}: its files were written anew while it was tuned, so these gates are not for it. Tune it "
@@ -207,13 +213,13 @@ def _write(
     }
     card = _card(mixture, found)
     if copy is None:
-        job.work.replace(gates, rows, card)
+        context.work.replace(gates, rows, card)
     else:
         write_copy(model, gates, rows, card, copy)
 
 
-def _card(mixture: MixtureModel, found: Tuned) -> str | None:
-    """The model card with the tuning; an evaluation in it was of the routers before."""
+def _card(mixture: MixtureModel, found: TuningResult) -> str | None:
+    """The model card with the tuning, without an evaluation of the routers before; None if there is no card."""
     if not (mixture.folder / CARD).is_file():
         return None
     return with_section(without_section(read_card(mixture.folder), "evaluation"), "tuning", card_section(found))

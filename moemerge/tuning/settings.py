@@ -1,4 +1,4 @@
-"""What a tuning is asked for, what it found, and what of its documents is held out."""
+"""The options of a tuning, its result, and which of its documents are held out."""
 
 import math
 import random
@@ -16,13 +16,13 @@ Documents = Mapping[str, Sequence[str]]
 Method = Literal["gates", "phatgoose"]
 
 _HELD_OUT: Final = 4
-"""One document of so many is held out, of each domain; never fewer than an interval needs."""
+"""One document of so many in each domain is held out; never fewer than an interval needs."""
 # Distillation helps early and hurts late: https://arxiv.org/abs/2201.05596, section 4.2.
 _DISTILLED: Final = 0.6
 
 
 def distillation_weight(step: int, steps: int) -> float:
-    """1 at first, 0 from 60 % of the steps on, a straight line between."""
+    """The weight of distillation: 1 at first, 0 from 60 % of the steps on, linear in between."""
     return max(0.0, 1 - step / (_DISTILLED * steps))
 
 
@@ -31,27 +31,27 @@ class Settings:
     """The options of `moemerge tune`."""
 
     steps: int = 40
-    """Of training; with phatgoose, of each expert."""
+    """Number of training steps; with phatgoose, for each expert."""
     tokens_per_step: int = 512
-    """Of all domains together; with phatgoose, of the expert's own."""
+    """Tokens of all domains in a step; with phatgoose, of the expert's own domain."""
     lr: float = 0.07
-    """How far a step of Adam moves a logit, about: it is divided by the length of the layer's router inputs."""
+    """How far a step of Adam moves a logit, about: the rate is divided by the length of the layer's router inputs."""
     seed: int = 0
-    """Of what is held out, of the order of texts, and of the noise."""
+    """Seed for the held-out documents, for the order of texts, and for the noise."""
     noise: float = 0.0
-    """Standard deviation of what is added to each logit while training."""
+    """Standard deviation of the noise that is added to each logit while training."""
     distil: bool = True
     """Whether each domain's own dense expert teaches, too."""
     method: Method = "gates"
-    """All gates together, or a sigmoid gate of each expert alone."""
+    """Train all gates together, or a sigmoid gate for each expert alone."""
     allow_missing_domains: bool = False
-    """Whether experts may be without text: what the tuning does to theirs is not seen then."""
+    """Whether experts may lack text; what the tuning does to their text is not seen then."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
 
         Raises:
-            RefusedError: names every one that is out of its range.
+            RefusedError: names every number that is out of its range.
         """
         wrong = [
             f"--{name.replace('_', '-')}: expected {what}, found {value}."
@@ -68,38 +68,38 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What held-out text says of a router."""
+class HeldOutScores:
+    """How a router does on held-out text."""
 
     losses: Mapping[str, Estimate]
-    """By domain: nats per token."""
+    """Nats per token by domain."""
     mean_loss: float
-    """Over domains, each weighing alike."""
+    """Mean loss over domains, each weighing alike."""
     accuracy: Mapping[str, float | None]
-    """By domain: share of tokens whose first choice is the domain's expert, averaged over layers; None without one."""
+    """Share of tokens whose first choice is the domain's expert, by domain, averaged over layers; None without one."""
     documents: Mapping[str, Sequence[Sequence[float]]]
-    """By domain, of each document its loss in nats and its tokens."""
+    """Loss in nats and number of tokens of each document, by domain."""
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What a tuning did."""
+class TuningResult:
+    """The result of a tuning."""
 
     model: str
     """The folder that holds the tuned model, or the untouched one where nothing was better."""
     method: str
     improved: bool
-    """Whether the gain is more than chance, its interval above 0, and so was written."""
+    """Whether the gain is more than chance (its interval is above 0), so that the gates were written."""
     step: int
-    """After which step the routers were best."""
+    """The step after which the routers were best."""
     steps: int
-    before: Held
-    after: Held
-    """Of the routers that were best, which the model has now if anything was written."""
+    before: HeldOutScores
+    after: HeldOutScores
+    """Scores of the best routers, which the model has now if anything was written."""
     gain: Estimate
     """How much lower the mean loss is than before; the interval is over documents, the same for both."""
     gains: Mapping[str, Estimate]
-    """The same of each domain; below 0 where its loss is higher."""
+    """How much lower the loss of each domain is; below 0 where it is higher."""
     missing: tuple[str, ...]
     """Experts without text: see `Settings.allow_missing_domains`."""
     held_out_tokens: Mapping[str, int]
@@ -109,7 +109,7 @@ class Tuned:
 
     @property
     def harm(self) -> list[str]:
-        """Who loses, with the figure, and of whom that is not known, in words."""
+        """Domains that lose, with the figure, and experts for which that is not known, in words."""
         lost = [
             f"{name} loses: its held-out loss is higher by {gain.reversed.precise}"
             for name, gain in self.gains.items()
@@ -120,9 +120,9 @@ class Tuned:
 
 
 def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Documents to train on and to judge by, by domain.
+    """Split documents into those to train on and those to judge by, each by domain.
 
-    A text that comes again counts once: it would be held out and trained on.
+    A repeated text counts once, since it might be both held out and trained on.
 
     Raises:
         RefusedError: a domain has too few documents to judge by.
@@ -144,8 +144,8 @@ def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str
     return training, held
 
 
-def card_section(found: Tuned) -> str:
-    """The part of the model card on the tuning, in Markdown."""
+def card_section(found: TuningResult) -> str:
+    """Write the part of the model card on the tuning, in Markdown."""
     names = list(found.before.losses)
     what = "gates alone" if found.method == "gates" else "a sigmoid gate for each expert (PHATGOOSE)"
     texts = ", ".join(

@@ -13,36 +13,36 @@ from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.finite import not_finite_in
 from moemerge.passes.tokens import Window
-from moemerge.tuning.job import Job
+from moemerge.tuning.context import TuningContext
 from moemerge.tuning.whole import load_whole
 
 
 @dataclass
 class Student:
-    """A mixture that is trained."""
+    """A mixture whose gates are trained."""
 
     mixture: MixtureModel
     model: Any
     device: torch.device
     gates: dict[int, torch.nn.Parameter]
-    """By layer (expert, hidden), float32: what is trained."""
+    """The gates by layer (expert, hidden), float32, which are trained."""
     routers: dict[int, torch.nn.Module]
-    """By layer the module that holds the gate."""
+    """The module that holds each layer's gate."""
     absent: dict[int, list[int]]
-    """By layer the experts that are switched off there."""
+    """Experts that are switched off, by layer."""
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By layer (token, hidden) float32: what entered the router in the last pass, without gradients."""
+    """Inputs of each layer's router in the last pass (token, hidden), float32, without gradients."""
     counted: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
-    """(window, position) which tokens of the last pass count."""
+    """Which tokens of the last pass count (window, position)."""
 
     @classmethod
-    def load(cls, job: Job) -> "Student":
-        """Read a job's mixture to where its processes compute; all but the gates in their dtype.
+    def load(cls, context: TuningContext) -> "Student":
+        """Load the context's mixture onto the device of its process; all but the gates in the dtype of its processes.
 
         Raises:
-            CheckpointError: its tensors do not fit its class, or a router is not finite.
+            CheckpointError: the tensors do not fit the class, or a router is not finite.
         """
-        mixture, device, dtype = job.mixture, job.processes.device, job.processes.dtype
+        mixture, device, dtype = context.mixture, context.processes.device, context.processes.dtype
         names = {layer: mixture.router(layer) for layer in mixture.moe_layers}
         gates = {
             layer: torch.nn.Parameter(mixture.runnable.read(name).to(device, torch.float32))
@@ -52,8 +52,8 @@ class Student:
             if broken := not_finite_in(names[layer], gate):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
         model, holders = load_whole(
-            mixture.runnable, device, dtype, job.room, {names[layer]: gate for layer, gate in gates.items()},
-            partial(job.progress, "layers" if job.room.streamed else "load"),
+            mixture.runnable, device, dtype, context.memory, {names[layer]: gate for layer, gate in gates.items()},
+            partial(context.progress, "layers" if context.memory.streamed else "load"),
         )  # fmt: skip
         student = cls(
             mixture, model, device, gates, {layer: holders[name] for layer, name in names.items()},
@@ -67,20 +67,20 @@ class Student:
         self.inputs[layer] = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
 
     def logits(self, windows: Sequence[Window]) -> torch.Tensor:
-        """(window, position, vocab) of windows, padded on the right."""
+        """Compute the logits (window, position, vocab) of windows, padded on the right."""
         ids, self.counted = padded(windows, self.device)
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
     def router_logits(self, layer: int) -> torch.Tensor:
-        """(token, expert) router logits of the last pass; experts that are absent have minus infinity."""
+        """Router logits of the last pass (token, expert); absent experts have minus infinity."""
         logits = self.inputs[layer] @ self.gates[layer].T
         absent = torch.tensor(self.absent[layer], device=logits.device, dtype=torch.long)
         return logits.index_fill(1, absent, -torch.inf)
 
     @contextmanager
     def holding(self, rows: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """Other rows, by layer (expert, hidden), in the gates for a while."""
+        """A context in which the gates have other rows, by layer (expert, hidden)."""
         kept = {layer: gate.detach().clone() for layer, gate in self.gates.items()}
         self.place(rows)
         try:
@@ -95,12 +95,12 @@ class Student:
                 gate.copy_(rows[layer])
 
     def rows(self) -> dict[int, torch.Tensor]:
-        """By layer (expert, hidden), copies of the gates on the CPU."""
+        """Copies of the gates on the CPU, by layer (expert, hidden)."""
         return {layer: gate.detach().cpu().clone() for layer, gate in self.gates.items()}
 
     @contextmanager
     def noisy(self, noise: float, seed: int) -> Iterator[None]:
-        """Routers that add noise of this deviation to every logit before they choose; other random numbers stay."""
+        """A context in which routers add noise of this deviation to every logit; other random numbers stay the same."""
         if not noise:
             yield
             return
@@ -119,7 +119,7 @@ def _noisy_forward(forward: Callable[..., Any], noise: float, *args: Any, **kwar
 
 
 class _Noise(TorchFunctionMode):
-    """Adds noise to what a linear map gives: a router has one, in every family and version of its class."""
+    """Adds noise to the output of a linear map, which every family's router has in each version of its class."""
 
     def __init__(self, noise: float) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Noise(TorchFunctionMode):
 
 
 def padded(windows: Sequence[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (window, position) and which of them count, padded on the right: causal models never see it."""
+    """Token ids (window, position) and which tokens count, padded on the right: causal models never see the padding."""
     length = max(len(window.ids) for window in windows)
     ids = [[*window.ids, *[0] * (length - len(window.ids))] for window in windows]
     counted = [[*window.counted, *[False] * (length - len(window.ids))] for window in windows]

@@ -1,6 +1,6 @@
-"""The dense models that a mixture was merged from, opened again, and what they predict, computed once and kept.
+"""Open the dense models that a mixture was merged from, and keep their predictions, which are computed once.
 
-No teacher is in memory with the student.
+No teacher is in memory together with the student.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,25 +18,25 @@ from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense
 from moemerge.evaluation.running import run_model
 from moemerge.passes.tokens import Window
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.job import Job
+from moemerge.tuning.context import TuningContext
 
-# Of the teacher's distribution; all others together are one more class.
+# Tokens kept of the teacher's distribution; all others together are one more class.
 _TOP: Final = 64
 
 
 def open_source(
     mixture: MixtureModel, expert: int | None, needs: str, announce: Callable[[str], None]
 ) -> Runnable:  # fmt: skip
-    """A dense expert, or the base for None.
+    """Open a dense expert, or the base for None.
 
     Args:
-        mixture: what was merged.
-        expert: its number.
-        needs: what it is needed for, in words.
-        announce: called with a line about what takes long.
+        mixture: the mixture that was merged from it.
+        expert: the expert's number.
+        needs: what the model is needed for, in words.
+        announce: called with a line about each step that takes long.
 
     Raises:
-        RefusedError: it cannot be had.
+        RefusedError: the model cannot be opened.
     """
     if mixture.config is None:
         raise RefusedError(
@@ -56,7 +56,7 @@ class Predictions:
     """A teacher's most likely tokens after each token of some windows."""
 
     def __init__(self, path: Path, windows: Sequence[Window]) -> None:
-        """Read predictions that `predict` has written for these windows."""
+        """Read the predictions that `predict` has written for these windows."""
         stored, lengths = load_file(path), [len(window.ids) for window in windows]
         self._top_tokens = dict(zip(windows, stored["tokens"].split(lengths), strict=True))
         self._log_probs = dict(zip(windows, stored["log_probs"].split(lengths), strict=True))
@@ -65,8 +65,8 @@ class Predictions:
         """KL(teacher || student) in nats after each token but the last: (token - 1,).
 
         Args:
-            window: of text.
-            logits: (token, vocab) of the student, in float32.
+            window: the window of text.
+            logits: logits (token, vocab) of the student, in float32.
         """
         device = logits.device
         top, teacher = self._top_tokens[window][:-1].long().to(device), self._log_probs[window][:-1].to(device)
@@ -77,53 +77,53 @@ class Predictions:
 
 
 def _rest(log_probs: torch.Tensor) -> torch.Tensor:
-    """Logarithm of the probability that is not in (token, top) logarithms: (token,)."""
+    """Logarithm (token,) of the probability that is not in the logarithms (token, top)."""
     return (1 - log_probs.exp().sum(dim=1)).clamp_min(1e-6).log()
 
 
-def open_teachers(job: Job, batches: Batches, *, resume: bool) -> dict[int, Runnable]:
-    """By domain the expert that teaches, unless its predictions are there to be resumed with.
+def open_teachers(context: TuningContext, batches: Batches, *, resume: bool) -> dict[int, Runnable]:
+    """Open the expert that teaches each domain, unless its predictions can be resumed; returns them by domain.
 
     Raises:
-        RefusedError: one cannot be had.
+        RefusedError: an expert cannot be opened.
     """
     needs = "distillation needs the dense experts"
     return {
-        domain: open_source(job.mixture, expert, needs, job.announce)
+        domain: open_source(context.mixture, expert, needs, context.announce)
         for domain, expert in enumerate(batches.training.expert)
-        if not (resume and _file(job, domain).exists())
+        if not (resume and _file(context, domain).exists())
     }
 
 
-def teach(job: Job, batches: Batches, teachers: Mapping[int, Runnable]) -> dict[int, Predictions]:
-    """By domain, what its expert predicts after the text that steps with distillation read.
+def teach(context: TuningContext, batches: Batches, teachers: Mapping[int, Runnable]) -> dict[int, Predictions]:
+    """Let each domain's expert predict the text that steps with distillation read; returns predictions by domain.
 
-    The first process computes it, unless an earlier run has; all others wait.
+    The first process computes them, unless an earlier run has; all others wait.
 
     Args:
-        job: the tuning.
-        batches: of all domains.
-        teachers: by domain, those of `open_teachers`.
+        context: the context of the tuning.
+        batches: the windows of all domains.
+        teachers: the experts of `open_teachers`, by domain.
 
     Raises:
         CheckpointError: an expert's tensors do not fit its class.
     """
     found = {}
     for domain, name in enumerate(batches.training.domains):
-        path, windows = _file(job, domain), batches.taught(domain)
-        if job.processes.first and not path.exists():
+        path, windows = _file(context, domain), batches.taught(domain)
+        if context.processes.first and not path.exists():
             tokens = sum(len(window.ids) for window in windows)
-            job.announce(f"{name}: its own expert predicts {tokens} tokens of it")
-            vocab = int(job.mixture.runnable.keys["vocab_size"])
-            report = partial(job.progress, f"teacher {name}")
-            predict(teachers[domain], windows, path, vocab, job.processes.device, report)
-        job.processes.wait()
+            context.announce(f"{name}: its own expert predicts {tokens} tokens of it")
+            vocab = int(context.mixture.runnable.keys["vocab_size"])
+            report = partial(context.progress, f"teacher {name}")
+            predict(teachers[domain], windows, path, vocab, context.processes.device, report)
+        context.processes.wait()
         found[domain] = Predictions(path, windows)
     return found
 
 
-def _file(job: Job, domain: int) -> Path:
-    return job.work.folder / f"teacher-{domain}.safetensors"
+def _file(context: TuningContext, domain: int) -> Path:
+    return context.work.folder / f"teacher-{domain}.safetensors"
 
 
 def predict(  # noqa: PLR0917
@@ -134,14 +134,14 @@ def predict(  # noqa: PLR0917
 
     Args:
         expert: the teacher.
-        windows: of text.
-        path: where to.
-        vocab: tokens that the student has; of more, the teacher's are left out.
-        device: where it runs.
+        windows: the windows of text.
+        path: the file to write.
+        vocab: the student's number of tokens; further tokens of the teacher are left out.
+        device: the device that it runs on.
         progress: called with the layers done and all there are.
 
     Raises:
-        CheckpointError: its tensors do not fit its class, or it lacks a token.
+        CheckpointError: the expert's tensors do not fit its class, or it lacks a token.
     """
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -14,7 +14,7 @@ from moemerge.evaluation.runnable import Runnable
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window, count_scored
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.job import Job
+from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import find_not_finite, judge, judge_start
 from moemerge.tuning.losses import anchor_loss, cross_entropy, distillation_loss, load_loss, prior_of
 from moemerge.tuning.settings import Settings, distillation_weight
@@ -30,7 +30,7 @@ _PATIENCE: Final = 3
 
 
 def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: a warm-up over a tenth of the steps, then half a cosine."""
+    """The factor on the learning rate: a warm-up over a tenth of the steps, then half a cosine."""
     warm = max(1, round(_WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
@@ -40,12 +40,12 @@ def schedule(step: int, steps: int) -> float:
 def make_optimiser(
     gates: Mapping[int, torch.Tensor], lengths: Mapping[int, float], settings: Settings
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """Adam for gates, each at a rate of its own: the longer the states that enter a layer, the lower.
+    """Make Adam for gates, each with its own rate: the longer the states that enter a layer, the lower.
 
     Args:
-        gates: by layer, of any shape.
-        lengths: by layer, the root mean square length of what is multiplied with the gate.
-        settings: of the training.
+        gates: gates by layer, of any shape.
+        lengths: root mean square length of the states that are multiplied with the gate, by layer.
+        settings: the options of the training.
     """
     rates = {layer: settings.lr / max(lengths[layer], 1e-6) for layer in gates}
     groups = [{"params": [gate], "lr": rates[layer], "highest_lr": rates[layer]} for layer, gate in gates.items()]
@@ -53,46 +53,46 @@ def make_optimiser(
 
 
 def set_rates(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
-    """What the schedule says of this step, for an optimiser of `make_optimiser`."""
+    """Set the rates that the schedule has for this step, in an optimiser of `make_optimiser`."""
     for rates in optimiser.param_groups:
         rates["lr"] = rates["highest_lr"] * schedule(step, steps)
 
 
-def train(job: Job, batches: Batches, teachers: Mapping[int, Runnable]) -> State:
+def train(context: TuningContext, batches: Batches, teachers: Mapping[int, Runnable]) -> State:
     """Train the gates of a mixture together; see `Training.run`.
 
     Args:
-        job: the tuning.
-        batches: what to read.
-        teachers: by domain, those of `open_teachers`.
+        context: the context of the tuning.
+        batches: the windows to read.
+        teachers: the experts of `open_teachers`, by domain.
 
     Raises:
         CheckpointError: tensors do not fit a class, or losses are not finite.
         RouterError: another process has ended.
     """
-    predictions = teach(job, batches, teachers) if job.settings.distil else {}
-    return Training(job, batches, Student.load(job), predictions).run()
+    predictions = teach(context, batches, teachers) if context.settings.distil else {}
+    return Training(context, batches, Student.load(context), predictions).run()
 
 
 @dataclass
 class Training:
-    """Trains a student's gates."""
+    """The training of a student's gates."""
 
-    job: Job
+    context: TuningContext
     batches: Batches
     student: Student
     teachers: Mapping[int, Predictions]
-    """By domain."""
+    """Predictions of the teachers, by domain."""
 
     def run(self) -> State:
-        """Train until the steps are done or held-out text says that more is of no use."""
-        settings, start = self.job.settings, self.student.rows()
-        if state := self.job.work.load():
+        """Train until the steps are done, or held-out text shows that more training is of no use."""
+        settings, start = self.context.settings, self.student.rows()
+        if state := self.context.work.load():
             self.student.place(state.rows)
             optimiser = make_optimiser(self.student.gates, dict.fromkeys(self.student.gates, 1.0), settings)
             optimiser.load_state_dict(state.optimiser)  # rates, too
         else:
-            before, lengths = judge_start(self.job, self.student, self.batches.held_out)
+            before, lengths = judge_start(self.context, self.student, self.batches.held_out)
             optimiser = make_optimiser(self.student.gates, lengths, settings)
             state = State(0, 0, 0, 0.0, before, before, start, start, {})
         anchored = {layer: rows.to(self.student.device) for layer, rows in start.items()}
@@ -109,47 +109,47 @@ class Training:
             judged = state.step % every == 0 or state.step == settings.steps
             news = self._judge(state) if judged else ""
             state.rows, state.optimiser = self.student.rows(), optimiser.state_dict()
-            if self.job.processes.first:
-                self.job.work.save(state)
+            if self.context.processes.first:
+                self.context.work.save(state)
             if news:
-                self.job.announce(news)
-            self.job.progress("steps", state.step, settings.steps)
+                self.context.announce(news)
+            self.context.progress("steps", state.step, settings.steps)
         return state
 
     def _seed(self, step: int) -> int:
-        place = step * self.job.processes.count + self.job.processes.rank
-        return hash((self.job.settings.seed, place)) % 2**31  # of numbers, the same in every process
+        place = step * self.context.processes.count + self.context.processes.rank
+        return hash((self.context.settings.seed, place)) % 2**31  # of numbers, the same in every process
 
     def set_gradients(self, step: int, start: Mapping[int, torch.Tensor]) -> None:
         """Give the gates the gradients of a step's loss, added up over all processes.
 
         Args:
-            step: its number.
-            start: by layer (expert, hidden), what the anchor holds to.
+            step: the step's number.
+            start: the gates that the anchor holds to, by layer (expert, hidden).
 
         Raises:
-            CheckpointError: numbers of the model that is stored are not finite on this text.
+            CheckpointError: numbers of the stored model are not finite on this text.
         """
         gates, windows = list(self.student.gates.values()), self.batches.step(step)
         for gate in gates:
             gate.grad = torch.zeros_like(gate)
         scored = count_scored(window for window, _ in windows)
-        mine = self.job.processes.mine(windows)
-        for part in group(mine, lambda one: len(one[0].ids), self.job.room.tokens_at_once):
+        mine = self.context.processes.mine(windows)
+        for part in group(mine, lambda one: len(one[0].ids), self.context.memory.tokens_at_once):
             torch.autograd.backward(self._loss(step, part, scored, start))
-        summed = self.job.processes.sum(parameters_to_vector(gate.grad for gate in gates if gate.grad is not None))
+        summed = self.context.processes.sum(parameters_to_vector(gate.grad for gate in gates if gate.grad is not None))
         if not summed.isfinite().all() and all(gate.isfinite().all() for gate in gates):
-            # Else it is the gates, which training has driven too far.
-            find_not_finite(self.job, [self.job.mixture.runnable], [window for window, _ in windows])
+            # If the stored model is finite, training has driven the gates too far.
+            find_not_finite(self.context, [self.context.mixture.runnable], [window for window, _ in windows])
         for gate in gates:
             gate.grad, summed = summed[: gate.numel()].view_as(gate), summed[gate.numel() :]
 
     def _loss(
         self, step: int, part: Sequence[tuple[Window, int]], scored: int, start: Mapping[int, torch.Tensor]
     ) -> torch.Tensor:  # fmt: skip
-        """What one pass has of a step's loss, of whose tokens `scored` are scored."""
-        windows, settings, student = [window for window, _ in part], self.job.settings, self.student
-        with self.job.processes.autocast():
+        """The contribution of one pass to a step's loss, which has `scored` scored tokens in all."""
+        windows, settings, student = [window for window, _ in part], self.context.settings, self.student
+        with self.context.processes.autocast():
             logits = student.logits(windows)
         loss = cross_entropy(windows, logits).sum() / scored
         weight = distillation_weight(step, settings.steps)
@@ -162,9 +162,9 @@ class Training:
         return loss + share * (load_loss(student, student.counted, prior) + anchor_loss(student, start))
 
     def _judge(self, state: State) -> str:
-        """Note what held-out text says of a state; gives it in words, too."""
+        """Judge a state on held-out text and note the result in it; returns it in words, too."""
         try:
-            found, _ = judge(self.job, self.student, self.batches.held_out)
+            found, _ = judge(self.context, self.student, self.batches.held_out)
         except CheckpointError:  # at the start, losses were finite
             state.without_gain = _PATIENCE
             state.note = f"after step {state.step} losses were not finite, so it ended there: give a lower --lr"
@@ -174,7 +174,7 @@ class Training:
         if better:
             state.best_step, state.best, state.best_rows = state.step, found, self.student.rows()
         return (
-            f"step {state.step} of {self.job.settings.steps}: held-out loss {found.mean_loss:.4f} (at the start "
+            f"step {state.step} of {self.context.settings.steps}: held-out loss {found.mean_loss:.4f} (at the start "
             f"{state.before.mean_loss:.4f}, best {state.best.mean_loss:.4f} after step {state.best_step}); "
             f"{state.seconds / state.step:.2f} s per step"
         )

@@ -1,12 +1,12 @@
-"""Routers of a merged model trained a little further, with everything else as it is."""
+"""Train the routers of a merged model a little further, with everything else frozen."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moemerge.evaluation.evaluator import read_domains
-from moemerge.tuning.settings import Settings, Tuned, split_documents
+from moemerge.tuning.settings import Settings, TuningResult, split_documents
 
-__all__ = ["Settings", "Tuned", "tune"]
+__all__ = ["Settings", "TuningResult", "tune"]
 
 
 def tune(
@@ -19,31 +19,31 @@ def tune(
     resume: bool = False,
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
     announce: Callable[[str], None] = lambda _: None,
-) -> Tuned | None:
+) -> TuningResult | None:
     """Train the gates of a merged model on text, and write them back if held-out text is surely predicted better.
 
     Under `accelerate launch` every process calls it; the first one writes.
 
     Args:
-        folder: of the merged model.
-        data: by the name of a domain, files, folders or patterns of its documents. A domain that is called like an
-            expert is that expert's, and every expert needs one.
-        settings: of the training.
-        copy: where the whole model with its new gates goes, instead of into `folder`.
+        folder: the folder of the merged model.
+        data: files, folders or patterns of documents, by the name of their domain. A domain with the name of an expert
+            is that expert's, and every expert needs one.
+        settings: the options of the training.
+        copy: a folder for the whole model with its new gates, instead of `folder`.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-        resume: go on with what was cut off.
-        progress: called with what is done, how far, and all there is.
-        announce: called with lines for people who wait.
+        resume: go on with a tuning that was cut off.
+        progress: called with the name of the work, the amount done, and the total.
+        announce: called with lines for the user who waits.
 
     Returns:
-        What was found; None where an earlier run had only to move its finished files, which is done now.
+        The result; None where an earlier run had only to move its finished files, which is done now.
 
     Raises:
         SourceError: there is no such model.
-        IncompatibleError: it is no mixture that moemerge writes.
-        RefusedError: the data, the model or the memory do not serve; `copy` is not empty.
+        IncompatibleError: the model is no mixture that moemerge writes.
+        RefusedError: the data, the model or the memory cannot be used; `copy` is not empty.
         CheckpointError: files of a model are damaged, or its numbers are not finite.
-        RouterError: the device or the tokenizer does not serve.
+        RouterError: the device or the tokenizer cannot be used.
         OutputError: the model cannot be written, or another process is tuning it.
     """
     settings = settings or Settings()

@@ -1,4 +1,4 @@
-"""A whole model as gradients need it: in memory, or a layer at a time from the disk, if there is no room for it."""
+"""Load a whole model for training: into memory, or a layer at a time from the disk where memory is short."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,47 +15,47 @@ from moemerge.evaluation.running import check_complete
 from moemerge.passes.decoder import empty_model
 from moemerge.passes.loading import cast, load_tensors
 
-# Logits, their softmax and its gradient.
+# Copies of the logits: themselves, their softmax and its gradient.
 _LOGIT_COPIES: Final = 3
 # A layer that is read lies beside what it is made of (stacked experts beside single ones), and beside the one before.
 _LAYER_COPIES: Final = 3
-# What a layer computes for a token, and the gradients of it, in widths of the states between layers.
+# The values that a layer computes for a token, and their gradients, in widths of the states between layers.
 _ACTIVATIONS: Final = 64
-# Python, torch and transformers themselves, and what lies between what was freed.
+# Bytes of Python, torch and transformers themselves, and of fragmented memory.
 _LIBRARIES: Final = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Room:
-    """Where a model's layers are."""
+class MemoryPlan:
+    """The place of a model's layers while it is tuned, and the memory that it takes."""
 
     streamed: bool
-    """Read from the disk each time that they are passed, not held in memory."""
+    """Whether layers are read from the disk each time that they are passed, and not held in memory."""
     needs: str = ""
-    """What they take, in words."""
+    """How much memory the model takes, in words."""
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens that pass at once: 2 or 8 of the longest windows and what a tokenizer puts in front."""
+        """Tokens that pass at once: 2 or 8 of the longest windows, and what a tokenizer puts in front."""
         return 4160 if self.streamed else 1040
 
 
 def load_whole(  # noqa: PLR0917
-    runnable: Runnable, device: torch.device, dtype: torch.dtype, room: Room,
+    runnable: Runnable, device: torch.device, dtype: torch.dtype, memory: MemoryPlan,
     gates: Mapping[str, torch.nn.Parameter], progress: Callable[[int, int], None],
 ) -> tuple[Any, dict[str, torch.nn.Module]]:  # fmt: skip
-    """A whole model, frozen, its layers recomputed where gradients are asked for.
+    """Load a whole model, frozen, whose layers are recomputed where gradients are needed.
 
     Args:
-        runnable: what to load.
-        device: where.
-        dtype: of its weights.
-        room: whether its layers are held.
-        gates: by a tensor's name, what is put into the model in its place.
+        runnable: the model to load.
+        device: the device to load it to.
+        dtype: the dtype of its weights.
+        memory: whether its layers are held in memory.
+        gates: parameters that are put into the model, by the name of the tensor that they replace.
         progress: called with the layers read and all there are.
 
     Returns:
-        The model, and by its name the module that holds each gate.
+        The model, and the module that holds each gate, by the gate's name.
 
     Raises:
         CheckpointError: the tensors do not fit the class; in a streamed model also when it is run.
@@ -81,11 +81,11 @@ def load_whole(  # noqa: PLR0917
     check_complete(head, "lm_head")
     head.requires_grad_(requires_grad=False)
     if device.type == "cpu" and hasattr(model, "set_experts_implementation"):
-        # In transformers 5. Grouped products take 1.5 times as long there, backwards, in bfloat16.
+        # This exists in transformers 5. Its grouped products take 1.5 times as long in bfloat16 on the way back.
         model.set_experts_implementation("eager")
     for number, layer in enumerate(model.model.layers):
         forward = layer.forward
-        if room.streamed:
+        if memory.streamed:
             forward = partial(from_disk, partial(load, number), layer, forward)
         else:
             load(number)
@@ -94,7 +94,7 @@ def load_whole(  # noqa: PLR0917
 
 
 def _place(model: Any, name: str, gate: torch.nn.Parameter) -> torch.nn.Module:
-    """Put a gate where its tensor belongs: loaded alone, that is the new parameter that has values."""
+    """Put a gate where its tensor belongs: that is the new parameter with values after the tensor is loaded alone."""
     given = [parameter for parameter in model.parameters() if not parameter.is_meta]
     load_tensors(model, {name: gate.detach()}, gate.device)
     module, own = next(
@@ -111,7 +111,7 @@ def _place(model: Any, name: str, gate: torch.nn.Parameter) -> torch.nn.Module:
 def from_disk(
     load: Callable[[], None], module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:  # fmt: skip
-    """A module's forward with its weights in memory while it runs; what gradients need of them autograd holds."""
+    """Run a module's forward with its weights in memory meanwhile; autograd holds what gradients need of them."""
     load()
     try:
         return forward(*args, **kwargs)
@@ -123,17 +123,17 @@ def from_disk(
                     setattr(part, name, torch.nn.Parameter(empty, requires_grad=False))
 
 
-def find_room(
+def plan_memory(
     runnable: Runnable, device: torch.device, dtype: torch.dtype, free: int | None, processes: int
-) -> Room:  # fmt: skip
-    """Whether a model fits into memory, or its layers have to be read from the disk.
+) -> MemoryPlan:  # fmt: skip
+    """Decide whether a model fits into memory, or its layers have to be read from the disk.
 
     Args:
         runnable: the model.
-        device: where it is held.
-        dtype: of its weights.
-        free: bytes of memory; None where that is not known.
-        processes: how many share this memory, each with a model of its own.
+        device: the device that it is held on.
+        dtype: the dtype of its weights.
+        free: free bytes of memory; None where that is not known.
+        processes: how many processes share this memory, each with a model of its own.
 
     Raises:
         RefusedError: not even a layer at a time fits.
@@ -143,24 +143,24 @@ def find_room(
     layers = [sum(sizes[name] for name in runnable.names(layer)) for layer in range(runnable.layers)]
     parameters = f"{whole / dtype.itemsize / 1e6:,.0f} M parameters in {str(dtype).removeprefix('torch.')}"
 
-    def needed(room: Room, weights: int) -> int:
+    def needed(memory: MemoryPlan, weights: int) -> int:
         states = (runnable.layers + _ACTIVATIONS) * int(runnable.keys["hidden_size"])
         logits = _LOGIT_COPIES * int(runnable.keys["vocab_size"])
-        return processes * (_LIBRARIES + weights + 4 * room.tokens_at_once * (states + logits))
+        return processes * (_LIBRARIES + weights + 4 * memory.tokens_at_once * (states + logits))
 
-    held = needed(Room(streamed=False), whole + max(layers))
+    held = needed(MemoryPlan(streamed=False), whole + max(layers))
     if free is None or held <= free:
         known = "" if free is None else f", of {free / 1e9:.1f} GB that are free"
-        return Room(streamed=False, needs=f"{parameters}: about {held / 1e9:.1f} GB of memory{known}")
+        return MemoryPlan(streamed=False, needs=f"{parameters}: about {held / 1e9:.1f} GB of memory{known}")
     read = sum(layers)
-    need = needed(Room(streamed=True), whole - read + _LAYER_COPIES * max(layers))
+    need = needed(MemoryPlan(streamed=True), whole - read + _LAYER_COPIES * max(layers))
     if need > free:
         raise RefusedError(
             f"{runnable.name}: tuning a layer of the model at a time needs about {need / 1e9:.1f} GB of memory, but "
             f"{free / 1e9:.1f} GB are free on {device.type}. Use another machine or device, or make routers without "
             "it: `gate_mode: ridge`."
         )
-    return Room(
+    return MemoryPlan(
         streamed=True,
         needs=f"{parameters} would take about {held / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: its "
         f"layers, {read / 1e9:.1f} GB, are read twice in each step, and about {need / 1e9:.1f} GB of memory taken",

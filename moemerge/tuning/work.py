@@ -1,4 +1,4 @@
-"""The folder beside a model that is being tuned: what a run that is cut off leaves for `--resume`."""
+"""The folder beside a model that is being tuned: what a run that was cut off leaves for `--resume`."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from moemerge.checkpoint.staging import locked
 from moemerge.checkpoint.target import beside
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import Estimate
-from moemerge.tuning.settings import Held
+from moemerge.tuning.settings import HeldOutScores
 from moemerge.tuning.writing import CARD, patch_shards, stamp
 
 _PURPOSE: Final = "moemerge-tune"
@@ -25,25 +25,25 @@ _PURPOSE: Final = "moemerge-tune"
 
 @dataclass
 class State:
-    """A tuning after some steps."""
+    """The state of a tuning after some steps."""
 
     step: int
     best_step: int
     without_gain: int
-    """Judgements in a row that found nothing better."""
+    """Consecutive judgements that found nothing better."""
     seconds: float
-    before: Held
-    best: Held
+    before: HeldOutScores
+    best: HeldOutScores
     rows: dict[int, torch.Tensor]
-    """By layer (expert, hidden): the gates now."""
+    """The gates now, by layer (expert, hidden)."""
     best_rows: dict[int, torch.Tensor]
     optimiser: dict[str, Any]
     note: str = ""
-    """Why it ended early, if that is worth knowing."""
+    """Why the tuning ended early, if that is worth knowing."""
 
 
-class Work:
-    """`.OUT.moemerge-tune` beside OUT, the model or its tuned copy."""
+class WorkFolder:
+    """The folder `.OUT.moemerge-tune` beside OUT, which is the model or its tuned copy."""
 
     def __init__(self, model: Path, out: Path) -> None:
         """Use the folder beside `out`; nothing is written yet."""
@@ -56,7 +56,7 @@ class Work:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep others away; afterwards the folder is removed, unless there is something to resume.
+        """Keep other processes away; afterwards the folder is removed, unless there is something to resume.
 
         Raises:
             BusyError: another process tunes to the same place.
@@ -71,13 +71,13 @@ class Work:
 
     @property
     def resumable(self) -> bool:
-        """Whether there is more than the beginning of a tuning."""
+        """Whether more is kept than the beginning of a tuning."""
         found = {path.name for path in self.folder.glob("*") if not path.name.endswith(".new")}
         return bool(found - {self._fingerprint.name})
 
     @property
     def begun(self) -> bool:
-        """Whether there is a tuning that may be gone on with."""
+        """Whether there is a tuning that may be resumed."""
         return self._fingerprint.exists()
 
     @property
@@ -86,10 +86,10 @@ class Work:
         return self._ready.is_dir()
 
     def begin(self, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
-        """Make the folder, and forget what is in it unless it is resumed.
+        """Make the folder, and remove what is in it unless it is resumed.
 
         Raises:
-            RefusedError: what was cut off was another tuning; says what differs.
+            RefusedError: the tuning that was cut off was another one; says what differs.
         """
         given = json.dumps(fingerprint)
         if not resume:
@@ -105,23 +105,23 @@ class Work:
         self.in_use = True
 
     def save(self, state: State) -> None:
-        """Write the state; it appears whole."""
+        """Write the state; the file appears whole."""
         with drafted(self._state) as draft:
             torch.save({**vars(state), "before": asdict(state.before), "best": asdict(state.best)}, draft)
 
     def load(self) -> State | None:
-        """The state that was saved last, on the CPU, if there is one."""
+        """Load the state that was saved last onto the CPU; None if there is none."""
         if not self._state.exists():
             return None
         stored = torch.load(self._state, map_location="cpu", weights_only=True)
-        return State(**{**stored, "before": _held(stored["before"]), "best": _held(stored["best"])})
+        return State(**{**stored, "before": _scores(stored["before"]), "best": _scores(stored["best"])})
 
     def replace(self, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], card: str | None) -> None:
-        """Give the model other gates: files that replace its own are written here first, then moved.
+        """Give the model other gates: the new files are written here first, then moved.
 
         Raises:
             KeyboardInterrupt: says what is left to do, if the moves were interrupted.
-            OutputError: the same, if the system refused one.
+            OutputError: says what is left to do, if the system refused a move.
         """
         draft = self.folder / "draft"
         shutil.rmtree(draft, ignore_errors=True)
@@ -145,10 +145,10 @@ class Work:
             raise OutputError(f"{self._model}: not all files could be replaced ({error.strerror}); {left}.") from error
 
     def finish(self) -> bool:
-        """Move what is ready into the model, a file at a time; after a crash the same call does what is left.
+        """Move the finished files into the model, one at a time; after a crash the same call does what is left.
 
-        Between two renames some layers have tuned gates and others not: any such mixture is a model that loads. Into
-        a model that is neither that of before nor that of after, nothing is moved; False says so.
+        Between two renames some layers have tuned gates and others not: any such mixture is a model that loads. If the
+        model is neither the one before nor the one after, nothing is moved, and the result is False.
         """
         record = json.loads(self._replaced.read_text(encoding="utf-8")) if self._replaced.exists() else {}
         if not record or any(stamp(self._model / name) not in stamps for name, stamps in record.items()):
@@ -164,11 +164,11 @@ class Work:
         return True
 
     def remove(self) -> None:
-        """Everything is done, or nothing is begun."""
+        """Remove the folder, since everything is done, or nothing is begun."""
         self._fingerprint.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _held(stored: Mapping[str, Any]) -> Held:
+def _scores(stored: Mapping[str, Any]) -> HeldOutScores:
     losses = {name: Estimate(**found) for name, found in stored["losses"].items()}
-    return Held(**{**stored, "losses": losses})
+    return HeldOutScores(**{**stored, "losses": losses})

@@ -1,4 +1,4 @@
-"""Gates put back into the shards that hold them: always into copies, a byte range of which is another then."""
+"""Write gates back into copies of the shards that hold them, in which only their byte ranges differ."""
 
 import os
 import shutil
@@ -20,10 +20,10 @@ CARD: Final = "README.md"
 
 
 def gate_tensors(mixture: MixtureModel) -> dict[int, TensorInfo]:
-    """By layer, where its gate is stored.
+    """Find where each layer's gate is stored.
 
     Raises:
-        RefusedError: it cannot be put back there.
+        RefusedError: a gate cannot be written back there.
     """
     for name, tensor in mixture.tensors.items():
         if tensor.dtype not in CONFIG_DTYPES:
@@ -41,13 +41,13 @@ def gate_tensors(mixture: MixtureModel) -> dict[int, TensorInfo]:
 
 
 def shard_stamps(gates: Mapping[int, TensorInfo]) -> dict[str, list[int]]:
-    """Of the shards that hold gates, by name, what tells them from others: see `Stamp`."""
+    """Stamps of the shards that hold gates, by name: see `stamp`."""
     shards = sorted({Path(str(tensor.path)) for tensor in gates.values()})
     return {path.name: list(astuple(Stamp.of(path))) for path in shards}
 
 
 def stamp(path: Path) -> list[int]:
-    """What stays of a file when it is renamed: bytes, time of writing, inode; nothing of a file that is not there."""
+    """What a file keeps when it is renamed: bytes, time of writing, inode; an empty list if the file is not there."""
     if not path.exists():
         return []
     found = Stamp.of(path)
@@ -58,7 +58,7 @@ def check_writable(folder: Path) -> None:
     """Refuse a model whose files cannot be replaced, before anything is computed.
 
     Raises:
-        OutputError: the system says why.
+        OutputError: the system does not let them be replaced; says why.
     """
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -69,7 +69,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_room(mixture: MixtureModel, copy: Path | None) -> None:
-    """Refuse to start what the disk has no room to write.
+    """Refuse to start if the disk has too little space.
 
     Raises:
         OutputError: says how much is needed and how much is free.
@@ -90,7 +90,7 @@ def check_room(mixture: MixtureModel, copy: Path | None) -> None:
 def patch_shards(
     model: Path, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], folder: Path
 ) -> list[str]:  # fmt: skip
-    """Copy the shards that hold gates into `folder` with other bytes for these, flushed to the disk; gives their names.
+    """Copy the shards that hold gates into `folder` with other gates, flushed to the disk; returns their names.
 
     Raises:
         ValueError: a gate has another number of bytes than is stored.
@@ -119,7 +119,7 @@ def write_copy(
 
     Raises:
         RefusedError: `copy` is not empty.
-        OutputError: it cannot be written.
+        OutputError: the copy cannot be written.
     """
     with staged(copy, [model.resolve()]) as stage:
         patched = patch_shards(model, gates, rows, stage)

@@ -540,7 +540,7 @@ def test_a_damaged_ffn_of_the_last_layer_does_not_matter_to_routers(tmp_path, tu
 
 @pytest.mark.parametrize("method", ["delta", "delta_bootstrap"])
 @pytest.mark.parametrize(("of", "layer", "expert"), [("expert1", 0, 1), ("base", 2, 0)])
-def test_ways_that_read_weights_name_those_that_are_damaged(tmp_path, tuned, method, of, layer, expert):  # noqa: PLR0917
+def test_methods_that_read_weights_name_those_that_are_damaged(tmp_path, tuned, method, of, layer, expert):  # noqa: PLR0917
     """The base's too, in the last layer, whose FFN its pass does not run."""
     model, told = damaged(tmp_path, tuned / of, f"model.layers.{layer}.mlp.up_proj.weight", (7, 5), (40, 0))
     texts = {"router": {"calibration_texts": str(tuned / "*.txt")}} if method == "delta_bootstrap" else {}
@@ -617,7 +617,7 @@ def test_the_order_of_batches_changes_nothing(tuned, monkeypatch):
         assert torch.allclose(parts[layer], rows, rtol=1e-2, atol=1e-3 * float(rows.abs().max()))
 
 
-def test_ways_that_are_solved_leave_their_inputs_alone():
+def test_methods_that_are_solved_leave_their_inputs_alone():
     inputs = clouds()
     before = inputs.states.clone()
     for method in FITTED:

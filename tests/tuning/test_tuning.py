@@ -34,7 +34,7 @@ from moemerge.planning.options import PlanOptions
 from moemerge.routers.scoring import lowering
 from moemerge.tuning import batches, phatgoose, running, teachers, training, whole, work, writing
 from moemerge.tuning.batches import Batches
-from moemerge.tuning.job import Job
+from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import judge
 from moemerge.tuning.losses import cross_entropy, load_loss, prior_of
 from moemerge.tuning.phatgoose import standardised_rows
@@ -204,9 +204,9 @@ def test_what_is_no_better_is_not_written(out, data, monkeypatch, capsys):
 def judged_as(monkeypatch, gains: dict[str, list[float]]) -> None:
     """The training finds, at its end, gates with which each held-out document's loss per token is lower by so much."""
 
-    def trained(job, cut, _teachers):
-        student = Student.load(job)
-        before, _ = judge(job, student, cut.held_out)
+    def trained(context, cut, _teachers):
+        student = Student.load(context)
+        before, _ = judge(context, student, cut.held_out)
         documents = {
             name: [[loss - gain * tokens, tokens] for (loss, tokens), gain in zip(found, gains[name], strict=True)]
             for name, found in before.documents.items()
@@ -356,9 +356,9 @@ def test_a_model_that_does_not_fit_is_read_from_the_disk_and_tuned_alike(
 ):
     out, settings = merged(tmp_path, specialists), Settings(steps=4, tokens_per_step=96, method=method)
     expected, lines, held = tune(out, data, settings, copy=tmp_path / "held"), [], []
-    given, release = whole.find_room, whole.from_disk
+    given, release = whole.plan_memory, whole.from_disk
     monkeypatch.setattr(whole, "from_disk", lambda *args, **kwargs: (held.append(1), release(*args, **kwargs))[1])
-    monkeypatch.setattr(running, "find_room", lambda *args: replace(given(*args), streamed=True))
+    monkeypatch.setattr(running, "plan_memory", lambda *args: replace(given(*args), streamed=True))
     found = tune(out, data, settings, announce=lines.append)
     assert len(held) > 3 * 4
     assert (found.before, found.after) == (expected.before, expected.after)
@@ -373,14 +373,14 @@ def test_whether_a_model_fits(out):
     held = 10**9 + 4 * (VOCAB * 32 + 31 * 10**6) + 1040 * passing
     streamed = 10**9 + 4 * (VOCAB * 32 + 3 * 10**6) + 4160 * passing
     for free, is_streamed in ((held, False), (held - 1, True), (streamed, True), (None, False)):
-        assert whole.find_room(model, CPU, torch.float32, free, 1).streamed == is_streamed
-    assert whole.find_room(model, CPU, torch.float32, streamed, 1).needs == (
+        assert whole.plan_memory(model, CPU, torch.float32, free, 1).streamed == is_streamed
+    assert whole.plan_memory(model, CPU, torch.float32, streamed, 1).needs == (
         "30 M parameters in float32 would take about 1.1 GB of memory, and 1.1 GB are free: its layers, 0.1 GB, are read "
         "twice in each step, and about 1.1 GB of memory taken"
     )
     for free, processes in ((streamed - 1, 1), (streamed, 2)):
         with pytest.raises(RefusedError):
-            whole.find_room(model, CPU, torch.float32, free, processes)
+            whole.plan_memory(model, CPU, torch.float32, free, processes)
 
 
 # ---- every family
@@ -404,8 +404,8 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     folders = [make_model(tmp_path / name, seed, model_type, **sizes) for seed, name in enumerate(names)]
     model = merged(tmp_path, folders, architecture=moe)
     mixture = open_mixture(model)
-    held = Student.load(job_of(model, FEW))
-    streamed = Student.load(replace(job_of(model, FEW), room=whole.Room(streamed=True)))
+    held = Student.load(context_of(model, FEW))
+    streamed = Student.load(replace(context_of(model, FEW), memory=whole.MemoryPlan(streamed=True)))
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
     logits, same = held.logits([window]), streamed.logits([window])
     assert torch.allclose(cross_entropy([window], logits).double(), run_model(mixture.runnable, [window], CPU))
@@ -480,20 +480,22 @@ def test_the_divergence_from_a_teacher_is_that_of_whole_distributions(tmp_path, 
             assert torch.allclose(found.divergence(window, learnt), expected, rtol=1e-3)
 
 
-def job_of(model: Path, settings: Settings) -> Job:
-    beside, room = work.Work(model, model), whole.Room(streamed=False)
-    job = Job(open_mixture(model), settings, open_processes("cpu"), room, beside, lambda *_: None, lambda _: None)
-    job.work.begin({}, resume=False)
-    return job
+def context_of(model: Path, settings: Settings) -> TuningContext:
+    beside, memory = work.WorkFolder(model, model), whole.MemoryPlan(streamed=False)
+    context = TuningContext(
+        open_mixture(model), settings, open_processes("cpu"), memory, beside, lambda *_: None, lambda _: None
+    )
+    context.work.begin({}, resume=False)
+    return context
 
 
 def training_of(model: Path, data, settings: Settings) -> Training:
-    job = job_of(model, settings)
-    batches = Batches.cut(job.mixture, *split_documents(read_domains(data), settings.seed), settings)
+    context = context_of(model, settings)
+    batches = Batches.cut(context.mixture, *split_documents(read_domains(data), settings.seed), settings)
     predictions = {}
     if settings.distil:
-        predictions = teachers.teach(job, batches, teachers.open_teachers(job, batches, resume=False))
-    return Training(job, batches, Student.load(job), predictions)
+        predictions = teachers.teach(context, batches, teachers.open_teachers(context, batches, resume=False))
+    return Training(context, batches, Student.load(context), predictions)
 
 
 @pytest.mark.parametrize("at_once", [1040, 60])
@@ -501,7 +503,7 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
     """Computed again with transformers' whole models and the formula of docs/tuning.md, in one pass and in several."""
     top, step, settings = 5, 1, Settings(steps=4, tokens_per_step=192)
     monkeypatch.setattr(teachers, "_TOP", top)
-    monkeypatch.setattr(whole.Room, "tokens_at_once", at_once)
+    monkeypatch.setattr(whole.MemoryPlan, "tokens_at_once", at_once)
     monkeypatch.setattr(batches, "_LONGEST", 20)
     tuned = training_of(out, data, settings)
     student, windows = tuned.student, tuned.batches.step(step)
@@ -564,7 +566,7 @@ def test_bfloat16_has_nearly_the_same_gradients(tmp_path, data, monkeypatch, moe
     for precision in ("no", "bf16", "no"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         tuned = training_of(model, data, FEW)
-        assert tuned.job.processes.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        assert tuned.context.processes.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
         tuned.set_gradients(0, tuned.student.rows())
         gradients.append(torch.cat([gate.grad.flatten() for gate in tuned.student.gates.values()]))
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.95  # some tokens go to other experts
@@ -613,15 +615,15 @@ def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data, monkeypa
     """As Adam does: by the learning rate, half of it in a warm-up of two, over the length of what enters the layer."""
     monkeypatch.setattr(training, "_CLIP", 1e-3)
     tuned = training_of(out, data, Settings(steps=20, tokens_per_step=96, lr=0.4, distil=False))
-    _, lengths = judge(tuned.job, tuned.student, tuned.batches.held_out)
+    _, lengths = judge(tuned.context, tuned.student, tuned.batches.held_out)
     start = tuned.student.rows()
 
     def stop(_name, done, _total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        replace(tuned, job=replace(tuned.job, progress=stop)).run()
-    state = tuned.job.work.load()
+        replace(tuned, context=replace(tuned.context, progress=stop)).run()
+    state = tuned.context.work.load()
     for layer, rows in state.rows.items():
         moved = (rows - start[layer]).abs()
         assert moved.median() == pytest.approx(0.5 * 0.4 / lengths[layer], rel=1e-2)
@@ -648,7 +650,7 @@ def test_schedules():
 
 
 def test_the_load_term_falls_towards_its_prior(out):
-    held = Student.load(job_of(out, FEW))
+    held = Student.load(context_of(out, FEW))
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
     held.logits([window])
     counted, prior = torch.tensor([window.counted]), prior_of([(0, 50), (1, 25), (None, 25)], 3, CPU)
@@ -778,7 +780,7 @@ def test_what_is_left_to_move_does_not_go_into_another_model(specialists, data, 
 
 def test_a_copy_is_not_made_of_a_model_that_is_half_tuned(specialists, data, tmp_path):
     out = merged(tmp_path, specialists, shard_bytes=300)
-    ready = work.Work(out, out).folder / "ready"
+    ready = work.WorkFolder(out, out).folder / "ready"
     ready.mkdir(parents=True)
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW, copy=tmp_path / "copy")
@@ -786,7 +788,7 @@ def test_a_copy_is_not_made_of_a_model_that_is_half_tuned(specialists, data, tmp
         f"{out}: an earlier tuning of it was cut off while its files were moved. End that first, by `moemerge tune` with "
         "--resume and without --out."
     )
-    ready.parent.rename(work.Work(out, tmp_path / "copy").folder)  # of a model that was there: it is gone
+    ready.parent.rename(work.WorkFolder(out, tmp_path / "copy").folder)  # of a model that was there: it is gone
     files = contents(out)
     tune(out, data, FEW, copy=tmp_path / "copy")
     assert contents(out) == files
@@ -930,7 +932,7 @@ def test_a_kill_between_the_renames_leaves_a_model_and_the_next_run_ends_it(
 
 
 def test_two_cannot_tune_the_same_model(out, data):
-    with work.Work(out, out).held(), pytest.raises(BusyError) as caught:
+    with work.WorkFolder(out, out).held(), pytest.raises(BusyError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == f"{out}: another moemerge is tuning it. Wait for it to end."
 
@@ -962,8 +964,6 @@ def test_two_processes_do_what_one_does(out, data, tmp_path):
 
 ONE_FAILS = """
 import os, sys
-from moemerge.model_card.card import with_section, without_section
-from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli import main
 from moemerge.errors import SourceError
 from moemerge.tuning import training

@@ -1,1 +1,1 @@
-"""Which token goes to which expert in each layer of a mixture."""
+"""Trace which token goes to which expert in each layer of a mixture."""

@@ -1,4 +1,4 @@
-"""One HTML file that shows which token goes to which expert; it needs no network and no other file."""
+"""Write one HTML file that shows which token goes to which expert; it needs no network and no other file."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def write_page(path: Path, routes: Routes) -> None:
     """Write the page of `routes` to `path`, in UTF-8.
 
     Raises:
-        OutputError: the system refuses.
+        OutputError: the system refuses to write it.
     """
     data = {
         "model": routes.model,
@@ -58,7 +58,7 @@ def write_page(path: Path, routes: Routes) -> None:
 
 
 def _text(routes: Routes, text: TracedText) -> dict[str, Any]:
-    """What the page shows of a text: (layer, token, choice) flat; shares (1 + layer, expert), first of all layers."""
+    """The data of a text on the page: (layer, token, choice) flat; shares (1 + layer, expert), first of all layers."""
     shares = [routes.shares(text), *(routes.shares(text, index) for index in range(len(routes.layers)))]
     return {
         "name": text.name,

@@ -12,44 +12,44 @@ class TracedText:
 
     name: str
     tokens: tuple[str, ...]
-    """Pieces that concatenated give the text; a part of a letter is U+FFFD."""
+    """Pieces of the text, which concatenated give the whole; a part of a letter is U+FFFD."""
     experts: NDArray[np.int64]
     """Numbers of the chosen experts (layer, token, choice), by falling weight."""
     weights: NDArray[np.float32]
-    """Their weights (layer, token, choice); those of one token sum to 1."""
+    """Weights of the chosen experts (layer, token, choice); those of one token sum to 1."""
 
 
 @dataclass(frozen=True)
 class Routes:
-    """Texts that one model has read."""
+    """Texts that one model has read, with their experts."""
 
     model: str
-    """Its name for people."""
+    """The model's name."""
     experts: tuple[str, ...]
-    """Names for people."""
+    """Names of the experts."""
     layers: tuple[int, ...]
     """Numbers of the layers that have routers."""
     texts: tuple[TracedText, ...]
 
     def mean_weights(self, text: TracedText) -> NDArray[np.float64]:
-        """Weight (token, expert) averaged over layers; each token's sum to 1."""
+        """Average the weights over layers (token, expert); each token's sum to 1."""
         means = np.zeros((len(text.tokens), len(self.experts)))
         tokens = np.broadcast_to(np.arange(len(text.tokens))[None, :, None], text.experts.shape)
         np.add.at(means, (tokens, text.experts), text.weights)
         return means / len(self.layers)
 
     def majority(self, text: TracedText) -> NDArray[np.int64]:
-        """By token the expert (token,) that has the largest weight summed over layers; the first of equal ones."""
+        """The expert of each token (token,) with the largest weight summed over layers; the first of equal ones."""
         chosen: NDArray[np.int64] = self.mean_weights(text).argmax(axis=1)
         return chosen
 
     def shares(self, text: TracedText, layer_index: int | None = None) -> NDArray[np.float64]:
-        """Share (expert,) of tokens that choose it first, from 0 to 1: in one of `layers`, or averaged over all."""
+        """Share of tokens that choose each expert first (expert,), from 0 to 1: in one layer, or averaged over all."""
         first = text.experts[:, :, 0] if layer_index is None else text.experts[layer_index, :, 0]
         return np.bincount(first.ravel(), minlength=len(self.experts)) / max(first.size, 1)
 
     def load(self) -> NDArray[np.float64]:
-        """Share (layer, expert) of all texts' tokens that have the expert among their choices, from 0 to 1."""
+        """Share of all texts' tokens that have each expert among their choices (layer, expert), from 0 to 1."""
         tokens = sum(len(text.tokens) for text in self.texts)
         counts = np.zeros((len(self.layers), len(self.experts)))
         for text in self.texts:

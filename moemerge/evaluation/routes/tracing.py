@@ -1,4 +1,4 @@
-"""Which experts a merged model's routers choose for each token of a text."""
+"""Find which experts a merged model's routers choose for each token of a text."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,9 +51,9 @@ def trace(
 
 
 def _split(tokenizer: object, text: str) -> tuple[list[int], list[int], list[str]]:
-    """Tokens, whether the tokenizer added them, and the part of the text that each stands for.
+    """Split a text into tokens, whether the tokenizer added them, and the part of the text that each stands for.
 
-    Of a letter that is several tokens, the first one stands for it and the others are U+FFFD.
+    The first of several tokens of a letter stands for it; the others are U+FFFD.
     """
     fast = bool(getattr(tokenizer, "is_fast", False))
     result = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=fast, verbose=False)  # type: ignore[operator]
@@ -62,7 +62,7 @@ def _split(tokenizer: object, text: str) -> tuple[list[int], list[int], list[str
         return ids, special, [tokenizer.decode([token]) for token in ids]  # type: ignore[attr-defined]
     parts = [""] * len(ids)
     own = [index for index, added in enumerate(special) if not added]
-    # What a tokenizer leaves out, such as a space, belongs to the token behind it.
+    # Text that a tokenizer leaves out, such as a space, belongs to the token after it.
     end = 0
     for index in own:
         upto = result["offset_mapping"][index][1]

@@ -1,18 +1,18 @@
-"""What a dense model family is: its tensors, and what it computes beside its FFNs, in words that all families share."""
+"""What a dense model family is: its tensors, and what it computes beside its FFNs, in facts that all families share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 Axes = tuple[str, ...]
-"""Axes of a tensor by name: see `DenseModel.sizes`."""
+"""Axes of a tensor by name; `DenseModel.sizes` has their lengths."""
 Role = Literal["gate", "up", "down"]
 Config = Mapping[str, Any]
 
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
 
-PLAIN: Final[dict[str, str]] = {
+NON_LLAMA_FACTS: Final[dict[str, str]] = {
     "qk_norm": "norms of queries and keys",
     "qkv_bias": "biases of queries, keys and values",
     "output_bias": "biases of the attention's output",
@@ -25,7 +25,7 @@ PLAIN: Final[dict[str, str]] = {
     "wide_heads": "head_dim of its own",
     "scaled_rope": "scaled rotary positions",
 }
-"""Facts that are false of a plain Llama, each with the words for what it is about."""
+"""Facts that are false of a plain Llama, each with the words for it in messages."""
 ROPES: Final[dict[str, str]] = {
     "linear": "linearly scaled rotary positions",
     "dynamic": "rotary positions scaled by the length",
@@ -33,12 +33,12 @@ ROPES: Final[dict[str, str]] = {
     "longrope": "longrope's rotary positions",
     "llama3": "llama3's rotary positions",
 }
-"""Rope types other than the default, which are facts too, each with the words for what it is about."""
+"""Rope types other than the default, which are facts too, each with the words for it in messages."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A tensor of a layer, named within the layer; it is there where all of `when` holds."""
+class LayerTensor:
+    """A tensor of a layer, named within the layer; the layer has it where all of `when` holds."""
 
     name: str
     axes: Axes
@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Half:
+class FfnProjection:
     """The tensor that holds one projection of an FFN, alone or as one of `parts` equal runs of rows."""
 
     name: str
@@ -56,19 +56,19 @@ class Half:
 
 
 def all_full(config: Config) -> list[str]:
-    """Layer types where all layers attend to everything."""
+    """Give every layer the type that attends to everything."""
     return [FULL] * int(config["num_hidden_layers"])
 
 
 def nothing_more(_config: Config) -> dict[str, Any]:
-    """Of a family without peculiarities."""
+    """Return nothing: the default of families without peculiarities."""
     return {}
 
 
-SEPARATE: Final[dict[Role, Half]] = {
-    "gate": Half("mlp.gate_proj.weight"),
-    "up": Half("mlp.up_proj.weight"),
-    "down": Half("mlp.down_proj.weight"),
+SEPARATE: Final[dict[Role, FfnProjection]] = {
+    "gate": FfnProjection("mlp.gate_proj.weight"),
+    "up": FfnProjection("mlp.up_proj.weight"),
+    "down": FfnProjection("mlp.down_proj.weight"),
 }
 
 
@@ -77,23 +77,23 @@ class DenseFamily:
     """A dense decoder family as data."""
 
     model_type: str
-    rows: tuple[Row, ...]
+    tensors: tuple[LayerTensor, ...]
     """Tensors of a layer beside its FFN."""
     defaults: dict[str, Any]
-    """What an absent key of `config.json` means: every key that the family's class reads."""
+    """The meaning of absent keys in `config.json`, for every key that the family's class reads."""
     facts: dict[str, str | bool] = field(default_factory=dict)
-    """Names of `PLAIN`, the multipliers and `mlp_bias`: the key that says it, or what always holds."""
+    """Names of `NON_LLAMA_FACTS`, the multipliers and `mlp_bias`: the key for each, or whether it always holds."""
     block: str = "llama"
     """Families of one block compute alike but for their facts."""
     interleaved: bool = False
-    """Whether rotary positions turn neighbouring elements, not the two halves of a head."""
-    ffn: Mapping[Role, Half] = field(default_factory=lambda: SEPARATE)
+    """Whether rotary positions turn neighbouring elements, and not the two halves of a head."""
+    ffn: Mapping[Role, FfnProjection] = field(default_factory=lambda: SEPARATE)
     ffn_module: str = "mlp"
     """Module of a layer whose input is the router input."""
     ffn_norm: str | None = "post_attention_layernorm.weight"
-    """The norm whose output that is, or None where the FFN's input is not normalised."""
+    """The norm whose output is the router input; None where the FFN's input is not normalised."""
     norm_offset: float = 0.0
-    """What that norm adds to its weights."""
+    """The number that the norm adds to its weights."""
     ffn_width: str | Callable[[Config], int] = "intermediate_size"
     first: dict[str, Axes] = field(default_factory=lambda: {"model.embed_tokens.weight": ("vocab", "hidden")})
     """Tensors before the layers, the embeddings first."""
@@ -101,32 +101,32 @@ class DenseFamily:
     head: str = "lm_head.weight"
     """The language-model head, absent where embeddings are tied."""
     splits: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """A tensor of a layer that every output family holds in parts: their names, and the axis that each is long."""
+    """Tensors of a layer that every output family holds in parts: names of the parts, and each one's axis of rows."""
     layer_types: Callable[[Config], list[str]] = all_full
-    """Type of each layer where `config.json` names none."""
+    """The type of each layer where `config.json` names none."""
     kinds: Mapping[str, str] = field(default_factory=dict)
-    """Layer types that transformers 5 spells differently from released files, and their spelling there."""
+    """Layer types that transformers 5 spells differently from released files, with their spelling there."""
     sizes: Callable[[Config], Mapping[str, int]] = nothing_more
-    """Axes that only this family has."""
+    """Lengths of axes that only this family has."""
     values: Callable[[Config], Mapping[str, Any]] = nothing_more
-    """What its `config.json` says in its own words, in those of the output families."""
+    """Values of keys that only this family has, under the names that output families use."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other spellings of keys that its class reads."""
+    """Other spellings of keys, which the family's class reads too."""
     head_dim: str = "head_dim"
-    """The key that says how wide a head is."""
+    """The key for the width of a head."""
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
-    """Other spellings of rope types that its class reads."""
+    """Other spellings of rope types, which the family's class reads too."""
     rope: Literal["read", "verbatim"] = "read"
-    """Whether rope settings are understood, or carried to an output family that has the same."""
+    """Whether rope settings are understood, or copied as they are to an output family that has the same."""
     derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Endings of buffers that old checkpoints hold and every reader computes itself."""
+    """Name endings of buffers that old checkpoints hold and every reader computes itself."""
     notes: tuple[tuple[str, str], ...] = ()
-    """What to tell of a merge of this family, each with the fact of the model under which it holds, or an empty text.
+    """Notes on a merge of this family, each with the fact under which it holds, or an empty text for always.
 
     `{family}` stands for the output family, `{original}` for `original_max_position_embeddings`.
     """
     refusals: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
-    """Keys with the only value under which the family was proved, and the reason."""
+    """Keys with the only value under which the family was tested, and the reason."""
 
     @property
     def embeddings(self) -> str:

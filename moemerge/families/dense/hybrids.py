@@ -1,8 +1,8 @@
-"""Dense families whose layers are of several kinds: convolutions, linear attention, state spaces beside attention."""
+"""Dense families with several kinds of layers: convolutions, linear attention, state spaces beside attention."""
 
 from typing import Any, Final
 
-from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, Half, Role, Row
+from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, FfnProjection, LayerTensor, Role
 from moemerge.families.dense.llama_like import ATTENTION, DEFAULTS, GRANITE, QK_NORM
 from moemerge.families.dense.values import UnreadableError
 
@@ -24,26 +24,26 @@ def _lfm2_layers(config: Config) -> list[str]:
     return [FULL if given is None or layer in given else "conv" for layer in layers]
 
 
-_LFM2_FFN: Final[dict[Role, Half]] = {
-    "gate": Half("feed_forward.w1.weight"), "up": Half("feed_forward.w3.weight"),
-    "down": Half("feed_forward.w2.weight"),
+_LFM2_FFN: Final[dict[Role, FfnProjection]] = {
+    "gate": FfnProjection("feed_forward.w1.weight"), "up": FfnProjection("feed_forward.w3.weight"),
+    "down": FfnProjection("feed_forward.w2.weight"),
 }  # fmt: skip
 LFM2: Final = DenseFamily(
     "lfm2",
     (
-        Row("operator_norm.weight", ("hidden",)), Row("ffn_norm.weight", ("hidden",)),
-        Row("conv.conv.weight", ("hidden", "1", "taps"), ("conv",)),
-        Row("conv.conv.bias", ("hidden",), ("conv", "conv_bias")),
-        Row("conv.in_proj.weight", ("3 hidden", "hidden"), ("conv",)),
-        Row("conv.in_proj.bias", ("3 hidden",), ("conv", "conv_bias")),
-        Row("conv.out_proj.weight", ("hidden", "hidden"), ("conv",)),
-        Row("conv.out_proj.bias", ("hidden",), ("conv", "conv_bias")),
-        Row("self_attn.q_proj.weight", ("query", "hidden"), (FULL,)),
-        Row("self_attn.k_proj.weight", ("key", "hidden"), (FULL,)),
-        Row("self_attn.v_proj.weight", ("key", "hidden"), (FULL,)),
-        Row("self_attn.out_proj.weight", ("hidden", "query"), (FULL,)),
-        Row("self_attn.q_layernorm.weight", ("head",), (FULL,)),
-        Row("self_attn.k_layernorm.weight", ("head",), (FULL,)),
+        LayerTensor("operator_norm.weight", ("hidden",)), LayerTensor("ffn_norm.weight", ("hidden",)),
+        LayerTensor("conv.conv.weight", ("hidden", "1", "taps"), ("conv",)),
+        LayerTensor("conv.conv.bias", ("hidden",), ("conv", "conv_bias")),
+        LayerTensor("conv.in_proj.weight", ("3 hidden", "hidden"), ("conv",)),
+        LayerTensor("conv.in_proj.bias", ("3 hidden",), ("conv", "conv_bias")),
+        LayerTensor("conv.out_proj.weight", ("hidden", "hidden"), ("conv",)),
+        LayerTensor("conv.out_proj.bias", ("hidden",), ("conv", "conv_bias")),
+        LayerTensor("self_attn.q_proj.weight", ("query", "hidden"), (FULL,)),
+        LayerTensor("self_attn.k_proj.weight", ("key", "hidden"), (FULL,)),
+        LayerTensor("self_attn.v_proj.weight", ("key", "hidden"), (FULL,)),
+        LayerTensor("self_attn.out_proj.weight", ("hidden", "query"), (FULL,)),
+        LayerTensor("self_attn.q_layernorm.weight", ("head",), (FULL,)),
+        LayerTensor("self_attn.k_layernorm.weight", ("head",), (FULL,)),
     ),
     {
         "initializer_range": 0.02, "norm_eps": 1e-5, "use_cache": True, "pad_token_id": 0, "bos_token_id": 1,
@@ -82,19 +82,19 @@ _LINEAR: Final = ("linear_attention",)
 QWEN3_5: Final = DenseFamily(
     "qwen3_5_text",
     (
-        Row("input_layernorm.weight", ("hidden",)), Row("post_attention_layernorm.weight", ("hidden",)),
-        Row("self_attn.q_proj.weight", ("2 query", "hidden"), (FULL,)),
-        Row("self_attn.q_proj.bias", ("2 query",), (FULL, "qkv_bias")),
-        *(Row(row.name, row.axes, (*row.when, FULL)) for row in (*ATTENTION[2:], *QK_NORM)),
-        Row("linear_attn.conv1d.weight", ("linear_qkv", "1", "taps"), _LINEAR),
-        Row("linear_attn.dt_bias", ("linear_heads",), _LINEAR),
-        Row("linear_attn.A_log", ("linear_heads",), _LINEAR),
-        Row("linear_attn.norm.weight", ("linear_head",), _LINEAR),
-        Row("linear_attn.out_proj.weight", ("hidden", "linear_values"), _LINEAR),
-        Row("linear_attn.in_proj_qkv.weight", ("linear_qkv", "hidden"), _LINEAR),
-        Row("linear_attn.in_proj_z.weight", ("linear_values", "hidden"), _LINEAR),
-        Row("linear_attn.in_proj_b.weight", ("linear_heads", "hidden"), _LINEAR),
-        Row("linear_attn.in_proj_a.weight", ("linear_heads", "hidden"), _LINEAR),
+        LayerTensor("input_layernorm.weight", ("hidden",)), LayerTensor("post_attention_layernorm.weight", ("hidden",)),
+        LayerTensor("self_attn.q_proj.weight", ("2 query", "hidden"), (FULL,)),
+        LayerTensor("self_attn.q_proj.bias", ("2 query",), (FULL, "qkv_bias")),
+        *(LayerTensor(row.name, row.axes, (*row.when, FULL)) for row in (*ATTENTION[2:], *QK_NORM)),
+        LayerTensor("linear_attn.conv1d.weight", ("linear_qkv", "1", "taps"), _LINEAR),
+        LayerTensor("linear_attn.dt_bias", ("linear_heads",), _LINEAR),
+        LayerTensor("linear_attn.A_log", ("linear_heads",), _LINEAR),
+        LayerTensor("linear_attn.norm.weight", ("linear_head",), _LINEAR),
+        LayerTensor("linear_attn.out_proj.weight", ("hidden", "linear_values"), _LINEAR),
+        LayerTensor("linear_attn.in_proj_qkv.weight", ("linear_qkv", "hidden"), _LINEAR),
+        LayerTensor("linear_attn.in_proj_z.weight", ("linear_values", "hidden"), _LINEAR),
+        LayerTensor("linear_attn.in_proj_b.weight", ("linear_heads", "hidden"), _LINEAR),
+        LayerTensor("linear_attn.in_proj_a.weight", ("linear_heads", "hidden"), _LINEAR),
     ),
     DEFAULTS
     | {
@@ -125,16 +125,16 @@ _MAMBA: Final = ("mamba",)
 GRANITE_HYBRID: Final = DenseFamily(
     "granitemoehybrid",
     (
-        Row("input_layernorm.weight", ("hidden",)), Row("post_attention_layernorm.weight", ("hidden",)),
-        *(Row(row.name, row.axes, (*row.when, "attention")) for row in ATTENTION),
-        Row("mamba.A_log", ("states",), _MAMBA), Row("mamba.D", ("states",), _MAMBA),
-        Row("mamba.dt_bias", ("states",), _MAMBA), Row("mamba.norm.weight", ("inner",), _MAMBA),
-        Row("mamba.conv1d.weight", ("channels", "1", "taps"), _MAMBA),
-        Row("mamba.conv1d.bias", ("channels",), (*_MAMBA, "mamba_conv_bias")),
-        Row("mamba.in_proj.weight", ("mamba_input", "hidden"), _MAMBA),
-        Row("mamba.in_proj.bias", ("mamba_input",), (*_MAMBA, "mamba_proj_bias")),
-        Row("mamba.out_proj.weight", ("hidden", "inner"), _MAMBA),
-        Row("mamba.out_proj.bias", ("hidden",), (*_MAMBA, "mamba_proj_bias")),
+        LayerTensor("input_layernorm.weight", ("hidden",)), LayerTensor("post_attention_layernorm.weight", ("hidden",)),
+        *(LayerTensor(row.name, row.axes, (*row.when, "attention")) for row in ATTENTION),
+        LayerTensor("mamba.A_log", ("states",), _MAMBA), LayerTensor("mamba.D", ("states",), _MAMBA),
+        LayerTensor("mamba.dt_bias", ("states",), _MAMBA), LayerTensor("mamba.norm.weight", ("inner",), _MAMBA),
+        LayerTensor("mamba.conv1d.weight", ("channels", "1", "taps"), _MAMBA),
+        LayerTensor("mamba.conv1d.bias", ("channels",), (*_MAMBA, "mamba_conv_bias")),
+        LayerTensor("mamba.in_proj.weight", ("mamba_input", "hidden"), _MAMBA),
+        LayerTensor("mamba.in_proj.bias", ("mamba_input",), (*_MAMBA, "mamba_proj_bias")),
+        LayerTensor("mamba.out_proj.weight", ("hidden", "inner"), _MAMBA),
+        LayerTensor("mamba.out_proj.bias", ("hidden",), (*_MAMBA, "mamba_proj_bias")),
     ),
     {key: value for key, value in GRANITE.defaults.items() if key != "mlp_bias"}
     | {
@@ -149,8 +149,9 @@ GRANITE_HYBRID: Final = DenseFamily(
     },
     block="granitemoehybrid",
     ffn={
-        "gate": Half("shared_mlp.input_linear.weight", 0, 2), "up": Half("shared_mlp.input_linear.weight", 1, 2),
-        "down": Half("shared_mlp.output_linear.weight"),
+        "gate": FfnProjection("shared_mlp.input_linear.weight", 0, 2),
+        "up": FfnProjection("shared_mlp.input_linear.weight", 1, 2),
+        "down": FfnProjection("shared_mlp.output_linear.weight"),
     },
     ffn_module="shared_mlp",
     ffn_width="shared_intermediate_size",
@@ -169,7 +170,7 @@ def _gemma4_layers(config: Config) -> list[str]:
 
 
 def _gemma4_values(config: Config) -> dict[str, Any]:
-    """What is said of layers with full attention: by layer, as transformers 5 saves it, or as Gemma was released."""
+    """Read Gemma 4's settings of layers with full attention, as transformers 5 saves them or as Gemma was released."""
     by_layer = config["per_layer_config"] or {}
     own: dict[str, Any] = next(iter(by_layer.values()), {})
     if any(other != own for other in by_layer.values()) or own.keys() - {"head_dim", "num_key_value_heads"}:
@@ -188,14 +189,15 @@ def _gemma4_sizes(config: Config) -> dict[str, int]:
     return {"full_head": head, "full_query": config["num_attention_heads"] * head, "full_key": keys * head}
 
 
-def _gemma4_attention(kind: str, head: str, query: str, key: str) -> tuple[Row, ...]:
-    values = Row("self_attn.v_proj.weight", (key, "hidden"), (kind, "own_values") if kind == FULL else (kind,))
+def _gemma4_attention(kind: str, head: str, query: str, key: str) -> tuple[LayerTensor, ...]:
+    values = LayerTensor("self_attn.v_proj.weight", (key, "hidden"), (kind, "own_values") if kind == FULL else (kind,))
     return (
-        Row("self_attn.q_proj.weight", (query, "hidden"), (kind,)),
-        Row("self_attn.k_proj.weight", (key, "hidden"), (kind,)),
+        LayerTensor("self_attn.q_proj.weight", (query, "hidden"), (kind,)),
+        LayerTensor("self_attn.k_proj.weight", (key, "hidden"), (kind,)),
         values,
-        Row("self_attn.o_proj.weight", ("hidden", query), (kind,)),
-        Row("self_attn.q_norm.weight", (head,), (kind,)), Row("self_attn.k_norm.weight", (head,), (kind,)),
+        LayerTensor("self_attn.o_proj.weight", ("hidden", query), (kind,)),
+        LayerTensor("self_attn.q_norm.weight", (head,), (kind,)),
+        LayerTensor("self_attn.k_norm.weight", (head,), (kind,)),
     )  # fmt: skip
 
 
@@ -203,10 +205,10 @@ GEMMA4: Final = DenseFamily(
     "gemma4_text",
     (
         *(
-            Row(f"{name}_layernorm.weight", ("hidden",))
+            LayerTensor(f"{name}_layernorm.weight", ("hidden",))
             for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")
         ),
-        Row("layer_scalar", ("1",)),
+        LayerTensor("layer_scalar", ("1",)),
         *_gemma4_attention(SLIDING, "head", "query", "key"),
         *_gemma4_attention(FULL, "full_head", "full_query", "full_key"),
     ),

@@ -1,23 +1,23 @@
-"""Dense families that compute like Llama but for a few facts: what people merge most."""
+"""Dense families that compute like Llama but for a few facts: the ones that people merge most."""
 
 from dataclasses import replace
 from typing import Any, Final
 
-from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, Half, Row
+from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, FfnProjection, LayerTensor
 
 ATTENTION: Final = (
-    Row("self_attn.q_proj.weight", ("query", "hidden")),
-    Row("self_attn.q_proj.bias", ("query",), ("qkv_bias",)),
-    Row("self_attn.k_proj.weight", ("key", "hidden")),
-    Row("self_attn.k_proj.bias", ("key",), ("qkv_bias",)),
-    Row("self_attn.v_proj.weight", ("key", "hidden")),
-    Row("self_attn.v_proj.bias", ("key",), ("qkv_bias",)),
-    Row("self_attn.o_proj.weight", ("hidden", "query")),
-    Row("self_attn.o_proj.bias", ("hidden",), ("output_bias",)),
+    LayerTensor("self_attn.q_proj.weight", ("query", "hidden")),
+    LayerTensor("self_attn.q_proj.bias", ("query",), ("qkv_bias",)),
+    LayerTensor("self_attn.k_proj.weight", ("key", "hidden")),
+    LayerTensor("self_attn.k_proj.bias", ("key",), ("qkv_bias",)),
+    LayerTensor("self_attn.v_proj.weight", ("key", "hidden")),
+    LayerTensor("self_attn.v_proj.bias", ("key",), ("qkv_bias",)),
+    LayerTensor("self_attn.o_proj.weight", ("hidden", "query")),
+    LayerTensor("self_attn.o_proj.bias", ("hidden",), ("output_bias",)),
 )
-QK_NORM: Final = (Row("self_attn.q_norm.weight", ("head",)), Row("self_attn.k_norm.weight", ("head",)))
-_FIRST_NORM: Final = Row("input_layernorm.weight", ("hidden",))
-_SECOND_NORM: Final = Row("post_attention_layernorm.weight", ("hidden",))
+QK_NORM: Final = (LayerTensor("self_attn.q_norm.weight", ("head",)), LayerTensor("self_attn.k_norm.weight", ("head",)))
+_FIRST_NORM: Final = LayerTensor("input_layernorm.weight", ("hidden",))
+_SECOND_NORM: Final = LayerTensor("post_attention_layernorm.weight", ("hidden",))
 LAYER: Final = (_FIRST_NORM, *ATTENTION, _SECOND_NORM)
 DEFAULTS: Final[dict[str, Any]] = {
     "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True, "pad_token_id": None,
@@ -29,13 +29,13 @@ _NO_BIAS: Final = {"attention_bias": False, "mlp_bias": False}
 
 
 def windows_everywhere(config: Config) -> list[str]:
-    """Every layer has the window, if there is one."""
+    """Give every layer the window, if there is one."""
     kind = FULL if config.get("sliding_window") is None else SLIDING
     return [kind] * int(config["num_hidden_layers"])
 
 
 def windows_above(config: Config) -> list[str]:
-    """Qwen's rule: layers from `max_window_layers` on have the window, where it is switched on."""
+    """Apply Qwen's rule: layers from `max_window_layers` on have the window, where it is switched on."""
     has_window = config["use_sliding_window"] and config.get("sliding_window") is not None
     return [
         SLIDING if has_window and layer >= config["max_window_layers"] else FULL
@@ -44,7 +44,7 @@ def windows_above(config: Config) -> list[str]:
 
 
 def full_every_fourth(config: Config) -> list[str]:
-    """Layers 0, 4, 8 and so on attend to everything."""
+    """Let layers 0, 4, 8 and so on attend to everything."""
     return [SLIDING if layer % 4 else FULL for layer in range(config["num_hidden_layers"])]
 
 
@@ -102,8 +102,8 @@ CWM: Final = DenseFamily(
 PHI3: Final = DenseFamily(
     "phi3",
     (
-        _FIRST_NORM, Row("self_attn.qkv_proj.weight", ("qkv", "hidden")),
-        Row("self_attn.o_proj.weight", ("hidden", "query")), _SECOND_NORM,
+        _FIRST_NORM, LayerTensor("self_attn.qkv_proj.weight", ("qkv", "hidden")),
+        LayerTensor("self_attn.o_proj.weight", ("hidden", "query")), _SECOND_NORM,
     ),
     DEFAULTS
     | {
@@ -112,8 +112,8 @@ PHI3: Final = DenseFamily(
         "partial_rotary_factor": 1.0,
     },
     ffn={
-        "gate": Half("mlp.gate_up_proj.weight", 0, 2), "up": Half("mlp.gate_up_proj.weight", 1, 2),
-        "down": Half("mlp.down_proj.weight"),
+        "gate": FfnProjection("mlp.gate_up_proj.weight", 0, 2), "up": FfnProjection("mlp.gate_up_proj.weight", 1, 2),
+        "down": FfnProjection("mlp.down_proj.weight"),
     },
     splits={
         "self_attn.qkv_proj.weight": {
@@ -215,13 +215,13 @@ def _windows_without_positions(config: Config) -> list[str]:
 
 
 def _rotating(config: Config) -> list[int]:
-    """SmolLM3's `no_rope_layers`, in which 1 means that a layer does rotate."""
+    """Read SmolLM3's `no_rope_layers`, in which 1 means that a layer does rotate."""
     layers, every = config["num_hidden_layers"], config["no_rope_layer_interval"]
     return config.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(layers)]
 
 
 GRANITE_SWA: Final = DenseFamily(
-    "granite_swa", (*LAYER, Row("self_attn.sinks", ("heads",))),
+    "granite_swa", (*LAYER, LayerTensor("self_attn.sinks", ("heads",))),
     GRANITE.defaults
     | {
         "max_position_embeddings": 8192, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "bos_token_id": 100257,

@@ -1,4 +1,4 @@
-"""A dense model as its `config.json` describes it, every silent default made explicit."""
+"""A dense model as its `config.json` describes it, with every silent default made explicit."""
 
 import math
 from collections.abc import Mapping
@@ -20,17 +20,17 @@ _OWN_SCALES: Final = ("embedding_multiplier", "residual_multiplier", "logits_sca
 
 @dataclass(frozen=True)
 class DenseModel:
-    """What a dense model's `config.json` says, every silent default made explicit."""
+    """The contents of a dense model's `config.json`, with every silent default made explicit."""
 
     family: DenseFamily
     config: dict[str, Any]
-    """What the family's class reads, defaults included; one spelling of rope settings in place of all others."""
+    """The keys that the family's class reads, defaults included; rope settings are in one spelling."""
     unread: tuple[str, ...]
     """Keys of `config.json` that the class does not read."""
     given_rope: dict[str, Any] | None
-    """`rope_scaling` as `config.json` spells it."""
+    """The value of `rope_scaling` as `config.json` spells it."""
     quantised: str = ""
-    """The method of quantisation that `config.json` speaks of; empty for none."""
+    """The method of quantisation that `config.json` names; empty for none."""
 
     @property
     def layers(self) -> int:
@@ -61,13 +61,13 @@ class DenseModel:
 
     @cached_property
     def layer_types(self) -> list[str]:
-        """Of each layer, what it does beside its FFN."""
+        """What each layer does beside its FFN: its type, as transformers names it."""
         given = self.config.get("layer_types")
         return [self.family.kinds.get(kind, kind) for kind in given or self.family.layer_types(self.config)]
 
     @cached_property
     def facts(self) -> frozenset[str]:
-        """Those of `PLAIN` and `ROPES` that hold, and `mlp_bias`, `tied`."""
+        """The facts that hold: those of `NON_LLAMA_FACTS` and `ROPES`, and `mlp_bias`, `tied`."""
         config = self.config
         said = {fact: self.values.get(key) if isinstance(key, str) else key for fact, key in self.family.facts.items()}
         # A window that is no shorter than the context cuts nothing off.
@@ -88,7 +88,7 @@ class DenseModel:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """`config`, with what output families say in words of their own."""
+        """`config`, together with the values of `DenseFamily.values`."""
         config, layers, own = self.config, self.layers, self.family.values(self.config)
         scaling = own.get("rope_scaling", config.get("rope_scaling"))
         rope = {"rope_theta": config.get("rope_theta"), **(scaling or {"rope_type": "default"})}
@@ -120,7 +120,7 @@ class DenseModel:
 
     @property
     def attention_multiplier(self) -> float:
-        """Factor on the products of queries and keys."""
+        """The factor on the products of queries and keys."""
         given = self.config.get("attention_multiplier")
         return self.config["head_dim"] ** -0.5 if given is None else float(given)
 
@@ -132,35 +132,36 @@ class DenseModel:
 
     @property
     def class_keys(self) -> dict[str, Any]:
-        """What the family's class is told: no key that it does not read."""
-        told = {
+        """Arguments for the family's class, without keys that it does not read."""
+        keys = {
             key: decoded(value)
             for key, value in self.config.items()
             if value is not None or self.family.defaults.get(key, 0) is not None
         }
         if self.given_rope:  # some classes of transformers 4 know one spelling alone
-            told["rope_scaling"] = self.given_rope
-        return told | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
+            keys["rope_scaling"] = self.given_rope
+        return keys | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
 
     def projection(self, tensors: Mapping[str, TensorInfo], layer: int, role: Role) -> TensorInfo:
-        """One projection of a layer's FFN, which may be part of a larger tensor."""
-        half = self.family.ffn[role]
-        tensor = tensors[layer_prefix(layer) + half.name]
+        """Find one projection of a layer's FFN, which may be part of a larger tensor."""
+        projection = self.family.ffn[role]
+        tensor = tensors[layer_prefix(layer) + projection.name]
         width = self.sizes["ffn"]
-        return tensor.rows(half.part * width, width) if half.parts > 1 else tensor
+        return tensor.rows(projection.part * width, width) if projection.parts > 1 else tensor
 
     def tensors(self, layer: int) -> dict[str, Axes]:
         """Names and axes of a layer's tensors beside its FFN."""
         holds = {*self.facts, self.layer_types[layer]}
         prefix = layer_prefix(layer)
-        return {prefix + row.name: row.axes for row in self.family.rows if holds.issuperset(row.when)}
+        return {prefix + tensor.name: tensor.axes for tensor in self.family.tensors if holds.issuperset(tensor.when)}
 
     def ffn(self, layer: int) -> dict[str, Axes]:
         """Names and axes of the tensors of a layer's FFN."""
         named: dict[str, Axes] = {}
-        for role, half in self.family.ffn.items():
-            width = "ffn" if half.parts == 1 else f"{half.parts} ffn"
-            named[layer_prefix(layer) + half.name] = ("hidden", width) if role == "down" else (width, "hidden")
+        for role, projection in self.family.ffn.items():
+            width = "ffn" if projection.parts == 1 else f"{projection.parts} ffn"
+            axes = ("hidden", width) if role == "down" else (width, "hidden")
+            named[layer_prefix(layer) + projection.name] = axes
         return named
 
     def outside(self) -> dict[str, Axes]:
@@ -168,7 +169,7 @@ class DenseModel:
         return {**self.family.first, self.family.last: ("hidden",)}
 
     def shape(self, axes: Axes) -> tuple[int, ...]:
-        """Sizes of the named axes; an axis `2 ffn` is twice as long as `ffn`."""
+        """Shape of the named axes; an axis `2 ffn` is twice as long as `ffn`."""
         return tuple(self._size(axis) for axis in axes)
 
     def _size(self, axis: str) -> int:
@@ -177,14 +178,14 @@ class DenseModel:
 
 
 def decoded(value: Any) -> Any:
-    """Numbers that JSON lacks, as transformers 5 writes them."""
+    """Replace the objects that transformers 5 writes for numbers that JSON lacks."""
     if isinstance(value, list):
         return [decoded(item) for item in value]
     return float(value["__float__"]) if isinstance(value, dict) and value.keys() == {"__float__"} else value
 
 
 def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
-    """Interpret a `config.json`; a text says why it cannot be."""
+    """Interpret a `config.json`; a returned text says why it cannot be interpreted."""
     model_type = config.get("model_type")
     family = DENSE_FAMILIES.get(model_type) if isinstance(model_type, str) else None
     try:
@@ -239,7 +240,7 @@ def _quantisation(config: Mapping[str, Any]) -> str:
 
 
 def _read_rope(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """One spelling for rotary settings, read as transformers 5 reads them (`convert_rope_params_to_dict`)."""
+    """Bring rotary settings into one spelling, read as transformers 5 reads them (`convert_rope_params_to_dict`)."""
     settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if any(isinstance(value, dict) for value in settings.values()):
         raise UnreadableError(f"its rope settings differ between layers: {settings!r:.80}")

@@ -2,14 +2,16 @@
 
 from typing import Any, Final
 
-from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, Row
+from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, LayerTensor
 from moemerge.families.dense.llama_like import ATTENTION, DEFAULTS, LAYER
 
 OLMO2: Final = DenseFamily(
     "olmo2",
     (
-        *ATTENTION, Row("self_attn.q_norm.weight", ("query",)), Row("self_attn.k_norm.weight", ("key",)),
-        Row("post_attention_layernorm.weight", ("hidden",)), Row("post_feedforward_layernorm.weight", ("hidden",)),
+        *ATTENTION, LayerTensor("self_attn.q_norm.weight", ("query",)),
+        LayerTensor("self_attn.k_norm.weight", ("key",)),
+        LayerTensor("post_attention_layernorm.weight", ("hidden",)),
+        LayerTensor("post_feedforward_layernorm.weight", ("hidden",)),
     ),
     DEFAULTS
     | {"rms_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50279, "attention_bias": False},
@@ -20,7 +22,8 @@ OLMO2: Final = DenseFamily(
 HUNYUAN: Final = DenseFamily(
     "hunyuan_v1_dense",
     (
-        *LAYER, Row("self_attn.query_layernorm.weight", ("head",)), Row("self_attn.key_layernorm.weight", ("head",)),
+        *LAYER, LayerTensor("self_attn.query_layernorm.weight", ("head",)),
+        LayerTensor("self_attn.key_layernorm.weight", ("head",)),
     ),
     DEFAULTS | {"rms_norm_eps": 1e-5, "pad_token_id": 0, "head_dim": None, "attention_bias": False},
     {"qkv_bias": "attention_bias", "output_bias": "attention_bias"},
@@ -34,13 +37,13 @@ def _window_but_every_fourth(config: Config) -> list[str]:
 
 
 def _rotate_all_layers(config: Config) -> dict[str, Any]:
-    # In Cohere2 layers with a window rotate, the others do not; Cohere rotates all.
+    # Cohere2 rotates only the layers with a window; Cohere rotates all.
     context = max(config["max_position_embeddings"], config["model_max_length"] or 0)
     return {"layer_types": [SLIDING] * config["num_hidden_layers"], "window": context}
 
 
 COHERE2: Final = DenseFamily(
-    "cohere2", (Row("input_layernorm.weight", ("hidden",)), *ATTENTION),
+    "cohere2", (LayerTensor("input_layernorm.weight", ("hidden",)), *ATTENTION),
     {key: value for key, value in DEFAULTS.items() if key != "rms_norm_eps"}
     | {
         "max_position_embeddings": 8192, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "pad_token_id": 0,
@@ -55,7 +58,7 @@ COHERE2: Final = DenseFamily(
 )  # fmt: skip
 _COHERE2_ALONE: Final = ("sliding_window", "sliding_window_pattern", "layer_types")
 COHERE: Final = DenseFamily(
-    "cohere", COHERE2.rows,
+    "cohere", COHERE2.tensors,
     {key: value for key, value in COHERE2.defaults.items() if key not in _COHERE2_ALONE}
     | {"rope_theta": 500000.0, "use_qk_norm": False, "model_max_length": None},
     COHERE2.facts,
@@ -69,13 +72,14 @@ COHERE: Final = DenseFamily(
 YOUTU: Final = DenseFamily(
     "youtu",
     (
-        Row("input_layernorm.weight", ("hidden",)), Row("post_attention_layernorm.weight", ("hidden",)),
-        Row("self_attn.q_a_proj.weight", ("q_rank", "hidden")), Row("self_attn.q_a_layernorm.weight", ("q_rank",)),
-        Row("self_attn.q_b_proj.weight", ("mla_query", "q_rank")),
-        Row("self_attn.kv_a_proj_with_mqa.weight", ("mla_kv", "hidden")),
-        Row("self_attn.kv_a_layernorm.weight", ("kv_rank",)),
-        Row("self_attn.kv_b_proj.weight", ("mla_keys_values", "kv_rank")),
-        Row("self_attn.o_proj.weight", ("hidden", "mla_values")),
+        LayerTensor("input_layernorm.weight", ("hidden",)), LayerTensor("post_attention_layernorm.weight", ("hidden",)),
+        LayerTensor("self_attn.q_a_proj.weight", ("q_rank", "hidden")),
+        LayerTensor("self_attn.q_a_layernorm.weight", ("q_rank",)),
+        LayerTensor("self_attn.q_b_proj.weight", ("mla_query", "q_rank")),
+        LayerTensor("self_attn.kv_a_proj_with_mqa.weight", ("mla_kv", "hidden")),
+        LayerTensor("self_attn.kv_a_layernorm.weight", ("kv_rank",)),
+        LayerTensor("self_attn.kv_b_proj.weight", ("mla_keys_values", "kv_rank")),
+        LayerTensor("self_attn.o_proj.weight", ("hidden", "mla_values")),
     ),
     DEFAULTS
     | {

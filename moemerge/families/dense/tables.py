@@ -46,4 +46,4 @@ NOT_MERGED: Final = {
     "minicpm3": "its scales of embeddings and depth have no place in deepseek_v3",
     "llama4_text": "its router scales what the expert sees",
 }  # fmt: skip
-"""Model types that look as if they could be merged; measured or read in `transformers` 5.23."""
+"""Model types that only look as if they could be merged, with reasons; measured or read in `transformers` 5.23."""

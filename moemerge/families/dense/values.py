@@ -1,6 +1,6 @@
-"""What the keys of a dense model's `config.json` have to be, before anything is computed from them.
+"""Checks of the keys of a dense model's `config.json`, before anything is computed from them.
 
-Checked against the configuration classes of `transformers` 4.57.6 and 5.23.0, whose defaults differ from each other and
+They follow the configuration classes of `transformers` 4.57.6 and 5.23.0, whose defaults differ from each other and
 from those of the MoE families: an omitted key must be resolved before it is copied.
 """
 
@@ -18,16 +18,16 @@ _SIZES: Final = {
     "qk_nope_head_dim", "v_head_dim", "global_head_dim", "num_global_key_value_heads", "full_attention_interval",
     "sliding_window_pattern", "no_rope_layer_interval", "original_max_position_embeddings", "model_max_length",
 }  # fmt: skip
-# Far above any model; a hostile number would fill the memory with tensor names.
+# Far above any model; a larger number in a hostile config would fill the memory with tensor names.
 _MOST_LAYERS: Final = 10_000
 _MOST: Final = 10**9
 _LARGEST: Final = 1e300
-# A null says as little as an absent key, except where it has a meaning of its own.
+# A null is like an absent key, except where it has a meaning of its own.
 _NULL_MEANS: Final = {
     "sliding_window", "head_dim", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id",
     "block_ffn_dim_multiplier",
 }  # fmt: skip
-# What every class reads, beside the defaults of its family.
+# Keys that every class reads, beside the defaults of its family.
 _ALWAYS_READ: Final = {
     *_REQUIRED, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
     "original_max_position_embeddings",
@@ -44,7 +44,7 @@ def is_read(family: DenseFamily, key: str) -> bool:
 
 
 def read_values(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that the family's class reads, with its defaults.
+    """Read the keys that the family's class reads, with its defaults.
 
     Raises:
         UnreadableError: names the values that make no sense.
@@ -71,7 +71,7 @@ def read_values(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any
 
 
 def _wrong(family: DenseFamily, full: Mapping[str, Any]) -> Iterator[str]:
-    kinds = {FULL, SLIDING, *family.kinds, *(fact for row in family.rows for fact in row.when)}
+    kinds = {FULL, SLIDING, *family.kinds, *(fact for tensor in family.tensors for fact in tensor.when)}
     for key, value in full.items():
         check = _CHECKS.get(key, _anything)
         fits = check(value)

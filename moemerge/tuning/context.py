@@ -1,4 +1,4 @@
-"""What every part of a tuning needs to know."""
+"""The settings and resources that every part of a tuning needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.tuning.processes import Processes
 from moemerge.tuning.settings import Settings
-from moemerge.tuning.whole import Room
-from moemerge.tuning.work import Work
+from moemerge.tuning.whole import MemoryPlan
+from moemerge.tuning.work import WorkFolder
 
 
 @dataclass(frozen=True)
-class Job:
-    """One call of `tune`."""
+class TuningContext:
+    """The context of one call of `tune`."""
 
     mixture: MixtureModel
     settings: Settings
     processes: Processes
-    room: Room
-    work: Work
+    memory: MemoryPlan
+    work: WorkFolder
     progress: Callable[[str, int, int], None]
-    """Called with what is done, how far, and all there is."""
+    """Called with the name of the work, the amount done, and the total."""
     announce: Callable[[str], None]
-    """Called with lines for people who wait."""
+    """Called with lines for the user who waits."""
