@@ -862,5 +862,5 @@ def test_the_pages_commands_work(tmp_path, config, out, monkeypatch, capsys):
 
 
 def test_the_page_names_the_families():
-    text = PAGE[PAGE.index("## Families") : PAGE.index("Others are refused")]
+    text = PAGE[PAGE.index("## Families") : PAGE.index("Others")]
     assert re.findall(r"`(\w+)`", text) == list(GGUF_FAMILIES)
