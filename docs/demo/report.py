@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from build import HELD_OUT, SEQUENCE, pack
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
-
-from build import HELD_OUT, SEQUENCE, pack
 
 SEQUENCES: Final = 128  # of each domain
 PROMPTS: Final = {
