@@ -163,14 +163,16 @@ def test_permuting_experts_permutes_rows(method, order):
 @given(seed=st.integers(0, 1000), factor=st.floats(0.1, 10))
 @settings(max_examples=20, deadline=None)
 def test_a_common_vector_changes_nothing_and_a_factor_no_choice(seed, factor):
-    inputs = clouds(seed=seed)
-    rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
-    weights, experts = chosen(rows, inputs.states)
-    common = 10 * torch.randn(16, generator=torch.Generator().manual_seed(seed + 1))
-    moved_weights, moved = chosen(rows + common, inputs.states)
+    states = clouds(
+        seed=seed
+    ).states.double()  # in float32 some seeds have tokens whose logits are equal but for rounding
+    rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)).double()
+    weights, experts = chosen(rows, states)
+    common = 10 * torch.randn(16, generator=torch.Generator().manual_seed(seed + 1)).double()
+    moved_weights, moved = chosen(rows + common, states)
     assert torch.equal(moved, experts)
     assert torch.allclose(moved_weights, weights, atol=1e-3)
-    _, scaled = chosen(rows * factor, inputs.states)
+    _, scaled = chosen(rows * factor, states)
     assert torch.equal(scaled, experts)
 
 
