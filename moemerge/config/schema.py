@@ -243,19 +243,9 @@ class MergeConfig(_Strict):
         return choose_method(self.gate_mode, described=self.has_descriptions, calibrated=calibrated)
 
     @property
-    def needs_pass(self) -> bool:
-        """Whether its routers are made from what the base model computes of text."""
-        return self.method.runs_base
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether its routers are made from text."""
-        return self.method.reads_text
-
-    @property
     def computes_shared_gate(self) -> bool:
         """Whether prompts say when a shared expert that has a gate should speak."""
-        return self.needs_pass and any(expert.is_described for expert in self.shared_experts)
+        return self.method.runs_base and any(expert.is_described for expert in self.shared_experts)
 
     @property
     def has_descriptions(self) -> bool:

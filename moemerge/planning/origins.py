@@ -77,9 +77,7 @@ class Origins:
 def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Assembled) -> Origins:
     """The files that are read for these tensors and for the routers."""
     base, parts, opened = models.base.model, assembled.parts, models.by_reference
-    experts = [
-        (member.model, tensors) for member, tensors in zip(models.every_expert, parts.experts, strict=True)
-    ][: len(models.experts)]  # fmt: skip
+    experts = models.routed(parts.experts)
     return Origins(
         stamps=MappingProxyType(
             {path: stamp for folder in opened.values() for path, stamp in folder.stamps.items()}

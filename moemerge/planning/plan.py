@@ -97,8 +97,7 @@ class MergePlan:
     @property
     def experts(self) -> tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]:
         """The models whose FFNs are chosen between, in the order of the config."""
-        models = [member.model for member in self.models.experts]
-        return tuple(zip(models, self.parts.experts[: len(models)], strict=True))
+        return self.models.routed(self.parts.experts)
 
     @property
     def sources(self) -> tuple[ModelFolder, ...]:

@@ -47,9 +47,10 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
         CheckpointError: a small file is damaged.
     """
     base, routed = models.base.model, [member.model for member in models.experts]
-    runs_base = config.needs_pass or (options.routing_table and config.has_descriptions)
-    files = find_base_files(models.base.folder, announce, needed=runs_base or config.reads_text)
-    if options.needs_texts and (runs_base or config.reads_text):
+    runs_base = config.method.runs_base or (options.routing_table and config.has_descriptions)
+    reads_text = runs_base or config.method.reads_text
+    files = find_base_files(models.base.folder, announce, needed=reads_text)
+    if options.needs_texts and reads_text:
         check_texts(config)
     refuse(check_widths(config, base, routed))
     mixture = mixture_of(config, base, routed, [member.model for member in models.shared])

@@ -62,10 +62,8 @@ def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int, 
 def even_direction(states: torch.Tensor) -> torch.Tensor:
     """The direction `c` (hidden) along which all text is about equally far: `c.z` is 1 for the mean of the states.
 
-    It is the ridge regression of the number 1, and takes the place of a bias, which no router has.
-
-    Args:
-        states: (token, hidden) router inputs; those of first tokens have to be among them, which are far from others.
+    It is the ridge regression of the number 1 on the states (token, hidden), and takes the place of a bias, which no
+    router has.
     """
     ones = torch.ones(len(states), 1)
     row = regress(states, ones, ones[:, 0], _EVEN_PENALTY)[0]
@@ -76,7 +74,8 @@ def lowering(states: torch.Tensor) -> torch.Tensor:
     """What to take from every row so that the sigmoids of states (token, hidden) grow as exponentials do.
 
     The logits of all experts become lower by about `_LOWERED`: divided by their sum, such sigmoids are a softmax. As
-    they are, both of two large logits weigh one half.
+    they are, both of two large logits weigh one half. Among the states have to be those of first tokens, which are far
+    from all others.
     """
     return _LOWERED * even_direction(states)
 
