@@ -159,8 +159,13 @@ def help_text(suite: Suite) -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[Suite], Iterator[Row]]] = {
-    "merge": merge, "hidden": hidden, "memory": memory, "cast": cast, "plan": plan, "help": help_text,
-}  # fmt: skip
+    "merge": merge,
+    "hidden": hidden,
+    "memory": memory,
+    "cast": cast,
+    "plan": plan,
+    "help": help_text,
+}
 
 
 def section(name: str, suite: Suite) -> Iterator[Row]:

@@ -43,9 +43,12 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, str, str, str, str]
 def told(what: str, file: Path, found: Run) -> tuple[str, str, str, str, str]:
     size, met = file.stat().st_size, found.peak_bytes < TARGET_BYTES
     return (
-        what, f"{size / 1e9:.2f} GB", f"{found.seconds:.1f} s", f"{found.cpu_seconds:.1f} s",
+        what,
+        f"{size / 1e9:.2f} GB",
+        f"{found.seconds:.1f} s",
+        f"{found.cpu_seconds:.1f} s",
         f"{found.peak_bytes / 1e6:.0f} MB{'' if met else ': over 500 MB'}",
-    )  # fmt: skip
+    )
 
 
 def main() -> None:

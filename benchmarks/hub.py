@@ -39,12 +39,24 @@ MEMORY_RATIO = 1.15
 # Of what is cached, copied and made beside weights, with folders, links and a tokenizer without meaning.
 SMALL_FILES_BYTES = 1_000_000
 TAKEN_HEADINGS = (
-    "merge", "way", "weights from the Hub", "to the Hub", "disk", "memory", "time",
+    "merge",
+    "way",
+    "weights from the Hub",
+    "to the Hub",
+    "disk",
+    "memory",
+    "time",
     "requests to the Hub / to its storage",
-)  # fmt: skip
+)
 WORKED_OUT_HEADINGS = (
-    "merge", "to download: cached", "streamed", "disk: cached", "streamed", "streamed, pushed by shard", "memory",
-)  # fmt: skip
+    "merge",
+    "to download: cached",
+    "streamed",
+    "disk: cached",
+    "streamed",
+    "streamed, pushed by shard",
+    "memory",
+)
 
 
 @dataclass(frozen=True)
@@ -122,10 +134,15 @@ def overview(name: str, way: str, found: list[Taken]) -> tuple[str, ...]:
     spread = f" ({min(seconds):.0f} to {max(seconds):.0f})" if len(found) > 1 else ""
     requests = found[0].counts.requests
     return (
-        name, way, size(sent(found[0])), size(received(found[0])), size(disk(found)),
-        f"{memory(found) / 1e6:.0f} MB", f"{median(seconds):.0f} s{spread}",
+        name,
+        way,
+        size(sent(found[0])),
+        size(received(found[0])),
+        size(disk(found)),
+        f"{memory(found) / 1e6:.0f} MB",
+        f"{median(seconds):.0f} s{spread}",
         f"{requests['hub']} / {requests['cdn'] + requests['uploads']}",
-    )  # fmt: skip
+    )
 
 
 def targets(name: str, plan: dict[str, Any], taken: dict[str, list[Taken]], models: Path) -> Iterator[Row]:
@@ -147,9 +164,11 @@ def targets(name: str, plan: dict[str, Any], taken: dict[str, list[Taken]], mode
             " + the two largest shards" if pushes_shards else " + output"
         )
         yield Row(
-            f"{what}: disk, of {made_of}", f"<= {size(room)} + 1 % + {size(SMALL_FILES_BYTES)}", size(disk(found)),
+            f"{what}: disk, of {made_of}",
+            f"<= {size(room)} + 1 % + {size(SMALL_FILES_BYTES)}",
+            size(disk(found)),
             disk(found) <= room * DISK_TOLERANCE + SMALL_FILES_BYTES,
-        )  # fmt: skip
+        )
         if streams:
             other = taken["cached, then pushed" if pushes_shards else "cached"]
             ratio = memory(found) / memory(other)

@@ -62,9 +62,13 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = N
         if child.returncode:
             raise SystemExit(f"{' '.join(map(str, command))}: exit code {child.returncode}\n{errors.read()}")
         return Run(
-            seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, int(io["rchar"]), output.read(),
+            seconds,
+            usage.ru_utime + usage.ru_stime,
+            usage.ru_maxrss * 1024,
+            int(io["rchar"]),
+            output.read(),
             most(),
-        )  # fmt: skip
+        )
 
 
 @contextmanager

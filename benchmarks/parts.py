@@ -43,14 +43,16 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def config(options: argparse.Namespace, experts: dict[str, str], **keys: Any) -> Any:
     document = {
-        "base_model": str(options.models / "base"), "gate_mode": "ridge", "dtype": "bfloat16",
+        "base_model": str(options.models / "base"),
+        "gate_mode": "ridge",
+        "dtype": "bfloat16",
         "experts_per_token": options.per_token,
         "experts": [
             {"source_model": model, "positive_texts": str(options.texts / f"{name}.calib.txt")}
             for name, model in experts.items()
         ],
         **keys,
-    }  # fmt: skip
+    }
     return parse_config(json.dumps(document))
 
 
@@ -95,12 +97,14 @@ def rows(options: argparse.Namespace, experts: dict[str, str], folder: Path) -> 
         share = recovered({**first.sums, MERGED: runs.sums[MERGED]}, runs.texts.domains)
         right = np.mean([tally.of(place).accuracy for place in range(len(domains))])
         yield cells(
-            name, runs.sums[MERGED], domains,
+            name,
+            runs.sums[MERGED],
+            domains,
             f"{np.mean([estimate(runs.sums[ORACLE][domain]).value for domain in domains]):.3f}",
             "-" if share is None else f"{share.value:.2f}{share.interval}",
             f"{right:.3f}",
             beside(runs.sums[MERGED], first.sums[DENSE_OWN]),
-        )  # fmt: skip
+        )
 
 
 def main() -> None:
@@ -119,9 +123,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         print(machine(Path(name)))
         heads = [
-            "shared weights", *experts, "mean", "perplexity", "label oracle", "recovered", "right first",
+            "shared weights",
+            *experts,
+            "mean",
+            "perplexity",
+            "label oracle",
+            "recovered",
+            "right first",
             "loss beside each domain's own dense expert",
-        ]  # fmt: skip
+        ]
         show(heads, options)
         if options.markdown:
             show(["---"] * len(heads), options)

@@ -75,9 +75,13 @@ class Bench:
         if given == "unsorted":
             router["calibration_texts"] = [str(self.texts / f"{name}.calib.txt") for name in self.experts]
         document = {
-            "base_model": self.base, "gate_mode": mode, "experts": experts, "experts_per_token": self.per_token,
-            "dtype": "bfloat16", **({"router": router} if router else {}),
-        }  # fmt: skip
+            "base_model": self.base,
+            "gate_mode": mode,
+            "experts": experts,
+            "experts_per_token": self.per_token,
+            "dtype": "bfloat16",
+            **({"router": router} if router else {}),
+        }
         return parse_config(json.dumps(document))
 
     def rows(self, config: MergeConfig, dtype: str = "bfloat16") -> tuple[dict[int, torch.Tensor], float]:
@@ -142,9 +146,7 @@ def flips(bench: Bench, texts: Texts, ways: list[str]) -> Iterator[list[str]]:
     config = bench.config("random", "")
     plan = plan_merge(config)
     prompts = tuple(EncodedPrompt(0, True, window.ids, window.counted) for window in texts.windows)
-    request = PassRequest(
-        plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, config.router
-    )  # fmt: skip
+    request = PassRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, config.router)
     wanted = [row for row in ROWS if row[0] in FLIPPED and (not ways or row[0] in ways)]
     made = {name: bench.rows(bench.config(mode, given), "float32")[0] for name, mode, given in wanted}
     found: dict[str, list[float]] = {name: [] for name in made}
@@ -184,10 +186,9 @@ def mergekit_distance(bench: Bench, python: str, folder: Path) -> list[str]:
     """How far mergekit_hidden's rows are from mergekit-moe's own."""
     config = bench.config("mergekit_hidden", "prompts")
     document = {
-        "base_model": bench.base, "experts": [
-            {"source_model": e.source_model, "positive_prompts": e.positive_prompts} for e in config.experts
-        ],
-    }  # fmt: skip
+        "base_model": bench.base,
+        "experts": [{"source_model": e.source_model, "positive_prompts": e.positive_prompts} for e in config.experts],
+    }
     (folder / "mergekit.yaml").write_text(yaml.safe_dump(document))
     program = Path(__file__).with_name("mergekit_gates.py")
     subprocess.run([python, program, folder / "mergekit.yaml", folder / "gates.pt"], check=True)

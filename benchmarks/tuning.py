@@ -56,13 +56,14 @@ def line(name: str, runs: Runs, tally: RoutingTally | None, tuned: TuningResult 
     places = range(len(runs.texts.domains))
     kept = "" if tuned and tuned.improved else ", not kept: the row is of the routers before"
     return [
-        name, *(f"{one.value:.3f}{one.interval}" for one in found.values()),
+        name,
+        *(f"{one.value:.3f}{one.interval}" for one in found.values()),
         f"{np.mean([one.value for one in found.values()]):.3f}",
         "-" if share is None else f"{share.value:.2f}{share.interval}",
         f"{np.mean([tally.of(place).accuracy for place in places]):.3f}" if tally else "-",
         f"{tuned.before.mean_loss:.3f} -> {tuned.after.mean_loss:.3f}, step {tuned.step}{kept}" if tuned else "-",
         f"{tuned.seconds_per_step:.1f}" if tuned and tuned.seconds_per_step else "-",
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

@@ -19,8 +19,12 @@ CONFIG_DTYPES: Final[dict[str, str]] = {stored: name for name, stored in HEADER_
 """Map from the name in a safetensors header to the name in `config.json`, for floats that can be merged."""
 
 DTYPE_ALIASES: Final[dict[str, DType]] = {
-    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32",
-}  # fmt: skip
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "half": "float16",
+    "float": "float32",
+}
 """Other spellings that the YAML key `dtype` accepts beside the full names."""
 
 

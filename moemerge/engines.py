@@ -4,9 +4,13 @@ from typing import Any, Final, Literal
 
 Engine = Literal["transformers", "vllm", "llamacpp", "converter", "mlx", "openvino"]
 ENGINES: Final[dict[Engine, str]] = {
-    "transformers": "transformers 4.57", "vllm": "vLLM", "llamacpp": "llama.cpp",
-    "converter": "llama.cpp's converter", "mlx": "mlx-lm", "openvino": "OpenVINO",
-}  # fmt: skip
+    "transformers": "transformers 4.57",
+    "vllm": "vLLM",
+    "llamacpp": "llama.cpp",
+    "converter": "llama.cpp's converter",
+    "mlx": "mlx-lm",
+    "openvino": "OpenVINO",
+}
 """Engines with their names. All are compared with what transformers 5 computes.
 
 llama.cpp reads the file that `moemerge gguf` writes, and is right with no family that is not written; what it makes of

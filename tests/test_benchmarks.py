@@ -142,9 +142,7 @@ def make_models_and_texts(folder: Path) -> None:
 
 def test_tunings_are_judged_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
-    printed = here(
-        "tuning.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--steps", "2", "--markdown"
-    )  # fmt: skip
+    printed = here("tuning.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--steps", "2", "--markdown")
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
     assert list(rows) == [
         "routers", "---", "uniform mixture", "label oracle", "random", "ridge", "random, gates",
@@ -160,8 +158,13 @@ def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path, here):
     printed = here("parts.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--markdown", *ways)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
     assert list(rows) == [
-        "shared weights", "---", "each domain's own dense expert", "weight average", "base", "average"
-    ]  # fmt: skip
+        "shared weights",
+        "---",
+        "each domain's own dense expert",
+        "weight average",
+        "base",
+        "average",
+    ]
     cells = [rows[way].split(" | ") for way in ("base", "average")]
     assert cells[0][1:] != cells[1][1:]
 

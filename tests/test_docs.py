@@ -93,9 +93,7 @@ def test_the_table_of_layers_is_the_one_that_is_checked():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
-    checked = [
-        (str(number), name) for number, layer in enumerate(reversed(layers), 1) for name in layer.split(" | ")
-    ]  # fmt: skip
+    checked = [(str(number), name) for number, layer in enumerate(reversed(layers), 1) for name in layer.split(" | ")]
     assert sorted(rows) == sorted(checked)
     assert [int(number) for number, _ in rows] == sorted((int(number) for number, _ in rows), reverse=True)
 

@@ -89,8 +89,10 @@ def test_llama_cpp_has_a_name_for_every_tensor(tmp_path, llamas):
 def test_output_names_are_those_of_released_checkpoints():
     mixtral = MOE_FAMILIES["mixtral"]
     assert mixtral.router == "block_sparse_moe.gate.weight"
-    assert {name.format(expert=3).removeprefix("block_sparse_moe.experts.3."): roles for name, roles in
-            mixtral.experts.items()} == {"w1.weight": ("gate",), "w3.weight": ("up",), "w2.weight": ("down",)}  # fmt: skip
+    assert {
+        name.format(expert=3).removeprefix("block_sparse_moe.experts.3."): roles
+        for name, roles in mixtral.experts.items()
+    } == {"w1.weight": ("gate",), "w3.weight": ("up",), "w2.weight": ("down",)}
 
 
 def test_the_card_says_what_the_model_is(tmp_path, llamas):

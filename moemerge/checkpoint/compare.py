@@ -29,9 +29,13 @@ class Unequal:
 
 
 def compare_tensor(
-    bands: tuple[Band, ...], seed: int, found: TensorInfo, report: Report, *,
+    bands: tuple[Band, ...],
+    seed: int,
+    found: TensorInfo,
+    report: Report,
+    *,
     look: Callable[[memoryview], None] = lambda _: None,
-) -> Unequal | None:  # fmt: skip
+) -> Unequal | None:
     """Compare a stored tensor with what a merge makes of its pieces; None where they are equal.
 
     Args:
@@ -73,9 +77,14 @@ def compare_files(expected: Path, found: Path) -> str | None:
 
 
 def _compare(
-    expected: Iterable[bytearray | memoryview], found: Readable, file: File, nbytes: int, report: Report, *,
+    expected: Iterable[bytearray | memoryview],
+    found: Readable,
+    file: File,
+    nbytes: int,
+    report: Report,
+    *,
     look: Callable[[memoryview], None] = lambda _: None,
-) -> Unequal | None:  # fmt: skip
+) -> Unequal | None:
     first, count, done = 0, 0, 0
     buffer = bytearray()
     for chunk in expected:

@@ -21,9 +21,15 @@ BLOCK_ELEMENTS: Final = 2**16
 
 
 def convert(
-    source: Readable, tensor: TensorInfo, dtype: str, chunk_elements: int, *,
-    scale: float = 1.0, noise_scale: float = 0.0, seed: str = "",
-) -> Iterator[memoryview]:  # fmt: skip
+    source: Readable,
+    tensor: TensorInfo,
+    dtype: str,
+    chunk_elements: int,
+    *,
+    scale: float = 1.0,
+    noise_scale: float = 0.0,
+    seed: str = "",
+) -> Iterator[memoryview]:
     """Yield the bytes of `(tensor + noise_scale * N(0, 1)) * scale`, computed in float32, as `dtype`.
 
     The noise depends only on the text `seed` and on numpy's generator, so that two runs agree; each piece of an output

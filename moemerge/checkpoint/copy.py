@@ -13,17 +13,29 @@ from moemerge.errors import CheckpointError, OutputError
 BUFFER_BYTES: Final = 8 * 2**20
 # A kernel call that fails with one of these cannot serve these two files; the next slower way is tried.
 _NOT_HERE: Final = {
-    errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.ENOTSOCK,
-}  # fmt: skip
+    errno.ENOSYS,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.ETXTBSY,
+    errno.ENOTSOCK,
+}
 
 Report = Callable[[int], None]
 """Called with the number of bytes done since the last call; may raise to stop the copy."""
 
 
 def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
-    source: int, start: int, target: int, target_start: int, nbytes: int, report: Report,
-    *, chunk_bytes: int,
-) -> int:  # fmt: skip
+    source: int,
+    start: int,
+    target: int,
+    target_start: int,
+    nbytes: int,
+    report: Report,
+    *,
+    chunk_bytes: int,
+) -> int:
     """Copy `nbytes` bytes from offset `start` of one open file to offset `target_start` of another.
 
     Uses `os.copy_file_range`, else `os.sendfile`, else reads and writes. `target` must not be shared with another

@@ -111,9 +111,12 @@ def _loose_shards(names: Collection[str], suffix: str) -> tuple[str, ...]:
 
 
 def read_tensors(
-    folder: Path, weights: Weights, names: Collection[str], read_map: Callable[[str], Mapping[str, str]],
+    folder: Path,
+    weights: Weights,
+    names: Collection[str],
+    read_map: Callable[[str], Mapping[str, str]],
     read_headers: Callable[[Sequence[str]], Iterable[dict[str, TensorInfo]]],
-) -> tuple[dict[str, TensorInfo], list[str]]:  # fmt: skip
+) -> tuple[dict[str, TensorInfo], list[str]]:
     """Read the table of every tensor of the model in a folder from headers alone, with notes on what is odd.
 
     Like transformers, this takes all that the files hold, whichever file the index names; of a tensor that

@@ -36,9 +36,12 @@ class Journal:
         self._append(_entry(shard) | ({"sha256": sha256} if sha256 else {}))
 
     def resume(
-        self, fingerprint: Mapping[str, Any], folder: Path, shards: Sequence[Shard],
+        self,
+        fingerprint: Mapping[str, Any],
+        folder: Path,
+        shards: Sequence[Shard],
         on_hub: Mapping[str, tuple[str, int]] | None = None,
-    ) -> set[str]:  # fmt: skip
+    ) -> set[str]:
         """Find the shards that are complete, and remove everything else in `folder`; returns their names.
 
         Where nothing is complete a new journal is begun.

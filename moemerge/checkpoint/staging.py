@@ -98,9 +98,14 @@ def _uninterrupted(out: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(
-    out: Path, sources: Collection[Path] = (), *, inputs: Collection[Path] = (),
-    replaceable: Replaceable | None = None, resume: bool = False, temporary: bool = False,
-) -> Iterator[Path]:  # fmt: skip
+    out: Path,
+    sources: Collection[Path] = (),
+    *,
+    inputs: Collection[Path] = (),
+    replaceable: Replaceable | None = None,
+    resume: bool = False,
+    temporary: bool = False,
+) -> Iterator[Path]:
     """A context with a folder to write into; at its end without an error it becomes `out`, unless it is `temporary`.
 
     Otherwise it is removed, unless its journal (`journal_of`) names complete shards: then it stays for a run with

@@ -29,9 +29,13 @@ Replaceable = Callable[[Path], Collection[str] | None]
 
 
 def check_target(
-    out: Path, sources: Collection[Path] = (), *, inputs: Collection[Path] = (),
-    replaceable: Replaceable | None = None, offered: bool = True,
-) -> None:  # fmt: skip
+    out: Path,
+    sources: Collection[Path] = (),
+    *,
+    inputs: Collection[Path] = (),
+    replaceable: Replaceable | None = None,
+    offered: bool = True,
+) -> None:
     """Refuse a target that cannot be written, or that would lose something; nothing is left on the disk.
 
     Args:
@@ -202,9 +206,14 @@ def _resolved(out: Path) -> Path:
 
 
 def _check_entries(
-    out: Path, resolved: Path, held: Collection[Path], *, inputs: Collection[Path], replaceable: Replaceable | None,
+    out: Path,
+    resolved: Path,
+    held: Collection[Path],
+    *,
+    inputs: Collection[Path],
+    replaceable: Replaceable | None,
     offered: bool,
-) -> None:  # fmt: skip
+) -> None:
     if replaceable is None:
         raise RefusedError(
             f"{out}: is not empty ({len(held)} entries, among them {min(e.name for e in held)!r}). "

@@ -15,8 +15,13 @@ from moemerge.errors import CheckpointError
 CHUNK_BYTES: Final = 2**19
 # Bits of infinity without the sign, or of NaN where there is no infinity; everything above is NaN.
 _INFINITY: Final = {
-    "F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E5M2": 0x7C, "F8_E4M3": 0x7F,
-}  # fmt: skip
+    "F64": 0x7FF0_0000_0000_0000,
+    "F32": 0x7F80_0000,
+    "F16": 0x7C00,
+    "BF16": 0x7F80,
+    "F8_E5M2": 0x7C,
+    "F8_E4M3": 0x7F,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,10 +40,18 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], report: Report, *, seed: int = 0, kept: Collection[str] = (),
-        completed: Callable[[Shard], None] = lambda _: None, reserve: bool = True, low_memory: bool = False,
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        report: Report,
+        *,
+        seed: int = 0,
+        kept: Collection[str] = (),
+        completed: Callable[[Shard], None] = lambda _: None,
+        reserve: bool = True,
+        low_memory: bool = False,
         threads: int = MAX_THREADS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Prepare to write `shards` into `folder`.
 
         Args:
@@ -146,9 +154,7 @@ class ShardWriter:
             self._completed(shard)
 
 
-def _write_band(
-    band: Band, seeds: list[str], path: Path, start: int, report: Report, *, low_memory: bool
-) -> None:  # fmt: skip
+def _write_band(band: Band, seeds: list[str], path: Path, start: int, report: Report, *, low_memory: bool) -> None:
     source = band[0].source
     try:
         with ExitStack() as opened:
@@ -177,7 +183,7 @@ def _copy(source: TensorInfo, target: int, start: int, report: Report, chunk_byt
         if isinstance(reader, FileIO):
             copied = copy_range(
                 reader.fileno(), source.start, target, start, source.nbytes, report, chunk_bytes=chunk_bytes
-            )  # fmt: skip
+            )
         else:
             os.lseek(target, start, os.SEEK_SET)
             copied = _receive(reader, target, source.nbytes, report)

@@ -81,9 +81,12 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    reference: str, announce: Callable[[str], None] = lambda _: None, *, values: bool = False,
+    reference: str,
+    announce: Callable[[str], None] = lambda _: None,
+    *,
+    values: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Inspection:  # fmt: skip
+) -> Inspection:
     """Read a model folder's config, index and headers, and check them against each other.
 
     Args:

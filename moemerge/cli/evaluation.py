@@ -23,7 +23,8 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
     data: Annotated[
         list[str],
         typer.Option(
-            metavar="NAME=PATH", show_default=False,
+            metavar="NAME=PATH",
+            show_default=False,
             help="Text to judge by: a file, folder or pattern of .txt or .jsonl. NAME is an expert's, or any other.",
         ),
     ],
@@ -39,7 +40,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
     quiet: Quiet = False,
     verbose: Verbose = 0,
     debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compare a merged model's loss on held-out text with those of its base, its experts and simpler mixtures."""
     with speaking(quiet=quiet, verbose=0, debug=debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
@@ -52,9 +53,15 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
             read_card(out)  # before what takes minutes
         with show_layers(console, quiet=quiet) as progress:
             found = run(
-                out, by_name(data), baselines=baselines, tokens=max_tokens, window=window, device=device,
-                progress=stoppable(progress), announce=saying(console, quiet=quiet),
-            )  # fmt: skip
+                out,
+                by_name(data),
+                baselines=baselines,
+                tokens=max_tokens,
+                window=window,
+                device=device,
+                progress=stoppable(progress),
+                announce=saying(console, quiet=quiet),
+            )
         if json:
             print_json(asdict(found))
         else:
@@ -102,9 +109,15 @@ def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool) -
         )
     console.print("Routing, averaged over layers:")
     table = Table(
-        "", "right first", f"right in {found.experts_per_token}", *(f"to {name}" for name in found.experts),
-        "entropy", "first's weight", box=None, header_style="",
-    )  # fmt: skip
+        "",
+        "right first",
+        f"right in {found.experts_per_token}",
+        *(f"to {name}" for name in found.experts),
+        "entropy",
+        "first's weight",
+        box=None,
+        header_style="",
+    )
     for name, routing in found.routing.items():
         right = ["-" if share is None else f"{share:.1%}" for share in (routing.accuracy, routing.hit_rate)]
         loads = [f"{share:.1%}" for share in routing.load]

@@ -49,9 +49,14 @@ def check_options(to_file: bool, kind: str, llama_cpp: Path | None, folders_only
 
 
 def check_gguf(
-    file: Path, kind: str, inputs: Collection[Path], llama_cpp: Path | None, sources: Collection[Path], *,
+    file: Path,
+    kind: str,
+    inputs: Collection[Path],
+    llama_cpp: Path | None,
+    sources: Collection[Path],
+    *,
     overwrite: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Refuse a file that a merge could not write, before weights are downloaded.
 
     Args:
@@ -101,9 +106,13 @@ def merge_into(
     reports: list[Any] = []
     floats_options = replace(options, overwrite=False)
     _quantise(
-        console, out, kind, lambda floats, room: reports.append(merge(floats, floats_options, room=room)),
-        quiet=quiet, overwrite=options.overwrite,
-    )  # fmt: skip
+        console,
+        out,
+        kind,
+        lambda floats, room: reports.append(merge(floats, floats_options, room=room)),
+        quiet=quiet,
+        overwrite=options.overwrite,
+    )
     return reports[0]
 
 
@@ -133,8 +142,12 @@ class Imatrix:
         from moemerge.export.writing import check_file, sources_of
         from moemerge.texts.documents import find_files
 
-        given = {"--imatrix": self.wanted, "--imatrix-texts": self.texts, "--imatrix-file": self.file,
-                 "--imatrix-out": self.out}  # fmt: skip
+        given = {
+            "--imatrix": self.wanted,
+            "--imatrix-texts": self.texts,
+            "--imatrix-file": self.file,
+            "--imatrix-out": self.out,
+        }
         named = [name for name, value in given.items() if value]
         if named and kind in _WRITTEN_HERE:
             raise RefusedError(
@@ -160,27 +173,41 @@ class Imatrix:
         with show_steps(console, quiet=quiet) as progress:
             report = stoppable(progress)
             found = importance_of(
-                folder, floats, self.texts, tokens=self.tokens, device=self.device,
+                folder,
+                floats,
+                self.texts,
+                tokens=self.tokens,
+                device=self.device,
                 progress=lambda done, total: report("importance matrix", done, total),
-            )  # fmt: skip
+            )
         if self.out:
             found.write(self.out)
         return found
 
 
 def _quantise(
-    console: Console, file: Path, kind: str, write: Callable[..., object],
-    importance: "Callable[[Path], Importance] | None" = None, *, quiet: bool, overwrite: bool,
-) -> None:  # fmt: skip
+    console: Console,
+    file: Path,
+    kind: str,
+    write: Callable[..., object],
+    importance: "Callable[[Path], Importance] | None" = None,
+    *,
+    quiet: bool,
+    overwrite: bool,
+) -> None:
     from moemerge.cli.progress import show_steps
     from moemerge.export.quantised_file import write_quantised
 
     with show_steps(console, quiet=quiet) as progress:
         report = stoppable(progress)
         made = write_quantised(
-            file, kind, write, overwrite=overwrite, importance=importance,
+            file,
+            kind,
+            write,
+            overwrite=overwrite,
+            importance=importance,
             progress=lambda done, total: report(kind, done, total),
-        )  # fmt: skip
+        )
     for note in () if quiet else made.notes:
         console.print(f"note: {note}", style="yellow")
 
@@ -233,9 +260,14 @@ def write_file(  # noqa: PLR0917  typer makes options of arguments
             write(file, type=type, overwrite=overwrite)
         else:
             _quantise(
-                console, file, type, lambda floats, room: write(floats, type="auto", room=room), importance,
-                quiet=quiet, overwrite=overwrite,
-            )  # fmt: skip
+                console,
+                file,
+                type,
+                lambda floats, room: write(floats, type="auto", room=room),
+                importance,
+                quiet=quiet,
+                overwrite=overwrite,
+            )
         if not quiet:
             say(f"{file}: done")
         if ollama is not None:
@@ -269,10 +301,12 @@ def _write(console: Console, out: Path, file: Path, *, quiet: bool, **options: A
     with show_progress(console, quiet=quiet) as progress:
         report = stoppable(progress)
         write_gguf(
-            out, file, **options,
+            out,
+            file,
+            **options,
             tell=lambda note: console.print(f"warning: {note}", style="yellow"),
             progress=lambda done, total: report("weights", done, total),
-        )  # fmt: skip
+        )
 
 
 def _describe_to_ollama(console: Console, out: Path, file: Path, name: str, *, quiet: bool) -> None:

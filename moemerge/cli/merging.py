@@ -71,22 +71,35 @@ def merge_models(
         if streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
         pushing = Pushing(
-            push.push, push.license, saying(console, quiet=quiet), streaming=streaming, private=push.private,
-            revision=push.revision, create_pr=push.create_pr,
-        )  # fmt: skip
+            push.push,
+            push.license,
+            saying(console, quiet=quiet),
+            streaming=streaming,
+            private=push.private,
+            revision=push.revision,
+            create_pr=push.create_pr,
+        )
         # Before a plan may download weights.
         approve = _place_check(config, out, output, push, pushing)
         base_bits = _base_bits(routers)
         return_freed_memory()
         asked = Asked(
-            config, models.allow_identical_experts, models.engine, max_shard_size=output.max_shard_size,
+            config,
+            models.allow_identical_experts,
+            models.engine,
+            max_shard_size=output.max_shard_size,
             out_shard_size=output.out_shard_size,
-        )  # fmt: skip
+        )
         plan = plan_from(console, asked, _plan_options(out, reading, push), quiet=quiet, approve=approve)
         options = MergeOptions(
-            overwrite=output.overwrite, resume=output.resume, low_memory=reading.low_memory, seed=routers.seed,
-            device=routers.device, base_bits=base_bits, licence=pushing.licence,
-        )  # fmt: skip
+            overwrite=output.overwrite,
+            resume=output.resume,
+            low_memory=reading.low_memory,
+            seed=routers.seed,
+            device=routers.device,
+            base_bits=base_bits,
+            licence=pushing.licence,
+        )
         report = _merge(console, plan, out, options, output, push=push, publisher=pushing.publisher, quiet=quiet)
         with _complete(console, out, pushing.publisher, streaming=streaming):
             _print_report(console, out, plan, report, quiet=quiet, by_layer=talk.verbose > 0)
@@ -102,10 +115,11 @@ def _place_check(
     """Refuse what could not be written; gives what refuses the same of a merge whose models are known."""
     to_file = is_gguf(out)
     folders_only = {
-        "--resume": output.resume, "--push": push.push is not None,
+        "--resume": output.resume,
+        "--push": push.push is not None,
         "--max-shard-size": output.max_shard_size is not None,
         "--out-shard-size": output.out_shard_size is not None,
-    }  # fmt: skip
+    }
     check_options(to_file, output.type, output.llama_cpp, folders_only)
     check_place: Callable[[list[Path]], None] = partial(
         _check_folder, out, [config], overwrite=output.overwrite, streaming=push.push_streaming
@@ -135,9 +149,16 @@ def _plan_options(out: Path, reading: ReadingOptions, push: PushOptions) -> "Pla
 
 
 def _merge(
-    console: "Console", plan: "MergePlan", out: Path, options: "MergeOptions", output: OutputOptions, *,
-    push: PushOptions, publisher: "Publisher | None", quiet: bool,
-) -> "RoutingReport":  # fmt: skip
+    console: "Console",
+    plan: "MergePlan",
+    out: Path,
+    options: "MergeOptions",
+    output: OutputOptions,
+    *,
+    push: PushOptions,
+    publisher: "Publisher | None",
+    quiet: bool,
+) -> "RoutingReport":
     """Merge to where it is asked for, and show how far it is."""
     from moemerge.cli.progress import show_progress
     from moemerge.merging.checkpoint import merge
@@ -168,9 +189,7 @@ def _destination(out: Path, push: PushOptions, publisher: "Publisher | None") ->
     return Hub(out, publisher) if push.push_streaming else Folder(out, push.push, publisher.create)
 
 
-def _check_folder(
-    out: Path, inputs: list[Path], sources: list[Path], *, overwrite: bool, streaming: bool
-) -> None:  # fmt: skip
+def _check_folder(out: Path, inputs: list[Path], sources: list[Path], *, overwrite: bool, streaming: bool) -> None:
     """Refuse a folder that a merge could not write, or not keep shards beside; before weights are downloaded."""
     from moemerge.checkpoint.target import check_scratch, check_target
     from moemerge.merging.overwriting import replaceable_files

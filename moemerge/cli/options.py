@@ -79,15 +79,18 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
 GgufType = Annotated[
     _Type,
     typer.Option(
-        "--type", metavar="TYPE", parser=one_of(GGUF_TYPES),
+        "--type",
+        metavar="TYPE",
+        parser=one_of(GGUF_TYPES),
         help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, or what llama.cpp makes of them, such "
         "as q4_k_m; auto: the merge's own 16-bit floats, else f16.",
     ),
-]  # fmt: skip
+]
 LlamaCpp = Annotated[
     Path | None,
     typer.Option(
-        metavar="PATH", show_default=False,
+        metavar="PATH",
+        show_default=False,
         help="A checkout of llama.cpp, whose converter reads a tokenizer that moemerge does not know.",
     ),
-]  # fmt: skip
+]

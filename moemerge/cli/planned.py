@@ -53,9 +53,13 @@ class Asked:
 
 
 def plan_from(
-    console: "Console", asked: Asked, options: "PlanOptions", *, quiet: bool,
+    console: "Console",
+    asked: Asked,
+    options: "PlanOptions",
+    *,
+    quiet: bool,
     approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
-) -> "MergePlan":  # fmt: skip
+) -> "MergePlan":
     """The plan of a config file; says what the user should know."""
     from moemerge.families.selection import MOE_FAMILIES
     from moemerge.planning.planner import plan_merge

@@ -36,9 +36,15 @@ def push(  # noqa: PLR0917  typer makes options of arguments
         from moemerge.publish.pushing import push as send
 
         url = send(
-            out, repo, private=private, revision=revision, create_pr=create_pr, licence=license, overwrite=overwrite,
+            out,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            licence=license,
+            overwrite=overwrite,
             announce=saying(console, quiet=quiet),
-        )  # fmt: skip
+        )
         say(url)
 
 
@@ -46,18 +52,28 @@ class Pushing:
     """What a merge's `--push` and the options beside it ask for."""
 
     def __init__(
-        self, repo: str | None, licence: str | None, say: Callable[[str], None], *, streaming: bool, private: bool,
-        revision: str | None, create_pr: bool,
-    ) -> None:  # fmt: skip
+        self,
+        repo: str | None,
+        licence: str | None,
+        say: Callable[[str], None],
+        *,
+        streaming: bool,
+        private: bool,
+        revision: str | None,
+        create_pr: bool,
+    ) -> None:
         """Take the options.
 
         Raises:
             RefusedError: one of them makes no sense without `--push`, or the destination's name is none.
         """
         others = {
-            "--push-streaming": streaming, "--private": private, "--revision": revision, "--create-pr": create_pr,
+            "--push-streaming": streaming,
+            "--private": private,
+            "--revision": revision,
+            "--create-pr": create_pr,
             "--license": licence,
-        }  # fmt: skip
+        }
         if not repo and (given := [name for name, value in others.items() if value]):
             raise RefusedError(f"{given[0]}: says how to push, but not where to. Add --push user/repo.")
         self.licence, self._say = licence, say

@@ -70,9 +70,13 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
         with show_layers(console, quiet=quiet) as progress:
             report = stoppable(progress)
             routes = trace_routes(
-                out, texts, tokens=max_tokens, layer=layer, device=device,
+                out,
+                texts,
+                tokens=max_tokens,
+                layer=layer,
+                device=device,
                 progress=lambda done, of: report("routes", done, of),
-            )  # fmt: skip
+            )
         if html:
             from moemerge.evaluation.routes.page import write_page
 
@@ -140,13 +144,18 @@ def _style(expert: int) -> str:
 
 def _facts(routes: "Routes") -> dict[str, object]:
     return {
-        "model": routes.model, "experts": routes.experts, "layers": routes.layers,
+        "model": routes.model,
+        "experts": routes.experts,
+        "layers": routes.layers,
         "load": routes.load().tolist(),
         "texts": [
             {
-                "name": text.name, "tokens": text.tokens, "shares": routes.shares(text).tolist(),
-                "experts": text.experts.tolist(), "weights": text.weights.tolist(),
+                "name": text.name,
+                "tokens": text.tokens,
+                "shares": routes.shares(text).tolist(),
+                "experts": text.experts.tolist(),
+                "weights": text.weights.tolist(),
             }
             for text in routes.texts
         ],
-    }  # fmt: skip
+    }

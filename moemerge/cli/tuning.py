@@ -22,7 +22,8 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
     data: Annotated[
         list[str],
         typer.Option(
-            metavar="NAME=PATH", show_default=False,
+            metavar="NAME=PATH",
+            show_default=False,
             help="Text to train on, files of .txt or .jsonl, for every expert: NAME is its name. With --no-distil "
             "there may be others.",
         ),
@@ -38,7 +39,8 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
     method: Annotated[
         Literal["gates", "phatgoose"],
         typer.Option(
-            metavar="METHOD", parser=one_of(("gates", "phatgoose")),
+            metavar="METHOD",
+            parser=one_of(("gates", "phatgoose")),
             help="gates: all together; phatgoose: a gate of each expert, on its own text alone.",
         ),
     ] = "gates",
@@ -53,7 +55,7 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train the routers of a merged model a little, and keep them if held-out text is surely predicted better."""
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate has launched
     with speaking(quiet=quiet or not first, verbose=0, debug=debug) as console:
@@ -68,9 +70,15 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         try:
             with show_steps(console, quiet=quiet or not first) as progress:
                 found = tune(
-                    out, by_name(data), settings, copy=copy, device=device, resume=resume, progress=stoppable(progress),
+                    out,
+                    by_name(data),
+                    settings,
+                    copy=copy,
+                    device=device,
+                    resume=resume,
+                    progress=stoppable(progress),
                     announce=saying(console, quiet=quiet),
-                )  # fmt: skip
+                )
         except RefusedError:
             if first:
                 raise

@@ -106,9 +106,13 @@ def check_base(
     ffn_layers = layers if family.keeps_dense_ffn else ffn_layers
     kept = {name: axes for layer in ffn_layers for name, axes in model.ffn(layer).items()}
     _check_tensors(
-        "base_model", model, *_readable("base_model", tensors, expected | kept, found, takes_all=True), allowed=ffn,
-        never_taken=lambda tensor: bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)), found=found,
-    )  # fmt: skip
+        "base_model",
+        model,
+        *_readable("base_model", tensors, expected | kept, found, takes_all=True),
+        allowed=ffn,
+        never_taken=lambda tensor: bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)),
+        found=found,
+    )
     _check_quantisation("base_model", model, found)
     dropped = sorted(set(model.unread) - _SILENT_KEYS)
     if dropped:
@@ -118,9 +122,7 @@ def check_base(
     return found
 
 
-def check_expert(
-    name: str, model: DenseModel, tensors: Mapping[str, TensorInfo], *, shared: str = "base"
-) -> Findings:  # fmt: skip
+def check_expert(name: str, model: DenseModel, tensors: Mapping[str, TensorInfo], *, shared: str = "base") -> Findings:
     """Check that an expert has the FFNs that will be taken, and nothing that changes what they compute.
 
     Its other tensors are left out with a note, unless `shared` weights are mixed and they belong to attention.
@@ -140,14 +142,14 @@ def check_expert(
 
     _check_tensors(
         name, model, *_readable(name, tensors, _ffns(model), found), allowed=rest, never_taken=never_taken, found=found
-    )  # fmt: skip
+    )
     _check_quantisation(name, model, found)
     return found
 
 
 def check_adapters(
     name: str, folder: ModelFolder, model: DenseModel, tensors: Mapping[str, TensorInfo], *, shared: str
-) -> Findings:  # fmt: skip
+) -> Findings:
     """Check that an expert's adapters change its FFNs; the rest counts where `shared` weights are mixed."""
     found = Findings()
     found.notes += [
@@ -209,9 +211,13 @@ def _check_quantisation(name: str, model: DenseModel, found: Findings) -> None:
 
 
 def _readable(
-    name: str, tensors: Mapping[str, TensorInfo], required: Mapping[str, Axes], found: Findings, *,
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+    required: Mapping[str, Axes],
+    found: Findings,
+    *,
     takes_all: bool = False,
-) -> tuple[dict[str, TensorInfo], dict[str, Axes]]:  # fmt: skip
+) -> tuple[dict[str, TensorInfo], dict[str, Axes]]:
     """Split off the tensors that can be read, and the required ones among them; the rest become problems and notes."""
     lost: dict[tuple[str, bool], list[str]] = {}
     for tensor, stored in tensors.items():
@@ -233,9 +239,15 @@ def _ffns(model: DenseModel) -> dict[str, Axes]:
 
 
 def _check_tensors(
-    name: str, model: DenseModel, tensors: Mapping[str, TensorInfo], required: Mapping[str, Axes], *,
-    allowed: Mapping[str, Axes], never_taken: Callable[[str], bool], found: Findings,
-) -> None:  # fmt: skip
+    name: str,
+    model: DenseModel,
+    tensors: Mapping[str, TensorInfo],
+    required: Mapping[str, Axes],
+    *,
+    allowed: Mapping[str, Axes],
+    never_taken: Callable[[str], bool],
+    found: Findings,
+) -> None:
     dense = model.family
     missing = [tensor for tensor in required if tensor not in tensors]
     extra = [t for t in tensors if t not in required and t not in allowed and not t.endswith(dense.derived)]

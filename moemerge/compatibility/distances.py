@@ -70,7 +70,7 @@ class _Rows:
 
 def measure_distances(
     base: Loaded, experts: Mapping[str, Loaded], layers: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, Distance], int]:  # fmt: skip
+) -> tuple[dict[str, Distance], int]:
     """Compare each expert's FFNs with the base's, by some rows of some layers: a few megabytes of each model.
 
     Models of another width or with other numbers than floats are not compared.
@@ -95,11 +95,11 @@ def measure_distances(
         reading = pool.map(_read, ours.values()), pool.map(_read, theirs.values())
         our_rows, their_rows = dict(zip(ours, reading[0], strict=True)), dict(zip(theirs, reading[1], strict=True))
     found = {
-        name: _distance({
-            layer: [(our_rows[layer, role], their_rows[name, layer, role]) for role in _ROLES] for layer in layers
-        })
+        name: _distance(
+            {layer: [(our_rows[layer, role], their_rows[name, layer, role]) for role in _ROLES] for layer in layers}
+        )
         for name, layers in chosen.items()
-    }  # fmt: skip
+    }
     leaves = [_underlying(block) for block in (*ours.values(), *theirs.values()) if block]
     remote = sum(leaf.nbytes for leaf in leaves if not isinstance(leaf.path, Path))
     return {name: found.get(name, Distance({}, 0)) for name in experts}, remote
@@ -107,7 +107,7 @@ def measure_distances(
 
 def distance_warnings(
     base: ModelFolder, experts: Sequence[tuple[str, ModelFolder]], distances: Mapping[str, Distance]
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Warnings of experts, given with their names, that are no fine-tunes of the base, or nothing but the base."""
     warnings = []
     for name, folder in experts:
@@ -135,7 +135,7 @@ def distance_warnings(
 
 def distance_notes(
     base: DenseModel, experts: Sequence[tuple[str, ModelFolder, DenseModel]], distances: Mapping[str, Distance]
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Notes on experts of which nothing is known, because they cannot be compared with the base."""
     return [
         f"{name}: whether it is a fine-tune of the base model is not known: its FFNs "
@@ -151,7 +151,7 @@ def distance_notes(
 
 def check_deltas(
     config: MergeConfig, base: ModelFolder, folders: Sequence[ModelFolder], distances: Mapping[str, Distance]
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Reasons why methods that read the changes made by fine-tuning cannot read them from the experts' weights."""
     if not config.method.reads_weights:
         return []

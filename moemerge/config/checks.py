@@ -10,11 +10,15 @@ from moemerge.config.yaml_text import Place
 # Of settings that are all there, as `model_dump` gives them, these say nothing.
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "router": {
-        "lambda": None, "scale": 1.0, "tokens_per_expert": 4096, "calibration_texts": [], "load_prior": None,
+        "lambda": None,
+        "scale": 1.0,
+        "tokens_per_expert": 4096,
+        "calibration_texts": [],
+        "load_prior": None,
         "seed": None,
     },
     "shared_weights": {"method": "base", "weights": None, "density": 0.5, "seed": 0},
-}  # fmt: skip
+}
 _MIN_EXPERTS: Final = 2
 _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
 
@@ -34,19 +38,23 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
     if len(experts) < _MIN_EXPERTS:
         problems.append((("experts",), f"a mixture needs at least {_MIN_EXPERTS} experts, found {len(experts)}"))
     elif type(per_token) is int and len(experts) < per_token:
-        problems.append((
-            ("experts_per_token",),
-            f"each token is to go to {per_token} experts, but there are only {len(experts)}: "
-            "name more experts or lower experts_per_token",
-        ))  # fmt: skip
+        problems.append(
+            (
+                ("experts_per_token",),
+                f"each token is to go to {per_token} experts, but there are only {len(experts)}: "
+                "name more experts or lower experts_per_token",
+            )
+        )
     models = [expert.get("source_model") for expert in experts]
     folders = {os.path.normpath(os.path.expanduser(model)) if isinstance(model, str) else None for model in models}  # noqa: PTH111  Path.expanduser raises
     if len(folders) == 1 and None not in folders and len(experts) >= _MIN_EXPERTS and not allow_identical_experts:
-        problems.append((
-            ("experts",),
-            "every expert is the same model, so the result computes what that model does at a higher cost. "
-            "Name different models, or, to train the result further, pass --allow-identical-experts",
-        ))  # fmt: skip
+        problems.append(
+            (
+                ("experts",),
+                "every expert is the same model, so the result computes what that model does at a higher cost. "
+                "Name different models, or, to train the result further, pass --allow-identical-experts",
+            )
+        )
     problems += _blank_prompts("experts", experts) + _blank_prompts("shared_experts", document.get("shared_experts"))
     problems += _lone_negatives(document.get("shared_experts"))
     return problems + _check_descriptions(document, experts)
@@ -104,36 +112,43 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
         if prompts_alone:
             problems += [
                 ((*place[:2], key), f"{mode} reads prompts alone; ridge reads texts too")
-                for key in ("positive_texts", "negative_texts") if keys[key]
-            ]  # fmt: skip
+                for key in ("positive_texts", "negative_texts")
+                if keys[key]
+            ]
     contents = [{key: _in_order(value) for key, value in keys.items()} for keys in given]
     all_alike = len(contents) > 1 and described[0] and all(keys == contents[0] for keys in contents[1:])
     if method.reads_descriptions and all_alike:
-        problems.append((
-            ("experts",),
-            "all experts have the same prompts, so nothing tells the router which to choose. "
-            "Give each expert prompts that only it should answer",
-        ))  # fmt: skip
+        problems.append(
+            (
+                ("experts",),
+                "all experts have the same prompts, so nothing tells the router which to choose. "
+                "Give each expert prompts that only it should answer",
+            )
+        )
     return problems + _check_settings(method, settings, len(experts)) + _check_shared(document, len(experts))
 
 
 def _check_settings(method: RouterMethod, settings: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:
     problems: list[tuple[Place, str]] = []
     if "unsorted texts" in method.reads and not settings.get("calibration_texts"):
-        problems.append((
-            ("gate_mode",),
-            f"{method.name} needs router.calibration_texts: files of text of all kinds that the experts are for",
-        ))  # fmt: skip
+        problems.append(
+            (
+                ("gate_mode",),
+                f"{method.name} needs router.calibration_texts: files of text of all kinds that the experts are for",
+            )
+        )
     for key in SETTINGS:
         if _is_set("router", settings, key) and key not in method.settings:
             users = ", ".join(other.name for other in METHODS.values() if key in other.settings)
             problems.append((("router", key), f"gate_mode {method.name} does not use it; {users} do"))
     if settings.get("calibration_texts") and "texts" in method.reads and not settings.get("load_prior"):
-        problems.append((
-            ("router", "calibration_texts"),
-            f"gate_mode {method.name} uses them for a load_prior alone, which is missing; "
-            "delta_bootstrap is made from them",
-        ))  # fmt: skip
+        problems.append(
+            (
+                ("router", "calibration_texts"),
+                f"gate_mode {method.name} uses them for a load_prior alone, which is missing; "
+                "delta_bootstrap is made from them",
+            )
+        )
     prior = settings.get("load_prior")
     if isinstance(prior, list) and len(prior) != experts:
         problems.append((("router", "load_prior"), f"names {len(prior)} shares, but there are {experts} experts"))

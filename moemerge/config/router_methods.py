@@ -69,11 +69,16 @@ METHODS: Final[dict[str, RouterMethod]] = {
     for method in (
         # Names of mergekit-moe mean `hidden`, too: its average over positions is what that is here.
         RouterMethod(
-            "hidden", "moemerge.routers.hidden:hidden_rows", _DESCRIPTIONS, _SCALED,
+            "hidden",
+            "moemerge.routers.hidden:hidden_rows",
+            _DESCRIPTIONS,
+            _SCALED,
             aliases=("hidden_avg", "hidden_last"),
         ),
         RouterMethod(
-            "mergekit_hidden", "moemerge.routers.mergekit_hidden:mergekit_hidden_rows", frozenset({"prompts"}),
+            "mergekit_hidden",
+            "moemerge.routers.mergekit_hidden:mergekit_hidden_rows",
+            frozenset({"prompts"}),
             like_mergekit=True,
         ),
         RouterMethod("ridge", "moemerge.routers.ridge:ridge_rows", _DESCRIPTIONS, _SOLVED),
@@ -90,7 +95,7 @@ METHODS: Final[dict[str, RouterMethod]] = {
         RouterMethod("random", "moemerge.routers.random:normal_rows", runs_base=False),
         RouterMethod("uniform_random", "moemerge.routers.random:uniform_rows", runs_base=False),
     )
-}  # fmt: skip
+}
 """Every method by its name, in the order in which messages list them."""
 _AUTO_CHOICES: Final = ("ridge", "delta_bootstrap", "delta")
 

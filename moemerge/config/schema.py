@@ -300,9 +300,7 @@ def parse_config(text: str, name: str = "config", *, allow_identical_experts: bo
     return config
 
 
-def _check(
-    document: dict[Any, Any], name: str, node: yaml.Node | None, allow_identical_experts: bool
-) -> MergeConfig:  # fmt: skip
+def _check(document: dict[Any, Any], name: str, node: yaml.Node | None, allow_identical_experts: bool) -> MergeConfig:
     problems = list(repeated_keys(node))
     problems += [((str(key),), "is no name of a key: expected text") for key in document if not isinstance(key, str)]
     try:
@@ -319,8 +317,11 @@ def _check(
 def _known_keys(place: Place) -> list[str]:
     """Keys that stand beside the one at a place."""
     models: dict[str, type[_Strict]] = {
-        "experts": RoutedExpert, "shared_experts": Expert, "router": RouterSettings, "shared_weights": SharedWeights,
-    }  # fmt: skip
+        "experts": RoutedExpert,
+        "shared_experts": Expert,
+        "router": RouterSettings,
+        "shared_weights": SharedWeights,
+    }
     model = models.get(str(place[0]), MergeConfig) if len(place) > 1 else MergeConfig
     return [field.alias or name for name, field in model.model_fields.items()]
 

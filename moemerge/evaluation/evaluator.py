@@ -50,9 +50,15 @@ def evaluate(
     from moemerge.evaluation.measuring import measure  # imports torch and transformers
 
     return measure(
-        folder, documents, baselines=baselines, tokens=tokens, window=window, device=device, progress=progress,
+        folder,
+        documents,
+        baselines=baselines,
+        tokens=tokens,
+        window=window,
+        device=device,
+        progress=progress,
         announce=announce,
-    )  # fmt: skip
+    )
 
 
 def read_domains(data: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

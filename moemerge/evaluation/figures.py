@@ -50,9 +50,7 @@ class Estimate:
     @property
     def reversed(self) -> "Estimate":
         """The estimate of the number with the opposite sign."""
-        return Estimate(
-            -self.value, None if self.high is None else -self.high, None if self.low is None else -self.low
-        )  # fmt: skip
+        return Estimate(-self.value, None if self.high is None else -self.high, None if self.low is None else -self.low)
 
     @property
     def precise(self) -> str:

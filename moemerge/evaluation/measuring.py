@@ -11,7 +11,7 @@ import torch
 
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import MoemergeError, RefusedError
-from moemerge.evaluation.figures import (  # fmt: skip
+from moemerge.evaluation.figures import (
     BASE,
     MERGED,
     ORACLE,
@@ -33,9 +33,16 @@ from moemerge.routers.scoring import shares
 
 
 def measure(
-    folder: Path | str, documents: Mapping[str, Sequence[str]], *, baselines: bool, tokens: int, window: int,
-    device: str, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
-) -> Evaluation:  # fmt: skip
+    folder: Path | str,
+    documents: Mapping[str, Sequence[str]],
+    *,
+    baselines: bool,
+    tokens: int,
+    window: int,
+    device: str,
+    progress: Callable[[str, int, int], None],
+    announce: Callable[[str], None],
+) -> Evaluation:
     """Evaluate as `moemerge.evaluation.evaluator.evaluate` does; `documents` are texts by domain."""
     found_device = find_device(device)
     mixture = open_mixture(folder)
@@ -87,10 +94,12 @@ class Texts:
                 raise RefusedError(f"--data {name}=: its documents have no token that another one precedes.")
         experts = [mixture.experts.index(name) if name in mixture.experts else None for name in documents]
         return cls(
-            tuple(documents), tuple(experts), tuple(map(len, documents.values())),
+            tuple(documents),
+            tuple(experts),
+            tuple(map(len, documents.values())),
             tuple(window for part in cut for window in part),
             tuple(place for place, part in enumerate(cut) for _ in part),
-        )  # fmt: skip
+        )
 
     def of(self, domain: int) -> list[int]:
         """Numbers of the windows of a domain."""
@@ -127,16 +136,25 @@ class Runs:
     sums: dict[str, dict[str, Sums]] = field(default_factory=dict)
 
     def run(
-        self, name: str, model: Runnable, *, domains: Sequence[int] | None = None,
-        mixture: MixtureModel | None = None, chosen: Callable[[Choice], None] = lambda _: None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        model: Runnable,
+        *,
+        domains: Sequence[int] | None = None,
+        mixture: MixtureModel | None = None,
+        chosen: Callable[[Choice], None] = lambda _: None,
+    ) -> None:
         """Run a model over all domains or some, and keep its losses by document under a name; see `run_model`."""
         domains = range(len(self.texts.domains)) if domains is None else domains
         places = [window for domain in domains for window in self.texts.of(domain)]
         losses = run_model(
-            model, [self.texts.windows[window] for window in places], self.device, mixture=mixture, chosen=chosen,
+            model,
+            [self.texts.windows[window] for window in places],
+            self.device,
+            mixture=mixture,
+            chosen=chosen,
             progress=lambda done, total: self.progress(name, done, total),
-        )  # fmt: skip
+        )
         of_model = self.sums.setdefault(name, {})
         for domain in domains:
             mine = [index for index, window in enumerate(places) if self.texts.domain[window] == domain]
@@ -227,9 +245,13 @@ class RoutingTally:
 
 
 def _evaluation(  # noqa: PLR0917
-    folder: Path | str, mixture: MixtureModel, texts: Texts, sums: Mapping[str, Mapping[str, Sums]],
-    routing: RoutingTally, notes: list[str],
-) -> Evaluation:  # fmt: skip
+    folder: Path | str,
+    mixture: MixtureModel,
+    texts: Texts,
+    sums: Mapping[str, Mapping[str, Sums]],
+    routing: RoutingTally,
+    notes: list[str],
+) -> Evaluation:
     domains = tuple(
         Domain(
             name,

@@ -136,9 +136,14 @@ def open_mixture(folder: Path | str) -> MixtureModel:
     names = expert_names([expert.source_model for expert in config.experts]) if config else ()
     per_token = model.config[per_token_key(family)]
     return MixtureModel(
-        Path(folder), family, runnable, names if len(names) == count else tuple(map(str, range(count))),
-        per_token if isinstance(per_token, int) else max(per_token), config, tensors,
-    )  # fmt: skip
+        Path(folder),
+        family,
+        runnable,
+        names if len(names) == count else tuple(map(str, range(count))),
+        per_token if isinstance(per_token, int) else max(per_token),
+        config,
+        tensors,
+    )
 
 
 def per_token_key(family: MoeFamily) -> str:

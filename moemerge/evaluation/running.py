@@ -36,12 +36,17 @@ class Choice:
 
 
 def run_model(
-    model: Runnable, windows: Sequence[Window], device: torch.device, *, mixture: MixtureModel | None = None,
+    model: Runnable,
+    windows: Sequence[Window],
+    device: torch.device,
+    *,
+    mixture: MixtureModel | None = None,
     chosen: Callable[[Choice], None] = lambda _: None,
     predicted: Callable[[int, torch.Tensor], None] = lambda _window, _logits: None,
-    progress: Callable[[int, int], None] = lambda _done, _total: None, losses: bool = True,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    losses: bool = True,
     watched: Callable[[int, Any], AbstractContextManager[None]] | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Compute losses in nats, summed over each window's tokens that count: (window,).
 
     Args:
@@ -66,11 +71,9 @@ def run_model(
     decoder = whole.model
     places = list(group(range(len(windows)), lambda index: len(windows[index].ids), 0 if watched else _TOKENS))
     batches = [
-        embed(
-            decoder, model.norm, [windows[index].ids for index in part], model.embeddings, device=device, dtype=dtype
-        )
+        embed(decoder, model.norm, [windows[index].ids for index in part], model.embeddings, device=device, dtype=dtype)
         for part in places
-    ]  # fmt: skip
+    ]
     if not all(batch.is_finite for batch in batches):
         raise _not_finite(model, "the embeddings", [n for n in model.names(None) if n.startswith(_EMBEDDINGS)], dtype)
     for index in range(model.layers):
@@ -178,9 +181,12 @@ class _Head:
             head.weight = torch.nn.Parameter(tied, requires_grad=False)
 
     def losses(
-        self, windows: Sequence[Window], places: Sequence[Sequence[int]], batches: Sequence[Batch],
+        self,
+        windows: Sequence[Window],
+        places: Sequence[Sequence[int]],
+        batches: Sequence[Batch],
         predicted: Callable[[int, torch.Tensor], None],
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Losses of each window, summed over its tokens that count."""
         losses = torch.zeros(len(windows), dtype=torch.float64)
         for part, batch in zip(places, batches, strict=True):

@@ -22,8 +22,11 @@ _ANSWER: Final = ("assistant", "Qanswer1Q")
 _SECOND: Final = ("user", "Quser2Q")
 _LONG: Final = ("user", "Two\n\nparagraphs, {braces} and <tags>.")
 _CHATS: Final[tuple[Messages, ...]] = (
-    (_FIRST,), (_LONG,), (_FIRST, _ANSWER, _SECOND), (_FIRST, _ANSWER, _LONG, ("assistant", "Yes: 1, 2."), _SECOND),
-)  # fmt: skip
+    (_FIRST,),
+    (_LONG,),
+    (_FIRST, _ANSWER, _SECOND),
+    (_FIRST, _ANSWER, _LONG, ("assistant", "Yes: 1, 2."), _SECOND),
+)
 _WITHOUT_SYSTEM: Final = ("", "\n\n")
 _SECONDS: Final = 30
 _MEMORY_BYTES: Final = 2_000_000_000
@@ -112,9 +115,13 @@ def read_format(template: str, tokens: Mapping[str, str], bos: str = "", eos: st
     given = json.dumps({"template": template, "tokens": dict(tokens), "bos": bos, "eos": eos})
     try:
         done = subprocess.run(  # noqa: S603  this program itself
-            [sys.executable, "-m", __name__], env=os.environ | {"PYTHONPATH": paths}, input=given.encode(),
-            capture_output=True, timeout=_SECONDS, check=True,
-        )  # fmt: skip
+            [sys.executable, "-m", __name__],
+            env=os.environ | {"PYTHONPATH": paths},
+            input=given.encode(),
+            capture_output=True,
+            timeout=_SECONDS,
+            check=True,
+        )
         found: dict[str, Any] | None = json.loads(done.stdout)
     except (subprocess.SubprocessError, ValueError):
         return None

@@ -20,8 +20,10 @@ from moemerge.export.imatrix import ColumnSquares
 # The tensors of a GGUF file that a module's weight becomes, by the module's path within its layer.
 _LINEARS: Final[Mapping[str, tuple[str, ...]]] = {
     **{f"self_attn.{one}_proj": (f"attn_{one}",) for one in "qkv"},
-    "self_attn.o_proj": ("attn_output",), "self_attn.out_proj": ("attn_output",),
-    "self_attn.q_a_proj": ("attn_q_a",), "self_attn.q_b_proj": ("attn_q_b",),
+    "self_attn.o_proj": ("attn_output",),
+    "self_attn.out_proj": ("attn_output",),
+    "self_attn.q_a_proj": ("attn_q_a",),
+    "self_attn.q_b_proj": ("attn_q_b",),
     "self_attn.kv_a_proj_with_mqa": ("attn_kv_a_mqa",),
     **{f"mlp.{one}_proj": (f"ffn_{one}",) for one in ("gate", "up", "down")},
     **{f"feed_forward.{one}": (f"ffn_{role}",) for one, role in (("w1", "gate"), ("w3", "up"), ("w2", "down"))},
@@ -30,9 +32,11 @@ _LINEARS: Final[Mapping[str, tuple[str, ...]]] = {
         for shared in ("shared_experts", "shared_mlp")
         for one in ("gate", "up", "down")
     },
-    "conv.in_proj": ("shortconv.in_proj",), "conv.out_proj": ("shortconv.out_proj",),
-    "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"), "shared_mlp.output_linear": ("ffn_down_shexp",),
-}  # fmt: skip
+    "conv.in_proj": ("shortconv.in_proj",),
+    "conv.out_proj": ("shortconv.out_proj",),
+    "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "shared_mlp.output_linear": ("ffn_down_shexp",),
+}
 _INTO: Final = ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps")
 _OUT_OF: Final = ("ffn_down_exps",)
 _ONE_EXPERT: Final = re.compile(r".*\bexperts\.(\d+)\.(\w+)")
@@ -87,7 +91,7 @@ class ColumnTally:
 
     def _linear(
         self, names: tuple[str, ...], matrix: int, index: int, _module: Any, given: tuple[Any, ...], _named: Any
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._add(names, index, matrix, given[0])
 
     def _stacked(self, index: int, module: Any, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:

@@ -53,22 +53,33 @@ from moemerge.export.values import (
 
 MIXTRAL: Final = GgufFamily(
     "llama",
-    NORMS | TURNED | {
+    NORMS
+    | TURNED
+    | {
         "ffn_gate_inp.weight": Part("block_sparse_moe.gate.weight"),
         **separate("block_sparse_moe.experts.{expert}", ("w1", "w3", "w2"), "_exps"),
     },
-    WHOLE, keys=(VOCAB_SIZE, ROTATED), knows=frozenset({LLAMA3}), is_llama=True, notes=(WINDOW_IGNORED,),
-)  # fmt: skip
+    WHOLE,
+    keys=(VOCAB_SIZE, ROTATED),
+    knows=frozenset({LLAMA3}),
+    is_llama=True,
+    notes=(WINDOW_IGNORED,),
+)
 _GRANITE_KEYS: Final = (
-    VOCAB_SIZE, ROTATED, ("add_attention_scale", truthy("attention_multiplier")),
-    ("add_embedding_scale", truthy("embedding_multiplier")), ("add_residual_scale", truthy("residual_multiplier")),
+    VOCAB_SIZE,
+    ROTATED,
+    ("add_attention_scale", truthy("attention_multiplier")),
+    ("add_embedding_scale", truthy("embedding_multiplier")),
+    ("add_residual_scale", truthy("residual_multiplier")),
     ("add_logit_scale", truthy("logits_scaling")),
     ("add_expert_shared_feed_forward_length", truthy("shared_intermediate_size")),
-)  # fmt: skip
+)
 _HEADS: Final = (has_wide_heads, "takes head_dim for hidden_size / num_attention_heads")
 GRANITE_MOE: Final = GgufFamily(
     "granitemoe",
-    NORMS | TURNED | {
+    NORMS
+    | TURNED
+    | {
         "ffn_gate_inp.weight": Part("block_sparse_moe.router.layer.weight"),
         "ffn_gate_exps.weight": Part("block_sparse_moe.input_linear.weight", half="first"),
         "ffn_up_exps.weight": Part("block_sparse_moe.input_linear.weight", half="second"),
@@ -77,26 +88,44 @@ GRANITE_MOE: Final = GgufFamily(
         "ffn_up_shexp.weight": Part("shared_mlp.input_linear.weight", half="second", needed=False),
         "ffn_down_shexp.weight": optional("shared_mlp.output_linear.weight"),
     },
-    WHOLE, keys=_GRANITE_KEYS, replaces=(("head_dim", constant(None)),), is_llama=True, refuses=(_HEADS,),
-)  # fmt: skip
+    WHOLE,
+    keys=_GRANITE_KEYS,
+    replaces=(("head_dim", constant(None)),),
+    is_llama=True,
+    refuses=(_HEADS,),
+)
 # A model that attends in every layer is a granitemoe; it has the settings of layers with states all the same.
 GRANITE_HYBRID: Final = GgufFamily(
-    "granitemoe", GRANITE_MOE.layer, WHOLE,
+    "granitemoe",
+    GRANITE_MOE.layer,
+    WHOLE,
     keys=(
-        *_GRANITE_KEYS, ("add_ssm_conv_kernel", "mamba_d_conv"), ("add_ssm_state_size", "mamba_d_state"),
-        ("add_ssm_group_count", "mamba_n_groups"), ("add_ssm_inner_size", state_width),
-        ("add_ssm_time_step_rank", "mamba_n_heads"), ("add_rope_scaling_finetuned", constant(value=True)),
+        *_GRANITE_KEYS,
+        ("add_ssm_conv_kernel", "mamba_d_conv"),
+        ("add_ssm_state_size", "mamba_d_state"),
+        ("add_ssm_group_count", "mamba_n_groups"),
+        ("add_ssm_inner_size", state_width),
+        ("add_ssm_time_step_rank", "mamba_n_heads"),
+        ("add_rope_scaling_finetuned", constant(value=True)),
     ),
     replaces=(("head_dim", constant(None)), ("num_key_value_heads", heads_by_layer)),
     refuses=(_HEADS, (has_states, "has files of another kind for state-space layers")),
-)  # fmt: skip
+)
 QWEN3_MOE: Final = GgufFamily(
-    "qwen3moe", NORMS | ATTENTION | QK_NORMS | ROUTED, WHOLE, keys=(EXPERT_WIDTH,),
-)  # fmt: skip
+    "qwen3moe",
+    NORMS | ATTENTION | QK_NORMS | ROUTED,
+    WHOLE,
+    keys=(EXPERT_WIDTH,),
+)
 _GLM_KEYS: Final = (
-    ("add_rope_dimension_count", rotated_width), EXPERT_WIDTH, ("add_expert_shared_count", "n_shared_experts"),
-    DENSE_PREFIX, SIGMOID, *WEIGHTS, ("add_nextn_predict_layers", "num_nextn_predict_layers"),
-)  # fmt: skip
+    ("add_rope_dimension_count", rotated_width),
+    EXPERT_WIDTH,
+    ("add_expert_shared_count", "n_shared_experts"),
+    DENSE_PREFIX,
+    SIGMOID,
+    *WEIGHTS,
+    ("add_nextn_predict_layers", "num_nextn_predict_layers"),
+)
 GLM4_MOE: Final = GgufFamily(
     "glm4moe",
     {
@@ -110,25 +139,36 @@ GLM4_MOE: Final = GgufFamily(
     refuses=(WITHOUT_SHARED,),
 )  # fmt: skip
 SOLAR_OPEN: Final = GgufFamily(
-    "glm4moe", GLM4_MOE.layer, WHOLE, keys=_GLM_KEYS,
+    "glm4moe",
+    GLM4_MOE.layer,
+    WHOLE,
+    keys=_GLM_KEYS,
     named_tokens=(
-        ("eos", "<|endoftext|>"), ("eot", "<|endoftext|>"), ("unk", "<unk>"), ("bos", "<|startoftext|>"),
+        ("eos", "<|endoftext|>"),
+        ("eot", "<|endoftext|>"),
+        ("unk", "<unk>"),
+        ("bos", "<|startoftext|>"),
     ),
     refuses=(WITHOUT_SHARED,),
-)  # fmt: skip
+)
 DOTS1: Final = GgufFamily(
-    "dots1", NORMS | ATTENTION | QK_NORMS | DENSE | ROUTED | CHOICE | SHARED, UNTIED,
+    "dots1",
+    NORMS | ATTENTION | QK_NORMS | DENSE | ROUTED | CHOICE | SHARED,
+    UNTIED,
     keys=(EXPERT_WIDTH, DENSE_PREFIX, ("add_expert_shared_count", "n_shared_experts"), *WEIGHTS),
     refuses=(WITHOUT_SHARED, (has_grouped_heads, "does not load it with fewer key heads than query heads")),
     notes=(WINDOW_IGNORED,),
-)  # fmt: skip
+)
 MELLUM: Final = GgufFamily(
-    "mellum", NORMS | ATTENTION | QK_NORMS | ROUTED, UNTIED, keys=(EXPERT_WIDTH, *WINDOW),
+    "mellum",
+    NORMS | ATTENTION | QK_NORMS | ROUTED,
+    UNTIED,
+    keys=(EXPERT_WIDTH, *WINDOW),
     refuses=(
         WITHOUT_WINDOW,
         (has_yarn, "computes something else where rotary positions are scaled by yarn"),
     ),
-)  # fmt: skip
+)
 EXAONE_MOE: Final = GgufFamily(
     "exaone-moe",
     NORMS | ATTENTION | QK_NORMS | DENSE | ROUTED | SHARED
@@ -156,16 +196,22 @@ HY_V3: Final = GgufFamily(
 )  # fmt: skip
 GRANITE_MOE_SWA: Final = GgufFamily(
     "granite_swa",
-    NORMS | TURNED | {
-        "attn_sinks.weight": Part("self_attn.sinks"), "ffn_gate_inp.weight": Part("block_sparse_moe.router.weight"),
+    NORMS
+    | TURNED
+    | {
+        "attn_sinks.weight": Part("self_attn.sinks"),
+        "ffn_gate_inp.weight": Part("block_sparse_moe.router.weight"),
         "ffn_gate_up_exps.weight": Part("block_sparse_moe.experts.gate_up_proj"),
         "ffn_down_exps.weight": Part("block_sparse_moe.experts.down_proj"),
         "ffn_up_shexp.weight": optional("shared_mlp.input_linear.weight"),
         "ffn_down_shexp.weight": optional("shared_mlp.output_linear.weight"),
     },
-    WHOLE, keys=(*_GRANITE_KEYS, *WINDOW), replaces=(("head_dim", constant(None)),), is_llama=True,
+    WHOLE,
+    keys=(*_GRANITE_KEYS, *WINDOW),
+    replaces=(("head_dim", constant(None)),),
+    is_llama=True,
     refuses=(_HEADS, WITHOUT_WINDOW, (is_partly_unrotated, "rotates positions in every layer")),
-)  # fmt: skip
+)
 DEEPSEEK_V3: Final = GgufFamily(
     "deepseek2",
     NORMS | DENSE | ROUTED | CHOICE | SHARED | {

@@ -21,9 +21,14 @@ _WINDOW: Final = 512
 
 
 def importance_of(
-    folder: Path, gguf: Path, texts: Sequence[str] = (), *, tokens: int = TOKENS, device: str = "auto",
+    folder: Path,
+    gguf: Path,
+    texts: Sequence[str] = (),
+    *,
+    tokens: int = TOKENS,
+    device: str = "auto",
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Importance:  # fmt: skip
+) -> Importance:
     """Run a merged model over text and count what passes through the columns of its weights.
 
     Args:
@@ -58,8 +63,13 @@ def importance_of(
         raise RefusedError("--imatrix: there is no text to read. Name some with --imatrix-texts.")
     tally = ColumnTally(model)
     run_model(
-        mixture.runnable, windows, find_device(device), losses=False, progress=progress, watched=tally.watch,
-    )  # fmt: skip
+        mixture.runnable,
+        windows,
+        find_device(device),
+        losses=False,
+        progress=progress,
+        watched=tally.watch,
+    )
     return Importance(tally.tensors, tuple(kinds), tuple(notes))
 
 
@@ -87,7 +97,7 @@ def calibration_texts(config: MergeConfig) -> tuple[dict[str, list[str]], list[s
 
 def _windows(
     kinds: Mapping[str, Sequence[str]], encode: Callable[[str], tuple[list[int], list[int]]], tokens: int, length: int
-) -> Iterator[Window]:  # fmt: skip
+) -> Iterator[Window]:
     """Cut windows from every kind of text, as many tokens of each as far as it has them; longer texts give more."""
 
     def cut(documents: Sequence[str], most: int) -> list[Window]:

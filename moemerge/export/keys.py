@@ -20,7 +20,7 @@ _SIZES: Final = (
     ("add_feed_forward_length", ("prefix_dense_intermediate_size", "dense_intermediate_size", "intermediate_size")),
     ("add_head_count", ("num_attention_heads",)),
     ("add_head_count_kv", ("num_key_value_heads",)),
-)  # fmt: skip
+)
 _NUMBERS: Final = (
     ("add_layer_norm_rms_eps", ("rms_norm_eps", "norm_eps")),
     ("add_layer_norm_eps", ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")),
@@ -28,7 +28,7 @@ _NUMBERS: Final = (
     ("add_expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")),
     ("add_expert_group_count", ("n_group",)),
     ("add_expert_group_used_count", ("topk_group",)),
-)  # fmt: skip
+)
 _YARN: Final = (
     ("add_rope_scaling_yarn_ext_factor", ("extrapolation_factor",)),
     ("add_rope_scaling_yarn_attn_factor", ("attention_factor", "attn_factor")),

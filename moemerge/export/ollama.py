@@ -20,9 +20,12 @@ from moemerge.printable import printable
 
 # Ollama's name of a parameter, by the key of generation_config.json.
 _PARAMETERS: Final = {
-    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
-}  # fmt: skip
+}
 # Kinds of tokenizers that put a BOS in front where the file does not say.
 _WITH_BOS: Final = {"llama"}
 _ALWAYS_WITH_BOS: Final = "gemma4"

@@ -15,10 +15,14 @@ _FLOATS: Final = "floats"
 
 
 def write_quantised(
-    file: Path, kind: str, write: Callable[[Path, SpaceCheck], object], *, overwrite: bool = False,
+    file: Path,
+    kind: str,
+    write: Callable[[Path, SpaceCheck], object],
+    *,
+    overwrite: bool = False,
     importance: Callable[[Path], Importance] | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> QuantisedReport:  # fmt: skip
+) -> QuantisedReport:
     """Write a model in floats and quantise it: the file is complete when this returns, and untouched when it raises.
 
     Args:
@@ -49,7 +53,7 @@ def write_quantised(
 
 def _check_both(
     file: Path, kind: str, _floats: Path, tensors: Sequence[GgufTensor], more: int = 0, memory: int = MEMORY_BYTES
-) -> None:  # fmt: skip
+) -> None:
     """Refuse to begin if the disk cannot hold the model in floats and the quantised file at the same time."""
     what = f"the merged model, in floats and in {kind},"
     check_room(file, tensors, more + quantised_bytes(tensors, kind), memory, what=what)

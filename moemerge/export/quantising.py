@@ -88,9 +88,14 @@ def check_type(type_: str, *, with_importance: bool) -> None:
 
 
 def quantise(
-    gguf: Path, out: Path, type_: str, *, importance: Importance | None = None, threads: int = 0,
+    gguf: Path,
+    out: Path,
+    type_: str,
+    *,
+    importance: Importance | None = None,
+    threads: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> QuantisedReport:  # fmt: skip
+) -> QuantisedReport:
     """Store a model's matrices in fewer bits; if this raises, nothing is left of `out`.
 
     Args:
@@ -168,9 +173,15 @@ def _report(
     if importance:
         notes += [*importance.notes, *uncovered_notes(importance)]
     return QuantisedReport(
-        out, type_, made.nbytes, source.nbytes, dict(Counter(types.values()).most_common()), fallbacks,
-        _engine_version(), tuple(notes),
-    )  # fmt: skip
+        out,
+        type_,
+        made.nbytes,
+        source.nbytes,
+        dict(Counter(types.values()).most_common()),
+        fallbacks,
+        _engine_version(),
+        tuple(notes),
+    )
 
 
 def _engine_version() -> str:
@@ -254,8 +265,11 @@ def _run(command: list[str], gguf: Path, type_: str, progress: Callable[[int, in
     said: deque[str] = deque(maxlen=_KEPT_LINES)
     with subprocess.Popen(  # noqa: S603  this program itself
         [sys.executable, "-m", "moemerge.export.engine", *command],
-        env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    ) as engine:  # fmt: skip
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as engine:
         try:
             for line in engine.stderr or ():
                 if step := _PROGRESS.match(line):

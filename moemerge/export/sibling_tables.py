@@ -34,13 +34,18 @@ from moemerge.export.values import (
 
 ERNIE4_5_MOE: Final = GgufFamily(
     "ernie4_5-moe",
-    NORMS | ATTENTION | DENSE | ROUTED
+    NORMS
+    | ATTENTION
+    | DENSE
+    | ROUTED
     | grouped("routed", {"exp_probs_b.bias": Part("mlp.moe_statics.e_score_correction_bias")}),
     WHOLE,
     keys=(
-        ("add_expert_count", "moe_num_experts"), ("add_expert_used_count", "moe_k"),
+        ("add_expert_count", "moe_num_experts"),
+        ("add_expert_used_count", "moe_k"),
         ("add_interleave_moe_layer_step", "moe_layer_interval"),
-        ("add_leading_dense_block_count", "moe_layer_start_index"), EXPERT_WIDTH,
+        ("add_leading_dense_block_count", "moe_layer_start_index"),
+        EXPERT_WIDTH,
         ("add_expert_shared_count", "moe_num_shared_experts"),
     ),
     is_llama=True,
@@ -48,7 +53,7 @@ ERNIE4_5_MOE: Final = GgufFamily(
         (has_shared, "does not load it with a shared expert"),
         (ends_dense, "does not load it with dense layers after others"),
     ),
-)  # fmt: skip
+)
 LFM2_MOE: Final = GgufFamily(
     "lfm2moe",
     {
@@ -86,27 +91,36 @@ COHERE2_MOE: Final = GgufFamily(
     {"attn_norm.weight": NORMS["attn_norm.weight"], **ATTENTION, **DENSE, **ROUTED},
     WHOLE,
     keys=(
-        ("add_logit_scale", "logit_scale"), *WINDOW, VOCAB_SIZE,
-        ("add_expert_feed_forward_length", "intermediate_size"), ("add_leading_dense_block_count", dense_lead),
-        ("add_expert_weights_norm", "norm_topk_prob"), ROTATED, ("add_rope_scaling_type", constant("NONE")),
+        ("add_logit_scale", "logit_scale"),
+        *WINDOW,
+        VOCAB_SIZE,
+        ("add_expert_feed_forward_length", "intermediate_size"),
+        ("add_leading_dense_block_count", dense_lead),
+        ("add_expert_weights_norm", "norm_topk_prob"),
+        ROTATED,
+        ("add_rope_scaling_type", constant("NONE")),
     ),
     refuses=(LATE_DENSE,),
-)  # fmt: skip
+)
 HUNYUAN_V1_MOE: Final = GgufFamily(
     "hunyuan-moe",
-    NORMS | ATTENTION | {
+    NORMS
+    | ATTENTION
+    | {
         "attn_q_norm.weight": Part("self_attn.query_layernorm.weight"),
         "attn_k_norm.weight": Part("self_attn.key_layernorm.weight"),
-        "ffn_gate_inp.weight": Part("mlp.gate.wg.weight"), **EXPERTS,
+        "ffn_gate_inp.weight": Part("mlp.gate.wg.weight"),
+        **EXPERTS,
         **separate("mlp.shared_mlp", PROJECTIONS, "_shexp"),
     },
     WHOLE,
     keys=(
         ("add_expert_shared_feed_forward_length", "intermediate_size"),
         ("add_expert_feed_forward_length", first_of("moe_intermediate_size")),
-        ("add_expert_used_count", first_of("moe_topk")), ("add_expert_shared_count", first_of("num_shared_expert")),
+        ("add_expert_used_count", first_of("moe_topk")),
+        ("add_expert_shared_count", first_of("num_shared_expert")),
     ),
-)  # fmt: skip
+)
 _WHOLE_HEAD: Final = whole_layers("head_dim", "global_head_dim")
 GEMMA4: Final = GgufFamily(
     "gemma4",

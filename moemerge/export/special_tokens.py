@@ -110,9 +110,11 @@ def _special(entry: Mapping[str, Any]) -> str | None:
 
 
 def _read_pair(
-    pair: list[Mapping[str, Any]], ends: tuple[str | None, str | None], texts: dict[str, str | None],
+    pair: list[Mapping[str, Any]],
+    ends: tuple[str | None, str | None],
+    texts: dict[str, str | None],
     added: dict[str, bool],
-) -> None:  # fmt: skip
+) -> None:
     """Read whether a separator is put between two texts."""
     first, last = ends
     if pair and first and _special(pair[0]) == first:

@@ -47,9 +47,10 @@ _WAYS: Final[Mapping[tuple[Step, ...], str]] = {
 }
 # Tokenizers that split texts as another does but have a name of their own: a token by which each is known.
 _NAMESAKES: Final = (
-    ("smollm", "<fim_prefix>", "refact"), ("qwen2", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "deepseek-r1-qwen"),
+    ("smollm", "<fim_prefix>", "refact"),
+    ("qwen2", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "deepseek-r1-qwen"),
     ("llama-bpe", "[gMASK]", "glm4"),
-)  # fmt: skip
+)
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 ADD_BOS: Final = frozenset({
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken", "chameleon",

@@ -150,9 +150,11 @@ def _kind_of_added(token: str, *, special: bool) -> tuple[str, TokenType]:
 def _from_sentencepiece(folder: Path, size: int) -> Vocabulary:
     """Read `tokenizer.model`, with what `added_tokens.json` and `tokenizer_config.json` add or change."""
     kinds: dict[int, TokenType] = {
-        Kind.UNKNOWN: TokenType.UNKNOWN, Kind.CONTROL: TokenType.CONTROL, Kind.UNUSED: TokenType.UNUSED,
+        Kind.UNKNOWN: TokenType.UNKNOWN,
+        Kind.CONTROL: TokenType.CONTROL,
+        Kind.UNUSED: TokenType.UNUSED,
         Kind.BYTE: TokenType.BYTE,
-    }  # fmt: skip
+    }
     found = Vocabulary("llama", "default")
     for piece in read_pieces(folder / "tokenizer.model")[:size]:
         found.add(piece.text, kinds.get(piece.kind, TokenType.NORMAL), piece.score)

@@ -37,16 +37,18 @@ MEMORY_BYTES: Final = 100_000_000
 class SpaceCheck(Protocol):
     """The signature of `check_room`: a check that the disk has enough space."""
 
-    def __call__(
-        self, file: Path, tensors: Sequence[GgufTensor], more: int = 0, memory: int = MEMORY_BYTES
-    ) -> None:  # fmt: skip
+    def __call__(self, file: Path, tensors: Sequence[GgufTensor], more: int = 0, memory: int = MEMORY_BYTES) -> None:
         """Refuse to begin if the disk has too little space, or limits of this process would end the work."""
 
 
 def check_room(
-    file: Path, tensors: Sequence[GgufTensor], more: int = 0, memory: int = MEMORY_BYTES, *,
+    file: Path,
+    tensors: Sequence[GgufTensor],
+    more: int = 0,
+    memory: int = MEMORY_BYTES,
+    *,
     what: str = "the merged model",
-) -> None:  # fmt: skip
+) -> None:
     """Refuse to begin if the disk has too little space, or limits of this process (`ulimit`) would end the work.
 
     Args:
@@ -65,10 +67,17 @@ def check_room(
 
 
 def write_gguf(
-    checkpoint: Path | str, file: Path | str, *, type: AskedType = "auto",  # noqa: A002  as the option is called
-    overwrite: bool = False, low_memory: bool = False, llama_cpp: Path | None = None, room: SpaceCheck = check_room,
-    tell: Callable[[str], None] = lambda _: None, progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> None:  # fmt: skip
+    checkpoint: Path | str,
+    file: Path | str,
+    *,
+    type: AskedType = "auto",  # noqa: A002  as the option is called
+    overwrite: bool = False,
+    low_memory: bool = False,
+    llama_cpp: Path | None = None,
+    room: SpaceCheck = check_room,
+    tell: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> None:
     """Write a merged checkpoint as one GGUF file, in bounded memory: complete when this returns, absent when it raises.
 
     Args:
@@ -120,9 +129,7 @@ def sources_of(folder: Path) -> list[Path]:
     return [folder for folder in found if any((folder / name).is_file() for name in _MODEL_CONFIGS)]
 
 
-def check_file(
-    file: Path, *, overwrite: bool, inputs: Collection[Path] = (), sources: Collection[Path] = ()
-) -> None:  # fmt: skip
+def check_file(file: Path, *, overwrite: bool, inputs: Collection[Path] = (), sources: Collection[Path] = ()) -> None:
     """Refuse a file that cannot be written, or that would be lost; the `gguf` package has to be there too.
 
     Args:

@@ -8,46 +8,53 @@ _EXPERTS: Final = separate("mlp.experts.{expert}")
 _SHARED: Final = Shared(separate("mlp.shared_experts"), "multiple", "zeros")
 _BIAS: Final = "mlp.gate.e_score_correction_bias"
 _NUMBERS: Final = {
-    "intermediate_size": "dense_width", "moe_intermediate_size": "expert_width",
+    "intermediate_size": "dense_width",
+    "moe_intermediate_size": "expert_width",
     "num_experts_per_tok": "experts_per_token",
-}  # fmt: skip
+}
 _NAMED: Final = (
     ROPE
     | _NUMBERS
     | {
-        "n_routed_experts": "experts", "n_shared_experts": "shared_count", "first_k_dense_replace": "dense_prefix",
+        "n_routed_experts": "experts",
+        "n_shared_experts": "shared_count",
+        "first_k_dense_replace": "dense_prefix",
         "attention_bias": "qkv_bias",
     }
-)  # fmt: skip
+)
 _ONE_GROUP: Final[dict[str, Any]] = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True}
 _FIXED: Final[dict[str, Any]] = _ONE_GROUP | {
-    "routed_scaling_factor": 1.0, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-}  # fmt: skip
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
 _LAYER_KINDS: Final = {"mlp_layer_types": "mlp_layer_types"}
 
 DOTS1: Final = MoeFamily(
-    "dots1", "Dots1ForCausalLM",
+    "dots1",
+    "Dots1ForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=_NAMED | {"layer_types": "layer_types", "sliding_window": "window", "max_window_layers": "layers"},
     fixed=_FIXED,
     carried=COMMON,
-    holds=frozenset(
-        {"qk_norm", "qkv_bias", "output_bias", "window", "mixed_attention", "wide_heads", "scaled_rope"}
-    ),
+    holds=frozenset({"qk_norm", "qkv_bias", "output_bias", "window", "mixed_attention", "wide_heads", "scaled_rope"}),
     needs_qk_norm=True,
     scoring="sigmoid",
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
-)  # fmt: skip
+)
 GLM4_MOE: Final = MoeFamily(
-    "glm4_moe", "Glm4MoeForCausalLM",
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=_NAMED
     | {
-        "rope_parameters": "rope_with_part", "partial_rotary_factor": "rotary_part", "use_qk_norm": "qk_norm",
+        "rope_parameters": "rope_with_part",
+        "partial_rotary_factor": "rotary_part",
+        "use_qk_norm": "qk_norm",
     },
     fixed=_FIXED | {"num_nextn_predict_layers": 0},
     carried=COMMON,
@@ -56,9 +63,10 @@ GLM4_MOE: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
-)  # fmt: skip
+)
 SOLAR_OPEN: Final = MoeFamily(
-    "solar_open", "SolarOpenForCausalLM",
+    "solar_open",
+    "SolarOpenForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named={key: value for key, value in _NAMED.items() if key != "intermediate_size"},
@@ -69,21 +77,27 @@ SOLAR_OPEN: Final = MoeFamily(
     scoring="sigmoid",
     shared=_SHARED,
     selection_bias=_BIAS,
-)  # fmt: skip
+)
 HY_V3: Final = MoeFamily(
-    "hy_v3", "HYV3ForCausalLM",
+    "hy_v3",
+    "HYV3ForCausalLM",
     experts=_EXPERTS,
     router="mlp.router.gate.weight",
     named=ROPE
     | _NUMBERS
     | _LAYER_KINDS
     | {
-        "num_experts": "experts", "num_shared_experts": "shared_count",
+        "num_experts": "experts",
+        "num_shared_experts": "shared_count",
         # vLLM alone reads these, and two of the fixed ones.
-        "first_k_dense_replace": "dense_prefix", "expert_hidden_dim": "expert_width",
+        "first_k_dense_replace": "dense_prefix",
+        "expert_hidden_dim": "expert_width",
     },
     fixed={
-        "router_scaling_factor": 1.0, "enable_moe_fp32_combine": False, "attention_bias": False, "route_norm": True,
+        "router_scaling_factor": 1.0,
+        "enable_moe_fp32_combine": False,
+        "attention_bias": False,
+        "route_norm": True,
         "qk_norm": True,
     },
     carried=COMMON,
@@ -94,17 +108,21 @@ HY_V3: Final = MoeFamily(
     shared=Shared(separate("mlp.shared_mlp"), "multiple", "zeros"),
     dense_layers="any",
     selection_bias="mlp.expert_bias",
-)  # fmt: skip
+)
 EXAONE_MOE: Final = MoeFamily(
-    "exaone_moe", "ExaoneMoEForCausalLM",  # as released; transformers spells its class ExaoneMoe
+    "exaone_moe",
+    "ExaoneMoEForCausalLM",  # as released; transformers spells its class ExaoneMoe
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=ROPE
     | _NUMBERS
     | _LAYER_KINDS
     | {
-        "num_experts": "experts", "num_shared_experts": "shared_count", "first_k_dense_replace": "dense_prefix",
-        "layer_types": "all_sliding", "sliding_window": "max_position_embeddings",
+        "num_experts": "experts",
+        "num_shared_experts": "shared_count",
+        "first_k_dense_replace": "dense_prefix",
+        "layer_types": "all_sliding",
+        "sliding_window": "max_position_embeddings",
         "is_moe_layer": "moe_layer_flags",  # which mlx-lm alone reads
     },
     # Layers without a window do not rotate, so all layers have one, as long as the context.
@@ -117,15 +135,18 @@ EXAONE_MOE: Final = MoeFamily(
     dense_layers="any",
     selection_bias="mlp.e_score_correction_bias",
     notes=("exaone_moe sees no further back than max_position_embeddings",),
-)  # fmt: skip
+)
 MIMO_V2_FLASH: Final = MoeFamily(
-    "mimo_v2_flash", "MiMoV2FlashForCausalLM",
+    "mimo_v2_flash",
+    "MiMoV2FlashForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=_NUMBERS
     | _LAYER_KINDS
     | {
-        "rope_parameters": "rope_by_kind_with_part", "v_head_dim": "head_dim", "n_routed_experts": "experts",
+        "rope_parameters": "rope_by_kind_with_part",
+        "v_head_dim": "head_dim",
+        "n_routed_experts": "experts",
         "layer_types": "layer_types",
     },
     fixed=_ONE_GROUP | {"routed_scaling_factor": 1.0, "attention_value_scale": 1.0, "attention_bias": False},
@@ -135,7 +156,7 @@ MIMO_V2_FLASH: Final = MoeFamily(
     dense_layers="any",
     selection_bias=_BIAS,
     in_gguf=False,
-)  # fmt: skip
+)
 DEEPSEEK_V3: Final = MoeFamily(
     "deepseek_v3", "DeepseekV3ForCausalLM",
     experts=_EXPERTS,

@@ -137,9 +137,10 @@ class MoeFamily:
         }
         if not allowed[self.dense_layers]:
             what = {
-                "none": "all its layers hold experts", "prefix": "only its first layers can stay dense",
+                "none": "all its layers hold experts",
+                "prefix": "only its first layers can stay dense",
                 "outside": "its layers with experts follow each other",
-            }  # fmt: skip
+            }
             reasons.append(f"{what[self.dense_layers]}, but moe_layers leaves {_listed(dense)} dense")
         if mixture.absent and not self.selection_bias:
             reasons.append(
@@ -171,17 +172,21 @@ class MoeFamily:
         }
         carried = {key: base.config.get(key) for key in self.carried}
         longrope = (values.get("rope_scaling") or {}).get("rope_type") == "longrope"
-        return dict(sorted({
-            **self.fixed,
-            **{key: value for key, value in carried.items() if value is not None or key in NULLABLE},
-            **{key: values[name] for key, name in self.named.items()},
-            # transformers 4 reads this key only here.
-            **({key: base.config[key] for key in _LONGROPE if base.config.get(key)} if longrope else {}),
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            "torch_dtype": dtype,
-            "dtype": dtype,
-        }.items()))  # fmt: skip
+        return dict(
+            sorted(
+                {
+                    **self.fixed,
+                    **{key: value for key, value in carried.items() if value is not None or key in NULLABLE},
+                    **{key: values[name] for key, name in self.named.items()},
+                    # transformers 4 reads this key only here.
+                    **({key: base.config[key] for key in _LONGROPE if base.config.get(key)} if longrope else {}),
+                    "architectures": [self.architecture],
+                    "model_type": self.model_type,
+                    "torch_dtype": dtype,
+                    "dtype": dtype,
+                }.items()
+            )
+        )
 
 
 def _listed(layers: list[int]) -> str:

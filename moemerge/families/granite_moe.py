@@ -8,11 +8,15 @@ _EXPERTS: Final = fused("block_sparse_moe.input_linear.weight", "block_sparse_mo
 _ROUTER: Final = "block_sparse_moe.router.layer.weight"
 _SHARED_NAMES: Final = fused("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight")
 _NUMBERS: Final = {
-    "intermediate_size": "expert_width", "num_local_experts": "experts", "num_experts_per_tok": "experts_per_token",
-    "attention_bias": "any_bias", "attention_multiplier": "attention_multiplier",
-    "embedding_multiplier": "embedding_multiplier", "residual_multiplier": "residual_multiplier",
+    "intermediate_size": "expert_width",
+    "num_local_experts": "experts",
+    "num_experts_per_tok": "experts_per_token",
+    "attention_bias": "any_bias",
+    "attention_multiplier": "attention_multiplier",
+    "embedding_multiplier": "embedding_multiplier",
+    "residual_multiplier": "residual_multiplier",
     "logits_scaling": "logits_scaling",
-}  # fmt: skip
+}
 _SHARED_WIDTH: Final = {"shared_intermediate_size": "shared_width"}
 _HOLDS: Final = frozenset({"qkv_bias", "output_bias", "multipliers", "wide_heads", "scaled_rope"})
 # One key switches all four on.
@@ -23,7 +27,8 @@ _MAMBA: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 GRANITEMOE: Final = MoeFamily(
-    "granitemoe", "GraniteMoeForCausalLM",
+    "granitemoe",
+    "GraniteMoeForCausalLM",
     experts=_EXPERTS,
     router=_ROUTER,
     named=ROPE | _NUMBERS,
@@ -31,9 +36,10 @@ GRANITEMOE: Final = MoeFamily(
     carried=COMMON,
     holds=_HOLDS,
     extras=_BIASES,
-)  # fmt: skip
+)
 GRANITEMOESHARED: Final = MoeFamily(
-    "granitemoeshared", "GraniteMoeSharedForCausalLM",
+    "granitemoeshared",
+    "GraniteMoeSharedForCausalLM",
     experts=_EXPERTS,
     router=_ROUTER,
     named=ROPE | _NUMBERS | _SHARED_WIDTH,
@@ -42,13 +48,19 @@ GRANITEMOESHARED: Final = MoeFamily(
     holds=_HOLDS,
     shared=Shared(_SHARED_NAMES, "any", "nothing"),
     extras=_BIASES,
-)  # fmt: skip
+)
 GRANITEMOEHYBRID: Final = MoeFamily(
-    "granitemoehybrid", "GraniteMoeHybridForCausalLM",
+    "granitemoehybrid",
+    "GraniteMoeHybridForCausalLM",
     experts=_EXPERTS,
     router=_ROUTER,
-    named=ROPE | _NUMBERS | _SHARED_WIDTH | {
-        "layer_types": "granite_kinds", "position_embedding_type": "positions", "mamba_d_head": "mamba_d_head",
+    named=ROPE
+    | _NUMBERS
+    | _SHARED_WIDTH
+    | {
+        "layer_types": "granite_kinds",
+        "position_embedding_type": "positions",
+        "mamba_d_head": "mamba_d_head",
     },
     fixed=SPARSE | _MAMBA,
     carried=(*COMMON, *_MAMBA, "time_step_limit"),
@@ -57,9 +69,10 @@ GRANITEMOEHYBRID: Final = MoeFamily(
     shared=Shared(_SHARED_NAMES, "any", "zeros"),
     extras=_BIASES,
     kinds={"linear_attention": "mamba", "full_attention": "attention"},
-)  # fmt: skip
+)
 GRANITEMOE_SWA: Final = MoeFamily(
-    "granitemoe_swa", "GraniteMoeSWAForCausalLM",
+    "granitemoe_swa",
+    "GraniteMoeSWAForCausalLM",
     experts=fused("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
     router="block_sparse_moe.router.weight",
     named=ROPE
@@ -72,4 +85,4 @@ GRANITEMOE_SWA: Final = MoeFamily(
     shared=Shared(_SHARED_NAMES, "any", "nothing"),
     # The exponential of such sinks is 0.
     extras=(*_BIASES, Extra("self_attn.sinks", ("heads",), -1e4)),
-)  # fmt: skip
+)

@@ -9,16 +9,19 @@ from typing import Final
 from moemerge.families.family import COMMON, ROPE, SPARSE, MoeFamily, separate
 
 MIXTRAL: Final = MoeFamily(
-    "mixtral", "MixtralForCausalLM",
+    "mixtral",
+    "MixtralForCausalLM",
     experts=separate("block_sparse_moe.experts.{expert}", ("w1", "w3", "w2")),
     router="block_sparse_moe.gate.weight",
     named=ROPE
     | {
-        "intermediate_size": "expert_width", "num_local_experts": "experts",
-        "num_experts_per_tok": "experts_per_token", "sliding_window": "window",
+        "intermediate_size": "expert_width",
+        "num_local_experts": "experts",
+        "num_experts_per_tok": "experts_per_token",
+        "sliding_window": "window",
     },
     fixed=SPARSE | {"router_jitter_noise": 0.0},
     carried=COMMON,
     holds=frozenset({"window", "wide_heads", "scaled_rope"}),
     appends_shared=True,
-)  # fmt: skip
+)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 ASKED: Final = {
-    "dense_layers": "dense layers", "shared": "shared experts", "no_shared": "without shared experts",
-}  # fmt: skip
+    "dense_layers": "dense layers",
+    "shared": "shared experts",
+    "no_shared": "without shared experts",
+}
 """Facts of a mixture, each with the words for it in messages."""
 
 

@@ -12,17 +12,25 @@ from moemerge.families.mixture import Mixture
 from moemerge.families.selection import MOE_FAMILIES
 
 _SIZES: Final = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "head_dim": 16,
+}
 # Most models of these families have fewer peculiarities than their class's defaults.
 _PLAIN: Final[dict[str, dict[str, Any]]] = {
     "mistral": {"sliding_window": None},
     "granitemoehybrid": {"position_embedding_type": "rope"},
 }
 _DENSE_LAYERS: Final = {
-    "none": "none", "prefix": "the first ones", "outside": "before and after the others", "any": "any",
-}  # fmt: skip
+    "none": "none",
+    "prefix": "the first ones",
+    "outside": "before and after the others",
+    "any": "any",
+}
 _SHARED: Final = {"any": "any width", "multiple": "multiples of an expert", "one expert": "one, as wide as an expert"}
 
 

@@ -6,20 +6,26 @@ from moemerge.families.family import COMMON, ROPE, SPARSE, MoeFamily, Shared, se
 
 _EXPERTS: Final = separate("mlp.experts.{expert}")
 _NUMBERS: Final = {
-    "intermediate_size": "dense_width", "moe_intermediate_size": "expert_width", "num_experts": "experts",
+    "intermediate_size": "dense_width",
+    "moe_intermediate_size": "expert_width",
+    "num_experts": "experts",
     "num_experts_per_tok": "experts_per_token",
-}  # fmt: skip
+}
 _GATED: Final = Shared(separate("mlp.shared_expert"), "any", "zeros", "mlp.shared_expert_gate.weight")
 
 QWEN2_MOE: Final = MoeFamily(
-    "qwen2_moe", "Qwen2MoeForCausalLM",
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=ROPE
     | _NUMBERS
     | {
-        "shared_expert_intermediate_size": "shared_width", "mlp_only_layers": "dense_layers",
-        "use_sliding_window": "window_switch", "sliding_window": "window", "layer_types": "layer_types",
+        "shared_expert_intermediate_size": "shared_width",
+        "mlp_only_layers": "dense_layers",
+        "use_sliding_window": "window_switch",
+        "sliding_window": "window",
+        "layer_types": "layer_types",
     },
     # vLLM builds the biases whatever qkv_bias says.
     fixed=SPARSE | {"norm_topk_prob": True, "decoder_sparse_step": 1, "qkv_bias": True, "max_window_layers": 0},
@@ -29,9 +35,10 @@ QWEN2_MOE: Final = MoeFamily(
     dense_layers="any",
     extras=zero_biases("q", "k", "v"),
     in_gguf=False,
-)  # fmt: skip
+)
 QWEN3_MOE: Final = MoeFamily(
-    "qwen3_moe", "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
     # transformers 5 saves num_local_experts alone, which 4.57 does not read.
@@ -44,7 +51,7 @@ QWEN3_MOE: Final = MoeFamily(
     holds=frozenset({"qk_norm", "qkv_bias", "output_bias", "wide_heads", "scaled_rope"}),
     needs_qk_norm=True,
     dense_layers="any",
-)  # fmt: skip
+)
 QWEN3_5_MOE: Final = MoeFamily(
     "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
     experts={"mlp.experts.gate_up_proj": ("gate", "up"), "mlp.experts.down_proj": ("down",)},
@@ -65,19 +72,21 @@ QWEN3_5_MOE: Final = MoeFamily(
     in_gguf=False,
 )  # fmt: skip
 MELLUM: Final = MoeFamily(
-    "mellum", "MellumForCausalLM",
+    "mellum",
+    "MellumForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=_NUMBERS
     | {
-        "rope_parameters": "rope_by_kind", "mlp_layer_types": "mlp_layer_types", "layer_types": "layer_types",
-        "sliding_window": "some_window", "attention_bias": "qkv_bias",
+        "rope_parameters": "rope_by_kind",
+        "mlp_layer_types": "mlp_layer_types",
+        "layer_types": "layer_types",
+        "sliding_window": "some_window",
+        "attention_bias": "qkv_bias",
     },
     fixed={"norm_topk_prob": True},
     carried=tuple(key for key in COMMON if not key.startswith("rope_")),
-    holds=frozenset(
-        {"qk_norm", "qkv_bias", "output_bias", "window", "mixed_attention", "wide_heads", "scaled_rope"}
-    ),
+    holds=frozenset({"qk_norm", "qkv_bias", "output_bias", "window", "mixed_attention", "wide_heads", "scaled_rope"}),
     needs_qk_norm=True,
     dense_layers="any",
-)  # fmt: skip
+)

@@ -49,9 +49,12 @@ class Choice:
 
 
 def select_family(
-    base: DenseModel, mixture: Mixture, architecture: str | None = None, engine: Engine | None = None,
+    base: DenseModel,
+    mixture: Mixture,
+    architecture: str | None = None,
+    engine: Engine | None = None,
     preferred: Engine | None = None,
-) -> Choice:  # fmt: skip
+) -> Choice:
     """Choose the output family for a mixture of models that compute like `base`.
 
     Of those that hold it exactly, the choice is the one that most of transformers 4.57, vLLM and llama.cpp read
@@ -70,9 +73,11 @@ def select_family(
     asked = (architecture or "").lower()
     notes = [_DEEPSEEK] if asked == "deepseek" else []
     asked = "" if notes else _MERGEKIT_NAMES.get(asked, asked)
-    candidates = [MOE_FAMILIES[asked]] if asked in MOE_FAMILIES else [
-        family for name, family in MOE_FAMILIES.items() if name.startswith(asked)
-    ]  # fmt: skip
+    candidates = (
+        [MOE_FAMILIES[asked]]
+        if asked in MOE_FAMILIES
+        else [family for name, family in MOE_FAMILIES.items() if name.startswith(asked)]
+    )
     if not candidates:
         known = ", ".join(MOE_FAMILIES)
         raise IncompatibleError(f"architecture: {architecture!r} is no output family; known: {known}.", [])

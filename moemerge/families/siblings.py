@@ -8,12 +8,15 @@ _EXPERTS: Final = separate("mlp.experts.{expert}")
 _BIASES: Final = frozenset({"qkv_bias", "output_bias"})
 
 FLEX_OLMO: Final = MoeFamily(
-    "flex_olmo", "FlexOlmoForCausalLM",
+    "flex_olmo",
+    "FlexOlmoForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=ROPE
     | {
-        "intermediate_size": "expert_width", "num_experts": "experts", "num_experts_per_tok": "experts_per_token",
+        "intermediate_size": "expert_width",
+        "num_experts": "experts",
+        "num_experts_per_tok": "experts_per_token",
         "attention_bias": "qkv_bias",
     },
     fixed=SPARSE | {"norm_topk_prob": True},
@@ -21,16 +24,21 @@ FLEX_OLMO: Final = MoeFamily(
     blocks=("olmo2",),
     holds=_BIASES | {"scaled_rope"},
     in_gguf=False,
-)  # fmt: skip
+)
 ERNIE4_5_MOE: Final = MoeFamily(
-    "ernie4_5_moe", "Ernie4_5_MoeForCausalLM",
+    "ernie4_5_moe",
+    "Ernie4_5_MoeForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.weight",
     named=ROPE
     | {
-        "intermediate_size": "dense_width", "moe_intermediate_size": "expert_width", "moe_num_experts": "experts",
-        "moe_k": "experts_per_token", "moe_num_shared_experts": "shared_count",
-        "moe_layer_start_index": "first_moe_layer", "moe_layer_end_index": "last_moe_layer",
+        "intermediate_size": "dense_width",
+        "moe_intermediate_size": "expert_width",
+        "moe_num_experts": "experts",
+        "moe_k": "experts_per_token",
+        "moe_num_shared_experts": "shared_count",
+        "moe_layer_start_index": "first_moe_layer",
+        "moe_layer_end_index": "last_moe_layer",
     },
     fixed=SPARSE | {"moe_layer_interval": 1, "moe_norm_min": 1e-12, "use_bias": False},
     carried=COMMON,
@@ -40,23 +48,28 @@ ERNIE4_5_MOE: Final = MoeFamily(
     dense_layers="outside",
     selection_bias="mlp.moe_statics.e_score_correction_bias",
     bias_axes=("1", "experts"),
-)  # fmt: skip
+)
 HUNYUAN_V1_MOE: Final = MoeFamily(
-    "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM",
+    "hunyuan_v1_moe",
+    "HunYuanMoEV1ForCausalLM",
     experts=_EXPERTS,
     router="mlp.gate.wg.weight",
     named=ROPE
     | {
-        "intermediate_size": "expert_width", "moe_intermediate_size": "by_layer.expert_width", "num_experts": "experts",
-        "moe_topk": "by_layer.experts_per_token", "num_shared_expert": "by_layer.shared_count",
-        "attention_bias": "qkv_bias", "attention_head_dim": "head_dim",
+        "intermediate_size": "expert_width",
+        "moe_intermediate_size": "by_layer.expert_width",
+        "num_experts": "experts",
+        "moe_topk": "by_layer.experts_per_token",
+        "num_shared_expert": "by_layer.shared_count",
+        "attention_bias": "qkv_bias",
+        "attention_head_dim": "head_dim",
     },
     fixed={"use_mixed_mlp_moe": True, "use_qk_norm": True},
     carried=COMMON,
     blocks=("hunyuan",),
     holds=_BIASES | {"wide_heads", "scaled_rope"},
     shared=Shared(separate("mlp.shared_mlp"), "one expert", "zeros"),
-)  # fmt: skip
+)
 LFM2_MOE: Final = MoeFamily(
     "lfm2_moe", "Lfm2MoeForCausalLM",
     experts=separate("feed_forward.experts.{expert}", ("w1", "w3", "w2")),

@@ -78,7 +78,7 @@ def merge_to_gguf(
 
 def _write(
     work: Work, model: GgufModel, tensors: Sequence[GgufTensor], stage: Path, *, shard: Shard, tally: Tally
-) -> "RoutingReport":  # fmt: skip
+) -> "RoutingReport":
     """Write what does not wait for routers while they are computed, then the rest."""
     plan, options = work.plan, work.options
     # What does not fit into the plan's own dtype is the config's to change.

@@ -66,9 +66,14 @@ class Work:
             shutil.rmtree(folder / _SOURCES, ignore_errors=True)
 
     def writer(
-        self, folder: Path, shards: Sequence[Shard], tally: "Tally", *, kept: Collection[str] = (),
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        tally: "Tally",
+        *,
+        kept: Collection[str] = (),
         completed: Callable[[Shard], None] = lambda _: None,
-    ) -> ShardWriter:  # fmt: skip
+    ) -> ShardWriter:
         """What writes shards."""
         return ShardWriter(
             folder,
@@ -86,9 +91,13 @@ class Work:
         """Compute them."""
         options = self.options
         return init_routers(
-            self.plan.router_request, seed=options.seed, device=options.device, base_bits=options.base_bits,
-            low_memory=options.low_memory, progress=progress,
-        )  # fmt: skip
+            self.plan.router_request,
+            seed=options.seed,
+            device=options.device,
+            base_bits=options.base_bits,
+            low_memory=options.low_memory,
+            progress=progress,
+        )
 
     def init_routers_beside(self, writer: ShardWriter, tally: "Tally") -> Routers:
         """Compute them while a writer is at work; where that fails, this ends after the layer."""

@@ -24,9 +24,14 @@ _CONFIGURATION: Final = "## Configuration"
 
 
 def write_card(
-    folder: Path, name: str, plan: MergePlan, report: "RoutingReport", licence: str | None = None, *,
+    folder: Path,
+    name: str,
+    plan: MergePlan,
+    report: "RoutingReport",
+    licence: str | None = None,
+    *,
     notes: Sequence[str] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Write `README.md` with the Hub's metadata into `folder`; name, licence and notes are the merged model's."""
     body = _body(name, plan, report, [*plan.family_notes, *notes])
     _save(folder, plan, licence, body)
@@ -179,7 +184,7 @@ def without_section(text: str, name: str) -> str:
 
 def loss_table(
     head: str, domains: Sequence[str], losses: Mapping[str, Mapping[str, "Estimate"]], means: Mapping[str, float]
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Write a Markdown table with a row per entry: losses in nats per token by domain, intervals, and their mean."""
     lines = [f"| {head} | {' | '.join(map(as_text, domains))} | mean |", "|---" * (len(domains) + 2) + "|"]
     for row, found in losses.items():
@@ -210,8 +215,11 @@ def _evaluation(found: "Evaluation") -> str:
             f"{mean_share.value:.2f}{mean_share.interval}.",
         ]
     heads = " | ".join(f"to {as_text(name)}" for name in found.experts)
-    lines += ["", f"| tokens of | right expert first | {heads} | first choice's weight |",
-              "|---" * (len(found.experts) + 3) + "|"]  # fmt: skip
+    lines += [
+        "",
+        f"| tokens of | right expert first | {heads} | first choice's weight |",
+        "|---" * (len(found.experts) + 3) + "|",
+    ]
     for name, routing in found.routing.items():
         right = "" if routing.accuracy is None else f"{routing.accuracy:.1%}"
         loads = " | ".join(f"{share:.1%}" for share in routing.load)

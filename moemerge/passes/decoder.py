@@ -51,9 +51,13 @@ class Batch:
 
 
 def empty_model(
-    model_type: str, keys: Mapping[str, Any], device: torch.device, *, head: bool = False,
+    model_type: str,
+    keys: Mapping[str, Any],
+    device: torch.device,
+    *,
+    head: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> Any:  # fmt: skip
+) -> Any:
     """Make a decoder, or with `head` a causal language model, without weights; weights to be loaded become `dtype`.
 
     Its buffers, such as rotary frequencies and selection biases, are real, on the device, and float32. It is not made
@@ -101,9 +105,14 @@ def group(sequences: Sequence[_Sequence], length: Callable[[_Sequence], int], bu
 
 
 def embed(
-    decoder: Any, norm: str, sequences: Sequence[Ids], read_rows: Callable[[list[int]], torch.Tensor], *,
-    device: torch.device, dtype: torch.dtype,
-) -> Batch:  # fmt: skip
+    decoder: Any,
+    norm: str,
+    sequences: Sequence[Ids],
+    read_rows: Callable[[list[int]], torch.Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Batch:
     """Run everything before the layers, recording what the decoder would pass to each of them.
 
     Args:
@@ -119,9 +128,12 @@ def embed(
     length = max(map(len, sequences))
     padded = [[place[token] for token in ids] + [0] * (length - len(ids)) for ids in sequences]
     batch = Batch(
-        torch.tensor(padded, device=device), read_rows(tokens).to(device=device, dtype=dtype), torch.empty(0), {},
+        torch.tensor(padded, device=device),
+        read_rows(tokens).to(device=device, dtype=dtype),
+        torch.empty(0),
+        {},
         tuple(map(len, sequences)),
-    )  # fmt: skip
+    )
     embedded: list[torch.Tensor] = []
 
     def recorder(index: int) -> Any:

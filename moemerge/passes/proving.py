@@ -22,14 +22,18 @@ RESULT: Final = "proof.json"
 _TEXTS: Final = (
     "The quick brown fox jumps over the lazy dog.",
     "  two spaces before,\n\n  and\tbetween  words \r\n and behind  ",
-    " a", "a", "", "\n", "▁x_y",
+    " a",
+    "a",
+    "",
+    "\n",
+    "▁x_y",
     "I'm sure WE'LL say it's 3.14, 1,000 or 20240229; don't you?",
     "def f(x):\n    return {'a': [x**2 for x in range(10)]}  # <b>\n\n\n\tdone()",
     "Größe naïve cafe\u0301 ½ ﬁ Straße Привет, мир! Ελλάδα",
     "你好,世界。 こんにちは 안녕하세요 مرحبا नमस्ते क्षि ไทย",
     "🙂🚀 👩\u200d👩\u200d👧 \u00a0\u2009\ufeff\x07",
     "<s>[INST] hi [/INST]</s> <|im_start|>user\nhi<|im_end|><bos><unk><pad><|endoftext|>",
-)  # fmt: skip
+)
 _MOST_ADDED: Final = 200
 _NAMED: Final = ("bos_token", "eos_token", "pad_token")
 _SIDES: Final = ("padding_side", "truncation_side")

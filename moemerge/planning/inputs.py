@@ -32,9 +32,14 @@ class Parts:
 
 
 def take_parts(
-    config: MergeConfig, mixture: Mixture, base: DenseModel, models: Sequence[tuple[str, DenseModel]], *,
-    tables: Mapping[str, dict[str, TensorInfo]], dtype: str,
-) -> Parts:  # fmt: skip
+    config: MergeConfig,
+    mixture: Mixture,
+    base: DenseModel,
+    models: Sequence[tuple[str, DenseModel]],
+    *,
+    tables: Mapping[str, dict[str, TensorInfo]],
+    dtype: str,
+) -> Parts:
     """Mix what is shared, and fold norms, as the config asks.
 
     Args:

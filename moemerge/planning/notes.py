@@ -52,9 +52,11 @@ def output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list
     notes = _value_notes(pieces, dtype)
     zeros = sum(
         piece.nbytes
-        for output in outputs.values() if output.is_expert
-        for piece in output.pieces if isinstance(piece.source, Fill)
-    )  # fmt: skip
+        for output in outputs.values()
+        if output.is_expert
+        for piece in output.pieces
+        if isinstance(piece.source, Fill)
+    )
     if zeros:
         notes.append(
             f"{shown_bytes(zeros)} of the output are zeros: of experts narrower than others, or absent from layers"

@@ -21,9 +21,11 @@ from moemerge.planning.tensors import Assembled
 
 # What a stamp holds, in words.
 _STAMPED: Final = {
-    "size": "size", "modified": "time of writing", "changed": "time of a change of content, links or permissions",
+    "size": "size",
+    "modified": "time of writing",
+    "changed": "time of a change of content, links or permissions",
     "inode": "inode",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,7 @@ def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Ass
     base, parts, opened = models.base.model, assembled.parts, models.by_reference
     experts = models.routed(parts.experts)
     return Origins(
-        stamps=MappingProxyType(
-            {path: stamp for folder in opened.values() for path, stamp in folder.stamps.items()}
-        ),
+        stamps=MappingProxyType({path: stamp for folder in opened.values() for path, stamp in folder.stamps.items()}),
         references=MappingProxyType(
             {
                 leaf.path: opened[name].name_of(leaf.path)
@@ -95,7 +95,7 @@ def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Ass
             *(tensor for tensor in parts.base.values() if isinstance(tensor.path, Derived) and tensor.path.rereads),
             *_repeated(assembled.outputs),
         ),
-    )  # fmt: skip
+    )
 
 
 def _repeated(outputs: Mapping[str, Output]) -> Iterator[TensorInfo]:

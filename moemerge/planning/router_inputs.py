@@ -43,9 +43,14 @@ def base_ffn_layers(config: MergeConfig, mixture: Mixture, base: DenseModel, *, 
 
 
 def router_reads(
-    config: MergeConfig, mixture: Mixture, base: DenseModel, base_tensors: Mapping[str, TensorInfo],
-    experts: Sequence[tuple[DenseModel, Mapping[str, TensorInfo]]], *, runs_base: bool,
-) -> Iterator[TensorInfo]:  # fmt: skip
+    config: MergeConfig,
+    mixture: Mixture,
+    base: DenseModel,
+    base_tensors: Mapping[str, TensorInfo],
+    experts: Sequence[tuple[DenseModel, Mapping[str, TensorInfo]]],
+    *,
+    runs_base: bool,
+) -> Iterator[TensorInfo]:
     """What of the models' weights is read to make the routers, most of it more than once."""
     last = max(mixture.moe_layers)
     layers = [layer_prefix(layer) for layer in range(last + 1)] if runs_base else []

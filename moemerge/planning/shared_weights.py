@@ -25,8 +25,13 @@ from moemerge.families.dense import DenseModel
 Tensors = Mapping[str, TensorInfo]
 # What attention computes with: where it differs, weights do not mean the same.
 _SAME: Final = (
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "norm_eps",
-)  # fmt: skip
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "norm_eps",
+)
 _SAME_VALUES: Final = (
     "rope_with_part", "layer_rope_theta", "positions", "attention_multiplier", "embedding_multiplier",
     "residual_multiplier", "logits_scaling", "layer_types", "window", "no_rope_layers",
@@ -34,9 +39,12 @@ _SAME_VALUES: Final = (
 
 
 def share_weights(
-    settings: SharedWeights, base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]],
+    settings: SharedWeights,
+    base: DenseModel,
+    tensors: Tensors,
+    experts: Sequence[tuple[str, DenseModel, Tensors]],
     dtype: str,
-) -> tuple[dict[str, TensorInfo], list[str]]:  # fmt: skip
+) -> tuple[dict[str, TensorInfo], list[str]]:
     """The base's tensors, those that are shared replaced by what is made of all models'; and notes for the user.
 
     Embeddings and head stay the base's where a vocabulary differs, and so do the FFNs of layers without experts.
@@ -87,9 +95,7 @@ def _inside(base: DenseModel) -> list[str]:
     return [name for layer in range(base.layers) for name in base.tensors(layer)] + [base.family.last]
 
 
-def _differences(
-    base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]
-) -> list[str]:  # fmt: skip
+def _differences(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]) -> list[str]:
     """Why attention and norms cannot be mixed."""
     problems = [
         f"shared_weights: {name}: {key} is {theirs!r}, but the base model's is {ours!r}, so their attention cannot be "
@@ -126,9 +132,7 @@ def _settings(model: DenseModel, base: DenseModel) -> Iterator[tuple[str, Any, A
     yield "the offset of its norms", model.family.norm_offset, base.family.norm_offset
 
 
-def _derive(
-    settings: SharedWeights, base: TensorInfo, experts: Sequence[TensorInfo], dtype: str
-) -> TensorInfo:  # fmt: skip
+def _derive(settings: SharedWeights, base: TensorInfo, experts: Sequence[TensorInfo], dtype: str) -> TensorInfo:
     given = settings.weights or [1.0] * len(experts)
     weights = [weight / sum(given) for weight in given]
     recipe_key = repr((settings.model_dump(), base.name))

@@ -69,10 +69,8 @@ def _assembly(config: MergeConfig, models: Models, shape: Shape, parts: Parts, d
     every_expert = [*config.experts, *config.shared_experts]
     sources = [
         Source(member.model, tensors, scale, expert.noise_scale or 0.0)
-        for expert, member, tensors, scale in zip(
-            every_expert, models.every_expert, parts.experts, scales, strict=True
-        )
-    ]  # fmt: skip
+        for expert, member, tensors, scale in zip(every_expert, models.every_expert, parts.experts, scales, strict=True)
+    ]
     routed = len(config.experts)
     return Assembly(
         family=family,

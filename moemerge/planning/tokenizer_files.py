@@ -25,9 +25,12 @@ _VOCABULARIES: Final = (
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 _SMALL_TABLES: Final = (
-    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.json",
-)  # fmt: skip
+)
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _MADE: Final = ("tokenizer.json", TOKENIZER_CONFIG)
 # Classes by which tokenizer.json is read as it is.

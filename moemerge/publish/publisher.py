@@ -243,10 +243,8 @@ class Publisher:
 
     def _commit(self, message: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> None:
         self._ask(
-            lambda: self._api.create_commit(
-                self._to.repo, operations, commit_message=message, revision=self.revision
-            )
-        )  # fmt: skip
+            lambda: self._api.create_commit(self._to.repo, operations, commit_message=message, revision=self.revision)
+        )
 
     def _ask(self, action: Callable[[], Result]) -> Result:
         """Ask the Hub again as long as it answers that there were too many requests, and to wait."""

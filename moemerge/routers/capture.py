@@ -77,25 +77,29 @@ def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
 
 def _embedded(
     model: Any, groups: Sequence[Sequence[EncodedPrompt]], request: PassRequest, dtype: torch.dtype
-) -> list[Batch]:  # fmt: skip
+) -> list[Batch]:
     """The prompts of each group as they enter the first layer."""
     family = request.base.family
     norm = family.last.removeprefix("model.").removesuffix(".weight")
     embeddings = request.tensors[family.embeddings]
     batches = [
         embed(
-            model, norm, [prompt.ids for prompt in part],
-            lambda ids: torch.from_numpy(read_rows(embeddings, ids)), device=request.device, dtype=dtype,
+            model,
+            norm,
+            [prompt.ids for prompt in part],
+            lambda ids: torch.from_numpy(read_rows(embeddings, ids)),
+            device=request.device,
+            dtype=dtype,
         )
         for part in groups
-    ]  # fmt: skip
+    ]
     _check_finite("the embeddings", batches, [embeddings])
     return batches
 
 
 def _check_finite(
     place: str, batches: Sequence[Batch], tensors: Iterable[TensorInfo], inputs: torch.Tensor | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Refuse what a part of the model, made of these tensors, gives, where it is not finite."""
     if all(batch.is_finite for batch in batches) and (inputs is None or inputs.isfinite().all()):
         return
@@ -133,9 +137,13 @@ def _stored(layer: Any, request: PassRequest, index: int, *, skip_ffn: bool) -> 
 
 
 def _place(  # noqa: PLR0917
-    layer: Any, name: str, tensor: TensorInfo, room: dict[str, torch.Tensor], request: PassRequest,
+    layer: Any,
+    name: str,
+    tensor: TensorInfo,
+    room: dict[str, torch.Tensor],
+    request: PassRequest,
     dtype: torch.dtype,
-) -> None:  # fmt: skip
+) -> None:
     """Read a tensor straight to its device, into the room that the layer before had for it."""
     if name not in room or room[name].shape != tensor.shape:
         room[name] = torch.empty(tensor.shape, device=request.device, dtype=dtype)
@@ -154,9 +162,16 @@ def _place(  # noqa: PLR0917
 
 
 def _run(  # noqa: PLR0917
-    layer: Any, batch: Batch, index: int, ffn_module: str, counted: torch.Tensor, place: torch.Tensor,
-    first_place: torch.Tensor, *, stop_at_ffn: bool,
-) -> None:  # fmt: skip
+    layer: Any,
+    batch: Batch,
+    index: int,
+    ffn_module: str,
+    counted: torch.Tensor,
+    place: torch.Tensor,
+    first_place: torch.Tensor,
+    *,
+    stop_at_ffn: bool,
+) -> None:
     """Pass a batch through a layer; the states that enter its FFN are kept as float32.
 
     Those of tokens that count (counted token, hidden) go to `place`, those of first tokens (prompt, hidden) to

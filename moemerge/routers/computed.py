@@ -26,9 +26,15 @@ from moemerge.routers.rows import Rows
     "--device; gate_mode random without prompts needs no pass."
 )
 def compute_routers(
-    request: RouterRequest, made: Mapping[int, Rows] | None, *, seed: int, device: str,
-    progress: Callable[[int, int], None], base_bits: Literal[4, 8] | None, low_memory: bool,
-) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:  # fmt: skip
+    request: RouterRequest,
+    made: Mapping[int, Rows] | None,
+    *,
+    seed: int,
+    device: str,
+    progress: Callable[[int, int], None],
+    base_bits: Literal[4, 8] | None,
+    low_memory: bool,
+) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:
     """By layer the rows (expert, hidden) and gates (1, hidden) as they are stored, and what the rows do with prompts.
 
     Rows that are already made are only routed by; None makes those of the config's method. See `init_routers`.
@@ -37,9 +43,18 @@ def compute_routers(
     context = base.config["max_position_embeddings"]
     prompts = encode_prompts(request.folder, config, context, seed, shared_gate=request.shared_gate)
     asked = PassRequest(
-        base, request.tensors, request.mixture, request.scoring, prompts, find_device(device), config.router,
-        request.experts, entering=method.like_mergekit, base_bits=base_bits, low_memory=low_memory,
-    )  # fmt: skip
+        base,
+        request.tensors,
+        request.mixture,
+        request.scoring,
+        prompts,
+        find_device(device),
+        config.router,
+        request.experts,
+        entering=method.like_mergekit,
+        base_bits=base_bits,
+        low_memory=low_memory,
+    )
     stored_dtype: torch.dtype = getattr(torch, request.dtype)
     layers, gates, routings = {}, {}, []
     last = request.mixture.moe_layers[-1] + 1

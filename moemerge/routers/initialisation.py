@@ -29,9 +29,14 @@ class Routers:
 
 
 def init_routers(
-    request: RouterRequest, *, seed: int, device: str, progress: Callable[[int, int], None],
-    base_bits: Literal[4, 8] | None = None, low_memory: bool = False,
-) -> Routers:  # fmt: skip
+    request: RouterRequest,
+    *,
+    seed: int,
+    device: str,
+    progress: Callable[[int, int], None],
+    base_bits: Literal[4, 8] | None = None,
+    low_memory: bool = False,
+) -> Routers:
     """Compute the routers of a merge and the table of what they do with its prompts.
 
     Args:

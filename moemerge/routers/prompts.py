@@ -24,7 +24,7 @@ _ANY_TEXT: Final = (
     "    make && make install\n\nfor (int i = 0; i < n; i++) { sum += values[i]; }\nreturn sum / n",
     "The area of a circle of radius r is pi * r^2. If r = 3, it is about 28.27; how large is the circumference?",
     "Le soir, ils parlaient de leur voyage. Die Stadt liegt an einem Fluss. La casa es pequeña y blanca.",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,15 @@ class EncodedPrompt:
 
 
 def encode_prompts(
-    folder: Path, config: MergeConfig, max_tokens: int, seed: int, *, shared_gate: bool = False,
-    special_tokens: bool = True, prompts_only: bool = False,
-) -> tuple[EncodedPrompt, ...]:  # fmt: skip
+    folder: Path,
+    config: MergeConfig,
+    max_tokens: int,
+    seed: int,
+    *,
+    shared_gate: bool = False,
+    special_tokens: bool = True,
+    prompts_only: bool = False,
+) -> tuple[EncodedPrompt, ...]:
     """Encode what a config says of its experts; special tokens are added as the tokenizer does, but do not count.
 
     Args:

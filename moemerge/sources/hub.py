@@ -32,9 +32,7 @@ SMALL_FILES: Final = [
 ]  # fmt: skip
 
 
-def fetch_small_files(
-    reference: Reference, announce: Callable[[str], None], *, also: Sequence[str] = ()
-) -> Path:  # fmt: skip
+def fetch_small_files(reference: Reference, announce: Callable[[str], None], *, also: Sequence[str] = ()) -> Path:
     """Download everything but the weights; returns the snapshot's folder, which is named after the commit.
 
     Args:

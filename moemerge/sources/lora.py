@@ -42,16 +42,21 @@ _WHOLE: Final = re.compile(r"(?:base_layer\.|modules_to_save\.default\.)?(weight
 _LAYERS: Final = ("model.layers.", "layers.")
 # PEFT's settings that change more than such a sum, or change the base model too, with what they are called.
 _REFUSED: Final = {
-    "use_qalora": "it pools its inputs", "alora_invocation_tokens": "it is active in a part of the text",
-    "target_parameters": "it targets stacked experts", "layer_replication": "it repeats layers",
-    "use_bdlora": "its factors are blocks", "monteclora_config": "it samples",
-    "arrow_config": "it chooses between adapters", "kasa_config": "it has more than two factors",
-}  # fmt: skip
+    "use_qalora": "it pools its inputs",
+    "alora_invocation_tokens": "it is active in a part of the text",
+    "target_parameters": "it targets stacked experts",
+    "layer_replication": "it repeats layers",
+    "use_bdlora": "its factors are blocks",
+    "monteclora_config": "it samples",
+    "arrow_config": "it chooses between adapters",
+    "kasa_config": "it has more than two factors",
+}
 # Changes to one module other than such a sum, by how the names of their tensors begin within the module.
 _INEXACT: Final = {
-    "lora_embedding_": "it adds factors that embeddings have", "token_adapter.": "it trains single tokens",
+    "lora_embedding_": "it adds factors that embeddings have",
+    "token_adapter.": "it trains single tokens",
     "lora_B.bias": "it trains a bias of its own",
-}  # fmt: skip
+}
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -122,9 +127,7 @@ def _read(adapter: Adapter) -> dict[str, TensorInfo]:
     return read_pickle(path) if name.endswith(".bin") else read_header(path)
 
 
-def _modules(
-    found: Iterable[TensorInfo], tensors: Mapping[str, TensorInfo]
-) -> dict[str, dict[str, TensorInfo]]:  # fmt: skip
+def _modules(found: Iterable[TensorInfo], tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     """Group the adapter's tensors by module of the base model, or of what it lacks, and by their name within that."""
     own = {name.rpartition(".")[0] for name in tensors}
     modules: dict[str, dict[str, TensorInfo]] = {}
@@ -199,9 +202,7 @@ def _merged(
     return merged
 
 
-def _merge(
-    adapter: Adapter, module: str, weight: TensorInfo, parts: Mapping[str, TensorInfo]
-) -> TensorInfo:  # fmt: skip
+def _merge(adapter: Adapter, module: str, weight: TensorInfo, parts: Mapping[str, TensorInfo]) -> TensorInfo:
     lost = sorted({"lora_A", "lora_B"} - parts.keys())
     if lost:
         raise SourceError(f"{adapter.reference}: has no {lost[0]} for {module}.")

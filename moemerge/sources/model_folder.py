@@ -175,9 +175,12 @@ def read_tensor_table(
 
 
 def read_tensor_tables(
-    models: Iterable[ModelFolder], announce: Announce, *, weights: Literal["download", "stream"] = "download",
+    models: Iterable[ModelFolder],
+    announce: Announce,
+    *,
+    weights: Literal["download", "stream"] = "download",
     dense: bool = False,
-) -> list[dict[str, TensorInfo]]:  # fmt: skip
+) -> list[dict[str, TensorInfo]]:
     """Read the tensor tables of several models; a model that comes with several adapters is read once.
 
     Args:
@@ -209,7 +212,7 @@ def read_tensor_tables(
 
 def _read_weights(
     model: ModelFolder, announce: Announce, weights: Literal["download", "stream"]
-) -> dict[str, TensorInfo]:  # fmt: skip
+) -> dict[str, TensorInfo]:
     named = weights_named(model.config)
     if isinstance(model.origin, Reference):
         from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
@@ -248,9 +251,12 @@ def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, TensorIn
 
 
 def fetch_if_room(
-    models: Mapping[str, ModelFolder], tables: Mapping[str, dict[str, TensorInfo]], *,
-    beside: tuple[Path | None, int], announce: Announce,
-) -> dict[str, dict[str, TensorInfo]]:  # fmt: skip
+    models: Mapping[str, ModelFolder],
+    tables: Mapping[str, dict[str, TensorInfo]],
+    *,
+    beside: tuple[Path | None, int],
+    announce: Announce,
+) -> dict[str, dict[str, TensorInfo]]:
     """Download the weights of those models that are on the Hub, if the cache's disk has space for all of them.
 
     Args:

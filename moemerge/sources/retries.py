@@ -86,9 +86,11 @@ class Patience:
 
 
 def patiently(
-    what: object, announce: Callable[[str], None], action: Callable[[], Result],
+    what: object,
+    announce: Callable[[str], None],
+    action: Callable[[], Result],
     statuses: Collection[int] = _MAY_PASS,
-) -> Result:  # fmt: skip
+) -> Result:
     """Ask the Hub again where it is too busy or fails; a missing network is not waited for."""
     patience = Patience(what, announce, _FEW_TRIES)
     while True:

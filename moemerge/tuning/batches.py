@@ -30,9 +30,12 @@ class Batches:
 
     @classmethod
     def cut(
-        cls, mixture: MixtureModel, training: Mapping[str, Sequence[str]], held_out: Mapping[str, Sequence[str]],
+        cls,
+        mixture: MixtureModel,
+        training: Mapping[str, Sequence[str]],
+        held_out: Mapping[str, Sequence[str]],
         settings: Settings,
-    ) -> "Batches":  # fmt: skip
+    ) -> "Batches":
         """Divide documents into windows, and these into steps that hold some of every domain.
 
         Raises:

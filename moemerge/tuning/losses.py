@@ -24,9 +24,7 @@ def cross_entropy(windows: Sequence[Window], logits: torch.Tensor) -> torch.Tens
     return torch.stack(losses)
 
 
-def distillation_loss(
-    windows: Sequence[Window], logits: torch.Tensor, teachers: Sequence[Predictions]
-) -> torch.Tensor:  # fmt: skip
+def distillation_loss(windows: Sequence[Window], logits: torch.Tensor, teachers: Sequence[Predictions]) -> torch.Tensor:
     """KL(teacher || mixture) in nats, summed over each window's tokens that are scored: (window,).
 
     Args:

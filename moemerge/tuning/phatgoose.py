@@ -59,7 +59,7 @@ def open_sources(context: TuningContext) -> list[Runnable]:
 
 def stack_gates(
     context: TuningContext, sources: Sequence[Runnable], training: Documents, held_out: Documents, batches: Batches
-) -> State:  # fmt: skip
+) -> State:
     """Make rows of single experts' gates, and judge them on held-out text.
 
     Args:
@@ -110,7 +110,7 @@ def _changes(config: MergeConfig) -> list[str]:
 
 def _train_all(
     context: TuningContext, base: Runnable, experts: Sequence[Runnable], training: Documents, held_out: Documents
-) -> dict[int, torch.Tensor]:  # fmt: skip
+) -> dict[int, torch.Tensor]:
     """Train the gates of all experts, one after the other; returns them by layer (expert, hidden)."""
     mixture, found = context.mixture, []
     model: Any = None
@@ -145,7 +145,7 @@ def _load(context: TuningContext, base: Runnable) -> Any:
 
 def _train(
     context: TuningContext, name: str, model: Any, ffns: Mapping[int, torch.nn.Module], batches: Batches
-) -> dict[int, torch.Tensor]:  # fmt: skip
+) -> dict[int, torch.Tensor]:
     """Train the gate of one expert, whose FFNs these are; returns it by layer (hidden,)."""
     settings, device = context.settings, context.processes.device
     mixed = {}
@@ -236,7 +236,7 @@ def _ffns(expert: Runnable, layers: Sequence[int], context: TuningContext) -> di
 
 def _rows(
     context: TuningContext, student: Student, gates: Mapping[int, torch.Tensor], texts: Texts
-) -> dict[int, torch.Tensor]:  # fmt: skip
+) -> dict[int, torch.Tensor]:
     """Make rows (expert, hidden) by layer: gates standardised as in the paper's section 3.2, under a scale of our own.
 
     The scale is fitted to the student's router inputs on texts (of every expert) whose expert is known.
@@ -268,7 +268,7 @@ def _rows(
         mine = targets[:, present].sum(dim=1) > 0
         found = standardised_rows(
             gates[layer][present], torch.cat(kept)[mine], targets[mine][:, present], weights[mine]
-        )  # fmt: skip
+        )
         if student.mixture.family.scoring == "sigmoid":
             found = found - lowering(torch.cat(kept + beginnings[layer]))
         rows[layer][present] = found
@@ -277,7 +277,7 @@ def _rows(
 
 def standardised_rows(
     gates: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Make rows (expert, hidden) of a softmax router from sigmoid gates (expert, hidden).
 
     Args:

@@ -118,15 +118,19 @@ def open_processes(device: str) -> Processes:
         # Without this, the settings of an earlier call stay.
         AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  there is no other way
     accelerator = Accelerator(
-        cpu=found.type == "cpu", mixed_precision=asked if found.type == "cpu" else "bf16",
+        cpu=found.type == "cpu",
+        mixed_precision=asked if found.type == "cpu" else "bf16",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)] if count > 1 else [],
-    )  # fmt: skip
+    )
     if accelerator.distributed_type.name not in _WHOLE:
         raise RefusedError(
             f"accelerate: {accelerator.distributed_type.name} divides the model, which tune does not: every process "
             "holds all of it. Use --multi_gpu, or see docs/tuning.md."
         )
     return Processes(
-        accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device,
+        accelerator,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
         torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32,
-    )  # fmt: skip
+    )

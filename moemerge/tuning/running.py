@@ -31,9 +31,17 @@ from moemerge.tuning.writing import CARD, check_room, check_writable, gate_tenso
 
 
 def run(
-    folder: Path | str, training: Documents, held_out: Documents, settings: Settings, *, copy: Path | None,
-    device: str, resume: bool, progress: Callable[[str, int, int], None], announce: Callable[[str], None],
-) -> TuningResult | None:  # fmt: skip
+    folder: Path | str,
+    training: Documents,
+    held_out: Documents,
+    settings: Settings,
+    *,
+    copy: Path | None,
+    device: str,
+    resume: bool,
+    progress: Callable[[str, int, int], None],
+    announce: Callable[[str], None],
+) -> TuningResult | None:
     """Tune the model on documents as `moemerge.tuning.tuner.tune` does."""
     mixture, processes = open_mixture(folder), open_processes(device)
     if not processes.first:
@@ -186,20 +194,27 @@ def _found(context: TuningContext, state: State, batches: Batches, copy: Path | 
         notes.append("the gain may be chance, for its interval reaches down to 0: more documents make it narrower")
     notes += [f"{copy}: not written"] if copy and not improved else []
     found = TuningResult(
-        str(copy if copy and improved else context.mixture.folder), context.settings.method, improved, state.best_step,
-        state.step, state.before, state.best, gain,
+        str(copy if copy and improved else context.mixture.folder),
+        context.settings.method,
+        improved,
+        state.best_step,
+        state.step,
+        state.before,
+        state.best,
+        gain,
         {name: difference({name: before[name]}, {name: after[name]}) for name in before},
         tuple(name for name in context.mixture.experts if name not in texts.domains),
         {name: count_scored(mine) for name, mine in windows.items()},
         {name: len({window.document for window in mine}) for name, mine in windows.items()},
-        state.seconds / max(state.step, 1), tuple(notes),
-    )  # fmt: skip
+        state.seconds / max(state.step, 1),
+        tuple(notes),
+    )
     return replace(found, notes=(*notes, *found.harm))
 
 
 def _write(
     context: TuningContext, found: TuningResult, state: State, shards: dict[str, list[int]], copy: Path | None
-) -> None:  # fmt: skip
+) -> None:
     mixture = context.mixture
     model, gates, dtypes = mixture.folder.resolve(), gate_tensors(mixture), stored_dtypes(context)
     if shard_stamps(gates) != shards:

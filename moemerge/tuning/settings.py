@@ -161,13 +161,15 @@ def card_section(found: TuningResult) -> str:
         "What stands under Routing is of the routers before.",
         "",
         *loss_table(
-            "routers", names, {row: held.losses for row, held in rows.items()},
+            "routers",
+            names,
+            {row: held.losses for row, held in rows.items()},
             {row: held.mean_loss for row, held in rows.items()},
         ),
         "",
         f"The mean is lower by {found.gain.precise}.",
         *(f"\n> **Note:** {as_text(harm)}." for harm in found.harm),
-    ]  # fmt: skip
+    ]
     known = [name for name in names if found.before.accuracy[name] is not None]
     if known:
         lines += ["", f"| right expert first | {' | '.join(map(as_text, known))} |", "|---" * (len(known) + 1) + "|"]

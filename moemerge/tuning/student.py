@@ -52,13 +52,21 @@ class Student:
             if broken := not_finite_in(names[layer], gate):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
         model, holders = load_whole(
-            mixture.runnable, device, dtype, context.memory, {names[layer]: gate for layer, gate in gates.items()},
+            mixture.runnable,
+            device,
+            dtype,
+            context.memory,
+            {names[layer]: gate for layer, gate in gates.items()},
             partial(context.progress, "layers" if context.memory.streamed else "load"),
-        )  # fmt: skip
+        )
         student = cls(
-            mixture, model, device, gates, {layer: holders[name] for layer, name in names.items()},
+            mixture,
+            model,
+            device,
+            gates,
+            {layer: holders[name] for layer, name in names.items()},
             {layer: mixture.absent(layer) for layer in gates},
-        )  # fmt: skip
+        )
         for layer, module in student.routers.items():
             module.register_forward_pre_hook(partial(student._keep, layer))
         return student
@@ -127,7 +135,7 @@ class _Noise(TorchFunctionMode):
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         given = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear:
             return given + self._noise * torch.randn_like(given)

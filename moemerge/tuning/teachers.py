@@ -24,9 +24,7 @@ from moemerge.tuning.context import TuningContext
 _TOP: Final = 64
 
 
-def open_source(
-    mixture: MixtureModel, expert: int | None, needs: str, announce: Callable[[str], None]
-) -> Runnable:  # fmt: skip
+def open_source(mixture: MixtureModel, expert: int | None, needs: str, announce: Callable[[str], None]) -> Runnable:
     """Open a dense expert, or the base for None.
 
     Args:
@@ -127,9 +125,13 @@ def _file(context: TuningContext, domain: int) -> Path:
 
 
 def predict(  # noqa: PLR0917
-    expert: Runnable, windows: Sequence[Window], path: Path, vocab: int, device: torch.device,
+    expert: Runnable,
+    windows: Sequence[Window],
+    path: Path,
+    vocab: int,
+    device: torch.device,
     progress: Callable[[int, int], None],
-) -> None:  # fmt: skip
+) -> None:
     """Run a dense expert a layer at a time, and write its most likely tokens to `path`, which then appears whole.
 
     Args:

@@ -39,7 +39,7 @@ def schedule(step: int, steps: int) -> float:
 
 def make_optimiser(
     gates: Mapping[int, torch.Tensor], lengths: Mapping[int, float], settings: Settings
-) -> torch.optim.Optimizer:  # fmt: skip
+) -> torch.optim.Optimizer:
     """Make Adam for gates, each with its own rate: the longer the states that enter a layer, the lower.
 
     Args:
@@ -146,7 +146,7 @@ class Training:
 
     def _loss(
         self, step: int, part: Sequence[tuple[Window, int]], scored: int, start: Mapping[int, torch.Tensor]
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """The contribution of one pass to a step's loss, which has `scored` scored tokens in all."""
         windows, settings, student = [window for window, _ in part], self.context.settings, self.student
         with self.context.processes.autocast():

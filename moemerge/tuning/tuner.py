@@ -51,6 +51,13 @@ def tune(
     from moemerge.tuning.running import run  # imports torch, transformers and accelerate
 
     return run(
-        folder, training, held_out, settings, copy=copy, device=device, resume=resume, progress=progress,
+        folder,
+        training,
+        held_out,
+        settings,
+        copy=copy,
+        device=device,
+        resume=resume,
+        progress=progress,
         announce=announce,
-    )  # fmt: skip
+    )

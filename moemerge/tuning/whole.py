@@ -41,9 +41,13 @@ class MemoryPlan:
 
 
 def load_whole(  # noqa: PLR0917
-    runnable: Runnable, device: torch.device, dtype: torch.dtype, memory: MemoryPlan,
-    gates: Mapping[str, torch.nn.Parameter], progress: Callable[[int, int], None],
-) -> tuple[Any, dict[str, torch.nn.Module]]:  # fmt: skip
+    runnable: Runnable,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: MemoryPlan,
+    gates: Mapping[str, torch.nn.Parameter],
+    progress: Callable[[int, int], None],
+) -> tuple[Any, dict[str, torch.nn.Module]]:
     """Load a whole model, frozen, whose layers are recomputed where gradients are needed.
 
     Args:
@@ -110,7 +114,7 @@ def _place(model: Any, name: str, gate: torch.nn.Parameter) -> torch.nn.Module:
 
 def from_disk(
     load: Callable[[], None], module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:  # fmt: skip
+) -> Any:
     """Run a module's forward with its weights in memory meanwhile; autograd holds what gradients need of them."""
     load()
     try:
@@ -125,7 +129,7 @@ def from_disk(
 
 def plan_memory(
     runnable: Runnable, device: torch.device, dtype: torch.dtype, free: int | None, processes: int
-) -> MemoryPlan:  # fmt: skip
+) -> MemoryPlan:
     """Decide whether a model fits into memory, or its layers have to be read from the disk.
 
     Args:

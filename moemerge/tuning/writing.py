@@ -87,9 +87,7 @@ def check_room(mixture: MixtureModel, copy: Path | None) -> None:
         )
 
 
-def patch_shards(
-    model: Path, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], folder: Path
-) -> list[str]:  # fmt: skip
+def patch_shards(model: Path, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], folder: Path) -> list[str]:
     """Copy the shards that hold gates into `folder` with other gates, flushed to the disk; returns their names.
 
     Raises:
@@ -114,7 +112,7 @@ def patch_shards(
 
 def write_copy(
     model: Path, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], card: str | None, copy: Path
-) -> None:  # fmt: skip
+) -> None:
     """Write a whole model with other gates; shards without any are linked where the file system can.
 
     Raises:

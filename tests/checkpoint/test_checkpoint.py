@@ -42,8 +42,10 @@ def test_reads_what_the_reference_library_writes(tmp_path):
     save_file(tensors, tmp_path / "m.safetensors", {"format": "pt"})
     found = read_header(tmp_path / "m.safetensors")
     assert {name: (t.dtype, t.shape, t.nbytes) for name, t in found.items()} == {
-        "a": ("F32", (2, 3), 24), "b": ("BF16", (5,), 10), "empty": ("F32", (0, 4), 0)
-    }  # fmt: skip
+        "a": ("F32", (2, 3), 24),
+        "b": ("BF16", (5,), 10),
+        "empty": ("F32", (0, 4), 0),
+    }
     data = (tmp_path / "m.safetensors").read_bytes()
     assert data[found["a"].start :][:24] == tensors["a"].numpy().tobytes()
 
@@ -72,7 +74,7 @@ def test_reads_what_the_reference_library_writes(tmp_path):
         ({"a\ud800": entry(0, 4)}, b"1234", "the header holds half of a letter, a lone surrogate, in 'a\\ud800'"),
         (b'{"a": 1, "a": 1}', b"", "the header names 'a' twice"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_header_is_named_with_file_and_tensor(tmp_path, header, data, message):
     path = raw(tmp_path / "m.safetensors", header, data)
     with pytest.raises(CheckpointError) as caught:

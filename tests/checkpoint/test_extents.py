@@ -54,9 +54,12 @@ def test_every_tensor_is_written_once_and_shared_ones_lie_as_in_their_sources(ma
 def test_small_and_odd_tensors_are_kept_together_at_the_end(tmp_path):
     big = 80 * 2**20
     tensors = [
-        TensorSpec("norm", "F32", (8,), 32), TensorSpec("a", "U8", (big,), big), TensorSpec("odd", "U8", (big,), big),
-        TensorSpec("b", "U8", (big,), big), TensorSpec("router", "F32", (8,), 32),
-    ]  # fmt: skip
+        TensorSpec("norm", "F32", (8,), 32),
+        TensorSpec("a", "U8", (big,), big),
+        TensorSpec("odd", "U8", (big,), big),
+        TensorSpec("b", "U8", (big,), big),
+        TensorSpec("router", "F32", (8,), 32),
+    ]
     starts = {"norm": 8, "a": 1096, "odd": 13, "b": 5000}
     shards = layout_to_share(tensors, starts, 10**9)
     assert [list(shard.starts) for shard in shards] == [["a"], ["b"], ["norm", "router", "odd"]]

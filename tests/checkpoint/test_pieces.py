@@ -108,9 +108,11 @@ def test_slices_are_stacked(tmp_path, dtype):
     gate, up, fused = normal(6, 5), normal(6, 5) * 2, normal(2, 12, 5)
     stored = save(tmp_path, gate=gate, up=up, fused=fused.reshape(24, 5))
     bands = (
-        (Piece(stored["gate"], dtype),), (Piece(stored["up"], dtype),),
-        (Piece(stored["fused"].rows(18, 6), dtype),), (Piece(stored["fused"].rows(0, 6), dtype),),
-    )  # fmt: skip
+        (Piece(stored["gate"], dtype),),
+        (Piece(stored["up"], dtype),),
+        (Piece(stored["fused"].rows(18, 6), dtype),),
+        (Piece(stored["fused"].rows(0, 6), dtype),),
+    )
     expected = torch.stack([torch.cat([gate, up]), torch.cat([fused[1, 6:], fused[0, :6]])])
     check(tmp_path, bands, expected.to(DTYPES[dtype]))
 
@@ -120,10 +122,13 @@ def test_columns_of_every_kind_lie_side_by_side(tmp_path):
     stored = save(tmp_path, wide=wide, half=half, brain=brain)
     for dtype in DTYPES:
         band = (
-            Piece(stored["wide"], dtype, 0.5, 0.1), Piece(stored["half"], dtype), Piece(Fill(0.0, (9, 5)), dtype),
-            Piece(stored["brain"], dtype, 3.0), Piece(stored["half"], dtype, noise_scale=0.2),
+            Piece(stored["wide"], dtype, 0.5, 0.1),
+            Piece(stored["half"], dtype),
+            Piece(Fill(0.0, (9, 5)), dtype),
+            Piece(stored["brain"], dtype, 3.0),
+            Piece(stored["half"], dtype, noise_scale=0.2),
             Piece(Fill(-1e4, (9, 1)), dtype),
-        )  # fmt: skip
+        )
         values = [wide, half, None, brain, half, None]
         texts = ["7 t", *(f"7 t {number}" for number in range(1, 6))]
         check(tmp_path, (band,), torch.cat([block(*one) for one in zip(band, values, texts, strict=True)], 1))
@@ -157,9 +162,11 @@ def test_rows_of_heads_are_regrouped(tmp_path, source, target, shape):
         for piece in (Piece(stored, target, head_rows=head_rows), Piece(stored, target, 0.5, 0.1, head_rows)):
             check(tmp_path, ((piece,),), block(piece, values, "7 t"))
     piece = Piece(stored, target, head_rows=4)
-    check(tmp_path, ((piece, Piece(Fill(0.0, (piece.rows, 2)), target)),), torch.nn.functional.pad(
-        block(piece, values, ""), (0, 2)
-    ))  # fmt: skip
+    check(
+        tmp_path,
+        ((piece, Piece(Fill(0.0, (piece.rows, 2)), target)),),
+        torch.nn.functional.pad(block(piece, values, ""), (0, 2)),
+    )
 
 
 def test_regrouping_is_the_order_of_halves():
@@ -244,18 +251,20 @@ def layouts(draw):
     bands = []
     for _ in range(draw(st.integers(1, 4))):
         heads, head_rows = draw(st.integers(0, 3)), draw(st.sampled_from([2, 4, 6]))
-        bands.append([
-            (
-                draw(st.sampled_from(["stored", "stored", "fill"])),
-                heads * head_rows,
-                draw(st.integers(0, 9)),
-                draw(st.sampled_from(list(DTYPES))),
-                draw(st.sampled_from([1.0, 1.0, 0.5])),
-                draw(st.sampled_from([0.0, 0.0, 0.25])),
-                draw(st.sampled_from([0, head_rows])),
-            )
-            for _ in range(draw(st.integers(1, 4)))
-        ])  # fmt: skip
+        bands.append(
+            [
+                (
+                    draw(st.sampled_from(["stored", "stored", "fill"])),
+                    heads * head_rows,
+                    draw(st.integers(0, 9)),
+                    draw(st.sampled_from(list(DTYPES))),
+                    draw(st.sampled_from([1.0, 1.0, 0.5])),
+                    draw(st.sampled_from([0.0, 0.0, 0.25])),
+                    draw(st.sampled_from([0, head_rows])),
+                )
+                for _ in range(draw(st.integers(1, 4)))
+            ]
+        )
     return draw(st.sampled_from(list(DTYPES))), bands
 
 
@@ -264,10 +273,7 @@ def layouts(draw):
 def test_any_layout_is_what_torch_makes_of_it(tmp_path_factory, layout, chunk, low_memory):
     dtype, rows_of_blocks = layout
     folder = tmp_path_factory.mktemp("layout")
-    made = [
-        normal(rows, width, dtype=source)
-        for band in rows_of_blocks for _, rows, width, source, *_ in band
-    ]  # fmt: skip
+    made = [normal(rows, width, dtype=source) for band in rows_of_blocks for _, rows, width, source, *_ in band]
     stored = save(folder, **{str(number): tensor for number, tensor in enumerate(made)})
     bands, expected, number = [], [], 0
     for blocks in rows_of_blocks:
@@ -333,9 +339,13 @@ def test_an_output_knows_its_pieces(tmp_path):
     assert Output((6, 2), ((piece,),)).copied_from == tensor
     for bands in (((piece,), (piece,)), ((piece, piece),), ((cast,),), ((zeros,),)):
         assert Output((6, 2), bands).copied_from is None
-    assert [Output((6, 2), bands).is_converted for bands in (((piece, piece),), ((piece,), (zeros,)), Computed(3, "router"))] == [
-        False, True, False,
-    ]  # fmt: skip
+    assert [
+        Output((6, 2), bands).is_converted for bands in (((piece, piece),), ((piece,), (zeros,)), Computed(3, "router"))
+    ] == [
+        False,
+        True,
+        False,
+    ]
     assert Output((12, 2), ((piece,), (zeros, cast))).pieces == [piece, zeros, cast]
     assert band_bytes((piece, cast)) == 72
     assert [texts for _, texts in with_seeds(((piece,), (piece, cast)), 3, "t")] == [["3 t"], ["3 t 1", "3 t 2"]]

@@ -21,9 +21,13 @@ from moemerge.errors import CheckpointError
 from tests.sources.test_lora import make_adapter
 
 FLOATS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 UNSIGNED = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 WEIGHTS = "model.safetensors"
 
@@ -78,10 +82,15 @@ def test_the_first_one_has_an_index_along_each_axis(tmp_path_factory, shape, dat
 
 
 def test_zeros_are_told_from_what_is_almost_zero(tmp_path):
-    for number, (tensor, zeros) in enumerate((
-        (torch.zeros(3, 4), True), (torch.full((3, 4), -0.0), False), (torch.zeros(0, 4), False),
-        (torch.tensor([0.0, 1e-45]), False), (torch.full((2,), torch.nan), False),
-    )):  # fmt: skip
+    for number, (tensor, zeros) in enumerate(
+        (
+            (torch.zeros(3, 4), True),
+            (torch.full((3, 4), -0.0), False),
+            (torch.zeros(0, 4), False),
+            (torch.tensor([0.0, 1e-45]), False),
+            (torch.full((2,), torch.nan), False),
+        )
+    ):
         assert look_at(stored(tmp_path / str(number), tensor)).only_zeros == zeros
 
 

@@ -142,8 +142,10 @@ def test_noise_and_scales_are_computed_again_with_the_seed(tmp_path, llamas):
     found = {difference.what: difference for difference in differences(plan, tmp_path / "out", seed=4)}
     assert set(found) == {
         f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{role}.weight"
-        for layer in range(3) for expert in (0, 2) for role in ("w1", "w2", "w3")
-    }  # fmt: skip
+        for layer in range(3)
+        for expert in (0, 2)
+        for role in ("w1", "w2", "w3")
+    }
     assert (
         found[f"{BLOCK}experts.2.w2.weight"].expected
         == f"{DENSE}down_proj.weight of {llamas[3] / WEIGHTS}, as BF16, with noise of 0.5 and seed 4, times 2"
@@ -301,10 +303,8 @@ def test_routers_have_to_be_finite(plan, out):
     edit_tensors(out, **{f"{BLOCK}gate.weight": gate})
     found = verify_merge(plan, out)
     assert found.differences == (
-        Difference(
-            f"{BLOCK}gate.weight", "finite numbers", "2 numbers that are infinite or NaN, the first at [0, 0]"
-        ),
-    )  # fmt: skip
+        Difference(f"{BLOCK}gate.weight", "finite numbers", "2 numbers that are infinite or NaN, the first at [0, 0]"),
+    )
     assert found.routers == 2
 
 
@@ -651,9 +651,15 @@ def test_the_command_shows_what_differs(tmp_path, plan, out, llamas):
     result = run("verify", out, "--against", config, "--json")
     assert result.returncode == 1
     assert json.loads(result.stdout) == {
-        "copied": 48, "copied_bytes": 244608, "converted": 0, "converted_bytes": 0, "routers": 3, "files": len(plan.copied_files),
-        "differences": [{"what": "config.json: num_experts_per_tok", "expected": "2", "found": "1"}], "notes": [],
-    }  # fmt: skip
+        "copied": 48,
+        "copied_bytes": 244608,
+        "converted": 0,
+        "converted_bytes": 0,
+        "routers": 3,
+        "files": len(plan.copied_files),
+        "differences": [{"what": "config.json: num_experts_per_tok", "expected": "2", "found": "1"}],
+        "notes": [],
+    }
 
 
 def test_the_seed_of_the_command_is_that_of_the_noise(tmp_path, llamas):
@@ -673,12 +679,24 @@ def test_a_wrong_command_is_explained(tmp_path, llamas):
     (tmp_path / "empty").mkdir()
     absent = tmp_path / "user" / "absent"
     for arguments, status, message in (
-        ((absent, "--against", config), 1, f"error: {absent}: there is no such folder. Name the folder that holds the merged model.\n"),
-        ((config, "--against", config), 1, f"error: {config}: is a file. Name the folder that holds the merged model.\n"),
-        ((tmp_path / "empty", "--against", config), 1, f"error: {tmp_path / 'empty'}: has no config.json, so it is not a model that moemerge can read.\n"),
+        (
+            (absent, "--against", config),
+            1,
+            f"error: {absent}: there is no such folder. Name the folder that holds the merged model.\n",
+        ),
+        (
+            (config, "--against", config),
+            1,
+            f"error: {config}: is a file. Name the folder that holds the merged model.\n",
+        ),
+        (
+            (tmp_path / "empty", "--against", config),
+            1,
+            f"error: {tmp_path / 'empty'}: has no config.json, so it is not a model that moemerge can read.\n",
+        ),
         ((llamas[0], "--against", wrong), 2, "gate_mod: unknown key, did you mean gate_mode?"),
         ((llamas[0],), 2, "Missing option '--against'"),
-    ):  # fmt: skip
+    ):
         result = run("verify", *arguments, after=NO_TORCH)
         assert (result.returncode, result.stdout) == (status, "")
         assert message in result.stderr

@@ -86,9 +86,14 @@ def test_the_command_line_of_a_tutorial_works_with_the_name_changed(tmp_path, ll
     assert result.stdout.endswith(f"{tmp_path / 'out'}: done\n")
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names >= {
-        "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "moemerge_config.yaml",
-        "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "moemerge_config.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert len([name for name in names if name.endswith(".safetensors")]) > 1
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (llamas[0] / name).read_bytes()
@@ -259,22 +264,31 @@ def test_a_small_size_with_a_unit_is_taken(tmp_path, plain, here):
 @pytest.mark.parametrize(
     "command",
     [
-        "verify OUT --against OUT", "repair OUT", "push OUT user/name", "eval OUT --data a=OUT", "tune OUT --data a=OUT",
-        "routes OUT --text a", "gguf OUT a.gguf",
+        "verify OUT --against OUT",
+        "repair OUT",
+        "push OUT user/name",
+        "eval OUT --data a=OUT",
+        "tune OUT --data a=OUT",
+        "routes OUT --text a",
+        "gguf OUT a.gguf",
     ],
-)  # fmt: skip
+)
 def test_a_file_in_place_of_a_merged_models_folder_is_called_one(tmp_path, here, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("\n<|document|>\n".join(f"text {number}" for number in range(20)))
     assert here(*command.replace("OUT", "a.txt").split()) == (
-        1, "", "error: a.txt: is a file. Name the folder that holds the merged model.\n",
-    )  # fmt: skip
+        1,
+        "",
+        "error: a.txt: is a file. Name the folder that holds the merged model.\n",
+    )
 
 
 def test_a_file_in_place_of_any_models_folder_is_called_one(config, here):
     assert here("inspect", config) == (
-        1, "", f"error: {config}: is a file. Name the folder that holds the model's config.json.\n",
-    )  # fmt: skip
+        1,
+        "",
+        f"error: {config}: is a file. Name the folder that holds the model's config.json.\n",
+    )
 
 
 def test_a_full_folder_is_refused_then_replaced_on_request(tmp_path, plain, here):
@@ -329,8 +343,10 @@ def start(config: Path, out: Path, *arguments: object, shards: int = 0) -> subpr
     code = f"{SLOW}\nfrom moemerge.cli import main\nmain()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, (config, out, *arguments))],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     stage = out.parent / f".{out.name}.moemerge-partial"
     deadline = time.monotonic() + 60
     while not (list(stage.glob("*.safetensors")) and kept_shards(out) >= shards) and time.monotonic() < deadline:

@@ -21,9 +21,13 @@ WARNING = "warning: standard output did not take all of the output ({}); the wor
 def shell(line: str, cwd: Path) -> subprocess.CompletedProcess:
     command = line.replace("moemerge", f"{sys.executable} -m moemerge", 1)
     return subprocess.run(
-        ["bash", "-c", command], cwd=cwd, capture_output=True, text=True, check=False,
+        ["bash", "-c", command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "LC_ALL": "C"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,10 +38,13 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess:
         ("moemerge c.yaml out 2>/dev/full", 0, ""),
         ("moemerge c.yaml out <&- >&- 2>&-", 0, ""),
         ("PYTHONIOENCODING=ascii moemerge c.yaml ö", 0, ""),
-        ("moemerge plan c.yaml -q >/dev/full 2>err", 1,
-         "error: the result cannot be written to standard output: No space left on device.\n"),
+        (
+            "moemerge plan c.yaml -q >/dev/full 2>err",
+            1,
+            "error: the result cannot be written to standard output: No space left on device.\n",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_merge_ends_whatever_becomes_of_its_words(tmp_path, llamas, line, code, err):
     write_config(tmp_path / "c.yaml", llamas[0], llamas[1:3], prompts=False)
     done = shell(line, tmp_path)
@@ -102,8 +109,9 @@ def test_messages_are_short_and_safe():
     text, code = explain_error(RuntimeError("z" * 400_000))
     assert (len(text) < 4000, code) == (True, 1)
     assert explain_error(RuntimeError("can't start new thread")) == (
-        "error: the system starts no more threads. Raise its limits, `ulimit -u` and `ulimit -v`.", 1
-    )  # fmt: skip
+        "error: the system starts no more threads. Raise its limits, `ulimit -u` and `ulimit -v`.",
+        1,
+    )
     assert explain_error(OSError(24, "Too many open files"))[0].startswith("error: too many files are open.")
     assert printable("a\ud83cb\tc\n") == "a\\ud83cb\tc\n"
 

@@ -187,9 +187,11 @@ def test_deepseek_is_explained_and_the_nearest_family_taken(tmp_path, pair):
 
 def test_keys_that_a_class_does_not_read_change_nothing(tmp_path, pair):
     edit_json(
-        pair[0] / "config.json", layer_types=["full_attention", "sliding_attention", "full_attention"],
-        sliding_window=8, embedding_multiplier=2.0,
-    )  # fmt: skip
+        pair[0] / "config.json",
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=8,
+        embedding_multiplier=2.0,
+    )
     found = plan(tmp_path, pair)
     assert found.family.model_type == "mixtral"
     assert found.output_config["sliding_window"] is None

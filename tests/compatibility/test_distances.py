@@ -181,12 +181,18 @@ def lost(plan) -> list[str]:
     [
         ({"max_position_embeddings": 64}, "context of 64 tokens (base: 128)"),
         ({"rope_theta": 5000.0, "rope_parameters": None}, "rotary positions, rope_theta 5000.0 (base: 10000.0)"),
-        ({**LLAMA3, "rope_parameters": None}, "rotary positions, rope_type llama3 (base: default), rope_theta 500000.0 (base: 10000.0), factor 8.0 (base: None), ..."),
-        ({**YARN, "rope_parameters": None}, "rotary positions, rope_type yarn (base: default), factor 4.0 (base: None), original_max_position_embeddings 32 (base: None)"),
+        (
+            {**LLAMA3, "rope_parameters": None},
+            "rotary positions, rope_type llama3 (base: default), rope_theta 500000.0 (base: 10000.0), factor 8.0 (base: None), ...",
+        ),
+        (
+            {**YARN, "rope_parameters": None},
+            "rotary positions, rope_type yarn (base: default), factor 4.0 (base: None), original_max_position_embeddings 32 (base: None)",
+        ),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05 (base: 1e-06)"),
         ({"eos_token_id": 7}, "eos_token_id 7 (base: 2)"),
     ],
-)  # fmt: skip
+)
 def test_what_the_bases_config_takes_the_place_of_is_told(tmp_path, copies, keys, told):
     edit_json(copies[1] / "config.json", **keys)
     plan = plan_of(tmp_path, copies[0], copies[1:])

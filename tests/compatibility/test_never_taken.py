@@ -46,11 +46,15 @@ def same_weights(tmp_path, plan, expected) -> bool:
 
 
 EXPERT_EXTRAS = {
-    "score.weight": (2, 32), "v_head.summary.bias": (1,), "vision_tower.patch.weight": (4, 4),
-    "model.layers.0.self_attn.k_scale": (1,), "model.layers.0.self_attn.k_proj.v_scale": (1,),
-    "model.layers.2.self_attn.rotary_emb.cos_cached": (16, 8), "model.rotary_emb.sin_cached": (16, 8),
+    "score.weight": (2, 32),
+    "v_head.summary.bias": (1,),
+    "vision_tower.patch.weight": (4, 4),
+    "model.layers.0.self_attn.k_scale": (1,),
+    "model.layers.0.self_attn.k_proj.v_scale": (1,),
+    "model.layers.2.self_attn.rotary_emb.cos_cached": (16, 8),
+    "model.rotary_emb.sin_cached": (16, 8),
     "model.layers.1.self_attn.q_proj.bias": (32,),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EXPERT_EXTRAS)
@@ -64,10 +68,14 @@ def test_what_an_expert_has_beside_its_ffns_is_left_out(tmp_path, llamas, models
 @pytest.mark.parametrize(
     "name",
     [
-        f"{FFN}.bias", f"{FFN}.weight_scale", "model.layers.1.post_feedforward_layernorm.weight",
-        "model.layers.3.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight", "model.layers.1.adapter.weight",
+        f"{FFN}.bias",
+        f"{FFN}.weight_scale",
+        "model.layers.1.post_feedforward_layernorm.weight",
+        "model.layers.3.mlp.up_proj.weight",
+        "model.layers.3.self_attn.q_proj.weight",
+        "model.layers.1.adapter.weight",
     ],
-)  # fmt: skip
+)
 def test_what_changes_an_ffn_or_is_a_layer_more_is_refused(tmp_path, models, name):
     change(models[1], **{name: torch.ones(1)})
     with pytest.raises(IncompatibleError, match=f"tensor {re.escape(name)} has no place in a merge"):
@@ -100,13 +108,18 @@ def test_of_a_base_only_other_heads_and_buffers_are_left_out(tmp_path, llamas, m
         (lambda name: f"_orig_mod.{name}", "_orig_mod.lm_head.weight is read as lm_head.weight"),
         (lambda name: f"base_model.model.{name}", "base_model.model.lm_head.weight is read as lm_head.weight"),
         (lambda name: f"model.{name}", "model.lm_head.weight is read as lm_head.weight"),
-        (lambda name: f"_forward_module.policy.{name}", "_forward_module.policy.lm_head.weight is read as lm_head.weight"),
+        (
+            lambda name: f"_forward_module.policy.{name}",
+            "_forward_module.policy.lm_head.weight is read as lm_head.weight",
+        ),
         (lambda name: f"module._orig_mod.{name}", "module._orig_mod.lm_head.weight is read as lm_head.weight"),
-        (lambda name: re.sub(r"layers\.(\d+)\.", r"layers.\1._orig_mod.", name),
-         "model.layers.0._orig_mod.input_layernorm.weight is read as model.layers.0.input_layernorm.weight"),
+        (
+            lambda name: re.sub(r"layers\.(\d+)\.", r"layers.\1._orig_mod.", name),
+            "model.layers.0._orig_mod.input_layernorm.weight is read as model.layers.0.input_layernorm.weight",
+        ),
         (lambda name: name.removeprefix("model."), "embed_tokens.weight is read as model.embed_tokens.weight"),
     ],
-)  # fmt: skip
+)
 def test_names_are_read_without_what_the_model_was_wrapped_in(tmp_path, llamas, models, wrap, example):
     for model in models:
         rename(model, wrap)

@@ -320,9 +320,14 @@ def test_numbers_that_float32_does_not_hold_are_refused(key, value, problem):
 
 @pytest.mark.parametrize(
     "keys",
-    ["router: {scale: 1.0e-7}", "router: {scale: 1.0e+7}", "router: {load_prior: [1.0e-7, 1]}",
-     "router: {load_prior: [1, 1.0e+7]}", "shared_weights: {method: ties, density: 1.0e-7}"],
-)  # fmt: skip
+    [
+        "router: {scale: 1.0e-7}",
+        "router: {scale: 1.0e+7}",
+        "router: {load_prior: [1.0e-7, 1]}",
+        "router: {load_prior: [1, 1.0e+7]}",
+        "shared_weights: {method: ties, density: 1.0e-7}",
+    ],
+)
 def test_factors_that_leave_nothing_are_refused(keys):
     assert any(" should be " in problem for problem in problems(PLAIN + keys + "\n"))
 

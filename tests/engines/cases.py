@@ -31,16 +31,24 @@ MUP: Final = {
 LONGROPE: Final = {
     "original_max_position_embeddings": 16,
     "rope_scaling": {
-        "type": "longrope", "short_factor": [1.0 + i / 10 for i in range(16)], "long_factor": [2.0 + i for i in range(16)]
+        "type": "longrope",
+        "short_factor": [1.0 + i / 10 for i in range(16)],
+        "long_factor": [2.0 + i for i in range(16)],
     },
-}  # fmt: skip
+}
 LINEAR: Final = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
 # Which changes nothing of texts that are shorter than this.
 DYNAMIC: Final = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
 HYBRID: Final = {
-    "num_local_experts": 0, "shared_intermediate_size": 96, "position_embedding_type": "rope", "mamba_n_heads": 4,
-    "mamba_expand": 2, "mamba_d_head": 64, "mamba_d_state": 16, "layer_types": ["mamba", "attention", "attention"],
-}  # fmt: skip
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+    "position_embedding_type": "rope",
+    "mamba_n_heads": 4,
+    "mamba_expand": 2,
+    "mamba_d_head": 64,
+    "mamba_d_state": 16,
+    "layer_types": ["mamba", "attention", "attention"],
+}
 GEMMA4: Final = {
     "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB, "head_dim": 32, "global_head_dim": 64,
     "num_global_key_value_heads": 1, "attention_k_eq_v": True, "num_kv_shared_layers": 0, **WINDOW,
@@ -48,13 +56,22 @@ GEMMA4: Final = {
     "final_logit_softcapping": 30.0,
 }  # fmt: skip
 QWEN3_5: Final = {
-    "head_dim": 256, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}  # fmt: skip
+    "head_dim": 256,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 MLA: Final = {
-    "q_lora_rank": 24, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64,
-    "num_key_value_heads": 4, "pad_token_id": None,
-}  # fmt: skip
+    "q_lora_rank": 24,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "num_key_value_heads": 4,
+    "pad_token_id": None,
+}
 LFM2: Final = {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]}
 COHERE2: Final = {**WINDOW, "logit_scale": 0.25, "layer_types": MIXED[::-1]}
 
@@ -111,7 +128,7 @@ KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "gemma4_text": ("gemma4_text", GEMMA4),
     "gemma4_text, tied": ("gemma4_text", GEMMA4 | TIED),
     "youtu": ("youtu", MLA),
-}  # fmt: skip
+}
 SENTENCEPIECE: Final = frozenset({"ernie4_5", "gemma4_text"})
 """Dense families whose models bring a SentencePiece tokenizer, as some converters want."""
 
@@ -126,8 +143,14 @@ _WITH_DENSE: Final = {"llama", "qwen2", "qwen3", "ernie4_5", "cohere2", "lfm2, t
 # Of models that few have: in what most people merge into.
 _UNUSUAL: Final = {"llama, linear rope", "llama, dynamic rope", "llama, gelu", "qwen3, gelu"}
 _FOR_UNUSUAL: Final = {
-    "mixtral", "qwen3_moe", "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "glm4_moe",
-}  # fmt: skip
+    "mixtral",
+    "qwen3_moe",
+    "granitemoe",
+    "granitemoeshared",
+    "granitemoehybrid",
+    "granitemoe_swa",
+    "glm4_moe",
+}
 _WITH_ABSENT: Final = {("llama", "glm4_moe"), ("qwen3", "glm4_moe"), ("qwen3, ungrouped heads", "dots1")}
 # Of families that few engines read: enough to know that.
 _RARE: Final = {"solar_open", "exaone_moe", "mimo_v2_flash", "hy_v3", "mellum", "dots1"}

@@ -15,11 +15,16 @@ def version() -> str:
 
 def _open(model: Path) -> OVModelForCausalLM:
     return OVModelForCausalLM.from_pretrained(
-        model, export=True, compile=True, load_in_8bit=False,
+        model,
+        export=True,
+        compile=True,
+        load_in_8bit=False,
         ov_config={
-            "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         },
-    )  # fmt: skip
+    )
 
 
 def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.ndarray, list[list[int]]]:

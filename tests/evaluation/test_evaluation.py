@@ -56,9 +56,11 @@ def losses_of(model) -> torch.Tensor:
 
 def merged(root: Path, folders: list[Path], **keys) -> Path:
     document = {
-        "base_model": str(folders[0]), "gate_mode": "random",
-        "experts": [{"source_model": str(folder)} for folder in folders[1:]], **keys,
-    }  # fmt: skip
+        "base_model": str(folders[0]),
+        "gate_mode": "random",
+        "experts": [{"source_model": str(folder)} for folder in folders[1:]],
+        **keys,
+    }
     plan = plan_merge(parse_config(json.dumps(document)))
     merge(plan, root / "out", MergeOptions(seed=3))
     return root / "out"
@@ -99,19 +101,25 @@ def test_losses_of_every_family_are_those_of_the_whole_model(tmp_path, monkeypat
     assert dtypes == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("model_type", "keys"), [
-    ("llama", {}), ("granite", {"architecture": "granitemoe"}),
-    ("qwen3", {"architecture": "glm4_moe"}),
-    ("qwen3", {"architecture": "hy_v3"}),
-    ("ernie4_5", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [
+        ("llama", {}),
+        ("granite", {"architecture": "granitemoe"}),
+        ("qwen3", {"architecture": "glm4_moe"}),
+        ("qwen3", {"architecture": "hy_v3"}),
+        ("ernie4_5", {}),
+    ],
+)
 def test_choices_are_those_of_the_model(tmp_path, model_type, keys):
     """Fused and separate experts, softmax and sigmoid routers: what is recorded is what the model did."""
     folders = [make_model(tmp_path / str(seed), seed, model_type) for seed in range(4)]
     document = {
-        "base_model": str(folders[0]), "gate_mode": "random", **keys,
+        "base_model": str(folders[0]),
+        "gate_mode": "random",
+        **keys,
         "experts": [{"source_model": str(folder)} for folder in folders[1:]],
-    }  # fmt: skip
+    }
     plan = plan_merge(parse_config(json.dumps(document)))
     if not is_known(plan.family.model_type):
         pytest.skip(f"transformers {transformers.__version__} does not know {plan.family.model_type}")
@@ -290,9 +298,7 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     assert re.sub(r"<!-- evaluation -->.*<!-- /evaluation -->\n\n", "", card, flags=re.DOTALL) == before
     (copied / "README.md.new").mkdir()
     code, _, errors = run(["eval", copied, *given, "--max-tokens", 60, "--update-card"], monkeypatch, capsys)
-    assert (code, errors.splitlines()[-1]) == (
-        1, f"error: {copied / 'README.md'}: cannot be written (Is a directory)."
-    )  # fmt: skip
+    assert (code, errors.splitlines()[-1]) == (1, f"error: {copied / 'README.md'}: cannot be written (Is a directory).")
     assert (copied / "README.md").read_text() == card
 
 
@@ -493,9 +499,10 @@ def test_of_a_long_text_no_more_is_tokenised_than_is_read(out):
     given = transformers.PreTrainedTokenizerFast.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            transformers.PreTrainedTokenizerFast, "__call__",
+            transformers.PreTrainedTokenizerFast,
+            "__call__",
             lambda self, text, **keys: (seen.append(len(text)), given(self, text, **keys))[1],
-        )  # fmt: skip
+        )
         found = trace(out, {"a": text}, tokens=100, device="cpu").texts[0]
     assert found.tokens == whole.tokens
     assert seen == [6400]

@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[2]
 def test_lm_eval_finds_the_loss_that_we_find(tmp_path):
     folders = [make_model(tmp_path / name, seed) for seed, name in enumerate(("base", "fox", "code"))]
     document = {
-        "base_model": str(folders[0]), "gate_mode": "random",
+        "base_model": str(folders[0]),
+        "gate_mode": "random",
         "experts": [{"source_model": str(folder)} for folder in folders[1:]],
-    }  # fmt: skip
+    }
     merge(plan_merge(parse_config(json.dumps(document))), tmp_path / "out")
     texts = TEXT.split("\n")
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -42,8 +43,12 @@ def test_lm_eval_finds_the_loss_that_we_find(tmp_path):
     }
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", *arguments, "--output_path", "found.json"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(next(tmp_path.glob("found*.json")).read_text())["results"]["held_out"]
     # It puts a BOS before the tokenizer's own, which it scores too.

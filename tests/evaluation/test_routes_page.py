@@ -174,8 +174,10 @@ def rgb(colour: str) -> list[float]:
 
 def contrast(one: str, other: str) -> float:
     """WCAG 2.2's ratio, from 1 to 21."""
-    linear = [np.array([part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb(colour)])
-              for colour in (one, other)]  # fmt: skip
+    linear = [
+        np.array([part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb(colour)])
+        for colour in (one, other)
+    ]
     dark, light = sorted(float(parts @ [0.2126, 0.7152, 0.0722]) for parts in linear)
     return (light + 0.05) / (dark + 0.05)
 

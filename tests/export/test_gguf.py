@@ -54,10 +54,13 @@ from tests.support.splits import VOCAB, WAYS, save
 
 LLAMA3_ROPE: dict[str, Any] = {
     "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
-}  # fmt: skip
+}
 HEADS, KEY_HEADS, LAYERS, EXPERTS = 4, 2, 3, 2
 FAMILIES = ", ".join(GGUF_FAMILIES)
 
@@ -100,24 +103,33 @@ def test_tensors_are_the_checkpoints_renamed_stacked_and_turned(tmp_path, out):
     write_gguf(out, tmp_path / "a.gguf", type="f32")
     found, stored = read(tmp_path / "a.gguf"), load_file(out / "model.safetensors")
     expected = {
-        "token_embd.weight": stored["model.embed_tokens.weight"], "output_norm.weight": stored["model.norm.weight"],
+        "token_embd.weight": stored["model.embed_tokens.weight"],
+        "output_norm.weight": stored["model.norm.weight"],
         "output.weight": stored["lm_head.weight"],
-    }  # fmt: skip
+    }
     for layer in range(LAYERS):
-        own = {name: stored[f"model.layers.{layer}.{name}.weight"] for name in (
-            "input_layernorm", "post_attention_layernorm", "self_attn.v_proj", "self_attn.o_proj",
-            "block_sparse_moe.gate",
-        )}  # fmt: skip
+        own = {
+            name: stored[f"model.layers.{layer}.{name}.weight"]
+            for name in (
+                "input_layernorm",
+                "post_attention_layernorm",
+                "self_attn.v_proj",
+                "self_attn.o_proj",
+                "block_sparse_moe.gate",
+            )
+        }
         names = ("attn_norm", "ffn_norm", "attn_v", "attn_output", "ffn_gate_inp")
         expected |= {f"blk.{layer}.{name}.weight": value for name, value in zip(names, own.values(), strict=True)}
         for name, heads in (("q", HEADS), ("k", KEY_HEADS)):
             weights = stored[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
             expected[f"blk.{layer}.attn_{name}.weight"] = into_pairs(weights, heads)
         for name, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
-            expected[f"blk.{layer}.ffn_{name}_exps.weight"] = np.stack([
-                stored[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{theirs}.weight"]
-                for expert in range(EXPERTS)
-            ])  # fmt: skip
+            expected[f"blk.{layer}.ffn_{name}_exps.weight"] = np.stack(
+                [
+                    stored[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{theirs}.weight"]
+                    for expert in range(EXPERTS)
+                ]
+            )
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values, name)
@@ -156,10 +168,12 @@ def test_a_plan_makes_the_file_that_its_checkpoint_makes(tmp_path, config, out, 
 @pytest.mark.parametrize(
     ("moe", "keys"),
     [
-        ("mixtral", {"shared_weights": "average", "dtype": "bfloat16"}), ("mixtral", {"fold_norms": True}),
-        ("granitemoe", {"dtype": "float16"}), ("granitemoehybrid", {}),
+        ("mixtral", {"shared_weights": "average", "dtype": "bfloat16"}),
+        ("mixtral", {"fold_norms": True}),
+        ("granitemoe", {"dtype": "float16"}),
+        ("granitemoehybrid", {}),
     ],
-)  # fmt: skip
+)
 def test_what_a_merge_computes_is_in_the_file_too(tmp_path, llamas, moe, keys):
     config = write_config(tmp_path / "a.yaml", llamas[0], llamas[1:], prompts=False, architecture=moe, **keys)
     merge(plan_merge(load_config(config)), tmp_path / "a")
@@ -214,9 +228,13 @@ def test_large_matrices_are_made_of_blocks_in_bounded_pieces(tmp_path, copied):
 
 def test_llama3_slows_long_waves_and_leaves_short_ones():
     rope = {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+    }
     factors = rope_factors({"rope_parameters": rope, "head_dim": 128})
     assert factors is not None
     assert factors[0] == 1
@@ -281,13 +299,17 @@ def test_no_file_is_written_into_a_source(tmp_path, llamas, monkeypatch, capsys)
     # Before weights are read, which may be a download; the same of folders.
     weights = (expert / "model.safetensors").rename(tmp_path / "w")
     for place, *options in (
-        (expert / "a.gguf",), (expert / "a.gguf", "--type", "q4_k_m"), (expert / "a",),
+        (expert / "a.gguf",),
+        (expert / "a.gguf", "--type", "q4_k_m"),
+        (expert / "a",),
         (expert / "a", "--push", "user/name", "--push-streaming"),
-    ):  # fmt: skip
+    ):
         within = "lies within" if options or place.suffix else "is, holds or lies within"
         assert run([config, place, *options], monkeypatch, capsys) == (
-            2, "", f"error: {place}: {within} the model {expert}. Choose another output folder.\n",
-        )  # fmt: skip
+            2,
+            "",
+            f"error: {place}: {within} the model {expert}. Choose another output folder.\n",
+        )
     weights.rename(expert / "model.safetensors")
     # However the config writes the folder down.
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -456,8 +478,9 @@ def test_numbers_that_a_type_cannot_hold_are_named_with_types_that_can(tmp_path,
     save_file(stored, base / "model.safetensors", {"format": "pt"})
     where = where.replace(str(copied), str(base))
     for dtype, expected in (
-        ("float32", advice), ("float16", "Set `dtype: bfloat16` or `dtype: float32` in the config."),
-    ):  # fmt: skip
+        ("float32", advice),
+        ("float16", "Set `dtype: bfloat16` or `dtype: float32` in the config."),
+    ):
         config = write_config(tmp_path / "a.yaml", base, llamas[1:3], prompts=False, dtype=dtype)
         plan = plan_merge(load_config(config))
         assert (
@@ -834,10 +857,11 @@ def test_options_that_say_nothing_of_the_output_are_refused(tmp_path, config, mo
 
 def test_a_config_is_sent_to_the_command_that_merges_it(tmp_path, config, monkeypatch, capsys):
     assert run(["gguf", config, tmp_path / "a.gguf"], monkeypatch, capsys) == (
-        2, "",
+        2,
+        "",
         f"error: {config}: is a config, and no merged model's folder. It is merged into a GGUF file by `moemerge {config} "
         f"{tmp_path / 'a.gguf'}`.\n",
-    )  # fmt: skip
+    )
     assert not list(tmp_path.iterdir())
 
 

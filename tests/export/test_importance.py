@@ -171,7 +171,8 @@ def test_texts_are_those_that_routers_were_made_from(tmp_path, monkeypatch):
     Path("all.jsonl").write_text('"Any text."\n')
     config = load_config(
         {
-            "base_model": "base", "gate_mode": "ridge",
+            "base_model": "base",
+            "gate_mode": "ridge",
             "router": {"calibration_texts": ["all.jsonl"], "load_prior": [1, 1, 1]},
             "experts": [
                 {"source_model": "a", "positive_prompts": ["One?", "Two?"], "negative_prompts": ["No."]},
@@ -179,7 +180,7 @@ def test_texts_are_those_that_routers_were_made_from(tmp_path, monkeypatch):
                 {"source_model": "c", "positive_texts": ["gone/*.txt"]},
             ],
         }
-    )  # fmt: skip
+    )
     kinds, notes = calibration_texts(config)
     assert kinds == {
         "experts[0] a": ["One?\n\nTwo?"],
@@ -229,5 +230,6 @@ def test_a_file_of_another_model_is_refused(tmp_path, mixture):
         number = r"\d"
         assert re.fullmatch(
             f"{re.escape(str(model))}: blk.0.ffn_up_exps.weight is of {shape[0]} x {shape[2]} columns, but the model's "
-            f"expert {number} has 32: the file is another model's. Write it again.", str(caught.value),
-        )  # fmt: skip
+            f"expert {number} has 32: the file is another model's. Write it again.",
+            str(caught.value),
+        )

@@ -241,10 +241,13 @@ def test_the_bos_is_written_where_llama_cpp_does_not_put_it(folder, tmp_path, se
             CHATML + "{% set today = strftime_now('%d') %}",
             "the chat template may write today's date: where it does, TEMPLATE has the day it was made on",
         ),
-        ("{% for %}", "TEMPLATE is left out: what the chat template writes is no plain sequence of turns. Ollama may "
-         "know the template by itself; `ollama show --template` says which it took"),
+        (
+            "{% for %}",
+            "TEMPLATE is left out: what the chat template writes is no plain sequence of turns. Ollama may "
+            "know the template by itself; `ollama show --template` says which it took",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_modelfile_lacks_is_said(folder, tmp_path, template, note):
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))

@@ -136,9 +136,11 @@ def test_tensors_stored_otherwise_than_asked_for_are_named(tmp_path):
     made = read_contents(write(tmp_path / "m.gguf"))
     found = fallen_back(made, "q4_k_m")
     assert found == {
-        "token_embd.weight": "Q8_0", "blk.0.attn_q.weight": "Q5_0", "blk.0.attn_k.weight": "Q8_0",
+        "token_embd.weight": "Q8_0",
+        "blk.0.attn_q.weight": "Q5_0",
+        "blk.0.attn_k.weight": "Q8_0",
         "blk.0.ffn_down_exps.weight": "F16",
-    }  # fmt: skip
+    }
     bits = 8 * made.nbytes / (16 * 96 + 96 + 3 * 96 + 4 * 96 + 4 * 96 + 3 * 4 * 256 + 3 * 4 * 48)
     assert fallback_note(found, made, "q4_k_m") == (
         "q4_k_m: rows of 48 and 96 numbers are no whole number of its blocks of 256, so llama.cpp stores 4 of 6 "
@@ -160,19 +162,21 @@ def test_what_the_engine_chooses_for_8_experts_is_no_fallback(tmp_path):
     [
         (["x\n", "llama_model_quantize: failed to quantize: no room\n", "bye\n"], 1, "no room"),
         (
-            ["/a/b.cpp:7: GGML_ASSERT(n <= m) failed\n", "\n"], -6,
+            ["/a/b.cpp:7: GGML_ASSERT(n <= m) failed\n", "\n"],
+            -6,
             "GGML_ASSERT(n <= m) failed",
         ),
         (["[  1/ 9] a - f16\n"], -9, "its process was ended by SIGKILL after '[  1/ 9] a - f16'"),
         ([], -11, "its process was ended by SIGSEGV"),
         (["Traceback (most recent call last):\n", "OSError: libgomp.so.1: none\n"], 1, "OSError: libgomp.so.1: none"),
         (
-            ["q: failed to quantize: basic_ios::clear: iostream error\n"], 1,
+            ["q: failed to quantize: basic_ios::clear: iostream error\n"],
+            1,
             "basic_ios::clear: iostream error: the disk is full or cannot be written",
         ),
         ([], 3, "it gave no reason"),
     ],
-)  # fmt: skip
+)
 def test_why_the_engine_ended(said, code, reason):
     assert why(said, code) == reason
 
@@ -329,7 +333,10 @@ def run(words: list[object], monkeypatch, capsys) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--type", "q8_0", "--imatrix"], "--imatrix: --type q8_0 has no use of an importance matrix. Choose q4_k_m or the like."),
+        (
+            ["--type", "q8_0", "--imatrix"],
+            "--imatrix: --type q8_0 has no use of an importance matrix. Choose q4_k_m or the like.",
+        ),
         (
             ["--imatrix-out", "i.gguf"],
             "--imatrix-out: --type auto has no use of an importance matrix. Choose q4_k_m or the like.",
@@ -348,7 +355,7 @@ def run(words: list[object], monkeypatch, capsys) -> tuple[int, str]:
             "--type iq2_m: llama.cpp makes it only with an importance matrix: add --imatrix, or choose q3_k_s.",
         ),
     ],
-)  # fmt: skip
+)
 def test_options_that_do_not_go_together_are_refused(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.setattr(packages, "find_spec", lambda _: object())
     assert run(["gguf", tmp_path, tmp_path / "m.gguf", *words], monkeypatch, capsys) == (2, f"error: {message}\n")
@@ -358,8 +365,9 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, monkeypatch, caps
 def test_a_merge_into_a_quantised_file_is_refused_before_it_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "llama_cpp" else object())
     assert run(["none.yaml", tmp_path / "m.gguf", "--type", "q4_k_m"], monkeypatch, capsys) == (
-        2, "error: To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[k-quants]'.\n"
-    )  # fmt: skip
+        2,
+        "error: To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[k-quants]'.\n",
+    )
 
 
 def test_every_type_of_the_engine_can_be_asked_for():

@@ -177,10 +177,15 @@ def test_an_answer_that_is_missing_is_missed(tmp_path):
     ("first", "second", "others", "one"),
     [
         ({"engine": "e 1"}, {"engine": "e 2"}, "e 1", "e 2"),
-        ({"engine": "e", "made_by": "1"}, {"engine": "e", "made_by": "2"}, "e with files of code 1", "e with files of code 2"),
+        (
+            {"engine": "e", "made_by": "1"},
+            {"engine": "e", "made_by": "2"},
+            "e with files of code 1",
+            "e with files of code 2",
+        ),
         ({"engine": "e", "made_by": "1"}, {"engine": "e"}, "e with files of code 1", "e"),
     ],
-)  # fmt: skip
+)
 def test_answers_of_different_code_are_not_recorded_together(tmp_path, first, second, others, one):
     for family, row in ROWS[:2]:
         measured(tmp_path, family, row)
@@ -249,16 +254,20 @@ def test_a_qwen2_becomes_what_all_main_engines_compute_rightly(kind, shared):
 def test_no_other_family_is_right_in_more_main_engines(case):
     chosen = select_family(case.base, case.mixture)
     assert right_without_condition(chosen.family.model_type, case) >= right_without_condition(case.family, case) or (
-        case.family, case.shared,
-    ) == ("mixtral", True)  # fmt: skip
+        case.family,
+        case.shared,
+    ) == ("mixtral", True)
 
 
 def right_without_condition(family: str, case: Case) -> int:
     """Of the main engines, those that are right; llama.cpp clamps sums of sigmoids."""
-    return len({
-        engine for engine in set(MAIN) & set(right_in(family, case.facts))
-        if engine != "llamacpp" or MOE_FAMILIES[family].scoring == "softmax"
-    })  # fmt: skip
+    return len(
+        {
+            engine
+            for engine in set(MAIN) & set(right_in(family, case.facts))
+            if engine != "llamacpp" or MOE_FAMILIES[family].scoring == "softmax"
+        }
+    )
 
 
 def test_an_engine_that_is_asked_for_refuses_what_it_gets_wrong():

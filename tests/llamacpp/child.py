@@ -39,9 +39,14 @@ def convert(folder: Path, options: tuple[str, ...], pre: str = "llama-bpe") -> P
 def opened(gguf: Path) -> llama_cpp.Llama:
     """The engine, in float32: with keys and values in float16, the default, logits differ by 0.7 %."""
     return llama_cpp.Llama(
-        str(gguf), n_ctx=128, logits_all=True, n_threads=1, n_threads_batch=1,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+        str(gguf),
+        n_ctx=128,
+        logits_all=True,
+        n_threads=1,
+        n_threads_batch=1,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
 
 
 def compute(gguf: Path, tokens: list[list[int]]) -> np.ndarray:

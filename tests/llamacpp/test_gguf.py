@@ -32,10 +32,13 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attent
 LLAMA3 = {
     "rope_theta": 500000.0,
     "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
-}  # fmt: skip
+}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
 MUP = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.0}
 QWEN3 = {"head_dim": 32}
@@ -92,7 +95,7 @@ KINDS: dict[str, Kind] = {
     ),
     "exaone_moe": Kind("exaone_moe", "qwen3", QWEN3, shared=True),
     "exaone_moe, dense layers": Kind("exaone_moe", "qwen3", QWEN3, shared=True, moe_layers=(1, 2)),
-}  # fmt: skip
+}
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, tuple[int, ...], bytes]]]:
@@ -101,7 +104,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, tuple[int, ..
     return (
         {name: field.contents() for name, field in reader.fields.items()},
         {t.name: (t.tensor_type, tuple(t.shape), t.data.tobytes()) for t in reader.tensors},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

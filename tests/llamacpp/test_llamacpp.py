@@ -28,9 +28,15 @@ from tests.support.sentencepiece_model import VOCAB
 
 LAYERS, NEW_TOKENS = 3, 16
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
 TEXTS = (
     "The return value of a function is a list of names, sorted by their length.",
     "def main(argv):\n    return {item: 1 for item in argv}",
@@ -56,10 +62,13 @@ class Case:
 LLAMA3 = {
     "rope_theta": 10000.0,
     "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 128,
     },
-}  # fmt: skip
+}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
 YARN_FIELDS = {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 128}
 PLAIN_FIELDS = {"freq_base": 10000.0, "dimension_count": 16}
@@ -68,11 +77,13 @@ CASES = {
     "llama, llama3 rope, tied": Case("llama", LLAMA3 | {"tie_word_embeddings": True}, PLAIN_FIELDS),
     "llama, yarn": Case("llama", YARN, PLAIN_FIELDS | YARN_FIELDS),
     "mistral, wide heads, bfloat16": Case(
-        "mistral", {"head_dim": 32, "rope_theta": 1000000.0, "sliding_window": None},
-        {"freq_base": 1000000.0, "dimension_count": 32}, torch.bfloat16,
+        "mistral",
+        {"head_dim": 32, "rope_theta": 1000000.0, "sliding_window": None},
+        {"freq_base": 1000000.0, "dimension_count": 32},
+        torch.bfloat16,
     ),
     "mistral, tied": Case("mistral", {"tie_word_embeddings": True, "sliding_window": 4096}, PLAIN_FIELDS),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -113,15 +124,22 @@ def converted(request, tmp_path_factory, tokenizer_folder):
     # Keys and values are kept in float32 too: in float16, the default, logits differ by 0.7 % and routers may choose
     # another expert.
     llama = llama_cpp.Llama(
-        str(root / "merged.gguf"), n_ctx=128, logits_all=True, verbose=False,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+        str(root / "merged.gguf"),
+        n_ctx=128,
+        logits_all=True,
+        verbose=False,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
     yield Converted(
-        case, base, experts, root / "merged",
+        case,
+        base,
+        experts,
+        root / "merged",
         {name: field.contents() for name, field in reader.fields.items()},
         {tensor.name: tensor.data for tensor in reader.tensors},
         llama,
-    )  # fmt: skip
+    )
     llama.close()
 
 
@@ -173,16 +191,20 @@ def test_stacked_experts_are_the_sources_ffns(converted, role):
 def test_shared_tensors_are_the_bases(converted):
     # Rows of attn_q and attn_k are reordered by the converter; what the model computes shows that they are right.
     names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
         **{
             f"model.layers.{layer}.{part}": f"blk.{layer}.{stored}"
             for layer in range(LAYERS)
             for part, stored in {
-                "input_layernorm": "attn_norm", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+                "input_layernorm": "attn_norm",
+                "self_attn.v_proj": "attn_v",
+                "self_attn.o_proj": "attn_output",
                 "post_attention_layernorm": "ffn_norm",
             }.items()
         },
-    }  # fmt: skip
+    }
     if "tie_word_embeddings" in converted.case.sizes:
         del names["lm_head"]
     base = load_file(converted.base / "model.safetensors")

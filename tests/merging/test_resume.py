@@ -59,9 +59,14 @@ def test_kills_at_random_moments_and_the_result_is_the_same(tmp_path, models, ki
     folder = tmp_path / "kills"
     folder.mkdir()
     result = subprocess.run(
-        [sys.executable, "-m", "tests.support.kill", str(config), str(folder), str(kills)], cwd=ROOT, capture_output=True,
-        text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.support.kill", str(config), str(folder), str(kills)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     counts = json.loads(result.stdout)
     assert counts["nothing"] + counts["kept"] >= kills

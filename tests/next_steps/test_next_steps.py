@@ -42,9 +42,13 @@ def said(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         program, *arguments = shlex.split(command)
         begin = [python] if program == "python" else [python, "-m", program]
         run = subprocess.run(
-            [*begin, *arguments], cwd=folder, capture_output=True, text=True, check=False,
+            [*begin, *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        )
         assert run.returncode == 0, (command, run.stderr[-3000:])
         outputs[f"{where}: {command}"] = run.stdout
     return folder, outputs

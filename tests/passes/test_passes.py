@@ -147,5 +147,6 @@ def test_what_a_class_keeps_in_float32_stays_so_and_nothing_else():
     model = decoder.empty_model("ernie4_5_moe", keys, torch.device("cpu"), head=True, dtype=torch.bfloat16)
     kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
     assert {name.replace("gate.moe", "moe") for name in kept} == {
-        "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.moe_statics.e_score_correction_bias"
-    }  # fmt: skip
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.1.mlp.moe_statics.e_score_correction_bias",
+    }

@@ -123,9 +123,13 @@ def test_the_same_bytes_come_in_any_pieces(tmp_path, llamas, monkeypatch):
     """Readers ask for rows, for halves of fused tensors, and from the middle."""
     monkeypatch.setattr(derived, "CHUNK_ELEMENTS", 64)
     config = write_config(
-        tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False, dtype="bfloat16",
+        tmp_path / "c.yaml",
+        llamas[0],
+        llamas[1:],
+        prompts=False,
+        dtype="bfloat16",
         shared_weights={"method": "dare", "density": 0.5},
-    )  # fmt: skip
+    )
     tensor = plan_merge(load_config(config)).base_tensors["model.embed_tokens.weight"]
     whole = derived.read_values(tensor)
     for first, count in ((0, 1), (3, 5), (159, 1), (7, 100)):
@@ -173,12 +177,15 @@ def test_attention_that_computes_otherwise_is_not_mixed(tmp_path, llamas):
     )
 
 
-@pytest.mark.parametrize(("settings", "problem"), [
-    ("mean", "line 5: shared_weights.method: expected base, average, ties or dare, found 'mean'"),
-    ({"method": "average", "density": 0.5}, "line 6: shared_weights.density: method average does not use it"),
-    ({"method": "ties", "weights": [1, 2]}, "line 6: shared_weights.weights: are 2, but there are 3 experts"),
-    ({"method": "ties", "densty": 1}, "line 6: shared_weights.densty: unknown key, did you mean density?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ("mean", "line 5: shared_weights.method: expected base, average, ties or dare, found 'mean'"),
+        ({"method": "average", "density": 0.5}, "line 6: shared_weights.density: method average does not use it"),
+        ({"method": "ties", "weights": [1, 2]}, "line 6: shared_weights.weights: are 2, but there are 3 experts"),
+        ({"method": "ties", "densty": 1}, "line 6: shared_weights.densty: unknown key, did you mean density?"),
+    ],
+)
 def test_settings_are_checked(settings, problem):
     document = {
         "base_model": "b",
@@ -200,9 +207,13 @@ def test_norms_are_folded_in_every_family(tmp_path, name):
     base = make_model(tmp_path / "base", 0, model_type, **keys)
     dense = read_dense(json.loads((base / "config.json").read_text()))
     config = write_config(
-        tmp_path / "c.yaml", base, [tmp_path / "one", tmp_path / "two"], prompts=False, fold_norms=True,
+        tmp_path / "c.yaml",
+        base,
+        [tmp_path / "one", tmp_path / "two"],
+        prompts=False,
+        fold_norms=True,
         architecture=moe,
-    )  # fmt: skip
+    )
     if dense.family.ffn_norm is None:
         for expert in ("one", "two"):
             make_model(tmp_path / expert, 1, model_type, **keys)
@@ -305,9 +316,14 @@ def test_what_is_mixed_is_verified_too(tmp_path, llamas, capsys, monkeypatch):
     from moemerge.checks.verification import verify_merge
 
     config = write_config(
-        tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False, fold_norms=True, shared_weights="ties",
+        tmp_path / "c.yaml",
+        llamas[0],
+        llamas[1:],
+        prompts=False,
+        fold_norms=True,
+        shared_weights="ties",
         dtype="bfloat16",
-    )  # fmt: skip
+    )
     plan = plan_merge(load_config(config))
     merge(plan, tmp_path / "out")
     found = verify_merge(plan, tmp_path / "out")

@@ -32,8 +32,14 @@ from tests.support.models import edit_json, make_model, tokenizer, write_config
 
 IN_5 = int(version("transformers").partition(".")[0]) >= 5
 TEXTS = [
-    "The quick  brown fox\n\n  jumps.", " a", "it's IT'S 12,5", "é 你 🙂 x\u0301", "a<s> fox </s>b<|user|> c<tool>d", "▁x", "",
-]  # fmt: skip
+    "The quick  brown fox\n\n  jumps.",
+    " a",
+    "it's IT'S 12,5",
+    "é 你 🙂 x\u0301",
+    "a<s> fox </s>b<|user|> c<tool>d",
+    "▁x",
+    "",
+]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
@@ -80,13 +86,17 @@ def merged(tmp_path: Path, base: Path, llamas: list[Path], **keys: object) -> tu
 ADDED = {
     "added_tokens_decoder": {
         str(156 + place): {
-            "content": token, "lstrip": False, "rstrip": place == 0, "normalized": False, "single_word": False,
+            "content": token,
+            "lstrip": False,
+            "rstrip": place == 0,
+            "normalized": False,
+            "single_word": False,
             "special": place == 0,
         }
         for place, token in enumerate(["<|user|>", "<tool>"])
     },
     "additional_special_tokens": ["<|user|>"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -435,9 +445,10 @@ def test_what_repair_writes_is_as_planned_and_what_it_would_write_a_note(tmp_pat
         "planned. `moemerge repair` writes it for both",
     )
     assert [difference.what for difference in repair(out)] == [
-        "tokenizer_config.json: additional_special_tokens", "tokenizer_config.json: extra_special_tokens",
+        "tokenizer_config.json: additional_special_tokens",
+        "tokenizer_config.json: extra_special_tokens",
         "tokenizer_config.json: tokenizer_class",
-    ]  # fmt: skip
+    ]
     found = verify_merge(plan, out)
     assert (found.differences, found.notes) == ((), ())
     edit_json(out / "tokenizer_config.json", add_bos_token=True)
@@ -502,11 +513,14 @@ def test_from_the_hub_come_code_and_templates_and_to_it_go_templates(tmp_path, l
 @pytest.mark.parametrize(
     "keys",
     [
-        {"tokenizer_class": "\ud800"}, {"tokenizer_class": ["x"]}, {"auto_map": ["\ud800\x1b[2J" * 999, 7, ["x"]]},
-        {"auto_map": {"AutoTokenizer": {"x": 1}}, "fast_tokenizer_files": {"x": 1}}, {"extra_special_tokens": [["x"]]},
+        {"tokenizer_class": "\ud800"},
+        {"tokenizer_class": ["x"]},
+        {"auto_map": ["\ud800\x1b[2J" * 999, 7, ["x"]]},
+        {"auto_map": {"AutoTokenizer": {"x": 1}}, "fast_tokenizer_files": {"x": 1}},
+        {"extra_special_tokens": [["x"]]},
         {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": "\ud800", "fast_tokenizer_files": []},
     ],
-)  # fmt: skip
+)
 def test_no_tokenizer_config_stops_a_merge_that_reads_no_text(tmp_path, llamas, base, keys):
     path = base / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))

@@ -28,9 +28,12 @@ TOKEN = "hf_alice_writes"  # noqa: S105  of the test's own Hub
 CARD = b"---\nlicense: mit\n---\n# A mixture\n"
 OLD = {
     ".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.bin filter=lfs diff=lfs merge=lfs -text\n",
-    "pytorch_model.bin": b"old weights", "adapter_config.json": b"{}", "merges.txt": b"old", "notes.txt": b"kept",
+    "pytorch_model.bin": b"old weights",
+    "adapter_config.json": b"{}",
+    "merges.txt": b"old",
+    "notes.txt": b"kept",
     "gguf/old.safetensors": b"kept",
-}  # fmt: skip
+}
 COMPLETE = "\nThe model is complete in {}: `moemerge push {} {}` sends what is missing."
 
 
@@ -97,8 +100,10 @@ except MoemergeError as error:
 
 
 def files(hub: Hub, repo: str, revision: str = "main") -> dict[str, bytes]:
-    return {name: content if isinstance(content, bytes) else content.read_bytes()
-            for name, content in hub.repositories[repo].find(revision)[1].items()}  # fmt: skip
+    return {
+        name: content if isinstance(content, bytes) else content.read_bytes()
+        for name, content in hub.repositories[repo].find(revision)[1].items()
+    }
 
 
 def local(folder: Path) -> dict[str, bytes]:
@@ -175,9 +180,12 @@ def test_a_push_that_was_cut_off_sends_only_what_is_missing(tmp_path):
         again = machine.moemerge("push", "out", "acme/mix", "--quiet")
         sent_again = {name: hub.received_bytes(sha256(out / name)) for name in SHARDS}
     assert broken == Result(
-        1, "", "error: acme/mix: the Hub's storage answered with status 400: Told to fail. Try again later."
-        + COMPLETE.format("out", "out", "acme/mix") + "\n",
-    )  # fmt: skip
+        1,
+        "",
+        "error: acme/mix: the Hub's storage answered with status 400: Told to fail. Try again later."
+        + COMPLETE.format("out", "out", "acme/mix")
+        + "\n",
+    )
     assert again == Result(0, f"{url}/acme/mix\n", "")
     sizes = {name: (out / name).stat().st_size for name in SHARDS}
     whole = [name for name in SHARDS if sent[name] == sizes[name]]
@@ -359,8 +367,10 @@ def test_what_the_hub_does_not_take_is_refused_before_anything_is_sent(tmp_path)
         )
         assert hub.received_bytes() == 0
         assert {name: history(hub, name) for name in hub.repositories} == {
-            "acme/there": [""], "club/there": [""], "bob/secret": [""],
-        }  # fmt: skip
+            "acme/there": [""],
+            "club/there": [""],
+            "bob/secret": [""],
+        }
     assert results == [Result(code, "", f"error: {message}\n") for _, _, code, message in cases]
 
 
@@ -412,14 +422,20 @@ def test_what_fails_on_the_way_says_what_and_how_to_go_on(tmp_path):
             hub.forget_faults()
         assert files(hub, "acme/mix") == before
     assert corrupt == Result(
-        1, "", "error: acme/mix: the Hub answered with status 422: The object's size or hash is not what was announced. "
+        1,
+        "",
+        "error: acme/mix: the Hub answered with status 422: The object's size or hash is not what was announced. "
         f"Try again later.{COMPLETE.format('out', 'out', 'acme/mix')}\n",
-    )  # fmt: skip
+    )
     unreachable = machine.moemerge("push", "out", "acme/mix", "-q")
     offline = machine.moemerge("push", "out", "acme/mix", "-q", HF_HUB_OFFLINE="1")
-    assert unreachable == offline == Result(
-        1, "", "error: acme/mix: the Hub cannot be reached. Check the network and HF_HUB_OFFLINE, and try again.\n"
-    )  # fmt: skip
+    assert (
+        unreachable
+        == offline
+        == Result(
+            1, "", "error: acme/mix: the Hub cannot be reached. Check the network and HF_HUB_OFFLINE, and try again.\n"
+        )
+    )
 
 
 def test_a_folder_that_is_no_complete_checkpoint_or_has_no_licence_is_refused(tmp_path):
@@ -496,7 +512,7 @@ def test_shards_are_sent_one_by_one_and_the_model_is_finished_last(tmp_path):
         *(line for name, (sum_, _) in sums.items() for line in (f"acme/mix: holds {name}", sum_)),
         str(sums),
         f"{url}/acme/mix",
-    ]  # fmt: skip
+    ]
     assert without_attributes(files(hub, "acme/mix")) == whole
     assert history(hub, "acme/mix")[::-1] == ["initial commit", *(f"Add {n}" for n in SHARDS), "Complete the model"]
     assert looks_finished(hub, "acme/mix") == [False, False, False, True]
@@ -517,10 +533,14 @@ def test_streaming_over_a_model_needs_a_word_and_goes_on_where_it_was_cut_off(tm
         second = machine.stream(*start, "print([*p.held()])", f"p.send(out / '{SHARDS[1]}')", "print(p.finish(out))")
         assert hub.received_bytes(sha256(out / SHARDS[0])) == 0
         again = machine.stream("publisher('acme/mix').check_streaming(overwrite=False)")
-    assert refused.out == again.out == (
-        f"RefusedError: acme/mix: main holds a model already (config.json, {INDEX}). "
-        "Name another repository or --revision, or replace the model with --overwrite.\n"
-    )  # fmt: skip
+    assert (
+        refused.out
+        == again.out
+        == (
+            f"RefusedError: acme/mix: main holds a model already (config.json, {INDEX}). "
+            "Name another repository or --revision, or replace the model with --overwrite.\n"
+        )
+    )
     assert first.out.splitlines() == [
         "acme/mix: removing what is of an older model: adapter_config.json, config.json, merges.txt ...",
         f"acme/mix: holds {SHARDS[0]}",
@@ -597,8 +617,13 @@ def test_the_card_says_where_each_model_comes_from_and_under_which_licence(tmp_p
     with hub.running() as url:
         machine = Author(tmp_path, url)
         # As a merge will: the cards of the sources lie beside their configs.
-        machine.python("-c", "from huggingface_hub import snapshot_download as get; import sys\nfor r in sys.argv[1:]: get(r)",
-                       "acme/base", "acme/fox", "acme/code")  # fmt: skip
+        machine.python(
+            "-c",
+            "from huggingface_hub import snapshot_download as get; import sys\nfor r in sys.argv[1:]: get(r)",
+            "acme/base",
+            "acme/fox",
+            "acme/code",
+        )
         config = machine.write_config("acme/base", "acme/fox", "acme/code")
         done, pushed = machine.session([config, "out", "-q"], ["push", "out", "alice/mix"])
     assert done == Result(0, "", "")

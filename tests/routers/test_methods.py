@@ -137,8 +137,11 @@ def test_the_scale_says_how_sure_held_out_documents_make_it():
 def test_documents_of_unequal_length_do_not_tip_what_is_held_out(method):
     """Where an expert has few tokens in one part, it must not lose all of the other's."""
     generator = torch.Generator().manual_seed(0)
-    documents = [(expert, number, length) for expert in range(3)
-                 for number, length in enumerate((4, 100) if expert == 1 else (100, 4))]  # fmt: skip
+    documents = [
+        (expert, number, length)
+        for expert in range(3)
+        for number, length in enumerate((4, 100) if expert == 1 else (100, 4))
+    ]
     experts = [expert for expert, _, length in documents for _ in range(length)]
     states = 0.5 * torch.randn(3, 64, generator=generator)[experts] + torch.randn(len(experts), 64, generator=generator)
     states += 3 * torch.randn(64, generator=generator)
@@ -240,9 +243,10 @@ def test_a_load_prior_of_sharp_rows_is_finite():
     inputs = clouds(spread=0.1)
     like_one = inputs.states[inputs.expert == 0]
     with_text = router_inputs(
-        torch.cat([inputs.states, like_one]), inputs.expert.tolist() + [UNSORTED] * len(like_one),
+        torch.cat([inputs.states, like_one]),
+        inputs.expert.tolist() + [UNSORTED] * len(like_one),
         documents=inputs.document.tolist() + [99] * len(like_one),
-    )  # fmt: skip
+    )
     assert fit("ridge", with_text, asked(load_prior=[1, 1, 1], scale=30)).rows.isfinite().all()
 
 
@@ -514,12 +518,15 @@ def test_a_base_model_that_overflows_is_refused(tmp_path, tuned, method):
     )
 
 
-@pytest.mark.parametrize(("name", "place", "where"), [
-    ("model.embed_tokens.weight", (slice(None), 3), "the embeddings"),
-    ("model.layers.0.mlp.up_proj.weight", (3, 5), "layer 0"),
-    ("model.layers.1.input_layernorm.weight", (31,), "layer 1"),
-    ("model.layers.2.self_attn.o_proj.weight", (3, 5), "layer 2"),  # of which the FFN is never run
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "place", "where"),
+    [
+        ("model.embed_tokens.weight", (slice(None), 3), "the embeddings"),
+        ("model.layers.0.mlp.up_proj.weight", (3, 5), "layer 0"),
+        ("model.layers.1.input_layernorm.weight", (31,), "layer 1"),
+        ("model.layers.2.self_attn.o_proj.weight", (3, 5), "layer 2"),  # of which the FFN is never run
+    ],
+)
 def test_a_damaged_base_model_is_refused_where_it_is_damaged(tmp_path, tuned, name, place, where):
     base, told = damaged(tmp_path, tuned / "base", name, place)
     if where == "the embeddings":

@@ -61,9 +61,7 @@ def routers(plan, seed: int = 0, base_bits: int | None = None):
 
 def request(plan) -> PassRequest:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
-    return PassRequest(
-        plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, torch.device("cpu")
-    )  # fmt: skip
+    return PassRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, torch.device("cpu"))
 
 
 def asked(experts: int, per_token: int, scoring: str = "softmax", absent=frozenset()) -> PassRequest:
@@ -206,8 +204,9 @@ def test_the_weight_in_full_precision_is_freed(bits):
 
 
 def test_what_bitsandbytes_cannot_hold_in_4_bits_stays_as_it_is():
-    layer = torch.nn.ModuleDict({name: torch.nn.Linear(*sizes) for name, sizes in
-                                 {"row": (96, 32), "tile": (64, 48), "good": (64, 32)}.items()})  # fmt: skip
+    layer = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(*sizes) for name, sizes in {"row": (96, 32), "tile": (64, 48), "good": (64, 32)}.items()}
+    )
     layer["norm"] = torch.nn.LayerNorm(64)
     before = dict(layer.named_parameters())
     for name in before:

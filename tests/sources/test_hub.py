@@ -37,16 +37,25 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 BRANCH = "acme/code@dev/v2"
 TOKENIZER: Files = {
-    "tokenizer.json": tokenizer().backend_tokenizer.to_str().encode(), "tokenizer_config.json": b'{"bos_token": "<s>"}',
-    "tekken.json": b'{"vocab": []}', "special_tokens_map.json": b'{"eos_token": "</s>"}',
-    "chat_template.jinja": b"{{ messages }}", "chat_template.json": b'{"chat_template": ""}',
+    "tokenizer.json": tokenizer().backend_tokenizer.to_str().encode(),
+    "tokenizer_config.json": b'{"bos_token": "<s>"}',
+    "tekken.json": b'{"vocab": []}',
+    "special_tokens_map.json": b'{"eos_token": "</s>"}',
+    "chat_template.jinja": b"{{ messages }}",
+    "chat_template.json": b'{"chat_template": ""}',
     "generation_config.json": b'{"eos_token_id": 2}',
-}  # fmt: skip
+}
 STRANGERS: Files = {
-    "README.md": b"# A model", ".gitattributes": b"*.bin filter=lfs", "consolidated.safetensors": b"the same again",
-    "pytorch_model.bin": b"the same again", "consolidated.safetensors.index.json": b"{}", "original/params.json": b"{}",
-    "original/tokenizer.model": b"", "onnx/model.onnx": b"the same again", "training_args.bin": b"",
-}  # fmt: skip
+    "README.md": b"# A model",
+    ".gitattributes": b"*.bin filter=lfs",
+    "consolidated.safetensors": b"the same again",
+    "pytorch_model.bin": b"the same again",
+    "consolidated.safetensors.index.json": b"{}",
+    "original/params.json": b"{}",
+    "original/tokenizer.model": b"",
+    "onnx/model.onnx": b"the same again",
+    "training_args.bin": b"",
+}
 ABSENT = (
     "there is no such folder here, it is not in the Hub's cache, and the Hub cannot be reached. "
     "Check the name, the network, and HF_HUB_OFFLINE."

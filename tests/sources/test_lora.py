@@ -101,8 +101,10 @@ def test_an_adapter_is_an_expert(tmp_path, llamas):
     print_plan(console, plan)
     printed = console.file.getvalue().splitlines()
     assert [line.split("kB ")[1].strip() for line in printed if line.startswith("experts ")] == [
-        f"adapter {tmp_path / 'one'} on {llamas[0]}", f"adapter {tmp_path / 'two'} on {llamas[0]}", str(llamas[1])
-    ]  # fmt: skip
+        f"adapter {tmp_path / 'one'} on {llamas[0]}",
+        f"adapter {tmp_path / 'two'} on {llamas[0]}",
+        str(llamas[1]),
+    ]
     merge(plan, tmp_path / "out")
     found = load_file(tmp_path / "out" / SINGLE)
     for number, expert in enumerate((one, two)):

@@ -30,9 +30,15 @@ from tests.support.models import make_model, write_config
 
 BIN = "pytorch_model.bin"
 TYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "C64": torch.complex64, "U16": torch.uint16,
-}  # fmt: skip
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "C64": torch.complex64,
+    "U16": torch.uint16,
+}
 
 
 def read(folder: Path):
@@ -83,14 +89,20 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a zip", "is no zip archive as PyTorch writes it since 1.6, or is cut off (File is not a zip file). Download it again, or convert it to safetensors with a program that you trust."),
+        (
+            b"not a zip",
+            "is no zip archive as PyTorch writes it since 1.6, or is cut off (File is not a zip file). Download it again, or convert it to safetensors with a program that you trust.",
+        ),
         ([1, 2], "expected a table of tensors, found list."),
         ({"epoch": 3}, "expected a table of tensors, found 'epoch' -> int."),
-        ({"epoch": 3, "state_dict": {"a": torch.ones(2)}}, "expected a table of tensors, found 'epoch' -> int. Save what is in its 'state_dict' as a file of its own."),
+        (
+            {"epoch": 3, "state_dict": {"a": torch.ones(2)}},
+            "expected a table of tensors, found 'epoch' -> int. Save what is in its 'state_dict' as a file of its own.",
+        ),
         ({3: torch.ones(2)}, "expected names of tensors, found 3 -> StridedTensor."),
         ({"x" * 251: torch.ones(2)}, f"expected names of tensors, found '{'x' * 59} -> StridedTensor."),
     ],
-)  # fmt: skip
+)
 def test_a_strange_pickle_gets_a_message(tmp_path, content, message):
     path = tmp_path / BIN
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -378,8 +390,14 @@ def test_strange_pickles_give_the_same_merge(tmp_path, llamas, pickle_of):
     tensors = load_file(fox / SINGLE)
     _, expected = merged(tmp_path, base, [fox, code])
     folder = pickle_of(
-        **{UP: tensors[UP].T.contiguous().T, DOWN: torch._neg_view(-tensors[DOWN]), QUERY: tensors[QUERY].to_sparse(), KEY: tensors[KEY].to("meta"), "epoch": 3}
-    )  # fmt: skip
+        **{
+            UP: tensors[UP].T.contiguous().T,
+            DOWN: torch._neg_view(-tensors[DOWN]),
+            QUERY: tensors[QUERY].to_sparse(),
+            KEY: tensors[KEY].to("meta"),
+            "epoch": 3,
+        }
+    )
     plan, found = merged(tmp_path, base, [folder, code])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert [note for note in plan.notes if str(folder) in note] == [
@@ -390,8 +408,10 @@ def test_strange_pickles_give_the_same_merge(tmp_path, llamas, pickle_of):
     ]
     assert verify_merge(plan, tmp_path / "out").differences == ()
     assert inspect_checkpoint(str(folder)).warnings[:3] == (
-        f"{KEY} is a meta tensor, without numbers", f"{QUERY} is a sparse tensor", "epoch is no tensor but int"
-    )  # fmt: skip
+        f"{KEY} is a meta tensor, without numbers",
+        f"{QUERY} is a sparse tensor",
+        "epoch is no tensor but int",
+    )
     for keys, problem in (
         ({"shared_weights": "average"}, f"shared_weights: experts[0]: {QUERY} is a sparse tensor"),
         ({"base_model": str(folder)}, f"base_model: tensor {QUERY} is a sparse tensor"),

@@ -321,9 +321,11 @@ def test_a_streamed_merge_that_was_cut_off_goes_on(world, machine, expected):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interrupt_does_not_wait_for_the_hub(world, machine):
     world.hub.before(
-        f"/acme/fox/*/{SINGLE}", lambda: world.hub.limit_rate(f"/acme/*/{SINGLE}", 300, 100, method="GET"), 3,
+        f"/acme/fox/*/{SINGLE}",
+        lambda: world.hub.limit_rate(f"/acme/*/{SINGLE}", 300, 100, method="GET"),
+        3,
         method="GET",
-    )  # fmt: skip
+    )
     config = world.config(machine, **WAYS["random"])
     with machine.start("-m", "moemerge", config, "out", "--stream") as child:
         for line in child.stderr:

@@ -22,42 +22,60 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {
             "rope_scaling": {
-                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 16,
             },
             "rope_theta": 500000.0,
         },
     ),
-    "llama, yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),
+    "llama, yarn": (
+        "llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    ),
     "llama, head_dim 12": ("llama", {"head_dim": 12}),
     "llama, gelu": ("llama", {"hidden_act": "gelu"}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral, tied, head_dim 12": ("mistral", {"tie_word_embeddings": True, "head_dim": 12}),
     "mistral, window of 8": ("mistral", {"sliding_window": 8}),
-}  # fmt: skip
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 MUP = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0}
 # Spelled as both versions of transformers read it.
 LLAMA3 = {
     "rope_theta": 500000.0,
     "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
-}  # fmt: skip
+}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
 MINISTRAL3 = {
     "rope_parameters": YARN["rope_scaling"]
     | {
-        "rope_theta": 10000.0, "llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+        "rope_theta": 10000.0,
+        "llama_4_scaling_beta": 0.5,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
         "mscale_all_dim": 1.0,
     }
-}  # fmt: skip
+}
 HYBRID = {
-    "num_local_experts": 0, "shared_intermediate_size": 48, "position_embedding_type": "rope", "mamba_n_heads": 4,
-    "mamba_expand": 2, "mamba_d_head": 16, "mamba_d_state": 16,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 48,
+    "position_embedding_type": "rope",
+    "mamba_n_heads": 4,
+    "mamba_expand": 2,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
     "layer_types": ["mamba", "attention", "attention"],
-}  # fmt: skip
+}
 GEMMA4 = {
     "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 256, "head_dim": 8, "global_head_dim": 16,
     "num_global_key_value_heads": 1, "attention_k_eq_v": True, "num_kv_shared_layers": 0, "sliding_window": 8,
@@ -65,10 +83,14 @@ GEMMA4 = {
     "final_logit_softcapping": 30.0,
 }  # fmt: skip
 MLA = {
-    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
     "num_key_value_heads": 4,
     "pad_token_id": None,  # whose embedding transformers' class sets to zero, whatever is stored
-}  # fmt: skip
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # A name, the model type and what its config says. The first of a type is the plainest.
@@ -154,10 +176,16 @@ class Mixture(torch.nn.Module):
     """FFNs behind a router, by their definition."""
 
     def __init__(
-        self, ffns: Sequence[torch.nn.Module], rows: torch.Tensor, k: int, *, scoring: str,
-        bias: torch.Tensor | None = None, shared: torch.nn.Module | None = None,
+        self,
+        ffns: Sequence[torch.nn.Module],
+        rows: torch.Tensor,
+        k: int,
+        *,
+        scoring: str,
+        bias: torch.Tensor | None = None,
+        shared: torch.nn.Module | None = None,
         shared_gate: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.ffns, self.shared = torch.nn.ModuleList(ffns), shared
         self.rows, self.k, self.scoring, self.bias, self.shared_gate = rows, k, scoring, bias, shared_gate

@@ -36,11 +36,17 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FAMILIES = tuple(
     name
     for name in (
-        "llama", "llama, tied, llama3 rope", "mistral, window", "phi3, longrope", "qwen2, mixed windows",
-        "qwen3", "granite", "gemma4_text",
+        "llama",
+        "llama, tied, llama3 rope",
+        "mistral, window",
+        "phi3, longrope",
+        "qwen2, mixed windows",
+        "qwen3",
+        "granite",
+        "gemma4_text",
     )
     if DENSE[name][0] in CONFIG_MAPPING  # not all in transformers 4
-)  # fmt: skip
+)
 STRANGE: list[Any] = [
     None, True, False, -1, 0, 1, 7, 2**31, 2**63, 2**64, 10**30, 10**400, -0.0, 1e-60, 1e39, 1e400, float("nan"), "", " ", "x", "\x1b[31mred",
     "\x00", "\ud83c", "é" * 50, "x" * 100_000, "../../etc/passwd", "model.safetensors", "silu", [], [[]], [1] * 100_000, {}, {"a": {"b": [None]}},
@@ -214,9 +220,14 @@ class Fuzz:
 
 
 TARGETS: dict[str, Callable[[Fuzz, random.Random], None]] = {
-    "headers": Fuzz.headers, "yamls": Fuzz.yamls, "configs": Fuzz.configs, "indexes": Fuzz.indexes, "tokenizers": Fuzz.tokenizers,
-    "cards": Fuzz.cards, "adapters": Fuzz.adapters,
-}  # fmt: skip
+    "headers": Fuzz.headers,
+    "yamls": Fuzz.yamls,
+    "configs": Fuzz.configs,
+    "indexes": Fuzz.indexes,
+    "tokenizers": Fuzz.tokenizers,
+    "cards": Fuzz.cards,
+    "adapters": Fuzz.adapters,
+}
 
 
 def memory(what: str) -> int:

@@ -67,9 +67,12 @@ class Machine:
         hub = {"HF_ENDPOINT": self.hub_url, "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": str(self.cache)}
         return subprocess.Popen(
             [sys.executable, *arguments],
-            cwd=self.folder, env=kept | hub | {"PYTHONPATH": str(ROOT)} | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=self.folder,
+            env=kept | hub | {"PYTHONPATH": str(ROOT)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def python(self, *arguments: str, **environment: str) -> Result:
         with self.start(*arguments, **environment) as child:

@@ -42,9 +42,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    folder: Path, seed: int = 0, model_type: str = "llama", dtype: torch.dtype = torch.float32, *,
-    tuned_from: int | None = None, **sizes: Any,
-) -> Path:  # fmt: skip
+    folder: Path,
+    seed: int = 0,
+    model_type: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    *,
+    tuned_from: int | None = None,
+    **sizes: Any,
+) -> Path:
     """Save a random model with its tokenizer, or one near to that of another seed; equal arguments give equal bytes."""
     key = repr((seed, model_type, dtype, tuned_from, sizes))
     if key not in _MADE:

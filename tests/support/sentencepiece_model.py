@@ -15,7 +15,12 @@ def save_sentencepiece(folder: Path) -> None:
     with (folder / "tokenizer.model").open("wb") as written:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for topic in topics.values() for line in topic.splitlines() if line),
-            model_writer=written, vocab_size=VOCAB, model_type="bpe", byte_fallback=True, minloglevel=2,
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
-        )  # fmt: skip
+            model_writer=written,
+            vocab_size=VOCAB,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+        )
     LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)

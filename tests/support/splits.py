@@ -53,9 +53,11 @@ def byte_level(name: str) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
     special = ["<pad>", "<s>", "</s>", *marks]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - 6, special_tokens=special, show_progress=False,
+        vocab_size=VOCAB - 6,
+        special_tokens=special,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     text = "\n".join(topics.values())[:60_000]
     bpe.train_from_iterator(text.split("\n\n"), trainer)
     bpe.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("<|plain|>", normalized=False)])

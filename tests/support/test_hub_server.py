@@ -382,9 +382,13 @@ def test_what_is_in_lfs_and_what_is_ignored(hub, client, tmp_path):
     hub.regular_up_to = 10 * MEGABYTE
     blobs = hub.repositories[REPO].commit("main").blobs
     assert {name: blob.in_lfs for name, blob in blobs.items()} == {
-        ".gitattributes": False, ".gitignore": False, "c.txt": False,
-        "big.txt": True, "code.dat": True, "d.safetensors": True,
-    }  # fmt: skip
+        ".gitattributes": False,
+        ".gitignore": False,
+        "c.txt": False,
+        "big.txt": True,
+        "code.dat": True,
+        "d.safetensors": True,
+    }
     assert blobs[".gitattributes"].read().count(b"big.txt filter=lfs") == 1
 
 

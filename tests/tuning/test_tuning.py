@@ -57,9 +57,11 @@ FEW = Settings(steps=4, tokens_per_step=96, distil=False)
 
 def merged(root: Path, folders: list[Path], *, shard_bytes: int = 10**9, **keys) -> Path:
     document = {
-        "base_model": str(folders[0]), "gate_mode": "random",
-        "experts": [{"source_model": str(folder)} for folder in folders[1:]], **keys,
-    }  # fmt: skip
+        "base_model": str(folders[0]),
+        "gate_mode": "random",
+        "experts": [{"source_model": str(folder)} for folder in folders[1:]],
+        **keys,
+    }
     merge(
         plan_merge(parse_config(json.dumps(document)), PlanOptions(max_shard_bytes=shard_bytes)),
         root / "out",
@@ -151,8 +153,9 @@ def test_gates_change_and_nothing_else_does_and_held_out_text_gains(tmp_path, sp
     assert sum(found.after.accuracy.values()) > sum(found.before.accuracy.values()) + 0.2
     assert changed(old, tensors(out)) == routers(out)
     assert {name for name, text in contents(out).items() if files[name] != text} == {
-        "README.md", *(p.name for p in out.glob("*.safetensors") if any(n.endswith("gate.weight") for n in load_file(p)))
-    }  # fmt: skip
+        "README.md",
+        *(p.name for p in out.glob("*.safetensors") if any(n.endswith("gate.weight") for n in load_file(p))),
+    }
     assert not list(out.parent.glob(".out*"))
     load(out)
     # Judged by the rows as they are stored.
@@ -263,9 +266,11 @@ def test_every_domain_that_loses_is_named(out, data, monkeypatch, capsys):
     assert (code, f"note: {loss}\n{out}: written\n" in errors) == (0, True)
     row = next(line.strip() for line in printed.splitlines() if line.startswith(" lower by"))
     assert row.split("  ")[1:] == [
-        "0.5000 (0.5000 to 0.5000)", "-0.1250 (-0.1250 to -0.1250)", "0.0000 (0.0000 to 0.0000)",
+        "0.5000 (0.5000 to 0.5000)",
+        "-0.1250 (-0.1250 to -0.1250)",
+        "0.0000 (0.0000 to 0.0000)",
         "0.1250 (0.1250 to 0.1250)",
-    ]  # fmt: skip
+    ]
     assert f"> **Note:** {loss}." in (out / "README.md").read_text()
     code, printed, _ = run([*words, "--json"], monkeypatch, capsys)
     facts = json.loads(printed)
@@ -924,9 +929,7 @@ def test_a_kill_between_the_renames_leaves_a_model_and_the_next_run_ends_it(
     assert some < routers(out)
     capsys.readouterr()
     code, _, errors = run(["tune", out, *arguments(data), "--resume"], monkeypatch, capsys)
-    assert (code, errors) == (
-        0, "an earlier tuning had been cut off while its files were moved: it is complete now\n"
-    )  # fmt: skip
+    assert (code, errors) == (0, "an earlier tuning had been cut off while its files were moved: it is complete now\n")
     assert contents(out) == contents(straight)
     assert not list(out.parent.glob(".out*"))
 
@@ -1048,7 +1051,7 @@ def test_messages(  # noqa: PLR0917
             "--method phatgoose: every expert's gate is trained on its own text, and code has none: add "
             "--data code=PATH."
         ),
-    }  # fmt: skip
+    }
     files = contents(out)
     for words, message in cases.items():
         code, printed, errors = run(["tune", out, "--data", *words], monkeypatch, capsys)

@@ -14,9 +14,14 @@ from moemerge.passes.tokens import CHARACTERS_PER_TOKEN, Window, load_tokenizer
 
 
 def trace(
-    folder: Path | str, texts: Mapping[str, str], *, tokens: int, device: str, layer: int | None = None,
+    folder: Path | str,
+    texts: Mapping[str, str],
+    *,
+    tokens: int,
+    device: str,
+    layer: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Routes:  # fmt: skip
+) -> Routes:
     """Run a merged model over texts and keep what its routers choose: see `moemerge.evaluation.routes.tracer`."""
     mixture = open_mixture(folder)
     layers = mixture.moe_layers
@@ -34,19 +39,25 @@ def trace(
         pieces.append(tuple(part for part, added in zip(parts[:tokens], special[:tokens], strict=True) if not added))
     kept: list[dict[int, Choice]] = [{} for _ in windows]
     run_model(
-        mixture.runnable, windows, find_device(device), mixture=mixture, losses=False, progress=progress,
+        mixture.runnable,
+        windows,
+        find_device(device),
+        mixture=mixture,
+        losses=False,
+        progress=progress,
         chosen=lambda choice: kept[choice.window].update({choice.layer: choice}),
-    )  # fmt: skip
+    )
     traced = []
     for name, window, tokens_of, choices in zip(texts, windows, pieces, kept, strict=True):
         counted = np.array(window.counted)
         traced.append(
             TracedText(
-                name, tokens_of,
+                name,
+                tokens_of,
                 np.stack([choices[layer].experts.numpy()[counted] for layer in layers]),
                 np.stack([choices[layer].weights.numpy()[counted] for layer in layers]),
             )
-        )  # fmt: skip
+        )
     return Routes(Path(folder).resolve().name, mixture.experts, tuple(layers), tuple(traced))
 
 

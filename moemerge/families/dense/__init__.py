@@ -28,4 +28,4 @@ __all__ = [
     "Role",
     "decoded",
     "read_dense",
-]  # fmt: skip
+]

@@ -25,9 +25,10 @@ def _lfm2_layers(config: Config) -> list[str]:
 
 
 _LFM2_FFN: Final[dict[Role, FfnProjection]] = {
-    "gate": FfnProjection("feed_forward.w1.weight"), "up": FfnProjection("feed_forward.w3.weight"),
+    "gate": FfnProjection("feed_forward.w1.weight"),
+    "up": FfnProjection("feed_forward.w3.weight"),
     "down": FfnProjection("feed_forward.w2.weight"),
-}  # fmt: skip
+}
 LFM2: Final = DenseFamily(
     "lfm2",
     (
@@ -73,9 +74,12 @@ def _qwen3_5_layers(config: Config) -> list[str]:
 def _qwen3_5_sizes(config: Config) -> dict[str, int]:
     keys, values = (config[f"linear_num_{kind}_heads"] * config[f"linear_{kind}_head_dim"] for kind in ("key", "value"))
     return {
-        "linear_values": values, "linear_qkv": 2 * keys + values, "linear_heads": config["linear_num_value_heads"],
-        "linear_head": config["linear_value_head_dim"], "taps": config["linear_conv_kernel_dim"],
-    }  # fmt: skip
+        "linear_values": values,
+        "linear_qkv": 2 * keys + values,
+        "linear_heads": config["linear_num_value_heads"],
+        "linear_head": config["linear_value_head_dim"],
+        "taps": config["linear_conv_kernel_dim"],
+    }
 
 
 _LINEAR: Final = ("linear_attention",)
@@ -116,9 +120,12 @@ def _granite_sizes(config: Config) -> dict[str, int]:
     inner = config["mamba_expand"] * config["hidden_size"]
     channels = inner + 2 * config["mamba_n_groups"] * config["mamba_d_state"]
     return {
-        "inner": inner, "channels": channels, "taps": config["mamba_d_conv"], "states": config["mamba_n_heads"],
+        "inner": inner,
+        "channels": channels,
+        "taps": config["mamba_d_conv"],
+        "states": config["mamba_n_heads"],
         "mamba_input": inner + channels + config["mamba_n_heads"],
-    }  # fmt: skip
+    }
 
 
 _MAMBA: Final = ("mamba",)
@@ -198,7 +205,7 @@ def _gemma4_attention(kind: str, head: str, query: str, key: str) -> tuple[Layer
         LayerTensor("self_attn.o_proj.weight", ("hidden", query), (kind,)),
         LayerTensor("self_attn.q_norm.weight", (head,), (kind,)),
         LayerTensor("self_attn.k_norm.weight", (head,), (kind,)),
-    )  # fmt: skip
+    )
 
 
 GEMMA4: Final = DenseFamily(

@@ -56,11 +56,12 @@ def _without_query_scale(config: Config) -> dict[str, Any]:
 
 LLAMA: Final = DenseFamily("llama", LAYER, DEFAULTS | _NO_BIAS, _ATTENTION_BIAS | {"mlp_bias": "mlp_bias"})
 MISTRAL: Final = DenseFamily(
-    "mistral", LAYER,
+    "mistral",
+    LAYER,
     DEFAULTS
     | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096, "layer_types": None},
     layer_types=windows_everywhere,
-)  # fmt: skip
+)
 MINISTRAL: Final = replace(MISTRAL, model_type="ministral")
 MINISTRAL3: Final = DenseFamily(
     "ministral3", LAYER,
@@ -163,16 +164,21 @@ QWEN3: Final = DenseFamily(
     layer_types=windows_above,
 )  # fmt: skip
 HELIUM: Final = DenseFamily(
-    "helium", LAYER,
+    "helium",
+    LAYER,
     DEFAULTS
     | _NO_BIAS
     | {
-        "max_position_embeddings": 4096, "num_key_value_heads": 20, "head_dim": 128, "rms_norm_eps": 1e-8,
-        "rope_theta": 100000.0, "pad_token_id": 3,
+        "max_position_embeddings": 4096,
+        "num_key_value_heads": 20,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-8,
+        "rope_theta": 100000.0,
+        "pad_token_id": 3,
     },
     {"qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     interleaved=True,
-)  # fmt: skip
+)
 ERNIE4_5: Final = DenseFamily(
     "ernie4_5", LAYER,
     DEFAULTS
@@ -184,20 +190,27 @@ ERNIE4_5: Final = DenseFamily(
     interleaved=True,
 )  # fmt: skip
 GRANITE: Final = DenseFamily(
-    "granite", LAYER,
+    "granite",
+    LAYER,
     DEFAULTS
     | _NO_BIAS
     | {
-        "attention_multiplier": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+        "attention_multiplier": 1.0,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
     },
     _ATTENTION_BIAS | {"mlp_bias": "mlp_bias"},
-)  # fmt: skip
+)
 HYPERCLOVAX: Final = DenseFamily(
-    "hyperclovax", LAYER, GRANITE.defaults | {"attention_multiplier": None, "use_post_norm": True}, GRANITE.facts,
+    "hyperclovax",
+    LAYER,
+    GRANITE.defaults | {"attention_multiplier": None, "use_post_norm": True},
+    GRANITE.facts,
     # Its factor multiplies logits, Granite's divides them.
     values=lambda config: {"logits_scaling": 1 / config["logits_scaling"]},
     refusals={"use_post_norm": (False, "no output family has a norm after each half of a layer like that")},
-)  # fmt: skip
+)
 
 
 def _theta_by_layer(config: Config) -> dict[str, Any]:

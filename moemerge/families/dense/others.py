@@ -8,7 +8,8 @@ from moemerge.families.dense.llama_like import ATTENTION, DEFAULTS, LAYER
 OLMO2: Final = DenseFamily(
     "olmo2",
     (
-        *ATTENTION, LayerTensor("self_attn.q_norm.weight", ("query",)),
+        *ATTENTION,
+        LayerTensor("self_attn.q_norm.weight", ("query",)),
         LayerTensor("self_attn.k_norm.weight", ("key",)),
         LayerTensor("post_attention_layernorm.weight", ("hidden",)),
         LayerTensor("post_feedforward_layernorm.weight", ("hidden",)),
@@ -18,17 +19,18 @@ OLMO2: Final = DenseFamily(
     {"qkv_bias": "attention_bias", "output_bias": "attention_bias"},
     block="olmo2",
     ffn_norm=None,
-)  # fmt: skip
+)
 HUNYUAN: Final = DenseFamily(
     "hunyuan_v1_dense",
     (
-        *LAYER, LayerTensor("self_attn.query_layernorm.weight", ("head",)),
+        *LAYER,
+        LayerTensor("self_attn.query_layernorm.weight", ("head",)),
         LayerTensor("self_attn.key_layernorm.weight", ("head",)),
     ),
     DEFAULTS | {"rms_norm_eps": 1e-5, "pad_token_id": 0, "head_dim": None, "attention_bias": False},
     {"qkv_bias": "attention_bias", "output_bias": "attention_bias"},
     block="hunyuan",
-)  # fmt: skip
+)
 
 
 def _window_but_every_fourth(config: Config) -> list[str]:
@@ -58,7 +60,8 @@ COHERE2: Final = DenseFamily(
 )  # fmt: skip
 _COHERE2_ALONE: Final = ("sliding_window", "sliding_window_pattern", "layer_types")
 COHERE: Final = DenseFamily(
-    "cohere", COHERE2.tensors,
+    "cohere",
+    COHERE2.tensors,
     {key: value for key, value in COHERE2.defaults.items() if key not in _COHERE2_ALONE}
     | {"rope_theta": 500000.0, "use_qk_norm": False, "model_max_length": None},
     COHERE2.facts,
@@ -68,7 +71,7 @@ COHERE: Final = DenseFamily(
     values=_rotate_all_layers,
     notes=(("", "cohere2_moe sees no further back than the longest context that config.json names"),),
     refusals={"use_qk_norm": (False, "cohere2_moe does not normalise queries and keys")},
-)  # fmt: skip
+)
 YOUTU: Final = DenseFamily(
     "youtu",
     (

@@ -33,8 +33,10 @@ DENSE_FAMILIES: Final = {
 
 _NOT_GATED: Final = "its FFN has no gate, or it normalises by LayerNorm, and there is no MoE sibling"
 NOT_MERGED: Final = {
-    "gemma": "it has no MoE sibling", "gemma2": "it has no MoE sibling",
-    "gemma3_text": "gemma4 normalises values, gemma3 does not", "gemma3": "gemma4 normalises values, gemma3 does not",
+    "gemma": "it has no MoE sibling",
+    "gemma2": "it has no MoE sibling",
+    "gemma3_text": "gemma4 normalises values, gemma3 does not",
+    "gemma3": "gemma4 normalises values, gemma3 does not",
     "gemma3n_text": "it has no MoE sibling",
     **dict.fromkeys(
         ("starcoder2", "phi", "nemotron", "arcee", "apertus", "jais2", "gpt_neox", "falcon", "stablelm"), _NOT_GATED
@@ -45,5 +47,5 @@ NOT_MERGED: Final = {
     "exaone4": "exaone_moe normalises before attention and FFN, exaone4 after them",
     "minicpm3": "its scales of embeddings and depth have no place in deepseek_v3",
     "llama4_text": "its router scales what the expert sees",
-}  # fmt: skip
+}
 """Model types that only look as if they could be merged, with reasons; measured or read in `transformers` 5.23."""

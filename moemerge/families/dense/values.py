@@ -24,14 +24,24 @@ _MOST: Final = 10**9
 _LARGEST: Final = 1e300
 # A null is like an absent key, except where it has a meaning of its own.
 _NULL_MEANS: Final = {
-    "sliding_window", "head_dim", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id",
+    "sliding_window",
+    "head_dim",
+    "num_key_value_heads",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
     "block_ffn_dim_multiplier",
-}  # fmt: skip
+}
 # Keys that every class reads, beside the defaults of its family.
 _ALWAYS_READ: Final = {
-    *_REQUIRED, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+    *_REQUIRED,
+    "head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
     "original_max_position_embeddings",
-}  # fmt: skip
+}
 
 
 class UnreadableError(Exception):

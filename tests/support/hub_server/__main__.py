@@ -21,10 +21,11 @@ def main() -> None:
         "--unhashed", action="store_true", help="make up the hashes of the files, and believe those of uploads"
     )
     parser.add_argument(
-        "--counts", action="store_true",
+        "--counts",
+        action="store_true",
         help="answer every line on stdin with what went over the wire since the last, as JSON, and forget what was "
         "pushed; end with stdin",
-    )  # fmt: skip
+    )
     options = parser.parse_args()
     hub = Hub(options.store)
     hub.trusts_uploads = options.unhashed
@@ -51,9 +52,11 @@ def counts(hub: Hub) -> dict[str, object]:
     for (repo, path), count in hub.sent.items():
         sent[repo][path] = count
     return {
-        "sent": sent, "received": hub.received_bytes(), "requests": Counter(call.host for call in hub.calls),
+        "sent": sent,
+        "received": hub.received_bytes(),
+        "requests": Counter(call.host for call in hub.calls),
         "connections": hub.connections,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

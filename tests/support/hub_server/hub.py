@@ -63,9 +63,16 @@ class Hub(Counters):
         self._generation = 0
 
     def add(
-        self, repo: str, files: Files, revision: str = "main", *,
-        gated: bool | str = False, private: bool = False, status: int = 200, hashed: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        repo: str,
+        files: Files,
+        revision: str = "main",
+        *,
+        gated: bool | str = False,
+        private: bool = False,
+        status: int = 200,
+        hashed: bool = True,
+    ) -> None:
         """Push a branch with these files alone; the repository is created with the first.
 
         What is not hashed, which saves reading terabytes, is in LFS under a made-up SHA-256.
@@ -102,9 +109,17 @@ class Hub(Counters):
         repository.commit(revision).blobs[path] = repository.objects[blob.sha256] = blob
 
     def fail(
-        self, pattern: str, status: int = 503, times: int = 1, *,
-        method: str = "*", host: str = "*", code: str = "", message: str = "Told to fail", **headers: str,
-    ) -> None:  # fmt: skip
+        self,
+        pattern: str,
+        status: int = 503,
+        times: int = 1,
+        *,
+        method: str = "*",
+        host: str = "*",
+        code: str = "",
+        message: str = "Told to fail",
+        **headers: str,
+    ) -> None:
         """Answer the next requests to paths that match with an error."""
         error = AnswerError(status, code, message, **headers)
         self._expect(Fault(pattern, times, method, host, error=error))

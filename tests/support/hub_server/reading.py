@@ -134,13 +134,16 @@ class ReadingHandler(Handler):
         self.send_page(
             [
                 {
-                    "id": commit.hash, "title": commit.title, "message": commit.message, "date": commit.date,
+                    "id": commit.hash,
+                    "title": commit.title,
+                    "message": commit.message,
+                    "date": commit.date,
                     "authors": [{"user": commit.author}],
                 }
                 for commit in self.repository(repo).commit(revision).history()
             ],
             self.hub.page_entries,
-        )  # fmt: skip
+        )
 
     def send_tree(self, repo: str, revision: str, folder: str = "") -> None:
         commit = self.repository(repo).commit(revision)
@@ -185,13 +188,22 @@ class ReadingHandler(Handler):
             raise AnswerError(404, message="Discussion not found")
         date, author = repository.commit("main").date, {"name": found.author}
         comment = {
-            "id": f"{found.num:024x}", "type": "comment", "createdAt": date, "author": author,
+            "id": f"{found.num:024x}",
+            "type": "comment",
+            "createdAt": date,
+            "author": author,
             "data": {"edited": False, "hidden": False, "latest": {"raw": found.description}},
-        }  # fmt: skip
+        }
         facts: dict[str, object] = {
-            "num": found.num, "title": found.title, "author": author, "createdAt": date, "status": found.status,
-            "repo": {"name": repo, "type": "model"}, "isPullRequest": found.is_pull_request, "events": [comment],
-        }  # fmt: skip
+            "num": found.num,
+            "title": found.title,
+            "author": author,
+            "createdAt": date,
+            "status": found.status,
+            "repo": {"name": repo, "type": "model"},
+            "isPullRequest": found.is_pull_request,
+            "events": [comment],
+        }
         if found.is_pull_request:
             facts |= {"changes": {"base": f"refs/heads/{found.base}"}, "filesWithConflicts": [], "diff": ""}
         self.send_json(facts)

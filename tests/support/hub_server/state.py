@@ -280,9 +280,15 @@ class User:
             for name, role in self.orgs.items()
         ]  # fmt: skip
         return {
-            "type": "user", "id": identity(self.name), "name": self.name, "fullname": self.name, "isPro": False,
-            "avatarUrl": "", "orgs": orgs, "auth": {"type": "access_token", "accessToken": token},
-        }  # fmt: skip
+            "type": "user",
+            "id": identity(self.name),
+            "name": self.name,
+            "fullname": self.name,
+            "isPro": False,
+            "avatarUrl": "",
+            "orgs": orgs,
+            "auth": {"type": "access_token", "accessToken": token},
+        }
 
     def _kind(self, name: str) -> str:
         return "model" if "/" in name else "user" if name == self.name else "org"

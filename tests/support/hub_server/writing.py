@@ -104,9 +104,12 @@ class HubHandler(ReadingHandler):
         wanted = asked.get("pullRequest") is True
         with self.hub.lock:
             found = repository.open(
-                asked["title"], asked.get("description", ""), user.name,
-                pull_request=wanted, status="draft" if wanted else "open",
-            )  # fmt: skip
+                asked["title"],
+                asked.get("description", ""),
+                user.name,
+                pull_request=wanted,
+                status="draft" if wanted else "open",
+            )
             if wanted:
                 repository.refs[f"refs/pr/{found.num}"] = repository.commit("main")
         self.send_json(
@@ -128,9 +131,10 @@ class HubHandler(ReadingHandler):
         path, sample = file["path"], base64.b64decode(file["sample"])
         in_lfs = commit.keeps_in_lfs(path) or file["size"] > self.hub.regular_up_to or b"\0" in sample
         found: dict[str, object] = {
-            "path": path, "uploadMode": "lfs" if in_lfs else "regular",
+            "path": path,
+            "uploadMode": "lfs" if in_lfs else "regular",
             "shouldIgnore": any(is_ignored(path, pattern) for pattern in ignored),
-        }  # fmt: skip
+        }
         # Clients compare it with the SHA-256 of what goes to LFS, and with Git's name of what does not.
         present = commit.blobs.get(path)
         return found | ({"oid": present.sha256 if present.in_lfs else present.oid} if present else {})
