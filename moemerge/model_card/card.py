@@ -3,15 +3,15 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.config.schema import CARD, CONFIG_COPY, Expert
 from moemerge.errors import RefusedError
 from moemerge.model_card.markdown import as_code, as_text
 from moemerge.model_card.metadata import licence_fields, read_metadata, rewritten
+from moemerge.model_card.template import render, render_block
 from moemerge.model_card.usage import use_it
 from moemerge.planning.plan import MergePlan
-from moemerge.printable import printable
 from moemerge.sources.reference import Reference, parse_reference
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ def write_card(
     notes: Sequence[str] = (),
 ) -> None:
     """Write `README.md` with the Hub's metadata into `folder`; name, licence and notes are the merged model's."""
-    body = _body(name, plan, report, [*plan.family_notes, *notes])
-    _save(folder, plan, licence, body)
+    values = _values(plan, plan.config.text, [*plan.family_notes, *notes])
+    use = use_it(name, plan.family.model_type, plan.right_in)
+    _save(folder, plan, licence, render("card", name=name, report=report, use=use, **values) + "\n")
 
 
 def write_metadata_card(folder: Path, plan: MergePlan, licence: str | None = None) -> None:
@@ -67,9 +68,8 @@ def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:
         return [("a model card", "absent")]
     text = path.read_text(encoding="utf-8", errors="replace")
     copy = folder / CONFIG_COPY
-    expected = [*_facts(plan), *_callouts("Warning", plan.warnings), *_callouts("Note", plan.family_notes)]
-    if copy.is_file():
-        expected.append(_block(copy.read_text(encoding="utf-8", errors="replace")))
+    config = copy.read_text(encoding="utf-8", errors="replace") if copy.is_file() else None
+    expected = _facts(plan, config)
     lost = [(fact, "not in it") for fact in expected if fact not in text]
     try:
         named = read_metadata(path).get("base_model")
@@ -86,52 +86,28 @@ def _repositories(plan: MergePlan) -> list[str]:
     return list(dict.fromkeys(origin.repo for origin in origins if isinstance(origin, Reference)))
 
 
-def _facts(plan: MergePlan) -> list[str]:
-    """The parts of a card that follow from the plan alone: what the model is, how large, and of which experts."""
+def _facts(plan: MergePlan, config: str | None) -> list[str]:
+    """Find the parts of a card that follow from the plan, and a block with a config's text where there is one."""
+    values = _values(plan, config or "", plan.family_notes)
+    lines = [render_block("card", block, **values) for block in ("what", "size", "experts", "warnings", "notes")]
+    block = [] if config is None else [render_block("card", "configuration", **values)]
+    return [line for text in lines for line in text.split("\n") if line] + block
+
+
+def _values(plan: MergePlan, text: str, notes: Sequence[str]) -> dict[str, Any]:
+    """What the card's template is filled in with, but for its name, how it routes and how it is run."""
     config = plan.config
-    layers = plan.mixture.moe_layers
-    where = "" if not plan.mixture.dense_layers else f" in {len(layers)} of {plan.base.layers} layers"
-    return [
-        f"A {plan.family.model_type} of {len(config.experts)} experts{where}, {config.experts_per_token} per token, "
-        f"made with moemerge: embeddings, attention and norms {_shared(plan)}, each expert's FFNs "
-        f"{'with its own norms folded in, ' if config.fold_norms else ''}from its own model, "
-        f"routers from `gate_mode: {config.method.name}`.",
-        f"**{_millions(plan.total_parameters)} parameters, {_millions(plan.active_parameters)} active per token, "
-        f"{plan.dtype}.**",
-        *(
-            f"| {number} | {_shown(expert.source_model, plan)} | {_sample(expert)} |"
-            for number, expert in enumerate(config.experts)
-        ),
-        *(f"| shared | {_shown(expert.source_model, plan)} | {_sample(expert)} |" for expert in config.shared_experts),
-    ]
-
-
-def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[str]) -> str:
-    what, size, *experts = _facts(plan)
-    sections = [
-        f"# {as_text(name)}",
-        what,
-        size,
-        "\n".join(["| expert | model | made for prompts such as |", "|---|---|---|", *experts]),
-        "\n".join(_callouts("Warning", plan.warnings)),
-        "\n".join(_callouts("Note", notes)),
-        "## Use",
-        *use_it(name, plan.family.model_type, plan.right_in),
-        "## Routing\n\n" + _routing(report),
-        f"{_CONFIGURATION}\n\n{_block(plan.config.text)}",
-    ]
-    return "\n\n".join(filter(None, sections)) + "\n"
-
-
-def _callouts(kind: Literal["Note", "Warning"], texts: Sequence[str]) -> list[str]:
-    return [f"> **{kind}:** {as_text(text)}." for text in texts]
-
-
-def _block(config: str) -> str:
-    """Format a config's text as a block of code; characters that would change its display are written as escapes."""
-    # A prompt may hold a code fence of its own.
-    fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", config))], key=len)
-    return f"{fence}yaml\n{printable(config.rstrip())}\n{fence}"
+    numbered = [*enumerate(config.experts), *(("shared", expert) for expert in config.shared_experts)]
+    return {
+        "plan": plan,
+        "config": config,
+        "base": _shown(config.base_model, plan),
+        "experts": [(number, _shown(expert.source_model, plan), _sample(expert)) for number, expert in numbered],
+        "notes": notes,
+        "text": text.rstrip(),
+        # A prompt may hold a code fence of its own.
+        "fence": max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", text))], key=len),
+    }
 
 
 def read_card(folder: Path) -> str:
@@ -157,8 +133,10 @@ def update_evaluation(folder: Path, found: "Evaluation") -> None:
         OutputError: the card cannot be written.
     """
     text = read_card(folder)
+    losses = loss_table("model", [domain.name for domain in found.domains], found.losses, found.mean_losses)
+    section = render("evaluation", found=found, losses="\n".join(losses))
     with rewritten(folder / CARD) as draft:
-        draft.write_text(with_section(text, "evaluation", _evaluation(found)), encoding="utf-8")
+        draft.write_text(with_section(text, "evaluation", section), encoding="utf-8")
 
 
 def with_section(text: str, name: str, section: str) -> str:
@@ -193,50 +171,6 @@ def loss_table(
     return lines
 
 
-def _evaluation(found: "Evaluation") -> str:
-    names = [domain.name for domain in found.domains]
-    lines = [
-        "## Evaluation",
-        "",
-        "Loss in nats per token on held-out text ("
-        + ", ".join(
-            f"{as_text(domain.name)}: {domain.tokens} tokens of {domain.documents} documents"
-            for domain in found.domains
-        )
-        + "), with 95 % intervals over documents where there are at least 5.",
-        "",
-        *loss_table("model", names, found.losses, found.mean_losses),
-    ]
-    if found.recovered_mean:
-        mean_share = found.recovered_mean
-        lines += [
-            "",
-            "Of what choosing the right expert gains over mixing all alike, the router recovers "
-            f"{mean_share.value:.2f}{mean_share.interval}.",
-        ]
-    heads = " | ".join(f"to {as_text(name)}" for name in found.experts)
-    lines += [
-        "",
-        f"| tokens of | right expert first | {heads} | first choice's weight |",
-        "|---" * (len(found.experts) + 3) + "|",
-    ]
-    for name, routing in found.routing.items():
-        right = "" if routing.accuracy is None else f"{routing.accuracy:.1%}"
-        loads = " | ".join(f"{share:.1%}" for share in routing.load)
-        lines.append(f"| {as_text(name)} | {right} | {loads} | {routing.top_weight:.2f} |")
-    return "\n".join([*lines, *(f"\n{note}" for note in _callouts("Note", found.notes))])
-
-
-def _shared(plan: MergePlan) -> str:
-    """Say where embeddings, attention and norms come from."""
-    base, method = _shown(plan.config.base_model, plan), plan.config.shared_weights.method
-    if method == "base":
-        return f"come from {base}"
-    if method == "average":
-        return f"are the mean of the experts', embeddings where vocabularies agree (else, and the tokenizer: {base})"
-    return f"are those of {base} with what the experts changed, by {method.upper()}"
-
-
 def _shown(reference: str, plan: MergePlan) -> str:
     """Show a source as the config names it, or as its repository and commit."""
     source = next((source for source in plan.sources if source.reference == reference), None)
@@ -250,48 +184,8 @@ def _shown(reference: str, plan: MergePlan) -> str:
     return as_code(reference)
 
 
-def _millions(parameters: int) -> str:
-    return f"{parameters / 1e6:,.1f} M"
-
-
 def _sample(expert: Expert) -> str:
     if not expert.positive_prompts:
         return ", ".join(f"texts in {as_code(Path(pattern).name)}" for pattern in expert.positive_texts)
     prompt = " ".join(expert.positive_prompts[0].split())
     return as_code(prompt if len(prompt) < _SAMPLE_LENGTH else prompt[: _SAMPLE_LENGTH - 3] + "...")
-
-
-def _routing(report: "RoutingReport") -> str:
-    if not report.layers:
-        return "No text says which expert is for what, so nothing is known of how these routers choose."
-    lines = [
-        "Of the tokens of each expert's own positive prompts, the share that reaches it among the "
-        f"{report.experts_per_token} chosen, or as the first choice, and its share of all prompts' tokens "
-        f"(chance: {report.chance:.0%}). These "
-        "are the prompts that the routers were made from; other text routes less clearly.",
-        "",
-        "| expert | own prompts | own prompts, first choice | all prompts |",
-        "|---|---|---|---|",
-        *(
-            f"| {as_text(name)} | {own:.1%} | {first:.1%} | {load:.1%} |"
-            for name, own, first, load in zip(report.experts, report.own, report.first, report.load, strict=True)
-        ),
-        "",
-        f"The first choice has a mean weight of {report.top_weight:.2f}."
-        + (
-            ""
-            if report.held_out is None
-            else f" Rows made without a document put the right expert first for {report.held_out:.1%} of its tokens."
-        ),
-        "",
-        *_callouts("Warning", report.warnings()),
-        "",
-        "<details><summary>By layer: own prompts</summary>",
-        "",
-        f"| layer | {' | '.join(map(as_text, report.experts))} | first choice's weight |",
-        "|---" * (len(report.experts) + 2) + "|",
-        *(f"| {row.layer} | {' | '.join(row.shown)} | {row.top_weight:.2f} |" for row in report.layers),
-        "",
-        "</details>",
-    ]
-    return "\n".join(lines)

@@ -27,7 +27,7 @@ STOP_SECONDS = 60
 def command(folder: str, port: int) -> list[str]:
     """The words of the card's command, with a port; the page has the same."""
     named = {
-        name: next(line for line in "\n".join(use_it(name, "mixtral", ["vllm"])).split("`") if "vllm." in line)
+        name: next(line for line in use_it(name, "mixtral", ["vllm"]).split("`") if "vllm." in line)
         for name in (folder, "out/")
     }
     assert f"    {named['out/']}\n" in PAGE.read_text(), named["out/"]
