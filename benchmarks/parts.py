@@ -1,8 +1,8 @@
-"""What the shared half of a mixture is worth: attention and norms mixed in several ways, norms folded or not.
+"""What the shared half of a mixture is worth: attention and norms mixed by several methods, norms folded or not.
 
     python benchmarks/parts.py MODELS TEXTS --markdown
 
-MODELS and TEXTS are as for benchmarks/routers.py. Each way is merged, with routers fitted to the texts on its own
+MODELS and TEXTS are as for benchmarks/routers.py. Each method is merged, with routers fitted to the texts on its own
 weights, and run with these routers and with the label oracle's choices; what is recovered is relative to the first row,
 between all its experts alike and its oracle. docs/quality.md says what the rows mean; intervals are over documents,
 those of differences over the same documents drawn for both.
@@ -71,7 +71,7 @@ def rows(options: argparse.Namespace, experts: dict[str, str], folder: Path) -> 
     domains = list(experts)
     first: Runs | None = None
     for name, keys in WAYS.items():
-        if options.way and name not in options.way:
+        if options.method and name not in options.method:
             continue
         merge(plan_merge(config(options, experts, **keys)), folder / "merged", MergeOptions(overwrite=True))
         mixture = open_mixture(folder / "merged")
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of test text, for each expert")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--per-token", type=int, default=2)
-    parser.add_argument("--way", action="append", default=[], help="a row of the table; all without it")
+    parser.add_argument("--method", action="append", default=[], help="a row of the table; all without it")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     experts = {

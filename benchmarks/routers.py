@@ -1,4 +1,4 @@
-"""Every way of making routers, judged by what its mixture predicts: on any base, experts and texts.
+"""Every method of making routers, judged by what its mixture predicts: on any base, experts and texts.
 
     python benchmarks/routers.py MODELS TEXTS --prompts benchmarks/router_prompts.yaml --markdown
 
@@ -129,10 +129,10 @@ def baselines(bench: Bench, mixture: MixtureModel, runs: Runs) -> Iterator[list[
         yield bench.line(name, runs, None)
 
 
-def table(bench: Bench, mixture: MixtureModel, runs: Runs, ways: list[str]) -> Iterator[list[str]]:
-    """Every way of making routers."""
+def table(bench: Bench, mixture: MixtureModel, runs: Runs, methods: list[str]) -> Iterator[list[str]]:
+    """Every method of making routers."""
     for name, mode, given in ROWS:
-        if (ways and name not in ways) or (given == "prompts" and not bench.prompts):
+        if (methods and name not in methods) or (given == "prompts" and not bench.prompts):
             continue
         rows, seconds = bench.rows(bench.config(mode, given))
         tally = RoutingTally(mixture, runs.texts)
@@ -141,13 +141,13 @@ def table(bench: Bench, mixture: MixtureModel, runs: Runs, ways: list[str]) -> I
         yield bench.line(name, runs, tally, f"{seconds:.0f} s")
 
 
-def flips(bench: Bench, texts: Texts, ways: list[str]) -> Iterator[list[str]]:
+def flips(bench: Bench, texts: Texts, methods: list[str]) -> Iterator[list[str]]:
     """How often bfloat16, in which states and rows are multiplied, makes another expert the first choice."""
     config = bench.config("random", "")
     plan = plan_merge(config)
     prompts = tuple(EncodedPrompt(0, True, window.ids, window.counted) for window in texts.windows)
     request = PassRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, config.router)
-    wanted = [row for row in ROWS if row[0] in FLIPPED and (not ways or row[0] in ways)]
+    wanted = [row for row in ROWS if row[0] in FLIPPED and (not methods or row[0] in methods)]
     made = {name: bench.rows(bench.config(mode, given), "float32")[0] for name, mode, given in wanted}
     found: dict[str, list[float]] = {name: [] for name in made}
     for inputs in capture_router_inputs(request) if made else ():
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--per-token", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--way", action="append", default=[], help="a row of the table; all without it")
+    parser.add_argument("--method", action="append", default=[], help="a row of the table; all without it")
     parser.add_argument("--repeat", type=int, default=0, help="timings of router computation")
     parser.add_argument("--mergekit", help="a Python that has mergekit, to compare mergekit_hidden with")
     parser.add_argument("--markdown", action="store_true")
@@ -236,8 +236,8 @@ def main() -> None:
         if options.markdown:
             show(["---"] * len(heads), options)
         runs = Runs(texts, CPU, lambda _name, _done, _total: None)
-        rows = (baselines(bench, mixture, runs), table(bench, mixture, runs, options.way))
-        for cells in chain(*rows, flips(bench, texts, options.way)):
+        rows = (baselines(bench, mixture, runs), table(bench, mixture, runs, options.method))
+        for cells in chain(*rows, flips(bench, texts, options.method)):
             show(cells, options)
         if options.repeat:
             show(forward_ratio(bench, options.repeat), options)

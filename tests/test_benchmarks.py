@@ -154,8 +154,8 @@ def test_tunings_are_judged_on_any_models_and_texts(tmp_path, here):
 
 def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
-    ways = [part for way in ("base", "average") for part in ("--way", way)]
-    printed = here("parts.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--markdown", *ways)
+    methods = [part for method in ("base", "average") for part in ("--method", method)]
+    printed = here("parts.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--markdown", *methods)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
     assert list(rows) == [
         "shared weights",
@@ -165,7 +165,7 @@ def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path, here):
         "base",
         "average",
     ]
-    cells = [rows[way].split(" | ") for way in ("base", "average")]
+    cells = [rows[method].split(" | ") for method in ("base", "average")]
     assert cells[0][1:] != cells[1][1:]
 
 
@@ -182,10 +182,10 @@ def test_tuning_is_measured_in_memory_and_from_the_disk(tmp_path, llamas):
 def test_routers_are_judged_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
     (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")
-    ways = ["random", "mergekit_hidden, prompts", "ridge, prompts", "ridge, texts"]
+    methods = ["random", "mergekit_hidden, prompts", "ridge, prompts", "ridge, texts"]
     printed = here(
         "routers.py", tmp_path / "models", tmp_path / "texts", "--prompts", tmp_path / "prompts.yaml", "--tokens", "60",
-        "--repeat", "1", "--markdown", *(part for way in ways for part in ("--way", way)),
+        "--repeat", "1", "--markdown", *(part for method in methods for part in ("--method", method)),
     )  # fmt: skip
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
     expected = ["router", "---", "base, dense", "code, dense", "fox, dense", "uniform mixture", "label oracle"]
