@@ -181,7 +181,7 @@ class ScaledColumns:
 
 
 def unscaled(tensor: TensorInfo) -> TensorInfo:
-    """The same rows of a matrix before `ScaledColumns` multiplied its columns; any other tensor unchanged."""
+    """Return the same rows of a matrix before `ScaledColumns` multiplied its columns; any other tensor unchanged."""
     while isinstance(tensor.path, Derived) and isinstance(tensor.path.recipe, ScaledColumns):
         tensor = tensor.path.input_rows(tensor)
     return tensor

@@ -1,4 +1,4 @@
-"""What an output tensor is made of: pieces side by side make a band, stacked bands make the tensor."""
+"""The structure of an output tensor: pieces side by side make a band, stacked bands make the tensor."""
 
 import math
 from bisect import bisect_right

@@ -14,9 +14,9 @@ class Unreadable:
     """A file (`moemerge.checkpoint.files.RemoteFile`) that gives the reason instead of bytes."""
 
     stored: TensorInfo
-    """What the file stores in the tensor's place; no bytes if nothing is there."""
+    """The entry that the file stores in the tensor's place; without bytes if there is none."""
     reason: str
-    """What follows the tensor's name in a message: `is sparse`."""
+    """The reason, as it follows the tensor's name in a message: `is sparse`."""
     is_tensor: bool = True
     """False for an entry that is not a tensor, so that nothing is lost without it."""
 

@@ -77,7 +77,7 @@ class Census:
 
     @property
     def not_finite(self) -> NotFinite | None:
-        """What is not finite among the numbers so far; None where all are."""
+        """The infinite and NaN numbers so far; None where all are finite."""
         if not self._count:
             return None
         first = tuple(int(place) for place in np.unravel_index(self._first, self._tensor.shape))

@@ -1,1 +1,1 @@
-"""May models be merged, how far are they from each other, and what is lost of them?"""
+"""Check that models may be merged, measure how far apart they are, and find what a merge loses of them."""

@@ -208,7 +208,7 @@ def _places(chosen: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Rol
 
 
 def _block(model: Loaded, layer: int, role: Role) -> TensorInfo | None:
-    """Some consecutive rows of a projection; None for a base that lacks FFNs, which nothing else takes."""
+    """Select some consecutive rows of a projection; None for a base that lacks this FFN."""
     config, tensors = model
     try:
         tensor = config.projection(tensors, layer, role)
@@ -219,7 +219,7 @@ def _block(model: Loaded, layer: int, role: Role) -> TensorInfo | None:
 
 
 def _underlying(tensor: TensorInfo) -> TensorInfo:
-    """The same rows of the model before an adapter, if they are computed from both."""
+    """Return the same rows of the model before an adapter, if they are computed from both."""
     while isinstance(tensor.path, Derived):
         tensor = tensor.path.input_rows(tensor)
     return tensor

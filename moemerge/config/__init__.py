@@ -1,1 +1,1 @@
-"""The merge config: its schema, how it is read, and what is wrong with it, with places."""
+"""The merge config: its schema, how it is read, and its problems with their places."""

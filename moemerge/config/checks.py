@@ -1,4 +1,4 @@
-"""Problems between the keys of a merge config: prompts that make no router, experts that are all alike."""
+"""Find problems between the keys of a merge config: prompts that make no router, experts that are all alike."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any, Final
 from moemerge.config.router_methods import AUTO, METHODS, SETTINGS, RouterMethod, canonical_gate_mode, choose_method
 from moemerge.config.yaml_text import Place
 
-# Of settings that are all there, as `model_dump` gives them, these say nothing.
+# `model_dump` gives every setting; one with its default value counts as not set.
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "router": {
         "lambda": None,
@@ -24,12 +24,12 @@ _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negat
 
 
 def listed(value: Any) -> Any:
-    """A text alone as a list of one, nothing as an empty list."""
+    """Turn a single text into a list of one, and None into an empty list."""
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
 def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> list[tuple[Place, str]]:
-    """Problems between keys; works on the raw document, so that they show beside problems within keys."""
+    """Find problems between keys in the raw document, so that they show beside problems within keys."""
     experts = document.get("experts")
     if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
         return []
@@ -172,7 +172,7 @@ def _check_shared(document: Mapping[str, Any], experts: int) -> list[tuple[Place
 
 
 def _is_set(group: str, settings: Mapping[str, Any], key: str) -> bool:
-    """Whether settings say something under a key."""
+    """Whether a setting differs from its default."""
     defaults = _DEFAULTS[group]
     return settings.get(key) is not None and not (settings.keys() >= defaults.keys() and settings[key] == defaults[key])
 

@@ -1,4 +1,4 @@
-"""Which layers a config means: `all`, `second-half`, a layer, a range such as `8-` or `8-15`, or a list."""
+"""Read the layers that a config names: `all`, `second-half`, a layer, a range such as `8-` or `8-15`, or a list."""
 
 import re
 from typing import Any
@@ -7,10 +7,10 @@ LayerChoice = str | list[int]
 
 
 def read_layers(value: Any) -> LayerChoice:
-    """Check how layers are written; whether a model has them is not known yet.
+    """Check how layers are written; a model's number of layers is not needed for it.
 
     Raises:
-        ValueError: not in one of the ways.
+        ValueError: the layers are written in no known way.
     """
     if type(value) is int and value >= 0:
         return [value]
@@ -22,7 +22,7 @@ def read_layers(value: Any) -> LayerChoice:
 
 
 def chosen_layers(layers: LayerChoice, count: int) -> tuple[int, ...] | str:
-    """The layers that `layers` names of a model with `count`, in ascending order; a text says what is wrong."""
+    """The layers that `layers` names in a model with `count` layers, in ascending order; or a text with the problem."""
     if isinstance(layers, list):
         first, last, chosen = min(layers), max(layers), sorted(set(layers))
     elif layers in {"all", "second-half"}:

@@ -1,4 +1,4 @@
-"""Problems of a config in the words of someone who writes the YAML, each with its line and address."""
+"""Describe a config's problems in terms of its YAML, each with its line and address."""
 
 import difflib
 import reprlib
@@ -13,14 +13,14 @@ from moemerge.config.yaml_text import Place
 from moemerge.errors import ConfigError
 
 MOST_EXPLAINED: Final = 100
-"""Problems of a config that are explained; of a config with more, their number is told."""
+"""Most problems of a config that are explained; of more, only the number is given."""
 SHORT_REPR: Final = reprlib.Repr()
-"""`SHORT_REPR.repr(value)` is the repr of a value that may be long."""
+"""`SHORT_REPR.repr(value)` is a shortened repr of a value that may be long."""
 SHORT_REPR.maxstring = 60
 
 
 class PlacedError(ConfigError):
-    """A wrong config, with the place of each problem, from which its line can be found."""
+    """A wrong config, with the place of each problem, which leads to its line."""
 
     def __init__(self, placed: list[tuple[Place, str]], name: str = "config", node: yaml.Node | None = None) -> None:
         self.placed = placed
@@ -35,7 +35,7 @@ class PlacedError(ConfigError):
 
 
 def explain(detail: ErrorDetails, known_keys: Callable[[Place], list[str]]) -> str:  # noqa: PLR0911  one for each kind
-    """One pydantic error in the words of someone who writes the YAML."""
+    """Explain one pydantic error in terms of the YAML."""
     key, value = detail["loc"][-1], detail["input"]
     if detail["type"] == "extra_forbidden":
         known = known_keys(detail["loc"])
@@ -64,7 +64,7 @@ def _address(place: Place) -> str:
 
 
 def _line(node: yaml.Node | None, place: Place) -> int:
-    """Line of the innermost step of `place` that the document has."""
+    """The line of the innermost step of `place` that the document has."""
     line = node.start_mark.line + 1 if node else 1
     for step in place:
         child = None
@@ -82,7 +82,7 @@ def _line(node: yaml.Node | None, place: Place) -> int:
 
 
 def repeated_keys(node: yaml.Node | None) -> list[tuple[Place, str]]:
-    """YAML keeps the last of two equal keys in silence; looked for at the top and in each expert."""
+    """Find keys that are repeated at the top or in an expert; YAML silently keeps the last one."""
     mappings: list[tuple[Place, yaml.Node | None]] = [((), node)]
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         if isinstance(value, yaml.SequenceNode):

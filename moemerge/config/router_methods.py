@@ -1,52 +1,52 @@
 """The table of router methods: what each reads, which settings it takes, and the function that makes its rows.
 
-Everything that asks about a method asks its row. A new one is a file in `moemerge.routers` and a row here.
+All other code looks methods up here. A new method is a file in `moemerge.routers` and a row of this table.
 """
 
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 Material = Literal["prompts", "texts", "unsorted texts", "weights"]
-"""What a router can be made from: prompts and texts of each expert, texts of no expert, the experts' weights."""
+"""Inputs of a method: prompts or texts of each expert, texts that are not sorted by expert, the experts' weights."""
 Setting = Literal["lambda", "scale", "load_prior", "calibration_texts"]
-"""Keys of `router` that only some methods use."""
+"""Keys under `router` that only some methods use."""
 SETTINGS: Final[tuple[Setting, ...]] = get_args(Setting)
 AUTO: Final = "auto"
-"""The `gate_mode` that chooses a method by what there is to read."""
+"""The `gate_mode` that chooses a method by the data that the config gives."""
 
 
 @dataclass(frozen=True)
 class RouterMethod:
-    """How routers get their first weights."""
+    """A method of making the first weights of routers."""
 
     name: str
-    """Its `gate_mode`."""
+    """The value of `gate_mode`."""
     function: str
     """`module:function`, imported when routers are made and not before: see `moemerge.routers.methods`."""
     reads: frozenset[Material] = frozenset()
     settings: frozenset[Setting] = frozenset()
     runs_base: bool = True
-    """Whether it reads what the base model computes of text, so that the base model has to run."""
+    """Whether it reads the base model's router inputs, so that the base model has to run."""
     aliases: tuple[str, ...] = ()
-    """Other values of `gate_mode` that mean it."""
+    """Other values of `gate_mode` that mean the same method."""
     like_mergekit: bool = False
-    """Whether it sees what mergekit-moe sees: a BOS before every prompt, the residual stream that enters the layer."""
+    """Whether it reads what mergekit-moe does: a BOS before every prompt, the residual stream that enters the layer."""
     solves_for_hidden: bool = False
-    """Whether it holds matrices (hidden, hidden) however little text there is."""
+    """Whether it needs matrices (hidden, hidden) in memory even for little text."""
 
     @property
     def reads_descriptions(self) -> bool:
-        """Whether prompts or texts have to say of every expert what should be routed to it."""
+        """Whether it needs prompts or texts for every expert."""
         return "prompts" in self.reads
 
     @property
     def reads_weights(self) -> bool:
-        """Whether it reads what fine-tuning changed in the experts' weights."""
+        """Whether it reads the changes that fine-tuning made to the experts' weights."""
         return "weights" in self.reads
 
     @property
     def reads_embeddings(self) -> bool:
-        """Whether it reads the base model's embeddings of the prompts and nothing else of that model."""
+        """Whether it reads the prompts' embeddings in the base model, and no other weights of that model."""
         return self.reads_descriptions and not self.runs_base
 
     @property
@@ -56,7 +56,7 @@ class RouterMethod:
 
     @property
     def labels_texts(self) -> bool:
-        """Whether the experts' weights first say which unsorted text is for whom, in a pass of its own."""
+        """Whether a first pass assigns each unsorted document to an expert, by the experts' weights."""
         return self.reads >= {"unsorted texts", "weights"}
 
 
@@ -67,7 +67,7 @@ _SOLVED: Final[frozenset[Setting]] = _SCALED | {"lambda"}
 METHODS: Final[dict[str, RouterMethod]] = {
     method.name: method
     for method in (
-        # Names of mergekit-moe mean `hidden`, too: its average over positions is what that is here.
+        # mergekit-moe's names: its average over positions is `hidden` here.
         RouterMethod(
             "hidden",
             "moemerge.routers.hidden:hidden_rows",
@@ -96,30 +96,30 @@ METHODS: Final[dict[str, RouterMethod]] = {
         RouterMethod("uniform_random", "moemerge.routers.random:uniform_rows", runs_base=False),
     )
 }
-"""Every method by its name, in the order in which messages list them."""
+"""All methods by name, in the order in which messages list them."""
 _AUTO_CHOICES: Final = ("ridge", "delta_bootstrap", "delta")
 
 
 def canonical_gate_mode(value: Any) -> Any:
-    """The name that the table has for a `gate_mode`; what it does not know stays as it is."""
+    """Replace an alias of a `gate_mode` by its name in the table; any other value is returned as it is."""
     if isinstance(value, str):
         return next((method.name for method in METHODS.values() if value in method.aliases), value)
     return value
 
 
 def gate_modes() -> list[str]:
-    """Every canonical value of `gate_mode`."""
+    """All canonical values of `gate_mode`."""
     return [AUTO, *METHODS]
 
 
 def choose_method(gate_mode: Any, *, described: bool, calibrated: bool) -> RouterMethod:
-    """The method that `gate_mode` names; for `auto` the best that there is data for.
+    """Choose the method that `gate_mode` names; for `auto`, the best one that there is data for.
 
-    A name that is not in the table gives a method that reads and takes nothing.
+    An unknown name gives a method that reads nothing and takes no settings.
 
     Args:
-        gate_mode: as the config says.
-        described: whether prompts or texts say of every expert what should be routed to it.
+        gate_mode: the value in the config.
+        described: whether every expert has prompts or texts.
         calibrated: whether there are calibration texts.
     """
     if gate_mode == AUTO:

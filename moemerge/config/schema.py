@@ -1,4 +1,4 @@
-"""The merge config: `mergekit-moe`'s YAML schema, checked completely, every problem with its place.
+"""The merge config: `mergekit-moe`'s YAML schema, checked completely; every problem is reported with its place.
 
 Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 """
@@ -32,9 +32,9 @@ from moemerge.engines import Engine, engine_of
 from moemerge.errors import ConfigError
 
 CONFIG_COPY: Final = "moemerge_config.yaml"
-"""What a merged model's folder calls the config that it was made from."""
+"""Name of the file in a merged model's folder that holds a copy of the config."""
 CARD: Final = "README.md"
-"""What a merged model's folder calls the model card, as the Hub does."""
+"""Name of the model card in a merged model's folder, as on the Hub."""
 _MOST_CHARACTERS: Final = 4_000_000
 _DEEPEST: Final = 50
 _LARGEST: Final = 10**300
@@ -49,7 +49,7 @@ def _canonical_dtype(value: Any) -> Any:
 
 
 def _gate_mode_of(value: Any) -> str:
-    """A value that the table of methods has, as it is spelled there; refused as one that a `Literal` lacks."""
+    """Check a `gate_mode` against the table of methods, with the error that a `Literal` would give."""
     name, known = canonical_gate_mode(value), gate_modes()
     if isinstance(name, str) and name in known:
         return name
@@ -63,12 +63,12 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
-# Below it float32 has fewer digits, and at last none.
+# The smallest normal number of float32; smaller ones lose digits.
 _SMALLEST: Final = 2.0**-126
 
 
 def _in_float32(value: float) -> float:
-    """A number that is computed with in float32, where it is neither infinite nor vanishes."""
+    """Check that a number is neither infinite nor zero in float32, in which it is computed with."""
     try:
         held = struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
@@ -97,26 +97,26 @@ class _Strict(BaseModel):
 
 
 class Expert(_Strict):
-    """One expert: the model that its FFNs come from, and text that says what it is for."""
+    """An expert: the model that its FFNs come from, and text that should be routed to it."""
 
     source_model: Text
-    """Folder, or Hub repository `user/name`, or `user/name@revision`."""
+    """A folder, or a Hub repository as `user/name` or `user/name@revision`."""
     positive_prompts: Prompts = []
     """Text that should be routed to this expert."""
     negative_prompts: Prompts = []
-    """Text that should not."""
+    """Text that should not be routed to this expert."""
     positive_texts: Texts = []
-    """Files, folders or patterns of such text, beside or instead of prompts: see `moemerge.texts.documents`."""
+    """Files, folders or patterns of text that should be routed to this expert; see `moemerge.texts.documents`."""
     negative_texts: Texts = []
-    """The same of text that should not."""
+    """Files, folders or patterns of text that should not be routed to this expert."""
     noise_scale: Number | None = Field(None, ge=0)
     """Standard deviation of Gaussian noise added to the expert's weights."""
     residual_scale: Number | None = None
-    """Factor on the expert's down projection, that is, on what it adds to the residual stream."""
+    """Factor on the expert's down projection, and so on what it adds to the residual stream."""
 
     @property
     def is_described(self) -> bool:
-        """Whether prompts or texts say what should be routed to it."""
+        """Whether it has positive prompts or texts."""
         return bool(self.positive_prompts or self.positive_texts)
 
 
@@ -124,42 +124,42 @@ class RoutedExpert(Expert):
     """An expert that the router chooses."""
 
     layers: Layers = "all"
-    """Layers in which it takes part."""
+    """Layers that hold the expert."""
 
 
 class RouterSettings(_Strict):
-    """How routers are made of what `gate_mode` uses; see docs/routers.md."""
+    """Settings of the router methods; see docs/routers.md."""
 
     lambda_: Number | None = Field(None, alias="lambda", gt=0)
     """Regularisation of ridge and logistic, relative to the mean variance of router inputs; None: by token count."""
     scale: Number = Field(1.0, ge=1e-6, le=1e6)
     """Factor on the scale that is fitted: above 1 the chosen experts are mixed less."""
     tokens_per_expert: int = Field(4096, ge=1, strict=True)
-    """How many tokens of its texts are read for each expert, and as many of the calibration texts for each."""
+    """Tokens that are read of each expert's texts; of the calibration texts, as many for each expert."""
     calibration_texts: Texts = []
     """Files, folders or patterns of text that is not sorted by expert."""
     load_prior: list[Annotated[Number, Field(ge=1e-6, le=1e6)]] | None = None
     """Share of the calibration texts that each expert should take, in the order of the experts."""
     seed: int | None = Field(None, ge=0, strict=True)
-    """Of random routers, and of which documents are read where there are more than are needed."""
+    """Seed for random routers, and for the choice of documents where there are more than needed."""
 
 
 class SharedWeights(_Strict):
-    """How embeddings, attention and norms are made; see `moemerge.planning.shared_weights`."""
+    """Settings for embeddings, attention and norms; see `moemerge.planning.shared_weights`."""
 
     method: Literal["base", "average", "ties", "dare"] = "base"
     weights: list[Annotated[Number, Field(gt=0)]] | None = None
-    """Of the experts, in their order; they are divided by their sum. None: all alike."""
+    """Weights of the experts in a mean, in the order of the experts; divided by their sum. None weighs all alike."""
     density: Number = Field(0.5, ge=1e-6, le=1)
-    """Of `ties` and `dare`: the share of an expert's changes that is kept."""
+    """Share of each expert's changes that `ties` and `dare` keep."""
     seed: int = Field(0, ge=0, strict=True)
-    """Of `dare`."""
+    """Seed for the changes that `dare` keeps."""
 
 
 class MergeConfig(_Strict):
     """A merge: a base model and the experts whose FFNs are stacked into it.
 
-    Made from keys with values, as in the YAML, it is checked as a file is.
+    Keyword arguments, as in the YAML, are checked as a file is.
 
     Raises:
         ConfigError: lists every problem with its address.
@@ -171,22 +171,22 @@ class MergeConfig(_Strict):
     gate_mode: Annotated[str, BeforeValidator(_gate_mode_of)] = AUTO
     """A method of `moemerge.config.router_methods`, or `auto`."""
     dtype: Annotated[DType | None, BeforeValidator(_canonical_dtype)] = None
-    """Of the merged model; None keeps the base model's."""
+    """Dtype of the merged model; None keeps the base model's."""
     experts_per_token: int = Field(2, ge=1, strict=True)
     shared_experts: Annotated[list[Expert], BeforeValidator(listed)] = []
     architecture: Text | None = None
-    """The output family's `model_type`; None chooses the one that most engines read rightly."""
+    """The output family's `model_type`; None chooses the one that most engines compute correctly."""
     engine: Annotated[Engine | None, BeforeValidator(engine_of)] = None
-    """The engine that has to read the merged model rightly; None for any."""
+    """The engine that has to compute the merged model correctly; None for any."""
     moe_layers: Layers = "all"
     """Layers that hold experts; the others keep the base model's FFN."""
     shared_weights: Annotated[
         SharedWeights,
         BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else {} if value is None else value),
     ] = Field(default_factory=lambda: SharedWeights.model_validate({}))
-    """Embeddings, attention and norms: the base model's, or made of all models' own."""
+    """Settings for embeddings, attention and norms: the base model's, or a mix of all models'."""
     fold_norms: bool = Field(default=False, strict=True)
-    """Whether what an expert's own norm before its FFN does beyond the shared one is folded into the FFN."""
+    """Whether the difference between an expert's own norm and the shared one is folded into its FFN."""
     router: Annotated[RouterSettings, BeforeValidator(lambda value: {} if value is None else value)] = Field(
         default_factory=lambda: RouterSettings.model_validate({})
     )
@@ -212,7 +212,7 @@ class MergeConfig(_Strict):
         self._checked, self._identical = self.model_dump(), allow_identical_experts
 
     def rechecked(self) -> "MergeConfig":
-        """The same config; one that was changed by `model_copy` is checked as a new one.
+        """Return this config, checked again if it was changed by `model_copy`.
 
         Raises:
             ConfigError: lists every problem with its address.
@@ -225,12 +225,12 @@ class MergeConfig(_Strict):
 
     @property
     def file(self) -> Path | None:
-        """The file that it was read from."""
+        """The file that the config was read from, if there is one."""
         return self._file
 
     @property
     def text(self) -> str:
-        """The YAML that it was read from, or says the same."""
+        """The YAML that the config was read from, or equivalent YAML."""
         if self._text and self.model_dump() == self._checked:
             return self._text
         document = self.model_dump(exclude_defaults=True, by_alias=True)
@@ -238,18 +238,18 @@ class MergeConfig(_Strict):
 
     @property
     def method(self) -> RouterMethod:
-        """How its routers are made: by `gate_mode`, or by what `auto` finds to be the best that there is data for."""
+        """The router method that `gate_mode` names; for `auto`, the best one that there is data for."""
         calibrated = bool(self.router.calibration_texts)
         return choose_method(self.gate_mode, described=self.has_descriptions, calibrated=calibrated)
 
     @property
     def computes_shared_gate(self) -> bool:
-        """Whether prompts say when a shared expert that has a gate should speak."""
+        """Whether the gate of the shared experts is made from prompts."""
         return self.method.runs_base and any(expert.is_described for expert in self.shared_experts)
 
     @property
     def has_descriptions(self) -> bool:
-        """Whether prompts or texts say of every expert what should be routed to it."""
+        """Whether every expert has positive prompts or texts."""
         return all(expert.is_described for expert in self.experts)
 
 
@@ -257,8 +257,8 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
     """Read and check a merge config.
 
     Args:
-        source: path of a YAML file; or its text, which has several lines or begins with a brace; or keys with values as
-            such a file holds them. A `Path` is never taken for text.
+        source: the path of a YAML file; or its text, which has several lines or begins with a brace; or a dict of
+            the same keys and values. A `Path` is never taken for text.
         allow_identical_experts: accept experts that are all the same model.
 
     Raises:
@@ -286,7 +286,7 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
 
 
 def parse_config(text: str, name: str = "config", *, allow_identical_experts: bool = False) -> MergeConfig:
-    """Check the text of a merge config; `name` stands for it in messages. See `load_config`."""
+    """Check the text of a merge config, which messages call `name`; see `load_config`."""
     try:
         document, node = read_yaml(text)
     except YamlTextError as error:
@@ -315,7 +315,7 @@ def _check(document: dict[Any, Any], name: str, node: yaml.Node | None, allow_id
 
 
 def _known_keys(place: Place) -> list[str]:
-    """Keys that stand beside the one at a place."""
+    """The keys that are allowed beside the one at a place."""
     models: dict[str, type[_Strict]] = {
         "experts": RoutedExpert,
         "shared_experts": Expert,
@@ -327,7 +327,7 @@ def _known_keys(place: Place) -> list[str]:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A document of plain values, also where parts of it are models, or come one by one."""
+    """Turn a document into plain values; parts of it may be models or iterators."""
     if depth > _DEEPEST:
         raise ConfigError(f"config: is nested more than {_DEEPEST} deep.", [])
     if isinstance(value, BaseModel):

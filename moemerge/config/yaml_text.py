@@ -1,4 +1,4 @@
-"""YAML that anybody may have written, read in bounded time and memory: a merge config, or a model card's metadata."""
+"""Read untrusted YAML, a merge config or a model card's metadata, in bounded time and memory."""
 
 import re
 from typing import Any, Final
@@ -6,7 +6,7 @@ from typing import Any, Final
 import yaml
 
 Place = tuple[int | str, ...]
-"""Keys and indices that lead to a value."""
+"""The keys and indices that lead to a value."""
 
 # Far above any config; time and memory grow with them. The parser in C, where there is one, is ten times as fast, but
 # does not take halves of letters as JSON writes them.
@@ -21,16 +21,16 @@ _HALF: Final = re.compile(r"\\[uU]0*[dD][89a-fA-F]")
 
 
 class YamlTextError(Exception):
-    """A text is not YAML, or expands to more than moemerge reads; says why in one line."""
+    """The text is not YAML, or expands to more than moemerge reads; says why in one line."""
 
 
 def read_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """The value of a YAML document, and its nodes, which know their lines; None and None of an empty one.
+    """Read a YAML document: its value, and its root node, which knows lines; None and None for an empty document.
 
     Aliases are counted as often as they are used (https://en.wikipedia.org/wiki/Billion_laughs_attack).
 
     Raises:
-        YamlTextError: not YAML, or too large, too deep, or endless.
+        YamlTextError: the text is not YAML, or too large, too deep, or endless.
     """
     loads = _FAST if _FAST and not _HALF.search(text) else yaml.SafeLoader
     most = _MOST_CHARACTERS[loads is _FAST]
@@ -56,7 +56,7 @@ def read_yaml(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def _check_depth(text: str, loads: Any) -> None:
-    """Look at the events alone, which takes no stack."""
+    """Check the depth of nesting by parser events alone, which takes no stack."""
     depth = 0
     for values, event in enumerate(yaml.parse(text, Loader=loads)):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -104,7 +104,7 @@ def _check_size(root: yaml.Node) -> None:
 
 
 def join_halves(value: Any) -> tuple[Any, list[Place]]:
-    r"""A value with the letters joined that JSON writes as two halves (`\ud83c\udf89`), and places of lone halves."""
+    r"""Join the surrogate pairs of a value, such as JSON's `\ud83c\udf89`; also return the places of lone halves."""
     lone: list[Place] = []
 
     def joined(value: Any, place: Place) -> Any:

@@ -1,7 +1,7 @@
-"""What engines make of each output family, as measured by running them: `engines.json` and what follows from it.
+"""How engines compute each output family, as measured by running them: `engines.json` and what follows from it.
 
-`make test-engines` runs every engine over tiny mixtures of every kind and writes that file. What llama.cpp's engine
-does not load is refused in `export`, which says more about it.
+`make test-engines` runs every engine over tiny mixtures of every kind and writes that file. `export`
+refuses the files that llama.cpp does not load, with more detail.
 """
 
 import json
@@ -56,7 +56,7 @@ class Trouble:
 
     @property
     def words(self) -> str:
-        """What happens and with which facts, in words."""
+        """The trouble and the facts that cause it, in words."""
         what = f"fails ({self.message})"
         if self.apart is not None:
             what = f"computes something else, log-probabilities up to {self.apart:.2g} off,"

@@ -1,4 +1,4 @@
-"""What an output family is: names of tensors, keys of `config.json`, and what it can hold."""
+"""The description of an output family: names of tensors, keys of `config.json`, and the facts that it can hold."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Shared:
     width: Literal["any", "multiple", "one expert"]
     """The width in neurons: any number, a multiple of an expert's, or exactly an expert's."""
     absent: Literal["nothing", "zeros"]
-    """What is stored without a shared expert: nothing, or a narrow expert of zeros where engines fail without one."""
+    """Whether nothing is stored without a shared expert, or a narrow expert of zeros, where engines need one."""
     gate: str = ""
     """Tensor of shape (1, hidden) whose sigmoid weighs the shared expert, if there is one."""
 
@@ -85,7 +85,7 @@ class MoeFamily:
     appends_shared: bool = False
     """Whether shared experts can be held as more neurons of every expert: exact, but each expert has a copy."""
     dense_layers: Literal["none", "prefix", "outside", "any"] = "none"
-    """Which layers can stay dense: none, the first ones, those before and after a run of MoE layers, or any."""
+    """The layers that can stay dense: none, the first ones, those before and after a run of MoE layers, or any."""
     dense_ffn: Names | None = None
     """The FFN of a layer that stays dense; None for the usual names."""
     keeps_dense_ffn: bool = False

@@ -14,7 +14,7 @@ ASKED: Final = {
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a config asks for, in numbers; widths count an FFN's neurons."""
+    """A mixture as the config asks for it, in numbers; widths count an FFN's neurons."""
 
     layers: int
     dense_width: int

@@ -2,5 +2,5 @@
 
 
 def layer_prefix(layer: int) -> str:
-    """How the names of a decoder layer's tensors begin in a checkpoint, such as `model.layers.7.`."""
+    """The prefix of a decoder layer's tensors in a checkpoint, such as `model.layers.7.`."""
     return f"model.layers.{layer}."

@@ -36,7 +36,7 @@ _SHARED: Final = {"any": "any width", "multiple": "multiples of an expert", "one
 
 @dataclass(frozen=True)
 class EngineCell:
-    """What an engine was measured to make of a family."""
+    """The measured result of one engine for a family."""
 
     engine: str
     version: str

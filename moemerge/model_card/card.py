@@ -61,7 +61,7 @@ def _save(folder: Path, plan: MergePlan, licence: str | None, body: str) -> None
 def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:
     """Find what a merged model's card lacks or says otherwise: the expected words, and those that are found.
 
-    Titles, licences and measured figures are not compared; what the model is made of is the plan's.
+    Titles, licences and measured figures are not compared, but all that follows from the plan.
     """
     path = folder / CARD
     if not path.is_file():
@@ -80,14 +80,14 @@ def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:
 
 
 def _repositories(plan: MergePlan) -> list[str]:
-    """The repositories that the model is made of, as far as it is on the Hub."""
+    """List the Hub repositories that the model is made of; sources in folders have none."""
     adapters = [parse_reference(adapter.reference) for source in plan.sources for adapter in source.adapters]
     origins = [*(source.origin for source in plan.sources), *adapters]
     return list(dict.fromkeys(origin.repo for origin in origins if isinstance(origin, Reference)))
 
 
 def _facts(plan: MergePlan, config: str | None) -> list[str]:
-    """Find the parts of a card that follow from the plan, and a block with a config's text where there is one."""
+    """Render the lines of a card that follow from the plan, and the block with a config's text where there is one."""
     values = _values(plan, config or "", plan.family_notes)
     lines = [render_block("card", block, **values) for block in ("what", "size", "experts", "warnings", "notes")]
     block = [] if config is None else [render_block("card", "configuration", **values)]
@@ -95,7 +95,7 @@ def _facts(plan: MergePlan, config: str | None) -> list[str]:
 
 
 def _values(plan: MergePlan, text: str, notes: Sequence[str]) -> dict[str, Any]:
-    """What the card's template is filled in with, but for its name, how it routes and how it is run."""
+    """Collect the values of the card's template that follow from the plan, the config's text and the notes."""
     config = plan.config
     numbered = [*enumerate(config.experts), *(("shared", expert) for expert in config.shared_experts)]
     return {

@@ -1,4 +1,4 @@
-"""How to use a merged model, for its card: only in the engines that were seen to compute its family rightly."""
+"""Write the section of a model card on use, for the engines that were measured to compute its family correctly."""
 
 import json
 import shlex
@@ -15,11 +15,11 @@ _COMMANDS: Final[dict[Engine, str]] = {
     "mlx": 'python -m mlx_lm generate --model {word} --prompt "Once upon a time"',
     "openvino": "OVModelForCausalLM.from_pretrained({text}, export=True)",
 }
-"""Commands with the model's name as a word of a shell and as a text of Python."""
+"""Commands by engine; `{word}` is the model's name quoted for a shell, `{text}` as a Python string."""
 
 
 def use_it(name: str, family: str, engines: Sequence[Engine]) -> str:
-    """Write Markdown on how to run a model of a family in the engines that are right, and what then.
+    """Write Markdown on how to run a model in the engines that compute its family correctly.
 
     Args:
         name: the model's folder.

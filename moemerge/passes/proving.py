@@ -51,9 +51,9 @@ class Proof:
     base_class: str = ""
     """The class that reads the base's tokenizer; empty where it cannot be read."""
     problem: str = ""
-    """Why it cannot be read, or how the output differs: where ids are proved, with nothing but copied files."""
+    """The reason why it cannot be read, or how the output differs; where ids are proved, how plain copies differ."""
     step: str = ""
-    """What to do where it cannot be read."""
+    """The next step for the user where it cannot be read."""
     output_class: str = ""
     """The class that reads the output's tokenizer then; empty where it cannot be read."""
     is_proved: bool = False

@@ -33,7 +33,7 @@ class Window:
     ids: tuple[int, ...]
     """Token ids, with the special tokens that the tokenizer puts in front of every text."""
     counted: tuple[bool, ...]
-    """Which tokens count in statistics: see `counted_mask`."""
+    """Whether each token counts in statistics; see `counted_mask`."""
 
     @property
     def scored(self) -> tuple[bool, ...]:

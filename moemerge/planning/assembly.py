@@ -1,4 +1,4 @@
-"""What each tensor of the merged model is made of, from tensor tables alone."""
+"""Decide from tensor tables alone what each tensor of the merged model is made of."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,27 +14,27 @@ from moemerge.families.names import layer_prefix
 from moemerge.planning.output import Computed, Output
 
 _USUAL_FFN: Final = separate("mlp")
-# Projections whose rows are turned by positions.
+# Projections whose rows rotate with positions.
 _ROTATED: Final = re.compile(r"\.[qk]_proj\.")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that an FFN is taken from, and what is done to it."""
+    """A model that FFNs are taken from, with the scale and noise that are applied to them."""
 
     model: DenseModel
     tensors: Mapping[str, TensorInfo]
     scale: float = 1.0
-    """Of what the FFN adds to the residual stream."""
+    """Factor on what the FFN adds to the residual stream."""
     noise_scale: float = 0.0
 
     @property
     def width(self) -> int:
-        """Neurons of its FFNs."""
+        """Number of neurons in each FFN."""
         return self.model.sizes["ffn"]
 
     def projection(self, layer: int, role: Role, dtype: str) -> Piece:
-        """One projection of a layer's FFN, which may be part of a larger tensor."""
+        """Find one projection of a layer's FFN, which may be part of a larger tensor."""
         tensor = self.model.projection(self.tensors, layer, role)
         return Piece(tensor, dtype, self.scale if role == "down" else 1.0, self.noise_scale)
 
@@ -51,10 +51,10 @@ class Assembly:
     computes_gate: bool
     """Whether the shared expert's gate is made from prompts; otherwise it is 0, a weight of one half."""
     dtype: str
-    """As a safetensors header spells it."""
+    """Dtype of the merged model, as a safetensors header spells it."""
 
     def outputs(self) -> dict[str, Output]:
-        """Every tensor of the merged model, by name, in the order of the layers; routers last."""
+        """All tensors of the merged model by name, in the order of the layers; routers last."""
         model, tensors = self.base.model, self.base.tensors
         outputs = {name: self._whole(name) for name in model.family.first}
         for layer in range(model.layers):
@@ -62,7 +62,7 @@ class Assembly:
         outputs[model.family.last] = self._whole(model.family.last)
         if model.family.head in tensors:
             outputs[model.family.head] = self._whole(model.family.head)
-        # Every other shard is complete without routers.
+        # Routers come last, so that all shards but the last are complete without them.
         hidden = model.sizes["hidden"]
         for layer in self.mixture.moe_layers:
             name = layer_prefix(layer) + self.family.router
@@ -77,7 +77,7 @@ class Assembly:
         return Output(tensor.shape, ((Piece(tensor, self.dtype),),))
 
     def _attention(self, layer: int) -> Iterator[tuple[str, Output]]:
-        """A layer's tensors beside its FFN, and those that only the family has."""
+        """Yield a layer's tensors beside its FFN, and those that only the output family has."""
         model, prefix = self.base.model, layer_prefix(layer)
         names = model.tensors(layer)
         regroups = model.family.interleaved and not self.family.interleaved
@@ -107,7 +107,7 @@ class Assembly:
         return Output(shape, ((Piece(self.base.tensors[prefix + extra.source], self.dtype, scale),),))
 
     def _ffns(self, layer: int) -> Iterator[tuple[str, Output]]:
-        """A layer's experts, shared expert and selection bias, or its dense FFN."""
+        """Yield the tensors of a layer's experts, shared expert and selection bias, or of its dense FFN."""
         family, mixture, prefix = self.family, self.mixture, layer_prefix(layer)
         routed = layer in mixture.moe_layers
         if not routed or family.keeps_dense_ffn:
@@ -144,7 +144,7 @@ class Assembly:
             yield prefix + shared.gate, Output(shape, ((Piece(Fill(0.0, shape), self.dtype),),))
 
     def _ffn(self, sources: Sequence[Source], roles: tuple[Role, ...], layer: int, width: int) -> Output:
-        """Projections of one FFN with the neurons of all `sources`, padded to `width` with neurons of zeros."""
+        """Put the neurons of all `sources` side by side in one FFN, padded to `width` with neurons of zeros."""
         hidden = self.base.model.sizes["hidden"]
         shape = (hidden, width) if roles == ("down",) else (width * len(roles), hidden)
         padding = width - sum(source.width for source in sources)

@@ -1,4 +1,4 @@
-"""The third step of a plan: whether the models' tensors fit, and what their weights say of each other."""
+"""The third step of a plan: check that the models' tensors fit, and compare the experts' weights with the base's."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moemerge.planning.router_inputs import base_ffn_layers
 from moemerge.planning.shape import Shape, computes_gate
 
 Tables = Mapping[str, dict[str, TensorInfo]]
-"""Each model's tensors, by its reference."""
+"""Tensor tables by model reference."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Checked:
 
     notes: tuple[str, ...]
     judgement: Judgement
-    """What is said of the experts."""
+    """Problems, warnings and notes about the experts."""
 
     @property
     def urgent(self) -> list[str]:
-        """Warnings that were paid for with reads on the Hub, to be said before gigabytes are waited for."""
+        """Warnings to print before a long download: they come from comparing weights on the Hub."""
         return self.judgement.warnings if self.judgement.compared_bytes else []
 
 
@@ -61,7 +61,7 @@ def check_models(config: MergeConfig, models: Models, shape: Shape, tables: Tabl
 
 
 def _findings(config: MergeConfig, models: Models, shape: Shape, tables: Tables) -> Iterator[Findings]:
-    """What each model's tensor table says: the base's, every expert's, then those of adapters."""
+    """Yield the findings about each tensor table: the base's, every expert's, then those of adapters."""
     base, shared = models.base.model, config.shared_weights.method
     layers = base_ffn_layers(config, shape.mixture, base, runs_base=shape.runs_base)
     yield check_base(base, shape.family, tables[config.base_model], layers)

@@ -1,4 +1,4 @@
-"""What a merge will take of memory, estimated from its plan."""
+"""Estimate the memory that a merge takes, from its plan."""
 
 import math
 from typing import Final
@@ -17,14 +17,14 @@ _LIBRARIES_BYTES: Final = 300_000_000
 _PASS_BYTES: Final = 110_000_000
 # The Hub's client, at work in several threads.
 _HUB_BYTES: Final = 50_000_000
-# What loading a tokenizer takes for each byte of its tokenizer.json.
+# Bytes that loading a tokenizer takes for each byte of its tokenizer.json.
 _TOKENIZER_FACTOR: Final = 14
-# What a layer holds at a time for each of 1024 tokens: four rows of the FFN's width in float32.
+# A layer holds four rows of the FFN's width in float32 for each of 1024 tokens at a time.
 _STATES_BYTES: Final = 1024 * 4 * 4
 
 
 def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: Parts) -> int:
-    """Estimate of the resident memory: the libraries that are needed, one layer for the pass over the prompts."""
+    """Estimate the peak of resident memory in bytes: libraries, and one layer for the pass over the prompts."""
     layer = sum(4 * math.prod(tensor.shape) for name, tensor in parts.base.items() if name.startswith(layer_prefix(0)))
     reads_prompts = shape.runs_base or config.method.reads_text
     tokenizer = models.base.folder.folder / "tokenizer.json"
@@ -42,7 +42,7 @@ def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: 
 
 
 def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
-    """What texts add to the pass: states and router inputs of their tokens, and what a closed form needs."""
+    """Estimate the bytes that texts add to the pass: states, router inputs, and the matrices of a closed form."""
     hidden = models.base.model.sizes["hidden"]
     described = [*config.experts, *config.shared_experts]
     kinds = sum(bool(texts) for expert in described for texts in (expert.positive_texts, expert.negative_texts))

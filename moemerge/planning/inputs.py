@@ -1,4 +1,4 @@
-"""What the base and each expert bring into a merge: their own tensors, or what the config has made of them."""
+"""The tensors that the base and each expert contribute to a merge: their own, or computed as the config asks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class Parts:
     """The tensors of a merge's models, by the names that the models give them."""
 
     base: Mapping[str, TensorInfo]
-    """What the experts share, and the base's FFNs."""
+    """The tensors that the experts share, and the base's FFNs."""
     experts: Sequence[Tensors]
-    """Of every expert, then of every shared expert."""
+    """Tensors of every expert, then of every shared expert."""
     notes: Sequence[str]
     advice: Sequence[str] = ()
-    """What measured better than what the config asks for."""
+    """Advice: settings that measured better than those of the config."""
 
 
 def take_parts(
@@ -40,7 +40,7 @@ def take_parts(
     tables: Mapping[str, dict[str, TensorInfo]],
     dtype: str,
 ) -> Parts:
-    """Mix what is shared, and fold norms, as the config asks.
+    """Mix the shared tensors and fold norms, as the config asks.
 
     Args:
         config: the merge.
@@ -48,7 +48,7 @@ def take_parts(
         base: the base model.
         models: every expert, then every shared expert, each with its place in the config.
         tables: tensors by reference.
-        dtype: of the merged model, as a safetensors header spells it.
+        dtype: dtype of the merged model, as a safetensors header spells it.
 
     Raises:
         IncompatibleError: what is asked for cannot be made of these models exactly.
@@ -64,7 +64,7 @@ def take_parts(
     if not config.fold_norms:
         return Parts(shared, own, notes, advice)
     merged = (base, shared)
-    # A base whose FFNs nobody takes may lack some.
+    # The base may lack FFNs where none of them is used.
     layers = [layer for layer in range(base.layers) if shared.keys() >= base.ffn(layer).keys()]
     ours = fold_norms("base_model", (base, tables[config.base_model]), merged, layers)
     ffn = [name for layer in layers for name in base.ffn(layer)]

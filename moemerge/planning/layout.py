@@ -1,4 +1,4 @@
-"""The last step of a plan: which file each tensor of the output is in, and where its bytes begin."""
+"""The last step of a plan: decide which file each output tensor is in, and where its bytes begin."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,15 @@ from moemerge.planning.tensors import Assembled
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of weights."""
+    """The files of weights in the output."""
 
     shards: tuple[Shard, ...]
     shared_bytes: int
-    """Bytes that take no room on the disk: the files share them with the sources'."""
+    """Bytes that take no space on the disk, since the file system shares them with the sources."""
 
 
 def lay_out(assembled: Assembled, options: PlanOptions) -> Layout:
-    """Divide the tensors into files; where the target's file system can share the sources' blocks, so that it does."""
+    """Divide the tensors into files, laid out so that blocks can be shared with the sources where that is possible."""
     outputs, dtype, target = assembled.outputs, HEADER_DTYPES[assembled.dtype], options.target
     specs = [TensorSpec(n, dtype, o.shape, bytes_of(dtype, o.shape) or 0) for n, o in outputs.items()]
     copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}

@@ -1,4 +1,4 @@
-"""The first step of a plan: its models are opened, and their configs fit together."""
+"""The first step of a plan: open the models, and check that their configs fit together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from moemerge.sources.model_folder import ModelFolder, open_model
 
 @dataclass(frozen=True)
 class Member:
-    """A model that a merge takes something from."""
+    """A model that a merge reads."""
 
     place: str
-    """Where the config names it: `base_model`, `experts[0]`, `shared_experts[0]`."""
+    """The model's place in the config: `base_model`, `experts[0]`, `shared_experts[0]`."""
     name: str
-    """How messages call it."""
+    """The model's name in messages."""
     folder: ModelFolder
     model: DenseModel
 
@@ -29,32 +29,32 @@ class Models:
 
     base: Member
     experts: tuple[Member, ...]
-    """Those whose FFNs are chosen between, in the order of the config."""
+    """The experts that the router chooses between, in the order of the config."""
     shared: tuple[Member, ...]
     """The shared experts."""
     notes: tuple[str, ...] = ()
-    """What their configs say that the user should know."""
+    """Notes about the models' configs."""
 
     @property
     def every_expert(self) -> tuple[Member, ...]:
-        """Every expert, then every shared expert."""
+        """All experts, then all shared experts."""
         return (*self.experts, *self.shared)
 
     def routed(
         self, tensors: Sequence[Mapping[str, TensorInfo]]
     ) -> tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]:
-        """Each model whose FFN is chosen between, with its own of the tensors of every expert."""
+        """Pair each routed expert's model with its tensors, out of those of every expert and shared expert."""
         models = [member.model for member in self.experts]
         return tuple(zip(models, tensors[: len(models)], strict=True))
 
     @property
     def sources(self) -> tuple[ModelFolder, ...]:
-        """The base, then every expert, then every shared expert; a model may be there more than once."""
+        """The base, then all experts, then all shared experts; a model may occur more than once."""
         return tuple(member.folder for member in (self.base, *self.every_expert))
 
     @property
     def by_reference(self) -> dict[str, ModelFolder]:
-        """Each model once, by the reference that the config has for it."""
+        """The models by reference, each of them once."""
         return {folder.reference: folder for folder in self.sources}
 
 
@@ -80,17 +80,17 @@ def open_models(config: MergeConfig, announce: Callable[[str], None]) -> Models:
 
 
 def refuse(problems: list[str]) -> None:
-    """Refuse models that have problems with each other.
+    """Raise an error if models do not fit together.
 
     Raises:
-        IncompatibleError: there are any; lists them.
+        IncompatibleError: there is at least one problem; lists all.
     """
     if problems:
         raise IncompatibleError("These models cannot be merged:", problems)
 
 
 def _places(config: MergeConfig) -> list[str]:
-    """Every expert, then every shared expert, as messages call it."""
+    """Names of all experts, then of all shared experts, in messages."""
     parts = (("experts", config.experts), ("shared_experts", config.shared_experts))
     return [f"{key}[{number}]" for key, experts in parts for number in range(len(experts))]
 

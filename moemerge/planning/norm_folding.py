@@ -1,7 +1,7 @@
-"""An expert's FFN behind another norm: the norm's weights are folded into the FFN's first projections.
+"""Fold an expert's norm into the first projections of its FFN, so that the FFN can follow the shared norm.
 
-An FFN was trained on `gamma_e * x / |x|`, and in the mixture gets `gamma * x / |x|`: the columns of its gate and up
-projections, multiplied by `gamma_e / gamma`, make it compute what it did. That is exact, wherever `gamma` is not zero.
+The FFN was trained on `gamma_e * x / |x|`, and in the mixture gets `gamma * x / |x|`. With the columns of its gate and
+up projections multiplied by `gamma_e / gamma` it computes what it did before: exactly, wherever `gamma` is not zero.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ from moemerge.families.names import layer_prefix
 
 Loaded = tuple[DenseModel, Mapping[str, TensorInfo]]
 """A model's config and its tensors."""
-# A larger factor leaves too few digits of what it is multiplied with. Even models of 100 M parameters have norms with
+# A larger factor leaves too few digits in the product. Even models of 100 M parameters have norms with
 # a weight of a thousandth of the others; with the same in the shared norm that does no harm.
 _LARGEST_FACTOR: Final = 1e4
 
 
 def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -> dict[str, TensorInfo]:
-    """The model's tensors, its gate and up projections folded where its norms differ from the shared ones.
+    """Return an expert's tensors, with norms that differ from the shared ones folded into gate and up projections.
 
-    The norms are read for it: a vector for each layer.
+    This reads the norms: one vector for each layer.
 
     Args:
-        name: of the model, for messages.
+        name: the expert's name, for messages.
         expert: the model whose FFNs are taken.
-        base: the base model, with what the merged model has beside its experts.
-        layers: whose FFNs are taken.
+        base: the base model, with the tensors that the merged model has beside its experts.
+        layers: the layers whose FFNs are taken.
 
     Raises:
         CheckpointError: a norm holds numbers that are infinite or NaN.
@@ -67,7 +67,7 @@ def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -
 
 
 def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
-    """(hidden,) factors on the columns, and how many cannot be had."""
+    """Compute the factors (hidden,) on the columns, and count those that are too large to use."""
     model = expert[0]
     if not (model.family.ffn_norm and base[0].family.ffn_norm):
         raise IncompatibleError(
@@ -92,7 +92,7 @@ def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
 
 
 def _differs_behind(expert: Loaded, base: Loaded, layer: int) -> str | None:
-    """A norm of the expert between its FFN and the residual stream that the shared weights have otherwise."""
+    """Name the expert's norm between FFN and residual stream if it differs from the shared one; None otherwise."""
     name = layer_prefix(layer) + "post_feedforward_layernorm.weight"
     differs = name in expert[1] and not np.array_equal(read_values(expert[1][name]), read_values(base[1][name]))
     return name if differs else None

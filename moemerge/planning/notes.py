@@ -1,4 +1,4 @@
-"""What a plan says to the user beside what it decides: about prompts, shared experts, small factors, zeros."""
+"""Notes of a plan for the user: about prompts, shared experts, small factors, zeros."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -10,14 +10,14 @@ from moemerge.families.family import MoeFamily
 from moemerge.planning.output import Output
 from moemerge.planning.shape import residual_scales
 
-# A factor by which usual weights of some hundredths come near the smallest that float16 has.
+# With this factor, usual weights of some hundredths come near the smallest numbers of float16.
 _SMALL_SCALE: Final = 0.01
-# Of such weights, steps to the next number: 0.01 / 2**9 in bfloat16, 0.01 / 2**12 in float16, 0.01 / 2**25 in float32.
+# Distance from such weights to the next number: 0.01 / 2**9 in bfloat16, 2**12 in float16, 2**25 in float32.
 _FAINT_NOISE: Final = {"bfloat16": 2e-5, "float16": 2e-6, "float32": 3e-10}
 
 
 def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gated: bool) -> list[str]:
-    """What becomes of prompts and of shared experts, whose gate may be made from prompts (`gated`)."""
+    """Notes on how prompts and shared experts are used; `gated` says whether the shared gate is made from prompts."""
     notes = []
     if config.experts_per_token == len(config.experts):
         notes.append(
@@ -47,7 +47,7 @@ def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gat
 
 
 def output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list[str]:
-    """What the numbers and the bytes of the output's tensors, of one dtype, are; `shared` bytes take no room."""
+    """Notes on the values and sizes of the output's tensors; `shared` bytes take no space on the disk."""
     pieces = [piece for output in outputs.values() for piece in output.pieces]
     notes = _value_notes(pieces, dtype)
     zeros = sum(
@@ -74,7 +74,7 @@ def output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list
 
 
 def _is_idle(output: Output) -> bool:
-    """Whether it is a matrix of zeros that every token passes through."""
+    """Whether the tensor is a matrix of zeros that every token passes through."""
     is_matrix = len(output.shape) > 1 and output.shape[0] > 1
     return is_matrix and not output.is_expert and all(isinstance(piece.source, Fill) for piece in output.pieces)
 

@@ -1,4 +1,4 @@
-"""What a plan can be asked for beside its config."""
+"""Options of a plan beside its config."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,13 @@ class PlanOptions:
     `stream` leaves them on the Hub, to be read by ranges; `auto` does so where the disk has no room for them.
     """
     routing_table: bool = False
-    """Whether to show what the routers do with the prompts even where that takes a pass of the base model for it."""
+    """Whether to make the routing table even where that alone needs a pass of the base model."""
     needs_texts: bool = True
-    """Whether files of text have to be there, as for routers."""
+    """Whether the text files that the config names have to exist; making routers needs them."""
     proves_tokenizer: bool = False
-    """Whether transformers proves the output's tokenizer before any weights are downloaded; else `merge` does."""
+    """Whether the output's tokenizer is proved before any weights are downloaded; otherwise `merge` proves it."""
     preferred: Engine | None = None
-    """An engine that should read the output rightly, if one can; `config.engine` is one that has to."""
+    """An engine that should compute the output correctly where possible; `config.engine` is one that has to."""
 
     def __post_init__(self) -> None:
         if self.max_shard_bytes < 1:

@@ -1,4 +1,4 @@
-"""The files that a merge reads of its models: what told them from others, and which are read more than once."""
+"""The source files of a merge: their stamps, and which tensors are read more than once."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +19,7 @@ from moemerge.planning.router_inputs import router_reads
 from moemerge.planning.shape import Shape
 from moemerge.planning.tensors import Assembled
 
-# What a stamp holds, in words.
+# The fields of a stamp, in words.
 _STAMPED: Final = {
     "size": "size",
     "modified": "time of writing",
@@ -30,39 +30,39 @@ _STAMPED: Final = {
 
 @dataclass(frozen=True)
 class Origins:
-    """Where a merge's weights come from."""
+    """The files that a merge's weights come from."""
 
     stamps: Mapping[Path, Stamp]
-    """Of each local file that was read of the models, what told it from others when it was first read."""
+    """Stamp of each local file when it was first read, by path."""
     references: Mapping[File, str]
-    """Of each file of weights, the model that it belongs to, as the config names it."""
+    """Reference of the model that each file of weights belongs to, as the config writes it."""
     reread: tuple[TensorInfo, ...]
-    """What is read more than once: for routers, for several tensors, or to find out how models are mixed."""
+    """Tensors that are read more than once: for routers, for several output tensors, or to mix shared weights."""
 
     @property
     def remote_bytes(self) -> int:
-        """Size of the files of weights that are on other machines."""
+        """Total size in bytes of the files of weights on other machines."""
         return sum(file.nbytes for file in self.references if not isinstance(file, Path))
 
     @property
     def kept_bytes(self) -> int:
-        """Of them, the bytes that are kept on the disk until the end, for they are read more than once."""
+        """Bytes from other machines that are kept on the disk until the merge ends, as they are read more than once."""
         return remote_bytes(self.reread)
 
     def fingerprint_of(self, file: File) -> dict[str, Any]:
-        """What a change of a file would change: of a local one the stamp that it had when it was planned with."""
+        """Values that differ once a file has changed; for a local file, its stamp when it was first read."""
         if isinstance(file, Path) and file in self.stamps:
             return asdict(self.stamps[file])
         return {"size": size_of(file), "identity": str(fingerprint_of(file))}
 
     def check(self, when: str) -> None:
-        """Make sure that every file that was read of the models is still the same.
+        """Check that every source file is still the same.
 
         Args:
-            when: since when it may have changed, for the message.
+            when: the time since which a file may have changed, in words for the message.
 
         Raises:
-            CheckpointError: one is not; says what of it is another.
+            CheckpointError: a file has changed; says what differs.
         """
         for path, seen in self.stamps.items():
             try:
@@ -77,7 +77,7 @@ class Origins:
 
 
 def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Assembled) -> Origins:
-    """The files that are read for these tensors and for the routers."""
+    """Collect the files that are read for the output's tensors and for the routers."""
     base, parts, opened = models.base.model, assembled.parts, models.by_reference
     experts = models.routed(parts.experts)
     return Origins(
@@ -99,14 +99,14 @@ def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Ass
 
 
 def _repeated(outputs: Mapping[str, Output]) -> Iterator[TensorInfo]:
-    """What several tensors of the output are made of."""
+    """Yield the source tensors that several output tensors are made of."""
     pieces = (piece.source for output in outputs.values() for piece in output.pieces)
     counted = Counter(leaf for source in pieces if isinstance(source, TensorInfo) for leaf in leaves(source))
     yield from (tensor for tensor, count in counted.items() if count > 1)
 
 
 def remote_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """Bytes of those tensors that are on other machines; what several have in common counts once."""
+    """Count the bytes of tensors that are on other machines; bytes that several tensors share count once."""
     spans: dict[File, list[tuple[int, int]]] = {}
     for leaf in chain.from_iterable(map(leaves, tensors)):
         if not isinstance(leaf.path, Path):

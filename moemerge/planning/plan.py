@@ -37,71 +37,71 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Remarks:
-    """What a plan says to the user beside what it decides."""
+    """Notes, warnings and advice of a plan, for the user."""
 
     notes: tuple[str, ...]
-    """What the user should know."""
+    """Facts that the user should know."""
     warnings: tuple[str, ...]
-    """What looks like a mistake: an engine that computes something else, experts that are no fine-tunes of the base, or
-    the base itself."""
+    """Likely mistakes: an engine that computes something else, experts that are no fine-tunes of the base, or are the
+    base itself."""
     advice: tuple[str, ...]
-    """What measured better than what the config asks for."""
+    """Settings that measured better than those of the config."""
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge, completely decided; nothing has been written yet, and nothing of the plan changes any more."""
+    """A merge, completely decided and immutable; nothing has been written yet."""
 
     config: MergeConfig
     models: Models
     shape: Shape
-    """What the merged model is."""
+    """The mixture, its output family and its tokenizer."""
     parts: Parts
-    """What the base and each expert bring."""
+    """The tensors that the base and each expert contribute."""
     dtype: str
     outputs: Mapping[str, Output]
-    """Every tensor of the merged model, by name, in the order of the layers; routers last."""
+    """All tensors of the merged model by name, in the order of the layers; routers last."""
     layout: Layout
-    """Where each of them is written."""
+    """The output files, and the place of each tensor in them."""
     origins: Origins
-    """The files that they come from."""
+    """The files that the weights come from."""
     remarks: Remarks
     compared_bytes: int
-    """Bytes of weights that the plan itself has read on other machines, to compare the experts with the base."""
+    """Bytes that the plan has read from other machines to compare the experts with the base."""
 
     @property
     def family(self) -> MoeFamily:
-        """The output's."""
+        """The output family."""
         return self.shape.family
 
     @property
     def mixture(self) -> Mixture:
-        """Its layers and experts."""
+        """The layers and experts of the merged model."""
         return self.shape.mixture
 
     @property
     def base(self) -> DenseModel:
-        """The model that gives all but the experts."""
+        """The base model's config, as its family reads it."""
         return self.models.base.model
 
     @property
     def base_folder(self) -> Path:
-        """Where that model's small files are."""
+        """The folder with the base model's small files."""
         return self.models.base.folder.folder
 
     @property
     def base_tensors(self) -> Mapping[str, TensorInfo]:
-        """Its tensors, or what is made of all models' in their place."""
+        """The base model's tensors; shared ones may be computed from all models'."""
         return MappingProxyType(self.parts.base)
 
     @property
     def experts(self) -> tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]:
-        """The models whose FFNs are chosen between, in the order of the config."""
+        """Config and tensors of each routed expert, in the order of the config."""
         return self.models.routed(self.parts.experts)
 
     @property
     def sources(self) -> tuple[ModelFolder, ...]:
-        """The base, then every expert, then every shared expert."""
+        """The base, then all experts, then all shared experts."""
         return self.models.sources
 
     @property
@@ -116,17 +116,17 @@ class MergePlan:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of the output that take no room on the disk: its files share them with the sources'."""
+        """Bytes of the output that take no space on the disk, since the file system shares them with the sources."""
         return self.layout.shared_bytes
 
     @property
     def base_files(self) -> BaseFiles:
-        """What is copied from the base model beside its weights."""
+        """The files that are copied from the base model beside its weights."""
         return self.shape.base_files
 
     @property
     def tokenizer(self) -> ProvedTokenizer | None:
-        """The output's, where it was proved already."""
+        """The output's tokenizer, if it has already been proved."""
         return self.shape.tokenizer
 
     @property
@@ -146,10 +146,7 @@ class MergePlan:
 
     @property
     def family_notes(self) -> tuple[str, ...]:
-        """Those of the notes that a user of the merged model should know too.
-
-        That is what readers of its family, or of its tokenizer, get wrong.
-        """
+        """The notes that also concern users of the merged model: what readers of its family or tokenizer get wrong."""
         return (*self.base_files.reader_notes, *self.shape.choice.notes)
 
     @property
@@ -164,34 +161,34 @@ class MergePlan:
 
     @property
     def total_parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Number of parameters in all tensors."""
         return sum(math.prod(output.shape) for output in self.outputs.values())
 
     @property
     def active_parameters(self) -> int:
-        """Those of them that a token passes through."""
+        """Number of parameters that one token passes through."""
         in_experts = sum(math.prod(output.shape) for output in self.outputs.values() if output.is_expert)
         experts, chosen = len(self.config.experts), self.config.experts_per_token
         return self.total_parameters - in_experts * (experts - chosen) // experts
 
     @property
     def folders(self) -> list[Path]:
-        """Of the sources; of a snapshot in the Hub's cache, that of its repository."""
+        """Folders of the sources; for a snapshot in the Hub's cache, the folder of its repository."""
         return [folder for source in self.sources for folder in source.folders]
 
     @property
     def copied_files(self) -> Mapping[str, Path]:
-        """Of the base model, beside its weights, by their paths in the output."""
+        """Files that are copied from the base model beside its weights, by their paths in the output."""
         return self.base_files.copied
 
     @property
     def made_files(self) -> tuple[str, ...]:
-        """What may be made of the base's tokenizer beside or instead of them, by their paths in the output."""
+        """Paths in the output of tokenizer files that may be made beside or instead of the copied ones."""
         return self.base_files.made(self.family.model_type)
 
     @property
     def inputs(self) -> list[Path]:
-        """Files that were read, or will be: the config, texts, and those of models, which links may lead to."""
+        """Files that the merge reads: the config, texts and the models' files, which may be links."""
         experts = [*self.config.experts, *self.config.shared_experts]
         patterns = [text for expert in experts for text in (*expert.positive_texts, *expert.negative_texts)]
         files = [
@@ -204,19 +201,19 @@ class MergePlan:
 
     @property
     def file_names(self) -> list[str]:
-        """Paths in the output of the files that the merge writes, or may write."""
+        """Paths in the output of all files that the merge may write."""
         index = [SAFETENSORS_INDEX] if len(self.shards) > 1 else []
         others = ["config.json", CONFIG_COPY, CARD, *self.copied_files, *self.made_files]
         return [*(shard.name for shard in self.shards), *index, *others]
 
     @property
     def computed(self) -> dict[str, Computed]:
-        """The tensors that are made last, by name."""
+        """Tensors that are computed while the others are copied, by name: routers and shared gates."""
         return {name: o.origin for name, o in self.outputs.items() if isinstance(o.origin, Computed)}
 
     @property
     def router_request(self) -> RouterRequest:
-        """What its routers are to be made from."""
+        """The request for the merged model's routers, with the models that they are made from."""
         return RouterRequest(
             config=self.config,
             folder=self.base_folder,
@@ -232,48 +229,48 @@ class MergePlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of all shards."""
+        """Total size of all shards in bytes."""
         return sum(shard.nbytes for shard in self.shards)
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors, without headers: what a merge moves."""
+        """Total size of all tensors in bytes, without headers."""
         return sum(shard.nbytes - len(shard.header) for shard in self.shards)
 
     @property
     def remote_bytes(self) -> int:
-        """Size of the files of weights that are on other machines."""
+        """Total size in bytes of the files of weights on other machines."""
         return self.origins.remote_bytes
 
     @property
     def download_bytes(self) -> int:
-        """Of them, the bytes that the merge reads."""
+        """Bytes that the merge reads from other machines."""
         pieces = [piece.source for output in self.outputs.values() for piece in output.pieces]
         return remote_bytes([*self.origins.reread, *(piece for piece in pieces if isinstance(piece, TensorInfo))])
 
     @property
     def kept_bytes(self) -> int:
-        """Of them, those that are kept on the disk until the end, for they are read more than once."""
+        """Bytes from other machines that are kept on the disk until the merge ends, as they are read more than once."""
         return self.origins.kept_bytes
 
     @property
     def output_bytes(self) -> int:
-        """Disk space of the merged model."""
+        """Size of the merged model in bytes, copied files included."""
         return self.weight_bytes + sum(path.stat().st_size for path in self.copied_files.values())
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Estimate of the resident memory."""
+        """Estimated peak of resident memory in bytes."""
         return peak_memory_bytes(self.config, self.models, self.shape, self.parts)
 
     @property
     def shards_without_routers(self) -> list[Shard]:
-        """Those that a resumed merge may keep: routers depend on more, down to the device that computed them."""
+        """Shards that a resumed merge may keep; routers are computed again, since they depend on the device too."""
         computed = self.computed.keys()
         return [shard for shard in self.shards if computed.isdisjoint(shard.starts)]
 
     def fingerprint(self, seed: int) -> dict[str, Any]:
-        """What decides every byte of `shards_without_routers`; a resumed merge keeps them only where it is the same."""
+        """Values that decide every byte of `shards_without_routers`, which a resumed merge keeps if all are equal."""
         used: dict[File, list[TensorInfo]] = {}
         for output in self.outputs.values():
             for piece in output.pieces:

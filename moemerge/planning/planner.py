@@ -1,4 +1,4 @@
-"""Deciding a merge from configs, headers and a few rows."""
+"""Plan a merge: from configs, headers and a few rows to every byte of the output."""
 
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
@@ -23,17 +23,17 @@ def plan_merge(
     approve: Callable[[Sequence[ModelFolder]], None] = lambda _: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> MergePlan:
-    """Decide a merge from configs, headers and some rows of the FFNs, and for `fold_norms` norms; nothing is written.
+    """Decide a merge from configs, headers, some rows of the FFNs and, for `fold_norms`, the norms; nothing is written.
 
-    Of Hub models that are not in the cache these are read by ranges; pickles have no headers and are downloaded. When
-    everything was found to agree, weights are downloaded, or stay on the Hub to be read by ranges.
+    For Hub models that are not in the cache these are read by byte ranges; pickles have no headers and are downloaded.
+    Once everything fits, weights are downloaded, or stay on the Hub to be read by ranges.
 
     Args:
         config: the merge.
-        options: what is asked for beside it.
+        options: options beside the config.
         approve: called with the base, every expert and every shared expert, once their configs were found to fit and
             before any weights are downloaded; may raise.
-        announce: called with a line about what takes long.
+        announce: called with a line about each step that takes long.
 
     Raises:
         SourceError: a model cannot be reached.
@@ -42,7 +42,7 @@ def plan_merge(
         ConfigError: the config was changed by `model_copy` into one that is wrong.
         RefusedError: texts are missing, or the output's tokenizer would give other ids.
     """
-    # What is planned stays, whatever becomes of the one that is given.
+    # A copy, so that later changes to the given config do not reach the plan.
     config = config.rechecked().model_copy(deep=True)
     models = open_models(config, announce)
     shape = shape_of(config, models, options, announce)
@@ -71,7 +71,7 @@ def plan_merge(
 def _fetch(
     models: Models, checked: Checked, assembled: Assembled, options: PlanOptions, announce: Callable[[str], None]
 ) -> Tables:
-    """Download weights, where the disk has room for them; gives their tables."""
+    """Download weights where the disk has room for them; return their tensor tables."""
     for warning in checked.urgent:
         announce(f"warning: {warning}")
     beside = (options.target, assembled.nbytes)

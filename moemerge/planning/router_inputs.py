@@ -1,4 +1,4 @@
-"""What the routers of a merge are made from, and whether it is there: texts, weights of the models."""
+"""Check and list what routers are made from: texts, and weights of the models."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +12,7 @@ from moemerge.texts.documents import find_files, read_documents
 
 
 def check_texts(config: MergeConfig) -> None:
-    """Refuse files that are not there, or hold no text, before any weights are downloaded."""
+    """Refuse text files that are missing or empty, before any weights are downloaded."""
     for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts)):
         for number, expert in enumerate(experts):
             _check_documents(expert.positive_texts, f"{key}[{number}].positive_texts")
@@ -26,7 +26,7 @@ def _check_documents(patterns: Sequence[str], place: str) -> None:
 
 
 def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
-    """Methods that compare the experts' weights with the base's need FFNs of one width."""
+    """List experts whose FFN width a method cannot compare with the base's, as problems."""
     if not config.method.reads_weights:
         return []
     return [
@@ -38,7 +38,7 @@ def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseMo
 
 
 def base_ffn_layers(config: MergeConfig, mixture: Mixture, base: DenseModel, *, runs_base: bool) -> Sequence[int]:
-    """Layers in which the base model has to have an FFN: those that stay dense, all where routers are made of it."""
+    """Layers in which the base needs an FFN: those that stay dense, or all if the base is run or compared."""
     return range(base.layers) if runs_base or config.method.reads_weights else mixture.dense_layers
 
 
@@ -51,7 +51,7 @@ def router_reads(
     *,
     runs_base: bool,
 ) -> Iterator[TensorInfo]:
-    """What of the models' weights is read to make the routers, most of it more than once."""
+    """Yield the source tensors that are read to make the routers, most of them more than once."""
     last = max(mixture.moe_layers)
     layers = [layer_prefix(layer) for layer in range(last + 1)] if runs_base else []
     never_run = f"{layer_prefix(last)}{base.family.ffn_module}."

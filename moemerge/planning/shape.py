@@ -1,4 +1,4 @@
-"""The second step of a plan: what mixture a config asks for, in which family, and with which tokenizer."""
+"""The second step of a plan: decide the mixture, its output family and its tokenizer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,29 +19,29 @@ from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
 
 @dataclass(frozen=True)
 class Shape:
-    """What the merged model is, before any tensor was looked at."""
+    """The merged model as decided from configs and small files, before any tensor table is read."""
 
     mixture: Mixture
     choice: Choice
-    """Its family, with what there is to say of it."""
+    """The output family, with notes and warnings about it."""
     runs_base: bool
-    """Whether the prompts pass through the base model: for the routers, or for the routing table."""
+    """Whether the prompts pass through the base model, for the routers or for the routing table."""
     base_files: BaseFiles
-    """What is copied from the base model beside its weights."""
+    """The files that are copied from the base model beside its weights."""
     tokenizer: ProvedTokenizer | None
-    """The output's, where it was proved already."""
+    """The output's tokenizer, if it has already been proved."""
 
     @property
     def family(self) -> MoeFamily:
-        """The output's."""
+        """The output family."""
         return self.choice.family
 
 
 def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce: Callable[[str], None]) -> Shape:
-    """Decide what the merged model is, from the models' configs and small files.
+    """Decide mixture, family and tokenizer of the merged model, from configs and small files.
 
     Raises:
-        IncompatibleError: no mixture, or no family, is what the config asks for; lists every reason.
+        IncompatibleError: no mixture or no output family fits the config; lists every reason.
         RefusedError: texts are missing, or the output's tokenizer would give other ids.
         SourceError: a small file cannot be reached.
         CheckpointError: a small file is damaged.
@@ -73,10 +73,10 @@ def _check_noise(config: MergeConfig, family: MoeFamily) -> list[str]:
 def mixture_of(
     config: MergeConfig, base: DenseModel, experts: Sequence[DenseModel], shared: Sequence[DenseModel]
 ) -> Mixture:
-    """The mixture of a config, from its models' configs.
+    """Describe the mixture that a config asks for, from its models' configs.
 
     Raises:
-        IncompatibleError: layers that the base does not have, or with fewer experts than each token is to go to.
+        IncompatibleError: the base lacks a layer, or a layer has fewer experts than `experts_per_token`.
     """
     problems: list[str] = []
 
@@ -120,10 +120,10 @@ def mixture_of(
 
 
 def residual_scales(config: MergeConfig, *, gated: bool) -> tuple[list[float], list[float]]:
-    """Factors on what each expert, and each shared expert, adds to the residual stream.
+    """Compute the factors on what each expert, and each shared expert, adds to the residual stream.
 
-    Those that the config does not name share one FFN's worth: with equal models the merge computes what the model does.
-    A gate made from prompts (`gated`) is nearly closed for other text, which needs the chosen experts whole.
+    Factors that the config does not set share one FFN's worth, so that a mixture of equal models computes what the
+    model does. A gate made from prompts (`gated`) is nearly closed for other text, so routed experts keep 1 then.
     """
     parts = len(config.shared_experts) + 1
 

@@ -1,4 +1,4 @@
-"""What the experts share, embeddings, attention and norms: the base's, or made of all models' own.
+"""Make the weights that the experts share, embeddings, attention and norms: the base's, or a mix of all models'.
 
 `average` is the mean over the experts, as in Branch-Train-MiX (https://arxiv.org/abs/2403.07816). `ties`
 (https://arxiv.org/abs/2306.01708) and `dare` (https://arxiv.org/abs/2311.03099) add to the base what the experts
@@ -23,7 +23,7 @@ from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DenseModel
 
 Tensors = Mapping[str, TensorInfo]
-# What attention computes with: where it differs, weights do not mean the same.
+# Settings of attention; where they differ, weights cannot be mixed.
 _SAME: Final = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -45,16 +45,16 @@ def share_weights(
     experts: Sequence[tuple[str, DenseModel, Tensors]],
     dtype: str,
 ) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The base's tensors, those that are shared replaced by what is made of all models'; and notes for the user.
+    """Return the base's tensors, the shared ones replaced by a mix of all models', and notes for the user.
 
-    Embeddings and head stay the base's where a vocabulary differs, and so do the FFNs of layers without experts.
+    Embeddings and head stay the base's where a vocabulary differs; so do the FFNs of layers without experts.
 
     Args:
-        settings: how they are made.
+        settings: the method of mixing and its settings.
         base: the base model.
-        tensors: its tensors.
+        tensors: the base model's tensors.
         experts: name, config and tensors of each expert.
-        dtype: of the result, as a safetensors header spells it.
+        dtype: dtype of the result, as a safetensors header spells it.
 
     Raises:
         IncompatibleError: the experts' attention does not compute like the base's.
@@ -78,7 +78,7 @@ def share_weights(
 
 
 def can_share(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]) -> bool:
-    """Whether the models' attention and norms could be mixed, and differ."""
+    """Whether the models' attention and norms can be mixed, and are not all equal."""
     if _differences(base, tensors, experts):
         return False
     files = {model_tensors[base.family.last].path for _, _, model_tensors in experts}
@@ -86,17 +86,17 @@ def can_share(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, D
 
 
 def _outside(base: DenseModel, tensors: Tensors) -> list[str]:
-    """Names of the tensors that are mixed where the vocabularies are of one size."""
+    """Names of the tensors that are mixed only where all vocabularies have one size."""
     return [name for name in (*base.family.first, base.family.head) if name in tensors]
 
 
 def _inside(base: DenseModel) -> list[str]:
-    """Names of the tensors that are mixed whatever the vocabularies are."""
+    """Names of the tensors that are mixed for any vocabularies."""
     return [name for layer in range(base.layers) for name in base.tensors(layer)] + [base.family.last]
 
 
 def _differences(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]) -> list[str]:
-    """Why attention and norms cannot be mixed."""
+    """List the reasons why attention and norms cannot be mixed."""
     problems = [
         f"shared_weights: {name}: {key} is {theirs!r}, but the base model's is {ours!r}, so their attention cannot be "
         "mixed"
@@ -123,7 +123,7 @@ def _differences(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str
 
 
 def _settings(model: DenseModel, base: DenseModel) -> Iterator[tuple[str, Any, Any]]:
-    """What attention computes with, of both."""
+    """Yield the settings of attention by name, with the values of both models."""
     for key in _SAME:
         yield key, model.config.get(key), base.config.get(key)
     for key in _SAME_VALUES:
@@ -153,7 +153,7 @@ def _derive(settings: SharedWeights, base: TensorInfo, experts: Sequence[TensorI
 
 
 def _dare(name: str, settings: SharedWeights, weights: Sequence[float]) -> Recipe:
-    """The base and the weighted sum of the changes, each number of which is dropped or divided by the density."""
+    """A recipe for DARE: the base plus the weighted sum of changes, of which some are dropped, the rest rescaled."""
 
     def recipe(row: int, blocks: list[Rows]) -> Rows:
         base, *others = blocks
@@ -168,7 +168,7 @@ def _dare(name: str, settings: SharedWeights, weights: Sequence[float]) -> Recip
 
 
 class _Ties:
-    """The base and, of the changes that are large for their expert, the mean of those that have the weightier sign."""
+    """A recipe for TIES: the base plus the mean of each expert's largest changes that have the dominant sign."""
 
     def __init__(
         self, base: TensorInfo, experts: Sequence[TensorInfo], density: float, weights: Sequence[float]
@@ -194,13 +194,13 @@ class _Ties:
         np.divide(total, shares, out=total, where=shares > 0)
         total[shares <= 0] = 0
         total += base
-        total[~np.isfinite(changes).all(axis=0)] = np.nan  # which the signs would hide
+        total[~np.isfinite(changes).all(axis=0)] = np.nan  # NaN would be lost in the signs
         return total
 
     def _threshold(self, expert: TensorInfo) -> np.float32:
-        """The size of the smallest change that is kept: found in two passes, by the halves of its bits."""
+        """Find the magnitude of the smallest change that is kept, in two passes over the halves of its bits."""
         total = int(np.prod(expert.shape))
-        rank = max(total - round(self._density * total), 0)  # so many are smaller
+        rank = max(total - round(self._density * total), 0)  # the number of changes that are dropped
         upper = np.zeros(2**16, np.int64)
         for bits in self._sizes(expert):
             upper += np.bincount(bits >> 16, minlength=2**16)
@@ -215,6 +215,6 @@ class _Ties:
         return np.float32(np.array([half << 16 | rest], np.uint32).view(np.float32)[0])
 
     def _sizes(self, expert: TensorInfo) -> Iterator[NDArray[np.uint32]]:
-        """Bits of the changes' sizes, which are in the order of the sizes; in blocks."""
+        """Yield the bits of the changes' magnitudes block by block; they sort like the magnitudes."""
         for base, other in blocks_of([self._base, expert]):
             yield np.abs(other - base).reshape(-1).view(np.uint32)

@@ -1,4 +1,4 @@
-"""The fourth step of a plan: every tensor of the output, from the models' tensor tables."""
+"""The fourth step of a plan: decide every output tensor from the models' tensor tables."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -19,29 +19,29 @@ from moemerge.planning.shape import Shape, computes_gate, residual_scales
 
 @dataclass(frozen=True)
 class Assembled:
-    """The tensors of a merge, and what they are made of."""
+    """The output tensors of a merge, and what they are made of."""
 
     dtype: str
-    """Of every tensor, as `config.json` spells it."""
+    """Dtype of every tensor, as `config.json` spells it."""
     parts: Parts
-    """What the base and each expert bring."""
+    """The tensors that the base and each expert contribute."""
     outputs: Mapping[str, Output]
-    """Every tensor of the merged model, by name, in the order of the layers; routers last."""
+    """All tensors of the merged model by name, in the order of the layers; routers last."""
     tables: Tables
-    """What the models' files hold."""
+    """Tensor tables of the models' files, by reference."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, without headers."""
+        """Total size of all tensors in bytes, without headers."""
         dtype = HEADER_DTYPES[self.dtype]
         return sum(bytes_of(dtype, output.shape) or 0 for output in self.outputs.values())
 
 
 def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) -> Assembled:
-    """Decide what each tensor of the merged model is made of; norms are read where the config has them folded.
+    """Decide what each tensor of the merged model is made of; with `fold_norms` this reads the norms.
 
     Raises:
-        IncompatibleError: what is asked for cannot be made of these models exactly.
+        IncompatibleError: the config cannot be followed exactly with these models.
         CheckpointError: a norm that is to be folded is damaged.
     """
     dtype = config.dtype or _main_dtype(tables[config.base_model])
@@ -52,7 +52,7 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
 
 
 def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """The dtype that most of a model's bytes are stored in; `config.json` may claim another."""
+    """Find the dtype in which most of a model's bytes are stored; `config.json` may name another."""
     counted: Counter[str] = Counter()
     for leaf in chain.from_iterable(map(leaves, tensors.values())):
         if leaf.dtype in CONFIG_DTYPES:
@@ -63,7 +63,7 @@ def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
 def _assembly(config: MergeConfig, models: Models, shape: Shape, parts: Parts, dtype: str) -> Assembly:
     family, gated = shape.family, computes_gate(config, shape.family)
     scales, shared_scales = residual_scales(config, gated=gated)
-    # A gate of 0 is a weight of one half.
+    # A gate of zeros gives the shared expert a weight of one half.
     halved = family.shared is not None and bool(family.shared.gate) and not gated
     scales += [scale * (2 if halved else 1) for scale in shared_scales]
     every_expert = [*config.experts, *config.shared_experts]

@@ -1,4 +1,4 @@
-"""The files that a merge copies from its base beside weights, and what is to be known of its tokenizer."""
+"""Find the files that a merge copies from its base beside weights, and how transformers reads its tokenizer."""
 
 import json
 import re
@@ -12,14 +12,14 @@ from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.passes.tokens import code_references, listed, read_tokenizer_config
 from moemerge.sources.model_folder import ModelFolder, fetch_files
 
-# Beside the weights, copied from the base byte for byte.
+# Files beside the weights that are copied from the base byte for byte.
 COPIED_FILES: Final = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tiktoken.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 TEMPLATES: Final = "additional_chat_templates"
-"""A folder of chat templates beside the default one."""
+"""Name of the folder with chat templates beside the default one."""
 _VOCABULARIES: Final = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "tiktoken.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",
@@ -33,17 +33,17 @@ _SMALL_TABLES: Final = (
 )
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _MADE: Final = ("tokenizer.json", TOKENIZER_CONFIG)
-# Classes by which tokenizer.json is read as it is.
+# Classes that read tokenizer.json as it is.
 _AS_IT_IS: Final = ("PreTrainedTokenizerFast", "TokenizersBackend")
-# Model types for which transformers 5 takes another class all the same, and those for which it takes no other ever:
+# Model types for which transformers 5 takes another class all the same, and those for which it never does:
 # MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS and TOKENIZER_MAPPING_NAMES in models/auto/tokenization_auto.py.
 _RECLASSED: Final = frozenset({"qwen2", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
 _BY_FILE: Final = frozenset({"mistral", "mixtral"})
-# Code, and a repair of Mistral's tokenizers that goes by model_type.
+# A repository's code, and a fix for Mistral's tokenizers that depends on model_type.
 _EXCEPTIONS: Final = frozenset({"auto_map", "fix_mistral_regex"})
 _CLASS: Final = re.compile(r"(\w+)\.\w+")
 _IMPORT: Final = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
-# Names of vocabularies in code.
+# Names of vocabulary files in a tokenizer's code.
 _VOCABULARY: Final = re.compile(r"[\"']([\w-][\w.-]*\.(?:tiktoken|model|txt|bpe|vocab))[\"']")
 _MOST_CODE: Final = 2**20
 _END_BYTES: Final = 1000
@@ -51,21 +51,21 @@ _END_BYTES: Final = 1000
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """What is copied from a base beside weights."""
+    """The files that are copied from a base beside weights."""
 
     base: ModelFolder
     copied: Mapping[str, Path]
-    """By their paths in the output."""
+    """Source files by their paths in the output."""
     tokenizer_config: Mapping[str, Any]
     notes: tuple[str, ...]
     reader_notes: tuple[str, ...]
-    """For users of the output."""
+    """Notes for users of the output."""
 
     def made(self, model_type: str) -> tuple[str, ...]:
-        """What may be made of the tokenizer, beside or instead of what is copied, to give the base's ids.
+        """Names of tokenizer files that may have to be made, beside or instead of copies, to give the base's ids.
 
-        Nothing where tokenizer.json is read as it is for the base's `model_type` and for the output's: by the class
-        that is named for it, in transformers 4.57 always, in 5 unless there is a reason to take another.
+        Empty where tokenizer.json is read as it is under both the base's and the output's `model_type`: transformers
+        4.57 always takes the class that its config names, and transformers 5 does with known exceptions.
         """
         named, types = self.tokenizer_config.get("tokenizer_class"), {model_type, self.base.config.get("model_type")}
         read_alike = (
@@ -79,21 +79,21 @@ class BaseFiles:
 
     @property
     def respelled(self) -> Mapping[str, bytes]:
-        """`tokenizer_config.json` in words that transformers 4 reads, too, where the base's own are 5's alone."""
+        """A `tokenizer_config.json` that transformers 4 also reads, by name; empty where the base's own serves."""
         both = respelled_tokenizer(self.tokenizer_config)
         return {} if both == self.tokenizer_config else {TOKENIZER_CONFIG: json.dumps(both, indent=2).encode() + b"\n"}
 
 
 def find_base_files(base: ModelFolder, announce: Callable[[str], None], *, needed: bool) -> BaseFiles:
-    """Find what is copied from a base, chat templates and what its tokenizer's config names among it.
+    """Find the files to copy from a base, including chat templates and files that its tokenizer's config names.
 
     Args:
         base: the model.
-        announce: called with a line about what takes long.
-        needed: whether there has to be a tokenizer.
+        announce: called with a line about each step that takes long.
+        needed: whether a missing tokenizer is an error.
 
     Raises:
-        IncompatibleError: there is none.
+        IncompatibleError: there is no tokenizer.
         SourceError: the Hub does not give a file.
         CheckpointError: a file is a link that leads elsewhere.
     """
@@ -142,7 +142,7 @@ def _looks_whole(path: Path) -> bool:
 
 
 def template_names(folder: Path) -> list[str]:
-    """Chat templates of a model's folder beside the default one, by their paths in it."""
+    """List the chat templates of a model's folder beside the default one, by their paths in it."""
     return sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("[!.]*.jinja"))
 
 
@@ -151,9 +151,9 @@ def _vocabularies(names: Collection[str]) -> list[str]:
 
 
 def respelled_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 5 has saved as `tokenizer_config.json`, in words that transformers 4 reads, too.
+    """Rewrite a `tokenizer_config.json` that transformers 5 saved, so that transformers 4 also reads it.
 
-    Seen with 4.57.6 and 5.23.
+    Observed with transformers 4.57.6 and 5.23.
     """
     found = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
@@ -164,7 +164,7 @@ def respelled_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def notes_for_4(config: Mapping[str, Any]) -> list[str]:
-    """What transformers 4 cannot read of what transformers 5 saves."""
+    """Notes on what transformers 4 cannot read in a tokenizer's config that transformers 5 saved."""
     both = respelled_tokenizer(config)
     lines = []
     if both.get("tokenizer_class") != config.get("tokenizer_class"):
@@ -182,7 +182,7 @@ def notes_for_4(config: Mapping[str, Any]) -> list[str]:
 def _find_code(
     base: ModelFolder, references: Iterable[str], announce: Callable[[str], None]
 ) -> tuple[dict[str, Path], str]:
-    """The files of a tokenizer's code, with what it imports and the vocabularies that it names, and a note on them."""
+    """Find the files of a tokenizer's code, its imports and the vocabularies that it names; and a note on them."""
     own = [match[1] for reference in references if (match := _CLASS.fullmatch(reference))]
     foreign = [reference for reference in references if not _CLASS.fullmatch(reference)]
     found: dict[str, Path] = {}

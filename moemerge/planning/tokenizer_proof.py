@@ -1,4 +1,4 @@
-"""The output's tokenizer, proved to give the base's ids before anything is written; made anew where copies do not."""
+"""Prove before anything is written that the output's tokenizer gives the base's ids; convert it where copies do not."""
 
 import json
 import os
@@ -22,28 +22,28 @@ _CHILD_SECONDS: Final = 600
 
 @dataclass(frozen=True)
 class ProvedTokenizer:
-    """What a merge writes of its tokenizer beside or instead of what it copies."""
+    """The tokenizer files that a merge writes beside or instead of copies, with notes."""
 
     files: Mapping[str, bytes]
-    """By name."""
+    """Contents of the files by name."""
     notes: tuple[str, ...]
-    """What the user of the output should know."""
+    """Notes for users of the output."""
     doubts: tuple[str, ...] = ()
-    """Those of them that do not speak of the files alone."""
+    """Those of the notes which say that the ids could not be proved."""
 
 
 def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_process: bool) -> ProvedTokenizer:
-    """Have transformers read the tokenizers of base and output, where it is not known that both are read alike.
+    """Compare the tokenizers of base and output as transformers reads them, unless both are known to be read alike.
 
-    Nothing is written but in a temporary folder.
+    Only a temporary folder is written to.
 
     Args:
-        files: of the base.
+        files: the base's files.
         output_config: the output's `config.json`.
-        in_process: whether transformers will be loaded in this process anyway, with its hundreds of megabytes.
+        in_process: whether transformers, with its hundreds of megabytes, will be loaded in this process anyway.
 
     Raises:
-        RefusedError: the output would give other ids, and no tokenizer.json changes that.
+        RefusedError: the output would give other ids, even with a new tokenizer.json.
         OutputError: the temporary folder cannot be written.
     """
     made = files.made(output_config["model_type"])
@@ -62,7 +62,7 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
             base = files.base.folder.resolve()
             in_process = in_process or "transformers" in sys.modules
             proof = prove(base, out) if in_process else _prove_in_child(base, out)
-            # A child that died may have left half of something.
+            # A child that died may have left partial files.
             names = made if proof.is_proved else ()
             written = {name: content for name in names if (content := _new(out / name, files.copied.get(name)))}
             config = read_tokenizer_config(out)
@@ -77,7 +77,7 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
 
 
 def _prove_in_child(base: Path, out: Path) -> Proof:
-    """The same in a process that gives its memory back; it imports from where this one does, and asks no network."""
+    """Compare them in a child process, which frees its memory at the end; it imports as this one, without network."""
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # noqa: PTH100  links stay as they are
     environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "USE_TORCH": "0"}
     command = [sys.executable, "-m", prove.__module__, str(base), str(out)]
@@ -97,7 +97,7 @@ def _prove_in_child(base: Path, out: Path) -> Proof:
 
 
 def _new(path: Path, copied_from: Path | None) -> bytes | None:
-    """The content of a file that is not just copied."""
+    """Read a file, unless it is an unchanged copy of the base's."""
     content = path.read_bytes() if path.is_file() else None
     return None if copied_from and content == copied_from.read_bytes() else content
 

@@ -1,1 +1,1 @@
-"""How routers get their first weights: one file per method, one pass over the base model for all that need it."""
+"""Make the first weights of routers: one file per method, and one pass over the base model for all that need it."""

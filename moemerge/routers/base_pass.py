@@ -1,4 +1,4 @@
-"""What the pass over the base model is given, and what it gives back."""
+"""Input and output of the pass over the base model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 
 @dataclass(frozen=True)
 class PassRequest:
-    """A base model, what it reads, and the mixture that its layers become."""
+    """A base model, the text that it reads, and the mixture that routers are made for."""
 
     base: DenseModel
     tensors: Mapping[str, TensorInfo]
@@ -27,68 +27,68 @@ class PassRequest:
     device: torch.device
     settings: RouterSettings = field(default_factory=lambda: RouterSettings.model_validate({}))
     experts: tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...] = ()
-    """The models whose FFNs are chosen between, for methods that read their weights."""
+    """Config and tensors of each routed expert, for methods that read their weights."""
     entering: bool = False
-    """Whether the residual stream that enters each layer is wanted too."""
+    """Whether to return the residual stream that enters each layer, too."""
     base_bits: Literal[4, 8] | None = None
-    """How many bits the weights of the base model's Linear layers have in the pass; None leaves them as computed."""
+    """Bits of the base model's Linear weights in the pass; None leaves them in the dtype of the pass."""
     low_memory: bool = False
-    """Whether not to read ahead."""
+    """Whether to read no weights ahead."""
 
     def absent(self, layer: int) -> frozenset[int]:
-        """Experts that have no part in a layer."""
+        """Experts that are absent from a layer."""
         return self.mixture.absent.get(layer, frozenset())
 
     def present(self, layer: int) -> list[int]:
-        """Experts that have."""
+        """Experts that are present in a layer, in ascending order."""
         return [expert for expert in range(len(self.mixture.expert_widths)) if expert not in self.absent(layer)]
 
 
 @dataclass(frozen=True)
 class RouterInputs:
-    """What the router of one layer sees when the prompts pass through the base model."""
+    """The router inputs of one layer when the prompts pass through the base model."""
 
     layer: int
     states: torch.Tensor
-    """(token, hidden) float32: the state that enters the FFN, of the tokens that count."""
+    """States (token, hidden) in float32 that enter the FFN, for tokens that count."""
     prompt: torch.Tensor
-    """(token,) int: the place in `prompts` of the one that the token is from."""
+    """Index in `prompts` of each token's prompt (token,)."""
     prompts: tuple[EncodedPrompt, ...]
     beginnings: torch.Tensor
-    """(prompt, hidden) float32: the state that enters the FFN at each prompt's first token, which rarely counts."""
+    """States (prompt, hidden) in float32 that enter the FFN at each prompt's first token, which rarely counts."""
     entering: torch.Tensor | None = None
-    """(prompt, hidden) float32: the residual stream that enters the layer at each prompt's last token."""
+    """Residual stream (prompt, hidden) in float32 that enters the layer at each prompt's last token."""
 
     def _by_token(self, of: Callable[[EncodedPrompt], int]) -> torch.Tensor:
         return torch.tensor([of(prompt) for prompt in self.prompts])[self.prompt]
 
     @cached_property
     def expert(self) -> torch.Tensor:
-        """(token,) int: the expert whose prompt the token is from, or `SHARED` or `UNSORTED`."""
+        """Expert whose prompt each token is from (token,), or `SHARED` or `UNSORTED`."""
         return self._by_token(lambda prompt: prompt.expert)
 
     @cached_property
     def positive(self) -> torch.Tensor:
-        """(token,) bool: from a positive prompt, not a negative one."""
+        """Mask (token,) of the tokens from positive prompts."""
         return self._by_token(lambda prompt: prompt.positive).bool()
 
     @cached_property
     def document(self) -> torch.Tensor:
-        """(token,) int: the document that the token is from; each prompt is one."""
+        """Number of the document that each token is from (token,); each prompt is one document."""
         return self._by_token(lambda prompt: prompt.document)
 
     @property
     def unsorted(self) -> torch.Tensor:
-        """(token,) bool: from text that is not sorted by expert."""
+        """Mask (token,) of the tokens from text that is not sorted by expert."""
         return self.expert == UNSORTED
 
     @property
     def routed(self) -> torch.Tensor:
-        """(token,) bool: from a positive prompt of an expert that the router chooses."""
+        """Mask (token,) of the tokens from positive prompts of routed experts."""
         return self.positive & (self.expert != SHARED) & ~self.unsorted
 
     def mean(self, expert: int, *, positive: bool) -> torch.Tensor:
-        """(hidden,) mean state of an expert's positive or negative prompt tokens; NaN where there are none."""
+        """Compute the mean state (hidden,) of an expert's positive or negative prompt tokens; NaN without any."""
         return self.states[(self.expert == expert) & (self.positive == positive)].mean(dim=0)
 
 
@@ -97,6 +97,6 @@ class LayerRows:
     """The router of one layer."""
 
     rows: torch.Tensor
-    """(expert, hidden) float32; zeros for experts that are absent."""
+    """Rows (expert, hidden) in float32; zeros for absent experts."""
     held_out: float | None = None
-    """Share of labelled tokens for which rows that were made without their documents choose the right expert first."""
+    """Share of labelled tokens whose expert comes first by rows that were made without the token's document."""

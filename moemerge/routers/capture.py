@@ -1,7 +1,7 @@
-"""The streamed pass: what each layer's router will see, with one decoder layer in memory at a time.
+"""The streamed pass: compute each layer's router inputs with one decoder layer in memory at a time.
 
 Every prompt passes through a layer before the next is loaded; meanwhile the next layer's bytes are brought into the
-page cache, where they take no memory from anyone. The FFN of the last layer that gets a router, and all that follows
+page cache, which the system can drop at any time. The FFN of the last layer that gets a router, and all that follows
 it, is never run.
 """
 
@@ -30,10 +30,10 @@ class _EndOfPassError(Exception):
 
 
 def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
-    """Router inputs of each layer with a router in turn, for the request's prompts.
+    """Yield the router inputs of each layer that has a router, for the request's prompts.
 
-    On a CPU the pass computes in float32, elsewhere in bfloat16. What a layer gives overwrites what the layer before
-    gave.
+    On a CPU the pass computes in float32, elsewhere in bfloat16. The tensors of one layer are overwritten by the
+    next.
 
     Raises:
         RouterError: the model's numbers are not finite; says where that began.
@@ -78,7 +78,7 @@ def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
 def _embedded(
     model: Any, groups: Sequence[Sequence[EncodedPrompt]], request: PassRequest, dtype: torch.dtype
 ) -> list[Batch]:
-    """The prompts of each group as they enter the first layer."""
+    """Run the embeddings over each group of prompts, up to the first layer."""
     family = request.base.family
     norm = family.last.removeprefix("model.").removesuffix(".weight")
     embeddings = request.tensors[family.embeddings]
@@ -100,7 +100,7 @@ def _embedded(
 def _check_finite(
     place: str, batches: Sequence[Batch], tensors: Iterable[TensorInfo], inputs: torch.Tensor | None = None
 ) -> None:
-    """Refuse what a part of the model, made of these tensors, gives, where it is not finite."""
+    """Raise an error if the output of a part of the model, made of these tensors, is not finite."""
     if all(batch.is_finite for batch in batches) and (inputs is None or inputs.isfinite().all()):
         return
     broken = first_not_finite(tensors)
@@ -109,7 +109,7 @@ def _check_finite(
 
 
 def _counted(part: Sequence[EncodedPrompt]) -> torch.Tensor:
-    """Which padded positions (prompt * position,) count."""
+    """Mask (prompt * position,) of the padded positions that count."""
     counted = torch.zeros(len(part), max(len(prompt.ids) for prompt in part), dtype=torch.bool)
     for row, prompt in enumerate(part):
         counted[row, : len(prompt.ids)] = torch.tensor(prompt.counted)
@@ -117,7 +117,7 @@ def _counted(part: Sequence[EncodedPrompt]) -> torch.Tensor:
 
 
 def _last_states(groups: Sequence[Sequence[EncodedPrompt]], batches: Sequence[Batch]) -> torch.Tensor:
-    """(prompt, hidden) float32: the residual stream entering the next layer at each prompt's last token."""
+    """Collect the residual stream (prompt, hidden) in float32 after a layer, at each prompt's last token."""
     found = [
         batch.states[row, len(prompt.ids) - 1].float().cpu()
         for part, batch in zip(groups, batches, strict=True)
@@ -127,7 +127,7 @@ def _last_states(groups: Sequence[Sequence[EncodedPrompt]], batches: Sequence[Ba
 
 
 def _stored(layer: Any, request: PassRequest, index: int, *, skip_ffn: bool) -> dict[str, TensorInfo]:
-    """Of a layer's tensors, by name within it, where they are stored; without the FFN's if it will not run."""
+    """Find the stored tensors of a layer, by name within the layer; without the FFN's if it is not run."""
     ffn = request.base.family.ffn_module
     return {
         name: request.tensors[layer_prefix(index) + name]
@@ -144,7 +144,7 @@ def _place(  # noqa: PLR0917
     request: PassRequest,
     dtype: torch.dtype,
 ) -> None:
-    """Read a tensor straight to its device, into the room that the layer before had for it."""
+    """Read a tensor straight to its device, into the memory that the previous layer used for it."""
     if name not in room or room[name].shape != tensor.shape:
         room[name] = torch.empty(tensor.shape, device=request.device, dtype=dtype)
     read_into(tensor, room[name])
@@ -172,9 +172,9 @@ def _run(  # noqa: PLR0917
     *,
     stop_at_ffn: bool,
 ) -> None:
-    """Pass a batch through a layer; the states that enter its FFN are kept as float32.
+    """Pass a batch through a layer, and keep the states that enter its FFN in float32.
 
-    Those of tokens that count (counted token, hidden) go to `place`, those of first tokens (prompt, hidden) to
+    States of tokens that count (counted token, hidden) go to `place`, states of first tokens (prompt, hidden) to
     `first_place`.
     """
 

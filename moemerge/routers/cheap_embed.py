@@ -1,6 +1,6 @@
-"""Routers from the mean token embedding of the prompts, alike in every layer: a weak baseline, but no pass.
+"""Routers from mean token embeddings of the prompts, equal in all layers: a weak baseline that needs no pass.
 
-Made without torch.
+This module does not import torch.
 """
 
 import numpy as np
@@ -14,10 +14,10 @@ from moemerge.routers.rows import Rows, contrast
 
 
 def cheap_embed_rows(request: RouterRequest, _seed: int) -> dict[int, Rows]:
-    """By layer rows (expert, hidden): contrast of mean embeddings of the prompts; zeros for absent experts.
+    """Make each layer's rows (expert, hidden): contrast of mean embeddings of the prompts; zeros for absent experts.
 
     Raises:
-        RouterError: the tokenizer, the prompts or the embeddings do not serve.
+        RouterError: the tokenizer, the prompts or the embeddings cannot be used.
         CheckpointError: the embeddings have no row for a token.
     """
     positive, negative = _mean_embeddings(request)
@@ -26,9 +26,9 @@ def cheap_embed_rows(request: RouterRequest, _seed: int) -> dict[int, Rows]:
 
 
 def _mean_embeddings(request: RouterRequest) -> tuple[Rows, Rows]:
-    """Mean embeddings (expert, hidden) of positive and of negative prompts; only the rows of their tokens are read.
+    """Compute mean embeddings (expert, hidden) of positive and of negative prompts; only their tokens' rows are read.
 
-    Experts without negative prompts have NaN there.
+    The second mean is NaN for experts without negative prompts.
     """
     config, base = request.config, request.base
     prompts = encode_prompts(

@@ -1,4 +1,4 @@
-"""Routers, or a table of what they do, from one pass over the base model's layers."""
+"""Compute routers, or only the table of what they do, in one pass over the base model's layers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -35,9 +35,10 @@ def compute_routers(
     base_bits: Literal[4, 8] | None,
     low_memory: bool,
 ) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:
-    """By layer the rows (expert, hidden) and gates (1, hidden) as they are stored, and what the rows do with prompts.
+    """Compute each layer's rows (expert, hidden) and gate (1, hidden) as stored bytes, and the routing of the prompts.
 
-    Rows that are already made are only routed by; None makes those of the config's method. See `init_routers`.
+    With `made` rows the pass only routes the prompts by them; None makes rows by the config's method. The other
+    arguments are those of `init_routers`.
     """
     config, base, method = request.config, request.base, request.config.method
     context = base.config["max_position_embeddings"]
@@ -84,7 +85,7 @@ def _rows(method: RouterMethod, inputs: RouterInputs, request: PassRequest) -> L
 
 
 def _label_documents(request: PassRequest, progress: Callable[[int], None]) -> PassRequest:
-    """The request with each unsorted document given to the expert whose weights respond to it most."""
+    """Assign each unsorted document of a request to the expert whose weights respond to it most."""
     unsorted = tuple(prompt for prompt in request.prompts if prompt.expert == UNSORTED)
     labeller = Labeller(request)
     for inputs in capture_router_inputs(replace(request, prompts=unsorted)):

@@ -1,4 +1,4 @@
-"""Routers from the experts' weights: what fine-tuning changed in an FFN says which inputs it was for.
+"""Routers from the experts' weights: the change that fine-tuning made to an FFN shows which inputs it was for.
 
 With `D` the change of an FFN's gate and up projections, `|D z|` is large for inputs like those that the expert was
 trained on. Arrow (https://arxiv.org/abs/2405.11157) routes by the first right singular vector of `D`.
@@ -25,16 +25,16 @@ from moemerge.routers.scaling import finish_rows
 from moemerge.routers.scoring import fit_scale
 
 _CHUNK_ROWS: Final = 1024
-# Enough to label documents as all layers and tokens do.
+# So many label documents as all layers and tokens do.
 _SCORED_LAYERS: Final = 8
 _SCORED_TOKENS: Final = 32
 
 
 def delta_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
-    """A layer's rows `u(D'D m)`: the slope of `|D z|^2` at the mean `m` of the router inputs of any text.
+    """Make a layer's rows `u(D'D m)`: the slope of `|D z|^2` at the mean `m` of the router inputs of any text.
 
-    The first singular vector has no sign of its own; this has, and it is the first step of a power iteration for that
-    vector from where the text is.
+    This is the first step of a power iteration for the first singular vector, started at `m`; unlike that vector it
+    has a sign.
     """
     states = inputs.states[inputs.expert != SHARED]
     mean = states.mean(dim=0)
@@ -45,7 +45,7 @@ def delta_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
 
 
 def _slope(expert: int, layer: int, mean: torch.Tensor, request: PassRequest) -> torch.Tensor:
-    """(hidden,) `D'D m` at length 1."""
+    """Compute `D'D m` (hidden,) at length 1."""
     slope = torch.zeros_like(mean)
 
     def add(delta: torch.Tensor) -> None:
@@ -56,11 +56,11 @@ def _slope(expert: int, layer: int, mean: torch.Tensor, request: PassRequest) ->
 
 
 def _visit_changes(expert: int, layer: int, request: PassRequest, visit: Callable[[torch.Tensor], None]) -> float:
-    """Call `visit` with some rows (row, hidden) of `D` after the other; gives `|D|^2`.
+    """Call `visit` with the rows of `D`, a block (row, hidden) at a time; return `|D|^2`.
 
     Raises:
         RouterError: weights of the expert or of the base are not finite.
-        RefusedError: the change says nothing, for there is none, or it is no fine-tune's.
+        RefusedError: there is no change, or one too large for a fine-tune.
     """
     changed = whole = 0.0
     for delta, base in _changes(expert, layer, request):
@@ -81,7 +81,7 @@ def _visit_changes(expert: int, layer: int, request: PassRequest, visit: Callabl
 
 def _why_not_finite(expert: int, layer: int, request: PassRequest) -> str:
     for model, tensors in (request.experts[expert], (request.base, request.tensors)):
-        # By name: a projection may be rows of a tensor.
+        # By name, since a projection may be some rows of a tensor.
         names = [model.projection(tensors, layer, role).name for role in ("gate", "up")]
         if broken := first_not_finite(tensors[name] for name in names):
             return f"{broken}, so what fine-tuning changed there is not known. Download that model again."
@@ -92,10 +92,10 @@ def _why_not_finite(expert: int, layer: int, request: PassRequest) -> str:
 
 
 def _changes(expert: int, layer: int, request: PassRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Some rows (row, hidden) at a time of the gate and up projections: expert minus base, and base; float32.
+    """Yield the gate and up projections, a block (row, hidden) at a time, in float32: expert minus base, and base.
 
-    As they were trained, without norms that are folded into them: a column behind a shared norm near zero would
-    outweigh all others.
+    These are the trained weights, without folded norms: a column behind a shared norm near zero would outweigh all
+    others.
     """
     for role in ("gate", "up"):
         model, tensors = request.experts[expert]
@@ -117,7 +117,7 @@ def _read(tensor: TensorInfo) -> torch.Tensor:
 
 
 class Labeller:
-    """Finds out, layer by layer, which expert each unsorted document is for: to which of their changes it responds.
+    """Labels each unsorted document with the expert whose change responds to it most, layer by layer.
 
     The score of expert e is the sum over tokens and layers of `log(|D_e z|^2 / |D_e|^2)`.
     """
@@ -148,10 +148,10 @@ class Labeller:
             self._scores[document] = self._scores.get(document, torch.zeros_like(score)) + score
 
     def labelled(self, prompts: Sequence[EncodedPrompt]) -> tuple[EncodedPrompt, ...]:
-        """The prompts, each unsorted one as its expert's.
+        """Return the prompts, each unsorted one labelled with its expert.
 
         Raises:
-            RefusedError: no document is for one of the experts.
+            RefusedError: an expert gets no document.
         """
         means = {document: (score / self._seen).nan_to_num(-math.inf) for document, score in self._scores.items()}
         label = {document: int(mean.argmax()) for document, mean in means.items()}
@@ -171,7 +171,7 @@ class Labeller:
 
 
 def _evenly(prompt: torch.Tensor) -> torch.Tensor:
-    """(token,) bool: at most `_SCORED_TOKENS` tokens of each prompt, spread over it."""
+    """Mask (token,) of at most `_SCORED_TOKENS` tokens of each prompt, evenly spaced."""
     counts = torch.bincount(prompt)
     place = torch.arange(len(prompt)) - torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)[:-1]])[prompt]
     every = (counts // _SCORED_TOKENS).clamp_min(1)[prompt]

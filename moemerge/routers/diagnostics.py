@@ -1,4 +1,4 @@
-"""Judging a router on the prompts that it was made from."""
+"""Judge a router on the prompts that it was made from."""
 
 import math
 
@@ -12,7 +12,7 @@ from moemerge.routers.scoring import top_weights
 def route_layer(
     rows: torch.Tensor, inputs: RouterInputs, request: PassRequest, held_out: float | None = None
 ) -> LayerRouting:
-    """Route one layer's inputs by router rows (expert, hidden)."""
+    """Route one layer's inputs by router rows (expert, hidden), and measure the result."""
     absent = request.absent(inputs.layer)
     states, expert = inputs.states[inputs.routed], inputs.expert[inputs.routed]
     logits = states @ rows.T

@@ -1,4 +1,4 @@
-"""What methods that learn from labelled tokens share: targets and weights, held-out documents, scale."""
+"""Shared steps of methods that fit rows to labelled tokens: targets and weights, held-out documents, scale."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.scaling import calibrated_scale, finish_rows
 from moemerge.routers.scoring import fit_scale
 
-# Few tokens are cheap to fit often, and need every document; many do not.
+# Few tokens are cheap to fit several times, and need every document; many tokens do not.
 _FOLDS_OF_FEW: Final = 4
 _FOLDS_OF_MANY: Final = 2
-# Measured on prompts and on texts: pseudo-tokens of mean variance, for each expert and dimension.
+# Pseudo-tokens of mean variance for each expert and dimension, as measured on prompts and on texts.
 _LAMBDA: Final = 1 / 16
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Tokens of known experts."""
+    """Tokens with the experts that should take them."""
 
     states: torch.Tensor
-    """(token, hidden)"""
+    """Router inputs (token, hidden)."""
     targets: torch.Tensor
-    """(token, expert) which expert should take it, summing to 1."""
+    """Share (token, expert) that each expert should take of a token, summing to 1."""
     weights: torch.Tensor
-    """(token,) so that every expert's tokens weigh alike."""
+    """Weight of each token (token,), such that every expert's tokens weigh the same in all."""
     regularisation: float
-    """Relative to the mean variance of the states."""
+    """Penalty on the rows, relative to the mean variance of the states."""
 
     def part(self, chosen: torch.Tensor) -> "Labelled":
-        """Some of the tokens, by a mask (token,); those of each target weigh, in all, what they do in the whole.
+        """Select tokens by a mask (token,), reweighted so that each target keeps its total weight.
 
         Otherwise an expert whose long documents are held out would lose to the others everywhere.
         """
@@ -43,7 +43,7 @@ class Labelled:
 
 
 def fit_rows(inputs: RouterInputs, request: PassRequest, solve: Callable[[Labelled], torch.Tensor]) -> LayerRows:
-    """Rows that `solve` (labelled tokens -> (expert, hidden)) finds, at a scale that held-out documents ask for."""
+    """Make rows by `solve` (labelled tokens -> (expert, hidden)), at a scale calibrated on held-out documents."""
     present = request.present(inputs.layer)
     data, right, folds = _label(inputs, request, present)
     rows = solve(data)
@@ -66,10 +66,10 @@ def fit_rows(inputs: RouterInputs, request: PassRequest, solve: Callable[[Labell
 def _label(
     inputs: RouterInputs, request: PassRequest, present: list[int]
 ) -> tuple[Labelled, torch.Tensor, torch.Tensor]:
-    """Tokens of present experts; of each its expert's place among them (-1 in negative text), and its fold.
+    """Label the tokens of present experts; also return each one's expert among these (-1 in negative text) and fold.
 
-    A token of an expert's negative text should go to any other. Such text weighs, in all, what one expert's positive
-    text does.
+    A token of an expert's negative text should go to any other expert. Negative text weighs, in all, as much as one
+    expert's positive text.
     """
     chosen = torch.isin(inputs.expert, torch.tensor(present))
     place = torch.full((len(request.mixture.expert_widths),), -1)
@@ -91,7 +91,7 @@ def _label(
 
 
 def _fold(expert: torch.Tensor, document: torch.Tensor, count: int, positive: torch.Tensor) -> torch.Tensor:
-    """(token,) the part of the documents that each token's is in; every expert has positive ones in every part."""
+    """Assign the documents to folds (token,), such that every expert has positive ones in each fold."""
     folds = torch.zeros(len(expert), dtype=torch.long)
     for index in set(expert.tolist()):
         own = expert == index

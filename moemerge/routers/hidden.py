@@ -1,4 +1,4 @@
-"""Routers from the mean router input of the prompts: what the router itself will see, in the base model.
+"""Routers from the mean router input of the prompts in the base model.
 
 mergekit-moe's `hidden` averages the residual stream entering the layer at the prompts' last tokens; the router sees
 the state that enters the FFN.
@@ -14,7 +14,7 @@ from moemerge.routers.scoring import fit_scale, nearest_scale
 
 
 def hidden_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
-    """A layer's rows: contrast of mean router inputs, scaled."""
+    """Make a layer's rows: contrast of mean router inputs, scaled."""
     experts, present = range(len(request.mixture.expert_widths)), request.present(inputs.layer)
     made = contrast(
         torch.stack([inputs.mean(expert, positive=True) for expert in experts]).numpy(),
@@ -28,10 +28,10 @@ def hidden_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
 
 
 def shared_gate_row(inputs: RouterInputs) -> torch.Tensor:
-    """A layer's gate (1, hidden) of the shared experts: what their prompts have more of than others, scaled.
+    """Make a layer's gate (1, hidden) of the shared experts: contrast of their prompts with other text, scaled.
 
-    The others are their negative prompts, or without any the positive prompts of the experts that are chosen between,
-    or without those all text that is not theirs.
+    The other text is their negative prompts; without any, the positive prompts of the routed experts; without these,
+    all other text.
     """
     positive = inputs.states[inputs.positive & (inputs.expert == SHARED)]
     negative = inputs.mean(SHARED, positive=False)

@@ -1,4 +1,4 @@
-"""How routers get their first weights: one file per method, one pass over the base model for all that need it."""
+"""Make the routers of a merge by the config's method, and the table of what they do with its prompts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ __all__ = ["Routers", "check_base_bits", "init_routers"]
 
 @dataclass(frozen=True)
 class Routers:
-    """Router weights, and what they do."""
+    """Router weights, and the table of what they do."""
 
     rows: Mapping[int, bytes]
-    """By layer the rows (expert, hidden), as they are stored."""
+    """Rows (expert, hidden) of each layer, as stored bytes."""
     shared_gates: Mapping[int, bytes]
-    """By layer the gate (1, hidden) of the shared experts, as it is stored; empty where it is not asked for."""
+    """Gate (1, hidden) of the shared experts in each layer, as stored bytes; empty where none is asked for."""
     report: RoutingReport
 
 
@@ -41,14 +41,14 @@ def init_routers(
 
     Args:
         request: the mixture, and the models that its routers are made from.
-        seed: of random rows and of the choice of documents, where the config has none.
+        seed: seed for random rows and the choice of documents, unless the config has one.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
-        progress: called with the number of layers done and of those to do.
-        base_bits: of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
-        low_memory: whether not to read ahead.
+        progress: called with the number of layers done, and of all layers.
+        base_bits: bits of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
+        low_memory: whether to read no weights ahead.
 
     Raises:
-        RouterError: the tokenizer, the prompts or the device do not serve.
+        RouterError: the tokenizer, the prompts or the device cannot be used.
     """
     config, mixture, dtype = request.config, request.mixture, request.dtype
     seed = seed if config.router.seed is None else config.router.seed
@@ -79,10 +79,10 @@ def init_routers(
 
 
 def check_base_bits(bits: Literal[4, 8] | None) -> None:
-    """Refuse a pass in 4 or 8 bits where bitsandbytes is not installed; it is found, not imported.
+    """Refuse a pass in 4 or 8 bits if bitsandbytes is not installed; it is looked for, not imported.
 
     Raises:
-        RefusedError: it is not.
+        RefusedError: bitsandbytes is not installed.
     """
     if bits and find_spec("bitsandbytes") is None:
         raise RefusedError(

@@ -12,18 +12,18 @@ from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.fitting import Labelled, fit_rows
 from moemerge.routers.regression import gram_of
 
-# Stopped early: more steps sharpen what held-out documents do not bear out.
+# Stopped early: more steps sharpen rows in ways that do not help on held-out documents.
 _STEPS: Final = 20
 _BOUND: Final = 0.5
 
 
 def logistic_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
-    """A layer's rows, at the scale of held-out documents."""
+    """Make a layer's rows, at a scale that is calibrated on held-out documents."""
     return fit_rows(inputs, request, solve)
 
 
 def solve(data: Labelled) -> torch.Tensor:
-    """Rows (expert, hidden), centred."""
+    """Fit rows (expert, hidden), centred over the experts."""
     hidden = data.states.shape[1]
     total = float(data.weights.sum())
     gram = gram_of(data.states, data.weights).div_(total)

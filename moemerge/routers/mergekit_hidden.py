@@ -1,7 +1,7 @@
-"""What mergekit-moe computes for its `hidden`: for comparison, and to make a model again that it made.
+"""Routers as mergekit-moe computes them for its `hidden`: for comparison, and to reproduce its models.
 
-The residual stream that enters the layer, which the router never sees, at each prompt's last token; unit rows, neither
-centred nor scaled. https://github.com/arcee-ai/mergekit/blob/main/mergekit/moe/router.py
+It reads the residual stream that enters the layer at each prompt's last token, which the router never sees; rows have
+length 1, and are neither centred nor scaled. https://github.com/arcee-ai/mergekit/blob/main/mergekit/moe/router.py
 """
 
 import torch
@@ -10,7 +10,7 @@ from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 
 
 def mergekit_hidden_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
-    """A layer's rows `u(mean over positive prompts - mean over negative ones)`; zeros for experts that are absent."""
+    """Make a layer's rows `u(mean over positive prompts - mean over negative ones)`; zeros for absent experts."""
     assert inputs.entering is not None  # noqa: S101  asked for by the request
     rows = torch.zeros(len(request.mixture.expert_widths), inputs.entering.shape[1])
     for expert in request.present(inputs.layer):

@@ -1,4 +1,4 @@
-"""The functions that the table of methods names; a module is imported when routers are made by it."""
+"""Import the functions that the table of methods names, when routers are made by them."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def rows_from_pass(method: RouterMethod) -> "Callable[[RouterInputs, PassRequest], LayerRows]":
-    """Of a method for which the base runs: what makes the rows of one layer."""
+    """Find the function that makes the rows of one layer, for a method that runs the base model."""
     function: Callable[[RouterInputs, PassRequest], LayerRows] = _function(method)
     return function
 
 
 def rows_without_pass(method: RouterMethod) -> Callable[[RouterRequest, int], dict[int, Rows]]:
-    """Of a method for which it does not: what makes, with a seed, by layer the rows (expert, hidden).
+    """Find the function that makes each layer's rows (expert, hidden), for a method that does not run the base model.
 
-    Rows of absent experts are zeros.
+    It takes a request and a seed; rows of absent experts are zeros.
     """
     function: Callable[[RouterRequest, int], dict[int, Rows]] = _function(method)
     return function

@@ -1,4 +1,4 @@
-"""What a config says in words of its experts, as tokens, by the base model's own tokenizer."""
+"""Turn the prompts and texts of a config into tokens, by the base model's own tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from moemerge.passes.tokens import Encode, by_tokenizers, by_transformers, count
 from moemerge.texts.documents import find_files, read_documents
 
 SHARED: Final = -1
-"""In place of an expert's number: the shared experts, which are one FFN."""
+"""Stands for the shared experts, which are one FFN, in place of an expert's number."""
 UNSORTED: Final = -2
-"""In place of an expert's number: text that is not sorted by expert."""
-# Longer ones would make of a given number of tokens fewer documents.
+"""Stands for text that is not sorted by expert, in place of an expert's number."""
+# Longer windows would leave fewer documents within a given number of tokens.
 _WINDOW: Final = 512
-# Where a method needs any text and the config has none.
+# For methods that need any text, where the config has none.
 _ANY_TEXT: Final = (
     "In the morning the train was late again, so Maria read the report that her colleague had sent: sales had grown "
     'by 12.5 % in the third quarter, mostly in the north. "What should we do about the rest?" she asked.',
@@ -29,21 +29,21 @@ _ANY_TEXT: Final = (
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt, or a window of a document, as the base model's tokenizer gives it."""
+    """A prompt, or a window of a document, as tokens of the base model."""
 
     expert: int
-    """Its number, `SHARED` or `UNSORTED`."""
+    """Number of the expert, `SHARED` or `UNSORTED`."""
     positive: bool
     ids: tuple[int, ...]
-    """Every token, special ones as the tokenizer adds them."""
+    """Token ids, with the special tokens that the tokenizer adds."""
     counted: tuple[bool, ...]
-    """Which tokens count in statistics."""
+    """Whether each token counts in statistics."""
     document: int = 0
-    """Windows of one document have the same number."""
+    """Number of the document, shared by all its windows."""
 
     @property
     def counted_ids(self) -> tuple[int, ...]:
-        """The tokens that count."""
+        """Ids of the tokens that count."""
         return tuple(token for token, counts in zip(self.ids, self.counted, strict=True) if counts)
 
 
@@ -57,21 +57,21 @@ def encode_prompts(
     special_tokens: bool = True,
     prompts_only: bool = False,
 ) -> tuple[EncodedPrompt, ...]:
-    """Encode what a config says of its experts; special tokens are added as the tokenizer does, but do not count.
+    """Encode the prompts and texts of a config; special tokens are added as the tokenizer does, but do not count.
 
     Args:
         folder: the base model's folder.
         config: the merge.
         max_tokens: the model's context length.
-        seed: of the choice of documents.
-        shared_gate: whether what is said of shared experts is needed.
+        seed: seed for the choice of documents.
+        shared_gate: whether prompts and texts of shared experts are needed.
         special_tokens: whether tokens that do not count are needed. Without them `tokenizer.json` is enough, and
             transformers, whose import takes seconds, is needed only where there is none.
         prompts_only: whether texts in files are left out.
 
     Raises:
         RouterError: no tokenizer, a prompt without tokens, or one longer than the context.
-        RefusedError: there are no such files.
+        RefusedError: text files are missing or cannot be read.
     """
     file = folder / "tokenizer.json"
     if special_tokens or not file.is_file():
@@ -102,7 +102,7 @@ def encode_prompts(
 
 
 class _Reader:
-    """Makes tokens of what a config names, and counts documents."""
+    """Turns prompts and texts into tokens, and numbers their documents."""
 
     def __init__(self, encode: Encode, max_tokens: int, tokens: int, seed: int, *, in_context: bool) -> None:
         self._encode, self._max_tokens, self._tokens, self._seed = encode, max_tokens, tokens, seed
@@ -118,7 +118,7 @@ class _Reader:
                 )
             if all(special):
                 raise RouterError(f"{place}[{index}]: the base model's tokenizer finds no tokens in {prompt!r:.40}.")
-            # An embedding does not know where in a text it stands.
+            # An embedding does not depend on the position in a text.
             counted = counted_mask(special) if self._in_context else tuple(not added for added in special)
             yield EncodedPrompt(expert, positive, tuple(ids), counted, self._documents)
             self._documents += 1

@@ -1,4 +1,4 @@
-"""Routers that know nothing: for models that will be trained, and as baselines. Made without torch.
+"""Random routers, for models that will be trained and as baselines. This module does not import torch.
 
 A router input is a normed state of length about sqrt(hidden). Rows with elements of standard deviation
 1/sqrt(hidden) therefore give logits of about 1; with N(0, 1) the softmax would be saturated from the start.
@@ -13,22 +13,22 @@ from moemerge.routers.rows import Rows
 
 
 def normal_rows(request: RouterRequest, seed: int) -> dict[int, Rows]:
-    """By layer rows (expert, hidden) from N(0, 1/hidden), seeded; zeros for absent experts."""
+    """Draw each layer's rows (expert, hidden) from N(0, 1/hidden), seeded; zeros for absent experts."""
     shape = _shape(request)
     return _placed(np.random.default_rng(seed).standard_normal(shape, np.float32) / _root(shape), request)
 
 
 def uniform_rows(request: RouterRequest, seed: int) -> dict[int, Rows]:
-    """By layer rows (expert, hidden) from U(-1/sqrt(hidden), 1/sqrt(hidden)), as `torch.nn.Linear` starts, seeded.
+    """Draw each layer's rows (expert, hidden) from U(-1/sqrt(hidden), 1/sqrt(hidden)), seeded.
 
-    Zeros for absent experts.
+    These are the initial weights of a `torch.nn.Linear`. Rows of absent experts are zeros.
     """
     shape = _shape(request)
     return _placed((np.random.default_rng(seed).random(shape, np.float32) * 2 - 1) / _root(shape), request)
 
 
 def _shape(request: RouterRequest) -> tuple[int, int, int]:
-    """Of all layers and experts: which of them take part changes nothing in the others."""
+    """Shape (layer, expert, hidden) of rows for all layers and experts; rows must not depend on which are absent."""
     return request.base.layers, len(request.config.experts), request.base.config["hidden_size"]
 
 
@@ -37,7 +37,7 @@ def _root(shape: tuple[int, int, int]) -> np.float32:
 
 
 def _placed(drawn: Rows, request: RouterRequest) -> dict[int, Rows]:
-    """By layer with a router its rows out of all (layer, expert, hidden)."""
+    """Select the rows of each layer that has a router out of all (layer, expert, hidden)."""
     for layer, absent in request.mixture.absent.items():
         drawn[layer, sorted(absent)] = 0
     return {layer: drawn[layer] for layer in request.mixture.moe_layers}

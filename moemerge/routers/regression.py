@@ -8,7 +8,7 @@ _CHUNK_TOKENS: Final = 4096
 
 
 def gram_of(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The sum (hidden, hidden) over tokens of `weight z z'`, float32, a chunk of tokens at a time."""
+    """Sum `weight z z'` over tokens to a matrix (hidden, hidden) in float32, a chunk of tokens at a time."""
     gram = torch.zeros(states.shape[1], states.shape[1])
     for first in range(0, len(states), _CHUNK_TOKENS):
         chunk = slice(first, first + _CHUNK_TOKENS)
@@ -18,15 +18,15 @@ def gram_of(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def regress(states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Rows (target, hidden) whose products with the states come nearest the targets, without a bias.
+    """Fit rows (target, hidden) whose products with the states come nearest the targets, without a bias.
 
-    By one Cholesky factor in float64, of the smaller of the two systems that agree.
+    This takes one Cholesky factor in float64, of the primal or the dual system, whichever is smaller.
 
     Args:
         states: (token, hidden).
         targets: (token, target).
-        weights: (token,) of the squared errors.
-        penalty: on the squared length of a row, relative to the mean variance of the states' components.
+        weights: (token,), factors on the squared errors.
+        penalty: factor on the squared length of a row, relative to the mean variance of the states' components.
     """
     tokens, hidden = states.shape
     if tokens < hidden:

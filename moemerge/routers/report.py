@@ -1,11 +1,11 @@
-"""What a router does with prompts: which expert takes which token, and where that looks wrong."""
+"""The routing table: which experts take the tokens of which prompts, with warnings where that looks wrong."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-# An expert with a tenth of its fair share of tokens is as good as absent.
+# An expert with a tenth of its fair share of tokens hardly takes part.
 _DEAD_FRACTION: Final = 0.1
 # Random routers stray from chance by less than this.
 _CLEARLY_LESS: Final = 0.9
@@ -15,57 +15,57 @@ _PARALLEL_DISTANCE: Final = 0.1
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """One layer's routing of the prompts' tokens; None stands for an expert that has no part in it."""
+    """One layer's routing of the prompts' tokens; None stands for an expert that is absent from the layer."""
 
     layer: int
     own: tuple[float | None, ...]
-    """By expert: the share of its own positive-prompt tokens that have it in their top k."""
+    """Share of each expert's own positive-prompt tokens that have it in their top k."""
     first: tuple[float | None, ...]
-    """By expert: the share of its own positive-prompt tokens that have it as their first choice."""
+    """Share of each expert's own positive-prompt tokens that have it as their first choice."""
     load: tuple[float | None, ...]
-    """By expert: the share of all positive-prompt tokens that have it in their top k, each expert's weighing alike."""
+    """Share of all positive-prompt tokens that have each expert in their top k; each expert's tokens weigh the same."""
     top_weight: float
     """Mean weight of the first choice."""
     held_out: float | None = None
-    """Share of the tokens whose expert is the first choice of rows made without their documents, if such were made."""
+    """Share of tokens whose expert comes first by rows made without the token's document; None without such rows."""
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """`own` for people."""
+        """The shares in `own` as percentages; `-` for absent experts."""
         return tuple("-" if share is None else f"{share:.0%}" for share in self.own)
 
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """The routing table."""
+    """The routing table of all layers."""
 
     experts: tuple[str, ...]
-    """Names for people."""
+    """Short names of the experts."""
     experts_per_token: int
     layers: tuple[LayerRouting, ...]
     """Empty where there were no prompts."""
     distances: dict[tuple[int, int], float]
-    """By pair of experts: `|a - b| / (|a| + |b|)` of their router rows, averaged over layers."""
+    """Distance `|a - b| / (|a| + |b|)` of each pair of experts' router rows, averaged over layers."""
 
     @property
     def chance(self) -> float:
-        """Share of tokens that an expert gets when routing knows nothing, averaged over layers."""
+        """Share of tokens that an expert gets under random routing, averaged over layers."""
         present = [sum(share is not None for share in row.own) for row in self.layers] or [len(self.experts)]
         return math.fsum(self.experts_per_token / experts for experts in present) / len(present)
 
     @property
     def own(self) -> tuple[float, ...]:
-        """By expert: share of its own prompts' tokens that reach it, averaged over the layers that it is in."""
+        """Share of each expert's own prompts' tokens that reach it, averaged over the layers that it is in."""
         return _mean_over_layers(layer.own for layer in self.layers)
 
     @property
     def first(self) -> tuple[float, ...]:
-        """By expert: share of its own prompts' tokens that choose it first, averaged over the layers that it is in."""
+        """Share of each expert's own prompts' tokens that choose it first, averaged over the layers that it is in."""
         return _mean_over_layers(layer.first for layer in self.layers)
 
     @property
     def load(self) -> tuple[float, ...]:
-        """By expert: share of all prompts' tokens that reach it, averaged over the layers that it is in."""
+        """Share of all prompts' tokens that reach each expert, averaged over the layers that it is in."""
         return _mean_over_layers(layer.load for layer in self.layers)
 
     @property
@@ -75,12 +75,12 @@ class RoutingReport:
 
     @property
     def held_out(self) -> float | None:
-        """The same, averaged over layers."""
+        """Share of tokens whose expert comes first by rows made without the token's document, averaged over layers."""
         known = [row.held_out for row in self.layers if row.held_out is not None]
         return math.fsum(known) / len(known) if known else None
 
     def warnings(self) -> list[str]:
-        """What the user should know before trusting this router, experts by name."""
+        """Warnings about experts that are rarely chosen, and about pairs that the router can hardly tell apart."""
         found = []
         shares = zip(self.experts, self.own, self.first, self.load, strict=True) if self.layers else ()
         for name, own, first, load in shares:

@@ -1,4 +1,4 @@
-"""What a plan asks of its routers."""
+"""The request for a merge's routers: the mixture, and the models that they are made from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ class RouterRequest:
 
     config: MergeConfig
     folder: Path
-    """The base model's."""
+    """The base model's folder."""
     base: DenseModel
     tensors: Mapping[str, TensorInfo]
-    """The base model's."""
+    """The base model's tensors by name."""
     experts: tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]
-    """The models whose FFNs are chosen between, for methods that read their weights."""
+    """Config and tensors of each routed expert, for methods that read their weights."""
     mixture: Mixture
-    """Which layers have routers, and which experts take part in them."""
+    """The mixture: the layers that have routers, and the experts in them."""
     scoring: Scoring
-    """How the output family's routers make weights of their logits."""
+    """How the output family's routers turn logits into weights."""
     dtype: str
-    """Of the merged model; routers are judged as they will be stored."""
+    """Dtype of the merged model, in which routers are stored and judged."""
     shared_gate: bool
     """Whether the shared experts have a gate that is made from their prompts."""
     runs_base: bool
-    """Whether the base model reads the prompts, for the routers or for the table of what they do."""
+    """Whether the base model reads the prompts, for the routers or for the routing table."""

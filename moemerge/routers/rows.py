@@ -14,7 +14,7 @@ _TINY: Final = np.float32(np.finfo(np.float32).tiny)
 
 
 def contrast(positive: Rows, negative: Rows, absent: frozenset[int] = frozenset()) -> Rows:
-    """Router rows from mean vectors of what should and what should not reach each expert.
+    """Make router rows from mean vectors of the text that should, and should not, reach each expert.
 
     Directions are compared, not lengths, and an expert without negative prompts is set against the mean of all
     positives: otherwise it would keep the direction that all text shares, and win every token. Rows are centred over
@@ -23,10 +23,10 @@ def contrast(positive: Rows, negative: Rows, absent: frozenset[int] = frozenset(
     Args:
         positive: (expert, hidden) mean over positive prompt tokens.
         negative: (expert, hidden) mean over negative prompt tokens; NaN rows for experts without any.
-        absent: experts that are not to be chosen between.
+        absent: experts that the router must not choose.
 
     Returns:
-        (expert, hidden) rows with a mean length of 1, or not finite where `positive` is not; of absent experts, zeros.
+        Rows (expert, hidden) with a mean length of 1, not finite where `positive` is not; zeros for absent experts.
     """
     present = [expert for expert in range(len(positive)) if expert not in absent]
     rows = np.zeros_like(positive)
@@ -41,7 +41,7 @@ def _contrast(positive: Rows, negative: Rows) -> Rows:
     rows: Rows = positive - np.where(missing, positive.mean(axis=0), negative)
     rows = rows - rows.mean(axis=0)
     length = _lengths(rows).mean()
-    # What rounding leaves of equal directions says nothing, and must not be blown up.
+    # The rounding errors between equal directions carry no information, and must not be scaled up.
     if length <= _NOISE:
         return np.zeros_like(rows)
     scaled: Rows = rows / length
@@ -49,16 +49,16 @@ def _contrast(positive: Rows, negative: Rows) -> Rows:
 
 
 def unit(vectors: Rows) -> Rows:
-    """Vectors (expert, hidden) at length 1; zero stays zero."""
+    """Scale vectors (expert, hidden) to length 1; zero stays zero."""
     lengths: Rows = np.maximum(_lengths(vectors), _TINY)
     return vectors / lengths[:, None]
 
 
 def row_distances(rows: Rows, absent: Sequence[frozenset[int]] = ()) -> dict[tuple[int, int], float]:
-    """By pair of experts: how far apart their rows (layer, expert, hidden) are, 0 for equal and 1 for opposite.
+    """Measure how far apart each pair of experts' rows (layer, expert, hidden) are: 0 for equal, 1 for opposite.
 
-    Without what all rows of a layer share, which changes no choice. `absent` says of each layer which experts have no
-    part in it: pairs are compared where both have.
+    The mean row of a layer, which changes no choice, is taken away first. `absent` lists each layer's absent experts;
+    a pair is compared in the layers that both are in.
     """
     present = np.ones(rows.shape[:2], bool)
     for layer, experts in enumerate(absent):
@@ -77,6 +77,6 @@ def row_distances(rows: Rows, absent: Sequence[frozenset[int]] = ()) -> dict[tup
 
 
 def _lengths(vectors: Rows) -> Rows:
-    """(vector,) of vectors (vector, hidden)."""
+    """Compute the lengths (vector,) of vectors (vector, hidden)."""
     lengths: Rows = np.sqrt(np.square(vectors).sum(axis=1))
     return lengths

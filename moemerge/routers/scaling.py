@@ -1,4 +1,4 @@
-"""How sharply a router should choose, and what else is done to rows however they were found."""
+"""Scale and finish router rows, by whatever method they were found."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 from moemerge.routers.base_pass import PassRequest, RouterInputs
 from moemerge.routers.scoring import even_direction, fit_scale, lowering
 
-# On text that tells experts apart without fault, no scale would be sharp enough; and a router that is certain of
-# everything is certain of what it has never seen.
+# On text that separates experts perfectly, no scale would be sharp enough; and a router that is certain of everything
+# is also certain of text that it has never seen.
 _SHARPEST = 0.99
 _LOW, _HIGH = 1e-4, 1e4
 _BISECTIONS = 50
@@ -18,14 +18,14 @@ _BALANCINGS = 200
 def calibrated_scale(
     rows: torch.Tensor, states: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> float:
-    """The factor on rows with which logits of held-out tokens have the smallest cross-entropy to their targets.
+    """Find the factor on rows at which logits of held-out tokens have the smallest cross-entropy to their targets.
 
-    It is convex in the factor, so that the sign of its slope finds the place.
+    The cross-entropy is convex in the factor, so bisection by the sign of its slope finds the minimum.
 
     Args:
         rows: (expert, hidden).
-        states: (token, hidden), by which the sharpest scale is known.
-        logits: (token, expert) of rows that were made without the token's document.
+        states: (token, hidden), which limit the sharpest scale.
+        logits: (token, expert), by rows that were made without the token's document.
         targets: (token, expert), summing to 1.
         weights: (token,).
     """
@@ -39,13 +39,13 @@ def calibrated_scale(
 
 
 def finish_rows(rows: torch.Tensor, states: torch.Tensor, inputs: RouterInputs, request: PassRequest) -> torch.Tensor:
-    """Rows (expert, hidden) as they are stored, from scaled rows of the experts that are there, centred.
+    """Complete scaled rows of the present experts to rows (expert, hidden) as they are stored, centred.
 
     Args:
         rows: (present expert, hidden).
-        states: (token, hidden) that the rows are meant for.
-        inputs: the layer's.
-        request: the pass's.
+        states: (token, hidden), the router inputs that the rows are for.
+        inputs: the layer's router inputs.
+        request: the request of the pass.
     """
     present = request.present(inputs.layer)
     rows = rows * request.settings.scale
@@ -62,13 +62,13 @@ def finish_rows(rows: torch.Tensor, states: torch.Tensor, inputs: RouterInputs, 
 
 
 def _with_prior(rows: torch.Tensor, states: torch.Tensor, request: PassRequest, present: list[int]) -> torch.Tensor:
-    """Rows with which experts take their shares of the states: a bias for each, along an even direction."""
+    """Shift rows so that experts take their shares of the states: by a bias for each, along an even direction."""
     wanted = torch.tensor([request.settings.load_prior[expert] for expert in present])  # type: ignore[index]
     wanted /= wanted.sum()
     logits = states @ rows.T
     bias = torch.zeros(len(present))
     for _ in range(_BALANCINGS):
-        # As logarithms: of sharp rows, the mean weight of an expert that no state is like is 0 in float32.
+        # In logarithms: with sharp rows, the mean weight of an expert that no state is like is 0 in float32.
         loads = (logits + bias).log_softmax(dim=1).logsumexp(dim=0) - math.log(len(states))
         bias += wanted.log() - loads
     return rows + bias[:, None] * even_direction(states)

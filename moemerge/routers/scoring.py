@@ -1,4 +1,4 @@
-"""How a router of a family weighs the experts that it chooses, and how sharply it should."""
+"""Weights of chosen experts by softmax or sigmoid, and the scale of rows that gives useful weights."""
 
 from collections.abc import Callable
 from typing import Final
@@ -15,17 +15,17 @@ _BISECTIONS: Final = 40
 # More would cost bfloat16 routers mantissa, lfm2_moe adds 1e-6 to the sum of the scores, and llama.cpp takes a sum
 # below 6.1e-5, that of logits of -10, for 6.1e-5.
 _LOWERED: Final = 7.0
-# With as much, a few prompts are enough for a direction that is as even on other text; see docs/routers.md.
+# With this penalty a few prompts give a direction that is as even on other text; see docs/routers.md.
 _EVEN_PENALTY: Final = 3.0
 _STEPS: Final = 64
-# A sharper router has to earn it: float16 ends at 65504, and sigmoids near 1 tie.
+# No sharper without reason: float16 ends at 65504, and sigmoids near 1 tie.
 _WORTHWHILE: Final = 1e-3
 # transformers' own, so that scores of 0 have weights.
 _TINY: Final = 1e-20
 
 
 def top_weights(logits: torch.Tensor, experts_per_token: int, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and indices (token, experts_per_token) of the experts that logits (token, expert) choose."""
+    """Choose experts by logits (token, expert); return weights and indices (token, experts_per_token)."""
     if scoring == "softmax":
         chosen = logits.topk(experts_per_token, dim=1)
         return chosen.values.softmax(dim=1), chosen.indices
@@ -34,7 +34,7 @@ def top_weights(logits: torch.Tensor, experts_per_token: int, scoring: Scoring) 
 
 
 def shares(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """What share (token, expert) a router gives each expert before it chooses, from its logits."""
+    """Compute the share (token, expert) that each expert has before the choice, from the logits."""
     if scoring == "softmax":
         return logits.softmax(dim=1)
     scores = logits.sigmoid()
@@ -42,10 +42,10 @@ def shares(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
 
 
 def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int, target: float = TARGET_WEIGHT) -> float:
-    """Factor on rows (expert, hidden) with which the first choice of states (token, hidden) has this mean weight.
+    """Find the factor on rows (expert, hidden) at which the first choice has the mean weight `target`.
 
-    Of a softmax, that is, and of sigmoids that were lowered. With one expert per token the weight is 1 at any scale;
-    the scale is then fitted as for two.
+    The states (token, hidden) are weighed by a softmax, which lowered sigmoids equal. With one expert per token the
+    weight is 1 at any scale; the scale is then fitted as for two.
     """
     count = min(max(experts_per_token, 2), len(rows))
     logits = (states @ rows.T).topk(count, dim=1).values
@@ -60,10 +60,10 @@ def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int, 
 
 
 def even_direction(states: torch.Tensor) -> torch.Tensor:
-    """The direction `c` (hidden) along which all text is about equally far: `c.z` is 1 for the mean of the states.
+    """Find a direction `c` (hidden) along which all text is about equally far: `c.z` is 1 for the mean of the states.
 
-    It is the ridge regression of the number 1 on the states (token, hidden), and takes the place of a bias, which no
-    router has.
+    It is the ridge regression of the number 1 on the states (token, hidden), and takes the place of a bias, which
+    routers lack.
     """
     ones = torch.ones(len(states), 1)
     row = regress(states, ones, ones[:, 0], _EVEN_PENALTY)[0]
@@ -71,17 +71,17 @@ def even_direction(states: torch.Tensor) -> torch.Tensor:
 
 
 def lowering(states: torch.Tensor) -> torch.Tensor:
-    """What to take from every row so that the sigmoids of states (token, hidden) grow as exponentials do.
+    """Find the vector to subtract from every row so that sigmoids of states (token, hidden) grow like exponentials.
 
-    The logits of all experts become lower by about `_LOWERED`: divided by their sum, such sigmoids are a softmax. As
-    they are, both of two large logits weigh one half. Among the states have to be those of first tokens, which are far
-    from all others.
+    It lowers the logits of all experts by about `_LOWERED`; divided by their sum, such sigmoids are a softmax. Without
+    it, two large logits weigh one half each. The states must include those of first tokens, which are far from all
+    others.
     """
     return _LOWERED * even_direction(states)
 
 
 def nearest_scale(weight: Callable[[float], float]) -> float:
-    """The scale with which a weight comes as near its target as it can, whether it grows with the scale or not."""
+    """Find the scale at which a weight comes nearest its target, whether or not it grows with the scale."""
     low, high = _SMALLEST, _LARGEST
     best = low
     while high / low > 1 + _WORTHWHILE:

@@ -56,7 +56,7 @@ class Opaque:
     """Any other object."""
 
     kind: str
-    """What it is, in words for messages: `a sparse tensor`."""
+    """The kind of object, in words for messages: `a sparse tensor`."""
     is_tensor: bool
 
 

@@ -1,4 +1,4 @@
-"""What a model reference in the YAML means: a folder on this machine, or a repository on the Hub."""
+"""Parse a model reference of the YAML: a folder on this machine, or a repository on the Hub."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a dense model family is: its tensors, and what it computes beside its FFNs, in facts that all families share."""
+"""The description of a dense family: its tensors, and what it computes beside its FFNs, in facts that all share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -61,7 +61,7 @@ class DenseModel:
 
     @cached_property
     def layer_types(self) -> list[str]:
-        """What each layer does beside its FFN: its type, as transformers names it."""
+        """Type of each layer beside its FFN, as transformers names it."""
         given = self.config.get("layer_types")
         return [self.family.kinds.get(kind, kind) for kind in given or self.family.layer_types(self.config)]
 
