@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 interrupted: Final = threading.Event()
-"""Set by whoever interrupts the program; then no thread waits for another machine any longer."""
+"""Set when the program is interrupted, so that no thread waits for another machine any longer."""
 
 
 class Readable(Protocol):
@@ -78,7 +78,7 @@ class RemoteFile(Protocol):
 
     @property
     def identity(self) -> str:
-        """A hash or the like, which another content would not have."""
+        """A value, such as a hash, that differs for any other content."""
 
     def open(self, start: int, nbytes: int) -> Reader:
         """Open the file for reading `nbytes` bytes from offset `start` on; kept bytes come from a file on the disk.

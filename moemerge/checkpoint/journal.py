@@ -19,7 +19,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        """Use `path`, which need not exist yet."""
+        """Use the file `path`, which need not exist yet."""
         self._path = path
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ def _holds(path: Path, shard: Shard) -> bool:
 
 
 def _remove_all_but(folder: Path, names: set[str]) -> None:
-    """Remove what a merge that was cut off left beside its complete shards: its base may have fewer files now."""
+    """Remove all that an interrupted merge left beside its complete shards: the base may have fewer files now."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -128,7 +128,7 @@ class Packed:
                 yield begin + row * inner, stored.reshape(-1).data
 
     def _gather(self, record: Any, offset: int, strides: tuple[int, ...], target: Numbers) -> None:
-        """Fill `target` with numbers that lie `strides` apart: reads all between them, or goes by halves."""
+        """Fill `target` with numbers that lie `strides` apart: read everything between them, or split into halves."""
         reach = [(size - 1) * stride for size, stride in zip(target.shape, strides, strict=True)]
         span = sum(reach) + 1
         if span <= _SMALL or span <= min(_SPAN_ELEMENTS, _SPARSE * target.size):

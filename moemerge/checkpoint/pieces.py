@@ -35,9 +35,9 @@ class Piece:
     scale: float = 1.0
     noise_scale: float = 0.0
     head_rows: int = 0
-    """If positive, the even rows of every so many come first, then the odd ones. Noise is added after that."""
+    """If positive, every so many rows are regrouped: even rows first, then odd ones. Noise is added afterwards."""
     into_pairs: bool = False
-    """Whether `head_rows` are regrouped the other way round: a row of the first half, then one of the second."""
+    """Whether `head_rows` regroups the other way round: a row of the first half, then one of the second, and so on."""
 
     def __post_init__(self) -> None:
         if self.head_rows and (

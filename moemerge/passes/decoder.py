@@ -1,4 +1,4 @@
-"""The parts that every streamed pass shares: a model without weights, and token sequences before and after its layers.
+"""The shared parts of streamed passes: a model without weights, and token sequences before and after its layers.
 
 Embeddings, rotary tables, masks and layers are those of the `transformers` classes; only the loops are different.
 """

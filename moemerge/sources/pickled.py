@@ -53,7 +53,7 @@ class StridedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Any other object."""
+    """An object that is none of the above."""
 
     kind: str
     """The kind of object, in words for messages: `a sparse tensor`."""

@@ -1,7 +1,7 @@
 """Files of a repository on the Hub, read by byte ranges; ranges that are read again are kept on the disk.
 
-A range is one request for a stretch of bytes (RFC 9110, section 14). A broken download goes on where it was; what the
-Hub is too busy for is asked for again. URLs, tokens and errors are those of `huggingface_hub`; the token goes to the
+A range is one request for a stretch of bytes (RFC 9110, section 14). An interrupted download continues where it
+stopped; a busy Hub is asked again. URLs, tokens and errors are those of `huggingface_hub`; the token goes to the
 Hub alone, not to the host that the Hub redirects to for the bytes.
 """
 

@@ -1,4 +1,4 @@
-"""Errors of the Hub's client: what they mean to the user, and whether another try is worth it."""
+"""Explain errors of the Hub's client to the user, and try again where that may help."""
 
 import re
 import socket
@@ -56,20 +56,20 @@ class Patience:
         self._tries = 0
 
     def reset(self) -> None:
-        """Start counting anew, since something was achieved."""
+        """Start counting tries anew after a success."""
         self._tries = 0
 
     def wait_after(self, error: Exception) -> float:
         """The seconds to wait before another try.
 
         Raises:
-            Exception: `error` itself, if another try is not worth it.
+            Exception: `error` itself, if another try cannot help.
         """
         answer = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
         status = None if answer is None else answer.status_code
         if not (status in _MAY_PASS if status else _may_pass(error)):
             raise error
-        # A Hub that asks to wait will answer some day.
+        # A Hub that asks to wait will answer later.
         self._tries += 1
         if self._tries >= (_MOST_TRIES if status == _TOO_MANY_REQUESTS else self._most_tries):
             raise error
@@ -91,7 +91,7 @@ def patiently(
     action: Callable[[], Result],
     statuses: Collection[int] = _MAY_PASS,
 ) -> Result:
-    """Ask the Hub again where it is too busy or fails; a missing network is not waited for."""
+    """Ask the Hub again if it is too busy or fails; a missing network is an error at once."""
     patience = Patience(what, announce, _FEW_TRIES)
     while True:
         try:
