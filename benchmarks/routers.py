@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import merge, plan_merge
 from moemerge.config.schema import MergeConfig, parse_config
+from moemerge.dtypes import DType
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
@@ -84,7 +85,7 @@ class Bench:
         }
         return parse_config(json.dumps(document))
 
-    def rows(self, config: MergeConfig, dtype: str = "bfloat16") -> tuple[dict[int, torch.Tensor], float]:
+    def rows(self, config: MergeConfig, dtype: DType = "bfloat16") -> tuple[dict[int, torch.Tensor], float]:
         """By layer the rows (expert, hidden), as a merge stores them, and the seconds that they took."""
         plan = plan_merge(config)
         start = time.perf_counter()

@@ -16,7 +16,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.checkpoint.values import first_not_finite
-from moemerge.dtypes import CONFIG_DTYPES, bytes_of
+from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
 
 Rows = NDArray[np.float32]
@@ -38,7 +38,7 @@ class Derived:
     recipe: Recipe
     recipe_key: str
     """Everything that sets this recipe apart from others and is not in the inputs; part of `identity`."""
-    dtype: str
+    dtype: HeaderDType
     """Dtype of the result, as a safetensors header spells it."""
     rereads: bool = False
     """Whether the recipe reads the inputs once more by itself."""

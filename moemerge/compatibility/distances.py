@@ -14,7 +14,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.stored import is_rounded
 from moemerge.config.schema import MergeConfig
-from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.dtypes import CONFIG_DTYPES, DType
 from moemerge.families.dense import DenseModel, Role
 from moemerge.sources.lora import LoraSum
 from moemerge.sources.model_folder import ModelFolder
@@ -57,7 +57,7 @@ class Distance:
 @dataclass(frozen=True)
 class _Rows:
     numbers: NDArray[np.float32]
-    dtype: str | None
+    dtype: DType | None
     """Dtype that the rows are stored in; None for computed rows."""
 
     def squared_distance(self, other: "_Rows") -> float:

@@ -7,6 +7,7 @@ from typing import Final
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Fill, Piece
+from moemerge.dtypes import HeaderDType
 from moemerge.families.dense import DenseModel, Role
 from moemerge.families.family import SWITCHED_OFF, Extra, MoeFamily, separate
 from moemerge.families.mixture import Mixture
@@ -33,7 +34,7 @@ class Source:
         """Neurons of its FFNs."""
         return self.model.sizes["ffn"]
 
-    def projection(self, layer: int, role: Role, dtype: str) -> Piece:
+    def projection(self, layer: int, role: Role, dtype: HeaderDType) -> Piece:
         """One projection of a layer's FFN, which may be part of a larger tensor."""
         tensor = self.model.projection(self.tensors, layer, role)
         return Piece(tensor, dtype, self.scale if role == "down" else 1.0, self.noise_scale)
@@ -50,7 +51,7 @@ class Assembly:
     shared: Sequence[Source]
     computes_gate: bool
     """Whether the shared expert's gate is made from prompts; otherwise it is 0, a weight of one half."""
-    dtype: str
+    dtype: HeaderDType
     """As a safetensors header spells it."""
 
     def outputs(self) -> dict[str, Output]:

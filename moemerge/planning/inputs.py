@@ -6,6 +6,7 @@ from typing import Final
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
+from moemerge.dtypes import HeaderDType
 from moemerge.families.dense import DenseModel
 from moemerge.families.mixture import Mixture
 from moemerge.planning.norm_folding import fold_norms
@@ -38,7 +39,7 @@ def take_parts(
     models: Sequence[tuple[str, DenseModel]],
     *,
     tables: Mapping[str, dict[str, TensorInfo]],
-    dtype: str,
+    dtype: HeaderDType,
 ) -> Parts:
     """Mix what is shared, and fold norms, as the config asks.
 

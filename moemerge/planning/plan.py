@@ -14,6 +14,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.shards import Shard
 from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
+from moemerge.dtypes import DType
 from moemerge.engines import Engine
 from moemerge.families.dense import DenseModel
 from moemerge.families.family import MoeFamily
@@ -58,7 +59,7 @@ class MergePlan:
     """What the merged model is."""
     parts: Parts
     """What the base and each expert bring."""
-    dtype: str
+    dtype: DType
     outputs: Mapping[str, Output]
     """Every tensor of the merged model, by name, in the order of the layers; routers last."""
     layout: Layout

@@ -18,7 +18,7 @@ from moemerge.checkpoint.derived import Derived, Recipe, Rows, blocks_of, linear
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.config.schema import SharedWeights
-from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.dtypes import CONFIG_DTYPES, HeaderDType
 from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DenseModel
 
@@ -43,7 +43,7 @@ def share_weights(
     base: DenseModel,
     tensors: Tensors,
     experts: Sequence[tuple[str, DenseModel, Tensors]],
-    dtype: str,
+    dtype: HeaderDType,
 ) -> tuple[dict[str, TensorInfo], list[str]]:
     """The base's tensors, those that are shared replaced by what is made of all models'; and notes for the user.
 
@@ -132,7 +132,7 @@ def _settings(model: DenseModel, base: DenseModel) -> Iterator[tuple[str, Any, A
     yield "the offset of its norms", model.family.norm_offset, base.family.norm_offset
 
 
-def _derive(settings: SharedWeights, base: TensorInfo, experts: Sequence[TensorInfo], dtype: str) -> TensorInfo:
+def _derive(settings: SharedWeights, base: TensorInfo, experts: Sequence[TensorInfo], dtype: HeaderDType) -> TensorInfo:
     given = settings.weights or [1.0] * len(experts)
     weights = [weight / sum(given) for weight in given]
     recipe_key = repr((settings.model_dump(), base.name))

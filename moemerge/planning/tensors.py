@@ -8,7 +8,7 @@ from itertools import chain
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
-from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES, bytes_of
+from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES, DType, HeaderDType, bytes_of
 from moemerge.planning.assembly import Assembly, Source
 from moemerge.planning.checking import Tables
 from moemerge.planning.inputs import Parts, take_parts
@@ -21,7 +21,7 @@ from moemerge.planning.shape import Shape, computes_gate, residual_scales
 class Assembled:
     """The tensors of a merge, and what they are made of."""
 
-    dtype: str
+    dtype: DType
     """Of every tensor, as `config.json` spells it."""
     parts: Parts
     """What the base and each expert bring."""
@@ -51,16 +51,16 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
     return Assembled(dtype, parts, outputs, tables)
 
 
-def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+def _main_dtype(tensors: Mapping[str, TensorInfo]) -> DType:
     """The dtype that most of a model's bytes are stored in; `config.json` may claim another."""
-    counted: Counter[str] = Counter()
+    counted: Counter[HeaderDType] = Counter()
     for leaf in chain.from_iterable(map(leaves, tensors.values())):
         if leaf.dtype in CONFIG_DTYPES:
             counted[leaf.dtype] += leaf.nbytes
     return CONFIG_DTYPES[counted.most_common(1)[0][0]] if counted else "bfloat16"
 
 
-def _assembly(config: MergeConfig, models: Models, shape: Shape, parts: Parts, dtype: str) -> Assembly:
+def _assembly(config: MergeConfig, models: Models, shape: Shape, parts: Parts, dtype: HeaderDType) -> Assembly:
     family, gated = shape.family, computes_gate(config, shape.family)
     scales, shared_scales = residual_scales(config, gated=gated)
     # A gate of 0 is a weight of one half.

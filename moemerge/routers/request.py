@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
+from moemerge.dtypes import DType
 from moemerge.families.dense import DenseModel
 from moemerge.families.family import Scoring
 from moemerge.families.mixture import Mixture
@@ -27,7 +28,7 @@ class RouterRequest:
     """Which layers have routers, and which experts take part in them."""
     scoring: Scoring
     """How the output family's routers make weights of their logits."""
-    dtype: str
+    dtype: DType
     """Of the merged model; routers are judged as they will be stored."""
     shared_gate: bool
     """Whether the shared experts have a gate that is made from their prompts."""
