@@ -40,7 +40,7 @@ COMMON = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
     "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+DTYPES: dict[str, HeaderDType] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 ONE = {"BF16": b"\x80\x3f", "F16": b"\x00\x3c", "F32": b"\x00\x00\x80\x3f"}
 FILE_BYTES = 5_000_000_000
 BLOCK_ELEMENTS = 2**25

@@ -25,7 +25,8 @@ from table import machine
 from transformers import AutoModelForCausalLM
 
 from moemerge import merge, plan_merge
-from moemerge.config.schema import MergeConfig, parse_config
+from moemerge.config.loading import parse_config
+from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import DType
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
@@ -147,7 +148,7 @@ def flips(bench: Bench, texts: Texts, ways: list[str]) -> Iterator[list[str]]:
     config = bench.config("random", "")
     plan = plan_merge(config)
     prompts = tuple(EncodedPrompt(0, True, window.ids, window.counted) for window in texts.windows)
-    request = PassRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, config.router)
+    request = PassRequest(plan.parts.base, plan.mixture, plan.family.scoring, prompts, CPU, config.router)
     wanted = [row for row in ROWS if row[0] in FLIPPED and (not ways or row[0] in ways)]
     made = {name: bench.rows(bench.config(mode, given), "float32")[0] for name, mode, given in wanted}
     found: dict[str, list[float]] = {name: [] for name in made}

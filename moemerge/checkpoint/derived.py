@@ -128,10 +128,15 @@ def blocks_of(tensors: Sequence[TensorInfo], first: int = 0) -> Iterator[list[Ro
             yield [_read(reader, tensor, count, width) for reader, tensor in zip(readers, tensors, strict=True)]
 
 
+def derivation(tensor: TensorInfo) -> Derived | None:
+    """How a tensor is computed from others; None for one that is stored."""
+    return tensor.path if isinstance(tensor.path, Derived) else None
+
+
 def leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
     """Yield the stored tensors that a tensor is read from in the end: itself, or all that it is computed from."""
-    if isinstance(tensor.path, Derived):
-        for source in (*tensor.path.inputs, *tensor.path.others):
+    if made := derivation(tensor):
+        for source in (*made.inputs, *made.others):
             yield from leaves(source)
     elif isinstance(tensor.path, Packed | Unreadable):
         yield tensor.path.stored
@@ -182,8 +187,8 @@ class ScaledColumns:
 
 def unscaled(tensor: TensorInfo) -> TensorInfo:
     """The same rows of a matrix before `ScaledColumns` multiplied its columns; any other tensor unchanged."""
-    while isinstance(tensor.path, Derived) and isinstance(tensor.path.recipe, ScaledColumns):
-        tensor = tensor.path.input_rows(tensor)
+    while (made := derivation(tensor)) and isinstance(made.recipe, ScaledColumns):
+        tensor = made.input_rows(tensor)
     return tensor
 
 

@@ -128,7 +128,6 @@ def staged(
 
     target = out.resolve()
     stage = _stage(target)
-    journal = journal_of(stage)
     if not _replaced(target).is_dir():
         check()
     with locked(stage, out, "writing to"):
@@ -137,8 +136,7 @@ def staged(
             _restore(target)
             check()
             if not resume or stage.is_symlink() or not stage.is_dir():
-                _clear(stage)
-                journal.remove()
+                _discard(stage)
             stage.mkdir(exist_ok=True)
             yield stage
             if not temporary:
@@ -150,12 +148,10 @@ def staged(
                     _publish(stage, target, replaceable)
                 published = True
                 with _tidying(out):
-                    _clear(stage)
-                    journal.remove()
+                    _discard(stage)
         finally:
-            if not published and not len(journal):
-                _clear(stage)
-                journal.remove()
+            if not published and not len(journal_of(stage)):
+                _discard(stage)
 
 
 @contextmanager
@@ -182,6 +178,12 @@ def _failure(out: Path, error: OSError) -> OutputError:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return write_failure(out, error)
     return OutputError(f"{error.filename or out}: {error.strerror or error}.")
+
+
+def _discard(stage: Path) -> None:
+    """Remove a stage with its journal."""
+    _clear(stage)
+    journal_of(stage).remove()
 
 
 def _clear(stage: Path) -> None:

@@ -1,9 +1,8 @@
 """The first step of a plan: its models are opened, and their configs fit together."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from moemerge.checkpoint.header import TensorInfo
 from moemerge.compatibility.checks import check_configs
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import IncompatibleError
@@ -39,13 +38,6 @@ class Models:
     def every_expert(self) -> tuple[Member, ...]:
         """Every expert, then every shared expert."""
         return (*self.experts, *self.shared)
-
-    def routed(
-        self, tensors: Sequence[Mapping[str, TensorInfo]]
-    ) -> tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]:
-        """Each model whose FFN is chosen between, with its own of the tensors of every expert."""
-        models = [member.model for member in self.experts]
-        return tuple(zip(models, tensors[: len(models)], strict=True))
 
     @property
     def sources(self) -> tuple[ModelFolder, ...]:

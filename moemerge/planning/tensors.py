@@ -47,7 +47,7 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
     dtype = config.dtype or _main_dtype(tables[config.base_model])
     placed = [(member.place, member.model) for member in models.every_expert]
     parts = take_parts(config, shape.mixture, models.base.model, placed, tables=tables, dtype=HEADER_DTYPES[dtype])
-    outputs = _assembly(config, models, shape, parts, HEADER_DTYPES[dtype]).outputs()
+    outputs = _assembly(config, shape, parts, HEADER_DTYPES[dtype]).outputs()
     return Assembled(dtype, parts, outputs, tables)
 
 
@@ -60,7 +60,7 @@ def _main_dtype(tensors: Mapping[str, TensorInfo]) -> DType:
     return CONFIG_DTYPES[counted.most_common(1)[0][0]] if counted else "bfloat16"
 
 
-def _assembly(config: MergeConfig, models: Models, shape: Shape, parts: Parts, dtype: HeaderDType) -> Assembly:
+def _assembly(config: MergeConfig, shape: Shape, parts: Parts, dtype: HeaderDType) -> Assembly:
     family, gated = shape.family, computes_gate(config, shape.family)
     scales, shared_scales = residual_scales(config, gated=gated)
     # A gate of 0 is a weight of one half.
@@ -68,14 +68,14 @@ def _assembly(config: MergeConfig, models: Models, shape: Shape, parts: Parts, d
     scales += [scale * (2 if halved else 1) for scale in shared_scales]
     every_expert = [*config.experts, *config.shared_experts]
     sources = [
-        Source(member.model, tensors, scale, expert.noise_scale or 0.0)
-        for expert, member, tensors, scale in zip(every_expert, models.every_expert, parts.experts, scales, strict=True)
+        Source(own, scale, expert.noise_scale or 0.0)
+        for expert, own, scale in zip(every_expert, parts.experts, scales, strict=True)
     ]
     routed = len(config.experts)
     return Assembly(
         family=family,
         mixture=shape.mixture,
-        base=Source(models.base.model, parts.base),
+        base=Source(parts.base),
         experts=sources[:routed],
         shared=sources[routed:],
         computes_gate=gated,

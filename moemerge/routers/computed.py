@@ -39,12 +39,11 @@ def compute_routers(
 
     Rows that are already made are only routed by; None makes those of the config's method. See `init_routers`.
     """
-    config, base, method = request.config, request.base, request.config.method
+    config, base, method = request.config, request.base.model, request.config.method
     context = base.config["max_position_embeddings"]
     prompts = encode_prompts(request.folder, config, context, seed, shared_gate=request.shared_gate)
     asked = PassRequest(
-        base,
-        request.tensors,
+        request.base,
         request.mixture,
         request.scoring,
         prompts,

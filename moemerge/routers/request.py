@@ -1,13 +1,11 @@
 """What a plan asks of its routers."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import DType
-from moemerge.families.dense import DenseModel
+from moemerge.families.dense import ModelTensors
 from moemerge.families.family import Scoring
 from moemerge.families.mixture import Mixture
 
@@ -19,10 +17,9 @@ class RouterRequest:
     config: MergeConfig
     folder: Path
     """The base model's."""
-    base: DenseModel
-    tensors: Mapping[str, TensorInfo]
-    """The base model's."""
-    experts: tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]
+    base: ModelTensors
+    """The base model, with the tensors that the mixture takes from it."""
+    experts: tuple[ModelTensors, ...]
     """The models whose FFNs are chosen between, for methods that read their weights."""
     mixture: Mixture
     """Which layers have routers, and which experts take part in them."""
