@@ -126,8 +126,7 @@ def staged(
         if not temporary:
             check_target(out, sources, inputs=inputs, replaceable=replaceable)
 
-    target = out.resolve()
-    stage = _stage(target)
+    target, stage = out.resolve(), _stage(out.resolve())
     if not _replaced(target).is_dir():
         check()
     with locked(stage, out, "writing to"):
@@ -135,13 +134,10 @@ def staged(
         try:
             _restore(target)
             check()
-            if not resume or stage.is_symlink() or not stage.is_dir():
-                _discard(stage)
-            stage.mkdir(exist_ok=True)
+            _prepare(stage, resume=resume)
             yield stage
             if not temporary:
-                for path in (*stage.rglob("*"), stage):
-                    flush(path)
+                _flush_all(stage)
             with _uninterrupted(out):
                 if not temporary:
                     check()
@@ -178,6 +174,19 @@ def _failure(out: Path, error: OSError) -> OutputError:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return write_failure(out, error)
     return OutputError(f"{error.filename or out}: {error.strerror or error}.")
+
+
+def _prepare(stage: Path, *, resume: bool) -> None:
+    """Make an empty stage, or leave one that is to be resumed."""
+    if not resume or stage.is_symlink() or not stage.is_dir():
+        _discard(stage)
+    stage.mkdir(exist_ok=True)
+
+
+def _flush_all(stage: Path) -> None:
+    """Wait until a folder with all that it holds is on the disk."""
+    for path in (*stage.rglob("*"), stage):
+        flush(path)
 
 
 def _discard(stage: Path) -> None:
