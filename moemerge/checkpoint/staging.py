@@ -111,10 +111,9 @@ def staged(
     Otherwise it is removed, unless its journal (`journal_of`) names complete shards: then it stays for a run with
     `resume`, and a run without `resume` removes it first.
 
-    A target that is not `temporary` is checked as by `check_target`, before anything is made and again at the end: it
-    may have been filled meanwhile. The folder lies beside `out`, so that the end is a rename; where `out` is a mount
-    point it lies inside and its files are moved, `config.json` last. Once the output has its name, nothing is an error
-    any more: what cannot be tidied up is logged as a warning.
+    A target that is not `temporary` is checked as by `check_target`, before anything is made and again at the end. The
+    folder lies beside `out`, so that the end is a rename; where `out` is a mount point it lies inside and its files are
+    moved, `config.json` last. Once the output has its name, what cannot be tidied up is logged as a warning.
 
     Raises:
         RefusedError: see `check_target`.
