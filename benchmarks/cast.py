@@ -21,7 +21,7 @@ from moemerge.checkpoint.convert import CHUNK_ELEMENTS, convert
 from moemerge.checkpoint.copy import copy_range, write_all
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.writer import CHUNK_BYTES
-from moemerge.dtypes import BITS, CONFIG_DTYPES
+from moemerge.dtypes import BITS, CONFIG_DTYPES, HeaderDType
 
 BLOCK_ELEMENTS = 2**22
 BUFFER_BYTES = 2**20
@@ -55,7 +55,7 @@ def read_and_write(tensor: TensorInfo, target: int) -> None:
 WAYS = {"copied by the kernel": copy, "read and written": read_and_write, "cast to BF16": cast}
 
 
-def make(path: Path, dtype: str, nbytes: int) -> TensorInfo:
+def make(path: Path, dtype: HeaderDType, nbytes: int) -> TensorInfo:
     """A file of normal numbers, one block of them over and over."""
     block = (
         torch.randn(BLOCK_ELEMENTS).mul_(0.02).to(getattr(torch, CONFIG_DTYPES[dtype])).view(torch.uint8).numpy().data

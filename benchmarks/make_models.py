@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, build_index
 from moemerge.checkpoint.stored import stored_bytes
-from moemerge.dtypes import BITS, CONFIG_DTYPES
+from moemerge.dtypes import BITS, CONFIG_DTYPES, HeaderDType
 
 SHAPES = {
     # To try the programs themselves, then TinyLlama-1.1B, Mistral-7B and Llama-2-70B
@@ -40,7 +40,7 @@ COMMON = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
     "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+DTYPES: dict[str, HeaderDType] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 ONE = {"BF16": b"\x80\x3f", "F16": b"\x00\x3c", "F32": b"\x00\x00\x80\x3f"}
 FILE_BYTES = 5_000_000_000
 BLOCK_ELEMENTS = 2**25
@@ -68,13 +68,13 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
-def block(dtype: str) -> memoryview:
+def block(dtype: HeaderDType) -> memoryview:
     """`BLOCK_ELEMENTS` normal numbers as bytes."""
     numbers = np.random.default_rng(0).standard_normal(BLOCK_ELEMENTS, dtype=np.float32) * np.float32(SCALE)
     return memoryview(stored_bytes(numbers, CONFIG_DTYPES[dtype]))
 
 
-def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None) -> int:
+def write_model(folder: Path, shape: str, dtype: HeaderDType, numbers: memoryview | None) -> int:
     """Write one model; without numbers its tensors are holes."""
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = COMMON | SHAPES[shape] | {"torch_dtype": CONFIG_DTYPES[dtype]}
@@ -111,7 +111,7 @@ def write_model(folder: Path, shape: str, dtype: str, numbers: memoryview | None
     return total
 
 
-def write_tensor(file: int, seed: str, dtype: str, size: tuple[int, ...], numbers: memoryview) -> None:
+def write_tensor(file: int, seed: str, dtype: HeaderDType, size: tuple[int, ...], numbers: memoryview) -> None:
     if len(size) == 1:  # norms
         os.write(file, ONE[dtype] * size[0])
         return
@@ -139,7 +139,9 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def make_models(folder: Path, shape: str, experts: int, dtype: str = "BF16", *, sparse: bool = False) -> list[Path]:
+def make_models(
+    folder: Path, shape: str, experts: int, dtype: HeaderDType = "BF16", *, sparse: bool = False
+) -> list[Path]:
     """The base's folder, then the experts'."""
     numbers = None if sparse else block(dtype)
     folders = [folder / "base", *(folder / f"expert{number}" for number in range(experts))]

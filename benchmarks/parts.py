@@ -21,7 +21,7 @@ from routers import show
 from table import machine
 
 from moemerge import merge, plan_merge
-from moemerge.config.schema import parse_config
+from moemerge.config.loading import parse_config
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, difference, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import Runnable, average, forced, open_dense, open_mixture, uniform

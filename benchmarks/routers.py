@@ -25,7 +25,9 @@ from table import machine
 from transformers import AutoModelForCausalLM
 
 from moemerge import merge, plan_merge
-from moemerge.config.schema import MergeConfig, parse_config
+from moemerge.config.loading import parse_config
+from moemerge.config.schema import MergeConfig
+from moemerge.dtypes import DType
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
@@ -84,7 +86,7 @@ class Bench:
         }
         return parse_config(json.dumps(document))
 
-    def rows(self, config: MergeConfig, dtype: str = "bfloat16") -> tuple[dict[int, torch.Tensor], float]:
+    def rows(self, config: MergeConfig, dtype: DType = "bfloat16") -> tuple[dict[int, torch.Tensor], float]:
         """By layer the rows (expert, hidden), as a merge stores them, and the seconds that they took."""
         plan = plan_merge(config)
         start = time.perf_counter()
@@ -146,7 +148,7 @@ def flips(bench: Bench, texts: Texts, methods: list[str]) -> Iterator[list[str]]
     config = bench.config("random", "")
     plan = plan_merge(config)
     prompts = tuple(EncodedPrompt(0, True, window.ids, window.counted) for window in texts.windows)
-    request = PassRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, config.router)
+    request = PassRequest(plan.parts.base, plan.mixture, plan.family.scoring, prompts, CPU, config.router)
     wanted = [row for row in ROWS if row[0] in FLIPPED and (not methods or row[0] in methods)]
     made = {name: bench.rows(bench.config(mode, given), "float32")[0] for name, mode, given in wanted}
     found: dict[str, list[float]] = {name: [] for name in made}

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from moemerge.checks.inspection import inspect_checkpoint as inspect
     from moemerge.checks.verification import Verification
     from moemerge.checks.verification import verify_merge as verify
-    from moemerge.config.schema import MergeConfig, load_config
+    from moemerge.config.loading import load_config
+    from moemerge.config.schema import MergeConfig
     from moemerge.evaluation.evaluator import evaluate
     from moemerge.evaluation.figures import Estimate, Evaluation
     from moemerge.evaluation.routes.traced import Routes, TracedText
@@ -104,7 +105,7 @@ _HOMES = {
     "Verification": "checks.verification:Verification",
     "evaluate": "evaluation.evaluator:evaluate",
     "inspect": "checks.inspection:inspect_checkpoint",
-    "load_config": "config.schema:load_config",
+    "load_config": "config.loading:load_config",
     "merge": "merging.checkpoint:merge",
     "plan_merge": "planning.planner:plan_merge",
     "push": "publish.pushing:push",

@@ -10,7 +10,8 @@ import yaml
 
 from moemerge.cli import main
 from moemerge.cli.families import as_markdown
-from moemerge.config.schema import MergeConfig, RoutedExpert, parse_config
+from moemerge.config.loading import parse_config
+from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.families.overview import family_rows
 from tests.support.models import make_model
 

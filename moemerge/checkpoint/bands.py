@@ -10,7 +10,7 @@ from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.floats import TYPES, narrow
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Fill, Piece, with_seeds
-from moemerge.dtypes import bytes_of
+from moemerge.dtypes import HeaderDType, bytes_of
 
 
 def tensor_chunks(bands: tuple[Band, ...], seed: int, name: str) -> Iterator[memoryview]:
@@ -79,7 +79,7 @@ def _stored_chunks(reader: Readable, source: TensorInfo, chunk_bytes: int) -> It
         yield view
 
 
-def _encode(block: Fill, dtype: str) -> bytes:
+def _encode(block: Fill, dtype: HeaderDType) -> bytes:
     """Encode one element of a constant block as it is stored."""
     stored = np.empty(1, TYPES[dtype])
     narrow(np.array([block.value], np.float32), dtype, stored, np.empty(1, np.uint32))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.floats import TYPES, Stored, is_finite, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.dtypes import CONFIG_DTYPES, HeaderDType
 from moemerge.errors import CheckpointError, TooLargeError
 
 # Elements read and written at once. Larger chunks leave the processor's cache on the way; all buffers take some 1 MiB.
@@ -23,7 +23,7 @@ BLOCK_ELEMENTS: Final = 2**16
 def convert(
     source: Readable,
     tensor: TensorInfo,
-    dtype: str,
+    dtype: HeaderDType,
     chunk_elements: int,
     *,
     scale: float = 1.0,
@@ -94,7 +94,9 @@ def _views(
     return stored.view(np.uint8).data, blocks, converted.view(np.uint8).data
 
 
-def _by_table(tensor: TensorInfo, dtype: str, scale: float) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
+def _by_table(
+    tensor: TensorInfo, dtype: HeaderDType, scale: float
+) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
     """A function that converts a block of 16-bit floats by looking them up in a table."""
     floats, table = _tables(tensor.dtype, dtype, scale)
     may_overflow = bool(_overflows(floats, table, dtype).any())
@@ -109,7 +111,7 @@ def _by_table(tensor: TensorInfo, dtype: str, scale: float) -> Callable[[Stored,
 
 
 @lru_cache(maxsize=4)
-def _tables(source: str, dtype: str, scale: float) -> tuple[NDArray[np.float32], Stored]:
+def _tables(source: HeaderDType, dtype: HeaderDType, scale: float) -> tuple[NDArray[np.float32], Stored]:
     """All 16-bit floats in float32, and the stored form of each after conversion."""
     floats, table = np.empty(2**16, np.float32), np.empty(2**16, TYPES[dtype])
     widen(np.arange(2**16, dtype=np.uint16).view(TYPES[source]), source, floats)
@@ -119,7 +121,7 @@ def _tables(source: str, dtype: str, scale: float) -> tuple[NDArray[np.float32],
 
 
 def _by_arithmetic(
-    tensor: TensorInfo, dtype: str, scale: float, noise_scale: float, seed: str
+    tensor: TensorInfo, dtype: HeaderDType, scale: float, noise_scale: float, seed: str
 ) -> Callable[[Stored, Stored, NDArray[np.uint32]], None]:
     """A function that converts a block of numbers by computing them in float32."""
     generator = np.random.default_rng(zlib.crc32(seed.encode()))
@@ -148,7 +150,7 @@ def _by_arithmetic(
 
 
 def _refuse_overflow(
-    source: NDArray[np.float32], converted: Stored, tensor: TensorInfo, dtype: str, *, changed: bool
+    source: NDArray[np.float32], converted: Stored, tensor: TensorInfo, dtype: HeaderDType, *, changed: bool
 ) -> None:
     """Raise if a finite number of the source became infinite; the source's own infinities and NaNs may stay."""
     lost = _overflows(source, converted, dtype)
@@ -164,14 +166,14 @@ def _refuse_overflow(
     raise TooLargeError(f"{what} {CONFIG_DTYPES[dtype]} cannot express", wider(dtype))
 
 
-def wider(dtype: str) -> str:
+def wider(dtype: HeaderDType) -> str:
     """The advice for numbers that a stored dtype cannot express."""
     if dtype == "F32":
         return "Choose smaller factors"
     return f"Set {'`dtype: bfloat16` or ' if dtype == 'F16' else ''}`dtype: float32` in the config"
 
 
-def _overflows(source: NDArray[np.float32], converted: Stored, dtype: str) -> NDArray[np.bool_]:
+def _overflows(source: NDArray[np.float32], converted: Stored, dtype: HeaderDType) -> NDArray[np.bool_]:
     kept = np.empty(len(converted), np.float32)
     widen(converted, dtype, kept)
     return ~np.isfinite(kept) & np.isfinite(source)

@@ -16,7 +16,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.checkpoint.values import first_not_finite
-from moemerge.dtypes import CONFIG_DTYPES, bytes_of
+from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
 
 Rows = NDArray[np.float32]
@@ -38,7 +38,7 @@ class Derived:
     recipe: Recipe
     recipe_key: str
     """Everything that sets this recipe apart from others and is not in the inputs; part of `identity`."""
-    dtype: str
+    dtype: HeaderDType
     """Dtype of the result, as a safetensors header spells it."""
     rereads: bool = False
     """Whether the recipe reads the inputs once more by itself."""
@@ -128,10 +128,15 @@ def blocks_of(tensors: Sequence[TensorInfo], first: int = 0) -> Iterator[list[Ro
             yield [_read(reader, tensor, count, width) for reader, tensor in zip(readers, tensors, strict=True)]
 
 
+def derivation(tensor: TensorInfo) -> Derived | None:
+    """How a tensor is computed from others; None for one that is stored."""
+    return tensor.path if isinstance(tensor.path, Derived) else None
+
+
 def leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
     """Yield the stored tensors that a tensor is read from in the end: itself, or all that it is computed from."""
-    if isinstance(tensor.path, Derived):
-        for source in (*tensor.path.inputs, *tensor.path.others):
+    if made := derivation(tensor):
+        for source in (*made.inputs, *made.others):
             yield from leaves(source)
     elif isinstance(tensor.path, Packed | Unreadable):
         yield tensor.path.stored
@@ -182,8 +187,8 @@ class ScaledColumns:
 
 def unscaled(tensor: TensorInfo) -> TensorInfo:
     """Return the same rows of a matrix before `ScaledColumns` multiplied its columns; any other tensor unchanged."""
-    while isinstance(tensor.path, Derived) and isinstance(tensor.path.recipe, ScaledColumns):
-        tensor = tensor.path.input_rows(tensor)
+    while (made := derivation(tensor)) and isinstance(made.recipe, ScaledColumns):
+        tensor = made.input_rows(tensor)
     return tensor
 
 

@@ -5,6 +5,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from moemerge.dtypes import HeaderDType
+
 Stored = NDArray[Any]
 """An array of stored floats: float16 and float32 as they are, bfloat16 as its bits."""
 
@@ -18,7 +20,7 @@ _INFINITY: Final = {"F32": 0xFF000000, "F16": 0xF800, "BF16": 0xFF00}
 _ROUNDED_TO_INFINITY: Final = 0xFEFF0000
 
 
-def widen(stored: Stored, dtype: str, floats: NDArray[np.float32]) -> None:
+def widen(stored: Stored, dtype: HeaderDType, floats: NDArray[np.float32]) -> None:
     """Convert stored numbers to float32 in `floats`, exactly."""
     if dtype == "BF16":
         bits = floats.view(np.uint32)
@@ -28,7 +30,7 @@ def widen(stored: Stored, dtype: str, floats: NDArray[np.float32]) -> None:
         np.copyto(floats, stored)
 
 
-def narrow(floats: NDArray[np.float32], dtype: str, stored: Stored, spare: NDArray[np.uint32]) -> bool:
+def narrow(floats: NDArray[np.float32], dtype: HeaderDType, stored: Stored, spare: NDArray[np.uint32]) -> bool:
     """Convert numbers into `stored`, rounded to the nearest, ties to even.
 
     Args:
@@ -58,7 +60,7 @@ def narrow(floats: NDArray[np.float32], dtype: str, stored: Stored, spare: NDArr
     return finite
 
 
-def is_finite(stored: Stored, dtype: str, spare: NDArray[np.uint32]) -> bool:
+def is_finite(stored: Stored, dtype: HeaderDType, spare: NDArray[np.uint32]) -> bool:
     """Whether no stored number is infinite or NaN; `spare` has as many elements, which are overwritten."""
     bits = stored.view(_BITS[stored.itemsize])
     shifted = spare.view(bits.dtype)[: len(bits)]

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from moemerge.checkpoint.files import File, Reader, open_range, read_exactly, size_of
 from moemerge.checkpoint.json_text import MOST_BYTES, JsonTextError, parse_json
-from moemerge.dtypes import BITS, bytes_of
+from moemerge.dtypes import BITS, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
 
 LENGTH_BYTES: Final = 8
@@ -31,7 +31,7 @@ class TensorInfo:
 
     name: str
     path: File
-    dtype: str
+    dtype: HeaderDType
     """Dtype as a safetensors header spells it: `BF16`."""
     shape: tuple[int, ...]
     start: int

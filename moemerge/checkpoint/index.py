@@ -132,14 +132,7 @@ def read_tensors(
     Raises:
         CheckpointError: no weights, a missing file, an index and headers that disagree, a damaged file.
     """
-    if not weights.files:
-        raise CheckpointError(f"{folder}: no weights found: expected *.safetensors or pytorch_model*.bin.")
-    missing = [name for name in weights.files if name not in names]
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {weights.index or 'config.json'} names {len(missing)} file(s) that are not there: "
-            f"{', '.join(missing[:4])}. Download the model again."
-        )
+    _check_present(folder, weights, names)
     weight_map = read_map(weights.index) if weights.index else None
     tensors: dict[str, TensorInfo] = {}
     others: dict[str, TensorInfo] = {}
@@ -153,22 +146,40 @@ def read_tensors(
             twice += [name] * (name in tensors)
             tensors[name] = tensor
     whole = tensors | {name: entry for name, entry in others.items() if name not in tensors}
-    if weight_map is None:
-        return whole, notes
+    if weight_map is not None:
+        notes += _compare_with_index(folder, weights.index, weight_map, tensors, twice)
+    return whole, notes
+
+
+def _check_present(folder: Path, weights: Weights, names: Collection[str]) -> None:
+    if not weights.files:
+        raise CheckpointError(f"{folder}: no weights found: expected *.safetensors or pytorch_model*.bin.")
+    missing = [name for name in weights.files if name not in names]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {weights.index or 'config.json'} names {len(missing)} file(s) that are not there: "
+            f"{', '.join(missing[:4])}. Download the model again."
+        )
+
+
+def _compare_with_index(
+    folder: Path, index: str, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], twice: Collection[str]
+) -> list[str]:
+    """Refuse files that lack tensors of the index; note those that are elsewhere than it says, or in two files."""
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise CheckpointError(
-            f"{folder}: {weights.index} says that tensor {absent[0]!r} is in {weight_map[absent[0]]}, whose header has "
+            f"{folder}: {index} says that tensor {absent[0]!r} is in {weight_map[absent[0]]}, whose header has "
             f"no such tensor ({len(absent)} such tensors in all)."
         )
     odd = [name for name, tensor in tensors.items() if weight_map.get(name) != tensor.path.name]
-    if odd:
-        notes.append(
-            f"{weights.index} does not say of {len(odd)} tensor(s), such as {odd[0]!r}, that they are in "
-            f"{tensors[odd[0]].path.name}; they are read from there{', the last of two' if odd[0] in twice else ''}, "
-            "as transformers does"
-        )
-    return whole, notes
+    if not odd:
+        return []
+    return [
+        f"{index} does not say of {len(odd)} tensor(s), such as {odd[0]!r}, that they are in "
+        f"{tensors[odd[0]].path.name}; they are read from there{', the last of two' if odd[0] in twice else ''}, "
+        "as transformers does"
+    ]
 
 
 def build_index(weight_map: Mapping[str, str], total_bytes: int) -> str:

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.dtypes import BITS, bytes_of
+from moemerge.dtypes import BITS, HeaderDType, bytes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Piece:
     """
 
     source: TensorInfo | Fill | bytes
-    dtype: str
+    dtype: HeaderDType
     """Dtype in the output, as a safetensors header spells it: `BF16`."""
     scale: float = 1.0
     noise_scale: float = 0.0
@@ -159,7 +159,7 @@ def piece_at(bands: tuple[Band, ...], offset: int) -> tuple[int, Piece]:
     raise ValueError(f"byte {offset} lies behind the tensor")
 
 
-def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+def _bytes_of(dtype: HeaderDType, shape: tuple[int, ...]) -> int:
     nbytes = bytes_of(dtype, shape)
     if nbytes is None:
         raise ValueError(f"{dtype} {list(shape)} does not fill whole bytes")

@@ -8,7 +8,7 @@ from typing import Final
 
 from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SINGLE_SAFETENSORS
-from moemerge.dtypes import BITS
+from moemerge.dtypes import BITS, HeaderDType
 
 # Units are decimal as on the Hub (5GB = 5e9 bytes), and binary only when written with an i.
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -22,7 +22,7 @@ class TensorSpec:
     """Name, dtype and shape of a tensor to be written."""
 
     name: str
-    dtype: str
+    dtype: HeaderDType
     """Dtype as a safetensors header spells it: `BF16`."""
     shape: tuple[int, ...]
     nbytes: int

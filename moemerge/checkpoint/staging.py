@@ -111,10 +111,9 @@ def staged(
     Otherwise it is removed, unless its journal (`journal_of`) names complete shards: then it stays for a run with
     `resume`, and a run without `resume` removes it first.
 
-    A target that is not `temporary` is checked as by `check_target`, before anything is made and again at the end: it
-    may have been filled meanwhile. The folder lies beside `out`, so that the end is a rename; where `out` is a mount
-    point it lies inside and its files are moved, `config.json` last. Once the output has its name, nothing is an error
-    any more: what cannot be tidied up is logged as a warning.
+    A target that is not `temporary` is checked as by `check_target`, before anything is made and again at the end. The
+    folder lies beside `out`, so that the end is a rename; where `out` is a mount point it lies inside and its files are
+    moved, `config.json` last. Once the output has its name, what cannot be tidied up is logged as a warning.
 
     Raises:
         RefusedError: see `check_target`.
@@ -126,9 +125,7 @@ def staged(
         if not temporary:
             check_target(out, sources, inputs=inputs, replaceable=replaceable)
 
-    target = out.resolve()
-    stage = _stage(target)
-    journal = journal_of(stage)
+    target, stage = out.resolve(), _stage(out.resolve())
     if not _replaced(target).is_dir():
         check()
     with locked(stage, out, "writing to"):
@@ -136,26 +133,20 @@ def staged(
         try:
             _restore(target)
             check()
-            if not resume or stage.is_symlink() or not stage.is_dir():
-                _clear(stage)
-                journal.remove()
-            stage.mkdir(exist_ok=True)
+            _prepare(stage, resume=resume)
             yield stage
             if not temporary:
-                for path in (*stage.rglob("*"), stage):
-                    flush(path)
+                _flush_all(stage)
             with _uninterrupted(out):
                 if not temporary:
                     check()
                     _publish(stage, target, replaceable)
                 published = True
                 with _tidying(out):
-                    _clear(stage)
-                    journal.remove()
+                    _discard(stage)
         finally:
-            if not published and not len(journal):
-                _clear(stage)
-                journal.remove()
+            if not published and not len(journal_of(stage)):
+                _discard(stage)
 
 
 @contextmanager
@@ -182,6 +173,25 @@ def _failure(out: Path, error: OSError) -> OutputError:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return write_failure(out, error)
     return OutputError(f"{error.filename or out}: {error.strerror or error}.")
+
+
+def _prepare(stage: Path, *, resume: bool) -> None:
+    """Make an empty stage, or leave one that is to be resumed."""
+    if not resume or stage.is_symlink() or not stage.is_dir():
+        _discard(stage)
+    stage.mkdir(exist_ok=True)
+
+
+def _flush_all(stage: Path) -> None:
+    """Wait until a folder with all that it holds is on the disk."""
+    for path in (*stage.rglob("*"), stage):
+        flush(path)
+
+
+def _discard(stage: Path) -> None:
+    """Remove a stage with its journal."""
+    _clear(stage)
+    journal_of(stage).remove()
 
 
 def _clear(stage: Path) -> None:

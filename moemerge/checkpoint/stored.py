@@ -9,11 +9,11 @@ from moemerge.checkpoint.convert import ended_inside
 from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES
+from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES, DType
 from moemerge.errors import CheckpointError
 
 
-def stored_bytes(numbers: NDArray[np.float32], dtype: str) -> bytes:
+def stored_bytes(numbers: NDArray[np.float32], dtype: DType) -> bytes:
     """Encode numbers as stored bytes, rounded to the nearest, ties to even."""
     numbers = numbers.ravel()
     stored = np.empty(len(numbers), TYPES[HEADER_DTYPES[dtype]])
@@ -21,13 +21,13 @@ def stored_bytes(numbers: NDArray[np.float32], dtype: str) -> bytes:
     return stored.tobytes()
 
 
-def is_rounded(one: NDArray[np.float32], other: NDArray[np.float32], dtypes: Sequence[str]) -> bool:
+def is_rounded(one: NDArray[np.float32], other: NDArray[np.float32], dtypes: Sequence[DType]) -> bool:
     """Whether two arrays are equal up to the rounding of one side to its dtype; False where both have one dtype."""
     with np.errstate(over="ignore", invalid="ignore"):
         return len(set(dtypes)) > 1 and any(stored_bytes(one, d) == stored_bytes(other, d) for d in dtypes)
 
 
-def float32_of(data: bytes, dtype: str) -> NDArray[np.float32]:
+def float32_of(data: bytes, dtype: DType) -> NDArray[np.float32]:
     """Decode stored numbers, exactly."""
     stored = np.frombuffer(data, TYPES[HEADER_DTYPES[dtype]])
     floats = np.empty(len(stored), np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 from moemerge.checkpoint.convert import fill
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.dtypes import BITS
+from moemerge.dtypes import BITS, HeaderDType
 from moemerge.errors import CheckpointError
 
 CHUNK_BYTES: Final = 2**19
@@ -94,7 +94,7 @@ class Census:
         return self._zeros and self._done > 0
 
 
-def has_floats(dtype: str) -> bool:
+def has_floats(dtype: HeaderDType) -> bool:
     """Whether `Census` knows a stored dtype, as a safetensors header spells it: floats alone."""
     return dtype in _INFINITY
 

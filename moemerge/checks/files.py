@@ -13,7 +13,8 @@ from moemerge.checkpoint.header import TensorInfo, read_metadata
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
 from moemerge.checkpoint.journal import differences as changed_keys
 from moemerge.checkpoint.shards import METADATA
-from moemerge.config.schema import CARD, CONFIG_COPY, load_config
+from moemerge.config.loading import load_config
+from moemerge.config.schema import CARD, CONFIG_COPY
 from moemerge.errors import CheckpointError, ConfigError, RefusedError
 from moemerge.model_card.card import compare_card
 from moemerge.planning.plan import MergePlan

@@ -42,7 +42,7 @@ class Asked:
             ConfigError: the file is no config, or a wrong one.
             RefusedError: there is no such engine.
         """
-        from moemerge.config.schema import load_config
+        from moemerge.config.loading import load_config
 
         loaded = load_config(self.config, allow_identical_experts=self.allow_identical_experts)
         if self.engine is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moemerge.checkpoint.derived import Derived, leaves
+from moemerge.checkpoint.derived import derivation, leaves
 from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Fill, Piece
@@ -131,10 +131,10 @@ def print_plan(console: Console, plan: MergePlan) -> None:
 
 def _told(source: TensorInfo, plan: MergePlan) -> str:
     """The model that a tensor is read from, or what is made of which."""
-    if not isinstance(source.path, Derived):
+    made = derivation(source)
+    if made is None:
         return plan.origins.references.get(next(leaves(source)).path, source.path.name)
-    made_of = source.path.inputs
-    return f"{source.path.name} {_told(made_of[0], plan)}" if len(made_of) == 1 else source.path.name
+    return f"{made.name} {_told(made.inputs[0], plan)}" if len(made.inputs) == 1 else made.name
 
 
 def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from moemerge.checkpoint.derived import Derived
+from moemerge.checkpoint.derived import derivation
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
@@ -162,7 +162,7 @@ def check_adapters(
     changed = {
         tensor
         for tensor, stored in tensors.items()
-        if isinstance(stored.path, Derived) or stored.path.name.startswith("adapter_model.")
+        if derivation(stored) or stored.path.name.startswith("adapter_model.")
     }
     inside = changed & _ffns(model).keys()
     if not inside:

@@ -12,12 +12,11 @@ from moemerge.checkpoint.index import read_json
 from moemerge.compatibility.distances import check_deltas, distance_notes, distance_warnings, measure_distances
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import CheckpointError
-from moemerge.families.dense import DenseModel
+from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.mixture import Mixture
 from moemerge.sources.local import resolve_file
 from moemerge.sources.model_folder import ModelFolder
 
-Tensors = Mapping[str, TensorInfo]
 _SCALES: Final = ("attention_multiplier", "embedding_multiplier", "logits_scaling")
 _NORMS: Final = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
 # The settings that say most about rotary positions.
@@ -108,34 +107,43 @@ class Judgement:
 def judge_experts(
     config: MergeConfig,
     mixture: Mixture,
-    base: tuple[Speaker, Tensors],
-    experts: Sequence[tuple[Speaker, Tensors]],
+    base: Speaker,
+    experts: Sequence[Speaker],
+    tables: Mapping[str, Mapping[str, TensorInfo]],
 ) -> Judgement:
     """Compare every expert, then every shared expert, with the base, by config, small files and a few rows of weights.
+
+    Args:
+        config: the merge.
+        mixture: its layers, and the experts that take part in each.
+        base: the base model.
+        experts: every expert, then every shared expert.
+        tables: the tensors of each model, by its reference.
 
     Raises:
         CheckpointError: a file cannot be read.
         SourceError: a file on the Hub cannot be reached.
     """
-    ours, tensors = base
-    by_reference = {expert.folder.reference: (expert.model, table) for expert, table in experts}
+    by_reference = {
+        expert.folder.reference: ModelTensors(expert.model, tables[expert.folder.reference]) for expert in experts
+    }
     layers: dict[str, set[int]] = {}
-    for number, (expert, _) in enumerate(experts):
+    for number, expert in enumerate(experts):
         present = {layer for layer in mixture.moe_layers if number not in mixture.absent.get(layer, ())}
         layers.setdefault(expert.folder.reference, set()).update(present)
     distances, compared_bytes = measure_distances(
-        (ours.model, tensors), by_reference, {reference: sorted(found) for reference, found in layers.items()}
+        ModelTensors(base.model, tables[base.folder.reference]),
+        by_reference,
+        {reference: sorted(found) for reference, found in layers.items()},
     )
-    folders = [expert.folder for expert, _ in experts]
+    folders = [expert.folder for expert in experts]
     strangers = {reference for reference, found in distances.items() if found.is_stranger}
     return Judgement(
-        problems=check_deltas(config, ours.folder, folders[: len(config.experts)], distances),
-        warnings=distance_warnings(ours.folder, [(expert.name, expert.folder) for expert, _ in experts], distances),
+        problems=check_deltas(config, base.folder, folders[: len(config.experts)], distances),
+        warnings=distance_warnings(base.folder, [(expert.name, expert.folder) for expert in experts], distances),
         notes=[
-            *distance_notes(
-                ours.model, [(expert.name, expert.folder, expert.model) for expert, _ in experts], distances
-            ),
-            *lost_notes(ours, [expert for expert, _ in experts if expert.folder.reference not in strangers]),
+            *distance_notes(base.model, [(expert.name, expert.folder, expert.model) for expert in experts], distances),
+            *lost_notes(base, [expert for expert in experts if expert.folder.reference not in strangers]),
         ],
         has_strangers=bool(strangers),
         compared_bytes=compared_bytes,

@@ -9,18 +9,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.derived import Derived, read_values
+from moemerge.checkpoint.derived import derivation
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.stored import is_rounded
 from moemerge.config.schema import MergeConfig
-from moemerge.dtypes import CONFIG_DTYPES
-from moemerge.families.dense import DenseModel, Role
-from moemerge.sources.lora import LoraSum
+from moemerge.dtypes import CONFIG_DTYPES, DType
+from moemerge.families.dense import DenseModel, ModelTensors, Role
+from moemerge.sources.lora_sum import read_adapted
 from moemerge.sources.model_folder import ModelFolder
 
-Loaded = tuple[DenseModel, Mapping[str, TensorInfo]]
-"""A model's config and its tensors."""
 STRANGER: Final = 0.3
 """Distance of a stranger: fine-tunes of one model differ by a few percent, models trained apart by about 1.4."""
 _FAR: Final = 10
@@ -57,7 +55,7 @@ class Distance:
 @dataclass(frozen=True)
 class _Rows:
     numbers: NDArray[np.float32]
-    dtype: str | None
+    dtype: DType | None
     """Dtype that the rows are stored in; None for computed rows."""
 
     def squared_distance(self, other: "_Rows") -> float:
@@ -69,7 +67,7 @@ class _Rows:
 
 
 def measure_distances(
-    base: Loaded, experts: Mapping[str, Loaded], layers: Mapping[str, Sequence[int]]
+    base: ModelTensors, experts: Mapping[str, ModelTensors], layers: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, Distance], int]:
     """Compare each expert's FFNs with the base's, by some rows of some layers: a few megabytes of each model.
 
@@ -87,7 +85,7 @@ def measure_distances(
         CheckpointError: a file cannot be read.
         SourceError: a file on the Hub cannot be reached.
     """
-    fitting = {name: expert for name, expert in experts.items() if expert[0].sizes["ffn"] == base[0].sizes["ffn"]}
+    fitting = {name: expert for name, expert in experts.items() if expert.model.sizes["ffn"] == base.model.sizes["ffn"]}
     chosen = {name: _spread(_changed_by_adapters(expert, layers[name])) for name, expert in fitting.items()}
     theirs = {(name, layer, role): _block(fitting[name], layer, role) for name, layer, role in _places(chosen)}
     ours = {(layer, role): _block(base, layer, role) for _, layer, role in _places(chosen)}
@@ -189,14 +187,9 @@ def _spread(layers: Sequence[int]) -> list[int]:
     return sorted({layers[round(place * (len(layers) - 1) / (_LAYERS - 1))] for place in range(_LAYERS)})
 
 
-def _changed_by_adapters(model: Loaded, layers: Sequence[int]) -> Sequence[int]:
+def _changed_by_adapters(model: ModelTensors, layers: Sequence[int]) -> Sequence[int]:
     """The layers in which an expert's adapters add something; all layers if it has none."""
-    config, tensors = model
-    changed = [
-        layer
-        for layer in layers
-        if any(isinstance(config.projection(tensors, layer, role).path, Derived) for role in _ROLES)
-    ]
+    changed = [layer for layer in layers if any(derivation(model.projection(layer, role)) for role in _ROLES)]
     return changed or layers
 
 
@@ -207,11 +200,10 @@ def _places(chosen: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Rol
                 yield name, layer, role
 
 
-def _block(model: Loaded, layer: int, role: Role) -> TensorInfo | None:
+def _block(model: ModelTensors, layer: int, role: Role) -> TensorInfo | None:
     """Select some consecutive rows of a projection; None for a base that lacks this FFN."""
-    config, tensors = model
     try:
-        tensor = config.projection(tensors, layer, role)
+        tensor = model.projection(layer, role)
     except KeyError:
         return None
     count = min(_ROWS, tensor.shape[0])
@@ -220,22 +212,18 @@ def _block(model: Loaded, layer: int, role: Role) -> TensorInfo | None:
 
 def _underlying(tensor: TensorInfo) -> TensorInfo:
     """Return the same rows of the model before an adapter, if they are computed from both."""
-    while isinstance(tensor.path, Derived):
-        tensor = tensor.path.input_rows(tensor)
+    while made := derivation(tensor):
+        tensor = made.input_rows(tensor)
     return tensor
 
 
 def _read(tensor: TensorInfo | None) -> _Rows | None:
     if tensor is None:
         return None
-    if isinstance(tensor.path, Derived):
-        before = _read(tensor.path.input_rows(tensor))
-        if before is None or not isinstance(tensor.path.recipe, LoraSum):
-            return None
-        return _Rows(tensor.path.recipe.rows(tensor.path.first_row(tensor), before.numbers), None)
-    if tensor.dtype not in CONFIG_DTYPES:
+    numbers = read_adapted(tensor)
+    if numbers is None:
         return None
-    return _Rows(read_values(tensor), CONFIG_DTYPES[tensor.dtype])
+    return _Rows(numbers, None if derivation(tensor) else CONFIG_DTYPES[tensor.dtype])
 
 
 def _distance(layers: Mapping[int, Sequence[tuple[_Rows | None, _Rows | None]]]) -> Distance:

@@ -3,7 +3,6 @@
 Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 """
 
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,9 +23,9 @@ from pydantic_core import PydanticKnownError
 
 from moemerge.config.checks import cross_check, listed
 from moemerge.config.layer_choice import LayerChoice, read_layers
-from moemerge.config.problems import MOST_EXPLAINED, SHORT_REPR, PlacedError, explain, repeated_keys
+from moemerge.config.problems import MOST_EXPLAINED, PlacedError, explain
 from moemerge.config.router_methods import AUTO, RouterMethod, canonical_gate_mode, choose_method, gate_modes
-from moemerge.config.yaml_text import Place, YamlTextError, join_halves, read_yaml
+from moemerge.config.yaml_text import Place, join_halves
 from moemerge.dtypes import DTYPE_ALIASES, DType
 from moemerge.engines import Engine, engine_of
 from moemerge.errors import ConfigError
@@ -35,7 +34,6 @@ CONFIG_COPY: Final = "moemerge_config.yaml"
 """Name of the file in a merged model's folder that holds a copy of the config."""
 CARD: Final = "README.md"
 """Name of the model card in a merged model's folder, as on the Hub."""
-_MOST_CHARACTERS: Final = 4_000_000
 _DEEPEST: Final = 50
 _LARGEST: Final = 10**300
 
@@ -251,67 +249,6 @@ class MergeConfig(_Strict):
     def has_descriptions(self) -> bool:
         """Whether every expert has positive prompts or texts."""
         return all(expert.is_described for expert in self.experts)
-
-
-def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_experts: bool = False) -> MergeConfig:
-    """Read and check a merge config.
-
-    Args:
-        source: the path of a YAML file; or its text, which has several lines or begins with a brace; or a dict of
-            the same keys and values. A `Path` is never taken for text.
-        allow_identical_experts: accept experts that are all the same model.
-
-    Raises:
-        ConfigError: lists every problem with its address, and its line in a file.
-    """
-    if isinstance(source, Mapping):
-        return _check(dict(source), "config", None, allow_identical_experts)
-    if not isinstance(source, (str, os.PathLike)):
-        raise ConfigError(f"config: expected a path, or keys with values, found {SHORT_REPR.repr(source)}.", [])
-    if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
-        return parse_config(source, allow_identical_experts=allow_identical_experts)
-    path = Path(source)
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(_MOST_CHARACTERS)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}.", []) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not text in UTF-8.", []) from error
-    except ValueError as error:  # a null byte in its name
-        raise ConfigError(f"{path}: cannot be read: {error}.", []) from error
-    config = parse_config(text, str(path), allow_identical_experts=allow_identical_experts)
-    config._file = path.absolute()  # noqa: SLF001  its own class's
-    return config
-
-
-def parse_config(text: str, name: str = "config", *, allow_identical_experts: bool = False) -> MergeConfig:
-    """Check the text of a merge config, which messages call `name`; see `load_config`."""
-    try:
-        document, node = read_yaml(text)
-    except YamlTextError as error:
-        raise ConfigError(f"{name}: not valid YAML:", [str(error)]) from error
-    if not isinstance(document, dict):
-        raise ConfigError(
-            f"{name}: expected keys such as base_model and experts, found {SHORT_REPR.repr(document)}.", []
-        )
-    config = _check(document, name, node, allow_identical_experts)
-    config._text = text  # noqa: SLF001  its own class's
-    return config
-
-
-def _check(document: dict[Any, Any], name: str, node: yaml.Node | None, allow_identical_experts: bool) -> MergeConfig:
-    problems = list(repeated_keys(node))
-    problems += [((str(key),), "is no name of a key: expected text") for key in document if not isinstance(key, str)]
-    try:
-        config = MergeConfig(
-            allow_identical_experts, **{key: value for key, value in document.items() if isinstance(key, str)}
-        )
-    except PlacedError as error:
-        raise PlacedError([*problems, *error.placed], name, node) from None
-    if problems:
-        raise PlacedError(problems, name, node)
-    return config
 
 
 def _known_keys(place: Place) -> list[str]:

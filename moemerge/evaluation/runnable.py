@@ -11,7 +11,8 @@ import torch
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import read_rows
 from moemerge.checkpoint.unreadable import reasons
-from moemerge.config.schema import CONFIG_COPY, MergeConfig, load_config
+from moemerge.config.loading import load_config
+from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError
 from moemerge.families.dense import decoded, read_dense

@@ -11,10 +11,11 @@ from moemerge.checkpoint.bands import tensor_chunks
 from moemerge.checkpoint.files import BlockReader, Reader, clipped
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, measure
+from moemerge.dtypes import HeaderDType
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 """The type of a file's matrices, as llama.cpp's converter spells it."""
-FLOATS: Final[dict[str, str]] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+FLOATS: Final[dict[str, HeaderDType]] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 """Map from a type of plain floats to its name in a safetensors header."""
 BLOCK_ELEMENTS: Final = 32
 _BLOCK_BYTES: Final = 2 + BLOCK_ELEMENTS

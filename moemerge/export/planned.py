@@ -7,7 +7,7 @@ from moemerge.checkpoint.bands import band_chunks
 from moemerge.checkpoint.files import BlockReader, Reader, clipped
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Piece, band_bytes, with_seeds
-from moemerge.dtypes import bytes_of
+from moemerge.dtypes import HeaderDType, bytes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +16,7 @@ class Planned:
 
     name: str
     """Name of the tensor in the checkpoint, on which the noise of its pieces depends."""
-    dtype: str
+    dtype: HeaderDType
     shape: tuple[int, ...]
     bands: tuple[Band, ...]
     """The tensor's bands; empty until a tensor that is computed later is there."""

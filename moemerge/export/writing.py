@@ -13,7 +13,8 @@ from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import left_bytes, staged
 from moemerge.checkpoint.target import check_limits, check_scratch, check_space
 from moemerge.checkpoint.writer import ShardWriter
-from moemerge.config.schema import CONFIG_COPY, load_config
+from moemerge.config.loading import load_config
+from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import ConfigError, RefusedError, TooLargeError
 from moemerge.export.converter import check_checkout
 from moemerge.export.layout import padded_bands

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from moemerge.dtypes import DType
 from moemerge.families.dense import NON_LLAMA_FACTS, Axes, DenseModel, Role
 from moemerge.families.mixture import Mixture
 
@@ -158,7 +159,7 @@ class MoeFamily:
             return 0
         return self.shared.stored_width(sum(mixture.shared_widths), self.expert_width(mixture))
 
-    def config(self, base: DenseModel, mixture: Mixture, dtype: str) -> dict[str, Any]:
+    def config(self, base: DenseModel, mixture: Mixture, dtype: DType) -> dict[str, Any]:
         """Write the merged model's `config.json` with every value explicit: class defaults differ between families.
 
         Rope settings are written in both spellings: with `rope_parameters` alone, transformers 4.57 falls back to

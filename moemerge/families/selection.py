@@ -73,11 +73,8 @@ def select_family(
     asked = (architecture or "").lower()
     notes = [_DEEPSEEK] if asked == "deepseek" else []
     asked = "" if notes else _MERGEKIT_NAMES.get(asked, asked)
-    candidates = (
-        [MOE_FAMILIES[asked]]
-        if asked in MOE_FAMILIES
-        else [family for name, family in MOE_FAMILIES.items() if name.startswith(asked)]
-    )
+    candidates = [family for name, family in MOE_FAMILIES.items() if name.startswith(asked)]
+    candidates = [MOE_FAMILIES[asked]] if asked in MOE_FAMILIES else candidates
     if not candidates:
         known = ", ".join(MOE_FAMILIES)
         raise IncompatibleError(f"architecture: {architecture!r} is no output family; known: {known}.", [])
@@ -97,17 +94,21 @@ def select_family(
         problems.append(
             f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
         )
-    what = "No output family can hold this merge"
-    if asked:
-        what = f"architecture: {architecture!r} cannot hold this merge; without the key the best that fits is taken"
-    if engine:
-        what = f"{ENGINES[engine]} reads no output family rightly that can hold this merge (engine, --for)"
-    if engine and asked:
-        what = (
+    raise IncompatibleError(f"{_refused(architecture if asked else None, engine)}:", problems)
+
+
+def _refused(architecture: str | None, engine: Engine | None) -> str:
+    """What is asked for, where no family fits."""
+    if engine and architecture:
+        return (
             f"architecture: {architecture!r} is not what {ENGINES[engine]} reads rightly here (engine, --for); without "
             "the key another may be"
         )
-    raise IncompatibleError(f"{what}:", problems)
+    if engine:
+        return f"{ENGINES[engine]} reads no output family rightly that can hold this merge (engine, --for)"
+    if architecture:
+        return f"architecture: {architecture!r} cannot hold this merge; without the key the best that fits is taken"
+    return "No output family can hold this merge"
 
 
 def _worth(family: MoeFamily, facts: frozenset[str], preferred: Engine | None) -> tuple[bool, bool, int, int, int]:

@@ -15,6 +15,7 @@ from moemerge.merging.destinations import Destination, Folder, Unfinished
 from moemerge.merging.options import MergeOptions, Progress
 from moemerge.merging.work import Tally, Work
 from moemerge.planning.plan import MergePlan
+from moemerge.planning.resuming import plan_fingerprint
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -55,7 +56,7 @@ def merge(
     with to.staged(plan, options) as folder, work.sources_kept_in(folder):
         journal = journal_of(folder)
         held = to.held(options)
-        fingerprint = {**plan.fingerprint(options.seed), **to.identity}
+        fingerprint = {**plan_fingerprint(plan, options.seed), **to.identity}
         kept = journal.resume(fingerprint, folder, plan.shards_without_routers, held)
         to.begin()
         report = to.write(work, Unfinished(folder, journal, kept, Tally(progress, plan.shards, kept)))

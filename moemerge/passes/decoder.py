@@ -5,13 +5,17 @@ Embeddings, rotary tables, masks and layers are those of the `transformers` clas
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
 
 _COMPUTE_DTYPES: Final = {"cpu": torch.float32}
 _Sequence = TypeVar("_Sequence")
@@ -64,7 +68,8 @@ def empty_model(
     from `config.json` itself, since a hostile one can name a repository for its attention's code.
     """
     config = AutoConfig.for_model(model_type, **{**keys, "pad_token_id": None})
-    with init_empty_weights(include_buffers=False), _uninitialised():
+    # Without initial values, which transformers 4 fails to give Mamba's parameters on the meta device.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = (AutoModelForCausalLM if head else AutoModel).from_config(config, trust_remote_code=False, dtype=dtype)
     for name, buffer in list(model.named_buffers()):
         _put(model, name, buffer.to(device, torch.float32 if buffer.is_floating_point() else buffer.dtype))
@@ -79,17 +84,6 @@ def _put(model: Any, name: str, value: torch.Tensor) -> None:
     """Replace the buffer or parameter of this name."""
     path, _, own = name.rpartition(".")
     setattr(model.get_submodule(path), own, value)
-
-
-@contextmanager
-def _uninitialised() -> Iterator[None]:
-    """A context in which models get no initial values for meta weights: transformers 4 fails to give Mamba's."""
-    given = PreTrainedModel.init_weights
-    PreTrainedModel.init_weights = lambda _: None
-    try:
-        yield
-    finally:
-        PreTrainedModel.init_weights = given
 
 
 def group(sequences: Sequence[_Sequence], length: Callable[[_Sequence], int], budget: int) -> Iterator[list[_Sequence]]:

@@ -1,13 +1,13 @@
 """Decide from tensor tables alone what each tensor of the merged model is made of."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Fill, Piece
-from moemerge.families.dense import DenseModel, Role
+from moemerge.dtypes import HeaderDType
+from moemerge.families.dense import ModelTensors, Role
 from moemerge.families.family import SWITCHED_OFF, Extra, MoeFamily, separate
 from moemerge.families.mixture import Mixture
 from moemerge.families.names import layer_prefix
@@ -22,8 +22,7 @@ _ROTATED: Final = re.compile(r"\.[qk]_proj\.")
 class Source:
     """A model that FFNs are taken from, with the scale and noise that are applied to them."""
 
-    model: DenseModel
-    tensors: Mapping[str, TensorInfo]
+    own: ModelTensors
     scale: float = 1.0
     """Factor on what the FFN adds to the residual stream."""
     noise_scale: float = 0.0
@@ -31,12 +30,11 @@ class Source:
     @property
     def width(self) -> int:
         """Number of neurons in each FFN."""
-        return self.model.sizes["ffn"]
+        return self.own.model.sizes["ffn"]
 
-    def projection(self, layer: int, role: Role, dtype: str) -> Piece:
+    def projection(self, layer: int, role: Role, dtype: HeaderDType) -> Piece:
         """Find one projection of a layer's FFN, which may be part of a larger tensor."""
-        tensor = self.model.projection(self.tensors, layer, role)
-        return Piece(tensor, dtype, self.scale if role == "down" else 1.0, self.noise_scale)
+        return Piece(self.own.projection(layer, role), dtype, self.scale if role == "down" else 1.0, self.noise_scale)
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,12 @@ class Assembly:
     shared: Sequence[Source]
     computes_gate: bool
     """Whether the shared expert's gate is made from prompts; otherwise it is 0, a weight of one half."""
-    dtype: str
+    dtype: HeaderDType
     """Dtype of the merged model, as a safetensors header spells it."""
 
     def outputs(self) -> dict[str, Output]:
         """All tensors of the merged model by name, in the order of the layers; routers last."""
-        model, tensors = self.base.model, self.base.tensors
+        model, tensors = self.base.own.model, self.base.own.tensors
         outputs = {name: self._whole(name) for name in model.family.first}
         for layer in range(model.layers):
             outputs |= dict(self._attention(layer)) | dict(self._ffns(layer))
@@ -73,16 +71,16 @@ class Assembly:
         return outputs
 
     def _whole(self, name: str) -> Output:
-        tensor = self.base.tensors[name]
+        tensor = self.base.own.tensors[name]
         return Output(tensor.shape, ((Piece(tensor, self.dtype),),))
 
     def _attention(self, layer: int) -> Iterator[tuple[str, Output]]:
         """Yield a layer's tensors beside its FFN, and those that only the output family has."""
-        model, prefix = self.base.model, layer_prefix(layer)
+        model, prefix = self.base.own.model, layer_prefix(layer)
         names = model.tensors(layer)
         regroups = model.family.interleaved and not self.family.interleaved
         for name in names:
-            tensor = self.base.tensors[name]
+            tensor = self.base.own.tensors[name]
             parts = model.family.splits.get(name.removeprefix(prefix), {})
             first = 0
             for part, axis in parts.items():
@@ -99,12 +97,12 @@ class Assembly:
                 yield prefix + extra.name, self._extra(prefix, extra)
 
     def _extra(self, prefix: str, extra: Extra) -> Output:
-        sizes = self.base.model.sizes | {"experts": len(self.experts)}
+        sizes = self.base.own.model.sizes | {"experts": len(self.experts)}
         shape = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in extra.axes)
         if not extra.source:
             return Output(shape, ((Piece(Fill(extra.value, shape), self.dtype),),))
         scale = sizes["hidden"] ** 0.5 if extra.scale == "sqrt hidden" else 1.0
-        return Output(shape, ((Piece(self.base.tensors[prefix + extra.source], self.dtype, scale),),))
+        return Output(shape, ((Piece(self.base.own.tensors[prefix + extra.source], self.dtype, scale),),))
 
     def _ffns(self, layer: int) -> Iterator[tuple[str, Output]]:
         """Yield the tensors of a layer's experts, shared expert and selection bias, or of its dense FFN."""
@@ -140,12 +138,12 @@ class Assembly:
         for name, roles in shared.names.items():
             yield prefix + name, self._ffn(self.shared, roles, layer, width)
         if shared.gate and not self.computes_gate:
-            shape = (1, self.base.model.sizes["hidden"])
+            shape = (1, self.base.own.model.sizes["hidden"])
             yield prefix + shared.gate, Output(shape, ((Piece(Fill(0.0, shape), self.dtype),),))
 
     def _ffn(self, sources: Sequence[Source], roles: tuple[Role, ...], layer: int, width: int) -> Output:
         """Put the neurons of all `sources` side by side in one FFN, padded to `width` with neurons of zeros."""
-        hidden = self.base.model.sizes["hidden"]
+        hidden = self.base.own.model.sizes["hidden"]
         shape = (hidden, width) if roles == ("down",) else (width * len(roles), hidden)
         padding = width - sum(source.width for source in sources)
         bands: list[Band] = []

@@ -53,8 +53,9 @@ def check_models(config: MergeConfig, models: Models, shape: Shape, tables: Tabl
     judgement = judge_experts(
         config,
         shape.mixture,
-        _speaker(models.base, tables),
-        [_speaker(member, tables) for member in models.every_expert],
+        _speaker(models.base),
+        [_speaker(member) for member in models.every_expert],
+        tables,
     )
     refuse(judgement.problems)
     return Checked((*notes, *judgement.notes), judgement)
@@ -73,5 +74,5 @@ def _findings(config: MergeConfig, models: Models, shape: Shape, tables: Tables)
             yield check_adapters(member.name, member.folder, member.model, table, shared=shared)
 
 
-def _speaker(member: Member, tables: Tables) -> tuple[Speaker, Mapping[str, TensorInfo]]:
-    return Speaker(member.name, member.folder, member.model), tables[member.folder.reference]
+def _speaker(member: Member) -> Speaker:
+    return Speaker(member.name, member.folder, member.model)

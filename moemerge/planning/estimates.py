@@ -25,7 +25,9 @@ _STATES_BYTES: Final = 1024 * 4 * 4
 
 def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: Parts) -> int:
     """Estimate the peak of resident memory in bytes: libraries, and one layer for the pass over the prompts."""
-    layer = sum(4 * math.prod(tensor.shape) for name, tensor in parts.base.items() if name.startswith(layer_prefix(0)))
+    layer = sum(
+        4 * math.prod(tensor.shape) for name, tensor in parts.base.tensors.items() if name.startswith(layer_prefix(0))
+    )
     reads_prompts = shape.runs_base or config.method.reads_text
     tokenizer = models.base.folder.folder / "tokenizer.json"
     tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
-from moemerge.families.dense import DenseModel
+from moemerge.dtypes import HeaderDType
+from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.mixture import Mixture
 from moemerge.planning.norm_folding import fold_norms
 from moemerge.planning.shared_weights import can_share, share_weights
 
-Tensors = Mapping[str, TensorInfo]
 _AVERAGE: Final = (
     "attention and norms are the base model's alone; with `shared_weights: average` they are the experts' mean, which "
     "measured better for fine-tunes of one model (docs/quality.md)"
@@ -20,12 +21,12 @@ _AVERAGE: Final = (
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors of a merge's models, by the names that the models give them."""
+    """The models of a merge with the tensors that it takes of them."""
 
-    base: Mapping[str, TensorInfo]
-    """The tensors that the experts share, and the base's FFNs."""
-    experts: Sequence[Tensors]
-    """Tensors of every expert, then of every shared expert."""
+    base: ModelTensors
+    """The base model, with what the experts share and its own FFNs."""
+    experts: tuple[ModelTensors, ...]
+    """Every expert, then every shared expert."""
     notes: Sequence[str]
     advice: Sequence[str] = ()
     """Advice: settings that measured better than those of the config."""
@@ -38,7 +39,7 @@ def take_parts(
     models: Sequence[tuple[str, DenseModel]],
     *,
     tables: Mapping[str, dict[str, TensorInfo]],
-    dtype: str,
+    dtype: HeaderDType,
 ) -> Parts:
     """Mix the shared tensors and fold norms, as the config asks.
 
@@ -54,19 +55,25 @@ def take_parts(
         IncompatibleError: what is asked for cannot be made of these models exactly.
     """
     every_expert = [*config.experts, *config.shared_experts]
-    own = [tables[expert.source_model] for expert in every_expert]
-    placed = [(place, model, table) for (place, model), table in zip(models, own, strict=True)]
-    routed = placed[: len(config.experts)]
-    shared, notes = share_weights(config.shared_weights, base, tables[config.base_model], routed, dtype)
+    own_base = ModelTensors(base, tables[config.base_model])
+    own = {
+        place: ModelTensors(model, tables[expert.source_model])
+        for (place, model), expert in zip(models, every_expert, strict=True)
+    }
+    routed = dict(islice(own.items(), len(config.experts)))
+    shared, notes = share_weights(config.shared_weights, own_base, routed, dtype)
+    merged = ModelTensors(base, shared)
     advice = []
-    if config.shared_weights.method == "base" and can_share(base, shared, routed):
+    if config.shared_weights.method == "base" and can_share(merged, routed):
         advice = [_AVERAGE]
     if not config.fold_norms:
-        return Parts(shared, own, notes, advice)
-    merged = (base, shared)
+        return Parts(merged, tuple(own.values()), notes, advice)
     # The base may lack FFNs where none of them is used.
     layers = [layer for layer in range(base.layers) if shared.keys() >= base.ffn(layer).keys()]
-    ours = fold_norms("base_model", (base, tables[config.base_model]), merged, layers)
+    ours = fold_norms("base_model", own_base, merged, layers)
     ffn = [name for layer in layers for name in base.ffn(layer)]
-    folded = [fold_norms(place, (model, table), merged, mixture.moe_layers) for place, model, table in placed]
-    return Parts(shared | {name: ours[name] for name in ffn}, folded, notes, advice)
+    folded = tuple(
+        ModelTensors(expert.model, fold_norms(place, expert, merged, mixture.moe_layers))
+        for place, expert in own.items()
+    )
+    return Parts(ModelTensors(base, shared | {name: ours[name] for name in ffn}), folded, notes, advice)

@@ -1,9 +1,8 @@
 """The first step of a plan: open the models, and check that their configs fit together."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from moemerge.checkpoint.header import TensorInfo
 from moemerge.compatibility.checks import check_configs
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import IncompatibleError
@@ -39,13 +38,6 @@ class Models:
     def every_expert(self) -> tuple[Member, ...]:
         """All experts, then all shared experts."""
         return (*self.experts, *self.shared)
-
-    def routed(
-        self, tensors: Sequence[Mapping[str, TensorInfo]]
-    ) -> tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]:
-        """Pair each routed expert's model with its tensors, out of those of every expert and shared expert."""
-        models = [member.model for member in self.experts]
-        return tuple(zip(models, tensors[: len(models)], strict=True))
 
     @property
     def sources(self) -> tuple[ModelFolder, ...]:

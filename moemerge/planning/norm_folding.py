@@ -5,7 +5,7 @@ up projections multiplied by `gamma_e / gamma` it computes what it did before: e
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final
@@ -17,17 +17,15 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.values import first_not_finite
 from moemerge.errors import CheckpointError, IncompatibleError
-from moemerge.families.dense import DenseModel
+from moemerge.families.dense import ModelTensors
 from moemerge.families.names import layer_prefix
 
-Loaded = tuple[DenseModel, Mapping[str, TensorInfo]]
-"""A model's config and its tensors."""
 # A larger factor leaves too few digits in the product. Even models of 100 M parameters have norms with
 # a weight of a thousandth of the others; with the same in the shared norm that does no harm.
 _LARGEST_FACTOR: Final = 1e4
 
 
-def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -> dict[str, TensorInfo]:
+def fold_norms(name: str, expert: ModelTensors, base: ModelTensors, layers: Sequence[int]) -> dict[str, TensorInfo]:
     """Return an expert's tensors, with norms that differ from the shared ones folded into gate and up projections.
 
     This reads the norms: one vector for each layer.
@@ -42,7 +40,6 @@ def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -
         CheckpointError: a norm holds numbers that are infinite or NaN.
         IncompatibleError: the FFNs are not behind a norm of their own, or a shared norm has weights near zero.
     """
-    model, tensors = expert
     folded: dict[str, TensorInfo] = {}
     problems: list[str] = []
     with ThreadPoolExecutor(CONNECTIONS) as pool:  # on the Hub each norm is a request
@@ -60,30 +57,29 @@ def fold_norms(name: str, expert: Loaded, base: Loaded, layers: Sequence[int]) -
                 "beside its own: the expert needs what that norm removes. Leave out fold_norms"
             )
         elif (ratio != 1).any():
-            folded |= dict(_fold(model, tensors, layer, ratio))
+            folded |= dict(_fold(expert, layer, ratio))
     if problems:
         raise IncompatibleError("These models cannot be merged:", problems)
-    return {**tensors, **folded}
+    return {**expert.tensors, **folded}
 
 
-def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
+def _ratio(expert: ModelTensors, base: ModelTensors, layer: int) -> tuple[Rows, int]:
     """Compute the factors (hidden,) on the columns, and count those that are too large to use."""
-    model = expert[0]
-    if not (model.family.ffn_norm and base[0].family.ffn_norm):
+    model = expert.model
+    if not (model.family.ffn_norm and base.model.family.ffn_norm):
         raise IncompatibleError(
             "These models cannot be merged:",
             [f"fold_norms: in a {model.family.model_type} no norm comes before the FFN, so there is none to fold"],
         )
     own, given = (
-        read_values(tensors[f"{layer_prefix(layer)}{model.family.ffn_norm}"]) + np.float32(model.family.norm_offset)
-        for model, tensors in (expert, base)
+        read_values(one.tensors[f"{layer_prefix(layer)}{one.model.family.ffn_norm}"])
+        + np.float32(one.model.family.norm_offset)
+        for one in (expert, base)
     )
-    for (_, tensors), norm in ((expert, own), (base, given)):
+    for one, norm in ((expert, own), (base, given)):
         if not np.isfinite(norm).all():
-            raise CheckpointError(
-                f"{first_not_finite([tensors[layer_prefix(layer) + str(model.family.ffn_norm)]])}, so no norm can be "
-                "folded. Download that file again."
-            )
+            tensor = one.tensors[f"{layer_prefix(layer)}{model.family.ffn_norm}"]
+            raise CheckpointError(f"{first_not_finite([tensor])}, so no norm can be folded. Download that file again.")
     changed = own != given
     lost = changed & (np.abs(own) > _LARGEST_FACTOR * np.abs(given))
     ratio = np.ones_like(own)
@@ -91,18 +87,17 @@ def _ratio(expert: Loaded, base: Loaded, layer: int) -> tuple[Rows, int]:
     return ratio, int(lost.sum())
 
 
-def _differs_behind(expert: Loaded, base: Loaded, layer: int) -> str | None:
+def _differs_behind(expert: ModelTensors, base: ModelTensors, layer: int) -> str | None:
     """Name the expert's norm between FFN and residual stream if it differs from the shared one; None otherwise."""
     name = layer_prefix(layer) + "post_feedforward_layernorm.weight"
-    differs = name in expert[1] and not np.array_equal(read_values(expert[1][name]), read_values(base[1][name]))
+    ours, theirs = base.tensors, expert.tensors
+    differs = name in theirs and not np.array_equal(read_values(theirs[name]), read_values(ours[name]))
     return name if differs else None
 
 
-def _fold(
-    model: DenseModel, tensors: Mapping[str, TensorInfo], layer: int, ratio: Rows
-) -> Iterator[tuple[str, TensorInfo]]:
+def _fold(expert: ModelTensors, layer: int, ratio: Rows) -> Iterator[tuple[str, TensorInfo]]:
     recipe_key = hashlib.sha256(ratio.tobytes()).hexdigest()
-    for name in {model.family.ffn[role].name for role in ("gate", "up")}:
-        tensor = tensors[layer_prefix(layer) + name]
+    for name in {expert.model.family.ffn[role].name for role in ("gate", "up")}:
+        tensor = expert.tensors[layer_prefix(layer) + name]
         recipe = ScaledColumns(ratio)
         yield tensor.name, Derived("norms folded into", (tensor,), recipe, recipe_key, "F32").tensor(tensor.name)

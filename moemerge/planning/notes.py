@@ -6,6 +6,7 @@ from typing import Final
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.config.schema import MergeConfig
+from moemerge.dtypes import DType
 from moemerge.families.family import MoeFamily
 from moemerge.planning.output import Output
 from moemerge.planning.shape import residual_scales
@@ -46,7 +47,7 @@ def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gat
     return notes
 
 
-def output_notes(outputs: Mapping[str, Output], dtype: str, shared: int) -> list[str]:
+def output_notes(outputs: Mapping[str, Output], dtype: DType, shared: int) -> list[str]:
     """Notes on the values and sizes of the output's tensors; `shared` bytes take no space on the disk."""
     pieces = [piece for output in outputs.values() for piece in output.pieces]
     notes = _value_notes(pieces, dtype)
@@ -79,7 +80,7 @@ def _is_idle(output: Output) -> bool:
     return is_matrix and not output.is_expert and all(isinstance(piece.source, Fill) for piece in output.pieces)
 
 
-def _value_notes(pieces: Sequence[Piece], dtype: str) -> list[str]:
+def _value_notes(pieces: Sequence[Piece], dtype: DType) -> list[str]:
     notes = []
     if dtype == "float16" and any(piece.changes_values for piece in pieces):
         notes.append(

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from moemerge.checkpoint.derived import Derived, leaves
+from moemerge.checkpoint.derived import derivation, leaves
 from moemerge.checkpoint.files import File, Stamp, fingerprint_of, size_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
@@ -78,8 +78,8 @@ class Origins:
 
 def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Assembled) -> Origins:
     """Collect the files that are read for the output's tensors and for the routers."""
-    base, parts, opened = models.base.model, assembled.parts, models.by_reference
-    experts = models.routed(parts.experts)
+    parts, opened = assembled.parts, models.by_reference
+    routed = parts.experts[: len(models.experts)]
     return Origins(
         stamps=MappingProxyType({path: stamp for folder in opened.values() for path, stamp in folder.stamps.items()}),
         references=MappingProxyType(
@@ -91,8 +91,8 @@ def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Ass
             }
         ),
         reread=(
-            *router_reads(config, shape.mixture, base, parts.base, experts, runs_base=shape.runs_base),
-            *(tensor for tensor in parts.base.values() if isinstance(tensor.path, Derived) and tensor.path.rereads),
+            *router_reads(config, shape.mixture, parts.base, routed, runs_base=shape.runs_base),
+            *(tensor for tensor in parts.base.tensors.values() if (made := derivation(tensor)) and made.rereads),
             *_repeated(assembled.outputs),
         ),
     )

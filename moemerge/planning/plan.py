@@ -1,21 +1,19 @@
 """The merge plan: every output tensor, where its bytes come from and where they go."""
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.shards import Shard
 from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
+from moemerge.dtypes import DType
 from moemerge.engines import Engine
-from moemerge.families.dense import DenseModel
+from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture import Mixture
 from moemerge.planning.estimates import peak_memory_bytes
@@ -30,9 +28,6 @@ from moemerge.planning.tokenizer_proof import ProvedTokenizer
 from moemerge.routers.request import RouterRequest
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.texts.documents import matching_files
-
-if TYPE_CHECKING:
-    from moemerge.checkpoint.files import File
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class MergePlan:
     """The mixture, its output family and its tokenizer."""
     parts: Parts
     """The tensors that the base and each expert contribute."""
-    dtype: str
+    dtype: DType
     outputs: Mapping[str, Output]
     """All tensors of the merged model by name, in the order of the layers; routers last."""
     layout: Layout
@@ -92,12 +87,12 @@ class MergePlan:
     @property
     def base_tensors(self) -> Mapping[str, TensorInfo]:
         """The base model's tensors; shared ones may be computed from all models'."""
-        return MappingProxyType(self.parts.base)
+        return MappingProxyType(self.parts.base.tensors)
 
     @property
-    def experts(self) -> tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...]:
+    def experts(self) -> tuple[ModelTensors, ...]:
         """Config and tensors of each routed expert, in the order of the config."""
-        return self.models.routed(self.parts.experts)
+        return self.parts.experts[: len(self.config.experts)]
 
     @property
     def sources(self) -> tuple[ModelFolder, ...]:
@@ -217,8 +212,7 @@ class MergePlan:
         return RouterRequest(
             config=self.config,
             folder=self.base_folder,
-            base=self.base,
-            tensors=self.base_tensors,
+            base=self.parts.base,
             experts=self.experts,
             mixture=self.mixture,
             scoring=self.family.scoring,
@@ -268,36 +262,6 @@ class MergePlan:
         """Shards that a resumed merge may keep; routers are computed again, since they depend on the device too."""
         computed = self.computed.keys()
         return [shard for shard in self.shards if computed.isdisjoint(shard.starts)]
-
-    def fingerprint(self, seed: int) -> dict[str, Any]:
-        """Values that decide every byte of `shards_without_routers`, which a resumed merge keeps if all are equal."""
-        used: dict[File, list[TensorInfo]] = {}
-        for output in self.outputs.values():
-            for piece in output.pieces:
-                if isinstance(piece.source, TensorInfo):
-                    for tensor in leaves(piece.source):
-                        used.setdefault(tensor.path, []).append(tensor)
-        headers = b"".join(shard.header for shard in self.shards)
-        made = [
-            (name, piece.source.path.identity)
-            for name, output in self.outputs.items()
-            for piece in output.pieces
-            if isinstance(piece.source, TensorInfo) and isinstance(piece.source.path, Derived)
-        ]
-        return {
-            "moemerge": version("moemerge"),
-            "config": self.config.model_dump(mode="json"),
-            "seed": seed,
-            "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
-            "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
-            "sources": {
-                str(path): self.origins.fingerprint_of(path)
-                | {
-                    "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
-                }
-                for path, tensors in used.items()
-            },
-        }
 
     @property
     def index(self) -> str | None:

@@ -1,11 +1,11 @@
 """Check and list what routers are made from: texts, and weights of the models."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError
-from moemerge.families.dense import DenseModel
+from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.mixture import Mixture
 from moemerge.families.names import layer_prefix
 from moemerge.texts.documents import find_files, read_documents
@@ -45,22 +45,21 @@ def base_ffn_layers(config: MergeConfig, mixture: Mixture, base: DenseModel, *, 
 def router_reads(
     config: MergeConfig,
     mixture: Mixture,
-    base: DenseModel,
-    base_tensors: Mapping[str, TensorInfo],
-    experts: Sequence[tuple[DenseModel, Mapping[str, TensorInfo]]],
+    base: ModelTensors,
+    experts: Sequence[ModelTensors],
     *,
     runs_base: bool,
 ) -> Iterator[TensorInfo]:
     """Yield the source tensors that are read to make the routers, most of them more than once."""
     last = max(mixture.moe_layers)
     layers = [layer_prefix(layer) for layer in range(last + 1)] if runs_base else []
-    never_run = f"{layer_prefix(last)}{base.family.ffn_module}."
-    for name, tensor in base_tensors.items():
-        is_embeddings = name == base.family.embeddings and (runs_base or config.method.reads_embeddings)
+    never_run = f"{layer_prefix(last)}{base.model.family.ffn_module}."
+    for name, tensor in base.tensors.items():
+        is_embeddings = name == base.model.family.embeddings and (runs_base or config.method.reads_embeddings)
         if is_embeddings or (name.startswith(tuple(layers)) and not name.startswith(never_run)):
             yield tensor
     if config.method.reads_weights:
-        for model, tensors in [(base, base_tensors), *experts]:
+        for source in (base, *experts):
             for layer in mixture.moe_layers:
-                yield model.projection(tensors, layer, "gate")
-                yield model.projection(tensors, layer, "up")
+                yield source.projection(layer, "gate")
+                yield source.projection(layer, "up")

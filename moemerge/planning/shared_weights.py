@@ -18,11 +18,10 @@ from moemerge.checkpoint.derived import Derived, Recipe, Rows, blocks_of, linear
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.config.schema import SharedWeights
-from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.dtypes import CONFIG_DTYPES, HeaderDType
 from moemerge.errors import IncompatibleError
-from moemerge.families.dense import DenseModel
+from moemerge.families.dense import DenseModel, ModelTensors
 
-Tensors = Mapping[str, TensorInfo]
 # Settings of attention; where they differ, weights cannot be mixed.
 _SAME: Final = (
     "num_attention_heads",
@@ -40,10 +39,9 @@ _SAME_VALUES: Final = (
 
 def share_weights(
     settings: SharedWeights,
-    base: DenseModel,
-    tensors: Tensors,
-    experts: Sequence[tuple[str, DenseModel, Tensors]],
-    dtype: str,
+    base: ModelTensors,
+    experts: Mapping[str, ModelTensors],
+    dtype: HeaderDType,
 ) -> tuple[dict[str, TensorInfo], list[str]]:
     """Return the base's tensors, the shared ones replaced by a mix of all models', and notes for the user.
 
@@ -52,42 +50,42 @@ def share_weights(
     Args:
         settings: the method of mixing and its settings.
         base: the base model.
-        tensors: the base model's tensors.
-        experts: name, config and tensors of each expert.
+        experts: the experts by their places in the config.
         dtype: dtype of the result, as a safetensors header spells it.
 
     Raises:
         IncompatibleError: the experts' attention does not compute like the base's.
     """
     if settings.method == "base":
-        return dict(tensors), []
-    if problems := _differences(base, tensors, experts):
+        return dict(base.tensors), []
+    if problems := _differences(base, experts):
         raise IncompatibleError("These models cannot be merged:", problems)
     notes = []
-    mixed = _inside(base)
-    for name in _outside(base, tensors):
-        other = [who for who, _, theirs in experts if name not in theirs or theirs[name].shape != tensors[name].shape]
+    tensors, tables = base.tensors, {place: expert.tensors for place, expert in experts.items()}
+    mixed = _inside(base.model)
+    for name in _outside(base):
+        other = [place for place, own in tables.items() if name not in own or own[name].shape != tensors[name].shape]
         if other:
             notes.append(
                 f"shared_weights: {name} is the base model's: {other[0]} has another vocabulary, or none of its own"
             )
         else:
             mixed.append(name)
-    made = {name: _derive(settings, tensors[name], [theirs[name] for _, _, theirs in experts], dtype) for name in mixed}
+    made = {name: _derive(settings, tensors[name], [own[name] for own in tables.values()], dtype) for name in mixed}
     return {**tensors, **made}, notes
 
 
-def can_share(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]) -> bool:
+def can_share(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> bool:
     """Whether the models' attention and norms can be mixed, and are not all equal."""
-    if _differences(base, tensors, experts):
+    if _differences(base, experts):
         return False
-    files = {model_tensors[base.family.last].path for _, _, model_tensors in experts}
-    return len(files | {tensors[base.family.last].path}) > 1
+    last = base.model.family.last
+    return len({each.tensors[last].path for each in (base, *experts.values())}) > 1
 
 
-def _outside(base: DenseModel, tensors: Tensors) -> list[str]:
+def _outside(base: ModelTensors) -> list[str]:
     """Names of the tensors that are mixed only where all vocabularies have one size."""
-    return [name for name in (*base.family.first, base.family.head) if name in tensors]
+    return [name for name in (*base.model.family.first, base.model.family.head) if name in base.tensors]
 
 
 def _inside(base: DenseModel) -> list[str]:
@@ -95,20 +93,21 @@ def _inside(base: DenseModel) -> list[str]:
     return [name for layer in range(base.layers) for name in base.tensors(layer)] + [base.family.last]
 
 
-def _differences(base: DenseModel, tensors: Tensors, experts: Sequence[tuple[str, DenseModel, Tensors]]) -> list[str]:
+def _differences(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> list[str]:
     """List the reasons why attention and norms cannot be mixed."""
     problems = [
         f"shared_weights: {name}: {key} is {theirs!r}, but the base model's is {ours!r}, so their attention cannot be "
         "mixed"
-        for name, model, _ in experts
-        for key, theirs, ours in _settings(model, base)
+        for name, expert in experts.items()
+        for key, theirs, ours in _settings(expert.model, base.model)
         if theirs != ours
     ]
-    inside = _inside(base)
-    for name, _, theirs in experts:
+    inside = _inside(base.model)
+    for name, expert in experts.items():
+        theirs = expert.tensors
         lost = reasons(theirs)
-        for tensor in [*_outside(base, tensors), *inside]:
-            shape = tensors[tensor].shape
+        for tensor in [*_outside(base), *inside]:
+            shape = base.tensors[tensor].shape
             fits = tensor in theirs and theirs[tensor].shape == shape
             if tensor in lost:
                 problems.append(f"shared_weights: {name}: {tensor} {lost[tensor]}")
@@ -132,7 +131,7 @@ def _settings(model: DenseModel, base: DenseModel) -> Iterator[tuple[str, Any, A
     yield "the offset of its norms", model.family.norm_offset, base.family.norm_offset
 
 
-def _derive(settings: SharedWeights, base: TensorInfo, experts: Sequence[TensorInfo], dtype: str) -> TensorInfo:
+def _derive(settings: SharedWeights, base: TensorInfo, experts: Sequence[TensorInfo], dtype: HeaderDType) -> TensorInfo:
     given = settings.weights or [1.0] * len(experts)
     weights = [weight / sum(given) for weight in given]
     recipe_key = repr((settings.model_dump(), base.name))

@@ -8,7 +8,7 @@ from itertools import chain
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
-from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES, bytes_of
+from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES, DType, HeaderDType, bytes_of
 from moemerge.planning.assembly import Assembly, Source
 from moemerge.planning.checking import Tables
 from moemerge.planning.inputs import Parts, take_parts
@@ -21,7 +21,7 @@ from moemerge.planning.shape import Shape, computes_gate, residual_scales
 class Assembled:
     """The output tensors of a merge, and what they are made of."""
 
-    dtype: str
+    dtype: DType
     """Dtype of every tensor, as `config.json` spells it."""
     parts: Parts
     """The tensors that the base and each expert contribute."""
@@ -47,20 +47,20 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
     dtype = config.dtype or _main_dtype(tables[config.base_model])
     placed = [(member.place, member.model) for member in models.every_expert]
     parts = take_parts(config, shape.mixture, models.base.model, placed, tables=tables, dtype=HEADER_DTYPES[dtype])
-    outputs = _assembly(config, models, shape, parts, HEADER_DTYPES[dtype]).outputs()
+    outputs = _assembly(config, shape, parts, HEADER_DTYPES[dtype]).outputs()
     return Assembled(dtype, parts, outputs, tables)
 
 
-def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+def _main_dtype(tensors: Mapping[str, TensorInfo]) -> DType:
     """Find the dtype in which most of a model's bytes are stored; `config.json` may name another."""
-    counted: Counter[str] = Counter()
+    counted: Counter[HeaderDType] = Counter()
     for leaf in chain.from_iterable(map(leaves, tensors.values())):
         if leaf.dtype in CONFIG_DTYPES:
             counted[leaf.dtype] += leaf.nbytes
     return CONFIG_DTYPES[counted.most_common(1)[0][0]] if counted else "bfloat16"
 
 
-def _assembly(config: MergeConfig, models: Models, shape: Shape, parts: Parts, dtype: str) -> Assembly:
+def _assembly(config: MergeConfig, shape: Shape, parts: Parts, dtype: HeaderDType) -> Assembly:
     family, gated = shape.family, computes_gate(config, shape.family)
     scales, shared_scales = residual_scales(config, gated=gated)
     # A gate of zeros gives the shared expert a weight of one half.
@@ -68,14 +68,14 @@ def _assembly(config: MergeConfig, models: Models, shape: Shape, parts: Parts, d
     scales += [scale * (2 if halved else 1) for scale in shared_scales]
     every_expert = [*config.experts, *config.shared_experts]
     sources = [
-        Source(member.model, tensors, scale, expert.noise_scale or 0.0)
-        for expert, member, tensors, scale in zip(every_expert, models.every_expert, parts.experts, scales, strict=True)
+        Source(own, scale, expert.noise_scale or 0.0)
+        for expert, own, scale in zip(every_expert, parts.experts, scales, strict=True)
     ]
     routed = len(config.experts)
     return Assembly(
         family=family,
         mixture=shape.mixture,
-        base=Source(models.base.model, parts.base),
+        base=Source(parts.base),
         experts=sources[:routed],
         shared=sources[routed:],
         computes_gate=gated,

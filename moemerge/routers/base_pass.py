@@ -1,15 +1,14 @@
 """Input and output of the pass over the base model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import torch
 
-from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import RouterSettings
-from moemerge.families.dense import DenseModel
+from moemerge.families.dense import ModelTensors
 from moemerge.families.family import Scoring
 from moemerge.families.mixture import Mixture
 from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
@@ -19,14 +18,13 @@ from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 class PassRequest:
     """A base model, the text that it reads, and the mixture that routers are made for."""
 
-    base: DenseModel
-    tensors: Mapping[str, TensorInfo]
+    base: ModelTensors
     mixture: Mixture
     scoring: Scoring
     prompts: tuple[EncodedPrompt, ...]
     device: torch.device
     settings: RouterSettings = field(default_factory=lambda: RouterSettings.model_validate({}))
-    experts: tuple[tuple[DenseModel, Mapping[str, TensorInfo]], ...] = ()
+    experts: tuple[ModelTensors, ...] = ()
     """Config and tensors of each routed expert, for methods that read their weights."""
     entering: bool = False
     """Whether to return the residual stream that enters each layer, too."""

@@ -38,7 +38,7 @@ def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
     Raises:
         RouterError: the model's numbers are not finite; says where that began.
     """
-    base, device = request.base, request.device
+    base, device = request.base.model, request.device
     dtype = compute_dtype(device)
     model = empty_model(base.family.model_type, base.class_keys, device)
     groups = list(group(request.prompts, lambda prompt: len(prompt.ids), TOKENS_PER_BATCH))
@@ -79,9 +79,9 @@ def _embedded(
     model: Any, groups: Sequence[Sequence[EncodedPrompt]], request: PassRequest, dtype: torch.dtype
 ) -> list[Batch]:
     """Run the embeddings over each group of prompts, up to the first layer."""
-    family = request.base.family
+    family = request.base.model.family
     norm = family.last.removeprefix("model.").removesuffix(".weight")
-    embeddings = request.tensors[family.embeddings]
+    embeddings = request.base.tensors[family.embeddings]
     batches = [
         embed(
             model,
@@ -128,9 +128,9 @@ def _last_states(groups: Sequence[Sequence[EncodedPrompt]], batches: Sequence[Ba
 
 def _stored(layer: Any, request: PassRequest, index: int, *, skip_ffn: bool) -> dict[str, TensorInfo]:
     """Find the stored tensors of a layer, by name within the layer; without the FFN's if it is not run."""
-    ffn = request.base.family.ffn_module
+    ffn = request.base.model.family.ffn_module
     return {
-        name: request.tensors[layer_prefix(index) + name]
+        name: request.base.tensors[layer_prefix(index) + name]
         for name in layer.state_dict()
         if not (skip_ffn and name.startswith(f"{ffn}."))
     }

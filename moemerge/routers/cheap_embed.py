@@ -30,12 +30,12 @@ def _mean_embeddings(request: RouterRequest) -> tuple[Rows, Rows]:
 
     The second mean is NaN for experts without negative prompts.
     """
-    config, base = request.config, request.base
+    config, base = request.config, request.base.model
     prompts = encode_prompts(
         request.folder, config, base.config["max_position_embeddings"], 0, special_tokens=False, prompts_only=True
     )
     ids = sorted({token for prompt in prompts for token in prompt.counted_ids})
-    embeddings = request.tensors[base.family.embeddings]
+    embeddings = request.base.tensors[base.family.embeddings]
     rows = read_rows(embeddings, ids)
     if not np.isfinite(rows).all():
         raise RouterError(

@@ -40,12 +40,11 @@ def compute_routers(
     With `made` rows the pass only routes the prompts by them; None makes rows by the config's method. The other
     arguments are those of `init_routers`.
     """
-    config, base, method = request.config, request.base, request.config.method
+    config, base, method = request.config, request.base.model, request.config.method
     context = base.config["max_position_embeddings"]
     prompts = encode_prompts(request.folder, config, context, seed, shared_gate=request.shared_gate)
     asked = PassRequest(
-        base,
-        request.tensors,
+        request.base,
         request.mixture,
         request.scoring,
         prompts,

@@ -80,10 +80,10 @@ def _visit_changes(expert: int, layer: int, request: PassRequest, visit: Callabl
 
 
 def _why_not_finite(expert: int, layer: int, request: PassRequest) -> str:
-    for model, tensors in (request.experts[expert], (request.base, request.tensors)):
+    for source in (request.experts[expert], request.base):
         # By name, since a projection may be some rows of a tensor.
-        names = [model.projection(tensors, layer, role).name for role in ("gate", "up")]
-        if broken := first_not_finite(tensors[name] for name in names):
+        names = [source.projection(layer, role).name for role in ("gate", "up")]
+        if broken := first_not_finite(source.tensors[name] for name in names):
             return f"{broken}, so what fine-tuning changed there is not known. Download that model again."
     return (
         f"its FFN is so far from the base model's in layer {layer} that squares of the difference overflow. Give the "
@@ -98,9 +98,8 @@ def _changes(expert: int, layer: int, request: PassRequest) -> Iterator[tuple[to
     others.
     """
     for role in ("gate", "up"):
-        model, tensors = request.experts[expert]
-        theirs = unscaled(model.projection(tensors, layer, role))
-        ours = unscaled(request.base.projection(request.tensors, layer, role))
+        theirs = unscaled(request.experts[expert].projection(layer, role))
+        ours = unscaled(request.base.projection(layer, role))
         dtypes = [CONFIG_DTYPES[ours.dtype], CONFIG_DTYPES[theirs.dtype]]
         for first in range(0, ours.shape[0], _CHUNK_ROWS):
             count = min(_CHUNK_ROWS, ours.shape[0] - first)

@@ -29,7 +29,8 @@ def uniform_rows(request: RouterRequest, seed: int) -> dict[int, Rows]:
 
 def _shape(request: RouterRequest) -> tuple[int, int, int]:
     """Shape (layer, expert, hidden) of rows for all layers and experts; rows must not depend on which are absent."""
-    return request.base.layers, len(request.config.experts), request.base.config["hidden_size"]
+    base = request.base.model
+    return base.layers, len(request.config.experts), base.config["hidden_size"]
 
 
 def _root(shape: tuple[int, int, int]) -> np.float32:

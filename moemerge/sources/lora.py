@@ -8,19 +8,18 @@ A weight becomes `W + alpha / r * B A`, or `alpha / sqrt(r)` with rank-stabilise
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from moemerge.checkpoint.derived import Derived, Rows, read_values
+from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import SourceError
 from moemerge.sources.local import resolve_file
+from moemerge.sources.lora_sum import LoraSum
 from moemerge.sources.pickles import read_pickle
 from moemerge.sources.reference import Reference, parse_reference
 
@@ -273,53 +272,3 @@ def _of_module(adapter: Adapter, module: str, key: str, pattern_key: str, defaul
                 "Save the adapter again."
             ) from error
     return adapter.config.get(key, default)
-
-
-@dataclass(frozen=True, eq=False)
-class LoraSum:
-    """The recipe (`moemerge.checkpoint.derived.Recipe`) of a weight with an adapter: `W + scale B A`."""
-
-    a: TensorInfo
-    b: TensorInfo
-    lengths: TensorInfo | None
-    """DoRA's lengths of the rows."""
-    scale: float
-    _held: dict[str, Rows] = field(default_factory=dict)
-    """The factors `A` and `B`, kept from a tensor's first block to its last."""
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """The adapter's tensors that the recipe reads beside the weight."""
-        return (self.a, self.b, *([self.lengths] if self.lengths else []))
-
-    def __call__(self, row: int, blocks: list[Rows]) -> Rows:
-        """Compute the rows from `row` on, in place of the weight's."""
-        import torch  # whose product PEFT takes, to the last bit
-
-        # A copy, since another reader of the same tensor may be at its end.
-        factors = dict(self._held) or {tensor.name: read_values(tensor) for tensor in self.tensors}
-        values = torch.from_numpy(blocks[0])
-        rows = torch.from_numpy(factors[self.b.name])[row : row + len(values)]
-        values += (rows @ torch.from_numpy(factors[self.a.name])) * self.scale
-        if self.lengths:
-            wanted = torch.from_numpy(factors[self.lengths.name]).reshape(-1)[row : row + len(values)]
-            values *= (wanted / torch.linalg.norm(values, dim=1)).unsqueeze(1)
-        if row + len(values) < self.b.shape[0]:
-            self._held.update(factors)
-        else:
-            self._held.clear()
-        return blocks[0]
-
-    def rows(self, first: int, weight: Rows) -> Rows:
-        """Compute some rows of the changed weight approximately, all at once and without torch.
-
-        Raises:
-            CheckpointError: the adapter's file ends too early.
-        """
-        rows = slice(first, first + len(weight))
-        with np.errstate(all="ignore"):  # what is not finite shows
-            values = weight + np.float32(self.scale) * (read_values(self.b)[rows] @ read_values(self.a))
-            if self.lengths:
-                wanted = read_values(self.lengths).reshape(-1)[rows]
-                values *= (wanted / np.linalg.norm(values, axis=1))[:, None]
-        return values

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moemerge.checkpoint.header import MAX_AXES
+from moemerge.dtypes import HeaderDType
 
 # Number types by the names of their storages and their own names, as a safetensors header spells them.
-_STORAGES: Final = {
+_STORAGES: Final[dict[str, HeaderDType]] = {
     "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Double": "F64", "Byte": "U8", "Char": "I8", "Short": "I16",
     "Int": "I32", "Long": "I64", "Bool": "BOOL", "ComplexFloat": "C64", "Untyped": "U8",
 }  # fmt: skip
-_DTYPES: Final = {
+_DTYPES: Final[dict[str, HeaderDType]] = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "uint8": "U8", "int8": "I8",
     "bool": "BOOL", "int16": "I16", "int32": "I32", "int64": "I64", "uint16": "U16", "uint32": "U32", "uint64": "U64",
     "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
@@ -32,7 +33,7 @@ class Storage:
 
     key: str
     """The record's key."""
-    dtype: str | None
+    dtype: HeaderDType | None
     """Dtype as a safetensors header spells it; None where it has no name for it."""
     count: int
 
@@ -42,7 +43,7 @@ class StridedTensor:
     """A view into a storage, in numbers of `dtype`, from the number `offset` on."""
 
     storage: Storage
-    dtype: str | None
+    dtype: HeaderDType | None
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -72,7 +73,7 @@ def _typed_tensor(*arguments: Any) -> StridedTensor:
     return _view(storage, _dtype(dtype), (offset, shape, strides), rest[0] if rest else None)
 
 
-def _view(storage: Any, dtype: str | None, place: tuple[Any, Any, Any], bits: Any) -> StridedTensor:
+def _view(storage: Any, dtype: HeaderDType | None, place: tuple[Any, Any, Any], bits: Any) -> StridedTensor:
     offset, shape, strides = place
     if not (isinstance(storage, Storage) and isinstance(bits, dict | None) and type(shape) is type(strides) is tuple):
         raise TypeError
@@ -84,12 +85,12 @@ def _view(storage: Any, dtype: str | None, place: tuple[Any, Any, Any], bits: An
     return StridedTensor(storage, dtype, offset, shape, strides, negated, conjugated)
 
 
-def storage_dtype(name: Name) -> str | None:
+def storage_dtype(name: Name) -> HeaderDType | None:
     """The dtype of a class of storages, as a safetensors header spells it; None where it has no name for it."""
     return _STORAGES.get(name.text.rpartition(".")[2].removesuffix("Storage"))
 
 
-def _dtype(name: Any) -> str | None:
+def _dtype(name: Any) -> HeaderDType | None:
     if not isinstance(name, Name):
         raise TypeError
     return _DTYPES.get(name.text.removeprefix("torch."))

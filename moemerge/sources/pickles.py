@@ -12,7 +12,7 @@ from typing import Any, Final
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.unreadable import Unreadable
-from moemerge.dtypes import BITS, bytes_of
+from moemerge.dtypes import BITS, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
 from moemerge.sources.pickled import Opaque, StridedTensor
 from moemerge.sources.unpickling import MAX_PICKLE_BYTES, unpickle
@@ -130,22 +130,21 @@ def _entry(archive: _Archive, name: str, value: Any) -> TensorInfo:
     is_tensor = isinstance(value, StridedTensor) or (isinstance(value, Opaque) and value.is_tensor)
     if not isinstance(value, StridedTensor):
         reason = f"is {_kind(value)}" if is_tensor else f"is no tensor but {_kind(value)}"
-    elif value.dtype is None or value.storage.dtype is None:
+    elif (dtype := value.dtype) is None or (stored_dtype := value.storage.dtype) is None:
         reason = "holds numbers of a type that safetensors has no name for"
     elif value.conjugated:
         reason = "is complex and conjugated"
     else:
-        return _stored(archive, name, value)
+        return _stored(archive, name, value, dtype, value.storage.count * BITS[stored_dtype] // 8)
     return Unreadable(TensorInfo(name, archive.path, "U8", (), 0, 0), reason, is_tensor).tensor()
 
 
-def _stored(archive: _Archive, name: str, tensor: StridedTensor) -> TensorInfo:
-    dtype, storage = tensor.dtype or "", tensor.storage
+def _stored(archive: _Archive, name: str, tensor: StridedTensor, dtype: HeaderDType, limit: int) -> TensorInfo:
+    """The bytes in an archive of a tensor whose storage has `limit` bytes."""
     stored = TensorInfo(name, archive.path, dtype, tensor.shape, 0, bytes_of(dtype, tensor.shape) or 0)
     if not stored.nbytes:
         return stored
-    width, found = BITS[dtype] // 8, archive.find(storage.key)
-    limit = storage.count * BITS[storage.dtype or ""] // 8
+    width, found = BITS[dtype] // 8, archive.find(tensor.storage.key)
     if not found or width * (_reach(tensor) + 1) > limit or limit > found[0].file_size:
         raise CheckpointError(f"{archive.path}: tensor {name!r} does not fit into its record. Download the file again.")
     record, start = found

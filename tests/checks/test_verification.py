@@ -23,6 +23,7 @@ from moemerge.cli.render import plan_facts
 from moemerge.errors import CheckpointError
 from moemerge.merging.options import MergeOptions
 from moemerge.planning.options import PlanOptions
+from moemerge.planning.resuming import plan_fingerprint
 from tests.cli.test_cli import NO_TORCH, hashes, run
 from tests.support.models import make_model, write_config
 
@@ -263,7 +264,7 @@ def test_a_plan_names_all_sources_of_a_tensor(pieced, plan):
         ]
         * 2
     ]
-    one, other = (made.fingerprint(0)["sources"] for made in (pieced, plan))
+    one, other = (plan_fingerprint(made, 0)["sources"] for made in (pieced, plan))
     assert one.keys() == other.keys()
     changed = {Path(path) for path in one if one[path] != other[path]}
     # The base's query is read as before, in another order.

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from moemerge import load_config
-from moemerge.config.schema import MergeConfig, RoutedExpert, RouterSettings, parse_config
+from moemerge.config.loading import parse_config
+from moemerge.config.schema import MergeConfig, RoutedExpert, RouterSettings
 from moemerge.errors import ConfigError
 
 PLAIN = """\

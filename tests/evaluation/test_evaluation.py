@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from moemerge import merge, plan_merge
-from moemerge.config.schema import parse_config
+from moemerge.config.loading import parse_config
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.evaluation import figures, running
 from moemerge.evaluation.evaluator import evaluate

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moemerge import merge, plan_merge
-from moemerge.config.schema import parse_config
+from moemerge.config.loading import parse_config
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.passes.tokens import Window

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from moemerge.families.dense import DENSE_FAMILIES, read_dense
+from moemerge.families.dense import DENSE_FAMILIES, ModelTensors, read_dense
 from moemerge.families.mixture import Mixture
 from moemerge.passes import decoder, device
 from moemerge.routers import capture
@@ -51,7 +51,7 @@ def request(folder: Path, layers: tuple[int, ...]) -> PassRequest:
     width = base.sizes["ffn"]
     mixture = Mixture(base.layers, width, (width,) * len(LENGTHS), (), 2, layers, {})
     tensors = read_tensor_table(open_model(str(folder), print), print)
-    return PassRequest(base, tensors, mixture, "softmax", prompts(), torch.device("cpu"))
+    return PassRequest(ModelTensors(base, tensors), mixture, "softmax", prompts(), torch.device("cpu"))
 
 
 def ffn_inputs(folder: Path, ffn_module: str, ids: tuple[int, ...]) -> list[torch.Tensor]:
@@ -84,7 +84,7 @@ def test_the_pass_sees_what_the_whole_model_sees(tmp_path, name):
     folder = make_model(tmp_path / "base", 1, model_type, **(in_words_of_4(sizes) if IS_V4 else sizes))
     change_buffers(folder)
     asked = request(folder, (0, 1, 2))
-    expected = [ffn_inputs(folder, asked.base.family.ffn_module, prompt.ids) for prompt in asked.prompts]
+    expected = [ffn_inputs(folder, asked.base.model.family.ffn_module, prompt.ids) for prompt in asked.prompts]
     seen = 0
     for inputs in capture_router_inputs(asked):
         for expert, layers in enumerate(expected):

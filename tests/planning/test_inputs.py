@@ -15,10 +15,11 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint import derived
 from moemerge.checkpoint.header import read_header
 from moemerge.cli import main
-from moemerge.config.schema import parse_config
+from moemerge.config.loading import parse_config
 from moemerge.errors import CheckpointError, ConfigError, IncompatibleError
 from moemerge.families.dense import read_dense
 from moemerge.merging.options import MergeOptions
+from moemerge.planning.resuming import plan_fingerprint
 from tests.families.test_families import PAIRS, PLAINEST, readable
 from tests.support.families import DENSE, stored
 from tests.support.machine import SINGLE
@@ -371,5 +372,5 @@ def test_another_recipe_is_another_merge(tmp_path, llamas):
     for seed in (0, 1):
         settings = {"method": "dare", "density": 0.5, "seed": seed}
         config = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False, shared_weights=settings)
-        prints.append(plan_merge(load_config(config)).fingerprint(0)["what is computed of the sources"])
+        prints.append(plan_fingerprint(plan_merge(load_config(config)), 0)["what is computed of the sources"])
     assert prints[0] != prints[1]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from moemerge.checks.repairing import repair
 from moemerge.checks.verification import verify_merge
-from moemerge.config.schema import load_config
+from moemerge.config.loading import load_config
 from moemerge.errors import RefusedError, RouterError
 from moemerge.families.dense import DENSE_FAMILIES
 from moemerge.families.selection import MOE_FAMILIES

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForCausalLM
 
 from moemerge.checkpoint.index import read_json
-from moemerge.config.schema import load_config
+from moemerge.config.loading import load_config
 from moemerge.merging.checkpoint import merge
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.planner import plan_merge

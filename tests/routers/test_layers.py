@@ -58,7 +58,7 @@ def rows_of(plan, data: bytes) -> torch.Tensor:
 
 def inputs_of(plan) -> dict[int, RouterInputs]:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0, shared_gate=True)
-    request = PassRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU)
+    request = PassRequest(plan.parts.base, plan.mixture, plan.family.scoring, prompts, CPU)
     return {inputs.layer: replace(inputs, states=inputs.states.clone()) for inputs in capture_router_inputs(request)}
 
 
@@ -236,7 +236,7 @@ def test_the_table_knows_neither_absent_experts_nor_shared_ones():
     states = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 3.0]])
     inputs = router_inputs(states, [0, 1, SHARED], [True, True, True])
     mixture = Mixture(1, 8, (8,) * 3, (), 1, (0,), {0: frozenset({2})})
-    request = PassRequest(None, {}, mixture, "sigmoid", (), CPU)
+    request = PassRequest(None, mixture, "sigmoid", (), CPU)
     found = route_layer(torch.tensor([[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]), inputs, request)
     assert found == LayerRouting(0, (1.0, 1.0, None), (1.0, 1.0, None), found.load, 1.0)
     assert found.load[2] is None

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, plan_merge
+from moemerge.config.loading import parse_config
 from moemerge.config.router_methods import METHODS
-from moemerge.config.schema import RouterSettings, parse_config
+from moemerge.config.schema import RouterSettings
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
 from moemerge.planning.options import PlanOptions
@@ -35,7 +36,7 @@ FITTED = ("hidden", "ridge", "logistic")
 
 def asked(experts=3, scoring="softmax", absent=frozenset(), **router) -> PassRequest:
     mixture = Mixture(1, 8, (8,) * experts, (), 2, (0,), {0: absent} if absent else {})
-    return PassRequest(None, {}, mixture, scoring, (), CPU, RouterSettings.model_validate(router))
+    return PassRequest(None, mixture, scoring, (), CPU, RouterSettings.model_validate(router))
 
 
 def fit(method: str, inputs: RouterInputs, request: PassRequest) -> LayerRows:
@@ -321,7 +322,7 @@ def plan_of(config, folders=None):
 def request_of(plan, **keys) -> PassRequest:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
     return PassRequest(
-        plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, CPU, plan.config.router, plan.experts,
+        plan.parts.base, plan.mixture, plan.family.scoring, prompts, CPU, plan.config.router, plan.experts,
         **keys,
     )  # fmt: skip
 

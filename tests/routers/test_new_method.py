@@ -35,7 +35,7 @@ def longest_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
 
 def numbered_rows(request: RouterRequest, seed: int) -> dict[int, Rows]:
     """Rows that hold the seed and their expert's number."""
-    hidden = request.base.config["hidden_size"]
+    hidden = request.base.model.config["hidden_size"]
     numbers = torch.arange(len(request.config.experts), dtype=torch.float32)
     return {layer: (seed + numbers).repeat(hidden, 1).T.numpy() for layer in request.mixture.moe_layers}
 
@@ -67,7 +67,7 @@ def test_a_method_that_reads_what_the_base_computes_is_merged_with(tmp_path, lla
     report = merge(plan, tmp_path / "out")
     assert [row.layer for row in report.layers] == list(plan.mixture.moe_layers)
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
-    request = PassRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, torch.device("cpu"))
+    request = PassRequest(plan.parts.base, plan.mixture, plan.family.scoring, prompts, torch.device("cpu"))
     expected = [longest_rows(inputs, request).rows for inputs in capture_router_inputs(request)]
     assert all(map(torch.equal, gates(tmp_path / "out", plan.base.layers), expected))
     assert "routers from `gate_mode: longest`" in (tmp_path / "out" / "README.md").read_text()

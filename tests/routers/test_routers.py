@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.stored import float32_of, read_rows, stored_bytes
-from moemerge.config.schema import MergeConfig, RoutedExpert, parse_config
+from moemerge.config.loading import parse_config
+from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture import Mixture
@@ -61,13 +62,13 @@ def routers(plan, seed: int = 0, base_bits: int | None = None):
 
 def request(plan) -> PassRequest:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
-    return PassRequest(plan.base, plan.base_tensors, plan.mixture, plan.family.scoring, prompts, torch.device("cpu"))
+    return PassRequest(plan.parts.base, plan.mixture, plan.family.scoring, prompts, torch.device("cpu"))
 
 
 def asked(experts: int, per_token: int, scoring: str = "softmax", absent=frozenset()) -> PassRequest:
     """Of a mixture whose layer 0 lacks some experts, without a base model."""
     mixture = Mixture(1, 8, (8,) * experts, (), per_token, (0,), {0: absent} if absent else {})
-    return PassRequest(None, {}, mixture, scoring, (), torch.device("cpu"))
+    return PassRequest(None, mixture, scoring, (), torch.device("cpu"))
 
 
 def config_of(**keys) -> MergeConfig:

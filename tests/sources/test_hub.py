@@ -20,7 +20,7 @@ import yaml
 
 from moemerge.checkpoint.header import TensorInfo, build_header, read_header
 from moemerge.checkpoint.index import PICKLE_INDEX, build_index
-from moemerge.config.schema import parse_config
+from moemerge.config.loading import parse_config
 from moemerge.errors import CheckpointError, SourceError
 from moemerge.planning.planner import plan_merge
 from moemerge.planning.tokenizer_files import COPIED_FILES

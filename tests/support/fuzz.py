@@ -25,7 +25,7 @@ from transformers import CONFIG_MAPPING
 
 from moemerge import plan_merge
 from moemerge.checkpoint.header import read_header
-from moemerge.config.schema import load_config, parse_config
+from moemerge.config.loading import load_config, parse_config
 from moemerge.errors import MoemergeError
 from moemerge.model_card.metadata import read_licence
 from tests.support.families import DENSE

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from moemerge import merge, plan_merge
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli import main
-from moemerge.config.schema import parse_config
+from moemerge.config.loading import parse_config
 from moemerge.errors import BusyError, CheckpointError, OutputError, RefusedError
 from moemerge.evaluation.evaluator import evaluate, read_domains
 from moemerge.evaluation.figures import estimate

@@ -12,6 +12,7 @@ from moemerge.families.dense.family import (
     Role,
 )
 from moemerge.families.dense.model import DenseModel, decoded, read_dense
+from moemerge.families.dense.model_tensors import ModelTensors
 from moemerge.families.dense.tables import DENSE_FAMILIES
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "DenseModel",
     "FfnProjection",
     "LayerTensor",
+    "ModelTensors",
     "Role",
     "decoded",
     "read_dense",

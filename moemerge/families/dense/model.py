@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NoReturn
 
-from moemerge.checkpoint.header import TensorInfo
-from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily, Role
+from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
 from moemerge.families.dense.values import UnreadableError, is_read, read_values
 from moemerge.families.names import layer_prefix
@@ -141,13 +140,6 @@ class DenseModel:
         if self.given_rope:  # some classes of transformers 4 know one spelling alone
             keys["rope_scaling"] = self.given_rope
         return keys | ({"layer_types": self.layer_types} if self.config.get("layer_types") else {})
-
-    def projection(self, tensors: Mapping[str, TensorInfo], layer: int, role: Role) -> TensorInfo:
-        """Find one projection of a layer's FFN, which may be part of a larger tensor."""
-        projection = self.family.ffn[role]
-        tensor = tensors[layer_prefix(layer) + projection.name]
-        width = self.sizes["ffn"]
-        return tensor.rows(projection.part * width, width) if projection.parts > 1 else tensor
 
     def tensors(self, layer: int) -> dict[str, Axes]:
         """Names and axes of a layer's tensors beside its FFN."""

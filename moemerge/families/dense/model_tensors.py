@@ -1,0 +1,29 @@
+"""A dense model together with its tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.families.dense.family import Role
+from moemerge.families.dense.model import DenseModel
+from moemerge.families.names import layer_prefix
+
+
+@dataclass(frozen=True)
+class ModelTensors:
+    """A dense model's config and its tensors, stored or computed from others while they are read."""
+
+    model: DenseModel
+    tensors: Mapping[str, TensorInfo]
+    """Its tensors by the names that the model gives them."""
+
+    def projection(self, layer: int, role: Role) -> TensorInfo:
+        """Find one projection of a layer's FFN, which may be part of a larger tensor.
+
+        Raises:
+            KeyError: the model has no FFN in this layer.
+        """
+        projection = self.model.family.ffn[role]
+        tensor = self.tensors[layer_prefix(layer) + projection.name]
+        width = self.model.sizes["ffn"]
+        return tensor.rows(projection.part * width, width) if projection.parts > 1 else tensor

@@ -1,0 +1,43 @@
+"""What an interrupted merge and the one that resumes it must have in common."""
+
+import hashlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from moemerge.checkpoint.derived import derivation, leaves
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.planning.plan import MergePlan
+
+if TYPE_CHECKING:
+    from moemerge.checkpoint.files import File
+
+
+def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
+    """Values that decide every byte of `MergePlan.shards_without_routers`; a resumed merge keeps those of equal ones."""
+    used: dict[File, list[TensorInfo]] = {}
+    for output in plan.outputs.values():
+        for piece in output.pieces:
+            if isinstance(piece.source, TensorInfo):
+                for tensor in leaves(piece.source):
+                    used.setdefault(tensor.path, []).append(tensor)
+    headers = b"".join(shard.header for shard in plan.shards)
+    made = [
+        (name, computed.identity)
+        for name, output in plan.outputs.items()
+        for piece in output.pieces
+        if isinstance(piece.source, TensorInfo) and (computed := derivation(piece.source))
+    ]
+    return {
+        "moemerge": version("moemerge"),
+        "config": plan.config.model_dump(mode="json"),
+        "seed": seed,
+        "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
+        "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
+        "sources": {
+            str(path): plan.origins.fingerprint_of(path)
+            | {
+                "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
+            }
+            for path, tensors in used.items()
+        },
+    }
