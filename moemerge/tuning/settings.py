@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
@@ -119,7 +119,18 @@ class TuningResult:
         return [*lost, without] if self.missing else lost
 
 
-def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+class SplitDocuments(NamedTuple):
+    """Documents by domain, divided into those that are trained on and those that are held out."""
+
+    training: dict[str, list[str]]
+    held_out: dict[str, list[str]]
+
+    def of(self, domain: str) -> "SplitDocuments":
+        """Give the documents of one domain alone."""
+        return SplitDocuments({domain: self.training[domain]}, {domain: self.held_out[domain]})
+
+
+def split_documents(documents: Documents, seed: int) -> SplitDocuments:
     """Split documents into those to train on and those to judge by, each by domain.
 
     A repeated text counts once, since it might be both held out and trained on.
@@ -141,7 +152,7 @@ def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str
         count = max(FEWEST_DOCUMENTS, len(texts) // _HELD_OUT)
         held[name] = [texts[place] for place in sorted(order[:count])]
         training[name] = [texts[place] for place in sorted(order[count:])]
-    return training, held
+    return SplitDocuments(training, held)
 
 
 def card_section(found: TuningResult) -> str:
