@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.cli.console import console_session, print_json, stdout
 from moemerge.cli.options import Debug, Json
 from moemerge.cli.streams import say
 
@@ -24,7 +24,7 @@ def list_families(
     debug: Debug = False,
 ) -> None:
     """List the output families: which dense models each repeats exactly, and what it can hold."""
-    with speaking(quiet=False, verbose=0, debug=debug):
+    with console_session(quiet=False, verbose=0, debug=debug):
         from dataclasses import asdict
 
         from moemerge.families.overview import family_rows

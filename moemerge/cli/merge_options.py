@@ -6,21 +6,16 @@ from typing import Annotated, Final
 import typer
 
 from moemerge.cli.options import (
-    AllowIdentical,
-    CacheDir,
     CreatePr,
-    Debug,
-    For,
     GgufType,
     License,
     LlamaCpp,
     Private,
     Push,
     PushStreaming,
-    Quiet,
     Revision,
     ShardSize,
-    Verbose,
+    VerboseMessageOptions,
 )
 from moemerge.cli.streams import say
 
@@ -82,15 +77,6 @@ class RouterOptions:
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which models may be merged, and where they are kept."""
-
-    cache_dir: CacheDir = None
-    allow_identical_experts: AllowIdentical = False
-    engine: For = None
-
-
 def _show_version(*, show: bool) -> None:
     if show:
         from importlib.metadata import version
@@ -100,12 +86,9 @@ def _show_version(*, show: bool) -> None:
 
 
 @dataclass(frozen=True)
-class TalkOptions:
-    """What is said."""
+class MainMessageOptions(VerboseMessageOptions):
+    """How much is printed, and the version."""
 
-    quiet: Quiet = False
-    verbose: Verbose = 0
-    debug: Debug = False
     version: Annotated[
         bool,
         typer.Option(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from moemerge.cli.console import saying
+from moemerge.cli.console import announcer
 from moemerge.engines import ENGINES, NAMES, canonical_engine
 from moemerge.errors import RefusedError
 
@@ -23,8 +23,8 @@ _FEWEST_BARE_BYTES: Final = 1_000_000
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A config file, and what the command line has to say of it."""
+class PlanRequest:
+    """A config file and the options of the command line that bear on its plan."""
 
     config: Path
     allow_identical_experts: bool = False
@@ -54,7 +54,7 @@ class Asked:
 
 def plan_from(
     console: "Console",
-    asked: Asked,
+    request: PlanRequest,
     options: "PlanOptions",
     *,
     quiet: bool,
@@ -64,12 +64,12 @@ def plan_from(
     from moemerge.families.selection import MOE_FAMILIES
     from moemerge.planning.planner import plan_merge
 
-    loaded = asked.read()
+    loaded = request.read()
     planned = loaded
-    if asked.family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
-        planned = loaded.model_copy(update={"architecture": asked.family, "engine": None})
-    max_bytes = _shard_bytes(asked.max_shard_size, asked.out_shard_size, 4 if loaded.dtype == "float32" else 2)
-    say = saying(console, quiet=quiet)
+    if request.family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
+        planned = loaded.model_copy(update={"architecture": request.family, "engine": None})
+    max_bytes = _shard_bytes(request.max_shard_size, request.out_shard_size, 4 if loaded.dtype == "float32" else 2)
+    say = announcer(console, quiet=quiet)
     plan = plan_merge(planned, replace(options, max_shard_bytes=max_bytes), approve=approve, announce=say)
     for note in plan.notes:
         say(f"note: {note}")

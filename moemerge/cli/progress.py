@@ -21,7 +21,7 @@ def show_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
     if quiet:
         yield lambda _stage, _done, _total: None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[said]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[amount]}"))
         with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
             yield _Bars(bars).report
     else:
@@ -59,7 +59,7 @@ def show_steps(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int,
             yield report
 
 
-class _Said:
+class _Amount:
     """What is done, in words: layers, or bytes with their rate."""
 
     def __init__(self, stage: Stage, done: int) -> None:
@@ -75,23 +75,23 @@ class _Said:
 class _Bars:
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
-        self._tasks: dict[Stage, tuple[TaskID, _Said]] = {}
+        self._tasks: dict[Stage, tuple[TaskID, _Amount]] = {}
 
     def report(self, stage: Stage, done: int, total: int) -> None:
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, said=""), _Said(stage, done)
-        task, said = self._tasks[stage]
-        self._bars.update(task, completed=done, said=said(done, total))
+            self._tasks[stage] = self._bars.add_task(stage, total=total, amount=""), _Amount(stage, done)
+        task, amount = self._tasks[stage]
+        self._bars.update(task, completed=done, amount=amount(done, total))
 
 
 class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._stages: dict[Stage, tuple[int, _Said]] = {}
+        self._stages: dict[Stage, tuple[int, _Amount]] = {}
 
     def report(self, stage: Stage, done: int, total: int) -> None:
         tenth = done * _LINES // max(total, 1)
-        shown, said = self._stages.get(stage) or (0, _Said(stage, done))
-        self._stages[stage] = max(tenth, shown), said
+        shown, amount = self._stages.get(stage) or (0, _Amount(stage, done))
+        self._stages[stage] = max(tenth, shown), amount
         if tenth > shown:
-            self._console.print(f"{stage}: {said(done, total)}")
+            self._console.print(f"{stage}: {amount(done, total)}")

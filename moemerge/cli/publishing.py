@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moemerge.cli.console import saying, speaking
-from moemerge.cli.options import CreatePr, Debug, License, Private, Quiet, Revision
+from moemerge.cli.console import announcer, console_session
+from moemerge.cli.grouping import grouped
+from moemerge.cli.merge_options import PushOptions
+from moemerge.cli.options import CreatePr, License, MessageOptions, Private, Revision
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
@@ -17,22 +19,23 @@ if TYPE_CHECKING:
     from moemerge.sources.model_folder import ModelFolder
 
 
-def push(  # noqa: PLR0917  typer makes options of arguments
+@grouped
+def push(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository, user/name.", show_default=False)],
+    *,
     private: Private = False,
     revision: Revision = None,
     create_pr: CreatePr = False,
     license: License = None,  # noqa: A002  the option's name, as in model cards
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of another kind.")] = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    messages: MessageOptions,
 ) -> None:
     """Send a merged model to the Hub, in one commit; what is there already is not sent again.
 
     The token is the one of `hf auth login`, or HF_TOKEN.
     """
-    with speaking(quiet=quiet, verbose=0, debug=debug) as console:
+    with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug) as console:
         from moemerge.publish.pushing import push as send
 
         url = send(
@@ -43,41 +46,31 @@ def push(  # noqa: PLR0917  typer makes options of arguments
             create_pr=create_pr,
             licence=license,
             overwrite=overwrite,
-            announce=saying(console, quiet=quiet),
+            announce=announcer(console, quiet=messages.quiet),
         )
         say(url)
 
 
-class Pushing:
-    """What a merge's `--push` and the options beside it ask for."""
+class PlannedPush:
+    """The push that a merge's `--push` and the options beside it ask for, if any."""
 
-    def __init__(
-        self,
-        repo: str | None,
-        licence: str | None,
-        say: Callable[[str], None],
-        *,
-        streaming: bool,
-        private: bool,
-        revision: str | None,
-        create_pr: bool,
-    ) -> None:
+    def __init__(self, options: PushOptions, announce: Callable[[str], None]) -> None:
         """Take the options.
 
         Raises:
-            RefusedError: one of them makes no sense without `--push`, or the destination's name is none.
+            RefusedError: one of them makes no sense without `--push`, or the repository's name is none.
         """
         others = {
-            "--push-streaming": streaming,
-            "--private": private,
-            "--revision": revision,
-            "--create-pr": create_pr,
-            "--license": licence,
+            "--push-streaming": options.push_streaming,
+            "--private": options.private,
+            "--revision": options.revision,
+            "--create-pr": options.create_pr,
+            "--license": options.license,
         }
-        if not repo and (given := [name for name, value in others.items() if value]):
+        if not options.push and (given := [name for name, value in others.items() if value]):
             raise RefusedError(f"{given[0]}: says how to push, but not where to. Add --push user/repo.")
-        self.licence, self._say = licence, say
-        self._destination = _destination(repo, private, revision, create_pr) if repo else None
+        self.licence, self._announce = options.license, announce
+        self._destination = _destination(options.push, options) if options.push else None
         self.publisher: Publisher | None = None
 
     def approve(self, sources: "Sequence[ModelFolder]") -> None:
@@ -93,13 +86,13 @@ class Pushing:
         from moemerge.publish.publisher import Publisher
 
         self.licence = self.licence or licence_of(sources)
-        self.publisher = Publisher(self._destination, self._say)
+        self.publisher = Publisher(self._destination, self._announce)
         self.publisher.open()
 
 
-def _destination(repo: str, private: bool, revision: str | None, create_pr: bool) -> "Destination":
+def _destination(repo: str, options: PushOptions) -> "Destination":
     from moemerge.publish.destination import Destination, check_names
 
-    destination = Destination(repo, private, revision, create_pr)
+    destination = Destination(repo, options.private, options.revision, options.create_pr)
     check_names(destination)
     return destination

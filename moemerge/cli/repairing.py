@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.cli.console import console_session, print_json, stdout
 from moemerge.cli.options import Debug, Json, Quiet
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def repair_model(
     debug: Debug = False,
 ) -> None:
     """Put back what save_pretrained of transformers 5 drops of a merged model's config, in place; weights stay."""
-    with speaking(quiet=quiet, verbose=0, debug=debug):
+    with console_session(quiet=quiet, verbose=0, debug=debug):
         from dataclasses import asdict
 
         from moemerge.checks.repairing import repair
