@@ -14,8 +14,8 @@ from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from moemerge.publish.destination import Destination
     from moemerge.publish.publisher import Publisher
+    from moemerge.publish.repository import Repository
     from moemerge.sources.model_folder import ModelFolder
 
 
@@ -70,29 +70,29 @@ class PlannedPush:
         if not options.push and (given := [name for name, value in others.items() if value]):
             raise RefusedError(f"{given[0]}: says how to push, but not where to. Add --push user/repo.")
         self.licence, self._announce = options.license, announce
-        self._destination = _destination(options.push, options) if options.push else None
+        self._repository = _repository(options.push, options) if options.push else None
         self.publisher: Publisher | None = None
 
     def approve(self, sources: "Sequence[ModelFolder]") -> None:
         """Make sure that a merge of these models will be taken by the Hub.
 
         Raises:
-            RefusedError: their licences do not agree, or the destination has to change.
+            RefusedError: their licences do not agree, or the repository has to change.
             PublishError: the Hub refuses.
         """
-        if not self._destination:
+        if not self._repository:
             return
         from moemerge.model_card.metadata import licence_of
         from moemerge.publish.publisher import Publisher
 
         self.licence = self.licence or licence_of(sources)
-        self.publisher = Publisher(self._destination, self._announce)
+        self.publisher = Publisher(self._repository, self._announce)
         self.publisher.open()
 
 
-def _destination(repo: str, options: PushOptions) -> "Destination":
-    from moemerge.publish.destination import Destination, check_names
+def _repository(repo: str, options: PushOptions) -> "Repository":
+    from moemerge.publish.repository import Repository, check_names
 
-    destination = Destination(repo, options.private, options.revision, options.create_pr)
-    check_names(destination)
-    return destination
+    repository = Repository(repo, options.private, options.revision, options.create_pr)
+    check_names(repository)
+    return repository

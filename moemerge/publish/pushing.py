@@ -8,9 +8,9 @@ from moemerge.config.schema import CARD
 from moemerge.errors import RefusedError
 from moemerge.model_card.card import read_card
 from moemerge.model_card.metadata import read_licence, set_licence
-from moemerge.publish.destination import Destination
 from moemerge.publish.folder import checkpoint_files
 from moemerge.publish.publisher import Publisher
+from moemerge.publish.repository import Repository
 
 
 def push(
@@ -44,7 +44,7 @@ def push(
     Raises:
         SourceError: there is no such folder, or no checkpoint in it.
         CheckpointError: its files do not agree.
-        RefusedError: no licence is named, the destination's name is none, or it holds a model of another kind.
+        RefusedError: no licence is named, the repository's name is none, or it holds a model of another kind.
         PublishError: the Hub does not take the model.
     """
     folder = Path(folder)
@@ -56,7 +56,7 @@ def push(
         )
     if (folder / CARD).is_file():
         read_card(folder)
-    publisher = Publisher(Destination(repo, private, revision, create_pr), announce)
+    publisher = Publisher(Repository(repo, private, revision, create_pr), announce)
     publisher.open()
     publisher.check_replaced(read_json(folder / "config.json").get("model_type"), overwrite=overwrite)
     publisher.create()
