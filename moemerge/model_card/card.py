@@ -273,8 +273,10 @@ def _routing(report: "RoutingReport") -> str:
         "| expert | own prompts | own prompts, first choice | all prompts |",
         "|---|---|---|---|",
         *(
-            f"| {as_text(name)} | {own:.1%} | {first:.1%} | {load:.1%} |"
-            for name, own, first, load in zip(report.experts, report.own, report.first, report.load, strict=True)
+            f"| {as_text(name)} | {hit_rate:.1%} | {top1:.1%} | {load:.1%} |"
+            for name, hit_rate, top1, load in zip(
+                report.experts, report.hit_rate, report.top1_accuracy, report.load, strict=True
+            )
         ),
         "",
         f"The first choice has a mean weight of {report.top_weight:.2f}."
