@@ -166,12 +166,12 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
 }  # fmt: skip
 
 
-# Their result is a model; the empty name is a merge.
+# The result of these is a model; the empty name is a merge.
 _WRITES_ELSEWHERE: Final = {"", "tune", "gguf", "repair", "push"}
 
 
 def _misspelt(arguments: list[str]) -> str | None:
-    """The command that a first word, which is no file, is nearly called."""
+    """Find the command whose name is close to the first word; None if there is none, or the word is a file."""
     if not arguments or arguments[0].startswith("-") or Path(arguments[0]).exists():
         return None
     return next(iter(get_close_matches(arguments[0], _COMMANDS, n=1)), None)
@@ -209,7 +209,7 @@ def _run(word: str, arguments: list[str]) -> None:
 
 
 def _stdout_exit_code(out: Guarded, word: str) -> int:
-    """The exit code of a command that succeeded, if its standard output did not take all of it."""
+    """Give the exit code of a command that succeeded: 0, or 1 if standard output did not take its whole result."""
     if out.failure is None:
         return 0
     if word in _WRITES_ELSEWHERE:

@@ -22,7 +22,7 @@ _LARGEST_LOSS: Final = math.log(1e6)
 
 @dataclass(frozen=True)
 class MeasuringOptions:
-    """What is run, on how much text, and where."""
+    """Options for what is run, on how much text, and on which device."""
 
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Run the weight average, the uniform mixture and the label oracle too.")

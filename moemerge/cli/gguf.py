@@ -30,7 +30,7 @@ Ollama = Annotated[
 
 @dataclass(frozen=True)
 class FileOptions:
-    """How the file is written."""
+    """Options for how the file is written."""
 
     type: GgufType = "auto"
     llama_cpp: LlamaCpp = None

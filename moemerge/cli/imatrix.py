@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImatrixOptions:
-    """Where an importance matrix comes from, and where it is kept."""
+    """Options for where an importance matrix comes from, and where it is kept."""
 
     imatrix: Annotated[
         bool, typer.Option("--imatrix", help="Quantise by what the texts that the routers were made from need most.")

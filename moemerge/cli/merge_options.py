@@ -26,7 +26,7 @@ _BITS_HELP: Final = (
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written."""
+    """Options for what is written."""
 
     max_shard_size: ShardSize = None
     type: GgufType = "auto"
@@ -38,7 +38,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """How models and prompts are read."""
+    """Options for how models and prompts are read."""
 
     routing_table: Annotated[
         bool,
@@ -55,7 +55,7 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class PushOptions:
-    """Where the model goes on the Hub."""
+    """Options for a push to the Hub."""
 
     push: Push = None
     push_streaming: PushStreaming = False
@@ -67,7 +67,7 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """How routers are made."""
+    """Options for how routers are made."""
 
     seed: Annotated[int, typer.Option(help="Of random routers and of noise_scale.")] = 0
     device: Annotated[str, typer.Option(help="Runs the base model for the routers: auto, cpu, cuda, cuda:1, mps.")] = (
@@ -87,7 +87,7 @@ def _show_version(*, show: bool) -> None:
 
 @dataclass(frozen=True)
 class MainMessageOptions(VerboseMessageOptions):
-    """How much is printed, and the version."""
+    """Options for how much is printed, and `--version`."""
 
     version: Annotated[
         bool,

@@ -102,7 +102,7 @@ LlamaCpp = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which models may be merged, and where they are kept."""
+    """Options for which models may be merged, and where they are kept."""
 
     cache_dir: CacheDir = None
     allow_identical_experts: AllowIdentical = False
@@ -111,7 +111,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class MessageOptions:
-    """How much a command prints."""
+    """Options for how much a command prints."""
 
     quiet: Quiet = False
     debug: Debug = False
@@ -119,7 +119,7 @@ class MessageOptions:
 
 @dataclass(frozen=True)
 class VerboseMessageOptions:
-    """How much a command with `--verbose` prints."""
+    """Options for how much a command with `--verbose` prints."""
 
     quiet: Quiet = False
     verbose: Verbose = 0

@@ -1,4 +1,4 @@
-"""From a config file and the options of a command line to a plan."""
+"""Make a plan of a config file and the options of a command line."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,14 +29,14 @@ class PlanRequest:
     config: Path
     allow_identical_experts: bool = False
     engine: str | None = None
-    """`--for`, which goes before the config's own."""
+    """The engine of `--for`, which takes precedence over the config's own."""
     family: str | None = None
-    """Taken where the config names no architecture, whatever an engine that it names makes of that."""
+    """The output family if the config names no architecture; then the config's engine does not count."""
     max_shard_size: str | None = None
     out_shard_size: str | None = None
 
     def read(self) -> "MergeConfig":
-        """The config, with the engine that is asked for.
+        """Read the config, with the engine that is asked for.
 
         Raises:
             ConfigError: the file is no config, or a wrong one.
@@ -60,7 +60,7 @@ def plan_from(
     quiet: bool,
     approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
 ) -> "MergePlan":
-    """The plan of a config file; says what the user should know."""
+    """Make the plan of a config file, and print its notes and warnings."""
     from moemerge.families.selection import MOE_FAMILIES
     from moemerge.planning.planner import plan_merge
 
@@ -81,7 +81,7 @@ def plan_from(
 
 
 def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int) -> int:
-    """The largest shard, by `--max-shard-size` or by the parameters of `--out-shard-size`, which goes before.
+    """Compute the most bytes of a shard, by `--max-shard-size`, or by `--out-shard-size` in parameters if it is given.
 
     Raises:
         RefusedError: it is no size, or so small that its unit was surely left out.

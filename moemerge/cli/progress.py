@@ -17,7 +17,7 @@ _LINES: Final = 10
 
 @contextmanager
 def show_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
-    """Give the callback for `merge`."""
+    """A context with a progress callback for `merge`."""
     if quiet:
         yield lambda _stage, _done, _total: None
     elif console.is_terminal:
@@ -30,7 +30,7 @@ def show_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
 
 @contextmanager
 def show_layers(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Give the callback for what runs models one after the other, layer by layer."""
+    """A context with a progress callback for models that run one after the other, layer by layer."""
     if quiet:
         yield lambda _name, _done, _total: None
     elif console.is_terminal:
@@ -51,7 +51,7 @@ def show_layers(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int
 
 @contextmanager
 def show_steps(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """The same for a training, which tells by itself how it gets on: a bar on a terminal, nothing elsewhere."""
+    """A context with a progress callback for steps: it shows a bar on a terminal, and nothing elsewhere."""
     if quiet or not console.is_terminal:
         yield lambda _name, _done, _total: None
     else:
@@ -60,7 +60,7 @@ def show_steps(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int,
 
 
 class _Amount:
-    """What is done, in words: layers, or bytes with their rate."""
+    """Describes the amount done in words: layers, or bytes with their rate."""
 
     def __init__(self, stage: Stage, done: int) -> None:
         self._stage, self._first, self._start = stage, done, time.monotonic()

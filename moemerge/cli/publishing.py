@@ -1,4 +1,4 @@
-"""`moemerge push`: a merged model sent to the Hub."""
+"""`moemerge push`, and the `--push` of a merge: a merged model is sent to the Hub."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

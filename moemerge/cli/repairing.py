@@ -1,4 +1,4 @@
-"""`moemerge repair`: what transformers 5 dropped when it saved a merged model, put back."""
+"""`moemerge repair`: put back what transformers 5 drops when it saves a merged model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +35,7 @@ def repair_model(
 
 
 def print_repair(console: "Console", out: Path, found: "list[Difference]", *, dry_run: bool) -> None:
-    """What was found and what takes its place."""
+    """Print each value that was found, and the one that takes its place."""
     from rich.table import Table
 
     if not found:

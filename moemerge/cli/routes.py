@@ -27,7 +27,7 @@ _MOST_DOCUMENTS: Final = 50
 
 @dataclass(frozen=True)
 class TextOptions:
-    """The texts to route."""
+    """Options for the texts to route."""
 
     text: Annotated[list[str], typer.Option(help="A text to route.", show_default=False)] = field(default_factory=list)
     file: Annotated[

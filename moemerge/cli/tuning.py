@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How routers are trained: the fields of `moemerge.tuning.settings.Settings`."""
+    """Options for how routers are trained: the fields of `moemerge.tuning.settings.Settings`."""
 
     steps: Annotated[int, typer.Option(help="Steps of training, of each expert with phatgoose.")] = 40
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, at least 16 of every NAME.")] = 512

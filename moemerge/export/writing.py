@@ -69,7 +69,7 @@ def check_room(
 
 @dataclass(frozen=True)
 class GgufOptions:
-    """How a checkpoint is written as a GGUF file."""
+    """Options of `write_gguf`."""
 
     type: AskedType = "auto"
     """Type of matrices; vectors, norms and routers are float32."""
@@ -95,7 +95,7 @@ def write_gguf(
     Args:
         checkpoint: the folder of the checkpoint.
         file: the file to write.
-        options: how it is written.
+        options: the options of the file.
         room: the check that the disk has enough space.
         tell: called with what llama.cpp gets wrong of the model.
         progress: called with the bytes written and all there are.

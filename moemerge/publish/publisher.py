@@ -66,7 +66,7 @@ class Publisher:
         return f"{page}/tree/{quote(number)}" if number == self.revision else f"{page}/discussions/{number}"
 
     def open(self) -> None:
-        """Make sure, before any work, that the model will be taken; nothing is created."""
+        """Make sure, before any work, that the Hub will take the model; creates nothing."""
         check_names(self._repository)
         with self._explained():
             self._account = self._ask(lambda: read_account(self._api, self._repository))
@@ -142,7 +142,7 @@ class Publisher:
         return {name: (lfs.sha256, lfs.size) for name, lfs in large}
 
     def check_streaming(self, *, overwrite: bool) -> None:
-        """Make sure that shards may be sent to the revision; nothing is changed.
+        """Make sure that shards may be sent to the revision; changes nothing.
 
         Raises:
             RefusedError: the revision holds a finished model, and is not to be overwritten.

@@ -1,4 +1,4 @@
-"""A merged model's folder sent to the Hub, from the first check to the page's address."""
+"""Push a merged model's folder to the Hub, from the first check to the page's address."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +29,13 @@ def push(
     The token is that of `hf auth login`, or `HF_TOKEN`. Files that the Hub has already are not sent again.
 
     Args:
-        folder: holds the merged model.
+        folder: the folder of the merged model.
         repo: the repository, `user/name`; created where it is missing.
-        private: a repository that is created is private, and one that is public is refused.
+        private: whether a new repository is created private; then a public one is refused.
         revision: a branch, created where it is missing, or a pull request as `refs/pr/N`; else `main`.
-        create_pr: propose the model in a pull request.
-        licence: of the model, as the Hub calls it; written into the model card. Else the card has to name one.
-        overwrite: replace a model of another kind.
+        create_pr: whether to propose the model in a pull request.
+        licence: the model's licence, as the Hub calls it, for the model card; None where the card names one.
+        overwrite: whether to replace a model of another kind.
         announce: called with a line about each step.
 
     Returns:

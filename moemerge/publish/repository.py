@@ -38,7 +38,7 @@ class Account:
 
 
 def may_not_write(account: Account, why: str = "") -> str:
-    """The message for an account that may not write to a repository, with what the Hub said."""
+    """Make the message for an account that may not write to a repository, with what the Hub said in `why`."""
     places = " or ".join(account.places) or "nothing"
     return f"{account.name} may not write there{why}. The token may write to {places}."
 

@@ -121,7 +121,7 @@ def _run(context: TuningContext, documents: SplitDocuments, copy: Path | None, *
         context.work.begin(_fingerprint(context, texts, shards), resume=resume)
     processes.wait()
     state = stack_gates(context, sources, documents, batches) if phatgoose else train(context, batches, teachers)
-    found = _found(context, state, batches, copy)
+    found = _result(context, state, batches, copy)
     if processes.first:
         if found.improved:
             _write(context, found, state, shards, copy)
@@ -176,7 +176,7 @@ def _fingerprint(
     }
 
 
-def _found(context: TuningContext, state: State, batches: Batches, copy: Path | None) -> TuningResult:
+def _result(context: TuningContext, state: State, batches: Batches, copy: Path | None) -> TuningResult:
     texts = batches.held_out
     windows = {name: [texts.windows[place] for place in texts.of(domain)] for domain, name in enumerate(texts.domains)}
     before, after = ({name: np.array(of) for name, of in held.documents.items()} for held in (state.before, state.best))

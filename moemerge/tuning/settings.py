@@ -48,7 +48,7 @@ class Settings:
     """Whether experts may lack text; what the tuning does to their text is not seen then."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check that numbers are in their ranges.
 
         Raises:
             RefusedError: names every number that is out of its range.
@@ -69,7 +69,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """How a router does on held-out text."""
+    """Losses and choices of a mixture on held-out text, by domain."""
 
     losses: Mapping[str, Estimate]
     """Nats per token by domain."""
