@@ -109,7 +109,7 @@ def test_the_card_says_what_the_model_is(tmp_path, llamas):
         "# my-model",
         "parameters",
         "## Routing",
-        f"| fox | {report.own[0]:.1%} | {report.first[0]:.1%} |",
+        f"| fox | {report.hit_rate[0]:.1%} | {report.top1_accuracy[0]:.1%} |",
     ):
         assert part in card.text
 

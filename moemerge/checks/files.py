@@ -50,7 +50,7 @@ class Difference:
 
 
 def compare_files_beside(plan: MergePlan, model: ModelFolder) -> tuple[int, list[Difference]]:
-    """Compare everything but weights: returns how many copied files are equal, and what is not as planned.
+    """Compare all files but weights; returns the number of copied files that are equal, and the differences.
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import size_of
@@ -17,7 +17,7 @@ from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, JobPool
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.checkpoint.values import Census, NotFinite, has_floats, look_at
-from moemerge.sources.model_folder import open_model, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
 
 _NUMBERED_EXPERT: Final = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 _STACKED_EXPERTS: Final = re.compile(r"(?:^|\.)experts\.|block_sparse_moe\.(?:input|output)_linear\.")
@@ -67,6 +67,7 @@ class Inspection:
     experts: int
     """Number of experts; 0 for a dense model."""
     experts_per_token: int | None
+    """Number of experts that take a token, the most of all layers; None for a dense model."""
     total_parameters: int
     active_parameters: int
     tensors: int
@@ -101,39 +102,20 @@ def inspect_checkpoint(
     """
     model = open_model(reference, announce)
     tensors = read_tensor_table(model, announce, weights="stream")
-    stored_tensors = {leaf for tensor in tensors.values() for leaf in leaves(tensor)}
-    files = {path.name: size_of(path) for path in {tensor.path for tensor in stored_tensors}}
-    per_token = next((model.config[key] for key in _PER_TOKEN_KEYS if key in model.config), None)
-    if isinstance(per_token, list):  # by layer
-        per_token = max(per_token, default=None)
+    stored = {leaf for tensor in tensors.values() for leaf in leaves(tensor)}
+    files = {path.name: size_of(path) for path in {tensor.path for tensor in stored}}
+    per_token = _experts_per_token(model.config)
     experts = _count_experts(tensors)
-    total = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    in_experts = sum(math.prod(tensor.shape) for tensor in tensors.values() if _is_expert(tensor))
     idle = (experts - per_token) / experts if experts and isinstance(per_token, int) else 0
-    dtype_bytes: Counter[str] = Counter()
-    for tensor in stored_tensors:
-        dtype_bytes[tensor.dtype] += tensor.nbytes
-    warnings = [note.removeprefix(f"{reference}: ") for note in model.notes]
-    claimed = next((model.config[key] for key in _EXPERT_COUNT_KEYS if key in model.config), 0)
-    if experts != claimed:
-        warnings.append(f"config.json announces {claimed} experts, the tensors hold {experts}")
-    index = model.file(SAFETENSORS_INDEX)
-    stale = sorted(
-        path.name
-        for path in model.folder.glob("*.safetensors")
-        if path.name not in files and path.name.startswith("model")
+    total, active = _count_parameters(tensors, idle)
+    dtype_bytes = _count_bytes(stored)
+    warnings = (
+        *(note.removeprefix(f"{reference}: ") for note in model.notes),
+        *_expert_warnings(model, experts),
+        *_file_warnings(model, files),
+        *_tensor_warnings(tensors),
+        *_size_warnings(model, sum(dtype_bytes.values())),
     )
-    if stale and not (index and SINGLE_SAFETENSORS in files):  # which a note speaks of
-        warnings.append(f"{', '.join(stale)}: not in the index, so no reader loads it")
-    lost = [f"{name} {reason}" for name, reason in reasons(tensors).items()]
-    warnings += [*lost[:_LISTED], *([f"{len(lost) - _LISTED} more such tensors"] if lost[_LISTED:] else [])]
-    warnings += notes_on(tensors)
-    metadata = read_json(index).get("metadata") if index else None
-    announced = metadata.get("total_size") if isinstance(metadata, dict) else None
-    stored = sum(dtype_bytes.values())
-    if announced is not None and announced != stored and not model.adapters:
-        warnings.append(f"{SAFETENSORS_INDEX} announces {announced} bytes of tensors, the headers {stored}")
-    looked = _look_at_all(stored_tensors, progress) if values else None
     return Inspection(
         reference=reference,
         model_type=str(model.config.get("model_type")),
@@ -141,13 +123,65 @@ def inspect_checkpoint(
         experts=experts,
         experts_per_token=per_token if experts else None,
         total_parameters=total,
-        active_parameters=total - round(in_experts * idle),
+        active_parameters=active,
         tensors=len(tensors),
         files=dict(sorted(files.items())),
-        dtype_bytes=dict(dtype_bytes),
-        warnings=tuple(warnings),
-        values=looked,
+        dtype_bytes=dtype_bytes,
+        warnings=warnings,
+        values=_look_at_all(stored, progress) if values else None,
     )
+
+
+def _experts_per_token(config: dict[str, Any]) -> Any:
+    per_token = next((config[key] for key in _PER_TOKEN_KEYS if key in config), None)
+    return max(per_token, default=None) if isinstance(per_token, list) else per_token  # a list is by layer
+
+
+def _count_parameters(tensors: dict[str, TensorInfo], idle: float) -> tuple[int, int]:
+    """Count all parameters, and those that a token passes, where `idle` is the share of experts that it does not."""
+    total = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    in_experts = sum(math.prod(tensor.shape) for tensor in tensors.values() if _is_expert(tensor))
+    return total, total - round(in_experts * idle)
+
+
+def _count_bytes(tensors: Collection[TensorInfo]) -> dict[str, int]:
+    """Add up the bytes of tensors by their dtype."""
+    found: Counter[str] = Counter()
+    for tensor in tensors:
+        found[tensor.dtype] += tensor.nbytes
+    return dict(found)
+
+
+def _expert_warnings(model: ModelFolder, experts: int) -> list[str]:
+    claimed = next((model.config[key] for key in _EXPERT_COUNT_KEYS if key in model.config), 0)
+    return [f"config.json announces {claimed} experts, the tensors hold {experts}"] if experts != claimed else []
+
+
+def _file_warnings(model: ModelFolder, files: Collection[str]) -> list[str]:
+    """Warn of weights in the folder that are not among the files that a reader loads."""
+    stale = sorted(
+        path.name
+        for path in model.folder.glob("*.safetensors")
+        if path.name not in files and path.name.startswith("model")
+    )
+    noted = model.file(SAFETENSORS_INDEX) and SINGLE_SAFETENSORS in files  # the folder's own notes speak of them
+    return [f"{', '.join(stale)}: not in the index, so no reader loads it"] if stale and not noted else []
+
+
+def _tensor_warnings(tensors: dict[str, TensorInfo]) -> list[str]:
+    lost = [f"{name} {reason}" for name, reason in reasons(tensors).items()]
+    more = [f"{len(lost) - _LISTED} more such tensors"] if lost[_LISTED:] else []
+    return [*lost[:_LISTED], *more, *notes_on(tensors)]
+
+
+def _size_warnings(model: ModelFolder, stored: int) -> list[str]:
+    """Warn of an index whose total differs from the bytes of tensors that the headers add up to."""
+    index = model.file(SAFETENSORS_INDEX)
+    metadata = read_json(index).get("metadata") if index else None
+    announced = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if announced is None or announced == stored or model.adapters:
+        return []
+    return [f"{SAFETENSORS_INDEX} announces {announced} bytes of tensors, the headers {stored}"]
 
 
 def _look_at_all(tensors: Collection[TensorInfo], progress: Callable[[int, int], None]) -> Values:

@@ -19,7 +19,7 @@ from moemerge.errors import CheckpointError
 from moemerge.families.engines import Trouble, facts_of, trouble_of
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.plan import MergePlan
-from moemerge.sources.model_folder import open_merged, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder, open_merged, read_tensor_table
 
 
 @dataclass(frozen=True)
@@ -66,30 +66,13 @@ def verify_merge(
     files, differences = compare_files_beside(plan, model)
     differences += _compare_engine(plan)
     differences, notes = notable(model, differences)
-    try:
-        tensors = read_tensor_table(model, lambda _: None)
-    except CheckpointError as error:
-        tensors = {}
-        differences.append(Difference("weights", "an index, headers and files that agree", str(error)))
-    else:
-        if model.file(SAFETENSORS_INDEX):
-            odd = "an index, headers and files that agree"
-            differences += [Difference("weights", odd, note) for note in model.notes]
-        differences += compare_index(model, tensors) + _compare_tables(plan, tensors)
+    tensors, wrong = _read_tensors(plan, model)
+    differences += wrong
     unfit = {difference.what for difference in differences}
     fit = [name for name in plan.outputs if name in tensors and name not in unfit]
-    done, total = 0, sum(tensors[name].nbytes for name in fit)
-
-    def report(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(done, total)
-
-    with JobPool(report) as jobs:
-        started = [jobs.start(partial(_compare_output, plan.outputs[name], tensors[name], seed)) for name in fit]
-    results = [job.result() for job in started]
-    differences += [difference for result in results for difference in result]
-    equal = [name for name, result in zip(fit, results, strict=True) if not result]
+    results = _compare_outputs(plan, {name: tensors[name] for name in fit}, seed, progress)
+    differences += [difference for result in results.values() for difference in result]
+    equal = [name for name, result in results.items() if not result]
     routers = [name for name in equal if isinstance(plan.outputs[name].origin, Computed)]
     converted = [name for name in equal if plan.outputs[name].is_converted]
     copied = sorted(set(equal).difference(routers, converted))
@@ -103,6 +86,37 @@ def verify_merge(
         differences=tuple(differences),
         notes=tuple(notes),
     )
+
+
+def _read_tensors(plan: MergePlan, model: ModelFolder) -> tuple[dict[str, TensorInfo], list[Difference]]:
+    """Read a checkpoint's tensors by name, none if files do not agree, and how they differ from the plan's."""
+    agreeing = "an index, headers and files that agree"
+    try:
+        tensors = read_tensor_table(model, lambda _: None)
+    except CheckpointError as error:
+        return {}, [Difference("weights", agreeing, str(error))]
+    notes = model.notes if model.file(SAFETENSORS_INDEX) else ()
+    differences = [Difference("weights", agreeing, note) for note in notes]
+    return tensors, [*differences, *compare_index(model, tensors), *_compare_tables(plan, tensors)]
+
+
+def _compare_outputs(
+    plan: MergePlan, tensors: dict[str, TensorInfo], seed: int, progress: Callable[[int, int], None]
+) -> dict[str, list[Difference]]:
+    """Compare the bytes of tensors of the planned shape and dtype with what the plan makes of its sources."""
+    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
+
+    def report(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    with JobPool(report) as jobs:
+        started = {
+            name: jobs.start(partial(_compare_output, plan.outputs[name], tensor, seed))
+            for name, tensor in tensors.items()
+        }
+    return {name: job.result() for name, job in started.items()}
 
 
 def _compare_engine(plan: MergePlan) -> list[Difference]:

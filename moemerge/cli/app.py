@@ -8,13 +8,23 @@ from typing import Annotated, Final
 
 import typer
 
-from moemerge.cli.console import print_json, saying, speaking, stdout
+from moemerge.cli.console import announcer, console_session, print_json, stdout
 from moemerge.cli.evaluation import evaluate
 from moemerge.cli.families import list_families
 from moemerge.cli.gguf import write_file
+from moemerge.cli.grouping import grouped
 from moemerge.cli.merging import merge_models
-from moemerge.cli.options import AllowIdentical, CacheDir, Config, Debug, For, Json, Quiet, ShardSize, Verbose
-from moemerge.cli.planned import Asked, plan_from
+from moemerge.cli.options import (
+    AllowIdentical,
+    CacheDir,
+    Config,
+    Debug,
+    Json,
+    ModelOptions,
+    ShardSize,
+    VerboseMessageOptions,
+)
+from moemerge.cli.planned import PlanRequest, plan_from
 from moemerge.cli.publishing import push
 from moemerge.cli.repairing import repair_model
 from moemerge.cli.routes import show_routes
@@ -52,24 +62,25 @@ Exit codes: 0 done, 1 failed, 2 the config or the command has to change, 130 int
 """
 
 
+@grouped
 def _plan(
     config: Config,
+    *,
     json: Json = False,
     max_shard_size: ShardSize = None,
-    cache_dir: CacheDir = None,
-    allow_identical_experts: AllowIdentical = False,
-    engine: For = None,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
+    models: ModelOptions,
+    messages: VerboseMessageOptions,
 ) -> None:
     """Show what a merge would do: output family, parameters, disk, memory, and where each part comes from."""
-    with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
+    quiet = messages.quiet
+    with console_session(
+        quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=models.cache_dir
+    ) as console:
         from moemerge.cli.render import plan_facts, print_plan
         from moemerge.planning.options import PlanOptions
 
-        asked = Asked(config, allow_identical_experts, engine, max_shard_size=max_shard_size)
-        plan = plan_from(console, asked, PlanOptions(weights="stream"), quiet=quiet)
+        request = PlanRequest(config, models.allow_identical_experts, models.engine, max_shard_size=max_shard_size)
+        plan = plan_from(console, request, PlanOptions(weights="stream"), quiet=quiet)
         if json:
             print_json(plan_facts(plan))
         else:
@@ -88,7 +99,7 @@ def _inspect(
     debug: Debug = False,
 ) -> None:
     """Say what a checkpoint is, and check its index, headers and sizes against each other."""
-    with speaking(quiet=False, verbose=0, debug=debug) as console:
+    with console_session(quiet=False, verbose=0, debug=debug) as console:
         from dataclasses import asdict
 
         from moemerge.checks.inspection import inspect_checkpoint
@@ -109,8 +120,10 @@ def _inspect(
             raise typer.Exit(1)
 
 
+@grouped
 def _verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    *,
     against: Annotated[
         Path, typer.Option(metavar="CONFIG", help="The config that it was merged from.", show_default=False)
     ],
@@ -118,12 +131,11 @@ def _verify(
     json: Json = False,
     cache_dir: CacheDir = None,
     allow_identical_experts: AllowIdentical = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
+    messages: VerboseMessageOptions,
 ) -> None:
     """Compare a merged checkpoint with what its config says, byte for byte; routers are not computed again."""
-    with speaking(quiet=quiet, verbose=verbose, debug=debug, cache_dir=cache_dir) as console:
+    quiet = messages.quiet
+    with console_session(quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
 
         from moemerge.checks.verification import verify_merge
@@ -134,12 +146,12 @@ def _verify(
 
         # Before a plan may download weights.
         family = open_merged(out).config.get("model_type")
-        asked = Asked(against, allow_identical_experts, family=family)
-        plan = plan_from(console, asked, PlanOptions(needs_texts=False, weights="stream"), quiet=quiet)
+        request = PlanRequest(against, allow_identical_experts, family=family)
+        plan = plan_from(console, request, PlanOptions(needs_texts=False, weights="stream"), quiet=quiet)
         with show_progress(console, quiet=quiet) as progress:
             found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
         for note in found.notes:
-            saying(console, quiet=quiet)(f"note: {note}")
+            announcer(console, quiet=quiet)(f"note: {note}")
         if json:
             print_json(asdict(found))
         elif found.differences or not quiet:
@@ -154,12 +166,12 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
 }  # fmt: skip
 
 
-# Their result is a model; the empty name is a merge.
+# The result of these is a model; the empty name is a merge.
 _WRITES_ELSEWHERE: Final = {"", "tune", "gguf", "repair", "push"}
 
 
 def _misspelt(arguments: list[str]) -> str | None:
-    """The command that a first word, which is no file, is nearly called."""
+    """Find the command whose name is close to the first word; None if there is none, or the word is a file."""
     if not arguments or arguments[0].startswith("-") or Path(arguments[0]).exists():
         return None
     return next(iter(get_close_matches(arguments[0], _COMMANDS, n=1)), None)
@@ -176,7 +188,7 @@ def main() -> None:
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         out.flush()
-        code = code or _lost(out, word)
+        code = code or _stdout_exit_code(out, word)
     sys.exit(code)
 
 
@@ -196,8 +208,8 @@ def _run(word: str, arguments: list[str]) -> None:
     app(args=arguments, prog_name=f"moemerge {word}" if word else "moemerge")
 
 
-def _lost(out: Guarded, word: str) -> int:
-    """The exit code of a command that succeeded, if its standard output did not take all of it."""
+def _stdout_exit_code(out: Guarded, word: str) -> int:
+    """Give the exit code of a command that succeeded: 0, or 1 if standard output did not take its whole result."""
     if out.failure is None:
         return 0
     if word in _WRITES_ELSEWHERE:

@@ -1,4 +1,4 @@
-"""What all commands say in the same way: messages and exit codes, tables on stdout, JSON."""
+"""Consoles, exit codes and JSON output that all commands share."""
 
 import ctypes
 import errno
@@ -26,8 +26,8 @@ _M_MMAP_THRESHOLD: Final = -3
 
 
 @contextmanager
-def speaking(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path | None = None) -> Iterator["Console"]:
-    """A console for messages; turns what goes wrong inside into a message and an exit code."""
+def console_session(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path | None = None) -> Iterator["Console"]:
+    """Open a console for messages on standard error; an exception inside becomes a message and an exit code."""
     if cache_dir:
         os.environ["HF_HUB_CACHE"] = str(cache_dir)  # before huggingface_hub is imported
     # Other libraries' chatter and bars belong to those who ask for more.
@@ -38,8 +38,8 @@ def speaking(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path | None =
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.ERROR
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     console = _console(stderr=True)
-    ours, shown = logging.getLogger("moemerge"), _Shown(console)
-    ours.addHandler(shown)
+    ours, handler = logging.getLogger("moemerge"), _ConsoleHandler(console)
+    ours.addHandler(handler)
     ours.setLevel(min(level, logging.WARNING))
     ours.propagate = False
     signal.signal(signal.SIGTERM, _interrupt)
@@ -56,11 +56,11 @@ def speaking(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path | None =
         say(message, error=True)
         raise typer.Exit(exit_code) from error
     finally:
-        ours.removeHandler(shown)
+        ours.removeHandler(handler)
 
 
 def _console(*, stderr: bool = False, width: int | None = None) -> "Console":
-    """A console on which nothing that is printed can move the cursor."""
+    """Make a console that escapes control characters, so that nothing printed can move the cursor."""
     from rich.console import Console
 
     class _Safe(Console):
@@ -70,15 +70,15 @@ def _console(*, stderr: bool = False, width: int | None = None) -> "Console":
     return _Safe(stderr=stderr, soft_wrap=True, highlight=False, markup=False, width=width)
 
 
-class _Shown(logging.Handler):
-    """Shows what moemerge itself logs."""
+class _ConsoleHandler(logging.Handler):
+    """A handler that prints moemerge's own log records on a console."""
 
     def __init__(self, console: "Console") -> None:
         super().__init__()
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a warning as such, news with the module's name."""
+        """Print a warning with the word `warning`, any other record with the name of its logger."""
         is_warning = record.levelno >= logging.WARNING
         text = f"{'warning' if is_warning else record.name}: {record.getMessage()}"
         self._console.print(text, style="yellow" if is_warning else None)
@@ -89,13 +89,17 @@ def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def saying(console: "Console", *, quiet: bool) -> Callable[[str], None]:
-    """What prints a line of news, or nothing."""
+def announcer(console: "Console", *, quiet: bool) -> Callable[[str], None]:
+    """Make a function that prints a line on the console, or does nothing if `quiet`."""
     return (lambda _line: None) if quiet else console.print
 
 
 def stoppable(report: Callable[..., None]) -> Callable[..., None]:
-    """The same report, which stops the work if an interrupt got lost, as one may that comes during an import."""
+    """Wrap a progress callback so that it stops the work if an interrupt got lost, as may happen during an import.
+
+    Raises:
+        KeyboardInterrupt: an interrupt came before the call.
+    """
 
     def report_or_stop(*arguments: Any) -> None:
         if interrupted.is_set():
@@ -117,7 +121,7 @@ def return_freed_memory() -> None:
 
 
 def explain_error(error: BaseException) -> tuple[str, int]:
-    """What to tell the user, and the exit code."""
+    """Give the message for the user and the exit code for an exception that a command raised."""
     if isinstance(error, MoemergeError):
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -133,13 +137,13 @@ def explain_error(error: BaseException) -> tuple[str, int]:
 
 
 def stdout() -> "Console":
-    """A console for results."""
+    """Make a console for results on standard output."""
     # Tables are as wide as the terminal; in a file they need not be narrow.
     return _console(width=None if sys.stdout.isatty() else 160)
 
 
 def print_json(value: Any) -> None:
-    """A result for programs."""
+    """Print a result as JSON, for programs."""
     import json
 
     say(json.dumps(value, indent=2).replace("\x7f", "\\u007f"))  # the one control character that JSON leaves

@@ -1,6 +1,7 @@
 """`moemerge eval` and what it prints: losses beside baselines, and what the routers do."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -8,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moemerge.cli.console import print_json, saying, speaking, stdout, stoppable
-from moemerge.cli.options import CacheDir, Debug, Device, Json, Quiet, Verbose
+from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
+from moemerge.cli.grouping import grouped
+from moemerge.cli.options import CacheDir, Device, Json, VerboseMessageOptions
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -18,8 +20,22 @@ if TYPE_CHECKING:
 _LARGEST_LOSS: Final = math.log(1e6)
 
 
-def evaluate(  # noqa: PLR0917  typer makes options of arguments
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """Options for what is run, on how much text, and on which device."""
+
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Run the weight average, the uniform mixture and the label oracle too.")
+    ] = False
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192
+    window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512
+    device: Device = "auto"
+
+
+@grouped
+def evaluate(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    *,
     data: Annotated[
         list[str],
         typer.Option(
@@ -28,53 +44,52 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
             help="Text to judge by: a file, folder or pattern of .txt or .jsonl. NAME is an expert's, or any other.",
         ),
     ],
-    baselines: Annotated[
-        bool, typer.Option("--baselines", help="Run the weight average, the uniform mixture and the label oracle too.")
-    ] = False,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512,
-    device: Device = "auto",
+    measuring: MeasuringOptions,
     cache_dir: CacheDir = None,
     update_card: Annotated[bool, typer.Option("--update-card", help="Write the result into the model card.")] = False,
     json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
+    messages: VerboseMessageOptions,
 ) -> None:
     """Compare a merged model's loss on held-out text with those of its base, its experts and simpler mixtures."""
-    with speaking(quiet=quiet, verbose=0, debug=debug, cache_dir=cache_dir) as console:
+    with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
 
-        from moemerge.cli.progress import show_layers
-        from moemerge.evaluation.evaluator import evaluate as run
         from moemerge.model_card.card import read_card, update_evaluation
 
         if update_card:
             read_card(out)  # before what takes minutes
-        with show_layers(console, quiet=quiet) as progress:
-            found = run(
-                out,
-                by_name(data),
-                baselines=baselines,
-                tokens=max_tokens,
-                window=window,
-                device=device,
-                progress=stoppable(progress),
-                announce=saying(console, quiet=quiet),
-            )
+        found = _measure(console, out, data, measuring, quiet=messages.quiet)
         if json:
             print_json(asdict(found))
         else:
-            print_evaluation(stdout(), found, by_layer=verbose > 0)
-        for note in () if quiet else found.notes:
+            print_evaluation(stdout(), found, by_layer=messages.verbose > 0)
+        for note in () if messages.quiet else found.notes:
             console.print(f"note: {note}", style="yellow")
         if update_card:  # last: what took minutes is not lost with the card
             update_evaluation(out, found)
             console.print(f"{out / 'README.md'}: updated")
 
 
+def _measure(console: Console, out: Path, data: list[str], measuring: MeasuringOptions, *, quiet: bool) -> "Evaluation":
+    """Evaluate the model, and show how far that is."""
+    from moemerge.cli.progress import show_layers
+    from moemerge.evaluation.evaluator import evaluate as run
+
+    with show_layers(console, quiet=quiet) as progress:
+        return run(
+            out,
+            by_name(data),
+            baselines=measuring.baselines,
+            tokens=measuring.max_tokens,
+            window=measuring.window,
+            device=measuring.device,
+            progress=stoppable(progress),
+            announce=announcer(console, quiet=quiet),
+        )
+
+
 def by_name(data: list[str]) -> dict[str, list[str]]:
-    """Paths of each `--data NAME=PATH`.
+    """Collect the paths of `--data NAME=PATH` options, by name.
 
     Raises:
         RefusedError: one is not of this form.
@@ -89,7 +104,7 @@ def by_name(data: list[str]) -> dict[str, list[str]]:
 
 
 def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool) -> None:
-    """Losses by model and domain, what choosing experts recovers, and the routers' choices."""
+    """Print losses by model and domain, what choosing experts recovers, and the routers' choices."""
     console.print("Loss in nats per token (perplexity), lower is better:")
     table = Table("", *(domain.name for domain in found.domains), "mean", box=None, header_style="")
     for model, losses in found.losses.items():
@@ -133,6 +148,6 @@ def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool) -
 
 
 def _loss(value: float) -> str:
-    """A loss with its perplexity, which of a model that predicts nothing would be a page of digits."""
+    """Format a loss with its perplexity, which is cut at 1e6: a model that predicts nothing has a page of digits."""
     perplexity = f"{math.exp(value):.2f}" if value < _LARGEST_LOSS else "over 1e6"
     return f"{value:.3f} ({perplexity})"

@@ -1,10 +1,10 @@
-"""The table of output families, for people, for programs, and for the documentation."""
+"""`moemerge families`: the table of output families, as text, JSON or Markdown."""
 
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.cli.console import console_session, print_json, stdout
 from moemerge.cli.options import Debug, Json
 from moemerge.cli.streams import say
 
@@ -24,7 +24,7 @@ def list_families(
     debug: Debug = False,
 ) -> None:
     """List the output families: which dense models each repeats exactly, and what it can hold."""
-    with speaking(quiet=False, verbose=0, debug=debug):
+    with console_session(quiet=False, verbose=0, debug=debug):
         from dataclasses import asdict
 
         from moemerge.families.overview import family_rows
@@ -39,7 +39,7 @@ def list_families(
 
 
 def as_markdown(rows: "list[FamilyRow]") -> str:
-    """The tables of families and of engines, and the notes below them, for docs/families.md."""
+    """Format the tables of families and of engines, and the notes below them, for docs/families.md."""
     table = [_HEADINGS, tuple("---" for _ in _HEADINGS), *(_cells(row, code="`") for row in rows)]
     versions = dict.fromkeys(f"{cell.engine} ({cell.version})" for row in rows for cell in row.engines)
     engines = [("family", *versions), tuple("---" for _ in range(len(versions) + 1))]
@@ -53,7 +53,7 @@ def _line(cells: "Sequence[str]") -> str:
 
 
 def print_families(console: "Console", rows: "list[FamilyRow]") -> None:
-    """One paragraph for each family."""
+    """Print one paragraph for each family."""
     for row in rows:
         console.print(row.family, style="bold")
         for heading, cell in zip(_HEADINGS[1:], _cells(row)[1:], strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer reads it: parameters that are dataclasses are spread into their fields, in their place."""
+    """Wrap a command for typer: each parameter that is a dataclass is replaced by the dataclass's fields."""
     groups: dict[str, type[Any]] = {}
     spread: list[Parameter] = []
     for name, parameter in signature(command).parameters.items():
@@ -32,4 +32,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(field: Field[Any]) -> Parameter:
     default = Parameter.empty if field.default is MISSING else field.default
+    if field.default_factory is not MISSING:
+        default = field.default_factory()
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=field.type)

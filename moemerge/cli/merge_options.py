@@ -6,21 +6,16 @@ from typing import Annotated, Final
 import typer
 
 from moemerge.cli.options import (
-    AllowIdentical,
-    CacheDir,
     CreatePr,
-    Debug,
-    For,
     GgufType,
     License,
     LlamaCpp,
     Private,
     Push,
     PushStreaming,
-    Quiet,
     Revision,
     ShardSize,
-    Verbose,
+    VerboseMessageOptions,
 )
 from moemerge.cli.streams import say
 
@@ -31,7 +26,7 @@ _BITS_HELP: Final = (
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written."""
+    """Options for what is written."""
 
     max_shard_size: ShardSize = None
     type: GgufType = "auto"
@@ -43,7 +38,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """How models and prompts are read."""
+    """Options for how models and prompts are read."""
 
     routing_table: Annotated[
         bool,
@@ -60,7 +55,7 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class PushOptions:
-    """Where the model goes on the Hub."""
+    """Options for a push to the Hub."""
 
     push: Push = None
     push_streaming: PushStreaming = False
@@ -72,7 +67,7 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """How routers are made."""
+    """Options for how routers are made."""
 
     seed: Annotated[int, typer.Option(help="Of random routers and of noise_scale.")] = 0
     device: Annotated[str, typer.Option(help="Runs the base model for the routers: auto, cpu, cuda, cuda:1, mps.")] = (
@@ -80,15 +75,6 @@ class RouterOptions:
     )
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which models may be merged, and where they are kept."""
-
-    cache_dir: CacheDir = None
-    allow_identical_experts: AllowIdentical = False
-    engine: For = None
 
 
 def _show_version(*, show: bool) -> None:
@@ -100,12 +86,9 @@ def _show_version(*, show: bool) -> None:
 
 
 @dataclass(frozen=True)
-class TalkOptions:
-    """What is said."""
+class MainMessageOptions(VerboseMessageOptions):
+    """Options for how much is printed, and `--version`."""
 
-    quiet: Quiet = False
-    verbose: Verbose = 0
-    debug: Debug = False
     version: Annotated[
         bool,
         typer.Option(

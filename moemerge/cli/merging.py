@@ -4,26 +4,26 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moemerge.cli.console import return_freed_memory, saying, speaking, stdout, stoppable
-from moemerge.cli.gguf import check_gguf, check_options, is_gguf, merge_into
+from moemerge.cli.console import announcer, console_session, return_freed_memory, stdout, stoppable
+from moemerge.cli.gguf_output import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import (
-    ModelOptions,
+    MainMessageOptions,
     OutputOptions,
     PushOptions,
     ReadingOptions,
     RouterOptions,
-    TalkOptions,
 )
-from moemerge.cli.options import Config
-from moemerge.cli.planned import Asked, plan_from
-from moemerge.cli.publishing import Pushing
+from moemerge.cli.options import Config, ModelOptions
+from moemerge.cli.planned import PlanRequest, plan_from
+from moemerge.cli.publishing import PlannedPush
 from moemerge.cli.streams import say
 from moemerge.errors import BusyError, RefusedError
 
@@ -53,66 +53,51 @@ Out = Annotated[
 def merge_models(
     config: Config,
     out: Out,
+    *,
     output: OutputOptions,
     reading: ReadingOptions,
     push: PushOptions,
     routers: RouterOptions,
     models: ModelOptions,
-    talk: TalkOptions,
+    messages: MainMessageOptions,
 ) -> None:
     """Build a mixture of experts: moemerge CONFIG OUT.
 
     The base model gives embeddings, attention and norms, each expert its FFNs; the routers start from the prompts.
     """
-    quiet, streaming = talk.quiet, push.push_streaming
-    with speaking(quiet=quiet, verbose=talk.verbose, debug=talk.debug, cache_dir=models.cache_dir) as console:
-        from moemerge.merging.options import MergeOptions
-
+    quiet, streaming = messages.quiet, push.push_streaming
+    with console_session(
+        quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=models.cache_dir
+    ) as console:
         if streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
-        pushing = Pushing(
-            push.push,
-            push.license,
-            saying(console, quiet=quiet),
-            streaming=streaming,
-            private=push.private,
-            revision=push.revision,
-            create_pr=push.create_pr,
-        )
+        planned_push = PlannedPush(push, announcer(console, quiet=quiet))
         # Before a plan may download weights.
-        approve = _place_check(config, out, output, push, pushing)
-        base_bits = _base_bits(routers)
+        approve = _place_check(config, out, output, push, planned_push)
+        options = _merge_options(output, reading, routers)
         return_freed_memory()
-        asked = Asked(
+        request = PlanRequest(
             config,
             models.allow_identical_experts,
             models.engine,
             max_shard_size=output.max_shard_size,
             out_shard_size=output.out_shard_size,
         )
-        plan = plan_from(console, asked, _plan_options(out, reading, push), quiet=quiet, approve=approve)
-        options = MergeOptions(
-            overwrite=output.overwrite,
-            resume=output.resume,
-            low_memory=reading.low_memory,
-            seed=routers.seed,
-            device=routers.device,
-            base_bits=base_bits,
-            licence=pushing.licence,
-        )
-        report = _merge(console, plan, out, options, output, push=push, publisher=pushing.publisher, quiet=quiet)
-        with _complete(console, out, pushing.publisher, streaming=streaming):
-            _print_report(console, out, plan, report, quiet=quiet, by_layer=talk.verbose > 0)
+        plan = plan_from(console, request, _plan_options(out, reading, push), quiet=quiet, approve=approve)
+        options = replace(options, licence=planned_push.licence)
+        report = _merge(console, plan, out, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)
+        with _interrupts_after_success(console, out, planned_push.publisher, streaming=streaming):
+            _print_report(console, out, plan, report, quiet=quiet, by_layer=messages.verbose > 0)
             if not quiet and not streaming:
                 say(f"{out}: done")
-        if pushing.publisher:
-            say(pushing.publisher.url if streaming else pushing.publisher.push(out))
+        if planned_push.publisher:
+            say(planned_push.publisher.url if streaming else planned_push.publisher.push(out))
 
 
 def _place_check(
-    config: Path, out: Path, output: OutputOptions, push: PushOptions, pushing: Pushing
+    config: Path, out: Path, output: OutputOptions, push: PushOptions, planned_push: PlannedPush
 ) -> "Callable[[Sequence[ModelFolder]], None]":
-    """Refuse what could not be written; gives what refuses the same of a merge whose models are known."""
+    """Refuse an output that could not be written; returns a check of the same for a merge whose models are known."""
     to_file = is_gguf(out)
     folders_only = {
         "--resume": output.resume,
@@ -130,7 +115,7 @@ def _place_check(
 
     def approve(sources: "Sequence[ModelFolder]") -> None:
         check_place([folder for source in sources for folder in source.folders])
-        pushing.approve(sources)
+        planned_push.approve(sources)
 
     return approve
 
@@ -159,7 +144,7 @@ def _merge(
     publisher: "Publisher | None",
     quiet: bool,
 ) -> "RoutingReport":
-    """Merge to where it is asked for, and show how far it is."""
+    """Carry out the plan into a folder, a GGUF file or the Hub, and show progress; returns the routing report."""
     from moemerge.cli.progress import show_progress
     from moemerge.merging.checkpoint import merge
 
@@ -172,7 +157,7 @@ def _merge(
     if not is_gguf(out):
         carry_out = partial(merge, plan, _destination(out, push, publisher), options)
     with (
-        _told_what_is_kept(console, out, streaming=streaming),
+        _hint_at_resume(console, out, streaming=streaming),
         show_progress(console, quiet=quiet) as progress,
     ):
         report: RoutingReport = carry_out(
@@ -200,8 +185,25 @@ def _check_folder(out: Path, inputs: list[Path], sources: list[Path], *, overwri
         check_target(out, sources, inputs=inputs, replaceable=replaceable_files if overwrite else None)
 
 
+def _merge_options(output: OutputOptions, reading: ReadingOptions, routers: RouterOptions) -> "MergeOptions":
+    from moemerge.merging.options import MergeOptions
+
+    return MergeOptions(
+        overwrite=output.overwrite,
+        resume=output.resume,
+        low_memory=reading.low_memory,
+        seed=routers.seed,
+        device=routers.device,
+        base_bits=_base_bits(routers),
+    )
+
+
 def _base_bits(routers: RouterOptions) -> Literal[4, 8] | None:
-    """The bits of the base model's pass; an option of it that makes no sense is refused."""
+    """Give the bits of the base model's weights for the routers, None for all of them.
+
+    Raises:
+        RefusedError: the device is unknown, or the options for bits cannot be followed.
+    """
     from moemerge.routers.initialisation import check_base_bits
 
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", routers.device):
@@ -214,8 +216,8 @@ def _base_bits(routers: RouterOptions) -> Literal[4, 8] | None:
 
 
 @contextmanager
-def _told_what_is_kept(console: "Console", out: Path, *, streaming: bool) -> Iterator[None]:
-    """Say what a merge that stops leaves for `--resume`."""
+def _hint_at_resume(console: "Console", out: Path, *, streaming: bool) -> Iterator[None]:
+    """Print how many shards a merge that fails or is interrupted keeps for `--resume`."""
     from moemerge.checkpoint.staging import kept_shards
 
     try:
@@ -234,8 +236,10 @@ def _told_what_is_kept(console: "Console", out: Path, *, streaming: bool) -> Ite
 
 
 @contextmanager
-def _complete(console: "Console", out: Path, publisher: "Publisher | None", *, streaming: bool) -> Iterator[None]:
-    """Let nothing that comes while results are shown look like a failure of the merge that is done."""
+def _interrupts_after_success(
+    console: "Console", out: Path, publisher: "Publisher | None", *, streaming: bool
+) -> Iterator[None]:
+    """Report an interrupt while results are shown as what it is: the merge itself is complete by then."""
     try:
         yield
     except (KeyboardInterrupt, MemoryError) as error:

@@ -1,6 +1,7 @@
-"""Options that several commands have."""
+"""Options that several commands have, single ones and groups of them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
@@ -64,7 +65,10 @@ GGUF_TYPES: Final[tuple[str, ...]] = get_args(_Type)
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """What reads one of some names, in any case, and refuses another with the nearest, or with all of them."""
+    """Make a parser that accepts one of `names`, in any case.
+
+    The parser raises typer.BadParameter for any other, with the nearest name, or with all of them.
+    """
 
     def read(given: str) -> str:
         if given.lower() in names:
@@ -94,3 +98,29 @@ LlamaCpp = Annotated[
         help="A checkout of llama.cpp, whose converter reads a tokenizer that moemerge does not know.",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options for which models may be merged, and where they are kept."""
+
+    cache_dir: CacheDir = None
+    allow_identical_experts: AllowIdentical = False
+    engine: For = None
+
+
+@dataclass(frozen=True)
+class MessageOptions:
+    """Options for how much a command prints."""
+
+    quiet: Quiet = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
+class VerboseMessageOptions:
+    """Options for how much a command with `--verbose` prints."""
+
+    quiet: Quiet = False
+    verbose: Verbose = 0
+    debug: Debug = False

@@ -1,10 +1,10 @@
-"""From a config file and the options of a command line to a plan."""
+"""Make a plan of a config file and the options of a command line."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from moemerge.cli.console import saying
+from moemerge.cli.console import announcer
 from moemerge.engines import ENGINES, NAMES, canonical_engine
 from moemerge.errors import RefusedError
 
@@ -23,20 +23,20 @@ _FEWEST_BARE_BYTES: Final = 1_000_000
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A config file, and what the command line has to say of it."""
+class PlanRequest:
+    """A config file and the options of the command line that bear on its plan."""
 
     config: Path
     allow_identical_experts: bool = False
     engine: str | None = None
-    """`--for`, which goes before the config's own."""
+    """The engine of `--for`, which takes precedence over the config's own."""
     family: str | None = None
-    """Taken where the config names no architecture, whatever an engine that it names makes of that."""
+    """The output family if the config names no architecture; then the config's engine does not count."""
     max_shard_size: str | None = None
     out_shard_size: str | None = None
 
     def read(self) -> "MergeConfig":
-        """The config, with the engine that is asked for.
+        """Read the config, with the engine that is asked for.
 
         Raises:
             ConfigError: the file is no config, or a wrong one.
@@ -54,22 +54,22 @@ class Asked:
 
 def plan_from(
     console: "Console",
-    asked: Asked,
+    request: PlanRequest,
     options: "PlanOptions",
     *,
     quiet: bool,
     approve: "Callable[[Sequence[ModelFolder]], None]" = lambda _: None,
 ) -> "MergePlan":
-    """The plan of a config file; says what the user should know."""
+    """Make the plan of a config file, and print its notes and warnings."""
     from moemerge.families.selection import MOE_FAMILIES
     from moemerge.planning.planner import plan_merge
 
-    loaded = asked.read()
+    loaded = request.read()
     planned = loaded
-    if asked.family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
-        planned = loaded.model_copy(update={"architecture": asked.family, "engine": None})
-    max_bytes = _shard_bytes(asked.max_shard_size, asked.out_shard_size, 4 if loaded.dtype == "float32" else 2)
-    say = saying(console, quiet=quiet)
+    if request.family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
+        planned = loaded.model_copy(update={"architecture": request.family, "engine": None})
+    max_bytes = _shard_bytes(request.max_shard_size, request.out_shard_size, 4 if loaded.dtype == "float32" else 2)
+    say = announcer(console, quiet=quiet)
     plan = plan_merge(planned, replace(options, max_shard_bytes=max_bytes), approve=approve, announce=say)
     for note in plan.notes:
         say(f"note: {note}")
@@ -81,7 +81,7 @@ def plan_from(
 
 
 def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int) -> int:
-    """The largest shard, by `--max-shard-size` or by the parameters of `--out-shard-size`, which goes before.
+    """Compute the most bytes of a shard, by `--max-shard-size`, or by `--out-shard-size` in parameters if it is given.
 
     Raises:
         RefusedError: it is no size, or so small that its unit was surely left out.

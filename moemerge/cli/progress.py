@@ -17,11 +17,11 @@ _LINES: Final = 10
 
 @contextmanager
 def show_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
-    """Give the callback for `merge`."""
+    """A context with a progress callback for `merge`."""
     if quiet:
         yield lambda _stage, _done, _total: None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[said]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[amount]}"))
         with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
             yield _Bars(bars).report
     else:
@@ -30,7 +30,7 @@ def show_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
 
 @contextmanager
 def show_layers(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Give the callback for what runs models one after the other, layer by layer."""
+    """A context with a progress callback for models that run one after the other, layer by layer."""
     if quiet:
         yield lambda _name, _done, _total: None
     elif console.is_terminal:
@@ -51,7 +51,7 @@ def show_layers(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int
 
 @contextmanager
 def show_steps(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """The same for a training, which tells by itself how it gets on: a bar on a terminal, nothing elsewhere."""
+    """A context with a progress callback for steps: it shows a bar on a terminal, and nothing elsewhere."""
     if quiet or not console.is_terminal:
         yield lambda _name, _done, _total: None
     else:
@@ -59,8 +59,8 @@ def show_steps(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int,
             yield report
 
 
-class _Said:
-    """What is done, in words: layers, or bytes with their rate."""
+class _Amount:
+    """Describes the amount done in words: layers, or bytes with their rate."""
 
     def __init__(self, stage: Stage, done: int) -> None:
         self._stage, self._first, self._start = stage, done, time.monotonic()
@@ -75,23 +75,23 @@ class _Said:
 class _Bars:
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
-        self._tasks: dict[Stage, tuple[TaskID, _Said]] = {}
+        self._tasks: dict[Stage, tuple[TaskID, _Amount]] = {}
 
     def report(self, stage: Stage, done: int, total: int) -> None:
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, said=""), _Said(stage, done)
-        task, said = self._tasks[stage]
-        self._bars.update(task, completed=done, said=said(done, total))
+            self._tasks[stage] = self._bars.add_task(stage, total=total, amount=""), _Amount(stage, done)
+        task, amount = self._tasks[stage]
+        self._bars.update(task, completed=done, amount=amount(done, total))
 
 
 class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._stages: dict[Stage, tuple[int, _Said]] = {}
+        self._stages: dict[Stage, tuple[int, _Amount]] = {}
 
     def report(self, stage: Stage, done: int, total: int) -> None:
         tenth = done * _LINES // max(total, 1)
-        shown, said = self._stages.get(stage) or (0, _Said(stage, done))
-        self._stages[stage] = max(tenth, shown), said
+        shown, amount = self._stages.get(stage) or (0, _Amount(stage, done))
+        self._stages[stage] = max(tenth, shown), amount
         if tenth > shown:
-            self._console.print(f"{stage}: {said(done, total)}")
+            self._console.print(f"{stage}: {amount(done, total)}")

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def billions(parameters: int) -> str:
-    """A parameter count for people."""
+    """Format a number of parameters: `1.23 B`, or `4.56 M` below 100 million."""
     return f"{parameters / 1e9:.2f} B" if parameters >= 10**8 else f"{parameters / 1e6:.2f} M"
 
 
 def plan_facts(plan: MergePlan) -> dict[str, Any]:
-    """A plan as plain values: what `moemerge plan --json` prints."""
+    """Turn a plan into the values that `moemerge plan --json` prints."""
     places = {name: (shard.name, start) for shard in plan.shards for name, start in shard.starts.items()}
     return {
         "family": plan.family.model_type,
@@ -64,7 +64,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
 
 
 def _origin(output: Output) -> dict[str, Any]:
-    """Where a tensor comes from; of one that has several pieces, the bands one under the other, each side by side."""
+    """Describe a tensor's source; one of several pieces has bands one below the other, each of pieces side by side."""
     if isinstance(output.origin, Computed):
         return {"from": output.origin.kind}
     if len(output.pieces) == 1:
@@ -87,7 +87,7 @@ def _source(piece: Piece) -> dict[str, Any]:
 
 
 def print_plan(console: Console, plan: MergePlan) -> None:
-    """The plan as a page."""
+    """Print the plan: its facts, where its tensors come from, and advice."""
     facts = Table.grid(padding=(0, 2))
     free = shutil.disk_usage(Path.cwd()).free
     rows = {
@@ -120,7 +120,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         for piece in output.pieces:
             origin = "constants"
             if isinstance(piece.source, TensorInfo):
-                origin = _told(piece.source, plan)
+                origin = _origin_of(piece.source, plan)
             parts.setdefault(("experts" if output.is_expert else "shared by all", origin), []).append(piece.nbytes)
     for (part, origin), sizes in parts.items():
         table.add_row(part, size(sum(sizes)), origin)
@@ -129,20 +129,20 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         console.print(f"advice: {advice}")
 
 
-def _told(source: TensorInfo, plan: MergePlan) -> str:
+def _origin_of(source: TensorInfo, plan: MergePlan) -> str:
     """The model that a tensor is read from, or what is made of which."""
     made = derivation(source)
     if made is None:
         return plan.origins.references.get(next(leaves(source)).path, source.path.name)
-    return f"{made.name} {_told(made.inputs[0], plan)}" if len(made.inputs) == 1 else made.name
+    return f"{made.name} {_origin_of(made.inputs[0], plan)}" if len(made.inputs) == 1 else made.name
 
 
 def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) -> None:
-    """The routing table: on the prompts, who gets what."""
+    """Print the routing table: which shares of the prompts' tokens each expert gets."""
     if not report.layers:
         return
     table = Table("expert", "own prompts", "first choice", "all prompts", box=None, padding=(0, 2, 0, 0))
-    for name, *shares in zip(report.experts, report.own, report.first, report.load, strict=True):
+    for name, *shares in zip(report.experts, report.hit_rate, report.top1_accuracy, report.load, strict=True):
         table.add_row(name, *(f"{share:.1%}" for share in shares))
     console.print(
         f"Prompt tokens that reach each expert in the top {report.experts_per_token} "
@@ -162,7 +162,7 @@ def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) 
 
 
 def print_inspection(console: Console, found: Inspection) -> None:
-    """A checkpoint's facts as a page."""
+    """Print a checkpoint's facts, and a table of the tensors with numbers that are not finite."""
     facts = Table.grid(padding=(0, 2))
     kind = f"mixture of {found.experts} experts, {found.experts_per_token} per token" if found.experts else "dense"
     facts.add_row("model", f"{found.model_type}, {kind}, {found.layers} layers")
@@ -185,7 +185,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
 
 
 def print_verification(console: Console, out: Path, found: Verification) -> None:
-    """What differs as a table, and what is equal as one line."""
+    """Print differences as a table, and one line on what is equal."""
     if found.differences:
         table = Table("tensor, file or key", "expected", "found", box=None, padding=(0, 2, 0, 0))
         for difference in found.differences:

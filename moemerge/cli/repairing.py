@@ -1,11 +1,11 @@
-"""`moemerge repair`: what transformers 5 dropped when it saved a merged model, put back."""
+"""`moemerge repair`: put back what transformers 5 drops when it saves a merged model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moemerge.cli.console import print_json, speaking, stdout
+from moemerge.cli.console import console_session, print_json, stdout
 from moemerge.cli.options import Debug, Json, Quiet
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def repair_model(
     debug: Debug = False,
 ) -> None:
     """Put back what save_pretrained of transformers 5 drops of a merged model's config, in place; weights stay."""
-    with speaking(quiet=quiet, verbose=0, debug=debug):
+    with console_session(quiet=quiet, verbose=0, debug=debug):
         from dataclasses import asdict
 
         from moemerge.checks.repairing import repair
@@ -35,7 +35,7 @@ def repair_model(
 
 
 def print_repair(console: "Console", out: Path, found: "list[Difference]", *, dry_run: bool) -> None:
-    """What was found and what takes its place."""
+    """Print each value that was found, and the one that takes its place."""
     from rich.table import Table
 
     if not found:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -9,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from moemerge.cli.console import print_json, speaking, stdout, stoppable
-from moemerge.cli.options import Debug, Device, Json, Quiet
+from moemerge.cli.console import console_session, print_json, stdout, stoppable
+from moemerge.cli.grouping import grouped
+from moemerge.cli.options import Device, Json, MessageOptions
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
 from moemerge.texts.documents import find_files, read_documents
@@ -23,9 +25,11 @@ _COLOURS: Final = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_
 _MOST_DOCUMENTS: Final = 50
 
 
-def show_routes(  # noqa: PLR0917  typer makes options of arguments
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
-    text: Annotated[list[str], typer.Option(help="A text to route.", show_default=False)] = [],  # noqa: B006
+@dataclass(frozen=True)
+class TextOptions:
+    """Options for the texts to route."""
+
+    text: Annotated[list[str], typer.Option(help="A text to route.", show_default=False)] = field(default_factory=list)
     file: Annotated[
         list[Path],
         typer.Option(
@@ -33,7 +37,14 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
             ".txt nor .jsonl is one.",
             show_default=False,
         ),
-    ] = [],  # noqa: B006
+    ] = field(default_factory=list)
+
+
+@grouped
+def show_routes(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    *,
+    given: TextOptions,
     layer: Annotated[
         int | None, typer.Option(help="Show this layer's choices, not the majority of all.", show_default=False)
     ] = None,
@@ -43,23 +54,12 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each text.")] = 2000,
     device: Device = "auto",
     json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    messages: MessageOptions,
 ) -> None:
     """Show which expert of a merged model takes which token."""
-    with speaking(quiet=quiet, verbose=0, debug=debug) as console:
-        texts = {f"text {number}": given for number, given in enumerate(text, 1)}
-        for name, given in texts.items():
-            if given.encode(errors="replace").decode() != given:
-                raise RefusedError(f"--text: {name} holds bytes that are no UTF-8. Write it in UTF-8.")
-        documents = list(_documents(file))
-        for name, document in documents[:_MOST_DOCUMENTS]:
-            texts[name if name not in texts else f"{name} (file)"] = document
-        if not texts:
-            raise RefusedError("nothing to route: give --text or --file.")
-        if len(documents) > _MOST_DOCUMENTS:
-            left = f"of {len(documents)} documents, the first {_MOST_DOCUMENTS} are read"
-            console.print(f"warning: {left}", style="yellow")
+    quiet = messages.quiet
+    with console_session(quiet=quiet, verbose=0, debug=messages.debug) as console:
+        texts = _read_texts(console, given)
         if html:
             from moemerge.evaluation.routes.page import check_page
 
@@ -88,8 +88,29 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
             print_routes(stdout(), routes, layer)
 
 
+def _read_texts(console: Console, given: TextOptions) -> dict[str, str]:
+    """Read the texts of the command line and of its files, by name; warns of documents that are too many.
+
+    Raises:
+        RefusedError: there is no text, it is no UTF-8, or there is no such file.
+    """
+    texts = {f"text {number}": text for number, text in enumerate(given.text, 1)}
+    for name, text in texts.items():
+        if text.encode(errors="replace").decode() != text:
+            raise RefusedError(f"--text: {name} holds bytes that are no UTF-8. Write it in UTF-8.")
+    documents = list(_documents(given.file))
+    for name, document in documents[:_MOST_DOCUMENTS]:
+        texts[name if name not in texts else f"{name} (file)"] = document
+    if not texts:
+        raise RefusedError("nothing to route: give --text or --file.")
+    if len(documents) > _MOST_DOCUMENTS:
+        left = f"of {len(documents)} documents, the first {_MOST_DOCUMENTS} are read"
+        console.print(f"warning: {left}", style="yellow")
+    return texts
+
+
 def _documents(given: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """The documents of files, folders and patterns, each with its file's name: of several in one, with a number, too.
+    """Read the documents of files, folders and patterns, each with its file's name, numbered if the file holds several.
 
     Raises:
         RefusedError: there is no such file, or no text in it.
@@ -115,7 +136,7 @@ def _files(path: str) -> list[Path]:
 
 
 def print_routes(console: Console, routes: "Routes", layer: int | None) -> None:
-    """Texts with each token in its expert's colour; where there are no colours, the expert's name before its tokens."""
+    """Print texts with each token in its expert's colour; without colours, the expert's name precedes its tokens."""
     index = None if layer is None else routes.layers.index(layer)
     where = f"all {len(routes.layers)} layers" if layer is None else f"layer {layer}"
     for text in routes.texts:

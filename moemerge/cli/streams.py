@@ -13,7 +13,7 @@ class Guarded:
     """A text stream that keeps its first failure instead of raising it; what is written afterwards goes nowhere."""
 
     def __init__(self, stream: Any) -> None:
-        """Guard `stream`; None is one that was closed before the program began."""
+        """Guard `stream`, which is None if it was closed before the program began."""
         self.failure: OSError | ValueError | None = None if stream else ValueError("it is closed")
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  as long as the program
         with suppress(AttributeError, ValueError, OSError):
@@ -46,7 +46,7 @@ class Guarded:
 
     @property
     def why(self) -> str:
-        """What failed, in words."""
+        """The failure in words."""
         return getattr(self.failure, "strerror", None) or str(self.failure)
 
     def __getattr__(self, name: str) -> Any:
@@ -54,7 +54,7 @@ class Guarded:
 
 
 def _keep_open(number: int) -> None:
-    """Open nothing under a standard stream's number, if it is closed: it would go to the next file that is opened."""
+    """Open the null device under a closed standard stream's number, or the next file to be opened would get it."""
     try:
         os.fstat(number)
     except OSError:
@@ -63,7 +63,7 @@ def _keep_open(number: int) -> None:
 
 @contextmanager
 def guarded_streams() -> Iterator[tuple[Guarded, Guarded]]:
-    """Put guards in the place of standard output and error; they stay where something failed."""
+    """Replace standard output and error by guards; they stay in place if one of them failed."""
     for number in range(3):
         _keep_open(number)
     given = sys.stdout, sys.stderr

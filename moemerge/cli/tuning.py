@@ -1,6 +1,7 @@
 """`moemerge tune` and what it prints: held-out losses before and after."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -8,17 +9,45 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moemerge.cli.console import print_json, return_freed_memory, saying, speaking, stdout, stoppable
+from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stdout, stoppable
 from moemerge.cli.evaluation import by_name
-from moemerge.cli.options import Debug, Device, Json, Quiet, one_of
+from moemerge.cli.grouping import grouped
+from moemerge.cli.options import Device, Json, MessageOptions, one_of
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
     from moemerge.tuning.settings import TuningResult
 
 
-def tune_routers(  # noqa: PLR0917  typer makes options of arguments
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options for how routers are trained: the fields of `moemerge.tuning.settings.Settings`."""
+
+    steps: Annotated[int, typer.Option(help="Steps of training, of each expert with phatgoose.")] = 40
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, at least 16 of every NAME.")] = 512
+    lr: Annotated[float, typer.Option(help="Learning rate: about how far a step moves a logit.")] = 0.07
+    seed: Annotated[int, typer.Option(help="Of the order of texts, and of the noise.")] = 0
+    noise: Annotated[float, typer.Option(help="Deviation of noise on the logits while training.")] = 0.0
+    distil: Annotated[
+        bool, typer.Option("--distil/--no-distil", help="Learn from each text's own dense expert, too.")
+    ] = True
+    method: Annotated[
+        Literal["gates", "phatgoose"],
+        typer.Option(
+            metavar="METHOD",
+            parser=one_of(("gates", "phatgoose")),
+            help="gates: all together; phatgoose: a gate of each expert, on its own text alone.",
+        ),
+    ] = "gates"
+    allow_missing_domains: Annotated[
+        bool, typer.Option("--allow-missing-domains", help="Accept experts without text, which lose what is not seen.")
+    ] = False
+
+
+@grouped
+def tune_routers(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    *,
     data: Annotated[
         list[str],
         typer.Option(
@@ -28,77 +57,62 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
             "there may be others.",
         ),
     ],
-    steps: Annotated[int, typer.Option(help="Steps of training, of each expert with phatgoose.")] = 40,
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, at least 16 of every NAME.")] = 512,
-    lr: Annotated[float, typer.Option(help="Learning rate: about how far a step moves a logit.")] = 0.07,
-    seed: Annotated[int, typer.Option(help="Of the order of texts, and of the noise.")] = 0,
-    noise: Annotated[float, typer.Option(help="Deviation of noise on the logits while training.")] = 0.0,
-    distil: Annotated[
-        bool, typer.Option("--distil/--no-distil", help="Learn from each text's own dense expert, too.")
-    ] = True,
-    method: Annotated[
-        Literal["gates", "phatgoose"],
-        typer.Option(
-            metavar="METHOD",
-            parser=one_of(("gates", "phatgoose")),
-            help="gates: all together; phatgoose: a gate of each expert, on its own text alone.",
-        ),
-    ] = "gates",
-    allow_missing_domains: Annotated[
-        bool, typer.Option("--allow-missing-domains", help="Accept experts without text, which lose what is not seen.")
-    ] = False,
+    training: TrainingOptions,
     copy: Annotated[
         Path | None, typer.Option("--out", metavar="COPY", help="Write a copy, not OUT itself.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a tuning that was cut off.")] = False,
     device: Device = "auto",
     json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    messages: MessageOptions,
 ) -> None:
     """Train the routers of a merged model a little, and keep them if held-out text is surely predicted better."""
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate has launched
-    with speaking(quiet=quiet or not first, verbose=0, debug=debug) as console:
-        from dataclasses import asdict
-
+    quiet = messages.quiet
+    with console_session(quiet=quiet or not first, verbose=0, debug=messages.debug) as console:
         from moemerge.cli.progress import show_steps
         from moemerge.tuning.settings import Settings
         from moemerge.tuning.tuner import tune
 
         return_freed_memory()
-        settings = Settings(steps, tokens_per_step, lr, seed, noise, distil, method, allow_missing_domains)
         try:
             with show_steps(console, quiet=quiet or not first) as progress:
                 found = tune(
                     out,
                     by_name(data),
-                    settings,
+                    Settings(**vars(training)),
                     copy=copy,
                     device=device,
                     resume=resume,
                     progress=stoppable(progress),
-                    announce=saying(console, quiet=quiet),
+                    announce=announcer(console, quiet=quiet),
                 )
         except RefusedError:
             if first:
                 raise
             raise typer.Exit(2) from None  # all are refused alike, and the first says why
-        if not first:
-            return
-        if json:
-            print_json(found and asdict(found))
-        elif found:
-            print_tuned(stdout(), found)
-        if found is None:
-            return
-        for note in () if quiet else found.notes:
-            console.print(f"note: {note}", style="yellow")
-        console.print(f"{found.model}: {'written' if found.improved else 'not touched'}")
+        if first:
+            _print_result(console, found, json=json, quiet=quiet)
+
+
+def _print_result(console: Console, found: "TuningResult | None", *, json: bool, quiet: bool) -> None:
+    """Print the result on standard output, and on the console its notes and whether the model was written."""
+    from dataclasses import asdict
+
+    if json:
+        print_json(found and asdict(found))
+    elif found:
+        print_tuned(stdout(), found)
+    if found is None:
+        return
+    for note in () if quiet else found.notes:
+        console.print(f"note: {note}", style="yellow")
+    console.print(f"{found.model}: {'written' if found.improved else 'not touched'}")
 
 
 def print_tuned(console: Console, found: "TuningResult") -> None:
-    """HeldOutScores-out losses and the share of tokens whose expert comes first, before and after."""
-    console.print("HeldOutScores-out loss in nats per token, with 95 % intervals over documents:")
+    """Print held-out losses and the share of tokens whose expert comes first, before and after."""
+    console.print("Held-out loss in nats per token, with 95 % intervals over documents:")
     table = Table("", *found.before.losses, "mean", box=None, header_style="")
     rows = (("before", found.before), ("after", found.after))
     for name, held in rows:

@@ -26,7 +26,7 @@ Sums = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Domain:
-    """One `--data NAME=PATH`."""
+    """The text of one `--data NAME=PATH`, and how much of it was read."""
 
     name: str
     expert: int | None
@@ -66,7 +66,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the merged model's routers do with one domain's tokens, averaged over layers."""
+    """The choices of the merged model's routers for one domain's tokens, averaged over layers."""
 
     accuracy: float | None
     """Share of tokens whose first choice is the domain's expert."""

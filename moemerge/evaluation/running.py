@@ -1,7 +1,7 @@
 """Run a causal language model over windows of text, a layer at a time: its losses, and what its routers choose."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -45,7 +45,6 @@ def run_model(
     predicted: Callable[[int, torch.Tensor], None] = lambda _window, _logits: None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     losses: bool = True,
-    watched: Callable[[int, Any], AbstractContextManager[None]] | None = None,
 ) -> torch.Tensor:
     """Compute losses in nats, summed over each window's tokens that count: (window,).
 
@@ -59,50 +58,102 @@ def run_model(
         progress: called with the layers done and all there are.
         losses: whether losses are wanted; without them, the part after the last layer is run only to see that it gives
             finite numbers.
-        watched: called with each layer's number and module if what passes through a layer's modules is wanted; the
-            context that it returns is open while the windows pass through, each by itself, without padding. What
-            follows the last layer is not run then.
 
     Raises:
         CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
     """
-    dtype = compute_dtype(device)
-    whole = empty_model(model.model_type, model.keys, device, head=True, dtype=dtype)
-    decoder = whole.model
-    places = list(group(range(len(windows)), lambda index: len(windows[index].ids), 0 if watched else _TOKENS))
-    batches = [
-        embed(decoder, model.norm, [windows[index].ids for index in part], model.embeddings, device=device, dtype=dtype)
-        for part in places
-    ]
-    if not all(batch.is_finite for batch in batches):
-        raise _not_finite(model, "the embeddings", [n for n in model.names(None) if n.startswith(_EMBEDDINGS)], dtype)
-    for index in range(model.layers):
-        _load(whole, model, model.names(index), device, dtype)
-        layer = decoder.layers[index]
-        check_complete(layer, layer_prefix(index).removesuffix("."))
+    passing = _Pass(model, windows, device, _TOKENS)
+    for index, layer in passing.layers(progress):
         router = None
         if mixture and mixture.router(index) in model.shapes:
             router = _Router(mixture, layer, index, model.read(mixture.router(index)).float())
-        with watched(index, layer) if watched else nullcontext():
-            for part, batch in zip(places, batches, strict=True):
-                choices: list[Choice] | None = []
-                if router:
-                    choices = router.watch(batch, part, windows)
-                else:
-                    run_layer(layer, batch, index)
-                if choices is None or not batch.is_finite:
-                    raise _not_finite(model, f"layer {index}", model.names(index), dtype)
-                for choice in choices:
-                    chosen(choice)
-        layer.to("meta")
-        progress(index + 1, model.layers)
-    if watched:
-        return torch.zeros(len(windows))
-    head = _Head(whole, model, device, dtype)
+        passing.run(index, layer, router, chosen)
+    head = _Head(passing.whole, model, device, passing.dtype)
     if losses:
-        return head.losses(windows, places, batches, predicted)
-    head.check(batches)
+        return head.losses(windows, passing.places, passing.batches, predicted)
+    head.check(passing.batches)
     return torch.zeros(len(windows))
+
+
+def watch_layers(
+    model: Runnable,
+    windows: Sequence[Window],
+    device: torch.device,
+    watched: Callable[[int, Any], AbstractContextManager[None]],
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> None:
+    """Run a model's layers for what passes through their modules; what follows the last layer is not run.
+
+    Args:
+        model: the model to run.
+        windows: the windows of text, which pass each by itself, without padding.
+        device: the device to run on.
+        watched: called with each layer's number and module; the context that it returns is open while the windows pass
+            through.
+        progress: called with the layers done and all there are.
+
+    Raises:
+        CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
+    """
+    passing = _Pass(model, windows, device, 0)
+    for index, layer in passing.layers(progress):
+        with watched(index, layer):
+            passing.run(index, layer)
+
+
+class _Pass:
+    """Windows of text on their way through a model, one layer after the other."""
+
+    def __init__(self, model: Runnable, windows: Sequence[Window], device: torch.device, together: int) -> None:
+        """Embed the windows, in batches of about `together` tokens; 0 is each by itself."""
+        self._model, self._windows, self._device = model, windows, device
+        self.dtype = compute_dtype(device)
+        self.whole = empty_model(model.model_type, model.keys, device, head=True, dtype=self.dtype)
+        self.places = list(group(range(len(windows)), lambda index: len(windows[index].ids), together))
+        self.batches = [
+            embed(
+                self.whole.model,
+                model.norm,
+                [windows[index].ids for index in part],
+                model.embeddings,
+                device=device,
+                dtype=self.dtype,
+            )
+            for part in self.places
+        ]
+        if not all(batch.is_finite for batch in self.batches):
+            names = [name for name in model.names(None) if name.startswith(_EMBEDDINGS)]
+            raise _not_finite(model, "the embeddings", names, self.dtype)
+
+    def layers(self, progress: Callable[[int, int], None]) -> Iterator[tuple[int, Any]]:
+        """Yield each layer's number and module, which has its weights until the next one is asked for."""
+        model = self._model
+        for index in range(model.layers):
+            _load(self.whole, model, model.names(index), self._device, self.dtype)
+            layer = self.whole.model.layers[index]
+            check_complete(layer, layer_prefix(index).removesuffix("."))
+            yield index, layer
+            layer.to("meta")
+            progress(index + 1, model.layers)
+
+    def run(
+        self,
+        index: int,
+        layer: Any,
+        router: "_Router | None" = None,
+        chosen: Callable[[Choice], None] = lambda _: None,
+    ) -> None:
+        """Pass all batches through a layer, and call `chosen` with what its router chooses for each window."""
+        for part, batch in zip(self.places, self.batches, strict=True):
+            choices: list[Choice] | None = []
+            if router:
+                choices = router.watch(batch, part, self._windows)
+            else:
+                run_layer(layer, batch, index)
+            if choices is None or not batch.is_finite:
+                raise _not_finite(self._model, f"layer {index}", self._model.names(index), self.dtype)
+            for choice in choices:
+                chosen(choice)
 
 
 def _not_finite(model: Runnable, place: str, names: Iterable[str], dtype: torch.dtype) -> CheckpointError:

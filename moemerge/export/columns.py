@@ -58,7 +58,7 @@ class ColumnTally:
 
     @property
     def tensors(self) -> dict[str, ColumnSquares]:
-        """What was counted, by tensor."""
+        """Sums of squares and counts so far, by tensor."""
         return {
             name: ColumnSquares(sums.numpy().astype(np.float32), self._counts[name].numpy())
             for name, sums in self._sums.items()

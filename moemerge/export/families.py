@@ -1,4 +1,4 @@
-"""What an output family is in GGUF: its keys, and which of a checkpoint's tensors each tensor of the file is made of.
+"""Output families in GGUF: their keys, and which of a checkpoint's tensors each tensor of the file is made of.
 
 Names are llama.cpp's, as its converter gives them; names within a layer begin with `blk.{layer}.` there and with
 `model.layers.{layer}.` in the checkpoint.

@@ -7,7 +7,7 @@ from typing import Final
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_mixture
-from moemerge.evaluation.running import run_model
+from moemerge.evaluation.running import watch_layers
 from moemerge.export.columns import ColumnTally
 from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import Importance
@@ -62,14 +62,7 @@ def importance_of(
     if not windows:
         raise RefusedError("--imatrix: there is no text to read. Name some with --imatrix-texts.")
     tally = ColumnTally(model)
-    run_model(
-        mixture.runnable,
-        windows,
-        find_device(device),
-        losses=False,
-        progress=progress,
-        watched=tally.watch,
-    )
+    watch_layers(mixture.runnable, windows, find_device(device), tally.watch, progress)
     return Importance(tally.tensors, tuple(kinds), tuple(notes))
 
 

@@ -52,7 +52,7 @@ class GgufModel:
 
     @property
     def notes(self) -> list[str]:
-        """What llama.cpp gets wrong of the model without always showing it."""
+        """Notes on what llama.cpp computes wrongly of the model, though not in every text."""
         notes = (*self.family.notes, LENGTH_IGNORED)
         return [note.format(**self.config) for applies, note in notes if applies(self.config)]
 

@@ -161,7 +161,7 @@ def puts_bos(model: GgufContents) -> bool:
 
 
 def _unwritable(template: str) -> str:
-    """What Ollama's reader of Modelfiles ends a text at, or drops from one; empty if the template has none of it."""
+    """Name what Ollama's reader of Modelfiles ends a template at, or drops from it; empty if it has none of that."""
     if _QUOTES in template:
         return _QUOTES
     return next((ascii(sign) for sign in template if not sign.isprintable() and sign not in "\n\t"), "")

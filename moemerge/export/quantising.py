@@ -1,13 +1,10 @@
 """Quantise a GGUF file with llama.cpp: its k-quants and others, with or without an importance matrix."""
 
 import math
-import os
 import re
-import signal
-import subprocess
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +12,10 @@ from typing import Final
 
 from moemerge.errors import OutputError, RefusedError
 from moemerge.export.contents import GgufContents, read_contents
+from moemerge.export.engine_process import run_engine
 from moemerge.export.imatrix import FEWEST_TOKENS, Importance
 from moemerge.export.packages import need
 from moemerge.export.tensors import GgufTensor
-from moemerge.printable import printable
 
 # enum llama_ftype of https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
 FILE_TYPES: Final[dict[str, int]] = {
@@ -41,17 +38,11 @@ _WITH_FINE_KEYS: Final = 8
 _FINE_KEYS: Final = ("attn_k.weight", "attn_v.weight")
 _LAYER: Final = re.compile(r"blk\.(\d+)\.")
 _STACK: Final = re.compile(r"blk\.\d+\..+_exps\.")
-_PROGRESS: Final = re.compile(rb"^\[ *(\d+)/ *(\d+)\]")
-_REASONS: Final = re.compile(
-    r"failed to quantize: (.+)|error loading model: (.+)|(GGML_ASSERT\(.*\) failed)|(^\w*Error: .+)"
-)
 # Bits a weight beyond those that name a type: for scales, and for the matrices that llama.cpp stores in finer
 # types. Rows that are no whole blocks take as many once more; nothing takes more than Q8_0, as the head may,
 # and in types for mixtures all but experts.
 _MORE_BITS: Final = 1.5
 _MOST_BITS: Final = 8.5
-_KEPT_LINES: Final = 200
-_REASON_BYTES: Final = 400
 _SHOWN: Final = 3
 
 
@@ -116,13 +107,7 @@ def quantise(
     check_type(type_, with_importance=importance is not None)
     if out.is_dir():
         raise RefusedError(f"{out}: is a folder. Name the file that is to be written.")
-    source = read_contents(gguf)
-    names = type_names(source)
-    if quantised := [name for name in source.tensors if names[name] not in _FLOATS]:
-        raise RefusedError(
-            f"{gguf}: {quantised[0]} is stored as {names[quantised[0]]}; expected F32, F16 or BF16: what is quantised "
-            "twice loses twice. Name the file that it was made from."
-        )
+    source = _read_floats(gguf)
     if importance:
         importance.check(source)
     matrix = out.with_suffix(".imatrix")
@@ -131,7 +116,7 @@ def quantise(
         if importance:
             importance.write(matrix)
             command.append(str(matrix.resolve()))
-        _run(command, gguf, type_, progress)
+        run_engine(command, gguf, type_, progress)
         made = read_contents(out)
     except BaseException as error:
         out.unlink(missing_ok=True)
@@ -141,6 +126,18 @@ def quantise(
     finally:
         matrix.unlink(missing_ok=True)
     return _report(source, made, out, type_, importance)
+
+
+def _read_floats(gguf: Path) -> GgufContents:
+    """Read a GGUF file's contents, and refuse it if it is quantised already."""
+    source = read_contents(gguf)
+    names = type_names(source)
+    if quantised := [name for name in source.tensors if names[name] not in _FLOATS]:
+        raise RefusedError(
+            f"{gguf}: {quantised[0]} is stored as {names[quantised[0]]}; expected F32, F16 or BF16: what is quantised "
+            "twice loses twice. Name the file that it was made from."
+        )
+    return source
 
 
 def quantised_bytes(tensors: Sequence[GgufTensor], type_: str) -> int:
@@ -192,7 +189,7 @@ def _engine_version() -> str:
 
 
 def type_names(contents: GgufContents) -> dict[str, str]:
-    """The type of each tensor, as ggml calls it."""
+    """Map each tensor's name to its type, as ggml calls it."""
     need("gguf", "To read types of tensors")
     from gguf import GGMLQuantizationType
 
@@ -219,7 +216,7 @@ def fallen_back(made: GgufContents, type_: str) -> dict[str, str]:
 
 
 def fallback_note(fallbacks: Mapping[str, str], made: GgufContents, type_: str) -> str:
-    """A note on tensors that are stored otherwise than asked for: which, why, and what that means for the size."""
+    """Say which tensors are stored otherwise than asked for, why, and what that means for the size."""
     matrices = [tensor for tensor in made.tensors.values() if len(tensor.sizes) > 1]
     rows = sorted({made.tensors[name].sizes[0] for name in fallbacks})
     kinds = []
@@ -237,7 +234,7 @@ def fallback_note(fallbacks: Mapping[str, str], made: GgufContents, type_: str) 
 
 
 def uncovered_notes(importance: Importance) -> list[str]:
-    """Notes on experts that too little text has reached to tell which of their columns matter."""
+    """Say which experts too little text has reached to tell which of their columns matter."""
     by_expert: dict[int, list[str]] = {}
     for name, experts in importance.uncovered().items():
         layer = match[1] if (match := _LAYER.match(name)) else name
@@ -255,46 +252,3 @@ def uncovered_notes(importance: Importance) -> list[str]:
 def _by_number(layer: str) -> tuple[int, str]:
     """A sort key that puts layers in their order, before the names of what lies in none."""
     return (int(layer), "") if layer.isdecimal() else (sys.maxsize, layer)
-
-
-def _run(command: list[str], gguf: Path, type_: str, progress: Callable[[int, int], None]) -> None:
-    """Run the engine in a process of its own, which imports modules from where this one does."""
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # noqa: PTH100  links stay as they are
-    # Before it aborts, ggml would call a debugger, which takes seconds.
-    environment = os.environ | {"PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
-    said: deque[str] = deque(maxlen=_KEPT_LINES)
-    with subprocess.Popen(  # noqa: S603  this program itself
-        [sys.executable, "-m", "moemerge.export.engine", *command],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    ) as engine:
-        try:
-            for line in engine.stderr or ():
-                if step := _PROGRESS.match(line):
-                    progress(int(step[1]), int(step[2]))
-                said.append(line.decode(errors="replace"))
-        except BaseException:
-            engine.kill()
-            raise
-    if engine.returncode:
-        raise OutputError(f"{gguf}: llama.cpp does not make {type_} of it: {why(said, engine.returncode)}.")
-
-
-def why(said: Iterable[str], code: int) -> str:
-    """Find the last reason in what the engine said before it ended, as one line.
-
-    Args:
-        said: the last lines that it printed.
-        code: its exit code; negative for a signal.
-    """
-    lines = [line.strip() for line in said if line.strip()]
-    reasons = [next(filter(None, match.groups())) for line in lines for match in _REASONS.finditer(line)]
-    if code < 0 and not any("GGML_ASSERT" in reason for reason in reasons[-1:]):
-        named = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        reasons.append(f"its process was ended by {named}" + (f" after {lines[-1]!r:.200}" if lines else ""))
-    found = reasons[-1] if reasons else (lines[-1] if lines else "it gave no reason")
-    if "iostream" in found or "basic_ios" in found:
-        found += ": the disk is full or cannot be written"
-    return printable(found.rstrip(".!"), _REASON_BYTES)

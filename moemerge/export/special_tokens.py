@@ -16,7 +16,7 @@ _TEMPLATE_NAMES: Final = "tokenizer.chat_templates"
 
 @dataclass
 class SpecialTokens:
-    """What a model's folder says of its special tokens."""
+    """The special tokens of a model, as the files in its folder give them."""
 
     ids: dict[str, int] = field(default_factory=dict)
     """Token ids by role: bos, eos and so on."""
@@ -26,7 +26,7 @@ class SpecialTokens:
     """The chat template, or several with names."""
 
     def add_to(self, writer: "GGUFWriter") -> None:
-        """Add all of it to a file."""
+        """Add the tokens and the chat templates to a file."""
         for name, number in self.ids.items():
             if name != "cls":  # GGUF has no place for it
                 getattr(writer, f"add_{name}_token_id")(number)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -67,14 +68,25 @@ def check_room(
     check_limits(file, largest=nbytes, memory=memory, in_shards=False)
 
 
+@dataclass(frozen=True)
+class GgufOptions:
+    """Options of `write_gguf`."""
+
+    type: AskedType = "auto"
+    """Type of matrices; vectors, norms and routers are float32."""
+    overwrite: bool = False
+    """Whether a GGUF file of this name is replaced."""
+    low_memory: bool = False
+    """Whether to use one copying thread and small chunks, and to leave neither file in the page cache."""
+    llama_cpp: Path | None = None
+    """A checkout of llama.cpp, whose converter reads a tokenizer that is not known here."""
+
+
 def write_gguf(
     checkpoint: Path | str,
     file: Path | str,
+    options: GgufOptions = GgufOptions(),
     *,
-    type: AskedType = "auto",  # noqa: A002  as the option is called
-    overwrite: bool = False,
-    low_memory: bool = False,
-    llama_cpp: Path | None = None,
     room: SpaceCheck = check_room,
     tell: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -84,10 +96,7 @@ def write_gguf(
     Args:
         checkpoint: the folder of the checkpoint.
         file: the file to write.
-        type: the type of matrices; vectors, norms and routers are float32.
-        overwrite: replace a GGUF file of this name.
-        low_memory: use one copying thread and small chunks, and leave neither file in the page cache.
-        llama_cpp: a checkout of llama.cpp, whose converter reads a tokenizer that is not known here.
+        options: the options of the file.
         room: the check that the disk has enough space.
         tell: called with what llama.cpp gets wrong of the model.
         progress: called with the bytes written and all there are.
@@ -99,20 +108,20 @@ def write_gguf(
         OutputError: the disk is full or cannot be written, or a limit of this process is too low.
     """
     file, folder = Path(file), Path(checkpoint)
-    check_file(file, overwrite=overwrite, sources=sources_of(folder))
-    if llama_cpp is not None:
-        check_checkout(llama_cpp)
+    check_file(file, overwrite=options.overwrite, sources=sources_of(folder))
+    if options.llama_cpp is not None:
+        check_checkout(options.llama_cpp)
     opened = open_merged(folder)
     table = read_tensor_table(opened, lambda _: None)
     matrices = {tensor.dtype for tensor in table.values() if len(tensor.shape) > 1}
-    model = GgufModel(opened.config, asked_type(type, matrices), llama_cpp)
+    model = GgufModel(opened.config, asked_type(options.type, matrices), options.llama_cpp)
     tensors = model.tensors(table)
     for note in model.notes:
         tell(f"{folder}: {note}")
     room(file, tensors)
-    with staged_file(file, overwrite=overwrite) as stage, advising_types():
+    with staged_file(file, overwrite=options.overwrite) as stage, advising_types():
         shard = model.lay_out(tensors, folder.resolve(), stage / STAGED)
-        with tensor_writer(stage, shard, progress, low_memory=low_memory) as writer:
+        with tensor_writer(stage, shard, progress, low_memory=options.low_memory) as writer:
             writer.add(padded_bands(tensors))
 
 

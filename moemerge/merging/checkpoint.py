@@ -1,4 +1,4 @@
-"""The merge itself, told once: plan, routers, bytes, and the files around them.
+"""The merge itself: routers, bytes, and the files around them.
 
 Not `merge.py`: importing a module of that name would hide the function `moemerge.merge`.
 """
@@ -29,17 +29,17 @@ def merge(
     progress: Progress = lambda _stage, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":
-    """Carry out a plan: what it makes is complete when this returns, and is no model when it raises.
+    """Carry out a plan: the output is complete when this returns, and no reader takes it for a model when it raises.
 
     Args:
-        plan: from `plan_merge`.
-        destination: where it goes: a `Folder`, or its path, or the `Hub`.
-        options: how it is done.
-        progress: called as the work goes on.
+        plan: the plan, from `plan_merge`.
+        destination: a `Folder`, its path, or the `Hub`.
+        options: the options of the merge.
+        progress: called as the work goes on; see `Progress`.
         warn: called with a line about the tokenizer, where it is not just copied, or could not be proved.
 
     Returns:
-        What the routers do with the prompts.
+        The routing report: which expert takes which of the prompts' tokens.
 
     Raises:
         RefusedError: something would be lost, another merge than this was cut off, bitsandbytes is needed and not
@@ -70,7 +70,7 @@ def merge(
 
 @contextmanager
 def _forgetting(journal: Journal) -> Iterator[None]:
-    """Where this fails, complete shards are of no use to a later run either."""
+    """A context that removes the journal on a CheckpointError: then complete shards are of no use to a later run."""
     try:
         yield
     except CheckpointError:

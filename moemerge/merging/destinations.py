@@ -1,4 +1,4 @@
-"""Where a merge goes: into a folder, or shard by shard to the Hub; and what differs between the two."""
+"""Destinations of a merge: a folder, or the Hub, to which shards are sent one by one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """Shards that are being written."""
+    """The shards of a merge that is under way, and those of them that an earlier run completed."""
 
     folder: Path
     journal: Journal
@@ -33,41 +33,51 @@ class Unfinished:
 
 
 class Destination(ABC):
-    """Where a merge goes. Its methods are called in the order in which they stand here."""
+    """The destination of a merge; its methods are called in the order in which they are defined here."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the model is called in its card."""
+        """Name of the model in its card."""
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What a resumed merge has to agree with, beside the plan's fingerprint."""
+        """Facts, beside the plan's fingerprint, that have to be the same for a merge to be resumed."""
         return {}
 
     @abstractmethod
     def check(self, plan: MergePlan, options: MergeOptions, made_bytes: int) -> None:
-        """Refuse a place that could not be written, or would lose something; `made_bytes` are beside the plan's."""
+        """Refuse a destination that could not be written, or would lose files.
+
+        Args:
+            plan: the plan to carry out.
+            options: the options of the merge.
+            made_bytes: bytes of files that the plan does not count.
+
+        Raises:
+            RefusedError: something would be lost.
+            OutputError: the destination cannot be written.
+        """
 
     @abstractmethod
     def staged(self, plan: MergePlan, options: MergeOptions) -> AbstractContextManager[Path]:
-        """The folder in which shards are made, until the block ends."""
+        """A context with the folder in which shards are made."""
 
     def held(self, options: MergeOptions) -> Mapping[str, tuple[str, int]] | None:
-        """By name the hash and the size of what the Hub has; None where shards stay in the folder."""
+        """SHA-256 and size in bytes of each file on the Hub, by name; None where shards stay in the folder."""
         del options
         return None
 
     @abstractmethod
     def begin(self) -> None:
-        """Nothing is left to refuse, and the work begins."""
+        """Prepare the destination, when nothing is left to refuse and the work begins."""
 
     @abstractmethod
     def write(self, work: Work, shards: Unfinished) -> "RoutingReport":
-        """Write every shard that is not complete, and compute the routers in them."""
+        """Compute the routers, and write every shard that is not complete; returns the routing report."""
 
     def finish(self, folder: Path) -> None:
-        """Everything is in the folder that is to be in it."""
+        """Complete the destination, when all files but sent shards are in the folder."""
         del folder
 
 
@@ -80,13 +90,13 @@ class Folder(Destination):
 
     path: Path
     model: str | None = None
-    """What the model is called in its card; else as the folder."""
+    """Name of the model in its card; None for the folder's name."""
     ready: Callable[[], None] = lambda: None
     """Called when nothing is left to refuse, before the work begins; may raise."""
 
     @property
     def name(self) -> str:
-        """As it is asked for, or as the folder."""
+        """Name of the model in its card: `model`, or the folder's name."""
         return self.model or self.path.resolve().name
 
     def check(self, plan: MergePlan, options: MergeOptions, made_bytes: int) -> None:
@@ -94,16 +104,16 @@ class Folder(Destination):
         check_output(plan, self.path, overwrite=options.overwrite, made_bytes=made_bytes)
 
     def staged(self, plan: MergePlan, options: MergeOptions) -> AbstractContextManager[Path]:
-        """A folder beside the target, which takes its name at the end."""
+        """A context with a folder beside the target, which takes the target's name at the end."""
         replaced = replacing(plan, overwrite=options.overwrite)
         return staged(self.path, plan.folders, **replaced, resume=options.resume)
 
     def begin(self) -> None:
-        """Say so."""
+        """Call `ready`."""
         self.ready()
 
     def write(self, work: Work, shards: Unfinished) -> "RoutingReport":
-        """Routers are computed while the other tensors are copied."""
+        """Write the shards; routers are computed while the other tensors are copied."""
         outputs, tally = work.plan.outputs, shards.tally
         kept, completed = shards.kept, shards.journal.record
         with work.writer(shards.folder, work.plan.shards, tally, kept=kept, completed=completed) as writer:
@@ -124,16 +134,16 @@ class Hub(Destination):
     scratch: Path
     """A folder that need not exist; shards are made beside it, and nothing is left there."""
     publisher: "Publisher"
-    """Opened. What is missing on the Hub is created when nothing is left to refuse."""
+    """A publisher that is open; it creates the repository when nothing is left to refuse."""
 
     @property
     def name(self) -> str:
-        """As the repository."""
+        """Name of the model in its card: that of the repository."""
         return self.publisher.repo
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What was sent lies in one repository."""
+        """The repository, which has to be the same for a merge to be resumed."""
         return {"destination": self.publisher.repo}
 
     def check(self, plan: MergePlan, options: MergeOptions, made_bytes: int) -> None:
@@ -142,11 +152,11 @@ class Hub(Destination):
         check_streaming(plan, self.scratch)
 
     def staged(self, plan: MergePlan, options: MergeOptions) -> AbstractContextManager[Path]:
-        """A folder that is gone at the end."""
+        """A context with a folder that is removed at the end."""
         return staged(self.scratch, plan.folders, resume=options.resume, temporary=True)
 
     def held(self, options: MergeOptions) -> Mapping[str, tuple[str, int]]:
-        """What the repository has, if it may be written to."""
+        """SHA-256 and size in bytes of each large file in the repository, by name, if it may be written to."""
         self.publisher.check_streaming(overwrite=options.overwrite)
         return self.publisher.held()
 
@@ -155,7 +165,10 @@ class Hub(Destination):
         self.publisher.create()
 
     def write(self, work: Work, shards: Unfinished) -> "RoutingReport":
-        """Routers come first, so that each shard is complete when it is written; one is sent while the next is made."""
+        """Write and send the shards: routers come first, so that a shard is complete when it is written.
+
+        A shard is sent while the next one is written.
+        """
         routers = work.init_routers(shards.tally.routers)
         made = work.router_bands(routers)
         bands = {name: made.get(name, output.bands) for name, output in work.plan.outputs.items()}
@@ -177,5 +190,5 @@ class Hub(Destination):
         path.unlink()
 
     def finish(self, folder: Path) -> None:
-        """Send what makes the model complete."""
+        """Send the remaining files, which make the model complete."""
         self.publisher.finish(folder)

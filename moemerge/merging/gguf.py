@@ -36,27 +36,27 @@ def merge_to_gguf(
     progress: Progress = lambda _stage, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":
-    """Carry out a plan: the file is complete when this returns, and untouched when it raises.
+    """Carry out a plan into a GGUF file, which is complete when this returns, and untouched when it raises.
 
     It holds what `write_gguf` makes of the checkpoint that `merge` writes into a folder of the file's name without its
     suffix, to the last byte.
 
     Args:
-        plan: from `plan_merge`.
+        plan: the plan, from `plan_merge`.
         file: the file to write.
-        options: how it is done; nothing is kept for `resume`.
-        type: what matrices are stored as; vectors, norms and routers are float32.
+        options: the options of the merge; nothing is kept for `resume`.
+        type: the type of matrices; vectors, norms and routers are float32.
         llama_cpp: a checkout of llama.cpp, whose converter reads a tokenizer that is not known here.
-        room: asks for room on the disk.
-        progress: called as the work goes on.
+        room: the check that the disk has enough space.
+        progress: called as the work goes on; see `Progress`.
         warn: see `merge`.
 
     Returns:
-        What the routers do with the prompts.
+        The routing report: which expert takes which of the prompts' tokens.
 
     Raises:
-        RefusedError: the family or its tokenizer is not written as a GGUF file, the file is there already, or is read;
-            and see `merge`.
+        RefusedError: the family or its tokenizer is not written as a GGUF file, the file is there already, or is read
+            for the merge; see `merge` for more.
         OutputError, RouterError, CheckpointError: see `merge`.
     """
     file = Path(file)
@@ -79,7 +79,7 @@ def merge_to_gguf(
 def _write(
     work: Work, model: GgufModel, tensors: Sequence[GgufTensor], stage: Path, *, shard: Shard, tally: Tally
 ) -> "RoutingReport":
-    """Write what does not wait for routers while they are computed, then the rest."""
+    """Write the tensors without routers while these are computed, then the rest; returns the routing report."""
     plan, options = work.plan, work.options
     # What does not fit into the plan's own dtype is the config's to change.
     advising = nullcontext() if HEADER_DTYPES[plan.dtype] == "F16" else advising_types()
@@ -94,7 +94,7 @@ def _write(
 
 
 def _table(plan: MergePlan, seed: int, made: Mapping[str, tuple[Band, ...]]) -> dict[str, TensorInfo]:
-    """The checkpoint that the plan would write; of what is computed, what is `made` already."""
+    """List the tensors of the checkpoint that the plan would write; computed ones have bytes only if in `made`."""
     dtype = HEADER_DTYPES[plan.dtype]
     return {
         name: Planned(name, dtype, output.shape, made.get(name, output.bands), seed).tensor()

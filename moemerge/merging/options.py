@@ -1,4 +1,4 @@
-"""What a merge can be asked for beside its plan and where it goes."""
+"""The options of a merge that belong neither to its plan nor to its destination."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal
 
 Stage = Literal["routers", "weights"]
 Progress = Callable[[Stage, int, int], None]
-"""Called with the stage, what is done and all there is: layers for routers, bytes for weights.
+"""A function that is called with the stage, the amount done and the total: layers for routers, bytes for weights.
 
 Weights are written while routers are computed: reports of the two stages alternate, from one thread at a time.
 """
@@ -14,19 +14,19 @@ Weights are written while routers are computed: reports of the two stages altern
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Options of `merge`, wherever it goes."""
+    """Options of `merge` for any destination."""
 
     overwrite: bool = False
-    """Replace the model that is there."""
+    """Whether to replace a model that is there."""
     resume: bool = False
-    """Keep the complete shards of the same merge, cut off before; without any, begin."""
+    """Whether to keep the complete shards that a cut-off run of the same merge has left; without any, start anew."""
     low_memory: bool = False
-    """One copying thread, small chunks, and neither sources nor output left in the page cache."""
+    """Whether to use one copying thread and small chunks, and to leave neither sources nor output in the page cache."""
     seed: int = 0
     """Seed of random routers and of `noise_scale`."""
     device: str = "auto"
-    """Where the base model's layers are run for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
+    """Device that runs the base model's layers for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
     base_bits: Literal[4, 8] | None = None
-    """Hold the base model's Linear weights in so many bits for the routers, by bitsandbytes."""
+    """Bits of the base model's Linear weights while it runs for the routers, by bitsandbytes; None for all of them."""
     licence: str | None = None
-    """Licence of the merged model, for its card; else what the cards of its sources agree on, if they do."""
+    """Licence of the merged model, for its card; None for the one that its sources' cards agree on, if they do."""

@@ -1,4 +1,4 @@
-"""Whether a merge can be written where it is asked to, and what it may replace there: asked before anything is."""
+"""Checks, before anything is written, that a merge can be written to its folder, and loses no files there."""
 
 from collections.abc import Collection
 from functools import partial
@@ -12,13 +12,13 @@ from moemerge.planning.plan import MergePlan
 
 
 def check_output(plan: MergePlan, out: Path | str, *, overwrite: bool = False, made_bytes: int = 0) -> None:
-    """Refuse a folder that `merge` could not write, or would take something from; nothing is left on the disk.
+    """Refuse a folder that `merge` could not write, or would remove files from; leaves nothing on the disk.
 
     Args:
-        plan: the merge.
-        out: the folder.
-        overwrite: see `merge`.
-        made_bytes: of files that are made beside those that the plan counts.
+        plan: the plan to carry out.
+        out: the folder to write.
+        overwrite: whether a model that is there may be replaced.
+        made_bytes: bytes of files that the plan does not count.
 
     Raises:
         RefusedError: see `merge`.
@@ -52,7 +52,7 @@ class Replacing(TypedDict, total=False):
 
 
 def replacing(plan: MergePlan, *, overwrite: bool) -> Replacing:
-    """What may be replaced, and what may not be in the way of it."""
+    """Arguments of `check_target` and `staged` for a merge that may replace a model, none for one that may not."""
     if not overwrite:
         return {}
     return {"inputs": plan.inputs, "replaceable": partial(replaceable_files, written=plan.file_names)}

@@ -1,4 +1,4 @@
-"""What `--overwrite` may replace: the files that a merge writes, and those of a checkpoint that is there as a whole."""
+"""Find the files that `--overwrite` may replace: those that a merge writes, and those of a complete checkpoint."""
 
 import re
 from collections.abc import Collection
@@ -15,9 +15,9 @@ _SHARD: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def replaceable_files(folder: Path, written: Collection[str] | None = None) -> set[str] | None:
-    """Files in a folder that a merge may replace; None where the folder holds no checkpoint as a whole.
+    """Find the files of a folder that a merge may replace; None where the folder holds no complete checkpoint.
 
-    A checkpoint is whole where `config.json` names a model type, and every file of the index, or else
+    A checkpoint is complete where `config.json` names a model type, and every file of the index, or else
     `model.safetensors`, is there. One that moemerge made is known by its copy of the config; of it shards may be gone.
     Files of a tokenizer that the merge does not write may be the user's.
 
@@ -45,7 +45,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _weights(folder: Path) -> set[str]:
-    """Names of a checkpoint's files of weights, whether they are there or not."""
+    """List the names of a checkpoint's files of weights, whether they exist or not."""
     if not (folder / SAFETENSORS_INDEX).is_file():
         return {SINGLE_SAFETENSORS}
     try:

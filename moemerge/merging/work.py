@@ -1,4 +1,4 @@
-"""The parts of a merge: what is written by whom, and how far it is."""
+"""The work of a merge, whatever its output: writers of tensors, the routers, and the files around them."""
 
 import json
 import shutil
@@ -32,11 +32,23 @@ _SOURCES: Final = ".sources"
 
 
 class Work:
-    """The parts of a merge."""
+    """The work of one merge, in the steps that folders, the Hub and GGUF files share."""
 
     def __init__(
         self, plan: MergePlan, options: MergeOptions, warn: Callable[[str], None], *, to_folder: bool = True
     ) -> None:
+        """Check the device and the tokenizer before anything is written.
+
+        Args:
+            plan: the plan to carry out.
+            options: the options of the merge.
+            warn: called with a line about a tokenizer that is not just copied, or could not be proved.
+            to_folder: whether the tokenizer's files are written; else only doubts about it are worth a line.
+
+        Raises:
+            RefusedError: bitsandbytes is not installed, or the output's tokenizer would not give the base's ids.
+            RouterError: there is no such device.
+        """
         check_base_bits(options.base_bits)
         if plan.runs_base and options.device not in {"auto", "cpu"}:
             from moemerge.passes.device import find_device  # before anything is copied
@@ -51,12 +63,12 @@ class Work:
 
     @property
     def made_bytes(self) -> int:
-        """Size of what is made of the base's tokenizer."""
+        """Size in bytes of the files that are made of the base's tokenizer."""
         return sum(map(len, self._tokenizer.files.values()))
 
     @contextmanager
     def sources_kept_in(self, folder: Path) -> Iterator[None]:
-        """Have what is read more than once from other machines kept there, and remove it at the end."""
+        """A context that keeps what is read more than once from other machines in `folder` until its end."""
         shutil.rmtree(folder / _SOURCES, ignore_errors=True)  # of a run that was killed
         for tensor in self.plan.origins.reread:
             tensor.keep(folder / _SOURCES)
@@ -74,7 +86,15 @@ class Work:
         kept: Collection[str] = (),
         completed: Callable[[Shard], None] = lambda _: None,
     ) -> ShardWriter:
-        """What writes shards."""
+        """Open a writer of shards.
+
+        Args:
+            folder: the folder that holds the shards.
+            shards: the shards to write.
+            tally: counts the bytes that are written.
+            kept: names of shards that are complete already.
+            completed: called with each shard when it is complete.
+        """
         return ShardWriter(
             folder,
             shards,
@@ -88,7 +108,7 @@ class Work:
         )
 
     def init_routers(self, progress: Callable[[int, int], None]) -> Routers:
-        """Compute them."""
+        """Compute the routers; `progress` is called with the layers done and all there are."""
         options = self.options
         return init_routers(
             self.plan.router_request,
@@ -100,7 +120,7 @@ class Work:
         )
 
     def init_routers_beside(self, writer: ShardWriter, tally: "Tally") -> Routers:
-        """Compute them while a writer is at work; where that fails, this ends after the layer."""
+        """Compute the routers while a writer is at work; an error of the writer is raised after the current layer."""
 
         def layer_done(done: int, total: int) -> None:
             writer.check()
@@ -109,7 +129,7 @@ class Work:
         return self.init_routers(layer_done)
 
     def router_bands(self, routers: Routers) -> dict[str, tuple[Band, ...]]:
-        """The tensors that were computed."""
+        """Make the output's tensors of computed routers and shared gates, by name."""
         made = {"router": routers.rows, "shared gate": routers.shared_gates}
         dtype = HEADER_DTYPES[self.plan.dtype]
         return {
@@ -117,7 +137,7 @@ class Work:
         }
 
     def write_base_files(self, folder: Path) -> None:
-        """What is copied from the base beside its weights, and what is made of its tokenizer."""
+        """Copy the base's files beside its weights, and write those that are made of its tokenizer."""
         for file_name, path in self.plan.copied_files.items():
             (folder / file_name).parent.mkdir(exist_ok=True)
             copy_file(path, folder / file_name)
@@ -125,7 +145,7 @@ class Work:
             (folder / file_name).write_bytes(content)
 
     def write_other_files(self, folder: Path, name: str, report: "RoutingReport") -> None:
-        """All but weights and `config.json`; `name` is the model's."""
+        """Write all files but weights and `config.json`; `name` is the model's name in its card."""
         self.write_base_files(folder)
         if (index := self.plan.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
@@ -133,7 +153,7 @@ class Work:
         write_card(folder, name, self.plan, report, self._known_licence(), notes=self._tokenizer.notes)
 
     def describe(self, folder: Path) -> None:
-        """All but weights and what is measured: enough to say what the model is."""
+        """Write the files that describe the model: all but weights, and a card without measurements."""
         self.write_base_files(folder)
         write_metadata_card(folder, self.plan, self._known_licence())
         self.write_config(folder)
@@ -145,12 +165,12 @@ class Work:
         return licence
 
     def write_config(self, folder: Path) -> None:
-        """What makes a folder a model."""
+        """Write `config.json`, which makes the folder a model."""
         (folder / "config.json").write_text(json.dumps(self.plan.output_config, indent=2) + "\n", encoding="utf-8")
 
 
 class Tally:
-    """Sums up what two stages report at the same time."""
+    """Adds up the progress of the two stages, routers and weights, which report from different threads."""
 
     def __init__(self, progress: Progress, shards: Sequence[Shard], kept: Collection[str] = ()) -> None:
         self._progress, self._lock = progress, threading.Lock()
@@ -159,12 +179,12 @@ class Tally:
         self.weights(0)
 
     def weights(self, nbytes: int) -> None:
-        """So many bytes more are written."""
+        """Report that `nbytes` more bytes are written."""
         with self._lock:
             self._done += nbytes
             self._progress("weights", self._done, self._total)
 
     def routers(self, done: int, total: int) -> None:
-        """So many layers have their routers."""
+        """Report that the routers of `done` layers of `total` are computed."""
         with self._lock:
             self._progress("routers", done, total)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
-    """Values that decide every byte of `MergePlan.shards_without_routers`; a resumed merge keeps those of equal ones."""
+    """Values that decide every byte of `plan.shards_without_routers`; a resumed merge keeps shards where all are equal."""
     used: dict[File, list[TensorInfo]] = {}
     for output in plan.outputs.values():
         for piece in output.pieces:

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RevisionNotFoundError
 
 from moemerge.errors import PublishError, RefusedError
-from moemerge.publish.destination import Account, Destination, may_not_write
+from moemerge.publish.repository import Account, Repository, may_not_write
 from moemerge.sources.retries import chain, is_of_network, seconds_asked
 
 _NO_TOKEN: Final = "pushing needs a token of the Hub, and there is none. Log in with `hf auth login`, or set HF_TOKEN."  # noqa: S105  no token
@@ -23,7 +23,7 @@ _FULL: Final = re.compile(r"storage|quota|size limit|too large", re.IGNORECASE)
 Explained = tuple[type[PublishError | RefusedError], str]
 
 
-def explain(error: BaseException, to: Destination, account: Account) -> Explained:
+def explain(error: BaseException, repo: Repository, account: Account) -> Explained:
     """Give the kind of an error and a line about it, without the repository's name."""
     causes = list(chain(error))
     if any(isinstance(one, LocalTokenNotFoundError) for one in causes):
@@ -31,7 +31,7 @@ def explain(error: BaseException, to: Destination, account: Account) -> Explaine
     if isinstance(error, HFValidationError):
         return RefusedError, f"is no repository's name: {str(error).rstrip('.')}."
     if answered := next((one for one in causes if getattr(one, "response", None) is not None), None):
-        return _explain_answer(answered, to, account)
+        return _explain_answer(answered, repo, account)
     if is_of_network(error):
         return PublishError, _NETWORK
     while error.__cause__:
@@ -40,7 +40,7 @@ def explain(error: BaseException, to: Destination, account: Account) -> Explaine
     return PublishError, f"could not be sent: {text.rstrip('.')}."
 
 
-def _explain_answer(error: BaseException, to: Destination, account: Account) -> Explained:
+def _explain_answer(error: BaseException, repo: Repository, account: Account) -> Explained:
     """Explain an error that carries the Hub's response."""
     response: Any = getattr(error, "response", None)
     status = int(response.status_code)
@@ -62,7 +62,7 @@ def _explain_answer(error: BaseException, to: Destination, account: Account) -> 
     elif status == HTTPStatus.FORBIDDEN:
         kind, text = RefusedError, may_not_write(account, quoted)
     elif isinstance(error, RevisionNotFoundError):
-        kind, text = RefusedError, f"the repository has no revision {to.revision or 'main'!r}."
+        kind, text = RefusedError, f"the repository has no revision {repo.revision or 'main'!r}."
     elif status in _REFUSALS:
         kind, text = RefusedError, f"the Hub refuses it{quoted}."
     else:

@@ -14,20 +14,20 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
 from moemerge.errors import MoemergeError, PublishError, RefusedError
 from moemerge.planning.tokenizer_files import COPIED_FILES, TEMPLATES, template_names
-from moemerge.publish.destination import (
+from moemerge.publish.folder import checkpoint_files, name_in_repository
+from moemerge.publish.hub_errors import explain
+from moemerge.publish.repository import (
     Account,
-    Destination,
+    Repository,
     check_names,
     check_repository,
     create_repository,
     read_account,
 )
-from moemerge.publish.folder import checkpoint_files, name_in_repository
-from moemerge.publish.hub_errors import explain
 from moemerge.sources.model_folder import Announce
 from moemerge.sources.retries import WAIT_STATUSES, Result, patiently
 
-__all__ = ["Destination", "Publisher", "checkpoint_files"]
+__all__ = ["Publisher", "Repository", "checkpoint_files"]
 
 # Files that a reader loads as a model: one of an older model that stays would make a mixture with the new one.
 _WEIGHTS: Final = re.compile(r"[^/]+\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
@@ -41,41 +41,41 @@ _SHOWN: Final = 3
 class Publisher:
     """Sends a model to one repository; the token is the Hub client's: HF_TOKEN, or that of `hf auth login`.
 
-    Every method raises PublishError for what failed, and RefusedError where destination or command have to change.
+    Every method raises PublishError for a failure, and RefusedError where the repository or the command has to change.
     """
 
-    def __init__(self, destination: Destination, announce: Announce) -> None:
-        self._to, self._announce = destination, announce
+    def __init__(self, repository: Repository, announce: Announce) -> None:
+        self._repository, self._announce = repository, announce
         self._api = HfApi(token=True)  # needed, whatever HF_HUB_DISABLE_IMPLICIT_TOKEN says
         self._account = Account("", ())
-        self.revision = destination.revision or "main"
+        self.revision = repository.revision or "main"
         """The revision that commits go to; for a pull request that `begin_streaming` opens, its `refs/pr/N`."""
 
     @property
     def repo(self) -> str:
         """The repository, `user/name`."""
-        return self._to.repo
+        return self._repository.name
 
     @property
     def url(self) -> str:
         """The page of the repository, its branch, or its pull request."""
-        page = f"{self._api.endpoint}/{self._to.repo}"
+        page = f"{self._api.endpoint}/{self.repo}"
         if self.revision == "main":
             return page
         number = self.revision.removeprefix("refs/pr/")
         return f"{page}/tree/{quote(number)}" if number == self.revision else f"{page}/discussions/{number}"
 
     def open(self) -> None:
-        """Make sure, before any work, that the model will be taken; nothing is created."""
-        check_names(self._to)
+        """Make sure, before any work, that the Hub will take the model; creates nothing."""
+        check_names(self._repository)
         with self._explained():
-            self._account = self._ask(lambda: read_account(self._api, self._to))
-            self._ask(lambda: check_repository(self._api, self._to, self._account))
+            self._account = self._ask(lambda: read_account(self._api, self._repository))
+            self._ask(lambda: check_repository(self._api, self._repository, self._account))
 
     def create(self) -> None:
         """Create the repository, or the branch, where it is missing."""
         with self._explained():
-            self._ask(lambda: create_repository(self._api, self._to, self._announce))
+            self._ask(lambda: create_repository(self._api, self._repository, self._announce))
 
     def check_replaced(self, model_type: object, *, overwrite: bool) -> None:
         """Make sure that no model of another kind is replaced: a dense one is likely to be a source of the merge.
@@ -87,11 +87,11 @@ class Publisher:
             revision, names = self._beginning()
             if overwrite or "config.json" not in names:
                 return
-            path = self._api.hf_hub_download(self._to.repo, "config.json", revision=revision)
+            path = self._api.hf_hub_download(self.repo, "config.json", revision=revision)
         held = read_json(Path(path)).get("model_type")
         if held and held != model_type:
             raise RefusedError(
-                f"{self._to.repo}: {revision} holds a {held}, and this is a {model_type}. Name another repository "
+                f"{self.repo}: {revision} holds a {held}, and this is a {model_type}. Name another repository "
                 "or --revision, or replace the model with --overwrite."
             )
 
@@ -104,32 +104,36 @@ class Publisher:
             CheckpointError, SourceError: the folder holds no complete checkpoint; nothing is sent.
         """
         paths = checkpoint_files(folder, self._announce)
-        options = ["--revision", self._to.revision] if self._to.revision else ["--create-pr"] * self._to.create_pr
-        again = shlex.join(["moemerge", "push", str(folder), self._to.repo, *options])
+        options = (
+            ["--revision", self._repository.revision]
+            if self._repository.revision
+            else ["--create-pr"] * self._repository.create_pr
+        )
+        again = shlex.join(["moemerge", "push", str(folder), self.repo, *options])
         with self._explained(f"\nThe model is complete in {folder}: `{again}` sends what is missing."):
             commit, names = self._listing()
             stale = self._stale(names, set(map(name_in_repository, paths)))
-            self._announce(f"{self._to.repo}: reading {len(paths)} files, and sending what is not there")
+            self._announce(f"{self.repo}: reading {len(paths)} files, and sending what is not there")
             operations: list[CommitOperationAdd | CommitOperationDelete] = [*self._additions(paths), *stale]
             sent = self._ask(
                 lambda: self._api.create_commit(
-                    self._to.repo,
+                    self.repo,
                     operations,
-                    commit_message=f"Upload {self._to.repo.partition('/')[2]}",
-                    revision=self._to.revision,
-                    create_pr=self._to.create_pr,
+                    commit_message=f"Upload {self.repo.partition('/')[2]}",
+                    revision=self._repository.revision,
+                    create_pr=self._repository.create_pr,
                     parent_commit=commit,
                 )
             )
-        if self._to.create_pr and not sent.pr_url:
-            self._announce(f"{self._to.repo}: holds these files already, so there is nothing to propose")
+        if self._repository.create_pr and not sent.pr_url:
+            self._announce(f"{self.repo}: holds these files already, so there is nothing to propose")
         return sent.pr_url or self.url
 
     def held(self) -> Mapping[str, tuple[str, int]]:
         """SHA-256 and size of each large file that the revision holds, by name; empty if there is no revision yet."""
         with self._explained():
             try:
-                files = self._ask(lambda: list(self._api.list_repo_tree(self._to.repo, revision=self.revision)))
+                files = self._ask(lambda: list(self._api.list_repo_tree(self.repo, revision=self.revision)))
             except GatedRepoError:
                 raise
             except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -138,7 +142,7 @@ class Publisher:
         return {name: (lfs.sha256, lfs.size) for name, lfs in large}
 
     def check_streaming(self, *, overwrite: bool) -> None:
-        """Make sure that shards may be sent to the revision; nothing is changed.
+        """Make sure that shards may be sent to the revision; changes nothing.
 
         Raises:
             RefusedError: the revision holds a finished model, and is not to be overwritten.
@@ -148,7 +152,7 @@ class Publisher:
         finished = _SEALS.intersection(names)
         if finished and not overwrite:
             raise RefusedError(
-                f"{self._to.repo}: {revision} holds a model already ({', '.join(sorted(finished))}). "
+                f"{self.repo}: {revision} holds a model already ({', '.join(sorted(finished))}). "
                 "Name another repository or --revision, or replace the model with --overwrite."
             )
 
@@ -159,11 +163,11 @@ class Publisher:
         """
         with self._explained():
             _, names = self._listing()
-            if self._to.create_pr:
-                title = f"Upload {self._to.repo.partition('/')[2]}"
-                pull_request = self._ask(lambda: self._api.create_pull_request(self._to.repo, title))
+            if self._repository.create_pr:
+                title = f"Upload {self.repo.partition('/')[2]}"
+                pull_request = self._ask(lambda: self._api.create_pull_request(self.repo, title))
                 self.revision = f"refs/pr/{pull_request.num}"
-                self._announce(f"{self._to.repo}: opened {self.url}; --revision {self.revision} continues it")
+                self._announce(f"{self.repo}: opened {self.url}; --revision {self.revision} continues it")
             if _SEALS.intersection(names):
                 self._commit("Remove the older model", self._stale(names, ()))
 
@@ -177,15 +181,15 @@ class Publisher:
             addition = CommitOperationAdd(path.name, path)
             self._commit(f"Add {path.name}", [addition])
             sha256, nbytes = addition.upload_info.sha256.hex(), addition.upload_info.size
-            files = self._ask(lambda: self._api.get_paths_info(self._to.repo, [path.name], revision=self.revision))
+            files = self._ask(lambda: self._api.get_paths_info(self.repo, [path.name], revision=self.revision))
         held = [f"{lfs.size} bytes with SHA-256 {lfs.sha256}" for f in files if (lfs := getattr(f, "lfs", None))]
         expected = f"{nbytes} bytes with SHA-256 {sha256}"
         if held != [expected]:
             raise PublishError(
-                f"{self._to.repo}: {path.name}: expected {expected}, "
+                f"{self.repo}: {path.name}: expected {expected}, "
                 f"the Hub holds {' and '.join(held) or 'no such large file'}. {path} is kept: send it again."
             )
-        self._announce(f"{self._to.repo}: holds {path.name}")
+        self._announce(f"{self.repo}: holds {path.name}")
         return sha256
 
     def finish(self, folder: Path) -> str:
@@ -203,7 +207,7 @@ class Publisher:
             _, names = self._listing()
             if lost := shards.difference(names, (path.name for path in paths)):
                 raise PublishError(
-                    f"{self._to.repo}: {self.revision} has no {', '.join(sorted(lost))}, so the model is not complete. "
+                    f"{self.repo}: {self.revision} has no {', '.join(sorted(lost))}, so the model is not complete. "
                     "Run the same command again: it sends what is missing."
                 )
             self._commit("Complete the model", [*self._additions(paths), *self._stale(names, kept)])
@@ -222,7 +226,7 @@ class Publisher:
 
     def _listing(self, revision: str | None = None) -> tuple[str | None, list[str]]:
         """The revision's commit and the names of its files."""
-        info = self._ask(lambda: self._api.model_info(self._to.repo, revision=revision or self.revision))
+        info = self._ask(lambda: self._api.model_info(self.repo, revision=revision or self.revision))
         return info.sha, [file.rfilename for file in info.siblings or []]
 
     @staticmethod
@@ -238,17 +242,17 @@ class Publisher:
         ]
         if stale:
             more = " ..." if len(stale) > _SHOWN else ""
-            self._announce(f"{self._to.repo}: removing what is of an older model: {', '.join(stale[:_SHOWN])}{more}")
+            self._announce(f"{self.repo}: removing what is of an older model: {', '.join(stale[:_SHOWN])}{more}")
         return [CommitOperationDelete(name, is_folder=False) for name in stale]
 
     def _commit(self, message: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> None:
         self._ask(
-            lambda: self._api.create_commit(self._to.repo, operations, commit_message=message, revision=self.revision)
+            lambda: self._api.create_commit(self.repo, operations, commit_message=message, revision=self.revision)
         )
 
     def _ask(self, action: Callable[[], Result]) -> Result:
         """Ask the Hub again as long as it answers that there were too many requests, and to wait."""
-        return patiently(self._to.repo, self._announce, action, WAIT_STATUSES)
+        return patiently(self.repo, self._announce, action, WAIT_STATUSES)
 
     @contextmanager
     def _explained(self, after: str = "") -> Iterator[None]:
@@ -258,7 +262,7 @@ class Publisher:
         except MoemergeError:
             raise
         except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(f"not everything was sent to {self._to.repo}.{after}") from error
+            raise KeyboardInterrupt(f"not everything was sent to {self.repo}.{after}") from error
         except Exception as error:
-            kind, text = explain(error, self._to, self._account)
-            raise kind(f"{self._to.repo}: {text}{after}") from error
+            kind, text = explain(error, self._repository, self._account)
+            raise kind(f"{self.repo}: {text}{after}") from error

@@ -1,4 +1,4 @@
-"""A merged model's folder sent to the Hub, from the first check to the page's address."""
+"""Push a merged model's folder to the Hub, from the first check to the page's address."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +8,9 @@ from moemerge.config.schema import CARD
 from moemerge.errors import RefusedError
 from moemerge.model_card.card import read_card
 from moemerge.model_card.metadata import read_licence, set_licence
-from moemerge.publish.destination import Destination
 from moemerge.publish.folder import checkpoint_files
 from moemerge.publish.publisher import Publisher
+from moemerge.publish.repository import Repository
 
 
 def push(
@@ -29,13 +29,13 @@ def push(
     The token is that of `hf auth login`, or `HF_TOKEN`. Files that the Hub has already are not sent again.
 
     Args:
-        folder: holds the merged model.
+        folder: the folder of the merged model.
         repo: the repository, `user/name`; created where it is missing.
-        private: a repository that is created is private, and one that is public is refused.
+        private: whether a new repository is created private; then a public one is refused.
         revision: a branch, created where it is missing, or a pull request as `refs/pr/N`; else `main`.
-        create_pr: propose the model in a pull request.
-        licence: of the model, as the Hub calls it; written into the model card. Else the card has to name one.
-        overwrite: replace a model of another kind.
+        create_pr: whether to propose the model in a pull request.
+        licence: the model's licence, as the Hub calls it, for the model card; None where the card names one.
+        overwrite: whether to replace a model of another kind.
         announce: called with a line about each step.
 
     Returns:
@@ -44,7 +44,7 @@ def push(
     Raises:
         SourceError: there is no such folder, or no checkpoint in it.
         CheckpointError: its files do not agree.
-        RefusedError: no licence is named, the destination's name is none, or it holds a model of another kind.
+        RefusedError: no licence is named, the repository's name is none, or it holds a model of another kind.
         PublishError: the Hub does not take the model.
     """
     folder = Path(folder)
@@ -56,7 +56,7 @@ def push(
         )
     if (folder / CARD).is_file():
         read_card(folder)
-    publisher = Publisher(Destination(repo, private, revision, create_pr), announce)
+    publisher = Publisher(Repository(repo, private, revision, create_pr), announce)
     publisher.open()
     publisher.check_replaced(read_json(folder / "config.json").get("model_type"), overwrite=overwrite)
     publisher.create()

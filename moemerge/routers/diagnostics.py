@@ -27,8 +27,8 @@ def route_layer(
 
     return LayerRouting(
         layer=inputs.layer,
-        own=of_present(by_prompt.diagonal().tolist()),
-        first=of_present(first),
+        hit_rate=of_present(by_prompt.diagonal().tolist()),
+        top1_accuracy=of_present(first),
         load=of_present(by_prompt.mean(dim=0).tolist()),
         top_weight=float(weights[:, 0].mean()),
         held_out=held_out,

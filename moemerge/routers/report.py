@@ -18,9 +18,9 @@ class LayerRouting:
     """One layer's routing of the prompts' tokens; None stands for an expert that is absent from the layer."""
 
     layer: int
-    own: tuple[float | None, ...]
+    hit_rate: tuple[float | None, ...]
     """Share of each expert's own positive-prompt tokens that have it in their top k."""
-    first: tuple[float | None, ...]
+    top1_accuracy: tuple[float | None, ...]
     """Share of each expert's own positive-prompt tokens that have it as their first choice."""
     load: tuple[float | None, ...]
     """Share of all positive-prompt tokens that have each expert in their top k; each expert's tokens weigh the same."""
@@ -31,8 +31,8 @@ class LayerRouting:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The shares in `own` as percentages; `-` for absent experts."""
-        return tuple("-" if share is None else f"{share:.0%}" for share in self.own)
+        """The hit rates as percentages, for people."""
+        return tuple("-" if share is None else f"{share:.0%}" for share in self.hit_rate)
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class RoutingReport:
     @property
     def chance(self) -> float:
         """Share of tokens that an expert gets under random routing, averaged over layers."""
-        present = [sum(share is not None for share in row.own) for row in self.layers] or [len(self.experts)]
+        present = [sum(share is not None for share in row.hit_rate) for row in self.layers] or [len(self.experts)]
         return math.fsum(self.experts_per_token / experts for experts in present) / len(present)
 
     @property
-    def own(self) -> tuple[float, ...]:
+    def hit_rate(self) -> tuple[float, ...]:
         """Share of each expert's own prompts' tokens that reach it, averaged over the layers that it is in."""
-        return _mean_over_layers(layer.own for layer in self.layers)
+        return _mean_over_layers(layer.hit_rate for layer in self.layers)
 
     @property
-    def first(self) -> tuple[float, ...]:
+    def top1_accuracy(self) -> tuple[float, ...]:
         """Share of each expert's own prompts' tokens that choose it first, averaged over the layers that it is in."""
-        return _mean_over_layers(layer.first for layer in self.layers)
+        return _mean_over_layers(layer.top1_accuracy for layer in self.layers)
 
     @property
     def load(self) -> tuple[float, ...]:
@@ -82,18 +82,18 @@ class RoutingReport:
     def warnings(self) -> list[str]:
         """Warnings about experts that are rarely chosen, and about pairs that the router can hardly tell apart."""
         found = []
-        shares = zip(self.experts, self.own, self.first, self.load, strict=True) if self.layers else ()
-        for name, own, first, load in shares:
+        shares = zip(self.experts, self.hit_rate, self.top1_accuracy, self.load, strict=True) if self.layers else ()
+        for name, hit_rate, top1, load in shares:
             if load < _DEAD_FRACTION * self.chance:
                 found.append(f"expert {name} is almost never chosen: {load:.1%} of the prompts' tokens reach it")
-            elif first < _DEAD_FRACTION / len(self.experts):
+            elif top1 < _DEAD_FRACTION / len(self.experts):
                 found.append(
-                    f"expert {name} is almost never the first choice, not even for its own prompts: {first:.1%}"
+                    f"expert {name} is almost never the first choice, not even for its own prompts: {top1:.1%}"
                 )
-            elif own < _CLEARLY_LESS * self.chance:
+            elif hit_rate < _CLEARLY_LESS * self.chance:
                 found.append(
                     f"expert {name} gets fewer of its own prompts' tokens than chance would give it: "
-                    f"{own:.1%} against {self.chance:.1%}"
+                    f"{hit_rate:.1%} against {self.chance:.1%}"
                 )
         found += [
             f"the router can hardly tell {self.experts[a]} from {self.experts[b]}: their rows are almost parallel"

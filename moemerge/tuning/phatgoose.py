@@ -33,7 +33,7 @@ from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import find_not_finite, judge, judge_start
 from moemerge.tuning.losses import cross_entropy
-from moemerge.tuning.settings import Documents
+from moemerge.tuning.settings import SplitDocuments
 from moemerge.tuning.student import Student, padded
 from moemerge.tuning.teachers import open_source
 from moemerge.tuning.training import make_optimiser, set_rates
@@ -58,15 +58,14 @@ def open_sources(context: TuningContext) -> list[Runnable]:
 
 
 def stack_gates(
-    context: TuningContext, sources: Sequence[Runnable], training: Documents, held_out: Documents, batches: Batches
+    context: TuningContext, sources: Sequence[Runnable], documents: SplitDocuments, batches: Batches
 ) -> State:
     """Make rows of single experts' gates, and judge them on held-out text.
 
     Args:
         context: the context of the tuning.
         sources: the base and every expert.
-        training: documents of every expert to train on.
-        held_out: documents of every expert to judge by.
+        documents: documents of every expert to train on and to judge by.
         batches: windows of all experts together.
 
     Raises:
@@ -74,7 +73,7 @@ def stack_gates(
     """
     base, *experts = sources
     begun, left = time.perf_counter(), sum(not _file(context, number).exists() for number in range(len(experts)))
-    gates = _train_all(context, base, experts, training, held_out)
+    gates = _train_all(context, base, experts, documents)
     seconds = (time.perf_counter() - begun) / max(left, 1)
     student = Student.load(context)
     (before, _), start = judge_start(context, student, batches.held_out), student.rows()
@@ -109,7 +108,7 @@ def _changes(config: MergeConfig) -> list[str]:
 
 
 def _train_all(
-    context: TuningContext, base: Runnable, experts: Sequence[Runnable], training: Documents, held_out: Documents
+    context: TuningContext, base: Runnable, experts: Sequence[Runnable], documents: SplitDocuments
 ) -> dict[int, torch.Tensor]:
     """Train the gates of all experts, one after the other; returns them by layer (expert, hidden)."""
     mixture, found = context.mixture, []
@@ -118,7 +117,7 @@ def _train_all(
         path = _file(context, number)
         if not path.exists():
             model = model or _load(context, base)
-            own = Batches.cut(mixture, {name: training[name]}, {name: held_out[name]}, context.settings)
+            own = Batches.cut(mixture, *documents.of(name), context.settings)
             layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
             gates = _train(context, name, model, _ffns(expert, layers, context), own)
             if not all(gate.isfinite().all() for gate in gates.values()):

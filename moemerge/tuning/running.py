@@ -22,7 +22,7 @@ from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import stored_dtypes
 from moemerge.tuning.phatgoose import open_sources, stack_gates
 from moemerge.tuning.processes import Processes, open_processes
-from moemerge.tuning.settings import Documents, Settings, TuningResult, card_section
+from moemerge.tuning.settings import Settings, SplitDocuments, TuningResult, card_section
 from moemerge.tuning.teachers import open_teachers
 from moemerge.tuning.training import train
 from moemerge.tuning.whole import plan_memory
@@ -32,8 +32,7 @@ from moemerge.tuning.writing import CARD, check_room, check_writable, gate_tenso
 
 def run(
     folder: Path | str,
-    training: Documents,
-    held_out: Documents,
+    documents: SplitDocuments,
     settings: Settings,
     *,
     copy: Path | None,
@@ -42,7 +41,7 @@ def run(
     progress: Callable[[str, int, int], None],
     announce: Callable[[str], None],
 ) -> TuningResult | None:
-    """Tune the model on documents as `moemerge.tuning.tuner.tune` does."""
+    """Tune the model on documents; arguments, results and errors are those of `moemerge.tuning.tuner.tune`."""
     mixture, processes = open_mixture(folder), open_processes(device)
     if not processes.first:
         progress, announce = (lambda _name, _done, _total: None), (lambda _: None)
@@ -67,7 +66,7 @@ def run(
             least = None if free is None else processes.least(free)
             memory = plan_memory(mixture.runnable, processes.device, processes.dtype, least, local)
             context = TuningContext(mixture, settings, processes, memory, work, progress, announce)
-            return _run(context, training, held_out, copy, resume=resume and work.begun)
+            return _run(context, documents, copy, resume=resume and work.begun)
     except KeyboardInterrupt:
         if work.in_use and work.resumable and not work.unfinished:
             announce("what was done so far is kept: the same command with --resume goes on")
@@ -102,11 +101,9 @@ def _check(mixture: MixtureModel, copy: Path | None) -> None:
     check_room(mixture, copy)
 
 
-def _run(
-    context: TuningContext, training: Documents, held_out: Documents, copy: Path | None, *, resume: bool
-) -> TuningResult:
+def _run(context: TuningContext, documents: SplitDocuments, copy: Path | None, *, resume: bool) -> TuningResult:
     mixture, settings, processes = context.mixture, context.settings, context.processes
-    batches = Batches.cut(mixture, training, held_out, settings)
+    batches = Batches.cut(mixture, *documents, settings)
     _check_domains(context, batches)
     phatgoose = settings.method == "phatgoose"
     sources = open_sources(context) if phatgoose else []
@@ -118,15 +115,13 @@ def _run(
     )
     shards = shard_stamps(gate_tensors(mixture))
     if processes.first:
-        documents = {name: [*training[name], *held_out[name]] for name in training}
+        texts = {name: [*training, *documents.held_out[name]] for name, training in documents.training.items()}
         if context.work.resumable and not resume:
             context.announce("what an earlier tuning had kept is removed: this one starts over, without --resume")
-        context.work.begin(_fingerprint(context, documents, shards), resume=resume)
+        context.work.begin(_fingerprint(context, texts, shards), resume=resume)
     processes.wait()
-    state = (
-        stack_gates(context, sources, training, held_out, batches) if phatgoose else train(context, batches, teachers)
-    )
-    found = _found(context, state, batches, copy)
+    state = stack_gates(context, sources, documents, batches) if phatgoose else train(context, batches, teachers)
+    found = _result(context, state, batches, copy)
     if processes.first:
         if found.improved:
             _write(context, found, state, shards, copy)
@@ -181,7 +176,7 @@ def _fingerprint(
     }
 
 
-def _found(context: TuningContext, state: State, batches: Batches, copy: Path | None) -> TuningResult:
+def _result(context: TuningContext, state: State, batches: Batches, copy: Path | None) -> TuningResult:
     texts = batches.held_out
     windows = {name: [texts.windows[place] for place in texts.of(domain)] for domain, name in enumerate(texts.domains)}
     before, after = ({name: np.array(of) for name, of in held.documents.items()} for held in (state.before, state.best))

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
@@ -48,7 +48,7 @@ class Settings:
     """Whether experts may lack text; what the tuning does to their text is not seen then."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check that numbers are in their ranges.
 
         Raises:
             RefusedError: names every number that is out of its range.
@@ -69,7 +69,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """How a router does on held-out text."""
+    """Losses and choices of a mixture on held-out text, by domain."""
 
     losses: Mapping[str, Estimate]
     """Nats per token by domain."""
@@ -119,7 +119,18 @@ class TuningResult:
         return [*lost, without] if self.missing else lost
 
 
-def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+class SplitDocuments(NamedTuple):
+    """Documents by domain, divided into those that are trained on and those that are held out."""
+
+    training: dict[str, list[str]]
+    held_out: dict[str, list[str]]
+
+    def of(self, domain: str) -> "SplitDocuments":
+        """Give the documents of one domain alone."""
+        return SplitDocuments({domain: self.training[domain]}, {domain: self.held_out[domain]})
+
+
+def split_documents(documents: Documents, seed: int) -> SplitDocuments:
     """Split documents into those to train on and those to judge by, each by domain.
 
     A repeated text counts once, since it might be both held out and trained on.
@@ -141,7 +152,7 @@ def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str
         count = max(FEWEST_DOCUMENTS, len(texts) // _HELD_OUT)
         held[name] = [texts[place] for place in sorted(order[:count])]
         training[name] = [texts[place] for place in sorted(order[count:])]
-    return training, held
+    return SplitDocuments(training, held)
 
 
 def card_section(found: TuningResult) -> str:

@@ -26,8 +26,7 @@ def tune(
 
     Args:
         folder: the folder of the merged model.
-        data: files, folders or patterns of documents, by the name of their domain. A domain with the name of an expert
-            is that expert's, and every expert needs one.
+        data: files, folders or patterns of documents, by domain. A domain with an expert's name is that expert's.
         settings: the options of the training.
         copy: a folder for the whole model with its new gates, instead of `folder`.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
@@ -47,13 +46,12 @@ def tune(
         OutputError: the model cannot be written, or another process is tuning it.
     """
     settings = settings or Settings()
-    training, held_out = split_documents(read_domains(data), settings.seed)
+    documents = split_documents(read_domains(data), settings.seed)
     from moemerge.tuning.running import run  # imports torch, transformers and accelerate
 
     return run(
         folder,
-        training,
-        held_out,
+        documents,
         settings,
         copy=copy,
         device=device,

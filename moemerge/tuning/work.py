@@ -71,7 +71,7 @@ class WorkFolder:
 
     @property
     def resumable(self) -> bool:
-        """Whether more is kept than the beginning of a tuning."""
+        """Whether predictions or a state were kept, so that there is work to resume."""
         found = {path.name for path in self.folder.glob("*") if not path.name.endswith(".new")}
         return bool(found - {self._fingerprint.name})
 

@@ -47,7 +47,7 @@ def shard_stamps(gates: Mapping[int, TensorInfo]) -> dict[str, list[int]]:
 
 
 def stamp(path: Path) -> list[int]:
-    """What a file keeps when it is renamed: bytes, time of writing, inode; an empty list if the file is not there."""
+    """Size in bytes, time of writing and inode of a file, which a renaming keeps; an empty list if there is no file."""
     if not path.exists():
         return []
     found = Stamp.of(path)

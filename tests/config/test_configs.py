@@ -43,7 +43,7 @@ def test_real_models_merge_and_speak(tmp_path, monkeypatch, mode):
     report = merge(plan_merge(load_config(tmp_path / "c.yaml")), tmp_path / "out")
     assert inspect_checkpoint(str(tmp_path / "out")).experts == 4
     if mode == "hidden":
-        assert min(report.own) > 0.8
+        assert min(report.hit_rate) > 0.8
         assert report.warnings() == []
     from transformers import AutoTokenizer
 

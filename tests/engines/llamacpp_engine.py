@@ -10,7 +10,7 @@ from logprobs import logprobs_of
 from writers import MADE_BY
 
 from moemerge.errors import RefusedError
-from moemerge.export.writing import write_gguf
+from moemerge.export.writing import GgufOptions, write_gguf
 
 __all__ = ["MADE_BY", "compute", "losses", "version"]
 
@@ -24,7 +24,7 @@ def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.
     model, gguf = folder / "model", folder / "ours.gguf"
     family = json.loads((model / "config.json").read_text())["model_type"]
     try:
-        write_gguf(model, gguf, type="f32", overwrite=True)
+        write_gguf(model, gguf, GgufOptions(type="f32", overwrite=True))
         return compute_file(gguf, tokens, new_tokens)
     except RefusedError as error:
         raise RuntimeError(str(error).removeprefix(f"{family}: ")) from error

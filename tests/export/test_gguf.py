@@ -42,7 +42,7 @@ from moemerge.export.quantised_file import write_quantised
 from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
 from moemerge.export.transposed import Transposed
 from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
-from moemerge.export.writing import check_file, write_gguf
+from moemerge.export.writing import GgufOptions, check_file, write_gguf
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.merging.gguf import merge_to_gguf
 from moemerge.merging.options import MergeOptions
@@ -100,7 +100,7 @@ def into_pairs(weights: np.ndarray, heads: int) -> np.ndarray:
 
 
 def test_tensors_are_the_checkpoints_renamed_stacked_and_turned(tmp_path, out):
-    write_gguf(out, tmp_path / "a.gguf", type="f32")
+    write_gguf(out, tmp_path / "a.gguf", GgufOptions(type="f32"))
     found, stored = read(tmp_path / "a.gguf"), load_file(out / "model.safetensors")
     expected = {
         "token_embd.weight": stored["model.embed_tokens.weight"],
@@ -136,7 +136,7 @@ def test_tensors_are_the_checkpoints_renamed_stacked_and_turned(tmp_path, out):
 
 
 def test_what_engines_read_in_float32_alone_stays_so(tmp_path, out):
-    write_gguf(out, tmp_path / "a.gguf", type="q8_0")
+    write_gguf(out, tmp_path / "a.gguf", GgufOptions(type="q8_0"))
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     for name, kind in kinds.items():
         if name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
@@ -146,7 +146,7 @@ def test_what_engines_read_in_float32_alone_stays_so(tmp_path, out):
 
 
 def test_tensors_begin_at_multiples_of_32_bytes_with_zeros_between(tmp_path, out):
-    write_gguf(out, tmp_path / "a.gguf", type="f16")
+    write_gguf(out, tmp_path / "a.gguf", GgufOptions(type="f16"))
     tensors, data = gguf.GGUFReader(tmp_path / "a.gguf").tensors, (tmp_path / "a.gguf").read_bytes()
     covered = set()
     for tensor in tensors:
@@ -159,7 +159,7 @@ def test_tensors_begin_at_multiples_of_32_bytes_with_zeros_between(tmp_path, out
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
 def test_a_plan_makes_the_file_that_its_checkpoint_makes(tmp_path, config, out, kind):
-    write_gguf(out, tmp_path / "a.gguf", type=kind)
+    write_gguf(out, tmp_path / "a.gguf", GgufOptions(type=kind))
     merge_to_gguf(plan_merge(load_config(config)), tmp_path / "merged.gguf", type=kind)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "merged.gguf"]
@@ -177,7 +177,7 @@ def test_a_plan_makes_the_file_that_its_checkpoint_makes(tmp_path, config, out, 
 def test_what_a_merge_computes_is_in_the_file_too(tmp_path, llamas, moe, keys):
     config = write_config(tmp_path / "a.yaml", llamas[0], llamas[1:], prompts=False, architecture=moe, **keys)
     merge(plan_merge(load_config(config)), tmp_path / "a")
-    write_gguf(tmp_path / "a", tmp_path / "b.gguf", type="q8_0")
+    write_gguf(tmp_path / "a", tmp_path / "b.gguf", GgufOptions(type="q8_0"))
     merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf", type="q8_0")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
@@ -221,7 +221,7 @@ def test_large_matrices_are_made_of_blocks_in_bounded_pieces(tmp_path, copied):
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         stored[name] = np.random.default_rng(0).standard_normal((rows, 32), np.float32)
     save_file(stored, copied / "model.safetensors", {"format": "pt"})
-    write_gguf(copied, tmp_path / "a.gguf", type="q8_0")
+    write_gguf(copied, tmp_path / "a.gguf", GgufOptions(type="q8_0"))
     expected = gguf.quants.quantize(stored["lm_head.weight"], gguf.GGMLQuantizationType.Q8_0)
     assert read(tmp_path / "a.gguf")["output.weight"].tobytes() == expected.tobytes()
 
@@ -268,15 +268,15 @@ def refused(work, kind: type[MoemergeError] = RefusedError) -> str:
 
 def test_a_file_that_is_there_is_kept(tmp_path, out, config):
     file, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
-    write_gguf(out, file, type="f16")
+    write_gguf(out, file, GgufOptions(type="f16"))
     message = f"{file}: exists. Replace it with --overwrite, or choose another name."
     assert refused(lambda: write_gguf(out, file)) == message
     assert refused(lambda: merge_to_gguf(plan_merge(load_config(config)), file)) == message
     other.write_bytes(b"mine")
     message = f"{other}: is no GGUF file, and --overwrite replaces no other. Choose another name."
-    assert refused(lambda: write_gguf(out, other, overwrite=True)) == message
+    assert refused(lambda: write_gguf(out, other, GgufOptions(overwrite=True))) == message
     assert other.read_bytes() == b"mine"
-    write_gguf(out, file, type="f32", overwrite=True)
+    write_gguf(out, file, GgufOptions(type="f32", overwrite=True))
     assert read(file)["output.weight"].dtype == np.float32
 
 
@@ -414,12 +414,12 @@ def test_a_converter_that_fails_is_quoted(tmp_path, copied):
     _unigram(copied)
     checkout = tmp_path / "llama.cpp"
     checkout.mkdir()
-    assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf", llama_cpp=checkout)) == (
+    assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf", GgufOptions(llama_cpp=checkout))) == (
         f"--llama-cpp: {checkout} holds no convert_hf_to_gguf.py. Name the folder of a checkout of llama.cpp."
     )
     script = checkout / "convert_hf_to_gguf.py"
     script.write_text("raise SystemExit('no such tokenizer')")
-    assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf", llama_cpp=checkout)) == (
+    assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf", GgufOptions(llama_cpp=checkout))) == (
         f"{script}: cannot read the tokenizer of {copied}: ... no such tokenizer"
     )
 
@@ -470,7 +470,10 @@ def test_numbers_that_a_type_cannot_hold_are_named_with_types_that_can(tmp_path,
     save_file(stored, copied / "model.safetensors", {"format": "pt"})
     where = f"{copied / 'model.safetensors'}: tensor 'lm_head.weight' holds 1e+06, which float16 cannot express."
     advice = "Write the file with --type bf16 or --type f32."
-    assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf", type="f16"), TooLargeError) == f"{where} {advice}"
+    assert (
+        refused(lambda: write_gguf(copied, tmp_path / "a.gguf", GgufOptions(type="f16")), TooLargeError)
+        == f"{where} {advice}"
+    )
     assert not (tmp_path / "a.gguf").exists()
     base = Path(shutil.copytree(llamas[0], tmp_path / "base"))
     stored = load_file(base / "model.safetensors")
@@ -538,7 +541,7 @@ def test_a_link_stays_one(tmp_path, out):
     target, link = tmp_path / "elsewhere" / "b.gguf", tmp_path / "a.gguf"
     target.write_bytes(b"GGUF")
     link.symlink_to(target)
-    write_gguf(out, link, overwrite=True)
+    write_gguf(out, link, GgufOptions(overwrite=True))
     assert link.is_symlink()
     assert "output.weight" in read(target)
 
@@ -695,7 +698,7 @@ def test_nothing_is_left_where_a_source_is_cut_off(tmp_path, copied):
         os.truncate(path, 20_000)
 
     with pytest.raises(CheckpointError, match="ended inside tensor"):
-        write_gguf(copied, file, low_memory=True, progress=cut)
+        write_gguf(copied, file, GgufOptions(low_memory=True), progress=cut)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
@@ -708,7 +711,7 @@ def test_an_interrupt_leaves_the_old_file(tmp_path, out, config):
         raise KeyboardInterrupt
 
     for work in (
-        lambda: write_gguf(out, file, overwrite=True, type="f32", progress=interrupt),
+        lambda: write_gguf(out, file, GgufOptions(overwrite=True, type="f32"), progress=interrupt),
         lambda: merge_to_gguf(plan_merge(load_config(config)), file, MergeOptions(overwrite=True), progress=interrupt),
     ):
         with pytest.raises(KeyboardInterrupt):

@@ -18,6 +18,7 @@ from moemerge.cli.options import GGUF_TYPES
 from moemerge.errors import CheckpointError, OutputError, RefusedError, SourceError
 from moemerge.export import packages, quantised_file
 from moemerge.export.contents import read_contents
+from moemerge.export.engine_process import failure_reason
 from moemerge.export.imatrix import ColumnSquares, Importance, read_importance
 from moemerge.export.quantised_file import write_quantised
 from moemerge.export.quantising import (
@@ -28,7 +29,6 @@ from moemerge.export.quantising import (
     quantise,
     quantised_bytes,
     uncovered_notes,
-    why,
 )
 from moemerge.export.writing import HEADER_BYTES, write_gguf
 from tests.support.models import write_config
@@ -178,7 +178,7 @@ def test_what_the_engine_chooses_for_8_experts_is_no_fallback(tmp_path):
     ],
 )
 def test_why_the_engine_ended(said, code, reason):
-    assert why(said, code) == reason
+    assert failure_reason(said, code) == reason
 
 
 def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.export.vocabulary import unknown
-from moemerge.export.writing import write_gguf
+from moemerge.export.writing import GgufOptions, write_gguf
 from moemerge.merging.gguf import merge_to_gguf
 from moemerge.merging.options import MergeOptions
 from tests.llamacpp.engine import computed, converted, encoded
@@ -151,7 +151,7 @@ def compare(ours: Path, theirs: Path, *, without: str = "") -> None:
 def test_files_are_those_of_the_converter_with_and_without_a_checkpoint(tmp_path, merged, name, kind):
     out, config = merged(name)
     ours = tmp_path / "ours.gguf"
-    write_gguf(out, ours, type=kind)
+    write_gguf(out, ours, GgufOptions(type=kind))
     # That it is the right one is tested below: transformers gives some families' tokenizers another.
     theirs = converted(out, kind, read(ours)[0]["tokenizer.ggml.pre"])
     assert isinstance(theirs, Path), theirs
@@ -176,7 +176,7 @@ def test_what_the_converter_refuses_is_computed_as_by_transformers(tmp_path, moe
     config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture=moe, **keys)
     merge(plan_merge(load_config(config)), tmp_path / "out")
     assert isinstance(converted(tmp_path / "out", "f32"), str)
-    write_gguf(tmp_path / "out", tmp_path / "ours.gguf", type="f32")
+    write_gguf(tmp_path / "out", tmp_path / "ours.gguf", GgufOptions(type="f32"))
     found = computed(tmp_path / "ours.gguf", token_ids().tolist())
     assert found is not None
     expected = logits(load(tmp_path / "out")).numpy()
@@ -208,7 +208,7 @@ def out(tmp_path, merged):
 @pytest.mark.parametrize("name", WAYS)
 def test_texts_are_split_as_transformers_splits_them(tmp_path, out, name):
     save(name, out)
-    write_gguf(out, tmp_path / "ours.gguf", type="f16")
+    write_gguf(out, tmp_path / "ours.gguf", GgufOptions(type="f16"))
     theirs = converted(out, "f16", name)
     assert isinstance(theirs, Path), theirs
     compare(tmp_path / "ours.gguf", theirs)
@@ -220,7 +220,7 @@ def test_texts_are_split_as_transformers_splits_them(tmp_path, out, name):
 def test_no_token_is_put_in_front_where_the_tokenizer_puts_none(tmp_path, out, name):
     save(name, out)
     edit_json(out / "tokenizer.json", post_processor=None)
-    write_gguf(out, tmp_path / "ours.gguf", type="f16")
+    write_gguf(out, tmp_path / "ours.gguf", GgufOptions(type="f16"))
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id
     assert encoded(tmp_path / "ours.gguf", list(TEXTS)) == [tokenizer(text)["input_ids"] for text in TEXTS]
@@ -231,10 +231,10 @@ def test_a_tokenizer_that_is_not_known_is_read_by_the_converter_of_a_checkout(tm
     for file in out.glob("*token*"):
         file.unlink()
     shutil.copytree(tokenizer_folder, out, dirs_exist_ok=True)
-    write_gguf(out, tmp_path / "known.gguf", type="f16")
+    write_gguf(out, tmp_path / "known.gguf", GgufOptions(type="f16"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moemerge.export.metadata.read_vocabulary", mock.Mock(side_effect=unknown("...")))
-        write_gguf(out, tmp_path / "ours.gguf", type="f16", llama_cpp=Path(os.environ["LLAMACPP"]))
+        write_gguf(out, tmp_path / "ours.gguf", GgufOptions(type="f16", llama_cpp=Path(os.environ["LLAMACPP"])))
     compare(tmp_path / "ours.gguf", tmp_path / "known.gguf")
     assert not list(tmp_path.glob(".*"))
 
@@ -250,7 +250,7 @@ def test_a_sentencepiece_model_is_read_as_the_converter_reads_it(tmp_path, out, 
     }
     edit_json(out / "tokenizer_config.json", added_tokens_decoder=decoder, add_prefix_space=True)
     (out / "added_tokens.json").write_text(json.dumps({"<more>": PIECES + 10, "<beyond>": VOCAB}))
-    write_gguf(out, tmp_path / "ours.gguf", type="f16")
+    write_gguf(out, tmp_path / "ours.gguf", GgufOptions(type="f16"))
     theirs = converted(out, "f16")
     assert isinstance(theirs, Path), theirs
     compare(tmp_path / "ours.gguf", theirs)
@@ -267,7 +267,7 @@ def test_ernies_mixture_is_read_as_the_converter_reads_it(tmp_path, tokenizer_fo
     config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture="ernie4_5_moe")
     merge(plan_merge(load_config(config)), tmp_path / "out")
     for kind in TYPES:
-        write_gguf(tmp_path / "out", tmp_path / "ours.gguf", type=kind, overwrite=True)
+        write_gguf(tmp_path / "out", tmp_path / "ours.gguf", GgufOptions(type=kind, overwrite=True))
         theirs = converted(tmp_path / "out", kind)
         assert isinstance(theirs, Path), theirs
         # Where it is null, as here, the converter writes that no space is put in front, which is not so.
@@ -289,7 +289,7 @@ def test_gemmas_mixture_is_read_as_the_converter_reads_it(tmp_path, tokenizer_fo
     config = write_config(tmp_path / "merge.yaml", base, experts, prompts=False, architecture="gemma4_text")
     merge(plan_merge(load_config(config)), tmp_path / "out")
     for kind in TYPES:
-        write_gguf(tmp_path / "out", tmp_path / "ours.gguf", type=kind, overwrite=True)
+        write_gguf(tmp_path / "out", tmp_path / "ours.gguf", GgufOptions(type=kind, overwrite=True))
         theirs = converted(tmp_path / "out", kind)
         assert isinstance(theirs, Path), theirs
         compare(tmp_path / "ours.gguf", theirs)
@@ -311,7 +311,7 @@ def test_a_tokenizer_json_with_byte_fallback_is_read_as_the_converter_reads_it(t
     tokenizer.add_special_tokens({"pad_token": "<user>"} if named else {})
     tokenizer.save_pretrained(out)
     (out / "tokenizer.model").unlink(missing_ok=True)
-    write_gguf(out, tmp_path / "ours.gguf", type="f16")
+    write_gguf(out, tmp_path / "ours.gguf", GgufOptions(type="f16"))
     theirs = converted(out, "f16")
     assert isinstance(theirs, Path), theirs
     compare(tmp_path / "ours.gguf", theirs)
@@ -323,7 +323,7 @@ def test_there_are_as_many_tokens_as_embeddings_which_the_engine_demands(tmp_pat
     merge(plan_merge(load_config(config)), tmp_path / "out")
     shutil.copytree(tokenizer_folder, tmp_path / "out", dirs_exist_ok=True)
     (tmp_path / "out" / "tokenizer.model").unlink()
-    write_gguf(tmp_path / "out", tmp_path / "ours.gguf", type="f32")
+    write_gguf(tmp_path / "out", tmp_path / "ours.gguf", GgufOptions(type="f32"))
     theirs = converted(tmp_path / "out", "f32")
     assert isinstance(theirs, Path), theirs
     assert computed(theirs, [[1, 2, 3]]) is None
@@ -364,7 +364,7 @@ def test_chat_templates_and_settings_are_those_of_the_converter(tmp_path, out, n
             "tags:", "license: apache-2.0\nlanguage: [en, de]\nbase_model: [meta-llama/Llama-3.2-1B]\ntags:"
         )
     )
-    write_gguf(out, tmp_path / "ours.gguf", type="f16")
+    write_gguf(out, tmp_path / "ours.gguf", GgufOptions(type="f16"))
     theirs = converted(out, "f16", "gpt-2")
     assert isinstance(theirs, Path), theirs
     compare(tmp_path / "ours.gguf", theirs)
@@ -395,7 +395,7 @@ def test_what_is_put_around_texts_is_read_as_the_converter_reads_it(tmp_path, ou
     edit_json(
         out / "tokenizer_config.json", add_bos_token=True, **({} if named else {"bos_token": None, "eos_token": None})
     )
-    write_gguf(out, tmp_path / "ours.gguf", type="f16")
+    write_gguf(out, tmp_path / "ours.gguf", GgufOptions(type="f16"))
     theirs = converted(out, "f16", "gpt-2")
     assert isinstance(theirs, Path), theirs
     compare(tmp_path / "ours.gguf", theirs)

@@ -81,11 +81,11 @@ STREAM = """
 import sys
 from pathlib import Path
 from moemerge.errors import MoemergeError
-from moemerge.publish.destination import Destination
+from moemerge.publish.repository import Repository
 from moemerge.publish.publisher import Publisher
 
 def publisher(*arguments, **options):
-    p = Publisher(Destination(*arguments, **options), print)
+    p = Publisher(Repository(*arguments, **options), print)
     p.open()
     p.create()
     return p

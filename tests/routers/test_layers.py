@@ -97,13 +97,13 @@ def test_an_absent_expert_has_zeros_and_is_never_chosen(tmp_path, kinds, mode):
     if mode == "random":
         assert torch.equal(rows_of(plan, made.rows[1])[[0, 2]], rows_of(plan, whole.rows[1])[[0, 2]])
     table = made.report.layers[1]
-    assert (table.own[1], table.first[1], table.load[1]) == (None, None, None)
+    assert (table.hit_rate[1], table.top1_accuracy[1], table.load[1]) == (None, None, None)
     # Two are left, and two are chosen.
-    assert (table.own[0], table.own[2]) == (1.0, 1.0)
+    assert (table.hit_rate[0], table.hit_rate[2]) == (1.0, 1.0)
     assert table.load[0] == pytest.approx(1.0)
     assert table.shown[1] == "-"
-    others = [made.report.layers[layer].own[1] for layer in (0, 2)]
-    assert made.report.own[1] == pytest.approx(sum(others) / 2)
+    others = [made.report.layers[layer].hit_rate[1] for layer in (0, 2)]
+    assert made.report.hit_rate[1] == pytest.approx(sum(others) / 2)
     assert made.report.chance == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
     merge(plan, tmp_path / "out")
     assert "| 1 | 100% | - | 100% |" in (tmp_path / "out" / "README.md").read_text()
@@ -121,7 +121,7 @@ def test_means_count_only_the_layers_of_an_expert():
         LayerRouting(4, (0.7, None), (0.4, None), (0.6, None), 0.9),
     )
     report = RoutingReport(("fox", "code"), 1, layers, {})
-    assert report.own == (pytest.approx(0.6), 0.0)
+    assert report.hit_rate == (pytest.approx(0.6), 0.0)
     assert report.warnings()[-1].startswith("expert code is almost never chosen")
 
 
@@ -224,7 +224,7 @@ def test_the_gate_of_shared_experts_tells_their_prompts_from_others(tmp_path, ki
     assert not without.shared_gates
     for layer, data in without.rows.items():
         assert torch.allclose(rows_of(plan, made.rows[layer]), rows_of(plan, data), rtol=1e-4, atol=1e-5)
-    assert made.report.own == pytest.approx(without.report.own)
+    assert made.report.hit_rate == pytest.approx(without.report.hit_rate)
     assert made.report.load == pytest.approx(without.report.load)
     merge(plan, tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")

@@ -354,10 +354,10 @@ def test_the_routing_of_a_layer_is_counted():
     inputs = router_inputs(states, [0, 0, 1, 1], [True, True, True, False])
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     routing = route_layer(rows, inputs, asked(2, 1))
-    assert routing.own == routing.first == (1.0, 1.0)
+    assert routing.hit_rate == routing.top1_accuracy == (1.0, 1.0)
     assert routing.load == (0.5, 0.5)
     both = route_layer(rows, inputs, asked(2, 2))
-    assert (both.own, both.first, both.load) == ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
+    assert (both.hit_rate, both.top1_accuracy, both.load) == ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
 
 
 def report(own, load, distances=None) -> RoutingReport:
@@ -374,7 +374,7 @@ def test_experts_that_are_never_chosen_are_named():
 
 
 def test_an_expert_that_is_chosen_by_all_but_never_first_is_named():
-    routing = LayerRouting(layer=0, own=(1.0, 1.0), first=(1.0, 0.0), load=(1.0, 1.0), top_weight=0.9)
+    routing = LayerRouting(layer=0, hit_rate=(1.0, 1.0), top1_accuracy=(1.0, 0.0), load=(1.0, 1.0), top_weight=0.9)
     assert RoutingReport(("fox", "code"), 2, (routing,), {}).warnings() == [
         "expert code is almost never the first choice, not even for its own prompts: 0.0%"
     ]

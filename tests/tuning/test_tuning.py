@@ -231,6 +231,7 @@ def test_a_gain_that_may_be_chance_is_not_written(out, data, tmp_path, monkeypat
     words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
     code, printed, errors = run([*words, "--out", tmp_path / "copy"], monkeypatch, capsys)
     assert code == 0
+    assert printed.splitlines()[0] == "Held-out loss in nats per token, with 95 % intervals over documents:"
     assert "best after step 4 of 4, which may be chance; " in printed
     assert errors.splitlines()[-3:] == [
         "note: the gain may be chance, for its interval reaches down to 0: more documents make it narrower",
