@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
-    """Values that decide every byte of `plan.shards_without_routers`; a resumed merge keeps shards where all are equal."""
+    """Values that decide every byte of the shards without routers; a resumed merge keeps them if all are equal."""
     used: dict[File, list[TensorInfo]] = {}
     for output in plan.outputs.values():
         for piece in output.pieces:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moemerge.config.schema import load_config
+from moemerge.config.loading import load_config
 from moemerge.model_card.card import write_card
 from moemerge.model_card.markdown import as_text
 from moemerge.model_card.usage import use_it
