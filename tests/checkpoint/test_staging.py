@@ -180,7 +180,10 @@ def test_names_that_do_not_serve_are_refused_with_the_cause(tmp_path):
         ("a" * 240, "its name is too long. While it is written, its name is used with 30"),
         ("a" * 300, "cannot be looked up: File name too long. Choose another output folder."),
         ("\udcff", r"\\xff: the folder's name is not text in UTF-8, so no program could open the model by its name"),
-        ("ring", "cannot be looked up: "),
+        (
+            "ring",
+            "^{}: cannot be looked up: its links form a ring. Choose another output folder.$".format(tmp_path / "ring"),
+        ),
         ("file/below", f"{tmp_path / 'file'} is not a folder. Choose another output folder."),
     ):
         with pytest.raises(RefusedError, match=message):
