@@ -620,6 +620,24 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
     assert str(caught.value) == (f"{target.path}: cannot be read: No such file or directory. Was it moved meanwhile?")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a file of Linux")
+def test_what_cannot_be_read_while_it_is_compared_is_named(tmp_path):
+    source, found = tmp_path / "s.json", tmp_path / "folder"
+    source.write_text("{}")
+    found.mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        compare.compare_files(source, found)
+    assert str(caught.value) == f"{found}: cannot be compared with {source}: Is a directory."
+    # Memory that no program has: it can be opened, but not read.
+    tensor = stored(tmp_path / "t", torch.ones(2))
+    unread = replace(tensor, path=Path("/proc/self/mem"), start=0)
+    with pytest.raises(CheckpointError) as caught:
+        compare.compare_tensor(((Piece(tensor, "F32"),),), 0, unread, lambda _: None)
+    assert str(caught.value) == (
+        "/proc/self/mem: tensor 'a' cannot be compared with its source: Input/output error."
+    )
+
+
 def test_the_command_says_so_in_one_line(tmp_path, plan, merged, llamas):
     config = write_random(tmp_path / "merge.yaml", llamas)
     result = run("verify", merged, "--against", config)
