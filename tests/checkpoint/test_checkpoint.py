@@ -27,7 +27,6 @@ from moemerge.sources.local import resolve_file
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
 from tests.support.models import edit_json
 
-
 NOWHERE = Path("/proc/self/mem")
 
 

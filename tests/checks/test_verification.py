@@ -633,9 +633,7 @@ def test_what_cannot_be_read_while_it_is_compared_is_named(tmp_path):
     unread = replace(tensor, path=Path("/proc/self/mem"), start=0)
     with pytest.raises(CheckpointError) as caught:
         compare.compare_tensor(((Piece(tensor, "F32"),),), 0, unread, lambda _: None)
-    assert str(caught.value) == (
-        "/proc/self/mem: tensor 'a' cannot be compared with its source: Input/output error."
-    )
+    assert str(caught.value) == ("/proc/self/mem: tensor 'a' cannot be compared with its source: Input/output error.")
 
 
 def test_the_command_says_so_in_one_line(tmp_path, plan, merged, llamas):
