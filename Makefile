@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-all test-families test-transformers4 test-wheel test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
+.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage test-wheel test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
 
 install: $(VENV)/.done
 
@@ -38,6 +38,10 @@ test: check
 test-all: lint browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m ""
 
+# What no test enters: lines, and branches as FROM->TO. It takes longer than the tests by themselves.
+coverage: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term
+
 # Every pair of a dense and an MoE family.
 test-families: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/families/test_families.py tests/tuning/test_tuning.py -m ""
@@ -61,6 +65,11 @@ test-transformers4: install $(VENV4)/.done
 	$(BIN)/python -m tests.support.other_version write .cache/other-version
 	$(VENV4)/bin/python -m tests.support.other_version compare .cache/other-version
 	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest -n auto --dist worksteal
+
+# What needs no PyTorch, under each Python that is named; by default, all that pyenv has.
+PYTHONS ?= $(wildcard $(HOME)/.pyenv/versions/3.1[0-9].*/bin/python)
+test-pythons: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.pythons .cache/pythons $(PYTHONS)
 
 # The wheel by itself: its metadata, and a merge by what is installed from it alone, of the demo's models where there are
 # some. Twine has an environment of its own, since its dependencies would stand in for missing ones.

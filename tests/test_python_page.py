@@ -1,9 +1,12 @@
 """The programs of docs/python.md are run, over tiny models in the places that they name."""
 
 import inspect
+import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,22 @@ def test_programs_are_right_for_a_strict_type_checker(tmp_path):
         ["--strict", f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache'}", *paths]
     )
     assert (problems, code) == ("", 0), found
+
+
+def test_pyright_accepts_the_programs_and_no_misspelt_name(tmp_path, monkeypatch):
+    """One run for both: it takes seconds. Nothing is fetched: its wheel carries the checker, another one node."""
+    for name, text in PROGRAMS.items():
+        (tmp_path / f"{name}_program.py").write_text(text)
+    (tmp_path / "probe.py").write_text("from moemerge import plan_merge\nfrom moemerge import plan_merg\n")
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(ROOT)], "pythonVersion": "3.10"}))
+    monkeypatch.setenv("PYRIGHT_PYTHON_IGNORE_WARNINGS", "1")
+    checked = [str(ROOT / "moemerge" / "__init__.py"), str(tmp_path)]
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--project", str(tmp_path), *checked]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    assert found["summary"]["filesAnalyzed"] == len(PROGRAMS) + 2
+    told = [
+        (Path(each["file"]).name, each["range"]["start"]["line"] + 1, each["message"])
+        for each in found["generalDiagnostics"]
+    ]
+    assert told == [("probe.py", 2, '"plan_merg" is unknown import symbol')]

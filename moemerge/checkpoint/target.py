@@ -194,15 +194,18 @@ def _resolved(out: Path) -> Path:
     """
     try:
         str(out).encode()
-        return out.resolve()
+        resolved = Path(os.path.realpath(out))
     except UnicodeEncodeError as error:
         shown = os.fsencode(out).decode(errors="backslashreplace")
         raise RefusedError(
             f"{shown}: the folder's name is not text in UTF-8, so no program could open the model by its name. Choose "
             "another output folder."
         ) from error
-    except (RuntimeError, ValueError) as error:  # RuntimeError: a ring of links; ValueError: a null byte
+    except ValueError as error:  # a null byte
         raise RefusedError(f"{out}: cannot be looked up: {error}. Choose another output folder.") from error
+    if resolved.is_symlink():
+        raise RefusedError(f"{out}: cannot be looked up: its links form a ring. Choose another output folder.")
+    return resolved
 
 
 def _check_entries(

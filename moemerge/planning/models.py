@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from moemerge.compatibility.checks import check_configs
 from moemerge.config.schema import MergeConfig
@@ -92,7 +93,4 @@ def _name(place: str, folder: ModelFolder) -> str:
 
 
 def _dense(folder: ModelFolder) -> DenseModel:
-    model = read_dense(folder.config)
-    if isinstance(model, str):
-        raise IncompatibleError("These models cannot be merged:", [f"{folder.reference}: {model}"])
-    return model
+    return cast("DenseModel", read_dense(folder.config))  # a problem with it has been refused

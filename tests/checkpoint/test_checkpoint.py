@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moemerge.checkpoint import copy, writer
+from moemerge.checkpoint import copy, header, json_text, writer
 from moemerge.checkpoint.derived import read_values
 from moemerge.checkpoint.header import TensorInfo, build_header, read_header
-from moemerge.checkpoint.index import Weights, choose_weights, read_weight_map
+from moemerge.checkpoint.index import Weights, choose_weights, read_json, read_weight_map
 from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import TensorSpec, layout_shards, parse_size
 from moemerge.checkpoint.writer import ShardWriter
@@ -25,6 +26,8 @@ from moemerge.errors import CheckpointError, OutputError
 from moemerge.sources.local import resolve_file
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
 from tests.support.models import edit_json
+
+NOWHERE = Path("/proc/self/mem")
 
 
 def raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -415,6 +418,62 @@ def test_a_full_disk_is_said_so(tmp_path, monkeypatch):
     (tmp_path / "source").write_bytes(bytes(4))
     with pytest.raises(OutputError, match="the disk is full"):
         write(tmp_path, {"a": Piece(tensor, "F32")}, {"a": (1,)})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a file of Linux")
+def test_what_the_system_refuses_is_named(tmp_path):
+    tensor = TensorInfo("a", tmp_path / "source", "F32", (1,), 0, 4)
+    (tmp_path / "source").write_bytes(bytes(4))
+    out = tmp_path / "gone" / "model.safetensors"
+    with pytest.raises(OutputError) as caught:
+        write(out.parent, {"a": Piece(tensor, "F32")}, {"a": (1,)})
+    assert str(caught.value) == f"{out}: cannot be written: No such file or directory."
+    # Memory that no program has: it can be opened, but not read.
+    with pytest.raises(CheckpointError) as unread:
+        copy.copy_file(NOWHERE, tmp_path / "copy")
+    assert str(unread.value) == f"{NOWHERE}: cannot be read: Input/output error."
+
+
+def test_a_tensor_that_was_never_added_is_an_error_of_the_program(tmp_path):
+    shards = layout_shards([TensorSpec("a", "F32", (1,), 4)], 10**9)
+    with (
+        pytest.raises(ValueError, match="^model.safetensors: some of its tensors were never added$"),
+        ShardWriter(tmp_path, shards, lambda _: None),
+    ):
+        pass
+
+
+def test_much_is_flushed_on_the_way(tmp_path, monkeypatch):
+    """Before a shard is complete, so that the disk works while its other tensors are written."""
+    flushed = []
+    monkeypatch.setattr(writer, "FLUSH_BYTES", 8)
+    monkeypatch.setattr(writer, "flush", flushed.append)
+    pieces = {name: Piece(bytes(4), "F32") for name in "abc"}
+    write(tmp_path, pieces, dict.fromkeys(pieces, (1,)), threads=1)
+    assert flushed == [tmp_path / "model.safetensors"] * 2
+
+
+def test_json_beyond_any_model_is_refused_unread(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 5_000_000)
+    with pytest.raises(CheckpointError, match="^.*config.json: holds more values than any model has"):
+        read_json(path)
+    monkeypatch.setattr(json_text, "MOST_BYTES", 10)
+    path.write_text('{"a": "0123456789"}')
+    with pytest.raises(CheckpointError, match="config.json: has 19 bytes; at most 10 are read"):
+        read_json(path)
+    monkeypatch.setattr(header, "MOST_BYTES", 10)
+    stored = raw(tmp_path / "m.safetensors", {"a": entry(0, 4)}, b"1234")
+    with pytest.raises(CheckpointError, match=r"m.safetensors: its header has \d+ bytes; at most 10 are read\.$"):
+        read_header(stored)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config.json: is no regular file\.$"):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r": cannot be read: Is a directory\.$"):
+        read_header(tmp_path)
 
 
 def test_conversion_in_chunks_equals_conversion_at_once(tmp_path, monkeypatch):

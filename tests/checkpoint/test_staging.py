@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from moemerge.checkpoint import staging, target
+from moemerge.checkpoint import disk, staging, target
 from moemerge.checkpoint.copy import copy_file, write_failure
-from moemerge.checkpoint.disk import allow_open_files, limit_of
-from moemerge.checkpoint.staging import staged
+from moemerge.checkpoint.disk import allocate, allow_open_files, flush, limit_of
+from moemerge.checkpoint.journal import _remove_all_but
+from moemerge.checkpoint.staging import locked, staged
 from moemerge.checkpoint.target import check_limits, check_space, check_target
 from moemerge.errors import CheckpointError, OutputError, RefusedError
 
@@ -180,7 +181,10 @@ def test_names_that_do_not_serve_are_refused_with_the_cause(tmp_path):
         ("a" * 240, "its name is too long. While it is written, its name is used with 30"),
         ("a" * 300, "cannot be looked up: File name too long. Choose another output folder."),
         ("\udcff", r"\\xff: the folder's name is not text in UTF-8, so no program could open the model by its name"),
-        ("ring", "cannot be looked up: "),
+        (
+            "ring",
+            "^{}: cannot be looked up: its links form a ring. Choose another output folder.$".format(tmp_path / "ring"),
+        ),
         ("file/below", f"{tmp_path / 'file'} is not a folder. Choose another output folder."),
     ):
         with pytest.raises(RefusedError, match=message):
@@ -352,3 +356,60 @@ def test_a_full_disk_is_said_of_the_output_not_of_the_source(tmp_path, monkeypat
     assert "lower --max-shard-size" in str(write_failure(tmp_path / "x", OSError(errno.EFBIG, "x"))).lower()
     with pytest.raises(CheckpointError, match=r"gone.json: cannot be read: No such file"):
         copy_file(tmp_path / "gone.json", tmp_path / "x")
+
+
+def test_what_lies_beside_complete_shards_is_removed(tmp_path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("model-00001-of-00002.safetensors", "additional_chat_templates/tool.jinja", "merges.txt"):
+        (tmp_path / name).write_text("")
+    _remove_all_but(tmp_path, {"model-00001-of-00002.safetensors"})
+    assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
+
+
+def test_a_lock_that_cannot_be_made_is_said_of_the_output(tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    with pytest.raises(OutputError) as caught, locked(out, out, "writing"):
+        pass
+    assert str(caught.value) == f"{tmp_path / 'file'}: File exists."
+
+
+def test_outside_the_main_thread_no_signal_is_held_back(tmp_path):
+    """Python lets only the main thread choose who is told of a signal."""
+
+    def write():
+        with staged(tmp_path / "out") as folder:
+            (folder / "config.json").write_text("{}")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_a_file_that_may_only_be_read_is_flushed(tmp_path, monkeypatch):
+    modes, given = [], os.open
+
+    def refuse(path, mode, *rest):
+        modes.append(mode & os.O_ACCMODE)
+        if mode & os.O_RDWR:
+            raise PermissionError
+        return given(path, mode, *rest)
+
+    (tmp_path / "a").write_text("")
+    monkeypatch.setattr(os, "open", refuse)  # root may write everywhere
+    flush(tmp_path / "a")
+    assert modes == [os.O_RDWR, os.O_RDONLY]
+
+
+def test_space_that_is_not_there_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    """Where the file system cannot reserve space, the file gets its size alone."""
+    with (tmp_path / "a").open("wb") as file:
+        monkeypatch.setattr(disk.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(fallocate=lambda *_: -1))
+        monkeypatch.setattr(disk.ctypes, "get_errno", lambda: errno.EOPNOTSUPP)
+        allocate(file.fileno(), 100, reserve=True)
+        assert (tmp_path / "a").stat().st_size == 100
+        monkeypatch.setattr(disk.ctypes, "get_errno", lambda: errno.ENOSPC)
+        with pytest.raises(OSError, match="No space left on device"):
+            allocate(file.fileno(), 200, reserve=True)
+    assert (tmp_path / "a").stat().st_size == 100

@@ -111,6 +111,13 @@ def test_a_file_that_ends_too_early_is_an_error(tmp_path):
         look_at(tensor)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a file of Linux")
+def test_a_file_that_cannot_be_read_is_named():
+    """Memory that no program has: it can be opened, but not read."""
+    with pytest.raises(CheckpointError, match=r"^/proc/self/mem: cannot be read: Input/output error\.$"):
+        look_at(TensorInfo("a", Path("/proc/self/mem"), "F32", (4,), 0, 16))
+
+
 def test_memory_does_not_grow_with_the_tensor(tmp_path):
     tensor = stored(tmp_path / "a", torch.full((2**22,), torch.inf))
     tracemalloc.start()

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checks.files import Difference
-from moemerge.checks.repairing import repair
+from moemerge.checks.repairing import _remove, repair
 from moemerge.checks.verification import verify_merge
 from moemerge.cli import main
-from moemerge.errors import RefusedError
+from moemerge.errors import OutputError, RefusedError
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.planning.options import PlanOptions
 from tests.support.families import DENSE
@@ -226,3 +226,9 @@ def test_the_command_refuses_a_folder_that_is_not_there(tmp_path, monkeypatch, c
         1,
         f"error: {tmp_path / 'none'}: there is no such folder. Name the folder that holds the merged model.\n",
     )
+
+
+def test_a_file_that_cannot_be_removed_is_named(tmp_path):
+    with pytest.raises(OutputError) as caught:
+        _remove(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: cannot be removed (Is a directory)."

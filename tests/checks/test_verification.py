@@ -17,6 +17,7 @@ from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import compare
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.pieces import Fill, Piece
+from moemerge.checks.files import _is_gguf, _is_respelled
 from moemerge.checks.verification import Difference, verify_merge
 from moemerge.cli import main
 from moemerge.cli.render import plan_facts
@@ -360,6 +361,25 @@ def test_what_transformers_leaves_out_is_a_note_and_what_is_changed_is_not(plan,
     assert {found.what for found in differences(plan, out)} == {"README.md"}
 
 
+def test_weights_that_cannot_be_read_differ(plan, out):
+    (out / WEIGHTS).write_bytes((out / WEIGHTS).read_bytes()[:-1])
+    found = next(difference for difference in differences(plan, out) if difference.what == "weights")
+    assert found.expected == "an index, headers and files that agree"
+    assert found.found.startswith(f"{out / WEIGHTS}: tensor ")
+    assert found.found.endswith(": it was cut off.")
+
+
+def test_a_folder_called_like_a_gguf_file_is_none(tmp_path):
+    (tmp_path / "a.gguf").mkdir()
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    assert [_is_gguf(tmp_path / name) for name in ("a.gguf", "b.gguf")] == [False, True]
+
+
+def test_a_tokenizers_config_that_cannot_be_read_is_not_respelled(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert _is_respelled(tmp_path / "tokenizer_config.json", b"{}") is None
+
+
 def test_metadata_of_shards_and_repeated_keys_are_found(plan, out):
     tensors = load_file(out / WEIGHTS)
     save_file(tensors, out / WEIGHTS, {"format": "tf", "quantization": "x"})
@@ -619,6 +639,22 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         compare.compare_tensor(((Piece(other, "F32"),),), 0, target, lambda _: None)
     assert str(caught.value) == (f"{target.path}: cannot be read: No such file or directory. Was it moved meanwhile?")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a file of Linux")
+def test_what_cannot_be_read_while_it_is_compared_is_named(tmp_path):
+    source, found = tmp_path / "s.json", tmp_path / "folder"
+    source.write_text("{}")
+    found.mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        compare.compare_files(source, found)
+    assert str(caught.value) == f"{found}: cannot be compared with {source}: Is a directory."
+    # Memory that no program has: it can be opened, but not read.
+    tensor = stored(tmp_path / "t", torch.ones(2))
+    unread = replace(tensor, path=Path("/proc/self/mem"), start=0)
+    with pytest.raises(CheckpointError) as caught:
+        compare.compare_tensor(((Piece(tensor, "F32"),),), 0, unread, lambda _: None)
+    assert str(caught.value) == ("/proc/self/mem: tensor 'a' cannot be compared with its source: Input/output error.")
 
 
 def test_the_command_says_so_in_one_line(tmp_path, plan, merged, llamas):

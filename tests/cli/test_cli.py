@@ -3,10 +3,12 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,12 +16,13 @@ import pytest
 import typer
 from rich.console import Console
 
+import moemerge.cli.console
 from moemerge.checkpoint.staging import kept_shards
 from moemerge.cli import main
-from moemerge.cli.console import explain_error
+from moemerge.cli.console import _Shown, explain_error, stoppable
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
 from moemerge.cli.merging import merge_models
-from moemerge.cli.progress import show_progress
+from moemerge.cli.progress import show_progress, show_steps
 from moemerge.errors import RefusedError
 from tests.support.models import edit_json, make_model, write_config
 
@@ -461,3 +464,49 @@ def test_a_misspelt_command_is_named(tmp_path, monkeypatch, capsys):
         main()
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: pln: there is no such config and no such command. Did you mean plan?\n"
+
+
+def test_the_version_is_told(here):
+    assert here("--version") == (0, f"moemerge {moemerge.__version__}\n", "")
+
+
+def test_families_are_a_table_of_markdown_on_request(here):
+    code, out, err = here("families", "--markdown")
+    assert (code, err) == (0, "")
+    assert out.startswith("| ")
+    assert "| mixtral |" in out.replace("`", "")
+
+
+def test_an_engine_of_the_command_stands_for_that_of_the_config(here, tmp_path, llamas):
+    config = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], prompts=False)
+    code, out, err = here("plan", config, "--for", "llama.cpp")
+    assert (code, err) == (0, "")
+    assert "llama.cpp" in out
+
+
+def test_an_interrupt_that_got_lost_stops_the_work(monkeypatch):
+    reported = []
+    report = stoppable(reported.append)
+    report(1)
+    monkeypatch.setattr(moemerge.cli.console, "interrupted", threading.Event())
+    moemerge.cli.console.interrupted.set()
+    with pytest.raises(KeyboardInterrupt):
+        report(2)
+    assert reported == [1]
+
+
+@pytest.mark.parametrize(("level", "told"), [(logging.WARNING, "warning: x\n"), (logging.INFO, "moemerge.test: x\n")])
+def test_what_is_logged_is_shown(level, told):
+    console = Console(file=io.StringIO())
+    _Shown(console).emit(logging.LogRecord("moemerge.test", level, "", 0, "x", (), None))
+    assert console.file.getvalue() == told
+
+
+def test_layers_that_are_run_are_bars_on_a_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with show_steps(console, quiet=False) as report:
+        for name, done in (("fox", 1), ("fox", 2), ("fox", 1), ("code", 1)):
+            report(name, done, 2)
+    shown = console.file.getvalue()
+    assert shown.count("fox") >= 2  # run again, it has a new bar
+    assert "code" in shown

@@ -1,6 +1,7 @@
 """Standard output and error that are closed, full or of a small alphabet, and names that would move the cursor."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         check=False,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "LC_ALL": "C"},
+        env={name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+        | {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "LC_ALL": "C"},
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from moemerge import load_config
+from moemerge.config.layer_choice import read_layers
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig, RoutedExpert, RouterSettings
 from moemerge.errors import ConfigError
@@ -499,3 +500,29 @@ def test_a_missing_file_is_one_message(tmp_path):
 
 def test_the_text_is_kept_for_the_copy_beside_the_model():
     assert parse_config(PLAIN + "# a comment\n").text == PLAIN + "# a comment\n"
+
+
+def test_a_name_with_a_null_byte_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: .*null"):
+        load_config(tmp_path / "a\0b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [(8, [8]), ([3, 1], [3, 1]), ("second-half", "second-half"), ("8-", "8-")]
+)
+def test_layers_are_written_in_several_ways(written, read):
+    assert read_layers(written) == read
+
+
+@pytest.mark.parametrize("written", [-1, True, [], [1, "2"], [-1], "first", None, 1.5])
+def test_layers_in_no_such_way_are_refused(written):
+    with pytest.raises(
+        ValueError,
+        match="^expected all, second-half, a layer such as 8, a range such as 8- or 8-15, or a list of layers$",
+    ):
+        read_layers(written)
+
+
+def test_a_gate_mode_that_is_no_text_is_refused():
+    (problem,) = problems(PLAIN + "gate_mode: 3\n")
+    assert "gate_mode" in problem

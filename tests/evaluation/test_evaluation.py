@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
-from moemerge.errors import CheckpointError, RefusedError
+from moemerge.errors import CheckpointError, IncompatibleError, RefusedError
 from moemerge.evaluation import figures, running
 from moemerge.evaluation.evaluator import evaluate
 from moemerge.evaluation.routes.tracing import trace
@@ -719,3 +719,27 @@ def test_five_documents_have_an_interval_and_four_have_none():
     assert found.low < found.value < found.high
     assert found.interval == f" ({found.low:.3f} to {found.high:.3f})"
     assert (figures.estimate(sums[:4]).low, figures.estimate(sums[:4]).interval) == (None, "")
+
+
+def test_a_mixture_that_lacks_what_its_family_has_is_refused(tmp_path, llamas):
+    folder = merged(tmp_path, llamas)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("num_hidden_layers", "num_experts_per_tok"):
+        (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name != key}))
+        with pytest.raises(IncompatibleError) as caught:
+            open_mixture(folder)
+        assert str(caught.value) == f"{folder}: its config.json has no {key}, which a mixtral has."
+    (folder / "config.json").write_text(json.dumps(config))
+    kept = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if ".gate." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IncompatibleError) as caught:
+        open_mixture(folder)
+    assert str(caught.value) == f"{folder}: has no router: no tensor is called *.block_sparse_moe.gate.weight."
+
+
+def test_a_model_of_no_dense_family_is_not_run(tmp_path, llamas):
+    folder = Path(shutil.copytree(llamas[0], tmp_path / "odd"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "odd"}))
+    with pytest.raises(IncompatibleError, match=f"^{folder}: .*odd"):
+        open_dense(str(folder), "odd", print)

@@ -138,6 +138,16 @@ def test_what_is_no_whole_checkpoint_is_not_replaced(tmp_path, llamas, config):
         assert names(target) == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_what_cannot_be_read_makes_no_checkpoint(out, config, name):
+    (out / "moemerge_config.yaml").unlink()
+    (out / name).write_text("{")
+    before = names(out)
+    with pytest.raises(RefusedError, match="holds no complete checkpoint"):
+        merge(plan_merge(load_config(config)), out, MergeOptions(overwrite=True))
+    assert names(out) == before
+
+
 def test_a_merged_model_that_lost_a_shard_is_replaced(out, config):
     (out / "model-00002-of-00002.safetensors").unlink()
     merge(plan_merge(load_config(config)), out, MergeOptions(overwrite=True))

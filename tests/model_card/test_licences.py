@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moemerge.errors import RefusedError
+from moemerge.model_card.card import with_section
 from moemerge.model_card.licences import _CHAINS, _above, strictest
 from moemerge.model_card.metadata import read_licence, set_licence
 
@@ -167,3 +168,9 @@ def test_a_card_that_cannot_be_read_is_not_written_to(tmp_path):
         f"{card}: its metadata is no table in YAML. Correct what stands between its --- lines."
     )
     assert [path.name for path in Path(tmp_path).iterdir()] == ["README.md"]
+
+
+def test_a_section_is_put_at_the_end_of_a_card_without_a_configuration():
+    text = with_section("# A model\n\n", "evaluation", "losses")
+    assert text == "# A model\n\n<!-- evaluation -->\nlosses\n<!-- /evaluation -->\n"
+    assert with_section(text, "evaluation", "other losses") == text.replace("losses", "other losses")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from moemerge.families.dense import DENSE_FAMILIES, ModelTensors, read_dense
 from moemerge.families.mixture import Mixture
-from moemerge.passes import decoder, device
+from moemerge.passes import decoder, device, proving
+from moemerge.passes.tokens import read_tokenizer_config
 from moemerge.routers import capture
 from moemerge.routers.base_pass import PassRequest
 from moemerge.routers.capture import capture_router_inputs
@@ -150,3 +151,36 @@ def test_what_a_class_keeps_in_float32_stays_so_and_nothing_else():
         "model.layers.1.mlp.gate.weight",
         "model.layers.1.mlp.moe_statics.e_score_correction_bias",
     }
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "told"),
+    [
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, ("it 'b'", 2, 3)),
+        ({"a": 1, "b": 2}, {"a": 1}, ("it 'b'", 2, None)),
+        ([1, 2, 3], [1, 3, 3], ("it from 1 on", [2, 3], [3, 3])),
+        ([1], [1, 2], ("it from 1 on", [], [2])),
+        ("left", "right", ("it", "left", "right")),
+    ],
+)
+def test_where_two_tokenizers_differ_first_is_told(found, expected, told):
+    assert proving._first("it", found, expected) == told
+
+
+def test_a_tokenizer_that_reads_no_text_is_no_proof():
+    def tokenizer(_text, **_):
+        raise ValueError
+
+    tokenizer.all_special_tokens, tokenizer.get_added_vocab = [], dict
+    with pytest.raises(ValueError, match="^it reads no text$"):
+        proving._texts(tokenizer)
+
+
+def test_a_tokenizers_config_that_cannot_be_read_is_empty(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert read_tokenizer_config(tmp_path) == {}
+
+
+def test_only_errors_of_memory_are_told_as_such():
+    with pytest.raises(RuntimeError, match="^shapes differ$"), device.memory_watched("it ran"):
+        raise RuntimeError("shapes differ")

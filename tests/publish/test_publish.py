@@ -6,20 +6,29 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, snapshot_download
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moemerge.checkpoint.index import read_json
 from moemerge.config.loading import load_config
+from moemerge.errors import PublishError, RefusedError
 from moemerge.merging.checkpoint import merge
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.planner import plan_merge
+from moemerge.publish.hub_errors import explain
+from moemerge.publish.publisher import Publisher, checkpoint_files
+from moemerge.publish.repository import Account, Repository
 from tests.sources.test_hub import INDEX, SHARDS, llama
 from tests.support.hub_server import Hub, User
 from tests.support.machine import SINGLE, Machine, Result
-from tests.support.models import assert_close, logits, write_config
+from tests.support.models import assert_close, logits, make_model, write_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -636,3 +645,69 @@ def test_the_card_says_where_each_model_comes_from_and_under_which_licence(tmp_p
     assert f"| 1 | `acme/code` at `{commits['code']}` |" in card.text
     assert str(tmp_path) not in card.content
     assert (pushed.code, pushed.out) == (0, f"{url}/alice/mix\n")
+
+
+def answered(kind: type[Exception], status: int, **headers: str) -> Exception:
+    """An error of the client with the Hub's answer, made without the response of either HTTP library."""
+    error = kind.__new__(kind, "no words")
+    error.response = SimpleNamespace(status_code=status, headers=headers, url=f"{constants.ENDPOINT}/api")
+    error.server_message = None
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (answered(HfHubHTTPError, 429), PublishError, "the Hub asks for fewer requests. Try again later."),
+        (answered(HfHubHTTPError, 429, **{"Retry-After": "7"}), PublishError, "the Hub asks for fewer requests. Try again in 7 s."),
+        (answered(RevisionNotFoundError, 404), RefusedError, "the repository has no revision 'dev'."),
+        (RuntimeError("an odd\n thing."), PublishError, "could not be sent: an odd thing."),
+        (RuntimeError(), PublishError, "could not be sent: RuntimeError."),
+    ],
+)  # fmt: skip
+def test_errors_are_explained(error, kind, message):
+    assert explain(error, Repository("acme/mix", revision="dev"), Account("alice", ())) == (kind, message)
+
+
+def test_of_an_error_with_a_cause_the_cause_is_told():
+    error = RuntimeError("wrapped")
+    error.__cause__ = ValueError("the xet service is gone")
+    to = Repository("acme/mix")
+    assert explain(error, to, Account("", ())) == (PublishError, "could not be sent: the xet service is gone.")
+
+
+@pytest.mark.parametrize(
+    "ask", [Publisher.create, Publisher.held, lambda p: p.check_replaced("mixtral", overwrite=False)]
+)
+def test_a_repository_that_is_gated_is_not_taken_for_one_that_is_not_there(ask):
+    """The client's error for the one is a kind of its error for the other."""
+
+    def refuse(*_, **__):
+        raise answered(GatedRepoError, 403)
+
+    publisher = Publisher(Repository("acme/mix"), print)
+    publisher._api = SimpleNamespace(model_info=refuse, list_repo_tree=refuse)
+    publisher._account = Account("alice", ("alice/...",))
+    with pytest.raises(RefusedError) as caught:
+        ask(publisher)
+    assert str(caught.value) == "acme/mix: alice may not write there. The token may write to alice/...."
+
+
+def test_an_interrupt_says_that_not_everything_was_sent():
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    publisher = Publisher(Repository("acme/mix"), print)
+    publisher._api = SimpleNamespace(list_repo_tree=interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"^not everything was sent to acme/mix\.$"):
+        publisher.held()
+
+
+def test_pickles_are_not_sent(tmp_path):
+    weights = make_model(tmp_path / "out") / SINGLE
+    torch.save(load_file(weights), tmp_path / "out" / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(RefusedError) as caught:
+        checkpoint_files(tmp_path / "out", print)
+    told = f"{tmp_path / 'out'}: pytorch_model.bin: only safetensors are sent. Merge or convert the model first."
+    assert str(caught.value) == told

@@ -543,3 +543,14 @@ def test_the_base_reads_prompts_only_for_routers_or_a_table(tmp_path, llamas, mo
     made = routers(asked)
     assert len(made.report.layers) == 3
     assert torch.equal(made.weights, routers(plan).weights)
+
+
+def test_equal_directions_are_not_blown_up():
+    """What rounding leaves of their difference says nothing."""
+    same = np.ones((2, 4), np.float32)
+    assert not contrast(same, np.zeros((2, 4), np.float32)).any()
+
+
+def test_experts_that_never_meet_have_no_distance():
+    rows = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    assert row_distances(rows, [frozenset({0}), frozenset({1})]).keys() == {(0, 2), (1, 2)}

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import ssl
 import struct
 import urllib.request
 from collections import Counter
@@ -25,9 +26,10 @@ from moemerge.errors import CheckpointError, SourceError
 from moemerge.planning.planner import plan_merge
 from moemerge.planning.tokenizer_files import COPIED_FILES
 from moemerge.sources.hub import SMALL_FILES
-from moemerge.sources.local import resolve_file
+from moemerge.sources.local import resolve_file, weights_named
 from moemerge.sources.model_folder import open_model, read_tensor_table
-from moemerge.sources.reference import parse_reference
+from moemerge.sources.reference import local_folders, parse_reference
+from moemerge.sources.retries import _may_pass
 from tests.support.hub_server import Files, Hub
 from tests.support.machine import SINGLE, Machine, Result
 from tests.support.models import tokenizer
@@ -503,3 +505,23 @@ def test_the_server_sends_ranges_and_pages_as_the_hub_does():
         api = huggingface_hub.HfApi(endpoint=url)
         listed = {entry.path for entry in api.list_repo_tree("acme/base", recursive=True)}
     assert listed == {*hub.repositories["acme/base"].find("main")[1], "original", "onnx"}
+
+
+def test_what_is_no_reference_leads_to_no_folder():
+    assert local_folders("no such/folder/here") == []
+
+
+@pytest.mark.parametrize("named", [3, "../model.safetensors", "pytorch_model.bin"])
+def test_weights_that_a_config_names_are_safetensors_beside_it(named):
+    with pytest.raises(CheckpointError) as caught:
+        weights_named({"transformers_weights": named})
+    assert str(caught.value) == (
+        f"config.json: transformers_weights is {named!r}, where a safetensors file beside it is expected."
+    )
+
+
+def test_a_certificate_that_is_wrong_is_not_asked_again():
+    error = RuntimeError("while connecting")
+    error.__cause__ = ssl.SSLCertVerificationError("self-signed certificate")
+    assert not _may_pass(error)
+    assert _may_pass(ConnectionResetError())

@@ -21,7 +21,7 @@ from moemerge.checks.inspection import inspect_checkpoint
 from moemerge.cli.render import print_plan
 from moemerge.errors import IncompatibleError, SourceError
 from moemerge.evaluation.runnable import open_dense
-from moemerge.sources.lora import WEIGHTS
+from moemerge.sources.lora import WEIGHTS, Adapter
 from moemerge.sources.model_folder import open_model, read_tensor_table
 from tests.support.hub_world import files_of, lines, planned, weights_sent
 from tests.support.machine import SINGLE
@@ -221,7 +221,10 @@ def test_damaged_adapters_are_clear_errors(tmp_path, llamas):
     shutil.copytree(tmp_path / "good", tmp_path / "double")
     factors = load_file(tmp_path / "good" / "adapter_model.safetensors")
     save_file({k: v.double() for k, v in factors.items()}, tmp_path / "double" / "adapter_model.safetensors")
+    shutil.copytree(tmp_path / "good", tmp_path / "empty")
+    (tmp_path / "empty" / "adapter_model.safetensors").unlink()
     for name, message in {
+        "empty": "empty: has no adapter_model.safetensors and no adapter_model.bin.$",
         "alpha": "adapter_config.json: lora_alpha or alpha_pattern is no number",
         "rank": "says that model.layers.0.mlp.down_proj has rank 3, but its matrices have 4. Save the adapter again",
         "nested": "alpha_pattern has a pattern that is too intricate",
@@ -437,3 +440,9 @@ def test_embeddings_in_float64_are_refused_where_they_are_needed(tmp_path, llama
     assert str(caught.value) == (
         f"{reference}: cannot be run:\n  - {EMBEDDINGS} is stored as F64; expected one of float32, float16, bfloat16"
     )
+
+
+@pytest.mark.parametrize("named", ["user/base", "user/base@main", "/no such/base/of mine", 3, None])
+def test_what_an_adapter_was_trained_on_is_known_where_it_is_a_repository(tmp_path, named):
+    adapter = Adapter("a", tmp_path, {"base_model_name_or_path": named})
+    assert adapter.trained_on == ("user/base" if str(named).startswith("user") else None)

@@ -7,13 +7,20 @@ import signal
 import sys
 import time
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
+from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.jobs import CONNECTIONS
+from moemerge.errors import OutputError, SourceError
+from moemerge.sources import ranges
+from moemerge.sources.ranges import HubFile, NoRangesError
+from moemerge.sources.reference import Reference
 from tests.support.hub_server import Hub, User
 from tests.support.hub_world import MODELS, World, assert_nothing_is_left, files_of, lines, planned, weights_sent
 from tests.support.machine import SINGLE, Machine, Result
@@ -337,3 +344,51 @@ def test_an_interrupt_does_not_wait_for_the_hub(world, machine):
     assert child.returncode == 130
     assert time.monotonic() - started < 30
     assert_nothing_is_left(machine)
+
+
+def test_a_file_on_the_hub_itself_is_read_with_the_token(tmp_path, monkeypatch):
+    """The Hub keeps small files beside the code, and sends nobody elsewhere for them."""
+    hub = Hub()
+    hub.users = {"hf_alice": User("alice")}
+    hub.add("alice/tiny", {"config.json": b"0123456789"}, private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    with hub.running() as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        file = HubFile(
+            Reference("alice/tiny", None), hub.repositories["alice/tiny"].find("main")[0], "config.json", print
+        )
+        with file.open(3, 4) as reader:
+            assert read_exactly(reader, 4) == b"3456"
+        # A disk that is full, or a folder that is gone, is said of the folder where it is kept.
+        file.keep(tmp_path / "gone" / "kept", 0, 10)
+        with pytest.raises(
+            OutputError, match=r"gone/alice--tiny--.*--config.json: cannot be written: No such file or directory\.$"
+        ):
+            file.open(0, 10)
+    wrong = SimpleNamespace(status_code=206, headers={"Content-Range": "bytes 3-6/11"})
+    changed = f"{file}: the repository was changed while it was read: {{}}. Run it again, which starts from the new commit, or name a revision that stays."
+    for headers, message in (
+        ({"Content-Range": "bytes 3-6/11"}, changed.format("it had 10 bytes and has 11")),
+        ({"Content-Range": "bytes 3-6/10", "ETag": "1"}, None),
+        ({"Content-Range": "bytes 3-6/10", "ETag": "2"}, changed.format("it has other content now")),
+    ):
+        wrong.headers = headers
+        if message is None:
+            file.check_answer("http://cdn/x", wrong, 3, 7)
+            continue
+        with pytest.raises(SourceError) as caught:
+            file.check_answer("http://cdn/x", wrong, 3, 7)
+        assert str(caught.value) == message
+    assert file.explain(caught.value) is caught.value
+    assert str(file.refused("http://cdn/x", 403)) == (
+        f"{file}: cdn, where the Hub sends us for the bytes, refuses them (status 403). Check what stands between you "
+        "and it: a proxy, a firewall, the clock."
+    )
+
+
+def test_a_file_without_size_or_hash_is_not_streamed(monkeypatch):
+    monkeypatch.setattr(ranges, "get_hf_file_metadata", lambda _: SimpleNamespace(size=None, etag="a", location="x"))
+    told = r"^alice/tiny@c0ffee0/config.json: the Hub tells neither size nor hash of it, so it cannot be streamed\.$"
+    with pytest.raises(NoRangesError, match=told):
+        HubFile(Reference("alice/tiny", None), "c0ffee0", "config.json", print)

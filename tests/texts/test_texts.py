@@ -6,6 +6,7 @@ import pytest
 
 from moemerge.errors import RefusedError
 from moemerge.passes.tokens import by_transformers, counted_mask, cut_windows
+from moemerge.texts import documents
 from moemerge.texts.documents import find_files, read_documents
 from tests.support.models import tokenizer
 
@@ -96,3 +97,10 @@ def test_every_document_gets_a_window_if_there_is_room(encode):
 )
 def test_the_first_token_does_not_count(special, counted):
     assert list(counted_mask(special)) == counted
+
+
+def test_no_more_lines_are_read_than_texts_are_used(tmp_path, monkeypatch):
+    """A file may be larger than the memory."""
+    monkeypatch.setattr(documents, "_CHARACTERS", 20)
+    (tmp_path / "a.jsonl").write_text('"aaaaaaaa"\n"bbbbbbbb"\n{')
+    assert read_documents([tmp_path / "a.jsonl"]) == ["aaaaaaaa", "bbbbbbbb"]

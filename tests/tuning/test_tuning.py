@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from moemerge import merge, plan_merge
 from moemerge.checkpoint.disk import shown_bytes
+from moemerge.checkpoint.header import read_header
 from moemerge.cli import main
 from moemerge.config.loading import parse_config
 from moemerge.errors import BusyError, CheckpointError, OutputError, RefusedError
@@ -32,6 +34,7 @@ from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
 from moemerge.planning.options import PlanOptions
 from moemerge.routers.scoring import lowering
+from moemerge.sources.pickles import read_pickle
 from moemerge.tuning import batches, phatgoose, running, teachers, training, whole, work, writing
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
@@ -1244,3 +1247,23 @@ def test_weights_that_are_no_numbers_are_refused(out, data):
     with pytest.raises(CheckpointError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == f"{out}: its numbers are not finite from the norm and the head on: {told}."
+
+
+def test_gates_of_other_sizes_are_not_written(tmp_path):
+    save_file({"gate": torch.ones(4)}, tmp_path / "model.safetensors")
+    gates = read_header(tmp_path / "model.safetensors")
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(ValueError, match="^gate: 8 bytes for 16$"):
+        writing.patch_shards(tmp_path, {0: gates["gate"]}, {0: bytes(8)}, tmp_path / "copy")
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["gate"], torch.ones(4))
+    assert writing.stamp(tmp_path / "gone") == []
+
+
+def test_gates_in_a_pickle_are_not_written_to(tmp_path):
+    torch.save({"gate": torch.ones(4)}, tmp_path / "pytorch_model.bin")
+    tensors = read_pickle(tmp_path / "pytorch_model.bin")
+    mixture = SimpleNamespace(folder=tmp_path, tensors=tensors, moe_layers=[0], router=lambda _layer: "gate")
+    with pytest.raises(RefusedError) as caught:
+        writing.gate_tensors(mixture)
+    told = f"{tmp_path}: gate is in {tmp_path / 'pytorch_model.bin'}, a pickle: only *.safetensors are written to."
+    assert str(caught.value) == told
