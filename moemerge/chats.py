@@ -3,11 +3,12 @@
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
-ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
 """Roles that a message may have."""
-COUNTED_ROLES: Final = ("user", "assistant")
+COUNTED_ROLES: Final[tuple[Role, ...]] = ("user", "assistant")
 """Roles whose messages count in statistics unless something else is asked for."""
 CHAT_KEYS: Final = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 """Keys of records that are chats, in the order in which they are looked for; `input` may stand beside `instruction`."""
@@ -159,6 +160,8 @@ def _message(place: Place, raw: Any, problems: list[tuple[Place, str]]) -> Messa
 def _content(value: Any) -> str | None:
     """A message's text, which may come in parts (`[{"type": "text", "text": "..."}]`); None where it is no text."""
     if isinstance(value, list) and value:
-        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in value]
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in value
+        ]
         return None if any(not isinstance(part, str) for part in parts) else "".join(map(str, parts))
     return value if isinstance(value, str) else None

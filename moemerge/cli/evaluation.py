@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moemerge.cli.console import print_json, saying, speaking, stdout, stoppable
-from moemerge.cli.options import CacheDir, Debug, Device, Json, Quiet, Verbose
+from moemerge.cli.options import CacheDir, ChatRoles, Debug, Device, Json, Quiet, Verbose
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
         typer.Option(
             metavar="NAME=PATH",
             show_default=False,
-            help="Text to judge by: a file, folder or pattern of .txt or .jsonl. NAME is an expert's, or any other.",
+            help="Text or chats to judge by: a file, folder or pattern of .txt, .jsonl or .parquet, or "
+            "hf://datasets/user/name:split#column. NAME is an expert's, or any other.",
         ),
     ],
     baselines: Annotated[
@@ -33,6 +34,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
     ] = False,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192,
     window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512,
+    chat_roles: ChatRoles = "user,assistant",  # type: ignore[assignment]  # parsed
     device: Device = "auto",
     cache_dir: CacheDir = None,
     update_card: Annotated[bool, typer.Option("--update-card", help="Write the result into the model card.")] = False,
@@ -58,6 +60,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
                 baselines=baselines,
                 tokens=max_tokens,
                 window=window,
+                roles=chat_roles,
                 device=device,
                 progress=stoppable(progress),
                 announce=saying(console, quiet=quiet),

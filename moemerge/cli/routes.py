@@ -9,11 +9,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from moemerge.chats import Document
 from moemerge.cli.console import print_json, speaking, stdout, stoppable
-from moemerge.cli.options import Debug, Device, Json, Quiet
+from moemerge.cli.options import ChatRoles, Debug, Device, Json, Quiet
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
-from moemerge.texts.documents import find_files, read_documents
+from moemerge.sources.data_sets import SCHEME
+from moemerge.texts.documents import TextSource, find_files, read_documents
 
 if TYPE_CHECKING:
     from moemerge.evaluation.routes.traced import Routes, TracedText
@@ -27,10 +29,11 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
     text: Annotated[list[str], typer.Option(help="A text to route.", show_default=False)] = [],  # noqa: B006
     file: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
-            help="A file, folder or pattern of documents to route, split as those of --data; a file that is neither "
-            ".txt nor .jsonl is one.",
+            metavar="PATH",
+            help="A file, folder or pattern of documents to route, split as those of --data, or Hub data; a file of "
+            "another ending is one document.",
             show_default=False,
         ),
     ] = [],  # noqa: B006
@@ -41,6 +44,7 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
         Path | None, typer.Option(help="Write a page with every layer's choices.", show_default=False)
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each text.")] = 2000,
+    chat_roles: ChatRoles = "user,assistant",  # type: ignore[assignment]  # parsed
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
@@ -48,8 +52,8 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
 ) -> None:
     """Show which expert of a merged model takes which token."""
     with speaking(quiet=quiet, verbose=0, debug=debug) as console:
-        texts = {f"text {number}": given for number, given in enumerate(text, 1)}
-        for name, given in texts.items():
+        texts: dict[str, Document] = {f"text {number}": given for number, given in enumerate(text, 1)}
+        for name, given in zip(texts, text, strict=True):
             if given.encode(errors="replace").decode() != given:
                 raise RefusedError(f"--text: {name} holds bytes that are no UTF-8. Write it in UTF-8.")
         documents = list(_documents(file))
@@ -74,6 +78,7 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
                 texts,
                 tokens=max_tokens,
                 layer=layer,
+                roles=chat_roles,
                 device=device,
                 progress=lambda done, of: report("routes", done, of),
             )
@@ -88,13 +93,13 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
             print_routes(stdout(), routes, layer)
 
 
-def _documents(given: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def _documents(given: Sequence[str]) -> Iterator[tuple[str, Document]]:
     """The documents of files, folders and patterns, each with its file's name: of several in one, with a number, too.
 
     Raises:
         RefusedError: there is no such file, or no text in it.
     """
-    files = list(dict.fromkeys(file for path in given for file in _files(str(path))))
+    files = list(dict.fromkeys(file for path in given for file in _files(path)))
     names = [file.name for file in files]
     for file in files:
         name = file.name if names.count(file.name) == 1 else str(file)
@@ -108,8 +113,8 @@ def _documents(given: Sequence[Path]) -> Iterator[tuple[str, str]]:
             yield f"{name}:{number}" if len(documents) > 1 else name, document
 
 
-def _files(path: str) -> list[Path]:
-    is_pattern = any(sign in path for sign in "*?[") and not os.path.lexists(path)
+def _files(path: str) -> list[TextSource]:
+    is_pattern = path.startswith(SCHEME) or (any(sign in path for sign in "*?[") and not os.path.lexists(path))
     # Neither raises where a text was given in place of a path.
     return find_files([path], "--file") if is_pattern or os.path.isdir(path) else [Path(path)]  # noqa: PTH112
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from moemerge.chats import COUNTED_ROLES
 from moemerge.config.schema import CARD, CONFIG_COPY, Expert
 from moemerge.errors import RefusedError
 from moemerge.model_card.markdown import as_code, as_text
@@ -12,6 +13,7 @@ from moemerge.model_card.metadata import licence_fields, read_metadata, rewritte
 from moemerge.model_card.usage import use_it
 from moemerge.planning.plan import MergePlan
 from moemerge.printable import printable
+from moemerge.sources.data_sets import SCHEME
 from moemerge.sources.reference import Reference, parse_reference
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def _save(folder: Path, plan: MergePlan, licence: str | None, body: str) -> None
         base_model_relation="merge" if repos else None,
         library_name="transformers",
         pipeline_tag="text-generation",
+        datasets=list(dict.fromkeys(data.repo for data in plan.data_sets)) or None,
         tags=_TAGS,
         **licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
     )
@@ -117,7 +120,7 @@ def _body(name: str, plan: MergePlan, report: "RoutingReport", notes: Sequence[s
         "\n".join(_callouts("Note", notes)),
         "## Use",
         *use_it(name, plan.family.model_type, plan.right_in),
-        "## Routing\n\n" + _routing(report),
+        "## Routing\n\n" + _routing(report) + _data_sets(plan),
         f"{_CONFIGURATION}\n\n{_block(plan.config.text)}",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
@@ -256,9 +259,22 @@ def _millions(parameters: int) -> str:
 
 def _sample(expert: Expert) -> str:
     if not expert.positive_prompts:
-        return ", ".join(f"texts in {as_code(Path(pattern).name)}" for pattern in expert.positive_texts)
-    prompt = " ".join(expert.positive_prompts[0].split())
+        named = [text if text.startswith(SCHEME) else Path(text).name for text in expert.positive_texts]
+        return ", ".join(f"texts in {as_code(name)}" for name in named)
+    first = expert.positive_prompts[0]
+    prompt = " ".join((first if isinstance(first, str) else first.said_by(COUNTED_ROLES)).split())
     return as_code(prompt if len(prompt) < _SAMPLE_LENGTH else prompt[: _SAMPLE_LENGTH - 3] + "...")
+
+
+def _data_sets(plan: MergePlan) -> str:
+    """Say at which commits the data sets on the Hub were read that routers were made from."""
+    data = plan.data_sets
+    if not data:
+        return ""
+    from moemerge.sources.hub_data import commit_of  # imports the Hub's client
+
+    named = dict.fromkeys(f"{as_code(one.repo)} at {as_code(commit_of(one))}" for one in data)
+    return f"\n\nThe routers were made from data sets on the Hub: {', '.join(named)}."
 
 
 def _routing(report: "RoutingReport") -> str:

@@ -1,6 +1,7 @@
 """Render chats by a model's own chat template, and mark the tokens that its messages stand for."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Final
@@ -19,15 +20,15 @@ _TEMPLATE: Final = "chat_template"
 
 def has_chat_template(folder: Path) -> bool:
     """Whether a model's folder has a chat template, in a file of its own or in `tokenizer_config.json`."""
-    if (folder / f"{_TEMPLATE}.jinja").is_file():
-        return True
-    for name in ("tokenizer_config.json", f"{_TEMPLATE}.json"):
-        try:
-            if (folder / name).is_file() and read_json(folder / name).get(_TEMPLATE):
-                return True
-        except CheckpointError:
-            continue
-    return False
+    in_json = any(_holds_template(folder / name) for name in ("tokenizer_config.json", f"{_TEMPLATE}.json"))
+    return in_json or (folder / f"{_TEMPLATE}.jinja").is_file()
+
+
+def _holds_template(file: Path) -> bool:
+    try:
+        return file.is_file() and bool(read_json(file).get(_TEMPLATE))
+    except CheckpointError:
+        return False
 
 
 def no_template(place: str, folder: Path) -> RefusedError:
@@ -38,8 +39,19 @@ def no_template(place: str, folder: Path) -> RefusedError:
     )
 
 
-def encode_chat(tokenizer: Any, folder: Path, chat: Chat, roles: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Encode a chat as the template writes it, with a 0 for each token of a message of some roles, and a 1 for others.
+@dataclass(frozen=True)
+class EncodedChat:
+    """A chat as a template writes it, in tokens."""
+
+    ids: list[int]
+    special: list[int]
+    """0 for each token of a message that counts, 1 for the others."""
+    parts: list[str]
+    """What of the messages that count each token stands for; the first of several tokens of a letter stands for it."""
+
+
+def encode_chat(tokenizer: Any, folder: Path, chat: Chat, roles: Sequence[str]) -> EncodedChat:
+    """Encode a chat; messages of `roles` count.
 
     Raises:
         RefusedError: there is no template, it refuses the chat, or the tokenizer does not say where tokens stand.
@@ -53,12 +65,21 @@ def encode_chat(tokenizer: Any, folder: Path, chat: Chat, roles: Sequence[str]) 
         )
     text, spans = render_chat(lambda messages: _render(tokenizer, folder, chat.place, messages), chat, roles)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    special, at = [], 0
+    special, parts, span, read = [], [], 0, 0
     for start, end in encoded["offset_mapping"]:
-        while at < len(spans) and spans[at][1] <= start:
-            at += 1
-        special.append(0 if at < len(spans) and max(start, spans[at][0]) < min(end, spans[at][1]) else 1)
-    return encoded["input_ids"], special
+        while span < len(spans) and spans[span][1] <= start:
+            span += 1
+        counts = span < len(spans) and max(start, spans[span][0]) < min(end, spans[span][1])
+        special.append(0 if counts else 1)
+        if not counts:
+            parts.append("")
+            continue
+        # Messages are shown one under the other.
+        line = "\n" if read and read <= spans[span][0] else ""
+        read = max(read, spans[span][0])
+        parts.append(line + (text[read:end] or "\ufffd"))
+        read = max(read, end)
+    return EncodedChat(encoded["input_ids"], special, parts)
 
 
 def render_chat(
@@ -95,7 +116,7 @@ def _render(tokenizer: Any, folder: Path, place: str, messages: list[dict[str, s
     except Exception as error:  # templates raise as they like
         said = printable(" ".join(str(error).split())).rstrip(".")
         raise RefusedError(
-            f"{place}: the chat template of {folder} refuses it: {said:.200}. Change the chat's roles or their order, or "
-            "give plain text."
+            f"{place}: the chat template of {folder} refuses it: {said:.200}. Change the chat's roles or their order, "
+            "or give plain text."
         ) from error
     return text

@@ -144,7 +144,8 @@ def by_transformers(folder: Path, *, bos_as_text: bool = False, roles: Sequence[
     def encode(text: Document) -> tuple[list[int], list[int]]:
         with _explained(folder):
             if isinstance(text, Chat):
-                return encode_chat(tokenizer, folder, text, roles)
+                chat = encode_chat(tokenizer, folder, text, roles)
+                return chat.ids, chat.special
             if bos_as_text:
                 whole = (tokenizer.bos_token or "") + text
                 ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]

@@ -31,5 +31,7 @@ class RouterRequest:
     """Of the merged model; routers are judged as they will be stored."""
     shared_gate: bool
     """Whether the shared experts have a gate that is made from their prompts."""
+    chat_prompts: bool
+    """Whether plain prompts are put into the base model's chat template."""
     runs_base: bool
     """Whether the base model reads the prompts, for the routers or for the table of what they do."""

@@ -14,6 +14,8 @@ _PARTS: Final = re.compile(
     r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@:#]+?))?(?:/(?P<subset>[^/@:#]+))?"
     r"(?::(?P<split>[^#]+))?(?:#(?P<column>.+))?"
 )
+
+
 @dataclass(frozen=True)
 class HubData:
     """A split of a data set on the Hub."""

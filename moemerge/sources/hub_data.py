@@ -1,6 +1,7 @@
 """Data sets on the Hub, streamed by `datasets` at one commit: a bounded number of rows, none kept on the disk."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from typing import Any, Final
@@ -8,7 +9,7 @@ from typing import Any, Final
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from moemerge.errors import RefusedError, SourceError
+from moemerge.errors import MoemergeError, RefusedError, SourceError
 from moemerge.printable import printable
 from moemerge.sources.data_sets import HubData
 from moemerge.sources.retries import is_of_network, page_of, patiently
@@ -24,13 +25,11 @@ def commit_of(data: HubData) -> str:
     Raises:
         SourceError: says what the Hub answered and what to do.
     """
-    try:
+    with _explained(data, SourceError):
         info = patiently(
             data, lambda _line: None, lambda: HfApi().dataset_info(data.repo, revision=data.revision, expand=["sha"])
         )
-    except Exception as error:
-        raise SourceError(f"{data}: {_why(data, error)}") from error
-    return str(info.sha)
+        return str(info.sha)
 
 
 def hub_rows(data: HubData) -> Iterator[tuple[str, Any]]:
@@ -41,7 +40,7 @@ def hub_rows(data: HubData) -> Iterator[tuple[str, Any]]:
         RefusedError: it has no such subset, split or column, or `datasets` cannot read it.
     """
     commit = commit_of(data)
-    try:
+    with _explained(data, RefusedError):
         from datasets import load_dataset
 
         rows = load_dataset(data.repo, data.subset, split=data.split, revision=commit, streaming=True)
@@ -51,12 +50,17 @@ def hub_rows(data: HubData) -> Iterator[tuple[str, Any]]:
             # Messages may stand in a column of any name.
             value = row[data.column] if data.column else row
             yield f"{data}, row {number}", {"messages": value} if isinstance(value, list) else value
-    except RefusedError:
+
+
+@contextmanager
+def _explained(data: HubData, otherwise: type[MoemergeError]) -> Iterator[None]:
+    """Turn what the Hub's client or `datasets` raises into a message: of the network, or of another kind."""
+    try:
+        yield
+    except MoemergeError:
         raise
     except Exception as error:
-        if is_of_network(error):
-            raise SourceError(f"{data}: {_why(data, error)}") from error
-        raise RefusedError(f"{data}: {_why(data, error)}") from error
+        raise (SourceError if is_of_network(error) else otherwise)(f"{data}: {_why(data, error)}") from error
 
 
 def _why(data: HubData, error: Exception) -> str:

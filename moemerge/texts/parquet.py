@@ -1,6 +1,7 @@
 """Rows of Parquet files, read by pyarrow no further than they are asked for."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,16 +23,22 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise RefusedError(
             f"{file}: to read Parquet, pyarrow is needed: pip install 'moemerge[datasets]', or save it as .jsonl."
         ) from error
+    with _explained(file), ParquetFile(file) as opened:
+        names = opened.schema_arrow.names
+        if not is_record(names):
+            raise no_known_keys(str(file), names)
+        columns = [name for name in names if name in KEYS]
+        number = 0
+        for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}, row {number}", row
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
     try:
-        with ParquetFile(file) as opened:
-            names = opened.schema_arrow.names
-            if not is_record(names):
-                raise no_known_keys(str(file), names)
-            columns = [name for name in names if name in KEYS]
-            number = 0
-            for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
-                for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  it goes on counting
-                    yield f"{file}, row {number}", row
+        yield
     except RefusedError:
         raise
     except Exception as error:  # errors of Arrow are of many classes

@@ -166,15 +166,15 @@ def _check_domains(context: TuningContext, batches: Batches) -> None:
             )
 
 
-def _fingerprint(
-    context: TuningContext, documents: Mapping[str, list[str]], shards: Mapping[str, list[int]]
-) -> dict[str, Any]:
+def _fingerprint(context: TuningContext, documents: Documents, shards: Mapping[str, list[int]]) -> dict[str, Any]:
     """The settings and files that have to be the same for a tuning to be resumed."""
     return {
         "options": asdict(context.settings),
         "experts": list(context.mixture.experts),
         "order of --data": list(documents),
-        "data": {name: hashlib.sha256("\0".join(texts).encode()).hexdigest() for name, texts in documents.items()},
+        "data": {
+            name: hashlib.sha256("\0".join(map(str, texts)).encode()).hexdigest() for name, texts in documents.items()
+        },
         "model": shards,
         "processes": context.processes.count,
         "precision": str(context.processes.dtype),

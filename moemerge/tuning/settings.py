@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from moemerge.chats import COUNTED_ROLES, Document
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
 from moemerge.model_card.card import loss_table
 from moemerge.model_card.markdown import as_text
 
-Documents = Mapping[str, Sequence[str]]
-"""Texts by domain."""
+Documents = Mapping[str, Sequence[Document]]
+"""Texts and chats by domain."""
 Method = Literal["gates", "phatgoose"]
 
 _HELD_OUT: Final = 4
@@ -46,6 +47,8 @@ class Settings:
     """Train all gates together, or a sigmoid gate for each expert alone."""
     allow_missing_domains: bool = False
     """Whether experts may lack text; what the tuning does to their text is not seen then."""
+    roles: tuple[str, ...] = COUNTED_ROLES
+    """Whose messages of chats count."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -119,7 +122,7 @@ class TuningResult:
         return [*lost, without] if self.missing else lost
 
 
-def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def split_documents(documents: Documents, seed: int) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
     """Split documents into those to train on and those to judge by, each by domain.
 
     A repeated text counts once, since it might be both held out and trained on.
