@@ -1,12 +1,13 @@
 """Evaluate a merged model and its routers: losses beside those of honest baselines."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moemerge.chats import COUNTED_ROLES, Document
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import Evaluation
-from moemerge.texts.documents import find_files, read_documents
+from moemerge.texts.documents import find_files, hub_revisions, read_documents
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -52,7 +53,7 @@ def evaluate(
     documents = read_domains(data)
     from moemerge.evaluation.measuring import measure  # imports torch and transformers
 
-    return measure(
+    found = measure(
         folder,
         documents,
         baselines=baselines,
@@ -63,6 +64,9 @@ def evaluate(
         progress=progress,
         announce=announce,
     )
+    read = {name: hub_revisions(patterns) for name, patterns in data.items()}
+    notes = [f"{name} is text of {', '.join(revisions)}" for name, revisions in read.items() if revisions]
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def read_domains(data: Mapping[str, Sequence[str]]) -> dict[str, list[Document]]:

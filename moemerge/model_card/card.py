@@ -15,6 +15,7 @@ from moemerge.planning.plan import MergePlan
 from moemerge.printable import printable
 from moemerge.sources.data_sets import SCHEME
 from moemerge.sources.reference import Reference, parse_reference
+from moemerge.texts.documents import hub_revisions
 
 if TYPE_CHECKING:
     from moemerge.evaluation.figures import Estimate, Evaluation
@@ -268,13 +269,8 @@ def _sample(expert: Expert) -> str:
 
 def _data_sets(plan: MergePlan) -> str:
     """Say at which commits the data sets on the Hub were read that routers were made from."""
-    data = plan.data_sets
-    if not data:
-        return ""
-    from moemerge.sources.hub_data import commit_of  # imports the Hub's client
-
-    named = dict.fromkeys(f"{as_code(one.repo)} at {as_code(commit_of(one))}" for one in data)
-    return f"\n\nThe routers were made from data sets on the Hub: {', '.join(named)}."
+    named = map(as_code, hub_revisions([data.name for data in plan.data_sets]))
+    return f"\n\nThe routers were made from data sets on the Hub: {', '.join(named)}." if plan.data_sets else ""
 
 
 def _routing(report: "RoutingReport") -> str:

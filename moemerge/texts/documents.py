@@ -94,6 +94,21 @@ def read_documents(files: Sequence[TextSource]) -> list[Document]:
     return found
 
 
+def hub_revisions(patterns: Sequence[str]) -> list[str]:
+    """Name each data set on the Hub among patterns, with the commit at which it is read, as `user/name at 1a2b...`.
+
+    Raises:
+        RefusedError: a pattern is of another form.
+        SourceError: the Hub cannot be reached.
+    """
+    data = [parse_hub_data(pattern, "text") for pattern in patterns if pattern.startswith(SCHEME)]
+    if not data:
+        return []
+    from moemerge.sources.hub_data import commit_of  # imports the Hub's client
+
+    return list(dict.fromkeys(f"{one.repo} at {commit_of(one)}" for one in data))
+
+
 @lru_cache(_KEPT_DATA_SETS)
 def _streamed(data: HubData) -> tuple[Document, ...]:
     """Read a data set once, though a plan and its routers both ask for it."""
