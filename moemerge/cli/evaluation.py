@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moemerge.cli.console import print_json, saying, speaking, stdout, stoppable
-from moemerge.cli.options import CacheDir, ChatRoles, Debug, Device, Json, Quiet, Verbose
+from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, Debug, Device, Json, Quiet, Verbose, named_roles
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
     ] = False,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192,
     window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512,
-    chat_roles: ChatRoles = "user,assistant",  # type: ignore[assignment]  # parsed
+    chat_roles: ChatRoles = ROLES_OF_CHATS,
     device: Device = "auto",
     cache_dir: CacheDir = None,
     update_card: Annotated[bool, typer.Option("--update-card", help="Write the result into the model card.")] = False,
@@ -60,7 +60,7 @@ def evaluate(  # noqa: PLR0917  typer makes options of arguments
                 baselines=baselines,
                 tokens=max_tokens,
                 window=window,
-                roles=chat_roles,
+                roles=named_roles(chat_roles),
                 device=device,
                 progress=stoppable(progress),
                 announce=saying(console, quiet=quiet),

@@ -7,7 +7,8 @@ from typing import Annotated, Final, Literal, get_args
 
 import typer
 
-from moemerge.chats import ROLES
+from moemerge.chats import COUNTED_ROLES, ROLES
+from moemerge.errors import RefusedError
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The merge config, a YAML file.", show_default=False)]
 ShardSize = Annotated[str | None, typer.Option(help="Largest shard, such as 500MB.", show_default="5GB")]
@@ -65,24 +66,24 @@ _Type = Literal[
 GGUF_TYPES: Final[tuple[str, ...]] = get_args(_Type)
 
 
-def _roles(given: str) -> tuple[str, ...]:
-    """Roles between commas."""
+ChatRoles = Annotated[
+    str, typer.Option(metavar="ROLES", help="Whose messages of chats count; the rest of a chat is only read.")
+]
+ROLES_OF_CHATS: Final = ",".join(COUNTED_ROLES)
+"""The default of `ChatRoles`."""
+
+
+def named_roles(given: str) -> tuple[str, ...]:
+    """Roles between commas.
+
+    Raises:
+        RefusedError: one of them is none.
+    """
     named = tuple(dict.fromkeys(role.strip() for role in given.split(",")))
     for role in named:
         if role not in ROLES:
-            raise typer.BadParameter(f"{role[:60]!r} is no role; known: {', '.join(ROLES)}.")
+            raise RefusedError(f"--chat-roles: {role[:60]!r} is no role; known: {', '.join(ROLES)}.")
     return named
-
-
-ChatRoles = Annotated[
-    tuple[str, ...],
-    typer.Option(
-        "--chat-roles",
-        metavar="ROLES",
-        parser=_roles,
-        help="Whose messages of chats count; the rest of a chat is only read.",
-    ),
-]
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:

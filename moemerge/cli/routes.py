@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moemerge.chats import Document
 from moemerge.cli.console import print_json, speaking, stdout, stoppable
-from moemerge.cli.options import ChatRoles, Debug, Device, Json, Quiet
+from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, Debug, Device, Json, Quiet, named_roles
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
 from moemerge.sources.data_sets import SCHEME
@@ -44,7 +44,7 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
         Path | None, typer.Option(help="Write a page with every layer's choices.", show_default=False)
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each text.")] = 2000,
-    chat_roles: ChatRoles = "user,assistant",  # type: ignore[assignment]  # parsed
+    chat_roles: ChatRoles = ROLES_OF_CHATS,
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
@@ -78,7 +78,7 @@ def show_routes(  # noqa: PLR0917  typer makes options of arguments
                 texts,
                 tokens=max_tokens,
                 layer=layer,
-                roles=chat_roles,
+                roles=named_roles(chat_roles),
                 device=device,
                 progress=lambda done, of: report("routes", done, of),
             )

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moemerge.cli.console import print_json, return_freed_memory, saying, speaking, stdout, stoppable
 from moemerge.cli.evaluation import by_name
-from moemerge.cli.options import ChatRoles, Debug, Device, Json, Quiet, one_of
+from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, Debug, Device, Json, Quiet, named_roles, one_of
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
             help="gates: all together; phatgoose: a gate of each expert, on its own text alone.",
         ),
     ] = "gates",
-    chat_roles: ChatRoles = "user,assistant",  # type: ignore[assignment]  # parsed
+    chat_roles: ChatRoles = ROLES_OF_CHATS,
     allow_missing_domains: Annotated[
         bool, typer.Option("--allow-missing-domains", help="Accept experts without text, which lose what is not seen.")
     ] = False,
@@ -67,7 +67,8 @@ def tune_routers(  # noqa: PLR0917  typer makes options of arguments
         from moemerge.tuning.tuner import tune
 
         return_freed_memory()
-        settings = Settings(steps, tokens_per_step, lr, seed, noise, distil, method, allow_missing_domains, chat_roles)
+        roles = named_roles(chat_roles)
+        settings = Settings(steps, tokens_per_step, lr, seed, noise, distil, method, allow_missing_domains, roles)
         try:
             with show_steps(console, quiet=quiet or not first) as progress:
                 found = tune(

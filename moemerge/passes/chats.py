@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,8 +12,9 @@ from moemerge.printable import printable
 
 # A letter for private use, which no text holds: it is put in a message's place to see where the template puts it.
 _STAND_IN: Final = "\ue123"
-# Templates that say today's date would give other tokens every day.
-_TODAY: Final = date(2024, 7, 26)
+# Templates that say today's date would give other tokens every day. transformers passes no functions to a template; the
+# newline is not written, and what begins a line in the template still does.
+_TODAY: Final = "{% macro strftime_now(layout) %}26 Jul 2024{% endmacro %}\n"
 _TEMPLATE: Final = "chat_template"
 
 
@@ -112,7 +112,9 @@ def _equal(first: str, second: str) -> int:
 
 def _render(tokenizer: Any, folder: Path, place: str, messages: list[dict[str, str]]) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=_TODAY.strftime)
+        template = tokenizer.get_chat_template()
+        template = _TODAY + template if "strftime_now" in template else template
+        text: str = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     except Exception as error:  # templates raise as they like
         said = printable(" ".join(str(error).split())).rstrip(".")
         raise RefusedError(

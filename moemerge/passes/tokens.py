@@ -199,7 +199,8 @@ def cut_windows(
     Args:
         documents: the texts and chats; at most 100 000 characters of each are read.
         encode: the tokenizer.
-        tokens: how many tokens are wanted in all, without those that the tokenizer adds.
+        tokens: how many tokens are wanted in all, without those that the tokenizer adds, or a template before a chat's
+            first message that counts.
         length: the most tokens in a window, without those that the tokenizer adds.
         seed: decides which documents come first.
         even: whether windows are shortened so that every document has one, as long as they keep 64 tokens.
@@ -218,15 +219,16 @@ def cut_windows(
     while left > 0 and any(len(ids) > start for start, (_, _, ids, _) in zip(starts, encoded, strict=True)):
         for place, (document, added, ids, special) in enumerate(encoded):
             start = starts[place]
-            # What a template puts before a chat's first message, such as a system prompt, shortens nothing.
-            before = special.index(0) if not start and 0 in special else 0
-            end = starts[place] = start + min(length + before, longest)
-            part, uncounted = ids[start : min(end, start + left)], special[start : min(end, start + left)]
+            # What a template puts before a chat's first message, such as a system prompt, takes nothing from it.
+            before = min(special.index(0), longest) if not start and 0 in special else 0
+            end = min(start + length + before, start + longest, start + left + before)
+            starts[place] = start + min(length + before, longest)
+            part, uncounted = ids[start:end], special[start:end]
             # The rest of a document may be too short to say anything.
             if uncounted.count(0) >= (_SHORTEST if start else 1):
                 mask = counted_mask([*[1] * len(added), *uncounted])
                 windows.append(Window(document, (*added, *part), mask))
-                left -= len(part)
+                left -= len(part) - before
     return windows
 
 
