@@ -118,9 +118,8 @@ def _streamed(data: HubData) -> tuple[Document, ...]:
 
 
 def _documents(file: Path, characters: int) -> Iterator[Document]:
-    if file.exists() and not file.is_file():
-        raise RefusedError(f"{file}: is no file that can be read to an end. Name a file of text.")
     try:
+        _check_regular(file)
         if file.suffix == ".parquet":
             yield from _bounded(read_records(parquet_rows(file)), characters)
             return
@@ -135,6 +134,11 @@ def _documents(file: Path, characters: int) -> Iterator[Document]:
         raise RefusedError(f"{file}: cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise RefusedError(f"{file}: cannot be read as text in UTF-8: {error}.") from error
+
+
+def _check_regular(file: Path) -> None:
+    if file.exists() and not file.is_file():
+        raise RefusedError(f"{file}: is no file that can be read to an end. Name a file of text.")
 
 
 def _lines(opened: Any, file: Path, characters: int) -> Iterator[tuple[str, Any]]:

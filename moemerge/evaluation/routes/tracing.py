@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moemerge.chats import Chat, Document, shortened
+from moemerge.chats import COUNTED_ROLES, Chat, Document, shortened
 from moemerge.errors import RefusedError
 from moemerge.evaluation.routes.traced import Routes, TracedText
 from moemerge.evaluation.runnable import open_mixture
@@ -20,8 +20,8 @@ def trace(
     texts: Mapping[str, Document],
     *,
     tokens: int,
-    roles: Sequence[str],
     device: str,
+    roles: Sequence[str] = COUNTED_ROLES,
     layer: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Routes:
