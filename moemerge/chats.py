@@ -16,8 +16,9 @@ Place = tuple[int | str, ...]
 """Keys and indices that lead to a value."""
 # https://github.com/lm-sys/FastChat and its data call the roles so, under the key `from`.
 _SHAREGPT: Final = {"human": "user", "gpt": "assistant"}
-# Of a chat no more is read; longer ones are few, and rendering takes the square of their number.
-_MOST_MESSAGES: Final = 200
+# Longer chats are few, and rendering takes the square of their number.
+MOST_MESSAGES: Final = 200
+"""Messages of a chat that are read."""
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -50,7 +51,7 @@ class Chat:
     def shortened(self, characters: int) -> "Chat":
         """The chat up to so many characters of its messages, the last of which may be cut, and at most 200 messages."""
         kept: list[Message] = []
-        for message in self.messages[:_MOST_MESSAGES]:
+        for message in self.messages[:MOST_MESSAGES]:
             if characters <= 0:
                 break
             kept.append(Message(message.role, message.content[:characters]))

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from moemerge.chats import CHAT_KEYS, Chat, ChatError, Document, Place, chat_keys, read_chat
+from moemerge.chats import CHAT_KEYS, MOST_MESSAGES, Chat, ChatError, Document, Place, chat_keys, read_chat
 
 _KEYS: Final = [*dict.fromkeys(key for keys in CHAT_KEYS for key in keys), "input"]
 _MESSAGE_KEYS: Final = ("role", "content", "from", "value")
@@ -42,8 +42,12 @@ def prompt_problems(value: Any) -> list[tuple[Place, str]]:
             chat = read_chat(value)
         except ChatError as error:
             return list(error.problems)
-        blank: list[tuple[Place, str]] = [((), "the prompt is empty")] if chat.is_blank else []
-        return [*_unknown_keys(value), *blank]
+        problems = _unknown_keys(value)
+        if chat.is_blank:
+            problems.append(((), "the prompt is empty"))
+        if len(chat.messages) > MOST_MESSAGES:
+            problems.append(((), f"has {len(chat.messages)} messages; at most {MOST_MESSAGES} are read: split it"))
+        return problems
     return []
 
 

@@ -64,9 +64,13 @@ def evaluate(
         progress=progress,
         announce=announce,
     )
+    return replace(found, notes=(*found.notes, *revision_notes(data)))
+
+
+def revision_notes(data: Mapping[str, Sequence[str]]) -> list[str]:
+    """Say of each domain with data sets on the Hub at which commits they were read."""
     read = {name: hub_revisions(patterns) for name, patterns in data.items()}
-    notes = [f"{name} is text of {', '.join(revisions)}" for name, revisions in read.items() if revisions]
-    return replace(found, notes=(*found.notes, *notes))
+    return [f"{name} is text of {', '.join(revisions)}" for name, revisions in read.items() if revisions]
 
 
 def read_domains(data: Mapping[str, Sequence[str]]) -> dict[str, list[Document]]:

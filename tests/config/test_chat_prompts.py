@@ -74,6 +74,14 @@ def test_every_problem_of_a_chat_has_its_line_and_place():
     ]
 
 
+def test_a_prompt_of_more_messages_than_are_read_is_refused():
+    messages = ", ".join(["{role: user, content: x}"] * 201)
+    text = CONFIG.replace("{prompt: How?, completion: So.}", f"{{messages: [{messages}]}}")
+    assert problems(text) == [
+        "line 10: experts[1].positive_prompts[0]: has 201 messages; at most 200 are read: split it"
+    ]
+
+
 def test_experts_with_the_same_chats_are_refused():
     same = "{prompt: How?, completion: So.}"
     text = f"base_model: b\nexperts:\n- {{source_model: a, positive_prompts: {same}}}\n- {{source_model: c, positive_prompts: [{same}]}}\n"

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from moemerge.errors import RefusedError
 from moemerge.sources import data_sets
 from moemerge.sources.data_sets import HubData, parse_hub_data
-from tests.support.hub_world import World, machine, world  # noqa: F401  fixtures
+from tests.support.hub_world import World
 from tests.support.machine import Machine
 from tests.support.models import TEXT
 
@@ -42,7 +42,7 @@ def as_lines(*rows: dict[str, Any]) -> bytes:
 
 
 @pytest.fixture
-def data(world: World) -> World:  # noqa: F811
+def data(world: World) -> World:
     said = {"turns": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "score": 1}
     world.hub.add("acme/talk", {"data/train-00000-of-00001.parquet": as_parquet(said, said)})
     texts = {
@@ -55,13 +55,13 @@ def data(world: World) -> World:  # noqa: F811
     return world
 
 
-def read(machine: Machine, *references: str, **environment: str) -> list[list[str]]:  # noqa: F811
+def read(machine: Machine, *references: str, **environment: str) -> list[list[str]]:
     done = machine.python("-c", READ, *references, **environment)
     assert done.code == 0, done.err
     return [json.loads(line) for line in done.out.splitlines()]
 
 
-def test_data_sets_are_read_by_split_subset_and_column(data: World, machine: Machine) -> None:  # noqa: F811
+def test_data_sets_are_read_by_split_subset_and_column(data: World, machine: Machine) -> None:
     named = "hf://datasets/acme"
     talk, all_, small, test, *wrong = read(
         machine,
@@ -98,7 +98,7 @@ def test_data_sets_are_read_by_split_subset_and_column(data: World, machine: Mac
     ]
 
 
-def test_without_a_network_the_message_says_so(data: World, machine: Machine) -> None:  # noqa: F811
+def test_without_a_network_the_message_says_so(data: World, machine: Machine) -> None:
     (found,) = read(machine, "hf://datasets/acme/talk", HF_HUB_OFFLINE="1")
     assert found == [
         "SourceError",
@@ -107,7 +107,7 @@ def test_without_a_network_the_message_says_so(data: World, machine: Machine) ->
     ]
 
 
-def test_a_merge_and_an_evaluation_say_which_commit_they_read(data: World, machine: Machine) -> None:  # noqa: F811
+def test_a_merge_and_an_evaluation_say_which_commit_they_read(data: World, machine: Machine) -> None:
     for number, name in enumerate(("fox", "code", "chat")):
         rows = as_lines(*[{"text": f"{LINES[number % len(LINES)]} {turn}"} for turn in range(8)])
         data.hub.add(f"acme/for-{name}", {"train.jsonl": rows})
