@@ -125,7 +125,8 @@ def staged(
         if not temporary:
             check_target(out, sources, inputs=inputs, replaceable=replaceable)
 
-    target, stage = out.resolve(), _stage(out.resolve())
+    target = out.resolve()
+    stage = _stage(target)
     if not _replaced(target).is_dir():
         check()
     with locked(stage, out, "writing to"):

@@ -203,7 +203,7 @@ def _resolved(out: Path) -> Path:
         ) from error
     except ValueError as error:  # a null byte
         raise RefusedError(f"{out}: cannot be looked up: {error}. Choose another output folder.") from error
-    if resolved.is_symlink():
+    if os.path.islink(resolved):  # noqa: PTH114  never raises, as of a name that is too long
         raise RefusedError(f"{out}: cannot be looked up: its links form a ring. Choose another output folder.")
     return resolved
 

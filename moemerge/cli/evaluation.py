@@ -11,7 +11,15 @@ from rich.table import Table
 
 from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import CacheDir, Device, Json, VerboseMessageOptions
+from moemerge.cli.options import (
+    ROLES_OF_CHATS,
+    CacheDir,
+    ChatRoles,
+    Device,
+    Json,
+    VerboseMessageOptions,
+    named_roles,
+)
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ class MeasuringOptions:
     ] = False
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192
     window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512
+    chat_roles: ChatRoles = ROLES_OF_CHATS
     device: Device = "auto"
 
 
@@ -41,7 +50,8 @@ def evaluate(
         typer.Option(
             metavar="NAME=PATH",
             show_default=False,
-            help="Text to judge by: a file, folder or pattern of .txt or .jsonl. NAME is an expert's, or any other.",
+            help="Text or chats to judge by: a file, folder or pattern of .txt, .jsonl or .parquet, or "
+            "hf://datasets/user/name:split#column. NAME is an expert's, or any other.",
         ),
     ],
     measuring: MeasuringOptions,
@@ -82,6 +92,7 @@ def _measure(console: Console, out: Path, data: list[str], measuring: MeasuringO
             baselines=measuring.baselines,
             tokens=measuring.max_tokens,
             window=measuring.window,
+            roles=named_roles(measuring.chat_roles),
             device=measuring.device,
             progress=stoppable(progress),
             announce=announcer(console, quiet=quiet),

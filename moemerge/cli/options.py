@@ -8,6 +8,9 @@ from typing import Annotated, Final, Literal, get_args
 
 import typer
 
+from moemerge.chats import COUNTED_ROLES, ROLES
+from moemerge.errors import RefusedError
+
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The merge config, a YAML file.", show_default=False)]
 ShardSize = Annotated[str | None, typer.Option(help="Largest shard, such as 500MB.", show_default="5GB")]
 CacheDir = Annotated[
@@ -62,6 +65,26 @@ _Type = Literal[
     "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq2_0", "tq1_0", "mxfp4_moe",
 ]  # fmt: skip
 GGUF_TYPES: Final[tuple[str, ...]] = get_args(_Type)
+
+
+ChatRoles = Annotated[
+    str, typer.Option(metavar="ROLES", help="Whose messages of chats count; the rest of a chat is only read.")
+]
+ROLES_OF_CHATS: Final = ",".join(COUNTED_ROLES)
+"""The default of `ChatRoles`."""
+
+
+def named_roles(given: str) -> tuple[str, ...]:
+    """Roles between commas.
+
+    Raises:
+        RefusedError: one of them is none.
+    """
+    named = tuple(dict.fromkeys(role.strip() for role in given.split(",")))
+    for role in named:
+        if role not in ROLES:
+            raise RefusedError(f"--chat-roles: {role[:60]!r} is no role; known: {', '.join(ROLES)}.")
+    return named
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:

@@ -142,7 +142,7 @@ def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) 
     if not report.layers:
         return
     table = Table("expert", "own prompts", "first choice", "all prompts", box=None, padding=(0, 2, 0, 0))
-    for name, *shares in zip(report.experts, report.hit_rate, report.top1_accuracy, report.load, strict=True):
+    for name, *shares in report.rows:
         table.add_row(name, *(f"{share:.1%}" for share in shares))
     console.print(
         f"Prompt tokens that reach each expert in the top {report.experts_per_token} "

@@ -10,12 +10,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from moemerge.chats import Document
 from moemerge.cli.console import console_session, print_json, stdout, stoppable
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import Device, Json, MessageOptions
+from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, Device, Json, MessageOptions, named_roles
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
-from moemerge.texts.documents import find_files, read_documents
+from moemerge.sources.data_sets import SCHEME
+from moemerge.texts.documents import TextSource, find_files, read_documents
 
 if TYPE_CHECKING:
     from moemerge.evaluation.routes.traced import Routes, TracedText
@@ -31,10 +33,11 @@ class TextOptions:
 
     text: Annotated[list[str], typer.Option(help="A text to route.", show_default=False)] = field(default_factory=list)
     file: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
-            help="A file, folder or pattern of documents to route, split as those of --data; a file that is neither "
-            ".txt nor .jsonl is one.",
+            metavar="PATH",
+            help="A file, folder or pattern of documents to route, split as those of --data, or Hub data; a file of "
+            "another ending is one document.",
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -52,6 +55,7 @@ def show_routes(
         Path | None, typer.Option(help="Write a page with every layer's choices.", show_default=False)
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each text.")] = 2000,
+    chat_roles: ChatRoles = ROLES_OF_CHATS,
     device: Device = "auto",
     json: Json = False,
     messages: MessageOptions,
@@ -74,6 +78,7 @@ def show_routes(
                 texts,
                 tokens=max_tokens,
                 layer=layer,
+                roles=named_roles(chat_roles),
                 device=device,
                 progress=lambda done, of: report("routes", done, of),
             )
@@ -88,14 +93,14 @@ def show_routes(
             print_routes(stdout(), routes, layer)
 
 
-def _read_texts(console: Console, given: TextOptions) -> dict[str, str]:
+def _read_texts(console: Console, given: TextOptions) -> dict[str, Document]:
     """Read the texts of the command line and of its files, by name; warns of documents that are too many.
 
     Raises:
         RefusedError: there is no text, it is no UTF-8, or there is no such file.
     """
-    texts = {f"text {number}": text for number, text in enumerate(given.text, 1)}
-    for name, text in texts.items():
+    texts: dict[str, Document] = {f"text {number}": text for number, text in enumerate(given.text, 1)}
+    for name, text in zip(texts, given.text, strict=True):
         if text.encode(errors="replace").decode() != text:
             raise RefusedError(f"--text: {name} holds bytes that are no UTF-8. Write it in UTF-8.")
     documents = list(_documents(given.file))
@@ -109,13 +114,13 @@ def _read_texts(console: Console, given: TextOptions) -> dict[str, str]:
     return texts
 
 
-def _documents(given: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def _documents(given: Sequence[str]) -> Iterator[tuple[str, Document]]:
     """Read the documents of files, folders and patterns, each with its file's name, numbered if the file holds several.
 
     Raises:
         RefusedError: there is no such file, or no text in it.
     """
-    files = list(dict.fromkeys(file for path in given for file in _files(str(path))))
+    files = list(dict.fromkeys(file for path in given for file in _files(path)))
     names = [file.name for file in files]
     for file in files:
         name = file.name if names.count(file.name) == 1 else str(file)
@@ -129,8 +134,8 @@ def _documents(given: Sequence[Path]) -> Iterator[tuple[str, str]]:
             yield f"{name}:{number}" if len(documents) > 1 else name, document
 
 
-def _files(path: str) -> list[Path]:
-    is_pattern = any(sign in path for sign in "*?[") and not os.path.lexists(path)
+def _files(path: str) -> list[TextSource]:
+    is_pattern = path.startswith(SCHEME) or (any(sign in path for sign in "*?[") and not os.path.lexists(path))
     # Neither raises where a text was given in place of a path.
     return find_files([path], "--file") if is_pattern or os.path.isdir(path) else [Path(path)]  # noqa: PTH112
 

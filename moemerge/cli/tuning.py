@@ -12,7 +12,7 @@ from rich.table import Table
 from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import Device, Json, MessageOptions, one_of
+from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, Device, Json, MessageOptions, named_roles, one_of
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Options for how routers are trained: the fields of `moemerge.tuning.settings.Settings`."""
+    """Options for how routers are trained: the fields of `moemerge.tuning.settings.Settings` but for `roles`."""
 
     steps: Annotated[int, typer.Option(help="Steps of training, of each expert with phatgoose.")] = 40
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, at least 16 of every NAME.")] = 512
     lr: Annotated[float, typer.Option(help="Learning rate: about how far a step moves a logit.")] = 0.07
-    seed: Annotated[int, typer.Option(help="Of the order of texts, and of the noise.")] = 0
+    seed: Annotated[int, typer.Option(help="Seed for the order of texts and the noise.")] = 0
     noise: Annotated[float, typer.Option(help="Deviation of noise on the logits while training.")] = 0.0
     distil: Annotated[
         bool, typer.Option("--distil/--no-distil", help="Learn from each text's own dense expert, too.")
@@ -53,11 +53,12 @@ def tune_routers(
         typer.Option(
             metavar="NAME=PATH",
             show_default=False,
-            help="Text to train on, files of .txt or .jsonl, for every expert: NAME is its name. With --no-distil "
+            help="Text or chats to train on, as eval takes them, for every expert: NAME is its name. With --no-distil "
             "there may be others.",
         ),
     ],
     training: TrainingOptions,
+    chat_roles: ChatRoles = ROLES_OF_CHATS,
     copy: Annotated[
         Path | None, typer.Option("--out", metavar="COPY", help="Write a copy, not OUT itself.", show_default=False)
     ] = None,
@@ -80,7 +81,7 @@ def tune_routers(
                 found = tune(
                     out,
                     by_name(data),
-                    Settings(**vars(training)),
+                    Settings(**vars(training), roles=named_roles(chat_roles)),
                     copy=copy,
                     device=device,
                     resume=resume,

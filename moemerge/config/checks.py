@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from moemerge.chats import Chat
+from moemerge.config.chat_prompts import prompt_problems
 from moemerge.config.router_methods import AUTO, METHODS, SETTINGS, RouterMethod, canonical_gate_mode, choose_method
 from moemerge.config.yaml_text import Place
 
@@ -26,6 +28,11 @@ _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negat
 def listed(value: Any) -> Any:
     """Turn a single text into a list of one, and None into an empty list."""
     return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def listed_prompts(value: Any) -> Any:
+    """A text or a chat alone as a list of one, nothing as an empty list."""
+    return [value] if isinstance(value, dict | Chat) else listed(value)
 
 
 def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> list[tuple[Place, str]]:
@@ -55,21 +62,20 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
                 "Name different models, or, to train the result further, pass --allow-identical-experts",
             )
         )
-    problems += _blank_prompts("experts", experts) + _blank_prompts("shared_experts", document.get("shared_experts"))
+    problems += _prompt_problems("experts", experts)
+    problems += _prompt_problems("shared_experts", document.get("shared_experts"))
     problems += _lone_negatives(document.get("shared_experts"))
     return problems + _check_descriptions(document, experts)
 
 
-def _blank_prompts(key: str, experts: Any) -> list[tuple[Place, str]]:
+def _prompt_problems(key: str, experts: Any) -> list[tuple[Place, str]]:
     problems: list[tuple[Place, str]] = []
     for number, expert in enumerate(experts if isinstance(experts, list) else []):
         for sign in ("positive_prompts", "negative_prompts"):
-            prompts = listed(expert.get(sign)) if isinstance(expert, dict) else None
-            if isinstance(prompts, list):
-                blank = [
-                    index for index, prompt in enumerate(prompts) if isinstance(prompt, str) and not prompt.strip()
-                ]
-                problems += [((key, number, sign, index), "the prompt is empty") for index in blank]
+            prompts = listed_prompts(expert.get(sign)) if isinstance(expert, dict) else None
+            for index, prompt in enumerate(prompts if isinstance(prompts, list) else []):
+                place: Place = (key, number, sign, index)
+                problems += [((*place, *within), problem) for within, problem in prompt_problems(prompt)]
     return problems
 
 
@@ -87,7 +93,7 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
     settings = document.get("router")
     settings = settings if isinstance(settings, dict) else {}
     gate_mode = canonical_gate_mode(document.get("gate_mode", AUTO))
-    given = [{key: listed(expert.get(key)) for key in _KEYS} for expert in experts]
+    given = [{key: listed_prompts(expert.get(key)) for key in _KEYS} for expert in experts]
     described = [bool(keys["positive_prompts"] or keys["positive_texts"]) for keys in given]
     calibrated = bool(settings.get("calibration_texts"))
     method = choose_method(gate_mode, described=all(described), calibrated=calibrated)

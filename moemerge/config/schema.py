@@ -15,13 +15,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
     PrivateAttr,
     ValidationError,
 )
 from pydantic_core import PydanticKnownError
 
-from moemerge.config.checks import cross_check, listed
+from moemerge.chats import COUNTED_ROLES, Document, Role
+from moemerge.config.chat_prompts import plain_prompt, read_prompt
+from moemerge.config.checks import cross_check, listed, listed_prompts
 from moemerge.config.layer_choice import LayerChoice, read_layers
 from moemerge.config.problems import MOST_EXPLAINED, PlacedError, explain
 from moemerge.config.router_methods import AUTO, RouterMethod, canonical_gate_mode, choose_method, gate_modes
@@ -61,6 +64,12 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
+def _true_false_auto(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError("expected true, false or auto")
+    return value
+
+
 # The smallest normal number of float32; smaller ones lose digits.
 _SMALLEST: Final = 2.0**-126
 
@@ -82,7 +91,8 @@ def _in_float32(value: float) -> float:
 
 Number = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
-Prompts = Annotated[list[Annotated[str, Field(strict=True)]], BeforeValidator(listed)]
+Prompt = Annotated[Document, PlainValidator(read_prompt), PlainSerializer(plain_prompt)]
+Prompts = Annotated[list[Prompt], BeforeValidator(listed_prompts)]
 Texts = Annotated[list[Text], BeforeValidator(listed)]
 
 
@@ -100,11 +110,11 @@ class Expert(_Strict):
     source_model: Text
     """A folder, or a Hub repository as `user/name` or `user/name@revision`."""
     positive_prompts: Prompts = []
-    """Text that should be routed to this expert."""
+    """Text that should be routed to this expert; a chat is `messages: [{role: user, content: ...}, ...]`."""
     negative_prompts: Prompts = []
     """Text that should not be routed to this expert."""
     positive_texts: Texts = []
-    """Files, folders or patterns of text that should be routed to this expert; see `moemerge.texts.documents`."""
+    """Files, folders or patterns of such text, or data sets on the Hub: see `moemerge.texts.documents`."""
     negative_texts: Texts = []
     """Files, folders or patterns of text that should not be routed to this expert."""
     noise_scale: Number | None = Field(None, ge=0)
@@ -138,6 +148,10 @@ class RouterSettings(_Strict):
     """Files, folders or patterns of text that is not sorted by expert."""
     load_prior: list[Annotated[Number, Field(ge=1e-6, le=1e6)]] | None = None
     """Share of the calibration texts that each expert should take, in the order of the experts."""
+    chat_prompts: Annotated[Literal["auto"] | bool, PlainValidator(_true_false_auto)] = False
+    """Whether plain prompts are put into the base's chat template; `auto`: where all models have one."""
+    chat_roles: Annotated[list[Role], BeforeValidator(listed), Field(min_length=1)] = list(COUNTED_ROLES)
+    """Whose messages count; the others, and the template's own tokens, only pass through the base model."""
     seed: int | None = Field(None, ge=0, strict=True)
     """Seed for random routers, and for the choice of documents where there are more than needed."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moemerge.chats import COUNTED_ROLES, Document
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.figures import (
@@ -34,19 +35,20 @@ from moemerge.routers.scoring import shares
 
 def measure(
     folder: Path | str,
-    documents: Mapping[str, Sequence[str]],
+    documents: Mapping[str, Sequence[Document]],
     *,
     baselines: bool,
     tokens: int,
     window: int,
+    roles: Sequence[str],
     device: str,
     progress: Callable[[str, int, int], None],
     announce: Callable[[str], None],
 ) -> Evaluation:
-    """Evaluate as `moemerge.evaluation.evaluator.evaluate` does; `documents` are texts by domain."""
+    """Evaluate as `moemerge.evaluation.evaluator.evaluate` does; `documents` are by domain."""
     found_device = find_device(device)
     mixture = open_mixture(folder)
-    texts = Texts.cut(mixture, documents, tokens, window)
+    texts = Texts.cut(mixture, documents, tokens, window, roles)
     runs = Runs(texts, found_device, progress)
     routing = RoutingTally(mixture, texts)
     runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=routing.add)
@@ -74,7 +76,14 @@ class Texts:
     """Number of the domain of each window."""
 
     @classmethod
-    def cut(cls, mixture: MixtureModel, documents: Mapping[str, Sequence[str]], tokens: int, window: int) -> "Texts":
+    def cut(
+        cls,
+        mixture: MixtureModel,
+        documents: Mapping[str, Sequence[Document]],
+        tokens: int,
+        window: int,
+        roles: Sequence[str] = COUNTED_ROLES,
+    ) -> "Texts":
         """Read each domain's documents with the mixture's tokenizer.
 
         Raises:
@@ -82,7 +91,7 @@ class Texts:
             RefusedError: a domain's name is nearly that of an expert, or it has nothing to predict.
         """
         _check_names(documents, mixture.experts)
-        encode = by_transformers(mixture.folder)
+        encode = by_transformers(mixture.folder, roles=roles)
         context = mixture.runnable.keys.get("max_position_embeddings", window + 1)
         length = min(window, context - 1)
         cut = [

@@ -1,9 +1,11 @@
 """Compute an importance matrix of a merged model by running it over text, a layer at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from moemerge.chats import Chat, Document
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_mixture
@@ -12,7 +14,8 @@ from moemerge.export.columns import ColumnTally
 from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import Importance
 from moemerge.passes.device import find_device
-from moemerge.passes.tokens import Window, by_transformers, cut_windows
+from moemerge.passes.tokens import Encode, Window, by_transformers, cut_windows
+from moemerge.sources.data_sets import SCHEME
 from moemerge.texts.documents import find_files, matching_files, read_documents
 
 TOKENS: Final = 16384
@@ -34,7 +37,8 @@ def importance_of(
     Args:
         folder: the folder of the merged model.
         gguf: the GGUF file that was made of it, which names the tensors.
-        texts: files, folders or patterns of text; if empty, the texts that the model's routers were made from.
+        texts: files, folders or patterns of text, or data sets on the Hub; if empty, the texts that the model's routers
+            were made from.
         tokens: the tokens to read in all, as many of each kind of text.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         progress: called with the layers done and all there are.
@@ -66,7 +70,7 @@ def importance_of(
     return Importance(tally.tensors, tuple(kinds), tuple(notes))
 
 
-def calibration_texts(config: MergeConfig) -> tuple[dict[str, list[str]], list[str]]:
+def calibration_texts(config: MergeConfig) -> tuple[dict[str, list[Document]], list[str]]:
     """Find the documents that routers were made from, by expert and for no one expert, and notes on missing ones."""
     named = [
         (f"{place}[{number}] {expert.source_model}", expert.positive_prompts, expert.positive_texts)
@@ -74,26 +78,26 @@ def calibration_texts(config: MergeConfig) -> tuple[dict[str, list[str]], list[s
         for number, expert in enumerate(experts)
     ]
     named.append(("router.calibration_texts", [], config.router.calibration_texts))
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, list[Document]] = {}
     notes = []
     for name, prompts, patterns in named:
-        files = matching_files(patterns)
-        absent = [pattern for pattern in patterns if not matching_files([pattern])]
+        absent = [pattern for pattern in patterns if not (pattern.startswith(SCHEME) or matching_files([pattern]))]
+        files = find_files([pattern for pattern in patterns if pattern not in absent], name)
         if absent:
             notes.append(f"importance matrix: {', '.join(absent)} of {name} leads to no file from here: it is left out")
         # Prompts are joined into one document: alone, most are too short to show more than how a text begins.
-        documents = [*read_documents(files), *(["\n\n".join(prompts)] if prompts else [])]
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        chats = [replace(prompt, place=f"{name}: a prompt") for prompt in prompts if isinstance(prompt, Chat)]
+        documents = [*read_documents(files), *chats, *(["\n\n".join(texts)] if texts else [])]
         if documents:
             kinds[name] = documents
     return kinds, notes
 
 
-def _windows(
-    kinds: Mapping[str, Sequence[str]], encode: Callable[[str], tuple[list[int], list[int]]], tokens: int, length: int
-) -> Iterator[Window]:
+def _windows(kinds: Mapping[str, Sequence[Document]], encode: Encode, tokens: int, length: int) -> Iterator[Window]:
     """Cut windows from every kind of text, as many tokens of each as far as it has them; longer texts give more."""
 
-    def cut(documents: Sequence[str], most: int) -> list[Window]:
+    def cut(documents: Sequence[Document], most: int) -> list[Window]:
         return cut_windows(documents, encode, tokens=most, length=length)
 
     def size(windows: Sequence[Window]) -> int:

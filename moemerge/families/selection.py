@@ -73,8 +73,7 @@ def select_family(
     asked = (architecture or "").lower()
     notes = [_DEEPSEEK] if asked == "deepseek" else []
     asked = "" if notes else _MERGEKIT_NAMES.get(asked, asked)
-    candidates = [family for name, family in MOE_FAMILIES.items() if name.startswith(asked)]
-    candidates = [MOE_FAMILIES[asked]] if asked in MOE_FAMILIES else candidates
+    candidates = _candidates(asked)
     if not candidates:
         known = ", ".join(MOE_FAMILIES)
         raise IncompatibleError(f"architecture: {architecture!r} is no output family; known: {known}.", [])
@@ -94,11 +93,18 @@ def select_family(
         problems.append(
             f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
         )
-    raise IncompatibleError(f"{_refused(architecture if asked else None, engine)}:", problems)
+    raise IncompatibleError(f"{_headline(architecture if asked else None, engine)}:", problems)
 
 
-def _refused(architecture: str | None, engine: Engine | None) -> str:
-    """What is asked for, where no family fits."""
+def _candidates(asked: str) -> list[MoeFamily]:
+    """List the family of this name, or those whose names begin like it."""
+    if asked in MOE_FAMILIES:
+        return [MOE_FAMILIES[asked]]
+    return [family for name, family in MOE_FAMILIES.items() if name.startswith(asked)]
+
+
+def _headline(architecture: str | None, engine: Engine | None) -> str:
+    """Say why no family was chosen, as the first line of the error."""
     if engine and architecture:
         return (
             f"architecture: {architecture!r} is not what {ENGINES[engine]} reads rightly here (engine, --for); without "

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from moemerge.chats import COUNTED_ROLES
 from moemerge.config.schema import CARD, CONFIG_COPY, Expert
 from moemerge.errors import RefusedError
 from moemerge.model_card.markdown import as_code, as_text
@@ -12,7 +13,9 @@ from moemerge.model_card.metadata import licence_fields, read_metadata, rewritte
 from moemerge.model_card.template import render, render_block
 from moemerge.model_card.usage import use_it
 from moemerge.planning.plan import MergePlan
+from moemerge.sources.data_sets import SCHEME
 from moemerge.sources.reference import Reference, parse_reference
+from moemerge.texts.documents import hub_revisions
 
 if TYPE_CHECKING:
     from moemerge.evaluation.figures import Estimate, Evaluation
@@ -35,7 +38,9 @@ def write_card(
     """Write `README.md` with the Hub's metadata into `folder`; name, licence and notes are the merged model's."""
     values = _values(plan, plan.config.text, [*plan.family_notes, *notes])
     use = use_it(name, plan.family.model_type, plan.right_in)
-    _save(folder, plan, licence, render("card", name=name, report=report, use=use, **values) + "\n")
+    data_sets = hub_revisions([data.name for data in plan.data_sets])
+    card = render("card", name=name, report=report, use=use, data_sets=data_sets, **values)
+    _save(folder, plan, licence, card + "\n")
 
 
 def write_metadata_card(folder: Path, plan: MergePlan, licence: str | None = None) -> None:
@@ -52,6 +57,7 @@ def _save(folder: Path, plan: MergePlan, licence: str | None, body: str) -> None
         base_model_relation="merge" if repos else None,
         library_name="transformers",
         pipeline_tag="text-generation",
+        datasets=list(dict.fromkeys(data.repo for data in plan.data_sets)) or None,
         tags=_TAGS,
         **licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
     )
@@ -186,6 +192,8 @@ def _shown(reference: str, plan: MergePlan) -> str:
 
 def _sample(expert: Expert) -> str:
     if not expert.positive_prompts:
-        return ", ".join(f"texts in {as_code(Path(pattern).name)}" for pattern in expert.positive_texts)
-    prompt = " ".join(expert.positive_prompts[0].split())
+        named = [text if text.startswith(SCHEME) else Path(text).name for text in expert.positive_texts]
+        return ", ".join(f"texts in {as_code(name)}" for name in named)
+    first = expert.positive_prompts[0]
+    prompt = " ".join((first if isinstance(first, str) else first.said_by(COUNTED_ROLES)).split())
     return as_code(prompt if len(prompt) < _SAMPLE_LENGTH else prompt[: _SAMPLE_LENGTH - 3] + "...")

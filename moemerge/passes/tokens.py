@@ -8,12 +8,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from moemerge.chats import COUNTED_ROLES, Chat, Document, shortened
 from moemerge.checkpoint.index import read_json
-from moemerge.errors import CheckpointError, RouterError
+from moemerge.errors import CheckpointError, RefusedError, RouterError
+from moemerge.passes.chats import encode_chat
 from moemerge.printable import printable
 
-Encode = Callable[[str], tuple[list[int], list[int]]]
-"""A function from a text to its tokens, with a 0 or 1 for each: 1 if the tokenizer added it."""
+Encode = Callable[[Document], tuple[list[int], list[int]]]
+"""A function from a document to its tokens, with a 0 or 1 for each: 1 if it does not count.
+
+The tokenizer added it; of a chat, it is the template's, or of a role that does not count.
+"""
 
 # Characters read of each document; tokens are seldom longer than a few characters.
 _DOCUMENT_CHARACTERS: Final = 100_000
@@ -116,6 +121,8 @@ def _is_installed(package: str) -> bool:
 def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
+    except RefusedError:  # which is of the text
+        raise
     except Exception as error:  # each tokenizer class raises in its own way
         why, step = why_unreadable(folder, error)
         raise RouterError(
@@ -124,16 +131,21 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def by_transformers(folder: Path, *, bos_as_text: bool = False) -> Encode:
+def by_transformers(folder: Path, *, bos_as_text: bool = False, roles: Sequence[str] = COUNTED_ROLES) -> Encode:
     """Load a tokenizer as transformers makes it; special tokens are added, or with `bos_as_text` the BOS alone.
+
+    Chats are rendered by its chat template, and their messages of `roles` count.
 
     Raises:
         RouterError: no tokenizer can be loaded.
     """
     tokenizer = load_tokenizer(folder)
 
-    def encode(text: str) -> tuple[list[int], list[int]]:
+    def encode(text: Document) -> tuple[list[int], list[int]]:
         with _explained(folder):
+            if isinstance(text, Chat):
+                chat = encode_chat(tokenizer, folder, text, roles)
+                return chat.ids, chat.special
             if bos_as_text:
                 whole = (tokenizer.bos_token or "") + text
                 ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
@@ -144,8 +156,8 @@ def by_transformers(folder: Path, *, bos_as_text: bool = False) -> Encode:
     return encode
 
 
-def by_tokenizers(file: Path) -> Encode:
-    """Load a tokenizer from `tokenizer.json` alone; no special tokens are added.
+def by_tokenizers(file: Path, roles: Sequence[str] = COUNTED_ROLES) -> Encode:
+    """Load a tokenizer from `tokenizer.json` alone; no special tokens are added, nor a template to messages of `roles`.
 
     Raises:
         RouterError: the file cannot be loaded.
@@ -157,8 +169,9 @@ def by_tokenizers(file: Path) -> Encode:
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
-    def encode(text: str) -> tuple[list[int], list[int]]:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(text: Document) -> tuple[list[int], list[int]]:
+        said = text.said_by(roles) if isinstance(text, Chat) else text
+        ids = tokenizer.encode(said, add_special_tokens=False).ids
         return ids, [0] * len(ids)
 
     return encode
@@ -177,41 +190,55 @@ def counted_mask(special: Sequence[int]) -> tuple[bool, ...]:
 
 
 def cut_windows(
-    documents: Sequence[str], encode: Encode, *, tokens: int, length: int, seed: int = 0, even: bool = False
+    documents: Sequence[Document], encode: Encode, *, tokens: int, length: int, seed: int = 0, even: bool = False
 ) -> list[Window]:
     """Cut windows from documents, one of each in every round, until there are enough tokens.
 
+    Windows of a chat hold its template's tokens too; one without a token that counts is left out.
+
     Args:
-        documents: the texts; at most 100 000 characters of each are read.
+        documents: the texts and chats; at most 100 000 characters of each are read.
         encode: the tokenizer.
-        tokens: how many tokens are wanted in all, without those that the tokenizer adds.
+        tokens: how many tokens are wanted in all, without those that the tokenizer adds, or a template before a chat's
+            first message that counts.
         length: the most tokens in a window, without those that the tokenizer adds.
         seed: decides which documents come first.
         even: whether windows are shortened so that every document has one, as long as they keep 64 tokens.
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)  # noqa: S311  no secret
+    longest = length
     if even:
         length = min(length, max(_EVEN_LENGTH, tokens // max(len(documents), 1)))
     # Documents beyond these would give nothing, and neither would text beyond this in each of them.
     order = order[: max(tokens // (_EVEN_LENGTH if even else _SHORTEST), 1)]
     characters = min(_DOCUMENT_CHARACTERS, CHARACTERS_PER_TOKEN * max(length, tokens // max(len(order), 1)))
-    encoded = [(document, *_split(*encode(documents[document][:characters]))) for document in order]
+    encoded = [(document, *_split(shortened(documents[document], characters), encode)) for document in order]
     windows: list[Window] = []
-    left, start = tokens, 0
-    while left > 0 and any(len(text) > start for _, _, text in encoded):
-        for document, added, text in encoded:
-            part = text[start : start + min(length, left)]
+    left, starts = tokens, [0] * len(encoded)
+    while left > 0 and any(len(ids) > start for start, (_, _, ids, _) in zip(starts, encoded, strict=True)):
+        for place, (document, added, ids, special) in enumerate(encoded):
+            start = starts[place]
+            # What a template puts before a chat's first message, such as a system prompt, takes nothing from it.
+            before = min(special.index(0), longest) if not start and 0 in special else 0
+            end = min(start + length + before, start + longest, start + left + before)
+            starts[place] = start + min(length + before, longest)
+            part, uncounted = ids[start:end], special[start:end]
             # The rest of a document may be too short to say anything.
-            if len(part) >= (_SHORTEST if start else 1):
-                special = [*[1] * len(added), *[0] * len(part)]
-                windows.append(Window(document, (*added, *part), counted_mask(special)))
-                left -= len(part)
-        start += length
+            if uncounted.count(0) >= (_SHORTEST if start else 1):
+                mask = counted_mask([*[1] * len(added), *uncounted])
+                windows.append(Window(document, (*added, *part), mask))
+                left -= len(part) - before
     return windows
 
 
-def _split(ids: list[int], special: list[int]) -> tuple[list[int], list[int]]:
-    """Split tokens into those that the tokenizer puts in front of every text, and the text's own."""
+def _split(document: Document, encode: Encode) -> tuple[list[int], list[int], list[int]]:
+    """Split tokens into those that the tokenizer puts in front of every text, and the document's own, with a mask."""
+    ids, special = encode(document)
     first = next((index for index, added in enumerate(special) if not added), len(ids))
-    return ids[:first], [token for token, added in zip(ids, special, strict=True) if not added]
+    if isinstance(document, str):
+        own = [token for token, added in zip(ids, special, strict=True) if not added]
+        return ids[:first], own, [0] * len(own)
+    front = _split("a", encode)[0]
+    front = front if ids[: len(front)] == front else []
+    return front, ids[len(front) :], special[len(front) :]

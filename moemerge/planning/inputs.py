@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Final
 
 from moemerge.checkpoint.header import TensorInfo
@@ -56,24 +55,23 @@ def take_parts(
     """
     every_expert = [*config.experts, *config.shared_experts]
     own_base = ModelTensors(base, tables[config.base_model])
-    own = {
-        place: ModelTensors(model, tables[expert.source_model])
+    own = [
+        (place, ModelTensors(model, tables[expert.source_model]))
         for (place, model), expert in zip(models, every_expert, strict=True)
-    }
-    routed = dict(islice(own.items(), len(config.experts)))
+    ]
+    routed = dict(own[: len(config.experts)])
     shared, notes = share_weights(config.shared_weights, own_base, routed, dtype)
     merged = ModelTensors(base, shared)
     advice = []
     if config.shared_weights.method == "base" and can_share(merged, routed):
         advice = [_AVERAGE]
     if not config.fold_norms:
-        return Parts(merged, tuple(own.values()), notes, advice)
+        return Parts(merged, tuple(expert for _, expert in own), notes, advice)
     # The base may lack FFNs where none of them is used.
     layers = [layer for layer in range(base.layers) if shared.keys() >= base.ffn(layer).keys()]
     ours = fold_norms("base_model", own_base, merged, layers)
     ffn = [name for layer in layers for name in base.ffn(layer)]
     folded = tuple(
-        ModelTensors(expert.model, fold_norms(place, expert, merged, mixture.moe_layers))
-        for place, expert in own.items()
+        ModelTensors(expert.model, fold_norms(place, expert, merged, mixture.moe_layers)) for place, expert in own
     )
     return Parts(ModelTensors(base, shared | {name: ours[name] for name in ffn}), folded, notes, advice)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from moemerge.checkpoint.header import TensorInfo
@@ -26,6 +25,7 @@ from moemerge.planning.shape import Shape
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.planning.tokenizer_proof import ProvedTokenizer
 from moemerge.routers.request import RouterRequest
+from moemerge.sources.data_sets import SCHEME, HubData, parse_hub_data
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.texts.documents import matching_files
 
@@ -83,11 +83,6 @@ class MergePlan:
     def base_folder(self) -> Path:
         """The folder with the base model's small files."""
         return self.models.base.folder.folder
-
-    @property
-    def base_tensors(self) -> Mapping[str, TensorInfo]:
-        """The base model's tensors; shared ones may be computed from all models'."""
-        return MappingProxyType(self.parts.base.tensors)
 
     @property
     def experts(self) -> tuple[ModelTensors, ...]:
@@ -182,17 +177,29 @@ class MergePlan:
         return self.base_files.made(self.family.model_type)
 
     @property
-    def inputs(self) -> list[Path]:
-        """Files that the merge reads: the config, texts and the models' files, which may be links."""
+    def data_sets(self) -> list[HubData]:
+        """Data sets on the Hub that routers are made from."""
+        if not (self.runs_base or self.config.method.reads_text):
+            return []
+        return [parse_hub_data(text, "config") for text in self._patterns if text.startswith(SCHEME)]
+
+    @property
+    def _patterns(self) -> list[str]:
+        """What the config names of text."""
         experts = [*self.config.experts, *self.config.shared_experts]
         patterns = [text for expert in experts for text in (*expert.positive_texts, *expert.negative_texts)]
+        return [*patterns, *self.config.router.calibration_texts]
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files that were read, or will be: the config, texts, and those of models, which links may lead to."""
         files = [
             path
             for path in (*self.origins.stamps, *self.origins.references, *self.copied_files.values())
             if isinstance(path, Path)
         ]
         config = [self.config.file] if self.config.file else []
-        return [*config, *files, *matching_files([*patterns, *self.config.router.calibration_texts])]
+        return [*config, *files, *matching_files(self._patterns)]
 
     @property
     def file_names(self) -> list[str]:
@@ -218,6 +225,7 @@ class MergePlan:
             scoring=self.family.scoring,
             dtype=self.dtype,
             shared_gate=any(computed.kind == "shared gate" for computed in self.computed.values()),
+            chat_prompts=self.shape.chat_prompts,
             runs_base=self.runs_base,
         )
 

@@ -1,28 +1,74 @@
 """Check and list what routers are made from: texts, and weights of the models."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from moemerge.chats import Chat, Document
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError
 from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.mixture import Mixture
 from moemerge.families.names import layer_prefix
+from moemerge.passes.chats import has_chat_template, no_template
 from moemerge.texts.documents import find_files, read_documents
 
 
-def check_texts(config: MergeConfig) -> None:
-    """Refuse text files that are missing or empty, before any weights are downloaded."""
+def check_texts(config: MergeConfig, base: Path, *, runs_base: bool) -> None:
+    """Refuse files that are not there or hold no text, and chats for a base without a chat template.
+
+    That is before any weights are downloaded. `base` is the base model's folder; where it does not run, chats need no
+    template.
+
+    Raises:
+        RefusedError: says what is wrong, and where.
+        SourceError: a data set on the Hub cannot be reached.
+    """
+    chat_places = []
     for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts)):
         for number, expert in enumerate(experts):
-            _check_documents(expert.positive_texts, f"{key}[{number}].positive_texts")
-            _check_documents(expert.negative_texts, f"{key}[{number}].negative_texts")
-    _check_documents(config.router.calibration_texts, "router.calibration_texts")
+            for sign in ("positive", "negative"):
+                place = f"{key}[{number}].{sign}"
+                prompts: list[Document] = getattr(expert, f"{sign}_prompts")
+                chat_places += [f"{place}_prompts[{n}]" for n, one in enumerate(prompts) if isinstance(one, Chat)]
+                chat_places += _read(getattr(expert, f"{sign}_texts"), f"{place}_texts")
+    chat_places += _read(config.router.calibration_texts, "router.calibration_texts")
+    if not runs_base or has_chat_template(base):
+        return
+    if chat_places:
+        raise no_template(chat_places[0], base)
+    if config.router.chat_prompts is True:
+        raise RefusedError(
+            f"router.chat_prompts: the tokenizer of {base} has no chat template to put prompts into. Choose a base "
+            "model that has one, or leave chat_prompts out."
+        )
 
 
-def _check_documents(patterns: Sequence[str], place: str) -> None:
-    if patterns and not read_documents(find_files(patterns, place)):
+def _read(patterns: Sequence[str], place: str) -> list[str]:
+    """Read the documents of some files; gives the place of the first one where they are chats.
+
+    Raises:
+        RefusedError: the files hold no text.
+    """
+    documents = read_documents(find_files(patterns, place))
+    if patterns and not documents:
         raise RefusedError(f"{place}: these files hold no text.")
+    return [document.place for document in documents if isinstance(document, Chat)][:1]
+
+
+def puts_prompts_into_chats(config: MergeConfig, base: Path, experts: Sequence[Sequence[Path]]) -> bool:
+    """Whether plain prompts are put into the base's chat template: as the config says, or where all models have one.
+
+    Some experts' prompts in a template and others' not would tell the router of the template, not of what they say.
+
+    Args:
+        config: the merge.
+        base: the base model's folder.
+        experts: the folders of each expert: the model's, and its adapters'.
+    """
+    if config.router.chat_prompts != "auto":
+        return bool(config.router.chat_prompts)
+    return has_chat_template(base) and all(any(map(has_chat_template, folders)) for folders in experts)
 
 
 def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:

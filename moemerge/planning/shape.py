@@ -12,7 +12,7 @@ from moemerge.families.mixture import Mixture
 from moemerge.families.selection import Choice, select_family
 from moemerge.planning.models import Models, refuse
 from moemerge.planning.options import PlanOptions
-from moemerge.planning.router_inputs import check_texts, check_widths
+from moemerge.planning.router_inputs import check_texts, check_widths, puts_prompts_into_chats
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
 
@@ -26,6 +26,8 @@ class Shape:
     """The output family, with notes and warnings about it."""
     runs_base: bool
     """Whether the prompts pass through the base model, for the routers or for the routing table."""
+    chat_prompts: bool
+    """Whether plain prompts are put into the base model's chat template."""
     base_files: BaseFiles
     """The files that are copied from the base model beside its weights."""
     tokenizer: ProvedTokenizer | None
@@ -51,7 +53,7 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
     reads_text = runs_base or config.method.reads_text
     files = find_base_files(models.base.folder, announce, needed=reads_text)
     if options.needs_texts and reads_text:
-        check_texts(config)
+        check_texts(config, models.base.folder.folder, runs_base=runs_base)
     refuse(check_widths(config, base, routed))
     mixture = mixture_of(config, base, routed, [member.model for member in models.shared])
     choice = select_family(base, mixture, config.architecture, config.engine, options.preferred)
@@ -61,7 +63,9 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
         # The output's dtype may be known only later, and does not matter here.
         output_config = choice.family.config(base, mixture, "bfloat16")
         tokenizer = prove_tokenizer(files, output_config, in_process=runs_base)
-    return Shape(mixture, choice, runs_base, files, tokenizer)
+    folders = [(expert.folder, *(adapter.folder for adapter in expert.adapters)) for expert in models.sources[1:]]
+    chat_prompts = puts_prompts_into_chats(config, models.base.folder.folder, folders)
+    return Shape(mixture, choice, runs_base, chat_prompts, files, tokenizer)
 
 
 def _check_noise(config: MergeConfig, family: MoeFamily) -> list[str]:

@@ -42,7 +42,9 @@ def compute_routers(
     """
     config, base, method = request.config, request.base.model, request.config.method
     context = base.config["max_position_embeddings"]
-    prompts = encode_prompts(request.folder, config, context, seed, shared_gate=request.shared_gate)
+    prompts = encode_prompts(
+        request.folder, config, context, seed, shared_gate=request.shared_gate, chat_prompts=request.chat_prompts
+    )
     asked = PassRequest(
         request.base,
         request.mixture,

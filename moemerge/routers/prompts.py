@@ -1,11 +1,12 @@
 """Turn the prompts and texts of a config into tokens, by the base model's own tokenizer."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from moemerge.config.schema import Expert, MergeConfig
+from moemerge.chats import Chat, Document, Message, shown
+from moemerge.config.schema import Expert, MergeConfig, RouterSettings
 from moemerge.errors import RouterError
 from moemerge.passes.tokens import Encode, by_tokenizers, by_transformers, counted_mask, cut_windows
 from moemerge.texts.documents import find_files, read_documents
@@ -37,7 +38,7 @@ class EncodedPrompt:
     ids: tuple[int, ...]
     """Token ids, with the special tokens that the tokenizer adds."""
     counted: tuple[bool, ...]
-    """Whether each token counts in statistics."""
+    """Which tokens count in statistics; of a chat, those of messages whose roles count."""
     document: int = 0
     """Number of the document, shared by all its windows."""
 
@@ -56,8 +57,11 @@ def encode_prompts(
     shared_gate: bool = False,
     special_tokens: bool = True,
     prompts_only: bool = False,
+    chat_prompts: bool = False,
 ) -> tuple[EncodedPrompt, ...]:
     """Encode the prompts and texts of a config; special tokens are added as the tokenizer does, but do not count.
+
+    Chats are written by the base's own chat template, and so are plain prompts with `chat_prompts`.
 
     Args:
         folder: the base model's folder.
@@ -68,25 +72,30 @@ def encode_prompts(
         special_tokens: whether tokens that do not count are needed. Without them `tokenizer.json` is enough, and
             transformers, whose import takes seconds, is needed only where there is none.
         prompts_only: whether texts in files are left out.
+        chat_prompts: whether plain prompts are messages of a user.
 
     Raises:
         RouterError: no tokenizer, a prompt without tokens, or one longer than the context.
-        RefusedError: text files are missing or cannot be read.
+        RefusedError: text files are missing or cannot be read, or the chat template does not take a chat.
+        SourceError: a data set on the Hub cannot be reached.
     """
     file = folder / "tokenizer.json"
+    roles = config.router.chat_roles
     if special_tokens or not file.is_file():
         # mergekit-moe writes the BOS before each prompt, whether the tokenizer adds one or not.
-        encode = by_transformers(folder, bos_as_text=config.method.like_mergekit)
+        encode = by_transformers(folder, bos_as_text=config.method.like_mergekit, roles=roles)
     else:
-        encode = by_tokenizers(file)
+        encode = by_tokenizers(file, roles)
     named: list[tuple[str, int, Expert]] = [(f"experts[{e}]", e, expert) for e, expert in enumerate(config.experts)]
     if shared_gate:
         named += [(f"shared_experts[{number}]", SHARED, expert) for number, expert in enumerate(config.shared_experts)]
     encoded: list[EncodedPrompt] = []
-    reader = _Reader(encode, max_tokens, config.router.tokens_per_expert, seed, in_context=special_tokens)
+    reader = _Reader(
+        encode, max_tokens, config.router, seed, in_context=special_tokens, in_chats=special_tokens and chat_prompts
+    )
     for name, number, expert in named:
         for sign in ("positive", "negative"):
-            prompts: list[str] = getattr(expert, f"{sign}_prompts")
+            prompts: list[Document] = getattr(expert, f"{sign}_prompts")
             encoded += reader.prompts(prompts, f"{name}.{sign}_prompts", number, positive=sign == "positive")
             if not prompts_only:
                 patterns: list[str] = getattr(expert, f"{sign}_texts")
@@ -104,12 +113,19 @@ def encode_prompts(
 class _Reader:
     """Turns prompts and texts into tokens, and numbers their documents."""
 
-    def __init__(self, encode: Encode, max_tokens: int, tokens: int, seed: int, *, in_context: bool) -> None:
-        self._encode, self._max_tokens, self._tokens, self._seed = encode, max_tokens, tokens, seed
-        self._in_context, self._documents = in_context, 0
+    def __init__(
+        self, encode: Encode, max_tokens: int, settings: RouterSettings, seed: int, *, in_context: bool, in_chats: bool
+    ) -> None:
+        self._encode, self._max_tokens, self._settings, self._seed = encode, max_tokens, settings, seed
+        self._in_context, self._in_chats, self._documents = in_context, in_chats, 0
 
-    def prompts(self, prompts: Sequence[str], place: str, expert: int, *, positive: bool) -> Iterator[EncodedPrompt]:
-        for index, prompt in enumerate(prompts):
+    def prompts(
+        self, prompts: Sequence[Document], place: str, expert: int, *, positive: bool
+    ) -> Iterator[EncodedPrompt]:
+        for index, given in enumerate(prompts):
+            prompt = Chat((Message("user", given),)) if self._in_chats and isinstance(given, str) else given
+            if isinstance(prompt, Chat):
+                prompt = replace(prompt, place=f"{place}[{index}]")
             ids, special = self._encode(prompt)
             if len(ids) > self._max_tokens:
                 raise RouterError(
@@ -117,7 +133,10 @@ class _Reader:
                     "split it."
                 )
             if all(special):
-                raise RouterError(f"{place}[{index}]: the base model's tokenizer finds no tokens in {prompt!r:.40}.")
+                roles = f" of {', '.join(self._settings.chat_roles)}" if isinstance(prompt, Chat) else ""
+                raise RouterError(
+                    f"{place}[{index}]: the base model's tokenizer finds no tokens{roles} in {shown(given)}."
+                )
             # An embedding does not depend on the position in a text.
             counted = counted_mask(special) if self._in_context else tuple(not added for added in special)
             yield EncodedPrompt(expert, positive, tuple(ids), counted, self._documents)
@@ -126,12 +145,14 @@ class _Reader:
     def texts(
         self, patterns: Sequence[str], place: str, expert: int, *, positive: bool, tokens: int = 0
     ) -> Iterator[EncodedPrompt]:
-        windows = self.documents(read_documents(find_files(patterns, place)), expert, positive, tokens or self._tokens)
+        windows = self.documents(
+            read_documents(find_files(patterns, place)), expert, positive, tokens or self._settings.tokens_per_expert
+        )
         if patterns and not windows:
             raise RouterError(f"{place}: the base model's tokenizer finds no tokens in these files.")
         yield from windows
 
-    def documents(self, texts: Sequence[str], expert: int, positive: bool, tokens: int) -> list[EncodedPrompt]:
+    def documents(self, texts: Sequence[Document], expert: int, positive: bool, tokens: int) -> list[EncodedPrompt]:
         length = min(_WINDOW, self._max_tokens - 1)
         windows = cut_windows(texts, self._encode, tokens=tokens, length=length, seed=self._seed, even=True)
         first, self._documents = self._documents, self._documents + len(texts)

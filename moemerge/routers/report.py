@@ -69,6 +69,11 @@ class RoutingReport:
         return _mean_over_layers(layer.load for layer in self.layers)
 
     @property
+    def rows(self) -> tuple[tuple[str, float, float, float], ...]:
+        """Name, hit rate, top-1 accuracy and load of each expert."""
+        return tuple(zip(self.experts, self.hit_rate, self.top1_accuracy, self.load, strict=True))
+
+    @property
     def top_weight(self) -> float:
         """Mean weight of the first choice, averaged over layers."""
         return math.fsum(row.top_weight for row in self.layers) / len(self.layers)

@@ -29,5 +29,7 @@ class RouterRequest:
     """Dtype of the merged model, in which routers are stored and judged."""
     shared_gate: bool
     """Whether the shared experts have a gate that is made from their prompts."""
+    chat_prompts: bool
+    """Whether plain prompts are put into the base model's chat template."""
     runs_base: bool
     """Whether the base model reads the prompts, for the routers or for the routing table."""

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Final
@@ -11,7 +11,7 @@ from moemerge.errors import RefusedError
 from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.tokens import Window
-from moemerge.tuning.settings import Settings, distillation_weight
+from moemerge.tuning.settings import Documents, Settings, distillation_weight
 
 _LONGEST: Final = 512
 _SHORTEST: Final = 16
@@ -32,8 +32,8 @@ class Batches:
     def cut(
         cls,
         mixture: MixtureModel,
-        training: Mapping[str, Sequence[str]],
-        held_out: Mapping[str, Sequence[str]],
+        training: Documents,
+        held_out: Documents,
         settings: Settings,
     ) -> "Batches":
         """Divide documents into windows, and these into steps that hold some of every domain.
@@ -49,7 +49,7 @@ class Batches:
                 f"{_SHORTEST * len(training)}, found {settings.tokens_per_step}."
             )
         length = math.ceil(share / math.ceil(share / _LONGEST))
-        texts = Texts.cut(mixture, training, settings.steps * share, length)
+        texts = Texts.cut(mixture, training, settings.steps * share, length, settings.roles)
         domains = [
             _fill(texts, domain, share, f"{settings.seed}:{domain}", settings.steps) for domain in range(len(training))
         ]
@@ -57,7 +57,8 @@ class Batches:
             tuple(window for turn in zip_longest(*of_domain) for window in turn if window is not None)
             for of_domain in zip(*domains, strict=True)
         )
-        return cls(texts, Texts.cut(mixture, held_out, _HELD_OUT_STEPS * share, length), steps)
+        held = Texts.cut(mixture, held_out, _HELD_OUT_STEPS * share, length, settings.roles)
+        return cls(texts, held, steps)
 
     def step(self, step: int) -> list[tuple[Window, int]]:
         """The windows of a step, each with the number of its domain."""

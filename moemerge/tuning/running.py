@@ -22,7 +22,7 @@ from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import stored_dtypes
 from moemerge.tuning.phatgoose import open_sources, stack_gates
 from moemerge.tuning.processes import Processes, open_processes
-from moemerge.tuning.settings import Settings, SplitDocuments, TuningResult, card_section
+from moemerge.tuning.settings import Documents, Settings, SplitDocuments, TuningResult, card_section
 from moemerge.tuning.teachers import open_teachers
 from moemerge.tuning.training import train
 from moemerge.tuning.whole import plan_memory
@@ -161,15 +161,15 @@ def _check_domains(context: TuningContext, batches: Batches) -> None:
             )
 
 
-def _fingerprint(
-    context: TuningContext, documents: Mapping[str, list[str]], shards: Mapping[str, list[int]]
-) -> dict[str, Any]:
+def _fingerprint(context: TuningContext, documents: Documents, shards: Mapping[str, list[int]]) -> dict[str, Any]:
     """The settings and files that have to be the same for a tuning to be resumed."""
     return {
         "options": asdict(context.settings),
         "experts": list(context.mixture.experts),
         "order of --data": list(documents),
-        "data": {name: hashlib.sha256("\0".join(texts).encode()).hexdigest() for name, texts in documents.items()},
+        "data": {
+            name: hashlib.sha256("\0".join(map(str, texts)).encode()).hexdigest() for name, texts in documents.items()
+        },
         "model": shards,
         "processes": context.processes.count,
         "precision": str(context.processes.dtype),

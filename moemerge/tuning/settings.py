@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
+from moemerge.chats import COUNTED_ROLES, Document
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
 from moemerge.model_card.card import loss_table
 from moemerge.model_card.markdown import as_text
 
-Documents = Mapping[str, Sequence[str]]
-"""Texts by domain."""
+Documents = Mapping[str, Sequence[Document]]
+"""Texts and chats by domain."""
 Method = Literal["gates", "phatgoose"]
 
 _HELD_OUT: Final = 4
@@ -46,6 +47,8 @@ class Settings:
     """Train all gates together, or a sigmoid gate for each expert alone."""
     allow_missing_domains: bool = False
     """Whether experts may lack text; what the tuning does to their text is not seen then."""
+    roles: tuple[str, ...] = COUNTED_ROLES
+    """Whose messages of chats count."""
 
     def __post_init__(self) -> None:
         """Check that numbers are in their ranges.
@@ -122,8 +125,8 @@ class TuningResult:
 class SplitDocuments(NamedTuple):
     """Documents by domain, divided into those that are trained on and those that are held out."""
 
-    training: dict[str, list[str]]
-    held_out: dict[str, list[str]]
+    training: dict[str, list[Document]]
+    held_out: dict[str, list[Document]]
 
     def of(self, domain: str) -> "SplitDocuments":
         """Give the documents of one domain alone."""

@@ -1,9 +1,10 @@
 """Train the routers of a merged model a little further, with everything else frozen."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from moemerge.evaluation.evaluator import read_domains
+from moemerge.evaluation.evaluator import read_domains, revision_notes
 from moemerge.tuning.settings import Settings, TuningResult, split_documents
 
 __all__ = ["Settings", "TuningResult", "tune"]
@@ -49,7 +50,7 @@ def tune(
     documents = split_documents(read_domains(data), settings.seed)
     from moemerge.tuning.running import run  # imports torch, transformers and accelerate
 
-    return run(
+    found = run(
         folder,
         documents,
         settings,
@@ -59,3 +60,4 @@ def tune(
         progress=progress,
         announce=announce,
     )
+    return found and replace(found, notes=(*found.notes, *revision_notes(data)))

@@ -200,7 +200,7 @@ def pieced(plan) -> MergePlan:
     # The first bytes of a down projection, as 32 rows of 16.
     down = replace(of(1, "down"), shape=(96, 16)).rows(0, 32)
     noisy = Piece(down, "F32", noise_scale=0.5)
-    query = plan.base_tensors["model.layers.1.self_attn.q_proj.weight"]
+    query = plan.parts.base.tensors["model.layers.1.self_attn.q_proj.weight"]
     changed = {
         f"{BLOCK}experts.0.w1.weight": (
             (Piece(of(1, "gate").rows(0, 24), "F32"),),

@@ -19,7 +19,7 @@ from rich.console import Console
 import moemerge.cli.console
 from moemerge.checkpoint.staging import kept_shards
 from moemerge.cli import main
-from moemerge.cli.console import _Shown, explain_error, stoppable
+from moemerge.cli.console import _ConsoleHandler, explain_error, stoppable
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
 from moemerge.cli.merging import merge_models
 from moemerge.cli.progress import show_progress, show_steps
@@ -498,7 +498,7 @@ def test_an_interrupt_that_got_lost_stops_the_work(monkeypatch):
 @pytest.mark.parametrize(("level", "told"), [(logging.WARNING, "warning: x\n"), (logging.INFO, "moemerge.test: x\n")])
 def test_what_is_logged_is_shown(level, told):
     console = Console(file=io.StringIO())
-    _Shown(console).emit(logging.LogRecord("moemerge.test", level, "", 0, "x", (), None))
+    _ConsoleHandler(console).emit(logging.LogRecord("moemerge.test", level, "", 0, "x", (), None))
     assert console.file.getvalue() == told
 
 

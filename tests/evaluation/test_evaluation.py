@@ -306,7 +306,7 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     ("arguments", "message", "code"),
     [
         (["--data", "fox"], "error: --data: expected NAME=PATH, such as code=code.txt, found 'fox'.", 2),
-        (["--data", "a=nowhere.txt"], "--data a[0]: 'nowhere.txt' leads to no .txt or .jsonl file.", 2),
+        (["--data", "a=nowhere.txt"], "--data a[0]: 'nowhere.txt' leads to no .txt, .jsonl or .parquet file.", 2),
         (["--data", "a=empty.txt"], "error: --data a=: its files hold no text.", 2),
     ],
 )
@@ -514,10 +514,13 @@ def test_of_a_long_text_no_more_is_tokenised_than_is_read(out):
         ([], "nothing to route: give --text or --file."),
         (["--file", "nowhere"], "--file: nowhere: cannot be read: No such file or directory."),
         (["--file", "x" * 300], f"--file: {'x' * 300}: cannot be read: File name too long."),
-        (["--file", "."], "--file[0]: '.' leads to no .txt or .jsonl file. Paths count from the current folder."),
+        (
+            ["--file", "."],
+            "--file[0]: '.' leads to no .txt, .jsonl or .parquet file. Paths count from the current folder.",
+        ),
         (
             ["--file", "*.txt"],
-            "--file[0]: '*.txt' leads to no .txt or .jsonl file. Paths count from the current folder.",
+            "--file[0]: '*.txt' leads to no .txt, .jsonl or .parquet file. Paths count from the current folder.",
         ),
         (["--file", "empty.md"], "--file: empty.md: holds no text."),
         (["--file", "pipe.txt"], "--file: pipe.txt: is no file that can be read to an end. Name a file of text."),

@@ -131,7 +131,7 @@ def test_the_same_bytes_come_in_any_pieces(tmp_path, llamas, monkeypatch):
         dtype="bfloat16",
         shared_weights={"method": "dare", "density": 0.5},
     )
-    tensor = plan_merge(load_config(config)).base_tensors["model.embed_tokens.weight"]
+    tensor = plan_merge(load_config(config)).parts.base.tensors["model.embed_tokens.weight"]
     whole = derived.read_values(tensor)
     for first, count in ((0, 1), (3, 5), (159, 1), (7, 100)):
         assert np.array_equal(derived.read_values(tensor.rows(first, count)), whole[first : first + count])

@@ -14,7 +14,13 @@ def test_nothing_of_a_plan_changes(tmp_path, llamas):
     plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], gate_mode="random")))
     with pytest.raises(FrozenInstanceError):
         plan.dtype = "float16"
-    for table in (plan.outputs, plan.base_tensors, plan.origins.stamps, plan.origins.references):
+    for table in (
+        plan.outputs,
+        plan.parts.base.tensors,
+        plan.parts.experts[0].tensors,
+        plan.origins.stamps,
+        plan.origins.references,
+    ):
         with pytest.raises(TypeError, match="does not support item assignment"):
             table["model.norm.weight"] = None
     plan.output_config["hidden_size"] = 0

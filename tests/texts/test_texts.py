@@ -33,24 +33,16 @@ def test_what_leads_to_no_text_is_refused(tmp_path, monkeypatch, pattern):
     with pytest.raises(RefusedError) as caught:
         find_files([pattern], "experts[0].positive_texts")
     assert str(caught.value) == (
-        f"experts[0].positive_texts[0]: {pattern!r} leads to no .txt or .jsonl file. Paths count from the current folder."
+        f"experts[0].positive_texts[0]: {pattern!r} leads to no .txt, .jsonl or .parquet file. Paths count from the current folder."
     )
 
 
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("{", "line 2: is not JSON"),
-        ('{"content": "x"}', "line 2: expected a text, or an object with a text under the key 'text'."),
-        ('{"text": 3}', "line 2: expected a text, or an object with a text under the key 'text'."),
-    ],
-)
-def test_lines_that_are_no_documents_are_named(tmp_path, line, problem):
+def test_lines_that_are_no_json_are_named(tmp_path):
     file = tmp_path / "a.jsonl"
-    file.write_text(f'{{"text": "good"}}\n{line}\n')
+    file.write_text('{"text": "good"}\n{\n')
     with pytest.raises(RefusedError) as caught:
         read_documents([file])
-    assert str(caught.value).startswith(f"{file}, {problem}")
+    assert str(caught.value).startswith(f"{file}, line 2: is not JSON: ")
 
 
 def test_half_a_letter_in_json_is_read_as_a_question_mark(tmp_path, encode):

@@ -1,17 +1,19 @@
 """A merged model's choices of experts, token by token; nothing heavy is imported before it runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from moemerge.chats import COUNTED_ROLES, Document
 from moemerge.evaluation.routes.traced import Routes
 
 
 def trace_routes(
     folder: Path | str,
-    texts: Mapping[str, str],
+    texts: Mapping[str, Document],
     *,
     tokens: int = 2000,
     layer: int | None = None,
+    roles: Sequence[str] = COUNTED_ROLES,
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Routes:
@@ -21,6 +23,7 @@ def trace_routes(
         folder: holds the merged model.
         texts: by name; of each, the first `tokens` tokens are read, at most the model's context length.
         tokens: how many tokens of each text are read.
+        roles: whose messages of chats are shown.
         layer: the number of a layer that has to have a router.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         progress: called with the layers done and all there are.
@@ -34,4 +37,4 @@ def trace_routes(
     """
     from moemerge.evaluation.routes.tracing import trace  # imports torch and transformers
 
-    return trace(folder, texts, tokens=tokens, layer=layer, device=device, progress=progress)
+    return trace(folder, texts, tokens=tokens, layer=layer, roles=roles, device=device, progress=progress)

@@ -1,24 +1,27 @@
 """Find which experts a merged model's routers choose for each token of a text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from moemerge.chats import COUNTED_ROLES, Chat, Document, shortened
 from moemerge.errors import RefusedError
 from moemerge.evaluation.routes.traced import Routes, TracedText
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import Choice, run_model
+from moemerge.passes.chats import encode_chat
 from moemerge.passes.device import find_device
 from moemerge.passes.tokens import CHARACTERS_PER_TOKEN, Window, load_tokenizer
 
 
 def trace(
     folder: Path | str,
-    texts: Mapping[str, str],
+    texts: Mapping[str, Document],
     *,
     tokens: int,
     device: str,
+    roles: Sequence[str] = COUNTED_ROLES,
     layer: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Routes:
@@ -32,7 +35,12 @@ def trace(
     windows: list[Window] = []
     pieces: list[tuple[str, ...]] = []
     for name, text in texts.items():
-        ids, special, parts = _split(tokenizer, text[: CHARACTERS_PER_TOKEN * tokens])
+        document = shortened(text, CHARACTERS_PER_TOKEN * tokens)
+        if isinstance(document, Chat):
+            chat = encode_chat(tokenizer, mixture.folder, document, roles)
+            ids, special, parts = chat.ids, chat.special, chat.parts
+        else:
+            ids, special, parts = _split(tokenizer, document)
         if not any(parts):
             raise RefusedError(f"{name}: the model's tokenizer finds no tokens in it.")
         windows.append(Window(len(windows), tuple(ids[:tokens]), tuple(not added for added in special[:tokens])))

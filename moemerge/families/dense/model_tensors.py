@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.dense.family import Role
@@ -15,7 +16,10 @@ class ModelTensors:
 
     model: DenseModel
     tensors: Mapping[str, TensorInfo]
-    """Its tensors by the names that the model gives them."""
+    """Its tensors by the names that the model gives them; a view that cannot be changed."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(self.tensors))
 
     def projection(self, layer: int, role: Role) -> TensorInfo:
         """Find one projection of a layer's FFN, which may be part of a larger tensor.

@@ -24,6 +24,11 @@ FILLER = bytes(16)
 """What comes too much where a body is longer than asked."""
 
 
+def _as_model(match: re.Match[str]) -> str:
+    """The beginning of a model's route in place of a data set's."""
+    return f"/api/models{match[2]}" if match[1] else match[2]
+
+
 class Handler(BaseHTTPRequestHandler):
     """A connection to one of the hosts."""
 
@@ -43,7 +48,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        self.route, self.query = url.path, parse_qs(url.query)
+        # Every repository is a data set, too.
+        self.route, self.query = re.sub(r"^(/api)?/datasets(/[^/]+/)", _as_model, url.path), parse_qs(url.query)
         self.body = self._receive()
         self.call = Call(self.command, self.host, unquote(url.path), "Authorization" in self.headers)
         self.hub.calls.append(self.call)
