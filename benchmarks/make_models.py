@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, build_index
-from moemerge.checkpoint.stored import stored_bytes
+from moemerge.checkpoint.numbers import stored_bytes
 from moemerge.dtypes import BITS, CONFIG_DTYPES, HeaderDType
 
 SHAPES = {

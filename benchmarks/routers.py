@@ -32,10 +32,10 @@ from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate,
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
-from moemerge.routers.base_pass import PassRequest
-from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.initialisation import init_routers
+from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import EncodedPrompt
+from moemerge.routers.streamed_pass import capture_router_inputs
 from moemerge.texts.documents import find_files, read_documents
 
 CPU = torch.device("cpu")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from moemerge.evaluation.figures import Estimate, Evaluation
     from moemerge.evaluation.routes.traced import Routes, TracedText
     from moemerge.evaluation.routes.tracer import trace_routes
-    from moemerge.merging.checkpoint import merge
+    from moemerge.merging.merger import merge
     from moemerge.merging.options import MergeOptions
     from moemerge.planning.options import PlanOptions
     from moemerge.planning.plan import MergePlan
@@ -106,7 +106,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluator:evaluate",
     "inspect": "checks.inspection:inspect_checkpoint",
     "load_config": "config.loading:load_config",
-    "merge": "merging.checkpoint:merge",
+    "merge": "merging.merger:merge",
     "plan_merge": "planning.planner:plan_merge",
     "push": "publish.pushing:push",
     "trace_routes": "evaluation.routes.tracer:trace_routes",

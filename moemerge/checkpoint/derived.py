@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill, wider
 from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
+from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.unreadable import Unreadable
-from moemerge.checkpoint.values import first_not_finite
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from moemerge.checkpoint.copy import write_failure
 from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.journal import Journal
-from moemerge.checkpoint.target import PARTIAL, Replaceable, beside, check_target, entries, foreign_files
+from moemerge.checkpoint.output_folder import PARTIAL, Replaceable, beside, check_target, entries, foreign_files
 from moemerge.errors import BusyError, OutputError, RefusedError
 
 _OLD: Final = "moemerge-old"

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.files import size_of
+from moemerge.checkpoint.finite import Census, NotFinite, has_floats, look_at
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, JobPool
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import reasons
-from moemerge.checkpoint.values import Census, NotFinite, has_floats, look_at
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
 
 _NUMBERED_EXPERT: Final = re.compile(r"(?:^|\.)experts\.(\d+)\.")

@@ -10,7 +10,7 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, rea
 from moemerge.checks.files import ABSENT, Difference
 from moemerge.errors import OutputError, RefusedError
 from moemerge.families.family import MoeFamily
-from moemerge.families.names import layer_prefix
+from moemerge.families.layer_names import layer_prefix
 from moemerge.families.respelling import lost_keys, respelled_keys
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.model_card.metadata import rewritten

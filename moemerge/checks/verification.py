@@ -7,11 +7,11 @@ from pathlib import Path
 
 from moemerge.checkpoint.compare import compare_tensor
 from moemerge.checkpoint.copy import Report
+from moemerge.checkpoint.finite import Census, look_at
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import JobPool
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
-from moemerge.checkpoint.values import Census, look_at
 from moemerge.checks.files import Difference, compare_entries, compare_files_beside, compare_index, notable
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.engines import ENGINES

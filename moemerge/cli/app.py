@@ -24,7 +24,7 @@ from moemerge.cli.options import (
     ShardSize,
     VerboseMessageOptions,
 )
-from moemerge.cli.planned import PlanRequest, plan_from
+from moemerge.cli.plan_request import PlanRequest, plan_from
 from moemerge.cli.publishing import push
 from moemerge.cli.repairing import repair_model
 from moemerge.cli.routes import show_routes

@@ -22,7 +22,7 @@ from moemerge.cli.merge_options import (
     RouterOptions,
 )
 from moemerge.cli.options import Config, ModelOptions
-from moemerge.cli.planned import PlanRequest, plan_from
+from moemerge.cli.plan_request import PlanRequest, plan_from
 from moemerge.cli.publishing import PlannedPush
 from moemerge.cli.streams import say
 from moemerge.errors import BusyError, RefusedError
@@ -146,7 +146,7 @@ def _merge(
 ) -> "RoutingReport":
     """Carry out the plan into a folder, a GGUF file or the Hub, and show progress; returns the routing report."""
     from moemerge.cli.progress import show_progress
-    from moemerge.merging.checkpoint import merge
+    from moemerge.merging.merger import merge
 
     streaming = push.push_streaming
     carry_out: Callable[..., Any] = partial(
@@ -176,7 +176,7 @@ def _destination(out: Path, push: PushOptions, publisher: "Publisher | None") ->
 
 def _check_folder(out: Path, inputs: list[Path], sources: list[Path], *, overwrite: bool, streaming: bool) -> None:
     """Refuse a folder that a merge could not write, or not keep shards beside; before weights are downloaded."""
-    from moemerge.checkpoint.target import check_scratch, check_target
+    from moemerge.checkpoint.output_folder import check_scratch, check_target
     from moemerge.merging.overwriting import replaceable_files
 
     if streaming:

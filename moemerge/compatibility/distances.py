@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moemerge.checkpoint.derived import derivation
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
-from moemerge.checkpoint.stored import is_rounded
+from moemerge.checkpoint.numbers import is_rounded
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import CONFIG_DTYPES, DType
 from moemerge.families.dense import DenseModel, ModelTensors, Role

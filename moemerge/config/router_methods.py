@@ -22,7 +22,7 @@ class RouterMethod:
     name: str
     """The value of `gate_mode`."""
     function: str
-    """`module:function`, imported when routers are made and not before: see `moemerge.routers.methods`."""
+    """`module:function`, imported when routers are made and not before: see `moemerge.routers.method_functions`."""
     reads: frozenset[Material] = frozenset()
     settings: frozenset[Setting] = frozenset()
     runs_base: bool = True

@@ -24,7 +24,7 @@ from pydantic_core import PydanticKnownError
 
 from moemerge.chats import COUNTED_ROLES, Document, Role
 from moemerge.config.chat_prompts import plain_prompt, read_prompt
-from moemerge.config.checks import cross_check, listed, listed_prompts
+from moemerge.config.cross_checks import cross_check, listed, listed_prompts
 from moemerge.config.layer_choice import LayerChoice, read_layers
 from moemerge.config.problems import MOST_EXPLAINED, PlacedError, explain
 from moemerge.config.router_methods import AUTO, RouterMethod, canonical_gate_mode, choose_method, gate_modes

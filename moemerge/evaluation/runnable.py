@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.stored import read_rows
+from moemerge.checkpoint.numbers import read_rows
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.config.loading import load_config
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
@@ -17,7 +17,7 @@ from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError
 from moemerge.families.dense import decoded, read_dense
 from moemerge.families.family import SWITCHED_OFF, MoeFamily
-from moemerge.families.names import layer_prefix
+from moemerge.families.layer_names import layer_prefix
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.passes.weights import read_into
 from moemerge.routers.report import expert_names

@@ -9,7 +9,7 @@ import torch
 
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel, Runnable
-from moemerge.families.names import layer_prefix
+from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, finish, group, run_layer
 from moemerge.passes.finite import not_finite_in, where_it_began
 from moemerge.passes.loading import cast, load_tensors

@@ -58,7 +58,7 @@ class GgufFamily:
     named_tokens: tuple[tuple[str, str], ...] = ()
     """Roles of tokens with the tokens that have them by default."""
     knows: frozenset[str] = frozenset()
-    """Reasons in `moemerge.export.values.ROPES` that do not apply to it."""
+    """Reasons in `moemerge.export.key_values.ROPES` that do not apply to it."""
     notes: tuple[tuple[Callable[[Config], bool], str], ...] = ()
     """What llama.cpp computes wrongly, but not always; keys of `config.json` are in braces."""
     refuses: tuple[tuple[Callable[[Config], bool], str], ...] = ()

@@ -4,7 +4,25 @@ from collections.abc import Mapping
 from typing import Final
 
 from moemerge.export.families import GgufFamily, Part, grouped, optional, separate
-from moemerge.export.names import (
+from moemerge.export.key_values import (
+    LLAMA3,
+    MSCALE,
+    constant,
+    has_grouped_heads,
+    has_states,
+    has_wide_heads,
+    has_yarn,
+    heads_by_layer,
+    is_partly_unrotated,
+    key_head_width,
+    key_width,
+    rotated_width,
+    shared_width,
+    state_width,
+    truthy,
+    yarn_log_factor,
+)
+from moemerge.export.shared_tables import (
     ATTENTION,
     BIASES,
     CHOICE,
@@ -32,24 +50,6 @@ from moemerge.export.names import (
     WITHOUT_WINDOW,
 )
 from moemerge.export.sibling_tables import COHERE2_MOE, ERNIE4_5_MOE, GEMMA4, HUNYUAN_V1_MOE, LFM2_MOE
-from moemerge.export.values import (
-    LLAMA3,
-    MSCALE,
-    constant,
-    has_grouped_heads,
-    has_states,
-    has_wide_heads,
-    has_yarn,
-    heads_by_layer,
-    is_partly_unrotated,
-    key_head_width,
-    key_width,
-    rotated_width,
-    shared_width,
-    state_width,
-    truthy,
-    yarn_log_factor,
-)
 
 MIXTRAL: Final = GgufFamily(
     "llama",

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.export.families import Config, GgufFamily, Value
-from moemerge.export.values import head_width, whole_layers
+from moemerge.export.key_values import head_width, whole_layers
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

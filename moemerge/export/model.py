@@ -12,10 +12,10 @@ from moemerge.errors import CheckpointError, MoemergeError, RefusedError
 from moemerge.export.blocks import GgufType
 from moemerge.export.families import GgufFamily
 from moemerge.export.family_tables import GGUF_FAMILIES
+from moemerge.export.key_values import ACTIVATION, LENGTH_IGNORED, ROPES, lacks
 from moemerge.export.layout import add_tensor_infos, lay_out
 from moemerge.export.metadata import Described, add_metadata
 from moemerge.export.tensors import Conversion, GgufTensor
-from moemerge.export.values import ACTIVATION, LENGTH_IGNORED, ROPES, lacks
 
 AskedType = GgufType | Literal["auto"]
 """A type, or `auto` for the 16-bit floats that the checkpoint has, else float16."""

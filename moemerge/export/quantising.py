@@ -12,9 +12,9 @@ from typing import Final
 
 from moemerge.errors import OutputError, RefusedError
 from moemerge.export.contents import GgufContents, read_contents
-from moemerge.export.engine_process import run_engine
 from moemerge.export.imatrix import FEWEST_TOKENS, Importance
 from moemerge.export.packages import need
+from moemerge.export.quantiser_process import run_engine
 from moemerge.export.tensors import GgufTensor
 
 # enum llama_ftype of https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h

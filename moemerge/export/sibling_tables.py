@@ -3,7 +3,19 @@
 from typing import Final
 
 from moemerge.export.families import GgufFamily, Part, grouped, optional, separate
-from moemerge.export.names import (
+from moemerge.export.key_values import (
+    constant,
+    dense_lead,
+    ends_dense,
+    first_of,
+    has_shared,
+    heads_by_layer,
+    is_not_proportional,
+    key_heads_of_kinds,
+    truthy,
+    whole_layers,
+)
+from moemerge.export.shared_tables import (
     ATTENTION,
     DENSE,
     EXPERT_WIDTH,
@@ -18,18 +30,6 @@ from moemerge.export.names import (
     VOCAB_SIZE,
     WHOLE,
     WINDOW,
-)
-from moemerge.export.values import (
-    constant,
-    dense_lead,
-    ends_dense,
-    first_of,
-    has_shared,
-    heads_by_layer,
-    is_not_proportional,
-    key_heads_of_kinds,
-    truthy,
-    whole_layers,
 )
 
 ERNIE4_5_MOE: Final = GgufFamily(

@@ -12,7 +12,7 @@ from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
 from moemerge.export.families import Config, GgufFamily, Names, Part
 from moemerge.export.keys import proportional_factors, rope_factors
 from moemerge.export.transposed import Transposed
-from moemerge.families.names import layer_prefix
+from moemerge.families.layer_names import layer_prefix
 
 # Weights that engines read in float32 alone, whatever the rest of the file is; so are vectors, and other tensors.
 _ALWAYS_F32: Final = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight")

@@ -10,9 +10,9 @@ from typing import Final, Protocol
 from moemerge.checkpoint.copy import write_failure
 from moemerge.checkpoint.disk import flush
 from moemerge.checkpoint.jobs import MAX_THREADS
+from moemerge.checkpoint.output_folder import check_limits, check_scratch, check_space
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import left_bytes, staged
-from moemerge.checkpoint.target import check_limits, check_scratch, check_space
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config.loading import load_config
 from moemerge.config.schema import CONFIG_COPY

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import staged
+from moemerge.merging.merge_work import Tally, Work
 from moemerge.merging.options import MergeOptions
 from moemerge.merging.output_checks import check_output, check_streaming, replacing
-from moemerge.merging.work import Tally, Work
 from moemerge.planning.output import Computed
 from moemerge.planning.plan import MergePlan
 

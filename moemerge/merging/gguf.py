@@ -11,11 +11,11 @@ from moemerge.checkpoint.shards import Shard
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import AskedType, GgufModel, asked_type
-from moemerge.export.planned import Planned, waits
+from moemerge.export.planned_tensors import Planned, waits
 from moemerge.export.tensors import GgufTensor
 from moemerge.export.writing import STAGED, SpaceCheck, advising_types, check_file, check_room, staged_file
+from moemerge.merging.merge_work import Tally, Work
 from moemerge.merging.options import MergeOptions, Progress
-from moemerge.merging.work import Tally, Work
 from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
+from moemerge.checkpoint.output_folder import Replaceable, check_limits, check_scratch, check_space, check_target
 from moemerge.checkpoint.staging import left_bytes
-from moemerge.checkpoint.target import Replaceable, check_limits, check_scratch, check_space, check_target
 from moemerge.merging.overwriting import replaceable_files
 from moemerge.planning.plan import MergePlan
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from moemerge.checkpoint.values import NotFinite
+from moemerge.checkpoint.finite import NotFinite
 
 
 def not_finite_in(name: str, values: torch.Tensor) -> NotFinite | None:

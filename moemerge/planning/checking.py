@@ -9,7 +9,7 @@ from moemerge.compatibility.differences import Judgement, Speaker, judge_experts
 from moemerge.config.schema import MergeConfig
 from moemerge.planning.models import Member, Models, refuse
 from moemerge.planning.notes import config_notes
-from moemerge.planning.router_inputs import base_ffn_layers
+from moemerge.planning.router_sources import base_ffn_layers
 from moemerge.planning.shape import Shape, computes_gate
 
 Tables = Mapping[str, dict[str, TensorInfo]]

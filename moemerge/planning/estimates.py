@@ -4,9 +4,9 @@ import math
 from typing import Final
 
 from moemerge.config.schema import MergeConfig
-from moemerge.families.names import layer_prefix
-from moemerge.planning.inputs import Parts
+from moemerge.families.layer_names import layer_prefix
 from moemerge.planning.models import Models
+from moemerge.planning.parts import Parts
 from moemerge.planning.shape import Shape
 from moemerge.sources.reference import Reference
 

@@ -13,12 +13,12 @@ from typing import Final
 import numpy as np
 
 from moemerge.checkpoint.derived import Derived, Rows, ScaledColumns, read_values
+from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
-from moemerge.checkpoint.values import first_not_finite
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.families.dense import ModelTensors
-from moemerge.families.names import layer_prefix
+from moemerge.families.layer_names import layer_prefix
 
 # A larger factor leaves too few digits in the product. Even models of 100 M parameters have norms with
 # a weight of a thousandth of the others; with the same in the shared norm that does no harm.

@@ -15,7 +15,7 @@ from moemerge.config.schema import MergeConfig
 from moemerge.errors import CheckpointError
 from moemerge.planning.models import Models
 from moemerge.planning.output import Output
-from moemerge.planning.router_inputs import router_reads
+from moemerge.planning.router_sources import router_reads
 from moemerge.planning.shape import Shape
 from moemerge.planning.tensors import Assembled
 

@@ -16,11 +16,11 @@ from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture import Mixture
 from moemerge.planning.estimates import peak_memory_bytes
-from moemerge.planning.inputs import Parts
 from moemerge.planning.layout import Layout
 from moemerge.planning.models import Models
 from moemerge.planning.origins import Origins, remote_bytes
 from moemerge.planning.output import Computed, Output
+from moemerge.planning.parts import Parts
 from moemerge.planning.shape import Shape
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.planning.tokenizer_proof import ProvedTokenizer

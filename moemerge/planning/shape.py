@@ -12,7 +12,7 @@ from moemerge.families.mixture import Mixture
 from moemerge.families.selection import Choice, select_family
 from moemerge.planning.models import Models, refuse
 from moemerge.planning.options import PlanOptions
-from moemerge.planning.router_inputs import check_texts, check_widths, puts_prompts_into_chats
+from moemerge.planning.router_sources import check_texts, check_widths, puts_prompts_into_chats
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
 

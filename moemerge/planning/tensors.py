@@ -11,9 +11,9 @@ from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES, DType, HeaderDType, bytes_of
 from moemerge.planning.assembly import Assembly, Source
 from moemerge.planning.checking import Tables
-from moemerge.planning.inputs import Parts, take_parts
 from moemerge.planning.models import Models
 from moemerge.planning.output import Output
+from moemerge.planning.parts import Parts, take_parts
 from moemerge.planning.shape import Shape, computes_gate, residual_scales
 
 

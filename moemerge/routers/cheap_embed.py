@@ -5,8 +5,8 @@ This module does not import torch.
 
 import numpy as np
 
-from moemerge.checkpoint.stored import read_rows
-from moemerge.checkpoint.values import look_at
+from moemerge.checkpoint.finite import look_at
+from moemerge.checkpoint.numbers import read_rows
 from moemerge.errors import RouterError
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.request import RouterRequest

@@ -9,16 +9,16 @@ import torch
 from moemerge.config.router_methods import RouterMethod
 from moemerge.errors import RouterError
 from moemerge.passes.device import find_device, memory_watched
-from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
-from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.delta import Labeller
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.hidden import shared_gate_row
-from moemerge.routers.methods import rows_from_pass
+from moemerge.routers.method_functions import rows_from_pass
+from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.report import LayerRouting
 from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import Rows
+from moemerge.routers.streamed_pass import capture_router_inputs
 
 
 @memory_watched(

@@ -12,14 +12,14 @@ from typing import Final
 import torch
 
 from moemerge.checkpoint.derived import unscaled
+from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.stored import is_rounded
-from moemerge.checkpoint.values import first_not_finite
+from moemerge.checkpoint.numbers import is_rounded
 from moemerge.compatibility.distances import STRANGER, differs_too_much
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import RefusedError, RouterError
 from moemerge.passes.weights import read_into
-from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
+from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 from moemerge.routers.scaling import finish_rows
 from moemerge.routers.scoring import fit_scale

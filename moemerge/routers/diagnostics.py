@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from moemerge.routers.base_pass import PassRequest, RouterInputs
+from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.report import LayerRouting
 from moemerge.routers.scoring import top_weights
 

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
+from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.scaling import calibrated_scale, finish_rows
 from moemerge.routers.scoring import fit_scale
 

@@ -6,7 +6,7 @@ the state that enters the FFN.
 
 import torch
 
-from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
+from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import SHARED
 from moemerge.routers.rows import contrast, unit
 from moemerge.routers.scaling import finish_rows

@@ -8,8 +8,8 @@ from typing import Final
 
 import torch
 
-from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.fitting import Labelled, fit_rows
+from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.regression import gram_of
 
 # Stopped early: more steps sharpen rows in ways that do not help on held-out documents.

@@ -6,7 +6,7 @@ length 1, and are neither centred nor scaled. https://github.com/arcee-ai/mergek
 
 import torch
 
-from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
+from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 
 
 def mergekit_hidden_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:

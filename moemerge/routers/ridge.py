@@ -6,8 +6,8 @@ of length 1 and an absolute lambda.
 
 import torch
 
-from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.fitting import Labelled, fit_rows
+from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.regression import regress
 
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from moemerge.routers.base_pass import PassRequest, RouterInputs
+from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.scoring import even_direction, fit_scale, lowering
 
 # On text that separates experts perfectly, no scale would be sharp enough; and a router that is certain of everything

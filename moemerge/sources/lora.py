@@ -18,9 +18,9 @@ from moemerge.checkpoint.index import read_json
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import SourceError
+from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.local import resolve_file
 from moemerge.sources.lora_sum import LoraSum
-from moemerge.sources.pickles import read_pickle
 from moemerge.sources.reference import Reference, parse_reference
 
 CONFIG: Final = "adapter_config.json"

@@ -14,12 +14,12 @@ from moemerge.checkpoint.files import File, Stamp, size_of
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import SourceError
+from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
-from moemerge.sources.names import unwrapped
-from moemerge.sources.pickles import read_pickle
+from moemerge.sources.name_prefixes import unwrapped
 from moemerge.sources.reference import Reference, parse_reference, split_adapter
 
 __all__ = [

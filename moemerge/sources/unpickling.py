@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-from moemerge.sources.pickled import MADE, Name, Opaque, Storage, storage_dtype
+from moemerge.sources.pickle_objects import MADE, Name, Opaque, Storage, storage_dtype
 
 MAX_PICKLE_BYTES: Final = 4 * 2**20
 """Largest pickle of a table in bytes; for a model of 70 B parameters it has 0.1 MB."""

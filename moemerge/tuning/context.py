@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.tuning.processes import Processes
+from moemerge.tuning.resume_folder import WorkFolder
 from moemerge.tuning.settings import Settings
-from moemerge.tuning.whole import MemoryPlan
-from moemerge.tuning.work import WorkFolder
+from moemerge.tuning.whole_model import MemoryPlan
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.evaluation.running import check_complete
 from moemerge.families.dense import DENSE_FAMILIES
-from moemerge.families.names import layer_prefix
+from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.decoder import empty_model, group
 from moemerge.passes.loading import cast, load_tensors
 from moemerge.passes.tokens import count_scored
@@ -33,12 +33,12 @@ from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import find_not_finite, judge, judge_start
 from moemerge.tuning.losses import cross_entropy
+from moemerge.tuning.resume_folder import State
 from moemerge.tuning.settings import SplitDocuments
 from moemerge.tuning.student import Student, padded
 from moemerge.tuning.teachers import open_source
 from moemerge.tuning.training import make_optimiser, set_rates
-from moemerge.tuning.whole import from_disk, load_whole
-from moemerge.tuning.work import State
+from moemerge.tuning.whole_model import from_disk, load_whole
 
 # Tokens of each expert that the scale is fitted to.
 _SCALE_TOKENS: Final = 1024

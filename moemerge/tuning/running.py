@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moemerge.checkpoint.target import check_target
+from moemerge.checkpoint.output_folder import check_target
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, difference
 from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_key
@@ -22,11 +22,11 @@ from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import stored_dtypes
 from moemerge.tuning.phatgoose import open_sources, stack_gates
 from moemerge.tuning.processes import Processes, open_processes
+from moemerge.tuning.resume_folder import State, WorkFolder
 from moemerge.tuning.settings import Documents, Settings, SplitDocuments, TuningResult, card_section
 from moemerge.tuning.teachers import open_teachers
 from moemerge.tuning.training import train
-from moemerge.tuning.whole import plan_memory
-from moemerge.tuning.work import State, WorkFolder
+from moemerge.tuning.whole_model import plan_memory
 from moemerge.tuning.writing import CARD, check_room, check_writable, gate_tensors, shard_stamps, write_copy
 
 

@@ -14,7 +14,7 @@ from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.finite import not_finite_in
 from moemerge.passes.tokens import Window
 from moemerge.tuning.context import TuningContext
-from moemerge.tuning.whole import load_whole
+from moemerge.tuning.whole_model import load_whole
 
 
 @dataclass

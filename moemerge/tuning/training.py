@@ -17,10 +17,10 @@ from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import find_not_finite, judge, judge_start
 from moemerge.tuning.losses import anchor_loss, cross_entropy, distillation_loss, load_loss, prior_of
+from moemerge.tuning.resume_folder import State
 from moemerge.tuning.settings import Settings, distillation_weight
 from moemerge.tuning.student import Student
 from moemerge.tuning.teachers import Predictions, teach
-from moemerge.tuning.work import State
 
 _BETAS: Final = (0.9, 0.95)
 _WARM_UP: Final = 0.1

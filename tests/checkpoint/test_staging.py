@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from moemerge.checkpoint import disk, staging, target
+from moemerge.checkpoint import disk, output_folder, staging
 from moemerge.checkpoint.copy import copy_file, write_failure
 from moemerge.checkpoint.disk import allocate, allow_open_files, flush, limit_of
 from moemerge.checkpoint.journal import _remove_all_but
+from moemerge.checkpoint.output_folder import check_limits, check_space, check_target
 from moemerge.checkpoint.staging import locked, staged
-from moemerge.checkpoint.target import check_limits, check_space, check_target
 from moemerge.errors import CheckpointError, OutputError, RefusedError
 
 
@@ -279,7 +279,7 @@ def test_behind_a_complete_output_nothing_is_an_error(tmp_path, monkeypatch, cap
 def test_a_disk_too_small_is_refused_before_the_first_byte(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"takes 1000000000.00 GB, but the disk has .* [GM]B free"):
         check_space(tmp_path / "not" / "there", 10**18)
-    monkeypatch.setattr(target.shutil, "disk_usage", lambda _: SimpleNamespace(free=12))
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=12))
     with pytest.raises(OutputError, match=r"takes 1.50 kB, but the disk has 12 B free"):
         check_space(tmp_path, 1500)
 
@@ -326,8 +326,10 @@ def test_limits_are_those_of_the_process():
 def test_what_is_probed_is_the_folder_that_is_written_to(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     probed = []
-    given = target.tempfile.TemporaryFile
-    monkeypatch.setattr(target.tempfile, "TemporaryFile", lambda **keys: (probed.append(keys["dir"]), given(**keys))[1])
+    given = output_folder.tempfile.TemporaryFile
+    monkeypatch.setattr(
+        output_folder.tempfile, "TemporaryFile", lambda **keys: (probed.append(keys["dir"]), given(**keys))[1]
+    )
     for name in ("out", "new", "far/away/new"):
         check_target(tmp_path / name)
     assert probed == [tmp_path] * 3

@@ -23,8 +23,8 @@ from moemerge.cli import main
 from moemerge.cli.render import plan_facts
 from moemerge.errors import CheckpointError
 from moemerge.merging.options import MergeOptions
+from moemerge.planning.fingerprint import plan_fingerprint
 from moemerge.planning.options import PlanOptions
-from moemerge.planning.resuming import plan_fingerprint
 from tests.cli.test_cli import NO_TORCH, hashes, run
 from tests.support.models import make_model, write_config
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moemerge.chats import Chat, Message
-from moemerge.config.schema import load_config, parse_config
+from moemerge.config.loading import load_config, parse_config
 from moemerge.errors import ConfigError
 
 CONFIG = """\

@@ -20,7 +20,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.checkpoint import target
+from moemerge.checkpoint import output_folder
 from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.header import read_header
 from moemerge.checks.verification import verify_merge
@@ -441,7 +441,7 @@ def test_a_disk_without_room_is_not_filled(tmp_path, out, config, monkeypatch):
 def test_limits_of_the_process_are_refused_before_the_first_byte(tmp_path, out, config, monkeypatch, limit):
     file = tmp_path / "a.gguf"
     plan = plan_merge(load_config(config))
-    monkeypatch.setattr(target, "limit_of", {limit: 10_000}.get)
+    monkeypatch.setattr(output_folder, "limit_of", {limit: 10_000}.get)
     monkeypatch.setattr(packages, "find_spec", lambda _: object())
     for work in (
         lambda: write_gguf(out, file),

@@ -18,9 +18,9 @@ from moemerge.cli.options import GGUF_TYPES
 from moemerge.errors import CheckpointError, OutputError, RefusedError, SourceError
 from moemerge.export import packages, quantised_file
 from moemerge.export.contents import read_contents
-from moemerge.export.engine_process import failure_reason
 from moemerge.export.imatrix import ColumnSquares, Importance, read_importance
 from moemerge.export.quantised_file import write_quantised
+from moemerge.export.quantiser_process import failure_reason
 from moemerge.export.quantising import (
     FILE_TYPES,
     check_type,

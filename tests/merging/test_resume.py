@@ -149,7 +149,7 @@ def test_whatever_stops_a_merge_its_complete_shards_are_flushed_and_kept(tmp_pat
     out = tmp_path / "out"
     flush, last = writer.flush, plan.shards_without_routers[-1]
     monkeypatch.setattr(writer, "flush", lambda path: time.sleep(0.05) or flush(path))
-    monkeypatch.setattr("moemerge.merging.work.MAX_THREADS", 1)
+    monkeypatch.setattr("moemerge.merging.merge_work.MAX_THREADS", 1)
     name = list(last.starts)[-1]
     if way == "pass fails":
 
@@ -157,7 +157,7 @@ def test_whatever_stops_a_merge_its_complete_shards_are_flushed_and_kept(tmp_pat
             time.sleep(0.3)
             raise RouterError("cut off")
 
-        monkeypatch.setattr("moemerge.merging.work.init_routers", fail)
+        monkeypatch.setattr("moemerge.merging.merge_work.init_routers", fail)
         error: type[BaseException] = RouterError
     else:
         error = CheckpointError if way == "copy fails" else KeyboardInterrupt

@@ -13,10 +13,10 @@ from moemerge.families.dense import DENSE_FAMILIES, ModelTensors, read_dense
 from moemerge.families.mixture import Mixture
 from moemerge.passes import decoder, device, proving
 from moemerge.passes.tokens import read_tokenizer_config
-from moemerge.routers import capture
-from moemerge.routers.base_pass import PassRequest
-from moemerge.routers.capture import capture_router_inputs
+from moemerge.routers import streamed_pass
+from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import EncodedPrompt
+from moemerge.routers.streamed_pass import capture_router_inputs
 from moemerge.sources.model_folder import open_model, read_tensor_table
 from tests.support.families import DENSE
 from tests.support.models import VOCAB, load, make_model
@@ -99,8 +99,10 @@ def test_the_pass_sees_what_the_whole_model_sees(tmp_path, name):
 def test_the_pass_ends_with_the_last_layer_that_has_a_router(tmp_path, monkeypatch):
     folder = make_model(tmp_path / "base", num_hidden_layers=5)
     whole = {inputs.layer: inputs.states.clone() for inputs in capture_router_inputs(request(folder, (0, 1, 2, 3, 4)))}
-    read, given = [], capture.read_into
-    monkeypatch.setattr(capture, "read_into", lambda tensor, room: (read.append(tensor.name), given(tensor, room)))
+    read, given = [], streamed_pass.read_into
+    monkeypatch.setattr(
+        streamed_pass, "read_into", lambda tensor, room: (read.append(tensor.name), given(tensor, room))
+    )
     for _ in capture_router_inputs(request(folder, (1, 3))):
         pass
     assert {int(name.split(".")[2]) for name in read} == {0, 1, 2, 3}

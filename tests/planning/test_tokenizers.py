@@ -16,7 +16,7 @@ from moemerge.config.loading import load_config
 from moemerge.errors import RefusedError, RouterError
 from moemerge.families.dense import DENSE_FAMILIES
 from moemerge.families.selection import MOE_FAMILIES
-from moemerge.merging.checkpoint import merge
+from moemerge.merging.merger import merge
 from moemerge.model_card.markdown import as_text
 from moemerge.passes import tokens
 from moemerge.passes.proving import Proof

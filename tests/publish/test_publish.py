@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from moemerge.checkpoint.index import read_json
 from moemerge.config.loading import load_config
 from moemerge.errors import PublishError, RefusedError
-from moemerge.merging.checkpoint import merge
+from moemerge.merging.merger import merge
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.planner import plan_merge
 from moemerge.publish.hub_errors import explain

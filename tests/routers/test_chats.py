@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.config.schema import MergeConfig, parse_config
+from moemerge.config.loading import parse_config
+from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError, RouterError
 from moemerge.export.importance import calibration_texts
 from moemerge.planning.options import PlanOptions

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from moemerge import load_config, merge, plan_merge
 from moemerge.families.mixture import Mixture
 from moemerge.planning.options import PlanOptions
-from moemerge.routers.base_pass import PassRequest, RouterInputs
-from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers
+from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import SHARED, encode_prompts
 from moemerge.routers.report import LayerRouting, RoutingReport
 from moemerge.routers.rows import contrast
 from moemerge.routers.scoring import fit_scale, lowering, nearest_scale, top_weights
+from moemerge.routers.streamed_pass import capture_router_inputs
 from tests.support.models import make_model, router_inputs, write_config
 
 CPU = torch.device("cpu")

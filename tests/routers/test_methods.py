@@ -22,12 +22,12 @@ from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, Ro
 from moemerge.families.mixture import Mixture
 from moemerge.planning.options import PlanOptions
 from moemerge.routers import fitting, logistic, regression
-from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
-from moemerge.routers.capture import capture_router_inputs
 from moemerge.routers.initialisation import init_routers
-from moemerge.routers.methods import rows_from_pass
+from moemerge.routers.method_functions import rows_from_pass
+from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.scoring import top_weights
+from moemerge.routers.streamed_pass import capture_router_inputs
 from tests.support.models import PROMPTS, load, make_model, router_inputs, tokenizer
 
 CPU = torch.device("cpu")
@@ -621,7 +621,7 @@ def test_texts_are_needed_to_merge_and_not_to_verify(tuned, tmp_path):
 def test_the_order_of_batches_changes_nothing(tuned, monkeypatch):
     plan = plan_of(parse_config(document(tuned, texts=True)))
     whole = rows_by_layer(plan, routers(plan))
-    monkeypatch.setattr("moemerge.routers.capture.TOKENS_PER_BATCH", 30)
+    monkeypatch.setattr("moemerge.routers.streamed_pass.TOKENS_PER_BATCH", 30)
     parts = rows_by_layer(plan, routers(plan))
     for layer, rows in whole.items():
         assert torch.allclose(parts[layer], rows, rtol=1e-2, atol=1e-3 * float(rows.abs().max()))

@@ -12,12 +12,12 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.cli.render import plan_facts
 from moemerge.config.router_methods import METHODS, RouterMethod
 from moemerge.errors import ConfigError
-from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
-from moemerge.routers.capture import capture_router_inputs
-from moemerge.routers.methods import rows_from_pass, rows_without_pass
+from moemerge.routers.method_functions import rows_from_pass, rows_without_pass
+from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import Rows
+from moemerge.routers.streamed_pass import capture_router_inputs
 from tests.support.models import write_config
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.stored import float32_of, read_rows, stored_bytes
+from moemerge.checkpoint.numbers import float32_of, read_rows, stored_bytes
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.dtypes import HEADER_DTYPES
@@ -29,15 +29,15 @@ from moemerge.families.mixture import Mixture
 from moemerge.merging.options import MergeOptions
 from moemerge.passes.quantised import quantise_weight
 from moemerge.planning.options import PlanOptions
-from moemerge.routers import capture
-from moemerge.routers.base_pass import PassRequest
-from moemerge.routers.capture import capture_router_inputs
+from moemerge.routers import streamed_pass
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers
+from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
 from moemerge.routers.rows import contrast, row_distances, unit
 from moemerge.routers.scoring import fit_scale, top_weights
+from moemerge.routers.streamed_pass import capture_router_inputs
 from tests.support.models import TEXT, edit_json, load, make_model, router_inputs, tokenizer, write_config
 
 LONG = "The quick brown fox jumps over the lazy dog and def main(argv): return [item for item in argv if item]"
@@ -103,7 +103,7 @@ def ffn_inputs(model, ids: list[int]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("batch_tokens", [8, 2048])
 def test_the_streamed_pass_sees_what_the_whole_model_sees(tmp_path, monkeypatch, model_type, sizes, batch_tokens):
     """Prompts of unequal length, padded together or alone: only true tokens count, each with its true state."""
-    monkeypatch.setattr("moemerge.routers.capture.TOKENS_PER_BATCH", batch_tokens)
+    monkeypatch.setattr("moemerge.routers.streamed_pass.TOKENS_PER_BATCH", batch_tokens)
     folders = [make_model(tmp_path / str(seed), seed, model_type, **sizes) for seed in range(3)]
     path = write_config(tmp_path / "merge.yaml", folders[0], folders[1:])
     path.write_text(path.read_text().replace("item 1", f"'{LONG}'"))
@@ -136,14 +136,14 @@ def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas
     plan = plan_of(tmp_path, llamas)
     exact = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
     monkeypatch.setattr("moemerge.passes.decoder._COMPUTE_DTYPES", {"cpu": torch.bfloat16})
-    place, placed = capture._place, []
+    place, placed = streamed_pass._place, []
 
     def watched(layer, name, tensor, room, *rest):
         place(layer, name, tensor, room, *rest)
         parameter = layer.get_parameter(name)
         placed.append((parameter.dtype, parameter.data_ptr() == room[name].data_ptr()))
 
-    monkeypatch.setattr(capture, "_place", watched)
+    monkeypatch.setattr(streamed_pass, "_place", watched)
     rounded = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
     for first, second in zip(exact, rounded, strict=True):
         assert not torch.equal(first, second)

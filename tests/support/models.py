@@ -13,7 +13,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from moemerge.routers.base_pass import RouterInputs
+from moemerge.routers.pass_inputs import RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
 
 TEXT = """The quick brown fox jumps over the lazy dog. def main(argv): return [item for item in argv if item]

@@ -34,8 +34,8 @@ from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
 from moemerge.planning.options import PlanOptions
 from moemerge.routers.scoring import lowering
-from moemerge.sources.pickles import read_pickle
-from moemerge.tuning import batches, phatgoose, running, teachers, training, whole, work, writing
+from moemerge.sources.bin_files import read_pickle
+from moemerge.tuning import batches, phatgoose, resume_folder, running, teachers, training, whole_model, writing
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import judge
@@ -220,7 +220,7 @@ def judged_as(monkeypatch, gains: dict[str, list[float]]) -> None:
         losses = {name: estimate(np.array(found)) for name, found in documents.items()}
         after = replace(before, documents=documents, losses=losses, mean_loss=before.mean_loss - 0.01)
         start = student.rows()
-        return work.State(4, 4, 0, 1.0, before, after, start, {n: 2 * rows for n, rows in start.items()}, {})
+        return resume_folder.State(4, 4, 0, 1.0, before, after, start, {n: 2 * rows for n, rows in start.items()}, {})
 
     monkeypatch.setattr(running, "train", trained)
 
@@ -365,8 +365,8 @@ def test_a_model_that_does_not_fit_is_read_from_the_disk_and_tuned_alike(
 ):
     out, settings = merged(tmp_path, specialists), Settings(steps=4, tokens_per_step=96, method=method)
     expected, lines, held = tune(out, data, settings, copy=tmp_path / "held"), [], []
-    given, release = whole.plan_memory, whole.from_disk
-    monkeypatch.setattr(whole, "from_disk", lambda *args, **kwargs: (held.append(1), release(*args, **kwargs))[1])
+    given, release = whole_model.plan_memory, whole_model.from_disk
+    monkeypatch.setattr(whole_model, "from_disk", lambda *args, **kwargs: (held.append(1), release(*args, **kwargs))[1])
     monkeypatch.setattr(running, "plan_memory", lambda *args: replace(given(*args), streamed=True))
     found = tune(out, data, settings, announce=lines.append)
     assert len(held) > 3 * 4
@@ -382,14 +382,14 @@ def test_whether_a_model_fits(out):
     held = 10**9 + 4 * (VOCAB * 32 + 31 * 10**6) + 1040 * passing
     streamed = 10**9 + 4 * (VOCAB * 32 + 3 * 10**6) + 4160 * passing
     for free, is_streamed in ((held, False), (held - 1, True), (streamed, True), (None, False)):
-        assert whole.plan_memory(model, CPU, torch.float32, free, 1).streamed == is_streamed
-    assert whole.plan_memory(model, CPU, torch.float32, streamed, 1).needs == (
+        assert whole_model.plan_memory(model, CPU, torch.float32, free, 1).streamed == is_streamed
+    assert whole_model.plan_memory(model, CPU, torch.float32, streamed, 1).needs == (
         "30 M parameters in float32 would take about 1.1 GB of memory, and 1.1 GB are free: its layers, 0.1 GB, are read "
         "twice in each step, and about 1.1 GB of memory taken"
     )
     for free, processes in ((streamed - 1, 1), (streamed, 2)):
         with pytest.raises(RefusedError):
-            whole.plan_memory(model, CPU, torch.float32, free, processes)
+            whole_model.plan_memory(model, CPU, torch.float32, free, processes)
 
 
 # ---- every family
@@ -414,7 +414,7 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     model = merged(tmp_path, folders, architecture=moe)
     mixture = open_mixture(model)
     held = Student.load(context_of(model, FEW))
-    streamed = Student.load(replace(context_of(model, FEW), memory=whole.MemoryPlan(streamed=True)))
+    streamed = Student.load(replace(context_of(model, FEW), memory=whole_model.MemoryPlan(streamed=True)))
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
     logits, same = held.logits([window]), streamed.logits([window])
     assert torch.allclose(cross_entropy([window], logits).double(), run_model(mixture.runnable, [window], CPU))
@@ -490,7 +490,7 @@ def test_the_divergence_from_a_teacher_is_that_of_whole_distributions(tmp_path, 
 
 
 def context_of(model: Path, settings: Settings) -> TuningContext:
-    beside, memory = work.WorkFolder(model, model), whole.MemoryPlan(streamed=False)
+    beside, memory = resume_folder.WorkFolder(model, model), whole_model.MemoryPlan(streamed=False)
     context = TuningContext(
         open_mixture(model), settings, open_processes("cpu"), memory, beside, lambda *_: None, lambda _: None
     )
@@ -512,7 +512,7 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
     """Computed again with transformers' whole models and the formula of docs/tuning.md, in one pass and in several."""
     top, step, settings = 5, 1, Settings(steps=4, tokens_per_step=192)
     monkeypatch.setattr(teachers, "_TOP", top)
-    monkeypatch.setattr(whole.MemoryPlan, "tokens_at_once", at_once)
+    monkeypatch.setattr(whole_model.MemoryPlan, "tokens_at_once", at_once)
     monkeypatch.setattr(batches, "_LONGEST", 20)
     tuned = training_of(out, data, settings)
     student, windows = tuned.student, tuned.batches.step(step)
@@ -789,7 +789,7 @@ def test_what_is_left_to_move_does_not_go_into_another_model(specialists, data, 
 
 def test_a_copy_is_not_made_of_a_model_that_is_half_tuned(specialists, data, tmp_path):
     out = merged(tmp_path, specialists, shard_bytes=300)
-    ready = work.WorkFolder(out, out).folder / "ready"
+    ready = resume_folder.WorkFolder(out, out).folder / "ready"
     ready.mkdir(parents=True)
     with pytest.raises(RefusedError) as caught:
         tune(out, data, FEW, copy=tmp_path / "copy")
@@ -797,7 +797,9 @@ def test_a_copy_is_not_made_of_a_model_that_is_half_tuned(specialists, data, tmp
         f"{out}: an earlier tuning of it was cut off while its files were moved. End that first, by `moemerge tune` with "
         "--resume and without --out."
     )
-    ready.parent.rename(work.WorkFolder(out, tmp_path / "copy").folder)  # of a model that was there: it is gone
+    ready.parent.rename(
+        resume_folder.WorkFolder(out, tmp_path / "copy").folder
+    )  # of a model that was there: it is gone
     files = contents(out)
     tune(out, data, FEW, copy=tmp_path / "copy")
     assert contents(out) == files
@@ -939,7 +941,7 @@ def test_a_kill_between_the_renames_leaves_a_model_and_the_next_run_ends_it(
 
 
 def test_two_cannot_tune_the_same_model(out, data):
-    with work.WorkFolder(out, out).held(), pytest.raises(BusyError) as caught:
+    with resume_folder.WorkFolder(out, out).held(), pytest.raises(BusyError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == f"{out}: another moemerge is tuning it. Wait for it to end."
 

@@ -2,9 +2,9 @@
 
 from typing import Any, Final
 
+from moemerge.families.dense.config_checks import UnreadableError
 from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, FfnProjection, LayerTensor, Role
 from moemerge.families.dense.llama_like import ATTENTION, DEFAULTS, GRANITE, QK_NORM
-from moemerge.families.dense.values import UnreadableError
 
 
 def _lfm2_width(config: Config) -> int:

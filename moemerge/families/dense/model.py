@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NoReturn
 
+from moemerge.families.dense.config_checks import UnreadableError, is_read, read_values
 from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
-from moemerge.families.dense.values import UnreadableError, is_read, read_values
-from moemerge.families.names import layer_prefix
+from moemerge.families.layer_names import layer_prefix
 
 _ROPE_TYPES: Final = ("default", *ROPES)
 # Names under which transformers' ACT2FN holds the same function.

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.dense.family import Role
 from moemerge.families.dense.model import DenseModel
-from moemerge.families.names import layer_prefix
+from moemerge.families.layer_names import layer_prefix
 
 
 @dataclass(frozen=True)

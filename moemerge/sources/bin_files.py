@@ -14,7 +14,7 @@ from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import BITS, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
-from moemerge.sources.pickled import Opaque, StridedTensor
+from moemerge.sources.pickle_objects import Opaque, StridedTensor
 from moemerge.sources.unpickling import MAX_PICKLE_BYTES, unpickle
 
 # Bytes of the archive's directory, which is read whole; for a model of 70 B parameters it has 0.05 MB.

@@ -13,8 +13,8 @@ import torch
 from moemerge.checkpoint.disk import drafted, flush
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.journal import differences
+from moemerge.checkpoint.output_folder import beside
 from moemerge.checkpoint.staging import locked
-from moemerge.checkpoint.target import beside
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import Estimate
 from moemerge.tuning.settings import HeldOutScores

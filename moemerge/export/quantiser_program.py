@@ -1,7 +1,7 @@
 """A program that calls llama.cpp's quantiser by its Python package, since the engine ends its process where it fails.
 
-`python -m moemerge.export.engine GGUF OUT FILE_TYPE THREADS [IMATRIX]` prints progress and reasons for failure to
-stderr.
+`python -m moemerge.export.quantiser_program GGUF OUT FILE_TYPE THREADS [IMATRIX]` prints progress and reasons for
+failure to stderr.
 """
 
 import ctypes

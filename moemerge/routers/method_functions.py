@@ -9,7 +9,7 @@ from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import Rows
 
 if TYPE_CHECKING:
-    from moemerge.routers.base_pass import LayerRows, PassRequest, RouterInputs
+    from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 
 
 def rows_from_pass(method: RouterMethod) -> "Callable[[RouterInputs, PassRequest], LayerRows]":

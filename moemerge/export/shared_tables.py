@@ -3,7 +3,7 @@
 from typing import Final
 
 from moemerge.export.families import Names, Part, grouped, optional, separate
-from moemerge.export.values import (
+from moemerge.export.key_values import (
     constant,
     has_late_dense,
     has_no_shared,

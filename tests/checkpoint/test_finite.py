@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moemerge.checkpoint import values
+from moemerge.checkpoint import finite
+from moemerge.checkpoint.finite import Census, NotFinite, first_not_finite, has_floats, look_at
 from moemerge.checkpoint.header import TensorInfo, read_header
-from moemerge.checkpoint.values import Census, NotFinite, first_not_finite, has_floats, look_at
 from moemerge.checks.inspection import inspect_checkpoint
 from moemerge.cli import main
 from moemerge.errors import CheckpointError
@@ -53,7 +53,7 @@ def bits_of(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("chunk", [8, 2**19])
 def test_what_is_not_finite_is_what_torch_says(tmp_path, monkeypatch, name, chunk):
-    monkeypatch.setattr(values, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(finite, "CHUNK_BYTES", chunk)
     numbers = bits_of(FLOATS[name])[None]
     expected = ~numbers.to(torch.float64).isfinite()
     read = []
@@ -63,8 +63,8 @@ def test_what_is_not_finite_is_what_torch_says(tmp_path, monkeypatch, name, chun
     first = int(expected[0].byte().argmax())
     assert found == NotFinite("a", str(tmp_path / "a"), int(expected.sum()), (0, first))
     assert sum(read) == tensor.nbytes
-    finite = stored(tmp_path / "b", numbers[~expected])
-    assert look_at(finite).not_finite is None
+    sound = stored(tmp_path / "b", numbers[~expected])
+    assert look_at(sound).not_finite is None
 
 
 @given(
@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
     assert look_at(tensor).not_finite.count == 2**22
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8 * values.CHUNK_BYTES < tensor.nbytes
+    assert peak < 8 * finite.CHUNK_BYTES < tensor.nbytes
 
 
 def test_a_census_goes_on_where_it_was(tmp_path):

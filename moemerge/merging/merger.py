@@ -12,10 +12,10 @@ from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.staging import journal_of
 from moemerge.errors import CheckpointError
 from moemerge.merging.destinations import Destination, Folder, Unfinished
+from moemerge.merging.merge_work import Tally, Work
 from moemerge.merging.options import MergeOptions, Progress
-from moemerge.merging.work import Tally, Work
+from moemerge.planning.fingerprint import plan_fingerprint
 from moemerge.planning.plan import MergePlan
-from moemerge.planning.resuming import plan_fingerprint
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport

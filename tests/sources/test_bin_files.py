@@ -25,8 +25,8 @@ from moemerge.checks.verification import verify_merge
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.evaluation.runnable import open_dense
 from moemerge.merging.options import MergeOptions
+from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.model_folder import ModelFolder, read_tensor_table
-from moemerge.sources.pickles import read_pickle
 from tests.support.machine import SINGLE
 from tests.support.models import make_model, write_config
 
@@ -431,7 +431,7 @@ MEASURE = """
 import json, sys, time
 from pathlib import Path
 from moemerge.errors import MoemergeError
-from moemerge.sources.pickles import read_pickle
+from moemerge.sources.bin_files import read_pickle
 found = {}
 for path in sorted(Path(sys.argv[1]).glob("*.bin")):
     start = time.monotonic()

@@ -25,7 +25,7 @@ def run_engine(command: list[str], gguf: Path, type_: str, progress: Callable[[i
     """Run the engine in a process of its own, which imports modules from where this one does.
 
     Args:
-        command: arguments of `moemerge.export.engine`.
+        command: arguments of `moemerge.export.quantiser_program`.
         gguf: the file in floats, for the message.
         type_: the type that is made, for the message.
         progress: called with the tensors done and all there are.
@@ -38,7 +38,7 @@ def run_engine(command: list[str], gguf: Path, type_: str, progress: Callable[[i
     environment = os.environ | {"PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     with subprocess.Popen(  # noqa: S603  this program itself
-        [sys.executable, "-m", "moemerge.export.engine", *command],
+        [sys.executable, "-m", "moemerge.export.quantiser_program", *command],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -19,7 +19,7 @@ from moemerge.config.loading import parse_config
 from moemerge.errors import CheckpointError, ConfigError, IncompatibleError
 from moemerge.families.dense import read_dense
 from moemerge.merging.options import MergeOptions
-from moemerge.planning.resuming import plan_fingerprint
+from moemerge.planning.fingerprint import plan_fingerprint
 from tests.families.test_families import PAIRS, PLAINEST, readable
 from tests.support.families import DENSE, stored
 from tests.support.machine import SINGLE

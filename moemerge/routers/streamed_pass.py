@@ -11,15 +11,15 @@ from typing import Any, Final
 
 import torch
 
+from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.stored import read_rows
-from moemerge.checkpoint.values import first_not_finite
+from moemerge.checkpoint.numbers import read_rows
 from moemerge.errors import RouterError
-from moemerge.families.names import layer_prefix
+from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, group, run_layer
 from moemerge.passes.finite import where_it_began
 from moemerge.passes.weights import read_ahead, read_into
-from moemerge.routers.base_pass import PassRequest, RouterInputs
+from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
 
 TOKENS_PER_BATCH: Final = 1024
