@@ -286,7 +286,7 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(tmp_path, monkeypatch
 
 def test_limits_of_the_process_are_refused_before_work(tmp_path, monkeypatch):
     limits = {"FSIZE": 10_000, "AS": None}
-    monkeypatch.setattr(target, "limit_of", limits.get)
+    monkeypatch.setattr(output_folder, "limit_of", limits.get)
     with pytest.raises(
         OutputError, match="largest file has 20.00 kB, but this process may write files of 10.00 kB at most"
     ):
@@ -297,7 +297,7 @@ def test_limits_of_the_process_are_refused_before_work(tmp_path, monkeypatch):
         OutputError, match=r"about 1.60 GB of address space are needed, but this process may use 1.00 GB"
     ):
         check_limits(tmp_path, largest=20_000, memory=10**9)
-    monkeypatch.setattr(target, "allow_open_files", lambda _: 12)
+    monkeypatch.setattr(output_folder, "allow_open_files", lambda _: 12)
     with pytest.raises(OutputError, match="this process may have 12 files open, and 32 are needed"):
         check_limits(tmp_path, largest=0, memory=0)
 
