@@ -31,7 +31,7 @@ def read_json(path: Path, repeated: Callable[[str], None] = lambda _: None) -> d
         if not path.exists():
             raise CheckpointError(f"{path}: there is no such file.")
         if not path.is_file():
-            raise CheckpointError(f"{path}: is no regular file.")
+            raise CheckpointError(f"{path}: is not a regular file.")
         with path.open("rb") as file:
             value = parse_json(file.read(MOST_BYTES + 1), repeated)
     except OSError as error:

@@ -50,7 +50,7 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text!r} is not a size: write it like 5GB, 500MB or 2GiB")
     size = int(Decimal(match[1]) * (_UNITS | _BINARY_UNITS)[match[2] or ""])
     if size == 0:
-        raise ValueError(f"{text!r} is no size: it has to be at least one byte")
+        raise ValueError(f"{text!r} is not a size: it has to be at least one byte")
     return size
 
 

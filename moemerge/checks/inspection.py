@@ -53,7 +53,7 @@ class Values:
             )
         if self.skipped:
             kinds = ", ".join(f"{count} of {dtype}" for dtype, count in self.skipped.items())
-            found.append(f"tensors that are no floats, such as quantised weights, were not looked at: {kinds}")
+            found.append(f"tensors that are not floats, such as quantised weights, were not looked at: {kinds}")
         return found
 
 

@@ -93,7 +93,7 @@ def _inspect(
         typer.Argument(metavar="MODEL", help="A model's folder, or a Hub repository.", show_default=False),
     ],
     values: Annotated[
-        bool, typer.Option("--values", help="Read every number, too; exit code 1 if any is infinite or NaN.")
+        bool, typer.Option("--values", help="Read every number, too; the exit code is 1 if any is infinite or NaN.")
     ] = False,
     json: Json = False,
     debug: Debug = False,
@@ -127,7 +127,7 @@ def _verify(
     against: Annotated[
         Path, typer.Option(metavar="CONFIG", help="The config that it was merged from.", show_default=False)
     ],
-    seed: Annotated[int, typer.Option(help="That the merge had, for noise_scale.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed that the merge was run with.")] = 0,
     json: Json = False,
     cache_dir: CacheDir = None,
     allow_identical_experts: AllowIdentical = False,

@@ -23,7 +23,7 @@ def list_families(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     debug: Debug = False,
 ) -> None:
-    """List the output families: which dense models each repeats exactly, and what it can hold."""
+    """List the output families, with the dense models that each repeats exactly and what it can hold."""
     with console_session(quiet=False, verbose=0, debug=debug):
         from dataclasses import asdict
 

@@ -36,7 +36,7 @@ class FileOptions:
     llama_cpp: LlamaCpp = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a GGUF file of that name.")] = False
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="One thread, small chunks, nothing left in the page cache.")
+        bool, typer.Option("--low-memory", help="Use one thread and small chunks, and leave nothing in the page cache.")
     ] = False
 
 
@@ -51,7 +51,7 @@ def write_file(
     device: Device = "auto",
     messages: MessageOptions,
 ) -> None:
-    """Write a merged model as one GGUF file, for llama.cpp and what is built on it: the bytes of its own converter."""
+    """Write a merged model as one GGUF file, for llama.cpp and programs built on it: the same bytes as its converter's."""
     quiet, kind, overwrite = messages.quiet, writing.type, writing.overwrite
     with console_session(quiet=quiet, verbose=0, debug=messages.debug) as console:
         _check_merged(out, file)
@@ -83,7 +83,7 @@ def write_file(
 def _check_merged(out: Path, file: Path) -> None:
     if out.suffix.lower() in _CONFIGS and not out.is_dir():
         raise RefusedError(
-            f"{out}: is a config, and no merged model's folder. It is merged into a GGUF file by `moemerge {out} "
+            f"{out}: is a config, and not a merged model's folder. It is merged into a GGUF file by `moemerge {out} "
             f"{file}`."
         )
 

@@ -32,16 +32,16 @@ def check_options(to_file: bool, kind: str, llama_cpp: Path | None, folders_only
         to_file: whether the output is a GGUF file, and not a folder.
         kind: the value of `--type`.
         llama_cpp: the value of `--llama-cpp`.
-        folders_only: by name of an option that only a folder has a use of: whether it is given.
+        folders_only: by name of an option that only a merge into a folder uses: whether it is given.
 
     Raises:
         RefusedError: one is given.
     """
     if to_file and (given := [name for name, value in folders_only.items() if value]):
-        raise RefusedError(f"{given[0]}: a merge into a GGUF file has no use of it. Remove it, or name a folder.")
+        raise RefusedError(f"{given[0]}: a merge into a GGUF file does not use it. Remove it, or name a folder.")
     if not to_file and (kind != "auto" or llama_cpp):
         name = "--llama-cpp" if kind == "auto" else "--type"
-        raise RefusedError(f"{name}: is of GGUF files, and OUT is none. Name a file that ends in .gguf.")
+        raise RefusedError(f"{name}: is for GGUF files, and OUT is a folder. Name a file that ends in .gguf.")
 
 
 def check_gguf(

@@ -26,15 +26,19 @@ class ImatrixOptions:
     ] = False
     imatrix_texts: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="The same by other text: files, folders, patterns.", show_default=False),
+        typer.Option(
+            metavar="PATH", help="Like --imatrix, with other text: files, folders or patterns.", show_default=False
+        ),
     ] = None
     imatrix_file: Annotated[
-        Path | None, typer.Option(help="The same by a file of llama-imatrix.", show_default=False)
+        Path | None,
+        typer.Option(help="Like --imatrix, with a file that llama-imatrix has written.", show_default=False),
     ] = None
     imatrix_out: Annotated[
-        Path | None, typer.Option(help="Keep the importance matrix, for llama.cpp's tools.", show_default=False)
+        Path | None,
+        typer.Option(help="Keep the importance matrix in this file, for llama.cpp's tools.", show_default=False),
     ] = None
-    imatrix_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read for it.")] = 16384
+    imatrix_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read for the importance matrix.")] = 16384
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class ImatrixMaker:
         named = [name for name, value in given.items() if value]
         if named and kind in WRITTEN_HERE:
             raise RefusedError(
-                f"{named[0]}: --type {kind} has no use of an importance matrix. Choose q4_k_m or the like."
+                f"{named[0]}: --type {kind} does not use an importance matrix. Choose q4_k_m or the like."
             )
         if options.imatrix_file and len(named) > 1:
             other = next(name for name in named if name != "--imatrix-file")

@@ -90,6 +90,6 @@ def parse_parameter_count(text: str) -> int:
     match = re.fullmatch(r"(\d+)([KMB]?)", text.upper())
     if not match or int(match[1]) == 0:
         raise RefusedError(
-            f"--out-shard-size: {text!r} is no number of parameters like 1B or 500M. For bytes use --max-shard-size."
+            f"--out-shard-size: {text!r} is not a number of parameters like 1B or 500M. For bytes use --max-shard-size."
         )
     return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]]

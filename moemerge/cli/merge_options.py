@@ -42,14 +42,19 @@ class ReadingOptions:
 
     routing_table: Annotated[
         bool,
-        typer.Option("--routing-table", help="Run the base on the prompts for the table, whatever the gate_mode."),
+        typer.Option(
+            "--routing-table", help="Run the base on the prompts for the routing table, whatever the gate_mode."
+        ),
     ] = False
     stream: Annotated[
-        bool, typer.Option("--stream", help="Read Hub models by byte ranges, past the cache: only what is needed.")
+        bool,
+        typer.Option("--stream", help="Read only what is needed of Hub models, by byte ranges and without the cache."),
     ] = False
     low_memory: Annotated[
         bool,
-        typer.Option("--low-memory", "--lazy", help="One thread, small chunks, nothing left in the page cache."),
+        typer.Option(
+            "--low-memory", "--lazy", help="Use one thread and small chunks, and leave nothing in the page cache."
+        ),
     ] = False
 
 
@@ -69,10 +74,10 @@ class PushOptions:
 class RouterOptions:
     """Options for how routers are made."""
 
-    seed: Annotated[int, typer.Option(help="Of random routers and of noise_scale.")] = 0
-    device: Annotated[str, typer.Option(help="Runs the base model for the routers: auto, cpu, cuda, cuda:1, mps.")] = (
-        "auto"
-    )
+    seed: Annotated[int, typer.Option(help="Seed for random routers and noise_scale.")] = 0
+    device: Annotated[
+        str, typer.Option(help="Device that runs the base model for the routers: auto, cpu, cuda, cuda:1 or mps.")
+    ] = "auto"
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False
 

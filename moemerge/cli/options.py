@@ -18,20 +18,24 @@ CacheDir = Annotated[
 ]
 AllowIdentical = Annotated[
     bool,
-    typer.Option("--allow-identical-experts", help="Accept experts that are all one model, to be trained further."),
+    typer.Option(
+        "--allow-identical-experts", help="Accept experts that are all the same model, to be trained further."
+    ),
 ]
 For = Annotated[
     str | None,
     typer.Option(
         "--for",
         metavar="ENGINE",
-        help="Refuse what this engine would get wrong, instead of the config's: transformers, vllm, llama.cpp, "
+        help="Refuse what this engine would get wrong, in place of the config's engine: transformers, vllm, llama.cpp, "
         "llama.cpp-converter, mlx, openvino.",
         show_default=False,
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more: routing by layer, log messages.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, help="Print more: routing by layer, and log messages.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Push = Annotated[
@@ -42,9 +46,12 @@ Push = Annotated[
 ]
 PushStreaming = Annotated[
     bool,
-    typer.Option("--push-streaming", help="Send each shard when it is complete, and remove it: OUT is not written."),
+    typer.Option(
+        "--push-streaming",
+        help="Send each shard to the Hub when it is complete, and remove it here: OUT is not written.",
+    ),
 ]
-Private = Annotated[bool, typer.Option("--private", help="Create the repository private.")]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 Revision = Annotated[
     str | None,
     typer.Option(metavar="BRANCH", help="Push to a branch, or to a pull request as refs/pr/N.", show_default=False),
@@ -58,7 +65,7 @@ License = Annotated[
         help='The model\'s licence, as the Hub calls it, such as apache-2.0, or "other NAME LINK".',
     ),
 ]
-Device = Annotated[str, typer.Option(help="Runs the model: auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Device that runs the model: auto, cpu, cuda, cuda:1 or mps.")]
 _Type = Literal[
     "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
     "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k",
@@ -68,7 +75,7 @@ GGUF_TYPES: Final[tuple[str, ...]] = get_args(_Type)
 
 
 ChatRoles = Annotated[
-    str, typer.Option(metavar="ROLES", help="Whose messages of chats count; the rest of a chat is only read.")
+    str, typer.Option(metavar="ROLES", help="Roles whose messages count in chats; the rest of a chat is only read.")
 ]
 ROLES_OF_CHATS: Final = ",".join(COUNTED_ROLES)
 """The default of `ChatRoles`."""
@@ -83,7 +90,7 @@ def named_roles(given: str) -> tuple[str, ...]:
     named = tuple(dict.fromkeys(role.strip() for role in given.split(",")))
     for role in named:
         if role not in ROLES:
-            raise RefusedError(f"--chat-roles: {role[:60]!r} is no role; known: {', '.join(ROLES)}.")
+            raise RefusedError(f"--chat-roles: {role[:60]!r} is not a role; known: {', '.join(ROLES)}.")
     return named
 
 
@@ -109,8 +116,8 @@ GgufType = Annotated[
         "--type",
         metavar="TYPE",
         parser=one_of(GGUF_TYPES),
-        help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, or what llama.cpp makes of them, such "
-        "as q4_k_m; auto: the merge's own 16-bit floats, else f16.",
+        help="Type of a GGUF file's matrices: f32, f16, bf16, q8_0, or one that llama.cpp makes, such as q4_k_m; auto "
+        "is the merge's own 16-bit floats, else f16.",
     ),
 ]
 LlamaCpp = Annotated[
@@ -125,7 +132,7 @@ LlamaCpp = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Options for which models may be merged, and where they are kept."""
+    """Options for which models may be merged, for which engine, and where they are kept."""
 
     cache_dir: CacheDir = None
     allow_identical_experts: AllowIdentical = False

@@ -48,7 +48,7 @@ class PlanRequest:
         if self.engine is None:
             return loaded
         if canonical_engine(self.engine) not in ENGINES:
-            raise RefusedError(f"--for: {self.engine!r} is none of {', '.join(NAMES)}.")
+            raise RefusedError(f"--for: {self.engine!r} is not one of {', '.join(NAMES)}.")
         return loaded.model_copy(update={"engine": canonical_engine(self.engine)})
 
 

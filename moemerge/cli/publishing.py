@@ -31,7 +31,7 @@ def push(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of another kind.")] = False,
     messages: MessageOptions,
 ) -> None:
-    """Send a merged model to the Hub, in one commit; what is there already is not sent again.
+    """Send a merged model to the Hub, in one commit; files that are there already are not sent again.
 
     The token is the one of `hf auth login`, or HF_TOKEN.
     """

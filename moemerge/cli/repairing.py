@@ -21,7 +21,7 @@ def repair_model(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Put back what save_pretrained of transformers 5 drops of a merged model's config, in place; weights stay."""
+    """Put back, in place, what transformers 5's save_pretrained drops from a merged model's config; weights stay."""
     with console_session(quiet=quiet, verbose=0, debug=debug):
         from dataclasses import asdict
 

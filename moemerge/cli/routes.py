@@ -36,8 +36,8 @@ class TextOptions:
         list[str],
         typer.Option(
             metavar="PATH",
-            help="A file, folder or pattern of documents to route, split as those of --data, or Hub data; a file of "
-            "another ending is one document.",
+            help="A file, folder or pattern of documents to route, split as those of --data, or Hub data; a file with "
+            "any other ending is one document.",
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -102,7 +102,7 @@ def _read_texts(console: Console, given: TextOptions) -> dict[str, Document]:
     texts: dict[str, Document] = {f"text {number}": text for number, text in enumerate(given.text, 1)}
     for name, text in zip(texts, given.text, strict=True):
         if text.encode(errors="replace").decode() != text:
-            raise RefusedError(f"--text: {name} holds bytes that are no UTF-8. Write it in UTF-8.")
+            raise RefusedError(f"--text: {name} holds bytes that are not UTF-8. Write it in UTF-8.")
     documents = list(_documents(given.file))
     for name, document in documents[:_MOST_DOCUMENTS]:
         texts[name if name not in texts else f"{name} (file)"] = document

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class TrainingOptions:
     """Options for how routers are trained: the fields of `moemerge.tuning.settings.Settings` but for `roles`."""
 
-    steps: Annotated[int, typer.Option(help="Steps of training, of each expert with phatgoose.")] = 40
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, at least 16 of every NAME.")] = 512
-    lr: Annotated[float, typer.Option(help="Learning rate: about how far a step moves a logit.")] = 0.07
+    steps: Annotated[int, typer.Option(help="Steps of training; with phatgoose, of each expert.")] = 40
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens in a step, at least 16 of every NAME.")] = 512
+    lr: Annotated[float, typer.Option(help="Learning rate, which is about how far a step moves a logit.")] = 0.07
     seed: Annotated[int, typer.Option(help="Seed for the order of texts and the noise.")] = 0
-    noise: Annotated[float, typer.Option(help="Deviation of noise on the logits while training.")] = 0.0
+    noise: Annotated[float, typer.Option(help="Standard deviation of the noise on the logits while training.")] = 0.0
     distil: Annotated[
         bool, typer.Option("--distil/--no-distil", help="Learn from each text's own dense expert, too.")
     ] = True
@@ -36,11 +36,14 @@ class TrainingOptions:
         typer.Option(
             metavar="METHOD",
             parser=one_of(("gates", "phatgoose")),
-            help="gates: all together; phatgoose: a gate of each expert, on its own text alone.",
+            help="gates trains all together; phatgoose trains a gate for each expert, on its own text alone.",
         ),
     ] = "gates"
     allow_missing_domains: Annotated[
-        bool, typer.Option("--allow-missing-domains", help="Accept experts without text, which lose what is not seen.")
+        bool,
+        typer.Option(
+            "--allow-missing-domains", help="Accept experts without text, although what they lose is not seen."
+        ),
     ] = False
 
 
@@ -53,16 +56,17 @@ def tune_routers(
         typer.Option(
             metavar="NAME=PATH",
             show_default=False,
-            help="Text or chats to train on, as eval takes them, for every expert: NAME is its name. With --no-distil "
-            "there may be others.",
+            help="Text or chats to train on, as eval takes them, for every expert, whose name NAME is. With "
+            "--no-distil there may be other names.",
         ),
     ],
     training: TrainingOptions,
     chat_roles: ChatRoles = ROLES_OF_CHATS,
     copy: Annotated[
-        Path | None, typer.Option("--out", metavar="COPY", help="Write a copy, not OUT itself.", show_default=False)
+        Path | None,
+        typer.Option("--out", metavar="COPY", help="Write a copy, and leave OUT as it is.", show_default=False),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a tuning that was cut off.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a tuning that was cut off.")] = False,
     device: Device = "auto",
     json: Json = False,
     messages: MessageOptions,

@@ -117,7 +117,7 @@ def check_base(
     dropped = sorted(set(model.unread) - _SILENT_KEYS)
     if dropped:
         found.notes.append(
-            f"base_model: {family.model_type} has no use for these keys of its config.json: {', '.join(dropped)}"
+            f"base_model: {family.model_type} does not use these keys of its config.json: {', '.join(dropped)}"
         )
     return found
 

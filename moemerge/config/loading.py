@@ -43,7 +43,7 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
     except ValueError as error:  # a null byte in its name
         raise ConfigError(f"{path}: cannot be read: {error}.", []) from error
     config = parse_config(text, str(path), allow_identical_experts=allow_identical_experts)
-    config._file = path.absolute()  # noqa: SLF001  its own class's
+    config.was_read_from(text, path.absolute())
     return config
 
 
@@ -58,13 +58,15 @@ def parse_config(text: str, name: str = "config", *, allow_identical_experts: bo
             f"{name}: expected keys such as base_model and experts, found {SHORT_REPR.repr(document)}.", []
         )
     config = _check(document, name, node, allow_identical_experts)
-    config._text = text  # noqa: SLF001  its own class's
+    config.was_read_from(text)
     return config
 
 
 def _check(document: dict[Any, Any], name: str, node: yaml.Node | None, allow_identical_experts: bool) -> MergeConfig:
     problems = list(repeated_keys(node))
-    problems += [((str(key),), "is no name of a key: expected text") for key in document if not isinstance(key, str)]
+    problems += [
+        ((str(key),), "is not the name of a key: expected text") for key in document if not isinstance(key, str)
+    ]
     try:
         config = MergeConfig(
             allow_identical_experts, **{key: value for key, value in document.items() if isinstance(key, str)}

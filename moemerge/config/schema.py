@@ -235,6 +235,10 @@ class MergeConfig(_Strict):
         again._file = self._file
         return again
 
+    def was_read_from(self, text: str, file: Path | None = None) -> None:
+        """Record the YAML that the config was read from, and the file that held it."""
+        self._text, self._file = text, file
+
     @property
     def file(self) -> Path | None:
         """The file that the config was read from, if there is one."""

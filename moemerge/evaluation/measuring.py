@@ -130,7 +130,7 @@ def _check_names(names: Collection[str], experts: Sequence[str]) -> None:
     for name in names:
         if name not in experts and (near := get_close_matches(name.lower(), by_lower, n=1)):
             raise RefusedError(
-                f"--data {name}=: is no expert's name, did you mean {by_lower[near[0]]}? Experts: "
+                f"--data {name}=: is not an expert's name, did you mean {by_lower[near[0]]}? Experts: "
                 f"{', '.join(experts)}. A domain that is for none of them needs a name that is less like theirs."
             )
 
@@ -204,7 +204,7 @@ def _run_oracle(runs: Runs, mixture: MixtureModel, texts: Texts, notes: list[str
     """Run each domain that has an expert with all its tokens through that expert."""
     for domain, expert in enumerate(texts.expert):
         if expert is None:
-            notes.append(f"{texts.domains[domain]} is no expert's name, so there is no oracle for it")
+            notes.append(f"{texts.domains[domain]} is not an expert's name, so there is no oracle for it")
         elif any(expert in mixture.absent(layer) for layer in mixture.moe_layers):
             notes.append(f"{mixture.experts[expert]} is absent from some layers, so there is no oracle for it")
         else:

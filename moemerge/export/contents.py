@@ -62,7 +62,7 @@ def read_contents(path: Path) -> GgufContents:
         CheckpointError: the file is no GGUF file, or is damaged.
     """
     if path.exists() and not path.is_file():
-        raise SourceError(f"{path}: is no regular file. Name a GGUF file.")
+        raise SourceError(f"{path}: is not a regular file. Name a GGUF file.")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return _Header(path, mapped).contents()

@@ -138,7 +138,7 @@ def _tensors(contents: GgufContents) -> Iterator[tuple[str, ColumnSquares]]:
     path = contents.path
     names = [name.removesuffix(_SUMS) for name in contents.tensors if name.endswith(_SUMS)]
     if not names:
-        raise CheckpointError(f"{path}: is no importance matrix: no tensor is called *{_SUMS}. Name another file.")
+        raise CheckpointError(f"{path}: is not an importance matrix: no tensor is called *{_SUMS}. Name another file.")
     for name in names:
         parts = []
         for ending in (_SUMS, _COUNTS):
@@ -153,7 +153,7 @@ def _tensors(contents: GgufContents) -> Iterator[tuple[str, ColumnSquares]]:
         possible = bool((sums >= 0).all() and (counts >= 0).all() and (counts < _MOST_TOKENS).all())
         if not len(counts) or len(sums) % len(counts) or not (possible and np.isfinite(sums).all()):
             raise CheckpointError(
-                f"{path}: {name} has {len(sums)} sums for {len(counts)} counts, or they are no sums of squares. "
+                f"{path}: {name} has {len(sums)} sums for {len(counts)} counts, or they are not sums of squares. "
                 "Make the matrix again."
             )
         yield name, ColumnSquares(sums.reshape(len(counts), -1), np.rint(counts).astype(np.int64))

@@ -54,7 +54,7 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise RefusedError(
-            f"--ollama {name}: is no model's name for Ollama. Expected letters, digits, `.`, `-` and `_`, such as "
+            f"--ollama {name}: is not a model's name for Ollama. Expected letters, digits, `.`, `-` and `_`, such as "
             "my-mixture, user/my-mixture or my-mixture:q4."
         )
 
@@ -141,7 +141,7 @@ def _format(folder: Path, model: GgufContents) -> tuple[ChatFormat | None, list[
     found = read_format(template, tokens, bos, tokens.get("eos_token", ""))
     if found is None:
         return None, [
-            "TEMPLATE is left out: what the chat template writes is no plain sequence of turns. Ollama may know the "
+            "TEMPLATE is left out: what the chat template writes is not a plain sequence of turns. Ollama may know the "
             "template by itself; `ollama show --template` says which it took"
         ]
     notes = []

@@ -71,7 +71,7 @@ def check_type(type_: str, *, with_importance: bool) -> None:
     """
     need("llama_cpp", f"To make {type_}")
     if type_ not in FILE_TYPES:
-        raise RefusedError(f"--type {type_}: is none of {', '.join(FILE_TYPES)}.")
+        raise RefusedError(f"--type {type_}: is not one of {', '.join(FILE_TYPES)}.")
     if not with_importance and type_ in NEED_IMPORTANCE:
         raise RefusedError(
             f"--type {type_}: llama.cpp makes it only with an importance matrix: add --imatrix, or choose q3_k_s."
@@ -227,7 +227,7 @@ def fallback_note(fallbacks: Mapping[str, str], made: GgufContents, type_: str) 
     bits = 8 * made.nbytes / weights
     block = _SMALL_BLOCK if type_ in _SMALL_BLOCKS else _LARGE_BLOCK
     return (
-        f"{type_}: rows of {' and '.join(map(str, rows))} numbers are no whole number of its blocks of {block}, so "
+        f"{type_}: rows of {' and '.join(map(str, rows))} numbers are not a whole number of its blocks of {block}, so "
         f"llama.cpp stores {len(fallbacks)} of {len(matrices)} matrices otherwise: {'; '.join(kinds)}. The file takes "
         f"{bits:.1f} bits a weight, where q8_0 takes about 8.5 and loses less"
     )

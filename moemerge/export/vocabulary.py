@@ -220,7 +220,8 @@ def _from_byte_level(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
     pre = pre_tokenizer_of(tokenizer)
     if pre is None:
         raise unknown(
-            "how tokenizer.json splits texts is none of the ways that are known here (its pre_tokenizer and normalizer)"
+            "how tokenizer.json splits texts is not one of the ways that are known here (its pre_tokenizer and "
+            "normalizer)"
         )
     found = Vocabulary("gpt2", pre, merges=[_merge(pair) for pair in tokenizer["model"].get("merges") or []])
     for number in range(size):

@@ -76,7 +76,7 @@ def select_family(
     candidates = _candidates(asked)
     if not candidates:
         known = ", ".join(MOE_FAMILIES)
-        raise IncompatibleError(f"architecture: {architecture!r} is no output family; known: {known}.", [])
+        raise IncompatibleError(f"architecture: {architecture!r} is not an output family; known: {known}.", [])
     facts = facts_of(base, mixture)
     problems, others, fitting = [], [], []
     for family in candidates:

@@ -17,7 +17,7 @@ _MOST_CHARACTERS: Final = 100_000
 _LONGEST_WORD: Final = 200
 _IDENTIFIER: Final = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _PAGE: Final = re.compile(r"https?://[^\s<>]+")
-_NO_TABLE: Final = "{}: its metadata is no table in YAML. Correct what stands between its --- lines."
+_NO_TABLE: Final = "{}: its metadata is not a table in YAML. Correct what stands between its --- lines."
 
 
 def licence_of(sources: Sequence[ModelFolder]) -> str:

@@ -29,7 +29,7 @@ def explain(error: BaseException, repo: Repository, account: Account) -> Explain
     if any(isinstance(one, LocalTokenNotFoundError) for one in causes):
         return PublishError, _NO_TOKEN
     if isinstance(error, HFValidationError):
-        return RefusedError, f"is no repository's name: {str(error).rstrip('.')}."
+        return RefusedError, f"is not a repository's name: {str(error).rstrip('.')}."
     if answered := next((one for one in causes if getattr(one, "response", None) is not None), None):
         return _explain_answer(answered, repo, account)
     if is_of_network(error):

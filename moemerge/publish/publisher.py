@@ -242,7 +242,7 @@ class Publisher:
         ]
         if stale:
             more = " ..." if len(stale) > _SHOWN else ""
-            self._announce(f"{self.repo}: removing what is of an older model: {', '.join(stale[:_SHOWN])}{more}")
+            self._announce(f"{self.repo}: removing files of an older model: {', '.join(stale[:_SHOWN])}{more}")
         return [CommitOperationDelete(name, is_folder=False) for name in stale]
 
     def _commit(self, message: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> None:

@@ -50,7 +50,7 @@ def check_names(repo: Repository) -> None:
         RefusedError: says what is wrong with the name or the options.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo.name, re.ASCII):
-        raise RefusedError(f"{repo.name}: is no repository's name. Write user/name, or organisation/name.")
+        raise RefusedError(f"{repo.name}: is not a repository's name. Write user/name, or organisation/name.")
     if repo.create_pr and repo.revision:
         raise RefusedError(
             "--create-pr, --revision: give one of them, not both; an open pull request is --revision refs/pr/N."
@@ -58,7 +58,7 @@ def check_names(repo: Repository) -> None:
     if repo.revision and re.fullmatch(r"[0-9a-f]{40}", repo.revision):
         raise RefusedError(f"--revision: {repo.revision} is a commit, which cannot change. Name a branch.")
     if repo.revision and repo.revision.startswith("refs/") and not _PULL_REQUEST.fullmatch(repo.revision):
-        raise RefusedError(f"--revision: {repo.revision!r} is no branch. Write its name alone, or refs/pr/N.")
+        raise RefusedError(f"--revision: {repo.revision!r} is not a branch. Write its name alone, or refs/pr/N.")
 
 
 def read_account(api: HfApi, repo: Repository) -> Account:

@@ -53,7 +53,7 @@ def read_pickle(path: Path) -> dict[str, TensorInfo]:
             return {name: _entry(archive, name, value) for name, value in table.items()}
     except (zipfile.BadZipFile, struct.error, OSError, RuntimeError, EOFError, ValueError, zlib.error) as error:
         raise CheckpointError(
-            f"{path}: is no zip archive as PyTorch writes it since 1.6, or is cut off ({_first_line(error)}). "
+            f"{path}: is not a zip archive as PyTorch writes it since 1.6, or is cut off ({_first_line(error)}). "
             "Download it again, or convert it to safetensors with a program that you trust."
         ) from error
 
@@ -129,7 +129,7 @@ def _check_table(path: Path, table: dict[Any, Any]) -> None:
 def _entry(archive: _Archive, name: str, value: Any) -> TensorInfo:
     is_tensor = isinstance(value, StridedTensor) or (isinstance(value, Opaque) and value.is_tensor)
     if not isinstance(value, StridedTensor):
-        reason = f"is {_kind(value)}" if is_tensor else f"is no tensor but {_kind(value)}"
+        reason = f"is {_kind(value)}" if is_tensor else f"is not a tensor but {_kind(value)}"
     elif (dtype := value.dtype) is None or (stored_dtype := value.storage.dtype) is None:
         reason = "holds numbers of a type that safetensors has no name for"
     elif value.conjugated:

@@ -25,7 +25,7 @@ def resolve_file(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: a ring of links, before Python 3.13
         raise CheckpointError(f"{path}: there is no such file, or it is a link that leads nowhere.") from error
     if not target.is_file():
-        raise CheckpointError(f"{path}: is no regular file.")
+        raise CheckpointError(f"{path}: is not a regular file.")
     root = folder.resolve()
     if is_snapshot(root) and leads_out(root, target):
         raise CheckpointError(

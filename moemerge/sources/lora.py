@@ -86,7 +86,9 @@ def open_adapter(reference: str, folder: Path) -> Adapter:
         CheckpointError: its config is damaged.
     """
     if not (folder / CONFIG).exists():
-        raise SourceError(f"{reference}: has no {CONFIG}, so it is no adapter. Name it after the + of model+adapter.")
+        raise SourceError(
+            f"{reference}: has no {CONFIG}, so it is not an adapter. Name it after the + of model+adapter."
+        )
     config = read_json(resolve_file(folder, CONFIG))
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -241,7 +243,7 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
         scale = float(alpha) / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
     except (TypeError, ValueError, OverflowError) as error:
         raise SourceError(
-            f"{adapter.reference}: {CONFIG}: lora_alpha or alpha_pattern is no number ({error}). Save it again."
+            f"{adapter.reference}: {CONFIG}: lora_alpha or alpha_pattern is not a number ({error}). Save it again."
         ) from error
     if not abs(scale) < _TOO_LARGE:  # nor NaN
         raise SourceError(
@@ -255,7 +257,7 @@ def _of_module(adapter: Adapter, module: str, key: str, pattern_key: str, defaul
     """Look up a setting of a module; patterns match its whole name or its end, as in PEFT."""
     patterns = adapter.config.get(pattern_key) or {}
     if not isinstance(patterns, Mapping):
-        raise SourceError(f"{adapter.reference}: {CONFIG}: {pattern_key} is no object. Save the adapter again.")
+        raise SourceError(f"{adapter.reference}: {CONFIG}: {pattern_key} is not an object. Save the adapter again.")
     for pattern, own in patterns.items():
         # Nested repetitions, or many in a row, can take longer to match than anyone waits.
         if len(_REPEATED.findall(pattern)) > _MOST_REPEATED or _GROUP_REPEATED.search(pattern):
@@ -268,7 +270,7 @@ def _of_module(adapter: Adapter, module: str, key: str, pattern_key: str, defaul
                 return own
         except re.error as error:
             raise SourceError(
-                f"{adapter.reference}: {CONFIG}: {pattern_key} has a pattern that is none, {pattern!r:.60} ({error}). "
-                "Save the adapter again."
+                f"{adapter.reference}: {CONFIG}: {pattern_key} has a pattern that is not one, {pattern!r:.60} "
+                f"({error}). Save the adapter again."
             ) from error
     return adapter.config.get(key, default)

@@ -80,7 +80,7 @@ def _view(storage: Any, dtype: HeaderDType | None, place: tuple[Any, Any, Any], 
     if len(shape) != len(strides) or len(shape) > MAX_AXES:
         raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides")
     if not all(type(size) is int and 0 <= size < 2**63 for size in (storage.count, offset, *shape, *strides)):
-        raise ValueError("a size that is no size")
+        raise ValueError("a size that is not one")
     negated, conjugated = ((bits or {}).get(bit, False) is True for bit in ("neg", "conj"))
     return StridedTensor(storage, dtype, offset, shape, strides, negated, conjugated)
 

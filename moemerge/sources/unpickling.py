@@ -98,7 +98,7 @@ class _Machine:
         text = ".".join(self.take(end - self.place).decode().split("\n"))
         self.take(1)
         if not _KNOWN.fullmatch(text):
-            raise ValueError(f"it names {text[:60]!r}, which is no part of weights")
+            raise ValueError(f"it names {text[:60]!r}, which is not a part of weights")
         self.push(Name(text))
 
     def set_items(self, pairs: list[Any]) -> None:

@@ -138,7 +138,7 @@ def _documents(file: Path, characters: int) -> Iterator[Document]:
 
 def _check_regular(file: Path) -> None:
     if file.exists() and not file.is_file():
-        raise RefusedError(f"{file}: is no file that can be read to an end. Name a file of text.")
+        raise RefusedError(f"{file}: is not a file that can be read to an end. Name a file of text.")
 
 
 def _lines(opened: Any, file: Path, characters: int) -> Iterator[tuple[str, Any]]:

@@ -143,7 +143,7 @@ def _check_domains(context: TuningContext, batches: Batches) -> None:
             raise RefusedError("--method phatgoose: runs in one process. Start it without accelerate launch.")
     elif context.settings.distil and None in texts.expert:
         raise RefusedError(
-            f"--data {texts.domains[texts.expert.index(None)]}=: is no expert's name, so it has no teacher; "
+            f"--data {texts.domains[texts.expert.index(None)]}=: is not an expert's name, so it has no teacher; "
             f"experts: {', '.join(experts)}. Call the domain like its expert, or give --no-distil."
         )
     if without and not context.settings.allow_missing_domains:

@@ -289,10 +289,10 @@ def test_links_lead_anywhere_but_out_of_the_cache(tmp_path):
     with pytest.raises(CheckpointError, match="is a link to .*secret.txt, out of the Hub's cache"):
         resolve_file(snapshot, "tokenizer.json")
     os.mkfifo(model / "config.json")
-    with pytest.raises(CheckpointError, match="config.json: is no regular file"):
+    with pytest.raises(CheckpointError, match="config.json: is not a regular file"):
         resolve_file(model, "config.json")
     (model / "tokenizer.model").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="tokenizer.model: is no regular file"):
+    with pytest.raises(CheckpointError, match="tokenizer.model: is not a regular file"):
         resolve_file(model, "tokenizer.model")
 
 
@@ -470,7 +470,7 @@ def test_json_beyond_any_model_is_refused_unread(tmp_path, monkeypatch):
 
 def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"config.json: is no regular file\.$"):
+    with pytest.raises(CheckpointError, match=r"config.json: is not a regular file\.$"):
         read_json(tmp_path / "config.json")
     with pytest.raises(CheckpointError, match=r": cannot be read: Is a directory\.$"):
         read_header(tmp_path)

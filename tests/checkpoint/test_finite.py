@@ -166,7 +166,7 @@ def test_an_inspection_names_what_is_not_finite(model, llamas):
     assert found.values.remarks == [
         "model.layers.2.mlp.up_proj.weight holds nothing but zeros: so do weights that are switched off, and files that "
         "were not downloaded whole",
-        "tensors that are no floats, such as quantised weights, were not looked at: 1 of U8",
+        "tensors that are not floats, such as quantised weights, were not looked at: 1 of U8",
     ]
     assert done[-1] == (134016, 134016)
     assert inspect_checkpoint(str(model)).values is None

@@ -207,7 +207,7 @@ def test_a_quantised_base_without_bitsandbytes_is_refused_before_the_plan(tmp_pa
         ("gate_mode: hidden\ngate_mod: x\n", 2, "gate_mod: unknown key, did you mean gate_mode?"),
         ("gate_mode: hiden\n", 2, "did you mean hidden?"),
         ("dtype: bfloat\n", 2, "dtype: expected float32, float16 or bfloat16, found 'bfloat'"),
-        ("architecture: gwen\n", 2, "error: architecture: 'gwen' is no output family; known: mixtral, "),
+        ("architecture: gwen\n", 2, "error: architecture: 'gwen' is not an output family; known: mixtral, "),
         ("base_model: /no/such/folder\n", 1, "error: /no/such/folder: there is no such folder"),
     ],
 )
@@ -235,13 +235,13 @@ def test_a_wrong_command_is_explained(tmp_path, config, here):
             (config, tmp_path / "out", "--max-shard-size", "5"),
             "error: --max-shard-size: '5' is 5 bytes: write a unit, as in 5GB or 500MB.\n",
         ),
-        ((config, tmp_path / "out", "--out-shard-size", "5GB"), "is no number of parameters like 1B or 500M"),
+        ((config, tmp_path / "out", "--out-shard-size", "5GB"), "is not a number of parameters like 1B or 500M"),
         ((config, tmp_path / "out", "--bogus"), "No such option"),
         (
             (config, tmp_path / "out", "--load-in-8bit", "--load-in-4bit"),
             "error: --load-in-8bit, --load-in-4bit: give one",
         ),
-        ((config, tmp_path / "out", "--device", "cdua"), "--device: 'cdua' is none of auto, cpu"),
+        ((config, tmp_path / "out", "--device", "cdua"), "--device: 'cdua' is not one of auto, cpu"),
     ):
         code, _, errors = here(*arguments)
         assert code == 2, errors
@@ -453,7 +453,7 @@ def test_shard_sizes_in_parameters(text, count):
 
 @pytest.mark.parametrize("text", ["", "0", "5GB", "1.5B", "-1"])
 def test_what_is_no_number_of_parameters(text):
-    with pytest.raises(RefusedError, match="is no number of parameters"):
+    with pytest.raises(RefusedError, match="is not a number of parameters"):
         parse_parameter_count(text)
 
 

@@ -173,7 +173,7 @@ def test_an_architecture_is_found_by_the_names_that_mergekit_takes(tmp_path, pai
 def test_an_unknown_architecture_lists_the_known_ones(tmp_path, pair):
     with pytest.raises(IncompatibleError) as caught:
         plan(tmp_path, pair, architecture="gpt")
-    assert str(caught.value).startswith("architecture: 'gpt' is no output family; known: mixtral, qwen3_moe, ")
+    assert str(caught.value).startswith("architecture: 'gpt' is not an output family; known: mixtral, qwen3_moe, ")
 
 
 def test_deepseek_is_explained_and_the_nearest_family_taken(tmp_path, pair):
@@ -196,7 +196,7 @@ def test_keys_that_a_class_does_not_read_change_nothing(tmp_path, pair):
     assert found.family.model_type == "mixtral"
     assert found.output_config["sliding_window"] is None
     assert found.notes == (
-        "base_model: mixtral has no use for these keys of its config.json: "
+        "base_model: mixtral does not use these keys of its config.json: "
         "embedding_multiplier, layer_types, sliding_window",
     )
 
@@ -303,7 +303,7 @@ def test_tokenizers_that_readers_may_take_differently_are_noted(tmp_path, pair):
 def test_unused_keys_of_the_base_are_named(tmp_path, pair):
     edit_json(pair[0] / "config.json", final_logit_softcapping=30.0)
     assert plan(tmp_path, pair).notes == (
-        "base_model: mixtral has no use for these keys of its config.json: final_logit_softcapping",
+        "base_model: mixtral does not use these keys of its config.json: final_logit_softcapping",
     )
 
 

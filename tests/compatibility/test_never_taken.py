@@ -213,7 +213,7 @@ def test_a_pipe_in_a_source_is_never_waited_for(tmp_path, models):
     merge(plan_of(tmp_path, models), tmp_path / "out")
     (models[0] / "generation_config.json").unlink()
     os.mkfifo(models[0] / "generation_config.json")
-    with pytest.raises(CheckpointError, match=r"generation_config.json: is no regular file"):
+    with pytest.raises(CheckpointError, match=r"generation_config.json: is not a regular file"):
         plan_of(tmp_path, models)
 
 

@@ -301,7 +301,7 @@ def test_letters_in_two_halves_are_joined_and_lone_ones_named_by_line():
 
 
 def test_keys_that_are_no_text_are_named():
-    assert problems(PLAIN + "1: x\n") == ["line 7: 1: is no name of a key: expected text"]
+    assert problems(PLAIN + "1: x\n") == ["line 7: 1: is not the name of a key: expected text"]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,9 @@ def test_unknown_roles_are_refused(out, chats, command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "--chat-roles: 'bot' is no role; known: system, developer, user, assistant, tool." in capsys.readouterr().err
+    assert (
+        "--chat-roles: 'bot' is not a role; known: system, developer, user, assistant, tool." in capsys.readouterr().err
+    )
 
 
 def test_the_command_line_takes_roles(out, chats, monkeypatch, capsys):

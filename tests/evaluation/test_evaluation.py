@@ -224,7 +224,7 @@ def test_an_evaluation_holds_every_model_and_says_what_it_left_out(out, data):
     assert set(found.losses["label oracle"]) == {"fox", "code"}
     assert "label oracle" not in found.mean_losses
     assert found.mean_losses["merged"] == pytest.approx(np.mean([e.value for e in found.losses["merged"].values()]))
-    assert "other is no expert's name, so there is no oracle for it" in found.notes
+    assert "other is not an expert's name, so there is no oracle for it" in found.notes
     for name in data:
         loss, routing = found.losses["merged"][name], found.routing[name]
         assert (loss.low, loss.high) == (None, None)  # of three documents
@@ -284,7 +284,7 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     assert code == 0
     assert re.search(r"merged +\d\.\d{3} \(\d+\.\d\d\)", printed)
     assert "Load by layer, fox:" in printed
-    assert "note: other is no expert's name" in errors
+    assert "note: other is not an expert's name" in errors
     before = (copied / "README.md").read_text()
     for _ in range(2):
         code, printed, _ = run(
@@ -523,8 +523,8 @@ def test_of_a_long_text_no_more_is_tokenised_than_is_read(out):
             "--file[0]: '*.txt' leads to no .txt, .jsonl or .parquet file. Paths count from the current folder.",
         ),
         (["--file", "empty.md"], "--file: empty.md: holds no text."),
-        (["--file", "pipe.txt"], "--file: pipe.txt: is no file that can be read to an end. Name a file of text."),
-        (["--text", "x", "--text", "caf\udce9"], "--text: text 2 holds bytes that are no UTF-8. Write it in UTF-8."),
+        (["--file", "pipe.txt"], "--file: pipe.txt: is not a file that can be read to an end. Name a file of text."),
+        (["--text", "x", "--text", "caf\udce9"], "--text: text 2 holds bytes that are not UTF-8. Write it in UTF-8."),
         (["--file", "bytes.md"], "--file: bytes.md: cannot be read as text in UTF-8: "),
         (["--text", "x", "--html", "no/such/folder.html"], "no/such/folder.html: there is no such folder."),
         (["--text", "The fox", "--layer", "9"], "layer 9 has no router; those with one: 0, 1, 2."),
@@ -711,7 +711,7 @@ def test_a_misspelt_expert_is_refused(out, data, name, near):
     with pytest.raises(RefusedError) as caught:
         evaluate(out, {"fox": data["fox"], name: data["code"]}, tokens=40)
     assert str(caught.value) == (
-        f"--data {name}=: is no expert's name, did you mean {near}? Experts: fox, code, chat. A domain that is for none of "
+        f"--data {name}=: is not an expert's name, did you mean {near}? Experts: fox, code, chat. A domain that is for none of "
         "them needs a name that is less like theirs."
     )
 

@@ -388,12 +388,16 @@ def _unigram(copied: Path) -> str:
 
 def _other_split(copied: Path) -> str:
     edit_json(copied / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
-    return "how tokenizer.json splits texts is none of the ways that are known here (its pre_tokenizer and normalizer)"
+    return (
+        "how tokenizer.json splits texts is not one of the ways that are known here (its pre_tokenizer and normalizer)"
+    )
 
 
 def _lower_case(copied: Path) -> str:
     edit_json(copied / "tokenizer.json", normalizer={"type": "Lowercase"})
-    return "how tokenizer.json splits texts is none of the ways that are known here (its pre_tokenizer and normalizer)"
+    return (
+        "how tokenizer.json splits texts is not one of the ways that are known here (its pre_tokenizer and normalizer)"
+    )
 
 
 def _too_many(copied: Path) -> str:
@@ -843,15 +847,19 @@ def test_the_command_line_writes_both_ways(tmp_path, out, config, monkeypatch, c
 
 def test_options_that_say_nothing_of_the_output_are_refused(tmp_path, config, monkeypatch, capsys):
     for words, message in {
-        ("a.gguf", "--resume"): "--resume: a merge into a GGUF file has no use of it. Remove it, or name a folder.",
+        ("a.gguf", "--resume"): "--resume: a merge into a GGUF file does not use it. Remove it, or name a folder.",
         ("a.gguf", "--max-shard-size", "5GB"): (
-            "--max-shard-size: a merge into a GGUF file has no use of it. Remove it, or name a folder."
+            "--max-shard-size: a merge into a GGUF file does not use it. Remove it, or name a folder."
         ),
         ("a.gguf", "--out-shard-size", "1B"): (
-            "--out-shard-size: a merge into a GGUF file has no use of it. Remove it, or name a folder."
+            "--out-shard-size: a merge into a GGUF file does not use it. Remove it, or name a folder."
         ),
-        ("a", "--type", "f16"): "--type: is of GGUF files, and OUT is none. Name a file that ends in .gguf.",
-        ("a", "--llama-cpp", "b"): "--llama-cpp: is of GGUF files, and OUT is none. Name a file that ends in .gguf.",
+        ("a", "--type", "f16"): "--type: is for GGUF files, and OUT is a folder. Name a file that ends in .gguf.",
+        (
+            "a",
+            "--llama-cpp",
+            "b",
+        ): "--llama-cpp: is for GGUF files, and OUT is a folder. Name a file that ends in .gguf.",
     }.items():
         code, _, errors = run([config, tmp_path / words[0], *words[1:]], monkeypatch, capsys)
         assert (code, errors) == (2, f"error: {message}\n")

@@ -225,7 +225,7 @@ def test_the_bos_is_written_where_llama_cpp_does_not_put_it(folder, tmp_path, se
         (None, "TEMPLATE is left out: the model has no chat template; Ollama gives it each text as it is"),
         (
             "{{ messages | length }}",
-            "TEMPLATE is left out: what the chat template writes is no plain sequence of turns. Ollama may know the "
+            "TEMPLATE is left out: what the chat template writes is not a plain sequence of turns. Ollama may know the "
             "template by itself; `ollama show --template` says which it took",
         ),
         (
@@ -243,7 +243,7 @@ def test_the_bos_is_written_where_llama_cpp_does_not_put_it(folder, tmp_path, se
         ),
         (
             "{% for %}",
-            "TEMPLATE is left out: what the chat template writes is no plain sequence of turns. Ollama may "
+            "TEMPLATE is left out: what the chat template writes is not a plain sequence of turns. Ollama may "
             "know the template by itself; `ollama show --template` says which it took",
         ),
     ],

@@ -113,7 +113,7 @@ def test_no_pipe_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "m.gguf")
     with pytest.raises(SourceError) as caught:
         read_contents(tmp_path / "m.gguf")
-    assert str(caught.value) == f"{tmp_path / 'm.gguf'}: is no regular file. Name a GGUF file."
+    assert str(caught.value) == f"{tmp_path / 'm.gguf'}: is not a regular file. Name a GGUF file."
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_an_importance_matrix_that_nothing_can_have_counted_is_refused(tmp_path,
     with pytest.raises(CheckpointError) as caught:
         read_importance(path)
     assert str(caught.value) == (
-        f"{path}: a has 2 sums for 1 counts, or they are no sums of squares. Make the matrix again."
+        f"{path}: a has 2 sums for 1 counts, or they are not sums of squares. Make the matrix again."
     )
 
 
@@ -143,7 +143,7 @@ def test_tensors_stored_otherwise_than_asked_for_are_named(tmp_path):
     }
     bits = 8 * made.nbytes / (16 * 96 + 96 + 3 * 96 + 4 * 96 + 4 * 96 + 3 * 4 * 256 + 3 * 4 * 48)
     assert fallback_note(found, made, "q4_k_m") == (
-        "q4_k_m: rows of 48 and 96 numbers are no whole number of its blocks of 256, so llama.cpp stores 4 of 6 "
+        "q4_k_m: rows of 48 and 96 numbers are not a whole number of its blocks of 256, so llama.cpp stores 4 of 6 "
         "matrices otherwise: 2 as Q8_0 (token_embd.weight, blk.0.attn_k.weight); 1 as Q5_0 (blk.0.attn_q.weight); "
         f"1 as F16 (blk.0.ffn_down_exps.weight). The file takes {bits:.1f} bits a weight, where q8_0 takes about 8.5 "
         "and loses less"
@@ -192,7 +192,7 @@ def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda _: object())
     with pytest.raises(RefusedError) as caught:
         check_type("q4_k", with_importance=False)
-    assert str(caught.value) == f"--type q4_k: is none of {', '.join(FILE_TYPES)}."
+    assert str(caught.value) == f"--type q4_k: is not one of {', '.join(FILE_TYPES)}."
     with pytest.raises(RefusedError) as caught:
         check_type("iq2_m", with_importance=False)
     assert str(caught.value) == (
@@ -275,10 +275,12 @@ def test_a_file_that_is_no_importance_matrix_is_refused(tmp_path):
     path = write(tmp_path / "m.gguf")
     with pytest.raises(CheckpointError) as caught:
         read_importance(path)
-    assert str(caught.value) == (f"{path}: is no importance matrix: no tensor is called *.in_sum2. Name another file.")
+    assert str(caught.value) == (
+        f"{path}: is not an importance matrix: no tensor is called *.in_sum2. Name another file."
+    )
     for bad, message in {
         "a.in_sum2": "a.counts is missing or not in float32. Make the matrix again.",
-        "a.in_sum2 a.counts": "a has 2 sums for 3 counts, or they are no sums of squares. Make the matrix again.",
+        "a.in_sum2 a.counts": "a has 2 sums for 3 counts, or they are not sums of squares. Make the matrix again.",
     }.items():
         matrices = {name: ((3 if "counts" in name else 2,), Kind.F32) for name in bad.split()}
         with pytest.raises(CheckpointError) as caught:
@@ -335,11 +337,11 @@ def run(words: list[object], monkeypatch, capsys) -> tuple[int, str]:
     [
         (
             ["--type", "q8_0", "--imatrix"],
-            "--imatrix: --type q8_0 has no use of an importance matrix. Choose q4_k_m or the like.",
+            "--imatrix: --type q8_0 does not use an importance matrix. Choose q4_k_m or the like.",
         ),
         (
             ["--imatrix-out", "i.gguf"],
-            "--imatrix-out: --type auto has no use of an importance matrix. Choose q4_k_m or the like.",
+            "--imatrix-out: --type auto does not use an importance matrix. Choose q4_k_m or the like.",
         ),
         (
             ["--type", "q4_k_m", "--imatrix-file", "i.gguf", "--imatrix-texts", "a.txt"],
@@ -347,7 +349,7 @@ def run(words: list[object], monkeypatch, capsys) -> tuple[int, str]:
         ),
         (
             ["--ollama", "-f"],
-            "--ollama -f: is no model's name for Ollama. Expected letters, digits, `.`, `-` and `_`, such as my-mixture, "
+            "--ollama -f: is not a model's name for Ollama. Expected letters, digits, `.`, `-` and `_`, such as my-mixture, "
             "user/my-mixture or my-mixture:q4.",
         ),
         (

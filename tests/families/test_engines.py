@@ -421,5 +421,5 @@ def test_an_unknown_engine_is_refused_before_anything_is_read(tmp_path, monkeypa
     assert ended.value.code == 2
     assert (
         capsys.readouterr().err
-        == "error: --for: 'ollama' is none of transformers, vllm, llama.cpp, llama.cpp-converter, mlx, openvino.\n"
+        == "error: --for: 'ollama' is not one of transformers, vllm, llama.cpp, llama.cpp-converter, mlx, openvino.\n"
     )

@@ -220,7 +220,9 @@ def test_the_command_line_quantises_both_ways(model, tmp_path, run):
     (tmp_path / "a.txt").write_text("What is said of one expert. " * 30)
     said = run("gguf", folder, file, "--type", "q4_k_m", "--imatrix-texts", tmp_path / "a.txt", "--imatrix-out",
                tmp_path / "i.gguf", "-q")  # fmt: skip
-    assert said.startswith("note: q4_k_m: rows of 96 numbers are no whole number of its blocks of 256, so llama.cpp ")
+    assert said.startswith(
+        "note: q4_k_m: rows of 96 numbers are not a whole number of its blocks of 256, so llama.cpp "
+    )
     made = read_contents(file)
     assert made.settings["general.file_type"] == FILE_TYPES["q4_k_m"]
     assert made.settings["quantize.imatrix.entries_count"] == 14

@@ -165,7 +165,7 @@ def test_a_card_that_cannot_be_read_is_not_written_to(tmp_path):
     with pytest.raises(RefusedError) as caught:
         set_licence(tmp_path, "mit")
     assert str(caught.value) == (
-        f"{card}: its metadata is no table in YAML. Correct what stands between its --- lines."
+        f"{card}: its metadata is not a table in YAML. Correct what stands between its --- lines."
     )
     assert [path.name for path in Path(tmp_path).iterdir()] == ["README.md"]
 

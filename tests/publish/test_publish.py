@@ -250,7 +250,7 @@ def test_files_of_an_older_model_go_in_the_same_commit(tmp_path):
         done = machine.moemerge("push", "out", "acme/mix")
     assert done.out == f"{url}/acme/mix\n"
     assert done.err.splitlines() == [
-        f"acme/mix: removing what is of an older model: adapter_config.json, merges.txt, {SHARDS[0]} ...",
+        f"acme/mix: removing files of an older model: adapter_config.json, merges.txt, {SHARDS[0]} ...",
         "acme/mix: reading 4 files, and sending what is not there",
     ]
     kept = {name: OLD[name] for name in (".gitattributes", "notes.txt", "gguf/old.safetensors")}
@@ -362,14 +362,14 @@ def test_what_the_hub_does_not_take_is_refused_before_anything_is_sent(tmp_path)
             (["acme/there", "--revision", "refs/pr/7"], {}, 2,
              "acme/there: there is no pull request refs/pr/7. Open one with --create-pr."),
             (["acme/there", "--revision", "refs/heads/x"], {}, 2,
-             "--revision: 'refs/heads/x' is no branch. Write its name alone, or refs/pr/N."),
+             "--revision: 'refs/heads/x' is not a branch. Write its name alone, or refs/pr/N."),
             (["acme/there", "--revision", commit], {}, 2,
              f"--revision: {commit} is a commit, which cannot change. Name a branch."),
             (["acme/there", "--revision", "dev", "--create-pr"], {}, 2,
              "--create-pr, --revision: give one of them, not both; an open pull request is --revision refs/pr/N."),
-            (["mix"], {}, 2, "mix: is no repository's name. Write user/name, or organisation/name."),
+            (["mix"], {}, 2, "mix: is not a repository's name. Write user/name, or organisation/name."),
             (["acme/no--such"], {}, 2,
-             "acme/no--such: is no repository's name: Cannot have -- or .. in repo_id: 'acme/no--such'."),
+             "acme/no--such: is not a repository's name: Cannot have -- or .. in repo_id: 'acme/no--such'."),
         ]  # fmt: skip
         results = machine.session(
             *((["push", "out", *arguments, "-q"], {"HF_TOKEN": TOKEN} | changes) for arguments, changes, _, _ in cases)
@@ -551,7 +551,7 @@ def test_streaming_over_a_model_needs_a_word_and_goes_on_where_it_was_cut_off(tm
         )
     )
     assert first.out.splitlines() == [
-        "acme/mix: removing what is of an older model: adapter_config.json, config.json, merges.txt ...",
+        "acme/mix: removing files of an older model: adapter_config.json, config.json, merges.txt ...",
         f"acme/mix: holds {SHARDS[0]}",
     ]
     assert early.out == (
@@ -592,7 +592,7 @@ def test_shards_for_a_pull_request_leave_main_as_it_is(tmp_path):
     assert second.out.splitlines() == [
         SHARDS[0],
         f"guild/mix: holds {SHARDS[1]}",
-        "guild/mix: removing what is of an older model: adapter_config.json, merges.txt, pytorch_model.bin",
+        "guild/mix: removing files of an older model: adapter_config.json, merges.txt, pytorch_model.bin",
         page,
     ]
     assert files(hub, "guild/mix") == OLD

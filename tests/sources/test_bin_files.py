@@ -93,7 +93,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     [
         (
             b"not a zip",
-            "is no zip archive as PyTorch writes it since 1.6, or is cut off (File is not a zip file). Download it again, or convert it to safetensors with a program that you trust.",
+            "is not a zip archive as PyTorch writes it since 1.6, or is cut off (File is not a zip file). Download it again, or convert it to safetensors with a program that you trust.",
         ),
         ([1, 2], "expected a table of tensors, found list."),
         ({"epoch": 3}, "expected a table of tensors, found 'epoch' -> int."),
@@ -199,12 +199,12 @@ def test_what_cannot_be_read_says_why(tmp_path):
         "nested": (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "is a nested tensor"),
         "conjugated": (torch.complex(matrix, matrix).conj(), "is complex and conjugated"),
         "wide": (matrix.to(torch.complex128), "holds numbers of a type that safetensors has no name for"),
-        "epoch": (3, "is no tensor but int"),
-        "table": ({"a": matrix}, "is no tensor but dict"),
-        "list": ([matrix], "is no tensor but list"),
-        "nothing": (None, "is no tensor but NoneType"),
-        "bytes": (b"abc", "is no tensor but an object"),
-        "large": (2**70, "is no tensor but int"),
+        "epoch": (3, "is not a tensor but int"),
+        "table": ({"a": matrix}, "is not a tensor but dict"),
+        "list": ([matrix], "is not a tensor but list"),
+        "nothing": (None, "is not a tensor but NoneType"),
+        "bytes": (b"abc", "is not a tensor but an object"),
+        "large": (2**70, "is not a tensor but int"),
     }
     torch.save({"fine": matrix} | {name: value for name, (value, _) in kinds.items()}, tmp_path / BIN)
     found = read(tmp_path)
@@ -220,9 +220,9 @@ def test_entries_that_are_no_tensors_need_not_be_in_the_index(tmp_path):
     for name, file in files.items():
         torch.save({name: torch.ones(1), "epoch": 3}, tmp_path / file)
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
-    assert reasons(read(tmp_path)) == {"epoch": "is no tensor but int"}
+    assert reasons(read(tmp_path)) == {"epoch": "is not a tensor but int"}
     (tmp_path / "pytorch_model.bin.index.json").unlink()
-    assert reasons(read(tmp_path)) == {"epoch": "is no tensor but int"}
+    assert reasons(read(tmp_path)) == {"epoch": "is not a tensor but int"}
 
 
 def test_an_archive_whose_bytes_are_not_the_tensors_is_refused(tmp_path):
@@ -247,7 +247,7 @@ def test_an_archive_whose_bytes_are_not_the_tensors_is_refused(tmp_path):
         with pytest.raises(CheckpointError) as caught:
             read(tmp_path)
         assert str(caught.value) == (
-            f"{path}: is no zip archive as PyTorch writes it since 1.6, or is cut off ({message}). Download it again, or convert it to "
+            f"{path}: is not a zip archive as PyTorch writes it since 1.6, or is cut off ({message}). Download it again, or convert it to "
             "safetensors with a program that you trust."
         )
 
@@ -258,7 +258,7 @@ def pickled(text: str) -> bytes:
 
 WEIGHTS_ONLY = "cannot be read as weights only ({}). Convert it to safetensors with a program that you trust."
 NO_ARCHIVE = (
-    "is no zip archive as PyTorch writes it since 1.6, or is cut off ({}). Download it again, or convert it to safetensors with a program that "
+    "is not a zip archive as PyTorch writes it since 1.6, or is cut off ({}). Download it again, or convert it to safetensors with a program that "
     "you trust."
 )
 
@@ -379,7 +379,7 @@ def test_records_of_other_kinds_and_sizes_are_refused(tmp_path):
         (b"K\x00K\x0aK\x0a", b"K\x01K\x0aK\x0a", "tensor 'a' does not fit into its record. Download the file again."),
         (b"Kd", b"K\xd0", "tensor 'a' does not fit into its record. Download the file again."),
         (b"K\x0aK\x01\x86", b"K\x0aK\xff\x86", "tensor 'a' does not fit into its record. Download the file again."),
-        (b"K\x0aK\x0a\x86", b"K\x0aJ\xff\xff\xff\xff\x86", "cannot be read as weights only (a size that is no size). Convert it to safetensors with a program that you trust."),
+        (b"K\x0aK\x0a\x86", b"K\x0aJ\xff\xff\xff\xff\x86", "cannot be read as weights only (a size that is not one). Convert it to safetensors with a program that you trust."),
         (b"K\x0aK\x0a\x86", b"(" + b"K\x01" * 17 + b"t", "cannot be read as weights only (a tensor of 17 axes and 2 strides). Convert it to safetensors with a program that you trust."),
         (b"_rebuild_tensor_v2", b"_rebuild_tensor_v9", "expected a table of tensors, found 'a' -> an object."),
         (b"storage", b"storages", "cannot be read as weights only (damaged at byte "),
@@ -417,13 +417,13 @@ HOSTILE = {
     "a list without end": (NESTED + b"}" + pickled("a") + b"h\x00s.", "expected a table of tensors, found 'a' -> tuple."),
     "a table in itself": (b"\x80\x02}q\x00" + pickled("a") + b"h\x00s.", "expected a table of tensors, found 'a' -> dict. Save what is in its 'a' as a file of its own."),
     "a large number": (b"\x80\x02\x8b" + struct.pack("<I", LONG) + b"\xff" * LONG + b".", WEIGHTS_ONLY.format("instruction b'\\x8b' at byte 2, which no file of weights has")),
-    "a large power": (b"\x80\x02coperator\npow\nJ\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86R.", WEIGHTS_ONLY.format("it names 'operator.pow', which is no part of weights")),
+    "a large power": (b"\x80\x02coperator\npow\nJ\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86R.", WEIGHTS_ONLY.format("it names 'operator.pow', which is not a part of weights")),
     "much memory": (b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "expected a table of tensors, found an object."),
     "marks": (b"\x80\x02" + b"(" * LONG, WEIGHTS_ONLY.format("it is longer than a table of weights")),
     "tables": (b"\x80\x02" + b"}" * LONG, WEIGHTS_ONLY.format("it is longer than a table of weights")),
     "depth": (b"\x80\x02)" + b"\x85" * LONG, WEIGHTS_ONLY.format("it is longer than a table of weights")),
     "chosen keys": (b"\x80\x02}(" + b"".join(b"\x8a\x08" + struct.pack("<q", i * (2**61 - 1) % 2**62) + b"N" for i in range(100_000)) + b"u.", WEIGHTS_ONLY.format("int as a key in dict")),
-    "a long name": (b"\x80\x02c" + b"t" * LONG + b"\nx\n.", WEIGHTS_ONLY.format(f"it names '{'t' * 60}', which is no part of weights")),
+    "a long name": (b"\x80\x02c" + b"t" * LONG + b"\nx\n.", WEIGHTS_ONLY.format(f"it names '{'t' * 60}', which is not a part of weights")),
     "a long key": (b"\x80\x02}X" + struct.pack("<I", LONG) + b"a" * LONG + b"Ns.", f"expected names of tensors, found '{'a' * 59} -> NoneType."),
     "a long pickle": (b"\x80\x02" + b"N" * LONG * 2, NO_ARCHIVE.format("data.pkl is too long for a table of weights")),
 }  # fmt: skip
@@ -520,14 +520,14 @@ def test_strange_pickles_give_the_same_merge(tmp_path, llamas, pickle_of):
     assert [note for note in plan.notes if str(folder) in note] == [
         f"experts[0] {folder}: left out: tensor {KEY} is a meta tensor, without numbers",
         f"experts[0] {folder}: left out: tensor {QUERY} is a sparse tensor",
-        f"experts[0] {folder}: left out: tensor epoch is no tensor but int",
+        f"experts[0] {folder}: left out: tensor epoch is not a tensor but int",
         f"experts[0] {folder}: 2 tensors of pytorch_model.bin, such as {UP}, do not lie row by row as they are, and are put in order while they are read",
     ]
     assert verify_merge(plan, tmp_path / "out").differences == ()
     assert inspect_checkpoint(str(folder)).warnings[:3] == (
         f"{KEY} is a meta tensor, without numbers",
         f"{QUERY} is a sparse tensor",
-        "epoch is no tensor but int",
+        "epoch is not a tensor but int",
     )
     for keys, problem in (
         ({"shared_weights": "average"}, f"shared_weights: experts[0]: {QUERY} is a sparse tensor"),

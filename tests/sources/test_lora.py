@@ -139,7 +139,7 @@ def test_what_cannot_be_merged_exactly_is_refused(tmp_path, llamas):
     with pytest.raises(SourceError) as caught:
         open_model(f"{llamas[0]}+{llamas[1]}", print)
     assert str(caught.value) == (
-        f"{llamas[1]}: has no adapter_config.json, so it is no adapter. Name it after the + of model+adapter."
+        f"{llamas[1]}: has no adapter_config.json, so it is not an adapter. Name it after the + of model+adapter."
     )
     with pytest.raises(SourceError) as caught:
         open_model(str(tmp_path / "good"), print)
@@ -225,12 +225,12 @@ def test_damaged_adapters_are_clear_errors(tmp_path, llamas):
     (tmp_path / "empty" / "adapter_model.safetensors").unlink()
     for name, message in {
         "empty": "empty: has no adapter_model.safetensors and no adapter_model.bin.$",
-        "alpha": "adapter_config.json: lora_alpha or alpha_pattern is no number",
+        "alpha": "adapter_config.json: lora_alpha or alpha_pattern is not a number",
         "rank": "says that model.layers.0.mlp.down_proj has rank 3, but its matrices have 4. Save the adapter again",
         "nested": "alpha_pattern has a pattern that is too intricate",
         "many": "rank_pattern has a pattern that is too intricate",
-        "odd": "alpha_pattern has a pattern that is none",
-        "list": "alpha_pattern is no object",
+        "odd": "alpha_pattern has a pattern that is not one",
+        "list": "alpha_pattern is not an object",
         "double": "is stored as F64; expected one of",
     }.items():
         with pytest.raises(SourceError, match=message):
@@ -409,7 +409,7 @@ def test_an_adapter_in_a_pickle_is_the_same(tmp_path, llamas):
     torch.save(strange, tmp_path / "adapter" / WEIGHTS[1])
     model = open_model(f"{llamas[0]}+{tmp_path / 'adapter'}", print)
     tensors = read_tensor_table(model, print)
-    assert reasons(tensors) == {"epoch": "is no tensor but int"}
+    assert reasons(tensors) == {"epoch": "is not a tensor but int"}
     assert all(torch.equal(torch.from_numpy(read_values(tensors[name])), expected[name]) for name in expected)
     before = tensors[FFN_WEIGHT].path.identity
     os.utime(tmp_path / "adapter" / WEIGHTS[1], ns=(1, 1))

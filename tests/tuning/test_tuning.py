@@ -1029,7 +1029,7 @@ def test_messages(  # noqa: PLR0917
             "are needed, found 1. Divide it by lines <|document|>, or give more text."
         ),
         (f"coed={fox}",): (
-            "--data coed=: is no expert's name, did you mean code? Experts: fox, code, chat. A domain that is for none of "
+            "--data coed=: is not an expert's name, did you mean code? Experts: fox, code, chat. A domain that is for none of "
             "them needs a name that is less like theirs."
         ),
         (f"fox={fox}",): (
@@ -1042,11 +1042,11 @@ def test_messages(  # noqa: PLR0917
             "--allow-missing-domains."
         ),
         (f"other={fox}", "--allow-missing-domains"): (
-            "--data other=: is no expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
+            "--data other=: is not an expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
             "its expert, or give --no-distil."
         ),
         (f"other={fox}",): (
-            "--data other=: is no expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
+            "--data other=: is not an expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
             "its expert, or give --no-distil."
         ),
         ("fox",): "--data: expected NAME=PATH, such as code=code.txt, found 'fox'.",
