@@ -121,7 +121,7 @@ def _holds(path: Path, shard: Shard) -> bool:
 def _remove_all_but(folder: Path, names: set[str]) -> None:
     """Remove all that an interrupted merge left beside its complete shards: the base may have fewer files now."""
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name not in names:
             path.unlink()

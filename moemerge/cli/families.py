@@ -59,7 +59,7 @@ def print_families(console: "Console", rows: "list[FamilyRow]") -> None:
         for heading, cell in zip(_HEADINGS[1:], _cells(row)[1:], strict=True):
             console.print(f"  {heading}: {cell}")
         for engine in row.engines:
-            console.print(f"  {engine.engine} ({engine.version}): {engine.told}", markup=False)
+            console.print(f"  {engine.engine} ({engine.version}): {engine.details}", markup=False)
         for note in row.notes:
             console.print(f"  note: {note}")
 

@@ -51,7 +51,7 @@ def write_file(
     device: Device = "auto",
     messages: MessageOptions,
 ) -> None:
-    """Write a merged model as one GGUF file, for llama.cpp and programs built on it: the same bytes as its converter's."""
+    """Write a merged model as one GGUF file, for llama.cpp and programs built on it, as its converter writes it."""
     quiet, kind, overwrite = messages.quiet, writing.type, writing.overwrite
     with console_session(quiet=quiet, verbose=0, debug=messages.debug) as console:
         _check_merged(out, file)

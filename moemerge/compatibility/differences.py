@@ -28,7 +28,7 @@ _END_BYTES: Final = 200_000
 
 
 @dataclass(frozen=True)
-class Speaker:
+class NamedModel:
     """A model's settings for chats and tokens."""
 
     name: str
@@ -107,8 +107,8 @@ class Judgement:
 def judge_experts(
     config: MergeConfig,
     mixture: Mixture,
-    base: Speaker,
-    experts: Sequence[Speaker],
+    base: NamedModel,
+    experts: Sequence[NamedModel],
     tables: Mapping[str, Mapping[str, TensorInfo]],
 ) -> Judgement:
     """Compare every expert, then every shared expert, with the base, by config, small files and a few rows of weights.
@@ -150,7 +150,7 @@ def judge_experts(
     )
 
 
-def lost_notes(base: Speaker, experts: Sequence[Speaker]) -> list[str]:
+def lost_notes(base: NamedModel, experts: Sequence[NamedModel]) -> list[str]:
     """Notes on what each expert loses because the base's own takes its place, and on the base that would lose less.
 
     Args:
@@ -170,7 +170,7 @@ def lost_notes(base: Speaker, experts: Sequence[Speaker]) -> list[str]:
     return notes
 
 
-def _lost(base: Speaker, expert: Speaker) -> Iterator[str]:
+def _lost(base: NamedModel, expert: NamedModel) -> Iterator[str]:
     theirs, ours = expert.model, base.model
     if expert.context != base.context:
         yield f"context of {expert.context} tokens (base: {base.context})"
@@ -190,7 +190,7 @@ def _lost(base: Speaker, expert: Speaker) -> Iterator[str]:
     yield from _lost_words(base, expert)
 
 
-def _lost_words(base: Speaker, expert: Speaker) -> Iterator[str]:
+def _lost_words(base: NamedModel, expert: NamedModel) -> Iterator[str]:
     if expert.templates and expert.templates != base.templates:
         yield f"chat template (base: {'another' if base.templates else 'none'})"
     files = [(expert.tokenizer(name), base.tokenizer(name)) for name in ("tokenizer.json", "tokenizer.model")]
@@ -205,7 +205,7 @@ def _lost_words(base: Speaker, expert: Speaker) -> Iterator[str]:
         yield "tokenizer, whose file is another than the base's"
 
 
-def _gained(base: Speaker, expert: Speaker) -> Iterator[str]:
+def _gained(base: NamedModel, expert: NamedModel) -> Iterator[str]:
     """Yield what a merge would have more if the expert were its base."""
     if expert.context > base.context:
         yield f"a context of {expert.context} tokens, not {base.context}"

@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 
 from moemerge.errors import CheckpointError
+from moemerge.evaluation.losses import token_losses
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, finish, group, run_layer
@@ -265,10 +266,3 @@ class _Head:
             if not known.isfinite().all():
                 raise _not_finite(self._model, "the norm and the head", self._names, self._dtype)
             yield known
-
-
-def token_losses(window: Window, logits: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy (token,) in nats of a window's tokens that are scored, from its logits (position, vocab)."""
-    ids = torch.tensor(window.ids, device=logits.device)
-    scored = torch.tensor(window.scored, device=logits.device)
-    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")[scored]

@@ -42,7 +42,7 @@ class EngineCell:
     version: str
     short: str
     """`right`, `wrong`, `fails`, `not written` (as a GGUF file), or the facts with which it is not right."""
-    told: str
+    details: str
     """The result in full: how far off, and with what message."""
 
 
@@ -89,10 +89,10 @@ def _engines(family: MoeFamily) -> Iterator[EngineCell]:
             short = "not with " + "; ".join(trouble.with_what for trouble in found.troubles)
             if always:
                 short = "wrong" if always.is_silent else "fails"
-        told = "; ".join(trouble.words for trouble in found.troubles) or "right"
+        details = "; ".join(trouble.words for trouble in found.troubles) or "right"
         if engine == "llamacpp" and not family.in_gguf:
-            short = told = "not written"
-        yield EngineCell(name, found.version, short, told)
+            short = details = "not written"
+        yield EngineCell(name, found.version, short, details)
 
 
 def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:

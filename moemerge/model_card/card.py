@@ -95,9 +95,9 @@ def _repositories(plan: MergePlan) -> list[str]:
 def _facts(plan: MergePlan, config: str | None) -> list[str]:
     """Render the lines of a card that follow from the plan, and the block with a config's text where there is one."""
     values = _values(plan, config or "", plan.family_notes)
-    lines = [render_block("card", block, **values) for block in ("what", "size", "experts", "warnings", "notes")]
-    block = [] if config is None else [render_block("card", "configuration", **values)]
-    return [line for text in lines for line in text.split("\n") if line] + block
+    texts = [render_block("card", block, **values) for block in ("what", "size", "experts", "warnings", "notes")]
+    configuration = [] if config is None else [render_block("card", "configuration", **values)]
+    return [line for text in texts for line in text.split("\n") if line] + configuration
 
 
 def _values(plan: MergePlan, text: str, notes: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.compatibility.checks import Findings, check_adapters, check_base, check_expert
-from moemerge.compatibility.differences import Judgement, Speaker, judge_experts
+from moemerge.compatibility.differences import Judgement, NamedModel, judge_experts
 from moemerge.config.schema import MergeConfig
 from moemerge.planning.models import Member, Models, refuse
 from moemerge.planning.notes import config_notes
@@ -53,8 +53,8 @@ def check_models(config: MergeConfig, models: Models, shape: Shape, tables: Tabl
     judgement = judge_experts(
         config,
         shape.mixture,
-        _speaker(models.base),
-        [_speaker(member) for member in models.every_expert],
+        _named(models.base),
+        [_named(member) for member in models.every_expert],
         tables,
     )
     refuse(judgement.problems)
@@ -74,5 +74,5 @@ def _findings(config: MergeConfig, models: Models, shape: Shape, tables: Tables)
             yield check_adapters(member.name, member.folder, member.model, table, shared=shared)
 
 
-def _speaker(member: Member) -> Speaker:
-    return Speaker(member.name, member.folder, member.model)
+def _named(member: Member) -> NamedModel:
+    return NamedModel(member.name, member.folder, member.model)

@@ -35,9 +35,7 @@ def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
         "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
         "sources": {
             str(path): plan.origins.fingerprint_of(path)
-            | {
-                "tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest(),
-            }
+            | {"tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest()}
             for path, tensors in used.items()
         },
     }

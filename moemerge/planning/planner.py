@@ -80,9 +80,9 @@ def _fetch(
 
 def _remarks(shape: Shape, checked: Checked, assembled: Assembled, layout: Layout) -> Remarks:
     parts, judgement = assembled.parts, checked.judgement
-    told = output_notes(assembled.outputs, assembled.dtype, layout.shared_bytes)
+    output_facts = output_notes(assembled.outputs, assembled.dtype, layout.shared_bytes)
     return Remarks(
-        notes=(*checked.notes, *parts.notes, *told),
+        notes=(*checked.notes, *parts.notes, *output_facts),
         warnings=(*shape.choice.warnings, *judgement.warnings),
         advice=() if judgement.has_strangers else tuple(parts.advice),
     )

@@ -11,7 +11,7 @@ from moemerge.errors import RefusedError
 from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.tokens import Window
-from moemerge.tuning.settings import Documents, Settings, distillation_weight
+from moemerge.tuning.settings import Settings, SplitDocuments, distillation_weight
 
 _LONGEST: Final = 512
 _SHORTEST: Final = 16
@@ -29,19 +29,14 @@ class Batches:
     """The windows of `training` that each step reads, one of every domain in turn."""
 
     @classmethod
-    def cut(
-        cls,
-        mixture: MixtureModel,
-        training: Documents,
-        held_out: Documents,
-        settings: Settings,
-    ) -> "Batches":
+    def cut(cls, mixture: MixtureModel, documents: SplitDocuments, settings: Settings) -> "Batches":
         """Divide documents into windows, and these into steps that hold some of every domain.
 
         Raises:
             RouterError: there is no tokenizer.
             RefusedError: a domain has nothing to predict, or too little in a step.
         """
+        training = documents.training
         share = settings.tokens_per_step // len(training)
         if share < _SHORTEST:
             raise RefusedError(
@@ -57,7 +52,7 @@ class Batches:
             tuple(window for turn in zip_longest(*of_domain) for window in turn if window is not None)
             for of_domain in zip(*domains, strict=True)
         )
-        held = Texts.cut(mixture, held_out, _HELD_OUT_STEPS * share, length, settings.roles)
+        held = Texts.cut(mixture, documents.held_out, _HELD_OUT_STEPS * share, length, settings.roles)
         return cls(texts, held, steps)
 
     def step(self, step: int) -> list[tuple[Window, int]]:

@@ -5,7 +5,7 @@ from typing import Final
 
 import torch
 
-from moemerge.evaluation.running import token_losses
+from moemerge.evaluation.losses import token_losses
 from moemerge.passes.tokens import Window
 from moemerge.routers.scoring import shares
 from moemerge.tuning.student import Student

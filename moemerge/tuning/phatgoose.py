@@ -117,7 +117,7 @@ def _train_all(
         path = _file(context, number)
         if not path.exists():
             model = model or _load(context, base)
-            own = Batches.cut(mixture, *documents.of(name), context.settings)
+            own = Batches.cut(mixture, documents.of(name), context.settings)
             layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
             gates = _train(context, name, model, _ffns(expert, layers, context), own)
             if not all(gate.isfinite().all() for gate in gates.values()):

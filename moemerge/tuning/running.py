@@ -103,7 +103,7 @@ def _check(mixture: MixtureModel, copy: Path | None) -> None:
 
 def _run(context: TuningContext, documents: SplitDocuments, copy: Path | None, *, resume: bool) -> TuningResult:
     mixture, settings, processes = context.mixture, context.settings, context.processes
-    batches = Batches.cut(mixture, *documents, settings)
+    batches = Batches.cut(mixture, documents, settings)
     _check_domains(context, batches)
     phatgoose = settings.method == "phatgoose"
     sources = open_sources(context) if phatgoose else []

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from moemerge.checkpoint import disk, output_folder, staging
 from moemerge.checkpoint.copy import copy_file, write_failure
 from moemerge.checkpoint.disk import allocate, allow_open_files, flush, limit_of
 from moemerge.checkpoint.journal import _remove_all_but
-from moemerge.checkpoint.output_folder import check_limits, check_space, check_target
+from moemerge.checkpoint.output_folder import check_limits, check_scratch, check_space, check_target, check_writable
 from moemerge.checkpoint.staging import locked, staged
 from moemerge.errors import CheckpointError, OutputError, RefusedError
 
@@ -189,6 +190,14 @@ def test_names_that_do_not_serve_are_refused_with_the_cause(tmp_path):
     ):
         with pytest.raises(RefusedError, match=message):
             check_target(tmp_path / name)
+    long = tmp_path / ("a" * 300)
+    for check in (check_writable, partial(check_scratch, sources=[])):
+        with pytest.raises(RefusedError) as caught:
+            check(long)
+        assert str(caught.value) == (
+            f"{long}: its name is too long. While it is written, its name is used with 30 letters more. "
+            "Choose a shorter one."
+        )
     with pytest.raises(OutputError, match="^/proc/x: cannot be written: in /proc no file can be made"):
         check_target(Path("/proc/x"))
     assert {path.name for path in tmp_path.iterdir()} == {"ring", "file"}
@@ -364,6 +373,7 @@ def test_what_lies_beside_complete_shards_is_removed(tmp_path):
     (tmp_path / "additional_chat_templates").mkdir()
     for name in ("model-00001-of-00002.safetensors", "additional_chat_templates/tool.jinja", "merges.txt"):
         (tmp_path / name).write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "additional_chat_templates")
     _remove_all_but(tmp_path, {"model-00001-of-00002.safetensors"})
     assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
 

@@ -79,10 +79,10 @@ def test_routes_shows_the_messages_one_under_the_other(out, chats):
 
 def test_tuning_trains_on_the_messages_that_count(out, chats):
     mixture = open_mixture(out)
-    training, held_out = split_documents(read_domains({"fox": [chats]}), 0)
+    documents = split_documents(read_domains({"fox": [chats]}), 0)
 
     def batches(*roles: str) -> Batches:
-        return Batches.cut(mixture, training, held_out, Settings(roles=roles, steps=2, tokens_per_step=64))
+        return Batches.cut(mixture, documents, Settings(roles=roles, steps=2, tokens_per_step=64))
 
     some, both = batches("assistant"), batches("user", "assistant")
     assert some.training.windows[0].ids == both.training.windows[0].ids

@@ -500,7 +500,7 @@ def context_of(model: Path, settings: Settings) -> TuningContext:
 
 def training_of(model: Path, data, settings: Settings) -> Training:
     context = context_of(model, settings)
-    batches = Batches.cut(context.mixture, *split_documents(read_domains(data), settings.seed), settings)
+    batches = Batches.cut(context.mixture, split_documents(read_domains(data), settings.seed), settings)
     predictions = {}
     if settings.distil:
         predictions = teachers.teach(context, batches, teachers.open_teachers(context, batches, resume=False))
@@ -587,14 +587,14 @@ def test_steps_read_the_tokens_that_they_are_asked_for(out, data):
     documents = split_documents(read_domains(data), 0)
     for asked in (96, 200, 1000):
         settings = Settings(steps=10, tokens_per_step=asked)
-        cut = Batches.cut(open_mixture(out), *documents, settings)
+        cut = Batches.cut(open_mixture(out), documents, settings)
         read = [sum(len(window.ids) for window, _ in cut.step(step)) for step in range(10)]
         assert asked - 3 <= sum(read) / 10 <= asked + 3 * 12
         for step in range(10):
             domains = [domain for _, domain in cut.step(step)]
             assert set(domains[:3]) == {0, 1, 2}  # in turns
     with pytest.raises(RefusedError) as caught:
-        Batches.cut(open_mixture(out), *documents, Settings(tokens_per_step=40))
+        Batches.cut(open_mixture(out), documents, Settings(tokens_per_step=40))
     assert str(caught.value) == (
         "--tokens-per-step: expected 16 or more for each of 3 domains, so at least 48, found 40."
     )
