@@ -26,7 +26,7 @@ class LayerRouting:
     """Share of all positive-prompt tokens that have each expert in their top k; each expert's tokens weigh the same."""
     top_weight: float
     """Mean weight of the first choice."""
-    held_out: float | None = None
+    held_out: tuple[float | None, ...] | None = None
     """Share of tokens whose expert comes first by rows made without the token's document; None without such rows."""
 
     @property
@@ -79,10 +79,13 @@ class RoutingReport:
         return math.fsum(row.top_weight for row in self.layers) / len(self.layers)
 
     @property
-    def held_out(self) -> float | None:
-        """Share of tokens whose expert comes first by rows made without the token's document, averaged over layers."""
+    def held_out(self) -> tuple[float, ...] | None:
+        """Share of each expert's own tokens that choose it first by rows made without the token's document.
+
+        It is averaged over the layers that the expert is in; None where no document could be held out.
+        """
         known = [row.held_out for row in self.layers if row.held_out is not None]
-        return math.fsum(known) / len(known) if known else None
+        return _mean_over_layers(known) if known else None
 
     def warnings(self) -> list[str]:
         """Warnings about experts that are rarely chosen, and about pairs that the router can hardly tell apart."""
