@@ -5,7 +5,6 @@ trained on. Arrow (https://arxiv.org/abs/2405.11157) routes by the first right s
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
@@ -148,7 +147,7 @@ class Labeller:
         if inputs.layer not in self._layers:
             return
         chosen = _evenly(inputs.prompt)
-        states, documents = inputs.states[chosen], inputs.document[chosen].tolist()
+        states = inputs.states[chosen]
         scores = torch.zeros(len(states), len(self._request.experts))
         for expert in self._request.present(inputs.layer):
 
@@ -158,8 +157,10 @@ class Labeller:
             changed = _visit_changes(expert, inputs.layer, self._request, add)
             scores[:, expert] = (scores[:, expert] / changed).clamp_min(torch.finfo(scores.dtype).tiny).log()
             self._seen[expert] += 1
-        for document, count in Counter(documents).items():
-            mean = scores[torch.tensor([own == document for own in documents])].sum(dim=0) / count
+        numbers, place = torch.unique(inputs.document[chosen], return_inverse=True)
+        means = torch.zeros(len(numbers), scores.shape[1]).index_add_(0, place, scores)
+        means /= torch.bincount(place)[:, None]
+        for document, mean in zip(numbers.tolist(), means, strict=True):
             self._scores[document] = self._scores.get(document, torch.zeros_like(mean)) + mean
 
     def labelled(self, prompts: Sequence[EncodedPrompt]) -> tuple[EncodedPrompt, ...]:
