@@ -152,7 +152,7 @@ def _check_settings(method: RouterMethod, settings: Mapping[str, Any], experts: 
             (
                 ("router", "calibration_texts"),
                 f"gate_mode {method.name} uses them for a load_prior alone, which is missing; "
-                "delta_bootstrap is made from them",
+                "without prompts and texts, routers are made from them",
             )
         )
     prior = settings.get("load_prior")
