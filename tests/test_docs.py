@@ -39,7 +39,7 @@ def workplace(tmp_path_factory) -> Path:
 
 
 def test_the_first_config_is_valid_and_short():
-    assert parse_config(blocks("yaml")[0]).gate_mode == "ridge"
+    assert parse_config(blocks("yaml")[0]).gate_mode == "auto"
     assert len(blocks("yaml")[0].splitlines()) <= 12
 
 

@@ -138,27 +138,24 @@ def _origin_of(source: TensorInfo, plan: MergePlan) -> str:
 
 
 def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) -> None:
-    """Print the routing table: which shares of the prompts' tokens each expert gets."""
+    """Print what unseen text says of the routers; with `by_layer`, also how they route the text they were made from."""
     if not report.layers:
+        return
+    console.print(f"{report.on_unseen_text()}.")
+    if not by_layer:
         return
     table = Table("expert", "own prompts", "first choice", "all prompts", box=None, padding=(0, 2, 0, 0))
     for name, *shares in report.rows:
         table.add_row(name, *(f"{share:.1%}" for share in shares))
     console.print(
-        f"Prompt tokens that reach each expert in the top {report.experts_per_token} "
-        f"(chance {report.chance:.0%}; first choice's mean weight {report.top_weight:.2f}):"
+        f"Tokens of the prompts and texts that the routers were made from, which reach each expert in the top "
+        f"{report.experts_per_token} (chance {report.chance:.0%}; first choice's mean weight {report.top_weight:.2f}):"
     )
     console.print(table)
-    if report.held_out is not None:
-        console.print(
-            "Rows made without a document put the right expert first for "
-            f"{report.held_out:.1%} of its tokens, averaged over documents and layers."
-        )
-    if by_layer:
-        layers = Table("layer", *report.experts, "weight", box=None, padding=(0, 2, 0, 0))
-        for row in report.layers:
-            layers.add_row(str(row.layer), *row.shown, f"{row.top_weight:.2f}")
-        console.print(layers)
+    layers = Table("layer", *report.experts, "weight", box=None, padding=(0, 2, 0, 0))
+    for row in report.layers:
+        layers.add_row(str(row.layer), *row.shown, f"{row.top_weight:.2f}")
+    console.print(layers)
 
 
 def print_inspection(console: Console, found: Inspection) -> None:

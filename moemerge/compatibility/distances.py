@@ -151,7 +151,7 @@ def check_deltas(
     config: MergeConfig, base: ModelFolder, folders: Sequence[ModelFolder], distances: Mapping[str, Distance]
 ) -> list[str]:
     """Reasons why methods that read the changes made by fine-tuning cannot read them from the experts' weights."""
-    if not config.method.reads_weights:
+    if not config.method.needs_weights:
         return []
     problems = []
     for number, folder in enumerate(folders):

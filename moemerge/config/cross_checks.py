@@ -106,7 +106,7 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
             missing = f"{mode} needs positive_prompts: text that should be routed to this expert"
         elif "texts" in method.reads and not described[number]:
             missing = f"{mode} needs positive_prompts or positive_texts: what should be routed to this expert"
-        elif gate_mode == AUTO and any_described and not described[number]:
+        elif method.reads_what_there_is and any_described and not described[number]:
             missing = (
                 "has neither positive_prompts nor positive_texts, though others have: give it some, or none to any "
                 "expert, and the weights alone make the routers"
@@ -152,7 +152,7 @@ def _check_settings(method: RouterMethod, settings: Mapping[str, Any], experts: 
             (
                 ("router", "calibration_texts"),
                 f"gate_mode {method.name} uses them for a load_prior alone, which is missing; "
-                "delta_bootstrap is made from them",
+                "without prompts and texts, routers are made from them",
             )
         )
     prior = settings.get("load_prior")

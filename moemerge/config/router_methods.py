@@ -3,7 +3,7 @@
 All other code looks methods up here. A new method is a file in `moemerge.routers` and a row of this table.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args
 
 Material = Literal["prompts", "texts", "unsorted texts", "weights"]
@@ -34,6 +34,11 @@ class RouterMethod:
     solves_for_hidden: bool = False
     """Whether it needs matrices (hidden, hidden) in memory even for little text."""
 
+    reads_what_there_is: bool = False
+    """Whether it does with those of its inputs that there are, beside the weights."""
+    reads_neutral_text: bool = False
+    """Whether it reads moemerge's own neutral text, too."""
+
     @property
     def reads_descriptions(self) -> bool:
         """Whether it needs prompts or texts for every expert."""
@@ -43,6 +48,11 @@ class RouterMethod:
     def reads_weights(self) -> bool:
         """Whether it reads the changes that fine-tuning made to the experts' weights."""
         return "weights" in self.reads
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the weights are all that tells it what an expert is for."""
+        return self.reads_weights and not self.reads_descriptions
 
     @property
     def reads_embeddings(self) -> bool:
@@ -81,6 +91,14 @@ METHODS: Final[dict[str, RouterMethod]] = {
             frozenset({"prompts"}),
             like_mergekit=True,
         ),
+        RouterMethod(
+            "combined",
+            "moemerge.routers.combined:combined_rows",
+            _DESCRIPTIONS | {"unsorted texts", "weights"},
+            _SOLVED,
+            reads_what_there_is=True,
+            reads_neutral_text=True,
+        ),
         RouterMethod("ridge", "moemerge.routers.ridge:ridge_rows", _DESCRIPTIONS, _SOLVED),
         RouterMethod(
             "logistic", "moemerge.routers.logistic:logistic_rows", _DESCRIPTIONS, _SOLVED, solves_for_hidden=True
@@ -97,7 +115,7 @@ METHODS: Final[dict[str, RouterMethod]] = {
     )
 }
 """All methods by name, in the order in which messages list them."""
-_AUTO_CHOICES: Final = ("ridge", "delta_bootstrap", "delta")
+_AUTO: Final = "combined"
 
 
 def canonical_gate_mode(value: Any) -> Any:
@@ -113,7 +131,7 @@ def gate_modes() -> list[str]:
 
 
 def choose_method(gate_mode: Any, *, described: bool, calibrated: bool) -> RouterMethod:
-    """Choose the method that `gate_mode` names; for `auto`, the best one that there is data for.
+    """Choose the method that `gate_mode` names, reduced to the inputs that there are if it can do with less.
 
     An unknown name gives a method that reads nothing and takes no settings.
 
@@ -122,11 +140,14 @@ def choose_method(gate_mode: Any, *, described: bool, calibrated: bool) -> Route
         described: whether every expert has prompts or texts.
         calibrated: whether there are calibration texts.
     """
-    if gate_mode == AUTO:
-        return next(
-            method
-            for method in map(METHODS.__getitem__, _AUTO_CHOICES)
-            if (described or not method.reads_descriptions) and (calibrated or "unsorted texts" not in method.reads)
-        )
-    known = METHODS.get(gate_mode) if isinstance(gate_mode, str) else None
-    return known or RouterMethod(str(gate_mode), "", runs_base=False)
+    name = _AUTO if gate_mode == AUTO else gate_mode
+    method = METHODS.get(name) if isinstance(name, str) else None
+    if method is None:
+        return RouterMethod(str(gate_mode), "", runs_base=False)
+    if not method.reads_what_there_is:
+        return method
+    if described:  # calibration texts serve a load prior alone
+        return replace(method, reads=method.reads - {"unsorted texts"})
+    if calibrated:
+        return replace(method, reads=method.reads - _DESCRIPTIONS)
+    return replace(method, reads=frozenset({"weights"}), settings=method.settings - {"lambda"})

@@ -12,6 +12,8 @@ from moemerge.planning.output import Output
 from moemerge.planning.shape import residual_scales
 
 # With this factor, usual weights of some hundredths come near the smallest numbers of float16.
+# Routers of fewer prompts than this measured clearly worse than of texts.
+_ENOUGH_PROMPTS: Final = 8
 _SMALL_SCALE: Final = 0.01
 # Distance from such weights to the next number: 0.01 / 2**9 in bfloat16, 2**12 in float16, 2**25 in float32.
 _FAINT_NOISE: Final = {"bfloat16": 2e-5, "float16": 2e-6, "float32": 3e-10}
@@ -45,6 +47,21 @@ def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gat
                 f"prompts of shared experts are not used: gate_mode {config.method.name} makes no gate from them"
             )
     return notes
+
+
+def text_advice(config: MergeConfig) -> list[str]:
+    """Advise more text where the routers are made from a few prompts."""
+    counts = [len(expert.positive_prompts) for expert in config.experts]
+    if not config.method.reads_descriptions or any(expert.positive_texts for expert in config.experts):
+        return []
+    if not config.has_descriptions or min(counts) >= _ENOUGH_PROMPTS:
+        return []
+    fewest = counts.index(min(counts))
+    return [
+        f"experts[{fewest}] has {counts[fewest]} prompt{'s' if counts[fewest] > 1 else ''}, which is little to tell an "
+        "expert by: with some thousand tokens of its kind of text in positive_texts, routers measured better "
+        "(docs/routers.md)"
+    ]
 
 
 def output_notes(outputs: Mapping[str, Output], dtype: DType, shared: int) -> list[str]:

@@ -7,7 +7,7 @@ from moemerge.config.schema import MergeConfig
 from moemerge.planning.checking import Checked, Tables, check_models
 from moemerge.planning.layout import Layout, lay_out
 from moemerge.planning.models import Models, open_models
-from moemerge.planning.notes import output_notes
+from moemerge.planning.notes import output_notes, text_advice
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import origins_of
 from moemerge.planning.plan import MergePlan, Remarks
@@ -63,7 +63,7 @@ def plan_merge(
         outputs=MappingProxyType(assembled.outputs),
         layout=layout,
         origins=origins_of(config, models, shape, assembled),
-        remarks=_remarks(shape, checked, assembled, layout),
+        remarks=_remarks(config, shape, checked, assembled, layout),
         compared_bytes=checked.judgement.compared_bytes,
     )
 
@@ -78,11 +78,11 @@ def _fetch(
     return fetch_if_room(models.by_reference, assembled.tables, beside=beside, announce=announce)
 
 
-def _remarks(shape: Shape, checked: Checked, assembled: Assembled, layout: Layout) -> Remarks:
+def _remarks(config: MergeConfig, shape: Shape, checked: Checked, assembled: Assembled, layout: Layout) -> Remarks:
     parts, judgement = assembled.parts, checked.judgement
     output_facts = output_notes(assembled.outputs, assembled.dtype, layout.shared_bytes)
     return Remarks(
         notes=(*checked.notes, *parts.notes, *output_facts),
         warnings=(*shape.choice.warnings, *judgement.warnings),
-        advice=() if judgement.has_strangers else tuple(parts.advice),
+        advice=(*(() if judgement.has_strangers else parts.advice), *text_advice(config)),
     )

@@ -73,7 +73,7 @@ def puts_prompts_into_chats(config: MergeConfig, base: Path, experts: Sequence[S
 
 def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
     """List experts whose FFN width a method cannot compare with the base's, as problems."""
-    if not config.method.reads_weights:
+    if not config.method.needs_weights:
         return []
     return [
         f"experts[{number}]: its FFN has {model.sizes['ffn']} neurons, the base model's {base.sizes['ffn']}, so the "
@@ -105,7 +105,8 @@ def router_reads(
         if is_embeddings or (name.startswith(tuple(layers)) and not name.startswith(never_run)):
             yield tensor
     if config.method.reads_weights:
-        for source in (base, *experts):
+        comparable = [expert for expert in experts if expert.model.sizes["ffn"] == base.model.sizes["ffn"]]
+        for source in (base, *comparable):
             for layer in mixture.moe_layers:
                 yield source.projection(layer, "gate")
                 yield source.projection(layer, "up")

@@ -62,7 +62,8 @@ def compute_routers(
     last = request.mixture.moe_layers[-1] + 1
     passes, done = (2 if method.labels_texts else 1), 0
     if method.labels_texts:
-        asked, done = _label_documents(asked, lambda layer: progress(layer, passes * last)), last
+        labeller = Labeller(asked, relative=method.reads_what_there_is)
+        asked, done = _label_documents(asked, labeller, lambda layer: progress(layer, passes * last)), last
     for inputs in capture_router_inputs(asked):
         new = _rows(method, inputs, asked) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
         rows = new.rows.to(stored_dtype)
@@ -85,10 +86,9 @@ def _rows(method: RouterMethod, inputs: RouterInputs, request: PassRequest) -> L
         ) from error
 
 
-def _label_documents(request: PassRequest, progress: Callable[[int], None]) -> PassRequest:
+def _label_documents(request: PassRequest, labeller: Labeller, progress: Callable[[int], None]) -> PassRequest:
     """Assign each unsorted document of a request to the expert whose weights respond to it most."""
     unsorted = tuple(prompt for prompt in request.prompts if prompt.expert == UNSORTED)
-    labeller = Labeller(request)
     for inputs in capture_router_inputs(replace(request, prompts=unsorted)):
         labeller.read(inputs)
         progress(inputs.layer + 1)

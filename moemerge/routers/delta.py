@@ -55,12 +55,13 @@ def _slope(expert: int, layer: int, mean: torch.Tensor, request: PassRequest) ->
     return torch.nn.functional.normalize(slope, dim=0)
 
 
-def _visit_changes(expert: int, layer: int, request: PassRequest, visit: Callable[[torch.Tensor], None]) -> float:
-    """Call `visit` with the rows of `D`, a block (row, hidden) at a time; return `|D|^2`.
+def measure_change(
+    expert: int, layer: int, request: PassRequest, visit: Callable[[torch.Tensor], None]
+) -> tuple[float, float]:
+    """Call `visit` with some rows of `D` (row, hidden) at a time; return `|D|^2`, and the base's `|W|^2`.
 
     Raises:
         RouterError: weights of the expert or of the base are not finite.
-        RefusedError: there is no change, or one too large for a fine-tune.
     """
     changed = whole = 0.0
     for delta, base in _changes(expert, layer, request):
@@ -69,6 +70,17 @@ def _visit_changes(expert: int, layer: int, request: PassRequest, visit: Callabl
         whole += float(base.square().sum())
     if not math.isfinite(changed + whole):
         raise RouterError(f"experts[{expert}]: {_why_not_finite(expert, layer, request)}")
+    return changed, whole
+
+
+def _visit_changes(expert: int, layer: int, request: PassRequest, visit: Callable[[torch.Tensor], None]) -> float:
+    """Call `visit` with the rows of `D`, a block (row, hidden) at a time; return `|D|^2`.
+
+    Raises:
+        RouterError: weights of the expert or of the base are not finite.
+        RefusedError: there is no change, or one too large for a fine-tune.
+    """
+    changed, whole = measure_change(expert, layer, request, visit)
     if changed > STRANGER**2 * whole:
         raise RefusedError(f"{differs_too_much(expert, layer, (changed / whole) ** 0.5)}.")
     if not changed:
@@ -118,11 +130,13 @@ def _read(tensor: TensorInfo) -> torch.Tensor:
 class Labeller:
     """Labels each unsorted document with the expert whose change responds to it most, layer by layer.
 
-    The score of expert e is the sum over tokens and layers of `log(|D_e z|^2 / |D_e|^2)`.
+    The score of expert e is the mean over tokens and layers of `log(|D_e z|^2 / |D_e|^2)`. Scores of fine-tunes of
+    different kinds differ for all text; with `relative` they are compared by how far they are above their own mean over
+    all documents, in standard deviations.
     """
 
-    def __init__(self, request: PassRequest) -> None:
-        self._request = request
+    def __init__(self, request: PassRequest, *, relative: bool = False) -> None:
+        self._request, self._relative = request, relative
         layers = request.mixture.moe_layers
         self._layers = set(layers[:: max(len(layers) // _SCORED_LAYERS, 1)])
         self._scores: dict[int, torch.Tensor] = {}
@@ -133,7 +147,7 @@ class Labeller:
         if inputs.layer not in self._layers:
             return
         chosen = _evenly(inputs.prompt)
-        states, documents = inputs.states[chosen], inputs.document[chosen].tolist()
+        states = inputs.states[chosen]
         scores = torch.zeros(len(states), len(self._request.experts))
         for expert in self._request.present(inputs.layer):
 
@@ -143,8 +157,11 @@ class Labeller:
             changed = _visit_changes(expert, inputs.layer, self._request, add)
             scores[:, expert] = (scores[:, expert] / changed).clamp_min(torch.finfo(scores.dtype).tiny).log()
             self._seen[expert] += 1
-        for document, score in zip(documents, scores, strict=True):
-            self._scores[document] = self._scores.get(document, torch.zeros_like(score)) + score
+        numbers, place = torch.unique(inputs.document[chosen], return_inverse=True)
+        means = torch.zeros(len(numbers), scores.shape[1]).index_add_(0, place, scores)
+        means /= torch.bincount(place)[:, None]
+        for document, mean in zip(numbers.tolist(), means, strict=True):
+            self._scores[document] = self._scores.get(document, torch.zeros_like(mean)) + mean
 
     def labelled(self, prompts: Sequence[EncodedPrompt]) -> tuple[EncodedPrompt, ...]:
         """Return the prompts, each unsorted one labelled with its expert.
@@ -152,8 +169,10 @@ class Labeller:
         Raises:
             RefusedError: an expert gets no document.
         """
-        means = {document: (score / self._seen).nan_to_num(-math.inf) for document, score in self._scores.items()}
-        label = {document: int(mean.argmax()) for document, mean in means.items()}
+        means = torch.stack([*self._scores.values()]) / self._seen
+        if self._relative and len(means) > 1:
+            means = (means - means.mean(dim=0)) / means.std(dim=0)
+        label = dict(zip(self._scores, means.nan_to_num(-math.inf).argmax(dim=1).tolist(), strict=True))
         counts = [list(label.values()).count(expert) for expert in range(len(self._request.experts))]
         sorted_before = {prompt.expert for prompt in prompts if prompt.positive}
         for expert, count in enumerate(counts):

@@ -10,7 +10,7 @@ from moemerge.routers.scoring import top_weights
 
 
 def route_layer(
-    rows: torch.Tensor, inputs: RouterInputs, request: PassRequest, held_out: float | None = None
+    rows: torch.Tensor, inputs: RouterInputs, request: PassRequest, held_out: tuple[float | None, ...] | None = None
 ) -> LayerRouting:
     """Route one layer's inputs by router rows (expert, hidden), and measure the result."""
     absent = request.absent(inputs.layer)

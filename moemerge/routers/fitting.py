@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
-from moemerge.routers.scaling import calibrated_scale, finish_rows
+from moemerge.routers.scaling import SHARPEST, calibrated_scale, finish_rows
 from moemerge.routers.scoring import fit_scale
 
 # Few tokens are cheap to fit several times, and need every document; many tokens do not.
@@ -42,25 +42,57 @@ class Labelled:
         return Labelled(self.states[chosen], self.targets[chosen], weights, self.regularisation)
 
 
-def fit_rows(inputs: RouterInputs, request: PassRequest, solve: Callable[[Labelled], torch.Tensor]) -> LayerRows:
-    """Make rows by `solve` (labelled tokens -> (expert, hidden)), at a scale calibrated on held-out documents."""
+def fit_rows(
+    inputs: RouterInputs, request: PassRequest, solve: Callable[[Labelled], torch.Tensor], *, calibrated: bool = True
+) -> LayerRows:
+    """Make rows by `solve` (labelled tokens -> (expert, hidden)), and judge them on held-out documents.
+
+    Args:
+        inputs: the layer's router inputs.
+        request: the pass's request.
+        solve: the method.
+        calibrated: whether the scale is calibrated on held-out documents; without it, the scale is the method's own,
+            but no sharper than a calibrated one may be.
+    """
     present = request.present(inputs.layer)
     data, right, folds = _label(inputs, request, present)
     rows = solve(data)
     judged = right >= 0
     states = data.states if judged.all() else data.states[judged]
-    parts = sorted(set(folds.tolist()))
-    if len(parts) > 1:
-        logits = torch.empty(len(data.states), len(present))
-        for fold in parts:
-            held = folds == fold
-            logits[held] = data.states[held] @ solve(data.part(~held)).T
-        scale = calibrated_scale(rows, states, logits[judged], data.targets[judged], data.weights[judged])
-        hits = (logits[judged].argmax(dim=1) == right[judged]).float()
-        held_out = float((hits * data.weights[judged]).sum() / data.weights[judged].sum())
+    logits = _held_out_logits(data, folds, solve)
+    if not calibrated:
+        scale = min(1.0, fit_scale(rows, states, 2, SHARPEST))
+    elif logits is None:
+        scale = fit_scale(rows, states, request.mixture.experts_per_token)
     else:
-        scale, held_out = fit_scale(rows, states, request.mixture.experts_per_token), None
+        scale = calibrated_scale(rows, states, logits[judged], data.targets[judged], data.weights[judged])
+    held_out = None if logits is None else _shares_right(logits[judged], right[judged], request, present)
     return LayerRows(finish_rows(rows * scale, states, inputs, request), held_out)
+
+
+def _held_out_logits(
+    data: Labelled, folds: torch.Tensor, solve: Callable[[Labelled], torch.Tensor]
+) -> torch.Tensor | None:
+    """Logits (token, expert) by rows that were made without the token's document; None where there is one fold."""
+    parts = sorted(set(folds.tolist()))
+    if len(parts) == 1:
+        return None
+    logits = torch.empty(len(data.states), data.targets.shape[1])
+    for fold in parts:
+        held = folds == fold
+        logits[held] = data.states[held] @ solve(data.part(~held)).T
+    return logits
+
+
+def _shares_right(
+    logits: torch.Tensor, right: torch.Tensor, request: PassRequest, present: list[int]
+) -> tuple[float | None, ...]:
+    """For each expert, the share of its tokens for which it has the largest logit; None for absent experts."""
+    hits = (logits.argmax(dim=1) == right).float()
+    shares: list[float | None] = [None] * len(request.mixture.expert_widths)
+    for place, expert in enumerate(present):
+        shares[expert] = float(hits[right == place].mean())
+    return tuple(shares)
 
 
 def _label(

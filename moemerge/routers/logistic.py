@@ -22,18 +22,35 @@ def logistic_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
     return fit_rows(inputs, request, solve)
 
 
-def solve(data: Labelled) -> torch.Tensor:
-    """Fit rows (expert, hidden), centred over the experts."""
+def solve(data: Labelled, start: torch.Tensor | None = None) -> torch.Tensor:
+    """Fit rows (expert, hidden), centred over the experts.
+
+    Args:
+        data: the tokens and their experts.
+        start: rows (expert, hidden) to begin with, and to be drawn towards; zeros without it. Where the tokens say
+            otherwise it may be far from the solution, so that the steps are then accelerated (Nesterov's momentum,
+            as in Beck and Teboulle 2009, SIAM Journal on Imaging Sciences 2).
+    """
     hidden = data.states.shape[1]
     total = float(data.weights.sum())
-    gram = gram_of(data.states, data.weights).div_(total)
+    # A change of rows lies in the span of the states; of few tokens, a basis of it makes the system smaller.
+    basis, states = None, data.states
+    if len(states) < hidden:
+        basis, triangle = torch.linalg.qr(states.T)
+        states = triangle.T
+    gram = gram_of(states, data.weights).div_(total)
     ridge = data.regularisation * float(gram.trace()) / hidden
     bound = (gram * _BOUND).double()
     bound.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(bound)
-    rows = torch.zeros(data.targets.shape[1], hidden)
-    for _ in range(_STEPS):
-        misses = ((data.states @ rows.T).softmax(dim=1) - data.targets) * (data.weights / total)[:, None]
-        slope = misses.T @ data.states + ridge * rows
-        rows -= torch.cholesky_solve(slope.T.double(), factor).float().T
+    offset = 0 if start is None else data.states @ start.T
+    change = torch.zeros(data.targets.shape[1], states.shape[1])
+    ahead = change
+    for step in range(_STEPS):
+        misses = ((offset + states @ ahead.T).softmax(dim=1) - data.targets) * (data.weights / total)[:, None]
+        slope = misses.T @ states + ridge * ahead
+        before, change = change, ahead - torch.cholesky_solve(slope.T.double(), factor).float().T
+        ahead = change if start is None else change + step / (step + 3) * (change - before)
+    rows = change if basis is None else change @ basis.T
+    rows = rows if start is None else start + rows
     return rows - rows.mean(dim=0)

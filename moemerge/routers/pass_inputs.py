@@ -11,7 +11,7 @@ from moemerge.config.schema import RouterSettings
 from moemerge.families.dense import ModelTensors
 from moemerge.families.family import Scoring
 from moemerge.families.mixture import Mixture
-from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
+from moemerge.routers.prompts import NEUTRAL, UNSORTED, EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class RouterInputs:
 
     @cached_property
     def expert(self) -> torch.Tensor:
-        """Expert whose prompt each token is from (token,), or `SHARED` or `UNSORTED`."""
+        """Expert whose prompt each token is from (token,), `SHARED`, `UNSORTED` or `NEUTRAL`."""
         return self._by_token(lambda prompt: prompt.expert)
 
     @cached_property
@@ -81,9 +81,14 @@ class RouterInputs:
         return self.expert == UNSORTED
 
     @property
+    def neutral(self) -> torch.Tensor:
+        """Mask (token,) of the tokens from moemerge's own neutral text."""
+        return self.expert == NEUTRAL
+
+    @property
     def routed(self) -> torch.Tensor:
         """Mask (token,) of the tokens from positive prompts of routed experts."""
-        return self.positive & (self.expert != SHARED) & ~self.unsorted
+        return self.positive & (self.expert >= 0)
 
     def mean(self, expert: int, *, positive: bool) -> torch.Tensor:
         """Compute the mean state (hidden,) of an expert's positive or negative prompt tokens; NaN without any."""
@@ -96,5 +101,5 @@ class LayerRows:
 
     rows: torch.Tensor
     """Rows (expert, hidden) in float32; zeros for absent experts."""
-    held_out: float | None = None
+    held_out: tuple[float | None, ...] | None = None
     """Share of labelled tokens whose expert comes first by rows that were made without the token's document."""

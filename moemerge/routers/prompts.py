@@ -18,6 +18,8 @@ UNSORTED: Final = -2
 # Longer windows would leave fewer documents within a given number of tokens.
 _WINDOW: Final = 512
 # For methods that need any text, where the config has none.
+NEUTRAL: Final = -3
+"""In the place of an expert's number: moemerge's own text, which is for no expert."""
 _ANY_TEXT: Final = (
     "In the morning the train was late again, so Maria read the report that her colleague had sent: sales had grown "
     'by 12.5 % in the third quarter, mostly in the north. "What should we do about the rest?" she asked.',
@@ -33,7 +35,7 @@ class EncodedPrompt:
     """A prompt, or a window of a document, as tokens of the base model."""
 
     expert: int
-    """Number of the expert, `SHARED` or `UNSORTED`."""
+    """Number of the expert, `SHARED`, `UNSORTED` or `NEUTRAL`."""
     positive: bool
     ids: tuple[int, ...]
     """Token ids, with the special tokens that the tokenizer adds."""
@@ -105,7 +107,9 @@ def encode_prompts(
         encoded += reader.texts(
             config.router.calibration_texts, "router.calibration_texts", UNSORTED, positive=True, tokens=tokens
         )
-    if config.method.runs_base and all(prompt.expert == SHARED for prompt in encoded):
+    if config.method.reads_neutral_text:
+        encoded += reader.documents(_ANY_TEXT, NEUTRAL, True, config.router.tokens_per_expert)
+    elif config.method.runs_base and all(prompt.expert == SHARED for prompt in encoded):
         encoded += reader.documents(_ANY_TEXT, UNSORTED, True, config.router.tokens_per_expert)
     return tuple(encoded)
 

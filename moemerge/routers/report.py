@@ -9,6 +9,8 @@ from typing import Final
 _DEAD_FRACTION: Final = 0.1
 # Random routers stray from chance by less than this.
 _CLEARLY_LESS: Final = 0.9
+# An expert is weak that unseen text reaches for less than this share of the way from chance to all of it.
+_WEAK: Final = 0.25
 # |a - b| / (|a| + |b|): 0 for equal rows, 1 for opposite ones; 0.1 is an angle of about 11 degrees.
 _PARALLEL_DISTANCE: Final = 0.1
 
@@ -26,7 +28,7 @@ class LayerRouting:
     """Share of all positive-prompt tokens that have each expert in their top k; each expert's tokens weigh the same."""
     top_weight: float
     """Mean weight of the first choice."""
-    held_out: float | None = None
+    held_out: tuple[float | None, ...] | None = None
     """Share of tokens whose expert comes first by rows made without the token's document; None without such rows."""
 
     @property
@@ -79,10 +81,31 @@ class RoutingReport:
         return math.fsum(row.top_weight for row in self.layers) / len(self.layers)
 
     @property
-    def held_out(self) -> float | None:
-        """Share of tokens whose expert comes first by rows made without the token's document, averaged over layers."""
+    def held_out(self) -> tuple[float, ...] | None:
+        """Share of each expert's own tokens that choose it first by rows made without the token's document.
+
+        It is averaged over the layers that the expert is in; None where no document could be held out.
+        """
         known = [row.held_out for row in self.layers if row.held_out is not None]
-        return math.fsum(known) / len(known) if known else None
+        return _mean_over_layers(known) if known else None
+
+    def on_unseen_text(self) -> str:
+        """Say for each expert how often it is the first choice for its own text that the rows were not made from."""
+        if self.held_out is None:
+            return (
+                "Nothing is known of unseen text: no document could be held out. Give every expert two prompts or "
+                "more, or texts"
+            )
+        chance = self.chance / self.experts_per_token
+        weak = chance + _WEAK * (1 - chance)
+        shares = [
+            f"{name} {share:.0%}" + (" (weak: give it texts, or more prompts)" if share < weak else "")
+            for name, share in zip(self.experts, self.held_out, strict=True)
+        ]
+        return (
+            f"Unseen text: each expert is the first choice for this share of its own tokens, by routers that were made "
+            f"without their document (chance {chance:.0%}): {', '.join(shares)}"
+        )
 
     def warnings(self) -> list[str]:
         """Warnings about experts that are rarely chosen, and about pairs that the router can hardly tell apart."""

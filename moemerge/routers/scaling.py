@@ -1,6 +1,7 @@
 """Scale and finish router rows, by whatever method they were found."""
 
 import math
+from typing import Final
 
 import torch
 
@@ -9,7 +10,7 @@ from moemerge.routers.scoring import even_direction, fit_scale, lowering
 
 # On text that separates experts perfectly, no scale would be sharp enough; and a router that is certain of everything
 # is also certain of text that it has never seen.
-_SHARPEST = 0.99
+SHARPEST: Final = 0.99
 _LOW, _HIGH = 1e-4, 1e4
 _BISECTIONS = 50
 _BALANCINGS = 200
@@ -35,7 +36,7 @@ def calibrated_scale(
         middle = (low * high) ** 0.5
         slope = (weights * (((logits * middle).softmax(dim=1) * logits).sum(dim=1) - wanted)).sum()
         low, high = (middle, high) if slope < 0 else (low, middle)
-    return min(low, fit_scale(rows, states, 2, _SHARPEST))
+    return min(low, fit_scale(rows, states, 2, SHARPEST))
 
 
 def finish_rows(rows: torch.Tensor, states: torch.Tensor, inputs: RouterInputs, request: PassRequest) -> torch.Tensor:

@@ -65,17 +65,19 @@ DATA = "base_model: base\nexperts: [{source_model: a%s}, {source_model: b%s}]\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "method"),
+    ("text", "reads"),
     [
-        (PLAIN, "ridge"),
-        (DATA % (", positive_texts: a.txt", ", positive_prompts: b"), "ridge"),
-        (DATA % ("", "") + "router: {calibration_texts: c.txt}\n", "delta_bootstrap"),
-        (DATA % ("", ""), "delta"),
-        (PLAIN + "gate_mode: hidden\n", "hidden"),
+        (PLAIN, {"weights", "prompts", "texts"}),
+        (DATA % (", positive_texts: a.txt", ", positive_prompts: b"), {"weights", "prompts", "texts"}),
+        (DATA % ("", "") + "router: {calibration_texts: c.txt}\n", {"weights", "unsorted texts"}),
+        (DATA % ("", ""), {"weights"}),
     ],
 )
-def test_auto_takes_the_best_method_that_there_is_data_for(text, method):
-    assert parse_config(text).method.name == method
+def test_auto_reads_what_there_is(text, reads):
+    for given in (text, text + "gate_mode: combined\n"):
+        method = parse_config(given).method
+        assert (method.name, method.reads) == ("combined", reads)
+    assert parse_config(PLAIN + "gate_mode: hidden\n").method.name == "hidden"
 
 
 def test_an_expert_that_nothing_is_said_of_beside_others_is_named():
@@ -91,7 +93,7 @@ def test_an_expert_that_nothing_is_said_of_beside_others_is_named():
 
 def test_settings_that_would_do_nothing_are_refused():
     assert problems(PLAIN + "gate_mode: hidden\nrouter: {lambda: 0.1, load_prior: [1, 2, 3], tokens: 5}\n") == [
-        "line 8: router.lambda: gate_mode hidden does not use it; ridge, logistic, delta_bootstrap do",
+        "line 8: router.lambda: gate_mode hidden does not use it; combined, ridge, logistic, delta_bootstrap do",
         "line 8: router.load_prior: names 3 shares, but there are 2 experts",
         "line 8: router.tokens: unknown key, did you mean tokens_per_expert?",
     ]
@@ -103,8 +105,8 @@ def test_settings_that_would_do_nothing_are_refused():
 
 def test_texts_that_nothing_would_read_are_refused():
     assert problems(PLAIN + "router: {calibration_texts: c.txt}\n") == [
-        "line 7: router.calibration_texts: gate_mode ridge uses them for a load_prior alone, which is missing; "
-        "delta_bootstrap is made from them"
+        "line 7: router.calibration_texts: gate_mode combined uses them for a load_prior alone, which is missing; "
+        "without prompts and texts, routers are made from them"
     ]
     parse_config(PLAIN + "router: {calibration_texts: c.txt, load_prior: [1, 2]}\n")
     text = PLAIN.replace('["one"]', '["one"]\n    positive_texts: a.txt')
@@ -178,7 +180,7 @@ experts:
         "c.yaml: 9 problems:\n"
         "  - line 1: base_model: is missing\n"
         "  - line 1: base_modell: unknown key, did you mean base_model?\n"
-        "  - line 2: gate_mode: expected auto, hidden, mergekit_hidden, ridge, logistic, delta, delta_bootstrap, cheap_embed, random or uniform_random, found 'hiden'; did you mean hidden?\n"
+        "  - line 2: gate_mode: expected auto, hidden, mergekit_hidden, combined, ridge, logistic, delta, delta_bootstrap, cheap_embed, random or uniform_random, found 'hiden'; did you mean hidden?\n"
         "  - line 3: dtype: expected float32, float16 or bfloat16, found 'int8'\n"
         "  - line 4: experts_per_token: each token is to go to 4 experts, but there are only 2: name more experts or lower "
         "experts_per_token\n"

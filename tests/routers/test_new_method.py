@@ -92,13 +92,13 @@ def test_the_configs_problems_know_a_new_method():
 
     assert problems(gate_mode="longest", router={"lambda": 1}, a={"positive_texts": "a.txt"}) == (
         "experts[0].positive_texts: gate_mode longest reads prompts alone; ridge reads texts too",
-        "router.lambda: gate_mode longest does not use it; ridge, logistic, delta_bootstrap do",
+        "router.lambda: gate_mode longest does not use it; combined, ridge, logistic, delta_bootstrap do",
     )
     assert problems(gate_mode="numbered", router={"scale": 2}) == (
-        "router.scale: gate_mode numbered does not use it; hidden, ridge, logistic, delta, delta_bootstrap, longest do",
+        "router.scale: gate_mode numbered does not use it; hidden, combined, ridge, logistic, delta, delta_bootstrap, longest do",
     )
     assert problems(gate_mode="longst") == (
-        "gate_mode: expected auto, hidden, mergekit_hidden, ridge, logistic, delta, delta_bootstrap, cheap_embed, "
+        "gate_mode: expected auto, hidden, mergekit_hidden, combined, ridge, logistic, delta, delta_bootstrap, cheap_embed, "
         "random, uniform_random, longest or numbered, found 'longst'; did you mean longest?",
     )
 
