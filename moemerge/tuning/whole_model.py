@@ -90,7 +90,7 @@ def _part_loader(  # noqa: PLR0917
     gates: Mapping[str, torch.nn.Parameter],
     progress: Callable[[int, int], None],
 ) -> Callable[[int | None], None]:
-    """Make a function that loads a layer by its number, or what is outside all layers for None, frozen but gates."""
+    """Make a function that loads, frozen but for gates, a layer by number, or for None what is outside all layers."""
 
     def load(layer: int | None) -> None:
         names = [name for name in runnable.names(layer) if name not in gates]

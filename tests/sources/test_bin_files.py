@@ -82,7 +82,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as caught:
         read(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / BIN}: cannot be read as weights only (it names '{os.mkdir.__module__}.mkdir', which is no part of "
+        f"{tmp_path / BIN}: cannot be read as weights only (it names '{os.mkdir.__module__}.mkdir', which is not a part of "
         "weights). Convert it to safetensors with a program that you trust."
     )
     assert not Path("pwned").exists()
