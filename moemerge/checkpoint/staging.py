@@ -125,12 +125,11 @@ def staged(
         if not temporary:
             check_target(out, sources, inputs=inputs, replaceable=replaceable)
 
-    target = out.resolve()
+    target, published = out.resolve(), False
     stage = _stage(target)
     if not _replaced(target).is_dir():
         check()
     with locked(stage, out, "writing to"):
-        published = False
         try:
             _restore(target)
             check()

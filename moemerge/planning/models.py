@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 from moemerge.compatibility.checks import check_configs
 from moemerge.config.schema import MergeConfig
@@ -93,4 +92,7 @@ def _name(place: str, folder: ModelFolder) -> str:
 
 
 def _dense(folder: ModelFolder) -> DenseModel:
-    return cast("DenseModel", read_dense(folder.config))  # a problem with it has been refused
+    model = read_dense(folder.config)
+    if isinstance(model, str):  # pragma: no cover  `check_configs` has refused it
+        raise IncompatibleError("These models cannot be merged:", [f"{folder.reference}: {model}"])
+    return model

@@ -81,13 +81,7 @@ def encode_prompts(
         RefusedError: text files are missing or cannot be read, or the chat template does not take a chat.
         SourceError: a data set on the Hub cannot be reached.
     """
-    file = folder / "tokenizer.json"
-    roles = config.router.chat_roles
-    if special_tokens or not file.is_file():
-        # mergekit-moe writes the BOS before each prompt, whether the tokenizer adds one or not.
-        encode = by_transformers(folder, bos_as_text=config.method.like_mergekit, roles=roles)
-    else:
-        encode = by_tokenizers(file, roles)
+    encode = _encoder(folder, config, special_tokens=special_tokens)
     named: list[tuple[str, int, Expert]] = [(f"experts[{e}]", e, expert) for e, expert in enumerate(config.experts)]
     if shared_gate:
         named += [(f"shared_experts[{number}]", SHARED, expert) for number, expert in enumerate(config.shared_experts)]
@@ -96,12 +90,7 @@ def encode_prompts(
         encode, max_tokens, config.router, seed, in_context=special_tokens, in_chats=special_tokens and chat_prompts
     )
     for name, number, expert in named:
-        for sign in ("positive", "negative"):
-            prompts: list[Document] = getattr(expert, f"{sign}_prompts")
-            encoded += reader.prompts(prompts, f"{name}.{sign}_prompts", number, positive=sign == "positive")
-            if not prompts_only:
-                patterns: list[str] = getattr(expert, f"{sign}_texts")
-                encoded += reader.texts(patterns, f"{name}.{sign}_texts", number, positive=sign == "positive")
+        encoded += reader.description(expert, name, number, prompts_only=prompts_only)
     if not prompts_only:
         tokens = config.router.tokens_per_expert * len(config.experts)
         encoded += reader.texts(
@@ -114,6 +103,15 @@ def encode_prompts(
     return tuple(encoded)
 
 
+def _encoder(folder: Path, config: MergeConfig, *, special_tokens: bool) -> Encode:
+    """Open the base's tokenizer, by transformers where that is needed."""
+    file, roles = folder / "tokenizer.json", config.router.chat_roles
+    if not special_tokens and file.is_file():
+        return by_tokenizers(file, roles)
+    # mergekit-moe writes the BOS before each prompt, whether the tokenizer adds one or not.
+    return by_transformers(folder, bos_as_text=config.method.like_mergekit, roles=roles)
+
+
 class _Reader:
     """Turns prompts and texts into tokens, and numbers their documents."""
 
@@ -122,6 +120,15 @@ class _Reader:
     ) -> None:
         self._encode, self._max_tokens, self._settings, self._seed = encode, max_tokens, settings, seed
         self._in_context, self._in_chats, self._documents = in_context, in_chats, 0
+
+    def description(self, expert: Expert, place: str, number: int, *, prompts_only: bool) -> Iterator[EncodedPrompt]:
+        """Yield what a config says of an expert: its prompts, and unless `prompts_only` its texts."""
+        for sign in ("positive", "negative"):
+            prompts: list[Document] = getattr(expert, f"{sign}_prompts")
+            yield from self.prompts(prompts, f"{place}.{sign}_prompts", number, positive=sign == "positive")
+            if not prompts_only:
+                patterns: list[str] = getattr(expert, f"{sign}_texts")
+                yield from self.texts(patterns, f"{place}.{sign}_texts", number, positive=sign == "positive")
 
     def prompts(
         self, prompts: Sequence[Document], place: str, expert: int, *, positive: bool

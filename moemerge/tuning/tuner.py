@@ -26,7 +26,7 @@ def tune(
     Under `accelerate launch` every process calls it; the first one writes.
 
     Args:
-        folder: the folder of the merged model.
+        folder: the merged model.
         data: files, folders or patterns of documents, by domain. A domain with an expert's name is that expert's.
         settings: the options of the training.
         copy: a folder for the whole model with its new gates, instead of `folder`.
@@ -36,7 +36,7 @@ def tune(
         announce: called with lines for the user who waits.
 
     Returns:
-        The result; None where an earlier run had only to move its finished files, which is done now.
+        The result; None if only an earlier run's finished files had to be moved.
 
     Raises:
         SourceError: there is no such model.
@@ -51,13 +51,6 @@ def tune(
     from moemerge.tuning.running import run  # imports torch, transformers and accelerate
 
     found = run(
-        folder,
-        documents,
-        settings,
-        copy=copy,
-        device=device,
-        resume=resume,
-        progress=progress,
-        announce=announce,
+        folder, documents, settings, copy=copy, device=device, resume=resume, progress=progress, announce=announce
     )
     return found and replace(found, notes=(*found.notes, *revision_notes(data)))

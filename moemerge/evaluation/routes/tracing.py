@@ -55,18 +55,22 @@ def trace(
         progress=progress,
         chosen=lambda choice: kept[choice.window].update({choice.layer: choice}),
     )
-    traced = []
-    for name, window, tokens_of, choices in zip(texts, windows, pieces, kept, strict=True):
-        counted = np.array(window.counted)
-        traced.append(
-            TracedText(
-                name,
-                tokens_of,
-                np.stack([choices[layer].experts.numpy()[counted] for layer in layers]),
-                np.stack([choices[layer].weights.numpy()[counted] for layer in layers]),
-            )
-        )
-    return Routes(Path(folder).resolve().name, mixture.experts, tuple(layers), tuple(traced))
+    traced = tuple(
+        _traced(name, tokens_of, window, [choices[layer] for layer in layers])
+        for name, tokens_of, window, choices in zip(texts, pieces, windows, kept, strict=True)
+    )
+    return Routes(Path(folder).resolve().name, mixture.experts, tuple(layers), traced)
+
+
+def _traced(name: str, tokens: tuple[str, ...], window: Window, choices: Sequence[Choice]) -> TracedText:
+    """Put a text's tokens together with the choices of each layer, without those of special tokens."""
+    counted = np.array(window.counted)
+    return TracedText(
+        name,
+        tokens,
+        np.stack([choice.experts.numpy()[counted] for choice in choices]),
+        np.stack([choice.weights.numpy()[counted] for choice in choices]),
+    )
 
 
 def _split(tokenizer: object, text: str) -> tuple[list[int], list[int], list[str]]:
