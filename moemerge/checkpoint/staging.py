@@ -172,7 +172,9 @@ def _room(path: Path) -> int:
 def _failure(out: Path, error: OSError) -> OutputError:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return write_failure(out, error)
-    return OutputError(f"{error.filename or out}: {error.strerror or error}.")
+    return OutputError(
+        f"{error.filename or out}: {error.strerror or error}. Choose another output folder, or make way there."
+    )
 
 
 def _prepare(stage: Path, *, resume: bool) -> None:

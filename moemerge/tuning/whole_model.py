@@ -66,7 +66,7 @@ def load_whole(  # noqa: PLR0917
     """
     model = empty_model(runnable.model_type, runnable.keys, device, head=True, dtype=dtype)
     holders = {name: _place(model, name, gate) for name, gate in gates.items()}
-    load = _part_loader(runnable, model, device, dtype, gates, progress)
+    load = _part_loader(runnable, model, device=device, dtype=dtype, gates=gates, progress=progress)
     load(None)
     _complete_head(model)
     if device.type == "cpu" and hasattr(model, "set_experts_implementation"):
@@ -82,9 +82,10 @@ def load_whole(  # noqa: PLR0917
     return model, holders
 
 
-def _part_loader(  # noqa: PLR0917
+def _part_loader(
     runnable: Runnable,
     model: Any,
+    *,
     device: torch.device,
     dtype: torch.dtype,
     gates: Mapping[str, torch.nn.Parameter],

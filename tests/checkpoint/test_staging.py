@@ -383,7 +383,7 @@ def test_a_lock_that_cannot_be_made_is_said_of_the_output(tmp_path):
     out = tmp_path / "file" / "out"
     with pytest.raises(OutputError) as caught, locked(out, out, "writing"):
         pass
-    assert str(caught.value) == f"{tmp_path / 'file'}: File exists."
+    assert str(caught.value) == f"{tmp_path / 'file'}: File exists. Choose another output folder, or make way there."
 
 
 def test_outside_the_main_thread_no_signal_is_held_back(tmp_path):
