@@ -121,10 +121,10 @@ def test_hooks_before_a_commit_run_what_make_lint_runs():
     assert [hook["entry"] for hook in hooks] == lint.replace("$(BIN)", ".venv/bin").replace("\t", "").splitlines()
 
 
-def test_ten_questions_have_an_answer_each():
+def test_questions_have_an_answer_each():
     section = (ROOT / "docs" / "design.md").read_text().partition("## Where is what?")[2]
     rows = re.findall(r"^\| ([^|]+\?) \| ([^|]+) \|$", section, re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) >= 10
     for question, answer in rows:
         assert re.search(r"`[\w/]+(\.py|/)`", answer), question
 
