@@ -13,7 +13,7 @@ from moemerge.compatibility.distances import check_deltas, distance_notes, dista
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import CheckpointError
 from moemerge.families.dense import DenseModel, ModelTensors
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.sources.local import resolve_file
 from moemerge.sources.model_folder import ModelFolder
 

@@ -22,7 +22,7 @@ class RouterMethod:
     name: str
     """The value of `gate_mode`."""
     function: str
-    """`module:function`, imported when routers are made and not before: see `moemerge.routers.method_functions`."""
+    """`module:function`, imported when routers are made and not before: see `moemerge.routers.method_lookup`."""
     reads: frozenset[Material] = frozenset()
     settings: frozenset[Setting] = frozenset()
     runs_base: bool = True

@@ -15,7 +15,7 @@ from typing import Final
 
 from moemerge.engines import ENGINES, Engine
 from moemerge.families.dense import NON_LLAMA_FACTS, ROPES, DenseModel
-from moemerge.families.mixture import ASKED, Mixture
+from moemerge.families.mixture_shape import ASKED, Mixture
 
 MAIN: Final[tuple[Engine, ...]] = ("transformers", "vllm", "llamacpp")
 """Engines that count most in the choice of a family that nobody asked for."""

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 
 from moemerge.dtypes import DType
 from moemerge.families.dense import NON_LLAMA_FACTS, Axes, DenseModel, Role
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 
 Names = Mapping[str, tuple[Role, ...]]
 """Tensors within a layer, each with the FFN projections that it holds, stacked in this order.

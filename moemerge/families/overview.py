@@ -8,7 +8,7 @@ from moemerge.engines import ENGINES
 from moemerge.families.dense import DENSE_FAMILIES, NON_LLAMA_FACTS, DenseFamily, DenseModel, read_dense
 from moemerge.families.engines import readings
 from moemerge.families.family import MoeFamily
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.families.selection import MOE_FAMILIES
 
 _SIZES: Final = {

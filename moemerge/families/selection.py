@@ -11,7 +11,7 @@ from moemerge.families.engines import MAIN, Trouble, facts_of, right_in, trouble
 from moemerge.families.family import MoeFamily
 from moemerge.families.granite_moe import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
 from moemerge.families.mixtral import MIXTRAL
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.families.qwen_moe import MELLUM, QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE
 from moemerge.families.siblings import COHERE2_MOE, ERNIE4_5_MOE, FLEX_OLMO, GEMMA4_MOE, HUNYUAN_V1_MOE, LFM2_MOE
 

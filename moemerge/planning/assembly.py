@@ -10,7 +10,7 @@ from moemerge.dtypes import HeaderDType
 from moemerge.families.dense import ModelTensors, Role
 from moemerge.families.family import SWITCHED_OFF, Extra, MoeFamily, separate
 from moemerge.families.layer_names import layer_prefix
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.planning.output import Computed, Output
 
 _USUAL_FFN: Final = separate("mlp")

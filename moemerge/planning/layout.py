@@ -6,8 +6,8 @@ from pathlib import Path
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.dtypes import HEADER_DTYPES, bytes_of
+from moemerge.planning.assembled import Assembled
 from moemerge.planning.options import PlanOptions
-from moemerge.planning.tensors import Assembled
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from moemerge.checkpoint.files import File, Stamp, fingerprint_of, size_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import CheckpointError
+from moemerge.planning.assembled import Assembled
 from moemerge.planning.models import Models
 from moemerge.planning.output import Output
 from moemerge.planning.router_sources import router_reads
 from moemerge.planning.shape import Shape
-from moemerge.planning.tensors import Assembled
 
 # The fields of a stamp, in words.
 _STAMPED: Final = {

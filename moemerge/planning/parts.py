@@ -8,7 +8,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import HeaderDType
 from moemerge.families.dense import DenseModel, ModelTensors
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.planning.norm_folding import fold_norms
 from moemerge.planning.shared_weights import can_share, share_weights
 

@@ -14,7 +14,7 @@ from moemerge.dtypes import DType
 from moemerge.engines import Engine
 from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.family import MoeFamily
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.planning.estimates import peak_memory_bytes
 from moemerge.planning.layout import Layout
 from moemerge.planning.models import Models

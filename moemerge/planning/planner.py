@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
 from moemerge.config.schema import MergeConfig
+from moemerge.planning.assembled import Assembled, assemble
 from moemerge.planning.checking import Checked, Tables, check_models
 from moemerge.planning.layout import Layout, lay_out
 from moemerge.planning.models import Models, open_models
@@ -12,7 +13,6 @@ from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import origins_of
 from moemerge.planning.plan import MergePlan, Remarks
 from moemerge.planning.shape import Shape, shape_of
-from moemerge.planning.tensors import Assembled, assemble
 from moemerge.sources.model_folder import ModelFolder, fetch_if_room, read_tensor_tables
 
 

@@ -9,7 +9,7 @@ from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError
 from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.layer_names import layer_prefix
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.passes.chats import has_chat_template, no_template
 from moemerge.texts.documents import find_files, read_documents
 

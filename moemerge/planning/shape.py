@@ -8,7 +8,7 @@ from moemerge.config.schema import Expert, MergeConfig
 from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DenseModel
 from moemerge.families.family import MoeFamily
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.families.selection import Choice, select_family
 from moemerge.planning.models import Models, refuse
 from moemerge.planning.options import PlanOptions

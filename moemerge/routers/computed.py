@@ -12,7 +12,7 @@ from moemerge.passes.device import find_device, memory_watched
 from moemerge.routers.delta import Labeller
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.hidden import shared_gate_row
-from moemerge.routers.method_functions import rows_from_pass
+from moemerge.routers.method_lookup import rows_from_pass
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.report import LayerRouting

@@ -9,7 +9,7 @@ import numpy as np
 
 from moemerge.checkpoint.numbers import float32_of, stored_bytes
 from moemerge.errors import RefusedError, RouterError
-from moemerge.routers.method_functions import rows_without_pass
+from moemerge.routers.method_lookup import rows_without_pass
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
 from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import row_distances

@@ -10,7 +10,7 @@ import torch
 from moemerge.config.schema import RouterSettings
 from moemerge.families.dense import ModelTensors
 from moemerge.families.family import Scoring
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.routers.prompts import NEUTRAL, UNSORTED, EncodedPrompt
 
 

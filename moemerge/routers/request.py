@@ -7,7 +7,7 @@ from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import DType
 from moemerge.families.dense import ModelTensors
 from moemerge.families.family import Scoring
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 
 
 @dataclass(frozen=True)

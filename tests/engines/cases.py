@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from moemerge.families.dense import DenseModel, read_dense
 from moemerge.families.engines import facts_of
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.families.selection import MOE_FAMILIES
 from tests.support.families import LLAMA3, MINISTRAL3, MIXED, WINDOWS, YARN
 

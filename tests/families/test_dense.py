@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moemerge.families.dense import DENSE_FAMILIES, DenseModel, read_dense
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.families.selection import MOE_FAMILIES
 from tests.support.families import DENSE
 from tests.support.models import SIZES

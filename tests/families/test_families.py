@@ -12,7 +12,7 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.checks.inspection import inspect_checkpoint
 from moemerge.checks.verification import verify_merge
 from moemerge.families.dense import DENSE_FAMILIES, read_dense
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.families.overview import family_rows
 from moemerge.families.selection import MOE_FAMILIES
 from tests.support.families import DENSE, mixtures, reference, wrong_in_v4

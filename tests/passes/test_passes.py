@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from moemerge.families.dense import DENSE_FAMILIES, ModelTensors, read_dense
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.passes import decoder, device, proving
 from moemerge.passes.tokens import read_tokenizer_config
 from moemerge.routers import streamed_pass

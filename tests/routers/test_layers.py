@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.planning.options import PlanOptions
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers

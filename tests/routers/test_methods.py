@@ -19,11 +19,11 @@ from moemerge.config.loading import parse_config
 from moemerge.config.router_methods import METHODS
 from moemerge.config.schema import RouterSettings
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.planning.options import PlanOptions
 from moemerge.routers import fitting, logistic, regression
 from moemerge.routers.initialisation import init_routers
-from moemerge.routers.method_functions import rows_from_pass
+from moemerge.routers.method_lookup import rows_from_pass
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.scoring import top_weights

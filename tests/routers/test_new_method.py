@@ -12,7 +12,7 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.cli.render import plan_facts
 from moemerge.config.router_methods import METHODS, RouterMethod
 from moemerge.errors import ConfigError
-from moemerge.routers.method_functions import rows_from_pass, rows_without_pass
+from moemerge.routers.method_lookup import rows_from_pass, rows_without_pass
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.request import RouterRequest

@@ -25,7 +25,7 @@ from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
-from moemerge.families.mixture import Mixture
+from moemerge.families.mixture_shape import Mixture
 from moemerge.merging.options import MergeOptions
 from moemerge.passes.quantised import quantise_weight
 from moemerge.planning.options import PlanOptions

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from moemerge.families.dense import DenseModel
 from moemerge.families.engines import Trouble, facts_of, trouble_of
-from moemerge.families.mixture import Mixture as Shape
+from moemerge.families.mixture_shape import Mixture as Shape
 from moemerge.planning.plan import MergePlan
 from tests.support.models import load
 
