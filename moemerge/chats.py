@@ -12,6 +12,10 @@ COUNTED_ROLES: Final[tuple[Role, ...]] = ("user", "assistant")
 """Roles whose messages count in statistics unless something else is asked for."""
 CHAT_KEYS: Final = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 """Keys of records that are chats, in the order in which they are looked for; `input` may stand beside `instruction`."""
+RECORD_KEYS: Final = (*(key for keys in CHAT_KEYS for key in keys), "input")
+"""All keys of records that are read of chats."""
+MESSAGE_KEYS: Final = ("role", "content", "from", "value")
+"""Keys of messages that are read."""
 Place = tuple[int | str, ...]
 """Keys and indices that lead to a value."""
 # https://github.com/lm-sys/FastChat and its data call the roles so, under the key `from`.

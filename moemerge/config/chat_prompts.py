@@ -2,14 +2,21 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Final
+from typing import Any
 
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from moemerge.chats import CHAT_KEYS, MOST_MESSAGES, Chat, ChatError, Document, Place, chat_keys, read_chat
-
-_KEYS: Final = [*dict.fromkeys(key for keys in CHAT_KEYS for key in keys), "input"]
-_MESSAGE_KEYS: Final = ("role", "content", "from", "value")
+from moemerge.chats import (
+    MESSAGE_KEYS,
+    MOST_MESSAGES,
+    RECORD_KEYS,
+    Chat,
+    ChatError,
+    Document,
+    Place,
+    chat_keys,
+    read_chat,
+)
 
 
 def read_prompt(value: Any) -> Document:
@@ -53,10 +60,10 @@ def prompt_problems(value: Any) -> list[tuple[Place, str]]:
 
 def _unknown_keys(chat: Mapping[Any, Any]) -> list[tuple[Place, str]]:
     """Keys that a data set may have, but that mean nothing in a config."""
-    named: list[tuple[Place, Any, Any]] = [((str(key),), key, _KEYS) for key in chat]
+    named: list[tuple[Place, Any, Any]] = [((str(key),), key, RECORD_KEYS) for key in chat]
     for key in ("messages", "conversations"):
         for number, message in enumerate(chat.get(key) or ()):
-            named += [((key, number, str(name)), name, _MESSAGE_KEYS) for name in message]
+            named += [((key, number, str(name)), name, MESSAGE_KEYS) for name in message]
     problems: list[tuple[Place, str]] = []
     for place, key, known in named:
         if key not in known:

@@ -45,17 +45,30 @@ def delta_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
 
 
 def _slope(expert: int, layer: int, mean: torch.Tensor, request: PassRequest) -> torch.Tensor:
-    """Compute `D'D m` (hidden,) at length 1."""
+    """Compute `D'D m` (hidden,) at length 1; see `_check_change` for refusals."""
+    slope, changed, whole = response_slope(expert, layer, mean, request)
+    _check_change(expert, layer, changed, whole)
+    return torch.nn.functional.normalize(slope, dim=0)
+
+
+def response_slope(
+    expert: int, layer: int, mean: torch.Tensor, request: PassRequest
+) -> tuple[torch.Tensor, float, float]:
+    """Compute `D'D m` (hidden,) with `|D|^2` and the base's `|W|^2`, whatever the change says.
+
+    Raises:
+        RouterError: weights of the expert or of the base are not finite.
+    """
     slope = torch.zeros_like(mean)
 
     def add(delta: torch.Tensor) -> None:
         slope.add_(delta.T @ (delta @ mean))
 
-    _visit_changes(expert, layer, request, add)
-    return torch.nn.functional.normalize(slope, dim=0)
+    changed, whole = _visit_changes(expert, layer, request, add)
+    return slope, changed, whole
 
 
-def measure_change(
+def _visit_changes(
     expert: int, layer: int, request: PassRequest, visit: Callable[[torch.Tensor], None]
 ) -> tuple[float, float]:
     """Call `visit` with some rows of `D` (row, hidden) at a time; return `|D|^2`, and the base's `|W|^2`.
@@ -73,14 +86,12 @@ def measure_change(
     return changed, whole
 
 
-def _visit_changes(expert: int, layer: int, request: PassRequest, visit: Callable[[torch.Tensor], None]) -> float:
-    """Call `visit` with the rows of `D`, a block (row, hidden) at a time; return `|D|^2`.
+def _check_change(expert: int, layer: int, changed: float, whole: float) -> None:
+    """Refuse a change, by `|D|^2` and the base's `|W|^2`, that says nothing of what the expert is for.
 
     Raises:
-        RouterError: weights of the expert or of the base are not finite.
         RefusedError: there is no change, or one too large for a fine-tune.
     """
-    changed, whole = measure_change(expert, layer, request, visit)
     if changed > STRANGER**2 * whole:
         raise RefusedError(f"{differs_too_much(expert, layer, (changed / whole) ** 0.5)}.")
     if not changed:
@@ -88,7 +99,6 @@ def _visit_changes(expert: int, layer: int, request: PassRequest, visit: Callabl
             f"experts[{expert}]: its FFN is the base model's own in layer {layer}, so its weights do not say what it "
             "is for. Give the experts prompts and choose gate_mode ridge."
         )
-    return changed
 
 
 def _why_not_finite(expert: int, layer: int, request: PassRequest) -> str:
@@ -154,7 +164,8 @@ class Labeller:
             def add(delta: torch.Tensor, score: torch.Tensor = scores[:, expert]) -> None:
                 score += (states @ delta.T).square().sum(dim=1)
 
-            changed = _visit_changes(expert, inputs.layer, self._request, add)
+            changed, whole = _visit_changes(expert, inputs.layer, self._request, add)
+            _check_change(expert, inputs.layer, changed, whole)
             scores[:, expert] = (scores[:, expert] / changed).clamp_min(torch.finfo(scores.dtype).tiny).log()
             self._seen[expert] += 1
         numbers, place = torch.unique(inputs.document[chosen], return_inverse=True)

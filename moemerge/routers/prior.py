@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from moemerge.compatibility.distances import STRANGER
-from moemerge.routers.delta import measure_change
+from moemerge.routers.delta import response_slope
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import SHARED
 from moemerge.routers.scoring import even_direction
@@ -45,12 +45,7 @@ def neutral_states(inputs: RouterInputs) -> torch.Tensor:
 
 def _response(expert: int, layer: int, mean: torch.Tensor, request: PassRequest) -> torch.Tensor:
     """Half the slope (hidden,) of `|D z|^2 / |D|^2` at `mean`: `D'D m / |D|^2`."""
-    slope = torch.zeros_like(mean)
     if request.experts[expert].model.sizes["ffn"] != request.base.model.sizes["ffn"]:
-        return slope
-
-    def add(delta: torch.Tensor) -> None:
-        slope.add_(delta.T @ (delta @ mean))
-
-    changed, whole = measure_change(expert, layer, request, add)
+        return torch.zeros_like(mean)
+    slope, changed, whole = response_slope(expert, layer, mean, request)
     return slope / changed if 0 < changed <= STRANGER**2 * whole else torch.zeros_like(slope)

@@ -17,9 +17,9 @@ UNSORTED: Final = -2
 """Stands for text that is not sorted by expert, in place of an expert's number."""
 # Longer windows would leave fewer documents within a given number of tokens.
 _WINDOW: Final = 512
-# For methods that need any text, where the config has none.
 NEUTRAL: Final = -3
 """In the place of an expert's number: moemerge's own text, which is for no expert."""
+# For methods that need any text: beside the config's, or where it has none.
 _ANY_TEXT: Final = (
     "In the morning the train was late again, so Maria read the report that her colleague had sent: sales had grown "
     'by 12.5 % in the third quarter, mostly in the north. "What should we do about the rest?" she asked.',

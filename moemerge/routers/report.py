@@ -110,8 +110,7 @@ class RoutingReport:
     def warnings(self) -> list[str]:
         """Warnings about experts that are rarely chosen, and about pairs that the router can hardly tell apart."""
         found = []
-        shares = zip(self.experts, self.hit_rate, self.top1_accuracy, self.load, strict=True) if self.layers else ()
-        for name, hit_rate, top1, load in shares:
+        for name, hit_rate, top1, load in self.rows if self.layers else ():
             if load < _DEAD_FRACTION * self.chance:
                 found.append(f"expert {name} is almost never chosen: {load:.1%} of the prompts' tokens reach it")
             elif top1 < _DEAD_FRACTION / len(self.experts):

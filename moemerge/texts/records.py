@@ -3,13 +3,25 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from moemerge.chats import CHAT_KEYS, Chat, ChatError, Document, chat_keys, read_chat, shown, shown_problem
+from moemerge.chats import (
+    CHAT_KEYS,
+    MESSAGE_KEYS,
+    RECORD_KEYS,
+    Chat,
+    ChatError,
+    Document,
+    chat_keys,
+    read_chat,
+    shown,
+    shown_problem,
+)
 from moemerge.errors import RefusedError
 
 _TEXT: Final = "text"
-KEYS: Final = (_TEXT, "input", *(key for keys in CHAT_KEYS for key in keys))
+KEYS: Final = (_TEXT, *RECORD_KEYS)
 """Keys of a record that are read."""
-_MESSAGE_KEYS: Final = frozenset({"role", "content", "from", "value", "type"})
+# Contents may be parts, each with a type.
+_KEPT_KEYS: Final = frozenset({*KEYS, *MESSAGE_KEYS, "type"})
 _FORMS: Final = ", ".join(" and ".join(keys) for keys in ((_TEXT,), *CHAT_KEYS))
 _MOST_SHOWN: Final = 12
 
@@ -69,5 +81,5 @@ def _all_whole(value: Any) -> Any:
     if isinstance(value, str):
         return _whole_letters(value)
     if isinstance(value, Mapping):
-        return {key: _all_whole(held) for key, held in value.items() if key in KEYS or key in _MESSAGE_KEYS}
+        return {key: _all_whole(held) for key, held in value.items() if key in _KEPT_KEYS}
     return [_all_whole(held) for held in value] if isinstance(value, list) else value
