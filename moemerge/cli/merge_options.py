@@ -1,6 +1,7 @@
 """Options of the main command, in groups, in the order in which its help lists them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -78,6 +79,13 @@ class RouterOptions:
     device: Annotated[
         str, typer.Option(help="Device that runs the base model for the routers: auto, cpu, cuda, cuda:1 or mps.")
     ] = "auto"
+    keep_states: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keep there what the base model makes of each text; the next merge runs it over new text alone.",
+        ),
+    ] = None
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False
 

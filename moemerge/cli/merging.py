@@ -195,6 +195,7 @@ def _merge_options(output: OutputOptions, reading: ReadingOptions, routers: Rout
         seed=routers.seed,
         device=routers.device,
         base_bits=_base_bits(routers),
+        kept_states=routers.keep_states,
     )
 
 

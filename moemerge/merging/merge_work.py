@@ -116,6 +116,7 @@ class Work:
             device=options.device,
             base_bits=options.base_bits,
             low_memory=options.low_memory,
+            kept_states=options.kept_states,
             progress=progress,
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Stage = Literal["routers", "weights"]
@@ -28,5 +29,7 @@ class MergeOptions:
     """Device that runs the base model's layers for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
     base_bits: Literal[4, 8] | None = None
     """Bits of the base model's Linear weights while it runs for the routers, by bitsandbytes; None for all of them."""
+    kept_states: Path | None = None
+    """Folder that keeps the base model's router inputs from one merge to the next."""
     licence: str | None = None
     """Licence of the merged model, for its card; None for the one that its sources' cards agree on, if they do."""

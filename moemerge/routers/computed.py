@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,13 +13,13 @@ from moemerge.passes.device import find_device, memory_watched
 from moemerge.routers.delta import Labeller
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.hidden import shared_gate_row
+from moemerge.routers.kept_states import router_inputs
 from moemerge.routers.method_lookup import rows_from_pass
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.report import LayerRouting
 from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import Rows
-from moemerge.routers.streamed_pass import capture_router_inputs
 
 
 @memory_watched(
@@ -34,6 +35,7 @@ def compute_routers(
     progress: Callable[[int, int], None],
     base_bits: Literal[4, 8] | None,
     low_memory: bool,
+    kept_states: Path | None,
 ) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:
     """Compute each layer's rows (expert, hidden) and gate (1, hidden) as stored bytes, and the routing of the prompts.
 
@@ -56,6 +58,7 @@ def compute_routers(
         entering=method.like_mergekit,
         base_bits=base_bits,
         low_memory=low_memory,
+        kept_states=kept_states,
     )
     stored_dtype: torch.dtype = getattr(torch, request.dtype)
     layers, gates, routings = {}, {}, []
@@ -64,7 +67,7 @@ def compute_routers(
     if method.labels_texts:
         labeller = Labeller(asked, relative=method.reads_what_there_is)
         asked, done = _label_documents(asked, labeller, lambda layer: progress(layer, passes * last)), last
-    for inputs in capture_router_inputs(asked):
+    for inputs in router_inputs(asked):
         new = _rows(method, inputs, asked) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
         rows = new.rows.to(stored_dtype)
         layers[inputs.layer] = _bytes(rows)
@@ -89,7 +92,7 @@ def _rows(method: RouterMethod, inputs: RouterInputs, request: PassRequest) -> L
 def _label_documents(request: PassRequest, labeller: Labeller, progress: Callable[[int], None]) -> PassRequest:
     """Assign each unsorted document of a request to the expert whose weights respond to it most."""
     unsorted = tuple(prompt for prompt in request.prompts if prompt.expert == UNSORTED)
-    for inputs in capture_router_inputs(replace(request, prompts=unsorted)):
+    for inputs in router_inputs(replace(request, prompts=unsorted)):
         labeller.read(inputs)
         progress(inputs.layer + 1)
     return replace(request, prompts=labeller.labelled(request.prompts))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -36,6 +37,7 @@ def init_routers(
     progress: Callable[[int, int], None],
     base_bits: Literal[4, 8] | None = None,
     low_memory: bool = False,
+    kept_states: Path | None = None,
 ) -> Routers:
     """Compute the routers of a merge and the table of what they do with its prompts.
 
@@ -46,6 +48,7 @@ def init_routers(
         progress: called with the number of layers done, and of all layers.
         base_bits: bits of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
         low_memory: whether to read no weights ahead.
+        kept_states: folder that keeps router inputs from one merge to the next.
 
     Raises:
         RouterError: the tokenizer, the prompts or the device cannot be used.
@@ -60,7 +63,14 @@ def init_routers(
         from moemerge.routers.computed import compute_routers
 
         layers, gates, routings = compute_routers(
-            request, made, seed=seed, device=device, progress=progress, base_bits=base_bits, low_memory=low_memory
+            request,
+            made,
+            seed=seed,
+            device=device,
+            progress=progress,
+            base_bits=base_bits,
+            low_memory=low_memory,
+            kept_states=kept_states,
         )
     else:
         layers = {layer: stored_bytes(rows, dtype) for layer, rows in made.items()}

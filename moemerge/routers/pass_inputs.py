@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -32,6 +33,8 @@ class PassRequest:
     """Bits of the base model's Linear weights in the pass; None leaves them in the dtype of the pass."""
     low_memory: bool = False
     """Whether to read no weights ahead."""
+    kept_states: Path | None = None
+    """Folder that keeps router inputs from one merge to the next."""
 
     def absent(self, layer: int) -> frozenset[int]:
         """Experts that are absent from a layer."""

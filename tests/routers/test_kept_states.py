@@ -1,0 +1,91 @@
+"""Router inputs that are kept from one merge to the next."""
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moemerge import load_config, plan_merge
+from moemerge.cli import main
+from moemerge.errors import RouterError
+from moemerge.routers.initialisation import init_routers
+from tests.support.models import make_model
+
+PROMPTS = (["The quick fox", "A lazy dog"], ["def main(): pass", "return x + 1"], ["Le chat dort", "la nuit tombe"])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kept")
+    return [str(make_model(root / "base", 0)), *(str(make_model(root / f"e{n}", n, tuned_from=0)) for n in (1, 2, 3))]
+
+
+def rows(models, folder=None, *, experts=(0, 1, 2), **keys):
+    described = [{"source_model": models[1 + place], "positive_prompts": PROMPTS[place]} for place in experts]
+    plan = plan_merge(load_config({"base_model": models[0], "experts": described, **keys}))
+    made = init_routers(
+        plan.router_request, seed=0, device="cpu", progress=lambda _done, _total: None, kept_states=folder
+    )
+    return torch.stack([torch.frombuffer(bytearray(data), dtype=torch.float32) for data in made.rows.values()])
+
+
+@pytest.mark.parametrize("mode", ["auto", "ridge", "hidden", "delta"])
+def test_one_more_expert_gives_the_rows_of_a_merge_of_all(models, tmp_path, mode):
+    settings = {"gate_mode": mode, "dtype": "float32"}
+    whole = rows(models, **settings)
+    assert torch.allclose(
+        rows(models, tmp_path, experts=(0, 1), **settings), rows(models, experts=(0, 1), **settings), atol=1e-5
+    )
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert torch.allclose(rows(models, tmp_path, **settings), whole, atol=1e-5)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(after) > len(before) or mode == "delta"
+    assert before.items() <= after.items()
+
+
+def test_kept_states_are_read_and_the_base_is_not_run_again(models, tmp_path):
+    first = rows(models, tmp_path, gate_mode="ridge", dtype="float32")
+    for path in tmp_path.iterdir():
+        save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
+    assert torch.allclose(rows(models, tmp_path, gate_mode="ridge", dtype="float32"), first / 2, rtol=1e-3, atol=1e-4)
+
+
+def test_another_base_has_other_files(models, tmp_path):
+    rows(models, tmp_path / "kept", gate_mode="ridge")
+    rows([str(make_model(tmp_path / "other", 7)), *models[1:]], tmp_path / "kept", gate_mode="ridge")
+    assert len(list((tmp_path / "kept").iterdir())) == 2 * len(PROMPTS)
+
+
+def test_a_file_is_for_one_expert_whatever_its_number(models, tmp_path):
+    rows(models, tmp_path, gate_mode="ridge")
+    rows(models, tmp_path, experts=(2, 0), gate_mode="ridge")
+    assert len(list(tmp_path.iterdir())) == len(PROMPTS)
+
+
+def test_a_damaged_file_is_made_again(models, tmp_path):
+    first = rows(models, tmp_path, dtype="float32")
+    damaged = min(tmp_path.iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    assert torch.allclose(rows(models, tmp_path, dtype="float32"), first, atol=1e-5)
+    assert load_file(damaged)
+
+
+def test_a_folder_that_cannot_be_written_is_named(models, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RouterError, match="--keep-states: .*file.* cannot be written"):
+        rows(models, tmp_path / "file")
+
+
+def test_the_command_keeps_states(models, tmp_path, monkeypatch):
+    config = tmp_path / "merge.yaml"
+    config.write_text(
+        f"base_model: {models[0]}\nexperts:\n"
+        + "".join(f"  - {{source_model: {models[1 + n]}, positive_prompts: ['{PROMPTS[n][0]}']}}\n" for n in range(2))
+    )
+    kept = tmp_path / "states"
+    monkeypatch.setattr(sys, "argv", ["moemerge", str(config), str(tmp_path / "out"), "--keep-states", str(kept)])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert all(path.suffix == ".safetensors" for path in kept.iterdir())
+    assert list(kept.iterdir())
