@@ -16,6 +16,7 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
         "scale": 1.0,
         "tokens_per_expert": 4096,
         "calibration_texts": [],
+        "calibration": None,
         "load_prior": None,
         "seed": None,
     },
@@ -131,6 +132,8 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
                 "Give each expert prompts that only it should answer",
             )
         )
+    if settings.get("calibration") and not any(k["positive_prompts"] and not k["positive_texts"] for k in given):
+        problems.append((("router", "calibration"), "no expert has prompts alone that it could continue"))
     return problems + _check_settings(method, settings, len(experts)) + _check_shared(document, len(experts))
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, get_args
 
 Material = Literal["prompts", "texts", "unsorted texts", "weights"]
 """Inputs of a method: prompts or texts of each expert, texts that are not sorted by expert, the experts' weights."""
-Setting = Literal["lambda", "scale", "load_prior", "calibration_texts"]
+Setting = Literal["lambda", "scale", "load_prior", "calibration_texts", "calibration"]
 """Keys under `router` that only some methods use."""
 SETTINGS: Final[tuple[Setting, ...]] = get_args(Setting)
 AUTO: Final = "auto"
@@ -73,6 +73,7 @@ class RouterMethod:
 _DESCRIPTIONS: Final[frozenset[Material]] = frozenset({"prompts", "texts"})
 _SCALED: Final[frozenset[Setting]] = frozenset({"scale", "load_prior", "calibration_texts"})
 _SOLVED: Final[frozenset[Setting]] = _SCALED | {"lambda"}
+_WRITTEN: Final[frozenset[Setting]] = frozenset({"calibration"})
 
 METHODS: Final[dict[str, RouterMethod]] = {
     method.name: method
@@ -82,7 +83,7 @@ METHODS: Final[dict[str, RouterMethod]] = {
             "hidden",
             "moemerge.routers.hidden:hidden_rows",
             _DESCRIPTIONS,
-            _SCALED,
+            _SCALED | _WRITTEN,
             aliases=("hidden_avg", "hidden_last"),
         ),
         RouterMethod(
@@ -95,13 +96,17 @@ METHODS: Final[dict[str, RouterMethod]] = {
             "combined",
             "moemerge.routers.combined:combined_rows",
             _DESCRIPTIONS | {"unsorted texts", "weights"},
-            _SOLVED,
+            _SOLVED | _WRITTEN,
             reads_what_there_is=True,
             reads_neutral_text=True,
         ),
-        RouterMethod("ridge", "moemerge.routers.ridge:ridge_rows", _DESCRIPTIONS, _SOLVED),
+        RouterMethod("ridge", "moemerge.routers.ridge:ridge_rows", _DESCRIPTIONS, _SOLVED | _WRITTEN),
         RouterMethod(
-            "logistic", "moemerge.routers.logistic:logistic_rows", _DESCRIPTIONS, _SOLVED, solves_for_hidden=True
+            "logistic",
+            "moemerge.routers.logistic:logistic_rows",
+            _DESCRIPTIONS,
+            _SOLVED | _WRITTEN,
+            solves_for_hidden=True,
         ),
         RouterMethod("delta", "moemerge.routers.delta:delta_rows", frozenset({"weights"}), _SCALED),
         RouterMethod(
@@ -149,5 +154,5 @@ def choose_method(gate_mode: Any, *, described: bool, calibrated: bool) -> Route
     if described:  # calibration texts serve a load prior alone
         return replace(method, reads=method.reads - {"unsorted texts"})
     if calibrated:
-        return replace(method, reads=method.reads - _DESCRIPTIONS)
-    return replace(method, reads=frozenset({"weights"}), settings=method.settings - {"lambda"})
+        return replace(method, reads=method.reads - _DESCRIPTIONS, settings=method.settings - _WRITTEN)
+    return replace(method, reads=frozenset({"weights"}), settings=method.settings - {"lambda", "calibration"})

@@ -146,6 +146,8 @@ class RouterSettings(_Strict):
     """Tokens that are read of each expert's texts; of the calibration texts, as many for each expert."""
     calibration_texts: Texts = []
     """Files, folders or patterns of text that is not sorted by expert."""
+    calibration: Literal["generate"] | None = None
+    """`generate`: experts without texts continue their positive prompts, and routers are fitted to what they write."""
     load_prior: list[Annotated[Number, Field(ge=1e-6, le=1e6)]] | None = None
     """Share of the calibration texts that each expert should take, in the order of the experts."""
     chat_prompts: Annotated[Literal["auto"] | bool, PlainValidator(_true_false_auto)] = False
@@ -262,6 +264,13 @@ class MergeConfig(_Strict):
     def computes_shared_gate(self) -> bool:
         """Whether the gate of the shared experts is made from prompts."""
         return self.method.runs_base and any(expert.is_described for expert in self.shared_experts)
+
+    @property
+    def writers(self) -> list[int]:
+        """Numbers of the experts that write text for the routers: those with prompts and no texts."""
+        if self.router.calibration != "generate":
+            return []
+        return [e for e, expert in enumerate(self.experts) if expert.positive_prompts and not expert.positive_texts]
 
     @property
     def has_descriptions(self) -> bool:

@@ -8,6 +8,7 @@ from moemerge.families.layer_names import layer_prefix
 from moemerge.planning.models import Models
 from moemerge.planning.parts import Parts
 from moemerge.planning.shape import Shape
+from moemerge.routers.prompts import MOST_WRITTEN
 from moemerge.sources.reference import Reference
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
@@ -49,8 +50,11 @@ def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
     described = [*config.experts, *config.shared_experts]
     kinds = sum(bool(texts) for expert in described for texts in (expert.positive_texts, expert.negative_texts))
     kinds += len(config.experts) if config.router.calibration_texts else 0
-    tokens = kinds * config.router.tokens_per_expert
+    tokens = kinds * config.router.tokens_per_expert + len(config.writers) * MOST_WRITTEN
     # States, router inputs, those that rows are fitted to, a part of them; a matrix in float32 and two in float64.
     even = config.router.load_prior or shape.family.scoring == "sigmoid"
     solves = tokens or config.method.solves_for_hidden or even
-    return 4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0)
+    # While an expert writes: its embeddings and head, and keys and values of every layer at their widest.
+    base = models.base.model
+    writing = 4 * hidden * (2 * base.config["vocab_size"] + 2 * MOST_WRITTEN * base.layers) if config.writers else 0
+    return max(4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0), writing)

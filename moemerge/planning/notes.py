@@ -7,9 +7,11 @@ from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import DType
+from moemerge.families.dense import ModelTensors
 from moemerge.families.family import MoeFamily
 from moemerge.planning.output import Output
 from moemerge.planning.shape import residual_scales
+from moemerge.routers.prompts import NEW_TOKENS, SEQUENCES
 
 # With this factor, usual weights of some hundredths come near the smallest numbers of float16.
 # Routers of fewer prompts than this measured clearly worse than of texts.
@@ -49,6 +51,17 @@ def config_notes(config: MergeConfig, family: MoeFamily, *, runs_base: bool, gat
     return notes
 
 
+def writing_note(config: MergeConfig, experts: Sequence[ModelTensors]) -> list[str]:
+    """Say what it costs that experts write text for the routers."""
+    if not config.writers:
+        return []
+    read = sum(tensor.nbytes for writer in config.writers for tensor in experts[writer].tensors.values())
+    return [
+        f"for the routers, {len(config.writers)} experts write {SEQUENCES} sequences of {NEW_TOKENS} tokens from their "
+        f"prompts: their weights, {shown_bytes(read)}, are read {NEW_TOKENS} times"
+    ]
+
+
 def text_advice(config: MergeConfig) -> list[str]:
     """Advise more text where the routers are made from a few prompts."""
     counts = [len(expert.positive_prompts) for expert in config.experts]
@@ -56,11 +69,13 @@ def text_advice(config: MergeConfig) -> list[str]:
         return []
     if not config.has_descriptions or min(counts) >= _ENOUGH_PROMPTS:
         return []
+    if config.writers:
+        return []
     fewest = counts.index(min(counts))
     return [
         f"experts[{fewest}] has {counts[fewest]} prompt{'s' if counts[fewest] > 1 else ''}, which is little to tell an "
-        "expert by: with some thousand tokens of its kind of text in positive_texts, routers measured better "
-        "(docs/routers.md)"
+        "expert by: with some thousand tokens of its kind of text in positive_texts, routers measured better, and, "
+        "less so, with router.calibration: generate, which has the experts write it (docs/routers.md)"
     ]
 
 

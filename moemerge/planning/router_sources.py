@@ -83,6 +83,17 @@ def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseMo
     ]
 
 
+def check_writers(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
+    """List experts that cannot continue prompts as the base's tokenizer reads them, as problems."""
+    size = base.config["vocab_size"]
+    return [
+        f"experts[{number}]: has a vocabulary of {found} tokens, the base model {size}, so it cannot continue prompts "
+        "that the base's tokenizer reads (router.calibration: generate): give it positive_texts"
+        for number in config.writers
+        if (found := models[number].config["vocab_size"]) != size
+    ]
+
+
 def base_ffn_layers(config: MergeConfig, mixture: Mixture, base: DenseModel, *, runs_base: bool) -> Sequence[int]:
     """Layers in which the base needs an FFN: those that stay dense, or all if the base is run or compared."""
     return range(base.layers) if runs_base or config.method.reads_weights else mixture.dense_layers
@@ -104,6 +115,8 @@ def router_reads(
         is_embeddings = name == base.model.family.embeddings and (runs_base or config.method.reads_embeddings)
         if is_embeddings or (name.startswith(tuple(layers)) and not name.startswith(never_run)):
             yield tensor
+    for writer in config.writers:
+        yield from experts[writer].tensors.values()
     if config.method.reads_weights:
         comparable = [expert for expert in experts if expert.model.sizes["ffn"] == base.model.sizes["ffn"]]
         for source in (base, *comparable):

@@ -12,7 +12,7 @@ from moemerge.families.mixture_shape import Mixture
 from moemerge.families.selection import Choice, select_family
 from moemerge.planning.models import Models, refuse
 from moemerge.planning.options import PlanOptions
-from moemerge.planning.router_sources import check_texts, check_widths, puts_prompts_into_chats
+from moemerge.planning.router_sources import check_texts, check_widths, check_writers, puts_prompts_into_chats
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
 
@@ -54,7 +54,7 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
     files = find_base_files(models.base.folder, announce, needed=reads_text)
     if options.needs_texts and reads_text:
         check_texts(config, models.base.folder.folder, runs_base=runs_base)
-    refuse(check_widths(config, base, routed))
+    refuse([*check_widths(config, base, routed), *check_writers(config, base, routed)])
     mixture = mixture_of(config, base, routed, [member.model for member in models.shared])
     choice = select_family(base, mixture, config.architecture, config.engine, options.preferred)
     refuse(_check_noise(config, choice.family))

@@ -20,6 +20,7 @@ from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.report import LayerRouting
 from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import Rows
+from moemerge.routers.written_text import add_written_text, layers_to_write
 
 
 @memory_watched(
@@ -63,10 +64,14 @@ def compute_routers(
     stored_dtype: torch.dtype = getattr(torch, request.dtype)
     layers, gates, routings = {}, {}, []
     last = request.mixture.moe_layers[-1] + 1
-    passes, done = (2 if method.labels_texts else 1), 0
+    written = layers_to_write([request.experts[expert] for expert in config.writers]) if made is None else 0
+    total, done = last + written + (last if method.labels_texts else 0), 0
+    if written:
+        asked = add_written_text(asked, config.writers, request.folder, seed, lambda layer: progress(layer, total))
+        done = written
     if method.labels_texts:
         labeller = Labeller(asked, relative=method.reads_what_there_is)
-        asked, done = _label_documents(asked, labeller, lambda layer: progress(layer, passes * last)), last
+        asked, done = _label_documents(asked, labeller, lambda layer: progress(layer, total)), last
     for inputs in router_inputs(asked):
         new = _rows(method, inputs, asked) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
         rows = new.rows.to(stored_dtype)
@@ -75,7 +80,7 @@ def compute_routers(
             gates[inputs.layer] = _bytes(shared_gate_row(inputs).to(stored_dtype))
         if set(inputs.expert[inputs.routed].tolist()) == set(range(len(config.experts))):
             routings.append(route_layer(rows.float(), inputs, asked, new.held_out))
-        progress(done + inputs.layer + 1, passes * last)
+        progress(done + inputs.layer + 1, total)
     return layers, gates, routings
 
 

@@ -84,7 +84,7 @@ def init_routers(
     distances = row_distances(
         stored.reshape(len(layers), len(names), -1), [mixture.absent.get(layer, frozenset()) for layer in layers]
     )
-    report = RoutingReport(names, config.experts_per_token, tuple(routings), distances)
+    report = RoutingReport(names, config.experts_per_token, tuple(routings), distances, written=bool(config.writers))
     return Routers(layers, gates, report)
 
 

@@ -19,6 +19,12 @@ UNSORTED: Final = -2
 _WINDOW: Final = 512
 NEUTRAL: Final = -3
 """In the place of an expert's number: moemerge's own text, which is for no expert."""
+SEQUENCES: Final = 64
+"""Sequences that an expert writes; its prompts take turns."""
+NEW_TOKENS: Final = 64
+"""Most tokens of each sequence; each is a pass over the expert's weights."""
+MOST_WRITTEN: Final = SEQUENCES * NEW_TOKENS
+"""Most tokens that an expert writes."""
 # For methods that need any text: beside the config's, or where it has none.
 _ANY_TEXT: Final = (
     "In the morning the train was late again, so Maria read the report that her colleague had sent: sales had grown "

@@ -48,6 +48,8 @@ class RoutingReport:
     """Empty where there were no prompts."""
     distances: dict[tuple[int, int], float]
     """Distance `|a - b| / (|a| + |b|)` of each pair of experts' router rows, averaged over layers."""
+    written: bool = False
+    """Whether experts wrote text that the routers are made from."""
 
     @property
     def chance(self) -> float:
@@ -103,8 +105,9 @@ class RoutingReport:
             for name, share in zip(self.experts, self.held_out, strict=True)
         ]
         return (
-            f"Unseen text: each expert is the first choice for this share of its own tokens, by routers that were made "
-            f"without their document (chance {chance:.0%}): {', '.join(shares)}"
+            f"{'Text that experts wrote' if self.written else 'Unseen text'}: each expert is the first choice for this "
+            f"share of its own tokens, by routers that were made without their document (chance {chance:.0%}): "
+            f"{', '.join(shares)}"
         )
 
     def warnings(self) -> list[str]:

@@ -1,0 +1,144 @@
+"""Text that experts write from their prompts, for the routers to be fitted to."""
+
+import pytest
+import torch
+import transformers
+
+from moemerge import load_config, plan_merge
+from moemerge.errors import ConfigError, IncompatibleError
+from moemerge.routers import written_text
+from moemerge.routers.initialisation import init_routers
+from moemerge.routers.pass_inputs import PassRequest
+from moemerge.routers.prompts import encode_prompts
+from moemerge.routers.written_text import add_written_text
+from tests.passes.test_passes import IS_V4, in_words_of_4, is_known, request
+from tests.support.families import DENSE
+from tests.support.models import load, make_model
+
+PROMPTS = (["The quick fox", "A lazy dog"], ["def main(): pass"], ["Le chat dort", "la nuit tombe"])
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(written_text, "SEQUENCES", 6)
+    monkeypatch.setattr(written_text, "NEW_TOKENS", 7)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("written")
+    return [str(make_model(root / "base", 0)), *(str(make_model(root / f"e{n}", n, tuned_from=0)) for n in (1, 2, 3))]
+
+
+def plan_of(models, calibration="generate", **keys):
+    experts = [{"source_model": model, "positive_prompts": PROMPTS[number]} for number, model in enumerate(models[1:])]
+    experts[0] |= keys.pop("first", {})
+    settings = {"router": {"calibration": calibration}} if calibration else {}
+    return plan_merge(load_config({"base_model": models[0], "experts": experts, **settings, **keys}))
+
+
+def rows(plan, steps=None):
+    made = init_routers(
+        plan.router_request, seed=0, device="cpu", progress=lambda *step: steps is not None and steps.append(step)
+    )
+    return b"".join(made.rows.values()), made.report
+
+
+def written_in(plan):
+    prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
+    asked = PassRequest(
+        plan.parts.base,
+        plan.mixture,
+        plan.family.scoring,
+        prompts,
+        torch.device("cpu"),
+        plan.config.router,
+        plan.experts,
+    )
+    made = add_written_text(asked, plan.config.writers, plan.base_folder, 0, lambda _: None).prompts
+    assert made[: len(prompts)] == prompts
+    return prompts, made[len(prompts) :]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_every_family_writes_what_the_whole_model_samples(tmp_path, name):
+    model_type, sizes = DENSE[name]
+    if not is_known(model_type):
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+    folder = make_model(tmp_path / "base", 1, model_type, **(in_words_of_4(sizes) if IS_V4 else sizes))
+    asked = request(folder, (0, 1, 2))
+    starts = [prompt.ids for prompt in asked.prompts if len(prompt.ids) > 1] * 2
+    found = written_text._continue(asked.base, starts, asked, 5, lambda _: None)
+    longest = max(map(len, starts))
+    whole = load(folder)
+    torch.manual_seed(5)
+    ids = torch.tensor([[0] * (longest - len(start)) + list(start) for start in starts])
+    expected = whole.generate(
+        input_ids=ids, attention_mask=(ids != 0).long(), do_sample=True, temperature=1.0, top_k=0, top_p=0.95,
+        max_new_tokens=7, pad_token_id=0,
+    )[:, longest:].tolist()  # fmt: skip
+    assert found == [row[: row.index(2)] if 2 in row else row for row in expected]
+
+
+def test_experts_continue_their_prompts_in_turn_and_only_new_tokens_count(models):
+    prompts, written = written_in(plan_of(models))
+    for expert in range(3):
+        own = [prompt for prompt in prompts if prompt.expert == expert and prompt.positive]
+        texts = [prompt for prompt in written if prompt.expert == expert]
+        assert 0 < len(texts) <= 6
+        for text in texts:
+            start = next(prompt.ids for prompt in own if text.ids[: len(prompt.ids)] == prompt.ids)
+            assert not any(text.counted[: len(start)])
+            assert 0 < sum(text.counted) <= 7
+    documents = [text.document for text in written]
+    assert len({*documents} - {prompt.document for prompt in prompts}) == len(written)
+
+
+@pytest.mark.parametrize("mode", ["auto", "ridge", "logistic", "hidden"])
+def test_routers_are_fitted_to_what_was_written_and_the_same_each_time(models, mode):
+    plan = plan_of(models, gate_mode=mode)
+    made, report = rows(plan)
+    assert made == rows(plan)[0]
+    assert made != rows(plan_of(models, None, gate_mode=mode))[0]
+    assert report.written
+    assert report.held_out is None or report.on_unseen_text().startswith("Text that experts wrote")
+
+
+def test_progress_counts_the_layers_that_run(models):
+    steps = []
+    rows(plan_of(models), steps)
+    done = [step for step, _ in steps]
+    assert done == sorted(done)
+    assert steps[-1] == (3 + 3 * 3 * 7, 3 + 3 * 3 * 7)
+
+
+def test_an_expert_with_texts_does_not_write(models, tmp_path):
+    (tmp_path / "text.txt").write_text("The dog and the fox\n<|document|>\nA fox and a dog")
+    plan = plan_of(models, first={"positive_texts": str(tmp_path / "text.txt")})
+    assert plan.config.writers == [1, 2]
+    assert {prompt.expert for prompt in written_in(plan)[1]} == {1, 2}
+    assert any("2 experts write 64 sequences of 64 tokens" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"gate_mode": "delta"}, "gate_mode delta does not use it; hidden, combined, ridge, logistic do"),
+        ({"gate_mode": "mergekit_hidden"}, "does not use it"),
+    ],
+)
+def test_methods_that_read_no_such_text_refuse_it(models, keys, said):
+    with pytest.raises(ConfigError, match=said):
+        plan_of(models, **keys)
+
+
+def test_without_prompts_there_is_nothing_to_continue(models):
+    experts = [{"source_model": model} for model in models[1:]]
+    with pytest.raises(ConfigError, match=r"router.calibration: .*no expert has prompts alone"):
+        load_config({"base_model": models[0], "experts": experts, "router": {"calibration": "generate"}})
+
+
+def test_another_vocabulary_is_refused(models, tmp_path):
+    other = str(make_model(tmp_path / "other", 5, tuned_from=0, vocab_size=170))
+    with pytest.raises(IncompatibleError, match="vocabulary of 170 tokens, the base model 160"):
+        plan_of([*models[:3], other])
