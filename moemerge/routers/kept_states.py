@@ -47,7 +47,7 @@ class _Part:
         """Copy a layer's states and beginnings from those of a pass, in the order of the part's prompts."""
         found = {id(prompt): place for place, prompt in enumerate(inputs.prompts)}
         chosen = [found[id(prompt)] for prompt in self.prompts]
-        states = inputs.states.split([sum(prompt.counted) for prompt in inputs.prompts])
+        states = torch.split(inputs.states, [sum(prompt.counted) for prompt in inputs.prompts])
         torch.cat([states[place] for place in chosen], out=room[0])
         torch.index_select(inputs.beginnings, 0, torch.tensor(chosen), out=room[1])
 
@@ -71,8 +71,8 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
     beginnings = torch.empty(len(order), states.shape[1])
     rooms = list(
         zip(
-            states.split([sum(sum(prompt.counted) for prompt in part.prompts) for part in parts]),
-            beginnings.split([len(part.prompts) for part in parts]),
+            torch.split(states, [sum(sum(prompt.counted) for prompt in part.prompts) for part in parts]),
+            torch.split(beginnings, [len(part.prompts) for part in parts]),
             strict=True,
         )
     )
