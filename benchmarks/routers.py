@@ -31,6 +31,7 @@ from moemerge.dtypes import DType
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.pass_inputs import PassRequest
@@ -38,7 +39,7 @@ from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.streamed_pass import capture_router_inputs
 from moemerge.texts.documents import find_files, read_documents
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"), torch.float32)
 # Name of the row, gate_mode, and what it is given: prompts, texts, calibration texts.
 ROWS = (
     ("random", "random", ""),

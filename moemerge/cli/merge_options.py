@@ -6,6 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from moemerge.cli.options import (
+    ComputeIn,
     CreatePr,
     GgufType,
     License,
@@ -78,6 +79,7 @@ class RouterOptions:
     device: Annotated[
         str, typer.Option(help="Device that runs the base model for the routers: auto, cpu, cuda, cuda:1 or mps.")
     ] = "auto"
+    compute_dtype: ComputeIn = "auto"
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False
 

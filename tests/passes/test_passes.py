@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from moemerge.families.dense import DENSE_FAMILIES, ModelTensors, read_dense
 from moemerge.families.mixture_shape import Mixture
 from moemerge.passes import decoder, device, proving
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import read_tokenizer_config
 from moemerge.routers import streamed_pass
 from moemerge.routers.pass_inputs import PassRequest
@@ -52,7 +53,9 @@ def request(folder: Path, layers: tuple[int, ...]) -> PassRequest:
     width = base.sizes["ffn"]
     mixture = Mixture(base.layers, width, (width,) * len(LENGTHS), (), 2, layers, {})
     tensors = read_tensor_table(open_model(str(folder), print), print)
-    return PassRequest(ModelTensors(base, tensors), mixture, "softmax", prompts(), torch.device("cpu"))
+    return PassRequest(
+        ModelTensors(base, tensors), mixture, "softmax", prompts(), Compute(torch.device("cpu"), torch.float32)
+    )
 
 
 def ffn_inputs(folder: Path, ffn_module: str, ids: tuple[int, ...]) -> list[torch.Tensor]:

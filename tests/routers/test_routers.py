@@ -27,6 +27,7 @@ from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture_shape import Mixture
 from moemerge.merging.options import MergeOptions
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.quantised import quantise_weight
 from moemerge.planning.options import PlanOptions
 from moemerge.routers import streamed_pass
@@ -62,13 +63,15 @@ def routers(plan, seed: int = 0, base_bits: int | None = None):
 
 def request(plan) -> PassRequest:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
-    return PassRequest(plan.parts.base, plan.mixture, plan.family.scoring, prompts, torch.device("cpu"))
+    return PassRequest(
+        plan.parts.base, plan.mixture, plan.family.scoring, prompts, Compute(torch.device("cpu"), torch.float32)
+    )
 
 
 def asked(experts: int, per_token: int, scoring: str = "softmax", absent=frozenset()) -> PassRequest:
     """Of a mixture whose layer 0 lacks some experts, without a base model."""
     mixture = Mixture(1, 8, (8,) * experts, (), per_token, (0,), {0: absent} if absent else {})
-    return PassRequest(None, mixture, scoring, (), torch.device("cpu"))
+    return PassRequest(None, mixture, scoring, (), Compute(torch.device("cpu"), torch.float32))
 
 
 def config_of(**keys) -> MergeConfig:
@@ -135,7 +138,6 @@ def test_the_streamed_pass_sees_what_the_whole_model_sees(tmp_path, monkeypatch,
 def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas, monkeypatch):
     plan = plan_of(tmp_path, llamas)
     exact = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
-    monkeypatch.setattr("moemerge.passes.decoder._COMPUTE_DTYPES", {"cpu": torch.bfloat16})
     place, placed = streamed_pass._place, []
 
     def watched(layer, name, tensor, room, *rest):
@@ -144,7 +146,8 @@ def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas
         placed.append((parameter.dtype, parameter.data_ptr() == room[name].data_ptr()))
 
     monkeypatch.setattr(streamed_pass, "_place", watched)
-    rounded = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
+    asked = replace(request(plan), compute=Compute(torch.device("cpu"), torch.bfloat16))
+    rounded = [inputs.states.clone() for inputs in capture_router_inputs(asked)]
     for first, second in zip(exact, rounded, strict=True):
         assert not torch.equal(first, second)
         assert float((first - second).norm() / first.norm()) < 0.03
