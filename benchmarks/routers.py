@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig
-from moemerge.dtypes import DType
+from moemerge.dtypes import ComputeDtype, DType
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
@@ -91,12 +91,16 @@ class Bench:
         }
         return parse_config(json.dumps(document))
 
-    def rows(self, config: MergeConfig, dtype: DType = "bfloat16") -> tuple[dict[int, torch.Tensor], float]:
+    def rows(
+        self, config: MergeConfig, dtype: DType = "bfloat16", compute_dtype: ComputeDtype = "float32"
+    ) -> tuple[dict[int, torch.Tensor], float]:
         """By layer the rows (expert, hidden), as a merge stores them, and the seconds that they took."""
         plan = plan_merge(config)
         start = time.perf_counter()
         request = replace(plan.router_request, dtype=dtype)
-        routers = init_routers(request, seed=self.seed, device="cpu", progress=lambda _done, _total: None)
+        routers = init_routers(
+            request, seed=self.seed, device="cpu", progress=lambda *_: None, compute_dtype=compute_dtype
+        )
         seconds = time.perf_counter() - start
         stored = getattr(torch, dtype)
         made = {

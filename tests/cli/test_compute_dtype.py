@@ -49,9 +49,7 @@ def states_of(words: list[object], monkeypatch) -> tuple[set[torch.dtype], int]:
 
 
 @pytest.mark.parametrize("name", ["merge", "eval", "routes", "tune", "gguf"])
-def test_every_command_computes_in_what_is_asked_for(  # noqa: PLR0917
-    tmp_path, commands, monkeypatch, capsys, name
-):
+def test_every_command_computes_in_what_is_asked_for(tmp_path, commands, monkeypatch, capsys, name):
     for asked, dtype in (((), torch.float32), (("--compute-dtype", "bfloat16"), torch.bfloat16)):
         more = {"merge": ["--overwrite"], "tune": ["--out", tmp_path / str(dtype)]}.get(name, [])
         seen, code = states_of([*commands[name], *more, *asked], monkeypatch)

@@ -1,7 +1,5 @@
 """The dtype of a pass: by a trial on a CPU, where the model is large enough that it matters, unless it is asked for."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ LARGE = ((768,), (576, 1536), (1536, 576), (192, 576))
 
 def timings(**by_dtype: list[float]):
     """Times that are given for the products of each dtype in turn, the last one again and again."""
-    left: dict[torch.dtype, Iterator[float]] = {getattr(torch, name): iter(given) for name, given in by_dtype.items()}
+    left = {getattr(torch, name): iter(given) for name, given in by_dtype.items()}
     seen = []
 
     def seconds(dtype: torch.dtype, *size: int) -> float:
