@@ -53,7 +53,8 @@ def compute_routers(
         request.mixture,
         request.scoring,
         prompts,
-        find_compute(device, compute_dtype, request.base.layer_shapes),
+        # Products of quantised weights are not what a trial tries: on a CPU in float32, unless asked.
+        find_compute(device, compute_dtype, [] if base_bits else request.base.layer_shapes),
         config.router,
         request.experts,
         entering=method.like_mergekit,

@@ -27,10 +27,11 @@ from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture_shape import Mixture
 from moemerge.merging.options import MergeOptions
+from moemerge.passes import compute_dtype
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.quantised import quantise_weight
 from moemerge.planning.options import PlanOptions
-from moemerge.routers import streamed_pass
+from moemerge.routers import computed, streamed_pass
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.pass_inputs import PassRequest
@@ -50,11 +51,9 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
     return plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, **keys)))
 
 
-def routers(plan, seed: int = 0, base_bits: int | None = None):
+def routers(plan, seed: int = 0, **options):
     """The report, and weights (layer, expert, hidden)."""
-    made = init_routers(
-        plan.router_request, seed=seed, device="cpu", progress=lambda _done, _total: None, base_bits=base_bits
-    )
+    made = init_routers(plan.router_request, seed=seed, device="cpu", progress=lambda _done, _total: None, **options)
     dtype, experts = getattr(torch, plan.dtype), len(plan.config.experts)
     rows = [torch.frombuffer(bytearray(layer), dtype=dtype).view(experts, -1) for layer in made.rows.values()]
     gates = {layer: torch.frombuffer(bytearray(gate), dtype=dtype) for layer, gate in made.shared_gates.items()}
@@ -170,6 +169,19 @@ def test_routers_of_a_quantised_base_are_near_those_of_the_whole_one(tmp_path, w
     assert float(cosines.min()) > likeness
     assert not torch.allclose(exact, quantised, rtol=1e-3)
     assert torch.equal(quantised, routers(plan, base_bits=bits).weights)
+
+
+def test_on_a_cpu_a_quantised_base_is_run_in_float32_unless_asked(tmp_path, wide, monkeypatch):
+    plan = plan_of(tmp_path, wide)
+    monkeypatch.setattr(compute_dtype, "_SMALL", 1)
+    monkeypatch.setattr(compute_dtype, "faster_dtype", lambda *_: torch.bfloat16)
+    capture, seen = capture_router_inputs, []
+    monkeypatch.setattr(
+        computed, "capture_router_inputs", lambda asked: seen.append(asked.compute.dtype) or capture(asked)
+    )
+    for bits, asked in ((None, "auto"), (8, "auto"), (8, "bfloat16")):
+        routers(plan, base_bits=bits, compute_dtype=asked)
+    assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, Linear8bitLt), (4, Linear4bit)])
