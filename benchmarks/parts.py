@@ -26,9 +26,10 @@ from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, differenc
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.merging.options import MergeOptions
+from moemerge.passes.compute_dtype import Compute
 from moemerge.texts.documents import read_documents
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"), torch.float32)
 DENSE_OWN = "each domain's own dense expert"
 WAYS: dict[str, dict[str, Any]] = {
     "base": {},

@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM
 from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig
-from moemerge.dtypes import DType
+from moemerge.dtypes import ComputeDtype, DType
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.pass_inputs import PassRequest
@@ -38,7 +39,7 @@ from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.streamed_pass import capture_router_inputs
 from moemerge.texts.documents import find_files, read_documents
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"), torch.float32)
 # Name of the row, gate_mode, and what it is given: prompts, texts, calibration texts.
 ROWS = (
     ("random", "random", ""),
@@ -90,12 +91,16 @@ class Bench:
         }
         return parse_config(json.dumps(document))
 
-    def rows(self, config: MergeConfig, dtype: DType = "bfloat16") -> tuple[dict[int, torch.Tensor], float]:
+    def rows(
+        self, config: MergeConfig, dtype: DType = "bfloat16", compute_dtype: ComputeDtype = "float32"
+    ) -> tuple[dict[int, torch.Tensor], float]:
         """By layer the rows (expert, hidden), as a merge stores them, and the seconds that they took."""
         plan = plan_merge(config)
         start = time.perf_counter()
         request = replace(plan.router_request, dtype=dtype)
-        routers = init_routers(request, seed=self.seed, device="cpu", progress=lambda _done, _total: None)
+        routers = init_routers(
+            request, seed=self.seed, device="cpu", progress=lambda *_: None, compute_dtype=compute_dtype
+        )
         seconds = time.perf_counter() - start
         stored = getattr(torch, dtype)
         made = {

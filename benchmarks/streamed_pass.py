@@ -19,11 +19,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     return_freed_memory()  # as the command does
     start = time.perf_counter()
     plan = plan_merge(load_config(options.config))
-    routers = init_routers(plan.router_request, seed=0, device=options.device, progress=lambda _done, _total: None)
+    routers = init_routers(
+        plan.router_request,
+        seed=0,
+        device=options.device,
+        compute_dtype=options.dtype,
+        progress=lambda _done, _total: None,
+    )
     print(json.dumps({"seconds": time.perf_counter() - start, "layers": len(routers.rows)}))
 
 

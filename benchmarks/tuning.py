@@ -23,6 +23,7 @@ from moemerge.config.loading import parse_config
 from moemerge.evaluation.figures import MERGED, ORACLE, UNIFORM, estimate, recovered
 from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import Runnable, forced, open_mixture, uniform
+from moemerge.passes.compute_dtype import Compute
 from moemerge.texts.documents import read_documents
 from moemerge.tuning.settings import Settings, TuningResult
 from moemerge.tuning.tuner import tune
@@ -87,7 +88,7 @@ def main() -> None:
         first = open_mixture(next(iter(starts.values())))
         documents = {name: read_documents([options.texts / f"{name}.test.txt"]) for name in experts}
         texts = Texts.cut(first, documents, options.tokens, options.window)
-        runs = Runs(texts, torch.device("cpu"), lambda _name, _done, _total: None)
+        runs = Runs(texts, Compute(torch.device("cpu"), torch.float32), lambda _name, _done, _total: None)
         print(f"{machine(folder)}, tuned in {os.environ.get('ACCELERATE_MIXED_PRECISION', 'float32')}")
         heads = ["routers", *experts, "mean", "recovered", "right first", "held out while tuning", "s/step"]
         show(heads, options)

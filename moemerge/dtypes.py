@@ -5,6 +5,9 @@ from typing import Final, Literal
 DType = Literal["float32", "float16", "bfloat16"]
 """A dtype that a merged model can have, as `config.json` spells it."""
 
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+"""What a model is run in: one dtype, or the better one for the device."""
+
 HeaderDType = Literal[
     "BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64",
     "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",

@@ -196,6 +196,17 @@ def test_routers_are_judged_on_any_models_and_texts(tmp_path, here):
     assert any(row.startswith("ridge, texts: time / plain forward pass") for row in rows)
 
 
+def test_both_dtypes_are_timed_and_compared_on_any_models_and_texts(tmp_path, here):
+    make_models_and_texts(tmp_path)
+    printed = here("compute_dtypes.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--repeat", "1")
+    *times, rows, rounded, with_rows = printed.splitlines()[2:]
+    names = ["ridge", "whole base, the same texts", "eval", "routes", "whole mixture, the same test text"]
+    assert [line[:36].rstrip() for line in times] == names
+    assert 0 < float(re.search(r"distance (\d\.\d+)", rows)[1]) < 0.2
+    assert rounded.startswith("eval in bfloat16: other first choices ")
+    assert with_rows.startswith("eval in float32 of rows made in bfloat16: other first choices ")
+
+
 @pytest.mark.slow
 def test_merges_from_the_hub_and_to_it_take_what_was_planned(tmp_path):
     folder = tmp_path / "bench"

@@ -15,6 +15,7 @@ from moemerge.cli.options import (
     ROLES_OF_CHATS,
     CacheDir,
     ChatRoles,
+    ComputeIn,
     Device,
     Json,
     VerboseMessageOptions,
@@ -39,6 +40,7 @@ class MeasuringOptions:
     window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512
     chat_roles: ChatRoles = ROLES_OF_CHATS
     device: Device = "auto"
+    compute_dtype: ComputeIn = "auto"
 
 
 @grouped
@@ -94,6 +96,7 @@ def _measure(console: Console, out: Path, data: list[str], measuring: MeasuringO
             window=measuring.window,
             roles=named_roles(measuring.chat_roles),
             device=measuring.device,
+            compute_dtype=measuring.compute_dtype,
             progress=stoppable(progress),
             announce=announcer(console, quiet=quiet),
         )
@@ -116,7 +119,7 @@ def by_name(data: list[str]) -> dict[str, list[str]]:
 
 def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool) -> None:
     """Print losses by model and domain, what choosing experts recovers, and the routers' choices."""
-    console.print("Loss in nats per token (perplexity), lower is better:")
+    console.print(f"Loss in nats per token (perplexity) in {found.dtype}, lower is better:")
     table = Table("", *(domain.name for domain in found.domains), "mean", box=None, header_style="")
     for model, losses in found.losses.items():
         cells = [_loss(losses[d.name].value) if d.name in losses else "-" for d in found.domains]

@@ -12,7 +12,7 @@ from moemerge.cli.console import console_session, return_freed_memory, stoppable
 from moemerge.cli.gguf_output import WRITTEN_HERE, quantise_into
 from moemerge.cli.grouping import grouped
 from moemerge.cli.imatrix import ImatrixMaker, ImatrixOptions
-from moemerge.cli.options import Device, GgufType, LlamaCpp, MessageOptions
+from moemerge.cli.options import ComputeIn, Device, GgufType, LlamaCpp, MessageOptions
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
@@ -49,13 +49,14 @@ def write_file(
     matrix: ImatrixOptions,
     ollama: Ollama = None,
     device: Device = "auto",
+    compute_dtype: ComputeIn = "auto",
     messages: MessageOptions,
 ) -> None:
     """Write a merged model as one GGUF file, for llama.cpp and programs built on it, as its converter writes it."""
     quiet, kind, overwrite = messages.quiet, writing.type, writing.overwrite
     with console_session(quiet=quiet, verbose=0, debug=messages.debug) as console:
         _check_merged(out, file)
-        importance = ImatrixMaker(console, out, matrix, device, quiet).check(kind, overwrite=overwrite)
+        importance = ImatrixMaker(console, out, matrix, device, compute_dtype, quiet).check(kind, overwrite=overwrite)
         _check_names(out, file, ollama, overwrite=overwrite)
         from moemerge.export.writing import GgufOptions
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from moemerge.cli.console import announcer, stoppable
 from moemerge.cli.gguf_output import WRITTEN_HERE
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class ImatrixMaker:
     folder: Path
     options: ImatrixOptions
     device: str
+    compute_dtype: ComputeDtype
     quiet: bool
 
     def check(self, kind: str, *, overwrite: bool) -> "Callable[[Path], Importance] | None":
@@ -110,6 +112,7 @@ class ImatrixMaker:
                 tuple(options.imatrix_texts or ()),
                 tokens=options.imatrix_tokens,
                 device=self.device,
+                compute_dtype=self.compute_dtype,
                 progress=lambda done, total: report("importance matrix", done, total),
             )
         if options.imatrix_out:

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from moemerge.cli.options import (
+    ComputeIn,
     CreatePr,
     GgufType,
     License,
@@ -79,6 +80,7 @@ class RouterOptions:
     device: Annotated[
         str, typer.Option(help="Device that runs the base model for the routers: auto, cpu, cuda, cuda:1 or mps.")
     ] = "auto"
+    compute_dtype: ComputeIn = "auto"
     keep_states: Annotated[
         Path | None,
         typer.Option(

@@ -194,6 +194,7 @@ def _merge_options(output: OutputOptions, reading: ReadingOptions, routers: Rout
         low_memory=reading.low_memory,
         seed=routers.seed,
         device=routers.device,
+        compute_dtype=routers.compute_dtype,
         base_bits=_base_bits(routers),
         kept_states=routers.keep_states,
     )

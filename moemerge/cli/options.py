@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal, get_args
 import typer
 
 from moemerge.chats import COUNTED_ROLES, ROLES
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The merge config, a YAML file.", show_default=False)]
@@ -110,6 +111,16 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
+ComputeIn = Annotated[
+    ComputeDtype,
+    typer.Option(
+        "--compute-dtype",
+        metavar="DTYPE",
+        parser=one_of(get_args(ComputeDtype)),
+        help="What models are run in: float32, bfloat16, or auto: on a CPU the faster one by a short trial, else "
+        "bfloat16.",
+    ),
+]
 GgufType = Annotated[
     _Type,
     typer.Option(

@@ -13,7 +13,7 @@ from rich.text import Text
 from moemerge.chats import Document
 from moemerge.cli.console import console_session, print_json, stdout, stoppable
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, Device, Json, MessageOptions, named_roles
+from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, ComputeIn, Device, Json, MessageOptions, named_roles
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
 from moemerge.sources.data_sets import SCHEME
@@ -57,6 +57,7 @@ def show_routes(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each text.")] = 2000,
     chat_roles: ChatRoles = ROLES_OF_CHATS,
     device: Device = "auto",
+    compute_dtype: ComputeIn = "auto",
     json: Json = False,
     messages: MessageOptions,
 ) -> None:
@@ -80,6 +81,7 @@ def show_routes(
                 layer=layer,
                 roles=named_roles(chat_roles),
                 device=device,
+                compute_dtype=compute_dtype,
                 progress=lambda done, of: report("routes", done, of),
             )
         if html:

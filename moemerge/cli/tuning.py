@@ -12,7 +12,7 @@ from rich.table import Table
 from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, Device, Json, MessageOptions, named_roles, one_of
+from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, ComputeIn, Device, Json, MessageOptions, named_roles, one_of
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class TrainingOptions:
             help="gates trains all together; phatgoose trains a gate for each expert, on its own text alone.",
         ),
     ] = "gates"
+    compute_dtype: ComputeIn = "auto"
     allow_missing_domains: Annotated[
         bool,
         typer.Option(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moemerge.chats import COUNTED_ROLES, Document
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import Evaluation
 from moemerge.texts.documents import find_files, hub_revisions, read_documents
@@ -24,6 +25,7 @@ def evaluate(
     window: int = 512,
     roles: Sequence[str] = COUNTED_ROLES,
     device: str = "auto",
+    compute_dtype: ComputeDtype = "auto",
     progress: Progress = lambda _name, _done, _total: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
@@ -40,6 +42,7 @@ def evaluate(
         window: the length of the pieces that text is read in, in tokens.
         roles: whose messages of chats count.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        compute_dtype: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU.
         progress: called as the work goes on.
         announce: called with a line about each step that takes long.
 
@@ -61,6 +64,7 @@ def evaluate(
         window=window,
         roles=roles,
         device=device,
+        compute_dtype=compute_dtype,
         progress=progress,
         announce=announce,
     )

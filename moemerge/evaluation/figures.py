@@ -91,6 +91,8 @@ class Evaluation:
     experts_per_token: int
     layers: tuple[int, ...]
     """Numbers of the layers with a router."""
+    dtype: str
+    """What every model was run in: `float32` or `bfloat16`."""
     domains: tuple[Domain, ...]
     losses: Mapping[str, Mapping[str, Estimate]]
     """Nats per token by model and domain. A model may lack a domain, such as the oracle one without an expert."""

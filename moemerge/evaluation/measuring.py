@@ -11,6 +11,7 @@ import torch
 
 from moemerge.chats import COUNTED_ROLES, Document
 from moemerge.config.schema import CONFIG_COPY
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.figures import (
     BASE,
@@ -28,7 +29,7 @@ from moemerge.evaluation.figures import (
 )
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.evaluation.running import Choice, run_model
-from moemerge.passes.device import find_device
+from moemerge.passes.compute_dtype import Compute, find_compute
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
 from moemerge.routers.scoring import shares
 
@@ -42,14 +43,15 @@ def measure(
     window: int,
     roles: Sequence[str],
     device: str,
+    compute_dtype: ComputeDtype,
     progress: Callable[[str, int, int], None],
     announce: Callable[[str], None],
 ) -> Evaluation:
     """Evaluate as `moemerge.evaluation.evaluator.evaluate` does; `documents` are by domain."""
-    found_device = find_device(device)
     mixture = open_mixture(folder)
+    compute = find_compute(device, compute_dtype, mixture.runnable.layer_shapes)
     texts = Texts.cut(mixture, documents, tokens, window, roles)
-    runs = Runs(texts, found_device, progress)
+    runs = Runs(texts, compute, progress)
     routing = RoutingTally(mixture, texts)
     runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=routing.add)
     dense, notes = _dense_models(mixture, announce)
@@ -59,7 +61,7 @@ def measure(
         for name, baseline in made.items():
             notes.append(_try(runs, name, baseline) if isinstance(baseline, Runnable) else baseline)
         _run_oracle(runs, mixture, texts, notes)
-    return _evaluation(folder, mixture, texts, runs.sums, routing, list(filter(None, notes)))
+    return _evaluation(folder, mixture, texts, runs, routing, list(filter(None, notes)))
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Runs:
     """Runs models over the texts and keeps their losses by model and domain."""
 
     texts: Texts
-    device: torch.device
+    compute: Compute
     progress: Callable[[str, int, int], None]
     sums: dict[str, dict[str, Sums]] = field(default_factory=dict)
 
@@ -159,7 +161,7 @@ class Runs:
         losses = run_model(
             model,
             [self.texts.windows[window] for window in places],
-            self.device,
+            self.compute,
             mixture=mixture,
             chosen=chosen,
             progress=lambda done, total: self.progress(name, done, total),
@@ -257,10 +259,11 @@ def _evaluation(  # noqa: PLR0917
     folder: Path | str,
     mixture: MixtureModel,
     texts: Texts,
-    sums: Mapping[str, Mapping[str, Sums]],
+    runs: Runs,
     routing: RoutingTally,
     notes: list[str],
 ) -> Evaluation:
+    sums = runs.sums
     domains = tuple(
         Domain(
             name,
@@ -284,6 +287,7 @@ def _evaluation(  # noqa: PLR0917
         experts=mixture.experts,
         experts_per_token=mixture.experts_per_token,
         layers=tuple(mixture.moe_layers),
+        dtype=str(runs.compute.dtype).removeprefix("torch."),
         domains=domains,
         losses=losses,
         mean_losses={

@@ -52,6 +52,11 @@ class Runnable:
         return [name for name, match in found.items() if (int(match[1]) if match else None) == layer]
 
     @property
+    def layer_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the first layer's tensors."""
+        return [self.shapes[name] for name in self.names(0)]
+
+    @property
     def norm(self) -> str:
         """Path within the decoder to the norm after the layers."""
         for name in self.names(None):

@@ -11,8 +11,9 @@ from moemerge.errors import CheckpointError
 from moemerge.evaluation.losses import token_losses
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.families.layer_names import layer_prefix
-from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, finish, group, run_layer
-from moemerge.passes.finite import not_finite_in, where_it_began
+from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.decoder import Batch, embed, empty_model, finish, group, run_layer
+from moemerge.passes.finite import all_finite, not_finite_in, where_it_began
 from moemerge.passes.loading import cast, load_tensors
 from moemerge.passes.tokens import Window
 from moemerge.routers.scoring import top_weights
@@ -39,7 +40,7 @@ class Choice:
 def run_model(
     model: Runnable,
     windows: Sequence[Window],
-    device: torch.device,
+    compute: Compute,
     *,
     mixture: MixtureModel | None = None,
     chosen: Callable[[Choice], None] = lambda _: None,
@@ -52,7 +53,7 @@ def run_model(
     Args:
         model: the model to run.
         windows: the windows of text.
-        device: the device to run on.
+        compute: the device and dtype to run in.
         mixture: the mixture that `model` is, if `chosen` is wanted.
         chosen: called with the choices of each layer with a router, for each window.
         predicted: called with each window's number and its logits (token, vocab), float32 on the device.
@@ -63,13 +64,13 @@ def run_model(
     Raises:
         CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
     """
-    passing = _Pass(model, windows, device, _TOKENS)
+    passing = _Pass(model, windows, compute, _TOKENS)
     for index, layer in passing.layers(progress):
         router = None
         if mixture and mixture.router(index) in model.shapes:
             router = _Router(mixture, layer, index, model.read(mixture.router(index)).float())
         passing.run(index, layer, router, chosen)
-    head = _Head(passing.whole, model, device, passing.dtype)
+    head = _Head(passing.whole, model, compute)
     if losses:
         return head.losses(windows, passing.places, passing.batches, predicted)
     head.check(passing.batches)
@@ -79,7 +80,7 @@ def run_model(
 def watch_layers(
     model: Runnable,
     windows: Sequence[Window],
-    device: torch.device,
+    compute: Compute,
     watched: Callable[[int, Any], AbstractContextManager[None]],
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:
@@ -88,7 +89,7 @@ def watch_layers(
     Args:
         model: the model to run.
         windows: the windows of text, which pass each by itself, without padding.
-        device: the device to run on.
+        compute: the device and dtype to run in.
         watched: called with each layer's number and module; the context that it returns is open while the windows pass
             through.
         progress: called with the layers done and all there are.
@@ -96,7 +97,7 @@ def watch_layers(
     Raises:
         CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
     """
-    passing = _Pass(model, windows, device, 0)
+    passing = _Pass(model, windows, compute, 0)
     for index, layer in passing.layers(progress):
         with watched(index, layer):
             passing.run(index, layer)
@@ -105,11 +106,10 @@ def watch_layers(
 class _Pass:
     """Windows of text on their way through a model, one layer after the other."""
 
-    def __init__(self, model: Runnable, windows: Sequence[Window], device: torch.device, together: int) -> None:
+    def __init__(self, model: Runnable, windows: Sequence[Window], compute: Compute, together: int) -> None:
         """Embed the windows, in batches of about `together` tokens; 0 is each by itself."""
-        self._model, self._windows, self._device = model, windows, device
-        self.dtype = compute_dtype(device)
-        self.whole = empty_model(model.model_type, model.keys, device, head=True, dtype=self.dtype)
+        self._model, self._windows, self._compute = model, windows, compute
+        self.whole = empty_model(model.model_type, model.keys, compute.device, head=True, dtype=compute.dtype)
         self.places = list(group(range(len(windows)), lambda index: len(windows[index].ids), together))
         self.batches = [
             embed(
@@ -117,20 +117,19 @@ class _Pass:
                 model.norm,
                 [windows[index].ids for index in part],
                 model.embeddings,
-                device=device,
-                dtype=self.dtype,
+                compute,
             )
             for part in self.places
         ]
         if not all(batch.is_finite for batch in self.batches):
             names = [name for name in model.names(None) if name.startswith(_EMBEDDINGS)]
-            raise _not_finite(model, "the embeddings", names, self.dtype)
+            raise _not_finite(model, "the embeddings", names, compute.dtype)
 
     def layers(self, progress: Callable[[int, int], None]) -> Iterator[tuple[int, Any]]:
         """Yield each layer's number and module, which has its weights until the next one is asked for."""
         model = self._model
         for index in range(model.layers):
-            _load(self.whole, model, model.names(index), self._device, self.dtype)
+            _load(self.whole, model, model.names(index), self._compute)
             layer = self.whole.model.layers[index]
             check_complete(layer, layer_prefix(index).removesuffix("."))
             yield index, layer
@@ -152,7 +151,7 @@ class _Pass:
             else:
                 run_layer(layer, batch, index)
             if choices is None or not batch.is_finite:
-                raise _not_finite(self._model, f"layer {index}", self._model.names(index), self.dtype)
+                raise _not_finite(self._model, f"layer {index}", self._model.names(index), self._compute.dtype)
             for choice in choices:
                 chosen(choice)
 
@@ -163,8 +162,8 @@ def _not_finite(model: Runnable, place: str, names: Iterable[str], dtype: torch.
     return CheckpointError(f"{model.name}: its {where_it_began(place, broken, dtype)}.")
 
 
-def _load(whole: Any, model: Runnable, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
-    load_tensors(whole, {name: cast(model.read(name), dtype) for name in names}, device)
+def _load(whole: Any, model: Runnable, names: list[str], compute: Compute) -> None:
+    load_tensors(whole, {name: cast(model.read(name), compute.dtype) for name in names}, compute.device)
 
 
 def check_complete(module: Any, path: str) -> None:
@@ -222,14 +221,14 @@ class _Router:
 class _Head:
     """The part after the layers: the norm, and the head that makes logits."""
 
-    def __init__(self, whole: Any, model: Runnable, device: torch.device, dtype: torch.dtype) -> None:
-        self._whole, self._model, self._dtype = whole, model, dtype
+    def __init__(self, whole: Any, model: Runnable, compute: Compute) -> None:
+        self._whole, self._model, self._dtype = whole, model, compute.dtype
         self._names = [name for name in model.names(None) if not name.startswith(_EMBEDDINGS)]
-        _load(whole, model, self._names, device, dtype)
+        _load(whole, model, self._names, compute)
         head = whole.get_output_embeddings()
         if head.weight.is_meta:
             self._names.append(f"{_EMBEDDINGS}weight")
-            tied = model.read(self._names[-1]).to(device=device, dtype=dtype)
+            tied = model.read(self._names[-1]).to(device=compute.device, dtype=compute.dtype)
             head.weight = torch.nn.Parameter(tied, requires_grad=False)
 
     def losses(
@@ -263,6 +262,6 @@ class _Head:
             finish(self._whole, self._whole.model, self._model.norm, batch), batch.lengths, strict=True
         ):
             known = logits[:length].float()
-            if not known.isfinite().all():
+            if not all_finite(known):
                 raise _not_finite(self._model, "the norm and the head", self._names, self._dtype)
             yield known

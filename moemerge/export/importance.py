@@ -7,13 +7,14 @@ from typing import Final
 
 from moemerge.chats import Chat, Document
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import watch_layers
 from moemerge.export.columns import ColumnTally
 from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import Importance
-from moemerge.passes.device import find_device
+from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.tokens import Encode, Window, by_transformers, cut_windows
 from moemerge.sources.data_sets import SCHEME
 from moemerge.texts.documents import find_files, matching_files, read_documents
@@ -30,6 +31,7 @@ def importance_of(
     *,
     tokens: int = TOKENS,
     device: str = "auto",
+    compute_dtype: ComputeDtype = "auto",
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Importance:
     """Run a merged model over text and count what passes through the columns of its weights.
@@ -41,6 +43,7 @@ def importance_of(
             were made from.
         tokens: the tokens to read in all, as many of each kind of text.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        compute_dtype: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU.
         progress: called with the layers done and all there are.
 
     Raises:
@@ -66,7 +69,8 @@ def importance_of(
     if not windows:
         raise RefusedError("--imatrix: there is no text to read. Name some with --imatrix-texts.")
     tally = ColumnTally(model)
-    watch_layers(mixture.runnable, windows, find_device(device), tally.watch, progress)
+    compute = find_compute(device, compute_dtype, mixture.runnable.layer_shapes)
+    watch_layers(mixture.runnable, windows, compute, tally.watch, progress)
     return Importance(tally.tensors, tuple(kinds), tuple(notes))
 
 

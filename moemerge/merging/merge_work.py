@@ -114,6 +114,7 @@ class Work:
             self.plan.router_request,
             seed=options.seed,
             device=options.device,
+            compute_dtype=options.compute_dtype,
             base_bits=options.base_bits,
             low_memory=options.low_memory,
             kept_states=options.kept_states,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from moemerge.dtypes import ComputeDtype
+
 Stage = Literal["routers", "weights"]
 Progress = Callable[[Stage, int, int], None]
 """A function that is called with the stage, the amount done and the total: layers for routers, bytes for weights.
@@ -27,6 +29,8 @@ class MergeOptions:
     """Seed of random routers and of `noise_scale`."""
     device: str = "auto"
     """Device that runs the base model's layers for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
+    compute_dtype: ComputeDtype = "auto"
+    """What the base model is run in: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
     base_bits: Literal[4, 8] | None = None
     """Bits of the base model's Linear weights while it runs for the routers, by bitsandbytes; None for all of them."""
     kept_states: Path | None = None

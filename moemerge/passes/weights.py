@@ -8,6 +8,7 @@ import torch
 from moemerge.checkpoint.convert import fill
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.passes.compute_dtype import Compute
 
 CHUNK_BYTES: Final = 2**20
 
@@ -25,6 +26,30 @@ def read_into(tensor: TensorInfo, target: torch.Tensor) -> None:
         values = torch.frombuffer(chunk, dtype=dtype)
         flat[done : done + len(values)].copy_(values)
         done += len(values)
+
+
+def read_parameter(
+    module: torch.nn.Module, name: str, tensor: TensorInfo, room: dict[str, torch.Tensor], compute: Compute
+) -> None:
+    """Read a tensor straight into a module's parameter or buffer, in the dtype and on the device of the pass.
+
+    Args:
+        module: the module.
+        name: the path of the parameter within the module.
+        tensor: the stored tensor.
+        room: memory by name, which the tensor of another module with this name and shape has used.
+        compute: the device and dtype of the pass.
+
+    Raises:
+        CheckpointError: the file ends too early.
+    """
+    if name not in room or room[name].shape != tensor.shape:
+        room[name] = torch.empty(tensor.shape, device=compute.device, dtype=compute.dtype)
+    read_into(tensor, room[name])
+    path, _, own = name.rpartition(".")
+    owner = module.get_submodule(path)
+    is_buffer = own in dict(owner.named_buffers(recurse=False))
+    setattr(owner, own, room[name] if is_buffer else torch.nn.Parameter(room[name], requires_grad=False))
 
 
 def read_ahead(tensors: Iterable[TensorInfo]) -> None:

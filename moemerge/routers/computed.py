@@ -8,8 +8,10 @@ from typing import Literal
 import torch
 
 from moemerge.config.router_methods import RouterMethod
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RouterError
-from moemerge.passes.device import find_device, memory_watched
+from moemerge.passes.compute_dtype import find_compute
+from moemerge.passes.device import memory_watched
 from moemerge.routers.delta import Labeller
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.hidden import shared_gate_row
@@ -33,6 +35,7 @@ def compute_routers(
     *,
     seed: int,
     device: str,
+    compute_dtype: ComputeDtype,
     progress: Callable[[int, int], None],
     base_bits: Literal[4, 8] | None,
     low_memory: bool,
@@ -53,7 +56,8 @@ def compute_routers(
         request.mixture,
         request.scoring,
         prompts,
-        find_device(device),
+        # Products of quantised weights are not what a trial tries: on a CPU in float32, unless asked.
+        find_compute(device, compute_dtype, [] if base_bits else request.base.layer_shapes),
         config.router,
         request.experts,
         entering=method.like_mergekit,

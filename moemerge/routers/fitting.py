@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import torch
@@ -30,12 +31,19 @@ class Labelled:
     regularisation: float
     """Penalty on the rows, relative to the mean variance of the states."""
 
+    @cached_property
+    def kind(self) -> torch.Tensor:
+        """Number of each token's target (token,), the same for equal ones."""
+        _, kind = torch.unique(self.targets, dim=0, return_inverse=True)
+        numbers: torch.Tensor = kind
+        return numbers
+
     def part(self, chosen: torch.Tensor) -> "Labelled":
         """Select tokens by a mask (token,), reweighted so that each target keeps its total weight.
 
         Otherwise an expert whose long documents are held out would lose to the others everywhere.
         """
-        _, kind = torch.unique(self.targets, dim=0, return_inverse=True)
+        kind = self.kind
         whole = torch.bincount(kind, self.weights)
         left = torch.bincount(kind[chosen], self.weights[chosen], minlength=len(whole))
         weights = self.weights[chosen] * (whole / left)[kind[chosen]] * (int(chosen.sum()) / len(chosen))

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from moemerge.checkpoint.numbers import float32_of, stored_bytes
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError, RouterError
 from moemerge.routers.method_lookup import rows_without_pass
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
@@ -35,6 +36,7 @@ def init_routers(
     seed: int,
     device: str,
     progress: Callable[[int, int], None],
+    compute_dtype: ComputeDtype = "auto",
     base_bits: Literal[4, 8] | None = None,
     low_memory: bool = False,
     kept_states: Path | None = None,
@@ -46,6 +48,7 @@ def init_routers(
         seed: seed for random rows and the choice of documents, unless the config has one.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
         progress: called with the number of layers done, and of all layers.
+        compute_dtype: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU.
         base_bits: bits of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
         low_memory: whether to read no weights ahead.
         kept_states: folder that keeps router inputs from one merge to the next.
@@ -67,6 +70,7 @@ def init_routers(
             made,
             seed=seed,
             device=device,
+            compute_dtype=compute_dtype,
             progress=progress,
             base_bits=base_bits,
             low_memory=low_memory,

@@ -19,7 +19,6 @@ from moemerge.checkpoint.files import fingerprint_of
 from moemerge.checkpoint.header import TensorInfo, build_header, read_header
 from moemerge.dtypes import HEADER_DTYPES, DType
 from moemerge.errors import CheckpointError, RouterError
-from moemerge.passes.decoder import compute_dtype
 from moemerge.passes.weights import read_into
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
@@ -124,7 +123,7 @@ def _identity(request: PassRequest) -> str:
     tensors = sorted((repr(tensor), repr(fingerprint_of(tensor.path))) for tensor in request.base.tensors.values())
     model = request.base.model
     programs = [version(name) for name in ("moemerge", "torch", "transformers")]
-    pass_settings = (compute_dtype(request.device), request.base_bits, request.mixture.moe_layers)
+    pass_settings = (request.compute.dtype, request.base_bits, request.mixture.moe_layers)
     return repr(
         (tensors, model.family.model_type, sorted(map(repr, model.class_keys.items())), programs, pass_settings)
     )
@@ -132,7 +131,7 @@ def _identity(request: PassRequest) -> str:
 
 def _stored_dtype(request: PassRequest) -> DType:
     """The dtype that holds what the pass computes."""
-    return "bfloat16" if compute_dtype(request.device) == torch.bfloat16 else "float32"
+    return "bfloat16" if request.compute.dtype == torch.bfloat16 else "float32"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from moemerge.config.schema import RouterSettings
 from moemerge.families.dense import ModelTensors
 from moemerge.families.family import Scoring
 from moemerge.families.mixture_shape import Mixture
+from moemerge.passes.compute_dtype import Compute
 from moemerge.routers.prompts import NEUTRAL, UNSORTED, EncodedPrompt
 
 
@@ -23,7 +24,7 @@ class PassRequest:
     mixture: Mixture
     scoring: Scoring
     prompts: tuple[EncodedPrompt, ...]
-    device: torch.device
+    compute: Compute
     settings: RouterSettings = field(default_factory=lambda: RouterSettings.model_validate({}))
     experts: tuple[ModelTensors, ...] = ()
     """Config and tensors of each routed expert, for methods that read their weights."""

@@ -16,9 +16,9 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.numbers import read_rows
 from moemerge.errors import RouterError
 from moemerge.families.layer_names import layer_prefix
-from moemerge.passes.decoder import Batch, compute_dtype, embed, empty_model, group, run_layer
-from moemerge.passes.finite import where_it_began
-from moemerge.passes.weights import read_ahead, read_into
+from moemerge.passes.decoder import Batch, embed, empty_model, group, run_layer
+from moemerge.passes.finite import all_finite, where_it_began
+from moemerge.passes.weights import read_ahead, read_parameter
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
 
@@ -32,14 +32,12 @@ class _EndOfPassError(Exception):
 def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
     """Yield the router inputs of each layer that has a router, for the request's prompts.
 
-    On a CPU the pass computes in float32, elsewhere in bfloat16. The tensors of one layer are overwritten by the
-    next.
+    The tensors of one layer are overwritten by the next.
 
     Raises:
         RouterError: the model's numbers are not finite; says where that began.
     """
-    base, device = request.base.model, request.device
-    dtype = compute_dtype(device)
+    base, device = request.base.model, request.compute.device
     model = empty_model(base.family.model_type, base.class_keys, device)
     groups = list(group(request.prompts, lambda prompt: len(prompt.ids), TOKENS_PER_BATCH))
     counted = [_counted(part) for part in groups]
@@ -47,7 +45,7 @@ def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
     places = torch.split(inputs, [int(part.sum()) for part in counted])
     beginnings = torch.empty(len(request.prompts), base.config["hidden_size"])
     first_places = torch.split(beginnings, [len(part) for part in groups])
-    batches = _embedded(model, groups, request, dtype)
+    batches = _embedded(model, groups, request)
     order = tuple(prompt for part in groups for prompt in part)
     prompt = torch.repeat_interleave(torch.tensor([sum(prompt.counted) for prompt in order]))
     last = max(request.mixture.moe_layers)
@@ -57,7 +55,7 @@ def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
             layer = model.layers[index]
             stored = _stored(layer, request, index, skip_ffn=index == last)
             for name, tensor in stored.items():
-                _place(layer, name, tensor, room, request, dtype)
+                _place(layer, name, tensor, room, request)
             ahead = None
             if index < last and not request.low_memory:
                 following = _stored(model.layers[index + 1], request, index + 1, skip_ffn=index + 1 == last)
@@ -75,9 +73,7 @@ def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
                 ahead.result()
 
 
-def _embedded(
-    model: Any, groups: Sequence[Sequence[EncodedPrompt]], request: PassRequest, dtype: torch.dtype
-) -> list[Batch]:
+def _embedded(model: Any, groups: Sequence[Sequence[EncodedPrompt]], request: PassRequest) -> list[Batch]:
     """Run the embeddings over each group of prompts, up to the first layer."""
     family = request.base.model.family
     norm = family.last.removeprefix("model.").removesuffix(".weight")
@@ -88,8 +84,7 @@ def _embedded(
             norm,
             [prompt.ids for prompt in part],
             lambda ids: torch.from_numpy(read_rows(embeddings, ids)),
-            device=request.device,
-            dtype=dtype,
+            request.compute,
         )
         for part in groups
     ]
@@ -101,7 +96,7 @@ def _check_finite(
     place: str, batches: Sequence[Batch], tensors: Iterable[TensorInfo], inputs: torch.Tensor | None = None
 ) -> None:
     """Raise an error if the output of a part of the model, made of these tensors, is not finite."""
-    if all(batch.is_finite for batch in batches) and (inputs is None or inputs.isfinite().all()):
+    if all(batch.is_finite for batch in batches) and (inputs is None or all_finite(inputs)):
         return
     broken = first_not_finite(tensors)
     advice = "Download it again." if broken else "gate_mode random needs no pass over it."
@@ -136,25 +131,11 @@ def _stored(layer: Any, request: PassRequest, index: int, *, skip_ffn: bool) -> 
     }
 
 
-def _place(  # noqa: PLR0917
-    layer: Any,
-    name: str,
-    tensor: TensorInfo,
-    room: dict[str, torch.Tensor],
-    request: PassRequest,
-    dtype: torch.dtype,
-) -> None:
-    """Read a tensor straight to its device, into the memory that the previous layer used for it."""
-    if name not in room or room[name].shape != tensor.shape:
-        room[name] = torch.empty(tensor.shape, device=request.device, dtype=dtype)
-    read_into(tensor, room[name])
-    path, _, parameter = name.rpartition(".")
-    module = layer.get_submodule(path)
-    if parameter in dict(module.named_buffers(recurse=False)):
-        setattr(module, parameter, room[name])
-        return
-    setattr(module, parameter, torch.nn.Parameter(room[name], requires_grad=False))
-    if request.base_bits:
+def _place(layer: Any, name: str, tensor: TensorInfo, room: dict[str, torch.Tensor], request: PassRequest) -> None:
+    """Read a tensor into a layer, quantised if the request says so."""
+    read_parameter(layer, name, tensor, room, request.compute)
+    path, _, own = name.rpartition(".")
+    if request.base_bits and own in dict(layer.get_submodule(path).named_parameters(recurse=False)):
         from moemerge.passes.quantised import quantise_weight  # imports bitsandbytes, an extra
 
         quantise_weight(layer, name, request.base_bits)

@@ -15,9 +15,10 @@ import torch
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.dense import ModelTensors
 from moemerge.families.layer_names import layer_prefix
-from moemerge.passes.decoder import compute_dtype, empty_model
+from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.decoder import empty_model
 from moemerge.passes.tokens import load_tokenizer
-from moemerge.passes.weights import read_into
+from moemerge.passes.weights import read_parameter
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import NEW_TOKENS, SEQUENCES, EncodedPrompt
 
@@ -49,7 +50,7 @@ def add_written_text(
         expert = request.experts[number]
         prompts = [prompt for prompt in request.prompts if prompt.expert == number and prompt.positive]
         starts = [prompts[place % len(prompts)].ids for place in range(SEQUENCES)]
-        written = _continue(expert, starts, request, seed + number, partial(_add, progress, done))
+        written = _continue(expert, starts, request.compute, seed + number, partial(_add, progress, done))
         for start, ids in zip(starts, written, strict=True):
             counted = [False] * len(start) + [token not in special for token in ids]
             if any(counted):
@@ -65,13 +66,13 @@ def _add(progress: Callable[[int], None], before: int, ran: int) -> None:
 
 
 def _continue(
-    expert: ModelTensors, starts: Sequence[tuple[int, ...]], request: PassRequest, seed: int, ran: Callable[[int], None]
+    expert: ModelTensors, starts: Sequence[tuple[int, ...]], compute: Compute, seed: int, ran: Callable[[int], None]
 ) -> list[list[int]]:
     """Sample the tokens that follow each start, up to the model's end of text."""
-    model = _streamed(expert, request, ran)
+    model = _streamed(expert, compute, ran)
     longest = max(map(len, starts))
-    ids = torch.tensor([[0] * (longest - len(start)) + list(start) for start in starts], device=request.device)
-    known = torch.tensor([[0] * (longest - len(start)) + [1] * len(start) for start in starts], device=request.device)
+    ids = torch.tensor([[0] * (longest - len(start)) + list(start) for start in starts], device=compute.device)
+    known = torch.tensor([[0] * (longest - len(start)) + [1] * len(start) for start in starts], device=compute.device)
     ends = model.config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     with torch.random.fork_rng(), torch.inference_mode():
@@ -84,14 +85,13 @@ def _continue(
     return [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in written]
 
 
-def _streamed(expert: ModelTensors, request: PassRequest, ran: Callable[[int], None]) -> Any:
+def _streamed(expert: ModelTensors, compute: Compute, ran: Callable[[int], None]) -> Any:
     """Make the whole model of an expert, whose layers are read from their files each time that they run."""
-    dtype = compute_dtype(request.device)
     source = expert.model
-    model = empty_model(source.family.model_type, source.class_keys, request.device, head=True, dtype=dtype)
+    model = empty_model(source.family.model_type, source.class_keys, compute.device, head=True, dtype=compute.dtype)
     for name in model.state_dict():
         if not name.startswith("model.layers.") and name in expert.tensors:
-            _fill(model, name, expert.tensors[name], {}, request.device, dtype)
+            read_parameter(model, name, expert.tensors[name], {}, compute)
     head = model.get_output_embeddings()
     if head.weight.is_meta:
         head.weight = model.get_input_embeddings().weight
@@ -103,22 +103,9 @@ def _streamed(expert: ModelTensors, request: PassRequest, ran: Callable[[int], N
         def read(module: Any, _inputs: Any, stored: dict[str, TensorInfo] = stored) -> None:
             nonlocal runs
             for name, tensor in stored.items():
-                _fill(module, name, tensor, room, request.device, dtype)
+                read_parameter(module, name, tensor, room, compute)
             runs += 1
             ran(runs)
 
         layer.register_forward_pre_hook(read)
     return model
-
-
-def _fill(  # noqa: PLR0917
-    module: Any, name: str, tensor: TensorInfo, room: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> None:
-    """Read a tensor into a module, into the memory that another layer's tensor of this name and shape used."""
-    if name not in room or room[name].shape != tensor.shape:
-        room[name] = torch.empty(tensor.shape, device=device, dtype=dtype)
-    read_into(tensor, room[name])
-    path, _, own = name.rpartition(".")
-    owner = module.get_submodule(path)
-    is_buffer = own in dict(owner.named_buffers(recurse=False))
-    setattr(owner, own, room[name] if is_buffer else torch.nn.Parameter(room[name], requires_grad=False))

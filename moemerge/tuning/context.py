@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from moemerge.evaluation.runnable import MixtureModel
+from moemerge.passes.compute_dtype import Compute, choose_dtype
 from moemerge.tuning.processes import Processes
 from moemerge.tuning.resume_folder import WorkFolder
 from moemerge.tuning.settings import Settings
@@ -23,3 +25,9 @@ class TuningContext:
     """Called with the name of the work, the amount done, and the total."""
     announce: Callable[[str], None]
     """Called with lines for the user who waits."""
+
+    @cached_property
+    def teaching(self) -> Compute:
+        """What teachers are run in."""
+        device = self.processes.device
+        return Compute(device, choose_dtype(device, self.settings.compute_dtype, self.mixture.runnable.layer_shapes))

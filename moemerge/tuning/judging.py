@@ -11,6 +11,7 @@ from moemerge.evaluation.figures import estimate
 from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import Runnable
 from moemerge.evaluation.running import run_model
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
 from moemerge.tuning.context import TuningContext
@@ -48,8 +49,9 @@ def find_not_finite(context: TuningContext, models: Sequence[Runnable], windows:
     Raises:
         CheckpointError: numbers of one of them are not finite.
     """
+    compute = Compute(context.processes.device, context.processes.dtype)
     for model in models:
-        run_model(model, windows, context.processes.device)
+        run_model(model, windows, compute)
 
 
 def judge(context: TuningContext, student: Student, texts: Texts) -> tuple[HeldOutScores, dict[int, float]]:

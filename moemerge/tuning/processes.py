@@ -11,11 +11,13 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError, RouterError
 from moemerge.passes.device import find_device
 
 _WHOLE: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 """Kinds of accelerate's distribution in which every process holds the whole model."""
+_PRECISIONS: Final[dict[ComputeDtype, str]] = {"float32": "no", "bfloat16": "bf16"}
 _Part = TypeVar("_Part")
 # The others wait while the first process runs the teachers.
 _TIMEOUT: Final = timedelta(hours=24)
@@ -93,7 +95,7 @@ def _lost() -> Iterator[None]:
         raise RouterError("another process of this tuning has ended; what it said tells why.") from error
 
 
-def open_processes(device: str) -> Processes:
+def open_processes(device: str, compute_dtype: ComputeDtype = "auto") -> Processes:
     """Set up this process alone on a device, or as one of those that `accelerate launch` or `torchrun` has started.
 
     Raises:
@@ -119,7 +121,7 @@ def open_processes(device: str) -> Processes:
         AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  there is no other way
     accelerator = Accelerator(
         cpu=found.type == "cpu",
-        mixed_precision=asked if found.type == "cpu" else "bf16",
+        mixed_precision=_PRECISIONS.get(compute_dtype, asked if found.type == "cpu" else "bf16"),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)] if count > 1 else [],
     )
     if accelerator.distributed_type.name not in _WHOLE:

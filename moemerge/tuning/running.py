@@ -42,7 +42,7 @@ def run(
     announce: Callable[[str], None],
 ) -> TuningResult | None:
     """Tune the model on documents; arguments, results and errors are those of `moemerge.tuning.tuner.tune`."""
-    mixture, processes = open_mixture(folder), open_processes(device)
+    mixture, processes = open_mixture(folder), open_processes(device, settings.compute_dtype)
     if not processes.first:
         progress, announce = (lambda _name, _done, _total: None), (lambda _: None)
     if copy is None:
@@ -173,6 +173,7 @@ def _fingerprint(context: TuningContext, documents: Documents, shards: Mapping[s
         "model": shards,
         "processes": context.processes.count,
         "precision": str(context.processes.dtype),
+        "precision of teachers": str(context.teaching.dtype),
     }
 
 

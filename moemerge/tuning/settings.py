@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from moemerge.chats import COUNTED_ROLES, Document
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
 from moemerge.model_card.card import loss_table
@@ -49,6 +50,9 @@ class Settings:
     """Whether experts may lack text; what the tuning does to their text is not seen then."""
     roles: tuple[str, ...] = COUNTED_ROLES
     """Whose messages of chats count."""
+    compute_dtype: ComputeDtype = "auto"
+    """What models are run in. With `auto`, the mixture on a CPU in what accelerate is set to, teachers in the faster
+    dtype."""
 
     def __post_init__(self) -> None:
         """Check that numbers are in their ranges.

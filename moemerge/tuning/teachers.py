@@ -16,6 +16,7 @@ from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense
 from moemerge.evaluation.running import run_model
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
@@ -114,7 +115,7 @@ def teach(context: TuningContext, batches: Batches, teachers: Mapping[int, Runna
             context.announce(f"{name}: its own expert predicts {tokens} tokens of it")
             vocab = int(context.mixture.runnable.keys["vocab_size"])
             report = partial(context.progress, f"teacher {name}")
-            predict(teachers[domain], windows, path, vocab, context.processes.device, report)
+            predict(teachers[domain], windows, path, vocab, context.teaching, report)
         context.processes.wait()
         found[domain] = Predictions(path, windows)
     return found
@@ -129,7 +130,7 @@ def predict(  # noqa: PLR0917
     windows: Sequence[Window],
     path: Path,
     vocab: int,
-    device: torch.device,
+    compute: Compute,
     progress: Callable[[int, int], None],
 ) -> None:
     """Run a dense expert a layer at a time, and write its most likely tokens to `path`, which then appears whole.
@@ -139,7 +140,7 @@ def predict(  # noqa: PLR0917
         windows: the windows of text.
         path: the file to write.
         vocab: the student's number of tokens; further tokens of the teacher are left out.
-        device: the device that it runs on.
+        compute: the device and dtype to run in.
         progress: called with the layers done and all there are.
 
     Raises:
@@ -151,7 +152,7 @@ def predict(  # noqa: PLR0917
         top = logits[:, :vocab].log_softmax(dim=1).topk(min(_TOP, vocab), dim=1)
         found[window] = top.indices.int().cpu(), top.values.cpu()
 
-    run_model(expert, windows, device, predicted=keep, progress=progress)
+    run_model(expert, windows, compute, predicted=keep, progress=progress)
     tokens, log_probs = zip(*(found[place] for place in range(len(windows))), strict=True)
     with drafted(path) as draft:
         save_file({"tokens": torch.cat(tokens), "log_probs": torch.cat(log_probs)}, draft)

@@ -25,13 +25,13 @@ from moemerge.evaluation.running import run_model
 from moemerge.families.dense import read_dense
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.merging.options import MergeOptions
-from moemerge.passes import decoder
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from tests.passes.test_passes import IS_V4, change_buffers, in_words_of_4, is_known
 from tests.support.families import DENSE, reference, wrong_in_v4
 from tests.support.models import TEXT, VOCAB, load, make_model
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"), torch.float32)
 # Shared experts without neurons, where a family has to have one.
 LINES = TEXT.split("\n")
 
@@ -87,7 +87,6 @@ def test_losses_of_every_family_are_those_of_the_whole_model(tmp_path, monkeypat
         )
     found = run_model(open_mixture(out).runnable, windows(), CPU)
     assert torch.allclose(found.float(), losses_of(load(out)), rtol=1e-4)
-    monkeypatch.setattr(decoder, "_COMPUTE_DTYPES", {})
     check, dtypes = running.check_complete, set()
 
     def note_dtypes(layer, path):
@@ -96,7 +95,7 @@ def test_losses_of_every_family_are_those_of_the_whole_model(tmp_path, monkeypat
         dtypes.update(p.dtype for n, p in layer.named_parameters() if not any(part in n for part in kept))
 
     monkeypatch.setattr(running, "check_complete", note_dtypes)
-    narrow = run_model(open_mixture(out).runnable, windows(), CPU)
+    narrow = run_model(open_mixture(out).runnable, windows(), Compute(CPU.device, torch.bfloat16))
     assert torch.allclose(narrow, found, rtol=2e-2)
     assert dtypes == {torch.bfloat16}
 
@@ -282,6 +281,7 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     given = [argument for name, (path,) in data.items() for argument in ("--data", f"{name}={path}")]
     code, printed, errors = run(["eval", copied, *given, "--max-tokens", 60, "--baselines", "-v"], monkeypatch, capsys)
     assert code == 0
+    assert printed.startswith("Loss in nats per token (perplexity) in float32, lower is better:\n")
     assert re.search(r"merged +\d\.\d{3} \(\d+\.\d\d\)", printed)
     assert "Load by layer, fox:" in printed
     assert "note: other is not an expert's name" in errors
@@ -293,6 +293,7 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
         assert code == 0
     facts, card = json.loads(printed), (copied / "README.md").read_text()
     assert card.count("## Evaluation") == 1
+    assert "Loss in nats per token, computed in float32, on held-out text (" in card
     assert f"| merged | {facts['losses']['merged']['fox']['value']:.3f}" in card
     assert card.index("## Evaluation") < card.index("## Configuration")
     assert re.sub(r"<!-- evaluation -->.*<!-- /evaluation -->\n\n", "", card, flags=re.DOTALL) == before
@@ -703,6 +704,7 @@ def test_a_perplexity_beyond_all_numbers_is_printed(tmp_path, out, data, monkeyp
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     code, printed, _ = run(["eval", copied, "--data", f"fox={data['fox'][0]}"], monkeypatch, capsys)
     assert code == 0
+    assert printed.startswith("Loss in nats per token (perplexity) in float32, lower is better:\n")
     assert re.search(r"merged +\d{4,}\.\d{3} \(over 1e6\)", printed)
 
 

@@ -15,6 +15,7 @@ from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import run_model
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from tests.support.models import TEXT, make_model, tokenizer
 
@@ -54,6 +55,6 @@ def test_lm_eval_finds_the_loss_that_we_find(tmp_path):
     # It puts a BOS before the tokenizer's own, which it scores too.
     ids = [(1, *tokenizer()(text)["input_ids"]) for text in texts]
     windows = [Window(n, tokens, (False,) + (True,) * (len(tokens) - 1)) for n, tokens in enumerate(ids)]
-    losses = run_model(open_mixture(tmp_path / "out").runnable, windows, torch.device("cpu"))
+    losses = run_model(open_mixture(tmp_path / "out").runnable, windows, Compute(torch.device("cpu"), torch.float32))
     expected = float(losses.sum()) / math.log(2) / sum(len(text.encode()) for text in texts)
     assert found["bits_per_byte,none"] == pytest.approx(expected, rel=1e-4)

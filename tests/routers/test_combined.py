@@ -9,6 +9,7 @@ import torch
 
 from moemerge import load_config, plan_merge
 from moemerge.errors import RefusedError
+from moemerge.passes.compute_dtype import Compute
 from moemerge.routers.combined import combined_rows
 from moemerge.routers.fitting import Labelled
 from moemerge.routers.initialisation import init_routers
@@ -19,7 +20,7 @@ from moemerge.routers.prompts import NEUTRAL, encode_prompts
 from moemerge.routers.streamed_pass import capture_router_inputs
 from tests.support.models import make_model
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"), torch.float32)
 PROMPTS = (["The quick fox", "A lazy dog"], ["def main(): pass", "return x + 1"], ["Le chat dort", "la nuit tombe"])
 
 

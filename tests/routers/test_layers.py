@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.families.mixture_shape import Mixture
+from moemerge.passes.compute_dtype import Compute
 from moemerge.planning.options import PlanOptions
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers
@@ -21,7 +22,7 @@ from moemerge.routers.scoring import fit_scale, lowering, nearest_scale, top_wei
 from moemerge.routers.streamed_pass import capture_router_inputs
 from tests.support.models import make_model, router_inputs, write_config
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")

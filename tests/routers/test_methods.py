@@ -20,6 +20,7 @@ from moemerge.config.router_methods import METHODS
 from moemerge.config.schema import RouterSettings
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture_shape import Mixture
+from moemerge.passes.compute_dtype import Compute
 from moemerge.planning.options import PlanOptions
 from moemerge.routers import fitting, logistic, regression
 from moemerge.routers.initialisation import init_routers
@@ -30,7 +31,7 @@ from moemerge.routers.scoring import top_weights
 from moemerge.routers.streamed_pass import capture_router_inputs
 from tests.support.models import PROMPTS, load, make_model, router_inputs, tokenizer
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"), torch.float32)
 FITTED = ("hidden", "ridge", "logistic")
 
 

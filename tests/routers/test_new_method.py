@@ -12,6 +12,7 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.cli.render import plan_facts
 from moemerge.config.router_methods import METHODS, RouterMethod
 from moemerge.errors import ConfigError
+from moemerge.passes.compute_dtype import Compute
 from moemerge.routers.method_lookup import rows_from_pass, rows_without_pass
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import encode_prompts
@@ -67,7 +68,9 @@ def test_a_method_that_reads_what_the_base_computes_is_merged_with(tmp_path, lla
     report = merge(plan, tmp_path / "out")
     assert [row.layer for row in report.layers] == list(plan.mixture.moe_layers)
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
-    request = PassRequest(plan.parts.base, plan.mixture, plan.family.scoring, prompts, torch.device("cpu"))
+    request = PassRequest(
+        plan.parts.base, plan.mixture, plan.family.scoring, prompts, Compute(torch.device("cpu"), torch.float32)
+    )
     expected = [longest_rows(inputs, request).rows for inputs in capture_router_inputs(request)]
     assert all(map(torch.equal, gates(tmp_path / "out", plan.base.layers), expected))
     assert "routers from `gate_mode: longest`" in (tmp_path / "out" / "README.md").read_text()

@@ -27,9 +27,11 @@ from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, RouterError
 from moemerge.families.mixture_shape import Mixture
 from moemerge.merging.options import MergeOptions
+from moemerge.passes import compute_dtype
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.quantised import quantise_weight
 from moemerge.planning.options import PlanOptions
-from moemerge.routers import streamed_pass
+from moemerge.routers import computed, streamed_pass
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.pass_inputs import PassRequest
@@ -49,11 +51,9 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
     return plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, experts, **keys)))
 
 
-def routers(plan, seed: int = 0, base_bits: int | None = None):
+def routers(plan, seed: int = 0, **options):
     """The report, and weights (layer, expert, hidden)."""
-    made = init_routers(
-        plan.router_request, seed=seed, device="cpu", progress=lambda _done, _total: None, base_bits=base_bits
-    )
+    made = init_routers(plan.router_request, seed=seed, device="cpu", progress=lambda _done, _total: None, **options)
     dtype, experts = getattr(torch, plan.dtype), len(plan.config.experts)
     rows = [torch.frombuffer(bytearray(layer), dtype=dtype).view(experts, -1) for layer in made.rows.values()]
     gates = {layer: torch.frombuffer(bytearray(gate), dtype=dtype) for layer, gate in made.shared_gates.items()}
@@ -62,13 +62,15 @@ def routers(plan, seed: int = 0, base_bits: int | None = None):
 
 def request(plan) -> PassRequest:
     prompts = encode_prompts(plan.base_folder, plan.config, 128, 0)
-    return PassRequest(plan.parts.base, plan.mixture, plan.family.scoring, prompts, torch.device("cpu"))
+    return PassRequest(
+        plan.parts.base, plan.mixture, plan.family.scoring, prompts, Compute(torch.device("cpu"), torch.float32)
+    )
 
 
 def asked(experts: int, per_token: int, scoring: str = "softmax", absent=frozenset()) -> PassRequest:
     """Of a mixture whose layer 0 lacks some experts, without a base model."""
     mixture = Mixture(1, 8, (8,) * experts, (), per_token, (0,), {0: absent} if absent else {})
-    return PassRequest(None, mixture, scoring, (), torch.device("cpu"))
+    return PassRequest(None, mixture, scoring, (), Compute(torch.device("cpu"), torch.float32))
 
 
 def config_of(**keys) -> MergeConfig:
@@ -135,7 +137,6 @@ def test_the_streamed_pass_sees_what_the_whole_model_sees(tmp_path, monkeypatch,
 def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas, monkeypatch):
     plan = plan_of(tmp_path, llamas)
     exact = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
-    monkeypatch.setattr("moemerge.passes.decoder._COMPUTE_DTYPES", {"cpu": torch.bfloat16})
     place, placed = streamed_pass._place, []
 
     def watched(layer, name, tensor, room, *rest):
@@ -144,7 +145,8 @@ def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas
         placed.append((parameter.dtype, parameter.data_ptr() == room[name].data_ptr()))
 
     monkeypatch.setattr(streamed_pass, "_place", watched)
-    rounded = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
+    asked = replace(request(plan), compute=Compute(torch.device("cpu"), torch.bfloat16))
+    rounded = [inputs.states.clone() for inputs in capture_router_inputs(asked)]
     for first, second in zip(exact, rounded, strict=True):
         assert not torch.equal(first, second)
         assert float((first - second).norm() / first.norm()) < 0.03
@@ -167,6 +169,19 @@ def test_routers_of_a_quantised_base_are_near_those_of_the_whole_one(tmp_path, w
     assert float(cosines.min()) > likeness
     assert not torch.allclose(exact, quantised, rtol=1e-3)
     assert torch.equal(quantised, routers(plan, base_bits=bits).weights)
+
+
+def test_on_a_cpu_a_quantised_base_is_run_in_float32_unless_asked(tmp_path, wide, monkeypatch):
+    plan = plan_of(tmp_path, wide)
+    monkeypatch.setattr(compute_dtype, "_SMALL", 1)
+    monkeypatch.setattr(compute_dtype, "faster_dtype", lambda *_: torch.bfloat16)
+    capture, seen = capture_router_inputs, []
+    monkeypatch.setattr(
+        computed, "capture_router_inputs", lambda asked: seen.append(asked.compute.dtype) or capture(asked)
+    )
+    for bits, asked in ((None, "auto"), (8, "auto"), (8, "bfloat16")):
+        routers(plan, base_bits=bits, compute_dtype=asked)
+    assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, Linear8bitLt), (4, Linear4bit)])

@@ -6,6 +6,7 @@ import transformers
 
 from moemerge import load_config, plan_merge
 from moemerge.errors import ConfigError, IncompatibleError
+from moemerge.passes.compute_dtype import Compute
 from moemerge.routers import written_text
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.pass_inputs import PassRequest
@@ -51,7 +52,7 @@ def written_in(plan):
         plan.mixture,
         plan.family.scoring,
         prompts,
-        torch.device("cpu"),
+        Compute(torch.device("cpu"), torch.float32),
         plan.config.router,
         plan.experts,
     )
@@ -68,7 +69,7 @@ def test_every_family_writes_what_the_whole_model_samples(tmp_path, name):
     folder = make_model(tmp_path / "base", 1, model_type, **(in_words_of_4(sizes) if IS_V4 else sizes))
     asked = request(folder, (0, 1, 2))
     starts = [prompt.ids for prompt in asked.prompts if len(prompt.ids) > 1] * 2
-    found = written_text._continue(asked.base, starts, asked, 5, lambda _: None)
+    found = written_text._continue(asked.base, starts, asked.compute, 5, lambda _: None)
     longest = max(map(len, starts))
     whole = load(folder)
     torch.manual_seed(5)

@@ -30,6 +30,7 @@ from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.merging.options import MergeOptions
 from moemerge.model_card.card import with_section, without_section
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
 from moemerge.planning.options import PlanOptions
@@ -54,6 +55,7 @@ from tests.support.models import TEXT, VOCAB, load, make_model, tokenizer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+COMPUTE = Compute(CPU, torch.float32)
 FEW = Settings(steps=4, tokens_per_step=96, distil=False)
 # Shared experts without neurons, where a family has to have one.
 
@@ -417,7 +419,7 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     streamed = Student.load(replace(context_of(model, FEW), memory=whole_model.MemoryPlan(streamed=True)))
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
     logits, same = held.logits([window]), streamed.logits([window])
-    assert torch.allclose(cross_entropy([window], logits).double(), run_model(mixture.runnable, [window], CPU))
+    assert torch.allclose(cross_entropy([window], logits).double(), run_model(mixture.runnable, [window], COMPUTE))
     assert torch.equal(logits, same)
     for student, found in ((held, logits), (streamed, same)):
         found.square().mean().backward()
@@ -474,7 +476,7 @@ def test_the_divergence_from_a_teacher_is_that_of_whole_distributions(tmp_path, 
     monkeypatch.setattr(teachers, "_TOP", VOCAB - 1)
     windows = [Window(n, (1, *range(4, 9 + n)), (False, *[True] * (5 + n))) for n in range(2)]
     model, other = load(llamas[1]), load(llamas[2])
-    predict(open_dense(str(llamas[1]), "fox", print), windows, tmp_path / "t", VOCAB, CPU, lambda _d, _t: None)
+    predict(open_dense(str(llamas[1]), "fox", print), windows, tmp_path / "t", VOCAB, COMPUTE, lambda _d, _t: None)
     found = Predictions(tmp_path / "t", windows)
     for window in windows:
         ids = torch.tensor([window.ids])
@@ -1009,7 +1011,7 @@ def test_a_refusal_of_two_processes_is_said_once(out, data):
 
 
 def test_phatgoose_is_refused_in_two_processes(out, data, monkeypatch):
-    monkeypatch.setattr(running, "open_processes", lambda device: replace(open_processes(device), count=2))
+    monkeypatch.setattr(running, "open_processes", lambda *asked: replace(open_processes(*asked), count=2))
     with pytest.raises(RefusedError) as caught:
         tune(out, data, replace(FEW, method="phatgoose"))
     assert str(caught.value) == ONE_PROCESS

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moemerge.chats import COUNTED_ROLES, Document
+from moemerge.dtypes import ComputeDtype
 from moemerge.evaluation.routes.traced import Routes
 
 
@@ -15,6 +16,7 @@ def trace_routes(
     layer: int | None = None,
     roles: Sequence[str] = COUNTED_ROLES,
     device: str = "auto",
+    compute_dtype: ComputeDtype = "auto",
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Routes:
     """Run a merged model over texts, a layer at a time, and keep what its routers choose for each token.
@@ -26,6 +28,7 @@ def trace_routes(
         roles: whose messages of chats are shown.
         layer: the number of a layer that has to have a router.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        compute_dtype: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU.
         progress: called with the layers done and all there are.
 
     Raises:
@@ -37,4 +40,13 @@ def trace_routes(
     """
     from moemerge.evaluation.routes.tracing import trace  # imports torch and transformers
 
-    return trace(folder, texts, tokens=tokens, layer=layer, roles=roles, device=device, progress=progress)
+    return trace(
+        folder,
+        texts,
+        tokens=tokens,
+        layer=layer,
+        roles=roles,
+        device=device,
+        compute_dtype=compute_dtype,
+        progress=progress,
+    )

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from moemerge.chats import COUNTED_ROLES, Chat, Document, shortened
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 from moemerge.evaluation.routes.traced import Routes, TracedText
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import Choice, run_model
 from moemerge.passes.chats import encode_chat
-from moemerge.passes.device import find_device
+from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.tokens import CHARACTERS_PER_TOKEN, Window, load_tokenizer
 
 
@@ -21,6 +22,7 @@ def trace(
     *,
     tokens: int,
     device: str,
+    compute_dtype: ComputeDtype = "auto",
     roles: Sequence[str] = COUNTED_ROLES,
     layer: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -49,7 +51,7 @@ def trace(
     run_model(
         mixture.runnable,
         windows,
-        find_device(device),
+        find_compute(device, compute_dtype, mixture.runnable.layer_shapes),
         mixture=mixture,
         losses=False,
         progress=progress,

@@ -21,6 +21,11 @@ class ModelTensors:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(self.tensors))
 
+    @property
+    def layer_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the first layer's tensors."""
+        return [tensor.shape for name, tensor in self.tensors.items() if name.startswith(layer_prefix(0))]
+
     def projection(self, layer: int, role: Role) -> TensorInfo:
         """Find one projection of a layer's FFN, which may be part of a larger tensor.
 
