@@ -1,10 +1,11 @@
-"""Routers from much and little evidence, on many sets of experts: one table of what is recovered, one of regret.
+"""Routers from much and little evidence, on many sets of experts: what is recovered, regret, and text of no expert.
 
     python benchmarks/router_suite.py --models DIR ... --texts DIR ... --save losses.json --markdown
 
 Each DIR of --models holds dense models by name, `base` among them; each DIR of --texts `NAME.calib.*`, which routers
-may be fitted to, and `NAME.test.*`, which judges them. The sets are those of router_suite.yaml. Losses are saved by
-document after each row, and rows that are saved are not run again. docs/routers.md says what the tables mean.
+may be fitted to, and `NAME.test.*`, which judges them. The sets are those of router_suite.yaml: `nobody` are texts that
+no expert of the set is for, `switching` pairs whose texts take turns in one document. Losses are saved by document
+after each row, and rows that are saved are not run again. docs/routers.md says what the tables mean.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import yaml
 from table import machine, markdown_table, text_table
 
 from moemerge import merge, plan_merge
+from moemerge.chats import Document
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig
 from moemerge.evaluation.figures import BASE, MERGED, ORACLE, SOUP, UNIFORM, Sums, recovered
@@ -46,6 +48,7 @@ WAYS = {
     "combined, unsorted texts, 4096 tokens": ("combined", "unsorted", 4096),
 }
 RESAMPLINGS = 1000
+SWITCH = 250  # characters of each domain in turn
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class Suite:
 
     def text(self, name: str, kind: str) -> Path:
         return next(path for folder in self.texts for path in sorted(folder.glob(f"{name}.{kind}.*")))
+
+    def test(self, name: str) -> list[Document]:
+        return list(read_documents([self.text(name, "test")]))
 
     def config(self, asked: dict[str, Any], mode: str, given: str, amount: int) -> MergeConfig:
         experts = []
@@ -97,9 +103,16 @@ class Bench:
         merge(plan_merge(self.suite.config(self.asked, "random", "", 0)), self.folder)
         return open_mixture(self.folder)
 
+    @property
+    def extra(self) -> dict[str, list[Document]]:
+        """Documents of domains that are no expert's: of nobody, and those that switch between two."""
+        nobody = {f"nobody's: {name}": self.suite.test(name) for name in self.asked.get("nobody", [])}
+        pairs = self.asked.get("switching", [])
+        return nobody | {f"switching: {a}, {b}": switching(self.suite.test(a), self.suite.test(b)) for a, b in pairs}
+
     @cached_property
     def runs(self) -> Runs:
-        documents = {name: read_documents([self.suite.text(name, "test")]) for name in self.asked["experts"]}
+        documents = {name: self.suite.test(name) for name in self.asked["experts"]} | self.extra
         texts = Texts.cut(self.mixture, documents, self.asked.get("tokens", 2048), 512)
         return Runs(texts, torch.device("cpu"), lambda _name, _done, _total: None)
 
@@ -113,6 +126,9 @@ class Bench:
         elif name == OWN:
             for place, expert in enumerate(self.asked["experts"]):
                 self.runs.run(OWN, open_dense(self.suite.model(expert), expert, print), domains=[place])
+        elif name in self.asked["experts"]:
+            domains = range(len(self.asked["experts"]), len(self.runs.texts.domains))
+            self.runs.run(name, open_dense(self.suite.model(name), name, print), domains=domains)
         else:
             self.runs.run(name, self._baseline(name))
         return {"losses": as_lists(self.runs.sums[name])}
@@ -142,14 +158,25 @@ class Bench:
         return {"losses": as_lists(self.runs.sums[name]), "accuracy": accuracy, "seconds": seconds}
 
 
+def switching(one: list[Document], other: list[Document]) -> list[Document]:
+    """Documents in which pieces of two domains' documents take turns."""
+    texts = ([text for text in documents if isinstance(text, str)] for documents in (one, other))
+    return [
+        "\n".join(a[at : at + SWITCH] + "\n" + b[at : at + SWITCH] for at in range(0, min(len(a), len(b)), SWITCH))
+        for a, b in zip(*texts, strict=False)
+    ]
+
+
 def as_lists(sums: dict[str, Sums]) -> dict[str, list[list[float]]]:
     return {domain: found.tolist() for domain, found in sums.items()}
 
 
 def wanted(asked: dict[str, Any]) -> list[str]:
     methods = asked.get("ways")
+    extra = "nobody" in asked or "switching" in asked
     return [
         *(BASE, UNIFORM, ORACLE, SOUP, OWN),
+        *(asked["experts"] if extra else ()),
         *(name for name, (method, *_) in WAYS.items() if methods is None or method in methods),
     ]
 
@@ -174,7 +201,8 @@ def run(suite: Suite, sets: dict[str, dict[str, Any]], save: Path) -> Results:
 
 
 def sums_of(found: dict[str, dict[str, Any]], name: str) -> dict[str, Sums]:
-    return {domain: np.array(of) for domain, of in found[name]["losses"].items()}
+    """Sums of the domains that have an expert."""
+    return {domain: np.array(of) for domain, of in found[name]["losses"].items() if domain in found[OWN]["losses"]}
 
 
 def recovered_table(results: Results) -> Iterator[list[str]]:
@@ -201,6 +229,23 @@ def regret_table(results: Results, way: str) -> Iterator[list[str]]:
         figures = [f"{mean[name]:.3f}" for name in (way, OWN, SOUP, BASE)]
         low, value, high = regrets[worst]
         yield [label, *figures, f"{worst} {value:+.3f} ({low:+.3f} to {high:+.3f})"]
+
+
+def extra_table(results: Results, way: str) -> Iterator[list[str]]:
+    """Losses on text of no expert and on text that switches, beside those of the models that it is made of."""
+    for label, found in results.items():
+        for domain in [domain for domain in found[way]["losses"] if domain not in found[OWN]["losses"]]:
+            dense = {
+                name: np.array(of["losses"][domain])
+                for name, of in found.items()
+                if set(of) == {"losses"} and domain in of["losses"] and name not in {UNIFORM, SOUP}
+            }
+            merged, soup = (np.array(found[name]["losses"][domain]) for name in (way, SOUP))
+            best = min(dense, key=lambda name: loss(dense[name]))
+            by_document = np.stack(list(dense.values()))
+            chosen = by_document[by_document[:, :, 0].argmin(axis=0), np.arange(by_document.shape[1])]
+            figures = [loss(merged), loss(np.array(found[BASE]["losses"][domain])), loss(soup), loss(chosen)]
+            yield [label, domain, *(f"{figure:.3f}" for figure in figures), f"{best} {loss(dense[best]):.3f}"]
 
 
 def loss(sums: Sums) -> float:
@@ -234,6 +279,8 @@ def main() -> None:
     print(machine(options.save.parent))
     print(show(["routers from", *results], list(recovered_table(results))))
     way = "combined, texts, 4096 tokens"
+    heads = ["set", "text", "merged", BASE, SOUP, "best dense model of each document", "best dense model"]
+    print(show(heads, list(extra_table(results, way))))
     print(show(["set", "merged", OWN, SOUP, BASE, "largest regret"], list(regret_table(results, way))))
 
 

@@ -200,7 +200,7 @@ def test_sets_of_experts_are_judged_and_saved_rows_are_not_run_again(tmp_path, h
     make_models_and_texts(tmp_path, tuned_from=0)
     (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")
     (tmp_path / "suite.yaml").write_text(
-        "sets:\n  one: {experts: [fox, code], tokens: 60, ways: [combined]}\n"
+        "sets:\n  one: {experts: [fox, code], tokens: 60, ways: [combined], nobody: [fox], switching: [[fox, code]]}\n"
         "  two: {experts: [fox, code], tokens: 60, ways: [combined], shared_weights: average}\n"
     )
     arguments = [
@@ -210,6 +210,9 @@ def test_sets_of_experts_are_judged_and_saved_rows_are_not_run_again(tmp_path, h
     printed = here(*arguments)
     rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in printed.splitlines()}
     assert len(rows["one"]) == len(rows["two"]) == 6
+    assert [line.split(" | ")[1] for line in printed.splitlines() if line.startswith("| one | ")][:2] == [
+        "nobody's: fox", "switching: fox, code"
+    ]  # fmt: skip
     saved = (tmp_path / "losses.json").read_text()
     made = json.loads(saved)["one"]
     assert {name for name in made if ", " in name} == {row for row in rows if row.startswith("combined")}
