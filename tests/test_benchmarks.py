@@ -129,9 +129,9 @@ def test_the_raw_copy_moves_the_bytes_of_the_merge_except_the_routers(llamas, tm
     )
 
 
-def make_models_and_texts(folder: Path) -> None:
+def make_models_and_texts(folder: Path, **keys: int) -> None:
     for seed, name in enumerate(("base", "fox", "code")):
-        make_model(folder / "models" / name, seed)
+        make_model(folder / "models" / name, seed, **(keys if seed else {}))
     (folder / "texts").mkdir()
     lines = TEXT.split("\n")
     for name, line in (("fox", lines[0]), ("code", lines[1])):
@@ -205,6 +205,33 @@ def test_both_dtypes_are_timed_and_compared_on_any_models_and_texts(tmp_path, he
     assert 0 < float(re.search(r"distance (\d\.\d+)", rows)[1]) < 0.2
     assert rounded.startswith("eval in bfloat16: other first choices ")
     assert with_rows.startswith("eval in float32 of rows made in bfloat16: other first choices ")
+
+
+def test_sets_of_experts_are_judged_and_saved_rows_are_not_run_again(tmp_path, here):
+    make_models_and_texts(tmp_path, tuned_from=0)
+    (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")
+    (tmp_path / "suite.yaml").write_text(
+        "sets:\n  one: {experts: [fox, code], tokens: 60, ways: [combined], nobody: [fox], switching: [[fox, code]]}\n"
+        "  two: {experts: [fox, code], tokens: 60, ways: [combined], shared_weights: average}\n"
+    )
+    arguments = [
+        "router_suite.py", "--models", tmp_path / "models", "--texts", tmp_path / "texts", "--markdown", "--prompts",
+        tmp_path / "prompts.yaml", "--suite", tmp_path / "suite.yaml", "--save", tmp_path / "losses.json",
+    ]  # fmt: skip
+    printed = here(*arguments)
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in printed.splitlines()}
+    assert len(rows["one"]) == len(rows["two"]) == 6
+    assert [line.split(" | ")[1] for line in printed.splitlines() if line.startswith("| one | ")][:2] == [
+        "nobody's: fox", "switching: fox, code"
+    ]  # fmt: skip
+    saved = (tmp_path / "losses.json").read_text()
+    made = json.loads(saved)["one"]
+    assert {name for name in made if ", " in name} == {row for row in rows if row.startswith("combined")}
+    assert made["combined, 2 prompts"]["losses"] != made["combined, weights alone"]["losses"]
+    again = here(*arguments)
+    assert "one: " not in again
+    assert again.splitlines()[-2:] == printed.splitlines()[-2:]
+    assert (tmp_path / "losses.json").read_text() == saved
 
 
 @pytest.mark.slow
