@@ -144,7 +144,7 @@ def _check_domains(context: TuningContext, batches: Batches) -> None:
     elif context.settings.distil and None in texts.expert:
         raise RefusedError(
             f"--data {texts.domains[texts.expert.index(None)]}=: is not an expert's name, so it has no teacher; "
-            f"experts: {', '.join(experts)}. Call the domain like its expert, or give --no-distil."
+            f"experts: {', '.join(experts)}. Call the domain like its expert, or leave out --distil."
         )
     if without and not context.settings.allow_missing_domains:
         raise RefusedError(

@@ -31,7 +31,7 @@ def distillation_weight(step: int, steps: int) -> float:
 class Settings:
     """The options of `moemerge tune`."""
 
-    steps: int = 40
+    steps: int = 20
     """Number of training steps; with phatgoose, for each expert."""
     tokens_per_step: int = 512
     """Tokens of all domains in a step; with phatgoose, of the expert's own domain."""
@@ -41,8 +41,8 @@ class Settings:
     """Seed for the held-out documents, for the order of texts, and for the noise."""
     noise: float = 0.0
     """Standard deviation of the noise that is added to each logit while training."""
-    distil: bool = True
-    """Whether each domain's own dense expert teaches, too."""
+    distil: bool = False
+    """Whether each domain's own dense expert teaches, too: staged distillation."""
     method: Method = "gates"
     """Train all gates together, or a sigmoid gate for each expert alone."""
     allow_missing_domains: bool = False

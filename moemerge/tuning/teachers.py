@@ -38,7 +38,7 @@ def open_source(mixture: MixtureModel, expert: int | None, needs: str, announce:
     """
     if mixture.config is None:
         raise RefusedError(
-            f"{mixture.folder}: does not say what it was merged from, and {needs}. Give --no-distil and --method gates."
+            f"{mixture.folder}: does not say what it was merged from, and {needs}. Leave that option out."
         )
     reference = mixture.config.base_model if expert is None else mixture.config.experts[expert].source_model
     try:
@@ -46,7 +46,7 @@ def open_source(mixture: MixtureModel, expert: int | None, needs: str, announce:
     except MoemergeError as error:
         raise RefusedError(
             f"{needs}, and one cannot be had: {error} Paths in {CONFIG_COPY} count from the folder that it was merged "
-            "in; --no-distil and --method gates do without."
+            "in; without that option none is needed."
         ) from error
 
 
@@ -85,7 +85,7 @@ def open_teachers(context: TuningContext, batches: Batches, *, resume: bool) -> 
     Raises:
         RefusedError: an expert cannot be opened.
     """
-    needs = "distillation needs the dense experts"
+    needs = "--distil needs the dense experts"
     return {
         domain: open_source(context.mixture, expert, needs, context.announce)
         for domain, expert in enumerate(batches.training.expert)

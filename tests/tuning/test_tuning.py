@@ -54,7 +54,7 @@ from tests.support.models import TEXT, VOCAB, load, make_model, tokenizer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-FEW = Settings(steps=4, tokens_per_step=96, distil=False)
+FEW = Settings(steps=4, tokens_per_step=96)
 # Shared experts without neurons, where a family has to have one.
 
 
@@ -198,7 +198,7 @@ def test_links_are_copies_where_there_are_none(out, data, tmp_path, monkeypatch)
 
 def test_what_is_no_better_is_not_written(out, data, monkeypatch, capsys):
     files = contents(out)
-    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--lr", "1e-30", "--no-distil"]
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--lr", "1e-30"]
     code, printed, errors = run(words, monkeypatch, capsys)
     assert code == 0
     assert contents(out) == files
@@ -231,7 +231,7 @@ UNSURE = {"fox": [0.9, -0.1, -0.1, -0.1, -0.1], "code": [0.0] * 5, "chat": [0.0]
 def test_a_gain_that_may_be_chance_is_not_written(out, data, tmp_path, monkeypatch, capsys):
     files = contents(out)
     judged_as(monkeypatch, UNSURE)
-    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96]
     code, printed, errors = run([*words, "--out", tmp_path / "copy"], monkeypatch, capsys)
     assert code == 0
     assert printed.splitlines()[0] == "Held-out loss in nats per token, with 95 % intervals over documents:"
@@ -264,7 +264,7 @@ def tensors_of(files: dict[str, bytes], out: Path) -> dict[str, torch.Tensor]:
 
 def test_every_domain_that_loses_is_named(out, data, monkeypatch, capsys):
     judged_as(monkeypatch, {"fox": [0.5] * 5, "code": [-0.125] * 5, "chat": [0.0] * 5})
-    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96]
     code, printed, errors = run(words, monkeypatch, capsys)
     loss = "code loses: its held-out loss is higher by 0.1250 (0.1250 to 0.1250)"
     assert (code, f"note: {loss}\n{out}: written\n" in errors) == (0, True)
@@ -283,7 +283,7 @@ def test_every_domain_that_loses_is_named(out, data, monkeypatch, capsys):
 
 
 def test_an_expert_without_text_is_accepted_on_request_and_named(out, data, monkeypatch, capsys):
-    words = ["tune", out, "--data", f"fox={data['fox'][0]}", "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
+    words = ["tune", out, "--data", f"fox={data['fox'][0]}", "--steps", 4, "--tokens-per-step", 96]
     code, printed, errors = run([*words, "--allow-missing-domains", "--json"], monkeypatch, capsys)
     facts = json.loads(printed)
     assert (code, facts["improved"], facts["missing"]) == (0, True, ["code", "chat"])
@@ -294,7 +294,7 @@ def test_an_expert_without_text_is_accepted_on_request_and_named(out, data, monk
 
 
 def test_the_card_has_the_last_tuning(out, data, monkeypatch, capsys):
-    words = ["tune", out, *arguments(data), "--steps", 3, "--tokens-per-step", 96, "--no-distil", "--json"]
+    words = ["tune", out, *arguments(data), "--steps", 3, "--tokens-per-step", 96, "--json"]
     code, printed, errors = run(words, monkeypatch, capsys)
     assert code == 0, errors
     first = json.loads(printed)
@@ -312,7 +312,7 @@ def test_the_card_has_the_last_tuning(out, data, monkeypatch, capsys):
     assert first["missing"] == []
     assert sum(gain["value"] for gain in first["gains"].values()) / 3 == pytest.approx(first["gain"]["value"])
     (out / "README.md").unlink()
-    assert tune(out, data, Settings(steps=2, tokens_per_step=96, seed=1, distil=False))
+    assert tune(out, data, Settings(steps=2, tokens_per_step=96, seed=1))
     assert not (out / "README.md").exists()
 
 
@@ -321,7 +321,7 @@ def test_noise_changes_the_training_and_is_seeded(specialists, data, tmp_path):
     for number, noise in enumerate((0.0, 0.5, 0.5)):
         (tmp_path / str(number)).mkdir()
         model = merged(tmp_path / str(number), specialists)
-        tune(model, data, Settings(steps=2, tokens_per_step=96, distil=False, noise=noise))
+        tune(model, data, Settings(steps=2, tokens_per_step=96, noise=noise))
         found.append(tensors(model))
     assert changed(found[0], found[1])
     assert not changed(found[1], found[2])
@@ -447,7 +447,7 @@ def test_experts_that_are_absent_stay_absent(tmp_path, data):
     experts[2]["layers"] = [0]
     model = merged(tmp_path, folders, experts=experts, architecture="glm4_moe")
     for method in ("gates", "phatgoose"):
-        found = tune(model, data, Settings(steps=3, tokens_per_step=96, distil=False, method=method))
+        found = tune(model, data, Settings(steps=3, tokens_per_step=96, method=method))
         assert found.after.mean_loss <= found.before.mean_loss
     mixture = open_mixture(model)
     assert [mixture.absent(layer) for layer in range(3)] == [[], [2], [2]]
@@ -510,7 +510,7 @@ def training_of(model: Path, data, settings: Settings) -> Training:
 @pytest.mark.parametrize("at_once", [1040, 60])
 def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data, monkeypatch, at_once):
     """Computed again with transformers' whole models and the formula of docs/tuning.md, in one pass and in several."""
-    top, step, settings = 5, 1, Settings(steps=4, tokens_per_step=192)
+    top, step, settings = 5, 1, Settings(steps=4, tokens_per_step=192, distil=True)
     monkeypatch.setattr(teachers, "_TOP", top)
     monkeypatch.setattr(whole_model.MemoryPlan, "tokens_at_once", at_once)
     monkeypatch.setattr(batches, "_LONGEST", 20)
@@ -623,7 +623,7 @@ def test_a_document_that_comes_again_is_not_held_out_from_itself():
 def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data, monkeypatch):
     """As Adam does: by the learning rate, half of it in a warm-up of two, over the length of what enters the layer."""
     monkeypatch.setattr(training, "_CLIP", 1e-3)
-    tuned = training_of(out, data, Settings(steps=20, tokens_per_step=96, lr=0.4, distil=False))
+    tuned = training_of(out, data, Settings(steps=20, tokens_per_step=96, lr=0.4))
     _, lengths = judge(tuned.context, tuned.student, tuned.batches.held_out)
     start = tuned.student.rows()
 
@@ -718,7 +718,7 @@ def test_without_resume_it_starts_over(out, data):
 
 def test_an_interrupt_before_the_first_step_keeps_the_teachers(out, data, monkeypatch, capsys):
     monkeypatch.setattr(training.Training, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    words = ["tune", out, *arguments(data), "--steps", 2, "--tokens-per-step", 96]
+    words = ["tune", out, *arguments(data), "--steps", 2, "--tokens-per-step", 96, "--distil"]
     code, _, errors = run(words, monkeypatch, capsys)
     assert (code, errors.splitlines()[-2:]) == (
         130,
@@ -729,7 +729,7 @@ def test_an_interrupt_before_the_first_step_keeps_the_teachers(out, data, monkey
     )
     monkeypatch.undo()
     seen = []
-    settings = Settings(steps=2, tokens_per_step=96)
+    settings = Settings(steps=2, tokens_per_step=96, distil=True)
     tune(out, data, settings, resume=True, progress=lambda name, _done, _total: seen.append(name))
     assert set(seen) == {"load", "steps"}
 
@@ -751,7 +751,7 @@ def fail_between_renames(out: Path, monkeypatch, error: BaseException) -> None:
 def test_an_interrupt_between_the_renames_says_so(specialists, data, tmp_path, monkeypatch, capsys):
     out = merged(tmp_path, specialists, shard_bytes=300)
     fail_between_renames(out, monkeypatch, KeyboardInterrupt())
-    words = ["tune", out, *arguments(data), "--no-distil", "--steps", 4, "--tokens-per-step", 96]
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96]
     code, _, errors = run(words, monkeypatch, capsys)
     assert (code, errors.splitlines()[-1]) == (
         130,
@@ -778,7 +778,7 @@ def test_what_is_left_to_move_does_not_go_into_another_model(specialists, data, 
     shutil.rmtree(out)
     merged(tmp_path, [specialists[0], *reversed(specialists[1:])], shard_bytes=300)
     files, lines = contents(out), []
-    tune(out, data, Settings(steps=1, tokens_per_step=96, lr=1e-30, distil=False), announce=lines.append)
+    tune(out, data, Settings(steps=1, tokens_per_step=96, lr=1e-30), announce=lines.append)
     assert contents(out) == files
     assert lines[0] == (
         "an earlier tuning had been cut off while its files were moved, and the model was written anew since: what was "
@@ -818,7 +818,7 @@ def test_what_is_kept_is_not_lost_to_a_refusal_and_not_mixed_up(out, data):
     config = (out / "moemerge_config.yaml").read_text()
     (out / "moemerge_config.yaml").write_text(config.replace("/fox", "/gone"))
     renamed = {"gone" if name == "fox" else name: paths for name, paths in data.items()}
-    for settings in (Settings(steps=1), Settings(steps=1, method="phatgoose")):
+    for settings in (Settings(steps=1, distil=True), Settings(steps=1, method="phatgoose")):
         with pytest.raises(RefusedError):
             tune(out, renamed, settings)
     with pytest.raises(RefusedError) as caught:
@@ -866,7 +866,7 @@ def test_a_model_that_is_written_meanwhile_is_left_alone(out, data, tmp_path):
 
 
 def test_losses_that_overflow_end_the_run(out, data, monkeypatch, capsys):
-    words = ["tune", out, *arguments(data), "--no-distil", "--steps", 8, "--tokens-per-step", 96, "--lr", "1e38"]
+    words = ["tune", out, *arguments(data), "--steps", 8, "--tokens-per-step", 96, "--lr", "1e38"]
     files = contents(out)
     code, _, errors = run(words, monkeypatch, capsys)
     assert code == 0
@@ -879,7 +879,7 @@ def test_memory_that_runs_out_is_a_clear_error(out, data, monkeypatch, capsys):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Student, "logits", full)
-    code, _, errors = run(["tune", out, *arguments(data), "--no-distil"], monkeypatch, capsys)
+    code, _, errors = run(["tune", out, *arguments(data)], monkeypatch, capsys)
     assert (code, errors.splitlines()[-1]) == (
         1,
         "error: memory ran out while tuning. Give fewer --tokens-per-step, or another --device; --resume goes on",
@@ -916,7 +916,7 @@ def replace(self, target):
             os.kill(os.getpid(), signal.SIGKILL)
     return given(self, target)
 Path.replace = replace
-tune(out, dict((name, [path]) for name, path in (d.split("=") for d in data)), Settings(4, 96, distil=False))
+tune(out, dict((name, [path]) for name, path in (d.split("=") for d in data)), Settings(4, 96))
 """
 
 
@@ -955,8 +955,8 @@ def in_two_processes(*words: str) -> subprocess.CompletedProcess:
 def test_two_processes_do_what_one_does(out, data, tmp_path):
     """Data-parallel: each reads half of every step, one of them writes."""
     alone = tmp_path / "alone"
-    options = ["--steps", "3", "--tokens-per-step", "96", "--device", "cpu"]
-    expected = tune(out, data, Settings(steps=3, tokens_per_step=96), copy=alone, device="cpu")
+    options = ["--steps", "3", "--tokens-per-step", "96", "--device", "cpu", "--distil"]
+    expected = tune(out, data, Settings(steps=3, tokens_per_step=96, distil=True), copy=alone, device="cpu")
     found = in_two_processes("-m", "moemerge", "tune", str(out), *arguments(data), *options, "--json")
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)  # printed once
@@ -991,7 +991,7 @@ main()
 def test_one_of_two_processes_that_fails_ends_both(out, data, tmp_path):
     (tmp_path / "one_fails.py").write_text(ONE_FAILS)
     files = contents(out)
-    options = ["--no-distil", "--steps", "3", "--tokens-per-step", "96", "--device", "cpu"]
+    options = ["--steps", "3", "--tokens-per-step", "96", "--device", "cpu"]
     found = in_two_processes(str(tmp_path / "one_fails.py"), "tune", str(out), *arguments(data), *options)
     assert found.returncode == 1
     assert "error: the disk of the second process has gone.\n" in found.stderr
@@ -1036,18 +1036,14 @@ def test_messages(  # noqa: PLR0917
             "--data: there is no text for code, chat. Gates that learn from the others' text alone send tokens away from "
             "what has none: add --data code=PATH --data chat=PATH, or accept that with --allow-missing-domains."
         ),
-        (f"other={fox}", "--no-distil"): (
+        (f"other={fox}",): (
             "--data: there is no text for fox, code, chat. Gates that learn from the others' text alone send tokens away "
             "from what has none: add --data fox=PATH --data code=PATH --data chat=PATH, or accept that with "
             "--allow-missing-domains."
         ),
-        (f"other={fox}", "--allow-missing-domains"): (
+        (f"other={fox}", "--distil"): (
             "--data other=: is not an expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
-            "its expert, or give --no-distil."
-        ),
-        (f"other={fox}",): (
-            "--data other=: is not an expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
-            "its expert, or give --no-distil."
+            "its expert, or leave out --distil."
         ),
         ("fox",): "--data: expected NAME=PATH, such as code=code.txt, found 'fox'.",
         (f"fox={fox}", "--steps", "0"): "--steps: expected 1 or more, found 0.",
@@ -1122,18 +1118,17 @@ def test_experts_that_are_gone_are_named(out, data):
     config.write_text(config.read_text().replace("/fox", "/gone"))
     named = {"gone": data["fox"], "code": data["code"], "chat": data["chat"]}
     with pytest.raises(RefusedError) as caught:
-        tune(out, named, Settings(steps=1, tokens_per_step=96))
-    assert str(caught.value).startswith("distillation needs the dense experts, and one cannot be had: ")
+        tune(out, named, Settings(steps=1, tokens_per_step=96, distil=True))
+    assert str(caught.value).startswith("--distil needs the dense experts, and one cannot be had: ")
     assert str(caught.value).endswith(
-        "Paths in moemerge_config.yaml count from the folder that it was merged in; --no-distil and --method gates do "
-        "without."
+        "Paths in moemerge_config.yaml count from the folder that it was merged in; without that option none is needed."
     )
+    assert tune(out, named, FEW).improved
     config.unlink()
     with pytest.raises(RefusedError) as caught:
-        tune(out, {"0": data["fox"]}, Settings(steps=1, tokens_per_step=96, allow_missing_domains=True))
+        tune(out, {"0": data["fox"]}, Settings(steps=1, tokens_per_step=96, distil=True, allow_missing_domains=True))
     assert str(caught.value) == (
-        f"{out}: does not say what it was merged from, and distillation needs the dense experts. Give --no-distil and "
-        "--method gates."
+        f"{out}: does not say what it was merged from, and --distil needs the dense experts. Leave that option out."
     )
     nameless = replace(FEW, allow_missing_domains=True)
     assert tune(out, data, nameless).before.accuracy == {"fox": None, "code": None, "chat": None}
@@ -1222,12 +1217,12 @@ def test_a_damaged_expert_is_named(specialists, data, tmp_path, method):
     out = merged(tmp_path, folders)
     files = contents(out)
     with pytest.raises(CheckpointError) as caught:
-        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method, distil=False))
+        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method))
     place = "its numbers are not finite from layer 1 on: "
     mixed = told.replace("mlp.up_proj", "block_sparse_moe.experts.1.w3")
     assert str(caught.value) == (f"{out}: {place}{mixed}." if method == "gates" else f"{folders[2]}: {place}{told}.")
     with pytest.raises(CheckpointError) as caught:
-        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method))
+        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method, distil=True))
     assert str(caught.value) == f"{folders[2]}: {place}{told}."  # as a teacher
     assert contents(out) == files
 
