@@ -8,7 +8,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -81,8 +81,7 @@ def stack_gates(
     student.place(_rows(context, student, gates, batches.training))
     after, _ = judge(context, student, batches.held_out)
     context.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
-    if after.mean_loss < before.mean_loss:
-        state = replace(state, best=after, best_step=context.settings.steps, best_rows=student.rows())
+    state.judge(after, student.rows())
     return state
 
 

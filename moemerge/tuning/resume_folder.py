@@ -39,7 +39,20 @@ class State:
     best_rows: dict[int, torch.Tensor]
     optimiser: dict[str, Any]
     note: str = ""
-    """Why the tuning ended early, if that is worth knowing."""
+    """Why the tuning ended early, or why its last judgement was refused, if that is worth knowing."""
+
+    def judge(self, found: HeldOutScores, rows: dict[int, torch.Tensor]) -> None:
+        """Keep the gates of this step as the best if the mean is lower than ever, and no domain is sold for it."""
+        lower = found.mean_loss < self.best.mean_loss
+        sold = found.sold(self.before) if lower else []
+        if lower and not sold:
+            self.best_step, self.best, self.best_rows, self.without_gain, self.note = self.step, found, rows, 0, ""
+            return
+        self.without_gain += 1
+        if sold:
+            self.note = (
+                f"after step {self.step} the mean loss was lower, but {', '.join(sold)}: that state was not kept"
+            )
 
 
 class WorkFolder:

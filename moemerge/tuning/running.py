@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from moemerge.checkpoint.output_folder import check_target
@@ -179,8 +178,7 @@ def _fingerprint(context: TuningContext, documents: Documents, shards: Mapping[s
 def _result(context: TuningContext, state: State, batches: Batches, copy: Path | None) -> TuningResult:
     texts = batches.held_out
     windows = {name: [texts.windows[place] for place in texts.of(domain)] for domain, name in enumerate(texts.domains)}
-    before, after = ({name: np.array(of) for name, of in held.documents.items()} for held in (state.before, state.best))
-    gain = difference(before, after)
+    gain = difference(state.before.sums, state.best.sums)
     improved = gain.low is not None and gain.low > 0
     notes = [state.note] if state.note else []
     if not state.best_step:
@@ -197,7 +195,7 @@ def _result(context: TuningContext, state: State, batches: Batches, copy: Path |
         state.before,
         state.best,
         gain,
-        {name: difference({name: before[name]}, {name: after[name]}) for name in before},
+        state.best.gains(state.before),
         tuple(name for name in context.mixture.experts if name not in texts.domains),
         {name: count_scored(mine) for name, mine in windows.items()},
         {name: len({window.document for window in mine}) for name, mine in windows.items()},

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
+import numpy as np
+
 from moemerge.chats import COUNTED_ROLES, Document
 from moemerge.errors import RefusedError
-from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
+from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate, Sums, difference
 from moemerge.model_card.card import loss_table
 from moemerge.model_card.markdown import as_text
 
@@ -18,6 +20,8 @@ Method = Literal["gates", "phatgoose"]
 
 _HELD_OUT: Final = 4
 """One document of so many in each domain is held out; never fewer than an interval needs."""
+# A domain's loss may rise by so many nats per token, even surely: less matters to no one.
+_HARMLESS: Final = 0.002
 # Distillation helps early and hurts late: https://arxiv.org/abs/2201.05596, section 4.2.
 _DISTILLED: Final = 0.6
 
@@ -82,6 +86,24 @@ class HeldOutScores:
     """Share of tokens whose first choice is the domain's expert, by domain, averaged over layers; None without one."""
     documents: Mapping[str, Sequence[Sequence[float]]]
     """Loss in nats and number of tokens of each document, by domain."""
+
+    @property
+    def sums(self) -> dict[str, Sums]:
+        """Loss in nats and number of tokens (document, 2) by domain."""
+        return {name: np.array(found) for name, found in self.documents.items()}
+
+    def gains(self, before: "HeldOutScores") -> dict[str, Estimate]:
+        """How much lower the loss of each domain is than before, on the same documents; below 0 where it is higher."""
+        return {name: difference({name: old}, {name: self.sums[name]}) for name, old in before.sums.items()}
+
+    def sold(self, before: "HeldOutScores") -> list[str]:
+        """Domains whose loss is surely higher than before, beyond what is harmless, with the figure, in words."""
+        risen = {name: gain.reversed for name, gain in self.gains(before).items()}
+        return [
+            f"{name}'s is higher by {rise.precise}"
+            for name, rise in risen.items()
+            if rise.low is not None and rise.low > 0 and rise.value > _HARMLESS
+        ]
 
 
 @dataclass(frozen=True)

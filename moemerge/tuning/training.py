@@ -169,10 +169,7 @@ class Training:
             state.without_gain = _PATIENCE
             state.note = f"after step {state.step} losses were not finite, so it ended there: give a lower --lr"
             return state.note
-        better = found.mean_loss < state.best.mean_loss
-        state.without_gain = 0 if better else state.without_gain + 1
-        if better:
-            state.best_step, state.best, state.best_rows = state.step, found, self.student.rows()
+        state.judge(found, self.student.rows())
         return (
             f"step {state.step} of {self.context.settings.steps}: held-out loss {found.mean_loss:.4f} (at the start "
             f"{state.before.mean_loss:.4f}, best {state.best.mean_loss:.4f} after step {state.best_step}); "

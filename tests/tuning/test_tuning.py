@@ -42,7 +42,7 @@ from moemerge.tuning.judging import judge
 from moemerge.tuning.losses import cross_entropy, load_loss, prior_of
 from moemerge.tuning.phatgoose import standardised_rows
 from moemerge.tuning.processes import open_processes
-from moemerge.tuning.settings import Settings, distillation_weight, split_documents
+from moemerge.tuning.settings import HeldOutScores, Settings, distillation_weight, split_documents
 from moemerge.tuning.student import Student
 from moemerge.tuning.teachers import Predictions, predict
 from moemerge.tuning.training import Training, schedule
@@ -260,6 +260,52 @@ def tensors_of(files: dict[str, bytes], out: Path) -> dict[str, torch.Tensor]:
         if name.endswith(".safetensors"):
             found |= safetensors.torch.load(data)
     return {name: found[name] for name in routers(out)}
+
+
+def scores(**losses: list[float]) -> HeldOutScores:
+    """Scores of documents of 100 tokens each, from their losses per token."""
+    documents = {name: [[100 * loss, 100] for loss in mine] for name, mine in losses.items()}
+    found = {name: estimate(np.array(mine)) for name, mine in documents.items()}
+    mean = sum(one.value for one in found.values()) / len(found)
+    return HeldOutScores(found, mean, dict.fromkeys(found), documents)
+
+
+def test_no_domain_is_sold_for_the_mean():
+    start = scores(fox=[3.0] * 5, code=[2.0] * 5)
+    state = resume_folder.State(1, 0, 0, 0.0, start, start, {}, {}, {})
+    for step, (found, kept) in enumerate(
+        (
+            (scores(fox=[2.0] * 5, code=[2.01] * 5), False),  # surely higher
+            (scores(fox=[2.0] * 5, code=[2.2, 1.9, 2.2, 1.9, 2.0]), True),  # higher, but perhaps by chance
+            (scores(fox=[1.9] * 5, code=[2.001] * 5), True),  # surely higher, by next to nothing
+            (scores(fox=[1.8] * 5, code=[2.1] * 5), False),
+        ),
+        start=1,
+    ):
+        state.step = step
+        state.judge(found, {0: torch.tensor(step)})
+        assert (state.best_step == step) == kept
+        assert (state.note, state.without_gain) == (
+            ("", 0)
+            if kept
+            else (
+                f"after step {step} the mean loss was lower, but code's is higher by {found.losses['code'].value - 2:.4f} "
+                f"({found.losses['code'].value - 2:.4f} to {found.losses['code'].value - 2:.4f}): that state was not kept",
+                1,
+            )
+        )
+    assert state.best_rows == {0: torch.tensor(3)}
+
+
+def test_a_training_that_sells_a_domain_writes_nothing(out, data, monkeypatch, capsys):
+    files = contents(out)
+    monkeypatch.setattr(HeldOutScores, "sold", lambda *_: ["code's is higher by 0.5"])
+    code, _, errors = run(["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96], monkeypatch, capsys)
+    assert (code, contents(out)) == (0, files)
+    assert (
+        "note: after step 3 the mean loss was lower, but code's is higher by 0.5: that state was not kept\n"
+        "note: nothing was better on held-out text than the routers that were there\n"
+    ) in errors
 
 
 def test_every_domain_that_loses_is_named(out, data, monkeypatch, capsys):
