@@ -39,6 +39,14 @@ class TrainingOptions:
             help="gates trains all together; phatgoose trains a gate for each expert, on its own text alone.",
         ),
     ] = "gates"
+    train: Annotated[
+        Literal["gates", "gates,norms"],
+        typer.Option(
+            metavar="WHAT",
+            parser=one_of(("gates", "gates,norms")),
+            help="gates, or gates,norms for the norms that experts share, too.",
+        ),
+    ] = "gates"
     allow_missing_domains: Annotated[
         bool,
         typer.Option(

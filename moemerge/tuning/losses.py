@@ -58,17 +58,17 @@ def load_loss(student: Student, counted: torch.Tensor, prior: torch.Tensor) -> t
     return _LOAD * torch.stack(terms).mean()
 
 
-def anchor_loss(student: Student, start: Mapping[int, torch.Tensor]) -> torch.Tensor:
+def anchor_loss(student: Student, start: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Squared distance of the gates from their start, relative to the start's squared length, averaged over layers.
 
     Args:
         student: the model that is trained.
-        start: the gates at the start, by layer (expert, hidden).
+        start: the trained tensors at the start, by name.
     """
-    terms = [
-        (gate - start[layer]).square().sum() / start[layer].square().sum().clamp_min(1e-12)
-        for layer, gate in student.gates.items()
-    ]
+    terms = []
+    for layer, gate in student.gates.items():
+        first = start[student.mixture.router(layer)]
+        terms.append((gate - first).square().sum() / first.square().sum().clamp_min(1e-12))
     return _ANCHOR * torch.stack(terms).mean()
 
 

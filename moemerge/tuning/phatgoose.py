@@ -76,12 +76,13 @@ def stack_gates(
     gates = _train_all(context, base, experts, documents)
     seconds = (time.perf_counter() - begun) / max(left, 1)
     student = Student.load(context)
-    (before, _), start = judge_start(context, student, batches.held_out), student.rows()
+    (before, _), start = judge_start(context, student, batches.held_out), student.values()
     state = State(context.settings.steps, 0, 0, seconds, before, before, start, start, {})
-    student.place(_rows(context, student, gates, batches.training))
+    rows = _rows(context, student, gates, batches.training)
+    student.place({context.mixture.router(layer): mine for layer, mine in rows.items()})
     after, _ = judge(context, student, batches.held_out)
     context.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
-    state.judge(after, student.rows())
+    state.judge(after, student.values())
     return state
 
 

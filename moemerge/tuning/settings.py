@@ -17,6 +17,7 @@ from moemerge.model_card.markdown import as_text
 Documents = Mapping[str, Sequence[Document]]
 """Texts and chats by domain."""
 Method = Literal["gates", "phatgoose"]
+Trained = Literal["gates", "gates,norms"]
 
 _HELD_OUT: Final = 4
 """One document of so many in each domain is held out; never fewer than an interval needs."""
@@ -49,6 +50,8 @@ class Settings:
     """Whether each domain's own dense expert teaches, too: staged distillation."""
     method: Method = "gates"
     """Train all gates together, or a sigmoid gate for each expert alone."""
+    train: Trained = "gates"
+    """What is trained: gates alone, or the norms that are before and after attention and FFNs, too."""
     allow_missing_domains: bool = False
     """Whether experts may lack text; what the tuning does to their text is not seen then."""
     roles: tuple[str, ...] = COUNTED_ROLES
@@ -70,6 +73,8 @@ class Settings:
             )
             if not fits
         ]
+        if self.method == "phatgoose" and self.train != "gates":
+            wrong.append(f"--method phatgoose: trains gates alone, found --train {self.train}.")
         if wrong:
             raise RefusedError("\n".join(wrong))
 
@@ -113,8 +118,10 @@ class TuningResult:
     model: str
     """The folder that holds the tuned model, or the untouched one where nothing was better."""
     method: str
+    train: Trained
+    """What was trained."""
     improved: bool
-    """Whether the gain is more than chance (its interval is above 0), so that the gates were written."""
+    """Whether the gain is more than chance (its interval is above 0), so that what was trained was written."""
     step: int
     """The step after which the routers were best."""
     steps: int
@@ -183,7 +190,9 @@ def split_documents(documents: Documents, seed: int) -> SplitDocuments:
 def card_section(found: TuningResult) -> str:
     """Write the part of the model card on the tuning, in Markdown."""
     names = list(found.before.losses)
-    what = "gates alone" if found.method == "gates" else "a sigmoid gate for each expert (PHATGOOSE)"
+    what = "gates alone" if found.train == "gates" else "gates and the norms that experts share"
+    if found.method == "phatgoose":
+        what = "a sigmoid gate for each expert (PHATGOOSE)"
     texts = ", ".join(
         f"{as_text(name)}: {found.held_out_tokens[name]} tokens of {found.held_out_documents[name]} documents"
         for name in names

@@ -165,6 +165,27 @@ def test_gates_change_and_nothing_else_does_and_held_out_text_gains(tmp_path, sp
     assert tune(out, data, Settings(steps=1, tokens_per_step=96, distil=distil)).before == found.after
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_norms_are_trained_beside_gates_on_request(tmp_path, specialists, data, copied):
+    out = merged(tmp_path, specialists, shard_bytes=20_000, dtype="bfloat16")
+    old, alone = tensors(out), tune(out, data, Settings(steps=8, tokens_per_step=96), copy=tmp_path / "alone")
+    settings = Settings(steps=8, tokens_per_step=96, train="gates,norms")
+    found = tune(out, data, settings, copy=tmp_path / "copy" if copied else None)
+    assert found.improved
+    assert found.after.mean_loss < alone.after.mean_loss
+    assert found.before == alone.before
+    layers = [f"layers.{layer}.{norm}_layernorm" for layer in range(3) for norm in ("input", "post_attention")]
+    norms = {f"model.{norm}.weight" for norm in (*layers, "norm")}
+    new = tensors(Path(found.model))
+    assert changed(old, new) == routers(out) | norms
+    assert all(new[name].dtype == old[name].dtype for name in old)
+    assert max((new[name] / old[name] - 1).abs().max() for name in norms) < 0.5
+    card = (Path(found.model) / "README.md").read_text()
+    assert "`moemerge tune` trained gates and the norms that experts share; the best of 8 steps was step " in card
+    load(Path(found.model))
+    assert tune(found.model, data, Settings(steps=1, tokens_per_step=96)).before == found.after
+
+
 def test_a_copy_is_a_whole_model_and_the_original_stays(out, data, tmp_path):
     (out / "additional_chat_templates").mkdir()
     (out / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
@@ -219,8 +240,8 @@ def judged_as(monkeypatch, gains: dict[str, list[float]]) -> None:
         }
         losses = {name: estimate(np.array(found)) for name, found in documents.items()}
         after = replace(before, documents=documents, losses=losses, mean_loss=before.mean_loss - 0.01)
-        start = student.rows()
-        return resume_folder.State(4, 4, 0, 1.0, before, after, start, {n: 2 * rows for n, rows in start.items()}, {})
+        start = student.values()
+        return resume_folder.State(4, 4, 0, 1.0, before, after, start, {n: 2 * mine for n, mine in start.items()}, {})
 
     monkeypatch.setattr(running, "train", trained)
 
@@ -283,7 +304,7 @@ def test_no_domain_is_sold_for_the_mean():
         start=1,
     ):
         state.step = step
-        state.judge(found, {0: torch.tensor(step)})
+        state.judge(found, {"gate": torch.tensor(step)})
         assert (state.best_step == step) == kept
         assert (state.note, state.without_gain) == (
             ("", 0)
@@ -294,7 +315,7 @@ def test_no_domain_is_sold_for_the_mean():
                 1,
             )
         )
-    assert state.best_rows == {0: torch.tensor(3)}
+    assert state.best_values == {"gate": torch.tensor(3)}
 
 
 def test_a_training_that_sells_a_domain_writes_nothing(out, data, monkeypatch, capsys):
@@ -459,8 +480,9 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     folders = [make_model(tmp_path / name, seed, model_type, **sizes) for seed, name in enumerate(names)]
     model = merged(tmp_path, folders, architecture=moe)
     mixture = open_mixture(model)
-    held = Student.load(context_of(model, FEW))
-    streamed = Student.load(replace(context_of(model, FEW), memory=whole_model.MemoryPlan(streamed=True)))
+    norms = replace(FEW, train="gates,norms")
+    held = Student.load(context_of(model, norms))
+    streamed = Student.load(replace(context_of(model, norms), memory=whole_model.MemoryPlan(streamed=True)))
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
     logits, same = held.logits([window]), streamed.logits([window])
     assert torch.allclose(cross_entropy([window], logits).double(), run_model(mixture.runnable, [window], CPU))
@@ -468,20 +490,23 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     for student, found in ((held, logits), (streamed, same)):
         found.square().mean().backward()
         assert all(gate.grad.abs().max() > 0 for gate in student.gates.values())
-        assert sum(p.requires_grad for p in student.model.parameters()) == len(mixture.moe_layers)
-    assert all(torch.equal(held.gates[layer].grad, streamed.gates[layer].grad) for layer in held.gates)
+        trainable = {p for p in student.model.parameters() if p.requires_grad}
+        assert trainable == set(student.trained.values())
+        assert len(trainable) > len(mixture.moe_layers) + mixture.runnable.layers  # cohere2 has one in a layer
+        assert len({*Student.load(context_of(model, FEW)).trained}) == len(mixture.moe_layers)
+    assert all(torch.equal(held.trained[name].grad, streamed.trained[name].grad) for name in held.trained)
     in_memory = {
         parameter for layer in streamed.model.model.layers for parameter in layer.parameters() if not parameter.is_meta
     }
-    assert in_memory == set(streamed.gates.values())
+    assert in_memory == {held for name, held in streamed.trained.items() if ".layers." in name}
     with torch.no_grad():
         quiet = held.logits([window])
         with held.noisy(3.0, seed=0):
             assert not torch.equal(held.logits([window]), quiet)
         assert torch.equal(held.logits([window]), quiet)
     old = tensors(model)
-    found = tune(model, data, FEW)
-    assert changed(old, tensors(model)) == (routers(model) if found.improved else set())
+    found = tune(model, data, norms)
+    assert changed(old, tensors(model)) <= (set(held.trained) if found.improved else set())
     assert found.after.mean_loss <= found.before.mean_loss
     if found.improved and not IS_V4:
         load(model)
@@ -562,8 +587,8 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
     monkeypatch.setattr(batches, "_LONGEST", 20)
     tuned = training_of(out, data, settings)
     student, windows = tuned.student, tuned.batches.step(step)
-    start = student.rows()
-    student.place({layer: rows + 0.1 * torch.randn(rows.shape) for layer, rows in start.items()})
+    start = student.values()
+    student.place({name: values + 0.1 * torch.randn(values.shape) for name, values in start.items()})
     tuned.set_gradients(step, start)
 
     model, dense = load(out), [load(folder) for folder in specialists[1:]]
@@ -574,6 +599,7 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
         if name.endswith("gate") and hasattr(module, "weight")
     ]
     seen = {}
+    names = [tuned.context.mixture.router(layer) for layer in range(len(gates))]
     for layer, (module, weight) in enumerate(gates):
         weight.requires_grad_(True).data.copy_(student.gates[layer])
         module.register_forward_pre_hook(lambda _m, inputs, layer=layer: seen.setdefault(layer, []).append(inputs[0]))
@@ -601,7 +627,7 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
         for layer, (_, gate) in enumerate(gates):
             states = torch.cat([inputs.detach().reshape(-1, inputs.shape[-1])[1:] for inputs in seen[layer]])
             shares = (states @ gate.T).softmax(1).mean(0)
-            anchor = (gate - start[layer]).square().sum() / start[layer].square().sum()
+            anchor = (gate - start[names[layer]]).square().sum() / start[names[layer]].square().sum()
             loss = loss + 1e-3 * tokens / scored * ((prior * (prior / shares).log()).sum() + anchor) / len(gates)
     loss.backward()
     for layer, (_, gate) in enumerate(gates):
@@ -622,7 +648,7 @@ def test_bfloat16_has_nearly_the_same_gradients(tmp_path, data, monkeypatch, moe
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         tuned = training_of(model, data, FEW)
         assert tuned.context.processes.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-        tuned.set_gradients(0, tuned.student.rows())
+        tuned.set_gradients(0, tuned.student.values())
         gradients.append(torch.cat([gate.grad.flatten() for gate in tuned.student.gates.values()]))
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.95  # some tokens go to other experts
     assert torch.equal(gradients[0], gradients[2])
@@ -671,7 +697,7 @@ def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data, monkeypa
     monkeypatch.setattr(training, "_CLIP", 1e-3)
     tuned = training_of(out, data, Settings(steps=20, tokens_per_step=96, lr=0.4))
     _, lengths = judge(tuned.context, tuned.student, tuned.batches.held_out)
-    start = tuned.student.rows()
+    start = tuned.student.values()
 
     def stop(_name, done, _total):
         raise KeyboardInterrupt
@@ -679,9 +705,10 @@ def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data, monkeypa
     with pytest.raises(KeyboardInterrupt):
         replace(tuned, context=replace(tuned.context, progress=stop)).run()
     state = tuned.context.work.load()
-    for layer, rows in state.rows.items():
-        moved = (rows - start[layer]).abs()
-        assert moved.median() == pytest.approx(0.5 * 0.4 / lengths[layer], rel=1e-2)
+    for layer, length in lengths.items():
+        gate = tuned.context.mixture.router(layer)
+        moved = (state.values[gate] - start[gate]).abs()
+        assert moved.median() == pytest.approx(0.5 * 0.4 / length, rel=1e-2)
     assert len({round(length, 2) for length in lengths.values()}) > 1
     means = torch.cat([of["exp_avg"].flatten() for of in state.optimiser["state"].values()])
     assert float(means.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # a tenth of gradients that were clipped
@@ -731,9 +758,9 @@ def interrupted(out: Path, data, settings: Settings, after: int) -> None:
         tune(out, data, settings, progress=stop)
 
 
-@pytest.mark.parametrize("distil", [True, False])
-def test_a_resumed_run_gives_the_same_bytes(specialists, data, tmp_path, distil):
-    settings = Settings(steps=8, tokens_per_step=96, distil=distil, noise=0.1)
+@pytest.mark.parametrize(("distil", "train"), [(True, "gates"), (False, "gates,norms")])
+def test_a_resumed_run_gives_the_same_bytes(specialists, data, tmp_path, distil, train):
+    settings = Settings(steps=8, tokens_per_step=96, distil=distil, noise=0.1, train=train)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     straight, cut = merged(tmp_path / "a", specialists), merged(tmp_path / "b", specialists)
@@ -742,7 +769,7 @@ def test_a_resumed_run_gives_the_same_bytes(specialists, data, tmp_path, distil)
     interrupted(cut, data, settings, 3)
     assert contents(cut) == files
     with pytest.raises(RefusedError) as caught:
-        tune(cut, data, Settings(steps=9, tokens_per_step=96, distil=distil, noise=0.1), resume=True)
+        tune(cut, data, replace(settings, steps=9), resume=True)
     assert str(caught.value) == (
         "--resume: the tuning that was cut off was not this one; what differs: options.steps. Undo the change, or start "
         "over without --resume."
@@ -906,7 +933,7 @@ def test_a_model_that_is_written_meanwhile_is_left_alone(out, data, tmp_path):
     with pytest.raises(OutputError) as caught:
         tune(out, data, FEW, announce=lambda line: os.utime(shard, (1, 1)) if line.startswith("step 2 ") else None)
     assert str(caught.value) == (
-        f"{out}: its files were written anew while it was tuned, so these gates are not for it. Tune it again."
+        f"{out}: its files were written anew while it was tuned, so this tuning is not for it. Tune it again."
     )
     assert contents(out) == files
 
@@ -1095,6 +1122,9 @@ def test_messages(  # noqa: PLR0917
         (f"fox={fox}", "--steps", "0"): "--steps: expected 1 or more, found 0.",
         (f"fox={fox}", "--lr", "-1"): "--lr: expected a number above 0, found -1.0.",
         (f"fox={fox}", "--noise", "nan"): "--noise: expected 0 or more, found nan.",
+        (f"fox={fox}", "--method", "phatgoose", "--train", "gates,norms"): (
+            "--method phatgoose: trains gates alone, found --train gates,norms."
+        ),
         (f"fox={fox}", "--method", "phatgoose", "--allow-missing-domains"): (
             "--method phatgoose: every expert's gate is trained on its own text, and code has none: add "
             "--data code=PATH."
@@ -1144,12 +1174,12 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch
     )
     monkeypatch.undo()
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: _Disk(10))
-    shards = {tensor.path for tensor in writing.gate_tensors(open_mixture(out)).values()}
+    shards = {tensor.path for tensor in writing.trained_tensors(open_mixture(out), "gates").values()}
     need = shown_bytes(sum(path.stat().st_size for path in shards))
     with pytest.raises(OutputError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (
-        f"{out}: writing tuned gates takes {need} beside it for a while, but the disk has 10 B free. Free some "
+        f"{out}: writing what is tuned takes {need} beside it for a while, but the disk has 10 B free. Free some "
         "space, or write a copy to another disk with --out."
     )
 
@@ -1216,7 +1246,7 @@ def test_a_copy_on_another_disk_is_of_everything(out, data, tmp_path, monkeypatc
         with pytest.raises(OutputError) as caught:
             tune(out, data, FEW, copy=copy)
         assert str(caught.value).startswith(
-            f"{copy}: writing tuned gates takes {shown_bytes(size)} there, but the disk has "
+            f"{copy}: writing what is tuned takes {shown_bytes(size)} there, but the disk has "
         )
         monkeypatch.undo()
         tune(out, data, FEW, copy=copy)
@@ -1297,7 +1327,7 @@ def test_gates_of_other_sizes_are_not_written(tmp_path):
     gates = read_header(tmp_path / "model.safetensors")
     (tmp_path / "copy").mkdir()
     with pytest.raises(ValueError, match="^gate: 8 bytes for 16$"):
-        writing.patch_shards(tmp_path, {0: gates["gate"]}, {0: bytes(8)}, tmp_path / "copy")
+        writing.patch_shards(tmp_path, gates, {"gate": bytes(8)}, tmp_path / "copy")
     assert torch.equal(load_file(tmp_path / "model.safetensors")["gate"], torch.ones(4))
     assert writing.stamp(tmp_path / "gone") == []
 
@@ -1307,6 +1337,6 @@ def test_gates_in_a_pickle_are_not_written_to(tmp_path):
     tensors = read_pickle(tmp_path / "pytorch_model.bin")
     mixture = SimpleNamespace(folder=tmp_path, tensors=tensors, moe_layers=[0], router=lambda _layer: "gate")
     with pytest.raises(RefusedError) as caught:
-        writing.gate_tensors(mixture)
+        writing.trained_tensors(mixture, "gates")
     told = f"{tmp_path}: gate is in {tmp_path / 'pytorch_model.bin'}, a pickle: only *.safetensors are written to."
     assert str(caught.value) == told
