@@ -120,7 +120,7 @@ def _run(context: TuningContext, documents: SplitDocuments, copy: Path | None, *
         context.work.begin(_fingerprint(context, texts, shards), resume=resume)
     processes.wait()
     state = stack_gates(context, sources, documents, batches) if phatgoose else train(context, batches, teachers)
-    found = _result(context, state, batches, copy)
+    found = _result(context, state, batches, documents.sources, copy)
     if processes.first:
         if found.improved:
             _write(context, found, state, shards, copy)
@@ -175,7 +175,9 @@ def _fingerprint(context: TuningContext, documents: Documents, shards: Mapping[s
     }
 
 
-def _result(context: TuningContext, state: State, batches: Batches, copy: Path | None) -> TuningResult:
+def _result(
+    context: TuningContext, state: State, batches: Batches, sources: tuple[str, ...], copy: Path | None
+) -> TuningResult:
     texts = batches.held_out
     windows = {name: [texts.windows[place] for place in texts.of(domain)] for domain, name in enumerate(texts.domains)}
     gain = difference(state.before.sums, state.best.sums)
@@ -200,10 +202,11 @@ def _result(context: TuningContext, state: State, batches: Batches, copy: Path |
         tuple(name for name in context.mixture.experts if name not in texts.domains),
         {name: count_scored(mine) for name, mine in windows.items()},
         {name: len({window.document for window in mine}) for name, mine in windows.items()},
+        sources,
         state.seconds / max(state.step, 1),
         tuple(notes),
     )
-    return replace(found, notes=(*notes, *found.harm))
+    return replace(found, notes=(*notes, *found.harm, *sources))
 
 
 def _write(

@@ -136,6 +136,8 @@ class TuningResult:
     """Experts without text: see `Settings.allow_missing_domains`."""
     held_out_tokens: Mapping[str, int]
     held_out_documents: Mapping[str, int]
+    sources: tuple[str, ...]
+    """The commits of data sets on the Hub that were read, in words."""
     seconds_per_step: float
     notes: tuple[str, ...]
 
@@ -156,6 +158,8 @@ class SplitDocuments(NamedTuple):
 
     training: dict[str, list[Document]]
     held_out: dict[str, list[Document]]
+    sources: tuple[str, ...] = ()
+    """The commits of data sets on the Hub that they are from, in words."""
 
     def of(self, domain: str) -> "SplitDocuments":
         """Give the documents of one domain alone."""
@@ -213,7 +217,7 @@ def card_section(found: TuningResult) -> str:
         ),
         "",
         f"The mean is lower by {found.gain.precise}.",
-        *(f"\n> **Note:** {as_text(harm)}." for harm in found.harm),
+        *(f"\n> **Note:** {as_text(harm)}." for harm in (*found.sources, *found.harm)),
     ]
     known = [name for name in names if found.before.accuracy[name] is not None]
     if known:

@@ -1,7 +1,6 @@
 """Train the routers of a merged model a little further, with everything else frozen."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from moemerge.evaluation.evaluator import read_domains, revision_notes
@@ -47,10 +46,9 @@ def tune(
         OutputError: the model cannot be written, or another process is tuning it.
     """
     settings = settings or Settings()
-    documents = split_documents(read_domains(data), settings.seed)
+    documents = split_documents(read_domains(data), settings.seed)._replace(sources=tuple(revision_notes(data)))
     from moemerge.tuning.running import run  # imports torch, transformers and accelerate
 
-    found = run(
+    return run(
         folder, documents, settings, copy=copy, device=device, resume=resume, progress=progress, announce=announce
     )
-    return found and replace(found, notes=(*found.notes, *revision_notes(data)))

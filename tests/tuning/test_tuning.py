@@ -35,7 +35,7 @@ from moemerge.passes.tokens import Window
 from moemerge.planning.options import PlanOptions
 from moemerge.routers.scoring import lowering
 from moemerge.sources.bin_files import read_pickle
-from moemerge.tuning import batches, phatgoose, resume_folder, running, teachers, training, whole_model, writing
+from moemerge.tuning import batches, phatgoose, resume_folder, running, teachers, training, tuner, whole_model, writing
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import judge
@@ -381,6 +381,15 @@ def test_the_card_has_the_last_tuning(out, data, monkeypatch, capsys):
     (out / "README.md").unlink()
     assert tune(out, data, Settings(steps=2, tokens_per_step=96, seed=1))
     assert not (out / "README.md").exists()
+
+
+def test_the_commits_of_data_sets_are_on_the_card(out, data, monkeypatch):
+    """As `eval --update-card` writes them."""
+    said = "fox is text of acme/for-fox at 0123456"
+    monkeypatch.setattr(tuner, "revision_notes", lambda given: [said] if given == data else [])
+    found = tune(out, data, FEW)
+    assert (found.sources, found.notes) == ((said,), (said,))
+    assert f"> **Note:** {said}." in (out / "README.md").read_text()
 
 
 def test_noise_changes_the_training_and_is_seeded(specialists, data, tmp_path):
