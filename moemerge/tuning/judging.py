@@ -1,7 +1,7 @@
 """Judge the student on held-out text: its losses and choices, computed by all processes together."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -9,10 +9,9 @@ from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.figures import estimate
 from moemerge.evaluation.measuring import Texts
-from moemerge.evaluation.runnable import MixtureModel, Runnable
+from moemerge.evaluation.runnable import MixtureModel
 from moemerge.evaluation.running import run_model
 from moemerge.passes.decoder import group
-from moemerge.passes.tokens import Window
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.settings import HeldOutScores
@@ -27,37 +26,13 @@ def as_stored(mixture: MixtureModel, values: Mapping[str, torch.Tensor]) -> dict
     }
 
 
-def judge_start(context: TuningContext, student: Student, texts: Texts) -> tuple[HeldOutScores, dict[int, float]]:
-    """Judge the model that is stored; see `judge`.
-
-    Raises:
-        CheckpointError: numbers are not finite; says where that began.
-        RouterError: another process has ended.
-    """
-    try:
-        return judge(context, student, texts)
-    except CheckpointError:
-        find_not_finite(context, [context.mixture.runnable], texts.windows)
-        raise
-
-
-def find_not_finite(context: TuningContext, models: Sequence[Runnable], windows: Sequence[Window]) -> None:
-    """Run stored models over windows a layer at a time, to find where numbers stop being finite.
-
-    Raises:
-        CheckpointError: numbers of one of them are not finite.
-    """
-    for model in models:
-        run_model(model, windows, context.processes.device)
-
-
 def judge(context: TuningContext, student: Student, texts: Texts) -> tuple[HeldOutScores, dict[int, float]]:
     """Judge the student as it would be stored on held-out text; also gives the length of what enters each router.
 
     That length is a root mean square, by layer.
 
     Raises:
-        CheckpointError: the losses are not finite.
+        CheckpointError: the losses are not finite; says where that began, if the stored model is at fault.
         RouterError: another process has ended.
     """
     experts = len(student.mixture.experts)
@@ -82,6 +57,7 @@ def judge(context: TuningContext, student: Student, texts: Texts) -> tuple[HeldO
     read = torch.tensor([*squares.values(), float(tokens)], dtype=torch.float64)
     *totals, counted_tokens = context.processes.sum(read).tolist()
     if not losses.isfinite().all():
+        run_model(student.mixture.runnable, texts.windows, student.device)
         raise CheckpointError(
             f"{student.mixture.folder}: its losses are not finite numbers: with what it has been taught, its numbers "
             "overflow."

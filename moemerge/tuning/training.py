@@ -11,11 +11,12 @@ from torch.nn.utils import parameters_to_vector
 
 from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import Runnable
+from moemerge.evaluation.running import run_model
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window, count_scored
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
-from moemerge.tuning.judging import find_not_finite, judge, judge_start
+from moemerge.tuning.judging import judge
 from moemerge.tuning.losses import anchor_loss, cross_entropy, distillation_loss, load_loss, prior_of
 from moemerge.tuning.resume_folder import State
 from moemerge.tuning.settings import Settings, distillation_weight
@@ -95,7 +96,7 @@ class Training:
             optimiser = make_optimiser(trained, dict.fromkeys(trained, 1.0), settings)
             optimiser.load_state_dict(state.optimiser)  # rates, too
         else:
-            before, lengths = judge_start(self.context, self.student, self.batches.held_out)
+            before, lengths = judge(self.context, self.student, self.batches.held_out)
             optimiser = make_optimiser(trained, self._lengths(lengths), settings)
             state = State(0, 0, 0, 0.0, before, before, start, start, {})
         anchored = {name: values.to(self.student.device) for name, values in start.items()}
@@ -148,8 +149,8 @@ class Training:
             torch.autograd.backward(self._loss(step, part, scored, start))
         summed = self.context.processes.sum(parameters_to_vector(one.grad for one in trained if one.grad is not None))
         if not summed.isfinite().all() and all(one.isfinite().all() for one in trained):
-            # If the stored model is finite, training has driven it too far.
-            find_not_finite(self.context, [self.context.mixture.runnable], [window for window, _ in windows])
+            # It says where that began; if the stored model is finite, training has driven it too far.
+            run_model(self.context.mixture.runnable, [window for window, _ in windows], self.student.device)
         for one in trained:
             one.grad, summed = summed[: one.numel()].view_as(one), summed[one.numel() :]
 
