@@ -29,7 +29,7 @@ _CLIP: Final = 1.0
 _JUDGEMENTS: Final = 4
 _PATIENCE: Final = 3
 # How far a step of Adam moves a norm's weight, as a share of --lr and of the norm's scale.
-_NORM_RATE: Final = 0.15
+_NORM_RATE: Final = 0.06
 _Key = TypeVar("_Key")
 
 
