@@ -1,4 +1,4 @@
-"""What tuning routers gains, random ones and those made in closed form, on texts that it never saw.
+"""What tuning gains, from random routers and from those made in closed form, on texts that it never saw.
 
     python benchmarks/tuning.py MODELS TEXTS --markdown
 
@@ -34,6 +34,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gates, distilled", "random", {"distil": True}),
     ("gates, distilled", "ridge", {"distil": True}),
     ("gates", "ridge", {}),
+    ("gates,norms", "ridge", {"train": "gates,norms"}),
     ("phatgoose", "random", {"method": "phatgoose"}),
     ("gates, noise 0.5", "random", {"noise": 0.5}),
     ("gates, noise 0.5", "ridge", {"noise": 0.5}),

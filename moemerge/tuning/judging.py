@@ -13,9 +13,8 @@ from moemerge.evaluation.runnable import MixtureModel
 from moemerge.evaluation.running import run_model
 from moemerge.passes.decoder import group
 from moemerge.tuning.context import TuningContext
-from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.settings import HeldOutScores
-from moemerge.tuning.student import Student
+from moemerge.tuning.student import Student, cross_entropy
 
 
 def as_stored(mixture: MixtureModel, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

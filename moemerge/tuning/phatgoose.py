@@ -31,10 +31,9 @@ from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import judge
-from moemerge.tuning.losses import cross_entropy
 from moemerge.tuning.resume_folder import State
 from moemerge.tuning.settings import SplitDocuments
-from moemerge.tuning.student import Student, padded
+from moemerge.tuning.student import Student, cross_entropy, padded
 from moemerge.tuning.teachers import open_source
 from moemerge.tuning.training import make_optimiser, set_rates
 from moemerge.tuning.whole_model import from_disk, load_whole

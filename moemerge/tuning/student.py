@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moemerge.errors import CheckpointError
+from moemerge.evaluation.losses import token_losses
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.finite import not_finite_in
 from moemerge.passes.tokens import Window
@@ -143,6 +144,15 @@ class _Noise(TorchFunctionMode):
         if func is torch.nn.functional.linear:
             return given + self._noise * torch.randn_like(given)
         return given
+
+
+def cross_entropy(windows: Sequence[Window], logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats over each window's scored tokens: (window,), from logits (window, position, vocab)."""
+    losses = [
+        token_losses(window, found[: len(window.ids)].float()).sum()
+        for window, found in zip(windows, logits, strict=True)
+    ]
+    return torch.stack(losses)
 
 
 def padded(windows: Sequence[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,6 +79,21 @@ def _rest(log_probs: torch.Tensor) -> torch.Tensor:
     return (1 - log_probs.exp().sum(dim=1)).clamp_min(1e-6).log()
 
 
+def distillation_loss(windows: Sequence[Window], logits: torch.Tensor, teachers: Sequence[Predictions]) -> torch.Tensor:
+    """KL(teacher || mixture) in nats, summed over each window's tokens that are scored: (window,).
+
+    Args:
+        windows: the windows of text.
+        logits: the mixture's logits (window, position, vocab).
+        teachers: for each window, its own expert's predictions.
+    """
+    losses = []
+    for window, found, teacher in zip(windows, logits, teachers, strict=True):
+        scored = torch.tensor(window.scored, device=logits.device)
+        losses.append(teacher.divergence(window, found[: len(window.ids)].float())[scored].sum())
+    return torch.stack(losses)
+
+
 def open_teachers(context: TuningContext, batches: Batches, *, resume: bool) -> dict[int, Runnable]:
     """Open the expert that teaches each domain, unless its predictions can be resumed; returns them by domain.
 

@@ -17,11 +17,10 @@ from moemerge.passes.tokens import Window, count_scored
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import judge
-from moemerge.tuning.losses import anchor_loss, cross_entropy, distillation_loss, load_loss, prior_of
 from moemerge.tuning.resume_folder import State
 from moemerge.tuning.settings import Settings, distillation_weight
-from moemerge.tuning.student import Student
-from moemerge.tuning.teachers import Predictions, teach
+from moemerge.tuning.student import Student, cross_entropy
+from moemerge.tuning.teachers import Predictions, distillation_loss, teach
 
 _BETAS: Final = (0.9, 0.95)
 _WARM_UP: Final = 0.1
@@ -90,7 +89,7 @@ class Training:
 
     def run(self) -> State:
         """Train until the steps are done, or held-out text shows that more training is of no use."""
-        settings, trained, start = self.context.settings, self.student.trained, self.student.values()
+        settings, trained = self.context.settings, self.student.trained
         if state := self.context.work.load():
             self.student.place(state.values)
             optimiser = make_optimiser(trained, dict.fromkeys(trained, 1.0), settings)
@@ -98,14 +97,14 @@ class Training:
         else:
             before, lengths = judge(self.context, self.student, self.batches.held_out)
             optimiser = make_optimiser(trained, self._lengths(lengths), settings)
+            start = self.student.values()
             state = State(0, 0, 0, 0.0, before, before, start, start, {})
-        anchored = {name: values.to(self.student.device) for name, values in start.items()}
         every = math.ceil(settings.steps / _JUDGEMENTS)
         while state.step < settings.steps and state.without_gain < _PATIENCE:
             begun = time.perf_counter()
             set_rates(optimiser, state.step, settings.steps)
             with self.student.noisy(settings.noise, self._seed(state.step)):
-                self.set_gradients(state.step, anchored)
+                self.set_gradients(state.step)
             torch.nn.utils.clip_grad_norm_(trained.values(), _CLIP)
             optimiser.step()
             state.seconds += time.perf_counter() - begun
@@ -130,12 +129,8 @@ class Training:
         place = step * self.context.processes.count + self.context.processes.rank
         return hash((self.context.settings.seed, place)) % 2**31  # of numbers, the same in every process
 
-    def set_gradients(self, step: int, start: Mapping[str, torch.Tensor]) -> None:
+    def set_gradients(self, step: int) -> None:
         """Give the trained tensors the gradients of a step's loss, added up over all processes.
-
-        Args:
-            step: the step's number.
-            start: the trained tensors at first, by name; the anchor holds to them.
 
         Raises:
             CheckpointError: numbers of the stored model are not finite on this text.
@@ -146,7 +141,7 @@ class Training:
         scored = count_scored(window for window, _ in windows)
         mine = self.context.processes.mine(windows)
         for part in group(mine, lambda one: len(one[0].ids), self.context.memory.tokens_at_once):
-            torch.autograd.backward(self._loss(step, part, scored, start))
+            torch.autograd.backward(self._loss(step, part, scored))
         summed = self.context.processes.sum(parameters_to_vector(one.grad for one in trained if one.grad is not None))
         if not summed.isfinite().all() and all(one.isfinite().all() for one in trained):
             # It says where that began; if the stored model is finite, training has driven it too far.
@@ -154,22 +149,17 @@ class Training:
         for one in trained:
             one.grad, summed = summed[: one.numel()].view_as(one), summed[one.numel() :]
 
-    def _loss(
-        self, step: int, part: Sequence[tuple[Window, int]], scored: int, start: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def _loss(self, step: int, part: Sequence[tuple[Window, int]], scored: int) -> torch.Tensor:
         """The contribution of one pass to a step's loss, which has `scored` scored tokens in all."""
-        windows, settings, student = [window for window, _ in part], self.context.settings, self.student
+        windows = [window for window, _ in part]
         with self.context.processes.autocast():
-            logits = student.logits(windows)
+            logits = self.student.logits(windows)
         loss = cross_entropy(windows, logits).sum() / scored
-        weight = distillation_weight(step, settings.steps)
+        weight = distillation_weight(step, self.context.settings.steps)
         if self.teachers and weight:
             teachers = [self.teachers[domain] for _, domain in part]
             loss = loss + weight * distillation_loss(windows, logits, teachers).sum() / scored
-        texts = [(self.batches.training.expert[domain], sum(window.counted)) for window, domain in part]
-        prior = prior_of(texts, len(student.mixture.experts), student.device)
-        share = count_scored(windows) / scored
-        return loss + share * (load_loss(student, student.counted, prior) + anchor_loss(student, start))
+        return loss
 
     def _judge(self, state: State) -> str:
         """Judge a state on held-out text and note the result in it; returns it in words, too."""

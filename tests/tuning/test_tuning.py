@@ -39,11 +39,10 @@ from moemerge.tuning import batches, phatgoose, resume_folder, running, teachers
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import judge
-from moemerge.tuning.losses import cross_entropy, load_loss, prior_of
 from moemerge.tuning.phatgoose import standardised_rows
 from moemerge.tuning.processes import open_processes
 from moemerge.tuning.settings import HeldOutScores, Settings, distillation_weight, split_documents
-from moemerge.tuning.student import Student
+from moemerge.tuning.student import Student, cross_entropy
 from moemerge.tuning.teachers import Predictions, predict
 from moemerge.tuning.training import Training, schedule
 from moemerge.tuning.tuner import tune
@@ -598,7 +597,7 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
     student, windows = tuned.student, tuned.batches.step(step)
     start = student.values()
     student.place({name: values + 0.1 * torch.randn(values.shape) for name, values in start.items()})
-    tuned.set_gradients(step, start)
+    tuned.set_gradients(step)
 
     model, dense = load(out), [load(folder) for folder in specialists[1:]]
     model.requires_grad_(False)
@@ -607,20 +606,14 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
         for name, module in model.named_modules()
         if name.endswith("gate") and hasattr(module, "weight")
     ]
-    seen = {}
-    names = [tuned.context.mixture.router(layer) for layer in range(len(gates))]
-    for layer, (module, weight) in enumerate(gates):
+    for layer, (_, weight) in enumerate(gates):
         weight.requires_grad_(True).data.copy_(student.gates[layer])
-        module.register_forward_pre_hook(lambda _m, inputs, layer=layer: seen.setdefault(layer, []).append(inputs[0]))
     scored = sum(len(window.ids) - 1 for window, _ in windows)
     parts = list(group(windows, lambda one: len(one[0].ids), at_once))
     assert len(windows) > 6
     assert (len(parts) == 1) == (at_once == 1040)
     weight, loss = 1 - step / (0.6 * settings.steps), 0
     for part in parts:
-        seen.clear()
-        prior = torch.full((3,), 0.01)
-        tokens = sum(len(window.ids) - 1 for window, _ in part)
         for window, domain in part:
             ids = torch.tensor([window.ids])
             found = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
@@ -631,13 +624,6 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
             p_rest, q_rest = 1 - log_p.exp().sum(1), 1 - log_q.exp().sum(1)
             kl = (log_p.exp() * (log_p - log_q)).sum(1) + p_rest * (p_rest / q_rest).log()
             loss = loss + weight * kl.sum() / scored
-            prior[domain] += (len(window.ids) - 1) / tokens
-        prior /= prior.sum()
-        for layer, (_, gate) in enumerate(gates):
-            states = torch.cat([inputs.detach().reshape(-1, inputs.shape[-1])[1:] for inputs in seen[layer]])
-            shares = (states @ gate.T).softmax(1).mean(0)
-            anchor = (gate - start[names[layer]]).square().sum() / start[names[layer]].square().sum()
-            loss = loss + 1e-3 * tokens / scored * ((prior * (prior / shares).log()).sum() + anchor) / len(gates)
     loss.backward()
     for layer, (_, gate) in enumerate(gates):
         torch.testing.assert_close(student.gates[layer].grad, gate.grad, rtol=1e-3, atol=1e-6)
@@ -657,7 +643,7 @@ def test_bfloat16_has_nearly_the_same_gradients(tmp_path, data, monkeypatch, moe
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         tuned = training_of(model, data, FEW)
         assert tuned.context.processes.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-        tuned.set_gradients(0, tuned.student.values())
+        tuned.set_gradients(0)
         gradients.append(torch.cat([gate.grad.flatten() for gate in tuned.student.gates.values()]))
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.95  # some tokens go to other experts
     assert torch.equal(gradients[0], gradients[2])
@@ -683,19 +669,19 @@ def test_steps_read_the_tokens_that_they_are_asked_for(out, data):
 
 def test_documents_are_trained_on_or_held_out(data):
     documents = read_domains(data)
-    training_documents, held = split_documents(documents, 0)
+    training_documents, held, _ = split_documents(documents, 0)
     for name, texts in documents.items():
         assert (len(training_documents[name]), len(held[name])) == (7, 5)
         assert sorted([*training_documents[name], *held[name]]) == sorted(texts)
-    assert split_documents(documents, 0) == (training_documents, held)
-    assert split_documents(documents, 1) != (training_documents, held)
+    assert split_documents(documents, 0) == (training_documents, held, ())
+    assert split_documents(documents, 1) != (training_documents, held, ())
     many = [f"text {number}" for number in range(40)]
     assert len(split_documents({"fox": many}, 0)[1]["fox"]) == 10
 
 
 def test_a_document_that_comes_again_is_not_held_out_from_itself():
     texts = [f"text {number % 12}" for number in range(36)]
-    training_documents, held = split_documents({"fox": texts}, 0)
+    training_documents, held, _ = split_documents({"fox": texts}, 0)
     assert sorted([*training_documents["fox"], *held["fox"]]) == sorted(set(texts))
     with pytest.raises(RefusedError, match="10 different ones are needed, found 9. Divide it"):
         split_documents({"fox": [f"text {number % 9}" for number in range(36)]}, 0)
@@ -738,21 +724,6 @@ def test_schedules():
     assert [distillation_weight(step, 10) for step in (0, 3, 6, 9)] == [1, 0.5, 0, 0]
     assert [round(schedule(step, 20), 3) for step in (0, 1, 2, 11, 19)] == [0.5, 1.0, 1.0, 0.5, 0.008]
     assert schedule(0, 1) == 1
-
-
-def test_the_load_term_falls_towards_its_prior(out):
-    held = Student.load(context_of(out, FEW))
-    window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
-    held.logits([window])
-    counted, prior = torch.tensor([window.counted]), prior_of([(0, 50), (1, 25), (None, 25)], 3, CPU)
-    assert prior.sum() == pytest.approx(1)
-    assert prior[0] > prior[1] > prior[2] > 0.05
-    before = load_loss(held, counted, prior)
-    before.backward()
-    with torch.no_grad():
-        for gate in held.gates.values():
-            gate.sub_(100 * gate.grad)
-    assert 0 <= load_loss(held, counted, prior) < before
 
 
 # ---- cut off
@@ -1049,7 +1020,6 @@ def test_two_processes_do_what_one_does(out, data, tmp_path):
     assert facts["after"]["mean_loss"] == pytest.approx(expected.after.mean_loss, abs=1e-3)
     one, two = tensors(alone), tensors(out)
     assert changed(one, two) <= routers(out)
-    # The load term is of each pass's own tokens.
     assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in routers(out))
 
 
