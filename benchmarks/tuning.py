@@ -1,4 +1,4 @@
-"""What tuning routers gains, random ones and those made in closed form, on texts that it never saw.
+"""What tuning gains, from random routers and from those made in closed form, on texts that it never saw.
 
     python benchmarks/tuning.py MODELS TEXTS --markdown
 
@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +30,15 @@ from moemerge.tuning.settings import Settings, TuningResult
 from moemerge.tuning.tuner import tune
 
 # Name of the row, the routers at first, and the options.
-ROWS = (
-    ("gates", "random", {"distil": False}),
+ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("gates", "random", {}),
     ("gates, distilled", "random", {"distil": True}),
     ("gates, distilled", "ridge", {"distil": True}),
-    ("gates", "ridge", {"distil": False}),
+    ("gates", "ridge", {}),
+    ("gates,norms", "ridge", {"train": "gates,norms"}),
     ("phatgoose", "random", {"method": "phatgoose"}),
-    ("gates, distilled, noise 0.5", "random", {"noise": 0.5}),
-    ("gates, distilled, noise 0.5", "ridge", {"noise": 0.5}),
+    ("gates, noise 0.5", "random", {"noise": 0.5}),
+    ("gates, noise 0.5", "ridge", {"noise": 0.5}),
 )
 
 
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("--tokens", type=int, default=4096, help="of test text, for each expert")
     parser.add_argument("--window", type=int, default=512, help="of test text, in tokens")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=Settings.lr)
     parser.add_argument("--row", type=int, action="append", default=[], help="one of the tunings; all without it")

@@ -40,7 +40,7 @@ def main() -> None:
     found = []
     for streamed in (False, True):
         sizes = ["--steps", options.steps, "--tokens-per-step", options.tokens_per_step]
-        words = ["tune", options.out, "--data", f"text={options.data}", *sizes, *NO_CHANGE, "--no-distil", "--json"]
+        words = ["tune", options.out, "--data", f"text={options.data}", *sizes, *NO_CHANGE, "--json"]
         words.append("--allow-missing-domains")
         took = run([sys.executable, "-c", PROGRAM, *map(str, words), "--device", "cpu", str(streamed)])
         facts = json.loads(took.output)

@@ -146,8 +146,8 @@ def test_tunings_are_judged_on_any_models_and_texts(tmp_path, here):
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in printed.splitlines() if line.startswith("| ")}
     assert list(rows) == [
         "routers", "---", "uniform mixture", "label oracle", "random", "ridge", "random, gates",
-        "random, gates, distilled", "ridge, gates, distilled", "ridge, gates", "random, phatgoose",
-        "random, gates, distilled, noise 0.5", "ridge, gates, distilled, noise 0.5",
+        "random, gates, distilled", "ridge, gates, distilled", "ridge, gates", "ridge, gates,norms", "random, phatgoose",
+        "random, gates, noise 0.5", "ridge, gates, noise 0.5",
     ]  # fmt: skip
     assert ", step " in rows["ridge, gates"]
 

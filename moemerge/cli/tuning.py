@@ -23,20 +23,28 @@ if TYPE_CHECKING:
 class TrainingOptions:
     """Options for how routers are trained: the fields of `moemerge.tuning.settings.Settings` but for `roles`."""
 
-    steps: Annotated[int, typer.Option(help="Steps of training; with phatgoose, of each expert.")] = 40
+    steps: Annotated[int, typer.Option(help="Steps of training; with phatgoose, of each expert.")] = 20
     tokens_per_step: Annotated[int, typer.Option(help="Tokens in a step, at least 16 of every NAME.")] = 512
     lr: Annotated[float, typer.Option(help="Learning rate, which is about how far a step moves a logit.")] = 0.07
     seed: Annotated[int, typer.Option(help="Seed for the order of texts and the noise.")] = 0
     noise: Annotated[float, typer.Option(help="Standard deviation of the noise on the logits while training.")] = 0.0
     distil: Annotated[
         bool, typer.Option("--distil/--no-distil", help="Learn from each text's own dense expert, too.")
-    ] = True
+    ] = False
     method: Annotated[
         Literal["gates", "phatgoose"],
         typer.Option(
             metavar="METHOD",
             parser=one_of(("gates", "phatgoose")),
             help="gates trains all together; phatgoose trains a gate for each expert, on its own text alone.",
+        ),
+    ] = "gates"
+    train: Annotated[
+        Literal["gates", "gates,norms"],
+        typer.Option(
+            metavar="WHAT",
+            parser=one_of(("gates", "gates,norms")),
+            help="gates, or gates,norms for the norms that experts share, too.",
         ),
     ] = "gates"
     compute_dtype: ComputeIn = "auto"
@@ -57,8 +65,8 @@ def tune_routers(
         typer.Option(
             metavar="NAME=PATH",
             show_default=False,
-            help="Text or chats to train on, as eval takes them, for every expert, whose name NAME is. With "
-            "--no-distil there may be other names.",
+            help="Text or chats to train on, as eval takes them, for every expert, whose name NAME is. There may be "
+            "other names, too, without --distil.",
         ),
     ],
     training: TrainingOptions,

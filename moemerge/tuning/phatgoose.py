@@ -5,10 +5,9 @@ own FFN, `E_e` the expert's, `s` the sigmoid, and `u` the gate, which begins wit
 """
 
 import gc
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,7 @@ from moemerge.config.schema import MergeConfig
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
-from moemerge.evaluation.running import check_complete
+from moemerge.evaluation.running import check_complete, run_model
 from moemerge.families.dense import DENSE_FAMILIES
 from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.decoder import empty_model, group
@@ -31,11 +30,10 @@ from moemerge.routers.scaling import calibrated_scale
 from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
-from moemerge.tuning.judging import find_not_finite, judge, judge_start
-from moemerge.tuning.losses import cross_entropy
+from moemerge.tuning.judging import judge
 from moemerge.tuning.resume_folder import State
 from moemerge.tuning.settings import SplitDocuments
-from moemerge.tuning.student import Student, padded
+from moemerge.tuning.student import Student, cross_entropy, padded
 from moemerge.tuning.teachers import open_source
 from moemerge.tuning.training import make_optimiser, set_rates
 from moemerge.tuning.whole_model import from_disk, load_whole
@@ -76,13 +74,13 @@ def stack_gates(
     gates = _train_all(context, base, experts, documents)
     seconds = (time.perf_counter() - begun) / max(left, 1)
     student = Student.load(context)
-    (before, _), start = judge_start(context, student, batches.held_out), student.rows()
+    (before, _), start = judge(context, student, batches.held_out), student.values()
     state = State(context.settings.steps, 0, 0, seconds, before, before, start, start, {})
-    student.place(_rows(context, student, gates, batches.training))
+    rows = _rows(context, student, gates, batches.training)
+    student.place({context.mixture.router(layer): mine for layer, mine in rows.items()})
     after, _ = judge(context, student, batches.held_out)
     context.announce(f"held-out loss {after.mean_loss:.4f} (at the start {before.mean_loss:.4f})")
-    if after.mean_loss < before.mean_loss:
-        state = replace(state, best=after, best_step=context.settings.steps, best_rows=student.rows())
+    state.judge(after, student.values())
     return state
 
 
@@ -121,7 +119,8 @@ def _train_all(
             layers = [layer for layer in mixture.moe_layers if number not in mixture.absent(layer)]
             gates = _train(context, name, model, _ffns(expert, layers, context), own)
             if not all(gate.isfinite().all() for gate in gates.values()):
-                find_not_finite(context, [base, expert], own.training.windows)
+                for dense in (base, expert):
+                    run_model(dense, own.training.windows, context.processes.compute)  # says where that began
                 raise CheckpointError(f"{name}: the gates that its text trains are not finite. Give a lower --lr.")
             context.announce(f"{name}: its gates are trained ({number + 1} of {len(experts)})")
             with drafted(path) as draft:
@@ -167,8 +166,6 @@ def _train(
                 torch.autograd.backward(cross_entropy(part, logits).sum() / scored)
             if optimiser is None:
                 optimiser = make_optimiser(gates, {layer: one.length for layer, one in mixed.items()}, settings)
-                for one in mixed.values():
-                    one.measured = False
             set_rates(optimiser, step, settings.steps)
             optimiser.step()
             optimiser.zero_grad()
@@ -192,24 +189,16 @@ class _Mixed:
     """The gate (hidden,)."""
     counted: torch.Tensor | None = None
     """Which tokens of the pass count (window, position)."""
-    measured: bool = True
-    """Whether `length` also measures the states to come."""
-    _squares: float = 0.0
-    _tokens: int = 0
+    length: float = 0.0
+    """Root mean square length of the states in the first pass."""
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        if self.measured:
-            read = states[self.counted].detach().float()
-            self._squares, self._tokens = self._squares + float(read.square().sum()), self._tokens + len(read)
+        if not self.length:
+            self.length = float(states.detach()[self.counted].float().square().sum(dim=1).mean().sqrt())
         share = (states.float() @ self.gate).sigmoid()[..., None].to(states.dtype)
         plain = self.base(states)
         mixed: torch.Tensor = plain + share * (self.expert(states) - plain)
         return mixed
-
-    @property
-    def length(self) -> float:
-        """Root mean square length of the states so far."""
-        return math.sqrt(self._squares / self._tokens)
 
 
 def _ffns(expert: Runnable, layers: Sequence[int], context: TuningContext) -> dict[int, torch.nn.Module]:

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 
 from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError, RouterError
+from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.device import find_device
 
 _WHOLE: Final = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
@@ -34,6 +35,11 @@ class Processes:
     """The device of this process."""
     dtype: torch.dtype
     """The dtype of frozen weights: bfloat16 where that is computed in, as on a GPU, else float32."""
+
+    @property
+    def compute(self) -> Compute:
+        """What the tuned model computes on, and in."""
+        return Compute(self.device, self.dtype)
 
     @property
     def first(self) -> bool:

@@ -34,12 +34,25 @@ class State:
     seconds: float
     before: HeldOutScores
     best: HeldOutScores
-    rows: dict[int, torch.Tensor]
-    """The gates now, by layer (expert, hidden)."""
-    best_rows: dict[int, torch.Tensor]
+    values: dict[str, torch.Tensor]
+    """The trained tensors now, by name."""
+    best_values: dict[str, torch.Tensor]
     optimiser: dict[str, Any]
     note: str = ""
-    """Why the tuning ended early, if that is worth knowing."""
+    """Why the tuning ended early, or why its last judgement was refused, if that is worth knowing."""
+
+    def judge(self, found: HeldOutScores, values: dict[str, torch.Tensor]) -> None:
+        """Keep the tensors of this step as the best if the mean is lower than ever, and no domain is sold for it."""
+        lower = found.mean_loss < self.best.mean_loss
+        sold = found.sold(self.before) if lower else []
+        if lower and not sold:
+            self.best_step, self.best, self.best_values, self.without_gain, self.note = self.step, found, values, 0, ""
+            return
+        self.without_gain += 1
+        if sold:
+            self.note = (
+                f"after step {self.step} the mean loss was lower, but {', '.join(sold)}: that state was not kept"
+            )
 
 
 class WorkFolder:
@@ -116,8 +129,8 @@ class WorkFolder:
         stored = torch.load(self._state, map_location="cpu", weights_only=True)
         return State(**{**stored, "before": _scores(stored["before"]), "best": _scores(stored["best"])})
 
-    def replace(self, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], card: str | None) -> None:
-        """Give the model other gates: the new files are written here first, then moved.
+    def replace(self, tensors: Mapping[str, TensorInfo], values: Mapping[str, bytes], card: str | None) -> None:
+        """Give tensors of the model other values: the new files are written here first, then moved.
 
         Raises:
             KeyboardInterrupt: says what is left to do, if the moves were interrupted.
@@ -126,7 +139,7 @@ class WorkFolder:
         draft = self.folder / "draft"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        patch_shards(self._model, gates, rows, draft)
+        patch_shards(self._model, tensors, values, draft)
         if card is not None:
             (draft / CARD).write_text(card, encoding="utf-8")
             flush(draft / CARD)
@@ -147,7 +160,7 @@ class WorkFolder:
     def finish(self) -> bool:
         """Move the finished files into the model, one at a time; after a crash the same call does what is left.
 
-        Between two renames some layers have tuned gates and others not: any such mixture is a model that loads. If the
+        Between two renames some layers are tuned and others not: any such mixture is a model that loads. If the
         model is neither the one before nor the one after, nothing is moved, and the result is False.
         """
         record = json.loads(self._replaced.read_text(encoding="utf-8")) if self._replaced.exists() else {}

@@ -1,4 +1,4 @@
-"""Run a tuning from the model's folder to its new gates, once `moemerge.tuning.tuner.tune` has read the data."""
+"""Run a tuning, from the model's folder to what is written there, once `moemerge.tuning.tuner.tune` has read data."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from moemerge.checkpoint.output_folder import check_target
@@ -19,7 +18,7 @@ from moemerge.passes.device import free_memory, memory_watched
 from moemerge.passes.tokens import count_scored
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
-from moemerge.tuning.judging import stored_dtypes
+from moemerge.tuning.judging import as_stored
 from moemerge.tuning.phatgoose import open_sources, stack_gates
 from moemerge.tuning.processes import Processes, open_processes
 from moemerge.tuning.resume_folder import State, WorkFolder
@@ -27,7 +26,7 @@ from moemerge.tuning.settings import Documents, Settings, SplitDocuments, Tuning
 from moemerge.tuning.teachers import open_teachers
 from moemerge.tuning.training import train
 from moemerge.tuning.whole_model import plan_memory
-from moemerge.tuning.writing import CARD, check_room, check_writable, gate_tensors, shard_stamps, write_copy
+from moemerge.tuning.writing import CARD, check_room, check_writable, shard_stamps, trained_tensors, write_copy
 
 
 def run(
@@ -60,7 +59,7 @@ def run(
         with work.held() if processes.first else nullcontext(), memory_watched(advice):
             if copy is None and _finish_earlier(work, processes, announce) and resume:
                 return None
-            _check(mixture, copy)
+            _check(mixture, settings, copy)
             local = processes.count if processes.device.type == "cpu" else 1
             free = free_memory(processes.device)
             least = None if free is None else processes.least(free)
@@ -87,9 +86,9 @@ def _finish_earlier(work: WorkFolder, processes: Processes, announce: Callable[[
     return bool(processes.sum(moved))
 
 
-def _check(mixture: MixtureModel, copy: Path | None) -> None:
+def _check(mixture: MixtureModel, settings: Settings, copy: Path | None) -> None:
     """Refuse what cannot be done, before what an earlier run has left is removed."""
-    gate_tensors(mixture)
+    trained = trained_tensors(mixture, settings.train)
     if (mixture.folder / CARD).is_file():
         read_card(mixture.folder)
     if mixture.experts_per_token == 1:
@@ -98,7 +97,7 @@ def _check(mixture: MixtureModel, copy: Path | None) -> None:
             "no slope to follow. Merge with experts_per_token: 2, tune, and set "
             f"{per_token_key(mixture.family)} to 1 in config.json."
         )
-    check_room(mixture, copy)
+    check_room(mixture, trained, copy)
 
 
 def _run(context: TuningContext, documents: SplitDocuments, copy: Path | None, *, resume: bool) -> TuningResult:
@@ -113,7 +112,7 @@ def _run(context: TuningContext, documents: SplitDocuments, copy: Path | None, *
     context.announce(
         f"{mixture.folder}: {context.memory.needs}{f', in {processes.count} processes' if processes.count > 1 else ''}"
     )
-    shards = shard_stamps(gate_tensors(mixture))
+    shards = shard_stamps(trained_tensors(mixture, settings.train))
     if processes.first:
         texts = {name: [*training, *documents.held_out[name]] for name, training in documents.training.items()}
         if context.work.resumable and not resume:
@@ -121,7 +120,7 @@ def _run(context: TuningContext, documents: SplitDocuments, copy: Path | None, *
         context.work.begin(_fingerprint(context, texts, shards), resume=resume)
     processes.wait()
     state = stack_gates(context, sources, documents, batches) if phatgoose else train(context, batches, teachers)
-    found = _result(context, state, batches, copy)
+    found = _result(context, state, batches, documents.sources, copy)
     if processes.first:
         if found.improved:
             _write(context, found, state, shards, copy)
@@ -144,7 +143,7 @@ def _check_domains(context: TuningContext, batches: Batches) -> None:
     elif context.settings.distil and None in texts.expert:
         raise RefusedError(
             f"--data {texts.domains[texts.expert.index(None)]}=: is not an expert's name, so it has no teacher; "
-            f"experts: {', '.join(experts)}. Call the domain like its expert, or give --no-distil."
+            f"experts: {', '.join(experts)}. Call the domain like its expert, or leave out --distil."
         )
     if without and not context.settings.allow_missing_domains:
         raise RefusedError(
@@ -177,11 +176,12 @@ def _fingerprint(context: TuningContext, documents: Documents, shards: Mapping[s
     }
 
 
-def _result(context: TuningContext, state: State, batches: Batches, copy: Path | None) -> TuningResult:
+def _result(
+    context: TuningContext, state: State, batches: Batches, sources: tuple[str, ...], copy: Path | None
+) -> TuningResult:
     texts = batches.held_out
     windows = {name: [texts.windows[place] for place in texts.of(domain)] for domain, name in enumerate(texts.domains)}
-    before, after = ({name: np.array(of) for name, of in held.documents.items()} for held in (state.before, state.best))
-    gain = difference(before, after)
+    gain = difference(state.before.sums, state.best.sums)
     improved = gain.low is not None and gain.low > 0
     notes = [state.note] if state.note else []
     if not state.best_step:
@@ -192,41 +192,43 @@ def _result(context: TuningContext, state: State, batches: Batches, copy: Path |
     found = TuningResult(
         str(copy if copy and improved else context.mixture.folder),
         context.settings.method,
+        context.settings.train,
         improved,
         state.best_step,
         state.step,
         state.before,
         state.best,
         gain,
-        {name: difference({name: before[name]}, {name: after[name]}) for name in before},
+        state.best.gains(state.before),
         tuple(name for name in context.mixture.experts if name not in texts.domains),
         {name: count_scored(mine) for name, mine in windows.items()},
         {name: len({window.document for window in mine}) for name, mine in windows.items()},
+        sources,
         state.seconds / max(state.step, 1),
         tuple(notes),
     )
-    return replace(found, notes=(*notes, *found.harm))
+    return replace(found, notes=(*notes, *found.harm, *sources))
 
 
 def _write(
     context: TuningContext, found: TuningResult, state: State, shards: dict[str, list[int]], copy: Path | None
 ) -> None:
     mixture = context.mixture
-    model, gates, dtypes = mixture.folder.resolve(), gate_tensors(mixture), stored_dtypes(context)
-    if shard_stamps(gates) != shards:
+    model, tensors = mixture.folder.resolve(), trained_tensors(mixture, context.settings.train)
+    if shard_stamps(tensors) != shards:
         raise OutputError(
-            f"{mixture.folder}: its files were written anew while it was tuned, so these gates are not for it. Tune it "
+            f"{mixture.folder}: its files were written anew while it was tuned, so this tuning is not for it. Tune it "
             "again."
         )
-    rows = {
-        layer: new.to(dtypes[layer]).contiguous().view(torch.uint8).numpy().tobytes()
-        for layer, new in state.best_rows.items()
+    values = {
+        name: new.contiguous().view(torch.uint8).numpy().tobytes()
+        for name, new in as_stored(mixture, state.best_values).items()
     }
     card = _card(mixture, found)
     if copy is None:
-        context.work.replace(gates, rows, card)
+        context.work.replace(tensors, values, card)
     else:
-        write_copy(model, gates, rows, card, copy)
+        write_copy(model, tensors, values, card, copy)
 
 
 def _card(mixture: MixtureModel, found: TuningResult) -> str | None:

@@ -6,19 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
+import numpy as np
+
 from moemerge.chats import COUNTED_ROLES, Document
 from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
-from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate
+from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Estimate, Sums, difference
 from moemerge.model_card.card import loss_table
 from moemerge.model_card.markdown import as_text
 
 Documents = Mapping[str, Sequence[Document]]
 """Texts and chats by domain."""
 Method = Literal["gates", "phatgoose"]
+Trained = Literal["gates", "gates,norms"]
 
 _HELD_OUT: Final = 4
 """One document of so many in each domain is held out; never fewer than an interval needs."""
+# A domain's loss may rise by so many nats per token, even surely: less matters to no one.
+_HARMLESS: Final = 0.002
 # Distillation helps early and hurts late: https://arxiv.org/abs/2201.05596, section 4.2.
 _DISTILLED: Final = 0.6
 
@@ -32,7 +37,7 @@ def distillation_weight(step: int, steps: int) -> float:
 class Settings:
     """The options of `moemerge tune`."""
 
-    steps: int = 40
+    steps: int = 20
     """Number of training steps; with phatgoose, for each expert."""
     tokens_per_step: int = 512
     """Tokens of all domains in a step; with phatgoose, of the expert's own domain."""
@@ -42,10 +47,12 @@ class Settings:
     """Seed for the held-out documents, for the order of texts, and for the noise."""
     noise: float = 0.0
     """Standard deviation of the noise that is added to each logit while training."""
-    distil: bool = True
-    """Whether each domain's own dense expert teaches, too."""
+    distil: bool = False
+    """Whether each domain's own dense expert teaches, too: staged distillation."""
     method: Method = "gates"
     """Train all gates together, or a sigmoid gate for each expert alone."""
+    train: Trained = "gates"
+    """What is trained: gates alone, or the norms that are before and after attention and FFNs, too."""
     allow_missing_domains: bool = False
     """Whether experts may lack text; what the tuning does to their text is not seen then."""
     roles: tuple[str, ...] = COUNTED_ROLES
@@ -70,6 +77,8 @@ class Settings:
             )
             if not fits
         ]
+        if self.method == "phatgoose" and self.train != "gates":
+            wrong.append(f"--method phatgoose: trains gates alone, found --train {self.train}.")
         if wrong:
             raise RefusedError("\n".join(wrong))
 
@@ -87,6 +96,24 @@ class HeldOutScores:
     documents: Mapping[str, Sequence[Sequence[float]]]
     """Loss in nats and number of tokens of each document, by domain."""
 
+    @property
+    def sums(self) -> dict[str, Sums]:
+        """Loss in nats and number of tokens (document, 2) by domain."""
+        return {name: np.array(found) for name, found in self.documents.items()}
+
+    def gains(self, before: "HeldOutScores") -> dict[str, Estimate]:
+        """How much lower the loss of each domain is than before, on the same documents; below 0 where it is higher."""
+        return {name: difference({name: old}, {name: self.sums[name]}) for name, old in before.sums.items()}
+
+    def sold(self, before: "HeldOutScores") -> list[str]:
+        """Domains whose loss is surely higher than before, beyond what is harmless, with the figure, in words."""
+        risen = {name: gain.reversed for name, gain in self.gains(before).items()}
+        return [
+            f"{name}'s is higher by {rise.precise}"
+            for name, rise in risen.items()
+            if rise.low is not None and rise.low > 0 and rise.value > _HARMLESS
+        ]
+
 
 @dataclass(frozen=True)
 class TuningResult:
@@ -95,8 +122,10 @@ class TuningResult:
     model: str
     """The folder that holds the tuned model, or the untouched one where nothing was better."""
     method: str
+    train: Trained
+    """What was trained."""
     improved: bool
-    """Whether the gain is more than chance (its interval is above 0), so that the gates were written."""
+    """Whether the gain is more than chance (its interval is above 0), so that what was trained was written."""
     step: int
     """The step after which the routers were best."""
     steps: int
@@ -111,6 +140,8 @@ class TuningResult:
     """Experts without text: see `Settings.allow_missing_domains`."""
     held_out_tokens: Mapping[str, int]
     held_out_documents: Mapping[str, int]
+    sources: tuple[str, ...]
+    """The commits of data sets on the Hub that were read, in words."""
     seconds_per_step: float
     notes: tuple[str, ...]
 
@@ -131,6 +162,8 @@ class SplitDocuments(NamedTuple):
 
     training: dict[str, list[Document]]
     held_out: dict[str, list[Document]]
+    sources: tuple[str, ...] = ()
+    """The commits of data sets on the Hub that they are from, in words."""
 
     def of(self, domain: str) -> "SplitDocuments":
         """Give the documents of one domain alone."""
@@ -165,7 +198,9 @@ def split_documents(documents: Documents, seed: int) -> SplitDocuments:
 def card_section(found: TuningResult) -> str:
     """Write the part of the model card on the tuning, in Markdown."""
     names = list(found.before.losses)
-    what = "gates alone" if found.method == "gates" else "a sigmoid gate for each expert (PHATGOOSE)"
+    what = "gates alone" if found.train == "gates" else "gates and the norms that experts share"
+    if found.method == "phatgoose":
+        what = "a sigmoid gate for each expert (PHATGOOSE)"
     texts = ", ".join(
         f"{as_text(name)}: {found.held_out_tokens[name]} tokens of {found.held_out_documents[name]} documents"
         for name in names
@@ -186,7 +221,7 @@ def card_section(found: TuningResult) -> str:
         ),
         "",
         f"The mean is lower by {found.gain.precise}.",
-        *(f"\n> **Note:** {as_text(harm)}." for harm in found.harm),
+        *(f"\n> **Note:** {as_text(harm)}." for harm in (*found.sources, *found.harm)),
     ]
     known = [name for name in names if found.before.accuracy[name] is not None]
     if known:

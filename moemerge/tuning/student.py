@@ -1,4 +1,4 @@
-"""The merged model that is tuned: only its gates have gradients."""
+"""The merged model that is tuned: only the tensors that are trained have gradients."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,22 +10,26 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moemerge.errors import CheckpointError
+from moemerge.evaluation.losses import token_losses
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.finite import not_finite_in
 from moemerge.passes.tokens import Window
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.whole_model import load_whole
+from moemerge.tuning.writing import trained_tensors
 
 
 @dataclass
 class Student:
-    """A mixture whose gates are trained."""
+    """A mixture whose gates are trained, and perhaps its norms."""
 
     mixture: MixtureModel
     model: Any
     device: torch.device
+    trained: dict[str, torch.nn.Parameter]
+    """The trained tensors by name, float32."""
     gates: dict[int, torch.nn.Parameter]
-    """The gates by layer (expert, hidden), float32, which are trained."""
+    """Those of them that are gates, by layer (expert, hidden)."""
     routers: dict[int, torch.nn.Module]
     """The module that holds each layer's gate."""
     absent: dict[int, list[int]]
@@ -37,35 +41,35 @@ class Student:
 
     @classmethod
     def load(cls, context: TuningContext) -> "Student":
-        """Load the context's mixture onto the device of its process; all but the gates in the dtype of its processes.
+        """Load the context's mixture onto the device of its process, in the dtype of its processes where not trained.
 
         Raises:
-            CheckpointError: the tensors do not fit the class, or a router is not finite.
+            CheckpointError: the tensors do not fit the class, or a trained one is not finite.
         """
         mixture, device, dtype = context.mixture, context.processes.device, context.processes.dtype
-        names = {layer: mixture.router(layer) for layer in mixture.moe_layers}
-        gates = {
-            layer: torch.nn.Parameter(mixture.runnable.read(name).to(device, torch.float32))
-            for layer, name in names.items()
+        trained = {
+            name: torch.nn.Parameter(mixture.runnable.read(name).to(device, torch.float32))
+            for name in trained_tensors(mixture, context.settings.train)
         }
-        for layer, gate in gates.items():
-            if broken := not_finite_in(names[layer], gate):
+        for name, values in trained.items():
+            if broken := not_finite_in(name, values):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
         model, holders = load_whole(
             mixture.runnable,
             device,
             dtype,
             context.memory,
-            {names[layer]: gate for layer, gate in gates.items()},
+            trained,
             partial(context.progress, "layers" if context.memory.streamed else "load"),
         )
         student = cls(
             mixture,
             model,
             device,
-            gates,
-            {layer: holders[name] for layer, name in names.items()},
-            {layer: mixture.absent(layer) for layer in gates},
+            trained,
+            {layer: trained[mixture.router(layer)] for layer in mixture.moe_layers},
+            {layer: holders[mixture.router(layer)] for layer in mixture.moe_layers},
+            {layer: mixture.absent(layer) for layer in mixture.moe_layers},
         )
         for layer, module in student.routers.items():
             module.register_forward_pre_hook(partial(student._keep, layer))
@@ -87,24 +91,24 @@ class Student:
         return logits.index_fill(1, absent, -torch.inf)
 
     @contextmanager
-    def holding(self, rows: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """A context in which the gates have other rows, by layer (expert, hidden)."""
-        kept = {layer: gate.detach().clone() for layer, gate in self.gates.items()}
-        self.place(rows)
+    def holding(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """A context in which trained tensors have other values, by name."""
+        kept = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+        self.place(values)
         try:
             yield
         finally:
             self.place(kept)
 
-    def place(self, rows: Mapping[int, torch.Tensor]) -> None:
-        """Give the gates other rows."""
+    def place(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Give the trained tensors other values, by name."""
         with torch.no_grad():
-            for layer, gate in self.gates.items():
-                gate.copy_(rows[layer])
+            for name, parameter in self.trained.items():
+                parameter.copy_(values[name])
 
-    def rows(self) -> dict[int, torch.Tensor]:
-        """Copies of the gates on the CPU, by layer (expert, hidden)."""
-        return {layer: gate.detach().cpu().clone() for layer, gate in self.gates.items()}
+    def values(self) -> dict[str, torch.Tensor]:
+        """Copies of the trained tensors on the CPU, by name."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
 
     @contextmanager
     def noisy(self, noise: float, seed: int) -> Iterator[None]:
@@ -140,6 +144,15 @@ class _Noise(TorchFunctionMode):
         if func is torch.nn.functional.linear:
             return given + self._noise * torch.randn_like(given)
         return given
+
+
+def cross_entropy(windows: Sequence[Window], logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats over each window's scored tokens: (window,), from logits (window, position, vocab)."""
+    losses = [
+        token_losses(window, found[: len(window.ids)].float()).sum()
+        for window, found in zip(windows, logits, strict=True)
+    ]
+    return torch.stack(losses)
 
 
 def padded(windows: Sequence[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

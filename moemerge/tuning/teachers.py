@@ -39,7 +39,7 @@ def open_source(mixture: MixtureModel, expert: int | None, needs: str, announce:
     """
     if mixture.config is None:
         raise RefusedError(
-            f"{mixture.folder}: does not say what it was merged from, and {needs}. Give --no-distil and --method gates."
+            f"{mixture.folder}: does not say what it was merged from, and {needs}. Leave that option out."
         )
     reference = mixture.config.base_model if expert is None else mixture.config.experts[expert].source_model
     try:
@@ -47,7 +47,7 @@ def open_source(mixture: MixtureModel, expert: int | None, needs: str, announce:
     except MoemergeError as error:
         raise RefusedError(
             f"{needs}, and one cannot be had: {error} Paths in {CONFIG_COPY} count from the folder that it was merged "
-            "in; --no-distil and --method gates do without."
+            "in; without that option none is needed."
         ) from error
 
 
@@ -80,13 +80,28 @@ def _rest(log_probs: torch.Tensor) -> torch.Tensor:
     return (1 - log_probs.exp().sum(dim=1)).clamp_min(1e-6).log()
 
 
+def distillation_loss(windows: Sequence[Window], logits: torch.Tensor, teachers: Sequence[Predictions]) -> torch.Tensor:
+    """KL(teacher || mixture) in nats, summed over each window's tokens that are scored: (window,).
+
+    Args:
+        windows: the windows of text.
+        logits: the mixture's logits (window, position, vocab).
+        teachers: for each window, its own expert's predictions.
+    """
+    losses = []
+    for window, found, teacher in zip(windows, logits, teachers, strict=True):
+        scored = torch.tensor(window.scored, device=logits.device)
+        losses.append(teacher.divergence(window, found[: len(window.ids)].float())[scored].sum())
+    return torch.stack(losses)
+
+
 def open_teachers(context: TuningContext, batches: Batches, *, resume: bool) -> dict[int, Runnable]:
     """Open the expert that teaches each domain, unless its predictions can be resumed; returns them by domain.
 
     Raises:
         RefusedError: an expert cannot be opened.
     """
-    needs = "distillation needs the dense experts"
+    needs = "--distil needs the dense experts"
     return {
         domain: open_source(context.mixture, expert, needs, context.announce)
         for domain, expert in enumerate(batches.training.expert)

@@ -1,7 +1,6 @@
-"""Train the routers of a merged model a little further, with everything else frozen."""
+"""Tune a merged model: the call that reads and splits the documents before torch is imported."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from moemerge.evaluation.evaluator import read_domains, revision_notes
@@ -21,7 +20,7 @@ def tune(
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> TuningResult | None:
-    """Train the gates of a merged model on text, and write them back if held-out text is surely predicted better.
+    """Train gates of a merged model, and norms on request; write them if held-out text is surely predicted better.
 
     Under `accelerate launch` every process calls it; the first one writes.
 
@@ -29,7 +28,7 @@ def tune(
         folder: the merged model.
         data: files, folders or patterns of documents, by domain. A domain with an expert's name is that expert's.
         settings: the options of the training.
-        copy: a folder for the whole model with its new gates, instead of `folder`.
+        copy: a folder for the whole model as tuned, instead of `folder`.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         resume: go on with a tuning that was cut off.
         progress: called with the name of the work, the amount done, and the total.
@@ -47,10 +46,9 @@ def tune(
         OutputError: the model cannot be written, or another process is tuning it.
     """
     settings = settings or Settings()
-    documents = split_documents(read_domains(data), settings.seed)
+    documents = split_documents(read_domains(data), settings.seed)._replace(sources=tuple(revision_notes(data)))
     from moemerge.tuning.running import run  # imports torch, transformers and accelerate
 
-    found = run(
+    return run(
         folder, documents, settings, copy=copy, device=device, resume=resume, progress=progress, announce=announce
     )
-    return found and replace(found, notes=(*found.notes, *revision_notes(data)))

@@ -45,7 +45,7 @@ def load_whole(  # noqa: PLR0917
     device: torch.device,
     dtype: torch.dtype,
     memory: MemoryPlan,
-    gates: Mapping[str, torch.nn.Parameter],
+    trained: Mapping[str, torch.nn.Parameter],
     progress: Callable[[int, int], None],
 ) -> tuple[Any, dict[str, torch.nn.Module]]:
     """Load a whole model, frozen, whose layers are recomputed where gradients are needed.
@@ -55,18 +55,18 @@ def load_whole(  # noqa: PLR0917
         device: the device to load it to.
         dtype: the dtype of its weights.
         memory: whether its layers are held in memory.
-        gates: parameters that are put into the model, by the name of the tensor that they replace.
+        trained: parameters that are put into the model, by the name of the tensor that they replace.
         progress: called with the layers read and all there are.
 
     Returns:
-        The model, and the module that holds each gate, by the gate's name.
+        The model, and the module that holds each of them, by name.
 
     Raises:
         CheckpointError: the tensors do not fit the class; in a streamed model also when it is run.
     """
     model = empty_model(runnable.model_type, runnable.keys, device, head=True, dtype=dtype)
-    holders = {name: _place(model, name, gate) for name, gate in gates.items()}
-    load = _part_loader(runnable, model, device=device, dtype=dtype, gates=gates, progress=progress)
+    holders = {name: _place(model, name, parameter) for name, parameter in trained.items()}
+    load = _part_loader(runnable, model, device=device, dtype=dtype, trained=trained, progress=progress)
     load(None)
     _complete_head(model)
     if device.type == "cpu" and hasattr(model, "set_experts_implementation"):
@@ -88,20 +88,20 @@ def _part_loader(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    gates: Mapping[str, torch.nn.Parameter],
+    trained: Mapping[str, torch.nn.Parameter],
     progress: Callable[[int, int], None],
 ) -> Callable[[int | None], None]:
-    """Make a function that loads, frozen but for gates, a layer by number, or for None what is outside all layers."""
+    """Make a function that loads a layer by number, or for None what is outside all, frozen unless it is trained."""
 
     def load(layer: int | None) -> None:
-        names = [name for name in runnable.names(layer) if name not in gates]
+        names = [name for name in runnable.names(layer) if name not in trained]
         load_tensors(model, {name: cast(runnable.read(name), dtype) for name in names}, device)
         parts = model.model.named_children() if layer is None else [(f"layers.{layer}", model.model.layers[layer])]
         for path, part in parts:
             if path != "layers":
                 check_complete(part, f"model.{path}")
             for parameter in part.parameters():
-                parameter.requires_grad_(any(parameter is gate for gate in gates.values()))
+                parameter.requires_grad_(any(parameter is one for one in trained.values()))
         progress((layer or 0) + 1, runnable.layers)
 
     return load
@@ -120,17 +120,17 @@ def _complete_head(model: Any) -> None:
     head.requires_grad_(requires_grad=False)
 
 
-def _place(model: Any, name: str, gate: torch.nn.Parameter) -> torch.nn.Module:
-    """Put a gate where its tensor belongs: that is the new parameter with values after the tensor is loaded alone."""
+def _place(model: Any, name: str, trained: torch.nn.Parameter) -> torch.nn.Module:
+    """Put a parameter where its tensor belongs: where a new one has values after the tensor is loaded alone."""
     given = [parameter for parameter in model.parameters() if not parameter.is_meta]
-    load_tensors(model, {name: gate.detach()}, gate.device)
+    load_tensors(model, {name: trained.detach()}, trained.device)
     module, own = next(
         (module, own)
         for module in model.modules()
         for own, parameter in module.named_parameters(recurse=False)
         if not parameter.is_meta and not any(parameter is other for other in given)
     )
-    setattr(module, own, gate)
+    setattr(module, own, trained)
     holder: torch.nn.Module = module
     return holder
 

@@ -1,6 +1,7 @@
-"""Write gates back into copies of the shards that hold them, in which only their byte ranges differ."""
+"""Write trained tensors back into copies of the shards that hold them, in which only their byte ranges differ."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,15 +16,18 @@ from moemerge.checkpoint.staging import staged
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.runnable import MixtureModel
+from moemerge.tuning.settings import Trained
 
 CARD: Final = "README.md"
+# Norms between the blocks of a layer and after all layers, not those of queries and keys or within a block.
+_NORM: Final = re.compile(r"model\.(layers\.\d+\.)?\w*norm\w*\.weight")
 
 
-def gate_tensors(mixture: MixtureModel) -> dict[int, TensorInfo]:
-    """Find where each layer's gate is stored.
+def trained_tensors(mixture: MixtureModel, train: Trained) -> dict[str, TensorInfo]:
+    """Find where the tensors that are trained are stored, by name: gates, in the order of layers, then norms.
 
     Raises:
-        RefusedError: a gate cannot be written back there.
+        RefusedError: a tensor cannot be written back there.
     """
     for name, tensor in mixture.tensors.items():
         if tensor.dtype not in CONFIG_DTYPES:
@@ -31,7 +35,10 @@ def gate_tensors(mixture: MixtureModel) -> dict[int, TensorInfo]:
                 f"{mixture.folder}: {name} is stored as {tensor.dtype}: a quantised model is not tuned. Tune the model "
                 "that it was made from."
             )
-    found = {layer: mixture.tensors[mixture.router(layer)] for layer in mixture.moe_layers}
+    names = [mixture.router(layer) for layer in mixture.moe_layers]
+    if train == "gates,norms":
+        names += [name for name in mixture.tensors if _NORM.fullmatch(name)]
+    found = {name: mixture.tensors[name] for name in names}
     for tensor in found.values():
         if not isinstance(tensor.path, Path) or tensor.path.suffix == ".bin":
             raise RefusedError(
@@ -40,9 +47,9 @@ def gate_tensors(mixture: MixtureModel) -> dict[int, TensorInfo]:
     return found
 
 
-def shard_stamps(gates: Mapping[int, TensorInfo]) -> dict[str, list[int]]:
-    """Stamps of the shards that hold gates, by name: see `stamp`."""
-    shards = sorted({Path(str(tensor.path)) for tensor in gates.values()})
+def shard_stamps(tensors: Mapping[str, TensorInfo]) -> dict[str, list[int]]:
+    """Stamps of the shards that hold these tensors, by name: see `stamp`."""
+    shards = sorted({Path(str(tensor.path)) for tensor in tensors.values()})
     return {path.name: list(astuple(Stamp.of(path))) for path in shards}
 
 
@@ -68,59 +75,61 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def check_room(mixture: MixtureModel, copy: Path | None) -> None:
-    """Refuse to start if the disk has too little space.
+def check_room(mixture: MixtureModel, trained: Mapping[str, TensorInfo], copy: Path | None) -> None:
+    """Refuse to start if the disk has too little space for the shards that hold the trained tensors.
 
     Raises:
         OutputError: says how much is needed and how much is free.
     """
     folder = nearest_folder(copy or mixture.folder)
     linked = folder.stat().st_dev == mixture.folder.stat().st_dev
-    tensors = gate_tensors(mixture) if linked else mixture.tensors
+    tensors = trained if linked else mixture.tensors
     need = sum(path.stat().st_size for path in {Path(str(tensor.path)) for tensor in tensors.values()})
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OutputError(
-            f"{copy or mixture.folder}: writing tuned gates takes {shown_bytes(need)} "
+            f"{copy or mixture.folder}: writing what is tuned takes {shown_bytes(need)} "
             f"{'beside it for a while' if copy is None else 'there'}, but the disk has {shown_bytes(free)} free. Free "
             "some space, or write a copy to another disk with --out."
         )
 
 
-def patch_shards(model: Path, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], folder: Path) -> list[str]:
-    """Copy the shards that hold gates into `folder` with other gates, flushed to the disk; returns their names.
+def patch_shards(
+    model: Path, tensors: Mapping[str, TensorInfo], values: Mapping[str, bytes], folder: Path
+) -> list[str]:
+    """Copy the shards that hold tensors into `folder` with other values, flushed to the disk; returns their names.
 
     Raises:
-        ValueError: a gate has another number of bytes than is stored.
+        ValueError: a tensor has another number of bytes than is stored.
     """
     names = {path.resolve(): path.name for path in model.iterdir()}
-    by_shard: dict[Path, list[int]] = {}
-    for layer, tensor in gates.items():
-        by_shard.setdefault(Path(str(tensor.path)).resolve(), []).append(layer)
-    for shard, layers in by_shard.items():
+    by_shard: dict[Path, list[TensorInfo]] = {}
+    for tensor in tensors.values():
+        by_shard.setdefault(Path(str(tensor.path)).resolve(), []).append(tensor)
+    for shard, held in by_shard.items():
         copy = folder / names[shard]
         shutil.copyfile(shard, copy)
         with copy.open("r+b") as file:
-            for layer in layers:
-                if len(rows[layer]) != gates[layer].nbytes:
-                    raise ValueError(f"{gates[layer].name}: {len(rows[layer])} bytes for {gates[layer].nbytes}")
-                file.seek(gates[layer].start)
-                file.write(rows[layer])
+            for tensor in held:
+                if len(values[tensor.name]) != tensor.nbytes:
+                    raise ValueError(f"{tensor.name}: {len(values[tensor.name])} bytes for {tensor.nbytes}")
+                file.seek(tensor.start)
+                file.write(values[tensor.name])
         flush(copy)
     return [names[shard] for shard in by_shard]
 
 
 def write_copy(
-    model: Path, gates: Mapping[int, TensorInfo], rows: Mapping[int, bytes], card: str | None, copy: Path
+    model: Path, tensors: Mapping[str, TensorInfo], values: Mapping[str, bytes], card: str | None, copy: Path
 ) -> None:
-    """Write a whole model with other gates; shards without any are linked where the file system can.
+    """Write a whole model with other values of some tensors; shards without any are linked if the file system can.
 
     Raises:
         RefusedError: `copy` is not empty.
         OutputError: the copy cannot be written.
     """
     with staged(copy, [model.resolve()]) as stage:
-        patched = patch_shards(model, gates, rows, stage)
+        patched = patch_shards(model, tensors, values, stage)
         for path in model.iterdir():
             if path.name in patched or path.name.startswith(".moemerge"):
                 continue

@@ -36,15 +36,14 @@ from moemerge.passes.tokens import Window
 from moemerge.planning.options import PlanOptions
 from moemerge.routers.scoring import lowering
 from moemerge.sources.bin_files import read_pickle
-from moemerge.tuning import batches, phatgoose, resume_folder, running, teachers, training, whole_model, writing
+from moemerge.tuning import batches, phatgoose, resume_folder, running, teachers, training, tuner, whole_model, writing
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import judge
-from moemerge.tuning.losses import cross_entropy, load_loss, prior_of
 from moemerge.tuning.phatgoose import standardised_rows
 from moemerge.tuning.processes import open_processes
-from moemerge.tuning.settings import Settings, distillation_weight, split_documents
-from moemerge.tuning.student import Student
+from moemerge.tuning.settings import HeldOutScores, Settings, distillation_weight, split_documents
+from moemerge.tuning.student import Student, cross_entropy
 from moemerge.tuning.teachers import Predictions, predict
 from moemerge.tuning.training import Training, schedule
 from moemerge.tuning.tuner import tune
@@ -56,7 +55,7 @@ from tests.support.models import TEXT, VOCAB, load, make_model, tokenizer
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32)
-FEW = Settings(steps=4, tokens_per_step=96, distil=False)
+FEW = Settings(steps=4, tokens_per_step=96)
 # Shared experts without neurons, where a family has to have one.
 
 
@@ -167,6 +166,27 @@ def test_gates_change_and_nothing_else_does_and_held_out_text_gains(tmp_path, sp
     assert tune(out, data, Settings(steps=1, tokens_per_step=96, distil=distil)).before == found.after
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_norms_are_trained_beside_gates_on_request(tmp_path, specialists, data, copied):
+    out = merged(tmp_path, specialists, shard_bytes=20_000, dtype="bfloat16")
+    old, alone = tensors(out), tune(out, data, Settings(steps=8, tokens_per_step=96), copy=tmp_path / "alone")
+    settings = Settings(steps=8, tokens_per_step=96, train="gates,norms")
+    found = tune(out, data, settings, copy=tmp_path / "copy" if copied else None)
+    assert found.improved
+    assert found.after.mean_loss < alone.after.mean_loss
+    assert found.before == alone.before
+    layers = [f"layers.{layer}.{norm}_layernorm" for layer in range(3) for norm in ("input", "post_attention")]
+    norms = {f"model.{norm}.weight" for norm in (*layers, "norm")}
+    new = tensors(Path(found.model))
+    assert changed(old, new) == routers(out) | norms
+    assert all(new[name].dtype == old[name].dtype for name in old)
+    assert max((new[name] / old[name] - 1).abs().max() for name in norms) < 0.5
+    card = (Path(found.model) / "README.md").read_text()
+    assert "`moemerge tune` trained gates and the norms that experts share; the best of 8 steps was step " in card
+    load(Path(found.model))
+    assert tune(found.model, data, Settings(steps=1, tokens_per_step=96)).before == found.after
+
+
 def test_a_copy_is_a_whole_model_and_the_original_stays(out, data, tmp_path):
     (out / "additional_chat_templates").mkdir()
     (out / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
@@ -200,7 +220,7 @@ def test_links_are_copies_where_there_are_none(out, data, tmp_path, monkeypatch)
 
 def test_what_is_no_better_is_not_written(out, data, monkeypatch, capsys):
     files = contents(out)
-    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--lr", "1e-30", "--no-distil"]
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--lr", "1e-30"]
     code, printed, errors = run(words, monkeypatch, capsys)
     assert code == 0
     assert contents(out) == files
@@ -221,8 +241,8 @@ def judged_as(monkeypatch, gains: dict[str, list[float]]) -> None:
         }
         losses = {name: estimate(np.array(found)) for name, found in documents.items()}
         after = replace(before, documents=documents, losses=losses, mean_loss=before.mean_loss - 0.01)
-        start = student.rows()
-        return resume_folder.State(4, 4, 0, 1.0, before, after, start, {n: 2 * rows for n, rows in start.items()}, {})
+        start = student.values()
+        return resume_folder.State(4, 4, 0, 1.0, before, after, start, {n: 2 * mine for n, mine in start.items()}, {})
 
     monkeypatch.setattr(running, "train", trained)
 
@@ -233,7 +253,7 @@ UNSURE = {"fox": [0.9, -0.1, -0.1, -0.1, -0.1], "code": [0.0] * 5, "chat": [0.0]
 def test_a_gain_that_may_be_chance_is_not_written(out, data, tmp_path, monkeypatch, capsys):
     files = contents(out)
     judged_as(monkeypatch, UNSURE)
-    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96]
     code, printed, errors = run([*words, "--out", tmp_path / "copy"], monkeypatch, capsys)
     assert code == 0
     assert printed.splitlines()[0] == "Held-out loss in nats per token, with 95 % intervals over documents:"
@@ -264,9 +284,55 @@ def tensors_of(files: dict[str, bytes], out: Path) -> dict[str, torch.Tensor]:
     return {name: found[name] for name in routers(out)}
 
 
+def scores(**losses: list[float]) -> HeldOutScores:
+    """Scores of documents of 100 tokens each, from their losses per token."""
+    documents = {name: [[100 * loss, 100] for loss in mine] for name, mine in losses.items()}
+    found = {name: estimate(np.array(mine)) for name, mine in documents.items()}
+    mean = sum(one.value for one in found.values()) / len(found)
+    return HeldOutScores(found, mean, dict.fromkeys(found), documents)
+
+
+def test_no_domain_is_sold_for_the_mean():
+    start = scores(fox=[3.0] * 5, code=[2.0] * 5)
+    state = resume_folder.State(1, 0, 0, 0.0, start, start, {}, {}, {})
+    for step, (found, kept) in enumerate(
+        (
+            (scores(fox=[2.0] * 5, code=[2.01] * 5), False),  # surely higher
+            (scores(fox=[2.0] * 5, code=[2.2, 1.9, 2.2, 1.9, 2.0]), True),  # higher, but perhaps by chance
+            (scores(fox=[1.9] * 5, code=[2.001] * 5), True),  # surely higher, by next to nothing
+            (scores(fox=[1.8] * 5, code=[2.1] * 5), False),
+        ),
+        start=1,
+    ):
+        state.step = step
+        state.judge(found, {"gate": torch.tensor(step)})
+        assert (state.best_step == step) == kept
+        assert (state.note, state.without_gain) == (
+            ("", 0)
+            if kept
+            else (
+                f"after step {step} the mean loss was lower, but code's is higher by {found.losses['code'].value - 2:.4f} "
+                f"({found.losses['code'].value - 2:.4f} to {found.losses['code'].value - 2:.4f}): that state was not kept",
+                1,
+            )
+        )
+    assert state.best_values == {"gate": torch.tensor(3)}
+
+
+def test_a_training_that_sells_a_domain_writes_nothing(out, data, monkeypatch, capsys):
+    files = contents(out)
+    monkeypatch.setattr(HeldOutScores, "sold", lambda *_: ["code's is higher by 0.5"])
+    code, _, errors = run(["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96], monkeypatch, capsys)
+    assert (code, contents(out)) == (0, files)
+    assert (
+        "note: after step 3 the mean loss was lower, but code's is higher by 0.5: that state was not kept\n"
+        "note: nothing was better on held-out text than the routers that were there\n"
+    ) in errors
+
+
 def test_every_domain_that_loses_is_named(out, data, monkeypatch, capsys):
     judged_as(monkeypatch, {"fox": [0.5] * 5, "code": [-0.125] * 5, "chat": [0.0] * 5})
-    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96]
     code, printed, errors = run(words, monkeypatch, capsys)
     loss = "code loses: its held-out loss is higher by 0.1250 (0.1250 to 0.1250)"
     assert (code, f"note: {loss}\n{out}: written\n" in errors) == (0, True)
@@ -285,7 +351,7 @@ def test_every_domain_that_loses_is_named(out, data, monkeypatch, capsys):
 
 
 def test_an_expert_without_text_is_accepted_on_request_and_named(out, data, monkeypatch, capsys):
-    words = ["tune", out, "--data", f"fox={data['fox'][0]}", "--steps", 4, "--tokens-per-step", 96, "--no-distil"]
+    words = ["tune", out, "--data", f"fox={data['fox'][0]}", "--steps", 4, "--tokens-per-step", 96]
     code, printed, errors = run([*words, "--allow-missing-domains", "--json"], monkeypatch, capsys)
     facts = json.loads(printed)
     assert (code, facts["improved"], facts["missing"]) == (0, True, ["code", "chat"])
@@ -296,7 +362,7 @@ def test_an_expert_without_text_is_accepted_on_request_and_named(out, data, monk
 
 
 def test_the_card_has_the_last_tuning(out, data, monkeypatch, capsys):
-    words = ["tune", out, *arguments(data), "--steps", 3, "--tokens-per-step", 96, "--no-distil", "--json"]
+    words = ["tune", out, *arguments(data), "--steps", 3, "--tokens-per-step", 96, "--json"]
     code, printed, errors = run(words, monkeypatch, capsys)
     assert code == 0, errors
     first = json.loads(printed)
@@ -314,8 +380,17 @@ def test_the_card_has_the_last_tuning(out, data, monkeypatch, capsys):
     assert first["missing"] == []
     assert sum(gain["value"] for gain in first["gains"].values()) / 3 == pytest.approx(first["gain"]["value"])
     (out / "README.md").unlink()
-    assert tune(out, data, Settings(steps=2, tokens_per_step=96, seed=1, distil=False))
+    assert tune(out, data, Settings(steps=2, tokens_per_step=96, seed=1))
     assert not (out / "README.md").exists()
+
+
+def test_the_commits_of_data_sets_are_on_the_card(out, data, monkeypatch):
+    """As `eval --update-card` writes them."""
+    said = "fox is text of acme/for-fox at 0123456"
+    monkeypatch.setattr(tuner, "revision_notes", lambda given: [said] if given == data else [])
+    found = tune(out, data, FEW)
+    assert (found.sources, found.notes) == ((said,), (said,))
+    assert f"> **Note:** {said}." in (out / "README.md").read_text()
 
 
 def test_noise_changes_the_training_and_is_seeded(specialists, data, tmp_path):
@@ -323,7 +398,7 @@ def test_noise_changes_the_training_and_is_seeded(specialists, data, tmp_path):
     for number, noise in enumerate((0.0, 0.5, 0.5)):
         (tmp_path / str(number)).mkdir()
         model = merged(tmp_path / str(number), specialists)
-        tune(model, data, Settings(steps=2, tokens_per_step=96, distil=False, noise=noise))
+        tune(model, data, Settings(steps=2, tokens_per_step=96, noise=noise))
         found.append(tensors(model))
     assert changed(found[0], found[1])
     assert not changed(found[1], found[2])
@@ -415,8 +490,9 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     folders = [make_model(tmp_path / name, seed, model_type, **sizes) for seed, name in enumerate(names)]
     model = merged(tmp_path, folders, architecture=moe)
     mixture = open_mixture(model)
-    held = Student.load(context_of(model, FEW))
-    streamed = Student.load(replace(context_of(model, FEW), memory=whole_model.MemoryPlan(streamed=True)))
+    norms = replace(FEW, train="gates,norms")
+    held = Student.load(context_of(model, norms))
+    streamed = Student.load(replace(context_of(model, norms), memory=whole_model.MemoryPlan(streamed=True)))
     window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
     logits, same = held.logits([window]), streamed.logits([window])
     assert torch.allclose(cross_entropy([window], logits).double(), run_model(mixture.runnable, [window], COMPUTE))
@@ -424,20 +500,23 @@ def test_every_family_is_tuned(tmp_path, data, name, moe):
     for student, found in ((held, logits), (streamed, same)):
         found.square().mean().backward()
         assert all(gate.grad.abs().max() > 0 for gate in student.gates.values())
-        assert sum(p.requires_grad for p in student.model.parameters()) == len(mixture.moe_layers)
-    assert all(torch.equal(held.gates[layer].grad, streamed.gates[layer].grad) for layer in held.gates)
+        trainable = {p for p in student.model.parameters() if p.requires_grad}
+        assert trainable == set(student.trained.values())
+        assert len(trainable) > len(mixture.moe_layers) + mixture.runnable.layers  # cohere2 has one in a layer
+        assert len({*Student.load(context_of(model, FEW)).trained}) == len(mixture.moe_layers)
+    assert all(torch.equal(held.trained[name].grad, streamed.trained[name].grad) for name in held.trained)
     in_memory = {
         parameter for layer in streamed.model.model.layers for parameter in layer.parameters() if not parameter.is_meta
     }
-    assert in_memory == set(streamed.gates.values())
+    assert in_memory == {held for name, held in streamed.trained.items() if ".layers." in name}
     with torch.no_grad():
         quiet = held.logits([window])
         with held.noisy(3.0, seed=0):
             assert not torch.equal(held.logits([window]), quiet)
         assert torch.equal(held.logits([window]), quiet)
     old = tensors(model)
-    found = tune(model, data, FEW)
-    assert changed(old, tensors(model)) == (routers(model) if found.improved else set())
+    found = tune(model, data, norms)
+    assert changed(old, tensors(model)) <= (set(held.trained) if found.improved else set())
     assert found.after.mean_loss <= found.before.mean_loss
     if found.improved and not IS_V4:
         load(model)
@@ -449,7 +528,7 @@ def test_experts_that_are_absent_stay_absent(tmp_path, data):
     experts[2]["layers"] = [0]
     model = merged(tmp_path, folders, experts=experts, architecture="glm4_moe")
     for method in ("gates", "phatgoose"):
-        found = tune(model, data, Settings(steps=3, tokens_per_step=96, distil=False, method=method))
+        found = tune(model, data, Settings(steps=3, tokens_per_step=96, method=method))
         assert found.after.mean_loss <= found.before.mean_loss
     mixture = open_mixture(model)
     assert [mixture.absent(layer) for layer in range(3)] == [[], [2], [2]]
@@ -512,15 +591,15 @@ def training_of(model: Path, data, settings: Settings) -> Training:
 @pytest.mark.parametrize("at_once", [1040, 60])
 def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data, monkeypatch, at_once):
     """Computed again with transformers' whole models and the formula of docs/tuning.md, in one pass and in several."""
-    top, step, settings = 5, 1, Settings(steps=4, tokens_per_step=192)
+    top, step, settings = 5, 1, Settings(steps=4, tokens_per_step=192, distil=True)
     monkeypatch.setattr(teachers, "_TOP", top)
     monkeypatch.setattr(whole_model.MemoryPlan, "tokens_at_once", at_once)
     monkeypatch.setattr(batches, "_LONGEST", 20)
     tuned = training_of(out, data, settings)
     student, windows = tuned.student, tuned.batches.step(step)
-    start = student.rows()
-    student.place({layer: rows + 0.1 * torch.randn(rows.shape) for layer, rows in start.items()})
-    tuned.set_gradients(step, start)
+    start = student.values()
+    student.place({name: values + 0.1 * torch.randn(values.shape) for name, values in start.items()})
+    tuned.set_gradients(step)
 
     model, dense = load(out), [load(folder) for folder in specialists[1:]]
     model.requires_grad_(False)
@@ -529,19 +608,14 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
         for name, module in model.named_modules()
         if name.endswith("gate") and hasattr(module, "weight")
     ]
-    seen = {}
-    for layer, (module, weight) in enumerate(gates):
+    for layer, (_, weight) in enumerate(gates):
         weight.requires_grad_(True).data.copy_(student.gates[layer])
-        module.register_forward_pre_hook(lambda _m, inputs, layer=layer: seen.setdefault(layer, []).append(inputs[0]))
     scored = sum(len(window.ids) - 1 for window, _ in windows)
     parts = list(group(windows, lambda one: len(one[0].ids), at_once))
     assert len(windows) > 6
     assert (len(parts) == 1) == (at_once == 1040)
     weight, loss = 1 - step / (0.6 * settings.steps), 0
     for part in parts:
-        seen.clear()
-        prior = torch.full((3,), 0.01)
-        tokens = sum(len(window.ids) - 1 for window, _ in part)
         for window, domain in part:
             ids = torch.tensor([window.ids])
             found = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
@@ -552,13 +626,6 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
             p_rest, q_rest = 1 - log_p.exp().sum(1), 1 - log_q.exp().sum(1)
             kl = (log_p.exp() * (log_p - log_q)).sum(1) + p_rest * (p_rest / q_rest).log()
             loss = loss + weight * kl.sum() / scored
-            prior[domain] += (len(window.ids) - 1) / tokens
-        prior /= prior.sum()
-        for layer, (_, gate) in enumerate(gates):
-            states = torch.cat([inputs.detach().reshape(-1, inputs.shape[-1])[1:] for inputs in seen[layer]])
-            shares = (states @ gate.T).softmax(1).mean(0)
-            anchor = (gate - start[layer]).square().sum() / start[layer].square().sum()
-            loss = loss + 1e-3 * tokens / scored * ((prior * (prior / shares).log()).sum() + anchor) / len(gates)
     loss.backward()
     for layer, (_, gate) in enumerate(gates):
         torch.testing.assert_close(student.gates[layer].grad, gate.grad, rtol=1e-3, atol=1e-6)
@@ -578,7 +645,7 @@ def test_bfloat16_has_nearly_the_same_gradients(tmp_path, data, monkeypatch, moe
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         tuned = training_of(model, data, FEW)
         assert tuned.context.processes.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-        tuned.set_gradients(0, tuned.student.rows())
+        tuned.set_gradients(0)
         gradients.append(torch.cat([gate.grad.flatten() for gate in tuned.student.gates.values()]))
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.95  # some tokens go to other experts
     assert torch.equal(gradients[0], gradients[2])
@@ -604,19 +671,19 @@ def test_steps_read_the_tokens_that_they_are_asked_for(out, data):
 
 def test_documents_are_trained_on_or_held_out(data):
     documents = read_domains(data)
-    training_documents, held = split_documents(documents, 0)
+    training_documents, held, _ = split_documents(documents, 0)
     for name, texts in documents.items():
         assert (len(training_documents[name]), len(held[name])) == (7, 5)
         assert sorted([*training_documents[name], *held[name]]) == sorted(texts)
-    assert split_documents(documents, 0) == (training_documents, held)
-    assert split_documents(documents, 1) != (training_documents, held)
+    assert split_documents(documents, 0) == (training_documents, held, ())
+    assert split_documents(documents, 1) != (training_documents, held, ())
     many = [f"text {number}" for number in range(40)]
     assert len(split_documents({"fox": many}, 0)[1]["fox"]) == 10
 
 
 def test_a_document_that_comes_again_is_not_held_out_from_itself():
     texts = [f"text {number % 12}" for number in range(36)]
-    training_documents, held = split_documents({"fox": texts}, 0)
+    training_documents, held, _ = split_documents({"fox": texts}, 0)
     assert sorted([*training_documents["fox"], *held["fox"]]) == sorted(set(texts))
     with pytest.raises(RefusedError, match="10 different ones are needed, found 9. Divide it"):
         split_documents({"fox": [f"text {number % 9}" for number in range(36)]}, 0)
@@ -625,9 +692,9 @@ def test_a_document_that_comes_again_is_not_held_out_from_itself():
 def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data, monkeypatch):
     """As Adam does: by the learning rate, half of it in a warm-up of two, over the length of what enters the layer."""
     monkeypatch.setattr(training, "_CLIP", 1e-3)
-    tuned = training_of(out, data, Settings(steps=20, tokens_per_step=96, lr=0.4, distil=False))
+    tuned = training_of(out, data, Settings(steps=20, tokens_per_step=96, lr=0.4))
     _, lengths = judge(tuned.context, tuned.student, tuned.batches.held_out)
-    start = tuned.student.rows()
+    start = tuned.student.values()
 
     def stop(_name, done, _total):
         raise KeyboardInterrupt
@@ -635,9 +702,10 @@ def test_the_first_step_moves_each_weight_by_its_layers_rate(out, data, monkeypa
     with pytest.raises(KeyboardInterrupt):
         replace(tuned, context=replace(tuned.context, progress=stop)).run()
     state = tuned.context.work.load()
-    for layer, rows in state.rows.items():
-        moved = (rows - start[layer]).abs()
-        assert moved.median() == pytest.approx(0.5 * 0.4 / lengths[layer], rel=1e-2)
+    for layer, length in lengths.items():
+        gate = tuned.context.mixture.router(layer)
+        moved = (state.values[gate] - start[gate]).abs()
+        assert moved.median() == pytest.approx(0.5 * 0.4 / length, rel=1e-2)
     assert len({round(length, 2) for length in lengths.values()}) > 1
     means = torch.cat([of["exp_avg"].flatten() for of in state.optimiser["state"].values()])
     assert float(means.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # a tenth of gradients that were clipped
@@ -660,21 +728,6 @@ def test_schedules():
     assert schedule(0, 1) == 1
 
 
-def test_the_load_term_falls_towards_its_prior(out):
-    held = Student.load(context_of(out, FEW))
-    window = Window(0, (1, *range(5, 30)), (False, *[True] * 25))
-    held.logits([window])
-    counted, prior = torch.tensor([window.counted]), prior_of([(0, 50), (1, 25), (None, 25)], 3, CPU)
-    assert prior.sum() == pytest.approx(1)
-    assert prior[0] > prior[1] > prior[2] > 0.05
-    before = load_loss(held, counted, prior)
-    before.backward()
-    with torch.no_grad():
-        for gate in held.gates.values():
-            gate.sub_(100 * gate.grad)
-    assert 0 <= load_loss(held, counted, prior) < before
-
-
 # ---- cut off
 
 
@@ -687,9 +740,9 @@ def interrupted(out: Path, data, settings: Settings, after: int) -> None:
         tune(out, data, settings, progress=stop)
 
 
-@pytest.mark.parametrize("distil", [True, False])
-def test_a_resumed_run_gives_the_same_bytes(specialists, data, tmp_path, distil):
-    settings = Settings(steps=8, tokens_per_step=96, distil=distil, noise=0.1)
+@pytest.mark.parametrize(("distil", "train"), [(True, "gates"), (False, "gates,norms")])
+def test_a_resumed_run_gives_the_same_bytes(specialists, data, tmp_path, distil, train):
+    settings = Settings(steps=8, tokens_per_step=96, distil=distil, noise=0.1, train=train)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     straight, cut = merged(tmp_path / "a", specialists), merged(tmp_path / "b", specialists)
@@ -698,7 +751,7 @@ def test_a_resumed_run_gives_the_same_bytes(specialists, data, tmp_path, distil)
     interrupted(cut, data, settings, 3)
     assert contents(cut) == files
     with pytest.raises(RefusedError) as caught:
-        tune(cut, data, Settings(steps=9, tokens_per_step=96, distil=distil, noise=0.1), resume=True)
+        tune(cut, data, replace(settings, steps=9), resume=True)
     assert str(caught.value) == (
         "--resume: the tuning that was cut off was not this one; what differs: options.steps. Undo the change, or start "
         "over without --resume."
@@ -720,7 +773,7 @@ def test_without_resume_it_starts_over(out, data):
 
 def test_an_interrupt_before_the_first_step_keeps_the_teachers(out, data, monkeypatch, capsys):
     monkeypatch.setattr(training.Training, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    words = ["tune", out, *arguments(data), "--steps", 2, "--tokens-per-step", 96]
+    words = ["tune", out, *arguments(data), "--steps", 2, "--tokens-per-step", 96, "--distil"]
     code, _, errors = run(words, monkeypatch, capsys)
     assert (code, errors.splitlines()[-2:]) == (
         130,
@@ -731,7 +784,7 @@ def test_an_interrupt_before_the_first_step_keeps_the_teachers(out, data, monkey
     )
     monkeypatch.undo()
     seen = []
-    settings = Settings(steps=2, tokens_per_step=96)
+    settings = Settings(steps=2, tokens_per_step=96, distil=True)
     tune(out, data, settings, resume=True, progress=lambda name, _done, _total: seen.append(name))
     assert set(seen) == {"load", "steps"}
 
@@ -753,7 +806,7 @@ def fail_between_renames(out: Path, monkeypatch, error: BaseException) -> None:
 def test_an_interrupt_between_the_renames_says_so(specialists, data, tmp_path, monkeypatch, capsys):
     out = merged(tmp_path, specialists, shard_bytes=300)
     fail_between_renames(out, monkeypatch, KeyboardInterrupt())
-    words = ["tune", out, *arguments(data), "--no-distil", "--steps", 4, "--tokens-per-step", 96]
+    words = ["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96]
     code, _, errors = run(words, monkeypatch, capsys)
     assert (code, errors.splitlines()[-1]) == (
         130,
@@ -780,7 +833,7 @@ def test_what_is_left_to_move_does_not_go_into_another_model(specialists, data, 
     shutil.rmtree(out)
     merged(tmp_path, [specialists[0], *reversed(specialists[1:])], shard_bytes=300)
     files, lines = contents(out), []
-    tune(out, data, Settings(steps=1, tokens_per_step=96, lr=1e-30, distil=False), announce=lines.append)
+    tune(out, data, Settings(steps=1, tokens_per_step=96, lr=1e-30), announce=lines.append)
     assert contents(out) == files
     assert lines[0] == (
         "an earlier tuning had been cut off while its files were moved, and the model was written anew since: what was "
@@ -820,7 +873,7 @@ def test_what_is_kept_is_not_lost_to_a_refusal_and_not_mixed_up(out, data):
     config = (out / "moemerge_config.yaml").read_text()
     (out / "moemerge_config.yaml").write_text(config.replace("/fox", "/gone"))
     renamed = {"gone" if name == "fox" else name: paths for name, paths in data.items()}
-    for settings in (Settings(steps=1), Settings(steps=1, method="phatgoose")):
+    for settings in (Settings(steps=1, distil=True), Settings(steps=1, method="phatgoose")):
         with pytest.raises(RefusedError):
             tune(out, renamed, settings)
     with pytest.raises(RefusedError) as caught:
@@ -862,13 +915,13 @@ def test_a_model_that_is_written_meanwhile_is_left_alone(out, data, tmp_path):
     with pytest.raises(OutputError) as caught:
         tune(out, data, FEW, announce=lambda line: os.utime(shard, (1, 1)) if line.startswith("step 2 ") else None)
     assert str(caught.value) == (
-        f"{out}: its files were written anew while it was tuned, so these gates are not for it. Tune it again."
+        f"{out}: its files were written anew while it was tuned, so this tuning is not for it. Tune it again."
     )
     assert contents(out) == files
 
 
 def test_losses_that_overflow_end_the_run(out, data, monkeypatch, capsys):
-    words = ["tune", out, *arguments(data), "--no-distil", "--steps", 8, "--tokens-per-step", 96, "--lr", "1e38"]
+    words = ["tune", out, *arguments(data), "--steps", 8, "--tokens-per-step", 96, "--lr", "1e38"]
     files = contents(out)
     code, _, errors = run(words, monkeypatch, capsys)
     assert code == 0
@@ -881,7 +934,7 @@ def test_memory_that_runs_out_is_a_clear_error(out, data, monkeypatch, capsys):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Student, "logits", full)
-    code, _, errors = run(["tune", out, *arguments(data), "--no-distil"], monkeypatch, capsys)
+    code, _, errors = run(["tune", out, *arguments(data)], monkeypatch, capsys)
     assert (code, errors.splitlines()[-1]) == (
         1,
         "error: memory ran out while tuning. Give fewer --tokens-per-step, or another --device; --resume goes on",
@@ -918,7 +971,7 @@ def replace(self, target):
             os.kill(os.getpid(), signal.SIGKILL)
     return given(self, target)
 Path.replace = replace
-tune(out, dict((name, [path]) for name, path in (d.split("=") for d in data)), Settings(4, 96, distil=False))
+tune(out, dict((name, [path]) for name, path in (d.split("=") for d in data)), Settings(4, 96))
 """
 
 
@@ -957,8 +1010,8 @@ def in_two_processes(*words: str) -> subprocess.CompletedProcess:
 def test_two_processes_do_what_one_does(out, data, tmp_path):
     """Data-parallel: each reads half of every step, one of them writes."""
     alone = tmp_path / "alone"
-    options = ["--steps", "3", "--tokens-per-step", "96", "--device", "cpu"]
-    expected = tune(out, data, Settings(steps=3, tokens_per_step=96), copy=alone, device="cpu")
+    options = ["--steps", "3", "--tokens-per-step", "96", "--device", "cpu", "--distil"]
+    expected = tune(out, data, Settings(steps=3, tokens_per_step=96, distil=True), copy=alone, device="cpu")
     found = in_two_processes("-m", "moemerge", "tune", str(out), *arguments(data), *options, "--json")
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)  # printed once
@@ -969,7 +1022,6 @@ def test_two_processes_do_what_one_does(out, data, tmp_path):
     assert facts["after"]["mean_loss"] == pytest.approx(expected.after.mean_loss, abs=1e-3)
     one, two = tensors(alone), tensors(out)
     assert changed(one, two) <= routers(out)
-    # The load term is of each pass's own tokens.
     assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in routers(out))
 
 
@@ -993,7 +1045,7 @@ main()
 def test_one_of_two_processes_that_fails_ends_both(out, data, tmp_path):
     (tmp_path / "one_fails.py").write_text(ONE_FAILS)
     files = contents(out)
-    options = ["--no-distil", "--steps", "3", "--tokens-per-step", "96", "--device", "cpu"]
+    options = ["--steps", "3", "--tokens-per-step", "96", "--device", "cpu"]
     found = in_two_processes(str(tmp_path / "one_fails.py"), "tune", str(out), *arguments(data), *options)
     assert found.returncode == 1
     assert "error: the disk of the second process has gone.\n" in found.stderr
@@ -1038,23 +1090,22 @@ def test_messages(  # noqa: PLR0917
             "--data: there is no text for code, chat. Gates that learn from the others' text alone send tokens away from "
             "what has none: add --data code=PATH --data chat=PATH, or accept that with --allow-missing-domains."
         ),
-        (f"other={fox}", "--no-distil"): (
+        (f"other={fox}",): (
             "--data: there is no text for fox, code, chat. Gates that learn from the others' text alone send tokens away "
             "from what has none: add --data fox=PATH --data code=PATH --data chat=PATH, or accept that with "
             "--allow-missing-domains."
         ),
-        (f"other={fox}", "--allow-missing-domains"): (
+        (f"other={fox}", "--distil"): (
             "--data other=: is not an expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
-            "its expert, or give --no-distil."
-        ),
-        (f"other={fox}",): (
-            "--data other=: is not an expert's name, so it has no teacher; experts: fox, code, chat. Call the domain like "
-            "its expert, or give --no-distil."
+            "its expert, or leave out --distil."
         ),
         ("fox",): "--data: expected NAME=PATH, such as code=code.txt, found 'fox'.",
         (f"fox={fox}", "--steps", "0"): "--steps: expected 1 or more, found 0.",
         (f"fox={fox}", "--lr", "-1"): "--lr: expected a number above 0, found -1.0.",
         (f"fox={fox}", "--noise", "nan"): "--noise: expected 0 or more, found nan.",
+        (f"fox={fox}", "--method", "phatgoose", "--train", "gates,norms"): (
+            "--method phatgoose: trains gates alone, found --train gates,norms."
+        ),
         (f"fox={fox}", "--method", "phatgoose", "--allow-missing-domains"): (
             "--method phatgoose: every expert's gate is trained on its own text, and code has none: add "
             "--data code=PATH."
@@ -1104,12 +1155,12 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(out, data, monkeypatch
     )
     monkeypatch.undo()
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: _Disk(10))
-    shards = {tensor.path for tensor in writing.gate_tensors(open_mixture(out)).values()}
+    shards = {tensor.path for tensor in writing.trained_tensors(open_mixture(out), "gates").values()}
     need = shown_bytes(sum(path.stat().st_size for path in shards))
     with pytest.raises(OutputError) as caught:
         tune(out, data, FEW)
     assert str(caught.value) == (
-        f"{out}: writing tuned gates takes {need} beside it for a while, but the disk has 10 B free. Free some "
+        f"{out}: writing what is tuned takes {need} beside it for a while, but the disk has 10 B free. Free some "
         "space, or write a copy to another disk with --out."
     )
 
@@ -1124,18 +1175,17 @@ def test_experts_that_are_gone_are_named(out, data):
     config.write_text(config.read_text().replace("/fox", "/gone"))
     named = {"gone": data["fox"], "code": data["code"], "chat": data["chat"]}
     with pytest.raises(RefusedError) as caught:
-        tune(out, named, Settings(steps=1, tokens_per_step=96))
-    assert str(caught.value).startswith("distillation needs the dense experts, and one cannot be had: ")
+        tune(out, named, Settings(steps=1, tokens_per_step=96, distil=True))
+    assert str(caught.value).startswith("--distil needs the dense experts, and one cannot be had: ")
     assert str(caught.value).endswith(
-        "Paths in moemerge_config.yaml count from the folder that it was merged in; --no-distil and --method gates do "
-        "without."
+        "Paths in moemerge_config.yaml count from the folder that it was merged in; without that option none is needed."
     )
+    assert tune(out, named, FEW).improved
     config.unlink()
     with pytest.raises(RefusedError) as caught:
-        tune(out, {"0": data["fox"]}, Settings(steps=1, tokens_per_step=96, allow_missing_domains=True))
+        tune(out, {"0": data["fox"]}, Settings(steps=1, tokens_per_step=96, distil=True, allow_missing_domains=True))
     assert str(caught.value) == (
-        f"{out}: does not say what it was merged from, and distillation needs the dense experts. Give --no-distil and "
-        "--method gates."
+        f"{out}: does not say what it was merged from, and --distil needs the dense experts. Leave that option out."
     )
     nameless = replace(FEW, allow_missing_domains=True)
     assert tune(out, data, nameless).before.accuracy == {"fox": None, "code": None, "chat": None}
@@ -1177,7 +1227,7 @@ def test_a_copy_on_another_disk_is_of_everything(out, data, tmp_path, monkeypatc
         with pytest.raises(OutputError) as caught:
             tune(out, data, FEW, copy=copy)
         assert str(caught.value).startswith(
-            f"{copy}: writing tuned gates takes {shown_bytes(size)} there, but the disk has "
+            f"{copy}: writing what is tuned takes {shown_bytes(size)} there, but the disk has "
         )
         monkeypatch.undo()
         tune(out, data, FEW, copy=copy)
@@ -1224,12 +1274,12 @@ def test_a_damaged_expert_is_named(specialists, data, tmp_path, method):
     out = merged(tmp_path, folders)
     files = contents(out)
     with pytest.raises(CheckpointError) as caught:
-        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method, distil=False))
+        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method))
     place = "its numbers are not finite from layer 1 on: "
     mixed = told.replace("mlp.up_proj", "block_sparse_moe.experts.1.w3")
     assert str(caught.value) == (f"{out}: {place}{mixed}." if method == "gates" else f"{folders[2]}: {place}{told}.")
     with pytest.raises(CheckpointError) as caught:
-        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method))
+        tune(out, data, Settings(steps=4, tokens_per_step=96, method=method, distil=True))
     assert str(caught.value) == f"{folders[2]}: {place}{told}."  # as a teacher
     assert contents(out) == files
 
@@ -1258,7 +1308,7 @@ def test_gates_of_other_sizes_are_not_written(tmp_path):
     gates = read_header(tmp_path / "model.safetensors")
     (tmp_path / "copy").mkdir()
     with pytest.raises(ValueError, match="^gate: 8 bytes for 16$"):
-        writing.patch_shards(tmp_path, {0: gates["gate"]}, {0: bytes(8)}, tmp_path / "copy")
+        writing.patch_shards(tmp_path, gates, {"gate": bytes(8)}, tmp_path / "copy")
     assert torch.equal(load_file(tmp_path / "model.safetensors")["gate"], torch.ones(4))
     assert writing.stamp(tmp_path / "gone") == []
 
@@ -1268,6 +1318,6 @@ def test_gates_in_a_pickle_are_not_written_to(tmp_path):
     tensors = read_pickle(tmp_path / "pytorch_model.bin")
     mixture = SimpleNamespace(folder=tmp_path, tensors=tensors, moe_layers=[0], router=lambda _layer: "gate")
     with pytest.raises(RefusedError) as caught:
-        writing.gate_tensors(mixture)
+        writing.trained_tensors(mixture, "gates")
     told = f"{tmp_path}: gate is in {tmp_path / 'pytorch_model.bin'}, a pickle: only *.safetensors are written to."
     assert str(caught.value) == told
