@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "family": plan.family.model_type,
         "dtype": plan.dtype,
         "gate_mode": plan.config.method.name,
+        "shared_weights": plan.config.shared_weights.method,
+        "shared_choice": asdict(plan.shared_choice) if plan.shared_choice else None,
         "experts": len(plan.config.experts),
         "experts_per_token": plan.config.experts_per_token,
         "total_parameters": plan.total_parameters,

@@ -159,7 +159,8 @@ class RouterSettings(_Strict):
 class SharedWeights(_Strict):
     """Settings for embeddings, attention and norms; see `moemerge.planning.shared_weights`."""
 
-    method: Literal["base", "average", "ties", "dare"] = "base"
+    method: Literal["base", "average", "ties", "dare", "auto"] = "base"
+    """`auto` is one of the first three, chosen when the merge begins: see `moemerge.planning.shared_choice`."""
     weights: list[Annotated[Number, Field(gt=0)]] | None = None
     """Weights of the experts in a mean, in the order of the experts; divided by their sum. None weighs all alike."""
     density: Number = Field(0.5, ge=1e-6, le=1)

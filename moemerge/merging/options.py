@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["routers", "weights"]
+Stage = Literal["shared weights", "routers", "weights"]
 Progress = Callable[[Stage, int, int], None]
-"""A function that is called with the stage, the amount done and the total: layers for routers, bytes for weights.
+"""A function that is called with the stage, the amount done and the total: bytes for weights, layers for others.
 
 Weights are written while routers are computed: reports of the two stages alternate, from one thread at a time.
 """
