@@ -251,6 +251,8 @@ class MergeConfig(_Strict):
         if self._text and self.model_dump() == self._checked:
             return self._text
         document = self.model_dump(exclude_defaults=True, by_alias=True)
+        if "shared_weights" in self.model_fields_set:  # `base`, if it was chosen, is said too
+            document.setdefault("shared_weights", self.shared_weights.method)
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
     @property
