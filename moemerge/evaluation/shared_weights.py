@@ -54,19 +54,29 @@ def choose(plan: MergePlan, device: str, progress: Callable[[int, int], None]) -
             f"experts[{counts.index(min(counts))}] has {min(counts)} tokens of text to compare losses on, and at least "
             f"{_FEWEST_TOKENS} are needed",
         )
+    losses = losses_of(plan, texts, find_device(device), progress)
+    if isinstance(losses, str):
+        return SharedChoice(BASE, f"others cannot be compared with it, since {losses}")
+    return best_of(losses)
+
+
+def losses_of(
+    plan: MergePlan, texts: Sequence[Sequence[Window]], device: torch.device, progress: Callable[[int, int], None]
+) -> Losses | str:
+    """Measure every method on the windows of each expert's text; a returned text says why that is not possible."""
     models: list[tuple[str, int, Runnable]] = []
     for method in (BASE, *MIXED):
         parts, latest = plan.remake(with_method(plan.config, method)).parts, _Latest(plan.base)
         for number in range(len(texts)):
             model = _dense(plan, parts, number)
             if isinstance(model, str):
-                return SharedChoice(BASE, f"others cannot be compared with it, since {model}")
+                return model
             models.append((method, number, latest.reading(model)))
     run = [(model, texts[number]) for _, number, model in models]
     losses: dict[str, dict[str, Sums]] = {}
-    for (method, number, _), found in zip(models, run_together(run, find_device(device), progress), strict=True):
+    for (method, number, _), found in zip(models, run_together(run, device, progress), strict=True):
         losses.setdefault(method, {})[str(number)] = _sums(found, texts[number])
-    return best_of(losses)
+    return losses
 
 
 def best_of(losses: Losses) -> SharedChoice:
