@@ -17,12 +17,15 @@ from moemerge.checkpoint.journal import Journal
 from moemerge.cli import main
 from moemerge.errors import CheckpointError
 from moemerge.evaluation import shared_weights
-from moemerge.evaluation.shared_weights import best_of, choose
+from moemerge.evaluation.shared_weights import best_of, choose, losses_of
 from moemerge.merging.gguf import merge_to_gguf
 from moemerge.merging.options import MergeOptions
+from moemerge.passes.tokens import Window
 from moemerge.planning.options import PlanOptions
+from tests.families.test_families import PAIRS, PLAINEST, readable
+from tests.support.families import DENSE, stored
 from tests.support.machine import SINGLE
-from tests.support.models import TEXT, edit_json, make_model, tokenizer, write_config
+from tests.support.models import TEXT, edit_json, load, make_model, token_ids, tokenizer, write_config
 
 WORDS = TEXT.replace("\n", " ").split(" ")[:20]
 
@@ -330,3 +333,32 @@ def test_weights_that_are_left_on_the_hub_are_not_compared(world, machine):
         "base, average or ties; or have them downloaded, without --stream and with room for them in the cache.\n",
     )
     assert not (machine.folder / "out").exists()
+
+
+# The others take half a minute.
+SOME = [pytest.param(name, marks=[pytest.mark.slow] if at % 4 else []) for at, name in enumerate(PLAINEST)]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_every_family_is_compared_as_its_own_class_computes(tmp_path, name):
+    model_type, keys = DENSE[name]
+    moe = next(moe for dense, moe in PAIRS if dense == name)
+    readable(name, moe)
+    base, *experts = [
+        make_model(tmp_path / str(n), n, model_type, tuned_from=0 if n else None, **keys) for n in range(3)
+    ]
+    path = write_config(tmp_path / "c.yaml", base, experts, architecture=moe, gate_mode="random", shared_weights="auto")
+    plan = plan_merge(load_config(path))
+    assert plan.config.shared_weights.method == "auto"
+    ids = token_ids()
+    windows = [[Window(number, tuple(ids[number].tolist()), (True,) * 24)] for number in range(2)]
+    found = losses_of(plan, windows, torch.device("cpu"), lambda *_: None)
+    kept = stored(base)
+    for number, expert in enumerate(experts):
+        ffn = {tensor for layer in range(plan.base.layers) for tensor in plan.base.ffn(layer)}
+        own = {tensor: values if tensor in ffn else kept[tensor] for tensor, values in stored(expert).items()}
+        save_file(own, expert / SINGLE, {"format": "pt"})
+        logits = load(expert)(ids[number : number + 1], use_cache=False).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, ids[number, 1:], reduction="sum").item()
+        assert found["base"][str(number)][0] == pytest.approx([expected, 23], rel=1e-4)
+        assert found["average"][str(number)][0] != pytest.approx([expected, 23], rel=1e-4)
