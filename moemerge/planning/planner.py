@@ -58,7 +58,7 @@ def plan_merge(
         assembled = assemble(config, models, shape, tables)
 
     def remake(changed: MergeConfig) -> MergePlan:
-        again = check_models(changed, models, shape, tables)
+        again = check_models(changed, models, shape, tables, checked.judgement)
         return _plan(changed, models, shape, again, assemble(changed, models, shape, tables), options, remake)
 
     plan = _plan(config, models, shape, checked, assembled, options, remake)

@@ -20,7 +20,7 @@ AUTO: Final = "auto"
 BASE: Final = "base"
 MIXED: Final = ("average", "ties")
 """Methods that may take the base's place, the simplest first. DARE is the average, with noise."""
-TOKENS: Final = 3072
+TOKENS: Final = 2048
 """Tokens of each expert's text that losses are measured on, at most."""
 
 

@@ -286,7 +286,7 @@ def test_plan_says_that_it_will_be_chosen(compatible, monkeypatch, capsys):
     assert (found["shared_weights"], found["shared_choice"]) == ("auto", None)
     characters = sum(map(len, documents(2)))
     assert found["notes"][-1] == (
-        "shared_weights: auto is chosen when the merge begins, from base, average, ties, by the losses on at most 3072 "
+        "shared_weights: auto is chosen when the merge begins, from base, average, ties, by the losses on at most 2048 "
         f"tokens of each expert's text, which has {characters} to {characters} characters"
     )
     assert found["advice"] == []
