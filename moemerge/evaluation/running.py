@@ -96,6 +96,7 @@ def run_together(
     for passing, (model, windows) in zip(passes, models, strict=True):
         head = _Head(passing.whole, model, device, passing.dtype)
         losses.append(head.losses(windows, passing.places, passing.batches, lambda _window, _logits: None))
+        passing.whole.to("meta")  # one head at a time
     return losses
 
 

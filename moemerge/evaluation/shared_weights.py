@@ -65,13 +65,14 @@ def losses_of(
 ) -> Losses | str:
     """Measure every method on the windows of each expert's text; a returned text says why that is not possible."""
     models: list[tuple[str, int, Runnable]] = []
+    latest = _Latest(plan.base)
     for method in (BASE, *MIXED):
-        parts, latest = plan.remake(with_method(plan.config, method)).parts, _Latest(plan.base)
+        parts = plan.remake(with_method(plan.config, method)).parts
         for number in range(len(texts)):
             model = _dense(plan, parts, number)
             if isinstance(model, str):
                 return model
-            models.append((method, number, latest.reading(model)))
+            models.append((method, number, latest.reading(model, method)))
     run = [(model, texts[number]) for _, number, model in models]
     losses: dict[str, dict[str, Sums]] = {}
     for (method, number, _), found in zip(models, run_together(run, device, progress), strict=True):
@@ -122,25 +123,25 @@ def _sums(losses: torch.Tensor, windows: Sequence[Window]) -> Sums:
 
 
 class _Latest:
-    """Reads models that differ in their FFNs alone: a layer's other tensors are kept until those of another are read.
+    """Reads models of a method, which differ in their FFNs alone; a layer's other tensors are kept for the next one.
 
-    Mixed weights are computed anew at each reading, which takes longer than all else.
+    Mixed weights are computed at each reading, so that they are read once for all models that run one after the other.
     """
 
     def __init__(self, model: DenseModel) -> None:
         self._own = {name for layer in range(model.layers) for name in model.ffn(layer)}
-        self._layer: int | None = None
+        self._part: tuple[str, int | None] = "", None
         self._held: dict[str, torch.Tensor] = {}
 
-    def reading(self, model: Runnable) -> Runnable:
+    def reading(self, model: Runnable, method: str) -> Runnable:
         """Make the same model, which reads through this."""
         layers = {name: layer for layer in (None, *range(model.layers)) for name in model.names(layer)}
 
         def read(tensor: str) -> torch.Tensor:
             if tensor in self._own:
                 return model.read(tensor)
-            if layers[tensor] != self._layer:
-                self._layer, self._held = layers[tensor], {}
+            if (part := (method, layers[tensor])) != self._part:
+                self._part, self._held = part, {}
             if tensor not in self._held:
                 self._held[tensor] = model.read(tensor)
             return self._held[tensor]
