@@ -290,6 +290,8 @@ def test_plan_says_that_it_will_be_chosen(compatible, monkeypatch, capsys):
         f"tokens of each expert's text, which has {characters} to {characters} characters"
     )
     assert found["advice"] == []
+    assert run(monkeypatch, "plan", path) == 0
+    assert "base, average, ties: chosen when the merge begins, shown here as the base's" in capsys.readouterr().out
 
 
 def test_a_resumed_merge_does_not_choose_again(compatible, tmp_path, monkeypatch):
