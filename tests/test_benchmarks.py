@@ -169,6 +169,26 @@ def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path, here):
     assert cells[0][1:] != cells[1][1:]
 
 
+def test_choices_of_shared_weights_are_judged_on_any_models_and_texts(tmp_path, here):
+    make_models_and_texts(tmp_path)
+    experts = [
+        {
+            "source_model": str(tmp_path / "models" / name),
+            "positive_texts": str(tmp_path / "texts" / f"{name}.calib.txt"),
+        }
+        for name in ("fox", "code")
+    ]
+    config = {"base_model": str(tmp_path / "models" / "base"), "gate_mode": "random", "experts": experts}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
+    *_, row = here("shared_choice.py", tmp_path / "two.yaml", "--tokens", "60", "--bfloat16", "--markdown").splitlines()
+    name, *found, above = row.strip("| ").split(" | ")
+    chosen = found.pop(3)
+    assert (name, len(found)) == ("two", 6)
+    other = dict(zip(("base", "average", "ties"), map(float, found[3:]), strict=True))
+    assert len({*found}) == 6  # no method and no text is another one
+    assert float(above) == pytest.approx(other[chosen] - min(other.values()), abs=2e-4)
+
+
 @pytest.mark.slow
 def test_tuning_is_measured_in_memory_and_from_the_disk(tmp_path, llamas):
     merge(plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:]))), tmp_path / "out")

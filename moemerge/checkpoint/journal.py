@@ -26,6 +26,12 @@ class Journal:
         """The number of complete shards."""
         return max(0, len(self._lines()) - 1)
 
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The fingerprint of the merge; empty where there is none."""
+        found = next(iter(self._lines()), {}).get("fingerprint")
+        return found if isinstance(found, dict) else {}
+
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
         """Forget everything and start a new merge."""
         self._path.unlink(missing_ok=True)

@@ -13,12 +13,15 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import JobPool
 from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.checks.files import Difference, compare_entries, compare_files_beside, compare_index, notable
+from moemerge.config.loading import load_config
+from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.engines import ENGINES
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, RefusedError
 from moemerge.families.engines import Trouble, facts_of, trouble_of
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.plan import MergePlan
+from moemerge.planning.shared_choice import is_open, settle_as
 from moemerge.sources.model_folder import ModelFolder, open_merged, read_tensor_table
 
 
@@ -60,9 +63,12 @@ def verify_merge(
 
     Raises:
         SourceError: `out` is no folder with a checkpoint.
+        RefusedError: the config leaves a choice to the merge, and `out` does not say how it was made.
         CheckpointError: a file cannot be read, or a source differs from its header.
     """
     model = open_merged(out)
+    if is_open(plan):
+        plan = settle_as(plan, _kept_config(model))
     files, differences = compare_files_beside(plan, model)
     differences += _compare_engine(plan)
     differences, notes = notable(model, differences)
@@ -86,6 +92,21 @@ def verify_merge(
         differences=tuple(differences),
         notes=tuple(notes),
     )
+
+
+def _kept_config(model: ModelFolder) -> MergeConfig:
+    """Read the config that a merged model's folder keeps, which says what `auto` was.
+
+    Raises:
+        RefusedError: there is none, or a wrong one.
+    """
+    path = model.file(CONFIG_COPY)
+    if path is None:
+        raise RefusedError(
+            f"{model.folder}: has no {CONFIG_COPY}, which says what `shared_weights: auto` was: name the method in the "
+            "config that the merge is compared with."
+        )
+    return load_config(path, allow_identical_experts=True)
 
 
 def _read_tensors(plan: MergePlan, model: ModelFolder) -> tuple[dict[str, TensorInfo], list[Difference]]:

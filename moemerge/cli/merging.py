@@ -161,7 +161,9 @@ def _merge(
         show_progress(console, quiet=quiet) as progress,
     ):
         report: RoutingReport = carry_out(
-            progress=stoppable(progress), warn=lambda line: console.print(f"warning: {line}", style="yellow")
+            progress=stoppable(progress),
+            warn=lambda line: console.print(f"warning: {line}", style="yellow"),
+            announce=announcer(console, quiet=quiet),
         )
     return report
 

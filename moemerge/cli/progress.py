@@ -66,7 +66,7 @@ class _Amount:
         self._stage, self._first, self._start = stage, done, time.monotonic()
 
     def __call__(self, done: int, total: int) -> str:
-        if self._stage == "routers":
+        if self._stage != "weights":
             return f"layer {done} of {total}"
         rate = (done - self._first) / max(time.monotonic() - self._start, 1e-9)
         return f"{size(done)} of {size(total)}, {size(rate)}/s"

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from moemerge.dtypes import BITS, HEADER_DTYPES
 from moemerge.engines import ENGINES
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.plan import MergePlan
+from moemerge.planning.shared_choice import BASE, MIXED, is_open
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -35,6 +37,8 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "family": plan.family.model_type,
         "dtype": plan.dtype,
         "gate_mode": plan.config.method.name,
+        "shared_weights": plan.config.shared_weights.method,
+        "shared_choice": asdict(plan.shared_choice) if plan.shared_choice else None,
         "experts": len(plan.config.experts),
         "experts_per_token": plan.config.experts_per_token,
         "total_parameters": plan.total_parameters,
@@ -103,6 +107,8 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         rows["tokenizer"] = (
             f"proved to give the base's ids when it is merged; {' and '.join(plan.made_files)} may be made"
         )
+    chosen_later = f"{', '.join((BASE, *MIXED))}: chosen when the merge begins, shown here as the base's"
+    rows |= {"shared weights": chosen_later} if is_open(plan) else {}
     if plan.remote_bytes:
         kept = f", of which {size(plan.kept_bytes)} stay on the disk until the end" if plan.kept_bytes else ""
         rows["to download"] = (

@@ -168,7 +168,10 @@ def _check_shared(document: Mapping[str, Any], experts: int) -> list[tuple[Place
     given = document.get("shared_weights")
     given = given if isinstance(given, dict) else {"method": given or "base"}
     method = given.get("method", "base")
-    used = {"base": (), "average": ("weights",), "ties": ("weights", "density"), "dare": ("weights", "density", "seed")}
+    used = {
+        "base": (), "auto": (), "average": ("weights",), "ties": ("weights", "density"),
+        "dare": ("weights", "density", "seed"),
+    }  # fmt: skip
     problems: list[tuple[Place, str]] = [
         (("shared_weights", key), f"method {method} does not use it")
         for key in ("weights", "density", "seed")

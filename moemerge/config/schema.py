@@ -161,7 +161,8 @@ class RouterSettings(_Strict):
 class SharedWeights(_Strict):
     """Settings for embeddings, attention and norms; see `moemerge.planning.shared_weights`."""
 
-    method: Literal["base", "average", "ties", "dare"] = "base"
+    method: Literal["base", "average", "ties", "dare", "auto"] = "base"
+    """`auto` is one of the first three, chosen when the merge begins: see `moemerge.planning.shared_choice`."""
     weights: list[Annotated[Number, Field(gt=0)]] | None = None
     """Weights of the experts in a mean, in the order of the experts; divided by their sum. None weighs all alike."""
     density: Number = Field(0.5, ge=1e-6, le=1)
@@ -252,6 +253,8 @@ class MergeConfig(_Strict):
         if self._text and self.model_dump() == self._checked:
             return self._text
         document = self.model_dump(exclude_defaults=True, by_alias=True)
+        if "shared_weights" in self.model_fields_set:  # `base`, if it was chosen, is said too
+            document.setdefault("shared_weights", self.shared_weights.method)
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
     @property

@@ -108,6 +108,16 @@ class Evaluation:
     """Notes on what was left out and why, and where the merged model is no better than what costs less."""
 
 
+def by_document(losses: Sequence[float], counts: Sequence[int], documents: Sequence[int]) -> Sums:
+    """Sum the losses and numbers of tokens of windows by their documents, without those that hold no token."""
+    totals: dict[int, list[float]] = {}
+    for loss, count, document in zip(losses, counts, documents, strict=True):
+        total = totals.setdefault(document, [0.0, 0.0])
+        total[0] += loss
+        total[1] += count
+    return np.array([total for total in totals.values() if total[1]])
+
+
 def estimate(sums: Sums) -> Estimate:
     """Estimate the loss per token."""
     return _estimate(*_per_token(sums, 0), len(sums))

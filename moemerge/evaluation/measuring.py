@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from moemerge.chats import COUNTED_ROLES, Document
@@ -23,6 +22,7 @@ from moemerge.evaluation.figures import (
     Evaluation,
     Routing,
     Sums,
+    by_document,
     estimate,
     no_better,
     recovered,
@@ -118,12 +118,8 @@ class Texts:
 
     def sums(self, losses: torch.Tensor, windows: Sequence[int]) -> Sums:
         """Sum losses (window of `windows`,) by document."""
-        by_document: dict[int, list[float]] = {}
-        for window, loss in zip(windows, losses.tolist(), strict=True):
-            total = by_document.setdefault(self.windows[window].document, [0.0, 0.0])
-            total[0] += loss
-            total[1] += sum(self.windows[window].scored)
-        return np.array([total for total in by_document.values() if total[1]])
+        of = [self.windows[window] for window in windows]
+        return by_document(losses.tolist(), [sum(window.scored) for window in of], [window.document for window in of])
 
 
 def _check_names(names: Collection[str], experts: Sequence[str]) -> None:

@@ -126,7 +126,7 @@ def open_mixture(folder: Path | str) -> MixtureModel:
     tensors = read_tensor_table(model, lambda _: None)
     # Only keys that cannot name code.
     keys = {key: decoded(value) for key, value in model.config.items() if key in family.keys}
-    runnable = _stored(str(folder), family.model_type, keys, tensors, "model.embed_tokens.weight")
+    runnable = stored(str(folder), family.model_type, keys, tensors, "model.embed_tokens.weight")
     router = next((name for name in tensors if name.endswith(f".{family.router}")), None)
     if router is None:
         raise IncompatibleError(f"{folder}: has no router: no tensor is called *.{family.router}.", [])
@@ -181,12 +181,22 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Ru
     if problems := sorted(f"{tensor} {reason}" for tensor, reason in lost.items() if tensor in needed):
         raise IncompatibleError(f"{reference}: cannot be run:", problems)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in lost}
-    return _stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)
+    return stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)
 
 
-def _stored(
+def stored(
     name: str, model_type: str, keys: Mapping[str, Any], tensors: Mapping[str, TensorInfo], embeddings: str
 ) -> Runnable:
+    """Make a model of tensors that are stored, or computed while they are read.
+
+    Args:
+        name: the name of the model in messages.
+        model_type: the class of transformers.
+        keys: the settings of the class.
+        tensors: all tensors of the model, by name.
+        embeddings: the name of the token embeddings.
+    """
+
     def read(tensor: str) -> torch.Tensor:
         if tensors[tensor].dtype not in CONFIG_DTYPES:
             raise CheckpointError(

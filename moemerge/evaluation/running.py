@@ -1,7 +1,7 @@
 """Run a causal language model over windows of text, a layer at a time: its losses, and what its routers choose."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -77,6 +77,30 @@ def run_model(
     return torch.zeros(len(windows))
 
 
+def run_together(
+    models: Sequence[tuple[Runnable, Sequence[Window]]],
+    compute: Compute,
+    progress: Callable[[int, int], None],
+) -> list[torch.Tensor]:
+    """Compute losses as `run_model` does, of models of equal depth, each with windows of its own.
+
+    All pass a layer before any passes the next one, so that what they share need be read only once.
+    """
+    passes = [_Pass(model, windows, compute, _TOKENS) for model, windows in models]
+    layers = models[0][0].layers
+    for index in range(layers):
+        for passing in passes:
+            with passing.layer(index) as layer:
+                passing.run(index, layer)
+        progress(index + 1, layers)
+    losses = []
+    for passing, (model, windows) in zip(passes, models, strict=True):
+        head = _Head(passing.whole, model, compute)
+        losses.append(head.losses(windows, passing.places, passing.batches, lambda _window, _logits: None))
+        passing.whole.to("meta")  # one head at a time
+    return losses
+
+
 def watch_layers(
     model: Runnable,
     windows: Sequence[Window],
@@ -127,14 +151,19 @@ class _Pass:
 
     def layers(self, progress: Callable[[int, int], None]) -> Iterator[tuple[int, Any]]:
         """Yield each layer's number and module, which has its weights until the next one is asked for."""
-        model = self._model
-        for index in range(model.layers):
-            _load(self.whole, model, model.names(index), self._compute)
-            layer = self.whole.model.layers[index]
-            check_complete(layer, layer_prefix(index).removesuffix("."))
-            yield index, layer
-            layer.to("meta")
-            progress(index + 1, model.layers)
+        for index in range(self._model.layers):
+            with self.layer(index) as layer:
+                yield index, layer
+            progress(index + 1, self._model.layers)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Any]:
+        """A context with a layer's module, which has its weights until the end."""
+        _load(self.whole, self._model, self._model.names(index), self._compute)
+        layer = self.whole.model.layers[index]
+        check_complete(layer, layer_prefix(index).removesuffix("."))
+        yield layer
+        layer.to("meta")
 
     def run(
         self,

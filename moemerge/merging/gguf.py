@@ -17,6 +17,7 @@ from moemerge.export.writing import STAGED, SpaceCheck, advising_types, check_fi
 from moemerge.merging.merge_work import Tally, Work
 from moemerge.merging.options import MergeOptions, Progress
 from moemerge.planning.plan import MergePlan
+from moemerge.planning.shared_choice import is_open
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -35,6 +36,7 @@ def merge_to_gguf(
     room: SpaceCheck = check_room,
     progress: Progress = lambda _stage, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":
     """Carry out a plan into a GGUF file, which is complete when this returns, and untouched when it raises.
 
@@ -50,6 +52,7 @@ def merge_to_gguf(
         room: the check that the disk has enough space.
         progress: called as the work goes on; see `Progress`.
         warn: see `merge`.
+        announce: see `merge`.
 
     Returns:
         The routing report: which expert takes which of the prompts' tokens.
@@ -67,6 +70,10 @@ def merge_to_gguf(
     room(file, tensors, plan.kept_bytes, plan.peak_memory_bytes)
     work = Work(plan, options, warn, to_folder=False)
     with staged_file(file, overwrite=options.overwrite) as stage, work.sources_kept_in(stage):
+        if is_open(plan):
+            work.choose(None, progress, announce)
+            plan = work.plan
+            tensors = model.tensors(_table(plan, options.seed, {}))
         described = stage / _DESCRIBED / file.stem
         described.mkdir(parents=True)
         work.describe(described)

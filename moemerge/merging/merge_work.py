@@ -3,10 +3,11 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.checkpoint.copy import copy_file
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
@@ -21,6 +22,7 @@ from moemerge.merging.options import MergeOptions, Progress
 from moemerge.model_card.card import write_card, write_metadata_card
 from moemerge.model_card.metadata import licence_of
 from moemerge.planning.plan import MergePlan
+from moemerge.planning.shared_choice import SharedChoice, is_open, settle
 from moemerge.planning.tokenizer_proof import prove_tokenizer
 from moemerge.routers.initialisation import Routers, check_base_bits, init_routers
 
@@ -46,11 +48,17 @@ class Work:
             to_folder: whether the tokenizer's files are written; else only doubts about it are worth a line.
 
         Raises:
-            RefusedError: bitsandbytes is not installed, or the output's tokenizer would not give the base's ids.
+            RefusedError: bitsandbytes is not installed, or the output's tokenizer would not give the base's ids; or the
+                shared weights have to be chosen by weights that are left on the Hub.
             RouterError: there is no such device.
         """
         check_base_bits(options.base_bits)
-        if plan.runs_base and options.device not in {"auto", "cpu"}:
+        if is_open(plan) and plan.remote_bytes:
+            raise RefusedError(
+                "shared_weights: auto reads all models once more to choose, but weights are left on the Hub here. Name "
+                "base, average or ties; or have them downloaded, without --stream and with room for them in the cache."
+            )
+        if (plan.runs_base or is_open(plan)) and options.device not in {"auto", "cpu"}:
             from moemerge.passes.device import find_device  # before anything is copied
 
             find_device(options.device)
@@ -60,6 +68,30 @@ class Work:
         for note in self._tokenizer.notes if to_folder else self._tokenizer.doubts:
             warn(note)
         self.plan, self.options = plan, options
+
+    def choose(self, known: Mapping[str, Any] | None, progress: Progress, announce: Callable[[str], None]) -> None:
+        """Choose the shared weights, where the config leaves that to the merge; `plan` is that of the choice then.
+
+        Args:
+            known: the choice of a run that was cut off, if this one resumes it.
+            progress: called as the work goes on.
+            announce: called with a line about the choice, and one for each note on it.
+        """
+        if not is_open(self.plan):
+            return
+        if known:
+            choice = SharedChoice(**known)
+        else:
+            from moemerge.evaluation.shared_weights import choose  # imports torch and transformers
+            from moemerge.passes.compute_dtype import find_compute
+
+            options, shapes = self.options, self.plan.parts.base.layer_shapes
+            compute = find_compute(options.device, options.compute_dtype, shapes)
+            choice = choose(self.plan, compute, partial(progress, "shared weights"))
+        notes, self.plan = self.plan.notes, settle(self.plan, choice)
+        for note in self.plan.notes:
+            if note not in notes:
+                announce(f"note: {note}")
 
     @property
     def made_bytes(self) -> int:

@@ -14,7 +14,7 @@ from moemerge.errors import CheckpointError
 from moemerge.merging.destinations import Destination, Folder, Unfinished
 from moemerge.merging.merge_work import Tally, Work
 from moemerge.merging.options import MergeOptions, Progress
-from moemerge.planning.fingerprint import plan_fingerprint
+from moemerge.planning.fingerprint import CHOSEN, plan_fingerprint
 from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def merge(
     *,
     progress: Progress = lambda _stage, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":
     """Carry out a plan: the output is complete when this returns, and no reader takes it for a model when it raises.
 
@@ -37,6 +38,7 @@ def merge(
         options: the options of the merge.
         progress: called as the work goes on; see `Progress`.
         warn: called with a line about the tokenizer, where it is not just copied, or could not be proved.
+        announce: called with a line about the shared weights, where the merge chooses them.
 
     Returns:
         The routing report: which expert takes which of the prompts' tokens.
@@ -56,6 +58,8 @@ def merge(
     with to.staged(plan, options) as folder, work.sources_kept_in(folder):
         journal = journal_of(folder)
         held = to.held(options)
+        work.choose(journal.fingerprint.get(CHOSEN) if options.resume else None, progress, announce)
+        plan = work.plan
         fingerprint = {**plan_fingerprint(plan, options.seed), **to.identity}
         kept = journal.resume(fingerprint, folder, plan.shards_without_routers, held)
         to.begin()

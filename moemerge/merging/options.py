@@ -7,9 +7,9 @@ from typing import Literal
 
 from moemerge.dtypes import ComputeDtype
 
-Stage = Literal["routers", "weights"]
+Stage = Literal["shared weights", "routers", "weights"]
 Progress = Callable[[Stage, int, int], None]
-"""A function that is called with the stage, the amount done and the total: layers for routers, bytes for weights.
+"""A function that is called with the stage, the amount done and the total: bytes for weights, layers for others.
 
 Weights are written while routers are computed: reports of the two stages alternate, from one thread at a time.
 """

@@ -30,8 +30,17 @@ class Checked:
         return self.judgement.warnings if self.judgement.compared_bytes else []
 
 
-def check_models(config: MergeConfig, models: Models, shape: Shape, tables: Tables) -> Checked:
+def check_models(
+    config: MergeConfig, models: Models, shape: Shape, tables: Tables, judgement: Judgement | None = None
+) -> Checked:
     """Check every tensor table, then compare a few rows of the experts' weights with the base's.
+
+    Args:
+        config: the merge.
+        models: the models.
+        shape: the merged model's shape.
+        tables: the models' tensors.
+        judgement: what an earlier comparison of the same models found; None to compare them.
 
     Raises:
         IncompatibleError: the models cannot be merged; lists every reason.
@@ -50,7 +59,7 @@ def check_models(config: MergeConfig, models: Models, shape: Shape, tables: Tabl
         *choice.notes,
         *config_notes(config, shape.family, runs_base=shape.runs_base, gated=computes_gate(config, shape.family)),
     ]
-    judgement = judge_experts(
+    judgement = judgement or judge_experts(
         config,
         shape.mixture,
         _named(models.base),

@@ -8,6 +8,7 @@ from moemerge.families.layer_names import layer_prefix
 from moemerge.planning.models import Models
 from moemerge.planning.parts import Parts
 from moemerge.planning.shape import Shape
+from moemerge.planning.shared_choice import AUTO, MIXED, TOKENS
 from moemerge.routers.prompts import MOST_WRITTEN
 from moemerge.sources.reference import Reference
 
@@ -22,6 +23,9 @@ _HUB_BYTES: Final = 50_000_000
 _TOKENIZER_FACTOR: Final = 14
 # A layer holds four rows of the FFN's width in float32 for each of 1024 tokens at a time.
 _STATES_BYTES: Final = 1024 * 4 * 4
+# Tokens whose logits are in memory at a time, and how often their numbers are held for a loss.
+_HEAD_TOKENS: Final = 512
+_HEAD_COPIES: Final = 3
 
 
 def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: Parts) -> int:
@@ -29,19 +33,31 @@ def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: 
     layer = sum(
         4 * math.prod(tensor.shape) for name, tensor in parts.base.tensors.items() if name.startswith(layer_prefix(0))
     )
-    reads_prompts = shape.runs_base or config.method.reads_text
+    chooses = config.shared_weights.method == AUTO
+    reads_prompts = shape.runs_base or chooses or config.method.reads_text
     tokenizer = models.base.folder.folder / "tokenizer.json"
     tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
     makes_tokenizer = bool(shape.base_files.made(shape.family.model_type))
-    imports_transformers = shape.runs_base or makes_tokenizer or (reads_prompts and not tokenizer_bytes)
+    imports_transformers = shape.runs_base or chooses or makes_tokenizer or (reads_prompts and not tokenizer_bytes)
     states = _STATES_BYTES * models.base.model.sizes["ffn"]
     return (
         _PROGRAM_BYTES
         + _HUB_BYTES * any(isinstance(source.origin, Reference) for source in models.sources)
         + _LIBRARIES_BYTES * imports_transformers
         + _TOKENIZER_FACTOR * tokenizer_bytes * (2 if makes_tokenizer else reads_prompts)
-        + (_PASS_BYTES + layer + states + _fit_bytes(config, models, shape)) * shape.runs_base
+        + max(
+            (_PASS_BYTES + layer + states + _fit_bytes(config, models, shape)) * shape.runs_base,
+            (_PASS_BYTES + 2 * layer + states + _choice_bytes(models)) * chooses,
+        )
     )
+
+
+def _choice_bytes(models: Models) -> int:
+    """Estimate the bytes that a choice of shared weights adds to a layer: every model's states, and the head."""
+    sizes = models.base.model.sizes
+    runs = (1 + len(MIXED)) * len(models.experts)
+    head = 2 * 4 * sizes["vocab"] * sizes["hidden"] + _HEAD_COPIES * 4 * _HEAD_TOKENS * sizes["vocab"]
+    return 2 * 4 * runs * TOKENS * sizes["hidden"] + head
 
 
 def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:

@@ -1,8 +1,9 @@
 """What an interrupted merge and the one that resumes it must have in common."""
 
 import hashlib
+from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.checkpoint.derived import derivation, leaves
 from moemerge.checkpoint.header import TensorInfo
@@ -10,6 +11,9 @@ from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
     from moemerge.checkpoint.files import File
+
+CHOSEN: Final = "choice of shared weights"
+"""The key of a fingerprint with the choice that was made for `shared_weights: auto`, if there was one."""
 
 
 def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
@@ -33,6 +37,7 @@ def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
         "seed": seed,
         "layout of the shards (--max-shard-size)": hashlib.sha256(headers).hexdigest(),
         "what is computed of the sources": hashlib.sha256(repr(made).encode()).hexdigest(),
+        **({CHOSEN: asdict(plan.shared_choice)} if plan.shared_choice else {}),
         "sources": {
             str(path): plan.origins.fingerprint_of(path)
             | {"tensors": hashlib.sha256(repr(sorted(map(repr, tensors))).encode()).hexdigest()}

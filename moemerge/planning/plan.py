@@ -1,8 +1,8 @@
 """The merge plan: every output tensor, where its bytes come from and where they go."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from moemerge.planning.origins import Origins, remote_bytes
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.parts import Parts
 from moemerge.planning.shape import Shape
+from moemerge.planning.shared_choice import SharedChoice
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.planning.tokenizer_proof import ProvedTokenizer
 from moemerge.routers.request import RouterRequest
@@ -63,6 +64,10 @@ class MergePlan:
     remarks: Remarks
     compared_bytes: int
     """Bytes that the plan has read from other machines to compare the experts with the base."""
+    remake: Callable[[MergeConfig], "MergePlan"] = field(repr=False, compare=False)
+    """A function that plans the same models, in the same shape, with other shared weights."""
+    shared_choice: SharedChoice | None = None
+    """The shared weights that were chosen for a config that asks for it."""
 
     @property
     def family(self) -> MoeFamily:

@@ -13,6 +13,7 @@ from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import origins_of
 from moemerge.planning.plan import MergePlan, Remarks
 from moemerge.planning.shape import Shape, shape_of
+from moemerge.planning.shared_choice import AUTO, BASE, postpone, with_method
 from moemerge.sources.model_folder import ModelFolder, fetch_if_room, read_tensor_tables
 
 
@@ -43,7 +44,8 @@ def plan_merge(
         RefusedError: texts are missing, or the output's tokenizer would give other ids.
     """
     # A copy, so that later changes to the given config do not reach the plan.
-    config = config.rechecked().model_copy(deep=True)
+    given = config.rechecked().model_copy(deep=True)
+    config = with_method(given, BASE) if given.shared_weights.method == AUTO else given
     models = open_models(config, announce)
     shape = shape_of(config, models, options, announce)
     approve(models.sources)
@@ -52,7 +54,31 @@ def plan_merge(
     checked = check_models(config, models, shape, tables)
     assembled = assemble(config, models, shape, tables)
     if options.weights == "auto" and (fetched := _fetch(models, checked, assembled, options, announce)):
-        assembled = assemble(config, models, shape, {**tables, **fetched})
+        tables |= fetched
+        assembled = assemble(config, models, shape, tables)
+
+    def remake(changed: MergeConfig) -> MergePlan:
+        again = check_models(changed, models, shape, tables, checked.judgement)
+        return _plan(changed, models, shape, again, assemble(changed, models, shape, tables), options, remake)
+
+    plan = _plan(config, models, shape, checked, assembled, options, remake)
+    return (
+        plan
+        if given is config
+        else postpone(plan, given, strangers=checked.judgement.has_strangers, needs_texts=options.needs_texts)
+    )
+
+
+def _plan(  # noqa: PLR0917  the results of all steps
+    config: MergeConfig,
+    models: Models,
+    shape: Shape,
+    checked: Checked,
+    assembled: Assembled,
+    options: PlanOptions,
+    remake: Callable[[MergeConfig], MergePlan],
+) -> MergePlan:
+    """Lay the output out, and put everything together that was decided."""
     layout = lay_out(assembled, options)
     return MergePlan(
         config=config,
@@ -65,6 +91,7 @@ def plan_merge(
         origins=origins_of(config, models, shape, assembled),
         remarks=_remarks(config, shape, checked, assembled, layout),
         compared_bytes=checked.judgement.compared_bytes,
+        remake=remake,
     )
 
 

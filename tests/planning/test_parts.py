@@ -181,8 +181,9 @@ def test_attention_that_computes_otherwise_is_not_mixed(tmp_path, llamas):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ("mean", "line 5: shared_weights.method: expected base, average, ties or dare, found 'mean'"),
+        ("mean", "line 5: shared_weights.method: expected base, average, ties, dare or auto, found 'mean'"),
         ({"method": "average", "density": 0.5}, "line 6: shared_weights.density: method average does not use it"),
+        ({"method": "auto", "density": 0.5}, "line 6: shared_weights.density: method auto does not use it"),
         ({"method": "ties", "weights": [1, 2]}, "line 6: shared_weights.weights: are 2, but there are 3 experts"),
         ({"method": "ties", "densty": 1}, "line 6: shared_weights.densty: unknown key, did you mean density?"),
     ],
