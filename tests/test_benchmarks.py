@@ -180,7 +180,7 @@ def test_choices_of_shared_weights_are_judged_on_any_models_and_texts(tmp_path, 
     ]
     config = {"base_model": str(tmp_path / "models" / "base"), "gate_mode": "random", "experts": experts}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
-    *_, row = here("shared_choice.py", tmp_path / "two.yaml", "--tokens", "60", "--bfloat16", "--markdown").splitlines()
+    *_, row = here("shared_choice.py", tmp_path / "two.yaml", "--tokens", "60", "--markdown").splitlines()
     name, *found, above = row.strip("| ").split(" | ")
     chosen = found.pop(3)
     assert (name, len(found)) == ("two", 6)
