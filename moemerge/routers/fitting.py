@@ -14,6 +14,7 @@ from moemerge.routers.scoring import fit_scale
 # Few tokens are cheap to fit several times, and need every document; many tokens do not.
 _FOLDS_OF_FEW: Final = 4
 _FOLDS_OF_MANY: Final = 2
+_JUDGED_EVERY: Final = 4
 # Pseudo-tokens of mean variance for each expert and dimension, as measured on prompts and on texts.
 _LAMBDA: Final = 1 / 16
 
@@ -67,7 +68,7 @@ def fit_rows(
     rows = solve(data)
     judged = right >= 0
     states = data.states if judged.all() else data.states[judged]
-    logits = _held_out_logits(data, folds, solve)
+    logits = _held_out_logits(data, folds, solve) if calibrated or _is_judged(inputs.layer, request) else None
     if not calibrated:
         scale = min(1.0, fit_scale(rows, states, 2, SHARPEST))
     elif logits is None:
@@ -76,6 +77,16 @@ def fit_rows(
         scale = calibrated_scale(rows, states, logits[judged], data.targets[judged], data.weights[judged])
     held_out = None if logits is None else _shares_right(logits[judged], right[judged], request, present)
     return LayerRows(finish_rows(rows * scale, states, inputs, request), held_out)
+
+
+def _is_judged(layer: int, request: PassRequest) -> bool:
+    """Whether a layer's rows are judged on held-out documents where nothing is fitted to these.
+
+    That is every fourth layer, since each is fitted twice more for it; all, if experts are absent from some.
+    """
+    place = request.mixture.moe_layers.index(layer)
+    first = min(_JUDGED_EVERY // 2, len(request.mixture.moe_layers) - 1)
+    return bool(request.mixture.absent) or place % _JUDGED_EVERY == first
 
 
 def _held_out_logits(
