@@ -86,6 +86,7 @@ class Suite:
             "base_model": self.model("base"),
             "gate_mode": mode,
             "experts": experts,
+            "experts_per_token": asked.get("per_token", 2),
             "dtype": "bfloat16",
             **({"router": router} if router else {}),
             **({"shared_weights": {"method": asked["shared_weights"]}} if "shared_weights" in asked else {}),
@@ -100,7 +101,6 @@ class Bench:
     suite: Suite
     asked: dict[str, Any]
     folder: Path
-    per_token: int = 2
 
     @cached_property
     def mixture(self) -> MixtureModel:
