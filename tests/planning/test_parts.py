@@ -345,7 +345,8 @@ def test_plan_advises_what_measured_better(tmp_path, llamas, capsys, monkeypatch
         main()
     advice = (
         "advice: attention and norms are the base model's alone; with `shared_weights: average` they are the experts' mean, "
-        "which measured better for fine-tunes of one model (docs/quality.md)"
+        "which measured better for fine-tunes of one model; `shared_weights: auto` tries it on the experts' texts "
+        "(docs/quality.md)"
     )
     assert advice in " ".join(capsys.readouterr().out.split())
     config = write_config(tmp_path / "d.yaml", llamas[0], llamas[1:], prompts=False, shared_weights="average")
