@@ -149,7 +149,7 @@ class Bench:
     def _routed(self, name: str) -> dict[str, Any]:
         plan = plan_merge(self.suite.config(self.asked, *WAYS[name]))
         start = time.perf_counter()
-        routers = init_routers(plan.router_request, seed=0, device="cpu", progress=lambda _done, _total: None)
+        routers = init_routers(plan.router_request, seed=0, progress=lambda _done, _total: None)
         seconds = time.perf_counter() - start
         count = len(self.asked["experts"])
         rows = {

@@ -36,6 +36,7 @@ from moemerge.passes.tokens import Window, by_transformers, cut_windows
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import EncodedPrompt
+from moemerge.routers.request import PassOptions
 from moemerge.routers.streamed_pass import capture_router_inputs
 from moemerge.texts.documents import find_files, read_documents
 
@@ -98,9 +99,8 @@ class Bench:
         plan = plan_merge(config)
         start = time.perf_counter()
         request = replace(plan.router_request, dtype=dtype)
-        routers = init_routers(
-            request, seed=self.seed, device="cpu", progress=lambda *_: None, compute_dtype=compute_dtype
-        )
+        options = PassOptions("cpu", compute_dtype)
+        routers = init_routers(request, options, seed=self.seed, progress=lambda *_: None)
         seconds = time.perf_counter() - start
         stored = getattr(torch, dtype)
         made = {

@@ -13,6 +13,7 @@ from pathlib import Path
 from moemerge import load_config, plan_merge
 from moemerge.cli.console import return_freed_memory
 from moemerge.routers.initialisation import init_routers
+from moemerge.routers.request import PassOptions
 
 
 def main() -> None:
@@ -26,9 +27,8 @@ def main() -> None:
     plan = plan_merge(load_config(options.config))
     routers = init_routers(
         plan.router_request,
+        PassOptions(options.device, options.dtype),
         seed=0,
-        device=options.device,
-        compute_dtype=options.dtype,
         progress=lambda _done, _total: None,
     )
     print(json.dumps({"seconds": time.perf_counter() - start, "layers": len(routers.rows)}))

@@ -25,6 +25,7 @@ from moemerge.planning.plan import MergePlan
 from moemerge.planning.shared_choice import SharedChoice, is_open, settle
 from moemerge.planning.tokenizer_proof import prove_tokenizer
 from moemerge.routers.initialisation import Routers, check_base_bits, init_routers
+from moemerge.routers.request import PassOptions
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -142,16 +143,10 @@ class Work:
     def init_routers(self, progress: Callable[[int, int], None]) -> Routers:
         """Compute the routers; `progress` is called with the layers done and all there are."""
         options = self.options
-        return init_routers(
-            self.plan.router_request,
-            seed=options.seed,
-            device=options.device,
-            compute_dtype=options.compute_dtype,
-            base_bits=options.base_bits,
-            low_memory=options.low_memory,
-            kept_states=options.kept_states,
-            progress=progress,
+        pass_options = PassOptions(
+            options.device, options.compute_dtype, options.base_bits, options.low_memory, options.kept_states
         )
+        return init_routers(self.plan.router_request, pass_options, seed=options.seed, progress=progress)
 
     def init_routers_beside(self, writer: ShardWriter, tally: "Tally") -> Routers:
         """Compute the routers while a writer is at work; an error of the writer is raised after the current layer."""

@@ -82,6 +82,21 @@ def encode_chat(tokenizer: Any, folder: Path, chat: Chat, roles: Sequence[str]) 
     return EncodedChat(encoded["input_ids"], special, parts)
 
 
+def encode_question(tokenizer: Any, folder: Path, chat: Chat) -> list[int]:
+    """Encode a chat up to where its last answer begins, or the next one if its last message is no assistant's.
+
+    Raises:
+        RefusedError: there is no template, or it refuses the chat.
+    """
+    if not tokenizer.chat_template:
+        raise no_template(chat.place, folder)
+    asked = chat.messages[:-1] if chat.messages[-1].role == "assistant" else chat.messages
+    messages = [{"role": message.role, "content": message.content} for message in asked]
+    text = _render(tokenizer, folder, chat.place, messages, answered=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def render_chat(
     render: Callable[[list[dict[str, str]]], str], chat: Chat, roles: Sequence[str]
 ) -> tuple[str, list[tuple[int, int]]]:
@@ -110,11 +125,14 @@ def _equal(first: str, second: str) -> int:
     return low
 
 
-def _render(tokenizer: Any, folder: Path, place: str, messages: list[dict[str, str]]) -> str:
+def _render(tokenizer: Any, folder: Path, place: str, messages: list[dict[str, str]], *, answered: bool = False) -> str:
+    """Render messages; with `answered`, the beginning of an assistant's message follows."""
     try:
         template = tokenizer.get_chat_template()
         template = _TODAY + template if "strftime_now" in template else template
-        text: str = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=answered
+        )
     except Exception as error:  # templates raise as they like
         said = printable(" ".join(str(error).split())).rstrip(".")
         raise RefusedError(

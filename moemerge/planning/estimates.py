@@ -3,13 +3,13 @@
 import math
 from typing import Final
 
-from moemerge.config.schema import MergeConfig
+from moemerge.config.schema import Expert, MergeConfig
 from moemerge.families.layer_names import layer_prefix
 from moemerge.planning.models import Models
 from moemerge.planning.parts import Parts
 from moemerge.planning.shape import Shape
 from moemerge.planning.shared_choice import AUTO, MIXED, TOKENS
-from moemerge.routers.prompts import MOST_WRITTEN
+from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES
 from moemerge.sources.reference import Reference
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
@@ -66,11 +66,21 @@ def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
     described = [*config.experts, *config.shared_experts]
     kinds = sum(bool(texts) for expert in described for texts in (expert.positive_texts, expert.negative_texts))
     kinds += len(config.experts) if config.router.calibration_texts else 0
-    tokens = kinds * config.router.tokens_per_expert + len(config.writers) * MOST_WRITTEN
+    tokens = kinds * config.router.tokens_per_expert + sum(
+        map(_written_tokens, map(config.experts.__getitem__, config.writers))
+    )
     # States, router inputs, those that rows are fitted to, a part of them; a matrix in float32 and two in float64.
     even = config.router.load_prior or shape.family.scoring == "sigmoid"
     solves = tokens or config.method.solves_for_hidden or even
-    # While an expert writes: its embeddings and head, and keys and values of every layer at their widest.
-    base = models.base.model
-    writing = 4 * hidden * (2 * base.config["vocab_size"] + 2 * MOST_WRITTEN * base.layers) if config.writers else 0
+    # While an expert writes: its embeddings and head, keys and values of every layer at their widest, and copies of the
+    # logits, which are sorted.
+    base, vocab = models.base.model, models.base.model.config["vocab_size"]
+    caches = max((_written_tokens(config.experts[writer]) for writer in config.writers), default=0)
+    writing = 4 * hidden * (2 * vocab + 2 * caches * base.layers) + 16 * SEQUENCES * vocab if config.writers else 0
     return max(4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0), writing)
+
+
+def _written_tokens(expert: Expert) -> int:
+    """Estimate the tokens of an expert's sequences, those that it continues included."""
+    letters = max(len(prompt) if isinstance(prompt, str) else 4 * LONGEST_START for prompt in expert.positive_prompts)
+    return SEQUENCES * (NEW_TOKENS + min(LONGEST_START, letters // 3 + 8))

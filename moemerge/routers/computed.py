@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Literal
 
 import torch
 
 from moemerge.config.router_methods import RouterMethod
-from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RouterError
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.device import memory_watched
@@ -20,7 +17,7 @@ from moemerge.routers.method_lookup import rows_from_pass
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.report import LayerRouting
-from moemerge.routers.request import RouterRequest
+from moemerge.routers.request import PassOptions, RouterRequest
 from moemerge.routers.rows import Rows
 from moemerge.routers.written_text import add_written_text, layers_to_write
 
@@ -31,47 +28,26 @@ from moemerge.routers.written_text import add_written_text, layers_to_write
 )
 def compute_routers(
     request: RouterRequest,
+    options: PassOptions,
     made: Mapping[int, Rows] | None,
     *,
     seed: int,
-    device: str,
-    compute_dtype: ComputeDtype,
     progress: Callable[[int, int], None],
-    base_bits: Literal[4, 8] | None,
-    low_memory: bool,
-    kept_states: Path | None,
 ) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:
     """Compute each layer's rows (expert, hidden) and gate (1, hidden) as stored bytes, and the routing of the prompts.
 
     With `made` rows the pass only routes the prompts by them; None makes rows by the config's method. The other
     arguments are those of `init_routers`.
     """
-    config, base, method = request.config, request.base.model, request.config.method
-    context = base.config["max_position_embeddings"]
-    prompts = encode_prompts(
-        request.folder, config, context, seed, shared_gate=request.shared_gate, chat_prompts=request.chat_prompts
-    )
-    asked = PassRequest(
-        request.base,
-        request.mixture,
-        request.scoring,
-        prompts,
-        # Products of quantised weights are not what a trial tries: on a CPU in float32, unless asked.
-        find_compute(device, compute_dtype, [] if base_bits else request.base.layer_shapes),
-        config.router,
-        request.experts,
-        entering=method.like_mergekit,
-        base_bits=base_bits,
-        low_memory=low_memory,
-        kept_states=kept_states,
-    )
+    config, method = request.config, request.config.method
+    asked = _pass_request(request, options, seed)
     stored_dtype: torch.dtype = getattr(torch, request.dtype)
     layers, gates, routings = {}, {}, []
     last = request.mixture.moe_layers[-1] + 1
     written = layers_to_write([request.experts[expert] for expert in config.writers]) if made is None else 0
     total, done = last + written + (last if method.labels_texts else 0), 0
     if written:
-        asked = add_written_text(asked, config.writers, request.folder, seed, lambda layer: progress(layer, total))
+        asked = add_written_text(asked, request, seed, lambda layer: progress(layer, total))
         done = written
     if method.labels_texts:
         labeller = Labeller(asked, relative=method.reads_what_there_is)
@@ -86,6 +62,40 @@ def compute_routers(
             routings.append(route_layer(rows.float(), inputs, asked, new.held_out))
         progress(done + inputs.layer + 1, total)
     return layers, gates, routings
+
+
+def _pass_request(request: RouterRequest, options: PassOptions, seed: int) -> PassRequest:
+    """Encode the prompts, and choose the dtype of the pass.
+
+    Raises:
+        RouterError: router inputs are to be kept for a method that reads other states.
+    """
+    method = request.config.method
+    if options.kept_states and method.like_mergekit:
+        raise RouterError(f"--keep-states: gate_mode {method.name} reads other states than those that are kept.")
+    prompts = encode_prompts(
+        request.folder,
+        request.config,
+        request.base.model.config["max_position_embeddings"],
+        seed,
+        shared_gate=request.shared_gate,
+        chat_prompts=request.chat_prompts,
+    )
+    # Products of quantised weights are not what a trial tries: on a CPU in float32, unless asked.
+    shapes = [] if options.base_bits else request.base.layer_shapes
+    return PassRequest(
+        request.base,
+        request.mixture,
+        request.scoring,
+        prompts,
+        find_compute(options.device, options.compute_dtype, shapes),
+        request.config.router,
+        request.experts,
+        entering=method.like_mergekit,
+        base_bits=options.base_bits,
+        low_memory=options.low_memory,
+        kept_states=options.kept_states,
+    )
 
 
 def _rows(method: RouterMethod, inputs: RouterInputs, request: PassRequest) -> LayerRows:

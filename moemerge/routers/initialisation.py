@@ -3,17 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from moemerge.checkpoint.numbers import float32_of, stored_bytes
-from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError, RouterError
 from moemerge.routers.method_lookup import rows_without_pass
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
-from moemerge.routers.request import RouterRequest
+from moemerge.routers.request import PassOptions, RouterRequest
 from moemerge.routers.rows import row_distances
 
 __all__ = ["Routers", "check_base_bits", "init_routers"]
@@ -32,26 +30,18 @@ class Routers:
 
 def init_routers(
     request: RouterRequest,
+    options: PassOptions | None = None,
     *,
     seed: int,
-    device: str,
     progress: Callable[[int, int], None],
-    compute_dtype: ComputeDtype = "auto",
-    base_bits: Literal[4, 8] | None = None,
-    low_memory: bool = False,
-    kept_states: Path | None = None,
 ) -> Routers:
     """Compute the routers of a merge and the table of what they do with its prompts.
 
     Args:
         request: the mixture, and the models that its routers are made from.
-        seed: seed for random rows and the choice of documents, unless the config has one.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
+        options: how models are run.
+        seed: seed for random rows, the choice of documents and written text, unless the config has one.
         progress: called with the number of layers done, and of all layers.
-        compute_dtype: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU.
-        base_bits: bits of the base model's Linear weights while it reads the prompts; needs bitsandbytes.
-        low_memory: whether to read no weights ahead.
-        kept_states: folder that keeps router inputs from one merge to the next.
 
     Raises:
         RouterError: the tokenizer, the prompts or the device cannot be used.
@@ -65,17 +55,7 @@ def init_routers(
         # Imports torch and transformers: seconds, and hundreds of megabytes.
         from moemerge.routers.computed import compute_routers
 
-        layers, gates, routings = compute_routers(
-            request,
-            made,
-            seed=seed,
-            device=device,
-            compute_dtype=compute_dtype,
-            progress=progress,
-            base_bits=base_bits,
-            low_memory=low_memory,
-            kept_states=kept_states,
-        )
+        layers, gates, routings = compute_routers(request, options or PassOptions(), made, seed=seed, progress=progress)
     else:
         layers = {layer: stored_bytes(rows, dtype) for layer, rows in made.items()}
     stored, stored_gates = (float32_of(b"".join(made.values()), dtype) for made in (layers, gates))
@@ -88,7 +68,7 @@ def init_routers(
     distances = row_distances(
         stored.reshape(len(layers), len(names), -1), [mixture.absent.get(layer, frozenset()) for layer in layers]
     )
-    report = RoutingReport(names, config.experts_per_token, tuple(routings), distances, written=bool(config.writers))
+    report = RoutingReport(names, config.experts_per_token, tuple(routings), distances, frozenset(config.writers))
     return Routers(layers, gates, report)
 
 

@@ -60,7 +60,7 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
     Raises:
         RouterError: the model's numbers are not finite, or the folder cannot be written.
     """
-    if request.kept_states is None or request.entering:
+    if request.kept_states is None:
         yield from capture_router_inputs(request)
         return
     parts = _parts(request, request.kept_states)
@@ -76,18 +76,20 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
         )
     )
     with ExitStack() as open_drafts:
-        drafts = {
-            part.path: open_drafts.enter_context(_draft(part.path, request, room))
-            for part, room in zip(parts, rooms, strict=True)
-            if not part.kept
-        }
+        drafts: dict[Path, BinaryIO] = {}
+        writers = set()  # of several parts with the same text, the first
+        for place, (part, room) in enumerate(zip(parts, rooms, strict=True)):
+            if not part.kept and part.path not in drafts:
+                drafts[part.path] = open_drafts.enter_context(_draft(part.path, request, room))
+                writers.add(place)
         for layer, computed in _layers(request, parts):
-            for part, room in zip(parts, rooms, strict=True):
+            for place, (part, room) in enumerate(zip(parts, rooms, strict=True)):
                 if part.kept:
                     part.read(layer, room)
                 elif computed is not None:
                     part.take(computed, room)
-                    _append(drafts[part.path], room, request)
+                    if place in writers:
+                        _append(drafts[part.path], room, request)
             yield RouterInputs(layer, states, torch.repeat_interleave(counts), order, beginnings)
 
 

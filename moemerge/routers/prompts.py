@@ -23,8 +23,8 @@ SEQUENCES: Final = 64
 """Sequences that an expert writes; its prompts take turns."""
 NEW_TOKENS: Final = 64
 """Most tokens of each sequence; each is a pass over the expert's weights."""
-MOST_WRITTEN: Final = SEQUENCES * NEW_TOKENS
-"""Most tokens that an expert writes."""
+LONGEST_START: Final = 128
+"""Most tokens of a prompt that an expert continues."""
 # For methods that need any text: beside the config's, or where it has none.
 _ANY_TEXT: Final = (
     "In the morning the train was late again, so Maria read the report that her colleague had sent: sales had grown "

@@ -48,8 +48,8 @@ class RoutingReport:
     """Empty where there were no prompts."""
     distances: dict[tuple[int, int], float]
     """Distance `|a - b| / (|a| + |b|)` of each pair of experts' router rows, averaged over layers."""
-    written: bool = False
-    """Whether experts wrote text that the routers are made from."""
+    writers: frozenset[int] = frozenset()
+    """Numbers of the experts that wrote the text that their rows are made from."""
 
     @property
     def chance(self) -> float:
@@ -101,13 +101,14 @@ class RoutingReport:
         chance = self.chance / self.experts_per_token
         weak = chance + _WEAK * (1 - chance)
         shares = [
-            f"{name} {share:.0%}" + (" (weak: give it texts, or more prompts)" if share < weak else "")
-            for name, share in zip(self.experts, self.held_out, strict=True)
+            f"{name} {share:.0%}"
+            + (" of what it wrote" if number in self.writers else "")
+            + (" (weak: give it texts, or more prompts)" if share < weak else "")
+            for number, (name, share) in enumerate(zip(self.experts, self.held_out, strict=True))
         ]
         return (
-            f"{'Text that experts wrote' if self.written else 'Unseen text'}: each expert is the first choice for this "
-            f"share of its own tokens, by routers that were made without their document (chance {chance:.0%}): "
-            f"{', '.join(shares)}"
+            f"Unseen text: each expert is the first choice for this share of its own tokens, by routers that were made "
+            f"without their document (chance {chance:.0%}): {', '.join(shares)}"
         )
 
     def warnings(self) -> list[str]:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moemerge.config.schema import MergeConfig
-from moemerge.dtypes import DType
+from moemerge.dtypes import ComputeDtype, DType
 from moemerge.families.dense import ModelTensors
 from moemerge.families.family import Scoring
 from moemerge.families.mixture_shape import Mixture
@@ -33,3 +34,19 @@ class RouterRequest:
     """Whether plain prompts are put into the base model's chat template."""
     runs_base: bool
     """Whether the base model reads the prompts, for the routers or for the routing table."""
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How models are run for the routers; nothing here belongs to the merge itself."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, `mps`, or `auto`."""
+    compute_dtype: ComputeDtype = "auto"
+    """`float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
+    base_bits: Literal[4, 8] | None = None
+    """Bits of the base model's Linear weights while it reads the prompts; needs bitsandbytes."""
+    low_memory: bool = False
+    """Whether to read no weights ahead."""
+    kept_states: Path | None = None
+    """Folder that keeps router inputs from one merge to the next."""

@@ -7,20 +7,23 @@ memory holds one layer, the embeddings and the keys and values of attention.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from moemerge.chats import Chat, Message
+from moemerge.checkpoint.derived import unscaled
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.dense import ModelTensors
 from moemerge.families.layer_names import layer_prefix
+from moemerge.passes.chats import encode_question
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import empty_model
 from moemerge.passes.tokens import load_tokenizer
 from moemerge.passes.weights import read_parameter
 from moemerge.routers.pass_inputs import PassRequest
-from moemerge.routers.prompts import NEW_TOKENS, SEQUENCES, EncodedPrompt
+from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES, EncodedPrompt
+from moemerge.routers.request import RouterRequest
 
 # Nucleus sampling (https://arxiv.org/abs/1904.09751): without it, small models stray from their subject.
 _TOP_P: Final = 0.95
@@ -32,54 +35,88 @@ def layers_to_write(experts: Sequence[ModelTensors]) -> int:
 
 
 def add_written_text(
-    request: PassRequest, writers: Sequence[int], folder: Path, seed: int, progress: Callable[[int], None]
+    asked: PassRequest, request: RouterRequest, seed: int, progress: Callable[[int], None]
 ) -> PassRequest:
-    """Add to a request what experts write when they continue their positive prompts; only new tokens count.
+    """Add what experts write when they continue their positive prompts; only new tokens count.
+
+    All that is written from a prompt belongs to the prompt's document.
 
     Args:
-        request: the request; its prompts stay.
-        writers: numbers of the experts that write.
-        folder: the base model's folder, for its tokenizer.
+        asked: the request of the pass; its prompts stay.
+        request: the merge's request, with the experts that write.
         seed: seed for what is sampled.
         progress: called with the number of layers that have run.
     """
-    special = set(load_tokenizer(folder).all_special_ids)
-    document = 1 + max(prompt.document for prompt in request.prompts)
+    tokenizer = load_tokenizer(request.folder)
+    special = set(tokenizer.all_special_ids)
     done, added = 0, []
-    for number in writers:
-        expert = request.experts[number]
-        prompts = [prompt for prompt in request.prompts if prompt.expert == number and prompt.positive]
-        starts = [prompts[place % len(prompts)].ids for place in range(SEQUENCES)]
-        written = _continue(expert, starts, request.compute, seed + number, partial(_add, progress, done))
-        for start, ids in zip(starts, written, strict=True):
+    for number in request.config.writers:
+        expert = asked.experts[number]
+        starts = _starts(asked, request, number, tokenizer)
+        sequences = [starts[place % len(starts)] for place in range(SEQUENCES)]
+        written = _continue(
+            expert,
+            [start for start, _ in sequences],
+            asked.compute,
+            seed=seed + number,
+            end=tokenizer.eos_token_id,
+            ran=partial(_add, progress, done),
+        )
+        for (start, document), ids in zip(sequences, written, strict=True):
             counted = [False] * len(start) + [token not in special for token in ids]
             if any(counted):
                 added.append(EncodedPrompt(number, True, (*start, *ids), tuple(counted), document))
-                document += 1
         done += layers_to_write([expert])
         progress(done)
-    return replace(request, prompts=(*request.prompts, *added))
+    return replace(asked, prompts=(*asked.prompts, *added))
 
 
 def _add(progress: Callable[[int], None], before: int, ran: int) -> None:
     progress(before + ran)
 
 
+def _starts(
+    asked: PassRequest, request: RouterRequest, number: int, tokenizer: Any
+) -> list[tuple[tuple[int, ...], int]]:
+    """Give the tokens that an expert continues, and their document, for each of its positive prompts.
+
+    Of a long prompt the first tokens are continued; of a long chat, the last.
+    """
+    context = request.base.model.config["max_position_embeddings"]
+    longest = max(1, min(LONGEST_START, context - NEW_TOKENS))
+    encoded = [prompt for prompt in asked.prompts if prompt.expert == number and prompt.positive]
+    starts = []
+    for given, prompt in zip(request.config.experts[number].positive_prompts, encoded, strict=True):
+        chat = Chat((Message("user", given),)) if request.chat_prompts and isinstance(given, str) else given
+        if isinstance(chat, Chat):
+            ids = tuple(encode_question(tokenizer, request.folder, chat)[-longest:])
+        else:
+            ids = prompt.ids[:longest]
+        starts.append((ids, prompt.document))
+    return starts
+
+
 def _continue(
-    expert: ModelTensors, starts: Sequence[tuple[int, ...]], compute: Compute, seed: int, ran: Callable[[int], None]
+    expert: ModelTensors,
+    starts: Sequence[tuple[int, ...]],
+    compute: Compute,
+    *,
+    seed: int,
+    end: int | None,
+    ran: Callable[[int], None],
 ) -> list[list[int]]:
-    """Sample the tokens that follow each start, up to the model's end of text."""
+    """Sample the tokens that follow each start, up to the model's or the tokenizer's (`end`) end of text."""
     model = _streamed(expert, compute, ran)
     longest = max(map(len, starts))
     ids = torch.tensor([[0] * (longest - len(start)) + list(start) for start in starts], device=compute.device)
     known = torch.tensor([[0] * (longest - len(start)) + [1] * len(start) for start in starts], device=compute.device)
-    ends = model.config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    own = model.config.eos_token_id
+    ends = {token for token in (*(own if isinstance(own, list) else [own]), end) if token is not None}
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         found = model.generate(
             input_ids=ids, attention_mask=known, do_sample=True, temperature=1.0, top_k=0, top_p=_TOP_P,
-            max_new_tokens=NEW_TOKENS, pad_token_id=0,
+            max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=sorted(ends) or None,
         )  # fmt: skip
     written = [row[longest:] for row in found.tolist()]
     return [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in written]
@@ -98,7 +135,7 @@ def _streamed(expert: ModelTensors, compute: Compute, ran: Callable[[int], None]
     room: dict[str, torch.Tensor] = {}
     runs = 0
     for index, layer in enumerate(model.model.layers):
-        stored = {name: expert.tensors[layer_prefix(index) + name] for name in layer.state_dict()}
+        stored = {name: unscaled(expert.tensors[layer_prefix(index) + name]) for name in layer.state_dict()}
 
         def read(module: Any, _inputs: Any, stored: dict[str, TensorInfo] = stored) -> None:
             nonlocal runs

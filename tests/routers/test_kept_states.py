@@ -10,6 +10,7 @@ from moemerge import load_config, plan_merge
 from moemerge.cli import main
 from moemerge.errors import RouterError
 from moemerge.routers.initialisation import init_routers
+from moemerge.routers.request import PassOptions
 from tests.support.models import make_model
 
 PROMPTS = (["The quick fox", "A lazy dog"], ["def main(): pass", "return x + 1"], ["Le chat dort", "la nuit tombe"])
@@ -21,11 +22,13 @@ def models(tmp_path_factory):
     return [str(make_model(root / "base", 0)), *(str(make_model(root / f"e{n}", n, tuned_from=0)) for n in (1, 2, 3))]
 
 
-def rows(models, folder=None, *, experts=(0, 1, 2), **keys):
-    described = [{"source_model": models[1 + place], "positive_prompts": PROMPTS[place]} for place in experts]
+def rows(models, folder=None, *, experts=(0, 1, 2), each=None, **keys):
+    described = [
+        {"source_model": models[1 + place], "positive_prompts": PROMPTS[place], **(each or {})} for place in experts
+    ]
     plan = plan_merge(load_config({"base_model": models[0], "experts": described, **keys}))
     made = init_routers(
-        plan.router_request, seed=0, device="cpu", progress=lambda _done, _total: None, kept_states=folder
+        plan.router_request, PassOptions(kept_states=folder), seed=0, progress=lambda _done, _total: None
     )
     return torch.stack([torch.frombuffer(bytearray(data), dtype=torch.float32) for data in made.rows.values()])
 
@@ -61,6 +64,19 @@ def test_a_file_is_for_one_expert_whatever_its_number(models, tmp_path):
     rows(models, tmp_path, gate_mode="ridge")
     rows(models, tmp_path, experts=(2, 0), gate_mode="ridge")
     assert len(list(tmp_path.iterdir())) == len(PROMPTS)
+
+
+def test_experts_with_equal_text_share_a_file(models, tmp_path):
+    settings = {"each": {"negative_prompts": ["Once upon a time"]}, "gate_mode": "ridge", "dtype": "float32"}
+    made = rows(models, tmp_path, **settings)
+    assert len(list(tmp_path.iterdir())) == len(PROMPTS) + 1
+    assert torch.allclose(made, rows(models, **settings), atol=1e-5)
+    assert torch.allclose(rows(models, tmp_path, **settings), made, atol=1e-5)
+
+
+def test_a_method_that_reads_other_states_is_refused(models, tmp_path):
+    with pytest.raises(RouterError, match="mergekit_hidden reads other states"):
+        rows(models, tmp_path, gate_mode="mergekit_hidden")
 
 
 def test_a_damaged_file_is_made_again(models, tmp_path):

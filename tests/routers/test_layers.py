@@ -49,7 +49,7 @@ def plan_of(tmp_path: Path, folders: list[Path], expert_keys=(), routing_table=F
 
 
 def routers(plan):
-    return init_routers(plan.router_request, seed=0, device="cpu", progress=lambda _done, _total: None)
+    return init_routers(plan.router_request, seed=0, progress=lambda _done, _total: None)
 
 
 def rows_of(plan, data: bytes) -> torch.Tensor:

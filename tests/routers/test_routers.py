@@ -37,6 +37,7 @@ from moemerge.routers.initialisation import init_routers
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
+from moemerge.routers.request import PassOptions
 from moemerge.routers.rows import contrast, row_distances, unit
 from moemerge.routers.scoring import fit_scale, top_weights
 from moemerge.routers.streamed_pass import capture_router_inputs
@@ -53,7 +54,7 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
 
 def routers(plan, seed: int = 0, **options):
     """The report, and weights (layer, expert, hidden)."""
-    made = init_routers(plan.router_request, seed=seed, device="cpu", progress=lambda _done, _total: None, **options)
+    made = init_routers(plan.router_request, PassOptions(**options), seed=seed, progress=lambda _done, _total: None)
     dtype, experts = getattr(torch, plan.dtype), len(plan.config.experts)
     rows = [torch.frombuffer(bytearray(layer), dtype=dtype).view(experts, -1) for layer in made.rows.values()]
     gates = {layer: torch.frombuffer(bytearray(gate), dtype=dtype) for layer, gate in made.shared_gates.items()}

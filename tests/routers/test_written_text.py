@@ -1,5 +1,7 @@
 """Text that experts write from their prompts, for the routers to be fitted to."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -14,7 +16,7 @@ from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.written_text import add_written_text
 from tests.passes.test_passes import IS_V4, in_words_of_4, is_known, request
 from tests.support.families import DENSE
-from tests.support.models import load, make_model
+from tests.support.models import load, make_model, tokenizer
 
 PROMPTS = (["The quick fox", "A lazy dog"], ["def main(): pass"], ["Le chat dort", "la nuit tombe"])
 
@@ -39,9 +41,7 @@ def plan_of(models, calibration="generate", **keys):
 
 
 def rows(plan, steps=None):
-    made = init_routers(
-        plan.router_request, seed=0, device="cpu", progress=lambda *step: steps is not None and steps.append(step)
-    )
+    made = init_routers(plan.router_request, seed=0, progress=lambda *step: steps is not None and steps.append(step))
     return b"".join(made.rows.values()), made.report
 
 
@@ -56,7 +56,7 @@ def written_in(plan):
         plan.config.router,
         plan.experts,
     )
-    made = add_written_text(asked, plan.config.writers, plan.base_folder, 0, lambda _: None).prompts
+    made = add_written_text(asked, plan.router_request, 0, lambda _: None).prompts
     assert made[: len(prompts)] == prompts
     return prompts, made[len(prompts) :]
 
@@ -69,7 +69,7 @@ def test_every_family_writes_what_the_whole_model_samples(tmp_path, name):
     folder = make_model(tmp_path / "base", 1, model_type, **(in_words_of_4(sizes) if IS_V4 else sizes))
     asked = request(folder, (0, 1, 2))
     starts = [prompt.ids for prompt in asked.prompts if len(prompt.ids) > 1] * 2
-    found = written_text._continue(asked.base, starts, asked.compute, 5, lambda _: None)
+    found = written_text._continue(asked.base, starts, asked.compute, seed=5, end=None, ran=lambda _: None)
     longest = max(map(len, starts))
     whole = load(folder)
     torch.manual_seed(5)
@@ -91,8 +91,7 @@ def test_experts_continue_their_prompts_in_turn_and_only_new_tokens_count(models
             start = next(prompt.ids for prompt in own if text.ids[: len(prompt.ids)] == prompt.ids)
             assert not any(text.counted[: len(start)])
             assert 0 < sum(text.counted) <= 7
-    documents = [text.document for text in written]
-    assert len({*documents} - {prompt.document for prompt in prompts}) == len(written)
+            assert text.document == next(prompt.document for prompt in own if prompt.ids == start)
 
 
 @pytest.mark.parametrize("mode", ["auto", "ridge", "logistic", "hidden"])
@@ -101,8 +100,42 @@ def test_routers_are_fitted_to_what_was_written_and_the_same_each_time(models, m
     made, report = rows(plan)
     assert made == rows(plan)[0]
     assert made != rows(plan_of(models, None, gate_mode=mode))[0]
-    assert report.written
-    assert report.held_out is None or report.on_unseen_text().startswith("Text that experts wrote")
+    assert report.writers == {0, 1, 2}
+    assert report.held_out is None or "e1 " in report.on_unseen_text()
+
+
+def test_folded_norms_are_taken_back_before_an_expert_writes(models):
+    assert written_in(plan_of(models, fold_norms=True))[1] == written_in(plan_of(models))[1]
+
+
+def test_only_the_beginning_of_a_long_prompt_is_continued(models):
+    long = "The quick fox jumps over the lazy dog. " * 12 + "The quick"
+    prompts, written = written_in(plan_of(models, first={"positive_prompts": [long]}))
+    ids = next(prompt.ids for prompt in prompts if prompt.expert == 0)
+    assert len(ids) > 121
+    for text in (text for text in written if text.expert == 0):
+        assert text.ids[:121] == ids[:121]
+        assert len(text.ids) <= 128
+        assert not any(text.counted[:121])
+
+
+def test_a_chat_is_continued_where_the_answer_begins(models, tmp_path):
+    template = (
+        "{% for m in messages %}<s>{{ m.role[:1] }}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>a{% endif %}"
+    )
+    folders = [shutil.copytree(model, tmp_path / str(number)) for number, model in enumerate(models)]
+    for folder in folders:
+        (folder / "chat_template.jinja").write_text(template)
+    chat = {"messages": [{"role": "user", "content": "The fox"}, {"role": "assistant", "content": "jumps"}]}
+    plan = plan_of([str(folder) for folder in folders], first={"positive_prompts": [chat]})
+    _, written = written_in(plan)
+    encode = tokenizer()
+    start = encode("<s>uThe fox</s><s>a", add_special_tokens=False)["input_ids"]
+    own = [text for text in written if text.expert == 0]
+    assert own
+    assert all(list(text.ids[: len(start)]) == start for text in own)
+    assert all(any(text.counted[len(start) :]) and not any(text.counted[: len(start)]) for text in own)
 
 
 def test_progress_counts_the_layers_that_run(models):
