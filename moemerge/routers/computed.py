@@ -33,11 +33,11 @@ def compute_routers(
     *,
     seed: int,
     progress: Callable[[int, int], None],
-) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting]]:
+) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting], str]:
     """Compute each layer's rows (expert, hidden) and gate (1, hidden) as stored bytes, and the routing of the prompts.
 
-    With `made` rows the pass only routes the prompts by them; None makes rows by the config's method. The other
-    arguments are those of `init_routers`.
+    The last value is the dtype that models were run in. With `made` rows the pass only routes the prompts by them; None
+    makes rows by the config's method. The other arguments are those of `init_routers`.
     """
     config, method = request.config, request.config.method
     asked = _pass_request(request, options, seed)
@@ -61,7 +61,7 @@ def compute_routers(
         if set(inputs.expert[inputs.routed].tolist()) == set(range(len(config.experts))):
             routings.append(route_layer(rows.float(), inputs, asked, new.held_out))
         progress(done + inputs.layer + 1, total)
-    return layers, gates, routings
+    return layers, gates, routings, str(asked.compute.dtype).removeprefix("torch.")
 
 
 def _pass_request(request: RouterRequest, options: PassOptions, seed: int) -> PassRequest:

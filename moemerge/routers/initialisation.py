@@ -51,11 +51,14 @@ def init_routers(
     made = None if config.method.runs_base else rows_without_pass(config.method)(request, seed)
     gates: dict[int, bytes] = {}
     routings: list[LayerRouting] = []
+    computed_in = ""
     if made is None or request.runs_base:
         # Imports torch and transformers: seconds, and hundreds of megabytes.
         from moemerge.routers.computed import compute_routers
 
-        layers, gates, routings = compute_routers(request, options or PassOptions(), made, seed=seed, progress=progress)
+        layers, gates, routings, computed_in = compute_routers(
+            request, options or PassOptions(), made, seed=seed, progress=progress
+        )
     else:
         layers = {layer: stored_bytes(rows, dtype) for layer, rows in made.items()}
     stored, stored_gates = (float32_of(b"".join(made.values()), dtype) for made in (layers, gates))
@@ -68,7 +71,9 @@ def init_routers(
     distances = row_distances(
         stored.reshape(len(layers), len(names), -1), [mixture.absent.get(layer, frozenset()) for layer in layers]
     )
-    report = RoutingReport(names, config.experts_per_token, tuple(routings), distances, frozenset(config.writers))
+    report = RoutingReport(
+        names, config.experts_per_token, tuple(routings), distances, frozenset(config.writers), computed_in
+    )
     return Routers(layers, gates, report)
 
 

@@ -50,6 +50,8 @@ class RoutingReport:
     """Distance `|a - b| / (|a| + |b|)` of each pair of experts' router rows, averaged over layers."""
     writers: frozenset[int] = frozenset()
     """Numbers of the experts that wrote the text that their rows are made from."""
+    computed_in: str = ""
+    """The dtype that models were run in; empty where none was run."""
 
     @property
     def chance(self) -> float:
