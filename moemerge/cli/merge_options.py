@@ -85,7 +85,7 @@ class RouterOptions:
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Keep there what the base model makes of each text; the next merge runs it over new text alone.",
+            help="Folder that keeps the base model's router inputs, so that the next merge runs it over new text only.",
         ),
     ] = None
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False
