@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from moemerge import load_config, merge, plan_merge, verify
 from moemerge.checkpoint.journal import Journal
 from moemerge.cli import main
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, RefusedError
 from moemerge.evaluation import shared_weights
 from moemerge.evaluation.shared_weights import best_of, choose, losses_of
 from moemerge.merging.gguf import merge_to_gguf
@@ -279,6 +279,19 @@ def test_an_expert_of_another_width_is_compared_too(trained, tmp_path):
     assert choose(some, CPU, lambda *_: None).why == (
         "others cannot be compared with it, since experts[1] has FFNs of another width than the base model's"
     )
+
+
+def test_texts_to_choose_by_are_checked_before_weights_are_fetched(trained, compatible, tmp_path):
+    models, _, _, _ = compatible
+    path = config(tmp_path / "c.yaml", trained, models)
+    document = yaml.safe_load(path.read_text())
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "foxes"}]}))
+    for text, why in {"gone.txt": "leads to no", str(chats): "chat template"}.items():
+        document["experts"][1]["positive_texts"] = text
+        path.write_text(yaml.safe_dump(document))
+        with pytest.raises(RefusedError, match=why):
+            plan_merge(load_config(path), approve=lambda _: pytest.fail("weights would be fetched next"))
 
 
 def test_plan_says_that_it_will_be_chosen(compatible, monkeypatch, capsys):
