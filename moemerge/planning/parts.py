@@ -14,7 +14,8 @@ from moemerge.planning.shared_weights import can_share, share_weights
 
 _AVERAGE: Final = (
     "attention and norms are the base model's alone; with `shared_weights: average` they are the experts' mean, which "
-    "measured better for fine-tunes of one model; `shared_weights: auto` tries it on the experts' texts (docs/quality.md)"
+    "measured better for fine-tunes of one model; `shared_weights: auto` tries it on the experts' texts "
+    "(docs/quality.md)"
 )
 
 
