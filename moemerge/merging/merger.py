@@ -58,7 +58,9 @@ def merge(
     with to.staged(plan, options) as folder, work.sources_kept_in(folder):
         journal = journal_of(folder)
         held = to.held(options)
-        work.choose(journal.fingerprint.get(CHOSEN) if options.resume else None, progress, announce)
+        # A journal without complete shards is taken over from any merge.
+        known = journal.fingerprint.get(CHOSEN) if options.resume and len(journal) else None
+        work.choose(known, progress, announce)
         plan = work.plan
         fingerprint = {**plan_fingerprint(plan, options.seed), **to.identity}
         kept = journal.resume(fingerprint, folder, plan.shards_without_routers, held)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import load_config, merge, plan_merge, verify
 from moemerge.checkpoint.journal import Journal
+from moemerge.checkpoint.staging import journal_of
 from moemerge.cli import main
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.evaluation import shared_weights
@@ -22,7 +24,9 @@ from moemerge.merging.gguf import merge_to_gguf
 from moemerge.merging.options import MergeOptions
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
+from moemerge.planning.fingerprint import CHOSEN
 from moemerge.planning.options import PlanOptions
+from moemerge.planning.shared_choice import SharedChoice
 from tests.families.test_families import PAIRS, PLAINEST, readable
 from tests.sources.test_lora import ATTENTION, FFN, make_adapter
 from tests.support.families import DENSE, stored
@@ -354,6 +358,17 @@ def test_a_resumed_merge_does_not_choose_again(compatible, tmp_path, monkeypatch
     kept = load_config(out / "moemerge_config.yaml")
     assert load_config(tmp_path / "out" / "moemerge_config.yaml").model_dump() == kept.model_dump()
     assert verify(plan, tmp_path / "out").differences == ()
+
+
+def test_a_choice_is_taken_over_with_shards_alone(trained, tmp_path):
+    """A merge that was killed before its first shard was complete may have been another one."""
+    path = config(tmp_path / "c.yaml", trained, hostile(trained, tmp_path / "models"))
+    stage = tmp_path / ".out.moemerge-partial"
+    stage.mkdir()
+    journal_of(stage).begin({CHOSEN: asdict(SharedChoice("ties", "of another config"))})
+    lines = []
+    merge(plan_merge(load_config(path)), tmp_path / "out", MergeOptions(resume=True), announce=lines.append)
+    assert lines[0].startswith("note: shared_weights: auto chose base: on the experts' texts no mix")
 
 
 def test_a_gguf_file_has_the_chosen_weights(trained, compatible, tmp_path):
