@@ -17,9 +17,10 @@ from moemerge import load_config, merge, plan_merge, verify
 from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.staging import journal_of
 from moemerge.cli import main
-from moemerge.errors import CheckpointError, RefusedError
+from moemerge.errors import CheckpointError, OutputError, RefusedError
 from moemerge.evaluation import shared_weights
 from moemerge.evaluation.shared_weights import best_of, choose, losses_of
+from moemerge.merging.destinations import Folder
 from moemerge.merging.gguf import merge_to_gguf
 from moemerge.merging.options import MergeOptions
 from moemerge.passes.compute_dtype import Compute
@@ -369,6 +370,24 @@ def test_a_choice_is_taken_over_with_shards_alone(trained, tmp_path):
     lines = []
     merge(plan_merge(load_config(path)), tmp_path / "out", MergeOptions(resume=True), announce=lines.append)
     assert lines[0].startswith("note: shared_weights: auto chose base: on the experts' texts no mix")
+
+
+def test_room_for_what_was_chosen_is_looked_for_before_it_is_written(compatible, tmp_path):
+    """Where blocks are shared with the sources, mixed weights take more room than the base's."""
+
+    class Full(Folder):
+        def check(self, plan, options, made_bytes):
+            super().check(plan, options, made_bytes)
+            if plan.config.shared_weights.method == "average":
+                raise OutputError("the disk is full")
+
+        def write(self, *_):
+            pytest.fail("it is written")
+
+    _, path, _, _ = compatible
+    with pytest.raises(OutputError, match="the disk is full"):
+        merge(plan_merge(load_config(path)), Full(tmp_path / "out"))
+    assert [entry.name for entry in tmp_path.iterdir()] == []
 
 
 def test_a_gguf_file_has_the_chosen_weights(trained, compatible, tmp_path):
