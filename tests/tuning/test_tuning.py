@@ -292,7 +292,7 @@ def scores(**losses: list[float]) -> HeldOutScores:
     return HeldOutScores(found, mean, dict.fromkeys(found), documents)
 
 
-def test_no_domain_is_sold_for_the_mean():
+def test_no_domain_may_get_worse():
     start = scores(fox=[3.0] * 5, code=[2.0] * 5)
     state = resume_folder.State(1, 0, 0, 0.0, start, start, {}, {}, {})
     for step, (found, kept) in enumerate(
@@ -319,9 +319,9 @@ def test_no_domain_is_sold_for_the_mean():
     assert state.best_values == {"gate": torch.tensor(3)}
 
 
-def test_a_training_that_sells_a_domain_writes_nothing(out, data, monkeypatch, capsys):
+def test_a_training_that_worsens_a_domain_writes_nothing(out, data, monkeypatch, capsys):
     files = contents(out)
-    monkeypatch.setattr(HeldOutScores, "sold", lambda *_: ["code's is higher by 0.5"])
+    monkeypatch.setattr(HeldOutScores, "worsened", lambda *_: ["code's is higher by 0.5"])
     code, _, errors = run(["tune", out, *arguments(data), "--steps", 4, "--tokens-per-step", 96], monkeypatch, capsys)
     assert (code, contents(out)) == (0, files)
     assert (
