@@ -7,12 +7,13 @@ are left out.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Final
 
 import torch
 
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Sums, by_document, difference
+from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Sums, by_document, difference, estimate
 from moemerge.evaluation.runnable import Runnable, stored
 from moemerge.evaluation.running import run_together
 from moemerge.families.dense import DenseModel, ModelTensors
@@ -91,10 +92,7 @@ def best_of(losses: Losses) -> SharedChoice:
         gain = difference(losses[best], losses[method])
         if gain.low is not None and gain.low > 0:
             best = method
-    means = {
-        method: sum(float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in of.values()) / len(of)
-        for method, of in losses.items()
-    }
+    means = {method: fmean(estimate(sums).value for sums in of.values()) for method, of in losses.items()}
     tokens = int(sum(sums[:, 1].sum() for sums in losses[best].values()))
     shown = f"{', '.join(f'{method} {mean:.4f}' for method, mean in means.items())}; {tokens} tokens"
     why = f"on the experts' texts no mix of the models loses less than it by more than chance ({shown})"
