@@ -78,7 +78,10 @@ class RouterOptions:
 
     seed: Annotated[int, typer.Option(help="Seed for random routers and noise_scale.")] = 0
     device: Annotated[
-        str, typer.Option(help="Device that runs the base model for the routers: auto, cpu, cuda, cuda:1 or mps.")
+        str,
+        typer.Option(
+            help="Device that runs models, to make routers and choose shared weights: auto, cpu, cuda, cuda:1 or mps."
+        ),
     ] = "auto"
     compute_dtype: ComputeIn = "auto"
     keep_states: Annotated[

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
@@ -111,14 +111,15 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
+def compute_option(help_text: str) -> Any:
+    """Make the option `--compute-dtype`, with a help text of its own."""
+    return typer.Option("--compute-dtype", metavar="DTYPE", parser=one_of(get_args(ComputeDtype)), help=help_text)
+
+
 ComputeIn = Annotated[
     ComputeDtype,
-    typer.Option(
-        "--compute-dtype",
-        metavar="DTYPE",
-        parser=one_of(get_args(ComputeDtype)),
-        help="What models are run in: float32, bfloat16, or auto: on a CPU the faster one by a short trial, else "
-        "bfloat16.",
+    compute_option(
+        "What models are run in: float32, bfloat16, or auto: on a CPU the faster one by a short trial, else bfloat16."
     ),
 ]
 GgufType = Annotated[

@@ -12,7 +12,17 @@ from rich.table import Table
 from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, ComputeIn, Device, Json, MessageOptions, named_roles, one_of
+from moemerge.cli.options import (
+    ROLES_OF_CHATS,
+    ChatRoles,
+    Device,
+    Json,
+    MessageOptions,
+    compute_option,
+    named_roles,
+    one_of,
+)
+from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -47,7 +57,13 @@ class TrainingOptions:
             help="gates, or gates,norms for the norms that experts share, too.",
         ),
     ] = "gates"
-    compute_dtype: ComputeIn = "auto"
+    compute_dtype: Annotated[
+        ComputeDtype,
+        compute_option(
+            "What mixture and teachers are run in: float32, bfloat16, or auto: bfloat16, but on a CPU the mixture in "
+            "float32 unless accelerate says bf16, and teachers in the faster one by a short trial."
+        ),
+    ] = "auto"
     allow_missing_domains: Annotated[
         bool,
         typer.Option(

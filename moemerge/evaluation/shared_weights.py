@@ -7,12 +7,13 @@ are left out.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Final
 
 import torch
 
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Sums, by_document, difference
+from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Sums, by_document, difference, estimate
 from moemerge.evaluation.runnable import Runnable, stored
 from moemerge.evaluation.running import run_together
 from moemerge.families.dense import DenseModel, ModelTensors
@@ -22,7 +23,7 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, by_transformers, count_scored, cut_windows
 from moemerge.planning.parts import Parts
 from moemerge.planning.plan import MergePlan
-from moemerge.planning.shared_choice import BASE, MIXED, TOKENS, SharedChoice, expert_texts, with_method
+from moemerge.planning.shared_choice import BASE, TOKENS, SharedChoice, expert_texts, mixed_plans, with_method
 
 # Shorter windows are of more documents, which makes differences surer.
 _WINDOW: Final = 256
@@ -63,11 +64,12 @@ def choose(plan: MergePlan, compute: Compute, progress: Callable[[int, int], Non
 def losses_of(
     plan: MergePlan, texts: Sequence[Sequence[Window]], compute: Compute, progress: Callable[[int, int], None]
 ) -> Losses | str:
-    """Measure every method on the windows of each expert's text; a returned text says why that is not possible."""
+    """Measure the possible methods on the windows of each expert's text; a returned text says why none can be."""
     models: list[tuple[str, int, Runnable]] = []
     latest = _Latest(plan.base)
-    for method in (BASE, *MIXED):
-        parts = plan.remake(with_method(plan.config, method)).parts
+    base = plan.remake(with_method(plan.config, BASE))
+    for method, made in {BASE: base, **mixed_plans(plan)[0]}.items():
+        parts = made.parts
         for number in range(len(texts)):
             model = _dense(plan, parts, number)
             if isinstance(model, str):
@@ -81,19 +83,16 @@ def losses_of(
 
 
 def best_of(losses: Losses) -> SharedChoice:
-    """Choose by losses: a method takes a simpler one's place only if it is better by more than chance.
+    """Choose by losses: a method takes the place of one before it only if it is better by more than chance.
 
     That is where the 95 % interval of their difference, over the same documents, has no room for 0.
     """
     best = BASE
-    for method in MIXED:
+    for method in losses:
         gain = difference(losses[best], losses[method])
         if gain.low is not None and gain.low > 0:
             best = method
-    means = {
-        method: sum(float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in of.values()) / len(of)
-        for method, of in losses.items()
-    }
+    means = {method: fmean(estimate(sums).value for sums in of.values()) for method, of in losses.items()}
     tokens = int(sum(sums[:, 1].sum() for sums in losses[best].values()))
     shown = f"{', '.join(f'{method} {mean:.4f}' for method, mean in means.items())}; {tokens} tokens"
     why = f"on the experts' texts no mix of the models loses less than it by more than chance ({shown})"

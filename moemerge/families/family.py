@@ -79,6 +79,8 @@ class MoeFamily:
     """Whether rotary positions turn neighbouring elements; for families that do not, the base's rows are regrouped."""
     holds: frozenset[str] = frozenset()
     """The facts of `NON_LLAMA_FACTS` that it can express."""
+    norm_offset: float = 0.0
+    """The number that norms add to their weights; see `DenseFamily.norm_offset`."""
     needs_qk_norm: bool = False
     """Whether it always normalises queries and keys."""
     scoring: Scoring = "softmax"

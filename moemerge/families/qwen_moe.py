@@ -67,6 +67,7 @@ QWEN3_5_MOE: Final = MoeFamily(
         "linear_num_key_heads", "linear_num_value_heads",
     ),
     blocks=("qwen3_5",),
+    norm_offset=1.0,
     holds=frozenset({"qkv_bias", "output_bias", "mixed_attention", "wide_heads", "partial_rotary"}),
     shared=_GATED,
     in_gguf=False,

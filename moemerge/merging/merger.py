@@ -58,8 +58,12 @@ def merge(
     with to.staged(plan, options) as folder, work.sources_kept_in(folder):
         journal = journal_of(folder)
         held = to.held(options)
-        work.choose(journal.fingerprint.get(CHOSEN) if options.resume else None, progress, announce)
-        plan = work.plan
+        # A journal without complete shards is taken over from any merge.
+        known = journal.fingerprint.get(CHOSEN) if options.resume and len(journal) else None
+        work.choose(known, progress, announce)
+        if work.plan is not plan:  # unlike the base's, mixed weights share no blocks with the sources
+            plan = work.plan
+            to.check(plan, options, work.made_bytes)
         fingerprint = {**plan_fingerprint(plan, options.seed), **to.identity}
         kept = journal.resume(fingerprint, folder, plan.shards_without_routers, held)
         to.begin()

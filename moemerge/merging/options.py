@@ -28,9 +28,9 @@ class MergeOptions:
     seed: int = 0
     """Seed of random routers and of `noise_scale`."""
     device: str = "auto"
-    """Device that runs the base model's layers for the routers: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
+    """Device that runs models, to make routers and choose shared weights: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
     compute_dtype: ComputeDtype = "auto"
-    """What the base model is run in: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
+    """What models are run in: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
     base_bits: Literal[4, 8] | None = None
     """Bits of the base model's Linear weights while it runs for the routers, by bitsandbytes; None for all of them."""
     kept_states: Path | None = None

@@ -16,7 +16,7 @@ from moemerge.passes.device import find_device
 
 logger = logging.getLogger(__name__)
 
-# A model whose largest matrix has fewer numbers is run in less time than a trial would be worth.
+# A model whose first layer has no matrix of so many numbers is run in less time than a trial would be worth.
 _SMALL: Final = 2**18
 # With more rows and columns, the trial would take longer and give the same ratio.
 _LARGEST_SIDE: Final = 1024

@@ -47,7 +47,7 @@ def plan_merge(
     given = config.rechecked().model_copy(deep=True)
     config = with_method(given, BASE) if given.shared_weights.method == AUTO else given
     models = open_models(config, announce)
-    shape = shape_of(config, models, options, announce)
+    shape = shape_of(given, models, options, announce)
     approve(models.sources)
     opened = models.by_reference
     tables = dict(zip(opened, read_tensor_tables(opened.values(), announce, weights="stream", dense=True), strict=True))

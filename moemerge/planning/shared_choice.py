@@ -4,13 +4,14 @@ A plan reads headers, so it only finds out whether there is anything to choose. 
 when the merge begins (`moemerge.evaluation.shared_weights`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.chats import COUNTED_ROLES, Chat, Document, Message
 from moemerge.config.schema import MergeConfig, SharedWeights
 from moemerge.errors import IncompatibleError
+from moemerge.planning.shared_weights import any_changed
 from moemerge.texts.documents import find_files, read_documents
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class SharedChoice:
     @property
     def sentence(self) -> str:
         """The choice as a line for the user."""
-        return f"shared_weights: auto is {self.method} here: {self.why}"
+        return f"shared_weights: auto chose {self.method}: {self.why}"
 
 
 def expert_texts(plan: "MergePlan", number: int) -> Sequence[Document]:
@@ -90,14 +91,15 @@ def postpone(plan: "MergePlan", config: MergeConfig, *, strangers: bool, needs_t
         RefusedError: there are no such texts.
         SourceError: a data set on the Hub cannot be reached.
     """
-    if why := _why_base(plan, strangers=strangers):
-        choice = SharedChoice(BASE, why)
+    found = _candidates(plan, strangers=strangers)
+    if isinstance(found, str):
+        choice = SharedChoice(BASE, found)
         return _noted(plan, choice.sentence, shared_choice=choice)
     if not needs_texts:
         return replace(plan, config=config)
     lengths = [_characters(expert_texts(plan, number)) for number in range(len(config.experts))]
     note = (
-        f"shared_weights: auto is chosen when the merge begins, from {', '.join((BASE, *MIXED))}, by the losses on at "
+        f"shared_weights: auto is chosen when the merge begins, from {', '.join((BASE, *found))}, by the losses on at "
         f"most {TOKENS} tokens of each expert's text, which has {min(lengths)} to {max(lengths)} characters"
     )
     return _noted(plan, note, config=config)
@@ -107,19 +109,29 @@ def _characters(documents: Sequence[Document]) -> int:
     return sum(len(one if isinstance(one, str) else one.said_by(COUNTED_ROLES)) for one in documents)
 
 
-def _why_base(plan: "MergePlan", *, strangers: bool) -> str:
-    """Why there is nothing to choose, by all that is known without running a model; empty if there is."""
+def mixed_plans(plan: "MergePlan") -> tuple[dict[str, "MergePlan"], list[str]]:
+    """Plan the merge with each method that may take the base's place; returns why others cannot, too."""
+    plans, problems = {}, []
+    for method in MIXED:
+        try:
+            plans[method] = plan.remake(with_method(plan.config, method))
+        except IncompatibleError as error:  # noqa: PERF203  each has its own
+            problems.append(error.problems[0].removeprefix("shared_weights: "))
+    return plans, problems
+
+
+def _candidates(plan: "MergePlan", *, strangers: bool) -> Collection[str] | str:
+    """Methods that may take the base's place; or why there are none, by all that is known without running a model."""
     if strangers:
         return "not all experts are fine-tunes of the base model"
-    try:
-        plan.remake(with_method(plan.config, MIXED[0]))
-    except IncompatibleError as error:
-        return f"others are not possible, since {error.problems[0].removeprefix('shared_weights: ')}"
-    if not plan.parts.advice:  # on shared weights that could be mixed
+    plans, problems = mixed_plans(plan)
+    if not plans:
+        return f"others are not possible, since {problems[0]}"
+    if not any_changed(plan.parts.base, {f"experts[{n}]": expert for n, expert in enumerate(plan.experts)}):
         return "the models have all the same"
     if untold := [number for number, expert in enumerate(plan.config.experts) if not expert.is_described]:
         return f"experts[{untold[0]}] has neither positive_texts nor positive_prompts to compare losses on"
-    return ""
+    return plans.keys()
 
 
 def _noted(plan: "MergePlan", note: str, **changes: Any) -> "MergePlan":

@@ -60,27 +60,39 @@ def share_weights(
         return dict(base.tensors), []
     if problems := _differences(base, experts):
         raise IncompatibleError("These models cannot be merged:", problems)
-    notes = []
-    tensors, tables = base.tensors, {place: expert.tensors for place, expert in experts.items()}
-    mixed = _inside(base.model)
-    for name in _outside(base):
-        other = [place for place, own in tables.items() if name not in own or own[name].shape != tensors[name].shape]
-        if other:
-            notes.append(
-                f"shared_weights: {name} is the base model's: {other[0]} has another vocabulary, or none of its own"
-            )
-        else:
-            mixed.append(name)
-    made = {name: _derive(settings, tensors[name], [own[name] for own in tables.values()], dtype) for name in mixed}
-    return {**tensors, **made}, notes
+    kept = _kept(base, experts)
+    notes = [
+        f"shared_weights: {name} is the base model's: {place} has another vocabulary, or none of its own"
+        for name, place in kept.items()
+    ]
+    made = {
+        name: _derive(settings, base.tensors[name], [expert.tensors[name] for expert in experts.values()], dtype)
+        for name in (*_inside(base.model), *_outside(base))
+        if name not in kept
+    }
+    return {**base.tensors, **made}, notes
 
 
 def can_share(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> bool:
-    """Whether the models' attention and norms can be mixed, and are not all equal."""
-    if _differences(base, experts):
-        return False
-    last = base.model.family.last
-    return len({each.tensors[last].path for each in (base, *experts.values())}) > 1
+    """Whether the models' shared weights can be mixed, and are not all equal."""
+    return not _differences(base, experts) and any_changed(base, experts)
+
+
+def any_changed(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> bool:
+    """Whether an expert has another tensor than the base's, of those that would be mixed, as far as headers say."""
+    kept = _kept(base, experts)
+    names = [name for name in (*_inside(base.model), *_outside(base)) if name not in kept]
+    return any(expert.tensors[name] != base.tensors[name] for expert in experts.values() for name in names)
+
+
+def _kept(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> dict[str, str]:
+    """Names of the tensors that stay the base's for the sake of a vocabulary, with the place of an expert at fault."""
+    kept: dict[str, str] = {}
+    for name in _outside(base):
+        for place, expert in experts.items():
+            if name not in expert.tensors or expert.tensors[name].shape != base.tensors[name].shape:
+                kept.setdefault(name, place)
+    return kept
 
 
 def _outside(base: ModelTensors) -> list[str]:

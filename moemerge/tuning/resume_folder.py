@@ -42,16 +42,16 @@ class State:
     """Why the tuning ended early, or why its last judgement was refused, if that is worth knowing."""
 
     def judge(self, found: HeldOutScores, values: dict[str, torch.Tensor]) -> None:
-        """Keep the tensors of this step as the best if the mean is lower than ever, and no domain is sold for it."""
+        """Keep the tensors of this step as the best if the mean is lower than ever, and no domain's got worse."""
         lower = found.mean_loss < self.best.mean_loss
-        sold = found.sold(self.before) if lower else []
-        if lower and not sold:
+        worsened = found.worsened(self.before) if lower else []
+        if lower and not worsened:
             self.best_step, self.best, self.best_values, self.without_gain, self.note = self.step, found, values, 0, ""
             return
         self.without_gain += 1
-        if sold:
+        if worsened:
             self.note = (
-                f"after step {self.step} the mean loss was lower, but {', '.join(sold)}: that state was not kept"
+                f"after step {self.step} the mean loss was lower, but {', '.join(worsened)}: that state was not kept"
             )
 
 

@@ -105,7 +105,7 @@ class HeldOutScores:
         """How much lower the loss of each domain is than before, on the same documents; below 0 where it is higher."""
         return {name: difference({name: old}, {name: self.sums[name]}) for name, old in before.sums.items()}
 
-    def sold(self, before: "HeldOutScores") -> list[str]:
+    def worsened(self, before: "HeldOutScores") -> list[str]:
         """Domains whose loss is surely higher than before, beyond what is harmless, with the figure, in words."""
         risen = {name: gain.reversed for name, gain in self.gains(before).items()}
         return [

@@ -121,7 +121,8 @@ class Training:
 
     def _lengths(self, of_inputs: Mapping[int, float]) -> dict[str, float]:
         """The lengths of `make_optimiser` by name: of a layer's inputs for its gate; for a norm, from its own scale."""
-        scales = {name: float(values.detach().square().mean().sqrt()) for name, values in self.student.trained.items()}
+        offset = self.context.mixture.family.norm_offset
+        scales = {name: float((w.detach() + offset).square().mean().sqrt()) for name, w in self.student.trained.items()}
         found = {name: 1 / max(_NORM_RATE * scale, 1e-6) for name, scale in scales.items()}
         return found | {self.context.mixture.router(layer): length for layer, length in of_inputs.items()}
 

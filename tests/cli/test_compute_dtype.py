@@ -27,7 +27,7 @@ def commands(tmp_path_factory, llamas) -> dict[str, list[object]]:
         "merge": [config, folder / "other"],
         "eval": ["eval", out, *data, "--max-tokens", "40", "--json"],
         "routes": ["routes", out, "--text", "The fox", "--json"],
-        "tune": ["tune", out, *data, "--steps", "1", "--tokens-per-step", "48"],
+        "tune": ["tune", out, *data, "--distil", "--steps", "1", "--tokens-per-step", "48"],
         "gguf": ["gguf", out, file, "--type", "q4_k_m", *texts],
     }
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,21 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import load_config, merge, plan_merge, verify
 from moemerge.checkpoint.journal import Journal
+from moemerge.checkpoint.staging import journal_of
 from moemerge.cli import main
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, OutputError, RefusedError
 from moemerge.evaluation import shared_weights
 from moemerge.evaluation.shared_weights import best_of, choose, losses_of
+from moemerge.merging.destinations import Folder
 from moemerge.merging.gguf import merge_to_gguf
 from moemerge.merging.options import MergeOptions
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
+from moemerge.planning.fingerprint import CHOSEN
 from moemerge.planning.options import PlanOptions
+from moemerge.planning.shared_choice import SharedChoice
 from tests.families.test_families import PAIRS, PLAINEST, readable
+from tests.sources.test_lora import ATTENTION, FFN, make_adapter
 from tests.support.families import DENSE, stored
 from tests.support.machine import SINGLE
 from tests.support.models import TEXT, edit_json, load, make_model, token_ids, tokenizer, write_config
@@ -123,7 +129,7 @@ def test_a_mix_that_loses_less_is_chosen(trained, compatible, tmp_path):
     models, _, out, lines = compatible
     (line,) = lines
     assert re.fullmatch(
-        r"note: shared_weights: auto is average here: on the experts' texts its loss is lower than the base's by "
+        r"note: shared_weights: auto chose average: on the experts' texts its loss is lower than the base's by "
         r"\d\.\d{4} \(\d\.\d{4} to \d\.\d{4}\) nats per token "
         r"\(base \d\.\d{4}, average \d\.\d{4}, ties \d\.\d{4}; \d+ tokens\)",
         line,
@@ -180,8 +186,8 @@ def test_the_base_stays_where_mixes_lose_more(trained, tmp_path):
     path = config(tmp_path / "auto.yaml", trained, hostile(trained, tmp_path / "models"))
     (line,) = merged(path, tmp_path / "out")
     assert line.startswith(
-        "note: shared_weights: auto is base here: on the experts' texts no mix of the models loses less than it by more "
-        "than chance (base "
+        "note: shared_weights: auto chose base: on the experts' texts no mix of the models loses less than it by more than "
+        "chance (base "
     )
     assert yaml.safe_load((tmp_path / "out" / "moemerge_config.yaml").read_text())["shared_weights"] == "base"
     merged(config(tmp_path / "base.yaml", trained, [*models_in(path)], shared_weights="base"), tmp_path / "base")
@@ -220,8 +226,7 @@ def test_without_text_the_base_stays(llamas, tmp_path):
     path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False, shared_weights="auto")
     plan = plan_merge(load_config(path))
     assert plan.notes[-1] == (
-        "shared_weights: auto is base here: experts[0] has neither positive_texts nor positive_prompts to compare losses "
-        "on"
+        "shared_weights: auto chose base: experts[0] has neither positive_texts nor positive_prompts to compare losses on"
     )
     assert plan.config.shared_weights.method == "base"
     assert not [advice for advice in plan.advice if "average" in advice]
@@ -230,7 +235,7 @@ def test_without_text_the_base_stays(llamas, tmp_path):
 def test_a_few_prompts_say_too_little(llamas, tmp_path):
     path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], shared_weights="auto", gate_mode="random")
     assert merged(path, tmp_path / "out") == [
-        "note: shared_weights: auto is base here: experts[0] has 9 tokens of text to compare losses on, and at least "
+        "note: shared_weights: auto chose base: experts[0] has 9 tokens of text to compare losses on, and at least "
         "256 are needed"
     ]
 
@@ -244,7 +249,7 @@ def test_prompts_that_say_enough_are_read(trained, compatible, tmp_path):
     document["experts"][1]["positive_prompts"] = documents(3)  # all alike would make no router
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(document))
     (line,) = merged(tmp_path / "c.yaml", tmp_path / "out")
-    assert line.startswith("note: shared_weights: auto is average here")
+    assert line.startswith("note: shared_weights: auto chose average")
     assert weights_of(tmp_path / "out") == weights_of(out)
 
 
@@ -259,8 +264,33 @@ def test_models_that_cannot_be_mixed_keep_the_bases(trained, llamas, tmp_path):
     }.items():
         path = config(tmp_path / "c.yaml", trained, [llamas[0], *experts])
         plan = plan_merge(load_config(path, allow_identical_experts=True))
-        assert plan.notes[-1].startswith(f"shared_weights: auto is base here: {why}")
+        assert plan.notes[-1].startswith(f"shared_weights: auto chose base: {why}")
         assert plan.shared_choice.method == plan.config.shared_weights.method == "base"
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_what_adapters_change_beside_the_ffns_can_be_mixed(trained, tmp_path):
+    base = changed(trained, tmp_path / "base", (5, 0.4), ffn=0)
+    for seed, targets in enumerate((FFN, FFN + ATTENTION)):
+        make_adapter(tmp_path / f"{seed}", base, seed, target_modules=targets)
+    ffns, both = (f"{base}+{tmp_path / name}" for name in "01")
+    plan = plan_merge(load_config(config(tmp_path / "c.yaml", trained, [base, ffns, both])))
+    assert plan.config.shared_weights.method == "auto"
+    assert choose(plan, CPU, lambda *_: None).losses.keys() == {"base", "average", "ties"}
+    alone = plan_merge(load_config(config(tmp_path / "c.yaml", trained, [base, ffns, base])))
+    assert alone.notes[-1] == "shared_weights: auto chose base: the models have all the same"
+
+
+def test_a_method_that_is_not_possible_is_not_compared(trained, tmp_path):
+    """TIES takes the change of one expert whole: a weight of a norm becomes 0, behind which the other cannot be folded."""
+    base, one, two = kind(trained, tmp_path / "models")
+    tensors = load_file(one / SINGLE)
+    tensors["model.layers.0.post_attention_layernorm.weight"][0] = 0
+    save_file(tensors, one / SINGLE, {"format": "pt"})
+    path = config(tmp_path / "c.yaml", trained, [base, one, two], fold_norms=True)
+    plan = plan_merge(load_config(path))
+    assert "from base, average, by the losses" in plan.notes[-1]
+    assert choose(plan, CPU, lambda *_: None).losses.keys() == {"base", "average"}
 
 
 def test_an_expert_of_another_width_is_compared_too(trained, tmp_path):
@@ -279,6 +309,19 @@ def test_an_expert_of_another_width_is_compared_too(trained, tmp_path):
     assert choose(some, CPU, lambda *_: None).why == (
         "others cannot be compared with it, since experts[1] has FFNs of another width than the base model's"
     )
+
+
+def test_texts_to_choose_by_are_checked_before_weights_are_fetched(trained, compatible, tmp_path):
+    models, _, _, _ = compatible
+    path = config(tmp_path / "c.yaml", trained, models)
+    document = yaml.safe_load(path.read_text())
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "foxes"}]}))
+    for text, why in {"gone.txt": "leads to no", str(chats): "chat template"}.items():
+        document["experts"][1]["positive_texts"] = text
+        path.write_text(yaml.safe_dump(document))
+        with pytest.raises(RefusedError, match=why):
+            plan_merge(load_config(path), approve=lambda _: pytest.fail("weights would be fetched next"))
 
 
 def test_plan_says_that_it_will_be_chosen(compatible, monkeypatch, capsys):
@@ -316,6 +359,35 @@ def test_a_resumed_merge_does_not_choose_again(compatible, tmp_path, monkeypatch
     kept = load_config(out / "moemerge_config.yaml")
     assert load_config(tmp_path / "out" / "moemerge_config.yaml").model_dump() == kept.model_dump()
     assert verify(plan, tmp_path / "out").differences == ()
+
+
+def test_a_choice_is_taken_over_with_shards_alone(trained, tmp_path):
+    """A merge that was killed before its first shard was complete may have been another one."""
+    path = config(tmp_path / "c.yaml", trained, hostile(trained, tmp_path / "models"))
+    stage = tmp_path / ".out.moemerge-partial"
+    stage.mkdir()
+    journal_of(stage).begin({CHOSEN: asdict(SharedChoice("ties", "of another config"))})
+    lines = []
+    merge(plan_merge(load_config(path)), tmp_path / "out", MergeOptions(resume=True), announce=lines.append)
+    assert lines[0].startswith("note: shared_weights: auto chose base: on the experts' texts no mix")
+
+
+def test_room_for_what_was_chosen_is_looked_for_before_it_is_written(compatible, tmp_path):
+    """Where blocks are shared with the sources, mixed weights take more room than the base's."""
+
+    class Full(Folder):
+        def check(self, plan, options, made_bytes):
+            super().check(plan, options, made_bytes)
+            if plan.config.shared_weights.method == "average":
+                raise OutputError("the disk is full")
+
+        def write(self, *_):
+            pytest.fail("it is written")
+
+    _, path, _, _ = compatible
+    with pytest.raises(OutputError, match="the disk is full"):
+        merge(plan_merge(load_config(path)), Full(tmp_path / "out"))
+    assert [entry.name for entry in tmp_path.iterdir()] == []
 
 
 def test_a_gguf_file_has_the_chosen_weights(trained, compatible, tmp_path):

@@ -91,6 +91,11 @@ def test_every_pair_of_the_table_is_tested():
     assert len({moe for _, moe in told}) == len(MOE_FAMILIES) == 22
 
 
+def test_norms_add_the_same_number_to_their_weights():
+    for name, moe in PAIRS:
+        assert DENSE_FAMILIES[DENSE[name][0]].norm_offset == MOE_FAMILIES[moe].norm_offset
+
+
 @pytest.mark.parametrize(("name", "moe"), parts(PAIRS))
 def test_identical_experts_compute_what_the_dense_model_computes(tmp_path, dense, name, moe):
     readable(name, moe)
