@@ -75,6 +75,10 @@ def merge_models(
         # Before a plan may download weights.
         approve = _place_check(config, out, output, push, planned_push)
         options = _merge_options(output, reading, routers)
+        if routers.keep_states is not None:
+            from moemerge.routers.initialisation import check_kept_states
+
+            check_kept_states(routers.keep_states, out)
         return_freed_memory()
         request = PlanRequest(
             config,

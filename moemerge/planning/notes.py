@@ -57,8 +57,9 @@ def writing_note(config: MergeConfig, experts: Sequence[ModelTensors]) -> list[s
         return []
     read = sum(tensor.nbytes for writer in config.writers for tensor in experts[writer].tensors.values())
     return [
-        f"for the routers, {len(config.writers)} experts write {SEQUENCES} sequences of {NEW_TOKENS} tokens from their "
-        f"prompts: their weights, {shown_bytes(read)}, are read {NEW_TOKENS} times"
+        f"for the routers, {'1 expert writes' if len(config.writers) == 1 else f'{len(config.writers)} experts write'} "
+        f"{SEQUENCES} sequences of up to {NEW_TOKENS} tokens from the prompts: the weights of all that write, "
+        f"{shown_bytes(read)}, are read {NEW_TOKENS} times"
     ]
 
 

@@ -1,9 +1,11 @@
 """Make the routers of a merge by the config's method, and the table of what they do with its prompts."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from pathlib import Path
+from typing import Final, Literal
 
 import numpy as np
 
@@ -14,7 +16,10 @@ from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
 from moemerge.routers.request import PassOptions, RouterRequest
 from moemerge.routers.rows import row_distances
 
-__all__ = ["Routers", "check_base_bits", "init_routers"]
+__all__ = ["Routers", "check_base_bits", "check_kept_states", "init_routers"]
+
+# Names of files of router inputs, and of those that are being written.
+_KEPT: Final = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,26 @@ def init_routers(
         names, config.experts_per_token, tuple(routings), distances, frozenset(config.writers), computed_in
     )
     return Routers(layers, gates, report)
+
+
+def check_kept_states(folder: Path, out: Path) -> None:
+    """Refuse a folder for router inputs that holds anything else, or is in the output; an absent one is made.
+
+    Raises:
+        RefusedError: it is no folder, cannot be made, holds other files, or is in `out`.
+    """
+    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise RefusedError(f"--keep-states: {folder} is in the output, {out}. Name a folder elsewhere.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in folder.iterdir() if not _KEPT.fullmatch(path.name))
+    except OSError as error:
+        raise RefusedError(f"--keep-states: {folder} cannot be made a folder: {error.strerror}.") from error
+    if others:
+        raise RefusedError(
+            f"--keep-states: {folder} holds {others[0]!r}, which is no file of router inputs. Name a new or empty "
+            "folder, or one that an earlier merge has kept them in."
+        )
 
 
 def check_base_bits(bits: Literal[4, 8] | None) -> None:

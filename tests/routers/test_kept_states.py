@@ -93,6 +93,22 @@ def test_a_folder_that_cannot_be_written_is_named(models, tmp_path):
         rows(models, tmp_path / "file")
 
 
+@pytest.mark.parametrize("kind", ["file", "model", "out", "new"])
+def test_the_command_refuses_a_folder_that_holds_other_files(models, tmp_path, monkeypatch, capsys, kind):
+    config = tmp_path / "merge.yaml"
+    config.write_text(
+        f"base_model: {models[0]}\nexperts: [{{source_model: {models[1]}}}, {{source_model: {models[2]}}}]\n"
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    folder = {"file": config, "model": models[0], "out": tmp_path / "out"}.get(kind, tmp_path / "new")
+    monkeypatch.setattr(sys, "argv", ["moemerge", str(config), str(tmp_path / "new"), "--keep-states", str(folder)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--keep-states: " in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_command_keeps_states(models, tmp_path, monkeypatch):
     config = tmp_path / "merge.yaml"
     config.write_text(

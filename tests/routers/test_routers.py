@@ -177,9 +177,7 @@ def test_on_a_cpu_a_quantised_base_is_run_in_float32_unless_asked(tmp_path, wide
     monkeypatch.setattr(compute_dtype, "_SMALL", 1)
     monkeypatch.setattr(compute_dtype, "faster_dtype", lambda *_: torch.bfloat16)
     capture, seen = capture_router_inputs, []
-    monkeypatch.setattr(
-        computed, "router_inputs", lambda asked: seen.append(asked.compute.dtype) or capture(asked)
-    )
+    monkeypatch.setattr(computed, "router_inputs", lambda asked: seen.append(asked.compute.dtype) or capture(asked))
     for bits, asked in ((None, "auto"), (8, "auto"), (8, "bfloat16")):
         routers(plan, base_bits=bits, compute_dtype=asked)
     assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]

@@ -151,7 +151,7 @@ def test_an_expert_with_texts_does_not_write(models, tmp_path):
     plan = plan_of(models, first={"positive_texts": str(tmp_path / "text.txt")})
     assert plan.config.writers == [1, 2]
     assert {prompt.expert for prompt in written_in(plan)[1]} == {1, 2}
-    assert any("2 experts write 64 sequences of 64 tokens" in note for note in plan.notes)
+    assert any("2 experts write 64 sequences of up to 64 tokens" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(
