@@ -23,12 +23,18 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, by_transformers, count_scored, cut_windows
 from moemerge.planning.parts import Parts
 from moemerge.planning.plan import MergePlan
-from moemerge.planning.shared_choice import BASE, TOKENS, SharedChoice, expert_texts, mixed_plans, with_method
+from moemerge.planning.shared_choice import (
+    BASE,
+    FEWEST_TOKENS,
+    TOKENS,
+    SharedChoice,
+    expert_texts,
+    mixed_plans,
+    with_method,
+)
 
 # Shorter windows are of more documents, which makes differences surer.
 _WINDOW: Final = 256
-# Fewer tokens of an expert's text say too little.
-_FEWEST_TOKENS: Final = 256
 
 Losses = Mapping[str, Mapping[str, Sums]]
 """Losses of each method on each expert's text, by document."""
@@ -49,11 +55,11 @@ def choose(plan: MergePlan, compute: Compute, progress: Callable[[int, int], Non
     """
     texts = _texts(plan)
     counts = list(map(count_scored, texts))
-    if min(counts) < _FEWEST_TOKENS:
+    if min(counts) < FEWEST_TOKENS:
         return SharedChoice(
             BASE,
             f"experts[{counts.index(min(counts))}] has {min(counts)} tokens of text to compare losses on, and at least "
-            f"{_FEWEST_TOKENS} are needed",
+            f"{FEWEST_TOKENS} are needed",
         )
     losses = losses_of(plan, texts, compute, progress)
     if isinstance(losses, str):

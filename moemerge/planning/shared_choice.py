@@ -23,6 +23,8 @@ MIXED: Final = ("average", "ties")
 """Methods that may take the base's place, the simplest first. DARE is the average, with noise."""
 TOKENS: Final = 2048
 """Tokens of each expert's text that losses are measured on, at most."""
+FEWEST_TOKENS: Final = 256
+"""Fewer tokens of an expert's text say too little: the shared weights stay the base's."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,9 @@ def postpone(plan: "MergePlan", config: MergeConfig, *, strangers: bool, needs_t
         return replace(plan, config=config)
     lengths = [_characters(expert_texts(plan, number)) for number in range(len(config.experts))]
     note = (
-        f"shared_weights: auto is chosen when the merge begins, from {', '.join((BASE, *found))}, by the losses on at "
-        f"most {TOKENS} tokens of each expert's text, which has {min(lengths)} to {max(lengths)} characters"
+        f"shared_weights: auto is chosen when the merge begins, from {', '.join((BASE, *found))}, by the losses on "
+        f"{FEWEST_TOKENS} to {TOKENS} tokens of each expert's text, which has {min(lengths)} to {max(lengths)} "
+        f"characters; with fewer tokens it is {BASE}"
     )
     return _noted(plan, note, config=config)
 

@@ -331,8 +331,9 @@ def test_plan_says_that_it_will_be_chosen(compatible, monkeypatch, capsys):
     assert (found["shared_weights"], found["shared_choice"]) == ("auto", None)
     characters = sum(map(len, documents(2)))
     assert found["notes"][-1] == (
-        "shared_weights: auto is chosen when the merge begins, from base, average, ties, by the losses on at most 2048 "
-        f"tokens of each expert's text, which has {characters} to {characters} characters"
+        "shared_weights: auto is chosen when the merge begins, from base, average, ties, by the losses on 256 to "
+        f"2048 tokens of each expert's text, which has {characters} to {characters} characters; with fewer tokens it is "
+        "base"
     )
     assert found["advice"] == []
     assert run(monkeypatch, "plan", path) == 0
