@@ -66,6 +66,8 @@ def test_every_family_writes_what_the_whole_model_samples(tmp_path, name):
     model_type, sizes = DENSE[name]
     if not is_known(model_type):
         pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+    if IS_V4 and name == "phi3, longrope":
+        pytest.skip("transformers 4 makes its cache anew where a sequence outgrows the original context, if told of it")
     folder = make_model(tmp_path / "base", 1, model_type, **(in_words_of_4(sizes) if IS_V4 else sizes))
     asked = request(folder, (0, 1, 2))
     starts = [prompt.ids for prompt in asked.prompts if len(prompt.ids) > 1] * 2
