@@ -5,6 +5,7 @@ other settings, a merge reads what an earlier one has kept.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,8 @@ from moemerge.passes.weights import read_into
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.streamed_pass import capture_router_inputs
+
+logger = logging.getLogger(__name__)
 
 # Tensors of a file for each layer: states (token, hidden), and those of first tokens (prompt, hidden).
 _TENSORS: Final = ("states", "beginnings")
@@ -64,6 +67,10 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
         yield from capture_router_inputs(request)
         return
     parts = _parts(request, request.kept_states)
+    kept = sum(bool(part.kept) for part in parts)
+    logger.info(
+        "--keep-states: %s has %d of %d texts; the base reads the others", request.kept_states, kept, len(parts)
+    )
     order = tuple(prompt for part in parts for prompt in part.prompts)
     counts = torch.tensor([sum(prompt.counted) for prompt in order])
     states = torch.empty(int(counts.sum()), request.base.model.config["hidden_size"])

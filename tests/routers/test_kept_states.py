@@ -47,11 +47,14 @@ def test_one_more_expert_gives_the_rows_of_a_merge_of_all(models, tmp_path, mode
     assert before.items() <= after.items()
 
 
-def test_kept_states_are_read_and_the_base_is_not_run_again(models, tmp_path):
+def test_kept_states_are_read_and_the_base_is_not_run_again(models, tmp_path, caplog):
+    caplog.set_level("INFO", "moemerge")
     first = rows(models, tmp_path, gate_mode="ridge", dtype="float32")
+    assert f"{tmp_path} has 0 of 3 texts" in caplog.text
     for path in tmp_path.iterdir():
         save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
     assert torch.allclose(rows(models, tmp_path, gate_mode="ridge", dtype="float32"), first / 2, rtol=1e-3, atol=1e-4)
+    assert f"{tmp_path} has 3 of 3 texts" in caplog.text
 
 
 def test_another_base_has_other_files(models, tmp_path):
