@@ -67,6 +67,11 @@ Document = str | Chat
 """What is read as one whole: a text, or a chat."""
 
 
+def as_chat(prompt: Document) -> Chat:
+    """A prompt as a chat: a plain one is the message of a user."""
+    return prompt if isinstance(prompt, Chat) else Chat((Message("user", prompt),))
+
+
 def shortened(document: Document, characters: int) -> Document:
     """The beginning of a document."""
     return document[:characters] if isinstance(document, str) else document.shortened(characters)

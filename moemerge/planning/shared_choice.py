@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from moemerge.chats import COUNTED_ROLES, Chat, Document, Message
+from moemerge.chats import COUNTED_ROLES, Document, as_chat
 from moemerge.config.schema import MergeConfig, SharedWeights
 from moemerge.errors import IncompatibleError
 from moemerge.planning.shared_weights import any_changed
@@ -57,7 +57,7 @@ def expert_texts(plan: "MergePlan", number: int) -> Sequence[Document]:
         return read_documents(find_files(expert.positive_texts, f"experts[{number}].positive_texts"))
     if not plan.shape.chat_prompts:
         return expert.positive_prompts
-    return [Chat((Message("user", one),)) if isinstance(one, str) else one for one in expert.positive_prompts]
+    return list(map(as_chat, expert.positive_prompts))
 
 
 def with_method(config: MergeConfig, method: str) -> MergeConfig:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from moemerge.chats import Chat, Document, Message, shown
+from moemerge.chats import Chat, Document, as_chat, shown
 from moemerge.config.schema import Expert, MergeConfig, RouterSettings
 from moemerge.errors import RouterError
 from moemerge.passes.tokens import Encode, by_tokenizers, by_transformers, counted_mask, cut_windows
@@ -140,7 +140,7 @@ class _Reader:
         self, prompts: Sequence[Document], place: str, expert: int, *, positive: bool
     ) -> Iterator[EncodedPrompt]:
         for index, given in enumerate(prompts):
-            prompt = Chat((Message("user", given),)) if self._in_chats and isinstance(given, str) else given
+            prompt = as_chat(given) if self._in_chats else given
             if isinstance(prompt, Chat):
                 prompt = replace(prompt, place=f"{place}[{index}]")
             ids, special = self._encode(prompt)

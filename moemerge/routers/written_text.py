@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from moemerge.chats import Chat, Message
+from moemerge.chats import Chat, as_chat
 from moemerge.checkpoint.derived import unscaled
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.dense import ModelTensors
@@ -87,9 +87,8 @@ def _starts(
     encoded = [prompt for prompt in asked.prompts if prompt.expert == number and prompt.positive]
     starts = []
     for given, prompt in zip(request.config.experts[number].positive_prompts, encoded, strict=True):
-        chat = Chat((Message("user", given),)) if request.chat_prompts and isinstance(given, str) else given
-        if isinstance(chat, Chat):
-            ids = tuple(encode_question(tokenizer, request.folder, chat)[-longest:])
+        if request.chat_prompts or isinstance(given, Chat):
+            ids = tuple(encode_question(tokenizer, request.folder, as_chat(given))[-longest:])
         else:
             ids = prompt.ids[:longest]
         starts.append((ids, prompt.document))
