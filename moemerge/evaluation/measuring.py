@@ -283,7 +283,7 @@ def _evaluation(  # noqa: PLR0917
         experts=mixture.experts,
         experts_per_token=mixture.experts_per_token,
         layers=tuple(mixture.moe_layers),
-        dtype=str(runs.compute.dtype).removeprefix("torch."),
+        dtype=runs.compute.dtype_name,
         domains=domains,
         losses=losses,
         mean_losses={

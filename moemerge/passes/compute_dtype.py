@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cache
 from math import inf, prod
 from time import perf_counter
-from typing import Final, get_args
+from typing import Final, cast, get_args
 
 import torch
 
-from moemerge.dtypes import ComputeDtype
+from moemerge.dtypes import ComputeDtype, DType
 from moemerge.errors import RefusedError
 from moemerge.passes.device import find_device
 
@@ -37,6 +37,11 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     """The dtype of weights and states; statistics, logits and losses are float32 or wider."""
+
+    @property
+    def dtype_name(self) -> DType:
+        """The dtype as `config.json` spells it."""
+        return cast("DType", str(self.dtype).removeprefix("torch."))
 
 
 def find_compute(device: str, dtype: ComputeDtype, shapes: Iterable[tuple[int, ...]]) -> Compute:

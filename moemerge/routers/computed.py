@@ -44,7 +44,7 @@ def compute_routers(
     stored_dtype: torch.dtype = getattr(torch, request.dtype)
     layers, gates, routings = {}, {}, []
     last = request.mixture.moe_layers[-1] + 1
-    written = layers_to_write([request.experts[expert] for expert in config.writers]) if made is None else 0
+    written = layers_to_write([request.experts[expert] for expert in config.writers])
     total, done = last + written + (last if method.labels_texts else 0), 0
     if written:
         asked = add_written_text(asked, request, seed, lambda layer: progress(layer, total))
@@ -61,7 +61,7 @@ def compute_routers(
         if set(inputs.expert[inputs.routed].tolist()) == set(range(len(config.experts))):
             routings.append(route_layer(rows.float(), inputs, asked, new.held_out))
         progress(done + inputs.layer + 1, total)
-    return layers, gates, routings, str(asked.compute.dtype).removeprefix("torch.")
+    return layers, gates, routings, asked.compute.dtype_name
 
 
 def _pass_request(request: RouterRequest, options: PassOptions, seed: int) -> PassRequest:

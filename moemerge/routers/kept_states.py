@@ -18,7 +18,7 @@ import torch
 
 from moemerge.checkpoint.files import fingerprint_of
 from moemerge.checkpoint.header import TensorInfo, build_header, read_header
-from moemerge.dtypes import HEADER_DTYPES, DType
+from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, RouterError
 from moemerge.passes.weights import read_into
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
@@ -83,20 +83,20 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
         )
     )
     with ExitStack() as open_drafts:
-        drafts: dict[Path, BinaryIO] = {}
-        writers = set()  # of several parts with the same text, the first
-        for place, (part, room) in enumerate(zip(parts, rooms, strict=True)):
-            if not part.kept and part.path not in drafts:
-                drafts[part.path] = open_drafts.enter_context(_draft(part.path, request, room))
-                writers.add(place)
+        first = {part.path: place for place, part in reversed(list(enumerate(parts)))}  # of those with the same text
+        drafts = {
+            place: open_drafts.enter_context(_draft(path, request, rooms[place]))
+            for path, place in first.items()
+            if not parts[place].kept
+        }
         for layer, computed in _layers(request, parts):
             for place, (part, room) in enumerate(zip(parts, rooms, strict=True)):
                 if part.kept:
                     part.read(layer, room)
                 elif computed is not None:
                     part.take(computed, room)
-                    if place in writers:
-                        _append(drafts[part.path], room, request)
+                    if place in drafts:
+                        _append(drafts[place], room, request.compute.dtype)
             yield RouterInputs(layer, states, torch.repeat_interleave(counts), order, beginnings)
 
 
@@ -138,19 +138,13 @@ def _identity(request: PassRequest) -> str:
     )
 
 
-def _stored_dtype(request: PassRequest) -> DType:
-    """The dtype that holds what the pass computes."""
-    return "bfloat16" if request.compute.dtype == torch.bfloat16 else "float32"
-
-
 @contextmanager
 def _draft(path: Path, request: PassRequest, room: tuple[torch.Tensor, torch.Tensor]) -> Iterator[BinaryIO]:
     """Open a file for a part's router inputs, whose header is written; it takes its place when the pass is complete."""
-    dtype = _stored_dtype(request)
-    size = getattr(torch, dtype).itemsize
+    stored, size = HEADER_DTYPES[request.compute.dtype_name], request.compute.dtype.itemsize
     header = build_header(
         [
-            (f"{layer}.{name}", HEADER_DTYPES[dtype], tuple(tensor.shape), tensor.numel() * size)
+            (f"{layer}.{name}", stored, tuple(tensor.shape), tensor.numel() * size)
             for layer in request.mixture.moe_layers
             for name, tensor in zip(_TENSORS, room, strict=True)
         ],
@@ -170,6 +164,5 @@ def _draft(path: Path, request: PassRequest, room: tuple[torch.Tensor, torch.Ten
             draft.unlink()
 
 
-def _append(file: BinaryIO, room: tuple[torch.Tensor, torch.Tensor], request: PassRequest) -> None:
-    dtype = getattr(torch, _stored_dtype(request))
+def _append(file: BinaryIO, room: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> None:
     file.writelines(tensor.to(dtype).view(torch.uint8).numpy().data for tensor in room)
