@@ -147,8 +147,6 @@ def _check_settings(method: RouterMethod, settings: Mapping[str, Any], experts: 
             )
         )
     for key in SETTINGS:
-        if key == "calibration" and method.reads_what_there_is:  # what it lacks is text, which is said
-            continue
         if _is_set("router", settings, key) and key not in method.settings:
             users = ", ".join(other.name for other in METHODS.values() if key in other.settings)
             problems.append((("router", key), f"gate_mode {method.name} does not use it; {users} do"))

@@ -154,5 +154,5 @@ def choose_method(gate_mode: Any, *, described: bool, calibrated: bool) -> Route
     if described:  # calibration texts serve a load prior alone
         return replace(method, reads=method.reads - {"unsorted texts"})
     if calibrated:
-        return replace(method, reads=method.reads - _DESCRIPTIONS, settings=method.settings - _WRITTEN)
-    return replace(method, reads=frozenset({"weights"}), settings=method.settings - {"lambda", "calibration"})
+        return replace(method, reads=method.reads - _DESCRIPTIONS)
+    return replace(method, reads=frozenset({"weights"}), settings=method.settings - {"lambda"})

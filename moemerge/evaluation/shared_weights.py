@@ -75,9 +75,8 @@ def losses_of(
     latest = _Latest(plan.base)
     base = plan.remake(with_method(plan.config, BASE))
     for method, made in {BASE: base, **mixed_plans(plan)[0]}.items():
-        parts = made.parts
         for number in range(len(texts)):
-            model = _dense(plan, parts, number)
+            model = _dense(plan, made.parts, number)
             if isinstance(model, str):
                 return model
             models.append((method, number, latest.reading(model, method)))

@@ -66,17 +66,15 @@ def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
     described = [*config.experts, *config.shared_experts]
     kinds = sum(bool(texts) for expert in described for texts in (expert.positive_texts, expert.negative_texts))
     kinds += len(config.experts) if config.router.calibration_texts else 0
-    tokens = kinds * config.router.tokens_per_expert + sum(
-        map(_written_tokens, map(config.experts.__getitem__, config.writers))
-    )
+    written = [_written_tokens(config.experts[writer]) for writer in config.writers]
+    tokens = kinds * config.router.tokens_per_expert + sum(written)
     # States, router inputs, those that rows are fitted to, a part of them; a matrix in float32 and two in float64.
     even = config.router.load_prior or shape.family.scoring == "sigmoid"
     solves = tokens or config.method.solves_for_hidden or even
     # While an expert writes: its embeddings and head, keys and values of every layer at their widest, and copies of the
     # logits, which are sorted.
     base, vocab = models.base.model, models.base.model.config["vocab_size"]
-    caches = max((_written_tokens(config.experts[writer]) for writer in config.writers), default=0)
-    writing = 4 * hidden * (2 * vocab + 2 * caches * base.layers) + 16 * SEQUENCES * vocab if config.writers else 0
+    writing = 4 * hidden * (2 * vocab + 2 * max(written) * base.layers) + 16 * SEQUENCES * vocab if written else 0
     return max(4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0), writing)
 
 

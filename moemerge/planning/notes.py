@@ -13,9 +13,9 @@ from moemerge.planning.output import Output
 from moemerge.planning.shape import residual_scales
 from moemerge.routers.prompts import NEW_TOKENS, SEQUENCES
 
-# With this factor, usual weights of some hundredths come near the smallest numbers of float16.
 # Routers of fewer prompts than this measured clearly worse than of texts.
 _ENOUGH_PROMPTS: Final = 8
+# With this factor, usual weights of some hundredths come near the smallest numbers of float16.
 _SMALL_SCALE: Final = 0.01
 # Distance from such weights to the next number: 0.01 / 2**9 in bfloat16, 2**12 in float16, 2**25 in float32.
 _FAINT_NOISE: Final = {"bfloat16": 2e-5, "float16": 2e-6, "float32": 3e-10}
@@ -68,9 +68,7 @@ def text_advice(config: MergeConfig) -> list[str]:
     counts = [len(expert.positive_prompts) for expert in config.experts]
     if not config.method.reads_descriptions or any(expert.positive_texts for expert in config.experts):
         return []
-    if not config.has_descriptions or min(counts) >= _ENOUGH_PROMPTS:
-        return []
-    if config.writers:
+    if not config.has_descriptions or config.writers or min(counts) >= _ENOUGH_PROMPTS:
         return []
     fewest = counts.index(min(counts))
     return [
