@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
+from routers import as_rows
 from table import machine, markdown_table, text_table
 
 from moemerge import merge, plan_merge
@@ -152,10 +152,7 @@ class Bench:
         routers = init_routers(plan.router_request, seed=0, progress=lambda _done, _total: None)
         seconds = time.perf_counter() - start
         count = len(self.asked["experts"])
-        rows = {
-            layer: torch.frombuffer(bytearray(data), dtype=torch.bfloat16).float().reshape(count, -1)
-            for layer, data in routers.rows.items()
-        }
+        rows = as_rows(routers, count, "bfloat16")
         tally = RoutingTally(self.mixture, self.runs.texts)
         replaced = self.mixture.with_rows(name, rows.__getitem__)
         self.runs.run(name, replaced.runnable, mixture=replaced, chosen=tally.add)

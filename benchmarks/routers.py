@@ -33,7 +33,7 @@ from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
-from moemerge.routers.initialisation import init_routers
+from moemerge.routers.initialisation import Routers, init_routers
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.request import PassOptions
@@ -60,6 +60,14 @@ ROWS = (
     ("logistic, texts", "logistic", "texts"),
 )
 FLIPPED = ("ridge, prompts", "delta, weights alone", "ridge, texts", "logistic, texts")
+
+
+def as_rows(routers: Routers, experts: int, dtype: DType) -> dict[int, torch.Tensor]:
+    """By layer the rows (expert, hidden) of routers as they are stored, in float32."""
+    return {
+        layer: torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).float().reshape(experts, -1)
+        for layer, data in routers.rows.items()
+    }
 
 
 @dataclass
@@ -102,12 +110,7 @@ class Bench:
         options = PassOptions("cpu", compute_dtype)
         routers = init_routers(request, options, seed=self.seed, progress=lambda *_: None)
         seconds = time.perf_counter() - start
-        stored = getattr(torch, dtype)
-        made = {
-            layer: torch.frombuffer(bytearray(data), dtype=stored).float().reshape(len(self.experts), -1)
-            for layer, data in routers.rows.items()
-        }
-        return made, seconds
+        return as_rows(routers, len(self.experts), dtype), seconds
 
     def line(self, name: str, runs: Runs, tally: RoutingTally | None, *more: str) -> list[str]:
         """Cells of one row: losses, their mean, recovered fraction with its interval, accuracy, top-k, first weight."""
