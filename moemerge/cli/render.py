@@ -40,6 +40,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "shared_weights": plan.config.shared_weights.method,
         "shared_choice": asdict(plan.shared_choice) if plan.shared_choice else None,
         "experts": len(plan.config.experts),
+        "expert_names": list(plan.config.expert_names),
         "experts_per_token": plan.config.experts_per_token,
         "total_parameters": plan.total_parameters,
         "active_parameters": plan.active_parameters,
@@ -97,6 +98,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     rows = {
         "output": f"{plan.family.architecture}, {plan.dtype}, {len(plan.config.experts)} experts, "
         f"{plan.config.experts_per_token} per token, routers: {plan.config.method.name}",
+        "experts": ", ".join(plan.config.expert_names),
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
         "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s); {size(free)} free here",
         "engines": f"right in {', '.join(['transformers 5', *(ENGINES[engine] for engine in plan.right_in)])}",

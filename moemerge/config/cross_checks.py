@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from moemerge.chats import Chat
 from moemerge.config.chat_prompts import prompt_problems
+from moemerge.config.expert_names import repeated_names
 from moemerge.config.router_methods import AUTO, METHODS, SETTINGS, RouterMethod, canonical_gate_mode, choose_method
 from moemerge.config.yaml_text import Place
 
@@ -63,6 +64,8 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
                 "Name different models, or, to train the result further, pass --allow-identical-experts",
             )
         )
+    names = [name if isinstance(name := expert.get("name"), str) else None for expert in experts]
+    problems += [(("experts", e, "name"), "is another expert's name, too") for e in repeated_names(names)]
     problems += _prompt_problems("experts", experts)
     problems += _prompt_problems("shared_experts", document.get("shared_experts"))
     problems += _lone_negatives(document.get("shared_experts"))

@@ -25,6 +25,7 @@ from pydantic_core import PydanticKnownError
 from moemerge.chats import COUNTED_ROLES, Document, Role
 from moemerge.config.chat_prompts import plain_prompt, read_prompt
 from moemerge.config.cross_checks import cross_check, listed, listed_prompts
+from moemerge.config.expert_names import checked_name, expert_names
 from moemerge.config.layer_choice import LayerChoice, read_layers
 from moemerge.config.problems import MOST_EXPLAINED, PlacedError, explain
 from moemerge.config.router_methods import AUTO, RouterMethod, canonical_gate_mode, choose_method, gate_modes
@@ -109,6 +110,8 @@ class Expert(_Strict):
 
     source_model: Text
     """A folder, or a Hub repository as `user/name` or `user/name@revision`."""
+    name: Annotated[Text, AfterValidator(checked_name)] | None = None
+    """Name of the expert in tables, cards and `--data NAME=PATH`; None makes one of the model's name."""
     positive_prompts: Prompts = []
     """Text that should be routed to this expert; a chat is `messages: [{role: user, content: ...}, ...]`."""
     negative_prompts: Prompts = []
@@ -274,6 +277,11 @@ class MergeConfig(_Strict):
         if self.router.calibration != "generate":
             return []
         return [e for e, expert in enumerate(self.experts) if expert.positive_prompts and not expert.positive_texts]
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """A unique name for each expert: its own, or one made of the name of its model."""
+        return expert_names([e.source_model for e in self.experts], [e.name for e in self.experts])
 
     @property
     def has_descriptions(self) -> bool:

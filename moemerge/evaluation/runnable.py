@@ -20,7 +20,6 @@ from moemerge.families.family import SWITCHED_OFF, MoeFamily
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.passes.weights import read_into
-from moemerge.routers.report import expert_names
 from moemerge.sources.model_folder import ModelFolder, open_merged, open_model, read_tensor_table, read_tensor_tables
 
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
@@ -139,7 +138,7 @@ def open_mixture(folder: Path | str) -> MixtureModel:
     if missing:
         raise IncompatibleError(f"{folder}: its config.json has no {missing[0]}, which a {family.model_type} has.", [])
     count = tensors[router].shape[0]
-    names = expert_names([expert.source_model for expert in config.experts]) if config else ()
+    names = config.expert_names if config else ()
     per_token = model.config[per_token_key(family)]
     return MixtureModel(
         Path(folder),

@@ -103,12 +103,13 @@ def _facts(plan: MergePlan, config: str | None) -> list[str]:
 def _values(plan: MergePlan, text: str, notes: Sequence[str]) -> dict[str, Any]:
     """Collect the values of the card's template that follow from the plan, the config's text and the notes."""
     config = plan.config
-    numbered = [*enumerate(config.experts), *(("shared", expert) for expert in config.shared_experts)]
+    named: list[tuple[str, Expert]] = [*zip(config.expert_names, config.experts, strict=True)]
+    named += [("shared", expert) for expert in config.shared_experts]
     return {
         "plan": plan,
         "config": config,
         "base": _shown(config.base_model, plan),
-        "experts": [(number, _shown(expert.source_model, plan), _sample(expert)) for number, expert in numbered],
+        "experts": [(name, _shown(expert.source_model, plan), _sample(expert)) for name, expert in named],
         "notes": notes,
         "text": text.rstrip(),
         # A prompt may hold a code fence of its own.

@@ -12,7 +12,7 @@ import numpy as np
 from moemerge.checkpoint.numbers import float32_of, stored_bytes
 from moemerge.errors import RefusedError, RouterError
 from moemerge.routers.method_lookup import rows_without_pass
-from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
+from moemerge.routers.report import LayerRouting, RoutingReport
 from moemerge.routers.request import PassOptions, RouterRequest
 from moemerge.routers.rows import row_distances
 
@@ -72,7 +72,7 @@ def init_routers(
             f"some router weights are not finite numbers in {dtype}: the base model's numbers, or router.scale, are "
             "too large for it. Set `dtype: bfloat16`, lower router.scale, or choose gate_mode random."
         )
-    names = expert_names([expert.source_model for expert in config.experts])
+    names = config.expert_names
     distances = row_distances(
         stored.reshape(len(layers), len(names), -1), [mixture.absent.get(layer, frozenset()) for layer in layers]
     )

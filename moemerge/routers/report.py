@@ -1,7 +1,7 @@
 """The routing table: which experts take the tokens of which prompts, with warnings where that looks wrong."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,7 +42,7 @@ class RoutingReport:
     """The routing table of all layers."""
 
     experts: tuple[str, ...]
-    """Short names of the experts."""
+    """Names of the experts."""
     experts_per_token: int
     layers: tuple[LayerRouting, ...]
     """Empty where there were no prompts."""
@@ -140,9 +140,3 @@ def _mean_over_layers(shares: Iterable[tuple[float | None, ...]]) -> tuple[float
     """Mean of shares by expert over the layers that it is in; 0 for one that is in none."""
     by_expert = [[share for share in of_expert if share is not None] for of_expert in zip(*shares, strict=True)]
     return tuple(math.fsum(found) / max(len(found), 1) for found in by_expert)
-
-
-def expert_names(models: Sequence[str]) -> tuple[str, ...]:
-    """Short names for people: the last part of each model's name, numbered where two are alike."""
-    short = [model.rstrip("/").rpartition("/")[2] for model in models]
-    return tuple(name if short.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(short))

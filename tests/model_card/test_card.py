@@ -19,7 +19,7 @@ def test_a_card_holds_all_parts_and_prompts_are_no_templates(tmp_path, llamas):
         "moe_layers": "1-",
         "experts": [
             {"source_model": str(fox), "positive_prompts": ["{{ 7 * 7 }} {% raw %} | <b>"]},
-            {"source_model": str(code), "positive_prompts": ["x" * 100 + "```"]},
+            {"source_model": str(code), "name": "c|d", "positive_prompts": ["x" * 100 + "```"]},
         ],
         "shared_weights": "average",
         "fold_norms": True,
@@ -41,8 +41,8 @@ A glm4_moe of 2 experts in 2 of 3 layers, 1 per token, made with moemerge: embed
 
 | expert | model | made for prompts such as |
 |---|---|---|
-| 0 | `{fox}` | `{{{{ 7 * 7 }}}} {{% raw %}} \\| <b>` |
-| 1 | `{code}` | `{"x" * 57}...` |
+| fox | `{fox}` | `{{{{ 7 * 7 }}}} {{% raw %}} \\| <b>` |
+| c\\|d | `{code}` | `{"x" * 57}...` |
 | shared | `{chat}` | `` `hello` `` |
 
 {notes}> **Note:** a &lt;note&gt;.

@@ -36,7 +36,7 @@ from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import encode_prompts
-from moemerge.routers.report import LayerRouting, RoutingReport, expert_names
+from moemerge.routers.report import LayerRouting, RoutingReport
 from moemerge.routers.request import PassOptions
 from moemerge.routers.rows import contrast, row_distances, unit
 from moemerge.routers.scoring import fit_scale, top_weights
@@ -405,10 +405,6 @@ def test_rows_that_are_almost_parallel_are_named():
     assert report(good, (0.5,) * 4, distances).warnings() == [
         "the router can hardly tell fox from code: their rows are almost parallel"
     ]
-
-
-def test_experts_are_named_shortly():
-    assert expert_names(["/a/b/fox", "user/fox", "code/"]) == ("fox (0)", "fox (1)", "code")
 
 
 def test_prompts_are_encoded_as_the_tokenizer_does(tmp_path, llamas):
