@@ -14,6 +14,7 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX, read_json
 from moemerge.checkpoint.journal import differences as changed_keys
 from moemerge.checkpoint.shards import METADATA
 from moemerge.config.loading import load_config
+from moemerge.config.local_paths import absolute_paths
 from moemerge.config.schema import CARD, CONFIG_COPY
 from moemerge.errors import CheckpointError, ConfigError, RefusedError
 from moemerge.model_card.card import compare_card
@@ -205,7 +206,10 @@ def _compare_config_copy(plan: MergePlan, model: ModelFolder) -> Iterator[Differ
     except ConfigError as error:
         yield Difference(CONFIG_COPY, "the config", str(error))
         return
-    given, kept = (config.model_dump(mode="json", exclude=_DECIDED) for config in (plan.config, copy))
+    given, kept = (
+        absolute_paths(config.model_dump(mode="json", by_alias=True, exclude=_DECIDED))
+        for config in (plan.config, copy)
+    )
     for key in changed_keys(given, kept):
         yield Difference(f"{CONFIG_COPY}: {key}", "as in the config", "another value")
 

@@ -21,6 +21,7 @@ from moemerge.cli.options import (
     VerboseMessageOptions,
     named_roles,
 )
+from moemerge.cli.standard_input import path_of
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def evaluate(
             metavar="NAME=PATH",
             show_default=False,
             help="Text or chats to judge by: a file, folder or pattern of .txt, .jsonl or .parquet, or "
-            "hf://datasets/user/name:split#column. NAME is an expert's, or any other.",
+            "hf://datasets/user/name:split#column, or - for standard input. NAME is an expert's, or any other.",
         ),
     ],
     measuring: MeasuringOptions,
@@ -113,7 +114,7 @@ def by_name(data: list[str]) -> dict[str, list[str]]:
         name, equals, path = given.partition("=")
         if not (name and equals and path):
             raise RefusedError(f"--data: expected NAME=PATH, such as code=code.txt, found {given!r}.")
-        named.setdefault(name, []).append(path)
+        named.setdefault(name, []).append(path_of(path))
     return named
 
 

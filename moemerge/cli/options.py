@@ -12,7 +12,10 @@ from moemerge.chats import COUNTED_ROLES, ROLES
 from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The merge config, a YAML file.", show_default=False)]
+Config = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="The merge config, a YAML file; - for standard input.", show_default=False),
+]
 ShardSize = Annotated[str | None, typer.Option(help="Largest shard, such as 500MB.", show_default="5GB")]
 CacheDir = Annotated[
     Path | None, typer.Option(help="Where Hub models are kept, instead of HF_HUB_CACHE.", show_default=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moemerge.cli.console import announcer
+from moemerge.cli.standard_input import STANDARD_INPUT, read_standard_input
 from moemerge.engines import ENGINES, NAMES, canonical_engine
 from moemerge.errors import RefusedError
 
@@ -42,9 +43,13 @@ class PlanRequest:
             ConfigError: the file is no config, or a wrong one.
             RefusedError: there is no such engine.
         """
-        from moemerge.config.loading import load_config
+        from moemerge.config.loading import load_config, parse_config
 
-        loaded = load_config(self.config, allow_identical_experts=self.allow_identical_experts)
+        same = self.allow_identical_experts
+        if str(self.config) == STANDARD_INPUT:
+            loaded = parse_config(read_standard_input(), "standard input", allow_identical_experts=same)
+        else:
+            loaded = load_config(self.config, allow_identical_experts=same)
         if self.engine is None:
             return loaded
         if canonical_engine(self.engine) not in ENGINES:

@@ -14,6 +14,7 @@ from moemerge.chats import Document
 from moemerge.cli.console import console_session, print_json, stdout, stoppable
 from moemerge.cli.grouping import grouped
 from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, ComputeIn, Device, Json, MessageOptions, named_roles
+from moemerge.cli.standard_input import path_of
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
 from moemerge.sources.data_sets import SCHEME
@@ -36,8 +37,8 @@ class TextOptions:
         list[str],
         typer.Option(
             metavar="PATH",
-            help="A file, folder or pattern of documents to route, split as those of --data, or Hub data; a file with "
-            "any other ending is one document.",
+            help="A file, folder or pattern of documents to route, split as those of --data, Hub data, or - for "
+            "standard input; a file with any other ending is one document.",
             show_default=False,
         ),
     ] = field(default_factory=list)
@@ -122,7 +123,7 @@ def _documents(given: Sequence[str]) -> Iterator[tuple[str, Document]]:
     Raises:
         RefusedError: there is no such file, or no text in it.
     """
-    files = list(dict.fromkeys(file for path in given for file in _files(path)))
+    files = list(dict.fromkeys(file for path in given for file in _files(path_of(path))))
     names = [file.name for file in files]
     for file in files:
         name = file.name if names.count(file.name) == 1 else str(file)

@@ -1,15 +1,16 @@
 """A merge config read from a YAML file, from its text, or from keys with values."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
+from moemerge.config.local_paths import with_paths_from
 from moemerge.config.problems import SHORT_REPR, PlacedError, repeated_keys
 from moemerge.config.schema import MergeConfig
-from moemerge.config.yaml_text import YamlTextError, read_yaml
+from moemerge.config.yaml_text import Place, YamlTextError, read_yaml
 from moemerge.errors import ConfigError
 
 _MOST_CHARACTERS: Final = 4_000_000
@@ -42,13 +43,25 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
         raise ConfigError(f"{path}: is not text in UTF-8.", []) from error
     except ValueError as error:  # a null byte in its name
         raise ConfigError(f"{path}: cannot be read: {error}.", []) from error
-    config = parse_config(text, str(path), allow_identical_experts=allow_identical_experts)
+    config = parse_config(text, str(path), path.parent, allow_identical_experts=allow_identical_experts)
     config.was_read_from(text, path.absolute())
     return config
 
 
-def parse_config(text: str, name: str = "config", *, allow_identical_experts: bool = False) -> MergeConfig:
-    """Check the text of a merge config, which messages call `name`; see `load_config`."""
+def parse_config(
+    text: str, name: str = "config", folder: Path | None = None, *, allow_identical_experts: bool = False
+) -> MergeConfig:
+    """Check the text of a merge config; see `load_config`.
+
+    Args:
+        text: YAML.
+        name: what messages call it.
+        folder: the folder of its file, from which relative paths count if they lead somewhere there.
+        allow_identical_experts: accept experts that are all the same model.
+
+    Raises:
+        ConfigError: lists every problem with its address and line.
+    """
     try:
         document, node = read_yaml(text)
     except YamlTextError as error:
@@ -57,13 +70,20 @@ def parse_config(text: str, name: str = "config", *, allow_identical_experts: bo
         raise ConfigError(
             f"{name}: expected keys such as base_model and experts, found {SHORT_REPR.repr(document)}.", []
         )
-    config = _check(document, name, node, allow_identical_experts)
+    document, unset = with_paths_from(document, folder)
+    config = _check(document, name, node, allow_identical_experts, unset)
     config.was_read_from(text)
     return config
 
 
-def _check(document: dict[Any, Any], name: str, node: yaml.Node | None, allow_identical_experts: bool) -> MergeConfig:
-    problems = list(repeated_keys(node))
+def _check(
+    document: dict[Any, Any],
+    name: str,
+    node: yaml.Node | None,
+    allow_identical_experts: bool,
+    found: Sequence[tuple[Place, str]] = (),
+) -> MergeConfig:
+    problems = [*repeated_keys(node), *found]
     problems += [
         ((str(key),), "is not the name of a key: expected text") for key in document if not isinstance(key, str)
     ]

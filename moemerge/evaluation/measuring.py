@@ -177,7 +177,7 @@ def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tup
     try:
         return [open_dense(reference, name, announce) for reference, name in named], []
     except MoemergeError as error:
-        why = f"{error} Paths in its {CONFIG_COPY} count from the folder that it was merged in."
+        why = f"{error} Paths in its {CONFIG_COPY} count from its folder, else from the current one."
         return [], [f"base, experts and their average are left out: {why}"]
 
 

@@ -126,10 +126,7 @@ def write_gguf(
 
 
 def sources_of(folder: Path) -> list[Path]:
-    """Find the folders of the models that a merged model was made of, as far as the copy of its config leads to them.
-
-    Relative paths count from the current folder.
-    """
+    """Find the folders of the models that a merged model was made of, where the copy of its config leads to them."""
     try:
         config = load_config(folder / CONFIG_COPY, allow_identical_experts=True)
     except ConfigError:

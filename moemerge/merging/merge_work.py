@@ -15,6 +15,7 @@ from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
 from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.writer import ShardWriter
+from moemerge.config.config_copy import text_for
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import RefusedError
@@ -178,7 +179,7 @@ class Work:
         self.write_base_files(folder)
         if (index := self.plan.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
-        (folder / CONFIG_COPY).write_text(self.plan.config.text, encoding="utf-8")
+        (folder / CONFIG_COPY).write_text(text_for(self.plan.config, folder), encoding="utf-8")
         write_card(folder, name, self.plan, report, self._known_licence(), notes=self._tokenizer.notes)
 
     def describe(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.chats import COUNTED_ROLES
+from moemerge.config.config_copy import text_for
 from moemerge.config.schema import CARD, CONFIG_COPY, Expert
 from moemerge.errors import RefusedError
 from moemerge.model_card.markdown import as_code, as_text
@@ -36,7 +37,7 @@ def write_card(
     notes: Sequence[str] = (),
 ) -> None:
     """Write `README.md` with the Hub's metadata into `folder`; name, licence and notes are the merged model's."""
-    values = _values(plan, plan.config.text, [*plan.family_notes, *notes])
+    values = _values(plan, text_for(plan.config, folder), [*plan.family_notes, *notes])
     use = use_it(name, plan.family.model_type, plan.right_in)
     data_sets = hub_revisions([data.name for data in plan.data_sets])
     card = render("card", name=name, report=report, use=use, data_sets=data_sets, **values)

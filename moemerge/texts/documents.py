@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from glob import glob
+from os.path import expandvars
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,8 +35,8 @@ def find_files(patterns: Sequence[str], place: str) -> list[TextSource]:
     """Find what patterns name: a file, a folder with all below it, a glob such as `notes/**/*.txt`, or Hub data.
 
     Args:
-        patterns: relative to the current folder; `~` is the home folder; `hf://datasets/user/name:split#column` is a
-            data set on the Hub.
+        patterns: relative to the current folder; `~` and `$NAME` are replaced;
+            `hf://datasets/user/name:split#column` is a data set on the Hub.
         place: what messages call the key that holds the patterns, such as `experts[0].positive_texts`.
 
     Raises:
@@ -48,9 +49,9 @@ def find_files(patterns: Sequence[str], place: str) -> list[TextSource]:
             continue
         files = matching_files([pattern])
         if not files:
+            start = "the current folder" if place.startswith("-") else "the config's folder, else from the current one"
             raise RefusedError(
-                f"{place}[{index}]: {pattern!r} leads to no .txt, .jsonl or .parquet file. Paths count from the "
-                "current folder."
+                f"{place}[{index}]: {pattern!r} leads to no .txt, .jsonl or .parquet file. Paths count from {start}."
             )
         found += files
     return list({file.resolve() if isinstance(file, Path) else file: file for file in found}.values())
@@ -63,7 +64,7 @@ def matching_files(patterns: Sequence[str]) -> list[Path]:
 
 def _matches(pattern: str) -> list[Path]:
     try:
-        path = Path(pattern).expanduser()
+        path = Path(expandvars(pattern)).expanduser()
         if path.is_dir():
             found = [file for ending in _ENDINGS for file in path.rglob(f"*{ending}")]
         elif path.exists():

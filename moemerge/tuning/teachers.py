@@ -46,8 +46,8 @@ def open_source(mixture: MixtureModel, expert: int | None, needs: str, announce:
         return open_dense(reference, reference, announce)
     except MoemergeError as error:
         raise RefusedError(
-            f"{needs}, and one cannot be had: {error} Paths in {CONFIG_COPY} count from the folder that it was merged "
-            "in; without that option none is needed."
+            f"{needs}, and one cannot be had: {error} Paths in {CONFIG_COPY} count from its folder, "
+            "else from the current one; without that option none is needed."
         ) from error
 
 

@@ -468,7 +468,7 @@ def test_files_that_are_not_there_are_refused_before_anything_is_read(tuned):
     with pytest.raises(RefusedError) as caught:
         plan_of(parse_config(json.dumps(text)))
     assert str(caught.value) == (
-        "experts[2].positive_texts[0]: 'nowhere/*.txt' leads to no .txt, .jsonl or .parquet file. Paths count from the current folder."
+        "experts[2].positive_texts[0]: 'nowhere/*.txt' leads to no .txt, .jsonl or .parquet file. Paths count from the config's folder, else from the current one."
     )
 
 

@@ -33,7 +33,7 @@ def test_what_leads_to_no_text_is_refused(tmp_path, monkeypatch, pattern):
     with pytest.raises(RefusedError) as caught:
         find_files([pattern], "experts[0].positive_texts")
     assert str(caught.value) == (
-        f"experts[0].positive_texts[0]: {pattern!r} leads to no .txt, .jsonl or .parquet file. Paths count from the current folder."
+        f"experts[0].positive_texts[0]: {pattern!r} leads to no .txt, .jsonl or .parquet file. Paths count from the config's folder, else from the current one."
     )
 
 

@@ -1200,7 +1200,7 @@ def test_experts_that_are_gone_are_named(out, data):
         tune(out, named, Settings(steps=1, tokens_per_step=96, distil=True))
     assert str(caught.value).startswith("--distil needs the dense experts, and one cannot be had: ")
     assert str(caught.value).endswith(
-        "Paths in moemerge_config.yaml count from the folder that it was merged in; without that option none is needed."
+        "Paths in moemerge_config.yaml count from its folder, else from the current one; without that option none is needed."
     )
     assert tune(out, named, FEW).improved
     config.unlink()

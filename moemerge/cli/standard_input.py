@@ -1,0 +1,41 @@
+"""Standard input in place of a file, where a command line says `-`."""
+
+import atexit
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from moemerge.errors import RefusedError
+
+STANDARD_INPUT: Final = "-"
+"""What stands for standard input on a command line."""
+
+
+def read_standard_input() -> str:
+    """Read all of standard input, as UTF-8.
+
+    Raises:
+        RefusedError: it is other bytes.
+    """
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RefusedError("standard input: is not text in UTF-8.") from error
+
+
+def path_of(given: str) -> str:
+    """A path of the command line; for `-`, that of a file with standard input, which is gone when the process ends."""
+    return str(_copied_input()) if given == STANDARD_INPUT else given
+
+
+@lru_cache(1)
+def _copied_input() -> Path:
+    """Read standard input into a file, once: JSON lines if it begins with a brace, else text."""
+    text = read_standard_input()
+    folder = tempfile.TemporaryDirectory(prefix="moemerge-")
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / f"standard-input{'.jsonl' if text.lstrip().startswith('{') else '.txt'}"
+    path.write_text(text, encoding="utf-8")
+    return path

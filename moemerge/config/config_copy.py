@@ -1,0 +1,55 @@
+"""The text of a config in a merged model's folder: as it was written, with paths that lead from that folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moemerge.config.local_paths import path_values, paths_from, replaced
+from moemerge.config.schema import MergeConfig
+from moemerge.config.yaml_text import Place, YamlTextError, read_yaml
+
+
+def text_for(config: MergeConfig, folder: Path) -> str:
+    """Write a config for another folder: relative paths that lead somewhere here count from `folder` there.
+
+    Comments and order stay; only the paths are written again.
+    """
+    text = config.text
+    document, root = read_yaml(text)
+    moved = paths_from(config.model_dump(by_alias=True), folder)
+    changes = {place: value for place, given, _ in path_values(document) if (value := _text_at(moved, place)) != given}
+    edits: dict[tuple[int, int], str] = {}
+    for place, value in changes.items():
+        node = _node(root, place)
+        if isinstance(node, yaml.ScalarNode):
+            end = "\n" if text[: node.end_mark.index].endswith("\n") else ""
+            edits[node.start_mark.index, node.end_mark.index] = json.dumps(value, ensure_ascii=False) + end
+    for (start, stop), value in sorted(edits.items(), reverse=True):
+        text = text[:start] + value + text[stop:]
+    wanted = replaced(document, changes)
+    try:
+        if read_yaml(text)[0] == wanted:
+            return text
+    except YamlTextError:
+        pass
+    return yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)  # an anchor or a merge key was in the way
+
+
+def _text_at(value: Any, place: Place) -> str:
+    for step in place:
+        value = value[step]
+    return str(value[0] if isinstance(value, list) else value)
+
+
+def _node(node: Any, place: Place) -> yaml.Node | None:
+    """The node at a place; None where an alias or a merge key leads elsewhere."""
+    for step in place:
+        if isinstance(node, yaml.MappingNode):
+            node = next((value for key, value in node.value if key.value == step), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+        else:
+            return None
+    return node if isinstance(node, yaml.Node) else None

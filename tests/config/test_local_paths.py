@@ -1,0 +1,129 @@
+"""Paths in a config: variables, the folder they count from, and the copy of the config beside a merged model."""
+
+import os
+
+import pytest
+import yaml
+
+from moemerge import ConfigError, load_config
+from moemerge.config.config_copy import text_for
+
+TEXT = """\
+# Kept: a comment, é, 𝄞.
+base_model: models/base
+experts:
+  - source_model: 'models/fox'   # the animal
+    positive_texts: texts/*.txt
+  - {source_model: acme/owl+models/poems, positive_texts: [texts, "hf://datasets/acme/owls:train#text"]}
+router: {calibration_texts: texts/**/*.txt, load_prior: [1, 1]}
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with models, texts and a config, beside the current one."""
+    home = tmp_path / "project"
+    for name in ("base", "fox", "poems"):
+        (home / "models" / name).mkdir(parents=True)
+    (home / "texts").mkdir()
+    (home / "texts" / "a.txt").write_text("fox")
+    (home / "merge.yaml").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return home
+
+
+def paths(config):
+    return [
+        config.base_model,
+        *(expert.source_model for expert in config.experts),
+        *(text for expert in config.experts for text in expert.positive_texts),
+        *config.router.calibration_texts,
+    ]
+
+
+def test_relative_paths_count_from_the_config_s_folder_if_they_lead_somewhere_there(project):
+    assert paths(load_config("../project/merge.yaml")) == [
+        "../project/models/base",
+        "../project/models/fox",
+        "acme/owl+../project/models/poems",
+        "../project/texts/*.txt",
+        "../project/texts",
+        "hf://datasets/acme/owls:train#text",
+        "../project/texts/**/*.txt",
+    ]
+
+
+def test_else_from_the_current_folder(project, tmp_path):
+    (project / "models").rename(project / "moved")
+    (tmp_path / "here" / "models").symlink_to(project / "moved")
+    config = load_config(project / "merge.yaml")
+    assert (config.base_model, config.experts[1].source_model) == ("models/base", "acme/owl+models/poems")
+    assert config.experts[0].positive_texts == ["../project/texts/*.txt"]
+
+
+def test_a_config_in_the_current_folder_keeps_its_paths_as_they_are_written(project, monkeypatch):
+    monkeypatch.chdir(project)
+    assert paths(load_config("merge.yaml"))[:3] == ["models/base", "models/fox", "acme/owl+models/poems"]
+
+
+def test_a_folder_with_brackets_is_no_pattern(project, tmp_path):
+    (tmp_path / "[x]").mkdir()
+    (project / "texts").rename(tmp_path / "[x]" / "texts")
+    (tmp_path / "[x]" / "merge.yaml").write_text(TEXT, encoding="utf-8")
+    assert load_config("../[x]/merge.yaml").experts[1].positive_texts[0] == "../[x]/texts"
+
+
+def test_variables_and_home_are_replaced(project, monkeypatch):
+    monkeypatch.setenv("HOME", str(project))
+    monkeypatch.setenv("MODELS", str(project / "models"))
+    text = "base_model: ~/models/base\nexperts: [{source_model: $MODELS/fox}, {source_model: '${MODELS}/poems'}]\n"
+    assert paths(load_config(text)) == [str(project / "models" / name) for name in ("base", "fox", "poems")]
+
+
+def test_a_variable_that_is_not_set_is_named_with_its_line(project):
+    (project / "merge.yaml").write_text(TEXT.replace("'models/fox'", "$FOXES/fox"), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_config("../project/merge.yaml")
+    assert error.value.problems == (
+        "line 4: experts[0].source_model: the variable $FOXES is not set, found '$FOXES/fox'",
+    )
+
+
+def test_the_copy_leads_to_the_same_models_from_anywhere(project, monkeypatch):
+    config = load_config("../project/merge.yaml")
+    out = project / "results" / "out"
+    out.mkdir(parents=True)
+    text = text_for(config, out)
+    assert text == (
+        TEXT.replace("models/base", '"../../models/base"')
+        .replace("'models/fox'", '"../../models/fox"')
+        .replace("acme/owl+models/poems", '"acme/owl+../../models/poems"')
+        .replace("texts/*.txt", '"../../texts/*.txt"')
+        .replace("[texts,", '["../../texts",')
+        .replace("texts/**/*.txt", '"../../texts/**/*.txt"')
+    )
+    (out / "copy.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir("/")
+    found = paths(load_config(out / "copy.yaml"))
+    places = [path.rpartition("+")[2] for path in found if not path.startswith("hf")]
+    assert [os.path.realpath(path) for path in places] == [
+        os.path.realpath(project / path)
+        for path in ("models/base", "models/fox", "models/poems", "texts/*.txt", "texts", "texts/**/*.txt")
+    ]
+
+
+def test_what_leads_nowhere_here_is_copied_as_it_is(project):
+    text = "base_model: acme/base\nexperts: [{source_model: /nowhere/fox}, {source_model: owl}]\n"
+    assert text_for(load_config(text), project) == text
+
+
+def test_a_copy_whose_paths_stand_in_anchors_is_written_anew(project, monkeypatch):
+    monkeypatch.chdir(project)
+    text = "base_model: &m models/base\nexperts:\n  - source_model: *m\n  - source_model: >\n      models/fox\n"
+    (project / "merge.yaml").write_text(text.replace(">\n", ">-\n"))
+    copy = text_for(load_config("merge.yaml"), project / "texts")
+    assert yaml.safe_load(copy) == {
+        "base_model": "../models/base",
+        "experts": [{"source_model": "../models/base"}, {"source_model": "../models/fox"}],
+    }
