@@ -1,97 +1,108 @@
-"""Progress for people who wait: bars with bytes and rates on a terminal, a line for every tenth elsewhere."""
+"""Progress for people who wait: bars with the time left on a terminal, elsewhere a line every ten seconds."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from moemerge.checkpoint.disk import shown_bytes as size
-from moemerge.merging.options import Progress as Report
-from moemerge.merging.options import Stage
 
-_LINES: Final = 10
+Report = Callable[[str, int, int], None]
+"""A function that is called with what is being done, the amount done and the total."""
+_SECONDS: Final = 10.0
+# Whose amounts are bytes; others are counted.
+_WEIGHTS: Final = "weights"
 
 
 @contextmanager
 def show_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
-    """A context with a progress callback for `merge`."""
+    """A context with a progress callback for stages that may go on side by side: each has its own bar."""
+    with _show(console, quiet=quiet, together=False) as report:
+        yield report
+
+
+@contextmanager
+def show_work(console: Console, *, quiet: bool) -> Iterator[Report]:
+    """A context with a progress callback for one piece of work: one bar, which says what is being done."""
+    with _show(console, quiet=quiet, together=True) as report:
+        yield report
+
+
+@contextmanager
+def show_steps(console: Console, *, quiet: bool) -> Iterator[Report]:
+    """A context with a progress callback that shows bars on a terminal, and nothing elsewhere."""
+    with _show(console, quiet=quiet or not console.is_terminal, together=False) as report:
+        yield report
+
+
+@contextmanager
+def _show(console: Console, *, quiet: bool, together: bool) -> Iterator[Report]:
     if quiet:
-        yield lambda _stage, _done, _total: None
+        yield lambda _what, _done, _total: None
     elif console.is_terminal:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[amount]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
-            yield _Bars(bars).report
+        with Progress(*columns, console=console) as bars:
+            yield _Bars(bars, together=together).report
     else:
         yield _Lines(console).report
 
 
-@contextmanager
-def show_layers(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A context with a progress callback for models that run one after the other, layer by layer."""
-    if quiet:
-        yield lambda _name, _done, _total: None
-    elif console.is_terminal:
-        with Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(), console=console
-        ) as bars:
-            tasks: dict[str, TaskID] = {}
+class Pace:
+    """How fast a piece of work goes on: the amount done, its rate, and the time left."""
 
-            def report(name: str, done: int, total: int) -> None:
-                if name not in tasks or (done == 1 and bars.tasks[tasks[name]].finished):
-                    tasks[name] = bars.add_task(name, total=total)
-                bars.update(tasks[name], completed=done)
+    def __init__(self, what: str, done: int) -> None:
+        self._what, self._first, self._start = what, done, time.monotonic()
+        self._ended: float | None = None
 
-            yield report
-    else:
-        yield lambda name, done, total: console.print(f"{name}: {total} layers") if done == total else None
-
-
-@contextmanager
-def show_steps(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A context with a progress callback for steps: it shows a bar on a terminal, and nothing elsewhere."""
-    if quiet or not console.is_terminal:
-        yield lambda _name, _done, _total: None
-    else:
-        with show_layers(console, quiet=False) as report:
-            yield report
+    def amount(self, done: int, total: int) -> str:
+        """Say in words how much is done, and how long the rest takes, or how long all of it took."""
+        now = time.monotonic()
+        if done >= total:
+            self._ended = self._ended or now
+            whole = size(total) if self._what == _WEIGHTS else f"{total}"
+            return f"{whole} in {_clock(self._ended - self._start)}"
+        self._ended = None
+        seconds, new = now - self._start, done - self._first
+        left = f", {_clock(seconds * (total - done) / new)} left" if new > 0 else ""
+        if self._what != _WEIGHTS:
+            return f"{done} of {total}{left}"
+        return f"{size(done)} of {size(total)}, {size(new / max(seconds, 1e-9))}/s{left}"
 
 
-class _Amount:
-    """Describes the amount done in words: layers, or bytes with their rate."""
-
-    def __init__(self, stage: Stage, done: int) -> None:
-        self._stage, self._first, self._start = stage, done, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> str:
-        if self._stage != "weights":
-            return f"layer {done} of {total}"
-        rate = (done - self._first) / max(time.monotonic() - self._start, 1e-9)
-        return f"{size(done)} of {size(total)}, {size(rate)}/s"
+def _clock(seconds: float) -> str:
+    """Format a time as `42 s`, or as hours, minutes and seconds from a minute on."""
+    return f"{seconds:.0f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))  # noqa: PLR2004
 
 
 class _Bars:
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._tasks: dict[Stage, tuple[TaskID, _Amount]] = {}
+    """Bars on a terminal: one for each piece of work, or one for all."""
 
-    def report(self, stage: Stage, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, amount=""), _Amount(stage, done)
-        task, amount = self._tasks[stage]
-        self._bars.update(task, completed=done, amount=amount(done, total))
+    def __init__(self, bars: Progress, *, together: bool) -> None:
+        self._bars, self._together = bars, together
+        self._tasks: dict[str, tuple[TaskID, Pace]] = {}
+
+    def report(self, what: str, done: int, total: int) -> None:
+        key = "" if self._together else what
+        known = self._tasks.get(key)
+        if known is None or (done <= 1 and self._bars.tasks[known[0]].finished):  # the same work once more
+            known = self._tasks[key] = self._bars.add_task(what, total=total, amount=""), Pace(what, done)
+        task, pace = known
+        self._bars.update(task, description=what, completed=done, total=total, amount=pace.amount(done, total))
 
 
 class _Lines:
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._stages: dict[Stage, tuple[int, _Amount]] = {}
+    """Lines in a log: at most one every ten seconds."""
 
-    def report(self, stage: Stage, done: int, total: int) -> None:
-        tenth = done * _LINES // max(total, 1)
-        shown, amount = self._stages.get(stage) or (0, _Amount(stage, done))
-        self._stages[stage] = max(tenth, shown), amount
-        if tenth > shown:
-            self._console.print(f"{stage}: {amount(done, total)}")
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, time.monotonic()
+        self._paces: dict[str, Pace] = {}
+
+    def report(self, what: str, done: int, total: int) -> None:
+        pace = self._paces.setdefault(what, Pace(what, done))
+        if time.monotonic() - self._last >= _SECONDS:
+            self._last = time.monotonic()
+            self._console.print(f"{what}: {pace.amount(done, total)}")

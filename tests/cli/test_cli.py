@@ -22,7 +22,6 @@ from moemerge.cli import main
 from moemerge.cli.console import _ConsoleHandler, explain_error, stoppable
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
 from moemerge.cli.merging import merge_models
-from moemerge.cli.progress import show_progress, show_steps
 from moemerge.errors import RefusedError
 from tests.support.models import edit_json, make_model, write_config
 
@@ -410,15 +409,6 @@ def test_a_killed_merge_leaves_nothing_that_looks_finished_and_the_next_run_clea
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yaml", "out"]
 
 
-def test_bars_show_layers_and_bytes_on_a_terminal():
-    screen = io.StringIO()
-    with show_progress(Console(file=screen, force_terminal=True, width=100), quiet=False) as progress:
-        progress("routers", 3, 3)
-        progress("weights", 2_000_000, 2_000_000)
-    assert "layer 3 of 3" in screen.getvalue()
-    assert "2.00 MB of 2.00 MB" in screen.getvalue()
-
-
 def test_memory_that_runs_out_is_said_so():
     assert explain_error(MemoryError()) == ("error: memory ran out. `moemerge plan` says how much a merge needs.", 1)
     message, status = explain_error(KeyError("x"))
@@ -501,13 +491,3 @@ def test_what_is_logged_is_shown(level, told):
     console = Console(file=io.StringIO())
     _ConsoleHandler(console).emit(logging.LogRecord("moemerge.test", level, "", 0, "x", (), None))
     assert console.file.getvalue() == told
-
-
-def test_layers_that_are_run_are_bars_on_a_terminal():
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    with show_steps(console, quiet=False) as report:
-        for name, done in (("fox", 1), ("fox", 2), ("fox", 1), ("code", 1)):
-            report(name, done, 2)
-    shown = console.file.getvalue()
-    assert shown.count("fox") >= 2  # run again, it has a new bar
-    assert "code" in shown
