@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import merge, plan_merge
 from moemerge.dtypes import ComputeDtype
-from moemerge.evaluation.measuring import Texts
+from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel, open_mixture
 from moemerge.evaluation.running import Choice, run_model
 from moemerge.passes.compute_dtype import Compute

@@ -27,8 +27,9 @@ from moemerge import merge, plan_merge
 from moemerge.chats import Document
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig
+from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import BASE, MERGED, ORACLE, SOUP, UNIFORM, Sums, recovered
-from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
+from moemerge.evaluation.model_runs import RoutingTally, Runs
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.routers.initialisation import init_routers

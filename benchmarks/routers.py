@@ -28,8 +28,9 @@ from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import ComputeDtype, DType
+from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, estimate, recovered
-from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
+from moemerge.evaluation.model_runs import RoutingTally, Runs
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, by_transformers, cut_windows

@@ -21,8 +21,9 @@ from table import machine
 
 from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
+from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import MERGED, ORACLE, UNIFORM, estimate, recovered
-from moemerge.evaluation.measuring import RoutingTally, Runs, Texts
+from moemerge.evaluation.model_runs import RoutingTally, Runs
 from moemerge.evaluation.runnable import Runnable, forced, open_mixture, uniform
 from moemerge.passes.compute_dtype import Compute
 from moemerge.texts.documents import read_documents

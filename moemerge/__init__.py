@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from moemerge.evaluation.figures import Estimate, Evaluation
     from moemerge.evaluation.routes.traced import Routes, TracedText
     from moemerge.evaluation.routes.tracer import trace_routes
+    from moemerge.evaluation.settings import EvaluationSettings
     from moemerge.merging.merger import merge
     from moemerge.merging.options import MergeOptions
     from moemerge.planning.options import PlanOptions
@@ -57,6 +58,7 @@ __all__ = [
     "Difference",
     "Estimate",
     "Evaluation",
+    "EvaluationSettings",
     "IncompatibleError",
     "Inspection",
     "MergeConfig",
@@ -92,6 +94,7 @@ _HOMES = {
     "Difference": "checks.files:Difference",
     "Estimate": "evaluation.figures:Estimate",
     "Evaluation": "evaluation.figures:Evaluation",
+    "EvaluationSettings": "evaluation.settings:EvaluationSettings",
     "Inspection": "checks.inspection:Inspection",
     "MergeConfig": "config.schema:MergeConfig",
     "MergeOptions": "merging.options:MergeOptions",

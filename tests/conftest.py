@@ -1,11 +1,20 @@
 """Models that many tests share, built once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.hub_world import machine, world  # noqa: F401  fixtures
 from tests.support.models import make_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_losses_of_other_runs(tmp_path_factory) -> Iterator[None]:
+    """Keeps losses that `moemerge eval` keeps in a folder of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

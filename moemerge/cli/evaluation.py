@@ -1,13 +1,11 @@
-"""`moemerge eval` and what it prints: losses beside baselines, and what the routers do."""
+"""`moemerge eval`: merged models on held-out text, beside what they are made of."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
 from moemerge.cli.grouping import grouped
@@ -25,9 +23,7 @@ from moemerge.cli.standard_input import path_of
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from moemerge.evaluation.figures import Evaluation
-
-_LARGEST_LOSS: Final = math.log(1e6)
+    from moemerge.evaluation.figures import Estimate, Evaluation
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,29 @@ class MeasuringOptions:
     ] = False
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192
     window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="Run dense models again whose losses on this text are kept.")
+    ] = False
     chat_roles: ChatRoles = ROLES_OF_CHATS
     device: Device = "auto"
     compute_dtype: ComputeIn = "auto"
 
 
+@dataclass(frozen=True)
+class ReportingOptions:
+    """Options for what is said of the result, and where."""
+
+    update_card: Annotated[bool, typer.Option("--update-card", help="Write the result into the model card.")] = False
+    explain: Annotated[bool, typer.Option("--explain", help="Say what the rows and columns of the tables are.")] = False
+    json: Json = False
+
+
 @grouped
 def evaluate(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    out: Annotated[
+        list[Path],
+        typer.Argument(metavar="OUT...", help="A merged model's folder, or several to compare.", show_default=False),
+    ],
     *,
     data: Annotated[
         list[str],
@@ -59,45 +70,64 @@ def evaluate(
     ],
     measuring: MeasuringOptions,
     cache_dir: CacheDir = None,
-    update_card: Annotated[bool, typer.Option("--update-card", help="Write the result into the model card.")] = False,
-    json: Json = False,
+    reporting: ReportingOptions,
     messages: VerboseMessageOptions,
 ) -> None:
     """Compare a merged model's loss on held-out text with those of its base, its experts and simpler mixtures."""
     with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
-        from dataclasses import asdict
-
         from moemerge.model_card.card import read_card, update_evaluation
 
-        if update_card:
-            read_card(out)  # before what takes minutes
-        found = _measure(console, out, data, measuring, quiet=messages.quiet)
-        if json:
-            print_json(asdict(found))
-        else:
-            print_evaluation(stdout(), found, by_layer=messages.verbose > 0)
-        for note in () if messages.quiet else found.notes:
+        for folder in out if reporting.update_card else ():
+            read_card(folder)  # before what takes minutes
+        found, differences = _measure(console, out, data, measuring, quiet=messages.quiet)
+        _report(found, differences, reporting, by_layer=messages.verbose > 0)
+        for note in () if messages.quiet else dict.fromkeys(note for one in found for note in one.notes):
             console.print(f"note: {note}", style="yellow")
-        if update_card:  # last: what took minutes is not lost with the card
-            update_evaluation(out, found)
-            console.print(f"{out / 'README.md'}: updated")
+        for folder, one in zip(out, found, strict=True) if reporting.update_card else ():
+            update_evaluation(folder, one)  # last: what took minutes is not lost with the card
+            console.print(f"{folder / 'README.md'}: updated")
 
 
-def _measure(console: Console, out: Path, data: list[str], measuring: MeasuringOptions, *, quiet: bool) -> "Evaluation":
-    """Evaluate the model, and show how far that is."""
-    from moemerge.cli.progress import show_layers
-    from moemerge.evaluation.evaluator import evaluate as run
+def _report(
+    found: "list[Evaluation]", differences: "list[Estimate | None]", reporting: ReportingOptions, *, by_layer: bool
+) -> None:
+    from dataclasses import asdict
 
-    with show_layers(console, quiet=quiet) as progress:
-        return run(
+    from moemerge.cli.evaluation_report import print_differences, print_evaluation
+
+    if reporting.json:
+        facts = [asdict(one) for one in found]
+        print_json(facts[0] if len(facts) == 1 else facts)
+        return
+    for number, one in enumerate(found):
+        if len(found) > 1:
+            stdout().print(f"{'' if number == 0 else chr(10)}{one.model}")
+        print_evaluation(stdout(), one, by_layer=by_layer, explain=reporting.explain and number == len(found) - 1)
+    print_differences(stdout(), found, differences)
+
+
+def _measure(
+    console: Console, out: list[Path], data: list[str], measuring: MeasuringOptions, *, quiet: bool
+) -> "tuple[list[Evaluation], list[Estimate | None]]":
+    """Evaluate the models, and show how far that is."""
+    from moemerge.cli.progress import show_work
+    from moemerge.evaluation.evaluator import compare
+    from moemerge.evaluation.kept_losses import default_folder
+    from moemerge.evaluation.settings import EvaluationSettings
+
+    with show_work(console, quiet=quiet) as progress:
+        return compare(
             out,
             by_name(data),
-            baselines=measuring.baselines,
-            tokens=measuring.max_tokens,
-            window=measuring.window,
-            roles=named_roles(measuring.chat_roles),
-            device=measuring.device,
-            compute_dtype=measuring.compute_dtype,
+            EvaluationSettings(
+                baselines=measuring.baselines,
+                tokens=measuring.max_tokens,
+                window=measuring.window,
+                roles=named_roles(measuring.chat_roles),
+                device=measuring.device,
+                compute_dtype=measuring.compute_dtype,
+                kept_losses=None if measuring.rerun else default_folder(),
+            ),
             progress=stoppable(progress),
             announce=announcer(console, quiet=quiet),
         )
@@ -116,53 +146,3 @@ def by_name(data: list[str]) -> dict[str, list[str]]:
             raise RefusedError(f"--data: expected NAME=PATH, such as code=code.txt, found {given!r}.")
         named.setdefault(name, []).append(path_of(path))
     return named
-
-
-def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool) -> None:
-    """Print losses by model and domain, what choosing experts recovers, and the routers' choices."""
-    console.print(f"Loss in nats per token (perplexity) in {found.dtype}, lower is better:")
-    table = Table("", *(domain.name for domain in found.domains), "mean", box=None, header_style="")
-    for model, losses in found.losses.items():
-        cells = [_loss(losses[d.name].value) if d.name in losses else "-" for d in found.domains]
-        table.add_row(model, *cells, _loss(found.mean_losses[model]) if model in found.mean_losses else "-")
-    console.print(table)
-    console.print(
-        "tokens: "
-        + ", ".join(f"{d.name} {d.tokens} of {d.documents} of {d.available} documents" for d in found.domains)
-    )
-    if found.recovered_mean:
-        mean = found.recovered_mean
-        parts = [f"{name} {part.value:.2f}" for name, part in found.recovered.items()]
-        console.print(
-            "Recovered of what choosing the right expert gains over mixing all alike: "
-            f"{mean.value:.2f}{mean.interval}; {', '.join(parts)}"
-        )
-    console.print("Routing, averaged over layers:")
-    table = Table(
-        "",
-        "right first",
-        f"right in {found.experts_per_token}",
-        *(f"to {name}" for name in found.experts),
-        "entropy",
-        "first's weight",
-        box=None,
-        header_style="",
-    )
-    for name, routing in found.routing.items():
-        right = ["-" if share is None else f"{share:.1%}" for share in (routing.accuracy, routing.hit_rate)]
-        loads = [f"{share:.1%}" for share in routing.load]
-        table.add_row(name, *right, *loads, f"{routing.entropy:.2f}", f"{routing.top_weight:.2f}")
-    console.print(table)
-    if by_layer:
-        for name, routing in found.routing.items():
-            console.print(f"Load by layer, {name}:")
-            table = Table("layer", *found.experts, box=None, header_style="")
-            for layer, loads_of in zip(found.layers, routing.load_by_layer, strict=True):
-                table.add_row(str(layer), *(f"{share:.0%}" for share in loads_of))
-            console.print(table)
-
-
-def _loss(value: float) -> str:
-    """Format a loss with its perplexity, which is cut at 1e6: a model that predicts nothing has a page of digits."""
-    perplexity = f"{math.exp(value):.2f}" if value < _LARGEST_LOSS else "over 1e6"
-    return f"{value:.3f} ({perplexity})"

@@ -70,10 +70,10 @@ def show_routes(
             from moemerge.evaluation.routes.page import check_page
 
             check_page(html)
-        from moemerge.cli.progress import show_layers
+        from moemerge.cli.progress import show_work
         from moemerge.evaluation.routes.tracer import trace_routes
 
-        with show_layers(console, quiet=quiet) as progress:
+        with show_work(console, quiet=quiet) as progress:
             report = stoppable(progress)
             routes = trace_routes(
                 out,

@@ -4,28 +4,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moemerge.chats import COUNTED_ROLES, Document
-from moemerge.dtypes import ComputeDtype
+import numpy as np
+
+from moemerge.chats import Document
 from moemerge.errors import RefusedError
-from moemerge.evaluation.figures import Evaluation
+from moemerge.evaluation.figures import Estimate, Evaluation, Sums, difference
+from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.texts.documents import find_files, hub_revisions, read_documents
 
 __all__ = ["Evaluation", "evaluate"]
 
 Progress = Callable[[str, int, int], None]
-"""Called with the model that runs, its layers done and all there are."""
+"""Called with what is being done, as `3 of 8: label oracle`, and the layers of all models, done and in total."""
 
 
 def evaluate(
     folder: Path | str,
     data: Mapping[str, Sequence[str]],
+    settings: EvaluationSettings = EvaluationSettings(),
     *,
-    baselines: bool = False,
-    tokens: int = 8192,
-    window: int = 512,
-    roles: Sequence[str] = COUNTED_ROLES,
-    device: str = "auto",
-    compute_dtype: ComputeDtype = "auto",
     progress: Progress = lambda _name, _done, _total: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
@@ -37,12 +34,7 @@ def evaluate(
         folder: the folder of the merged model.
         data: files, folders or patterns of documents, or data sets on the Hub, by the name of their domain. A
             domain with the name of an expert is that expert's.
-        baselines: whether to run the weight average, the uniform mixture and the label oracle too.
-        tokens: how many tokens of each domain are read.
-        window: the length of the pieces that text is read in, in tokens.
-        roles: whose messages of chats count.
-        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-        compute_dtype: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU.
+        settings: what is run, over how much text, and on which device.
         progress: called as the work goes on.
         announce: called with a line about each step that takes long.
 
@@ -53,22 +45,36 @@ def evaluate(
         CheckpointError: files of the merged model are damaged, or its numbers are not finite.
         RouterError: the device or the tokenizer cannot be used.
     """
+    (found,), _ = compare([folder], data, settings, progress=progress, announce=announce)
+    return found
+
+
+def compare(
+    folders: Sequence[Path | str],
+    data: Mapping[str, Sequence[str]],
+    settings: EvaluationSettings = EvaluationSettings(),
+    *,
+    progress: Progress = lambda _name, _done, _total: None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Evaluation], list[Estimate | None]]:
+    """Evaluate several merged models on the same text, as `evaluate` does one.
+
+    Returns:
+        The evaluations, and for each model after the first how much higher its loss is than the first's, averaged over
+        domains, on the same documents; None where it reads other tokens.
+    """
     documents = read_domains(data)
     from moemerge.evaluation.measuring import measure  # imports torch and transformers
 
-    found = measure(
-        folder,
-        documents,
-        baselines=baselines,
-        tokens=tokens,
-        window=window,
-        roles=roles,
-        device=device,
-        compute_dtype=compute_dtype,
-        progress=progress,
-        announce=announce,
-    )
-    return replace(found, notes=(*found.notes, *revision_notes(data)))
+    measured = [measure(folder, documents, settings, progress, announce) for folder in folders]
+    notes = revision_notes(data)
+    found = [replace(evaluation, notes=(*evaluation.notes, *notes)) for evaluation, _ in measured]
+    first = measured[0][1]
+    return found, [difference(sums, first) if _same_tokens(sums, first) else None for _, sums in measured[1:]]
+
+
+def _same_tokens(one: Mapping[str, Sums], other: Mapping[str, Sums]) -> bool:
+    return all(np.array_equal(sums[:, 1], other[domain][:, 1]) for domain, sums in one.items())
 
 
 def revision_notes(data: Mapping[str, Sequence[str]]) -> list[str]:

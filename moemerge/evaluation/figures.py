@@ -12,13 +12,15 @@ _RESAMPLINGS: Final = 1000
 _INTERVAL: Final = (2.5, 97.5)
 FEWEST_DOCUMENTS: Final = 5
 """Fewest documents that get an interval."""
-# Differences in nats per token below which choosing experts is no different from mixing them all.
-_NO_GAIN: Final = 0.005
+NO_GAIN: Final = 0.005
+"""Difference in nats per token below which two losses say nothing."""
 MERGED: Final = "merged"
 UNIFORM: Final = "uniform mixture"
 ORACLE: Final = "label oracle"
 SOUP: Final = "weight average"
 BASE: Final = "base"
+EXPERT: Final = "expert "
+"""How the name of a dense expert begins; the expert's own name follows."""
 
 Sums = NDArray[np.float64]
 """Sums by document (document, 2): loss in nats over its tokens, and their number."""
@@ -131,7 +133,7 @@ def recovered(losses: Mapping[str, Mapping[str, Sums]], domains: Sequence[str]) 
     (merged, drawn), (uniform, uniforms), (oracle, oracles) = (
         _mean(losses[model], domains) for model in (MERGED, UNIFORM, ORACLE)
     )
-    if uniform - oracle < _NO_GAIN:
+    if uniform - oracle < NO_GAIN:
         return None
     gains = np.maximum(uniforms - oracles, 1e-12)
     fewest = min(len(losses[MERGED][domain]) for domain in domains)

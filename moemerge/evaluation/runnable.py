@@ -1,5 +1,6 @@
 """Models that can be run: stored ones, or ones made of stored models while they run, never written to the disk."""
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from moemerge.checkpoint.files import fingerprint_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.numbers import read_rows
 from moemerge.checkpoint.unreadable import reasons
@@ -39,6 +41,8 @@ class Runnable:
     """A function from a name to the tensor's values on the CPU, in the dtype that they are stored in."""
     embeddings: Callable[[list[int]], torch.Tensor]
     """A function that reads rows (token, hidden) of the token embeddings."""
+    identity: str = ""
+    """A value that any other model or a change of its files changes; empty where it is not known."""
 
     @property
     def layers(self) -> int:
@@ -180,7 +184,16 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Ru
     if problems := sorted(f"{tensor} {reason}" for tensor, reason in lost.items() if tensor in needed):
         raise IncompatibleError(f"{reference}: cannot be run:", problems)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in lost}
-    return stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)
+    made = stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)
+    return replace(made, identity=_identity(dense.class_keys, tensors))
+
+
+def _identity(keys: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    try:
+        files = sorted((str(tensor.path), str(fingerprint_of(tensor.path))) for tensor in tensors.values())
+    except OSError:  # a file that went away is noticed when it is read
+        return ""
+    return hashlib.sha256(repr((sorted(keys.items()), sorted(tensors), files)).encode()).hexdigest()
 
 
 def stored(
@@ -229,7 +242,8 @@ def average(name: str, models: Sequence[Runnable]) -> Runnable | str:
     def rows(ids: list[int]) -> torch.Tensor:
         return torch.stack([model.embeddings(ids) for model in models]).mean(dim=0)
 
-    return replace(first, name=name, read=read, embeddings=rows)
+    known = [model.identity for model in models]
+    return replace(first, name=name, read=read, embeddings=rows, identity=f"mean of {known}" if all(known) else "")
 
 
 def uniform(model: MixtureModel) -> Runnable | str:

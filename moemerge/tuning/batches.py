@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Final
 
 from moemerge.errors import RefusedError
-from moemerge.evaluation.measuring import Texts
+from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.tokens import Window
 from moemerge.tuning.settings import Settings, SplitDocuments, distillation_weight

@@ -7,8 +7,8 @@ import torch
 
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError
+from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import estimate
-from moemerge.evaluation.measuring import Texts
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.evaluation.running import run_model
 from moemerge.passes.decoder import group

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from moemerge.checkpoint.disk import drafted
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import CheckpointError, RefusedError
-from moemerge.evaluation.measuring import Texts
+from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.evaluation.running import check_complete, run_model
 from moemerge.families.dense import DENSE_FAMILIES

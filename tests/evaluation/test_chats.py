@@ -14,6 +14,7 @@ from moemerge.evaluation.evaluator import evaluate, read_domains
 from moemerge.evaluation.figures import MERGED
 from moemerge.evaluation.routes.tracer import trace_routes
 from moemerge.evaluation.runnable import open_mixture
+from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.texts.documents import read_documents
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.settings import Settings, split_documents
@@ -47,7 +48,7 @@ def chats(tmp_path_factory) -> str:
 
 def test_the_loss_is_that_of_the_messages_that_count(out, chats):
     """Against transformers' own model, over the text that the template makes, summed over an assistant's tokens."""
-    found = evaluate(out, {"chat": [chats]}, roles=("assistant",), tokens=10**5)
+    found = evaluate(out, {"chat": [chats]}, EvaluationSettings(roles=("assistant",), tokens=10**5))
     model, tokens = load(out), tokenizer()
     total, count = 0.0, 0
     for chat in read_documents([Path(chats)]):
@@ -64,7 +65,7 @@ def test_the_loss_is_that_of_the_messages_that_count(out, chats):
         count += sum(inside[1:])
     assert found.domains[0].tokens == count
     assert found.losses[MERGED]["chat"].value == pytest.approx(total / count, rel=1e-4)
-    both = evaluate(out, {"chat": [chats]}, tokens=10**5)
+    both = evaluate(out, {"chat": [chats]}, EvaluationSettings(tokens=10**5))
     assert both.domains[0].tokens > count
 
 

@@ -22,6 +22,7 @@ from moemerge.evaluation.evaluator import evaluate
 from moemerge.evaluation.routes.tracing import trace
 from moemerge.evaluation.runnable import average, forced, open_dense, open_mixture, uniform
 from moemerge.evaluation.running import run_model
+from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.dense import read_dense
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.merging.options import MergeOptions
@@ -211,7 +212,7 @@ def data(tmp_path_factory) -> dict[str, list[str]]:
 
 
 def test_an_evaluation_holds_every_model_and_says_what_it_left_out(out, data):
-    found = evaluate(out, data, baselines=True, tokens=200, window=32)
+    found = evaluate(out, data, EvaluationSettings(baselines=True, tokens=200, window=32))
     assert list(found.losses) == [
         "merged", "base", "expert fox", "expert code", "expert chat", "uniform mixture", "weight average", "label oracle",
     ]  # fmt: skip
@@ -281,8 +282,14 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     given = [argument for name, (path,) in data.items() for argument in ("--data", f"{name}={path}")]
     code, printed, errors = run(["eval", copied, *given, "--max-tokens", 60, "--baselines", "-v"], monkeypatch, capsys)
     assert code == 0
-    assert printed.startswith("Loss in nats per token (perplexity) in float32, lower is better:\n")
+    verdict, heading, *_ = printed.splitlines()
+    assert re.match(
+        r"merged \d\.\d{3} nats per token: .*; weakest on \w+, 0\.\d{3} (above|below) its own expert; ", verdict
+    )
+    assert heading == "Loss in nats per token (perplexity) in float32; * is the lowest, label oracle aside:"
     assert re.search(r"merged +\d\.\d{3} \(\d+\.\d\d\)", printed)
+    assert len(re.findall(r"\)\*", printed)) == 4  # each text, and their mean
+    assert "Text that was read: fox: " in printed
     assert "Load by layer, fox:" in printed
     assert "note: other is not an expert's name" in errors
     before = (copied / "README.md").read_text()
@@ -351,14 +358,14 @@ def test_a_model_without_its_sources_is_evaluated_alone(tmp_path, out, data, mon
     config.write_text(
         config.read_text().replace(str(Path(json.loads(config.read_text())["base_model"]).parent), "/gone")
     )
-    found = evaluate(copied, data, tokens=40)
+    found = evaluate(copied, data, EvaluationSettings(tokens=40))
     assert list(found.losses) == ["merged"]
     assert found.notes[0].startswith("base, experts and their average are left out: /gone/base")
     config.unlink()
     os.mkfifo(config)  # which is not waited for
-    assert evaluate(copied, data, tokens=40).experts == ("0", "1", "2")
+    assert evaluate(copied, data, EvaluationSettings(tokens=40)).experts == ("0", "1", "2")
     config.unlink()
-    found = evaluate(copied, data, tokens=40)
+    found = evaluate(copied, data, EvaluationSettings(tokens=40))
     assert found.experts == ("0", "1", "2")
     assert f"{copied} does not say what it was merged from: base and experts are left out" in found.notes
 
@@ -395,7 +402,7 @@ def test_a_checkpoint_without_a_norm_or_a_layer_is_refused(tmp_path, out, data, 
     tensors = {n: t for n, t in load_file(copied / "model.safetensors").items() if lacking not in n}
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=problem):
-        evaluate(copied, data, tokens=40)
+        evaluate(copied, data, EvaluationSettings(tokens=40))
 
 
 def test_a_router_that_is_not_finite_is_refused(tmp_path, out, data):
@@ -404,7 +411,7 @@ def test_a_router_that_is_not_finite_is_refused(tmp_path, out, data):
     tensors["model.layers.1.block_sparse_moe.gate.weight"][2, 3] = math.nan
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError) as caught:
-        evaluate(copied, data, tokens=40)
+        evaluate(copied, data, EvaluationSettings(tokens=40))
     assert str(caught.value) == (
         f"{copied}: model.layers.1.block_sparse_moe.gate.weight holds 1 number that is infinite or NaN, at [2, 3]."
     )
@@ -571,7 +578,9 @@ def test_a_mixture_whose_experts_are_absent_somewhere_has_no_uniform_one(tmp_pat
     document = {"base_model": str(folders[0]), "gate_mode": "random", "architecture": "glm4_moe", "experts": experts}
     merge(plan_merge(parse_config(json.dumps(document))), tmp_path / "out")
     (tmp_path / "fox.txt").write_text(LINES[0])
-    found = evaluate(tmp_path / "out", {"fox": [str(tmp_path / "fox.txt")]}, baselines=True, tokens=30)
+    found = evaluate(
+        tmp_path / "out", {"fox": [str(tmp_path / "fox.txt")]}, EvaluationSettings(baselines=True, tokens=30)
+    )
     assert "uniform mixture" not in found.losses
     assert "experts are absent from some layers, so there is no uniform mixture of all" in found.notes
     assert "label oracle" in found.losses
@@ -585,7 +594,7 @@ def test_an_expert_that_lacks_a_token_is_left_out(tmp_path, out, data, models):
     small = make_model(tmp_path / "small", 2, vocab_size=20)
     config = copied / "moemerge_config.yaml"
     config.write_text(config.read_text().replace(str(models[2]), str(small)))
-    found = evaluate(copied, data, tokens=40, baselines=True)
+    found = evaluate(copied, data, EvaluationSettings(tokens=40, baselines=True))
     assert "expert small" not in found.losses
     assert "expert chat" in found.losses
     assert any(note.startswith("expert small is left out: ") and "has 20 rows" in note for note in found.notes)
@@ -631,7 +640,7 @@ def test_finite_weights_that_overflow_are_refused(tmp_path, out, data):
         tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"] *= 1e38
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError) as caught:
-        evaluate(copied, data, tokens=40)
+        evaluate(copied, data, EvaluationSettings(tokens=40))
     assert str(caught.value) == (
         f"{copied}: its numbers overflow in layer 1, whose weights are finite: they grow beyond 3.4e+38, the largest that "
         "float32 holds."
@@ -683,7 +692,7 @@ def test_baselines_that_are_damaged_are_left_out(tmp_path, data):
     damage(models[1], attention, (3, 5))
     damage(out, ffn, (3, 5))
     damage(out, "model.layers.1.mlp.gate.e_score_correction_bias", (0,), -100.0)
-    found = evaluate(out, data, tokens=40, baselines=True)
+    found = evaluate(out, data, EvaluationSettings(tokens=40, baselines=True))
     assert set(found.losses) == {"merged", "base", "expert code", "expert chat", "label oracle"}
     place = "is left out: its numbers are not finite from layer 1 on:"
     told = "holds 1 number that is infinite or NaN, at [3, 5]"
@@ -704,14 +713,13 @@ def test_a_perplexity_beyond_all_numbers_is_printed(tmp_path, out, data, monkeyp
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     code, printed, _ = run(["eval", copied, "--data", f"fox={data['fox'][0]}"], monkeypatch, capsys)
     assert code == 0
-    assert printed.startswith("Loss in nats per token (perplexity) in float32, lower is better:\n")
     assert re.search(r"merged +\d{4,}\.\d{3} \(over 1e6\)", printed)
 
 
 @pytest.mark.parametrize(("name", "near"), [("coed", "code"), ("Code", "code"), ("foxx", "fox"), ("chatt", "chat")])
 def test_a_misspelt_expert_is_refused(out, data, name, near):
     with pytest.raises(RefusedError) as caught:
-        evaluate(out, {"fox": data["fox"], name: data["code"]}, tokens=40)
+        evaluate(out, {"fox": data["fox"], name: data["code"]}, EvaluationSettings(tokens=40))
     assert str(caught.value) == (
         f"--data {name}=: is not an expert's name, did you mean {near}? Experts: fox, code, chat. A domain that is for none of "
         "them needs a name that is less like theirs."

@@ -1,0 +1,28 @@
+"""The settings of an evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moemerge.chats import COUNTED_ROLES
+from moemerge.dtypes import ComputeDtype
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is run, over how much text, and on which device."""
+
+    baselines: bool = False
+    """Whether to run the weight average, the uniform mixture and the label oracle too."""
+    tokens: int = 8192
+    """Tokens that are read of each domain."""
+    window: int = 512
+    """Length in tokens of the pieces that text is read in."""
+    roles: Sequence[str] = COUNTED_ROLES
+    """Whose messages of chats count."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
+    compute_dtype: ComputeDtype = "auto"
+    """`float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
+    kept_losses: Path | None = None
+    """Folder that keeps losses of dense models, which are not run again over the same text; None runs every model."""
