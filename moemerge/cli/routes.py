@@ -146,11 +146,13 @@ def _files(path: str) -> list[TextSource]:
 def print_routes(console: Console, routes: "Routes", layer: int | None) -> None:
     """Print texts with each token in its expert's colour; without colours, the expert's name precedes its tokens."""
     index = None if layer is None else routes.layers.index(layer)
-    where = f"all {len(routes.layers)} layers" if layer is None else f"layer {layer}"
+    where = f"averaged over {len(routes.layers)} layers" if layer is None else f"in layer {layer}"
+    most = "the largest weight summed over layers" if layer is None else "the largest weight"
+    console.print(f"Percentages: tokens that choose the expert first, {where}. Tokens: the expert with {most}.")
     for text in routes.texts:
         experts = routes.majority(text) if index is None else text.experts[index, :, 0]
         shares = routes.shares(text, index)
-        legend = Text(printable(f"{text.name}, {where}: "))
+        legend = Text(printable(f"{text.name}: "))
         for expert, name in enumerate(routes.experts):
             legend.append(printable(f"{name} {shares[expert]:.1%}"), _style(expert)).append("  ")
         console.print(legend)

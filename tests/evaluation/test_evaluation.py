@@ -458,11 +458,16 @@ def test_routes_prints_names_where_there_are_no_colours(tmp_path, out, monkeypat
     code, _, errors = run(["routes", out, "--text", LINES[0], "--html", mine], monkeypatch, capsys)
     assert (code, mine.read_text()) == (2, "<!doctype html>\n<html>mine")
     assert f"{mine}: holds something else than a page of routes, and is not replaced. Choose another name." in errors
-    assert printed.startswith("text 1, all 3 layers: fox ")
-    assert re.sub(r"\[(fox|code|chat)\]", "", printed.split("\n", 1)[1].strip()) == LINES[0]
+    assert printed.startswith(
+        "Percentages: tokens that choose the expert first, averaged over 3 layers. Tokens: the expert with the largest "
+        "weight summed over layers.\ntext 1: fox "
+    )
+    assert re.sub(r"\[(fox|code|chat)\]", "", printed.split("\n", 2)[2].strip()) == LINES[0]
     (tmp_path / "f.txt").write_text(LINES[1])
     code, printed, _ = run(["routes", out, "--file", tmp_path / "f.txt", "--layer", 1], monkeypatch, capsys)
-    assert printed.startswith("f.txt, layer 1: ")
+    assert printed.startswith(
+        "Percentages: tokens that choose the expert first, in layer 1. Tokens: the expert with the largest weight.\nf.txt: "
+    )
     code, printed, _ = run(["routes", out, "--text", LINES[0], "--json"], monkeypatch, capsys)
     facts = json.loads(printed)
     assert np.array(facts["texts"][0]["experts"]).shape == (3, len(facts["texts"][0]["tokens"]), 2)
