@@ -19,7 +19,8 @@ MESSAGE_KEYS: Final = ("role", "content", "from", "value")
 Place = tuple[int | str, ...]
 """Keys and indices that lead to a value."""
 # https://github.com/lm-sys/FastChat and its data call the roles so, under the key `from`.
-_SHAREGPT: Final = {"human": "user", "gpt": "assistant"}
+SHAREGPT_ROLES: Final = {"human": "user", "gpt": "assistant"}
+"""Other names of roles, which count under the key `from`."""
 # Longer chats are few, and rendering takes the square of their number.
 MOST_MESSAGES: Final = 200
 """Messages of a chat that are read."""
@@ -155,9 +156,9 @@ def _message(place: Place, raw: Any, problems: list[tuple[Place, str]]) -> Messa
     like_sharegpt = "role" not in raw and "from" in raw
     role_key, content_key = ("from", "value") if like_sharegpt else ("role", "content")
     role = raw.get(role_key)
-    role = _SHAREGPT.get(role, role) if like_sharegpt and isinstance(role, str) else role
+    role = SHAREGPT_ROLES.get(role, role) if like_sharegpt and isinstance(role, str) else role
     if role not in ROLES:
-        known = (*_SHAREGPT, *ROLES) if like_sharegpt else ROLES
+        known = (*SHAREGPT_ROLES, *ROLES) if like_sharegpt else ROLES
         found = f", found {shown(role)}" if role_key in raw else ""
         problems.append(((*place, role_key), f"expected {', '.join(known[:-1])} or {known[-1]}{found}"))
     content = _content(raw.get(content_key))

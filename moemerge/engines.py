@@ -19,6 +19,8 @@ the files of its own converter, which other tools run, is recorded separately.
 NAMES: Final = ("transformers", "vllm", "llama.cpp", "llama.cpp-converter", "mlx", "openvino")
 """Names of engines as a config spells them."""
 _OTHERS: Final[dict[str, Engine]] = {"mlxlm": "mlx", "llamacppconverter": "converter"}
+SHORT_NAMES: Final = (*ENGINES, *_OTHERS)
+"""Names of engines in small letters alone, as every other spelling is read."""
 
 
 def canonical_engine(name: Any) -> Any:

@@ -28,6 +28,7 @@ from moemerge.cli.plan_request import PlanRequest, plan_from
 from moemerge.cli.publishing import push
 from moemerge.cli.repairing import repair_model
 from moemerge.cli.routes import show_routes
+from moemerge.cli.schema import print_schema
 from moemerge.cli.streams import Guarded, guarded_streams, say
 from moemerge.cli.tuning import tune_routers
 
@@ -53,6 +54,8 @@ Other commands, each with its own --help:
   moemerge push OUT REPO  send a merged model to the Hub
 
   moemerge families       which dense models become which mixture
+
+  moemerge schema         the JSON Schema of a config, for editors
 
 A config or folder that is called like a command is written with its path: moemerge ./plan out/
 
@@ -163,6 +166,7 @@ def _verify(
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "routes": show_routes,
     "tune": tune_routers, "repair": repair_model, "gguf": write_file, "push": push, "families": list_families,
+    "schema": print_schema,
 }  # fmt: skip
 
 
@@ -204,7 +208,7 @@ def _run(word: str, arguments: list[str]) -> None:
             say(f"note: {note}", error=True)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     command = _COMMANDS[word] if word else merge_models
-    app.command(no_args_is_help=command is not list_families, epilog=None if word else _EPILOG)(command)
+    app.command(no_args_is_help=command not in {list_families, print_schema}, epilog=None if word else _EPILOG)(command)
     app(args=arguments, prog_name=f"moemerge {word}" if word else "moemerge")
 
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Final
 
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from moemerge.chats import (
+    CHAT_KEYS,
     MESSAGE_KEYS,
     MOST_MESSAGES,
     RECORD_KEYS,
+    ROLES,
+    SHAREGPT_ROLES,
     Chat,
     ChatError,
     Document,
@@ -17,6 +20,61 @@ from moemerge.chats import (
     chat_keys,
     read_chat,
 )
+
+_CONTENT: Final = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+    ]
+}
+MESSAGES_SCHEMA: Final[dict[str, Any]] = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MOST_MESSAGES,
+    "items": {
+        "type": "object",
+        "anyOf": [
+            {"properties": {"role": {"enum": [*ROLES]}, "content": _CONTENT}, "required": ["role", "content"]},
+            {
+                "properties": {"from": {"enum": [*SHAREGPT_ROLES, *ROLES]}, "value": _CONTENT},
+                "required": ["from", "value"],
+            },
+        ],
+    },
+}
+"""The JSON Schema of a chat's messages."""
+_TEXT: Final = {"type": "string"}
+_TURNS: Final = {"anyOf": [_TEXT, MESSAGES_SCHEMA]}
+_CHATS: Final[dict[tuple[str, ...], dict[str, Any]]] = {
+    ("messages",): {"messages": MESSAGES_SCHEMA},
+    ("conversations",): {"conversations": MESSAGES_SCHEMA},
+    ("prompt", "completion"): {"prompt": _TURNS, "completion": _TURNS},
+    ("instruction", "output"): {"instruction": _TEXT, "output": _CONTENT, "input": {"type": ["string", "null"]}},
+}
+PROMPT_SCHEMA: Final[dict[str, Any]] = {
+    "description": "A text in quotes, or a chat: messages with role and content.",
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        *(
+            {
+                "type": "object",
+                "properties": {key: _CHATS[keys].get(key, True) for key in RECORD_KEYS},
+                "required": [*keys],
+                "additionalProperties": False,
+            }
+            for keys in CHAT_KEYS
+        ),
+    ],
+}
+"""The JSON Schema of a prompt: a text, or a chat as `moemerge.chats.read_chat` reads it."""
 
 
 def read_prompt(value: Any) -> Document:

@@ -23,7 +23,7 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     },
     "shared_weights": {"method": "base", "weights": None, "density": 0.5, "seed": 0},
 }
-_MIN_EXPERTS: Final = 2
+MIN_EXPERTS: Final = 2
 _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
 
 
@@ -44,8 +44,8 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
         return []
     problems: list[tuple[Place, str]] = []
     per_token = document.get("experts_per_token", 2)
-    if len(experts) < _MIN_EXPERTS:
-        problems.append((("experts",), f"a mixture needs at least {_MIN_EXPERTS} experts, found {len(experts)}"))
+    if len(experts) < MIN_EXPERTS:
+        problems.append((("experts",), f"a mixture needs at least {MIN_EXPERTS} experts, found {len(experts)}"))
     elif type(per_token) is int and len(experts) < per_token:
         problems.append(
             (
@@ -56,7 +56,7 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
         )
     models = [expert.get("source_model") for expert in experts]
     folders = {os.path.normpath(os.path.expanduser(model)) if isinstance(model, str) else None for model in models}  # noqa: PTH111  Path.expanduser raises
-    if len(folders) == 1 and None not in folders and len(experts) >= _MIN_EXPERTS and not allow_identical_experts:
+    if len(folders) == 1 and None not in folders and len(experts) >= MIN_EXPERTS and not allow_identical_experts:
         problems.append(
             (
                 ("experts",),

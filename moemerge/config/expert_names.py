@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
-_LONGEST: Final = 60
+LONGEST_NAME: Final = 60
+"""Most characters of a name."""
 # Folders that trainers and the Hub's cache make within a model's own.
 _INNER: Final = re.compile(r"checkpoint-\d+|snapshots|[0-9a-f]{40}")
 _CACHED: Final = re.compile(r"models--(?:.*--)?")
-_WRITABLE: Final = re.compile(r"[^\s=,](?:[^\n\r\t=,]*[^\s=,])?")
+WRITABLE_NAME: Final = r"[^\s=,](?:[^\n\r\t=,]*[^\s=,])?"
+"""A pattern of names."""
 
 
 def checked_name(name: str) -> str:
@@ -18,9 +20,9 @@ def checked_name(name: str) -> str:
     Raises:
         ValueError: it cannot be written as `--data NAME=PATH`, or is too long for a table.
     """
-    if len(name) > _LONGEST:
-        raise ValueError(f"expected at most {_LONGEST} characters")
-    if not _WRITABLE.fullmatch(name) or not name.isprintable():
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"expected at most {LONGEST_NAME} characters")
+    if not re.fullmatch(WRITABLE_NAME, name) or not name.isprintable():
         raise ValueError("expected a name without commas, equals signs and line breaks, and no space at its ends")
     return name
 

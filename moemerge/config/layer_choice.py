@@ -1,8 +1,11 @@
 """Read the layers that a config names: `all`, `second-half`, a layer, a range such as `8-` or `8-15`, or a list."""
 
 import re
-from typing import Any
+from typing import Any, Final
 
+NAMED_LAYERS: Final = ("all", "second-half")
+WRITTEN_LAYERS: Final = r"\d{1,5}|\d{1,5}-(\d{1,5})?"
+"""A pattern of a layer, or of a range of layers."""
 LayerChoice = str | list[int]
 
 
@@ -14,7 +17,7 @@ def read_layers(value: Any) -> LayerChoice:
     """
     if type(value) is int and value >= 0:
         return [value]
-    if isinstance(value, str) and re.fullmatch(r"all|second-half|\d{1,5}|\d{1,5}-(\d{1,5})?", value):
+    if isinstance(value, str) and (value in NAMED_LAYERS or re.fullmatch(WRITTEN_LAYERS, value)):
         return value
     if isinstance(value, list) and value and all(type(layer) is int and layer >= 0 for layer in value):
         return value
@@ -25,7 +28,7 @@ def chosen_layers(layers: LayerChoice, count: int) -> tuple[int, ...] | str:
     """The layers that `layers` names in a model with `count` layers, in ascending order; or a text with the problem."""
     if isinstance(layers, list):
         first, last, chosen = min(layers), max(layers), sorted(set(layers))
-    elif layers in {"all", "second-half"}:
+    elif layers in NAMED_LAYERS:
         first, last = 0 if layers == "all" else count // 2, count - 1
     else:
         start, dash, end = layers.partition("-")

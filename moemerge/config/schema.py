@@ -3,35 +3,32 @@
 Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 """
 
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    PrivateAttr,
-    ValidationError,
-)
-from pydantic_core import PydanticKnownError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
-from moemerge.chats import COUNTED_ROLES, Document, Role
-from moemerge.config.chat_prompts import plain_prompt, read_prompt
-from moemerge.config.cross_checks import cross_check, listed, listed_prompts
-from moemerge.config.expert_names import checked_name, expert_names
-from moemerge.config.layer_choice import LayerChoice, read_layers
+from moemerge.chats import COUNTED_ROLES
+from moemerge.config.cross_checks import MIN_EXPERTS, cross_check, listed
+from moemerge.config.expert_names import expert_names
 from moemerge.config.problems import MOST_EXPLAINED, PlacedError, explain
-from moemerge.config.router_methods import AUTO, RouterMethod, canonical_gate_mode, choose_method, gate_modes
+from moemerge.config.router_methods import AUTO, RouterMethod, choose_method
+from moemerge.config.value_types import (
+    ChatPrompts,
+    DTypeName,
+    EngineName,
+    ExpertName,
+    GateMode,
+    Layers,
+    Number,
+    Prompts,
+    Roles,
+    Text,
+    Texts,
+)
 from moemerge.config.yaml_text import Place, join_halves
-from moemerge.dtypes import DTYPE_ALIASES, DType
-from moemerge.engines import Engine, engine_of
 from moemerge.errors import ConfigError
 
 CONFIG_COPY: Final = "moemerge_config.yaml"
@@ -42,67 +39,8 @@ _DEEPEST: Final = 50
 _LARGEST: Final = 10**300
 
 
-def _canonical_dtype(value: Any) -> Any:
-    return (
-        DTYPE_ALIASES.get(value.removeprefix("torch."), value.removeprefix("torch."))
-        if isinstance(value, str)
-        else value
-    )
-
-
-def _gate_mode_of(value: Any) -> str:
-    """Check a `gate_mode` against the table of methods, with the error that a `Literal` would give."""
-    name, known = canonical_gate_mode(value), gate_modes()
-    if isinstance(name, str) and name in known:
-        return name
-    expected = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
-    raise PydanticKnownError("literal_error", {"expected": expected})
-
-
-def _no_flag(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number")  # noqa: TRY004  pydantic's
-    return value
-
-
-def _true_false_auto(value: Any) -> Any:
-    if not isinstance(value, bool) and value != "auto":
-        raise ValueError("expected true, false or auto")
-    return value
-
-
-# The smallest normal number of float32; smaller ones lose digits.
-_SMALLEST: Final = 2.0**-126
-
-
-def _in_float32(value: float) -> float:
-    """Check that a number is neither infinite nor zero in float32, in which it is computed with."""
-    try:
-        held = struct.unpack("<f", struct.pack("<f", value))[0]
-    except OverflowError:
-        raise ValueError(
-            "expected a number below 3.4e+38: values are computed in float32, which holds no larger one"
-        ) from None
-    if value and abs(held) < _SMALLEST:
-        raise ValueError(
-            "expected 0 or a number above 1.2e-38: values are computed in float32, which holds no smaller one"
-        )
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
-Text = Annotated[str, Field(strict=True, min_length=1)]
-Prompt = Annotated[Document, PlainValidator(read_prompt), PlainSerializer(plain_prompt)]
-Prompts = Annotated[list[Prompt], BeforeValidator(listed_prompts)]
-Texts = Annotated[list[Text], BeforeValidator(listed)]
-
-
-Layers = Annotated[LayerChoice, PlainValidator(read_layers)]
-"""Layers of a model as people write them: see `moemerge.config.layer_choice`."""
-
-
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Expert(_Strict):
@@ -110,14 +48,14 @@ class Expert(_Strict):
 
     source_model: Text
     """A folder, or a Hub repository as `user/name` or `user/name@revision`."""
-    name: Annotated[Text, AfterValidator(checked_name)] | None = None
-    """Name of the expert in tables, cards and `--data NAME=PATH`; None makes one of the model's name."""
+    name: ExpertName | None = None
+    """Name of the expert in tables, cards and `--data NAME=PATH`; by default one made of the model's name."""
     positive_prompts: Prompts = []
     """Text that should be routed to this expert; a chat is `messages: [{role: user, content: ...}, ...]`."""
     negative_prompts: Prompts = []
     """Text that should not be routed to this expert."""
     positive_texts: Texts = []
-    """Files, folders or patterns of such text, or data sets on the Hub: see `moemerge.texts.documents`."""
+    """Files, folders or patterns of such text, or data sets on the Hub as `hf://datasets/user/name:split#column`."""
     negative_texts: Texts = []
     """Files, folders or patterns of text that should not be routed to this expert."""
     noise_scale: Number | None = Field(None, ge=0)
@@ -142,7 +80,7 @@ class RouterSettings(_Strict):
     """Settings of the router methods; see docs/routers.md."""
 
     lambda_: Number | None = Field(None, alias="lambda", gt=0)
-    """Regularisation of ridge and logistic, relative to the mean variance of router inputs; None: by token count."""
+    """Regularisation of ridge and logistic, relative to the mean variance of router inputs; by default by tokens."""
     scale: Number = Field(1.0, ge=1e-6, le=1e6)
     """Factor on the scale that is fitted: above 1 the chosen experts are mixed less."""
     tokens_per_expert: int = Field(4096, ge=1, strict=True)
@@ -153,21 +91,24 @@ class RouterSettings(_Strict):
     """`generate`: experts without texts continue their positive prompts, and routers are fitted to what they write."""
     load_prior: list[Annotated[Number, Field(ge=1e-6, le=1e6)]] | None = None
     """Share of the calibration texts that each expert should take, in the order of the experts."""
-    chat_prompts: Annotated[Literal["auto"] | bool, PlainValidator(_true_false_auto)] = False
+    chat_prompts: ChatPrompts = False
     """Whether plain prompts are put into the base's chat template; `auto`: where all models have one."""
-    chat_roles: Annotated[list[Role], BeforeValidator(listed), Field(min_length=1)] = list(COUNTED_ROLES)
+    chat_roles: Roles = list(COUNTED_ROLES)
     """Whose messages count; the others, and the template's own tokens, only pass through the base model."""
     seed: int | None = Field(None, ge=0, strict=True)
     """Seed for random routers, and for the choice of documents where there are more than needed."""
 
 
-class SharedWeights(_Strict):
-    """Settings for embeddings, attention and norms; see `moemerge.planning.shared_weights`."""
+_SharedMethod = Literal["base", "average", "ties", "dare", "auto"]
 
-    method: Literal["base", "average", "ties", "dare", "auto"] = "base"
-    """`auto` is one of the first three, chosen when the merge begins: see `moemerge.planning.shared_choice`."""
+
+class SharedWeights(_Strict):
+    """Settings for embeddings, attention and norms; see docs/quality.md."""
+
+    method: _SharedMethod = "base"
+    """`auto` is one of the first three, chosen by the experts' texts when the merge begins."""
     weights: list[Annotated[Number, Field(gt=0)]] | None = None
-    """Weights of the experts in a mean, in the order of the experts; divided by their sum. None weighs all alike."""
+    """Weights of the experts in a mean, in their order, divided by their sum; by default all weigh alike."""
     density: Number = Field(0.5, ge=1e-6, le=1)
     """Share of each expert's changes that `ties` and `dare` keep."""
     seed: int = Field(0, ge=0, strict=True)
@@ -185,29 +126,37 @@ class MergeConfig(_Strict):
 
     base_model: Text
     """Where embeddings, attention, norms and the tokenizer come from."""
-    experts: list[RoutedExpert]
-    gate_mode: Annotated[str, BeforeValidator(_gate_mode_of)] = AUTO
-    """A method of `moemerge.config.router_methods`, or `auto`."""
-    dtype: Annotated[DType | None, BeforeValidator(_canonical_dtype)] = None
-    """Dtype of the merged model; None keeps the base model's."""
+    experts: list[RoutedExpert] = Field(json_schema_extra={"minItems": MIN_EXPERTS})
+    """The models whose FFNs the router chooses between."""
+    gate_mode: GateMode = AUTO
+    """The method that makes the routers, or `auto`, the best one that there is data for; see docs/routers.md."""
+    dtype: DTypeName = None
+    """Dtype of the merged model; by default the base model's."""
     experts_per_token: int = Field(2, ge=1, strict=True)
-    shared_experts: Annotated[list[Expert], BeforeValidator(listed)] = []
+    """How many experts take each token."""
+    shared_experts: Annotated[list[Expert], BeforeValidator(listed, json_schema_input_type=list[Expert] | None)] = []
+    """Experts that every token passes through."""
     architecture: Text | None = None
-    """The output family's `model_type`; None chooses the one that most engines compute correctly."""
-    engine: Annotated[Engine | None, BeforeValidator(engine_of)] = None
-    """The engine that has to compute the merged model correctly; None for any."""
+    """The output family's `model_type`; by default the one that most engines compute correctly."""
+    engine: EngineName = None
+    """The engine that has to compute the merged model correctly; by default any."""
     moe_layers: Layers = "all"
     """Layers that hold experts; the others keep the base model's FFN."""
     shared_weights: Annotated[
         SharedWeights,
-        BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else {} if value is None else value),
+        BeforeValidator(
+            lambda value: {"method": value} if isinstance(value, str) else {} if value is None else value,
+            json_schema_input_type=_SharedMethod | SharedWeights | None,
+        ),
     ] = Field(default_factory=lambda: SharedWeights.model_validate({}))
     """Settings for embeddings, attention and norms: the base model's, or a mix of all models'."""
     fold_norms: bool = Field(default=False, strict=True)
     """Whether the difference between an expert's own norm and the shared one is folded into its FFN."""
-    router: Annotated[RouterSettings, BeforeValidator(lambda value: {} if value is None else value)] = Field(
-        default_factory=lambda: RouterSettings.model_validate({})
-    )
+    router: Annotated[
+        RouterSettings,
+        BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=RouterSettings | None),
+    ] = Field(default_factory=lambda: RouterSettings.model_validate({}))
+    """Settings of the method that makes the routers."""
 
     _text: str = PrivateAttr("")
     _file: Path | None = PrivateAttr(None)
