@@ -8,6 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
+from moemerge.cli.beginning import begin_config
 from moemerge.cli.console import announcer, console_session, print_json, stdout
 from moemerge.cli.evaluation import evaluate
 from moemerge.cli.families import list_families
@@ -34,6 +35,8 @@ from moemerge.cli.tuning import tune_routers
 
 _EPILOG: Final = """\
 Other commands, each with its own --help:
+
+  moemerge init BASE ...  a config to begin with, for a base model and experts
 
   moemerge plan CONFIG    what a merge would do; nothing is written
 
@@ -166,7 +169,7 @@ def _verify(
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": evaluate, "routes": show_routes,
     "tune": tune_routers, "repair": repair_model, "gguf": write_file, "push": push, "families": list_families,
-    "schema": print_schema,
+    "init": begin_config, "schema": print_schema,
 }  # fmt: skip
 
 

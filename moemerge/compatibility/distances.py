@@ -66,8 +66,15 @@ class _Rows:
             return float(np.square(np.subtract(other.numbers, self.numbers, dtype=np.float64)).sum())
 
 
+Known = dict[TensorInfo | None, _Rows | None]
+"""Rows that were read, by the tensor that they are."""
+
+
 def measure_distances(
-    base: ModelTensors, experts: Mapping[str, ModelTensors], layers: Mapping[str, Sequence[int]]
+    base: ModelTensors,
+    experts: Mapping[str, ModelTensors],
+    layers: Mapping[str, Sequence[int]],
+    known: Known | None = None,
 ) -> tuple[dict[str, Distance], int]:
     """Compare each expert's FFNs with the base's, by some rows of some layers: a few megabytes of each model.
 
@@ -77,6 +84,7 @@ def measure_distances(
         base: the base model.
         experts: experts by reference, with their adapters added.
         layers: the layers in which each expert takes part, by reference.
+        known: rows that an earlier comparison read, which are not read again; this one's are added.
 
     Returns:
         The distances by reference, and how many bytes were read from other machines.
@@ -89,16 +97,18 @@ def measure_distances(
     chosen = {name: _spread(_changed_by_adapters(expert, layers[name])) for name, expert in fitting.items()}
     theirs = {(name, layer, role): _block(fitting[name], layer, role) for name, layer, role in _places(chosen)}
     ours = {(layer, role): _block(base, layer, role) for _, layer, role in _places(chosen)}
+    known = {} if known is None else known
+    missing = list(dict.fromkeys(block for block in (*ours.values(), *theirs.values()) if block not in known))
     with ThreadPoolExecutor(CONNECTIONS) as pool:  # on the Hub each block of rows is a request
-        reading = pool.map(_read, ours.values()), pool.map(_read, theirs.values())
-        our_rows, their_rows = dict(zip(ours, reading[0], strict=True)), dict(zip(theirs, reading[1], strict=True))
+        known.update(zip(missing, pool.map(_read, missing), strict=True))
+    our_rows, their_rows = ({place: known[block] for place, block in blocks.items()} for blocks in (ours, theirs))
     found = {
         name: _distance(
             {layer: [(our_rows[layer, role], their_rows[name, layer, role]) for role in _ROLES] for layer in layers}
         )
         for name, layers in chosen.items()
     }
-    leaves = [_underlying(block) for block in (*ours.values(), *theirs.values()) if block]
+    leaves = [_underlying(block) for block in missing if block]
     remote = sum(leaf.nbytes for leaf in leaves if not isinstance(leaf.path, Path))
     return {name: found.get(name, Distance({}, 0)) for name in experts}, remote
 
