@@ -25,6 +25,7 @@ from moemerge.evaluation.figures import (
 from moemerge.evaluation.kept_losses import KeptLosses
 from moemerge.evaluation.model_runs import RoutingTally, Runs
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
+from moemerge.evaluation.seen_text import seen_text_notes
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.passes.compute_dtype import find_compute
 
@@ -56,6 +57,7 @@ def measure(
         for name, baseline in made.items():
             notes.append(_try(runs, name, baseline) if isinstance(baseline, Runnable) else baseline)
         _run_oracle(runs, mixture, texts, notes)
+    notes += seen_text_notes(mixture.config, documents)
     found = _evaluation(folder, mixture, texts, runs, routing, list(filter(None, notes)))
     return found, runs.sums[MERGED]
 
