@@ -30,6 +30,15 @@ def billions(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 10**8 else f"{parameters / 1e6:.2f} M"
 
 
+def about(seconds: float) -> str:
+    """Format an estimated time as roughly as it is known: `a few seconds`, `about 40 s`, `about 6 min`."""
+    if seconds < 10:  # noqa: PLR2004
+        return "a few seconds"
+    if seconds < 90:  # noqa: PLR2004
+        return f"about {round(seconds, -1):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"  # noqa: PLR2004
+
+
 def plan_facts(plan: MergePlan) -> dict[str, Any]:
     """Turn a plan into the values that `moemerge plan --json` prints."""
     places = {name: (shard.name, start) for shard in plan.shards for name, start in shard.starts.items()}
@@ -47,6 +56,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "output_bytes": plan.output_bytes,
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
         "peak_memory_bytes": plan.peak_memory_bytes,
+        "pass_work": asdict(work) | {"seconds": work.seconds} if (work := plan.pass_work) else None,
         "remote_bytes": plan.remote_bytes,
         "download_bytes": plan.download_bytes,
         "kept_bytes": plan.kept_bytes,
@@ -105,6 +115,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
         "copied": ", ".join(plan.copied_files) or "no tokenizer files: the base model has none",
     }
+    rows |= _pass_row(plan)
     if plan.made_files:
         rows["tokenizer"] = (
             f"proved to give the base's ids when it is merged; {' and '.join(plan.made_files)} may be made"
@@ -135,6 +146,18 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     console.print(table)
     for advice in plan.advice:
         console.print(f"advice: {advice}")
+
+
+def _pass_row(plan: MergePlan) -> dict[str, str]:
+    """The line on what the base model reads for the routers, where it is run."""
+    work = plan.pass_work
+    if work is None:
+        return {}
+    tokens = float(f"{work.tokens:.2g}")
+    return {
+        "routers": f"{about(work.seconds)} on this CPU: some {tokens:,.0f} tokens through {work.layers} layers of the "
+        "base model"
+    }
 
 
 def _origin_of(source: TensorInfo, plan: MergePlan) -> str:

@@ -66,7 +66,7 @@ def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
     described = [*config.experts, *config.shared_experts]
     kinds = sum(bool(texts) for expert in described for texts in (expert.positive_texts, expert.negative_texts))
     kinds += len(config.experts) if config.router.calibration_texts else 0
-    written = [_written_tokens(config.experts[writer]) for writer in config.writers]
+    written = [written_tokens(config.experts[writer]) for writer in config.writers]
     tokens = kinds * config.router.tokens_per_expert + sum(written)
     # States, router inputs, those that rows are fitted to, a part of them; a matrix in float32 and two in float64.
     even = config.router.load_prior or shape.family.scoring == "sigmoid"
@@ -78,7 +78,7 @@ def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
     return max(4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0), writing)
 
 
-def _written_tokens(expert: Expert) -> int:
+def written_tokens(expert: Expert) -> int:
     """Estimate the tokens of an expert's sequences, those that it continues included."""
     letters = max(len(prompt) if isinstance(prompt, str) else 4 * LONGEST_START for prompt in expert.positive_prompts)
     return SEQUENCES * (NEW_TOKENS + min(LONGEST_START, letters // 3 + 8))

@@ -21,6 +21,7 @@ from moemerge.planning.models import Models
 from moemerge.planning.origins import Origins, remote_bytes
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.parts import Parts
+from moemerge.planning.pass_work import PassWork, pass_work
 from moemerge.planning.shape import Shape
 from moemerge.planning.shared_choice import SharedChoice
 from moemerge.planning.tokenizer_files import BaseFiles
@@ -269,6 +270,11 @@ class MergePlan:
     def peak_memory_bytes(self) -> int:
         """Estimated peak of resident memory in bytes."""
         return peak_memory_bytes(self.config, self.models, self.shape, self.parts)
+
+    @property
+    def pass_work(self) -> PassWork | None:
+        """What the base model reads for the routers, and the arithmetic of it; None where it is not run."""
+        return pass_work(self.config, self.shape, self.parts)
 
     @property
     def shards_without_routers(self) -> list[Shard]:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,6 +111,8 @@ def test_plan_shows_everything_without_torch_and_writes_nothing(tmp_path, config
     assert result.returncode == 0, result.stderr
     for part in ("MixtralForCausalLM", "active per token", "free here", "at the peak", "experts  ", "tokenizer.json"):
         assert part in result.stdout
+    read = r"routers +a few seconds on this CPU: some \d+ tokens through 3 layers of the base model"
+    assert re.search(read, result.stdout), result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["merge.yaml"]
 
 
@@ -117,6 +120,8 @@ def test_plan_as_json_says_where_every_byte_comes_from(llamas, config):
     result = run("plan", config, "--json", "--max-shard-size", "30kB", after=NO_TORCH)
     facts = json.loads(result.stdout)
     assert facts["experts"] == 3
+    assert facts["pass_work"]["layers"] == 3
+    assert facts["pass_work"]["seconds"] > 0
     assert sum(shard["bytes"] for shard in facts["shards"]) < facts["output_bytes"]
     tensors = {tensor["name"]: tensor for tensor in facts["tensors"]}
     expert = tensors["model.layers.2.block_sparse_moe.experts.1.w3.weight"]
