@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage test-wheel test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
+.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage release-check test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
 
 install: $(VENV)/.done
 
@@ -71,25 +71,27 @@ PYTHONS ?= $(wildcard $(HOME)/.pyenv/versions/3.1[0-9].*/bin/python)
 test-pythons: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.pythons .cache/pythons $(PYTHONS)
 
-# The wheel by itself: its metadata, and a merge by what is installed from it alone, of the demo's models where there are
-# some. Twine has an environment of its own, since its dependencies would stand in for missing ones.
-WHEEL := .cache/wheel
+# What a release is: sdist, and the wheel from it, with the package's files and no others; their metadata; and a merge by
+# what is installed from the wheel alone, of the demo's models where there are some. The tools have an environment of
+# their own, since their dependencies would stand in for missing ones.
+DIST := .cache/dist
 VENVW := .venv-wheel
-VENVP := .venv-twine
+VENVP := .venv-release
 
 $(VENVP)/.done:
 	$(PYTHON) -m venv $(VENVP)
-	$(VENVP)/bin/pip install $(QUIET) twine
+	$(VENVP)/bin/pip install $(QUIET) build twine
 	touch $@
 
-test-wheel: install $(VENVP)/.done
-	rm -rf build $(WHEEL) $(VENVW)
-	$(BIN)/pip wheel $(QUIET) --no-deps -w $(WHEEL) .
-	$(VENVP)/bin/twine check --strict $(WHEEL)/*.whl
+release-check: install $(VENVP)/.done
+	rm -rf build $(DIST) $(VENVW)
+	$(VENVP)/bin/python -m build --outdir $(DIST) . >/dev/null
+	$(VENVP)/bin/twine check --strict $(DIST)/*
+	$(BIN)/python -m tests.support.release $(DIST)
 	$(PYTHON) -m venv $(VENVW)
 	$(VENVW)/bin/pip install $(PIP) torch==2.13.0
-	$(VENVW)/bin/pip install $(PIP) $(WHEEL)/*.whl
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.installed $(VENVW) $(WHEEL)
+	$(VENVW)/bin/pip install $(PIP) $(DIST)/*.whl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.installed $(VENVW) $(DIST)
 
 # llama.cpp's own converter, and its own tokens. One source distribution carries both; it compiles for minutes, once.
 VENVL := .venv-llamacpp

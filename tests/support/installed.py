@@ -1,6 +1,6 @@
 """Commands of an installed moemerge, run over the demo's models where there are some, else over tiny ones.
 
-python -m tests.support.installed .venv-wheel .cache/wheel
+python -m tests.support.installed .venv-wheel .cache/dist
 """
 
 import subprocess
