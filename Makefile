@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage release-check test-llamacpp test-engines test-next-steps demo bench bench-hub bench-routers browser fuzz format clean
+.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage release-check test-llamacpp test-engines test-next-steps demo docs bench bench-hub bench-routers browser fuzz format clean
 
 install: $(VENV)/.done
 
@@ -196,6 +196,20 @@ MODELS ?= .cache/models
 TEXTS ?= .cache/texts
 bench-routers: install
 	$(BIN)/python benchmarks/routers.py $(MODELS) $(TEXTS) --prompts benchmarks/router_prompts.yaml --repeat 3 --markdown
+
+# The documentation as a site, in .cache/site. A warning fails it, such as a link or an anchor that leads nowhere; with
+# --quiet, mkdocs would count none.
+VENVD := .venv-docs
+
+$(VENVD)/.done:
+	$(PYTHON) -m venv $(VENVD)
+	$(VENVD)/bin/pip install $(QUIET) mkdocs==1.6.1 mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8' ruff==0.17.6
+	touch $@
+
+docs: install $(VENVD)/.done
+	mkdir -p .cache
+	$(BIN)/python docs/site/command_line.py .cache/command-line.md
+	NO_MKDOCS_2_WARNING=1 $(VENVD)/bin/mkdocs build --strict
 
 format: install
 	$(BIN)/ruff format .
