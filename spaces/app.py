@@ -96,19 +96,23 @@ def merge(base: str, experts: str, repository: str, private: bool, token: gr.OAu
     yield from run(["merge.yaml", "mixture", "--stream", *push], base, experts, token.token)
 
 
-with gr.Blocks(title="moemerge") as page:
-    gr.Markdown("# Merge fine-tunes of one model into a mixture of experts")
-    gr.LoginButton()
-    base_box = gr.Textbox("mlabonne/AlphaMonarch-7B", label="Base: attention, embeddings, tokenizer")
-    experts_box = gr.Textbox(EXAMPLE, lines=5, label="Experts, one a line: model | prompt | another prompt")
-    with gr.Row():
-        repository_box = gr.Textbox(placeholder="user/mixture", label="Your repository")
-        private_box = gr.Checkbox(label="Private")
-    with gr.Row():
-        plan_button, merge_button = gr.Button("Plan"), gr.Button("Merge and push", variant="primary")
-    said_box = gr.Textbox(label="moemerge", lines=20, max_lines=20)
-    plan_button.click(plan, [base_box, experts_box], said_box)
-    merge_button.click(merge, [base_box, experts_box, repository_box, private_box], said_box, concurrency_limit=1)
+def build() -> gr.Blocks:
+    """The page; Gradio asks for the libraries of its sign-in as soon as it is made."""
+    with gr.Blocks(title="moemerge") as page:
+        gr.Markdown("# Merge fine-tunes of one model into a mixture of experts")
+        gr.LoginButton()
+        base_box = gr.Textbox("mlabonne/AlphaMonarch-7B", label="Base: attention, embeddings, tokenizer")
+        experts_box = gr.Textbox(EXAMPLE, lines=5, label="Experts, one a line: model | prompt | another prompt")
+        with gr.Row():
+            repository_box = gr.Textbox(placeholder="user/mixture", label="Your repository")
+            private_box = gr.Checkbox(label="Private")
+        with gr.Row():
+            plan_button, merge_button = gr.Button("Plan"), gr.Button("Merge and push", variant="primary")
+        said_box = gr.Code(label="moemerge", language=None, lines=20, max_lines=20, interactive=False, wrap_lines=True)
+        plan_button.click(plan, [base_box, experts_box], said_box)
+        merge_button.click(merge, [base_box, experts_box, repository_box, private_box], said_box, concurrency_limit=1)
+    return page
+
 
 if __name__ == "__main__":
-    page.launch()
+    build().launch()
