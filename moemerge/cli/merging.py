@@ -76,7 +76,7 @@ def merge_models(
         approve = _place_check(config, out, output, push, planned_push)
         options = _merge_options(output, reading, routers)
         if routers.keep_states is not None:
-            from moemerge.routers.initialisation import check_kept_states
+            from moemerge.routers.kept_folder import check_kept_states
 
             check_kept_states(routers.keep_states, out)
         return_freed_memory()
@@ -92,6 +92,8 @@ def merge_models(
         report = _merge(console, plan, out, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)
         with _interrupts_after_success(console, out, planned_push.publisher, streaming=streaming):
             _print_report(console, out, plan, report, quiet=quiet, by_layer=messages.verbose > 0)
+            if not quiet and report.kept_texts:
+                _print_kept(console, routers, *report.kept_texts)
             if not quiet and not streaming:
                 say(f"{out}: done")
         if planned_push.publisher:
@@ -271,3 +273,11 @@ def _print_report(
             "note: no text says what the experts are for, so nothing is known of how these routers choose; "
             f"`moemerge eval {out} --data NAME=PATH` measures it"
         )
+
+
+def _print_kept(console: "Console", routers: RouterOptions, kept: int, texts: int) -> None:
+    """Print how many texts the base model did not read, since an earlier merge had kept what it makes of them."""
+    console.print(
+        f"kept states: {kept} of {texts} texts were read from {routers.keep_states}, {texts - kept} are new there; all "
+        "positive text of an expert is one text, all negative text another"
+    )

@@ -26,6 +26,7 @@ from moemerge.planning.plan import MergePlan
 from moemerge.planning.shared_choice import SharedChoice, is_open, settle
 from moemerge.planning.tokenizer_proof import prove_tokenizer
 from moemerge.routers.initialisation import Routers, check_base_bits, init_routers
+from moemerge.routers.kept_folder import check_keeps
 from moemerge.routers.request import PassOptions
 
 if TYPE_CHECKING:
@@ -51,10 +52,13 @@ class Work:
 
         Raises:
             RefusedError: bitsandbytes is not installed, or the output's tokenizer would not give the base's ids; or the
-                shared weights have to be chosen by weights that are left on the Hub.
+                shared weights have to be chosen by weights that are left on the Hub; or there are no router inputs to
+                keep.
             RouterError: there is no such device.
         """
         check_base_bits(options.base_bits)
+        if options.kept_states:
+            check_keeps(plan.config.method, runs_base=plan.runs_base)
         if is_open(plan) and plan.remote_bytes:
             raise RefusedError(
                 "shared_weights: auto reads all models once more to choose, but weights are left on the Hub here. Name "

@@ -1,7 +1,7 @@
 """Compute routers, or only the table of what they do, in one pass over the base model's layers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from moemerge.passes.device import memory_watched
 from moemerge.routers.delta import Labeller
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.hidden import shared_gate_row
-from moemerge.routers.kept_states import router_inputs
+from moemerge.routers.kept_states import count_kept, router_inputs
 from moemerge.routers.method_lookup import rows_from_pass
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import UNSORTED, encode_prompts
@@ -20,6 +20,22 @@ from moemerge.routers.report import LayerRouting
 from moemerge.routers.request import PassOptions, RouterRequest
 from moemerge.routers.rows import Rows
 from moemerge.routers.written_text import add_written_text, layers_to_write
+
+
+@dataclass(frozen=True)
+class PassRouters:
+    """The routers that a pass has made, and what is known of them."""
+
+    rows: dict[int, bytes]
+    """Rows (expert, hidden) of each layer, as stored bytes."""
+    shared_gates: dict[int, bytes]
+    """Gate (1, hidden) of the shared experts in each layer, as stored bytes; empty where none is asked for."""
+    routings: list[LayerRouting]
+    """The routing of the prompts, by layer."""
+    computed_in: str
+    """The dtype that models were run in."""
+    kept_texts: tuple[int, int] | None
+    """Number of texts whose router inputs an earlier merge had kept, and of all; None where none are to be kept."""
 
 
 @memory_watched(
@@ -33,11 +49,11 @@ def compute_routers(
     *,
     seed: int,
     progress: Callable[[int, int], None],
-) -> tuple[dict[int, bytes], dict[int, bytes], list[LayerRouting], str]:
-    """Compute each layer's rows (expert, hidden) and gate (1, hidden) as stored bytes, and the routing of the prompts.
+) -> PassRouters:
+    """Compute each layer's rows and gate, and the routing of the prompts.
 
-    The last value is the dtype that models were run in. With `made` rows the pass only routes the prompts by them; None
-    makes rows by the config's method. The other arguments are those of `init_routers`.
+    With `made` rows the pass only routes the prompts by them; None makes rows by the config's method. The other
+    arguments are those of `init_routers`.
     """
     config, method = request.config, request.config.method
     asked = _pass_request(request, options, seed)
@@ -52,6 +68,7 @@ def compute_routers(
     if method.labels_texts:
         labeller = Labeller(asked, relative=method.reads_what_there_is)
         asked, done = _label_documents(asked, labeller, lambda layer: progress(layer, total)), last
+    kept_texts = count_kept(asked)
     for inputs in router_inputs(asked):
         new = _rows(method, inputs, asked) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
         rows = new.rows.to(stored_dtype)
@@ -61,18 +78,11 @@ def compute_routers(
         if set(inputs.expert[inputs.routed].tolist()) == set(range(len(config.experts))):
             routings.append(route_layer(rows.float(), inputs, asked, new.held_out))
         progress(done + inputs.layer + 1, total)
-    return layers, gates, routings, asked.compute.dtype_name
+    return PassRouters(layers, gates, routings, asked.compute.dtype_name, kept_texts)
 
 
 def _pass_request(request: RouterRequest, options: PassOptions, seed: int) -> PassRequest:
-    """Encode the prompts, and choose the dtype of the pass.
-
-    Raises:
-        RouterError: router inputs are to be kept for a method that reads other states.
-    """
-    method = request.config.method
-    if options.kept_states and method.like_mergekit:
-        raise RouterError(f"--keep-states: gate_mode {method.name} reads other states than those that are kept.")
+    """Encode the prompts, and choose the dtype of the pass."""
     prompts = encode_prompts(
         request.folder,
         request.config,
@@ -91,7 +101,7 @@ def _pass_request(request: RouterRequest, options: PassOptions, seed: int) -> Pa
         find_compute(options.device, options.compute_dtype, shapes),
         request.config.router,
         request.experts,
-        entering=method.like_mergekit,
+        entering=request.config.method.like_mergekit,
         base_bits=options.base_bits,
         low_memory=options.low_memory,
         kept_states=options.kept_states,

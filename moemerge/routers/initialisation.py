@@ -1,11 +1,9 @@
 """Make the routers of a merge by the config's method, and the table of what they do with its prompts."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -16,10 +14,7 @@ from moemerge.routers.report import LayerRouting, RoutingReport
 from moemerge.routers.request import PassOptions, RouterRequest
 from moemerge.routers.rows import row_distances
 
-__all__ = ["Routers", "check_base_bits", "check_kept_states", "init_routers"]
-
-# Names of files of router inputs, and of those that are being written.
-_KEPT: Final = re.compile(r"\.?[0-9a-f]{32}\.safetensors(\.\d+)?")
+__all__ = ["Routers", "check_base_bits", "init_routers"]
 
 
 @dataclass(frozen=True)
@@ -56,14 +51,14 @@ def init_routers(
     made = None if config.method.runs_base else rows_without_pass(config.method)(request, seed)
     gates: dict[int, bytes] = {}
     routings: list[LayerRouting] = []
-    computed_in = ""
+    computed_in, kept_texts = "", None
     if made is None or request.runs_base:
         # Imports torch and transformers: seconds, and hundreds of megabytes.
         from moemerge.routers.computed import compute_routers
 
-        layers, gates, routings, computed_in = compute_routers(
-            request, options or PassOptions(), made, seed=seed, progress=progress
-        )
+        found = compute_routers(request, options or PassOptions(), made, seed=seed, progress=progress)
+        layers, gates, routings = found.rows, found.shared_gates, found.routings
+        computed_in, kept_texts = found.computed_in, found.kept_texts
     else:
         layers = {layer: stored_bytes(rows, dtype) for layer, rows in made.items()}
     stored, stored_gates = (float32_of(b"".join(made.values()), dtype) for made in (layers, gates))
@@ -77,29 +72,9 @@ def init_routers(
         stored.reshape(len(layers), len(names), -1), [mixture.absent.get(layer, frozenset()) for layer in layers]
     )
     report = RoutingReport(
-        names, config.experts_per_token, tuple(routings), distances, frozenset(config.writers), computed_in
+        names, config.experts_per_token, tuple(routings), distances, frozenset(config.writers), computed_in, kept_texts
     )
     return Routers(layers, gates, report)
-
-
-def check_kept_states(folder: Path, out: Path) -> None:
-    """Refuse a folder for router inputs that holds anything else, or is in the output; an absent one is made.
-
-    Raises:
-        RefusedError: it is no folder, cannot be made, holds other files, or is in `out`.
-    """
-    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise RefusedError(f"--keep-states: {folder} is in the output, {out}. Name a folder elsewhere.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = sorted(path.name for path in folder.iterdir() if not _KEPT.fullmatch(path.name))
-    except OSError as error:
-        raise RefusedError(f"--keep-states: {folder} cannot be made a folder: {error.strerror}.") from error
-    if others:
-        raise RefusedError(
-            f"--keep-states: {folder} holds {others[0]!r}, which is no file of router inputs. Name a new or empty "
-            "folder, or one that an earlier merge has kept them in."
-        )
 
 
 def check_base_bits(bits: Literal[4, 8] | None) -> None:

@@ -5,8 +5,6 @@ other settings, a merge reads what an earlier one has kept.
 """
 
 import hashlib
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,11 +19,10 @@ from moemerge.checkpoint.header import TensorInfo, build_header, read_header
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, RouterError
 from moemerge.passes.weights import read_into
+from moemerge.routers.kept_folder import draft_of, path_of, without_old_drafts
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.streamed_pass import capture_router_inputs
-
-logger = logging.getLogger(__name__)
 
 # Tensors of a file for each layer: states (token, hidden), and those of first tokens (prompt, hidden).
 _TENSORS: Final = ("states", "beginnings")
@@ -67,10 +64,6 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
         yield from capture_router_inputs(request)
         return
     parts = _parts(request, request.kept_states)
-    kept = sum(bool(part.kept) for part in parts)
-    logger.info(
-        "--keep-states: %s has %d of %d texts; the base reads the others", request.kept_states, kept, len(parts)
-    )
     order = tuple(prompt for part in parts for prompt in part.prompts)
     counts = torch.tensor([sum(prompt.counted) for prompt in order])
     states = torch.empty(int(counts.sum()), request.base.model.config["hidden_size"])
@@ -83,6 +76,8 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
         )
     )
     with ExitStack() as open_drafts:
+        if not all(part.kept for part in parts):
+            open_drafts.enter_context(without_old_drafts(request.kept_states))
         first = {part.path: place for place, part in reversed(list(enumerate(parts)))}  # of those with the same text
         drafts = {
             place: open_drafts.enter_context(_draft(path, request, rooms[place]))
@@ -98,6 +93,17 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
                     if place in drafts:
                         _append(drafts[place], room, request.compute.dtype)
             yield RouterInputs(layer, states, torch.repeat_interleave(counts), order, beginnings)
+
+
+def count_kept(request: PassRequest) -> tuple[int, int] | None:
+    """Count the texts whose router inputs are kept, and all texts of a request; None where none are to be kept.
+
+    All positive text of an expert is one text, all negative text another.
+    """
+    if request.kept_states is None:
+        return None
+    parts = _parts(request, request.kept_states)
+    return sum(bool(part.kept) for part in parts), len(parts)
 
 
 def _layers(request: PassRequest, parts: Sequence[_Part]) -> Iterator[tuple[int, RouterInputs | None]]:
@@ -118,7 +124,7 @@ def _parts(request: PassRequest, folder: Path) -> list[_Part]:
     parts = []
     for prompts in sorted_prompts.values():
         text = repr((base, [(prompt.ids, prompt.counted) for prompt in prompts]))
-        path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        path = path_of(folder, hashlib.sha256(text.encode()).hexdigest())
         try:
             kept = read_header(path) if path.is_file() else {}
         except CheckpointError:
@@ -150,13 +156,14 @@ def _draft(path: Path, request: PassRequest, room: tuple[torch.Tensor, torch.Ten
         ],
         {},
     )
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = draft_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("wb") as file:
             file.write(header)
             yield file
-        draft.replace(path)
+        with suppress(FileNotFoundError):  # another merge took it for one of a killed merge
+            draft.replace(path)
     except OSError as error:
         raise RouterError(f"--keep-states: {path.parent} cannot be written: {error.strerror}.") from error
     finally:

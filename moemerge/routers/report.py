@@ -52,6 +52,8 @@ class RoutingReport:
     """Numbers of the experts that wrote the text that their rows are made from."""
     computed_in: str = ""
     """The dtype that models were run in; empty where none was run."""
+    kept_texts: tuple[int, int] | None = None
+    """Number of texts whose router inputs an earlier merge had kept, and of all; None without `kept_states`."""
 
     @property
     def chance(self) -> float:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moemerge import load_config, plan_merge
+from moemerge import MergeOptions, PlanOptions, load_config, merge, plan_merge
 from moemerge.cli import main
-from moemerge.errors import RouterError
+from moemerge.errors import RefusedError, RouterError
+from moemerge.routers import kept_states
 from moemerge.routers.initialisation import init_routers
+from moemerge.routers.kept_folder import without_old_drafts
 from moemerge.routers.request import PassOptions
 from tests.support.models import make_model
 
@@ -22,15 +24,19 @@ def models(tmp_path_factory):
     return [str(make_model(root / "base", 0)), *(str(make_model(root / f"e{n}", n, tuned_from=0)) for n in (1, 2, 3))]
 
 
-def rows(models, folder=None, *, experts=(0, 1, 2), each=None, **keys):
+def made(models, folder=None, *, experts=(0, 1, 2), each=None, **keys):
     described = [
         {"source_model": models[1 + place], "positive_prompts": PROMPTS[place], **(each or {})} for place in experts
     ]
     plan = plan_merge(load_config({"base_model": models[0], "experts": described, **keys}))
-    made = init_routers(
+    return init_routers(
         plan.router_request, PassOptions(kept_states=folder), seed=0, progress=lambda _done, _total: None
     )
-    return torch.stack([torch.frombuffer(bytearray(data), dtype=torch.float32) for data in made.rows.values()])
+
+
+def rows(models, folder=None, **keys):
+    found = made(models, folder, **keys).rows.values()
+    return torch.stack([torch.frombuffer(bytearray(data), dtype=torch.float32) for data in found])
 
 
 @pytest.mark.parametrize("mode", ["auto", "ridge", "hidden", "delta"])
@@ -47,14 +53,58 @@ def test_one_more_expert_gives_the_rows_of_a_merge_of_all(models, tmp_path, mode
     assert before.items() <= after.items()
 
 
-def test_kept_states_are_read_and_the_base_is_not_run_again(models, tmp_path, caplog):
-    caplog.set_level("INFO", "moemerge")
+def test_kept_states_are_read_and_the_base_is_not_run_again(models, tmp_path):
     first = rows(models, tmp_path, gate_mode="ridge", dtype="float32")
-    assert f"{tmp_path} has 0 of 3 texts" in caplog.text
     for path in tmp_path.iterdir():
         save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
     assert torch.allclose(rows(models, tmp_path, gate_mode="ridge", dtype="float32"), first / 2, rtol=1e-3, atol=1e-4)
-    assert f"{tmp_path} has 3 of 3 texts" in caplog.text
+
+
+def test_the_report_counts_the_texts_that_were_kept(models, tmp_path):
+    settings = {"gate_mode": "ridge"}
+    assert made(models, tmp_path, experts=(0, 1), **settings).report.kept_texts == (0, 2)
+    assert made(models, tmp_path, **settings).report.kept_texts == (2, 3)
+    assert made(models, tmp_path, **settings).report.kept_texts == (3, 3)
+    assert made(models, **settings).report.kept_texts is None
+
+
+def draft(folder, digit):
+    folder.mkdir(exist_ok=True)
+    path = folder / f".{digit * 32}.safetensors.1"
+    path.write_bytes(b"half")
+    return path
+
+
+def test_drafts_of_killed_merges_are_removed(models, tmp_path):
+    draft(tmp_path, "a")
+    rows(models, tmp_path, gate_mode="ridge")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+    assert len(list(tmp_path.iterdir())) == len(PROMPTS)
+
+
+def test_drafts_stay_while_another_merge_is_writing(models, tmp_path):
+    theirs = draft(tmp_path, "a")
+    with without_old_drafts(tmp_path):
+        theirs = draft(tmp_path, "a")
+        rows(models, tmp_path, gate_mode="ridge")
+        assert theirs.exists()
+    with without_old_drafts(tmp_path):
+        assert not theirs.exists()
+    assert len(list(tmp_path.iterdir())) == len(PROMPTS)
+
+
+def test_a_draft_that_another_merge_removed_costs_only_what_would_be_kept(models, tmp_path, monkeypatch):
+    given = kept_states.capture_router_inputs
+
+    def removing(request):
+        yield from given(request)
+        for path in tmp_path.glob(".*.safetensors.*"):
+            path.unlink()
+
+    monkeypatch.setattr(kept_states, "capture_router_inputs", removing)
+    found = rows(models, tmp_path, gate_mode="ridge", dtype="float32")
+    assert torch.allclose(found, rows(models, gate_mode="ridge", dtype="float32"), atol=1e-5)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_base_has_other_files(models, tmp_path):
@@ -77,9 +127,29 @@ def test_experts_with_equal_text_share_a_file(models, tmp_path):
     assert torch.allclose(rows(models, tmp_path, **settings), made, atol=1e-5)
 
 
-def test_a_method_that_reads_other_states_is_refused(models, tmp_path):
-    with pytest.raises(RouterError, match="mergekit_hidden reads other states"):
-        rows(models, tmp_path, gate_mode="mergekit_hidden")
+UNUSED = {
+    "mergekit_hidden": "--keep-states: gate_mode mergekit_hidden reads other states than those that are kept. Leave the "
+    "option out, or choose another gate_mode.",
+    "random": "--keep-states: gate_mode random does not run the base model, so there are no router inputs to keep. Leave "
+    "the option out, or choose another gate_mode.",
+}
+
+
+@pytest.mark.parametrize("mode", UNUSED)
+def test_a_method_without_states_to_keep_is_refused(models, tmp_path, mode):
+    described = [{"source_model": models[1 + n], "positive_prompts": PROMPTS[n]} for n in range(2)]
+    plan = plan_merge(load_config({"base_model": models[0], "experts": described, "gate_mode": mode}))
+    with pytest.raises(RefusedError) as refused:
+        merge(plan, tmp_path / "out", MergeOptions(kept_states=tmp_path / "kept"))
+    assert str(refused.value) == UNUSED[mode]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_routing_table_keeps_states_for_any_method(models, tmp_path):
+    described = [{"source_model": models[1 + n], "positive_prompts": PROMPTS[n]} for n in range(2)]
+    config = load_config({"base_model": models[0], "experts": described, "gate_mode": "random"})
+    plan = plan_merge(config, PlanOptions(routing_table=True))
+    assert merge(plan, tmp_path / "out", MergeOptions(kept_states=tmp_path / "kept")).kept_texts == (0, 2)
 
 
 def test_a_damaged_file_is_made_again(models, tmp_path):
@@ -112,7 +182,7 @@ def test_the_command_refuses_a_folder_that_holds_other_files(models, tmp_path, m
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_keeps_states(models, tmp_path, monkeypatch):
+def test_the_command_keeps_states(models, tmp_path, monkeypatch, capsys):
     config = tmp_path / "merge.yaml"
     config.write_text(
         f"base_model: {models[0]}\nexperts:\n"
@@ -124,3 +194,7 @@ def test_the_command_keeps_states(models, tmp_path, monkeypatch):
         main()
     assert all(path.suffix == ".safetensors" for path in kept.iterdir())
     assert list(kept.iterdir())
+    assert (
+        f"\nkept states: 0 of 3 texts were read from {kept}, 3 are new there; all positive text of an expert is one text, "
+        "all negative text another\n"
+    ) in capsys.readouterr().err
