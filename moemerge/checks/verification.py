@@ -21,7 +21,7 @@ from moemerge.errors import CheckpointError, RefusedError
 from moemerge.families.engines import Trouble, facts_of, trouble_of
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.plan import MergePlan
-from moemerge.planning.shared_choice import is_open, settle_as
+from moemerge.planning.shared_choice import settle_as
 from moemerge.sources.model_folder import ModelFolder, open_merged, read_tensor_table
 
 
@@ -67,7 +67,7 @@ def verify_merge(
         CheckpointError: a file cannot be read, or a source differs from its header.
     """
     model = open_merged(out)
-    if is_open(plan):
+    if plan.is_open:
         plan = settle_as(plan, _kept_config(model))
     files, differences = compare_files_beside(plan, model)
     differences += _compare_engine(plan)

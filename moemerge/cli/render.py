@@ -19,7 +19,6 @@ from moemerge.dtypes import BITS, HEADER_DTYPES
 from moemerge.engines import ENGINES
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.plan import MergePlan
-from moemerge.planning.shared_choice import BASE, MIXED, is_open
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -120,8 +119,8 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         rows["tokenizer"] = (
             f"proved to give the base's ids when it is merged; {' and '.join(plan.made_files)} may be made"
         )
-    chosen_later = f"{', '.join((BASE, *MIXED))}: chosen when the merge begins, shown here as the base's"
-    rows |= {"shared weights": chosen_later} if is_open(plan) else {}
+    chosen_later = f"{', '.join(plan.candidates)}: chosen when the merge begins, shown here as the base's"
+    rows |= {"shared weights": chosen_later} if plan.is_open else {}
     if plan.remote_bytes:
         kept = f", of which {size(plan.kept_bytes)} stay on the disk until the end" if plan.kept_bytes else ""
         rows["to download"] = (

@@ -114,6 +114,11 @@ class SharedWeights(_Strict):
     seed: int = Field(0, ge=0, strict=True)
     """Seed for the changes that `dare` keeps."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the merge has to choose the method."""
+        return self.method == "auto"
+
 
 class MergeConfig(_Strict):
     """A merge: a base model and the experts whose FFNs are stacked into it.

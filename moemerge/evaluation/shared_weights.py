@@ -29,8 +29,6 @@ from moemerge.planning.shared_choice import (
     TOKENS,
     SharedChoice,
     expert_texts,
-    mixed_plans,
-    with_method,
 )
 
 # Shorter windows are of more documents, which makes differences surer.
@@ -73,8 +71,7 @@ def losses_of(
     """Measure the possible methods on the windows of each expert's text; a returned text says why none can be."""
     models: list[tuple[str, int, Runnable]] = []
     latest = _Latest(plan.base)
-    base = plan.remake(with_method(plan.config, BASE))
-    for method, made in {BASE: base, **mixed_plans(plan)[0]}.items():
+    for method, made in plan.candidates.items():
         for number in range(len(texts)):
             model = _dense(plan, made.parts, number)
             if isinstance(model, str):

@@ -17,7 +17,6 @@ from moemerge.export.writing import STAGED, SpaceCheck, advising_types, check_fi
 from moemerge.merging.merge_work import Tally, Work
 from moemerge.merging.options import MergeOptions, Progress
 from moemerge.planning.plan import MergePlan
-from moemerge.planning.shared_choice import is_open
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -70,7 +69,7 @@ def merge_to_gguf(
     room(file, tensors, plan.kept_bytes, plan.peak_memory_bytes)
     work = Work(plan, options, warn, to_folder=False)
     with staged_file(file, overwrite=options.overwrite) as stage, work.sources_kept_in(stage):
-        if is_open(plan):
+        if plan.is_open:
             work.choose(None, progress, announce)
             plan = work.plan
             tensors = model.tensors(_table(plan, options.seed, {}))

@@ -23,7 +23,7 @@ from moemerge.merging.options import MergeOptions, Progress
 from moemerge.model_card.card import write_card, write_metadata_card
 from moemerge.model_card.metadata import licence_of
 from moemerge.planning.plan import MergePlan
-from moemerge.planning.shared_choice import SharedChoice, is_open, settle
+from moemerge.planning.shared_choice import SharedChoice, settle
 from moemerge.planning.tokenizer_proof import prove_tokenizer
 from moemerge.routers.initialisation import Routers, check_base_bits, init_routers
 from moemerge.routers.kept_folder import check_keeps
@@ -59,12 +59,12 @@ class Work:
         check_base_bits(options.base_bits)
         if options.kept_states:
             check_keeps(plan.config.method, runs_base=plan.runs_base)
-        if is_open(plan) and plan.remote_bytes:
+        if plan.is_open and plan.remote_bytes:
             raise RefusedError(
                 "shared_weights: auto reads all models once more to choose, but weights are left on the Hub here. Name "
                 "base, average or ties; or have them downloaded, without --stream and with room for them in the cache."
             )
-        if (plan.runs_base or is_open(plan)) and options.device not in {"auto", "cpu"}:
+        if (plan.runs_base or plan.is_open) and options.device not in {"auto", "cpu"}:
             from moemerge.passes.device import find_device  # before anything is copied
 
             find_device(options.device)
@@ -83,7 +83,7 @@ class Work:
             progress: called as the work goes on.
             announce: called with a line about the choice, and one for each note on it.
         """
-        if not is_open(self.plan):
+        if not self.plan.is_open:
             return
         if known:
             choice = SharedChoice(**known)

@@ -8,7 +8,7 @@ from moemerge.families.layer_names import layer_prefix
 from moemerge.planning.models import Models
 from moemerge.planning.parts import Parts
 from moemerge.planning.shape import Shape
-from moemerge.planning.shared_choice import AUTO, MIXED, TOKENS
+from moemerge.planning.shared_choice import MIXED, TOKENS
 from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES
 from moemerge.sources.reference import Reference
 
@@ -33,7 +33,7 @@ def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: 
     layer = sum(
         4 * math.prod(tensor.shape) for name, tensor in parts.base.tensors.items() if name.startswith(layer_prefix(0))
     )
-    chooses = config.shared_weights.method == AUTO
+    chooses = config.shared_weights.is_open
     reads_prompts = shape.runs_base or chooses or config.method.reads_text
     tokenizer = models.base.folder.folder / "tokenizer.json"
     tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0

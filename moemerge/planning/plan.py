@@ -69,6 +69,13 @@ class MergePlan:
     """A function that plans the same models, in the same shape, with other shared weights."""
     shared_choice: SharedChoice | None = None
     """The shared weights that were chosen for a config that asks for it."""
+    candidates: Mapping[str, "MergePlan"] = field(default_factory=dict, repr=False, compare=False)
+    """The plan with each method of sharing weights that the merge has to choose from; empty where nothing is open."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the merge still has to choose its shared weights."""
+        return self.config.shared_weights.is_open
 
     @property
     def family(self) -> MoeFamily:
@@ -184,10 +191,18 @@ class MergePlan:
 
     @property
     def data_sets(self) -> list[HubData]:
-        """Data sets on the Hub that routers are made from."""
-        if not (self.runs_base or self.config.method.reads_text):
-            return []
-        return [parse_hub_data(text, "config") for text in self._patterns if text.startswith(SCHEME)]
+        """Data sets on the Hub that routers are made from, or that shared weights are chosen by."""
+        patterns: list[str] = []
+        if self.makes_routers_from_text:
+            patterns = self._patterns
+        elif self.is_open or (self.shared_choice and self.shared_choice.losses):
+            patterns = [text for expert in self.config.experts for text in expert.positive_texts]
+        return [parse_hub_data(text, "config") for text in patterns if text.startswith(SCHEME)]
+
+    @property
+    def makes_routers_from_text(self) -> bool:
+        """Whether text is read to make routers, or their table."""
+        return self.runs_base or self.config.method.reads_text
 
     @property
     def _patterns(self) -> list[str]:

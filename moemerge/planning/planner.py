@@ -13,7 +13,7 @@ from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import origins_of
 from moemerge.planning.plan import MergePlan, Remarks
 from moemerge.planning.shape import Shape, shape_of
-from moemerge.planning.shared_choice import AUTO, BASE, postpone, with_method
+from moemerge.planning.shared_choice import BASE, postpone, with_method
 from moemerge.sources.model_folder import ModelFolder, fetch_if_room, read_tensor_tables
 
 
@@ -45,7 +45,7 @@ def plan_merge(
     """
     # A copy, so that later changes to the given config do not reach the plan.
     given = config.rechecked().model_copy(deep=True)
-    config = with_method(given, BASE) if given.shared_weights.method == AUTO else given
+    config = with_method(given, BASE) if given.shared_weights.is_open else given
     models = open_models(config, announce)
     shape = shape_of(given, models, options, announce)
     approve(models.sources)

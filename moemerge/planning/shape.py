@@ -13,7 +13,6 @@ from moemerge.families.selection import Choice, select_family
 from moemerge.planning.models import Models, refuse
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.router_sources import check_texts, check_widths, check_writers, puts_prompts_into_chats
-from moemerge.planning.shared_choice import AUTO
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
 
@@ -51,7 +50,7 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
     """
     base, routed = models.base.model, [member.model for member in models.experts]
     runs_base = config.method.runs_base or (options.routing_table and config.has_descriptions)
-    runs_models = runs_base or (config.shared_weights.method == AUTO and config.has_descriptions)
+    runs_models = runs_base or (config.shared_weights.is_open and config.has_descriptions)
     reads_text = runs_models or config.method.reads_text
     files = find_base_files(models.base.folder, announce, needed=reads_text)
     if options.needs_texts and reads_text:

@@ -4,7 +4,7 @@ A plan reads headers, so it only finds out whether there is anything to choose. 
 when the merge begins (`moemerge.evaluation.shared_weights`).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +17,6 @@ from moemerge.texts.documents import find_files, read_documents
 if TYPE_CHECKING:
     from moemerge.planning.plan import MergePlan
 
-AUTO: Final = "auto"
 BASE: Final = "base"
 MIXED: Final = ("average", "ties")
 """Methods that may take the base's place, the simplest first. DARE is the average, with noise."""
@@ -66,18 +65,14 @@ def with_method(config: MergeConfig, method: str) -> MergeConfig:
 
 
 def settle(plan: "MergePlan", choice: SharedChoice) -> "MergePlan":
-    """Plan a merge whose choice has been made; its config names the method."""
-    return _noted(plan.remake(with_method(plan.config, choice.method)), choice.sentence, shared_choice=choice)
+    """The plan of a merge whose choice has been made; its config names the method."""
+    config = with_method(plan.config, choice.method)
+    return _noted(plan.candidates[choice.method], choice.sentence, config=config, shared_choice=choice)
 
 
 def settle_as(plan: "MergePlan", config: MergeConfig) -> "MergePlan":
     """Plan a merge whose choice was made before, as the config of its output names it."""
     return plan.remake(plan.config.model_copy(update={"shared_weights": config.shared_weights}))
-
-
-def is_open(plan: "MergePlan") -> bool:
-    """Whether the merge still has to choose its shared weights."""
-    return plan.config.shared_weights.method == AUTO
 
 
 def postpone(plan: "MergePlan", config: MergeConfig, *, strangers: bool, needs_texts: bool) -> "MergePlan":
@@ -97,44 +92,39 @@ def postpone(plan: "MergePlan", config: MergeConfig, *, strangers: bool, needs_t
     if isinstance(found, str):
         choice = SharedChoice(BASE, found)
         return _noted(plan, choice.sentence, shared_choice=choice)
+    candidates = {BASE: plan, **found}
     if not needs_texts:
-        return replace(plan, config=config)
+        return replace(plan, config=config, candidates=candidates)
     lengths = [_characters(expert_texts(plan, number)) for number in range(len(config.experts))]
     note = (
-        f"shared_weights: auto is chosen when the merge begins, from {', '.join((BASE, *found))}, by the losses on "
+        f"shared_weights: auto is chosen when the merge begins, from {', '.join(candidates)}, by the losses on "
         f"{FEWEST_TOKENS} to {TOKENS} tokens of each expert's text, which has {min(lengths)} to {max(lengths)} "
         f"characters; with fewer tokens it is {BASE}"
     )
-    return _noted(plan, note, config=config)
+    return _noted(plan, note, config=config, candidates=candidates)
 
 
 def _characters(documents: Sequence[Document]) -> int:
     return sum(len(one if isinstance(one, str) else one.said_by(COUNTED_ROLES)) for one in documents)
 
 
-def mixed_plans(plan: "MergePlan") -> tuple[dict[str, "MergePlan"], list[str]]:
-    """Plan the merge with each method that may take the base's place; returns why others cannot, too."""
+def _candidates(plan: "MergePlan", *, strangers: bool) -> Mapping[str, "MergePlan"] | str:
+    """The plan with each method that may take the base's place; or why there is none, without running a model."""
+    if strangers:
+        return "not all experts are fine-tunes of the base model"
     plans, problems = {}, []
     for method in MIXED:
         try:
             plans[method] = plan.remake(with_method(plan.config, method))
         except IncompatibleError as error:  # noqa: PERF203  each has its own
             problems.append(error.problems[0].removeprefix("shared_weights: "))
-    return plans, problems
-
-
-def _candidates(plan: "MergePlan", *, strangers: bool) -> Collection[str] | str:
-    """Methods that may take the base's place; or why there are none, by all that is known without running a model."""
-    if strangers:
-        return "not all experts are fine-tunes of the base model"
-    plans, problems = mixed_plans(plan)
     if not plans:
         return f"others are not possible, since {problems[0]}"
     if not any_changed(plan.parts.base, {f"experts[{n}]": expert for n, expert in enumerate(plan.experts)}):
         return "the models have all the same"
     if untold := [number for number, expert in enumerate(plan.config.experts) if not expert.is_described]:
         return f"experts[{untold[0]}] has neither positive_texts nor positive_prompts to compare losses on"
-    return plans.keys()
+    return plans
 
 
 def _noted(plan: "MergePlan", note: str, **changes: Any) -> "MergePlan":

@@ -23,11 +23,15 @@ from moemerge.evaluation.shared_weights import best_of, choose, losses_of
 from moemerge.merging.destinations import Folder
 from moemerge.merging.gguf import merge_to_gguf
 from moemerge.merging.options import MergeOptions
+from moemerge.model_card import card
+from moemerge.model_card.card import write_card
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
+from moemerge.planning import planner
 from moemerge.planning.fingerprint import CHOSEN
 from moemerge.planning.options import PlanOptions
-from moemerge.planning.shared_choice import SharedChoice
+from moemerge.planning.shared_choice import SharedChoice, settle
+from moemerge.routers.report import RoutingReport
 from tests.families.test_families import PAIRS, PLAINEST, readable
 from tests.sources.test_lora import ATTENTION, FFN, make_adapter
 from tests.support.families import DENSE, stored
@@ -338,6 +342,37 @@ def test_plan_says_that_it_will_be_chosen(compatible, monkeypatch, capsys):
     assert found["advice"] == []
     assert run(monkeypatch, "plan", path) == 0
     assert "base, average, ties: chosen when the merge begins, shown here as the base's" in capsys.readouterr().out
+
+
+def test_each_method_is_planned_once(compatible, tmp_path, monkeypatch):
+    _, path, _, _ = compatible
+    planned, assemble = [], planner.assemble
+
+    def counting(config, *parts):
+        planned.append(config.shared_weights.method)
+        return assemble(config, *parts)
+
+    monkeypatch.setattr(planner, "assemble", counting)
+    merge(plan_merge(load_config(path)), tmp_path / "out")
+    assert planned == ["base", "average", "ties"]
+
+
+def test_data_sets_that_only_the_choice_reads_are_named(compatible, tmp_path, monkeypatch):
+    _, path, _, _ = compatible
+    document = yaml.safe_load(path.read_text())
+    for number, expert in enumerate(document["experts"]):
+        expert["positive_texts"] = f"hf://datasets/acme/for-{number}"
+    plan = plan_merge(load_config(document), PlanOptions(needs_texts=False))
+    named = ["acme/for-0", "acme/for-1"]
+    assert [data.repo for data in plan.data_sets] == named
+    chosen = settle(plan, SharedChoice("average", "it loses less", {"base": 2.0, "average": 1.9}, 4096))
+    assert [data.repo for data in chosen.data_sets] == named
+    monkeypatch.setattr(card, "hub_revisions", lambda _: ["acme/for-0 at 1a", "acme/for-1 at 2b"])
+    write_card(tmp_path, "mixture", chosen, RoutingReport(("one", "two"), 2, (), {}))
+    text = (tmp_path / "README.md").read_text()
+    assert "The shared weights were chosen by data sets on the Hub: `acme/for-0 at 1a`, `acme/for-1 at 2b`.\n" in text
+    assert yaml.safe_load(text.split("---")[1])["datasets"] == named
+    assert settle(plan, SharedChoice("base", "there is too little text")).data_sets == []
 
 
 def test_a_resumed_merge_does_not_choose_again(compatible, tmp_path, monkeypatch):
