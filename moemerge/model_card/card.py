@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
 _SAMPLE_LENGTH: Final = 60
 _CONFIGURATION: Final = "## Configuration"
+_MADE_OF: Final = re.compile(r"^A \S+ of \d+ experts.*, made with moemerge: .*$", re.MULTILINE)
+_TRAINED_NORMS: Final = "The norms were trained by `moemerge tune` after the merge."
 
 
 def write_card(
@@ -166,6 +168,13 @@ def without_section(text: str, name: str) -> str:
     before, start, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->\n")
     return before + after.removeprefix("\n") if start and end else text
+
+
+def with_trained_norms(text: str) -> str:
+    """Add to a model card's first paragraph, which says where norms come from, that they were trained since."""
+    if _TRAINED_NORMS in text:
+        return text
+    return _MADE_OF.sub(lambda paragraph: f"{paragraph[0]} {_TRAINED_NORMS}", text, count=1)
 
 
 def loss_table(

@@ -13,7 +13,7 @@ from moemerge.checkpoint.output_folder import check_target
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, difference
 from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_key
-from moemerge.model_card.card import read_card, with_section, without_section
+from moemerge.model_card.card import read_card, with_section, with_trained_norms, without_section
 from moemerge.passes.device import free_memory, memory_watched
 from moemerge.passes.tokens import count_scored
 from moemerge.tuning.batches import Batches
@@ -235,4 +235,7 @@ def _card(mixture: MixtureModel, found: TuningResult) -> str | None:
     """The model card with the tuning, without an evaluation of the routers before; None if there is no card."""
     if not (mixture.folder / CARD).is_file():
         return None
-    return with_section(without_section(read_card(mixture.folder), "evaluation"), "tuning", card_section(found))
+    text = without_section(read_card(mixture.folder), "evaluation")
+    if found.train == "gates,norms":
+        text = with_trained_norms(text)
+    return with_section(text, "tuning", card_section(found))

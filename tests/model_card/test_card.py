@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moemerge.config.loading import load_config
-from moemerge.model_card.card import write_card
+from moemerge.model_card.card import with_trained_norms, write_card
 from moemerge.model_card.markdown import as_text
 from moemerge.model_card.usage import use_it
 from moemerge.planning.planner import plan_merge
@@ -81,3 +81,15 @@ By layer, own text:
 ````
 """
     assert body == expected
+
+
+def test_that_norms_were_trained_is_said_once():
+    paragraph = (
+        "A mixtral of 2 experts, 2 per token, made with moemerge: embeddings, attention and norms come from `x`, each "
+        "expert's FFNs from its own model, routers from `gate_mode: delta`."
+    )
+    text = f"# Title\n\n{paragraph}\n\nMore.\n"
+    said = with_trained_norms(text)
+    assert said == f"# Title\n\n{paragraph} The norms were trained by `moemerge tune` after the merge.\n\nMore.\n"
+    assert with_trained_norms(said) == said
+    assert with_trained_norms("# My own card\n") == "# My own card\n"

@@ -166,10 +166,17 @@ def test_gates_change_and_nothing_else_does_and_held_out_text_gains(tmp_path, sp
     assert tune(out, data, Settings(steps=1, tokens_per_step=96, distil=distil)).before == found.after
 
 
+def made_of_lines(model):
+    """The card's paragraphs on where embeddings, attention, norms and FFNs come from."""
+    return [line for line in (model / "README.md").read_text().splitlines() if "attention and norms come from" in line]
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_norms_are_trained_beside_gates_on_request(tmp_path, specialists, data, copied):
     out = merged(tmp_path, specialists, shard_bytes=20_000, dtype="bfloat16")
+    (made_of,) = made_of_lines(out)
     old, alone = tensors(out), tune(out, data, Settings(steps=8, tokens_per_step=96), copy=tmp_path / "alone")
+    assert made_of_lines(Path(alone.model)) == [made_of]
     settings = Settings(steps=8, tokens_per_step=96, train="gates,norms")
     found = tune(out, data, settings, copy=tmp_path / "copy" if copied else None)
     assert found.improved
@@ -183,6 +190,7 @@ def test_norms_are_trained_beside_gates_on_request(tmp_path, specialists, data, 
     assert max((new[name] / old[name] - 1).abs().max() for name in norms) < 0.5
     card = (Path(found.model) / "README.md").read_text()
     assert "`moemerge tune` trained gates and the norms that experts share; the best of 8 steps was step " in card
+    assert made_of_lines(Path(found.model)) == [f"{made_of} The norms were trained by `moemerge tune` after the merge."]
     load(Path(found.model))
     assert tune(found.model, data, Settings(steps=1, tokens_per_step=96)).before == found.after
 
