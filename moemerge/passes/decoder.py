@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moemerge.passes.compute_dtype import Compute
@@ -66,7 +67,7 @@ def empty_model(
     """
     config = AutoConfig.for_model(model_type, **{**keys, "pad_token_id": None})
     # Without initial values, which transformers 4 fails to give Mamba's parameters on the meta device.
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with init_empty_weights(include_buffers=False), no_init_weights(), _EmptyOnMeta():
         model = (AutoModelForCausalLM if head else AutoModel).from_config(config, trust_remote_code=False, dtype=dtype)
     for name, buffer in list(model.named_buffers()):
         _put(model, name, buffer.to(device, torch.float32 if buffer.is_floating_point() else buffer.dtype))
@@ -75,6 +76,18 @@ def empty_model(
         if any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept):
             _put(model, name, torch.nn.Parameter(parameter.float(), requires_grad=False))
     return model.eval()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """A mode in which `torch.empty`, of which parameters are made, takes no memory.
+
+    accelerate first makes parameters and then moves them to the meta device. The blocks that they leave free lie
+    between modules that stay, so that the heap grows by a small model's size for each model that is made.
+    """
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        return func(*args, **({**given, "device": "meta"} if func is torch.empty else given))
 
 
 def _put(model: Any, name: str, value: torch.Tensor) -> None:

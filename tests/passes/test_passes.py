@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moemerge.families.dense import DENSE_FAMILIES, ModelTensors, read_dense
 from moemerge.families.mixture_shape import Mixture
@@ -132,6 +133,30 @@ def test_what_stands_in_the_padding_may_be_anything():
     assert batch.is_finite
     states[1, 1, 0] = -torch.inf
     assert not batch.is_finite
+
+
+class Sizes(TorchDispatchMode):
+    """Keeps the numbers of elements of all tensors that are made on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = [0]
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.device.type == "cpu":
+            self.found.append(made.numel())
+        return made
+
+
+def test_a_model_without_weights_takes_no_memory_for_them(tmp_path):
+    """Not even while it is made: blocks that are left free between modules make the heap grow with each model."""
+    base = read_dense(json.loads((make_model(tmp_path / "base") / "config.json").read_text()))
+    with Sizes() as sizes:
+        model = decoder.empty_model("llama", base.class_keys, torch.device("cpu"), head=True)
+    assert max(sizes.found) < base.config["hidden_size"] ** 2
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
 
 
 def test_the_memory_of_a_container_is_its_own(tmp_path, monkeypatch):
