@@ -35,7 +35,7 @@ DTYPE_ALIASES: Final[dict[str, DType]] = {
     "half": "float16",
     "float": "float32",
 }
-"""Other spellings that the YAML key `dtype` accepts beside the full names."""
+"""Other spellings that the YAML key `dtype` and the option `--compute-dtype` accept beside the full names."""
 
 
 def bytes_of(dtype: HeaderDType, shape: tuple[int, ...]) -> int | None:

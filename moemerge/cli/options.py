@@ -1,15 +1,16 @@
 """Options that several commands have, single ones and groups of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
 from moemerge.chats import COUNTED_ROLES, ROLES
-from moemerge.dtypes import ComputeDtype
+from moemerge.dtypes import DTYPE_ALIASES, ComputeDtype
 from moemerge.errors import RefusedError
 
 Config = Annotated[
@@ -98,16 +99,17 @@ def named_roles(given: str) -> tuple[str, ...]:
     return named
 
 
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """Make a parser that accepts one of `names`, in any case.
+def one_of(names: Sequence[str], aliases: Mapping[str, str] = MappingProxyType({})) -> Callable[[str], str]:
+    """Make a parser that accepts one of `names`, in any case, or an alias that stands for one.
 
     The parser raises typer.BadParameter for any other, with the nearest name, or with all of them.
     """
 
     def read(given: str) -> str:
-        if given.lower() in names:
-            return given.lower()
-        near = get_close_matches(given[:60].lower(), names, n=1)
+        name = aliases.get(given.lower(), given.lower())
+        if name in names:
+            return name
+        near = get_close_matches(name[:60], names, n=1)
         known = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}."
         raise typer.BadParameter(f"{given[:60]!r} is not known; {known}")
 
@@ -116,7 +118,9 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
 
 def compute_option(help_text: str) -> Any:
     """Make the option `--compute-dtype`, with a help text of its own."""
-    return typer.Option("--compute-dtype", metavar="DTYPE", parser=one_of(get_args(ComputeDtype)), help=help_text)
+    return typer.Option(
+        "--compute-dtype", metavar="DTYPE", parser=one_of(get_args(ComputeDtype), DTYPE_ALIASES), help=help_text
+    )
 
 
 ComputeIn = Annotated[

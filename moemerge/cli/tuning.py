@@ -53,7 +53,7 @@ class TrainingOptions:
         Literal["gates", "gates,norms"],
         typer.Option(
             metavar="WHAT",
-            parser=one_of(("gates", "gates,norms")),
+            parser=one_of(("gates", "gates,norms"), {"norms,gates": "gates,norms"}),
             help="gates, or gates,norms for the norms that experts share, too.",
         ),
     ] = "gates"

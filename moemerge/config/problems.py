@@ -17,6 +17,8 @@ MOST_EXPLAINED: Final = 100
 SHORT_REPR: Final = reprlib.Repr()
 """`SHORT_REPR.repr(value)` is a shortened repr of a value that may be long."""
 SHORT_REPR.maxstring = 60
+_OPTIONS: Final = ("cache-dir", "compute-dtype", "device", "keep-states", "low-memory", "max-shard-size")
+"""Options of the command line that are taken for keys of a config."""
 
 
 class PlacedError(ConfigError):
@@ -38,6 +40,9 @@ def explain(detail: ErrorDetails, known_keys: Callable[[Place], list[str]]) -> s
     """Explain one pydantic error in terms of the YAML."""
     key, value = detail["loc"][-1], detail["input"]
     if detail["type"] == "extra_forbidden":
+        option = str(key)[:60].replace("_", "-")
+        if len(detail["loc"]) == 1 and option in _OPTIONS:
+            return f"unknown key; on the command line it is the option --{option}"
         known = known_keys(detail["loc"])
         near = difflib.get_close_matches(str(key)[:60], known, n=1, cutoff=0.5)
         return f"unknown key, did you mean {near[0]}?" if near else f"unknown key; known: {', '.join(known)}"

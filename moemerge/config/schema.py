@@ -5,7 +5,7 @@ Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
@@ -120,6 +120,14 @@ class SharedWeights(_Strict):
         return self.method == "auto"
 
 
+def _shared_weights(value: Any) -> Any:
+    """Turn a method's name alone into settings."""
+    if isinstance(value, bool | int | float | list):
+        known = ", ".join(get_args(_SharedMethod))
+        raise ValueError(f"expected one of {known}; or keys such as method: ties, density: 0.5")  # noqa: TRY004  pydantic's
+    return {"method": value} if isinstance(value, str) else {} if value is None else value
+
+
 class MergeConfig(_Strict):
     """A merge: a base model and the experts whose FFNs are stacked into it.
 
@@ -149,10 +157,7 @@ class MergeConfig(_Strict):
     """Layers that hold experts; the others keep the base model's FFN."""
     shared_weights: Annotated[
         SharedWeights,
-        BeforeValidator(
-            lambda value: {"method": value} if isinstance(value, str) else {} if value is None else value,
-            json_schema_input_type=_SharedMethod | SharedWeights | None,
-        ),
+        BeforeValidator(_shared_weights, json_schema_input_type=_SharedMethod | SharedWeights | None),
     ] = Field(default_factory=lambda: SharedWeights.model_validate({}))
     """Settings for embeddings, attention and norms: the base model's, or a mix of all models'."""
     fold_norms: bool = Field(default=False, strict=True)

@@ -169,7 +169,7 @@ class Hub(Destination):
 
         A shard is sent while the next one is written.
         """
-        routers = work.init_routers(shards.tally.routers)
+        routers = work.init_routers(shards.tally)
         made = work.router_bands(routers)
         bands = {name: made.get(name, output.bands) for name, output in work.plan.outputs.items()}
         self.publisher.begin_streaming()

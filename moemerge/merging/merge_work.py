@@ -19,7 +19,7 @@ from moemerge.config.config_copy import text_for
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import RefusedError
-from moemerge.merging.options import MergeOptions, Progress
+from moemerge.merging.options import MergeOptions, Progress, Stage
 from moemerge.model_card.card import write_card, write_metadata_card
 from moemerge.model_card.metadata import licence_of
 from moemerge.planning.plan import MergePlan
@@ -145,22 +145,28 @@ class Work:
             threads=1 if self.options.low_memory else CONNECTIONS if self.plan.remote_bytes else MAX_THREADS,
         )
 
-    def init_routers(self, progress: Callable[[int, int], None]) -> Routers:
-        """Compute the routers; `progress` is called with the layers done and all there are."""
+    def init_routers(self, tally: "Tally", check: Callable[[], None] = lambda: None) -> Routers:
+        """Compute the routers; `check` is called when a layer has run, and may raise."""
+
+        def checked(stage: Stage, done: int, total: int) -> None:
+            check()
+            tally.layers(stage, done, total)
+
         options = self.options
         pass_options = PassOptions(
             options.device, options.compute_dtype, options.base_bits, options.low_memory, options.kept_states
         )
-        return init_routers(self.plan.router_request, pass_options, seed=options.seed, progress=progress)
+        return init_routers(
+            self.plan.router_request,
+            pass_options,
+            seed=options.seed,
+            progress=partial(checked, "routers"),
+            writing=lambda name, done, total: checked(f"{name} writes tokens", done, total),
+        )
 
     def init_routers_beside(self, writer: ShardWriter, tally: "Tally") -> Routers:
         """Compute the routers while a writer is at work; an error of the writer is raised after the current layer."""
-
-        def layer_done(done: int, total: int) -> None:
-            writer.check()
-            tally.routers(done, total)
-
-        return self.init_routers(layer_done)
+        return self.init_routers(tally, writer.check)
 
     def router_bands(self, routers: Routers) -> dict[str, tuple[Band, ...]]:
         """Make the output's tensors of computed routers and shared gates, by name."""
@@ -218,7 +224,7 @@ class Tally:
             self._done += nbytes
             self._progress("weights", self._done, self._total)
 
-    def routers(self, done: int, total: int) -> None:
-        """Report that the routers of `done` layers of `total` are computed."""
+    def layers(self, stage: Stage, done: int, total: int) -> None:
+        """Report how far another stage is; see `Progress`."""
         with self._lock:
-            self._progress("routers", done, total)
+            self._progress(stage, done, total)

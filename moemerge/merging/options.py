@@ -7,9 +7,12 @@ from typing import Literal
 
 from moemerge.dtypes import ComputeDtype
 
-Stage = Literal["shared weights", "routers", "weights"]
+Stage = str
+"""`shared weights`, `routers`, `weights`, or `NAME writes tokens` for an expert that writes text for the routers."""
 Progress = Callable[[Stage, int, int], None]
-"""A function that is called with the stage, the amount done and the total: bytes for weights, layers for others.
+"""A function that is called with the stage, the amount done and the total.
+
+They are bytes for weights, tokens of each sequence for an expert that writes, layers for other stages.
 
 Weights are written while routers are computed: reports of the two stages alternate, from one thread at a time.
 """

@@ -17,9 +17,9 @@ from moemerge.routers.method_lookup import rows_from_pass
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.report import LayerRouting
-from moemerge.routers.request import PassOptions, RouterRequest
+from moemerge.routers.request import PassOptions, RouterRequest, WritingProgress
 from moemerge.routers.rows import Rows
-from moemerge.routers.written_text import add_written_text, layers_to_write
+from moemerge.routers.written_text import add_written_text
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def compute_routers(
     *,
     seed: int,
     progress: Callable[[int, int], None],
+    writing: WritingProgress,
 ) -> PassRouters:
     """Compute each layer's rows and gate, and the routing of the prompts.
 
@@ -60,11 +61,9 @@ def compute_routers(
     stored_dtype: torch.dtype = getattr(torch, request.dtype)
     layers, gates, routings = {}, {}, []
     last = request.mixture.moe_layers[-1] + 1
-    written = layers_to_write([request.experts[expert] for expert in config.writers])
-    total, done = last + written + (last if method.labels_texts else 0), 0
-    if written:
-        asked = add_written_text(asked, request, seed, lambda layer: progress(layer, total))
-        done = written
+    total, done = last + (last if method.labels_texts else 0), 0
+    if config.writers:
+        asked = add_written_text(asked, request, seed, writing)
     if method.labels_texts:
         labeller = Labeller(asked, relative=method.reads_what_there_is)
         asked, done = _label_documents(asked, labeller, lambda layer: progress(layer, total)), last

@@ -11,7 +11,7 @@ from moemerge.checkpoint.numbers import float32_of, stored_bytes
 from moemerge.errors import RefusedError, RouterError
 from moemerge.routers.method_lookup import rows_without_pass
 from moemerge.routers.report import LayerRouting, RoutingReport
-from moemerge.routers.request import PassOptions, RouterRequest
+from moemerge.routers.request import PassOptions, RouterRequest, WritingProgress
 from moemerge.routers.rows import row_distances
 
 __all__ = ["Routers", "check_base_bits", "init_routers"]
@@ -34,6 +34,7 @@ def init_routers(
     *,
     seed: int,
     progress: Callable[[int, int], None],
+    writing: WritingProgress = lambda _name, _done, _total: None,
 ) -> Routers:
     """Compute the routers of a merge and the table of what they do with its prompts.
 
@@ -42,6 +43,7 @@ def init_routers(
         options: how models are run.
         seed: seed for random rows, the choice of documents and written text, unless the config has one.
         progress: called with the number of layers done, and of all layers.
+        writing: called as experts write text.
 
     Raises:
         RouterError: the tokenizer, the prompts or the device cannot be used.
@@ -56,7 +58,7 @@ def init_routers(
         # Imports torch and transformers: seconds, and hundreds of megabytes.
         from moemerge.routers.computed import compute_routers
 
-        found = compute_routers(request, options or PassOptions(), made, seed=seed, progress=progress)
+        found = compute_routers(request, options or PassOptions(), made, seed=seed, progress=progress, writing=writing)
         layers, gates, routings = found.rows, found.shared_gates, found.routings
         computed_in, kept_texts = found.computed_in, found.kept_texts
     else:

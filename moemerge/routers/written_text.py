@@ -23,20 +23,13 @@ from moemerge.passes.tokens import load_tokenizer
 from moemerge.passes.weights import read_parameter
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES, EncodedPrompt
-from moemerge.routers.request import RouterRequest
+from moemerge.routers.request import RouterRequest, WritingProgress
 
 # Nucleus sampling (https://arxiv.org/abs/1904.09751): without it, small models stray from their subject.
 _TOP_P: Final = 0.95
 
 
-def layers_to_write(experts: Sequence[ModelTensors]) -> int:
-    """Count the layers that run until these experts have written their text."""
-    return sum(expert.model.layers for expert in experts) * NEW_TOKENS
-
-
-def add_written_text(
-    asked: PassRequest, request: RouterRequest, seed: int, progress: Callable[[int], None]
-) -> PassRequest:
+def add_written_text(asked: PassRequest, request: RouterRequest, seed: int, progress: WritingProgress) -> PassRequest:
     """Add what experts write when they continue their positive prompts; only new tokens count.
 
     All that is written from a prompt belongs to the prompt's document.
@@ -45,13 +38,13 @@ def add_written_text(
         asked: the request of the pass; its prompts stay.
         request: the merge's request, with the experts that write.
         seed: seed for what is sampled.
-        progress: called with the number of layers that have run.
+        progress: called as each expert writes.
     """
     tokenizer = load_tokenizer(request.folder)
     special = set(tokenizer.all_special_ids)
-    done, added = 0, []
+    added = []
     for number in request.config.writers:
-        expert = asked.experts[number]
+        expert, name = asked.experts[number], request.config.expert_names[number]
         starts = _starts(asked, request, number, tokenizer)
         sequences = [starts[place % len(starts)] for place in range(SEQUENCES)]
         written = _continue(
@@ -60,19 +53,18 @@ def add_written_text(
             asked.compute,
             seed=seed + number,
             end=tokenizer.eos_token_id,
-            ran=partial(_add, progress, done),
+            ran=partial(_layers_ran, progress, name, expert.model.layers),
         )
         for (start, document), ids in zip(sequences, written, strict=True):
             counted = [False] * len(start) + [token not in special for token in ids]
             if any(counted):
                 added.append(EncodedPrompt(number, True, (*start, *ids), tuple(counted), document))
-        done += layers_to_write([expert])
-        progress(done)
+        progress(name, NEW_TOKENS, NEW_TOKENS)  # all sequences may have ended before
     return replace(asked, prompts=(*asked.prompts, *added))
 
 
-def _add(progress: Callable[[int], None], before: int, ran: int) -> None:
-    progress(before + ran)
+def _layers_ran(progress: WritingProgress, name: str, layers: int, ran: int) -> None:
+    progress(name, ran // layers, NEW_TOKENS)
 
 
 def _starts(

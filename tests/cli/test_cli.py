@@ -23,6 +23,7 @@ from moemerge.cli import main
 from moemerge.cli.console import _ConsoleHandler, explain_error, stoppable
 from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
 from moemerge.cli.merging import merge_models
+from moemerge.config import problems
 from moemerge.errors import RefusedError
 from tests.support.models import edit_json, make_model, write_config
 
@@ -427,6 +428,16 @@ def test_flags_of_mergekit_are_translated_or_explained():
     assert translate(["--lora-merge-cache", "/y", "c"])[0] == ["c"]
 
 
+def own_options():
+    app = typer.Typer()
+    app.command()(merge_models)
+    return {"--help"} | {name for option in typer.main.get_command(app).params for name in option.opts}
+
+
+def test_what_a_config_is_told_of_options_is_there():
+    assert {f"--{option}" for option in problems._OPTIONS} <= own_options()
+
+
 def test_every_flag_of_mergekit_moe_has_a_fate():
     """The options that `mergekit-moe --help` of mergekit 0.1.5 lists: moemerge's own, or in the table, never both."""
     theirs = """--load-in-4bit --load-in-8bit --i-understand-this-is-not-useful-without-training --allow-crimes
@@ -434,9 +445,7 @@ def test_every_flag_of_mergekit_moe_has_a_fate():
         --random-seed -v --quiet --cuda --device --low-cpu-memory --lazy-unpickle --read-to-gpu --multi-gpu
         --num-threads -j --gpu-rich --async-write --write-threads --out-shard-size --copy-tokenizer --clone-tensors
         --write-model-card --safe-serialization --help"""
-    app = typer.Typer()
-    app.command()(merge_models)
-    own = {"--help"} | {name for option in typer.main.get_command(app).params for name in option.opts}
+    own = own_options()
     assert set(theirs.split()) <= own | FLAGS.keys()
     assert not own & FLAGS.keys()
 

@@ -61,6 +61,17 @@ def test_every_command_computes_in_what_is_asked_for(tmp_path, commands, monkeyp
         assert name != "tune" or f" M parameters in {spelt}: " in errors  # not only of the teachers
 
 
+@pytest.mark.parametrize(("alias", "dtype"), [("bf16", torch.bfloat16), ("FP32", torch.float32)])
+def test_dtypes_have_the_short_names_of_the_yaml(commands, monkeypatch, alias, dtype):
+    assert states_of([*commands["routes"], "--compute-dtype", alias], monkeypatch) == ({dtype}, 0)
+
+
+def test_float16_is_nothing_that_models_are_run_in(commands, monkeypatch, capsys):
+    assert states_of([*commands["routes"], "--compute-dtype", "fp16"], monkeypatch) == (set(), 2)
+    errors = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "Invalid value for '--compute-dtype': 'fp16' is not known; did you mean bfloat16?" in errors
+
+
 @pytest.mark.parametrize("name", ["merge", "eval", "routes", "tune", "gguf"])
 def test_another_dtype_is_a_wrong_command(commands, monkeypatch, capsys, name):
     assert states_of([*commands[name], "--compute-dtype", "fp8"], monkeypatch) == (set(), 2)

@@ -336,6 +336,22 @@ def test_factors_that_leave_nothing_are_refused(keys):
     assert any(" should be " in problem for problem in problems(PLAIN + keys + "\n"))
 
 
+@pytest.mark.parametrize("key", ["compute_dtype", "compute-dtype", "device"])
+def test_an_option_of_the_command_line_is_told_from_a_key(key):
+    option = f"--{key.replace('_', '-')}"
+    assert problems(PLAIN + f"{key}: x\n") == [
+        f"line 7: {key}: unknown key; on the command line it is the option {option}"
+    ]
+
+
+@pytest.mark.parametrize(("value", "found"), [("[auto]", "['auto']"), ("true", "True"), ("1", "1")])
+def test_what_is_no_method_of_sharing_weights_is_explained(value, found):
+    assert problems(PLAIN + f"shared_weights: {value}\n") == [
+        "line 7: shared_weights: expected one of base, average, ties, dare, auto; or keys such as method: ties, "
+        f"density: 0.5, found {found}"
+    ]
+
+
 EXPERTS = [{"source_model": "a", "positive_prompts": ["one"]}, {"source_model": "b", "positive_prompts": "two"}]
 
 

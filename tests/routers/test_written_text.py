@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from moemerge import load_config, plan_merge
+from moemerge import load_config, merge, plan_merge
 from moemerge.errors import ConfigError, IncompatibleError
 from moemerge.passes.compute_dtype import Compute
 from moemerge.routers import written_text
@@ -40,8 +40,8 @@ def plan_of(models, calibration="generate", **keys):
     return plan_merge(load_config({"base_model": models[0], "experts": experts, **settings, **keys}))
 
 
-def rows(plan, steps=None):
-    made = init_routers(plan.router_request, seed=0, progress=lambda *step: steps is not None and steps.append(step))
+def rows(plan):
+    made = init_routers(plan.router_request, seed=0, progress=lambda *_: None)
     return b"".join(made.rows.values()), made.report
 
 
@@ -56,7 +56,7 @@ def written_in(plan):
         plan.config.router,
         plan.experts,
     )
-    made = add_written_text(asked, plan.router_request, 0, lambda _: None).prompts
+    made = add_written_text(asked, plan.router_request, 0, lambda *_: None).prompts
     assert made[: len(prompts)] == prompts
     return prompts, made[len(prompts) :]
 
@@ -140,12 +140,25 @@ def test_a_chat_is_continued_where_the_answer_begins(models, tmp_path):
     assert all(any(text.counted[len(start) :]) and not any(text.counted[: len(start)]) for text in own)
 
 
-def test_progress_counts_the_layers_that_run(models):
-    steps = []
-    rows(plan_of(models), steps)
-    done = [step for step, _ in steps]
-    assert done == sorted(done)
-    assert steps[-1] == (3 + 3 * 3 * 7, 3 + 3 * 3 * 7)
+def test_progress_names_who_writes_and_counts_tokens(models):
+    layers, tokens = [], []
+    init_routers(
+        plan_of(models).router_request,
+        seed=0,
+        progress=lambda *step: layers.append(step),
+        writing=lambda *step: tokens.append(step),
+    )
+    assert layers == [(1, 3), (2, 3), (3, 3)]
+    assert tokens == sorted(tokens)
+    for name in ("e1", "e2", "e3"):
+        assert {done for who, done, total in tokens if (who, total) == (name, 7)} >= {0, 1, 7}
+    assert {total for _, _, total in tokens} == {7}
+
+
+def test_a_merge_tells_writing_from_routers(models, tmp_path):
+    stages = []
+    merge(plan_of(models), tmp_path / "out", progress=lambda stage, *_: stages.append(stage))
+    assert list(dict.fromkeys(stages)) == ["weights", *(f"e{number} writes tokens" for number in (1, 2, 3)), "routers"]
 
 
 def test_an_expert_with_texts_does_not_write(models, tmp_path):

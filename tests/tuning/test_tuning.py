@@ -1136,6 +1136,9 @@ def test_messages(  # noqa: PLR0917
         (f"fox={fox}", "--method", "phatgoose", "--train", "gates,norms"): (
             "--method phatgoose: trains gates alone, found --train gates,norms."
         ),
+        (f"fox={fox}", "--method", "phatgoose", "--train", "norms,gates"): (
+            "--method phatgoose: trains gates alone, found --train gates,norms."
+        ),
         (f"fox={fox}", "--method", "phatgoose", "--allow-missing-domains"): (
             "--method phatgoose: every expert's gate is trained on its own text, and code has none: add "
             "--data code=PATH."
