@@ -27,7 +27,6 @@ from moemerge.planning.shared_choice import SharedChoice, settle
 from moemerge.planning.tokenizer_proof import prove_tokenizer
 from moemerge.routers.initialisation import Routers, check_base_bits, init_routers
 from moemerge.routers.kept_folder import check_keeps
-from moemerge.routers.request import PassOptions
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -152,14 +151,10 @@ class Work:
             check()
             tally.layers(stage, done, total)
 
-        options = self.options
-        pass_options = PassOptions(
-            options.device, options.compute_dtype, options.base_bits, options.low_memory, options.kept_states
-        )
         return init_routers(
             self.plan.router_request,
-            pass_options,
-            seed=options.seed,
+            self.options,
+            seed=self.options.seed,
             progress=partial(checked, "routers"),
             writing=lambda name, done, total: checked(f"{name} writes tokens", done, total),
         )

@@ -42,15 +42,16 @@ class RouterRequest:
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How models are run for the routers; nothing here belongs to the merge itself."""
+    """How models are run for the routers; a merge copies weights by `low_memory`, too."""
 
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, `mps`, or `auto`."""
+    """Device that runs models: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
     compute_dtype: ComputeDtype = "auto"
-    """`float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
+    """What models are run in: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
     base_bits: Literal[4, 8] | None = None
-    """Bits of the base model's Linear weights while it reads the prompts; needs bitsandbytes."""
+    """Bits of the base model's Linear weights while it runs for the routers, by bitsandbytes; None for all of them."""
     low_memory: bool = False
-    """Whether to read no weights ahead."""
+    """Whether to read no weights ahead, to copy with one thread in small chunks, and to leave neither sources nor
+    output in the page cache."""
     kept_states: Path | None = None
-    """Folder that keeps router inputs from one merge to the next."""
+    """Folder that keeps the base model's router inputs from one merge to the next."""
