@@ -44,6 +44,26 @@ def test_no_module_hides_a_public_name():
     assert not {module.name for module in pkgutil.iter_modules(moemerge.__path__)} & {*moemerge.__all__}
 
 
+def parameters(function):
+    """Number of a function's parameters without `self`."""
+    given = function.args
+    names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len([name for name in names if name not in {"self", "cls"}]) + bool(given.vararg) + bool(given.kwarg)
+
+
+def test_modules_and_functions_are_short():
+    """At most 300 lines a module, 50 a function, 8 parameters."""
+    found = []
+    for path in sorted((ROOT / "moemerge").rglob("*.py")):
+        text = path.read_text()
+        found += [f"{path.name}: {len(text.splitlines())} lines"] * (len(text.splitlines()) > 300)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines, count = node.end_lineno - node.lineno + 1, parameters(node)
+                found += [f"{path.name}: {node.name}: {lines} lines, {count} parameters"] * (lines > 50 or count > 8)
+    assert found == []
+
+
 def test_type_checkers_and_the_interpreter_know_the_same_names():
     hidden, told = ast.parse((ROOT / "moemerge" / "__init__.py").read_text()), {}
     block = next(node for node in hidden.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")

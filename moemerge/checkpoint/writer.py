@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from io import FileIO
@@ -46,7 +46,6 @@ class ShardWriter:
         report: Report,
         *,
         seed: int = 0,
-        kept: Collection[str] = (),
         completed: Callable[[Shard], None] = lambda _: None,
         reserve: bool = True,
         low_memory: bool = False,
@@ -59,14 +58,13 @@ class ShardWriter:
             shards: what to write where.
             report: called with the number of bytes written, from one thread at a time.
             seed: the seed of the noise.
-            kept: names of shards that are complete already and left alone.
             completed: called with each shard that is safely on the disk, from one thread at a time.
             reserve: whether to reserve all the space at once; False where most bytes will be shared with the sources'.
             low_memory: whether to use small chunks and leave nothing in the page cache.
             threads: how many tensors are written at once.
         """
         self._folder, self._seed, self._low_memory, self._completed = folder, seed, low_memory, completed
-        self._shards = [shard for shard in shards if shard.name not in kept]
+        self._shards = shards
         self._missing, self._lock = {shard.name: len(shard.starts) for shard in self._shards}, threading.Lock()
         self._written, self._reserve = 0, reserve
         self._copies = JobPool(report, threads)
@@ -86,7 +84,7 @@ class ShardWriter:
         return self
 
     def add(self, tensors: Mapping[str, tuple[Band, ...]]) -> None:
-        """Begin to write tensors, in the order of their shards; tensors of kept shards are skipped.
+        """Begin to write tensors, in the order of their shards; those of other shards are skipped.
 
         Raises:
             ValueError: a tensor's pieces do not fit together, or into its place.

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -58,15 +58,22 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Take what is proposed, w
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")]
 
 
+@dataclass(frozen=True)
+class DescribingOptions:
+    """Options for what the experts are for."""
+
+    domain: Domains = field(default_factory=list)
+    prompts: Prompts = field(default_factory=list)
+    top_k: TopK = None
+
+
 @grouped
 def begin_config(
     base: Base,
     experts: Experts,
     *,
     output: Output = "merge.yaml",
-    domain: Domains = [],  # noqa: B006  as typer wants it
-    prompts: Prompts = [],  # noqa: B006
-    top_k: TopK = None,
+    describing: DescribingOptions,
     yes: Yes = False,
     overwrite: Overwrite = False,
     cache_dir: CacheDir = None,
@@ -77,7 +84,7 @@ def begin_config(
     Opens the models, of which headers and a few rows are read, and proposes names, prompts and settings. On a terminal
     it asks what flags do not say.
     """
-    quiet = messages.quiet
+    quiet, domain, prompts, top_k = messages.quiet, describing.domain, describing.prompts, describing.top_k
     with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         from moemerge.drafting.config_text import config_text
         from moemerge.drafting.draft import draft_merge

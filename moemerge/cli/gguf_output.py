@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from rich.console import Console
 
@@ -13,6 +13,7 @@ from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
     from moemerge.export.imatrix import Importance
+    from moemerge.export.model import AskedType
     from moemerge.merging.options import MergeOptions
     from moemerge.planning.plan import MergePlan
 
@@ -79,7 +80,15 @@ def check_gguf(
 
 
 def merge_into(
-    console: Console, plan: "MergePlan", out: Path, kind: str, options: "MergeOptions", *, quiet: bool, **how: Any
+    console: Console,
+    plan: "MergePlan",
+    out: Path,
+    kind: str,
+    options: "MergeOptions",
+    *,
+    quiet: bool,
+    llama_cpp: Path | None,
+    **how: Any,
 ) -> Any:
     """Merge into a GGUF file, by way of one in floats where llama.cpp quantises it; returns the routing report.
 
@@ -90,22 +99,24 @@ def merge_into(
         kind: the value of `--type`.
         options: the options of the merge.
         quiet: whether progress and notes are left out.
+        llama_cpp: the value of `--llama-cpp`.
         how: further arguments of `merge_to_gguf`.
     """
+    from moemerge.export.model import GgufFormat
     from moemerge.export.writing import check_file
     from moemerge.merging.gguf import merge_to_gguf
 
     check_file(out, overwrite=options.overwrite, inputs=plan.inputs)
     merge: Callable[..., Any] = partial(merge_to_gguf, plan, **how)
     if kind in WRITTEN_HERE:
-        return merge(out, options, type=kind)
+        return merge(out, options, form=GgufFormat(cast("AskedType", kind), llama_cpp))
     reports: list[Any] = []
-    floats_options = replace(options, overwrite=False)
+    floats_options, floats = replace(options, overwrite=False), GgufFormat(llama_cpp=llama_cpp)
     quantise_into(
         console,
         out,
         kind,
-        lambda floats, room: reports.append(merge(floats, floats_options, room=room)),
+        lambda file, room: reports.append(merge(file, floats_options, form=floats, room=room)),
         quiet=quiet,
         overwrite=options.overwrite,
     )

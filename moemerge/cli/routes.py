@@ -44,6 +44,16 @@ class TextOptions:
     ] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class TracingOptions:
+    """Options for what of the texts is read, and on which device."""
+
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each text.")] = 2000
+    chat_roles: ChatRoles = ROLES_OF_CHATS
+    device: Device = "auto"
+    compute_dtype: ComputeIn = "auto"
+
+
 @grouped
 def show_routes(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
@@ -55,10 +65,7 @@ def show_routes(
     html: Annotated[
         Path | None, typer.Option(help="Write a page with every layer's choices.", show_default=False)
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each text.")] = 2000,
-    chat_roles: ChatRoles = ROLES_OF_CHATS,
-    device: Device = "auto",
-    compute_dtype: ComputeIn = "auto",
+    tracing: TracingOptions,
     json: Json = False,
     messages: MessageOptions,
 ) -> None:
@@ -78,11 +85,11 @@ def show_routes(
             routes = trace_routes(
                 out,
                 texts,
-                tokens=max_tokens,
+                tokens=tracing.max_tokens,
                 layer=layer,
-                roles=named_roles(chat_roles),
-                device=device,
-                compute_dtype=compute_dtype,
+                roles=named_roles(tracing.chat_roles),
+                device=tracing.device,
+                compute_dtype=tracing.compute_dtype,
                 progress=lambda done, of: report("routes", done, of),
             )
         if html:

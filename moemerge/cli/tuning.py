@@ -72,6 +72,17 @@ class TrainingOptions:
     ] = False
 
 
+@dataclass(frozen=True)
+class WritingOptions:
+    """Options for what is written, and what of an earlier tuning is used."""
+
+    copy: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="COPY", help="Write a copy, and leave OUT as it is.", show_default=False),
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a tuning that was cut off.")] = False
+
+
 @grouped
 def tune_routers(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
@@ -87,11 +98,7 @@ def tune_routers(
     ],
     training: TrainingOptions,
     chat_roles: ChatRoles = ROLES_OF_CHATS,
-    copy: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="COPY", help="Write a copy, and leave OUT as it is.", show_default=False),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a tuning that was cut off.")] = False,
+    writing: WritingOptions,
     device: Device = "auto",
     json: Json = False,
     messages: MessageOptions,
@@ -111,9 +118,9 @@ def tune_routers(
                     out,
                     by_name(data),
                     Settings(**vars(training), roles=named_roles(chat_roles)),
-                    copy=copy,
+                    copy=writing.copy,
                     device=device,
-                    resume=resume,
+                    resume=writing.resume,
                     progress=stoppable(progress),
                     announce=announcer(console, quiet=quiet),
                 )

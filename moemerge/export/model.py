@@ -25,6 +25,16 @@ _SIZES: Final = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num
 
 
 @dataclass(frozen=True)
+class GgufFormat:
+    """What a GGUF file is written in, and by whose converter."""
+
+    type: AskedType = "auto"
+    """Type of matrices; vectors, norms and routers are float32."""
+    llama_cpp: Path | None = None
+    """A checkout of llama.cpp, whose converter reads a tokenizer that is not known here."""
+
+
+@dataclass(frozen=True)
 class GgufModel:
     """A model to be written as a GGUF file, whether its checkpoint is written or only planned."""
 

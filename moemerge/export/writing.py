@@ -19,7 +19,7 @@ from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import ConfigError, RefusedError, TooLargeError
 from moemerge.export.converter import check_checkout
 from moemerge.export.layout import padded_bands
-from moemerge.export.model import AskedType, GgufModel, asked_type
+from moemerge.export.model import GgufFormat, GgufModel, asked_type
 from moemerge.export.packages import need
 from moemerge.export.tensors import GgufTensor
 from moemerge.sources.model_folder import open_merged, read_tensor_table
@@ -69,17 +69,13 @@ def check_room(
 
 
 @dataclass(frozen=True)
-class GgufOptions:
+class GgufOptions(GgufFormat):
     """Options of `write_gguf`."""
 
-    type: AskedType = "auto"
-    """Type of matrices; vectors, norms and routers are float32."""
     overwrite: bool = False
     """Whether a GGUF file of this name is replaced."""
     low_memory: bool = False
     """Whether to use one copying thread and small chunks, and to leave neither file in the page cache."""
-    llama_cpp: Path | None = None
-    """A checkout of llama.cpp, whose converter reads a tokenizer that is not known here."""
 
 
 def write_gguf(

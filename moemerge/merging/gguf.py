@@ -10,7 +10,7 @@ from moemerge.checkpoint.pieces import Band
 from moemerge.checkpoint.shards import Shard
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.export.layout import padded_bands
-from moemerge.export.model import AskedType, GgufModel, asked_type
+from moemerge.export.model import GgufFormat, GgufModel, asked_type
 from moemerge.export.planned_tensors import Planned, waits
 from moemerge.export.tensors import GgufTensor
 from moemerge.export.writing import STAGED, SpaceCheck, advising_types, check_file, check_room, staged_file
@@ -30,8 +30,7 @@ def merge_to_gguf(
     file: Path | str,
     options: MergeOptions = MergeOptions(),
     *,
-    type: AskedType = "auto",  # noqa: A002  as the option is called
-    llama_cpp: Path | None = None,
+    form: GgufFormat = GgufFormat(),
     room: SpaceCheck = check_room,
     progress: Progress = lambda _stage, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
@@ -46,8 +45,7 @@ def merge_to_gguf(
         plan: the plan, from `plan_merge`.
         file: the file to write.
         options: the options of the merge; nothing is kept for `resume`.
-        type: the type of matrices; vectors, norms and routers are float32.
-        llama_cpp: a checkout of llama.cpp, whose converter reads a tokenizer that is not known here.
+        form: the type of the file's matrices, and the converter that reads a tokenizer that is not known here.
         room: the check that the disk has enough space.
         progress: called as the work goes on; see `Progress`.
         warn: see `merge`.
@@ -64,18 +62,15 @@ def merge_to_gguf(
     file = Path(file)
     plan.origins.check("since the plan was made")
     check_file(file, overwrite=options.overwrite, inputs=plan.inputs, sources=plan.folders)
-    model = GgufModel(plan.output_config, asked_type(type, {HEADER_DTYPES[plan.dtype]}), llama_cpp)
+    model = GgufModel(plan.output_config, asked_type(form.type, {HEADER_DTYPES[plan.dtype]}), form.llama_cpp)
     tensors = model.tensors(_table(plan, options.seed, {}))
     room(file, tensors, plan.kept_bytes, plan.peak_memory_bytes)
     work = Work(plan, options, warn, to_folder=False)
     with staged_file(file, overwrite=options.overwrite) as stage, work.sources_kept_in(stage):
         if plan.is_open:
-            work.choose(None, progress, announce)
-            plan = work.plan
+            plan = work.choose(None, progress, announce)
             tensors = model.tensors(_table(plan, options.seed, {}))
-        described = stage / _DESCRIBED / file.stem
-        described.mkdir(parents=True)
-        work.describe(described)
+        work.describe(described := stage / _DESCRIBED / file.stem)
         shard = model.lay_out(tensors, described, stage / STAGED)
         report = _write(work, model, tensors, stage, shard=shard, tally=Tally(progress, [shard]))
         plan.origins.check("while it was read")

@@ -74,16 +74,14 @@ class Work:
             warn(note)
         self.plan, self.options = plan, options
 
-    def choose(self, known: Mapping[str, Any] | None, progress: Progress, announce: Callable[[str], None]) -> None:
-        """Choose the shared weights, where the config leaves that to the merge; `plan` is that of the choice then.
+    def choose(self, known: Mapping[str, Any] | None, progress: Progress, announce: Callable[[str], None]) -> MergePlan:
+        """Choose the shared weights, which the config leaves to the merge; returns the plan of the choice.
 
         Args:
             known: the choice of a run that was cut off, if this one resumes it.
             progress: called as the work goes on.
             announce: called with a line about the choice, and one for each note on it.
         """
-        if not self.plan.is_open:
-            return
         if known:
             choice = SharedChoice(**known)
         else:
@@ -97,6 +95,7 @@ class Work:
         for note in self.plan.notes:
             if note not in notes:
                 announce(f"note: {note}")
+        return self.plan
 
     @property
     def made_bytes(self) -> int:
@@ -134,10 +133,9 @@ class Work:
         """
         return ShardWriter(
             folder,
-            shards,
+            [shard for shard in shards if shard.name not in kept],
             tally.weights,
             seed=self.options.seed,
-            kept=kept,
             completed=completed,
             reserve=not self.plan.shared_bytes,
             low_memory=self.options.low_memory,
@@ -188,7 +186,8 @@ class Work:
         write_card(folder, name, self.plan, report, self._known_licence(), notes=self._tokenizer.notes)
 
     def describe(self, folder: Path) -> None:
-        """Write the files that describe the model: all but weights, and a card without measurements."""
+        """Write the files that describe the model into a new folder: no weights, a card without figures."""
+        folder.mkdir(parents=True)
         self.write_base_files(folder)
         write_metadata_card(folder, self.plan, self._known_licence())
         self.write_config(folder)

@@ -56,14 +56,11 @@ def merge(
     work = Work(plan, options, warn)
     to.check(plan, options, work.made_bytes)
     with to.staged(plan, options) as folder, work.sources_kept_in(folder):
-        journal = journal_of(folder)
-        held = to.held(options)
-        # A journal without complete shards is taken over from any merge.
+        journal, held = journal_of(folder), to.held(options)  # a journal without shards may be of any merge
         known = journal.fingerprint.get(CHOSEN) if options.resume and len(journal) else None
-        work.choose(known, progress, announce)
-        if work.plan is not plan:  # unlike the base's, mixed weights share no blocks with the sources
-            plan = work.plan
-            to.check(plan, options, work.made_bytes)
+        if plan.is_open:
+            plan = work.choose(known, progress, announce)
+            to.check(plan, options, work.made_bytes)  # unlike the base's, mixed weights share no blocks with sources
         fingerprint = {**plan_fingerprint(plan, options.seed), **to.identity}
         kept = journal.resume(fingerprint, folder, plan.shards_without_routers, held)
         to.begin()

@@ -193,16 +193,11 @@ class MergePlan:
     def data_sets(self) -> list[HubData]:
         """Data sets on the Hub that routers are made from, or that shared weights are chosen by."""
         patterns: list[str] = []
-        if self.makes_routers_from_text:
+        if self.runs_base or self.config.method.reads_text:
             patterns = self._patterns
         elif self.is_open or (self.shared_choice and self.shared_choice.losses):
             patterns = [text for expert in self.config.experts for text in expert.positive_texts]
         return [parse_hub_data(text, "config") for text in patterns if text.startswith(SCHEME)]
-
-    @property
-    def makes_routers_from_text(self) -> bool:
-        """Whether text is read to make routers, or their table."""
-        return self.runs_base or self.config.method.reads_text
 
     @property
     def _patterns(self) -> list[str]:
@@ -214,11 +209,8 @@ class MergePlan:
     @property
     def inputs(self) -> list[Path]:
         """Files that were read, or will be: the config, texts, and those of models, which links may lead to."""
-        files = [
-            path
-            for path in (*self.origins.stamps, *self.origins.references, *self.copied_files.values())
-            if isinstance(path, Path)
-        ]
+        read = (*self.origins.stamps, *self.origins.references, *self.copied_files.values())
+        files = [path for path in read if isinstance(path, Path)]
         config = [self.config.file] if self.config.file else []
         return [*config, *files, *matching_files(self._patterns)]
 

@@ -88,15 +88,14 @@ def encode_prompts(
         SourceError: a data set on the Hub cannot be reached.
     """
     encode = _encoder(folder, config, special_tokens=special_tokens)
-    named: list[tuple[str, int, Expert]] = [(f"experts[{e}]", e, expert) for e, expert in enumerate(config.experts)]
-    if shared_gate:
-        named += [(f"shared_experts[{number}]", SHARED, expert) for number, expert in enumerate(config.shared_experts)]
     encoded: list[EncodedPrompt] = []
     reader = _Reader(
         encode, max_tokens, config.router, seed, in_context=special_tokens, in_chats=special_tokens and chat_prompts
     )
-    for name, number, expert in named:
-        encoded += reader.description(expert, name, number, prompts_only=prompts_only)
+    for number, expert in enumerate(config.experts):
+        encoded += reader.description(expert, f"experts[{number}]", number, prompts_only=prompts_only)
+    for number, shared in enumerate(config.shared_experts) if shared_gate else ():
+        encoded += reader.description(shared, f"shared_experts[{number}]", SHARED, prompts_only=prompts_only)
     if not prompts_only:
         tokens = config.router.tokens_per_expert * len(config.experts)
         encoded += reader.texts(

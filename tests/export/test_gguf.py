@@ -38,6 +38,7 @@ from moemerge.export import packages
 from moemerge.export.blocks import quantise_q8_0
 from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors
+from moemerge.export.model import GgufFormat
 from moemerge.export.quantised_file import write_quantised
 from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
 from moemerge.export.transposed import Transposed
@@ -160,7 +161,7 @@ def test_tensors_begin_at_multiples_of_32_bytes_with_zeros_between(tmp_path, out
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
 def test_a_plan_makes_the_file_that_its_checkpoint_makes(tmp_path, config, out, kind):
     write_gguf(out, tmp_path / "a.gguf", GgufOptions(type=kind))
-    merge_to_gguf(plan_merge(load_config(config)), tmp_path / "merged.gguf", type=kind)
+    merge_to_gguf(plan_merge(load_config(config)), tmp_path / "merged.gguf", form=GgufFormat(kind))
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "merged.gguf"]
 
@@ -178,7 +179,7 @@ def test_what_a_merge_computes_is_in_the_file_too(tmp_path, llamas, moe, keys):
     config = write_config(tmp_path / "a.yaml", llamas[0], llamas[1:], prompts=False, architecture=moe, **keys)
     merge(plan_merge(load_config(config)), tmp_path / "a")
     write_gguf(tmp_path / "a", tmp_path / "b.gguf", GgufOptions(type="q8_0"))
-    merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf", type="q8_0")
+    merge_to_gguf(plan_merge(load_config(config)), tmp_path / "a.gguf", form=GgufFormat("q8_0"))
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
