@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, get_args
 
+from moemerge.places import Place, address
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 """Roles that a message may have."""
@@ -16,8 +18,6 @@ RECORD_KEYS: Final = (*(key for keys in CHAT_KEYS for key in keys), "input")
 """All keys of records that are read of chats."""
 MESSAGE_KEYS: Final = ("role", "content", "from", "value")
 """Keys of messages that are read."""
-Place = tuple[int | str, ...]
-"""Keys and indices that lead to a value."""
 # https://github.com/lm-sys/FastChat and its data call the roles so, under the key `from`.
 SHAREGPT_ROLES: Final = {"human": "user", "gpt": "assistant"}
 """Other names of roles, which count under the key `from`."""
@@ -93,8 +93,7 @@ class ChatError(Exception):
 
 def shown_problem(place: Place, problem: str) -> str:
     """A problem with its place: `messages[1].role: is missing`."""
-    address = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(".")
-    return f"{address}: {problem}"
+    return f"{address(place)}: {problem}"
 
 
 def shown(value: object) -> str:

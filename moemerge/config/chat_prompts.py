@@ -16,10 +16,10 @@ from moemerge.chats import (
     Chat,
     ChatError,
     Document,
-    Place,
     chat_keys,
     read_chat,
 )
+from moemerge.places import Place
 
 _CONTENT: Final = {
     "anyOf": [

@@ -8,7 +8,8 @@ import yaml
 
 from moemerge.config.local_paths import path_values, paths_from, replaced
 from moemerge.config.schema import MergeConfig
-from moemerge.config.yaml_text import Place, YamlTextError, read_yaml
+from moemerge.config.yaml_text import YamlTextError, read_yaml
+from moemerge.places import Place
 
 
 def text_for(config: MergeConfig, folder: Path) -> str:

@@ -8,7 +8,7 @@ from moemerge.chats import Chat
 from moemerge.config.chat_prompts import prompt_problems
 from moemerge.config.expert_names import repeated_names
 from moemerge.config.router_methods import AUTO, METHODS, SETTINGS, RouterMethod, canonical_gate_mode, choose_method
-from moemerge.config.yaml_text import Place
+from moemerge.places import Place
 
 # `model_dump` gives every setting; one with its default value counts as not set.
 _DEFAULTS: Final[dict[str, dict[str, Any]]] = {

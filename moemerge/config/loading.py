@@ -8,10 +8,12 @@ from typing import Any, Final
 import yaml
 
 from moemerge.config.local_paths import with_paths_from
+from moemerge.config.mistaken import HOW_TO_BEGIN, mistaken_document, mistaken_path
 from moemerge.config.problems import SHORT_REPR, PlacedError, repeated_keys
 from moemerge.config.schema import MergeConfig
-from moemerge.config.yaml_text import Place, YamlTextError, read_yaml
+from moemerge.config.yaml_text import YamlTextError, read_yaml
 from moemerge.errors import ConfigError
+from moemerge.places import Place
 
 _MOST_CHARACTERS: Final = 4_000_000
 
@@ -35,12 +37,17 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
         return parse_config(source, allow_identical_experts=allow_identical_experts)
     path = Path(source)
     try:
+        if mistaken := mistaken_path(path):
+            raise ConfigError(mistaken, [])
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(_MOST_CHARACTERS)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}.", []) from error
+        reason = (
+            "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        )
+        raise ConfigError(f"{path}: {reason}.", []) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not text in UTF-8.", []) from error
+        raise ConfigError(f"{path}: is not text in UTF-8. Save it in UTF-8.", []) from error
     except ValueError as error:  # a null byte in its name
         raise ConfigError(f"{path}: cannot be read: {error}.", []) from error
     config = parse_config(text, str(path), path.parent, allow_identical_experts=allow_identical_experts)
@@ -66,14 +73,25 @@ def parse_config(
         document, node = read_yaml(text)
     except YamlTextError as error:
         raise ConfigError(f"{name}: not valid YAML:", [str(error)]) from error
+    if document is None:
+        raise ConfigError(f"{name}: holds no keys. {HOW_TO_BEGIN}.", [])
     if not isinstance(document, dict):
         raise ConfigError(
-            f"{name}: expected keys such as base_model and experts, found {SHORT_REPR.repr(document)}.", []
+            f"{name}: expected keys such as base_model and experts, found {SHORT_REPR.repr(document)}. {HOW_TO_BEGIN}.",
+            [],
         )
+    if mistaken := mistaken_document(document, [*MergeConfig.model_fields]):
+        raise ConfigError(f"{name}: {mistaken}", [])
     document, unset = with_paths_from(document, folder)
     config = _check(document, name, node, allow_identical_experts, unset)
     config.was_read_from(text)
     return config
+
+
+def refusal_of(config: MergeConfig, placed: list[tuple[Place, str]]) -> ConfigError:
+    """Make an error of problems that show once models are opened, with lines if the config was read from text."""
+    name = min(os.path.relpath(config.file), str(config.file), key=len) if config.file else "config"
+    return PlacedError(placed, name, read_yaml(config.written)[1] if config.written else None)
 
 
 def _check(

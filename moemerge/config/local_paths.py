@@ -7,7 +7,7 @@ from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.config.yaml_text import Place
+from moemerge.places import Place
 
 _VARIABLE: Final = re.compile(r"\$(\w+|\{\w+\})")
 _REMOTE: Final = "hf://"

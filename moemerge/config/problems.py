@@ -1,16 +1,16 @@
 """Describe a config's problems in terms of its YAML, each with its line and address."""
 
 import difflib
+import re
 import reprlib
-from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
 import yaml
 from pydantic_core import ErrorDetails
 
-from moemerge.config.yaml_text import Place
 from moemerge.errors import ConfigError
+from moemerge.places import Place, address
 
 MOST_EXPLAINED: Final = 100
 """Most problems of a config that are explained; of more, only the number is given."""
@@ -19,6 +19,7 @@ SHORT_REPR: Final = reprlib.Repr()
 SHORT_REPR.maxstring = 60
 _OPTIONS: Final = ("cache-dir", "compute-dtype", "device", "keep-states", "low-memory", "max-shard-size")
 """Options of the command line that are taken for keys of a config."""
+_MERGE_KEY: Final = "<<"
 
 
 class PlacedError(ConfigError):
@@ -27,10 +28,10 @@ class PlacedError(ConfigError):
     def __init__(self, placed: list[tuple[Place, str]], name: str = "config", node: yaml.Node | None = None) -> None:
         self.placed = placed
         shown = placed[:MOST_EXPLAINED]
-        located = sorted((_line(node, place), _address(place), problem) for place, problem in shown)
+        located = sorted((_line(node, place), address(place), problem) for place, problem in shown)
         lines = [
-            f"{f'line {line}: ' if node else ''}{address}: {problem}" if address else problem
-            for line, address, problem in located
+            f"{f'line {line}: ' if node else ''}{where}: {problem}" if where else problem
+            for line, where, problem in located
         ]
         more = [f"and {len(placed) - len(shown)} more"] if len(placed) > len(shown) else []
         super().__init__(f"{name}: {len(placed)} problem{'s' if len(placed) > 1 else ''}:", [*lines, *more])
@@ -58,14 +59,16 @@ def explain(detail: ErrorDetails, known_keys: Callable[[Place], list[str]]) -> s
     if detail["type"] == "float_parsing":
         return f"expected a number, found {SHORT_REPR.repr(value)}"
     if detail["type"] == "model_type":
-        return f"expected keys with values, found {SHORT_REPR.repr(value)}"
+        lacks_space = isinstance(value, str) and re.match(r"[a-z_]+:\S", value)
+        hint = "; a space is missing after the colon" if lacks_space else ""
+        return f"expected keys with values, found {SHORT_REPR.repr(value)}{hint}"
+    if detail["type"] == "list_type":
+        without_space = isinstance(value, dict) and all(str(name).startswith("-") for name in value)
+        hint = "; a space is missing after the dash" if without_space else ""
+        return f"expected a list, in which a line with `- ` begins each item, found {SHORT_REPR.repr(value)}{hint}"
     if detail["type"] == "value_error":
         return f"{detail['ctx']['error']}, found {SHORT_REPR.repr(value)}"
     return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {SHORT_REPR.repr(value)}"
-
-
-def _address(place: Place) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step:.60}" for step in place).lstrip(".")
 
 
 def _line(node: yaml.Node | None, place: Place) -> int:
@@ -87,13 +90,24 @@ def _line(node: yaml.Node | None, place: Place) -> int:
 
 
 def repeated_keys(node: yaml.Node | None) -> list[tuple[Place, str]]:
-    """Find keys that are repeated at the top or in an expert; YAML silently keeps the last one."""
-    mappings: list[tuple[Place, yaml.Node | None]] = [((), node)]
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
-        if isinstance(value, yaml.SequenceNode):
-            mappings += [((key.value, index), child) for index, child in enumerate(value.value)]
-    problems = []
-    for place, mapping in mappings:
-        keys = Counter(key.value for key, _ in mapping.value) if isinstance(mapping, yaml.MappingNode) else {}
-        problems += [((*place, key), "is written twice") for key, count in keys.items() if count > 1]
+    """Find keys that are repeated; YAML silently keeps the last one. A part that has several names is read once."""
+    problems: list[tuple[Place, str]] = []
+    waiting: list[tuple[Place, yaml.Node | None]] = [((), node)]
+    seen: set[int] = set()
+    while waiting:
+        place, part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, yaml.SequenceNode):
+            waiting += [((*place, index), child) for index, child in enumerate(part.value)]
+        elif isinstance(part, yaml.MappingNode):
+            lines: dict[str, list[int]] = {}
+            for key, child in part.value:
+                lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
+                waiting.append(((*place, str(key.value)), child))
+            for key, found in lines.items():
+                if len(found) > 1 and key != _MERGE_KEY:
+                    where = f", in lines {found[0]} and {found[1]}" if found[0] != found[1] else ""
+                    problems.append(((*place, key), f"is written twice{where}. Remove one"))
     return problems

@@ -28,8 +28,9 @@ from moemerge.config.value_types import (
     Text,
     Texts,
 )
-from moemerge.config.yaml_text import Place, join_halves
+from moemerge.config.yaml_text import join_halves
 from moemerge.errors import ConfigError
+from moemerge.places import Place
 
 CONFIG_COPY: Final = "moemerge_config.yaml"
 """Name of the file in a merged model's folder that holds a copy of the config."""
@@ -203,6 +204,11 @@ class MergeConfig(_Strict):
     def was_read_from(self, text: str, file: Path | None = None) -> None:
         """Record the YAML that the config was read from, and the file that held it."""
         self._text, self._file = text, file
+
+    @property
+    def written(self) -> str:
+        """The YAML that the config was read from; empty if it was made otherwise."""
+        return self._text
 
     @property
     def file(self) -> Path | None:

@@ -5,8 +5,8 @@ from typing import Any, Final
 
 import yaml
 
-Place = tuple[int | str, ...]
-"""The keys and indices that lead to a value."""
+from moemerge.config.yaml_syntax import explain_syntax
+from moemerge.places import Place
 
 # Far above any config; time and memory grow with them. The parser in C, where there is one, is ten times as fast, but
 # does not take halves of letters as JSON writes them.
@@ -21,7 +21,7 @@ _HALF: Final = re.compile(r"\\[uU]0*[dD][89a-fA-F]")
 
 
 class YamlTextError(Exception):
-    """The text is not YAML, or expands to more than moemerge reads; says why in one line."""
+    """The text is not YAML, or expands to more than moemerge reads; says why, and shows the line that is wrong."""
 
 
 def read_yaml(text: str) -> tuple[Any, yaml.Node | None]:
@@ -48,7 +48,7 @@ def read_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise YamlTextError(" ".join(str(error).split())[:400]) from error
+        raise YamlTextError(explain_syntax(text, error)) from error
     except YamlTextError:
         raise
     except Exception as error:  # constructors of tags raise whatever their text provokes: `!!bool "x"`

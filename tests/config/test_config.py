@@ -418,7 +418,7 @@ def test_a_config_may_be_given_as_text(text):
     config = load_config(text)
     assert config.model_dump() == parse_config(text).model_dump()
     assert (config.text, config.file) == (text, None)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         load_config(Path(text))
 
 
@@ -489,16 +489,18 @@ def test_identical_experts_are_refused_unless_allowed(other):
 
 
 def test_keys_written_twice_are_refused():
-    assert problems(PLAIN + "base_model: other\n") == ["line 1: base_model: is written twice"]
+    assert problems(PLAIN + "base_model: other\n") == [
+        "line 1: base_model: is written twice, in lines 1 and 7. Remove one"
+    ]
     assert problems(PLAIN.replace("source_model: a\n", "source_model: a\n    source_model: c\n")) == [
-        "line 3: experts[0].source_model: is written twice"
+        "line 3: experts[0].source_model: is written twice, in lines 3 and 4. Remove one"
     ]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "c.yaml: expected keys such as base_model and experts, found None"),
+        ("", "c.yaml: holds no keys. `moemerge init BASE EXPERT...` writes a merge config."),
         ("- a\n", "c.yaml: expected keys such as base_model and experts, found ['a']"),
         ("base_model: [\n", "c.yaml: not valid YAML:"),
         ("experts: 3\nbase_model: a\n", "c.yaml: 1 problem:"),
@@ -513,7 +515,7 @@ def test_what_is_no_config_is_said_so(text, message):
 def test_a_missing_file_is_one_message(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "no.yaml")
-    assert str(caught.value) == f"{tmp_path / 'no.yaml'}: cannot be read: No such file or directory."
+    assert str(caught.value) == f"{tmp_path / 'no.yaml'}: there is no such file."
 
 
 def test_the_text_is_kept_for_the_copy_beside_the_model():
