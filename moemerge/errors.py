@@ -3,7 +3,8 @@
 MoemergeError                  exit code 1: something failed
 ├── CheckpointError            a model file is damaged or is not what it says
 │   └── TooLargeError          a number in it is infinite in the output's dtype
-├── SourceError                a model cannot be reached: not found, no network, no access
+├── SourceError                a model cannot be reached: no network, no access
+│   └── NoSuchModelError       a name leads to no model
 ├── OutputError                the target cannot be written: disk full
 │   └── BusyError              another process is writing it
 ├── RouterError                router weights cannot be computed
@@ -48,6 +49,10 @@ class TooLargeError(CheckpointError):
 
 class SourceError(MoemergeError):
     """A model reference cannot be resolved or reached."""
+
+
+class NoSuchModelError(SourceError):
+    """A name leads to no model: there is none, or it is something else."""
 
 
 class OutputError(MoemergeError):

@@ -51,6 +51,11 @@ def expert_names(models: Sequence[str], given: Sequence[str | None] = ()) -> tup
     return tuple(names)
 
 
+def named_place(number: int, names: Sequence[str]) -> str:
+    """Write an expert's place in a config together with its name: `experts[0] (math)`."""
+    return f"experts[{number}] ({names[number]})"
+
+
 def repeated_names(names: Sequence[str | None]) -> list[int]:
     """Numbers of the experts whose given name an earlier expert has, in any case of its letters."""
     lowered = [name.lower() if name else None for name in names]

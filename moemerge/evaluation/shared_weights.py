@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.config.expert_names import named_place
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, Sums, by_document, difference, estimate
 from moemerge.evaluation.runnable import Runnable, stored
 from moemerge.evaluation.running import run_together
@@ -56,8 +57,8 @@ def choose(plan: MergePlan, compute: Compute, progress: Callable[[int, int], Non
     if min(counts) < FEWEST_TOKENS:
         return SharedChoice(
             BASE,
-            f"experts[{counts.index(min(counts))}] has {min(counts)} tokens of text to compare losses on, and at least "
-            f"{FEWEST_TOKENS} are needed",
+            f"{named_place(counts.index(min(counts)), plan.config.expert_names)} has {min(counts)} tokens of text to "
+            f"compare losses on, and at least {FEWEST_TOKENS} are needed",
         )
     losses = losses_of(plan, texts, compute, progress)
     if isinstance(losses, str):
@@ -161,15 +162,15 @@ def _dense(plan: MergePlan, parts: Parts, number: int) -> Runnable | str:
     keys, family = model.class_keys, model.family
     if width != model.sizes["ffn"]:
         if len(held) < model.layers or not isinstance(family.ffn_width, str):
-            return f"experts[{number}] has FFNs of another width than the base model's"
+            return f"{named_place(number, plan.config.expert_names)} has FFNs of another width than the base model's"
         keys |= {family.ffn_width: width}
     if any(projection.parts > 1 for projection in family.ffn.values()) and expert.model.family.ffn != family.ffn:
-        return f"experts[{number}] stores its FFNs otherwise than the base model"
+        return f"{named_place(number, plan.config.expert_names)} stores its FFNs otherwise than the base model"
     inside = [name for layer in range(model.layers) for name in model.tensors(layer)]
     tensors = {n: base.tensors[n] for n in (*model.outside(), family.head, *inside) if n in base.tensors}
     for layer in range(model.layers):
         tensors |= _ffn(family, expert if layer in held else base, layer)
-    return stored(f"experts[{number}]", family.model_type, keys, tensors, family.embeddings)
+    return stored(named_place(number, plan.config.expert_names), family.model_type, keys, tensors, family.embeddings)
 
 
 def _ffn(family: DenseFamily, source: ModelTensors, layer: int) -> dict[str, TensorInfo]:

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from moemerge.compatibility.checks import check_configs
+from moemerge.config.loading import refusal_of
 from moemerge.config.schema import MergeConfig
-from moemerge.errors import IncompatibleError
+from moemerge.errors import IncompatibleError, NoSuchModelError, SourceError
 from moemerge.families.dense import DenseModel, read_dense
+from moemerge.places import Place
 from moemerge.sources.model_folder import ModelFolder, open_model
+from moemerge.sources.wrong_names import nearest_model
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,13 @@ def open_models(config: MergeConfig, announce: Callable[[str], None]) -> Models:
     """Open every model of a merge; of Hub models only the small files are downloaded.
 
     Raises:
-        SourceError: a model cannot be reached.
+        ConfigError: names lead to no model; lists every one.
+        SourceError: models cannot be reached; lists every one.
         CheckpointError: a `config.json` is damaged.
         IncompatibleError: the configs do not fit together; lists every reason.
     """
     every_expert = [*config.experts, *config.shared_experts]
-    references = dict.fromkeys([config.base_model, *(expert.source_model for expert in every_expert)])
-    opened = {reference: open_model(reference, announce) for reference in references}
+    opened = _open_all(config, announce)
     base = opened[config.base_model]
     placed = [(place, opened[expert.source_model]) for place, expert in zip(_places(config), every_expert, strict=True)]
     found = check_configs(base.config, [(_name(place, folder), folder.config) for place, folder in placed])
@@ -69,6 +73,41 @@ def open_models(config: MergeConfig, announce: Callable[[str], None]) -> Models:
     members = tuple(Member(place, _name(place, folder), folder, _dense(folder)) for place, folder in placed)
     routed = len(config.experts)
     return Models(base_member, members[:routed], members[routed:], tuple(found.notes))
+
+
+def _open_all(config: MergeConfig, announce: Callable[[str], None]) -> dict[str, ModelFolder]:
+    """Open every model once, by reference; what cannot be opened is listed with its place and the nearest name."""
+    opened: dict[str, ModelFolder] = {}
+    errors: dict[str, tuple[Place, SourceError]] = {}
+    for place, reference in references_of(config):
+        if reference in opened or reference in errors:
+            continue
+        try:
+            opened[reference] = open_model(reference, announce)
+        except SourceError as error:
+            errors[reference] = place, error
+    if not errors:
+        return opened
+    folders = [Path(), *([config.file.parent] if config.file else [])]
+    problems: list[tuple[Place, str]] = []
+    for reference, (place, reason) in errors.items():
+        near = nearest_model(reference, folders) if "Did you mean" not in str(reason) else None
+        problems.append((place, f"{reason}{f' Did you mean {near}?' if near else ''}"))
+    refusal = refusal_of(config, problems)
+    if all(isinstance(reason, NoSuchModelError) for _, reason in errors.values()):
+        raise refusal
+    raise SourceError(str(refusal))
+
+
+def references_of(config: MergeConfig) -> list[tuple[Place, str]]:
+    """Every reference to a model in a config, with its place."""
+    parts = (("experts", config.experts), ("shared_experts", config.shared_experts))
+    experts: list[tuple[Place, str]] = [
+        ((key, number, "source_model"), expert.source_model)
+        for key, part in parts
+        for number, expert in enumerate(part)
+    ]
+    return [(("base_model",), config.base_model), *experts]
 
 
 def refuse(problems: list[str]) -> None:

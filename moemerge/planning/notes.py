@@ -5,6 +5,7 @@ from typing import Final
 
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.pieces import Fill, Piece
+from moemerge.config.expert_names import named_place
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import DType
 from moemerge.families.dense import ModelTensors
@@ -71,10 +72,11 @@ def text_advice(config: MergeConfig) -> list[str]:
     if not config.has_descriptions or config.writers or min(counts) >= _ENOUGH_PROMPTS:
         return []
     fewest = counts.index(min(counts))
+    prompts = f"{counts[fewest]} prompt{'s' if counts[fewest] > 1 else ''}"
     return [
-        f"experts[{fewest}] has {counts[fewest]} prompt{'s' if counts[fewest] > 1 else ''}, which is little to tell an "
-        "expert by: with some thousand tokens of its kind of text in positive_texts, routers measured better, and, "
-        "less so, with router.calibration: generate, which has the experts write it (docs/routers.md)"
+        f"{named_place(fewest, config.expert_names)} has {prompts}, which is little to tell an expert by: "
+        "with some thousand tokens of its kind of text in positive_texts, routers measured better, and, less so, with "
+        "router.calibration: generate, which has the experts write it (docs/routers.md)"
     ]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moemerge.chats import Chat, Document
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.config.expert_names import named_place
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import RefusedError
 from moemerge.families.dense import DenseModel, ModelTensors
@@ -75,9 +76,11 @@ def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseMo
     """List experts whose FFN width a method cannot compare with the base's, as problems."""
     if not config.method.needs_weights:
         return []
+    names = config.expert_names
     return [
-        f"experts[{number}]: its FFN has {model.sizes['ffn']} neurons, the base model's {base.sizes['ffn']}, so the "
-        f"weights cannot be compared as gate_mode {config.method.name} does: give the experts prompts, or choose random"
+        f"{named_place(number, names)}: its FFN has {model.sizes['ffn']} neurons, the base model's "
+        f"{base.sizes['ffn']}, so the weights cannot be compared as gate_mode {config.method.name} does: give the "
+        "experts prompts, or choose random"
         for number, model in enumerate(models)
         if model.sizes["ffn"] != base.sizes["ffn"]
     ]
@@ -85,10 +88,10 @@ def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseMo
 
 def check_writers(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
     """List experts that cannot continue prompts as the base's tokenizer reads them, as problems."""
-    size = base.config["vocab_size"]
+    size, names = base.config["vocab_size"], config.expert_names
     return [
-        f"experts[{number}]: has a vocabulary of {found} tokens, the base model {size}, so it cannot continue prompts "
-        "that the base's tokenizer reads (router.calibration: generate): give it positive_texts"
+        f"{named_place(number, names)}: has a vocabulary of {found} tokens, the base model {size}, so it cannot "
+        "continue prompts that the base's tokenizer reads (router.calibration: generate): give it positive_texts"
         for number in config.writers
         if (found := models[number].config["vocab_size"]) != size
     ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from moemerge.config.expert_names import named_place
 from moemerge.config.layer_choice import LayerChoice, chosen_layers
 from moemerge.config.schema import Expert, MergeConfig
 from moemerge.errors import IncompatibleError
@@ -100,8 +101,8 @@ def mixture_of(
         if not all(layer in layers for layers in present)
     }
     problems += [
-        f"experts[{number}].layers: {config.experts[number].layers!r} and moe_layers {config.moe_layers!r} have no "
-        "layer in common: name others, or remove the expert"
+        f"{named_place(number, config.expert_names)}: layers {config.experts[number].layers!r} and moe_layers "
+        f"{config.moe_layers!r} have no layer in common: name others, or remove the expert"
         for number, layers in enumerate(present)
         if layers and moe_layers and not set(layers) & set(moe_layers)
     ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.chats import COUNTED_ROLES, Document, as_chat
+from moemerge.config.expert_names import named_place
 from moemerge.config.schema import MergeConfig, SharedWeights
 from moemerge.errors import IncompatibleError
 from moemerge.planning.shared_weights import any_changed
@@ -123,7 +124,8 @@ def _candidates(plan: "MergePlan", *, strangers: bool) -> Mapping[str, "MergePla
     if not any_changed(plan.parts.base, {f"experts[{n}]": expert for n, expert in enumerate(plan.experts)}):
         return "the models have all the same"
     if untold := [number for number, expert in enumerate(plan.config.experts) if not expert.is_described]:
-        return f"experts[{untold[0]}] has neither positive_texts nor positive_prompts to compare losses on"
+        expert = named_place(untold[0], plan.config.expert_names)
+        return f"{expert} has neither positive_texts nor positive_prompts to compare losses on"
     return plans
 
 

@@ -3,10 +3,14 @@
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from moemerge.checkpoint.index import Weights, choose_weights, read_weight_map
 from moemerge.errors import CheckpointError
+
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_POINTER: Final = b"version https://git-lfs"
+_MOST_POINTER_BYTES: Final = 1024
 
 
 def resolve_file(folder: Path, name: str) -> Path:
@@ -17,7 +21,8 @@ def resolve_file(folder: Path, name: str) -> Path:
     merged model. Only a regular file is ever opened: reading a pipe would wait for it.
 
     Raises:
-        CheckpointError: there is no such file, it is no regular file, or its link leads out of the cache.
+        CheckpointError: there is no such file, it is no regular file, or a pointer of git-lfs, or its link leads out
+            of the cache.
     """
     path = folder / name
     try:
@@ -26,6 +31,8 @@ def resolve_file(folder: Path, name: str) -> Path:
         raise CheckpointError(f"{path}: there is no such file, or it is a link that leads nowhere.") from error
     if not target.is_file():
         raise CheckpointError(f"{path}: is not a regular file.")
+    if target.stat().st_size < _MOST_POINTER_BYTES and target.read_bytes().startswith(_POINTER):
+        raise CheckpointError(f"{path}: is a git-lfs pointer in place of the file. Run `git lfs pull` in {folder}.")
     root = folder.resolve()
     if is_snapshot(root) and leads_out(root, target):
         raise CheckpointError(

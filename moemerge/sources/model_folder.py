@@ -13,7 +13,7 @@ from moemerge.checkpoint.disk import nearest_folder
 from moemerge.checkpoint.files import File, Stamp, size_of
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
-from moemerge.errors import SourceError
+from moemerge.errors import NoSuchModelError, SourceError
 from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
@@ -21,6 +21,7 @@ from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
 from moemerge.sources.name_prefixes import unwrapped
 from moemerge.sources.reference import Reference, parse_reference, split_adapter
+from moemerge.sources.wrong_names import nearest_model, no_model
 
 __all__ = [
     "Announce",
@@ -100,11 +101,7 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
         return replace(opened, reference=reference, adapters=(*opened.adapters, open_adapter(adapter, folder)))
     origin, folder = _find(reference, announce)
     if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            raise SourceError(
-                f"{reference}: is a LoRA adapter, not a model. Write it after its base model: model+adapter."
-            )
-        raise SourceError(f"{reference}: has no config.json, so it is not a model that moemerge can read.")
+        raise NoSuchModelError(no_model(reference, folder))
     path = resolve_file(folder, "config.json")
     stamp = Stamp.of(path)
     opened = ModelFolder(reference, origin, folder, read_json(path), stamps={path: stamp})
@@ -125,7 +122,9 @@ def open_merged(out: Path | str) -> ModelFolder:
     """
     if not Path(out).is_dir():
         found = "is a file" if Path(out).is_file() else "there is no such folder"
-        raise SourceError(f"{out}: {found}. Name the folder that holds the merged model.")
+        near = nearest_model(str(out), [Path()])
+        hint = f"Did you mean {near}?" if near else "Name the folder that holds the merged model."
+        raise SourceError(f"{out}: {found}. {hint}")
     return open_model(str(Path(out).resolve()), lambda _: None)
 
 

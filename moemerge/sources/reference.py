@@ -3,8 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from moemerge.errors import SourceError
+from moemerge.errors import NoSuchModelError, SourceError
+
+_FOLDER: Final = "Name the folder that holds the model's config.json."
+_FILES: Final = {".gguf": "GGUF is not read here: name the folder or repository that it was made from."}
 
 
 @dataclass(frozen=True)
@@ -22,21 +26,21 @@ def parse_reference(text: str) -> Path | Reference:
     """Parse a reference: a folder if one of that name exists, else a Hub repository, `user/name[@revision]`.
 
     Raises:
-        SourceError: it is neither; says which it looks like and what to write.
+        NoSuchModelError: it is neither; says which it looks like and what to write.
     """
     try:
         path = Path(text).expanduser()
         if path.is_dir():
             return path.resolve()
         if path.is_file():
-            raise SourceError(f"{text}: is a file. Name the folder that holds the model's config.json.")
+            raise NoSuchModelError(f"{text}: is a file. {_FILES.get(path.suffix, _FOLDER)}")
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
         raise SourceError(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
     name, _, revision = text.partition("@")
     if revision and Path(name).expanduser().is_dir():
-        raise SourceError(f"{text}: a folder has no revisions. Write {name!r}, or a Hub repository.")
+        raise NoSuchModelError(f"{text}: a folder has no revisions. Write {name!r}, or a Hub repository.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")):
-        raise SourceError(f"{text}: there is no such folder, and it cannot be a Hub repository (user/name).")
+        raise NoSuchModelError(f"{text}: there is no such folder, and it cannot be a Hub repository (user/name).")
     return Reference(name, revision or None)
 
 

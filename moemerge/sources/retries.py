@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from moemerge.checkpoint.files import interrupted
-from moemerge.errors import SourceError
+from moemerge.errors import NoSuchModelError, SourceError
 from moemerge.sources.reference import Reference
 
 ABSENT: Final = (
@@ -133,7 +133,9 @@ def explained(reference: Reference, absent: str) -> Iterator[None]:
     except SourceError:
         raise
     except Exception as error:
-        raise SourceError(f"{reference}: {_explain(error, reference, absent)}") from error
+        is_wrong = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
+        kind = NoSuchModelError if is_wrong and not isinstance(error, GatedRepoError) else SourceError
+        raise kind(f"{reference}: {_explain(error, reference, absent)}") from error
 
 
 def _explain(error: BaseException, reference: Reference, absent: str) -> str:  # noqa: PLR0911  one for each error

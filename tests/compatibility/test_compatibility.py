@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, plan_merge
-from moemerge.errors import ConfigError, IncompatibleError, MoemergeError, SourceError
+from moemerge.errors import ConfigError, IncompatibleError, MoemergeError
 from tests.support.models import edit_json, make_model, write_config
 
 
@@ -400,18 +400,19 @@ def test_references_that_lead_nowhere(tmp_path, pair):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for reference, message in {
-        f"{tmp_path}/gone": "there is no such folder, and it cannot be a Hub repository (user/name).",
-        f"{pair[1]}+{tmp_path}/gone": "there is no such folder, and it cannot be a Hub repository (user/name).",
+        f"{tmp_path}/xyz": "there is no such folder, and it cannot be a Hub repository (user/name).",
+        f"{pair[1]}+{tmp_path}/xyz": "there is no such folder, and it cannot be a Hub repository (user/name).",
         f"{pair[1]}@main": f"a folder has no revisions. Write '{pair[1]}', or a Hub repository.",
-        f"{pair[1]}/config.json": "is a file. Name the folder that holds the model's config.json.",
-        f"{tmp_path}/adapter": "is a LoRA adapter, not a model. Write it after its base model: model+adapter.",
-        f"{tmp_path}": "has no config.json, so it is not a model that moemerge can read.",
+        f"{pair[1]}/config.json": f"is a file. Name the folder that holds the model's config.json. Did you mean {pair[1]}?",
+        f"{tmp_path}/adapter": f"is a LoRA adapter, not a model. Write it after its base model: model+{tmp_path}/adapter.",
+        f"{tmp_path}": f"has no config.json, so it is not a model that moemerge can read. Did you mean {tmp_path}/two?",
     }.items():
         path = write_config(tmp_path / "merge.yaml", pair[0], [pair[1], Path("two")], gate_mode="random")
         path.write_text(path.read_text().replace("source_model: two", f"source_model: '{reference}'"))
-        with pytest.raises(SourceError) as caught:
+        with pytest.raises(ConfigError) as caught:
             plan_merge(load_config(path))
-        assert str(caught.value) == f"{reference.rpartition('+')[2]}: {message}"  # of model+adapter, the adapter
+        named = reference.rpartition("+")[2]  # of model+adapter, the adapter
+        assert caught.value.problems == (f"line 11: experts[1].source_model: {named}: {message}",)
 
 
 def test_parameters_are_counted(tmp_path, pair):

@@ -230,7 +230,7 @@ def test_without_text_the_base_stays(llamas, tmp_path):
     path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False, shared_weights="auto")
     plan = plan_merge(load_config(path))
     assert plan.notes[-1] == (
-        "shared_weights: auto chose base: experts[0] has neither positive_texts nor positive_prompts to compare losses on"
+        "shared_weights: auto chose base: experts[0] (fox) has neither positive_texts nor positive_prompts to compare losses on"
     )
     assert plan.config.shared_weights.method == "base"
     assert not [advice for advice in plan.advice if "average" in advice]
@@ -239,7 +239,7 @@ def test_without_text_the_base_stays(llamas, tmp_path):
 def test_a_few_prompts_say_too_little(llamas, tmp_path):
     path = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], shared_weights="auto", gate_mode="random")
     assert merged(path, tmp_path / "out") == [
-        "note: shared_weights: auto chose base: experts[0] has 9 tokens of text to compare losses on, and at least "
+        "note: shared_weights: auto chose base: experts[0] (fox) has 9 tokens of text to compare losses on, and at least "
         "256 are needed"
     ]
 
@@ -311,7 +311,7 @@ def test_an_expert_of_another_width_is_compared_too(trained, tmp_path):
     assert choose(plan, CPU, lambda *_: None).method == "average"
     some = plan_merge(load_config(config(tmp_path / "c.yaml", trained, [base, one, two], moe_layers=[1])))
     assert choose(some, CPU, lambda *_: None).why == (
-        "others cannot be compared with it, since experts[1] has FFNs of another width than the base model's"
+        "others cannot be compared with it, since experts[1] (two) has FFNs of another width than the base model's"
     )
 
 

@@ -436,7 +436,7 @@ def test_delta_refuses_models_that_were_not_tuned_from_the_base(tmp_path, tuned)
     with pytest.raises(IncompatibleError, match=r"experts\[1\]: its FFNs are the base model's own"):
         plan_of(parse_config(document(tuned)), [tuned / "expert0", tuned / "base", tuned / "expert1"])
     wide = make_model(tmp_path / "wide", 3, intermediate_size=64)
-    with pytest.raises(IncompatibleError, match=r"experts\[1\]: its FFN has 64 neurons, the base model's 48"):
+    with pytest.raises(IncompatibleError, match=r"experts\[1\] \(wide\): its FFN has 64 neurons, the base model's 48"):
         plan_of(parse_config(document(tuned)), [tuned / "expert0", wide, tuned / "expert1"])
 
 

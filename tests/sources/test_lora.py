@@ -144,7 +144,7 @@ def test_what_cannot_be_merged_exactly_is_refused(tmp_path, llamas):
     with pytest.raises(SourceError) as caught:
         open_model(str(tmp_path / "good"), print)
     assert str(caught.value) == (
-        f"{tmp_path / 'good'}: is a LoRA adapter, not a model. Write it after its base model: model+adapter."
+        f"{tmp_path / 'good'}: is a LoRA adapter, not a model. Write it after its base model: {llamas[0]}+{tmp_path / 'good'}."
     )
     other = make_model(tmp_path / "wide", 1, intermediate_size=64)
     with pytest.raises(
