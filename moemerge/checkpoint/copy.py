@@ -73,14 +73,19 @@ def copy_range(  # noqa: PLR0917  offsets and length as in os.copy_file_range
     return done
 
 
+_SMALLER: Final = {
+    ".gguf": "Choose a --type with fewer bits, or write to another disk.",
+    ".html": "Route fewer texts, or write to another disk.",
+}
+
+
 def write_failure(path: Path, error: OSError) -> OutputError:
     """The error for an output file `path` that could not be written."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return OutputError(f"{path}: the disk is full. Free some space, or write to another disk.")
     if error.errno == errno.EFBIG:
-        return OutputError(
-            f"{path}: is larger than this file system, or the limit of `ulimit -f`, allows. Lower --max-shard-size."
-        )
+        advice = _SMALLER.get(path.suffix, "Lower --max-shard-size.")
+        return OutputError(f"{path}: is larger than this file system, or the limit of `ulimit -f`, allows. {advice}")
     return OutputError(f"{path}: cannot be written: {error.strerror or error}.")
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
 
+from moemerge.cli.tables import Table
 from moemerge.evaluation.figures import MERGED
 from moemerge.evaluation.verdict import WORDS, best_models, verdict
 
@@ -31,12 +32,12 @@ def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool, e
     if by_layer:
         for name, routing in found.routing.items():
             console.print(f"Load by layer, {name}:")
-            table = Table("layer", *found.experts, box=None, header_style="")
+            table = Table("layer", *found.experts)
             for layer, loads_of in zip(found.layers, routing.load_by_layer, strict=True):
                 table.add_row(str(layer), *(f"{share:.0%}" for share in loads_of))
             console.print(table)
     if explain:
-        words = Table.grid(padding=(0, 2))
+        words = Grid.grid(padding=(0, 2))
         for word, meaning in WORDS.items():
             words.add_row(word, meaning)
         console.print(words)
@@ -64,7 +65,7 @@ def print_differences(
 
 def _print_losses(console: Console, found: "Evaluation") -> None:
     console.print(f"Loss in nats per token (perplexity) in {found.dtype}; * is the lowest, label oracle aside:")
-    table = Table("", *(domain.name for domain in found.domains), "mean of all", box=None, header_style="")
+    table = Table("", *(domain.name for domain in found.domains), "mean of all")
     best = best_models(found)
 
     def cell(model: str, column: str, value: float | None) -> str:
@@ -88,8 +89,6 @@ def _print_routing(console: Console, found: "Evaluation") -> None:
         *(f"to {name}" for name in found.experts),
         "entropy",
         "first's weight",
-        box=None,
-        header_style="",
     )
     for name, routing in found.routing.items():
         right = ["-" if share is None else f"{share:.1%}" for share in (routing.accuracy, routing.hit_rate)]

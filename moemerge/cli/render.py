@@ -4,10 +4,10 @@ import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
 
 from moemerge.checkpoint.derived import derivation, leaves
 from moemerge.checkpoint.disk import shown_bytes as size
@@ -15,6 +15,8 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.checks.inspection import Inspection
 from moemerge.checks.verification import Verification
+from moemerge.cli.tables import Table
+from moemerge.config.schema import CONFIG_COPY
 from moemerge.dtypes import BITS, HEADER_DTYPES
 from moemerge.engines import ENGINES
 from moemerge.planning.output import Computed, Output
@@ -22,6 +24,10 @@ from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
+
+_MOST_DIFFERENCES: Final = 20
+# Of those that another config explains.
+_MOST_KEYS: Final = 5
 
 
 def billions(parameters: int) -> str:
@@ -102,7 +108,7 @@ def _source(piece: Piece) -> dict[str, Any]:
 
 def print_plan(console: Console, plan: MergePlan) -> None:
     """Print the plan: its facts, where its tensors come from, and advice."""
-    facts = Table.grid(padding=(0, 2))
+    facts = Grid.grid(padding=(0, 2))
     free = shutil.disk_usage(Path.cwd()).free
     rows = {
         "output": f"{plan.family.architecture}, {plan.dtype}, {len(plan.config.experts)} experts, "
@@ -129,7 +135,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)
-    table = Table("tensors", "size", "from", box=None, padding=(0, 2, 0, 0))
+    table = Table("tensors", "size", "from")
     parts: dict[tuple[str, str], list[int]] = {}
     for output in plan.outputs.values():
         if isinstance(output.origin, Computed):
@@ -174,7 +180,7 @@ def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) 
     console.print(f"{report.on_unseen_text()}.")
     if not by_layer:
         return
-    table = Table("expert", "own prompts", "first choice", "all prompts", box=None, padding=(0, 2, 0, 0))
+    table = Table("expert", "own prompts", "first choice", "all prompts")
     for name, *shares in report.rows:
         table.add_row(name, *(f"{share:.1%}" for share in shares))
     console.print(
@@ -182,7 +188,7 @@ def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) 
         f"{report.experts_per_token} (chance {report.chance:.0%}; first choice's mean weight {report.top_weight:.2f}):"
     )
     console.print(table)
-    layers = Table("layer", *report.experts, "weight", box=None, padding=(0, 2, 0, 0))
+    layers = Table("layer", *report.experts, "weight")
     for row in report.layers:
         layers.add_row(str(row.layer), *row.shown, f"{row.top_weight:.2f}")
     console.print(layers)
@@ -190,7 +196,7 @@ def print_routing(console: Console, report: "RoutingReport", *, by_layer: bool) 
 
 def print_inspection(console: Console, found: Inspection) -> None:
     """Print a checkpoint's facts, and a table of the tensors with numbers that are not finite."""
-    facts = Table.grid(padding=(0, 2))
+    facts = Grid.grid(padding=(0, 2))
     kind = f"mixture of {found.experts} experts, {found.experts_per_token} per token" if found.experts else "dense"
     facts.add_row("model", f"{found.model_type}, {kind}, {found.layers} layers")
     active = f", {billions(found.active_parameters)} active per token" if found.experts else ""
@@ -205,19 +211,28 @@ def print_inspection(console: Console, found: Inspection) -> None:
         facts.add_row("values", damaged if values.not_finite else f"{values.tensors} tensors of finite numbers")
     console.print(facts)
     if values and values.not_finite:
-        table = Table("tensor", "file", "infinite or NaN", "first at", box=None, padding=(0, 2, 0, 0))
+        table = Table("tensor", "file", "infinite or NaN", "first at")
         for broken in values.not_finite:
             table.add_row(broken.tensor, broken.file, str(broken.count), str(list(broken.first)))
         console.print(table)
 
 
 def print_verification(console: Console, out: Path, found: Verification) -> None:
-    """Print differences as a table, and one line on what is equal."""
-    if found.differences:
-        table = Table("tensor, file or key", "expected", "found", box=None, padding=(0, 2, 0, 0))
-        for difference in found.differences:
-            table.add_row(difference.what, difference.expected, difference.found)
-        console.print(table)
+    """Print the first differences, their cause if it is another config, and one line on what is equal."""
+    copied = f"{CONFIG_COPY}: "
+    keys = [different.what.removeprefix(copied) for different in found.differences if different.what.startswith(copied)]
+    others = [difference for difference in found.differences if not difference.what.startswith(copied)]
+    if keys:
+        more = ", ..." if len(keys) > _MOST_KEYS else ""
+        console.print(
+            f"{out}: was merged from another config, which differs in {', '.join(keys[:_MOST_KEYS])}{more}. "
+            f"`moemerge verify {out} --against {out / CONFIG_COPY}` compares it with its own."
+        )
+    most = _MOST_KEYS if keys else _MOST_DIFFERENCES
+    for difference in others[:most]:
+        console.print(f"  {difference.what}: expected {difference.expected}, found {difference.found}")
+    if len(others) > most:
+        console.print(f"  and {len(others) - most} more; --json lists all")
     verdict = f"{len(found.differences)} difference(s)" if found.differences else "as planned"
     console.print(
         f"{out}: {verdict}. Equal in every byte: {found.copied} copied tensors ({size(found.copied_bytes)}), "

@@ -21,7 +21,14 @@ def repair_model(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Put back, in place, what transformers 5's save_pretrained drops from a merged model's config; weights stay."""
+    """Put back what transformers 5 dropped when it saved a model again.
+
+    That are keys of `config.json` that other readers need. They are put back in place; weights stay.
+
+    Examples:
+        moemerge repair out --dry-run
+        moemerge repair out
+    """
     with console_session(quiet=quiet, verbose=0, debug=debug):
         from dataclasses import asdict
 
@@ -36,12 +43,12 @@ def repair_model(
 
 def print_repair(console: "Console", out: Path, found: "list[Difference]", *, dry_run: bool) -> None:
     """Print each value that was found, and the one that takes its place."""
-    from rich.table import Table
+    from moemerge.cli.tables import Table
 
     if not found:
         console.print(f"{out}: nothing to do: every reader finds its keys.")
         return
-    table = Table("file and key", "found", "put back", box=None, padding=(0, 2, 0, 0))
+    table = Table("file and key", "found", "put back")
     for difference in found:
         table.add_row(difference.what, difference.found, difference.expected)
     console.print(table)

@@ -365,6 +365,10 @@ def test_a_full_disk_is_said_of_the_output_not_of_the_source(tmp_path, monkeypat
     with pytest.raises(OutputError, match=f"^{tmp_path / 'out'}: the disk is full"), staged(tmp_path / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "tokenizer.json"))
     assert "lower --max-shard-size" in str(write_failure(tmp_path / "x", OSError(errno.EFBIG, "x"))).lower()
+    assert str(write_failure(Path("x.gguf"), OSError(errno.EFBIG, "x"))) == (
+        "x.gguf: is larger than this file system, or the limit of `ulimit -f`, allows. Choose a --type with fewer bits, or "
+        "write to another disk."
+    )
     with pytest.raises(CheckpointError, match=r"gone.json: cannot be read: No such file"):
         copy_file(tmp_path / "gone.json", tmp_path / "x")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import tracemalloc
@@ -670,6 +671,19 @@ def test_the_command_says_so_in_one_line(tmp_path, plan, merged, llamas):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_another_config_is_the_cause_and_few_of_its_differences_are_shown(tmp_path, out, llamas):
+    other = write_config(tmp_path / "other.yaml", llamas[0], llamas[1:3], prompts=False)
+    result = run("verify", out, "--against", other, "--quiet")
+    lines = result.stdout.splitlines()
+    assert (result.returncode, result.stderr, len(lines)) == (1, "", 8)
+    assert lines[0] == (
+        f"{out}: was merged from another config, which differs in experts. `moemerge verify {out} --against "
+        f"{out / 'moemerge_config.yaml'}` compares it with its own."
+    )
+    assert lines[1] == "  config.json: num_local_experts: expected 2, found 3"
+    assert re.fullmatch(r"  and \d+ more; --json lists all", lines[6])
+
+
 def test_the_command_shows_what_differs(tmp_path, plan, out, llamas):
     config = write_random(tmp_path / "merge.yaml", llamas)
     edit_keys(out / "config.json", num_experts_per_tok=1)
@@ -679,8 +693,7 @@ def test_the_command_shows_what_differs(tmp_path, plan, out, llamas):
         1,
         "",
         [
-            "tensor, file or key               expected  found",
-            "config.json: num_experts_per_tok  2         1",
+            "  config.json: num_experts_per_tok: expected 2, found 1",
             f"{out}: 1 difference(s). Equal in every byte: 48 copied tensors (244.61 kB), 0 converted tensors (0 B), {len(plan.copied_files)} files. "
             "Not computed again: 3 routers, which have the planned shape and dtype and are finite.",
         ],
