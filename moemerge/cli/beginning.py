@@ -79,10 +79,14 @@ def begin_config(
     cache_dir: CacheDir = None,
     messages: MessageOptions,
 ) -> None:
-    """Begin a merge config: moemerge init BASE EXPERT EXPERT...
+    """Begin a merge config from the names of models.
 
     Opens the models, of which headers and a few rows are read, and proposes names, prompts and settings. On a terminal
     it asks what flags do not say.
+
+    Examples:
+        moemerge init user/base user/math user/code
+        moemerge init base code french --domain code=code --yes -o merge.yaml
     """
     quiet, domain, prompts, top_k = messages.quiet, describing.domain, describing.prompts, describing.top_k
     with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:

@@ -30,17 +30,16 @@ def console_session(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path |
     """Open a console for messages on standard error; an exception inside becomes a message and an exit code."""
     if cache_dir:
         os.environ["HF_HUB_CACHE"] = str(cache_dir)  # before huggingface_hub is imported
-    # Other libraries' chatter and bars belong to those who ask for more.
+    # Other libraries' chatter belongs to those who look for a fault.
     for library in ("TRANSFORMERS", "HF_HUB"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "info" if verbose or debug else "error")
+        os.environ.setdefault(f"{library}_VERBOSITY", "info" if debug else "error")
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    level = logging.DEBUG if debug else logging.INFO if verbose else logging.ERROR
-    logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(name)s: %(message)s")
     console = _console(stderr=True)
     ours, handler = logging.getLogger("moemerge"), _ConsoleHandler(console)
     ours.addHandler(handler)
-    ours.setLevel(min(level, logging.WARNING))
+    ours.setLevel(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING)
     ours.propagate = False
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # ignored by programs in the background

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 from rich.console import Console
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 class MeasuringOptions:
     """Options for what is run, on how much text, and on which device."""
 
+    heading: ClassVar[str] = "Measuring"
+
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Run the weight average, the uniform mixture and the label oracle too.")
     ] = False
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are read of each NAME.")] = 8192
-    window: Annotated[int, typer.Option(min=2, help="Tokens that a model sees at a time.")] = 512
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that are read of each NAME.")] = 8192
+    window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that a model sees at a time.")] = 512
     rerun: Annotated[
         bool, typer.Option("--rerun", help="Run dense models again whose losses on this text are kept.")
     ] = False
@@ -73,7 +75,14 @@ def evaluate(
     reporting: ReportingOptions,
     messages: VerboseMessageOptions,
 ) -> None:
-    """Compare a merged model's loss on held-out text with those of its base, its experts and simpler mixtures."""
+    """Judge a merged model by its loss on held-out text.
+
+    It is compared with its base, its experts and, with --baselines, simpler mixtures.
+
+    Examples:
+        moemerge eval out --data code=code.txt --data math=math.jsonl
+        moemerge eval out --data code=hf://datasets/user/name:test#text --baselines
+    """
     with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         from moemerge.model_card.card import read_card, update_evaluation
 

@@ -1,15 +1,18 @@
 """`moemerge families`: the table of output families, as text, JSON or Markdown."""
 
+from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from moemerge.cli.console import console_session, print_json, stdout
-from moemerge.cli.options import Debug, Json
+from moemerge.cli.options import MESSAGES, CacheDir, Debug, Json
 from moemerge.cli.streams import say
+from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
@@ -19,23 +22,67 @@ _HEADINGS: Final = ("family", "dense models", "they may have", "shared experts",
 
 
 def list_families(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Only those for this model type, model folder or Hub repository; or one family.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: CacheDir = None,
     json: Json = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown.", rich_help_panel=MESSAGES)
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """List the output families, with the dense models that each repeats exactly and what it can hold."""
-    with console_session(quiet=False, verbose=0, debug=debug):
+    """List which dense models become which mixture.
+
+    Each output family is listed with the dense models that it repeats exactly, and what it can hold.
+
+    Examples:
+        moemerge families qwen3
+        moemerge families user/name
+    """
+    with console_session(quiet=False, verbose=0, debug=debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
 
         from moemerge.families.overview import family_rows
 
-        rows = family_rows()
+        rows = _chosen(family_rows(), name, console.print) if name else family_rows()
         if json:
             print_json([asdict(row) for row in rows])
         elif markdown:
             say(as_markdown(rows))
         else:
             print_families(stdout(), rows)
+
+
+def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]") -> "list[FamilyRow]":
+    """Choose the rows of a family, or of those that take a model type or a model.
+
+    Raises:
+        RefusedError: no family is of that name, or takes such a model.
+        SourceError: the model cannot be read.
+    """
+    known = {row.family for row in rows} | {model_type for row in rows for model_type in row.takes}
+    model_type = name
+    if name not in known and ("/" in name or Path(name).is_dir()):
+        from moemerge.families.dense import read_dense
+        from moemerge.sources.model_folder import open_model
+
+        config = open_model(name, announce).config
+        read = read_dense(config)
+        if isinstance(read, str):
+            raise RefusedError(f"{name}: {read}")
+        model_type = str(config["model_type"])
+    found = [row for row in rows if model_type in {row.family, *row.takes}]
+    if found:
+        return found
+    near = get_close_matches(model_type[:60], known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "`moemerge families` lists all."
+    raise RefusedError(f"{name}: no output family repeats models of the type {model_type!r}. {hint}")
 
 
 def as_markdown(rows: "list[FamilyRow]") -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from moemerge.cli.console import console_session, return_freed_memory, stoppable
 from moemerge.cli.gguf_output import WRITTEN_HERE, quantise_into
 from moemerge.cli.grouping import grouped
 from moemerge.cli.imatrix import ImatrixMaker, ImatrixOptions
-from moemerge.cli.options import ComputeIn, Device, GgufType, LlamaCpp, MessageOptions
+from moemerge.cli.options import CacheDir, ComputeIn, Device, GgufType, LlamaCpp, MessageOptions
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
@@ -32,6 +32,8 @@ Ollama = Annotated[
 class FileOptions:
     """Options for how the file is written."""
 
+    heading: ClassVar[str] = "Output"
+
     type: GgufType = "auto"
     llama_cpp: LlamaCpp = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a GGUF file of that name.")] = False
@@ -50,11 +52,19 @@ def write_file(
     ollama: Ollama = None,
     device: Device = "auto",
     compute_dtype: ComputeIn = "auto",
+    cache_dir: CacheDir = None,
     messages: MessageOptions,
 ) -> None:
-    """Write a merged model as one GGUF file, for llama.cpp and programs built on it, as its converter writes it."""
+    """Write a merged model as one GGUF file, for llama.cpp.
+
+    The file is as llama.cpp's converter writes it, for all programs built on it.
+
+    Examples:
+        moemerge gguf out out.gguf
+        moemerge gguf out out.gguf --type q4_k_m --imatrix --ollama my-mixture
+    """
     quiet, kind, overwrite = messages.quiet, writing.type, writing.overwrite
-    with console_session(quiet=quiet, verbose=0, debug=messages.debug) as console:
+    with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         _check_merged(out, file)
         importance = ImatrixMaker(console, out, matrix, device, compute_dtype, quiet).check(kind, overwrite=overwrite)
         _check_names(out, file, ollama, overwrite=overwrite)

@@ -1,9 +1,13 @@
-"""Options in groups: a command takes a dataclass for each, and its command line has an option for each field."""
+"""Options in groups: a command takes a dataclass for each, and its command line has an option for each field.
+
+The class's `heading` is that of its options on the command's help page.
+"""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import Parameter, Signature, signature
-from typing import Any
+from typing import Annotated, Any
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -13,7 +17,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in signature(command).parameters.items():
         if is_dataclass(parameter.annotation) and isinstance(parameter.annotation, type):
             groups[name] = parameter.annotation
-            spread += map(_parameter, fields(parameter.annotation))
+            spread += [_parameter(field, parameter.annotation) for field in fields(parameter.annotation)]
         else:
             spread.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
 
@@ -30,8 +34,11 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _parameter(field: Field[Any]) -> Parameter:
+def _parameter(field: Field[Any], group: type[Any]) -> Parameter:
     default = Parameter.empty if field.default is MISSING else field.default
     if field.default_factory is not MISSING:
         default = field.default_factory()
-    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=field.type)
+    kind, option = field.type.__origin__, copy(field.type.__metadata__[0])  # type: ignore[union-attr]
+    option.rich_help_panel = getattr(group, "heading", None) or option.rich_help_panel
+    annotation = Annotated[kind, option]  # type: ignore[valid-type]
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

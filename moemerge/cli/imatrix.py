@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 from rich.console import Console
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class ImatrixOptions:
     """Options for where an importance matrix comes from, and where it is kept."""
 
+    heading: ClassVar[str] = "Importance matrix"
+
     imatrix: Annotated[
         bool, typer.Option("--imatrix", help="Quantise by what the texts that the routers were made from need most.")
     ] = False
@@ -33,13 +35,19 @@ class ImatrixOptions:
     ] = None
     imatrix_file: Annotated[
         Path | None,
-        typer.Option(help="Like --imatrix, with a file that llama-imatrix has written.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Like --imatrix, with a file that llama-imatrix has written.", show_default=False
+        ),
     ] = None
     imatrix_out: Annotated[
         Path | None,
-        typer.Option(help="Keep the importance matrix in this file, for llama.cpp's tools.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Keep the importance matrix in this file, for llama.cpp's tools.", show_default=False
+        ),
     ] = None
-    imatrix_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read for the importance matrix.")] = 16384
+    imatrix_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens that are read for the importance matrix.")
+    ] = 16384
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, ClassVar, Final
 
 import typer
 
@@ -17,9 +17,7 @@ from moemerge.cli.options import (
     PushStreaming,
     Revision,
     ShardSize,
-    VerboseMessageOptions,
 )
-from moemerge.cli.streams import say
 
 _BITS_HELP: Final = (
     "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
@@ -30,17 +28,24 @@ _BITS_HELP: Final = (
 class OutputOptions:
     """Options for what is written."""
 
+    heading: ClassVar[str] = "Output"
+
     max_shard_size: ShardSize = None
     type: GgufType = "auto"
     llama_cpp: LlamaCpp = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False
     resume: Annotated[bool, typer.Option("--resume", help="Continue a merge that was cut off.")] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be written, as `moemerge plan`; write nothing.")
+    ] = False
     out_shard_size: Annotated[str | None, typer.Option(hidden=True)] = None
 
 
 @dataclass(frozen=True)
 class ReadingOptions:
     """Options for how models and prompts are read."""
+
+    heading: ClassVar[str] = "Reading"
 
     routing_table: Annotated[
         bool,
@@ -64,6 +69,8 @@ class ReadingOptions:
 class PushOptions:
     """Options for a push to the Hub."""
 
+    heading: ClassVar[str] = "Hub"
+
     push: Push = None
     push_streaming: PushStreaming = False
     private: Private = False
@@ -76,11 +83,14 @@ class PushOptions:
 class RouterOptions:
     """Options for how routers are made."""
 
-    seed: Annotated[int, typer.Option(help="Seed for random routers and noise_scale.")] = 0
+    heading: ClassVar[str] = "Routers"
+
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for random routers and noise_scale.")] = 0
     device: Annotated[
         str,
         typer.Option(
-            help="Device that runs models, to make routers and choose shared weights: auto, cpu, cuda, cuda:1 or mps."
+            metavar="DEVICE",
+            help="Device that runs models, to make routers and choose shared weights: auto, cpu, cuda, cuda:1 or mps.",
         ),
     ] = "auto"
     compute_dtype: ComputeIn = "auto"
@@ -93,23 +103,3 @@ class RouterOptions:
     ] = None
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False
-
-
-def _show_version(*, show: bool) -> None:
-    if show:
-        from importlib.metadata import version
-
-        say(f"moemerge {version('moemerge')}")
-        raise typer.Exit
-
-
-@dataclass(frozen=True)
-class MainMessageOptions(VerboseMessageOptions):
-    """Options for how much is printed, and `--version`."""
-
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", is_eager=True, callback=lambda value: _show_version(show=value)
-        ),
-    ] = False

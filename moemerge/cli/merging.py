@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moemerge.cli.console import announcer, console_session, return_freed_memory, stdout, stoppable
+from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stdout, stoppable
 from moemerge.cli.gguf_output import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import (
-    MainMessageOptions,
     OutputOptions,
     PushOptions,
     ReadingOptions,
     RouterOptions,
 )
-from moemerge.cli.options import Config, ModelOptions
+from moemerge.cli.mistakes import check_arguments
+from moemerge.cli.options import Config, Json, ModelOptions, VerboseMessageOptions
 from moemerge.cli.plan_request import PlanRequest, plan_from
+from moemerge.cli.planning import print_or_dump_plan
 from moemerge.cli.publishing import PlannedPush
 from moemerge.cli.streams import say
 from moemerge.errors import BusyError, RefusedError
@@ -59,16 +60,24 @@ def merge_models(
     push: PushOptions,
     routers: RouterOptions,
     models: ModelOptions,
-    messages: MainMessageOptions,
+    json: Json = False,
+    messages: VerboseMessageOptions,
 ) -> None:
-    """Build a mixture of experts: moemerge CONFIG OUT.
+    """Build a mixture of experts from the models that a config names.
 
     The base model gives embeddings, attention and norms, each expert its FFNs; the routers start from the prompts.
+
+    Examples:
+        moemerge merge.yaml out                    merge into a folder
+        moemerge merge.yaml out --dry-run          only show what it would be
+        moemerge merge.yaml out --push user/name   send it to the Hub, too
+        moemerge merge.yaml out.gguf --type q8_0   merge into a file for llama.cpp
     """
     quiet, streaming = messages.quiet, push.push_streaming
     with console_session(
         quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=models.cache_dir
     ) as console:
+        check_arguments(config, out)
         if streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
         planned_push = PlannedPush(push, announcer(console, quiet=quiet))
@@ -87,17 +96,26 @@ def merge_models(
             max_shard_size=output.max_shard_size,
             out_shard_size=output.out_shard_size,
         )
-        plan = plan_from(console, request, _plan_options(out, reading, push), quiet=quiet, approve=approve)
+        plan_options = _plan_options(out, reading, push, dry_run=output.dry_run)
+        plan = plan_from(console, request, plan_options, quiet=quiet, approve=approve)
+        if output.dry_run:
+            print_or_dump_plan(plan, json=json)
+            return
         options = replace(options, licence=planned_push.licence)
         report = _merge(console, plan, out, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)
         with _interrupts_after_success(console, out, planned_push.publisher, streaming=streaming):
-            _print_report(console, out, plan, report, quiet=quiet, by_layer=messages.verbose > 0)
+            _print_report(console, out, plan, report, quiet=quiet or json, by_layer=messages.verbose > 0)
             if not quiet and report.kept_texts:
                 _print_kept(console, routers, *report.kept_texts)
-            if not quiet and not streaming:
+            if not (quiet or json or streaming):
                 say(f"{out}: done")
+        url = None
         if planned_push.publisher:
-            say(planned_push.publisher.url if streaming else planned_push.publisher.push(out))
+            url = planned_push.publisher.url if streaming else planned_push.publisher.push(out)
+        if json:
+            print_json(_facts(plan, report, None if streaming else out, url))
+        elif url:
+            say(url)
 
 
 def _place_check(
@@ -126,15 +144,15 @@ def _place_check(
     return approve
 
 
-def _plan_options(out: Path, reading: ReadingOptions, push: PushOptions) -> "PlanOptions":
+def _plan_options(out: Path, reading: ReadingOptions, push: PushOptions, *, dry_run: bool) -> "PlanOptions":
     from moemerge.planning.options import PlanOptions
 
     to_file = is_gguf(out)
     return PlanOptions(
         target=None if push.push_streaming or to_file else out,
-        weights="stream" if reading.stream else "auto",
+        weights="stream" if reading.stream or dry_run else "auto",
         routing_table=reading.routing_table,
-        proves_tokenizer=True,
+        proves_tokenizer=not dry_run,
         preferred="llamacpp" if to_file else None,
     )
 
@@ -257,6 +275,32 @@ def _interrupts_after_success(
             raise KeyboardInterrupt(f"{out} is complete, and not pushed") from error
         where = publisher.url if publisher else out
         console.print(f"warning: {where}: is complete; not all of its report is shown", style="yellow")
+
+
+def _facts(plan: "MergePlan", report: "RoutingReport", out: Path | None, url: str | None) -> dict[str, Any]:
+    """Give what `--json` prints of a merge; `routing` is None if no text says how the routers choose."""
+    routing = {
+        "chance": report.chance,
+        "hit_rate": report.hit_rate,
+        "top1_accuracy": report.top1_accuracy,
+        "load": report.load,
+        "held_out": report.held_out,
+    }
+    return {
+        "out": str(out) if out else None,
+        "url": url,
+        "family": plan.family.model_type,
+        "dtype": plan.dtype,
+        "gate_mode": plan.config.method.name,
+        "experts": report.experts,
+        "experts_per_token": plan.config.experts_per_token,
+        "total_parameters": plan.total_parameters,
+        "active_parameters": plan.active_parameters,
+        "output_bytes": plan.output_bytes,
+        "routing": routing if report.layers else None,
+        "notes": plan.notes,
+        "warnings": [*plan.warnings, *report.warnings()],
+    }
 
 
 def _print_report(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 import typer
 
@@ -13,18 +13,31 @@ from moemerge.chats import COUNTED_ROLES, ROLES
 from moemerge.dtypes import DTYPE_ALIASES, ComputeDtype
 from moemerge.errors import RefusedError
 
+MODELS: Final = "Models"
+MESSAGES: Final = "Messages"
 Config = Annotated[
     Path,
     typer.Argument(metavar="CONFIG", help="The merge config, a YAML file; - for standard input.", show_default=False),
 ]
-ShardSize = Annotated[str | None, typer.Option(help="Largest shard, such as 500MB.", show_default="5GB")]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Largest shard, such as 500MB. [default: 5GB]", show_default=False),
+]
 CacheDir = Annotated[
-    Path | None, typer.Option(help="Where Hub models are kept, instead of HF_HUB_CACHE.", show_default=False)
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where Hub models are kept, instead of HF_HUB_CACHE.",
+        show_default=False,
+        rich_help_panel=MODELS,
+    ),
 ]
 AllowIdentical = Annotated[
     bool,
     typer.Option(
-        "--allow-identical-experts", help="Accept experts that are all the same model, to be trained further."
+        "--allow-identical-experts",
+        help="Accept experts that are all the same model, to be trained further.",
+        rich_help_panel=MODELS,
     ),
 ]
 For = Annotated[
@@ -37,12 +50,26 @@ For = Annotated[
         show_default=False,
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.", rich_help_panel=MESSAGES)]
 Verbose = Annotated[
-    int, typer.Option("--verbose", "-v", count=True, help="Print more: routing by layer, and log messages.")
+    int,
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        help="Print more: routing by layer, and what moemerge logs.",
+        show_default=False,
+        rich_help_panel=MESSAGES,
+    ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show tracebacks, and what every library logs.", rich_help_panel=MESSAGES),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as JSON.", rich_help_panel=MESSAGES),
+]
 Push = Annotated[
     str | None,
     typer.Option(
@@ -70,7 +97,9 @@ License = Annotated[
         help='The model\'s licence, as the Hub calls it, such as apache-2.0, or "other NAME LINK".',
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device that runs the model: auto, cpu, cuda, cuda:1 or mps.")]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="Device that runs the model: auto, cpu, cuda, cuda:1 or mps.")
+]
 _Type = Literal[
     "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
     "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k",
@@ -153,6 +182,8 @@ LlamaCpp = Annotated[
 class ModelOptions:
     """Options for which models may be merged, for which engine, and where they are kept."""
 
+    heading: ClassVar[str] = MODELS
+
     cache_dir: CacheDir = None
     allow_identical_experts: AllowIdentical = False
     engine: For = None
@@ -162,6 +193,8 @@ class ModelOptions:
 class MessageOptions:
     """Options for how much a command prints."""
 
+    heading: ClassVar[str] = MESSAGES
+
     quiet: Quiet = False
     debug: Debug = False
 
@@ -169,6 +202,8 @@ class MessageOptions:
 @dataclass(frozen=True)
 class VerboseMessageOptions:
     """Options for how much a command with `--verbose` prints."""
+
+    heading: ClassVar[str] = MESSAGES
 
     quiet: Quiet = False
     verbose: Verbose = 0

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moemerge.cli.console import announcer, console_session
+from moemerge.cli.console import announcer, console_session, print_json
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import PushOptions
-from moemerge.cli.options import CreatePr, License, MessageOptions, Private, Revision
+from moemerge.cli.options import CreatePr, Json, License, MessageOptions, Private, Revision
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
@@ -29,11 +29,17 @@ def push(
     create_pr: CreatePr = False,
     license: License = None,  # noqa: A002  the option's name, as in model cards
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of another kind.")] = False,
+    json: Json = False,
     messages: MessageOptions,
 ) -> None:
-    """Send a merged model to the Hub, in one commit; files that are there already are not sent again.
+    """Send a merged model to the Hub.
 
-    The token is the one of `hf auth login`, or HF_TOKEN.
+    It is sent in one commit; files that are there already are not sent again. The token is the one of
+    `hf auth login`, or HF_TOKEN.
+
+    Examples:
+        moemerge push out user/name --private
+        moemerge push out user/name --create-pr
     """
     with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug) as console:
         from moemerge.publish.pushing import push as send
@@ -48,7 +54,10 @@ def push(
             overwrite=overwrite,
             announce=announcer(console, quiet=messages.quiet),
         )
-        say(url)
+        if json:
+            print_json({"out": str(out), "url": url})
+        else:
+            say(url)
 
 
 class PlannedPush:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final
 
 import typer
 from rich.console import Console
@@ -13,7 +13,16 @@ from rich.text import Text
 from moemerge.chats import Document
 from moemerge.cli.console import console_session, print_json, stdout, stoppable
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import ROLES_OF_CHATS, ChatRoles, ComputeIn, Device, Json, MessageOptions, named_roles
+from moemerge.cli.options import (
+    ROLES_OF_CHATS,
+    CacheDir,
+    ChatRoles,
+    ComputeIn,
+    Device,
+    Json,
+    MessageOptions,
+    named_roles,
+)
 from moemerge.cli.standard_input import path_of
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
@@ -32,7 +41,11 @@ _MOST_DOCUMENTS: Final = 50
 class TextOptions:
     """Options for the texts to route."""
 
-    text: Annotated[list[str], typer.Option(help="A text to route.", show_default=False)] = field(default_factory=list)
+    heading: ClassVar[str] = "Texts"
+
+    text: Annotated[list[str], typer.Option(metavar="TEXT", help="A text to route.", show_default=False)] = field(
+        default_factory=list
+    )
     file: Annotated[
         list[str],
         typer.Option(
@@ -48,7 +61,9 @@ class TextOptions:
 class TracingOptions:
     """Options for what of the texts is read, and on which device."""
 
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each text.")] = 2000
+    heading: ClassVar[str] = "Running"
+
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that are read of each text.")] = 2000
     chat_roles: ChatRoles = ROLES_OF_CHATS
     device: Device = "auto"
     compute_dtype: ComputeIn = "auto"
@@ -60,18 +75,25 @@ def show_routes(
     *,
     given: TextOptions,
     layer: Annotated[
-        int | None, typer.Option(help="Show this layer's choices, not the majority of all.", show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="Show this layer's choices, not the majority of all.", show_default=False),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with every layer's choices.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="Write a page with every layer's choices.", show_default=False)
     ] = None,
     tracing: TracingOptions,
+    cache_dir: CacheDir = None,
     json: Json = False,
     messages: MessageOptions,
 ) -> None:
-    """Show which expert of a merged model takes which token."""
+    """Show which expert of a merged model takes which token.
+
+    Examples:
+        moemerge routes out --text "def main(): return 2 + 2"
+        moemerge routes out --file texts --html routes.html
+    """
     quiet = messages.quiet
-    with console_session(quiet=quiet, verbose=0, debug=messages.debug) as console:
+    with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         texts = _read_texts(console, given)
         if html:
             from moemerge.evaluation.routes.page import check_page

@@ -3,17 +3,17 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
 from moemerge.cli.options import (
     ROLES_OF_CHATS,
+    CacheDir,
     ChatRoles,
     Device,
     Json,
@@ -22,6 +22,7 @@ from moemerge.cli.options import (
     named_roles,
     one_of,
 )
+from moemerge.cli.tables import Table
 from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 
@@ -33,11 +34,19 @@ if TYPE_CHECKING:
 class TrainingOptions:
     """Options for how routers are trained: the fields of `moemerge.tuning.settings.Settings` but for `roles`."""
 
-    steps: Annotated[int, typer.Option(help="Steps of training; with phatgoose, of each expert.")] = 20
-    tokens_per_step: Annotated[int, typer.Option(help="Tokens in a step, at least 16 of every NAME.")] = 512
-    lr: Annotated[float, typer.Option(help="Learning rate, which is about how far a step moves a logit.")] = 0.07
-    seed: Annotated[int, typer.Option(help="Seed for the order of texts and the noise.")] = 0
-    noise: Annotated[float, typer.Option(help="Standard deviation of the noise on the logits while training.")] = 0.0
+    heading: ClassVar[str] = "Training"
+
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps of training; with phatgoose, of each expert.")] = 20
+    tokens_per_step: Annotated[int, typer.Option(metavar="N", help="Tokens in a step, at least 16 of every NAME.")] = (
+        512
+    )
+    lr: Annotated[
+        float, typer.Option(metavar="X", help="Learning rate, which is about how far a step moves a logit.")
+    ] = 0.07
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for the order of texts and the noise.")] = 0
+    noise: Annotated[
+        float, typer.Option(metavar="X", help="Standard deviation of the noise on the logits while training.")
+    ] = 0.0
     distil: Annotated[
         bool, typer.Option("--distil/--no-distil", help="Learn from each text's own dense expert, too.")
     ] = False
@@ -100,13 +109,20 @@ def tune_routers(
     chat_roles: ChatRoles = ROLES_OF_CHATS,
     writing: WritingOptions,
     device: Device = "auto",
+    cache_dir: CacheDir = None,
     json: Json = False,
     messages: MessageOptions,
 ) -> None:
-    """Train the routers of a merged model a little, and keep them if held-out text is surely predicted better."""
+    """Train a merged model's routers a little.
+
+    They are kept if held-out text is surely predicted better.
+
+    Examples:
+        moemerge tune out --data code=code.txt --data math=math.jsonl --out tuned
+    """
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate has launched
     quiet = messages.quiet
-    with console_session(quiet=quiet or not first, verbose=0, debug=messages.debug) as console:
+    with console_session(quiet=quiet or not first, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         from moemerge.cli.progress import show_steps
         from moemerge.tuning.settings import Settings
         from moemerge.tuning.tuner import tune
@@ -150,7 +166,7 @@ def _print_result(console: Console, found: "TuningResult | None", *, json: bool,
 def print_tuned(console: Console, found: "TuningResult") -> None:
     """Print held-out losses and the share of tokens whose expert comes first, before and after."""
     console.print("Held-out loss in nats per token, with 95 % intervals over documents:")
-    table = Table("", *found.before.losses, "mean", box=None, header_style="")
+    table = Table("", *found.before.losses, "mean")
     rows = (("before", found.before), ("after", found.after))
     for name, held in rows:
         cells = [f"{held.losses[domain].value:.3f}{held.losses[domain].interval}" for domain in found.before.losses]
@@ -160,7 +176,7 @@ def print_tuned(console: Console, found: "TuningResult") -> None:
     known = [name for name, share in found.before.accuracy.items() if share is not None]
     if known:
         console.print("Right expert first:")
-        table = Table("", *known, box=None, header_style="")
+        table = Table("", *known)
         for name, held in rows:
             table.add_row(name, *(f"{held.accuracy[domain]:.1%}" for domain in known))
         console.print(table)

@@ -1,0 +1,100 @@
+"""`moemerge inspect` and `moemerge verify`: whether a checkpoint's files agree, with each other and with a config."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moemerge.cli.console import announcer, console_session, print_json, stdout
+from moemerge.cli.grouping import grouped
+from moemerge.cli.mistakes import check_arguments
+from moemerge.cli.options import AllowIdentical, CacheDir, Debug, Json, VerboseMessageOptions
+from moemerge.cli.plan_request import PlanRequest, plan_from
+
+
+def inspect_model(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A model's folder, or a Hub repository.", show_default=False),
+    ],
+    values: Annotated[
+        bool, typer.Option("--values", help="Read every number, too; the exit code is 1 if any is infinite or NaN.")
+    ] = False,
+    cache_dir: CacheDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a checkpoint is, and whether its files agree.
+
+    Index, headers and sizes of files are checked against each other.
+
+    Examples:
+        moemerge inspect out
+        moemerge inspect user/name --values
+    """
+    with console_session(quiet=False, verbose=0, debug=debug, cache_dir=cache_dir) as console:
+        from dataclasses import asdict
+
+        from moemerge.checks.inspection import inspect_checkpoint
+        from moemerge.cli.progress import show_progress
+        from moemerge.cli.render import print_inspection
+
+        with show_progress(console, quiet=not values) as progress:
+            found = inspect_checkpoint(
+                model, console.print, values=values, progress=lambda done, total: progress("weights", done, total)
+            )
+        if json:
+            print_json(asdict(found))
+        else:
+            print_inspection(stdout(), found)
+        for warning in (*found.warnings, *(found.values.remarks if found.values else ())):
+            console.print(f"warning: {warning}", style="yellow")
+        if found.values and found.values.not_finite:
+            raise typer.Exit(1)
+
+
+@grouped
+def verify_model(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    *,
+    against: Annotated[
+        Path, typer.Option(metavar="CONFIG", help="The config that it was merged from.", show_default=False)
+    ],
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed that the merge was run with.")] = 0,
+    cache_dir: CacheDir = None,
+    allow_identical_experts: AllowIdentical = False,
+    json: Json = False,
+    messages: VerboseMessageOptions,
+) -> None:
+    """Check a merged model against its config and its sources.
+
+    Every byte is compared with what a merge would write; routers are not computed again.
+
+    Examples:
+        moemerge verify out --against merge.yaml
+    """
+    quiet = messages.quiet
+    with console_session(quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=cache_dir) as console:
+        from dataclasses import asdict
+
+        from moemerge.checks.verification import verify_merge
+        from moemerge.cli.progress import show_progress
+        from moemerge.cli.render import print_verification
+        from moemerge.planning.options import PlanOptions
+        from moemerge.sources.model_folder import open_merged
+
+        check_arguments(against, out, usage="moemerge verify {out} --against {config}")
+        # Before a plan may download weights.
+        family = open_merged(out).config.get("model_type")
+        request = PlanRequest(against, allow_identical_experts, family=family)
+        plan = plan_from(console, request, PlanOptions(needs_texts=False, weights="stream"), quiet=quiet)
+        with show_progress(console, quiet=quiet) as progress:
+            found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
+        for note in found.notes:
+            announcer(console, quiet=quiet)(f"note: {note}")
+        if json:
+            print_json(asdict(found))
+        elif found.differences or not quiet:
+            print_verification(stdout(), out, found)
+        if found.differences:
+            raise typer.Exit(1)

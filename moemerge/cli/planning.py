@@ -1,0 +1,52 @@
+"""`moemerge plan`: what a merge would do."""
+
+from typing import TYPE_CHECKING
+
+from moemerge.cli.console import console_session, print_json, stdout
+from moemerge.cli.grouping import grouped
+from moemerge.cli.mistakes import check_arguments
+from moemerge.cli.options import Config, Json, ModelOptions, ShardSize, VerboseMessageOptions
+from moemerge.cli.plan_request import PlanRequest, plan_from
+
+if TYPE_CHECKING:
+    from moemerge.planning.plan import MergePlan
+
+
+@grouped
+def show_plan(
+    config: Config,
+    *,
+    max_shard_size: ShardSize = None,
+    models: ModelOptions,
+    json: Json = False,
+    messages: VerboseMessageOptions,
+) -> None:
+    """Show what a merge would do; nothing is written.
+
+    That is the output family, parameters, disk, memory, and where each part comes from.
+
+    Examples:
+        moemerge plan merge.yaml
+        moemerge plan merge.yaml --for vllm
+        moemerge plan merge.yaml --json | jq .output_bytes
+    """
+    quiet = messages.quiet
+    with console_session(
+        quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=models.cache_dir
+    ) as console:
+        from moemerge.planning.options import PlanOptions
+
+        check_arguments(config)
+        request = PlanRequest(config, models.allow_identical_experts, models.engine, max_shard_size=max_shard_size)
+        plan = plan_from(console, request, PlanOptions(weights="stream"), quiet=quiet)
+        print_or_dump_plan(plan, json=json)
+
+
+def print_or_dump_plan(plan: "MergePlan", *, json: bool) -> None:
+    """Print a plan, as text or as JSON."""
+    from moemerge.cli.render import plan_facts, print_plan
+
+    if json:
+        print_json(plan_facts(plan))
+    else:
+        print_plan(stdout(), plan)

@@ -1,0 +1,241 @@
+"""Mistakes that people make on the command line and in a config: what each is told, in whole, and the exit code."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from moemerge.cli import main
+from tests.support.models import write_config
+
+BEGIN = "`moemerge init BASE EXPERT...` writes a merge config."
+EXPECTED = "where a merge config is expected: a YAML file, which `moemerge init BASE EXPERT...` writes."
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n"
+TIES = "merge_method: ties\nbase_model: base\nmodels:\n  - model: fox\n"
+MERGEKIT_YAML = (
+    "is a config of mergekit-yaml, which makes one dense model of several. moemerge puts their FFNs side by side as "
+    "experts: `moemerge init BASE EXPERT...` writes a merge config from their names."
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, llamas) -> Path:
+    """A folder as a user has it: models, a config, and files that are given in place of one by mistake."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for model in llamas:
+        (folder / model.name).symlink_to(model)
+    write_config(folder / "merge.yaml", "base", ["fox", "code"])
+    texts = {
+        "empty.yaml": "",
+        "comment.yaml": "# nothing yet\n",
+        "pointer.yaml": POINTER,
+        "ties.yaml": TIES,
+        "slices.yaml": "slices:\n  - sources:\n      - model: fox\n",
+        "compose.yaml": "version: 3\nservices: {}\n",
+        "names.yaml": "- base\n- fox\n",
+        "model.gguf": "GGUF\x03\0\0\0",
+        "script.sh": "#!/bin/sh\nmoemerge merge.yaml out\n",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "binary.yaml").write_bytes(bytes(range(256)))
+    (folder / "latin.yaml").write_bytes("base_model: ä\n".encode("latin-1"))
+    (folder / "wide.yaml").write_bytes("base_model: base\n".encode("utf-16"))
+    for name in ("nothing", "configs", "adapter", "pointers"):
+        (folder / name).mkdir()
+    shutil.copy(folder / "merge.yaml", folder / "configs")
+    (folder / "adapter/adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "acme/base"})
+    )
+    shutil.copytree(folder / "fox", folder / "pointers", dirs_exist_ok=True)
+    (folder / "pointers/model.safetensors").write_text(POINTER)
+    write_config(folder / "pointed.yaml", "base", ["pointers", "code"])
+    return folder
+
+
+@pytest.fixture
+def told(place, monkeypatch, capsys):
+    """Runs a command line in that folder; gives the exit code and what is printed on standard error."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+
+    def tell(line: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        return end.value.code, printed.err
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("moemerge out/ merge.yaml", "out: is not the config, merge.yaml is. Write `moemerge merge.yaml out`."),
+        ("moemerge merge out merge.yaml", "out: is not the config, merge.yaml is. Write `moemerge merge.yaml out`."),
+        ("moemerge model.gguf merge.yaml", "model.gguf: is not the config, merge.yaml is. Write `moemerge merge.yaml model.gguf`."),
+        ("moemerge verify merge.yaml --against base", "base: is not the config, merge.yaml is. Write `moemerge verify base --against merge.yaml`."),
+        ("moemerge pln merge.yaml", "pln: there is no such config and no such command. Did you mean plan?"),
+        ("moemerge version", "version: there is no such config and no such command. Did you mean --version?"),
+        ("moemerge frobnicate", "frobnicate: there is no such config and no such command. `moemerge --help` lists the commands."),
+        ("moemerge frobnicate out", "frobnicate: there is no such config and no such command. `moemerge --help` lists the commands."),
+        ("moemerge merge base fox", "base: is a model's folder, where a merge config is expected: a YAML file, which `moemerge init base fox` writes."),
+        ("moemerge base fox code", "base: is a model's folder, where a merge config is expected: a YAML file, which `moemerge init base fox code` writes."),
+        ("moemerge base out", "base: is a model's folder, where a merge config is expected: a YAML file, which `moemerge init base EXPERT...` writes."),
+        ("moemerge acme/base out", "acme/base: is a model's name, where a merge config is expected: a YAML file, which `moemerge init acme/base EXPERT...` writes."),
+        ("moemerge plan acme/base@main", "acme/base@main: is a model's name, where a merge config is expected: a YAML file, which `moemerge init acme/base@main EXPERT...` writes."),
+        ("moemerge acme/base acme/math acme/code", "acme/base: is a model's name, where a merge config is expected: a YAML file, which `moemerge init acme/base acme/math acme/code` writes."),
+        ("moemerge merg.yaml out", "merg.yaml: there is no such file. Did you mean merge.yaml?"),
+        ("moemerge configs/merge.yml out", "configs/merge.yml: there is no such file. Did you mean configs/merge.yaml?"),
+        ("moemerge plan nowhere/a.yaml", "nowhere/a.yaml: there is no such file, and no folder nowhere."),
+        ("moemerge plan nothing/a.yaml", f"nothing/a.yaml: there is no such file. {BEGIN}"),
+        ("moemerge merge.yaml", "OUT, the folder to write, is missing. Write `moemerge merge.yaml out`, or `moemerge plan merge.yaml` to see what would be written."),
+        ("moemerge merge.yaml out more", "more: more arguments than `moemerge merge` takes. See `moemerge merge --help`."),
+        ("moemerge verify base", "Missing option '--against'. See `moemerge verify --help`."),
+        ("moemerge families qwen9", "qwen9: no output family repeats models of the type 'qwen9'. Did you mean qwen3?"),
+        ("moemerge families falcon", "falcon: no output family repeats models of the type 'falcon'. `moemerge families` lists all."),
+        ("moemerge configs out", "configs: is a folder, where a merge config is expected. Did you mean configs/merge.yaml?"),
+        ("moemerge plan .", ".: is a folder, where a merge config is expected. Name one of its files, such as binary.yaml."),
+        ("moemerge nothing out", f"nothing: is a folder, {EXPECTED}"),
+        ("moemerge plan adapter", "adapter: is a model's folder, where a merge config is expected: a YAML file, which `moemerge init adapter EXPERT...` writes."),
+        ("moemerge empty.yaml out", f"empty.yaml: is empty. {BEGIN}"),
+        ("moemerge comment.yaml out", f"comment.yaml: holds no keys. {BEGIN}"),
+        ("moemerge binary.yaml out", f"binary.yaml: is not a text file, {EXPECTED}"),
+        ("moemerge latin.yaml out", "latin.yaml: is not text in UTF-8. Save it in UTF-8."),
+        ("moemerge wide.yaml out", "wide.yaml: is text in UTF-16. Save it in UTF-8."),
+        ("moemerge pointer.yaml out", "pointer.yaml: is a git-lfs pointer in place of the file. Run `git lfs pull` in its folder."),
+        ("moemerge model.gguf out", f"model.gguf: is a GGUF file, {EXPECTED}"),
+        ("moemerge base/model.safetensors out", f"base/model.safetensors: is a safetensors file, {EXPECTED}"),
+        ("moemerge base/config.json out", f"base/config.json: is a model's config.json, {EXPECTED}"),
+        ("moemerge adapter/adapter_config.json out", f"adapter/adapter_config.json: is an adapter's adapter_config.json, {EXPECTED}"),
+        ("moemerge script.sh out", f"script.sh: is a program, {EXPECTED}"),
+        ("moemerge ties.yaml out", f"ties.yaml: {MERGEKIT_YAML}"),
+        ("moemerge plan slices.yaml", f"slices.yaml: {MERGEKIT_YAML}"),
+        ("moemerge compose.yaml out", f"compose.yaml: has none of the keys of a merge config, such as base_model and experts. {BEGIN}"),
+        ("moemerge names.yaml out", "names.yaml: expected keys such as base_model and experts, found ['base', 'fox']. `moemerge init BASE EXPERT...` writes a merge config."),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line(told, line, message):
+    code, printed = told(line)
+    assert code == 2
+    assert printed == f"error: {message}\n"
+    assert not Path("out").exists()
+
+
+def config(tmp_path: Path, text: str) -> str:
+    (tmp_path / "c.yaml").write_text(text)
+    return str(tmp_path / "c.yaml")
+
+
+ONE = "experts:\n  - source_model: fox\n"
+CONFIG = f"base_model: base\n{ONE}  - source_model: code\n"
+INDENTED = (
+    "its indentation fits none of the lines above: items of one list, and keys of one expert, begin at the same column"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "spot"),
+    [
+        ("base_model: base\nexperts:\n\t- source_model: fox\n", (3, 0, "is indented with a tab. Write spaces in its place")),
+        (f"base_model:base\n{ONE}", (1, 11, "a space is missing after the colon: write `base_model: ...`")),
+        (f"{CONFIG}    positive_prompts:[a]\n  - source_model: chat\n", (5, 21, "a space is missing after the colon: write `positive_prompts: ...`")),
+        (f"base_model base\n{ONE}", (1, 10, "a colon is missing after base_model: write `base_model: ...`")),
+        ("base_model: base\nexperts\n  - source_model: fox\n", (2, 7, "a colon is missing after experts: write `experts: ...`")),
+        (f"base_model = base\n{ONE}", (1, 11, "a key ends in a colon and a space: write `base_model: ...`")),
+        ("base_model: base\nexperts:\n  -source_model: fox\n   name: fox\n", (3, 3, "a space is missing after the dash")),
+        (f'base_model: "base\n{ONE}', (1, 12, "the quote that opens here is not closed")),
+        (f'{CONFIG}    positive_prompts: ["a]\n  - source_model: chat\n    positive_prompts: ["b"]\n', (5, 23, "the quote that opens here is not closed in its line")),
+        (f"{CONFIG}    positive_prompts:\n      - 'it's'\n", (6, 12, "text goes on after the quote that ends it; an apostrophe within single quotes is written twice")),
+        (f'base_model: "base" model\n{ONE}', (1, 19, "text goes on after the quote that ends it")),
+        (f'base_model: "C:\\models"\n{ONE}', (1, 15, "in double quotes, a backslash begins an escape: write two, or single quotes in place of double ones")),
+        (f"{CONFIG}    positive_prompts: [a, b\n  - source_model: chat\n", (5, 22, "the [ that opens here is not closed")),
+        (f"router: {{scale: 1\n{CONFIG}", (1, 8, "the { that opens here is not closed")),
+        (f"{CONFIG}    positive_prompts: ['a' 'b']\n", (5, 27, "a comma is missing before this")),
+        ('{"base_model": "base"\n "experts": []}\n', (2, 1, "a comma is missing before this")),
+        ('{"base_model": "base", "experts": [{"source_model": "fox"},}\n', (1, 59, "a value is missing before this, or a comma is one too many")),
+        (f"{CONFIG}    positive_prompts: [a}}\n", (5, 24, "[ is closed by }")),
+        (f'{CONFIG}    positive_prompts: "a"]\n', (5, 25, "] closes nothing: there is no bracket that it belongs to")),
+        (f"{CONFIG}    positive_prompts: [a],\n", (5, 25, "a comma separates values within brackets only. Remove it")),
+        (f"{CONFIG}    positive_prompts: [a #1]\n", (5, 25, "# begins a comment here. Put a text that holds it in quotes")),
+        (f"{CONFIG}   name: code\n", (5, 3, INDENTED)),
+        (f"{CONFIG}      name: code\n", (5, 6, INDENTED)),
+        (f"{CONFIG} - source_model: chat\n", (5, 1, INDENTED)),
+        (f" base_model: base\n{ONE}", (2, 0, INDENTED)),
+        (f"{CONFIG}    positive_prompts:\n      - Question: what: why\n", (6, 22, "a text with a colon and a space in it has to stand in quotes")),
+        (f"{CONFIG}    positive_prompts:\n      - *bold* words\n", (6, 8, "a text that begins with * has to stand in quotes")),
+        (f"base_model: @base\n{ONE}", (1, 12, "a text that begins with @ has to stand in quotes")),
+        (f"base_model: !base x\n{ONE}", (1, 12, "a text that begins with ! has to stand in quotes")),
+        (f"base_model: base\n---\n{ONE}", (2, 0, "a second document begins here, and a config is one. Remove this line")),
+        (f"base_model: | base\n{ONE}", (1, 14, "the text of a block begins in the line after | or >")),
+        (f"base_model: base\x07\n{ONE}", (1, 16, "holds \\x07, a control character. Remove it")),
+    ],
+)  # fmt: skip
+def test_wrong_syntax_is_shown_with_a_caret_below(told, tmp_path, text, spot):
+    path = config(tmp_path, text)
+    line, column, problem = spot
+    shown = text.split("\n")[line - 1].replace("\t", " ").replace("\x07", "\\x07")
+    assert told(f"moemerge plan {path}") == (
+        2,
+        f"error: {path}: not valid YAML:\n  - line {line}: {problem}.\n      {line} | {shown}\n        | {' ' * column}^\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        (f"base_model: base\n{CONFIG}", ["line 1: base_model: is written twice, in lines 1 and 2. Remove one"]),
+        (f"{CONFIG}    name: a\n    name: b\n", ["line 5: experts[1].name: is written twice, in lines 5 and 6. Remove one"]),
+        (f"{CONFIG}router: {{scale: 1, scale: 2}}\n", ["line 5: router.scale: is written twice. Remove one"]),
+        (f"base_model: base\n{ONE}  - source_model:code\n", ["line 4: experts[1]: expected keys with values, found 'source_model:code'; a space is missing after the colon"]),
+        ("base_model: base\nexperts:\n  -source_model: fox\n", ["line 2: experts: expected a list, in which a line with `- ` begins each item, found {'-source_model': 'fox'}; a space is missing after the dash"]),
+        ("base_model: base\nexperts:\n  source_model: fox\n", ["line 2: experts: expected a list, in which a line with `- ` begins each item, found {'source_model': 'fox'}"]),
+    ],
+)  # fmt: skip
+def test_what_is_yaml_and_cannot_be_meant(told, tmp_path, text, problems):
+    path = config(tmp_path, text)
+    listed = "".join(f"  - {problem}\n" for problem in problems)
+    assert told(f"moemerge plan {path}") == (2, f"error: {path}: {len(problems)} problem:\n{listed}")
+
+
+def test_all_wrong_names_are_told_at_once_with_the_nearest(told, place):
+    """Folders beside the one that is meant and the Hub's cache are looked at, and no name is asked for on the Hub."""
+    (place / "hub/models--acme--math").mkdir(parents=True, exist_ok=True)
+    (place / "runs/checkpoint-5").mkdir(parents=True, exist_ok=True)
+    shutil.copy(place / "fox/config.json", place / "runs/checkpoint-5")
+    (place / "quantised").mkdir(exist_ok=True)
+    (place / "quantised/fox.q8_0.gguf").touch()
+    experts = ["./foxx", "runs", "adapter", "model.gguf", "quantised", "base/config.json", "/nowhere/code"]
+    write_config(place / "wrong.yaml", "./../acme/mth", experts, prompts=False)
+    text = (place / "wrong.yaml").read_text().splitlines()
+    lines = {name: text.index(f"- source_model: {name}") + 1 for name in experts}
+    no = "there is no such folder, and it cannot be a Hub repository (user/name)."
+    assert told("moemerge plan wrong.yaml") == (
+        2,
+        "error: wrong.yaml: 8 problems:\n"
+        f"  - line 1: base_model: ./../acme/mth: {no} Did you mean acme/math?\n"
+        f"  - line {lines['./foxx']}: experts[0].source_model: ./foxx: {no} Did you mean fox?\n"
+        f"  - line {lines['runs']}: experts[1].source_model: runs: has no config.json, so it is not a model that moemerge can read. Did you mean runs/checkpoint-5?\n"
+        f"  - line {lines['adapter']}: experts[2].source_model: adapter: is a LoRA adapter, not a model. Write it after its base model: acme/base+adapter.\n"
+        f"  - line {lines['model.gguf']}: experts[3].source_model: model.gguf: is a file. GGUF is not read here: name the folder or repository that it was made from.\n"
+        f"  - line {lines['quantised']}: experts[4].source_model: quantised: is a model in GGUF, which is not read here. Name the model that it was made from.\n"
+        f"  - line {lines['base/config.json']}: experts[5].source_model: base/config.json: is a file. Name the folder that holds the model's config.json. Did you mean base?\n"
+        f"  - line {lines['/nowhere/code']}: experts[6].source_model: /nowhere/code: {no} Did you mean code?\n",
+    )
+
+
+def test_a_pointer_in_place_of_weights(told, place):
+    file = place / "pointers/model.safetensors"
+    assert told("moemerge plan pointed.yaml") == (
+        1,
+        f"error: {file}: is a git-lfs pointer in place of the file. Run `git lfs pull` in {file.parent}.\n",
+    )
+
+
+def test_the_folder_of_a_merged_model_that_is_misspelt(told):
+    assert told("moemerge routes bse --text a") == (1, "error: bse: there is no such folder. Did you mean base?\n")
