@@ -93,6 +93,9 @@ def _open_all(config: MergeConfig, announce: Callable[[str], None]) -> dict[str,
     for reference, (place, reason) in errors.items():
         near = nearest_model(reference, folders) if "Did you mean" not in str(reason) else None
         problems.append((place, f"{reason}{f' Did you mean {near}?' if near else ''}"))
+    if len(errors) == 1 and not config.written:  # there is no line to find it by
+        (_, only), (_, problem) = next(iter(errors.values())), problems[0]
+        raise type(only)(problem)
     refusal = refusal_of(config, problems)
     if all(isinstance(reason, NoSuchModelError) for _, reason in errors.values()):
         raise refusal

@@ -62,7 +62,7 @@ def nearest_model(reference: str, folders: Sequence[Path]) -> str | None:
         names.setdefault(repository, repository)
         names.setdefault(repository.rpartition("/")[2], repository)
     near = get_close_matches(wanted.name, names, n=1) or get_close_matches(str(wanted), names, n=1, cutoff=_VERY_CLOSE)
-    return names[near[0]] if near and names[near[0]] != reference else None
+    return names[near[0]] if near and names[near[0]] != str(wanted) else None
 
 
 def _models_in(folder: Path) -> Iterator[Path]:

@@ -275,7 +275,7 @@ def test_what_the_hub_does_not_give_is_one_clear_error(planned, tmp_path):
         ("acme/fox", {}, NOT_FOUND),
         ("acme/blocked", {}, f"could not be downloaded: [Errno 17] File exists: '{blobs}'."),
         ("acme/gguf", {}, "is a model in GGUF, which is not read here. Name the model that it was made from."),
-        ("acme/adapter", {}, "is a LoRA adapter, not a model. Write it after its base model: model+adapter."),
+        ("acme/adapter", {}, "is a LoRA adapter, not a model. Write it after its base model: model+acme/adapter."),
         ("acme/gated", reader, GATED),
         ("acme/none", reader, NOT_FOUND),
         (
@@ -307,9 +307,10 @@ def test_an_unreachable_hub_is_one_clear_error(planned, tmp_path):
     machine = planned.copy(tmp_path)
     (machine.snapshot("acme/fox") / SINGLE).unlink()
     none = machine.write_config("acme/none", "acme/fox", BRANCH)
+    named = Path(none).name
     part = machine.write_config("acme/base", "acme/fox", BRANCH)
     assert machine.session(["plan", none, "--quiet"], ["plan", part, "--quiet"]) == [
-        Result(1, "", f"error: {none}: 1 problem:\n  - line 1: base_model: acme/none: {ABSENT}\n"),
+        Result(1, "", f"error: {named}: 1 problem:\n  - line 1: base_model: acme/none: {ABSENT}\n"),
         Result(1, "", f"error: acme/fox: {PARTIAL}\n"),
     ]
 
