@@ -30,7 +30,7 @@ def test_the_page_of_commands_has_every_option_that_help_shows(command_line, mon
     page = command_line.page()
     parts = re.split(r"^## (moemerge.*)\n", page, flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
-    assert sections.keys() == command_line.commands().keys() > {"moemerge", "moemerge plan", "moemerge push"}
+    assert sections.keys() == command_line.commands().keys() > {"moemerge merge", "moemerge plan", "moemerge push"}
     for words, told in sections.items():
         monkeypatch.setattr("sys.argv", [*words.split(), "--help"])
         monkeypatch.setenv("COLUMNS", "200")

@@ -19,13 +19,8 @@ change, and 130 for an interruption.
 
 def commands() -> dict[str, Any]:
     """Commands as typer builds them, by the words that begin their command lines."""
-    functions = {"moemerge": app.merge_models, **{f"moemerge {name}": run for name, run in app._COMMANDS.items()}}  # noqa: SLF001  the table that main() runs
-    built = {}
-    for words, function in functions.items():
-        program = typer.Typer(add_completion=False, rich_markup_mode=None)
-        program.command()(function)
-        built[words] = typer.main.get_command(program)
-    return built
+    group: Any = typer.main.get_command(app._app())  # noqa: SLF001  the program that main() runs
+    return {f"moemerge {name}": command for name, command in group.commands.items()}
 
 
 def section(words: str, command: Any) -> str:
@@ -35,8 +30,24 @@ def section(words: str, command: Any) -> str:
     rows = [record for parameter in command.params if (record := parameter.get_help_record(context))]
     table = [f"| `{name}` | {escape(text, quote=False).replace('|', chr(92) + '|')} |" for name, text in rows]
     return "\n".join(
-        [f"## {words}", "", command.help, "", f"    {usage}", "", "| option | meaning |", "|---|---|", *table, ""]
+        [
+            f"## {words}",
+            "",
+            _described(command.help),
+            "",
+            f"    {usage}",
+            "",
+            "| option | meaning |",
+            "|---|---|",
+            *table,
+            "",
+        ]
     )
+
+
+def _described(help_text: str) -> str:
+    """A command's help as Markdown: its examples are a block."""
+    return help_text.replace("\nExamples:\n", "\nExamples:\n\n")
 
 
 def page() -> str:

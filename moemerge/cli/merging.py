@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stdout, stoppable
+from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stoppable
 from moemerge.cli.gguf_output import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import (
@@ -20,6 +21,7 @@ from moemerge.cli.merge_options import (
     ReadingOptions,
     RouterOptions,
 )
+from moemerge.cli.merge_report import merge_facts, print_done, print_report
 from moemerge.cli.mistakes import check_arguments
 from moemerge.cli.options import Config, Json, ModelOptions, VerboseMessageOptions
 from moemerge.cli.plan_request import PlanRequest, plan_from
@@ -73,7 +75,7 @@ def merge_models(
         moemerge merge.yaml out --push user/name   send it to the Hub, too
         moemerge merge.yaml out.gguf --type q8_0   merge into a file for llama.cpp
     """
-    quiet, streaming = messages.quiet, push.push_streaming
+    quiet, streaming, start = messages.quiet, push.push_streaming, time.monotonic()
     with console_session(
         quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=models.cache_dir
     ) as console:
@@ -104,16 +106,22 @@ def merge_models(
         options = replace(options, licence=planned_push.licence)
         report = _merge(console, plan, out, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)
         with _interrupts_after_success(console, out, planned_push.publisher, streaming=streaming):
-            _print_report(console, out, plan, report, quiet=quiet or json, by_layer=messages.verbose > 0)
-            if not quiet and report.kept_texts:
-                _print_kept(console, routers, *report.kept_texts)
+            print_report(
+                console,
+                out,
+                plan,
+                report,
+                quiet=quiet or json,
+                by_layer=messages.verbose > 0,
+                kept_states=routers.keep_states,
+            )
             if not (quiet or json or streaming):
-                say(f"{out}: done")
+                print_done(out, plan, time.monotonic() - start)
         url = None
         if planned_push.publisher:
             url = planned_push.publisher.url if streaming else planned_push.publisher.push(out)
         if json:
-            print_json(_facts(plan, report, None if streaming else out, url))
+            print_json(merge_facts(plan, report, None if streaming else out, url))
         elif url:
             say(url)
 
@@ -275,53 +283,3 @@ def _interrupts_after_success(
             raise KeyboardInterrupt(f"{out} is complete, and not pushed") from error
         where = publisher.url if publisher else out
         console.print(f"warning: {where}: is complete; not all of its report is shown", style="yellow")
-
-
-def _facts(plan: "MergePlan", report: "RoutingReport", out: Path | None, url: str | None) -> dict[str, Any]:
-    """Give what `--json` prints of a merge; `routing` is None if no text says how the routers choose."""
-    routing = {
-        "chance": report.chance,
-        "hit_rate": report.hit_rate,
-        "top1_accuracy": report.top1_accuracy,
-        "load": report.load,
-        "held_out": report.held_out,
-    }
-    return {
-        "out": str(out) if out else None,
-        "url": url,
-        "family": plan.family.model_type,
-        "dtype": plan.dtype,
-        "gate_mode": plan.config.method.name,
-        "experts": report.experts,
-        "experts_per_token": plan.config.experts_per_token,
-        "total_parameters": plan.total_parameters,
-        "active_parameters": plan.active_parameters,
-        "output_bytes": plan.output_bytes,
-        "routing": routing if report.layers else None,
-        "notes": plan.notes,
-        "warnings": [*plan.warnings, *report.warnings()],
-    }
-
-
-def _print_report(
-    console: "Console", out: Path, plan: "MergePlan", report: "RoutingReport", *, quiet: bool, by_layer: bool
-) -> None:
-    from moemerge.cli.render import print_routing
-
-    if not quiet:
-        print_routing(stdout(), report, by_layer=by_layer)
-    for warning in report.warnings():
-        console.print(f"warning: {warning}", style="yellow")
-    if not quiet and plan.config.method.reads == {"weights"} and not report.layers:
-        console.print(
-            "note: no text says what the experts are for, so nothing is known of how these routers choose; "
-            f"`moemerge eval {out} --data NAME=PATH` measures it"
-        )
-
-
-def _print_kept(console: "Console", routers: RouterOptions, kept: int, texts: int) -> None:
-    """Print how many texts the base model did not read, since an earlier merge had kept what it makes of them."""
-    console.print(
-        f"kept states: {kept} of {texts} texts were read from {routers.keep_states}, {texts - kept} are new there; all "
-        "positive text of an expert is one text, all negative text another"
-    )

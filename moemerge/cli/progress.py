@@ -64,16 +64,16 @@ class Pace:
         if done >= total:
             self._ended = self._ended or now
             whole = size(total) if self._what == _WEIGHTS else f"{total}"
-            return f"{whole} in {_clock(self._ended - self._start)}"
+            return f"{whole} in {clock(self._ended - self._start)}"
         self._ended = None
         seconds, new = now - self._start, done - self._first
-        left = f", {_clock(seconds * (total - done) / new)} left" if new > 0 else ""
+        left = f", {clock(seconds * (total - done) / new)} left" if new > 0 else ""
         if self._what != _WEIGHTS:
             return f"{done} of {total}{left}"
         return f"{size(done)} of {size(total)}, {size(new / max(seconds, 1e-9))}/s{left}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Format a time as `42 s`, or as hours, minutes and seconds from a minute on."""
     return f"{seconds:.0f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))  # noqa: PLR2004
 

@@ -642,7 +642,7 @@ def test_the_card_says_where_each_model_comes_from_and_under_which_licence(tmp_p
     commits = {name: hub.repositories[f"acme/{name}"].commit("main").hash for name in ("base", "fox", "code")}
     assert f"norms come from `acme/base` at `{commits['base']}`, each" in card.text
     assert f"| fox | `acme/fox` at `{commits['fox']}` |" in card.text
-    assert f"| 1 | `acme/code` at `{commits['code']}` |" in card.text
+    assert f"| code | `acme/code` at `{commits['code']}` |" in card.text
     assert str(tmp_path) not in card.content
     assert (pushed.code, pushed.out) == (0, f"{url}/alice/mix\n")
 

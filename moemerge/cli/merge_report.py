@@ -1,0 +1,89 @@
+"""What a merge says at its end: what its routers are worth, size and time, and what to do next."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.console import Console
+
+from moemerge.checkpoint.disk import shown_bytes as size
+from moemerge.cli.console import stdout
+from moemerge.cli.progress import clock
+from moemerge.cli.streams import say
+
+if TYPE_CHECKING:
+    from moemerge.planning.plan import MergePlan
+    from moemerge.routers.report import RoutingReport
+
+_SHOWN_NAMES: Final = 2
+
+
+def merge_facts(plan: "MergePlan", report: "RoutingReport", out: Path | None, url: str | None) -> dict[str, Any]:
+    """Give what `--json` prints of a merge; `routing` is None if no text says how the routers choose."""
+    routing = {
+        "chance": report.chance,
+        "hit_rate": report.hit_rate,
+        "top1_accuracy": report.top1_accuracy,
+        "load": report.load,
+        "held_out": report.held_out,
+    }
+    return {
+        "out": str(out) if out else None,
+        "url": url,
+        "family": plan.family.model_type,
+        "dtype": plan.dtype,
+        "gate_mode": plan.config.method.name,
+        "experts": report.experts,
+        "experts_per_token": plan.config.experts_per_token,
+        "total_parameters": plan.total_parameters,
+        "active_parameters": plan.active_parameters,
+        "output_bytes": plan.output_bytes,
+        "routing": routing if report.layers else None,
+        "notes": plan.notes,
+        "warnings": [*plan.warnings, *report.warnings()],
+    }
+
+
+def print_report(
+    console: Console,
+    out: Path,
+    plan: "MergePlan",
+    report: "RoutingReport",
+    *,
+    quiet: bool,
+    by_layer: bool,
+    kept_states: Path | None,
+) -> None:
+    """Print what is known of the routers, and warnings; `kept_states` is the folder with kept router inputs."""
+    from moemerge.cli.render import print_routing
+
+    if not quiet:
+        print_routing(stdout(), report, by_layer=by_layer)
+        if report.kept_texts:
+            _print_kept(console, kept_states, *report.kept_texts)
+    for warning in report.warnings():
+        console.print(f"warning: {warning}", style="yellow")
+    if not quiet and plan.config.method.reads == {"weights"} and not report.layers:
+        console.print(
+            "note: no text says what the experts are for, so nothing is known of how these routers choose; "
+            f"`moemerge eval {out} --data NAME=PATH` measures it"
+        )
+
+
+def _print_kept(console: Console, folder: Path | None, kept: int, texts: int) -> None:
+    """Print how many texts the base model did not read, since an earlier merge had kept what it makes of them."""
+    console.print(
+        f"kept states: {kept} of {texts} texts were read from {folder}, {texts - kept} are new there; all "
+        "positive text of an expert is one text, all negative text another"
+    )
+
+
+def print_done(out: Path, plan: "MergePlan", seconds: float) -> None:
+    """Print size and time of a merge, and for a folder the next two commands."""
+    nbytes = out.stat().st_size if out.is_file() else plan.output_bytes
+    say(f"{out}: done, {size(nbytes)} in {clock(seconds)}")
+    if out.is_dir():
+        folder = shlex.quote(str(out))
+        texts = " ".join(f"--data {shlex.quote(name)}=PATH" for name in plan.config.expert_names[:_SHOWN_NAMES])
+        say(f'Next: moemerge generate {folder} "Once upon a time" --experts')
+        say(f"      moemerge eval {folder} {texts} --baselines")
