@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moemerge.chats import Document
+from moemerge.cli.colours import has_colours, legend, style_of
 from moemerge.cli.console import console_session, print_json, stdout, stoppable
 from moemerge.cli.grouping import grouped
 from moemerge.cli.options import (
@@ -32,7 +33,6 @@ from moemerge.texts.documents import TextSource, find_files, read_documents
 if TYPE_CHECKING:
     from moemerge.evaluation.routes.traced import Routes, TracedText
 
-_COLOURS: Final = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow")
 # Of files; a page of as many long ones is some ten megabytes.
 _MOST_DOCUMENTS: Final = 50
 
@@ -181,11 +181,11 @@ def print_routes(console: Console, routes: "Routes", layer: int | None) -> None:
     for text in routes.texts:
         experts = routes.majority(text) if index is None else text.experts[index, :, 0]
         shares = routes.shares(text, index)
-        legend = Text(printable(f"{text.name}: "))
-        for expert, name in enumerate(routes.experts):
-            legend.append(printable(f"{name} {shares[expert]:.1%}"), _style(expert)).append("  ")
-        console.print(legend)
-        console.print(_coloured(text, experts.tolist(), routes.experts, named=not console.color_system), "")
+        line = Text(printable(f"{text.name}: "))
+        for entry in legend(routes.experts, shares):
+            line.append_text(entry).append("  ")
+        console.print(line)
+        console.print(_coloured(text, experts.tolist(), routes.experts, named=not has_colours(console)), "")
 
 
 def _coloured(text: "TracedText", experts: list[int], names: tuple[str, ...], *, named: bool) -> Text:
@@ -193,13 +193,9 @@ def _coloured(text: "TracedText", experts: list[int], names: tuple[str, ...], *,
     for token, expert in zip(text.tokens, experts, strict=True):
         if named and expert != last:
             line.append(printable(f"[{names[expert]}]"))
-        line.append(printable(token), _style(expert))
+        line.append(printable(token), style_of(expert))
         last = expert
     return line
-
-
-def _style(expert: int) -> str:
-    return f"{_COLOURS[expert % len(_COLOURS)]}{' underline' if expert >= len(_COLOURS) else ''}"
 
 
 def _facts(routes: "Routes") -> dict[str, object]:

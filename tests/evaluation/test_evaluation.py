@@ -474,6 +474,15 @@ def test_routes_prints_names_where_there_are_no_colours(tmp_path, out, monkeypat
     assert math.isclose(sum(facts["texts"][0]["shares"]), 1)
 
 
+def test_routes_prints_names_on_a_terminal_without_colours(out, monkeypatch, capsys):
+    plain = run(["routes", out, "--text", LINES[0]], monkeypatch, capsys)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = run(["routes", out, "--text", LINES[0]], monkeypatch, capsys)
+    assert "\x1b[36m" in coloured[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(["routes", out, "--text", LINES[0]], monkeypatch, capsys)[:2] == plain[:2]
+
+
 def test_routes_reads_every_document_of_a_file(tmp_path, out, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("notes").mkdir()
