@@ -14,7 +14,7 @@ from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import Batch, embed, empty_model, finish, group, run_layer
 from moemerge.passes.finite import all_finite, not_finite_in, where_it_began
-from moemerge.passes.loading import cast, load_tensors
+from moemerge.passes.loading import cast, load_tensors, module_holding
 from moemerge.passes.tokens import Window
 from moemerge.routers.scoring import top_weights
 
@@ -216,13 +216,7 @@ class _Router:
         for name in (mixture.router(index), *([layer_prefix(index) + bias] if bias else [])):
             if broken := not_finite_in(name, mixture.runnable.read(name)):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
-        # Families call it by different names.
-        self._module = next(
-            module
-            for module in layer.modules()
-            for parameter in module.parameters(recurse=False)
-            if parameter.shape == rows.shape and torch.equal(parameter.float().cpu(), rows.to(parameter.dtype).float())
-        )
+        self._module = module_holding(layer, rows)
 
     def watch(self, batch: Batch, part: Sequence[int], windows: Sequence[Window]) -> list[Choice] | None:
         """Pass a batch through the layer; returns the router's choices for each of the batch's windows.

@@ -55,6 +55,16 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values if values.dim() < 2 else values.to(dtype)  # noqa: PLR2004
 
 
+def module_holding(module: torch.nn.Module, values: torch.Tensor) -> torch.nn.Module:
+    """Find the part of a module that has a parameter of these values on the CPU, whatever families call it."""
+    return next(
+        part
+        for part in module.modules()
+        for own in part.parameters(recurse=False)
+        if own.shape == values.shape and torch.equal(own.float().cpu(), values.to(own.dtype).float())
+    )
+
+
 def _place(model: Any, name: str, tensor: torch.Tensor, device: torch.device) -> None:
     path, _, own = name.rpartition(".")
     try:

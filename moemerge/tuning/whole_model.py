@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moemerge.errors import RefusedError
+from moemerge.evaluation.loaded import complete_head
 from moemerge.evaluation.runnable import Runnable
 from moemerge.evaluation.running import check_complete
 from moemerge.passes.decoder import empty_model
@@ -68,7 +69,7 @@ def load_whole(  # noqa: PLR0917
     holders = {name: _place(model, name, parameter) for name, parameter in trained.items()}
     load = _part_loader(runnable, model, device=device, dtype=dtype, trained=trained, progress=progress)
     load(None)
-    _complete_head(model)
+    complete_head(model)
     if device.type == "cpu" and hasattr(model, "set_experts_implementation"):
         # This exists in transformers 5. Its grouped products take 1.5 times as long in bfloat16 on the way back.
         model.set_experts_implementation("eager")
@@ -105,19 +106,6 @@ def _part_loader(
         progress((layer or 0) + 1, runnable.layers)
 
     return load
-
-
-def _complete_head(model: Any) -> None:
-    """Freeze the head, tied to the embeddings if it has no tensor of its own and the config says so.
-
-    Raises:
-        CheckpointError: nothing gives its values.
-    """
-    head = model.get_output_embeddings()
-    if head.weight.is_meta and model.config.tie_word_embeddings:
-        head.weight = model.model.embed_tokens.weight
-    check_complete(head, "lm_head")
-    head.requires_grad_(requires_grad=False)
 
 
 def _place(model: Any, name: str, trained: torch.nn.Parameter) -> torch.nn.Module:

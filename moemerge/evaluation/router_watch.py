@@ -1,0 +1,60 @@
+"""The routers of a mixture that is loaded as a whole: what they choose for each token that it reads."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moemerge.evaluation.runnable import MixtureModel
+from moemerge.passes.loading import module_holding
+from moemerge.routers.scoring import top_weights
+
+
+class RouterWatch:
+    """The routers of a loaded mixture; they keep what entered them for the last token of each pass."""
+
+    def __init__(self, mixture: MixtureModel, model: Any) -> None:
+        """Begin to watch."""
+        self.mixture, self.layers = mixture, tuple(mixture.moe_layers)
+        rows = [mixture.runnable.read(mixture.router(layer)).float() for layer in self.layers]
+        absent = torch.zeros(len(rows), len(rows[0]), dtype=torch.bool)
+        for index, layer in enumerate(self.layers):
+            absent[index, mixture.absent(layer)] = True
+        self._rows = torch.stack(rows).to(model.device)  # (layer, expert, hidden)
+        self._absent = absent.to(model.device)  # (layer, expert)
+        self._passes: list[deque[torch.Tensor]] = []  # (layer, pass), each (hidden)
+        for layer, own in zip(self.layers, rows, strict=True):
+            self._passes.append(deque())
+            module_holding(model.model.layers[layer], own).register_forward_pre_hook(_keeper(self._passes[-1]))
+
+    def clear(self) -> None:
+        """Forget all passes."""
+        for passes in self._passes:
+            passes.clear()
+
+    def skip(self) -> None:
+        """Forget the oldest pass, that of the prompt."""
+        for passes in self._passes:
+            passes.popleft()
+
+    @property
+    def has_pass(self) -> bool:
+        """Whether there is a whole pass."""
+        return bool(self._passes[-1])
+
+    def choices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the oldest pass: the experts and weights (layer, choice) of its last token."""
+        states = torch.stack([passes.popleft() for passes in self._passes]).float()
+        logits = torch.einsum("lh,leh->le", states, self._rows).masked_fill(self._absent, -torch.inf)
+        weights, experts = top_weights(logits, self.mixture.experts_per_token, self.mixture.family.scoring)
+        return experts.cpu(), weights.cpu()
+
+
+def _keeper(passes: deque[torch.Tensor]) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+    """Make a hook that keeps a copy of the last token's state, and not the whole prompt's that it is a part of."""
+
+    def keep(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        passes.append(inputs[0].reshape(-1, inputs[0].shape[-1])[-1].clone())
+
+    return keep
