@@ -20,6 +20,7 @@ from moemerge.cli.publishing import push
 from moemerge.cli.repairing import repair_model
 from moemerge.cli.routes import show_routes
 from moemerge.cli.schema import print_schema
+from moemerge.cli.speaking import chat, generate
 from moemerge.cli.streams import Guarded, guarded_streams, say
 from moemerge.cli.tuning import tune_routers
 
@@ -29,6 +30,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "schema": print_schema,
     },
     "Judge it": {"inspect": inspect_model, "verify": verify_model, "eval": evaluate, "routes": show_routes},
+    "Taste it": {"generate": generate, "chat": chat},
     "Change it, and pass it on": {"tune": tune_routers, "repair": repair_model, "gguf": write_file, "push": push},
 }  # fmt: skip
 """The functions of the commands, by name, under the headings of the help page."""

@@ -19,8 +19,17 @@ def read_standard_input() -> str:
     Raises:
         RefusedError: it is other bytes.
     """
+    return decoded(sys.stdin.buffer.read())
+
+
+def decoded(text: bytes) -> str:
+    """Decode what standard input gave.
+
+    Raises:
+        RefusedError: it is not UTF-8.
+    """
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RefusedError("standard input: is not text in UTF-8.") from error
 

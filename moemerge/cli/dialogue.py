@@ -1,0 +1,192 @@
+"""What is said to a model and what it answers, printed as it comes and coloured by the experts of its tokens."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.columns import Columns
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from moemerge.checkpoint.files import interrupted
+from moemerge.cli.colours import has_colours, legend, style_of
+from moemerge.cli.console import stdout, stoppable
+from moemerge.cli.options import ComputeIn, Device
+from moemerge.cli.streams import say
+from moemerge.errors import RefusedError
+from moemerge.printable import printable
+
+if TYPE_CHECKING:
+    from moemerge.evaluation.generation import Answer, Sampling, Token
+    from moemerge.evaluation.routes.traced import Routes
+    from moemerge.evaluation.speaker import Speaker
+
+
+@dataclass(frozen=True)
+class SpeakingOptions:
+    """Options for what a model is asked, how its tokens are chosen, and where it is run."""
+
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Colour tokens by expert, and show each expert's share of them.")
+    ] = False
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message of the chat.", show_default=False)
+    ] = None
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the plain text, without the model's chat template.")] = (
+        False
+    )
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the most likely token each time, 1 draws as the model says.")
+    ] = 0.0
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the most likely tokens of this share.")] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0
+    device: Device = "auto"
+    compute_dtype: ComputeIn = "auto"
+
+    @property
+    def sampling(self) -> "Sampling":
+        """How tokens are chosen."""
+        from moemerge.passes.generating import Sampling
+
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
+
+
+class Dialogue:
+    """A model, and what was said."""
+
+    def __init__(self, console: Console, out: Path, speaking: SpeakingOptions, *, quiet: bool) -> None:
+        self._console, self._speaking, self._quiet, self._out = console, speaking, quiet, stdout()
+        self.turns: list[tuple[str, str]] = []
+        self._last: Answer | None = None
+        from moemerge.passes.chats import has_chat_template
+
+        self._plain = speaking.raw or not has_chat_template(out)
+        if self._plain and speaking.system and out.is_dir():
+            why = "--raw uses none" if speaking.raw else f"{out} has none"
+            raise RefusedError(f"--system: needs a chat template, and {why}. Write it into the prompt.")
+        self._speaker = _load(console, out, speaking, quiet=quiet)
+        if speaking.experts and not self._speaker.experts:
+            console.print(f"note: {out} is a dense model, and has no experts to show", style="yellow")
+
+    def ask(self, line: str, came: "Callable[[Token], None]") -> "Answer":
+        """Answer a line, after what was said before."""
+        said: list[str] = []
+
+        def heard(token: "Token") -> None:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            said.append(token.text)
+            came(token)
+
+        try:
+            self._last = self._answer(self.turns, line, heard)
+        finally:
+            if said:
+                self.turns.append((line, "".join(said)))
+        return self._last
+
+    def _answer(self, turns: Sequence[tuple[str, str]], asked: str, came: "Callable[[Token], None]") -> "Answer":
+        from moemerge.evaluation.generation import prompt_of
+
+        prompt = prompt_of(turns, asked, system=self._speaking.system, plain=self._plain)
+        return self._speaker.answer(prompt, self._speaking.sampling, came)
+
+    def serve(self) -> None:
+        """Open a page to chat on, until Ctrl-C.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
+        from moemerge.cli.chat_page import open_page
+
+        address, close = open_page(self._speaker, self._answer)
+        say(f"{address} shows the chat in a browser; Ctrl-C ends it.")
+        try:
+            interrupted.wait()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the page is closed") from None
+        finally:
+            close()
+
+    def say(self, line: str) -> None:
+        """Print the answer to a line as it comes, and what experts wrote it."""
+        started = time.monotonic()
+        coloured = self._speaking.experts and has_colours(self._out)
+        ends_line = True
+
+        def came(token: "Token") -> None:
+            nonlocal ends_line
+            _print_token(self._out, token, coloured=coloured)
+            ends_line = token.text.endswith("\n") if token.text else ends_line
+
+        try:
+            answer = self.ask(line, came)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the answer ends here") from None
+        finally:
+            if not ends_line:
+                self._out.print()
+        if self._speaking.experts and answer.routes:
+            print_shares(self._out, answer.routes)
+        if not self._quiet:
+            rate = len(answer.tokens) / max(time.monotonic() - started, 1e-9)
+            end = "; cut by --max-new-tokens or the context" if answer.is_cut else ""
+            told = f"{len(answer.tokens)} tokens, {rate:.1f} per second in {self._speaker.computes}{end}"
+            self._console.print(told, style="dim")
+
+    def show_experts(self) -> None:
+        """Print the last answer in its experts' colours, and their shares."""
+        if not (self._last and self._last.routes):
+            why = "there is no answer yet" if self._speaker.experts else "a dense model has no experts"
+            self._console.print(f"/experts: {why}.")
+            return
+        routes, (traced,) = self._last.routes, self._last.routes.texts
+        if has_colours(self._out):
+            line = Text()
+            for token, expert in zip(traced.tokens, routes.majority(traced).tolist(), strict=True):
+                line.append(printable(token), style_of(expert))
+            self._out.print(line)
+        print_shares(self._out, routes)
+
+
+def _load(console: Console, out: Path, speaking: SpeakingOptions, *, quiet: bool) -> "Speaker":
+    from moemerge.cli.progress import show_steps
+    from moemerge.evaluation.generation import open_speaker
+
+    with show_steps(console, quiet=quiet) as progress:
+        report = stoppable(progress)
+        return open_speaker(
+            out,
+            device=speaking.device,
+            compute_dtype=speaking.compute_dtype,
+            progress=lambda done, of: report(f"loading {out}", done, of),
+        )
+
+
+def _print_token(console: Console, token: "Token", *, coloured: bool) -> None:
+    style = style_of(token.expert) if coloured and token.expert is not None else ""
+    # As it is: a Text would turn tabs into spaces.
+    console.print(Segments([Segment(printable(token.text), Style.parse(style))]), end="")
+
+
+def print_shares(console: Console, routes: "Routes") -> None:
+    """Print each expert's share of an answer: a legend of the colours, or without them a table."""
+    (traced,) = routes.texts
+    shares = routes.shares(traced).tolist()
+    what = f"First choices of {len(traced.tokens)} tokens in {len(routes.layers)} layers:"
+    console.print(what)
+    if has_colours(console):
+        console.print(Columns(legend(routes.experts, shares), padding=(0, 2)))
+        return
+    table = Table("expert", "share", box=None, header_style="")
+    table.columns[1].justify = "right"
+    for name, share in zip(routes.experts, shares, strict=True):
+        table.add_row(name, f"{share:.1%}")
+    console.print(table)

@@ -1,0 +1,302 @@
+"""`moemerge generate` and `moemerge chat` in pipes and on a terminal."""
+
+import io
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moemerge import load_config, merge, plan_merge
+from moemerge.cli import main
+from moemerge.evaluation.generation import Sampling, open_speaker, prompt_of
+from moemerge.printable import printable
+from tests.support.chats import CHATML, chat_tokenizer
+from tests.support.models import make_model, write_config
+
+ROOT = Path(__file__).parents[2]
+SAMPLING = Sampling(8)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A mixture whose base has no chat template."""
+    root = tmp_path_factory.mktemp("speaking")
+    folders = [
+        make_model(root / name, seed, tuned_from=0 if seed else None, vocab_size=404)
+        for seed, name in enumerate(("base", "fox", "code", "chat"))
+    ]
+    chat_tokenizer(None).save_pretrained(folders[0])
+    config = write_config(root / "merge.yaml", folders[0], folders[1:], prompts=False)
+    merge(plan_merge(load_config(config)), root / "out")
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def speaker(out):
+    return open_speaker(out, device="cpu")
+
+
+@pytest.fixture
+def templated(out):
+    """The same mixture with a chat template."""
+    (out / "chat_template.jinja").write_text(CHATML)
+    yield out
+    (out / "chat_template.jinja").unlink()
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs the command line in this process, with standard input."""
+
+    def run_here(*arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run_here
+
+
+def answer_of(speaker, text, turns=(), *, plain=True):
+    return speaker.answer(prompt_of(turns, text, system=None, plain=plain), SAMPLING)
+
+
+def table_of(answer) -> str:
+    shares = answer.routes.shares(answer.routes.texts[0])
+    rows = "".join(f" {name:6}  {share:5.1%} \n" for name, share in zip(answer.routes.experts, shares, strict=True))
+    return f"First choices of {len(answer.tokens)} tokens in 3 layers:\n expert  share \n{rows}"
+
+
+def test_a_base_model_continues_the_text_of_the_prompt_or_of_standard_input(out, speaker, here):
+    expected = printable(answer_of(speaker, "The fox").text)
+    for prompt in ("The fox", "-"):
+        found = here("generate", out, prompt, "--max-new-tokens", 8, "--quiet", stdin=b"The fox\n")
+        assert found == (0, f"{expected}\n", "")
+
+
+def test_what_it_took_is_told_on_standard_error(out, here):
+    code, _, told = here("generate", out, "The fox", "--max-new-tokens", 8)
+    assert code == 0
+    assert told.startswith("8 tokens, ")
+    assert told.endswith(" per second in float32 on cpu; cut by --max-new-tokens or the context\n")
+
+
+def test_a_template_is_used_unless_the_prompt_is_raw(templated, here):
+    speaker = open_speaker(templated, device="cpu")
+    asked = ("generate", templated, "The fox", "--max-new-tokens", 8, "--quiet")
+    assert here(*asked)[1] == f"{printable(answer_of(speaker, 'The fox', plain=False).text)}\n"
+    assert here(*asked, "--raw")[1] == f"{printable(answer_of(speaker, 'The fox').text)}\n"
+    prompt = prompt_of([], "The fox", system="code", plain=False)
+    assert here(*asked, "--system", "code")[1] == f"{printable(speaker.answer(prompt, SAMPLING).text)}\n"
+    assert here(*asked, "--system", "code", "--raw") == (
+        2,
+        "",
+        "error: --system: needs a chat template, and --raw uses none. Write it into the prompt.\n",
+    )
+
+
+def test_without_colours_the_experts_are_a_table(out, speaker, here, monkeypatch):
+    answer = answer_of(speaker, "The fox")
+    asked = ("generate", out, "The fox", "--max-new-tokens", 8, "--quiet", "--experts")
+    assert here(*asked) == (0, f"{printable(answer.text)}\n{table_of(answer)}", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert here(*asked) == (0, f"{printable(answer.text)}\n{table_of(answer)}", "")
+
+
+def test_tokens_have_the_colours_of_the_legend(out, speaker, here, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    answer = answer_of(speaker, "The fox")
+    colours = {"fox": "36", "code": "33", "chat": "35"}
+    (traced,) = answer.routes.texts
+    tokens = "".join(
+        f"\x1b[{colours[answer.routes.experts[expert]]}m{printable(token)}\x1b[0m" if token else ""
+        for token, expert in zip(answer.tokens, answer.routes.majority(traced).tolist(), strict=True)
+    )
+    code, shown, _ = here("generate", out, "The fox", "--max-new-tokens", 8, "--quiet", "--experts")
+    assert code == 0
+    assert shown.startswith(tokens)
+    for name, share in zip(answer.routes.experts, answer.routes.shares(traced), strict=True):
+        assert f"\x1b[{colours[name]}m{name} {share:.1%}\x1b[0m" in shown
+
+
+def test_json_has_text_tokens_and_shares(out, speaker, here):
+    answer = answer_of(speaker, "The fox")
+    code, shown, _ = here("generate", out, "The fox", "--max-new-tokens", 8, "--json")
+    (traced,) = answer.routes.texts
+    assert code == 0
+    assert json.loads(shown) == {
+        "prompt": "The fox",
+        "text": answer.text,
+        "tokens": list(answer.tokens),
+        "is_cut": True,
+        "experts": ["fox", "code", "chat"],
+        "layers": [0, 1, 2],
+        "token_experts": answer.routes.majority(traced).tolist(),
+        "shares": answer.routes.shares(traced).tolist(),
+        "shares_by_layer": [answer.routes.shares(traced, layer).tolist() for layer in range(3)],
+    }
+
+
+def test_a_dense_model_is_said_to_have_no_experts(out, here):
+    dense = out.parent / "base"
+    code, shown, told = here("generate", dense, "The fox", "--max-new-tokens", 8, "--quiet", "--experts")
+    assert (code, shown) == (0, f"{printable(answer_of(open_speaker(dense, device='cpu'), 'The fox').text)}\n")
+    assert told == f"note: {dense} is a dense model, and has no experts to show\n"
+    assert json.loads(here("generate", dense, "The fox", "--json")[1]).keys() == {"prompt", "text", "tokens", "is_cut"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "told"),
+    [
+        (["generate", "OUT", ""], b"", (2, "the prompt is empty. Give a text to answer or to continue.")),
+        (["generate", "OUT", "-"], b"", (2, "the prompt is empty. Give a text to answer or to continue.")),
+        (["generate", "OUT", "-"], b"\xff", (2, "standard input: is not text in UTF-8.")),
+        (["chat", "OUT"], b"\xff\n", (2, "standard input: is not text in UTF-8.")),
+        (["generate", "OUT/no", "a"], b"", (1, "OUT/no: there is no such folder. Name the folder that holds the merged model.")),
+        (["chat", "OUT/config.json"], b"", (1, "OUT/config.json: is one file of a model. Name its folder, OUT.")),
+        (["generate", "OUT", "a", "--system", "b"], b"", (2, "--system: needs a chat template, and OUT has none. Write it into the prompt.")),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_one_sentence(out, here, arguments, stdin, told):
+    status, message = told
+    named = [argument.replace("OUT", str(out)) for argument in arguments]
+    assert here(*named, stdin=stdin) == (status, "", f"error: {message.replace('OUT', str(out))}\n")
+
+
+def test_refusals_import_neither_torch_nor_transformers(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    code = (
+        "import sys; sys.argv[1:] = ['chat', 'a.gguf']\nfrom moemerge.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 1\n"
+        "assert not {'torch', 'transformers', 'gradio'} & set(sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (
+        0,
+        "",
+        "error: a.gguf: is a GGUF file, which llama.cpp runs. Name the folder that it was written from.\n",
+    )
+
+
+def test_in_a_pipe_each_line_is_a_turn_after_those_before(templated, here):
+    speaker = open_speaker(templated, device="cpu")
+    first = answer_of(speaker, "The fox", plain=False)
+    second = answer_of(speaker, "code", [("The fox", first.text)], plain=False)
+    again = answer_of(speaker, "code", plain=False)
+    assert second.text != again.text
+    found = here(
+        "chat", templated, "--max-new-tokens", 8, "--quiet",
+        stdin=b"/experts\nThe fox\n\ncode\n/experts\n/reset\n/bogus\ncode\n/exit\nThe fox\n",
+    )  # fmt: skip
+    assert found == (
+        0,
+        f"{printable(first.text)}\n{printable(second.text)}\n{table_of(second)}{printable(again.text)}\n",
+        "/experts: there is no answer yet.\n/bogus: there is no such command; known: /reset, /experts, /exit.\n",
+    )
+
+
+def test_without_a_template_a_chat_goes_on_with_the_text(out, speaker, here):
+    first = answer_of(speaker, "The fox")
+    second = answer_of(speaker, "code", [("The fox", first.text)])
+    found = here("chat", out, "--max-new-tokens", 8, "--quiet", stdin=b"The fox\ncode")
+    assert found == (0, f"{printable(first.text)}\n{printable(second.text)}\n", "")
+
+
+LAUNCH = "import os; os.close(os.open(os.ttyname(0), os.O_RDWR)); from moemerge.cli import main; main()"
+
+
+class Terminal:
+    """A command on a terminal of its own, which Ctrl-C reaches."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._own, theirs = pty.openpty()
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+        command = [sys.executable, "-c", LAUNCH, *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+        )
+        os.close(theirs)
+        self.shown = ""
+
+    def wait_for(self, text: str) -> None:
+        """Read until a text is shown; what is shown before it is forgotten."""
+        while text not in self.shown:
+            assert self._read(), self.shown
+        self.shown = self.shown.partition(text)[2]
+
+    def type(self, text: bytes) -> None:
+        os.write(self._own, text)
+
+    def end(self) -> tuple[int, str]:
+        """Read to the end; gives the exit code, too."""
+        while self._read():
+            pass
+        return self.process.wait(60), self.shown.replace("\r\n", "\n")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._own)
+
+    def _read(self) -> bool:
+        try:
+            ready = select.select([self._own], [], [], 120)[0]
+            found = os.read(self._own, 4096) if ready else b""
+        except OSError:  # Linux's end of a terminal
+            return False
+        self.shown += found.decode(errors="replace")
+        return bool(found)
+
+
+@pytest.fixture
+def terminal(out):
+    opened: list[Terminal] = []
+
+    def open_terminal(*arguments: object) -> Terminal:
+        opened.append(Terminal(*arguments))
+        return opened[-1]
+
+    yield open_terminal
+    for one in opened:
+        one.close()
+
+
+def test_on_a_terminal_a_refusal_does_not_end_the_chat(out, terminal):
+    chat = terminal("chat", out, "--max-new-tokens", 8)
+    chat.wait_for("/reset starts over  /experts shows who wrote the last answer  /exit ends")
+    chat.wait_for("> ")
+    chat.type(b"fox " * 200 + b"\n")
+    chat.wait_for(f"error: the prompt has 203 tokens, and {out} reads 128. Shorten it.")
+    chat.wait_for("> ")
+    chat.type(b"The fox\n")
+    chat.wait_for("8 tokens, ")
+    chat.wait_for("> ")
+    chat.type(b"\x04")
+    assert chat.end() == (0, "\n")
+
+
+def test_ctrl_c_ends_a_long_answer_and_then_the_chat(tmp_path, terminal):
+    model = make_model(tmp_path / "long", vocab_size=404, max_position_embeddings=10**5)
+    chat_tokenizer(None).save_pretrained(model)
+    chat = terminal("chat", model, "--max-new-tokens", 10**5, "--seed", 3, "--temperature", 2)
+    chat.wait_for("> ")
+    chat.type(b"The fox\n")
+    chat.wait_for("The fox\r\n")
+    chat.wait_for(" ")
+    chat.type(b"\x03")
+    chat.wait_for("\r\n> ")
+    assert "tokens, " not in chat.shown
+    chat.type(b"\x03")
+    code, shown = chat.end()
+    assert (code, shown.removeprefix("^C")) == (130, "\ninterrupted: the chat ends here\n")
