@@ -8,7 +8,7 @@ import typer
 from moemerge.cli.console import announcer, console_session, print_json, stdout
 from moemerge.cli.grouping import grouped
 from moemerge.cli.mistakes import check_arguments
-from moemerge.cli.options import AllowIdentical, CacheDir, Debug, Json, VerboseMessageOptions
+from moemerge.cli.options import AllowIdentical, CacheDir, Debug, Json, VerboseOptions
 from moemerge.cli.plan_request import PlanRequest, plan_from
 
 
@@ -63,8 +63,7 @@ def verify_model(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed that the merge was run with.")] = 0,
     cache_dir: CacheDir = None,
     allow_identical_experts: AllowIdentical = False,
-    json: Json = False,
-    messages: VerboseMessageOptions,
+    messages: VerboseOptions,
 ) -> None:
     """Check a merged model against its config and its sources.
 
@@ -92,7 +91,7 @@ def verify_model(
             found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
         for note in found.notes:
             announcer(console, quiet=quiet)(f"note: {note}")
-        if json:
+        if messages.json:
             print_json(asdict(found))
         elif found.differences or not quiet:
             print_verification(stdout(), out, found)

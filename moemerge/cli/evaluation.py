@@ -15,8 +15,7 @@ from moemerge.cli.options import (
     ChatRoles,
     ComputeIn,
     Device,
-    Json,
-    VerboseMessageOptions,
+    VerboseOptions,
     named_roles,
 )
 from moemerge.cli.standard_input import path_of
@@ -51,7 +50,6 @@ class ReportingOptions:
 
     update_card: Annotated[bool, typer.Option("--update-card", help="Write the result into the model card.")] = False
     explain: Annotated[bool, typer.Option("--explain", help="Say what the rows and columns of the tables are.")] = False
-    json: Json = False
 
 
 @grouped
@@ -73,7 +71,7 @@ def evaluate(
     measuring: MeasuringOptions,
     cache_dir: CacheDir = None,
     reporting: ReportingOptions,
-    messages: VerboseMessageOptions,
+    messages: VerboseOptions,
 ) -> None:
     """Judge a merged model by its loss on held-out text.
 
@@ -82,14 +80,21 @@ def evaluate(
     Examples:
         moemerge eval out --data code=code.txt --data math=math.jsonl
         moemerge eval out --data code=hf://datasets/user/name:test#text --baselines
+        moemerge eval out tuned --data code=code.txt           compare two mixtures
     """
     with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
+        from dataclasses import asdict
+
         from moemerge.model_card.card import read_card, update_evaluation
 
         for folder in out if reporting.update_card else ():
             read_card(folder)  # before what takes minutes
         found, differences = _measure(console, out, data, measuring, quiet=messages.quiet)
-        _report(found, differences, reporting, by_layer=messages.verbose > 0)
+        if messages.json:
+            facts = [asdict(one) for one in found]
+            print_json(facts[0] if len(facts) == 1 else facts)
+        else:
+            _print(found, differences, explain=reporting.explain, by_layer=messages.verbose > 0)
         for note in () if messages.quiet else dict.fromkeys(note for one in found for note in one.notes):
             console.print(f"note: {note}", style="yellow")
         for folder, one in zip(out, found, strict=True) if reporting.update_card else ():
@@ -97,21 +102,13 @@ def evaluate(
             console.print(f"{folder / 'README.md'}: updated")
 
 
-def _report(
-    found: "list[Evaluation]", differences: "list[Estimate | None]", reporting: ReportingOptions, *, by_layer: bool
-) -> None:
-    from dataclasses import asdict
-
+def _print(found: "list[Evaluation]", differences: "list[Estimate | None]", *, explain: bool, by_layer: bool) -> None:
     from moemerge.cli.evaluation_report import print_differences, print_evaluation
 
-    if reporting.json:
-        facts = [asdict(one) for one in found]
-        print_json(facts[0] if len(facts) == 1 else facts)
-        return
     for number, one in enumerate(found):
         if len(found) > 1:
             stdout().print(f"{'' if number == 0 else chr(10)}{one.model}")
-        print_evaluation(stdout(), one, by_layer=by_layer, explain=reporting.explain and number == len(found) - 1)
+        print_evaluation(stdout(), one, by_layer=by_layer, explain=explain and number == len(found) - 1)
     print_differences(stdout(), found, differences)
 
 

@@ -12,7 +12,7 @@ from moemerge.cli.console import console_session, return_freed_memory, stoppable
 from moemerge.cli.gguf_output import WRITTEN_HERE, quantise_into
 from moemerge.cli.grouping import grouped
 from moemerge.cli.imatrix import ImatrixMaker, ImatrixOptions
-from moemerge.cli.options import CacheDir, ComputeIn, Device, GgufType, LlamaCpp, MessageOptions
+from moemerge.cli.options import CacheDir, GgufType, LlamaCpp, MessageOptions
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
@@ -50,8 +50,6 @@ def write_file(
     writing: FileOptions,
     matrix: ImatrixOptions,
     ollama: Ollama = None,
-    device: Device = "auto",
-    compute_dtype: ComputeIn = "auto",
     cache_dir: CacheDir = None,
     messages: MessageOptions,
 ) -> None:
@@ -66,7 +64,7 @@ def write_file(
     quiet, kind, overwrite = messages.quiet, writing.type, writing.overwrite
     with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         _check_merged(out, file)
-        importance = ImatrixMaker(console, out, matrix, device, compute_dtype, quiet).check(kind, overwrite=overwrite)
+        importance = ImatrixMaker(console, out, matrix, quiet).check(kind, overwrite=overwrite)
         _check_names(out, file, ollama, overwrite=overwrite)
         from moemerge.export.writing import GgufOptions
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from moemerge.cli.console import announcer, stoppable
 from moemerge.cli.gguf_output import WRITTEN_HERE
-from moemerge.dtypes import ComputeDtype
+from moemerge.cli.options import ComputeIn, Device
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class ImatrixOptions:
     imatrix_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens that are read for the importance matrix.")
     ] = 16384
+    device: Device = "auto"
+    compute_dtype: ComputeIn = "auto"
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,6 @@ class ImatrixMaker:
     console: Console
     folder: Path
     options: ImatrixOptions
-    device: str
-    compute_dtype: ComputeDtype
     quiet: bool
 
     def check(self, kind: str, *, overwrite: bool) -> "Callable[[Path], Importance] | None":
@@ -119,8 +119,8 @@ class ImatrixMaker:
                 floats,
                 tuple(options.imatrix_texts or ()),
                 tokens=options.imatrix_tokens,
-                device=self.device,
-                compute_dtype=self.compute_dtype,
+                device=self.options.device,
+                compute_dtype=self.options.compute_dtype,
                 progress=lambda done, total: report("importance matrix", done, total),
             )
         if options.imatrix_out:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.cli.console import stdout
+from moemerge.cli.options import VerboseOptions
 from moemerge.cli.progress import clock
 from moemerge.cli.streams import say
 
@@ -49,16 +50,16 @@ def print_report(
     out: Path,
     plan: "MergePlan",
     report: "RoutingReport",
+    messages: VerboseOptions,
     *,
-    quiet: bool,
-    by_layer: bool,
     kept_states: Path | None,
 ) -> None:
     """Print what is known of the routers, and warnings; `kept_states` is the folder with kept router inputs."""
     from moemerge.cli.render import print_routing
 
+    quiet = messages.quiet or messages.json
     if not quiet:
-        print_routing(stdout(), report, by_layer=by_layer)
+        print_routing(stdout(), report, by_layer=messages.verbose > 0)
         if report.kept_texts:
             _print_kept(console, kept_states, *report.kept_texts)
     for warning in report.warnings():

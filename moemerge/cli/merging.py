@@ -23,7 +23,7 @@ from moemerge.cli.merge_options import (
 )
 from moemerge.cli.merge_report import merge_facts, print_done, print_report
 from moemerge.cli.mistakes import check_arguments
-from moemerge.cli.options import Config, Json, ModelOptions, VerboseMessageOptions
+from moemerge.cli.options import Config, ModelOptions, VerboseOptions
 from moemerge.cli.plan_request import PlanRequest, plan_from
 from moemerge.cli.planning import print_or_dump_plan
 from moemerge.cli.publishing import PlannedPush
@@ -62,8 +62,7 @@ def merge_models(
     push: PushOptions,
     routers: RouterOptions,
     models: ModelOptions,
-    json: Json = False,
-    messages: VerboseMessageOptions,
+    messages: VerboseOptions,
 ) -> None:
     """Build a mixture of experts from the models that a config names.
 
@@ -85,45 +84,34 @@ def merge_models(
         planned_push = PlannedPush(push, announcer(console, quiet=quiet))
         # Before a plan may download weights.
         approve = _place_check(config, out, output, push, planned_push)
-        options = _merge_options(output, reading, routers)
-        if routers.keep_states is not None:
-            from moemerge.routers.kept_folder import check_kept_states
-
-            check_kept_states(routers.keep_states, out)
+        options = _merge_options(out, output, reading, routers)
         return_freed_memory()
-        request = PlanRequest(
-            config,
-            models.allow_identical_experts,
-            models.engine,
-            max_shard_size=output.max_shard_size,
-            out_shard_size=output.out_shard_size,
-        )
         plan_options = _plan_options(out, reading, push, dry_run=output.dry_run)
-        plan = plan_from(console, request, plan_options, quiet=quiet, approve=approve)
+        plan = plan_from(console, _request(config, output, models), plan_options, quiet=quiet, approve=approve)
         if output.dry_run:
-            print_or_dump_plan(plan, json=json)
+            print_or_dump_plan(plan, json=messages.json)
             return
         options = replace(options, licence=planned_push.licence)
         report = _merge(console, plan, out, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)
         with _interrupts_after_success(console, out, planned_push.publisher, streaming=streaming):
-            print_report(
-                console,
-                out,
-                plan,
-                report,
-                quiet=quiet or json,
-                by_layer=messages.verbose > 0,
-                kept_states=routers.keep_states,
-            )
-            if not (quiet or json or streaming):
+            print_report(console, out, plan, report, messages, kept_states=routers.keep_states)
+            if not (quiet or messages.json or streaming):
                 print_done(out, plan, time.monotonic() - start)
-        url = None
-        if planned_push.publisher:
-            url = planned_push.publisher.url if streaming else planned_push.publisher.push(out)
-        if json:
+        url = planned_push.finish(out)
+        if messages.json:
             print_json(merge_facts(plan, report, None if streaming else out, url))
         elif url:
             say(url)
+
+
+def _request(config: Path, output: OutputOptions, models: ModelOptions) -> PlanRequest:
+    return PlanRequest(
+        config,
+        models.allow_identical_experts,
+        models.engine,
+        max_shard_size=output.max_shard_size,
+        out_shard_size=output.out_shard_size,
+    )
 
 
 def _place_check(
@@ -219,9 +207,13 @@ def _check_folder(out: Path, inputs: list[Path], sources: list[Path], *, overwri
         check_target(out, sources, inputs=inputs, replaceable=replaceable_files if overwrite else None)
 
 
-def _merge_options(output: OutputOptions, reading: ReadingOptions, routers: RouterOptions) -> "MergeOptions":
+def _merge_options(out: Path, output: OutputOptions, reading: ReadingOptions, routers: RouterOptions) -> "MergeOptions":
     from moemerge.merging.options import MergeOptions
 
+    if routers.keep_states is not None:
+        from moemerge.routers.kept_folder import check_kept_states
+
+        check_kept_states(routers.keep_states, out)
     return MergeOptions(
         overwrite=output.overwrite,
         resume=output.resume,

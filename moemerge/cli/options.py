@@ -200,11 +200,23 @@ class MessageOptions:
 
 
 @dataclass(frozen=True)
-class VerboseMessageOptions:
-    """Options for how much a command with `--verbose` prints."""
+class ResultOptions:
+    """Options for how a command prints its result, and how much else."""
 
     heading: ClassVar[str] = MESSAGES
 
+    json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
+class VerboseOptions:
+    """Options for how a command with `--verbose` prints its result, and how much else."""
+
+    heading: ClassVar[str] = MESSAGES
+
+    json: Json = False
     quiet: Quiet = False
     verbose: Verbose = 0
     debug: Debug = False

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from moemerge.cli.console import console_session, print_json, stdout
 from moemerge.cli.grouping import grouped
 from moemerge.cli.mistakes import check_arguments
-from moemerge.cli.options import Config, Json, ModelOptions, ShardSize, VerboseMessageOptions
+from moemerge.cli.options import Config, ModelOptions, ShardSize, VerboseOptions
 from moemerge.cli.plan_request import PlanRequest, plan_from
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ def show_plan(
     *,
     max_shard_size: ShardSize = None,
     models: ModelOptions,
-    json: Json = False,
-    messages: VerboseMessageOptions,
+    messages: VerboseOptions,
 ) -> None:
     """Show what a merge would do; nothing is written.
 
@@ -39,7 +38,7 @@ def show_plan(
         check_arguments(config)
         request = PlanRequest(config, models.allow_identical_experts, models.engine, max_shard_size=max_shard_size)
         plan = plan_from(console, request, PlanOptions(weights="stream"), quiet=quiet)
-        print_or_dump_plan(plan, json=json)
+        print_or_dump_plan(plan, json=messages.json)
 
 
 def print_or_dump_plan(plan: "MergePlan", *, json: bool) -> None:

@@ -9,7 +9,7 @@ import typer
 from moemerge.cli.console import announcer, console_session, print_json
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import PushOptions
-from moemerge.cli.options import CreatePr, Json, License, MessageOptions, Private, Revision
+from moemerge.cli.options import CreatePr, License, Private, ResultOptions, Revision
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
@@ -29,8 +29,7 @@ def push(
     create_pr: CreatePr = False,
     license: License = None,  # noqa: A002  the option's name, as in model cards
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of another kind.")] = False,
-    json: Json = False,
-    messages: MessageOptions,
+    messages: ResultOptions,
 ) -> None:
     """Send a merged model to the Hub.
 
@@ -54,7 +53,7 @@ def push(
             overwrite=overwrite,
             announce=announcer(console, quiet=messages.quiet),
         )
-        if json:
+        if messages.json:
             print_json({"out": str(out), "url": url})
         else:
             say(url)
@@ -78,7 +77,7 @@ class PlannedPush:
         }
         if not options.push and (given := [name for name, value in others.items() if value]):
             raise RefusedError(f"{given[0]}: says how to push, but not where to. Add --push user/repo.")
-        self.licence, self._announce = options.license, announce
+        self.licence, self._announce, self._streaming = options.license, announce, options.push_streaming
         self._repository = _repository(options.push, options) if options.push else None
         self.publisher: Publisher | None = None
 
@@ -97,6 +96,12 @@ class PlannedPush:
         self.licence = self.licence or licence_of(sources)
         self.publisher = Publisher(self._repository, self._announce)
         self.publisher.open()
+
+    def finish(self, out: Path) -> str | None:
+        """Send the model, unless it was sent while it was made; returns its URL, None without a push."""
+        if self.publisher is None:
+            return None
+        return self.publisher.url if self._streaming else self.publisher.push(out)
 
 
 def _repository(repo: str, options: PushOptions) -> "Repository":

@@ -20,8 +20,7 @@ from moemerge.cli.options import (
     ChatRoles,
     ComputeIn,
     Device,
-    Json,
-    MessageOptions,
+    ResultOptions,
     named_roles,
 )
 from moemerge.cli.standard_input import path_of
@@ -83,8 +82,7 @@ def show_routes(
     ] = None,
     tracing: TracingOptions,
     cache_dir: CacheDir = None,
-    json: Json = False,
-    messages: MessageOptions,
+    messages: ResultOptions,
 ) -> None:
     """Show which expert of a merged model takes which token.
 
@@ -99,30 +97,43 @@ def show_routes(
             from moemerge.evaluation.routes.page import check_page
 
             check_page(html)
-        from moemerge.cli.progress import show_work
-        from moemerge.evaluation.routes.tracer import trace_routes
-
-        with show_work(console, quiet=quiet) as progress:
-            report = stoppable(progress)
-            routes = trace_routes(
-                out,
-                texts,
-                tokens=tracing.max_tokens,
-                layer=layer,
-                roles=named_roles(tracing.chat_roles),
-                device=tracing.device,
-                compute_dtype=tracing.compute_dtype,
-                progress=lambda done, of: report("routes", done, of),
-            )
+        routes = _trace(console, out, texts, layer, tracing, quiet=quiet)
         if html:
             from moemerge.evaluation.routes.page import write_page
 
             write_page(html, routes)
             console.print(f"{html}: written")
-        if json:
+        if messages.json:
             print_json(_facts(routes))
         elif not (html and quiet):
             print_routes(stdout(), routes, layer)
+
+
+def _trace(
+    console: Console,
+    out: Path,
+    texts: dict[str, Document],
+    layer: int | None,
+    tracing: TracingOptions,
+    *,
+    quiet: bool,
+) -> "Routes":
+    """Run the model over the texts, and show how far that is."""
+    from moemerge.cli.progress import show_work
+    from moemerge.evaluation.routes.tracer import trace_routes
+
+    with show_work(console, quiet=quiet) as progress:
+        report = stoppable(progress)
+        return trace_routes(
+            out,
+            texts,
+            tokens=tracing.max_tokens,
+            layer=layer,
+            roles=named_roles(tracing.chat_roles),
+            device=tracing.device,
+            compute_dtype=tracing.compute_dtype,
+            progress=lambda done, of: report("routes", done, of),
+        )
 
 
 def _read_texts(console: Console, given: TextOptions) -> dict[str, Document]:

@@ -13,7 +13,7 @@ from moemerge.checkpoint.files import interrupted
 from moemerge.cli.console import console_session, print_json
 from moemerge.cli.dialogue import Dialogue, SpeakingOptions
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import Json, MessageOptions
+from moemerge.cli.options import MessageOptions, ResultOptions
 from moemerge.cli.standard_input import STANDARD_INPUT, decoded, read_standard_input
 from moemerge.cli.streams import say
 from moemerge.errors import MoemergeError, RefusedError
@@ -35,8 +35,7 @@ def generate(
     ],
     *,
     speaking: SpeakingOptions,
-    json: Json = False,
-    messages: MessageOptions,
+    messages: ResultOptions,
 ) -> None:
     """Let a model answer a prompt, its tokens coloured by expert.
 
@@ -51,7 +50,7 @@ def generate(
         if not text:
             raise RefusedError("the prompt is empty. Give a text to answer or to continue.")
         dialogue = Dialogue(console, out, speaking, quiet=messages.quiet)
-        if json:
+        if messages.json:
             print_json(_facts(text, dialogue.ask(text, lambda _token: None)))
             return
         dialogue.say(text)

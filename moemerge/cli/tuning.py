@@ -16,8 +16,7 @@ from moemerge.cli.options import (
     CacheDir,
     ChatRoles,
     Device,
-    Json,
-    MessageOptions,
+    ResultOptions,
     compute_option,
     named_roles,
     one_of,
@@ -92,26 +91,28 @@ class WritingOptions:
     resume: Annotated[bool, typer.Option("--resume", help="Continue a tuning that was cut off.")] = False
 
 
+Data = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME=PATH",
+        show_default=False,
+        help="Text or chats to train on, as eval takes them, for every expert, whose name NAME is. There may be other "
+        "names, too, without --distil.",
+    ),
+]
+
+
 @grouped
 def tune_routers(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
     *,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=PATH",
-            show_default=False,
-            help="Text or chats to train on, as eval takes them, for every expert, whose name NAME is. There may be "
-            "other names, too, without --distil.",
-        ),
-    ],
+    data: Data,
     training: TrainingOptions,
     chat_roles: ChatRoles = ROLES_OF_CHATS,
     writing: WritingOptions,
     device: Device = "auto",
     cache_dir: CacheDir = None,
-    json: Json = False,
-    messages: MessageOptions,
+    messages: ResultOptions,
 ) -> None:
     """Train a merged model's routers a little.
 
@@ -121,19 +122,20 @@ def tune_routers(
         moemerge tune out --data code=code.txt --data math=math.jsonl --out tuned
     """
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate has launched
-    quiet = messages.quiet
-    with console_session(quiet=quiet or not first, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
+    quiet = messages.quiet or not first
+    with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         from moemerge.cli.progress import show_steps
         from moemerge.tuning.settings import Settings
         from moemerge.tuning.tuner import tune
 
         return_freed_memory()
+        settings = Settings(**vars(training), roles=named_roles(chat_roles))
         try:
-            with show_steps(console, quiet=quiet or not first) as progress:
+            with show_steps(console, quiet=quiet) as progress:
                 found = tune(
                     out,
                     by_name(data),
-                    Settings(**vars(training), roles=named_roles(chat_roles)),
+                    settings,
                     copy=writing.copy,
                     device=device,
                     resume=writing.resume,
@@ -145,7 +147,7 @@ def tune_routers(
                 raise
             raise typer.Exit(2) from None  # all are refused alike, and the first says why
         if first:
-            _print_result(console, found, json=json, quiet=quiet)
+            _print_result(console, found, json=messages.json, quiet=quiet)
 
 
 def _print_result(console: Console, found: "TuningResult | None", *, json: bool, quiet: bool) -> None:
