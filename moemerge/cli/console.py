@@ -42,7 +42,7 @@ def console_session(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path |
     ours.setLevel(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING)
     ours.propagate = False
     signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # ignored by programs in the background
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which programs in the background ignore
         signal.signal(signal.SIGINT, _interrupt)
     try:
         yield console

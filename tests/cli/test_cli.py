@@ -510,3 +510,9 @@ def test_what_is_logged_is_shown(level, told):
     console = Console(file=io.StringIO())
     _ConsoleHandler(console).emit(logging.LogRecord("moemerge.test", level, "", 0, "x", (), None))
     assert console.file.getvalue() == told
+
+
+def test_an_interrupt_before_a_command_begins_shows_no_traceback():
+    before = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    result = run("--help", before=before, after="assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL")
+    assert result.returncode == 0, result.stderr
