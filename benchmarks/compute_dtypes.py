@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from routers import Bench
+from expert_sets import ExpertSet
 from table import machine
 from transformers import AutoModelForCausalLM
 
@@ -104,9 +104,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of test text, for each expert")
     parser.add_argument("--repeat", type=int, default=2)
     options = parser.parse_args()
-    experts = {path.name: str(path) for path in sorted(options.models.iterdir()) if path.name != "base"}
-    bench = Bench(str(options.models / "base"), experts, options.texts, {}, 2, 0)
-    config = bench.config("ridge", "texts")
+    models = {path.name: str(path) for path in sorted(options.models.iterdir()) if path.name != "base"}
+    given = {name: str(options.texts / f"{name}.calib.txt") for name in models}
+    experts = ExpertSet(str(options.models / "base"), models, given, {})
+    config = experts.config("ridge", "texts")
     encode, fitted = by_transformers(plan_merge(config).base_folder), []
     for expert in config.experts:
         documents = read_documents(find_files(expert.positive_texts, ""))
@@ -114,16 +115,16 @@ def main() -> None:
     rounds = Rounds()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "merged"
-        merge(plan_merge(bench.config("random", "")), out)
+        merge(plan_merge(experts.config("random", "")), out)
         mixture = open_mixture(out)
-        tests = {name: read_documents([options.texts / f"{name}.test.txt"]) for name in experts}
+        tests = {name: read_documents([options.texts / f"{name}.test.txt"]) for name in models}
         windows = list(Texts.cut(mixture, tests, options.tokens, 512).windows)
         print(machine(out))
         print(f"{sum(len(w.ids) for w in fitted)} tokens of texts, {sum(len(w.ids) for w in windows)} of test text")
         for _ in range(options.repeat):
-            rounds.run("ridge", lambda dtype: bench.rows(config, compute_dtype=dtype)[0])
+            rounds.run("ridge", lambda dtype: experts.rows(config, compute_dtype=dtype)[0])
             single, half = (mixture.with_rows(dtype, rounds.found["ridge", dtype].__getitem__) for dtype in DTYPES)
-            rounds.run("whole base, the same texts", partial(whole, bench.base, fitted, 1))
+            rounds.run("whole base, the same texts", partial(whole, experts.base, fitted, 1))
             rounds.run("eval", partial(read, single, windows, True))
             rounds.run("routes", partial(read, single, windows, False))
             rounds.run("whole mixture, the same test text", partial(whole, out, windows, 0))

@@ -12,46 +12,48 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import numpy as np
+import torch
 import yaml
-from routers import as_rows
+from expert_sets import ExpertSet, run_baseline
+from published_routers import dume_rows, phatgoose_rows
+from suite_tables import OWN, Results, tables
 from table import machine, markdown_table, text_table
 
 from moemerge import merge, plan_merge
 from moemerge.chats import Document
-from moemerge.config.loading import parse_config
-from moemerge.config.schema import MergeConfig
 from moemerge.evaluation.domain_texts import Texts
-from moemerge.evaluation.figures import BASE, MERGED, ORACLE, SOUP, UNIFORM, Sums, recovered
+from moemerge.evaluation.figures import BASE, ORACLE, SOUP, UNIFORM, Sums
 from moemerge.evaluation.model_runs import RoutingTally, Runs
-from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
+from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense, open_mixture, per_token_key
 from moemerge.passes.compute_dtype import find_compute
-from moemerge.routers.initialisation import init_routers
 from moemerge.texts.documents import read_documents
 
 HERE = Path(__file__).parent
-OWN = "own dense expert"
-# Method and evidence of each row; a number is of prompts, or of tokens for each expert.
-WAYS = {
-    "mergekit_hidden, 2 prompts": ("mergekit_hidden", "prompts", 2),
-    "delta, weights alone": ("delta", "", 0),
-    "ridge, 2 prompts": ("ridge", "prompts", 2),
-    "ridge, texts, 4096 tokens": ("ridge", "texts", 4096),
-    "combined, weights alone": ("combined", "", 0),
-    "combined, 2 prompts": ("combined", "prompts", 2),
-    "combined, text that experts write": ("combined", "written", 2),
-    "combined, texts, 4096 tokens": ("combined", "texts", 4096),
-    "combined, texts, 16384 tokens": ("combined", "texts", 16384),
-    "combined, unsorted texts, 4096 tokens": ("combined", "unsorted", 4096),
+DUME, PHATGOOSE = "DUME's form", "PHATGOOSE"
+TEXTS: Final = 4096
+# Method, evidence, and settings of the router of each row.
+WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mergekit_hidden, 2 prompts": ("mergekit_hidden", "prompts", {}),
+    "delta, weights alone": ("delta", "", {}),
+    "ridge, 2 prompts": ("ridge", "prompts", {}),
+    "ridge, texts, 4096 tokens": ("ridge", "texts", {"tokens_per_expert": TEXTS}),
+    "DUME's form, top 1, texts, 4096 tokens": (DUME, "texts", {"tokens_per_expert": TEXTS}),
+    "PHATGOOSE, texts, 4096 tokens": (PHATGOOSE, "texts", {}),
+    "combined, weights alone": ("combined", "", {}),
+    "combined, 2 prompts": ("combined", "prompts", {}),
+    "combined, text that experts write": ("combined", "prompts", {"calibration": "generate"}),
+    "combined, texts, 4096 tokens": ("combined", "texts", {"tokens_per_expert": TEXTS}),
+    "combined, texts, 16384 tokens": ("combined", "texts", {"tokens_per_expert": 4 * TEXTS}),
+    "combined, unsorted texts, 4096 tokens": ("combined", "unsorted", {"tokens_per_expert": TEXTS}),
 }
-RESAMPLINGS = 1000
-SWITCH = 250  # characters of each domain in turn
+PROMPTS: Final = 2
+DOCUMENTS: Final = 8  # of each domain, at least: windows are short enough that so many are read, if there are so many
+SWITCH: Final = 250  # characters of each domain in turn
 
 
 @dataclass(frozen=True)
@@ -69,30 +71,16 @@ class Suite:
     def test(self, name: str) -> list[Document]:
         return list(read_documents([self.text(name, "test")]))
 
-    def config(self, asked: dict[str, Any], mode: str, given: str, amount: int) -> MergeConfig:
-        experts = []
-        router: dict[str, object] = {"tokens_per_expert": amount} if given in {"texts", "unsorted"} else {}
-        for name in asked["experts"]:
-            expert: dict[str, object] = {"source_model": self.model(name)}
-            if given in {"prompts", "written"}:
-                expert["positive_prompts"] = self.prompts[name][:amount]
-            if given == "texts":
-                expert["positive_texts"] = str(self.text(name, "calib"))
-            experts.append(expert)
-        if given == "written":
-            router["calibration"] = "generate"
-        if given == "unsorted":
-            router["calibration_texts"] = [str(self.text(name, "calib")) for name in asked["experts"]]
-        document = {
-            "base_model": self.model("base"),
-            "gate_mode": mode,
-            "experts": experts,
-            "experts_per_token": asked.get("per_token", 2),
-            "dtype": "bfloat16",
-            **({"router": router} if router else {}),
-            **({"shared_weights": {"method": asked["shared_weights"]}} if "shared_weights" in asked else {}),
-        }
-        return parse_config(json.dumps(document))
+    def experts(self, asked: dict[str, Any]) -> ExpertSet:
+        names = asked["experts"]
+        return ExpertSet(
+            self.model("base"),
+            {name: self.model(name) for name in names},
+            {name: str(self.text(name, "calib")) for name in names},
+            {name: self.prompts[name][:PROMPTS] for name in names},
+            asked.get("per_token", 2),
+            asked.get("shared_weights", "base"),
+        )
 
 
 @dataclass(frozen=True)
@@ -104,9 +92,13 @@ class Bench:
     folder: Path
 
     @cached_property
+    def experts(self) -> ExpertSet:
+        return self.suite.experts(self.asked)
+
+    @cached_property
     def mixture(self) -> MixtureModel:
-        merge(plan_merge(self.suite.config(self.asked, "random", "", 0)), self.folder)
-        return open_mixture(self.folder)
+        merge(plan_merge(self.experts.config("random", "")), self.folder / "merged")
+        return open_mixture(self.folder / "merged")
 
     @property
     def extra(self) -> dict[str, list[Document]]:
@@ -118,7 +110,8 @@ class Bench:
     @cached_property
     def runs(self) -> Runs:
         documents = {name: self.suite.test(name) for name in self.asked["experts"]} | self.extra
-        texts = Texts.cut(self.mixture, documents, self.asked.get("tokens", 2048), 512)
+        tokens = self.asked.get("tokens", 2048)
+        texts = Texts.cut(self.mixture, documents, tokens, max(tokens // DOCUMENTS, 1))
         compute = find_compute("cpu", "auto", self.mixture.runnable.layer_shapes)
         return Runs(texts, compute, lambda _name, _done, _total: None)
 
@@ -126,39 +119,47 @@ class Bench:
         """Losses by domain and document of a model or a way of making routers, with its accuracy and seconds."""
         if name in WAYS:
             return self._routed(name)
-        if name == ORACLE:
-            for place in range(len(self.asked["experts"])):
-                self.runs.run(ORACLE, forced(self.mixture, place), domains=[place])
-        elif name == OWN:
-            for place, expert in enumerate(self.asked["experts"]):
-                self.runs.run(OWN, open_dense(self.suite.model(expert), expert, print), domains=[place])
-        elif name in self.asked["experts"]:
-            domains = range(len(self.asked["experts"]), len(self.runs.texts.domains))
-            self.runs.run(name, open_dense(self.suite.model(name), name, print), domains=domains)
+        experts = self.experts.models
+        if name == OWN:
+            for place, expert in enumerate(experts):
+                self.runs.run(OWN, self._dense(expert), domains=[place])
+        elif name in experts:
+            self.runs.run(name, self._dense(name), domains=range(len(experts), len(self.runs.texts.domains)))
+        elif name == BASE:
+            self.runs.run(BASE, open_dense(self.experts.base, BASE, print))
         else:
-            self.runs.run(name, self._baseline(name))
+            run_baseline(name, self.runs, self.mixture, [self._dense(expert) for expert in experts])
         return {"losses": as_lists(self.runs.sums[name])}
 
-    def _baseline(self, name: str) -> Runnable:
-        if name == BASE:
-            return open_dense(self.suite.model("base"), name, print)
-        experts = [open_dense(self.suite.model(expert), expert, print) for expert in self.asked["experts"]]
-        made = uniform(self.mixture) if name == UNIFORM else average(name, experts)
-        assert isinstance(made, Runnable), made
-        return made
+    def _dense(self, expert: str) -> Runnable:
+        return open_dense(self.experts.models[expert], expert, print)
 
     def _routed(self, name: str) -> dict[str, Any]:
-        plan = plan_merge(self.suite.config(self.asked, *WAYS[name]))
         start = time.perf_counter()
-        routers = init_routers(plan.router_request, seed=0, progress=lambda _done, _total: None)
+        mixture, rows = self._rows(name)
         seconds = time.perf_counter() - start
-        count = len(self.asked["experts"])
-        rows = as_rows(routers, count, "bfloat16")
-        tally = RoutingTally(self.mixture, self.runs.texts)
-        replaced = self.mixture.with_rows(name, rows.__getitem__)
+        tally = RoutingTally(mixture, self.runs.texts)
+        replaced = mixture.with_rows(name, rows.__getitem__)
         self.runs.run(name, replaced.runnable, mixture=replaced, chosen=tally.add)
-        accuracy = [tally.of(place).accuracy for place in range(count)]
+        accuracy = [tally.of(place).accuracy for place in range(len(mixture.experts))]
         return {"losses": as_lists(self.runs.sums[name]), "accuracy": accuracy, "seconds": seconds}
+
+    def _rows(self, name: str) -> tuple[MixtureModel, dict[int, torch.Tensor]]:
+        """The mixture that a way's rows (expert, hidden) by layer are for, and these."""
+        mode, given, router = WAYS[name]
+        if mode == PHATGOOSE:
+            copy = self.folder / "phatgoose"
+            return self.mixture, phatgoose_rows(self.mixture, self.experts.texts, TEXTS, self.runs.compute, copy)
+        if mode == DUME:
+            config = self.experts.config("ridge", given, **router)
+            return with_one_expert(self.mixture), dume_rows(config, self.runs.compute)
+        return self.mixture, self.experts.rows(self.experts.config(mode, given, **router), compute_dtype="auto")[0]
+
+
+def with_one_expert(mixture: MixtureModel) -> MixtureModel:
+    """The same mixture with one expert per token."""
+    keys = {**mixture.runnable.keys, per_token_key(mixture.family): 1}
+    return replace(mixture, experts_per_token=1, runnable=replace(mixture.runnable, keys=keys))
 
 
 def switching(one: list[Document], other: list[Document]) -> list[Document]:
@@ -174,93 +175,32 @@ def as_lists(sums: dict[str, Sums]) -> dict[str, list[list[float]]]:
     return {domain: found.tolist() for domain, found in sums.items()}
 
 
-def wanted(asked: dict[str, Any]) -> list[str]:
+def wanted(asked: dict[str, Any], chosen: list[str]) -> list[str]:
+    """Names of a set's rows; of ways those that are chosen, or all of them that the set asks for."""
     methods = asked.get("ways")
     extra = "nobody" in asked or "switching" in asked
+    ways = [name for name, (method, *_) in WAYS.items() if methods is None or method in methods]
     return [
         *(BASE, UNIFORM, ORACLE, SOUP, OWN),
         *(asked["experts"] if extra else ()),
-        *(name for name, (method, *_) in WAYS.items() if methods is None or method in methods),
+        *(name for name in ways if not chosen or name in chosen),
     ]
 
 
-Results = dict[str, dict[str, dict[str, Any]]]
-
-
-def run(suite: Suite, sets: dict[str, dict[str, Any]], save: Path) -> Results:
+def run(suite: Suite, sets: dict[str, dict[str, Any]], save: Path, chosen: list[str]) -> Results:
     """Run what is not saved yet; results by set and row."""
     results: Results = json.loads(save.read_text()) if save.exists() else {}
     for label, asked in sets.items():
         found = results.setdefault(label, {})
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(suite, asked, Path(folder) / "merged")
-            for name in wanted(asked):
+            bench = Bench(suite, asked, Path(folder))
+            for name in wanted(asked, chosen):
                 if name not in found:
                     found[name] = bench.row(name)
                     kept = json.loads(save.read_text()) if save.exists() else {}  # another process may add other sets
                     save.write_text(json.dumps({**kept, label: found}))
                     print(f"{label}: {name}", flush=True)
     return results
-
-
-def sums_of(found: dict[str, dict[str, Any]], name: str) -> dict[str, Sums]:
-    """Sums of the domains that have an expert."""
-    return {domain: np.array(of) for domain, of in found[name]["losses"].items() if domain in found[OWN]["losses"]}
-
-
-def recovered_table(results: Results) -> Iterator[list[str]]:
-    """What each way recovers on each set: of the gap between a uniform mixture and the label oracle, its share."""
-    for name in (SOUP, *WAYS):
-        cells = [name]
-        for found in results.values():
-            if name not in found:
-                cells.append("-")
-                continue
-            losses = {UNIFORM: sums_of(found, UNIFORM), ORACLE: sums_of(found, ORACLE), MERGED: sums_of(found, name)}
-            share = recovered(losses, list(losses[MERGED]))
-            cells.append("-" if share is None else f"{share.value:.2f}{share.interval}")
-        yield cells
-
-
-def regret_table(results: Results, way: str) -> Iterator[list[str]]:
-    """Nats by which the mixture is above each domain's own expert, and above the best single model of all."""
-    for label, found in results.items():
-        merged = sums_of(found, way)
-        regrets = {domain: difference(merged[domain], sums_of(found, OWN)[domain]) for domain in merged}
-        worst = max(regrets, key=lambda domain: regrets[domain][1])
-        mean = {name: np.mean([loss(of) for of in sums_of(found, name).values()]) for name in (way, OWN, BASE, SOUP)}
-        figures = [f"{mean[name]:.3f}" for name in (way, OWN, SOUP, BASE)]
-        low, value, high = regrets[worst]
-        yield [label, *figures, f"{worst} {value:+.3f} ({low:+.3f} to {high:+.3f})"]
-
-
-def extra_table(results: Results, way: str) -> Iterator[list[str]]:
-    """Losses on text of no expert and on text that switches, beside those of the models that it is made of."""
-    for label, found in results.items():
-        for domain in [domain for domain in found[way]["losses"] if domain not in found[OWN]["losses"]]:
-            dense = {
-                name: np.array(of["losses"][domain])
-                for name, of in found.items()
-                if set(of) == {"losses"} and domain in of["losses"] and name not in {UNIFORM, SOUP}
-            }
-            merged, soup = (np.array(found[name]["losses"][domain]) for name in (way, SOUP))
-            best = min(dense, key=lambda name: loss(dense[name]))
-            by_document = np.stack(list(dense.values()))
-            chosen = by_document[by_document[:, :, 0].argmin(axis=0), np.arange(by_document.shape[1])]
-            figures = [loss(merged), loss(np.array(found[BASE]["losses"][domain])), loss(soup), loss(chosen)]
-            yield [label, domain, *(f"{figure:.3f}" for figure in figures), f"{best} {loss(dense[best]):.3f}"]
-
-
-def loss(sums: Sums) -> float:
-    return float(sums[:, 0].sum() / sums[:, 1].sum())
-
-
-def difference(one: Sums, other: Sums) -> tuple[float, float, float]:
-    """Lower end of the 95 % interval over documents, value and upper end of a difference of losses."""
-    draws = np.random.default_rng(0).integers(len(one), size=(RESAMPLINGS, len(one)))
-    found = [loss(one[drawn]) - loss(other[drawn]) for drawn in draws]
-    low, high = np.percentile(found, (2.5, 97.5))
-    return float(low), loss(one) - loss(other), float(high)
 
 
 def main() -> None:
@@ -270,21 +210,18 @@ def main() -> None:
     parser.add_argument("--suite", type=Path, default=HERE / "router_suite.yaml")
     parser.add_argument("--prompts", type=Path, default=HERE / "router_prompts.yaml")
     parser.add_argument("--set", action="append", default=[], help="the name of a set; all without it")
+    parser.add_argument("--way", action="append", default=[], help="the name of a way of making routers; all without")
     parser.add_argument("--save", type=Path, required=True, help="a JSON file that keeps the losses of each row")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     sets = yaml.safe_load(options.suite.read_text())["sets"]
     chosen = {name: asked for name, asked in sets.items() if not options.set or name in options.set}
     prompts = yaml.safe_load(options.prompts.read_text())
-    results = run(Suite(options.models, options.texts, prompts), chosen, options.save)
-    results = {name: results[name] for name in chosen}
+    results = run(Suite(options.models, options.texts, prompts), chosen, options.save, options.way)
     show = markdown_table if options.markdown else text_table
     print(machine(options.save.parent))
-    print(show(["routers from", *results], list(recovered_table(results))))
-    way = "combined, texts, 4096 tokens"
-    heads = ["set", "text", "merged", BASE, SOUP, "best dense model of each document", "best dense model"]
-    print(show(heads, list(extra_table(results, way))))
-    print(show(["set", "merged", OWN, SOUP, BASE, "largest regret"], list(regret_table(results, way))))
+    for heads, rows in tables({name: results[name] for name in chosen}, list(WAYS)):
+        print(show(heads, rows))
 
 
 if __name__ == "__main__":

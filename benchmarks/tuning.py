@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from expert_sets import run_baseline
 from routers import show
 from table import machine
 
@@ -24,7 +25,7 @@ from moemerge.config.loading import parse_config
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import MERGED, ORACLE, UNIFORM, estimate, recovered
 from moemerge.evaluation.model_runs import RoutingTally, Runs
-from moemerge.evaluation.runnable import Runnable, forced, open_mixture, uniform
+from moemerge.evaluation.runnable import open_mixture
 from moemerge.passes.compute_dtype import Compute
 from moemerge.texts.documents import read_documents
 from moemerge.tuning.settings import Settings, TuningResult
@@ -97,13 +98,10 @@ def main() -> None:
         show(heads, options)
         if options.markdown:
             show(["---"] * len(heads), options)
-        even = uniform(first)
-        if isinstance(even, Runnable):
-            runs.run(UNIFORM, even)
-        for place in range(len(experts)):
-            runs.run(ORACLE, forced(first, place), domains=[place])
-        show(line(UNIFORM, runs, None, None), options)
-        show(line(ORACLE, runs, None, None), options)
+        for baseline in (UNIFORM, ORACLE):
+            run_baseline(baseline, runs, first)
+        for baseline in (UNIFORM, ORACLE):
+            show(line(baseline, runs, None, None), options)
         for way, model in starts.items():
             show(judged(way, model, runs, None), options)
         for what, way, given in rows:

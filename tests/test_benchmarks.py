@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from moemerge import load_config, merge, plan_merge
@@ -241,17 +242,53 @@ def test_sets_of_experts_are_judged_and_saved_rows_are_not_run_again(tmp_path, h
     printed = here(*arguments)
     rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in printed.splitlines()}
     assert len(rows["one"]) == len(rows["two"]) == 6
+    regret = r"(fox|code) [+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\) \|"
+    assert all(re.fullmatch(regret, rows[name][-1]) for name in ("one", "two"))
     assert [line.split(" | ")[1] for line in printed.splitlines() if line.startswith("| one | ")][:2] == [
         "nobody's: fox", "switching: fox, code"
     ]  # fmt: skip
     saved = (tmp_path / "losses.json").read_text()
     made = json.loads(saved)["one"]
-    assert {name for name in made if ", " in name} == {row for row in rows if row.startswith("combined")}
+    assert {name for name in made if ", " in name} == {
+        row for row in rows if row in made and row.startswith("combined")
+    }
+    assert {len(of) for row in made.values() for of in row["losses"].values()} == {7}
     assert made["combined, 2 prompts"]["losses"] != made["combined, weights alone"]["losses"]
     again = here(*arguments)
     assert "one: " not in again
     assert again.splitlines()[-2:] == printed.splitlines()[-2:]
     assert (tmp_path / "losses.json").read_text() == saved
+
+
+def test_published_routers_are_judged_beside_the_others(tmp_path, here):
+    make_models_and_texts(tmp_path, tuned_from=0)
+    (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")
+    (tmp_path / "suite.yaml").write_text("sets:\n  one: {experts: [fox, code], tokens: 60}\n")
+    ways = ["DUME's form, top 1, texts, 4096 tokens", "PHATGOOSE, texts, 4096 tokens", "delta, weights alone"]
+    printed = here(
+        "router_suite.py", "--models", tmp_path / "models", "--texts", tmp_path / "texts", "--markdown", "--prompts",
+        tmp_path / "prompts.yaml", "--suite", tmp_path / "suite.yaml", "--save", tmp_path / "losses.json",
+        *(part for way in ways for part in ("--way", way)),
+    )  # fmt: skip
+    made = json.loads((tmp_path / "losses.json").read_text())["one"]
+    assert [name for name in made if ", " in name] == [ways[2], *ways[:2]]
+    assert len({json.dumps(made[way]["losses"]) for way in ways}) == 3
+    assert "| combined, 2 prompts | - |" in printed
+    assert "| one | " not in printed
+
+
+def test_dume_divides_rows_and_their_bias_by_the_length_of_each(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from published_routers import dume_row_matrix
+
+    states = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    states[:, 0] = 5.0  # what a bias can lie along
+    expert = (states[:, 1] > 0).long() + (states[:, 1] > 1).long()
+    with_one = torch.cat([states, torch.ones(40, 1)], dim=1)
+    targets = torch.nn.functional.one_hot(expert, 3).float()
+    solved = torch.linalg.solve(with_one.T @ with_one + 0.01 * torch.eye(7), with_one.T @ targets)
+    logits = with_one @ (solved / solved[:-1].norm(dim=0))
+    assert torch.allclose(states @ dume_row_matrix(states, expert, 3).T, logits, atol=0.02)
 
 
 @pytest.mark.slow
