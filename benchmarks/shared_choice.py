@@ -8,27 +8,26 @@ token: each expert's text in a dense model of the method's shared weights and th
 """
 
 import argparse
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from routers import show
 
-from moemerge import plan_merge
-from moemerge.config.loading import parse_config
+from moemerge import load_config, plan_merge
 from moemerge.evaluation.shared_weights import best_of, losses_of
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.tokens import by_transformers, cut_windows
-from moemerge.planning.shared_choice import BASE, MIXED, TOKENS
+from moemerge.planning.shared_choice import BASE, MIXED, TOKENS, with_method
 from moemerge.texts.documents import find_files, read_documents
 
 METHODS = (BASE, *MIXED)
 
 
 def planned(path: Path) -> Any:
-    document = yaml.safe_load(path.read_text()) | {"shared_weights": "auto"}
-    return plan_merge(parse_config(json.dumps(document)))
+    """Plan every method, whether or not `auto` would choose among them for these models."""
+    plan = plan_merge(with_method(load_config(path), BASE))
+    return replace(plan, candidates={BASE: plan, **{m: plan.remake(with_method(plan.config, m)) for m in MIXED}})
 
 
 def losses(plan: Any, kind: str, tokens: int, length: int) -> Any:
