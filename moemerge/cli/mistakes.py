@@ -52,7 +52,7 @@ def explain_usage(error: Any) -> str:
             )
     if extra:
         message = f"{extra[1]}: more arguments than `{command}` takes"
-    return f"{message}. See `{command} --help`."
+    return f"{message}{'' if message.endswith('?') else '.'} See `{command} --help`."
 
 
 def check_arguments(config: Path, *others: Path, usage: str = "moemerge {config} {out}") -> None:

@@ -198,7 +198,7 @@ def test_the_command_fails_where_a_number_is_not_finite(model, llamas, monkeypat
     assert code == 1
     code, printed, errors = inspect(llamas[0], "--values")
     assert (code, "values 30 tensors of finite numbers" in " ".join(printed.split())) == (0, True)
-    assert "weights: 134.02 kB of 134.02 kB" in errors
+    assert errors == ""
     code, printed, errors = inspect(model, "--json")
     assert (code, json.loads(printed)["values"], errors) == (0, None, "")
 

@@ -366,7 +366,8 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, monkeypatch, caps
 
 def test_a_merge_into_a_quantised_file_is_refused_before_it_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "llama_cpp" else object())
-    assert run(["none.yaml", tmp_path / "m.gguf", "--type", "q4_k_m"], monkeypatch, capsys) == (
+    (tmp_path / "c.yaml").write_text("{}")
+    assert run([tmp_path / "c.yaml", tmp_path / "m.gguf", "--type", "q4_k_m"], monkeypatch, capsys) == (
         2,
         "error: To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[k-quants]'.\n",
     )
@@ -389,14 +390,24 @@ def test_where_nothing_but_warnings_is_asked_for_a_file_has_no_notes(tmp_path, m
     ("name", "said"),
     [
         ("Q4_K_M", "Q4_K_M: To make"),
-        ("q4km", "Invalid value for '--type': 'q4km' is not known; did you mean q4_k_m?\n"),
-        ("Q4_K", "Invalid value for '--type': 'Q4_K' is not known; did you mean q4_k_s?\n"),
-        ("best", f"Invalid value for '--type': 'best' is not known; known: {', '.join(GGUF_TYPES)}.\n"),
+        (
+            "q4km",
+            "Invalid value for '--type': 'q4km' is not known; did you mean q4_k_m? See `moemerge merge --help`.\n",
+        ),
+        (
+            "Q4_K",
+            "Invalid value for '--type': 'Q4_K' is not known; did you mean q4_k_s? See `moemerge merge --help`.\n",
+        ),
+        (
+            "best",
+            f"Invalid value for '--type': 'best' is not known; known: {', '.join(GGUF_TYPES)}. See `moemerge merge --help`.\n",
+        ),
     ],
 )
 def test_types_are_read_as_others_write_them(tmp_path, monkeypatch, capsys, name, said):
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "llama_cpp" else object())
-    code, found = run(["none.yaml", tmp_path / "m.gguf", "--type", name], monkeypatch, capsys)
+    (tmp_path / "c.yaml").write_text("{}")
+    code, found = run([tmp_path / "c.yaml", tmp_path / "m.gguf", "--type", name], monkeypatch, capsys)
     assert code == 2
     assert found.endswith(said if "Invalid" in said else "'moemerge[k-quants]'.\n")
     assert "Value error" not in found

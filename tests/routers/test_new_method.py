@@ -120,5 +120,7 @@ def test_the_documentation_has_every_method():
     page = (ROOT / "docs" / "routers.md").read_text()
     table = page.partition("| `gate_mode` | needs |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == known
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `gate_mode` |"))
+    line = next(
+        line for line in (ROOT / "docs" / "config.md").read_text().splitlines() if line.startswith("| `gate_mode` |")
+    )
     assert set(re.findall(r"`(\w+)`", line.split("|")[2])) == {"auto", *known}

@@ -344,7 +344,7 @@ def test_every_domain_that_loses_is_named(out, data, monkeypatch, capsys):
     code, printed, errors = run(words, monkeypatch, capsys)
     loss = "code loses: its held-out loss is higher by 0.1250 (0.1250 to 0.1250)"
     assert (code, f"note: {loss}\n{out}: written\n" in errors) == (0, True)
-    row = next(line.strip() for line in printed.splitlines() if line.startswith(" lower by"))
+    row = next(line.strip() for line in printed.splitlines() if line.startswith("lower by"))
     assert row.split("  ")[1:] == [
         "0.5000 (0.5000 to 0.5000)",
         "-0.1250 (-0.1250 to -0.1250)",
