@@ -168,7 +168,7 @@ def entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     is_mount = os.path.ismount(folder)
-    return [entry for entry in folder.iterdir() if not (is_mount and entry.is_dir() and _KEPT.fullmatch(entry.name))]
+    return [entry for entry in folder.iterdir() if not (is_mount and _KEPT.fullmatch(entry.name))]
 
 
 def foreign_files(folder: Path, allowed: Collection[str]) -> list[str]:

@@ -12,12 +12,14 @@ from moemerge.config.yaml_text import YamlTextError, read_yaml
 from moemerge.places import Place
 
 
-def text_for(config: MergeConfig, folder: Path) -> str:
+def text_for(config: MergeConfig, folder: Path | None) -> str:
     """Write a config for another folder: relative paths that lead somewhere here count from `folder` there.
 
-    Comments and order stay; only the paths are written again.
+    Comments and order stay; only the paths are written again, and none if `folder` is None, for another machine.
     """
     text = config.text
+    if folder is None:
+        return text
     document, root = read_yaml(text)
     moved = paths_from(config.model_dump(by_alias=True), folder)
     changes = {place: value for place, given, _ in path_values(document) if (value := _text_at(moved, place)) != given}

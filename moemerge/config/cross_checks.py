@@ -55,7 +55,7 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
             )
         )
     models = [expert.get("source_model") for expert in experts]
-    folders = {os.path.normpath(os.path.expanduser(model)) if isinstance(model, str) else None for model in models}  # noqa: PTH111  Path.expanduser raises
+    folders = {os.path.normpath(model) if isinstance(model, str) else None for model in models}
     if len(folders) == 1 and None not in folders and len(experts) >= MIN_EXPERTS and not allow_identical_experts:
         problems.append(
             (

@@ -30,7 +30,8 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
         ConfigError: lists every problem with its address, and its line in a file.
     """
     if isinstance(source, Mapping):
-        return _check(dict(source), "config", None, allow_identical_experts)
+        document, unset = with_paths_from(dict(source), None)
+        return _check(document, "config", None, allow_identical_experts, unset)
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"config: expected a path, or keys with values, found {SHORT_REPR.repr(source)}.", [])
     if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):

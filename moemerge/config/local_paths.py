@@ -48,7 +48,7 @@ def paths_from(document: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def moved(_: Place, text: str, *, pattern: bool) -> str:
         def one(path: str) -> str:
-            return os.path.relpath(path, folder.resolve())
+            return os.path.relpath(_plain(os.path.join(Path.cwd(), path)), folder.resolve())  # noqa: PTH118
 
         return _moved(text, lambda path: one(path) if _leads(path, pattern=pattern) else None, pattern=pattern)
 
@@ -76,7 +76,7 @@ def _from_folder(text: str, folder: Path, *, pattern: bool) -> str:
         there = os.path.join(escape(start) if pattern and has_magic(path) else start, path)  # noqa: PTH118
         if not _leads(there, pattern=pattern):
             return None
-        whole = os.path.normpath(there)  # a link keeps its name, which may name an expert
+        whole = _plain(there)
         return min(os.path.relpath(whole), whole, key=len)
 
     return _moved(text, one, pattern=pattern)
@@ -96,6 +96,13 @@ def _moved(text: str, one: Callable[[str], str | None], *, pattern: bool, absolu
             rest = _moved("+".join(parts[end:]), one, pattern=False, absolute=absolute)
             return f"{parts[0] if first is None else first}+{rest}"
     raise AssertionError("a text with a plus has two parts")  # pragma: no cover
+
+
+def _plain(path: str) -> str:
+    """Write a path without `..`; links keep their names, which may name an expert, unless `..` follows one."""
+    plain = os.path.normpath(path)
+    whole = os.path.realpath(path)
+    return plain if os.path.realpath(plain) == whole else whole
 
 
 def _leads(path: str, *, pattern: bool) -> bool:
@@ -137,13 +144,16 @@ def _with_paths(document: dict[str, Any], moved: Callable[..., str]) -> dict[str
 
 
 def replaced(document: dict[str, Any], changes: Mapping[Place, str]) -> dict[str, Any]:
-    """Copy a document with other values at some places."""
+    """Copy a document with other values at some places; what holds none of them is not copied."""
+    result: Any = document
+    for place, text in changes.items():
+        result = _with_value(result, place, text)
+    return dict(result)
 
-    def copied(value: Any, place: Place) -> Any:
-        if place in changes:
-            return changes[place]
-        if isinstance(value, dict):
-            return {key: copied(held, (*place, key)) for key, held in value.items()}
-        return [copied(held, (*place, index)) for index, held in enumerate(value)] if isinstance(value, list) else value
 
-    return {key: copied(held, (key,)) for key, held in document.items()}
+def _with_value(value: Any, place: Place, text: str) -> Any:
+    if not place:
+        return text
+    copied = value.copy()
+    copied[place[0]] = _with_value(value[place[0]], place[1:], text)
+    return copied

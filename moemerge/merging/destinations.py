@@ -41,6 +41,11 @@ class Destination(ABC):
         """Name of the model in its card."""
 
     @property
+    def final(self) -> Path | None:
+        """The folder on this machine that the model will be in; None if there is none."""
+        return None
+
+    @property
     def identity(self) -> Mapping[str, str]:
         """Facts, beside the plan's fingerprint, that have to be the same for a merge to be resumed."""
         return {}
@@ -98,6 +103,11 @@ class Folder(Destination):
     def name(self) -> str:
         """Name of the model in its card: `model`, or the folder's name."""
         return self.model or self.path.resolve().name
+
+    @property
+    def final(self) -> Path:
+        """The folder itself."""
+        return self.path
 
     def check(self, plan: MergePlan, options: MergeOptions, made_bytes: int) -> None:
         """Refuse a folder that holds something else, or a disk without room."""

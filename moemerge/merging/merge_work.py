@@ -177,13 +177,21 @@ class Work:
         for file_name, content in self._tokenizer.files.items():
             (folder / file_name).write_bytes(content)
 
-    def write_other_files(self, folder: Path, name: str, report: "RoutingReport") -> None:
-        """Write all files but weights and `config.json`; `name` is the model's name in its card."""
+    def write_other_files(self, folder: Path, name: str, final: Path | None, report: "RoutingReport") -> None:
+        """Write all files but weights and `config.json`.
+
+        Args:
+            folder: the folder to write them into.
+            name: the model's name in its card.
+            final: the folder that they will be in, from which paths in the config's copy count; None for the Hub.
+            report: the routing report.
+        """
         self.write_base_files(folder)
         if (index := self.plan.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
-        (folder / CONFIG_COPY).write_text(text_for(self.plan.config, folder), encoding="utf-8")
-        write_card(folder, name, self.plan, report, self._known_licence(), notes=self._tokenizer.notes)
+        text = text_for(self.plan.config, final)
+        (folder / CONFIG_COPY).write_text(text, encoding="utf-8")
+        write_card(folder, name, self.plan, report, self._known_licence(), text=text, notes=self._tokenizer.notes)
 
     def describe(self, folder: Path) -> None:
         """Write the files that describe the model into a new folder: no weights, a card without figures."""

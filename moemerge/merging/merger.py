@@ -65,7 +65,7 @@ def merge(
         kept = journal.resume(fingerprint, folder, plan.shards_without_routers, held)
         to.begin()
         report = to.write(work, Unfinished(folder, journal, kept, Tally(progress, plan.shards, kept)))
-        work.write_other_files(folder, to.name, report)
+        work.write_other_files(folder, to.name, to.final, report)
         with _forgetting(journal):
             plan.origins.check("while it was read")
         work.write_config(folder)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.chats import COUNTED_ROLES
-from moemerge.config.config_copy import text_for
 from moemerge.config.schema import CARD, CONFIG_COPY, Expert
 from moemerge.errors import RefusedError
 from moemerge.model_card.markdown import as_code, as_text
@@ -36,10 +35,21 @@ def write_card(
     report: "RoutingReport",
     licence: str | None = None,
     *,
+    text: str | None = None,
     notes: Sequence[str] = (),
 ) -> None:
-    """Write `README.md` with the Hub's metadata into `folder`; name, licence and notes are the merged model's."""
-    values = _values(plan, text_for(plan.config, folder), [*plan.family_notes, *notes])
+    """Write `README.md` with the Hub's metadata into `folder`.
+
+    Args:
+        folder: the folder to write it into.
+        name: the merged model's name.
+        plan: the plan that it was made by.
+        report: which experts take the tokens of which text.
+        licence: the merged model's licence.
+        text: the config as it is shown; None as it was written.
+        notes: what to say of the merge beside the plan's notes.
+    """
+    values = _values(plan, plan.config.text if text is None else text, [*plan.family_notes, *notes])
     use = use_it(name, plan.family.model_type, plan.right_in)
     data_sets = hub_revisions([data.name for data in plan.data_sets])
     card = render("card", name=name, report=report, use=use, data_sets=data_sets, **values)

@@ -429,3 +429,13 @@ def test_space_that_is_not_there_is_refused_before_it_is_written(tmp_path, monke
         with pytest.raises(OSError, match="No space left on device"):
             allocate(file.fileno(), 200, reserve=True)
     assert (tmp_path / "a").stat().st_size == 100
+
+
+def test_an_empty_mount_point_takes_a_model_though_the_lock_lies_within(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    with staged(out) as folder:
+        assert sorted(path.name for path in out.iterdir()) == [".moemerge-partial", ".moemerge-partial.lock"]
+        (folder / "config.json").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["config.json"]

@@ -127,3 +127,37 @@ def test_a_copy_whose_paths_stand_in_anchors_is_written_anew(project, monkeypatc
         "base_model": "../models/base",
         "experts": [{"source_model": "../models/base"}, {"source_model": "../models/fox"}],
     }
+
+
+def test_a_step_up_after_a_link_leads_where_the_system_says(tmp_path, monkeypatch):
+    """`current/../base` is beside what the link leads to, not beside the link."""
+    for name in ("real/v1", "real/base", "real/code", "cfg/base"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "cfg" / "current").symlink_to(tmp_path / "real" / "v1")
+    (tmp_path / "cfg" / "a.yaml").write_text(
+        "base_model: current/../base\nexperts: [{source_model: current/../code}, {source_model: current}]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = load_config("cfg/a.yaml")
+    assert paths(config) == ["real/base", "real/code", "cfg/current"]
+    monkeypatch.chdir(tmp_path / "cfg")
+    text = text_for(load_config("a.yaml"), tmp_path / "real" / "v1")
+    assert yaml.safe_load(text)["base_model"] == "../base"
+    assert yaml.safe_load(text)["experts"][1]["source_model"] == "../../cfg/current"
+
+
+def test_keys_with_values_have_variables_and_home_too(project, monkeypatch):
+    monkeypatch.setenv("MODELS", "/models")
+    experts = [{"source_model": "$MODELS/fox"}, {"source_model": "${MODELS}/owl"}]
+    assert paths(load_config({"base_model": "$MODELS/base", "experts": experts})) == [
+        "/models/base",
+        "/models/fox",
+        "/models/owl",
+    ]
+    with pytest.raises(ConfigError, match=r"base_model: the variable \$NONE is not set, found '\$NONE/base'"):
+        load_config({"base_model": "$NONE/base", "experts": experts})
+
+
+def test_the_hub_gets_the_config_as_it_was_written(project):
+    config = load_config("../project/merge.yaml")
+    assert text_for(config, None) == TEXT
