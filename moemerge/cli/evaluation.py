@@ -37,7 +37,10 @@ class MeasuringOptions:
     max_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that are read of each NAME.")] = 8192
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that a model sees at a time.")] = 512
     rerun: Annotated[
-        bool, typer.Option("--rerun", help="Run dense models again whose losses on this text are kept.")
+        bool,
+        typer.Option(
+            "--rerun", help="Run dense models again whose losses on this text are kept, and keep the new ones."
+        ),
     ] = False
     chat_roles: ChatRoles = ROLES_OF_CHATS
     device: Device = "auto"
@@ -132,7 +135,8 @@ def _measure(
                 roles=named_roles(measuring.chat_roles),
                 device=measuring.device,
                 compute_dtype=measuring.compute_dtype,
-                kept_losses=None if measuring.rerun else default_folder(),
+                kept_losses=default_folder(),
+                rerun=measuring.rerun,
             ),
             progress=stoppable(progress),
             announce=announcer(console, quiet=quiet),

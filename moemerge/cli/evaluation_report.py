@@ -21,6 +21,9 @@ def print_evaluation(console: Console, found: "Evaluation", *, by_layer: bool, e
     """Print a verdict, losses by model and domain, what choosing experts recovers, and the routers' choices."""
     console.print(f"{verdict(found)}.")
     _print_losses(console, found)
+    if found.differences:
+        gaps = [f"{model} {gap.value:+.3f}{gap.interval}" for model, gap in found.differences.items()]
+        console.print(f"Mean loss of {MERGED} above that of others, on the same documents: {', '.join(gaps)}")
     if found.recovered_mean:
         mean = found.recovered_mean
         parts = [f"{name} {part.value:.2f}" for name, part in found.recovered.items()]

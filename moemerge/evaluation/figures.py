@@ -13,7 +13,7 @@ _INTERVAL: Final = (2.5, 97.5)
 FEWEST_DOCUMENTS: Final = 5
 """Fewest documents that get an interval."""
 NO_GAIN: Final = 0.005
-"""Difference in nats per token below which two losses say nothing."""
+"""Gain of the oracle in nats per token below which there is nothing to recover."""
 MERGED: Final = "merged"
 UNIFORM: Final = "uniform mixture"
 ORACLE: Final = "label oracle"
@@ -61,6 +61,11 @@ class Estimate:
         return f"{self.value:.4f}{found}"
 
     @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval is above or below 0, so that the number surely is; else 0."""
+        return 0 if self.low is None or self.high is None else (self.low > 0) - (self.high < 0)
+
+    @property
     def interval(self) -> str:
         """The interval in words; empty where there is none."""
         return "" if self.low is None or self.high is None else f" ({self.low:.3f} to {self.high:.3f})"
@@ -100,6 +105,8 @@ class Evaluation:
     """Nats per token by model and domain. A model may lack a domain, such as the oracle one without an expert."""
     mean_losses: Mapping[str, float]
     """Mean loss over domains, each weighing alike, for every model that has all domains."""
+    differences: Mapping[str, Estimate]
+    """How much higher the merged model's mean loss is than that of each other model, on the same documents."""
     recovered: Mapping[str, Estimate]
     """`(uniform - merged) / (uniform - oracle)` by domain, where choosing gains anything."""
     recovered_mean: Estimate | None

@@ -19,22 +19,34 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 
 
-def default_folder() -> Path:
-    """The folder for kept losses: `moemerge/losses` in the user's cache (XDG_CACHE_HOME, else `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moemerge" / "losses"
+def default_folder() -> Path | None:
+    """The folder for kept losses: `moemerge/losses` in the user's cache (XDG_CACHE_HOME, else `~/.cache`).
+
+    None where there is neither, as for a user of a container that has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moemerge" / "losses"
+    except RuntimeError:
+        return None
 
 
 class KeptLosses:
     """Losses by model and windows of text, each in a small file of its own."""
 
-    def __init__(self, folder: Path | None, compute: Compute) -> None:
-        """Keep losses in a folder, which need not exist; with None, keep none."""
-        self._folder = folder
+    def __init__(self, folder: Path | None, compute: Compute, *, replace: bool = False) -> None:
+        """Keep losses in a folder, which need not exist; with None, keep none.
+
+        Args:
+            folder: the folder.
+            compute: what models are run in.
+            replace: whether to find none that are there, so that new ones take their place.
+        """
+        self._folder, self._replace = folder, replace
         self._settings = [compute.dtype_name, compute.device.type, *map(version, ("moemerge", "transformers", "torch"))]
 
     def find(self, model: Runnable, windows: Sequence[Window]) -> torch.Tensor | None:
         """Read the losses (window,) of a model on some windows; None where they are not kept."""
-        path = self._path(model, windows)
+        path = None if self._replace else self._path(model, windows)
         try:
             found = json.loads(path.read_text(encoding="utf-8")) if path else None
         except (OSError, ValueError):

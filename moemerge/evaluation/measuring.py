@@ -18,6 +18,7 @@ from moemerge.evaluation.figures import (
     Domain,
     Evaluation,
     Sums,
+    difference,
     estimate,
     no_better,
     recovered,
@@ -48,7 +49,8 @@ def measure(
     dense, notes = _dense_models(mixture, announce)
     judged = sum(expert is not None for expert in texts.expert)
     planned = 1 + len(dense) + (2 + judged) * baselines
-    runs = Runs(texts, compute, progress, KeptLosses(settings.kept_losses, compute), planned)
+    kept = KeptLosses(settings.kept_losses, compute, replace=settings.rerun)
+    runs = Runs(texts, compute, progress, kept, planned)
     routing = RoutingTally(mixture, texts)
     runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=routing.add)
     notes += [note for model in dense if (note := _try(runs, model.name, model))]
@@ -142,6 +144,11 @@ def _evaluation(  # noqa: PLR0917
             model: math.fsum(found.value for found in of.values()) / len(of)
             for model, of in losses.items()
             if len(of) == len(domains)
+        },
+        differences={
+            model: difference(sums[MERGED], of)
+            for model, of in sums.items()
+            if model != MERGED and len(of) == len(domains)
         },
         recovered=by_domain,
         recovered_mean=recovered(sums, judged) if judged else None,

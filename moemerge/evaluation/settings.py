@@ -25,4 +25,6 @@ class EvaluationSettings:
     compute_dtype: ComputeDtype = "auto"
     """`float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
     kept_losses: Path | None = None
-    """Folder that keeps losses of dense models, which are not run again over the same text; None runs every model."""
+    """Folder that keeps losses of dense models, which are not run again over the same text; None keeps none."""
+    rerun: bool = False
+    """Whether to run every model, and to replace the losses that are kept."""

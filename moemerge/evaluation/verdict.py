@@ -3,7 +3,17 @@
 from collections.abc import Sequence
 from typing import Final
 
-from moemerge.evaluation.figures import BASE, EXPERT, MERGED, NO_GAIN, ORACLE, SOUP, UNIFORM, Evaluation
+from moemerge.evaluation.figures import (
+    BASE,
+    EXPERT,
+    FEWEST_DOCUMENTS,
+    MERGED,
+    ORACLE,
+    SOUP,
+    UNIFORM,
+    Domain,
+    Evaluation,
+)
 
 WORDS: Final = {
     MERGED: "the mixture as it is",
@@ -18,15 +28,24 @@ WORDS: Final = {
     "first's weight": "mean weight of the first choice among those that are chosen",
 }
 """What the rows and columns of an evaluation are."""
+# By the sign of what is sure: the words for one model, and for all experts together.
+_SURE: Final = {
+    -1: ("better than", "every dense expert"),
+    0: ("not surely different from", "any dense expert"),
+    1: ("worse than", "every dense expert"),
+}
 
 
 def verdict(found: Evaluation) -> str:
-    """Say in one sentence how the merged model does beside what it is made of, and where it is weakest."""
+    """Say in one sentence how the merged model does beside what it is made of, and where it is weakest.
+
+    It is better or worse only where the 95 % interval of the difference has no room for 0.
+    """
     if MERGED not in found.mean_losses:  # pragma: no cover  the mixture runs over every domain
         return ""
-    merged = found.mean_losses[MERGED]
-    parts = [*_against_others(found, merged), *_weakest(found)]
-    return f"{MERGED} {merged:.3f} nats per token" + (f": {'; '.join(parts)}" if parts else "")
+    few = [domain for domain in found.domains if domain.documents < FEWEST_DOCUMENTS]
+    parts = _too_few(few[0]) if few else [*_against_others(found), *_weakest(found)]
+    return f"{MERGED} {found.mean_losses[MERGED]:.3f} nats per token" + (f": {'; '.join(parts)}" if parts else "")
 
 
 def best_models(found: Evaluation) -> dict[str, str]:
@@ -40,28 +59,36 @@ def best_models(found: Evaluation) -> dict[str, str]:
     return {name: min(column, key=column.__getitem__) for name, column in columns.items()}
 
 
-def _against_others(found: Evaluation, merged: float) -> list[str]:
-    """Compare mean losses; of less than `NO_GAIN` apart, neither is better."""
-    means = found.mean_losses
-    experts = [model for model in means if model.startswith(EXPERT)]
-    said: dict[str, list[str]] = {"better than": [], "no different from": [], "worse than": []}
-    for model in (BASE, *experts, SOUP, UNIFORM):
-        if model in means:
-            gap = means[model] - merged
-            said["no different from" if abs(gap) < NO_GAIN else "better than" if gap > 0 else "worse than"].append(
-                model
-            )
-    return [f"{word} {_listed(_named(models, experts))}" for word, models in said.items() if models]
+def _too_few(domain: Domain) -> list[str]:
+    documents = f"{domain.documents} document{'' if domain.documents == 1 else 's'}"
+    return [
+        f"too few documents were read to be sure what it is better than ({documents} of {domain.name}, and "
+        f"{FEWEST_DOCUMENTS} are needed)"
+    ]
 
 
-def _named(models: Sequence[str], experts: Sequence[str]) -> list[str]:
+def _against_others(found: Evaluation) -> list[str]:
+    """Sort the other models by what is sure of their differences."""
+    experts = [model for model in found.differences if model.startswith(EXPERT)]
+    models = [model for model in (BASE, *experts, SOUP, UNIFORM) if model in found.differences]
+    parts = []
+    for sign, (word, all_experts) in _SURE.items():
+        if alike := [model for model in models if found.differences[model].sign == sign]:
+            parts.append(f"{word} {_listed(_named(alike, experts, all_experts))}")
+    return parts
+
+
+def _named(models: Sequence[str], experts: Sequence[str], all_experts: str) -> list[str]:
     whole = len(experts) > 1 and set(experts) <= {*models}
-    dense = ["every dense expert"] if whole else [f"the dense {model}" for model in models if model in experts]
+    dense = [all_experts] if whole else [f"the dense {model}" for model in models if model in experts]
     return [*dense, *(f"the {model}" for model in models if model not in experts)]
 
 
 def _weakest(found: Evaluation) -> list[str]:
-    """Name the domain that loses most against its own dense expert; without one, where the router errs most."""
+    """Name the domain that loses most against its own dense expert; without experts, where the router errs most.
+
+    There is none where the mixture is no worse than any of them.
+    """
     lost = {
         domain.name: found.losses[MERGED][domain.name].value - found.losses[own][domain.name].value
         for domain in found.domains
@@ -72,10 +99,9 @@ def _weakest(found: Evaluation) -> list[str]:
         return []
     name = max(lost, key=lambda domain: lost[domain]) if lost else min(right, key=lambda domain: right[domain])
     share = f"{right[name]:.0%} of its tokens go to {name} first"
-    if name not in lost:
+    if not lost:
         return [f"weakest on {name}: {share}"]
-    amount = f"{abs(lost[name]):.3f} {'above' if lost[name] > 0 else 'below'} its own expert"
-    return [f"weakest on {name}, {amount}; {share}"]
+    return [f"weakest on {name}, {lost[name]:.3f} above its own expert; {share}"] if lost[name] > 0 else []
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -283,12 +283,17 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     code, printed, errors = run(["eval", copied, *given, "--max-tokens", 60, "--baselines", "-v"], monkeypatch, capsys)
     assert code == 0
     verdict, heading, *_ = printed.splitlines()
-    assert re.match(
-        r"merged \d\.\d{3} nats per token: .*; weakest on \w+, 0\.\d{3} (above|below) its own expert; ", verdict
+    assert re.fullmatch(
+        r"merged \d\.\d{3} nats per token: too few documents were read to be sure what it is better than \(\d documents "
+        r"of \w+, and 5 are needed\)\.",
+        verdict,
     )
     assert heading == "Loss in nats per token (perplexity) in float32; * is the lowest, label oracle aside:"
     assert re.search(r"merged +\d\.\d{3} \(\d+\.\d\d\)", printed)
     assert len(re.findall(r"\)\*", printed)) == 4  # each text, and their mean
+    assert re.search(
+        r"\nMean loss of merged above that of others, on the same documents: base [+-]\d\.\d{3}, expert fox ", printed
+    )
     assert "Text that was read: fox: " in printed
     assert "Load by layer, fox:" in printed
     assert "note: other is not an expert's name" in errors
@@ -302,6 +307,11 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     assert card.count("## Evaluation") == 1
     assert "Loss in nats per token, computed in float32, on held-out text (" in card
     assert f"| merged | {facts['losses']['merged']['fox']['value']:.3f}" in card
+    gap = facts["differences"]["base"]
+    means = facts["mean_losses"]
+    assert gap == {"value": pytest.approx(means["merged"] - means["base"]), "low": None, "high": None}
+    shown = f"Mean loss of merged above that of others, on the same documents: base {gap['value']:+.3f}, expert fox "
+    assert shown in card
     assert card.index("## Evaluation") < card.index("## Configuration")
     assert re.sub(r"<!-- evaluation -->.*<!-- /evaluation -->\n\n", "", card, flags=re.DOTALL) == before
     (copied / "README.md.new").mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,19 @@ def test_new_text_is_run_by_itself(made, ran, tmp_path):
     assert (first, len(list((tmp_path / "kept").iterdir()))) == (3, 6)  # base and two experts
 
 
+def test_a_rerun_replaces_what_is_kept(made, ran, tmp_path):
+    one, _, data = made
+    settings = EvaluationSettings(kept_losses=tmp_path / "kept")
+    before = evaluate(one, data, settings)
+    for path in (tmp_path / "kept").iterdir():
+        path.write_text(json.dumps([100.0] * len(json.loads(path.read_text()))))
+    assert evaluate(one, data, settings).losses["base"]["fox"].value != before.losses["base"]["fox"].value
+    first = len(ran)
+    assert evaluate(one, data, replace(settings, rerun=True)).losses == before.losses
+    assert ran[first:] == ran[:4]  # the mixture, base and two experts
+    assert evaluate(one, data, settings).losses == before.losses
+
+
 def test_a_changed_model_is_run_again(llamas, tmp_path):
     kept = KeptLosses(tmp_path / "kept", Compute(torch.device("cpu"), torch.float32))
     windows = [Window(0, (1, 2, 3), (True, True, True))]
@@ -109,3 +123,10 @@ def test_losses_are_kept_in_the_user_s_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_folder() == tmp_path / ".cache" / "moemerge" / "losses"
+
+
+def test_a_user_without_a_home_keeps_none(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a uid that has no entry
+    assert default_folder() is None
