@@ -61,7 +61,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "output_bytes": plan.output_bytes,
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
         "peak_memory_bytes": plan.peak_memory_bytes,
-        "pass_work": asdict(work) | {"seconds": work.seconds} if (work := plan.pass_work) else None,
+        "pass_work": asdict(work) if (work := plan.pass_work) else None,
         "remote_bytes": plan.remote_bytes,
         "download_bytes": plan.download_bytes,
         "kept_bytes": plan.kept_bytes,

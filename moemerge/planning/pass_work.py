@@ -53,7 +53,7 @@ class PassWork:
 def pass_work(config: MergeConfig, shape: Shape, parts: Parts) -> PassWork | None:
     """Estimate the work of the passes over the base model; None where it is not run.
 
-    Text that experts write is not counted, but that it is read.
+    For text that experts write, reading it is counted, and writing it is not.
     """
     if not shape.runs_base:
         return None

@@ -126,8 +126,8 @@ def test_plan_as_json_says_where_every_byte_comes_from(llamas, config):
     result = run("plan", config, "--json", "--max-shard-size", "30kB", after=NO_TORCH)
     facts = json.loads(result.stdout)
     assert facts["experts"] == 3
+    assert set(facts["pass_work"]) == {"tokens", "layers", "operations"}  # no timing, so that plans are alike
     assert facts["pass_work"]["layers"] == 3
-    assert facts["pass_work"]["seconds"] > 0
     assert sum(shard["bytes"] for shard in facts["shards"]) < facts["output_bytes"]
     tensors = {tensor["name"]: tensor for tensor in facts["tensors"]}
     expert = tensors["model.layers.2.block_sparse_moe.experts.1.w3.weight"]
