@@ -25,12 +25,7 @@ def main() -> None:
     return_freed_memory()  # as the command does
     start = time.perf_counter()
     plan = plan_merge(load_config(options.config))
-    routers = init_routers(
-        plan.router_request,
-        PassOptions(options.device, options.dtype),
-        seed=0,
-        progress=lambda _done, _total: None,
-    )
+    routers = init_routers(plan.router_request, PassOptions(options.device, options.dtype), seed=0)
     print(json.dumps({"seconds": time.perf_counter() - start, "layers": len(routers.rows)}))
 
 

@@ -10,6 +10,7 @@ from moemerge.cli.grouping import grouped
 from moemerge.cli.mistakes import check_arguments
 from moemerge.cli.options import AllowIdentical, CacheDir, Debug, Json, VerboseOptions
 from moemerge.cli.plan_request import PlanRequest, plan_from
+from moemerge.progress import Task
 
 
 def inspect_model(
@@ -41,7 +42,7 @@ def inspect_model(
 
         with show_progress(console, quiet=not values) as progress:
             found = inspect_checkpoint(
-                model, console.print, values=values, progress=lambda done, total: progress("weights", done, total)
+                model, console.print, values=values, progress=lambda done, total: progress(Task("weights"), done, total)
             )
         if json:
             print_json(asdict(found))
@@ -88,7 +89,9 @@ def verify_model(
         request = PlanRequest(against, allow_identical_experts, family=family)
         plan = plan_from(console, request, PlanOptions(needs_texts=False, weights="stream"), quiet=quiet)
         with show_progress(console, quiet=quiet) as progress:
-            found = verify_merge(plan, out, seed=seed, progress=lambda done, total: progress("weights", done, total))
+            found = verify_merge(
+                plan, out, seed=seed, progress=lambda done, total: progress(Task("weights"), done, total)
+            )
         for note in found.notes:
             announcer(console, quiet=quiet)(f"note: {note}")
         if messages.json:

@@ -21,6 +21,7 @@ from moemerge.cli.options import ComputeIn, Device
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
+from moemerge.progress import Task
 
 if TYPE_CHECKING:
     from moemerge.evaluation.generation import Answer, Sampling, Token
@@ -166,7 +167,7 @@ def _load(console: Console, out: Path, speaking: SpeakingOptions, *, quiet: bool
             out,
             device=speaking.device,
             compute_dtype=speaking.compute_dtype,
-            progress=lambda done, of: report(f"loading {out}", done, of),
+            progress=lambda done, of: report(Task("load", str(out)), done, of),
         )
 
 

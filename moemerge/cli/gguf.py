@@ -15,6 +15,7 @@ from moemerge.cli.imatrix import ImatrixMaker, ImatrixOptions
 from moemerge.cli.options import CacheDir, GgufType, LlamaCpp, MessageOptions
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
+from moemerge.progress import Task
 
 if TYPE_CHECKING:
     from moemerge.export.writing import GgufOptions, SpaceCheck
@@ -123,7 +124,7 @@ def _write(
             options,
             room=room or check_room,
             tell=lambda note: console.print(f"warning: {note}", style="yellow"),
-            progress=lambda done, total: report("weights", done, total),
+            progress=lambda done, total: report(Task("weights"), done, total),
         )
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moemerge.cli.console import stoppable
 from moemerge.errors import RefusedError
+from moemerge.progress import Task
 
 if TYPE_CHECKING:
     from moemerge.export.imatrix import Importance
@@ -155,7 +156,7 @@ def quantise_into(
             write,
             overwrite=overwrite,
             importance=importance,
-            progress=lambda done, total: report(kind, done, total),
+            progress=lambda done, total: report(Task("quantised weights"), done, total),
         )
     for note in () if quiet else made.notes:
         console.print(f"note: {note}", style="yellow")

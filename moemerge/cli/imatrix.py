@@ -11,6 +11,7 @@ from moemerge.cli.console import announcer, stoppable
 from moemerge.cli.gguf_output import WRITTEN_HERE
 from moemerge.cli.options import ComputeIn, Device
 from moemerge.errors import RefusedError
+from moemerge.progress import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,7 +122,7 @@ class ImatrixMaker:
                 tokens=options.imatrix_tokens,
                 device=self.options.device,
                 compute_dtype=self.options.compute_dtype,
-                progress=lambda done, total: report("importance matrix", done, total),
+                progress=lambda done, total: report(Task("importance matrix"), done, total),
             )
         if options.imatrix_out:
             found.write(options.imatrix_out)

@@ -26,6 +26,7 @@ from moemerge.cli.options import (
 from moemerge.cli.standard_input import path_of
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
+from moemerge.progress import Task
 from moemerge.sources.data_sets import SCHEME
 from moemerge.texts.documents import TextSource, find_files, read_documents
 
@@ -132,7 +133,7 @@ def _trace(
             roles=named_roles(tracing.chat_roles),
             device=tracing.device,
             compute_dtype=tracing.compute_dtype,
-            progress=lambda done, of: report("routes", done, of),
+            progress=lambda done, of: report(Task("routes"), done, of),
         )
 
 

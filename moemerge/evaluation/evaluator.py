@@ -10,12 +10,10 @@ from moemerge.chats import Document
 from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import Estimate, Evaluation, Sums, difference
 from moemerge.evaluation.settings import EvaluationSettings
+from moemerge.progress import Progress
 from moemerge.texts.documents import find_files, hub_revisions, read_documents
 
 __all__ = ["Evaluation", "evaluate"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, as `3 of 8: label oracle`, and the layers of all models, done and in total."""
 
 
 def evaluate(
@@ -23,7 +21,7 @@ def evaluate(
     data: Mapping[str, Sequence[str]],
     settings: EvaluationSettings = EvaluationSettings(),
     *,
-    progress: Progress = lambda _name, _done, _total: None,
+    progress: Progress = lambda _task, _done, _total: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Run a merged model, and the models that it is made of, over text that it was not made from.
@@ -35,7 +33,7 @@ def evaluate(
         data: files, folders or patterns of documents, or data sets on the Hub, by the name of their domain. A
             domain with the name of an expert is that expert's.
         settings: what is run, over how much text, and on which device.
-        progress: called as the work goes on.
+        progress: called as each model is run, with the layers of all models.
         announce: called with a line about each step that takes long.
 
     Raises:
@@ -54,7 +52,7 @@ def compare(
     data: Mapping[str, Sequence[str]],
     settings: EvaluationSettings = EvaluationSettings(),
     *,
-    progress: Progress = lambda _name, _done, _total: None,
+    progress: Progress = lambda _task, _done, _total: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Evaluation], list[Estimate | None]]:
     """Evaluate several merged models on the same text, as `evaluate` does one.

@@ -29,13 +29,14 @@ from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced
 from moemerge.evaluation.seen_text import seen_text_notes
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.passes.compute_dtype import find_compute
+from moemerge.progress import Progress
 
 
 def measure(
     folder: Path | str,
     documents: Mapping[str, Sequence[Document]],
     settings: EvaluationSettings,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     announce: Callable[[str], None],
 ) -> tuple[Evaluation, Mapping[str, Sums]]:
     """Evaluate as `moemerge.evaluation.evaluator.evaluate` does; `documents` are by domain.

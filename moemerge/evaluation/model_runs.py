@@ -13,6 +13,7 @@ from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.evaluation.running import Choice, run_model
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
+from moemerge.progress import Progress, Task
 from moemerge.routers.scoring import shares
 
 
@@ -22,8 +23,8 @@ class Runs:
 
     texts: Texts
     compute: Compute
-    progress: Callable[[str, int, int], None]
-    """Called with what runs, its number among `planned` ones, and the layers of all of them, done and in total."""
+    progress: Progress
+    """Called with the model that runs, and the layers of all `planned` ones."""
     kept: KeptLosses | None = None
     """Losses of earlier runs; None where every model is run."""
     planned: int = 1
@@ -86,7 +87,9 @@ class Runs:
 
     def _report(self, name: str, done: int, layers: int) -> None:
         before = (self._number - 1) * layers
-        self.progress(f"{self._number} of {self.planned}: {name}", before + done, self.planned * layers)
+        self.progress(
+            Task("losses", f"{name} ({self._number} of {self.planned})"), before + done, self.planned * layers
+        )
 
 
 class RoutingTally:

@@ -15,8 +15,9 @@ from moemerge.export.planned_tensors import Planned, waits
 from moemerge.export.tensors import GgufTensor
 from moemerge.export.writing import STAGED, SpaceCheck, advising_types, check_file, check_room, staged_file
 from moemerge.merging.merge_work import Tally, Work
-from moemerge.merging.options import MergeOptions, Progress
+from moemerge.merging.options import MergeOptions
 from moemerge.planning.plan import MergePlan
+from moemerge.progress import Progress
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -32,7 +33,7 @@ def merge_to_gguf(
     *,
     form: GgufFormat = GgufFormat(),
     room: SpaceCheck = check_room,
-    progress: Progress = lambda _stage, _done, _total: None,
+    progress: Progress = lambda _task, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":

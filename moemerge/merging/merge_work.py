@@ -19,12 +19,13 @@ from moemerge.config.config_copy import text_for
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import RefusedError
-from moemerge.merging.options import MergeOptions, Progress, Stage
+from moemerge.merging.options import MergeOptions
 from moemerge.model_card.card import write_card, write_metadata_card
 from moemerge.model_card.metadata import licence_of
 from moemerge.planning.plan import MergePlan
 from moemerge.planning.shared_choice import SharedChoice, settle
 from moemerge.planning.tokenizer_proof import prove_tokenizer
+from moemerge.progress import Progress, Task
 from moemerge.routers.initialisation import Routers, check_base_bits, init_routers
 from moemerge.routers.kept_folder import check_keeps
 
@@ -90,7 +91,7 @@ class Work:
 
             options, shapes = self.options, self.plan.parts.base.layer_shapes
             compute = find_compute(options.device, options.compute_dtype, shapes)
-            choice = choose(self.plan, compute, partial(progress, "shared weights"))
+            choice = choose(self.plan, compute, partial(progress, Task("shared weights")))
         notes, self.plan = self.plan.notes, settle(self.plan, choice)
         for note in self.plan.notes:
             if note not in notes:
@@ -145,17 +146,11 @@ class Work:
     def init_routers(self, tally: "Tally", check: Callable[[], None] = lambda: None) -> Routers:
         """Compute the routers; `check` is called when a layer has run, and may raise."""
 
-        def checked(stage: Stage, done: int, total: int) -> None:
+        def checked(task: Task, done: int, total: int) -> None:
             check()
-            tally.layers(stage, done, total)
+            tally.others(task, done, total)
 
-        return init_routers(
-            self.plan.router_request,
-            self.options,
-            seed=self.options.seed,
-            progress=partial(checked, "routers"),
-            writing=lambda name, done, total: checked(f"{name} writes tokens", done, total),
-        )
+        return init_routers(self.plan.router_request, self.options, seed=self.options.seed, progress=checked)
 
     def init_routers_beside(self, writer: ShardWriter, tally: "Tally") -> Routers:
         """Compute the routers while a writer is at work; an error of the writer is raised after the current layer."""
@@ -212,7 +207,7 @@ class Work:
 
 
 class Tally:
-    """Adds up the progress of the two stages, routers and weights, which report from different threads."""
+    """Adds up the progress of two tasks, routers and weights, which report from different threads."""
 
     def __init__(self, progress: Progress, shards: Sequence[Shard], kept: Collection[str] = ()) -> None:
         self._progress, self._lock = progress, threading.Lock()
@@ -224,9 +219,9 @@ class Tally:
         """Report that `nbytes` more bytes are written."""
         with self._lock:
             self._done += nbytes
-            self._progress("weights", self._done, self._total)
+            self._progress(Task("weights"), self._done, self._total)
 
-    def layers(self, stage: Stage, done: int, total: int) -> None:
-        """Report how far another stage is; see `Progress`."""
+    def others(self, task: Task, done: int, total: int) -> None:
+        """Report how far another task is."""
         with self._lock:
-            self._progress(stage, done, total)
+            self._progress(task, done, total)

@@ -13,9 +13,10 @@ from moemerge.checkpoint.staging import journal_of
 from moemerge.errors import CheckpointError
 from moemerge.merging.destinations import Destination, Folder, Unfinished
 from moemerge.merging.merge_work import Tally, Work
-from moemerge.merging.options import MergeOptions, Progress
+from moemerge.merging.options import MergeOptions
 from moemerge.planning.fingerprint import CHOSEN, plan_fingerprint
 from moemerge.planning.plan import MergePlan
+from moemerge.progress import Progress
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -26,7 +27,7 @@ def merge(
     destination: Destination | Path | str,
     options: MergeOptions = MergeOptions(),
     *,
-    progress: Progress = lambda _stage, _done, _total: None,
+    progress: Progress = lambda _task, _done, _total: None,
     warn: Callable[[str], None] = lambda _: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> "RoutingReport":

@@ -1,19 +1,8 @@
 """The options of a merge that belong neither to its plan nor to its destination."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from moemerge.routers.request import PassOptions
-
-Stage = str
-"""`shared weights`, `routers`, `weights`, or `NAME writes tokens` for an expert that writes text for the routers."""
-Progress = Callable[[Stage, int, int], None]
-"""A function that is called with the stage, the amount done and the total.
-
-They are bytes for weights, tokens of each sequence for an expert that writes, layers for other stages.
-
-Weights are written while routers are computed: reports of the two stages alternate, from one thread at a time.
-"""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from moemerge.config.router_methods import RouterMethod
 from moemerge.errors import RouterError
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.device import memory_watched
+from moemerge.progress import Progress, Task
 from moemerge.routers.delta import Labeller
 from moemerge.routers.diagnostics import route_layer
 from moemerge.routers.hidden import shared_gate_row
@@ -17,7 +18,7 @@ from moemerge.routers.method_lookup import rows_from_pass
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import UNSORTED, encode_prompts
 from moemerge.routers.report import LayerRouting
-from moemerge.routers.request import PassOptions, RouterRequest, WritingProgress
+from moemerge.routers.request import PassOptions, RouterRequest
 from moemerge.routers.rows import Rows
 from moemerge.routers.written_text import add_written_text
 
@@ -48,8 +49,7 @@ def compute_routers(
     made: Mapping[int, Rows] | None,
     *,
     seed: int,
-    progress: Callable[[int, int], None],
-    writing: WritingProgress,
+    progress: Progress,
 ) -> PassRouters:
     """Compute each layer's rows and gate, and the routing of the prompts.
 
@@ -61,12 +61,12 @@ def compute_routers(
     stored_dtype: torch.dtype = getattr(torch, request.dtype)
     layers, gates, routings = {}, {}, []
     last = request.mixture.moe_layers[-1] + 1
-    total, done = last + (last if method.labels_texts else 0), 0
+    task, total, done = Task("routers"), last * (2 if method.labels_texts else 1), 0
     if config.writers:
-        asked = add_written_text(asked, request, seed, writing)
+        asked = add_written_text(asked, request, seed, progress)
     if method.labels_texts:
         labeller = Labeller(asked, relative=method.reads_what_there_is)
-        asked, done = _label_documents(asked, labeller, lambda layer: progress(layer, total)), last
+        asked, done = _label_documents(asked, labeller, lambda layer: progress(task, layer, total)), last
     kept_texts = count_kept(asked)
     for inputs in router_inputs(asked):
         new = _rows(method, inputs, asked) if made is None else LayerRows(torch.from_numpy(made[inputs.layer]))
@@ -76,7 +76,7 @@ def compute_routers(
             gates[inputs.layer] = _bytes(shared_gate_row(inputs).to(stored_dtype))
         if set(inputs.expert[inputs.routed].tolist()) == set(range(len(config.experts))):
             routings.append(route_layer(rows.float(), inputs, asked, new.held_out))
-        progress(done + inputs.layer + 1, total)
+        progress(task, done + inputs.layer + 1, total)
     return PassRouters(layers, gates, routings, asked.compute.dtype_name, kept_texts)
 
 

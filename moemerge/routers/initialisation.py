@@ -1,6 +1,6 @@
 """Make the routers of a merge by the config's method, and the table of what they do with its prompts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -9,9 +9,10 @@ import numpy as np
 
 from moemerge.checkpoint.numbers import float32_of, stored_bytes
 from moemerge.errors import RefusedError, RouterError
+from moemerge.progress import Progress
 from moemerge.routers.method_lookup import rows_without_pass
 from moemerge.routers.report import LayerRouting, RoutingReport
-from moemerge.routers.request import PassOptions, RouterRequest, WritingProgress
+from moemerge.routers.request import PassOptions, RouterRequest
 from moemerge.routers.rows import row_distances
 
 __all__ = ["Routers", "check_base_bits", "init_routers"]
@@ -33,8 +34,7 @@ def init_routers(
     options: PassOptions | None = None,
     *,
     seed: int,
-    progress: Callable[[int, int], None],
-    writing: WritingProgress = lambda _name, _done, _total: None,
+    progress: Progress = lambda _task, _done, _total: None,
 ) -> Routers:
     """Compute the routers of a merge and the table of what they do with its prompts.
 
@@ -42,8 +42,7 @@ def init_routers(
         request: the mixture, and the models that its routers are made from.
         options: how models are run.
         seed: seed for random rows, the choice of documents and written text, unless the config has one.
-        progress: called with the number of layers done, and of all layers.
-        writing: called as experts write text.
+        progress: called as experts write text, and as layers are done.
 
     Raises:
         RouterError: the tokenizer, the prompts or the device cannot be used.
@@ -58,7 +57,7 @@ def init_routers(
         # Imports torch and transformers: seconds, and hundreds of megabytes.
         from moemerge.routers.computed import compute_routers
 
-        found = compute_routers(request, options or PassOptions(), made, seed=seed, progress=progress, writing=writing)
+        found = compute_routers(request, options or PassOptions(), made, seed=seed, progress=progress)
         layers, gates, routings = found.rows, found.shared_gates, found.routings
         computed_in, kept_texts = found.computed_in, found.kept_texts
     else:

@@ -1,6 +1,5 @@
 """The request for a merge's routers: the mixture, and the models that they are made from."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,9 +9,6 @@ from moemerge.dtypes import ComputeDtype, DType
 from moemerge.families.dense import ModelTensors
 from moemerge.families.family import Scoring
 from moemerge.families.mixture_shape import Mixture
-
-WritingProgress = Callable[[str, int, int], None]
-"""Called with the name of an expert that writes text, the tokens of each sequence that are done, and all of them."""
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,16 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import empty_model
 from moemerge.passes.tokens import load_tokenizer
 from moemerge.passes.weights import read_parameter
+from moemerge.progress import Progress, Task
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES, EncodedPrompt
-from moemerge.routers.request import RouterRequest, WritingProgress
+from moemerge.routers.request import RouterRequest
 
 # Nucleus sampling (https://arxiv.org/abs/1904.09751): without it, small models stray from their subject.
 _TOP_P: Final = 0.95
 
 
-def add_written_text(asked: PassRequest, request: RouterRequest, seed: int, progress: WritingProgress) -> PassRequest:
+def add_written_text(asked: PassRequest, request: RouterRequest, seed: int, progress: Progress) -> PassRequest:
     """Add what experts write when they continue their positive prompts; only new tokens count.
 
     All that is written from a prompt belongs to the prompt's document.
@@ -59,12 +60,12 @@ def add_written_text(asked: PassRequest, request: RouterRequest, seed: int, prog
             counted = [False] * len(start) + [token not in special for token in ids]
             if any(counted):
                 added.append(EncodedPrompt(number, True, (*start, *ids), tuple(counted), document))
-        progress(name, NEW_TOKENS, NEW_TOKENS)  # all sequences may have ended before
+        progress(Task("text", name), NEW_TOKENS, NEW_TOKENS)  # all sequences may have ended before
     return replace(asked, prompts=(*asked.prompts, *added))
 
 
-def _layers_ran(progress: WritingProgress, name: str, layers: int, ran: int) -> None:
-    progress(name, ran // layers, NEW_TOKENS)
+def _layers_ran(progress: Progress, name: str, layers: int, ran: int) -> None:
+    progress(Task("text", name), ran // layers, NEW_TOKENS)
 
 
 def _starts(

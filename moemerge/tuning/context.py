@@ -6,6 +6,7 @@ from functools import cached_property
 
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.compute_dtype import Compute, choose_dtype
+from moemerge.progress import Progress
 from moemerge.tuning.processes import Processes
 from moemerge.tuning.resume_folder import WorkFolder
 from moemerge.tuning.settings import Settings
@@ -21,8 +22,7 @@ class TuningContext:
     processes: Processes
     memory: MemoryPlan
     work: WorkFolder
-    progress: Callable[[str, int, int], None]
-    """Called with the name of the work, the amount done, and the total."""
+    progress: Progress
     announce: Callable[[str], None]
     """Called with lines for the user who waits."""
 

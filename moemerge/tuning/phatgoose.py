@@ -26,6 +26,7 @@ from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.decoder import empty_model, group
 from moemerge.passes.loading import cast, load_tensors
 from moemerge.passes.tokens import count_scored
+from moemerge.progress import Task
 from moemerge.routers.scaling import calibrated_scale
 from moemerge.routers.scoring import lowering
 from moemerge.tuning.batches import Batches
@@ -138,7 +139,7 @@ def _file(context: TuningContext, number: int) -> Path:
 
 def _load(context: TuningContext, base: Runnable) -> Any:
     device, dtype = context.processes.device, context.processes.dtype
-    return load_whole(base, device, dtype, context.memory, {}, partial(context.progress, "load"))[0]
+    return load_whole(base, device, dtype, context.memory, {}, partial(context.progress, Task("load")))[0]
 
 
 def _train(
@@ -169,7 +170,7 @@ def _train(
             set_rates(optimiser, step, settings.steps)
             optimiser.step()
             optimiser.zero_grad()
-            context.progress(f"gate of {name}", step + 1, settings.steps)
+            context.progress(Task("gate", name), step + 1, settings.steps)
             if not all(gate.isfinite().all() for gate in gates.values()):
                 break
     finally:

@@ -16,6 +16,7 @@ from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_k
 from moemerge.model_card.card import read_card, with_section, with_trained_norms, without_section
 from moemerge.passes.device import free_memory, memory_watched
 from moemerge.passes.tokens import count_scored
+from moemerge.progress import Progress
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import as_stored
@@ -37,13 +38,13 @@ def run(
     copy: Path | None,
     device: str,
     resume: bool,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     announce: Callable[[str], None],
 ) -> TuningResult | None:
     """Tune the model on documents; arguments, results and errors are those of `moemerge.tuning.tuner.tune`."""
     mixture, processes = open_mixture(folder), open_processes(device, settings.compute_dtype)
     if not processes.first:
-        progress, announce = (lambda _name, _done, _total: None), (lambda _: None)
+        progress, announce = (lambda _task, _done, _total: None), (lambda _: None)
     if copy is None:
         check_writable(mixture.folder)
     else:

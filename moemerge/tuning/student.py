@@ -14,6 +14,7 @@ from moemerge.evaluation.losses import token_losses
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.finite import not_finite_in
 from moemerge.passes.tokens import Window
+from moemerge.progress import Task
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.whole_model import load_whole
 from moemerge.tuning.writing import trained_tensors
@@ -60,7 +61,7 @@ class Student:
             dtype,
             context.memory,
             trained,
-            partial(context.progress, "layers" if context.memory.streamed else "load"),
+            partial(context.progress, Task("layers" if context.memory.streamed else "load")),
         )
         student = cls(
             mixture,

@@ -18,6 +18,7 @@ from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense
 from moemerge.evaluation.running import run_model
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
+from moemerge.progress import Task
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 
@@ -129,7 +130,7 @@ def teach(context: TuningContext, batches: Batches, teachers: Mapping[int, Runna
             tokens = sum(len(window.ids) for window in windows)
             context.announce(f"{name}: its own expert predicts {tokens} tokens of it")
             vocab = int(context.mixture.runnable.keys["vocab_size"])
-            report = partial(context.progress, f"teacher {name}")
+            report = partial(context.progress, Task("teacher", name))
             predict(teachers[domain], windows, path, vocab, context.teaching, report)
         context.processes.wait()
         found[domain] = Predictions(path, windows)

@@ -14,6 +14,7 @@ from moemerge.evaluation.runnable import Runnable
 from moemerge.evaluation.running import run_model
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window, count_scored
+from moemerge.progress import Task
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.context import TuningContext
 from moemerge.tuning.judging import judge
@@ -116,7 +117,7 @@ class Training:
                 self.context.work.save(state)
             if news:
                 self.context.announce(news)
-            self.context.progress("steps", state.step, settings.steps)
+            self.context.progress(Task("steps"), state.step, settings.steps)
         return state
 
     def _lengths(self, of_inputs: Mapping[int, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moemerge.evaluation.evaluator import read_domains, revision_notes
+from moemerge.progress import Progress
 from moemerge.tuning.settings import Settings, TuningResult, split_documents
 
 __all__ = ["Settings", "TuningResult", "tune"]
@@ -17,7 +18,7 @@ def tune(
     copy: Path | None = None,
     device: str = "auto",
     resume: bool = False,
-    progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
+    progress: Progress = lambda _task, _done, _total: None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> TuningResult | None:
     """Train gates of a merged model, and norms on request; write them if held-out text is surely predicted better.
@@ -31,7 +32,7 @@ def tune(
         copy: a folder for the whole model as tuned, instead of `folder`.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         resume: go on with a tuning that was cut off.
-        progress: called with the name of the work, the amount done, and the total.
+        progress: called as the work goes on.
         announce: called with lines for the user who waits.
 
     Returns:

@@ -8,6 +8,7 @@ from rich.progress import Progress
 
 from moemerge.cli import progress
 from moemerge.cli.progress import _Bars, show_progress, show_steps, show_work
+from moemerge.progress import Task
 
 
 @pytest.fixture
@@ -29,32 +30,41 @@ def last_line(console, word):
 def test_stages_side_by_side_say_what_is_left_and_what_was_done(clock):
     console = terminal()
     with show_progress(console, quiet=False) as report:
-        report("weights", 0, 4_000_000)
-        report("routers", 0, 4)
+        report(Task("weights"), 0, 4_000_000)
+        report(Task("routers"), 0, 4)
         clock[0] = 10.0
-        report("weights", 4_000_000, 4_000_000)
+        report(Task("weights"), 4_000_000, 4_000_000)
         clock[0] = 60.0
-        report("routers", 3, 4)
+        report(Task("routers"), 3, 4)
     assert "4.00 MB in 10 s" in last_line(console, "weights")
-    assert "3 of 4, 20 s left" in last_line(console, "routers")
+    assert "3 of 4 layers, 20 s left" in last_line(console, "routers")
 
 
 def test_weights_have_a_rate_and_long_times_have_minutes(clock):
     console = terminal()
     with show_progress(console, quiet=False) as report:
-        report("weights", 0, 100_000_000)
+        report(Task("weights"), 0, 100_000_000)
         clock[0] = 10.0
-        report("weights", 10_000_000, 100_000_000)
+        report(Task("weights"), 10_000_000, 100_000_000)
     assert "10.00 MB of 100.00 MB, 1.00 MB/s, 0:01:30 left" in last_line(console, "weights")
+
+
+def test_what_is_done_says_what_was_counted(clock):
+    console = terminal()
+    with show_progress(console, quiet=False) as report:
+        report(Task("text", "code"), 0, 64)
+        clock[0] = 30.0
+        report(Task("text", "code"), 64, 64)
+    assert "64 tokens in 30 s" in last_line(console, "text of code")
 
 
 def test_one_piece_of_work_has_one_bar_that_says_what_is_done(clock):
     console = terminal()
     with show_work(console, quiet=False) as report:
-        report("1 of 2: merged", 1, 8)
+        report(Task("losses", "merged (1 of 2)"), 1, 8)
         clock[0] = 4.0
-        report("2 of 2: base", 5, 8)
-    assert "5 of 8, 3 s left" in last_line(console, "2 of 2: base")
+        report(Task("losses", "base (2 of 2)"), 5, 8)
+    assert "5 of 8 layers, 3 s left" in last_line(console, "losses of base (2 of 2)")
     assert "merged" not in console.file.getvalue().splitlines()[-1]
 
 
@@ -62,8 +72,8 @@ def test_work_that_is_done_once_more_has_a_new_bar():
     with Progress(console=terminal()) as bars:
         report = _Bars(bars, together=False).report
         for name, done in (("fox", 1), ("fox", 2), ("fox", 1), ("code", 1)):
-            report(name, done, 2)
-        assert [task.description for task in bars.tasks] == ["fox", "fox", "code"]
+            report(Task("text", name), done, 2)
+        assert [task.description for task in bars.tasks] == ["text of fox", "text of fox", "text of code"]
 
 
 def test_a_log_gets_a_line_every_ten_seconds(clock):
@@ -71,9 +81,9 @@ def test_a_log_gets_a_line_every_ten_seconds(clock):
     with show_progress(console, quiet=False) as report:
         for second in range(26):
             clock[0] = float(second)
-            report("routers", second, 50)
-            report("weights", second * 1_000_000, 50_000_000)
-    assert console.file.getvalue() == "routers: 10 of 50, 40 s left\nrouters: 20 of 50, 30 s left\n"
+            report(Task("routers"), second, 50)
+            report(Task("weights"), second * 1_000_000, 50_000_000)
+    assert console.file.getvalue() == "routers: 10 of 50 layers, 40 s left\nrouters: 20 of 50 layers, 30 s left\n"
 
 
 def test_quiet_shows_nothing(clock):
@@ -81,5 +91,5 @@ def test_quiet_shows_nothing(clock):
     for show in (show_progress, show_work, show_steps):
         with show(console, quiet=True) as report:
             clock[0] += 100.0
-            report("weights", 1, 2)
+            report(Task("weights"), 1, 2)
     assert console.file.getvalue() == ""

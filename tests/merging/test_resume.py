@@ -87,7 +87,7 @@ def test_complete_shards_are_kept_and_only_the_rest_is_written(tmp_path, models,
         plan,
         tmp_path / "out",
         MergeOptions(resume=True),
-        progress=lambda stage, n, _: stage == "weights" and done.append(n),
+        progress=lambda task, n, _: task.stage == "weights" and done.append(n),
     )
     again = [name for name, when in written.items() if (tmp_path / "out" / name).stat().st_mtime_ns != when]
     assert len(again) == len(plan.shards) - 2
@@ -122,7 +122,7 @@ def test_without_resume_a_merge_starts_over(tmp_path, models, monkeypatch):
     plan = plan_of(tmp_path, models)
     cut_off(plan, tmp_path / "out", monkeypatch)
     done = []
-    merge(plan, tmp_path / "out", progress=lambda stage, n, _: stage == "weights" and done.append(n))
+    merge(plan, tmp_path / "out", progress=lambda task, n, _: task.stage == "weights" and done.append(n))
     assert min(done) < plan.shards[0].nbytes
     assert kept_shards(tmp_path / "out") == 0
 

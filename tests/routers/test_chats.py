@@ -39,7 +39,7 @@ def config(models, prompts=PLAIN, **keys) -> MergeConfig:
 
 def rows(given: MergeConfig) -> dict[int, bytes]:
     request = plan_merge(given).router_request
-    return dict(init_routers(request, seed=0, progress=lambda _done, _total: None).rows)
+    return dict(init_routers(request, seed=0, progress=lambda *_: None).rows)
 
 
 def asked(text: str, answer: str = "", system: str = "") -> dict:

@@ -48,7 +48,7 @@ def request_of(plan) -> PassRequest:
 
 
 def routers(plan):
-    return init_routers(plan.router_request, seed=0, progress=lambda _done, _total: None)
+    return init_routers(plan.router_request, seed=0, progress=lambda *_: None)
 
 
 def labelled(tokens: int, hidden: int) -> Labelled:

@@ -29,9 +29,7 @@ def made(models, folder=None, *, experts=(0, 1, 2), each=None, **keys):
         {"source_model": models[1 + place], "positive_prompts": PROMPTS[place], **(each or {})} for place in experts
     ]
     plan = plan_merge(load_config({"base_model": models[0], "experts": described, **keys}))
-    return init_routers(
-        plan.router_request, PassOptions(kept_states=folder), seed=0, progress=lambda _done, _total: None
-    )
+    return init_routers(plan.router_request, PassOptions(kept_states=folder), seed=0, progress=lambda *_: None)
 
 
 def rows(models, folder=None, **keys):

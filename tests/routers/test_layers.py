@@ -49,7 +49,7 @@ def plan_of(tmp_path: Path, folders: list[Path], expert_keys=(), routing_table=F
 
 
 def routers(plan):
-    return init_routers(plan.router_request, seed=0, progress=lambda _done, _total: None)
+    return init_routers(plan.router_request, seed=0, progress=lambda *_: None)
 
 
 def rows_of(plan, data: bytes) -> torch.Tensor:
@@ -82,7 +82,11 @@ def test_layers_without_a_router_change_nothing_in_the_others(tmp_path, kinds, m
 def test_progress_counts_the_layers_of_the_pass(tmp_path, kinds):
     told = []
     plan = plan_of(tmp_path, kinds("qwen3"), moe_layers=[0, 1])
-    merge(plan, tmp_path / "out", progress=lambda stage, done, of: told.append((done, of)) if stage == "routers" else 0)
+    merge(
+        plan,
+        tmp_path / "out",
+        progress=lambda task, done, of: told.append((done, of)) if task.stage == "routers" else 0,
+    )
     assert told == [(1, 2), (2, 2)]
 
 

@@ -330,7 +330,7 @@ def request_of(plan, **keys) -> PassRequest:
 
 
 def routers(plan, seed=0):
-    return init_routers(plan.router_request, seed=seed, progress=lambda _done, _total: None)
+    return init_routers(plan.router_request, seed=seed, progress=lambda *_: None)
 
 
 def rows_by_layer(plan, made) -> dict[int, torch.Tensor]:
@@ -403,7 +403,7 @@ def test_text_of_shared_experts_changes_no_delta_row_and_makes_a_gate(tuned):
     text["shared_experts"][0]["positive_prompts"] = ["The lazy dog"]
     plan = plan_of(parse_config(json.dumps(text)))
     request = replace(plan.router_request, shared_gate=True)
-    made = init_routers(request, seed=0, progress=lambda _done, _total: None)
+    made = init_routers(request, seed=0, progress=lambda *_: None)
     assert len(made.shared_gates) == len(made.rows)
     for layer, row in rows_by_layer(plan, made).items():
         assert torch.allclose(row, rows_by_layer(plan, alone)[layer], rtol=1e-3, atol=1e-5)

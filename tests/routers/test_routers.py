@@ -54,7 +54,7 @@ def plan_of(tmp_path: Path, folders: list[Path], **keys):
 
 def routers(plan, seed: int = 0, **options):
     """The report, and weights (layer, expert, hidden)."""
-    made = init_routers(plan.router_request, PassOptions(**options), seed=seed, progress=lambda _done, _total: None)
+    made = init_routers(plan.router_request, PassOptions(**options), seed=seed, progress=lambda *_: None)
     dtype, experts = getattr(torch, plan.dtype), len(plan.config.experts)
     rows = [torch.frombuffer(bytearray(layer), dtype=dtype).view(experts, -1) for layer in made.rows.values()]
     gates = {layer: torch.frombuffer(bytearray(gate), dtype=dtype) for layer, gate in made.shared_gates.items()}

@@ -9,6 +9,7 @@ import transformers
 from moemerge import load_config, merge, plan_merge
 from moemerge.errors import ConfigError, IncompatibleError
 from moemerge.passes.compute_dtype import Compute
+from moemerge.progress import Task
 from moemerge.routers import written_text
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.pass_inputs import PassRequest
@@ -141,24 +142,20 @@ def test_a_chat_is_continued_where_the_answer_begins(models, tmp_path):
 
 
 def test_progress_names_who_writes_and_counts_tokens(models):
-    layers, tokens = [], []
-    init_routers(
-        plan_of(models).router_request,
-        seed=0,
-        progress=lambda *step: layers.append(step),
-        writing=lambda *step: tokens.append(step),
-    )
-    assert layers == [(1, 3), (2, 3), (3, 3)]
-    assert tokens == sorted(tokens)
-    for name in ("e1", "e2", "e3"):
-        assert {done for who, done, total in tokens if (who, total) == (name, 7)} >= {0, 1, 7}
-    assert {total for _, _, total in tokens} == {7}
+    steps = []
+    init_routers(plan_of(models).router_request, seed=0, progress=lambda *step: steps.append(step))
+    assert steps[-3:] == [(Task("routers"), done, 3) for done in (1, 2, 3)]
+    tokens = steps[:-3]
+    assert {(task.stage, task.unit, total) for task, _, total in tokens} == {("text", "tokens", 7)}
+    told = [(task.name, done) for task, done, _ in tokens]
+    assert told == sorted(told)
+    assert {*told} >= {(name, done) for name in ("e1", "e2", "e3") for done in (0, 1, 7)}
 
 
 def test_a_merge_tells_writing_from_routers(models, tmp_path):
     stages = []
-    merge(plan_of(models), tmp_path / "out", progress=lambda stage, *_: stages.append(stage))
-    assert list(dict.fromkeys(stages)) == ["weights", *(f"e{number} writes tokens" for number in (1, 2, 3)), "routers"]
+    merge(plan_of(models), tmp_path / "out", progress=lambda task, *_: stages.append(str(task)))
+    assert list(dict.fromkeys(stages)) == ["weights", "text of e1", "text of e2", "text of e3", "routers"]
 
 
 def test_an_expert_with_texts_does_not_write(models, tmp_path):

@@ -12,6 +12,7 @@ from moemerge.checkpoint.staging import kept_shards
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.merging.options import MergeOptions
 from moemerge.planning.options import PlanOptions
+from moemerge.progress import Task
 from tests.sources.test_lora import make_adapter
 from tests.support.models import edit_json, make_model, write_config
 
@@ -58,8 +59,8 @@ CHANGES = {
 def test_a_change_during_the_copy_leaves_no_output(tmp_path, models, what):
     out, done = tmp_path / "out", []
 
-    def change(stage: str, n: int, total: int) -> None:
-        if stage == "weights" and 0.5 * total < n < total and not done:
+    def change(task: Task, n: int, total: int) -> None:
+        if task.stage == "weights" and 0.5 * total < n < total and not done:
             done.append(n)
             CHANGES[what](models)
 

@@ -34,6 +34,7 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import group
 from moemerge.passes.tokens import Window
 from moemerge.planning.options import PlanOptions
+from moemerge.progress import Task
 from moemerge.routers.scoring import lowering
 from moemerge.sources.bin_files import read_pickle
 from moemerge.tuning import batches, phatgoose, resume_folder, running, teachers, training, tuner, whole_model, writing
@@ -762,8 +763,8 @@ def test_schedules():
 
 
 def interrupted(out: Path, data, settings: Settings, after: int) -> None:
-    def stop(name: str, done: int, _total: int) -> None:
-        if (name, done) == ("steps", after):
+    def stop(task: Task, done: int, _total: int) -> None:
+        if (str(task), done) == ("steps", after):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -815,7 +816,7 @@ def test_an_interrupt_before_the_first_step_keeps_the_teachers(out, data, monkey
     monkeypatch.undo()
     seen = []
     settings = Settings(steps=2, tokens_per_step=96, distil=True)
-    tune(out, data, settings, resume=True, progress=lambda name, _done, _total: seen.append(name))
+    tune(out, data, settings, resume=True, progress=lambda task, _done, _total: seen.append(str(task)))
     assert set(seen) == {"load", "steps"}
 
 
@@ -974,14 +975,14 @@ def test_memory_that_runs_out_is_a_clear_error(out, data, monkeypatch, capsys):
 def test_phatgoose_goes_on_with_the_next_expert(out, data):
     settings = Settings(steps=2, tokens_per_step=64, method="phatgoose")
 
-    def stop(name: str, done: int, _total: int) -> None:
-        if (name, done) == ("gate of code", 1):
+    def stop(task: Task, done: int, _total: int) -> None:
+        if (str(task), done) == ("gate of code", 1):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         tune(out, data, settings, progress=stop)
     seen = []
-    tune(out, data, settings, resume=True, progress=lambda name, _done, _total: seen.append(name))
+    tune(out, data, settings, resume=True, progress=lambda task, _done, _total: seen.append(str(task)))
     assert "gate of fox" not in seen
     assert {"gate of code", "gate of chat"} <= set(seen)
 
