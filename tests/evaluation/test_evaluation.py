@@ -320,6 +320,18 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     assert (copied / "README.md").read_text() == card
 
 
+def test_rerun_replaces_kept_losses(tmp_path, out, data, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = ["eval", out, "--data", f"fox={data['fox'][0]}", "--max-tokens", 60, "--json", "-q"]
+    _, first, _ = run(given, monkeypatch, capsys)
+    for path in (tmp_path / "moemerge" / "losses").iterdir():
+        path.write_text(json.dumps([9.0] * len(json.loads(path.read_text()))))
+    _, wrong, _ = run(given, monkeypatch, capsys)
+    assert json.loads(wrong)["losses"]["base"] != json.loads(first)["losses"]["base"]
+    assert run([*given, "--rerun"], monkeypatch, capsys)[1] == first
+    assert run(given, monkeypatch, capsys)[1] == first
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [

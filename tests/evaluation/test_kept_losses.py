@@ -60,6 +60,15 @@ def test_dense_models_are_run_once_for_several_mixtures(made, ran, tmp_path):
     assert difference.value == pytest.approx(gap, abs=1e-9)
 
 
+def test_an_evaluation_holds_the_difference_to_each_other_model(made):
+    one, _, data = made
+    found = evaluate(one, data, EvaluationSettings(baselines=True))
+    assert list(found.differences) == [model for model in found.mean_losses if model != "merged"]
+    for model, gap in found.differences.items():
+        assert gap.value == pytest.approx(found.mean_losses["merged"] - found.mean_losses[model], abs=1e-9)
+        assert gap.low == pytest.approx(gap.high) == pytest.approx(gap.value)  # five times the same document
+
+
 def test_new_text_is_run_by_itself(made, ran, tmp_path):
     one, _, data = made
     settings = EvaluationSettings(kept_losses=tmp_path / "kept")
