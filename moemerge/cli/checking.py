@@ -1,5 +1,6 @@
 """`moemerge inspect` and `moemerge verify`: whether a checkpoint's files agree, with each other and with a config."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from moemerge.cli.grouping import grouped
 from moemerge.cli.mistakes import check_arguments
 from moemerge.cli.options import AllowIdentical, CacheDir, Debug, Json, VerboseOptions
 from moemerge.cli.plan_request import PlanRequest, plan_from
+from moemerge.errors import RefusedError
 from moemerge.progress import Task
 
 
@@ -59,8 +61,9 @@ def verify_model(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
     *,
     against: Annotated[
-        Path, typer.Option(metavar="CONFIG", help="The config that it was merged from.", show_default=False)
-    ],
+        Path | None,
+        typer.Option(metavar="CONFIG", help="The config that it was merged from.", show_default="its copy in OUT"),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed that the merge was run with.")] = 0,
     cache_dir: CacheDir = None,
     allow_identical_experts: AllowIdentical = False,
@@ -71,6 +74,7 @@ def verify_model(
     Every byte is compared with what a merge would write; routers are not computed again.
 
     Examples:
+        moemerge verify out
         moemerge verify out --against merge.yaml
     """
     quiet = messages.quiet
@@ -80,18 +84,21 @@ def verify_model(
         from moemerge.checks.verification import verify_merge
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_verification
+        from moemerge.config.schema import CONFIG_COPY
         from moemerge.planning.options import PlanOptions
         from moemerge.sources.model_folder import open_merged
 
-        check_arguments(against, out, usage="moemerge verify {out} --against {config}")
+        if against is not None:
+            check_arguments(against, out, usage="moemerge verify {out} --against {config}")
         # Before a plan may download weights.
         family = open_merged(out).config.get("model_type")
-        request = PlanRequest(against, allow_identical_experts, family=family)
+        if against is None and not (out / CONFIG_COPY).is_file():
+            raise RefusedError(f"{out}: has no {CONFIG_COPY}. Name the config that it was merged from with --against.")
+        same = allow_identical_experts or against is None
+        request = PlanRequest(against or out / CONFIG_COPY, same, family=family)
         plan = plan_from(console, request, PlanOptions(needs_texts=False, weights="stream"), quiet=quiet)
         with show_progress(console, quiet=quiet) as progress:
-            found = verify_merge(
-                plan, out, seed=seed, progress=lambda done, total: progress(Task("weights"), done, total)
-            )
+            found = verify_merge(plan, out, seed=seed, progress=partial(progress, Task("weights")))
         for note in found.notes:
             announcer(console, quiet=quiet)(f"note: {note}")
         if messages.json:

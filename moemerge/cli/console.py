@@ -26,8 +26,18 @@ _M_MMAP_THRESHOLD: Final = -3
 
 
 @contextmanager
-def console_session(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path | None = None) -> Iterator["Console"]:
-    """Open a console for messages on standard error; an exception inside becomes a message and an exit code."""
+def console_session(
+    *, quiet: bool, verbose: int, debug: bool, cache_dir: Path | None = None, keeps_output: bool = False
+) -> Iterator["Console"]:
+    """Open a console for messages on standard error; an exception inside becomes a message and an exit code.
+
+    Args:
+        quiet: whether only warnings and errors are printed.
+        verbose: 1 or more for moemerge's log.
+        debug: whether tracebacks are shown, and what every library logs.
+        cache_dir: the folder for Hub models, in place of HF_HUB_CACHE.
+        keeps_output: whether there is an output, which an interrupt leaves as it was.
+    """
     if cache_dir:
         os.environ["HF_HUB_CACHE"] = str(cache_dir)  # before huggingface_hub is imported
     # Other libraries' chatter belongs to those who look for a fault.
@@ -51,7 +61,7 @@ def console_session(*, quiet: bool, verbose: int, debug: bool, cache_dir: Path |
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        message, exit_code = explain_error(error)
+        message, exit_code = explain_error(error, keeps_output=keeps_output)
         say(message, error=True)
         raise typer.Exit(exit_code) from error
     finally:
@@ -66,7 +76,9 @@ def _console(*, stderr: bool = False, width: int | None = None) -> "Console":
         def render_str(self, text: str, **keys: Any) -> Any:
             return super().render_str(printable(text), **keys)
 
-    return _Safe(stderr=stderr, soft_wrap=True, highlight=False, markup=False, width=width)
+    # A terminal's lines end between words; those of a file are as long as what they say.
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return _Safe(stderr=stderr, soft_wrap=not terminal, highlight=False, markup=False, width=width)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -119,12 +131,13 @@ def return_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**24)
 
 
-def explain_error(error: BaseException) -> tuple[str, int]:
-    """Give the message for the user and the exit code for an exception that a command raised."""
+def explain_error(error: BaseException, *, keeps_output: bool = False) -> tuple[str, int]:
+    """Give the message for the user and the exit code for an exception that a command raised; see `console_session`."""
     if isinstance(error, MoemergeError):
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted: {str(error) or 'the output is as it was before'}", 130
+        rest = str(error) or ("the output is as it was before" if keeps_output else "")
+        return f"interrupted{': ' if rest else ''}{rest}", 130
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "error: memory ran out. `moemerge plan` says how much a merge needs.", 1
     if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:

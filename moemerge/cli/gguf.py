@@ -63,7 +63,9 @@ def write_file(
         moemerge gguf out out.gguf --type q4_k_m --imatrix --ollama my-mixture
     """
     quiet, kind, overwrite = messages.quiet, writing.type, writing.overwrite
-    with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
+    with console_session(
+        quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir, keeps_output=True
+    ) as console:
         _check_merged(out, file)
         importance = ImatrixMaker(console, out, matrix, quiet).check(kind, overwrite=overwrite)
         _check_names(out, file, ollama, overwrite=overwrite)

@@ -76,7 +76,7 @@ def merge_models(
     """
     quiet, streaming, start = messages.quiet, push.push_streaming, time.monotonic()
     with console_session(
-        quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=models.cache_dir
+        quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=models.cache_dir, keeps_output=True
     ) as console:
         check_arguments(config, out)
         if streaming:

@@ -29,7 +29,7 @@ def repair_model(
         moemerge repair out --dry-run
         moemerge repair out
     """
-    with console_session(quiet=quiet, verbose=0, debug=debug):
+    with console_session(quiet=quiet, verbose=0, debug=debug, keeps_output=True):
         from dataclasses import asdict
 
         from moemerge.checks.repairing import repair

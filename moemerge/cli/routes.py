@@ -106,7 +106,7 @@ def show_routes(
             console.print(f"{html}: written")
         if messages.json:
             print_json(_facts(routes))
-        elif not (html and quiet):
+        elif not html:
             print_routes(stdout(), routes, layer)
 
 

@@ -123,7 +123,9 @@ def tune_routers(
     """
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate has launched
     quiet = messages.quiet or not first
-    with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
+    with console_session(
+        quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir, keeps_output=True
+    ) as console:
         from moemerge.cli.progress import show_steps
         from moemerge.tuning.settings import Settings
         from moemerge.tuning.tuner import tune

@@ -1,12 +1,12 @@
-"""Checks for packages that only an export needs: the extras `gguf` and `k-quants`."""
+"""Checks for packages that only an export needs."""
 
 from importlib.util import find_spec
 from typing import Final
 
 from moemerge.errors import RefusedError
 
-_PACKAGES: Final = {"gguf": ("gguf", "gguf"), "llama_cpp": ("llama-cpp-python", "k-quants")}
-"""The package that a module comes from, and the extra that installs it."""
+_PACKAGES: Final = {"gguf": "gguf", "llama_cpp": "llama-cpp-python"}
+"""The package that a module comes from."""
 
 
 def need(module: str, purpose: str) -> None:
@@ -20,5 +20,5 @@ def need(module: str, purpose: str) -> None:
         RefusedError: the package is not installed.
     """
     if find_spec(module) is None:
-        package, extra = _PACKAGES[module]
-        raise RefusedError(f"{purpose}, the package {package} is needed: pip install 'moemerge[{extra}]'.")
+        package = _PACKAGES[module]
+        raise RefusedError(f"{purpose}, the package {package} is needed: pip install {package}.")

@@ -77,7 +77,7 @@ def encode_chat(tokenizer: Any, folder: Path, chat: Chat, roles: Sequence[str]) 
         # Messages are shown one under the other.
         line = "\n" if read and read <= spans[span][0] else ""
         read = max(read, spans[span][0])
-        parts.append(line + (text[read:end] or "\ufffd"))
+        parts.append(line + text[read:end])
         read = max(read, end)
     return EncodedChat(encoded["input_ids"], special, parts)
 

@@ -16,6 +16,7 @@ from moemerge.routers.prompts import NEW_TOKENS, SEQUENCES
 
 # Routers of fewer prompts than this measured clearly worse than of texts.
 _ENOUGH_PROMPTS: Final = 8
+_MEASURED_WORSE: Final = frozenset({"hidden", "mergekit_hidden", "cheap_embed"})
 # With this factor, usual weights of some hundredths come near the smallest numbers of float16.
 _SMALL_SCALE: Final = 0.01
 # Distance from such weights to the next number: 0.01 / 2**9 in bfloat16, 2**12 in float16, 2**25 in float32.
@@ -64,7 +65,12 @@ def writing_note(config: MergeConfig, experts: Sequence[ModelTensors]) -> list[s
     ]
 
 
-def text_advice(config: MergeConfig) -> list[str]:
+def router_advice(config: MergeConfig) -> list[str]:
+    """Advise another method, more text or fewer experts per token, where these measured better."""
+    return [*_method_advice(config), *_text_advice(config), *_choice_advice(config)]
+
+
+def _text_advice(config: MergeConfig) -> list[str]:
     """Advise more text where the routers are made from a few prompts."""
     counts = [len(expert.positive_prompts) for expert in config.experts]
     if not config.method.reads_descriptions or any(expert.positive_texts for expert in config.experts):
@@ -80,7 +86,17 @@ def text_advice(config: MergeConfig) -> list[str]:
     ]
 
 
-def choice_advice(config: MergeConfig) -> list[str]:
+def _method_advice(config: MergeConfig) -> list[str]:
+    """Advise the default in place of a method that measured clearly worse on the same prompts."""
+    if config.method.name not in _MEASURED_WORSE:
+        return []
+    return [
+        f"gate_mode {config.method.name} measured clearly worse than the default on the same prompts: leave gate_mode "
+        "out, unless you want just these routers (docs/routers.md)"
+    ]
+
+
+def _choice_advice(config: MergeConfig) -> list[str]:
     """Advise one expert per token where routers like these measured as well with it as with two."""
     per_token, experts = config.experts_per_token, len(config.experts)
     if per_token != 2 or experts == per_token or not (config.has_descriptions and config.method.reads_what_there_is):  # noqa: PLR2004

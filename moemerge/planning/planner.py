@@ -8,7 +8,7 @@ from moemerge.planning.assembled import Assembled, assemble
 from moemerge.planning.checking import Checked, Tables, check_models
 from moemerge.planning.layout import Layout, lay_out
 from moemerge.planning.models import Models, open_models
-from moemerge.planning.notes import choice_advice, output_notes, text_advice, writing_note
+from moemerge.planning.notes import output_notes, router_advice, writing_note
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import origins_of
 from moemerge.planning.plan import MergePlan, Remarks
@@ -111,5 +111,8 @@ def _remarks(config: MergeConfig, shape: Shape, checked: Checked, assembled: Ass
     return Remarks(
         notes=(*checked.notes, *parts.notes, *output_facts, *writing_note(config, parts.experts)),
         warnings=(*shape.choice.warnings, *judgement.warnings),
-        advice=(*(() if judgement.has_strangers else parts.advice), *text_advice(config), *choice_advice(config)),
+        advice=(
+            *(() if judgement.has_strangers else parts.advice),
+            *router_advice(config),
+        ),
     )

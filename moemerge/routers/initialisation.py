@@ -6,8 +6,10 @@ from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moemerge.checkpoint.numbers import float32_of, stored_bytes
+from moemerge.dtypes import DType
 from moemerge.errors import RefusedError, RouterError
 from moemerge.progress import Progress
 from moemerge.routers.method_lookup import rows_without_pass
@@ -62,20 +64,38 @@ def init_routers(
         computed_in, kept_texts = found.computed_in, found.kept_texts
     else:
         layers = {layer: stored_bytes(rows, dtype) for layer, rows in made.items()}
-    stored, stored_gates = (float32_of(b"".join(made.values()), dtype) for made in (layers, gates))
-    if not (np.isfinite(stored).all() and np.isfinite(stored_gates).all()):
-        raise RouterError(
-            f"some router weights are not finite numbers in {dtype}: the base model's numbers, or router.scale, are "
-            "too large for it. Set `dtype: bfloat16`, lower router.scale, or choose gate_mode random."
-        )
+    stored = _finite(layers, dtype)
+    _finite(gates, dtype)
     names = config.expert_names
     distances = row_distances(
         stored.reshape(len(layers), len(names), -1), [mixture.absent.get(layer, frozenset()) for layer in layers]
     )
     report = RoutingReport(
-        names, config.experts_per_token, tuple(routings), distances, frozenset(config.writers), computed_in, kept_texts
+        names,
+        config.experts_per_token,
+        tuple(routings),
+        distances,
+        writers=frozenset(config.writers),
+        from_prompts=not any(expert.positive_texts for expert in config.experts),
+        computed_in=computed_in,
+        kept_texts=kept_texts,
     )
     return Routers(layers, gates, report)
+
+
+def _finite(made: Mapping[int, bytes], dtype: DType) -> NDArray[np.float32]:
+    """The rows of all layers as float32, one after another.
+
+    Raises:
+        RouterError: some are not finite.
+    """
+    values = float32_of(b"".join(made.values()), dtype)
+    if not np.isfinite(values).all():
+        raise RouterError(
+            f"some router weights are not finite numbers in {dtype}: the base model's numbers, or router.scale, are "
+            "too large for it. Set `dtype: bfloat16`, lower router.scale, or choose gate_mode random."
+        )
+    return values
 
 
 def check_base_bits(bits: Literal[4, 8] | None) -> None:

@@ -50,6 +50,8 @@ class RoutingReport:
     """Distance `|a - b| / (|a| + |b|)` of each pair of experts' router rows, averaged over layers."""
     writers: frozenset[int] = frozenset()
     """Numbers of the experts that wrote the text that their rows are made from."""
+    from_prompts: bool = False
+    """Whether the rows are made from prompts alone, which are shorter and plainer than most text."""
     computed_in: str = ""
     """The dtype that models were run in; empty where none was run."""
     kept_texts: tuple[int, int] | None = None
@@ -110,6 +112,12 @@ class RoutingReport:
             + (" (weak: give it texts, or more prompts)" if share < weak else "")
             for number, (name, share) in enumerate(zip(self.experts, self.held_out, strict=True))
         ]
+        if self.from_prompts and not self.writers:
+            return (
+                "Held-out prompts: each expert is the first choice for this share of the tokens of its own prompts, by "
+                f"routers that were made without them (chance {chance:.0%}): {', '.join(shares)}. Longer text is "
+                "routed less well; `moemerge eval` measures it"
+            )
         return (
             f"Unseen text: each expert is the first choice for this share of its own tokens, by routers that were made "
             f"without their document (chance {chance:.0%}): {', '.join(shares)}"

@@ -42,6 +42,6 @@ def parse_hub_data(text: str, place: str) -> HubData:
     if not found:
         raise RefusedError(f"{place}: expected {_FORM}, found {text!r:.200}.")
     if find_spec("datasets") is None:
-        raise RefusedError(f"{place}: to read {text}, datasets is needed: pip install 'moemerge[datasets]'.")
+        raise RefusedError(f"{place}: to read {text}, datasets is needed: pip install datasets.")
     parts = found.groupdict()
     return HubData(text, parts["repo"], parts["revision"], parts["subset"], parts["split"] or "train", parts["column"])

@@ -21,8 +21,8 @@ def resolve_file(folder: Path, name: str) -> Path:
     merged model. Only a regular file is ever opened: reading a pipe would wait for it.
 
     Raises:
-        CheckpointError: there is no such file, it is no regular file, or a pointer of git-lfs, or its link leads out
-            of the cache.
+        CheckpointError: there is no such file, it is no regular file, cannot be read, or is a pointer of git-lfs, or
+            its link leads out of the cache.
     """
     path = folder / name
     try:
@@ -31,7 +31,11 @@ def resolve_file(folder: Path, name: str) -> Path:
         raise CheckpointError(f"{path}: there is no such file, or it is a link that leads nowhere.") from error
     if not target.is_file():
         raise CheckpointError(f"{path}: is not a regular file.")
-    if target.stat().st_size < _MOST_POINTER_BYTES and target.read_bytes().startswith(_POINTER):
+    try:
+        is_pointer = target.stat().st_size < _MOST_POINTER_BYTES and target.read_bytes().startswith(_POINTER)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    if is_pointer:
         raise CheckpointError(f"{path}: is a git-lfs pointer in place of the file. Run `git lfs pull` in {folder}.")
     root = folder.resolve()
     if is_snapshot(root) and leads_out(root, target):

@@ -21,7 +21,7 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise RefusedError(
-            f"{file}: to read Parquet, pyarrow is needed: pip install 'moemerge[datasets]', or save it as .jsonl."
+            f"{file}: to read Parquet, pyarrow is needed: pip install pyarrow, or save it as .jsonl."
         ) from error
     with _explained(file), ParquetFile(file) as opened:
         names = opened.schema_arrow.names

@@ -96,11 +96,13 @@ class Training:
             optimiser = make_optimiser(trained, dict.fromkeys(trained, 1.0), settings)
             optimiser.load_state_dict(state.optimiser)  # rates, too
         else:
+            self.context.announce("reading the held-out text, before the first step")
             before, lengths = judge(self.context, self.student, self.batches.held_out)
             optimiser = make_optimiser(trained, self._lengths(lengths), settings)
             start = self.student.values()
             state = State(0, 0, 0, 0.0, before, before, start, start, {})
         every = math.ceil(settings.steps / _JUDGEMENTS)
+        self.context.progress(Task("steps"), state.step, settings.steps)
         while state.step < settings.steps and state.without_gain < _PATIENCE:
             begun = time.perf_counter()
             set_rates(optimiser, state.step, settings.steps)

@@ -668,6 +668,8 @@ def test_the_command_says_so_in_one_line(tmp_path, plan, merged, llamas):
     )
     result = run("verify", merged, "--against", config, "--quiet")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    result = run("verify", merged, "--quiet")  # against the copy of the config beside it
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_another_config_is_the_cause_and_few_of_its_differences_are_shown(tmp_path, out, llamas):
@@ -744,7 +746,7 @@ def test_a_wrong_command_is_explained(tmp_path, llamas):
             f"error: {tmp_path / 'empty'}: has no config.json, so it is not a model that moemerge can read.\n",
         ),
         ((llamas[0], "--against", wrong), 2, "gate_mod: unknown key, did you mean gate_mode?"),
-        ((llamas[0],), 2, "Missing option '--against'"),
+        ((llamas[0],), 2, "has no moemerge_config.yaml. Name the config that it was merged from with --against."),
     ):
         result = run("verify", *arguments, after=NO_TORCH)
         assert (result.returncode, result.stdout) == (status, "")

@@ -96,7 +96,7 @@ def told(place, monkeypatch, capsys):
         ("moemerge plan nothing/a.yaml", f"nothing/a.yaml: there is no such file. {BEGIN}"),
         ("moemerge merge.yaml", "OUT, the folder to write, is missing. Write `moemerge merge.yaml out`, or `moemerge plan merge.yaml` to see what would be written."),
         ("moemerge merge.yaml out more", "more: more arguments than `moemerge merge` takes. See `moemerge merge --help`."),
-        ("moemerge verify base", "Missing option '--against'. See `moemerge verify --help`."),
+        ("moemerge verify base", "base: has no moemerge_config.yaml. Name the config that it was merged from with --against."),
         ("moemerge families qwen9", "qwen9: no output family repeats models of the type 'qwen9'. Did you mean qwen3?"),
         ("moemerge families falcon", "falcon: no output family repeats models of the type 'falcon'. `moemerge families` lists all."),
         ("moemerge configs out", "configs: is a folder, where a merge config is expected. Did you mean configs/merge.yaml?"),

@@ -221,7 +221,7 @@ class Terminal:
 
     def __init__(self, *arguments: object) -> None:
         self._own, theirs = pty.openpty()
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "400"}
         command = [sys.executable, "-c", LAUNCH, *map(str, arguments)]
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True

@@ -347,7 +347,7 @@ def test_names_that_no_file_can_have_are_refused(tmp_path, out):
 def test_without_the_package_the_extra_is_named(tmp_path, out, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert refused(lambda: write_gguf(out, tmp_path / "a.gguf")) == (
-        "To write a GGUF file, the package gguf is needed: pip install 'moemerge[gguf]'."
+        "To write a GGUF file, the package gguf is needed: pip install gguf."
     )
 
 

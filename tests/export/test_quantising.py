@@ -186,9 +186,7 @@ def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "llama_cpp" else object())
     with pytest.raises(RefusedError) as caught:
         quantise(model, tmp_path / "q.gguf", "q4_k_m")
-    assert (
-        str(caught.value) == "To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[k-quants]'."
-    )
+    assert str(caught.value) == "To make q4_k_m, the package llama-cpp-python is needed: pip install llama-cpp-python."
     monkeypatch.setattr(packages, "find_spec", lambda _: object())
     with pytest.raises(RefusedError) as caught:
         check_type("q4_k", with_importance=False)
@@ -369,7 +367,7 @@ def test_a_merge_into_a_quantised_file_is_refused_before_it_begins(tmp_path, mon
     (tmp_path / "c.yaml").write_text("{}")
     assert run([tmp_path / "c.yaml", tmp_path / "m.gguf", "--type", "q4_k_m"], monkeypatch, capsys) == (
         2,
-        "error: To make q4_k_m, the package llama-cpp-python is needed: pip install 'moemerge[k-quants]'.\n",
+        "error: To make q4_k_m, the package llama-cpp-python is needed: pip install llama-cpp-python.\n",
     )
 
 
@@ -409,7 +407,7 @@ def test_types_are_read_as_others_write_them(tmp_path, monkeypatch, capsys, name
     (tmp_path / "c.yaml").write_text("{}")
     code, found = run([tmp_path / "c.yaml", tmp_path / "m.gguf", "--type", name], monkeypatch, capsys)
     assert code == 2
-    assert found.endswith(said if "Invalid" in said else "'moemerge[k-quants]'.\n")
+    assert found.endswith(said if "Invalid" in said else "pip install llama-cpp-python.\n")
     assert "Value error" not in found
 
 

@@ -161,6 +161,4 @@ def test_without_datasets_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(data_sets, "find_spec", lambda _name: None)
     with pytest.raises(RefusedError) as caught:
         parse_hub_data("hf://datasets/a/b", "--data code[0]")
-    assert str(caught.value) == (
-        "--data code[0]: to read hf://datasets/a/b, datasets is needed: pip install 'moemerge[datasets]'."
-    )
+    assert str(caught.value) == ("--data code[0]: to read hf://datasets/a/b, datasets is needed: pip install datasets.")

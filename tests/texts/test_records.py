@@ -136,7 +136,7 @@ def test_without_pyarrow_the_message_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(RefusedError) as caught:
         read_documents([file])
     assert str(caught.value) == (
-        f"{file}: to read Parquet, pyarrow is needed: pip install 'moemerge[datasets]', or save it as .jsonl."
+        f"{file}: to read Parquet, pyarrow is needed: pip install pyarrow, or save it as .jsonl."
     )
 
 

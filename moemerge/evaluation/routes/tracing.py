@@ -78,7 +78,7 @@ def _traced(name: str, tokens: tuple[str, ...], window: Window, choices: Sequenc
 def _split(tokenizer: object, text: str) -> tuple[list[int], list[int], list[str]]:
     """Split a text into tokens, whether the tokenizer added them, and the part of the text that each stands for.
 
-    The first of several tokens of a letter stands for it; the others are U+FFFD.
+    The first of several tokens of a letter stands for it; the others are empty.
     """
     fast = bool(getattr(tokenizer, "is_fast", False))
     result = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=fast, verbose=False)  # type: ignore[operator]
@@ -91,6 +91,6 @@ def _split(tokenizer: object, text: str) -> tuple[list[int], list[int], list[str
     end = 0
     for index in own:
         upto = result["offset_mapping"][index][1]
-        parts[index] = text[end:upto] or "\ufffd"
+        parts[index] = text[end:upto]
         end = max(end, upto)
     return ids, special, parts
