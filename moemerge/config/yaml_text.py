@@ -48,6 +48,8 @@ def read_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
+        if "nesting depth" in str(error):  # libyaml has a limit of its own in some versions
+            raise YamlTextError(f"is nested more than {_DEEPEST} deep") from error
         raise YamlTextError(explain_syntax(text, error)) from error
     except YamlTextError:
         raise
