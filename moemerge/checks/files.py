@@ -17,6 +17,7 @@ from moemerge.config.loading import load_config
 from moemerge.config.local_paths import absolute_paths
 from moemerge.config.schema import CARD, CONFIG_COPY
 from moemerge.errors import CheckpointError, ConfigError, RefusedError
+from moemerge.file_kinds import Kind, what_is
 from moemerge.model_card.card import compare_card
 from moemerge.planning.plan import MergePlan
 from moemerge.planning.tokenizer_files import COPIED_FILES, respelled_tokenizer, template_names
@@ -34,7 +35,6 @@ _READ_INSTEAD: Final = re.compile(
     r"params\.json|(\w*_)?quant\w*\.json|(pre)?processor_config\.json|modules\.json|config_sentence_transformers\.json"
 )
 _GGUF: Final = ".gguf"
-_GGUF_MAGIC: Final = b"GGUF"
 _OF_5_ALONE: Final = "words that transformers 5 alone reads"
 # A key that no merge writes, and `save_pretrained` always does.
 _SAVED_BY: Final = "transformers_version"
@@ -79,7 +79,7 @@ def notable(model: ModelFolder, differences: Sequence[Difference]) -> tuple[list
     """
     notes, harmless = [], set[Difference]()
     for difference in differences:
-        if difference.what.endswith(_GGUF) and _is_gguf(model.folder / difference.what):
+        if difference.what.endswith(_GGUF) and what_is(model.folder / difference.what) is Kind.GGUF:
             harmless.add(difference)
             notes.append(
                 f"{difference.what}: a GGUF file, which some readers load instead of the weights beside it. It is not "
@@ -97,13 +97,6 @@ def notable(model: ModelFolder, differences: Sequence[Difference]) -> tuple[list
         lost = f", which keeps no {' and no '.join(d.what for d in dropped)}" if dropped else ""
         notes.append(f"config.json: says that transformers {version:.20} has saved the model again{lost}")
     return [difference for difference in differences if difference not in harmless], notes
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
 
 
 def _compare_config(plan: MergePlan, model: ModelFolder) -> list[Difference]:

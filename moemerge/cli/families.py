@@ -10,6 +10,7 @@ from moemerge.cli.console import console_session, print_json, stdout
 from moemerge.cli.options import MESSAGES, CacheDir, Debug, Json
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
+from moemerge.file_kinds import Kind, what_is
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,7 +69,7 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
     """
     known = {row.family for row in rows} | {model_type for row in rows for model_type in row.takes}
     model_type = name
-    if name not in known and ("/" in name or Path(name).is_dir()):
+    if name not in known and ("/" in name or what_is(Path(name)) is not Kind.ABSENT):
         from moemerge.families.dense import read_dense
         from moemerge.sources.model_folder import open_model
 

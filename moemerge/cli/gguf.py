@@ -15,12 +15,12 @@ from moemerge.cli.imatrix import ImatrixMaker, ImatrixOptions
 from moemerge.cli.options import CacheDir, GgufType, LlamaCpp, MessageOptions
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
+from moemerge.file_kinds import Kind, what_is
 from moemerge.progress import Task
 
 if TYPE_CHECKING:
     from moemerge.export.writing import GgufOptions, SpaceCheck
 
-_CONFIGS: Final = (".yaml", ".yml")
 MODELFILE: Final = "Modelfile"
 
 Ollama = Annotated[
@@ -93,11 +93,8 @@ def write_file(
 
 
 def _check_merged(out: Path, file: Path) -> None:
-    if out.suffix.lower() in _CONFIGS and not out.is_dir():
-        raise RefusedError(
-            f"{out}: is a config, and not a merged model's folder. It is merged into a GGUF file by `moemerge {out} "
-            f"{file}`."
-        )
+    if what_is(out) is Kind.CONFIG:
+        raise RefusedError(f"{out}: is a config, not a model. Merge it with `moemerge {out} {file}`.")
 
 
 def _check_names(out: Path, file: Path, ollama: str | None, *, overwrite: bool) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from moemerge.cli.help_pages import MERGE
-from moemerge.config.mistaken import HOW_TO_BEGIN, YAML_SUFFIXES, configs_in, is_model
+from moemerge.config.mistaken import HOW_TO_BEGIN, configs_in
 from moemerge.errors import RefusedError
+from moemerge.file_kinds import YAML_SUFFIXES, Kind, what_is
 
 _MODEL_NAME: Final = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 # Written by those who know another program; the right words are options.
@@ -18,9 +19,11 @@ _NO_COMMAND: Final = "there is no such config and no such command"
 
 def unknown_command(arguments: Sequence[str], names: Sequence[str]) -> str | None:
     """Find the command whose name is close to the first word; None if there is none, or the word is a file."""
-    if not arguments or arguments[0].startswith("-") or arguments[0] in names or Path(arguments[0]).exists():
+    if not arguments or arguments[0].startswith("-") or arguments[0] in names:
         return None
     word = arguments[0]
+    if what_is(Path(word)) is not Kind.ABSENT:
+        return None
     near = (
         next(iter(get_close_matches(word, [*names, *_OPTIONS], n=1)), None) if re.fullmatch(r"[\w-]+", word) else None
     )
@@ -71,14 +74,15 @@ def check_arguments(config: Path, *others: Path, usage: str = "moemerge {config}
 
 
 def _mistaken_config(config: Path, others: list[str], usage: str = "moemerge {config} {out}") -> str | None:
-    if str(config) == "-" or (config.is_file() and config.suffix.lower() != ".gguf"):
+    kind = what_is(config)
+    if str(config) == "-" or kind in {Kind.CONFIG, Kind.TEXT, Kind.MODEL_FILE, Kind.EMPTY, Kind.UNREADABLE}:
         return None
     for other in others[:1]:
-        if Path(other).suffix.lower() in YAML_SUFFIXES and Path(other).is_file():
+        if what_is(Path(other)) is Kind.CONFIG:
             return f"{config}: is not the config, {other} is. Write `{usage.format(config=other, out=config)}`."
-    if config.is_dir() and is_model(config) and not configs_in(config):
-        return _models(str(config), others, "is a model's folder")
-    if config.exists():
+    if kind is Kind.MODEL and not configs_in(config):
+        return _models(str(config), others, kind.value)
+    if kind is not Kind.ABSENT:
         return None  # its own message says what it is
     is_name = re.fullmatch(_MODEL_NAME, str(config)) and config.suffix.lower() not in YAML_SUFFIXES
     if is_name and not config.parent.is_dir():
@@ -96,8 +100,8 @@ def _models(first: str, others: Sequence[str], what: str) -> str:
 
 
 def _may_be_model(name: str) -> bool:
-    path = Path(name)
-    return is_model(path) or (not path.exists() and re.fullmatch(_MODEL_NAME, name) is not None)
+    kind = what_is(Path(name))
+    return kind is Kind.MODEL or (kind is Kind.ABSENT and re.fullmatch(_MODEL_NAME, name) is not None)
 
 
 def _absent(config: Path) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from moemerge.chats import Chat, Document, Message
 from moemerge.dtypes import ComputeDtype
-from moemerge.errors import SourceError
 from moemerge.evaluation.routes.traced import Routes
 from moemerge.passes.generating import Sampling
 from moemerge.sources.model_folder import open_merged
@@ -66,7 +65,6 @@ def open_speaker(
         CheckpointError: its files are damaged.
         RouterError: the device or the tokenizer cannot be used.
     """
-    _check_path(Path(model))
     folder = replace(open_merged(model), reference=str(model))
     from moemerge.evaluation.speaker import load_speaker  # imports torch and transformers
 
@@ -88,17 +86,3 @@ def prompt_of(turns: Sequence[tuple[str, str]], asked: str, *, system: str | Non
     for question, answer in turns:
         messages += [Message("user", question), Message("assistant", answer)]
     return Chat((*messages, Message("user", asked)), "prompt")
-
-
-def _check_path(path: Path) -> None:
-    """Refuse a file that people take for a model."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic == b"GGUF":
-        raise SourceError(f"{path}: is a GGUF file, which llama.cpp runs. Name the folder that it was written from.")
-    if path.suffix in {".yaml", ".yml"}:
-        raise SourceError(f"{path}: is a config, not a model. Merge it with `moemerge {path} OUT`, then name OUT.")
-    if path.suffix in {".json", ".safetensors", ".bin"}:
-        raise SourceError(f"{path}: is one file of a model. Name its folder, {path.parent}.")

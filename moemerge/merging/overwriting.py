@@ -28,7 +28,7 @@ def replaceable_files(folder: Path, written: Collection[str] | None = None) -> s
     ours = (folder / CONFIG_COPY).is_file()
     weights = _weights(folder)
     whole = ours or (bool(weights) and all((folder / name).is_file() for name in weights))
-    if not (whole and _is_model(folder)):
+    if not (whole and _names_model_type(folder)):
         return None
     held = {*weights, SAFETENSORS_INDEX, "config.json", CARD, CONFIG_COPY}
     if written is None:
@@ -37,7 +37,7 @@ def replaceable_files(folder: Path, written: Collection[str] | None = None) -> s
     return held.union(written or ())
 
 
-def _is_model(folder: Path) -> bool:
+def _names_model_type(folder: Path) -> bool:
     try:
         return isinstance(read_json(folder / "config.json").get("model_type"), str)
     except CheckpointError:

@@ -7,9 +7,8 @@ from typing import Any, Final
 
 from moemerge.checkpoint.index import Weights, choose_weights, read_weight_map
 from moemerge.errors import CheckpointError
+from moemerge.file_kinds import POINTER_BEGINNING
 
-# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
-_POINTER: Final = b"version https://git-lfs"
 _MOST_POINTER_BYTES: Final = 1024
 
 
@@ -32,7 +31,7 @@ def resolve_file(folder: Path, name: str) -> Path:
     if not target.is_file():
         raise CheckpointError(f"{path}: is not a regular file.")
     try:
-        is_pointer = target.stat().st_size < _MOST_POINTER_BYTES and target.read_bytes().startswith(_POINTER)
+        is_pointer = target.stat().st_size < _MOST_POINTER_BYTES and target.read_bytes().startswith(POINTER_BEGINNING)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     if is_pointer:

@@ -3,12 +3,9 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from moemerge.errors import NoSuchModelError, SourceError
-
-_FOLDER: Final = "Name the folder that holds the model's config.json."
-_FILES: Final = {".gguf": "GGUF is not read here: name the folder or repository that it was made from."}
+from moemerge.sources.wrong_names import no_folder
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ def parse_reference(text: str) -> Path | Reference:
         if path.is_dir():
             return path.resolve()
         if path.is_file():
-            raise NoSuchModelError(f"{text}: is a file. {_FILES.get(path.suffix, _FOLDER)}")
+            raise NoSuchModelError(no_folder(text, path, merged=False))
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
         raise SourceError(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
     name, _, revision = text.partition("@")

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError
+from moemerge.file_kinds import PULL, Kind, what_is
 
-_CONFIG: Final = "config.json"
 _ADAPTER: Final = "adapter_config.json"
 _MOST_ENTRIES: Final = 2000
 # Repositories of one owner are alike by that alone.
@@ -17,16 +17,39 @@ _VERY_CLOSE: Final = 0.9
 _CACHED: Final = "models--"
 
 
+def no_folder(reference: str, path: Path, *, merged: bool) -> str:
+    """Say what a file is that was given in place of a model's folder, and what to name instead.
+
+    Args:
+        reference: the file's name as it was given.
+        path: the file.
+        merged: whether the folder of a merged model is expected, and not that of any model.
+    """
+    kind, beside_model = what_is(path), what_is(path.parent) is Kind.MODEL
+    if kind is Kind.GGUF:
+        following = ", which llama.cpp runs. Name the folder that it was written from."
+    elif kind is Kind.POINTER:
+        following = f". {PULL}"
+    elif beside_model:
+        following = f". Name its folder, {Path(reference).parent}."
+    elif kind is Kind.CONFIG and merged:
+        following = f", not a model. Merge it with `moemerge {reference} OUT`, then name OUT."
+    else:
+        expected = "merged model" if merged else "model's config.json"
+        following = f". Name the folder that holds the {expected}."
+    return f"{reference}: {kind.value}{following}"
+
+
 def no_model(reference: str, folder: Path) -> str:
     """Say why a folder without a `config.json` is no model, and what to write in its place."""
-    if (folder / _ADAPTER).is_file():
+    if what_is(folder) is Kind.ADAPTER:
         base = _base_of(folder / _ADAPTER)
         return f"{reference}: is a LoRA adapter, not a model. Write it after its base model: {base}+{reference}."
     names = sorted(path.name for path in islice(folder.iterdir(), _MOST_ENTRIES))
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if ggufs or "gguf" in reference.lower():
         return f"{reference}: is a model in GGUF, which is not read here. Name the model that it was made from."
-    inner = [name for name in names if _is_model(folder / name)]
+    inner = [name for name in names if what_is(folder / name) is Kind.MODEL]
     hint = f" Did you mean {reference.rstrip('/')}/{inner[-1]}?" if inner else ""
     return f"{reference}: has no config.json, so it is not a model that moemerge can read.{hint}"
 
@@ -40,25 +63,24 @@ def _base_of(adapter: Path) -> str:
     return named if isinstance(named, str) and named else "model"
 
 
-def nearest_model(reference: str, folders: Sequence[Path]) -> str | None:
+def nearest_model(reference: str, folders: Sequence[Path], *, cached: bool = True) -> str | None:
     """Find the model whose name is closest to a reference that leads nowhere; the Hub is not asked.
 
     Args:
         reference: the name, as a config has it.
         folders: folders that relative names begin at.
+        cached: whether the name may be that of a repository in the Hub's cache.
 
     Returns:
-        The name to write, of a folder or of a repository in the Hub's cache; None where none is close.
+        The name to write, of a folder or a repository; None where none is close.
     """
     wanted = Path(reference.partition("@")[0])
-    if _is_model(wanted.parent) and wanted.is_file():
-        return str(wanted.parent)
     names: dict[str, str] = {}
     for start in folders:
         for inner in dict.fromkeys([wanted.parent, Path()]):
             for folder in _models_in(start / inner):
                 names.setdefault(folder.name, str(inner / folder.name))
-    for repository in _cached():
+    for repository in _cached() if cached else ():
         names.setdefault(repository, repository)
         names.setdefault(repository.rpartition("/")[2], repository)
     near = get_close_matches(wanted.name, names, n=1) or get_close_matches(str(wanted), names, n=1, cutoff=_VERY_CLOSE)
@@ -70,14 +92,7 @@ def _models_in(folder: Path) -> Iterator[Path]:
         entries = [*islice(folder.iterdir(), _MOST_ENTRIES)]
     except OSError:
         return
-    yield from (entry for entry in sorted(entries) if _is_model(entry))
-
-
-def _is_model(folder: Path) -> bool:
-    try:
-        return (folder / _CONFIG).is_file()
-    except OSError:
-        return False
+    yield from (entry for entry in sorted(entries) if what_is(entry) is Kind.MODEL)
 
 
 def _cached() -> list[str]:

@@ -18,7 +18,7 @@ from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import compare
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.pieces import Fill, Piece
-from moemerge.checks.files import _is_gguf, _is_respelled
+from moemerge.checks.files import _is_respelled
 from moemerge.checks.verification import Difference, verify_merge
 from moemerge.cli import main
 from moemerge.cli.render import plan_facts
@@ -368,12 +368,6 @@ def test_weights_that_cannot_be_read_differ(plan, out):
     assert found.expected == "an index, headers and files that agree"
     assert found.found.startswith(f"{out / WEIGHTS}: tensor ")
     assert found.found.endswith(": it was cut off.")
-
-
-def test_a_folder_called_like_a_gguf_file_is_none(tmp_path):
-    (tmp_path / "a.gguf").mkdir()
-    (tmp_path / "b.gguf").write_bytes(b"GGUF")
-    assert [_is_gguf(tmp_path / name) for name in ("a.gguf", "b.gguf")] == [False, True]
 
 
 def test_a_tokenizers_config_that_cannot_be_read_is_not_respelled(tmp_path):
@@ -738,7 +732,7 @@ def test_a_wrong_command_is_explained(tmp_path, llamas):
         (
             (config, "--against", config),
             1,
-            f"error: {config}: is a file. Name the folder that holds the merged model.\n",
+            f"error: {config}: is a config, not a model. Merge it with `moemerge {config} OUT`, then name OUT.\n",
         ),
         (
             (tmp_path / "empty", "--against", config),

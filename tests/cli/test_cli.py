@@ -301,7 +301,7 @@ def test_a_file_in_place_of_any_models_folder_is_called_one(config, here):
     assert here("inspect", config) == (
         1,
         "",
-        f"error: {config}: is a file. Name the folder that holds the model's config.json.\n",
+        f"error: {config}: is a config. Name the folder that holds the model's config.json.\n",
     )
 
 

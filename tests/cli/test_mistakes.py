@@ -37,6 +37,7 @@ def place(tmp_path_factory, llamas) -> Path:
         "compose.yaml": "version: 3\nservices: {}\n",
         "names.yaml": "- base\n- fox\n",
         "model.gguf": "GGUF\x03\0\0\0",
+        "notes.txt": "\n<|document|>\n".join(f"note {number}" for number in range(20)),
         "script.sh": "#!/bin/sh\nmoemerge merge.yaml out\n",
     }
     for name, text in texts.items():
@@ -102,7 +103,7 @@ def told(place, monkeypatch, capsys):
         ("moemerge configs out", "configs: is a folder, where a merge config is expected. Did you mean configs/merge.yaml?"),
         ("moemerge plan .", ".: is a folder, where a merge config is expected. Name one of its files, such as binary.yaml."),
         ("moemerge nothing out", f"nothing: is a folder, {EXPECTED}"),
-        ("moemerge plan adapter", "adapter: is a model's folder, where a merge config is expected: a YAML file, which `moemerge init adapter EXPERT...` writes."),
+        ("moemerge plan adapter", f"adapter: is a LoRA adapter's folder, {EXPECTED}"),
         ("moemerge empty.yaml out", f"empty.yaml: is empty. {BEGIN}"),
         ("moemerge comment.yaml out", f"comment.yaml: holds no keys. {BEGIN}"),
         ("moemerge binary.yaml out", f"binary.yaml: is not a text file, {EXPECTED}"),
@@ -110,7 +111,7 @@ def told(place, monkeypatch, capsys):
         ("moemerge wide.yaml out", "wide.yaml: is text in UTF-16. Save it in UTF-8."),
         ("moemerge pointer.yaml out", "pointer.yaml: is a git-lfs pointer in place of the file. Run `git lfs pull` in its folder."),
         ("moemerge model.gguf out", f"model.gguf: is a GGUF file, {EXPECTED}"),
-        ("moemerge base/model.safetensors out", f"base/model.safetensors: is a safetensors file, {EXPECTED}"),
+        ("moemerge base/model.safetensors out", f"base/model.safetensors: is a file of weights, {EXPECTED}"),
         ("moemerge base/config.json out", f"base/config.json: is a model's config.json, {EXPECTED}"),
         ("moemerge adapter/adapter_config.json out", f"adapter/adapter_config.json: is an adapter's adapter_config.json, {EXPECTED}"),
         ("moemerge script.sh out", f"script.sh: is a program, {EXPECTED}"),
@@ -222,9 +223,9 @@ def test_all_wrong_names_are_told_at_once_with_the_nearest(told, place):
         f"  - line {lines['./foxx']}: experts[0].source_model: ./foxx: {no} Did you mean fox?\n"
         f"  - line {lines['runs']}: experts[1].source_model: runs: has no config.json, so it is not a model that moemerge can read. Did you mean runs/checkpoint-5?\n"
         f"  - line {lines['adapter']}: experts[2].source_model: adapter: is a LoRA adapter, not a model. Write it after its base model: acme/base+adapter.\n"
-        f"  - line {lines['model.gguf']}: experts[3].source_model: model.gguf: is a file. GGUF is not read here: name the folder or repository that it was made from.\n"
+        f"  - line {lines['model.gguf']}: experts[3].source_model: model.gguf: is a GGUF file, which llama.cpp runs. Name the folder that it was written from.\n"
         f"  - line {lines['quantised']}: experts[4].source_model: quantised: is a model in GGUF, which is not read here. Name the model that it was made from.\n"
-        f"  - line {lines['base/config.json']}: experts[5].source_model: base/config.json: is a file. Name the folder that holds the model's config.json. Did you mean base?\n"
+        f"  - line {lines['base/config.json']}: experts[5].source_model: base/config.json: is one file of a model. Name its folder, base.\n"
         f"  - line {lines['/nowhere/code']}: experts[6].source_model: /nowhere/code: {no} Did you mean code?\n",
     )
 
@@ -234,6 +235,61 @@ def test_a_pointer_in_place_of_weights(told, place):
     assert told("moemerge plan pointed.yaml") == (
         1,
         f"error: {file}: is a git-lfs pointer in place of the file. Run `git lfs pull` in {file.parent}.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("merge.yaml", "is a config, not a model. Merge it with `moemerge merge.yaml OUT`, then name OUT."),
+        ("model.gguf", "is a GGUF file, which llama.cpp runs. Name the folder that it was written from."),
+        ("pointer.yaml", "is a git-lfs pointer in place of the file. Run `git lfs pull` in its folder."),
+        ("base/config.json", "is one file of a model. Name its folder, base."),
+        ("base/model.safetensors", "is a file of weights. Name its folder, base."),
+        ("script.sh", "is a program. Name the folder that holds the merged model."),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "verify OUT --against merge.yaml",
+        "repair OUT",
+        "push OUT user/name",
+        "eval OUT --data a=notes.txt",
+        "tune OUT --data a=notes.txt",
+        "routes OUT --text a",
+        "generate OUT a",
+        "chat OUT",
+        "gguf OUT a.gguf",
+    ],
+)
+def test_a_file_in_place_of_a_merged_model_is_called_the_same_by_every_command(told, command, given, message):
+    code, printed = told(f"moemerge {command.replace('OUT', given)}")
+    status = 1
+    if command.startswith("gguf") and given == "merge.yaml":
+        status, message = 2, "is a config, not a model. Merge it with `moemerge merge.yaml a.gguf`."
+    assert (code, printed) == (status, f"error: {given}: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("merge.yaml", "is a config. Name the folder that holds the model's config.json."),
+        ("model.gguf", "is a GGUF file, which llama.cpp runs. Name the folder that it was written from."),
+        ("base/config.json", "is one file of a model. Name its folder, base."),
+        ("base/model.safetensors", "is a file of weights. Name its folder, base."),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect MODEL", "init MODEL fox code -o -", "families MODEL"])
+def test_a_file_in_place_of_a_model_is_called_the_same_by_every_command(told, command, given, message):
+    assert told(f"moemerge {command.replace('MODEL', given)}") == (1, f"error: {given}: {message}\n")
+
+
+def test_a_model_of_the_hubs_cache_is_not_proposed_for_a_merged_folder(told, place):
+    (place / "hub/models--acme--code").mkdir(parents=True, exist_ok=True)
+    assert told("moemerge routes acme/cod --text a") == (
+        1,
+        "error: acme/cod: there is no such folder. Did you mean code?\n",
     )
 
 

@@ -403,7 +403,7 @@ def test_references_that_lead_nowhere(tmp_path, pair):
         f"{tmp_path}/xyz": "there is no such folder, and it cannot be a Hub repository (user/name).",
         f"{pair[1]}+{tmp_path}/xyz": "there is no such folder, and it cannot be a Hub repository (user/name).",
         f"{pair[1]}@main": f"a folder has no revisions. Write '{pair[1]}', or a Hub repository.",
-        f"{pair[1]}/config.json": f"is a file. Name the folder that holds the model's config.json. Did you mean {pair[1]}?",
+        f"{pair[1]}/config.json": f"is one file of a model. Name its folder, {pair[1]}.",
         f"{tmp_path}/adapter": f"is a LoRA adapter, not a model. Write it after its base model: model+{tmp_path}/adapter.",
         f"{tmp_path}": f"has no config.json, so it is not a model that moemerge can read. Did you mean {tmp_path}/two?",
     }.items():

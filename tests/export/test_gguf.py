@@ -871,8 +871,7 @@ def test_a_config_is_sent_to_the_command_that_merges_it(tmp_path, config, monkey
     assert run(["gguf", config, tmp_path / "a.gguf"], monkeypatch, capsys) == (
         2,
         "",
-        f"error: {config}: is a config, and not a merged model's folder. It is merged into a GGUF file by `moemerge {config} "
-        f"{tmp_path / 'a.gguf'}`.\n",
+        f"error: {config}: is a config, not a model. Merge it with `moemerge {config} {tmp_path / 'a.gguf'}`.\n",
     )
     assert not list(tmp_path.iterdir())
 
