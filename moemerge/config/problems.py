@@ -77,8 +77,7 @@ def _line(node: yaml.Node | None, place: Place) -> int:
     for step in place:
         child = None
         if isinstance(node, yaml.MappingNode):
-            pair = next(((key, value) for key, value in node.value if key.value == step), None)
-            if pair:
+            if pair := _pair(node, step):
                 line, child = pair[0].start_mark.line + 1, pair[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
             child = node.value[step]
@@ -87,6 +86,19 @@ def _line(node: yaml.Node | None, place: Place) -> int:
             return line
         node = child
     return line
+
+
+def _pair(node: yaml.MappingNode, name: str | int) -> tuple[yaml.Node, yaml.Node] | None:
+    """The key of this name and its value, of the mapping's own keys, else of those that it takes over by `<<`."""
+    for key, value in node.value:
+        if key.value == name:
+            return key, value
+    for key, value in node.value:
+        taken = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        for mapping in taken if key.value == _MERGE_KEY else ():
+            if isinstance(mapping, yaml.MappingNode) and (pair := _pair(mapping, name)):
+                return pair
+    return None
 
 
 def repeated_keys(node: yaml.Node | None) -> list[tuple[Place, str]]:

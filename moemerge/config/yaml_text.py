@@ -1,6 +1,7 @@
 """Read untrusted YAML, a merge config or a model card's metadata, in bounded time and memory."""
 
 import re
+from copy import deepcopy
 from typing import Any, Final
 
 import yaml
@@ -17,6 +18,7 @@ _DEEPEST: Final = 50
 # Reading one takes the square of its length, and Python writes none of more than 4300 digits.
 _LONGEST_NUMBER: Final = 400
 _NUMBERS: Final = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
+_MERGE_KEY: Final = "<<"
 _HALF: Final = re.compile(r"\\[uU]0*[dD][89a-fA-F]")
 
 
@@ -25,7 +27,7 @@ class YamlTextError(Exception):
 
 
 def read_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """Read a YAML document: its value, and its root node, which knows lines; None and None for an empty document.
+    """Read a YAML document: its value, and its root node as it is written, which knows lines; both None if it is empty.
 
     Aliases are counted as often as they are used (https://en.wikipedia.org/wiki/Billion_laughs_attack).
 
@@ -44,7 +46,8 @@ def read_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         _check_size(node)
         loader = loads("")
         try:
-            return loader.construct_document(node), node
+            # Constructing writes what `<<` takes over into the node, between the keys that the text has.
+            return loader.construct_document(deepcopy(node) if _MERGE_KEY in text else node), node
         finally:
             loader.dispose()
     except yaml.YAMLError as error:

@@ -488,6 +488,36 @@ def test_identical_experts_are_refused_unless_allowed(other):
     assert parse_config(text, allow_identical_experts=True).experts[1].source_model == other
 
 
+MERGED = """base_model: base
+experts:
+- &common
+  source_model: a
+  noise_scale: 0.1
+- <<: *common
+  source_model: b
+"""
+
+
+def test_a_key_that_is_taken_over_may_be_written_again():
+    config = parse_config(MERGED)
+    assert [expert.source_model for expert in config.experts] == ["a", "b"]
+    assert [expert.noise_scale for expert in config.experts] == [0.1, 0.1]
+    assert parse_config(MERGED.replace("*common", "[*common, *common]")).experts == config.experts
+
+
+def test_lines_of_keys_that_are_taken_over():
+    """A key's own line where it is written again, else that of the key that is taken over."""
+    assert problems(MERGED.replace("source_model: b", "source_model: 7")) == [
+        "line 7: experts[1].source_model: expected text, found 7"
+    ]
+    assert problems(MERGED.replace("0.1", "x")) == [
+        f"line 5: experts[{number}].noise_scale: expected a number, found 'x'" for number in range(2)
+    ]
+    assert problems(MERGED + "  source_model: c\n") == [
+        "line 7: experts[1].source_model: is written twice, in lines 7 and 8. Remove one"
+    ]
+
+
 def test_keys_written_twice_are_refused():
     assert problems(PLAIN + "base_model: other\n") == [
         "line 1: base_model: is written twice, in lines 1 and 7. Remove one"
