@@ -3,12 +3,15 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from typing import Final
 
 LONGEST_NAME: Final = 60
 """Most characters of a name."""
-# Folders that trainers and the Hub's cache make within a model's own.
-_INNER: Final = re.compile(r"checkpoint-\d+|snapshots|[0-9a-f]{40}")
+# Folders that trainers and the Hub's cache make within a model's own; some say which version of it they hold.
+_INNER: Final = re.compile(r"(checkpoint-\d+)|snapshots|([0-9a-f]{7})[0-9a-f]{33}")
+_REPOSITORY: Final = re.compile(r"([\w-][\w.-]*(?:/[\w.-]+)?)@(.+)")
+_LONGEST_VERSION: Final = 20
 _CACHED: Final = re.compile(r"models--(?:.*--)?")
 WRITABLE_NAME: Final = r"[^\s=,](?:[^\n\r\t=,]*[^\s=,])?"
 """A pattern of names."""
@@ -32,19 +35,22 @@ def expert_names(models: Sequence[str], given: Sequence[str | None] = ()) -> tup
 
     A name that is not given is the last part of the model's name that says something: `math` for
     `runs/math/checkpoint-500`, `user/math@main` and the Hub's cache of it. Where two are alike, the part before
-    it is added, as in `runs-math`; models that are all alike are numbered.
+    it is added, as in `runs-math`; where that does not tell them apart, the revision or the checkpoint, as in
+    `math-main`. Models that are all alike are numbered. What `checked_name` does not take is cut or replaced.
 
     Args:
         models: references of the experts' models, as a config names them.
         given: the names that the config gives, None for an expert without one; nothing where it gives none.
     """
     kept = [*given, *[None] * (len(models) - len(given))]
-    parts = [_parts(model) for model in models]
-    most = max(map(len, parts), default=0)
-    names = [name or parts[expert][-1] for expert, name in enumerate(kept)]
-    for depth in range(2, most + 1):
+    read = [_parts(model) for model in models]
+    most = max((len(parts) for parts, _ in read), default=0)
+    names = [name or _cut(parts[-1:]) for name, (parts, _) in zip(kept, read, strict=True)]
+    steps = [*((depth, False) for depth in range(2, most + 1)), (1, True), (most, True)]
+    for depth, with_version in steps:
         for expert in _alike(names):
-            names[expert] = kept[expert] or "-".join(parts[expert][-depth:])
+            parts, version = read[expert]
+            names[expert] = kept[expert] or _cut(parts[-depth:], version if with_version else "")
     for expert in _alike(names):
         if kept[expert] is None:
             names[expert] = _numbered(names[expert], expert, names)
@@ -62,13 +68,28 @@ def repeated_names(names: Sequence[str | None]) -> list[int]:
     return [expert for expert, name in enumerate(lowered) if name and name in lowered[:expert]]
 
 
-def _parts(model: str) -> list[str]:
-    """The parts of a reference that name something, the last one last; an adapter stands for its model."""
-    path = re.split(r"[/\\]", model.rpartition("+")[2] or model)
-    path = [*path[:-1], path[-1].partition("@")[0]]
+def _parts(model: str) -> tuple[list[str], str]:
+    """The parts of a reference that name something, the last one last, and its version; of an adapter's alone."""
+    reference = model.rpartition("+")[2] or model
+    repository = _REPOSITORY.fullmatch(reference)
+    path = re.split(r"[/\\]", repository[1] if repository else reference)
     named = [_CACHED.sub("", part, count=1) for part in path if part not in {"", ".", "..", "~"}]
-    outer = [part for part in named if not _INNER.fullmatch(part)] or named or [model]
-    return [re.sub(r"[\s=,]+", "-", part).strip("-") or "model" for part in outer]
+    outer = [part for part in named if not _INNER.fullmatch(part)]
+    inner = [match[1] or match[2] for part in named if outer and (match := _INNER.fullmatch(part))]
+    version = repository[2] if repository else next(filter(None, reversed(inner)), "")
+    return [_writable(part) or "model" for part in outer or named or [model]], _writable(version)
+
+
+def _writable(part: str) -> str:
+    """Replace what no name may hold."""
+    shown = "".join(letter if letter.isprintable() else "-" for letter in part)
+    return re.sub(r"[\s=,/]+", "-", shown).strip("-")
+
+
+def _cut(parts: Sequence[str], version: str = "") -> str:
+    """Join the parts of a name, and a version if there is one; a long name is cut before its version."""
+    end = f"-{version[:_LONGEST_VERSION]}" if version else ""
+    return f"{'-'.join(parts)[: LONGEST_NAME - len(end)].strip('-')}{end}"
 
 
 def _alike(names: Sequence[str]) -> list[int]:
@@ -78,6 +99,5 @@ def _alike(names: Sequence[str]) -> list[int]:
 
 def _numbered(name: str, expert: int, names: Sequence[str]) -> str:
     taken = {other.lower() for other in names}
-    while f"{name}-{expert}".lower() in taken:
-        name = f"{name}-"
-    return f"{name}-{expert}"
+    numbered = (f"{name[: LONGEST_NAME - len(str(number)) - 1]}-{number}" for number in count(expert))
+    return next(found for found in numbered if found.lower() not in taken)

@@ -3,7 +3,7 @@
 import pytest
 
 from moemerge import ConfigError, load_config
-from moemerge.config.expert_names import expert_names
+from moemerge.config.expert_names import checked_name, expert_names
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -22,15 +22,28 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         (["fox", "fox"], ("fox-0", "fox-1")),
         (["my model, v=2", "owl"], ("my-model-v-2", "owl")),
         (["..", "owl"], ("..", "owl")),
+        (["u/m@main", "u/m@dev"], ("m-main", "m-dev")),
+        (["hf/x@a/b", "hf/y@refs/pr/1"], ("x", "y")),
+        (["hf/x@a/b", "hf/x@refs/pr/1", "g/x"], ("x-a-b", "x-refs-pr-1", "g-x")),
+        (["x/checkpoint-1", "x/checkpoint-2"], ("x-checkpoint-1", "x-checkpoint-2")),
+        (["a/x/checkpoint-1", "b/x/checkpoint-2"], ("a-x", "b-x")),
+        (["u/m", "u/m@dev"], ("m", "m-dev")),
+        (["/runs/fox@2", "checkpoint-3"], ("fox@2", "checkpoint-3")),
+        (["b+u/m@main", "b+u/m@dev"], ("m-main", "m-dev")),
+        ([f"models--u--m/snapshots/{commit * 40}" for commit in "ab"], ("m-aaaaaaa", "m-bbbbbbb")),
+        (["x" * 300, "owl"], ("x" * 60, "owl")),
+        (["x" * 300, f"{'x' * 300}@dev", "x" * 301], (f"{'x' * 58}-0", f"{'x' * 56}-dev", f"{'x' * 58}-2")),
+        (["a\x07b\u200b", "\udcff", "=,"], ("a-b", "model-1", "model-2")),
     ],
 )
 def test_a_name_is_the_part_of_the_model_s_name_that_says_something(models, names):
     assert expert_names(models) == names
+    assert [checked_name(name) for name in names] == [*names]
 
 
 def test_given_names_are_kept_and_others_keep_out_of_their_way():
     assert expert_names(["fox", "a/owl", "b/owl"], [None, "owl", None]) == ("fox", "owl", "b-owl")
-    assert expert_names(["fox", "fox", "fox"], [None, "fox-0", None]) == ("fox--0", "fox-0", "fox-2")
+    assert expert_names(["fox", "fox", "fox"], [None, "fox-0", None]) == ("fox-1", "fox-0", "fox-2")
 
 
 def config(*names):
