@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage release-check test-llamacpp test-engines test-next-steps demo docs bench bench-hub bench-routers browser fuzz format clean
+.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage release-check test-llamacpp test-engines test-next-steps demo docs bench bench-hub bench-routers browser fuzz schema format clean
 
 install: $(VENV)/.done
 
@@ -45,6 +45,10 @@ coverage: install
 # Every pair of a dense and an MoE family.
 test-families: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/families/test_families.py tests/tuning/test_tuning.py -m ""
+
+# The schema of configs that editors read, after a change of the config's types.
+schema: install
+	$(BIN)/python -c "import json; from moemerge.config.json_schema import config_schema; print(json.dumps(config_schema(), indent=2))" > moemerge/config/schema.json
 
 # Random damage to headers, configs and indexes, for 3 minutes; SEED chooses which.
 SEED ?= 0

@@ -38,6 +38,8 @@ class Kind(Enum):
     TEXT = "is a file"
 
 
+FOLDERS: Final = frozenset({Kind.MODEL, Kind.ADAPTER, Kind.FOLDER})
+"""The kinds of folders."""
 _BEGINNINGS: Final[tuple[tuple[bytes, Kind], ...]] = (
     (b"GGUF", Kind.GGUF),
     (POINTER_BEGINNING, Kind.POINTER),

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from moemerge.cli import app
+from moemerge.cli.app import command_line
 
 HEAD = """\
 # Command line
@@ -19,7 +19,7 @@ change, and 130 for an interruption.
 
 def commands() -> dict[str, Any]:
     """Commands as typer builds them, by the words that begin their command lines."""
-    group: Any = typer.main.get_command(app._app())  # noqa: SLF001  the program that main() runs
+    group: Any = typer.main.get_command(command_line())
     return {f"moemerge {name}": command for name, command in group.commands.items()}
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 
@@ -23,6 +23,7 @@ from moemerge.cli.schema import print_schema
 from moemerge.cli.speaking import chat, generate
 from moemerge.cli.streams import Guarded, guarded_streams, say
 from moemerge.cli.tuning import tune_routers
+from moemerge.cli.usage_errors import UsageError
 
 _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
     "Make a mixture": {
@@ -44,7 +45,6 @@ moemerge ./plan out/
 
 Exit codes: 0 done, 1 failed, 2 the config or the command has to change, 130 interrupted.
 """
-_UsageError: Final[Any] = typer.BadParameter.__mro__[1]
 
 
 def _show_version(*, show: bool) -> None:
@@ -67,7 +67,8 @@ def _about(
     """Build mixtures of experts from dense models that were fine-tuned from one base: `moemerge CONFIG OUT`."""
 
 
-def _app() -> typer.Typer:
+def command_line() -> typer.Typer:
+    """Make the program that `main` runs: all commands, under their headings."""
     app = typer.Typer(
         cls=Commands,
         pretty_exceptions_enable=False,
@@ -112,8 +113,8 @@ def _translated(arguments: list[str]) -> list[str]:
 
 def _run(arguments: list[str]) -> None:
     try:
-        code = _app()(args=arguments, prog_name="moemerge", standalone_mode=False)
-    except _UsageError as error:
+        code = command_line()(args=arguments, prog_name="moemerge", standalone_mode=False)
+    except UsageError as error:
         if not (message := explain_usage(error)):  # a help page
             error.show()
             sys.exit(error.exit_code)

@@ -138,14 +138,31 @@ def explain_error(error: BaseException, *, keeps_output: bool = False) -> tuple[
     if isinstance(error, KeyboardInterrupt):
         rest = str(error) or ("the output is as it was before" if keeps_output else "")
         return f"interrupted{': ' if rest else ''}{rest}", 130
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return "error: memory ran out. `moemerge plan` says how much a merge needs.", 1
-    if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
-        return "error: too many files are open. Raise the limit, with `ulimit -n 1024`.", 1
-    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return "error: the system starts no more threads. Raise its limits, `ulimit -u` and `ulimit -v`.", 1
+    if limit := _limit_of_system(error):
+        return f"error: {limit}", 1
     fault = "This is a fault in moemerge: please report it, with what --debug shows."
     return printable(f"error: {type(error).__name__}: {error}", _MOST_BYTES) + f"\n{fault}", 1
+
+
+def _limit_of_system(error: BaseException) -> str | None:
+    """Say what the system has no more of, if that is what an exception is about."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "memory ran out. `moemerge plan` says how much a merge needs."
+    if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+        return "too many files are open. Raise the limit, with `ulimit -n 1024`."
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "the system starts no more threads. Raise its limits, `ulimit -u` and `ulimit -v`."
+    if isinstance(error, FileNotFoundError) and not _has_working_folder():
+        return "the current folder is gone. Change into another one."
+    return None
+
+
+def _has_working_folder() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def stdout() -> "Console":

@@ -72,10 +72,11 @@ def print_report(
 
 
 def _print_kept(console: Console, folder: Path | None, kept: int, texts: int) -> None:
-    """Print how many texts the base model did not read, since an earlier merge had kept what it makes of them."""
+    """Print how much of the text the base model did not read, since an earlier merge had kept what it makes of it."""
     console.print(
-        f"kept states: {kept} of {texts} texts were read from {folder}, {texts - kept} are new there; all "
-        "positive text of an expert is one text, all negative text another"
+        f"kept states: {kept} of {texts} groups of text were read from {folder}, {texts - kept} are new there. An "
+        "expert's positive text is a group, its negative text another, and text for no expert, such as "
+        "router.calibration_texts or moemerge's own sample, one more"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moemerge.cli.help_pages import MERGE
+from moemerge.cli.usage_errors import NoArgsIsHelpError
 from moemerge.config.mistaken import HOW_TO_BEGIN, configs_in
 from moemerge.errors import RefusedError
 from moemerge.file_kinds import YAML_SUFFIXES, Kind, what_is
@@ -36,7 +37,7 @@ def unknown_command(arguments: Sequence[str], names: Sequence[str]) -> str | Non
 
 def explain_usage(error: Any) -> str:
     """Explain arguments and options that do not fit a command; empty if the error is the command's help page."""
-    if type(error).__name__ == "NoArgsIsHelpError":
+    if isinstance(error, NoArgsIsHelpError):
         return ""
     context = error.ctx
     command = context.command_path if context else "moemerge"

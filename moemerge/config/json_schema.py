@@ -1,5 +1,6 @@
 """The JSON Schema of a merge config, for editors: made from the config's types, and published as `schema.json`."""
 
+from importlib.resources import files
 from typing import Any, Final
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -18,6 +19,11 @@ class _Untitled(GenerateJsonSchema):
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  pydantic's
         return False
+
+
+def published_schema() -> str:
+    """Read `schema.json`, which another pydantic might make in other words."""
+    return (files("moemerge.config") / "schema.json").read_text(encoding="utf-8")
 
 
 def config_schema() -> dict[str, Any]:

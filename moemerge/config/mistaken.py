@@ -5,14 +5,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.file_kinds import PULL, YAML_SUFFIXES, Kind, what_is
+from moemerge.file_kinds import FOLDERS, PULL, YAML_SUFFIXES, Kind, what_is
 
 HOW_TO_BEGIN: Final = "`moemerge init BASE EXPERT...` writes a merge config"
 """The next step for whoever has no config yet."""
 _EXPECTED: Final = "where a merge config is expected: a YAML file, which `moemerge init BASE EXPERT...` writes."
 # What follows of a path that cannot be a config; a model's own files, and text of any kind, show by what they hold.
 _NEXT: Final = {
-    **dict.fromkeys((Kind.MODEL, Kind.ADAPTER, Kind.FOLDER, Kind.WEIGHTS, Kind.GGUF), f", {_EXPECTED}"),
+    **dict.fromkeys((*FOLDERS, Kind.WEIGHTS, Kind.GGUF), f", {_EXPECTED}"),
     **dict.fromkeys((Kind.ARCHIVE, Kind.PROGRAM, Kind.BINARY), f", {_EXPECTED}"),
     Kind.POINTER: f". {PULL}",
     Kind.UTF16: ". Save it in UTF-8.",
@@ -36,7 +36,7 @@ _LEAST_ALIKE: Final = 0.7
 def mistaken_path(path: Path) -> str | None:
     """Say why a path leads to no text that could be a config; None if it may lead to one, or to nothing."""
     kind = what_is(path)
-    configs = configs_in(path) if kind in {Kind.FOLDER, Kind.MODEL, Kind.ADAPTER} else []
+    configs = configs_in(path) if kind in FOLDERS else []
     if configs:
         hint = f"Did you mean {configs[0]}?" if len(configs) == 1 else f"Name one of its files, such as {configs[0]}."
         return f"{path}: is a folder, where a merge config is expected. {hint}"

@@ -64,7 +64,7 @@ def _means(distances: Mapping[str, Distance]) -> dict[str, float]:
 
 
 def base_remarks(base: ModelFolder, signs: Signs, experts: Sequence[Signs], *, templates: bool) -> Iterator[str]:
-    """Yield what the names and cards of all models say against the base that is given, or have one think of.
+    """Yield a sentence for each reason, in the models' names and cards, why another base may be right.
 
     Args:
         base: the base.

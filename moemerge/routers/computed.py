@@ -36,7 +36,7 @@ class PassRouters:
     computed_in: str
     """The dtype that models were run in."""
     kept_texts: tuple[int, int] | None
-    """Number of texts whose router inputs an earlier merge had kept, and of all; None where none are to be kept."""
+    """Groups of text whose router inputs an earlier merge had kept, and all groups; None where none are to be kept."""
 
 
 @memory_watched(

@@ -96,9 +96,9 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
 
 
 def count_kept(request: PassRequest) -> tuple[int, int] | None:
-    """Count the texts whose router inputs are kept, and all texts of a request; None where none are to be kept.
+    """Count the groups of text whose router inputs are kept, and all of a request; None where none are to be kept.
 
-    All positive text of an expert is one text, all negative text another.
+    All positive text of an expert is a group, all negative text another, and so is all text for no expert.
     """
     if request.kept_states is None:
         return None

@@ -55,7 +55,7 @@ class RoutingReport:
     computed_in: str = ""
     """The dtype that models were run in; empty where none was run."""
     kept_texts: tuple[int, int] | None = None
-    """Number of texts whose router inputs an earlier merge had kept, and of all; None without `kept_states`."""
+    """Groups of text whose router inputs an earlier merge had kept, and all groups; None without `kept_states`."""
 
     @property
     def chance(self) -> float:

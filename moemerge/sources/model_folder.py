@@ -14,7 +14,7 @@ from moemerge.checkpoint.files import File, Stamp, size_of
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import NoSuchModelError, SourceError
-from moemerge.file_kinds import Kind, what_is
+from moemerge.file_kinds import FOLDERS, Kind, what_is
 from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
@@ -127,7 +127,7 @@ def open_merged(out: Path | str) -> ModelFolder:
         near = nearest_model(str(out), [Path()], cached=False)
         hint = f"Did you mean {near}?" if near else "Name the folder that holds the merged model."
         raise SourceError(f"{out}: there is no such folder. {hint}")
-    if kind not in {Kind.MODEL, Kind.ADAPTER, Kind.FOLDER}:
+    if kind not in FOLDERS:
         raise SourceError(no_folder(str(out), path, merged=True))
     return open_model(str(Path(out).resolve()), lambda _: None)
 

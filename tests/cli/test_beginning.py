@@ -251,6 +251,33 @@ def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(models, init, ar
     assert sorted(models.iterdir()) == before
 
 
+def test_a_folder_in_the_schema_s_place_is_refused_before_anything_is_opened(models, init):
+    (models / SCHEMA_FILE).mkdir()
+    assert init("nothing here", "code", "math") == (
+        2,
+        "",
+        "error: moemerge.schema.json: is a folder, where the schema is written that editors check the config by. Rename "
+        "it, or name a file in another folder with -o.\n",
+    )
+    assert not (models / "merge.yaml").exists()
+
+
+def test_a_folder_with_a_long_name_is_an_expert(models, init):
+    (models / "code").rename(models / f"code-{'x' * 80}")
+    code, _, err = init("base", f"code-{'x' * 80}", "math", "-q")
+    assert (code, err) == (0, "")
+    assert written(models / "merge.yaml")["experts"][0]["name"] == f"code-{'x' * 55}"
+
+
+def test_nobody_is_asked_on_a_closed_input(models, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "argv", ["moemerge", "init", "base", "code", "math", "-q"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert written(models / "merge.yaml")["base_model"] == "base"
+
+
 def test_models_of_the_hub_are_opened_by_headers_and_cards(world, machine):
     done = machine.moemerge("init", "acme/base", "acme/fox", "acme/code@main", "acme/chat", "-o", "m.yaml")
     assert done.code == 0, done.err

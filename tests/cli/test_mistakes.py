@@ -128,6 +128,34 @@ def test_a_mistake_on_the_command_line(told, line, message):
     assert not Path("out").exists()
 
 
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"moemerge {LONG} out", f"{LONG}: there is no such config and no such command. `moemerge --help` lists the commands."),
+        (f"moemerge plan {LONG}", f"{LONG}: there is no such config and no such command. `moemerge --help` lists the commands."),
+        (f"moemerge merge base {LONG}", "base: is a model's folder, where a merge config is expected: a YAML file, which `moemerge init base EXPERT...` writes."),
+        (f"moemerge base fox/{LONG}", f"base: is a model's folder, where a merge config is expected: a YAML file, which `moemerge init base fox/{LONG}` writes."),
+        (f"moemerge init base fox code -o no/{LONG}", f"no/{LONG}: there is no folder no. Make it first, or name another file with -o."),
+    ],
+    ids=["merge", "plan", "out", "expert", "init"],
+)  # fmt: skip
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(told, line, message):
+    assert told(line) == (2, f"error: {message}\n")
+
+
+def test_the_current_folder_may_be_gone(tmp_path, told, place, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert told(f"moemerge plan {place}/merge.yaml") == (
+        1,
+        "error: the current folder is gone. Change into another one.\n",
+    )
+
+
 def config(tmp_path: Path, text: str) -> str:
     (tmp_path / "c.yaml").write_text(text)
     return str(tmp_path / "c.yaml")

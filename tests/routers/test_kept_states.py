@@ -193,6 +193,7 @@ def test_the_command_keeps_states(models, tmp_path, monkeypatch, capsys):
     assert all(path.suffix == ".safetensors" for path in kept.iterdir())
     assert list(kept.iterdir())
     assert (
-        f"\nkept states: 0 of 3 texts were read from {kept}, 3 are new there; all positive text of an expert is one text, "
-        "all negative text another\n"
+        f"\nkept states: 0 of 3 groups of text were read from {kept}, 3 are new there. An expert's positive text is a "
+        "group, its negative text another, and text for no expert, such as router.calibration_texts or moemerge's own "
+        "sample, one more\n"
     ) in capsys.readouterr().err
