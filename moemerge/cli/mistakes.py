@@ -10,7 +10,7 @@ from moemerge.cli.help_pages import MERGE
 from moemerge.cli.usage_errors import NoArgsIsHelpError
 from moemerge.config.mistaken import HOW_TO_BEGIN, configs_in
 from moemerge.errors import RefusedError
-from moemerge.file_kinds import YAML_SUFFIXES, Kind, what_is
+from moemerge.file_kinds import FOLDERS, YAML_SUFFIXES, Kind, what_is
 
 _MODEL_NAME: Final = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 # Written by those who know another program; the right words are options.
@@ -86,7 +86,7 @@ def _mistaken_config(config: Path, others: list[str], usage: str = "moemerge {co
     if kind is not Kind.ABSENT:
         return None  # its own message says what it is
     is_name = re.fullmatch(_MODEL_NAME, str(config)) and config.suffix.lower() not in YAML_SUFFIXES
-    if is_name and not config.parent.is_dir():
+    if is_name and what_is(config.parent) not in FOLDERS:
         return _models(str(config), others, "is a model's name")
     return _absent(config)
 
@@ -107,7 +107,7 @@ def _may_be_model(name: str) -> bool:
 
 def _absent(config: Path) -> str:
     """Say that there is no such file, with the nearest config in its folder."""
-    if not config.parent.is_dir():
+    if what_is(config.parent) not in FOLDERS:
         return f"{config}: there is no such file, and no folder {config.parent}."
     configs = [path.name for path in configs_in(config.parent)]
     if near := get_close_matches(config.name, configs, n=1):

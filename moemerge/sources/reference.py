@@ -1,5 +1,6 @@
 """Parse a model reference of the YAML: a folder on this machine, or a repository on the Hub."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ def parse_reference(text: str) -> Path | Reference:
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
         raise SourceError(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
     name, _, revision = text.partition("@")
-    if revision and Path(name).expanduser().is_dir():
+    if revision and _is_folder(name):
         raise NoSuchModelError(f"{text}: a folder has no revisions. Write {name!r}, or a Hub repository.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")):
         raise NoSuchModelError(f"{text}: there is no such folder, and it cannot be a Hub repository (user/name).")
@@ -46,16 +47,21 @@ def split_adapter(reference: str) -> tuple[str, str] | None:
 
     def leads_somewhere(text: str) -> bool:
         try:
-            parse_reference(text.partition("+")[0] if "+" in text and not Path(text).expanduser().is_dir() else text)
+            parse_reference(text.partition("+")[0] if "+" in text and not _is_folder(text) else text)
         except SourceError:
             return False
         return True
 
-    if "+" not in reference or Path(reference).expanduser().is_dir():
+    if "+" not in reference or _is_folder(reference):
         return None
     places = [match.start() for match in re.finditer(r"\+", reference)][::-1]
     splits = [(reference[:place], reference[place + 1 :]) for place in places]
     return next((split for split in splits if all(map(leads_somewhere, split))), splits[0])
+
+
+def _is_folder(text: str) -> bool:
+    # Path raises for a name that is too long, and for the home of a user that there is not.
+    return os.path.isdir(os.path.expanduser(text))  # noqa: PTH111, PTH112
 
 
 def local_folders(reference: str) -> list[Path]:

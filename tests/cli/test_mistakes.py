@@ -138,12 +138,20 @@ LONG = "a" * 300
         (f"moemerge plan {LONG}", f"{LONG}: there is no such config and no such command. `moemerge --help` lists the commands."),
         (f"moemerge merge base {LONG}", "base: is a model's folder, where a merge config is expected: a YAML file, which `moemerge init base EXPERT...` writes."),
         (f"moemerge base fox/{LONG}", f"base: is a model's folder, where a merge config is expected: a YAML file, which `moemerge init base fox/{LONG}` writes."),
+        (f"moemerge plan {LONG}/c.yaml", f"{LONG}/c.yaml: there is no such file, and no folder {LONG}."),
         (f"moemerge init base fox code -o no/{LONG}", f"no/{LONG}: there is no folder no. Make it first, or name another file with -o."),
     ],
-    ids=["merge", "plan", "out", "expert", "init"],
+    ids=["merge", "plan", "out", "expert", "folder", "init"],
 )  # fmt: skip
 def test_a_name_that_no_file_can_have_is_one_that_is_not_there(told, line, message):
     assert told(line) == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize("model", [LONG, f"fox+{LONG}", f"{LONG}@main"])
+def test_a_model_s_name_that_no_file_can_have(told, model):
+    code, printed = told(f"moemerge inspect {model}")
+    looked_up = model.rpartition("+")[2]
+    assert (code, printed) == (1, f"error: {looked_up}: cannot be looked up: File name too long.\n")
 
 
 def test_the_current_folder_may_be_gone(tmp_path, told, place, monkeypatch):
