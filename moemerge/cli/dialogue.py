@@ -17,7 +17,7 @@ from rich.text import Text
 from moemerge.checkpoint.files import interrupted
 from moemerge.cli.colours import has_colours, legend, style_of
 from moemerge.cli.console import stdout, stoppable
-from moemerge.cli.options import ComputeIn, Device
+from moemerge.cli.options import ComputeIn, Device, check_text
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 from moemerge.printable import printable
@@ -66,6 +66,8 @@ class Dialogue:
         self._console, self._speaking, self._quiet, self._out = console, speaking, quiet, stdout()
         self.turns: list[tuple[str, str]] = []
         self._last: Answer | None = None
+        check_text("--system", speaking.system or "")
+        self._sampling = speaking.sampling  # what cannot be used is refused before the model is loaded
         from moemerge.passes.chats import has_chat_template
 
         self._plain = speaking.raw or not has_chat_template(out)
@@ -97,7 +99,7 @@ class Dialogue:
         from moemerge.evaluation.generation import prompt_of
 
         prompt = prompt_of(turns, asked, system=self._speaking.system, plain=self._plain)
-        return self._speaker.answer(prompt, self._speaking.sampling, came)
+        return self._speaker.answer(prompt, self._sampling, came)
 
     def serve(self) -> None:
         """Open a page to chat on, until Ctrl-C.

@@ -220,3 +220,13 @@ class VerboseOptions:
     quiet: Quiet = False
     verbose: Verbose = 0
     debug: Debug = False
+
+
+def check_text(place: str, text: str) -> None:
+    """Check a text of the command line, whose bytes Python keeps even if they are not UTF-8.
+
+    Raises:
+        RefusedError: they are not.
+    """
+    if text.encode(errors="replace").decode() != text:
+        raise RefusedError(f"{place} holds bytes that are not UTF-8. Write it in UTF-8.")

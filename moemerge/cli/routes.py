@@ -21,6 +21,7 @@ from moemerge.cli.options import (
     ComputeIn,
     Device,
     ResultOptions,
+    check_text,
     named_roles,
 )
 from moemerge.cli.standard_input import path_of
@@ -145,8 +146,7 @@ def _read_texts(console: Console, given: TextOptions) -> dict[str, Document]:
     """
     texts: dict[str, Document] = {f"text {number}": text for number, text in enumerate(given.text, 1)}
     for name, text in zip(texts, given.text, strict=True):
-        if text.encode(errors="replace").decode() != text:
-            raise RefusedError(f"--text: {name} holds bytes that are not UTF-8. Write it in UTF-8.")
+        check_text(f"--text: {name}", text)
     documents = list(_documents(given.file))
     for name, document in documents[:_MOST_DOCUMENTS]:
         texts[name if name not in texts else f"{name} (file)"] = document

@@ -13,7 +13,7 @@ from moemerge.checkpoint.files import interrupted
 from moemerge.cli.console import console_session, print_json
 from moemerge.cli.dialogue import Dialogue, SpeakingOptions
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import MessageOptions, ResultOptions
+from moemerge.cli.options import MessageOptions, ResultOptions, check_text
 from moemerge.cli.standard_input import STANDARD_INPUT, decoded, read_standard_input
 from moemerge.cli.streams import say
 from moemerge.errors import MoemergeError, RefusedError
@@ -49,6 +49,7 @@ def generate(
         text = read_standard_input().removesuffix("\n") if prompt == STANDARD_INPUT else prompt
         if not text:
             raise RefusedError("the prompt is empty. Give a text to answer or to continue.")
+        check_text("the prompt", text)
         dialogue = Dialogue(console, out, speaking, quiet=messages.quiet)
         if messages.json:
             print_json(_facts(text, dialogue.ask(text, lambda _token: None)))

@@ -85,7 +85,7 @@ class Speaker:
         # The choices of a token are known when the next one comes, so that one more is asked for.
         asked = replace(sampling, max_new_tokens=most + bool(self._routers))
         with memory_watched(f"{self.name} was answering. Use another device, or a shorter prompt."):
-            generate_tokens(self._model, ids, asked, folder=self._folder, stops=stops, came=heard.take)
+            generate_tokens(self._model, [ids], asked, folder=self._folder, stops=stops, on_token=heard.take)
         return heard.answer(self.name, is_cut=heard.count == asked.max_new_tokens and heard.last not in stops)
 
     def _encode(self, prompt: Document) -> list[int]:

@@ -234,6 +234,7 @@ class MergePlan:
             folder=self.base_folder,
             base=self.parts.base,
             experts=self.experts,
+            expert_folders=tuple(expert.folder.own_folders for expert in self.models.experts),
             mixture=self.mixture,
             scoring=self.family.scoring,
             dtype=self.dtype,

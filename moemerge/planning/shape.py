@@ -65,7 +65,7 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
         # The output's dtype may be known only later, and does not matter here.
         output_config = choice.family.config(base, mixture, "bfloat16")
         tokenizer = prove_tokenizer(files, output_config, in_process=runs_base)
-    folders = [(expert.folder, *(adapter.folder for adapter in expert.adapters)) for expert in models.sources[1:]]
+    folders = [expert.own_folders for expert in models.sources[1:]]
     chat_prompts = puts_prompts_into_chats(config, models.base.folder.folder, folders)
     return Shape(mixture, choice, runs_base, chat_prompts, files, tokenizer)
 

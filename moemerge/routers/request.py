@@ -22,6 +22,8 @@ class RouterRequest:
     """The base model, with the tensors that the mixture takes from it."""
     experts: tuple[ModelTensors, ...]
     """Config and tensors of each routed expert, for methods that read their weights."""
+    expert_folders: tuple[tuple[Path, ...], ...]
+    """Of each routed expert, the folder of its small files and those of its adapters."""
     mixture: Mixture
     """The mixture: the layers that have routers, and the experts in them."""
     scoring: Scoring

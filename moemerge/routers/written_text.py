@@ -4,12 +4,10 @@ All sequences of an expert are sampled in one batch. Its layers are read one at 
 memory holds one layer, the embeddings and the keys and values of attention.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
-
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.chats import Chat, as_chat
 from moemerge.checkpoint.derived import unscaled
@@ -19,12 +17,16 @@ from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.chats import encode_question
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import empty_model
+from moemerge.passes.generating import Sampling, generate_tokens, stop_tokens
 from moemerge.passes.tokens import load_tokenizer
 from moemerge.passes.weights import read_parameter
 from moemerge.progress import Progress, Task
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES, EncodedPrompt
 from moemerge.routers.request import RouterRequest
+
+if TYPE_CHECKING:
+    import torch
 
 # Nucleus sampling (https://arxiv.org/abs/1904.09751): without it, small models stray from their subject.
 _TOP_P: Final = 0.95
@@ -48,13 +50,15 @@ def add_written_text(asked: PassRequest, request: RouterRequest, seed: int, prog
         expert, name = asked.experts[number], request.config.expert_names[number]
         starts = _starts(asked, request, number, tokenizer)
         sequences = [starts[place % len(starts)] for place in range(SEQUENCES)]
-        written = _continue(
-            expert,
+        folders = request.expert_folders[number]
+        written = generate_tokens(
+            _streamed(expert, asked.compute, partial(_layers_ran, progress, name, expert.model.layers)),
             [start for start, _ in sequences],
-            asked.compute,
-            seed=seed + number,
-            end=tokenizer.eos_token_id,
-            ran=partial(_layers_ran, progress, name, expert.model.layers),
+            Sampling(NEW_TOKENS, temperature=1.0, top_p=_TOP_P, seed=(seed + number) % 2**64),
+            folder=folders[0],
+            stops=sorted(
+                {token for folder in folders for token in stop_tokens(folder, expert.model.class_keys, tokenizer)}
+            ),
         )
         for (start, document), ids in zip(sequences, written, strict=True):
             counted = [False] * len(start) + [token not in special for token in ids]
@@ -86,32 +90,6 @@ def _starts(
             ids = prompt.ids[:longest]
         starts.append((ids, prompt.document))
     return starts
-
-
-def _continue(
-    expert: ModelTensors,
-    starts: Sequence[tuple[int, ...]],
-    compute: Compute,
-    *,
-    seed: int,
-    end: int | None,
-    ran: Callable[[int], None],
-) -> list[list[int]]:
-    """Sample the tokens that follow each start, up to the model's or the tokenizer's (`end`) end of text."""
-    model = _streamed(expert, compute, ran)
-    longest = max(map(len, starts))
-    ids = torch.tensor([[0] * (longest - len(start)) + list(start) for start in starts], device=compute.device)
-    known = torch.tensor([[0] * (longest - len(start)) + [1] * len(start) for start in starts], device=compute.device)
-    own = model.config.eos_token_id
-    ends = {token for token in (*(own if isinstance(own, list) else [own]), end) if token is not None}
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        found = model.generate(
-            input_ids=ids, attention_mask=known, do_sample=True, temperature=1.0, top_k=0, top_p=_TOP_P,
-            max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=sorted(ends) or None,
-        )  # fmt: skip
-    written = [row[longest:] for row in found.tolist()]
-    return [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in written]
 
 
 def _streamed(expert: ModelTensors, compute: Compute, ran: Callable[[int], None]) -> Any:

@@ -59,10 +59,14 @@ class ModelFolder:
     """Notes on what is odd about its files."""
 
     @property
+    def own_folders(self) -> tuple[Path, ...]:
+        """The model's folder and its adapters'."""
+        return (self.folder, *(adapter.folder for adapter in self.adapters))
+
+    @property
     def folders(self) -> list[Path]:
-        """The model's folder and its adapters'; for a snapshot in the Hub's cache, the folder of its repository."""
-        folders = [self.folder, *(adapter.folder for adapter in self.adapters)]
-        return [folder.parent.parent if is_snapshot(folder) else folder for folder in folders]
+        """As `own_folders`; for a snapshot in the Hub's cache, the folder of its repository."""
+        return [folder.parent.parent if is_snapshot(folder) else folder for folder in self.own_folders]
 
     def name_of(self, file: File) -> str:
         """The reference that one of its weight files belongs to: an adapter's, or that of the model before the `+`."""

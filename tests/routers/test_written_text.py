@@ -1,6 +1,7 @@
 """Text that experts write from their prompts, for the routers to be fitted to."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from moemerge import load_config, merge, plan_merge
 from moemerge.errors import ConfigError, IncompatibleError
 from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.generating import Sampling, generate_tokens
 from moemerge.progress import Task
 from moemerge.routers import written_text
 from moemerge.routers.initialisation import init_routers
@@ -17,7 +19,7 @@ from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.written_text import add_written_text
 from tests.passes.test_passes import IS_V4, in_words_of_4, is_known, request
 from tests.support.families import DENSE
-from tests.support.models import load, make_model, tokenizer
+from tests.support.models import edit_json, load, make_model, tokenizer
 
 PROMPTS = (["The quick fox", "A lazy dog"], ["def main(): pass"], ["Le chat dort", "la nuit tombe"])
 
@@ -72,7 +74,8 @@ def test_every_family_writes_what_the_whole_model_samples(tmp_path, name):
     folder = make_model(tmp_path / "base", 1, model_type, **(in_words_of_4(sizes) if IS_V4 else sizes))
     asked = request(folder, (0, 1, 2))
     starts = [prompt.ids for prompt in asked.prompts if len(prompt.ids) > 1] * 2
-    found = written_text._continue(asked.base, starts, asked.compute, seed=5, end=None, ran=lambda _: None)
+    model = written_text._streamed(asked.base, asked.compute, lambda _: None)
+    found = generate_tokens(model, starts, Sampling(7, 1.0, 0.95, seed=5), folder=folder, stops=[2])
     longest = max(map(len, starts))
     whole = load(folder)
     torch.manual_seed(5)
@@ -105,6 +108,34 @@ def test_routers_are_fitted_to_what_was_written_and_the_same_each_time(models, m
     assert made != rows(plan_of(models, None, gate_mode=mode))[0]
     assert report.writers == {0, 1, 2}
     assert report.held_out is None or "e1 " in report.on_unseen_text()
+
+
+def test_an_expert_ends_where_its_own_files_say(models, tmp_path):
+    """As chat fine-tunes do, whose `generation_config.json` or tokenizer alone names the end of a turn."""
+    folders = [str(shutil.copytree(model, tmp_path / str(number))) for number, model in enumerate(models)]
+    plan = plan_of(folders)
+    tokens = [text.ids[-7:] for text in written_in(plan)[1] if sum(text.counted) == 7]
+    third = tokens[0][2]
+    for file, keys in (
+        ("generation_config.json", {"eos_token_id": [2, third]}),
+        ("tokenizer_config.json", {"eos_token": tokenizer().convert_ids_to_tokens(third)}),
+    ):
+        kept = Path(folders[1], file).read_text()
+        edit_json(Path(folders[1], file), **keys)
+        written = [text for text in written_in(plan)[1] if text.expert == 0]
+        Path(folders[1], file).write_text(kept)
+        new = [token for text in written for token, own in zip(text.ids, text.counted, strict=True) if own]
+        assert new
+        assert third not in new
+
+
+def test_an_expert_writes_with_its_own_penalty(models, tmp_path):
+    folders = [str(shutil.copytree(model, tmp_path / str(number))) for number, model in enumerate(models)]
+    before = written_in(plan_of(folders))[1]
+    edit_json(Path(folders[1], "generation_config.json"), repetition_penalty=50.0)
+    after = written_in(plan_of(folders))[1]
+    assert [text for text in after if text.expert] == [text for text in before if text.expert]
+    assert after != before
 
 
 def test_folded_norms_are_taken_back_before_an_expert_writes(models):
