@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel
-from moemerge.passes.loading import module_holding
+from moemerge.passes.finite import not_finite_in
+from moemerge.passes.loading import path_in_memory
 from moemerge.routers.scoring import top_weights
 
 
@@ -15,18 +17,25 @@ class RouterWatch:
     """The routers of a loaded mixture; they keep what entered them for the last token of each pass."""
 
     def __init__(self, mixture: MixtureModel, model: Any) -> None:
-        """Begin to watch."""
+        """Begin to watch.
+
+        Raises:
+            CheckpointError: numbers of a router are not finite.
+        """
         self.mixture, self.layers = mixture, tuple(mixture.moe_layers)
-        rows = [mixture.runnable.read(mixture.router(layer)).float() for layer in self.layers]
-        absent = torch.zeros(len(rows), len(rows[0]), dtype=torch.bool)
-        for index, layer in enumerate(self.layers):
-            absent[index, mixture.absent(layer)] = True
-        self._rows = torch.stack(rows).to(model.device)  # (layer, expert, hidden)
-        self._absent = absent.to(model.device)  # (layer, expert)
         self._passes: list[deque[torch.Tensor]] = []  # (layer, pass), each (hidden)
-        for layer, own in zip(self.layers, rows, strict=True):
+        absent = torch.zeros(len(self.layers), len(mixture.experts), dtype=torch.bool)
+        rows = []
+        for index, layer in enumerate(self.layers):
+            path = path_in_memory(model, mixture.router(layer))
+            rows.append(model.get_parameter(path).detach().float())
+            if broken := not_finite_in(mixture.router(layer), rows[-1]):
+                raise CheckpointError(f"{mixture.folder}: {broken}.")
+            absent[index, mixture.absent(layer)] = True
             self._passes.append(deque())
-            module_holding(model.model.layers[layer], own).register_forward_pre_hook(_keeper(self._passes[-1]))
+            model.get_submodule(path.rpartition(".")[0]).register_forward_pre_hook(_keeper(self._passes[-1]))
+        self._rows = torch.stack(rows)  # (layer, expert, hidden)
+        self._absent = absent.to(model.device)  # (layer, expert)
 
     def clear(self) -> None:
         """Forget all passes."""

@@ -14,7 +14,7 @@ from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import Batch, embed, empty_model, finish, group, run_layer
 from moemerge.passes.finite import all_finite, not_finite_in, where_it_began
-from moemerge.passes.loading import cast, load_tensors, module_holding
+from moemerge.passes.loading import cast, load_tensors, path_in_memory
 from moemerge.passes.tokens import Window
 from moemerge.routers.scoring import top_weights
 
@@ -68,7 +68,9 @@ def run_model(
     for index, layer in passing.layers(progress):
         router = None
         if mixture and mixture.router(index) in model.shapes:
-            router = _Router(mixture, layer, index, model.read(mixture.router(index)).float())
+            path = path_in_memory(passing.whole, mixture.router(index))
+            module = passing.whole.get_submodule(path.rpartition(".")[0])
+            router = _Router(mixture, layer, module, index, model.read(mixture.router(index)).float())
         passing.run(index, layer, router, chosen)
     head = _Head(passing.whole, model, compute)
     if losses:
@@ -209,14 +211,13 @@ def check_complete(module: Any, path: str) -> None:
 class _Router:
     """A watcher of one layer's router: what enters it, and what it chooses."""
 
-    def __init__(self, mixture: MixtureModel, layer: Any, index: int, rows: torch.Tensor) -> None:
-        self._mixture, self._layer, self._index, self._rows = mixture, layer, index, rows
+    def __init__(self, mixture: MixtureModel, layer: Any, module: Any, index: int, rows: torch.Tensor) -> None:
+        self._mixture, self._layer, self._module, self._index, self._rows = mixture, layer, module, index, rows
         self._absent = mixture.absent(index)
         bias = mixture.family.selection_bias
         for name in (mixture.router(index), *([layer_prefix(index) + bias] if bias else [])):
             if broken := not_finite_in(name, mixture.runnable.read(name)):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
-        self._module = module_holding(layer, rows)
 
     def watch(self, batch: Batch, part: Sequence[int], windows: Sequence[Window]) -> list[Choice] | None:
         """Pass a batch through the layer; returns the router's choices for each of the batch's windows.

@@ -55,14 +55,18 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values if values.dim() < 2 else values.to(dtype)  # noqa: PLR2004
 
 
-def module_holding(module: torch.nn.Module, values: torch.Tensor) -> torch.nn.Module:
-    """Find the part of a module that has a parameter of these values on the CPU, whatever families call it."""
-    return next(
-        part
-        for part in module.modules()
-        for own in part.parameters(recurse=False)
-        if own.shape == values.shape and torch.equal(own.float().cpu(), values.to(own.dtype).float())
-    )
+def path_in_memory(model: PreTrainedModel, name: str) -> str:
+    """What a model calls the parameter that a tensor of its checkpoint is loaded into as it is."""
+    if find_spec("transformers.core_model_loading") is None:
+        return name
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    path: str = rename_source_key(name, renamings, converters)[0]
+    return path
 
 
 def _place(model: Any, name: str, tensor: torch.Tensor, device: torch.device) -> None:

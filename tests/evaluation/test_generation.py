@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.chats import Chat, Message
@@ -183,6 +184,16 @@ def test_numbers_that_are_not_finite_are_named(copy):
     with pytest.raises(CheckpointError) as damaged:
         speaker.answer(PROMPT, Sampling(3))
     assert str(damaged.value) == "the model's numbers are not finite. `moemerge eval` says where that begins."
+
+
+def test_a_router_that_is_not_finite_is_named(copy):
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name][2, 5] = float("nan")
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError) as damaged:
+        open_speaker(copy, device="cpu")
+    assert str(damaged.value) == f"{copy}: {name} holds 1 number that is infinite or NaN, at [2, 5]."
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(out):
