@@ -1,8 +1,10 @@
 """What is said to a model and what it answers, printed as it comes and coloured by the experts of its tokens."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,28 +80,40 @@ class Dialogue:
         if speaking.experts and not self._speaker.experts:
             console.print(f"note: {out} is a dense model, and has no experts to show", style="yellow")
 
-    def ask(self, line: str, came: "Callable[[Token], None]") -> "Answer":
+    def ask(self, line: str, on_token: "Callable[[Token], None]") -> "Answer":
         """Answer a line, after what was said before."""
-        said: list[str] = []
+        check_text("the prompt", line)
+        parts: list[str] = []
+        is_whole = False
 
-        def heard(token: "Token") -> None:
+        def take(token: "Token") -> None:
             if interrupted.is_set():
                 raise KeyboardInterrupt
-            said.append(token.text)
-            came(token)
+            parts.append(token.text)
+            on_token(token)
+            if getattr(sys.stdout, "failure", None):  # nobody reads on, as after `| head`
+                raise typer.Exit
 
         try:
-            self._last = self._answer(self.turns, line, heard)
+            self._last = self._answer(self.turns, line, take)
+            is_whole = True
         finally:
-            if said:
-                self.turns.append((line, "".join(said)))
+            if is_whole or parts:
+                self.turns.append((line, "".join(parts)))
         return self._last
 
-    def _answer(self, turns: Sequence[tuple[str, str]], asked: str, came: "Callable[[Token], None]") -> "Answer":
+    def _answer(
+        self,
+        turns: Sequence[tuple[str, str]],
+        asked: str,
+        on_token: "Callable[[Token], None]",
+        over: str = "/reset forgets what was said before.",
+    ) -> "Answer":
         from moemerge.evaluation.generation import prompt_of
 
         prompt = prompt_of(turns, asked, system=self._speaking.system, plain=self._plain)
-        return self._speaker.answer(prompt, self._sampling, came)
+        shorter = over if turns else "Shorten it."
+        return self._speaker.answer(prompt, self._sampling, on_token, shorter=shorter)
 
     def serve(self) -> None:
         """Open a page to chat on, until Ctrl-C.
@@ -109,7 +123,8 @@ class Dialogue:
         """
         from moemerge.cli.chat_page import open_page
 
-        address, close = open_page(self._speaker, self._answer)
+        ask = partial(self._answer, over="Clear the chat to begin again.")
+        address, close = open_page(self._speaker, ask)
         say(f"{address} shows the chat in a browser; Ctrl-C ends it.")
         try:
             interrupted.wait()

@@ -87,15 +87,16 @@ def chat(
         if _is_terminal() and not messages.quiet:
             console.print("  ".join(f"{name} {does}" for name, does in _COMMANDS.items()), style="dim")
         for line in _lines():
-            if line == "/exit":
+            command = line.strip()
+            if command == "/exit":
                 break
-            if line == "/reset":
+            if command == "/reset":
                 dialogue.turns.clear()
-            elif line == "/experts":
+            elif command == "/experts":
                 dialogue.show_experts()
-            elif line.startswith("/") and line[1:].isalpha():
-                console.print(f"{line}: there is no such command; known: {', '.join(_COMMANDS)}.")
-            elif line.strip():
+            elif command.startswith("/") and command[1:].isalpha():
+                console.print(f"{command}: there is no such command; known: {', '.join(_COMMANDS)}.")
+            elif command:
                 _turn(console, dialogue, line)
 
 

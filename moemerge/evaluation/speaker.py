@@ -61,14 +61,20 @@ class Speaker:
         return f"{str(self._model.dtype).removeprefix('torch.')} on {self._model.device.type}"
 
     def answer(
-        self, prompt: Document, sampling: Sampling, came: Callable[[Token], None] = lambda _token: None
+        self,
+        prompt: Document,
+        sampling: Sampling,
+        on_token: Callable[[Token], None] = lambda _token: None,
+        *,
+        shorter: str = "Shorten it.",
     ) -> Answer:
         """Continue a text, or answer the last message of a chat.
 
         Args:
             prompt: the text or chat.
             sampling: how tokens are chosen, and how many.
-            came: called with each token; an exception that it raises ends the answer.
+            on_token: called with each token; an exception that it raises ends the answer.
+            shorter: what a refusal says to do if the prompt is too long.
 
         Raises:
             RefusedError: the prompt is empty or too long, or the template refuses the chat.
@@ -78,10 +84,10 @@ class Speaker:
         ids = self._encode(prompt)
         context = self._runnable.keys.get("max_position_embeddings") or len(ids) + sampling.max_new_tokens
         if len(ids) >= context:
-            raise RefusedError(f"the prompt has {len(ids)} tokens, and {self.name} reads {context}. Shorten it.")
+            raise RefusedError(f"the prompt has {len(ids)} tokens, and {self.name} reads {context}. {shorter}")
         most = min(sampling.max_new_tokens, context - len(ids))
         stops = stop_tokens(self._folder, self._runnable.keys, self._tokenizer)
-        heard = _Heard(self._tokenizer, self._routers, ids, stops, came)
+        heard = _Heard(self._tokenizer, self._routers, ids, stops, on_token)
         # The choices of a token are known when the next one comes, so that one more is asked for.
         asked = replace(sampling, max_new_tokens=most + bool(self._routers))
         with memory_watched(f"{self.name} was answering. Use another device, or a shorter prompt."):
@@ -90,7 +96,9 @@ class Speaker:
 
     def _encode(self, prompt: Document) -> list[int]:
         if isinstance(prompt, Chat):
-            return encode_question(self._tokenizer, self._folder, prompt)
+            has_system = prompt.messages[0].role == "system"
+            step = "Leave --system out, or continue" if has_system else "Continue"
+            return encode_question(self._tokenizer, self._folder, prompt, f"{step} plain text, with --raw.")
         ids: list[int] = self._tokenizer(prompt, verbose=False)["input_ids"]
         if not ids:
             raise RefusedError("the prompt is empty. Give a text to continue.")

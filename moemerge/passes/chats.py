@@ -16,12 +16,18 @@ _STAND_IN: Final = "\ue123"
 # newline is not written, and what begins a line in the template still does.
 _TODAY: Final = "{% macro strftime_now(layout) %}26 Jul 2024{% endmacro %}\n"
 _TEMPLATE: Final = "chat_template"
+_NO_TEMPLATE: Final = (
+    "Choose a base model that has one (an instruct or chat model), add its chat_template.jinja, or give plain text "
+    "under the key 'text'."
+)
+_OTHER_ROLES: Final = "Change the chat's roles or their order, or give plain text."
 
 
 def has_chat_template(folder: Path) -> bool:
     """Whether a model's folder has a chat template, in a file of its own or in `tokenizer_config.json`."""
     in_json = any(_holds_template(folder / name) for name in ("tokenizer_config.json", f"{_TEMPLATE}.json"))
-    return in_json or (folder / f"{_TEMPLATE}.jinja").is_file()
+    own = folder / f"{_TEMPLATE}.jinja"
+    return in_json or (own.is_file() and own.stat().st_size > 0)
 
 
 def _holds_template(file: Path) -> bool:
@@ -31,12 +37,9 @@ def _holds_template(file: Path) -> bool:
         return False
 
 
-def no_template(place: str, folder: Path) -> RefusedError:
-    """The refusal of a chat where there is no template for it."""
-    return RefusedError(
-        f"{place}: is a chat, and the tokenizer of {folder} has no chat template. Choose a base model that has one "
-        "(an instruct or chat model), add its chat_template.jinja, or give plain text under the key 'text'."
-    )
+def no_template(place: str, folder: Path, otherwise: str = _NO_TEMPLATE) -> RefusedError:
+    """The refusal of a chat where there is no template for it; `otherwise` is what to do."""
+    return RefusedError(f"{place}: is a chat, and the tokenizer of {folder} has no chat template. {otherwise}")
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,17 @@ def encode_chat(tokenizer: Any, folder: Path, chat: Chat, roles: Sequence[str]) 
     return EncodedChat(encoded["input_ids"], special, parts)
 
 
-def encode_question(tokenizer: Any, folder: Path, chat: Chat) -> list[int]:
+def encode_question(tokenizer: Any, folder: Path, chat: Chat, otherwise: str = "") -> list[int]:
     """Encode a chat up to where its last answer begins, or the next one if its last message is no assistant's.
 
     Raises:
-        RefusedError: there is no template, or it refuses the chat.
+        RefusedError: there is no template, or it refuses the chat; says what to do, which is `otherwise` if given.
     """
     if not tokenizer.chat_template:
-        raise no_template(chat.place, folder)
+        raise no_template(chat.place, folder, otherwise or _NO_TEMPLATE)
     asked = chat.messages[:-1] if chat.messages[-1].role == "assistant" else chat.messages
     messages = [{"role": message.role, "content": message.content} for message in asked]
-    text = _render(tokenizer, folder, chat.place, messages, answered=True)
+    text = _render(tokenizer, folder, chat.place, messages, answered=True, otherwise=otherwise or _OTHER_ROLES)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -125,7 +128,15 @@ def _equal(first: str, second: str) -> int:
     return low
 
 
-def _render(tokenizer: Any, folder: Path, place: str, messages: list[dict[str, str]], *, answered: bool = False) -> str:
+def _render(
+    tokenizer: Any,
+    folder: Path,
+    place: str,
+    messages: list[dict[str, str]],
+    *,
+    answered: bool = False,
+    otherwise: str = _OTHER_ROLES,
+) -> str:
     """Render messages; with `answered`, the beginning of an assistant's message follows."""
     try:
         template = tokenizer.get_chat_template()
@@ -135,8 +146,5 @@ def _render(tokenizer: Any, folder: Path, place: str, messages: list[dict[str, s
         )
     except Exception as error:  # templates raise as they like
         said = printable(" ".join(str(error).split())).rstrip(".")
-        raise RefusedError(
-            f"{place}: the chat template of {folder} refuses it: {said:.200}. Change the chat's roles or their order, "
-            "or give plain text."
-        ) from error
+        raise RefusedError(f"{place}: the chat template of {folder} refuses it: {said:.200}. {otherwise}") from error
     return text

@@ -51,13 +51,17 @@ def count_scored(windows: Iterable[Window]) -> int:
     return sum(sum(window.scored) for window in windows)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, otherwise: str = "") -> Any:
     """Load the tokenizer of a model's folder, as transformers makes it.
+
+    Args:
+        folder: the model's folder.
+        otherwise: what messages say to do without a tokenizer, if anything can be done.
 
     Raises:
         RouterError: no tokenizer can be loaded.
     """
-    with _explained(folder):
+    with _explained(folder, otherwise):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -118,31 +122,31 @@ def _is_installed(package: str) -> bool:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explained(folder: Path, otherwise: str) -> Iterator[None]:
     try:
         yield
     except RefusedError:  # which is of the text
         raise
     except Exception as error:  # each tokenizer class raises in its own way
         why, step = why_unreadable(folder, error)
-        raise RouterError(
-            f"{folder}: the model's tokenizer {why}. Text needs it: {step}, or, to merge without prompts, choose "
-            "gate_mode random."
-        ) from error
+        step += f", or, {otherwise}" if otherwise else ""
+        raise RouterError(f"{folder}: the model's tokenizer {why}. Text needs it: {step}.") from error
 
 
-def by_transformers(folder: Path, *, bos_as_text: bool = False, roles: Sequence[str] = COUNTED_ROLES) -> Encode:
+def by_transformers(
+    folder: Path, *, bos_as_text: bool = False, roles: Sequence[str] = COUNTED_ROLES, otherwise: str = ""
+) -> Encode:
     """Load a tokenizer as transformers makes it; special tokens are added, or with `bos_as_text` the BOS alone.
 
-    Chats are rendered by its chat template, and their messages of `roles` count.
+    Chats are rendered by its chat template, and their messages of `roles` count; for `otherwise` see `load_tokenizer`.
 
     Raises:
         RouterError: no tokenizer can be loaded.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, otherwise)
 
     def encode(text: Document) -> tuple[list[int], list[int]]:
-        with _explained(folder):
+        with _explained(folder, otherwise):
             if isinstance(text, Chat):
                 chat = encode_chat(tokenizer, folder, text, roles)
                 return chat.ids, chat.special
@@ -156,13 +160,13 @@ def by_transformers(folder: Path, *, bos_as_text: bool = False, roles: Sequence[
     return encode
 
 
-def by_tokenizers(file: Path, roles: Sequence[str] = COUNTED_ROLES) -> Encode:
+def by_tokenizers(file: Path, roles: Sequence[str] = COUNTED_ROLES, otherwise: str = "") -> Encode:
     """Load a tokenizer from `tokenizer.json` alone; no special tokens are added, nor a template to messages of `roles`.
 
     Raises:
         RouterError: the file cannot be loaded.
     """
-    with _explained(file.parent):
+    with _explained(file.parent, otherwise):
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))

@@ -26,6 +26,7 @@ NEW_TOKENS: Final = 64
 LONGEST_START: Final = 128
 """Most tokens of a prompt that an expert continues."""
 # For methods that need any text: beside the config's, or where it has none.
+_NO_PROMPTS: Final = "to merge without prompts, choose gate_mode random"
 _ANY_TEXT: Final = (
     "In the morning the train was late again, so Maria read the report that her colleague had sent: sales had grown "
     'by 12.5 % in the third quarter, mostly in the north. "What should we do about the rest?" she asked.',
@@ -112,9 +113,9 @@ def _encoder(folder: Path, config: MergeConfig, *, special_tokens: bool) -> Enco
     """Open the base's tokenizer, by transformers where that is needed."""
     file, roles = folder / "tokenizer.json", config.router.chat_roles
     if not special_tokens and file.is_file():
-        return by_tokenizers(file, roles)
+        return by_tokenizers(file, roles, _NO_PROMPTS)
     # mergekit-moe writes the BOS before each prompt, whether the tokenizer adds one or not.
-    return by_transformers(folder, bos_as_text=config.method.like_mergekit, roles=roles)
+    return by_transformers(folder, bos_as_text=config.method.like_mergekit, roles=roles, otherwise=_NO_PROMPTS)
 
 
 class _Reader:

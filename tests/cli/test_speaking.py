@@ -12,13 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
 from moemerge.evaluation.generation import Sampling, open_speaker, prompt_of
 from moemerge.printable import printable
 from tests.support.chats import CHATML, chat_tokenizer
-from tests.support.models import make_model, write_config
+from tests.support.models import load, make_model, write_config
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = Sampling(8)
@@ -188,6 +189,33 @@ def test_a_refusal_is_one_sentence(out, here, arguments, stdin, told):
     assert here(*named, stdin=stdin) == (status, "", f"error: {message.replace('OUT', str(out))}\n")
 
 
+def test_the_next_step_of_a_refusal_is_one_of_the_command(templated, here, tmp_path, monkeypatch):
+    copy = shutil.copytree(templated, tmp_path / "copy")
+    template = copy / "chat_template.jinja"
+    template.write_text("{{ raise_exception('no ' + messages[0].role) }}")
+    said = f"error: prompt: the chat template of {copy} refuses it: no"
+    assert here("generate", copy, "a", "-q") == (2, "", f"{said} user. Continue plain text, with --raw.\n")
+    step = "Leave --system out, or continue plain text, with --raw."
+    assert here("generate", copy, "a", "-q", "--system", "b") == (2, "", f"{said} system. {step}\n")
+    template.write_text("")
+    assert here("generate", copy, "The fox", "-q") == here("generate", copy, "The fox", "-q", "--raw")
+    for file in (template, copy / "tokenizer.json", copy / "tokenizer_config.json"):
+        file.unlink()
+    code, _, told = here("generate", copy, "a", "-q")
+    assert code == 1
+    assert told.startswith(f"error: {copy}: the model's tokenizer cannot be used (")
+    assert told.endswith("). Text needs it: add the tokenizer's files.\n")
+
+
+def test_a_wrong_name_is_not_taken_for_one_of_the_hub(tmp_path, here, monkeypatch):
+    """The command would refuse what the cache holds."""
+    (tmp_path / "hub" / "models--user--name").mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    told = "error: user/nam: there is no such folder. Name the folder that holds the merged model.\n"
+    assert here("chat", "user/nam") == (1, "", told)
+
+
 def test_refusals_import_neither_torch_nor_transformers(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     code = (
@@ -221,6 +249,68 @@ def test_in_a_pipe_each_line_is_a_turn_after_those_before(templated, here):
         f"{printable(first.text)}\n{printable(second.text)}\n{table_of(second)}{printable(again.text)}\n",
         "/experts: there is no answer yet.\n/bogus: there is no such command; known: /reset, /experts, /exit.\n",
     )
+
+
+def test_commands_may_have_spaces_around_them(out, speaker, here):
+    answer = answer_of(speaker, "The fox")
+    found = here(
+        "chat", out, "--max-new-tokens", 8, "--quiet", stdin=b"The fox\n /reset \n/bogus \nThe fox\n/exit \nno"
+    )
+    known = "known: /reset, /experts, /exit"
+    assert found == (0, f"{printable(answer.text)}\n" * 2, f"/bogus: there is no such command; {known}.\n")
+
+
+def test_a_turn_is_remembered_even_if_its_answer_is_empty(out, here, tmp_path):
+    copy = shutil.copytree(out, tmp_path / "copy")
+    ids = torch.tensor([chat_tokenizer(None)("The fox")["input_ids"]])
+    first = int(load(out)(ids).logits[0, -1].argmax())
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    second = answer_of(open_speaker(copy, device="cpu"), "code", [("The fox", "")])
+    assert second.text != answer_of(open_speaker(copy, device="cpu"), "code").text
+    found = here("chat", copy, "--max-new-tokens", 8, "--quiet", stdin=b"The fox\ncode")
+    assert found[:2] == (0, f"{printable(second.text)}\n")
+
+
+def test_a_full_context_names_the_step_that_empties_it(out, here):
+    code, _, told = here("chat", out, "--quiet", "--max-new-tokens", 8, stdin=b"The fox\n" + b"fox " * 200)
+    assert code == 2
+    assert told.startswith("error: the prompt has ")
+    assert told.endswith(f" tokens, and {out} reads 128. /reset forgets what was said before.\n")
+
+
+class Left:
+    """Standard output whose reader took one token and left."""
+
+    encoding = "utf-8"
+
+    def __init__(self):
+        self.taken = 0
+
+    def write(self, text):
+        if self.taken:
+            raise BrokenPipeError(32, "Broken pipe")
+        self.taken += bool(text)
+        return len(text)
+
+    def flush(self): ...
+
+    def isatty(self):
+        return False
+
+    def fileno(self):
+        raise OSError
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_an_answer_ends_when_nobody_reads_on(out, monkeypatch, capsys, command):
+    """What it took would be told at the end."""
+    monkeypatch.setattr(sys, "stdout", Left())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The fox\ncode\n"), "utf-8"))
+    monkeypatch.setattr(sys, "argv", ["moemerge", command, str(out), *(["The fox"] if command == "generate" else [])])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_without_a_template_a_chat_goes_on_with_the_text(out, speaker, here):
