@@ -8,6 +8,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.errors import MoemergeError, RefusedError
+from moemerge.evaluation.routes.palette import page_colour
 
 if TYPE_CHECKING:
     from moemerge.evaluation.generation import Answer, Token
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 Ask = Callable[[Sequence[tuple[str, str]], str, "Callable[[Token], None]"], "Answer"]
 """A function from what was said before, what is asked now, and a function that takes each token, to the answer."""
-# Those of the terminal, so bright that black letters can be read on them.
-_COLOURS: Final = ("#8fe0f2", "#ffdf7a", "#eebcf2", "#a0e8a0", "#b4cfff", "#ffaea6", "#d5f4f9", "#fff0b8")
 _FONTS: Final = ("system-ui", "sans-serif")
 _MONOSPACE: Final = ("ui-monospace", "monospace")
 
@@ -53,7 +52,7 @@ def open_page(speaker: "Speaker", ask: Ask) -> tuple[str, Callable[[], None]]:
             with gradio.Column(scale=2, visible=bool(speaker.experts)):
                 coloured = gradio.HighlightedText(
                     label="The last answer, by expert",
-                    color_map={name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(speaker.experts)},
+                    color_map={name: page_colour(expert) for expert, name in enumerate(speaker.experts)},
                     combine_adjacent=True,
                     show_legend=True,
                     show_inline_category=False,

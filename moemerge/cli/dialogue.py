@@ -17,11 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from moemerge.checkpoint.files import interrupted
-from moemerge.cli.colours import has_colours, legend, style_of
+from moemerge.cli.colours import has_colours, legend
 from moemerge.cli.console import stdout, stoppable
 from moemerge.cli.options import ComputeIn, Device, check_text
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
+from moemerge.evaluation.routes.palette import style_of
 from moemerge.printable import printable
 from moemerge.progress import Task
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moemerge.chats import Document
-from moemerge.cli.colours import has_colours, legend, style_of
+from moemerge.cli.colours import has_colours, legend
 from moemerge.cli.console import console_session, print_json, stdout, stoppable
 from moemerge.cli.grouping import grouped
 from moemerge.cli.options import (
@@ -26,6 +26,7 @@ from moemerge.cli.options import (
 )
 from moemerge.cli.standard_input import path_of
 from moemerge.errors import RefusedError
+from moemerge.evaluation.routes.palette import style_of
 from moemerge.printable import printable
 from moemerge.progress import Task
 from moemerge.sources.data_sets import SCHEME

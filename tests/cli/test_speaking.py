@@ -128,7 +128,7 @@ def test_tokens_have_the_colours_of_the_legend(out, speaker, here, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
     answer = answer_of(speaker, "The fox")
-    colours = {"fox": "36", "code": "33", "chat": "35"}
+    colours = {"fox": "94", "code": "33", "chat": "32"}
     (traced,) = answer.routes.texts
     tokens = "".join(
         f"\x1b[{colours[answer.routes.experts[expert]]}m{printable(token)}\x1b[0m" if token else ""

@@ -501,7 +501,7 @@ def test_routes_prints_names_on_a_terminal_without_colours(out, monkeypatch, cap
     plain = run(["routes", out, "--text", LINES[0]], monkeypatch, capsys)
     monkeypatch.setenv("FORCE_COLOR", "1")
     coloured = run(["routes", out, "--text", LINES[0]], monkeypatch, capsys)
-    assert "\x1b[36m" in coloured[1]
+    assert "\x1b[94m" in coloured[1]
     monkeypatch.setenv("NO_COLOR", "1")
     assert run(["routes", out, "--text", LINES[0]], monkeypatch, capsys)[:2] == plain[:2]
 

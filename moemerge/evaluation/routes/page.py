@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.copy import write_failure
 from moemerge.errors import RefusedError
+from moemerge.evaluation.routes.palette import PALETTE, page_colour
 from moemerge.evaluation.routes.traced import Routes, TracedText
 
 
@@ -51,8 +52,9 @@ def write_page(path: Path, routes: Routes) -> None:
     # In a script element only `<` can begin what ends or changes it, and in JSON it stands only in strings.
     shown = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     template = files("moemerge.evaluation.routes").joinpath("page.html").read_text("utf-8")
+    colours = "\n".join(f".e{expert} {{ --c: {page_colour(expert)} }}" for expert in range(len(PALETTE)))
     try:
-        path.write_text(template.replace("{routes}", shown), "utf-8")
+        path.write_text(template.replace("{colours}", colours).replace("{routes}", shown), "utf-8")
     except OSError as error:
         raise write_failure(path, error) from error
 
