@@ -11,11 +11,11 @@ from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.routes.palette import page_colour
 
 if TYPE_CHECKING:
-    from moemerge.evaluation.generation import Answer, Token
-    from moemerge.evaluation.speaker import Speaker
+    from moemerge.generation.answers import Answer, Token
+    from moemerge.generation.generator import TextGenerator
 
 Ask = Callable[[Sequence[tuple[str, str]], str, "Callable[[Token], None]"], "Answer"]
-"""A function from what was said before, what is asked now, and a function that takes each token, to the answer."""
+"""A function from the turns before, what is asked now, and a function that takes each token, to the answer."""
 _FONTS: Final = ("system-ui", "sans-serif")
 _MONOSPACE: Final = ("ui-monospace", "monospace")
 
@@ -33,7 +33,7 @@ def check_gradio() -> None:
         raise RefusedError("--web: gradio is needed: pip install 'moemerge[web]'.") from error
 
 
-def open_page(speaker: "Speaker", ask: Ask) -> tuple[str, Callable[[], None]]:
+def open_page(generator: "TextGenerator", ask: Ask) -> tuple[str, Callable[[], None]]:
     """Serve the page to this machine alone; nothing of it comes from elsewhere.
 
     Returns:
@@ -41,36 +41,36 @@ def open_page(speaker: "Speaker", ask: Ask) -> tuple[str, Callable[[], None]]:
     """
     import gradio
 
-    with gradio.Blocks(title=f"Chat with {Path(speaker.name).name}", fill_width=True) as page:
-        said = gradio.State([])
+    with gradio.Blocks(title=f"Chat with {Path(generator.name).name}", fill_width=True) as page:
+        turns = gradio.State([])
         with gradio.Row():
             with gradio.Column(scale=3):
                 shown = gradio.Chatbot(
-                    label=Path(speaker.name).name, height="60vh", feedback_options=None, buttons=["copy"]
+                    label=Path(generator.name).name, height="60vh", feedback_options=None, buttons=["copy"]
                 )
                 asked = gradio.Textbox(show_label=False, placeholder="Ask something", submit_btn=True, autofocus=True)
-            with gradio.Column(scale=2, visible=bool(speaker.experts)):
+            with gradio.Column(scale=2, visible=bool(generator.experts)):
                 coloured = gradio.HighlightedText(
                     label="The last answer, by expert",
-                    color_map={name: page_colour(expert) for expert, name in enumerate(speaker.experts)},
+                    color_map={name: page_colour(expert) for expert, name in enumerate(generator.experts)},
                     combine_adjacent=True,
                     show_legend=True,
                     show_inline_category=False,
                 )
                 shares = gradio.Dataframe(
-                    label="Share of tokens by first choice", headers=["layer", *speaker.experts], interactive=False
+                    label="Share of tokens by first choice", headers=["layer", *generator.experts], interactive=False
                 )
 
         def answered(turns: list[tuple[str, str]], question: str) -> Iterator[tuple[Any, ...]]:
             kept = gradio.skip()
             yield _messages([*turns, (question, "")]), "", kept, [], []
             # What is typed meanwhile stays.
-            for text, spans, answer in _pieces(speaker, lambda came: ask(turns, question, came)):
+            for text, spans, answer in _pieces(generator, lambda on_token: ask(turns, question, on_token)):
                 now = [*turns, (question, text)]
                 yield _messages(now), kept, now, spans, _shares(answer) if answer else kept
 
-        shown.clear(lambda: ([], [], []), None, [said, coloured, shares])
-        asked.submit(answered, [said, asked], [shown, asked, said, coloured, shares], concurrency_limit=1)
+        shown.clear(lambda: ([], [], []), None, [turns, coloured, shares])
+        asked.submit(answered, [turns, asked], [shown, asked, turns, coloured, shares], concurrency_limit=1)
     fonts = gradio.themes.Default(font=_FONTS, font_mono=_MONOSPACE)
     _, address, _ = page.launch(
         server_name="127.0.0.1", share=False, ssr_mode=False, prevent_thread_lock=True, quiet=True, footer_links=[],
@@ -80,37 +80,37 @@ def open_page(speaker: "Speaker", ask: Ask) -> tuple[str, Callable[[], None]]:
 
 
 def _pieces(
-    speaker: "Speaker", ask: "Callable[[Callable[[Token], None]], Answer]"
+    generator: "TextGenerator", ask: "Callable[[Callable[[Token], None]], Answer]"
 ) -> "Iterator[tuple[str, list[tuple[str, str | None]], Answer | None]]":
     """Yield the text so far, its tokens with the names of their experts, and, at last, the answer."""
     import gradio
 
-    from moemerge.evaluation.generation import Answer, Token
+    from moemerge.generation.answers import Answer, Token
 
-    came: SimpleQueue[Token | Answer | Exception] = SimpleQueue()
+    arrived: SimpleQueue[Token | Answer | Exception] = SimpleQueue()
     left = Event()
 
     def take(token: "Token") -> None:
         if left.is_set():
             raise MoemergeError("the page was left")
-        came.put(token)
+        arrived.put(token)
 
     def work() -> None:
         try:
-            came.put(ask(take))
+            arrived.put(ask(take))
         except Exception as error:  # noqa: BLE001  it is raised below
-            came.put(error)
+            arrived.put(error)
 
     worker = Thread(target=work, daemon=True)
     worker.start()
     text: str = ""
     spans: list[tuple[str, str | None]] = []
     try:
-        while not isinstance(found := came.get(), Answer):
+        while not isinstance(found := arrived.get(), Answer):
             if not isinstance(found, Token):
                 raise gradio.Error(str(found), print_exception=not isinstance(found, MoemergeError)) from found
             text += found.text
-            spans.append((found.text, None if found.expert is None else speaker.experts[found.expert]))
+            spans.append((found.text, None if found.expert is None else generator.experts[found.expert]))
             yield text, spans, None
         yield text, spans, found
     finally:

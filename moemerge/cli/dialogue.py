@@ -1,4 +1,4 @@
-"""What is said to a model and what it answers, printed as it comes and coloured by the experts of its tokens."""
+"""A conversation with a model, whose answers are printed as they come and coloured by the experts of their tokens."""
 
 import sys
 import time
@@ -27,13 +27,13 @@ from moemerge.printable import printable
 from moemerge.progress import Task
 
 if TYPE_CHECKING:
-    from moemerge.evaluation.generation import Answer, Sampling, Token
     from moemerge.evaluation.routes.traced import Routes
-    from moemerge.evaluation.speaker import Speaker
+    from moemerge.generation.answers import Answer, Sampling, Token
+    from moemerge.generation.generator import TextGenerator
 
 
 @dataclass(frozen=True)
-class SpeakingOptions:
+class GenerationOptions:
     """Options for what a model is asked, how its tokens are chosen, and where it is run."""
 
     experts: Annotated[
@@ -63,26 +63,26 @@ class SpeakingOptions:
 
 
 class Dialogue:
-    """A model, and what was said."""
+    """A model, and the turns of a conversation with it."""
 
-    def __init__(self, console: Console, out: Path, speaking: SpeakingOptions, *, quiet: bool) -> None:
-        self._console, self._speaking, self._quiet, self._out = console, speaking, quiet, stdout()
+    def __init__(self, console: Console, out: Path, options: GenerationOptions, *, quiet: bool) -> None:
+        self._console, self._options, self._quiet, self._out = console, options, quiet, stdout()
         self.turns: list[tuple[str, str]] = []
         self._last: Answer | None = None
-        check_text("--system", speaking.system or "")
-        self._sampling = speaking.sampling  # what cannot be used is refused before the model is loaded
+        check_text("--system", options.system or "")
+        self._sampling = options.sampling  # what cannot be used is refused before the model is loaded
         from moemerge.passes.chats import has_chat_template
 
-        self._plain = speaking.raw or not has_chat_template(out)
-        if self._plain and speaking.system and out.is_dir():
-            why = "--raw uses none" if speaking.raw else f"{out} has none"
+        self._plain = options.raw or not has_chat_template(out)
+        if self._plain and options.system and out.is_dir():
+            why = "--raw uses none" if options.raw else f"{out} has none"
             raise RefusedError(f"--system: needs a chat template, and {why}. Write it into the prompt.")
-        self._speaker = _load(console, out, speaking, quiet=quiet)
-        if speaking.experts and not self._speaker.experts:
+        self._generator = _load(console, out, options, quiet=quiet)
+        if options.experts and not self._generator.experts:
             console.print(f"note: {out} is a dense model, and has no experts to show", style="yellow")
 
     def ask(self, line: str, on_token: "Callable[[Token], None]") -> "Answer":
-        """Answer a line, after what was said before."""
+        """Answer a line, after the turns before it."""
         check_text("the prompt", line)
         parts: list[str] = []
         is_whole = False
@@ -108,13 +108,13 @@ class Dialogue:
         turns: Sequence[tuple[str, str]],
         asked: str,
         on_token: "Callable[[Token], None]",
-        over: str = "/reset forgets what was said before.",
+        over: str = "/reset forgets the turns before.",
     ) -> "Answer":
-        from moemerge.evaluation.generation import prompt_of
+        from moemerge.generation.answers import prompt_of
 
-        prompt = prompt_of(turns, asked, system=self._speaking.system, plain=self._plain)
+        prompt = prompt_of(turns, asked, system=self._options.system, plain=self._plain)
         shorter = over if turns else "Shorten it."
-        return self._speaker.answer(prompt, self._sampling, on_token, shorter=shorter)
+        return self._generator.generate(prompt, self._sampling, on_token, shorter=shorter)
 
     def serve(self) -> None:
         """Open a page to chat on, until Ctrl-C.
@@ -125,7 +125,7 @@ class Dialogue:
         from moemerge.cli.chat_page import open_page
 
         ask = partial(self._answer, over="Clear the chat to begin again.")
-        address, close = open_page(self._speaker, ask)
+        address, close = open_page(self._generator, ask)
         say(f"{address} shows the chat in a browser; Ctrl-C ends it.")
         try:
             interrupted.wait()
@@ -134,36 +134,36 @@ class Dialogue:
         finally:
             close()
 
-    def say(self, line: str) -> None:
+    def print_answer(self, line: str) -> None:
         """Print the answer to a line as it comes, and what experts wrote it."""
         started = time.monotonic()
-        coloured = self._speaking.experts and has_colours(self._out)
+        coloured = self._options.experts and has_colours(self._out)
         ends_line = True
 
-        def came(token: "Token") -> None:
+        def show(token: "Token") -> None:
             nonlocal ends_line
             _print_token(self._out, token, coloured=coloured)
             ends_line = token.text.endswith("\n") if token.text else ends_line
 
         try:
-            answer = self.ask(line, came)
+            answer = self.ask(line, show)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the answer ends here") from None
         finally:
             if not ends_line:
                 self._out.print()
-        if self._speaking.experts and answer.routes:
+        if self._options.experts and answer.routes:
             print_shares(self._out, answer.routes)
         if not self._quiet:
             rate = len(answer.tokens) / max(time.monotonic() - started, 1e-9)
             end = "; cut by --max-new-tokens or the context" if answer.is_cut else ""
-            told = f"{len(answer.tokens)} tokens, {rate:.1f} per second in {self._speaker.computes}{end}"
+            told = f"{len(answer.tokens)} tokens, {rate:.1f} per second in {self._generator.computes}{end}"
             self._console.print(told, style="dim")
 
     def show_experts(self) -> None:
         """Print the last answer in its experts' colours, and their shares."""
         if not (self._last and self._last.routes):
-            why = "there is no answer yet" if self._speaker.experts else "a dense model has no experts"
+            why = "there is no answer yet" if self._generator.experts else "a dense model has no experts"
             self._console.print(f"/experts: {why}.")
             return
         routes, (traced,) = self._last.routes, self._last.routes.texts
@@ -175,16 +175,16 @@ class Dialogue:
         print_shares(self._out, routes)
 
 
-def _load(console: Console, out: Path, speaking: SpeakingOptions, *, quiet: bool) -> "Speaker":
+def _load(console: Console, out: Path, options: GenerationOptions, *, quiet: bool) -> "TextGenerator":
     from moemerge.cli.progress import show_steps
-    from moemerge.evaluation.generation import open_speaker
+    from moemerge.generation.answers import open_generator
 
     with show_steps(console, quiet=quiet) as progress:
         report = stoppable(progress)
-        return open_speaker(
+        return open_generator(
             out,
-            device=speaking.device,
-            compute_dtype=speaking.compute_dtype,
+            device=options.device,
+            compute_dtype=options.compute_dtype,
             progress=lambda done, of: report(Task("load", str(out)), done, of),
         )
 

@@ -1,4 +1,4 @@
-"""`moemerge generate` and `moemerge chat`: let a model speak."""
+"""`moemerge generate` and `moemerge chat`: try a model."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moemerge.checkpoint.files import interrupted
 from moemerge.cli.console import console_session, print_json
-from moemerge.cli.dialogue import Dialogue, SpeakingOptions
+from moemerge.cli.dialogue import Dialogue, GenerationOptions
 from moemerge.cli.grouping import grouped
 from moemerge.cli.options import MessageOptions, ResultOptions, check_text
 from moemerge.cli.standard_input import STANDARD_INPUT, decoded, read_standard_input
@@ -19,7 +19,7 @@ from moemerge.cli.streams import say
 from moemerge.errors import MoemergeError, RefusedError
 
 if TYPE_CHECKING:
-    from moemerge.evaluation.generation import Answer
+    from moemerge.generation.answers import Answer
 
 Out = Annotated[
     Path, typer.Argument(metavar="OUT", help="The folder of a merged model, or of a dense one.", show_default=False)
@@ -34,7 +34,7 @@ def generate(
         str, typer.Argument(metavar="PROMPT", help="The text to answer or continue; - reads stdin.", show_default=False)
     ],
     *,
-    speaking: SpeakingOptions,
+    options: GenerationOptions,
     messages: ResultOptions,
 ) -> None:
     """Let a model answer a prompt, its tokens coloured by expert.
@@ -50,18 +50,18 @@ def generate(
         if not text:
             raise RefusedError("the prompt is empty. Give a text to answer or to continue.")
         check_text("the prompt", text)
-        dialogue = Dialogue(console, out, speaking, quiet=messages.quiet)
+        dialogue = Dialogue(console, out, options, quiet=messages.quiet)
         if messages.json:
             print_json(_facts(text, dialogue.ask(text, lambda _token: None)))
             return
-        dialogue.say(text)
+        dialogue.print_answer(text)
 
 
 @grouped
 def chat(
     out: Out,
     *,
-    speaking: SpeakingOptions,
+    options: GenerationOptions,
     web: Annotated[
         bool, typer.Option("--web", help="Open a page to chat on, with coloured tokens and shares by layer.")
     ] = False,
@@ -80,7 +80,7 @@ def chat(
             from moemerge.cli.chat_page import check_gradio
 
             check_gradio()
-        dialogue = Dialogue(console, out, speaking, quiet=messages.quiet)
+        dialogue = Dialogue(console, out, options, quiet=messages.quiet)
         if web:
             dialogue.serve()
             return
@@ -103,7 +103,7 @@ def chat(
 def _turn(console: Console, dialogue: Dialogue, line: str) -> None:
     """Answer a line; on a terminal neither a refusal nor Ctrl-C ends the chat."""
     try:
-        dialogue.say(line)
+        dialogue.print_answer(line)
     except (MoemergeError, KeyboardInterrupt) as error:
         if not _is_terminal():
             raise

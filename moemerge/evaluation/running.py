@@ -14,7 +14,7 @@ from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import Batch, embed, empty_model, finish, group, run_layer
 from moemerge.passes.finite import all_finite, not_finite_in, where_it_began
-from moemerge.passes.loading import cast, load_tensors, path_in_memory
+from moemerge.passes.loading import cast, check_complete, load_tensors, path_in_memory
 from moemerge.passes.tokens import Window
 from moemerge.routers.scoring import top_weights
 
@@ -195,17 +195,6 @@ def _not_finite(model: Runnable, place: str, names: Iterable[str], dtype: torch.
 
 def _load(whole: Any, model: Runnable, names: list[str], compute: Compute) -> None:
     load_tensors(whole, {name: cast(model.read(name), compute.dtype) for name in names}, compute.device)
-
-
-def check_complete(module: Any, path: str) -> None:
-    """Refuse a module with a parameter that got no values.
-
-    Raises:
-        CheckpointError: names the first such parameter.
-    """
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            raise CheckpointError(f"{path}.{name}: no tensor of the checkpoint gives its values.")
 
 
 class _Router:

@@ -69,6 +69,30 @@ def path_in_memory(model: PreTrainedModel, name: str) -> str:
     return path
 
 
+def check_complete(module: Any, path: str) -> None:
+    """Refuse a module with a parameter that got no values.
+
+    Raises:
+        CheckpointError: names the first such parameter.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise CheckpointError(f"{path}.{name}: no tensor of the checkpoint gives its values.")
+
+
+def complete_head(model: Any) -> None:
+    """Freeze the head, tied to the embeddings if it has no tensor of its own and the config says so.
+
+    Raises:
+        CheckpointError: nothing gives its values.
+    """
+    head = model.get_output_embeddings()
+    if head.weight.is_meta and model.config.tie_word_embeddings:
+        head.weight = model.model.embed_tokens.weight
+    check_complete(head, "lm_head")
+    head.requires_grad_(requires_grad=False)
+
+
 def _place(model: Any, name: str, tensor: torch.Tensor, device: torch.device) -> None:
     path, _, own = name.rpartition(".")
     try:

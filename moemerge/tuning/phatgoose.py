@@ -20,11 +20,11 @@ from moemerge.config.schema import MergeConfig
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel, Runnable
-from moemerge.evaluation.running import check_complete, run_model
+from moemerge.evaluation.running import run_model
 from moemerge.families.dense import DENSE_FAMILIES
 from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.decoder import empty_model, group
-from moemerge.passes.loading import cast, load_tensors
+from moemerge.passes.loading import cast, check_complete, load_tensors
 from moemerge.passes.tokens import count_scored
 from moemerge.progress import Task
 from moemerge.routers.scaling import calibrated_scale

@@ -10,11 +10,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moemerge.errors import RefusedError
-from moemerge.evaluation.loaded import complete_head
 from moemerge.evaluation.runnable import Runnable
-from moemerge.evaluation.running import check_complete
 from moemerge.passes.decoder import empty_model
-from moemerge.passes.loading import cast, load_tensors
+from moemerge.passes.loading import cast, check_complete, complete_head, load_tensors
 
 # Copies of the logits: themselves, their softmax and its gradient.
 _LOGIT_COPIES: Final = 3

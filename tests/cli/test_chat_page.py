@@ -14,7 +14,7 @@ import pytest
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
-from moemerge.evaluation.generation import Sampling, open_speaker, prompt_of
+from moemerge.generation.answers import Sampling, open_generator, prompt_of
 from tests.support.browser import CHROMIUM, browser
 from tests.support.chats import CHATML, chat_tokenizer
 from tests.support.models import make_model, write_config
@@ -33,7 +33,7 @@ def test_without_gradio_the_page_is_refused_first(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
-def speaker(tmp_path_factory):
+def generator(tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     folders = [
         make_model(root / name, seed, tuned_from=0 if seed else None, vocab_size=404)
@@ -42,11 +42,11 @@ def speaker(tmp_path_factory):
     chat_tokenizer(CHATML).save_pretrained(folders[0])
     config = write_config(root / "merge.yaml", folders[0], folders[1:], prompts=False)
     merge(plan_merge(load_config(config)), root / "out")
-    return open_speaker(root / "out", device="cpu")
+    return open_generator(root / "out", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def served(speaker):
+def served(generator):
     """The address of the page, in a process of its own: gradio leaves sockets open."""
     if find_spec("gradio") is None:
         pytest.skip("the page needs gradio: pip install '.[web]'")
@@ -54,7 +54,7 @@ def served(speaker):
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH to show the page in")
     options = ("--device", "cpu", "--max-new-tokens", str(SAMPLING.max_new_tokens), "--temperature", "1")
     with subprocess.Popen(
-        [sys.executable, "-m", "moemerge", "chat", speaker.name, "--web", *options],
+        [sys.executable, "-m", "moemerge", "chat", generator.name, "--web", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     ) as process:  # fmt: skip
         address, _, told = process.stdout.readline().partition(" ")
@@ -88,11 +88,11 @@ def ask(tab, text: str) -> None:
     tab.evaluate("document.querySelector('button.submit-button').click()")
 
 
-def test_an_answer_is_shown_with_the_experts_of_its_tokens(tab, served, speaker):
+def test_an_answer_is_shown_with_the_experts_of_its_tokens(tab, served, generator):
     eventually(tab, "document.querySelector('textarea')?.placeholder === 'Ask something'")
     ask(tab, "<b>fox</b>")
     eventually(tab, "document.body.innerText.split('\\n').includes('all')")
-    expected = speaker.answer(prompt_of((), "<b>fox</b>", system=None, plain=False), SAMPLING)
+    expected = generator.generate(prompt_of((), "<b>fox</b>", system=None, plain=False), SAMPLING)
     (traced,) = expected.routes.texts
     pairs = [pair for pair in zip(expected.routes.majority(traced), expected.tokens, strict=True) if pair[1]]
     parts = ["".join(text for _, text in same) for _, same in groupby(pairs, key=lambda pair: pair[0])]
@@ -106,10 +106,10 @@ def test_an_answer_is_shown_with_the_experts_of_its_tokens(tab, served, speaker)
     assert all(url.startswith((served, "data:", "blob:")) for url in tab.requests())
 
 
-def test_a_chat_goes_on_until_it_is_cleared(tab, speaker):
-    first = speaker.answer(prompt_of((), "<b>fox</b>", system=None, plain=False), SAMPLING).text
-    second = speaker.answer(prompt_of([("<b>fox</b>", first)], "code", system=None, plain=False), SAMPLING)
-    alone = speaker.answer(prompt_of((), "code", system=None, plain=False), SAMPLING)
+def test_a_chat_goes_on_until_it_is_cleared(tab, generator):
+    first = generator.generate(prompt_of((), "<b>fox</b>", system=None, plain=False), SAMPLING).text
+    second = generator.generate(prompt_of([("<b>fox</b>", first)], "code", system=None, plain=False), SAMPLING)
+    alone = generator.generate(prompt_of((), "code", system=None, plain=False), SAMPLING)
     assert second.text != alone.text
     shown = "[...document.querySelectorAll('.token .text')].map(span => span.textContent).join('')"
     ask(tab, "code")

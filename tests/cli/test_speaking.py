@@ -16,7 +16,7 @@ import torch
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
-from moemerge.evaluation.generation import Sampling, open_speaker, prompt_of
+from moemerge.generation.answers import Sampling, open_generator, prompt_of
 from moemerge.printable import printable
 from tests.support.chats import CHATML, chat_tokenizer
 from tests.support.models import load, make_model, write_config
@@ -40,8 +40,8 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def speaker(out):
-    return open_speaker(out, device="cpu")
+def generator(out):
+    return open_generator(out, device="cpu")
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def here(monkeypatch, capsys):
     return run_here
 
 
-def answer_of(speaker, text, turns=(), *, plain=True):
-    return speaker.answer(prompt_of(turns, text, system=None, plain=plain), SAMPLING)
+def answer_of(generator, text, turns=(), *, plain=True):
+    return generator.generate(prompt_of(turns, text, system=None, plain=plain), SAMPLING)
 
 
 def table_of(answer) -> str:
@@ -76,8 +76,8 @@ def table_of(answer) -> str:
     return f"First choices of {len(answer.tokens)} tokens in 3 layers:\n expert  share \n{rows}"
 
 
-def test_a_base_model_continues_the_text_of_the_prompt_or_of_standard_input(out, speaker, here):
-    expected = printable(answer_of(speaker, "The fox").text)
+def test_a_base_model_continues_the_text_of_the_prompt_or_of_standard_input(out, generator, here):
+    expected = printable(answer_of(generator, "The fox").text)
     for prompt in ("The fox", "-"):
         found = here("generate", out, prompt, "--max-new-tokens", 8, "--quiet", stdin=b"The fox\n")
         assert found == (0, f"{expected}\n", "")
@@ -102,12 +102,12 @@ def test_what_it_took_is_told_on_standard_error(out, here):
 
 
 def test_a_template_is_used_unless_the_prompt_is_raw(templated, here):
-    speaker = open_speaker(templated, device="cpu")
+    generator = open_generator(templated, device="cpu")
     asked = ("generate", templated, "The fox", "--max-new-tokens", 8, "--quiet")
-    assert here(*asked)[1] == f"{printable(answer_of(speaker, 'The fox', plain=False).text)}\n"
-    assert here(*asked, "--raw")[1] == f"{printable(answer_of(speaker, 'The fox').text)}\n"
+    assert here(*asked)[1] == f"{printable(answer_of(generator, 'The fox', plain=False).text)}\n"
+    assert here(*asked, "--raw")[1] == f"{printable(answer_of(generator, 'The fox').text)}\n"
     prompt = prompt_of([], "The fox", system="code", plain=False)
-    assert here(*asked, "--system", "code")[1] == f"{printable(speaker.answer(prompt, SAMPLING).text)}\n"
+    assert here(*asked, "--system", "code")[1] == f"{printable(generator.generate(prompt, SAMPLING).text)}\n"
     assert here(*asked, "--system", "code", "--raw") == (
         2,
         "",
@@ -115,8 +115,8 @@ def test_a_template_is_used_unless_the_prompt_is_raw(templated, here):
     )
 
 
-def test_without_colours_the_experts_are_a_table(out, speaker, here, monkeypatch):
-    answer = answer_of(speaker, "The fox")
+def test_without_colours_the_experts_are_a_table(out, generator, here, monkeypatch):
+    answer = answer_of(generator, "The fox")
     asked = ("generate", out, "The fox", "--max-new-tokens", 8, "--quiet", "--experts")
     assert here(*asked) == (0, f"{printable(answer.text)}\n{table_of(answer)}", "")
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -124,10 +124,10 @@ def test_without_colours_the_experts_are_a_table(out, speaker, here, monkeypatch
     assert here(*asked) == (0, f"{printable(answer.text)}\n{table_of(answer)}", "")
 
 
-def test_tokens_have_the_colours_of_the_legend(out, speaker, here, monkeypatch):
+def test_tokens_have_the_colours_of_the_legend(out, generator, here, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    answer = answer_of(speaker, "The fox")
+    answer = answer_of(generator, "The fox")
     colours = {"fox": "94", "code": "33", "chat": "32"}
     (traced,) = answer.routes.texts
     tokens = "".join(
@@ -141,8 +141,8 @@ def test_tokens_have_the_colours_of_the_legend(out, speaker, here, monkeypatch):
         assert f"\x1b[{colours[name]}m{name} {share:.1%}\x1b[0m" in shown
 
 
-def test_json_has_text_tokens_and_shares(out, speaker, here):
-    answer = answer_of(speaker, "The fox")
+def test_json_has_text_tokens_and_shares(out, generator, here):
+    answer = answer_of(generator, "The fox")
     code, shown, _ = here("generate", out, "The fox", "--max-new-tokens", 8, "--json")
     (traced,) = answer.routes.texts
     assert code == 0
@@ -162,7 +162,7 @@ def test_json_has_text_tokens_and_shares(out, speaker, here):
 def test_a_dense_model_is_said_to_have_no_experts(out, here):
     dense = out.parent / "base"
     code, shown, told = here("generate", dense, "The fox", "--max-new-tokens", 8, "--quiet", "--experts")
-    assert (code, shown) == (0, f"{printable(answer_of(open_speaker(dense, device='cpu'), 'The fox').text)}\n")
+    assert (code, shown) == (0, f"{printable(answer_of(open_generator(dense, device='cpu'), 'The fox').text)}\n")
     assert told == f"note: {dense} is a dense model, and has no experts to show\n"
     assert json.loads(here("generate", dense, "The fox", "--json")[1]).keys() == {"prompt", "text", "tokens", "is_cut"}
 
@@ -235,10 +235,10 @@ def test_refusals_import_neither_torch_nor_transformers(tmp_path):
 
 
 def test_in_a_pipe_each_line_is_a_turn_after_those_before(templated, here):
-    speaker = open_speaker(templated, device="cpu")
-    first = answer_of(speaker, "The fox", plain=False)
-    second = answer_of(speaker, "code", [("The fox", first.text)], plain=False)
-    again = answer_of(speaker, "code", plain=False)
+    generator = open_generator(templated, device="cpu")
+    first = answer_of(generator, "The fox", plain=False)
+    second = answer_of(generator, "code", [("The fox", first.text)], plain=False)
+    again = answer_of(generator, "code", plain=False)
     assert second.text != again.text
     found = here(
         "chat", templated, "--max-new-tokens", 8, "--quiet",
@@ -251,8 +251,8 @@ def test_in_a_pipe_each_line_is_a_turn_after_those_before(templated, here):
     )
 
 
-def test_commands_may_have_spaces_around_them(out, speaker, here):
-    answer = answer_of(speaker, "The fox")
+def test_commands_may_have_spaces_around_them(out, generator, here):
+    answer = answer_of(generator, "The fox")
     found = here(
         "chat", out, "--max-new-tokens", 8, "--quiet", stdin=b"The fox\n /reset \n/bogus \nThe fox\n/exit \nno"
     )
@@ -265,8 +265,8 @@ def test_a_turn_is_remembered_even_if_its_answer_is_empty(out, here, tmp_path):
     ids = torch.tensor([chat_tokenizer(None)("The fox")["input_ids"]])
     first = int(load(out)(ids).logits[0, -1].argmax())
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
-    second = answer_of(open_speaker(copy, device="cpu"), "code", [("The fox", "")])
-    assert second.text != answer_of(open_speaker(copy, device="cpu"), "code").text
+    second = answer_of(open_generator(copy, device="cpu"), "code", [("The fox", "")])
+    assert second.text != answer_of(open_generator(copy, device="cpu"), "code").text
     found = here("chat", copy, "--max-new-tokens", 8, "--quiet", stdin=b"The fox\ncode")
     assert found[:2] == (0, f"{printable(second.text)}\n")
 
@@ -275,7 +275,7 @@ def test_a_full_context_names_the_step_that_empties_it(out, here):
     code, _, told = here("chat", out, "--quiet", "--max-new-tokens", 8, stdin=b"The fox\n" + b"fox " * 200)
     assert code == 2
     assert told.startswith("error: the prompt has ")
-    assert told.endswith(f" tokens, and {out} reads 128. /reset forgets what was said before.\n")
+    assert told.endswith(f" tokens, and {out} reads 128. /reset forgets the turns before.\n")
 
 
 class Left:
@@ -313,9 +313,9 @@ def test_an_answer_ends_when_nobody_reads_on(out, monkeypatch, capsys, command):
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_template_a_chat_goes_on_with_the_text(out, speaker, here):
-    first = answer_of(speaker, "The fox")
-    second = answer_of(speaker, "code", [("The fox", first.text)])
+def test_without_a_template_a_chat_goes_on_with_the_text(out, generator, here):
+    first = answer_of(generator, "The fox")
+    second = answer_of(generator, "code", [("The fox", first.text)])
     found = here("chat", out, "--max-new-tokens", 8, "--quiet", stdin=b"The fox\ncode")
     assert found == (0, f"{printable(first.text)}\n{printable(second.text)}\n", "")
 

@@ -13,7 +13,7 @@ from moemerge.passes.loading import path_in_memory
 from moemerge.routers.scoring import top_weights
 
 
-class RouterWatch:
+class RouterRecorder:
     """The routers of a loaded mixture; they keep what entered them for the last token of each pass."""
 
     def __init__(self, mixture: MixtureModel, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Let a model speak: text that continues a prompt, or answers a chat, with the experts of each token.
+"""Open a model that continues prompts or answers chats, and what it gives: text, with the experts of each token.
 
 Nothing heavy is imported before a model is loaded.
 """
@@ -15,9 +15,9 @@ from moemerge.passes.generating import Sampling
 from moemerge.sources.model_folder import open_merged
 
 if TYPE_CHECKING:
-    from moemerge.evaluation.speaker import Speaker
+    from moemerge.generation.generator import TextGenerator
 
-__all__ = ["Answer", "Sampling", "Token", "open_speaker", "prompt_of"]
+__all__ = ["Answer", "Sampling", "Token", "open_generator", "prompt_of"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one prompt."""
+    """What a model generated for one prompt."""
 
     text: str
     tokens: tuple[str, ...]
@@ -43,13 +43,13 @@ class Answer:
     """Whether the most tokens were reached, so that the model might have gone on."""
 
 
-def open_speaker(
+def open_generator(
     model: Path | str,
     *,
     device: str = "auto",
     compute_dtype: ComputeDtype = "auto",
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> "Speaker":
+) -> "TextGenerator":
     """Load a merged model, or a dense one, whole into memory.
 
     Args:
@@ -66,13 +66,13 @@ def open_speaker(
         RouterError: the device or the tokenizer cannot be used.
     """
     folder = replace(open_merged(model), reference=str(model))
-    from moemerge.evaluation.speaker import load_speaker  # imports torch and transformers
+    from moemerge.generation.generator import load_generator  # imports torch and transformers
 
-    return load_speaker(folder, device, compute_dtype, progress)
+    return load_generator(folder, device, compute_dtype, progress)
 
 
 def prompt_of(turns: Sequence[tuple[str, str]], asked: str, *, system: str | None, plain: bool) -> Document:
-    """What a model is given to read: a chat, or, if `plain`, all that was said as one text to be continued.
+    """What a model is given to read: a chat, or, if `plain`, all turns as one text to be continued.
 
     Args:
         turns: what was asked before, each with its answer.

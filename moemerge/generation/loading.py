@@ -7,11 +7,10 @@ from typing import Any
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import Runnable
-from moemerge.evaluation.running import check_complete
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import empty_model
 from moemerge.passes.device import free_memory, memory_watched
-from moemerge.passes.loading import cast, load_tensors
+from moemerge.passes.loading import cast, check_complete, complete_head, load_tensors
 
 
 def check_memory(model: Runnable, compute: Compute, free: int | None) -> None:
@@ -59,16 +58,3 @@ def load_model(model: Runnable, compute: Compute, progress: Callable[[int, int],
     complete_head(whole)
     check_complete(whole.model, "model")
     return whole.requires_grad_(requires_grad=False)
-
-
-def complete_head(model: Any) -> None:
-    """Freeze the head, tied to the embeddings if it has no tensor of its own and the config says so.
-
-    Raises:
-        CheckpointError: nothing gives its values.
-    """
-    head = model.get_output_embeddings()
-    if head.weight.is_meta and model.config.tie_word_embeddings:
-        head.weight = model.model.embed_tokens.weight
-    check_complete(head, "lm_head")
-    head.requires_grad_(requires_grad=False)

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from moemerge import load_config, merge, plan_merge
 from moemerge.chats import Chat, Message
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError, SourceError
-from moemerge.evaluation.generation import Sampling, open_speaker, prompt_of
-from moemerge.evaluation.loaded import check_memory
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.families.selection import MOE_FAMILIES
+from moemerge.generation.answers import Sampling, open_generator, prompt_of
+from moemerge.generation.loading import check_memory
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, load_tokenizer
 from tests.families.test_families import PAIRS, merged, readable
@@ -51,8 +51,8 @@ def out(tmp_path_factory, llamas):
 
 
 @pytest.fixture(scope="module")
-def speaker(out):
-    return open_speaker(out, device="cpu")
+def generator(out):
+    return open_generator(out, device="cpu")
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_every_kind_of_mixture_says_what_transformers_says_and_its_experts_are_t
     _, out = merged(tmp_path, folders[0], folders[1:], architecture=moe)
     ids = tokenizer()(PROMPT)["input_ids"]
     expected = generated(load(out), ids, max_new_tokens=10, do_sample=False)
-    answer = open_speaker(out, device="cpu").answer(PROMPT, Sampling(10))
+    answer = open_generator(out, device="cpu").generate(PROMPT, Sampling(10))
     assert answer.text == text_of(ids, expected, out)
     mixture, chosen = open_mixture(out), {}
     window = Window(0, (*ids, *expected), (True,) * (len(ids) + 10))
@@ -94,9 +94,9 @@ def test_every_kind_of_mixture_says_what_transformers_says_and_its_experts_are_t
     )
 
 
-def test_tokens_come_one_by_one_with_the_expert_of_the_largest_weight(speaker):
+def test_tokens_come_one_by_one_with_the_expert_of_the_largest_weight(generator):
     came = []
-    answer = speaker.answer(PROMPT, Sampling(12), came.append)
+    answer = generator.generate(PROMPT, Sampling(12), came.append)
     (traced,) = answer.routes.texts
     assert [token.text for token in came] == list(answer.tokens)
     assert "".join(answer.tokens) == answer.text
@@ -104,38 +104,38 @@ def test_tokens_come_one_by_one_with_the_expert_of_the_largest_weight(speaker):
     assert (len(came), answer.is_cut) == (11, True)  # and one that is no text
 
 
-def test_drawn_tokens_are_those_that_transformers_draws(out, speaker):
+def test_drawn_tokens_are_those_that_transformers_draws(out, generator):
     torch.manual_seed(5)
     keys = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0, "max_new_tokens": 12}
     ids = tokenizer()(PROMPT)["input_ids"]
     expected = text_of(ids, generated(load(out), ids, **keys))
     before = torch.random.get_rng_state()
-    answer = speaker.answer(PROMPT, Sampling(12, temperature=1.5, top_p=0.9, seed=5))
+    answer = generator.generate(PROMPT, Sampling(12, temperature=1.5, top_p=0.9, seed=5))
     assert answer.text == expected
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert speaker.answer(PROMPT, Sampling(12, temperature=1.5, seed=6)).text != answer.text
+    assert generator.generate(PROMPT, Sampling(12, temperature=1.5, seed=6)).text != answer.text
 
 
 def test_a_dense_model_speaks_without_experts(llamas):
     ids = tokenizer()(PROMPT)["input_ids"]
     expected = generated(load(llamas[0]), ids, max_new_tokens=12, do_sample=False)
     came = []
-    answer = open_speaker(llamas[0], device="cpu").answer(PROMPT, Sampling(12), came.append)
+    answer = open_generator(llamas[0], device="cpu").generate(PROMPT, Sampling(12), came.append)
     assert answer.text == text_of(ids, expected)
     assert answer.routes is None
     assert {token.expert for token in came} == {None}
 
 
 @pytest.mark.parametrize("where", ["generation_config.json", "tokenizer_config.json"])
-def test_an_answer_ends_where_the_model_or_its_tokenizer_says(copy, speaker, where):
-    whole = speaker.answer(PROMPT, Sampling(12))
+def test_an_answer_ends_where_the_model_or_its_tokenizer_says(copy, generator, where):
+    whole = generator.generate(PROMPT, Sampling(12))
     ids = tokenizer()(PROMPT)["input_ids"]
     fourth = generated(load(copy), ids, max_new_tokens=4, do_sample=False)[-1]
     if where.startswith("generation"):
         edit_json(copy / where, eos_token_id=[2, fourth])
     else:
         edit_json(copy / where, eos_token=tokenizer().convert_ids_to_tokens(fourth))
-    answer = open_speaker(copy, device="cpu").answer(PROMPT, Sampling(12))
+    answer = open_generator(copy, device="cpu").generate(PROMPT, Sampling(12))
     assert answer.tokens == whole.tokens[: len(answer.tokens)]
     assert len(answer.tokens) <= 3
     assert answer.tokens
@@ -146,7 +146,7 @@ def test_letters_come_whole(tmp_path):
     """Of a byte-level tokenizer and a model that knows no letters."""
     model = make_model(tmp_path / "model", vocab_size=404)
     chat_tokenizer(None).save_pretrained(model)
-    answer = open_speaker(model, device="cpu").answer("é", Sampling(60, temperature=1.0))
+    answer = open_generator(model, device="cpu").generate("é", Sampling(60, temperature=1.0))
     ids = chat_tokenizer(None)("é")["input_ids"]
     torch.manual_seed(0)
     added = generated(load(model), ids, do_sample=True, top_k=0, max_new_tokens=60, eos_token_id=[1, 2])
@@ -167,22 +167,22 @@ def test_the_template_and_the_next_answer_are_what_the_model_reads(tmp_path):
     text = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nfox<|im_end|>\n"
     ids = chat_tokenizer(None)(text, add_special_tokens=False)["input_ids"]
     expected = generated(load(model), ids, max_new_tokens=12, do_sample=False)
-    answer = open_speaker(model, device="cpu").answer(prompt_of([], "fox", system=None, plain=False), Sampling(12))
+    answer = open_generator(model, device="cpu").generate(prompt_of([], "fox", system=None, plain=False), Sampling(12))
     assert answer.text == chat_tokenizer(None).decode(expected, skip_special_tokens=True)
 
 
-def test_a_prompt_may_not_fill_the_context(speaker):
+def test_a_prompt_may_not_fill_the_context(generator):
     with pytest.raises(RefusedError) as refused:
-        speaker.answer("fox " * 200, Sampling(12))
-    assert str(refused.value) == f"the prompt has 203 tokens, and {speaker.name} reads 128. Shorten it."
-    assert len(speaker.answer("fox " * 120, Sampling(12)).tokens) == 5
+        generator.generate("fox " * 200, Sampling(12))
+    assert str(refused.value) == f"the prompt has 203 tokens, and {generator.name} reads 128. Shorten it."
+    assert len(generator.generate("fox " * 120, Sampling(12)).tokens) == 5
 
 
 def test_numbers_that_are_not_finite_are_named(copy):
-    speaker = open_speaker(copy, device="cpu")
-    speaker._model.model.norm.weight.fill_(float("nan"))
+    generator = open_generator(copy, device="cpu")
+    generator._model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(CheckpointError) as damaged:
-        speaker.answer(PROMPT, Sampling(3))
+        generator.generate(PROMPT, Sampling(3))
     assert str(damaged.value) == "the model's numbers are not finite. `moemerge eval` says where that begins."
 
 
@@ -192,7 +192,7 @@ def test_a_router_that_is_not_finite_is_named(copy):
     tensors[name][2, 5] = float("nan")
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError) as damaged:
-        open_speaker(copy, device="cpu")
+        open_generator(copy, device="cpu")
     assert str(damaged.value) == f"{copy}: {name} holds 1 number that is infinite or NaN, at [2, 5]."
 
 
@@ -229,10 +229,10 @@ def test_what_is_no_model_is_refused(tmp_path, copy):
         (copy / "config.json", f"is one file of a model. Name its folder, {copy}."),
     ):
         with pytest.raises(SourceError) as refused:
-            open_speaker(path)
+            open_generator(path)
         assert str(refused.value) == f"{path}: {message}"
     with pytest.raises(SourceError, match="has no config.json, so it is not a model that moemerge can read"):
-        open_speaker(tmp_path / "empty")
+        open_generator(tmp_path / "empty")
     edit_json(copy / "config.json", model_type="gpt2")
     with pytest.raises(IncompatibleError, match="gpt2"):
-        open_speaker(copy)
+        open_generator(copy)

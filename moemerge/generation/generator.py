@@ -1,4 +1,4 @@
-"""A whole model that answers prompts, token by token, and the experts of each token."""
+"""A whole model that continues prompts, token by token, and the experts of each token."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ import torch
 from moemerge.chats import Chat, Document
 from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
-from moemerge.evaluation.generation import Answer, Sampling, Token
-from moemerge.evaluation.loaded import load_model
-from moemerge.evaluation.router_watch import RouterWatch
 from moemerge.evaluation.routes.traced import Routes, TracedText
 from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense, open_mixture
 from moemerge.families.selection import MOE_FAMILIES
+from moemerge.generation.answers import Answer, Sampling, Token
+from moemerge.generation.loading import load_model
+from moemerge.generation.recorder import RouterRecorder
 from moemerge.passes.chats import encode_question
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.device import memory_watched
@@ -29,26 +29,26 @@ from moemerge.sources.model_folder import ModelFolder
 _CONTEXT: Final = 5
 
 
-def load_speaker(
+def load_generator(
     model: ModelFolder, device: str, compute_dtype: ComputeDtype, progress: Callable[[int, int], None]
-) -> "Speaker":
-    """Load a model; see `moemerge.evaluation.generation.open_speaker`."""
+) -> "TextGenerator":
+    """Load a model; see `moemerge.generation.answers.open_generator`."""
     mixture = open_mixture(model.reference) if model.config.get("model_type") in MOE_FAMILIES else None
     runnable = mixture.runnable if mixture else open_dense(model.reference, model.reference, lambda _: None)
     tokenizer = load_tokenizer(model.folder)  # before what takes long
     whole = load_model(runnable, find_compute(device, compute_dtype, runnable.layer_shapes), progress)
-    return Speaker(model.folder, runnable, tokenizer, whole, mixture)
+    return TextGenerator(model.folder, runnable, tokenizer, whole, mixture)
 
 
-class Speaker:
-    """A model in memory that answers prompts."""
+class TextGenerator:
+    """A model in memory that continues texts and answers chats."""
 
     def __init__(
         self, folder: Path, runnable: Runnable, tokenizer: Any, model: Any, mixture: MixtureModel | None
     ) -> None:
         self.name = runnable.name
         self._folder, self._runnable, self._tokenizer, self._model = folder, runnable, tokenizer, model
-        self._routers = RouterWatch(mixture, model) if mixture else None
+        self._routers = RouterRecorder(mixture, model) if mixture else None
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Speaker:
         """What it computes in, and on."""
         return f"{str(self._model.dtype).removeprefix('torch.')} on {self._model.device.type}"
 
-    def answer(
+    def generate(
         self,
         prompt: Document,
         sampling: Sampling,
@@ -87,12 +87,12 @@ class Speaker:
             raise RefusedError(f"the prompt has {len(ids)} tokens, and {self.name} reads {context}. {shorter}")
         most = min(sampling.max_new_tokens, context - len(ids))
         stops = stop_tokens(self._folder, self._runnable.keys, self._tokenizer)
-        heard = _Heard(self._tokenizer, self._routers, ids, stops, on_token)
+        builder = _AnswerBuilder(self._tokenizer, self._routers, ids, stops, on_token)
         # The choices of a token are known when the next one comes, so that one more is asked for.
         asked = replace(sampling, max_new_tokens=most + bool(self._routers))
-        with memory_watched(f"{self.name} was answering. Use another device, or a shorter prompt."):
-            generate_tokens(self._model, [ids], asked, folder=self._folder, stops=stops, on_token=heard.take)
-        return heard.answer(self.name, is_cut=heard.count == asked.max_new_tokens and heard.last not in stops)
+        with memory_watched(f"{self.name} was generating text. Use another device, or a shorter prompt."):
+            generate_tokens(self._model, [ids], asked, folder=self._folder, stops=stops, on_token=builder.add)
+        return builder.finish(self.name, is_cut=builder.count == asked.max_new_tokens and builder.last not in stops)
 
     def _encode(self, prompt: Document) -> list[int]:
         if isinstance(prompt, Chat):
@@ -105,18 +105,18 @@ class Speaker:
         return ids
 
 
-class _Heard:
-    """An answer while it comes."""
+class _AnswerBuilder:
+    """An answer that grows by a token at a time."""
 
     def __init__(
         self,
         tokenizer: Any,
-        routers: RouterWatch | None,
+        routers: RouterRecorder | None,
         ids: Sequence[int],
         stops: Sequence[int],
-        came: Callable[[Token], None],
+        on_token: Callable[[Token], None],
     ) -> None:
-        self._routers, self._came, self._text = routers, came, _Decoder(tokenizer, ids)
+        self._routers, self._on_token, self._text = routers, on_token, _Decoder(tokenizer, ids)
         added = tokenizer.added_tokens_decoder.items()
         self._silent = {*stops, *tokenizer.all_special_ids, *(token for token, told in added if told.special)}
         self._waiting: deque[int] = deque()
@@ -126,7 +126,7 @@ class _Heard:
         if routers:
             routers.clear()
 
-    def take(self, token: int) -> None:
+    def add(self, token: int) -> None:
         """Take a new token, and give those whose experts are known."""
         if self._routers and not self.count:
             self._routers.skip()  # the pass of the prompt
@@ -142,18 +142,18 @@ class _Heard:
         self._parts.append(part)
         if choices:
             self._choices.append(choices)
-        self._came(Token(part, _largest(*choices) if choices else None))
+        self._on_token(Token(part, _largest(*choices) if choices else None))
 
-    def answer(self, name: str, *, is_cut: bool) -> Answer:
+    def finish(self, name: str, *, is_cut: bool) -> Answer:
         """The whole answer; the rest of a letter that no token completed is given first."""
         if self._parts and (rest := self._text.rest()):
             self._parts[-1] += rest
-            self._came(Token(rest, _largest(*self._choices[-1]) if self._choices else None))
+            self._on_token(Token(rest, _largest(*self._choices[-1]) if self._choices else None))
         tokens = tuple(self._parts)
         routes = self._routes(name, tokens, self._routers) if self._routers else None
         return Answer("".join(tokens), tokens, routes, is_cut)
 
-    def _routes(self, name: str, tokens: tuple[str, ...], routers: RouterWatch) -> Routes:
+    def _routes(self, name: str, tokens: tuple[str, ...], routers: RouterRecorder) -> Routes:
         mixture, layers = routers.mixture, routers.layers
         experts = np.zeros((len(layers), len(tokens), mixture.experts_per_token), np.int64)
         weights = np.zeros(experts.shape, np.float32)
