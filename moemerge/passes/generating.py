@@ -90,7 +90,7 @@ def generate_tokens(
             given,
             attention_mask=known,
             generation_config=settings,
-            logits_processor=[_Finite()],
+            logits_processor=[_Finite(folder)],
             streamer=_Stream(on_token) if on_token else None,
         )
     added = [row[longest:] for row in found.tolist()]
@@ -159,10 +159,15 @@ def _own_settings(folder: Path) -> dict[str, Any]:
 class _Finite:
     """What `generate` takes for a change of logits: it refuses those that say nothing."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
     def __call__(self, _ids: Any, logits: Any) -> Any:
         """Give the logits (sequence, vocab) back as they are."""
         if logits.isnan().any():
-            raise CheckpointError("the model's numbers are not finite. `moemerge eval` says where that begins.")
+            raise CheckpointError(
+                f"{self._folder}: the model's numbers are not finite. `moemerge eval` says where that begins."
+            )
         return logits
 
 

@@ -183,7 +183,9 @@ def test_numbers_that_are_not_finite_are_named(copy):
     generator._model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(CheckpointError) as damaged:
         generator.generate(PROMPT, Sampling(3))
-    assert str(damaged.value) == "the model's numbers are not finite. `moemerge eval` says where that begins."
+    assert str(damaged.value) == (
+        f"{copy}: the model's numbers are not finite. `moemerge eval` says where that begins."
+    )
 
 
 def test_a_router_that_is_not_finite_is_named(copy):
