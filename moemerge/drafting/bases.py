@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from moemerge.compatibility.distances import Distance, Known, measure_distances
-from moemerge.drafting.signs import Signs
+from moemerge.drafting.cards import CardMetadata
 from moemerge.families.dense import ModelTensors
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.sources.reference import Reference
@@ -63,12 +63,14 @@ def _means(distances: Mapping[str, Distance]) -> dict[str, float]:
     return {name: distance.mean for name, distance in distances.items() if distance.by_layer}
 
 
-def base_remarks(base: ModelFolder, signs: Signs, experts: Sequence[Signs], *, templates: bool) -> Iterator[str]:
+def base_remarks(
+    base: ModelFolder, card: CardMetadata, experts: Sequence[CardMetadata], *, templates: bool
+) -> Iterator[str]:
     """Yield a sentence for each reason, in the models' names and cards, why another base may be right.
 
     Args:
         base: the base.
-        signs: its name and card.
+        card: its name and card.
         experts: the names and cards of all other models.
         templates: whether the base has a chat template.
     """
@@ -79,8 +81,8 @@ def base_remarks(base: ModelFolder, signs: Signs, experts: Sequence[Signs], *, t
                 f"the cards of all experts name {next(iter(named.values()))} as the model that they were trained from, "
                 f"not {base.reference}"
             )
-    if signs.chats or templates:
-        why = f"its name is {signs.name}" if signs.chats else "it has a chat template"
+    if card.chats or templates:
+        why = f"its name is {card.name}" if card.chats else "it has a chat template"
         yield (
             f"the base {base.reference} is a chat model itself ({why}): right if the experts were trained from it, and "
             "not from its pretrained model"

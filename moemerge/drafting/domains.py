@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Final
 
 from moemerge.config.yaml_text import read_yaml
-from moemerge.drafting.signs import Signs, words_of
+from moemerge.drafting.cards import CardMetadata, words_of
 
 GENERAL: Final = "assistant"
 """The domain of a model that is for everything."""
@@ -79,18 +79,18 @@ def domain_named(name: str) -> str | None:
     raise ValueError(f"{name[:60]!r} is not a domain. {hint}")
 
 
-def guess_domain(signs: Signs, base: Signs | None) -> Guess | None:
+def guess_domain(card: CardMetadata, base: CardMetadata | None) -> Guess | None:
     """Find the domain that most speaks for; None where nothing does.
 
     Args:
-        signs: the model's name and card.
+        card: the model's name and card.
         base: the base's, whose words say nothing of an expert; None for the base itself.
     """
     found: dict[str, list[_Match]] = {}
     for name, domain in all_domains().items():
         common = {(match.kind, match.word) for match in _matches(domain, base)} if base else set()
         best: dict[str, _Match] = {}
-        for match in _matches(domain, signs):
+        for match in _matches(domain, card):
             if (match.kind, match.word) not in common:
                 best[match.kind] = max(best.get(match.kind, match), match, key=lambda one: (one.weight, len(one.word)))
         if best:
@@ -107,14 +107,14 @@ def guess_domain(signs: Signs, base: Signs | None) -> Guess | None:
     return Guess(chosen, special[chosen][0].reason)
 
 
-def _matches(domain: Domain, signs: Signs) -> Iterator[_Match]:
+def _matches(domain: Domain, card: CardMetadata) -> Iterator[_Match]:
     """Yield each word of a domain that a model has, with where it stands."""
-    yield from _in_text(domain, "name", signs.name, f"its name is {signs.name}")
-    for tag in signs.tags:
+    yield from _in_text(domain, "name", card.name, f"its name is {card.name}")
+    for tag in card.tags:
         yield from _in_text(domain, "tag", tag, f"its card has the tag {tag}")
-    for data_set in signs.data_sets:
+    for data_set in card.data_sets:
         yield from _in_text(domain, "data set", data_set, f"its card names the data set {data_set}")
-    others = signs.languages - {"en"}
+    others = card.languages - {"en"}
     if len(others) <= _MOST_LANGUAGES:
         for language in sorted(others & domain.languages):
             yield _Match("language", language, _WEIGHTS["language"][0], f"its card names the language {language}")

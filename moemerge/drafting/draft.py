@@ -9,8 +9,8 @@ from moemerge.compatibility.distances import Distance, Known, check_deltas
 from moemerge.config.expert_names import expert_names
 from moemerge.config.schema import MergeConfig
 from moemerge.drafting.bases import base_remarks, measure_from, nearer_base
+from moemerge.drafting.cards import CardMetadata, read_card
 from moemerge.drafting.domains import GENERAL, Guess, all_domains, guess_domain
-from moemerge.drafting.signs import Signs, read_signs
 from moemerge.dtypes import DType
 from moemerge.families.dense import ModelTensors
 from moemerge.planning.options import PlanOptions
@@ -104,16 +104,16 @@ def draft_merge(base: str, experts: Sequence[str], announce: Callable[[str], Non
     )
     folders = plan.models.by_reference
     models = _tensors(plan, folders, announce)
-    signs = {reference: read_signs(folder) for reference, folder in folders.items()}
+    cards = {reference: read_card(folder) for reference, folder in folders.items()}
     known: Known = {}
     distances = measure_from(base, models, known)
-    others = [signs[reference] for reference in folders if reference != base]
+    others = [cards[reference] for reference in folders if reference != base]
     templates = [bool(NamedModel("", folder, models[name].model).templates) for name, folder in folders.items()]
     nearer = nearer_base(base, folders, models, known)
     return Draft(
         base=base,
         experts=tuple(
-            _expert(folders[reference], name, folders[base], signs, distances)
+            _expert(folders[reference], name, folders[base], cards, distances)
             for reference, name in zip(experts, expert_names(experts), strict=True)
         ),
         dtype=plan.dtype,
@@ -123,7 +123,7 @@ def draft_merge(base: str, experts: Sequence[str], announce: Callable[[str], Non
         needs_prompts=_needs_prompts(config, folders, distances),
         remarks=(
             *([nearer] if nearer else []),
-            *base_remarks(folders[base], signs[base], others, templates=templates[0]),
+            *base_remarks(folders[base], cards[base], others, templates=templates[0]),
             *(note for note in plan.notes if note.startswith("base_model: ")),
         ),
         warnings=plan.warnings,
@@ -146,13 +146,17 @@ def _needs_prompts(config: MergeConfig, folders: Mapping[str, ModelFolder], dist
 
 
 def _expert(
-    folder: ModelFolder, name: str, base: ModelFolder, signs: Mapping[str, Signs], distances: Mapping[str, Distance]
+    folder: ModelFolder,
+    name: str,
+    base: ModelFolder,
+    cards: Mapping[str, CardMetadata],
+    distances: Mapping[str, Distance],
 ) -> DraftExpert:
     reference = folder.reference
     if folder.folder == base.folder and not folder.adapters:
-        guess = guess_domain(signs[reference], None)
+        guess = guess_domain(cards[reference], None)
         guess = guess or Guess(GENERAL, "it is the base model, for what belongs to no other expert")
         return DraftExpert(reference, name, None).of_domain(guess.domain, guess.reason)
-    guess = guess_domain(signs[reference], signs[base.reference])
+    guess = guess_domain(cards[reference], cards[base.reference])
     expert = DraftExpert(reference, name, distances[reference])
     return expert.of_domain(guess.domain, guess.reason) if guess else expert

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from moemerge.config.yaml_text import read_yaml
+from moemerge.drafting.cards import CardMetadata, read_card
 from moemerge.drafting.domains import all_domains, domain_named, guess_domain
-from moemerge.drafting.signs import Signs, read_signs
 from moemerge.sources.model_folder import open_model
 
-NOBODY = Signs("Mistral-7B-v0.1", tags=("text-generation", "pretrained"), languages=frozenset({"en"}))
+NOBODY = CardMetadata("Mistral-7B-v0.1", tags=("text-generation", "pretrained"), languages=frozenset({"en"}))
 
 
 def test_the_built_in_domains_have_five_prompts_of_different_lengths_that_no_other_has():
@@ -53,55 +53,57 @@ def test_the_built_in_domains_have_five_prompts_of_different_lengths_that_no_oth
     ],
 )
 def test_names_give_domains_away(name, domain):
-    guess = guess_domain(Signs(name), NOBODY)
+    guess = guess_domain(CardMetadata(name), NOBODY)
     assert (guess and guess.domain) == domain
     assert guess is None or guess.reason == f"its name is {name}"
 
 
 @pytest.mark.parametrize(
-    ("signs", "domain", "reason"),
+    ("card", "domain", "reason"),
     [
-        (Signs("x-7B", tags=("code", "trl")), "code", "its card has the tag code"),
-        (Signs("x-7B", tags=("summarization",)), "summaries", "its card has the tag summarization"),
-        (Signs("x-7B", data_sets=("openai/gsm8k",)), "math", "its card names the data set openai/gsm8k"),
-        (Signs("x-7B", languages=frozenset({"en", "fr"})), "french", "its card names the language fr"),
-        (Signs("x-chat", tags=("math",)), "math", "its card has the tag math"),
-        (Signs("x-7B", tags=("chat",)), "assistant", "its card has the tag chat"),
+        (CardMetadata("x-7B", tags=("code", "trl")), "code", "its card has the tag code"),
+        (CardMetadata("x-7B", tags=("summarization",)), "summaries", "its card has the tag summarization"),
+        (CardMetadata("x-7B", data_sets=("openai/gsm8k",)), "math", "its card names the data set openai/gsm8k"),
+        (CardMetadata("x-7B", languages=frozenset({"en", "fr"})), "french", "its card names the language fr"),
+        (CardMetadata("x-chat", tags=("math",)), "math", "its card has the tag math"),
+        (CardMetadata("x-7B", tags=("chat",)), "assistant", "its card has the tag chat"),
     ],
 )
-def test_cards_give_domains_away(signs, domain, reason):
-    guess = guess_domain(signs, NOBODY)
+def test_cards_give_domains_away(card, domain, reason):
+    guess = guess_domain(card, NOBODY)
     assert guess is not None
     assert (guess.domain, guess.reason) == (domain, reason)
 
 
 def test_what_the_base_says_of_itself_says_nothing_of_an_expert():
-    base = Signs("deepseek-coder-6.7b", tags=("code",), languages=frozenset({"zh"}))
-    assert guess_domain(Signs("deepseek-coder-finance", ("code",), (), frozenset({"zh"})), base).domain == "finance"
-    assert guess_domain(Signs("deepseek-coder-x", ("code",), (), frozenset({"zh"})), base) is None
+    base = CardMetadata("deepseek-coder-6.7b", tags=("code",), languages=frozenset({"zh"}))
+    assert (
+        guess_domain(CardMetadata("deepseek-coder-finance", ("code",), (), frozenset({"zh"})), base).domain == "finance"
+    )
+    assert guess_domain(CardMetadata("deepseek-coder-x", ("code",), (), frozenset({"zh"})), base) is None
     assert guess_domain(base, None).domain == "code"
 
 
 def test_a_card_of_many_languages_is_for_none_of_them():
-    assert guess_domain(Signs("x-7B", languages=frozenset({"fr", "de", "es"})), NOBODY) is None
+    assert guess_domain(CardMetadata("x-7B", languages=frozenset({"fr", "de", "es"})), NOBODY) is None
 
 
-def test_signs_are_read_from_the_card_of_a_model_or_of_its_adapter(tmp_path, llamas):
+def test_metadata_is_read_from_the_card_of_a_model_or_of_its_adapter(tmp_path, llamas):
     model = tmp_path / "mine"
     model.mkdir()
     (model / "config.json").write_text((llamas[0] / "config.json").read_text())
     (model / "README.md").write_text(
         "---\ntags: [code, 3]\nlanguage: EN\ndatasets:\n- a/b\npipeline_tag: translation\nbase_model: acme/base\n---\n# x\n"
     )
-    signs = read_signs(open_model(str(model), lambda _: None))
-    assert signs == Signs("mine", ("code", "translation"), ("a/b",), frozenset({"en"}), ("acme/base",))
+    card = read_card(open_model(str(model), lambda _: None))
+    assert card == CardMetadata("mine", ("code", "translation"), ("a/b",), frozenset({"en"}), ("acme/base",))
     (model / "README.md").write_text("---\n- no table\n---\n")
-    assert read_signs(open_model(str(model), lambda _: None)) == Signs("mine")
+    assert read_card(open_model(str(model), lambda _: None)) == CardMetadata("mine")
     adapter = tmp_path / "french-lora"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
     (adapter / "README.md").write_text("---\ntags: law\n---\n")
-    assert read_signs(open_model(f"{model}+{adapter}", lambda _: None)) == Signs("french-lora", ("law",))
+    assert read_card(open_model(f"{model}+{adapter}", lambda _: None)) == CardMetadata("french-lora", ("law",))
 
 
 def test_a_domain_is_named_in_any_case_or_refused_with_the_nearest():

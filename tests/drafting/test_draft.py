@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from moemerge.drafting.bases import base_remarks
+from moemerge.drafting.cards import CardMetadata
 from moemerge.drafting.draft import Draft, draft_merge
-from moemerge.drafting.signs import Signs
 from moemerge.errors import IncompatibleError
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.sources.reference import Reference
@@ -105,12 +105,12 @@ def test_a_base_that_chats_is_said_to(llamas, tmp_path):
 
 def test_cards_that_name_another_base_are_told_of():
     base = ModelFolder("acme/base@main", Reference("acme/base", "main"), Path(), {})
-    of, other = Signs("a", bases=("acme/Base",)), Signs("b", bases=("acme/other",))
+    of, other = CardMetadata("a", bases=("acme/Base",)), CardMetadata("b", bases=("acme/other",))
 
-    def told(*experts: Signs) -> list[str]:
-        return list(base_remarks(base, Signs("base"), experts, templates=False))
+    def told(*experts: CardMetadata) -> list[str]:
+        return list(base_remarks(base, CardMetadata("base"), experts, templates=False))
 
     assert told(other, other) == [
         "the cards of all experts name acme/other as the model that they were trained from, not acme/base@main"
     ]
-    assert told(of, of) == told(of, other) == told(other, Signs("c")) == []
+    assert told(of, of) == told(of, other) == told(other, CardMetadata("c")) == []

@@ -19,7 +19,7 @@ _MOST: Final = 100
 
 
 @dataclass(frozen=True)
-class Signs:
+class CardMetadata:
     """A model's name and the metadata of its card."""
 
     name: str
@@ -36,11 +36,11 @@ class Signs:
         return bool(_CHAT_WORDS.intersection(words_of(self.name)[0]))
 
 
-def read_signs(model: ModelFolder) -> Signs:
+def read_card(model: ModelFolder) -> CardMetadata:
     """Read what a model says of itself; of a model with adapters, what its last adapter says."""
     folder = model.adapters[-1].folder if model.adapters else model.folder
     card = _metadata(folder / "README.md")
-    return Signs(
+    return CardMetadata(
         name=expert_names([model.reference])[0],
         tags=(*_texts(card.get("tags")), *_texts(card.get("pipeline_tag"))),
         data_sets=tuple(_texts(card.get("datasets"))),
