@@ -701,8 +701,9 @@ def test_a_document_that_comes_again_is_not_held_out_from_itself():
 def after_a_step(tuned: Training) -> resume_folder.State:
     """Stop a training after its first step; gives what it has kept."""
 
-    def stop(_name, _done, _total):
-        raise KeyboardInterrupt
+    def stop(_task, done, _total):
+        if done:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         replace(tuned, context=replace(tuned.context, progress=stop)).run()
