@@ -14,7 +14,6 @@ from moemerge.checkpoint.files import File, Stamp, size_of
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import NoSuchModelError, SourceError
-from moemerge.file_kinds import FOLDERS, Kind, what_is
 from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
@@ -22,7 +21,7 @@ from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
 from moemerge.sources.name_prefixes import unwrapped
 from moemerge.sources.reference import Reference, parse_reference, split_adapter
-from moemerge.sources.wrong_names import nearest_model, no_folder, no_model
+from moemerge.sources.wrong_names import check_merged_folder, no_model
 
 __all__ = [
     "Announce",
@@ -125,14 +124,7 @@ def open_merged(out: Path | str) -> ModelFolder:
         SourceError: there is no such folder, or no checkpoint in it.
         CheckpointError: its `config.json` is damaged.
     """
-    path = Path(out)
-    kind = what_is(path)
-    if kind is Kind.ABSENT:
-        near = nearest_model(str(out), [Path()], cached=False)
-        hint = f"Did you mean {near}?" if near else "Name the folder that holds the merged model."
-        raise SourceError(f"{out}: there is no such folder. {hint}")
-    if kind not in FOLDERS:
-        raise SourceError(no_folder(str(out), path, merged=True))
+    check_merged_folder(out)
     return open_model(str(Path(out).resolve()), lambda _: None)
 
 

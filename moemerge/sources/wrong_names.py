@@ -7,14 +7,30 @@ from pathlib import Path
 from typing import Any, Final
 
 from moemerge.checkpoint.index import read_json
-from moemerge.errors import CheckpointError
-from moemerge.file_kinds import PULL, Kind, what_is
+from moemerge.errors import CheckpointError, SourceError
+from moemerge.file_kinds import FOLDERS, PULL, Kind, what_is
 
 _ADAPTER: Final = "adapter_config.json"
 _MOST_ENTRIES: Final = 2000
 # Repositories of one owner are alike by that alone.
 _VERY_CLOSE: Final = 0.9
 _CACHED: Final = "models--"
+
+
+def check_merged_folder(out: Path | str) -> None:
+    """Refuse what is no folder, where a merged model's is expected.
+
+    Raises:
+        SourceError: there is none, or a file; says which folder may be meant.
+    """
+    path = Path(out)
+    kind = what_is(path)
+    if kind is Kind.ABSENT:
+        near = nearest_model(str(out), [Path()], cached=False)
+        hint = f"Did you mean {near}?" if near else "Name the folder that holds the merged model."
+        raise SourceError(f"{out}: there is no such folder. {hint}")
+    if kind not in FOLDERS:
+        raise SourceError(no_folder(str(out), path, merged=True))
 
 
 def no_folder(reference: str, path: Path, *, merged: bool) -> str:
