@@ -30,7 +30,7 @@ def check_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise RefusedError("--web: gradio is needed: pip install 'moemerge[web]'.") from error
+        raise RefusedError("--web: gradio is needed: pip install 'gradio>=6.31'.") from error
 
 
 def open_page(generator: "TextGenerator", ask: Ask) -> tuple[str, Callable[[], None]]:

@@ -29,7 +29,7 @@ def test_without_gradio_the_page_is_refused_first(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert capsys.readouterr() == ("", "error: --web: gradio is needed: pip install 'moemerge[web]'.\n")
+    assert capsys.readouterr() == ("", "error: --web: gradio is needed: pip install 'gradio>=6.31'.\n")
 
 
 @pytest.fixture(scope="module")
