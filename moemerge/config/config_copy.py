@@ -8,7 +8,7 @@ import yaml
 
 from moemerge.config.local_paths import path_values, paths_from, replaced
 from moemerge.config.schema import MergeConfig
-from moemerge.config.yaml_text import YamlTextError, read_yaml
+from moemerge.config.yaml_text import YamlTextError, read_yaml, write_yaml
 from moemerge.places import Place
 
 
@@ -37,7 +37,7 @@ def text_for(config: MergeConfig, folder: Path | None) -> str:
             return text
     except YamlTextError:
         pass
-    return yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)  # an anchor or a merge key was in the way
+    return write_yaml(wanted)  # an anchor or a merge key was in the way
 
 
 def _text_at(value: Any, place: Place) -> str:

@@ -11,6 +11,7 @@ from moemerge.config.local_paths import with_paths_from
 from moemerge.config.mistaken import HOW_TO_BEGIN, mistaken_document, mistaken_path
 from moemerge.config.problems import SHORT_REPR, PlacedError, repeated_keys
 from moemerge.config.schema import MergeConfig
+from moemerge.config.typography import curly_quotes, odd_keys
 from moemerge.config.yaml_text import YamlTextError, read_yaml
 from moemerge.errors import ConfigError
 from moemerge.places import Place
@@ -74,6 +75,8 @@ def parse_config(
         document, node = read_yaml(text)
     except YamlTextError as error:
         raise ConfigError(f"{name}: not valid YAML:", [str(error)]) from error
+    if odd := odd_keys(node):  # other problems follow from them
+        raise PlacedError(odd, name, node)
     if document is None:
         raise ConfigError(f"{name}: holds no keys. {HOW_TO_BEGIN}.", [])
     if not isinstance(document, dict):
@@ -102,7 +105,7 @@ def _check(
     allow_identical_experts: bool,
     found: Sequence[tuple[Place, str]] = (),
 ) -> MergeConfig:
-    problems = [*repeated_keys(node), *found]
+    problems = [*repeated_keys(node), *curly_quotes(node), *found]
     problems += [
         ((str(key),), "is not the name of a key: expected text") for key in document if not isinstance(key, str)
     ]

@@ -3,7 +3,7 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import yaml
@@ -101,25 +101,31 @@ def _pair(node: yaml.MappingNode, name: str | int) -> tuple[yaml.Node, yaml.Node
     return None
 
 
-def repeated_keys(node: yaml.Node | None) -> list[tuple[Place, str]]:
-    """Find keys that are repeated; YAML silently keeps the last one. A part that has several names is read once."""
-    problems: list[tuple[Place, str]] = []
-    waiting: list[tuple[Place, yaml.Node | None]] = [((), node)]
+def parts_of(root: yaml.Node | None) -> Iterator[tuple[Place, yaml.Node]]:
+    """Yield every part of a document with its place; a part that has several names is given once."""
+    waiting: list[tuple[Place, yaml.Node]] = [((), root)] if root else []
     seen: set[int] = set()
     while waiting:
         place, part = waiting.pop()
         if id(part) in seen:
             continue
         seen.add(id(part))
+        yield place, part
         if isinstance(part, yaml.SequenceNode):
             waiting += [((*place, index), child) for index, child in enumerate(part.value)]
         elif isinstance(part, yaml.MappingNode):
-            lines: dict[str, list[int]] = {}
-            for key, child in part.value:
-                lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
-                waiting.append(((*place, str(key.value)), child))
-            for key, found in lines.items():
-                if len(found) > 1 and key != _MERGE_KEY:
-                    where = f", in lines {found[0]} and {found[1]}" if found[0] != found[1] else ""
-                    problems.append(((*place, key), f"is written twice{where}. Remove one"))
+            waiting += [((*place, str(key.value)), child) for key, child in part.value]
+
+
+def repeated_keys(root: yaml.Node | None) -> list[tuple[Place, str]]:
+    """Find keys that are repeated; YAML silently keeps the last one."""
+    problems: list[tuple[Place, str]] = []
+    for place, part in parts_of(root):
+        lines: dict[str, list[int]] = {}
+        for key, _ in part.value if isinstance(part, yaml.MappingNode) else ():
+            lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
+        for key, found in lines.items():
+            if len(found) > 1 and key != _MERGE_KEY:
+                where = f", in lines {found[0]} and {found[1]}" if found[0] != found[1] else ""
+                problems.append(((*place, key), f"is written twice{where}. Remove one"))
     return problems

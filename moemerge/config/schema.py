@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from moemerge.chats import COUNTED_ROLES
@@ -28,7 +27,7 @@ from moemerge.config.value_types import (
     Text,
     Texts,
 )
-from moemerge.config.yaml_text import join_halves
+from moemerge.config.yaml_text import join_halves, write_yaml
 from moemerge.errors import ConfigError
 from moemerge.places import Place
 
@@ -223,7 +222,7 @@ class MergeConfig(_Strict):
         document = self.model_dump(exclude_defaults=True, by_alias=True)
         if "shared_weights" in self.model_fields_set:  # `base`, if it was chosen, is said too
             document.setdefault("shared_weights", self.shared_weights.method)
-        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        return write_yaml(document)
 
     @property
     def method(self) -> RouterMethod:

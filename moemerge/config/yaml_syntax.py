@@ -8,12 +8,24 @@ from typing import Any, Final
 
 import yaml
 
+from moemerge.config.typography import odd_space
+
 _MOST_SCANNED: Final = 120_000
 _WIDEST: Final = 70
 _KEY: Final = re.compile(r"(\s*(?:- +)*)([A-Za-z_][\w-]*)")
 _NEEDS_QUOTES: Final = "*&!@`%"
 _INDENTATION: Final = (
     "its indentation fits none of the lines above: items of one list, and keys of one expert, begin at the same column"
+)
+
+# What stands around YAML in a notebook, a chat or a README, and is copied with it.
+_AROUND: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
+    (re.compile(r"\s*(```|~~~)"), "is Markdown. Delete the lines that begin with {}"),
+    (
+        re.compile(r"\s*(?:\w+\s*=\s*)?[rRfF]?(\"{3}|'{3})"),
+        "is Python. Keep only the YAML between the quotes {}",
+    ),
+    (re.compile(r"\s*(%%\w+)"), "is a command of a notebook, {}. Delete this line"),
 )
 
 
@@ -104,6 +116,29 @@ def _shown(lines: list[str], spot: Spot) -> str:
     return f"line {number}: {spot.problem}.\n      {number} | {shown}\n      {' ' * len(number)} | {caret}"
 
 
+def _copied(broken: _Broken) -> Spot | None:
+    """Find what was copied with the YAML; an indented line may be one of a prompt, unless the parser stopped at it."""
+    stopped = {broken.line, broken.context_line}
+    for number, line in enumerate(broken.lines[: max(stopped) + 1]):
+        for around, problem in _AROUND if number in stopped or line.lstrip() == line else ():
+            if match := around.match(line):
+                return Spot(number, match.start(1), problem.format(match[1]))
+    return None
+
+
+def _odd_space(broken: _Broken) -> Spot | None:
+    for number in _near(broken, broken.line):
+        if found := odd_space(broken.lines[number]):
+            return Spot(number, *found)
+    return None
+
+
+def _near(broken: _Broken, *lines: int) -> list[int]:
+    """Lines where a mistake may be: the one that a construct began in, the one above the stop, and the given ones."""
+    above = [number for number in range(broken.line) if broken.lines[number].strip()][-1:]
+    return [n for n in dict.fromkeys([broken.context_line, *above, *lines]) if n < len(broken.lines)]
+
+
 def _tab(broken: _Broken) -> Spot | None:
     if broken.line < len(broken.lines):
         indentation = broken.lines[broken.line][: broken.indentation(broken.line)]
@@ -116,8 +151,7 @@ def _key(broken: _Broken) -> Spot | None:
     """Find what a key lacks before its value, in the line that the parser complains about or in the one above."""
     if "mapping values" not in broken.problem and "expected ':'" not in broken.problem:
         return None
-    above = [number for number in range(broken.line) if broken.lines[number].strip()][-1:]
-    for number in dict.fromkeys([broken.context_line, *above]):
+    for number in _near(broken):
         line = broken.lines[number]
         match = _KEY.match(line)
         if match is None:
@@ -216,5 +250,5 @@ def _rest(broken: _Broken) -> Spot | None:
 
 
 _EXPLANATIONS: Final[tuple[Callable[[Any], Spot | None], ...]] = (
-    _tab, _special, _key, _colon, _quote, _bracket, _rest,
+    _copied, _odd_space, _tab, _special, _key, _colon, _quote, _bracket, _rest,
 )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import yaml
 
+from moemerge.config.typography import in_curly_quotes
 from moemerge.config.yaml_syntax import explain_syntax
 from moemerge.places import Place
 
@@ -129,3 +130,18 @@ def join_halves(value: Any) -> tuple[Any, list[Place]]:
         return value
 
     return joined(value, ()), lone
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts that stand in curly quotes in straight ones, without which a config may not hold them."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if in_curly_quotes(data) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def write_yaml(value: Any) -> str:
+    """Write a value as YAML that a config's reader takes, with keys in their order."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))

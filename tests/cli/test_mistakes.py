@@ -174,6 +174,7 @@ CONFIG = f"base_model: base\n{ONE}  - source_model: code\n"
 INDENTED = (
     "its indentation fits none of the lines above: items of one list, and keys of one expert, begin at the same column"
 )
+NO_BREAK = "U+00A0 (no-break space) stands where YAML expects a space. Write a space in its place"
 
 
 @pytest.mark.parametrize(
@@ -210,6 +211,18 @@ INDENTED = (
         (f"base_model: !base x\n{ONE}", (1, 12, "a text that begins with ! has to stand in quotes")),
         (f"base_model: base\n---\n{ONE}", (2, 0, "a second document begins here, and a config is one. Remove this line")),
         (f"base_model: | base\n{ONE}", (1, 14, "the text of a block begins in the line after | or >")),
+        (f"```yaml\n{CONFIG}```\n", (1, 0, "is Markdown. Delete the lines that begin with ```")),
+        (f"{CONFIG}  ```\n", (5, 2, "is Markdown. Delete the lines that begin with ```")),
+        (f"~~~\n{CONFIG}~~~\n", (1, 0, "is Markdown. Delete the lines that begin with ~~~")),
+        (f'yaml_config = """\n{CONFIG}"""\n', (1, 14, 'is Python. Keep only the YAML between the quotes """')),
+        (f"NAME = 'mix'\n\nconfig = f'''{CONFIG}'''\n", (3, 10, "is Python. Keep only the YAML between the quotes '''")),
+        (f'{CONFIG}"""\n', (5, 0, 'is Python. Keep only the YAML between the quotes """')),
+        (f"%%writefile merge.yaml\n{CONFIG}", (1, 0, "is a command of a notebook, %%writefile. Delete this line")),
+        (f'{ONE}    positive_prompts:\n      - |\n        ```\n        x = """\n  source_model: code\n', (7, 2, INDENTED)),
+        (f"{CONFIG}    name: b\n  -\xa0source_model: chat\n    name: c\n", (6, 3, NO_BREAK)),
+        (f"base_model:\xa0base\n{ONE}", (1, 11, NO_BREAK)),
+        (f"{CONFIG}  \xa0\xa0name: b\n", (5, 2, NO_BREAK)),
+        (f"{CONFIG}    name: b\n  -\u200bsource_model: chat\n", (6, 3, NO_BREAK.replace("U+00A0 (no-break", "U+200B (zero width"))),
         (f"base_model: base\x07\n{ONE}", (1, 16, "holds \\x07, a control character. Remove it")),
     ],
 )  # fmt: skip

@@ -121,12 +121,18 @@ def test_what_leads_nowhere_here_is_copied_as_it_is(project):
 def test_a_copy_whose_paths_stand_in_anchors_is_written_anew(project, monkeypatch):
     monkeypatch.chdir(project)
     text = "base_model: &m models/base\nexperts:\n  - source_model: *m\n  - source_model: >\n      models/fox\n"
+    text += "    positive_prompts: '\u201ca fox\u201d'\n"
+    text = text.replace("*m\n", "*m\n    positive_prompts: all\n")
     (project / "merge.yaml").write_text(text.replace(">\n", ">-\n"))
     copy = text_for(load_config("merge.yaml"), project / "texts")
     assert yaml.safe_load(copy) == {
         "base_model": "../models/base",
-        "experts": [{"source_model": "../models/base"}, {"source_model": "../models/fox"}],
+        "experts": [
+            {"source_model": "../models/base", "positive_prompts": "all"},
+            {"source_model": "../models/fox", "positive_prompts": "\u201ca fox\u201d"},
+        ],
     }
+    assert '"\u201ca fox\u201d"' in copy  # without straight quotes, it would be refused
 
 
 def test_a_step_up_after_a_link_leads_where_the_system_says(tmp_path, monkeypatch):
