@@ -55,8 +55,10 @@ def check_target(
         if resolved.exists() and not resolved.is_dir():
             raise RefusedError(f"{out}: exists and is not a folder. Choose another output folder.")
         for source in sources:
-            if resolved == source or resolved in source.parents or source in resolved.parents:
-                raise RefusedError(f"{out}: is, holds or lies within the model {source}. Choose another output folder.")
+            if resolved == source:
+                raise RefusedError(f"{out}: is one of the models that are read. Choose another output folder.")
+            if resolved in source.parents or source in resolved.parents:
+                raise RefusedError(f"{out}: holds or lies within the model {source}. Choose another output folder.")
         held = entries(resolved)
         if held:
             _check_entries(out, resolved, held, inputs=inputs, replaceable=replaceable, offered=offered)

@@ -83,11 +83,12 @@ def merge_models(
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
         planned_push = PlannedPush(push, announcer(console, quiet=quiet))
         # Before a plan may download weights.
-        approve = _place_check(config, out, output, push, planned_push)
+        request = _request(config, output, models)
+        approve = _place_check(request, out, output, push, planned_push)
         options = _merge_options(out, output, reading, routers)
         return_freed_memory()
         plan_options = _plan_options(out, reading, push, dry_run=output.dry_run)
-        plan = plan_from(console, _request(config, output, models), plan_options, quiet=quiet, approve=approve)
+        plan = plan_from(console, request, plan_options, quiet=quiet, approve=approve)
         if output.dry_run:
             print_or_dump_plan(plan, json=messages.json)
             return
@@ -115,7 +116,7 @@ def _request(config: Path, output: OutputOptions, models: ModelOptions) -> PlanR
 
 
 def _place_check(
-    config: Path, out: Path, output: OutputOptions, push: PushOptions, planned_push: PlannedPush
+    request: PlanRequest, out: Path, output: OutputOptions, push: PushOptions, planned_push: PlannedPush
 ) -> "Callable[[Sequence[ModelFolder]], None]":
     """Refuse an output that could not be written; returns a check of the same for a merge whose models are known."""
     to_file = is_gguf(out)
@@ -127,11 +128,13 @@ def _place_check(
     }
     check_options(to_file, output.type, output.llama_cpp, folders_only)
     check_place: Callable[[list[Path]], None] = partial(
-        _check_folder, out, [config], overwrite=output.overwrite, streaming=push.push_streaming
+        _check_folder, out, [request.config], overwrite=output.overwrite, streaming=push.push_streaming
     )
     if to_file:
-        check_place = partial(check_gguf, out, output.type, [config], output.llama_cpp, overwrite=output.overwrite)
-    check_place([])
+        check_place = partial(
+            check_gguf, out, output.type, [request.config], output.llama_cpp, overwrite=output.overwrite
+        )
+    check_place(request.local_models() if out.is_dir() else [])
 
     def approve(sources: "Sequence[ModelFolder]") -> None:
         check_place([folder for source in sources for folder in source.folders])

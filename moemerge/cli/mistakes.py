@@ -1,6 +1,7 @@
 """Explain command lines that cannot be meant: arguments swapped, models in place of a config, unknown commands."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,7 @@ from moemerge.file_kinds import FOLDERS, YAML_SUFFIXES, Kind, what_is
 _MODEL_NAME: Final = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 # Written by those who know another program; the right words are options.
 _OPTIONS: Final = ("--help", "--version")
+_ANCESTOR: Final = "mergekit-moe"
 _NO_COMMAND: Final = "there is no such config and no such command"
 
 
@@ -30,6 +32,8 @@ def unknown_command(arguments: Sequence[str], names: Sequence[str]) -> str | Non
     )
     if near:
         return f"{word}: {_NO_COMMAND}. Did you mean {near}?"
+    if word == _ANCESTOR and len(arguments) > 1:
+        return f"{word}: moemerge stands in its place. Leave the word out: `moemerge {shlex.join(arguments[1:])}`."
     if len(arguments) == 1 and re.fullmatch(r"[\w-]+", word):
         return f"{word}: {_NO_COMMAND}. `moemerge --help` lists the commands."
     return None
@@ -57,6 +61,21 @@ def explain_usage(error: Any) -> str:
     if extra:
         message = f"{extra[1]}: more arguments than `{command}` takes"
     return f"{message}{'' if message.endswith('?') else '.'} See `{command} --help`."
+
+
+def check_order(folder: Path, other: str, usage: str) -> None:
+    """Refuse a folder that is none, where the argument after it is the model's folder.
+
+    Args:
+        folder: what was given as the model's folder.
+        other: what was given after it.
+        usage: how the command is written.
+
+    Raises:
+        RefusedError: says what to write.
+    """
+    if what_is(Path(other)) is Kind.MODEL and not folder.is_dir():
+        raise RefusedError(f"{folder}: is not the model's folder, {other} is. Write `{usage}`.")
 
 
 def check_arguments(config: Path, *others: Path, usage: str = "moemerge {config} {out}") -> None:

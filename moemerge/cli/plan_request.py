@@ -56,6 +56,22 @@ class PlanRequest:
             raise RefusedError(f"--for: {self.engine!r} is not one of {', '.join(NAMES)}.")
         return loaded.model_copy(update={"engine": canonical_engine(self.engine)})
 
+    def local_models(self) -> list[Path]:
+        """Find the folders of models that a config file names, without those of the Hub and names that lead nowhere.
+
+        Standard input, which can be read once, is left unread.
+
+        Raises:
+            ConfigError: the file is no config, or a wrong one.
+            RefusedError: there is no such engine.
+        """
+        from moemerge.planning.models import references_of
+
+        if str(self.config) == STANDARD_INPUT:
+            return []
+        names = [name for _, reference in references_of(self.read()) for name in reference.split("+")]
+        return [Path(name).resolve() for name in names if Path(name).is_dir()]
+
 
 def plan_from(
     console: "Console",

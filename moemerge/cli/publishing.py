@@ -9,6 +9,7 @@ import typer
 from moemerge.cli.console import announcer, console_session, print_json
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import PushOptions
+from moemerge.cli.mistakes import check_order
 from moemerge.cli.options import CreatePr, License, Private, ResultOptions, Revision
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
@@ -41,6 +42,7 @@ def push(
         moemerge push out user/name --create-pr
     """
     with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug) as console:
+        check_order(out, repo, f"moemerge push {repo} {out}")
         from moemerge.publish.pushing import push as send
 
         url = send(

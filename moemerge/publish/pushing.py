@@ -10,7 +10,7 @@ from moemerge.model_card.card import read_card
 from moemerge.model_card.metadata import read_licence, set_licence
 from moemerge.publish.folder import checkpoint_files
 from moemerge.publish.publisher import Publisher
-from moemerge.publish.repository import Repository
+from moemerge.publish.repository import Repository, check_names
 
 
 def push(
@@ -48,7 +48,9 @@ def push(
         PublishError: the Hub does not take the model.
     """
     folder = Path(folder)
+    repository = Repository(repo, private, revision, create_pr)
     # Before the Hub is asked for anything.
+    check_names(repository)
     checkpoint_files(folder, lambda _: None)
     if not licence and not read_licence(folder):
         raise RefusedError(
@@ -56,7 +58,7 @@ def push(
         )
     if (folder / CARD).is_file():
         read_card(folder)
-    publisher = Publisher(Repository(repo, private, revision, create_pr), announce)
+    publisher = Publisher(repository, announce)
     publisher.open()
     publisher.check_replaced(read_json(folder / "config.json").get("model_type"), overwrite=overwrite)
     publisher.create()

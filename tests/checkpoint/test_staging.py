@@ -153,7 +153,7 @@ def test_targets_that_would_lose_something_are_refused(tmp_path):
     source.mkdir(parents=True)
     (tmp_path / "file").write_text("")
     for folder in (source, source.parent, source / "out"):
-        with pytest.raises(RefusedError, match="is, holds or lies within the model"):
+        with pytest.raises(RefusedError, match="is one of the models|holds or lies within the model"):
             check_target(folder, [source], replaceable=everything)
     with pytest.raises(RefusedError, match="exists and is not a folder"):
         check_target(tmp_path / "file")

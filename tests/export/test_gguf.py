@@ -305,7 +305,7 @@ def test_no_file_is_written_into_a_source(tmp_path, llamas, monkeypatch, capsys)
         (expert / "a",),
         (expert / "a", "--push", "user/name", "--push-streaming"),
     ):
-        within = "lies within" if options or place.suffix else "is, holds or lies within"
+        within = "lies within" if options or place.suffix else "holds or lies within"
         assert run([config, place, *options], monkeypatch, capsys) == (
             2,
             "",
