@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moemerge import load_config, plan_merge
+from moemerge import load_config, merge, plan_merge
 from moemerge.errors import ConfigError, IncompatibleError, MoemergeError
 from tests.support.models import edit_json, make_model, write_config
 
@@ -69,6 +69,16 @@ def test_a_model_type_that_is_not_known_is_named(tmp_path, pair):
     assert found.startswith(
         "experts[0] /one: its model_type is 'gpt2'; moemerge reads dense models of type llama, mistral, "
     )
+
+
+def test_a_mixture_is_called_one(tmp_path, pair):
+    merge(plan(tmp_path, pair), tmp_path / "mix")
+    said = (
+        "it is a mixture already (model_type 'mixtral'): name the dense models that it was made from, which "
+        "moemerge_config.yaml in its folder lists if moemerge made it"
+    )
+    assert problems(tmp_path, [pair[0], pair[1], tmp_path / "mix"]) == [f"experts[1] /mix: {said}"]
+    assert problems(tmp_path, [tmp_path / "mix", *pair[1:]]) == [f"base_model: {said}"]
 
 
 def test_a_model_type_that_no_family_repeats_is_refused_with_the_reason(tmp_path, pair):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NoReturn
 
+from moemerge.config.schema import CONFIG_COPY
 from moemerge.families.dense.config_checks import UnreadableError, is_read, read_values
 from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
@@ -14,6 +15,7 @@ from moemerge.families.layer_names import layer_prefix
 _ROPE_TYPES: Final = ("default", *ROPES)
 # Names under which transformers' ACT2FN holds the same function.
 _ACTIVATIONS: Final = {"swish": "silu", "gelu_python": "gelu"}
+_EXPERT_COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _OWN_SCALES: Final = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
@@ -195,6 +197,11 @@ def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
     if isinstance(config.get("text_config"), dict):
         inner = config["text_config"].get("model_type")
         raise UnreadableError(f"it is multimodal ({model_type}); save its text model ({inner}) alone and merge that")
+    if any(type(config.get(key)) is int and config[key] > 1 for key in _EXPERT_COUNTS):
+        raise UnreadableError(
+            f"it is a mixture already (model_type {model_type!r}): name the dense models that it was made from, which "
+            f"{CONFIG_COPY} in its folder lists if moemerge made it"
+        )
     known = ", ".join(DENSE_FAMILIES)
     raise UnreadableError(f"its model_type is {model_type!r}; moemerge reads dense models of type {known}")
 
