@@ -9,6 +9,7 @@ import typer
 from moemerge.cli.console import console_session, print_json, stdout
 from moemerge.cli.options import MESSAGES, CacheDir, Debug, Json
 from moemerge.cli.streams import say
+from moemerge.cli.tables import Table
 from moemerge.errors import RefusedError
 from moemerge.file_kinds import Kind, what_is
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from moemerge.families.overview import FamilyRow
 
+_SHORT: Final = {"right": "yes", "wrong": "no", "fails": "no", "not written": "no"}
 _HEADINGS: Final = ("family", "dense models", "they may have", "shared experts", "dense layers", "router")
 
 
@@ -40,9 +42,11 @@ def list_families(
 ) -> None:
     """List which dense models become which mixture.
 
-    Each output family is listed with the dense models that it repeats exactly, and what it can hold.
+    Each output family is listed with the engines that compute it rightly, and the dense models that it repeats
+    exactly; with NAME, also what it can hold, and what engines get wrong.
 
     Examples:
+        moemerge families
         moemerge families qwen3
         moemerge families user/name
     """
@@ -56,8 +60,10 @@ def list_families(
             print_json([asdict(row) for row in rows])
         elif markdown:
             say(as_markdown(rows))
-        else:
+        elif name:
             print_families(stdout(), rows)
+        else:
+            print_overview(stdout(), rows)
 
 
 def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]") -> "list[FamilyRow]":
@@ -68,16 +74,16 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
         SourceError: the model cannot be read.
     """
     known = {row.family for row in rows} | {model_type for row in rows for model_type in row.takes}
-    model_type = name
-    if name not in known and ("/" in name or what_is(Path(name)) is not Kind.ABSENT):
+    model_type = name.lower()
+    if model_type not in known and ("/" in name or what_is(Path(name)) is not Kind.ABSENT):
         from moemerge.families.dense import read_dense
         from moemerge.sources.model_folder import open_model
 
         config = open_model(name, announce).config
+        model_type = str(config.get("model_type"))
         read = read_dense(config)
-        if isinstance(read, str):
+        if isinstance(read, str) and model_type not in {row.family for row in rows}:
             raise RefusedError(f"{name}: {read}")
-        model_type = str(config["model_type"])
     found = [row for row in rows if model_type in {row.family, *row.takes}]
     if found:
         return found
@@ -98,6 +104,20 @@ def as_markdown(rows: "list[FamilyRow]") -> str:
 
 def _line(cells: "Sequence[str]") -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def print_overview(console: "Console", rows: "list[FamilyRow]") -> None:
+    """Print one line for each family: whether engines compute it rightly, and its dense models."""
+    engines = dict.fromkeys(cell.engine for row in rows for cell in row.engines)
+    table = Table("family", *(engine.removeprefix("llama.cpp's ") for engine in engines), "dense models")
+    for row in rows:
+        found = {cell.engine: _SHORT.get(cell.short, "most") for cell in row.engines}
+        table.add_row(row.family, *(found.get(engine, "") for engine in engines), ", ".join(row.takes))
+    console.print(table)
+    console.print(
+        "\nyes: the engine computed every mixture that was measured as transformers 5 does; most: all but those with "
+        "facts that `moemerge families NAME` lists; converter: llama.cpp's own, in place of `moemerge gguf`."
+    )
 
 
 def print_families(console: "Console", rows: "list[FamilyRow]") -> None:

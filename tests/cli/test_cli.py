@@ -167,7 +167,19 @@ def test_inspect_tells_dense_from_moe(tmp_path, llamas, plain):
 def test_families_are_listed_without_torch():
     result = run("families", after=NO_TORCH)
     assert result.returncode == 0
-    assert result.stdout.startswith("mixtral\n  dense models: llama, mistral, ")
+    assert result.stdout.splitlines()[:2] == [
+        "family            transformers 4.57  vLLM  llama.cpp  converter  mlx-lm  OpenVINO",
+        "mixtral           yes                most  most       most       most    most",
+    ]
+    assert "\nexaone_moe        qwen3\n" in result.stdout
+    assert "\nhunyuan_v1_moe    yes                yes   yes        no         no      no\n" in result.stdout
+    assert result.stdout.endswith(
+        "\n\nyes: the engine computed every mixture that was measured as transformers 5 does; most: all but those with "
+        "facts that `moemerge families NAME` lists; converter: llama.cpp's own, in place of `moemerge gguf`.\n"
+    )
+    named = run("families", "Mistral", after=NO_TORCH).stdout
+    assert named.startswith("mixtral\n  dense models: llama, mistral, ")
+    assert "\nexaone_moe\n" not in named
     rows = json.loads(run("families", "--json", after=NO_TORCH).stdout)
     assert [row["family"] for row in rows][:2] == ["mixtral", "qwen3_moe"]
     assert {row["scoring"].split(",")[0] for row in rows} == {"softmax", "sigmoid"}

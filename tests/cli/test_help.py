@@ -129,10 +129,12 @@ def test_a_merge_prints_one_json_object_on_request(here, tmp_path, llamas):
     assert found["output_bytes"] == json.loads(here("plan", config, "--json")[1])["output_bytes"]
 
 
-def test_families_of_a_models_type_and_of_a_model(here, llamas):
+def test_families_of_a_models_type_and_of_a_model(here, llamas, tmp_path):
     of_type = [row["family"] for row in json.loads(here("families", "llama", "--json")[1])]
     every = json.loads(here("families", "--json")[1])
     assert of_type == [row["family"] for row in every if "llama" in row["takes"]]
     assert 0 < len(of_type) < len(every)
     assert [row["family"] for row in json.loads(here("families", llamas[0], "--json")[1])] == of_type
     assert [row["family"] for row in json.loads(here("families", "mixtral", "--json")[1])] == ["mixtral"]
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 4}')
+    assert [row["family"] for row in json.loads(here("families", tmp_path, "--json")[1])] == ["mixtral"]

@@ -104,6 +104,7 @@ def told(place, monkeypatch, capsys):
         ("moemerge push user/name base", "user/name: is not the model's folder, base is. Write `moemerge push base user/name`."),
         ("moemerge push base name", "name: is not a repository's name. Write user/name, or organisation/name."),
         ("moemerge families qwen9", "qwen9: no output family repeats models of the type 'qwen9'. Did you mean qwen3?"),
+        ("moemerge families Qwen9", "Qwen9: no output family repeats models of the type 'qwen9'. Did you mean qwen3?"),
         ("moemerge families falcon", "falcon: no output family repeats models of the type 'falcon'. `moemerge families` lists all."),
         ("moemerge configs out", "configs: is a folder, where a merge config is expected. Did you mean configs/merge.yaml?"),
         ("moemerge plan .", ".: is a folder, where a merge config is expected. Name one of its files, such as binary.yaml."),
