@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
@@ -58,9 +58,18 @@ def explain_usage(error: Any) -> str:
                 f"OUT, the folder to write, is missing. Write `moemerge {config} out`, or `moemerge plan {config}` to "
                 "see what would be written."
             )
+    if "'--data'" in message and (text := _text_without_option(given)):
+        return f"{text}: a text to judge by is an option. Write `--data {text}`."
     if extra:
         message = f"{extra[1]}: more arguments than `{command}` takes"
     return f"{message}{'' if message.endswith('?') else '.'} See `{command} --help`."
+
+
+def _text_without_option(given: Mapping[str, Any]) -> str | None:
+    """Find a `NAME=PATH` among the folders of `moemerge eval`."""
+    folders = given.get("out")
+    words = [*map(str, folders)] if isinstance(folders, tuple | list) else []
+    return next((word for word in words if re.fullmatch(r"[^=/]+=.+", word)), None)
 
 
 def check_order(folder: Path, other: str, usage: str) -> None:

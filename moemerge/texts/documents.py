@@ -40,7 +40,8 @@ def find_files(patterns: Sequence[str], place: str) -> list[TextSource]:
         place: what messages call the key that holds the patterns, such as `experts[0].positive_texts`.
 
     Raises:
-        RefusedError: a pattern finds no `.txt`, `.jsonl` or `.parquet` file, or is no data set.
+        RefusedError: a pattern finds no `.txt`, `.jsonl` or `.parquet` file, or is no data set; says which other file
+            it finds.
     """
     found: list[TextSource] = []
     for index, pattern in enumerate(patterns):
@@ -49,6 +50,11 @@ def find_files(patterns: Sequence[str], place: str) -> list[TextSource]:
             continue
         files = matching_files([pattern])
         if not files:
+            if others := sorted(_matches(pattern)):
+                raise RefusedError(
+                    f"{place}[{index}]: {str(others[0])!r} is there, but texts are read from .txt, .jsonl and .parquet "
+                    "files alone. Give plain text the ending .txt, and JSON lines .jsonl."
+                )
             start = "the current folder" if place.startswith("-") else "the config's folder, else from the current one"
             raise RefusedError(
                 f"{place}[{index}]: {pattern!r} leads to no .txt, .jsonl or .parquet file. Paths count from {start}."

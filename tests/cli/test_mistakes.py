@@ -103,6 +103,8 @@ def told(place, monkeypatch, capsys):
         ("moemerge merge.yaml fox --dry-run", "fox: is one of the models that are read. Choose another output folder."),
         ("moemerge push user/name base", "user/name: is not the model's folder, base is. Write `moemerge push base user/name`."),
         ("moemerge push base name", "name: is not a repository's name. Write user/name, or organisation/name."),
+        ("moemerge eval base code=a.txt", "code=a.txt: a text to judge by is an option. Write `--data code=a.txt`."),
+        ("moemerge eval base", "Missing option '--data'. See `moemerge eval --help`."),
         ("moemerge families qwen9", "qwen9: no output family repeats models of the type 'qwen9'. Did you mean qwen3?"),
         ("moemerge families Qwen9", "Qwen9: no output family repeats models of the type 'qwen9'. Did you mean qwen3?"),
         ("moemerge families falcon", "falcon: no output family repeats models of the type 'falcon'. `moemerge families` lists all."),

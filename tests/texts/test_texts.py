@@ -24,7 +24,7 @@ def test_files_folders_and_patterns_lead_to_documents(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["missing.txt", "*.txt", "folder", "other.md", "~nobody/a.txt", "Write code. " * 30]
+    "pattern", ["missing.txt", "*.txt", "folder", "missing.md", "~nobody/a.txt", "Write code. " * 30]
 )
 def test_what_leads_to_no_text_is_refused(tmp_path, monkeypatch, pattern):
     (tmp_path / "folder").mkdir()
@@ -34,6 +34,19 @@ def test_what_leads_to_no_text_is_refused(tmp_path, monkeypatch, pattern):
         find_files([pattern], "experts[0].positive_texts")
     assert str(caught.value) == (
         f"experts[0].positive_texts[0]: {pattern!r} leads to no .txt, .jsonl or .parquet file. Paths count from the config's folder, else from the current one."
+    )
+
+
+@pytest.mark.parametrize(("pattern", "found"), [("b.json", "b.json"), ("*.*", "a.TXT"), ("[b-z]*", "b.json")])
+def test_a_file_whose_ending_alone_is_wrong_is_said_to_be_there(tmp_path, monkeypatch, pattern, found):
+    for name in ("a.TXT", "b.json", "c.safetensors"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RefusedError) as caught:
+        find_files([pattern], "--data code")
+    assert str(caught.value) == (
+        f"--data code[0]: '{found}' is there, but texts are read from .txt, .jsonl and .parquet files alone. "
+        "Give plain text the ending .txt, and JSON lines .jsonl."
     )
 
 
