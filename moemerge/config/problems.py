@@ -19,6 +19,19 @@ SHORT_REPR: Final = reprlib.Repr()
 SHORT_REPR.maxstring = 60
 _OPTIONS: Final = ("cache-dir", "compute-dtype", "device", "keep-states", "low-memory", "max-shard-size")
 """Options of the command line that are taken for keys of a config."""
+# By pydantic's name of an error; bounds are those of the field.
+_EXPECTED: Final = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_too_short": "text",
+    "too_short": "a list that is not empty",
+    "greater_than": "a number above {gt:.15g}",
+    "greater_than_equal": "{number} {ge:.15g} or more",
+    "less_than_equal": "{number} {le:.15g} or less",
+}
 _MERGE_KEY: Final = "<<"
 
 
@@ -56,8 +69,6 @@ def explain(detail: ErrorDetails, known_keys: Callable[[Place], list[str]]) -> s
     if detail["type"] == "string_type":
         in_prompts = any(str(step).endswith("_prompts") for step in detail["loc"])
         return f"expected text, found {SHORT_REPR.repr(value)}" + ("; write it in quotes" if in_prompts else "")
-    if detail["type"] == "float_parsing":
-        return f"expected a number, found {SHORT_REPR.repr(value)}"
     if detail["type"] == "model_type":
         lacks_space = isinstance(value, str) and re.match(r"[a-z_]+:\S", value)
         hint = "; a space is missing after the colon" if lacks_space else ""
@@ -68,6 +79,11 @@ def explain(detail: ErrorDetails, known_keys: Callable[[Place], list[str]]) -> s
         return f"expected a list, in which a line with `- ` begins each item, found {SHORT_REPR.repr(value)}{hint}"
     if detail["type"] == "value_error":
         return f"{detail['ctx']['error']}, found {SHORT_REPR.repr(value)}"
+    if expected := _EXPECTED.get(detail["type"]):
+        bounds = detail.get("ctx", {})
+        # A bound of a whole number is one, that of any number a float.
+        number = "a whole number of" if any(type(bound) is int for bound in bounds.values()) else "a number of"
+        return f"expected {expected.format(**bounds, number=number)}, found {SHORT_REPR.repr(value)}"
     return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {SHORT_REPR.repr(value)}"
 
 

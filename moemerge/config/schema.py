@@ -58,7 +58,7 @@ class Expert(_Strict):
     """Files, folders or patterns of such text, or data sets on the Hub as `hf://datasets/user/name:split#column`."""
     negative_texts: Texts = []
     """Files, folders or patterns of text that should not be routed to this expert."""
-    noise_scale: Number | None = Field(None, ge=0)
+    noise_scale: Number | None = Field(None, ge=0.0)
     """Standard deviation of Gaussian noise added to the expert's weights."""
     residual_scale: Number | None = None
     """Factor on the expert's down projection, and so on what it adds to the residual stream."""
