@@ -11,6 +11,8 @@ from moemerge.drafting.domains import NONE, all_domains, domain_named
 from moemerge.drafting.draft import Draft, DraftExpert
 
 _LIST = "?"
+# What people try, and no domain is called.
+_LISTS_TOO = ("help", "list")
 
 
 def ask(console: Console, draft: Draft, *, answered: Collection[str], asks_top_k: bool) -> Draft:
@@ -56,7 +58,7 @@ def _with_domain(console: Console, expert: DraftExpert) -> DraftExpert:
     proposed = expert.domain or NONE
     while True:
         answer = Prompt.ask(f"Domain of {expert.name}", console=console, default=proposed).strip()
-        if answer == _LIST:
+        if answer.lower() in {_LIST, *_LISTS_TOO}:
             console.print(f"{', '.join(all_domains())}, {NONE}", soft_wrap=False)
             continue
         if answer == proposed:

@@ -147,9 +147,14 @@ def one_of(names: Sequence[str], aliases: Mapping[str, str] = MappingProxyType({
 
 def compute_option(help_text: str) -> Any:
     """Make the option `--compute-dtype`, with a help text of its own."""
-    return typer.Option(
-        "--compute-dtype", metavar="DTYPE", parser=one_of(get_args(ComputeDtype), DTYPE_ALIASES), help=help_text
-    )
+    return typer.Option("--compute-dtype", metavar="DTYPE", parser=_compute_dtype, help=help_text)
+
+
+def _compute_dtype(given: str) -> str:
+    names = get_args(ComputeDtype)
+    if DTYPE_ALIASES.get(given.lower(), given.lower()) == "float16":  # far from what bfloat16 is, though alike in name
+        raise typer.BadParameter(f"{given!r}: no model is run in float16; known: {', '.join(names)}.")
+    return one_of(names, DTYPE_ALIASES)(given)
 
 
 ComputeIn = Annotated[

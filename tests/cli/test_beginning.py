@@ -190,7 +190,7 @@ def test_adapters_are_experts(models, init):
 
 
 def test_on_a_terminal_it_asks(models, init):
-    answers = "animals\n?\nlawn\nlaw\na=b\nanimals\n\n\n\nnone\n0\n2\n"
+    answers = "animals\n?\nHelp\nlist\nlawn\nlaw\na=b\nanimals\n\n\n\nnone\n0\n2\n"
     code, out, err = init("base", "fox", "code", "math", answers=answers)
     assert (code, out) == (0, "")
     for said in (
@@ -202,6 +202,7 @@ def test_on_a_terminal_it_asks(models, init):
         "Experts per token, 1 to 3 (2): a number from 1 to 3, please\n",
     ):
         assert said in err
+    assert err.count("assistant, code, python,") == 3  # for ?, help and list
     document = written(models / "merge.yaml")
     assert [expert["name"] for expert in document["experts"]] == ["animals", "code", "math"]
     text = (models / "merge.yaml").read_text()

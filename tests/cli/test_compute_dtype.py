@@ -66,10 +66,12 @@ def test_dtypes_have_the_short_names_of_the_yaml(commands, monkeypatch, alias, d
     assert states_of([*commands["routes"], "--compute-dtype", alias], monkeypatch) == ({dtype}, 0)
 
 
-def test_float16_is_nothing_that_models_are_run_in(commands, monkeypatch, capsys):
-    assert states_of([*commands["routes"], "--compute-dtype", "fp16"], monkeypatch) == (set(), 2)
+@pytest.mark.parametrize("spelt", ["fp16", "Float16", "half"])
+def test_float16_is_nothing_that_models_are_run_in(commands, monkeypatch, capsys, spelt):
+    assert states_of([*commands["routes"], "--compute-dtype", spelt], monkeypatch) == (set(), 2)
     errors = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "Invalid value for '--compute-dtype': 'fp16' is not known; did you mean bfloat16?" in errors
+    known = "known: auto, float32, bfloat16."
+    assert f"Invalid value for '--compute-dtype': '{spelt}': no model is run in float16; {known}" in errors
 
 
 @pytest.mark.parametrize("name", ["merge", "eval", "routes", "tune", "gguf"])
