@@ -1,5 +1,6 @@
 """`moemerge generate` and `moemerge chat`: try a model."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +14,7 @@ from moemerge.checkpoint.files import interrupted
 from moemerge.cli.console import console_session, print_json
 from moemerge.cli.dialogue import Dialogue, GenerationOptions
 from moemerge.cli.grouping import grouped
+from moemerge.cli.mistakes import check_order
 from moemerge.cli.options import MessageOptions, ResultOptions, check_text
 from moemerge.cli.standard_input import STANDARD_INPUT, decoded, read_standard_input
 from moemerge.cli.streams import say
@@ -46,6 +48,7 @@ def generate(
         cat question.txt | moemerge generate out - --json
     """
     with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug) as console:
+        check_order(out, prompt, shlex.join(["moemerge", "generate", prompt, str(out)]))
         text = read_standard_input().removesuffix("\n") if prompt == STANDARD_INPUT else prompt
         if not text:
             raise RefusedError("the prompt is empty. Give a text to answer or to continue.")

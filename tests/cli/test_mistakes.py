@@ -102,6 +102,7 @@ def told(place, monkeypatch, capsys):
         ("moemerge merge.yaml base", "base: is one of the models that are read. Choose another output folder."),
         ("moemerge merge.yaml fox --dry-run", "fox: is one of the models that are read. Choose another output folder."),
         ("moemerge push user/name base", "user/name: is not the model's folder, base is. Write `moemerge push base user/name`."),
+        ("moemerge generate 'The fox' base", "The fox: is not the model's folder, base is. Write `moemerge generate base 'The fox'`."),
         ("moemerge push base name", "name: is not a repository's name. Write user/name, or organisation/name."),
         ("moemerge eval base code=a.txt", "code=a.txt: a text to judge by is an option. Write `--data code=a.txt`."),
         ("moemerge eval base", "Missing option '--data'. See `moemerge eval --help`."),
