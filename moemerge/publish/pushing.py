@@ -52,12 +52,7 @@ def push(
     # Before the Hub is asked for anything.
     check_names(repository)
     checkpoint_files(folder, lambda _: None)
-    if not licence and not read_licence(folder):
-        raise RefusedError(
-            f"{folder / CARD}: names no licence, and nobody may use a model that has none. Name it with --license NAME."
-        )
-    if (folder / CARD).is_file():
-        read_card(folder)
+    _check_card(folder, licence)
     publisher = Publisher(repository, announce)
     publisher.open()
     publisher.check_replaced(read_json(folder / "config.json").get("model_type"), overwrite=overwrite)
@@ -65,3 +60,13 @@ def push(
     if licence:
         set_licence(folder, licence)
     return publisher.push(folder)
+
+
+def _check_card(folder: Path, licence: str | None) -> None:
+    """Refuse a model without a licence, or one whose card cannot be read."""
+    if not licence and not read_licence(folder):
+        raise RefusedError(
+            f"{folder / CARD}: names no licence, and nobody may use a model that has none. Name it with --license NAME."
+        )
+    if (folder / CARD).is_file():
+        read_card(folder)
