@@ -66,7 +66,7 @@ def test_every_name_is_told_of():
 SHOWN = {
     "load_config": "models/base ['models/code', 'models/chat']\n",
     "plan_merge": "mixtral ",
-    "merge": "of its own prompts reach code\n",
+    "merge": "Held-out prompts: ",
     "verify": "tensors are copies, 0 were computed again and are equal\n",
     "inspect": "tensors, 0 of them damaged\n",
     "evaluate": "label oracle {'code': '",

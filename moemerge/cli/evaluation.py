@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from rich.console import Console
@@ -86,16 +86,13 @@ def evaluate(
         moemerge eval out tuned --data code=code.txt           compare two mixtures
     """
     with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
-        from dataclasses import asdict
-
         from moemerge.model_card.card import read_card, update_evaluation
 
         for folder in out if reporting.update_card else ():
             read_card(folder)  # before what takes minutes
         found, differences = _measure(console, out, data, measuring, quiet=messages.quiet)
         if messages.json:
-            facts = [asdict(one) for one in found]
-            print_json(facts[0] if len(facts) == 1 else facts)
+            print_json(_facts(found, differences))
         else:
             _print(found, differences, explain=reporting.explain, by_layer=messages.verbose > 0)
         for note in () if messages.quiet else dict.fromkeys(note for one in found for note in one.notes):
@@ -103,6 +100,19 @@ def evaluate(
         for folder, one in zip(out, found, strict=True) if reporting.update_card else ():
             update_evaluation(folder, one)  # last: what took minutes is not lost with the card
             console.print(f"{folder / 'README.md'}: updated")
+
+
+def _facts(found: "list[Evaluation]", differences: "list[Estimate | None]") -> Any:
+    """Give what `--json` prints: an object for one model, a list for several."""
+    from dataclasses import asdict
+
+    from moemerge.evaluation.verdict import verdict
+
+    facts = [
+        asdict(one) | {"verdict": verdict(one), "against_first": difference and asdict(difference)}
+        for one, difference in zip(found, [None, *differences], strict=True)
+    ]
+    return facts[0] if len(facts) == 1 else facts
 
 
 def _print(found: "list[Evaluation]", differences: "list[Estimate | None]", *, explain: bool, by_layer: bool) -> None:

@@ -23,6 +23,7 @@ def merge_facts(plan: "MergePlan", report: "RoutingReport", out: Path | None, ur
     """Give what `--json` prints of a merge; `routing` is None if no text says how the routers choose."""
     routing = {
         "chance": report.chance,
+        "first_choice_chance": report.chance / plan.config.experts_per_token,
         "hit_rate": report.hit_rate,
         "top1_accuracy": report.top1_accuracy,
         "load": report.load,
@@ -86,6 +87,8 @@ def print_done(out: Path, plan: "MergePlan", seconds: float) -> None:
     say(f"{out}: done, {size(nbytes)} in {clock(seconds)}")
     if out.is_dir():
         folder = shlex.quote(str(out))
-        texts = " ".join(f"--data {shlex.quote(name)}=PATH" for name in plan.config.expert_names[:_SHOWN_NAMES])
+        names = plan.config.expert_names
+        texts = " ".join(f"--data {shlex.quote(name)}=PATH" for name in names[:_SHOWN_NAMES])
+        texts += " ..." if len(names) > _SHOWN_NAMES else ""
         say(f'Next: moemerge generate {folder} "Once upon a time" --experts')
         say(f"      moemerge eval {folder} {texts} --baselines")

@@ -40,6 +40,12 @@ def text_for(config: MergeConfig, folder: Path | None) -> str:
     return write_yaml(wanted)  # an anchor or a merge key was in the way
 
 
+def written_references(text: str) -> list[str]:
+    """The references of base, experts and shared experts in a config's text, as they are written there."""
+    document, _ = read_yaml(text)
+    return [value for place, value, _ in path_values(document) if place[-1] in {"base_model", "source_model"}]
+
+
 def _text_at(value: Any, place: Place) -> str:
     for step in place:
         value = value[step]

@@ -11,6 +11,7 @@ from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import Estimate, Evaluation, Sums, difference
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.progress import Progress
+from moemerge.sources.model_folder import open_merged
 from moemerge.texts.documents import find_files, hub_revisions, read_documents
 
 __all__ = ["Evaluation", "evaluate"]
@@ -61,6 +62,8 @@ def compare(
         The evaluations, and for each model after the first how much higher its loss is than the first's, averaged over
         domains, on the same documents; None where it reads other tokens.
     """
+    for folder in folders:  # before the first of them is run
+        open_merged(folder)
     documents = read_domains(data)
     from moemerge.evaluation.measuring import measure  # imports torch and transformers
 

@@ -63,7 +63,7 @@ def _too_few(domain: Domain) -> list[str]:
     documents = f"{domain.documents} document{'' if domain.documents == 1 else 's'}"
     return [
         f"too few documents were read to be sure what it is better than ({documents} of {domain.name}, and "
-        f"{FEWEST_DOCUMENTS} are needed)"
+        f"{FEWEST_DOCUMENTS} are needed: --max-tokens reads more, and a smaller --window more of them)"
     ]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.chats import COUNTED_ROLES
+from moemerge.config.config_copy import written_references
 from moemerge.config.schema import CARD, CONFIG_COPY, Expert
 from moemerge.errors import RefusedError
 from moemerge.model_card.markdown import as_code, as_text
@@ -118,11 +119,15 @@ def _values(plan: MergePlan, text: str, notes: Sequence[str]) -> dict[str, Any]:
     config = plan.config
     named: list[tuple[str, Expert]] = [*zip(config.expert_names, config.experts, strict=True)]
     named += [("shared", expert) for expert in config.shared_experts]
+    references = [config.base_model, *(expert.source_model for _, expert in named)]
+    # As the config's text has them: a card says the same from whatever folder it is looked at.
+    written = written_references(text) if text else references
+    base, *models = [_shown(reference, name, plan) for reference, name in zip(references, written, strict=False)]
     return {
         "plan": plan,
         "config": config,
-        "base": _shown(config.base_model, plan),
-        "experts": [(name, _shown(expert.source_model, plan), _sample(expert)) for name, expert in named],
+        "base": base,
+        "experts": [(name, model, _sample(expert)) for (name, expert), model in zip(named, models, strict=False)],
         "notes": notes,
         "text": text.rstrip(),
         # A prompt may hold a code fence of its own.
@@ -198,8 +203,8 @@ def loss_table(
     return lines
 
 
-def _shown(reference: str, plan: MergePlan) -> str:
-    """Show a source as the config names it, or as its repository and commit."""
+def _shown(reference: str, written: str, plan: MergePlan) -> str:
+    """Show a source as the config's text names it, or as its repository and commit."""
     source = next((source for source in plan.sources if source.reference == reference), None)
     if (
         source
@@ -208,7 +213,7 @@ def _shown(reference: str, plan: MergePlan) -> str:
         and source.folder.parent.name == "snapshots"
     ):
         return f"{as_code(source.origin.repo)} at {as_code(source.folder.name)}"
-    return as_code(reference)
+    return as_code(written)
 
 
 def _sample(expert: Expert) -> str:

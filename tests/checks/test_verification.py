@@ -746,3 +746,17 @@ def test_a_wrong_command_is_explained(tmp_path, llamas):
         assert (result.returncode, result.stdout) == (status, "")
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_a_model_with_relative_sources_is_as_planned_from_anywhere(tmp_path, llamas, monkeypatch):
+    """Also after it was moved together with its sources."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for model in llamas[:3]:
+        shutil.copytree(model, project / model.name)
+    write_random(project / "merge.yaml", [Path(model.name) for model in llamas[:3]])
+    assert run("project/merge.yaml", "project/out", "--quiet", cwd=tmp_path).returncode == 0
+    project.rename(tmp_path / "moved")
+    for folder in (tmp_path, tmp_path / "moved", Path("/")):
+        result = run("verify", tmp_path / "moved" / "out", cwd=folder)
+        assert result.returncode == 0, result.stdout

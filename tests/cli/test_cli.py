@@ -91,7 +91,7 @@ def test_the_command_line_of_a_tutorial_works_with_the_name_changed(tmp_path, ll
     assert re.search(
         rf"\n{out}: done, [\d.]+ kB in \d+ s\n"
         rf'Next: moemerge generate {out} "Once upon a time" --experts\n'
-        rf"      moemerge eval {out} --data fox=PATH --data code=PATH --baselines\n$",
+        rf"      moemerge eval {out} --data fox=PATH --data code=PATH \.\.\. --baselines\n$",
         result.stdout,
     )
     names = {file.name for file in (tmp_path / "out").iterdir()}

@@ -285,7 +285,7 @@ def test_eval_prints_and_updates_the_card(tmp_path, out, data, monkeypatch, caps
     verdict, heading, *_ = printed.splitlines()
     assert re.fullmatch(
         r"merged \d\.\d{3} nats per token: too few documents were read to be sure what it is better than \(\d documents "
-        r"of \w+, and 5 are needed\)\.",
+        r"of \w+, and 5 are needed: --max-tokens reads more, and a smaller --window more of them\)\.",
         verdict,
     )
     assert heading == "Loss in nats per token (perplexity) in float32; * is the lowest, label oracle aside:"

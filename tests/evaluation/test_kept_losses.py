@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from moemerge import EvaluationSettings, evaluate, load_config, merge, plan_merge
+from moemerge.cli import main
+from moemerge.errors import SourceError
 from moemerge.evaluation import model_runs
 from moemerge.evaluation.evaluator import compare
 from moemerge.evaluation.kept_losses import KeptLosses, default_folder
@@ -67,6 +69,33 @@ def test_an_evaluation_holds_the_difference_to_each_other_model(made):
     for model, gap in found.differences.items():
         assert gap.value == pytest.approx(found.mean_losses["merged"] - found.mean_losses[model], abs=1e-9)
         assert gap.low == pytest.approx(gap.high) == pytest.approx(gap.value)  # five times the same document
+
+
+def test_a_missing_model_is_refused_before_any_is_run(made, ran, tmp_path):
+    one, _, data = made
+    with pytest.raises(SourceError, match="there is no such folder"):
+        compare([one, tmp_path / "nowhere"], data)
+    assert ran == []
+
+
+def test_json_compares_models_too(made, monkeypatch, capsys):
+    one, two, data = made
+    words = [
+        "moemerge",
+        "eval",
+        str(one),
+        str(two),
+        "--json",
+        *(f"--data={name}={path}" for name, (path,) in data.items()),
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit):
+        main()
+    first, second = json.loads(capsys.readouterr().out)
+    gap = second["mean_losses"]["merged"] - first["mean_losses"]["merged"]
+    assert first["against_first"] is None
+    assert second["against_first"]["value"] == pytest.approx(gap, abs=1e-9)
+    assert second["verdict"].startswith("merged ")
 
 
 def test_new_text_is_run_by_itself(made, ran, tmp_path):

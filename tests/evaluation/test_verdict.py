@@ -93,7 +93,7 @@ def test_a_mixture_that_beats_its_experts_on_their_own_text_is_weakest_nowhere()
 def test_of_few_documents_nothing_is_sure(documents, named):
     assert verdict(evaluation(documents=documents)) == (
         "merged 2.500 nats per token: too few documents were read to be sure what it is better than "
-        f"({named} of code, and 5 are needed)"
+        f"({named} of code, and 5 are needed: --max-tokens reads more, and a smaller --window more of them)"
     )
 
 
