@@ -43,9 +43,7 @@ def inspect_model(
         from moemerge.cli.render import print_inspection
 
         with show_progress(console, quiet=not values) as progress:
-            found = inspect_checkpoint(
-                model, console.print, values=values, progress=lambda done, total: progress(Task("weights"), done, total)
-            )
+            found = inspect_checkpoint(model, console.print, values=values, progress=partial(progress, Task("weights")))
         if json:
             print_json(asdict(found))
         else:

@@ -66,11 +66,11 @@ class PlanRequest:
             RefusedError: there is no such engine.
         """
         from moemerge.planning.models import references_of
+        from moemerge.sources.reference import local_folders
 
         if str(self.config) == STANDARD_INPUT:
             return []
-        names = [name for _, reference in references_of(self.read()) for name in reference.split("+")]
-        return [Path(name).resolve() for name in names if Path(name).is_dir()]
+        return [folder for _, reference in references_of(self.read()) for folder in local_folders(reference)]
 
 
 def plan_from(

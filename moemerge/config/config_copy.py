@@ -41,9 +41,16 @@ def text_for(config: MergeConfig, folder: Path | None) -> str:
 
 
 def written_references(text: str) -> list[str]:
-    """The references of base, experts and shared experts in a config's text, as they are written there."""
-    document, _ = read_yaml(text)
-    return [value for place, value, _ in path_values(document) if place[-1] in {"base_model", "source_model"}]
+    """The references of base, experts and shared experts in a config's text, as they are written there.
+
+    There are none in a text that is no YAML, or no keys with values.
+    """
+    try:
+        document, _ = read_yaml(text)
+    except YamlTextError:
+        return []
+    values = path_values(document) if isinstance(document, dict) else ()
+    return [value for place, value, _ in values if place[-1] in {"base_model", "source_model"}]
 
 
 def _text_at(value: Any, place: Place) -> str:

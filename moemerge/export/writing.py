@@ -22,6 +22,7 @@ from moemerge.export.layout import padded_bands
 from moemerge.export.model import GgufFormat, GgufModel, asked_type
 from moemerge.export.packages import need
 from moemerge.export.tensors import GgufTensor
+from moemerge.planning.models import references_of
 from moemerge.sources.model_folder import open_merged, read_tensor_table
 from moemerge.sources.reference import local_folders
 
@@ -127,8 +128,7 @@ def sources_of(folder: Path) -> list[Path]:
         config = load_config(folder / CONFIG_COPY, allow_identical_experts=True)
     except ConfigError:
         return []
-    references = [config.base_model, *(expert.source_model for expert in (*config.experts, *config.shared_experts))]
-    found = (folder for reference in references for folder in local_folders(reference))
+    found = (folder for _, reference in references_of(config) for folder in local_folders(reference))
     return [folder for folder in found if any((folder / name).is_file() for name in _MODEL_CONFIGS)]
 
 

@@ -13,6 +13,7 @@ from moemerge.model_card.markdown import as_code, as_text
 from moemerge.model_card.metadata import licence_fields, read_metadata, rewritten
 from moemerge.model_card.template import render, render_block
 from moemerge.model_card.usage import use_it
+from moemerge.planning.models import references_of
 from moemerge.planning.plan import MergePlan
 from moemerge.sources.data_sets import SCHEME
 from moemerge.sources.reference import Reference, parse_reference
@@ -119,15 +120,16 @@ def _values(plan: MergePlan, text: str, notes: Sequence[str]) -> dict[str, Any]:
     config = plan.config
     named: list[tuple[str, Expert]] = [*zip(config.expert_names, config.experts, strict=True)]
     named += [("shared", expert) for expert in config.shared_experts]
-    references = [config.base_model, *(expert.source_model for _, expert in named)]
+    references = [reference for _, reference in references_of(config)]
     # As the config's text has them: a card says the same from whatever folder it is looked at.
-    written = written_references(text) if text else references
-    base, *models = [_shown(reference, name, plan) for reference, name in zip(references, written, strict=False)]
+    written = written_references(text)
+    written = written if len(written) == len(references) else references  # a copy that is damaged, or another's
+    base, *models = [_shown(reference, name, plan) for reference, name in zip(references, written, strict=True)]
     return {
         "plan": plan,
         "config": config,
         "base": base,
-        "experts": [(name, model, _sample(expert)) for (name, expert), model in zip(named, models, strict=False)],
+        "experts": [(name, model, _sample(expert)) for (name, expert), model in zip(named, models, strict=True)],
         "notes": notes,
         "text": text.rstrip(),
         # A prompt may hold a code fence of its own.

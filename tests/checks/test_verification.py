@@ -22,6 +22,7 @@ from moemerge.checks.files import _is_respelled
 from moemerge.checks.verification import Difference, verify_merge
 from moemerge.cli import main
 from moemerge.cli.render import plan_facts
+from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import CheckpointError
 from moemerge.merging.options import MergeOptions
 from moemerge.planning.fingerprint import plan_fingerprint
@@ -760,3 +761,11 @@ def test_a_model_with_relative_sources_is_as_planned_from_anywhere(tmp_path, lla
     for folder in (tmp_path, tmp_path / "moved", Path("/")):
         result = run("verify", tmp_path / "moved" / "out", cwd=folder)
         assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("text", ["a: [b", "", "x: 1", "- 1", "experts: 5"])
+def test_a_damaged_copy_of_the_config_is_a_difference(tmp_path, plan, merged, text):
+    copied = shutil.copytree(merged, tmp_path / "out")
+    (copied / CONFIG_COPY).write_text(text)
+    found = verify_merge(plan, copied)
+    assert CONFIG_COPY in [difference.what for difference in found.differences]

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
 from moemerge.generation.answers import Sampling, open_generator, prompt_of
 from tests.support.browser import CHROMIUM, browser
-from tests.support.chats import CHATML, chat_tokenizer
-from tests.support.models import make_model, write_config
+from tests.support.chats import CHATML, chat_mixture
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = Sampling(12, temperature=1.0)
@@ -34,15 +32,7 @@ def test_without_gradio_the_page_is_refused_first(tmp_path, monkeypatch, capsys)
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
-    root = tmp_path_factory.mktemp("page")
-    folders = [
-        make_model(root / name, seed, tuned_from=0 if seed else None, vocab_size=404)
-        for seed, name in enumerate(("base", "fox", "code", "chat"))
-    ]
-    chat_tokenizer(CHATML).save_pretrained(folders[0])
-    config = write_config(root / "merge.yaml", folders[0], folders[1:], prompts=False)
-    merge(plan_merge(load_config(config)), root / "out")
-    return open_generator(root / "out", device="cpu")
+    return open_generator(chat_mixture(tmp_path_factory.mktemp("page"), CHATML), device="cpu")
 
 
 @pytest.fixture(scope="module")

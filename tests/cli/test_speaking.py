@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
 from moemerge.generation.answers import Sampling, open_generator, prompt_of
 from moemerge.printable import printable
-from tests.support.chats import CHATML, chat_tokenizer
-from tests.support.models import load, make_model, write_config
+from tests.support.chats import CHATML, chat_mixture, chat_tokenizer
+from tests.support.models import load, make_model
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = Sampling(8)
@@ -28,15 +27,7 @@ SAMPLING = Sampling(8)
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """A mixture whose base has no chat template."""
-    root = tmp_path_factory.mktemp("speaking")
-    folders = [
-        make_model(root / name, seed, tuned_from=0 if seed else None, vocab_size=404)
-        for seed, name in enumerate(("base", "fox", "code", "chat"))
-    ]
-    chat_tokenizer(None).save_pretrained(folders[0])
-    config = write_config(root / "merge.yaml", folders[0], folders[1:], prompts=False)
-    merge(plan_merge(load_config(config)), root / "out")
-    return root / "out"
+    return chat_mixture(tmp_path_factory.mktemp("speaking"), None)
 
 
 @pytest.fixture(scope="module")

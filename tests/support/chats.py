@@ -1,11 +1,13 @@
 """A tokenizer that has every byte, and chat templates as released models have them."""
 
 from functools import cache
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.support.models import TEXT
+from moemerge import load_config, merge, plan_merge
+from tests.support.models import TEXT, make_model, write_config
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant<|im_end|>\n{% endif %}"
@@ -62,3 +64,15 @@ def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     )
     made.chat_template = template
     return made
+
+
+def chat_mixture(root: Path, template: str | None) -> Path:
+    """Make a mixture of three experts, fox, code and chat, whose base has this tokenizer's words and a chat template."""
+    folders = [
+        make_model(root / name, seed, tuned_from=0 if seed else None, vocab_size=404)
+        for seed, name in enumerate(("base", "fox", "code", "chat"))
+    ]
+    chat_tokenizer(template).save_pretrained(folders[0])
+    config = write_config(root / "merge.yaml", folders[0], folders[1:], prompts=False)
+    merge(plan_merge(load_config(config)), root / "out")
+    return root / "out"
