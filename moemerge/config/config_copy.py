@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from moemerge.config.local_paths import path_values, paths_from, replaced
+from moemerge.config.problems import steps_to
 from moemerge.config.schema import MergeConfig
 from moemerge.config.yaml_text import YamlTextError, read_yaml, write_yaml
 from moemerge.places import Place
@@ -25,8 +26,8 @@ def text_for(config: MergeConfig, folder: Path | None) -> str:
     changes = {place: value for place, given, _ in path_values(document) if (value := _text_at(moved, place)) != given}
     edits: dict[tuple[int, int], str] = {}
     for place, value in changes.items():
-        node = _node(root, place)
-        if isinstance(node, yaml.ScalarNode):
+        steps = [node for _, node in steps_to(root, place)]
+        if len(steps) == len(place) and isinstance(node := steps[-1], yaml.ScalarNode):
             end = "\n" if text[: node.end_mark.index].endswith("\n") else ""
             edits[node.start_mark.index, node.end_mark.index] = json.dumps(value, ensure_ascii=False) + end
     for (start, stop), value in sorted(edits.items(), reverse=True):
@@ -37,7 +38,7 @@ def text_for(config: MergeConfig, folder: Path | None) -> str:
             return text
     except YamlTextError:
         pass
-    return write_yaml(wanted)  # an anchor or a merge key was in the way
+    return write_yaml(wanted)  # an anchor was in the way
 
 
 def written_references(text: str) -> list[str]:
@@ -57,15 +58,3 @@ def _text_at(value: Any, place: Place) -> str:
     for step in place:
         value = value[step]
     return str(value[0] if isinstance(value, list) else value)
-
-
-def _node(node: Any, place: Place) -> yaml.Node | None:
-    """The node at a place; None where an alias or a merge key leads elsewhere."""
-    for step in place:
-        if isinstance(node, yaml.MappingNode):
-            node = next((value for key, value in node.value if key.value == step), None)
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-        else:
-            return None
-    return node if isinstance(node, yaml.Node) else None

@@ -87,21 +87,23 @@ def explain(detail: ErrorDetails, known_keys: Callable[[Place], list[str]]) -> s
     return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {SHORT_REPR.repr(value)}"
 
 
-def _line(node: yaml.Node | None, place: Place) -> int:
+def _line(root: yaml.Node | None, place: Place) -> int:
     """The line of the innermost step of `place` that the document has."""
-    line = node.start_mark.line + 1 if node else 1
+    line = root.start_mark.line + 1 if root else 1
+    return [line, *(line for line, _ in steps_to(root, place))][-1]
+
+
+def steps_to(root: yaml.Node | None, place: Place) -> Iterator[tuple[int, yaml.Node]]:
+    """Yield the line and the node of each step of a place, as far as the document has it."""
+    node = root
     for step in place:
-        child = None
-        if isinstance(node, yaml.MappingNode):
-            if pair := _pair(node, step):
-                line, child = pair[0].start_mark.line + 1, pair[1]
+        if isinstance(node, yaml.MappingNode) and (pair := _pair(node, step)):
+            marked, node = pair
         elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            child = node.value[step]
-            line = child.start_mark.line + 1
-        if child is None:
-            return line
-        node = child
-    return line
+            marked = node = node.value[step]
+        else:
+            return
+        yield marked.start_mark.line + 1, node
 
 
 def _pair(node: yaml.MappingNode, name: str | int) -> tuple[yaml.Node, yaml.Node] | None:

@@ -167,3 +167,18 @@ def test_keys_with_values_have_variables_and_home_too(project, monkeypatch):
 def test_the_hub_gets_the_config_as_it_was_written(project):
     config = load_config("../project/merge.yaml")
     assert text_for(config, None) == TEXT
+
+
+def test_a_copy_keeps_its_comments_beside_a_merge_key(project, monkeypatch):
+    monkeypatch.chdir(project)
+    text = (
+        "base_model: models/base  # kept\nexperts:\n  - &one {source_model: models/fox, noise_scale: 0.1}\n"
+        "  - {<<: *one, source_model: models/poems}\n"
+    )
+    (project / "merge.yaml").write_text(text)
+    copy = text_for(load_config("merge.yaml"), project / "texts")
+    assert copy == (
+        text.replace("models/base", '"../models/base"')
+        .replace("models/fox", '"../models/fox"')
+        .replace("models/poems", '"../models/poems"')
+    )
