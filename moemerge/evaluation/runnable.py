@@ -21,6 +21,7 @@ from moemerge.families.dense import decoded, read_dense
 from moemerge.families.family import SWITCHED_OFF, MoeFamily
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.selection import MOE_FAMILIES
+from moemerge.families.stored_mixture import per_token_key
 from moemerge.passes.weights import read_into
 from moemerge.sources.model_folder import ModelFolder, open_merged, open_model, read_tensor_table, read_tensor_tables
 
@@ -153,11 +154,6 @@ def open_mixture(folder: Path | str) -> MixtureModel:
         config,
         tensors,
     )
-
-
-def per_token_key(family: MoeFamily) -> str:
-    """The key of `config.json` for the number of experts per token."""
-    return next(key for key, name in family.named.items() if name.endswith("experts_per_token"))
 
 
 def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Runnable:

@@ -12,7 +12,8 @@ import torch
 from moemerge.checkpoint.output_folder import check_target
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import FEWEST_DOCUMENTS, difference
-from moemerge.evaluation.runnable import MixtureModel, open_mixture, per_token_key
+from moemerge.evaluation.runnable import MixtureModel, open_mixture
+from moemerge.families.stored_mixture import per_token_key
 from moemerge.model_card.card import read_card, with_section, with_trained_norms, without_section
 from moemerge.passes.device import free_memory, memory_watched
 from moemerge.passes.tokens import count_scored

@@ -600,7 +600,7 @@ def test_a_difference_is_of_the_same_documents():
 
 
 def test_every_output_family_says_how_many_experts_a_token_goes_to():
-    from moemerge.evaluation.runnable import per_token_key
+    from moemerge.families.stored_mixture import per_token_key
 
     assert all(per_token_key(family) for family in MOE_FAMILIES.values())
 

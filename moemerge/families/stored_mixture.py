@@ -1,0 +1,159 @@
+"""A mixture as it is stored: the table of its family, read backwards."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Final
+
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.families.dense import Role
+from moemerge.families.family import MoeFamily, Names
+from moemerge.families.layer_names import layer_prefix
+
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_EXPERT: Final = "{expert}"
+
+
+@dataclass(frozen=True)
+class StoredMixture:
+    """A mixture's config and tensors, in the layout of its family's released checkpoints."""
+
+    family: MoeFamily
+    config: Mapping[str, Any]
+    """Its `config.json`."""
+    tensors: Mapping[str, TensorInfo]
+    """All its tensors by name; experts that a file stacks, and the family does not, are slices of that stack."""
+    names: tuple[str, ...]
+    """Names of its experts."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(self.tensors))
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have a router, in ascending order, among them those that predict further tokens."""
+        return tuple(sorted(layer for layer, held in self._layers.items() if self.family.router in held))
+
+    @property
+    def experts(self) -> int:
+        """Number of its experts, the same in all layers."""
+        return len(self.names)
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many experts take each token; where layers differ, the most."""
+        given = self.config[per_token_key(self.family)]
+        return given if isinstance(given, int) else max(given)
+
+    @cached_property
+    def expert_width(self) -> int:
+        """Number of neurons in each expert's FFN."""
+        return self.projection(self.moe_layers[0], 0, "down").shape[-1]
+
+    @property
+    def hidden(self) -> int:
+        """Width of the router inputs."""
+        return self.router(self.moe_layers[0]).shape[-1]
+
+    def layer(self, layer: int) -> Mapping[str, TensorInfo]:
+        """A layer's tensors, by their names within it."""
+        return self._layers.get(layer, {})
+
+    def router(self, layer: int) -> TensorInfo:
+        """A layer's router (expert, hidden)."""
+        return self._layers[layer][self.family.router]
+
+    def by_expert(self, layer: int) -> dict[str, TensorInfo]:
+        """A layer's tensors with an entry for each expert (expert, ...), by their names within it.
+
+        These are the router, the selection bias, other vectors with a number for each expert, and stacks of FFNs.
+        """
+        family, held = self.family, self._layers[layer]
+        axes = {family.router: ("experts", "hidden"), family.selection_bias: family.bias_axes}
+        axes |= {extra.name: extra.axes for extra in family.extras if "experts" in extra.axes}
+        stacks = [name for name in family.experts if _EXPERT not in name]
+        found = {name: _experts_first(held[name], named) for name, named in axes.items() if name in held}
+        return found | {name: held[name] for name in stacks if name in held}
+
+    def of_expert(self, layer: int, expert: int) -> dict[str, TensorInfo]:
+        """The tensors of one expert alone, by their names within the layer with `{expert}` for its number.
+
+        They are all that the expert's module holds, also what the family's table does not name, such as scales.
+        """
+        found = {}
+        for module in self._modules:
+            before = f"{module}{expert}."
+            for name, tensor in self._layers[layer].items():
+                if name.startswith(before):
+                    found[f"{module}{_EXPERT}.{name.removeprefix(before)}"] = tensor
+        return found
+
+    def projection(self, layer: int, expert: int, role: Role) -> TensorInfo:
+        """One projection of an expert's FFN: (width, hidden), and (hidden, width) for `down`.
+
+        Raises:
+            KeyError: the layer has no such expert.
+        """
+        for name, roles in self.family.experts.items():
+            if role in roles:
+                tensor = self._layers[layer][name.format(expert=expert)]
+                return _part(tensor if _EXPERT in name else _entry(tensor, expert), roles.index(role), len(roles))
+        raise KeyError(role)
+
+    def shared_projection(self, layer: int, role: Role) -> TensorInfo | None:
+        """One projection of a layer's shared expert; None if the layer has none."""
+        names: Names = self.family.shared.names if self.family.shared else {}
+        for name, roles in names.items():
+            if role in roles and name in self._layers[layer]:
+                return _part(self._layers[layer][name], roles.index(role), len(roles))
+        return None
+
+    @cached_property
+    def _layers(self) -> dict[int, dict[str, TensorInfo]]:
+        found: dict[int, dict[str, TensorInfo]] = {}
+        for name, tensor in self.tensors.items():
+            if match := _LAYER.fullmatch(name):
+                found.setdefault(int(match[1]), {})[match[2]] = tensor
+        return found
+
+    @property
+    def _modules(self) -> Iterator[str]:
+        """Beginnings of the names of experts' modules, before the expert's number."""
+        yield from dict.fromkeys(name.split(_EXPERT)[0] for name in self.family.experts if _EXPERT in name)
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor belongs to experts: a projection, a scale of one, or an entry for each expert."""
+        match = _LAYER.fullmatch(name)
+        if match is None or int(match[1]) not in self.moe_layers:
+            return False
+        inner = match[2]
+        numbered = any(re.match(rf"{re.escape(module)}\d+\.", inner) for module in self._modules)
+        return numbered or inner in self.by_expert(int(match[1]))
+
+    def path(self, layer: int, name: str) -> str:
+        """The whole name of a layer's tensor."""
+        return layer_prefix(layer) + name
+
+
+def per_token_key(family: MoeFamily) -> str:
+    """The key of `config.json` for the number of experts per token."""
+    return next(key for key, name in family.named.items() if name.endswith("experts_per_token"))
+
+
+def _experts_first(tensor: TensorInfo, axes: tuple[str, ...]) -> TensorInfo:
+    """The tensor with the axis of experts first; the axes before it have length 1."""
+    return replace(tensor, shape=tensor.shape[axes.index("experts") :])
+
+
+def _entry(stack: TensorInfo, expert: int) -> TensorInfo:
+    """One expert's matrix of a stack (expert, row, column)."""
+    entry = stack.rows(expert, 1)
+    return replace(entry, shape=entry.shape[1:])
+
+
+def _part(tensor: TensorInfo, part: int, parts: int) -> TensorInfo:
+    """One of `parts` equal runs of rows."""
+    rows = tensor.shape[0] // parts
+    return tensor.rows(part * rows, rows) if parts > 1 else tensor
