@@ -29,7 +29,8 @@ from moemerge.chats import Document
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import BASE, ORACLE, SOUP, UNIFORM, Sums
 from moemerge.evaluation.model_runs import RoutingTally, Runs
-from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense, open_mixture, per_token_key
+from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense, open_mixture
+from moemerge.families.stored_mixture import per_token_key
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.texts.documents import read_documents
 

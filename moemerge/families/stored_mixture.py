@@ -33,7 +33,7 @@ class StoredMixture:
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that have a router, in ascending order, among them those that predict further tokens."""
+        """Numbers of the layers that have a router, ascending; those that predict further tokens are among them."""
         return tuple(sorted(layer for layer, held in self._layers.items() if self.family.router in held))
 
     @property
