@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moemerge.checkpoint.column_slice import ColumnSlice
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill, wider
 from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
 from moemerge.checkpoint.finite import first_not_finite
@@ -138,6 +139,8 @@ def leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
     if made := derivation(tensor):
         for source in (*made.inputs, *made.others):
             yield from leaves(source)
+    elif isinstance(tensor.path, ColumnSlice):
+        yield from leaves(tensor.path.stored)
     elif isinstance(tensor.path, Packed | Unreadable):
         yield tensor.path.stored
     else:

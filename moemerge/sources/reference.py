@@ -59,6 +59,12 @@ def split_adapter(reference: str) -> tuple[str, str] | None:
     return next((split for split in splits if all(map(leads_somewhere, split))), splits[0])
 
 
+def split_expert(reference: str) -> tuple[str, str] | None:
+    """Split MODEL#EXPERT in two, at the last `#`; None for a reference without one, or for a folder's name."""
+    model, mark, expert = reference.rpartition("#")
+    return (model, expert) if mark and model and expert and not _is_folder(reference) else None
+
+
 def _is_folder(text: str) -> bool:
     # Path raises for a name that is too long, and for the home of a user that there is not.
     return os.path.isdir(os.path.expanduser(text))  # noqa: PTH111, PTH112

@@ -1,0 +1,124 @@
+"""Decide from tensor tables alone what each tensor of an edited mixture is made of."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.pieces import Band, Fill, Piece
+from moemerge.dtypes import HeaderDType
+from moemerge.editing.slots import Added, Kept, Slot
+from moemerge.families.dense import Role
+from moemerge.families.layer_names import layer_prefix
+from moemerge.families.stored_mixture import StoredMixture
+from moemerge.planning.output import Computed, Output
+
+_EXPERT = "{expert}"
+
+
+@dataclass(frozen=True)
+class EditAssembly:
+    """Everything that decides the tensors of an edited mixture."""
+
+    mixture: StoredMixture
+    slots: Sequence[Slot]
+    """The experts of the result."""
+    width: int
+    """Neurons that are stored for every expert; narrower ones are padded with zeros."""
+    computes_routers: bool
+    """Whether some router rows are computed while the other tensors are copied."""
+
+    def outputs(self) -> dict[str, Output]:
+        """All tensors of the result by name, in the order in which they are stored; routers last."""
+        mixture = self.mixture
+        outputs: dict[str, Output] = {}
+        begun: set[int] = set()
+        owners = {
+            layer_prefix(layer) + name: layer for layer in mixture.moe_layers for name in self._names_of_experts(layer)
+        }
+        for name, tensor in mixture.tensors.items():
+            layer = owners.get(name)
+            if layer is None:
+                outputs[name] = Output(tensor.shape, ((Piece(tensor, tensor.dtype),),))
+            elif layer not in begun:
+                begun.add(layer)
+                outputs |= {layer_prefix(layer) + inner: made for inner, made in self._experts(layer)}
+        for layer in mixture.moe_layers:
+            outputs[layer_prefix(layer) + mixture.family.router] = self._router(layer)
+        return outputs
+
+    def _names_of_experts(self, layer: int) -> Iterator[str]:
+        yield from self.mixture.by_expert(layer)
+        for expert in range(self.mixture.experts):
+            yield from (name.format(expert=expert) for name in self.mixture.of_expert(layer, expert))
+
+    def _experts(self, layer: int) -> Iterator[tuple[str, Output]]:
+        """Yield a layer's FFNs, and its vectors with a number for each expert, but no router."""
+        family, mixture = self.mixture.family, self.mixture
+        for name, roles in family.experts.items():
+            if _EXPERT not in name:
+                made = [self._ffn(slot, layer, roles) for slot in self.slots]
+                bands = tuple(chain.from_iterable(ffn.bands for ffn in made))
+                yield name, Output((len(made), *made[0].shape), bands, is_expert=True)
+        for number, slot in enumerate(self.slots):
+            if isinstance(slot, Kept) and self._is_copied(slot):
+                for name, tensor in mixture.of_expert(layer, slot.numbers[layer]).items():
+                    whole = Output(tensor.shape, ((Piece(tensor, tensor.dtype),),), is_expert=True)
+                    yield name.format(expert=number), whole
+                continue
+            for name, roles in family.experts.items():
+                if _EXPERT in name:
+                    yield name.format(expert=number), self._ffn(slot, layer, roles)
+        for name, tensor in mixture.by_expert(layer).items():
+            if name != family.router and name not in family.experts:
+                yield name, self._vector(layer, name, tensor)
+
+    def _is_copied(self, slot: Kept) -> bool:
+        return slot.is_whole and self.width == self.mixture.expert_width
+
+    def _ffn(self, slot: Slot, layer: int, roles: tuple[Role, ...]) -> Output:
+        """Make one tensor of an expert's FFN, padded to `width` with neurons of zeros."""
+        hidden, padding = self.mixture.hidden, self.width - slot.width(self.mixture)
+        dtype = self._dtype(layer, roles[0])
+        bands: list[Band] = []
+        for role in roles:
+            scale = slot.scale if role == "down" else 1.0
+            pieces = [Piece(slot.projection(self.mixture, layer, role), dtype, scale, slot.noise_scale)]
+            empty = (hidden, padding) if role == "down" else (padding, hidden)
+            pieces += [Piece(Fill(0.0, empty), dtype)] if padding else []
+            bands += [tuple(pieces)] if role == "down" else [(piece,) for piece in pieces]
+        shape = (hidden, self.width) if roles == ("down",) else (self.width * len(roles), hidden)
+        return Output(shape, tuple(bands), is_expert=True)
+
+    def _dtype(self, layer: int, role: Role) -> HeaderDType:
+        return self.mixture.projection(layer, 0, role).dtype
+
+    def _vector(self, layer: int, name: str, tensor: TensorInfo) -> Output:
+        """Make a vector with a number for each expert; an added expert has the family's neutral number."""
+        family = self.mixture.family
+        neutral = {extra.name: extra.value for extra in family.extras}
+        shape = tuple(1 if axis == "1" else len(self.slots) for axis in family.bias_axes)
+        bands = self._rows(layer, tensor, neutral.get(name, 0.0))
+        return Output(shape if name == family.selection_bias else (len(self.slots),), bands)
+
+    def _router(self, layer: int) -> Output:
+        router = self.mixture.router(layer)
+        shape = (len(self.slots), *router.shape[1:])
+        if self.computes_routers:
+            return Output(shape, Computed(layer, "router"))
+        return Output(shape, self._rows(layer, router, 0.0))
+
+    def _rows(self, layer: int, tensor: TensorInfo, neutral: float) -> tuple[Band, ...]:
+        """Take the entry of each expert from a tensor (expert, ...); entries that follow each other are one piece."""
+        runs: list[tuple[int, int]] = []
+        for slot in self.slots:
+            number = -1 if isinstance(slot, Added) else slot.numbers[layer]
+            if runs and number >= 0 and runs[-1][0] >= 0 and number == sum(runs[-1]):
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((number, 1))
+        shape = (1, *tensor.shape[1:])
+        return tuple(
+            (Piece(tensor.rows(first, count) if first >= 0 else Fill(neutral, shape), tensor.dtype),)
+            for first, count in runs
+        )

@@ -1,0 +1,128 @@
+"""The plan of an edit: every tensor of the edited mixture, where its bytes come from and where they go."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moemerge.checkpoint.derived import leaves
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
+from moemerge.checkpoint.shards import Shard
+from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
+from moemerge.editing.slots import Added, Kept, Slot
+from moemerge.families.stored_mixture import StoredMixture
+from moemerge.planning.origins import Origins, remote_bytes
+from moemerge.planning.output import Computed, Output
+from moemerge.planning.tokenizer_files import BaseFiles
+from moemerge.sources.model_folder import ModelFolder
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """An edit, completely decided and immutable; nothing has been written yet."""
+
+    config: MergeConfig
+    """The edit as a config: its base model is the mixture, its experts are those of the result."""
+    sources: tuple[ModelFolder, ...]
+    """The mixture, then the models of added experts."""
+    mixture: StoredMixture
+    """The mixture that is edited."""
+    slots: tuple[Slot, ...]
+    """The experts of the result."""
+    outputs: Mapping[str, Output]
+    """All tensors of the result by name, in the order in which they are stored; routers last."""
+    shards: tuple[Shard, ...]
+    output_config: Mapping[str, Any]
+    """The `config.json` of the result."""
+    base_files: BaseFiles
+    """The files that are copied from the mixture beside its weights."""
+    origins: Origins
+    """The files that the weights come from."""
+    notes: tuple[str, ...]
+    """Facts that the user should know."""
+    warnings: tuple[str, ...]
+    """Likely mistakes."""
+
+    @property
+    def folder(self) -> ModelFolder:
+        """The mixture's folder."""
+        return self.sources[0]
+
+    @property
+    def computed(self) -> dict[str, Computed]:
+        """Routers of which some rows are computed, by name."""
+        return {name: o.origin for name, o in self.outputs.items() if isinstance(o.origin, Computed)}
+
+    @property
+    def added(self) -> dict[int, Added]:
+        """Experts whose FFNs come from dense models, by their numbers in the result."""
+        return {number: slot for number, slot in enumerate(self.slots) if isinstance(slot, Added)}
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Names of the mixture's experts that are in no layer of the result."""
+        kept = {number for slot in self.slots if isinstance(slot, Kept) for number in slot.numbers.values()}
+        return tuple(name for number, name in enumerate(self.mixture.names) if number not in kept)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders of the sources; for a snapshot in the Hub's cache, the folder of its repository."""
+        return [folder for source in self.sources for folder in source.folders]
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files that are read, among them those that links may lead to."""
+        read = (*self.origins.stamps, *self.origins.references, *self.base_files.copied.values())
+        return [path for path in read if isinstance(path, Path)]
+
+    @property
+    def file_names(self) -> list[str]:
+        """Paths in the output of all files that the edit may write."""
+        index = [SAFETENSORS_INDEX] if len(self.shards) > 1 else []
+        others = ["config.json", CONFIG_COPY, CARD, *self.base_files.copied]
+        return [*(shard.name for shard in self.shards), *index, *others]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Total size of all shards in bytes."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the result in bytes, copied files included."""
+        return self.weight_bytes + sum(path.stat().st_size for path in self.base_files.copied.values())
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of parameters in all tensors."""
+        return sum(math.prod(output.shape) for output in self.outputs.values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that one token passes through."""
+        in_experts = sum(math.prod(output.shape) for output in self.outputs.values() if output.is_expert)
+        experts = len(self.slots)
+        return self.total_parameters - in_experts * (experts - self.config.experts_per_token) // experts
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes that the edit reads from other machines."""
+        pieces = [piece.source for output in self.outputs.values() for piece in output.pieces]
+        return remote_bytes(piece for piece in pieces if isinstance(piece, TensorInfo))
+
+    @property
+    def read_files(self) -> set[Path]:
+        """Local files that tensors of the result are read from."""
+        sources = (p.source for output in self.outputs.values() for p in output.pieces)
+        found = {leaf.path for source in sources if isinstance(source, TensorInfo) for leaf in leaves(source)}
+        return {path for path in found if isinstance(path, Path)}
+
+    @property
+    def index(self) -> str | None:
+        """The text of the index, or None where one file holds everything."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {name: shard.name for shard in self.shards for name in shard.starts}
+        return build_index(weight_map, sum(shard.nbytes - len(shard.header) for shard in self.shards))

@@ -1,0 +1,225 @@
+"""Plan an edit: from a config whose base model is a mixture to every byte of the result."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from moemerge.checkpoint.derived import leaves
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.shards import TensorSpec, layout_shards
+from moemerge.config.expert_names import named_place
+from moemerge.config.router_methods import AUTO
+from moemerge.config.schema import MergeConfig, RoutedExpert
+from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
+from moemerge.editing.assembly import EditAssembly
+from moemerge.editing.config_keys import edited_config
+from moemerge.editing.plan import EditPlan
+from moemerge.editing.slots import Added, Kept, Slot
+from moemerge.errors import IncompatibleError
+from moemerge.families.dense import DenseModel, ModelTensors, read_dense
+from moemerge.families.stored_mixture import StoredMixture
+from moemerge.planning.options import PlanOptions
+from moemerge.planning.origins import Origins
+from moemerge.planning.output import Output
+from moemerge.planning.tokenizer_files import find_base_files
+from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
+from moemerge.sources.reference import split_expert
+from moemerge.sources.stored_mixtures import is_mixture, read_stored_mixture
+
+# Keys of a merge that say nothing of a mixture that exists already.
+_OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
+
+
+def edits_mixture(config: MergeConfig, announce: Callable[[str], None]) -> bool:
+    """Whether the base model of a config is a mixture, so that the config describes an edit.
+
+    Raises:
+        SourceError: the base model cannot be reached.
+        CheckpointError: its `config.json` is damaged.
+    """
+    return split_expert(config.base_model) is None and is_mixture(open_model(config.base_model, announce))
+
+
+def plan_edit(
+    config: MergeConfig,
+    options: PlanOptions = PlanOptions(),
+    *,
+    announce: Callable[[str], None] = lambda _: None,
+) -> EditPlan:
+    """Decide an edit from configs and headers alone; nothing is written, and weights on the Hub stay there.
+
+    Args:
+        config: the edit; its base model is the mixture. Experts called `MIXTURE#NAME`, or by number, are the mixture's
+            own, and keep their router rows; any other is a dense model whose FFNs become an expert.
+        options: the size of shards.
+        announce: called with a line about each step that takes long.
+
+    Raises:
+        SourceError: a model cannot be reached.
+        CheckpointError: a model's files are damaged.
+        IncompatibleError: the mixture cannot be edited so; lists every reason.
+    """
+    folder = open_model(config.base_model, announce)
+    mixture = read_stored_mixture(folder, announce)
+    found = _Experts(config, folder, mixture, announce)
+    slots = found.slots()
+    _refuse([*_foreign_keys(config), *found.problems, *_fit_problems(config, mixture, slots)])
+    width = max(slot.width(mixture) for slot in slots)
+    output_config = edited_config(mixture, len(slots), config.experts_per_token, width)
+    computes = any(isinstance(slot, Added) for slot in slots) or config.gate_mode != AUTO
+    outputs = EditAssembly(mixture, slots, width, computes).outputs()
+    specs = [_spec(name, output, mixture) for name, output in outputs.items()]
+    sources = (folder, *found.opened)
+    return EditPlan(
+        config=config,
+        sources=sources,
+        mixture=mixture,
+        slots=tuple(slots),
+        outputs=MappingProxyType(outputs),
+        shards=tuple(layout_shards(specs, options.max_shard_bytes)),
+        output_config=output_config,
+        base_files=find_base_files(folder, announce, needed=False),
+        origins=_origins(sources, mixture, slots),
+        notes=(*(note for source in sources for note in source.notes), *_notes(mixture, slots, width)),
+        warnings=(),
+    )
+
+
+@dataclass
+class _Experts:
+    """The experts of an edit, opened."""
+
+    config: MergeConfig
+    folder: ModelFolder
+    mixture: StoredMixture
+    announce: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.problems: list[str] = []
+        self.opened: list[ModelFolder] = []
+
+    def slots(self) -> list[Slot]:
+        """Make a slot of every expert that can be read; the problems of the others are collected."""
+        names = self.config.expert_names
+        made = [self._slot(named_place(n, names), expert) for n, expert in enumerate(self.config.experts)]
+        return [slot for slot in made if slot is not None]
+
+    def _slot(self, place: str, expert: RoutedExpert) -> Slot | None:
+        scale = 1.0 if expert.residual_scale is None else expert.residual_scale
+        noise = expert.noise_scale or 0.0
+        reference = split_expert(expert.source_model)
+        if reference and open_model(reference[0], self.announce).folder == self.folder.folder:
+            number = number_of(reference[1], self.mixture)
+            if isinstance(number, str):
+                self.problems.append(f"{place}: {number}")
+                return None
+            return Kept(dict.fromkeys(self.mixture.moe_layers, number), scale=scale, noise_scale=noise)
+        opened = open_model(expert.source_model, self.announce)
+        dense = read_dense(opened.config)
+        if isinstance(dense, str):
+            self.problems.append(f"{place}: {dense}")
+            return None
+        self.opened.append(opened)
+        tensors = read_tensor_table(opened, self.announce, weights="stream")
+        self.problems += [f"{place}: {problem}" for problem in _misfits(dense, tensors, self.mixture)]
+        return Added(place, ModelTensors(dense, tensors), scale, noise)
+
+
+def number_of(name: str, mixture: StoredMixture) -> int | str:
+    """The number of one of a mixture's experts by its name or number; a returned text says why there is none."""
+    if name in mixture.names:
+        return mixture.names.index(name)
+    if name.isdecimal() and int(name) < mixture.experts:
+        return int(name)
+    names = "" if mixture.names == tuple(map(str, range(mixture.experts))) else f", or {', '.join(mixture.names)}"
+    return f"the mixture has no expert {name!r}: name one by its number, 0 to {mixture.experts - 1}{names}"
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise IncompatibleError("This mixture cannot be edited so:", list(problems))
+
+
+def _foreign_keys(config: MergeConfig) -> Iterator[str]:
+    """Yield the keys that a merge of dense models has, and an edit has no use for."""
+    defaults = MergeConfig.model_fields
+    for key in _OF_MERGES:
+        value = getattr(config, key)
+        if value != defaults[key].get_default(call_default_factory=True):
+            yield f"{key}: the mixture's own stays, since base_model is a mixture. Remove the key"
+    if config.shared_weights.method != "base":
+        yield "shared_weights: the mixture's own attention and norms stay. Remove the key"
+    names = config.expert_names
+    for number, expert in enumerate(config.experts):
+        if expert.layers != "all":
+            yield f"{named_place(number, names)}: layers: every expert of an edited mixture is in all its layers"
+
+
+def _misfits(dense: DenseModel, tensors: Mapping[str, TensorInfo], mixture: StoredMixture) -> Iterator[str]:
+    """Yield why the FFNs of a dense model cannot be experts of a mixture."""
+    act = str(mixture.config.get("hidden_act") or mixture.config.get("hidden_activation") or "silu")
+    if dense.sizes["hidden"] != mixture.hidden:
+        yield f"its hidden_size is {dense.sizes['hidden']}, the mixture's {mixture.hidden}"
+        return
+    if dense.hidden_act != act:
+        yield f"its FFN's activation is {dense.hidden_act}, the mixture's {act}"
+    if "mlp_bias" in dense.facts:
+        yield "its FFN has biases, which the mixture's experts have not"
+    if missing := [layer for layer in mixture.moe_layers if layer >= dense.layers]:
+        yield f"it has {dense.layers} layers, and the mixture has experts in layer {missing[0]}"
+        return
+    for layer in mixture.moe_layers:
+        for name, axes in dense.ffn(layer).items():
+            if name not in tensors or tensors[name].shape != dense.shape(axes):
+                yield f"it has no tensor {name} of shape {list(dense.shape(axes))}"
+                return
+            if tensors[name].dtype not in CONFIG_DTYPES:
+                yield f"{name} is stored as {tensors[name].dtype}; expected one of {', '.join(CONFIG_DTYPES.values())}"
+                return
+
+
+def _fit_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[str]:
+    """Yield why these experts cannot be one mixture."""
+    changed = any(isinstance(slot, Added) or not slot.is_whole for slot in slots)
+    widths = {slot.width(mixture) for slot in slots}
+    dtype = mixture.projection(mixture.moe_layers[0], 0, "down").dtype
+    if (changed or widths != {mixture.expert_width}) and dtype not in CONFIG_DTYPES:
+        yield (
+            f"its experts are stored as {dtype}, so they can be kept, left out and put into another order, but nothing "
+            f"can be added beside them; that needs one of {', '.join(CONFIG_DTYPES.values())}"
+        )
+    if slots and config.experts_per_token > len(slots):
+        yield f"experts_per_token: {config.experts_per_token} of {len(slots)} experts"
+
+
+def _spec(name: str, output: Output, mixture: StoredMixture) -> TensorSpec:
+    dtype: HeaderDType = output.pieces[0].dtype if output.pieces else mixture.tensors[name].dtype
+    return TensorSpec(name, dtype, output.shape, bytes_of(dtype, output.shape) or 0)
+
+
+def _origins(sources: Sequence[ModelFolder], mixture: StoredMixture, slots: Sequence[Slot]) -> Origins:
+    tables = [mixture.tensors, *(slot.own.tensors for slot in slots if isinstance(slot, Added))]
+    return Origins(
+        stamps=MappingProxyType({path: stamp for source in sources for path, stamp in source.stamps.items()}),
+        references=MappingProxyType(
+            {
+                leaf.path: source.name_of(leaf.path)
+                for source, table in zip(sources, tables, strict=True)
+                for tensor in table.values()
+                for leaf in leaves(tensor)
+            }
+        ),
+        reread=(),
+    )
+
+
+def _notes(mixture: StoredMixture, slots: Sequence[Slot], width: int) -> Iterator[str]:
+    if width > mixture.expert_width and any(isinstance(slot, Kept) for slot in slots):
+        yield (
+            f"the mixture's experts have {mixture.expert_width} neurons and are padded with zeros to {width}, which "
+            "changes nothing that they compute"
+        )
+    narrow = [slot.place for slot in slots if isinstance(slot, Added) and slot.width(mixture) < width]
+    if narrow:
+        yield f"padded with neurons of zeros to {width}: {', '.join(narrow)}"

@@ -1,0 +1,51 @@
+"""Open a mixture as it is stored: its config, its tensors by the names of its family, and names of its experts."""
+
+from moemerge.config.loading import load_config
+from moemerge.config.schema import CONFIG_COPY, MergeConfig
+from moemerge.errors import IncompatibleError, MoemergeError
+from moemerge.families.selection import MOE_FAMILIES
+from moemerge.families.stored_mixture import StoredMixture, per_token_key
+from moemerge.sources.model_folder import Announce, ModelFolder, fetch_files, read_tensor_table
+
+
+def is_mixture(model: ModelFolder) -> bool:
+    """Whether a model is a mixture of a kind that is read."""
+    return model.config.get("model_type") in MOE_FAMILIES
+
+
+def read_stored_mixture(model: ModelFolder, announce: Announce) -> StoredMixture:
+    """Read the tensor table of a mixture from headers alone; weights of a Hub model are left there.
+
+    Raises:
+        IncompatibleError: the model is no mixture of a kind that is read, or has no router.
+        SourceError: the Hub does not give the headers.
+        CheckpointError: the model's files are damaged or incomplete.
+    """
+    family = MOE_FAMILIES.get(str(model.config.get("model_type")))
+    if family is None:
+        raise IncompatibleError(
+            f"{model.reference}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge reads; "
+            f"it reads {', '.join(MOE_FAMILIES)}.",
+            [],
+        )
+    if per_token_key(family) not in model.config:
+        raise IncompatibleError(
+            f"{model.reference}: its config.json has no {per_token_key(family)}, which a {family.model_type} has.", []
+        )
+    tensors = read_tensor_table(model, announce, weights="stream")
+    router = next((tensor for name, tensor in tensors.items() if name.endswith(f".{family.router}")), None)
+    if router is None:
+        raise IncompatibleError(f"{model.reference}: has no router: no tensor is called *.{family.router}.", [])
+    count = router.shape[0]
+    config = kept_config(model, announce)
+    names = config.expert_names if config else ()
+    return StoredMixture(family, model.config, tensors, names if len(names) == count else tuple(map(str, range(count))))
+
+
+def kept_config(model: ModelFolder, announce: Announce) -> MergeConfig | None:
+    """Read the config that a mixture's folder keeps; None where it has none, or one that is not moemerge's."""
+    try:
+        copy = fetch_files(model, [CONFIG_COPY], announce).get(CONFIG_COPY)
+        return load_config(copy, allow_identical_experts=True) if copy else None
+    except MoemergeError:
+        return None
