@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stoppable
+from moemerge.cli.editing import write_from_config
 from moemerge.cli.gguf_output import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import (
@@ -24,7 +25,7 @@ from moemerge.cli.merge_options import (
 from moemerge.cli.merge_report import merge_facts, print_done, print_report
 from moemerge.cli.mistakes import check_arguments
 from moemerge.cli.options import Config, ModelOptions, VerboseOptions
-from moemerge.cli.plan_request import PlanRequest, plan_from
+from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
 from moemerge.cli.planning import print_or_dump_plan
 from moemerge.cli.publishing import PlannedPush
 from moemerge.cli.streams import say
@@ -82,8 +83,11 @@ def merge_models(
         if streaming:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
         planned_push = PlannedPush(push, announcer(console, quiet=quiet))
-        # Before a plan may download weights.
         request = _request(config, output, models)
+        if edit := edit_in(request):
+            write_from_config(console, edit, out, output=output, push=push, routers=routers, messages=messages)
+            return
+        # Before a plan may download weights.
         approve = _place_check(request, out, output, push, planned_push)
         options = _merge_options(out, output, reading, routers)
         return_freed_memory()
@@ -98,11 +102,15 @@ def merge_models(
             print_report(console, out, plan, report, messages, kept_states=routers.keep_states)
             if not (quiet or messages.json or streaming):
                 print_done(out, plan, time.monotonic() - start)
-        url = planned_push.finish(out)
-        if messages.json:
-            print_json(merge_facts(plan, report, None if streaming else out, url))
-        elif url:
-            say(url)
+        _print_end(plan, report, None if streaming else out, planned_push.finish(out), json=messages.json)
+
+
+def _print_end(plan: "MergePlan", report: "RoutingReport", out: Path | None, url: str | None, *, json: bool) -> None:
+    """Print all facts as JSON, or the page on the Hub if there is one."""
+    if json:
+        print_json(merge_facts(plan, report, out, url))
+    elif url:
+        say(url)
 
 
 def _request(config: Path, output: OutputOptions, models: ModelOptions) -> PlanRequest:

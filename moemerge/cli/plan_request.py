@@ -89,7 +89,7 @@ def plan_from(
     planned = loaded
     if request.family in MOE_FAMILIES and not loaded.architecture:  # whatever would be chosen today
         planned = loaded.model_copy(update={"architecture": request.family, "engine": None})
-    max_bytes = _shard_bytes(request.max_shard_size, request.out_shard_size, 4 if loaded.dtype == "float32" else 2)
+    max_bytes = shard_bytes(request.max_shard_size, request.out_shard_size, 4 if loaded.dtype == "float32" else 2)
     say = announcer(console, quiet=quiet)
     plan = plan_merge(planned, replace(options, max_shard_bytes=max_bytes), approve=approve, announce=say)
     for note in plan.notes:
@@ -101,7 +101,24 @@ def plan_from(
     return replace(plan, config=plan.config.model_copy(update={"engine": loaded.engine}))
 
 
-def _shard_bytes(size: str | None, parameters: str | None, parameter_bytes: int) -> int:
+def edit_in(request: PlanRequest) -> "MergeConfig | None":
+    """Read a config whose base model is a mixture, which describes an edit; None for a merge of dense models.
+
+    Standard input, which can be read once, is taken for a merge.
+
+    Raises:
+        ConfigError: the file is no config, or a wrong one.
+        RefusedError: there is no such engine.
+    """
+    from moemerge.editing.planner import edits_mixture
+
+    if str(request.config) == STANDARD_INPUT:
+        return None
+    loaded = request.read()
+    return loaded if edits_mixture(loaded) else None
+
+
+def shard_bytes(size: str | None, parameters: str | None = None, parameter_bytes: int = 2) -> int:
     """Compute the most bytes of a shard, by `--max-shard-size`, or by `--out-shard-size` in parameters if it is given.
 
     Raises:

@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 from moemerge.cli.console import console_session, print_json, stdout
+from moemerge.cli.editing import plan_of, print_or_dump_edit
 from moemerge.cli.grouping import grouped
 from moemerge.cli.mistakes import check_arguments
 from moemerge.cli.options import Config, ModelOptions, ShardSize, VerboseOptions
-from moemerge.cli.plan_request import PlanRequest, plan_from
+from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
 
 if TYPE_CHECKING:
     from moemerge.planning.plan import MergePlan
@@ -37,6 +38,9 @@ def show_plan(
 
         check_arguments(config)
         request = PlanRequest(config, models.allow_identical_experts, models.engine, max_shard_size=max_shard_size)
+        if edit := edit_in(request):
+            print_or_dump_edit(plan_of(console, edit, max_shard_size, quiet=quiet), json=messages.json)
+            return
         plan = plan_from(console, request, PlanOptions(weights="stream"), quiet=quiet)
         print_or_dump_plan(plan, json=messages.json)
 

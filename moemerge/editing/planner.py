@@ -16,7 +16,7 @@ from moemerge.editing.assembly import EditAssembly
 from moemerge.editing.config_keys import edited_config
 from moemerge.editing.plan import EditPlan
 from moemerge.editing.slots import Added, Kept, Slot
-from moemerge.errors import IncompatibleError
+from moemerge.errors import IncompatibleError, MoemergeError
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.options import PlanOptions
@@ -31,14 +31,17 @@ from moemerge.sources.stored_mixtures import is_mixture, read_stored_mixture
 _OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
 
 
-def edits_mixture(config: MergeConfig, announce: Callable[[str], None]) -> bool:
+def edits_mixture(config: MergeConfig) -> bool:
     """Whether the base model of a config is a mixture, so that the config describes an edit.
 
-    Raises:
-        SourceError: the base model cannot be reached.
-        CheckpointError: its `config.json` is damaged.
+    A model that cannot be opened is none; planning a merge says why it cannot.
     """
-    return split_expert(config.base_model) is None and is_mixture(open_model(config.base_model, announce))
+    if split_expert(config.base_model):
+        return False
+    try:
+        return is_mixture(open_model(config.base_model, lambda _: None))
+    except MoemergeError:
+        return False
 
 
 def plan_edit(

@@ -5,17 +5,37 @@ A router input is a normed state of length about sqrt(hidden). Rows with element
 """
 
 import math
+from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 
 from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import Rows
 
+Shape = tuple[int, int, int]
+"""Layers, experts, hidden width."""
+
+
+def _normal(generator: np.random.Generator, shape: Shape) -> Rows:
+    return generator.standard_normal(shape, np.float32) / _root(shape)
+
+
+def _uniform(generator: np.random.Generator, shape: Shape) -> Rows:
+    return (generator.random(shape, np.float32) * 2 - 1) / _root(shape)
+
+
+def _root(shape: Shape) -> np.float32:
+    return np.float32(math.sqrt(shape[-1]))
+
+
+DRAWS: Final[dict[str, Callable[[np.random.Generator, Shape], Rows]]] = {"random": _normal, "uniform_random": _uniform}
+"""Functions that draw rows (layer, expert, hidden), by `gate_mode`."""
+
 
 def normal_rows(request: RouterRequest, seed: int) -> dict[int, Rows]:
     """Draw each layer's rows (expert, hidden) from N(0, 1/hidden), seeded; zeros for absent experts."""
-    shape = _shape(request)
-    return _placed(np.random.default_rng(seed).standard_normal(shape, np.float32) / _root(shape), request)
+    return _placed(DRAWS["random"](np.random.default_rng(seed), _shape(request)), request)
 
 
 def uniform_rows(request: RouterRequest, seed: int) -> dict[int, Rows]:
@@ -23,18 +43,13 @@ def uniform_rows(request: RouterRequest, seed: int) -> dict[int, Rows]:
 
     These are the initial weights of a `torch.nn.Linear`. Rows of absent experts are zeros.
     """
-    shape = _shape(request)
-    return _placed((np.random.default_rng(seed).random(shape, np.float32) * 2 - 1) / _root(shape), request)
+    return _placed(DRAWS["uniform_random"](np.random.default_rng(seed), _shape(request)), request)
 
 
-def _shape(request: RouterRequest) -> tuple[int, int, int]:
+def _shape(request: RouterRequest) -> Shape:
     """Shape (layer, expert, hidden) of rows for all layers and experts; rows must not depend on which are absent."""
     base = request.base.model
     return base.layers, len(request.config.experts), base.config["hidden_size"]
-
-
-def _root(shape: tuple[int, int, int]) -> np.float32:
-    return np.float32(math.sqrt(shape[-1]))
 
 
 def _placed(drawn: Rows, request: RouterRequest) -> dict[int, Rows]:

@@ -1,0 +1,122 @@
+"""Options of `moemerge edit`, in groups, in the order in which its help lists them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import typer
+
+from moemerge.cli.options import ShardSize
+from moemerge.errors import RefusedError
+
+if TYPE_CHECKING:
+    from moemerge.editing.changes import Changes
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """Options for which experts the result has; experts are given by name or number, several between commas."""
+
+    heading: ClassVar[str] = "Experts, by name or number"
+
+    keep: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Keep these alone, in this order.", show_default=False)
+    ] = None
+    drop: Annotated[str | None, typer.Option(metavar="A,B,...", help="Leave these out.", show_default=False)] = None
+    replace: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="Take another model's FFNs for an expert.", show_default=False),
+    ] = None
+    add: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="Add a dense model's FFNs as an expert.", show_default=False),
+    ] = None
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TEXT",
+            help="A prompt that a new expert should take; may be given several times.",
+            show_default=False,
+        ),
+    ] = None
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Files with text that a new expert should take, as eval takes them.",
+            show_default=False,
+        ),
+    ] = None
+    order: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Put all experts into this order.", show_default=False)
+    ] = None
+    rename: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="Give an expert another name.", show_default=False)
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="How many experts take each token.", show_default="as before"),
+    ] = None
+
+    def changes(self) -> "Changes":
+        """Read the options as changes.
+
+        Raises:
+            RefusedError: one is not of the form that it should have.
+        """
+        from moemerge.cli.standard_input import path_of
+        from moemerge.editing.changes import Changes
+
+        return Changes(
+            keep=_listed("--keep", self.keep),
+            drop=_listed("--drop", self.drop),
+            replace=_single("--replace", "NAME=MODEL", self.replace),
+            add=_single("--add", "NAME=MODEL", self.add),
+            order=_listed("--order", self.order),
+            rename=_single("--rename", "OLD=NEW", self.rename),
+            experts_per_token=self.top_k,
+            prompts=_several("--prompt", "NAME=TEXT", self.prompt),
+            texts={
+                name: [path_of(path) for path in paths]
+                for name, paths in _several("--text", "NAME=PATH", self.text).items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class EditOutputOptions:
+    """Options for what is written, and where."""
+
+    heading: ClassVar[str] = "Output"
+
+    max_shard_size: ShardSize = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False
+
+
+def _listed(option: str, given: str | None) -> list[str]:
+    if given is None:
+        return []
+    names = [name.strip() for name in given.split(",")]
+    if not all(names):
+        raise RefusedError(f"{option}: expected names or numbers between commas, found {given!r}.")
+    return names
+
+
+def _several(option: str, form: str, given: list[str] | None) -> dict[str, list[str]]:
+    """Read values that are given for names; one name may have several."""
+    found: dict[str, list[str]] = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not (name.strip() and equals and value):
+            raise RefusedError(f"{option}: expected {form}, found {text!r}.")
+        found.setdefault(name.strip(), []).append(value)
+    return found
+
+
+def _single(option: str, form: str, given: list[str] | None) -> dict[str, str]:
+    """Read values that are given for names, one for each."""
+    found = _several(option, form, given)
+    for name, values in found.items():
+        if len(values) > 1:
+            raise RefusedError(f"{option}: {name} is given {len(values)} times: {', '.join(values)}. Give it once.")
+    return {name: values[0] for name, values in found.items()}

@@ -1,0 +1,184 @@
+"""`moemerge edit`: a mixture with other experts."""
+
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moemerge.checkpoint.disk import shown_bytes as size
+from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
+from moemerge.cli.edit_options import EditOutputOptions, ExpertOptions
+from moemerge.cli.gguf_output import is_gguf
+from moemerge.cli.grouping import grouped
+from moemerge.cli.merge_options import OutputOptions, PushOptions, RouterOptions
+from moemerge.cli.options import CacheDir, ComputeIn, Device, ResultOptions, VerboseOptions
+from moemerge.cli.streams import say
+from moemerge.dtypes import ComputeDtype
+from moemerge.errors import RefusedError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moemerge.config.schema import MergeConfig
+    from moemerge.editing.plan import EditPlan
+
+
+@grouped
+def edit_mixture(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A mixture's folder, or a Hub repository.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write; it must be empty or absent.", show_default=False)
+    ],
+    *,
+    experts: ExpertOptions,
+    output: EditOutputOptions,
+    device: Device = "auto",
+    compute_dtype: ComputeIn = "auto",
+    cache_dir: CacheDir = None,
+    messages: ResultOptions,
+) -> None:
+    """Change the experts of a mixture.
+
+    Some are left out, added, replaced or put into another order. Those that stay keep their weights and router rows,
+    byte for byte. The same can be written as a config, which is printed, and kept beside the result.
+
+    Examples:
+        moemerge edit out smaller --drop math
+        moemerge edit out more --add sql=user/sql-7b --text sql=sql.txt
+        moemerge edit mistralai/Mixtral-8x7B-v0.1 four --keep 0,3,5,7 --dry-run
+    """
+    quiet = messages.quiet
+    with console_session(
+        quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir, keeps_output=True
+    ) as console:
+        config = _config_of(model, experts, announcer(console, quiet=quiet))
+        if not (quiet or messages.json):
+            say(config.written)
+        _carry_out(console, config, out, Run(output, device, compute_dtype), messages)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How an edit is carried out."""
+
+    output: EditOutputOptions
+    device: str
+    compute_dtype: ComputeDtype
+    seed: int = 0
+
+
+def write_from_config(
+    console: "Console",
+    config: "MergeConfig",
+    out: Path,
+    *,
+    output: OutputOptions,
+    push: PushOptions,
+    routers: RouterOptions,
+    messages: VerboseOptions,
+) -> None:
+    """Carry out an edit that a config file describes, with the options of a merge.
+
+    Raises:
+        RefusedError: an option is given that an edit does not have.
+    """
+    _check_options(out, output, push, routers)
+    own = EditOutputOptions(output.max_shard_size, output.overwrite, output.dry_run)
+    run = Run(own, routers.device, routers.compute_dtype, routers.seed)
+    _carry_out(console, config, out, run, ResultOptions(messages.json, messages.quiet, messages.debug))
+
+
+def _check_options(out: Path, output: OutputOptions, push: PushOptions, routers: RouterOptions) -> None:
+    """Refuse options of a merge of dense models that an edit does not have.
+
+    Raises:
+        RefusedError: names the first of them, and what to do.
+    """
+    options = {
+        "--push": push.push is not None,
+        "--push-streaming": push.push_streaming,
+        "--resume": output.resume,
+        "--keep-states": routers.keep_states is not None,
+        "--load-in-4bit": routers.load_in_4bit,
+        "--load-in-8bit": routers.load_in_8bit,
+    }
+    if given := [name for name, is_given in options.items() if is_given]:
+        raise RefusedError(
+            f"{given[0]}: base_model is a mixture, so this config describes an edit, which has no such option. Write "
+            "into a folder; `moemerge push` sends it."
+        )
+    if is_gguf(out):
+        raise RefusedError(
+            f"{out}: base_model is a mixture, so this config describes an edit, which is written into a folder. Then "
+            "`moemerge gguf` makes a file of it."
+        )
+
+
+def _config_of(model: str, experts: ExpertOptions, announce: Callable[[str], None]) -> "MergeConfig":
+    """Write the config of an edit that the command line describes."""
+    from moemerge.config.loading import parse_config
+    from moemerge.config.yaml_text import write_yaml
+    from moemerge.editing.changes import edit_document
+    from moemerge.sources.model_folder import open_model
+    from moemerge.sources.stored_mixtures import kept_config, read_stored_mixture
+
+    changes = experts.changes()
+    folder = open_model(model, announce)
+    mixture = read_stored_mixture(folder, announce)
+    document = edit_document(mixture, model, changes, kept_config(folder, announce))
+    return parse_config(write_yaml(document), "the edit")
+
+
+def plan_of(console: "Console", config: "MergeConfig", max_shard_size: str | None, *, quiet: bool) -> "EditPlan":
+    """Plan an edit, and print its notes and warnings."""
+    from moemerge.cli.plan_request import shard_bytes
+    from moemerge.editing.planner import plan_edit
+    from moemerge.planning.options import PlanOptions
+
+    announce = announcer(console, quiet=quiet)
+    plan = plan_edit(config, PlanOptions(max_shard_bytes=shard_bytes(max_shard_size)), announce=announce)
+    for note in plan.notes:
+        announce(f"note: {note}")
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+    return plan
+
+
+def print_or_dump_edit(plan: "EditPlan", *, json: bool) -> None:
+    """Print the plan of an edit, as text or as JSON."""
+    from moemerge.cli.edit_report import edit_facts, print_edit
+
+    if json:
+        print_json(edit_facts(plan))
+    else:
+        print_edit(stdout(), plan)
+
+
+def _carry_out(console: "Console", config: "MergeConfig", out: Path, run: Run, messages: ResultOptions) -> None:
+    """Plan an edit, write it unless that is only tried, and print what was written."""
+    from moemerge.cli.edit_report import edit_facts
+    from moemerge.cli.progress import clock, show_progress
+    from moemerge.editing.routers import RowMaker
+    from moemerge.editing.writing import write_edit
+
+    start = time.monotonic()
+    plan = plan_of(console, config, run.output.max_shard_size, quiet=messages.quiet)
+    if run.output.dry_run:
+        print_or_dump_edit(plan, json=messages.json)
+        return
+    with show_progress(console, quiet=messages.quiet) as progress:
+        maker = RowMaker(plan, run.device, run.compute_dtype, seed=run.seed, progress=stoppable(progress))
+        write_edit(plan, out, maker.bands, overwrite=run.output.overwrite, seed=run.seed, progress=stoppable(progress))
+    if messages.json:
+        print_json(edit_facts(plan) | {"out": str(out)})
+    elif not messages.quiet:
+        print_or_dump_edit(plan, json=False)
+        say(f"{out}: done, {size(plan.output_bytes)} in {clock(time.monotonic() - start)}")
+        before, after = shlex.quote(str(plan.folder.reference)), shlex.quote(str(out))
+        say(f"Next: moemerge eval {before} {after} --data NAME=PATH")
