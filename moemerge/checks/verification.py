@@ -1,7 +1,7 @@
 """Verify that a merged checkpoint holds what its plan says: every byte that does not come from prompts."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from moemerge.checkpoint.pieces import Fill, Piece, piece_at
 from moemerge.checks.files import Difference, compare_entries, compare_files_beside, compare_index, notable
 from moemerge.config.loading import load_config
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
-from moemerge.dtypes import HEADER_DTYPES
+from moemerge.dtypes import HEADER_DTYPES, HeaderDType
 from moemerge.engines import ENGINES
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.families.engines import Trouble, facts_of, trouble_of
@@ -72,15 +72,37 @@ def verify_merge(
     files, differences = compare_files_beside(plan, model)
     differences += _compare_engine(plan)
     differences, notes = notable(model, differences)
-    tensors, wrong = _read_tensors(plan, model)
-    differences += wrong
+    found = verify_tensors(plan.outputs, dict.fromkeys(plan.outputs, HEADER_DTYPES[plan.dtype]), model, seed, progress)
+    return replace(found, files=files, differences=(*differences, *found.differences), notes=tuple(notes))
+
+
+def verify_tensors(
+    outputs: Mapping[str, Output],
+    dtypes: Mapping[str, HeaderDType],
+    model: ModelFolder,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> Verification:
+    """Compare a checkpoint's tensors with planned ones; files beside them are not looked at.
+
+    Args:
+        outputs: the planned tensors by name.
+        dtypes: their dtypes, as a safetensors header spells them.
+        model: the checkpoint's folder.
+        seed: the seed of `noise_scale`.
+        progress: called with the bytes compared and all there are.
+
+    Raises:
+        CheckpointError: a file cannot be read, or a source differs from its header.
+    """
+    tensors, differences = _read_tensors(outputs, dtypes, model)
     unfit = {difference.what for difference in differences}
-    fit = [name for name in plan.outputs if name in tensors and name not in unfit]
-    results = _compare_outputs(plan, {name: tensors[name] for name in fit}, seed, progress)
+    fit = [name for name in outputs if name in tensors and name not in unfit]
+    results = _compare_outputs(outputs, {name: tensors[name] for name in fit}, seed, progress)
     differences += [difference for result in results.values() for difference in result]
     equal = [name for name, result in results.items() if not result]
-    routers = [name for name in equal if isinstance(plan.outputs[name].origin, Computed)]
-    converted = [name for name in equal if plan.outputs[name].is_converted]
+    routers = [name for name in equal if isinstance(outputs[name].origin, Computed)]
+    converted = [name for name in equal if outputs[name].is_converted]
     copied = sorted(set(equal).difference(routers, converted))
     return Verification(
         copied=len(copied),
@@ -88,9 +110,9 @@ def verify_merge(
         converted=len(converted),
         converted_bytes=sum(tensors[name].nbytes for name in converted),
         routers=len(routers),
-        files=files,
+        files=0,
         differences=tuple(differences),
-        notes=tuple(notes),
+        notes=(),
     )
 
 
@@ -109,7 +131,9 @@ def _kept_config(model: ModelFolder) -> MergeConfig:
     return load_config(path, allow_identical_experts=True)
 
 
-def _read_tensors(plan: MergePlan, model: ModelFolder) -> tuple[dict[str, TensorInfo], list[Difference]]:
+def _read_tensors(
+    outputs: Mapping[str, Output], dtypes: Mapping[str, HeaderDType], model: ModelFolder
+) -> tuple[dict[str, TensorInfo], list[Difference]]:
     """Read a checkpoint's tensors by name, none if files do not agree, and how they differ from the plan's."""
     agreeing = "an index, headers and files that agree"
     try:
@@ -118,11 +142,14 @@ def _read_tensors(plan: MergePlan, model: ModelFolder) -> tuple[dict[str, Tensor
         return {}, [Difference("weights", agreeing, str(error))]
     notes = model.notes if model.file(SAFETENSORS_INDEX) else ()
     differences = [Difference("weights", agreeing, note) for note in notes]
-    return tensors, [*differences, *compare_index(model, tensors), *_compare_tables(plan, tensors)]
+    return tensors, [*differences, *compare_index(model, tensors), *_compare_tables(outputs, dtypes, tensors)]
 
 
 def _compare_outputs(
-    plan: MergePlan, tensors: dict[str, TensorInfo], seed: int, progress: Callable[[int, int], None]
+    outputs: Mapping[str, Output],
+    tensors: dict[str, TensorInfo],
+    seed: int,
+    progress: Callable[[int, int], None],
 ) -> dict[str, list[Difference]]:
     """Compare the bytes of tensors of the planned shape and dtype with what the plan makes of its sources."""
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
@@ -134,8 +161,7 @@ def _compare_outputs(
 
     with JobPool(report) as jobs:
         started = {
-            name: jobs.start(partial(_compare_output, plan.outputs[name], tensor, seed))
-            for name, tensor in tensors.items()
+            name: jobs.start(partial(_compare_output, outputs[name], tensor, seed)) for name, tensor in tensors.items()
         }
     return {name: job.result() for name, job in started.items()}
 
@@ -152,9 +178,11 @@ def _compare_engine(plan: MergePlan) -> list[Difference]:
     return [Difference("engine", f"a mixture that {name} reads rightly", f"a {family}, with which {name} {words}")]
 
 
-def _compare_tables(plan: MergePlan, tensors: dict[str, TensorInfo]) -> list[Difference]:
+def _compare_tables(
+    outputs: Mapping[str, Output], dtypes: Mapping[str, HeaderDType], tensors: dict[str, TensorInfo]
+) -> list[Difference]:
     return compare_entries(
-        {name: f"{HEADER_DTYPES[plan.dtype]} {list(output.shape)}" for name, output in plan.outputs.items()},
+        {name: f"{dtypes[name]} {list(output.shape)}" for name, output in outputs.items()},
         {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()},
     )
 

@@ -54,7 +54,7 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
                 "name more experts or lower experts_per_token",
             )
         )
-    models = [expert.get("source_model") for expert in experts]
+    models = [None if expert.get("by_layer") else expert.get("source_model") for expert in experts]
     folders = {os.path.normpath(model) if isinstance(model, str) else None for model in models}
     if len(folders) == 1 and None not in folders and len(experts) >= MIN_EXPERTS and not allow_identical_experts:
         problems.append(
@@ -102,7 +102,8 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
     calibrated = bool(settings.get("calibration_texts"))
     method = choose_method(gate_mode, described=all(described), calibrated=calibrated)
     mode, prompts_alone = f"gate_mode {method.name}", method.reads_descriptions and "texts" not in method.reads
-    any_described = any(described)
+    edits = any(_is_kept(expert, document.get("base_model")) for expert in experts)
+    any_described = any(described) and not edits
     problems: list[tuple[Place, str]] = []
     for number, (expert, keys) in enumerate(zip(experts, given, strict=True)):
         missing = ""
@@ -127,7 +128,7 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
             ]
     contents = [{key: _in_order(value) for key, value in keys.items()} for keys in given]
     all_alike = len(contents) > 1 and described[0] and all(keys == contents[0] for keys in contents[1:])
-    if method.reads_descriptions and all_alike:
+    if method.reads_descriptions and all_alike and not edits:
         problems.append(
             (
                 ("experts",),
@@ -138,6 +139,12 @@ def _check_descriptions(document: Mapping[str, Any], experts: Sequence[Mapping[s
     if settings.get("calibration") and not any(k["positive_prompts"] and not k["positive_texts"] for k in given):
         problems.append((("router", "calibration"), "no expert has prompts alone that it could continue"))
     return problems + _check_settings(method, settings, len(experts)) + _check_shared(document, len(experts))
+
+
+def _is_kept(expert: Mapping[str, Any], base: Any) -> bool:
+    """Whether an expert is the base model's own, which has router rows already."""
+    model = expert.get("source_model")
+    return isinstance(model, str) and isinstance(base, str) and (model == base or model.startswith(f"{base}#"))
 
 
 def _check_settings(method: RouterMethod, settings: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:

@@ -74,6 +74,8 @@ class RoutedExpert(Expert):
 
     layers: Layers = "all"
     """Layers that hold the expert."""
+    by_layer: list[Annotated[int, Field(ge=0, strict=True)]] | None = None
+    """Of a mixture, as `source_model`, the number of the expert to take in each of its layers with a router."""
 
 
 class RouterSettings(_Strict):

@@ -111,13 +111,13 @@ class _Experts:
     def _slot(self, place: str, expert: RoutedExpert) -> Slot | None:
         scale = 1.0 if expert.residual_scale is None else expert.residual_scale
         noise = expert.noise_scale or 0.0
-        reference = split_expert(expert.source_model)
-        if reference and open_model(reference[0], self.announce).folder == self.folder.folder:
-            number = number_of(reference[1], self.mixture)
-            if isinstance(number, str):
-                self.problems.append(f"{place}: {number}")
+        model, own = split_expert(expert.source_model) or (expert.source_model, "")
+        if (own or expert.by_layer) and open_model(model, self.announce).folder == self.folder.folder:
+            numbers = self._numbers(own, expert.by_layer)
+            if isinstance(numbers, str):
+                self.problems.append(f"{place}: {numbers}")
                 return None
-            return Kept(dict.fromkeys(self.mixture.moe_layers, number), scale=scale, noise_scale=noise)
+            return Kept(dict(zip(self.mixture.moe_layers, numbers, strict=True)), scale=scale, noise_scale=noise)
         opened = open_model(expert.source_model, self.announce)
         dense = read_dense(opened.config)
         if isinstance(dense, str):
@@ -127,6 +127,20 @@ class _Experts:
         tensors = read_tensor_table(opened, self.announce, weights="stream")
         self.problems += [f"{place}: {problem}" for problem in _misfits(dense, tensors, self.mixture)]
         return Added(place, ModelTensors(dense, tensors), scale, noise)
+
+    def _numbers(self, own: str, by_layer: Sequence[int] | None) -> Sequence[int] | str:
+        """Number of one of the mixture's experts in each layer; a returned text says what is wrong with it."""
+        layers, experts = len(self.mixture.moe_layers), self.mixture.experts
+        if by_layer is None:
+            number = number_of(own, self.mixture)
+            return number if isinstance(number, str) else [number] * layers
+        if own:
+            return "by_layer names an expert for each layer, and source_model another. Leave the name after # out"
+        if len(by_layer) != layers:
+            return f"by_layer names {len(by_layer)} experts, and the mixture has experts in {layers} layers"
+        if max(by_layer) >= experts:
+            return f"by_layer names expert {max(by_layer)}, and the mixture's are numbered 0 to {experts - 1}"
+        return by_layer
 
 
 def number_of(name: str, mixture: StoredMixture) -> int | str:

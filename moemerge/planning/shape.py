@@ -1,6 +1,6 @@
 """The second step of a plan: decide the mixture, its output family and its tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moemerge.config.expert_names import named_place
@@ -56,7 +56,7 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
     files = find_base_files(models.base.folder, announce, needed=reads_text)
     if options.needs_texts and reads_text:
         check_texts(config, models.base.folder.folder, runs_base=runs_models)
-    refuse([*check_widths(config, base, routed), *check_writers(config, base, routed)])
+    refuse([*_edit_keys(config), *check_widths(config, base, routed), *check_writers(config, base, routed)])
     mixture = mixture_of(config, base, routed, [member.model for member in models.shared])
     choice = select_family(base, mixture, config.architecture, config.engine, options.preferred)
     refuse(_check_noise(config, choice.family))
@@ -68,6 +68,16 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
     folders = [expert.own_folders for expert in models.sources[1:]]
     chat_prompts = puts_prompts_into_chats(config, models.base.folder.folder, folders)
     return Shape(mixture, choice, runs_base, chat_prompts, files, tokenizer)
+
+
+def _edit_keys(config: MergeConfig) -> Iterator[str]:
+    """Yield the keys that only the config of an edit has, whose base model is a mixture."""
+    for number, expert in enumerate(config.experts):
+        if expert.by_layer is not None:
+            yield (
+                f"{named_place(number, config.expert_names)}: by_layer: names experts of a mixture, and base_model is "
+                "none. Remove the key"
+            )
 
 
 def _check_noise(config: MergeConfig, family: MoeFamily) -> list[str]:
