@@ -2,15 +2,16 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moemerge.cli.console import announcer, console_session, print_json, stdout
+from moemerge.cli.editing import plan_of
 from moemerge.cli.grouping import grouped
 from moemerge.cli.mistakes import check_arguments
 from moemerge.cli.options import AllowIdentical, CacheDir, Debug, Json, VerboseOptions
-from moemerge.cli.plan_request import PlanRequest, plan_from
+from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
 from moemerge.errors import RefusedError
 from moemerge.progress import Task
 
@@ -83,6 +84,7 @@ def verify_model(
         from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_verification
         from moemerge.config.schema import CONFIG_COPY
+        from moemerge.editing.verifying import verify_edit
         from moemerge.planning.options import PlanOptions
         from moemerge.sources.model_folder import open_merged
 
@@ -94,9 +96,15 @@ def verify_model(
             raise RefusedError(f"{out}: has no {CONFIG_COPY}. Name the config that it was merged from with --against.")
         same = allow_identical_experts or against is None
         request = PlanRequest(against or out / CONFIG_COPY, same, family=family)
-        plan = plan_from(console, request, PlanOptions(needs_texts=False, weights="stream"), quiet=quiet)
+        edit = edit_in(request)
+        plan: Any = (
+            plan_of(console, edit, None, quiet=quiet)
+            if edit
+            else plan_from(console, request, PlanOptions(needs_texts=False, weights="stream"), quiet=quiet)
+        )
         with show_progress(console, quiet=quiet) as progress:
-            found = verify_merge(plan, out, seed=seed, progress=partial(progress, Task("weights")))
+            report = partial(progress, Task("weights"))
+            found = (verify_edit if edit else verify_merge)(plan, out, seed=seed, progress=report)
         for note in found.notes:
             announcer(console, quiet=quiet)(f"note: {note}")
         if messages.json:

@@ -58,20 +58,8 @@ def print_edit(console: Console, plan: EditPlan) -> None:
 
 def _rows(plan: EditPlan) -> Iterator[tuple[str, str, str]]:
     """Name, origin and router rows of each expert of the result."""
-    for name, expert, slot in zip(plan.config.expert_names, plan.config.experts, plan.slots, strict=True):
-        yield name, _origin(plan, expert.source_model, slot), _router(plan, slot)
-
-
-def _origin(plan: EditPlan, reference: str, slot: Slot) -> str:
-    if not isinstance(slot, Kept):
-        return reference
-    numbers = set(slot.numbers.values())
-    if len(numbers) > 1:
-        return "another expert in each layer"
-    number = numbers.pop()
-    own = plan.mixture.names[number]
-    part = f", part {slot.part + 1} of {slot.parts}" if slot.parts > 1 else ""
-    return f"expert {number}{'' if own == str(number) else f' ({own})'}{part}"
+    for (name, origin), slot in zip(plan.origins_of_experts, plan.slots, strict=True):
+        yield name, origin, _router(plan, slot)
 
 
 def _router(plan: EditPlan, slot: Slot) -> str:

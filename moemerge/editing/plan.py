@@ -11,6 +11,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.shards import Shard
 from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
+from moemerge.dtypes import HeaderDType
 from moemerge.editing.slots import Added, Kept, Slot
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.origins import Origins, remote_bytes
@@ -65,6 +66,31 @@ class EditPlan:
         """Names of the mixture's experts that are in no layer of the result."""
         kept = {number for slot in self.slots if isinstance(slot, Kept) for number in slot.numbers.values()}
         return tuple(name for number, name in enumerate(self.mixture.names) if number not in kept)
+
+    @property
+    def dtypes(self) -> dict[str, HeaderDType]:
+        """Dtype of each tensor, as a safetensors header spells it: that of the mixture's own."""
+        return {
+            name: output.pieces[0].dtype if output.pieces else self.mixture.tensors[name].dtype
+            for name, output in self.outputs.items()
+        }
+
+    @property
+    def origins_of_experts(self) -> list[tuple[str, str]]:
+        """Name of each expert of the result, and where its FFNs come from, in words."""
+        experts = zip(self.config.expert_names, self.config.experts, self.slots, strict=True)
+        return [(name, self._origin(expert.source_model, slot)) for name, expert, slot in experts]
+
+    def _origin(self, reference: str, slot: Slot) -> str:
+        if not isinstance(slot, Kept):
+            return reference
+        numbers = set(slot.numbers.values())
+        if len(numbers) > 1:
+            return "another expert in each layer"
+        number = numbers.pop()
+        own = self.mixture.names[number]
+        part = f", part {slot.part + 1} of {slot.parts}" if slot.parts > 1 else ""
+        return f"expert {number}{'' if own == str(number) else f' ({own})'}{part}"
 
     @property
     def folders(self) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config.config_copy import text_for
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.editing.plan import EditPlan
+from moemerge.errors import RefusedError
 from moemerge.merging.overwriting import replaceable_files
+from moemerge.model_card.edit_card import EditCard, write_edit_card
+from moemerge.model_card.metadata import licence_of
 from moemerge.planning.output import Computed
 from moemerge.progress import Progress, Task
 
@@ -88,4 +92,24 @@ def write_other_files(plan: EditPlan, folder: Path, final: Path) -> None:
         copy_file(path, folder / name)
     if (index := plan.index) is not None:
         (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
-    (folder / CONFIG_COPY).write_text(text_for(plan.config, final), encoding="utf-8")
+    text = text_for(plan.config, final)
+    (folder / CONFIG_COPY).write_text(text, encoding="utf-8")
+    licence = None
+    with suppress(RefusedError):  # only who publishes the model has to say
+        licence = licence_of(plan.sources)
+    write_edit_card(folder, final.resolve().name, _card(plan, text), plan.sources, licence)
+
+
+def _card(plan: EditPlan, text: str) -> EditCard:
+    mixture = plan.mixture
+    left_out = f" Left out: {', '.join(plan.dropped)}." if plan.dropped else ""
+    return EditCard(
+        model_type=mixture.family.model_type,
+        what=f"A {mixture.family.model_type} of {len(plan.slots)} experts, {plan.config.experts_per_token} per token: "
+        f"{plan.folder.reference} with {mixture.experts} experts, {mixture.experts_per_token} per token, edited with "
+        f"moemerge.{left_out}",
+        parameters=(plan.total_parameters, plan.active_parameters),
+        rows=plan.origins_of_experts,
+        notes=plan.notes,
+        text=text.rstrip(),
+    )
