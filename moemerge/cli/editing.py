@@ -122,7 +122,7 @@ def _check_options(out: Path, output: OutputOptions, push: PushOptions, routers:
 
 def _config_of(model: str, experts: ExpertOptions, announce: Callable[[str], None]) -> "MergeConfig":
     """Write the config of an edit that the command line describes."""
-    from moemerge.config.loading import parse_config
+    from moemerge.config.loading import load_config
     from moemerge.config.yaml_text import write_yaml
     from moemerge.editing.changes import edit_document
     from moemerge.sources.model_folder import open_model
@@ -132,7 +132,9 @@ def _config_of(model: str, experts: ExpertOptions, announce: Callable[[str], Non
     folder = open_model(model, announce)
     mixture = read_stored_mixture(folder, announce)
     document = edit_document(mixture, model, changes, kept_config(folder, announce))
-    return parse_config(write_yaml(document), "the edit")
+    config = load_config(document, allow_identical_experts=True)
+    config.was_read_from(write_yaml(document))
+    return config
 
 
 def plan_of(console: "Console", config: "MergeConfig", max_shard_size: str | None, *, quiet: bool) -> "EditPlan":

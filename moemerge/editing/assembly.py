@@ -60,18 +60,20 @@ class EditAssembly:
                 made = [self._ffn(slot, layer, roles) for slot in self.slots]
                 bands = tuple(chain.from_iterable(ffn.bands for ffn in made))
                 yield name, Output((len(made), *made[0].shape), bands, is_expert=True)
-        for number, slot in enumerate(self.slots):
-            if isinstance(slot, Kept) and self._is_copied(slot):
-                for name, tensor in mixture.of_expert(layer, slot.numbers[layer]).items():
-                    whole = Output(tensor.shape, ((Piece(tensor, tensor.dtype),),), is_expert=True)
-                    yield name.format(expert=number), whole
-                continue
-            for name, roles in family.experts.items():
-                if _EXPERT in name:
-                    yield name.format(expert=number), self._ffn(slot, layer, roles)
+        made_of = [self._own(slot, layer) for slot in self.slots]
+        for name in dict.fromkeys([name for name in family.experts if _EXPERT in name] + [*chain(*made_of)]):
+            yield from ((name.format(expert=number), own[name]) for number, own in enumerate(made_of) if name in own)
         for name, tensor in mixture.by_expert(layer).items():
             if name != family.router and name not in family.experts:
                 yield name, self._vector(layer, name, tensor)
+
+    def _own(self, slot: Slot, layer: int) -> dict[str, Output]:
+        """Make the tensors of one expert alone, by their names within the layer with `{expert}` for its number."""
+        if isinstance(slot, Kept) and self._is_copied(slot):
+            held = self.mixture.of_expert(layer, slot.numbers[layer])
+            return {name: Output(t.shape, ((Piece(t, t.dtype),),), is_expert=True) for name, t in held.items()}
+        names = {name: roles for name, roles in self.mixture.family.experts.items() if _EXPERT in name}
+        return {name: self._ffn(slot, layer, roles) for name, roles in names.items()}
 
     def _is_copied(self, slot: Kept) -> bool:
         return slot.is_whole and self.width == self.mixture.expert_width

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from moemerge.config.cross_checks import MIN_EXPERTS
 from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.editing.planner import number_of
 from moemerge.errors import RefusedError
@@ -60,6 +61,12 @@ def edit_document(
     experts.order(changes.order)
     experts.rename(changes.rename)
     left = len(experts.entries)
+    if left < MIN_EXPERTS:
+        only = next(iter(experts.entries), "NAME")
+        raise RefusedError(
+            f"a mixture has at least {MIN_EXPERTS} experts, and {left} would be left. `moemerge extract "
+            f"{reference}#{only} OUT` makes a dense model of one."
+        )
     per_token = changes.experts_per_token or min(mixture.experts_per_token, left)
     return {"base_model": reference, "experts": list(experts.entries.values()), "experts_per_token": per_token}
 

@@ -67,7 +67,8 @@ def plan_edit(
     mixture = read_stored_mixture(folder, announce)
     found = _Experts(config, folder, mixture, announce)
     slots = found.slots()
-    _refuse([*_foreign_keys(config), *found.problems, *_fit_problems(config, mixture, slots)])
+    _refuse([*_foreign_keys(config), *found.problems])
+    _refuse([*_fit_problems(config, mixture, slots)])
     width = max(slot.width(mixture) for slot in slots)
     output_config = edited_config(mixture, len(slots), config.experts_per_token, width)
     computes = any(isinstance(slot, Added) for slot in slots) or config.gate_mode != AUTO

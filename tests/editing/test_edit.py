@@ -1,0 +1,237 @@
+"""`moemerge edit`: what is kept, left out and added, byte for byte, and what a command line or config may ask for."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.header import read_header
+from moemerge.cli import main
+from tests.support.families import stored
+from tests.support.models import load, make_model, write_config
+
+IDS = torch.tensor([[1, 5, 9, 30, 77, 12, 4, 101]])
+
+
+@pytest.fixture(scope="module")
+def mixture(llamas, tmp_path_factory) -> Path:
+    """A mixture of four experts with random routers, called base, fox, code and chat."""
+    root = tmp_path_factory.mktemp("mixture")
+    config = write_config(root / "merge.yaml", llamas[0], llamas, prompts=False)
+    merge(plan_merge(load_config(config)), root / "mixture")
+    return root / "mixture"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line; gives the exit code and both outputs."""
+
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run_here
+
+
+def chosen(model, experts):
+    """A Mixtral of transformers with some of its experts alone, in this order."""
+    for layer in model.model.layers:
+        block = layer.mlp
+        block.experts.gate_up_proj = torch.nn.Parameter(block.experts.gate_up_proj[experts])
+        block.experts.down_proj = torch.nn.Parameter(block.experts.down_proj[experts])
+        block.experts.num_experts = len(experts)
+        block.gate.weight = torch.nn.Parameter(block.gate.weight[experts])
+        block.gate.num_experts = len(experts)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("flags", "result"),
+    [
+        (["--drop", "fox"], {"base": 0, "code": 2, "chat": 3}),
+        (["--drop", "fox,3"], {"base": 0, "code": 2}),
+        (["--keep", "3,fox,0"], {"chat": 3, "fox": 1, "base": 0}),
+        (["--order", "chat,code,fox,base"], {"chat": 3, "code": 2, "fox": 1, "base": 0}),
+        (["--keep", "0,1,2", "--drop", "1", "--rename", "code=py"], {"base": 0, "py": 2}),
+    ],
+)
+def test_experts_that_stay_compute_what_they_did(mixture, tmp_path, run, flags, result):
+    out = tmp_path / "out"
+    code, _, errors = run("edit", mixture, out, *flags)
+    assert (code, errors) == (0, "")
+    with torch.no_grad():
+        expected = chosen(load(mixture), [*result.values()])(IDS).logits
+        assert (load(out)(IDS).logits - expected).abs().max() < 1e-6
+    assert list(load_config(out / "moemerge_config.yaml").expert_names) == [*result]
+    assert run("verify", out)[0] == 0
+
+
+def test_without_changes_every_tensor_and_the_config_are_the_same(mixture, tmp_path, run):
+    assert run("edit", mixture, tmp_path / "out", "-q") == (0, "", "")
+    old, new = ({path.name: path for path in folder.iterdir()} for folder in (mixture, tmp_path / "out"))
+    assert old.keys() == new.keys()
+    for name in old.keys() - {"README.md", "moemerge_config.yaml"}:
+        assert old[name].read_bytes() == new[name].read_bytes()
+
+
+def test_a_config_says_the_same_as_the_command_line(mixture, tmp_path, run):
+    code, shown, _ = run("edit", mixture, tmp_path / "out", "--drop", "fox", "--top-k", "1", "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+    text = shown[: shown.index("\n\n")]
+    assert yaml.safe_load(text) == {
+        "base_model": str(mixture),
+        "experts": [{"source_model": f"{mixture}#{name}", "name": name} for name in ("base", "code", "chat")],
+        "experts_per_token": 1,
+    }
+    (tmp_path / "edit.yaml").write_text(text)
+    assert run("plan", tmp_path / "edit.yaml")[1] == shown[shown.index("\n\n") + 2 :]
+    assert run(tmp_path / "edit.yaml", tmp_path / "by config", "-q") == (0, "", "")
+    assert run("edit", mixture, tmp_path / "by flags", "--drop", "fox", "--top-k", "1", "-q") == (0, "", "")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "by config" / name).read_bytes() == (tmp_path / "by flags" / name).read_bytes()
+
+
+def test_prompts_and_texts_of_kept_experts_stay_in_the_config(llamas, tmp_path, run):
+    config = write_config(tmp_path / "merge.yaml", llamas[0], llamas)
+    merge(plan_merge(load_config(config)), tmp_path / "mixture")
+    assert run("edit", tmp_path / "mixture", tmp_path / "out", "--drop", "base", "-q")[0] == 0
+    before = load_config(tmp_path / "mixture" / "moemerge_config.yaml").experts
+    after = load_config(tmp_path / "out" / "moemerge_config.yaml").experts
+    assert [expert.positive_prompts for expert in after] == [expert.positive_prompts for expert in before[1:]]
+
+
+def test_a_wider_dense_model_widens_the_others_with_zeros(mixture, tmp_path, run, capsys):
+    wide = make_model(tmp_path / "wide", 9, intermediate_size=64)
+    capsys.readouterr()  # of transformers, which made it
+    document = {
+        "base_model": str(mixture),
+        "experts": [{"source_model": f"{mixture}#fox"}, {"source_model": f"{mixture}#2"}, {"source_model": str(wide)}],
+        "gate_mode": "random",
+    }
+    (tmp_path / "edit.yaml").write_text(yaml.safe_dump(document))
+    code, _, errors = run(tmp_path / "edit.yaml", tmp_path / "out")
+    assert (code, errors) == (
+        0,
+        "note: the mixture's experts have 48 neurons and are padded with zeros to 64, which changes nothing that they "
+        "compute\n",
+    )
+    old, new, dense = stored(mixture), stored(tmp_path / "out"), stored(wide)
+    experts = "model.layers.1.block_sparse_moe.experts"
+    assert torch.equal(new[f"{experts}.0.w1.weight"][:48], old[f"{experts}.1.w1.weight"])
+    assert not new[f"{experts}.0.w1.weight"][48:].any()
+    assert torch.equal(new[f"{experts}.0.w2.weight"][:, :48], old[f"{experts}.1.w2.weight"])
+    assert not new[f"{experts}.0.w2.weight"][:, 48:].any()
+    assert torch.equal(new[f"{experts}.2.w3.weight"], dense["model.layers.1.mlp.up_proj.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 64
+    assert load(tmp_path / "out")(IDS).logits.isfinite().all()
+
+
+def test_every_layer_may_keep_other_experts(mixture, tmp_path, run):
+    document = {
+        "base_model": str(mixture),
+        "experts": [
+            {"source_model": str(mixture), "by_layer": [0, 2, 1], "name": "first"},
+            {"source_model": str(mixture), "by_layer": [3, 3, 0], "name": "second"},
+        ],
+    }
+    (tmp_path / "edit.yaml").write_text(yaml.safe_dump(document))
+    assert run(tmp_path / "edit.yaml", tmp_path / "out", "-q") == (0, "", "")
+    old, new = stored(mixture), stored(tmp_path / "out")
+    for layer, kept in enumerate([(0, 3), (2, 3), (1, 0)]):
+        block = f"model.layers.{layer}.block_sparse_moe"
+        assert torch.equal(new[f"{block}.gate.weight"], old[f"{block}.gate.weight"][list(kept)])
+        for number, expert in enumerate(kept):
+            assert torch.equal(new[f"{block}.experts.{number}.w2.weight"], old[f"{block}.experts.{expert}.w2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--drop", "foxes"], "--drop: there is no expert 'foxes'; there are base, fox, code, chat."),
+        (["--keep", "0,7"], "--keep: there is no expert '7'; there are base, fox, code, chat."),
+        (["--drop", "fox,,1"], "--drop: expected names or numbers between commas, found 'fox,,1'."),
+        (["--order", "fox,code,chat"], "--order: expected each of base, fox, code, chat once; it leaves out base."),
+        (["--order", "fox,fox,code,chat,base"], "--order: expected each of base, fox, code, chat once; it names an expert twice."),
+        (["--rename", "fox"], "--rename: expected OLD=NEW, found 'fox'."),
+        (["--add", "fox=model"], "--add: there is an expert called 'fox' already. Choose another name."),
+        (["--replace", "fox=a", "--replace", "fox=b"], "--replace: fox is given 2 times: a, b. Give it once."),
+        (
+            ["--drop", "fox,code,chat"],
+            "a mixture has at least 2 experts, and 1 would be left. `moemerge extract {mixture}#base OUT` makes a dense "
+            "model of one.",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_edited_so_is_said(mixture, tmp_path, run, flags, problem):
+    code, _, errors = run("edit", mixture, tmp_path / "out", *flags)
+    assert code == 2
+    assert errors == f"error: {problem.format(mixture=mixture)}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_model_that_does_not_fit_is_refused_with_every_reason(mixture, tmp_path, run, capsys):
+    make_model(tmp_path / "other", 5, hidden_size=64)
+    make_model(tmp_path / "act", 5, hidden_act="gelu")
+    make_model(tmp_path / "short", 5, num_hidden_layers=2)
+    added = [word for name in ("other", "act", "short") for word in ("--add", f"{name}={tmp_path / name}")]
+    capsys.readouterr()  # of transformers, which made them
+    assert run("edit", mixture, tmp_path / "out", "-q", *added) == (
+        2,
+        "",
+        "error: This mixture cannot be edited so:\n"
+        "  - experts[4] (other): its hidden_size is 64, the mixture's 32\n"
+        "  - experts[5] (act): its FFN's activation is gelu, the mixture's silu\n"
+        "  - experts[6] (short): it has 2 layers, and the mixture has experts in layer 2\n",
+    )
+
+
+def test_keys_of_merges_are_refused(mixture, tmp_path, run):
+    document = {
+        "base_model": str(mixture),
+        "experts": [
+            {"source_model": f"{mixture}#0", "layers": "0-1", "name": "one"},
+            {"source_model": f"{mixture}#x", "name": "other"},
+        ],
+        "dtype": "float32",
+        "shared_weights": "average",
+    }
+    (tmp_path / "edit.yaml").write_text(yaml.safe_dump(document))
+    code, _, errors = run(tmp_path / "edit.yaml", tmp_path / "out")
+    assert (code, errors.splitlines()) == (
+        2,
+        [
+            "error: This mixture cannot be edited so:",
+            "  - dtype: the mixture's own stays, since base_model is a mixture. Remove the key",
+            "  - shared_weights: the mixture's own attention and norms stay. Remove the key",
+            "  - experts[0] (one): layers: every expert of an edited mixture is in all its layers",
+            "  - experts[1] (other): the mixture has no expert 'x': name one by its number, 0 to 3, or base, fox, code, chat",
+        ],
+    )
+
+
+def test_a_source_that_changes_is_noticed_and_nothing_is_written(mixture, tmp_path, run, monkeypatch):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in mixture.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    from moemerge.editing import writing
+
+    original = writing.write_other_files
+
+    def changed(*arguments):
+        (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+        return original(*arguments)
+
+    monkeypatch.setattr(writing, "write_other_files", changed)
+    code, _, errors = run("edit", copy, tmp_path / "out", "-q")
+    assert code == 1
+    assert "was changed while it was read" in errors
+    assert not (tmp_path / "out").exists()
+    assert read_header(copy / "model.safetensors")
