@@ -85,7 +85,7 @@ def plan_edit(
         output_config=output_config,
         base_files=find_base_files(folder, announce, needed=False),
         origins=_origins(sources, mixture, slots),
-        notes=(*(note for source in sources for note in source.notes), *_notes(mixture, slots, width)),
+        notes=(*(note for source in sources for note in source.notes), *_notes(mixture, slots, width, computes)),
         warnings=(),
     )
 
@@ -232,7 +232,14 @@ def _origins(sources: Sequence[ModelFolder], mixture: StoredMixture, slots: Sequ
     )
 
 
-def _notes(mixture: StoredMixture, slots: Sequence[Slot], width: int) -> Iterator[str]:
+def _notes(mixture: StoredMixture, slots: Sequence[Slot], width: int, computes: bool) -> Iterator[str]:
+    kept = {number for slot in slots if isinstance(slot, Kept) for number in slot.numbers.values()}
+    dropped = [name for number, name in enumerate(mixture.names) if number not in kept]
+    if dropped and not computes:
+        yield (
+            f"{', '.join(dropped)}: left out; tokens that chose {'it' if len(dropped) == 1 else 'them'} now take what "
+            "they would have chosen next, since the other router rows stay as they are"
+        )
     if width > mixture.expert_width and any(isinstance(slot, Kept) for slot in slots):
         yield (
             f"the mixture's experts have {mixture.expert_width} neurons and are padded with zeros to {width}, which "
