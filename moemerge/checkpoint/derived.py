@@ -15,6 +15,7 @@ from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
 from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.joined import Joined
 from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
@@ -135,12 +136,15 @@ def derivation(tensor: TensorInfo) -> Derived | None:
 
 
 def leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
-    """Yield the stored tensors that a tensor is read from in the end: itself, or all that it is computed from."""
+    """Yield the stored tensors that a tensor is read from in the end: itself, or all that it is made of."""
     if made := derivation(tensor):
         for source in (*made.inputs, *made.others):
             yield from leaves(source)
     elif isinstance(tensor.path, ColumnSlice):
         yield from leaves(tensor.path.stored)
+    elif isinstance(tensor.path, Joined):
+        for part in tensor.path.parts:
+            yield from leaves(part)
     elif isinstance(tensor.path, Packed | Unreadable):
         yield tensor.path.stored
     else:

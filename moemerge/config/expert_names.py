@@ -69,8 +69,16 @@ def repeated_names(names: Sequence[str | None]) -> list[int]:
 
 
 def _parts(model: str) -> tuple[list[str], str]:
-    """The parts of a reference that name something, the last one last, and its version; of an adapter's alone."""
+    """The parts of a reference that name something, the last one last, and its version; of an adapter's alone.
+
+    An expert of a mixture has its own name; one that is called by a number, the mixture's name before the number.
+    """
     reference = model.rpartition("+")[2] or model
+    mixture, mark, expert = reference.rpartition("#")
+    if mark and mixture and expert:
+        parts, version = _parts(mixture)
+        named = _writable(expert) or "model"
+        return ([*parts[:-1], f"{parts[-1]}-{named}"] if expert.isdecimal() else [*parts, named]), version
     repository = _REPOSITORY.fullmatch(reference)
     path = re.split(r"[/\\]", repository[1] if repository else reference)
     named = [_CACHED.sub("", part, count=1) for part in path if part not in {"", ".", "..", "~"}]

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any, Final
@@ -83,9 +84,11 @@ def _from_folder(text: str, folder: Path, *, pattern: bool) -> str:
 
 
 def _moved(text: str, one: Callable[[str], str | None], *, pattern: bool, absolute: bool = False) -> str:
-    """Replace a path, or in `model+adapter` each one, by what `one` makes of it; None keeps it."""
+    """Replace a path, or in `mixture#expert+adapter` each one, by what `one` makes of it; None keeps it."""
     if text.startswith(_REMOTE) or not text or (os.path.isabs(text) and not absolute):  # noqa: PTH117
         return text
+    if not pattern:
+        one = partial(_before_expert, one)
     whole = one(text)
     if whole is not None or pattern or "+" not in text:
         return text if whole is None else whole
@@ -96,6 +99,16 @@ def _moved(text: str, one: Callable[[str], str | None], *, pattern: bool, absolu
             rest = _moved("+".join(parts[end:]), one, pattern=False, absolute=absolute)
             return f"{parts[0] if first is None else first}+{rest}"
     raise AssertionError("a text with a plus has two parts")  # pragma: no cover
+
+
+def _before_expert(one: Callable[[str], str | None], text: str) -> str | None:
+    """Replace a path, or that of the mixture in `mixture#expert`."""
+    whole = one(text)
+    mixture, mark, expert = text.rpartition("#")
+    if whole is not None or not (mark and mixture and expert) or "+" in expert:
+        return whole
+    moved = one(mixture)
+    return None if moved is None else f"{moved}#{expert}"
 
 
 def _plain(path: str) -> str:

@@ -182,3 +182,26 @@ def test_a_copy_keeps_its_comments_beside_a_merge_key(project, monkeypatch):
         .replace("models/fox", '"../models/fox"')
         .replace("models/poems", '"../models/poems"')
     )
+
+
+def test_the_mixture_before_an_expert_s_name_is_a_path(project, tmp_path):
+    text = """\
+base_model: models/base
+experts:
+  - source_model: models/fox#code
+  - source_model: acme/owl#1+models/poems
+  - source_model: models/fox#2+models/poems
+  - source_model: models/c#
+"""
+    (project / "models" / "c#").mkdir()
+    (project / "merge.yaml").write_text(text)
+    config = load_config("../project/merge.yaml")
+    moved = [
+        "../project/models/fox#code",
+        "acme/owl#1+../project/models/poems",
+        "../project/models/fox#2+../project/models/poems",
+        "../project/models/c#",
+    ]
+    assert [expert.source_model for expert in config.experts] == moved
+    copied = yaml.safe_load(text_for(config, tmp_path / "out"))
+    assert [expert["source_model"] for expert in copied["experts"]] == moved

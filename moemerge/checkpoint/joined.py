@@ -1,0 +1,81 @@
+"""Tensors that lie apart, read as one: the rows of each below those of the one before."""
+
+import hashlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of, read_exactly
+from moemerge.checkpoint.header import TensorInfo
+
+_BLOCK_BYTES: Final = 2**23
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, made of others of one dtype and width."""
+
+    parts: tuple[TensorInfo, ...]
+
+    def __repr__(self) -> str:
+        return " and ".join(dict.fromkeys(str(part.path) for part in self.parts))
+
+    @property
+    def name(self) -> str:
+        """The name of the file with the first rows."""
+        return self.parts[0].path.name
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def identity(self) -> str:
+        """A hash of where each part lies, and of its file's stamp or identity."""
+        parts = [(repr(part), fingerprint_of(part.path)) for part in self.parts]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def keep(self, folder: Path, start: int, nbytes: int) -> None:
+        """Keep the parts whole, whatever range is given."""
+        del start, nbytes
+        for part in self.parts:
+            part.keep(folder)
+
+    def open(self, start: int, nbytes: int) -> Reader:
+        """Open `nbytes` bytes from offset `start` on; reading may raise what reading the parts does."""
+        return BlockReader(self._chunks(start, start + nbytes))
+
+    def _chunks(self, start: int, end: int) -> Generator[bytes, None, None]:
+        before = 0
+        for part in self.parts:
+            first, last = max(start - before, 0), min(end - before, part.nbytes)
+            before += part.nbytes
+            if first < last:
+                with replace(part, start=part.start + first, nbytes=last - first).open() as reader:
+                    while first < last and (block := read_exactly(reader, min(_BLOCK_BYTES, last - first))):
+                        yield block
+                        first += len(block)
+                if first < last:
+                    return  # the file ends here, which whoever reads says
+
+
+def joined(name: str, parts: Sequence[TensorInfo]) -> TensorInfo:
+    """The rows of several tensors as one tensor; where they follow each other in one file, a part of that file.
+
+    Raises:
+        ValueError: their dtypes differ, or their shapes beyond the first axis.
+    """
+    first = parts[0]
+    if {(part.dtype, part.shape[1:]) for part in parts} != {(first.dtype, first.shape[1:])}:
+        raise ValueError(f"{name}: {[(part.dtype, part.shape) for part in parts]} cannot lie below each other")
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    nbytes = sum(part.nbytes for part in parts)
+    follow = all(
+        part.path == before.path and part.start == before.start + before.nbytes for before, part in pairwise(parts)
+    )
+    if follow:
+        return replace(first, name=name, shape=shape, nbytes=nbytes)
+    return TensorInfo(name, Joined(tuple(parts)), first.dtype, shape, 0, nbytes)
