@@ -77,8 +77,8 @@ def _parts(model: str) -> tuple[list[str], str]:
     mixture, mark, expert = reference.rpartition("#")
     if mark and mixture and expert:
         parts, version = _parts(mixture)
-        named = _writable(expert) or "model"
-        return ([*parts[:-1], f"{parts[-1]}-{named}"] if expert.isdecimal() else [*parts, named]), version
+        own = _writable(expert) or "model"
+        return ([*parts[:-1], f"{parts[-1]}-{own}"] if expert.isdecimal() else [*parts, own]), version
     repository = _REPOSITORY.fullmatch(reference)
     path = re.split(r"[/\\]", repository[1] if repository else reference)
     named = [_CACHED.sub("", part, count=1) for part in path if part not in {"", ".", "..", "~"}]

@@ -6,9 +6,8 @@ from typing import Any, Final
 
 from moemerge.config.cross_checks import MIN_EXPERTS
 from moemerge.config.schema import MergeConfig, RoutedExpert
-from moemerge.editing.planner import number_of
 from moemerge.errors import RefusedError
-from moemerge.families.stored_mixture import StoredMixture
+from moemerge.families.stored_mixture import StoredMixture, number_of
 
 # What a config says of an expert beside its model, which an edit keeps for its router's sake and for later edits.
 _DESCRIPTIONS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")

@@ -18,7 +18,7 @@ from moemerge.editing.plan import EditPlan
 from moemerge.editing.slots import Added, Kept, Slot
 from moemerge.errors import IncompatibleError, MoemergeError
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
-from moemerge.families.stored_mixture import StoredMixture
+from moemerge.families.stored_mixture import StoredMixture, number_of
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins
 from moemerge.planning.output import Output
@@ -142,16 +142,6 @@ class _Experts:
         if max(by_layer) >= experts:
             return f"by_layer names expert {max(by_layer)}, and the mixture's are numbered 0 to {experts - 1}"
         return by_layer
-
-
-def number_of(name: str, mixture: StoredMixture) -> int | str:
-    """The number of one of a mixture's experts by its name or number; a returned text says why there is none."""
-    if name in mixture.names:
-        return mixture.names.index(name)
-    if name.isdecimal() and int(name) < mixture.experts:
-        return int(name)
-    names = "" if mixture.names == tuple(map(str, range(mixture.experts))) else f", or {', '.join(mixture.names)}"
-    return f"the mixture has no expert {name!r}: name one by its number, 0 to {mixture.experts - 1}{names}"
 
 
 def _refuse(problems: Sequence[str]) -> None:

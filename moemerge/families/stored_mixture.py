@@ -137,6 +137,16 @@ class StoredMixture:
         return layer_prefix(layer) + name
 
 
+def number_of(name: str, mixture: StoredMixture) -> int | str:
+    """The number of one of a mixture's experts by its name or number; a returned text says why there is none."""
+    if name in mixture.names:
+        return mixture.names.index(name)
+    if name.isdecimal() and int(name) < mixture.experts:
+        return int(name)
+    names = "" if mixture.names == tuple(map(str, range(mixture.experts))) else f", or {', '.join(mixture.names)}"
+    return f"the mixture has no expert {name!r}: name one by its number, 0 to {mixture.experts - 1}{names}"
+
+
 def per_token_key(family: MoeFamily) -> str:
     """The key of `config.json` for the number of experts per token."""
     return next(key for key, name in family.named.items() if name.endswith("experts_per_token"))

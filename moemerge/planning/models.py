@@ -11,6 +11,8 @@ from moemerge.errors import IncompatibleError, NoSuchModelError, SourceError
 from moemerge.families.dense import DenseModel, read_dense
 from moemerge.places import Place
 from moemerge.sources.model_folder import ModelFolder, open_model
+from moemerge.sources.reference import split_expert
+from moemerge.sources.stored_mixtures import expert_references, is_mixture
 from moemerge.sources.wrong_names import nearest_model
 
 
@@ -67,8 +69,10 @@ def open_models(config: MergeConfig, announce: Callable[[str], None]) -> Models:
     opened = _open_all(config, announce)
     base = opened[config.base_model]
     placed = [(place, opened[expert.source_model]) for place, expert in zip(_places(config), every_expert, strict=True)]
-    found = check_configs(base.config, [(_name(place, folder), folder.config) for place, folder in placed])
-    refuse(found.problems)
+    mixtures = [(place, folder) for place, folder in placed if is_mixture(folder)]
+    dense = [(_name(place, folder), folder.config) for place, folder in placed if (place, folder) not in mixtures]
+    found = check_configs(base.config, dense)
+    refuse([*found.problems, *(_choose_expert(place, folder, announce) for place, folder in mixtures)])
     base_member = Member("base_model", "base_model", base, _dense(base))
     members = tuple(Member(place, _name(place, folder), folder, _dense(folder)) for place, folder in placed)
     routed = len(config.experts)
@@ -91,7 +95,8 @@ def _open_all(config: MergeConfig, announce: Callable[[str], None]) -> dict[str,
     folders = [Path(), *([config.file.parent] if config.file else [])]
     problems: list[tuple[Place, str]] = []
     for reference, (place, reason) in errors.items():
-        near = nearest_model(reference, folders) if "Did you mean" not in str(reason) else None
+        looks = "Did you mean" not in str(reason) and not split_expert(reference)
+        near = nearest_model(reference, folders) if looks else None
         problems.append((place, f"{reason}{f' Did you mean {near}?' if near else ''}"))
     if len(errors) == 1 and not config.written:  # there is no line to find it by
         (_, only), (_, problem) = next(iter(errors.values())), problems[0]
@@ -131,6 +136,12 @@ def _places(config: MergeConfig) -> list[str]:
 
 def _name(place: str, folder: ModelFolder) -> str:
     return f"{place} {folder.reference}"
+
+
+def _choose_expert(place: str, folder: ModelFolder, announce: Callable[[str], None]) -> str:
+    kind, experts = folder.config["model_type"], expert_references(folder, announce)
+    which = f": {', '.join(experts)}" if experts else ", as in MODEL#0"
+    return f"{_name(place, folder)}: it is a mixture (model_type {kind!r}): name one of its experts{which}"
 
 
 def _dense(folder: ModelFolder) -> DenseModel:

@@ -14,7 +14,8 @@ from moemerge.planning.origins import origins_of
 from moemerge.planning.plan import MergePlan, Remarks
 from moemerge.planning.shape import Shape, shape_of
 from moemerge.planning.shared_choice import BASE, postpone, with_method
-from moemerge.sources.model_folder import ModelFolder, fetch_if_room, read_tensor_tables
+from moemerge.sources.cache_room import fetch_if_room
+from moemerge.sources.model_folder import ModelFolder, read_tensor_tables
 
 
 def plan_merge(

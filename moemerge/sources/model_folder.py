@@ -1,16 +1,13 @@
 """Open models: from a reference in the YAML to `config.json` and the table of tensors; no tensor bytes are read."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from shutil import disk_usage
 from typing import Any, Literal
 
-from moemerge.checkpoint.derived import leaves
-from moemerge.checkpoint.disk import nearest_folder
-from moemerge.checkpoint.files import File, Stamp, size_of
+from moemerge.checkpoint.files import File, Stamp
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import NoSuchModelError, SourceError
@@ -20,7 +17,7 @@ from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
 from moemerge.sources.name_prefixes import unwrapped
-from moemerge.sources.reference import Reference, parse_reference, split_adapter
+from moemerge.sources.reference import Reference, parse_reference, split_adapter, split_expert
 from moemerge.sources.wrong_names import check_merged_folder, no_model
 
 __all__ = [
@@ -28,7 +25,6 @@ __all__ = [
     "ModelFolder",
     "Reference",
     "fetch_files",
-    "fetch_if_room",
     "open_merged",
     "open_model",
     "parse_reference",
@@ -56,6 +52,10 @@ class ModelFolder:
     """The stamp of each of its files when it was first read, to notice files that change later."""
     notes: list[str] = field(default_factory=list, compare=False)
     """Notes on what is odd about its files."""
+    mixture: "ModelFolder | None" = None
+    """The mixture whose expert it is, if it is one; its files are the mixture's."""
+    expert: int | Literal["shared"] = "shared"
+    """The expert of `mixture` that it is."""
 
     @property
     def own_folders(self) -> tuple[Path, ...]:
@@ -92,17 +92,26 @@ class ModelFolder:
 def open_model(reference: str, announce: Announce) -> ModelFolder:
     """Find a model and read its `config.json`; only the small files of a Hub model are downloaded.
 
+    `MIXTURE#NAME` is opened as the dense model that the expert is; the headers of the mixture's weights are read.
+
     Raises:
         SourceError: the reference leads nowhere, or to no model.
-        CheckpointError: its `config.json` is damaged.
+        IncompatibleError: it is an expert that no dense model computes like; lists every reason.
+        CheckpointError: its `config.json` is damaged, or for an expert the mixture's weights.
     """
     if split := split_adapter(reference):
         model, adapter = split
+        if split_expert(adapter):
+            raise NoSuchModelError(f"{reference}: an adapter has no experts; write MIXTURE#EXPERT+ADAPTER.")
         opened = open_model(model, announce)
         _, folder = _find(adapter, announce, also=ADAPTER_WEIGHTS)
         config = folder / ADAPTER_CONFIG
         opened.stamps.update({config: Stamp.of(config)} if config.is_file() else {})
         return replace(opened, reference=reference, adapters=(*opened.adapters, open_adapter(adapter, folder)))
+    if chosen := split_expert(reference):
+        from moemerge.sources.mixture_experts import open_expert
+
+        return open_expert(reference, *chosen, announce)
     origin, folder = _find(reference, announce)
     if not (folder / "config.json").exists():
         raise NoSuchModelError(no_model(reference, folder))
@@ -193,13 +202,14 @@ def read_tensor_tables(
         SourceError: see `read_tensor_table`.
         CheckpointError: see `read_tensor_table`.
     """
-    read: dict[Path, dict[str, TensorInfo]] = {}
+    read: dict[tuple[Path, Any], dict[str, TensorInfo]] = {}
     tables = []
     for model in models:
-        if model.folder not in read:
+        key = (model.folder, model.mixture and model.expert)
+        if key not in read:
             found = _read_weights(model, announce, weights)
-            read[model.folder] = unwrapped(found, partial(_noted, model)) if dense else found
-        tensors = read[model.folder]
+            read[key] = unwrapped(found, partial(_noted, model)) if dense else found
+        tensors = read[key]
         for adapter in model.adapters:
             for path in (adapter.folder / name for name in ADAPTER_WEIGHTS):
                 if path.is_file():
@@ -212,6 +222,10 @@ def read_tensor_tables(
 def _read_weights(
     model: ModelFolder, announce: Announce, weights: Literal["download", "stream"]
 ) -> dict[str, TensorInfo]:
+    if model.mixture:
+        from moemerge.sources.mixture_experts import expert_tensors
+
+        return expert_tensors(model.mixture, model.expert, announce, weights)
     named = weights_named(model.config)
     if isinstance(model.origin, Reference):
         from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
@@ -247,49 +261,3 @@ def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, TensorIn
         note for note in named if note not in model.notes
     )  # it may be read twice: streamed, then downloaded
     return tensors
-
-
-def fetch_if_room(
-    models: Mapping[str, ModelFolder],
-    tables: Mapping[str, dict[str, TensorInfo]],
-    *,
-    beside: tuple[Path | None, int],
-    announce: Announce,
-) -> dict[str, dict[str, TensorInfo]]:
-    """Download the weights of those models that are on the Hub, if the cache's disk has space for all of them.
-
-    Args:
-        models: models by reference.
-        tables: tensor tables of the models, by reference.
-        beside: a folder, and how many bytes will be written there at the same time.
-        announce: called with a line about each step that takes long.
-
-    Returns:
-        The tables of the downloaded models, by reference.
-
-    Raises:
-        SourceError: the Hub does not give the weights.
-        CheckpointError: a model's files are damaged or incomplete.
-    """
-    files = {
-        reference: {leaf.path for tensor in table.values() for leaf in leaves(tensor)}
-        for reference, table in tables.items()
-    }
-    remote = {reference: found for reference, found in files.items() if not all(isinstance(f, Path) for f in found)}
-    if not remote:
-        return {}
-    from moemerge.sources.hub import cache_folder
-
-    cache, (folder, written_bytes) = nearest_folder(cache_folder()), beside
-    needed = sum(size_of(file) for file in set().union(*remote.values()) if not isinstance(file, Path))
-    if folder and nearest_folder(folder).stat().st_dev == cache.stat().st_dev:
-        needed += written_bytes
-    room = disk_usage(cache).free
-    if room < needed:
-        announce(
-            f"the disk of the Hub's cache has {room / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB would be needed: "
-            "weights are streamed from the Hub, as with --stream"
-        )
-        return {}
-    read = read_tensor_tables([models[reference] for reference in remote], announce, dense=True)
-    return dict(zip(remote, read, strict=True))

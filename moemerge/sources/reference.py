@@ -23,9 +23,13 @@ class Reference:
 def parse_reference(text: str) -> Path | Reference:
     """Parse a reference: a folder if one of that name exists, else a Hub repository, `user/name[@revision]`.
 
+    Of an expert, `MIXTURE#NAME`, it is the mixture that is parsed.
+
     Raises:
         NoSuchModelError: it is neither; says which it looks like and what to write.
     """
+    if expert := split_expert(text):
+        return parse_reference(expert[0])
     try:
         path = Path(text).expanduser()
         if path.is_dir():

@@ -1,20 +1,34 @@
 """Open a mixture as it is stored: its config, its tensors by the names of its family, and names of its experts."""
 
+from typing import Literal
+
 from moemerge.config.loading import load_config
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.errors import IncompatibleError, MoemergeError
+from moemerge.families.dense import read_dense
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
 from moemerge.sources.model_folder import Announce, ModelFolder, fetch_files, read_tensor_table
 
 
 def is_mixture(model: ModelFolder) -> bool:
-    """Whether a model is a mixture of a kind that is read."""
-    return model.config.get("model_type") in MOE_FAMILIES
+    """Whether a model is a mixture of a kind that is read; some types are those of dense models too."""
+    return model.config.get("model_type") in MOE_FAMILIES and isinstance(read_dense(model.config), str)
 
 
-def read_stored_mixture(model: ModelFolder, announce: Announce) -> StoredMixture:
-    """Read the tensor table of a mixture from headers alone; weights of a Hub model are left there.
+def expert_references(model: ModelFolder, announce: Announce) -> list[str]:
+    """References to all experts of a mixture, by name where its folder says their names; nothing of it is checked."""
+    family = MOE_FAMILIES[str(model.config["model_type"])]
+    count = next((model.config.get(key) for key, name in family.named.items() if name == "experts"), None)
+    config = kept_config(model, announce)
+    names = config.expert_names if config else range(count if isinstance(count, int) else 0)
+    return [f"{model.reference}#{name}" for name in names]
+
+
+def read_stored_mixture(
+    model: ModelFolder, announce: Announce, weights: Literal["download", "stream"] = "stream"
+) -> StoredMixture:
+    """Read the tensor table of a mixture from headers alone; by default, weights of a Hub model are left there.
 
     Raises:
         IncompatibleError: the model is no mixture of a kind that is read, or has no router.
@@ -32,7 +46,7 @@ def read_stored_mixture(model: ModelFolder, announce: Announce) -> StoredMixture
         raise IncompatibleError(
             f"{model.reference}: its config.json has no {per_token_key(family)}, which a {family.model_type} has.", []
         )
-    tensors = read_tensor_table(model, announce, weights="stream")
+    tensors = read_tensor_table(model, announce, weights=weights)
     router = next((tensor for name, tensor in tensors.items() if name.endswith(f".{family.router}")), None)
     if router is None:
         raise IncompatibleError(f"{model.reference}: has no router: no tensor is called *.{family.router}.", [])

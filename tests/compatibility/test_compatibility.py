@@ -73,12 +73,12 @@ def test_a_model_type_that_is_not_known_is_named(tmp_path, pair):
 
 def test_a_mixture_is_called_one(tmp_path, pair):
     merge(plan(tmp_path, pair), tmp_path / "mix")
-    said = (
-        "it is a mixture already (model_type 'mixtral'): name the dense models that it was made from, which "
-        "moemerge_config.yaml in its folder lists if moemerge made it"
-    )
-    assert problems(tmp_path, [pair[0], pair[1], tmp_path / "mix"]) == [f"experts[1] /mix: {said}"]
-    assert problems(tmp_path, [tmp_path / "mix", *pair[1:]]) == [f"base_model: {said}"]
+    assert problems(tmp_path, [pair[0], pair[1], tmp_path / "mix"]) == [
+        "experts[1] /mix: it is a mixture (model_type 'mixtral'): name one of its experts: /mix#one, /mix#two"
+    ]
+    assert problems(tmp_path, [tmp_path / "mix", *pair[1:]]) == [
+        "base_model: it is a mixture (model_type 'mixtral'): name one of its experts, as in MODEL#0 or MODEL#NAME"
+    ]
 
 
 def test_a_model_type_that_no_family_repeats_is_refused_with_the_reason(tmp_path, pair):

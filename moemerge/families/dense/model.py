@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NoReturn
 
-from moemerge.config.schema import CONFIG_COPY
 from moemerge.families.dense.config_checks import UnreadableError, is_read, read_values
 from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
@@ -199,8 +198,7 @@ def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
         raise UnreadableError(f"it is multimodal ({model_type}); save its text model ({inner}) alone and merge that")
     if any(type(config.get(key)) is int and config[key] > 1 for key in _EXPERT_COUNTS):
         raise UnreadableError(
-            f"it is a mixture already (model_type {model_type!r}): name the dense models that it was made from, which "
-            f"{CONFIG_COPY} in its folder lists if moemerge made it"
+            f"it is a mixture (model_type {model_type!r}): name one of its experts, as in MODEL#0 or MODEL#NAME"
         )
     known = ", ".join(DENSE_FAMILIES)
     raise UnreadableError(f"its model_type is {model_type!r}; moemerge reads dense models of type {known}")
