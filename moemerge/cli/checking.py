@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,11 @@ from moemerge.cli.options import AllowIdentical, CacheDir, Debug, Json, VerboseO
 from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
 from moemerge.errors import RefusedError
 from moemerge.progress import Task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moemerge.checks.verification import Verification
 
 
 def inspect_model(
@@ -80,12 +85,8 @@ def verify_model(
     with console_session(quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=cache_dir) as console:
         from dataclasses import asdict
 
-        from moemerge.checks.verification import verify_merge
-        from moemerge.cli.progress import show_progress
         from moemerge.cli.render import print_verification
         from moemerge.config.schema import CONFIG_COPY
-        from moemerge.editing.verifying import verify_edit
-        from moemerge.planning.options import PlanOptions
         from moemerge.sources.model_folder import open_merged
 
         if against is not None:
@@ -96,15 +97,7 @@ def verify_model(
             raise RefusedError(f"{out}: has no {CONFIG_COPY}. Name the config that it was merged from with --against.")
         same = allow_identical_experts or against is None
         request = PlanRequest(against or out / CONFIG_COPY, same, family=family)
-        edit = edit_in(request)
-        plan: Any = (
-            plan_of(console, edit, None, quiet=quiet)
-            if edit
-            else plan_from(console, request, PlanOptions(needs_texts=False, weights="stream"), quiet=quiet)
-        )
-        with show_progress(console, quiet=quiet) as progress:
-            report = partial(progress, Task("weights"))
-            found = (verify_edit if edit else verify_merge)(plan, out, seed=seed, progress=report)
+        found = _verify(console, request, out, seed=seed, quiet=quiet)
         for note in found.notes:
             announcer(console, quiet=quiet)(f"note: {note}")
         if messages.json:
@@ -113,3 +106,18 @@ def verify_model(
             print_verification(stdout(), out, found)
         if found.differences:
             raise typer.Exit(1)
+
+
+def _verify(console: "Console", request: PlanRequest, out: Path, *, seed: int, quiet: bool) -> "Verification":
+    """Compare a folder with the plan of a config, of a merge or of an edit."""
+    from moemerge.checks.verification import verify_merge
+    from moemerge.cli.progress import show_progress
+    from moemerge.editing.verifying import verify_edit
+    from moemerge.planning.options import PlanOptions
+
+    edit = edit_in(request)
+    options = PlanOptions(needs_texts=False, weights="stream")
+    plan: Any = plan_of(console, edit, None, quiet=quiet) if edit else plan_from(console, request, options, quiet=quiet)
+    with show_progress(console, quiet=quiet) as progress:
+        report = partial(progress, Task("weights"))
+        return (verify_edit if edit else verify_merge)(plan, out, seed=seed, progress=report)

@@ -19,6 +19,7 @@ UNIFORM: Final = "uniform mixture"
 ORACLE: Final = "label oracle"
 SOUP: Final = "weight average"
 BASE: Final = "base"
+UNEDITED: Final = "before the edit"
 EXPERT: Final = "expert "
 """How the name of a dense expert begins; the expert's own name follows."""
 

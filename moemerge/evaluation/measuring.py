@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moemerge.chats import Document
@@ -14,6 +15,7 @@ from moemerge.evaluation.figures import (
     MERGED,
     ORACLE,
     SOUP,
+    UNEDITED,
     UNIFORM,
     Domain,
     Evaluation,
@@ -28,8 +30,12 @@ from moemerge.evaluation.model_runs import RoutingTally, Runs
 from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
 from moemerge.evaluation.seen_text import seen_text_notes
 from moemerge.evaluation.settings import EvaluationSettings
+from moemerge.file_kinds import Kind, what_is
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.progress import Progress
+from moemerge.sources.model_folder import open_merged
+from moemerge.sources.reference import split_expert
+from moemerge.sources.stored_mixtures import is_mixture
 
 
 def measure(
@@ -56,7 +62,8 @@ def measure(
     runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=routing.add)
     notes += [note for model in dense if (note := _try(runs, model.name, model))]
     if baselines:
-        made = {UNIFORM: uniform(mixture), SOUP: average(SOUP, dense[1:]) if dense else ""}
+        experts = [model for model in dense if model.name.startswith(EXPERT)]
+        made = {UNIFORM: uniform(mixture), SOUP: average(SOUP, experts) if experts else ""}
         for name, baseline in made.items():
             notes.append(_try(runs, name, baseline) if isinstance(baseline, Runnable) else baseline)
         _run_oracle(runs, mixture, texts, notes)
@@ -69,13 +76,21 @@ def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tup
     """Open the base and every expert that is still there, with notes; without the base none is opened."""
     if mixture.config is None:
         return [], [f"{mixture.folder} does not say what it was merged from: base and experts are left out"]
-    named = [(mixture.config.base_model, BASE)]
+    base = _unedited(mixture.config.base_model)
+    named = [] if base else [(mixture.config.base_model, BASE)]
     named += [(e.source_model, f"{EXPERT}{n}") for e, n in zip(mixture.config.experts, mixture.experts, strict=True)]
     try:
-        return [open_dense(reference, name, announce) for reference, name in named], []
+        return base + [open_dense(reference, name, announce) for reference, name in named], []
     except MoemergeError as error:
         why = f"{error} Paths in its {CONFIG_COPY} count from its folder, else from the current one."
         return [], [f"base, experts and their average are left out: {why}"]
+
+
+def _unedited(base: str) -> list[Runnable]:
+    """Open the mixture that an edited one was made from, if its base is one in a folder here."""
+    if split_expert(base) or what_is(Path(base)) is not Kind.MODEL or not is_mixture(open_merged(base)):
+        return []
+    return [replace(open_mixture(base).runnable, name=UNEDITED)]
 
 
 def _try(runs: Runs, name: str, model: Runnable, domain: int | None = None) -> str:

@@ -186,10 +186,12 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Ru
 
 def _identity(keys: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
     try:
-        files = sorted((str(tensor.path), str(fingerprint_of(tensor.path))) for tensor in tensors.values())
+        files = sorted(
+            (name, tensor.start, str(tensor.path), str(fingerprint_of(tensor.path))) for name, tensor in tensors.items()
+        )
     except OSError:  # a file that went away is noticed when it is read
         return ""
-    return hashlib.sha256(repr((sorted(keys.items()), sorted(tensors), files)).encode()).hexdigest()
+    return hashlib.sha256(repr((sorted(keys.items()), files)).encode()).hexdigest()
 
 
 def stored(

@@ -10,6 +10,7 @@ from moemerge.evaluation.figures import (
     MERGED,
     ORACLE,
     SOUP,
+    UNEDITED,
     UNIFORM,
     Domain,
     Evaluation,
@@ -17,6 +18,7 @@ from moemerge.evaluation.figures import (
 
 WORDS: Final = {
     MERGED: "the mixture as it is",
+    UNEDITED: "the mixture that it was made from by `moemerge edit`",
     BASE: "the dense model that attention, embeddings and norms come from",
     "expert NAME": "the dense model that an expert's FFNs come from, by itself",
     UNIFORM: "the mixture with all its experts weighing alike: what routing adds is the difference to it",
@@ -70,7 +72,7 @@ def _too_few(domain: Domain) -> list[str]:
 def _against_others(found: Evaluation) -> list[str]:
     """Sort the other models by what is sure of their differences."""
     experts = [model for model in found.differences if model.startswith(EXPERT)]
-    models = [model for model in (BASE, *experts, SOUP, UNIFORM) if model in found.differences]
+    models = [model for model in (UNEDITED, BASE, *experts, SOUP, UNIFORM) if model in found.differences]
     parts = []
     for sign, (word, all_experts) in _SURE.items():
         if alike := [model for model in models if found.differences[model].sign == sign]:
