@@ -1,13 +1,13 @@
 """Decide from tensor tables alone what each tensor of an edited mixture is made of."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Fill, Piece
 from moemerge.dtypes import HeaderDType
-from moemerge.editing.slots import Added, Kept, Slot
+from moemerge.editing.slots import Kept, Slot
 from moemerge.families.dense import Role
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.stored_mixture import StoredMixture
@@ -27,6 +27,8 @@ class EditAssembly:
     """Neurons that are stored for every expert; narrower ones are padded with zeros."""
     computes_routers: bool
     """Whether some router rows are computed while the other tensors are copied."""
+    shared: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """Tensors that take the place of the mixture's own, by name."""
 
     def outputs(self) -> dict[str, Output]:
         """All tensors of the result by name, in the order in which they are stored; routers last."""
@@ -39,7 +41,7 @@ class EditAssembly:
         for name, tensor in mixture.tensors.items():
             layer = owners.get(name)
             if layer is None:
-                outputs[name] = Output(tensor.shape, ((Piece(tensor, tensor.dtype),),))
+                outputs[name] = Output(tensor.shape, ((Piece(self.shared.get(name, tensor), tensor.dtype),),))
             elif layer not in begun:
                 begun.add(layer)
                 outputs |= {layer_prefix(layer) + inner: made for inner, made in self._experts(layer)}
@@ -114,7 +116,7 @@ class EditAssembly:
         """Take the entry of each expert from a tensor (expert, ...); entries that follow each other are one piece."""
         runs: list[tuple[int, int]] = []
         for slot in self.slots:
-            number = -1 if isinstance(slot, Added) else slot.numbers[layer]
+            number = slot.numbers[layer] if isinstance(slot, Kept) else -1
             if runs and number >= 0 and runs[-1][0] >= 0 and number == sum(runs[-1]):
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:

@@ -12,7 +12,7 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.shards import Shard
 from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
 from moemerge.dtypes import HeaderDType
-from moemerge.editing.slots import Added, Kept, Slot
+from moemerge.editing.slots import Kept, New, Slot
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.origins import Origins, remote_bytes
 from moemerge.planning.output import Computed, Output
@@ -57,9 +57,9 @@ class EditPlan:
         return {name: o.origin for name, o in self.outputs.items() if isinstance(o.origin, Computed)}
 
     @property
-    def added(self) -> dict[int, Added]:
-        """Experts whose FFNs come from dense models, by their numbers in the result."""
-        return {number: slot for number, slot in enumerate(self.slots) if isinstance(slot, Added)}
+    def new(self) -> dict[int, New]:
+        """Experts that the mixture does not have yet, by their numbers in the result."""
+        return {number: slot for number, slot in enumerate(self.slots) if not isinstance(slot, Kept)}
 
     @property
     def dropped(self) -> tuple[str, ...]:

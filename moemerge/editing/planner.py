@@ -1,6 +1,6 @@
 """Plan an edit: from a config whose base model is a mixture to every byte of the result."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -14,8 +14,10 @@ from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
 from moemerge.editing.assembly import EditAssembly
 from moemerge.editing.config_keys import edited_config
+from moemerge.editing.fitting import misfits
 from moemerge.editing.plan import EditPlan
-from moemerge.editing.slots import Added, Kept, Slot
+from moemerge.editing.shared_halves import averaged
+from moemerge.editing.slots import Added, Foreign, Kept, Slot
 from moemerge.errors import IncompatibleError, MoemergeError
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
 from moemerge.families.stored_mixture import StoredMixture, number_of
@@ -23,7 +25,7 @@ from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins
 from moemerge.planning.output import Output
 from moemerge.planning.tokenizer_files import find_base_files
-from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
 from moemerge.sources.reference import split_expert
 from moemerge.sources.stored_mixtures import is_mixture, read_stored_mixture
 
@@ -67,14 +69,18 @@ def plan_edit(
     mixture = read_stored_mixture(folder, announce)
     found = _Experts(config, folder, mixture, announce)
     slots = found.slots()
-    _refuse([*_foreign_keys(config), *found.problems])
+    _refuse([*_foreign_keys(config, found.others), *found.problems])
     _refuse([*_fit_problems(config, mixture, slots)])
+    shared, problems = (
+        averaged(mixture, [*found.others.values()]) if config.shared_weights.method == "average" else ({}, [])
+    )
+    _refuse([f"shared_weights: {problem}" for problem in problems])
     width = max(slot.width(mixture) for slot in slots)
     output_config = edited_config(mixture, len(slots), config.experts_per_token, width)
-    computes = any(isinstance(slot, Added) for slot in slots) or config.gate_mode != AUTO
-    outputs = EditAssembly(mixture, slots, width, computes).outputs()
+    computes = not all(isinstance(slot, Kept) for slot in slots) or config.gate_mode != AUTO
+    outputs = EditAssembly(mixture, slots, width, computes, shared).outputs()
     specs = [_spec(name, output, mixture) for name, output in outputs.items()]
-    sources = (folder, *found.opened)
+    sources = tuple(source for source, _ in found.tables.values())
     return EditPlan(
         config=config,
         sources=sources,
@@ -84,7 +90,7 @@ def plan_edit(
         shards=tuple(layout_shards(specs, options.max_shard_bytes)),
         output_config=output_config,
         base_files=find_base_files(folder, announce, needed=False),
-        origins=_origins(sources, mixture, slots),
+        origins=_origins(found.tables.values()),
         notes=(*(note for source in sources for note in source.notes), *_notes(mixture, slots, width, computes)),
         warnings=(),
     )
@@ -101,7 +107,10 @@ class _Experts:
 
     def __post_init__(self) -> None:
         self.problems: list[str] = []
-        self.opened: list[ModelFolder] = []
+        self.others: dict[str, StoredMixture] = {}
+        self.tables: dict[str, tuple[ModelFolder, Mapping[str, TensorInfo]]] = {
+            self.folder.reference: (self.folder, self.mixture.tensors)
+        }
 
     def slots(self) -> list[Slot]:
         """Make a slot of every expert that can be read; the problems of the others are collected."""
@@ -113,21 +122,37 @@ class _Experts:
         scale = 1.0 if expert.residual_scale is None else expert.residual_scale
         noise = expert.noise_scale or 0.0
         model, own = split_expert(expert.source_model) or (expert.source_model, "")
-        if (own or expert.by_layer) and open_model(model, self.announce).folder == self.folder.folder:
+        found: Slot | str
+        opened = open_model(model, self.announce)
+        if (own or expert.by_layer) and opened.folder == self.folder.folder:
             numbers = self._numbers(own, expert.by_layer)
-            if isinstance(numbers, str):
-                self.problems.append(f"{place}: {numbers}")
-                return None
-            return Kept(dict(zip(self.mixture.moe_layers, numbers, strict=True)), scale=scale, noise_scale=noise)
-        opened = open_model(expert.source_model, self.announce)
-        dense = read_dense(opened.config)
-        if isinstance(dense, str):
-            self.problems.append(f"{place}: {dense}")
+            by_layer = {} if isinstance(numbers, str) else dict(zip(self.mixture.moe_layers, numbers, strict=True))
+            found = numbers if isinstance(numbers, str) else Kept(by_layer, scale=scale, noise_scale=noise)
+        elif own and is_mixture(opened):
+            other = self._read(opened)
+            number = number_of(own, other)
+            found = number if isinstance(number, str) else Foreign(place, other, number, scale, noise)
+        else:
+            opened = open_model(expert.source_model, self.announce)
+            dense = read_dense(opened.config)
+            found = dense if isinstance(dense, str) else Added(place, self._tensors(opened, dense), scale, noise)
+        if isinstance(found, str):
+            self.problems.append(f"{place}: {found}")
             return None
-        self.opened.append(opened)
-        tensors = read_tensor_table(opened, self.announce, weights="stream")
-        self.problems += [f"{place}: {problem}" for problem in _misfits(dense, tensors, self.mixture)]
-        return Added(place, ModelTensors(dense, tensors), scale, noise)
+        self.problems += [f"{place}: {problem}" for problem in misfits(found, self.mixture)]
+        return found
+
+    def _read(self, opened: ModelFolder) -> StoredMixture:
+        """Read another mixture, once for all its experts."""
+        if opened.reference not in self.others:
+            self.others[opened.reference] = read_stored_mixture(opened, self.announce)
+            self.tables[opened.reference] = opened, self.others[opened.reference].tensors
+        return self.others[opened.reference]
+
+    def _tensors(self, opened: ModelFolder, dense: DenseModel) -> ModelTensors:
+        (tensors,) = read_tensor_tables([opened], self.announce, weights="stream", dense=True)
+        self.tables[opened.reference] = opened, tensors
+        return ModelTensors(dense, tensors)
 
     def _numbers(self, own: str, by_layer: Sequence[int] | None) -> Sequence[int] | str:
         """Number of one of the mixture's experts in each layer; a returned text says what is wrong with it."""
@@ -149,47 +174,28 @@ def _refuse(problems: Sequence[str]) -> None:
         raise IncompatibleError("This mixture cannot be edited so:", list(problems))
 
 
-def _foreign_keys(config: MergeConfig) -> Iterator[str]:
+def _foreign_keys(config: MergeConfig, others: Collection[str]) -> Iterator[str]:
     """Yield the keys that a merge of dense models has, and an edit has no use for."""
     defaults = MergeConfig.model_fields
     for key in _OF_MERGES:
         value = getattr(config, key)
         if value != defaults[key].get_default(call_default_factory=True):
             yield f"{key}: the mixture's own stays, since base_model is a mixture. Remove the key"
-    if config.shared_weights.method != "base":
-        yield "shared_weights: the mixture's own attention and norms stay. Remove the key"
+    method = config.shared_weights.method
+    if method != "base" and not (method == "average" and others):
+        yield (
+            f"shared_weights: {method}: the mixture's own attention and norms stay; `average` mixes them with those of "
+            "other mixtures whose experts are added. Remove the key"
+        )
     names = config.expert_names
     for number, expert in enumerate(config.experts):
         if expert.layers != "all":
             yield f"{named_place(number, names)}: layers: every expert of an edited mixture is in all its layers"
 
 
-def _misfits(dense: DenseModel, tensors: Mapping[str, TensorInfo], mixture: StoredMixture) -> Iterator[str]:
-    """Yield why the FFNs of a dense model cannot be experts of a mixture."""
-    act = str(mixture.config.get("hidden_act") or mixture.config.get("hidden_activation") or "silu")
-    if dense.sizes["hidden"] != mixture.hidden:
-        yield f"its hidden_size is {dense.sizes['hidden']}, the mixture's {mixture.hidden}"
-        return
-    if dense.hidden_act != act:
-        yield f"its FFN's activation is {dense.hidden_act}, the mixture's {act}"
-    if "mlp_bias" in dense.facts:
-        yield "its FFN has biases, which the mixture's experts have not"
-    if missing := [layer for layer in mixture.moe_layers if layer >= dense.layers]:
-        yield f"it has {dense.layers} layers, and the mixture has experts in layer {missing[0]}"
-        return
-    for layer in mixture.moe_layers:
-        for name, axes in dense.ffn(layer).items():
-            if name not in tensors or tensors[name].shape != dense.shape(axes):
-                yield f"it has no tensor {name} of shape {list(dense.shape(axes))}"
-                return
-            if tensors[name].dtype not in CONFIG_DTYPES:
-                yield f"{name} is stored as {tensors[name].dtype}; expected one of {', '.join(CONFIG_DTYPES.values())}"
-                return
-
-
 def _fit_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[str]:
     """Yield why these experts cannot be one mixture."""
-    changed = any(isinstance(slot, Added) or not slot.is_whole for slot in slots)
+    changed = any(not isinstance(slot, Kept) or not slot.is_whole for slot in slots)
     widths = {slot.width(mixture) for slot in slots}
     dtype = mixture.projection(mixture.moe_layers[0], 0, "down").dtype
     if (changed or widths != {mixture.expert_width}) and dtype not in CONFIG_DTYPES:
@@ -206,20 +212,15 @@ def _spec(name: str, output: Output, mixture: StoredMixture) -> TensorSpec:
     return TensorSpec(name, dtype, output.shape, bytes_of(dtype, output.shape) or 0)
 
 
-def _origins(sources: Sequence[ModelFolder], mixture: StoredMixture, slots: Sequence[Slot]) -> Origins:
-    tables = [mixture.tensors, *(slot.own.tensors for slot in slots if isinstance(slot, Added))]
-    return Origins(
-        stamps=MappingProxyType({path: stamp for source in sources for path, stamp in source.stamps.items()}),
-        references=MappingProxyType(
-            {
-                leaf.path: source.name_of(leaf.path)
-                for source, table in zip(sources, tables, strict=True)
-                for tensor in table.values()
-                for leaf in leaves(tensor)
-            }
-        ),
-        reread=(),
-    )
+def _origins(tables: Iterable[tuple[ModelFolder, Mapping[str, TensorInfo]]]) -> Origins:
+    stamps = {path: stamp for source, _ in tables for path, stamp in source.stamps.items()}
+    references = {
+        leaf.path: source.name_of(leaf.path)
+        for source, table in tables
+        for tensor in table.values()
+        for leaf in leaves(tensor)
+    }
+    return Origins(stamps=MappingProxyType(stamps), references=MappingProxyType(references), reread=())
 
 
 def _notes(mixture: StoredMixture, slots: Sequence[Slot], width: int, computes: bool) -> Iterator[str]:
@@ -235,6 +236,6 @@ def _notes(mixture: StoredMixture, slots: Sequence[Slot], width: int, computes: 
             f"the mixture's experts have {mixture.expert_width} neurons and are padded with zeros to {width}, which "
             "changes nothing that they compute"
         )
-    narrow = [slot.place for slot in slots if isinstance(slot, Added) and slot.width(mixture) < width]
+    narrow = [slot.place for slot in slots if not isinstance(slot, Kept) and slot.width(mixture) < width]
     if narrow:
         yield f"padded with neurons of zeros to {width}: {', '.join(narrow)}"

@@ -60,5 +60,27 @@ class Added:
         return self.own.projection(layer, role)
 
 
-Slot = Kept | Added
+@dataclass(frozen=True)
+class Foreign:
+    """An expert of another mixture, which has router rows there."""
+
+    place: str
+    """Its place in the config."""
+    other: StoredMixture
+    number: int
+    scale: float = 1.0
+    noise_scale: float = 0.0
+
+    def width(self, _mixture: StoredMixture) -> int:
+        """Number of its neurons."""
+        return self.other.expert_width
+
+    def projection(self, _mixture: StoredMixture, layer: int, role: Role) -> TensorInfo:
+        """One projection of its FFN; see `Kept.projection`."""
+        return self.other.projection(layer, self.number, role)
+
+
+New = Added | Foreign
+"""An expert that the mixture does not have yet."""
+Slot = Kept | New
 """An expert of the edited mixture."""

@@ -212,7 +212,7 @@ def test_keys_of_merges_are_refused(mixture, tmp_path, run):
         [
             "error: This mixture cannot be edited so:",
             "  - dtype: the mixture's own stays, since base_model is a mixture. Remove the key",
-            "  - shared_weights: the mixture's own attention and norms stay. Remove the key",
+            "  - shared_weights: average: the mixture's own attention and norms stay; `average` mixes them with those of other mixtures whose experts are added. Remove the key",
             "  - experts[0] (one): layers: every expert of an edited mixture is in all its layers",
             "  - experts[1] (other): the mixture has no expert 'x': name one by its number, 0 to 3, or base, fox, code, chat",
         ],
@@ -238,3 +238,26 @@ def test_a_source_that_changes_is_noticed_and_nothing_is_written(mixture, tmp_pa
     assert "was changed while it was read" in errors
     assert not (tmp_path / "out").exists()
     assert read_header(copy / "model.safetensors")
+
+
+def test_experts_of_another_mixture_join_and_the_shared_halves_are_averaged(mixture, llamas, tmp_path, run, capsys):
+    make_model(tmp_path / "base", 7)
+    config = write_config(tmp_path / "merge.yaml", tmp_path / "base", [llamas[3], llamas[0]], prompts=False)
+    merge(plan_merge(load_config(config)), tmp_path / "other")
+    capsys.readouterr()  # of transformers, which made the base
+    document = {
+        "base_model": str(mixture),
+        "experts": [
+            {"source_model": f"{mixture}#fox"}, {"source_model": f"{tmp_path / 'other'}#1", "residual_scale": 0.5},
+        ],
+        "gate_mode": "random",
+        "shared_weights": "average",
+    }  # fmt: skip
+    (tmp_path / "edit.yaml").write_text(yaml.safe_dump(document))
+    assert run(tmp_path / "edit.yaml", tmp_path / "out", "-q") == (0, "", "")
+    one, two, new, dense = map(stored, (mixture, tmp_path / "other", tmp_path / "out", llamas[0]))
+    query, down = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    assert torch.allclose(new[query], (4 * one[query] + 2 * two[query]) / 6, atol=1e-7)
+    assert torch.equal(new[down.format(0)], one[down.format(1)])
+    assert torch.equal(new[down.format(1)], 0.5 * dense["model.layers.1.mlp.down_proj.weight"])
+    assert run("verify", tmp_path / "out", "-q") == (0, "", "")
