@@ -44,6 +44,7 @@ DOTS1: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
+    router_defaults={"norm_topk_prob": False},
 )
 GLM4_MOE: Final = MoeFamily(
     "glm4_moe",
@@ -108,6 +109,8 @@ HY_V3: Final = MoeFamily(
     shared=Shared(separate("mlp.shared_mlp"), "multiple", "zeros"),
     dense_layers="any",
     selection_bias="mlp.expert_bias",
+    read=("mlp_bias",),
+    router_defaults={"router_scaling_factor": 2.826},
 )
 EXAONE_MOE: Final = MoeFamily(
     "exaone_moe",
@@ -134,6 +137,7 @@ EXAONE_MOE: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="any",
     selection_bias="mlp.e_score_correction_bias",
+    router_defaults={"routed_scaling_factor": 2.5},
     notes=("exaone_moe sees no further back than max_position_embeddings",),
 )
 MIMO_V2_FLASH: Final = MoeFamily(
@@ -156,6 +160,7 @@ MIMO_V2_FLASH: Final = MoeFamily(
     dense_layers="any",
     selection_bias=_BIAS,
     in_gguf=False,
+    read=("sliding_window", "sliding_window_size"),
 )
 DEEPSEEK_V3: Final = MoeFamily(
     "deepseek_v3", "DeepseekV3ForCausalLM",
@@ -174,4 +179,5 @@ DEEPSEEK_V3: Final = MoeFamily(
     shared=_SHARED,
     dense_layers="prefix",
     selection_bias=_BIAS,
+    router_defaults={"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5},
 )  # fmt: skip

@@ -99,6 +99,14 @@ class MoeFamily:
     extras: tuple[Extra, ...] = ()
     in_gguf: bool = True
     """Whether `moemerge gguf` writes it; `export.family_tables` says how."""
+    read: tuple[str, ...] = ()
+    """Keys of `config.json` that its class reads though a merge never writes them."""
+    router_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What its class takes for keys of `config.json` that say how routers choose, where they are absent."""
+    added_to_sum: float = 0.0
+    """A number that routers add to the sum that they divide the chosen experts' scores by."""
+    weight_factors: str = ""
+    """Tensor (expert,) of factors on the weights of chosen experts, if there is one."""
     kinds: Mapping[str, str] = field(default_factory=dict)
     """Layer types that transformers 5 saves in its own spelling, each with that of released checkpoints."""
     notes: tuple[str, ...] = ()
@@ -106,8 +114,13 @@ class MoeFamily:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Every key of `config.json` that says something about the model."""
+        """Every key that a merge writes into `config.json` to say something about the model."""
         return frozenset({*self.named, *self.fixed, *self.carried, *_LONGROPE})
+
+    @property
+    def read_keys(self) -> frozenset[str]:
+        """Every key of `config.json` that says something about the model, whoever wrote it."""
+        return self.keys | set(self.read)
 
     def refusals(self, base: DenseModel, mixture: Mixture) -> list[str]:
         """List why this family cannot hold such a mixture of models that compute like `base`; empty where it can."""

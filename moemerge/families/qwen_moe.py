@@ -35,6 +35,7 @@ QWEN2_MOE: Final = MoeFamily(
     dense_layers="any",
     extras=zero_biases("q", "k", "v"),
     in_gguf=False,
+    router_defaults={"norm_topk_prob": False},
 )
 QWEN3_MOE: Final = MoeFamily(
     "qwen3_moe",
@@ -51,6 +52,7 @@ QWEN3_MOE: Final = MoeFamily(
     holds=frozenset({"qk_norm", "qkv_bias", "output_bias", "wide_heads", "scaled_rope"}),
     needs_qk_norm=True,
     dense_layers="any",
+    router_defaults={"norm_topk_prob": False},
 )
 QWEN3_5_MOE: Final = MoeFamily(
     "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
@@ -71,6 +73,7 @@ QWEN3_5_MOE: Final = MoeFamily(
     holds=frozenset({"qkv_bias", "output_bias", "mixed_attention", "wide_heads", "partial_rotary"}),
     shared=_GATED,
     in_gguf=False,
+    read=("full_attention_interval",),
 )  # fmt: skip
 MELLUM: Final = MoeFamily(
     "mellum",
@@ -90,4 +93,5 @@ MELLUM: Final = MoeFamily(
     holds=frozenset({"qk_norm", "qkv_bias", "output_bias", "window", "mixed_attention", "wide_heads", "scaled_rope"}),
     needs_qk_norm=True,
     dense_layers="any",
+    read=("num_local_experts",),
 )

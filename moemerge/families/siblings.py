@@ -24,6 +24,7 @@ FLEX_OLMO: Final = MoeFamily(
     blocks=("olmo2",),
     holds=_BIASES | {"scaled_rope"},
     in_gguf=False,
+    router_defaults={"norm_topk_prob": False},
 )
 ERNIE4_5_MOE: Final = MoeFamily(
     "ernie4_5_moe",
@@ -48,6 +49,7 @@ ERNIE4_5_MOE: Final = MoeFamily(
     dense_layers="outside",
     selection_bias="mlp.moe_statics.e_score_correction_bias",
     bias_axes=("1", "experts"),
+    router_defaults={"moe_norm_min": 1e-12},
 )
 HUNYUAN_V1_MOE: Final = MoeFamily(
     "hunyuan_v1_moe",
@@ -91,6 +93,8 @@ LFM2_MOE: Final = MoeFamily(
     dense_layers="prefix",
     dense_ffn=separate("feed_forward", ("w1", "w3", "w2")),
     selection_bias="feed_forward.expert_bias",
+    read=("tie_embedding",),
+    added_to_sum=1e-6,
     notes=("lfm2_moe divides the weights of the chosen experts by their sum and 1e-6",),
 )  # fmt: skip
 COHERE2_MOE: Final = MoeFamily(
@@ -114,6 +118,7 @@ COHERE2_MOE: Final = MoeFamily(
     holds=_BIASES | {"window", "mixed_attention", "wide_heads", "scaled_rope"},
     shared=Shared(separate("mlp.shared_experts"), "multiple", "nothing"),
     dense_layers="any",
+    read=("rms_norm_eps", "sliding_window_pattern", "first_k_dense_replace"),
 )  # fmt: skip
 _NORM: Final = "{}_feedforward_layernorm{}.weight"
 GEMMA4_MOE: Final = MoeFamily(
@@ -143,4 +148,6 @@ GEMMA4_MOE: Final = MoeFamily(
         Extra("router.scale", ("hidden",), source=_NORM.format("pre", ""), scale="sqrt hidden"),
         Extra("router.per_expert_scale", ("experts",), 1.0),
     ),
+    read=("use_bidirectional_attention",),
+    weight_factors="router.per_expert_scale",
 )  # fmt: skip

@@ -8,11 +8,11 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.families.choosing import Choosing, choosing
 from moemerge.families.dense import Role
 from moemerge.families.family import MoeFamily, Names
-from moemerge.families.layer_names import layer_prefix
+from moemerge.families.layer_names import in_layer, layer_prefix
 
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT: Final = "{expert}"
 
 
@@ -24,7 +24,7 @@ class StoredMixture:
     config: Mapping[str, Any]
     """Its `config.json`."""
     tensors: Mapping[str, TensorInfo]
-    """All its tensors by name; experts that a file stacks, and the family does not, are slices of that stack."""
+    """All its tensors by name, as `moemerge.families.in_memory.released_layout` gives them."""
     names: tuple[str, ...]
     """Names of its experts."""
 
@@ -46,6 +46,11 @@ class StoredMixture:
         """How many experts take each token; where layers differ, the most."""
         given = self.config[per_token_key(self.family)]
         return given if isinstance(given, int) else max(given)
+
+    @cached_property
+    def choosing(self) -> Choosing:
+        """How its routers choose, and whether they divide the weights of the chosen experts by their sum."""
+        return choosing(self.family, self.config)
 
     @cached_property
     def expert_width(self) -> int:
@@ -114,8 +119,8 @@ class StoredMixture:
     def _layers(self) -> dict[int, dict[str, TensorInfo]]:
         found: dict[int, dict[str, TensorInfo]] = {}
         for name, tensor in self.tensors.items():
-            if match := _LAYER.fullmatch(name):
-                found.setdefault(int(match[1]), {})[match[2]] = tensor
+            if place := in_layer(name):
+                found.setdefault(place[0], {})[place[1]] = tensor
         return found
 
     @property
@@ -125,12 +130,12 @@ class StoredMixture:
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor belongs to experts: a projection, a scale of one, or an entry for each expert."""
-        match = _LAYER.fullmatch(name)
-        if match is None or int(match[1]) not in self.moe_layers:
+        place = in_layer(name)
+        if place is None or place[0] not in self.moe_layers:
             return False
-        inner = match[2]
+        layer, inner = place
         numbered = any(re.match(rf"{re.escape(module)}\d+\.", inner) for module in self._modules)
-        return numbered or inner in self.by_expert(int(match[1]))
+        return numbered or inner in self.by_expert(layer)
 
     def path(self, layer: int, name: str) -> str:
         """The whole name of a layer's tensor."""
@@ -158,7 +163,13 @@ def _experts_first(tensor: TensorInfo, axes: tuple[str, ...]) -> TensorInfo:
 
 
 def _entry(stack: TensorInfo, expert: int) -> TensorInfo:
-    """One expert's matrix of a stack (expert, row, column)."""
+    """One expert's matrix of a stack (expert, row, column).
+
+    Raises:
+        KeyError: there is no such expert.
+    """
+    if expert not in range(stack.shape[0]):
+        raise KeyError(expert)
     entry = stack.rows(expert, 1)
     return replace(entry, shape=entry.shape[1:])
 

@@ -109,7 +109,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere2_moe": ("cohere2_moe", {**_COHERE, "shared_expert_combination_strategy": "sum"}),
     "cohere2_moe, average, sigmoids": (
-        "cohere2_moe", {**_COHERE, "expert_selection_fn": "sigmoid", "norm_topk_prob": False},
+        "cohere2_moe", {**_COHERE, "expert_selection_fn": "sigmoid", "norm_topk_prob": False, "rms_norm_eps": 1e-5},
     ),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {**_COUNTED, **_LINEAR, "shared_expert_intermediate_size": 40}),
     "gemma4_text": (
