@@ -116,7 +116,7 @@ class RoutingTally:
         self._first[place] += torch.bincount(experts[:, 0], minlength=count)
         self._tokens[place] += len(experts)
         self._weight[place] += choice.weights[counted, 0].sum()
-        given = shares(logits, self._mixture.family.scoring)
+        given = shares(logits, self._mixture.choosing.scoring)
         self._entropy[place] -= torch.special.xlogy(given, given).sum() / math.log(max(count, 2))
 
     def of(self, domain: int) -> Routing:

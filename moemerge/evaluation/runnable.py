@@ -17,10 +17,12 @@ from moemerge.config.loading import load_config
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError
+from moemerge.families.choosing import Choosing, choosing
 from moemerge.families.dense import decoded, read_dense
 from moemerge.families.family import SWITCHED_OFF, MoeFamily
+from moemerge.families.in_memory import released_layout
 from moemerge.families.layer_names import layer_prefix
-from moemerge.families.selection import MOE_FAMILIES
+from moemerge.families.released import READABLE
 from moemerge.families.stored_mixture import per_token_key
 from moemerge.passes.weights import read_into
 from moemerge.sources.model_folder import ModelFolder, open_merged, open_model, read_tensor_table, read_tensor_tables
@@ -71,7 +73,7 @@ class Runnable:
 
 @dataclass(frozen=True)
 class MixtureModel:
-    """A merged model in a folder."""
+    """A mixture in a folder."""
 
     folder: Path
     family: MoeFamily
@@ -79,10 +81,13 @@ class MixtureModel:
     experts: tuple[str, ...]
     """Names of the experts."""
     experts_per_token: int
+    """How many experts take each token; where layers differ, the most."""
+    choosing: Choosing
+    """How its routers choose."""
     config: MergeConfig | None
     """The config that it was merged from, if its folder has a copy."""
     tensors: Mapping[str, TensorInfo]
-    """The stored tensors by name."""
+    """The stored tensors by their names in released checkpoints; see `moemerge.families.in_memory`."""
 
     @property
     def moe_layers(self) -> list[int]:
@@ -95,10 +100,25 @@ class MixtureModel:
 
     def absent(self, layer: int) -> list[int]:
         """Experts that a layer's selection bias switches off."""
-        if not self.family.selection_bias:
-            return []
-        bias = self.runnable.read(layer_prefix(layer) + self.family.selection_bias).flatten()
-        return (bias < SWITCHED_OFF / 2).nonzero()[:, 0].tolist()
+        bias = self.selection_bias(layer)
+        return [] if bias is None else (bias < SWITCHED_OFF / 2).nonzero()[:, 0].tolist()
+
+    def selection_bias(self, layer: int) -> torch.Tensor | None:
+        """A layer's selection bias (expert,), if it has one."""
+        return self._vector(layer, self.family.selection_bias)
+
+    def weight_factors(self, layer: int) -> torch.Tensor | None:
+        """The factors (expert,) on the weights of a layer's chosen experts, if it has some."""
+        return self._vector(layer, self.family.weight_factors)
+
+    def _vector(self, layer: int, name: str) -> torch.Tensor | None:
+        path = layer_prefix(layer) + name
+        return self.runnable.read(path).float().flatten() if path in self.runnable.shapes else None
+
+    def per_token(self, layer: int) -> int:
+        """How many experts of a layer take each token."""
+        given = self.runnable.keys[per_token_key(self.family)]
+        return given if isinstance(given, int) else given[layer]
 
     def with_rows(self, name: str, rows: Callable[[int], torch.Tensor]) -> "MixtureModel":
         """Make the same model with other router rows; `rows` is a function from a layer to (expert, hidden)."""
@@ -112,24 +132,24 @@ class MixtureModel:
 
 
 def open_mixture(folder: Path | str) -> MixtureModel:
-    """Open the merged model in a folder.
+    """Open the mixture in a folder, merged or released.
 
     Raises:
         SourceError: there is no such folder or no model in it.
-        IncompatibleError: the model is no mixture of a family that moemerge writes.
+        IncompatibleError: the model is no mixture of a family that moemerge reads.
         CheckpointError: its files are damaged.
     """
     model = open_merged(folder)
-    family = MOE_FAMILIES.get(str(model.config.get("model_type")))
+    family = READABLE.get(str(model.config.get("model_type")))
     if family is None:
         raise IncompatibleError(
-            f"{folder}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge writes. Name "
-            "the folder that a merge wrote; `moemerge families` lists what it can hold.",
+            f"{folder}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge reads. Name "
+            "the folder that a merge wrote, or a released mixture: " + ", ".join(READABLE) + ".",
             [],
         )
-    tensors = read_tensor_table(model, lambda _: None)
+    tensors = released_layout(family, read_tensor_table(model, lambda _: None))
     # Only keys that cannot name code.
-    keys = {key: decoded(value) for key, value in model.config.items() if key in family.keys}
+    keys = {key: decoded(value) for key, value in model.config.items() if key in family.read_keys}
     runnable = stored(str(folder), family.model_type, keys, tensors, "model.embed_tokens.weight")
     router = next((name for name in tensors if name.endswith(f".{family.router}")), None)
     if router is None:
@@ -151,6 +171,7 @@ def open_mixture(folder: Path | str) -> MixtureModel:
         runnable,
         names if len(names) == count else tuple(map(str, range(count))),
         per_token if isinstance(per_token, int) else max(per_token),
+        choosing(family, model.config),
         config,
         tensors,
     )
@@ -251,6 +272,9 @@ def uniform(model: MixtureModel) -> Runnable | str:
     key, count = per_token_key(model.family), len(model.experts)
     asked = model.runnable.keys[key]
     keys = {**model.runnable.keys, key: count if isinstance(asked, int) else [count] * len(asked)}
+    # Experts of all groups take part, and their equal weights add up to 1.
+    keys |= {"topk_group": keys["n_group"]} if keys.get("n_group") else {}
+    keys |= {"norm_topk_prob": True} if "norm_topk_prob" in keys else {}
     silent = model.with_rows("uniform mixture", lambda layer: torch.zeros(model.runnable.shapes[model.router(layer)]))
     return replace(silent.runnable, keys=keys)
 

@@ -16,7 +16,7 @@ from moemerge.passes.decoder import Batch, embed, empty_model, finish, group, ru
 from moemerge.passes.finite import all_finite, not_finite_in, where_it_began
 from moemerge.passes.loading import cast, check_complete, load_tensors, path_in_memory
 from moemerge.passes.tokens import Window
-from moemerge.routers.scoring import top_weights
+from moemerge.routers.scoring import choose
 
 # Tokens whose logits are in memory at a time: 100 MB for a vocabulary of 50 000.
 _TOKENS: Final = 512
@@ -203,9 +203,13 @@ class _Router:
     def __init__(self, mixture: MixtureModel, layer: Any, module: Any, index: int, rows: torch.Tensor) -> None:
         self._mixture, self._layer, self._module, self._index, self._rows = mixture, layer, module, index, rows
         self._absent = mixture.absent(index)
-        bias = mixture.family.selection_bias
-        for name in (mixture.router(index), *([layer_prefix(index) + bias] if bias else [])):
-            if broken := not_finite_in(name, mixture.runnable.read(name)):
+        self._bias, self._factors = mixture.selection_bias(index), mixture.weight_factors(index)
+        for name, values in (
+            (mixture.router(index), mixture.runnable.read(mixture.router(index))),
+            (layer_prefix(index) + mixture.family.selection_bias, self._bias),
+            (layer_prefix(index) + mixture.family.weight_factors, self._factors),
+        ):
+            if values is not None and (broken := not_finite_in(name, values)):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
 
     def watch(self, batch: Batch, part: Sequence[int], windows: Sequence[Window]) -> list[Choice] | None:
@@ -226,7 +230,8 @@ class _Router:
             if not logits.isfinite().all():
                 return None
             logits[:, self._absent] = -torch.inf
-            weights, experts = top_weights(logits, self._mixture.experts_per_token, self._mixture.family.scoring)
+            per_token, how = self._mixture.per_token(self._index), self._mixture.choosing
+            weights, experts = choose(logits, per_token, how, self._bias, self._factors)
             choices.append(Choice(self._index, window, experts, weights, logits))
         return choices
 

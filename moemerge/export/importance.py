@@ -48,7 +48,7 @@ def importance_of(
 
     Raises:
         SourceError: there is no such model or GGUF file.
-        IncompatibleError: the model is no mixture that moemerge writes.
+        IncompatibleError: the model is no mixture that moemerge reads.
         RefusedError: there are no such files, or nothing says what text to read.
         CheckpointError: files are damaged, or the model's numbers are not finite.
         RouterError: the device or the tokenizer cannot be used.

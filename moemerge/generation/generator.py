@@ -14,7 +14,7 @@ from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 from moemerge.evaluation.routes.traced import Routes, TracedText
 from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense, open_mixture
-from moemerge.families.selection import MOE_FAMILIES
+from moemerge.families.released import READABLE
 from moemerge.generation.answers import Answer, Sampling, Token
 from moemerge.generation.loading import load_model
 from moemerge.generation.recorder import RouterRecorder
@@ -33,7 +33,7 @@ def load_generator(
     model: ModelFolder, device: str, compute_dtype: ComputeDtype, progress: Callable[[int, int], None]
 ) -> "TextGenerator":
     """Load a model; see `moemerge.generation.answers.open_generator`."""
-    mixture = open_mixture(model.reference) if model.config.get("model_type") in MOE_FAMILIES else None
+    mixture = open_mixture(model.reference) if model.config.get("model_type") in READABLE else None
     runnable = mixture.runnable if mixture else open_dense(model.reference, model.reference, lambda _: None)
     tokenizer = load_tokenizer(model.folder)  # before what takes long
     whole = load_model(runnable, find_compute(device, compute_dtype, runnable.layer_shapes), progress)

@@ -10,7 +10,7 @@ from moemerge.errors import CheckpointError
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.finite import not_finite_in
 from moemerge.passes.loading import path_in_memory
-from moemerge.routers.scoring import top_weights
+from moemerge.routers.scoring import choose, widened
 
 
 class RouterRecorder:
@@ -26,12 +26,15 @@ class RouterRecorder:
         self._passes: list[deque[torch.Tensor]] = []  # (layer, pass), each (hidden)
         absent = torch.zeros(len(self.layers), len(mixture.experts), dtype=torch.bool)
         rows = []
+        self._given: list[list[torch.Tensor | None]] = []  # each layer's selection bias and factors on weights
         for index, layer in enumerate(self.layers):
             path = path_in_memory(model, mixture.router(layer))
             rows.append(model.get_parameter(path).detach().float())
             if broken := not_finite_in(mixture.router(layer), rows[-1]):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
             absent[index, mixture.absent(layer)] = True
+            given = (mixture.selection_bias(layer), mixture.weight_factors(layer))
+            self._given.append([None if values is None else values.to(model.device) for values in given])
             self._passes.append(deque())
             model.get_submodule(path.rpartition(".")[0]).register_forward_pre_hook(_keeper(self._passes[-1]))
         self._rows = torch.stack(rows)  # (layer, expert, hidden)
@@ -56,7 +59,12 @@ class RouterRecorder:
         """Take the oldest pass: the experts and weights (layer, choice) of its last token."""
         states = torch.stack([passes.popleft() for passes in self._passes]).float()
         logits = torch.einsum("lh,leh->le", states, self._rows).masked_fill(self._absent, -torch.inf)
-        weights, experts = top_weights(logits, self.mixture.experts_per_token, self.mixture.family.scoring)
+        found = []
+        for index, layer in enumerate(self.layers):
+            how, given = self.mixture.choosing, self._given[index]
+            chosen = choose(logits[index : index + 1], self.mixture.per_token(layer), how, *given)
+            found.append(widened(*chosen, self.mixture.experts_per_token))
+        weights, experts = (torch.cat(parts) for parts in zip(*found, strict=True))
         return experts.cpu(), weights.cpu()
 
 

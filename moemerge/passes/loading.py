@@ -1,5 +1,6 @@
 """Load tensors with a checkpoint's names into a model of transformers, whatever it calls them in memory."""
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +18,8 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
     Other parameters stay as they are.
 
     transformers 5 stacks experts in memory; its conversion of a whole checkpoint is used here for a part of one.
-    Version 4 calls the tensors of our families as they are stored.
+    Version 4 calls the tensors of our families as they are stored. What a class leaves out on purpose, such as layers
+    that predict further tokens, is left out.
 
     Raises:
         CheckpointError: the model has no place for a tensor.
@@ -43,11 +45,18 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
     finally:
         if shown:
             logging.enable_progress_bar()
-    wrong = [*found.unexpected_keys, *found.mismatched_keys, *found.conversion_errors]
+    unexpected = [name for name in found.unexpected_keys if not _is_left_out(model, name)]
+    wrong = [*unexpected, *found.mismatched_keys, *found.conversion_errors]
     if wrong:
         raise CheckpointError(
             f"{type(model).__name__} has no place for {wrong[0]}: the checkpoint is not what it says."
         )
+
+
+def _is_left_out(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model's class leaves a tensor of its checkpoints out on purpose, if it has no place for it."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -99,6 +108,8 @@ def _place(model: Any, name: str, tensor: torch.Tensor, device: torch.device) ->
         module = model.get_submodule(path)
         expected = getattr(module, own)
     except AttributeError as error:
+        if _is_left_out(model, name):
+            return
         raise CheckpointError(f"{type(model).__name__} has no place for {name}.") from error
     if expected.shape != tensor.shape:
         raise CheckpointError(

@@ -5,6 +5,7 @@ from typing import Final
 
 import torch
 
+from moemerge.families.choosing import Choosing
 from moemerge.families.family import Scoring
 from moemerge.routers.regression import regress
 
@@ -31,6 +32,50 @@ def top_weights(logits: torch.Tensor, experts_per_token: int, scoring: Scoring) 
         return chosen.values.softmax(dim=1), chosen.indices
     chosen = logits.sigmoid().topk(experts_per_token, dim=1)
     return chosen.values / (chosen.values.sum(dim=1, keepdim=True) + _TINY), chosen.indices
+
+
+def choose(
+    logits: torch.Tensor,
+    experts_per_token: int,
+    how: Choosing,
+    bias: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose experts by logits (token, expert) as a mixture's routers do.
+
+    Args:
+        logits: the router logits; minus infinity for an expert that is absent.
+        experts_per_token: how many experts take each token.
+        how: how the routers choose.
+        bias: the selection bias (expert,), if the layer has one.
+        factors: factors (expert,) on the weights of the chosen experts, if the layer has some.
+
+    Returns:
+        Weights and indices (token, experts_per_token), by falling weight.
+    """
+    scores = logits.softmax(dim=1) if how.scoring == "softmax" else logits.sigmoid()
+    # The softmax of a logit that is far below the highest is 0, and would tie with others.
+    ranked = logits if how.scoring == "softmax" and bias is None else scores + (0.0 if bias is None else bias)
+    if how.groups > 1:
+        best = ranked.reshape(len(ranked), how.groups, -1).topk(how.best_of_group, dim=2).values.sum(dim=2)
+        chosen = torch.zeros_like(best).scatter(1, best.topk(how.chosen_groups, dim=1).indices, 1.0)
+        inside = chosen.repeat_interleave(ranked.shape[1] // how.groups, dim=1)
+        ranked = ranked.masked_fill(inside == 0, -torch.inf)
+    experts = ranked.topk(experts_per_token, dim=1).indices
+    weights = scores.gather(1, experts)
+    if how.normalises:
+        weights = weights / (weights.sum(dim=1, keepdim=True) + max(how.added, _TINY)).clamp_min(how.least)
+    weights = weights * how.scale
+    if factors is not None:
+        weights = weights * factors[experts]
+    weights, order = weights.sort(dim=1, descending=True, stable=True)
+    return weights, experts.gather(1, order)
+
+
+def widened(weights: torch.Tensor, experts: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Widen choices (token, choice) to `count` choices; those added have the weight 0."""
+    added = count - experts.shape[1]
+    return torch.nn.functional.pad(weights, (0, added)), torch.cat([experts, experts[:, :1].expand(-1, added)], dim=1)
 
 
 def shares(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:

@@ -40,7 +40,7 @@ def tune(
 
     Raises:
         SourceError: there is no such model.
-        IncompatibleError: the model is no mixture that moemerge writes.
+        IncompatibleError: the model is no mixture that moemerge reads.
         RefusedError: the data, the model or the memory cannot be used; `copy` is not empty.
         CheckpointError: files of a model are damaged, or its numbers are not finite.
         RouterError: the device or the tokenizer cannot be used.

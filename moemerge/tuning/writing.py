@@ -103,18 +103,18 @@ def patch_shards(
         ValueError: a tensor has another number of bytes than is stored.
     """
     names = {path.resolve(): path.name for path in model.iterdir()}
-    by_shard: dict[Path, list[TensorInfo]] = {}
-    for tensor in tensors.values():
-        by_shard.setdefault(Path(str(tensor.path)).resolve(), []).append(tensor)
+    by_shard: dict[Path, list[tuple[str, TensorInfo]]] = {}
+    for name, tensor in tensors.items():
+        by_shard.setdefault(Path(str(tensor.path)).resolve(), []).append((name, tensor))
     for shard, held in by_shard.items():
         copy = folder / names[shard]
         shutil.copyfile(shard, copy)
         with copy.open("r+b") as file:
-            for tensor in held:
-                if len(values[tensor.name]) != tensor.nbytes:
-                    raise ValueError(f"{tensor.name}: {len(values[tensor.name])} bytes for {tensor.nbytes}")
+            for name, tensor in held:
+                if len(values[name]) != tensor.nbytes:
+                    raise ValueError(f"{name}: {len(values[name])} bytes for {tensor.nbytes}")
                 file.seek(tensor.start)
-                file.write(values[tensor.name])
+                file.write(values[name])
         flush(copy)
     return [names[shard] for shard in by_shard]
 

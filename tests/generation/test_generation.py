@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
@@ -19,8 +20,10 @@ from moemerge.generation.loading import check_memory
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, load_tokenizer
 from tests.families.test_families import PAIRS, merged, readable
+from tests.passes.test_passes import is_known
 from tests.support.chats import CHATML, chat_tokenizer
 from tests.support.families import DENSE
+from tests.support.mixtures import VARIANTS, Layout, make_variant
 from tests.support.models import edit_json, load, make_model, tokenizer, write_config
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -67,12 +70,8 @@ def one_of_each():
     return [pytest.param(moe, first[moe], marks=() if moe in QUICK else pytest.mark.slow) for moe in sorted(first)]
 
 
-@pytest.mark.parametrize(("moe", "name"), one_of_each())
-def test_every_kind_of_mixture_says_what_transformers_says_and_its_experts_are_those_of_routes(tmp_path, moe, name):
-    readable(name, moe)
-    model_type, sizes = DENSE[name]
-    folders = [make_model(tmp_path / str(seed), seed, model_type, **sizes) for seed in range(4)]
-    _, out = merged(tmp_path, folders[0], folders[1:], architecture=moe)
+def check_what_is_said(out: Path) -> None:
+    """A mixture says what transformers says, and its experts are those of `routes`."""
     ids = tokenizer()(PROMPT)["input_ids"]
     expected = generated(load(out), ids, max_new_tokens=10, do_sample=False)
     answer = open_generator(out, device="cpu").generate(PROMPT, Sampling(10))
@@ -86,12 +85,36 @@ def test_every_kind_of_mixture_says_what_transformers_says_and_its_experts_are_t
     places = [len(ids) + place for place, token in enumerate(expected) if token not in special]
     (traced,) = answer.routes.texts
     assert answer.routes.layers == tuple(mixture.moe_layers)
-    np.testing.assert_array_equal(
-        traced.experts, np.stack([chosen[layer].experts.numpy()[places] for layer in mixture.moe_layers])
-    )
-    np.testing.assert_allclose(
-        traced.weights, np.stack([chosen[layer].weights.numpy()[places] for layer in mixture.moe_layers]), atol=1e-4
-    )
+    for place, layer in enumerate(mixture.moe_layers):
+        choice = chosen[layer]
+        count = choice.experts.shape[1]
+        np.testing.assert_array_equal(traced.experts[place, :, :count], choice.experts.numpy()[places])
+        np.testing.assert_allclose(traced.weights[place, :, :count], choice.weights.numpy()[places], atol=1e-4)
+        assert not traced.weights[place, :, count:].any()
+
+
+@pytest.mark.parametrize(("moe", "name"), one_of_each())
+def test_every_kind_of_mixture_says_what_transformers_says_and_its_experts_are_those_of_routes(tmp_path, moe, name):
+    readable(name, moe)
+    model_type, sizes = DENSE[name]
+    folders = [make_model(tmp_path / str(seed), seed, model_type, **sizes) for seed in range(4)]
+    _, out = merged(tmp_path, folders[0], folders[1:], architecture=moe)
+    check_what_is_said(out)
+
+
+@pytest.mark.parametrize("layout", ["released", "in_memory"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hunyuan_v1_moe, lists by layer", "glm4_moe, groups", "deepseek_v2, groups", "olmoe, as released", "gemma4_text",
+        "ernie4_5_moe, biases, every second layer",
+    ],
+)  # fmt: skip
+def test_released_mixtures_speak_as_well(tmp_path, name, layout: Layout):
+    model_type, _ = VARIANTS[name]
+    if not is_known(model_type):
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+    check_what_is_said(make_variant(tmp_path / "made", name, layout=layout))
 
 
 def test_tokens_come_one_by_one_with_the_expert_of_the_largest_weight(generator):

@@ -167,6 +167,19 @@ def test_gates_change_and_nothing_else_does_and_held_out_text_gains(tmp_path, sp
     assert tune(out, data, Settings(steps=1, tokens_per_step=96, distil=distil)).before == found.after
 
 
+@pytest.mark.skipif(IS_V4, reason="transformers 4 has no other names in memory")
+def test_gates_are_written_where_they_are_stored_whatever_their_names(tmp_path, specialists, data):
+    out = merged(tmp_path, specialists)
+    old = {name: values.clone() for name, values in load(out).state_dict().items()}
+    for path in out.glob("*.safetensors*"):
+        path.unlink()
+    save_file(old, out / "model.safetensors", {"format": "pt"})
+    found = tune(out, data, Settings(steps=12, tokens_per_step=96))
+    assert found.improved
+    assert changed(old, tensors(out)) == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(3)}
+    assert tune(out, data, Settings(steps=1, tokens_per_step=96)).before == found.after
+
+
 def made_of_lines(model):
     """The card's paragraphs on where embeddings, attention, norms and FFNs come from."""
     return [line for line in (model / "README.md").read_text().splitlines() if "attention and norms come from" in line]

@@ -33,7 +33,7 @@ def trace_routes(
 
     Raises:
         SourceError: there is no such model.
-        IncompatibleError: it is no mixture that moemerge writes.
+        IncompatibleError: it is no mixture that moemerge reads.
         RefusedError: a text has no tokens, or `layer` no router.
         CheckpointError: the model's files are damaged, or its numbers are not finite.
         RouterError: the device or the tokenizer does not serve.

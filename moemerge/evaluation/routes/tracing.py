@@ -14,6 +14,7 @@ from moemerge.evaluation.running import Choice, run_model
 from moemerge.passes.chats import encode_chat
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.tokens import CHARACTERS_PER_TOKEN, Window, load_tokenizer
+from moemerge.routers.scoring import widened
 
 
 def trace(
@@ -67,11 +68,13 @@ def trace(
 def _traced(name: str, tokens: tuple[str, ...], window: Window, choices: Sequence[Choice]) -> TracedText:
     """Put a text's tokens together with the choices of each layer, without those of special tokens."""
     counted = np.array(window.counted)
+    most = max(choice.experts.shape[1] for choice in choices)
+    even = [widened(choice.weights, choice.experts, most) for choice in choices]
     return TracedText(
         name,
         tokens,
-        np.stack([choice.experts.numpy()[counted] for choice in choices]),
-        np.stack([choice.weights.numpy()[counted] for choice in choices]),
+        np.stack([experts.numpy()[counted] for _, experts in even]),
+        np.stack([weights.numpy()[counted] for weights, _ in even]),
     )
 
 
