@@ -52,13 +52,9 @@ _OF_NO_MATTER: Final = {
 SCALES: Final = ("routed_scaling_factor", "router_scaling_factor")
 """Keys for the factor on what the experts add together."""
 # What transformers' classes take for keys that config.json leaves out, where it is not what a merge writes.
-_ABSENT: Final[dict[tuple[str, str], Any]] = {
-    **dict.fromkeys(((name, "norm_topk_prob") for name in ("qwen2_moe", "qwen3_moe", "dots1", "flex_olmo")), False),
-    ("deepseek_v3", "routed_scaling_factor"): 2.5,
-    ("exaone_moe", "routed_scaling_factor"): 2.5,
-    ("hy_v3", "router_scaling_factor"): 2.826,
-    ("mimo_v2_flash", "attention_value_scale"): 0.707,
-    ("glm4_moe", "partial_rotary_factor"): 0.5,
+_ABSENT: Final[Mapping[str, Mapping[str, Any]]] = {
+    "mimo_v2_flash": {"attention_value_scale": 0.707},
+    "glm4_moe": {"partial_rotary_factor": 0.5},
 }
 _WHY: Final = {
     "norm_topk_prob": ": the weights of the chosen experts do not add up to 1, so that no expert has a size of its own"
@@ -84,7 +80,8 @@ _SAME_LAYERS: Final = ("lfm2", "cohere2", "qwen3_5_text", "gemma4_text", "granit
 def setting(family: MoeFamily, config: Mapping[str, Any], key: str) -> Any:
     """The value of a mixture's key; where `config.json` leaves it out, what transformers takes instead, if known."""
     value = config.get(key)
-    return _ABSENT.get((family.model_type, key), family.fixed.get(key)) if value is None else value
+    absent = {**family.fixed, **family.router_defaults, **_ABSENT.get(family.model_type, {})}
+    return absent.get(key) if value is None else value
 
 
 def dense_sibling(
@@ -111,7 +108,10 @@ def dense_sibling(
     """
     config = {**lost_keys(family, config), **config}
     problems = [*_unusual(family, config)]
-    for name in () if problems else SIBLINGS[family.model_type]:
+    siblings = SIBLINGS.get(family.model_type, ())
+    if not siblings:
+        problems.append(f"no dense family that moemerge reads computes like {family.model_type}")
+    for name in () if problems else siblings:
         made = _config(DENSE_FAMILIES[name], family, config, width, holds)
         model = read_dense(made)
         if isinstance(model, str):

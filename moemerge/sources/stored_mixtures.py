@@ -6,19 +6,20 @@ from moemerge.config.loading import load_config
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.errors import IncompatibleError, MoemergeError
 from moemerge.families.dense import read_dense
-from moemerge.families.selection import MOE_FAMILIES
+from moemerge.families.in_memory import released_layout
+from moemerge.families.released import READABLE
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
 from moemerge.sources.model_folder import Announce, ModelFolder, fetch_files, read_tensor_table
 
 
 def is_mixture(model: ModelFolder) -> bool:
     """Whether a model is a mixture of a kind that is read; some types are those of dense models too."""
-    return model.config.get("model_type") in MOE_FAMILIES and isinstance(read_dense(model.config), str)
+    return model.config.get("model_type") in READABLE and isinstance(read_dense(model.config), str)
 
 
 def expert_references(model: ModelFolder, announce: Announce) -> list[str]:
     """References to all experts of a mixture, by name where its folder says their names; nothing of it is checked."""
-    family = MOE_FAMILIES[str(model.config["model_type"])]
+    family = READABLE[str(model.config["model_type"])]
     count = next((model.config.get(key) for key, name in family.named.items() if name == "experts"), None)
     config = kept_config(model, announce)
     names = config.expert_names if config else range(count if isinstance(count, int) else 0)
@@ -35,18 +36,18 @@ def read_stored_mixture(
         SourceError: the Hub does not give the headers.
         CheckpointError: the model's files are damaged or incomplete.
     """
-    family = MOE_FAMILIES.get(str(model.config.get("model_type")))
+    family = READABLE.get(str(model.config.get("model_type")))
     if family is None:
         raise IncompatibleError(
             f"{model.reference}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge reads; "
-            f"it reads {', '.join(MOE_FAMILIES)}.",
+            f"it reads {', '.join(READABLE)}.",
             [],
         )
     if per_token_key(family) not in model.config:
         raise IncompatibleError(
             f"{model.reference}: its config.json has no {per_token_key(family)}, which a {family.model_type} has.", []
         )
-    tensors = read_tensor_table(model, announce, weights=weights)
+    tensors = released_layout(family, read_tensor_table(model, announce, weights=weights))
     router = next((tensor for name, tensor in tensors.items() if name.endswith(f".{family.router}")), None)
     if router is None:
         raise IncompatibleError(f"{model.reference}: has no router: no tensor is called *.{family.router}.", [])

@@ -145,11 +145,11 @@ def test_what_transformers_saves_is_the_same_mixture(tmp_path):
         for role in ("gate", "up")
     ]
     file = tmp_path / "saved" / "model.safetensors"
-    cut = list(leaves(up))[5]
-    file.write_bytes(file.read_bytes()[: cut.start + 10])
+    stack = saved.tensors["model.layers.1.mlp.experts.gate_up_proj"]
+    file.write_bytes(file.read_bytes()[: list(leaves(up))[5].start + 10])
     with pytest.raises(CheckpointError) as caught:
-        values(saved.tensors["model.layers.1.mlp.experts.gate_up_proj"])
-    assert str(caught.value) == f"{file}: ended inside tensor '{cut.name}': was it changed meanwhile?"
+        values(stack)
+    assert str(caught.value) == f"{file}: ended inside tensor '{stack.name}': was it changed meanwhile?"
 
 
 def headers(tmp_path: Path, model_type: str, **keys: Any) -> SimpleNamespace:
