@@ -72,7 +72,7 @@ def test_the_notebook_merges_and_pushes(world, kernel):
     repository = world.hub.repositories["alice/mix"]
     assert repository.private
     files = repository.find("main")[1]
-    assert {"README.md", "config.json", "model.safetensors"} <= files.keys()
+    assert {"README.md", "config.json", "model.safetensors.index.json"} <= files.keys()
     assert not (kernel / "mixture").exists()
 
 

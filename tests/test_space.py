@@ -47,7 +47,9 @@ def test_a_merge_goes_to_the_repository_of_the_visitor(app, hub):
     assert said.splitlines()[-1] == f"{hub.url}/alice/mix"
     assert all(said.startswith(part) for part in earlier)
     assert hub.repositories["alice/mix"].private
-    assert {"README.md", "config.json", "model.safetensors"} <= hub.repositories["alice/mix"].find("main")[1].keys()
+    assert {"README.md", "config.json", "model.safetensors.index.json"} <= hub.repositories["alice/mix"].find("main")[
+        1
+    ].keys()
 
 
 @pytest.mark.parametrize(

@@ -37,17 +37,20 @@ def shares_extents(source: Path, folder: Path) -> bool:
     return False
 
 
-def layout_to_share(tensors: Sequence[TensorSpec], starts: Mapping[str, int], max_shard_bytes: int) -> list[Shard]:
+def layout_to_share(
+    tensors: Sequence[TensorSpec], starts: Mapping[str, int], max_shard_bytes: int, last: Sequence[TensorSpec] = ()
+) -> list[Shard]:
     """Divide tensors into shards in which copied ones lie in their blocks as in their source files.
 
     Args:
         tensors: what to write.
         starts: offsets in the source files, for the tensors whose bytes are copied.
         max_shard_bytes: upper bound of the tensor data in one shard.
+        last: what to write into shards of their own after the others.
 
     Returns:
         Shards of shared tensors first, then shards of the others in their order: computed ones and those that are too
-        small.
+        small. The shards of the `last` tensors follow.
     """
     groups: list[tuple[int, list[TensorSpec]]] = []  # where in a block the data begin, and what they are
     growing: dict[int, int] = {}  # where in a block a group ends, to its index
@@ -64,8 +67,9 @@ def layout_to_share(tensors: Sequence[TensorSpec], starts: Mapping[str, int], ma
         growing[(phase + tensor.nbytes) % BLOCK_BYTES] = index
     shared = [(phase, group) for phase, group in groups if _nbytes(group) >= SMALL_SHARD_BYTES]
     names = {tensor.name for _, group in shared for tensor in group}
-    others = fill_shards([tensor for tensor in tensors if tensor.name not in names], max_shard_bytes)
-    return build_shards([*shared, *((0, group) for group in others if group)])
+    others = [tensor for tensor in tensors if tensor.name not in names]
+    unshared = [*fill_shards(others, max_shard_bytes), *fill_shards(last, max_shard_bytes)]
+    return build_shards([*shared, *((0, group) for group in unshared)])
 
 
 def shared_bytes(tensors: Sequence[TensorSpec], starts: Mapping[str, int], shards: Sequence[Shard]) -> int:

@@ -54,21 +54,23 @@ def parse_size(text: str) -> int:
     return size
 
 
-def layout_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> list[Shard]:
+def layout_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int, last: Sequence[TensorSpec] = ()) -> list[Shard]:
     """Divide tensors, in order, into files of at most `max_shard_bytes` of tensor data.
 
     A tensor larger than that gets a file of its own. Within a file wider dtypes come first, so that every tensor
-    stays aligned to its element size; otherwise the order is kept.
+    stays aligned to its element size; otherwise the order is kept. The `last` tensors come after the others, and share
+    no file with them.
     """
-    return build_shards([(0, group) for group in fill_shards(tensors, max_shard_bytes)])
+    groups = [*fill_shards(tensors, max_shard_bytes), *fill_shards(last, max_shard_bytes)]
+    return build_shards([(0, group) for group in groups])
 
 
 def build_shards(groups: Sequence[tuple[int, Sequence[TensorSpec]]]) -> list[Shard]:
     """Name the files and build headers; a group is the phase of its data in a block (0: any), and its tensors."""
     if len(groups) == 1:
-        return [_shard(SINGLE_SAFETENSORS, *groups[0])]
+        return [build_shard(SINGLE_SAFETENSORS, *groups[0])]
     return [
-        _shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", phase, group)
+        build_shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", phase, group)
         for number, (phase, group) in enumerate(groups, start=1)
     ]
 
@@ -83,10 +85,12 @@ def fill_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> Iterator
             group, group_bytes = [], 0
         group.append(tensor)
         group_bytes += tensor.nbytes
-    yield group
+    if group:
+        yield group
 
 
-def _shard(name: str, phase: int, tensors: Sequence[TensorSpec]) -> Shard:
+def build_shard(name: str, phase: int, tensors: Sequence[TensorSpec]) -> Shard:
+    """Build the header of one file; see `build_shards`."""
     ordered = sorted(tensors, key=lambda tensor: -BITS[tensor.dtype])
     header = build_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), METADATA, phase)
     starts = {}

@@ -136,12 +136,13 @@ def _read_tensors(
 ) -> tuple[dict[str, TensorInfo], list[Difference]]:
     """Read a checkpoint's tensors by name, none if files do not agree, and how they differ from the plan's."""
     agreeing = "an index, headers and files that agree"
+    of_other_files = tuple(model.notes)
     try:
         tensors = read_tensor_table(model, lambda _: None)
     except CheckpointError as error:
         return {}, [Difference("weights", agreeing, str(error))]
     notes = model.notes if model.file(SAFETENSORS_INDEX) else ()
-    differences = [Difference("weights", agreeing, note) for note in notes]
+    differences = [Difference("weights", agreeing, note) for note in notes if note not in of_other_files]
     return tensors, [*differences, *compare_index(model, tensors), *_compare_tables(outputs, dtypes, tensors)]
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.shards import TensorSpec, layout_shards
+from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.config.expert_names import named_place
 from moemerge.config.router_methods import AUTO
 from moemerge.config.schema import MergeConfig, RoutedExpert
@@ -20,6 +20,7 @@ from moemerge.editing.shared_halves import averaged
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
 from moemerge.errors import IncompatibleError, MoemergeError
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
+from moemerge.families.layer_names import layer_prefix
 from moemerge.families.stored_mixture import StoredMixture, number_of
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins
@@ -79,7 +80,6 @@ def plan_edit(
     output_config = edited_config(mixture, len(slots), config.experts_per_token, width)
     computes = not all(isinstance(slot, Kept) for slot in slots) or config.gate_mode != AUTO
     outputs = EditAssembly(mixture, slots, width, computes, shared).outputs()
-    specs = [_spec(name, output, mixture) for name, output in outputs.items()]
     sources = tuple(source for source, _ in found.tables.values())
     return EditPlan(
         config=config,
@@ -87,7 +87,7 @@ def plan_edit(
         mixture=mixture,
         slots=tuple(slots),
         outputs=MappingProxyType(outputs),
-        shards=tuple(layout_shards(specs, options.max_shard_bytes)),
+        shards=_shards(outputs, mixture, options.max_shard_bytes),
         output_config=output_config,
         base_files=find_base_files(folder, announce, needed=False),
         origins=_origins(found.tables.values()),
@@ -205,6 +205,14 @@ def _fit_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[S
         )
     if slots and config.experts_per_token > len(slots):
         yield f"experts_per_token: {config.experts_per_token} of {len(slots)} experts"
+
+
+def _shards(outputs: Mapping[str, Output], mixture: StoredMixture, max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Divide the tensors into files, the routers into a last one of their own."""
+    names = {layer_prefix(layer) + mixture.family.router for layer in mixture.moe_layers}
+    specs = [_spec(name, output, mixture) for name, output in outputs.items()]
+    weights, routers = ([spec for spec in specs if (spec.name in names) == last] for last in (False, True))
+    return tuple(layout_shards(weights, max_shard_bytes, routers))
 
 
 def _spec(name: str, output: Output, mixture: StoredMixture) -> TensorSpec:

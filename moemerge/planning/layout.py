@@ -8,6 +8,7 @@ from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.dtypes import HEADER_DTYPES, bytes_of
 from moemerge.planning.assembled import Assembled
 from moemerge.planning.options import PlanOptions
+from moemerge.planning.output import Computed
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,18 @@ class Layout:
 
 
 def lay_out(assembled: Assembled, options: PlanOptions) -> Layout:
-    """Divide the tensors into files, laid out so that blocks can be shared with the sources where that is possible."""
+    """Divide the tensors into files, laid out so that blocks can be shared with the sources where that is possible.
+
+    Routers have a small last file of their own, so that whoever changes only them writes only that.
+    """
     outputs, dtype, target = assembled.outputs, HEADER_DTYPES[assembled.dtype], options.target
     specs = [TensorSpec(n, dtype, o.shape, bytes_of(dtype, o.shape) or 0) for n, o in outputs.items()]
+    weights = [spec for spec in specs if not isinstance(outputs[spec.name].origin, Computed)]
+    routers = [spec for spec in specs if isinstance(outputs[spec.name].origin, Computed)]
     copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
     paths = {tensor.path for tensor in copied.values()}
     if not (target and paths and all(isinstance(path, Path) and shares_extents(path, target) for path in paths)):
-        return Layout(tuple(layout_shards(specs, options.max_shard_bytes)), 0)
+        return Layout(tuple(layout_shards(weights, options.max_shard_bytes, routers)), 0)
     starts = {name: tensor.start for name, tensor in copied.items()}
-    shards = layout_to_share(specs, starts, options.max_shard_bytes)
+    shards = layout_to_share(weights, starts, options.max_shard_bytes, routers)
     return Layout(tuple(shards), shared_bytes(specs, starts, shards))

@@ -18,7 +18,16 @@ from moemerge.errors import OutputError, RefusedError
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.planning.options import PlanOptions
 from tests.support.families import DENSE
-from tests.support.models import edit_json, load, logits, make_model, tokenizer, write_config
+from tests.support.models import (
+    edit_json,
+    load,
+    load_weights,
+    logits,
+    make_model,
+    save_weights,
+    tokenizer,
+    write_config,
+)
 
 only_5 = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 spells as it reads")
 # Of each output family a dense model whose settings are not the class's defaults, where there is one.
@@ -86,7 +95,7 @@ def test_every_key_that_a_merge_wrote_is_put_back(tmp_path, moe):
     assert repair(out) == []
     written = config_of(out)
     again = saved(out)
-    weights = (again / "model.safetensors").read_bytes()
+    weights = {path: path.read_bytes() for path in again.glob("*.safetensors")}
     assert config_of(again).items() >= {"transformers_version": transformers.__version__}.items()
     lost = {key for key, value in written.items() if config_of(again).get(key, "absent") != value}
     assert "torch_dtype" in lost
@@ -101,7 +110,7 @@ def test_every_key_that_a_merge_wrote_is_put_back(tmp_path, moe):
     assert found.items() >= written.items()
     assert found["transformers_version"] == transformers.__version__
     assert repair(again) == []
-    assert (again / "model.safetensors").read_bytes() == weights
+    assert {path: path.read_bytes() for path in again.glob("*.safetensors")} == weights
     load(again)
 
 
@@ -141,8 +150,7 @@ def test_names_of_tensors_in_memory_are_refused(tmp_path, mixtral):
 
 def test_an_expert_that_is_not_there_is_refused(tmp_path, mixtral):
     out = shutil.copytree(mixtral, tmp_path / "out")
-    weights = out / "model.safetensors"
-    weights.write_bytes(weights.read_bytes().replace(b".experts.2.w1.", b".experts.7.w1.", 1))
+    save_weights(out, {name.replace(".experts.2.w1.", ".experts.7.w1."): t for name, t in load_weights(out).items()})
     with pytest.raises(
         RefusedError, match=r"has no tensor model\.layers\.\d\.block_sparse_moe\.experts\.2\.w1\.weight"
     ):

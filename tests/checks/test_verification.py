@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from moemerge import MergePlan, load_config, merge, plan_merge
 from moemerge.checkpoint import compare
 from moemerge.checkpoint.header import TensorInfo, read_header
+from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.pieces import Fill, Piece
 from moemerge.checks.files import _is_respelled
 from moemerge.checks.verification import Difference, verify_merge
@@ -28,9 +29,11 @@ from moemerge.merging.options import MergeOptions
 from moemerge.planning.fingerprint import plan_fingerprint
 from moemerge.planning.options import PlanOptions
 from tests.cli.test_cli import NO_TORCH, hashes, run
-from tests.support.models import make_model, write_config
+from tests.support.models import load_weights, make_model, write_config
 
 WEIGHTS = "model.safetensors"
+# The files of a mixture.
+COPIED, ROUTERS = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 INDEX = "model.safetensors.index.json"
 BLOCK = "model.layers.1.block_sparse_moe."
 DENSE = "model.layers.1.mlp."
@@ -85,9 +88,19 @@ def flip(file: Path, byte: int) -> None:
 
 
 def edit_tensors(out: Path, **tensors: torch.Tensor | None) -> None:
-    """Set tensors of a model of one file; None removes one."""
-    found = load_file(out / WEIGHTS) | tensors
-    save_file({name: tensor for name, tensor in found.items() if tensor is not None}, out / WEIGHTS, {"format": "pt"})
+    """Set tensors of a mixture where they are stored, or beside the routers; None removes one."""
+    copied, routers = (load_file(out / name) for name in (COPIED, ROUTERS))
+    for name, tensor in tensors.items():
+        held = copied if name in copied else routers
+        if tensor is None:
+            del held[name]
+        else:
+            held[name] = tensor
+    for name, held in ((COPIED, copied), (ROUTERS, routers)):
+        save_file(held, out / name, {"format": "pt"})
+    total = sum(tensor.nbytes for tensor in (*copied.values(), *routers.values()))
+    index = build_index(dict.fromkeys(copied, COPIED) | dict.fromkeys(routers, ROUTERS), total)
+    (out / SAFETENSORS_INDEX).write_text(index)
 
 
 def test_a_fresh_merge_verifies_and_stays_as_it_is(plan, merged):
@@ -164,7 +177,7 @@ def test_noise_and_scales_are_computed_again_with_the_seed(tmp_path, llamas):
 @pytest.mark.parametrize("byte", [0, 1234, 6143])
 def test_one_changed_byte_of_a_copied_tensor_is_found(plan, out, byte):
     name = f"{BLOCK}experts.2.w3.weight"
-    flip(out / WEIGHTS, read_header(out / WEIGHTS)[name].start + byte)
+    flip(out / COPIED, read_header(out / COPIED)[name].start + byte)
     found = verify_merge(plan, out)
     assert found.copied == 47
     assert found.differences == (
@@ -179,7 +192,7 @@ def test_one_changed_byte_of_a_copied_tensor_is_found(plan, out, byte):
 def test_one_changed_byte_of_a_converted_tensor_is_found(tmp_path, llamas):
     plan = planned(tmp_path / "merge.yaml", llamas, dtype="float16")
     merge(plan, tmp_path / "out")
-    flip(tmp_path / "out" / WEIGHTS, read_header(tmp_path / "out" / WEIGHTS)["model.norm.weight"].start + 63)
+    flip(tmp_path / "out" / COPIED, read_header(tmp_path / "out" / COPIED)["model.norm.weight"].start + 63)
     found = verify_merge(plan, tmp_path / "out")
     assert found.converted == 47
     assert found.differences == (
@@ -222,12 +235,11 @@ def test_tensors_of_several_pieces_are_compared_piece_by_piece(tmp_path, pieced)
     merge(pieced, tmp_path / "out", MergeOptions(seed=5))
     found = verify_merge(pieced, tmp_path / "out", seed=5)
     assert (found.copied, found.converted, found.differences) == (46, 2, ())
-    stored = load_file(tmp_path / "out" / WEIGHTS)
-    down = stored[f"{BLOCK}experts.0.w2.weight"]
+    down = load_file(tmp_path / "out" / COPIED)[f"{BLOCK}experts.0.w2.weight"]
     assert not down[:, :16].any()
     assert not torch.equal(down[:, 16:32], down[:, 32:])  # one source, but each piece has noise of its own
 
-    header = read_header(tmp_path / "out" / WEIGHTS)
+    header = read_header(tmp_path / "out" / COPIED)
     source = pieced.sources[1].folder / WEIGHTS
     up = pieced.sources[2].folder / WEIGHTS
     base = pieced.base_folder / WEIGHTS
@@ -245,11 +257,11 @@ def test_tensors_of_several_pieces_are_compared_piece_by_piece(tmp_path, pieced)
             f"model.layers.1.self_attn.q_proj.weight of {base}, even rows of 8 before odd ones",
         ),
     ):
-        flip(tmp_path / "out" / WEIGHTS, header[name].start + byte)
+        flip(tmp_path / "out" / COPIED, header[name].start + byte)
         assert differences(pieced, tmp_path / "out", seed=5) == [
             Difference(name, expected, f"1 of {header[name].nbytes} bytes differ, the first at byte {byte}")
         ]
-        flip(tmp_path / "out" / WEIGHTS, header[name].start + byte)
+        flip(tmp_path / "out" / COPIED, header[name].start + byte)
 
 
 def test_a_plan_names_all_sources_of_a_tensor(pieced, plan):
@@ -275,7 +287,7 @@ def test_a_plan_names_all_sources_of_a_tensor(pieced, plan):
 
 
 def test_swapped_experts_are_found(plan, out):
-    tensors = load_file(out / WEIGHTS)
+    tensors = load_file(out / COPIED)
     one, other = f"{BLOCK}experts.0.w1.weight", f"{BLOCK}experts.1.w1.weight"
     edit_tensors(out, **{one: tensors[other], other: tensors[one]})
     found = differences(plan, out)
@@ -284,7 +296,7 @@ def test_swapped_experts_are_found(plan, out):
 
 
 def test_tensors_that_are_absent_or_too_many_or_of_another_kind_are_found(plan, out):
-    tensors = load_file(out / WEIGHTS)
+    tensors = load_weights(out)
     query, gate = "model.layers.0.self_attn.q_proj.weight", f"{BLOCK}gate.weight"
     edit_tensors(
         out,
@@ -302,7 +314,7 @@ def test_tensors_that_are_absent_or_too_many_or_of_another_kind_are_found(plan, 
 
 
 def test_routers_have_to_be_finite(plan, out):
-    gate = load_file(out / WEIGHTS)[f"{BLOCK}gate.weight"]
+    gate = load_file(out / ROUTERS)[f"{BLOCK}gate.weight"]
     gate[0, 0], gate[2, 31] = float("nan"), float("-inf")
     edit_tensors(out, **{f"{BLOCK}gate.weight": gate})
     found = verify_merge(plan, out)
@@ -364,10 +376,10 @@ def test_what_transformers_leaves_out_is_a_note_and_what_is_changed_is_not(plan,
 
 
 def test_weights_that_cannot_be_read_differ(plan, out):
-    (out / WEIGHTS).write_bytes((out / WEIGHTS).read_bytes()[:-1])
+    (out / COPIED).write_bytes((out / COPIED).read_bytes()[:-1])
     found = next(difference for difference in differences(plan, out) if difference.what == "weights")
     assert found.expected == "an index, headers and files that agree"
-    assert found.found.startswith(f"{out / WEIGHTS}: tensor ")
+    assert found.found.startswith(f"{out / COPIED}: tensor ")
     assert found.found.endswith(": it was cut off.")
 
 
@@ -377,15 +389,15 @@ def test_a_tokenizers_config_that_cannot_be_read_is_not_respelled(tmp_path):
 
 
 def test_metadata_of_shards_and_repeated_keys_are_found(plan, out):
-    tensors = load_file(out / WEIGHTS)
-    save_file(tensors, out / WEIGHTS, {"format": "tf", "quantization": "x"})
+    tensors = load_file(out / COPIED)
+    save_file(tensors, out / COPIED, {"format": "tf", "quantization": "x"})
     config = out / "config.json"
     config.write_text(config.read_text().replace("{", '{"rope_theta": 5, "rope_theta": 6, ', 1))
     found = {difference.what: difference for difference in differences(plan, out)}
-    assert found.keys() == {"config.json: rope_theta", WEIGHTS}
+    assert found.keys() == {"config.json: rope_theta", COPIED}
     assert found["config.json: rope_theta"].expected == "once"
-    assert found[WEIGHTS].expected == 'metadata {"format": "pt"}'
-    assert json.loads(found[WEIGHTS].found) == {"format": "tf", "quantization": "x"}
+    assert found[COPIED].expected == 'metadata {"format": "pt"}'
+    assert json.loads(found[COPIED].found) == {"format": "tf", "quantization": "x"}
 
 
 def test_what_the_card_and_the_copy_of_the_config_say_is_the_plans(plan, out, llamas):
@@ -478,7 +490,7 @@ def test_a_number_that_is_not_finite_is_named_by_its_piece(tmp_path):
 
 def test_other_bytes_that_are_not_finite_are_not_laid_on_the_source(plan, out):
     name = f"{BLOCK}experts.2.w3.weight"
-    tensors = load_file(out / WEIGHTS)
+    tensors = load_file(out / COPIED)
     tensors[name][47, 31] = float("nan")
     edit_tensors(out, **{name: tensors[name]})
     byte, broken = differences(plan, out)

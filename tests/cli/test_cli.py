@@ -323,8 +323,10 @@ def test_a_full_folder_is_refused_then_replaced_on_request(tmp_path, plain, here
     assert code == 2
     assert "is not empty" in errors
     assert here(plain, tmp_path / "out", "--quiet", "--overwrite")[0] == 0
-    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
-    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
 
 
 def test_a_truncated_source_is_named(tmp_path):

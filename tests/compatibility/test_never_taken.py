@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from moemerge import load_config, merge, plan_merge
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.evaluation.runnable import open_dense
-from tests.support.models import edit_json, write_config
+from tests.support.models import edit_json, load_weights, save_weights, write_config
 
 FFN = "model.layers.1.mlp.up_proj"
 
@@ -41,7 +41,7 @@ def rename(folder: Path, new_name) -> None:
 def same_weights(tmp_path, plan, expected) -> bool:
     merge(plan, tmp_path / "out")
     merge(expected, tmp_path / "expected")
-    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    found, wanted = (load_weights(tmp_path / name) for name in ("out", "expected"))
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
 
 
@@ -135,7 +135,7 @@ def test_names_are_read_without_what_the_model_was_wrapped_in(tmp_path, llamas, 
 def test_a_body_that_was_saved_alone_serves_as_an_expert_but_not_as_a_base(tmp_path, llamas, models):
     for model in models[1:]:
         AutoModel.from_pretrained(model).save_pretrained(model)
-    assert "layers.0.mlp.up_proj.weight" in load_file(models[1] / "model.safetensors")
+    assert "layers.0.mlp.up_proj.weight" in load_weights(models[1])
     assert same_weights(tmp_path, plan_of(tmp_path, models), plan_of(tmp_path, llamas[:3]))
     AutoModel.from_pretrained(models[0]).save_pretrained(models[0])
     with pytest.raises(IncompatibleError, match=r"base_model: tensor lm_head.weight is missing"):
@@ -154,7 +154,7 @@ def test_words_of_a_quantisation_that_the_weights_do_not_have_are_stale(tmp_path
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8", "scales beside plain weights"])
 def test_a_quantised_expert_is_refused(tmp_path, models, kind):
-    tensors = load_file(models[1] / "model.safetensors")
+    tensors = load_weights(models[1])
     weight = tensors[f"{FFN}.weight"]
     if kind == "gptq":
         del tensors[f"{FFN}.weight"]
@@ -162,7 +162,7 @@ def test_a_quantised_expert_is_refused(tmp_path, models, kind):
     else:
         tensors[f"{FFN}.weight_scale"] = torch.ones(48, 1)
         tensors[f"{FFN}.weight"] = weight.to(torch.float8_e4m3fn) if kind == "fp8" else weight
-    save_file(tensors, models[1] / "model.safetensors", {"format": "pt"})
+    save_weights(models[1], tensors)
     edit_json(models[1] / "config.json", quantization_config={"quant_method": kind[:4]})
     with pytest.raises(IncompatibleError) as refused:
         plan_of(tmp_path, models)
@@ -174,9 +174,9 @@ def test_a_quantised_expert_is_refused(tmp_path, models, kind):
 
 
 def test_what_else_is_wrong_with_a_model_that_speaks_of_quantisation_is_told(tmp_path, models):
-    tensors = load_file(models[1] / "model.safetensors")
+    tensors = load_weights(models[1])
     del tensors[f"{FFN}.weight"]
-    save_file(tensors, models[1] / "model.safetensors", {"format": "pt"})
+    save_weights(models[1], tensors)
     edit_json(models[1] / "config.json", quantization_config={"quant_method": "fp8"})
     with pytest.raises(IncompatibleError) as refused:
         plan_of(tmp_path, models)

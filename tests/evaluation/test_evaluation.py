@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
@@ -30,7 +29,7 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from tests.passes.test_passes import IS_V4, change_buffers, in_words_of_4, is_known
 from tests.support.families import DENSE, reference, wrong_in_v4
-from tests.support.models import TEXT, VOCAB, load, make_model
+from tests.support.models import TEXT, VOCAB, load, load_weights, make_model, save_weights
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 # Shared experts without neurons, where a family has to have one.
@@ -421,17 +420,17 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path, out):
 )
 def test_a_checkpoint_without_a_norm_or_a_layer_is_refused(tmp_path, out, data, lacking, problem):
     copied = shutil.copytree(out, tmp_path / "out")
-    tensors = {n: t for n, t in load_file(copied / "model.safetensors").items() if lacking not in n}
-    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    tensors = {n: t for n, t in load_weights(copied).items() if lacking not in n}
+    save_weights(copied, tensors)
     with pytest.raises(CheckpointError, match=problem):
         evaluate(copied, data, EvaluationSettings(tokens=40))
 
 
 def test_a_router_that_is_not_finite_is_refused(tmp_path, out, data):
     copied = shutil.copytree(out, tmp_path / "out")
-    tensors = load_file(copied / "model.safetensors")
+    tensors = load_weights(copied)
     tensors["model.layers.1.block_sparse_moe.gate.weight"][2, 3] = math.nan
-    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    save_weights(copied, tensors)
     with pytest.raises(CheckpointError) as caught:
         evaluate(copied, data, EvaluationSettings(tokens=40))
     assert str(caught.value) == (
@@ -460,7 +459,7 @@ def test_routes_are_those_of_the_model(out):
     ids = transformers.AutoTokenizer.from_pretrained(out)(LINES[0], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         logits = model(ids, output_router_logits=True).router_logits
-    rows = load_file(out / "model.safetensors")
+    rows = load_weights(out)
     assert len([name for name in rows if name.endswith(".gate.weight")]) == 3
     for layer in range(3):
         # transformers 5 gives softmax scores in their place: the order is the same.
@@ -639,9 +638,9 @@ def test_an_expert_that_lacks_a_token_is_left_out(tmp_path, out, data, models):
 
 
 def damage(folder: Path, name: str, place: tuple[int, ...], value: float = math.nan) -> None:
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_weights(folder)
     tensors[name][place] = value
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_weights(folder, tensors)
 
 
 FFN = "model.layers.1.block_sparse_moe.experts.0."
@@ -672,10 +671,10 @@ def test_a_model_whose_numbers_are_not_finite_is_refused(  # noqa: PLR0917
 
 def test_finite_weights_that_overflow_are_refused(tmp_path, out, data):
     copied = shutil.copytree(out, tmp_path / "out")
-    tensors = load_file(copied / "model.safetensors")
+    tensors = load_weights(copied)
     for expert in range(3):
         tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"] *= 1e38
-    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    save_weights(copied, tensors)
     with pytest.raises(CheckpointError) as caught:
         evaluate(copied, data, EvaluationSettings(tokens=40))
     assert str(caught.value) == (
@@ -686,9 +685,9 @@ def test_finite_weights_that_overflow_are_refused(tmp_path, out, data):
 
 def test_a_quantised_model_is_refused(tmp_path, out, data, monkeypatch, capsys):
     copied = shutil.copytree(out, tmp_path / "out")
-    tensors = load_file(copied / "model.safetensors")
+    tensors = load_weights(copied)
     tensors[f"{FFN}w3.weight"] = tensors[f"{FFN}w3.weight"].to(torch.int8)
-    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    save_weights(copied, tensors)
     code, _, errors = run(["eval", copied, "--data", f"fox={data['fox'][0]}", "--quiet"], monkeypatch, capsys)
     assert (code, errors) == (
         1,
@@ -745,9 +744,9 @@ def test_baselines_that_are_damaged_are_left_out(tmp_path, data):
 
 def test_a_perplexity_beyond_all_numbers_is_printed(tmp_path, out, data, monkeypatch, capsys):
     copied = shutil.copytree(out, tmp_path / "out")
-    tensors = load_file(copied / "model.safetensors")
+    tensors = load_weights(copied)
     tensors["lm_head.weight"] *= 1e4
-    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    save_weights(copied, tensors)
     code, printed, _ = run(["eval", copied, "--data", f"fox={data['fox'][0]}"], monkeypatch, capsys)
     assert code == 0
     assert re.search(r"merged +\d{4,}\.\d{3} \(over 1e6\)", printed)
@@ -780,8 +779,8 @@ def test_a_mixture_that_lacks_what_its_family_has_is_refused(tmp_path, llamas):
             open_mixture(folder)
         assert str(caught.value) == f"{folder}: its config.json has no {key}, which a mixtral has."
     (folder / "config.json").write_text(json.dumps(config))
-    kept = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if ".gate." not in name}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    kept = {name: tensor for name, tensor in load_weights(folder).items() if ".gate." not in name}
+    save_weights(folder, kept)
     with pytest.raises(IncompatibleError) as caught:
         open_mixture(folder)
     assert str(caught.value) == f"{folder}: has no router: no tensor is called *.block_sparse_moe.gate.weight."

@@ -13,11 +13,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint import output_folder
@@ -50,7 +51,7 @@ from moemerge.merging.options import MergeOptions
 from moemerge.planning.tokenizer_proof import ProvedTokenizer
 from tests.passes.test_passes import is_known
 from tests.support.families import GEMMA4, HYBRID, MIXED
-from tests.support.models import edit_json, make_model, write_config
+from tests.support.models import edit_json, load_weights, make_model, save_weights, write_config
 from tests.support.splits import VOCAB, WAYS, save
 
 LLAMA3_ROPE: dict[str, Any] = {
@@ -100,17 +101,21 @@ def into_pairs(weights: np.ndarray, heads: int) -> np.ndarray:
     return weights.reshape(heads, 2, -1, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
 
 
+def load_arrays(folder: Path) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in load_weights(folder).items()}
+
+
 def test_tensors_are_the_checkpoints_renamed_stacked_and_turned(tmp_path, out):
     write_gguf(out, tmp_path / "a.gguf", GgufOptions(type="f32"))
-    found, stored = read(tmp_path / "a.gguf"), load_file(out / "model.safetensors")
+    found, held = read(tmp_path / "a.gguf"), load_arrays(out)
     expected = {
-        "token_embd.weight": stored["model.embed_tokens.weight"],
-        "output_norm.weight": stored["model.norm.weight"],
-        "output.weight": stored["lm_head.weight"],
+        "token_embd.weight": held["model.embed_tokens.weight"],
+        "output_norm.weight": held["model.norm.weight"],
+        "output.weight": held["lm_head.weight"],
     }
     for layer in range(LAYERS):
         own = {
-            name: stored[f"model.layers.{layer}.{name}.weight"]
+            name: held[f"model.layers.{layer}.{name}.weight"]
             for name in (
                 "input_layernorm",
                 "post_attention_layernorm",
@@ -122,12 +127,12 @@ def test_tensors_are_the_checkpoints_renamed_stacked_and_turned(tmp_path, out):
         names = ("attn_norm", "ffn_norm", "attn_v", "attn_output", "ffn_gate_inp")
         expected |= {f"blk.{layer}.{name}.weight": value for name, value in zip(names, own.values(), strict=True)}
         for name, heads in (("q", HEADS), ("k", KEY_HEADS)):
-            weights = stored[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
+            weights = held[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
             expected[f"blk.{layer}.attn_{name}.weight"] = into_pairs(weights, heads)
         for name, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
             expected[f"blk.{layer}.ffn_{name}_exps.weight"] = np.stack(
                 [
-                    stored[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{theirs}.weight"]
+                    held[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{theirs}.weight"]
                     for expert in range(EXPERTS)
                 ]
             )
@@ -216,14 +221,14 @@ def test_blocks_of_zeros_halves_and_tiny_numbers_are_those_of_the_package():
 
 
 def test_large_matrices_are_made_of_blocks_in_bounded_pieces(tmp_path, copied):
-    stored = load_file(copied / "model.safetensors")
+    held = load_arrays(copied)
     rows = 9000  # more than a chunk
     edit_json(copied / "config.json", vocab_size=rows)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        stored[name] = np.random.default_rng(0).standard_normal((rows, 32), np.float32)
-    save_file(stored, copied / "model.safetensors", {"format": "pt"})
+        held[name] = np.random.default_rng(0).standard_normal((rows, 32), np.float32)
+    save_weights(copied, {name: torch.from_numpy(array) for name, array in held.items()})
     write_gguf(copied, tmp_path / "a.gguf", GgufOptions(type="q8_0"))
-    expected = gguf.quants.quantize(stored["lm_head.weight"], gguf.GGMLQuantizationType.Q8_0)
+    expected = gguf.quants.quantize(held["lm_head.weight"], gguf.GGMLQuantizationType.Q8_0)
     assert read(tmp_path / "a.gguf")["output.weight"].tobytes() == expected.tobytes()
 
 
@@ -360,11 +365,11 @@ def test_families_that_are_not_written_are_refused_by_name(tmp_path, copied):
 
 
 def test_a_tensor_is_neither_missing_nor_dropped(tmp_path, copied):
-    stored = load_file(copied / "model.safetensors")
-    stored["model.layers.1.more"] = stored.pop("model.layers.1.self_attn.v_proj.weight")
-    del stored["model.layers.2.block_sparse_moe.experts.1.w1.weight"]
-    stored["model.layers.0.self_attn.o_proj.weight"] = np.zeros((32, 32), np.int8)
-    save_file(stored, copied / "model.safetensors", {"format": "pt"})
+    held = load_arrays(copied)
+    held["model.layers.1.more"] = held.pop("model.layers.1.self_attn.v_proj.weight")
+    del held["model.layers.2.block_sparse_moe.experts.1.w1.weight"]
+    held["model.layers.0.self_attn.o_proj.weight"] = np.zeros((32, 32), np.int8)
+    save_weights(copied, {name: torch.from_numpy(array) for name, array in held.items()})
     assert refused(lambda: write_gguf(copied, tmp_path / "a.gguf"), IncompatibleError).splitlines() == [
         "The checkpoint is not what llama.cpp's llama is made of:",
         "  - model.layers.0.self_attn.o_proj.weight is stored as I8, not as floats",
@@ -470,9 +475,9 @@ def test_limits_of_the_process_are_refused_before_the_first_byte(tmp_path, out, 
 
 
 def test_numbers_that_a_type_cannot_hold_are_named_with_types_that_can(tmp_path, llamas, copied):
-    stored = load_file(copied / "model.safetensors")
-    stored["lm_head.weight"][3, 4] = 1e6
-    save_file(stored, copied / "model.safetensors", {"format": "pt"})
+    held = load_arrays(copied)
+    held["lm_head.weight"][3, 4] = 1e6
+    save_weights(copied, {name: torch.from_numpy(array) for name, array in held.items()})
     where = f"{copied / 'model.safetensors'}: tensor 'lm_head.weight' holds 1e+06, which float16 cannot express."
     advice = "Write the file with --type bf16 or --type f32."
     assert (
@@ -481,9 +486,9 @@ def test_numbers_that_a_type_cannot_hold_are_named_with_types_that_can(tmp_path,
     )
     assert not (tmp_path / "a.gguf").exists()
     base = Path(shutil.copytree(llamas[0], tmp_path / "base"))
-    stored = load_file(base / "model.safetensors")
-    stored["lm_head.weight"][3, 4] = 1e6
-    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    held = load_arrays(base)
+    held["lm_head.weight"][3, 4] = 1e6
+    save_weights(base, {name: torch.from_numpy(array) for name, array in held.items()})
     where = where.replace(str(copied), str(base))
     for dtype, expected in (
         ("float32", advice),
@@ -696,7 +701,7 @@ def test_room_that_a_killed_run_has_taken_is_used_again(tmp_path, out, monkeypat
 
 
 def test_nothing_is_left_where_a_source_is_cut_off(tmp_path, copied):
-    path = copied / "model.safetensors"
+    path = copied / "model-00001-of-00002.safetensors"
     file = tmp_path / "a.gguf"
 
     def cut(_done: int, _total: int) -> None:

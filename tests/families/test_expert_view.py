@@ -19,7 +19,16 @@ from moemerge.sources.model_folder import open_merged
 from moemerge.sources.stored_mixtures import read_stored_mixture
 from tests.families.test_families import PAIRS, PLAINEST, dense, merged, pairs, parts, readable  # noqa: F401  a fixture
 from tests.support.families import DENSE
-from tests.support.models import assert_close, edit_json, load, logits, make_model, write_config
+from tests.support.models import (
+    assert_close,
+    edit_json,
+    load,
+    load_weights,
+    logits,
+    make_model,
+    save_weights,
+    write_config,
+)
 
 
 def stored(folder: Path) -> StoredMixture:
@@ -162,9 +171,9 @@ def test_heads_that_rotate_in_part_are_refused_beside_biases(tmp_path):
 
 def test_a_tensor_without_a_place_is_refused(tmp_path):
     out = made(tmp_path, "llama", "mixtral")
-    tensors = load_file(out / "model.safetensors")
+    tensors = load_weights(out)
     tensors["model.layers.1.self_attn.q_norm.weight"] = torch.ones(8)
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    save_weights(out, tensors)
     assert refusal(out).startswith(
         f"{HEAD}\n  - llama: it has no place for tensor model.layers.1.self_attn.q_norm.weight\n"
     )
@@ -173,9 +182,9 @@ def test_a_tensor_without_a_place_is_refused(tmp_path):
 def test_an_extra_tensor_that_does_something_is_no_longer_left_out(tmp_path):
     out = made(tmp_path, "llama", "qwen2_moe")
     assert dense_view(stored(out), 1).model.family.model_type == "llama"
-    tensors = load_file(out / "model.safetensors")
+    tensors = load_weights(out)
     tensors["model.layers.2.self_attn.k_proj.bias"][3] = 0.5
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    save_weights(out, tensors)
     view = dense_view(stored(out), 1)
     assert view.model.family.model_type == "qwen2"
     assert read_values(view.tensors["model.layers.2.self_attn.k_proj.bias"])[3] == 0.5
@@ -203,9 +212,9 @@ def test_a_gate_of_its_own_is_no_dense_model(tmp_path):
     base, *experts = [make_model(tmp_path / str(seed), seed) for seed in range(3)]
     shared = [{"source_model": str(base)}]
     _, out = merged(tmp_path, base, experts, architecture="qwen2_moe", shared_experts=shared)
-    tensors = load_file(out / "model.safetensors")
+    tensors = load_weights(out)
     tensors["model.layers.0.mlp.shared_expert_gate.weight"][0, 0] = 0.1
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    save_weights(out, tensors)
     assert refusal(out, "shared") == (
         "There is no dense model that computes what the shared expert does in this mixture:\n"
         "  - its gate (mlp.shared_expert_gate.weight) weighs it anew for each token"
@@ -224,9 +233,9 @@ def test_what_is_not_there_is_named(tmp_path):
 
 def test_layers_that_predict_further_tokens_are_left_out_with_a_note(tmp_path):
     out = made(tmp_path, "llama", "glm4_moe")
-    tensors = load_file(out / "model.safetensors")
+    tensors = load_weights(out)
     tensors |= {name.replace(".2.", ".3.", 1): t.clone() for name, t in tensors.items() if ".layers.2." in name}
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    save_weights(out, tensors)
     view = dense_view(stored(out), 1)
     assert view.notes == ("1 layers that predict further tokens are left out",)
     assert not any(".layers.3." in name for name in view.tensors)

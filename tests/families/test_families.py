@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moemerge import load_config, merge, plan_merge
@@ -16,7 +15,7 @@ from moemerge.families.mixture_shape import Mixture
 from moemerge.families.overview import family_rows
 from moemerge.families.selection import MOE_FAMILIES
 from tests.support.families import DENSE, mixtures, reference, wrong_in_v4
-from tests.support.models import SIZES, assert_close, load, logits, make_model, write_config
+from tests.support.models import SIZES, assert_close, load, load_weights, logits, make_model, save_weights, write_config
 
 IS_V4 = transformers.__version__.startswith("4.")
 EXPERTS = 4
@@ -221,11 +220,11 @@ def test_a_change_of_one_tensor_is_noticed(tmp_path, dense, name, moe):
     base, *experts = dense(name)[: EXPERTS + 1]
     plan, out = merged(tmp_path, base, experts, architecture=moe)
     expected = logits(reference(plan, out))
-    tensors = load_file(out / "model.safetensors")
+    tensors = load_weights(out)
     changed = [name for name, output in plan.outputs.items() if output.is_expert]
     for other in (changed[0], changed[len(changed) // 2], changed[-1]):
-        save_file(tensors | {other: tensors[other].flip(0)}, out / "model.safetensors", {"format": "pt"})
+        save_weights(out, tensors | {other: tensors[other].flip(0)})
         with pytest.raises(AssertionError):
             assert_close(logits(load(out)), expected)
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    save_weights(out, tensors)
     assert_close(logits(load(out)), expected)

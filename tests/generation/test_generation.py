@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.chats import Chat, Message
@@ -24,7 +23,7 @@ from tests.passes.test_passes import is_known
 from tests.support.chats import CHATML, chat_tokenizer
 from tests.support.families import DENSE
 from tests.support.mixtures import VARIANTS, Layout, make_variant
-from tests.support.models import edit_json, load, make_model, tokenizer, write_config
+from tests.support.models import edit_json, load, load_weights, make_model, save_weights, tokenizer, write_config
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 PROMPT = "The quick brown fox"
@@ -213,9 +212,9 @@ def test_numbers_that_are_not_finite_are_named(copy):
 
 def test_a_router_that_is_not_finite_is_named(copy):
     name = "model.layers.1.block_sparse_moe.gate.weight"
-    tensors = load_file(copy / "model.safetensors")
+    tensors = load_weights(copy)
     tensors[name][2, 5] = float("nan")
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    save_weights(copy, tensors)
     with pytest.raises(CheckpointError) as damaged:
         open_generator(copy, device="cpu")
     assert str(damaged.value) == f"{copy}: {name} holds 1 number that is infinite or NaN, at [2, 5]."

@@ -13,7 +13,16 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.merging.options import MergeOptions
 from moemerge.planning.options import PlanOptions
 from tests.support.families import VARIANTS
-from tests.support.models import assert_close, edit_json, load, logits, make_model, write_config
+from tests.support.models import (
+    assert_close,
+    edit_json,
+    load,
+    load_weights,
+    logits,
+    make_model,
+    save_weights,
+    write_config,
+)
 
 MODES = ("hidden", "cheap_embed", "random", "uniform_random")
 
@@ -79,11 +88,12 @@ def test_copied_tensors_are_byte_equal_and_every_source_tensor_is_accounted_for(
     path = write_config(tmp_path / "merge.yaml", base, experts, gate_mode="uniform_random")
     merge(plan_merge(load_config(path), PlanOptions(max_shard_bytes=shard_bytes)), tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert (len(files) > 1) == (shard_bytes < 10**9)
+    assert (len(files) > 2) == (shard_bytes < 10**9)
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert {name for name in found if ".gate." in name} == load_file(files[-1]).keys()
     used = set()
     for number, source in enumerate([base, *experts]):
-        for name, tensor in load_file(source / "model.safetensors").items():
+        for name, tensor in load_weights(source).items():
             if ".mlp." not in name:
                 target = name if number == 0 else None
             elif number:
@@ -123,7 +133,7 @@ def test_every_layout_of_a_source_gives_the_same_merge(tmp_path, layout):
     experts = [make_model(tmp_path / f"expert{seed}", seed, **tied) for seed in (2, 3)]
     expected = logits(load(merged(tmp_path, base, experts, gate_mode="random")))
     for folder in (base, *experts):
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_weights(folder)
         names = sorted(tensors)
         (folder / "model.safetensors").unlink()
         halves = [{n: tensors[n] for n in names[::2]}, {n: tensors[n] for n in names[1::2]}]
@@ -140,7 +150,7 @@ def test_every_layout_of_a_source_gives_the_same_merge(tmp_path, layout):
             save_file(halves[0], folder / "consolidated.safetensors")
         else:
             head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-            save_file(tensors | head, folder / "model.safetensors", {"format": "pt"})
+            save_weights(folder, tensors | head)
     shutil.rmtree(tmp_path / "out")
     assert_close(logits(load(merged(tmp_path, base, experts, gate_mode="random"))), expected)
 
@@ -156,9 +166,9 @@ def test_noise_and_residual_scale_do_what_they_say(tmp_path, llamas):
     for out in ("one", "two"):
         merge(plan_merge(load_config(path)), tmp_path / out, MergeOptions(seed=3))
     merge(plan_merge(load_config(path)), tmp_path / "other", MergeOptions(seed=4))
-    one, two, other = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two", "other"))
+    one, two, other = (load_weights(tmp_path / out) for out in ("one", "two", "other"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    first, second = (load_file(folder / "model.safetensors") for folder in (first, second))
+    first, second = (load_weights(folder) for folder in (first, second))
     block = "model.layers.1.block_sparse_moe.experts"
     noise = one[f"{block}.0.w1.weight"] - first["model.layers.1.mlp.gate_proj.weight"]
     again = one[f"{block}.2.w1.weight"] - first["model.layers.1.mlp.gate_proj.weight"]
@@ -175,9 +185,9 @@ def test_dtype_converts_every_tensor(tmp_path, llamas, name):
     base, *experts = llamas
     out = merged(tmp_path, base, experts, gate_mode="random", dtype=name)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[name]
-    found = load_file(out / "model.safetensors")
+    found = load_weights(out)
     assert {tensor.dtype for tensor in found.values()} == {dtype}
-    source = load_file(experts[1] / "model.safetensors")["model.layers.2.mlp.down_proj.weight"]
+    source = load_weights(experts[1])["model.layers.2.mlp.down_proj.weight"]
     assert torch.equal(found["model.layers.2.block_sparse_moe.experts.1.w2.weight"], source.to(dtype))
     config = json.loads((out / "config.json").read_text())
     assert config["torch_dtype"] == config["dtype"] == str(dtype).removeprefix("torch.")
@@ -187,7 +197,7 @@ def test_without_dtype_the_merge_is_stored_as_the_base_is(tmp_path):
     base = make_model(tmp_path / "base", 0, dtype=torch.bfloat16)
     experts = [make_model(tmp_path / f"{seed}", seed, dtype=torch.float32) for seed in (1, 2)]
     out = merged(tmp_path, base, experts, gate_mode="random")
-    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_weights(out).values()} == {torch.bfloat16}
 
 
 def test_generation_with_a_cache_agrees_with_the_base(tmp_path):

@@ -19,7 +19,7 @@ def config(tmp_path, llamas) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, llamas) -> Path:
-    """A merged model in two shards."""
+    """A merged model in three shards."""
     root = tmp_path_factory.mktemp("made")
     config = write_config(root / "merge.yaml", llamas[0], llamas[1:3], prompts=False)
     merge(plan_merge(load_config(config), PlanOptions(max_shard_bytes=150_000)), root / "out")
@@ -36,10 +36,11 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_merged_model_is_replaced_by_one_of_other_files(out, config):
-    assert sum(name.endswith(".safetensors") for name in names(out)) == 2
+    assert sum(name.endswith(".safetensors") for name in names(out)) == 3
     plan = plan_merge(load_config(config))
     merge(plan, out, MergeOptions(overwrite=True))
-    assert names(out) == {"README.md", "config.json", "model.safetensors", "moemerge_config.yaml", *plan.copied_files}
+    weights = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    assert names(out) == {"README.md", "config.json", *weights, "moemerge_config.yaml", *plan.copied_files}
 
 
 def test_of_files_that_no_merge_writes_a_gguf_file_is_named_first(out, config):
@@ -149,7 +150,7 @@ def test_what_cannot_be_read_makes_no_checkpoint(out, config, name):
 
 
 def test_a_merged_model_that_lost_a_shard_is_replaced(out, config):
-    (out / "model-00002-of-00002.safetensors").unlink()
+    (out / "model-00002-of-00003.safetensors").unlink()
     merge(plan_merge(load_config(config)), out, MergeOptions(overwrite=True))
     edit_json(out / "config.json", model_type=None)
     with pytest.raises(RefusedError, match="holds no complete checkpoint"):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+
+from tests.support.models import load_weights
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / ".cache" / "demo"
@@ -74,7 +75,7 @@ def test_the_held_out_loss_falls(said, part):
     ],
 )
 def test_what_was_trained_has_changed_and_nothing_else(said, tuned, trained):
-    before, after = (load_file(said[0] / folder / "model.safetensors") for folder in ("out", tuned))
+    before, after = (load_weights(said[0] / folder) for folder in ("out", tuned))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if re.fullmatch(rf"model\.layers\.\d\.{trained}", name)}
@@ -105,7 +106,7 @@ def test_experts_are_most_of_what_is_there_and_are_passed_by_unless_they_are_nam
 
 
 def test_llm_compressor_writes_every_expert_quantised(said):
-    tensors = load_file(said[0] / "compressed" / "model.safetensors")
+    tensors = load_weights(said[0] / "compressed")
     experts = [tensor for name, tensor in tensors.items() if ".experts." in name and name.endswith(".weight")]
     assert len(experts) == 4 * 3 * 3
     assert {tensor.dtype for tensor in experts} == {torch.int8}

@@ -23,7 +23,7 @@ from moemerge.planning.fingerprint import plan_fingerprint
 from tests.families.test_families import PAIRS, PLAINEST, readable
 from tests.support.families import DENSE, stored
 from tests.support.machine import SINGLE
-from tests.support.models import assert_close, edit_json, load, logits, make_model, write_config
+from tests.support.models import assert_close, edit_json, load, load_weights, logits, make_model, write_config
 
 SHARED = ("self_attn", "layernorm", "embed_tokens", "lm_head", "model.norm")
 
@@ -32,7 +32,7 @@ def merged(folder, models, **keys):
     """Tensors of the merged model, and its folder."""
     config = write_config(folder / "c.yaml", models[0], models[1:], prompts=False, **keys)
     merge(plan_merge(load_config(config, allow_identical_experts=True)), folder / "out")
-    return load_file(folder / "out" / SINGLE), folder / "out"
+    return load_weights(folder / "out"), folder / "out"
 
 
 def shared(name):
@@ -149,7 +149,7 @@ def test_routers_are_made_from_the_mixed_weights(tmp_path, llamas):
     merge(plan_merge(load_config(config)), tmp_path / "out")
     config = write_config(tmp_path / "b.yaml", made, llamas[1:], **keys)
     merge(plan_merge(load_config(config)), tmp_path / "expected")
-    found, expected = (load_file(tmp_path / name / SINGLE) for name in ("out", "expected"))
+    found, expected = (load_weights(tmp_path / name) for name in ("out", "expected"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
@@ -298,7 +298,7 @@ def test_routers_of_what_was_trained_look_behind_folded_norms(tmp_path, llamas, 
     rows = []
     for plan in (plain, folded):
         merge(plan, tmp_path / "out", MergeOptions(overwrite=True))
-        rows.append(load_file(tmp_path / "out" / SINGLE)["model.layers.1.block_sparse_moe.gate.weight"])
+        rows.append(load_weights(tmp_path / "out")["model.layers.1.block_sparse_moe.gate.weight"])
     assert torch.nn.functional.cosine_similarity(*rows).min() > 0.99
 
 
@@ -330,8 +330,9 @@ def test_what_is_mixed_is_verified_too(tmp_path, llamas, capsys, monkeypatch):
     merge(plan, tmp_path / "out")
     found = verify_merge(plan, tmp_path / "out")
     assert found.differences == ()
-    header = read_header(tmp_path / "out" / SINGLE)
-    with (tmp_path / "out" / SINGLE).open("r+b") as file:
+    shard = tmp_path / "out" / "model-00001-of-00002.safetensors"
+    header = read_header(shard)
+    with shard.open("r+b") as file:
         file.seek(header["model.layers.0.self_attn.q_proj.weight"].start)
         file.write(b"!!")
     assert [d.what for d in verify_merge(plan, tmp_path / "out").differences] == [

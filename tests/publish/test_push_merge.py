@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from huggingface_hub import ModelCard, snapshot_download
-from safetensors.torch import load_file
 
 from tests.sources.test_hub import INDEX
 from tests.support.hub_server import User
 from tests.support.hub_world import World, assert_nothing_is_left, lines, weights_sent
 from tests.support.machine import Machine
-from tests.support.models import assert_close, load, logits
+from tests.support.models import assert_close, load, load_weights, logits
 
 TOKEN = {"HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_XET": "1"}
 SHARDS = ("--max-shard-size", "60kB")
@@ -256,7 +255,7 @@ def test_a_push_that_fails_leaves_the_model_and_says_how_to_go_on(world, machine
         "error: alice/mix: the Hub answered with status 500: Told to fail. Try again later.",
         "The model is complete in out: `moemerge push out alice/mix` sends what is missing.",
     ]
-    assert load_file(machine.folder / "out" / "model.safetensors")
+    assert load_weights(machine.folder / "out")
     assert machine.moemerge("push", "out", "alice/mix", **TOKEN).code == 0
 
 

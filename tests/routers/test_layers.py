@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.families.mixture_shape import Mixture
@@ -20,7 +19,7 @@ from moemerge.routers.report import LayerRouting, RoutingReport
 from moemerge.routers.rows import contrast
 from moemerge.routers.scoring import fit_scale, lowering, nearest_scale, top_weights
 from moemerge.routers.streamed_pass import capture_router_inputs
-from tests.support.models import make_model, router_inputs, write_config
+from tests.support.models import load_weights, make_model, router_inputs, write_config
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 
@@ -73,7 +72,7 @@ def test_layers_without_a_router_change_nothing_in_the_others(tmp_path, kinds, m
     assert [row.layer for row in part.report.layers] == ([0, 2] if mode == "hidden" else [])
     report = merge(plan, tmp_path / "out")
     assert report == part.report
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    written = load_weights(tmp_path / "out")
     for layer, data in part.rows.items():
         assert torch.equal(written[f"model.layers.{layer}.mlp.gate.weight"], rows_of(plan, data))
     assert "model.layers.1.mlp.gate.weight" not in written
@@ -232,7 +231,7 @@ def test_the_gate_of_shared_experts_tells_their_prompts_from_others(tmp_path, ki
     assert made.report.hit_rate == pytest.approx(without.report.hit_rate)
     assert made.report.load == pytest.approx(without.report.load)
     merge(plan, tmp_path / "out")
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    written = load_weights(tmp_path / "out")
     assert torch.equal(written["model.layers.2.mlp.shared_expert_gate.weight"], rows_of(plan, made.shared_gates[2]))
     assert not any(name.startswith("model.layers.1.mlp.shared") for name in written)
 

@@ -6,7 +6,6 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.cli.render import plan_facts
@@ -19,7 +18,7 @@ from moemerge.routers.prompts import encode_prompts
 from moemerge.routers.request import RouterRequest
 from moemerge.routers.rows import Rows
 from moemerge.routers.streamed_pass import capture_router_inputs
-from tests.support.models import write_config
+from tests.support.models import load_weights, write_config
 
 ROOT = Path(__file__).parents[2]
 GATE = "model.layers.{}.block_sparse_moe.gate.weight"
@@ -56,7 +55,7 @@ def _rows(monkeypatch):
 
 
 def gates(folder: Path, layers: int) -> list[torch.Tensor]:
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_weights(folder)
     return [tensors[GATE.format(layer)] for layer in range(layers)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -154,3 +155,15 @@ def edit_json(path: Path, **keys: Any) -> None:
     """Set keys of a JSON file; None removes one."""
     document = json.loads(path.read_text()) | keys
     path.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model, whatever files they are in."""
+    return {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Give a model other tensors, all in one file."""
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
