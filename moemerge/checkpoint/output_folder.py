@@ -14,8 +14,10 @@ from moemerge.checkpoint.disk import allow_open_files, limit_of, nearest_folder,
 from moemerge.errors import OutputError, RefusedError
 
 PARTIAL: Final = "moemerge-partial"
+TUNE: Final = "moemerge-tune"
+UNDO: Final = "moemerge-undo"
 # Names that moemerge itself keeps in a folder that is a mount point, and that file systems keep there.
-_KEPT: Final = re.compile(rf"\.({PARTIAL}|moemerge-tune)(\..+)?|lost\+found")
+_KEPT: Final = re.compile(rf"\.({PARTIAL}|{TUNE}|{UNDO})(\..+)?|lost\+found")
 # The longest name beside an output is that of its journal's draft.
 _LONGEST_NAME: Final = f".{{}}.{PARTIAL}.journal.new"
 # Each thread has a source and a shard open, and a connection where it reads from the Hub.

@@ -68,9 +68,9 @@ def layout_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int, last: Seq
 def build_shards(groups: Sequence[tuple[int, Sequence[TensorSpec]]]) -> list[Shard]:
     """Name the files and build headers; a group is the phase of its data in a block (0: any), and its tensors."""
     if len(groups) == 1:
-        return [build_shard(SINGLE_SAFETENSORS, *groups[0])]
+        return [_shard(SINGLE_SAFETENSORS, *groups[0])]
     return [
-        build_shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", phase, group)
+        _shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", phase, group)
         for number, (phase, group) in enumerate(groups, start=1)
     ]
 
@@ -89,8 +89,7 @@ def fill_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> Iterator
         yield group
 
 
-def build_shard(name: str, phase: int, tensors: Sequence[TensorSpec]) -> Shard:
-    """Build the header of one file; see `build_shards`."""
+def _shard(name: str, phase: int, tensors: Sequence[TensorSpec]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: -BITS[tensor.dtype])
     header = build_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), METADATA, phase)
     starts = {}

@@ -66,7 +66,7 @@ def locked(folder: Path, out: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         raise _failure(out, error) from error
     finally:
-        with _uninterrupted(out):
+        with uninterrupted(out):
             with suppress(OSError):  # Windows removes no open file
                 lock_file.unlink()
             with suppress(OSError):
@@ -77,7 +77,7 @@ def locked(folder: Path, out: Path, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def _uninterrupted(out: Path) -> Iterator[None]:
+def uninterrupted(out: Path) -> Iterator[None]:
     """Hold signals back while the work on `out` ends, since there is nothing left to stop."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -136,8 +136,8 @@ def staged(
             _prepare(stage, resume=resume)
             yield stage
             if not temporary:
-                _flush_all(stage)
-            with _uninterrupted(out):
+                flush_all(stage)
+            with uninterrupted(out):
                 if not temporary:
                     check()
                     _publish(stage, target, replaceable)
@@ -184,7 +184,7 @@ def _prepare(stage: Path, *, resume: bool) -> None:
     stage.mkdir(exist_ok=True)
 
 
-def _flush_all(stage: Path) -> None:
+def flush_all(stage: Path) -> None:
     """Wait until a folder with all that it holds is on the disk."""
     for path in (*stage.rglob("*"), stage):
         flush(path)

@@ -6,21 +6,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from moemerge.checkpoint.disk import drafted, flush
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.journal import differences
-from moemerge.checkpoint.output_folder import beside
+from moemerge.checkpoint.output_folder import TUNE, beside
 from moemerge.checkpoint.staging import locked
 from moemerge.errors import OutputError, RefusedError
 from moemerge.evaluation.figures import Estimate
 from moemerge.tuning.settings import HeldOutScores
 from moemerge.tuning.writing import CARD, patch_shards, stamp
-
-_PURPOSE: Final = "moemerge-tune"
 
 
 @dataclass
@@ -61,7 +59,7 @@ class WorkFolder:
     def __init__(self, model: Path, out: Path) -> None:
         """Use the folder beside `out`; nothing is written yet."""
         self._model, self._out = model.resolve(), out.resolve()
-        self.folder = beside(self._out, _PURPOSE)
+        self.folder = beside(self._out, TUNE)
         self._ready, self._state = self.folder / "ready", self.folder / "state.pt"
         self.in_use = False
         """Whether this run has begun a tuning here."""
