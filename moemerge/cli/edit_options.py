@@ -93,6 +93,23 @@ class EditOutputOptions:
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False
 
 
+@dataclass(frozen=True)
+class InPlaceOptions:
+    """Options for changing the mixture in its own folder, and for going back."""
+
+    heading: ClassVar[str] = "In place of OUT"
+
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Change MODEL itself; what is replaced is kept until --commit.")
+    ] = False
+    undo: Annotated[bool, typer.Option("--undo", help="Go back to what MODEL was before its last edit in place.")] = (
+        False
+    )
+    commit: Annotated[
+        bool, typer.Option("--commit", help="Make MODEL's last edit in place final: remove what it replaced.")
+    ] = False
+
+
 def _listed(option: str, given: str | None) -> list[str]:
     if given is None:
         return []

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moemerge.checkpoint.disk import shown_bytes as size
+from moemerge.checkpoint.in_place import commit, recover, undo, undoable_bytes
 from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
-from moemerge.cli.edit_options import EditOutputOptions, ExpertOptions
+from moemerge.cli.edit_options import EditOutputOptions, ExpertOptions, InPlaceOptions
 from moemerge.cli.gguf_output import is_gguf
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import OutputOptions, PushOptions, RouterOptions
@@ -33,11 +34,13 @@ def edit_mixture(
         str, typer.Argument(metavar="MODEL", help="A mixture's folder, or a Hub repository.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The folder to write; it must be empty or absent.", show_default=False)
-    ],
+        Path | None,
+        typer.Argument(metavar="OUT", help="The folder to write; it must be empty or absent.", show_default=False),
+    ] = None,
     *,
     experts: ExpertOptions,
     output: EditOutputOptions,
+    in_place: InPlaceOptions,
     device: Device = "auto",
     compute_dtype: ComputeIn = "auto",
     cache_dir: CacheDir = None,
@@ -52,15 +55,46 @@ def edit_mixture(
         moemerge edit out smaller --drop math
         moemerge edit out more --add sql=user/sql-7b --text sql=sql.txt
         moemerge edit mistralai/Mixtral-8x7B-v0.1 four --keep 0,3,5,7 --dry-run
+        moemerge edit out --in-place --replace math=user/math-7b-v2
+        moemerge edit out --undo
     """
     quiet = messages.quiet
     with console_session(
         quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir, keeps_output=True
     ) as console:
+        if in_place.undo or in_place.commit:
+            _end_edit(Path(model), out, in_place, experts, quiet=quiet)
+            return
+        if (out is None) != in_place.in_place:
+            raise RefusedError(
+                "OUT, the folder to write, is missing: name it, or change MODEL itself with --in-place."
+                if out is None
+                else f"{out}: --in-place changes MODEL itself, so no OUT is written. Leave one of the two out."
+            )
+        if out is None:
+            recover(Path(model))
         config = _config_of(model, experts, announcer(console, quiet=quiet))
         if not (quiet or messages.json):
             say(config.written)
         _carry_out(console, config, out, Run(output, device, compute_dtype), messages)
+
+
+def _end_edit(model: Path, out: Path | None, in_place: InPlaceOptions, experts: ExpertOptions, *, quiet: bool) -> None:
+    """Undo the last edit in place, or make it final.
+
+    Raises:
+        RefusedError: something else is asked for beside it, or there is no such edit.
+    """
+    word = "--undo" if in_place.undo else "--commit"
+    if out or in_place.in_place or (in_place.undo and in_place.commit) or experts != ExpertOptions():
+        raise RefusedError(f"{word}: stands alone, after MODEL: `moemerge edit {model} {word}`.")
+    if not model.is_dir():
+        raise RefusedError(f"{model}: there is no such folder.")
+    kept = undoable_bytes(model)
+    (undo if in_place.undo else commit)(model)
+    if not quiet:
+        freed = "" if in_place.undo else f"; {size(kept)} of what it replaced are gone"
+        say(f"{model}: {'is what it was before its last edit' if in_place.undo else f'its last edit is final{freed}'}")
 
 
 @dataclass(frozen=True)
@@ -162,25 +196,43 @@ def print_or_dump_edit(plan: "EditPlan", *, json: bool) -> None:
         print_edit(stdout(), plan)
 
 
-def _carry_out(console: "Console", config: "MergeConfig", out: Path, run: Run, messages: ResultOptions) -> None:
+def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run: Run, messages: ResultOptions) -> None:
     """Plan an edit, write it unless that is only tried, and print what was written."""
     from moemerge.cli.edit_report import edit_facts
+    from moemerge.cli.plan_request import shard_bytes
     from moemerge.cli.progress import clock, show_progress
+    from moemerge.editing.in_place import changed_shards, edit_in_place
     from moemerge.editing.routers import RowMaker
     from moemerge.editing.writing import write_edit
 
     start = time.monotonic()
     plan = plan_of(console, config, run.output.max_shard_size, quiet=messages.quiet)
+    changed = None if out else changed_shards(plan, shard_bytes(run.output.max_shard_size))
+    facts = edit_facts(plan) | ({"written_bytes": sum(shard.nbytes for shard in changed.written)} if changed else {})
     if run.output.dry_run:
         print_or_dump_edit(plan, json=messages.json)
         return
     with show_progress(console, quiet=messages.quiet) as progress:
-        maker = RowMaker(plan, run.device, run.compute_dtype, seed=run.seed, progress=stoppable(progress))
-        write_edit(plan, out, maker.bands, overwrite=run.output.overwrite, seed=run.seed, progress=stoppable(progress))
+        report, seed = stoppable(progress), run.seed
+        maker = RowMaker(plan, run.device, run.compute_dtype, seed=seed, progress=report)
+        if out:
+            write_edit(plan, out, maker.bands, overwrite=run.output.overwrite, seed=seed, progress=report)
+        elif changed:
+            edit_in_place(plan, changed, maker.bands, seed=seed, progress=report)
     if messages.json:
-        print_json(edit_facts(plan) | {"out": str(out)})
+        print_json(facts | {"out": str(out or plan.folder.folder)})
     elif not messages.quiet:
         print_or_dump_edit(plan, json=False)
-        say(f"{out}: done, {size(plan.output_bytes)} in {clock(time.monotonic() - start)}")
-        before, after = shlex.quote(str(plan.folder.reference)), shlex.quote(str(out))
-        say(f"Next: moemerge eval {before} {after} --data NAME=PATH")
+        nbytes = sum(shard.nbytes for shard in changed.written) if changed else plan.output_bytes
+        say(f"{out or plan.folder.reference}: done, {size(nbytes)} written in {clock(time.monotonic() - start)}")
+        _print_next(plan.folder.reference, out)
+
+
+def _print_next(model: str, out: Path | None) -> None:
+    """Print what to do after an edit."""
+    before = shlex.quote(model)
+    if out:
+        say(f"Next: moemerge eval {before} {shlex.quote(str(out))} --data NAME=PATH")
+    else:
+        say(f"Next: moemerge edit {before} --undo      go back")
+        say(f"      moemerge edit {before} --commit    remove what was replaced")

@@ -32,9 +32,10 @@ def edited_config(mixture: StoredMixture, experts: int, per_token: int, width: i
         values["shared_count"] = shared
     if problems:
         raise IncompatibleError(f"This {mixture.family.model_type} cannot be edited so:", problems)
+    before = {"experts_per_token": mixture.experts_per_token, "expert_width": mixture.expert_width}
     for key, named in mixture.family.named.items():
         name = named.removeprefix("by_layer.")
-        if name in values and key in config:
+        if name in values and key in config and values[name] != before.get(name):  # layers may differ, and stay so
             value = values[name]
             config[key] = [value] * len(config[key]) if isinstance(config[key], list) else value
     for key in _SPELLINGS["experts"]:

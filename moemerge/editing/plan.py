@@ -9,9 +9,9 @@ from typing import Any
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
-from moemerge.checkpoint.shards import Shard
+from moemerge.checkpoint.shards import Shard, TensorSpec
 from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
-from moemerge.dtypes import HeaderDType
+from moemerge.dtypes import bytes_of
 from moemerge.editing.slots import Kept, New, Slot
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.origins import Origins, remote_bytes
@@ -68,12 +68,9 @@ class EditPlan:
         return tuple(name for number, name in enumerate(self.mixture.names) if number not in kept)
 
     @property
-    def dtypes(self) -> dict[str, HeaderDType]:
-        """Dtype of each tensor, as a safetensors header spells it: that of the mixture's own."""
-        return {
-            name: output.pieces[0].dtype if output.pieces else self.mixture.tensors[name].dtype
-            for name, output in self.outputs.items()
-        }
+    def specs(self) -> list[TensorSpec]:
+        """Name, dtype and shape of each tensor."""
+        return specs_of(self.outputs, self.mixture)
 
     @property
     def origins_of_experts(self) -> list[tuple[str, str]]:
@@ -152,3 +149,14 @@ class EditPlan:
             return None
         weight_map = {name: shard.name for shard in self.shards for name in shard.starts}
         return build_index(weight_map, sum(shard.nbytes - len(shard.header) for shard in self.shards))
+
+
+def specs_of(outputs: Mapping[str, Output], mixture: StoredMixture) -> list[TensorSpec]:
+    """Name, dtype and shape of each tensor of an edited mixture; a computed router has the dtype of the mixture's."""
+    dtypes = [
+        output.pieces[0].dtype if output.pieces else mixture.tensors[name].dtype for name, output in outputs.items()
+    ]
+    return [
+        TensorSpec(name, dtype, output.shape, bytes_of(dtype, output.shape) or 0)
+        for dtype, (name, output) in zip(dtypes, outputs.items(), strict=True)
+    ]

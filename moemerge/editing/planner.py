@@ -7,20 +7,19 @@ from typing import Final
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
+from moemerge.checkpoint.shards import Shard, layout_shards
 from moemerge.config.expert_names import named_place
 from moemerge.config.router_methods import AUTO
 from moemerge.config.schema import MergeConfig, RoutedExpert
-from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.editing.assembly import EditAssembly
 from moemerge.editing.config_keys import edited_config
 from moemerge.editing.fitting import misfits
-from moemerge.editing.plan import EditPlan
+from moemerge.editing.plan import EditPlan, specs_of
 from moemerge.editing.shared_halves import averaged
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
 from moemerge.errors import IncompatibleError, MoemergeError
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
-from moemerge.families.layer_names import layer_prefix
 from moemerge.families.stored_mixture import StoredMixture, number_of
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins
@@ -209,15 +208,9 @@ def _fit_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[S
 
 def _shards(outputs: Mapping[str, Output], mixture: StoredMixture, max_shard_bytes: int) -> tuple[Shard, ...]:
     """Divide the tensors into files, the routers into a last one of their own."""
-    names = {layer_prefix(layer) + mixture.family.router for layer in mixture.moe_layers}
-    specs = [_spec(name, output, mixture) for name, output in outputs.items()]
-    weights, routers = ([spec for spec in specs if (spec.name in names) == last] for last in (False, True))
+    specs = specs_of(outputs, mixture)
+    weights, routers = ([spec for spec in specs if (spec.name in mixture.routers) == last] for last in (False, True))
     return tuple(layout_shards(weights, max_shard_bytes, routers))
-
-
-def _spec(name: str, output: Output, mixture: StoredMixture) -> TensorSpec:
-    dtype: HeaderDType = output.pieces[0].dtype if output.pieces else mixture.tensors[name].dtype
-    return TensorSpec(name, dtype, output.shape, bytes_of(dtype, output.shape) or 0)
 
 
 def _origins(tables: Iterable[tuple[ModelFolder, Mapping[str, TensorInfo]]]) -> Origins:

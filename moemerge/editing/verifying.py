@@ -10,6 +10,7 @@ from moemerge.checkpoint.compare import compare_files
 from moemerge.checks.files import ABSENT, Difference, compare_entries
 from moemerge.checks.verification import Verification, verify_tensors
 from moemerge.editing.plan import EditPlan
+from moemerge.errors import RefusedError
 from moemerge.sources.model_folder import ModelFolder, open_merged
 
 
@@ -29,13 +30,16 @@ def verify_edit(
         progress: called with the bytes compared and all there are.
 
     Raises:
+        RefusedError: the mixture was edited in place.
         SourceError: `out` is no folder with a checkpoint.
         CheckpointError: a file cannot be read, or a source differs from its header.
     """
     model = open_merged(out)
+    if model.folder == plan.folder.folder:
+        raise RefusedError(f"{out}: was edited in place, so there is nothing left that it could be compared with.")
     files, differences = _compare_copies(plan, model)
     differences += compare_entries(_entries(plan.output_config), _entries(model.config))
-    found = verify_tensors(plan.outputs, plan.dtypes, model, seed, progress)
+    found = verify_tensors(plan.outputs, {spec.name: spec.dtype for spec in plan.specs}, model, seed, progress)
     return replace(found, files=files, differences=(*differences, *found.differences))
 
 

@@ -94,6 +94,11 @@ def write_other_files(plan: EditPlan, folder: Path, final: Path) -> None:
         (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
     text = text_for(plan.config, final)
     (folder / CONFIG_COPY).write_text(text, encoding="utf-8")
+    write_card(plan, folder, final, text)
+
+
+def write_card(plan: EditPlan, folder: Path, final: Path, text: str) -> None:
+    """Write the model card into a folder that will be called `final`; `text` is the config that it shows."""
     licence = None
     with suppress(RefusedError):  # only who publishes the model has to say
         licence = licence_of(plan.sources)

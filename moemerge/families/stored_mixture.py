@@ -70,6 +70,11 @@ class StoredMixture:
         """A layer's router (expert, hidden)."""
         return self._layers[layer][self.family.router]
 
+    @cached_property
+    def routers(self) -> frozenset[str]:
+        """Names of all routers."""
+        return frozenset(self.path(layer, self.family.router) for layer in self.moe_layers)
+
     def by_expert(self, layer: int) -> dict[str, TensorInfo]:
         """A layer's tensors with an entry for each expert (expert, ...), by their names within it.
 

@@ -1,0 +1,138 @@
+"""Carry out an edit in the mixture's own folder: only shards that change are written, and old ones can come back."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moemerge.checkpoint.changed_shards import ChangedShards, StoredTensors, lay_out_changes
+from moemerge.checkpoint.in_place import changing, check_changeable, replace_model
+from moemerge.checkpoint.index import SAFETENSORS_INDEX
+from moemerge.checkpoint.pieces import Band
+from moemerge.checkpoint.writer import ShardWriter
+from moemerge.config.config_copy import text_for
+from moemerge.config.loading import load_config
+from moemerge.config.schema import CONFIG_COPY, MergeConfig
+from moemerge.editing.plan import EditPlan
+from moemerge.editing.slots import Kept
+from moemerge.editing.writing import write_card
+from moemerge.errors import RefusedError
+from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
+from moemerge.planning.output import Computed
+from moemerge.progress import Progress, Task
+from moemerge.sources.model_folder import read_tensor_table
+from moemerge.sources.reference import Reference
+from moemerge.sources.stored_mixtures import kept_config
+
+
+def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> ChangedShards:
+    """Decide which shards of a mixture stay when it is edited in place.
+
+    Args:
+        plan: the plan, from `plan_edit`.
+        max_shard_bytes: upper bound of the tensor data in a new file; one that replaces an old file may be as large.
+
+    Raises:
+        RefusedError: the mixture is no folder on this machine that is its own.
+        OutputError: its files cannot be replaced, or the disk has too little space.
+    """
+    folder = plan.folder
+    if isinstance(folder.origin, Reference) or not isinstance(folder.folder, Path):
+        raise RefusedError(
+            f"{folder.reference}: is on the Hub, so it cannot be edited in place. Write to another folder."
+        )
+    tensors = read_tensor_table(folder, lambda _: None)
+    if any(tensor.path.name.endswith(".bin") for tensor in tensors.values()):
+        raise RefusedError(
+            f"{folder.reference}: its weights are pickles, which are not edited in place. Write to a folder."
+        )
+    found = lay_out_changes(
+        StoredTensors(folder.folder, tensors),
+        plan.specs,
+        {name: output.bands for name, output in plan.outputs.items() if output.bands},
+        last=plan.mixture.routers,
+        max_shard_bytes=max_shard_bytes,
+    )
+    check_changeable(folder.folder, found.needed_bytes)
+    return found
+
+
+def edit_in_place(
+    plan: EditPlan,
+    shards: ChangedShards,
+    routers: Callable[[], Mapping[str, tuple[Band, ...]]],
+    *,
+    seed: int = 0,
+    progress: Progress = lambda _task, _done, _total: None,
+) -> None:
+    """Change a mixture in its folder; what is replaced is kept until `checkpoint.in_place.commit`.
+
+    Args:
+        plan: the plan, from `plan_edit`.
+        shards: the shards, from `changed_shards`.
+        routers: called while bytes are copied for the routers that are computed, by name.
+        seed: the seed of `noise_scale`.
+        progress: called as the work goes on.
+
+    Raises:
+        RefusedError: the last change has not been made final.
+        OutputError: the disk is full or cannot be written.
+        CheckpointError: a source is not what its header said.
+    """
+    model, written = plan.folder.folder, {name for shard in shards.written for name in shard.starts}
+    done, total = 0, sum(shard.nbytes - len(shard.header) for shard in shards.written)
+
+    def report(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(Task("weights"), done, total)
+
+    plan.origins.check("since the plan was made")
+    with changing(model, shards.needed_bytes) as stage:
+        with ShardWriter(stage, shards.written, report, seed=seed, reserve=not shards.shared_bytes) as writer:
+            writer.add(
+                {
+                    name: o.origin
+                    for name, o in plan.outputs.items()
+                    if not isinstance(o.origin, Computed) and name in written
+                }
+            )
+            if plan.computed:
+                writer.add(routers())
+        removed = [*shards.removed]
+        if (index := shards.index) is not None:
+            (stage / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
+        elif (model / SAFETENSORS_INDEX).exists():
+            removed.append(SAFETENSORS_INDEX)
+        text = text_for(_config_after(plan), model)
+        (stage / CONFIG_COPY).write_text(text, encoding="utf-8")
+        write_card(plan, stage, model, text)
+        (stage / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
+        plan.origins.check("while it was read")
+        replace_model(model, removed)
+
+
+def _config_after(plan: EditPlan) -> MergeConfig:
+    """The config of the mixture after the edit, as if it had been made so from the models that it was made from.
+
+    Where those are not known, it names the mixture itself, and keeps no more than the experts' names and texts.
+    """
+    before = kept_config(plan.folder, lambda _: None)
+    known = before is not None and len(before.experts) == plan.mixture.experts
+    base = plan.folder.reference
+    experts = []
+    for name, expert, slot in zip(plan.config.expert_names, plan.config.experts, plan.slots, strict=True):
+        entry: dict[str, Any] = expert.model_dump(exclude_defaults=True, by_alias=True) | {"name": name}
+        numbers = {*slot.numbers.values()} if isinstance(slot, Kept) else set()
+        if isinstance(slot, Kept):
+            entry = {key: value for key, value in entry.items() if key != "by_layer"} | {
+                "source_model": f"{base}#{name}"
+            }
+            if before and known and len(numbers) == 1 and slot.is_whole:
+                entry = before.experts[numbers.pop()].model_dump(exclude_defaults=True, by_alias=True) | {"name": name}
+            else:
+                known = False
+        experts.append(entry)
+    document = before.model_dump(exclude_defaults=True, by_alias=True) if before and known else {"base_model": base}
+    document |= {"experts": experts, "experts_per_token": plan.config.experts_per_token}
+    return load_config(document, allow_identical_experts=True)
