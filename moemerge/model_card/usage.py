@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from moemerge.engines import ENGINES, Engine
+from moemerge.families.dense import DENSE_FAMILIES
 from moemerge.families.engines import readings
 from moemerge.model_card.template import render
 
@@ -32,4 +33,6 @@ def use_it(name: str, family: str, engines: Sequence[Engine]) -> str:
         for engine, command in _COMMANDS.items()
         if engine in engines
     ]
-    return render("use", quoted=named["text"], engines=engines, commands=commands)
+    return render(
+        "use", quoted=named["text"], engines=engines, commands=commands, is_mixture=family not in DENSE_FAMILIES
+    )
