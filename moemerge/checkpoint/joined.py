@@ -1,11 +1,14 @@
-"""Tensors that lie apart, read as one: the rows of each below those of the one before."""
+"""Tensors that lie apart, read as one: below each other, or side by side."""
 
 import hashlib
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of, read_exactly
 from moemerge.checkpoint.header import TensorInfo
@@ -15,9 +18,11 @@ _BLOCK_BYTES: Final = 2**23
 
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, made of others of one dtype and width."""
+    """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, made of others of one dtype."""
 
     parts: tuple[TensorInfo, ...]
+    """Matrices one below the other, of equal width; or side by side, of equally many rows."""
+    side_by_side: bool = False
 
     def __repr__(self) -> str:
         return " and ".join(dict.fromkeys(str(part.path) for part in self.parts))
@@ -36,7 +41,7 @@ class Joined:
     def identity(self) -> str:
         """A hash of where each part lies, and of its file's stamp or identity."""
         parts = [(repr(part), fingerprint_of(part.path)) for part in self.parts]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return hashlib.sha256(repr((self.side_by_side, parts)).encode()).hexdigest()
 
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
         """Keep the parts whole, whatever range is given."""
@@ -46,7 +51,28 @@ class Joined:
 
     def open(self, start: int, nbytes: int) -> Reader:
         """Open `nbytes` bytes from offset `start` on; reading may raise what reading the parts does."""
-        return BlockReader(self._chunks(start, start + nbytes))
+        chunks = self._rows if self.side_by_side else self._chunks
+        return BlockReader(chunks(start, start + nbytes))
+
+    def _rows(self, start: int, end: int) -> Generator[bytes, None, None]:
+        rows = self.parts[0].shape[0]
+        widths = [part.nbytes // rows for part in self.parts]
+        width = sum(widths)
+        first, last = start // width, min(-(-end // width), rows)
+        step = max(1, _BLOCK_BYTES // width)
+        with ExitStack() as opened:
+            readers = [opened.enter_context(part.rows(first, last - first).open()) for part in self.parts]
+            for row in range(first, last, step):
+                count = min(step, last - row)
+                blocks = [read_exactly(reader, count * bytes_) for reader, bytes_ in zip(readers, widths, strict=True)]
+                if any(len(block) < count * bytes_ for block, bytes_ in zip(blocks, widths, strict=True)):
+                    return  # a file ends here, which whoever reads says
+                pieces = [
+                    np.frombuffer(block, np.uint8).reshape(count, bytes_)
+                    for block, bytes_ in zip(blocks, widths, strict=True)
+                ]
+                data = np.concatenate(pieces, axis=1).tobytes()
+                yield data[max(0, start - row * width) : end - row * width]
 
     def _chunks(self, start: int, end: int) -> Generator[bytes, None, None]:
         before = 0
@@ -79,3 +105,19 @@ def joined(name: str, parts: Sequence[TensorInfo]) -> TensorInfo:
     if follow:
         return replace(first, name=name, shape=shape, nbytes=nbytes)
     return TensorInfo(name, Joined(tuple(parts)), first.dtype, shape, 0, nbytes)
+
+
+def joined_columns(name: str, parts: Sequence[TensorInfo]) -> TensorInfo:
+    """The columns of several matrices, side by side, as one tensor.
+
+    Raises:
+        ValueError: their dtypes differ, or the numbers of their rows.
+    """
+    first = parts[0]
+    if {(part.dtype, part.shape[0]) for part in parts} != {(first.dtype, first.shape[0])}:
+        raise ValueError(f"{name}: {[(part.dtype, part.shape) for part in parts]} cannot lie side by side")
+    if len(parts) == 1:
+        return replace(first, name=name)
+    shape = (first.shape[0], sum(part.shape[1] for part in parts))
+    made = Joined(tuple(parts), side_by_side=True)
+    return TensorInfo(name, made, first.dtype, shape, 0, made.nbytes)

@@ -1,7 +1,9 @@
 """`moemerge extract`: one expert of a mixture as a dense model."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,8 +71,9 @@ def carry_out(
     messages: ResultOptions,
     *,
     start: float,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write a dense model unless that is only tried, and print what was written."""
+    """Write a dense model unless that is only tried, and print what was written; `facts` go into the JSON, too."""
     from moemerge.cli.progress import clock, show_progress
     from moemerge.editing.dense_plan import check_dense, write_dense
 
@@ -80,7 +83,7 @@ def carry_out(
         with show_progress(console, quiet=messages.quiet) as progress:
             write_dense(plan, out, overwrite=output.overwrite, progress=stoppable(progress))
     if messages.json:
-        print_json(dense_facts(plan) | ({} if output.dry_run else {"out": str(out)}))
+        print_json(dense_facts(plan) | dict(facts) | ({} if output.dry_run else {"out": str(out)}))
     elif output.dry_run or not messages.quiet:
         print_dense(stdout(), plan)
         if not output.dry_run:

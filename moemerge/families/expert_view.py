@@ -1,6 +1,6 @@
 """The dense model that one expert of a mixture is, with all that the mixture's experts share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -18,6 +18,8 @@ from moemerge.families.stored_mixture import StoredMixture
 
 Chosen = int | Literal["shared"]
 """An expert's number, or its shared expert."""
+Ffn = Mapping[Role, TensorInfo]
+"""The projections of an FFN: (width, hidden), and (hidden, width) for `down`."""
 _ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 # Only routers read it.
 _ROUTER_SCALE: Final = "router.scale"
@@ -47,21 +49,31 @@ def dense_view(mixture: StoredMixture, expert: Chosen) -> DenseView:
         IncompatibleError: no dense family computes the same; lists every reason.
         CheckpointError: a file is damaged.
     """
-    ffns = {layer: _ffn(mixture, layer, expert) for layer in mixture.moe_layers if layer < _layers(mixture)}
-    return dense_with(mixture, ffns, f"expert {expert}" if expert != "shared" else "the shared expert")
+    name = "the shared expert" if expert == "shared" else f"expert {expert}"
+    layers = routed_layers(mixture)
+    if expert != "shared":
+        return dense_with(
+            mixture, {layer: expert_ffn(mixture, layer, expert) for layer in layers}, name, _left_out(mixture, name)
+        )
+    ffns = {layer: shared_ffn(mixture, layer) for layer in layers}
+    if not all(ffns.values()):
+        raise _refusal(name, ["it has no shared expert"])
+    return dense_with(mixture, {layer: ffn for layer, ffn in ffns.items() if ffn}, name)
 
 
-Ffn = Mapping[Role, TensorInfo]
-"""The projections of an FFN: (width, hidden), and (hidden, width) for `down`."""
+def routed_layers(mixture: StoredMixture) -> list[int]:
+    """Numbers of the layers with experts, without those that predict further tokens."""
+    return [layer for layer in mixture.moe_layers if layer < _layers(mixture)]
 
 
-def dense_with(mixture: StoredMixture, ffns: Mapping[int, Ffn], name: str) -> DenseView:
+def dense_with(mixture: StoredMixture, ffns: Mapping[int, Ffn], name: str, notes: Sequence[str] = ()) -> DenseView:
     """Make the dense model that has the given FFNs in a mixture's MoE layers.
 
     Args:
         mixture: the mixture.
         ffns: the FFN of each MoE layer.
         name: what messages call the FFNs.
+        notes: notes on what of the mixture is not in them.
 
     Raises:
         IncompatibleError: see `dense_view`.
@@ -71,7 +83,7 @@ def dense_with(mixture: StoredMixture, ffns: Mapping[int, Ffn], name: str) -> De
     widths = {layer: ffn["down"].shape[-1] for layer, ffn in every.items() if ffn}
     width = next((widths[layer] for layer in ffns), 0)
     if odd := [f"layer {layer} is dense, with {found} neurons" for layer, found in widths.items() if found != width]:
-        raise _refusal(name, [f"{odd[0]}, where {name} has {width}"])
+        raise _refusal(name, [f"{odd[0]}; the FFNs of the other layers would have {width}"])
     idle = _idle_extras(mixture)
 
     def holds(tensor: str) -> bool:
@@ -84,37 +96,51 @@ def dense_with(mixture: StoredMixture, ffns: Mapping[int, Ffn], name: str) -> De
 
     try:
         config, model = dense_sibling(mixture.family, mixture.config, width, holds, misfits)
-        return DenseView(config, _tensors(mixture, model, every), model, _notes(mixture, name))
+        return DenseView(config, _tensors(mixture, model, every), model, (*_further(mixture), *notes))
     except ValueError as error:
         raise _refusal(name, [str(reason) for reason in error.args]) from None
 
 
 def _refusal(name: str, problems: list[str]) -> IncompatibleError:
-    return IncompatibleError(f"There is no dense model that computes what {name} does in this mixture:", problems)
+    return IncompatibleError(f"There is no dense model that computes like {name} of this mixture:", problems)
 
 
 def _layers(mixture: StoredMixture) -> int:
     return int(mixture.config["num_hidden_layers"])
 
 
-def _ffn(mixture: StoredMixture, layer: int, expert: Chosen) -> Ffn:
-    """The FFN of one expert in a layer, with what the mixture multiplies it by."""
-    if expert == "shared":
-        parts = {role: mixture.shared_projection(layer, role) for role in _ROLES}
-        found = {role: part for role, part in parts.items() if part is not None}
-        if len(found) < len(_ROLES) or _is_zero(found["down"]):
-            raise _refusal("the shared expert", ["it has no shared expert"])
-        return found | {"down": scaled(found["down"], _shared_factor(mixture, layer))}
+def expert_ffn(mixture: StoredMixture, layer: int, expert: int) -> Ffn:
+    """The FFN of one expert in a layer, with the factor that the mixture multiplies it by.
+
+    Raises:
+        IncompatibleError: there is no such expert, or the layer never chooses it.
+        CheckpointError: the selection bias cannot be read.
+    """
+    name = f"expert {expert}"
     if not 0 <= expert < mixture.experts:
-        raise _refusal(f"expert {expert}", [f"it has experts 0 to {mixture.experts - 1}"])
+        raise _refusal(name, [f"it has experts 0 to {mixture.experts - 1}"])
     bias = mixture.by_expert(layer).get(mixture.family.selection_bias)
     if bias and float(read_values(bias).reshape(-1)[expert]) <= SWITCHED_OFF / 2:
-        raise _refusal(f"expert {expert}", [f"it is switched off in layer {layer}, which has no FFN of it"])
+        raise _refusal(name, [f"it is switched off in layer {layer}, which has no FFN of it"])
     ffn = {role: mixture.projection(layer, expert, role) for role in _ROLES}
     factor = 1.0
     for key in SCALES:
         factor *= float(setting(mixture.family, mixture.config, key) or 1.0)
     return ffn | {"down": scaled(ffn["down"], factor)}
+
+
+def shared_ffn(mixture: StoredMixture, layer: int) -> Ffn | None:
+    """The FFN of a layer's shared expert, with what the mixture multiplies it by; None where it has none, or zeros.
+
+    Raises:
+        IncompatibleError: the mixture weighs it anew for each token, or averages it with the others.
+        CheckpointError: its values cannot be read.
+    """
+    parts = {role: mixture.shared_projection(layer, role) for role in _ROLES}
+    found = {role: part for role, part in parts.items() if part is not None}
+    if len(found) < len(_ROLES) or _is_zero(found["down"]):
+        return None
+    return found | {"down": scaled(found["down"], _shared_factor(mixture, layer))}
 
 
 def _shared_factor(mixture: StoredMixture, layer: int) -> float:
@@ -240,13 +266,15 @@ def _stored_ffn(model: DenseModel, prefix: str, ffn: Ffn) -> dict[str, list[Tens
     return named
 
 
-def _notes(mixture: StoredMixture, name: str) -> tuple[str, ...]:
-    """Say what of the mixture is not in the dense model."""
-    notes = []
+def _further(mixture: StoredMixture) -> Iterator[str]:
+    """Name layers that a dense model does not have."""
     further = max(mixture.moe_layers) - _layers(mixture) + 1
     if further > 0:
-        notes.append(f"{further} layers that predict further tokens are left out")
+        yield f"{further} layers that predict further tokens are left out"
+
+
+def _left_out(mixture: StoredMixture, name: str) -> list[str]:
+    """Say that an expert alone lacks the shared one."""
     shared = mixture.shared_projection(mixture.moe_layers[0], "down")
-    if shared is not None and name != "the shared expert" and not _is_zero(shared):
-        notes.append(f"the mixture adds a shared expert to {name}, which is left out")
-    return tuple(notes)
+    there = shared is not None and not _is_zero(shared)
+    return [f"the mixture adds a shared expert to {name}, which is left out"] if there else []

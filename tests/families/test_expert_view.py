@@ -125,7 +125,7 @@ def refusal(out: Path, expert: Chosen = 1) -> str:
     return str(error.value)
 
 
-HEAD = "There is no dense model that computes what expert 1 does in this mixture:"
+HEAD = "There is no dense model that computes like expert 1 of this mixture:"
 
 
 def test_a_factor_on_the_experts_multiplies_the_down_projection(tmp_path):
@@ -205,7 +205,7 @@ def test_a_dense_layer_of_another_width_is_refused(tmp_path):
     base = make_model(tmp_path / "base", 0)
     experts = [make_model(tmp_path / str(seed), seed, intermediate_size=32) for seed in (1, 2)]
     _, out = merged(tmp_path, base, experts, architecture="glm4_moe", moe_layers="1-")
-    assert refusal(out) == f"{HEAD}\n  - layer 0 is dense, with 48 neurons, where expert 1 has 32"
+    assert refusal(out) == f"{HEAD}\n  - layer 0 is dense, with 48 neurons; the FFNs of the other layers would have 32"
 
 
 def test_a_gate_of_its_own_is_no_dense_model(tmp_path):
@@ -216,7 +216,7 @@ def test_a_gate_of_its_own_is_no_dense_model(tmp_path):
     tensors["model.layers.0.mlp.shared_expert_gate.weight"][0, 0] = 0.1
     save_weights(out, tensors)
     assert refusal(out, "shared") == (
-        "There is no dense model that computes what the shared expert does in this mixture:\n"
+        "There is no dense model that computes like the shared expert of this mixture:\n"
         "  - its gate (mlp.shared_expert_gate.weight) weighs it anew for each token"
     )
 

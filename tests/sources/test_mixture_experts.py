@@ -97,7 +97,7 @@ def test_what_leads_to_no_expert_is_refused_with_what_there_is(tmp_path, llamas,
             f"{mix}#{name}: the mixture has no expert {name!r}: name one by its number, 0 to 2, or fox, code, chat."
         )
     assert refusal(f"{mix}#shared", IncompatibleError) == (
-        f"{mix}#shared: there is no dense model that computes what the shared expert does in this mixture:\n"
+        f"{mix}#shared: there is no dense model that computes like the shared expert of this mixture:\n"
         "  - it has no shared expert"
     )
     assert refusal(f"{llamas[0]}#0", IncompatibleError).startswith(
@@ -143,7 +143,7 @@ def test_an_expert_that_cannot_be_had_is_refused_with_its_reference(tmp_path):
     merge(plan_merge(load_config(path)), out := tmp_path / "mix")
     edit_json(out / "config.json", norm_topk_prob=False)
     assert refusal(f"{out}#0", IncompatibleError) == (
-        f"{out}#0: there is no dense model that computes what expert 0 does in this mixture:\n"
+        f"{out}#0: there is no dense model that computes like expert 0 of this mixture:\n"
         "  - its norm_topk_prob is False, expected True: the weights of the chosen experts do not add up to 1, so that "
         "no expert has a size of its own"
     )
