@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
 from tests.families.test_families import PAIRS, dense, merged, readable  # noqa: F401  a fixture
 from tests.support.machine import SINGLE
-from tests.support.models import TEXT, assert_close, load, logits, make_model, write_config
+from tests.support.models import TEXT, assert_close, load, load_weights, logits, make_model, save_weights, write_config
 
 FAMILIES = {moe: name for name, moe in reversed(PAIRS)}
 
@@ -39,12 +39,12 @@ def mixture(tmp_path: Path, models: list[Path], **keys) -> Path:
 
 def edited(folder: Path, **changes) -> None:
     """Change tensors whose names end in a word."""
-    tensors = load_file(folder / SINGLE)
+    tensors = load_weights(folder)
     for name in tensors:
         for ending, change in changes.items():
             if name.endswith(ending.replace("_", ".")):
                 tensors[name] = change(tensors[name])
-    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    save_weights(folder, tensors)
 
 
 @pytest.fixture
