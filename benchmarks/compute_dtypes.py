@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import merge, plan_merge
 from moemerge.dtypes import ComputeDtype
+from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel, open_mixture
-from moemerge.evaluation.running import Choice, run_model
+from moemerge.evaluation.running import run_model
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
 from moemerge.texts.documents import find_files, read_documents

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import Routing, Sums
 from moemerge.evaluation.kept_losses import KeptLosses
 from moemerge.evaluation.runnable import MixtureModel, Runnable
-from moemerge.evaluation.running import Choice, run_model
+from moemerge.evaluation.running import run_model
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from moemerge.progress import Progress, Task

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 
 from moemerge.errors import CheckpointError
+from moemerge.evaluation.choices import Choice, RouterWatcher
 from moemerge.evaluation.losses import token_losses
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.families.layer_names import layer_prefix
@@ -16,25 +17,10 @@ from moemerge.passes.decoder import Batch, embed, empty_model, finish, group, ru
 from moemerge.passes.finite import all_finite, not_finite_in, where_it_began
 from moemerge.passes.loading import cast, check_complete, load_tensors, path_in_memory
 from moemerge.passes.tokens import Window
-from moemerge.routers.scoring import choose
 
 # Tokens whose logits are in memory at a time: 100 MB for a vocabulary of 50 000.
 _TOKENS: Final = 512
 _EMBEDDINGS: Final = "model.embed_tokens."
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The choices of a layer's router for a window."""
-
-    layer: int
-    window: int
-    experts: torch.Tensor
-    """Chosen experts (token, choice), by falling weight; special tokens are included."""
-    weights: torch.Tensor
-    """Weights of the chosen experts (token, choice)."""
-    logits: torch.Tensor
-    """Router logits (token, expert), minus infinity for absent experts."""
 
 
 def run_model(
@@ -66,12 +52,7 @@ def run_model(
     """
     passing = _Pass(model, windows, compute, _TOKENS)
     for index, layer in passing.layers(progress):
-        router = None
-        if mixture and mixture.router(index) in model.shapes:
-            path = path_in_memory(passing.whole, mixture.router(index))
-            module = passing.whole.get_submodule(path.rpartition(".")[0])
-            router = _Router(mixture, layer, module, index, model.read(mixture.router(index)).float())
-        passing.run(index, layer, router, chosen)
+        passing.run(index, layer, passing.router(mixture, index, layer), chosen)
     head = _Head(passing.whole, model, compute)
     if losses:
         return head.losses(windows, passing.places, passing.batches, predicted)
@@ -129,6 +110,31 @@ def watch_layers(
             passing.run(index, layer)
 
 
+def read_router_inputs(
+    mixture: MixtureModel,
+    windows: Sequence[Window],
+    compute: Compute,
+    entered: Callable[[int, int, torch.Tensor], None],
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> None:
+    """Run a mixture's layers for what enters its routers; what follows the last layer is not run.
+
+    Args:
+        mixture: the mixture to run.
+        windows: the windows of text.
+        compute: the device and dtype to run in.
+        entered: called with the number of each layer with a router, that of each window, and the states (token, hidden)
+            in float32 that enter the router there.
+        progress: called with the layers done and all there are, before the next layer is run.
+
+    Raises:
+        CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
+    """
+    passing = _Pass(mixture.runnable, windows, compute, _TOKENS)
+    for index, layer in passing.layers(progress):
+        passing.run(index, layer, passing.router(mixture, index, layer, entered))
+
+
 class _Pass:
     """Windows of text on their way through a model, one layer after the other."""
 
@@ -167,11 +173,26 @@ class _Pass:
         yield layer
         layer.to("meta")
 
+    def router(
+        self,
+        mixture: MixtureModel | None,
+        index: int,
+        layer: Any,
+        entered: Callable[[int, int, torch.Tensor], None] = lambda _layer, _window, _states: None,
+    ) -> RouterWatcher | None:
+        """A watcher of the router in a layer of the mixture that the model is; None where the layer has none."""
+        if mixture is None or mixture.router(index) not in self._model.shapes:
+            return None
+        path = path_in_memory(self.whole, mixture.router(index))
+        module = self.whole.get_submodule(path.rpartition(".")[0])
+        rows = self._model.read(mixture.router(index)).float()
+        return RouterWatcher(mixture, layer, module, index, rows, entered)
+
     def run(
         self,
         index: int,
         layer: Any,
-        router: "_Router | None" = None,
+        router: RouterWatcher | None = None,
         chosen: Callable[[Choice], None] = lambda _: None,
     ) -> None:
         """Pass all batches through a layer, and call `chosen` with what its router chooses for each window."""
@@ -195,45 +216,6 @@ def _not_finite(model: Runnable, place: str, names: Iterable[str], dtype: torch.
 
 def _load(whole: Any, model: Runnable, names: list[str], compute: Compute) -> None:
     load_tensors(whole, {name: cast(model.read(name), compute.dtype) for name in names}, compute.device)
-
-
-class _Router:
-    """A watcher of one layer's router: what enters it, and what it chooses."""
-
-    def __init__(self, mixture: MixtureModel, layer: Any, module: Any, index: int, rows: torch.Tensor) -> None:
-        self._mixture, self._layer, self._module, self._index, self._rows = mixture, layer, module, index, rows
-        self._absent = mixture.absent(index)
-        self._bias, self._factors = mixture.selection_bias(index), mixture.weight_factors(index)
-        for name, values in (
-            (mixture.router(index), mixture.runnable.read(mixture.router(index))),
-            (layer_prefix(index) + mixture.family.selection_bias, self._bias),
-            (layer_prefix(index) + mixture.family.weight_factors, self._factors),
-        ):
-            if values is not None and (broken := not_finite_in(name, values)):
-                raise CheckpointError(f"{mixture.folder}: {broken}.")
-
-    def watch(self, batch: Batch, part: Sequence[int], windows: Sequence[Window]) -> list[Choice] | None:
-        """Pass a batch through the layer; returns the router's choices for each of the batch's windows.
-
-        None where the router's logits are not finite, since they choose nothing then.
-        """
-        seen: list[torch.Tensor] = []
-        handle = self._module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-        try:
-            run_layer(self._layer, batch, self._index)
-        finally:
-            handle.remove()
-        states = seen[0].reshape(*batch.ids.shape, -1).float().cpu()
-        choices = []
-        for row, window in enumerate(part):
-            logits = states[row, : len(windows[window].ids)] @ self._rows.T
-            if not logits.isfinite().all():
-                return None
-            logits[:, self._absent] = -torch.inf
-            per_token, how = self._mixture.per_token(self._index), self._mixture.choosing
-            weights, experts = choose(logits, per_token, how, self._bias, self._factors)
-            choices.append(Choice(self._index, window, experts, weights, logits))
-        return choices
 
 
 class _Head:

@@ -8,9 +8,10 @@ import numpy as np
 from moemerge.chats import COUNTED_ROLES, Chat, Document, shortened
 from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
+from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.routes.traced import Routes, TracedText
 from moemerge.evaluation.runnable import open_mixture
-from moemerge.evaluation.running import Choice, run_model
+from moemerge.evaluation.running import run_model
 from moemerge.passes.chats import encode_chat
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.tokens import CHARACTERS_PER_TOKEN, Window, load_tokenizer
