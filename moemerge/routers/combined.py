@@ -18,7 +18,7 @@ from moemerge.routers.scaling import finish_rows
 from moemerge.routers.scoring import fit_scale
 
 # How sure the prior is of labelled tokens: the mean weight of the first of two chosen experts.
-_PRIOR_WEIGHT: Final = 0.95
+PRIOR_WEIGHT: Final = 0.95
 # Correlation of the prior's logits with labels from which on the prior counts in full; it measured 0.3 to 0.8 where
 # the prior helps, and -0.4 where it is wrong.
 _FULL_AGREEMENT: Final = 0.2
@@ -36,8 +36,12 @@ def combined_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
 
 def _correct(prior: torch.Tensor, data: Labelled) -> torch.Tensor:
     """Fit rows (expert, hidden) to labelled tokens, beginning at the prior as far as it agrees with these."""
-    trust = min(1.0, max(0.0, _agreement(prior, data)) / _FULL_AGREEMENT)
-    return solve(data, prior * (trust * fit_scale(prior, data.states, 2, _PRIOR_WEIGHT)))
+    return solve(data, prior * (trust_in(prior, data) * fit_scale(prior, data.states, 2, PRIOR_WEIGHT)))
+
+
+def trust_in(prior: torch.Tensor, data: Labelled) -> float:
+    """How far a prior (expert, hidden) counts beside labelled tokens, from 0 to 1: as far as it agrees with them."""
+    return min(1.0, max(0.0, _agreement(prior, data)) / _FULL_AGREEMENT)
 
 
 def _agreement(prior: torch.Tensor, data: Labelled) -> float:

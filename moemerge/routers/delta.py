@@ -5,7 +5,7 @@ trained on. Arrow (https://arxiv.org/abs/2405.11157) routes by the first right s
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -18,12 +18,15 @@ from moemerge.checkpoint.numbers import is_rounded
 from moemerge.compatibility.distances import STRANGER, differs_too_much
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import RefusedError, RouterError
+from moemerge.families.dense import Role
 from moemerge.passes.weights import read_into
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prompts import SHARED, UNSORTED, EncodedPrompt
 from moemerge.routers.scaling import finish_rows
 from moemerge.routers.scoring import fit_scale
 
+Ffn = Callable[[Role], TensorInfo]
+"""A function from a projection of one FFN to its tensor."""
 _CHUNK_ROWS: Final = 1024
 # So many label documents as all layers and tokens do.
 _SCORED_LAYERS: Final = 8
@@ -60,12 +63,22 @@ def response_slope(
         RouterError: weights of the expert or of the base are not finite.
     """
     slope = torch.zeros_like(mean)
+    changed, whole = _visit_changes(expert, layer, request, _add_slope(slope, mean))
+    return slope, changed, whole
 
+
+def ffn_slope(expert: Ffn, base: Ffn, mean: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+    """Compute the same as `response_slope` of two FFNs; numbers that are not finite stay so."""
+    slope = torch.zeros_like(mean)
+    changed, whole = _visit(ffn_changes(expert, base), _add_slope(slope, mean))
+    return slope, changed, whole
+
+
+def _add_slope(slope: torch.Tensor, mean: torch.Tensor) -> Callable[[torch.Tensor], None]:
     def add(delta: torch.Tensor) -> None:
         slope.add_(delta.T @ (delta @ mean))
 
-    changed, whole = _visit_changes(expert, layer, request, add)
-    return slope, changed, whole
+    return add
 
 
 def _visit_changes(
@@ -76,13 +89,20 @@ def _visit_changes(
     Raises:
         RouterError: weights of the expert or of the base are not finite.
     """
+    changed, whole = _visit(_changes(expert, layer, request), visit)
+    if not math.isfinite(changed + whole):
+        raise RouterError(f"experts[{expert}]: {_why_not_finite(expert, layer, request)}")
+    return changed, whole
+
+
+def _visit(
+    changes: Iterable[tuple[torch.Tensor, torch.Tensor]], visit: Callable[[torch.Tensor], None]
+) -> tuple[float, float]:
     changed = whole = 0.0
-    for delta, base in _changes(expert, layer, request):
+    for delta, base in changes:
         visit(delta)
         changed += float(delta.square().sum())
         whole += float(base.square().sum())
-    if not math.isfinite(changed + whole):
-        raise RouterError(f"experts[{expert}]: {_why_not_finite(expert, layer, request)}")
     return changed, whole
 
 
@@ -114,21 +134,27 @@ def _why_not_finite(expert: int, layer: int, request: PassRequest) -> str:
 
 
 def _changes(expert: int, layer: int, request: PassRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return ffn_changes(
+        lambda role: request.experts[expert].projection(layer, role), lambda role: request.base.projection(layer, role)
+    )
+
+
+def ffn_changes(expert: Ffn, base: Ffn) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the gate and up projections, a block (row, hidden) at a time, in float32: expert minus base, and base.
 
     These are the trained weights, without folded norms: a column behind a shared norm near zero would outweigh all
     others.
     """
-    for role in ("gate", "up"):
-        theirs = unscaled(request.experts[expert].projection(layer, role))
-        ours = unscaled(request.base.projection(layer, role))
+    roles: tuple[Role, Role] = ("gate", "up")
+    for role in roles:
+        theirs, ours = unscaled(expert(role)), unscaled(base(role))
         dtypes = [CONFIG_DTYPES[ours.dtype], CONFIG_DTYPES[theirs.dtype]]
         for first in range(0, ours.shape[0], _CHUNK_ROWS):
             count = min(_CHUNK_ROWS, ours.shape[0] - first)
-            base, tuned = _read(ours.rows(first, count)), _read(theirs.rows(first, count))
-            if is_rounded(base.numpy(), tuned.numpy(), dtypes):
-                tuned = base
-            yield tuned - base, base
+            before, tuned = _read(ours.rows(first, count)), _read(theirs.rows(first, count))
+            if is_rounded(before.numpy(), tuned.numpy(), dtypes):
+                tuned = before
+            yield tuned - before, before
 
 
 def _read(tensor: TensorInfo) -> torch.Tensor:

@@ -136,13 +136,26 @@ def _label(
     weights *= len(weights) / weights.sum()
     tokens = len(expert) / len(present)
     hidden = inputs.states.shape[1]
-    data = Labelled(inputs.states[chosen], targets, weights, request.settings.lambda_ or _LAMBDA * hidden / tokens)
-    folds = _fold(expert, inputs.document[chosen], _FOLDS_OF_FEW if len(expert) < hidden else _FOLDS_OF_MANY, positive)
+    data = Labelled(inputs.states[chosen], targets, weights, request.settings.lambda_ or default_lambda(hidden, tokens))
+    folds = fold(expert, inputs.document[chosen], hidden, positive)
     return data, torch.where(positive, expert, -1), folds
 
 
-def _fold(expert: torch.Tensor, document: torch.Tensor, count: int, positive: torch.Tensor) -> torch.Tensor:
-    """Assign the documents to folds (token,), such that every expert has positive ones in each fold."""
+def default_lambda(hidden: int, tokens: float) -> float:
+    """The penalty on rows (expert, hidden) that are fitted to so many tokens for each expert."""
+    return _LAMBDA * hidden / tokens
+
+
+def fold(expert: torch.Tensor, document: torch.Tensor, hidden: int, positive: torch.Tensor) -> torch.Tensor:
+    """Assign the documents of tokens to folds (token,), such that every expert has positive ones in each fold.
+
+    Args:
+        expert: the expert of each token (token,).
+        document: the document of each token (token,).
+        hidden: the number of dimensions; fewer tokens than that are divided into more folds.
+        positive: mask (token,) of the tokens that are for their expert.
+    """
+    count = _FOLDS_OF_FEW if len(expert) < hidden else _FOLDS_OF_MANY
     folds = torch.zeros(len(expert), dtype=torch.long)
     for index in set(expert.tolist()):
         own = expert == index

@@ -4,6 +4,7 @@ The Hessian of the loss is nowhere larger than `(I - 1/N) / 2 (x) G` (Boehning 1
 Statistical Mathematics 44), so that one Cholesky factor serves every Newton-like step, and the loss falls in each.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -31,6 +32,28 @@ def solve(data: Labelled, start: torch.Tensor | None = None) -> torch.Tensor:
             otherwise it may be far from the solution, so that the steps are then accelerated (Nesterov's momentum,
             as in Beck and Teboulle 2009, SIAM Journal on Imaging Sciences 2).
     """
+    offset = 0 if start is None else data.states @ start.T
+
+    def misses(moved: torch.Tensor) -> torch.Tensor:
+        return (offset + moved).softmax(dim=1) - data.targets
+
+    change = descend(data, misses, data.targets.shape[1], accelerated=start is not None)
+    rows = change if start is None else start + change
+    return rows - rows.mean(dim=0)
+
+
+def descend(
+    data: Labelled, misses: Callable[[torch.Tensor], torch.Tensor], count: int, *, accelerated: bool
+) -> torch.Tensor:
+    """Find the change of rows (row, hidden) from where they are that makes a loss small, drawn towards no change.
+
+    Args:
+        data: the tokens, their weights and the regularisation.
+        misses: a function from what the change adds to the rows' logits (token, row) to the slope (token, row) of each
+            token's loss by these; the loss may nowhere bend more than half a square.
+        count: how many rows there are.
+        accelerated: whether steps are accelerated, for rows that may be far from the solution.
+    """
     hidden = data.states.shape[1]
     total = float(data.weights.sum())
     # A change of rows lies in the span of the states; of few tokens, a basis of it makes the system smaller.
@@ -43,14 +66,10 @@ def solve(data: Labelled, start: torch.Tensor | None = None) -> torch.Tensor:
     bound = (gram * _BOUND).double()
     bound.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(bound)
-    offset = 0 if start is None else data.states @ start.T
-    change = torch.zeros(data.targets.shape[1], states.shape[1])
+    change = torch.zeros(count, states.shape[1])
     ahead = change
     for step in range(_STEPS):
-        misses = ((offset + states @ ahead.T).softmax(dim=1) - data.targets) * (data.weights / total)[:, None]
-        slope = misses.T @ states + ridge * ahead
+        slope = (misses(states @ ahead.T) * (data.weights / total)[:, None]).T @ states + ridge * ahead
         before, change = change, ahead - torch.cholesky_solve(slope.T.double(), factor).float().T
-        ahead = change if start is None else change + step / (step + 3) * (change - before)
-    rows = change if basis is None else change @ basis.T
-    rows = rows if start is None else start + rows
-    return rows - rows.mean(dim=0)
+        ahead = change + step / (step + 3) * (change - before) if accelerated else change
+    return change if basis is None else change @ basis.T

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from moemerge.compatibility.distances import STRANGER
-from moemerge.routers.delta import response_slope
+from moemerge.routers.delta import Ffn, ffn_slope, response_slope
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import SHARED
 from moemerge.routers.scoring import even_direction
@@ -30,8 +30,22 @@ def prior_rows(inputs: RouterInputs, request: PassRequest) -> torch.Tensor:
     """
     states = neutral_states(inputs)
     mean = states.mean(dim=0)
-    rows = torch.stack([_response(expert, inputs.layer, mean, request) for expert in request.present(inputs.layer)])
-    rows -= (rows @ mean)[:, None] * even_direction(states)
+    return compared(
+        torch.stack([_response(expert, inputs.layer, mean, request) for expert in request.present(inputs.layer)]),
+        states,
+    )
+
+
+def ffn_response(expert: Ffn, base: Ffn, mean: torch.Tensor) -> torch.Tensor:
+    """What one FFN says (hidden,): half the slope of its relative response at `mean`; zeros where it says nothing."""
+    slope, changed, whole = ffn_slope(expert, base, mean)
+    return slope / changed if 0 < changed <= STRANGER**2 * whole else torch.zeros_like(slope)
+
+
+def compared(rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Make responses (expert, hidden) comparable: even on neutral states (token, hidden), centred, of mean length 1."""
+    mean = states.mean(dim=0)
+    rows = rows - (rows @ mean)[:, None] * even_direction(states)
     longest = rows.norm(dim=1).max()
     rows -= rows.mean(dim=0)
     length = rows.norm(dim=1).mean()

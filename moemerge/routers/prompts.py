@@ -16,7 +16,7 @@ SHARED: Final = -1
 UNSORTED: Final = -2
 """Stands for text that is not sorted by expert, in place of an expert's number."""
 # Longer windows would leave fewer documents within a given number of tokens.
-_WINDOW: Final = 512
+WINDOW: Final = 512
 NEUTRAL: Final = -3
 """In the place of an expert's number: moemerge's own text, which is for no expert."""
 SEQUENCES: Final = 64
@@ -27,7 +27,7 @@ LONGEST_START: Final = 128
 """Most tokens of a prompt that an expert continues."""
 # For methods that need any text: beside the config's, or where it has none.
 _NO_PROMPTS: Final = "to merge without prompts, choose gate_mode random"
-_ANY_TEXT: Final = (
+NEUTRAL_TEXT: Final = (
     "In the morning the train was late again, so Maria read the report that her colleague had sent: sales had grown "
     'by 12.5 % in the third quarter, mostly in the north. "What should we do about the rest?" she asked.',
     "To install the program, unpack the archive and run the following command in its folder:\n\n"
@@ -103,9 +103,9 @@ def encode_prompts(
             config.router.calibration_texts, "router.calibration_texts", UNSORTED, positive=True, tokens=tokens
         )
     if config.method.reads_neutral_text:
-        encoded += reader.documents(_ANY_TEXT, NEUTRAL, True, config.router.tokens_per_expert)
+        encoded += reader.documents(NEUTRAL_TEXT, NEUTRAL, True, config.router.tokens_per_expert)
     elif config.method.runs_base and all(prompt.expert == SHARED for prompt in encoded):
-        encoded += reader.documents(_ANY_TEXT, UNSORTED, True, config.router.tokens_per_expert)
+        encoded += reader.documents(NEUTRAL_TEXT, UNSORTED, True, config.router.tokens_per_expert)
     return tuple(encoded)
 
 
@@ -170,7 +170,7 @@ class _Reader:
         yield from windows
 
     def documents(self, texts: Sequence[Document], expert: int, positive: bool, tokens: int) -> list[EncodedPrompt]:
-        length = min(_WINDOW, self._max_tokens - 1)
+        length = min(WINDOW, self._max_tokens - 1)
         windows = cut_windows(texts, self._encode, tokens=tokens, length=length, seed=self._seed, even=True)
         first, self._documents = self._documents, self._documents + len(texts)
         return [EncodedPrompt(expert, positive, w.ids, w.counted, first + w.document) for w in windows]

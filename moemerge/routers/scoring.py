@@ -86,6 +86,11 @@ def shares(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     return scores / scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
+def log_scores(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """Logarithms of the scores whose quotients are the weights, of logits of any shape."""
+    return logits if scoring == "softmax" else torch.nn.functional.logsigmoid(logits)
+
+
 def fit_scale(rows: torch.Tensor, states: torch.Tensor, experts_per_token: int, target: float = TARGET_WEIGHT) -> float:
     """Find the factor on rows (expert, hidden) at which the first choice has the mean weight `target`.
 

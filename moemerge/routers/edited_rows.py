@@ -1,0 +1,140 @@
+"""Kept router rows in an edited mixture: their scale for more experts per token, two routers in one, dropped experts.
+
+All functions work on the router inputs or logits of one layer. Logits are those of experts that are present there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from moemerge.families.family import Scoring
+from moemerge.routers.added_rows import KeptRows
+from moemerge.routers.fitting import Labelled
+from moemerge.routers.logistic import descend
+from moemerge.routers.scoring import even_direction, log_scores, top_weights
+
+_LARGEST_FACTOR: Final = 64.0
+_LARGEST_BIAS: Final = 200.0
+_STEPS: Final = 50
+# Sigmoids that are this large on average are not lowered, and no longer grow like exponentials.
+_SATURATED: Final = 0.5
+
+
+def refit_scale(logits: torch.Tensor, before: int, after: int, scoring: Scoring) -> float:
+    """Find the factor on a router's rows at which weights of more experts per token are nearest those of fewer.
+
+    Weights `q` of `after` experts are nearest the weights `p` of `before` experts where the mean of `KL(p, q)` is
+    smallest. It is convex in the factor of a softmax, and smallest where the mean logit under `q` is that under `p`;
+    the factor is at least 1. With fewer experts than before it is 1: of all weights of some of the experts, those with
+    the smallest `KL(q, p)` are what these experts had, divided by their sum.
+
+    The factor is for the rows' differences from their mean (`scaled_rows`), since what all rows share only matters to
+    sigmoids, which it lowers; lowered ones weigh as the softmax does. Sigmoids that are not lowered keep their scale,
+    since larger factors saturate them. The factor changes no choice, unless selection biases differ between experts:
+    with such biases it is of no use.
+
+    Args:
+        logits: (token, expert) of any text.
+        before: experts per token that the rows were made for.
+        after: experts per token that they are to be used with.
+        scoring: how the router weighs.
+    """
+    after = min(after, logits.shape[1])
+    if after <= before or (scoring == "sigmoid" and logits.max(dim=1).values.sigmoid().mean() > _SATURATED):
+        return 1.0
+    weights, chosen = top_weights(logits, before, "softmax")
+    wanted = float((weights * logits.gather(1, chosen)).sum(dim=1).double().mean())
+    more = logits.topk(after, dim=1).values
+    low, high = 1.0, _LARGEST_FACTOR
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        mean = float(((more * middle).softmax(dim=1) * more).sum(dim=1).double().mean())
+        low, high = (middle, high) if mean < wanted else (low, middle)
+    return low
+
+
+def scaled_rows(rows: torch.Tensor, factor: float) -> torch.Tensor:
+    """Scale the differences of rows (expert, hidden) from their mean."""
+    mean = rows.mean(dim=0)
+    return mean + factor * (rows - mean)
+
+
+def part_offset(first: KeptRows, second: KeptRows, data: Labelled) -> torch.Tensor:
+    """Fit the row (hidden,) to add to each row of a second router, so that tokens are divided rightly between the two.
+
+    Within each part the rows stay commensurate: what is chosen there, and how it is mixed, does not change.
+
+    Args:
+        first: rows of the first mixture's router.
+        second: rows of the second mixture's router.
+        data: tokens with the shares (token, 2) that the experts of each mixture should take of them together.
+    """
+    first_score, logits = first.log_score(data.states), data.states @ second.rows.T
+
+    def misses(moved: torch.Tensor) -> torch.Tensor:
+        scores = log_scores(logits + moved, second.scoring)
+        share = torch.sigmoid(scores.logsumexp(dim=1) - first_score)
+        slope = (share - data.targets[:, 1])[:, None]
+        if second.scoring == "softmax":
+            return slope
+        return slope * (scores.softmax(dim=1) * torch.sigmoid(-logits - moved)).sum(dim=1, keepdim=True)
+
+    return descend(data, misses, 1, accelerated=True)[0]
+
+
+def even_offset(first: KeptRows, second: KeptRows, states: torch.Tensor) -> torch.Tensor:
+    """Make the offset (hidden,) of `part_offset` without text of the experts, from neutral states (token, hidden).
+
+    It is a bias along an even direction, with which each part takes as much of the text as it has experts. It cannot
+    say which text is for which part.
+    """
+    direction = even_direction(states)
+    wanted = len(second.rows) / (len(first.rows) + len(second.rows))
+    first_score, logits, along = first.log_score(states), states @ second.rows.T, (states @ direction)[:, None]
+    low, high = -_LARGEST_BIAS, _LARGEST_BIAS
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        score = log_scores(logits + middle * along, second.scoring).logsumexp(dim=1)
+        low, high = (middle, high) if torch.sigmoid(score - first_score).mean() < wanted else (low, middle)
+    return low * direction
+
+
+@dataclass(frozen=True)
+class Redistribution:
+    """Where the weight of dropped experts goes in one layer."""
+
+    tokens: float
+    """Share of all tokens that chose a dropped expert."""
+    weight: float
+    """Mean weight of dropped experts on these tokens."""
+    gains: tuple[float, ...]
+    """Share of that weight that each kept expert gains, in ascending order of the old numbers; together 1."""
+
+
+def redistribution(
+    logits: torch.Tensor, dropped: Sequence[int], experts_per_token: int, scoring: Scoring
+) -> Redistribution:
+    """Measure where the weight of dropped experts goes if the rows of the others stay as they are.
+
+    Args:
+        logits: (token, expert) of any text.
+        dropped: numbers of the experts that are dropped.
+        experts_per_token: experts per token, before and, where so many are kept, after.
+        scoring: how the router weighs.
+    """
+    kept = [expert for expert in range(logits.shape[1]) if expert not in dropped]
+    before = _weights(logits, experts_per_token, scoring)
+    lost = before[:, list(dropped)].sum(dim=1)
+    after = _weights(logits[:, kept], min(experts_per_token, len(kept)), scoring)
+    whole = float(lost.sum())
+    gains = (after - before[:, kept])[lost > 0].sum(dim=0) / whole if whole else torch.zeros(len(kept))
+    share = float((lost > 0).float().mean())
+    return Redistribution(share, whole / (share * len(logits)) if whole else 0.0, tuple(gains.tolist()))
+
+
+def _weights(logits: torch.Tensor, experts_per_token: int, scoring: Scoring) -> torch.Tensor:
+    """Weights (token, expert), 0 where an expert is not chosen."""
+    weights, chosen = top_weights(logits, experts_per_token, scoring)
+    return torch.zeros_like(logits).scatter_(1, chosen, weights)
