@@ -1,0 +1,140 @@
+"""Rows of experts that are added to a mixture, from what enters its own routers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moemerge import load_config, merge, plan_merge
+from moemerge.editing.added_routers import AddedExperts, EditedExpert, added_rows
+from moemerge.editing.router_inputs import encode_documents, visit_router_inputs
+from moemerge.evaluation.runnable import open_mixture
+from moemerge.families.dense import ModelTensors, read_dense
+from moemerge.passes.compute_dtype import Compute
+from moemerge.routers.prompts import NEUTRAL, NEUTRAL_TEXT
+from moemerge.sources.model_folder import open_model, read_tensor_table
+from tests.support.models import load, make_model
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+TEXTS = (["The quick fox jumps over", "The lazy dog sleeps"], ["def main(argv): return", "for item in argv: pass"],
+         ["Le chat dort sur le tapis", "et la souris danse"])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base and three fine-tunes of it."""
+    root = tmp_path_factory.mktemp("added")
+    return [make_model(root / "base", 0), *(make_model(root / f"e{n}", n, tuned_from=0) for n in (1, 2, 3))]
+
+
+@pytest.fixture(scope="module")
+def mixtures(models, tmp_path_factory):
+    """Mixtures of the first two experts, by softmax and by sigmoids, with rows from their texts."""
+    root = tmp_path_factory.mktemp("mixtures")
+    made = {}
+    for family in ("mixtral", "glm4_moe"):
+        experts = [
+            {"source_model": str(model), "positive_prompts": texts}
+            for model, texts in zip(models[1:3], TEXTS[:2], strict=True)
+        ]
+        config = {"base_model": str(models[0]), "experts": experts, "architecture": family}
+        merge(plan_merge(load_config(config)), root / family)
+        made[family] = open_mixture(root / family)
+    return made
+
+
+def tensors_of(folder) -> ModelTensors:
+    model = open_model(str(folder), lambda _: None)
+    dense = read_dense(model.config)
+    assert not isinstance(dense, str)
+    return ModelTensors(dense, read_tensor_table(model, lambda _: None))
+
+
+def request_of(mixture, models, texts=TEXTS, **keys) -> AddedExperts:
+    """The two experts of a mixture, and the third model beside them."""
+    experts = [
+        EditedExpert(f"e{n}", tensors_of(models[n + 1]).projection, texts[n], dict.fromkeys(mixture.moe_layers, n))
+        for n in (0, 1)
+    ]
+    new = EditedExpert("new", tensors_of(models[3]).projection, texts[2])
+    return AddedExperts(mixture, (experts[0], new, experts[1]), 2, tensors_of(models[0]), **keys)
+
+
+def add(request: AddedExperts):
+    return added_rows(request, "cpu", "float32", lambda *_: None)
+
+
+def inputs_of(mixture, documents):
+    """Copies of the router inputs by layer."""
+    prompts = encode_documents(mixture, documents, tokens=256, seed=0)
+    found, layers = {}, []
+
+    def visit(inputs):
+        found[inputs.layer] = (inputs.states.clone(), inputs.beginnings.clone(), inputs)
+
+    visit_router_inputs(mixture, prompts, CPU, visit, lambda done, total: layers.append((done, total)))
+    assert layers == [(n + 1, 3) for n in range(3)]
+    return found
+
+
+def test_router_inputs_are_those_of_transformers_own_mixture(mixtures):
+    mixture = mixtures["mixtral"]
+    found = inputs_of(mixture, TEXTS[:2])
+    model = load(mixture.folder)
+    seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in mixture.moe_layers}
+    for layer, kept in seen.items():
+        gate = model.model.layers[layer].mlp.gate
+        gate.register_forward_pre_hook(lambda _module, inputs, kept=kept: kept.append(inputs[0].reshape(-1, 32)))
+    prompts = found[0][2].prompts
+    for prompt in prompts:
+        with torch.no_grad():
+            model(torch.tensor([prompt.ids]))
+    counted = torch.tensor([counts for prompt in prompts for counts in prompt.counted])
+    for layer, kept in seen.items():
+        states, beginnings, inputs = found[layer]
+        assert torch.allclose(states, torch.cat(kept)[counted], atol=1e-4)
+        assert torch.allclose(beginnings, torch.stack([whole[0] for whole in kept]), atol=1e-4)
+        assert inputs.expert.tolist() == [p.expert for p in prompts for counts in p.counted if counts]
+    assert {prompt.expert for prompt in prompts} == {0, 1, NEUTRAL}
+    assert len({prompt.document for prompt in prompts}) == len(TEXTS[0] + TEXTS[1]) + len(NEUTRAL_TEXT)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
+def test_text_of_a_new_expert_goes_to_it(mixtures, models, family):
+    mixture = mixtures[family]
+    made = add(request_of(mixture, models, lambda_=0.01))
+    assert list(made.rows) == mixture.moe_layers
+    for layer, (states, _, inputs) in inputs_of(mixture, TEXTS).items():
+        kept = mixture.runnable.read(mixture.router(layer)).float()
+        logits = states @ torch.cat([kept, torch.from_numpy(made.rows[layer])]).T
+        own = inputs.expert == 2
+        assert float((logits[own].argmax(dim=1) == 2).float().mean()) > 0.9
+        assert float((logits[(inputs.expert >= 0) & ~own].argmax(dim=1) == 2).float().mean()) < 0.2
+    (report,) = made.report
+    assert report.name == "new"
+    assert 0 <= report.first <= report.chosen <= 1
+    assert 0 <= report.taken <= 1
+
+
+def test_a_new_expert_without_text_has_what_its_weights_say(mixtures, models):
+    mixture = mixtures["mixtral"]
+    made = add(request_of(mixture, models, texts=(*TEXTS[:2], [])))
+    (report,) = made.report
+    assert (report.first, report.chosen, report.taken) == (None, None, None)
+    for layer, rows in made.rows.items():
+        mean = mixture.runnable.read(mixture.router(layer)).float().mean(dim=0)
+        assert rows.shape == (1, 32)
+        assert not torch.allclose(torch.from_numpy(rows[0]), mean, atol=1e-3)
+
+
+def test_an_expert_that_neither_text_nor_weights_describe_has_the_mean_of_the_kept_rows(mixtures, models):
+    mixture = mixtures["mixtral"]
+    made = add(replace(request_of(mixture, models, texts=(*TEXTS[:2], [])), base=None))
+    for layer, rows in made.rows.items():
+        mean = mixture.runnable.read(mixture.router(layer)).float().mean(dim=0)
+        assert torch.allclose(torch.from_numpy(rows[0]), mean, atol=1e-6)
+
+
+def test_one_document_is_not_judged(mixtures, models):
+    made = add(request_of(mixtures["mixtral"], models, texts=(*TEXTS[:2], TEXTS[2][:1])))
+    assert made.report[0].first is None
