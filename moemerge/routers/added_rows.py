@@ -24,6 +24,8 @@ from moemerge.routers.scoring import fit_scale, log_scores
 
 # Of one, new experts without text take too much of other text, and those with text are not better.
 _PRIOR_SHARE: Final = 0.5
+# One row carries the whole contrast to the others, which all rows share where all are fitted.
+_LAMBDA_SHARE: Final = 0.25
 
 
 @dataclass(frozen=True)
@@ -115,5 +117,5 @@ def label_added(inputs: RouterInputs, known: int, lambda_: float | None) -> tupl
     weights = torch.where(label > 0, 1.0, known / max(others, 1)) / torch.bincount(place)[place]
     weights *= len(weights) / weights.sum()
     states, targets = inputs.states[chosen], torch.nn.functional.one_hot(label, count + 1).float()
-    penalty = lambda_ or default_lambda(states.shape[1], int(new.sum()) / count)
+    penalty = lambda_ or _LAMBDA_SHARE * default_lambda(states.shape[1], int(new.sum()) / count)
     return Labelled(states, targets, weights, penalty), chosen

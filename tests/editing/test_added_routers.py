@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.config.schema import Expert
 from moemerge.editing.added_routers import AddedExperts, EditedExpert, added_rows
-from moemerge.editing.router_inputs import encode_documents, visit_router_inputs
+from moemerge.editing.router_inputs import encode_documents, readable_documents, visit_router_inputs
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.families.dense import ModelTensors, read_dense
 from moemerge.passes.compute_dtype import Compute
@@ -138,3 +139,11 @@ def test_an_expert_that_neither_text_nor_weights_describe_has_the_mean_of_the_ke
 def test_one_document_is_not_judged(mixtures, models):
     made = add(request_of(mixtures["mixtral"], models, texts=(*TEXTS[:2], TEXTS[2][:1])))
     assert made.report[0].first is None
+
+
+def test_texts_that_are_gone_are_left_out(tmp_path):
+    (tmp_path / "there.txt").write_text("one\n<|document|>\ntwo\n")
+    (tmp_path / "faulty.jsonl").write_text("{")
+    texts = [str(tmp_path / name) for name in ("there.txt", "gone.txt", "faulty.jsonl")]
+    expert = Expert(source_model="e", positive_prompts=["a prompt"], positive_texts=texts)
+    assert [str(document).strip() for document in readable_documents(expert)] == ["a prompt", "one", "two"]
