@@ -12,9 +12,10 @@ from moemerge import plan_merge
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import ComputeDtype, DType
+from moemerge.evaluation.baselines import average, forced, uniform
 from moemerge.evaluation.figures import ORACLE, UNIFORM
 from moemerge.evaluation.model_runs import Runs
-from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, uniform
+from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.request import PassOptions
 

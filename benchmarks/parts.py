@@ -22,10 +22,11 @@ from table import machine
 
 from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
+from moemerge.evaluation.baselines import average, forced, uniform
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import MERGED, ORACLE, SOUP, UNIFORM, difference, estimate, recovered
 from moemerge.evaluation.model_runs import RoutingTally, Runs
-from moemerge.evaluation.runnable import Runnable, average, forced, open_dense, open_mixture, uniform
+from moemerge.evaluation.runnable import Runnable, open_dense, open_mixture
 from moemerge.merging.options import MergeOptions
 from moemerge.passes.compute_dtype import Compute
 from moemerge.texts.documents import read_documents

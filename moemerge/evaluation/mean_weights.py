@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from moemerge.chats import Document
+from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import MERGED, estimate
 from moemerge.evaluation.model_runs import Runs
 from moemerge.evaluation.runnable import open_mixture, stored
-from moemerge.evaluation.running import Choice
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.expert_view import DenseView
 from moemerge.passes.compute_dtype import find_compute

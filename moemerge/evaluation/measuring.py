@@ -8,6 +8,7 @@ from pathlib import Path
 from moemerge.chats import Document
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import MoemergeError
+from moemerge.evaluation.baselines import average, forced, uniform
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import (
     BASE,
@@ -27,7 +28,7 @@ from moemerge.evaluation.figures import (
 )
 from moemerge.evaluation.kept_losses import KeptLosses
 from moemerge.evaluation.model_runs import RoutingTally, Runs
-from moemerge.evaluation.runnable import MixtureModel, Runnable, average, forced, open_dense, open_mixture, uniform
+from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense, open_mixture
 from moemerge.evaluation.seen_text import seen_text_notes
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.file_kinds import Kind, what_is

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,13 +17,13 @@ from moemerge.config.loading import load_config
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError
-from moemerge.families.choosing import Choosing, choosing
+from moemerge.families.choosing import Choosing
 from moemerge.families.dense import decoded, read_dense
 from moemerge.families.family import SWITCHED_OFF, MoeFamily
 from moemerge.families.in_memory import released_layout
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.released import READABLE
-from moemerge.families.stored_mixture import per_token_key
+from moemerge.families.stored_mixture import StoredMixture, per_token_key
 from moemerge.passes.weights import read_into
 from moemerge.sources.model_folder import ModelFolder, open_merged, open_model, read_tensor_table, read_tensor_tables
 
@@ -148,9 +148,6 @@ def open_mixture(folder: Path | str) -> MixtureModel:
             [],
         )
     tensors = released_layout(family, read_tensor_table(model, lambda _: None))
-    # Only keys that cannot name code.
-    keys = {key: decoded(value) for key, value in model.config.items() if key in family.read_keys}
-    runnable = stored(str(folder), family.model_type, keys, tensors, "model.embed_tokens.weight")
     router = next((name for name in tensors if name.endswith(f".{family.router}")), None)
     if router is None:
         raise IncompatibleError(f"{folder}: has no router: no tensor is called *.{family.router}.", [])
@@ -164,16 +161,25 @@ def open_mixture(folder: Path | str) -> MixtureModel:
         raise IncompatibleError(f"{folder}: its config.json has no {missing[0]}, which a {family.model_type} has.", [])
     count = tensors[router].shape[0]
     names = config.expert_names if config else ()
-    per_token = model.config[per_token_key(family)]
+    numbered = tuple(map(str, range(count)))
+    made = StoredMixture(family, model.config, tensors, names if len(names) == count else numbered)
+    return replace(as_model(made, Path(folder)), config=config)
+
+
+def as_model(mixture: StoredMixture, folder: Path) -> MixtureModel:
+    """Make a mixture that can be run of one as it is stored; its folder has the tokenizer."""
+    family = mixture.family
+    # Only keys that cannot name code.
+    keys = {key: decoded(value) for key, value in mixture.config.items() if key in family.read_keys}
     return MixtureModel(
-        Path(folder),
+        folder,
         family,
-        runnable,
-        names if len(names) == count else tuple(map(str, range(count))),
-        per_token if isinstance(per_token, int) else max(per_token),
-        choosing(family, model.config),
-        config,
-        tensors,
+        stored(str(folder), family.model_type, keys, mixture.tensors, "model.embed_tokens.weight"),
+        mixture.names,
+        mixture.experts_per_token,
+        mixture.choosing,
+        None,
+        mixture.tensors,
     )
 
 
@@ -243,57 +249,3 @@ def stored(
         return torch.from_numpy(read_rows(tensors[embeddings], ids))
 
     return Runnable(name, model_type, keys, {key: tensor.shape for key, tensor in tensors.items()}, read, rows)
-
-
-def average(name: str, models: Sequence[Runnable]) -> Runnable | str:
-    """Make the weight average of models of one shape; a returned text says why there is none."""
-    first = models[0]
-    for model in models[1:]:
-        if model.model_type != first.model_type or model.shapes != first.shapes:
-            return f"{model.name} and {first.name} differ in their tensors, so their weights have no average"
-
-    def read(tensor: str) -> torch.Tensor:
-        total = first.read(tensor).float()
-        for model in models[1:]:
-            total += model.read(tensor)
-        return total / len(models)
-
-    def rows(ids: list[int]) -> torch.Tensor:
-        return torch.stack([model.embeddings(ids) for model in models]).mean(dim=0)
-
-    known = [model.identity for model in models]
-    return replace(first, name=name, read=read, embeddings=rows, identity=f"mean of {known}" if all(known) else "")
-
-
-def uniform(model: MixtureModel) -> Runnable | str:
-    """Make the mixture of all experts with equal weights, by a router of zeros; a returned text says why not."""
-    if any(model.absent(layer) for layer in model.moe_layers):
-        return "experts are absent from some layers, so there is no uniform mixture of all"
-    key, count = per_token_key(model.family), len(model.experts)
-    asked = model.runnable.keys[key]
-    keys = {**model.runnable.keys, key: count if isinstance(asked, int) else [count] * len(asked)}
-    # Experts of all groups take part, and their equal weights add up to 1.
-    keys |= {"topk_group": keys["n_group"]} if keys.get("n_group") else {}
-    keys |= {"norm_topk_prob": True} if "norm_topk_prob" in keys else {}
-    silent = model.with_rows("uniform mixture", lambda layer: torch.zeros(model.runnable.shapes[model.router(layer)]))
-    return replace(silent.runnable, keys=keys)
-
-
-def forced(model: MixtureModel, expert: int) -> Runnable:
-    """Make the mixture in which every token goes to one expert: all experts are that one."""
-    prefix = r"model\.layers\.\d+\."
-    separate = [name.split("{expert}") for name in model.family.experts if "{expert}" in name]
-    numbered = [re.compile(f"({prefix}{re.escape(before)})\\d+({re.escape(after)})") for before, after in separate]
-    stacked = [re.compile(prefix + re.escape(name)) for name in model.family.experts if "{expert}" not in name]
-    given = model.runnable.read
-
-    def read(tensor: str) -> torch.Tensor:
-        for pattern in numbered:
-            if match := pattern.fullmatch(tensor):
-                return given(f"{match[1]}{expert}{match[2]}")
-        values = given(tensor)
-        if any(pattern.fullmatch(tensor) for pattern in stacked):
-            values = values[expert].expand_as(values).contiguous()
-        return values
-
-    return replace(model.runnable, name=f"all to {model.experts[expert]}", read=read)

@@ -17,9 +17,10 @@ from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError
 from moemerge.evaluation import figures, running
+from moemerge.evaluation.baselines import average, forced, uniform
 from moemerge.evaluation.evaluator import evaluate
 from moemerge.evaluation.routes.tracing import trace
-from moemerge.evaluation.runnable import average, forced, open_dense, open_mixture, uniform
+from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.dense import read_dense

@@ -11,9 +11,10 @@ from moemerge import EvaluationSettings, evaluate, load_config, merge, plan_merg
 from moemerge.cli import main
 from moemerge.errors import SourceError
 from moemerge.evaluation import model_runs
+from moemerge.evaluation.baselines import average
 from moemerge.evaluation.evaluator import compare
 from moemerge.evaluation.kept_losses import KeptLosses, default_folder
-from moemerge.evaluation.runnable import average, open_dense
+from moemerge.evaluation.runnable import open_dense
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from tests.support.models import edit_json

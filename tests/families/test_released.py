@@ -12,8 +12,9 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moemerge.checkpoint.header import read_header
+from moemerge.evaluation.baselines import uniform
 from moemerge.evaluation.routes.tracing import trace
-from moemerge.evaluation.runnable import open_mixture, uniform
+from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.families.choosing import Choosing, choosing
 from moemerge.families.in_memory import released_layout
