@@ -61,11 +61,16 @@ class ExpertOptions:
         """Read the options as changes.
 
         Raises:
-            RefusedError: one is not of the form that it should have.
+            RefusedError: one is not of the form that it should have, or names text that is not there.
         """
         from moemerge.cli.standard_input import path_of
         from moemerge.editing.changes import Changes
+        from moemerge.texts.documents import find_files
 
+        given = _several("--text", "NAME=PATH", self.text)
+        texts = {name: [path_of(path) for path in paths] for name, paths in given.items()}
+        for name, paths in texts.items():
+            find_files(paths, f"--text {name}")
         return Changes(
             keep=_listed("--keep", self.keep),
             drop=_listed("--drop", self.drop),
@@ -75,10 +80,7 @@ class ExpertOptions:
             rename=_single("--rename", "OLD=NEW", self.rename),
             experts_per_token=self.top_k,
             prompts=_several("--prompt", "NAME=TEXT", self.prompt),
-            texts={
-                name: [path_of(path) for path in paths]
-                for name, paths in _several("--text", "NAME=PATH", self.text).items()
-            },
+            texts=texts,
         )
 
 

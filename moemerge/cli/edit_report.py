@@ -1,7 +1,7 @@
 """Edit plans as text for people and as JSON for programs."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -10,7 +10,10 @@ from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.cli.render import billions
 from moemerge.cli.tables import Table
 from moemerge.editing.plan import EditPlan
-from moemerge.editing.slots import Kept, Slot
+from moemerge.editing.slots import Foreign, Kept, Slot
+
+if TYPE_CHECKING:
+    from moemerge.editing.added_routers import AddedReport
 
 
 def edit_facts(plan: EditPlan) -> dict[str, Any]:
@@ -56,6 +59,17 @@ def print_edit(console: Console, plan: EditPlan) -> None:
     console.print(table)
 
 
+def print_added(console: Console, report: "Sequence[AddedReport]") -> None:
+    """Print what the rows of new experts do with documents that they were not fitted to."""
+    for one in report:
+        if one.first is not None and one.chosen is not None:
+            taken = "" if one.taken is None else f"; of the other experts' tokens it comes first for {one.taken:.0%}"
+            console.print(
+                f"{one.name}: comes first for {one.first:.0%} of its tokens in held-out documents, is among the chosen "
+                f"for {one.chosen:.0%}{taken}"
+            )
+
+
 def _rows(plan: EditPlan) -> Iterator[tuple[str, str, str]]:
     """Name, origin and router rows of each expert of the result."""
     for (name, origin), slot in zip(plan.origins_of_experts, plan.slots, strict=True):
@@ -65,4 +79,6 @@ def _rows(plan: EditPlan) -> Iterator[tuple[str, str, str]]:
 def _router(plan: EditPlan, slot: Slot) -> str:
     if plan.config.gate_mode != "auto":
         return f"made anew, {plan.config.gate_mode}"
-    return "kept" if isinstance(slot, Kept) else "fitted beside the others'"
+    if isinstance(slot, Kept):
+        return "kept" if not plan.computed or plan.new else "kept, scaled for more per token"
+    return "its own, moved beside the others'" if isinstance(slot, Foreign) else "fitted beside the others'"

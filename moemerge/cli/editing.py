@@ -2,8 +2,8 @@
 
 import shlex
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,8 +24,11 @@ from moemerge.errors import RefusedError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moemerge.checkpoint.pieces import Band
     from moemerge.config.schema import MergeConfig
+    from moemerge.editing.added_routers import AddedReport
     from moemerge.editing.plan import EditPlan
+    from moemerge.progress import Progress
 
 
 @grouped
@@ -198,11 +201,10 @@ def print_or_dump_edit(plan: "EditPlan", *, json: bool) -> None:
 
 def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run: Run, messages: ResultOptions) -> None:
     """Plan an edit, write it unless that is only tried, and print what was written."""
-    from moemerge.cli.edit_report import edit_facts
+    from moemerge.cli.edit_report import edit_facts, print_added
     from moemerge.cli.plan_request import shard_bytes
     from moemerge.cli.progress import clock, show_progress
     from moemerge.editing.in_place import changed_shards, edit_in_place
-    from moemerge.editing.routers import RowMaker
     from moemerge.editing.writing import write_edit
 
     start = time.monotonic()
@@ -214,18 +216,38 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
         return
     with show_progress(console, quiet=messages.quiet) as progress:
         report, seed = stoppable(progress), run.seed
-        maker = RowMaker(plan, run.device, run.compute_dtype, seed=seed, progress=report)
+        rows = _Rows(plan, run, report)
         if out:
-            write_edit(plan, out, maker.bands, overwrite=run.output.overwrite, seed=seed, progress=report)
+            write_edit(plan, out, rows.bands, overwrite=run.output.overwrite, seed=seed, progress=report)
         elif changed:
-            edit_in_place(plan, changed, maker.bands, seed=seed, progress=report)
+            edit_in_place(plan, changed, rows.bands, seed=seed, progress=report)
     if messages.json:
+        facts["routing"] = [asdict(one) for one in rows.report]
         print_json(facts | {"out": str(out or plan.folder.folder)})
     elif not messages.quiet:
         print_or_dump_edit(plan, json=False)
+        print_added(stdout(), rows.report)
         nbytes = sum(shard.nbytes for shard in changed.written) if changed else plan.output_bytes
         say(f"{out or plan.folder.reference}: done, {size(nbytes)} written in {clock(time.monotonic() - start)}")
         _print_next(plan.folder.reference, out)
+
+
+class _Rows:
+    """The router rows of an edit that are computed; torch is imported when they are asked for."""
+
+    def __init__(self, plan: "EditPlan", run: Run, progress: "Progress") -> None:
+        self._plan, self._run, self._progress = plan, run, progress
+        self.report: Sequence[AddedReport] = ()
+
+    def bands(self) -> "Mapping[str, tuple[Band, ...]]":
+        """Compute the routers, by name."""
+        from moemerge.editing.routers import RowMaker
+
+        run = self._run
+        maker = RowMaker(self._plan, run.device, run.compute_dtype, seed=run.seed, progress=self._progress)
+        made = maker.bands()
+        self.report = maker.report
+        return made
 
 
 def _print_next(model: str, out: Path | None) -> None:

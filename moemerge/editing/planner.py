@@ -10,7 +10,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.shards import Shard, layout_shards
 from moemerge.config.expert_names import named_place
 from moemerge.config.router_methods import AUTO
-from moemerge.config.schema import MergeConfig, RoutedExpert
+from moemerge.config.schema import MergeConfig, RoutedExpert, RouterSettings
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.editing.assembly import EditAssembly
 from moemerge.editing.config_keys import edited_config
@@ -18,6 +18,7 @@ from moemerge.editing.fitting import misfits
 from moemerge.editing.plan import EditPlan, specs_of
 from moemerge.editing.shared_halves import averaged
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
+from moemerge.editing.texts import unread_text
 from moemerge.errors import IncompatibleError, MoemergeError
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
 from moemerge.families.stored_mixture import StoredMixture, number_of
@@ -25,11 +26,13 @@ from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins
 from moemerge.planning.output import Output
 from moemerge.planning.tokenizer_files import find_base_files
+from moemerge.routers.random import DRAWS
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
 from moemerge.sources.reference import split_expert
 from moemerge.sources.stored_mixtures import is_mixture, read_stored_mixture
 
 # Keys of a merge that say nothing of a mixture that exists already.
+_ROUTER_KEYS: Final = {"lambda", "tokens_per_expert", "chat_roles", "seed"}
 _OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
 
 
@@ -77,7 +80,8 @@ def plan_edit(
     _refuse([f"shared_weights: {problem}" for problem in problems])
     width = max(slot.width(mixture) for slot in slots)
     output_config = edited_config(mixture, len(slots), config.experts_per_token, width)
-    computes = not all(isinstance(slot, Kept) for slot in slots) or config.gate_mode != AUTO
+    more = config.experts_per_token > mixture.experts_per_token
+    computes = more or not all(isinstance(slot, Kept) for slot in slots) or config.gate_mode != AUTO
     outputs = EditAssembly(mixture, slots, width, computes, shared).outputs()
     sources = tuple(source for source, _ in found.tables.values())
     return EditPlan(
@@ -91,7 +95,7 @@ def plan_edit(
         base_files=find_base_files(folder, announce, needed=False),
         origins=_origins(found.tables.values()),
         notes=(*(note for source in sources for note in source.notes), *_notes(mixture, slots, width, computes)),
-        warnings=(),
+        warnings=tuple(unread_text(config, slots)),
     )
 
 
@@ -180,6 +184,15 @@ def _foreign_keys(config: MergeConfig, others: Collection[str]) -> Iterator[str]
         value = getattr(config, key)
         if value != defaults[key].get_default(call_default_factory=True):
             yield f"{key}: the mixture's own stays, since base_model is a mixture. Remove the key"
+    if config.gate_mode not in {AUTO, *DRAWS}:
+        yield (
+            f"gate_mode: {config.gate_mode} makes no routers of a mixture. Leave the key out, and kept rows stay, or "
+            f"choose {' or '.join(DRAWS)}"
+        )
+    given, unset = config.router.model_dump(by_alias=True), RouterSettings.model_validate({}).model_dump(by_alias=True)
+    for key in given:
+        if given[key] != unset[key] and key not in _ROUTER_KEYS:
+            yield f"router.{key}: the rows of an edited mixture are not made with it. Remove the key"
     method = config.shared_weights.method
     if method != "base" and not (method == "average" and others):
         yield (

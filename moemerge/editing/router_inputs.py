@@ -1,32 +1,16 @@
 """What enters a mixture's routers when text passes through the mixture itself."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import torch
 
 from moemerge.chats import COUNTED_ROLES, Document
-from moemerge.config.schema import Expert
-from moemerge.errors import MoemergeError
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.evaluation.running import read_router_inputs
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
 from moemerge.routers.pass_inputs import RouterInputs
 from moemerge.routers.prompts import NEUTRAL, NEUTRAL_TEXT, WINDOW, EncodedPrompt
-from moemerge.texts.documents import matching_files, read_documents
-
-
-def readable_documents(expert: Expert) -> list[Document]:
-    """Read the positive prompts and texts that a config names for an expert, without files that are gone or faulty.
-
-    Data sets on the Hub are left out too.
-    """
-    found: list[Document] = list(expert.positive_prompts)
-    for file in matching_files(expert.positive_texts):
-        with suppress(MoemergeError):
-            found += read_documents([file])
-    return found
 
 
 def encode_documents(
