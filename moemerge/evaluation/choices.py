@@ -27,6 +27,8 @@ class Choice:
     """Weights of the chosen experts (token, choice)."""
     logits: torch.Tensor
     """Router logits (token, expert), minus infinity for absent experts."""
+    states: torch.Tensor
+    """Router inputs (token, hidden)."""
 
 
 class RouterWatcher:
@@ -75,5 +77,5 @@ class RouterWatcher:
             logits[:, self._absent] = -torch.inf
             per_token, how = self._mixture.per_token(self._index), self._mixture.choosing
             weights, experts = choose(logits, per_token, how, self._bias, self._factors)
-            choices.append(Choice(self._index, window, experts, weights, logits))
+            choices.append(Choice(self._index, window, experts, weights, logits, inputs))
         return choices

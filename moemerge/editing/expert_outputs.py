@@ -1,0 +1,45 @@
+"""What an expert of a stored mixture makes of router inputs: its FFN, computed by itself."""
+
+from typing import Final
+
+import torch
+
+from moemerge.evaluation.runnable import MixtureModel
+from moemerge.families.dense import Role
+from moemerge.families.stored_mixture import StoredMixture
+from moemerge.passes.activation import activation_of, class_config
+from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.weights import read_into
+
+_TOKENS: Final = 1024
+
+
+class ExpertOutputs:
+    """Computes outputs of experts one at a time; one expert's matrices are in memory."""
+
+    def __init__(self, mixture: MixtureModel, compute: Compute) -> None:
+        keys = mixture.runnable.keys
+        self._stored = StoredMixture(mixture.family, keys, mixture.tensors, mixture.experts)
+        self._activation = activation_of(class_config(mixture.family.model_type, keys))
+        self._compute = compute
+
+    def __call__(self, layer: int, expert: int, states: torch.Tensor) -> torch.Tensor:
+        """Compute `down(activation(gate(z)) * up(z))` of states (token, hidden): (token, hidden) in float32.
+
+        Raises:
+            CheckpointError: the expert's file ends too early.
+        """
+        gate, up, down = (self._matrix(layer, expert, role) for role in ("gate", "up", "down"))
+        made = torch.empty(states.shape)
+        with torch.inference_mode():
+            for first in range(0, len(states), _TOKENS):
+                some = states[first : first + _TOKENS].to(device=self._compute.device, dtype=self._compute.dtype)
+                inner = self._activation(some @ gate.T) * (some @ up.T)
+                made[first : first + _TOKENS] = (inner @ down.T).float().cpu()
+        return made
+
+    def _matrix(self, layer: int, expert: int, role: Role) -> torch.Tensor:
+        stored = self._stored.projection(layer, expert, role)
+        matrix = torch.empty(stored.shape, device=self._compute.device, dtype=self._compute.dtype)
+        read_into(stored, matrix)
+        return matrix

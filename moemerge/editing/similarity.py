@@ -1,0 +1,111 @@
+"""How far apart the FFNs of a mixture's experts are: equal ones, and distances between the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moemerge.checkpoint.derived import blocks_of
+from moemerge.families.stored_mixture import StoredMixture
+
+if TYPE_CHECKING:
+    from moemerge.families.dense import Role
+
+# Fine-tunes of one base are nearer to each other than rounding may suggest, so that only other pairs tell what is near.
+_NEAR: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Distances and equalities of experts in every layer with a router, in the order of `layers`."""
+
+    layers: tuple[int, ...]
+    """Numbers of the layers."""
+    distances: NDArray[np.float64]
+    """Length of the difference of two experts' weights (layer, expert, expert), relative to the root of the mean of
+    their squared lengths; all three projections count."""
+    equal: NDArray[np.bool_]
+    """Whether two experts have equal numbers in all three projections (layer, expert, expert)."""
+
+    def groups(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """Groups of equal experts in a layer, each with two experts or more, ascending."""
+        return groups_of(self.equal[self.layers.index(layer)])
+
+    @property
+    def groups_everywhere(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of experts that are equal in every layer, each with two experts or more, ascending."""
+        everywhere: NDArray[np.bool_] = np.logical_and.reduce(self.equal)
+        return groups_of(everywhere)
+
+    @property
+    def nearly_equal(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of experts that are not equal, but at most a tenth as far apart as the pair in the middle."""
+        count = self.distances.shape[1]
+        means, everywhere = self.distances.mean(axis=0), np.logical_and.reduce(self.equal)
+        pairs = [pair for pair in combinations(range(count), 2) if not everywhere[pair]]
+        usual = float(np.median([means[pair] for pair in pairs])) if pairs else 0.0
+        return tuple(pair for pair in pairs if means[pair] <= _NEAR * usual)
+
+
+def groups_of(alike: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:
+    """Groups of an equivalence (expert, expert), each with two experts or more, ascending."""
+    groups = {tuple(int(other) for other in row.nonzero()[0]) for row in alike}
+    return tuple(sorted(group for group in groups if len(group) > 1))
+
+
+def measure_similarity(
+    mixture: StoredMixture, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> Similarity:
+    """Compare the weights of all experts in each layer; every weight is read once, in blocks of rows.
+
+    Args:
+        mixture: the mixture.
+        progress: called with the layers done and all there are.
+
+    Raises:
+        CheckpointError: a file ends too early.
+    """
+    layers = mixture.moe_layers
+    shape = (len(layers), mixture.experts, mixture.experts)
+    distances, equal = np.zeros(shape), np.ones(shape, bool)
+    for place, layer in enumerate(layers):
+        distances[place] = _distances(mixture, layer, equal[place])
+        progress(place + 1, len(layers))
+    return Similarity(layers, distances, equal)
+
+
+def _distances(mixture: StoredMixture, layer: int, equal: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Distances in a layer; `equal` (expert, expert) is cleared where two experts differ."""
+    count = mixture.experts
+    gram, squares = np.zeros((count, count)), np.zeros(count)
+    roles: tuple[Role, ...] = ("gate", "up", "down")
+    for role in roles:
+        for blocks in blocks_of([mixture.projection(layer, expert, role) for expert in range(count)]):
+            for one, other in np.argwhere(np.triu(equal, 1)):
+                if not np.array_equal(blocks[one], blocks[other]):
+                    equal[one, other] = equal[other, one] = False
+            # In float64: what is left of two nearly equal experts after the mean is taken away is small.
+            numbers = np.stack([block.ravel() for block in blocks], dtype=np.float64)
+            squares += np.square(numbers).sum(axis=1)
+            numbers -= numbers.mean(axis=0)
+            gram += numbers @ numbers.T
+    return _relative(gram, squares)
+
+
+def relative_differences(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distances as `Similarity.distances` between vectors (vector, element)."""
+    middle = vectors - vectors.mean(axis=0)
+    return _relative(middle @ middle.T, np.square(vectors).sum(axis=1))
+
+
+def _relative(gram: NDArray[np.float64], squares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distances from the products of centred vectors (vector, vector), and the squared lengths of all (vector,)."""
+    lengths = gram.diagonal()
+    apart = np.maximum(lengths[:, None] + lengths - 2 * gram, 0)
+    np.fill_diagonal(apart, 0)
+    means = np.maximum((squares[:, None] + squares) / 2, np.finfo(np.float64).tiny)
+    distances: NDArray[np.float64] = np.sqrt(apart / means)
+    return distances
