@@ -54,6 +54,8 @@ def plan_edit(
     options: PlanOptions = PlanOptions(),
     *,
     announce: Callable[[str], None] = lambda _: None,
+    slots: Sequence[Slot] = (),
+    new_routers: bool = False,
 ) -> EditPlan:
     """Decide an edit from configs and headers alone; nothing is written, and weights on the Hub stay there.
 
@@ -62,6 +64,8 @@ def plan_edit(
             own, and keep their router rows; any other is a dense model whose FFNs become an expert.
         options: the size of shards.
         announce: called with a line about each step that takes long.
+        slots: the experts of the result, where the config alone does not say what each layer holds; as many as its own.
+        new_routers: whether all routers are computed, although no expert is added.
 
     Raises:
         SourceError: a model cannot be reached.
@@ -71,17 +75,15 @@ def plan_edit(
     folder = open_model(config.base_model, announce)
     mixture = read_stored_mixture(folder, announce)
     found = _Experts(config, folder, mixture, announce)
-    slots = found.slots()
+    slots = slots or found.slots()
     _refuse([*_foreign_keys(config, found.others), *found.problems])
     _refuse([*_fit_problems(config, mixture, slots)])
-    shared, problems = (
-        averaged(mixture, [*found.others.values()]) if config.shared_weights.method == "average" else ({}, [])
-    )
-    _refuse([f"shared_weights: {problem}" for problem in problems])
+    shared = _shared_halves(config, mixture, [*found.others.values()])
     width = max(slot.width(mixture) for slot in slots)
     output_config = edited_config(mixture, len(slots), config.experts_per_token, width)
     more = config.experts_per_token > mixture.experts_per_token
-    computes = more or not all(isinstance(slot, Kept) for slot in slots) or config.gate_mode != AUTO
+    fitted = not all(isinstance(slot, Kept) for slot in slots) or config.gate_mode != AUTO
+    computes = new_routers or more or fitted
     outputs = EditAssembly(mixture, slots, width, computes, shared).outputs()
     sources = tuple(source for source, _ in found.tables.values())
     return EditPlan(
@@ -97,6 +99,17 @@ def plan_edit(
         notes=(*(note for source in sources for note in source.notes), *_notes(mixture, slots, width, computes)),
         warnings=tuple(unread_text(config, slots)),
     )
+
+
+def _shared_halves(
+    config: MergeConfig, mixture: StoredMixture, others: Sequence[StoredMixture]
+) -> dict[str, TensorInfo]:
+    """The tensors beside the experts that are averaged over mixtures, by name, where the config asks for that."""
+    if config.shared_weights.method != "average":
+        return {}
+    shared, problems = averaged(mixture, others)
+    _refuse([f"shared_weights: {problem}" for problem in problems])
+    return shared
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """The experts of an edited mixture: those of the mixture that it is made from, and FFNs of dense models."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moemerge.checkpoint.column_slice import ColumnSlice
+from moemerge.checkpoint.derived import Derived, linear
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.dense import ModelTensors, Role
 from moemerge.families.stored_mixture import StoredMixture
@@ -22,6 +23,8 @@ class Kept:
     """Factor on the down projection."""
     noise_scale: float = 0.0
     """Standard deviation of Gaussian noise that is added to its weights."""
+    shares: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    """Experts of which it is the weighted average, by layer, each with its share; they add up to 1."""
 
     def width(self, mixture: StoredMixture) -> int:
         """Number of its neurons."""
@@ -29,11 +32,20 @@ class Kept:
 
     def projection(self, mixture: StoredMixture, layer: int, role: Role) -> TensorInfo:
         """One projection of its FFN: (width, hidden), and (hidden, width) for `down`."""
-        whole, width = mixture.projection(layer, self.numbers[layer], role), self.width(mixture)
+        whole, width = self._whole(mixture, layer, role), self.width(mixture)
         if self.parts == 1:
             return whole
         first = self.part * width
         return ColumnSlice(whole, first, width).tensor() if role == "down" else whole.rows(first, width)
+
+    def _whole(self, mixture: StoredMixture, layer: int, role: Role) -> TensorInfo:
+        shares = self.shares.get(layer)
+        if not shares:
+            return mixture.projection(layer, self.numbers[layer], role)
+        inputs = tuple(mixture.projection(layer, expert, role) for expert in shares)
+        weights = tuple(shares.values())
+        made = Derived("average of experts", inputs, linear(weights), f"average {weights}", inputs[0].dtype)
+        return made.tensor(inputs[0].name)
 
     @property
     def is_whole(self) -> bool:
