@@ -19,6 +19,7 @@ from moemerge.cli.legacy import translate
 from moemerge.cli.merging import merge_models
 from moemerge.cli.mistakes import explain_usage, unknown_command
 from moemerge.cli.planning import show_plan
+from moemerge.cli.pruning import prune_mixture
 from moemerge.cli.publishing import push
 from moemerge.cli.repairing import repair_model
 from moemerge.cli.routes import show_routes
@@ -36,14 +37,14 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
     "Judge it": {"inspect": inspect_model, "verify": verify_model, "eval": evaluate, "routes": show_routes},
     "Taste it": {"generate": generate, "chat": chat},
     "Change it, and pass it on": {
-        "edit": edit_mixture, "extract": extract_expert, "densify": densify_mixture, "tune": tune_routers,
-        "repair": repair_model, "gguf": write_file, "push": push,
+        "edit": edit_mixture, "prune": prune_mixture, "extract": extract_expert, "densify": densify_mixture,
+        "tune": tune_routers, "repair": repair_model, "gguf": write_file, "push": push,
     },
 }  # fmt: skip
 """The functions of the commands, by name, under the headings of the help page."""
 _NEED_NOTHING: Final = {"families", "schema"}
 # The result of these is a model.
-_WRITES_ELSEWHERE: Final = {MERGE, "edit", "extract", "densify", "tune", "gguf", "repair", "push"}
+_WRITES_ELSEWHERE: Final = {MERGE, "edit", "prune", "extract", "densify", "tune", "gguf", "repair", "push"}
 _EPILOG: Final = """\
 `moemerge CONFIG OUT` is `moemerge merge CONFIG OUT`. Command lines of mergekit-moe work as they are; its flags are
 translated, or named as not needed. A config that is called like a command is written with its path:

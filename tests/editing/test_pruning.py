@@ -1,0 +1,326 @@
+"""Pruning: equal experts go without a loss, others by what was measured of them."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moemerge.checkpoint.derived import read_values
+from moemerge.editing.group_rows import row_of_group
+from moemerge.editing.plan import EditPlan
+from moemerge.editing.pruned import plan_pruning, preview, router_bands
+from moemerge.editing.pruner import Decision, decide
+from moemerge.editing.pruning import PruneRequest, check_keep, choose_kept
+from moemerge.editing.saliency import Saliency
+from moemerge.editing.writing import write_edit
+from moemerge.errors import RefusedError
+from moemerge.evaluation.runnable import open_mixture
+from moemerge.evaluation.running import run_model
+from moemerge.evaluation.settings import EvaluationSettings
+from moemerge.families.choosing import Choosing
+from moemerge.families.stored_mixture import StoredMixture
+from moemerge.planning.options import PlanOptions
+from moemerge.sources.model_folder import open_model
+from moemerge.sources.stored_mixtures import kept_config, read_stored_mixture
+from tests.editing.test_saliency import CPU, copy_expert, make_mixture, texts
+from tests.support.models import TEXT, assert_close, load, logits
+
+DOCUMENTS = {"one": TEXT.split("\n") * 2, "two": [TEXT[::-1], TEXT[20:]]}
+SETTINGS = EvaluationSettings(tokens=200, window=50, device="cpu", compute_dtype="float32")
+
+
+def duplicated(folder: Path, name: str = "mixtral, gelu") -> Path:
+    """A mixture whose experts 2 and 3 are copies of 0 and 1, with their router rows."""
+    make_mixture(folder, name)
+    for source, target in ((0, 2), (1, 3)):
+        copy_expert(folder, source, target)
+    tensors = load_file(folder / "model.safetensors")
+    for values in tensors.values():
+        if values.shape == (4, 32):
+            values[2:] = values[:2]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def stored_mixture(folder: Path) -> StoredMixture:
+    """A folder's mixture as it is stored."""
+    return read_stored_mixture(open_model(str(folder), lambda _: None), lambda _: None)
+
+
+def plan_of(folder: Path, found: Decision) -> EditPlan:
+    """Plan a pruned mixture."""
+    config = kept_config(open_model(str(folder), lambda _: None), lambda _: None)
+    mixture = stored_mixture(folder)
+    return plan_pruning(mixture, str(folder), found.pruning, config, PlanOptions(), new_routers=bool(found.rows))
+
+
+def written(folder: Path, out: Path, found: Decision) -> Path:
+    """Write a pruned mixture."""
+    plan = plan_of(folder, found)
+    write_edit(plan, out, lambda: router_bands(plan, found.rows))
+    return out
+
+
+def pruned(tmp_path: Path, folder: Path, request: PruneRequest) -> tuple[Decision, Path]:
+    """Decide on a pruning and write it."""
+    found = decide(folder, DOCUMENTS, request, SETTINGS)
+    return found, written(folder, tmp_path / "out", found)
+
+
+def test_equal_experts_go_first_and_the_model_computes_the_same(tmp_path):
+    """Each token chose both copies of one expert: one expert per token computes that exactly."""
+    folder = duplicated(tmp_path / "mixture")
+    found, out = pruned(tmp_path, folder, PruneRequest(2))
+    assert found.similarity.groups_everywhere == ((0, 2), (1, 3))
+    assert set(found.pruning.kept.values()) == {(0, 1)}
+    assert found.pruning.experts_per_token == 1
+    assert found.rows == {}
+    assert [(loss.dropped, loss.saliency, loss.tokens) for loss in found.pruning.losses] == [((), 0, 0)] * 3
+    given = re.fullmatch(
+        r"experts_per_token is lowered from 2 to 1: tokens chose equal experts together, so that 1 different one made "
+        r"their result\. With 2, (\d+\.\d)% of a token's weights would go to other FFNs than before, with 1 0\.0%",
+        found.pruning.notes[0],
+    )
+    assert given
+    assert float(given[1]) > 1
+    assert_close(logits(load(out)), logits(load(folder)))
+
+
+def test_a_copy_that_stays_alone_takes_over_the_weight_of_the_others():
+    """A group of two has twice the weight of one: its logit grows by log 2, also for states that it is not fitted to."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(800, 32, generator=generator) + 2 * torch.randn(32, generator=generator)  # as norms give them
+    rows = torch.randn(4, 32, generator=generator)
+    rows[2] = rows[0]
+    made = row_of_group(rows, [0, 2], torch.ones(4), states[:400], 1)
+    grown = states[400:] @ (made - rows[0])
+    assert grown.mean() == pytest.approx(math.log(2), rel=0.1)
+    assert grown.std() < 0.3 * math.log(2)
+
+
+def test_rows_that_differ_give_one_that_follows_the_larger_logit():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(800, 32, generator=generator) + 2 * torch.randn(32, generator=generator)
+    rows = torch.randn(4, 32, generator=generator) / 10
+    together = (states @ rows[[0, 2]].T).logsumexp(dim=1)
+    made = row_of_group(rows, [0, 2], torch.ones(4), states[:400], 1)
+    misses = (states[400:] @ torch.stack([made, rows[0]]).T - together[400:, None]).square().mean(dim=0)
+    assert misses[0] < misses[1] / 4
+
+
+def test_groups_of_one_size_keep_their_rows_bit_for_bit():
+    rows = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    rows[2:] = rows[:2]
+    states = torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(row_of_group(rows, [1, 3], torch.tensor([5.0, 1, 2, 3]), states, 2), rows[1])
+
+
+@pytest.mark.parametrize("name", ["mixtral, gelu", "granitemoe", "ernie4_5_moe"])
+def test_what_stays_keeps_its_bytes_and_what_runs_is_what_is_written(tmp_path, name):
+    folder = make_mixture(tmp_path / "mixture", name)
+    found, out = pruned(tmp_path, folder, PruneRequest(2, by_layer=True))
+    plan = plan_of(folder, found)
+    mixture = open_mixture(out)
+    assert mixture.experts_per_token == 2
+    made = run_model(preview(found.mixture, plan, found.rows).runnable, texts().windows, CPU)
+    assert torch.equal(made, run_model(mixture.runnable, texts().windows, CPU))
+    logits(load(out))  # every tensor finds its place
+    old, new = stored_mixture(folder), stored_mixture(out)
+    for layer, kept in found.pruning.kept.items():
+        assert len(kept) == 2
+        np.testing.assert_array_equal(read_values(new.router(layer)), read_values(old.router(layer))[list(kept)])
+        for place, expert in enumerate(kept):
+            for role in ("gate", "up", "down"):
+                one, other = new.projection(layer, place, role), old.projection(layer, expert, role)
+                np.testing.assert_array_equal(read_values(one), read_values(other))
+
+
+def test_merged_experts_are_averages_by_how_often_each_was_chosen(tmp_path):
+    folder = make_mixture(tmp_path / "mixture", "mixtral, gelu")
+    found, out = pruned(tmp_path, folder, PruneRequest(2, merge=True))
+    old, new = stored_mixture(folder), stored_mixture(out)
+    for place, (layer, kept) in enumerate(found.pruning.kept.items()):
+        frequency, differences = found.saliency.frequency[place], found.saliency.differences[place]
+        nearest = {expert: min(kept, key=lambda one: differences[expert, one]) for expert in {0, 1, 2, 3} - {*kept}}
+        for number, expert in enumerate(kept):
+            group = [expert, *(other for other, one in nearest.items() if one == expert)]
+            assert sorted(found.pruning.members[layer][expert]) == sorted(group)
+            share = frequency[group] / frequency[group].sum()
+            for role in ("gate", "up", "down"):
+                whole = [read_values(old.projection(layer, other, role)) for other in group]
+                expected = sum(one * part for one, part in zip(share, whole, strict=True))
+                np.testing.assert_allclose(read_values(new.projection(layer, number, role)), expected, atol=1e-6)
+    assert any(len(group) > 1 for group in found.pruning.members[layer].values())
+
+
+def test_a_router_that_does_not_normalise_is_named(tmp_path):
+    folder = make_mixture(tmp_path, "qwen3_moe, unnormalised")
+    found = decide(folder, DOCUMENTS, PruneRequest(1), SETTINGS)
+    assert found.pruning.notes == (
+        "experts_per_token is lowered from 2 to 1: no more are left to choose from",
+        "its routers do not divide the weights of the chosen experts by their sum: what a softmax gave dropped experts "
+        "goes to the kept ones, whose outputs all weigh more",
+    )
+
+
+def saliency(**given) -> Saliency:
+    """Two layers, four experts, four tokens of one domain."""
+    choices = (
+        np.array([[0, 1], [0, 1], [0, 2], [0, 3]], np.int16),
+        np.array([[3, 2], [3, 2], [3, 1], [2, 1]], np.int16),
+    )
+    load = np.array([[np.bincount(one.ravel(), minlength=4) / 4 for one in choices]])
+    reap = np.array([[4.0, 3, 2, 1], [10, 20, 30, 50]])
+    return replace(
+        Saliency(
+            layers=(1, 2), domains=("one",), tokens=(4,), choices=choices, reap=reap, mass=reap * load[0] * 4, load=load,
+            weight=np.array([[0.1, 0.2, 0.9, 0.3]] * 2), router_norm=np.array([[1.0, 1, 1, 2]] * 2),
+            differences=np.array([1 - np.eye(4)] * 2),
+        ),
+        **given,
+    )  # fmt: skip
+
+
+def test_layers_that_text_does_not_pass_through_keep_what_the_last_one_keeps(tmp_path):
+    """As those that predict further tokens, which released models have and transformers' classes leave out."""
+    folder = make_mixture(tmp_path / "mixture", "mixtral, gelu")
+    tensors = load_file(folder / "model.safetensors")
+    further = {
+        name.replace(".2.", ".3.", 1): tensors[name].clone() for name in tensors if name.startswith("model.layers.2.")
+    }
+    save_file(tensors | further, folder / "model.safetensors", {"format": "pt"})
+    found, out = pruned(tmp_path, folder, PruneRequest(3, by_layer=True, merge=True))
+    assert found.pruning.kept[3] == found.pruning.kept[2]
+    assert found.pruning.notes == ("layer 3, which text does not pass through, keeps the experts that layer 2 keeps",)
+    assert found.rows
+    before, after = stored_mixture(folder), stored_mixture(out)
+    kept = list(found.pruning.kept[3])
+    np.testing.assert_array_equal(read_values(after.router(3)), read_values(before.router(3))[kept])
+    assert np.abs(read_values(after.router(2)) - read_values(before.router(2))[kept]).max() > 0
+
+
+NONE = {1: (), 2: ()}
+SOFTMAX = Choosing("softmax")
+
+
+@pytest.mark.parametrize(
+    ("request_", "kept"),
+    [
+        (PruneRequest(2, by_layer=True), {1: (0, 1), 2: (2, 3)}),
+        (PruneRequest(1), {1: (3,), 2: (3,)}),
+        (PruneRequest(2, by="frequency", by_layer=True), {1: (0, 1), 2: (2, 3)}),
+        (PruneRequest(1, by="weight"), {1: (2,), 2: (2,)}),
+        (PruneRequest(1, by="router"), {1: (3,), 2: (3,)}),
+    ],
+)
+def test_experts_are_kept_by_what_is_asked_for(request_, kept):
+    found = choose_kept(saliency(), NONE, request_, 2, SOFTMAX)
+    assert found.kept == kept
+
+
+def test_a_layer_loses_the_share_of_what_its_dropped_experts_gave():
+    found = choose_kept(saliency(), NONE, PruneRequest(2, by_layer=True), 2, SOFTMAX)
+    first = found.losses[0]
+    mass = np.array([4.0 * 4, 3 * 2, 2, 1])
+    assert first.dropped == (2, 3)
+    assert first.saliency == pytest.approx(3 / mass.sum())
+    assert first.tokens == 0.5
+
+
+def test_of_equal_experts_the_copies_go_before_any_other():
+    """Also before one that no token chooses; the copy that is chosen more often stays."""
+    chosen = np.array([[0, 1], [0, 1], [1, 2], [1, 2]], np.int16)
+    load = np.array([[np.bincount(chosen.ravel(), minlength=4) / 4] * 2])
+    mass = np.array([[2.0, 4, 2, 0]] * 2)
+    given = saliency(choices=(chosen, chosen), load=load, mass=mass, reap=mass)
+    equal = {1: ((0, 1),), 2: ((0, 1),)}
+    found = choose_kept(given, equal, PruneRequest(3), 2, SOFTMAX)
+    assert found.kept == {1: (1, 2, 3), 2: (1, 2, 3)}
+    assert found.members[1][1] == (1, 0)
+    assert all(not loss.dropped for loss in found.losses)
+
+
+def test_each_group_of_a_grouped_router_keeps_as_many():
+    found = choose_kept(saliency(), NONE, PruneRequest(2, by_layer=True), 2, Choosing("softmax", groups=2))
+    assert found.kept == {1: (0, 2), 2: (1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("keep", "how", "message"),
+    [
+        (4, SOFTMAX, "--keep: 4 of 4 experts leaves nothing to prune; expected 1 to 3."),
+        (
+            3,
+            Choosing("sigmoid", groups=2, best_of_group=2),
+            "--keep: its routers choose among 2 groups of experts of one size, which 3 do not fill; expected a multiple "
+            "of 2.",
+        ),
+        (
+            2,
+            Choosing("sigmoid", groups=2, best_of_group=2),
+            "--keep: its routers judge each group by the 2 best, so that at least 4 experts have to stay.",
+        ),
+        (
+            1,
+            Choosing("sigmoid", best_of_group=2),
+            "--keep: its routers judge all experts by the 2 best, so that at least 2 experts have to stay.",
+        ),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(keep, how, message):
+    with pytest.raises(RefusedError, match=f"^{re.escape(message)}$"):
+        check_keep(keep, 4, how)
+
+
+def prune(folder: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the command on two domains of text."""
+    for name, documents in DOCUMENTS.items():
+        (folder.parent / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    data = [part for name in DOCUMENTS for part in ("--data", f"{name}={folder.parent / name}.jsonl")]
+    command = [sys.executable, "-m", "moemerge", "prune", str(folder), str(out), *data, "--device", "cpu", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_what_goes_and_what_it_costs(tmp_path):
+    folder, out = duplicated(tmp_path / "mixture"), tmp_path / "out"
+    tried = prune(folder, out, "--keep", "2", "--dry-run")
+    assert tried.returncode == 0, tried.stderr
+    assert not out.exists()
+    lines = tried.stdout.splitlines()
+    assert lines[0] == "Equal in all layers, number for number: 0 = 2; 1 = 3"
+    assert "No layer loses anything: every dropped expert equals a kept one." in lines
+    assert "Loss in nats per token, on other documents than those it was chosen by:" in lines
+    assert lines[-1] == "After against before: +0.0000"
+    done = prune(folder, out, "--keep", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["kept"] == [[0, 1]] * 3
+    assert facts["experts_per_token"] == 1
+    assert facts["before"] == facts["after"]
+    assert open_mixture(out).experts_per_token == 1
+
+
+def test_the_command_refuses_with_exit_code_2(tmp_path):
+    folder = duplicated(tmp_path / "mixture")
+    refused = prune(folder, tmp_path / "out", "--keep", "4", "--quiet")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: --keep: 4 of 4 experts leaves nothing to prune; expected 1 to 3.\n"
+
+
+def test_a_folder_that_is_not_empty_is_refused_before_the_mixture_runs(tmp_path):
+    folder, out = duplicated(tmp_path / "mixture"), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused = prune(folder, out, "--keep", "2")
+    assert refused.returncode == 2
+    assert "comparing the experts' weights" not in refused.stderr
+    assert str(out) in refused.stderr
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
