@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from moemerge.cli.options import ShardSize
+from moemerge.cli.options import ComputeIn, Device, ShardSize
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -93,6 +93,17 @@ class EditOutputOptions:
     max_shard_size: ShardSize = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False
+
+
+@dataclass(frozen=True)
+class RunningOptions:
+    """Options for how the mixture is run, where that is needed for router rows."""
+
+    heading: ClassVar[str] = "Running the mixture for new router rows"
+
+    device: Device = "auto"
+    compute_dtype: ComputeIn = "auto"
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for random rows, noise and the choice of documents.")] = 0
 
 
 @dataclass(frozen=True)

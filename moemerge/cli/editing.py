@@ -12,13 +12,12 @@ import typer
 from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.checkpoint.in_place import commit, recover, undo, undoable_bytes
 from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
-from moemerge.cli.edit_options import EditOutputOptions, ExpertOptions, InPlaceOptions
+from moemerge.cli.edit_options import EditOutputOptions, ExpertOptions, InPlaceOptions, RunningOptions
 from moemerge.cli.gguf_output import is_gguf
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import OutputOptions, PushOptions, RouterOptions
-from moemerge.cli.options import CacheDir, ComputeIn, Device, ResultOptions, VerboseOptions
+from moemerge.cli.options import CacheDir, ResultOptions, VerboseOptions
 from moemerge.cli.streams import say
-from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -44,8 +43,7 @@ def edit_mixture(
     experts: ExpertOptions,
     output: EditOutputOptions,
     in_place: InPlaceOptions,
-    device: Device = "auto",
-    compute_dtype: ComputeIn = "auto",
+    running: RunningOptions,
     cache_dir: CacheDir = None,
     messages: ResultOptions,
 ) -> None:
@@ -79,7 +77,7 @@ def edit_mixture(
         config = _config_of(model, experts, announcer(console, quiet=quiet))
         if not (quiet or messages.json):
             say(config.written)
-        _carry_out(console, config, out, Run(output, device, compute_dtype), messages)
+        _carry_out(console, config, out, Run(output, running), messages)
 
 
 def _end_edit(model: Path, out: Path | None, in_place: InPlaceOptions, experts: ExpertOptions, *, quiet: bool) -> None:
@@ -105,9 +103,7 @@ class Run:
     """How an edit is carried out."""
 
     output: EditOutputOptions
-    device: str
-    compute_dtype: ComputeDtype
-    seed: int = 0
+    running: RunningOptions
 
 
 def write_from_config(
@@ -127,7 +123,7 @@ def write_from_config(
     """
     _check_options(out, output, push, routers)
     own = EditOutputOptions(output.max_shard_size, output.overwrite, output.dry_run)
-    run = Run(own, routers.device, routers.compute_dtype, routers.seed)
+    run = Run(own, RunningOptions(routers.device, routers.compute_dtype, routers.seed))
     _carry_out(console, config, out, run, ResultOptions(messages.json, messages.quiet, messages.debug))
 
 
@@ -215,7 +211,7 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
         print_or_dump_edit(plan, json=messages.json)
         return
     with show_progress(console, quiet=messages.quiet) as progress:
-        report, seed = stoppable(progress), run.seed
+        report, seed = stoppable(progress), run.running.seed
         rows = _Rows(plan, run, report)
         if out:
             write_edit(plan, out, rows.bands, overwrite=run.output.overwrite, seed=seed, progress=report)
@@ -243,7 +239,7 @@ class _Rows:
         """Compute the routers, by name."""
         from moemerge.editing.routers import RowMaker
 
-        run = self._run
+        run = self._run.running
         maker = RowMaker(self._plan, run.device, run.compute_dtype, seed=run.seed, progress=self._progress)
         made = maker.bands()
         self.report = maker.report

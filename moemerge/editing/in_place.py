@@ -99,17 +99,21 @@ def edit_in_place(
             )
             if plan.computed:
                 writer.add(routers())
-        removed = [*shards.removed]
-        if (index := shards.index) is not None:
-            (stage / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
-        elif (model / SAFETENSORS_INDEX).exists():
-            removed.append(SAFETENSORS_INDEX)
-        text = text_for(_config_after(plan), model)
-        (stage / CONFIG_COPY).write_text(text, encoding="utf-8")
-        write_card(plan, stage, model, text)
-        (stage / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
+        removed = [*shards.removed, *_write_small_files(plan, shards, stage)]
         plan.origins.check("while it was read")
         replace_model(model, removed)
+
+
+def _write_small_files(plan: EditPlan, shards: ChangedShards, stage: Path) -> list[str]:
+    """Write index, config, its copy and the card; returns the name of an index that the model no longer has."""
+    model = plan.folder.folder
+    text = text_for(_config_after(plan), model)
+    (stage / CONFIG_COPY).write_text(text, encoding="utf-8")
+    write_card(plan, stage, model, text)
+    (stage / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
+    if (index := shards.index) is not None:
+        (stage / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
+    return [SAFETENSORS_INDEX] if index is None and (model / SAFETENSORS_INDEX).exists() else []
 
 
 def _config_after(plan: EditPlan) -> MergeConfig:

@@ -8,7 +8,8 @@ import torch
 from moemerge import load_config, merge, plan_merge
 from moemerge.config.schema import Expert
 from moemerge.editing.added_routers import AddedExperts, EditedExpert, added_rows
-from moemerge.editing.router_inputs import encode_documents, readable_documents, visit_router_inputs
+from moemerge.editing.router_inputs import encode_documents, visit_router_inputs
+from moemerge.editing.texts import readable_documents
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.families.dense import ModelTensors, read_dense
 from moemerge.passes.compute_dtype import Compute
