@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from moemerge.chats import COUNTED_ROLES
 from moemerge.config.cross_checks import MIN_EXPERTS, cross_check, listed
+from moemerge.config.drawn_anew import DrawnAnew, Reinit
 from moemerge.config.expert_names import expert_names
 from moemerge.config.problems import MOST_EXPLAINED, PlacedError, explain
 from moemerge.config.router_methods import AUTO, RouterMethod, choose_method
@@ -60,6 +61,8 @@ class Expert(_Strict):
     """Files, folders or patterns of text that should not be routed to this expert."""
     noise_scale: Number | None = Field(None, ge=0.0)
     """Standard deviation of Gaussian noise added to the expert's weights."""
+    reinit: DrawnAnew = None
+    """Share of the expert's neurons that is drawn anew, for training."""
     residual_scale: Number | None = None
     """Factor on the expert's down projection, and so on what it adds to the residual stream."""
 
@@ -149,6 +152,10 @@ class MergeConfig(_Strict):
     """Dtype of the merged model; by default the base model's."""
     experts_per_token: int = Field(2, ge=1, strict=True)
     """How many experts take each token."""
+    granularity: int = Field(1, ge=1, strict=True)
+    """Number of narrower experts that each expert of an edited mixture is split into; all are chosen together."""
+    expert_width: int | None = Field(None, ge=1, strict=True)
+    """Neurons of each expert of an edited mixture; narrower experts are padded with zeros."""
     shared_experts: Annotated[list[Expert], BeforeValidator(listed, json_schema_input_type=list[Expert] | None)] = []
     """Experts that every token passes through."""
     architecture: Text | None = None
@@ -263,6 +270,8 @@ def _known_keys(place: Place) -> list[str]:
         "router": RouterSettings,
         "shared_weights": SharedWeights,
     }
+    if "reinit" in place[1:-1]:
+        return list(Reinit.model_fields)
     model = models.get(str(place[0]), MergeConfig) if len(place) > 1 else MergeConfig
     return [field.alias or name for name, field in model.model_fields.items()]
 

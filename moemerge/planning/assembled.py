@@ -14,6 +14,7 @@ from moemerge.planning.checking import Tables
 from moemerge.planning.models import Models
 from moemerge.planning.output import Output
 from moemerge.planning.parts import Parts, take_parts
+from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.shape import Shape, computes_gate, residual_scales
 
 
@@ -68,8 +69,8 @@ def _assembly(config: MergeConfig, shape: Shape, parts: Parts, dtype: HeaderDTyp
     scales += [scale * (2 if halved else 1) for scale in shared_scales]
     every_expert = [*config.experts, *config.shared_experts]
     sources = [
-        Source(own, scale, expert.noise_scale or 0.0)
-        for expert, own, scale in zip(every_expert, parts.experts, scales, strict=True)
+        Source(own, scale, expert.noise_scale or 0.0, reinitialising_of(expert, number))
+        for number, (expert, own, scale) in enumerate(zip(every_expert, parts.experts, scales, strict=True))
     ]
     routed = len(config.experts)
     return Assembly(

@@ -12,6 +12,7 @@ from moemerge.families.family import SWITCHED_OFF, Extra, MoeFamily, separate
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.mixture_shape import Mixture
 from moemerge.planning.output import Computed, Output
+from moemerge.planning.reinitialising import Reinitialising
 
 _USUAL_FFN: Final = separate("mlp")
 # Projections whose rows rotate with positions.
@@ -26,6 +27,8 @@ class Source:
     scale: float = 1.0
     """Factor on what the FFN adds to the residual stream."""
     noise_scale: float = 0.0
+    reinit: Reinitialising | None = None
+    """The neurons that are drawn anew, if some are."""
 
     @property
     def width(self) -> int:
@@ -34,7 +37,9 @@ class Source:
 
     def projection(self, layer: int, role: Role, dtype: HeaderDType) -> Piece:
         """Find one projection of a layer's FFN, which may be part of a larger tensor."""
-        return Piece(self.own.projection(layer, role), dtype, self.scale if role == "down" else 1.0, self.noise_scale)
+        tensor = self.own.projection(layer, role)
+        tensor = self.reinit.of(tensor, layer, role) if self.reinit else tensor
+        return Piece(tensor, dtype, self.scale if role == "down" else 1.0, self.noise_scale)
 
 
 @dataclass(frozen=True)

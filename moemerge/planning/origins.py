@@ -99,9 +99,11 @@ def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Ass
 
 
 def _repeated(outputs: Mapping[str, Output]) -> Iterator[TensorInfo]:
-    """Yield the source tensors that several output tensors are made of."""
-    pieces = (piece.source for output in outputs.values() for piece in output.pieces)
-    counted = Counter(leaf for source in pieces if isinstance(source, TensorInfo) for leaf in leaves(source))
+    """Yield the source tensors that several output tensors are made of, or whose recipe reads them once more."""
+    pieces = [piece.source for output in outputs.values() for piece in output.pieces]
+    sources = [source for source in pieces if isinstance(source, TensorInfo)]
+    counted = Counter(leaf for source in sources for leaf in leaves(source))
+    yield from (source for source in sources if (made := derivation(source)) and made.rereads)
     yield from (tensor for tensor, count in counted.items() if count > 1)
 
 

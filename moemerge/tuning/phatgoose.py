@@ -102,7 +102,7 @@ def _check(mixture: MixtureModel, base: Runnable) -> None:
 def _changes(config: MergeConfig) -> list[str]:
     found = [] if config.shared_weights.method == "base" else [f"shared_weights: {config.shared_weights.method}"]
     found += ["fold_norms"] if config.fold_norms else []
-    keys = ("noise_scale", "residual_scale")
+    keys = ("noise_scale", "reinit", "residual_scale")
     return found + [key for key in keys if any(getattr(expert, key) is not None for expert in config.experts)]
 
 
