@@ -57,6 +57,22 @@ class ExpertOptions:
         typer.Option(metavar="N", min=1, help="How many experts take each token.", show_default="as before"),
     ] = None
 
+    granularity: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Split every expert into N narrower ones that are always chosen together."
+        ),
+    ] = 1
+    width: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Pad every expert with zeros to N neurons; k-quants want multiples of 256.",
+            show_default=False,
+        ),
+    ] = None
+
     def changes(self) -> "Changes":
         """Read the options as changes.
 
@@ -79,6 +95,8 @@ class ExpertOptions:
             order=_listed("--order", self.order),
             rename=_single("--rename", "OLD=NEW", self.rename),
             experts_per_token=self.top_k,
+            granularity=self.granularity,
+            width=self.width,
             prompts=_several("--prompt", "NAME=TEXT", self.prompt),
             texts=texts,
         )

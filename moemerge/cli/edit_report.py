@@ -23,6 +23,7 @@ def edit_facts(plan: EditPlan) -> dict[str, Any]:
         "experts": [{"name": name, "from": model, "router": router} for name, model, router in _rows(plan)],
         "dropped": list(plan.dropped),
         "experts_per_token": plan.config.experts_per_token,
+        "granularity": plan.config.granularity,
         "total_parameters": plan.total_parameters,
         "active_parameters": plan.active_parameters,
         "output_bytes": plan.output_bytes,
@@ -38,12 +39,14 @@ def edit_facts(plan: EditPlan) -> dict[str, Any]:
 
 def print_edit(console: Console, plan: EditPlan) -> None:
     """Print the plan of an edit: the experts of the result, and what it takes."""
-    mixture, per_token = plan.mixture, plan.config.experts_per_token
+    mixture, parts = plan.mixture, plan.config.granularity
+    experts, per_token = plan.experts, plan.experts_per_token
     facts = Grid.grid(padding=(0, 2))
-    before = "" if len(plan.slots) == mixture.experts else f" (from {mixture.experts})"
+    before = "" if experts == mixture.experts else f" (from {mixture.experts})"
     chosen = "" if per_token == mixture.experts_per_token else f" (from {mixture.experts_per_token})"
     rows = {
-        "output": f"{mixture.family.model_type}, {len(plan.slots)} experts{before}, {per_token} per token{chosen}",
+        "output": f"{mixture.family.model_type}, {experts} experts{before}, {per_token} per token{chosen}",
+        "split": f"each expert into {parts}, always chosen together" if parts > 1 else "",
         "left out": ", ".join(plan.dropped),
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
         "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s)",

@@ -1,12 +1,15 @@
 """Decide from tensor tables alone what each tensor of an edited mixture is made of."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import chain
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Fill, Piece
 from moemerge.dtypes import HeaderDType
+from moemerge.editing.granularity import bias_factor, split
+from moemerge.editing.shared_width import shared_width
 from moemerge.editing.slots import Kept, Slot
 from moemerge.families.dense import Role
 from moemerge.families.layer_names import layer_prefix
@@ -21,14 +24,26 @@ class EditAssembly:
     """Everything that decides the tensors of an edited mixture."""
 
     mixture: StoredMixture
-    slots: Sequence[Slot]
-    """The experts of the result."""
+    experts: Sequence[Slot]
+    """The experts of the result, before they are split."""
+    parts: int
+    """The number of parts that each of them is split into."""
     width: int
-    """Neurons that are stored for every expert; narrower ones are padded with zeros."""
+    """Neurons that are stored for every expert, or part of one; narrower ones are padded with zeros."""
     computes_routers: bool
     """Whether some router rows are computed while the other tensors are copied."""
     shared: Mapping[str, TensorInfo] = field(default_factory=dict)
     """Tensors that take the place of the mixture's own, by name."""
+
+    @cached_property
+    def slots(self) -> Sequence[Slot]:
+        """The experts that are stored."""
+        return split(self.experts, self.mixture, self.parts)
+
+    @cached_property
+    def _mixed(self) -> StoredMixture:
+        """The mixture with the tensors that take the place of its own."""
+        return replace(self.mixture, tensors={**self.mixture.tensors, **self.shared})
 
     def outputs(self) -> dict[str, Output]:
         """All tensors of the result by name, in the order in which they are stored; routers last."""
@@ -38,10 +53,12 @@ class EditAssembly:
         owners = {
             layer_prefix(layer) + name: layer for layer in mixture.moe_layers for name in self._names_of_experts(layer)
         }
+        shared = dict(self._shared())
         for name, tensor in mixture.tensors.items():
             layer = owners.get(name)
             if layer is None:
-                outputs[name] = Output(tensor.shape, ((Piece(self.shared.get(name, tensor), tensor.dtype),),))
+                whole = Output(tensor.shape, ((Piece(self.shared.get(name, tensor), tensor.dtype),),))
+                outputs[name] = shared.get(name, whole)
             elif layer not in begun:
                 begun.add(layer)
                 outputs |= {layer_prefix(layer) + inner: made for inner, made in self._experts(layer)}
@@ -77,21 +94,54 @@ class EditAssembly:
         names = {name: roles for name, roles in self.mixture.family.experts.items() if _EXPERT in name}
         return {name: self._ffn(slot, layer, roles) for name, roles in names.items()}
 
+    def _shared(self) -> Iterator[tuple[str, Output]]:
+        """Yield the shared experts' tensors, where the family holds them in widths of the others, which has changed."""
+        mixture, shared = self._mixed, self.mixture.family.shared
+        for layer in mixture.moe_layers if shared else ():
+            down, held = mixture.shared_projection(layer, "down"), mixture.layer(layer)
+            width = shared_width(mixture.family, down, self.width) if down else None
+            if shared is None or down is None or width is None or width == (own := down.shape[-1]):
+                continue
+            for name, roles in shared.names.items():
+                made = self._padded(partial(self._shared_piece, layer), roles, own, width)
+                yield layer_prefix(layer) + name, replace(made, is_expert=False)
+                bias = f"{name.removesuffix('.weight')}.bias"
+                if bias in held and held[bias].shape == (own,):
+                    padding = (Piece(Fill(0.0, (width - own,)), held[bias].dtype),)
+                    yield (
+                        layer_prefix(layer) + bias,
+                        Output((width,), ((Piece(held[bias], held[bias].dtype),), padding)),
+                    )
+
+    def _shared_piece(self, layer: int, role: Role) -> Piece:
+        tensor = self._mixed.shared_projection(layer, role)
+        if tensor is None:
+            raise KeyError(role)
+        return Piece(tensor, tensor.dtype)
+
     def _is_copied(self, slot: Kept) -> bool:
         return slot.is_whole and self.width == self.mixture.expert_width
 
     def _ffn(self, slot: Slot, layer: int, roles: tuple[Role, ...]) -> Output:
         """Make one tensor of an expert's FFN, padded to `width` with neurons of zeros."""
-        hidden, padding = self.mixture.hidden, self.width - slot.width(self.mixture)
         dtype = self._dtype(layer, roles[0])
+
+        def piece(role: Role) -> Piece:
+            scale = slot.scale if role == "down" else 1.0
+            return Piece(slot.projection(self.mixture, layer, role), dtype, scale, slot.noise_scale)
+
+        return self._padded(piece, roles, slot.width(self.mixture), self.width)
+
+    def _padded(self, piece: Callable[[Role], Piece], roles: tuple[Role, ...], own: int, width: int) -> Output:
+        """Put the projections of an FFN with `own` neurons below each other, padded to `width` with zeros."""
+        hidden, padding = self.mixture.hidden, width - own
         bands: list[Band] = []
         for role in roles:
-            scale = slot.scale if role == "down" else 1.0
-            pieces = [Piece(slot.projection(self.mixture, layer, role), dtype, scale, slot.noise_scale)]
+            pieces = [piece(role)]
             empty = (hidden, padding) if role == "down" else (padding, hidden)
-            pieces += [Piece(Fill(0.0, empty), dtype)] if padding else []
-            bands += [tuple(pieces)] if role == "down" else [(piece,) for piece in pieces]
-        shape = (hidden, self.width) if roles == ("down",) else (self.width * len(roles), hidden)
+            pieces += [Piece(Fill(0.0, empty), pieces[0].dtype)] if padding else []
+            bands += [tuple(pieces)] if role == "down" else [(one,) for one in pieces]
+        shape = (hidden, width) if roles == ("down",) else (width * len(roles), hidden)
         return Output(shape, tuple(bands), is_expert=True)
 
     def _dtype(self, layer: int, role: Role) -> HeaderDType:
@@ -102,8 +152,9 @@ class EditAssembly:
         family = self.mixture.family
         neutral = {extra.name: extra.value for extra in family.extras}
         shape = tuple(1 if axis == "1" else len(self.slots) for axis in family.bias_axes)
-        bands = self._rows(layer, tensor, neutral.get(name, 0.0))
-        return Output(shape if name == family.selection_bias else (len(self.slots),), bands)
+        if name != family.selection_bias:
+            return Output((len(self.slots),), self._rows(layer, tensor, neutral.get(name, 0.0)))
+        return Output(shape, self._rows(layer, tensor, 0.0, bias_factor(self.mixture, self.parts)))
 
     def _router(self, layer: int) -> Output:
         router = self.mixture.router(layer)
@@ -112,8 +163,11 @@ class EditAssembly:
             return Output(shape, Computed(layer, "router"))
         return Output(shape, self._rows(layer, router, 0.0))
 
-    def _rows(self, layer: int, tensor: TensorInfo, neutral: float) -> tuple[Band, ...]:
-        """Take the entry of each expert from a tensor (expert, ...); entries that follow each other are one piece."""
+    def _rows(self, layer: int, tensor: TensorInfo, neutral: float, scale: float = 1.0) -> tuple[Band, ...]:
+        """Take the entry of each expert from a tensor (expert, ...); entries that follow each other are one piece.
+
+        Parts of an expert have equal entries.
+        """
         runs: list[tuple[int, int]] = []
         for slot in self.slots:
             number = slot.numbers[layer] if isinstance(slot, Kept) else -1
@@ -123,6 +177,10 @@ class EditAssembly:
                 runs.append((number, 1))
         shape = (1, *tensor.shape[1:])
         return tuple(
-            (Piece(tensor.rows(first, count) if first >= 0 else Fill(neutral, shape), tensor.dtype),)
+            (
+                Piece(tensor.rows(first, count), tensor.dtype, scale)
+                if first >= 0
+                else Piece(Fill(neutral, shape), tensor.dtype),
+            )
             for first, count in runs
         )

@@ -31,6 +31,10 @@ class Changes:
     """New names of experts, by the expert."""
     experts_per_token: int | None = None
     """How many experts take each token; None for as many as before, or for all where fewer are left."""
+    granularity: int = 1
+    """How many narrower experts each expert is split into."""
+    width: int | None = None
+    """How many neurons each expert is padded to; None for no more than the widest has."""
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Positive prompts of replaced and added experts, by the expert."""
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -67,7 +71,13 @@ def edit_document(
             f"{reference}#{only} OUT` makes a dense model of one."
         )
     per_token = changes.experts_per_token or min(mixture.experts_per_token, left)
-    return {"base_model": reference, "experts": list(experts.entries.values()), "experts_per_token": per_token}
+    return {
+        "base_model": reference,
+        "experts": list(experts.entries.values()),
+        "experts_per_token": per_token,
+        **({"granularity": changes.granularity} if changes.granularity > 1 else {}),
+        **({"expert_width": changes.width} if changes.width else {}),
+    }
 
 
 class _Experts:

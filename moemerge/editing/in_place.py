@@ -33,7 +33,7 @@ def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTE
         max_shard_bytes: upper bound of the tensor data in a new file; one that replaces an old file may be as large.
 
     Raises:
-        RefusedError: the mixture is no folder on this machine that is its own.
+        RefusedError: the mixture is no folder on this machine that is its own, or all its experts change.
         OutputError: its files cannot be replaced, or the disk has too little space.
     """
     folder = plan.folder
@@ -41,6 +41,9 @@ def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTE
         raise RefusedError(
             f"{folder.reference}: is on the Hub, so it cannot be edited in place. Write to another folder."
         )
+    asked = {"granularity": plan.config.granularity > 1, "expert_width": plan.config.expert_width is not None}
+    if keys := [key for key, is_asked in asked.items() if is_asked]:
+        raise RefusedError(f"{keys[0]}: changes every expert, so that none stays in place. Write to another folder.")
     tensors = read_tensor_table(folder, lambda _: None)
     if any(tensor.path.name.endswith(".bin") for tensor in tensors.values()):
         raise RefusedError(

@@ -31,7 +31,7 @@ class EditPlan:
     mixture: StoredMixture
     """The mixture that is edited."""
     slots: tuple[Slot, ...]
-    """The experts of the result."""
+    """The experts of the result, before they are split into as many parts as `config.granularity` says."""
     outputs: Mapping[str, Output]
     """All tensors of the result by name, in the order in which they are stored; routers last."""
     shards: tuple[Shard, ...]
@@ -50,6 +50,16 @@ class EditPlan:
     def folder(self) -> ModelFolder:
         """The mixture's folder."""
         return self.sources[0]
+
+    @property
+    def experts(self) -> int:
+        """Number of the result's experts, parts counted."""
+        return len(self.slots) * self.config.granularity
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many of the result's experts take each token, parts counted."""
+        return self.config.experts_per_token * self.config.granularity
 
     @property
     def computed(self) -> dict[str, Computed]:
@@ -86,8 +96,7 @@ class EditPlan:
             return "another expert in each layer"
         number = numbers.pop()
         own = self.mixture.names[number]
-        part = f", part {slot.part + 1} of {slot.parts}" if slot.parts > 1 else ""
-        return f"expert {number}{'' if own == str(number) else f' ({own})'}{part}"
+        return f"expert {number}{'' if own == str(number) else f' ({own})'}"
 
     @property
     def folders(self) -> list[Path]:
@@ -126,8 +135,7 @@ class EditPlan:
     def active_parameters(self) -> int:
         """Number of parameters that one token passes through."""
         in_experts = sum(math.prod(output.shape) for output in self.outputs.values() if output.is_expert)
-        experts = len(self.slots)
-        return self.total_parameters - in_experts * (experts - self.config.experts_per_token) // experts
+        return self.total_parameters - in_experts * (self.experts - self.experts_per_token) // self.experts
 
     @property
     def download_bytes(self) -> int:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
@@ -11,10 +12,12 @@ from moemerge.checkpoint.shards import Shard, layout_shards
 from moemerge.config.expert_names import named_place
 from moemerge.config.router_methods import AUTO
 from moemerge.config.schema import MergeConfig, RoutedExpert, RouterSettings
-from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.dtypes import CONFIG_DTYPES, bytes_of
 from moemerge.editing.assembly import EditAssembly
 from moemerge.editing.config_keys import edited_config
 from moemerge.editing.fitting import misfits
+from moemerge.editing.granularity import copies, split_notes, split_problems
+from moemerge.editing.groups import group_warnings
 from moemerge.editing.plan import EditPlan, specs_of
 from moemerge.editing.shared_halves import averaged
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
@@ -25,6 +28,7 @@ from moemerge.families.stored_mixture import StoredMixture, number_of
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins
 from moemerge.planning.output import Output
+from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.tokenizer_files import find_base_files
 from moemerge.routers.random import DRAWS
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
@@ -34,6 +38,8 @@ from moemerge.sources.stored_mixtures import is_mixture, read_stored_mixture
 # Keys of a merge that say nothing of a mixture that exists already.
 _ROUTER_KEYS: Final = {"lambda", "tokens_per_expert", "chat_roles", "seed"}
 _OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
+# What torch's grouped matrix product asks of a row on a CPU.
+_ROW_BYTES: Final = 16
 
 
 def edits_mixture(config: MergeConfig) -> bool:
@@ -78,13 +84,13 @@ def plan_edit(
     slots = slots or found.slots()
     _refuse([*_foreign_keys(config, found.others), *found.problems])
     _refuse([*_fit_problems(config, mixture, slots)])
-    shared = _shared_halves(config, mixture, [*found.others.values()])
-    width = max(slot.width(mixture) for slot in slots)
-    output_config = edited_config(mixture, len(slots), config.experts_per_token, width)
-    more = config.experts_per_token > mixture.experts_per_token
+    shared, parts = _shared_halves(config, mixture, [*found.others.values()]), config.granularity
+    width = config.expert_width or max(slot.width(mixture) for slot in slots) // parts
+    output_config = edited_config(mixture, len(slots), config.experts_per_token, width, parts)
+    more = config.experts_per_token > mixture.experts_per_token * copies(slots)
     fitted = not all(isinstance(slot, Kept) for slot in slots) or config.gate_mode != AUTO
     computes = new_routers or more or fitted
-    outputs = EditAssembly(mixture, slots, width, computes, shared).outputs()
+    outputs = EditAssembly(mixture, slots, parts, width, computes, shared).outputs()
     sources = tuple(source for source, _ in found.tables.values())
     return EditPlan(
         config=config,
@@ -96,8 +102,8 @@ def plan_edit(
         output_config=output_config,
         base_files=find_base_files(folder, announce, needed=False),
         origins=_origins(found.tables.values()),
-        notes=(*(note for source in sources for note in source.notes), *_notes(mixture, slots, width, computes)),
-        warnings=tuple(unread_text(config, slots)),
+        notes=(*chain(*(source.notes for source in sources)), *_notes(mixture, slots, width, parts, computes)),
+        warnings=(*group_warnings(mixture, slots), *unread_text(config, slots)),
     )
 
 
@@ -131,27 +137,30 @@ class _Experts:
     def slots(self) -> list[Slot]:
         """Make a slot of every expert that can be read; the problems of the others are collected."""
         names = self.config.expert_names
-        made = [self._slot(named_place(n, names), expert) for n, expert in enumerate(self.config.experts)]
+        made = [self._slot(n, named_place(n, names), expert) for n, expert in enumerate(self.config.experts)]
         return [slot for slot in made if slot is not None]
 
-    def _slot(self, place: str, expert: RoutedExpert) -> Slot | None:
-        scale = 1.0 if expert.residual_scale is None else expert.residual_scale
-        noise = expert.noise_scale or 0.0
+    def _slot(self, entry: int, place: str, expert: RoutedExpert) -> Slot | None:
+        changed: dict[str, Any] = {
+            "scale": 1.0 if expert.residual_scale is None else expert.residual_scale,
+            "noise_scale": expert.noise_scale or 0.0,
+            "reinit": reinitialising_of(expert, entry),
+        }
         model, own = split_expert(expert.source_model) or (expert.source_model, "")
         found: Slot | str
         opened = open_model(model, self.announce)
         if (own or expert.by_layer) and opened.folder == self.folder.folder:
             numbers = self._numbers(own, expert.by_layer)
             by_layer = {} if isinstance(numbers, str) else dict(zip(self.mixture.moe_layers, numbers, strict=True))
-            found = numbers if isinstance(numbers, str) else Kept(by_layer, scale=scale, noise_scale=noise)
+            found = numbers if isinstance(numbers, str) else Kept(by_layer, **changed)
         elif own and is_mixture(opened):
             other = self._read(opened)
             number = number_of(own, other)
-            found = number if isinstance(number, str) else Foreign(place, other, number, scale, noise)
+            found = number if isinstance(number, str) else Foreign(place, other, number, **changed)
         else:
             opened = open_model(expert.source_model, self.announce)
             dense = read_dense(opened.config)
-            found = dense if isinstance(dense, str) else Added(place, self._tensors(opened, dense), scale, noise)
+            found = dense if isinstance(dense, str) else Added(place, self._tensors(opened, dense), **changed)
         if isinstance(found, str):
             self.problems.append(f"{place}: {found}")
             return None
@@ -220,14 +229,27 @@ def _foreign_keys(config: MergeConfig, others: Collection[str]) -> Iterator[str]
 
 def _fit_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[str]:
     """Yield why these experts cannot be one mixture."""
-    changed = any(not isinstance(slot, Kept) or not slot.is_whole for slot in slots)
-    widths = {slot.width(mixture) for slot in slots}
+    parts, width = config.granularity, config.expert_width
+    changed = parts > 1 or any(not isinstance(slot, Kept) or not slot.is_whole for slot in slots)
+    widths = {width or mixture.expert_width, *(slot.width(mixture) for slot in slots)}
     dtype = mixture.projection(mixture.moe_layers[0], 0, "down").dtype
     if (changed or widths != {mixture.expert_width}) and dtype not in CONFIG_DTYPES:
         yield (
             f"its experts are stored as {dtype}, so they can be kept, left out and put into another order, but nothing "
-            f"can be added beside them; that needs one of {', '.join(CONFIG_DTYPES.values())}"
+            "can be added beside them, and they cannot be changed or split; that needs one of "
+            f"{', '.join(CONFIG_DTYPES.values())}"
         )
+    elif changed or widths != {mixture.expert_width}:
+        beside = set(mixture.of_expert(mixture.moe_layers[0], 0)) - set(mixture.family.experts)
+        if beside:
+            yield (
+                f"its experts hold {min(beside).format(expert=0)} beside their projections, so they can be kept, left "
+                "out and put into another order, but nothing can be added beside them, and they cannot be changed or "
+                "split"
+            )
+    yield from split_problems(slots, mixture, parts)
+    if slots and width and width < (least := max(slot.width(mixture) for slot in slots) // parts):
+        yield f"expert_width: {width} is less than the {least} neurons that an expert has; neurons are never left out"
     if slots and config.experts_per_token > len(slots):
         yield f"experts_per_token: {config.experts_per_token} of {len(slots)} experts"
 
@@ -250,7 +272,7 @@ def _origins(tables: Iterable[tuple[ModelFolder, Mapping[str, TensorInfo]]]) -> 
     return Origins(stamps=MappingProxyType(stamps), references=MappingProxyType(references), reread=())
 
 
-def _notes(mixture: StoredMixture, slots: Sequence[Slot], width: int, computes: bool) -> Iterator[str]:
+def _notes(mixture: StoredMixture, slots: Sequence[Slot], width: int, parts: int, computes: bool) -> Iterator[str]:
     kept = {number for slot in slots if isinstance(slot, Kept) for number in slot.numbers.values()}
     dropped = [name for number, name in enumerate(mixture.names) if number not in kept]
     if dropped and not computes:
@@ -258,11 +280,19 @@ def _notes(mixture: StoredMixture, slots: Sequence[Slot], width: int, computes: 
             f"{', '.join(dropped)}: left out; tokens that chose {'it' if len(dropped) == 1 else 'them'} now take what "
             "they would have chosen next, since the other router rows stay as they are"
         )
-    if width > mixture.expert_width and any(isinstance(slot, Kept) for slot in slots):
+    whole = width * parts
+    if whole > mixture.expert_width and any(isinstance(slot, Kept) for slot in slots):
         yield (
-            f"the mixture's experts have {mixture.expert_width} neurons and are padded with zeros to {width}, which "
+            f"the mixture's experts have {mixture.expert_width} neurons and are padded with zeros to {whole}, which "
             "changes nothing that they compute"
         )
-    narrow = [slot.place for slot in slots if not isinstance(slot, Kept) and slot.width(mixture) < width]
+    narrow = [slot.place for slot in slots if not isinstance(slot, Kept) and slot.width(mixture) < whole]
     if narrow:
-        yield f"padded with neurons of zeros to {width}: {', '.join(narrow)}"
+        yield f"padded with neurons of zeros to {whole}: {', '.join(narrow)}"
+    yield from split_notes(mixture, parts)
+    dtype = mixture.projection(mixture.moe_layers[0], 0, "down").dtype
+    if width != mixture.expert_width and (bytes_of(dtype, (width,)) or 0) % _ROW_BYTES:
+        yield (
+            f"experts have {width} neurons: transformers 5 multiplies experts on a CPU only if a row of them takes a "
+            f"multiple of {_ROW_BYTES} bytes; elsewhere, multiples of 64 or more are fast"
+        )

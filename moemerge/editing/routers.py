@@ -72,7 +72,8 @@ class RowMaker:
         found: dict[str, tuple[Band, ...]] = {}
         for name, computed in self._plan.computed.items():
             dtype = self._plan.mixture.router(computed.layer).dtype
-            found[name] = ((Piece(stored_bytes(made[computed.layer], CONFIG_DTYPES[dtype]), dtype),),)
+            rows = np.repeat(made[computed.layer], self._plan.config.granularity, axis=0)  # parts have equal rows
+            found[name] = ((Piece(stored_bytes(rows, CONFIG_DTYPES[dtype]), dtype),),)
         return found
 
     def _drawn(self) -> dict[int, Rows]:

@@ -8,14 +8,13 @@ from moemerge.checkpoint.derived import Derived, linear
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.dense import ModelTensors, Role
 from moemerge.families.stored_mixture import StoredMixture
+from moemerge.planning.reinitialising import Reinitialising
 
 
-@dataclass(frozen=True)
-class Kept:
-    """An expert of the mixture that is edited, or some of its neurons."""
+@dataclass(frozen=True, kw_only=True)
+class _Changed:
+    """What is changed of an expert's FFN."""
 
-    numbers: Mapping[int, int]
-    """Number of the expert in each layer that has a router."""
     part: int = 0
     parts: int = 1
     """It is one of so many equal parts of the expert's neurons."""
@@ -23,6 +22,24 @@ class Kept:
     """Factor on the down projection."""
     noise_scale: float = 0.0
     """Standard deviation of Gaussian noise that is added to its weights."""
+    reinit: Reinitialising | None = None
+    """The neurons of the whole expert that are drawn anew, if some are."""
+
+    def _change(self, whole: TensorInfo, layer: int, role: Role, width: int) -> TensorInfo:
+        """The part of a projection that belongs to its own `width` neurons, some of them drawn anew."""
+        whole = self.reinit.of(whole, layer, role) if self.reinit else whole
+        if self.parts == 1:
+            return whole
+        first = self.part * width
+        return ColumnSlice(whole, first, width).tensor() if role == "down" else whole.rows(first, width)
+
+
+@dataclass(frozen=True)
+class Kept(_Changed):
+    """An expert of the mixture that is edited, or some of its neurons."""
+
+    numbers: Mapping[int, int]
+    """Number of the expert in each layer that has a router."""
     shares: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
     """Experts of which it is the weighted average, by layer, each with its share; they add up to 1."""
 
@@ -32,11 +49,7 @@ class Kept:
 
     def projection(self, mixture: StoredMixture, layer: int, role: Role) -> TensorInfo:
         """One projection of its FFN: (width, hidden), and (hidden, width) for `down`."""
-        whole, width = self._whole(mixture, layer, role), self.width(mixture)
-        if self.parts == 1:
-            return whole
-        first = self.part * width
-        return ColumnSlice(whole, first, width).tensor() if role == "down" else whole.rows(first, width)
+        return self._change(self._whole(mixture, layer, role), layer, role, self.width(mixture))
 
     def _whole(self, mixture: StoredMixture, layer: int, role: Role) -> TensorInfo:
         shares = self.shares.get(layer)
@@ -54,42 +67,38 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Added:
-    """An expert whose FFNs come from a dense model."""
+class Added(_Changed):
+    """An expert whose FFNs come from a dense model, or some of its neurons."""
 
     place: str
     """Its place in the config."""
     own: ModelTensors
-    scale: float = 1.0
-    noise_scale: float = 0.0
 
     def width(self, _mixture: StoredMixture) -> int:
         """Number of its neurons."""
-        return self.own.model.sizes["ffn"]
+        return self.own.model.sizes["ffn"] // self.parts
 
     def projection(self, _mixture: StoredMixture, layer: int, role: Role) -> TensorInfo:
         """One projection of its FFN; see `Kept.projection`."""
-        return self.own.projection(layer, role)
+        return self._change(self.own.projection(layer, role), layer, role, self.width(_mixture))
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """An expert of another mixture, which has router rows there."""
+class Foreign(_Changed):
+    """An expert of another mixture, or some of its neurons, which has router rows there."""
 
     place: str
     """Its place in the config."""
     other: StoredMixture
     number: int
-    scale: float = 1.0
-    noise_scale: float = 0.0
 
     def width(self, _mixture: StoredMixture) -> int:
         """Number of its neurons."""
-        return self.other.expert_width
+        return self.other.expert_width // self.parts
 
     def projection(self, _mixture: StoredMixture, layer: int, role: Role) -> TensorInfo:
         """One projection of its FFN; see `Kept.projection`."""
-        return self.other.projection(layer, self.number, role)
+        return self._change(self.other.projection(layer, self.number, role), layer, role, self.width(_mixture))
 
 
 New = Added | Foreign

@@ -110,7 +110,7 @@ def _card(plan: EditPlan, text: str) -> EditCard:
     left_out = f" Left out: {', '.join(plan.dropped)}." if plan.dropped else ""
     return EditCard(
         model_type=mixture.family.model_type,
-        what=f"A {mixture.family.model_type} of {len(plan.slots)} experts, {plan.config.experts_per_token} per token: "
+        what=f"A {mixture.family.model_type} of {plan.experts} experts, {plan.experts_per_token} per token: "
         f"{plan.folder.reference} with {mixture.experts} experts, {mixture.experts_per_token} per token, edited with "
         f"moemerge.{left_out}",
         parameters=(plan.total_parameters, plan.active_parameters),

@@ -1,0 +1,23 @@
+"""Groups of experts, of which some routers choose the best before they choose experts."""
+
+from collections.abc import Iterator, Sequence
+
+from moemerge.editing.slots import Kept, Slot
+from moemerge.families.stored_mixture import StoredMixture
+
+
+def group_warnings(mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[str]:
+    """Warn if the router chooses among groups, and these do not hold the experts that they held."""
+    groups = mixture.choosing.groups
+    if groups in {1, mixture.choosing.chosen_groups} or len(slots) % groups:
+        return
+    size, fewer = mixture.experts // groups, len(slots) // groups
+    old = {frozenset(range(first, first + size)) for first in range(0, mixture.experts, size)}
+    for layer in mixture.moe_layers:
+        numbers = [slot.numbers[layer] if isinstance(slot, Kept) else -1 for slot in slots]
+        if {frozenset(numbers[first : first + fewer]) for first in range(0, len(numbers), fewer)} != old:
+            yield (
+                f"its router first chooses among {groups} groups of experts that follow each other (n_group), and "
+                "these are other experts now: tokens go to other experts than before, even where both are still there"
+            )
+            return
