@@ -27,12 +27,13 @@ from moemerge.cli.schema import print_schema
 from moemerge.cli.speaking import chat, generate
 from moemerge.cli.streams import Guarded, guarded_streams, say
 from moemerge.cli.tuning import tune_routers
+from moemerge.cli.upcycling import upcycle_model
 from moemerge.cli.usage_errors import UsageError
 
 _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
     "Make a mixture": {
-        "init": begin_config, "plan": show_plan, "merge": merge_models, "families": list_families,
-        "schema": print_schema,
+        "init": begin_config, "plan": show_plan, "merge": merge_models, "upcycle": upcycle_model,
+        "families": list_families, "schema": print_schema,
     },
     "Judge it": {"inspect": inspect_model, "verify": verify_model, "eval": evaluate, "routes": show_routes},
     "Taste it": {"generate": generate, "chat": chat},
@@ -44,7 +45,7 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
 """The functions of the commands, by name, under the headings of the help page."""
 _NEED_NOTHING: Final = {"families", "schema"}
 # The result of these is a model.
-_WRITES_ELSEWHERE: Final = {MERGE, "edit", "prune", "extract", "densify", "tune", "gguf", "repair", "push"}
+_WRITES_ELSEWHERE: Final = {MERGE, "upcycle", "edit", "prune", "extract", "densify", "tune", "gguf", "repair", "push"}
 _EPILOG: Final = """\
 `moemerge CONFIG OUT` is `moemerge merge CONFIG OUT`. Command lines of mergekit-moe work as they are; its flags are
 translated, or named as not needed. A config that is called like a command is written with its path:

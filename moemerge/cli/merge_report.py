@@ -1,6 +1,8 @@
 """What a merge says at its end: what its routers are worth, size and time, and what to do next."""
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +16,7 @@ from moemerge.cli.streams import say
 
 if TYPE_CHECKING:
     from moemerge.planning.plan import MergePlan
+    from moemerge.publish.publisher import Publisher
     from moemerge.routers.report import RoutingReport
 
 _SHOWN_NAMES: Final = 2
@@ -92,3 +95,17 @@ def print_done(out: Path, plan: "MergePlan", seconds: float) -> None:
         texts += " ..." if len(names) > _SHOWN_NAMES else ""
         say(f'Next: moemerge generate {folder} "Once upon a time" --experts')
         say(f"      moemerge eval {folder} {texts} --baselines")
+
+
+@contextmanager
+def interrupts_after_success(
+    console: Console, out: Path, publisher: "Publisher | None", *, streaming: bool
+) -> Iterator[None]:
+    """Report an interrupt while results are shown as what it is: the merge itself is complete by then."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError) as error:
+        if publisher and not streaming:
+            raise KeyboardInterrupt(f"{out} is complete, and not pushed") from error
+        where = publisher.url if publisher else out
+        console.print(f"warning: {where}: is complete; not all of its report is shown", style="yellow")

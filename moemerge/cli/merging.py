@@ -22,7 +22,7 @@ from moemerge.cli.merge_options import (
     ReadingOptions,
     RouterOptions,
 )
-from moemerge.cli.merge_report import merge_facts, print_done, print_report
+from moemerge.cli.merge_report import interrupts_after_success, merge_facts, print_done, print_report
 from moemerge.cli.mistakes import check_arguments
 from moemerge.cli.options import Config, ModelOptions, VerboseOptions
 from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
@@ -75,34 +75,53 @@ def merge_models(
         moemerge merge.yaml out --push user/name   send it to the Hub, too
         moemerge merge.yaml out.gguf --type q8_0   merge into a file for llama.cpp
     """
-    quiet, streaming, start = messages.quiet, push.push_streaming, time.monotonic()
     with console_session(
-        quiet=quiet, verbose=messages.verbose, debug=messages.debug, cache_dir=models.cache_dir, keeps_output=True
+        quiet=messages.quiet,
+        verbose=messages.verbose,
+        debug=messages.debug,
+        cache_dir=models.cache_dir,
+        keeps_output=True,
     ) as console:
         check_arguments(config, out)
-        if streaming:
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
-        planned_push = PlannedPush(push, announcer(console, quiet=quiet))
         request = _request(config, output, models)
-        if edit := edit_in(request):
-            write_from_config(console, edit, out, output=output, push=push, routers=routers, messages=messages)
-            return
-        # Before a plan may download weights.
-        approve = _place_check(request, out, output, push, planned_push)
-        options = _merge_options(out, output, reading, routers)
-        return_freed_memory()
-        plan_options = _plan_options(out, reading, push, dry_run=output.dry_run)
-        plan = plan_from(console, request, plan_options, quiet=quiet, approve=approve)
-        if output.dry_run:
-            print_or_dump_plan(plan, json=messages.json)
-            return
-        options = replace(options, licence=planned_push.licence)
-        report = _merge(console, plan, out, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)
-        with _interrupts_after_success(console, out, planned_push.publisher, streaming=streaming):
-            print_report(console, out, plan, report, messages, kept_states=routers.keep_states)
-            if not (quiet or messages.json or streaming):
-                print_done(out, plan, time.monotonic() - start)
-        _print_end(plan, report, None if streaming else out, planned_push.finish(out), json=messages.json)
+        carry_out(console, request, out, output, reading, push=push, routers=routers, messages=messages)
+
+
+def carry_out(
+    console: "Console",
+    request: PlanRequest,
+    out: Path,
+    output: OutputOptions,
+    reading: ReadingOptions,
+    *,
+    push: PushOptions,
+    routers: RouterOptions,
+    messages: VerboseOptions,
+) -> None:
+    """Merge, or edit where the base model is a mixture, and print what was made."""
+    quiet, streaming, start = messages.quiet, push.push_streaming, time.monotonic()
+    if streaming:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
+    planned_push = PlannedPush(push, announcer(console, quiet=quiet))
+    if edit := edit_in(request):
+        write_from_config(console, edit, out, output=output, push=push, routers=routers, messages=messages)
+        return
+    # Before a plan may download weights.
+    approve = _place_check(request, out, output, push, planned_push)
+    options = _merge_options(out, output, reading, routers)
+    return_freed_memory()
+    plan_options = _plan_options(out, reading, push, dry_run=output.dry_run)
+    plan = plan_from(console, request, plan_options, quiet=quiet, approve=approve)
+    if output.dry_run:
+        print_or_dump_plan(plan, json=messages.json)
+        return
+    options = replace(options, licence=planned_push.licence)
+    report = _merge(console, plan, out, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)
+    with interrupts_after_success(console, out, planned_push.publisher, streaming=streaming):
+        print_report(console, out, plan, report, messages, kept_states=routers.keep_states)
+        if not (quiet or messages.json or streaming):
+            print_done(out, plan, time.monotonic() - start)
+    _print_end(plan, report, None if streaming else out, planned_push.finish(out), json=messages.json)
 
 
 def _print_end(plan: "MergePlan", report: "RoutingReport", out: Path | None, url: str | None, *, json: bool) -> None:
@@ -272,17 +291,3 @@ def _hint_at_resume(console: "Console", out: Path, *, streaming: bool) -> Iterat
         if isinstance(error, KeyboardInterrupt) and streaming and not error.args:
             raise KeyboardInterrupt(f"{out} is not written; what was sent stays on the Hub") from error
         raise
-
-
-@contextmanager
-def _interrupts_after_success(
-    console: "Console", out: Path, publisher: "Publisher | None", *, streaming: bool
-) -> Iterator[None]:
-    """Report an interrupt while results are shown as what it is: the merge itself is complete by then."""
-    try:
-        yield
-    except (KeyboardInterrupt, MemoryError) as error:
-        if publisher and not streaming:
-            raise KeyboardInterrupt(f"{out} is complete, and not pushed") from error
-        where = publisher.url if publisher else out
-        console.print(f"warning: {where}: is complete; not all of its report is shown", style="yellow")

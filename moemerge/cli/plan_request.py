@@ -35,6 +35,8 @@ class PlanRequest:
     """The output family if the config names no architecture; then the config's engine does not count."""
     max_shard_size: str | None = None
     out_shard_size: str | None = None
+    given: "MergeConfig | None" = None
+    """The config, where a command has written it instead of a person; `config` is not read then."""
 
     def read(self) -> "MergeConfig":
         """Read the config, with the engine that is asked for.
@@ -46,7 +48,9 @@ class PlanRequest:
         from moemerge.config.loading import load_config, parse_config
 
         same = self.allow_identical_experts
-        if str(self.config) == STANDARD_INPUT:
+        if self.given is not None:
+            loaded = self.given
+        elif str(self.config) == STANDARD_INPUT:
             loaded = parse_config(read_standard_input(), "standard input", allow_identical_experts=same)
         else:
             loaded = load_config(self.config, allow_identical_experts=same)
@@ -112,7 +116,7 @@ def edit_in(request: PlanRequest) -> "MergeConfig | None":
     """
     from moemerge.editing.planner import edits_mixture
 
-    if str(request.config) == STANDARD_INPUT:
+    if str(request.config) == STANDARD_INPUT and request.given is None:
         return None
     loaded = request.read()
     return loaded if edits_mixture(loaded) else None
