@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from moemerge.checks.verification import verify_merge as verify
     from moemerge.config.loading import load_config
     from moemerge.config.schema import MergeConfig
+    from moemerge.editing.editor import EditOptions, edit
+    from moemerge.editing.plan import EditPlan
+    from moemerge.editing.planner import plan_edit
     from moemerge.evaluation.evaluator import evaluate
     from moemerge.evaluation.figures import Estimate, Evaluation
     from moemerge.evaluation.routes.traced import Routes, TracedText
@@ -57,6 +60,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Difference",
+    "EditOptions",
+    "EditPlan",
     "Estimate",
     "Evaluation",
     "EvaluationSettings",
@@ -81,10 +86,12 @@ __all__ = [
     "TuningSettings",
     "Verification",
     "__version__",
+    "edit",
     "evaluate",
     "inspect",
     "load_config",
     "merge",
+    "plan_edit",
     "plan_merge",
     "push",
     "trace_routes",
@@ -94,6 +101,8 @@ __all__ = [
 
 _HOMES = {
     "Difference": "checks.files:Difference",
+    "EditOptions": "editing.editor:EditOptions",
+    "EditPlan": "editing.plan:EditPlan",
     "Estimate": "evaluation.figures:Estimate",
     "Evaluation": "evaluation.figures:Evaluation",
     "EvaluationSettings": "evaluation.settings:EvaluationSettings",
@@ -108,10 +117,12 @@ _HOMES = {
     "TuningResult": "tuning.settings:TuningResult",
     "TuningSettings": "tuning.settings:Settings",
     "Verification": "checks.verification:Verification",
+    "edit": "editing.editor:edit",
     "evaluate": "evaluation.evaluator:evaluate",
     "inspect": "checks.inspection:inspect_checkpoint",
     "load_config": "config.loading:load_config",
     "merge": "merging.merger:merge",
+    "plan_edit": "editing.planner:plan_edit",
     "plan_merge": "planning.planner:plan_merge",
     "push": "publish.pushing:push",
     "trace_routes": "evaluation.routes.tracer:trace_routes",

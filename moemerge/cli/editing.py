@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,11 +23,8 @@ from moemerge.errors import RefusedError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moemerge.checkpoint.pieces import Band
     from moemerge.config.schema import MergeConfig
-    from moemerge.editing.added_routers import AddedReport
     from moemerge.editing.plan import EditPlan
-    from moemerge.progress import Progress
 
 
 @grouped
@@ -200,50 +197,30 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
     from moemerge.cli.edit_report import edit_facts, print_added
     from moemerge.cli.plan_request import shard_bytes
     from moemerge.cli.progress import clock, show_progress
-    from moemerge.editing.in_place import changed_shards, edit_in_place
-    from moemerge.editing.writing import write_edit
+    from moemerge.editing.editor import EditOptions, edit
+    from moemerge.editing.in_place import changed_shards
 
-    start = time.monotonic()
+    start, running, max_bytes = time.monotonic(), run.running, shard_bytes(run.output.max_shard_size)
     plan = plan_of(console, config, run.output.max_shard_size, quiet=messages.quiet)
-    changed = None if out else changed_shards(plan, shard_bytes(run.output.max_shard_size))
+    changed = None if out else changed_shards(plan, max_bytes)
     facts = edit_facts(plan) | ({"written_bytes": sum(shard.nbytes for shard in changed.written)} if changed else {})
     if run.output.dry_run:
         print_or_dump_edit(plan, json=messages.json)
         return
+    options = EditOptions(
+        run.output.overwrite, running.seed, running.device, running.compute_dtype, max_shard_bytes=max_bytes
+    )
     with show_progress(console, quiet=messages.quiet) as progress:
-        report, seed = stoppable(progress), run.running.seed
-        rows = _Rows(plan, run, report)
-        if out:
-            write_edit(plan, out, rows.bands, overwrite=run.output.overwrite, seed=seed, progress=report)
-        elif changed:
-            edit_in_place(plan, changed, rows.bands, seed=seed, progress=report)
+        report = edit(plan, out, options, progress=stoppable(progress))
     if messages.json:
-        facts["routing"] = [asdict(one) for one in rows.report]
+        facts["routing"] = [asdict(one) for one in report]
         print_json(facts | {"out": str(out or plan.folder.folder)})
     elif not messages.quiet:
         print_or_dump_edit(plan, json=False)
-        print_added(stdout(), rows.report)
+        print_added(stdout(), report)
         nbytes = sum(shard.nbytes for shard in changed.written) if changed else plan.output_bytes
         say(f"{out or plan.folder.reference}: done, {size(nbytes)} written in {clock(time.monotonic() - start)}")
         _print_next(plan.folder.reference, out)
-
-
-class _Rows:
-    """The router rows of an edit that are computed; torch is imported when they are asked for."""
-
-    def __init__(self, plan: "EditPlan", run: Run, progress: "Progress") -> None:
-        self._plan, self._run, self._progress = plan, run, progress
-        self.report: Sequence[AddedReport] = ()
-
-    def bands(self) -> "Mapping[str, tuple[Band, ...]]":
-        """Compute the routers, by name."""
-        from moemerge.editing.routers import RowMaker
-
-        run = self._run.running
-        maker = RowMaker(self._plan, run.device, run.compute_dtype, seed=run.seed, progress=self._progress)
-        made = maker.bands()
-        self.report = maker.report
-        return made
 
 
 def _print_next(model: str, out: Path | None) -> None:
