@@ -67,6 +67,8 @@ SHOWN = {
     "load_config": "models/base ['models/code', 'models/chat']\n",
     "plan_merge": "mixtral ",
     "merge": "Held-out prompts: ",
+    "plan_edit": "() ",
+    "edit": "('chat', 'code')\n",
     "verify": "tensors are copies, 0 were computed again and are equal\n",
     "inspect": "tensors, 0 of them damaged\n",
     "evaluate": "label oracle {'code': '",
