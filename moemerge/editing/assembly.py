@@ -1,10 +1,11 @@
-"""Decide from tensor tables alone what each tensor of an edited mixture is made of."""
+"""Decide what each tensor of an edited mixture is made of: from tensor tables, and a few numbers for new experts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 
+from moemerge.checkpoint.derived import read_values
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Fill, Piece
 from moemerge.dtypes import HeaderDType
@@ -12,6 +13,7 @@ from moemerge.editing.granularity import bias_factor, split
 from moemerge.editing.shared_width import shared_width
 from moemerge.editing.slots import Kept, Slot
 from moemerge.families.dense import Role
+from moemerge.families.family import SWITCHED_OFF
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.output import Computed, Output
@@ -148,13 +150,27 @@ class EditAssembly:
         return self.mixture.projection(layer, 0, role).dtype
 
     def _vector(self, layer: int, name: str, tensor: TensorInfo) -> Output:
-        """Make a vector with a number for each expert; an added expert has the family's neutral number."""
+        """Make a vector with a number for each expert; a new one has the family's neutral number.
+
+        Its selection bias is the mean of those of the experts that stay: beside trained biases far from 0, a bias of 0
+        would choose it always or never.
+        """
         family = self.mixture.family
         neutral = {extra.name: extra.value for extra in family.extras}
         shape = tuple(1 if axis == "1" else len(self.slots) for axis in family.bias_axes)
         if name != family.selection_bias:
             return Output((len(self.slots),), self._rows(layer, tensor, neutral.get(name, 0.0)))
-        return Output(shape, self._rows(layer, tensor, 0.0, bias_factor(self.mixture, self.parts)))
+        factor = bias_factor(self.mixture, self.parts)
+        return Output(shape, self._rows(layer, tensor, factor * self._mean_bias(layer, tensor), factor))
+
+    def _mean_bias(self, layer: int, tensor: TensorInfo) -> float:
+        """The mean selection bias (expert,) of the experts that stay and are present in a layer; 0 if none is new."""
+        kept = [slot.numbers[layer] for slot in self.experts if isinstance(slot, Kept)]
+        if len(kept) == len(self.experts) or not kept:
+            return 0.0
+        biases = read_values(tensor)[kept]
+        present = biases[biases > SWITCHED_OFF / 2]
+        return float(present.mean()) if len(present) else 0.0
 
     def _router(self, layer: int) -> Output:
         router = self.mixture.router(layer)

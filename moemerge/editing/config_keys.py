@@ -53,9 +53,10 @@ def _changed(given: Any, value: int) -> Any:
 
 
 def _group_problems(mixture: StoredMixture, experts: int) -> list[str]:
-    groups = mixture.choosing.groups
-    if groups == 1 or experts % groups == 0:
-        return []
-    return [
-        f"its router chooses among {groups} groups of experts (n_group), which {experts} experts do not fill evenly"
-    ]
+    groups, ranked = mixture.choosing.groups, mixture.choosing.best_of_group
+    grouped = f"its router chooses among {groups} groups of experts (n_group)"
+    if experts % groups:
+        return [f"{grouped}, which {experts} experts do not fill evenly"]
+    if groups > 1 and experts // groups < ranked:
+        return [f"{grouped} by the {ranked} best of each, and {experts} experts are {experts // groups} in each"]
+    return []

@@ -12,12 +12,13 @@ from moemerge.checkpoint.shards import Shard, layout_shards
 from moemerge.config.expert_names import named_place
 from moemerge.config.router_methods import AUTO
 from moemerge.config.schema import MergeConfig, RoutedExpert, RouterSettings
-from moemerge.dtypes import CONFIG_DTYPES, bytes_of
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.editing.assembly import EditAssembly
 from moemerge.editing.config_keys import edited_config
 from moemerge.editing.fitting import misfits
-from moemerge.editing.granularity import copies, split_notes, split_problems
+from moemerge.editing.granularity import copies, split_problems
 from moemerge.editing.groups import group_warnings
+from moemerge.editing.notes import edit_notes
 from moemerge.editing.plan import EditPlan, specs_of
 from moemerge.editing.shared_halves import averaged
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
@@ -38,8 +39,6 @@ from moemerge.sources.stored_mixtures import is_mixture, read_stored_mixture
 # Keys of a merge that say nothing of a mixture that exists already.
 _ROUTER_KEYS: Final = {"lambda", "tokens_per_expert", "chat_roles", "seed"}
 _OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
-# What torch's grouped matrix product asks of a row on a CPU.
-_ROW_BYTES: Final = 16
 
 
 def edits_mixture(config: MergeConfig) -> bool:
@@ -87,11 +86,10 @@ def plan_edit(
     shared, parts = _shared_halves(config, mixture, [*found.others.values()]), config.granularity
     width = config.expert_width or max(slot.width(mixture) for slot in slots) // parts
     output_config = edited_config(mixture, len(slots), config.experts_per_token, width, parts)
-    more = config.experts_per_token > mixture.experts_per_token * copies(slots)
-    fitted = not all(isinstance(slot, Kept) for slot in slots) or config.gate_mode != AUTO
-    computes = new_routers or more or fitted
+    computes = new_routers or _changes_routers(config, mixture, slots)
     outputs = EditAssembly(mixture, slots, parts, width, computes, shared).outputs()
     sources = tuple(source for source, _ in found.tables.values())
+    notes = edit_notes(mixture, slots, width, parts, computes=computes)
     return EditPlan(
         config=config,
         sources=sources,
@@ -102,9 +100,15 @@ def plan_edit(
         output_config=output_config,
         base_files=find_base_files(folder, announce, needed=False),
         origins=_origins(found.tables.values()),
-        notes=(*chain(*(source.notes for source in sources)), *_notes(mixture, slots, width, parts, computes)),
+        notes=(*chain(*(source.notes for source in sources)), *notes),
         warnings=(*group_warnings(mixture, slots), *unread_text(config, slots)),
     )
+
+
+def _changes_routers(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> bool:
+    """Whether router rows are computed: of new experts, for more experts per token, or all, drawn anew."""
+    more = config.experts_per_token > mixture.experts_per_token * copies(slots)
+    return more or config.gate_mode != AUTO or not all(isinstance(slot, Kept) for slot in slots)
 
 
 def _shared_halves(
@@ -270,29 +274,3 @@ def _origins(tables: Iterable[tuple[ModelFolder, Mapping[str, TensorInfo]]]) -> 
         for leaf in leaves(tensor)
     }
     return Origins(stamps=MappingProxyType(stamps), references=MappingProxyType(references), reread=())
-
-
-def _notes(mixture: StoredMixture, slots: Sequence[Slot], width: int, parts: int, computes: bool) -> Iterator[str]:
-    kept = {number for slot in slots if isinstance(slot, Kept) for number in slot.numbers.values()}
-    dropped = [name for number, name in enumerate(mixture.names) if number not in kept]
-    if dropped and not computes:
-        yield (
-            f"{', '.join(dropped)}: left out; tokens that chose {'it' if len(dropped) == 1 else 'them'} now take what "
-            "they would have chosen next, since the other router rows stay as they are"
-        )
-    whole = width * parts
-    if whole > mixture.expert_width and any(isinstance(slot, Kept) for slot in slots):
-        yield (
-            f"the mixture's experts have {mixture.expert_width} neurons and are padded with zeros to {whole}, which "
-            "changes nothing that they compute"
-        )
-    narrow = [slot.place for slot in slots if not isinstance(slot, Kept) and slot.width(mixture) < whole]
-    if narrow:
-        yield f"padded with neurons of zeros to {whole}: {', '.join(narrow)}"
-    yield from split_notes(mixture, parts)
-    dtype = mixture.projection(mixture.moe_layers[0], 0, "down").dtype
-    if width != mixture.expert_width and (bytes_of(dtype, (width,)) or 0) % _ROW_BYTES:
-        yield (
-            f"experts have {width} neurons: transformers 5 multiplies experts on a CPU only if a row of them takes a "
-            f"multiple of {_ROW_BYTES} bytes; elsewhere, multiples of 64 or more are fast"
-        )
