@@ -33,7 +33,7 @@ def edit_notes(
         )
         if not mixture.choosing.normalises and mixture.choosing.scoring == "softmax":
             yield (
-                "its router weighs experts by a softmax over all of them, and does not divide the weights of the chosen "
+                "its router weighs experts by a softmax over all of them, and does not divide the chosen ones' weights "
                 "by their sum: those that stay weigh more now, for all tokens"
             )
     whole = width * parts
