@@ -86,7 +86,7 @@ def densify_mixture(
         quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir, keeps_output=True
     ) as console:
         from moemerge.cli.plan_request import shard_bytes
-        from moemerge.editing.densifying import plan_densify
+        from moemerge.editing.dense.densifying import plan_densify
 
         if folding.average == (folding.widen is not None):
             raise RefusedError("densify: give one of --average and --widen N.")

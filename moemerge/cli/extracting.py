@@ -18,7 +18,7 @@ from moemerge.cli.streams import say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moemerge.editing.dense_plan import DensePlan
+    from moemerge.editing.dense.dense_plan import DensePlan
 
 
 @grouped
@@ -53,7 +53,7 @@ def extract_expert(
         quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir, keeps_output=True
     ) as console:
         from moemerge.cli.plan_request import shard_bytes
-        from moemerge.editing.extracting import plan_extract
+        from moemerge.editing.dense.extracting import plan_extract
 
         start, announce = time.monotonic(), announcer(console, quiet=quiet)
         largest = shard_bytes(output.max_shard_size)
@@ -75,7 +75,7 @@ def carry_out(
 ) -> None:
     """Write a dense model unless that is only tried, and print what was written; `facts` go into the JSON, too."""
     from moemerge.cli.progress import clock, show_progress
-    from moemerge.editing.dense_plan import check_dense, write_dense
+    from moemerge.editing.dense.dense_plan import check_dense, write_dense
 
     if output.dry_run:
         check_dense(plan, out, overwrite=output.overwrite)

@@ -18,10 +18,10 @@ from moemerge.cli.streams import say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moemerge.editing.judging import Judged
     from moemerge.editing.plan import EditPlan
-    from moemerge.editing.pruner import Decision
-    from moemerge.editing.pruning import PruneRequest
+    from moemerge.editing.pruning.choice import PruneRequest
+    from moemerge.editing.pruning.judging import Judged
+    from moemerge.editing.pruning.pruner import Decision
     from moemerge.evaluation.settings import EvaluationSettings
     from moemerge.progress import Progress
 
@@ -55,7 +55,7 @@ class ChoiceOptions:
 
     def request(self) -> "PruneRequest":
         """What is asked for."""
-        from moemerge.editing.pruning import PruneRequest
+        from moemerge.editing.pruning.choice import PruneRequest
 
         return PruneRequest(self.keep, self.by, self.by_layer, self.merge)
 
@@ -152,9 +152,9 @@ def _carry_out(
 ) -> "tuple[Decision, EditPlan, Judged]":
     """Decide what stays, write it unless that is only tried, and judge it."""
     from moemerge.cli.progress import show_work
-    from moemerge.editing.judging import judge, split_documents
-    from moemerge.editing.pruned import preview
-    from moemerge.editing.pruner import decide
+    from moemerge.editing.pruning.judging import judge, split_documents
+    from moemerge.editing.pruning.pruned_plan import preview
+    from moemerge.editing.pruning.pruner import decide
     from moemerge.evaluation.evaluator import read_domains
     from moemerge.evaluation.runnable import open_mixture
 
@@ -193,7 +193,7 @@ def _check_target(console: "Console", model: Path, out: Path, run: Run) -> None:
 def _plan(console: "Console", model: Path, found: "Decision", run: Run) -> "EditPlan":
     """Plan the pruned mixture."""
     from moemerge.cli.plan_request import shard_bytes
-    from moemerge.editing.pruned import plan_pruning
+    from moemerge.editing.pruning.pruned_plan import plan_pruning
     from moemerge.planning.options import PlanOptions
     from moemerge.sources.model_folder import open_model
     from moemerge.sources.stored_mixtures import kept_config, read_stored_mixture
@@ -212,7 +212,7 @@ def _plan(console: "Console", model: Path, found: "Decision", run: Run) -> "Edit
 
 
 def _write(plan: "EditPlan", out: Path, found: "Decision", output: EditOutputOptions, progress: "Progress") -> None:
-    from moemerge.editing.pruned import router_bands
+    from moemerge.editing.pruning.pruned_plan import router_bands
     from moemerge.editing.writing import write_edit
 
     write_edit(plan, out, lambda: router_bands(plan, found.rows), overwrite=output.overwrite, progress=progress)

@@ -7,8 +7,8 @@ from rich.console import Console
 from moemerge.cli.tables import Table
 
 if TYPE_CHECKING:
-    from moemerge.editing.judging import Judged
-    from moemerge.editing.pruner import Decision
+    from moemerge.editing.pruning.judging import Judged
+    from moemerge.editing.pruning.pruner import Decision
 
 
 def pruning_facts(found: "Decision", losses: "Judged") -> dict[str, Any]:

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moemerge.checkpoint.derived import read_values
-from moemerge.editing.group_rows import row_of_group
 from moemerge.editing.plan import EditPlan
-from moemerge.editing.pruned import plan_pruning, preview, router_bands
-from moemerge.editing.pruner import Decision, decide
-from moemerge.editing.pruning import PruneRequest, check_keep, choose_kept
-from moemerge.editing.saliency import Saliency
+from moemerge.editing.pruning.choice import PruneRequest, check_keep, choose_kept
+from moemerge.editing.pruning.group_rows import row_of_group
+from moemerge.editing.pruning.pruned_plan import plan_pruning, preview, router_bands
+from moemerge.editing.pruning.pruner import Decision, decide
+from moemerge.editing.pruning.saliency import Saliency
 from moemerge.editing.writing import write_edit
 from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_mixture

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moemerge.editing.saliency import measure_saliency
-from moemerge.editing.similarity import measure_similarity
+from moemerge.editing.pruning.saliency import measure_saliency
+from moemerge.editing.pruning.similarity import measure_similarity
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.families.stored_mixture import StoredMixture

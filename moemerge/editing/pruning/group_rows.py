@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moemerge.editing.pruning import Pruning
-from moemerge.editing.saliency import LayerChoices, LayerTokens
+from moemerge.editing.pruning.choice import Pruning
+from moemerge.editing.pruning.saliency import LayerChoices, LayerTokens
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.evaluation.running import run_model

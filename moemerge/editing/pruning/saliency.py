@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moemerge.editing.expert_outputs import ExpertOutputs
-from moemerge.editing.similarity import relative_differences
+from moemerge.editing.pruning.expert_outputs import ExpertOutputs
+from moemerge.editing.pruning.similarity import relative_differences
 from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel

@@ -7,8 +7,8 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.editing.saliency import Saliency
-from moemerge.editing.similarity import Similarity
+from moemerge.editing.pruning.saliency import Saliency
+from moemerge.editing.pruning.similarity import Similarity
 from moemerge.errors import RefusedError
 from moemerge.families.choosing import Choosing
 

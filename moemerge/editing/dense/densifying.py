@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from moemerge.checkpoint.derived import Derived, linear
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import joined, joined_columns
-from moemerge.editing.dense_plan import DensePlan, plan_dense
+from moemerge.editing.dense.dense_plan import DensePlan, plan_dense
 from moemerge.errors import RefusedError
 from moemerge.families.expert_view import DenseView, Ffn, dense_with, expert_ffn, routed_layers, scaled, shared_ffn
 from moemerge.families.stored_mixture import StoredMixture

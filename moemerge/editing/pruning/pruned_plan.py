@@ -16,7 +16,7 @@ from moemerge.dtypes import CONFIG_DTYPES, HeaderDType
 from moemerge.editing.changes import Changes, edit_document
 from moemerge.editing.plan import EditPlan
 from moemerge.editing.planner import plan_edit
-from moemerge.editing.pruning import Pruning
+from moemerge.editing.pruning.choice import Pruning
 from moemerge.editing.slots import Kept
 from moemerge.evaluation.runnable import MixtureModel, stored
 from moemerge.export.planned_tensors import Planned

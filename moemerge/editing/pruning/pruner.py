@@ -7,11 +7,11 @@ from typing import Final
 
 from moemerge.chats import Document
 from moemerge.checkpoint.derived import read_values
-from moemerge.editing.group_rows import fit_rows
-from moemerge.editing.pruned import Rows
-from moemerge.editing.pruning import PruneRequest, Pruning, check_keep, choose_kept, equal_groups
-from moemerge.editing.saliency import Saliency, measure_saliency
-from moemerge.editing.similarity import Similarity, measure_similarity
+from moemerge.editing.pruning.choice import PruneRequest, Pruning, check_keep, choose_kept, equal_groups
+from moemerge.editing.pruning.group_rows import fit_rows
+from moemerge.editing.pruning.pruned_plan import Rows
+from moemerge.editing.pruning.saliency import Saliency, measure_saliency
+from moemerge.editing.pruning.similarity import Similarity, measure_similarity
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel, open_mixture
 from moemerge.evaluation.settings import EvaluationSettings

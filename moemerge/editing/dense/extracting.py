@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from moemerge.editing.dense_plan import DensePlan, plan_dense
+from moemerge.editing.dense.dense_plan import DensePlan, plan_dense
 from moemerge.errors import RefusedError
 from moemerge.families.expert_view import dense_view
 from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
