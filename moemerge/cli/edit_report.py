@@ -82,6 +82,8 @@ def _rows(plan: EditPlan) -> Iterator[tuple[str, str, str]]:
 def _router(plan: EditPlan, slot: Slot) -> str:
     if plan.config.gate_mode != "auto":
         return f"made anew, {plan.config.gate_mode}"
+    if plan.config.router.fitted:
+        return "fitted to text by prune"
     if isinstance(slot, Kept):
         return "kept" if not plan.computed or plan.new else "kept, scaled for more per token"
     return "its own, moved beside the others'" if isinstance(slot, Foreign) else "fitted beside the others'"

@@ -20,11 +20,13 @@ from moemerge.config.value_types import (
     DTypeName,
     EngineName,
     ExpertName,
+    ExpertNumber,
     GateMode,
     Layers,
     Number,
     Prompts,
     Roles,
+    Share,
     Text,
     Texts,
 )
@@ -77,8 +79,9 @@ class RoutedExpert(Expert):
 
     layers: Layers = "all"
     """Layers that hold the expert."""
-    by_layer: list[Annotated[int, Field(ge=0, strict=True)]] | None = None
-    """Of a mixture, as `source_model`, the number of the expert to take in each of its layers with a router."""
+    by_layer: list[ExpertNumber | Annotated[dict[ExpertNumber, Share], Field(min_length=1)]] | None = None
+    """Of a mixture, as `source_model`, the number of the expert to take in each of its layers with a router; or
+    several with the share of each, for their average, which has the router row of the first."""
 
 
 class RouterSettings(_Strict):
@@ -100,6 +103,8 @@ class RouterSettings(_Strict):
     """Whether plain prompts are put into the base's chat template; `auto`: where all models have one."""
     chat_roles: Roles = list(COUNTED_ROLES)
     """Whose messages count; the others, and the template's own tokens, only pass through the base model."""
+    fitted: bool = Field(default=False, strict=True)
+    """Whether kept rows were fitted to text by `moemerge prune`, which a config cannot do again."""
     seed: int | None = Field(None, ge=0, strict=True)
     """Seed for random routers, and for the choice of documents where there are more than needed."""
 

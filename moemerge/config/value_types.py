@@ -66,6 +66,10 @@ Prompts = Annotated[list[Prompt], BeforeValidator(listed_prompts, json_schema_in
 Roles = Annotated[list[Role], BeforeValidator(listed, json_schema_input_type=list[Role] | Role), Field(min_length=1)]
 
 
+ExpertNumber = Annotated[int, Field(ge=0)]
+"""The number of an expert in a mixture, from 0."""
+Share = Annotated[Number, Field(gt=0, le=1)]
+"""A part of a whole."""
 Layers = Annotated[
     LayerChoice,
     PlainValidator(

@@ -24,7 +24,7 @@ def edit_notes(
         parts: the number of parts that each is split into.
         computes: whether router rows are computed.
     """
-    kept = {number for slot in slots if isinstance(slot, Kept) for number in slot.numbers.values()}
+    kept = {number for slot in slots if isinstance(slot, Kept) for number in slot.made_of()}
     dropped = [name for number, name in enumerate(mixture.names) if number not in kept]
     if dropped and not computes:
         yield (

@@ -74,7 +74,7 @@ class EditPlan:
     @property
     def dropped(self) -> tuple[str, ...]:
         """Names of the mixture's experts that are in no layer of the result."""
-        kept = {number for slot in self.slots if isinstance(slot, Kept) for number in slot.numbers.values()}
+        kept = {number for slot in self.slots if isinstance(slot, Kept) for number in slot.made_of()}
         return tuple(name for number, name in enumerate(self.mixture.names) if number not in kept)
 
     @property
@@ -92,6 +92,9 @@ class EditPlan:
         if not isinstance(slot, Kept):
             return reference
         numbers = set(slot.numbers.values())
+        if slot.shares:
+            named = ", ".join(self.mixture.names[number] for number in sorted(slot.made_of()))
+            return f"averages of {named}, by layer"
         if len(numbers) > 1:
             return "another expert in each layer"
         number = numbers.pop()

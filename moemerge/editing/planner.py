@@ -37,7 +37,8 @@ from moemerge.sources.reference import split_expert
 from moemerge.sources.stored_mixtures import is_mixture, read_stored_mixture
 
 # Keys of a merge that say nothing of a mixture that exists already.
-_ROUTER_KEYS: Final = {"lambda", "tokens_per_expert", "chat_roles", "seed"}
+_ROUTER_KEYS: Final = {"lambda", "tokens_per_expert", "chat_roles", "seed", "fitted"}
+_ROUNDING: Final = 1e-6
 _OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
 
 
@@ -59,8 +60,6 @@ def plan_edit(
     options: PlanOptions = PlanOptions(),
     *,
     announce: Callable[[str], None] = lambda _: None,
-    slots: Sequence[Slot] = (),
-    new_routers: bool = False,
 ) -> EditPlan:
     """Decide an edit from configs and headers alone; nothing is written, and weights on the Hub stay there.
 
@@ -69,8 +68,6 @@ def plan_edit(
             own, and keep their router rows; any other is a dense model whose FFNs become an expert.
         options: the size of shards.
         announce: called with a line about each step that takes long.
-        slots: the experts of the result, where the config alone does not say what each layer holds; as many as its own.
-        new_routers: whether all routers are computed, although no expert is added.
 
     Raises:
         SourceError: a model cannot be reached.
@@ -80,13 +77,13 @@ def plan_edit(
     folder = open_model(config.base_model, announce)
     mixture = read_stored_mixture(folder, announce)
     found = _Experts(config, folder, mixture, announce)
-    slots = slots or found.slots()
+    slots = found.slots()
     _refuse([*_foreign_keys(config, found.others), *found.problems])
     _refuse([*_fit_problems(config, mixture, slots)])
     shared, parts = _shared_halves(config, mixture, [*found.others.values()]), config.granularity
     width = config.expert_width or max(slot.width(mixture) for slot in slots) // parts
     output_config = edited_config(mixture, len(slots), config.experts_per_token, width, parts)
-    computes = new_routers or _changes_routers(config, mixture, slots)
+    computes = _changes_routers(config, mixture, slots)
     outputs = EditAssembly(mixture, slots, parts, width, computes, shared).outputs()
     sources = tuple(source for source, _ in found.tables.values())
     notes = edit_notes(mixture, slots, width, parts, computes=computes)
@@ -108,7 +105,7 @@ def plan_edit(
 def _changes_routers(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> bool:
     """Whether router rows are computed: of new experts, for more experts per token, or all, drawn anew."""
     more = config.experts_per_token > mixture.experts_per_token * copies(slots)
-    return more or config.gate_mode != AUTO or not all(isinstance(slot, Kept) for slot in slots)
+    return more or config.router.fitted or config.gate_mode != AUTO or not all(isinstance(slot, Kept) for slot in slots)
 
 
 def _shared_halves(
@@ -154,9 +151,8 @@ class _Experts:
         found: Slot | str
         opened = open_model(model, self.announce)
         if (own or expert.by_layer) and opened.folder == self.folder.folder:
-            numbers = self._numbers(own, expert.by_layer)
-            by_layer = {} if isinstance(numbers, str) else dict(zip(self.mixture.moe_layers, numbers, strict=True))
-            found = numbers if isinstance(numbers, str) else Kept(by_layer, **changed)
+            shares = self._shares(own, expert.by_layer)
+            found = shares if isinstance(shares, str) else self._kept(shares, changed)
         elif own and is_mixture(opened):
             other = self._read(opened)
             number = number_of(own, other)
@@ -183,19 +179,31 @@ class _Experts:
         self.tables[opened.reference] = opened, tensors
         return ModelTensors(dense, tensors)
 
-    def _numbers(self, own: str, by_layer: Sequence[int] | None) -> Sequence[int] | str:
-        """Number of one of the mixture's experts in each layer; a returned text says what is wrong with it."""
+    def _kept(self, shares: Sequence[Mapping[int, float]], changed: Mapping[str, Any]) -> Kept:
+        by_layer = dict(zip(self.mixture.moe_layers, shares, strict=True))
+        numbers = {layer: next(iter(found)) for layer, found in by_layer.items()}
+        averaged = {layer: found for layer, found in by_layer.items() if len(found) > 1}
+        return Kept(numbers, shares=averaged, **changed)
+
+    def _shares(
+        self, own: str, by_layer: Sequence[int | Mapping[int, float]] | None
+    ) -> Sequence[Mapping[int, float]] | str:
+        """The mixture's own experts that one is made of in each layer; a returned text says what is wrong with it."""
         layers, experts = len(self.mixture.moe_layers), self.mixture.experts
         if by_layer is None:
             number = number_of(own, self.mixture)
-            return number if isinstance(number, str) else [number] * layers
+            return number if isinstance(number, str) else [{number: 1.0}] * layers
         if own:
             return "by_layer names an expert for each layer, and source_model another. Leave the name after # out"
         if len(by_layer) != layers:
             return f"by_layer names {len(by_layer)} experts, and the mixture has experts in {layers} layers"
-        if max(by_layer) >= experts:
-            return f"by_layer names expert {max(by_layer)}, and the mixture's are numbered 0 to {experts - 1}"
-        return by_layer
+        shares = [{given: 1.0} if isinstance(given, int) else given for given in by_layer]
+        largest = max(chain.from_iterable(shares))
+        if largest >= experts:
+            return f"by_layer names expert {largest}, and the mixture's are numbered 0 to {experts - 1}"
+        if odd := next((found for found in shares if abs(sum(found.values()) - 1) > _ROUNDING), None):
+            return f"by_layer gives shares of {dict(odd)}, which add up to {sum(odd.values()):g} and not to 1"
+        return shares
 
 
 def _refuse(problems: Sequence[str]) -> None:

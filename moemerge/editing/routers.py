@@ -15,7 +15,7 @@ from moemerge.editing.kept_routers import TextPass, joined_rows, refitted_rows, 
 from moemerge.editing.plan import EditPlan
 from moemerge.editing.slots import Foreign, Kept
 from moemerge.editing.texts import documents_of
-from moemerge.errors import MoemergeError
+from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.runnable import as_model
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
 from moemerge.progress import Progress
@@ -65,9 +65,15 @@ class RowMaker:
         """Compute the rows; returns the routers by name.
 
         Raises:
+            RefusedError: the rows were fitted by `moemerge prune`.
             RouterError: the mixture's tokenizer, or the device, cannot be used.
             CheckpointError: the mixture's numbers are not finite.
         """
+        if self._plan.config.router.fitted:
+            raise RefusedError(
+                "router.fitted: the router rows of this mixture were fitted to text by `moemerge prune`, which this "
+                "config cannot do again. Prune again, or remove the key, and rows stay as they were before."
+            )
         made = self._rows() if self._plan.config.gate_mode == AUTO else self._drawn()
         found: dict[str, tuple[Band, ...]] = {}
         for name, computed in self._plan.computed.items():

@@ -60,6 +60,10 @@ class Kept(_Changed):
         made = Derived("average of experts", inputs, linear(weights), f"average {weights}", inputs[0].dtype)
         return made.tensor(inputs[0].name)
 
+    def made_of(self) -> set[int]:
+        """Numbers of the mixture's experts that it is made of, in any layer."""
+        return {*self.numbers.values(), *(number for shares in self.shares.values() for number in shares)}
+
     @property
     def is_whole(self) -> bool:
         """Whether it is an expert as it is stored."""

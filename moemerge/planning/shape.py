@@ -78,6 +78,8 @@ def _edit_keys(config: MergeConfig) -> Iterator[str]:
                 f"{named_place(number, config.expert_names)}: by_layer: names experts of a mixture, and base_model is "
                 "none. Remove the key"
             )
+    if config.router.fitted:
+        yield "router.fitted: is of a mixture that `moemerge prune` made, and base_model is none. Remove the key"
     for key, asked in {"granularity": config.granularity > 1, "expert_width": config.expert_width is not None}.items():
         if asked:
             yield f"{key}: changes the experts of a mixture, and base_model is none: merge first, then edit the result"

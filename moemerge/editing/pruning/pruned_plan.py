@@ -17,7 +17,6 @@ from moemerge.editing.changes import Changes, edit_document
 from moemerge.editing.plan import EditPlan
 from moemerge.editing.planner import plan_edit
 from moemerge.editing.pruning.choice import Pruning
-from moemerge.editing.slots import Kept
 from moemerge.evaluation.runnable import MixtureModel, stored
 from moemerge.export.planned_tensors import Planned
 from moemerge.families.stored_mixture import StoredMixture
@@ -50,34 +49,32 @@ def plan_pruning(
     Raises:
         IncompatibleError: the mixture cannot be edited so; lists every reason.
     """
-    written = write_yaml(_document(mixture, reference, pruning, config))
-    made = parse_config(written, "the pruned mixture", allow_identical_experts=True)
-    averaged = any(pruning.shares.values())
-    slots = _slots(pruning) if averaged else ()
-    return plan_edit(made, options, announce=announce, slots=slots, new_routers=new_routers)
+    document = _document(mixture, reference, pruning, config) | ({"router": {"fitted": True}} if new_routers else {})
+    made = parse_config(write_yaml(document), "the pruned mixture", allow_identical_experts=True)
+    return plan_edit(made, options, announce=announce)
 
 
 def _document(mixture: StoredMixture, reference: str, pruning: Pruning, config: MergeConfig | None) -> dict[str, Any]:
-    """Write the config of the edit, which names the kept experts, by layer where layers keep different ones."""
+    """Write the config of the edit, which says what each kept expert is made of, by layer where layers differ."""
     kept = tuple(pruning.kept.values())
     if pruning.is_uniform:
         changes = Changes(keep=[str(number) for number in kept[0]], experts_per_token=pruning.experts_per_token)
-        return edit_document(mixture, reference, changes, config)
-    experts = [
-        {"source_model": reference, "name": str(place), "by_layer": list(numbers)}
-        for place, numbers in enumerate(zip(*kept, strict=True))
-    ]
-    return {"base_model": reference, "experts": experts, "experts_per_token": pruning.experts_per_token}
+        document = edit_document(mixture, reference, changes, config)
+        if not any(pruning.shares.values()):
+            return document
+    else:
+        experts = [{"name": str(place)} for place in range(len(kept[0]))]
+        document = {"base_model": reference, "experts": experts, "experts_per_token": pruning.experts_per_token}
+    for place, expert in enumerate(document["experts"]):
+        expert |= {"source_model": reference, "by_layer": [_made_of(pruning, layer, place) for layer in pruning.kept]}
+    return document
 
 
-def _slots(pruning: Pruning) -> list[Kept]:
-    """The experts of the result, of which some are averages."""
-    made = []
-    for place in range(len(next(iter(pruning.kept.values())))):
-        numbers = {layer: kept[place] for layer, kept in pruning.kept.items()}
-        shares = {layer: pruning.shares[layer].get(number, {}) for layer, number in numbers.items()}
-        made.append(Kept(numbers, shares=shares))
-    return made
+def _made_of(pruning: Pruning, layer: int, place: int) -> int | dict[int, float]:
+    """The expert that one is in a layer, or several with their shares, itself first."""
+    number = pruning.kept[layer][place]
+    shares = pruning.shares[layer].get(number, {})
+    return {number: shares[number], **shares} if len(shares) > 1 else number
 
 
 def router_bands(plan: EditPlan, rows: Rows) -> dict[str, tuple[Band, ...]]:
