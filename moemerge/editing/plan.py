@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.shards import Shard, TensorSpec
@@ -145,13 +144,6 @@ class EditPlan:
         """Bytes that the edit reads from other machines."""
         pieces = [piece.source for output in self.outputs.values() for piece in output.pieces]
         return remote_bytes(piece for piece in pieces if isinstance(piece, TensorInfo))
-
-    @property
-    def read_files(self) -> set[Path]:
-        """Local files that tensors of the result are read from."""
-        sources = (p.source for output in self.outputs.values() for p in output.pieces)
-        found = {leaf.path for source in sources if isinstance(source, TensorInfo) for leaf in leaves(source)}
-        return {path for path in found if isinstance(path, Path)}
 
     @property
     def index(self) -> str | None:
