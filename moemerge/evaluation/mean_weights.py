@@ -38,7 +38,7 @@ class MeasuredMixture:
             progress: called as models are run: the mixture, then a dense one.
 
         Raises:
-            IncompatibleError: it is no mixture that moemerge writes.
+            IncompatibleError: it is no mixture of a family that moemerge reads.
             CheckpointError: its files are damaged, or its numbers are not finite.
             RouterError: the device or the tokenizer cannot be used.
         """

@@ -83,7 +83,8 @@ def _against_others(found: Evaluation) -> list[str]:
 def _named(models: Sequence[str], experts: Sequence[str], all_experts: str) -> list[str]:
     whole = len(experts) > 1 and set(experts) <= {*models}
     dense = [all_experts] if whole else [f"the dense {model}" for model in models if model in experts]
-    return [*dense, *(f"the {model}" for model in models if model not in experts)]
+    others = (f"the {'mixture ' if model == UNEDITED else ''}{model}" for model in models if model not in experts)
+    return [*dense, *others]
 
 
 def _weakest(found: Evaluation) -> list[str]:

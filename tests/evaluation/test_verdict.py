@@ -67,6 +67,13 @@ def test_it_says_what_is_better():
     )
 
 
+def test_the_mixture_that_was_edited_is_called_that():
+    losses = {"merged": (2.0, 3.0), "before the edit": (1.9, 2.9), "uniform mixture": (2.2, 3.1)}
+    assert verdict(evaluation(losses)).startswith(
+        "merged 2.500 nats per token: better than the uniform mixture; worse than the mixture before the edit; weakest "
+    )
+
+
 def test_a_large_difference_with_a_wide_interval_is_not_sure():
     assert verdict(evaluation(width=0.6)) == (
         "merged 2.500 nats per token: not surely different from any dense expert, the base, the weight average and the "
