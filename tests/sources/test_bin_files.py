@@ -28,7 +28,7 @@ from moemerge.merging.options import MergeOptions
 from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.model_folder import ModelFolder, read_tensor_table
 from tests.support.machine import SINGLE
-from tests.support.models import make_model, write_config
+from tests.support.models import load_weights, make_model, write_config
 
 BIN = "pytorch_model.bin"
 TYPES = {
@@ -499,7 +499,7 @@ def pickle_of(tmp_path, llamas):
 def merged(tmp_path, base, experts, **keys):
     plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", base, experts, prompts=False, **keys)))
     merge(plan, tmp_path / "out", MergeOptions(overwrite=True))
-    return plan, load_file(tmp_path / "out" / SINGLE)
+    return plan, load_weights(tmp_path / "out")
 
 
 def test_strange_pickles_give_the_same_merge(tmp_path, llamas, pickle_of):

@@ -25,7 +25,7 @@ from moemerge.sources.lora import WEIGHTS, Adapter
 from moemerge.sources.model_folder import open_model, read_tensor_table
 from tests.support.hub_world import files_of, lines, planned, weights_sent
 from tests.support.machine import SINGLE
-from tests.support.models import edit_json, make_model, write_config
+from tests.support.models import edit_json, load_weights, make_model, write_config
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "o_proj"]
@@ -106,7 +106,7 @@ def test_an_adapter_is_an_expert(tmp_path, llamas):
         str(llamas[1]),
     ]
     merge(plan, tmp_path / "out")
-    found = load_file(tmp_path / "out" / SINGLE)
+    found = load_weights(tmp_path / "out")
     for number, expert in enumerate((one, two)):
         for role, name in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
             assert torch.equal(
@@ -116,7 +116,7 @@ def test_an_adapter_is_an_expert(tmp_path, llamas):
     config = write_config(tmp_path / "d.yaml", llamas[0], references, prompts=False, shared_weights="average")
     merge(plan_merge(load_config(config)), tmp_path / "mixed")
     name = "model.layers.1.self_attn.q_proj.weight"
-    torch.testing.assert_close(load_file(tmp_path / "mixed" / SINGLE)[name], (one[name] + two[name]) / 2)
+    torch.testing.assert_close(load_weights(tmp_path / "mixed")[name], (one[name] + two[name]) / 2)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -188,7 +188,7 @@ def test_an_adapter_on_the_hub_is_added_to_a_streamed_model(world, machine, tmp_
         in (plan["notes"])
     )
     assert plan["download_bytes"] < weights_sent(world.hub) < plan["remote_bytes"]
-    found = load_file(machine.folder / "out" / SINGLE)["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+    found = load_weights(machine.folder / "out")["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
     assert torch.equal(found, expected["model.layers.0.mlp.gate_proj.weight"])
     card = (machine.folder / "out" / "README.md").read_text()
     assert "- acme/adapter" in card
@@ -323,7 +323,7 @@ def test_what_an_adapter_does_beside_the_ffns_does_not_block_a_merge(tmp_path, l
         f"experts[0] {reference}: left out: {reason}" for reason in reasons
     )
     merge(plan, tmp_path / "out")
-    found = load_file(tmp_path / "out" / SINGLE)["model.layers.1.block_sparse_moe.experts.0.w3.weight"]
+    found = load_weights(tmp_path / "out")["model.layers.1.block_sparse_moe.experts.0.w3.weight"]
     assert torch.equal(found, expected[FFN_WEIGHT])
     config = load_config(write_config(*arguments, prompts=False, shared_weights="average"))
     if is_shared:
