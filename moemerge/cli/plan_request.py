@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from moemerge.cli.console import announcer
 from moemerge.cli.standard_input import STANDARD_INPUT, read_standard_input
 from moemerge.engines import ENGINES, NAMES, canonical_engine
-from moemerge.errors import RefusedError
+from moemerge.errors import ConfigError, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -108,17 +108,20 @@ def plan_from(
 def edit_in(request: PlanRequest) -> "MergeConfig | None":
     """Read a config whose base model is a mixture, which describes an edit; None for a merge of dense models.
 
-    Standard input, which can be read once, is taken for a merge.
+    Standard input, which can be read once, is taken for a merge. So is a wrong config: what is wrong in it is said
+    where the merge is planned, after what is wrong in the command's options.
 
     Raises:
-        ConfigError: the file is no config, or a wrong one.
         RefusedError: there is no such engine.
     """
     from moemerge.editing.planner import edits_mixture
 
     if str(request.config) == STANDARD_INPUT and request.given is None:
         return None
-    loaded = request.read()
+    try:
+        loaded = request.read()
+    except ConfigError:
+        return None
     return loaded if edits_mixture(loaded) else None
 
 
