@@ -115,7 +115,7 @@ def _verify(console: "Console", request: PlanRequest, out: Path, *, seed: int, q
     from moemerge.editing.verifying import verify_edit
     from moemerge.planning.options import PlanOptions
 
-    edit = edit_in(request)
+    edit = edit_in(console, request, quiet=quiet)
     options = PlanOptions(needs_texts=False, weights="stream")
     plan: Any = plan_of(console, edit, None, quiet=quiet) if edit else plan_from(console, request, options, quiet=quiet)
     with show_progress(console, quiet=quiet) as progress:

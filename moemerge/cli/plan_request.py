@@ -105,7 +105,7 @@ def plan_from(
     return replace(plan, config=plan.config.model_copy(update={"engine": loaded.engine}))
 
 
-def edit_in(request: PlanRequest) -> "MergeConfig | None":
+def edit_in(console: "Console", request: PlanRequest, *, quiet: bool) -> "MergeConfig | None":
     """Read a config whose base model is a mixture, which describes an edit; None for a merge of dense models.
 
     Standard input, which can be read once, is taken for a merge. So is a wrong config: what is wrong in it is said
@@ -122,7 +122,7 @@ def edit_in(request: PlanRequest) -> "MergeConfig | None":
         loaded = request.read()
     except ConfigError:
         return None
-    return loaded if edits_mixture(loaded) else None
+    return loaded if edits_mixture(loaded, announcer(console, quiet=quiet)) else None
 
 
 def shard_bytes(size: str | None, parameters: str | None = None, parameter_bytes: int = 2) -> int:

@@ -38,7 +38,7 @@ def show_plan(
 
         check_arguments(config)
         request = PlanRequest(config, models.allow_identical_experts, models.engine, max_shard_size=max_shard_size)
-        if edit := edit_in(request):
+        if edit := edit_in(console, request, quiet=quiet):
             print_or_dump_edit(plan_of(console, edit, max_shard_size, quiet=quiet), json=messages.json)
             return
         plan = plan_from(console, request, PlanOptions(weights="stream"), quiet=quiet)

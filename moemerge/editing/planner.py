@@ -42,7 +42,7 @@ _ROUNDING: Final = 1e-6
 _OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
 
 
-def edits_mixture(config: MergeConfig) -> bool:
+def edits_mixture(config: MergeConfig, announce: Callable[[str], None]) -> bool:
     """Whether the base model of a config is a mixture, so that the config describes an edit.
 
     A model that cannot be opened is none; planning a merge says why it cannot.
@@ -50,7 +50,7 @@ def edits_mixture(config: MergeConfig) -> bool:
     if split_expert(config.base_model):
         return False
     try:
-        return is_mixture(open_model(config.base_model, lambda _: None))
+        return is_mixture(open_model(config.base_model, announce))
     except MoemergeError:
         return False
 
