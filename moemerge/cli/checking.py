@@ -117,7 +117,9 @@ def _verify(console: "Console", request: PlanRequest, out: Path, *, seed: int, q
 
     edit = edit_in(console, request, quiet=quiet)
     options = PlanOptions(needs_texts=False, weights="stream")
-    plan: Any = plan_of(console, edit, None, quiet=quiet) if edit else plan_from(console, request, options, quiet=quiet)
+    plan: Any = (
+        plan_of(console, edit, options, quiet=quiet) if edit else plan_from(console, request, options, quiet=quiet)
+    )
     with show_progress(console, quiet=quiet) as progress:
         report = partial(progress, Task("weights"))
         return (verify_edit if edit else verify_merge)(plan, out, seed=seed, progress=report)

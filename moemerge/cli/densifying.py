@@ -87,14 +87,15 @@ def densify_mixture(
     ) as console:
         from moemerge.cli.plan_request import shard_bytes
         from moemerge.editing.dense.densifying import plan_densify
+        from moemerge.planning.options import PlanOptions
 
         if folding.average == (folding.widen is not None):
             raise RefusedError("densify: give one of --average and --widen N.")
         start, announce = time.monotonic(), announcer(console, quiet=quiet)
-        largest = shard_bytes(output.max_shard_size)
+        options = PlanOptions(shard_bytes(output.max_shard_size), out)
         with _measured(console, model, folding, device=device, compute_dtype=compute_dtype, quiet=quiet) as measured:
             plan, losses = plan_densify(
-                model, widen=folding.widen, measured=measured, max_shard_bytes=largest, announce=announce
+                model, widen=folding.widen, measured=measured, options=options, announce=announce
             )
         for note in plan.notes:
             announce(f"note: {note}")

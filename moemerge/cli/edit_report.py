@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table as Grid
 
+from moemerge.checkpoint.changed_shards import ChangedShards
 from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.cli.render import billions
 from moemerge.cli.tables import Table
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from moemerge.editing.added_routers import AddedReport
 
 
-def edit_facts(plan: EditPlan) -> dict[str, Any]:
-    """Turn the plan of an edit into the values that `--json` prints."""
+def edit_facts(plan: EditPlan, changed: ChangedShards | None = None) -> dict[str, Any]:
+    """Turn the plan of an edit into the values that `--json` prints; `changed` are the shards of one in place."""
+    shards = plan.shards if changed is None else changed.written
     return {
         "family": plan.mixture.family.model_type,
         "experts": [{"name": name, "from": model, "router": router} for name, model, router in _rows(plan)],
@@ -27,18 +29,21 @@ def edit_facts(plan: EditPlan) -> dict[str, Any]:
         "total_parameters": plan.total_parameters,
         "active_parameters": plan.active_parameters,
         "output_bytes": plan.output_bytes,
+        "written_bytes": sum(shard.nbytes for shard in shards),
+        "shared_bytes": plan.shared_bytes if changed is None else changed.shared_bytes,
         "download_bytes": plan.download_bytes,
         "sources": [{"reference": source.reference, "folder": str(source.folder)} for source in plan.sources],
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
         "config": dict(plan.output_config),
-        "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in plan.shards],
+        "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in shards],
+        **({"kept_shards": list(changed.kept), "replaced_shards": list(changed.removed)} if changed else {}),
         "yaml": plan.config.text,
     }
 
 
-def print_edit(console: Console, plan: EditPlan) -> None:
-    """Print the plan of an edit: the experts of the result, and what it takes."""
+def print_edit(console: Console, plan: EditPlan, changed: ChangedShards | None = None) -> None:
+    """Print the plan of an edit: the experts of the result, and what it takes; in place, what becomes of each shard."""
     mixture, parts = plan.mixture, plan.config.granularity
     experts, per_token = plan.experts, plan.experts_per_token
     facts = Grid.grid(padding=(0, 2))
@@ -49,7 +54,7 @@ def print_edit(console: Console, plan: EditPlan) -> None:
         "split": f"each expert into {parts}, always chosen together" if parts > 1 else "",
         "left out": ", ".join(plan.dropped),
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
-        "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s)",
+        "disk": _disk(plan, changed),
         "to download": size(plan.download_bytes) if plan.download_bytes else "",
     }
     for name, value in rows.items():
@@ -59,6 +64,29 @@ def print_edit(console: Console, plan: EditPlan) -> None:
     table = Table("expert", "from", "router")
     for row in _rows(plan):
         table.add_row(*row)
+    console.print(table)
+    if changed:
+        _print_shards(console, changed)
+
+
+def _disk(plan: EditPlan, changed: ChangedShards | None) -> str:
+    """What is written, in words, and what of that takes no space."""
+    shared = plan.shared_bytes if changed is None else changed.shared_bytes
+    without = f", {size(shared)} of them shared on the disk with what is there" if shared else ""
+    if changed is None:
+        return f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s){without}"
+    nbytes = sum(shard.nbytes for shard in changed.written)
+    return f"{size(nbytes)} to write in {len(changed.written)} shard(s){without}; {len(changed.kept)} shard(s) stay"
+
+
+def _print_shards(console: Console, changed: ChangedShards) -> None:
+    table = Table("shard", "in place")
+    for name in changed.kept:
+        table.add_row(name, "stays")
+    for name in changed.removed:
+        table.add_row(name, "kept beside the model until --commit")
+    for shard in changed.written:
+        table.add_row(shard.name, f"new, {size(shard.nbytes)}")
     console.print(table)
 
 

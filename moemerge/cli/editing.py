@@ -23,8 +23,10 @@ from moemerge.errors import RefusedError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moemerge.checkpoint.changed_shards import ChangedShards
     from moemerge.config.schema import MergeConfig
     from moemerge.editing.plan import EditPlan
+    from moemerge.planning.options import PlanOptions
 
 
 @grouped
@@ -167,14 +169,12 @@ def _config_of(model: str, experts: ExpertOptions, announce: Callable[[str], Non
     return config
 
 
-def plan_of(console: "Console", config: "MergeConfig", max_shard_size: str | None, *, quiet: bool) -> "EditPlan":
+def plan_of(console: "Console", config: "MergeConfig", options: "PlanOptions", *, quiet: bool) -> "EditPlan":
     """Plan an edit, and print its notes and warnings."""
-    from moemerge.cli.plan_request import shard_bytes
     from moemerge.editing.planner import plan_edit
-    from moemerge.planning.options import PlanOptions
 
     announce = announcer(console, quiet=quiet)
-    plan = plan_edit(config, PlanOptions(max_shard_bytes=shard_bytes(max_shard_size)), announce=announce)
+    plan = plan_edit(config, options, announce=announce)
     for note in plan.notes:
         announce(f"note: {note}")
     for warning in plan.warnings:
@@ -182,14 +182,14 @@ def plan_of(console: "Console", config: "MergeConfig", max_shard_size: str | Non
     return plan
 
 
-def print_or_dump_edit(plan: "EditPlan", *, json: bool) -> None:
-    """Print the plan of an edit, as text or as JSON."""
+def print_or_dump_edit(plan: "EditPlan", changed: "ChangedShards | None" = None, *, json: bool) -> None:
+    """Print the plan of an edit, as text or as JSON; `changed` are the shards of one in place."""
     from moemerge.cli.edit_report import edit_facts, print_edit
 
     if json:
-        print_json(edit_facts(plan))
+        print_json(edit_facts(plan, changed))
     else:
-        print_edit(stdout(), plan)
+        print_edit(stdout(), plan, changed)
 
 
 def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run: Run, messages: ResultOptions) -> None:
@@ -199,13 +199,16 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
     from moemerge.cli.progress import clock, show_progress
     from moemerge.editing.editor import EditOptions, edit
     from moemerge.editing.in_place import changed_shards
+    from moemerge.editing.writing import check_edit
+    from moemerge.planning.options import PlanOptions
 
     start, running, max_bytes = time.monotonic(), run.running, shard_bytes(run.output.max_shard_size)
-    plan = plan_of(console, config, run.output.max_shard_size, quiet=messages.quiet)
+    plan = plan_of(console, config, PlanOptions(max_bytes, out), quiet=messages.quiet)
     changed = None if out else changed_shards(plan, max_bytes)
-    facts = edit_facts(plan) | ({"written_bytes": sum(shard.nbytes for shard in changed.written)} if changed else {})
     if run.output.dry_run:
-        print_or_dump_edit(plan, json=messages.json)
+        if out:
+            check_edit(plan, out, overwrite=run.output.overwrite)
+        print_or_dump_edit(plan, changed, json=messages.json)
         return
     options = EditOptions(
         run.output.overwrite, running.seed, running.device, running.compute_dtype, max_shard_bytes=max_bytes
@@ -213,12 +216,12 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
     with show_progress(console, quiet=messages.quiet) as progress:
         report = edit(plan, out, options, progress=stoppable(progress))
     if messages.json:
-        facts["routing"] = [asdict(one) for one in report]
-        print_json(facts | {"out": str(out or plan.folder.folder)})
+        routing = [asdict(one) for one in report]
+        print_json(edit_facts(plan, changed) | {"routing": routing, "out": str(out or plan.folder.folder)})
     elif not messages.quiet:
-        print_or_dump_edit(plan, json=False)
+        print_or_dump_edit(plan, changed, json=False)
         print_added(stdout(), report)
-        nbytes = sum(shard.nbytes for shard in changed.written) if changed else plan.output_bytes
+        nbytes = changed.needed_bytes if changed else plan.output_bytes - plan.shared_bytes
         say(f"{out or plan.folder.reference}: done, {size(nbytes)} written in {clock(time.monotonic() - start)}")
         _print_next(plan.folder.reference, out)
 

@@ -54,10 +54,11 @@ def extract_expert(
     ) as console:
         from moemerge.cli.plan_request import shard_bytes
         from moemerge.editing.dense.extracting import plan_extract
+        from moemerge.planning.options import PlanOptions
 
         start, announce = time.monotonic(), announcer(console, quiet=quiet)
-        largest = shard_bytes(output.max_shard_size)
-        plan = plan_extract(model, max_shard_bytes=largest, announce=announce)
+        options = PlanOptions(shard_bytes(output.max_shard_size), out)
+        plan = plan_extract(model, options=options, announce=announce)
         for note in plan.notes:
             announce(f"note: {note}")
         carry_out(console, plan, out, output, messages, start=start)

@@ -7,7 +7,7 @@ from moemerge.cli.editing import plan_of, print_or_dump_edit
 from moemerge.cli.grouping import grouped
 from moemerge.cli.mistakes import check_arguments
 from moemerge.cli.options import Config, ModelOptions, ShardSize, VerboseOptions
-from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
+from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from, shard_bytes
 
 if TYPE_CHECKING:
     from moemerge.planning.plan import MergePlan
@@ -39,7 +39,8 @@ def show_plan(
         check_arguments(config)
         request = PlanRequest(config, models.allow_identical_experts, models.engine, max_shard_size=max_shard_size)
         if edit := edit_in(console, request, quiet=quiet):
-            print_or_dump_edit(plan_of(console, edit, max_shard_size, quiet=quiet), json=messages.json)
+            edit_options = PlanOptions(shard_bytes(max_shard_size))
+            print_or_dump_edit(plan_of(console, edit, edit_options, quiet=quiet), json=messages.json)
             return
         plan = plan_from(console, request, PlanOptions(weights="stream"), quiet=quiet)
         print_or_dump_plan(plan, json=messages.json)

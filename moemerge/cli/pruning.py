@@ -165,7 +165,7 @@ def _carry_out(
     with show_work(console, quiet=run.quiet) as shown:
         progress = stoppable(shown)
         found = decide(model, chosen, run.choice.request(), settings, progress, announcer(console, quiet=run.quiet))
-        plan = _plan(console, model, found, run)
+        plan = _plan(console, model, out, found, run)
         if not run.output.dry_run:
             _write(plan, out, found, run.output, progress)
         after = preview(found.mixture, plan, found.rows) if run.output.dry_run else open_mixture(out)
@@ -179,6 +179,7 @@ def _check_target(console: "Console", model: Path, out: Path, run: Run) -> None:
     from moemerge.editing.changes import Changes, edit_document
     from moemerge.editing.planner import plan_edit
     from moemerge.editing.writing import check_edit
+    from moemerge.planning.options import PlanOptions
     from moemerge.sources.model_folder import open_model
     from moemerge.sources.stored_mixtures import read_stored_mixture
 
@@ -187,10 +188,10 @@ def _check_target(console: "Console", model: Path, out: Path, run: Run) -> None:
     kept = [str(number) for number in range(min(run.choice.keep, mixture.experts))]
     document = edit_document(mixture, str(model), Changes(keep=kept))
     config = parse_config(write_yaml(document), "the pruned mixture", allow_identical_experts=True)
-    check_edit(plan_edit(config), out, overwrite=run.output.overwrite)
+    check_edit(plan_edit(config, PlanOptions(target=out)), out, overwrite=run.output.overwrite)
 
 
-def _plan(console: "Console", model: Path, found: "Decision", run: Run) -> "EditPlan":
+def _plan(console: "Console", model: Path, out: Path, found: "Decision", run: Run) -> "EditPlan":
     """Plan the pruned mixture."""
     from moemerge.cli.plan_request import shard_bytes
     from moemerge.editing.pruning.pruned_plan import plan_pruning
@@ -205,7 +206,7 @@ def _plan(console: "Console", model: Path, found: "Decision", run: Run) -> "Edit
         str(model),
         found.pruning,
         kept_config(folder, announce),
-        PlanOptions(max_shard_bytes=shard_bytes(run.output.max_shard_size)),
+        PlanOptions(shard_bytes(run.output.max_shard_size), out),
         new_routers=bool(found.rows),
         announce=announce,
     )

@@ -20,6 +20,7 @@ from moemerge.errors import RefusedError
 from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
 from moemerge.planning.output import Computed
 from moemerge.progress import Progress, Task
+from moemerge.sources.local import is_snapshot
 from moemerge.sources.model_folder import read_tensor_table
 from moemerge.sources.reference import Reference
 from moemerge.sources.stored_mixtures import kept_config
@@ -40,6 +41,11 @@ def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTE
     if isinstance(folder.origin, Reference) or not isinstance(folder.folder, Path):
         raise RefusedError(
             f"{folder.reference}: is on the Hub, so it cannot be edited in place. Write to another folder."
+        )
+    if is_snapshot(folder.folder):
+        raise RefusedError(
+            f"{folder.reference}: belongs to the Hub's cache, which other programs read, so it is not edited in place. "
+            "Write to another folder."
         )
     asked = {"granularity": plan.config.granularity > 1, "expert_width": plan.config.expert_width is not None}
     if keys := [key for key, is_asked in asked.items() if is_asked]:

@@ -13,6 +13,7 @@ from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
 from moemerge.dtypes import bytes_of
 from moemerge.editing.slots import Kept, New, Slot
 from moemerge.families.stored_mixture import StoredMixture
+from moemerge.planning.layout import Layout
 from moemerge.planning.origins import Origins, remote_bytes
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.tokenizer_files import BaseFiles
@@ -33,7 +34,8 @@ class EditPlan:
     """The experts of the result, before they are split into as many parts as `config.granularity` says."""
     outputs: Mapping[str, Output]
     """All tensors of the result by name, in the order in which they are stored; routers last."""
-    shards: tuple[Shard, ...]
+    layout: Layout
+    """The files of weights."""
     output_config: Mapping[str, Any]
     """The `config.json` of the result."""
     base_files: BaseFiles
@@ -49,6 +51,16 @@ class EditPlan:
     def folder(self) -> ModelFolder:
         """The mixture's folder."""
         return self.sources[0]
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files of weights."""
+        return self.layout.shards
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the weights that take no space on the disk, since the file system shares them with the sources."""
+        return self.layout.shared_bytes
 
     @property
     def experts(self) -> int:

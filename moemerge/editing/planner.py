@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.shards import Shard, layout_shards
 from moemerge.config.expert_names import named_place
 from moemerge.config.router_methods import AUTO
 from moemerge.config.schema import MergeConfig, RoutedExpert, RouterSettings
@@ -26,6 +25,7 @@ from moemerge.editing.texts import unread_text
 from moemerge.errors import IncompatibleError, MoemergeError
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
 from moemerge.families.stored_mixture import StoredMixture, number_of
+from moemerge.planning.layout import Layout, divide
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins
 from moemerge.planning.output import Output
@@ -66,7 +66,7 @@ def plan_edit(
     Args:
         config: the edit; its base model is the mixture. Experts called `MIXTURE#NAME`, or by number, are the mixture's
             own, and keep their router rows; any other is a dense model whose FFNs become an expert.
-        options: the size of shards.
+        options: the size of shards, and the folder that will be written.
         announce: called with a line about each step that takes long.
 
     Raises:
@@ -93,7 +93,7 @@ def plan_edit(
         mixture=mixture,
         slots=tuple(slots),
         outputs=MappingProxyType(outputs),
-        shards=_shards(outputs, mixture, options.max_shard_bytes),
+        layout=_layout(outputs, mixture, options),
         output_config=output_config,
         base_files=find_base_files(folder, announce, needed=False),
         origins=_origins(found.tables.values()),
@@ -266,11 +266,9 @@ def _fit_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[S
         yield f"experts_per_token: {config.experts_per_token} of {len(slots)} experts"
 
 
-def _shards(outputs: Mapping[str, Output], mixture: StoredMixture, max_shard_bytes: int) -> tuple[Shard, ...]:
-    """Divide the tensors into files, the routers into a last one of their own."""
-    specs = specs_of(outputs, mixture)
-    weights, routers = ([spec for spec in specs if (spec.name in mixture.routers) == last] for last in (False, True))
-    return tuple(layout_shards(weights, max_shard_bytes, routers))
+def _layout(outputs: Mapping[str, Output], mixture: StoredMixture, options: PlanOptions) -> Layout:
+    copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
+    return divide(specs_of(outputs, mixture), copied, mixture.routers, options)
 
 
 def _origins(tables: Iterable[tuple[ModelFolder, Mapping[str, TensorInfo]]]) -> Origins:

@@ -36,7 +36,7 @@ def check_edit(plan: EditPlan, out: Path, *, overwrite: bool = False) -> None:
     """
     replaceable = partial(replaceable_files, written=plan.file_names) if overwrite else None
     check_target(out, plan.folders, inputs=plan.inputs, replaceable=replaceable)
-    check_space(out, plan.output_bytes, left=left_bytes(out))
+    check_space(out, plan.output_bytes - plan.shared_bytes, left=left_bytes(out), what="the edited model")
     check_limits(out, largest=max(shard.nbytes for shard in plan.shards), memory=_MEMORY_BYTES)
 
 
@@ -76,7 +76,8 @@ def write_edit(
 
     threads = CONNECTIONS if plan.download_bytes else MAX_THREADS
     with staged(out, plan.folders, inputs=plan.inputs, replaceable=replaceable) as stage:
-        with ShardWriter(stage, plan.shards, report, seed=seed, threads=threads) as writer:
+        reserve = not plan.shared_bytes
+        with ShardWriter(stage, plan.shards, report, seed=seed, threads=threads, reserve=reserve) as writer:
             writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, Computed)})
             if plan.computed:
                 writer.add(routers())

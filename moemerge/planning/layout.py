@@ -1,9 +1,11 @@
 """The last step of a plan: decide which file each output tensor is in, and where its bytes begin."""
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.dtypes import HEADER_DTYPES, bytes_of
 from moemerge.planning.assembled import Assembled
@@ -21,18 +23,33 @@ class Layout:
 
 
 def lay_out(assembled: Assembled, options: PlanOptions) -> Layout:
-    """Divide the tensors into files, laid out so that blocks can be shared with the sources where that is possible.
-
-    Routers have a small last file of their own, so that whoever changes only them writes only that.
-    """
-    outputs, dtype, target = assembled.outputs, HEADER_DTYPES[assembled.dtype], options.target
+    """Decide the files of a merged model, whose routers come last; see `divide`."""
+    outputs, dtype = assembled.outputs, HEADER_DTYPES[assembled.dtype]
     specs = [TensorSpec(n, dtype, o.shape, bytes_of(dtype, o.shape) or 0) for n, o in outputs.items()]
-    weights = [spec for spec in specs if not isinstance(outputs[spec.name].origin, Computed)]
-    routers = [spec for spec in specs if isinstance(outputs[spec.name].origin, Computed)]
     copied = {name: source for name, output in outputs.items() if (source := output.copied_from)}
-    paths = {tensor.path for tensor in copied.values()}
-    if not (target and paths and all(isinstance(path, Path) and shares_extents(path, target) for path in paths)):
+    routers = {name for name, output in outputs.items() if isinstance(output.origin, Computed)}
+    return divide(specs, copied, routers, options)
+
+
+def divide(
+    specs: Sequence[TensorSpec], copied: Mapping[str, TensorInfo], last: Collection[str], options: PlanOptions
+) -> Layout:
+    """Divide tensors into files, laid out so that blocks can be shared with the sources where that is possible.
+
+    Args:
+        specs: all tensors, in their order.
+        copied: the source of each tensor whose bytes are those of one source tensor, by name.
+        last: names of the tensors, routers, that have a small last file of their own, so that whoever changes only them
+            writes only that.
+        options: the size of files, and the folder that will be written.
+    """
+    weights, routers = ([spec for spec in specs if (spec.name in last) == is_last] for is_last in (False, True))
+    starts = {}
+    if (target := options.target) is not None:
+        paths = {path for tensor in copied.values() if isinstance(path := tensor.path, Path)}
+        shared = {path for path in paths if shares_extents(path, target)}
+        starts = {name: tensor.start for name, tensor in copied.items() if tensor.path in shared}
+    if not starts:
         return Layout(tuple(layout_shards(weights, options.max_shard_bytes, routers)), 0)
-    starts = {name: tensor.start for name, tensor in copied.items()}
     shards = layout_to_share(weights, starts, options.max_shard_bytes, routers)
     return Layout(tuple(shards), shared_bytes(specs, starts, shards))

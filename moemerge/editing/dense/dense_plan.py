@@ -16,7 +16,7 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
 from moemerge.checkpoint.output_folder import check_limits, check_space, check_target
 from moemerge.checkpoint.pieces import Piece
-from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
+from moemerge.checkpoint.shards import Shard, TensorSpec
 from moemerge.checkpoint.staging import left_bytes, staged
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.checkpoint.writer import ShardWriter
@@ -27,6 +27,8 @@ from moemerge.families.expert_view import DenseView
 from moemerge.merging.overwriting import replaceable_files
 from moemerge.model_card.edit_card import EditCard, write_edit_card
 from moemerge.model_card.metadata import licence_of
+from moemerge.planning.layout import Layout, divide
+from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins, remote_bytes
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
@@ -46,7 +48,8 @@ class DensePlan:
     """The mixture's folder."""
     view: DenseView
     """Its config and tensors."""
-    shards: tuple[Shard, ...]
+    layout: Layout
+    """The files of weights."""
     files: BaseFiles
     """The files that are copied from the mixture beside its weights."""
     tokenizer: ProvedTokenizer
@@ -55,6 +58,16 @@ class DensePlan:
     """The files that the weights come from."""
     notes: tuple[str, ...]
     """Facts that the user should know."""
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files of weights."""
+        return self.layout.shards
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the weights that take no space on the disk, since the file system shares them with the mixture."""
+        return self.layout.shared_bytes
 
     @cached_property
     def pieces(self) -> Mapping[str, Piece]:
@@ -105,7 +118,7 @@ def plan_dense(
     folder: ModelFolder,
     view: DenseView,
     *,
-    max_shard_bytes: int,
+    options: PlanOptions,
     announce: Announce,
     notes: Sequence[str] = (),
 ) -> DensePlan:
@@ -115,7 +128,7 @@ def plan_dense(
         what: what it is, as a sentence for its card.
         folder: the mixture's folder.
         view: the model's config and tensors.
-        max_shard_bytes: upper bound of the tensor data in one file.
+        options: the size of files, and the folder that will be written.
         announce: called with a line about each step that takes long.
         notes: what to say beside the view's notes.
 
@@ -138,7 +151,7 @@ def plan_dense(
         what=what,
         folder=folder,
         view=view,
-        shards=tuple(layout_shards(specs, max_shard_bytes)),
+        layout=divide(specs, view.tensors, (), options),
         files=files,
         tokenizer=tokenizer,
         origins=Origins(dict(folder.stamps), {path: folder.name_of(path) for path in read}, ()),
@@ -167,7 +180,7 @@ def check_dense(plan: DensePlan, out: Path, *, overwrite: bool = False) -> None:
     """
     replaceable = partial(replaceable_files, written=plan.file_names) if overwrite else None
     check_target(out, plan.folder.folders, inputs=plan.inputs, replaceable=replaceable)
-    check_space(out, plan.output_bytes, left=left_bytes(out), what="the dense model")
+    check_space(out, plan.output_bytes - plan.shared_bytes, left=left_bytes(out), what="the dense model")
     check_limits(out, largest=max(shard.nbytes for shard in plan.shards), memory=_MEMORY_BYTES)
 
 
@@ -203,7 +216,7 @@ def write_dense(
 
     threads = CONNECTIONS if plan.download_bytes else MAX_THREADS
     with staged(out, plan.folder.folders, inputs=plan.inputs, replaceable=replaceable) as stage:
-        with ShardWriter(stage, plan.shards, report, threads=threads) as writer:
+        with ShardWriter(stage, plan.shards, report, threads=threads, reserve=not plan.shared_bytes) as writer:
             writer.add({name: ((piece,),) for name, piece in plan.pieces.items()})
         _write_other_files(plan, stage, out)
         plan.origins.check("while it was read")

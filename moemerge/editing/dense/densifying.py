@@ -10,7 +10,7 @@ from moemerge.editing.dense.dense_plan import DensePlan, plan_dense
 from moemerge.errors import RefusedError
 from moemerge.families.expert_view import DenseView, Ffn, dense_with, expert_ffn, routed_layers, scaled, shared_ffn
 from moemerge.families.stored_mixture import StoredMixture
-from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
+from moemerge.planning.options import PlanOptions
 from moemerge.sources.model_folder import open_model
 from moemerge.sources.stored_mixtures import read_stored_mixture
 
@@ -26,7 +26,7 @@ def plan_densify(
     *,
     widen: int | None = None,
     measured: "MeasuredMixture | None" = None,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    options: PlanOptions = PlanOptions(),
     announce: Callable[[str], None] = lambda _: None,
 ) -> tuple[DensePlan, Mapping[str, tuple[float, float]]]:
     """Decide a dense model of all experts of a mixture; with measured weights it is run over that text.
@@ -35,7 +35,7 @@ def plan_densify(
         reference: the mixture.
         widen: how many experts are put side by side; None to average all.
         measured: the mixture, run over text; None where all experts count alike.
-        max_shard_bytes: upper bound of the tensor data in one file.
+        options: the size of files, and the folder that will be written.
         announce: called with a line about each step that takes long.
 
     Returns:
@@ -63,7 +63,7 @@ def plan_densify(
         f"experts, with one FFN in each layer, {how}; made with moemerge."
     )
     said = [f"loss on {name}: {dense:.3f}, the mixture's {ours:.3f}" for name, (ours, dense) in losses.items()]
-    plan = plan_dense(what, folder, view, max_shard_bytes=max_shard_bytes, announce=announce, notes=said)
+    plan = plan_dense(what, folder, view, options=options, announce=announce, notes=said)
     return plan, losses
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from moemerge.editing.dense.dense_plan import DensePlan, plan_dense
 from moemerge.errors import RefusedError
 from moemerge.families.expert_view import dense_view
-from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
+from moemerge.planning.options import PlanOptions
 from moemerge.sources.model_folder import open_model
 from moemerge.sources.stored_mixtures import expert_references, is_mixture, read_stored_mixture
 
@@ -13,14 +13,14 @@ from moemerge.sources.stored_mixtures import expert_references, is_mixture, read
 def plan_extract(
     reference: str,
     *,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    options: PlanOptions = PlanOptions(),
     announce: Callable[[str], None] = lambda _: None,
 ) -> DensePlan:
     """Decide from headers and a few vectors how an expert becomes a model; its weights on the Hub stay there.
 
     Args:
         reference: the expert, `MIXTURE#NAME`.
-        max_shard_bytes: upper bound of the tensor data in one file.
+        options: the size of files, and the folder that will be written.
         announce: called with a line about each step that takes long.
 
     Raises:
@@ -45,4 +45,4 @@ def plan_extract(
         f"{mixture.experts} experts, with the attention, norms and embeddings that its experts share; taken out with "
         "moemerge."
     )
-    return plan_dense(what, opened.mixture, view, max_shard_bytes=max_shard_bytes, announce=announce)
+    return plan_dense(what, opened.mixture, view, options=options, announce=announce)
