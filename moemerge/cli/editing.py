@@ -71,7 +71,7 @@ def edit_mixture(
                 if out is None
                 else f"{out}: --in-place changes MODEL itself, so no OUT is written. Leave one of the two out."
             )
-        if out is None:
+        if out is None and not output.dry_run:
             recover(Path(model))
         config = _config_of(model, experts, announcer(console, quiet=quiet))
         if not (quiet or messages.json):

@@ -120,6 +120,8 @@ def _write_small_files(plan: EditPlan, shards: ChangedShards, stage: Path) -> li
     (stage / CONFIG_COPY).write_text(text, encoding="utf-8")
     write_card(plan, stage, model, text)
     (stage / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
+    if not (shards.written or shards.removed):
+        return []
     if (index := shards.index) is not None:
         (stage / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
     return [SAFETENSORS_INDEX] if index is None and (model / SAFETENSORS_INDEX).exists() else []
