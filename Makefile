@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage release-check test-llamacpp test-engines test-next-steps demo docs bench bench-hub bench-routers browser fuzz schema format clean
+.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage release-check test-llamacpp test-engines test-next-steps demo docs bench bench-edits bench-hub bench-routers browser fuzz schema format clean
 
 install: $(VENV)/.done
 
@@ -190,6 +190,10 @@ test-next-steps: install $(DEMO)/held_out.json $(VENVT)/.done $(VENVC)/.done $(V
 # is compared with, which takes longer.
 bench: install
 	$(BIN)/python benchmarks/bench.py --repeat 3 $(if $(MERGEKIT),--mergekit $(MERGEKIT))
+
+# Edits of a mixture, to a folder and in place, beside raw copies of what they write: 10 minutes, 16 GB of disk.
+bench-edits: install
+	$(BIN)/python benchmarks/edits.py
 
 # Merges from a Hub on this machine, and to it: half an hour, 32 GB of disk.
 bench-hub: install

@@ -23,11 +23,12 @@ from moemerge.checkpoint.numbers import stored_bytes
 from moemerge.dtypes import BITS, CONFIG_DTYPES, HeaderDType
 
 SHAPES = {
-    # To try the programs themselves, then TinyLlama-1.1B, Mistral-7B and Llama-2-70B
+    # To try the programs themselves, TinyLlama-1.1B with fewer layers, then itself, Mistral-7B and Llama-2-70B
     "tiny": {
         "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 2000,
     },
+    "slim": {"num_hidden_layers": 6, "hidden_size": 2048, "intermediate_size": 5632, "num_key_value_heads": 4},
     "1b": {"num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "num_key_value_heads": 4},
     "7b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
     "70b": {

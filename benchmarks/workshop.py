@@ -14,7 +14,7 @@ from prompts import prompts
 HERE = Path(__file__).parent
 MOEMERGE = [sys.executable, "-m", "moemerge"]
 # In bfloat16: a model, and its FFNs, which are what one more expert adds to a merge.
-GIGABYTES = {"tiny": (0.001, 0.0001), "1b": (2.2, 1.53), "7b": (14.5, 11.3)}
+GIGABYTES = {"tiny": (0.001, 0.0001), "slim": (0.8, 0.42), "1b": (2.2, 1.53), "7b": (14.5, 11.3)}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SPARE_GIGABYTES = 1
 BUFFER_BYTES = 2**20

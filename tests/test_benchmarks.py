@@ -45,6 +45,25 @@ ROWS = [
     "moemerge --help: time",
 ]
 
+EDIT_ROWS = [
+    *(
+        f"{what}: {end}"
+        for what in ("drop one", "another order", "keep every second, as prune does", "extract")
+        for end in ("time after the plan / raw copy + fsync", "peak memory")
+    ),
+    "densify --average: bytes of the mixture per second",
+    "densify --average: peak memory",
+    *(
+        f"in place, {what}: {end}"
+        for what in ("two experts change places", "one expert replaced")
+        for end in ("time after the plan / raw copy + fsync", "peak memory", "--undo")
+    ),
+    "in place, --top-k 1: time",
+    "in place, --top-k 1: bytes written",
+    "in place, two experts change places: --commit",
+    "peak memory with 8 experts / with 2",
+]
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copy_file_range, /proc")
 
 
@@ -88,6 +107,16 @@ def test_the_suite_prints_every_row_and_leaves_nothing(tmp_path):
     assert {len(cells) for cells in table} == {4}
     assert "not measured" not in printed
     assert [path.name for path in folder.iterdir()] == ["kept"]
+
+
+@pytest.mark.slow
+def test_the_suite_of_edits_prints_every_row_and_leaves_nothing(tmp_path):
+    printed = run("edits.py", "--folder", tmp_path, "--shape", "tiny", "--repeat", "1", "--markdown")
+    table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
+    rows = [cells[0] for cells in table[2:]]
+    assert rows[: len(EDIT_ROWS)] == EDIT_ROWS
+    assert rows[len(EDIT_ROWS) :] == ["shared"] or all(row.startswith("on XFS, ") for row in rows[len(EDIT_ROWS) :])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_raw_copy_moves_the_bytes_of_the_merge_except_the_routers(llamas, tmp_path, here):
