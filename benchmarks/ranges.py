@@ -20,7 +20,7 @@ from moemerge import load_config, plan_merge
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import Shard, parse_size
-from moemerge.editing.extracting import plan_extract
+from moemerge.editing.dense.extracting import plan_extract
 from moemerge.editing.in_place import changed_shards
 from moemerge.editing.planner import edits_mixture, plan_edit
 from moemerge.planning.options import PlanOptions
@@ -62,7 +62,7 @@ def work_of(given: str, options: PlanOptions, *, in_place: bool) -> Work:
         dense = plan_extract(given, options=options)
         return dense.shards, {name: [piece] for name, piece in dense.pieces.items()}
     config = load_config(given, allow_identical_experts=True)
-    if not edits_mixture(config):
+    if not edits_mixture(config, lambda _: None):
         merge = plan_merge(config, options)
         return merge.shards, {name: output.pieces for name, output in merge.outputs.items()}
     edit = plan_edit(config, options)
