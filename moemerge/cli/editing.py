@@ -15,7 +15,7 @@ from moemerge.cli.console import announcer, console_session, print_json, stdout,
 from moemerge.cli.edit_options import EditOutputOptions, ExpertOptions, InPlaceOptions, RunningOptions
 from moemerge.cli.gguf_output import is_gguf
 from moemerge.cli.grouping import grouped
-from moemerge.cli.merge_options import OutputOptions, PushOptions, RouterOptions
+from moemerge.cli.merge_options import OutputOptions, PushOptions, ReadingOptions, RouterOptions
 from moemerge.cli.options import CacheDir, ResultOptions, VerboseOptions
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
@@ -111,6 +111,7 @@ def write_from_config(
     out: Path,
     *,
     output: OutputOptions,
+    reading: ReadingOptions,
     push: PushOptions,
     routers: RouterOptions,
     messages: VerboseOptions,
@@ -120,13 +121,15 @@ def write_from_config(
     Raises:
         RefusedError: an option is given that an edit does not have.
     """
-    _check_options(out, output, push, routers)
+    _check_options(out, output, reading, push, routers=routers)
     own = EditOutputOptions(output.max_shard_size, output.overwrite, output.dry_run)
     run = Run(own, RunningOptions(routers.device, routers.compute_dtype, routers.seed))
     _carry_out(console, config, out, run, ResultOptions(messages.json, messages.quiet, messages.debug))
 
 
-def _check_options(out: Path, output: OutputOptions, push: PushOptions, routers: RouterOptions) -> None:
+def _check_options(
+    out: Path, output: OutputOptions, reading: ReadingOptions, push: PushOptions, *, routers: RouterOptions
+) -> None:
     """Refuse options of a merge of dense models that an edit does not have.
 
     Raises:
@@ -136,6 +139,8 @@ def _check_options(out: Path, output: OutputOptions, push: PushOptions, routers:
         "--push": push.push is not None,
         "--push-streaming": push.push_streaming,
         "--resume": output.resume,
+        "--routing-table": reading.routing_table,
+        "--low-memory": reading.low_memory,
         "--keep-states": routers.keep_states is not None,
         "--load-in-4bit": routers.load_in_4bit,
         "--load-in-8bit": routers.load_in_8bit,

@@ -104,7 +104,9 @@ def carry_out(
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
     planned_push = PlannedPush(push, announcer(console, quiet=quiet))
     if edit := edit_in(console, request, quiet=quiet):
-        write_from_config(console, edit, out, output=output, push=push, routers=routers, messages=messages)
+        write_from_config(
+            console, edit, out, output=output, reading=reading, push=push, routers=routers, messages=messages
+        )
         return
     # Before a plan may download weights.
     approve = _place_check(request, out, output, push, planned_push)

@@ -115,6 +115,7 @@ def edit_in(console: "Console", request: PlanRequest, *, quiet: bool) -> "MergeC
         RefusedError: there is no such engine.
     """
     from moemerge.editing.planner import edits_mixture
+    from moemerge.sources.model_folder import LOOKING_UP
 
     if str(request.config) == STANDARD_INPUT and request.given is None:
         return None
@@ -122,7 +123,10 @@ def edit_in(console: "Console", request: PlanRequest, *, quiet: bool) -> "MergeC
         loaded = request.read()
     except ConfigError:
         return None
-    return loaded if edits_mixture(loaded, announcer(console, quiet=quiet)) else None
+    say = announcer(console, quiet=quiet)
+    # The plan looks the model up again, and says so; a wait for the Hub is here.
+    is_edit = edits_mixture(loaded, lambda line: None if line.endswith(LOOKING_UP) else say(line))
+    return loaded if is_edit else None
 
 
 def shard_bytes(size: str | None, parameters: str | None = None, parameter_bytes: int = 2) -> int:

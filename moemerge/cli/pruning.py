@@ -32,7 +32,7 @@ class ChoiceOptions:
 
     heading: ClassVar[str] = "Experts that stay"
 
-    keep: Annotated[int, typer.Option(metavar="N", min=1, help="Experts that each layer keeps.", show_default=False)]
+    keep: Annotated[int, typer.Option(metavar="N", min=2, help="Experts that each layer keeps.", show_default=False)]
     by: Annotated[
         Literal["saliency", "frequency", "weight", "router"],
         typer.Option(

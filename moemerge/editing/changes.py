@@ -1,5 +1,6 @@
 """Changes to a mixture's experts, as the command line says them, and the config that says the same."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -87,13 +88,18 @@ class _Experts:
         self._mixture = mixture
         known = config.experts if config and len(config.experts) == mixture.experts else []
         self.entries: dict[str, dict[str, Any]] = {
-            name: {"source_model": f"{reference}#{name}", "name": name} | (_description(known[number]) if known else {})
+            # A number in place of a name would be taken for another place once experts have moved.
+            name: {"source_model": f"{reference}#{name}"}
+            | ({} if name.isdecimal() else {"name": name})
+            | (_description(known[number]) if known else {})
             for number, name in enumerate(mixture.names)
         }
 
     def keep(self, changes: Changes) -> None:
         """Take out the experts that are not kept, and those that are dropped."""
         kept = [self._name("--keep", given) for given in changes.keep] or list(self.entries)
+        if twice := [name for name, count in Counter(kept).items() if count > 1]:
+            raise RefusedError(f"--keep: names {twice[0]} twice. `moemerge upcycle` makes copies of experts.")
         dropped = {self._name("--drop", given) for given in changes.drop}
         self.entries = {name: self.entries[name] for name in kept if name not in dropped}
 
@@ -101,7 +107,7 @@ class _Experts:
         """Give experts other models; what described the old ones goes with them."""
         for given, model in models.items():
             name = self._name("--replace", given)
-            self.entries[name] = {"source_model": model, "name": name}
+            self.entries[name] = {"source_model": model} | ({} if name.isdecimal() else {"name": name})
 
     def add(self, models: Mapping[str, str]) -> None:
         """Add experts behind those that are there."""

@@ -1,11 +1,21 @@
 """Whether the FFNs of a model can be experts of a mixture."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
+import numpy as np
+
+from moemerge.checkpoint.derived import read_values
+from moemerge.compatibility.distances import STRANGER
 from moemerge.dtypes import CONFIG_DTYPES
-from moemerge.editing.slots import Added, Foreign, Slot
+from moemerge.editing.slots import Added, Foreign, Kept, Slot
+from moemerge.errors import IncompatibleError
+from moemerge.families.dense import DenseModel, Role
+from moemerge.families.expert_view import dense_view
 from moemerge.families.stored_mixture import StoredMixture
+
+_ROWS: Final = 4
+_ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 
 
 def misfits(slot: Slot, mixture: StoredMixture) -> Iterator[str]:
@@ -23,6 +33,12 @@ def _dense_misfits(slot: Added, mixture: StoredMixture) -> Iterator[str]:
         return
     if dense.hidden_act != (act := _activation(mixture.config)):
         yield f"its FFN's activation is {dense.hidden_act}, the mixture's {act}"
+    sibling = _sibling(mixture)
+    if sibling and sibling.family.block != dense.family.block:
+        yield (
+            f"a {dense.family.model_type} does not compute like what surrounds the mixture's experts, a "
+            f"{sibling.family.model_type}"
+        )
     if "mlp_bias" in dense.facts:
         yield "its FFN has biases, which the mixture's experts have not"
     if missing := [layer for layer in mixture.moe_layers if layer >= dense.layers]:
@@ -48,9 +64,51 @@ def _foreign_misfits(other: StoredMixture, mixture: StoredMixture) -> Iterator[s
     if missing := sorted({*mixture.moe_layers} - {*other.moe_layers}):
         yield f"its mixture has no experts in layer {missing[0]}, where this one has some"
         return
+    how, their = mixture.choosing, other.choosing
+    if (how.scoring, how.normalises) != (their.scoring, their.normalises):
+        yield "its mixture weighs experts in another way, so what they weigh there says nothing here"
     dtype = other.projection(other.moe_layers[0], 0, "down").dtype
     if dtype not in CONFIG_DTYPES:
         yield f"its mixture's experts are stored as {dtype}; expected one of {', '.join(CONFIG_DTYPES.values())}"
+
+
+def strangers(slots: Sequence[Slot], mixture: StoredMixture) -> Iterator[str]:
+    """Yield new experts that are no fine-tunes of what the mixture's own are, by some of their rows, as warnings.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        SourceError: a file on the Hub cannot be reached.
+    """
+    for slot in slots:
+        if isinstance(slot, Kept) or slot.width(mixture) != mixture.expert_width:
+            continue
+        distance = _distance(slot, mixture)
+        if distance > STRANGER:
+            yield (
+                f"{slot.place}: its FFNs differ from the mixture's by {distance:.0%}; fine-tunes of one model differ "
+                "by a few percent, and experts that were trained apart rarely work together"
+            )
+
+
+def _distance(slot: Slot, mixture: StoredMixture) -> float:
+    """`|new - old| / |old|` over some rows of an expert and of the mixture's first, in the middle layer."""
+    layer = mixture.moe_layers[len(mixture.moe_layers) // 2]
+    squares = np.zeros(2)
+    for role in _ROLES:
+        ours, theirs = mixture.projection(layer, 0, role), slot.projection(mixture, layer, role)
+        if ours.dtype not in CONFIG_DTYPES:  # quantised
+            return 0.0
+        old, new = (read_values(tensor.rows(0, _ROWS)) for tensor in (ours, theirs))
+        squares += np.square(new - old).sum(), np.square(old).sum()
+    return float((squares[0] / squares[1]) ** 0.5) if squares[1] else 0.0
+
+
+def _sibling(mixture: StoredMixture) -> DenseModel | None:
+    """The dense model that computes what one of a mixture's experts does; None where there is none."""
+    try:
+        return dense_view(mixture, 0).model
+    except IncompatibleError:
+        return None
 
 
 def _activation(config: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
-"""Groups of experts, of which some routers choose the best before they choose experts."""
+"""Experts that are chosen together: groups, of which some routers choose the best first, and copies of one expert."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from moemerge.editing.slots import Kept, Slot
@@ -21,3 +22,16 @@ def group_warnings(mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[st
                 "these are other experts now: tokens go to other experts than before, even where both are still there"
             )
             return
+
+
+def twin_warnings(mixture: StoredMixture, slots: Sequence[Slot], experts_per_token: int) -> Iterator[str]:
+    """Warn if an expert is there several times and takes the places of others among the chosen ones."""
+    counted = Counter(tuple(slot.numbers.items()) for slot in slots if isinstance(slot, Kept))
+    most = max(counted.values(), default=1)
+    if most > 1 and experts_per_token < most * mixture.experts_per_token:
+        numbers = next(dict(key) for key, count in counted.items() if count == most)
+        name = mixture.names[next(iter(numbers.values()))]
+        yield (
+            f"{name} is there {most} times with the same router row: its copies are chosen together, and take "
+            f"places of other experts. With {most * mixture.experts_per_token} experts per token none is lost"
+        )

@@ -1,6 +1,6 @@
 """Plan an edit: from a config whose base model is a mixture to every byte of the result."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
@@ -10,15 +10,15 @@ from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.expert_names import named_place
 from moemerge.config.router_methods import AUTO
-from moemerge.config.schema import MergeConfig, RoutedExpert, RouterSettings
-from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.editing.assembly import EditAssembly
 from moemerge.editing.config_keys import edited_config
-from moemerge.editing.fitting import misfits
-from moemerge.editing.granularity import copies, split_problems
-from moemerge.editing.groups import group_warnings
+from moemerge.editing.fitting import misfits, strangers
+from moemerge.editing.granularity import copies
+from moemerge.editing.groups import group_warnings, twin_warnings
 from moemerge.editing.notes import edit_notes
 from moemerge.editing.plan import EditPlan, specs_of
+from moemerge.editing.refusals import fit_problems, foreign_keys
 from moemerge.editing.shared_halves import averaged
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
 from moemerge.editing.texts import unread_text
@@ -31,15 +31,11 @@ from moemerge.planning.origins import Origins
 from moemerge.planning.output import Output
 from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.tokenizer_files import find_base_files
-from moemerge.routers.random import DRAWS
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
 from moemerge.sources.reference import split_expert
 from moemerge.sources.stored_mixtures import is_mixture, read_stored_mixture
 
-# Keys of a merge that say nothing of a mixture that exists already.
-_ROUTER_KEYS: Final = {"lambda", "tokens_per_expert", "chat_roles", "seed", "fitted"}
 _ROUNDING: Final = 1e-6
-_OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
 
 
 def edits_mixture(config: MergeConfig, announce: Callable[[str], None]) -> bool:
@@ -78,8 +74,9 @@ def plan_edit(
     mixture = read_stored_mixture(folder, announce)
     found = _Experts(config, folder, mixture, announce)
     slots = found.slots()
-    _refuse([*_foreign_keys(config, found.others), *found.problems])
-    _refuse([*_fit_problems(config, mixture, slots)])
+    _refuse([*foreign_keys(config, found.others), *found.problems])
+    config = _with_experts_per_token(config, mixture)
+    _refuse([*fit_problems(config, mixture, slots)])
     shared, parts = _shared_halves(config, mixture, [*found.others.values()]), config.granularity
     width = config.expert_width or max(slot.width(mixture) for slot in slots) // parts
     output_config = edited_config(mixture, len(slots), config.experts_per_token, width, parts)
@@ -98,7 +95,22 @@ def plan_edit(
         base_files=find_base_files(folder, announce, needed=False),
         origins=_origins(found.tables.values()),
         notes=(*chain(*(source.notes for source in sources)), *notes),
-        warnings=(*group_warnings(mixture, slots), *unread_text(config, slots)),
+        warnings=_warnings(config, mixture, slots),
+    )
+
+
+def _warnings(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> tuple[str, ...]:
+    twins = twin_warnings(mixture, slots, config.experts_per_token)
+    return (*strangers(slots, mixture), *group_warnings(mixture, slots), *twins, *unread_text(config, slots))
+
+
+def _with_experts_per_token(config: MergeConfig, mixture: StoredMixture) -> MergeConfig:
+    """A config that does not say how many experts take each token means as many as before."""
+    if "experts_per_token" in config.model_fields_set:
+        return config
+    per_token = min(mixture.experts_per_token, len(config.experts))
+    return (
+        config if per_token == config.experts_per_token else config.model_copy(update={"experts_per_token": per_token})
     )
 
 
@@ -150,22 +162,33 @@ class _Experts:
         model, own = split_expert(expert.source_model) or (expert.source_model, "")
         found: Slot | str
         opened = open_model(model, self.announce)
+        if self._is_shared(opened, own):
+            own = ""
         if (own or expert.by_layer) and opened.folder == self.folder.folder:
             shares = self._shares(own, expert.by_layer)
             found = shares if isinstance(shares, str) else self._kept(shares, changed)
         elif own and is_mixture(opened):
             other = self._read(opened)
             number = number_of(own, other)
+            changed["scale"] *= other.choosing.scale / self.mixture.choosing.scale
             found = number if isinstance(number, str) else Foreign(place, other, number, **changed)
         else:
             opened = open_model(expert.source_model, self.announce)
             dense = read_dense(opened.config)
+            changed["scale"] /= self.mixture.choosing.scale
             found = dense if isinstance(dense, str) else Added(place, self._tensors(opened, dense), **changed)
         if isinstance(found, str):
             self.problems.append(f"{place}: {found}")
             return None
         self.problems += [f"{place}: {problem}" for problem in misfits(found, self.mixture)]
         return found
+
+    def _is_shared(self, opened: ModelFolder, own: str) -> bool:
+        """Whether `MIXTURE#shared` is the mixture's shared expert, which is read as a dense model."""
+        if own != "shared" or not is_mixture(opened):
+            return False
+        mixture = self.mixture if opened.folder == self.folder.folder else self._read(opened)
+        return own not in mixture.names
 
     def _read(self, opened: ModelFolder) -> StoredMixture:
         """Read another mixture, once for all its experts."""
@@ -209,61 +232,6 @@ class _Experts:
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         raise IncompatibleError("This mixture cannot be edited so:", list(problems))
-
-
-def _foreign_keys(config: MergeConfig, others: Collection[str]) -> Iterator[str]:
-    """Yield the keys that a merge of dense models has, and an edit has no use for."""
-    defaults = MergeConfig.model_fields
-    for key in _OF_MERGES:
-        value = getattr(config, key)
-        if value != defaults[key].get_default(call_default_factory=True):
-            yield f"{key}: the mixture's own stays, since base_model is a mixture. Remove the key"
-    if config.gate_mode not in {AUTO, *DRAWS}:
-        yield (
-            f"gate_mode: {config.gate_mode} makes no routers of a mixture. Leave the key out, and kept rows stay, or "
-            f"choose {' or '.join(DRAWS)}"
-        )
-    given, unset = config.router.model_dump(by_alias=True), RouterSettings.model_validate({}).model_dump(by_alias=True)
-    for key in given:
-        if given[key] != unset[key] and key not in _ROUTER_KEYS:
-            yield f"router.{key}: the rows of an edited mixture are not made with it. Remove the key"
-    method = config.shared_weights.method
-    if method != "base" and not (method == "average" and others):
-        yield (
-            f"shared_weights: {method}: the mixture's own attention and norms stay; `average` mixes them with those of "
-            "other mixtures whose experts are added. Remove the key"
-        )
-    names = config.expert_names
-    for number, expert in enumerate(config.experts):
-        if expert.layers != "all":
-            yield f"{named_place(number, names)}: layers: every expert of an edited mixture is in all its layers"
-
-
-def _fit_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[str]:
-    """Yield why these experts cannot be one mixture."""
-    parts, width = config.granularity, config.expert_width
-    changed = parts > 1 or any(not isinstance(slot, Kept) or not slot.is_whole for slot in slots)
-    widths = {width or mixture.expert_width, *(slot.width(mixture) for slot in slots)}
-    dtype = mixture.projection(mixture.moe_layers[0], 0, "down").dtype
-    if (changed or widths != {mixture.expert_width}) and dtype not in CONFIG_DTYPES:
-        yield (
-            f"its experts are stored as {dtype}, so they can be kept, left out and put into another order, but nothing "
-            "can be added beside them, and they cannot be changed or split; that needs one of "
-            f"{', '.join(CONFIG_DTYPES.values())}"
-        )
-    elif changed or widths != {mixture.expert_width}:
-        beside = set(mixture.of_expert(mixture.moe_layers[0], 0)) - set(mixture.family.experts)
-        if beside:
-            yield (
-                f"its experts hold {min(beside).format(expert=0)} beside their projections, so they can be kept, left "
-                "out and put into another order, but nothing can be added beside them, and they cannot be changed or "
-                "split"
-            )
-    yield from split_problems(slots, mixture, parts)
-    if slots and width and width < (least := max(slot.width(mixture) for slot in slots) // parts):
-        yield f"expert_width: {width} is less than the {least} neurons that an expert has; neurons are never left out"
-    if slots and config.experts_per_token > len(slots):
-        yield f"experts_per_token: {config.experts_per_token} of {len(slots)} experts"
 
 
 def _layout(outputs: Mapping[str, Output], mixture: StoredMixture, options: PlanOptions) -> Layout:

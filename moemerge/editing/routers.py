@@ -57,7 +57,7 @@ class RowMaker:
             self._seed,
             settings.chat_roles,
         )
-        self._documents = [documents_of(plan.config, number) for number in range(len(plan.slots))]
+        self._documents = [documents_of(plan.config, number, slot) for number, slot in enumerate(plan.slots)]
         self.report: tuple[AddedReport, ...] = ()
         """What the rows of new experts do with text that they were not fitted to."""
 

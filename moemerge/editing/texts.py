@@ -23,7 +23,7 @@ def readable_documents(expert: Expert) -> list[Document]:
     return found
 
 
-def documents_of(config: MergeConfig, number: int) -> list[Document]:
+def documents_of(config: MergeConfig, number: int, slot: Slot) -> list[Document]:
     """Read the text of an expert; of one that the mixture has already, as much of it as is still there.
 
     Raises:
@@ -31,7 +31,7 @@ def documents_of(config: MergeConfig, number: int) -> list[Document]:
         SourceError: a data set on the Hub cannot be reached.
     """
     expert: RoutedExpert = config.experts[number]
-    if expert.source_model.startswith(config.base_model):
+    if isinstance(slot, Kept):
         return readable_documents(expert)
     place = f"experts[{number}].positive_texts"
     return [*expert.positive_prompts, *read_documents(find_files(expert.positive_texts, place))]
@@ -54,3 +54,7 @@ def unread_text(config: MergeConfig, slots: Sequence[Slot]) -> Iterator[str]:
             f"{', '.join(silent)}: nothing says which text is for it, so its router rows come from its weights alone: "
             "give prompts or texts with --prompt and --text"
         )
+    negative = [names[number] for number in new if config.experts[number].negative_prompts]
+    negative += [names[number] for number in new if config.experts[number].negative_texts]
+    if negative:
+        yield f"{negative[0]}: its negative prompts and texts are not read: new rows are fitted to positive text alone"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from moemerge.checkpoint.files import File, Stamp
 from moemerge.checkpoint.header import TensorInfo, read_header
@@ -34,6 +34,8 @@ __all__ = [
 
 Announce = Callable[[str], None]
 """Called with one line about the work being done, for a user who waits."""
+LOOKING_UP: Final = "looking it up on the Hub"
+"""The end of the line that is announced when a model is opened."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _find(reference: str, announce: Announce, *, also: Sequence[str] = ()) -> tu
         return origin, origin
     from moemerge.sources.hub import fetch_small_files
 
-    announce(f"{reference}: looking it up on the Hub")
+    announce(f"{reference}: {LOOKING_UP}")
     return origin, fetch_small_files(origin, announce, also=also)
 
 

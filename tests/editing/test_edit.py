@@ -1,6 +1,7 @@
 """`moemerge edit`: what is kept, left out and added, byte for byte, and what a command line or config may ask for."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import read_header
 from moemerge.cli import main
 from tests.support.families import stored
+from tests.support.mixtures import make_variant
 from tests.support.models import load, make_model, write_config
 
 IDS = torch.tensor([[1, 5, 9, 30, 77, 12, 4, 101]])
@@ -261,3 +263,75 @@ def test_experts_of_another_mixture_join_and_the_shared_halves_are_averaged(mixt
     assert torch.equal(new[down.format(0)], one[down.format(1)])
     assert torch.equal(new[down.format(1)], 0.5 * dense["model.layers.1.mlp.down_proj.weight"])
     assert run("verify", tmp_path / "out", "-q") == (0, "", "")
+
+
+def test_numbers_never_become_names_that_mean_other_places(tmp_path, run):
+    """A mixture without names: what comes out of it in another order has no names that are numbers."""
+    mixture = make_variant(tmp_path / "mixture", "mixtral")
+    assert run("edit", mixture, tmp_path / "turned", "--order", "3,2,1,0", "-q")[0] == 0
+    assert run("edit", tmp_path / "turned", tmp_path / "two", "--keep", "0,1", "-q")[0] == 0
+    old, new = stored(mixture), stored(tmp_path / "two")
+    block = "model.layers.1.block_sparse_moe"
+    assert torch.equal(new[f"{block}.gate.weight"], old[f"{block}.gate.weight"][[3, 2]])
+
+
+def test_a_config_that_does_not_say_takes_as_many_experts_per_token_as_before(tmp_path, run):
+    mixture = make_variant(tmp_path / "mixture", "mixtral", num_experts_per_tok=3)
+    document = {"base_model": str(mixture), "experts": [{"source_model": f"{mixture}#{n}"} for n in (0, 1, 2, 3)]}
+    (tmp_path / "edit.yaml").write_text(yaml.safe_dump(document))
+    assert run(tmp_path / "edit.yaml", tmp_path / "out", "-q")[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts_per_tok"] == 3
+
+
+def test_an_expert_keeps_what_it_adds_where_the_mixture_scales_all(tmp_path, run):
+    mixture = make_variant(tmp_path / "mixture", "dots1", routed_scaling_factor=4.0)
+    dense = make_model(tmp_path / "dense", 3, "qwen3", head_dim=16, intermediate_size=24)
+    document = {
+        "base_model": str(mixture),
+        "experts": [{"source_model": f"{mixture}#0"}, {"source_model": str(dense)}],
+        "gate_mode": "random",
+    }
+    (tmp_path / "edit.yaml").write_text(yaml.safe_dump(document))
+    assert run(tmp_path / "edit.yaml", tmp_path / "out", "-q")[0] == 0
+    down = "model.layers.1.mlp.{}.weight"
+    own = stored(dense)[down.format("down_proj")]
+    assert torch.equal(stored(tmp_path / "out")[down.format("experts.1.down_proj")], own / 4)
+
+
+def test_models_of_another_kind_are_refused_and_strangers_are_warned_of(mixture, tmp_path, run, capsys):
+    make_model(tmp_path / "olmo", 5, "olmo2")
+    make_model(tmp_path / "stranger", 77)
+    capsys.readouterr()  # of transformers, which made them
+    code, _, errors = run("edit", mixture, tmp_path / "out", "-q", "--add", f"olmo={tmp_path / 'olmo'}")
+    assert (code, errors.splitlines()[1]) == (
+        2, "  - experts[4] (olmo): a olmo2 does not compute like what surrounds the mixture's experts, a llama",
+    )  # fmt: skip
+    added = ["--add", f"far={tmp_path / 'stranger'}", "--prompt", "far=item", "--dry-run"]
+    code, _, errors = run("edit", mixture, tmp_path / "out", *added)
+    assert code == 0
+    assert re.search(r"warning: experts\[4\] \(far\): its FFNs differ from the mixture's by 1[34]\d%; fine-tunes of", errors)
+
+
+def test_copies_of_one_expert_are_warned_of(mixture, tmp_path, run):
+    code, _, errors = run("edit", mixture, tmp_path / "out", "-q", "--add", f"twin={mixture}#fox", "--dry-run")
+    assert (code, errors) == (
+        0,
+        "warning: fox is there 2 times with the same router row: its copies are chosen together, and take places of "
+        "other experts. With 4 experts per token none is lost\n",
+    )
+
+
+def test_a_shared_expert_can_become_one_that_is_chosen(tmp_path, run):
+    mixture = make_variant(tmp_path / "mixture", "granitemoeshared", shared_intermediate_size=24)
+    document = {
+        "base_model": str(mixture),
+        "experts": [{"source_model": f"{mixture}#0"}, {"source_model": f"{mixture}#shared"}],
+        "gate_mode": "random",
+    }
+    (tmp_path / "edit.yaml").write_text(yaml.safe_dump(document))
+    code, _, errors = run(tmp_path / "edit.yaml", tmp_path / "out", "-q")
+    assert code == 0, errors
+    old, new = stored(mixture), stored(tmp_path / "out")
+    width = old["model.layers.0.shared_mlp.output_linear.weight"].shape[1]
+    found = new["model.layers.0.block_sparse_moe.output_linear.weight"][1][:, :width]
+    assert torch.equal(found, old["model.layers.0.shared_mlp.output_linear.weight"])

@@ -256,7 +256,7 @@ def test_each_group_of_a_grouped_router_keeps_as_many():
 @pytest.mark.parametrize(
     ("keep", "how", "message"),
     [
-        (4, SOFTMAX, "--keep: 4 of 4 experts leaves nothing to prune; expected 1 to 3."),
+        (4, SOFTMAX, "--keep: 4 of 4 experts: expected 2 to 3. `moemerge densify` makes one model of all."),
         (
             3,
             Choosing("sigmoid", groups=2, best_of_group=2),
@@ -271,7 +271,7 @@ def test_each_group_of_a_grouped_router_keeps_as_many():
         (
             1,
             Choosing("sigmoid", best_of_group=2),
-            "--keep: its routers judge all experts by the 2 best, so that at least 2 experts have to stay.",
+            "--keep: 1 of 4 experts: expected 2 to 3. `moemerge densify` makes one model of all.",
         ),
     ],
 )
@@ -312,7 +312,9 @@ def test_the_command_refuses_with_exit_code_2(tmp_path):
     folder = duplicated(tmp_path / "mixture")
     refused = prune(folder, tmp_path / "out", "--keep", "4", "--quiet")
     assert refused.returncode == 2
-    assert refused.stderr == "error: --keep: 4 of 4 experts leaves nothing to prune; expected 1 to 3.\n"
+    assert refused.stderr == (
+        "error: --keep: 4 of 4 experts: expected 2 to 3. `moemerge densify` makes one model of all.\n"
+    )
 
 
 def test_a_folder_that_is_not_empty_is_refused_before_the_mixture_runs(tmp_path):

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from moemerge.editing.dense_plan import write_dense
-from moemerge.editing.extracting import plan_extract
 
 from moemerge import PlanOptions, load_config, merge, plan_merge
 from moemerge.config.loading import parse_config
 from moemerge.config.yaml_text import write_yaml
+from moemerge.editing.dense.dense_plan import write_dense
+from moemerge.editing.dense.extracting import plan_extract
 from moemerge.editing.planner import plan_edit
 from moemerge.editing.verifying import verify_edit
 from moemerge.editing.writing import write_edit

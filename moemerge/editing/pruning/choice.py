@@ -7,6 +7,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moemerge.config.cross_checks import MIN_EXPERTS
 from moemerge.editing.pruning.saliency import Saliency
 from moemerge.editing.pruning.similarity import Similarity
 from moemerge.errors import RefusedError
@@ -117,8 +118,9 @@ def check_keep(keep: int, count: int, how: Choosing) -> None:
         RefusedError: says what is expected.
     """
     groups, best = how.groups, how.best_of_group
-    if not 1 <= keep < count:
-        raise RefusedError(f"--keep: {keep} of {count} experts leaves nothing to prune; expected 1 to {count - 1}.")
+    if not MIN_EXPERTS <= keep < count:
+        expected = f"expected {MIN_EXPERTS} to {count - 1}" if count > MIN_EXPERTS else "there is nothing to prune"
+        raise RefusedError(f"--keep: {keep} of {count} experts: {expected}. `moemerge densify` makes one model of all.")
     if keep % groups:
         raise RefusedError(
             f"--keep: its routers choose among {groups} groups of experts of one size, which {keep} do not fill; "
@@ -126,7 +128,7 @@ def check_keep(keep: int, count: int, how: Choosing) -> None:
         )
     if keep < groups * best:
         raise RefusedError(
-            f"--keep: its routers judge {'each group' if groups > 1 else 'all experts'} by the {best} best, so that at "
+            f"--keep: its routers judge each group by the {best} best, so that at "
             f"least {groups * best} experts have to stay."
         )
 

@@ -58,12 +58,14 @@ def _document(mixture: StoredMixture, reference: str, pruning: Pruning, config: 
     """Write the config of the edit, which says what each kept expert is made of, by layer where layers differ."""
     kept = tuple(pruning.kept.values())
     if pruning.is_uniform:
-        changes = Changes(keep=[str(number) for number in kept[0]], experts_per_token=pruning.experts_per_token)
+        changes = Changes(
+            keep=[mixture.names[number] for number in kept[0]], experts_per_token=pruning.experts_per_token
+        )
         document = edit_document(mixture, reference, changes, config)
         if not any(pruning.shares.values()):
             return document
     else:
-        experts = [{"name": str(place)} for place in range(len(kept[0]))]
+        experts: list[dict[str, Any]] = [{} for _ in kept[0]]
         document = {"base_model": reference, "experts": experts, "experts_per_token": pruning.experts_per_token}
     for place, expert in enumerate(document["experts"]):
         expert |= {"source_model": reference, "by_layer": [_made_of(pruning, layer, place) for layer in pruning.kept]}
