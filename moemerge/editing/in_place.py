@@ -108,7 +108,7 @@ def edit_in_place(
             )
             if plan.computed:
                 writer.add(routers())
-        removed = [*shards.removed, *_write_small_files(plan, shards, stage)]
+            removed = [*shards.removed, *_write_small_files(plan, shards, stage)]  # while bytes are copied
         plan.origins.check("while it was read")
         replace_model(model, removed)
 

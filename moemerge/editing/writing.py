@@ -81,7 +81,7 @@ def write_edit(
             writer.add({name: o.origin for name, o in plan.outputs.items() if not isinstance(o.origin, Computed)})
             if plan.computed:
                 writer.add(routers())
-        write_other_files(plan, stage, out)
+            write_other_files(plan, stage, out)  # while bytes are copied
         plan.origins.check("while it was read")
         (stage / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
 

@@ -218,7 +218,7 @@ def write_dense(
     with staged(out, plan.folder.folders, inputs=plan.inputs, replaceable=replaceable) as stage:
         with ShardWriter(stage, plan.shards, report, threads=threads, reserve=not plan.shared_bytes) as writer:
             writer.add({name: ((piece,),) for name, piece in plan.pieces.items()})
-        _write_other_files(plan, stage, out)
+            _write_other_files(plan, stage, out)  # while bytes are copied
         plan.origins.check("while it was read")
         (stage / "config.json").write_text(json.dumps(plan.view.config, indent=2) + "\n", encoding="utf-8")
 
