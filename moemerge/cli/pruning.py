@@ -152,8 +152,8 @@ def _carry_out(
 ) -> "tuple[Decision, EditPlan, Judged]":
     """Decide what stays, write it unless that is only tried, and judge it."""
     from moemerge.cli.progress import show_work
+    from moemerge.editing.preview import preview
     from moemerge.editing.pruning.judging import judge, split_documents
-    from moemerge.editing.pruning.pruned_plan import preview
     from moemerge.editing.pruning.pruner import decide
     from moemerge.evaluation.evaluator import read_domains
     from moemerge.evaluation.runnable import open_mixture
@@ -213,7 +213,7 @@ def _plan(console: "Console", model: Path, out: Path, found: "Decision", run: Ru
 
 
 def _write(plan: "EditPlan", out: Path, found: "Decision", output: EditOutputOptions, progress: "Progress") -> None:
-    from moemerge.editing.pruning.pruned_plan import router_bands
+    from moemerge.editing.preview import router_bands
     from moemerge.editing.writing import write_edit
 
     write_edit(plan, out, lambda: router_bands(plan, found.rows), overwrite=output.overwrite, progress=progress)

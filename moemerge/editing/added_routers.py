@@ -10,12 +10,9 @@ import torch
 
 from moemerge.chats import Document
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.dtypes import ComputeDtype
-from moemerge.editing.router_inputs import encode_documents, visit_router_inputs
+from moemerge.editing.router_inputs import RowPass
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.families.dense import ModelTensors, Role
-from moemerge.passes.compute_dtype import find_compute
-from moemerge.progress import Progress, Task
 from moemerge.routers.added_rows import KeptRows, first_rows, fit_added_rows, label_added
 from moemerge.routers.fitting import Labelled, fold
 from moemerge.routers.pass_inputs import RouterInputs
@@ -46,18 +43,15 @@ class AddedExperts:
     """A mixture, and the experts that it shall have."""
 
     mixture: MixtureModel
-    """The mixture as it is."""
+    """The mixture as it is, whose rows are kept."""
     experts: tuple[EditedExpert, ...]
     """The experts of the result; kept ones keep their rows."""
     experts_per_token: int
     """Experts per token of the result."""
     base: ModelTensors | None = None
     """The model that experts were trained from; without it, weights say nothing of what they are for."""
-    tokens_per_expert: int = 4096
     lambda_: float | None = None
     """Penalty on new rows relative to the mean variance of router inputs; None chooses it by the tokens."""
-    seed: int = 0
-    """Decides which documents come first."""
 
     @property
     def new(self) -> list[EditedExpert]:
@@ -85,46 +79,37 @@ class AddedReport:
 
 @dataclass(frozen=True)
 class AddedRouters:
-    """Rows of the new experts, and what is known of them."""
+    """Routers with rows of new experts, and what is known of these."""
 
     rows: Mapping[int, Rows]
-    """Rows (new expert, hidden) of each layer with a router."""
+    """Rows (expert, hidden) of each layer with a router, those of kept experts as they were."""
     report: tuple[AddedReport, ...]
     """Of each new expert."""
 
 
-def added_rows(request: AddedExperts, device: str, compute_dtype: ComputeDtype, progress: Progress) -> AddedRouters:
-    """Make the rows of new experts by one pass of text through the mixture as it is.
-
-    In later layers of the new mixture, states are a little different, since new experts take part in earlier ones.
+def added_rows(request: AddedExperts, reading: RowPass) -> AddedRouters:
+    """Make the rows of new experts by one pass of text through the new mixture.
 
     Args:
         request: the mixture and its experts.
-        device: the device that runs the mixture.
-        compute_dtype: what it is run in.
-        progress: called as layers are done.
+        reading: the pass, through a mixture that has the new experts already.
 
     Raises:
         RouterError: the mixture's tokenizer cannot be used.
         RefusedError: there is no such device, or a chat cannot be read.
         CheckpointError: the mixture's numbers are not finite.
     """
-    mixture = request.mixture
-    compute = find_compute(device, compute_dtype, mixture.runnable.layer_shapes)
-    documents = [expert.documents for expert in (*request.kept, *request.new)]
-    prompts = encode_documents(mixture, documents, tokens=request.tokens_per_expert, seed=request.seed)
-    layers = mixture.moe_layers
+    layers = request.mixture.moe_layers
     judged_layers = layers[min(_JUDGED_EVERY // 2, len(layers) - 1) :: _JUDGED_EVERY]
-    rows: dict[int, Rows] = {}
     judged: list[torch.Tensor] = []
 
-    def visit(inputs: RouterInputs) -> None:
+    def whole(inputs: RouterInputs) -> torch.Tensor:
         layer = _Layer(request, inputs)
-        rows[inputs.layer] = layer.rows().numpy()
         if inputs.layer in judged_layers:
             judged.append(layer.judge())
+        return layer.whole()
 
-    visit_router_inputs(mixture, prompts, compute, visit, lambda done, total: progress(Task("routers"), done, total))
+    rows = reading.make([expert.documents for expert in (*request.kept, *request.new)], whole)
     figures = torch.stack(judged).mean(dim=0).tolist()
     report = [
         AddedReport(expert.name, *(None if math.isnan(figure) else figure for figure in of))
@@ -140,8 +125,8 @@ class _Layer:
         mixture, layer = request.mixture, inputs.layer
         absent = mixture.absent(layer)
         present = [expert for expert in request.kept if expert.numbers[layer] not in absent]
-        stored = mixture.runnable.read(mixture.router(layer)).float()
-        self._kept = KeptRows(stored[[expert.numbers[layer] for expert in present]], mixture.family.scoring)
+        self._stored = mixture.runnable.read(mixture.router(layer)).float()
+        self._kept = KeptRows(self._stored[[expert.numbers[layer] for expert in present]], mixture.family.scoring)
         self._request, self._inputs, self._known, self._new = request, inputs, len(request.kept), len(request.new)
         self._described = sorted({expert - self._known for expert in inputs.expert.tolist() if expert >= self._known})
         states = inputs.states if self._described else neutral_states(inputs)
@@ -160,7 +145,13 @@ class _Layer:
     def _label(self) -> tuple[Labelled, torch.Tensor]:
         return label_added(self._inputs, self._known, self._request.lambda_)
 
-    def rows(self) -> torch.Tensor:
+    def whole(self) -> torch.Tensor:
+        """Rows (expert, hidden), those of kept experts as they were."""
+        new, layer = iter(self._rows()), self._inputs.layer
+        experts = self._request.experts
+        return torch.stack([self._stored[e.numbers[layer]] if e.numbers else next(new) for e in experts])
+
+    def _rows(self) -> torch.Tensor:
         """Rows (new expert, hidden)."""
         rows = self._first.clone()
         if self._described:

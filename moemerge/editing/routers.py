@@ -6,14 +6,16 @@ from typing import Final
 
 import numpy as np
 
-from moemerge.checkpoint.numbers import stored_bytes
-from moemerge.checkpoint.pieces import Band, Piece
+from moemerge.checkpoint.pieces import Band
 from moemerge.config.router_methods import AUTO
-from moemerge.dtypes import CONFIG_DTYPES, ComputeDtype
+from moemerge.dtypes import ComputeDtype
 from moemerge.editing.added_routers import AddedExperts, AddedReport, EditedExpert, added_rows
-from moemerge.editing.kept_routers import TextPass, joined_rows, refitted_rows, stored_rows
+from moemerge.editing.granularity import copies
+from moemerge.editing.kept_routers import joined_rows, refitted_rows, stored_rows
 from moemerge.editing.plan import EditPlan
-from moemerge.editing.slots import Foreign, Kept
+from moemerge.editing.preview import preview, router_bands
+from moemerge.editing.router_inputs import RowPass
+from moemerge.editing.slots import Added, Foreign, Kept
 from moemerge.editing.texts import documents_of
 from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.runnable import as_model
@@ -48,11 +50,14 @@ class RowMaker:
         """
         self._plan, settings = plan, plan.config.router
         self._seed = seed if settings.seed is None else settings.seed
-        self._pass = TextPass(
-            as_model(plan.mixture, plan.folder.folder),
+        self._mixture = as_model(plan.mixture, plan.folder.folder)
+        unmade = np.zeros((len(plan.slots), plan.mixture.hidden), np.float32)
+        self._pass = RowPass(
+            preview(self._mixture, plan, dict.fromkeys(plan.mixture.moe_layers, unmade), seed),
             device,
             compute_dtype,
             progress,
+            plan.config.granularity,
             settings.tokens_per_expert,
             self._seed,
             settings.chat_roles,
@@ -74,13 +79,7 @@ class RowMaker:
                 "router.fitted: the router rows of this mixture were fitted to text by `moemerge prune`, which this "
                 "config cannot do again. Prune again, or remove the key, and rows stay as they were before."
             )
-        made = self._rows() if self._plan.config.gate_mode == AUTO else self._drawn()
-        found: dict[str, tuple[Band, ...]] = {}
-        for name, computed in self._plan.computed.items():
-            dtype = self._plan.mixture.router(computed.layer).dtype
-            rows = np.repeat(made[computed.layer], self._plan.config.granularity, axis=0)  # parts have equal rows
-            found[name] = ((Piece(stored_bytes(rows, CONFIG_DTYPES[dtype]), dtype),),)
-        return found
+        return router_bands(self._plan, self._rows() if self._plan.config.gate_mode == AUTO else self._drawn())
 
     def _drawn(self) -> dict[int, Rows]:
         """Rows (expert, hidden) of each layer, all drawn anew."""
@@ -91,54 +90,42 @@ class RowMaker:
 
     def _rows(self) -> dict[int, Rows]:
         """Rows (expert, hidden) of each layer: those of kept experts, and fitted ones beside them."""
-        plan = self._plan
-        kept = {n: slot for n, slot in enumerate(plan.slots) if isinstance(slot, Kept)}
-        rows = {
-            layer: stored_rows(plan.mixture, layer, [slot.numbers[layer] for slot in kept.values()])
-            for layer in plan.mixture.moe_layers
+        plan, mixture = self._plan, self._plan.mixture
+        stored = [slot for slot in plan.slots if not isinstance(slot, Added)]
+        if len(stored) < len(plan.slots):
+            return self._added()
+        known: dict[int, Rows] = {
+            layer: np.concatenate([self._stored(slot, layer) for slot in stored]) for layer in mixture.moe_layers
         }
-        if not plan.new:
-            return refitted_rows(self._pass, rows, self._documents, plan.config.experts_per_token)
-        foreign = {n: slot for n, slot in plan.new.items() if isinstance(slot, Foreign)}
-        new = self._joined(rows, kept, foreign) if foreign else self._added()
-        placed = {}
-        for layer, own in rows.items():
-            placed[layer] = np.empty((len(plan.slots), plan.mixture.hidden), np.float32)
-            placed[layer][list(kept)] = own
-            placed[layer][list(plan.new)] = new[layer]
-        return placed
-
-    def _joined(
-        self, rows: Mapping[int, Rows], kept: Mapping[int, Kept], foreign: Mapping[int, Foreign]
-    ) -> Mapping[int, Rows]:
-        """Rows (new expert, hidden) of each layer for experts of another mixture; moved where text says how far."""
-        theirs = {
-            layer: np.concatenate([stored_rows(slot.other, layer, [slot.number]) for slot in foreign.values()])
-            for layer in rows
-        }
-        documents = tuple([text for n in part for text in self._documents[n]] for part in (kept, foreign))
+        foreign = [number for number, slot in enumerate(plan.slots) if isinstance(slot, Foreign)]
+        if not foreign:
+            per_token = mixture.experts_per_token * copies(plan.slots), plan.config.experts_per_token
+            return refitted_rows(self._pass, known, self._documents, per_token, mixture.family.scoring)
+        own = [number for number in range(len(plan.slots)) if number not in foreign]
+        documents = tuple([text for number in part for text in self._documents[number]] for part in (own, foreign))
         if not all(documents):
-            return theirs
-        return joined_rows(self._pass, rows, theirs, (documents[0], documents[1]))
+            return known
+        return joined_rows(self._pass, known, foreign, (documents[0], documents[1]), mixture.family.scoring)
+
+    def _stored(self, slot: Kept | Foreign, layer: int) -> Rows:
+        """The row (1, hidden) that an expert of a mixture has there."""
+        if isinstance(slot, Foreign):
+            return stored_rows(slot.other, layer, [slot.number])
+        return stored_rows(self._plan.mixture, layer, [slot.numbers[layer]])
 
     def _added(self) -> dict[int, Rows]:
-        """Rows (new expert, hidden) of each layer for experts from dense models."""
+        """Rows (expert, hidden) of each layer, of which those of new experts are fitted."""
         plan = self._plan
-        order = sorted(plan.new, key=lambda number: not self._documents[number])  # those with text first
-        experts = [self._expert(n) for n, slot in enumerate(plan.slots) if isinstance(slot, Kept)]
         request = AddedExperts(
-            mixture=self._pass.mixture,
-            experts=(*experts, *map(self._expert, order)),
+            mixture=self._mixture,
+            experts=tuple(map(self._expert, range(len(plan.slots)))),
             experts_per_token=plan.config.experts_per_token,
             base=trained_from(plan.folder),
-            tokens_per_expert=self._pass.tokens_per_expert,
             lambda_=plan.config.router.lambda_,
-            seed=self._seed,
         )
-        made = added_rows(request, self._pass.device, self._pass.compute_dtype, self._pass.progress)
+        made = added_rows(request, self._pass)
         self.report = made.report
-        back = [order.index(number) for number in plan.new]
-        return {layer: rows[back] for layer, rows in made.rows.items()}
+        return dict(made.rows)
 
     def _expert(self, number: int) -> EditedExpert:
         slot = self._plan.slots[number]

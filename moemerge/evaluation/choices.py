@@ -1,6 +1,7 @@
 """What one layer's router chooses while windows of text pass through the layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +32,35 @@ class Choice:
     """Router inputs (token, hidden)."""
 
 
-class RouterWatcher:
-    """A watcher of one layer's router: what enters it, and what it chooses."""
+class _Reached(Exception):  # noqa: N818
+    """The states have come to the router, and need go no further."""
 
-    def __init__(  # noqa: PLR0917
-        self,
-        mixture: MixtureModel,
-        layer: Any,
-        module: Any,
-        index: int,
-        rows: torch.Tensor,
-        entered: Callable[[int, int, torch.Tensor], None],
-    ) -> None:
+
+def router_inputs(layer: Any, module: Any, batch: Batch, index: int) -> torch.Tensor:
+    """Pass a batch through a layer as far as its router; returns what enters there (sequence, position, hidden).
+
+    The batch stays as it is.
+    """
+    seen: list[torch.Tensor] = []
+
+    def stop(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        with suppress(_Reached):
+            run_layer(layer, batch, index)
+    finally:
+        handle.remove()
+    return seen[0].reshape(*batch.ids.shape, -1).float().cpu()
+
+
+class RouterWatcher:
+    """A watcher of what one layer's router chooses."""
+
+    def __init__(self, mixture: MixtureModel, layer: Any, module: Any, index: int, rows: torch.Tensor) -> None:
         self._mixture, self._layer, self._module, self._index, self._rows = mixture, layer, module, index, rows
-        self._entered = entered
         self._absent = mixture.absent(index)
         self._bias, self._factors = mixture.selection_bias(index), mixture.weight_factors(index)
         for name, values in (
@@ -73,7 +89,6 @@ class RouterWatcher:
             logits = inputs @ self._rows.T
             if not logits.isfinite().all():
                 return None
-            self._entered(self._index, window, inputs)
             logits[:, self._absent] = -torch.inf
             per_token, how = self._mixture.per_token(self._index), self._mixture.choosing
             weights, experts = choose(logits, per_token, how, self._bias, self._factors)

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 from moemerge.errors import CheckpointError
-from moemerge.evaluation.choices import Choice, RouterWatcher
+from moemerge.evaluation.choices import Choice, RouterWatcher, router_inputs
 from moemerge.evaluation.losses import token_losses
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.families.layer_names import layer_prefix
@@ -114,25 +114,34 @@ def read_router_inputs(
     mixture: MixtureModel,
     windows: Sequence[Window],
     compute: Compute,
-    entered: Callable[[int, int, torch.Tensor], None],
+    entered: Callable[[int, torch.Tensor], None],
+    *,
+    rows: Callable[[int], torch.Tensor | None],
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:
-    """Run a mixture's layers for what enters its routers; what follows the last layer is not run.
+    """Run a mixture's layers for what enters its routers, whose rows may be made of that; the head is not run.
 
     Args:
         mixture: the mixture to run.
         windows: the windows of text.
         compute: the device and dtype to run in.
-        entered: called with the number of each layer with a router, that of each window, and the states (token, hidden)
-            in float32 that enter the router there.
-        progress: called with the layers done and all there are, before the next layer is run.
+        entered: called in each layer with a router with the number of each window, and the states (token, hidden) in
+            float32 that enter the router there.
+        rows: called with the number of each layer with a router when all windows have come that far; the rows (expert,
+            hidden) that it returns take the place of the router's before the windows pass through. None leaves it.
+        progress: called with the layers done and all there are.
 
     Raises:
         CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
     """
     passing = _Pass(mixture.runnable, windows, compute, _TOKENS)
     for index, layer in passing.layers(progress):
-        passing.run(index, layer, passing.router(mixture, index, layer, entered))
+        if mixture.router(index) in mixture.runnable.shapes:
+            passing.enter(mixture, index, layer, entered)
+            made = rows(index)
+            if made is not None:
+                passing.replace(mixture.router(index), made)
+        passing.run(index, layer)
 
 
 class _Pass:
@@ -173,20 +182,36 @@ class _Pass:
         yield layer
         layer.to("meta")
 
-    def router(
-        self,
-        mixture: MixtureModel | None,
-        index: int,
-        layer: Any,
-        entered: Callable[[int, int, torch.Tensor], None] = lambda _layer, _window, _states: None,
-    ) -> RouterWatcher | None:
+    def router(self, mixture: MixtureModel | None, index: int, layer: Any) -> RouterWatcher | None:
         """A watcher of the router in a layer of the mixture that the model is; None where the layer has none."""
         if mixture is None or mixture.router(index) not in self._model.shapes:
             return None
-        path = path_in_memory(self.whole, mixture.router(index))
-        module = self.whole.get_submodule(path.rpartition(".")[0])
         rows = self._model.read(mixture.router(index)).float()
-        return RouterWatcher(mixture, layer, module, index, rows, entered)
+        return RouterWatcher(mixture, layer, self._router_module(mixture, index), index, rows)
+
+    def _router_module(self, mixture: MixtureModel, index: int) -> Any:
+        path = path_in_memory(self.whole, mixture.router(index))
+        return self.whole.get_submodule(path.rpartition(".")[0])
+
+    def enter(
+        self, mixture: MixtureModel, index: int, layer: Any, entered: Callable[[int, torch.Tensor], None]
+    ) -> None:
+        """Pass all batches through a layer as far as its router, and call `entered` with what enters there."""
+        module = self._router_module(mixture, index)
+        for part, batch in zip(self.places, self.batches, strict=True):
+            states = router_inputs(layer, module, batch, index)
+            for row, window in enumerate(part):
+                inputs = states[row, : len(self._windows[window].ids)]
+                if not all_finite(inputs):
+                    raise self._not_finite(index)
+                entered(window, inputs)
+
+    def replace(self, name: str, values: torch.Tensor) -> None:
+        """Put other values, rounded as the tensor's own are, in the place of a tensor of the layer in memory."""
+        if broken := not_finite_in(name, values):
+            raise CheckpointError(f"{self._model.name}: {broken}.")
+        rounded = values.to(self._model.read(name).dtype)
+        load_tensors(self.whole, {name: cast(rounded, self._compute.dtype)}, self._compute.device)
 
     def run(
         self,
@@ -203,9 +228,12 @@ class _Pass:
             else:
                 run_layer(layer, batch, index)
             if choices is None or not batch.is_finite:
-                raise _not_finite(self._model, f"layer {index}", self._model.names(index), self._compute.dtype)
+                raise self._not_finite(index)
             for choice in choices:
                 chosen(choice)
+
+    def _not_finite(self, index: int) -> CheckpointError:
+        return _not_finite(self._model, f"layer {index}", self._model.names(index), self._compute.dtype)
 
 
 def _not_finite(model: Runnable, place: str, names: Iterable[str], dtype: torch.dtype) -> CheckpointError:

@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.config.schema import Expert
 from moemerge.editing.added_routers import AddedExperts, EditedExpert, added_rows
-from moemerge.editing.router_inputs import encode_documents, visit_router_inputs
+from moemerge.editing.planner import plan_edit
+from moemerge.editing.preview import preview
+from moemerge.editing.router_inputs import RowPass, encode_documents, visit_router_inputs
 from moemerge.editing.texts import readable_documents
-from moemerge.evaluation.runnable import open_mixture
+from moemerge.evaluation.runnable import MixtureModel, open_mixture
 from moemerge.families.dense import ModelTensors, read_dense
 from moemerge.passes.compute_dtype import Compute
+from moemerge.routers.added_rows import KeptRows, fit_added_rows, label_added
 from moemerge.routers.prompts import NEUTRAL, NEUTRAL_TEXT
 from moemerge.sources.model_folder import open_model, read_tensor_table
 from tests.support.models import load, make_model
@@ -62,8 +66,18 @@ def request_of(mixture, models, texts=TEXTS, **keys) -> AddedExperts:
     return AddedExperts(mixture, (experts[0], new, experts[1]), 2, tensors_of(models[0]), **keys)
 
 
-def add(request: AddedExperts):
-    return added_rows(request, "cpu", "float32", lambda *_: None)
+def result_of(mixture, models, rows=None) -> MixtureModel:
+    """The mixture of `request_of`, with routers of zeros, or of rows by layer."""
+    own = str(mixture.folder)
+    experts = [{"source_model": source} for source in (f"{own}#0", str(models[3]), f"{own}#1")]
+    plan = plan_edit(load_config({"base_model": own, "experts": experts}))
+    unmade = np.zeros((3, 32), np.float32)
+    return preview(mixture, plan, rows or dict.fromkeys(mixture.moe_layers, unmade))
+
+
+def add(request: AddedExperts, models):
+    reading = RowPass(result_of(request.mixture, models), "cpu", "float32", lambda *_: None)
+    return added_rows(request, reading)
 
 
 def inputs_of(mixture, documents):
@@ -104,41 +118,62 @@ def test_router_inputs_are_those_of_transformers_own_mixture(mixtures):
 @pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
 def test_text_of_a_new_expert_goes_to_it(mixtures, models, family):
     mixture = mixtures[family]
-    made = add(request_of(mixture, models, lambda_=0.01))
+    made = add(request_of(mixture, models, lambda_=0.01), models)
     assert list(made.rows) == mixture.moe_layers
-    for layer, (states, _, inputs) in inputs_of(mixture, TEXTS).items():
-        kept = mixture.runnable.read(mixture.router(layer)).float()
-        logits = states @ torch.cat([kept, torch.from_numpy(made.rows[layer])]).T
+    result = result_of(mixture, models, made.rows)
+    for layer, (states, _, inputs) in inputs_of(result, TEXTS).items():
+        assert torch.equal(
+            torch.from_numpy(made.rows[layer][[0, 2]]), mixture.runnable.read(mixture.router(layer)).float()
+        )
+        logits = states @ torch.from_numpy(made.rows[layer]).T
         own = inputs.expert == 2
-        assert float((logits[own].argmax(dim=1) == 2).float().mean()) > 0.9
-        assert float((logits[(inputs.expert >= 0) & ~own].argmax(dim=1) == 2).float().mean()) < 0.2
+        assert float((logits[own].argmax(dim=1) == 1).float().mean()) > 0.9
+        assert float((logits[(inputs.expert >= 0) & ~own].argmax(dim=1) == 1).float().mean()) < 0.2
     (report,) = made.report
     assert report.name == "new"
     assert 0 <= report.first <= report.chosen <= 1
     assert 0 <= report.taken <= 1
 
 
+def test_rows_are_made_of_what_enters_the_routers_of_the_result(mixtures, models):
+    """Text that is labelled for the new expert passes through it in earlier layers."""
+    mixture = mixtures["mixtral"]
+    made = add(replace(request_of(mixture, models), base=None), models)
+    result = result_of(mixture, models, made.rows)
+    seen = {}
+
+    def refit(inputs):
+        kept = KeptRows(mixture.runnable.read(mixture.router(inputs.layer)).float(), "softmax")
+        first = kept.rows.mean(dim=0)[None]
+        seen[inputs.layer] = fit_added_rows(kept, first, label_added(inputs, 2, None)[0])[0]
+
+    prompts = encode_documents(result, TEXTS, tokens=4096, seed=0)
+    visit_router_inputs(result, prompts, CPU, refit, lambda *_: None)
+    for layer, rows in made.rows.items():
+        assert torch.allclose(torch.from_numpy(rows[1]), seen[layer], rtol=1e-2, atol=1e-2)
+
+
 def test_a_new_expert_without_text_has_what_its_weights_say(mixtures, models):
     mixture = mixtures["mixtral"]
-    made = add(request_of(mixture, models, texts=(*TEXTS[:2], [])))
+    made = add(request_of(mixture, models, texts=(*TEXTS[:2], [])), models)
     (report,) = made.report
     assert (report.first, report.chosen, report.taken) == (None, None, None)
     for layer, rows in made.rows.items():
         mean = mixture.runnable.read(mixture.router(layer)).float().mean(dim=0)
-        assert rows.shape == (1, 32)
-        assert not torch.allclose(torch.from_numpy(rows[0]), mean, atol=1e-3)
+        assert rows.shape == (3, 32)
+        assert not torch.allclose(torch.from_numpy(rows[1]), mean, atol=1e-3)
 
 
 def test_an_expert_that_neither_text_nor_weights_describe_has_the_mean_of_the_kept_rows(mixtures, models):
     mixture = mixtures["mixtral"]
-    made = add(replace(request_of(mixture, models, texts=(*TEXTS[:2], [])), base=None))
+    made = add(replace(request_of(mixture, models, texts=(*TEXTS[:2], [])), base=None), models)
     for layer, rows in made.rows.items():
         mean = mixture.runnable.read(mixture.router(layer)).float().mean(dim=0)
-        assert torch.allclose(torch.from_numpy(rows[0]), mean, atol=1e-6)
+        assert torch.allclose(torch.from_numpy(rows[1]), mean, atol=1e-6)
 
 
 def test_one_document_is_not_judged(mixtures, models):
-    made = add(request_of(mixtures["mixtral"], models, texts=(*TEXTS[:2], TEXTS[2][:1])))
+    made = add(request_of(mixtures["mixtral"], models, texts=(*TEXTS[:2], TEXTS[2][:1])), models)
     assert made.report[0].first is None
 
 

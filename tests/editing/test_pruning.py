@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from moemerge.checkpoint.derived import read_values
 from moemerge.editing.plan import EditPlan
+from moemerge.editing.preview import preview, router_bands
 from moemerge.editing.pruning.choice import PruneRequest, check_keep, choose_kept
 from moemerge.editing.pruning.group_rows import row_of_group
-from moemerge.editing.pruning.pruned_plan import plan_pruning, preview, router_bands
+from moemerge.editing.pruning.pruned_plan import plan_pruning
 from moemerge.editing.pruning.pruner import Decision, decide
 from moemerge.editing.pruning.saliency import Saliency
 from moemerge.editing.writing import write_edit

@@ -1,28 +1,17 @@
-"""A pruned mixture: its plan, its routers, and the model that it will be, which runs before anything is written."""
+"""The plan of a pruned mixture."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from moemerge.checkpoint.numbers import stored_bytes
-from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig
 from moemerge.config.yaml_text import write_yaml
-from moemerge.dtypes import CONFIG_DTYPES, HeaderDType
 from moemerge.editing.changes import Changes, edit_document
 from moemerge.editing.plan import EditPlan
 from moemerge.editing.planner import plan_edit
 from moemerge.editing.pruning.choice import Pruning
-from moemerge.evaluation.runnable import MixtureModel, stored
-from moemerge.export.planned_tensors import Planned
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.options import PlanOptions
-
-Rows = Mapping[int, NDArray[np.float32]]
 
 
 def plan_pruning(
@@ -77,32 +66,3 @@ def _made_of(pruning: Pruning, layer: int, place: int) -> int | dict[int, float]
     number = pruning.kept[layer][place]
     shares = pruning.shares[layer].get(number, {})
     return {number: shares[number], **shares} if len(shares) > 1 else number
-
-
-def router_bands(plan: EditPlan, rows: Rows) -> dict[str, tuple[Band, ...]]:
-    """The routers (kept expert, hidden) of a plan, by name."""
-    found: dict[str, tuple[Band, ...]] = {}
-    for name, computed in plan.computed.items():
-        dtype = plan.mixture.router(computed.layer).dtype
-        found[name] = ((Piece(stored_bytes(rows[computed.layer], CONFIG_DTYPES[dtype]), dtype),),)
-    return found
-
-
-def preview(whole: MixtureModel, plan: EditPlan, rows: Rows) -> MixtureModel:
-    """The mixture that a plan will write, to be run without it."""
-    routers = router_bands(plan, rows)
-    tensors = {}
-    for name, output in plan.outputs.items():
-        bands = routers.get(name, output.bands)
-        dtype: HeaderDType = bands[0][0].dtype if bands else plan.mixture.tensors[name].dtype
-        tensors[name] = replace(Planned(name, dtype, output.shape, bands, 0).tensor(), name=name)
-    keys = {key: plan.output_config.get(key, value) for key, value in whole.runnable.keys.items()}
-    names = plan.config.expert_names
-    runnable = stored("the pruned mixture", whole.family.model_type, keys, tensors, "model.embed_tokens.weight")
-    return replace(
-        whole,
-        runnable=runnable,
-        experts=names,
-        experts_per_token=plan.config.experts_per_token,
-        tensors=tensors,
-    )

@@ -9,7 +9,6 @@ from moemerge.chats import Document
 from moemerge.checkpoint.derived import read_values
 from moemerge.editing.pruning.choice import PruneRequest, Pruning, check_keep, choose_kept, equal_groups
 from moemerge.editing.pruning.group_rows import fit_rows
-from moemerge.editing.pruning.pruned_plan import Rows
 from moemerge.editing.pruning.saliency import Saliency, measure_saliency
 from moemerge.editing.pruning.similarity import Similarity, measure_similarity
 from moemerge.evaluation.domain_texts import Texts
@@ -18,6 +17,7 @@ from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.progress import Progress, Task
+from moemerge.routers.rows import Rows
 
 # Share of its weights that a token may give to other FFNs before fewer experts per token are worth a change.
 _NOTICEABLE: Final = 0.01
@@ -31,7 +31,7 @@ class Decision:
     saliency: Saliency
     similarity: Similarity
     pruning: Pruning
-    rows: Rows
+    rows: Mapping[int, Rows]
     """Router rows (kept expert, hidden) of each layer; empty where those of the kept experts stay as they are."""
 
 
