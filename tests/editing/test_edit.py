@@ -335,3 +335,22 @@ def test_a_shared_expert_can_become_one_that_is_chosen(tmp_path, run):
     width = old["model.layers.0.shared_mlp.output_linear.weight"].shape[1]
     found = new["model.layers.0.block_sparse_moe.output_linear.weight"][1][:, :width]
     assert torch.equal(found, old["model.layers.0.shared_mlp.output_linear.weight"])
+
+
+def test_experts_of_dense_models_and_of_another_mixture_join_at_once(mixture, llamas, tmp_path, run, capsys):
+    make_model(tmp_path / "base", 7)
+    config = write_config(tmp_path / "merge.yaml", tmp_path / "base", [llamas[3], llamas[0]], prompts=False)
+    merge(plan_merge(load_config(config)), tmp_path / "other")
+    capsys.readouterr()  # of transformers, which made the base
+    sources = [f"{mixture}#fox", f"{tmp_path / 'other'}#1", str(llamas[2]), f"{mixture}#chat"]
+    prompts = [["The fox jumps"], ["une souris verte"], ["def main(argv):"], ["Hello there"]]
+    experts = [{"source_model": source, "positive_prompts": own} for source, own in zip(sources, prompts, strict=True)]
+    (tmp_path / "edit.yaml").write_text(yaml.safe_dump({"base_model": str(mixture), "experts": experts}))
+    assert run(tmp_path / "edit.yaml", tmp_path / "out", "-q")[0] == 0
+    old, new = stored(mixture), stored(tmp_path / "out")
+    router = "model.layers.{}.block_sparse_moe.gate.weight"
+    for layer in range(3):
+        kept, made = old[router.format(layer)], new[router.format(layer)]
+        assert torch.equal(made[[0, 3]], kept[[1, 3]])
+        assert made[1:3].norm(dim=1).min() > 0
+        assert not torch.equal(made[1], made[2])
