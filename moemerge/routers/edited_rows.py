@@ -13,10 +13,9 @@ from moemerge.families.family import Scoring
 from moemerge.routers.added_rows import KeptRows
 from moemerge.routers.fitting import Labelled
 from moemerge.routers.logistic import descend
-from moemerge.routers.scoring import even_direction, log_scores, top_weights
+from moemerge.routers.scoring import log_scores, top_weights
 
 _LARGEST_FACTOR: Final = 64.0
-_LARGEST_BIAS: Final = 200.0
 _STEPS: Final = 50
 # Sigmoids that are this large on average are not lowered, and no longer grow like exponentials.
 _SATURATED: Final = 0.5
@@ -82,23 +81,6 @@ def part_offset(first: KeptRows, second: KeptRows, data: Labelled) -> torch.Tens
         return slope * (scores.softmax(dim=1) * torch.sigmoid(-logits - moved)).sum(dim=1, keepdim=True)
 
     return descend(data, misses, 1, accelerated=True)[0]
-
-
-def even_offset(first: KeptRows, second: KeptRows, states: torch.Tensor) -> torch.Tensor:
-    """Make the offset (hidden,) of `part_offset` without text of the experts, from neutral states (token, hidden).
-
-    It is a bias along an even direction, with which each part takes as much of the text as it has experts. It cannot
-    say which text is for which part.
-    """
-    direction = even_direction(states)
-    wanted = len(second.rows) / (len(first.rows) + len(second.rows))
-    first_score, logits, along = first.log_score(states), states @ second.rows.T, (states @ direction)[:, None]
-    low, high = -_LARGEST_BIAS, _LARGEST_BIAS
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        score = log_scores(logits + middle * along, second.scoring).logsumexp(dim=1)
-        low, high = (middle, high) if torch.sigmoid(score - first_score).mean() < wanted else (low, middle)
-    return low * direction
 
 
 @dataclass(frozen=True)

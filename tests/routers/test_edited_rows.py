@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moemerge.routers.added_rows import KeptRows
-from moemerge.routers.edited_rows import even_offset, part_offset, redistribution, refit_scale, scaled_rows
+from moemerge.routers.edited_rows import part_offset, redistribution, refit_scale, scaled_rows
 from moemerge.routers.fitting import Labelled
 from moemerge.routers.logistic import solve
 from moemerge.routers.scoring import lowering, top_weights
@@ -109,16 +109,6 @@ def test_two_routers_divide_tokens_rightly_and_choose_within_as_before(scoring):
     assert float((joined.argmax(dim=1) == right).float().mean()) > 0.95
     assert float((alone.argmax(dim=1) == right).float().mean()) < 0.9
     assert torch.equal(joined[:, 2:].argmax(dim=1), alone[:, 2:].argmax(dim=1))
-
-
-def test_two_routers_without_text_take_as_much_as_they_have_experts():
-    states, expert = tokens()
-    first, second = (KeptRows(part(states, expert, at, n), "softmax") for at, n in ((0, 2), (2, 4)))
-    offset = even_offset(first, second, states)
-    share = (
-        torch.cat([states @ first.rows.T, states @ (second.rows + offset).T], dim=1).softmax(dim=1)[:, 2:].sum(dim=1)
-    )
-    assert float(share.mean()) == pytest.approx(4 / 6, abs=1e-3)
 
 
 def test_the_weight_of_dropped_experts_goes_to_those_that_take_their_place():
