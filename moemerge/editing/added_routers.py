@@ -13,7 +13,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.editing.router_inputs import RowPass
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.families.dense import ModelTensors, Role
-from moemerge.routers.added_rows import KeptRows, first_rows, fit_added_rows, label_added
+from moemerge.routers.added_rows import KeptRows, first_rows, fit_added_rows, label_added, sharpened
 from moemerge.routers.fitting import Labelled, fold
 from moemerge.routers.pass_inputs import RouterInputs
 from moemerge.routers.prior import compared, ffn_response, neutral_states
@@ -155,8 +155,12 @@ class _Layer:
         """Rows (new expert, hidden)."""
         rows = self._first.clone()
         if self._described:
-            rows[self._described] = fit_added_rows(self._kept, self._first[self._described], self._label()[0])
+            rows[self._described] = self._fit(self._label()[0])
         return rows
+
+    def _fit(self, data: Labelled) -> torch.Tensor:
+        """Rows of the experts that have text."""
+        return sharpened(self._kept, fit_added_rows(self._kept, self._first[self._described], data), data)
 
     def judge(self) -> torch.Tensor:
         """The figures (new expert, 3) of `AddedReport` by rows made without each document; NaN where there are none."""
@@ -174,8 +178,7 @@ class _Layer:
         known = len(self._kept.rows)
         for part in range(int(folds.max()) + 1):
             held = folds == part
-            made = fit_added_rows(self._kept, self._first[self._described], data.part(~held))
-            logits[held, known:] = data.states[held] @ made.T
+            logits[held, known:] = data.states[held] @ self._fit(data.part(~held)).T
         count = min(self._request.experts_per_token, logits.shape[1])
         choices = top_weights(logits, count, self._kept.scoring)[1]
         others = choices[(label == 0) & (self._inputs.expert[chosen] >= 0)]

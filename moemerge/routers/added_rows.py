@@ -96,6 +96,25 @@ def fit_added_rows(kept: KeptRows, first: torch.Tensor, data: Labelled) -> torch
     return start + descend(data, misses, len(start), accelerated=True)
 
 
+def sharpened(kept: KeptRows, rows: torch.Tensor, data: Labelled) -> torch.Tensor:
+    """Move fitted rows (new expert, hidden) away from the mean of the kept rows, at most to twice as far.
+
+    Rows at the smallest cross-entropy miss too many tokens of their own for the mixture's loss. A row goes as far as it
+    takes its own tokens: by their mean share `s`, it is `2 s` times as far from the mean as before. An expert that
+    shares all its tokens with another has one half of them, and keeps its row.
+
+    Args:
+        kept: the rows that stay.
+        rows: the rows from `fit_added_rows`.
+        data: the tokens that these were fitted to.
+    """
+    scores = torch.cat([kept.log_score(data.states)[:, None], log_scores(data.states @ rows.T, kept.scoring)], dim=1)
+    own = data.targets[:, 1:] * data.weights[:, None]
+    taken = (own * scores.softmax(dim=1)[:, 1:]).sum(dim=0) / own.sum(dim=0)
+    mean = kept.rows.mean(dim=0)
+    return mean + (2 * taken).clamp_min(1.0)[:, None] * (rows - mean)
+
+
 def label_added(inputs: RouterInputs, known: int, lambda_: float | None) -> tuple[Labelled, torch.Tensor]:
     """Label tokens by the kept experts together, or by each new one that has text; also return which tokens (token,).
 

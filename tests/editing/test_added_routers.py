@@ -16,7 +16,7 @@ from moemerge.editing.texts import readable_documents
 from moemerge.evaluation.runnable import MixtureModel, open_mixture
 from moemerge.families.dense import ModelTensors, read_dense
 from moemerge.passes.compute_dtype import Compute
-from moemerge.routers.added_rows import KeptRows, fit_added_rows, label_added
+from moemerge.routers.added_rows import KeptRows, fit_added_rows, label_added, sharpened
 from moemerge.routers.prompts import NEUTRAL, NEUTRAL_TEXT
 from moemerge.sources.model_folder import open_model, read_tensor_table
 from tests.support.models import load, make_model
@@ -145,7 +145,8 @@ def test_rows_are_made_of_what_enters_the_routers_of_the_result(mixtures, models
     def refit(inputs):
         kept = KeptRows(mixture.runnable.read(mixture.router(inputs.layer)).float(), "softmax")
         first = kept.rows.mean(dim=0)[None]
-        seen[inputs.layer] = fit_added_rows(kept, first, label_added(inputs, 2, None)[0])[0]
+        data, _ = label_added(inputs, 2, None)
+        seen[inputs.layer] = sharpened(kept, fit_added_rows(kept, first, data), data)[0]
 
     prompts = encode_documents(result, TEXTS, tokens=4096, seed=0)
     visit_router_inputs(result, prompts, CPU, refit, lambda *_: None)

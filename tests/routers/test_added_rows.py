@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moemerge.routers.added_rows import KeptRows, first_rows, fit_added_rows, label_added
+from moemerge.routers.added_rows import KeptRows, first_rows, fit_added_rows, label_added, sharpened
 from moemerge.routers.fitting import Labelled
 from moemerge.routers.logistic import solve
 from moemerge.routers.pass_inputs import RouterInputs
@@ -105,11 +105,28 @@ def test_an_expert_for_the_same_text_as_a_kept_one_shares_it():
     mine[TOKENS:] = True
     twice = World(twice.states[mine], twice.expert[mine])
     kept = KeptRows(joint(given)[:3], "softmax")
-    row = fit_added_rows(kept, first_rows(kept, None, twice.states, 1), label_added(inputs_of(twice), 3, None)[0])
+    data, _ = label_added(inputs_of(twice), 3, None)
+    row = sharpened(kept, fit_added_rows(kept, first_rows(kept, None, twice.states, 1), data), data)
     shared = given.states[given.expert == 2]
     share = (shared @ torch.cat([kept.rows, row]).T).softmax(dim=1).mean(dim=0)
     assert float(share[3]) == pytest.approx(0.5, abs=0.05)
     assert float(share[2]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_rows_are_sharpened_as_far_as_they_take_their_own_tokens():
+    factors = []
+    for apart in (0.2, 1.0, 3.0):
+        given = world(apart)
+        kept = KeptRows(joint(given)[:3], "softmax")
+        data, _ = label_added(inputs_of(given), 3, 0.05)
+        row = fit_added_rows(kept, first_rows(kept, None, given.states, 1), data)
+        own = given.states[given.expert == 3] @ torch.cat([kept.rows, row]).T
+        share, mean = float(own.softmax(dim=1)[:, 3].mean()), kept.rows.mean(dim=0)
+        factors.append(max(1.0, 2 * share))
+        assert torch.allclose(sharpened(kept, row, data) - mean, factors[-1] * (row - mean), atol=1e-5)
+    assert factors == sorted(factors)
+    assert factors[0] == 1
+    assert factors[2] > 1.9
 
 
 @pytest.mark.parametrize("lowered", [True, False])
