@@ -113,5 +113,5 @@ def _router(plan: EditPlan, slot: Slot) -> str:
     if plan.config.router.fitted:
         return "fitted to text by prune"
     if isinstance(slot, Kept):
-        return "kept" if not plan.computed or plan.new else "kept, scaled for more per token"
+        return "kept"
     return "its own, moved beside the others'" if isinstance(slot, Foreign) else "fitted beside the others'"

@@ -1,4 +1,4 @@
-"""Router rows that stay in an edited mixture but for a factor on them, or for one row that is added to all."""
+"""Router rows that stay in an edited mixture, but for one row that is added to all of a second mixture's."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,34 +10,10 @@ from moemerge.editing.router_inputs import RowPass
 from moemerge.families.family import Scoring
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.routers.added_rows import KeptRows
-from moemerge.routers.edited_rows import part_offset, refit_scale, scaled_rows
+from moemerge.routers.edited_rows import part_offset
 from moemerge.routers.fitting import Labelled, default_lambda
 from moemerge.routers.pass_inputs import RouterInputs
 from moemerge.routers.rows import Rows
-
-
-def refitted_rows(
-    reading: RowPass,
-    rows: Mapping[int, Rows],
-    documents: Sequence[Sequence[Document]],
-    per_token: tuple[int, int],
-    scoring: Scoring,
-) -> dict[int, Rows]:
-    """Scale kept rows for more experts per token than they were made for; see `refit_scale`.
-
-    Args:
-        reading: the pass.
-        rows: rows (expert, hidden) of each layer.
-        documents: text of each expert; neutral text is read beside it.
-        per_token: experts per token that the rows were made for, and of the result.
-        scoring: how the routers weigh.
-    """
-
-    def scaled(inputs: RouterInputs) -> torch.Tensor:
-        kept = torch.from_numpy(rows[inputs.layer])
-        return scaled_rows(kept, refit_scale(inputs.states @ kept.T, *per_token, scoring))
-
-    return reading.make(documents, scaled)
 
 
 def joined_rows(

@@ -14,7 +14,6 @@ from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.editing.assembly import EditAssembly
 from moemerge.editing.config_keys import edited_config
 from moemerge.editing.fitting import misfits, strangers
-from moemerge.editing.granularity import copies
 from moemerge.editing.groups import group_warnings, twin_warnings
 from moemerge.editing.notes import edit_notes
 from moemerge.editing.plan import EditPlan, specs_of
@@ -80,7 +79,7 @@ def plan_edit(
     shared, parts = _shared_halves(config, mixture, [*found.others.values()]), config.granularity
     width = config.expert_width or max(slot.width(mixture) for slot in slots) // parts
     output_config = edited_config(mixture, len(slots), config.experts_per_token, width, parts)
-    computes = _changes_routers(config, mixture, slots)
+    computes = _changes_routers(config, slots)
     outputs = EditAssembly(mixture, slots, parts, width, computes, shared).outputs()
     sources = tuple(source for source, _ in found.tables.values())
     notes = edit_notes(mixture, slots, width, parts, computes=computes)
@@ -114,10 +113,9 @@ def _with_experts_per_token(config: MergeConfig, mixture: StoredMixture) -> Merg
     )
 
 
-def _changes_routers(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> bool:
-    """Whether router rows are computed: of new experts, for more experts per token, or all, drawn anew."""
-    more = config.experts_per_token > mixture.experts_per_token * copies(slots)
-    return more or config.router.fitted or config.gate_mode != AUTO or not all(isinstance(slot, Kept) for slot in slots)
+def _changes_routers(config: MergeConfig, slots: Sequence[Slot]) -> bool:
+    """Whether router rows are computed: of new experts, or all, fitted by `moemerge prune` or drawn anew."""
+    return config.router.fitted or config.gate_mode != AUTO or not all(isinstance(slot, Kept) for slot in slots)
 
 
 def _shared_halves(

@@ -10,8 +10,7 @@ from moemerge.checkpoint.pieces import Band
 from moemerge.config.router_methods import AUTO
 from moemerge.dtypes import ComputeDtype
 from moemerge.editing.added_routers import AddedExperts, AddedReport, EditedExpert, added_rows
-from moemerge.editing.granularity import copies
-from moemerge.editing.kept_routers import joined_rows, refitted_rows, stored_rows
+from moemerge.editing.kept_routers import joined_rows, stored_rows
 from moemerge.editing.plan import EditPlan
 from moemerge.editing.preview import preview, router_bands
 from moemerge.editing.router_inputs import RowPass
@@ -98,9 +97,6 @@ class RowMaker:
             layer: np.concatenate([self._stored(slot, layer) for slot in stored]) for layer in mixture.moe_layers
         }
         foreign = [number for number, slot in enumerate(plan.slots) if isinstance(slot, Foreign)]
-        if not foreign:
-            per_token = mixture.experts_per_token * copies(plan.slots), plan.config.experts_per_token
-            return refitted_rows(self._pass, known, self._documents, per_token, mixture.family.scoring)
         own = [number for number in range(len(plan.slots)) if number not in foreign]
         documents = tuple([text for number in part for text in self._documents[number]] for part in (own, foreign))
         if not all(documents):

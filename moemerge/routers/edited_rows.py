@@ -1,11 +1,10 @@
-"""Kept router rows in an edited mixture: their scale for more experts per token, two routers in one, dropped experts.
+"""Kept router rows in an edited mixture: two routers in one, dropped experts.
 
 All functions work on the router inputs or logits of one layer. Logits are those of experts that are present there.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 
@@ -14,50 +13,6 @@ from moemerge.routers.added_rows import KeptRows
 from moemerge.routers.fitting import Labelled
 from moemerge.routers.logistic import descend
 from moemerge.routers.scoring import log_scores, top_weights
-
-_LARGEST_FACTOR: Final = 64.0
-_STEPS: Final = 50
-# Sigmoids that are this large on average are not lowered, and no longer grow like exponentials.
-_SATURATED: Final = 0.5
-
-
-def refit_scale(logits: torch.Tensor, before: int, after: int, scoring: Scoring) -> float:
-    """Find the factor on a router's rows at which weights of more experts per token are nearest those of fewer.
-
-    Weights `q` of `after` experts are nearest the weights `p` of `before` experts where the mean of `KL(p, q)` is
-    smallest. It is convex in the factor of a softmax, and smallest where the mean logit under `q` is that under `p`;
-    the factor is at least 1. With fewer experts than before it is 1: of all weights of some of the experts, those with
-    the smallest `KL(q, p)` are what these experts had, divided by their sum.
-
-    The factor is for the rows' differences from their mean (`scaled_rows`), since what all rows share only matters to
-    sigmoids, which it lowers; lowered ones weigh as the softmax does. Sigmoids that are not lowered keep their scale,
-    since larger factors saturate them. The factor changes no choice, unless selection biases differ between experts:
-    with such biases it is of no use.
-
-    Args:
-        logits: (token, expert) of any text.
-        before: experts per token that the rows were made for.
-        after: experts per token that they are to be used with.
-        scoring: how the router weighs.
-    """
-    after = min(after, logits.shape[1])
-    if after <= before or (scoring == "sigmoid" and logits.max(dim=1).values.sigmoid().mean() > _SATURATED):
-        return 1.0
-    weights, chosen = top_weights(logits, before, "softmax")
-    wanted = float((weights * logits.gather(1, chosen)).sum(dim=1).double().mean())
-    more = logits.topk(after, dim=1).values
-    low, high = 1.0, _LARGEST_FACTOR
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        mean = float(((more * middle).softmax(dim=1) * more).sum(dim=1).double().mean())
-        low, high = (middle, high) if mean < wanted else (low, middle)
-    return low
-
-
-def scaled_rows(rows: torch.Tensor, factor: float) -> torch.Tensor:
-    """Scale the differences of rows (expert, hidden) from their mean."""
-    mean = rows.mean(dim=0)
-    return mean + factor * (rows - mean)
 
 
 def part_offset(first: KeptRows, second: KeptRows, data: Labelled) -> torch.Tensor:

@@ -309,7 +309,9 @@ def test_models_of_another_kind_are_refused_and_strangers_are_warned_of(mixture,
     added = ["--add", f"far={tmp_path / 'stranger'}", "--prompt", "far=item", "--dry-run"]
     code, _, errors = run("edit", mixture, tmp_path / "out", *added)
     assert code == 0
-    assert re.search(r"warning: experts\[4\] \(far\): its FFNs differ from the mixture's by 1[34]\d%; fine-tunes of", errors)
+    assert re.search(
+        r"warning: experts\[4\] \(far\): its FFNs differ from the mixture's by 1[34]\d%; fine-tunes of", errors
+    )
 
 
 def test_copies_of_one_expert_are_warned_of(mixture, tmp_path, run):
@@ -354,3 +356,12 @@ def test_experts_of_dense_models_and_of_another_mixture_join_at_once(mixture, ll
         assert torch.equal(made[[0, 3]], kept[[1, 3]])
         assert made[1:3].norm(dim=1).min() > 0
         assert not torch.equal(made[1], made[2])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_other_numbers_of_experts_per_token_keep_all_rows(mixture, tmp_path, run, count):
+    assert run("edit", mixture, tmp_path / "out", "--top-k", str(count), "-q") == (0, "", "")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts_per_tok"] == count
+    old, new = stored(mixture), stored(tmp_path / "out")
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)

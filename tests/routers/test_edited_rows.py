@@ -1,10 +1,10 @@
-"""Kept rows in an edited mixture: more experts per token, two mixtures in one, experts that are dropped."""
+"""Kept rows in an edited mixture: two mixtures in one, experts that are dropped."""
 
 import pytest
 import torch
 
 from moemerge.routers.added_rows import KeptRows
-from moemerge.routers.edited_rows import part_offset, redistribution, refit_scale, scaled_rows
+from moemerge.routers.edited_rows import part_offset, redistribution
 from moemerge.routers.fitting import Labelled
 from moemerge.routers.logistic import solve
 from moemerge.routers.scoring import lowering, top_weights
@@ -19,63 +19,6 @@ def logits(spread: float = 3.0) -> torch.Tensor:
 def weights_of(given: torch.Tensor, count: int, scoring: str) -> torch.Tensor:
     weights, chosen = top_weights(given, count, scoring)
     return torch.zeros_like(given).scatter_(1, chosen, weights)
-
-
-def distance(given: torch.Tensor, factor: float, before: int, after: int, scoring: str) -> float:
-    """The mean KL divergence of the new weights from the old ones."""
-    mean = given.mean(dim=1, keepdim=True)
-    old = weights_of(given, before, scoring).double()
-    new = weights_of(mean + factor * (given - mean), after, scoring).double()
-    return float(torch.where(old > 0, old * (old.log() - new.log()), 0).sum(dim=1).mean())
-
-
-@pytest.mark.parametrize("after", [3, 4, 6])
-def test_the_scale_of_more_experts_per_token_is_the_best_of_all(after):
-    given = logits(1.0)
-    found = refit_scale(given, 2, after, "softmax")
-    factors = [1 + step / 500 for step in range(2000)]
-    best = min(factors, key=lambda factor: distance(given, factor, 2, after, "softmax"))
-    assert found == pytest.approx(best, abs=0.005)
-    assert distance(given, found, 2, after, "softmax") < distance(given, 1.0, 2, after, "softmax")
-
-
-def test_lowered_sigmoids_have_the_scale_of_the_softmax_that_they_equal():
-    given = logits(1.0) - 7
-    found = refit_scale(given, 2, 4, "sigmoid")
-    assert found == pytest.approx(refit_scale(given, 2, 4, "softmax"))
-    assert distance(given, found, 2, 4, "sigmoid") < distance(given, 1.0, 2, 4, "sigmoid")
-
-
-def test_sigmoids_that_are_not_lowered_keep_their_scale():
-    """Factors would saturate them."""
-    assert refit_scale(logits(1.0), 2, 4, "sigmoid") == 1
-
-
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-def test_fewer_experts_per_token_keep_the_scale(scoring):
-    """What is left of the weights, divided by its sum, is nearest to them of all weights of the same experts."""
-    given = logits() - 7
-    assert refit_scale(given, 4, 2, scoring) == 1
-    old, new = weights_of(given, 4, scoring).double(), weights_of(given, 2, scoring).double()
-
-    def reverse(weights: torch.Tensor) -> float:
-        return float(torch.where(weights > 0, weights * (weights.log() - old.log()), 0).sum(dim=1).mean())
-
-    mean = given.mean(dim=1, keepdim=True)
-    others = [weights_of(mean + factor * (given - mean), 2, scoring).double() for factor in (0.9, 1.1, 2.0)]
-    assert all(reverse(new) < reverse(other) for other in others)
-
-
-def test_more_experts_per_token_than_there_are_count_as_all():
-    assert refit_scale(logits(), 2, 9, "softmax") == refit_scale(logits(), 2, EXPERTS, "softmax")
-    assert refit_scale(logits(), EXPERTS, EXPERTS + 1, "softmax") == 1
-
-
-def test_scaled_rows_keep_what_they_share():
-    rows = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
-    scaled = scaled_rows(rows, 3.0)
-    assert torch.allclose(scaled.mean(dim=0), rows.mean(dim=0), atol=1e-6)
-    assert torch.allclose(scaled[0] - scaled[1], 3 * (rows[0] - rows[1]), atol=1e-5)
 
 
 def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
