@@ -63,7 +63,8 @@ def edit_mixture(
         quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir, keeps_output=True
     ) as console:
         if in_place.undo or in_place.commit:
-            _end_edit(Path(model), out, in_place, experts, quiet=quiet)
+            others = experts != ExpertOptions() or output != EditOutputOptions() or messages.json
+            _end_edit(Path(model), out, in_place, others=others, quiet=quiet)
             return
         if (out is None) != in_place.in_place:
             raise RefusedError(
@@ -74,19 +75,19 @@ def edit_mixture(
         if out is None and not output.dry_run:
             recover(Path(model))
         config = _config_of(model, experts, announcer(console, quiet=quiet))
-        if not (quiet or messages.json):
-            say(config.written)
-        _carry_out(console, config, out, Run(output, running), messages)
+        if in_place.in_place and experts == ExpertOptions():
+            raise RefusedError(f"{model}: nothing says what to change. `moemerge edit --help` lists what can be.")
+        _carry_out(console, config, out, Run(output, running, shows_config=True), messages)
 
 
-def _end_edit(model: Path, out: Path | None, in_place: InPlaceOptions, experts: ExpertOptions, *, quiet: bool) -> None:
+def _end_edit(model: Path, out: Path | None, in_place: InPlaceOptions, *, others: bool, quiet: bool) -> None:
     """Undo the last edit in place, or make it final.
 
     Raises:
         RefusedError: something else is asked for beside it, or there is no such edit.
     """
     word = "--undo" if in_place.undo else "--commit"
-    if out or in_place.in_place or (in_place.undo and in_place.commit) or experts != ExpertOptions():
+    if out or in_place.in_place or (in_place.undo and in_place.commit) or others:
         raise RefusedError(f"{word}: stands alone, after MODEL: `moemerge edit {model} {word}`.")
     if not model.is_dir():
         raise RefusedError(f"{model}: there is no such folder.")
@@ -103,6 +104,8 @@ class Run:
 
     output: EditOutputOptions
     running: RunningOptions
+    shows_config: bool = False
+    """Whether to print the config that says the same as the command line."""
 
 
 def write_from_config(
@@ -209,6 +212,8 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
 
     start, running, max_bytes = time.monotonic(), run.running, shard_bytes(run.output.max_shard_size)
     plan = plan_of(console, config, PlanOptions(max_bytes, out), quiet=messages.quiet)
+    if run.shows_config and not (messages.quiet or messages.json):
+        say(config.written)
     changed = None if out else changed_shards(plan, max_bytes)
     if run.output.dry_run:
         if out:

@@ -56,6 +56,11 @@ def edit_document(
     Raises:
         RefusedError: an option names no expert, or one that is not there any more.
     """
+    if (changes.prompts or changes.texts) and not (changes.add or changes.replace):
+        raise RefusedError(
+            "--prompt, --text: no expert is added or replaced, so nothing is fitted to text. `moemerge tune` trains "
+            "the routers of a mixture."
+        )
     experts = _Experts(mixture, reference, config)
     experts.keep(changes)
     experts.replace(changes.replace)

@@ -35,3 +35,20 @@ def twin_warnings(mixture: StoredMixture, slots: Sequence[Slot], experts_per_tok
             f"{name} is there {most} times with the same router row: its copies are chosen together, and take "
             f"places of other experts. With {most * mixture.experts_per_token} experts per token none is lost"
         )
+
+
+def parted_warnings(mixture: StoredMixture, slots: Sequence[Slot], experts_per_token: int, parts: int) -> Iterator[str]:
+    """Warn if experts were split, and an edit leaves out a part, or lets tokens choose some parts of an expert alone.
+
+    Args:
+        mixture: the mixture that is edited.
+        slots: the experts of the result.
+        experts_per_token: how many of them take each token.
+        parts: the number of parts that each expert was split into; 1 for none.
+    """
+    counted = Counter(slot.numbers[mixture.moe_layers[0]] // parts for slot in slots if isinstance(slot, Kept))
+    if parts > 1 and (experts_per_token % parts or any(count % parts for count in counted.values())):
+        yield (
+            f"the experts of this mixture are {parts} parts each of those that it was split from (granularity), and "
+            "only all parts of one compute what it did: leave out, and let tokens choose, all of them together"
+        )

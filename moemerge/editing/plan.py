@@ -84,9 +84,10 @@ class EditPlan:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Names of the mixture's experts that are in no layer of the result."""
+        """Names of the mixture's experts that are in no layer of the result, and have not been replaced."""
         kept = {number for slot in self.slots if isinstance(slot, Kept) for number in slot.made_of()}
-        return tuple(name for number, name in enumerate(self.mixture.names) if number not in kept)
+        gone = (name for number, name in enumerate(self.mixture.names) if number not in kept)
+        return tuple(name for name in gone if name not in self.config.expert_names)
 
     @property
     def specs(self) -> list[TensorSpec]:

@@ -14,13 +14,13 @@ from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.editing.assembly import EditAssembly
 from moemerge.editing.config_keys import edited_config
 from moemerge.editing.fitting import misfits, strangers
-from moemerge.editing.groups import group_warnings, twin_warnings
+from moemerge.editing.groups import group_warnings, parted_warnings, twin_warnings
 from moemerge.editing.notes import edit_notes
 from moemerge.editing.plan import EditPlan, specs_of
 from moemerge.editing.refusals import fit_problems, foreign_keys
 from moemerge.editing.shared_halves import averaged
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
-from moemerge.editing.texts import unread_text
+from moemerge.editing.texts import described, unread_text
 from moemerge.errors import IncompatibleError, MoemergeError
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
 from moemerge.families.stored_mixture import StoredMixture, number_of
@@ -32,7 +32,7 @@ from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.tokenizer_files import find_base_files
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
 from moemerge.sources.reference import split_expert
-from moemerge.sources.stored_mixtures import is_mixture, read_stored_mixture
+from moemerge.sources.stored_mixtures import is_mixture, kept_config, read_stored_mixture
 
 _ROUNDING: Final = 1e-6
 
@@ -94,13 +94,20 @@ def plan_edit(
         base_files=find_base_files(folder, announce, needed=False),
         origins=_origins(found.tables.values()),
         notes=(*chain(*(source.notes for source in sources)), *notes),
-        warnings=_warnings(config, mixture, slots),
+        warnings=_warnings(config, mixture, slots, kept_config(folder, announce)),
     )
 
 
-def _warnings(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> tuple[str, ...]:
-    twins = twin_warnings(mixture, slots, config.experts_per_token)
-    return (*strangers(slots, mixture), *group_warnings(mixture, slots), *twins, *unread_text(config, slots))
+def _warnings(
+    config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot], before: MergeConfig | None
+) -> tuple[str, ...]:
+    return (
+        *strangers(slots, mixture),
+        *group_warnings(mixture, slots),
+        *twin_warnings(mixture, slots, config.experts_per_token),
+        *parted_warnings(mixture, slots, config.experts_per_token, before.granularity if before else 1),
+        *unread_text(config, described(config, slots, before), slots),
+    )
 
 
 def _with_experts_per_token(config: MergeConfig, mixture: StoredMixture) -> MergeConfig:

@@ -15,7 +15,7 @@ from moemerge.editing.plan import EditPlan
 from moemerge.editing.preview import preview, router_bands
 from moemerge.editing.router_inputs import RowPass
 from moemerge.editing.slots import Added, Foreign, Kept
-from moemerge.editing.texts import documents_of
+from moemerge.editing.texts import described, documents_of
 from moemerge.errors import MoemergeError, RefusedError
 from moemerge.evaluation.runnable import as_model
 from moemerge.families.dense import DenseModel, ModelTensors, read_dense
@@ -61,7 +61,8 @@ class RowMaker:
             self._seed,
             settings.chat_roles,
         )
-        self._documents = [documents_of(plan.config, number, slot) for number, slot in enumerate(plan.slots)]
+        before = kept_config(plan.folder, lambda _: None)
+        self._documents = documents_of(described(plan.config, plan.slots, before), plan.slots)
         self.report: tuple[AddedReport, ...] = ()
         """What the rows of new experts do with text that they were not fitted to."""
 

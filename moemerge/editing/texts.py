@@ -5,8 +5,8 @@ from contextlib import suppress
 
 from moemerge.chats import Document
 from moemerge.config.router_methods import AUTO
-from moemerge.config.schema import Expert, MergeConfig, RoutedExpert
-from moemerge.editing.slots import Kept, Slot
+from moemerge.config.schema import Expert, MergeConfig
+from moemerge.editing.slots import Added, Kept, Slot
 from moemerge.errors import MoemergeError
 from moemerge.texts.documents import find_files, matching_files, read_documents
 
@@ -23,36 +23,67 @@ def readable_documents(expert: Expert) -> list[Document]:
     return found
 
 
-def documents_of(config: MergeConfig, number: int, slot: Slot) -> list[Document]:
-    """Read the text of an expert; of one that the mixture has already, as much of it as is still there.
+def described(config: MergeConfig, slots: Sequence[Slot], before: MergeConfig | None) -> list[Expert]:
+    """What says which text each expert is for: the config, or of one that stays, the config of the mixture before.
+
+    Args:
+        config: the edit.
+        slots: its experts.
+        before: the config that the mixture was made from, where its folder keeps one.
+    """
+    found: list[Expert] = []
+    for expert, slot in zip(config.experts, slots, strict=True):
+        numbers = set(slot.numbers.values()) if isinstance(slot, Kept) else set()
+        own = before and not expert.is_described and len(numbers) == 1 and max(numbers) < len(before.experts)
+        found.append(before.experts[numbers.pop()] if before and own else expert)
+    return found
+
+
+def documents_of(experts: Sequence[Expert], slots: Sequence[Slot]) -> list[list[Document]]:
+    """Read the text of each expert; of one that the mixture has already, as much of it as is still there.
 
     Raises:
         RefusedError: a file that a new expert's text is in is not there, or holds no text.
         SourceError: a data set on the Hub cannot be reached.
     """
-    expert: RoutedExpert = config.experts[number]
-    if isinstance(slot, Kept):
-        return readable_documents(expert)
-    place = f"experts[{number}].positive_texts"
-    return [*expert.positive_prompts, *read_documents(find_files(expert.positive_texts, place))]
+    found = []
+    for number, (expert, slot) in enumerate(zip(experts, slots, strict=True)):
+        if isinstance(slot, Kept):
+            found.append(readable_documents(expert))
+            continue
+        files = find_files(expert.positive_texts, f"experts[{number}].positive_texts")
+        found.append([*expert.positive_prompts, *read_documents(files)])
+    return found
 
 
-def unread_text(config: MergeConfig, slots: Sequence[Slot]) -> Iterator[str]:
-    """Yield what lacks text in an edit whose new experts' rows are fitted, as warnings."""
+def unread_text(config: MergeConfig, experts: Sequence[Expert], slots: Sequence[Slot]) -> Iterator[str]:
+    """Yield what lacks text in an edit whose new experts' rows are fitted, as warnings.
+
+    Args:
+        config: the edit.
+        experts: what says which text each expert is for; see `described`.
+        slots: the experts of the result.
+    """
     names, kept = config.expert_names, [n for n, slot in enumerate(slots) if isinstance(slot, Kept)]
     new = [number for number in range(len(slots)) if number not in kept]
+    fitted = [number for number in new if isinstance(slots[number], Added)]
     if not new or config.gate_mode != AUTO:
         return
-    if not any(readable_documents(config.experts[number]) for number in kept):
+    if fitted and not any(readable_documents(experts[number]) for number in kept):
         yield (
             "no text of the experts that stay is known, so new rows are fitted beside neutral text alone, and may take "
-            "tokens that are not theirs: give some with --text NAME=PATH, also for experts that stay"
+            "tokens that are not theirs: give them positive_texts (--text NAME=PATH)"
         )
-    silent = [names[number] for number in new if not config.experts[number].is_described]
-    if silent:
+    if silent := [names[number] for number in fitted if not experts[number].is_described]:
         yield (
-            f"{', '.join(silent)}: nothing says which text is for it, so its router rows come from its weights alone: "
-            "give prompts or texts with --prompt and --text"
+            f"nothing says which text is for {', '.join(silent)}, so the router rows come from weights alone: give "
+            "positive_prompts or positive_texts (--prompt, --text)"
+        )
+    moved = [number for number in new if number not in fitted]
+    if moved and not all(any(experts[n].is_described for n in part) for part in (kept, moved)):
+        yield (
+            f"text is not known of both mixtures' experts, so {', '.join(names[number] for number in moved)} keep "
+            "router rows that were made beside others, and may take too many tokens or too few: give positive_texts"
         )
     negative = [names[number] for number in new if config.experts[number].negative_prompts]
     negative += [names[number] for number in new if config.experts[number].negative_texts]

@@ -79,7 +79,7 @@ def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tup
         return [], [f"{mixture.folder} does not say what it was merged from: base and experts are left out"]
     base = _unedited(mixture.config.base_model)
     named = [] if base else [(mixture.config.base_model, BASE)]
-    experts = zip(mixture.config.experts, mixture.experts, strict=True)
+    experts = zip(mixture.config.experts, mixture.config.expert_names, strict=True)
     named += [(e.source_model, f"{EXPERT}{name}") for e, name in experts if e.by_layer is None]  # one model in all
     try:
         return base + [open_dense(reference, name, announce) for reference, name in named], []

@@ -365,3 +365,41 @@ def test_other_numbers_of_experts_per_token_keep_all_rows(mixture, tmp_path, run
     old, new = stored(mixture), stored(tmp_path / "out")
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize("word", ["--undo", "--commit"])
+@pytest.mark.parametrize("other", [["--dry-run"], ["--drop", "fox"], ["--json"], ["--overwrite"]])
+def test_what_ends_an_edit_in_place_stands_alone(mixture, run, word, other):
+    assert run("edit", mixture, word, *other) == (
+        2, "", f"error: {word}: stands alone, after MODEL: `moemerge edit {mixture} {word}`.\n",
+    )  # fmt: skip
+
+
+def test_what_would_do_nothing_is_refused(mixture, tmp_path, run):
+    assert run("edit", mixture, "--in-place") == (
+        2, "", f"error: {mixture}: nothing says what to change. `moemerge edit --help` lists what can be.\n",
+    )  # fmt: skip
+    assert run("edit", mixture, tmp_path / "out", "--prompt", "fox=a fox") == (
+        2,
+        "",
+        "error: --prompt, --text: no expert is added or replaced, so nothing is fitted to text. `moemerge tune` trains "
+        "the routers of a mixture.\n",
+    )
+
+
+def test_parts_of_split_experts_belong_together(mixture, tmp_path, run):
+    assert run("edit", mixture, tmp_path / "fine", "--granularity", "2", "-q") == (0, "", "")
+    for flags in (["--drop", "0"], ["--top-k", "3"]):
+        code, _, errors = run("edit", tmp_path / "fine", tmp_path / "out", *flags, "--dry-run", "-q")
+        assert (code, errors) == (
+            0,
+            "warning: the experts of this mixture are 2 parts each of those that it was split from (granularity), and "
+            "only all parts of one compute what it did: leave out, and let tokens choose, all of them together\n",
+        )
+    assert run("edit", tmp_path / "fine", tmp_path / "out", "--drop", "0,1", "--dry-run", "-q")[2] == ""
+
+
+def test_an_expert_that_is_replaced_is_not_left_out(mixture, llamas, tmp_path, run):
+    code, shown, _ = run("edit", mixture, tmp_path / "out", "--replace", f"fox={llamas[2]}", "--dry-run")
+    assert code == 0
+    assert "left out" not in shown
