@@ -47,6 +47,11 @@ def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTE
             f"{folder.reference}: belongs to the Hub's cache, which other programs read, so it is not edited in place. "
             "Write to another folder."
         )
+    if folder.adapters:
+        raise RefusedError(
+            f"{folder.reference}: an adapter changes weights all over the mixture, so it is not merged in place. Write "
+            "to another folder."
+        )
     asked = {"granularity": plan.config.granularity > 1, "expert_width": plan.config.expert_width is not None}
     if keys := [key for key, is_asked in asked.items() if is_asked]:
         raise RefusedError(f"{keys[0]}: changes every expert, so that none stays in place. Write to another folder.")

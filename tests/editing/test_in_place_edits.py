@@ -1,0 +1,62 @@
+"""Edits in place and what stands beside them: cards, other commands on the same folder, and what the config says."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from moemerge import PlanOptions, load_config, merge, plan_merge
+from moemerge.cli import main
+from tests.support.kill_changes import contents
+from tests.support.models import load, write_config
+
+
+@pytest.fixture(scope="module")
+def mixture(llamas, tmp_path_factory) -> Path:
+    """A mixture of four experts with random routers in several shards, called base, fox, code and chat."""
+    root = tmp_path_factory.mktemp("mixture")
+    config = write_config(root / "merge.yaml", llamas[0], llamas, prompts=False)
+    merge(plan_merge(load_config(config), PlanOptions(max_shard_bytes=100_000)), root / "mixture")
+    return root / "mixture"
+
+
+@pytest.fixture
+def model(mixture, tmp_path) -> Path:
+    return shutil.copytree(mixture, tmp_path / "home" / "model")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line; gives the exit code and both outputs."""
+
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run_here
+
+
+def kept(model: Path) -> tuple[str, dict[str, str]]:
+    """The base and the experts that the config in a folder names."""
+    config = load_config(model / "moemerge_config.yaml", allow_identical_experts=True)
+    return config.base_model, dict(zip(config.expert_names, (e.source_model for e in config.experts), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_an_adapter_is_not_merged_in_place(model, tmp_path, run):
+    adapter = tmp_path / "adapter"
+    get_peft_model(load(model), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
+    before = contents(model)
+    assert run("edit", f"{model}+{adapter}", "--in-place", "--drop", "fox", "-q") == (
+        2,
+        "",
+        f"error: {model}+{adapter}: an adapter changes weights all over the mixture, so it is not merged in place. "
+        "Write to another folder.\n",
+    )
+    assert contents(model.parent) == {f"model/{name}": held for name, held in before.items()}
+    assert run("edit", f"{model}+{adapter}", tmp_path / "out", "--drop", "fox", "-q") == (0, "", "")
