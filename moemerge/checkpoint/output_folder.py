@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from moemerge.checkpoint.change_journal import Change
 from moemerge.checkpoint.disk import allow_open_files, limit_of, nearest_folder, shown_bytes
 from moemerge.errors import OutputError, RefusedError
 
@@ -225,6 +226,11 @@ def _check_entries(
         raise RefusedError(
             f"{out}: is not empty ({len(held)} entries, among them {min(e.name for e in held)!r}). "
             f"Choose another output folder, or {'replace this one with --overwrite' if offered else 'remove this one'}."
+        )
+    if Change.read(beside(resolved, UNDO)):
+        raise RefusedError(
+            f"{out}: its last edit in place can still be undone, which could not be once it is replaced. Make it final "
+            f"with `moemerge edit {out} --commit`, or go back with --undo, and replace it then."
         )
     for path in inputs:
         if resolved in path.resolve().parents:

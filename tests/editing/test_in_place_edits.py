@@ -60,3 +60,25 @@ def test_an_adapter_is_not_merged_in_place(model, tmp_path, run):
     )
     assert contents(model.parent) == {f"model/{name}": held for name, held in before.items()}
     assert run("edit", f"{model}+{adapter}", tmp_path / "out", "--drop", "fox", "-q") == (0, "", "")
+
+
+@pytest.mark.parametrize("command", ["edit", "merge", "extract"])
+def test_a_model_whose_edit_can_be_undone_is_not_replaced(mixture, model, tmp_path, run, command):
+    sources = [Path(name) for name in kept(mixture)[1].values()]
+    config = write_config(tmp_path / "merge.yaml", sources[0], sources[1:], prompts=False)
+    words = {
+        "edit": ("edit", mixture, model, "--drop", "chat"),
+        "merge": (config, model),
+        "extract": ("extract", f"{mixture}#chat", model),
+    }[command]
+    assert run("edit", model, "--in-place", "--drop", "fox", "-q") == (0, "", "")
+    before = contents(model.parent)
+    assert run(*words, "--overwrite", "-q") == (
+        2,
+        "",
+        f"error: {model}: its last edit in place can still be undone, which could not be once it is replaced. Make it "
+        f"final with `moemerge edit {model} --commit`, or go back with --undo, and replace it then.\n",
+    )
+    assert contents(model.parent) == before
+    assert run("edit", model, "--commit", "-q") == (0, "", "")
+    assert run(*words, "--overwrite", "-q")[0] == 0
