@@ -150,6 +150,12 @@ def is_unfinished(model: Path) -> bool:
     return change is not None and change.state in {"replacing", "undoing"}
 
 
+def is_being_undone(model: Path) -> bool:
+    """Whether a process was killed while `undo` moved a model's files."""
+    change = Change.read(_work(model))
+    return change is not None and change.state == "undoing"
+
+
 def recover(model: Path) -> bool:
     """Finish what a process that was killed has begun: the model is the old one or the new one then.
 

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.checkpoint.in_place import is_unfinished
+from moemerge.checkpoint.in_place import is_being_undone, is_unfinished
 from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError, SourceError
 from moemerge.file_kinds import FOLDERS, PULL, Kind, what_is
@@ -59,14 +59,19 @@ def no_folder(reference: str, path: Path, *, merged: bool) -> str:
 
 def no_model(reference: str, folder: Path) -> str:
     """Say why a folder without a `config.json` is no model, and what to write in its place."""
-    if what_is(folder) is Kind.ADAPTER:
-        base = _base_of(folder / _ADAPTER)
-        return f"{reference}: is a LoRA adapter, not a model. Write it after its base model: {base}+{reference}."
+    if is_being_undone(folder):
+        return (
+            f"{reference}: going back before an edit of it in place was interrupted while files were moved. `moemerge "
+            f"edit {reference} --undo` ends that."
+        )
     if is_unfinished(folder):
         return (
             f"{reference}: an edit of it in place was interrupted while files were moved. `moemerge edit {reference} "
             "--undo` brings back what it was before; --commit in place of that ends the edit."
         )
+    if what_is(folder) is Kind.ADAPTER:
+        base = _base_of(folder / _ADAPTER)
+        return f"{reference}: is a LoRA adapter, not a model. Write it after its base model: {base}+{reference}."
     names = sorted(path.name for path in islice(folder.iterdir(), _MOST_ENTRIES))
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if ggufs or "gguf" in reference.lower():

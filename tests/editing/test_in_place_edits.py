@@ -1,5 +1,6 @@
 """Edits in place and what stands beside them: cards, other commands on the same folder, and what the config says."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from moemerge import PlanOptions, load_config, merge, plan_merge
+from moemerge.checkpoint import in_place
 from moemerge.cli import main
+from tests.support import kill_edits
 from tests.support.kill_changes import contents
 from tests.support.models import load, write_config
 
@@ -82,3 +85,47 @@ def test_a_model_whose_edit_can_be_undone_is_not_replaced(mixture, model, tmp_pa
     assert contents(model.parent) == before
     assert run("edit", model, "--commit", "-q") == (0, "", "")
     assert run(*words, "--overwrite", "-q")[0] == 0
+
+
+def cut_off(model: Path, monkeypatch, *words: str) -> None:
+    """Run `moemerge edit` in a process of its own that is gone before the third file is moved."""
+    moved = []
+
+    def move(source: Path, target: Path) -> None:
+        if len(moved) == 2:
+            os._exit(9)
+        moved.append(source)
+        source.rename(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(in_place, "_move", move)
+        assert kill_edits.command(model, *words) == 9
+
+
+@pytest.mark.parametrize("command", ["inspect MODEL", "eval MODEL --data a=merge.yaml", "edit MODEL OUT --top-k 1"])
+def test_every_command_says_how_a_change_that_was_cut_off_is_ended(model, tmp_path, run, monkeypatch, command):
+    words = command.replace("MODEL", str(model)).replace("OUT", str(tmp_path / "out")).split()
+    before = contents(model)
+    cut_off(model, monkeypatch, "--in-place", "--drop", "fox")
+    assert run(*words) == (
+        1,
+        "",
+        f"error: {model}: an edit of it in place was interrupted while files were moved. `moemerge edit {model} "
+        "--undo` brings back what it was before; --commit in place of that ends the edit.\n",
+    )
+    assert run("edit", model, "--commit", "-q") == (0, "", "")
+    assert len(load_config(model / "moemerge_config.yaml").experts) == 3
+    assert contents(model.parent) == {f"model/{name}": held for name, held in contents(model).items()}
+
+    after = contents(model)
+    assert after.keys() != before.keys()
+    assert run("edit", model, "--in-place", "--drop", "chat", "-q") == (0, "", "")
+    cut_off(model, monkeypatch, "--undo")
+    assert run(*words) == (
+        1,
+        "",
+        f"error: {model}: going back before an edit of it in place was interrupted while files were moved. `moemerge "
+        f"edit {model} --undo` ends that.\n",
+    )
+    assert run("edit", model, "--undo", "-q") == (0, "", "")
+    assert contents(model.parent) == {f"model/{name}": held for name, held in after.items()}
