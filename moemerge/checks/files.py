@@ -18,7 +18,7 @@ from moemerge.config.local_paths import absolute_paths
 from moemerge.config.schema import CARD, CONFIG_COPY
 from moemerge.errors import CheckpointError, ConfigError, RefusedError
 from moemerge.file_kinds import Kind, what_is
-from moemerge.model_card.card import compare_card
+from moemerge.model_card.card import compare_card, is_edit_card
 from moemerge.planning.plan import MergePlan
 from moemerge.planning.tokenizer_files import COPIED_FILES, respelled_tokenizer, template_names
 from moemerge.planning.tokenizer_proof import prove_tokenizer
@@ -71,7 +71,7 @@ def notable(model: ModelFolder, differences: Sequence[Difference]) -> tuple[list
     """Split differences into those that matter and notes on files that damage nothing.
 
     Notes are GGUF files, and files that `save_pretrained` of transformers leaves out. A card or a copy of the config
-    that is not the merge's is a difference all the same.
+    that is not the merge's is a difference all the same, but a card of an edit in place is only noted.
 
     Args:
         model: the merged folder.
@@ -85,12 +85,16 @@ def notable(model: ModelFolder, differences: Sequence[Difference]) -> tuple[list
                 f"{difference.what}: a GGUF file, which some readers load instead of the weights beside it. It is not "
                 "compared: write it again where they have changed since"
             )
+        if difference.what == CARD and is_edit_card(model.folder):
+            harmless.add(difference)
         if difference.found == _OF_5_ALONE:
             harmless.add(difference)
             notes.append(
                 f"{difference.what}: transformers 4 does not read it, for transformers 5 has saved it; else it is as "
                 "planned. `moemerge repair` writes it for both"
             )
+    if any(difference.what == CARD for difference in harmless):
+        notes.append(f"{CARD}: was written by an edit in place, and is not compared")
     if isinstance(version := model.config.get(_SAVED_BY), str):
         dropped = [d for d in differences if d.what in {CARD, CONFIG_COPY} and d.found == ABSENT]
         harmless.update(dropped, [d for d in differences if d.what == f"config.json: {_SAVED_BY}"])

@@ -96,7 +96,7 @@ class _Experts:
             # A number in place of a name would be taken for another place once experts have moved.
             name: {"source_model": f"{reference}#{name}"}
             | ({} if name.isdecimal() else {"name": name})
-            | (_description(known[number]) if known else {})
+            | (description_of(known[number]) if known else {})
             for number, name in enumerate(mixture.names)
         }
 
@@ -154,6 +154,7 @@ class _Experts:
         raise RefusedError(f"{option}: there is no expert {given!r}; there are {known}.")
 
 
-def _description(expert: RoutedExpert) -> dict[str, Any]:
+def description_of(expert: RoutedExpert) -> dict[str, Any]:
+    """The keys of an expert's entry in a config that say what it is for: its prompts and texts."""
     given = expert.model_dump(exclude_defaults=True, by_alias=True)
     return {key: given[key] for key in _DESCRIPTIONS if key in given}

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from moemerge.checkpoint.changed_shards import ChangedShards, StoredTensors, lay_out_changes
 from moemerge.checkpoint.in_place import changing, check_changeable, replace_model
@@ -11,10 +10,9 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.pieces import Band
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config.config_copy import text_for
-from moemerge.config.loading import load_config
-from moemerge.config.schema import CONFIG_COPY, MergeConfig
+from moemerge.config.schema import CONFIG_COPY
+from moemerge.editing.lineage import config_after
 from moemerge.editing.plan import EditPlan
-from moemerge.editing.slots import Kept
 from moemerge.editing.writing import write_card
 from moemerge.errors import RefusedError
 from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
@@ -23,7 +21,6 @@ from moemerge.progress import Progress, Task
 from moemerge.sources.local import is_snapshot
 from moemerge.sources.model_folder import read_tensor_table
 from moemerge.sources.reference import Reference
-from moemerge.sources.stored_mixtures import kept_config
 
 
 def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> ChangedShards:
@@ -121,7 +118,7 @@ def edit_in_place(
 def _write_small_files(plan: EditPlan, shards: ChangedShards, stage: Path) -> list[str]:
     """Write index, config, its copy and the card; returns the name of an index that the model no longer has."""
     model = plan.folder.folder
-    text = text_for(_config_after(plan), model)
+    text = text_for(config_after(plan), model)
     (stage / CONFIG_COPY).write_text(text, encoding="utf-8")
     write_card(plan, stage, model, text)
     (stage / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
@@ -130,29 +127,3 @@ def _write_small_files(plan: EditPlan, shards: ChangedShards, stage: Path) -> li
     if (index := shards.index) is not None:
         (stage / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
     return [SAFETENSORS_INDEX] if index is None and (model / SAFETENSORS_INDEX).exists() else []
-
-
-def _config_after(plan: EditPlan) -> MergeConfig:
-    """The config of the mixture after the edit, as if it had been made so from the models that it was made from.
-
-    Where those are not known, it names the mixture itself, and keeps no more than the experts' names and texts.
-    """
-    before = kept_config(plan.folder, lambda _: None)
-    known = before is not None and len(before.experts) == plan.mixture.experts
-    base = plan.folder.reference
-    experts = []
-    for name, expert, slot in zip(plan.config.expert_names, plan.config.experts, plan.slots, strict=True):
-        entry: dict[str, Any] = expert.model_dump(exclude_defaults=True, by_alias=True) | {"name": name}
-        numbers = {*slot.numbers.values()} if isinstance(slot, Kept) else set()
-        if isinstance(slot, Kept):
-            entry = {key: value for key, value in entry.items() if key != "by_layer"} | {
-                "source_model": f"{base}#{name}"
-            }
-            if before and known and len(numbers) == 1 and slot.is_whole:
-                entry = before.experts[numbers.pop()].model_dump(exclude_defaults=True, by_alias=True) | {"name": name}
-            else:
-                known = False
-        experts.append(entry)
-    document = before.model_dump(exclude_defaults=True, by_alias=True) if before and known else {"base_model": base}
-    document |= {"experts": experts, "experts_per_token": plan.config.experts_per_token}
-    return load_config(document, allow_identical_experts=True)

@@ -36,7 +36,10 @@ def verify_edit(
     """
     model = open_merged(out)
     if model.folder == plan.folder.folder:
-        raise RefusedError(f"{out}: was edited in place, so there is nothing left that it could be compared with.")
+        raise RefusedError(
+            f"{out}: was edited in place, so there is nothing left that it could be compared with. `moemerge inspect "
+            f"{out} --values` says whether its files agree, and reads every number."
+        )
     files, differences = _compare_copies(plan, model)
     differences += compare_entries(_entries(plan.output_config), _entries(model.config))
     found = verify_tensors(plan.outputs, {spec.name: spec.dtype for spec in plan.specs}, model, seed, progress)

@@ -36,7 +36,7 @@ from moemerge.passes.compute_dtype import find_compute
 from moemerge.progress import Progress
 from moemerge.sources.model_folder import open_merged
 from moemerge.sources.reference import split_expert
-from moemerge.sources.stored_mixtures import is_mixture
+from moemerge.sources.stored_mixtures import is_mixture, names_itself
 
 
 def measure(
@@ -77,12 +77,14 @@ def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tup
     """Open the base and every expert that is still there, with notes; without the base none is opened."""
     if mixture.config is None:
         return [], [f"{mixture.folder} does not say what it was merged from: base and experts are left out"]
-    base = _unedited(mixture.config.base_model)
-    named = [] if base else [(mixture.config.base_model, BASE)]
+    itself = names_itself(mixture.config, mixture.folder)
+    notes = [f"{mixture.folder} was edited in place: what it was before is left out"] if itself else []
+    base = [] if itself else _unedited(mixture.config.base_model)
+    named = [] if base or itself else [(mixture.config.base_model, BASE)]
     experts = zip(mixture.config.experts, mixture.config.expert_names, strict=True)
     named += [(e.source_model, f"{EXPERT}{name}") for e, name in experts if e.by_layer is None]  # one model in all
     try:
-        return base + [open_dense(reference, name, announce) for reference, name in named], []
+        return base + [open_dense(reference, name, announce) for reference, name in named], notes
     except MoemergeError as error:
         why = f"{error} Paths in its {CONFIG_COPY} count from its folder, else from the current one."
         return [], [f"base, experts and their average are left out: {why}"]

@@ -27,6 +27,7 @@ _TAGS: Final = ["moe", "merge", "frankenmoe", "moemerge"]
 _SAMPLE_LENGTH: Final = 60
 _CONFIGURATION: Final = "## Configuration"
 _MADE_OF: Final = re.compile(r"^A \S+ of \d+ experts.*, made with moemerge: .*$", re.MULTILINE)
+_EDITED: Final = re.compile(r"^A \S+ of \d+ experts, .*, edited with moemerge\..*$", re.MULTILINE)
 _TRAINED_NORMS: Final = "The norms were trained by `moemerge tune` after the merge."
 
 
@@ -77,6 +78,15 @@ def _save(folder: Path, plan: MergePlan, licence: str | None, body: str) -> None
         **licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / CARD)
+
+
+def is_edit_card(folder: Path) -> bool:
+    """Whether a folder's model card is one that an edit wrote."""
+    return _has_line(folder / CARD, _EDITED)
+
+
+def _has_line(path: Path, line: re.Pattern[str]) -> bool:
+    return path.is_file() and line.search(path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def compare_card(folder: Path, plan: MergePlan) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Open a mixture as it is stored: its config, its tensors by the names of its family, and names of its experts."""
 
+from pathlib import Path
 from typing import Literal
 
 from moemerge.config.loading import load_config
@@ -64,3 +65,8 @@ def kept_config(model: ModelFolder, announce: Announce) -> MergeConfig | None:
         return load_config(copy, allow_identical_experts=True) if copy else None
     except MoemergeError:
         return None
+
+
+def names_itself(config: MergeConfig, folder: Path) -> bool:
+    """Whether the config that a mixture's folder keeps names the mixture itself, as it may after an edit in place."""
+    return Path(config.base_model).resolve() == folder.resolve()

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from moemerge import PlanOptions, load_config, merge, plan_merge
+from moemerge import EvaluationSettings, PlanOptions, evaluate, load_config, merge, plan_merge
 from moemerge.checkpoint import in_place
 from moemerge.cli import main
+from moemerge.evaluation.figures import MERGED
 from tests.support import kill_edits
 from tests.support.kill_changes import contents
-from tests.support.models import load, write_config
+from tests.support.models import TEXT, load, write_config
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,75 @@ def test_a_model_whose_edit_can_be_undone_is_not_replaced(mixture, model, tmp_pa
     assert contents(model.parent) == before
     assert run("edit", model, "--commit", "-q") == (0, "", "")
     assert run(*words, "--overwrite", "-q")[0] == 0
+
+
+def test_experts_of_dense_models_are_known_after_an_edit_in_place_and_verified(model, llamas, run):
+    flags = ("--drop", "fox", "--add", f"more={llamas[1]}", "--order", "more,chat,base,code")
+    assert run("edit", model, "--in-place", *flags, "-q")[0] == 0
+    base, experts = kept(model)
+    assert Path(base).samefile(llamas[0])
+    assert [*experts] == ["more", "chat", "base", "code"]
+    for source, number in zip(experts.values(), (1, 3, 0, 2), strict=True):
+        assert Path(source).samefile(llamas[number])
+    code, shown, errors = run("verify", model)
+    assert (code, errors.splitlines()[-1]) == (
+        0,
+        "note: README.md: was written by an edit in place, and is not compared",
+    )
+    assert "as planned" in shown
+
+
+def test_without_what_it_was_made_from_a_mixture_names_itself_for_all_experts(model, llamas, run):
+    (model / "moemerge_config.yaml").unlink()
+    flags = ("--drop", "0", "--rename", "3=chat", "--replace", f"1={llamas[1]}", "--prompt", "1=The quick brown fox")
+    assert run("edit", model, "--in-place", *flags, "-q")[0] == 0
+    for names in (["1", "2", "chat"], ["1", "two", "chat"]):
+        base, experts = kept(model)
+        assert Path(base).samefile(model)
+        assert [*experts] == names
+        for name, source in experts.items():
+            folder, _, expert = source.rpartition("#")
+            assert (Path(folder).resolve(), expert) == (model.resolve(), name)
+        described = load_config(model / "moemerge_config.yaml").experts
+        assert [expert.positive_prompts for expert in described] == [["The quick brown fox"], [], []]
+        assert run("verify", model, "-q") == (
+            2,
+            "",
+            f"error: {model}: was edited in place, so there is nothing left that it could be compared with. `moemerge "
+            f"inspect {model} --values` says whether its files agree, and reads every number.\n",
+        )
+        assert run("inspect", model, "--values")[0] == 0
+        assert run("edit", model, "--commit", "-q") == (0, "", "")
+        if "2" in names:
+            assert run("edit", model, "--in-place", "--rename", "2=two", "-q") == (0, "", "")
+
+
+@pytest.mark.parametrize("changed", ["shared weights", "noise"])
+def test_what_all_experts_have_changed_cannot_be_made_without_one(llamas, tmp_path, run, changed):
+    """A mean over three experts is another than that over four, which the mixture has."""
+    keys = {"shared_weights": "average"} if changed == "shared weights" else {}
+    config = write_config(tmp_path / "merge.yaml", llamas[0], llamas, prompts=False, **keys)
+    if changed == "noise":
+        config.write_text(config.read_text().replace("- source_model", "- noise_scale: 0.01\n  source_model"))
+    model = tmp_path / "model"
+    assert run(config, model, "-q")[0] == 0
+    assert run("edit", model, "--in-place", "--top-k", "1", "-q") == (0, "", "")
+    assert Path(kept(model)[0]).samefile(llamas[0])
+    assert run("verify", model, "-q")[0] == 0
+    assert run("edit", model, "--commit", "-q") == (0, "", "")
+    assert run("edit", model, "--in-place", "--drop", "fox", "-q") == (0, "", "")
+    assert {Path(name.partition("#")[0]).resolve() for name in kept(model)[1].values()} == {model.resolve()}
+    assert run("verify", model, "-q")[0] == 2
+
+
+def test_an_evaluation_does_not_compare_a_mixture_with_itself(model, llamas, tmp_path, run):
+    (model / "moemerge_config.yaml").unlink()
+    assert run("edit", model, "--in-place", "--drop", "0", "-q")[0] == 0
+    (tmp_path / "text.txt").write_text(TEXT)
+    settings = EvaluationSettings(compute_dtype="float32", kept_losses=tmp_path / "kept")
+    found = evaluate(model, {"text": [str(tmp_path / "text.txt")]}, settings)
+    assert found.losses.keys() == {MERGED, "expert 1", "expert 2", "expert 3"}
+    assert f"{model} was edited in place: what it was before is left out" in found.notes
 
 
 def cut_off(model: Path, monkeypatch, *words: str) -> None:
