@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -206,7 +206,7 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
     from moemerge.cli.plan_request import shard_bytes
     from moemerge.cli.progress import clock, show_progress
     from moemerge.editing.editor import EditOptions, edit
-    from moemerge.editing.in_place import changed_shards
+    from moemerge.editing.in_place import changed_shards, notes_in_place
     from moemerge.editing.writing import check_edit
     from moemerge.planning.options import PlanOptions
 
@@ -215,6 +215,10 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
     if run.shows_config and not (messages.quiet or messages.json):
         say(config.written)
     changed = None if out else changed_shards(plan, max_bytes)
+    added = () if out else notes_in_place(plan)
+    for note in added:
+        announcer(console, quiet=messages.quiet)(f"note: {note}")
+    plan = replace(plan, notes=(*plan.notes, *added))
     if run.output.dry_run:
         if out:
             check_edit(plan, out, overwrite=run.output.overwrite)

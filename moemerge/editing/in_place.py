@@ -10,11 +10,12 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.pieces import Band
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.config.config_copy import text_for
-from moemerge.config.schema import CONFIG_COPY
+from moemerge.config.schema import CARD, CONFIG_COPY
 from moemerge.editing.lineage import config_after
 from moemerge.editing.plan import EditPlan
 from moemerge.editing.writing import write_card
 from moemerge.errors import RefusedError
+from moemerge.model_card.card import is_foreign_card
 from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
 from moemerge.planning.output import Computed
 from moemerge.progress import Progress, Task
@@ -68,6 +69,13 @@ def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTE
     return found
 
 
+def notes_in_place(plan: EditPlan) -> tuple[str, ...]:
+    """Notes on an edit in place, beside the plan's."""
+    if not is_foreign_card(plan.folder.folder):
+        return ()
+    return (f"{CARD}: was not written by moemerge, so it stays as it is; what it says of the experts may change",)
+
+
 def edit_in_place(
     plan: EditPlan,
     shards: ChangedShards,
@@ -116,11 +124,16 @@ def edit_in_place(
 
 
 def _write_small_files(plan: EditPlan, shards: ChangedShards, stage: Path) -> list[str]:
-    """Write index, config, its copy and the card; returns the name of an index that the model no longer has."""
+    """Write index, config, its copy and the card, unless that is the user's.
+
+    Returns:
+        The name of an index that the model no longer has.
+    """
     model = plan.folder.folder
     text = text_for(config_after(plan), model)
     (stage / CONFIG_COPY).write_text(text, encoding="utf-8")
-    write_card(plan, stage, model, text)
+    if not is_foreign_card(model):
+        write_card(plan, stage, model, text)
     (stage / "config.json").write_text(json.dumps(plan.output_config, indent=2) + "\n", encoding="utf-8")
     if not (shards.written or shards.removed):
         return []

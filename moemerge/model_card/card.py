@@ -85,6 +85,12 @@ def is_edit_card(folder: Path) -> bool:
     return _has_line(folder / CARD, _EDITED)
 
 
+def is_foreign_card(folder: Path) -> bool:
+    """Whether a folder has a model card that neither a merge nor an edit wrote."""
+    path = folder / CARD
+    return path.is_file() and not (_has_line(path, _EDITED) or _has_line(path, _MADE_OF))
+
+
 def _has_line(path: Path, line: re.Pattern[str]) -> bool:
     return path.is_file() and line.search(path.read_text(encoding="utf-8", errors="replace")) is not None
 

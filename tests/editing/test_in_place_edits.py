@@ -1,5 +1,6 @@
 """Edits in place and what stands beside them: cards, other commands on the same folder, and what the config says."""
 
+import json
 import os
 import shutil
 import sys
@@ -86,6 +87,30 @@ def test_a_model_whose_edit_can_be_undone_is_not_replaced(mixture, model, tmp_pa
     assert contents(model.parent) == before
     assert run("edit", model, "--commit", "-q") == (0, "", "")
     assert run(*words, "--overwrite", "-q")[0] == 0
+
+
+CARD = "---\nlanguage: [de, fr]\nlicense: mit\n---\n\n# Ours\n\nEdited with moemerge, by hand.\n"
+
+
+def test_a_card_that_moemerge_did_not_write_stays(model, run):
+    (model / "README.md").write_text(CARD)
+    note = "README.md: was not written by moemerge, so it stays as it is; what it says of the experts may change"
+    code, shown, errors = run("edit", model, "--in-place", "--drop", "fox", "--dry-run", "--json")
+    assert (code, json.loads(shown)["notes"][-1]) == (0, note)
+    assert errors.splitlines()[-1] == f"note: {note}"
+    assert run("edit", model, "--in-place", "--drop", "fox")[2].splitlines().count(f"note: {note}") == 1
+    assert (model / "README.md").read_text() == CARD
+    assert run("edit", model, "--commit", "-q") == (0, "", "")
+    assert (model / "README.md").read_text() == CARD
+    assert len(load_config(model / "moemerge_config.yaml").experts) == 3
+
+
+def test_a_card_of_a_merge_or_an_edit_is_written_anew(model, run):
+    for expert, said in (("fox", "of 3 experts"), ("code", "of 2 experts")):
+        code, _, errors = run("edit", model, "--in-place", "--drop", expert)
+        assert (code, [line for line in errors.splitlines() if "README" in line]) == (0, [])
+        assert said in (model / "README.md").read_text()
+        assert run("edit", model, "--commit", "-q") == (0, "", "")
 
 
 def test_experts_of_dense_models_are_known_after_an_edit_in_place_and_verified(model, llamas, run):
