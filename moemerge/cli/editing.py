@@ -224,14 +224,15 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
             check_edit(plan, out, overwrite=run.output.overwrite)
         print_or_dump_edit(plan, changed, json=messages.json)
         return
+    facts = edit_facts(plan, changed) if messages.json else {}  # of the files as they are before the edit
     options = EditOptions(
         run.output.overwrite, running.seed, running.device, running.compute_dtype, max_shard_bytes=max_bytes
     )
     with show_progress(console, quiet=messages.quiet) as progress:
         report = edit(plan, out, options, progress=stoppable(progress))
     if messages.json:
-        routing = [asdict(one) for one in report]
-        print_json(edit_facts(plan, changed) | {"routing": routing, "out": str(out or plan.folder.folder)})
+        routing = {"routing": [asdict(one) for one in report]}
+        print_json(facts | routing | {"out": str(out or plan.folder.folder)})
     elif not messages.quiet:
         print_or_dump_edit(plan, changed, json=False)
         print_added(stdout(), report)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,12 @@ class EditPlan:
         """How many of the result's experts take each token, parts counted."""
         return self.config.experts_per_token * self.config.granularity
 
-    @property
+    @cached_property
     def computed(self) -> dict[str, Computed]:
         """Routers of which some rows are computed, by name."""
         return {name: o.origin for name, o in self.outputs.items() if isinstance(o.origin, Computed)}
 
-    @property
+    @cached_property
     def new(self) -> dict[int, New]:
         """Experts that the mixture does not have yet, by their numbers in the result."""
         return {number: slot for number, slot in enumerate(self.slots) if not isinstance(slot, Kept)}

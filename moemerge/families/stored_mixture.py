@@ -75,29 +75,42 @@ class StoredMixture:
         """Names of all routers."""
         return frozenset(self.path(layer, self.family.router) for layer in self.moe_layers)
 
-    def by_expert(self, layer: int) -> dict[str, TensorInfo]:
+    def by_expert(self, layer: int) -> Mapping[str, TensorInfo]:
         """A layer's tensors with an entry for each expert (expert, ...), by their names within it.
 
         These are the router, the selection bias, other vectors with a number for each expert, and stacks of FFNs.
         """
-        family, held = self.family, self._layers[layer]
+        return self._by_expert[layer]
+
+    @cached_property
+    def _by_expert(self) -> dict[int, dict[str, TensorInfo]]:
+        return {layer: self._entries(held) for layer, held in self._layers.items()}
+
+    def _entries(self, held: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        family = self.family
         axes = {family.router: ("experts", "hidden"), family.selection_bias: family.bias_axes}
         axes |= {extra.name: extra.axes for extra in family.extras if "experts" in extra.axes}
         stacks = [name for name in family.experts if _EXPERT not in name]
         found = {name: _experts_first(held[name], named) for name, named in axes.items() if name in held}
         return found | {name: held[name] for name in stacks if name in held}
 
-    def of_expert(self, layer: int, expert: int) -> dict[str, TensorInfo]:
+    def of_expert(self, layer: int, expert: int) -> Mapping[str, TensorInfo]:
         """The tensors of one expert alone, by their names within the layer with `{expert}` for its number.
 
         They are all that the expert's module holds, also what the family's table does not name, such as scales.
         """
-        found = {}
+        return self._of_expert[layer].get(expert, {})
+
+    @cached_property
+    def _of_expert(self) -> dict[int, dict[int, dict[str, TensorInfo]]]:
+        """The tensors of single experts by layer and expert: each name is read once, whatever is asked later."""
+        found: dict[int, dict[int, dict[str, TensorInfo]]] = {layer: {} for layer in self._layers}
         for module in self._modules:
-            before = f"{module}{expert}."
-            for name, tensor in self._layers[layer].items():
-                if name.startswith(before):
-                    found[f"{module}{_EXPERT}.{name.removeprefix(before)}"] = tensor
+            own = re.compile(rf"{re.escape(module)}(0|[1-9]\d*)\.(.+)")
+            for layer, held in self._layers.items():
+                for name, tensor in held.items():
+                    if match := own.fullmatch(name):
+                        found[layer].setdefault(int(match[1]), {})[f"{module}{_EXPERT}.{match[2]}"] = tensor
         return found
 
     def projection(self, layer: int, expert: int, role: Role) -> TensorInfo:
@@ -135,12 +148,17 @@ class StoredMixture:
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor belongs to experts: a projection, a scale of one, or an entry for each expert."""
-        place = in_layer(name)
-        if place is None or place[0] not in self.moe_layers:
-            return False
-        layer, inner = place
-        numbered = any(re.match(rf"{re.escape(module)}\d+\.", inner) for module in self._modules)
-        return numbered or inner in self.by_expert(layer)
+        return name in self._names_of_experts
+
+    @cached_property
+    def _names_of_experts(self) -> frozenset[str]:
+        owned = []
+        for layer in self.moe_layers:
+            inner = [*self.by_expert(layer)]
+            for expert, held in self._of_expert[layer].items():
+                inner += [name.format(expert=expert) for name in held]
+            owned += [self.path(layer, name) for name in inner]
+        return frozenset(owned)
 
     def path(self, layer: int, name: str) -> str:
         """The whole name of a layer's tensor."""
