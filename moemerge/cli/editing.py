@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from moemerge.checkpoint.changed_shards import ChangedShards
     from moemerge.config.schema import MergeConfig
     from moemerge.editing.plan import EditPlan
+    from moemerge.families.stored_mixture import StoredMixture
     from moemerge.planning.options import PlanOptions
+    from moemerge.sources.model_folder import ModelFolder
 
 
 @grouped
@@ -74,10 +76,10 @@ def edit_mixture(
             )
         if out is None and not output.dry_run:
             recover(Path(model))
-        config = _config_of(model, experts, announcer(console, quiet=quiet))
+        config, opened = _config_of(model, experts, announcer(console, quiet=quiet))
         if in_place.in_place and experts == ExpertOptions():
             raise RefusedError(f"{model}: nothing says what to change. `moemerge edit --help` lists what can be.")
-        _carry_out(console, config, out, Run(output, running, shows_config=True), messages)
+        _carry_out(console, config, out, Run(output, running, opened), messages)
 
 
 def _end_edit(model: Path, out: Path | None, in_place: InPlaceOptions, *, others: bool, quiet: bool) -> None:
@@ -104,8 +106,8 @@ class Run:
 
     output: EditOutputOptions
     running: RunningOptions
-    shows_config: bool = False
-    """Whether to print the config that says the same as the command line."""
+    opened: "tuple[ModelFolder, StoredMixture] | None" = None
+    """The mixture, where it was opened to write the config."""
 
 
 def write_from_config(
@@ -160,29 +162,36 @@ def _check_options(
         )
 
 
-def _config_of(model: str, experts: ExpertOptions, announce: Callable[[str], None]) -> "MergeConfig":
-    """Write the config of an edit that the command line describes."""
+def _config_of(
+    model: str, experts: ExpertOptions, announce: Callable[[str], None]
+) -> "tuple[MergeConfig, tuple[ModelFolder, StoredMixture]]":
+    """Write the config of an edit that the command line describes; returns it with the mixture, opened."""
     from moemerge.config.loading import load_config
     from moemerge.config.yaml_text import write_yaml
     from moemerge.editing.changes import edit_document
-    from moemerge.sources.model_folder import open_model
-    from moemerge.sources.stored_mixtures import kept_config, read_stored_mixture
+    from moemerge.sources.stored_mixtures import kept_config, read_mixture
 
     changes = experts.changes()
-    folder = open_model(model, announce)
-    mixture = read_stored_mixture(folder, announce)
+    folder, mixture = read_mixture(model, announce)
     document = edit_document(mixture, model, changes, kept_config(folder, announce))
     config = load_config(document, allow_identical_experts=True)
     config.was_read_from(write_yaml(document))
-    return config
+    return config, (folder, mixture)
 
 
-def plan_of(console: "Console", config: "MergeConfig", options: "PlanOptions", *, quiet: bool) -> "EditPlan":
+def plan_of(
+    console: "Console",
+    config: "MergeConfig",
+    options: "PlanOptions",
+    *,
+    quiet: bool,
+    opened: "tuple[ModelFolder, StoredMixture] | None" = None,
+) -> "EditPlan":
     """Plan an edit, and print its notes and warnings."""
     from moemerge.editing.planner import plan_edit
 
     announce = announcer(console, quiet=quiet)
-    plan = plan_edit(config, options, announce=announce)
+    plan = plan_edit(config, options, announce=announce, opened=opened)
     for note in plan.notes:
         announce(f"note: {note}")
     for warning in plan.warnings:
@@ -211,9 +220,9 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
     from moemerge.planning.options import PlanOptions
 
     start, running, max_bytes = time.monotonic(), run.running, shard_bytes(run.output.max_shard_size)
-    plan = plan_of(console, config, PlanOptions(max_bytes, out), quiet=messages.quiet)
-    if run.shows_config and not (messages.quiet or messages.json):
-        say(config.written)
+    plan = plan_of(console, config, PlanOptions(max_bytes, out), quiet=messages.quiet, opened=run.opened)
+    if run.opened and not (messages.quiet or messages.json):
+        say(config.written)  # what the command line asks for, as a config
     changed = None if out else changed_shards(plan, max_bytes)
     added = () if out else notes_in_place(plan)
     for note in added:

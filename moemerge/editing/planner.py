@@ -32,7 +32,7 @@ from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.tokenizer_files import find_base_files
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
 from moemerge.sources.reference import split_expert
-from moemerge.sources.stored_mixtures import is_mixture, kept_config, read_stored_mixture
+from moemerge.sources.stored_mixtures import is_mixture, kept_config, read_mixture, read_stored_mixture
 
 _ROUNDING: Final = 1e-6
 
@@ -55,6 +55,7 @@ def plan_edit(
     options: PlanOptions = PlanOptions(),
     *,
     announce: Callable[[str], None] = lambda _: None,
+    opened: tuple[ModelFolder, StoredMixture] | None = None,
 ) -> EditPlan:
     """Decide an edit from configs and headers alone; nothing is written, and weights on the Hub stay there.
 
@@ -63,14 +64,14 @@ def plan_edit(
             own, and keep their router rows; any other is a dense model whose FFNs become an expert.
         options: the size of shards, and the folder that will be written.
         announce: called with a line about each step that takes long.
+        opened: the mixture's folder and what was read of it, where that is done already.
 
     Raises:
         SourceError: a model cannot be reached.
         CheckpointError: a model's files are damaged.
         IncompatibleError: the mixture cannot be edited so; lists every reason.
     """
-    folder = open_model(config.base_model, announce)
-    mixture = read_stored_mixture(folder, announce)
+    folder, mixture = opened or read_mixture(config.base_model, announce)
     found = _Experts(config, folder, mixture, announce)
     slots = found.slots()
     _refuse([*foreign_keys(config, found.others), *found.problems])
@@ -148,6 +149,7 @@ class _Experts:
     def __post_init__(self) -> None:
         self.problems: list[str] = []
         self.others: dict[str, StoredMixture] = {}
+        self._opened = {self.folder.reference: self.folder}
         self.tables: dict[str, tuple[ModelFolder, Mapping[str, TensorInfo]]] = {
             self.folder.reference: (self.folder, self.mixture.tensors)
         }
@@ -166,7 +168,7 @@ class _Experts:
         }
         model, own = split_expert(expert.source_model) or (expert.source_model, "")
         found: Slot | str
-        opened = open_model(model, self.announce)
+        opened = self._open(model)
         if self._is_shared(opened, own):
             own = ""
         if (own or expert.by_layer) and opened.folder == self.folder.folder:
@@ -178,7 +180,7 @@ class _Experts:
             changed["scale"] *= other.choosing.scale / self.mixture.choosing.scale
             found = number if isinstance(number, str) else Foreign(place, other, number, **changed)
         else:
-            opened = open_model(expert.source_model, self.announce)
+            opened = self._open(expert.source_model)
             dense = read_dense(opened.config)
             changed["scale"] /= self.mixture.choosing.scale
             found = dense if isinstance(dense, str) else Added(place, self._tensors(opened, dense), **changed)
@@ -187,6 +189,12 @@ class _Experts:
             return None
         self.problems += [f"{place}: {problem}" for problem in misfits(found, self.mixture)]
         return found
+
+    def _open(self, reference: str) -> ModelFolder:
+        """Open a model, once for all experts that name it."""
+        if reference not in self._opened:
+            self._opened[reference] = open_model(reference, self.announce)
+        return self._opened[reference]
 
     def _is_shared(self, opened: ModelFolder, own: str) -> bool:
         """Whether `MIXTURE#shared` is the mixture's shared expert, which is read as a dense model."""

@@ -10,7 +10,7 @@ from moemerge.families.dense import read_dense
 from moemerge.families.in_memory import released_layout
 from moemerge.families.released import READABLE
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
-from moemerge.sources.model_folder import Announce, ModelFolder, fetch_files, read_tensor_table
+from moemerge.sources.model_folder import Announce, ModelFolder, fetch_files, open_model, read_tensor_table
 
 
 def is_mixture(model: ModelFolder) -> bool:
@@ -25,6 +25,18 @@ def expert_references(model: ModelFolder, announce: Announce) -> list[str]:
     config = kept_config(model, announce)
     names = config.expert_names if config else range(count if isinstance(count, int) else 0)
     return [f"{model.reference}#{name}" for name in names]
+
+
+def read_mixture(reference: str, announce: Announce) -> tuple[ModelFolder, StoredMixture]:
+    """Open a mixture and read its tensor table; weights of a Hub model are left there.
+
+    Raises:
+        SourceError: see `moemerge.sources.model_folder.open_model`.
+        IncompatibleError: see `read_stored_mixture`.
+        CheckpointError: see `read_stored_mixture`.
+    """
+    folder = open_model(reference, announce)
+    return folder, read_stored_mixture(folder, announce)
 
 
 def read_stored_mixture(

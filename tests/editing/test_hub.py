@@ -2,6 +2,8 @@
 
 import json
 
+import yaml
+
 from tests.support.hub_world import files_of, machine, weights_sent, world  # noqa: F401  fixtures
 
 
@@ -24,3 +26,25 @@ def test_of_a_mixture_on_the_hub_only_what_is_kept_is_fetched(world, machine):  
         assert (machine.folder / "out" / name).read_bytes() == (machine.folder / "by hand" / name).read_bytes()
     verified = machine.moemerge("verify", "out", "--quiet")
     assert (verified.code, verified.err) == (0, "")
+
+
+def test_a_mixture_on_the_hub_is_looked_up_once_for_all_its_experts(world, machine):  # noqa: F811
+    """Its headers are read once too, by an edit of a command line and by one of a config."""
+    world.hub.add("acme/mixture", files_of(world.merged_from_folders(machine, prompts=False)))
+    shown = machine.moemerge("edit", "acme/mixture", "out", "--drop", "fox", "--dry-run")
+    assert shown.code == 0
+    assert shown.err.count("acme/mixture: looking it up on the Hub") == 1
+    assert shown.err.count("acme/mixture: reading the headers of ") == 1
+    (machine.folder / "edit.yaml").write_text(shown.out[: shown.out.index("\n\n")])
+    world.hub.reset()
+    planned = machine.moemerge("plan", "edit.yaml")
+    assert planned.code == 0
+    assert planned.err.count("acme/mixture: looking it up on the Hub") == 2  # once to see what kind of model it is
+    assert planned.err.count("acme/mixture: reading the headers of ") == 1
+    twice = world.hub.calls.copy()
+    document = yaml.safe_load((machine.folder / "edit.yaml").read_text())
+    document["experts"] += [entry | {"name": f"{entry['name']} again"} for entry in document["experts"]]
+    (machine.folder / "edit.yaml").write_text(yaml.safe_dump(document))
+    world.hub.reset()
+    assert machine.moemerge("plan", "edit.yaml").code == 0
+    assert len(world.hub.calls) == len(twice)
