@@ -41,6 +41,14 @@ def _dense_misfits(slot: Added, mixture: StoredMixture) -> Iterator[str]:
         )
     if "mlp_bias" in dense.facts:
         yield "its FFN has biases, which the mixture's experts have not"
+    if further := mixture.further_layers:
+        yield (
+            f"it is a dense model, and the mixture has experts in layer {further[0]} too, which predicts further "
+            f"tokens (num_hidden_layers is {mixture.config['num_hidden_layers']}): a dense model has no FFN for it, "
+            "and no text enters its router. Experts of such a mixture can be left out and put into another order, and "
+            "those of another mixture with the same layers added, as MIXTURE#EXPERT"
+        )
+        return
     if missing := [layer for layer in mixture.moe_layers if layer >= dense.layers]:
         yield f"it has {dense.layers} layers, and the mixture has experts in layer {missing[0]}"
         return

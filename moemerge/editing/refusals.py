@@ -1,7 +1,9 @@
 """Why a config cannot be an edit, or its experts no mixture; each reason is one line."""
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Final
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, Final
 
 from moemerge.config.expert_names import named_place
 from moemerge.config.router_methods import AUTO
@@ -14,6 +16,8 @@ from moemerge.routers.random import DRAWS
 
 # Keys of a merge that say nothing of a mixture that exists already.
 _OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
+# In the name of a module, or in a pattern of names.
+_SINGLE_EXPERT: Final = re.compile(r"experts\\?\.\d")
 _ROUTER_KEYS: Final = {"lambda", "tokens_per_expert", "chat_roles", "seed", "fitted"}
 
 
@@ -70,3 +74,38 @@ def fit_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Sl
         yield f"expert_width: {width} is less than the {least} neurons that an expert has; neurons are never left out"
     if slots and config.experts_per_token > len(slots):
         yield f"experts_per_token: {config.experts_per_token} of {len(slots)} experts"
+    yield from _outside_problems(config, mixture, slots)
+    yield from _quantising_problems(mixture, slots, parts)
+
+
+def _outside_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[str]:
+    """Yield why experts in modules outside the layers, which stay as they are, would not fit the others."""
+    width = config.expert_width or max((slot.width(mixture) for slot in slots), default=0) // config.granularity
+    same = len(slots) * config.granularity == mixture.experts and width == mixture.expert_width
+    if slots and not same and (outside := mixture.experts_outside):
+        yield (
+            f"it has experts outside its layers, in {outside[0]} and {len(outside) - 1} more tensors, which predict "
+            "further tokens and are not edited, so the number and width of experts must stay. transformers does not "
+            "use them: edit a copy without them, such as it saves"
+        )
+
+
+def _quantising_problems(mixture: StoredMixture, slots: Sequence[Slot], parts: int) -> Iterator[str]:
+    """Yield why experts cannot have other numbers, where `quantization_config` treats some apart by their numbers."""
+    stays = [isinstance(slot, Kept) and {*slot.numbers.values()} == {number} for number, slot in enumerate(slots)]
+    named = next(_names_of_experts(mixture.config.get("quantization_config")), None)
+    if named and (parts > 1 or not all(stays)):
+        yield (
+            f"quantization_config in its config.json names {named}, and experts would have other numbers. Leave out "
+            "no expert but the last ones, or take names of single experts out of config.json first"
+        )
+
+
+def _names_of_experts(given: Any) -> Iterator[str]:
+    """Yield names of single experts' modules, or patterns of such names, anywhere within a setting."""
+    if isinstance(given, str) and _SINGLE_EXPERT.search(given):
+        yield given
+    elif isinstance(given, Mapping):
+        yield from chain.from_iterable(map(_names_of_experts, (*given, *given.values())))
+    elif isinstance(given, list):
+        yield from chain.from_iterable(map(_names_of_experts, given))

@@ -102,7 +102,8 @@ class RowMaker:
         documents = tuple([text for number in part for text in self._documents[number]] for part in (own, foreign))
         if not all(documents):
             return known
-        return joined_rows(self._pass, known, foreign, (documents[0], documents[1]), mixture.family.scoring)
+        moved = joined_rows(self._pass, known, foreign, (documents[0], documents[1]), mixture.family.scoring)
+        return {**known, **moved}  # no text enters layers that predict further tokens
 
     def _stored(self, slot: Kept | Foreign, layer: int) -> Rows:
         """The row (1, hidden) that an expert of a mixture has there."""

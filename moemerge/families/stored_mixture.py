@@ -36,6 +36,20 @@ class StoredMixture:
         """Numbers of the layers that have a router, ascending; those that predict further tokens are among them."""
         return tuple(sorted(layer for layer, held in self._layers.items() if self.family.router in held))
 
+    @cached_property
+    def further_layers(self) -> tuple[int, ...]:
+        """Those of `moe_layers` beyond `num_hidden_layers`, which predict further tokens; no text enters them."""
+        layers = self.config.get("num_hidden_layers")
+        return tuple(layer for layer in self.moe_layers if isinstance(layers, int) and layer >= layers)
+
+    @cached_property
+    def experts_outside(self) -> tuple[str, ...]:
+        """Names of routers and experts outside all layers, such as `mtp.layers.0.mlp.gate.weight`, in their order."""
+        modules = {name.split(_EXPERT)[0].removesuffix(name.rpartition(".")[2]) for name in self.family.experts}
+        named = [*map(re.escape, sorted(modules)), rf"{re.escape(self.family.router)}$"]
+        held = re.compile(rf"(^|\.)({'|'.join(named)})")
+        return tuple(name for name in self.tensors if in_layer(name) is None and held.search(name))
+
     @property
     def experts(self) -> int:
         """Number of its experts, the same in all layers."""
