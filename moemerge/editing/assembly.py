@@ -19,6 +19,8 @@ from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.output import Computed, Output
 
 _EXPERT = "{expert}"
+# A bias that is not above it switches an expert off, however it is rounded.
+_OFF = SWITCHED_OFF / 2
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ class EditAssembly:
         if name != family.selection_bias:
             return Output((len(self.slots),), self._rows(layer, tensor, neutral.get(name, 0.0)))
         factor = bias_factor(self.mixture, self.parts)
-        return Output(shape, self._rows(layer, tensor, factor * self._mean_bias(layer, tensor), factor))
+        off = _switched_off(tensor) if factor != 1 else frozenset()
+        return Output(shape, self._rows(layer, tensor, factor * self._mean_bias(layer, tensor), factor, off))
 
     def _mean_bias(self, layer: int, tensor: TensorInfo) -> float:
         """The mean selection bias (expert,) of the experts that stay and are present in a layer; 0 if none is new."""
@@ -169,7 +172,7 @@ class EditAssembly:
         if len(kept) == len(self.experts) or not kept:
             return 0.0
         biases = read_values(tensor)[kept]
-        present = biases[biases > SWITCHED_OFF / 2]
+        present = biases[biases > _OFF]
         return float(present.mean()) if len(present) else 0.0
 
     def _router(self, layer: int) -> Output:
@@ -179,24 +182,32 @@ class EditAssembly:
             return Output(shape, Computed(layer, "router"))
         return Output(shape, self._rows(layer, router, 0.0))
 
-    def _rows(self, layer: int, tensor: TensorInfo, neutral: float, scale: float = 1.0) -> tuple[Band, ...]:
+    def _rows(
+        self, layer: int, tensor: TensorInfo, neutral: float, scale: float = 1.0, unscaled: frozenset[int] = frozenset()
+    ) -> tuple[Band, ...]:
         """Take the entry of each expert from a tensor (expert, ...); entries that follow each other are one piece.
 
-        Parts of an expert have equal entries.
+        Parts of an expert have equal entries; those of `unscaled` experts are not multiplied by `scale`.
         """
         runs: list[tuple[int, int]] = []
         for slot in self.slots:
             number = slot.numbers[layer] if isinstance(slot, Kept) else -1
-            if runs and number >= 0 and runs[-1][0] >= 0 and number == sum(runs[-1]):
+            follows = bool(runs) and number >= 0 and runs[-1][0] >= 0 and number == sum(runs[-1])
+            if follows and (number in unscaled) == (runs[-1][0] in unscaled):
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
                 runs.append((number, 1))
         shape = (1, *tensor.shape[1:])
         return tuple(
             (
-                Piece(tensor.rows(first, count), tensor.dtype, scale)
+                Piece(tensor.rows(first, count), tensor.dtype, 1.0 if first in unscaled else scale)
                 if first >= 0
                 else Piece(Fill(neutral, shape), tensor.dtype),
             )
             for first, count in runs
         )
+
+
+def _switched_off(biases: TensorInfo) -> frozenset[int]:
+    """Experts that their selection biases (expert,) switch off."""
+    return frozenset((read_values(biases).reshape(-1) <= _OFF).nonzero()[0].tolist())

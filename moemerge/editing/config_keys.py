@@ -23,7 +23,7 @@ def edited_config(mixture: StoredMixture, experts: int, per_token: int, width: i
     Raises:
         IncompatibleError: the family cannot hold such experts beside what the mixture has; lists every reason.
     """
-    config, problems = dict(mixture.config), _group_problems(mixture, experts)
+    config, problems = dict(mixture.config), _group_problems(mixture, experts, per_token)
     values = {"experts": experts * parts, "experts_per_token": per_token * parts, "expert_width": width}
     down = mixture.shared_projection(mixture.moe_layers[0], "down") if width != mixture.expert_width else None
     if down and (shared := shared_width(mixture.family, down, width)) is None:
@@ -52,11 +52,17 @@ def _changed(given: Any, value: int) -> Any:
     return [value] * len(given) if isinstance(given, list) else value
 
 
-def _group_problems(mixture: StoredMixture, experts: int) -> list[str]:
+def _group_problems(mixture: StoredMixture, experts: int, per_token: int) -> list[str]:
     groups, ranked = mixture.choosing.groups, mixture.choosing.best_of_group
+    chosen, same = mixture.choosing.chosen_groups, (mixture.experts, mixture.experts_per_token)
     grouped = f"its router chooses among {groups} groups of experts (n_group)"
     if experts % groups:
         return [f"{grouped}, which {experts} experts do not fill evenly"]
     if groups > 1 and experts // groups < ranked:
         return [f"{grouped} by the {ranked} best of each, and {experts} experts are {experts // groups} in each"]
+    if per_token > (most := experts // groups * chosen) and (experts, per_token) != same:
+        return [
+            f"{grouped} and takes experts of {chosen} (topk_group), which hold {most} of the {experts} experts: "
+            f"experts_per_token is {per_token}, and at most {most} here. Set it (--top-k)"
+        ]
     return []

@@ -35,3 +35,34 @@ def test_groups_that_would_be_too_small_are_refused(tmp_path):
     assert error.value.problems == (
         "its router chooses among 2 groups of experts (n_group) by the 2 best of each, and 2 experts are 1 in each",
     )
+
+
+def test_a_token_takes_no_more_experts_than_the_chosen_groups_hold(tmp_path):
+    mixture = make_variant(tmp_path / "mixture", "deepseek_v3, groups")
+    document = {"base_model": str(mixture), "experts": [{"source_model": f"{mixture}#{n}"} for n in range(4)]}
+    with pytest.raises(IncompatibleError) as error:
+        plan_edit(load_config(document | {"experts_per_token": 3}))
+    assert error.value.problems == (
+        "its router chooses among 2 groups of experts (n_group) and takes experts of 1 (topk_group), which hold 2 of "
+        "the 4 experts: experts_per_token is 3, and at most 2 here. Set it (--top-k)",
+    )
+    assert plan_edit(load_config(document | {"experts_per_token": 2})).experts_per_token == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_switches_an_expert_off_is_not_divided_among_its_parts(tmp_path, dtype):
+    mixture, bias = (
+        make_variant(tmp_path / "mixture", "ernie4_5_moe"),
+        "model.layers.1.mlp.moe_statics.e_score_correction_bias",
+    )
+    tensors = load_weights(mixture)
+    tensors[bias] = torch.tensor([[0.5, -1e4, 0.25, -0.5]], dtype=dtype)
+    save_weights(mixture, tensors)
+    document = {
+        "base_model": str(mixture),
+        "experts": [{"source_model": f"{mixture}#{n}"} for n in (0, 1, 2, 3)],
+        "granularity": 2,
+    }
+    edit(plan_edit(load_config(document)), tmp_path / "out", EditOptions())
+    expected = torch.tensor([[0.25, 0.25, -1e4, -1e4, 0.125, 0.125, -0.25, -0.25]], dtype=dtype)
+    assert torch.equal(load_weights(tmp_path / "out")[bias], expected)
