@@ -10,7 +10,7 @@ from moemerge.compatibility.distances import STRANGER
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
 from moemerge.errors import IncompatibleError
-from moemerge.families.dense import DenseModel, Role
+from moemerge.families.dense import DenseModel, ModelTensors, Role
 from moemerge.families.expert_view import dense_view
 from moemerge.families.stored_mixture import StoredMixture
 
@@ -27,7 +27,7 @@ def misfits(slot: Slot, mixture: StoredMixture) -> Iterator[str]:
 
 
 def _dense_misfits(slot: Added, mixture: StoredMixture) -> Iterator[str]:
-    dense, tensors = slot.own.model, slot.own.tensors
+    dense = slot.own.model
     if dense.sizes["hidden"] != mixture.hidden:
         yield f"its hidden_size is {dense.sizes['hidden']}, the mixture's {mixture.hidden}"
         return
@@ -49,6 +49,12 @@ def _dense_misfits(slot: Added, mixture: StoredMixture) -> Iterator[str]:
             "those of another mixture with the same layers added, as MIXTURE#EXPERT"
         )
         return
+    yield from _tensor_misfits(slot.own, mixture)
+
+
+def _tensor_misfits(own: ModelTensors, mixture: StoredMixture) -> Iterator[str]:
+    """Yield the first tensor of FFNs that a dense model lacks, or has in another form."""
+    dense, tensors = own.model, own.tensors
     if missing := [layer for layer in mixture.moe_layers if layer >= dense.layers]:
         yield f"it has {dense.layers} layers, and the mixture has experts in layer {missing[0]}"
         return
