@@ -114,4 +114,4 @@ def _router(plan: EditPlan, slot: Slot) -> str:
         return "fitted to text by prune"
     if isinstance(slot, Kept):
         return "kept"
-    return "its own, moved beside the others'" if isinstance(slot, Foreign) else "fitted beside the others'"
+    return "its own, moved, or fitted beside the others'" if isinstance(slot, Foreign) else "fitted beside the others'"

@@ -99,6 +99,8 @@ class RowMaker:
         }
         foreign = [number for number, slot in enumerate(plan.slots) if isinstance(slot, Foreign)]
         own = [number for number in range(len(plan.slots)) if number not in foreign]
+        if all(self._documents[number] for number in foreign) and any(self._documents[number] for number in own):
+            return self._added()
         documents = tuple([text for number in part for text in self._documents[number]] for part in (own, foreign))
         if not all(documents):
             return known
