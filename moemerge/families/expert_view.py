@@ -7,13 +7,14 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from moemerge.checkpoint.derived import Derived, Rows, read_values
+from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import joined
 from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DenseModel, Role
 from moemerge.families.dense_sibling import SCALES, dense_sibling, setting
 from moemerge.families.family import SWITCHED_OFF, Extra, Names, separate
-from moemerge.families.layer_names import layer_prefix
+from moemerge.families.layer_names import in_layer, layer_prefix
 from moemerge.families.stored_mixture import StoredMixture
 
 Chosen = int | Literal["shared"]
@@ -96,7 +97,9 @@ def dense_with(mixture: StoredMixture, ffns: Mapping[int, Ffn], name: str, notes
 
     try:
         config, model = dense_sibling(mixture.family, mixture.config, width, holds, misfits)
-        return DenseView(config, _tensors(mixture, model, every), model, (*_further(mixture), *notes))
+        return DenseView(
+            config, _tensors(mixture, model, every), model, (*_further(mixture), *_outside(mixture, model), *notes)
+        )
     except ValueError as error:
         raise _refusal(name, [str(reason) for reason in error.args]) from None
 
@@ -271,6 +274,19 @@ def _further(mixture: StoredMixture) -> Iterator[str]:
     further = max(mixture.moe_layers) - _layers(mixture) + 1
     if further > 0:
         yield f"{further} layers that predict further tokens are left out"
+
+
+def _outside(mixture: StoredMixture, model: DenseModel) -> Iterator[str]:
+    """Say which tensors outside the layers a dense model does not have."""
+    has = {*model.outside(), *model.family.first, model.family.last, model.family.head}
+    beside = [name for name in mixture.tensors if in_layer(name) is None and name not in has]
+    lost = [name for name in beside if not name.endswith(model.family.derived)]
+    if lost:
+        nbytes = shown_bytes(sum(mixture.tensors[name].nbytes for name in lost))
+        yield (
+            f"{len(lost)} tensors outside the layers are left out, {nbytes}, which the dense model's class does not "
+            f"read: {lost[0]}{f' and {len(lost) - 1} more' if lost[1:] else ''}"
+        )
 
 
 def _left_out(mixture: StoredMixture, name: str) -> list[str]:

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.derived import read_values
+from moemerge.editing.dense.densifying import averaged, equal_weights
 from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DENSE_FAMILIES
 from moemerge.families.expert_view import Chosen, DenseView, dense_view
@@ -19,6 +20,7 @@ from moemerge.sources.model_folder import open_merged
 from moemerge.sources.stored_mixtures import read_stored_mixture
 from tests.families.test_families import PAIRS, PLAINEST, dense, merged, pairs, parts, readable  # noqa: F401  a fixture
 from tests.support.families import DENSE
+from tests.support.mixtures import make_mixture
 from tests.support.models import (
     assert_close,
     edit_json,
@@ -239,3 +241,21 @@ def test_layers_that_predict_further_tokens_are_left_out_with_a_note(tmp_path):
     view = dense_view(stored(out), 1)
     assert view.notes == ("1 layers that predict further tokens are left out",)
     assert not any(".layers.3." in name for name in view.tensors)
+
+
+def test_tensors_outside_the_layers_that_a_dense_model_lacks_are_named(tmp_path):
+    folder = make_mixture(tmp_path / "mixture", "mixtral")
+    derived = "model.rotary_emb.inv_freq"
+    more = {"mtp.fc.weight": torch.ones(4, 8), "value_head.bias": torch.ones(3), derived: torch.ones(4)}
+    save_weights(folder, load_weights(folder) | more)
+    mixture = stored(folder)
+    told = (
+        "2 tensors outside the layers are left out, 140 B, which the dense model's class does not read: "
+        "mtp.fc.weight and 1 more"
+    )
+    view = dense_view(mixture, 0)
+    assert view.notes == (told,)
+    assert not view.tensors.keys() & more.keys()
+    assert averaged(mixture, equal_weights(mixture)).notes == (told,)
+    save_weights(folder, load_weights(make_mixture(tmp_path / "plain", "mixtral")))
+    assert dense_view(stored(folder), 0).notes == ()
