@@ -13,19 +13,17 @@ from moemerge.checkpoint.files import fingerprint_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.numbers import read_rows
 from moemerge.checkpoint.unreadable import reasons
-from moemerge.config.loading import load_config
-from moemerge.config.schema import CONFIG_COPY, MergeConfig
+from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import CONFIG_DTYPES
-from moemerge.errors import CheckpointError, IncompatibleError, MoemergeError
+from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.families.choosing import Choosing
 from moemerge.families.dense import decoded, read_dense
 from moemerge.families.family import SWITCHED_OFF, MoeFamily
-from moemerge.families.in_memory import released_layout
 from moemerge.families.layer_names import layer_prefix
-from moemerge.families.released import READABLE
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
 from moemerge.passes.weights import read_into
-from moemerge.sources.model_folder import ModelFolder, open_merged, open_model, read_tensor_table, read_tensor_tables
+from moemerge.sources.model_folder import ModelFolder, open_merged, open_model, read_tensor_tables
+from moemerge.sources.stored_mixtures import kept_config, read_stored_mixture
 
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -139,31 +137,13 @@ def open_mixture(folder: Path | str) -> MixtureModel:
         IncompatibleError: the model is no mixture of a family that moemerge reads.
         CheckpointError: its files are damaged.
     """
-    model = open_merged(folder)
-    family = READABLE.get(str(model.config.get("model_type")))
-    if family is None:
+    model = replace(open_merged(folder), reference=str(folder))
+    stored_mixture = read_stored_mixture(model, lambda _: None)
+    if "num_hidden_layers" not in model.config:
         raise IncompatibleError(
-            f"{folder}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge reads. Name "
-            "the folder that a merge wrote, or a released mixture: " + ", ".join(READABLE) + ".",
-            [],
+            f"{folder}: its config.json has no num_hidden_layers, which a {stored_mixture.family.model_type} has.", []
         )
-    tensors = released_layout(family, read_tensor_table(model, lambda _: None))
-    router = next((name for name in tensors if name.endswith(f".{family.router}")), None)
-    if router is None:
-        raise IncompatibleError(f"{folder}: has no router: no tensor is called *.{family.router}.", [])
-    try:
-        copy = model.file(CONFIG_COPY)
-        config = load_config(copy, allow_identical_experts=True) if copy else None
-    except MoemergeError:  # made by another tool, or edited
-        config = None
-    missing = [key for key in (per_token_key(family), "num_hidden_layers") if key not in model.config]
-    if missing:
-        raise IncompatibleError(f"{folder}: its config.json has no {missing[0]}, which a {family.model_type} has.", [])
-    count = tensors[router].shape[0]
-    names = config.expert_names if config else ()
-    numbered = tuple(map(str, range(count)))
-    made = StoredMixture(family, model.config, tensors, names if len(names) == count else numbered)
-    return replace(as_model(made, Path(folder)), config=config)
+    return replace(as_model(stored_mixture, Path(folder)), config=kept_config(model, lambda _: None))
 
 
 def as_model(mixture: StoredMixture, folder: Path) -> MixtureModel:

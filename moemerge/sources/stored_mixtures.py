@@ -52,8 +52,8 @@ def read_stored_mixture(
     family = READABLE.get(str(model.config.get("model_type")))
     if family is None:
         raise IncompatibleError(
-            f"{model.reference}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge reads; "
-            f"it reads {', '.join(READABLE)}.",
+            f"{model.reference}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge reads. "
+            f"Name the folder that a merge wrote, or a released mixture: {', '.join(READABLE)}.",
             [],
         )
     if per_token_key(family) not in model.config:

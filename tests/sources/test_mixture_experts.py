@@ -101,7 +101,8 @@ def test_what_leads_to_no_expert_is_refused_with_what_there_is(tmp_path, llamas,
         "  - it has no shared expert"
     )
     assert refusal(f"{llamas[0]}#0", IncompatibleError).startswith(
-        f"{llamas[0]}: its model_type is 'llama', no mixture that moemerge reads; it reads mixtral, "
+        f"{llamas[0]}: its model_type is 'llama', no mixture that moemerge reads. Name the folder that a merge wrote, "
+        "or a released mixture: mixtral, "
     )
     assert refusal(f"{llamas[0]}+{tmp_path}#1", NoSuchModelError) == (
         f"{llamas[0]}+{tmp_path}#1: an adapter has no experts; write MIXTURE#EXPERT+ADAPTER."
