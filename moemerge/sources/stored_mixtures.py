@@ -64,10 +64,16 @@ def read_stored_mixture(
     router = next((tensor for name, tensor in tensors.items() if name.endswith(f".{family.router}")), None)
     if router is None:
         raise IncompatibleError(f"{model.reference}: has no router: no tensor is called *.{family.router}.", [])
-    count = router.shape[0]
-    config = kept_config(model, announce)
+    names = _expert_names(kept_config(model, announce), router.shape[0])
+    return StoredMixture(family, model.config, tensors, names)
+
+
+def _expert_names(config: MergeConfig | None, count: int) -> tuple[str, ...]:
+    """Names of a mixture's experts as its config says them; of parts, each with its number; else numbers."""
     names = config.expert_names if config else ()
-    return StoredMixture(family, model.config, tensors, names if len(names) == count else tuple(map(str, range(count))))
+    if config and config.granularity > 1:
+        names = tuple(f"{name}-{part}" for name in names for part in range(config.granularity))
+    return names if len(names) == count else tuple(map(str, range(count)))
 
 
 def kept_config(model: ModelFolder, announce: Announce) -> MergeConfig | None:

@@ -1,24 +1,15 @@
-"""Kept rows in an edited mixture: two mixtures in one, experts that are dropped."""
+"""Two routers in one layer."""
 
 import pytest
 import torch
 
 from moemerge.routers.added_rows import KeptRows
-from moemerge.routers.edited_rows import part_offset, redistribution
+from moemerge.routers.edited_rows import part_offset
 from moemerge.routers.fitting import Labelled
 from moemerge.routers.logistic import solve
-from moemerge.routers.scoring import lowering, top_weights
+from moemerge.routers.scoring import lowering
 
 EXPERTS, HIDDEN, TOKENS = 6, 24, 600
-
-
-def logits(spread: float = 3.0) -> torch.Tensor:
-    return spread * torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0))
-
-
-def weights_of(given: torch.Tensor, count: int, scoring: str) -> torch.Tensor:
-    weights, chosen = top_weights(given, count, scoring)
-    return torch.zeros_like(given).scatter_(1, chosen, weights)
 
 
 def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,21 +43,3 @@ def test_two_routers_divide_tokens_rightly_and_choose_within_as_before(scoring):
     assert float((joined.argmax(dim=1) == right).float().mean()) > 0.95
     assert float((alone.argmax(dim=1) == right).float().mean()) < 0.9
     assert torch.equal(joined[:, 2:].argmax(dim=1), alone[:, 2:].argmax(dim=1))
-
-
-def test_the_weight_of_dropped_experts_goes_to_those_that_take_their_place():
-    given = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [3.0, 0.0, 2.0], [1.0, 2.0, 0.0]])
-    found = redistribution(given, [0], 2, "softmax")
-    old = weights_of(given, 2, "softmax")
-    assert found.tokens == 0.75
-    assert found.weight == pytest.approx(float(old[[0, 2, 3], 0].mean()))
-    new = weights_of(given[:, 1:], 2, "softmax")
-    gained = (new - old[:, 1:])[[0, 2, 3]].sum(dim=0) / old[:, 0].sum()
-    assert found.gains == pytest.approx(tuple(gained.tolist()))
-    assert sum(found.gains) == pytest.approx(1)
-
-
-def test_an_expert_that_no_token_chooses_loses_nothing():
-    given = torch.tensor([[2.0, 1.0, 0.0]])
-    found = redistribution(given, [2], 2, "softmax")
-    assert (found.tokens, found.weight, found.gains) == (0.0, 0.0, (0.0, 0.0))
