@@ -100,12 +100,12 @@ class RowMaker:
         foreign = [number for number, slot in enumerate(plan.slots) if isinstance(slot, Foreign)]
         own = [number for number in range(len(plan.slots)) if number not in foreign]
         if all(self._documents[number] for number in foreign) and any(self._documents[number] for number in own):
-            return self._added()
+            return {**known, **self._added()}  # no text enters layers that predict further tokens
         documents = tuple([text for number in part for text in self._documents[number]] for part in (own, foreign))
         if not all(documents):
             return known
         moved = joined_rows(self._pass, known, foreign, (documents[0], documents[1]), mixture.family.scoring)
-        return {**known, **moved}  # no text enters layers that predict further tokens
+        return {**known, **moved}
 
     def _stored(self, slot: Kept | Foreign, layer: int) -> Rows:
         """The row (1, hidden) that an expert of a mixture has there."""
