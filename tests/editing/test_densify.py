@@ -15,6 +15,8 @@ from tests.support.machine import SINGLE
 from tests.support.models import TEXT, assert_close, load, load_weights, logits, make_model, save_weights, write_config
 
 FAMILIES = {moe: name for name, moe in reversed(PAIRS)}
+# Whose experts are separate, stacked, or beside a gated shared one; the others by `make test-all`.
+QUICK = {"mixtral", "granitemoe", "qwen2_moe"}
 
 
 @pytest.fixture
@@ -53,7 +55,9 @@ def text(tmp_path) -> Path:
     return tmp_path / "a.txt"
 
 
-@pytest.mark.parametrize("moe", FAMILIES)
+@pytest.mark.parametrize(
+    "moe", [moe if moe in QUICK else pytest.param(moe, marks=pytest.mark.slow) for moe in FAMILIES]
+)
 @pytest.mark.parametrize("way", [["--average"], ["--widen", "3"]])
 def test_equal_experts_give_the_model_that_they_are(tmp_path, run, dense, moe, way):  # noqa: F811
     readable(FAMILIES[moe], moe)

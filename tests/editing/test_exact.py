@@ -21,8 +21,8 @@ from moemerge.sources.stored_mixtures import read_stored_mixture
 from tests.support.mixtures import EXPERTS, PLAINEST, VARIANTS, Layout, make_variant
 from tests.support.models import assert_close, load, logits
 
-# Families whose code differs: separate and stacked experts, biases for the choice alone, shared experts of each kind.
-USUAL = {PLAINEST[kind] for kind in ("mixtral", "granitemoeshared", "ernie4_5_moe", "qwen2_moe", "deepseek_v3")}
+# Families whose code differs: separate and stacked experts, biases for the choice alone, shared experts.
+USUAL = {PLAINEST[kind] for kind in ("mixtral", "granitemoeshared", "ernie4_5_moe")}
 NAMES = [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 variants = pytest.mark.parametrize("name", NAMES)
 
