@@ -38,6 +38,11 @@ class Shard:
     """Map from tensor name to offset in the file, in the order of the bytes."""
     nbytes: int
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of its tensors in bytes, without the header."""
+        return self.nbytes - len(self.header)
+
 
 def parse_size(text: str) -> int:
     """Parse a size such as `5GB`, `500 MB`, `2GiB` or `1048576` into bytes; units are decimal unless written with an i.

@@ -99,7 +99,7 @@ def edit_in_place(
         CheckpointError: a source is not what its header said.
     """
     model, written = plan.folder.folder, {name for shard in shards.written for name in shard.starts}
-    done, total = 0, sum(shard.nbytes - len(shard.header) for shard in shards.written)
+    done, total = 0, sum(shard.tensor_bytes for shard in shards.written)
 
     def report(nbytes: int) -> None:
         nonlocal done

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.shards import Shard, TensorSpec
 from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
 from moemerge.dtypes import bytes_of
@@ -128,19 +127,13 @@ class EditPlan:
     @property
     def file_names(self) -> list[str]:
         """Paths in the output of all files that the edit may write."""
-        index = [SAFETENSORS_INDEX] if len(self.shards) > 1 else []
         others = ["config.json", CONFIG_COPY, CARD, *self.base_files.copied]
-        return [*(shard.name for shard in self.shards), *index, *others]
-
-    @property
-    def weight_bytes(self) -> int:
-        """Total size of all shards in bytes."""
-        return sum(shard.nbytes for shard in self.shards)
+        return [*self.layout.file_names, *others]
 
     @property
     def output_bytes(self) -> int:
         """Size of the result in bytes, copied files included."""
-        return self.weight_bytes + sum(path.stat().st_size for path in self.base_files.copied.values())
+        return self.layout.weight_bytes + sum(path.stat().st_size for path in self.base_files.copied.values())
 
     @property
     def total_parameters(self) -> int:
@@ -158,14 +151,6 @@ class EditPlan:
         """Bytes that the edit reads from other machines."""
         pieces = [piece.source for output in self.outputs.values() for piece in output.pieces]
         return remote_bytes(piece for piece in pieces if isinstance(piece, TensorInfo))
-
-    @property
-    def index(self) -> str | None:
-        """The text of the index, or None where one file holds everything."""
-        if len(self.shards) == 1:
-            return None
-        weight_map = {name: shard.name for shard in self.shards for name in shard.starts}
-        return build_index(weight_map, sum(shard.nbytes - len(shard.header) for shard in self.shards))
 
 
 def specs_of(outputs: Mapping[str, Output], mixture: StoredMixture) -> list[TensorSpec]:

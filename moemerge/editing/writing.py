@@ -67,7 +67,7 @@ def write_edit(
     check_edit(plan, out, overwrite=overwrite)
     plan.origins.check("since the plan was made")
     replaceable = partial(replaceable_files, written=plan.file_names) if overwrite else None
-    done, total = 0, sum(shard.nbytes - len(shard.header) for shard in plan.shards)
+    done, total = 0, plan.layout.tensor_bytes
 
     def report(nbytes: int) -> None:
         nonlocal done
@@ -91,7 +91,7 @@ def write_other_files(plan: EditPlan, folder: Path, final: Path) -> None:
     for name, path in plan.base_files.copied.items():
         (folder / name).parent.mkdir(exist_ok=True)
         copy_file(path, folder / name)
-    if (index := plan.index) is not None:
+    if (index := plan.layout.index) is not None:
         (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
     text = text_for(plan.config, final)
     (folder / CONFIG_COPY).write_text(text, encoding="utf-8")

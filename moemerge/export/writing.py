@@ -195,7 +195,7 @@ def advising_types() -> Iterator[None]:
 
 def tensor_writer(stage: Path, shard: Shard, progress: Callable[[int, int], None], *, low_memory: bool) -> ShardWriter:
     """Open the writer of a file's tensors; `progress` is called with the bytes written and all there are."""
-    done, total = 0, shard.nbytes - len(shard.header)
+    done, total = 0, shard.tensor_bytes
 
     def report(nbytes: int) -> None:
         nonlocal done

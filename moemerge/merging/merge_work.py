@@ -182,7 +182,7 @@ class Work:
             report: the routing report.
         """
         self.write_base_files(folder)
-        if (index := self.plan.index) is not None:
+        if (index := self.plan.layout.index) is not None:
             (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
         text = text_for(self.plan.config, final)
         (folder / CONFIG_COPY).write_text(text, encoding="utf-8")
@@ -211,8 +211,8 @@ class Tally:
 
     def __init__(self, progress: Progress, shards: Sequence[Shard], kept: Collection[str] = ()) -> None:
         self._progress, self._lock = progress, threading.Lock()
-        self._total = sum(shard.nbytes - len(shard.header) for shard in shards)
-        self._done = sum(shard.nbytes - len(shard.header) for shard in shards if shard.name in kept)
+        self._total = sum(shard.tensor_bytes for shard in shards)
+        self._done = sum(shard.tensor_bytes for shard in shards if shard.name in kept)
         self.weights(0)
 
     def weights(self, nbytes: int) -> None:

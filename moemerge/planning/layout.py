@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
 from moemerge.dtypes import HEADER_DTYPES, bytes_of
 from moemerge.planning.assembled import Assembled
@@ -20,6 +21,30 @@ class Layout:
     shards: tuple[Shard, ...]
     shared_bytes: int
     """Bytes that take no space on the disk, since the file system shares them with the sources."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Total size of all shards in bytes."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Total size of all tensors in bytes, without headers."""
+        return sum(shard.tensor_bytes for shard in self.shards)
+
+    @property
+    def file_names(self) -> list[str]:
+        """Names of the shards, and of the index where there is one."""
+        names = [shard.name for shard in self.shards]
+        return [*names, SAFETENSORS_INDEX] if len(names) > 1 else names
+
+    @property
+    def index(self) -> str | None:
+        """The text of the index, or None where one file holds everything."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {name: shard.name for shard in self.shards for name in shard.starts}
+        return build_index(weight_map, self.tensor_bytes)
 
 
 def lay_out(assembled: Assembled, options: PlanOptions) -> Layout:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.shards import Shard
 from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
 from moemerge.dtypes import DType
@@ -217,9 +216,8 @@ class MergePlan:
     @property
     def file_names(self) -> list[str]:
         """Paths in the output of all files that the merge may write."""
-        index = [SAFETENSORS_INDEX] if len(self.shards) > 1 else []
         others = ["config.json", CONFIG_COPY, CARD, *self.copied_files, *self.made_files]
-        return [*(shard.name for shard in self.shards), *index, *others]
+        return [*self.layout.file_names, *others]
 
     @property
     def computed(self) -> dict[str, Computed]:
@@ -246,12 +244,12 @@ class MergePlan:
     @property
     def weight_bytes(self) -> int:
         """Total size of all shards in bytes."""
-        return sum(shard.nbytes for shard in self.shards)
+        return self.layout.weight_bytes
 
     @property
     def tensor_bytes(self) -> int:
         """Total size of all tensors in bytes, without headers."""
-        return sum(shard.nbytes - len(shard.header) for shard in self.shards)
+        return self.layout.tensor_bytes
 
     @property
     def remote_bytes(self) -> int:
@@ -289,11 +287,3 @@ class MergePlan:
         """Shards that a resumed merge may keep; routers are computed again, since they depend on the device too."""
         computed = self.computed.keys()
         return [shard for shard in self.shards if computed.isdisjoint(shard.starts)]
-
-    @property
-    def index(self) -> str | None:
-        """The text of the index, or None where one file holds everything."""
-        if len(self.shards) == 1:
-            return None
-        weight_map = {name: shard.name for shard in self.shards for name in shard.starts}
-        return build_index(weight_map, self.tensor_bytes)

@@ -12,7 +12,7 @@ from typing import Final
 from moemerge.checkpoint.copy import copy_file
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
+from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
 from moemerge.checkpoint.output_folder import check_limits, check_space, check_target
 from moemerge.checkpoint.pieces import Piece
@@ -75,14 +75,6 @@ class DensePlan:
         return {name: Piece(tensor, tensor.dtype) for name, tensor in self.view.tensors.items()}
 
     @property
-    def index(self) -> str | None:
-        """The text of the index; None where there is one file of weights."""
-        if len(self.shards) == 1:
-            return None
-        weight_map = {name: shard.name for shard in self.shards for name in shard.starts}
-        return build_index(weight_map, sum(shard.nbytes - len(shard.header) for shard in self.shards))
-
-    @property
     def parameters(self) -> int:
         """Number of parameters in all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.view.tensors.values())
@@ -90,9 +82,7 @@ class DensePlan:
     @property
     def output_bytes(self) -> int:
         """Size of the model in bytes, copied files included."""
-        return sum(shard.nbytes for shard in self.shards) + sum(
-            path.stat().st_size for path in self.files.copied.values()
-        )
+        return self.layout.weight_bytes + sum(path.stat().st_size for path in self.files.copied.values())
 
     @property
     def download_bytes(self) -> int:
@@ -102,9 +92,8 @@ class DensePlan:
     @property
     def file_names(self) -> list[str]:
         """Paths in the output of all files that are written."""
-        index = [SAFETENSORS_INDEX] if len(self.shards) > 1 else []
         others = ["config.json", CARD, *self.files.copied, *self.tokenizer.files]
-        return [*(shard.name for shard in self.shards), *index, *others]
+        return [*self.layout.file_names, *others]
 
     @property
     def inputs(self) -> list[Path]:
@@ -207,7 +196,7 @@ def write_dense(
     check_dense(plan, out, overwrite=overwrite)
     plan.origins.check("since the plan was made")
     replaceable = partial(replaceable_files, written=plan.file_names) if overwrite else None
-    done, total = 0, sum(shard.nbytes - len(shard.header) for shard in plan.shards)
+    done, total = 0, plan.layout.tensor_bytes
 
     def report(nbytes: int) -> None:
         nonlocal done
@@ -229,7 +218,7 @@ def _write_other_files(plan: DensePlan, folder: Path, final: Path) -> None:
         copy_file(path, folder / name)
     for name, content in plan.tokenizer.files.items():
         (folder / name).write_bytes(content)
-    if (index := plan.index) is not None:
+    if (index := plan.layout.index) is not None:
         (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
     card = EditCard(
         plan.view.model.family.model_type,
