@@ -61,3 +61,15 @@ Progress = Callable[[Task, int, int], None]
 Tasks may go on side by side: `weights` are written while `routers` are computed, and their reports alternate, from one
 thread at a time.
 """
+
+
+def adding_up(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """Make a function that adds up the amounts it is given, and reports their sum and the total."""
+    done = 0
+
+    def report(amount: int) -> None:
+        nonlocal done
+        done += amount
+        progress(done, total)
+
+    return report

@@ -17,6 +17,7 @@ from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, rea
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, JobPool
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import reasons
+from moemerge.progress import adding_up
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
 
 _NUMBERED_EXPERT: Final = re.compile(r"(?:^|\.)experts\.(\d+)\.")
@@ -188,14 +189,8 @@ def _look_at_all(tensors: Collection[TensorInfo], progress: Callable[[int, int],
     """Look at every number of some tensors, in the order of their bytes in each file."""
     ordered = sorted(tensors, key=lambda tensor: (str(tensor.path), tensor.start, tensor.name))
     floats = [tensor for tensor in ordered if has_floats(tensor.dtype)]
-    done, total = 0, sum(tensor.nbytes for tensor in floats)
-
-    def report(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(done, total)
-
     here = all(isinstance(tensor.path, Path) for tensor in floats)
+    report = adding_up(progress, sum(tensor.nbytes for tensor in floats))
     with JobPool(report, MAX_THREADS if here else CONNECTIONS) as jobs:
         started = [jobs.start(partial(look_at, tensor)) for tensor in floats]
     looked: list[Census] = [job.result() for job in started]

@@ -22,6 +22,7 @@ from moemerge.families.engines import Trouble, facts_of, trouble_of
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.plan import MergePlan
 from moemerge.planning.shared_choice import settle_as
+from moemerge.progress import adding_up
 from moemerge.sources.model_folder import ModelFolder, open_merged, read_tensor_table
 
 
@@ -153,14 +154,7 @@ def _compare_outputs(
     progress: Callable[[int, int], None],
 ) -> dict[str, list[Difference]]:
     """Compare the bytes of tensors of the planned shape and dtype with what the plan makes of its sources."""
-    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
-
-    def report(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(done, total)
-
-    with JobPool(report) as jobs:
+    with JobPool(adding_up(progress, sum(tensor.nbytes for tensor in tensors.values()))) as jobs:
         started = {
             name: jobs.start(partial(_compare_output, outputs[name], tensor, seed)) for name, tensor in tensors.items()
         }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from moemerge.checkpoint.changed_shards import ChangedShards, StoredTensors, lay_out_changes
@@ -18,7 +19,7 @@ from moemerge.errors import RefusedError
 from moemerge.model_card.card import is_foreign_card
 from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
 from moemerge.planning.output import Computed
-from moemerge.progress import Progress, Task
+from moemerge.progress import Progress, Task, adding_up
 from moemerge.sources.local import is_snapshot
 from moemerge.sources.model_folder import read_tensor_table
 from moemerge.sources.reference import Reference
@@ -99,13 +100,7 @@ def edit_in_place(
         CheckpointError: a source is not what its header said.
     """
     model, written = plan.folder.folder, {name for shard in shards.written for name in shard.starts}
-    done, total = 0, sum(shard.tensor_bytes for shard in shards.written)
-
-    def report(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(Task("weights"), done, total)
-
+    report = adding_up(partial(progress, Task("weights")), sum(shard.tensor_bytes for shard in shards.written))
     plan.origins.check("since the plan was made")
     with changing(model, shards.needed_bytes) as stage:
         with ShardWriter(stage, shards.written, report, seed=seed, reserve=not shards.shared_bytes) as writer:

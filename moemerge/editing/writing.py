@@ -21,7 +21,7 @@ from moemerge.merging.overwriting import replaceable_files
 from moemerge.model_card.edit_card import EditCard, write_edit_card
 from moemerge.model_card.metadata import licence_of
 from moemerge.planning.output import Computed
-from moemerge.progress import Progress, Task
+from moemerge.progress import Progress, Task, adding_up
 
 # A pass of the mixture aside, an edit moves bytes.
 _MEMORY_BYTES = 300_000_000
@@ -67,13 +67,7 @@ def write_edit(
     check_edit(plan, out, overwrite=overwrite)
     plan.origins.check("since the plan was made")
     replaceable = partial(replaceable_files, written=plan.file_names) if overwrite else None
-    done, total = 0, plan.layout.tensor_bytes
-
-    def report(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(Task("weights"), done, total)
-
+    report = adding_up(partial(progress, Task("weights")), plan.layout.tensor_bytes)
     threads = CONNECTIONS if plan.download_bytes else MAX_THREADS
     with staged(out, plan.folders, inputs=plan.inputs, replaceable=replaceable) as stage:
         reserve = not plan.shared_bytes

@@ -23,6 +23,7 @@ from moemerge.export.model import GgufFormat, GgufModel, asked_type
 from moemerge.export.packages import need
 from moemerge.export.tensors import GgufTensor
 from moemerge.planning.models import references_of
+from moemerge.progress import adding_up
 from moemerge.sources.model_folder import open_merged, read_tensor_table
 from moemerge.sources.reference import local_folders
 
@@ -195,11 +196,10 @@ def advising_types() -> Iterator[None]:
 
 def tensor_writer(stage: Path, shard: Shard, progress: Callable[[int, int], None], *, low_memory: bool) -> ShardWriter:
     """Open the writer of a file's tensors; `progress` is called with the bytes written and all there are."""
-    done, total = 0, shard.tensor_bytes
-
-    def report(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(done, total)
-
-    return ShardWriter(stage, [shard], report, low_memory=low_memory, threads=1 if low_memory else MAX_THREADS)
+    return ShardWriter(
+        stage,
+        [shard],
+        adding_up(progress, shard.tensor_bytes),
+        low_memory=low_memory,
+        threads=1 if low_memory else MAX_THREADS,
+    )

@@ -32,7 +32,7 @@ from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins, remote_bytes
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
-from moemerge.progress import Progress, Task
+from moemerge.progress import Progress, Task, adding_up
 from moemerge.sources.model_folder import Announce, ModelFolder
 
 _MEMORY_BYTES: Final = 300_000_000
@@ -196,13 +196,7 @@ def write_dense(
     check_dense(plan, out, overwrite=overwrite)
     plan.origins.check("since the plan was made")
     replaceable = partial(replaceable_files, written=plan.file_names) if overwrite else None
-    done, total = 0, plan.layout.tensor_bytes
-
-    def report(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(Task("weights"), done, total)
-
+    report = adding_up(partial(progress, Task("weights")), plan.layout.tensor_bytes)
     threads = CONNECTIONS if plan.download_bytes else MAX_THREADS
     with staged(out, plan.folder.folders, inputs=plan.inputs, replaceable=replaceable) as stage:
         with ShardWriter(stage, plan.shards, report, threads=threads, reserve=not plan.shared_bytes) as writer:
