@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
-from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
+from moemerge.checkpoint.extents import layout_to_share, shareable_starts, shared_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SINGLE_SAFETENSORS, build_index
 from moemerge.checkpoint.pieces import Band
@@ -102,7 +102,7 @@ def lay_out_changes(
     weight_map = {name: file for file, names in kept.items() for name in names}
     new = [spec for spec in wanted if spec.name not in weight_map]
     routers = [spec for spec in new if spec.name in last]
-    starts = _shareable(stored.folder, {spec.name: sources[spec.name] for spec in new if spec.name in sources})
+    starts = shareable_starts({spec.name: sources[spec.name] for spec in new if spec.name in sources}, stored.folder)
     if starts:
         shards = layout_to_share([spec for spec in new if spec.name not in last], starts, max_shard_bytes, routers)
     else:
@@ -119,13 +119,6 @@ def lay_out_changes(
         tensor_bytes=sum(spec.nbytes for spec in wanted),
         shared_bytes=shared_bytes(new, starts, written),
     )
-
-
-def _shareable(folder: Path, sources: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Offsets in their files of the tensors whose blocks the file system can share with files in `folder`."""
-    paths = {path for source in sources.values() if isinstance(path := source.path, Path)}
-    shared = {path for path in paths if shares_extents(path, folder)}
-    return {name: source.start for name, source in sources.items() if source.path in shared}
 
 
 def _homes(

@@ -14,7 +14,7 @@ from tempfile import TemporaryFile
 from typing import Final
 
 from moemerge.checkpoint.disk import nearest_folder
-from moemerge.checkpoint.header import ALIGNMENT_BYTES, BLOCK_BYTES
+from moemerge.checkpoint.header import ALIGNMENT_BYTES, BLOCK_BYTES, TensorInfo
 from moemerge.checkpoint.shards import Shard, TensorSpec, build_shards, fill_shards
 
 # Bytes that are not worth a shard of their own.
@@ -35,6 +35,13 @@ def shares_extents(source: Path, folder: Path) -> bool:
             fcntl.ioctl(probe, _FICLONERANGE, struct.pack("qQQQ", file.fileno(), 0, BLOCK_BYTES, 0))
             return True
     return False
+
+
+def shareable_starts(sources: Mapping[str, TensorInfo], folder: Path) -> dict[str, int]:
+    """Offsets in their files of the tensors whose blocks can be shared with files in `folder`, by name."""
+    paths = {path for source in sources.values() if isinstance(path := source.path, Path)}
+    shared = {path for path in paths if shares_extents(path, folder)}
+    return {name: source.start for name, source in sources.items() if source.path in shared}
 
 
 def layout_to_share(

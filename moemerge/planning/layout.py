@@ -2,9 +2,8 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from moemerge.checkpoint.extents import layout_to_share, shared_bytes, shares_extents
+from moemerge.checkpoint.extents import layout_to_share, shareable_starts, shared_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
 from moemerge.checkpoint.shards import Shard, TensorSpec, layout_shards
@@ -69,11 +68,7 @@ def divide(
         options: the size of files, and the folder that will be written.
     """
     weights, routers = ([spec for spec in specs if (spec.name in last) == is_last] for is_last in (False, True))
-    starts = {}
-    if (target := options.target) is not None:
-        paths = {path for tensor in copied.values() if isinstance(path := tensor.path, Path)}
-        shared = {path for path in paths if shares_extents(path, target)}
-        starts = {name: tensor.start for name, tensor in copied.items() if tensor.path in shared}
+    starts = shareable_starts(copied, options.target) if options.target is not None else {}
     if not starts:
         return Layout(tuple(layout_shards(weights, options.max_shard_bytes, routers)), 0)
     shards = layout_to_share(weights, starts, options.max_shard_bytes, routers)

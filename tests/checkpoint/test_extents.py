@@ -106,7 +106,7 @@ def test_on_such_a_file_system_a_merge_takes_no_room(disk, small):
 def test_where_nothing_is_shared_the_layout_is_the_usual_one(tmp_path, llamas):
     path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], prompts=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moemerge.planning.layout.shares_extents", lambda _source, _folder: False)
+        patch.setattr("moemerge.checkpoint.extents.shares_extents", lambda _source, _folder: False)
         assert (
             plan_merge(load_config(path), PlanOptions(target=tmp_path / "out")).shards
             == plan_merge(load_config(path)).shards
@@ -123,7 +123,7 @@ def test_the_trial_leaves_nothing(tmp_path):
 def test_a_header_may_place_its_data_anywhere_in_a_block(tmp_path, small, llamas):
     path = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], prompts=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moemerge.planning.layout.shares_extents", lambda _source, _folder: True)
+        patch.setattr("moemerge.checkpoint.extents.shares_extents", lambda _source, _folder: True)
         plan = plan_merge(load_config(path), PlanOptions(target=tmp_path / "out"))
     assert plan.shared_bytes > 0
     merge(plan, tmp_path / "out")
