@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from moemerge.families.family import MoeFamily, Scoring
 
-_SCALES: Final = ("routed_scaling_factor", "router_scaling_factor")
+SCALES: Final = ("routed_scaling_factor", "router_scaling_factor")
+"""Keys for the factor on what the experts add together."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def choosing(family: MoeFamily, config: Mapping[str, Any]) -> Choosing:
         always or bool(said.get("norm_topk_prob", True)),
         added=family.added_to_sum,
         least=_number(said, "moe_norm_min", 0.0),
-        scale=next((_number(said, key, 1.0) for key in _SCALES if key in said), 1.0),
+        scale=next((_number(said, key, 1.0) for key in SCALES if key in said), 1.0),
         groups=int(_number(said, "n_group", 1)) if grouped else 1,
         chosen_groups=int(_number(said, "topk_group", 1)) if grouped else 1,
         best_of_group=2 if scoring == "sigmoid" else 1,

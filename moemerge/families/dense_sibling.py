@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
+from moemerge.families.choosing import SCALES
 from moemerge.families.dense import DENSE_FAMILIES, FULL, SLIDING, DenseFamily, DenseModel, read_dense
 from moemerge.families.family import NULLABLE, MoeFamily
 from moemerge.families.respelling import lost_keys
@@ -49,8 +50,6 @@ _OF_NO_MATTER: Final = {
     "num_nextn_predict_layers", "max_window_layers", "sliding_window_pattern", "prefix_dense_sliding_window_pattern",
     "qkv_bias", "attention_bias", "qk_norm", "use_qk_norm", "use_sliding_window", "sliding_window",
 }  # fmt: skip
-SCALES: Final = ("routed_scaling_factor", "router_scaling_factor")
-"""Keys for the factor on what the experts add together."""
 # What transformers' classes take for keys that config.json leaves out, where it is not what a merge writes.
 _ABSENT: Final[Mapping[str, Mapping[str, Any]]] = {
     "mimo_v2_flash": {"attention_value_scale": 0.707},

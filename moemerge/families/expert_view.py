@@ -11,8 +11,9 @@ from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import joined
 from moemerge.errors import IncompatibleError
+from moemerge.families.choosing import SCALES
 from moemerge.families.dense import DenseModel, Role
-from moemerge.families.dense_sibling import SCALES, dense_sibling, setting
+from moemerge.families.dense_sibling import dense_sibling, setting
 from moemerge.families.family import SWITCHED_OFF, Extra, Names, separate
 from moemerge.families.layer_names import in_layer, layer_prefix
 from moemerge.families.stored_mixture import StoredMixture
