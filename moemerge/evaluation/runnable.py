@@ -92,6 +92,11 @@ class MixtureModel:
         """Layers that have a router."""
         return [layer for layer in range(self.runnable.layers) if self.router(layer) in self.runnable.shapes]
 
+    @property
+    def as_stored(self) -> StoredMixture:
+        """The same mixture as it is stored, with the settings of the class."""
+        return StoredMixture(self.family, self.runnable.keys, self.tensors, self.experts)
+
     def router(self, layer: int) -> str:
         """Name of a layer's router tensor, which has the shape (expert, hidden)."""
         return layer_prefix(layer) + self.family.router

@@ -6,7 +6,6 @@ import torch
 
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.families.dense import Role
-from moemerge.families.stored_mixture import StoredMixture
 from moemerge.passes.activation import activation_of, class_config
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.weights import read_into
@@ -18,9 +17,8 @@ class ExpertOutputs:
     """Computes outputs of experts one at a time; one expert's matrices are in memory."""
 
     def __init__(self, mixture: MixtureModel, compute: Compute) -> None:
-        keys = mixture.runnable.keys
-        self._stored = StoredMixture(mixture.family, keys, mixture.tensors, mixture.experts)
-        self._activation = activation_of(class_config(mixture.family.model_type, keys))
+        self._stored = mixture.as_stored
+        self._activation = activation_of(class_config(mixture.family.model_type, mixture.runnable.keys))
         self._compute = compute
 
     def __call__(self, layer: int, expert: int, states: torch.Tensor) -> torch.Tensor:

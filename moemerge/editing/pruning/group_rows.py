@@ -10,10 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from moemerge.editing.pruning.choice import Pruning
-from moemerge.editing.pruning.saliency import LayerChoices, LayerTokens
+from moemerge.editing.pruning.saliency import LayerTokens, run_by_layer
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel
-from moemerge.evaluation.running import run_model
 from moemerge.passes.compute_dtype import Compute
 from moemerge.routers.regression import regress
 from moemerge.routers.scoring import choose, even_direction
@@ -56,15 +55,7 @@ def fit_rows(
         progress: called with the layers done and all there are.
     """
     fitter = _Fitter(mixture, pruning)
-    run_model(
-        mixture.runnable,
-        texts.windows,
-        compute,
-        mixture=mixture,
-        chosen=LayerChoices(texts, fitter.add).add,
-        progress=progress,
-        losses=False,
-    )
+    run_by_layer(mixture, texts, compute, fitter.add, progress)
     misses = {count: float(np.mean(found)) for count, found in fitter.misses.items()}
     return GroupRows(fitter.rows if fitter.changed else {}, misses)
 

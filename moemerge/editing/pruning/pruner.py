@@ -14,7 +14,6 @@ from moemerge.editing.pruning.similarity import Similarity, measure_similarity
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel, open_mixture
 from moemerge.evaluation.settings import EvaluationSettings
-from moemerge.families.stored_mixture import StoredMixture
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.progress import Progress, Task
 from moemerge.routers.rows import Rows
@@ -61,13 +60,12 @@ def decide(  # noqa: PLR0917
         RouterError: the device or the tokenizer cannot be used.
     """
     mixture = open_mixture(folder)
-    family, keys = mixture.family, mixture.runnable.keys
     how = mixture.choosing
     check_keep(request.keep, len(mixture.experts), how)
     compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)
     texts = Texts.cut(mixture, documents, settings.tokens, settings.window, settings.roles)
     announce("comparing the experts' weights ...")
-    stored = StoredMixture(family, keys, mixture.tensors, mixture.experts)
+    stored = mixture.as_stored
     similarity = measure_similarity(stored)
     equal = equal_groups(similarity, request)
 

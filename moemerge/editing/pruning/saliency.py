@@ -79,15 +79,7 @@ def measure_saliency(
         CheckpointError: the mixture's files are damaged, or its numbers are not finite.
     """
     tally = _Tally(mixture, texts, ExpertOutputs(mixture, compute), together)
-    run_model(
-        mixture.runnable,
-        texts.windows,
-        compute,
-        mixture=mixture,
-        chosen=LayerChoices(texts, tally.add).add,
-        progress=progress,
-        losses=False,
-    )
+    run_by_layer(mixture, texts, compute, tally.add, progress)
     return tally.found()
 
 
@@ -108,7 +100,30 @@ class LayerTokens:
     """Router inputs (token, hidden)."""
 
 
-class LayerChoices:
+def run_by_layer(
+    mixture: MixtureModel,
+    texts: Texts,
+    compute: Compute,
+    use: Callable[[LayerTokens], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Run a mixture over text; `use` is called with the tokens of each layer as soon as all of them are there.
+
+    Raises:
+        CheckpointError: the mixture's files are damaged, or its numbers are not finite.
+    """
+    run_model(
+        mixture.runnable,
+        texts.windows,
+        compute,
+        mixture=mixture,
+        chosen=_LayerChoices(texts, use).add,
+        progress=progress,
+        losses=False,
+    )
+
+
+class _LayerChoices:
     """Collects the choices of a layer for all windows, and hands them on together."""
 
     def __init__(self, texts: Texts, whole: Callable[[LayerTokens], None]) -> None:
