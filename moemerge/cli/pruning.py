@@ -180,15 +180,14 @@ def _check_target(console: "Console", model: Path, out: Path, run: Run) -> None:
     from moemerge.editing.planner import plan_edit
     from moemerge.editing.writing import check_edit
     from moemerge.planning.options import PlanOptions
-    from moemerge.sources.model_folder import open_model
-    from moemerge.sources.stored_mixtures import read_stored_mixture
+    from moemerge.sources.stored_mixtures import read_mixture
 
-    announce = announcer(console, quiet=True)
-    mixture = read_stored_mixture(open_model(str(model), announce), announce)
+    opened = read_mixture(str(model), announcer(console, quiet=True))
+    mixture = opened[1]
     kept = [str(number) for number in range(min(run.choice.keep, mixture.experts))]
     document = edit_document(mixture, str(model), Changes(keep=kept))
     config = parse_config(write_yaml(document), "the pruned mixture", allow_identical_experts=True)
-    check_edit(plan_edit(config, PlanOptions(target=out)), out, overwrite=run.output.overwrite)
+    check_edit(plan_edit(config, PlanOptions(target=out), opened=opened), out, overwrite=run.output.overwrite)
 
 
 def _plan(console: "Console", model: Path, out: Path, found: "Decision", run: Run) -> "EditPlan":
@@ -196,16 +195,14 @@ def _plan(console: "Console", model: Path, out: Path, found: "Decision", run: Ru
     from moemerge.cli.plan_request import shard_bytes
     from moemerge.editing.pruning.pruned_plan import plan_pruning
     from moemerge.planning.options import PlanOptions
-    from moemerge.sources.model_folder import open_model
-    from moemerge.sources.stored_mixtures import kept_config, read_stored_mixture
+    from moemerge.sources.stored_mixtures import kept_config, read_mixture
 
     announce = announcer(console, quiet=run.quiet)
-    folder = open_model(str(model), announce)
+    opened = read_mixture(str(model), announce)
     return plan_pruning(
-        read_stored_mixture(folder, announce),
-        str(model),
+        opened,
         found.pruning,
-        kept_config(folder, announce),
+        kept_config(opened[0], announce),
         PlanOptions(shard_bytes(run.output.max_shard_size), out),
         new_routers=bool(found.rows),
         announce=announce,

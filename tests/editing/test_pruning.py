@@ -30,7 +30,7 @@ from moemerge.families.choosing import Choosing
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.options import PlanOptions
 from moemerge.sources.model_folder import open_model
-from moemerge.sources.stored_mixtures import kept_config, read_stored_mixture
+from moemerge.sources.stored_mixtures import kept_config, read_mixture, read_stored_mixture
 from tests.editing.test_saliency import CPU, copy_expert, make_mixture, texts
 from tests.support.models import TEXT, assert_close, load, logits
 
@@ -58,9 +58,9 @@ def stored_mixture(folder: Path) -> StoredMixture:
 
 def plan_of(folder: Path, found: Decision) -> EditPlan:
     """Plan a pruned mixture."""
-    config = kept_config(open_model(str(folder), lambda _: None), lambda _: None)
-    mixture = stored_mixture(folder)
-    return plan_pruning(mixture, str(folder), found.pruning, config, PlanOptions(), new_routers=bool(found.rows))
+    opened = read_mixture(str(folder), lambda _: None)
+    config = kept_config(opened[0], lambda _: None)
+    return plan_pruning(opened, found.pruning, config, PlanOptions(), new_routers=bool(found.rows))
 
 
 def written(folder: Path, out: Path, found: Decision) -> Path:

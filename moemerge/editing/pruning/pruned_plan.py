@@ -12,11 +12,11 @@ from moemerge.editing.planner import plan_edit
 from moemerge.editing.pruning.choice import Pruning
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.options import PlanOptions
+from moemerge.sources.model_folder import ModelFolder
 
 
 def plan_pruning(
-    mixture: StoredMixture,
-    reference: str,
+    opened: tuple[ModelFolder, StoredMixture],
     pruning: Pruning,
     config: MergeConfig | None,
     options: PlanOptions,
@@ -27,8 +27,7 @@ def plan_pruning(
     """Plan the pruned mixture.
 
     Args:
-        mixture: the whole mixture.
-        reference: its folder.
+        opened: the folder of the whole mixture, and what was read of it.
         pruning: what is kept.
         config: the config that the mixture was made from, if it is known.
         options: the size of shards.
@@ -38,9 +37,12 @@ def plan_pruning(
     Raises:
         IncompatibleError: the mixture cannot be edited so; lists every reason.
     """
-    document = _document(mixture, reference, pruning, config) | ({"router": {"fitted": True}} if new_routers else {})
+    folder, mixture = opened
+    document = _document(mixture, folder.reference, pruning, config) | (
+        {"router": {"fitted": True}} if new_routers else {}
+    )
     made = parse_config(write_yaml(document), "the pruned mixture", allow_identical_experts=True)
-    return plan_edit(made, options, announce=announce)
+    return plan_edit(made, options, announce=announce, opened=opened)
 
 
 def _document(mixture: StoredMixture, reference: str, pruning: Pruning, config: MergeConfig | None) -> dict[str, Any]:
