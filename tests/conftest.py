@@ -1,10 +1,12 @@
 """Models that many tests share, built once."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from moemerge.cli import main
 from tests.support.hub_world import machine, world  # noqa: F401  fixtures
 from tests.support.models import make_model
 
@@ -25,3 +27,17 @@ def llamas(tmp_path_factory) -> list[Path]:
         make_model(root / "base"),
         *(make_model(root / name, seed, tuned_from=0) for seed, name in enumerate(("fox", "code", "chat"), 1)),
     ]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process; gives the exit code and both outputs."""
+
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run_here

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from moemerge.cli import main
 from moemerge.cli.app import _COMMANDS
 from tests.support.models import write_config
 
@@ -18,17 +17,10 @@ NAMES = [name for commands in _COMMANDS.values() for name in commands]
 
 
 @pytest.fixture
-def here(monkeypatch, capsys):
+def here(monkeypatch, run):
     """Runs a command line in a terminal of 80 columns; gives the exit code and both outputs."""
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run_here
+    return run
 
 
 def complete(*words: str, cwd: Path) -> list[str]:

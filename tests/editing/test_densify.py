@@ -1,7 +1,6 @@
 """`moemerge densify`: exact where it can be, weighed by what routers choose, and what is refused."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.cli import main
 from tests.families.test_families import PAIRS, dense, merged, readable  # noqa: F401  a fixture
 from tests.support.machine import SINGLE
 from tests.support.models import TEXT, assert_close, load, load_weights, logits, make_model, save_weights, write_config
@@ -17,20 +15,6 @@ from tests.support.models import TEXT, assert_close, load, load_weights, logits,
 FAMILIES = {moe: name for name, moe in reversed(PAIRS)}
 # Whose experts are separate, stacked, or beside a gated shared one; the others by `make test-all`.
 QUICK = {"mixtral", "granitemoe", "qwen2_moe"}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line; gives the exit code and both outputs."""
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run_here
 
 
 def mixture(tmp_path: Path, models: list[Path], **keys) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import yaml
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import read_header
-from moemerge.cli import main
 from tests.support.families import stored
 from tests.support.mixtures import make_variant
 from tests.support.models import load, make_model, write_config
@@ -26,19 +24,6 @@ def mixture(llamas, tmp_path_factory) -> Path:
     config = write_config(root / "merge.yaml", llamas[0], llamas, prompts=False)
     merge(plan_merge(load_config(config)), root / "mixture")
     return root / "mixture"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line; gives the exit code and both outputs."""
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run_here
 
 
 def chosen(model, experts):

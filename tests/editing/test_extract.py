@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.cli import main
 from moemerge.families.dense import read_dense
 from tests.families.test_expert_view import with_ffns_of
 from tests.families.test_families import PAIRS, dense, merged, readable  # noqa: F401  a fixture
@@ -36,20 +34,6 @@ def mixture(llamas, tmp_path_factory) -> Path:
     card = (root / "mix" / "README.md").read_text()
     (root / "mix" / "README.md").write_text(card.replace("---\n", "---\nlicense: mit\n", 1))
     return root / "mix"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line; gives the exit code and both outputs."""
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run_here
 
 
 @pytest.mark.parametrize(

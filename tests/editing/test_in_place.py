@@ -3,7 +3,7 @@
 import errno
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from moemerge import PlanOptions, load_config, merge, plan_merge
 from moemerge.checkpoint import copy
-from moemerge.cli import main
 from tests.support.families import stored
 from tests.support.kill_changes import contents
 from tests.support.models import write_config
@@ -34,17 +33,9 @@ def model(mixture, tmp_path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run):
     """Runs `moemerge edit`; gives the exit code and both outputs."""
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moemerge", "edit", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run_here
+    return partial(run, "edit")
 
 
 def inodes(model: Path) -> dict[str, int]:

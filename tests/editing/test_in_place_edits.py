@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 
 from moemerge import EvaluationSettings, PlanOptions, evaluate, load_config, merge, plan_merge
 from moemerge.checkpoint import in_place
-from moemerge.cli import main
 from moemerge.evaluation.figures import MERGED
 from tests.support import kill_edits
 from tests.support.kill_changes import contents
@@ -30,20 +28,6 @@ def mixture(llamas, tmp_path_factory) -> Path:
 @pytest.fixture
 def model(mixture, tmp_path) -> Path:
     return shutil.copytree(mixture, tmp_path / "home" / "model")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line; gives the exit code and both outputs."""
-
-    def run_here(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run_here
 
 
 def kept(model: Path) -> tuple[str, dict[str, str]]:

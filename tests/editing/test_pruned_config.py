@@ -1,13 +1,10 @@
 """The config of a pruned mixture: averages that can be verified, and router rows that it cannot make again."""
 
-import sys
-
 import pytest
 import torch
 import yaml
 
 from moemerge import EditOptions, edit, load_config, merge, plan_edit, plan_merge
-from moemerge.cli import main
 from moemerge.errors import IncompatibleError, RefusedError
 from tests.support.families import stored
 from tests.support.models import PROMPTS, write_config
@@ -23,22 +20,15 @@ def mixture(llamas, tmp_path):
     return tmp_path / "mixture"
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["moemerge", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code or 0, *capsys.readouterr()
-
-
-def test_a_pruned_mixture_with_averages_is_what_its_config_says(mixture, tmp_path, monkeypatch, capsys):
+def test_a_pruned_mixture_with_averages_is_what_its_config_says(mixture, tmp_path, run):
     data = [word for number in range(3) for word in ("--data", f"d{number}={tmp_path}/{number}-*.txt")]
     out = tmp_path / "out"
-    code, _, _ = run(monkeypatch, capsys, "prune", mixture, out, "--keep", "2", "--merge", *data, "-q")
+    code, _, _ = run("prune", mixture, out, "--keep", "2", "--merge", *data, "-q")
     assert code == 0
     config = load_config(out / "moemerge_config.yaml")
     assert config.router.fitted
     assert any(isinstance(made, dict) for expert in config.experts for made in expert.by_layer)
-    code, shown, errors = run(monkeypatch, capsys, "verify", out)
+    code, shown, errors = run("verify", out)
     assert (code, errors) == (0, "")
     assert "as planned" in shown
     assert "3 routers" in shown
