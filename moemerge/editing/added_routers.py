@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -18,7 +18,7 @@ from moemerge.routers.fitting import Labelled, fold
 from moemerge.routers.pass_inputs import RouterInputs
 from moemerge.routers.prior import compared, ffn_response, neutral_states
 from moemerge.routers.rows import Rows
-from moemerge.routers.scoring import top_weights
+from moemerge.routers.scoring import choose
 
 _JUDGED_EVERY: Final = 4
 
@@ -125,8 +125,11 @@ class _Layer:
         mixture, layer = request.mixture, inputs.layer
         absent = mixture.absent(layer)
         present = [expert for expert in request.kept if expert.numbers[layer] not in absent]
+        numbers = [expert.numbers[layer] for expert in present]
         self._stored = mixture.runnable.read(mixture.router(layer)).float()
-        self._kept = KeptRows(self._stored[[expert.numbers[layer] for expert in present]], mixture.family.scoring)
+        self._kept = KeptRows(self._stored[numbers], mixture.family.scoring)
+        biases = mixture.selection_bias(layer)
+        self._biases = None if biases is None else biases[numbers]
         self._request, self._inputs, self._known, self._new = request, inputs, len(request.kept), len(request.new)
         self._described = sorted({expert - self._known for expert in inputs.expert.tolist() if expert >= self._known})
         states = inputs.states if self._described else neutral_states(inputs)
@@ -180,10 +183,18 @@ class _Layer:
             held = folds == part
             logits[held, known:] = data.states[held] @ self._fit(data.part(~held)).T
         count = min(self._request.experts_per_token, logits.shape[1])
-        choices = top_weights(logits, count, self._kept.scoring)[1]
+        # The order of the experts here is not that of the result, whose groups are therefore left aside.
+        how = replace(self._request.mixture.as_stored.choosing, groups=1)
+        choices = choose(logits, count, how, self._all_biases())[1]
         others = choices[(label == 0) & (self._inputs.expert[chosen] >= 0)]
         for place, expert in enumerate(self._described):
             own = choices[label == place + 1] == known + place
             taken = (others[:, 0] == known + place).float().mean()
             figures[expert] = torch.stack([own[:, 0].float().mean(), own.any(dim=1).float().mean(), taken])
         return figures
+
+    def _all_biases(self) -> torch.Tensor | None:
+        """Selection biases of the kept experts, and of new ones with text their mean, which these are written with."""
+        if self._biases is None:
+            return None
+        return torch.cat([self._biases, self._biases.mean().expand(len(self._described))])

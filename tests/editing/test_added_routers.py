@@ -1,5 +1,6 @@
 """Rows of experts that are added to a mixture, from what enters its own routers."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.routers.added_rows import KeptRows, fit_added_rows, label_added, sharpened
 from moemerge.routers.prompts import NEUTRAL, NEUTRAL_TEXT
 from moemerge.sources.model_folder import open_model, read_tensor_table
-from tests.support.models import load, make_model
+from tests.support.models import load, load_weights, make_model, save_weights
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 TEXTS = (["The quick fox jumps over", "The lazy dog sleeps"], ["def main(argv): return", "for item in argv: pass"],
@@ -133,6 +134,18 @@ def test_text_of_a_new_expert_goes_to_it(mixtures, models, family):
     assert report.name == "new"
     assert 0 <= report.first <= report.chosen <= 1
     assert 0 <= report.taken <= 1
+
+
+def test_figures_count_what_selection_biases_choose(mixtures, models, tmp_path):
+    shutil.copytree(mixtures["glm4_moe"].folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_weights(tmp_path)
+    for name in tensors:
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] = torch.tensor([10.0, -10.0])
+    save_weights(tmp_path, tensors)
+    mixture = open_mixture(tmp_path)
+    (report,) = add(replace(request_of(mixture, models), experts_per_token=1), models).report
+    assert (report.first, report.chosen, report.taken) == (0, 0, 0)
 
 
 def test_rows_are_made_of_what_enters_the_routers_of_the_result(mixtures, models):

@@ -17,7 +17,8 @@ from moemerge.families.stored_mixture import StoredMixture
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from tests.passes.test_passes import IS_V4
-from tests.support.models import SIZES, VOCAB, edit_json, load, tokenizer
+from tests.support.mixtures import make_variant
+from tests.support.models import SIZES, VOCAB, edit_json, load, load_weights, save_weights, tokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 EXPERTS = 4
@@ -195,3 +196,16 @@ def test_equal_experts_are_found_and_nearly_equal_ones_are_not(tmp_path):
     assert near.min() > 0
     np.testing.assert_allclose(near, 1e-6 / 0.2, rtol=0.1)
     assert found.nearly_equal == ((0, 2),)
+
+
+def test_experts_that_differ_in_a_factor_alone_are_not_equal(tmp_path):
+    tensors = load_weights(make_variant(tmp_path, "gemma4_text"))
+    for name, values in tensors.items():
+        if ".experts." in name:
+            values[1:] = values[0]
+        if name.endswith("router.per_expert_scale"):
+            values[:] = torch.tensor([1.5, 2.5, 1.5, 1.0])
+    save_weights(tmp_path, tensors)
+    found = measure_similarity(open_mixture(tmp_path).as_stored)
+    assert found.groups_everywhere == ((0, 2),)
+    assert found.distances.max() == 0

@@ -1,6 +1,6 @@
 """How far apart the FFNs of a mixture's experts are: equal ones, and distances between the others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.derived import blocks_of
+from moemerge.checkpoint.derived import blocks_of, read_values
 from moemerge.families.stored_mixture import StoredMixture
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Similarity:
     """Length of the difference of two experts' weights (layer, expert, expert), relative to the root of the mean of
     their squared lengths; all three projections count."""
     equal: NDArray[np.bool_]
-    """Whether two experts have equal numbers in all three projections (layer, expert, expert)."""
+    """Whether two experts have equal numbers in all that is theirs but router row and selection bias (layer, expert,
+    expert)."""
 
     def groups(self, layer: int) -> tuple[tuple[int, ...], ...]:
         """Groups of equal experts in a layer, each with two experts or more, ascending."""
@@ -92,7 +93,20 @@ def _distances(mixture: StoredMixture, layer: int, equal: NDArray[np.bool_]) -> 
             squares += np.square(numbers).sum(axis=1)
             numbers -= numbers.mean(axis=0)
             gram += numbers @ numbers.T
+    for values in _beside_projections(mixture, layer):
+        equal &= np.array([[np.array_equal(one, other) for other in values] for one in values])
     return _relative(gram, squares)
+
+
+def _beside_projections(mixture: StoredMixture, layer: int) -> Iterator[list[NDArray[np.float32] | None]]:
+    """Whatever else a layer's experts compute with, such as biases and factors: the values of each, None for none."""
+    family, experts = mixture.family, range(mixture.experts)
+    entries = mixture.by_expert(layer)
+    for name in entries.keys() - {family.router, family.selection_bias, *family.experts}:
+        yield list(read_values(entries[name]))
+    own = [mixture.of_expert(layer, expert) for expert in experts]
+    for name in {name for held in own for name in held} - set(family.experts):
+        yield [read_values(held[name]) if name in held else None for held in own]
 
 
 def relative_differences(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
