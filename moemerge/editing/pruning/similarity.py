@@ -98,15 +98,15 @@ def _distances(mixture: StoredMixture, layer: int, equal: NDArray[np.bool_]) -> 
     return _relative(gram, squares)
 
 
-def _beside_projections(mixture: StoredMixture, layer: int) -> Iterator[list[NDArray[np.float32] | None]]:
-    """Whatever else a layer's experts compute with, such as biases and factors: the values of each, None for none."""
+def _beside_projections(mixture: StoredMixture, layer: int) -> Iterator[list[NDArray[np.float32]]]:
+    """Whatever else a layer's experts compute with, such as biases and factors: the values of each, empty for none."""
     family, experts = mixture.family, range(mixture.experts)
     entries = mixture.by_expert(layer)
     for name in entries.keys() - {family.router, family.selection_bias, *family.experts}:
         yield list(read_values(entries[name]))
     own = [mixture.of_expert(layer, expert) for expert in experts]
     for name in {name for held in own for name in held} - set(family.experts):
-        yield [read_values(held[name]) if name in held else None for held in own]
+        yield [read_values(held[name]) if name in held else np.empty(0, np.float32) for held in own]
 
 
 def relative_differences(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
