@@ -36,6 +36,8 @@ class EditedExpert:
     """Text that is for it; a new expert without any has rows from its weights alone."""
     numbers: Mapping[int, int] = field(default_factory=dict)
     """Its number in the old mixture by layer, of a kept expert; a new one has none."""
+    row: Callable[[int], torch.Tensor] | None = None
+    """The row (hidden,) of a layer that a new expert has in any case, whatever the others have."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class _Layer:
         present = [expert for expert in request.kept if expert.numbers[layer] not in absent]
         numbers = [expert.numbers[layer] for expert in present]
         self._stored = mixture.runnable.read(mixture.router(layer)).float()
-        self._kept = KeptRows(self._stored[numbers], mixture.family.scoring)
+        self._kept = KeptRows(self._stored[numbers], mixture.choosing.scoring)
         biases = mixture.selection_bias(layer)
         self._biases = None if biases is None else biases[numbers]
         self._request, self._inputs, self._known, self._new = request, inputs, len(request.kept), len(request.new)
@@ -152,7 +154,8 @@ class _Layer:
         """Rows (expert, hidden), those of kept experts as they were."""
         new, layer = iter(self._rows()), self._inputs.layer
         experts = self._request.experts
-        return torch.stack([self._stored[e.numbers[layer]] if e.numbers else next(new) for e in experts])
+        made = [self._stored[e.numbers[layer]] if e.numbers else next(new) for e in experts]
+        return torch.stack([e.row(layer) if e.row else row for e, row in zip(experts, made, strict=True)])
 
     def _rows(self) -> torch.Tensor:
         """Rows (new expert, hidden)."""

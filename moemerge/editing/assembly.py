@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
+from types import MappingProxyType
 
 from moemerge.checkpoint.derived import read_values
 from moemerge.checkpoint.header import TensorInfo
@@ -11,16 +12,13 @@ from moemerge.checkpoint.pieces import Band, Fill, Piece
 from moemerge.dtypes import HeaderDType
 from moemerge.editing.granularity import bias_factor, split
 from moemerge.editing.shared_width import shared_width
-from moemerge.editing.slots import Kept, Slot
+from moemerge.editing.slots import Foreign, Kept, Slot
 from moemerge.families.dense import Role
-from moemerge.families.family import SWITCHED_OFF
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.output import Computed, Output
 
 _EXPERT = "{expert}"
-# A bias that is not above it switches an expert off, however it is rounded.
-_OFF = SWITCHED_OFF / 2
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class EditAssembly:
         return self.mixture.projection(layer, 0, role).dtype
 
     def _vector(self, layer: int, name: str, tensor: TensorInfo) -> Output:
-        """Make a vector with a number for each expert; a new one has the family's neutral number.
+        """Make a vector with a number for each expert; a new one has that of its own mixture, or the neutral number.
 
         Its selection bias is the mean of those of the experts that stay: beside trained biases far from 0, a bias of 0
         would choose it always or never.
@@ -161,19 +159,25 @@ class EditAssembly:
         neutral = {extra.name: extra.value for extra in family.extras}
         shape = tuple(1 if axis == "1" else len(self.slots) for axis in family.bias_axes)
         if name != family.selection_bias:
-            return Output((len(self.slots),), self._rows(layer, tensor, neutral.get(name, 0.0)))
+            theirs = {
+                number: slot.other.by_expert(layer)[name].rows(slot.number, 1)
+                for number, slot in enumerate(self.slots)
+                if isinstance(slot, Foreign) and name in slot.other.by_expert(layer)
+            }
+            return Output((len(self.slots),), self._rows(layer, tensor, neutral.get(name, 0.0), theirs=theirs))
         factor = bias_factor(self.mixture, self.parts)
-        off = _switched_off(tensor) if factor != 1 else frozenset()
-        return Output(shape, self._rows(layer, tensor, factor * self._mean_bias(layer, tensor), factor, off))
+        off = self.mixture.switched_off(layer) if factor != 1 else frozenset()
+        return Output(
+            shape, self._rows(layer, tensor, factor * self._mean_bias(layer, tensor), scale=factor, unscaled=off)
+        )
 
     def _mean_bias(self, layer: int, tensor: TensorInfo) -> float:
         """The mean selection bias (expert,) of the experts that stay and are present in a layer; 0 if none is new."""
         kept = [slot.numbers[layer] for slot in self.experts if isinstance(slot, Kept)]
-        if len(kept) == len(self.experts) or not kept:
+        if len(kept) == len(self.experts):
             return 0.0
-        biases = read_values(tensor)[kept]
-        present = biases[biases > _OFF]
-        return float(present.mean()) if len(present) else 0.0
+        present = [number for number in kept if number not in self.mixture.switched_off(layer)]
+        return float(read_values(tensor)[present].mean()) if present else 0.0
 
     def _router(self, layer: int) -> Output:
         router = self.mixture.router(layer)
@@ -183,31 +187,35 @@ class EditAssembly:
         return Output(shape, self._rows(layer, router, 0.0))
 
     def _rows(
-        self, layer: int, tensor: TensorInfo, neutral: float, scale: float = 1.0, unscaled: frozenset[int] = frozenset()
+        self,
+        layer: int,
+        tensor: TensorInfo,
+        neutral: float,
+        *,
+        scale: float = 1.0,
+        unscaled: frozenset[int] = frozenset(),
+        theirs: Mapping[int, TensorInfo] = MappingProxyType({}),
     ) -> tuple[Band, ...]:
         """Take the entry of each expert from a tensor (expert, ...); entries that follow each other are one piece.
 
-        Parts of an expert have equal entries; those of `unscaled` experts are not multiplied by `scale`.
+        Parts of an expert have equal entries; those of `unscaled` experts are not multiplied by `scale`. A new expert
+        has the entry in `theirs`, by its number in the result, or else `neutral`.
         """
         runs: list[tuple[int, int]] = []
-        for slot in self.slots:
-            number = slot.numbers[layer] if isinstance(slot, Kept) else -1
-            follows = bool(runs) and number >= 0 and runs[-1][0] >= 0 and number == sum(runs[-1])
+        bands: list[Band] = []
+        for place, slot in enumerate(self.slots):
+            if not isinstance(slot, Kept):
+                given = theirs.get(place) or Fill(neutral, (1, *tensor.shape[1:]))
+                runs.append((-1, 1))
+                bands.append((Piece(given, tensor.dtype),))
+                continue
+            number = slot.numbers[layer]
+            follows = bool(runs) and runs[-1][0] >= 0 and number == sum(runs[-1])
             if follows and (number in unscaled) == (runs[-1][0] in unscaled):
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+                bands.pop()
             else:
                 runs.append((number, 1))
-        shape = (1, *tensor.shape[1:])
-        return tuple(
-            (
-                Piece(tensor.rows(first, count), tensor.dtype, 1.0 if first in unscaled else scale)
-                if first >= 0
-                else Piece(Fill(neutral, shape), tensor.dtype),
-            )
-            for first, count in runs
-        )
-
-
-def _switched_off(biases: TensorInfo) -> frozenset[int]:
-    """Experts that their selection biases (expert,) switch off."""
-    return frozenset((read_values(biases).reshape(-1) <= _OFF).nonzero()[0].tolist())
+            factor = 1.0 if number in unscaled else scale
+            bands.append((Piece(tensor.rows(*runs[-1]), tensor.dtype, factor),))
+        return tuple(bands)

@@ -6,8 +6,8 @@ from moemerge.editing.shared_width import shared_width
 from moemerge.errors import IncompatibleError
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
 
-# Other spellings of keys, which some versions of transformers save.
-_SPELLINGS: Final = {"experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")}
+# Spellings of the key for the number of experts, some of which some versions of transformers save beside the family's.
+_SPELLINGS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def edited_config(mixture: StoredMixture, experts: int, per_token: int, width: int, parts: int = 1) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def edited_config(mixture: StoredMixture, experts: int, per_token: int, width: i
         given := mixture.config[per_token_key(mixture.family)], list
     ):
         config[per_token_key(mixture.family)] = [min(count, experts) * parts for count in given]
-    for key in _SPELLINGS["experts"]:
+    for key in _SPELLINGS:
         if isinstance(config.get(key), int):
             config[key] = values["experts"]
     return config

@@ -6,12 +6,14 @@ from typing import Any, Final
 import numpy as np
 
 from moemerge.checkpoint.derived import read_values
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.compatibility.distances import STRANGER
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
 from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DenseModel, ModelTensors, Role
 from moemerge.families.expert_view import dense_view
+from moemerge.families.family import ROUTER_SCALE
 from moemerge.families.stored_mixture import StoredMixture
 
 _ROWS: Final = 4
@@ -23,13 +25,16 @@ def misfits(slot: Slot, mixture: StoredMixture) -> Iterator[str]:
     if isinstance(slot, Added):
         yield from _dense_misfits(slot, mixture)
     elif isinstance(slot, Foreign):
-        yield from _foreign_misfits(slot.other, mixture)
+        yield from _foreign_misfits(slot, mixture)
 
 
 def _dense_misfits(slot: Added, mixture: StoredMixture) -> Iterator[str]:
     dense = slot.own.model
     if dense.sizes["hidden"] != mixture.hidden:
         yield f"its hidden_size is {dense.sizes['hidden']}, the mixture's {mixture.hidden}"
+        return
+    if dense.layers != (layers := _layers(mixture)):
+        yield f"it has {dense.layers} layers, the mixture {layers}"
         return
     if dense.hidden_act != (act := _activation(mixture.config)):
         yield f"its FFN's activation is {dense.hidden_act}, the mixture's {act}"
@@ -55,9 +60,6 @@ def _dense_misfits(slot: Added, mixture: StoredMixture) -> Iterator[str]:
 def _tensor_misfits(own: ModelTensors, mixture: StoredMixture) -> Iterator[str]:
     """Yield the first tensor of FFNs that a dense model lacks, or has in another form."""
     dense, tensors = own.model, own.tensors
-    if missing := [layer for layer in mixture.moe_layers if layer >= dense.layers]:
-        yield f"it has {dense.layers} layers, and the mixture has experts in layer {missing[0]}"
-        return
     for layer in mixture.moe_layers:
         for name, axes in dense.ffn(layer).items():
             if name not in tensors or tensors[name].shape != dense.shape(axes):
@@ -68,9 +70,13 @@ def _tensor_misfits(own: ModelTensors, mixture: StoredMixture) -> Iterator[str]:
                 return
 
 
-def _foreign_misfits(other: StoredMixture, mixture: StoredMixture) -> Iterator[str]:
+def _foreign_misfits(slot: Foreign, mixture: StoredMixture) -> Iterator[str]:
+    other = slot.other
     if other.hidden != mixture.hidden:
         yield f"its mixture's hidden_size is {other.hidden}, this one's {mixture.hidden}"
+        return
+    if _layers(other) != _layers(mixture):
+        yield f"its mixture has {_layers(other)} layers, this one {_layers(mixture)}"
         return
     ours, theirs = _activation(mixture.config), _activation(other.config)
     if ours != theirs:
@@ -84,6 +90,31 @@ def _foreign_misfits(other: StoredMixture, mixture: StoredMixture) -> Iterator[s
     dtype = other.projection(other.moe_layers[0], 0, "down").dtype
     if dtype not in CONFIG_DTYPES:
         yield f"its mixture's experts are stored as {dtype}; expected one of {', '.join(CONFIG_DTYPES.values())}"
+    yield from _numbers_lost(slot, mixture)
+
+
+def _numbers_lost(slot: Foreign, mixture: StoredMixture) -> Iterator[str]:
+    """Yield what another mixture's experts compute with and this one has no place for."""
+    other = slot.other
+    for layer in mixture.moe_layers:
+        if slot.number in other.switched_off(layer):
+            yield f"it is switched off in layer {layer} of its mixture, which has no FFN of it there"
+            return
+        theirs, ours = other.by_expert(layer), mixture.by_expert(layer)
+        factors = other.family.weight_factors
+        if factors in theirs and factors not in ours:
+            yield f"its mixture multiplies what it adds by {factors}, which this one does not have"
+            return
+        scales = [of.layer(layer).get(ROUTER_SCALE) for of in (other, mixture)]
+        if not _equal(*scales):
+            yield f"its mixture's {ROUTER_SCALE} differs in layer {layer}, so its router row would say something else"
+            return
+
+
+def _equal(one: TensorInfo | None, other: TensorInfo | None) -> bool:
+    return one is other or (
+        one is not None and other is not None and np.array_equal(read_values(one), read_values(other))
+    )
 
 
 def strangers(slots: Sequence[Slot], mixture: StoredMixture) -> Iterator[str]:
@@ -123,6 +154,10 @@ def _sibling(mixture: StoredMixture) -> DenseModel | None:
         return dense_view(mixture, 0).model
     except IncompatibleError:
         return None
+
+
+def _layers(mixture: StoredMixture) -> int:
+    return int(mixture.config["num_hidden_layers"])
 
 
 def _activation(config: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ add, if each part has the weight that the expert had. Weights that are divided b
 ones, are a G-th of it, which a factor of G on the down projections makes good; sigmoids that are not divided stay.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -88,9 +87,3 @@ def bias_factor(mixture: StoredMixture, parts: int) -> float:
 def weights_are_shared(mixture: StoredMixture) -> bool:
     """Whether the weights of one token's experts add up to a number that does not depend on how many there are."""
     return mixture.choosing.normalises or mixture.choosing.scoring == "softmax"
-
-
-def copies(slots: Sequence[Slot]) -> int:
-    """How many times each of the mixture's experts is there, at the least; equal rows are chosen together."""
-    counted = Counter(tuple(slot.numbers.values()) for slot in slots if isinstance(slot, Kept))
-    return min(counted.values(), default=1)

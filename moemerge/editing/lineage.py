@@ -3,11 +3,13 @@
 from contextlib import suppress
 from typing import Any
 
+from moemerge.checkpoint.derived import read_values
 from moemerge.config.loading import load_config
 from moemerge.config.schema import MergeConfig
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.editing.changes import description_of
 from moemerge.editing.plan import EditPlan
-from moemerge.editing.slots import Kept
+from moemerge.editing.slots import Kept, Slot
 from moemerge.errors import ConfigError
 from moemerge.sources.stored_mixtures import kept_config, names_itself
 
@@ -41,9 +43,18 @@ def _still_holds(before: MergeConfig, plan: EditPlan) -> bool:
     places = [_number(slot) for slot in kept]
     if len(plan.slots) == len(kept) and places == [*range(plan.mixture.experts)]:
         return True
-    # What is drawn, and what all experts have changed, is another for other experts.
+    # What is drawn, and what all experts have changed, is another for other experts; so is their width.
     drawn = any(expert.noise_scale or expert.reinit for expert in before.experts)
-    return before.shared_weights.method == "base" and not drawn
+    return before.shared_weights.method == "base" and not drawn and any(_fills(slot, plan) for slot in plan.slots)
+
+
+def _fills(slot: Slot, plan: EditPlan) -> bool:
+    """Whether an expert has as many neurons as the mixture stores, so that the last is no padding with zeros."""
+    mixture = plan.mixture
+    if slot.width(mixture) < mixture.expert_width:
+        return False
+    gate = slot.projection(mixture, mixture.moe_layers[0], "gate")
+    return gate.dtype not in CONFIG_DTYPES or bool(read_values(gate.rows(mixture.expert_width - 1, 1)).any())
 
 
 def _is_stored(slot: Kept) -> bool:

@@ -1,11 +1,11 @@
 """Notes on the plan of an edit, for its user."""
 
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from moemerge.dtypes import bytes_of
 from moemerge.editing.granularity import split_notes
-from moemerge.editing.slots import Kept, Slot
+from moemerge.editing.slots import Added, Kept, Slot
 from moemerge.families.stored_mixture import StoredMixture
 
 # What torch's grouped matrix product asks of a row on a CPU.
@@ -46,9 +46,24 @@ def edit_notes(
     if narrow:
         yield f"padded with neurons of zeros to {whole}: {', '.join(narrow)}"
     yield from split_notes(mixture, parts)
+    ours = _residual_multiplier(mixture.config)
+    for slot in slots:
+        if isinstance(slot, Kept):
+            continue
+        theirs = _residual_multiplier(slot.own.model.config if isinstance(slot, Added) else slot.other.config)
+        if theirs != ours:
+            yield (
+                f"{slot.place}: residual_multiplier is {theirs:g} where it comes from, but the mixture's {ours:g} will "
+                f"scale its FFNs; residual_scale: {theirs / ours:g} makes up for it"
+            )
     dtype = mixture.projection(mixture.moe_layers[0], 0, "down").dtype
     if width != mixture.expert_width and (bytes_of(dtype, (width,)) or 0) % _ROW_BYTES:
         yield (
             f"experts have {width} neurons: transformers 5 multiplies experts on a CPU only if a row of them takes a "
             f"multiple of {_ROW_BYTES} bytes; elsewhere, multiples of 64 or more are fast"
         )
+
+
+def _residual_multiplier(config: Mapping[str, Any]) -> float:
+    """The factor on what each layer adds to the hidden state."""
+    return float(config.get("residual_multiplier", 1.0))

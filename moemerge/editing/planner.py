@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
@@ -33,6 +33,9 @@ from moemerge.planning.tokenizer_files import find_base_files
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
 from moemerge.sources.reference import split_expert
 from moemerge.sources.stored_mixtures import is_mixture, kept_config, read_mixture, read_stored_mixture
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _ROUNDING: Final = 1e-6
 
@@ -74,7 +77,7 @@ def plan_edit(
     folder, mixture = opened or read_mixture(config.base_model, announce)
     found = _Experts(config, folder, mixture, announce)
     slots = found.slots()
-    _refuse([*foreign_keys(config, found.others), *found.problems])
+    _refuse([*foreign_keys(config, averages=bool(found.others)), *found.problems])
     config = _with_experts_per_token(config, mixture)
     _refuse([*fit_problems(config, mixture, slots)])
     shared, parts = _shared_halves(config, mixture, [*found.others.values()]), config.granularity
@@ -148,7 +151,7 @@ class _Experts:
 
     def __post_init__(self) -> None:
         self.problems: list[str] = []
-        self.others: dict[str, StoredMixture] = {}
+        self.others: dict[Path, StoredMixture] = {}
         self._opened = {self.folder.reference: self.folder}
         self.tables: dict[str, tuple[ModelFolder, Mapping[str, TensorInfo]]] = {
             self.folder.reference: (self.folder, self.mixture.tensors)
@@ -205,10 +208,10 @@ class _Experts:
 
     def _read(self, opened: ModelFolder) -> StoredMixture:
         """Read another mixture, once for all its experts."""
-        if opened.reference not in self.others:
-            self.others[opened.reference] = read_stored_mixture(opened, self.announce)
-            self.tables[opened.reference] = opened, self.others[opened.reference].tensors
-        return self.others[opened.reference]
+        if opened.folder not in self.others:
+            self.others[opened.folder] = read_stored_mixture(opened, self.announce)
+            self.tables[opened.reference] = opened, self.others[opened.folder].tensors
+        return self.others[opened.folder]
 
     def _tensors(self, opened: ModelFolder, dense: DenseModel) -> ModelTensors:
         (tensors,) = read_tensor_tables([opened], self.announce, weights="stream", dense=True)

@@ -1,7 +1,7 @@
 """Why a config cannot be an edit, or its experts no mixture; each reason is one line."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final
 
@@ -10,7 +10,7 @@ from moemerge.config.router_methods import AUTO
 from moemerge.config.schema import MergeConfig, RouterSettings
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.editing.granularity import split_problems
-from moemerge.editing.slots import Kept, Slot
+from moemerge.editing.slots import Added, Kept, Slot
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.routers.random import DRAWS
 
@@ -21,8 +21,13 @@ _SINGLE_EXPERT: Final = re.compile(r"experts\\?\.\d")
 _ROUTER_KEYS: Final = {"lambda", "tokens_per_expert", "chat_roles", "seed", "fitted"}
 
 
-def foreign_keys(config: MergeConfig, others: Collection[str]) -> Iterator[str]:
-    """Yield the keys that a merge of dense models has, and an edit has no use for."""
+def foreign_keys(config: MergeConfig, *, averages: bool) -> Iterator[str]:
+    """Yield the keys that a merge of dense models has, and an edit has no use for.
+
+    Args:
+        config: the edit.
+        averages: whether experts of other mixtures are added, so that shared weights can be averaged.
+    """
     defaults = MergeConfig.model_fields
     for key in _OF_MERGES:
         value = getattr(config, key)
@@ -38,7 +43,7 @@ def foreign_keys(config: MergeConfig, others: Collection[str]) -> Iterator[str]:
         if given[key] != unset[key] and key not in _ROUTER_KEYS:
             yield f"router.{key}: the rows of an edited mixture are not made with it. Remove the key"
     method = config.shared_weights.method
-    if method != "base" and not (method == "average" and others):
+    if method != "base" and not (method == "average" and averages):
         yield (
             f"shared_weights: {method}: the mixture's own attention and norms stay; `average` mixes them with those of "
             "other mixtures whose experts are added. Remove the key"
@@ -74,8 +79,23 @@ def fit_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Sl
         yield f"expert_width: {width} is less than the {least} neurons that an expert has; neurons are never left out"
     if slots and config.experts_per_token > len(slots):
         yield f"experts_per_token: {config.experts_per_token} of {len(slots)} experts"
+    yield from _row_problems(config, mixture, slots)
     yield from _outside_problems(config, mixture, slots)
     yield from _quantising_problems(mixture, slots, parts)
+
+
+def _row_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[str]:
+    """Yield why new rows cannot be fitted beside those that stay, where none stays."""
+    if config.gate_mode != AUTO or not any(isinstance(slot, Added) for slot in slots):
+        return
+    for layer in mixture.moe_layers:
+        off = mixture.switched_off(layer)
+        if all(not isinstance(slot, Kept) or slot.numbers[layer] in off for slot in slots):
+            yield (
+                f"no expert of the mixture stays in layer {layer}, and router rows of new ones are fitted beside those "
+                "that stay. Merge the models into a new mixture, or set gate_mode: random"
+            )
+            return
 
 
 def _outside_problems(config: MergeConfig, mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Final
 
 import numpy as np
+import torch
 
 from moemerge.checkpoint.pieces import Band
 from moemerge.config.router_methods import AUTO
@@ -104,7 +105,7 @@ class RowMaker:
         documents = tuple([text for number in part for text in self._documents[number]] for part in (own, foreign))
         if not all(documents):
             return known
-        moved = joined_rows(self._pass, known, foreign, (documents[0], documents[1]), mixture.family.scoring)
+        moved = joined_rows(self._pass, known, foreign, (documents[0], documents[1]), mixture.choosing.scoring)
         return {**known, **moved}
 
     def _stored(self, slot: Kept | Foreign, layer: int) -> Rows:
@@ -131,7 +132,10 @@ class RowMaker:
         slot = self._plan.slots[number]
         name, documents = self._plan.config.expert_names[number], self._documents[number]
         numbers = slot.numbers if isinstance(slot, Kept) else {}
-        return EditedExpert(name, partial(slot.projection, self._plan.mixture), documents, numbers)
+        ffn = partial(slot.projection, self._plan.mixture)
+        if isinstance(slot, Foreign) and not documents:
+            return EditedExpert(name, ffn, row=lambda layer: torch.from_numpy(self._stored(slot, layer)[0]))
+        return EditedExpert(name, ffn, documents, numbers)
 
 
 def trained_from(folder: ModelFolder) -> ModelTensors | None:

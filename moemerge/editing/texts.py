@@ -34,8 +34,9 @@ def described(config: MergeConfig, slots: Sequence[Slot], before: MergeConfig | 
     found: list[Expert] = []
     for expert, slot in zip(config.experts, slots, strict=True):
         numbers = set(slot.numbers.values()) if isinstance(slot, Kept) else set()
-        own = before and not expert.is_described and len(numbers) == 1 and max(numbers) < len(before.experts)
-        found.append(before.experts[numbers.pop()] if before and own else expert)
+        parts = before.granularity if before else 1
+        own = before and not expert.is_described and len(numbers) == 1 and max(numbers) < len(before.experts) * parts
+        found.append(before.experts[numbers.pop() // parts] if before and own else expert)
     return found
 
 

@@ -76,7 +76,7 @@ _DENSE_ALONE: Final = {"num_local_experts": 0, "enable_moe_block": False, "block
 _SAME_LAYERS: Final = ("lfm2", "cohere2", "qwen3_5_text", "gemma4_text", "granitemoehybrid", "granite_swa")
 
 
-def setting(family: MoeFamily, config: Mapping[str, Any], key: str) -> Any:
+def _setting(family: MoeFamily, config: Mapping[str, Any], key: str) -> Any:
     """The value of a mixture's key; where `config.json` leaves it out, what transformers takes instead, if known."""
     value = config.get(key)
     absent = {**family.fixed, **family.router_defaults, **_ABSENT.get(family.model_type, {})}
@@ -126,7 +126,7 @@ def _unusual(family: MoeFamily, config: Mapping[str, Any]) -> Iterator[str]:
     """Say what of a mixture's settings its family's table does not know."""
     ignored = {*_OF_NO_MATTER, *SCALES, *family.carried}
     for key in family.fixed.keys() - ignored:
-        found = setting(family, config, key)
+        found = _setting(family, config, key)
         if found != family.fixed[key]:
             yield f"its {key} is {found!r:.40}, expected {family.fixed[key]!r}{_WHY.get(key, '')}"
     if missing := [key for key in _NEEDED if key in family.carried and config.get(key) is None]:
@@ -165,7 +165,7 @@ def _config(
 def _rope(dense: DenseFamily, family: MoeFamily, config: Mapping[str, Any]) -> dict[str, Any]:
     """Write rotary settings as all versions of transformers read them."""
     given = config.get("rope_parameters")
-    part = setting(family, config, "partial_rotary_factor")
+    part = _setting(family, config, "partial_rotary_factor")
     if dense.rope == "verbatim":
         return {"rope_parameters": given} | ({} if part is None else {"partial_rotary_factor": part})
     if isinstance(given, dict) and given and all(isinstance(value, dict) for value in given.values()):

@@ -11,10 +11,9 @@ from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import joined
 from moemerge.errors import IncompatibleError
-from moemerge.families.choosing import SCALES
 from moemerge.families.dense import DenseModel, Role
-from moemerge.families.dense_sibling import dense_sibling, setting
-from moemerge.families.family import SWITCHED_OFF, Extra, Names, separate
+from moemerge.families.dense_sibling import dense_sibling
+from moemerge.families.family import ROUTER_SCALE, Extra, Names, separate
 from moemerge.families.layer_names import in_layer, layer_prefix
 from moemerge.families.stored_mixture import StoredMixture
 
@@ -23,8 +22,6 @@ Chosen = int | Literal["shared"]
 Ffn = Mapping[Role, TensorInfo]
 """The projections of an FFN: (width, hidden), and (hidden, width) for `down`."""
 _ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
-# Only routers read it.
-_ROUTER_SCALE: Final = "router.scale"
 
 
 @dataclass(frozen=True)
@@ -123,14 +120,10 @@ def expert_ffn(mixture: StoredMixture, layer: int, expert: int) -> Ffn:
     name = f"expert {expert}"
     if not 0 <= expert < mixture.experts:
         raise _refusal(name, [f"it has experts 0 to {mixture.experts - 1}"])
-    bias = mixture.by_expert(layer).get(mixture.family.selection_bias)
-    if bias and float(read_values(bias).reshape(-1)[expert]) <= SWITCHED_OFF / 2:
+    if expert in mixture.switched_off(layer):
         raise _refusal(name, [f"it is switched off in layer {layer}, which has no FFN of it"])
     ffn = {role: mixture.projection(layer, expert, role) for role in _ROLES}
-    factor = 1.0
-    for key in SCALES:
-        factor *= float(setting(mixture.family, mixture.config, key) or 1.0)
-    return ffn | {"down": scaled(ffn["down"], factor)}
+    return ffn | {"down": scaled(ffn["down"], mixture.choosing.scale)}
 
 
 def shared_ffn(mixture: StoredMixture, layer: int) -> Ffn | None:
@@ -185,7 +178,7 @@ def _idle_extras(mixture: StoredMixture) -> frozenset[str]:
     """Tensors that the family has and a dense model need not have, where they do nothing in any layer."""
 
     def does_nothing(extra: Extra, held: Mapping[str, TensorInfo]) -> bool:
-        if extra.name not in held or extra.name == _ROUTER_SCALE:
+        if extra.name not in held or extra.name == ROUTER_SCALE:
             return True
         values = read_values(held[extra.name])
         if not extra.source:

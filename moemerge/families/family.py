@@ -21,6 +21,8 @@ _NARROW: Final = 256
 _LONGROPE: Final = ("original_max_position_embeddings",)
 SWITCHED_OFF: Final = -1e4
 """A selection bias with which no expert is chosen: scores are at most 1, and float16 holds it."""
+ROUTER_SCALE: Final = "router.scale"
+"""Factors (hidden,) on what enters a router; nothing else reads them."""
 
 
 @dataclass(frozen=True)

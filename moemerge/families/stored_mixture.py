@@ -7,10 +7,13 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final
 
+import numpy as np
+
+from moemerge.checkpoint.derived import read_values
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.choosing import Choosing, choosing
 from moemerge.families.dense import Role
-from moemerge.families.family import MoeFamily, Names
+from moemerge.families.family import SWITCHED_OFF, MoeFamily, Names
 from moemerge.families.layer_names import in_layer, layer_prefix
 
 _EXPERT: Final = "{expert}"
@@ -79,6 +82,17 @@ class StoredMixture:
     def layer(self, layer: int) -> Mapping[str, TensorInfo]:
         """A layer's tensors, by their names within it."""
         return self._layers.get(layer, {})
+
+    def switched_off(self, layer: int) -> frozenset[int]:
+        """Numbers of the experts that a layer's selection bias switches off.
+
+        Raises:
+            CheckpointError: the bias cannot be read.
+        """
+        bias = self.by_expert(layer).get(self.family.selection_bias)
+        # Between the two numbers lie no biases of others, however these are rounded.
+        off = read_values(bias).reshape(-1) <= SWITCHED_OFF / 2 if bias else np.zeros(0, bool)
+        return frozenset(off.nonzero()[0].tolist())
 
     def router(self, layer: int) -> TensorInfo:
         """A layer's router (expert, hidden)."""

@@ -258,7 +258,7 @@ def _rows(
         found = standardised_rows(
             gates[layer][present], torch.cat(kept)[mine], targets[mine][:, present], weights[mine]
         )
-        if student.mixture.family.scoring == "sigmoid":
+        if student.mixture.choosing.scoring == "sigmoid":
             found = found - lowering(torch.cat(kept + beginnings[layer]))
         rows[layer][present] = found
     return rows

@@ -170,7 +170,8 @@ def test_a_dense_model_that_does_not_fit_is_refused_with_every_reason(mixture, t
     make_model(tmp_path / "other", 5, hidden_size=64)
     make_model(tmp_path / "act", 5, hidden_act="gelu")
     make_model(tmp_path / "short", 5, num_hidden_layers=2)
-    added = [word for name in ("other", "act", "short") for word in ("--add", f"{name}={tmp_path / name}")]
+    make_model(tmp_path / "deep", 5, num_hidden_layers=6)
+    added = [word for name in ("other", "act", "short", "deep") for word in ("--add", f"{name}={tmp_path / name}")]
     capsys.readouterr()  # of transformers, which made them
     assert run("edit", mixture, tmp_path / "out", "-q", *added) == (
         2,
@@ -178,7 +179,8 @@ def test_a_dense_model_that_does_not_fit_is_refused_with_every_reason(mixture, t
         "error: This mixture cannot be edited so:\n"
         "  - experts[4] (other): its hidden_size is 64, the mixture's 32\n"
         "  - experts[5] (act): its FFN's activation is gelu, the mixture's silu\n"
-        "  - experts[6] (short): it has 2 layers, and the mixture has experts in layer 2\n",
+        "  - experts[6] (short): it has 2 layers, the mixture 3\n"
+        "  - experts[7] (deep): it has 6 layers, the mixture 3\n",
     )
 
 
@@ -388,3 +390,25 @@ def test_an_expert_that_is_replaced_is_not_left_out(mixture, llamas, tmp_path, r
     code, shown, _ = run("edit", mixture, tmp_path / "out", "--replace", f"fox={llamas[2]}", "--dry-run")
     assert code == 0
     assert "left out" not in shown
+
+
+def test_a_mixture_of_which_no_expert_stays_is_refused(mixture, llamas, tmp_path, run):
+    flags = [word for n in range(4) for word in ("--replace", f"{n}={llamas[n]}", "--prompt", f"{n}=word {n}")]
+    code, _, errors = run("edit", mixture, tmp_path / "out", *flags, "-q")
+    assert (code, errors) == (
+        2,
+        "error: This mixture cannot be edited so:\n"
+        "  - no expert of the mixture stays in layer 0, and router rows of new ones are fitted beside those that stay. "
+        "Merge the models into a new mixture, or set gate_mode: random\n",
+    )
+
+
+def test_another_scale_of_residuals_is_noted(tmp_path, run):
+    mixture = make_variant(tmp_path / "mixture", "granitemoe")
+    dense = make_model(tmp_path / "dense", 3, "granite", residual_multiplier=0.25)
+    code, _, errors = run("edit", mixture, tmp_path / "out", "--add", f"new={dense}", "--prompt", "new=a", "--dry-run")
+    assert code == 0, errors
+    assert (
+        "note: experts[4] (new): residual_multiplier is 0.25 where it comes from, but the mixture's 0.4 will scale its "
+        "FFNs; residual_scale: 0.625 makes up for it\n"
+    ) in errors

@@ -17,6 +17,7 @@ from tests.families.test_families import PAIRS, dense, merged, readable  # noqa:
 from tests.support.families import DENSE
 from tests.support.hub_world import files_of, weights_sent
 from tests.support.machine import SINGLE
+from tests.support.mixtures import make_mixture
 from tests.support.models import assert_close, load, load_weights, logits, save_weights, write_config
 
 FIRST = {DENSE[name][0]: (name, moe) for name, moe in reversed(PAIRS)}
@@ -154,3 +155,10 @@ def test_of_a_mixture_on_the_hub_only_the_expert_is_read(world, machine, mixture
     assert yaml.safe_load((machine.folder / "code" / "README.md").read_text().split("---\n")[1])["base_model"] == [
         "acme/mix"
     ]
+
+
+def test_what_is_left_out_is_said_once(tmp_path, run):
+    mixture = make_mixture(tmp_path / "mixture", "granitemoeshared")
+    code, _, said = run("extract", f"{mixture}#0", tmp_path / "one", "--dry-run")
+    assert code == 0, said
+    assert [line.count("shared expert") for line in said.splitlines() if line.startswith("note: ")].count(1) == 1

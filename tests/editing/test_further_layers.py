@@ -79,7 +79,7 @@ def test_a_tensor_that_is_no_expert_s_does_not_matter(tmp_path):
 
 def test_a_dense_model_has_no_ffn_for_layers_that_predict_further_tokens(tmp_path):
     mixture = within(tmp_path / "mixture")
-    dense = make_model(tmp_path / "dense", 3, num_hidden_layers=5, intermediate_size=24)
+    dense = make_model(tmp_path / "dense", 3, intermediate_size=24)
     with pytest.raises(IncompatibleError) as caught:
         plan_edit(of(mixture, 0, 1, dense))
     assert caught.value.problems == (

@@ -13,7 +13,7 @@ from moemerge.checkpoint import in_place
 from moemerge.evaluation.figures import MERGED
 from tests.support import kill_edits
 from tests.support.kill_changes import contents
-from tests.support.models import TEXT, load, write_config
+from tests.support.models import TEXT, load, make_model, write_config
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,14 @@ def test_experts_of_dense_models_are_known_after_an_edit_in_place_and_verified(m
         "note: README.md: was written by an edit in place, and is not compared",
     )
     assert "as planned" in shown
+
+
+def test_without_its_widest_expert_a_mixture_is_not_called_a_merge_of_narrower_ones(llamas, tmp_path, run):
+    wide, model = make_model(tmp_path / "wide", 9, intermediate_size=64), tmp_path / "model"
+    config = write_config(tmp_path / "merge.yaml", llamas[0], [llamas[1], wide, llamas[2]], prompts=False)
+    merge(plan_merge(load_config(config)), model)
+    assert run("edit", model, "--in-place", "--drop", "wide", "-q")[0] == 0
+    assert Path(kept(model)[0]).samefile(model)
 
 
 def test_without_what_it_was_made_from_a_mixture_names_itself_for_all_experts(model, llamas, run):

@@ -142,6 +142,14 @@ def test_a_factor_on_the_experts_multiplies_the_down_projection(tmp_path):
         assert (read_values(scaled[name]) == factor * read_values(tensor)).all()
 
 
+def test_a_factor_that_the_class_does_not_read_is_none(tmp_path):
+    out = make_mixture(tmp_path / "mixture", "mixtral")
+    plain = dense_view(stored(out), 1).tensors["model.layers.1.mlp.down_proj.weight"]
+    edit_json(out / "config.json", routed_scaling_factor=2.5)
+    given = dense_view(stored(out), 1).tensors["model.layers.1.mlp.down_proj.weight"]
+    assert (read_values(given) == read_values(plain)).all()
+
+
 def test_the_factor_is_that_of_the_class_where_no_key_says_it(tmp_path, dense):  # noqa: F811
     readable("qwen3", "exaone_moe")
     base, *experts = dense("qwen3")[:3]

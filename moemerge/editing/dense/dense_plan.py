@@ -119,7 +119,7 @@ def plan_dense(
         view: the model's config and tensors.
         options: the size of files, and the folder that will be written.
         announce: called with a line about each step that takes long.
-        notes: what to say beside the view's notes.
+        notes: what to say beside the notes on the folder, of which an expert's view are some.
 
     Raises:
         IncompatibleError: its tensors cannot be read, or are quantised; lists them.
@@ -144,7 +144,7 @@ def plan_dense(
         files=files,
         tokenizer=tokenizer,
         origins=Origins(dict(folder.stamps), {path: folder.name_of(path) for path in read}, ()),
-        notes=tuple(dict.fromkeys([*folder.notes, *view.notes, *notes, *said, *files.reader_notes])),
+        notes=tuple(dict.fromkeys([*folder.notes, *notes, *said, *files.reader_notes])),
     )
 
 

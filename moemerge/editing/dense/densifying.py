@@ -63,7 +63,7 @@ def plan_densify(
         f"experts, with one FFN in each layer, {how}; made with moemerge."
     )
     said = [f"loss on {name}: {dense:.3f}, the mixture's {ours:.3f}" for name, (ours, dense) in losses.items()]
-    plan = plan_dense(what, folder, view, options=options, announce=announce, notes=said)
+    plan = plan_dense(what, folder, view, options=options, announce=announce, notes=[*view.notes, *said])
     return plan, losses
 
 
