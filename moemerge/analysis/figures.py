@@ -1,0 +1,136 @@
+"""What an analysis found; layers are in the order of `layers`, experts in that of `names`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moemerge.families.dense import Role
+
+Numbers = NDArray[np.float64]
+ByRole = Mapping[Role, Numbers]
+"""Figures of the three projections, `gate`, `up` and `down`."""
+
+
+@dataclass(frozen=True)
+class WeightFigures:
+    """What the weights say by themselves. An FFN is an expert, or stands beside the experts.
+
+    See "A Closer Look into Mixture-of-Experts in Large Language Models" (https://arxiv.org/abs/2406.18219), section 4.
+    """
+
+    layers: tuple[int, ...]
+    """Numbers of the layers that have routers."""
+    names: tuple[str, ...]
+    """Names of the experts, and after them of the FFNs beside: the shared expert, or a dense model's."""
+    experts: int
+    """How many of `names` are experts."""
+    similarity: ByRole
+    """Cosine of two FFNs' whole matrices (layer, FFN, FFN); NaN where their widths differ."""
+    mean_similarity: ByRole
+    """Cosine of the means over all neurons of two FFNs (layer, FFN, FFN)."""
+    matched_similarity: ByRole
+    """Mean cosine of an FFN's neurons with those of another that they were matched to one to one (layer, FFN, FFN): of
+    the matchings, the one with the largest sum for this projection. NaN in layers that were not matched."""
+    matched_order: ByRole
+    """Kendall's tau between the order of one FFN's neurons and that of those they were matched to (layer, FFN, FFN): 1
+    where neurons stand in the same places, about 0 where the places say nothing."""
+    matched_neurons: int
+    """How many neurons of each FFN were matched, evenly spread; 0 where none were."""
+    router_similarity: Numbers
+    """Cosine of two experts' router rows (layer, expert, expert)."""
+    correlation: ByRole
+    """Pearson's correlation (layer,), over all pairs of experts, between `router_similarity` and `similarity`; NaN with
+    fewer than three pairs, or where one does not vary."""
+    norms: ByRole
+    """Frobenius norm of each matrix (layer, FFN)."""
+    router_norms: Numbers
+    """Length of each router row (layer, expert)."""
+    plane: ByRole
+    """Each FFN's matrix on the first two principal components of all in the layer (layer, FFN, 2)."""
+    neuron_plane: Numbers
+    """Some neurons' rows of `gate` on the first two principal components of all (layer, FFN, neuron, 2)."""
+    equal: tuple[tuple[int, ...], ...]
+    """Groups of experts that are equal in all layers."""
+    nearly_equal: tuple[tuple[int, int], ...]
+    """Pairs of experts that are not equal, but at most a tenth as far apart as the pair in the middle."""
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """What a mixture does with text; tokens are those that count, without special ones.
+
+    See the same paper, section 5. Outputs are those of all experts for each token, whether it chooses them or not.
+    """
+
+    layers: tuple[int, ...]
+    """Numbers of the layers that have routers."""
+    names: tuple[str, ...]
+    """Names of the experts."""
+    domains: tuple[str, ...]
+    tokens: tuple[int, ...]
+    """Number of tokens of each domain."""
+    output_similarity: Numbers
+    """Mean cosine of two experts' outputs for the same token (layer, expert, expert)."""
+    output_similarity_chosen: Numbers
+    """The same over tokens that choose both (layer, expert, expert); NaN where none does, or on the diagonal none."""
+    output_similarity_others: Numbers
+    """The same over tokens that choose neither (layer, expert, expert); NaN where there are none."""
+    output_norm: Numbers
+    """Mean length of each expert's output over all tokens (layer, expert)."""
+    ranks: NDArray[np.int64]
+    """Number of tokens and experts by the rank of the expert's router score and that of its output's length (layer,
+    rank, rank); rank 0 is the largest."""
+    largest_first: Numbers
+    """Share of tokens whose first expert has the longest output of all (layer,)."""
+    norm_correlation: Numbers
+    """Pearson's correlation (layer,) between router score and output length over all tokens and experts, each less its
+    mean over the token's experts; NaN where one does not vary."""
+    sparsity: Numbers
+    """Share of an expert's intermediate states, `activation(gate(z))`, that are closer to 0 than 0.001 (layer,
+    expert)."""
+    load: Numbers
+    """Share of a domain's tokens that choose each expert (domain, layer, expert)."""
+    weight: Numbers
+    """Mean weight of each expert where it is chosen (layer, expert); 0 where it is not."""
+    saliency: Numbers
+    """REAP's saliency (layer, expert); see `moemerge.editing.pruning.saliency`."""
+    mass_lost: Numbers
+    """Share of a layer's sum of weights times output lengths that each expert has (layer, expert)."""
+    together: Numbers
+    """Share of tokens that choose both of two experts (layer, expert, expert); the load on the diagonal."""
+    entropy: Numbers
+    """Entropy of the experts' shares of all choices (layer,), from 0, one expert alone, to 1, all alike."""
+    by_token: Numbers
+    """Share of tokens whose first expert is the one that most other tokens of the same id choose first (layer,); ids
+    that occur once are left out, and ties count as a miss."""
+    by_majority: Numbers
+    """Share of the same tokens whose first expert is the one that is first most often in the layer (layer,)."""
+    agreement: Numbers
+    """Mutual information of the first choices of neighbouring layers, divided by the smaller entropy (layer - 1,): from
+    0, none, to 1, one tells the other."""
+    same_first: Numbers
+    """Share of tokens whose first expert has the same number in neighbouring layers (layer - 1,)."""
+    generated: Numbers | None
+    """Share of generated tokens that choose each expert (layer, expert); None where none were generated."""
+
+    @property
+    def frequency(self) -> Numbers:
+        """Share of all tokens that choose each expert (layer, expert)."""
+        counts = np.array(self.tokens, np.float64)
+        frequency: Numbers = np.tensordot(counts / counts.sum(), self.load, 1)
+        return frequency
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that was found of one model."""
+
+    model: str
+    """The model, as it was named."""
+    model_type: str
+    experts_per_token: int
+    weights: WeightFigures
+    text: TextFigures | None
+    """None where no text was given."""
