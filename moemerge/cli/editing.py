@@ -238,7 +238,7 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
         run.output.overwrite, running.seed, running.device, running.compute_dtype, max_shard_bytes=max_bytes
     )
     with show_progress(console, quiet=messages.quiet) as progress:
-        report = edit(plan, out, options, progress=stoppable(progress))
+        report = edit(plan, out, options, changed=changed, progress=stoppable(progress))
     if messages.json:
         routing = {"routing": [asdict(one) for one in report]}
         print_json(facts | routing | {"out": str(out or plan.folder.folder)})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moemerge.checkpoint.changed_shards import ChangedShards
 from moemerge.checkpoint.pieces import Band
 from moemerge.dtypes import ComputeDtype
 from moemerge.editing.in_place import changed_shards, edit_in_place
@@ -38,6 +39,7 @@ def edit(
     out: Path | str | None,
     options: EditOptions = EditOptions(),
     *,
+    changed: ChangedShards | None = None,
     progress: Progress = lambda _task, _done, _total: None,
 ) -> "tuple[AddedReport, ...]":
     """Carry out the plan of an edit; the result is complete when this returns, and nothing changed when it raises.
@@ -47,6 +49,7 @@ def edit(
         out: the folder to write; None to change the mixture's own, which keeps what is replaced until it is made final
             (`moemerge edit MODEL --commit`).
         options: the options of the edit.
+        changed: the shards of an edit in place, from `changed_shards`, where they are known already.
         progress: called as the work goes on; see `Progress`.
 
     Returns:
@@ -60,7 +63,7 @@ def edit(
     """
     rows = _Rows(plan, options, progress)
     if out is None:
-        shards = changed_shards(plan, options.max_shard_bytes)
+        shards = changed or changed_shards(plan, options.max_shard_bytes)
         edit_in_place(plan, shards, rows.bands, seed=options.seed, progress=progress)
     else:
         write_edit(plan, Path(out), rows.bands, overwrite=options.overwrite, seed=options.seed, progress=progress)

@@ -45,7 +45,7 @@ def write_edit_card(
         sources: the models that it was made of.
         licence: the model's licence, as the Hub calls it or `other NAME LINK`; None where it is not known.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub.repocard_data import ModelCardData  # the rest of its cards takes long to import
 
     repos = list(dict.fromkeys(source.origin.repo for source in sources if isinstance(source.origin, Reference)))
     fields: dict[str, Any] = licence_fields(licence or "")
@@ -59,4 +59,4 @@ def write_edit_card(
     )
     fence = max(["```", *(f"{ticks}`" for ticks in re.findall(r"`{3,}", card.text))], key=len)
     body = render("edited", name=name, card=card, use=use_it(name, card.model_type, ()), fence=fence)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / CARD)
+    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n", encoding="utf-8", newline="\n")
