@@ -12,21 +12,26 @@ if TYPE_CHECKING:
 
 
 def pruning_facts(found: "Decision", losses: "Judged") -> dict[str, Any]:
-    """Turn a pruning into the values that `--json` prints; everything by layer is in the order of `layers`."""
+    """Turn a pruning into the values that `--json` prints.
+
+    Everything by layer is in the order of `layers`; those that text does not pass through are left out, and `notes`
+    says what they keep.
+    """
     from dataclasses import asdict
 
-    pruning, saliency = found.pruning, found.saliency
-    names = found.mixture.experts
+    pruning, saliency, similarity = found.pruning, found.saliency, found.similarity
+    names, layers = found.mixture.experts, saliency.layers
     return {
         "experts": list(names),
-        "layers": list(saliency.layers),
-        "kept": [list(kept) for kept in pruning.kept.values()],
-        "members": [{str(one): list(those) for one, those in of.items()} for of in pruning.members.values()],
+        "layers": list(layers),
+        "kept": [list(pruning.kept[layer]) for layer in layers],
+        "members": [{str(one): list(those) for one, those in pruning.members[layer].items()} for layer in layers],
         "shares": [
-            {str(one): {str(e): s for e, s in of.items()} for one, of in held.items()}
-            for held in pruning.shares.values()
+            {str(one): {str(e): s for e, s in of.items()} for one, of in pruning.shares[layer].items()}
+            for layer in layers
         ],
-        "duplicates": [[list(group) for group in groups] for groups in pruning.duplicates.values()],
+        "factors": list(pruning.factors),
+        "duplicates": [[list(group) for group in pruning.duplicates[layer]] for layer in layers],
         "experts_per_token": pruning.experts_per_token,
         "saliency": saliency.reap.tolist(),
         "frequency": saliency.frequency.tolist(),
@@ -34,8 +39,8 @@ def pruning_facts(found: "Decision", losses: "Judged") -> dict[str, Any]:
         "router_norm": saliency.router_norm.tolist(),
         "load": {name: load.tolist() for name, load in zip(saliency.domains, saliency.load, strict=True)},
         "output_differences": saliency.differences.tolist(),
-        "nearly_equal": [list(pair) for pair in found.similarity.nearly_equal],
-        "weight_distances": found.similarity.distances.tolist(),
+        "nearly_equal": [list(pair) for pair in similarity.nearly_equal],
+        "weight_distances": similarity.distances[[similarity.layers.index(layer) for layer in layers]].tolist(),
         "lost": [asdict(loss) for loss in pruning.losses],
         "before": {name: asdict(loss) for name, loss in losses.before.items()},
         "after": {name: asdict(loss) for name, loss in losses.after.items()},
@@ -104,8 +109,8 @@ def _fate(found: "Decision", expert: int) -> str:
 
 def _print_layers(console: Console, found: "Decision") -> None:
     pruning, names = found.pruning, found.mixture.experts
-    if not any(loss.dropped for loss in pruning.losses):
-        console.print("No layer loses anything: every dropped expert equals a kept one.")
+    if not pruning.loses:
+        console.print("No layer loses an FFN: every dropped expert equals a kept one.")
         return
     words = "What each layer loses" if not any(pruning.shares.values()) else "What goes into averages in each layer"
     console.print(f"{words}:")

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +11,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moemerge import merge, plan_merge
 from moemerge.checkpoint.derived import read_values
+from moemerge.cli.pruning_report import pruning_facts
+from moemerge.config.loading import parse_config
+from moemerge.config.yaml_text import write_yaml
 from moemerge.editing.plan import EditPlan
+from moemerge.editing.planner import plan_edit
 from moemerge.editing.preview import preview, router_bands
 from moemerge.editing.pruning.choice import PruneRequest, check_keep, choose_kept
 from moemerge.editing.pruning.group_rows import row_of_group
+from moemerge.editing.pruning.judging import Judged
 from moemerge.editing.pruning.pruned_plan import plan_pruning
 from moemerge.editing.pruning.pruner import Decision, decide
 from moemerge.editing.pruning.saliency import Saliency
+from moemerge.editing.upcycling import Copies, upcycled_dense, upcycled_mixture
+from moemerge.editing.verifying import verify_edit
 from moemerge.editing.writing import write_edit
 from moemerge.errors import RefusedError
+from moemerge.evaluation.figures import Estimate
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import run_model
 from moemerge.evaluation.settings import EvaluationSettings
@@ -32,6 +39,7 @@ from moemerge.planning.options import PlanOptions
 from moemerge.sources.model_folder import open_model
 from moemerge.sources.stored_mixtures import kept_config, read_mixture, read_stored_mixture
 from tests.editing.test_saliency import CPU, copy_expert, make_mixture, texts
+from tests.support.mixtures import make_variant
 from tests.support.models import TEXT, assert_close, load, logits
 
 DOCUMENTS = {"one": TEXT.split("\n") * 2, "two": [TEXT[::-1], TEXT[20:]]}
@@ -162,6 +170,43 @@ def test_merged_experts_are_averages_by_how_often_each_was_chosen(tmp_path):
     assert any(len(group) > 1 for group in found.pruning.members[layer].values())
 
 
+def never_chosen(folder: Path) -> Path:
+    """A mixture whose expert 0 gives the most in layer 1, and is chosen by no token in layer 2, where all are like it."""
+    make_variant(folder, "dots1")
+    tensors = load_file(folder / "model.safetensors")
+    for name, values in tensors.items():
+        if match := re.match(r"(model\.layers\.2\.mlp\.experts\.)[123](\..*)", name):
+            values.copy_(tensors[f"{match[1]}0{match[2]}"] + 0.3 * values)
+    tensors["model.layers.1.mlp.experts.0.down_proj.weight"] *= 50
+    tensors["model.layers.2.mlp.gate.e_score_correction_bias"][0] = -10
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_an_expert_that_no_token_chooses_in_a_layer_becomes_the_average_of_the_others(tmp_path, run, keep):
+    """It takes over the selection bias and the row of one that was chosen, so that tokens find it."""
+    folder, out = never_chosen(tmp_path / "mixture"), tmp_path / "out"
+    code, shown, errors = run(*prune(folder, out, "--keep", keep, "--merge", "--json"))
+    assert code == 0, errors
+    facts = json.loads(shown)
+    place, layer = facts["layers"].index(2), 2
+    assert facts["kept"][place][0] == 0
+    shares = {int(expert): share for expert, share in facts["shares"][place]["0"].items()}
+    frequency = facts["frequency"][place]
+    assert frequency[0] == 0
+    chosen = [expert for expert in facts["members"][place]["0"] if expert]
+    assert shares == pytest.approx({expert: frequency[expert] / sum(frequency[e] for e in chosen) for expert in chosen})
+    assert len(shares) == 4 - keep
+    old, new = stored_mixture(folder), stored_mixture(out)
+    for role in ("gate", "up", "down"):
+        expected = sum(share * read_values(old.projection(layer, one, role)) for one, share in shares.items())
+        np.testing.assert_allclose(read_values(new.projection(layer, 0, role)), expected, atol=1e-6)
+    bias = "mlp.gate.e_score_correction_bias"
+    assert read_values(new.layer(layer)[bias])[0] == read_values(old.layer(layer)[bias])[min(shares)]
+    assert run("verify", out)[0] == 0
+
+
 def test_a_router_that_does_not_normalise_is_named(tmp_path):
     folder = make_mixture(tmp_path, "qwen3_moe, unnormalised")
     found = decide(folder, DOCUMENTS, PruneRequest(2), SETTINGS)
@@ -169,6 +214,82 @@ def test_a_router_that_does_not_normalise_is_named(tmp_path):
         "its routers do not divide the weights of the chosen experts by their sum: what a softmax gave dropped experts "
         "goes to the kept ones, whose outputs all weigh more",
     )
+
+
+def test_sigmoids_give_dropped_experts_nothing_that_others_could_get(tmp_path):
+    folder = make_variant(tmp_path, "dots1", norm_topk_prob=False)
+    found = decide(folder, DOCUMENTS, PruneRequest(2), SETTINGS)
+    assert found.pruning.loses
+    assert found.pruning.notes == ()
+
+
+def twice(folder: Path, out: Path) -> Path:
+    """A mixture with every expert twice, which computes the same."""
+    document = upcycled_mixture(str(folder), stored_mixture(folder), Copies(8))
+    write_edit(plan_edit(parse_config(write_yaml(document), allow_identical_experts=True)), out, dict)
+    return out
+
+
+MULTIPLIED = (
+    "its routers do not divide the weights of the chosen experts by their sum: the outputs of kept experts are "
+    "multiplied by how many of those that each stands for were chosen together, 2, 2, 2, 2"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "notes"),
+    [
+        ("dots1", {}, ()),
+        ("dots1", {"norm_topk_prob": False}, (MULTIPLIED,)),
+        ("lfm2_moe, unnormalised", {}, (MULTIPLIED,)),
+        ("cohere2_moe, average, sigmoids", {}, (MULTIPLIED,)),
+        ("qwen3_moe", {}, ()),
+        ("qwen3_moe, as released", {}, ()),
+    ],
+)
+def test_one_of_two_copies_gives_what_both_gave(tmp_path, name, settings, notes):
+    """Where sigmoids are not divided by their sum, the one that stays gives twice as much."""
+    folder = twice(make_variant(tmp_path / "mixture", name, **settings), tmp_path / "twice")
+    found, out = pruned(tmp_path, folder, PruneRequest(4))
+    assert found.pruning.experts_per_token == 2
+    assert found.pruning.notes[0].startswith("experts_per_token is lowered from 4 to 2: ")
+    assert found.pruning.notes[1:] == notes
+    assert not found.pruning.loses
+    assert_close(logits(load(out)), logits(load(folder)))
+    plan = plan_of(folder, found)
+    assert verify_edit(plan, out).differences == ()
+    made = run_model(preview(found.mixture, plan, found.rows).runnable, texts().windows, CPU)
+    assert torch.equal(made, run_model(open_mixture(out).runnable, texts().windows, CPU))
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_copies_whose_router_rows_differ_are_said_not_to_be_exact(tmp_path, normalised):
+    folder = twice(make_variant(tmp_path / "mixture", "dots1", norm_topk_prob=normalised), tmp_path / "twice")
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, values in tensors.items():
+            if name.endswith("mlp.gate.weight"):
+                values[1::2] = values[1::2].flip(0)
+        save_file(tensors, shard, {"format": "pt"})
+    found = decide(folder, DOCUMENTS, PruneRequest(4), SETTINGS)
+    assert not found.pruning.loses
+    given = re.fullmatch(
+        r"(\d+\.\d)% of a token's weights change, although every dropped expert equals a kept one: one computes what "
+        r"several did only where these have equal router rows and biases, and each kept expert stands for as many",
+        found.pruning.notes[-1],
+    )
+    assert given
+    assert 1 < float(given[1]) < 100
+
+
+def test_of_copies_that_any_router_may_choose_none_is_missed(tmp_path, llamas):
+    """All experts are equal: whichever are left, and whatever their rows, they compute the same."""
+    document = upcycled_dense(str(llamas[0]), Copies(6), "random")
+    folder = tmp_path / "mixture"
+    merge(plan_merge(parse_config(write_yaml(document), allow_identical_experts=True)), folder)
+    found, out = pruned(tmp_path, folder, PruneRequest(4))
+    assert found.pruning.notes == ()
+    assert_close(logits(load(out)), logits(load(folder)))
 
 
 def saliency(**given) -> Saliency:
@@ -201,6 +322,11 @@ def test_layers_that_text_does_not_pass_through_keep_what_the_last_one_keeps(tmp
     assert found.pruning.kept[3] == found.pruning.kept[2]
     assert found.pruning.notes == ("layer 3, which text does not pass through, keeps the experts that layer 2 keeps",)
     assert found.rows
+    facts = pruning_facts(found, Judged({}, {}, Estimate(0.0, None, None), unseen=True))
+    by_layer = ("layers", "kept", "members", "shares", "duplicates", "saliency", "output_differences", "lost")
+    assert {key: len(facts[key]) for key in (*by_layer, "weight_distances")} == dict.fromkeys(
+        (*by_layer, "weight_distances"), 3
+    )
     before, after = stored_mixture(folder), stored_mixture(out)
     kept = list(found.pruning.kept[3])
     np.testing.assert_array_equal(read_values(after.router(3)), read_values(before.router(3))[kept])
@@ -280,49 +406,28 @@ def test_a_number_that_cannot_be_is_refused(keep, how, message):
         check_keep(keep, 4, how)
 
 
-def prune(folder: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the command on two domains of text."""
+def prune(folder: Path, out: Path, *options: object) -> list[object]:
+    """The command line for two domains of text."""
     for name, documents in DOCUMENTS.items():
         (folder.parent / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     data = [part for name in DOCUMENTS for part in ("--data", f"{name}={folder.parent / name}.jsonl")]
-    command = [sys.executable, "-m", "moemerge", "prune", str(folder), str(out), *data, "--device", "cpu", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return ["prune", folder, out, *data, "--device", "cpu", *options]
 
 
-def test_the_command_prints_what_goes_and_what_it_costs(tmp_path):
+def test_the_command_prints_what_goes_and_what_it_costs(tmp_path, run):
     folder, out = duplicated(tmp_path / "mixture"), tmp_path / "out"
-    tried = prune(folder, out, "--keep", "2", "--dry-run")
-    assert tried.returncode == 0, tried.stderr
+    code, shown, errors = run(*prune(folder, out, "--keep", 2, "--dry-run"))
+    assert code == 0, errors
     assert not out.exists()
-    lines = tried.stdout.splitlines()
+    lines = shown.splitlines()
     assert lines[0] == "Equal in all layers, number for number: 0 = 2; 1 = 3"
-    assert "No layer loses anything: every dropped expert equals a kept one." in lines
+    assert "No layer loses an FFN: every dropped expert equals a kept one." in lines
     assert "Loss in nats per token, on other documents than those it was chosen by:" in lines
     assert lines[-1] == "After against before: +0.0000"
-    done = prune(folder, out, "--keep", "2", "--json")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    code, shown, errors = run(*prune(folder, out, "--keep", 2, "--json"))
+    assert code == 0, errors
+    facts = json.loads(shown)
     assert facts["kept"] == [[0, 1]] * 3
     assert facts["experts_per_token"] == 1
     assert facts["before"] == facts["after"]
     assert open_mixture(out).experts_per_token == 1
-
-
-def test_the_command_refuses_with_exit_code_2(tmp_path):
-    folder = duplicated(tmp_path / "mixture")
-    refused = prune(folder, tmp_path / "out", "--keep", "4", "--quiet")
-    assert refused.returncode == 2
-    assert refused.stderr == (
-        "error: --keep: 4 of 4 experts: expected 2 to 3. `moemerge densify` makes one model of all.\n"
-    )
-
-
-def test_a_folder_that_is_not_empty_is_refused_before_the_mixture_runs(tmp_path):
-    folder, out = duplicated(tmp_path / "mixture"), tmp_path / "out"
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    refused = prune(folder, out, "--keep", "2")
-    assert refused.returncode == 2
-    assert "comparing the experts' weights" not in refused.stderr
-    assert str(out) in refused.stderr
-    assert [path.name for path in out.iterdir()] == ["notes.txt"]

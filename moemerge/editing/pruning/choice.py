@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.config.cross_checks import MIN_EXPERTS
-from moemerge.editing.pruning.saliency import Saliency
-from moemerge.editing.pruning.similarity import Similarity
 from moemerge.errors import RefusedError
 from moemerge.families.choosing import Choosing
+
+if TYPE_CHECKING:  # torch is not imported to refuse a number
+    from moemerge.editing.pruning.saliency import Saliency
+    from moemerge.editing.pruning.similarity import Similarity
 
 By = Literal["saliency", "frequency", "weight", "router"]
 """What experts are kept by: REAP's saliency, the share of tokens that choose them, their mean weight where they are
@@ -58,7 +60,11 @@ class Pruning:
     members: Mapping[int, Mapping[int, tuple[int, ...]]]
     """For each kept expert the experts that it stands for, itself first: equal ones, and those averaged into it."""
     shares: Mapping[int, Mapping[int, Mapping[int, float]]]
-    """For each kept expert that is an average of different FFNs, the share of each, which add up to 1."""
+    """For each kept expert that is an average of different FFNs, the share of each, which add up to 1; one that no
+    token chooses has none, not even the kept one."""
+    factors: tuple[float, ...]
+    """Factors on the outputs of the kept experts, in their order; empty where routers divide weights by their sum or
+    that of all, so that one expert gets what they gave several."""
     duplicates: Mapping[int, Groups]
     """Groups of equal experts."""
     experts_per_token: int
@@ -70,15 +76,31 @@ class Pruning:
         """Whether all layers keep the same experts."""
         return len(set(self.kept.values())) == 1
 
+    @property
+    def loses(self) -> bool:
+        """Whether an expert goes that equals no kept one."""
+        return any(loss.dropped for loss in self.losses)
 
-def equal_groups(similarity: Similarity, request: PruneRequest) -> dict[int, Groups]:
+    def made_of(self, layer: int) -> list[dict[int, float]]:
+        """The experts that each kept one is the average of in a layer, with their shares."""
+        return [dict(self.shares[layer].get(expert, {expert: 1.0})) for expert in self.kept[layer]]
+
+    def own(self, layer: int) -> list[int]:
+        """The expert whose router row and biases each kept one has in a layer, the first that it is made of.
+
+        It is itself, unless only others were chosen there.
+        """
+        return [next(iter(shares)) for shares in self.made_of(layer)]
+
+
+def equal_groups(similarity: "Similarity", request: PruneRequest) -> dict[int, Groups]:
     """Groups of equal experts by layer: of those equal in all layers, unless each layer keeps its own."""
     everywhere = similarity.groups_everywhere
     return {layer: similarity.groups(layer) if request.by_layer else everywhere for layer in similarity.layers}
 
 
 def choose_kept(
-    saliency: Saliency, duplicates: Mapping[int, Groups], request: PruneRequest, experts_per_token: int, how: Choosing
+    saliency: "Saliency", duplicates: Mapping[int, Groups], request: PruneRequest, experts_per_token: int, how: Choosing
 ) -> Pruning:
     """Choose the experts to keep; of equal ones all but one go first, since nothing is lost with them.
 
@@ -102,13 +124,20 @@ def choose_kept(
         members[layer] = _stand_for(kept[layer], equal, saliency.differences[place] if request.merge else None)
         shares[layer] = _shares(members[layer], equal, saliency.frequency[place])
         losses.append(_loss(saliency, place, kept[layer], equal))
-    per_token = min(experts_per_token, request.keep // how.groups * how.chosen_groups)
+    per_token = most_per_token(experts_per_token, request.keep, how)
     notes = []
     if per_token < experts_per_token:
         notes.append(
             f"experts_per_token is lowered from {experts_per_token} to {per_token}: no more are left to choose from"
         )
-    return Pruning(kept, members, shares, duplicates, per_token, tuple(losses), tuple(notes))
+    is_shared = how.normalises or how.scoring == "softmax"
+    factors = () if is_shared else tuple(_factor(saliency, members, place) for place in range(request.keep))
+    return Pruning(kept, members, shares, factors, duplicates, per_token, tuple(losses), tuple(notes))
+
+
+def most_per_token(experts_per_token: int, keep: int, how: Choosing) -> int:
+    """How many of `keep` experts can take each token, at most as many as before."""
+    return min(experts_per_token, keep // how.groups * how.chosen_groups)
 
 
 def check_keep(keep: int, count: int, how: Choosing) -> None:
@@ -133,7 +162,7 @@ def check_keep(keep: int, count: int, how: Choosing) -> None:
         )
 
 
-def _scores(saliency: Saliency, equal: Groups, by: By, place: int) -> Scores:
+def _scores(saliency: "Saliency", equal: Groups, by: By, place: int) -> Scores:
     """A layer's scores (expert,), as shares of their sum; those of equal experts are of all of them together."""
     found = {
         "saliency": saliency.reap,
@@ -189,7 +218,15 @@ def _shares(members: Mapping[int, Sequence[int]], equal: Groups, frequency: Scor
     return found
 
 
-def _loss(saliency: Saliency, place: int, kept: Sequence[int], equal: Groups) -> LayerLoss:
+def _factor(saliency: "Saliency", members: Mapping[int, Mapping[int, Sequence[int]]], place: int) -> float:
+    """How many of those that a kept expert stands for were chosen together: the median over tokens that chose some."""
+    groups = [tuple(members[layer].values())[place] for layer in saliency.layers]
+    counts = [np.isin(chosen, group).sum(axis=1) for chosen, group in zip(saliency.choices, groups, strict=True)]
+    together = np.concatenate(counts)
+    return float(np.median(together[together > 0])) if together.any() else 1.0
+
+
+def _loss(saliency: "Saliency", place: int, kept: Sequence[int], equal: Groups) -> LayerLoss:
     held = set(kept)
     for group in equal:
         if held & set(group):

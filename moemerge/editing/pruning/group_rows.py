@@ -46,6 +46,8 @@ def fit_rows(
     A softmax gives experts `e` with equal FFNs together the weight of `log(sum exp(logit of e))`. Where all groups have
     one size and the rows within each are equal, that is their logit and a constant, and rows stay as they are. Else
     the difference to the members' mean row is fitted: its mean along an even direction, the rest by ridge regression.
+    Of sigmoids that are divided by their sum the same is fitted, which small ones follow. Those that are not divided
+    know no such constant: of their logits, that of the factor on the expert's output is taken away.
 
     Args:
         mixture: the whole mixture.
@@ -72,37 +74,47 @@ class _Fitter:
     def add(self, tokens: LayerTokens) -> None:
         layer = tokens.layer
         kept, members = self._pruning.kept[layer], self._pruning.members[layer]
+        own = self._pruning.own(layer)
         rows = self._mixture.runnable.read(self._mixture.router(layer)).float()
         present = ~tokens.logits.isneginf().any(dim=0)
         groups = [[expert for expert in members[one] if present[expert]] or [one] for one in kept]
-        made = rows[list(kept)].clone()
-        fewest = min(map(len, groups))
+        made = rows[own].clone()
+        divisors = self._pruning.factors or [min(map(len, groups))] * len(groups)
         counts = torch.bincount(tokens.experts.flatten(), minlength=len(rows)).float()
         for place, group in enumerate(groups):
             if len(group) > 1:
-                made[place] = row_of_group(rows, group, counts, tokens.states, fewest)
-        self.changed |= not torch.equal(made, rows[list(kept)])
+                made[place] = row_of_group(rows, group, counts, tokens.states, divisors[place])
+        self.changed |= not torch.equal(made, rows[own])
         self.rows[layer] = made.numpy()
-        self._compare(tokens, kept, members, made)
+        self._compare(tokens, own, made)
 
-    def _compare(
-        self, tokens: LayerTokens, kept: Sequence[int], members: Mapping[int, Sequence[int]], rows: torch.Tensor
-    ) -> None:
-        count = tokens.logits.shape[1]
-        before = torch.zeros(len(tokens.weights), count).scatter_(1, tokens.experts, tokens.weights)
-        expected = torch.stack([before[:, list(members[one])].sum(dim=1) for one in kept], dim=1)
+    def _compare(self, tokens: LayerTokens, own: Sequence[int], rows: torch.Tensor) -> None:
+        before = torch.zeros_like(tokens.logits).scatter_(1, tokens.experts, tokens.weights)
+        ffns = self._ffns(tokens.layer)
+        expected = torch.stack([before[:, those].sum(dim=1) for those, _ in ffns], dim=1)
         given = (self._mixture.selection_bias(tokens.layer), self._mixture.weight_factors(tokens.layer))
-        bias, factors = (None if values is None else values[list(kept)] for values in given)
+        bias, factors = (None if values is None else values[own] for values in given)
         logits = tokens.states @ rows.T
-        logits[tokens.logits[:, list(kept)].isneginf()] = -torch.inf
+        logits[tokens.logits[:, own].isneginf()] = -torch.inf
         for experts_per_token, misses in self.misses.items():
             weights, experts = choose(logits, experts_per_token, self._mixture.choosing, bias, factors)
-            found = torch.zeros_like(expected).scatter_(1, experts, weights)
-            misses.append(float((found - expected).abs().sum(dim=1).mean()) / 2)
+            after = torch.zeros_like(logits).scatter_(1, experts, weights) * torch.tensor(self._pruning.factors or 1.0)
+            found = torch.stack([after[:, places].sum(dim=1) for _, places in ffns], dim=1)
+            misses.append(float((found - expected).abs().sum() / before.sum()) / 2)
+
+    def _ffns(self, layer: int) -> list[tuple[list[int], list[int]]]:
+        """The different FFNs that are kept: the experts before that each stands for, and its places after."""
+        group_of = {expert: group for group in self._pruning.duplicates.get(layer, ()) for expert in group}
+        found: dict[Sequence[int], tuple[list[int], list[int]]] = {}
+        for place, (one, those) in enumerate(self._pruning.members[layer].items()):
+            experts, places = found.setdefault(group_of.get(one, (one,)), ([], []))
+            experts += those
+            places.append(place)
+        return list(found.values())
 
 
 def row_of_group(
-    rows: torch.Tensor, group: Sequence[int], counts: torch.Tensor, states: torch.Tensor, fewest: int
+    rows: torch.Tensor, group: Sequence[int], counts: torch.Tensor, states: torch.Tensor, divisor: float
 ) -> torch.Tensor:
     """Fit the row (hidden) of one expert that stands for a group of equal ones.
 
@@ -111,13 +123,14 @@ def row_of_group(
         group: the experts.
         counts: how many tokens choose each expert (expert,).
         states: router inputs (token, hidden).
-        fewest: the size of the smallest group of the layer, whose constant all groups share.
+        divisor: what the group's weight is divided by: the size of the layer's smallest group, whose constant all
+            groups share, or the factor on the expert's output.
     """
     first, chosen = group[0], counts[list(group)] + 1
     mean = rows[first].clone()  # equal rows stay what they are
     for expert, share in zip(group[1:], (chosen / chosen.sum())[1:], strict=True):
         mean += share * (rows[expert] - rows[first])
-    together = (states @ rows[list(group)].T).logsumexp(dim=1) - math.log(fewest)
+    together = (states @ rows[list(group)].T).logsumexp(dim=1) - math.log(divisor)
     missing = together - states @ mean
     if float(missing.abs().max()) < _NEAR:
         return mean

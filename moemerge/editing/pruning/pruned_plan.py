@@ -53,18 +53,15 @@ def _document(mixture: StoredMixture, reference: str, pruning: Pruning, config: 
             keep=[mixture.names[number] for number in kept[0]], experts_per_token=pruning.experts_per_token
         )
         document = edit_document(mixture, reference, changes, config)
-        if not any(pruning.shares.values()):
-            return document
     else:
         experts: list[dict[str, Any]] = [{} for _ in kept[0]]
         document = {"base_model": reference, "experts": experts, "experts_per_token": pruning.experts_per_token}
-    for place, expert in enumerate(document["experts"]):
-        expert |= {"source_model": reference, "by_layer": [_made_of(pruning, layer, place) for layer in pruning.kept]}
+    if not pruning.is_uniform or any(pruning.shares.values()):
+        by_expert = zip(*(pruning.made_of(layer) for layer in pruning.kept), strict=True)
+        for expert, made_of in zip(document["experts"], by_expert, strict=True):
+            by_layer = [made if len(made) > 1 else next(iter(made)) for made in made_of]
+            expert |= {"source_model": reference, "by_layer": by_layer}
+    for place, factor in enumerate(pruning.factors):
+        if factor != 1:
+            document["experts"][place]["residual_scale"] = factor
     return document
-
-
-def _made_of(pruning: Pruning, layer: int, place: int) -> int | dict[int, float]:
-    """The expert that one is in a layer, or several with their shares, itself first."""
-    number = pruning.kept[layer][place]
-    shares = pruning.shares[layer].get(number, {})
-    return {number: shares[number], **shares} if len(shares) > 1 else number

@@ -14,6 +14,7 @@ from moemerge.editing.pruning.similarity import Similarity, measure_similarity
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import MixtureModel, open_mixture
 from moemerge.evaluation.settings import EvaluationSettings
+from moemerge.families.choosing import Choosing
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.progress import Progress, Task
 from moemerge.routers.rows import Rows
@@ -76,12 +77,13 @@ def decide(  # noqa: PLR0917
     pruning = choose_kept(saliency, equal, request, mixture.experts_per_token, how)
     pruning = _with_further_layers(pruning, stored.moe_layers)
     if not any(len(group) > 1 for those in pruning.members.values() for group in those.values()):
-        return Decision(mixture, saliency, similarity, _noted(pruning, how.normalises), {})
+        return Decision(mixture, saliency, similarity, _noted(pruning, how), {})
     fitted = fit_rows(mixture, texts, compute, pruning, told("the whole mixture, for its routers"))
     rows = dict(fitted.rows)
     for layer in set(stored.moe_layers) - set(rows) if rows else ():
-        rows[layer] = read_values(stored.router(layer))[list(pruning.kept[layer])]
-    return Decision(mixture, saliency, similarity, _noted(_fewer(pruning, fitted.misses), how.normalises), rows)
+        rows[layer] = read_values(stored.router(layer))[pruning.own(layer)]
+    pruning = _noted(_fewer(pruning, fitted.misses), how)
+    return Decision(mixture, saliency, similarity, _fitted(pruning, fitted.misses), rows)
 
 
 def _with_further_layers(pruning: Pruning, layers: Sequence[int]) -> Pruning:
@@ -108,7 +110,7 @@ def _fewer(pruning: Pruning, misses: Mapping[int, float]) -> Pruning:
     """Lower the experts per token where tokens chose equal experts together, so that fewer were different ones."""
     given = pruning.experts_per_token
     best = min(misses, key=lambda count: (misses[count], count))
-    if any(pruning.shares[layer] for layer in pruning.kept) or misses[given] - misses[best] < _NOTICEABLE:
+    if any(pruning.shares.values()) or misses[given] - misses[best] < _NOTICEABLE:
         return pruning
     note = (
         f"experts_per_token is lowered from {given} to {best}: tokens chose equal experts together, so that {best} "
@@ -118,11 +120,28 @@ def _fewer(pruning: Pruning, misses: Mapping[int, float]) -> Pruning:
     return replace(pruning, experts_per_token=best, notes=(*pruning.notes, note))
 
 
-def _noted(pruning: Pruning, normalised: bool) -> Pruning:
-    if normalised:
+def _noted(pruning: Pruning, how: Choosing) -> Pruning:
+    """Say what weights do that are not divided by the sum of the chosen ones."""
+    undivided = "its routers do not divide the weights of the chosen experts by their sum"
+    if pruning.loses and how.scoring == "softmax" and not how.normalises:
+        note = f"{undivided}: what a softmax gave dropped experts goes to the kept ones, whose outputs all weigh more"
+    elif any(factor != 1 for factor in pruning.factors):
+        note = (
+            f"{undivided}: the outputs of kept experts are multiplied by how many of those that each stands for were "
+            f"chosen together, {', '.join(f'{factor:g}' for factor in pruning.factors)}"
+        )
+    else:
+        return pruning
+    return replace(pruning, notes=(*pruning.notes, note))
+
+
+def _fitted(pruning: Pruning, misses: Mapping[int, float]) -> Pruning:
+    """Say it where one of several equal experts does not get exactly what routers gave all of them."""
+    missed = misses[pruning.experts_per_token]
+    if pruning.loses or missed < _NOTICEABLE:
         return pruning
     note = (
-        "its routers do not divide the weights of the chosen experts by their sum: what a softmax gave dropped "
-        "experts goes to the kept ones, whose outputs all weigh more"
+        f"{missed:.1%} of a token's weights change, although every dropped expert equals a kept one: one computes what "
+        "several did only where these have equal router rows and biases, and each kept expert stands for as many"
     )
     return replace(pruning, notes=(*pruning.notes, note))
