@@ -1,7 +1,7 @@
 """`moemerge prune`: a mixture with fewer experts."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -16,6 +16,8 @@ from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, ComputeIn,
 from moemerge.cli.streams import say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from moemerge.editing.plan import EditPlan
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from moemerge.editing.pruning.judging import Judged
     from moemerge.editing.pruning.pruner import Decision
     from moemerge.evaluation.settings import EvaluationSettings
+    from moemerge.families.stored_mixture import StoredMixture
+    from moemerge.planning.options import PlanOptions
     from moemerge.progress import Progress
+    from moemerge.sources.model_folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -151,59 +156,70 @@ def _carry_out(
     console: "Console", model: Path, out: Path, data: list[str], run: Run
 ) -> "tuple[Decision, EditPlan, Judged]":
     """Decide what stays, write it unless that is only tried, and judge it."""
+    from moemerge.cli.plan_request import shard_bytes
     from moemerge.cli.progress import show_work
-    from moemerge.editing.preview import preview
+    from moemerge.evaluation.evaluator import read_domains
+    from moemerge.planning.options import PlanOptions
+
+    named, settings = by_name(data), run.text.settings()
+    options = PlanOptions(shard_bytes(run.output.max_shard_size), out)
+    opened = _open_checked(model, out, options, run)
+    documents = read_domains(named)
+    from moemerge.editing.preview import preview  # torch is imported from here on
     from moemerge.editing.pruning.judging import judge, split_documents
     from moemerge.editing.pruning.pruner import decide
-    from moemerge.evaluation.evaluator import read_domains
     from moemerge.evaluation.runnable import open_mixture
 
-    chosen, judged, unseen = split_documents(read_domains(by_name(data)))
-    settings = run.text.settings()
-    if not run.output.dry_run:
-        _check_target(console, model, out, run)
+    chosen, judged, unseen = split_documents(documents)
     with show_work(console, quiet=run.quiet) as shown:
         progress = stoppable(shown)
         found = decide(model, chosen, run.choice.request(), settings, progress, announcer(console, quiet=run.quiet))
-        plan = _plan(console, model, out, found, run)
+        plan = _plan(opened, found, options, announcer(console, quiet=run.quiet))
         if not run.output.dry_run:
             _write(plan, out, found, run.output, progress)
         after = preview(found.mixture, plan, found.rows) if run.output.dry_run else open_mixture(out)
         return found, plan, judge(found.mixture, after, judged, settings, progress, unseen=unseen)
 
 
-def _check_target(console: "Console", model: Path, out: Path, run: Run) -> None:
-    """Refuse a folder that could not be written before the mixture is run, by a plan that keeps the first experts."""
+def _open_checked(model: Path, out: Path, options: "PlanOptions", run: Run) -> "tuple[ModelFolder, StoredMixture]":
+    """Open the mixture; refuse what could not be written before it is run, by a plan that keeps the first experts."""
     from moemerge.config.loading import parse_config
     from moemerge.config.yaml_text import write_yaml
     from moemerge.editing.changes import Changes, edit_document
     from moemerge.editing.planner import plan_edit
+    from moemerge.editing.pruning.choice import check_keep, most_per_token
     from moemerge.editing.writing import check_edit
-    from moemerge.planning.options import PlanOptions
-    from moemerge.sources.stored_mixtures import read_mixture
+    from moemerge.sources.model_folder import open_merged
+    from moemerge.sources.stored_mixtures import read_stored_mixture
 
-    opened = read_mixture(str(model), announcer(console, quiet=True))
-    mixture = opened[1]
-    kept = [str(number) for number in range(min(run.choice.keep, mixture.experts))]
-    document = edit_document(mixture, str(model), Changes(keep=kept))
+    folder = replace(open_merged(model), reference=str(model))
+    mixture, keep = read_stored_mixture(folder, lambda _: None), run.choice.keep
+    check_keep(keep, mixture.experts, mixture.choosing)
+    per_token = most_per_token(mixture.experts_per_token, keep, mixture.choosing)
+    changes = Changes(keep=mixture.names[:keep], experts_per_token=per_token)
+    document = edit_document(mixture, folder.reference, changes)
     config = parse_config(write_yaml(document), "the pruned mixture", allow_identical_experts=True)
-    check_edit(plan_edit(config, PlanOptions(target=out), opened=opened), out, overwrite=run.output.overwrite)
+    plan = plan_edit(config, options, opened=(folder, mixture))
+    if not run.output.dry_run:
+        check_edit(plan, out, overwrite=run.output.overwrite)
+    return folder, mixture
 
 
-def _plan(console: "Console", model: Path, out: Path, found: "Decision", run: Run) -> "EditPlan":
+def _plan(
+    opened: "tuple[ModelFolder, StoredMixture]",
+    found: "Decision",
+    options: "PlanOptions",
+    announce: "Callable[[str], None]",
+) -> "EditPlan":
     """Plan the pruned mixture."""
-    from moemerge.cli.plan_request import shard_bytes
     from moemerge.editing.pruning.pruned_plan import plan_pruning
-    from moemerge.planning.options import PlanOptions
-    from moemerge.sources.stored_mixtures import kept_config, read_mixture
+    from moemerge.sources.stored_mixtures import kept_config
 
-    announce = announcer(console, quiet=run.quiet)
-    opened = read_mixture(str(model), announce)
     return plan_pruning(
         opened,
         found.pruning,
         kept_config(opened[0], announce),
-        PlanOptions(shard_bytes(run.output.max_shard_size), out),
+        options,
         new_routers=bool(found.rows),
         announce=announce,
     )

@@ -3,8 +3,11 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from moemerge.editing.upcycling import Copies, upcycled_dense, upcycled_mixture
 from moemerge.editing.verifying import verify_edit
 from moemerge.editing.writing import write_edit
 from moemerge.errors import RefusedError
+from moemerge.evaluation import runnable
 from moemerge.evaluation.figures import Estimate
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import run_model
@@ -36,7 +40,8 @@ from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.choosing import Choosing
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.planning.options import PlanOptions
-from moemerge.sources.model_folder import open_model
+from moemerge.sources import stored_mixtures
+from moemerge.sources.model_folder import ModelFolder, open_model
 from moemerge.sources.stored_mixtures import kept_config, read_mixture, read_stored_mixture
 from tests.editing.test_saliency import CPU, copy_expert, make_mixture, texts
 from tests.support.mixtures import make_variant
@@ -431,3 +436,71 @@ def test_the_command_prints_what_goes_and_what_it_costs(tmp_path, run):
     assert facts["experts_per_token"] == 1
     assert facts["before"] == facts["after"]
     assert open_mixture(out).experts_per_token == 1
+
+
+def test_the_mixture_is_opened_once_beside_the_one_that_runs(tmp_path, run, monkeypatch):
+    folder, opened = duplicated(tmp_path / "mixture"), []
+
+    def watched(model: ModelFolder, *given: Any) -> StoredMixture:
+        opened.append(model.folder)
+        return read_stored_mixture(model, *given)
+
+    for module in (stored_mixtures, runnable):
+        monkeypatch.setattr(module, "read_stored_mixture", watched)
+    assert run(*prune(folder, tmp_path / "out", "--keep", 2))[0] == 0
+    assert opened.count(folder) == 2
+
+
+def grouped(folder: Path) -> Path:
+    """Two groups of four experts, of which a token takes all four of one."""
+    chosen = {"n_group": 2, "topk_group": 1, "n_routed_experts": 8, "num_experts_per_tok": 4}
+    return make_variant(folder, "deepseek_v3", **chosen)
+
+
+def test_fewer_experts_per_token_are_no_problem_for_groups(tmp_path, run):
+    """The option --top-k, which an edit would need, is not there."""
+    folder, out = grouped(tmp_path / "mixture"), tmp_path / "out"
+    lowered = "note: experts_per_token is lowered from 4 to 2: no more are left to choose from"
+    for options in (("--dry-run",), ()):
+        code, _, errors = run(*prune(folder, out, "--keep", 4, *options))
+        assert code == 0, errors
+        assert lowered in errors.splitlines()
+    assert open_mixture(out).experts_per_token == 2
+
+
+REFUSING = """
+import json, sys
+from moemerge.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["moemerge", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 2, end.code
+    assert not {"torch", "transformers", "accelerate"} & set(sys.modules)
+"""
+
+
+def test_refusals_come_before_torch_is_imported(tmp_path):
+    """Each with exit code 2 and one message."""
+    folder, out = grouped(tmp_path / "mixture"), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    too_many = "error: --keep: 8 of 8 experts: expected 2 to 7. `moemerge densify` makes one model of all."
+    refused = {
+        ("--keep", 8): too_many,
+        ("--keep", 8, "--dry-run"): too_many,
+        ("--keep", 5): "error: --keep: its routers choose among 2 groups of experts of one size, which 5 do not fill; "
+        "expected a multiple of 2.",
+        ("--keep", 4, "--dry-run", "--data", "three=none.txt"): "error: --data three[0]: 'none.txt' leads to no .txt, "
+        ".jsonl or .parquet file. Paths count from the current folder.",
+        ("--keep", 4, "--max-shard-size", "5"): "error: --max-shard-size: '5' is 5 bytes: write a unit, as in 5GB or "
+        "500MB.",
+        ("--keep", 4): f"error: {out}: is not empty (1 entries, among them 'notes.txt'). Choose another "
+        "output folder, or replace this one with --overwrite.",
+    }
+    lines = json.dumps([prune(folder, out, *options) for options in refused], default=str)
+    done = subprocess.run([sys.executable, "-c", REFUSING, lines], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines() == list(refused.values())
+    assert done.returncode == 0
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
