@@ -216,7 +216,7 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
     from moemerge.cli.progress import clock, show_progress
     from moemerge.editing.editor import EditOptions, edit
     from moemerge.editing.in_place import changed_shards, notes_in_place
-    from moemerge.editing.writing import check_edit
+    from moemerge.editing.planned_model import check_model
     from moemerge.planning.options import PlanOptions
 
     start, running, max_bytes = time.monotonic(), run.running, shard_bytes(run.output.max_shard_size)
@@ -230,7 +230,7 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
     plan = replace(plan, notes=(*plan.notes, *added))
     if run.output.dry_run:
         if out:
-            check_edit(plan, out, overwrite=run.output.overwrite)
+            check_model(plan, out, overwrite=run.output.overwrite)
         print_or_dump_edit(plan, changed, json=messages.json)
         return
     facts = edit_facts(plan, changed) if messages.json else {}  # of the files as they are before the edit

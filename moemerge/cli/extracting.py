@@ -76,10 +76,11 @@ def carry_out(
 ) -> None:
     """Write a dense model unless that is only tried, and print what was written; `facts` go into the JSON, too."""
     from moemerge.cli.progress import clock, show_progress
-    from moemerge.editing.dense.dense_plan import check_dense, write_dense
+    from moemerge.editing.dense.dense_plan import write_dense
+    from moemerge.editing.planned_model import check_model
 
     if output.dry_run:
-        check_dense(plan, out, overwrite=output.overwrite)
+        check_model(plan, out, overwrite=output.overwrite)
     else:
         with show_progress(console, quiet=messages.quiet) as progress:
             write_dense(plan, out, overwrite=output.overwrite, progress=stoppable(progress))
@@ -102,7 +103,7 @@ def dense_facts(plan: "DensePlan") -> dict[str, Any]:
         "notes": list(plan.notes),
         "config": plan.view.config,
         "shards": [{"name": shard.name, "bytes": shard.nbytes} for shard in plan.shards],
-        "copied_files": sorted(plan.files.copied),
+        "copied_files": sorted(plan.base_files.copied),
     }
 
 

@@ -186,9 +186,9 @@ def _open_checked(model: Path, out: Path, options: "PlanOptions", run: Run) -> "
     from moemerge.config.loading import parse_config
     from moemerge.config.yaml_text import write_yaml
     from moemerge.editing.changes import Changes, edit_document
+    from moemerge.editing.planned_model import check_model
     from moemerge.editing.planner import plan_edit
     from moemerge.editing.pruning.choice import check_keep, most_per_token
-    from moemerge.editing.writing import check_edit
     from moemerge.sources.model_folder import open_merged
     from moemerge.sources.stored_mixtures import read_stored_mixture
 
@@ -201,7 +201,7 @@ def _open_checked(model: Path, out: Path, options: "PlanOptions", run: Run) -> "
     config = parse_config(write_yaml(document), "the pruned mixture", allow_identical_experts=True)
     plan = plan_edit(config, options, opened=(folder, mixture))
     if not run.output.dry_run:
-        check_edit(plan, out, overwrite=run.output.overwrite)
+        check_model(plan, out, overwrite=run.output.overwrite)
     return folder, mixture
 
 

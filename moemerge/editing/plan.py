@@ -1,66 +1,40 @@
 """The plan of an edit: every tensor of the edited mixture, where its bytes come from and where they go."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.shards import Shard, TensorSpec
-from moemerge.config.schema import CARD, CONFIG_COPY, MergeConfig
+from moemerge.checkpoint.shards import TensorSpec
+from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.dtypes import bytes_of
+from moemerge.editing.planned_model import PlannedModel
 from moemerge.editing.slots import Kept, New, Slot
 from moemerge.families.stored_mixture import StoredMixture
-from moemerge.planning.layout import Layout
-from moemerge.planning.origins import Origins, remote_bytes
+from moemerge.planning.origins import remote_bytes
 from moemerge.planning.output import Computed, Output
-from moemerge.planning.tokenizer_files import BaseFiles
-from moemerge.sources.model_folder import ModelFolder
 
 
-@dataclass(frozen=True)
-class EditPlan:
+@dataclass(frozen=True, kw_only=True)
+class EditPlan(PlannedModel):
     """An edit, completely decided and immutable; nothing has been written yet."""
 
     config: MergeConfig
     """The edit as a config: its base model is the mixture, its experts are those of the result."""
-    sources: tuple[ModelFolder, ...]
-    """The mixture, then the models of added experts."""
     mixture: StoredMixture
     """The mixture that is edited."""
     slots: tuple[Slot, ...]
     """The experts of the result, before they are split into as many parts as `config.granularity` says."""
     outputs: Mapping[str, Output]
     """All tensors of the result by name, in the order in which they are stored; routers last."""
-    layout: Layout
-    """The files of weights."""
-    output_config: Mapping[str, Any]
-    """The `config.json` of the result."""
-    base_files: BaseFiles
-    """The files that are copied from the mixture beside its weights."""
-    origins: Origins
-    """The files that the weights come from."""
-    notes: tuple[str, ...]
-    """Facts that the user should know."""
     warnings: tuple[str, ...]
     """Likely mistakes."""
 
     @property
-    def folder(self) -> ModelFolder:
-        """The mixture's folder."""
-        return self.sources[0]
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The files of weights."""
-        return self.layout.shards
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of the weights that take no space on the disk, since the file system shares them with the sources."""
-        return self.layout.shared_bytes
+    def other_names(self) -> Sequence[str]:
+        """The config that says the same."""
+        return (CONFIG_COPY,)
 
     @property
     def experts(self) -> int:
@@ -112,28 +86,6 @@ class EditPlan:
         number = numbers.pop()
         own = self.mixture.names[number]
         return f"expert {number}{'' if own == str(number) else f' ({own})'}"
-
-    @property
-    def folders(self) -> list[Path]:
-        """Folders of the sources; for a snapshot in the Hub's cache, the folder of its repository."""
-        return [folder for source in self.sources for folder in source.folders]
-
-    @property
-    def inputs(self) -> list[Path]:
-        """Files that are read, among them those that links may lead to."""
-        read = (*self.origins.stamps, *self.origins.references, *self.base_files.copied.values())
-        return [path for path in read if isinstance(path, Path)]
-
-    @property
-    def file_names(self) -> list[str]:
-        """Paths in the output of all files that the edit may write."""
-        others = ["config.json", CONFIG_COPY, CARD, *self.base_files.copied]
-        return [*self.layout.file_names, *others]
-
-    @property
-    def output_bytes(self) -> int:
-        """Size of the result in bytes, copied files included."""
-        return self.layout.weight_bytes + sum(path.stat().st_size for path in self.base_files.copied.values())
 
     @property
     def total_parameters(self) -> int:

@@ -51,6 +51,12 @@ def read_stored_mixture(
     """
     family = READABLE.get(str(model.config.get("model_type")))
     if family is None:
+        if not isinstance(dense := read_dense(model.config), str):
+            raise IncompatibleError(
+                f"{model.reference}: is a dense model, a {dense.family.model_type}, and a mixture is wanted. A config "
+                "makes one of several dense models (`moemerge init`), `moemerge upcycle` one of copies of this.",
+                [],
+            )
         raise IncompatibleError(
             f"{model.reference}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge reads. "
             f"Name the folder that a merge wrote, or a released mixture: {', '.join(READABLE)}.",

@@ -215,13 +215,13 @@ def test_a_source_that_changes_is_noticed_and_nothing_is_written(mixture, tmp_pa
         (copy / path.name).write_bytes(path.read_bytes())
     from moemerge.editing import writing
 
-    original = writing.write_other_files
+    original = writing.write_card
 
     def changed(*arguments):
         (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
         return original(*arguments)
 
-    monkeypatch.setattr(writing, "write_other_files", changed)
+    monkeypatch.setattr(writing, "write_card", changed)
     code, _, errors = run("edit", copy, tmp_path / "out", "-q")
     assert code == 1
     assert "was changed while it was read" in errors

@@ -228,7 +228,7 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(model
     assert run(model, tmp_path / "out", *flags[:2], "-q") == (
         1,
         "",
-        f"error: {tmp_path / 'out'}: the edited model takes {whole['output_bytes'] / 1000:.2f} kB, {advice}",
+        f"error: {tmp_path / 'out'}: the model takes {whole['output_bytes'] / 1000:.2f} kB, {advice}",
     )
     assert [path.name for path in model.parent.iterdir()] == ["model"]
 

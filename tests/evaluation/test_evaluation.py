@@ -397,7 +397,7 @@ def test_what_is_no_mixture_is_refused(tmp_path, models, data, monkeypatch, caps
     assert code == 2
     given = ["--data", f"fox={data['fox'][0]}"]
     code, _, errors = run(["eval", models[0], *given], monkeypatch, capsys)
-    assert (code, "its model_type is 'llama', no mixture that moemerge reads. Name" in errors) == (2, True)
+    assert (code, "is a dense model, a llama, and a mixture is wanted." in errors) == (2, True)
     code, _, errors = run(["routes", tmp_path / "nowhere", "--text", "x"], monkeypatch, capsys)
     assert (code, "there is no such folder" in errors) == (1, True)
 

@@ -100,9 +100,15 @@ def test_what_leads_to_no_expert_is_refused_with_what_there_is(tmp_path, llamas,
         f"{mix}#shared: there is no dense model that computes like the shared expert of this mixture:\n"
         "  - it has no shared expert"
     )
-    assert refusal(f"{llamas[0]}#0", IncompatibleError).startswith(
-        f"{llamas[0]}: its model_type is 'llama', no mixture that moemerge reads. Name the folder that a merge wrote, "
-        "or a released mixture: mixtral, "
+    assert refusal(f"{llamas[0]}#0", IncompatibleError) == (
+        f"{llamas[0]}: is a dense model, a llama, and a mixture is wanted. A config makes one of several dense models "
+        "(`moemerge init`), `moemerge upcycle` one of copies of this."
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert refusal(f"{tmp_path / 'other'}#0", IncompatibleError).startswith(
+        f"{tmp_path / 'other'}: its model_type is 'gpt2', no mixture that moemerge reads. Name the folder that a merge "
+        "wrote, or a released mixture: mixtral, "
     )
     assert refusal(f"{llamas[0]}+{tmp_path}#1", NoSuchModelError) == (
         f"{llamas[0]}+{tmp_path}#1: an adapter has no experts; write MIXTURE#EXPERT+ADAPTER."

@@ -1164,7 +1164,7 @@ def test_messages(  # noqa: PLR0917
         code, printed, errors = run(["tune", out, "--data", *words], monkeypatch, capsys)
         assert (code, printed, errors.splitlines()[-1]) == (2, "", f"error: {message}")
     code, _, errors = run(["tune", llamas[0], "--data", f"fox={fox}"], monkeypatch, capsys)
-    assert (code, "its model_type is 'llama', no mixture that moemerge reads." in errors) == (2, True)
+    assert (code, "is a dense model, a llama, and a mixture is wanted." in errors) == (2, True)
     code, _, errors = run(["tune", out], monkeypatch, capsys)
     assert (code, "Missing option '--data'" in errors) == (2, True)
     assert contents(out) == files

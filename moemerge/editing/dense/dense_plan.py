@@ -1,73 +1,48 @@
 """A dense model that is made of a mixture: the plan of its files, and how they are written."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from moemerge.checkpoint.copy import copy_file
 from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.index import SAFETENSORS_INDEX
-from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
-from moemerge.checkpoint.output_folder import check_limits, check_space, check_target
 from moemerge.checkpoint.pieces import Piece
-from moemerge.checkpoint.shards import Shard, TensorSpec
-from moemerge.checkpoint.staging import left_bytes, staged
+from moemerge.checkpoint.shards import TensorSpec
 from moemerge.checkpoint.unreadable import reasons
-from moemerge.checkpoint.writer import ShardWriter
-from moemerge.config.schema import CARD
 from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.editing.planned_model import PlannedModel, write_card_of, writing_model
 from moemerge.errors import IncompatibleError, RefusedError
 from moemerge.families.expert_view import DenseView
-from moemerge.merging.overwriting import replaceable_files
-from moemerge.model_card.edit_card import EditCard, write_edit_card
-from moemerge.model_card.metadata import licence_of
-from moemerge.planning.layout import Layout, divide
+from moemerge.model_card.edit_card import EditCard
+from moemerge.planning.layout import divide
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins, remote_bytes
-from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
+from moemerge.planning.tokenizer_files import find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
-from moemerge.progress import Progress, Task, adding_up
+from moemerge.progress import Progress
 from moemerge.sources.model_folder import Announce, ModelFolder
 
 _MEMORY_BYTES: Final = 300_000_000
 
 
-@dataclass(frozen=True)
-class DensePlan:
+@dataclass(frozen=True, kw_only=True)
+class DensePlan(PlannedModel):
     """A dense model made of a mixture, completely decided and immutable; nothing has been written yet."""
 
     what: str
     """What the model is, as a sentence for its card."""
-    folder: ModelFolder
-    """The mixture's folder."""
     view: DenseView
     """Its config and tensors."""
-    layout: Layout
-    """The files of weights."""
-    files: BaseFiles
-    """The files that are copied from the mixture beside its weights."""
     tokenizer: ProvedTokenizer
     """Files of the tokenizer that are written in place of copies."""
-    origins: Origins
-    """The files that the weights come from."""
-    notes: tuple[str, ...]
-    """Facts that the user should know."""
 
     @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The files of weights."""
-        return self.layout.shards
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of the weights that take no space on the disk, since the file system shares them with the mixture."""
-        return self.layout.shared_bytes
+    def other_names(self) -> Sequence[str]:
+        """Files of the tokenizer."""
+        return tuple(self.tokenizer.files)
 
     @cached_property
     def pieces(self) -> Mapping[str, Piece]:
@@ -80,26 +55,9 @@ class DensePlan:
         return sum(math.prod(tensor.shape) for tensor in self.view.tensors.values())
 
     @property
-    def output_bytes(self) -> int:
-        """Size of the model in bytes, copied files included."""
-        return self.layout.weight_bytes + sum(path.stat().st_size for path in self.files.copied.values())
-
-    @property
     def download_bytes(self) -> int:
         """Bytes that are read from other machines."""
         return remote_bytes(leaf for tensor in self.view.tensors.values() for leaf in leaves(tensor))
-
-    @property
-    def file_names(self) -> list[str]:
-        """Paths in the output of all files that are written."""
-        others = ["config.json", CARD, *self.files.copied, *self.tokenizer.files]
-        return [*self.layout.file_names, *others]
-
-    @property
-    def inputs(self) -> list[Path]:
-        """Files that are read, among them those that links may lead to."""
-        read = (*self.origins.stamps, *self.origins.references, *self.files.copied.values())
-        return [path for path in read if isinstance(path, Path)]
 
 
 def plan_dense(
@@ -138,10 +96,11 @@ def plan_dense(
     said = [note.replace("base_model", folder.reference, 1) for note in (*files.notes, *tokenizer.notes)]
     return DensePlan(
         what=what,
-        folder=folder,
+        sources=(folder,),
         view=view,
+        output_config=view.config,
         layout=divide(specs, view.tensors, (), options),
-        files=files,
+        base_files=files,
         tokenizer=tokenizer,
         origins=Origins(dict(folder.stamps), {path: folder.name_of(path) for path in read}, ()),
         notes=tuple(dict.fromkeys([*folder.notes, *notes, *said, *files.reader_notes])),
@@ -158,19 +117,6 @@ def _check_tensors(reference: str, tensors: Mapping[str, TensorInfo]) -> None:
     if lost:
         problems = [f"tensor {name} {reason}" for name, reason in lost.items()]
         raise IncompatibleError(f"{reference}: cannot be made a dense model:", problems)
-
-
-def check_dense(plan: DensePlan, out: Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder that cannot be written, or that would lose files; leaves nothing on the disk.
-
-    Raises:
-        RefusedError: something would be lost.
-        OutputError: the folder cannot be written.
-    """
-    replaceable = partial(replaceable_files, written=plan.file_names) if overwrite else None
-    check_target(out, plan.folder.folders, inputs=plan.inputs, replaceable=replaceable)
-    check_space(out, plan.output_bytes - plan.shared_bytes, left=left_bytes(out), what="the dense model")
-    check_limits(out, largest=max(shard.nbytes for shard in plan.shards), memory=_MEMORY_BYTES)
 
 
 def write_dense(
@@ -193,35 +139,18 @@ def write_dense(
         OutputError: the disk is full or cannot be written.
         CheckpointError: a source is not what its header said.
     """
-    check_dense(plan, out, overwrite=overwrite)
-    plan.origins.check("since the plan was made")
-    replaceable = partial(replaceable_files, written=plan.file_names) if overwrite else None
-    report = adding_up(partial(progress, Task("weights")), plan.layout.tensor_bytes)
-    threads = CONNECTIONS if plan.download_bytes else MAX_THREADS
-    with staged(out, plan.folder.folders, inputs=plan.inputs, replaceable=replaceable) as stage:
-        with ShardWriter(stage, plan.shards, report, threads=threads, reserve=not plan.shared_bytes) as writer:
-            writer.add({name: ((piece,),) for name, piece in plan.pieces.items()})
-            _write_other_files(plan, stage, out)  # while bytes are copied
-        plan.origins.check("while it was read")
-        (stage / "config.json").write_text(json.dumps(plan.view.config, indent=2) + "\n", encoding="utf-8")
+    with writing_model(plan, out, progress, overwrite=overwrite) as (stage, writer):
+        writer.add({name: ((piece,),) for name, piece in plan.pieces.items()})
+        for name, content in plan.tokenizer.files.items():
+            (stage / name).write_bytes(content)
+        write_card_of(plan, _card(plan), stage, out)
 
 
-def _write_other_files(plan: DensePlan, folder: Path, final: Path) -> None:
-    for name, path in plan.files.copied.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        copy_file(path, folder / name)
-    for name, content in plan.tokenizer.files.items():
-        (folder / name).write_bytes(content)
-    if (index := plan.layout.index) is not None:
-        (folder / SAFETENSORS_INDEX).write_text(index, encoding="utf-8")
-    card = EditCard(
+def _card(plan: DensePlan) -> EditCard:
+    return EditCard(
         plan.view.model.family.model_type,
         plan.what,
         (plan.parameters, plan.parameters),
         notes=plan.notes,
         tags=("moemerge",),
     )
-    licence = None
-    with suppress(RefusedError):  # only who publishes the model has to say
-        licence = licence_of([plan.folder])
-    write_edit_card(folder, final.resolve().name, card, [plan.folder], licence)
