@@ -127,3 +127,12 @@ def test_the_sign_of_a_difference_is_that_of_its_whole_interval():
     signs = [difference({"a": losses}, {"a": other}).sign for other in (lower, higher, losses, uneven)]
     assert signs == [1, -1, 0, 0]
     assert difference({"a": losses[:4]}, {"a": lower[:4]}).sign == 0
+
+
+def test_a_difference_that_rounding_makes_is_none():
+    losses = np.stack([np.arange(20.0), np.full(20, 10.0)], axis=1)
+    lower = losses - np.array([1e-4, 0.0])
+    found = difference({"a": losses}, {"a": lower})
+    assert found.low is not None
+    assert found.low > 0
+    assert found.sign == 0
