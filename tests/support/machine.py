@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ from pathlib import Path
 
 import yaml
 
+from tests.support.forks import run_forked
+
 ROOT = Path(__file__).parents[2]
 SINGLE = "model.safetensors"
+SECONDS = 120
+"""After so long a command is ended."""
 # Runs command lines one after the other, each with changes to the environment.
 SESSION = """
 import contextlib, io, json, os, sys
@@ -62,26 +67,31 @@ class Machine:
         return self.folder / "cache"
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        ours = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHONPATH")
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
-        hub = {"HF_ENDPOINT": self.hub_url, "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": str(self.cache)}
         return subprocess.Popen(
             [sys.executable, *arguments],
             cwd=self.folder,
-            env=kept | hub | {"PYTHONPATH": str(ROOT)} | environment,
+            env=self._environment() | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
     def python(self, *arguments: str, **environment: str) -> Result:
+        if platform.system() == "Linux":
+            return Result(*run_forked([*arguments], self.folder, self._environment() | environment, SECONDS))
         with self.start(*arguments, **environment) as child:
             try:
-                out, err = child.communicate(timeout=120)
+                out, err = child.communicate(timeout=SECONDS)
             except BaseException:
                 child.kill()
                 raise
         return Result(child.returncode, out, err)
+
+    def _environment(self) -> dict[str, str]:
+        ours = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHONPATH")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
+        hub = {"HF_ENDPOINT": self.hub_url, "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": str(self.cache)}
+        return kept | hub | {"PYTHONPATH": str(ROOT)}
 
     def moemerge(self, *arguments: str, **environment: str) -> Result:
         return self.python("-m", "moemerge", *arguments, **environment)
