@@ -16,9 +16,12 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 # One thread each: with more, tiny models wait for each other's threads, many times as long as they compute. Neighbours
-# share fixtures, and stay in one process where work is stolen, not dealt out.
+# share fixtures, and stay in one process where work is stolen, not dealt out. Hundreds of tests start a Python: bytecode
+# is kept, wherever it is not by default, as in many containers.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
 check: lint browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+	$(PYTEST)
 
 # CI drives the routing page in a browser; elsewhere these tests are skipped where there is none.
 browser:
@@ -36,15 +39,15 @@ test: check
 
 # With what is marked slow, too.
 test-all: lint browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m ""
+	$(PYTEST) -m ""
 
 # What no test enters: lines, and branches as FROM->TO. It takes longer than the tests by themselves.
 coverage: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term
+	$(PYTEST) --cov --cov-report=term
 
 # Every pair of a dense and an MoE family.
 test-families: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/families/test_families.py tests/tuning/test_tuning.py -m ""
+	$(PYTEST) tests/families/test_families.py tests/tuning/test_tuning.py -m ""
 
 # The schema of configs that editors read, after a change of the config's types.
 schema: install
