@@ -47,10 +47,10 @@ def shards_of(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if name.endswith(".safetensors")}
 
 
-@pytest.mark.parametrize("way", [{"gate_mode": "ridge"}, {"gate_mode": "random"}], ids=lambda way: way["gate_mode"])
-def test_shards_go_to_the_hub_one_by_one_and_the_disk_holds_two(world, machine, tmp_path, way):
-    expected = local_shards(world, machine, **way)
-    config = world.config(machine, **way)
+@pytest.mark.parametrize("mode", ["ridge", pytest.param("random", marks=pytest.mark.slow)])
+def test_shards_go_to_the_hub_one_by_one_and_the_disk_holds_two(world, machine, tmp_path, mode):
+    expected = local_shards(world, machine, gate_mode=mode)
+    config = world.config(machine, gate_mode=mode)
     on_disk = []
 
     def look() -> None:
@@ -69,7 +69,7 @@ def test_shards_go_to_the_hub_one_by_one_and_the_disk_holds_two(world, machine, 
     finished = [bool({"config.json", INDEX} & commit.blobs.keys()) for commit in history]
     assert finished == [True, *[False] * (len(history) - 1)]  # the newest comes first
     folder = Path(snapshot_download("alice/mix", endpoint=world.url, cache_dir=tmp_path / "read", token="hf_alice"))
-    reference = world.merged_from_folders(machine, **way)
+    reference = world.merged_from_folders(machine, gate_mode=mode)
     assert_close(logits(load(folder)), logits(load(reference)))
 
 
@@ -138,7 +138,7 @@ def test_a_model_in_the_way_is_replaced_only_when_told_to(world, machine):
 
 
 @pytest.mark.parametrize("way", ["device", "lock", "resume"])
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_repository_is_made_before_the_last_refusal(world, machine, way, stream):
     config = world.config(machine, gate_mode="ridge" if way == "device" else "random")
     to = STREAM if stream else ("--stream", "--push", "alice/mix", *SHARDS)
