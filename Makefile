@@ -8,11 +8,13 @@ PIP := -q --disable-pip-version-check -c constraints.txt
 
 install: $(VENV)/.done
 
-# torch comes first and by its exact version: other packages' open requirement would pull the CUDA build.
+# torch comes first and by its exact version: other packages' open requirement would pull the CUDA build. Bytecode is
+# made by all processors, and not by pip on one; templates of sources among the packages are no Python.
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP) torch==2.13.0
-	$(BIN)/pip install $(PIP) -e '.[dev]'
+	$(BIN)/pip install $(PIP) --no-compile torch==2.13.0
+	$(BIN)/pip install $(PIP) --no-compile -e '.[dev]'
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	touch $@
 
 # One thread each: with more, tiny models wait for each other's threads, many times as long as they compute. Neighbours
@@ -20,7 +22,8 @@ $(VENV)/.done: pyproject.toml constraints.txt
 # is kept, wherever it is not by default, as in many containers.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
-check: lint browser
+check:
+	@$(MAKE) --no-print-directory -j 2 lint browser
 	$(PYTEST)
 
 # CI drives the routing page in a browser; elsewhere these tests are skipped where there is none.
