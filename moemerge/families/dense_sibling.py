@@ -177,6 +177,8 @@ def _rope(dense: DenseFamily, family: MoeFamily, config: Mapping[str, Any]) -> d
     partly = {"partial_rotary_factor": part} if part not in {None, 1.0} else {}
     rope = {"rope_theta": theta, **(scaling or {"rope_type": "default"}), **partly}
     found = {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": rope, **partly}
+    if dense.model_type == "olmo2" and scaling:  # transformers 4.57 takes these two keys alone
+        found["rope_scaling"] = {"type": scaling.get("rope_type"), "factor": scaling.get("factor")}
     if original := config.get("original_max_position_embeddings"):
         found["original_max_position_embeddings"] = original
     return found

@@ -20,6 +20,7 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.routers.added_rows import KeptRows, fit_added_rows, label_added, sharpened
 from moemerge.routers.prompts import NEUTRAL, NEUTRAL_TEXT
 from moemerge.sources.model_folder import open_model, read_tensor_table
+from tests.passes.test_passes import IS_V4
 from tests.support.models import load, load_weights, make_model, save_weights
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -100,7 +101,7 @@ def test_router_inputs_are_those_of_transformers_own_mixture(mixtures):
     model = load(mixture.folder)
     seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in mixture.moe_layers}
     for layer, kept in seen.items():
-        gate = model.model.layers[layer].mlp.gate
+        gate = (model.model.layers[layer].block_sparse_moe if IS_V4 else model.model.layers[layer].mlp).gate
         gate.register_forward_pre_hook(lambda _module, inputs, kept=kept: kept.append(inputs[0].reshape(-1, 32)))
     prompts = found[0][2].prompts
     for prompt in prompts:

@@ -10,6 +10,7 @@ import yaml
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import read_header
+from tests.passes.test_passes import IS_V4
 from tests.support.families import stored
 from tests.support.mixtures import make_variant
 from tests.support.models import load, make_model, write_config
@@ -29,7 +30,12 @@ def mixture(llamas, tmp_path_factory) -> Path:
 def chosen(model, experts):
     """A Mixtral of transformers with some of its experts alone, in this order."""
     for layer in model.model.layers:
-        block = layer.mlp
+        block = layer.block_sparse_moe if IS_V4 else layer.mlp
+        if IS_V4:
+            block.experts = torch.nn.ModuleList(block.experts[expert] for expert in experts)
+            block.gate.weight = torch.nn.Parameter(block.gate.weight[experts])
+            block.num_experts = len(experts)
+            continue
         block.experts.gate_up_proj = torch.nn.Parameter(block.experts.gate_up_proj[experts])
         block.experts.down_proj = torch.nn.Parameter(block.experts.down_proj[experts])
         block.experts.num_experts = len(experts)
