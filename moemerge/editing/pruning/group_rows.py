@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from moemerge.editing.pruning.choice import Pruning
-from moemerge.editing.pruning.saliency import LayerTokens, run_by_layer
 from moemerge.evaluation.domain_texts import Texts
+from moemerge.evaluation.layer_tokens import LayerTokens, run_by_layer
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.compute_dtype import Compute
 from moemerge.routers.regression import regress
