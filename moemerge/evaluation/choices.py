@@ -30,6 +30,8 @@ class Choice:
     """Router logits (token, expert), minus infinity for absent experts."""
     states: torch.Tensor
     """Router inputs (token, hidden)."""
+    inputs: torch.Tensor
+    """What enters the experts (token, hidden); not the router inputs where the router has factors on these."""
 
 
 class _Reached(Exception):  # noqa: N818
@@ -59,8 +61,12 @@ def router_inputs(layer: Any, module: Any, batch: Batch, index: int) -> torch.Te
 class RouterWatcher:
     """A watcher of what one layer's router chooses."""
 
-    def __init__(self, mixture: MixtureModel, layer: Any, module: Any, index: int, rows: torch.Tensor) -> None:
-        self._mixture, self._layer, self._module, self._index, self._rows = mixture, layer, module, index, rows
+    def __init__(  # noqa: PLR0917
+        self, mixture: MixtureModel, layer: Any, router: Any, experts: Any, index: int, rows: torch.Tensor
+    ) -> None:
+        """Watch a layer, with the modules of its router, and of its experts where other states enter these."""
+        self._mixture, self._layer, self._index, self._rows = mixture, layer, index, rows
+        self._modules = [module for module in (router, experts) if module is not None]
         self._absent = mixture.absent(index)
         self._bias, self._factors = mixture.selection_bias(index), mixture.weight_factors(index)
         for name, values in (
@@ -77,20 +83,23 @@ class RouterWatcher:
         None where the router's logits are not finite, since they choose nothing then.
         """
         seen: list[torch.Tensor] = []
-        handle = self._module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        handles = [
+            module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])) for module in self._modules
+        ]
         try:
             run_layer(self._layer, batch, self._index)
         finally:
-            handle.remove()
-        states = seen[0].reshape(*batch.ids.shape, -1).float().cpu()
+            for handle in handles:
+                handle.remove()
+        entered = [states.reshape(*batch.ids.shape, -1).float().cpu() for states in seen]
         choices = []
         for row, window in enumerate(part):
-            inputs = states[row, : len(windows[window].ids)]
-            logits = inputs @ self._rows.T
+            states, *others = (each[row, : len(windows[window].ids)] for each in entered)
+            logits = states @ self._rows.T
             if not logits.isfinite().all():
                 return None
             logits[:, self._absent] = -torch.inf
             per_token, how = self._mixture.per_token(self._index), self._mixture.choosing
             weights, experts = choose(logits, per_token, how, self._bias, self._factors)
-            choices.append(Choice(self._index, window, experts, weights, logits, inputs))
+            choices.append(Choice(self._index, window, experts, weights, logits, states, *(others or [states])))
         return choices

@@ -14,9 +14,14 @@ from moemerge.passes.compute_dtype import Compute
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """The tokens of all windows in one layer; those that do not count, such as special ones, are left out."""
+    """The tokens of all windows in one layer, a window after the other.
+
+    Those that do not count, such as special ones, are left out.
+    """
 
     layer: int
+    ids: torch.Tensor
+    """Token ids (token,)."""
     domain: torch.Tensor
     """Number of each token's domain (token,)."""
     experts: torch.Tensor
@@ -27,6 +32,8 @@ class LayerTokens:
     """Router logits (token, expert)."""
     states: torch.Tensor
     """Router inputs (token, hidden)."""
+    inputs: torch.Tensor
+    """What enters the experts (token, hidden); see `Choice`."""
 
 
 def run_by_layer(
@@ -64,23 +71,29 @@ class _LayerChoices:
         self._choices.append(choice)
         if len(self._choices) < len(self._texts.windows):
             return
-        choices, self._choices = self._choices, []
-        counted = [torch.tensor(self._texts.windows[one.window].counted) for one in choices]
+        choices, self._choices = sorted(self._choices, key=lambda one: one.window), []
+        windows = [self._texts.windows[one.window] for one in choices]
+        counted = [torch.tensor(window.counted) for window in windows]
         domains = [
             torch.full((int(mask.sum()),), self._texts.domain[one.window])
             for one, mask in zip(choices, counted, strict=True)
         ]
+        ids = [torch.tensor(window.ids)[mask] for window, mask in zip(windows, counted, strict=True)]
 
         def together(part: Callable[[Choice], torch.Tensor]) -> torch.Tensor:
             return torch.cat([part(one)[mask] for one, mask in zip(choices, counted, strict=True)])
 
+        states = together(lambda one: one.states)
+        same = choice.inputs is choice.states
         self._whole(
             LayerTokens(
                 choice.layer,
+                torch.cat(ids),
                 torch.cat(domains),
                 together(lambda one: one.experts),
                 together(lambda one: one.weights),
                 together(lambda one: one.logits),
-                together(lambda one: one.states),
+                states,
+                states if same else together(lambda one: one.inputs),
             )
         )

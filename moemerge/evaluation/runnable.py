@@ -18,7 +18,7 @@ from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.families.choosing import Choosing
 from moemerge.families.dense import decoded, read_dense
-from moemerge.families.family import SWITCHED_OFF, MoeFamily
+from moemerge.families.family import ROUTER_SCALE, SWITCHED_OFF, MoeFamily
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
 from moemerge.passes.weights import read_into
@@ -91,6 +91,11 @@ class MixtureModel:
     def moe_layers(self) -> list[int]:
         """Layers that have a router."""
         return [layer for layer in range(self.runnable.layers) if self.router(layer) in self.runnable.shapes]
+
+    @property
+    def scales_router_inputs(self) -> bool:
+        """Whether a router has factors on what enters it, so that something else enters the experts."""
+        return any(extra.name == ROUTER_SCALE for extra in self.family.extras)
 
     @property
     def as_stored(self) -> StoredMixture:

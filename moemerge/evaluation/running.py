@@ -187,7 +187,11 @@ class _Pass:
         if mixture is None or mixture.router(index) not in self._model.shapes:
             return None
         rows = self._model.read(mixture.router(index)).float()
-        return RouterWatcher(mixture, layer, self._router_module(mixture, index), index, rows)
+        experts = None
+        if mixture.scales_router_inputs:
+            stack = path_in_memory(self.whole, layer_prefix(index) + next(iter(mixture.family.experts)))
+            experts = self.whole.get_submodule(stack.rpartition(".")[0])
+        return RouterWatcher(mixture, layer, self._router_module(mixture, index), experts, index, rows)
 
     def _router_module(self, mixture: MixtureModel, index: int) -> Any:
         path = path_in_memory(self.whole, mixture.router(index))

@@ -17,6 +17,7 @@ from moemerge.families.stored_mixture import StoredMixture
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from tests.passes.test_passes import IS_V4
+from tests.support.families import GEMMA4
 from tests.support.mixtures import make_variant
 from tests.support.models import SIZES, VOCAB, edit_json, load, load_weights, save_weights, tokenizer
 
@@ -48,6 +49,10 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hunyuan_v1_moe, experts per token by layer": (
         "hunyuan_v1_moe", {"num_experts": EXPERTS, "moe_topk": [2, 1, 2], "head_dim": 8},
+    ),
+    "gemma4_text, other states for the router": (
+        "gemma4_text",
+        {**GEMMA4, "enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 24},
     ),
 }  # fmt: skip
 

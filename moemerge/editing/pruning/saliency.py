@@ -114,12 +114,12 @@ class _Tally:
         groups = [list(group) for group in self._together.get(tokens.layer, ())]
         grouped = {expert for group in groups for expert in group}
         groups += [[expert] for expert in range(count) if expert not in grouped]
-        step = max(1, len(tokens.states) // _COMPARED)
-        compared = tokens.states[::step][:_COMPARED]
+        step = max(1, len(tokens.inputs) // _COMPARED)
+        compared = tokens.inputs[::step][:_COMPARED]
         samples = torch.empty(count, compared.numel())
         for group in groups:
             mine = chosen[:, group].any(dim=1).nonzero()[:, 0]
-            made = self._outputs(tokens.layer, group[0], torch.cat([tokens.states[mine], compared]))
+            made = self._outputs(tokens.layer, group[0], torch.cat([tokens.inputs[mine], compared]))
             samples[group] = made[len(mine) :].flatten()
             if len(mine):
                 sums = (given[mine][:, group] * made[: len(mine)].norm(dim=1, keepdim=True)).sum(dim=0).double().numpy()
