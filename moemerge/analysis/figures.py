@@ -61,7 +61,9 @@ class WeightFigures:
 class TextFigures:
     """What a mixture does with text; tokens are those that count, without special ones.
 
-    See the same paper, section 5. Outputs are those of all experts for each token, whether it chooses them or not.
+    See the same paper, section 5. Outputs are those of all experts for each token, whether it chooses them or not. A
+    token's first expert is the one with the largest weight. An expert that a layer lacks, since its selection bias
+    switches it off, takes part in nothing: figures of its outputs are NaN, and its shares, weight and saliency 0.
     """
 
     layers: tuple[int, ...]
@@ -72,48 +74,52 @@ class TextFigures:
     tokens: tuple[int, ...]
     """Number of tokens of each domain."""
     output_similarity: Numbers
-    """Mean cosine of two experts' outputs for the same token (layer, expert, expert)."""
+    """Mean cosine of two experts' outputs for the same token (layer, expert, expert); 0 for a token where one is 0."""
     output_similarity_chosen: Numbers
-    """The same over tokens that choose both (layer, expert, expert); NaN where none does, or on the diagonal none."""
+    """The same over tokens that choose both (layer, expert, expert); NaN where none does."""
     output_similarity_others: Numbers
-    """The same over tokens that choose neither (layer, expert, expert); NaN where there are none."""
+    """The same over tokens that choose neither (layer, expert, expert); NaN where all choose one of them."""
     output_norm: Numbers
     """Mean length of each expert's output over all tokens (layer, expert)."""
     ranks: NDArray[np.int64]
-    """Number of tokens and experts by the rank of the expert's router score and that of its output's length (layer,
+    """Number of tokens and experts by the rank of the expert's router logit and that of its output's length (layer,
     rank, rank); rank 0 is the largest."""
     largest_first: Numbers
     """Share of tokens whose first expert has the longest output of all (layer,)."""
     norm_correlation: Numbers
-    """Pearson's correlation (layer,) between router score and output length over all tokens and experts, each less its
-    mean over the token's experts; NaN where one does not vary."""
+    """Pearson's correlation (layer,) between router score, the softmax or sigmoid of the logit, and output length over
+    all tokens and experts, each less its mean over the token's experts; NaN where one does not vary."""
     sparsity: Numbers
     """Share of an expert's intermediate states, `activation(gate(z))`, that are closer to 0 than 0.001 (layer,
-    expert)."""
+    expert). Neurons that only pad an expert to the width of others are among them."""
     load: Numbers
     """Share of a domain's tokens that choose each expert (domain, layer, expert)."""
     weight: Numbers
     """Mean weight of each expert where it is chosen (layer, expert); 0 where it is not."""
     saliency: Numbers
-    """REAP's saliency (layer, expert); see `moemerge.editing.pruning.saliency`."""
-    mass_lost: Numbers
-    """Share of a layer's sum of weights times output lengths that each expert has (layer, expert)."""
+    """REAP's saliency (layer, expert), each expert by itself: the mean of weight times output length over the tokens
+    that choose it, 0 where none does. See https://arxiv.org/abs/2510.13999, equation 9."""
+    mass_share: Numbers
+    """Share that each expert has of the sum of weights times output lengths over a layer's tokens (layer, expert)."""
     together: Numbers
     """Share of tokens that choose both of two experts (layer, expert, expert); the load on the diagonal."""
     entropy: Numbers
-    """Entropy of the experts' shares of all choices (layer,), from 0, one expert alone, to 1, all alike."""
+    """Entropy of the experts' shares of all choices (layer,), divided by that of equal shares: 1 where all are alike, 0
+    where one expert has all."""
     by_token: Numbers
     """Share of tokens whose first expert is the one that most other tokens of the same id choose first (layer,); ids
-    that occur once are left out, and ties count as a miss."""
+    that occur once are left out, and ties count as a miss. NaN where every id occurs once."""
     by_majority: Numbers
-    """Share of the same tokens whose first expert is the one that is first most often in the layer (layer,)."""
+    """Share of the same tokens whose first expert is the one that is first most often among them (layer,): what is
+    right without a look at the id."""
     agreement: Numbers
-    """Mutual information of the first choices of neighbouring layers, divided by the smaller entropy (layer - 1,): from
-    0, none, to 1, one tells the other."""
+    """Mutual information of the first choices of neighbouring layers with routers, divided by the smaller entropy
+    (layer - 1,): from 0, none, to 1, one tells the other; NaN where a layer's first choices are all the same."""
     same_first: Numbers
     """Share of tokens whose first expert has the same number in neighbouring layers (layer - 1,)."""
     generated: Numbers | None
-    """Share of generated tokens that choose each expert (layer, expert); None where none were generated."""
+    """Share of generated tokens that choose each expert (layer, expert), of all domains together; None where none were
+    generated."""
 
     @property
     def frequency(self) -> Numbers:

@@ -1,5 +1,7 @@
-"""What an expert of a stored mixture makes of router inputs: its FFN, computed by itself."""
+"""What an expert of a stored mixture makes of the states that enter it: its FFN, computed by itself."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -11,6 +13,27 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.weights import read_into
 
 _TOKENS: Final = 1024
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's FFN in memory, on the device and in the dtype of its matrices."""
+
+    gate: torch.Tensor
+    """(width, hidden)."""
+    up: torch.Tensor
+    """(width, hidden)."""
+    down: torch.Tensor
+    """(hidden, width)."""
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    def activated(self, states: torch.Tensor) -> torch.Tensor:
+        """Compute the intermediate states (token, width) of states `z` (token, hidden): `activation(gate(z))`."""
+        return self.activation(states @ self.gate.T)
+
+    def output(self, states: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
+        """Compute the output (token, hidden) of states and what is `activated` of them."""
+        return (activated * (states @ self.up.T)) @ self.down.T
 
 
 class ExpertOutputs:
@@ -27,14 +50,22 @@ class ExpertOutputs:
         Raises:
             CheckpointError: the expert's file ends too early.
         """
-        gate, up, down = (self._matrix(layer, expert, role) for role in ("gate", "up", "down"))
+        ffn = self.expert(layer, expert)
         made = torch.empty(states.shape)
         with torch.inference_mode():
             for first in range(0, len(states), _TOKENS):
                 some = states[first : first + _TOKENS].to(device=self._compute.device, dtype=self._compute.dtype)
-                inner = self._activation(some @ gate.T) * (some @ up.T)
-                made[first : first + _TOKENS] = (inner @ down.T).float().cpu()
+                made[first : first + _TOKENS] = ffn.output(some, ffn.activated(some)).float().cpu()
         return made
+
+    def expert(self, layer: int, expert: int) -> Expert:
+        """Read an expert of a layer.
+
+        Raises:
+            CheckpointError: its file ends too early.
+        """
+        gate, up, down = (self._matrix(layer, expert, role) for role in ("gate", "up", "down"))
+        return Expert(gate, up, down, self._activation)
 
     def _matrix(self, layer: int, expert: int, role: Role) -> torch.Tensor:
         stored = self._stored.projection(layer, expert, role)

@@ -1,0 +1,101 @@
+"""Figures of what a layer's router chooses: load, experts chosen together, choice by token id, and by layer before."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moemerge.analysis.figures import Numbers
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LayerChoices:
+    """The choices of a layer's router for all tokens."""
+
+    ids: Ints
+    """Token ids (token,)."""
+    domain: Ints
+    """Number of each token's domain (token,)."""
+    experts: Ints
+    """Chosen experts (token, choice), by falling weight."""
+    weights: Numbers
+    """Their weights (token, choice)."""
+    present: NDArray[np.bool_]
+    """Whether the layer has each expert (expert,)."""
+
+    @property
+    def chosen(self) -> Numbers:
+        """1 for the experts that each token chooses, else 0 (token, expert)."""
+        return self._spread(np.ones(self.experts.shape))
+
+    @property
+    def given(self) -> Numbers:
+        """The weight that each token gives each expert (token, expert)."""
+        return self._spread(self.weights)
+
+    def _spread(self, values: Numbers) -> Numbers:
+        spread = np.zeros((len(self.experts), len(self.present)))
+        np.put_along_axis(spread, self.experts, values, axis=1)
+        return spread
+
+    @property
+    def first(self) -> Ints:
+        """Each token's expert with the largest weight (token,)."""
+        return self.experts[:, 0]
+
+    def load(self, domains: int) -> Numbers:
+        """Share of each domain's tokens that choose each expert (domain, expert)."""
+        chosen = self.chosen
+        return np.stack([chosen[self.domain == domain].mean(axis=0) for domain in range(domains)])
+
+    def weight(self) -> Numbers:
+        """Mean weight of each expert where it is chosen (expert,); 0 where it never is."""
+        mean: Numbers = self.given.sum(axis=0) / np.maximum(self.chosen.sum(axis=0), 1)
+        return mean
+
+    def together(self) -> Numbers:
+        """Share of tokens that choose both of two experts (expert, expert)."""
+        chosen = self.chosen
+        share: Numbers = chosen.T @ chosen / len(chosen)
+        return share
+
+    def entropy(self) -> float:
+        """Entropy of the experts' shares of all choices, divided by that of equal shares; 0 with one expert."""
+        present = int(self.present.sum())
+        counts = self.chosen.sum(axis=0)
+        return _entropy(counts) / float(np.log(present)) if present > 1 else 0.0
+
+    def by_token(self) -> tuple[float, float]:
+        """Shares of tokens whose first expert is known by their id, and by being first most often.
+
+        See `TextFigures.by_token` and `TextFigures.by_majority`. NaN where no id occurs twice.
+        """
+        _, ids, occurrences = np.unique(self.ids, return_inverse=True, return_counts=True)
+        again = occurrences[ids] > 1
+        if not again.any():
+            return np.nan, np.nan
+        counts = np.zeros((len(occurrences), len(self.present)), np.int64)
+        np.add.at(counts, (ids, self.first), 1)
+        others, own = counts[ids], self.first[:, None]
+        mine = np.take_along_axis(others, own, axis=1)[:, 0] - 1
+        np.put_along_axis(others, own, -1, axis=1)
+        return float((mine > others.max(axis=1))[again].mean()), float(
+            np.bincount(self.first[again]).max() / again.sum()
+        )
+
+
+def agreement(one: Ints, other: Ints) -> float:
+    """Mutual information of two layers' first choices (token,), divided by the smaller entropy; NaN if that is 0."""
+    pairs = np.zeros((int(one.max()) + 1, int(other.max()) + 1))
+    np.add.at(pairs, (one, other), 1)
+    entropies = [_entropy(pairs.sum(axis=axis)) for axis in (0, 1)]
+    shared = sum(entropies) - _entropy(pairs.flatten())
+    return shared / min(entropies) if min(entropies) > 0 else np.nan
+
+
+def _entropy(counts: Numbers) -> float:
+    """Entropy in nats of shares that are as large as counts."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

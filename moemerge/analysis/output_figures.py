@@ -1,0 +1,120 @@
+"""Figures of what all experts of a layer make of the same tokens, chosen or not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moemerge.analysis.figures import Numbers
+from moemerge.evaluation.expert_outputs import Expert
+from moemerge.passes.compute_dtype import Compute
+
+# Numbers of all experts' outputs for a block of tokens, 128 MB; a block has at least, and at most, so many tokens.
+_NUMBERS: Final = 2**25
+_FEWEST, _MOST = 64, 2048
+_NEAR: Final = 0.001
+
+
+@dataclass(frozen=True)
+class LayerOutputs:
+    """What was measured of the outputs of a layer's experts; the absent ones have NaN throughout."""
+
+    similarity: Numbers
+    """Mean cosine of two experts' outputs (expert, expert)."""
+    similarity_chosen: Numbers
+    """The same over tokens that choose both."""
+    similarity_others: Numbers
+    """The same over tokens that choose neither."""
+    lengths: Numbers
+    """Length of each output (token, expert)."""
+    sparsity: Numbers
+    """Share of each expert's intermediate states that are near 0 (expert,)."""
+
+
+def measure_outputs(
+    experts: Sequence[Expert], numbers: Sequence[int], inputs: torch.Tensor, chosen: torch.Tensor, compute: Compute
+) -> LayerOutputs:
+    """Compute the outputs of all experts for all tokens, a block of tokens at a time.
+
+    Args:
+        experts: the experts that the layer has.
+        numbers: their numbers among all experts.
+        inputs: what enters the experts (token, hidden).
+        chosen: 1 where a token chooses an expert, else 0 (token, expert of all experts).
+        compute: the device and dtype to compute in.
+    """
+    count, (tokens, hidden) = len(experts), inputs.shape
+    step = max(_FEWEST, min(_MOST, _NUMBERS // (count * hidden)))
+    sums, counts = torch.zeros(3, count, count, dtype=torch.float64), torch.zeros(3, count, count, dtype=torch.float64)
+    lengths = torch.zeros(tokens, count)
+    near = np.zeros(count)
+    made = torch.empty(count, min(step, tokens), hidden, device=compute.device)
+    with torch.inference_mode():
+        for first in range(0, tokens, step):
+            span = slice(first, first + step)
+            states = inputs[span].to(device=compute.device, dtype=compute.dtype)
+            block = made[:, : len(states)]
+            for place, expert in enumerate(experts):
+                activated = expert.activated(states)
+                near[place] += int((activated.abs() < _NEAR).sum())
+                block[place] = expert.output(states, activated)
+            gram = torch.einsum("eth,fth->tef", block, block)
+            length = gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+            lengths[span] = length.cpu()
+            cosines = gram / (length[:, :, None] * length[:, None, :]).clamp_min(torch.finfo(gram.dtype).tiny)
+            mine = chosen[span, list(numbers)].to(compute.device, torch.float32)
+            for place, weights in enumerate((torch.ones_like(mine), mine, 1 - mine)):
+                sums[place] += torch.einsum("tef,te,tf->ef", cosines, weights, weights).cpu()
+                counts[place] += (weights.T @ weights).cpu()
+    similarity = [_spread(each, numbers, chosen.shape[1]) for each in (sums / counts).numpy()]
+    width = experts[0].gate.shape[0]
+    return LayerOutputs(
+        similarity[0],
+        similarity[1],
+        similarity[2],
+        _columns(lengths.double().numpy(), numbers, chosen.shape[1]),
+        _columns(near / (tokens * width), numbers, chosen.shape[1]),
+    )
+
+
+def _spread(values: Numbers, numbers: Sequence[int], count: int) -> Numbers:
+    """Put values (expert, expert) at the experts' numbers among `count`; all others are NaN."""
+    spread = np.full((count, count), np.nan)
+    spread[np.ix_(numbers, numbers)] = values
+    return spread
+
+
+def _columns(values: Numbers, numbers: Sequence[int], count: int) -> Numbers:
+    """Put values (..., expert) at the experts' numbers among `count`; all others are NaN."""
+    spread = np.full((*values.shape[:-1], count), np.nan)
+    spread[..., numbers] = values
+    return spread
+
+
+def count_ranks(scores: Numbers, lengths: Numbers) -> NDArray[np.int64]:
+    """Count tokens and experts by the rank of the score and of the length (token, expert): (rank, rank).
+
+    Rank 0 is the largest. Experts whose length is NaN take part in nothing.
+    """
+    count = scores.shape[1]
+    present = np.flatnonzero(~np.isnan(lengths[0]))
+    by_score, by_length = (
+        (-values[:, present]).argsort(axis=1, kind="stable").argsort(axis=1) for values in (scores, lengths)
+    )
+    ranks = np.zeros((count, count), np.int64)
+    np.add.at(ranks, (by_score, by_length), 1)
+    return ranks
+
+
+def correlate(scores: Numbers, lengths: Numbers) -> float:
+    """Pearson's correlation of scores and lengths (token, expert), each less its mean over the token's experts.
+
+    NaN where one does not vary. Experts whose length is NaN take part in nothing.
+    """
+    present = ~np.isnan(lengths[0])
+    one, other = (values[:, present] - values[:, present].mean(axis=1, keepdims=True) for values in (scores, lengths))
+    squares = float((one**2).sum() * (other**2).sum())
+    return float((one * other).sum()) / squares**0.5 if squares > 0 else np.nan

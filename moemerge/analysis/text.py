@@ -1,0 +1,133 @@
+"""What a mixture does with text: its router's choices and all experts' outputs, a layer at a time."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from moemerge.analysis.choice_figures import LayerChoices, agreement
+from moemerge.analysis.figures import Numbers, TextFigures
+from moemerge.analysis.generated import generated_load
+from moemerge.analysis.output_figures import correlate, count_ranks, measure_outputs
+from moemerge.evaluation.domain_texts import Texts
+from moemerge.evaluation.expert_outputs import ExpertOutputs
+from moemerge.evaluation.layer_tokens import LayerTokens, run_by_layer
+from moemerge.evaluation.runnable import MixtureModel
+from moemerge.passes.compute_dtype import Compute
+from moemerge.progress import Progress, Task
+
+
+def analyze_text(
+    mixture: MixtureModel,
+    texts: Texts,
+    compute: Compute,
+    *,
+    generate: int = 0,
+    progress: Progress = lambda _task, _done, _total: None,
+) -> TextFigures:
+    """Run a mixture over text, and measure choices and outputs of all its experts for all tokens.
+
+    Of the model, one layer is in memory, twice while its experts are measured; of the tokens, what enters the layer and
+    its router. Generating needs the whole model in memory.
+
+    Args:
+        mixture: the mixture.
+        texts: windows of text by domain.
+        compute: the device and dtype to run in.
+        generate: how many tokens are generated after the beginning of a few windows of each domain.
+        progress: called with the layers done and all there are, and then with what is generated.
+
+    Raises:
+        CheckpointError: the mixture's files are damaged, or its numbers are not finite.
+        RefusedError: the whole model does not fit into memory; only with `generate`.
+        RouterError: memory ran out, or there is no tokenizer; only with `generate`.
+    """
+    tally = _Tally(mixture, texts, compute)
+    run_by_layer(
+        mixture,
+        texts,
+        compute,
+        tally.add,
+        lambda done, total: progress(Task("layers", "the whole mixture"), done, total),
+    )
+    generated = generated_load(mixture, texts, compute, generate, progress) if generate else None
+    return tally.found(generated)
+
+
+class _Tally:
+    """Collects the figures of each layer."""
+
+    def __init__(self, mixture: MixtureModel, texts: Texts, compute: Compute) -> None:
+        self._mixture, self._texts, self._compute = mixture, texts, compute
+        self._outputs = ExpertOutputs(mixture, compute)
+        self._layers: list[dict[str, Any]] = []
+        self._pairs: list[tuple[float, float]] = []
+        self._last: LayerChoices | None = None
+
+    def add(self, tokens: LayerTokens) -> None:
+        """Measure a layer."""
+        choices = self._choices(tokens)
+        by_token, by_majority = choices.by_token()
+        self._layers.append(
+            {
+                "load": choices.load(len(self._texts.domains)),
+                "weight": choices.weight(),
+                "together": choices.together(),
+                "entropy": choices.entropy(),
+                "by_token": by_token,
+                "by_majority": by_majority,
+                **self._measure(tokens, choices),
+            }
+        )
+        if self._last:
+            same = float((self._last.first == choices.first).mean())
+            self._pairs.append((agreement(self._last.first, choices.first), same))
+        self._last = choices
+
+    def _choices(self, tokens: LayerTokens) -> LayerChoices:
+        present = np.ones(len(self._mixture.experts), bool)
+        present[self._mixture.absent(tokens.layer)] = False
+        return LayerChoices(
+            tokens.ids.numpy(), tokens.domain.numpy(), tokens.experts.numpy(), tokens.weights.double().numpy(), present
+        )
+
+    def _measure(self, tokens: LayerTokens, choices: LayerChoices) -> dict[str, Any]:
+        """The figures that take outputs."""
+        numbers = choices.present.nonzero()[0].tolist()
+        experts = [self._outputs.expert(tokens.layer, number) for number in numbers]
+        made = measure_outputs(experts, numbers, tokens.inputs, torch.from_numpy(choices.chosen), self._compute)
+        softmax = self._mixture.choosing.scoring == "softmax"
+        scores = (tokens.logits.softmax(dim=1) if softmax else tokens.logits.sigmoid()).double().numpy()
+        sums = np.nansum(choices.given * made.lengths, axis=0)
+        first = np.take_along_axis(made.lengths, choices.first[:, None], axis=1)[:, 0]
+        return {
+            "output_similarity": made.similarity,
+            "output_similarity_chosen": made.similarity_chosen,
+            "output_similarity_others": made.similarity_others,
+            "output_norm": made.lengths.mean(axis=0),
+            "sparsity": made.sparsity,
+            "ranks": count_ranks(tokens.logits.double().numpy(), made.lengths),
+            "largest_first": float((first >= np.nanmax(made.lengths, axis=1)).mean()),
+            "norm_correlation": correlate(scores, made.lengths),
+            "saliency": sums / np.maximum(choices.chosen.sum(axis=0), 1),
+            "mass_share": sums / sums.sum() if sums.any() else sums,
+        }
+
+    def found(self, generated: Numbers | None) -> TextFigures:
+        """All figures."""
+        stacked = {name: np.stack([layer[name] for layer in self._layers]) for name in self._layers[0]}
+        stacked["load"] = stacked["load"].transpose(1, 0, 2)
+        pairs = np.array(self._pairs).reshape(-1, 2)
+        return TextFigures(
+            layers=tuple(self._mixture.moe_layers),
+            names=self._mixture.experts,
+            domains=self._texts.domains,
+            tokens=tuple(
+                sum(sum(self._texts.windows[window].counted) for window in self._texts.of(domain))
+                for domain in range(len(self._texts.domains))
+            ),
+            agreement=pairs[:, 0],
+            same_first=pairs[:, 1],
+            generated=generated,
+            **stacked,
+        )
