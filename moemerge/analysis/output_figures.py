@@ -59,7 +59,7 @@ def measure_outputs(
             block = made[:, : len(states)]
             for place, expert in enumerate(experts):
                 activated = expert.activated(states)
-                near[place] += int((activated.abs() < _NEAR).sum())
+                near[place] += int(torch.count_nonzero(activated.abs() < _NEAR))
                 block[place] = expert.output(states, activated)
             gram = torch.einsum("eth,fth->tef", block, block)
             length = gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
@@ -67,7 +67,7 @@ def measure_outputs(
             cosines = gram / (length[:, :, None] * length[:, None, :]).clamp_min(torch.finfo(gram.dtype).tiny)
             mine = chosen[span, list(numbers)].to(compute.device, torch.float32)
             for place, weights in enumerate((torch.ones_like(mine), mine, 1 - mine)):
-                sums[place] += torch.einsum("tef,te,tf->ef", cosines, weights, weights).cpu()
+                sums[place] += (cosines * weights[:, :, None] * weights[:, None, :]).sum(dim=0).cpu()
                 counts[place] += (weights.T @ weights).cpu()
     similarity = [_spread(each, numbers, chosen.shape[1]) for each in (sums / counts).numpy()]
     width = experts[0].gate.shape[0]
