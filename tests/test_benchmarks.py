@@ -229,6 +229,17 @@ def test_tuning_is_measured_in_memory_and_from_the_disk(tmp_path, llamas):
     assert held[4] == streamed[4]
 
 
+@pytest.mark.slow
+def test_the_analysis_of_text_is_measured_beside_a_pass_of_all_experts(tmp_path, llamas):
+    merge(plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:]))), tmp_path / "out")
+    (tmp_path / "text.txt").write_text(TEXT)
+    printed = run("analysis_text.py", tmp_path / "out", tmp_path / "text.txt", "--markdown", "--repeat", "1")
+    heads, _, *rows = (line.strip("| ").split(" | ") for line in printed.splitlines())
+    assert [row[0] for row in rows] == ["plain", "all experts", "analysis"]
+    assert {len(row) for row in (heads, *rows)} == {7}
+    assert (rows[1][2], rows[1][4]) == ("1.00", "1.00")
+
+
 def test_routers_are_judged_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
     (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")

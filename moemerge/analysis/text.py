@@ -13,7 +13,9 @@ from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.expert_outputs import ExpertOutputs
 from moemerge.evaluation.layer_tokens import LayerTokens, run_by_layer
 from moemerge.evaluation.runnable import MixtureModel
+from moemerge.generation.loading import check_memory
 from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.device import free_memory
 from moemerge.progress import Progress, Task
 
 
@@ -28,7 +30,8 @@ def analyze_text(
     """Run a mixture over text, and measure choices and outputs of all its experts for all tokens.
 
     Of the model, one layer is in memory, twice while its experts are measured; of the tokens, what enters the layer and
-    its router. Generating needs the whole model in memory.
+    its router. Tokens pass through the experts that they choose, and once more through all to be measured. Generating
+    needs the whole model in memory.
 
     Args:
         mixture: the mixture.
@@ -42,6 +45,8 @@ def analyze_text(
         RefusedError: the whole model does not fit into memory; only with `generate`.
         RouterError: memory ran out, or there is no tokenizer; only with `generate`.
     """
+    if generate:  # refused before what takes long
+        check_memory(mixture.runnable, compute, free_memory(compute.device))
     tally = _Tally(mixture, texts, compute)
     run_by_layer(
         mixture,

@@ -16,6 +16,7 @@ from moemerge.analysis.choice_figures import LayerChoices, agreement
 from moemerge.analysis.figures import TextFigures
 from moemerge.analysis.text import analyze_text
 from moemerge.editing.pruning.saliency import measure_saliency
+from moemerge.errors import RefusedError
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.families.family import SWITCHED_OFF
@@ -270,6 +271,14 @@ def test_texts_that_end_at_once_have_no_load(tmp_path):
     folder = make_variant(tmp_path, "mixtral")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(VOCAB))}))
     assert analyze_text(open_mixture(folder), texts(), CPU, generate=6).generated is None
+
+
+def test_a_model_that_is_too_large_to_generate_is_refused_before_it_is_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("moemerge.analysis.text.free_memory", lambda _device: 1000)
+    mixture, told = open_mixture(make_variant(tmp_path, "mixtral")), []
+    with pytest.raises(RefusedError, match="of memory in float32, 1.00 kB are free on cpu"):
+        analyze_text(mixture, texts(), CPU, generate=1, progress=lambda *given: told.append(given))
+    assert told == []
 
 
 def test_experts_that_give_nothing_have_no_mass(tmp_path):
