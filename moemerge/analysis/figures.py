@@ -17,40 +17,45 @@ ByRole = Mapping[Role, Numbers]
 class WeightFigures:
     """What the weights say by themselves. An FFN is an expert, or stands beside the experts.
 
+    All that compares FFNs is NaN in layers that lack one of them.
+
     See "A Closer Look into Mixture-of-Experts in Large Language Models" (https://arxiv.org/abs/2406.18219), section 4.
     """
 
     layers: tuple[int, ...]
     """Numbers of the layers that have routers."""
     names: tuple[str, ...]
-    """Names of the experts, and after them of the FFNs beside: the shared expert, or a dense model's."""
+    """Names of the experts, and after them of the FFNs beside: `shared`, the shared expert, and dense models'."""
     experts: int
     """How many of `names` are experts."""
     similarity: ByRole
-    """Cosine of two FFNs' whole matrices (layer, FFN, FFN); NaN where their widths differ."""
+    """Cosine of two FFNs' whole matrices (layer, FFN, FFN); NaN where their widths differ, or a matrix is 0."""
     mean_similarity: ByRole
     """Cosine of the means over all neurons of two FFNs (layer, FFN, FFN)."""
     matched_similarity: ByRole
-    """Mean cosine of an FFN's neurons with those of another that they were matched to one to one (layer, FFN, FFN): of
-    the matchings, the one with the largest sum for this projection. NaN in layers that were not matched."""
+    """Mean cosine of some neurons of an FFN with those of another that they were matched to one to one (layer, FFN,
+    other FFN): of the matchings with any of the other's neurons, the one with the largest sum for this projection. NaN
+    in layers that were not matched, and for FFNs that are not as wide as the experts."""
     matched_order: ByRole
-    """Kendall's tau between the order of one FFN's neurons and that of those they were matched to (layer, FFN, FFN): 1
-    where neurons stand in the same places, about 0 where the places say nothing."""
+    """Kendall's tau between the order of these neurons and that of those they were matched to (layer, FFN, other FFN):
+    1 where neurons stand in the same places, about 0 where the places say nothing; NaN likewise."""
     matched_neurons: int
-    """How many neurons of each FFN were matched, evenly spread; 0 where none were."""
+    """How many neurons of each FFN were matched with all of each other, evenly spread; 0 where none were."""
     router_similarity: Numbers
     """Cosine of two experts' router rows (layer, expert, expert)."""
     correlation: ByRole
     """Pearson's correlation (layer,), over all pairs of experts, between `router_similarity` and `similarity`; NaN with
-    fewer than three pairs, or where one does not vary."""
+    fewer than three pairs, or where one does not vary; pairs without a cosine are left out."""
     norms: ByRole
     """Frobenius norm of each matrix (layer, FFN)."""
     router_norms: Numbers
     """Length of each router row (layer, expert)."""
     plane: ByRole
-    """Each FFN's matrix on the first two principal components of all in the layer (layer, FFN, 2)."""
+    """Each FFN's matrix on the first two principal components of all in the layer that are as wide as the experts
+    (layer, FFN, 2); NaN for the others. The largest coordinate of a component is positive."""
     neuron_plane: Numbers
-    """Some neurons' rows of `gate` on the first two principal components of all (layer, FFN, neuron, 2)."""
+    """Rows of `gate` of some neurons of each FFN, evenly spread, on the first two principal components of all of them
+    in the layer (layer, FFN, neuron, 2)."""
     equal: tuple[tuple[int, ...], ...]
     """Groups of experts that are equal in all layers."""
     nearly_equal: tuple[tuple[int, int], ...]

@@ -130,6 +130,28 @@ def blocks_of(tensors: Sequence[TensorInfo], first: int = 0) -> Iterator[list[Ro
             yield [_read(reader, tensor, count, width) for reader, tensor in zip(readers, tensors, strict=True)]
 
 
+def stacks_of(tensors: Sequence[TensorInfo], step: int) -> Iterator[tuple[int, Rows]]:
+    """Yield the number of a row, and `step` rows from it on of matrices of one shape (tensor, row, width).
+
+    The array is overwritten by the next.
+
+    Raises:
+        CheckpointError: a file ends too early.
+    """
+    rows, width = _as_matrix(tensors[0])
+    values = np.empty((len(tensors), min(step, rows), width), np.float32)
+    stored = {tensor.dtype: np.empty(values[0].size, TYPES[tensor.dtype]) for tensor in tensors}
+    with ExitStack() as opened:
+        readers = [opened.enter_context(tensor.open()) for tensor in tensors]
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            for reader, tensor, block in zip(readers, tensors, values, strict=True):
+                part = stored[tensor.dtype][: count * width]
+                fill(reader, part.view(np.uint8).data, tensor)
+                widen(part, tensor.dtype, block[:count].reshape(-1))
+            yield row, values[:, :count]
+
+
 def derivation(tensor: TensorInfo) -> Derived | None:
     """How a tensor is computed from others; None for one that is stored."""
     return tensor.path if isinstance(tensor.path, Derived) else None

@@ -1,6 +1,6 @@
 """How far apart the FFNs of a mixture's experts are: equal ones, and distances between the others."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
@@ -85,20 +85,25 @@ def _distances(mixture: StoredMixture, layer: int, equal: NDArray[np.bool_]) -> 
     roles: tuple[Role, ...] = ("gate", "up", "down")
     for role in roles:
         for blocks in blocks_of([mixture.projection(layer, expert, role) for expert in range(count)]):
-            for one, other in np.argwhere(np.triu(equal, 1)):
-                if not np.array_equal(blocks[one], blocks[other]):
-                    equal[one, other] = equal[other, one] = False
+            clear_unequal(equal, blocks)
             # In float64: what is left of two nearly equal experts after the mean is taken away is small.
             numbers = np.stack([block.ravel() for block in blocks], dtype=np.float64)
             squares += np.square(numbers).sum(axis=1)
             numbers -= numbers.mean(axis=0)
             gram += numbers @ numbers.T
-    for values in _beside_projections(mixture, layer):
+    for values in beside_projections(mixture, layer):
         equal &= np.array([[np.array_equal(one, other) for other in values] for one in values])
-    return _relative(gram, squares)
+    return relative_distances(gram, squares)
 
 
-def _beside_projections(mixture: StoredMixture, layer: int) -> Iterator[list[NDArray[np.float32]]]:
+def clear_unequal(equal: NDArray[np.bool_], blocks: Sequence[NDArray[np.float32]]) -> None:
+    """Clear `equal` (expert, expert) where the same block of two experts' weights differs."""
+    for one, other in np.argwhere(np.triu(equal, 1)):
+        if not np.array_equal(blocks[one], blocks[other]):
+            equal[one, other] = equal[other, one] = False
+
+
+def beside_projections(mixture: StoredMixture, layer: int) -> Iterator[list[NDArray[np.float32]]]:
     """Whatever else a layer's experts compute with, such as biases and factors: the values of each, empty for none."""
     family, experts = mixture.family, range(mixture.experts)
     entries = mixture.by_expert(layer)
@@ -112,10 +117,10 @@ def _beside_projections(mixture: StoredMixture, layer: int) -> Iterator[list[NDA
 def relative_differences(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Distances as `Similarity.distances` between vectors (vector, element)."""
     middle = vectors - vectors.mean(axis=0)
-    return _relative(middle @ middle.T, np.square(vectors).sum(axis=1))
+    return relative_distances(middle @ middle.T, np.square(vectors).sum(axis=1))
 
 
-def _relative(gram: NDArray[np.float64], squares: NDArray[np.float64]) -> NDArray[np.float64]:
+def relative_distances(gram: NDArray[np.float64], squares: NDArray[np.float64]) -> NDArray[np.float64]:
     """Distances from the products of centred vectors (vector, vector), and the squared lengths of all (vector,)."""
     lengths = gram.diagonal()
     apart = np.maximum(lengths[:, None] + lengths - 2 * gram, 0)
