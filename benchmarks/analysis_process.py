@@ -69,14 +69,14 @@ def read(folder: Path) -> dict[str, float]:
             while nbytes:
                 nbytes -= file.readinto(buffer[: min(nbytes, BUFFER_BYTES)])
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(MAX_THREADS) as pool:
         for path in sorted(folder.glob("*.safetensors")):
             size = path.stat().st_size
             edges = [size * part // MAX_THREADS for part in range(MAX_THREADS + 1)]
             parts = [(path, begin, end - begin) for begin, end in pairwise(edges)]
             list(pool.map(lambda part: read_part(*part), parts))
-    return {"seconds": time.perf_counter() - start}
+    return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
 
 
 def analyse(folder: Path, shape: str) -> dict[str, float]:
@@ -85,12 +85,18 @@ def analyse(folder: Path, shape: str) -> dict[str, float]:
     mixture = read_mixture(str(folder), lambda _: None)[1]
     chosen = choose_matching(range(all_layers), EXPERTS, width, hidden)
     matched = Matching(chosen.neurons, frozenset(mixture.moe_layers[-1:]))
-    times = [time.perf_counter()]
-    analyze_weights(mixture, progress=lambda _done, _total: times.append(time.perf_counter()), matching=matched)
-    layers = np.diff(times)
+    marks: list[tuple[float, float]] = []
+
+    def mark(_done: int = 0, _total: int = 0) -> None:
+        marks.append((time.perf_counter(), time.process_time()))
+
+    mark()
+    analyze_weights(mixture, progress=mark, matching=matched)
+    layers = np.diff(np.array(marks), axis=0)
     return {
-        "plain": float(layers[:-1].mean()), "matched": float(layers[-1]), "neurons": chosen.neurons,
-        "matched_layers": len(chosen.layers), "all_layers": all_layers,
+        "plain": float(layers[:-1, 0].mean()), "plain_cpu": float(layers[:-1, 1].mean()),
+        "matched": float(layers[-1, 0]), "matched_cpu": float(layers[-1, 1]),
+        "neurons": chosen.neurons, "matched_layers": len(chosen.layers), "all_layers": all_layers,
     }  # fmt: skip
 
 

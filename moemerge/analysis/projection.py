@@ -21,6 +21,8 @@ from moemerge.families.dense import Role
 _ELEMENTS: Final = 2**19
 _MATCHED_ELEMENTS: Final = 2**24
 _LEAST_ELEMENTS: Final = 2**14
+_PRODUCTS: Final = 2**18  # multiplications up to which OpenBLAS starts no threads
+_LEAST_LENGTH: Final = 512
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,11 @@ class _Part:
 
     def _add(self, row: int, block: NDArray[np.float32]) -> None:
         """Add some rows of all matrices (matrix, row, column); they are overwritten."""
-        clear_unequal(self.equal, list(block))
+        if self.equal.sum() > len(block):
+            clear_unequal(self.equal, list(block))
         span = slice(row, row + block.shape[1])
         if self._role == "down":
-            self.totals[:, span] = block.sum(axis=2)
+            self.totals[:, span] = np.einsum("frc->fr", block)
             self.neurons[:, :, span] = block[:, :, self._places].transpose(0, 2, 1)
         else:
             self.totals += block.sum(axis=1)
@@ -141,6 +144,19 @@ class _Part:
         if self._scores:
             self._scores.add(row, block)
         block[1:] -= block[0]
-        by_row = block.transpose(1, 0, 2)
-        # Row by row: short sums in float32, and products that BLAS does not give to further threads.
-        self.products += np.matmul(by_row, by_row.transpose(0, 2, 1)).sum(axis=0, dtype=np.float64)
+        self._multiply(block.reshape(len(block), -1))
+
+    def _multiply(self, flat: NDArray[np.float32]) -> None:
+        """Add the products of a block (matrix, element), the first matrix and the others less it.
+
+        Sums are short in float32, and so small that BLAS gives them to no further threads. The first matrix is left out
+        on one side, since numpy would call the slower `syrk` for a matrix with itself.
+        """
+        length = min(max(_PRODUCTS // len(flat) ** 2, _LEAST_LENGTH), flat.shape[1])
+        whole = flat.shape[1] // length * length
+        for part in (flat[:, :whole].reshape(len(flat), -1, length), flat[:, None, whole:]):
+            pieces = part.transpose(1, 0, 2)
+            products = np.matmul(pieces[:, 1:], pieces.transpose(0, 2, 1)).sum(axis=0, dtype=np.float64)
+            self.products[1:] += products
+            self.products[0, 1:] += products[:, 0]
+            self.products[0, 0] += np.einsum("pe,pe->p", part[0], part[0]).sum(dtype=np.float64)
