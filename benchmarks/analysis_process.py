@@ -17,10 +17,10 @@ import numpy as np
 from make_models import block, write_tensor
 
 from moemerge.analysis.matching import Matching, choose_matching
+from moemerge.analysis.projection import THREADS
 from moemerge.analysis.weights import analyze_weights
 from moemerge.checkpoint.header import build_header
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, build_index
-from moemerge.checkpoint.jobs import MAX_THREADS
 from moemerge.sources.stored_mixtures import read_mixture
 
 # Hidden size, width, and layers of the whole model
@@ -70,10 +70,10 @@ def read(folder: Path) -> dict[str, float]:
                 nbytes -= file.readinto(buffer[: min(nbytes, BUFFER_BYTES)])
 
     start, cpu = time.perf_counter(), time.process_time()
-    with ThreadPoolExecutor(MAX_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for path in sorted(folder.glob("*.safetensors")):
             size = path.stat().st_size
-            edges = [size * part // MAX_THREADS for part in range(MAX_THREADS + 1)]
+            edges = [size * part // THREADS for part in range(THREADS + 1)]
             parts = [(path, begin, end - begin) for begin, end in pairwise(edges)]
             list(pool.map(lambda part: read_part(*part), parts))
     return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}

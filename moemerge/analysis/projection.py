@@ -16,6 +16,8 @@ from moemerge.checkpoint.jobs import MAX_THREADS
 from moemerge.editing.pruning.similarity import clear_unequal
 from moemerge.families.dense import Role
 
+THREADS: Final = 2 * MAX_THREADS
+"""How many blocks are read and summed at once: as one waits for the disk, another is summed."""
 # Elements of all FFNs together that a thread holds: so many that they stay in the processor's cache, or that products
 # of neurons are worth their start.
 _ELEMENTS: Final = 2**19
@@ -74,7 +76,7 @@ def read_projection(tensors: Sequence[TensorInfo], role: Role, wanted: Wanted, p
         tensors: the matrices, all of one shape: (width, hidden), or (hidden, width) for `down`.
         role: the projection.
         wanted: what is read beside sums.
-        pool: threads that do it, `MAX_THREADS` of them.
+        pool: threads that do it, `THREADS` of them.
 
     Raises:
         CheckpointError: a file ends too early.
@@ -88,7 +90,7 @@ def read_projection(tensors: Sequence[TensorInfo], role: Role, wanted: Wanted, p
         scores = Scores(places, samples, len(tensors), width)
     elements = _MATCHED_ELEMENTS if scores else _ELEMENTS
     step = max(1, elements // (len(tensors) * columns), _LEAST_ELEMENTS // columns)
-    share = -(-rows // (MAX_THREADS * step)) * step
+    share = -(-rows // (THREADS * step)) * step
     parts = [
         pool.submit(_Part(role, tensors, wanted.neurons, scores).read, first, min(share, rows - first), step)
         for first in range(0, rows, share)

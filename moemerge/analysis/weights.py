@@ -10,10 +10,9 @@ from moemerge.analysis.beside import shared_ffns
 from moemerge.analysis.components import Numbers, correlation, cosines, cosines_of, principal
 from moemerge.analysis.figures import WeightFigures
 from moemerge.analysis.matching import Matching, Scores, choose_matching, match, spread
-from moemerge.analysis.projection import Sums, Wanted, read_projection
+from moemerge.analysis.projection import THREADS, Sums, Wanted, read_projection
 from moemerge.checkpoint.derived import read_values
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.jobs import MAX_THREADS
 from moemerge.editing.pruning.similarity import Similarity, beside_projections, relative_distances
 from moemerge.families.dense import Role
 from moemerge.families.expert_view import Ffn
@@ -48,7 +47,7 @@ def analyze_weights(
         CheckpointError: a file ends too early.
     """
     analysis = _Analysis(mixture, {**shared_ffns(mixture), **(beside or {})}, matching)
-    with ThreadPoolExecutor(MAX_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for place in range(len(mixture.moe_layers)):
             analysis.read_layer(place, pool)
             progress(place + 1, len(mixture.moe_layers))
