@@ -119,6 +119,25 @@ def test_the_suite_of_edits_prints_every_row_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_the_analysis_is_measured_from_the_disk_and_from_the_page_cache(tmp_path):
+    words = ("--shape", "tiny", "--layers", "3", "--repeat", "1", "--markdown")
+    printed = run("analysis.py", "--folder", tmp_path, *words)
+    rows = [line.strip("| ").split(" | ")[0] for line in printed.splitlines() if line.startswith("|")][2:]
+    assert rows == [
+        row
+        for place in ("disk", "page cache")
+        for row in (
+            f"analysis of 8 layers, tiny, from the {place}: time / plain reading",
+            f"one layer from the {place}, read plainly",
+            f"one layer from the {place}, analysed",
+            f"one layer from the {place}, analysed, 96 neurons matched, as 8 are",
+            f"the same, from the {place}: peak memory",
+        )
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_raw_copy_moves_the_bytes_of_the_merge_except_the_routers(llamas, tmp_path, here):
     config = tmp_path / "merge.yaml"
     config.write_text(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-from moemerge.errors import RefusedError
+from moemerge.errors import CheckpointError, RefusedError
 from moemerge.families.dense import ModelTensors, Role, read_dense
 from moemerge.families.expert_view import Ffn
 from moemerge.families.stored_mixture import StoredMixture
@@ -39,7 +39,7 @@ def dense_ffns(reference: str, mixture: StoredMixture, announce: Announce) -> Ma
     folder = open_model(reference, announce)
     model = read_dense(folder.config)
     if isinstance(model, str):
-        raise RefusedError(f"{reference}: cannot stand beside the experts, since {model}")
+        raise RefusedError(f"{reference}: cannot stand beside the experts, since {model}.")
     further = len(mixture.further_layers)
     sizes = {"hidden_size": (model.sizes["hidden"], mixture.hidden)}
     layers = mixture.config.get("num_hidden_layers")
@@ -54,4 +54,7 @@ def dense_ffns(reference: str, mixture: StoredMixture, announce: Announce) -> Ma
     (table,) = read_tensor_tables([folder], announce, weights="stream", dense=True)
     tensors = ModelTensors(model, table)
     routed = mixture.moe_layers[: len(mixture.moe_layers) - further]
-    return {layer: {role: tensors.projection(layer, role) for role in _ROLES} for layer in routed}
+    try:
+        return {layer: {role: tensors.projection(layer, role) for role in _ROLES} for layer in routed}
+    except KeyError as error:
+        raise CheckpointError(f"{reference}: has no tensor {error}. Download it again.") from error

@@ -19,7 +19,7 @@ from moemerge.analysis.matching import NOTHING, Matching, choose_matching
 from moemerge.analysis.weights import analyze_weights
 from moemerge.checkpoint import derived
 from moemerge.checkpoint.joined import Joined
-from moemerge.errors import RefusedError
+from moemerge.errors import CheckpointError, RefusedError
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.sources.stored_mixtures import read_mixture
 from tests.passes.test_passes import IS_V4
@@ -387,7 +387,20 @@ def test_a_mixture_does_not_stand_beside_experts_whole(tmp_path):
     folder = make_mixture(tmp_path, "qwen3_moe")
     with pytest.raises(RefusedError) as error:
         dense_ffns(str(folder), opened(folder), lambda _: None)
-    assert str(error.value).startswith(f"{folder}: cannot stand beside the experts, since ")
+    assert str(error.value) == (
+        f"{folder}: cannot stand beside the experts, since it is a mixture (model_type 'qwen3_moe'): name one of its "
+        "experts, as in MODEL#0 or MODEL#NAME."
+    )
+
+
+def test_a_dense_model_that_lacks_a_tensor_is_damaged(tmp_path):
+    mixture, dense = opened(make_mixture(tmp_path / "mixture", "mixtral")), make_model(tmp_path / "dense")
+    tensors = load_weights(dense)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_weights(dense, tensors)
+    with pytest.raises(CheckpointError) as error:
+        dense_ffns(str(dense), mixture, lambda _: None)
+    assert str(error.value) == f"{dense}: has no tensor 'model.layers.1.mlp.up_proj.weight'. Download it again."
 
 
 def test_a_layer_without_a_shared_expert_has_no_figures_of_it(tmp_path):
