@@ -63,7 +63,10 @@ class _Analysis:
         self._mixture, self._beside = mixture, beside
         self._names = (*mixture.names, *beside)
         layers, count = mixture.moe_layers, len(self._names)
-        self._matching = matching or choose_matching(layers, mixture.experts, mixture.expert_width, mixture.hidden)
+        width = mixture.expert_width
+        widths = [next(iter(ffns.values()))["up"].shape[0] for ffns in beside.values()]
+        alike = mixture.experts + widths.count(width)
+        self._matching = matching or choose_matching(layers, alike, width, mixture.hidden)
         shapes: dict[_Kind, tuple[int, ...]] = dict.fromkeys(
             ("similarity", "mean_similarity", "matched_similarity", "matched_order"), (count, count)
         )
@@ -71,8 +74,7 @@ class _Analysis:
         self._found: dict[_Kind, dict[Role, Numbers]] = {
             kind: {role: np.full((len(layers), *shape), np.nan) for role in _ROLES} for kind, shape in shapes.items()
         }
-        widths = [mixture.expert_width, *(ffn["up"].shape[0] for ffns in beside.values() for ffn in ffns.values())]
-        shown = min(_SHOWN, max(2, _SHOWN_OF_ALL // count), *widths, mixture.expert_width)
+        shown = min(_SHOWN, max(2, _SHOWN_OF_ALL // count), width, *widths)
         self._neuron_plane = np.full((len(layers), count, shown, 2), np.nan)
         square = (len(layers), mixture.experts, mixture.experts)
         self._router_similarity, self._router_norms = np.zeros(square), np.zeros(square[:2])
