@@ -97,9 +97,9 @@ def show_routes(
     with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         texts = _read_texts(console, given)
         if html:
-            from moemerge.evaluation.routes.page import check_page
+            from moemerge.evaluation.routes.page import PAGE
 
-            check_page(html)
+            PAGE.check(html)
         routes = _trace(console, out, texts, layer, tracing, quiet=quiet)
         if html:
             from moemerge.evaluation.routes.page import write_page

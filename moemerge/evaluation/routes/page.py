@@ -1,39 +1,15 @@
 """Write one HTML file that shows which token goes to which expert; it needs no network and no other file."""
 
-import json
-import os
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.copy import write_failure
-from moemerge.errors import RefusedError
-from moemerge.evaluation.routes.palette import PALETTE, page_colour
+from moemerge.evaluation.page_files import PageTemplate
 from moemerge.evaluation.routes.traced import Routes, TracedText
 
-
-def check_page(path: Path) -> None:
-    """Refuse a path that no page can be written to, or that holds anything but such a page.
-
-    Raises:
-        RefusedError: says what is there.
-    """
-    if not path.resolve().parent.is_dir():
-        raise RefusedError(f"{path}: there is no such folder.")
-    if not os.path.lexists(path):
-        return
-    template = files("moemerge.evaluation.routes").joinpath("page.html").read_bytes()
-    begin = template[: template.index(b"</title>")]
-    found = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            found = file.read(len(begin))
-    if found != begin:
-        what = "is a folder" if path.is_dir() else "holds something else than a page of routes, and is not replaced"
-        raise RefusedError(f"{path}: {what}. Choose another name.")
+PAGE: Final = PageTemplate("moemerge.evaluation.routes", "routes")
 
 
 def write_page(path: Path, routes: Routes) -> None:
@@ -49,14 +25,7 @@ def write_page(path: Path, routes: Routes) -> None:
         "load": _thousandths(routes.load()),
         "texts": [_text(routes, text) for text in routes.texts],
     }
-    # In a script element only `<` can begin what ends or changes it, and in JSON it stands only in strings.
-    shown = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    template = files("moemerge.evaluation.routes").joinpath("page.html").read_text("utf-8")
-    colours = "\n".join(f".e{expert} {{ --c: {page_colour(expert)} }}" for expert in range(len(PALETTE)))
-    try:
-        path.write_text(template.replace("{colours}", colours).replace("{routes}", shown), "utf-8")
-    except OSError as error:
-        raise write_failure(path, error) from error
+    PAGE.write(path, data)
 
 
 def _text(routes: Routes, text: TracedText) -> dict[str, Any]:
