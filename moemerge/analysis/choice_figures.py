@@ -1,6 +1,7 @@
 """Figures of what a layer's router chooses: load, experts chosen together, choice by token id, and by layer before."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,8 @@ from numpy.typing import NDArray
 from moemerge.analysis.figures import Numbers
 
 Ints = NDArray[np.int64]
+
+_TINY: Final = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ class LayerChoices:
         """Mean weight of each expert where it is chosen (expert,); 0 where it never is."""
         mean: Numbers = self.given.sum(axis=0) / np.maximum(self.chosen.sum(axis=0), 1)
         return mean
+
+    def choice_weight(self, most: int) -> Numbers:
+        """Mean share of a token's weights that its largest, second and further ones have (choice,), without signs.
+
+        Args:
+            most: how many there are; 0 stands for those that the layer does not choose.
+        """
+        sizes = -np.sort(-np.abs(self.weights), axis=1)
+        shares = (sizes / np.maximum(sizes.sum(axis=1, keepdims=True), _TINY)).mean(axis=0)
+        return np.pad(shares, (0, most - len(shares)))
 
     def together(self) -> Numbers:
         """Share of tokens that choose both of two experts (expert, expert)."""

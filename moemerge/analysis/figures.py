@@ -101,6 +101,9 @@ class TextFigures:
     """Share of a domain's tokens that choose each expert (domain, layer, expert)."""
     weight: Numbers
     """Mean weight of each expert where it is chosen (layer, expert); 0 where it is not."""
+    choice_weight: Numbers
+    """Mean share of a token's weights that the largest, the second and further ones have (layer, choice), without
+    signs; 0 beyond those that a layer chooses."""
     saliency: Numbers
     """REAP's saliency (layer, expert), each expert by itself: the mean of weight times output length over the tokens
     that choose it, 0 where none does. See https://arxiv.org/abs/2510.13999, equation 9."""

@@ -77,6 +77,7 @@ class _Tally:
             {
                 "load": choices.load(len(self._texts.domains)),
                 "weight": choices.weight(),
+                "choice_weight": choices.choice_weight(self._mixture.experts_per_token),
                 "together": choices.together(),
                 "entropy": choices.entropy(),
                 "by_token": by_token,

@@ -100,6 +100,10 @@ def direct_layer(watched: Watched, place: int, logits: torch.Tensor, given: Text
         "sparsity": near,
         "load": [chosen[domain == number].mean(axis=0) for number in range(len(given.domains))],
         "weight": weighed.sum(axis=0) / np.maximum(counts, 1),
+        "choice_weight": np.mean(
+            [sorted(np.pad(row.abs() / row.abs().sum(), (0, EXPERTS - len(row))), reverse=True) for row in weights],
+            axis=0,
+        ),
         "saliency": mass / np.maximum(counts, 1),
         "mass_share": mass / mass.sum(),
         "together": both.mean(axis=0),
@@ -137,6 +141,7 @@ def check_against_transformers(folder: Path) -> None:
     pairs = list(pairwise(first))
     expected["agreement"] = np.array([mutual_information(*pair) for pair in pairs])
     expected["same_first"] = np.array([np.equal(*pair).mean() for pair in pairs])
+    expected["choice_weight"] = expected["choice_weight"][:, : mixture.experts_per_token]
     assert found.tokens == (59, 19)
     assert (found.layers, found.names) == (tuple(mixture.moe_layers), mixture.experts)
     assert {field.name for field in fields(TextFigures)} - expected.keys() == {
