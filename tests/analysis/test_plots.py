@@ -1,0 +1,80 @@
+"""Plots for papers: which there are, and that the same figures make the same files."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+
+from moemerge.analysis import plots
+from moemerge.analysis.plots import check_plots, write_plots
+from moemerge.errors import OutputError, RefusedError
+from tests.analysis.figures import ROLES, analysis_of, with_weights
+
+OF_WEIGHTS = {"layers", "similarity", "matched_similarity", "router_similarity", "plane"}
+OF_TEXT = {"output_similarity", "load", "ranks"}
+
+
+@pytest.fixture
+def _quick(monkeypatch):
+    monkeypatch.setattr(plots, "_DPI", 20)
+
+
+def names(folder) -> set[str]:
+    assert {path.suffix for path in folder.iterdir()} == {".png", ".svg"}
+    found = [{path.stem for path in folder.glob(f"*{ending}")} for ending in (".png", ".svg")]
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.usefixtures("_quick")
+def test_every_figure_is_drawn_twice_the_same(tmp_path):
+    analyses = [analysis_of(3, 4), replace(analysis_of(2, 4, seed=3), model="runs/other")]
+    written = [write_plots(tmp_path / name, analyses) for name in ("one", "two")]
+    assert names(tmp_path / "one") == OF_WEIGHTS | OF_TEXT
+    for one, two in zip(*written, strict=True):
+        assert one.read_bytes() == two.read_bytes(), one.name
+    svg = (tmp_path / "one" / "load.svg").read_text("utf-8")
+    assert "expert-3" in svg
+    assert "<dc:date>" not in svg
+
+
+@pytest.mark.usefixtures("_quick")
+def test_what_was_not_measured_is_not_drawn(tmp_path):
+    nothing = dict.fromkeys(ROLES, np.full((4, 5, 5), np.nan))
+    write_plots(tmp_path / "plots", [with_weights(analysis_of(text=False), matched_similarity=nothing)])
+    assert names(tmp_path / "plots") == OF_WEIGHTS - {"matched_similarity"}
+
+
+def test_layers_without_a_figure_count_in_no_mean():
+    matrices = np.full((2, 3, 3), np.nan)
+    matrices[0] = [[1, 0.25, 0.5], [0.25, 1, np.nan], [0.5, np.nan, 1]]
+    np.testing.assert_array_equal(
+        plots._mean_pairs(matrices), [[np.nan, 0.25, 0.5], [0.25, np.nan, np.nan], [0.5, np.nan, np.nan]]
+    )
+
+
+def refusal(folder) -> str:
+    with pytest.raises(RefusedError) as refused:
+        check_plots(folder)
+    return str(refused.value)
+
+
+def test_folders_that_are_not_for_plots_are_refused(tmp_path, monkeypatch):
+    check_plots(tmp_path / "new")
+    check_plots(tmp_path)
+    (tmp_path / "mine").touch()
+    assert refusal(tmp_path) == f"{tmp_path}: is not empty. Choose a folder that is, or a new one."
+    assert refusal(tmp_path / "mine") == f"{tmp_path / 'mine'}: is no folder. Choose another name."
+    assert refusal(tmp_path / "no" / "where") == f"{tmp_path / 'no' / 'where'}: there is no folder to make it in."
+    monkeypatch.setattr(plots, "find_spec", lambda _name: None)
+    assert refusal(tmp_path / "new") == (
+        "--plots: needs matplotlib, which is not installed: pip install 'moemerge[plots]'."
+    )
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=str(tmp_path / "file" / "plots")):
+        write_plots(tmp_path / "file" / "plots", [analysis_of()])
