@@ -6,6 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
+from moemerge.cli.analysis import analyze_model
 from moemerge.cli.beginning import begin_config
 from moemerge.cli.checking import inspect_model, verify_model
 from moemerge.cli.densifying import densify_mixture
@@ -35,7 +36,10 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "init": begin_config, "plan": show_plan, "merge": merge_models, "upcycle": upcycle_model,
         "families": list_families, "schema": print_schema,
     },
-    "Judge it": {"inspect": inspect_model, "verify": verify_model, "eval": evaluate, "routes": show_routes},
+    "Judge it": {
+        "inspect": inspect_model, "verify": verify_model, "eval": evaluate, "routes": show_routes,
+        "analyze": analyze_model,
+    },
     "Taste it": {"generate": generate, "chat": chat},
     "Change it, and pass it on": {
         "edit": edit_mixture, "prune": prune_mixture, "extract": extract_expert, "densify": densify_mixture,

@@ -1,0 +1,120 @@
+"""What `moemerge analyze` prints: a few sentences and a small map of a mixture, and how two differ."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from moemerge.analysis.advice import advise, describe
+from moemerge.analysis.means import Series, mean_of_others, over_roles, series_of
+from moemerge.analysis.wording import cosine
+from moemerge.cli.tables import Table
+from moemerge.evaluation.routes.palette import style_of
+from moemerge.printable import printable
+
+if TYPE_CHECKING:
+    from moemerge.analysis.figures import Analysis, Numbers
+
+_SENTENCES: Final = 5
+_LEVELS: Final = "▁▂▃▄▅▆▇█"
+_MOST_ROWS: Final = 24
+_MOST_COLUMNS: Final = 64
+_NAME: Final = 20
+_NEAR: Final = 0.01
+
+
+def print_analysis(console: Console, analysis: "Analysis", *, begins: bool = True) -> None:
+    """Print five sentences on a mixture, what is notable first, and a map of its layers and experts."""
+    if not begins:
+        console.print()
+    console.print(describe(analysis))
+    advice = advise(analysis)
+    for one in advice[: _SENTENCES - 1]:
+        console.print(one.sentence)
+    if (rest := len(advice) - (_SENTENCES - 1)) > 0:
+        console.print(f"({rest} more sentence{'' if rest == 1 else 's'} with --json or --html.)")
+    _print_map(console, analysis)
+
+
+def _print_map(console: Console, analysis: "Analysis") -> None:
+    """Print a row for each expert, or for a few neighbours, and a block for each layer, the higher the more."""
+    weights, text = analysis.weights, analysis.text
+    if text:
+        what, values, layers = "Share of tokens that choose each expert", text.frequency.T, text.layers
+        low, high = 0.0, float(values.max())
+    else:
+        similarity = mean_of_others(over_roles(weights.similarity), weights.experts)
+        what, values, layers = "Mean cosine of each expert's weights with the others'", similarity.T, weights.layers
+        known = values[~np.isnan(values)]
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    rows, columns = _parts(len(values), _MOST_ROWS), _parts(len(layers), _MOST_COLUMNS)
+    written = "{:.1%}".format if text else cosine
+    scale = f"{written(low)} {_LEVELS[0]} to {_LEVELS[-1]} {written(high)}"
+    means = " Blocks are means of neighbours." if len(rows) < len(values) or len(columns) < len(layers) else ""
+    console.print(f"\n{what}, by layer from {layers[0]} to {layers[-1]}; {scale}.{means}")
+    names = [_row_name(weights.names, row) for row in rows]
+    width = max(map(len, names))
+    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+        blocks = "".join(_block(values[np.ix_(row, column)], low, high) for column in columns)
+        mean = _mean(values[row])
+        told = "" if np.isnan(mean) else f"  {written(mean)}"
+        console.print(Text(f"{name:<{width}}  ").append(blocks, style_of(number)).append(told), soft_wrap=True)
+
+
+def _parts(count: int, most: int) -> list[list[int]]:
+    """Numbers below `count` in as many runs, or as few as `most`."""
+    return [part.tolist() for part in np.array_split(np.arange(count), min(count, most))]
+
+
+def _row_name(names: Sequence[str], row: Sequence[int]) -> str:
+    first, last = printable(names[row[0]])[:_NAME], printable(names[row[-1]])[:_NAME]
+    return first if len(row) == 1 else f"{first} - {last}"
+
+
+def _block(values: "Numbers", low: float, high: float) -> str:
+    """One block for the mean of some values; a space where there are none, or where all are 0 at a low of 0."""
+    mean = _mean(values)
+    if np.isnan(mean) or (mean == 0 and low == 0):
+        return " "
+    part = (mean - low) / (high - low) if high > low else 1.0
+    return _LEVELS[min(len(_LEVELS) - 1, int(part * len(_LEVELS)))]
+
+
+def _mean(values: "Numbers") -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def print_differences(console: Console, one: "Analysis", other: "Analysis") -> None:
+    """Print a table of both models' means over layers, and the layers in which they differ most."""
+    console.print(f"\nMeans over layers, of {one.model} and of {other.model}, and the second's differences by layer:")
+    table = Table("", "first", "second", "difference", "lowest", "highest")
+    others = {(series.group, series.name): series for series in series_of(other)}
+    group = ""
+    for series in series_of(one):
+        found = others.get((series.group, series.name))
+        if not found or not series.values or not found.values:
+            continue
+        if series.group != group:
+            group = series.group
+            table.add_row(group, *[""] * 5)
+        difference = found.mean - series.mean
+        cells = (_value(series.mean), _value(found.mean), f"{difference:+.2g}", *_extremes(series, found))
+        table.add_row(f"  {series.name}", *cells)
+    console.print(table)
+
+
+def _extremes(one: Series, other: Series) -> tuple[str, str]:
+    """The lowest and the highest difference of the layers that both have, with the layer."""
+    by_layer = {layer: other.values[layer] - value for layer, value in one.values.items() if layer in other.values}
+    if not by_layer:
+        return "", ""
+    low, high = min(by_layer, key=by_layer.__getitem__), max(by_layer, key=by_layer.__getitem__)
+    return f"{by_layer[low]:+.2g} in layer {low}", f"{by_layer[high]:+.2g} in layer {high}"
+
+
+def _value(value: float) -> str:
+    """A mean with four decimals, and what it lacks of 1 where that is less than a hundredth."""
+    return cosine(value) if 0 <= 1 - value < _NEAR else f"{value:.4f}"
