@@ -8,13 +8,11 @@ PIP := -q --disable-pip-version-check -c constraints.txt
 
 install: $(VENV)/.done
 
-# torch comes first and by its exact version: other packages' open requirement would pull the CUDA build. Bytecode is
-# made by all processors, and not by pip on one; templates of sources among the packages are no Python.
+# torch comes first and by its exact version: other packages' open requirement would pull the CUDA build.
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP) --no-compile torch==2.13.0
-	$(BIN)/pip install $(PIP) --no-compile -e '.[dev]'
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+	$(BIN)/pip install $(PIP) torch==2.13.0
+	$(BIN)/pip install $(PIP) -e '.[dev]'
 	touch $@
 
 # One thread each: with more, tiny models wait for each other's threads, many times as long as they compute. Neighbours
