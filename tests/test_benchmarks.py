@@ -287,6 +287,28 @@ def test_both_dtypes_are_timed_and_compared_on_any_models_and_texts(tmp_path, he
     assert with_rows.startswith("eval in float32 of rows made in bfloat16: other first choices ")
 
 
+def test_a_mixture_learns_from_texts_and_is_compared_with_its_start(tmp_path, here):
+    make_models_and_texts(tmp_path)
+    data = [tmp_path / "texts" / f"{name}.calib.txt" for name in ("fox", "code")]
+    test = tmp_path / "texts" / "fox.test.txt"
+    printed = here(
+        "train_mixture.py", tmp_path / "out", *data, "--test", test, "--minutes", "0.03", "--vocabulary", "300"
+    )
+    losses = dict(re.findall(r"^(start|trained): loss (.*) on its texts, .* on those held out$", printed, re.MULTILINE))
+    assert float(losses["trained"]) < float(losses["start"])
+    folders = [tmp_path / "out" / name for name in ("start", "trained")]
+    printed = here("paper_findings.py", *folders, "--data", f"fox={test}", "--tokens", "100", "--markdown")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()[1:]]
+    assert rows[0] == ["", "start", "trained"]
+    found = {name: cells for name, *cells in rows[2:]}
+    assert found["experts, per token, layers"] == ["8, 2, 6"] * 2
+    assert found["the same by chance"] == [f"{1 / (8 * 7 // 2 - 1):.3f}"] * 2
+    chosen = found["first expert has the longest output: mean, least, most of layers"]
+    means = [float(cell.split(",")[0]) for cell in chosen]
+    assert all(0 < mean < 1 and cell.endswith("(chance 0.125)") for mean, cell in zip(means, chosen, strict=True))
+    assert not any("nan" in cell for cells in found.values() for cell in cells)
+
+
 def test_sets_of_experts_are_judged_and_saved_rows_are_not_run_again(tmp_path, here):
     make_models_and_texts(tmp_path, tuned_from=0)
     (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")

@@ -1,0 +1,141 @@
+"""What "A Closer Look into Mixture-of-Experts in Large Language Models" found, measured on other mixtures.
+
+    python benchmarks/paper_findings.py MIXTURE ... --data NAME=FILE ... --tokens 1024 --markdown
+
+The paper is https://arxiv.org/abs/2406.18219; docs/analysis.md says what each row means. Every mixture has a column and
+reads the same text, in float32. A mixture whose neurons are too many to match has `-` there.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from table import machine, markdown_table, text_table
+
+from moemerge.analysis.components import correlation
+from moemerge.analysis.figures import Numbers, TextFigures, WeightFigures
+from moemerge.analysis.text import analyze_text
+from moemerge.analysis.weights import analyze_weights
+from moemerge.evaluation.domain_texts import Texts
+from moemerge.evaluation.runnable import open_mixture
+from moemerge.families.dense import Role
+from moemerge.passes.compute_dtype import Compute
+from moemerge.texts.documents import read_documents
+
+ROLES: tuple[Role, ...] = ("up", "gate", "down")
+Cells = Iterator[tuple[str, str]]
+
+
+def pairs(matrices: Numbers) -> Numbers:
+    """Figures of all pairs of different experts (layer, pair) of those of FFNs (layer, FFN, FFN)."""
+    above = np.triu_indices(matrices.shape[1], 1)
+    return np.array([matrix[above] for matrix in matrices])
+
+
+def by_depth(values: Numbers) -> str:
+    """Means over the thirds of all layers but the last, and the last layer; the rank correlation with depth."""
+    before = values[:-1]
+    thirds = " ".join(f"{np.nanmean(third):.3g}" for third in np.array_split(before, 3))
+    order = np.arange(len(before), dtype=np.float64)
+    rank = correlation(order, before.argsort().argsort().astype(np.float64))
+    return f"{thirds}; {values[-1]:.3g} ({rank:+.2f})"
+
+
+def neurons(found: WeightFigures) -> Cells:
+    """The first finding: neurons act like fine-grained experts."""
+    count = found.experts
+    routers = pairs(found.router_similarity)
+    for role in ROLES:
+        experts = pairs(found.mean_similarity[role][:, :count, :count])
+        of_layers = np.array([correlation(*layer) for layer in zip(routers, experts, strict=True)])
+        yield (
+            f"router rows with {role}, means over neurons: R2, and layers with R > 0",
+            f"{np.mean(of_layers**2):.3f}, {(of_layers > 0).sum()} of {len(of_layers)}",
+        )
+    for role in ROLES:
+        flat = found.correlation[role]
+        yield f"router rows with {role}, whole matrices: R2", f"{np.mean(flat**2):.3f}"
+    yield "the same by chance", f"{1 / (routers.shape[1] - 1):.3f}"
+    for what, matrices in (("cosine", found.matched_similarity), ("Kendall's tau", found.matched_order)):
+        matched = [pairs(matrices[role][:, :count, :count]) for role in ROLES]
+        shown = " ".join(f"{np.nanmean(one):.3f}" for one in matched) if found.matched_neurons else "-"
+        yield f"matched neurons, {', '.join(ROLES)}: {what}", shown
+
+
+def norms(found: TextFigures) -> Cells:
+    """The second finding: the router usually selects experts with larger output norms."""
+    count, rows = len(found.names), found.ranks.sum(axis=0)
+    yield (
+        "first expert has the longest output: mean, least, most of layers",
+        f"{_range(found.largest_first)} (chance {1 / count:.3f})",
+    )
+    yield "score with output's length: R", _range(found.norm_correlation)
+    same = int((rows.argmax(axis=1) == np.arange(count)).sum())
+    yield "score ranks whose commonest length rank is the same", f"{same} of {count}"
+    yield "mean length of outputs", by_depth(found.output_norm.mean(axis=1))
+    yield "intermediate states near 0", by_depth(found.sparsity.mean(axis=1))
+
+
+def _range(values: Numbers) -> str:
+    return f"{values.mean():.3f}, {values.min():.3f}, {values.max():.3f}"
+
+
+def diversity(weights: WeightFigures, text: TextFigures) -> Cells:
+    """The third finding: diversity grows with depth, and the last layer is an outlier."""
+    count = weights.experts
+    for role in ROLES:
+        yield f"1 - cosine of {role}", by_depth(1 - pairs(weights.similarity[role][:, :count, :count]).mean(axis=1))
+    yield "1 - cosine of router rows", by_depth(1 - pairs(weights.router_similarity).mean(axis=1))
+    for what, matrices in (
+        ("outputs", text.output_similarity),
+        ("outputs, both chosen", text.output_similarity_chosen),
+        ("outputs, neither chosen", text.output_similarity_others),
+    ):
+        yield f"1 - cosine of {what}", by_depth(1 - np.nanmean(pairs(matrices), axis=1))
+    outputs, whole = pairs(text.output_similarity), pairs(weights.similarity["up"][:, :count, :count])
+    related = [correlation(*layer) for layer in zip(outputs, whole, strict=True)]
+    yield "outputs' with up's similarity: R, mean of layers", f"{np.nanmean(related):.3f}"
+
+
+def measure(folder: Path, data: dict[str, list[Path]], options: argparse.Namespace) -> dict[str, str]:
+    mixture = open_mixture(folder)
+    texts = Texts.cut(
+        mixture,
+        {name: [one for file in files for one in read_documents([file])] for name, files in data.items()},
+        options.tokens,
+        options.window,
+    )
+    weights = analyze_weights(mixture.as_stored)
+    text = analyze_text(mixture, texts, Compute(torch.device("cpu"), torch.float32))
+    return {
+        "experts, per token, layers": f"{weights.experts}, {mixture.experts_per_token}, {len(weights.layers)}",
+        "tokens": str(sum(text.tokens)),
+        **dict(neurons(weights)),
+        **dict(norms(text)),
+        **dict(diversity(weights, text)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mixtures", nargs="+", type=Path)
+    parser.add_argument("--data", action="append", required=True, metavar="NAME=FILE", help="text that none has seen")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each name")
+    parser.add_argument("--window", type=int, default=200, help="in tokens")
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args()
+    data: dict[str, list[Path]] = {}
+    for given in options.data:
+        name, _, file = given.partition("=")
+        data.setdefault(name, []).append(Path(file))
+    columns = [measure(folder, data, options) for folder in options.mixtures]
+    print(machine(Path.cwd()))
+    headings = ["", *(folder.name for folder in options.mixtures)]
+    show: Callable[..., str] = markdown_table if options.markdown else text_table
+    print(show(headings, [[row, *(column[row] for column in columns)] for row in columns[0]]))
+
+
+if __name__ == "__main__":
+    main()
