@@ -25,6 +25,7 @@ from moemerge.passes.compute_dtype import Compute
 from moemerge.texts.documents import read_documents
 
 ROLES: tuple[Role, ...] = ("up", "gate", "down")
+EXCHANGES = 1000
 Cells = Iterator[tuple[str, str]]
 
 
@@ -43,21 +44,35 @@ def by_depth(values: Numbers) -> str:
     return f"{thirds}; {values[-1]:.3g} ({rank:+.2f})"
 
 
+def correlations(one: Numbers, other: Numbers) -> Numbers:
+    """Pearson's correlation (layer,) of figures of the same pairs (layer, pair)."""
+    one, other = (values - values.mean(axis=1, keepdims=True) for values in (one, other))
+    found: Numbers = (one * other).sum(axis=1) / np.sqrt((one**2).sum(axis=1) * (other**2).sum(axis=1))
+    return found
+
+
+def association(routers: Numbers, experts: Numbers) -> str:
+    """The mean R2 of two similarities (layer, expert, expert), layers with R > 0, and R2 of routers in another order.
+
+    Their rows change places at random, in all layers alike: the mean, and how often R2 is as large as without.
+    """
+    found = correlations(pairs(routers), pairs(experts))
+    mean, choice = float((found**2).mean()), np.random.default_rng(0)
+    orders = [choice.permutation(experts.shape[1]) for _ in range(EXCHANGES)]
+    exchanged = [
+        float((correlations(pairs(routers[:, order][:, :, order]), pairs(experts)) ** 2).mean()) for order in orders
+    ]
+    as_large = sum(one >= mean * (1 - 1e-9) for one in exchanged) / EXCHANGES
+    return f"{mean:.3f}, {(found > 0).sum()} of {len(found)} ({np.mean(exchanged):.3f}, {as_large:.1%})"
+
+
 def neurons(found: WeightFigures) -> Cells:
     """The first finding: neurons act like fine-grained experts."""
     count = found.experts
-    routers = pairs(found.router_similarity)
-    for role in ROLES:
-        experts = pairs(found.mean_similarity[role][:, :count, :count])
-        of_layers = np.array([correlation(*layer) for layer in zip(routers, experts, strict=True)])
-        yield (
-            f"router rows with {role}, means over neurons: R2, and layers with R > 0",
-            f"{np.mean(of_layers**2):.3f}, {(of_layers > 0).sum()} of {len(of_layers)}",
-        )
-    for role in ROLES:
-        flat = found.correlation[role]
-        yield f"router rows with {role}, whole matrices: R2", f"{np.mean(flat**2):.3f}"
-    yield "the same by chance", f"{1 / (routers.shape[1] - 1):.3f}"
+    for what, matrices in (("means over neurons", found.mean_similarity), ("whole matrices", found.similarity)):
+        for role in ROLES:
+            experts = matrices[role][:, :count, :count]
+            yield f"router rows with {role}, {what}: R2", association(found.router_similarity, experts)
     for what, matrices in (("cosine", found.matched_similarity), ("Kendall's tau", found.matched_order)):
         matched = [pairs(matrices[role][:, :count, :count]) for role in ROLES]
         shown = " ".join(f"{np.nanmean(one):.3f}" for one in matched) if found.matched_neurons else "-"
@@ -87,6 +102,8 @@ def diversity(weights: WeightFigures, text: TextFigures) -> Cells:
     count = weights.experts
     for role in ROLES:
         yield f"1 - cosine of {role}", by_depth(1 - pairs(weights.similarity[role][:, :count, :count]).mean(axis=1))
+    means = pairs(weights.mean_similarity["gate"][:, :count, :count])
+    yield "1 - cosine of gate, means over neurons", by_depth(1 - means.mean(axis=1))
     yield "1 - cosine of router rows", by_depth(1 - pairs(weights.router_similarity).mean(axis=1))
     for what, matrices in (
         ("outputs", text.output_similarity),
@@ -95,8 +112,7 @@ def diversity(weights: WeightFigures, text: TextFigures) -> Cells:
     ):
         yield f"1 - cosine of {what}", by_depth(1 - np.nanmean(pairs(matrices), axis=1))
     outputs, whole = pairs(text.output_similarity), pairs(weights.similarity["up"][:, :count, :count])
-    related = [correlation(*layer) for layer in zip(outputs, whole, strict=True)]
-    yield "outputs' with up's similarity: R, mean of layers", f"{np.nanmean(related):.3f}"
+    yield "outputs' with up's similarity: R, mean of layers", f"{correlations(outputs, whole).mean():.3f}"
 
 
 def measure(folder: Path, data: dict[str, list[Path]], options: argparse.Namespace) -> dict[str, str]:
