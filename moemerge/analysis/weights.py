@@ -7,13 +7,15 @@ from typing import Final, Literal
 import numpy as np
 
 from moemerge.analysis.beside import shared_ffns
-from moemerge.analysis.components import Numbers, correlation, cosines, cosines_of, principal
+from moemerge.analysis.components import Numbers, correlation, cosines_of, principal
 from moemerge.analysis.figures import WeightFigures
 from moemerge.analysis.matching import Matching, Scores, choose_matching, match, spread
 from moemerge.analysis.projection import THREADS, Sums, Wanted, read_projection
 from moemerge.checkpoint.derived import read_values
+from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.editing.pruning.similarity import Similarity, beside_projections, relative_distances
+from moemerge.errors import CheckpointError
 from moemerge.families.dense import Role
 from moemerge.families.expert_view import Ffn
 from moemerge.families.stored_mixture import StoredMixture
@@ -44,7 +46,7 @@ def analyze_weights(
         matching: what neurons are matched; chosen by `choose_matching` unless given.
 
     Raises:
-        CheckpointError: a file ends too early.
+        CheckpointError: a file ends too early, or weights are not finite, or too large to compare.
     """
     analysis = _Analysis(mixture, {**shared_ffns(mixture), **(beside or {})}, matching)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -84,16 +86,19 @@ class _Analysis:
         """Read all FFNs of a layer and its router."""
         mixture, layer, experts = self._mixture, self._mixture.moe_layers[place], self._mixture.experts
         rows = read_values(mixture.router(layer)).astype(np.float64)
+        if not np.isfinite(rows).all():
+            raise CheckpointError(f"{first_not_finite([mixture.router(layer)])}. Download that file again.")
         self._router_similarity[place], self._router_norms[place] = cosines_of(rows), np.linalg.norm(rows, axis=1)
         apart, squares = np.zeros((experts, experts)), np.zeros(experts)
         for role in _ROLES:
             sums = self._read_projection(place, role, pool)
-            apart += sums.differences[:experts, :experts]
-            squares += sums.whole_products.diagonal()[:experts]
+            apart += sums.apart[:experts, :experts]
+            squares += sums.squares[:experts]
             self._equal[place] &= sums.equal[:experts, :experts]
         for values in beside_projections(mixture, layer):
             self._equal[place] &= np.array([[np.array_equal(one, other) for other in values] for one in values])
-        self._distances[place] = relative_distances(apart, squares)
+        # Products less half the squared lengths of both vectors, which distances do not depend on.
+        self._distances[place] = relative_distances(-apart / 2, squares)
 
     def _read_projection(self, place: int, role: Role, pool: Executor) -> Sums:
         """Fill in the figures of one projection; gives the sums of the experts, and of what has their shape."""
@@ -129,10 +134,9 @@ class _Analysis:
         width = tensors[0].shape[1 if role == "down" else 0]
         neurons = spread(self._neuron_plane.shape[2] if role == "gate" else 0, width)
         sums = read_projection(tensors, role, Wanted(neurons, matched), pool)
-        whole = sums.whole_products
         pairs = np.ix_(members, members)
-        self._found["norms"][role][place, members] = np.sqrt(whole.diagonal())
-        self._found["similarity"][role][place][pairs] = cosines(whole)
+        self._found["norms"][role][place, members] = np.sqrt(sums.squares)
+        self._found["similarity"][role][place][pairs] = sums.cosines
         if experts:
             self._found["plane"][role][place, members] = principal(sums.differences)
         if sums.scores:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,107 @@ def test_an_expert_of_zeros_has_no_direction(tmp_path):
         assert not found.matched_similarity[role][:, 0, 1:].any()
         assert not found.norms[role][:, 0].any()
         assert np.isfinite(found.correlation[role]).all()
+
+
+def experts_of(tensors: dict[str, torch.Tensor], layer: int, name: str) -> list[np.ndarray]:
+    """A matrix of each expert of a mixtral, in float64."""
+    path = f"model.layers.{layer}.block_sparse_moe.experts"
+    return [tensors[f"{path}.{expert}.{name}.weight"].double().numpy() for expert in range(EXPERTS)]
+
+
+def distance(ffns: list[np.ndarray], one: int, other: int) -> float:
+    """1 less the cosine of two matrices, from the difference of their directions, which cancels nothing."""
+    units = [ffns[ffn] / np.linalg.norm(ffns[ffn]) for ffn in (one, other)]
+    return float(np.square(units[0] - units[1]).sum() / 2)
+
+
+@pytest.mark.parametrize("factor", [1e-2, 1e-4, 1e-8])
+def test_small_experts_have_norms_and_cosines_too(tmp_path, factor):
+    tensors = load_weights(make_mixture(tmp_path, "mixtral"))
+    for name, values in tensors.items():
+        if ".experts.2.w2." in name:
+            values.zero_()
+        if ".experts.3." in name:
+            values.mul_(factor)
+        if ".experts.1." in name:
+            values.copy_(factor * (values + 0.5 * tensors[name.replace(".experts.1.", ".experts.0.")]))
+    save_weights(tmp_path, tensors)
+    found = analyze_weights(opened(tmp_path))
+    for layer in range(3):
+        for role, name in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+            ffns = experts_of(tensors, layer, name)
+            norms = np.array([np.linalg.norm(ffn) for ffn in ffns])
+            np.testing.assert_allclose(found.norms[role][layer], norms, rtol=1e-6, atol=0)
+            there = np.flatnonzero(norms)
+            expected = np.full((EXPERTS, EXPERTS), np.nan)
+            expected[np.ix_(there, there)] = cosines(np.stack([ffns[ffn].ravel() for ffn in there]))
+            np.testing.assert_allclose(found.similarity[role][layer], expected, rtol=1e-5, atol=2e-6)
+    assert found.nearly_equal == ()
+
+
+def test_small_experts_that_are_nearly_equal_are_named(tmp_path):
+    tensors = load_weights(make_mixture(tmp_path, "mixtral"))
+    for name, values in tensors.items():
+        if match := re.search(r"experts\.([123])\.", name):
+            values.mul_(1e-6)
+            if match[1] == "3":
+                noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(3))
+                values.copy_(tensors[name.replace(".experts.3.", ".experts.2.")] + 1e-9 * noise)
+    save_weights(tmp_path, tensors)
+    assert analyze_weights(opened(tmp_path)).nearly_equal == ((2, 3),)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+def test_cosines_of_fine_tunes_are_told_from_1(tmp_path, size):
+    tensors = load_weights(make_mixture(tmp_path, "mixtral"))
+    for name, values in tensors.items():
+        if match := re.search(r"experts\.([123])\.", name):
+            first = tensors[name.replace(match[0], "experts.0.")]
+            noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(int(match[1])))
+            values.copy_(first + size * first.std() * noise)
+    save_weights(tmp_path, tensors)
+    found = analyze_weights(opened(tmp_path))
+    for layer in range(3):
+        for role, name in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+            ffns = experts_of(tensors, layer, name)
+            for one, other in combinations(range(EXPERTS), 2):
+                expected = distance(ffns, one, other)
+                assert 1 - found.similarity[role][layer, one, other] == pytest.approx(expected, rel=1e-3, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.1.block_sparse_moe.experts.0.w2.weight", np.inf),
+        ("model.layers.2.block_sparse_moe.experts.3.w1.weight", np.nan),
+        ("model.layers.1.block_sparse_moe.gate.weight", np.nan),
+    ],
+)
+def test_numbers_that_are_not_finite_are_named(tmp_path, recwarn, name, value):
+    tensors = load_weights(make_mixture(tmp_path, "mixtral"))
+    tensors[name][2, 7] = value
+    save_weights(tmp_path, tensors)
+    with pytest.raises(CheckpointError) as error:
+        analyze_weights(opened(tmp_path))
+    assert str(error.value) == (
+        f"{name} of {tmp_path / 'model.safetensors'} holds 1 number that is infinite or NaN, at [2, 7]. Download that "
+        "file again."
+    )
+    assert not recwarn.list
+
+
+def test_numbers_too_large_to_compare_are_named(tmp_path, recwarn):
+    tensors = load_weights(make_mixture(tmp_path, "mixtral"))
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    tensors[name] *= 1e25
+    save_weights(tmp_path, tensors)
+    with pytest.raises(CheckpointError) as error:
+        analyze_weights(opened(tmp_path))
+    assert str(error.value) == (
+        f"{name} of {tmp_path / 'model.safetensors'} holds numbers that are too large to compare: float32 cannot express "
+        "the sum of their squares. Download that file again."
+    )
+    assert not recwarn.list
 
 
 def test_stacks_whose_experts_lie_in_several_shards_are_read_as_one(tmp_path):
