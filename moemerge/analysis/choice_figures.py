@@ -11,6 +11,8 @@ from moemerge.analysis.figures import Numbers
 Ints = NDArray[np.int64]
 
 _TINY: Final = float(np.finfo(np.float64).tiny)
+_ROUNDED: Final = 1e-9
+_ORDERS: Final = 64
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class LayerChoices:
         """Mean share of a token's weights that its largest, second and further ones have (choice,), without signs.
 
         Args:
-            most: how many there are; 0 stands for those that the layer does not choose.
+            most: how many there are; NaN stands for those that the layer does not choose.
         """
         sizes = -np.sort(-np.abs(self.weights), axis=1)
         shares = (sizes / np.maximum(sizes.sum(axis=1, keepdims=True), _TINY)).mean(axis=0)
-        return np.pad(shares, (0, most - len(shares)))
+        return np.pad(shares, (0, most - len(shares)), constant_values=np.nan)
 
     def together(self) -> Numbers:
         """Share of tokens that choose both of two experts (expert, expert)."""
@@ -100,15 +102,28 @@ class LayerChoices:
 
 
 def agreement(one: Ints, other: Ints) -> float:
-    """Mutual information of two layers' first choices (token,), divided by the smaller entropy; NaN if that is 0."""
-    pairs = np.zeros((int(one.max()) + 1, int(other.max()) + 1))
-    np.add.at(pairs, (one, other), 1)
-    entropies = [_entropy(pairs.sum(axis=axis)) for axis in (0, 1)]
-    shared = sum(entropies) - _entropy(pairs.flatten())
-    return shared / min(entropies) if min(entropies) > 0 else np.nan
+    """How far two layers' first choices (token,) tell each other: from 0, no more than by chance, to 1.
+
+    It is their mutual information, divided by the smaller entropy. Of few tokens, or many experts, choices that have
+    nothing to do with each other have mutual information too: its mean over some random orders of one layer's choices
+    is taken from both, and what is below 0 is 0. See "Information Theoretic Measures for Clusterings Comparison"
+    (https://jmlr.org/papers/v11/vinh10a.html), which calls it adjusted mutual information.
+
+    NaN where a layer's choices are all the same, or every order tells as much.
+    """
+    random = np.random.default_rng(0)
+    expected = float(np.mean([_mutual_information(one, random.permutation(other)) for _ in range(_ORDERS)]))
+    most = min(_entropy(np.bincount(choices)) for choices in (one, other)) - expected
+    return max(_mutual_information(one, other) - expected, 0.0) / most if most > _ROUNDED else np.nan
 
 
-def _entropy(counts: Numbers) -> float:
+def _mutual_information(one: Ints, other: Ints) -> float:
+    """Mutual information in nats of two series of numbers (token,), as if their shares were all that there is."""
+    pairs = one * (int(other.max()) + 1) + other
+    return _entropy(np.bincount(one)) + _entropy(np.bincount(other)) - _entropy(np.bincount(pairs))
+
+
+def _entropy(counts: Numbers | Ints) -> float:
     """Entropy in nats of shares that are as large as counts."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

@@ -79,18 +79,22 @@ class TextFigures:
     tokens: tuple[int, ...]
     """Number of tokens of each domain."""
     output_similarity: Numbers
-    """Mean cosine of two experts' outputs for the same token (layer, expert, expert); 0 for a token where one is 0."""
+    """Mean cosine of two experts' outputs for the same token (layer, expert, expert); 0 for a token where one is 0. A
+    token where both are 0 does not count, and NaN is where none counts."""
     output_similarity_chosen: Numbers
-    """The same over tokens that choose both (layer, expert, expert); NaN where none does."""
+    """The same over tokens that choose both (layer, expert, expert); NaN also where none does."""
     output_similarity_others: Numbers
-    """The same over tokens that choose neither (layer, expert, expert); NaN where all choose one of them."""
+    """The same over tokens that choose neither (layer, expert, expert); NaN also where all choose one of them."""
     output_norm: Numbers
     """Mean length of each expert's output over all tokens (layer, expert)."""
     ranks: NDArray[np.int64]
     """Number of tokens and experts by the rank of the expert's router logit and that of its output's length (layer,
     rank, rank); rank 0 is the largest."""
     largest_first: Numbers
-    """Share of tokens whose first expert has the longest output of all (layer,)."""
+    """Share of tokens whose first expert has the longest output of all (layer,). Where several are equally long, each
+    has its part: 1 divided by their number."""
+    chance: Numbers
+    """What `largest_first` is by chance (layer,): 1 divided by the number of experts that the layer has."""
     norm_correlation: Numbers
     """Pearson's correlation (layer,) between router score, the softmax or sigmoid of the logit, and output length over
     all tokens and experts, each less its mean over the token's experts; NaN where one does not vary."""
@@ -103,7 +107,7 @@ class TextFigures:
     """Mean weight of each expert where it is chosen (layer, expert); 0 where it is not."""
     choice_weight: Numbers
     """Mean share of a token's weights that the largest, the second and further ones have (layer, choice), without
-    signs; 0 beyond those that a layer chooses."""
+    signs; NaN beyond those that a layer chooses."""
     saliency: Numbers
     """REAP's saliency (layer, expert), each expert by itself: the mean of weight times output length over the tokens
     that choose it, 0 where none does. See https://arxiv.org/abs/2510.13999, equation 9."""
@@ -121,8 +125,10 @@ class TextFigures:
     """Share of the same tokens whose first expert is the one that is first most often among them (layer,): what is
     right without a look at the id."""
     agreement: Numbers
-    """Mutual information of the first choices of neighbouring layers with routers, divided by the smaller entropy
-    (layer - 1,): from 0, none, to 1, one tells the other; NaN where a layer's first choices are all the same."""
+    """Mutual information of the first choices of neighbouring layers with routers, divided by the smaller entropy, both
+    less what is expected of layers that have nothing to do with each other (layer - 1,): from 0, no more than by
+    chance, to 1, one tells the other; NaN where a layer's first choices are all the same. See `agreement` in
+    `moemerge.analysis.choice_figures`."""
     same_first: Numbers
     """Share of tokens whose first expert has the same number in neighbouring layers (layer - 1,)."""
     generated: Numbers | None

@@ -23,7 +23,8 @@ class LayerOutputs:
     """What was measured of the outputs of a layer's experts; the absent ones have NaN throughout."""
 
     similarity: Numbers
-    """Mean cosine of two experts' outputs (expert, expert)."""
+    """Mean cosine of two experts' outputs (expert, expert): 0 for a token where one is 0, while tokens where both are
+    do not count."""
     similarity_chosen: Numbers
     """The same over tokens that choose both."""
     similarity_others: Numbers
@@ -61,14 +62,18 @@ def measure_outputs(
                 activated = expert.activated(states)
                 near[place] += int(torch.count_nonzero(activated.abs() < _NEAR))
                 block[place] = expert.output(states, activated)
+            # Squares of what is very small or large would be 0 or infinite.
+            largest = torch.linalg.vector_norm(block, torch.inf, dim=2, keepdim=True)
+            block /= largest.clamp_min(torch.finfo(block.dtype).tiny)
             gram = torch.einsum("eth,fth->tef", block, block)
-            length = gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-            lengths[span] = length.cpu()
+            length = gram.diagonal(dim1=1, dim2=2).sqrt()
+            lengths[span] = (length * largest[:, :, 0].T).cpu()
             cosines = gram / (length[:, :, None] * length[:, None, :]).clamp_min(torch.finfo(gram.dtype).tiny)
             mine = chosen[span, list(numbers)].to(compute.device, torch.float32)
             for place, weights in enumerate((torch.ones_like(mine), mine, 1 - mine)):
                 sums[place] += (cosines * weights[:, :, None] * weights[:, None, :]).sum(dim=0).cpu()
-                counts[place] += (weights.T @ weights).cpu()
+                nothing = weights * (length == 0)
+                counts[place] += (weights.T @ weights - nothing.T @ nothing).cpu()
     similarity = [_spread(each, numbers, chosen.shape[1]) for each in (sums / counts).numpy()]
     width = experts[0].gate.shape[0]
     return LayerOutputs(
@@ -107,6 +112,16 @@ def count_ranks(scores: Numbers, lengths: Numbers) -> NDArray[np.int64]:
     ranks = np.zeros((count, count), np.int64)
     np.add.at(ranks, (by_score, by_length), 1)
     return ranks
+
+
+def longest_first(first: NDArray[np.int64], lengths: Numbers) -> float:
+    """Share of tokens whose first expert (token,) has the longest output (token, expert).
+
+    Of several that are equally long, each has its part. Experts whose length is NaN take part in nothing.
+    """
+    longest = lengths == np.nanmax(lengths, axis=1, keepdims=True)
+    mine = np.take_along_axis(longest, first[:, None], axis=1)[:, 0]
+    return float((mine / longest.sum(axis=1)).mean())
 
 
 def correlate(scores: Numbers, lengths: Numbers) -> float:

@@ -8,7 +8,7 @@ import torch
 from moemerge.analysis.choice_figures import LayerChoices, agreement
 from moemerge.analysis.figures import Numbers, TextFigures
 from moemerge.analysis.generated import generated_load
-from moemerge.analysis.output_figures import correlate, count_ranks, measure_outputs
+from moemerge.analysis.output_figures import correlate, count_ranks, longest_first, measure_outputs
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.expert_outputs import ExpertOutputs
 from moemerge.evaluation.layer_tokens import LayerTokens, run_by_layer
@@ -105,7 +105,6 @@ class _Tally:
         softmax = self._mixture.choosing.scoring == "softmax"
         scores = (tokens.logits.softmax(dim=1) if softmax else tokens.logits.sigmoid()).double().numpy()
         sums = np.nansum(choices.given * made.lengths, axis=0)
-        first = np.take_along_axis(made.lengths, choices.first[:, None], axis=1)[:, 0]
         return {
             "output_similarity": made.similarity,
             "output_similarity_chosen": made.similarity_chosen,
@@ -113,7 +112,8 @@ class _Tally:
             "output_norm": made.lengths.mean(axis=0),
             "sparsity": made.sparsity,
             "ranks": count_ranks(tokens.logits.double().numpy(), made.lengths),
-            "largest_first": float((first >= np.nanmax(made.lengths, axis=1)).mean()),
+            "largest_first": longest_first(choices.first, made.lengths),
+            "chance": 1 / len(numbers),
             "norm_correlation": correlate(scores, made.lengths),
             "saliency": sums / np.maximum(choices.chosen.sum(axis=0), 1),
             "mass_share": sums / sums.sum() if sums.any() else sums,

@@ -64,6 +64,7 @@ def text_figures(layers: int = 4, experts: int = 4, chosen: int = 2, seed: int =
         output_norm=random.uniform(2, 3, (layers, experts)),
         ranks=random.integers(100, 200, (layers, experts, experts)),
         largest_first=np.full(layers, 1 / experts),
+        chance=np.full(layers, 1 / experts),
         norm_correlation=random.uniform(-0.1, 0.1, layers),
         sparsity=random.uniform(0, 0.1, (layers, experts)),
         load=load,

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import hypergeom
 
 from moemerge.analysis.choice_figures import LayerChoices, agreement
 from moemerge.analysis.figures import TextFigures
+from moemerge.analysis.output_figures import measure_outputs
 from moemerge.analysis.text import analyze_text
 from moemerge.editing.pruning.saliency import measure_saliency
 from moemerge.errors import RefusedError
@@ -96,12 +98,18 @@ def direct_layer(watched: Watched, place: int, logits: torch.Tensor, given: Text
         "output_norm": lengths.mean(axis=0),
         "ranks": ranks,
         "largest_first": np.mean([first[t] == lengths[t].argmax() for t in range(len(ids))]),
+        "chance": 1 / EXPERTS,
         "norm_correlation": np.corrcoef(*centred)[0, 1],
         "sparsity": near,
         "load": [chosen[domain == number].mean(axis=0) for number in range(len(given.domains))],
         "weight": weighed.sum(axis=0) / np.maximum(counts, 1),
         "choice_weight": np.mean(
-            [sorted(np.pad(row.abs() / row.abs().sum(), (0, EXPERTS - len(row))), reverse=True) for row in weights],
+            [
+                np.pad(
+                    sorted(row.abs() / row.abs().sum(), reverse=True), (0, EXPERTS - len(row)), constant_values=np.nan
+                )
+                for row in weights
+            ],
             axis=0,
         ),
         "saliency": mass / np.maximum(counts, 1),
@@ -118,12 +126,26 @@ def masked_mean(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask.any(axis=0), (values * mask).sum(axis=0) / np.maximum(mask.sum(axis=0), 1), np.nan)
 
 
-def mutual_information(one: list[int], other: list[int]) -> float:
-    """That of two lists, by the smaller entropy: the definition with logarithms of quotients."""
+def adjusted_information(one: list[int], other: list[int]) -> float:
+    """Mutual information by the smaller entropy, both less what is expected of the same choices in any other order.
+
+    By the definition with logarithms of quotients; each pair's count is hypergeometric in a random order.
+    """
     of_one, of_other, pairs = Counter(one), Counter(other), Counter(zip(one, other, strict=True))
     count = len(one)
-    shared = sum(n / count * np.log(n * count / of_one[a] / of_other[b]) for (a, b), n in pairs.items())
-    return shared / min(-sum(n / count * np.log(n / count) for n in each.values()) for each in (of_one, of_other))
+
+    def information(n: float, a: int, b: int) -> float:
+        return n / count * np.log(n * count / of_one[a] / of_other[b]) if n else 0.0
+
+    shared = sum(information(n, a, b) for (a, b), n in pairs.items())
+    expected = sum(
+        hypergeom.pmf(n, count, of_one[a], of_other[b]) * information(n, a, b)
+        for a in of_one
+        for b in of_other
+        for n in range(1, min(of_one[a], of_other[b]) + 1)
+    )
+    smaller = min(-sum(n / count * np.log(n / count) for n in each.values()) for each in (of_one, of_other))
+    return max((shared - expected) / (smaller - expected), 0)
 
 
 def check_against_transformers(folder: Path) -> None:
@@ -139,13 +161,15 @@ def check_against_transformers(folder: Path) -> None:
     expected["load"] = expected["load"].transpose(1, 0, 2)
     first = expected.pop("first").tolist()
     pairs = list(pairwise(first))
-    expected["agreement"] = np.array([mutual_information(*pair) for pair in pairs])
+    # Found over some random orders, not all.
+    agreements = [adjusted_information(*pair) for pair in pairs]
+    np.testing.assert_allclose(found.agreement, agreements, atol=0.02)
     expected["same_first"] = np.array([np.equal(*pair).mean() for pair in pairs])
     expected["choice_weight"] = expected["choice_weight"][:, : mixture.experts_per_token]
     assert found.tokens == (59, 19)
     assert (found.layers, found.names) == (tuple(mixture.moe_layers), mixture.experts)
     assert {field.name for field in fields(TextFigures)} - expected.keys() == {
-        "layers", "names", "domains", "tokens", "generated",
+        "layers", "names", "domains", "tokens", "generated", "agreement",
     }  # fmt: skip
     for name, values in expected.items():
         np.testing.assert_allclose(getattr(found, name), values, rtol=1e-4, atol=2e-5, err_msg=name)
@@ -206,6 +230,47 @@ def test_equal_experts_have_equal_outputs(tmp_path):
     assert np.abs(found.output_similarity[:, 0, 1]).max() < 0.5
 
 
+def test_experts_that_are_all_equal_have_the_longest_output_by_chance(tmp_path):
+    folder = make_variant(tmp_path, "mixtral")
+    for other in range(1, EXPERTS):
+        copy_expert(folder, 0, other)
+    np.testing.assert_array_equal(analyze_text(open_mixture(folder), texts(), CPU).largest_first, 1 / EXPERTS)
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e24])
+def test_outputs_of_any_size_have_cosines(size):
+    outputs = torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(0))
+    chosen = torch.ones(50, 3)
+    one, other = (
+        measure_outputs([Given(each) for each in outputs * by], [0, 1, 2], outputs[0], chosen, CPU) for by in (1, size)
+    )
+    np.testing.assert_allclose(other.similarity, one.similarity, rtol=1e-5)
+    np.testing.assert_allclose(other.lengths, one.lengths * size, rtol=1e-5)
+
+
+def test_tokens_without_outputs_are_left_out_of_their_mean_cosine():
+    first = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
+    given = [Given(first), Given(first.clone()), Given(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]))]
+    found = measure_outputs(given, [0, 1, 2], first, torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]), CPU)
+    half = np.sqrt(0.5)
+    np.testing.assert_allclose(found.similarity, [[1, 1, half / 3], [1, 1, half / 3], [half / 3, half / 3, 1]])
+    np.testing.assert_allclose(found.similarity_chosen, [[1, 1, np.nan], [1, 1, np.nan], [np.nan, np.nan, np.nan]])
+    np.testing.assert_allclose(found.similarity_others, [[1, 1, np.nan], [1, 1, np.nan], [np.nan, np.nan, 1]])
+
+
+class Given:
+    """An expert whose outputs are given."""
+
+    def __init__(self, outputs: torch.Tensor) -> None:
+        self.gate, self._outputs = torch.ones(1, 2), outputs
+
+    def activated(self, states: torch.Tensor) -> torch.Tensor:
+        return states[:, :1]
+
+    def output(self, _states: torch.Tensor, _activated: torch.Tensor) -> torch.Tensor:
+        return self._outputs
+
+
 def test_saliency_is_that_of_pruning(tmp_path):
     mixture, given = open_mixture(make_variant(tmp_path, "glm4_moe, groups")), texts()
     found, expected = analyze_text(mixture, given, CPU), measure_saliency(mixture, given, CPU, {})
@@ -246,6 +311,7 @@ def test_an_expert_that_is_switched_off_takes_part_in_nothing(tmp_path):
     assert found.ranks.sum(axis=(1, 2)).tolist() == [3 * 78, 4 * 78]
     assert found.ranks[0, 3].sum() == found.ranks[0, :, 3].sum() == 0
     assert np.isfinite([found.norm_correlation, found.largest_first]).all()
+    np.testing.assert_array_equal(found.chance, [1 / 3, 1 / 4])
     shares = found.frequency[0, rest] / found.frequency[0].sum()
     assert found.entropy[0] == pytest.approx(-(shares * np.log(shares)).sum() / np.log(3))
 
@@ -294,9 +360,13 @@ def test_experts_that_give_nothing_have_no_mass(tmp_path):
             values.zero_()
     save_weights(folder, tensors)
     found = analyze_text(open_mixture(folder), texts(), CPU)
-    for figures in (found.output_similarity, found.output_norm, found.saliency, found.mass_share):
+    for figures in (found.output_norm, found.saliency, found.mass_share):
         assert not figures[1].any()
         assert figures[[0, 2]].any()
+    for figures in (found.output_similarity, found.output_similarity_chosen, found.output_similarity_others):
+        assert np.isnan(figures[1]).all()
+        assert np.isfinite(figures[[0, 2]]).all()
+    assert found.largest_first[1] == 1 / EXPERTS
     assert np.isnan(found.norm_correlation).tolist() == [False, True, False]
 
 
@@ -318,6 +388,20 @@ def test_ties_of_a_token_are_misses():
     # Of token 5, the others of the first two are 0 and 1, those of the third 0 and 0; of token 6, each sees the other.
     assert found.by_token() == (0, 2 / 5)
     assert choices([5, 5, 5, 5], [0, 0, 0, 1], 3).by_token() == (3 / 4, 3 / 4)
+
+
+@pytest.mark.parametrize(("experts", "tokens"), [(128, 8192), (8, 512), (64, 100)])
+def test_independent_layers_do_not_agree(experts, tokens):
+    random = np.random.default_rng(3)
+    one, other = random.integers(experts, size=(2, tokens))
+    assert agreement(one, other) == pytest.approx(0, abs=0.02)
+    assert agreement(one, random.permutation(experts)[one]) == pytest.approx(1, rel=1e-12)
+    mixed = np.where(random.random(tokens) < 0.5, one, other)
+    assert 0.2 < agreement(one, mixed) < 0.8
+
+
+def test_layers_of_which_every_order_tells_all_have_no_agreement():
+    assert np.isnan(agreement(np.arange(5), np.arange(5)))
 
 
 def test_layers_agree_where_one_tells_the_other():
