@@ -2,24 +2,25 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moemerge.analysis.beside import dense_ffns
-from moemerge.analysis.figures import Analysis
-from moemerge.analysis.text import analyze_text
+from moemerge.analysis.beside import dense_ffns, name_beside
+from moemerge.analysis.figures import Analysis, TextFigures
 from moemerge.analysis.weights import analyze_weights
 from moemerge.chats import Document
 from moemerge.errors import IncompatibleError, RefusedError
-from moemerge.evaluation.domain_texts import Texts
-from moemerge.evaluation.runnable import MixtureModel, open_mixture
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.dense import read_dense
 from moemerge.families.expert_view import Ffn
 from moemerge.families.stored_mixture import StoredMixture
-from moemerge.passes.compute_dtype import find_compute
 from moemerge.progress import Progress, Task
 from moemerge.sources.model_folder import Announce, ModelFolder, open_model
 from moemerge.sources.stored_mixtures import read_stored_mixture
+
+if TYPE_CHECKING:
+    from moemerge.evaluation.domain_texts import Texts
+    from moemerge.evaluation.runnable import MixtureModel
+    from moemerge.passes.compute_dtype import Compute
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Opened:
     request: AnalysisRequest
     stored: StoredMixture
     beside: Mapping[str, Mapping[int, Ffn]]
-    text: tuple[MixtureModel, Texts] | None
-    """The mixture to run, and its text; None without any."""
+    text: "tuple[MixtureModel, Texts, Compute] | None"
+    """The mixture to run, its text, and what it is run on and in; None without text."""
 
 
 def open_for_analysis(reference: str, request: AnalysisRequest, announce: Announce) -> Opened:
@@ -61,18 +62,34 @@ def open_for_analysis(reference: str, request: AnalysisRequest, announce: Announ
         RefusedError: it is a dense model, or what is asked for does not fit.
         IncompatibleError: it is no mixture of a kind that is read.
         CheckpointError: its files are damaged.
-        RouterError: it has no tokenizer, which text needs.
+        RouterError: it has no tokenizer, which text needs, or there is no such device.
     """
+    if request.documents:  # before weights are downloaded
+        from moemerge.passes.device import find_device
+
+        find_device(request.settings.device)
     folder = open_model(reference, announce)
     stored = _read(folder, announce, runs=bool(request.documents))
     dense = request.beside
-    beside = {Path(dense).name: dense_ffns(dense, stored, announce)} if dense else {}
-    if not request.documents:
-        return Opened(reference, request, stored, beside, None)
-    mixture = open_mixture(folder.folder)
-    settings = request.settings
+    beside = {name_beside(dense, stored): dense_ffns(dense, stored, announce)} if dense else {}
+    text = _open_text(folder, request) if request.documents else None
+    return Opened(reference, request, stored, beside, text)
+
+
+def _open_text(folder: ModelFolder, request: AnalysisRequest) -> "tuple[MixtureModel, Texts, Compute]":
+    """Open a mixture to run it over text, with the tokens of that, and see that the device and memory do."""
+    from moemerge.evaluation.domain_texts import Texts
+    from moemerge.evaluation.runnable import open_mixture
+    from moemerge.generation.loading import check_memory
+    from moemerge.passes.compute_dtype import find_compute
+    from moemerge.passes.device import free_memory
+
+    mixture, settings = open_mixture(folder.folder), request.settings
+    compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)
+    if request.generate:
+        check_memory(mixture.runnable, compute, free_memory(compute.device))
     texts = Texts.cut(mixture, request.documents, settings.tokens, settings.window, settings.roles)
-    return Opened(reference, request, stored, beside, (mixture, texts))
+    return mixture, texts, compute
 
 
 def _read(folder: ModelFolder, announce: Announce, *, runs: bool) -> StoredMixture:
@@ -97,18 +114,26 @@ def analyze(opened: Opened, progress: Progress = lambda _task, _done, _total: No
 
     Raises:
         CheckpointError: its files are damaged, or its numbers are not finite.
-        RouterError: the device or memory does not do.
+        RouterError: memory ran out.
         RefusedError: the whole model does not fit into memory; only to generate.
     """
     weights = analyze_weights(opened.stored, opened.beside, _told(progress, f"weights of {opened.reference}"))
-    text = None
-    if opened.text:
-        mixture, texts = opened.text
-        settings = opened.request.settings
-        compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)
-        text = analyze_text(mixture, texts, compute, generate=opened.request.generate, progress=progress)
+    text, notes = _analyze_text(opened, progress)
     stored = opened.stored
-    return Analysis(opened.reference, stored.family.model_type, stored.experts_per_token, weights, text)
+    return Analysis(opened.reference, stored.family.model_type, stored.experts_per_token, weights, text, notes)
+
+
+def _analyze_text(opened: Opened, progress: Progress) -> tuple[TextFigures | None, tuple[str, ...]]:
+    """The figures of text, if there is some, and notes on them."""
+    if not opened.text:
+        return None, ()
+    from moemerge.analysis.text import analyze_text
+
+    generate = opened.request.generate
+    found = analyze_text(*opened.text, generate=generate, progress=progress)
+    if generate and found.generated is None:
+        return found, (f"{opened.reference}: nothing was generated, since every text ended at once",)
+    return found, ()
 
 
 def _told(progress: Progress, name: str) -> Callable[[int, int], None]:

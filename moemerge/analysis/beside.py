@@ -1,6 +1,7 @@
 """FFNs that stand beside a mixture's experts in an analysis: its shared expert, or those of a dense model."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from moemerge.errors import CheckpointError, RefusedError
@@ -21,6 +22,18 @@ def shared_ffns(mixture: StoredMixture) -> dict[str, Mapping[int, Ffn]]:
         if len(ffn) == len(_ROLES):
             found[layer] = ffn
     return {"shared": found} if found else {}
+
+
+def name_beside(reference: str, mixture: StoredMixture) -> str:
+    """What a dense model is called beside a mixture's experts: the last part of its path or of its name on the Hub.
+
+    It has ` (beside)` after it where an expert has that name, or it would be `shared` beside a shared expert.
+    """
+    path = Path(reference)
+    name = (path.resolve() if path.name in {"", ".."} else path).name or reference
+    while name in {*mixture.names, *shared_ffns(mixture)}:
+        name += " (beside)"
+    return name
 
 
 def dense_ffns(reference: str, mixture: StoredMixture, announce: Announce) -> Mapping[int, Ffn]:

@@ -154,3 +154,5 @@ class Analysis:
     weights: WeightFigures
     text: TextFigures | None
     """None where no text was given."""
+    notes: tuple[str, ...] = ()
+    """Notes on what was not found though it was asked for, a line each."""

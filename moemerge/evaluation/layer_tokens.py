@@ -60,40 +60,38 @@ def run_by_layer(
 
 
 class _LayerChoices:
-    """Collects the choices of a layer for all windows, and hands them on together."""
+    """Collects the choices of a layer for all windows, and hands them on together.
+
+    Each window's are put in their place at once, so that none is kept beside them.
+    """
 
     def __init__(self, texts: Texts, whole: Callable[[LayerTokens], None]) -> None:
-        self._texts, self._whole = texts, whole
-        self._choices: list[Choice] = []
+        self._whole = whole
+        self._counted = [torch.tensor(window.counted) for window in texts.windows]
+        lengths = torch.tensor([int(mask.sum()) for mask in self._counted])
+        ends = lengths.cumsum(dim=0).tolist()
+        self._spans = [slice(end - length, end) for end, length in zip(ends, lengths.tolist(), strict=True)]
+        windows = zip(texts.windows, self._counted, strict=True)
+        self._ids = torch.cat([torch.tensor(window.ids)[mask] for window, mask in windows])
+        self._domain = torch.tensor(texts.domain).repeat_interleave(lengths)
+        self._parts: dict[str, torch.Tensor] = {}
+        self._added = 0
 
     def add(self, choice: Choice) -> None:
         """Add one window's choices."""
-        self._choices.append(choice)
-        if len(self._choices) < len(self._texts.windows):
-            return
-        choices, self._choices = sorted(self._choices, key=lambda one: one.window), []
-        windows = [self._texts.windows[one.window] for one in choices]
-        counted = [torch.tensor(window.counted) for window in windows]
-        domains = [
-            torch.full((int(mask.sum()),), self._texts.domain[one.window])
-            for one, mask in zip(choices, counted, strict=True)
-        ]
-        ids = [torch.tensor(window.ids)[mask] for window, mask in zip(windows, counted, strict=True)]
+        self._put("experts", choice.window, choice.experts)
+        self._put("weights", choice.window, choice.weights)
+        self._put("logits", choice.window, choice.logits)
+        self._put("states", choice.window, choice.states)
+        if choice.inputs is not choice.states:
+            self._put("inputs", choice.window, choice.inputs)
+        self._added += 1
+        if self._added == len(self._spans):
+            parts, self._parts, self._added = self._parts, {}, 0
+            self._whole(LayerTokens(choice.layer, self._ids, self._domain, **{"inputs": parts["states"], **parts}))
 
-        def together(part: Callable[[Choice], torch.Tensor]) -> torch.Tensor:
-            return torch.cat([part(one)[mask] for one, mask in zip(choices, counted, strict=True)])
-
-        states = together(lambda one: one.states)
-        same = choice.inputs is choice.states
-        self._whole(
-            LayerTokens(
-                choice.layer,
-                torch.cat(ids),
-                torch.cat(domains),
-                together(lambda one: one.experts),
-                together(lambda one: one.weights),
-                together(lambda one: one.logits),
-                states,
-                states if same else together(lambda one: one.inputs),
-            )
-        )
+    def _put(self, name: str, window: int, values: torch.Tensor) -> None:
+        """Put values of a window's tokens (token, ...) in their place, without those that do not count."""
+        if name not in self._parts:
+            self._parts[name] = values.new_empty(len(self._ids), *values.shape[1:])
+        self._parts[name][self._spans[window]] = values[self._counted[window]]

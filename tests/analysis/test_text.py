@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import weakref
 from collections import Counter
 from dataclasses import fields
 from itertools import pairwise
@@ -13,21 +16,26 @@ import pytest
 import torch
 from scipy.stats import hypergeom
 
+from moemerge.analysis.analyzer import AnalysisRequest, Opened, analyze, open_for_analysis
 from moemerge.analysis.choice_figures import LayerChoices, agreement
 from moemerge.analysis.figures import TextFigures
 from moemerge.analysis.output_figures import measure_outputs
 from moemerge.analysis.text import analyze_text
 from moemerge.editing.pruning.saliency import measure_saliency
-from moemerge.errors import RefusedError
+from moemerge.errors import RefusedError, RouterError
+from moemerge.evaluation.choices import RouterWatcher
 from moemerge.evaluation.domain_texts import Texts
+from moemerge.evaluation.layer_tokens import run_by_layer
 from moemerge.evaluation.runnable import open_mixture
+from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.family import SWITCHED_OFF
 from moemerge.passes.tokens import Window
 from tests.editing.test_saliency import CPU, Watched, copy_expert, texts
 from tests.generation.test_generation import generated
 from tests.passes.test_passes import IS_V4
+from tests.support.machine import ROOT
 from tests.support.mixtures import EXPERTS, VARIANTS, make_variant
-from tests.support.models import VOCAB, load, load_weights, save_weights
+from tests.support.models import TEXT, VOCAB, load, load_weights, save_weights
 
 pytestmark = pytest.mark.skipif(IS_V4, reason="the modules of experts are others in transformers 4")
 DEFAULT = ("mixtral", "qwen3_moe, as released", "glm4_moe, groups", "hunyuan_v1_moe, lists by layer", "gemma4_text")
@@ -350,6 +358,70 @@ def test_a_model_that_is_too_large_to_generate_is_refused_before_it_is_run(tmp_p
     with pytest.raises(RefusedError, match="of memory in float32, 1.00 kB are free on cpu"):
         analyze_text(mixture, texts(), CPU, generate=1, progress=lambda *given: told.append(given))
     assert told == []
+
+
+def opened_with_text(folder: Path, **keys: Any) -> Opened:
+    """A mixture opened with text, to run it in float32 on the CPU unless `keys` say otherwise."""
+    generate = keys.pop("generate", 0)
+    settings = EvaluationSettings(tokens=60, window=20, **{"device": "cpu", "compute_dtype": "float32", **keys})
+    request = AnalysisRequest({"one": [TEXT]}, settings, generate=generate)
+    return open_for_analysis(str(folder), request, lambda _: None)
+
+
+def test_a_device_that_is_not_there_is_refused_when_a_mixture_is_opened(tmp_path):
+    folder = make_variant(tmp_path, "mixtral")
+    with pytest.raises(RouterError, match="device 'nowhere' cannot be used here: .*. Choose --device cpu."):
+        opened_with_text(folder, device="nowhere")
+
+
+def test_a_model_too_large_to_generate_is_refused_when_it_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr("moemerge.passes.device.free_memory", lambda _device: 1000)
+    folder = make_variant(tmp_path, "mixtral")
+    assert opened_with_text(folder).text
+    with pytest.raises(RefusedError, match="of memory in float32, 1.00 kB are free on cpu"):
+        opened_with_text(folder, generate=1)
+
+
+def test_a_mixture_is_opened_without_torch_where_there_is_no_text(tmp_path):
+    folder = make_variant(tmp_path, "mixtral")
+    code = (
+        "import sys\nfrom moemerge.analysis.analyzer import AnalysisRequest, analyze, open_for_analysis\n"
+        "from moemerge.evaluation.settings import EvaluationSettings\n"
+        "opened = open_for_analysis(sys.argv[1], AnalysisRequest({}, EvaluationSettings()), print)\n"
+        "assert analyze(opened).text is None\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_note_says_that_all_texts_ended_at_once(tmp_path):
+    folder = make_variant(tmp_path, "mixtral")
+    assert analyze(opened_with_text(folder, generate=2)).notes == ()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(VOCAB))}))
+    assert analyze(opened_with_text(folder)).notes == ()
+    found = analyze(opened_with_text(folder, generate=2))
+    assert found.notes == (f"{folder}: nothing was generated, since every text ended at once",)
+
+
+def test_states_of_windows_are_not_kept_beside_those_of_the_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr("moemerge.evaluation.running._TOKENS", 1)  # each window by itself
+    watch, seen = RouterWatcher.watch, []
+
+    def watched(self: RouterWatcher, *given: Any) -> Any:
+        choices = watch(self, *given)
+        seen.extend(weakref.ref(choice.states) for choice in choices or ())
+        return choices
+
+    monkeypatch.setattr(RouterWatcher, "watch", watched)
+    kept = []
+    run_by_layer(
+        open_mixture(make_variant(tmp_path, "mixtral")),
+        texts(),
+        CPU,
+        lambda _tokens: kept.append([state() is not None for state in seen[-3:]]),
+        lambda _done, _total: None,
+    )
+    assert kept == [[False, False, True]] * 3  # the one at hand
 
 
 def test_experts_that_give_nothing_have_no_mass(tmp_path):

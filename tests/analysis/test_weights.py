@@ -14,6 +14,7 @@ from scipy.stats import kendalltau
 from transformers import AutoConfig
 
 from moemerge.analysis import matching, projection
+from moemerge.analysis.analyzer import AnalysisRequest, open_for_analysis
 from moemerge.analysis.beside import dense_ffns
 from moemerge.analysis.figures import WeightFigures
 from moemerge.analysis.matching import NOTHING, Matching, choose_matching
@@ -21,6 +22,7 @@ from moemerge.analysis.weights import analyze_weights
 from moemerge.checkpoint import derived
 from moemerge.checkpoint.joined import Joined
 from moemerge.errors import CheckpointError, RefusedError
+from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.sources.stored_mixtures import read_mixture
 from tests.passes.test_passes import IS_V4
@@ -468,6 +470,32 @@ def test_a_dense_model_stands_beside_the_experts(tmp_path):
         np.testing.assert_array_equal(found.correlation[role].shape, (3,))
         np.testing.assert_allclose(found.norms[role][:2, 4], found.norms[role][:2, 2], rtol=1e-6)
     assert found.equal == ()
+
+
+def names_beside(mixture: Path, dense: str) -> tuple[str, ...]:
+    opened = open_for_analysis(str(mixture), AnalysisRequest({}, EvaluationSettings(), dense), lambda _: None)
+    return tuple(opened.beside)
+
+
+def test_a_dense_model_has_the_name_of_its_folder(tmp_path, monkeypatch):
+    mixture, dense = make_mixture(tmp_path / "mixture", "mixtral"), make_model(tmp_path / "dense", num_hidden_layers=3)
+    (dense / "inner").mkdir()
+    for place, reference in ((dense, "."), (dense, "./"), (dense / "inner", ".."), (tmp_path, "dense/")):
+        monkeypatch.chdir(place)
+        assert names_beside(mixture, reference) == ("dense",)
+    (tmp_path / "link").symlink_to(dense)
+    assert names_beside(mixture, str(tmp_path / "link")) == ("link",)
+    assert names_beside(mixture, f"{mixture}#0") == ("mixture#0",)
+
+
+def test_a_dense_model_has_a_name_of_its_own(tmp_path):
+    mixture = opened(make_mixture(tmp_path / "mixture", "deepseek_v3"))
+    make_model(tmp_path / "shared", num_hidden_layers=3)
+    make_model(tmp_path / mixture.names[1], num_hidden_layers=3)
+    assert names_beside(tmp_path / "mixture", str(tmp_path / "shared")) == ("shared (beside)",)
+    assert names_beside(tmp_path / "mixture", str(tmp_path / mixture.names[1])) == (f"{mixture.names[1]} (beside)",)
+    make_mixture(tmp_path / "without", "mixtral")
+    assert names_beside(tmp_path / "without", str(tmp_path / "shared")) == ("shared",)
 
 
 @pytest.mark.parametrize(
