@@ -1,13 +1,14 @@
 """Analyse a mixture: its weights, and if there is text, what it does with it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moemerge.analysis.beside import dense_ffns, name_beside
 from moemerge.analysis.figures import Analysis, TextFigures
 from moemerge.analysis.weights import analyze_weights
 from moemerge.chats import Document
+from moemerge.config.schema import MergeConfig
 from moemerge.errors import IncompatibleError, RefusedError
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.dense import read_dense
@@ -49,11 +50,13 @@ class Opened:
     """The mixture to run, its text, and what it is run on and in; None without text."""
 
 
-def open_for_analysis(reference: str, request: AnalysisRequest, announce: Announce) -> Opened:
-    """Open a mixture from headers alone; weights of a Hub model are left there unless there is text to run it over.
+def open_for_analysis(references: Sequence[str], request: AnalysisRequest, announce: Announce) -> list[Opened]:
+    """Open mixtures from headers alone; weights of Hub models are left there unless there is text to run them over.
+
+    Then they are downloaded, once the headers of all models were found and read.
 
     Args:
-        reference: a folder, or a model on the Hub.
+        references: folders, or models on the Hub.
         request: what is asked for.
         announce: called with a line about each step that takes long.
 
@@ -68,34 +71,40 @@ def open_for_analysis(reference: str, request: AnalysisRequest, announce: Announ
         from moemerge.passes.device import find_device
 
         find_device(request.settings.device)
-    folder = open_model(reference, announce)
-    stored = _read(folder, announce, runs=bool(request.documents))
+    folders = [open_model(reference, announce) for reference in references]
     dense = request.beside
-    beside = {name_beside(dense, stored): dense_ffns(dense, stored, announce)} if dense else {}
-    text = _open_text(folder, request) if request.documents else None
-    return Opened(reference, request, stored, beside, text)
+    opened = []
+    for folder in folders:
+        stored = _read(folder, announce)
+        beside = {name_beside(dense, stored): dense_ffns(dense, stored, announce)} if dense else {}
+        opened.append(Opened(folder.reference, request, stored, beside, None))
+    if not request.documents:
+        return opened
+    return [_with_text(one, folder, announce) for one, folder in zip(opened, folders, strict=True)]
 
 
-def _open_text(folder: ModelFolder, request: AnalysisRequest) -> "tuple[MixtureModel, Texts, Compute]":
-    """Open a mixture to run it over text, with the tokens of that, and see that the device and memory do."""
+def _with_text(opened: Opened, folder: ModelFolder, announce: Announce) -> Opened:
+    """Download a mixture that is on the Hub, read its text, and see that the device and memory do."""
     from moemerge.evaluation.domain_texts import Texts
     from moemerge.evaluation.runnable import open_mixture
     from moemerge.generation.loading import check_memory
     from moemerge.passes.compute_dtype import find_compute
     from moemerge.passes.device import free_memory
 
-    mixture, settings = open_mixture(folder.folder), request.settings
+    request, settings = opened.request, opened.request.settings
+    stored = read_stored_mixture(folder, announce, "download")
+    mixture = open_mixture(folder.folder)
     compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)
     if request.generate:
         check_memory(mixture.runnable, compute, free_memory(compute.device))
     texts = Texts.cut(mixture, request.documents, settings.tokens, settings.window, settings.roles)
-    return mixture, texts, compute
+    return replace(opened, stored=stored, text=(mixture, texts, compute))
 
 
-def _read(folder: ModelFolder, announce: Announce, *, runs: bool) -> StoredMixture:
+def _read(folder: ModelFolder, announce: Announce) -> StoredMixture:
     """Read a mixture's tensor table, with a hint for those who name a dense model."""
     try:
-        return read_stored_mixture(folder, announce, "download" if runs else "stream")
+        return read_stored_mixture(folder, announce)
     except IncompatibleError as error:
         if isinstance(read_dense(folder.config), str):
             raise
@@ -120,7 +129,16 @@ def analyze(opened: Opened, progress: Progress = lambda _task, _done, _total: No
     weights = analyze_weights(opened.stored, opened.beside, _told(progress, f"weights of {opened.reference}"))
     text, notes = _analyze_text(opened, progress)
     stored = opened.stored
-    return Analysis(opened.reference, stored.family.model_type, stored.experts_per_token, weights, text, notes)
+    return Analysis(
+        opened.reference,
+        stored.family.model_type,
+        stored.experts_per_token,
+        stored.choosing,
+        stored.family if opened.text and _is_merge(opened.text[0].config) else None,
+        weights,
+        text,
+        notes,
+    )
 
 
 def _analyze_text(opened: Opened, progress: Progress) -> tuple[TextFigures | None, tuple[str, ...]]:
@@ -134,6 +152,11 @@ def _analyze_text(opened: Opened, progress: Progress) -> tuple[TextFigures | Non
     if generate and found.generated is None:
         return found, (f"{opened.reference}: nothing was generated, since every text ended at once",)
     return found, ()
+
+
+def _is_merge(config: MergeConfig | None) -> bool:
+    """Whether a mixture is a merge of dense models; an edit names experts of a mixture."""
+    return config is not None and not any(expert.by_layer or "#" in expert.source_model for expert in config.experts)
 
 
 def _told(progress: Progress, name: str) -> Callable[[int, int], None]:

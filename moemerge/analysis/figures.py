@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moemerge.families.choosing import Choosing
 from moemerge.families.dense import Role
+from moemerge.families.family import MoeFamily
 
 Numbers = NDArray[np.float64]
 ByRole = Mapping[Role, Numbers]
@@ -134,6 +136,8 @@ class TextFigures:
     generated: Numbers | None
     """Share of generated tokens that choose each expert (layer, expert), of all domains together; None where none were
     generated."""
+    generated_tokens: int
+    """Number of generated tokens."""
 
     @property
     def frequency(self) -> Numbers:
@@ -151,6 +155,10 @@ class Analysis:
     """The model, as it was named."""
     model_type: str
     experts_per_token: int
+    choosing: Choosing
+    """How its routers choose."""
+    merged_in: MoeFamily | None
+    """The family of a mixture that keeps the config of its merge, and could be merged otherwise; None for others."""
     weights: WeightFigures
     text: TextFigures | None
     """None where no text was given."""

@@ -22,7 +22,7 @@ _TOKENS: Final = 32
 
 def generated_load(
     mixture: MixtureModel, texts: Texts, compute: Compute, tokens: int, progress: Progress
-) -> Numbers | None:
+) -> tuple[Numbers, int]:
     """Continue the beginnings of some windows of each domain, and count the experts of the new tokens.
 
     Each new token is the most likely one. Of 4 windows of a domain, those of its first documents, the first 32 tokens
@@ -36,7 +36,8 @@ def generated_load(
         progress: called with the layers that are loaded, and then with the tokens done and all there are.
 
     Returns:
-        Share of the new tokens that choose each expert (layer, expert); None where all texts end at once.
+        Share of the new tokens that choose each expert (layer, expert), and their number, 0 where all texts end at
+        once.
 
     Raises:
         RefusedError: the whole model does not fit into memory.
@@ -64,4 +65,4 @@ def generated_load(
                 counts[place, experts[: mixture.per_token(layer)].numpy()] += 1
             made += 1
         progress(Task("text", name), tokens * (done + 1), tokens * len(numbers))
-    return counts / made if made else None
+    return counts / max(made, 1), made

@@ -13,19 +13,36 @@ source; no engine was run with these files.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.analysis.figures import TextFigures
-from moemerge.errors import OutputError, RefusedError
+from moemerge.checkpoint.copy import write_failure
+from moemerge.checkpoint.disk import drafted
+from moemerge.errors import RefusedError
 
 
 def load_counts(figures: TextFigures) -> NDArray[np.int64]:
     """Number of tokens that choose each expert (layer with a router, expert)."""
     counts: NDArray[np.int64] = np.rint(np.tensordot(np.array(figures.tokens), figures.load, 1)).astype(np.int64)
     return counts
+
+
+def check_load(path: Path) -> None:
+    """Refuse a path that no load can be written to.
+
+    Raises:
+        RefusedError: the name has an ending that no tool is known by, there is no such folder, or something is there.
+    """
+    if path.suffix not in {".json", ".npy"}:
+        raise RefusedError(f"{path}: expected a name that ends in .json, for SGLang, or in .npy, for EPLB.")
+    if not path.resolve().parent.is_dir():
+        raise RefusedError(f"{path}: there is no such folder.")
+    if os.path.lexists(path):
+        raise RefusedError(f"{path}: is there already, and is not replaced. Choose another name.")
 
 
 def write_load(path: Path, figures: TextFigures, layers: int) -> None:
@@ -37,19 +54,19 @@ def write_load(path: Path, figures: TextFigures, layers: int) -> None:
         layers: number of all decoder layers.
 
     Raises:
-        RefusedError: the name has another ending.
+        RefusedError: the name has another ending, or nothing can be written there.
         OutputError: the file cannot be written.
     """
+    check_load(path)
     counts = load_counts(figures)
-    if path.suffix not in {".json", ".npy"}:
-        raise RefusedError(f"{path}: expected a name that ends in .json, for SGLang, or in .npy, for EPLB.")
+    rows = np.zeros((layers, counts.shape[1]), np.int64)
+    rows[list(figures.layers)] = counts
+    facts = {"logical_count": rows.tolist(), "experts": figures.names, "tokens": sum(figures.tokens)}
     try:
-        if path.suffix == ".npy":
-            np.save(path, counts)
-            return
-        rows = np.zeros((layers, counts.shape[1]), np.int64)
-        rows[list(figures.layers)] = counts
-        facts = {"logical_count": rows.tolist(), "experts": figures.names, "tokens": sum(figures.tokens)}
-        path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        with drafted(path) as draft, draft.open("wb") as file:
+            if path.suffix == ".npy":
+                np.save(file, counts)
+            else:
+                file.write(f"{json.dumps(facts)}\n".encode())
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        raise write_failure(path, error) from error

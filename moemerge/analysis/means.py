@@ -58,6 +58,19 @@ def over_roles(figures: ByRole) -> Numbers:
     return stacked
 
 
+def generated_distance(text: TextFigures) -> Numbers:
+    """Total variation distance (layer,) between the load while generating and while reading, as shares of all choices.
+
+    That is the share of choices that would have to go to other experts: 0 for equal load, 1 for wholly other experts.
+    Domains count alike in both. NaN where nothing was generated.
+    """
+    if text.generated is None:
+        return np.full(len(text.layers), np.nan)
+    read, made = (load / load.sum(axis=1, keepdims=True) for load in (text.load.mean(axis=0), text.generated))
+    distances: Numbers = np.abs(read - made).sum(axis=1) / 2
+    return distances
+
+
 def series_of(analysis: Analysis) -> list[Series]:
     """All figures that are one number for each layer, or a mean over pairs of experts there."""
     return _of_weights(analysis.weights) + (_of_text(analysis.text) if analysis.text else [])
@@ -96,6 +109,7 @@ def _of_text(text: TextFigures) -> list[Series]:
         "first expert foretold by the token's id": text.by_token,
         "first expert is the layer's most frequent": text.by_majority,
         "first expert has the longest output": text.largest_first,
+        "choices that go elsewhere while generating": generated_distance(text),
         "intermediate states near 0": np.array([mean(layer) for layer in text.sparsity]),
     }
     found += [_series("Shares", name, text.layers, values) for name, values in shares.items()]

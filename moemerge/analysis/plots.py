@@ -11,6 +11,7 @@ import numpy as np
 from moemerge.analysis.figures import Analysis, Numbers, TextFigures
 from moemerge.analysis.means import series_of
 from moemerge.checkpoint.copy import write_failure
+from moemerge.checkpoint.disk import drafted
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Names of elements in SVG files are made of it instead of a random number.
-_SETTINGS: Final[dict[Any, Any]] = {"svg.hashsalt": "moemerge", "svg.fonttype": "none", "font.size": 8.0}
+_SETTINGS: Final[dict[Any, Any]] = {
+    "svg.hashsalt": "moemerge", "svg.fonttype": "none", "font.size": 8.0, "text.parse_math": False,
+}  # fmt: skip
 _INCHES: Final = 3.4
 _DPI: Final = 150
 _MOST_LABELS: Final = 16
@@ -60,7 +63,8 @@ def write_plots(folder: Path, analyses: Sequence[Analysis]) -> list[Path]:
             for name, figure in _figures(analyses):
                 for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
                     path = folder / f"{name}.{ending}"
-                    figure.savefig(path, dpi=_DPI, metadata=metadata)
+                    with drafted(path) as draft:
+                        figure.savefig(draft, dpi=_DPI, metadata=metadata, format=ending)
                     written.append(path)
     except OSError as error:
         raise write_failure(folder, error) from error
@@ -143,12 +147,14 @@ def _label(axes: "Axes", names: Sequence[str]) -> None:
 
 
 def _planes(analyses: Sequence[Analysis]) -> "Figure":
-    """Draw each FFN's gate on two principal components, in the first, middle and last layer."""
-    figure, grid = _canvas(len(analyses), 3)
-    for analysis, places in zip(analyses, grid, strict=True):
+    """Draw each FFN's gate on two principal components, in the first, middle and last layer, of few layers in each."""
+    shown = [sorted({0, (len(one.weights.layers) - 1) // 2, len(one.weights.layers) - 1}) for one in analyses]
+    figure, grid = _canvas(len(analyses), max(map(len, shown)))
+    for analysis, found, places in zip(analyses, shown, grid, strict=True):
         weights = analysis.weights
-        last = len(weights.layers) - 1
-        for place, axes in zip((0, last // 2, last), places, strict=True):
+        for axes in places[len(found) :]:
+            axes.remove()
+        for place, axes in zip(found, places, strict=False):
             for expert, (x, y) in enumerate(weights.plane["gate"][place]):
                 axes.scatter(x, y, color=f"C{expert % 10}", marker="o" if expert < weights.experts else "s", s=16)
                 if len(weights.names) <= _MOST_LABELS:

@@ -55,8 +55,8 @@ def analyze_text(
         tally.add,
         lambda done, total: progress(Task("layers", "the whole mixture"), done, total),
     )
-    generated = generated_load(mixture, texts, compute, generate, progress) if generate else None
-    return tally.found(generated)
+    load, made = generated_load(mixture, texts, compute, generate, progress) if generate else (None, 0)
+    return tally.found(load if made else None, made)
 
 
 class _Tally:
@@ -119,7 +119,7 @@ class _Tally:
             "mass_share": sums / sums.sum() if sums.any() else sums,
         }
 
-    def found(self, generated: Numbers | None) -> TextFigures:
+    def found(self, generated: Numbers | None, generated_tokens: int) -> TextFigures:
         """All figures."""
         stacked = {name: np.stack([layer[name] for layer in self._layers]) for name in self._layers[0]}
         stacked["load"] = stacked["load"].transpose(1, 0, 2)
@@ -135,5 +135,6 @@ class _Tally:
             agreement=pairs[:, 0],
             same_first=pairs[:, 1],
             generated=generated,
+            generated_tokens=generated_tokens,
             **stacked,
         )

@@ -1,6 +1,7 @@
 """How sentences on an analysis write cosines, names and layers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from math import isnan
 from typing import Final
@@ -12,6 +13,16 @@ ROUNDED: Final = 1e-7
 _MOST_NAMES: Final = 6
 
 
+@dataclass(frozen=True)
+class Advice:
+    """A finding in words."""
+
+    topic: str
+    sentence: str
+    is_notable: bool
+    """Whether there is something to do or to know; otherwise the sentence says that there is nothing, and how much."""
+
+
 def cosine(value: float) -> str:
     """Write a cosine with two decimals, and where it is nearly 1 as what is missing: `1 - 3e-05`."""
     missing = 1 - value
@@ -20,18 +31,30 @@ def cosine(value: float) -> str:
     return f"1 - {missing:.1g}" if missing > ROUNDED else "1"
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], separator: str = ", ") -> str:
     """Names in a row, of many the first few."""
     more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return separator.join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def named_layers(layers: Sequence[int]) -> str:
-    """Name layers, such as `layers 0-3, 7`."""
-    return f"layer{'' if len(layers) == 1 else 's'} {_ranges(layers)}"
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """Write ascending layers as ranges, such as `0-3, 7`."""
+    """Name ascending layers by ranges, such as `layers 0-3, 7`, of many ranges the first few."""
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda one: one[1] - one[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    ranges = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"layer{'' if len(layers) == 1 else 's'} {listed(ranges)}"
+
+
+def named_experts(names: Sequence[str], layers: Sequence[int], found: Mapping[int, Sequence[int]]) -> list[str]:
+    """Name experts with the layers that they were found in, such as `math (layers 0-3)`.
+
+    Args:
+        names: names of all experts.
+        layers: all layers.
+        found: numbers of the experts by layer.
+    """
+    named = []
+    for expert in sorted({expert for experts in found.values() for expert in experts}):
+        within = [layer for layer, experts in found.items() if expert in experts]
+        where = "all layers" if len(within) == len(layers) else named_layers(within)
+        named.append(f"{names[expert]} ({where})")
+    return named

@@ -1,6 +1,5 @@
 """`moemerge analyze`: a closer look into a mixture, or two side by side."""
 
-import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stdout, stoppable
+from moemerge.cli.console import announcer, console_session, return_freed_memory, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
 from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, ComputeIn, Device, ResultOptions, named_roles
+from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -120,10 +120,11 @@ def analyze_model(
         return_freed_memory()
         opened = _open(console, [model, *filter(None, [comparing.compare])], comparing.beside, running, messages)
         found = _analyze(console, opened, quiet=messages.quiet)
+        _print(found, as_json=messages.json)
+        # Last: what took minutes is not lost with a file.
         written = _write(found, writing, opened[0])
         for line in () if messages.quiet else (*(f"{path}: written" for path in written), *_notes(found)):
             console.print(line)
-        _print(found, as_json=messages.json)
 
 
 def _check(running: RunningOptions, writing: WritingOptions) -> None:
@@ -138,7 +139,9 @@ def _check(running: RunningOptions, writing: WritingOptions) -> None:
     by_name(running.data)
     named_roles(running.chat_roles)
     if writing.load:
-        _check_load(writing.load)
+        from moemerge.analysis.load_files import check_load
+
+        check_load(writing.load)
     if writing.html:
         from moemerge.analysis.page import PAGE
 
@@ -149,24 +152,13 @@ def _check(running: RunningOptions, writing: WritingOptions) -> None:
         check_plots(writing.plots)
 
 
-def _check_load(path: Path) -> None:
-    if path.suffix not in {".json", ".npy"}:
-        raise RefusedError(f"--load: {path}: expected a name that ends in .json, for SGLang, or in .npy, for EPLB.")
-    if not path.resolve().parent.is_dir():
-        raise RefusedError(f"--load: {path}: there is no such folder.")
-    if os.path.lexists(path):
-        raise RefusedError(f"--load: {path}: is there already, and is not replaced. Choose another name.")
-
-
 def _open(
     console: "Console", models: list[str], beside: str | None, running: RunningOptions, messages: ResultOptions
 ) -> "list[Opened]":
     """Open all models, and read the text, before the first is analysed."""
     from moemerge.analysis.analyzer import open_for_analysis
 
-    announce = announcer(console, quiet=messages.quiet)
-    request = _request(beside, running)
-    return [open_for_analysis(model, request, announce) for model in models]
+    return open_for_analysis(models, _request(beside, running), announcer(console, quiet=messages.quiet))
 
 
 def _request(beside: str | None, running: RunningOptions) -> "AnalysisRequest":
@@ -211,19 +203,20 @@ def _write(found: "list[Analysis]", writing: WritingOptions, first: "Opened") ->
 
 
 def _notes(found: "list[Analysis]") -> list[str]:
+    notes = [f"note: {note}" for analysis in found for note in analysis.notes]
     if find_spec("scipy") or any(analysis.weights.matched_neurons for analysis in found):
-        return []
-    return ["note: neurons are not matched without scipy, which pip install 'moemerge[analysis]' brings"]
+        return notes
+    return [*notes, "note: neurons are not matched without scipy, which pip install 'moemerge[analysis]' brings"]
 
 
 def _print(found: "list[Analysis]", *, as_json: bool) -> None:
     if as_json:
-        from moemerge.analysis.facts import analysis_facts, difference_facts
+        from moemerge.analysis.facts import analysis_facts, difference_facts, json_text
 
         facts = analysis_facts(found[0])
         for other in found[1:]:
             facts |= {"compared_with": analysis_facts(other), "differences": difference_facts(found[0], other)}
-        print_json(facts)
+        say(json_text(facts))
         return
     from moemerge.cli.analysis_report import print_analysis, print_differences
 

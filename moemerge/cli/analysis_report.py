@@ -60,6 +60,7 @@ def _print_map(console: Console, analysis: "Analysis") -> None:
         blocks = "".join(_block(values[np.ix_(row, column)], low, high) for column in columns)
         mean = _mean(values[row])
         told = "" if np.isnan(mean) else f"  {written(mean)}"
+        told += f", generating {_mean(text.generated.T[row]):.1%}" if text and text.generated is not None else ""
         console.print(Text(f"{name:<{width}}  ").append(blocks, style_of(number)).append(told), soft_wrap=True)
 
 

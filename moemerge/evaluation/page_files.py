@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.checkpoint.copy import write_failure
+from moemerge.checkpoint.disk import drafted
 from moemerge.errors import RefusedError
 from moemerge.evaluation.routes.palette import PALETTE, page_colour
 
@@ -51,6 +52,7 @@ class PageTemplate:
         template = files(self.package).joinpath("page.html").read_text("utf-8")
         colours = "\n".join(f".e{expert} {{ --c: {page_colour(expert)} }}" for expert in range(len(PALETTE)))
         try:
-            path.write_text(template.replace("{colours}", colours).replace(f"{{{self.shows}}}", shown), "utf-8")
+            with drafted(path) as draft:
+                draft.write_text(template.replace("{colours}", colours).replace(f"{{{self.shows}}}", shown), "utf-8")
         except OSError as error:
             raise write_failure(path, error) from error

@@ -1,6 +1,6 @@
 """The description of an output family: names of tensors, keys of `config.json`, and the facts that it can hold."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -146,14 +146,8 @@ class MoeFamily:
 
     def _refuse_dense_layers(self, mixture: Mixture) -> list[str]:
         reasons = []
-        dense, routed = mixture.dense_layers, list(mixture.moe_layers)
-        allowed = {
-            "none": not dense,
-            "prefix": dense == list(range(len(dense))),
-            "outside": routed == list(range(routed[0], routed[0] + len(routed))),
-            "any": True,
-        }
-        if not allowed[self.dense_layers]:
+        dense = mixture.dense_layers
+        if not self.leaves_dense(dense, mixture.moe_layers):
             what = {
                 "none": "all its layers hold experts",
                 "prefix": "only its first layers can stay dense",
@@ -165,6 +159,15 @@ class MoeFamily:
                 "its router has no selection bias that could switch an expert off in a layer: remove experts[].layers"
             )
         return reasons
+
+    def leaves_dense(self, dense: Sequence[int], routed: Sequence[int]) -> bool:
+        """Whether the family can hold dense layers beside those with experts; both are numbers, ascending."""
+        return {
+            "none": not dense,
+            "prefix": list(dense) == list(range(len(dense))),
+            "outside": list(routed) == list(range(routed[0], routed[0] + len(routed))),
+            "any": True,
+        }[self.dense_layers]
 
     def expert_width(self, mixture: Mixture) -> int:
         """The neurons that are stored for every expert; narrower experts are padded with zeros."""

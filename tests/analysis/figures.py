@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from moemerge.analysis.figures import Analysis, Numbers, TextFigures, WeightFigures
+from moemerge.families.choosing import Choosing
+from moemerge.families.mixtral import MIXTRAL
 
 ROLES = ("gate", "up", "down")
 
@@ -78,6 +80,7 @@ def text_figures(layers: int = 4, experts: int = 4, chosen: int = 2, seed: int =
         agreement=random.uniform(0.2, 0.4, layers - 1),
         same_first=random.uniform(0.2, 0.4, layers - 1),
         generated=None,
+        generated_tokens=0,
         choice_weight=np.tile(weights, (layers, 1)),
     )
 
@@ -86,7 +89,7 @@ def analysis_of(layers: int = 4, experts: int = 4, *, text: bool = True, seed: i
     """An analysis of a made-up mixture, two experts per token."""
     weights = weight_figures(layers, experts, seed=seed, **keys)
     figures = text_figures(layers, experts, seed=seed + 1) if text else None
-    return Analysis("tiny", "mixtral", 2, weights, figures)
+    return Analysis("tiny", "mixtral", 2, Choosing("softmax"), MIXTRAL, weights, figures)
 
 
 def with_weights(analysis: Analysis, **figures: Any) -> Analysis:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moemerge.analysis import plots
+from moemerge.analysis import analyzer, plots
 from tests.support.machine import ROOT
 from tests.support.mixtures import make_mixture
 from tests.support.models import TEXT, make_model
@@ -91,6 +91,31 @@ def test_two_models_side_by_side(analyze, tmp_path):
     assert {value for fact in same["differences"] for value in fact["differences"].values()} == {0.0}
 
 
+def test_an_analysis_is_printed_before_its_files_are_written(analyze, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "moemerge.cli.analysis._check", lambda *_: (tmp_path / "page.html.new").mkdir()
+    )  # in the place of the draft
+    code, shown, errors = analyze("one", "--html", "page.html", "-q")
+    assert (code, errors) == (1, "error: page.html: cannot be written: Is a directory.\n")
+    assert shown.startswith("one is a mixtral of 4 experts")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("option", ["--compare", "--beside"])
+def test_a_misspelt_model_is_found_before_weights_are_downloaded(analyze, monkeypatch, option):
+    read = analyzer.read_stored_mixture
+    monkeypatch.setattr(
+        analyzer,
+        "read_stored_mixture",
+        lambda folder, announce, weights="stream": (
+            read(folder, announce) if weights == "stream" else pytest.fail("too early")
+        ),
+    )
+    code, shown, errors = analyze("one", option, "./twoo", "--data", "a=a.txt", *QUICK)
+    assert (code, shown) == (1, "")
+    assert errors.startswith("error: ./twoo: ")
+
+
 def test_files_that_are_written_are_named(analyze):
     assert analyze("one", "--html", "page.html")[2].splitlines()[-1] == "page.html: written"
 
@@ -102,12 +127,12 @@ def test_files_that_are_written_are_named(analyze):
         (("one", "--load", "load.npy"), "--load: needs text to run the mixture over. Give --data NAME=PATH."),
         (
             ("one", "--data", "a=a.txt", "--load", "load.csv"),
-            "--load: load.csv: expected a name that ends in .json, for SGLang, or in .npy, for EPLB.",
+            "load.csv: expected a name that ends in .json, for SGLang, or in .npy, for EPLB.",
         ),
-        (("one", "--data", "a=a.txt", "--load", "no/load.npy"), "--load: no/load.npy: there is no such folder."),
+        (("one", "--data", "a=a.txt", "--load", "no/load.npy"), "no/load.npy: there is no such folder."),
         (
             ("one", "--data", "a=a.txt", "--load", "there.npy"),
-            "--load: there.npy: is there already, and is not replaced. Choose another name.",
+            "there.npy: is there already, and is not replaced. Choose another name.",
         ),
         (
             ("one", "--html", "there.npy"),
@@ -148,6 +173,11 @@ def test_without_scipy_a_note_says_what_is_missing(analyze, monkeypatch):
     code, _, errors = analyze("one")
     note = "note: neurons are not matched without scipy, which pip install 'moemerge[analysis]' brings\n"
     assert (code, errors[-len(note) :]) == (0, note)
+
+
+def test_notes_are_told(analyze, monkeypatch):
+    monkeypatch.setattr(analyzer, "_analyze_text", lambda *_: (None, ("nothing was generated",)))
+    assert "note: nothing was generated" in analyze("one")[2].splitlines()
 
 
 def test_plots_without_matplotlib_are_refused(analyze, monkeypatch):

@@ -87,7 +87,9 @@ def test_files_of_another_kind_are_refused(figures, tmp_path):
 
 @pytest.mark.parametrize("name", ["load.json", "load.npy"])
 def test_a_file_that_cannot_be_written_is_named(figures, tmp_path, name):
-    path = tmp_path / "absent" / name
+    path = tmp_path / name
+    (tmp_path / f"{name}.new").mkdir()  # in the place of the draft
     with pytest.raises(OutputError) as failed:
         write_load(path, figures, 3)
-    assert str(failed.value) == f"{path}: cannot be written: No such file or directory."
+    assert str(failed.value) == f"{path}: cannot be written: Is a directory."
+    assert not path.exists()

@@ -195,7 +195,7 @@ def test_a_click_on_the_load_chooses_the_layer(show):
 
 def test_domains_have_loads_of_their_own(show):
     load = np.stack([np.full((4, 4), 0.25), np.full((4, 4), 0.75)])
-    tab = show(with_text(analysis_of(), load=load, generated=np.full((4, 4), 0.6)))
+    tab = show(with_text(analysis_of(), load=load, generated=np.full((4, 4), 0.6), generated_tokens=50))
     means = []
     for number in range(1, 5):
         tab.click(f"#domain label:nth-child({number})")
@@ -262,6 +262,15 @@ def test_nothing_is_wider_than_a_phone(show):
     tab = show(analysis, replace(analysis, model="other"))
     tab.resize(400, 800, mobile=True)
     assert tab.evaluate("document.documentElement.scrollWidth") == 400
+
+
+def test_a_page_of_many_numbers_is_drawn(show):
+    """More loads than a call takes arguments."""
+    load = np.full((20, 64, 256), 0.01)
+    load[3, 5, 7] = 0.5
+    domains = tuple(f"text {number}" for number in range(20))
+    analysis = with_text(analysis_of(64, 256, neurons=1), load=load, domains=domains, tokens=(100,) * 20)
+    assert "highest expert-7, layer 6: 3.5 %" in said(show(analysis), "loads")
 
 
 def test_a_large_page_changes_its_layer_at_once(show):

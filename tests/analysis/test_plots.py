@@ -1,5 +1,6 @@
 """Plots for papers: which there are, and that the same figures make the same files."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ pytest.importorskip("matplotlib", reason="the extra plots is not installed")
 from moemerge.analysis import plots
 from moemerge.analysis.plots import check_plots, write_plots
 from moemerge.errors import OutputError, RefusedError
-from tests.analysis.figures import ROLES, analysis_of, with_weights
+from tests.analysis.figures import ROLES, analysis_of, with_text, with_weights
 
 OF_WEIGHTS = {"layers", "similarity", "matched_similarity", "router_similarity", "plane"}
 OF_TEXT = {"output_similarity", "load", "ranks"}
@@ -38,6 +39,31 @@ def test_every_figure_is_drawn_twice_the_same(tmp_path):
     svg = (tmp_path / "one" / "load.svg").read_text("utf-8")
     assert "expert-3" in svg
     assert "<dc:date>" not in svg
+
+
+@pytest.mark.usefixtures("_quick")
+def test_names_are_no_formulas(tmp_path):
+    names = ("$\\frac$", "a$b$c", "$x^2$", "d", "beside")
+    analysis = with_text(with_weights(analysis_of(), names=names), names=names[:4])
+    write_plots(tmp_path, [replace(analysis, model="$runs")])
+    svg = (tmp_path / "load.svg").read_text("utf-8")
+    assert all(f">{name}<" in svg for name in names[:4])
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize(("layers", "shown"), [(1, [1]), (2, [1, 2]), (5, [1, 3, 5])])
+def test_each_layer_is_on_a_plane_once(tmp_path, layers, shown):
+    write_plots(tmp_path, [analysis_of(layers)])
+    svg = (tmp_path / "plane.svg").read_text("utf-8")
+    assert re.findall(r">gate, layer (\d+)<", svg) == list(map(str, shown))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_plot_that_fails_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "layers.svg.new").mkdir()  # in the place of the draft
+    with pytest.raises(OutputError):
+        write_plots(tmp_path, [analysis_of()])
+    assert {path.name for path in tmp_path.iterdir()} == {"layers.png", "layers.svg.new"}
 
 
 @pytest.mark.usefixtures("_quick")

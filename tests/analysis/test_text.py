@@ -177,7 +177,7 @@ def check_against_transformers(folder: Path) -> None:
     assert found.tokens == (59, 19)
     assert (found.layers, found.names) == (tuple(mixture.moe_layers), mixture.experts)
     assert {field.name for field in fields(TextFigures)} - expected.keys() == {
-        "layers", "names", "domains", "tokens", "generated", "agreement",
+        "layers", "names", "domains", "tokens", "generated", "generated_tokens", "agreement",
     }  # fmt: skip
     for name, values in expected.items():
         np.testing.assert_allclose(getattr(found, name), values, rtol=1e-4, atol=2e-5, err_msg=name)
@@ -365,7 +365,7 @@ def opened_with_text(folder: Path, **keys: Any) -> Opened:
     generate = keys.pop("generate", 0)
     settings = EvaluationSettings(tokens=60, window=20, **{"device": "cpu", "compute_dtype": "float32", **keys})
     request = AnalysisRequest({"one": [TEXT]}, settings, generate=generate)
-    return open_for_analysis(str(folder), request, lambda _: None)
+    return open_for_analysis([str(folder)], request, lambda _: None)[0]
 
 
 def test_a_device_that_is_not_there_is_refused_when_a_mixture_is_opened(tmp_path):
@@ -387,7 +387,7 @@ def test_a_mixture_is_opened_without_torch_where_there_is_no_text(tmp_path):
     code = (
         "import sys\nfrom moemerge.analysis.analyzer import AnalysisRequest, analyze, open_for_analysis\n"
         "from moemerge.evaluation.settings import EvaluationSettings\n"
-        "opened = open_for_analysis(sys.argv[1], AnalysisRequest({}, EvaluationSettings()), print)\n"
+        "(opened,) = open_for_analysis(sys.argv[1:], AnalysisRequest({}, EvaluationSettings()), print)\n"
         "assert analyze(opened).text is None\nassert not {'torch', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -473,7 +473,7 @@ def test_a_dense_model_stands_beside_the_experts(tmp_path):
 
 
 def names_beside(mixture: Path, dense: str) -> tuple[str, ...]:
-    opened = open_for_analysis(str(mixture), AnalysisRequest({}, EvaluationSettings(), dense), lambda _: None)
+    (opened,) = open_for_analysis([str(mixture)], AnalysisRequest({}, EvaluationSettings(), dense), lambda _: None)
     return tuple(opened.beside)
 
 

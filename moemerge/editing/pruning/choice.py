@@ -120,7 +120,7 @@ def choose_kept(
     kept, members, shares, losses = {}, {}, {}, []
     for place, layer in enumerate(saliency.layers):
         equal = duplicates[layer]
-        kept[layer] = _keep(scores[place], own[place], equal, request.keep, how.groups)
+        kept[layer] = keep_best(scores[place], own[place], equal, request.keep, how.groups)
         members[layer] = _stand_for(kept[layer], equal, saliency.differences[place] if request.merge else None)
         shares[layer] = _shares(members[layer], equal, saliency.frequency[place])
         losses.append(_loss(saliency, place, kept[layer], equal))
@@ -162,6 +162,26 @@ def check_keep(keep: int, count: int, how: Choosing) -> None:
         )
 
 
+def keep_best(scores: Scores, own: Scores, equal: Groups, keep: int, groups: int) -> tuple[int, ...]:
+    """Choose the experts of a layer that are kept: the best of each run; copies of a better one come after all others.
+
+    Args:
+        scores: what experts are kept by (expert,).
+        own: what one of several with the same score, or of equal ones, is kept by (expert,).
+        equal: groups of equal experts.
+        keep: how many are kept.
+        groups: number of equal runs of experts, of which each keeps as many.
+    """
+    first = {max(group, key=lambda expert: (own[expert], -expert)) for group in equal}
+    copies = {expert for group in equal for expert in group} - first
+    size = len(scores) // groups
+    kept: list[int] = []
+    for start in range(0, len(scores), size):
+        ranked = sorted(range(start, start + size), key=lambda e: (e in copies, -scores[e], -own[e], e))
+        kept += ranked[: keep // groups]
+    return tuple(sorted(kept))
+
+
 def _scores(saliency: "Saliency", equal: Groups, by: By, place: int) -> Scores:
     """A layer's scores (expert,), as shares of their sum; those of equal experts are of all of them together."""
     found = {
@@ -176,18 +196,6 @@ def _scores(saliency: "Saliency", equal: Groups, by: By, place: int) -> Scores:
         found[members] = chosen if by == "frequency" else found[members].max()
     scores: Scores = found / max(found.sum(), _TINY)
     return scores
-
-
-def _keep(scores: Scores, own: Scores, equal: Groups, keep: int, groups: int) -> tuple[int, ...]:
-    """Keep the best of each run of experts; copies of a better one come after all others."""
-    first = {max(group, key=lambda expert: (own[expert], -expert)) for group in equal}
-    copies = {expert for group in equal for expert in group} - first
-    size = len(scores) // groups
-    kept: list[int] = []
-    for start in range(0, len(scores), size):
-        ranked = sorted(range(start, start + size), key=lambda e: (e in copies, -scores[e], -own[e], e))
-        kept += ranked[: keep // groups]
-    return tuple(sorted(kept))
 
 
 def _stand_for(
