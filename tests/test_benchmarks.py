@@ -309,6 +309,7 @@ def test_a_mixture_learns_from_texts_and_is_compared_with_its_start(tmp_path, he
     assert not any("nan" in cell for cells in found.values() for cell in cells)
 
 
+@pytest.mark.slow
 def test_sets_of_experts_are_judged_and_saved_rows_are_not_run_again(tmp_path, here):
     make_models_and_texts(tmp_path, tuned_from=0)
     (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")
@@ -341,6 +342,7 @@ def test_sets_of_experts_are_judged_and_saved_rows_are_not_run_again(tmp_path, h
     assert (tmp_path / "losses.json").read_text() == saved
 
 
+@pytest.mark.slow
 def test_published_routers_are_judged_beside_the_others(tmp_path, here):
     make_models_and_texts(tmp_path, tuned_from=0)
     (tmp_path / "prompts.yaml").write_text("fox: [The fox, The dog]\ncode: [def main, return]\n")
@@ -408,6 +410,7 @@ def test_merges_from_the_hub_and_to_it_take_what_was_planned(tmp_path):
     assert "\n".join(lines[-4:]) in (ROOT / "docs" / "hub.md").read_text()
 
 
+@pytest.mark.slow
 def test_memory_of_a_gguf_file_is_measured(tmp_path):
     heads, row = run("gguf_files.py", tmp_path, "--shape", "tiny").splitlines()
     assert heads.startswith("what ")

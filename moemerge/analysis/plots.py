@@ -66,6 +66,7 @@ def write_plots(folder: Path, analyses: Sequence[Analysis]) -> list[Path]:
                     with drafted(path) as draft:
                         figure.savefig(draft, dpi=_DPI, metadata=metadata, format=ending)
                     written.append(path)
+                    figure.set_layout_engine("none")  # the next file has the same layout, which takes half the time
     except OSError as error:
         raise write_failure(folder, error) from error
     return written

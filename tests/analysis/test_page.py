@@ -264,6 +264,7 @@ def test_nothing_is_wider_than_a_phone(show):
     assert tab.evaluate("document.documentElement.scrollWidth") == 400
 
 
+@pytest.mark.slow
 def test_a_page_of_many_numbers_is_drawn(show):
     """More loads than a call takes arguments."""
     load = np.full((20, 64, 256), 0.01)

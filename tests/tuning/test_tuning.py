@@ -1087,6 +1087,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_that_fails_ends_both(out, data, tmp_path):
     (tmp_path / "one_fails.py").write_text(ONE_FAILS)
     files = contents(out)
