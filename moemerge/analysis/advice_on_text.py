@@ -12,6 +12,7 @@ from moemerge.analysis.wording import NEAR, ROUNDED, Advice, cosine, listed, nam
 # Each is where a sentence says something else; the numbers stand in the sentence, for readers who would draw the line
 # elsewhere.
 _SMALL_CHOICE: Final = 0.5  # of what each choice would have if all had the same
+_FEWEST_TOKENS: Final = 256  # of fewer, hardly an id occurs again
 _FOLLOWS: Final = 0.2  # of the way from chance to certainty, and as a correlation
 _KNOWN: Final = 0.9
 _LITTLE: Final = 0.2  # of what experts differ by in the middle of all layers
@@ -102,14 +103,20 @@ def advise_on_token_ids(_analysis: Analysis, text: TextFigures) -> Advice | None
     by_token, by_majority = text.by_token, text.by_majority
     if np.isnan(by_token).all():
         return None
+    if sum(text.tokens) < _FEWEST_TOKENS:
+        sentence = (
+            f"Whether the router only reads tokens takes more text: {_FEWEST_TOKENS} tokens, {sum(text.tokens)} here."
+        )
+        return Advice("tokens or context", sentence, is_notable=False)
     reads = np.flatnonzero((by_token >= _KNOWN) & (by_token - by_majority >= _FOLLOWS))
     if not len(reads):
-        told = f"for {mean(by_token):.1%} of tokens their id tells the first expert, for {mean(by_majority):.1%} the "
+        told = f"of tokens whose id occurs again, it tells the first expert of {mean(by_token):.1%}, and for "
+        told += f"{mean(by_majority):.1%} the "
         sentence = f"The router reads more than the token: {told}layer's most frequent expert is right."
         return Advice("tokens or context", sentence, is_notable=False)
     layers = named_layers([text.layers[place] for place in reads])
     where = "In all layers" if len(reads) == len(by_token) else f"In {layers}"
-    told = f"the id alone tells the first expert of {mean(by_token[reads]):.1%} of tokens"
+    told = f"the id alone tells the first expert of {mean(by_token[reads]):.1%} of tokens whose id occurs again"
     rest = f"the layer's most frequent expert that of {mean(by_majority[reads]):.1%}"
     return Advice("tokens or context", f"{where} the router only reads tokens: {told}, {rest}.", is_notable=True)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moemerge.analysis.advice import advise
 from moemerge.analysis.figures import Analysis, Numbers, TextFigures, WeightFigures
-from moemerge.analysis.means import series_of
+from moemerge.analysis.means import mean, series_of
 
 _AXES: Final = {"layers", "names", "experts", "domains"}
 _DIGITS: Final = 9
@@ -44,24 +44,20 @@ def analysis_facts(analysis: Analysis) -> dict[str, Any]:
 
 
 def difference_facts(one: Analysis, other: Analysis) -> list[dict[str, Any]]:
-    """Give what both analyses found of each layer: means over layers, and how much higher the second one's values are.
+    """Give what both analyses found of the layers that both have: means, and how much higher the second's values are.
 
-    Differences are by the number of the layer, of layers that both have.
+    Differences are by the number of the layer.
     """
     others = {(series.group, series.name): series for series in series_of(other)}
     return [
         {
             "group": series.group,
             "name": series.name,
-            "means": plain([series.mean, found.mean]),
-            "differences": {
-                str(layer): plain(found.values[layer] - value)
-                for layer, value in series.values.items()
-                if layer in found.values
-            },
+            "means": plain([mean(np.array(values, np.float64)) for values in zip(*both.values(), strict=True)]),
+            "differences": {str(layer): plain(second - first) for layer, (first, second) in both.items()},
         }
         for series in series_of(one)
-        if (found := others.get((series.group, series.name)))
+        if (found := others.get((series.group, series.name))) and (both := series.shared(found))
     ]
 
 

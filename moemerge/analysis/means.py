@@ -18,10 +18,9 @@ class Series:
     values: Mapping[int, float]
     """Values by the number of the layer; layers without one are left out."""
 
-    @property
-    def mean(self) -> float:
-        """The mean over layers; NaN where there are none."""
-        return mean(np.array(list(self.values.values()), np.float64))
+    def shared(self, other: "Series") -> dict[int, tuple[float, float]]:
+        """Its values beside another's, by the number of the layer, of layers that both have."""
+        return {layer: (value, other.values[layer]) for layer, value in self.values.items() if layer in other.values}
 
 
 def mean(numbers: Numbers) -> float:

@@ -24,11 +24,11 @@ class Advice:
 
 
 def cosine(value: float) -> str:
-    """Write a cosine with two decimals, and where it is nearly 1 as what is missing: `1 - 3e-05`."""
+    """Write a cosine with two decimals, and where it is nearly 1 as what is missing: `1 - 3.2e-05`."""
     missing = 1 - value
     if isnan(value) or missing > NEAR:
-        return f"{value:.2f}"
-    return f"1 - {missing:.1g}" if missing > ROUNDED else "1"
+        return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
+    return f"1 - {missing:.2g}" if missing > ROUNDED else "1"
 
 
 def listed(names: Sequence[str], separator: str = ", ") -> str:

@@ -1,6 +1,7 @@
 """What `moemerge analyze` prints: a few sentences and a small map of a mixture, and how two differ."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moemerge.analysis.advice import advise, describe
-from moemerge.analysis.means import Series, mean_of_others, over_roles, series_of
+from moemerge.analysis.means import mean_of_others, over_roles, series_of
 from moemerge.analysis.wording import cosine
 from moemerge.cli.tables import Table
 from moemerge.evaluation.routes.palette import style_of
@@ -89,33 +90,33 @@ def _mean(values: "Numbers") -> float:
 
 
 def print_differences(console: Console, one: "Analysis", other: "Analysis") -> None:
-    """Print a table of both models' means over layers, and the layers in which they differ most."""
-    console.print(f"\nMeans over layers, of {one.model} and of {other.model}, and the second's differences by layer:")
-    table = Table("", "first", "second", "difference", "lowest", "highest")
+    """Print a table of both models' means over the layers that both have, and the layers in which they differ most."""
+    console.print(f"\nMeans over the layers that both have, and how much higher {other.model} is than {one.model}:")
+    names = [Path(analysis.model).name for analysis in (one, other)]
+    table = Table("", *(names if names[0] != names[1] else ("first", "second")), "difference", "lowest", "highest")
     others = {(series.group, series.name): series for series in series_of(other)}
     group = ""
     for series in series_of(one):
         found = others.get((series.group, series.name))
-        if not found or not series.values or not found.values:
+        if not found or not (both := series.shared(found)):
             continue
         if series.group != group:
             group = series.group
             table.add_row(group, *[""] * 5)
-        difference = found.mean - series.mean
-        cells = (_value(series.mean), _value(found.mean), f"{difference:+.2g}", *_extremes(series, found))
-        table.add_row(f"  {series.name}", *cells)
+        table.add_row(f"  {series.name}", *_compared(both))
     console.print(table)
 
 
-def _extremes(one: Series, other: Series) -> tuple[str, str]:
-    """The lowest and the highest difference of the layers that both have, with the layer."""
-    by_layer = {layer: other.values[layer] - value for layer, value in one.values.items() if layer in other.values}
-    if not by_layer:
-        return "", ""
-    low, high = min(by_layer, key=by_layer.__getitem__), max(by_layer, key=by_layer.__getitem__)
-    return f"{by_layer[low]:+.2g} in layer {low}", f"{by_layer[high]:+.2g} in layer {high}"
-
-
-def _value(value: float) -> str:
-    """A mean with four decimals, and what it lacks of 1 where that is less than a hundredth."""
-    return cosine(value) if 0 <= 1 - value < _NEAR else f"{value:.4f}"
+def _compared(both: Mapping[int, tuple[float, float]]) -> Iterator[str]:
+    """Write the means of two models' values by layer, their difference, and the layers in which they differ most."""
+    ours, theirs = (sum(values) / len(both) for values in zip(*both.values(), strict=True))
+    # What both lack of 1, where that is less than a hundredth.
+    written = cosine if all(0 <= 1 - value < _NEAR for value in (ours, theirs)) else "{:.4f}".format
+    yield from (written(ours), written(theirs))
+    by_layer = {layer: second - first for layer, (first, second) in both.items()}
+    if not any(by_layer.values()):
+        yield from ("equal", "", "")
+        return
+    yield f"{theirs - ours:+.2g}"
+    for layer in (min(by_layer, key=by_layer.__getitem__), max(by_layer, key=by_layer.__getitem__)):
+        yield f"{by_layer[layer]:+.2g} in layer {layer}"

@@ -103,15 +103,18 @@ def print_added(console: Console, report: "Sequence[AddedReport]") -> None:
 
 def _rows(plan: EditPlan) -> Iterator[tuple[str, str, str]]:
     """Name, origin and router rows of each expert of the result."""
-    for (name, origin), slot in zip(plan.origins_of_experts, plan.slots, strict=True):
-        yield name, origin, _router(plan, slot)
+    experts = zip(plan.origins_of_experts, plan.slots, plan.config.experts, strict=True)
+    for (name, origin), slot, expert in experts:
+        yield name, origin, _router(plan, slot, has_text=expert.is_described)
 
 
-def _router(plan: EditPlan, slot: Slot) -> str:
+def _router(plan: EditPlan, slot: Slot, *, has_text: bool) -> str:
     if plan.config.gate_mode != "auto":
         return f"made anew, {plan.config.gate_mode}"
     if plan.config.router.fitted:
         return "fitted to text by prune"
     if isinstance(slot, Kept):
         return "kept"
-    return "its own, moved, or fitted beside the others'" if isinstance(slot, Foreign) else "fitted beside the others'"
+    if isinstance(slot, Foreign):
+        return "its own, moved, or fitted beside the others'"
+    return "fitted beside the others'" if has_text else "made from its weights"

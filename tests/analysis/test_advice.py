@@ -278,7 +278,7 @@ def test_layers_in_which_experts_hardly_differ_could_be_dense():
     assert merge not in sentence("dense layers", replace(analysis, merged_in=None), notable=True)
 
 
-@pytest.mark.parametrize("values", [(0.999, 0.998, 0.9985, 0.9988), (0.9, 0.2, 0.2, 0.2)])
+@pytest.mark.parametrize("values", [(0.999, 0.998, 0.9984, 0.9988), (0.9, 0.2, 0.2, 0.2)])
 def test_no_layer_could_be_dense(values):
     """Where all differ little, none is different; where one differs less than others, it still may differ much."""
     analysis = with_text(analysis_of(), output_similarity=np.array(values)[:, None, None] * np.ones((4, 4, 4)))
@@ -358,8 +358,8 @@ def test_a_router_that_only_reads_tokens():
         analysis_of(), by_token=np.array([0.95, 0.97, 0.5, np.nan]), by_majority=np.array([0.3, 0.4, 0.3, np.nan])
     )
     assert sentence("tokens or context", analysis, notable=True) == (
-        "In layers 1-2 the router only reads tokens: the id alone tells the first expert of 96.0% of tokens, the "
-        "layer's most frequent expert that of 35.0%."
+        "In layers 1-2 the router only reads tokens: the id alone tells the first expert of 96.0% of tokens whose "
+        "id occurs again, the layer's most frequent expert that of 35.0%."
     )
 
 
@@ -368,8 +368,14 @@ def test_a_router_that_reads_more_than_tokens(by_token, by_majority):
     """Neither where ids tell little, nor where one expert takes nearly everything."""
     analysis = with_text(analysis_of(), by_token=np.full(4, by_token), by_majority=np.full(4, by_majority))
     assert sentence("tokens or context", analysis, notable=False) == (
-        f"The router reads more than the token: for {by_token:.1%} of tokens their id tells the first expert, for "
-        f"{by_majority:.1%} the layer's most frequent expert is right."
+        f"The router reads more than the token: of tokens whose id occurs again, it tells the first expert of "
+        f"{by_token:.1%}, and for {by_majority:.1%} the layer's most frequent expert is right."
+    )
+
+
+def test_little_text_says_nothing_of_what_the_router_reads():
+    assert sentence("tokens or context", with_text(analysis_of(), tokens=(20, 30)), notable=False) == (
+        "Whether the router only reads tokens takes more text: 256 tokens, 50 here."
     )
 
 

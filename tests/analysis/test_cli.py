@@ -82,7 +82,7 @@ def test_two_models_side_by_side(analyze, tmp_path):
     code, shown, _ = analyze("one", "--compare", "two", "--html", "page.html", "-q")
     assert code == 0
     assert "\ntwo is a mixtral of 4 experts" in shown
-    assert "Means over layers, of one and of two, and the second's differences by layer:" in shown
+    assert "Means over the layers that both have, and how much higher two is than one:" in shown
     facts = json.loads(analyze("one", "--compare", "two", "--json", "-q")[1])
     other = json.loads(analyze("two", "--json", "-q")[1])
     assert facts["compared_with"] == other

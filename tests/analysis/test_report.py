@@ -171,13 +171,13 @@ def test_models_are_compared_layer_by_layer():
     assert facts["entropy of the load"] == {
         "group": "The choice",
         "name": "entropy of the load",
-        "means": plain([0.65, 2 / 3]),
+        "means": plain([0.6, 2 / 3]),
         "differences": {"1": -0.1, "2": 0.3, "3": 0.0},
     }
     lines = printed(print_differences, one, other)
-    assert lines[1] == "Means over layers, of tiny and of tuned, and the second's differences by layer:"
+    assert lines[1] == "Means over the layers that both have, and how much higher tuned is than tiny:"
     (line,) = [line for line in lines if line.startswith("  entropy of the load")]
-    cells = "0.6500  0.6667  +0.017      -0.1 in layer 1  +0.3 in layer 2"
+    cells = "0.6000  0.6667  +0.067      -0.1 in layer 1  +0.3 in layer 2"
     assert line.split() == ["entropy", "of", "the", "load", *cells.split()]
 
 

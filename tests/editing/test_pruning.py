@@ -387,7 +387,7 @@ def test_each_group_of_a_grouped_router_keeps_as_many():
 @pytest.mark.parametrize(
     ("keep", "how", "message"),
     [
-        (4, SOFTMAX, "--keep: 4 of 4 experts: expected 2 to 3. `moemerge densify` makes one model of all."),
+        (4, SOFTMAX, "--keep: 4 of 4 experts: expected 2 to 3."),
         (
             3,
             Choosing("sigmoid", groups=2, best_of_group=2),
@@ -486,7 +486,7 @@ def test_refusals_come_before_torch_is_imported(tmp_path):
     folder, out = grouped(tmp_path / "mixture"), tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    too_many = "error: --keep: 8 of 8 experts: expected 2 to 7. `moemerge densify` makes one model of all."
+    too_many = "error: --keep: 8 of 8 experts: expected 2 to 7."
     refused = {
         ("--keep", 8): too_many,
         ("--keep", 8, "--dry-run"): too_many,

@@ -149,7 +149,8 @@ def check_keep(keep: int, count: int, how: Choosing) -> None:
     groups, best = how.groups, how.best_of_group
     if not MIN_EXPERTS <= keep < count:
         expected = f"expected {MIN_EXPERTS} to {count - 1}" if count > MIN_EXPERTS else "there is nothing to prune"
-        raise RefusedError(f"--keep: {keep} of {count} experts: {expected}. `moemerge densify` makes one model of all.")
+        hint = " `moemerge densify` makes one model of all." if keep < MIN_EXPERTS or count == MIN_EXPERTS else ""
+        raise RefusedError(f"--keep: {keep} of {count} experts: {expected}.{hint}")
     if keep % groups:
         raise RefusedError(
             f"--keep: its routers choose among {groups} groups of experts of one size, which {keep} do not fill; "
