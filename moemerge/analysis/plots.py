@@ -107,13 +107,14 @@ def _lines(analyses: Sequence[Analysis]) -> "Figure":
     figure, (places,) = _canvas(1, len(groups))
     for group, axes in zip(groups, places, strict=True):
         for analysis, style in zip(analyses, ("-", "--"), strict=False):
-            lines = [series for series in series_of(analysis) if series.group == group]
+            lines = [series for series in series_of(analysis) if series.group == group and series.values]
             for place, series in enumerate(lines):
                 label = _title(analysis, series.name, analyses)
                 points = list(series.values), list(series.values.values())
                 axes.plot(*points, style, color=f"C{place}", label=label, marker=".", markersize=3)
         axes.set(title=group, xlabel="layer")
-        axes.legend(fontsize=6)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.28))  # below the data
     return figure
 
 
@@ -186,5 +187,6 @@ def _ranks(analyses: Sequence[Analysis], texts: Sequence[TextFigures]) -> "Figur
         shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
         shown = axes.imshow(shares, cmap="viridis", vmin=0, extent=(first, last, last, first))
         axes.set(title=_title(analysis, "all layers", analyses), xlabel="rank of output length", ylabel="rank of score")
+        axes.locator_params(integer=True)
         figure.colorbar(shown, ax=axes, label="share")
     return figure
