@@ -12,8 +12,8 @@ from moemerge.analysis.figures import Analysis
 from moemerge.analysis.page import PAGE, write_page
 from moemerge.errors import RefusedError
 from tests.analysis.figures import ROLES, analysis_of, with_text, with_weights
-from tests.evaluation.test_routes_page import HOSTILE, Elements, content, contrast, style
-from tests.support.browser import CHROMIUM, browser
+from tests.evaluation.test_routes_page import HOSTILE, Elements, contrast
+from tests.support.pages import content, opened_tab, shown, style  # noqa: F401  a fixture
 
 
 def data_of(tmp_path, *analyses: Analysis) -> list[dict]:
@@ -111,30 +111,11 @@ def test_only_such_a_page_is_replaced(tmp_path):
     )
 
 
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH to show the page in")
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
 @pytest.fixture
 def show(tab, tmp_path):
-    """Opens a page in a light, wide window; afterwards nothing may have been complained of or asked for."""
-
-    def opened(*analyses: Analysis):
-        write_page(tmp_path / "page.html", analyses)
-        tab.resize(1280, 900)
-        tab.scheme("light")
-        tab.open(tmp_path / "page.html")
-        return tab
-
-    tab.events.clear()
-    yield opened
-    tab.evaluate("new Promise(requestAnimationFrame)")
-    assert tab.complaints() == []
-    assert tab.requests() == [(tmp_path / "page.html").as_uri()]
+    path = tmp_path / "page.html"
+    with shown(tab, path, lambda *analyses: write_page(path, analyses)) as opened:
+        yield opened
 
 
 def said(tab, section: str, panel: int = 1) -> str:

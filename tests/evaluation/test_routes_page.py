@@ -9,7 +9,7 @@ import pytest
 
 from moemerge.evaluation.routes.page import write_page
 from moemerge.evaluation.routes.traced import Routes, TracedText
-from tests.support.browser import CHROMIUM, browser
+from tests.support.pages import content, opened_tab, shown, style  # noqa: F401  a fixture
 
 HOSTILE = (
     "<b>",
@@ -131,38 +131,11 @@ def test_the_page_names_nothing_outside_itself(tmp_path):
     assert not re.search(r"https?:|//[a-z]|\bsrc\s*=|\bhref\s*=|@import|url\(|fetch\(|XMLHttp|WebSocket", page)
 
 
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH to show the page in")
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
 @pytest.fixture
 def show(tab, tmp_path):
-    """Opens a page of routes in a light, wide window; afterwards nothing may have been complained of or asked for."""
-
-    def opened(routes: Routes):
-        write_page(tmp_path / "page.html", routes)
-        tab.resize(1280, 900)
-        tab.scheme("light")
-        tab.open(tmp_path / "page.html")
-        return tab
-
-    tab.events.clear()
-    yield opened
-    tab.evaluate("new Promise(requestAnimationFrame)")
-    assert tab.complaints() == []
-    assert tab.requests() == [(tmp_path / "page.html").as_uri()]
-
-
-def style(tab, selector: str, name: str) -> str:
-    return tab.evaluate(f"getComputedStyle(document.querySelector({json.dumps(selector)})).{name}")
-
-
-def content(tab, selector: str) -> str:
-    return tab.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
+    path = tmp_path / "page.html"
+    with shown(tab, path, lambda routes: write_page(path, routes)) as opened:
+        yield opened
 
 
 def rgb(colour: str) -> list[float]:
