@@ -2,25 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 from moemerge.errors import CheckpointError, RefusedError
-from moemerge.families.dense import ModelTensors, Role, read_dense
+from moemerge.families.dense import ROLES, ModelTensors, read_dense
 from moemerge.families.expert_view import Ffn
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.sources.model_folder import Announce, open_model, read_tensor_tables
 
-_ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
-
 
 def shared_ffns(mixture: StoredMixture) -> dict[str, Mapping[int, Ffn]]:
     """The shared expert's FFNs by layer, as they are stored, under the name `shared`; nothing for a mixture without."""
-    found = {}
-    for layer in mixture.moe_layers:
-        parts = {role: mixture.shared_projection(layer, role) for role in _ROLES}
-        ffn = {role: part for role, part in parts.items() if part is not None}
-        if len(ffn) == len(_ROLES):
-            found[layer] = ffn
+    found = {layer: ffn for layer in mixture.moe_layers if (ffn := mixture.shared_ffn(layer))}
     return {"shared": found} if found else {}
 
 
@@ -68,6 +60,6 @@ def dense_ffns(reference: str, mixture: StoredMixture, announce: Announce) -> Ma
     tensors = ModelTensors(model, table)
     routed = mixture.moe_layers[: len(mixture.moe_layers) - further]
     try:
-        return {layer: {role: tensors.projection(layer, role) for role in _ROLES} for layer in routed}
+        return {layer: {role: tensors.projection(layer, role) for role in ROLES} for layer in routed}
     except KeyError as error:
         raise CheckpointError(f"{reference}: has no tensor {error}. Download it again.") from error

@@ -16,11 +16,10 @@ from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.editing.pruning.similarity import Similarity, beside_projections, relative_distances
 from moemerge.errors import CheckpointError
-from moemerge.families.dense import Role
+from moemerge.families.dense import ROLES, Role
 from moemerge.families.expert_view import Ffn
 from moemerge.families.stored_mixture import StoredMixture
 
-_ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 # Neurons on the plane: of each FFN, and of all in a layer.
 _SHOWN: Final = 32
 _SHOWN_OF_ALL: Final = 512
@@ -74,7 +73,7 @@ class _Analysis:
         )
         shapes |= {"norms": (count,), "plane": (count, 2)}
         self._found: dict[_Kind, dict[Role, Numbers]] = {
-            kind: {role: np.full((len(layers), *shape), np.nan) for role in _ROLES} for kind, shape in shapes.items()
+            kind: {role: np.full((len(layers), *shape), np.nan) for role in ROLES} for kind, shape in shapes.items()
         }
         shown = min(_SHOWN, max(2, _SHOWN_OF_ALL // count), width, *widths)
         self._neuron_plane = np.full((len(layers), count, shown, 2), np.nan)
@@ -90,7 +89,7 @@ class _Analysis:
             raise CheckpointError(f"{first_not_finite([mixture.router(layer)])}. Download that file again.")
         self._router_similarity[place], self._router_norms[place] = cosines_of(rows), np.linalg.norm(rows, axis=1)
         apart, squares = np.zeros((experts, experts)), np.zeros(experts)
-        for role in _ROLES:
+        for role in ROLES:
             sums = self._read_projection(place, role, pool)
             apart += sums.apart[:experts, :experts]
             squares += sums.squares[:experts]

@@ -15,7 +15,7 @@ from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.numbers import is_rounded
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import CONFIG_DTYPES, DType
-from moemerge.families.dense import DenseModel, ModelTensors, Role
+from moemerge.families.dense import ROLES, DenseModel, ModelTensors, Role
 from moemerge.sources.lora_sum import read_adapted
 from moemerge.sources.model_folder import ModelFolder
 
@@ -24,7 +24,6 @@ STRANGER: Final = 0.3
 _FAR: Final = 10
 _LAYERS: Final = 4
 _ROWS: Final = 4
-_ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def measure_distances(
     our_rows, their_rows = ({place: known[block] for place, block in blocks.items()} for blocks in (ours, theirs))
     found = {
         name: _distance(
-            {layer: [(our_rows[layer, role], their_rows[name, layer, role]) for role in _ROLES] for layer in layers}
+            {layer: [(our_rows[layer, role], their_rows[name, layer, role]) for role in ROLES] for layer in layers}
         )
         for name, layers in chosen.items()
     }
@@ -199,14 +198,14 @@ def _spread(layers: Sequence[int]) -> list[int]:
 
 def _changed_by_adapters(model: ModelTensors, layers: Sequence[int]) -> Sequence[int]:
     """The layers in which an expert's adapters add something; all layers if it has none."""
-    changed = [layer for layer in layers if any(derivation(model.projection(layer, role)) for role in _ROLES)]
+    changed = [layer for layer in layers if any(derivation(model.projection(layer, role)) for role in ROLES)]
     return changed or layers
 
 
 def _places(chosen: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, Role]]:
     for name, layers in chosen.items():
         for layer in layers:
-            for role in _ROLES:
+            for role in ROLES:
                 yield name, layer, role
 
 

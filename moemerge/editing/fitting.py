@@ -11,13 +11,12 @@ from moemerge.compatibility.distances import STRANGER
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.editing.slots import Added, Foreign, Kept, Slot
 from moemerge.errors import IncompatibleError
-from moemerge.families.dense import DenseModel, ModelTensors, Role
+from moemerge.families.dense import ROLES, DenseModel, ModelTensors
 from moemerge.families.expert_view import dense_view
 from moemerge.families.family import ROUTER_SCALE
 from moemerge.families.stored_mixture import StoredMixture
 
 _ROWS: Final = 4
-_ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 
 
 def misfits(slot: Slot, mixture: StoredMixture) -> Iterator[str]:
@@ -33,7 +32,7 @@ def _dense_misfits(slot: Added, mixture: StoredMixture) -> Iterator[str]:
     if dense.sizes["hidden"] != mixture.hidden:
         yield f"its hidden_size is {dense.sizes['hidden']}, the mixture's {mixture.hidden}"
         return
-    if dense.layers != (layers := _layers(mixture)):
+    if dense.layers != (layers := mixture.layers):
         yield f"it has {dense.layers} layers, the mixture {layers}"
         return
     if dense.hidden_act != (act := _activation(mixture.config)):
@@ -75,8 +74,8 @@ def _foreign_misfits(slot: Foreign, mixture: StoredMixture) -> Iterator[str]:
     if other.hidden != mixture.hidden:
         yield f"its mixture's hidden_size is {other.hidden}, this one's {mixture.hidden}"
         return
-    if _layers(other) != _layers(mixture):
-        yield f"its mixture has {_layers(other)} layers, this one {_layers(mixture)}"
+    if other.layers != mixture.layers:
+        yield f"its mixture has {other.layers} layers, this one {mixture.layers}"
         return
     ours, theirs = _activation(mixture.config), _activation(other.config)
     if ours != theirs:
@@ -139,7 +138,7 @@ def _distance(slot: Slot, mixture: StoredMixture) -> float:
     """`|new - old| / |old|` over some rows of an expert and of the mixture's first, in the middle layer."""
     layer = mixture.moe_layers[len(mixture.moe_layers) // 2]
     squares = np.zeros(2)
-    for role in _ROLES:
+    for role in ROLES:
         ours, theirs = mixture.projection(layer, 0, role), slot.projection(mixture, layer, role)
         if ours.dtype not in CONFIG_DTYPES:  # quantised
             return 0.0
@@ -154,10 +153,6 @@ def _sibling(mixture: StoredMixture) -> DenseModel | None:
         return dense_view(mixture, 0).model
     except IncompatibleError:
         return None
-
-
-def _layers(mixture: StoredMixture) -> int:
-    return int(mixture.config["num_hidden_layers"])
 
 
 def _activation(config: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import joined
 from moemerge.errors import IncompatibleError
-from moemerge.families.dense import DenseModel, Role
+from moemerge.families.dense import ROLES, DenseModel, Role
 from moemerge.families.dense_sibling import dense_sibling
 from moemerge.families.family import ROUTER_SCALE, Extra, Names, separate
 from moemerge.families.layer_names import in_layer, layer_prefix
@@ -21,7 +21,6 @@ Chosen = int | Literal["shared"]
 """An expert's number, or its shared expert."""
 Ffn = Mapping[Role, TensorInfo]
 """The projections of an FFN: (width, hidden), and (hidden, width) for `down`."""
-_ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def dense_view(mixture: StoredMixture, expert: Chosen) -> DenseView:
 
 def routed_layers(mixture: StoredMixture) -> list[int]:
     """Numbers of the layers with experts, without those that predict further tokens."""
-    return [layer for layer in mixture.moe_layers if layer < _layers(mixture)]
+    return [layer for layer in mixture.moe_layers if layer < mixture.layers]
 
 
 def dense_with(mixture: StoredMixture, ffns: Mapping[int, Ffn], name: str, notes: Sequence[str] = ()) -> DenseView:
@@ -78,7 +77,7 @@ def dense_with(mixture: StoredMixture, ffns: Mapping[int, Ffn], name: str, notes
         IncompatibleError: see `dense_view`.
         CheckpointError: see `dense_view`.
     """
-    every = {layer: ffns[layer] if layer in ffns else _dense_ffn(mixture, layer) for layer in range(_layers(mixture))}
+    every = {layer: ffns[layer] if layer in ffns else _dense_ffn(mixture, layer) for layer in range(mixture.layers)}
     widths = {layer: ffn["down"].shape[-1] for layer, ffn in every.items() if ffn}
     width = next((widths[layer] for layer in ffns), 0)
     if odd := [f"layer {layer} is dense, with {found} neurons" for layer, found in widths.items() if found != width]:
@@ -106,10 +105,6 @@ def _refusal(name: str, problems: list[str]) -> IncompatibleError:
     return IncompatibleError(f"There is no dense model that computes like {name} of this mixture:", problems)
 
 
-def _layers(mixture: StoredMixture) -> int:
-    return int(mixture.config["num_hidden_layers"])
-
-
 def expert_ffn(mixture: StoredMixture, layer: int, expert: int) -> Ffn:
     """The FFN of one expert in a layer, with the factor that the mixture multiplies it by.
 
@@ -122,7 +117,7 @@ def expert_ffn(mixture: StoredMixture, layer: int, expert: int) -> Ffn:
         raise _refusal(name, [f"it has experts 0 to {mixture.experts - 1}"])
     if expert in mixture.switched_off(layer):
         raise _refusal(name, [f"it is switched off in layer {layer}, which has no FFN of it"])
-    ffn = {role: mixture.projection(layer, expert, role) for role in _ROLES}
+    ffn = {role: mixture.projection(layer, expert, role) for role in ROLES}
     return ffn | {"down": scaled(ffn["down"], mixture.choosing.scale)}
 
 
@@ -133,9 +128,8 @@ def shared_ffn(mixture: StoredMixture, layer: int) -> Ffn | None:
         IncompatibleError: the mixture weighs it anew for each token, or averages it with the others.
         CheckpointError: its values cannot be read.
     """
-    parts = {role: mixture.shared_projection(layer, role) for role in _ROLES}
-    found = {role: part for role, part in parts.items() if part is not None}
-    if len(found) < len(_ROLES) or _is_zero(found["down"]):
+    found = mixture.shared_ffn(layer)
+    if found is None or _is_zero(found["down"]):
         return None
     return found | {"down": scaled(found["down"], _shared_factor(mixture, layer))}
 
@@ -186,7 +180,7 @@ def _idle_extras(mixture: StoredMixture) -> frozenset[str]:
             return bool(np.allclose(values, extra.value, rtol=2**-8, atol=0))
         return extra.source in held and bool(np.array_equal(values, read_values(held[extra.source])))
 
-    layers = [mixture.layer(layer) for layer in range(_layers(mixture))]
+    layers = [mixture.layer(layer) for layer in range(mixture.layers)]
     return frozenset(extra.name for extra in mixture.family.extras if all(does_nothing(extra, held) for held in layers))
 
 
@@ -265,7 +259,7 @@ def _stored_ffn(model: DenseModel, prefix: str, ffn: Ffn) -> dict[str, list[Tens
 
 def _further(mixture: StoredMixture) -> Iterator[str]:
     """Name layers that a dense model does not have."""
-    further = max(mixture.moe_layers) - _layers(mixture) + 1
+    further = max(mixture.moe_layers) - mixture.layers + 1
     if further > 0:
         yield f"{further} layers that predict further tokens are left out"
 

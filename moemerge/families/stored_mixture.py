@@ -12,7 +12,7 @@ import numpy as np
 from moemerge.checkpoint.derived import read_values
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.families.choosing import Choosing, choosing
-from moemerge.families.dense import Role
+from moemerge.families.dense import ROLES, Role
 from moemerge.families.family import SWITCHED_OFF, MoeFamily, Names
 from moemerge.families.layer_names import in_layer, layer_prefix
 
@@ -52,6 +52,11 @@ class StoredMixture:
         named = [*map(re.escape, sorted(modules)), rf"{re.escape(self.family.router)}$"]
         held = re.compile(rf"(^|\.)({'|'.join(named)})")
         return tuple(name for name in self.tensors if in_layer(name) is None and held.search(name))
+
+    @property
+    def layers(self) -> int:
+        """Number of its layers, without those that predict further tokens."""
+        return int(self.config["num_hidden_layers"])
 
     @property
     def experts(self) -> int:
@@ -160,6 +165,12 @@ class StoredMixture:
             if role in roles and name in self._layers[layer]:
                 return _part(self._layers[layer][name], roles.index(role), len(roles))
         return None
+
+    def shared_ffn(self, layer: int) -> dict[Role, TensorInfo] | None:
+        """All projections of a layer's shared expert, as they are stored; None if the layer has none."""
+        parts = {role: self.shared_projection(layer, role) for role in ROLES}
+        found = {role: part for role, part in parts.items() if part is not None}
+        return found if len(found) == len(ROLES) else None
 
     @cached_property
     def _layers(self) -> dict[int, dict[str, TensorInfo]]:

@@ -3,16 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.derived import blocks_of, read_values
+from moemerge.families.dense import ROLES
 from moemerge.families.stored_mixture import StoredMixture
-
-if TYPE_CHECKING:
-    from moemerge.families.dense import Role
 
 # Fine-tunes of one base are nearer to each other than rounding may suggest, so that only other pairs tell what is near.
 _NEAR: Final = 0.1
@@ -82,8 +80,7 @@ def _distances(mixture: StoredMixture, layer: int, equal: NDArray[np.bool_]) -> 
     """Distances in a layer; `equal` (expert, expert) is cleared where two experts differ."""
     count = mixture.experts
     gram, squares = np.zeros((count, count)), np.zeros(count)
-    roles: tuple[Role, ...] = ("gate", "up", "down")
-    for role in roles:
+    for role in ROLES:
         for blocks in blocks_of([mixture.projection(layer, expert, role) for expert in range(count)]):
             clear_unequal(equal, blocks)
             # In float64: what is left of two nearly equal experts after the mean is taken away is small.

@@ -3,6 +3,7 @@
 from moemerge.families.dense.family import (
     FULL,
     NON_LLAMA_FACTS,
+    ROLES,
     ROPES,
     SLIDING,
     Axes,
@@ -19,6 +20,7 @@ __all__ = [
     "DENSE_FAMILIES",
     "FULL",
     "NON_LLAMA_FACTS",
+    "ROLES",
     "ROPES",
     "SLIDING",
     "Axes",

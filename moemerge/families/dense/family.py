@@ -7,6 +7,8 @@ from typing import Any, Final, Literal
 Axes = tuple[str, ...]
 """Axes of a tensor by name; `DenseModel.sizes` has their lengths."""
 Role = Literal["gate", "up", "down"]
+ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
+"""The projections of an FFN."""
 Config = Mapping[str, Any]
 
 FULL: Final = "full_attention"
