@@ -4,7 +4,7 @@ MoemergeError                  exit code 1: something failed
 ├── CheckpointError            a model file is damaged or is not what it says
 │   └── TooLargeError          a number in it is infinite in the output's dtype
 ├── SourceError                a model cannot be reached: no network, no access
-│   └── NoSuchModelError       a name leads to no model
+│   └── NoSuchModelError       exit code 2: a name leads to no model
 ├── OutputError                the target cannot be written: disk full
 │   └── BusyError              another process is writing it
 ├── RouterError                router weights cannot be computed
@@ -53,6 +53,8 @@ class SourceError(MoemergeError):
 
 class NoSuchModelError(SourceError):
     """A name leads to no model: there is none, or it is something else."""
+
+    exit_code = 2
 
 
 class OutputError(MoemergeError):

@@ -19,8 +19,10 @@ from moemerge.analysis.advice_on_text import (
     advise_on_token_ids,
 )
 from moemerge.analysis.advice_on_weights import (
+    BESIDE,
     advise_on_depth,
     advise_on_equal_experts,
+    advise_on_ffns_beside,
     advise_on_router_rows,
     mean_similarity,
 )
@@ -36,14 +38,14 @@ _OF_TEXT: Final[tuple[Callable[[Analysis, TextFigures], Advice | None], ...]] = 
     advise_on_idle_experts, advise_on_busy_experts, advise_on_long_outputs, advise_on_generating,
 )  # fmt: skip
 _ORDER: Final = (
-    "equal experts", "experts to spare", "idle experts", "super experts", "long outputs", "dense layers",
+    BESIDE, "equal experts", "experts to spare", "idle experts", "super experts", "long outputs", "dense layers",
     "experts per token", "generating", "tokens or context", "output lengths", "depth", "router rows",
 )  # fmt: skip
 
 
 def advise(analysis: Analysis) -> tuple[Advice, ...]:
     """Say what an analysis found: what is notable first, in an order of what is most use."""
-    found = [advice for topic in _OF_WEIGHTS if (advice := topic(analysis))]
+    found = [*advise_on_ffns_beside(analysis), *(advice for topic in _OF_WEIGHTS if (advice := topic(analysis)))]
     if analysis.text:
         found += [advice for topic in _OF_TEXT if (advice := topic(analysis, analysis.text))]
     order = {name: place for place, name in enumerate(_ORDER)}

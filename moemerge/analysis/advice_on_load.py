@@ -58,7 +58,7 @@ def _unsaid(text: TextFigures, missing: tuple[int, ...]) -> str:
     if not missing:
         return ""
     names = listed([text.names[expert] for expert in missing])
-    return f" That says nothing of {names}, whose text was not given."
+    return f" That says nothing of {len(missing)} of {len(text.names)} experts, whose text was not given: {names}."
 
 
 def advise_on_idle_experts(_analysis: Analysis, text: TextFigures) -> Advice:
@@ -95,7 +95,10 @@ def advise_on_busy_experts(_analysis: Analysis, text: TextFigures) -> Advice:
     begin = f"Nearly all tokens choose {listed(named)}"
     if missing:
         names = listed([text.names[expert] for expert in missing])
-        sentence = f"{begin}; {most}. Whether that is the work of a shared expert, text of {names} would say."
+        rest = (
+            f"{len(missing)} of {len(text.names)} experts had no text of theirs. Give it, to see whether all tokens do"
+        )
+        sentence = f"{begin}; {most}. {rest}: {names}."
         return Advice("super experts", sentence, is_notable=False)
     work = "which does the work of a shared expert" if len(named) == 1 else "which do the work of shared experts"
     return Advice("super experts", f"{begin}, {work}; {most}.", is_notable=True)

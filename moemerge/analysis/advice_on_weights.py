@@ -5,11 +5,14 @@ from typing import Final
 
 import numpy as np
 
-from moemerge.analysis.figures import Analysis
+from moemerge.analysis.beside import SHARED
+from moemerge.analysis.figures import Analysis, Numbers, WeightFigures
 from moemerge.analysis.means import mean, over_roles, pair_means
 from moemerge.analysis.sparing import keep_without_copies
 from moemerge.analysis.wording import Advice, cosine, listed
 
+BESIDE: Final = "beside"
+"""The topic of what is said of FFNs that stand beside the experts."""
 _GOES_WITH: Final = 0.3
 _BEYOND_CHANCE: Final = 2.0  # standard deviations of the correlation of unrelated numbers
 _THIRDS: Final = 3
@@ -48,6 +51,40 @@ def advise_on_equal_experts(analysis: Analysis) -> Advice | None:
     value = f"{cosine(float(means[one, other]))}, of all pairs {cosine(mean_similarity(analysis))}"
     pair = f"{weights.names[one]} and {weights.names[other]}"
     return Advice("equal experts", f"No experts are copies: the most alike are {pair}, with {value}.", is_notable=False)
+
+
+def advise_on_ffns_beside(analysis: Analysis) -> list[Advice]:
+    """Say of the shared expert, and of each dense model beside, which expert it is most like, or a copy of."""
+    numbers = range(analysis.weights.experts, len(analysis.weights.names))
+    return [advice for number in numbers if (advice := _advise_on_ffn(analysis.weights, number))]
+
+
+def _advise_on_ffn(weights: WeightFigures, number: int) -> Advice | None:
+    name = weights.names[number]
+    name = "The shared expert" if name == SHARED else name
+    if copied := [weights.names[expert] for expert, beside in weights.equal_beside if beside == number]:
+        there = [layer for layer, norm in zip(weights.layers, weights.norms["up"][:, number], strict=True) if norm >= 0]
+        equal = f"their matrices are equal in {len(there)} of {len(weights.layers)} layers, number for number"
+        return Advice(BESIDE, f"{name} is a copy of {listed(copied, ' = ')}: {equal}.", is_notable=True)
+    cosines = _with_experts(over_roles(weights.similarity), weights, number)
+    if other_width := bool(np.isnan(cosines).all()):
+        cosines = _with_experts(over_roles(weights.mean_similarity), weights, number)
+    if np.isnan(cosines).all():
+        return None
+    overall = cosine(mean(cosines))
+    if near := [expert for expert, beside in weights.nearly_equal_beside if beside == number]:
+        told = listed([f"{weights.names[expert]} ({cosine(cosines[expert])})" for expert in near])
+        sentence = f"{name} is nearly equal to {told}, by cosine; its mean with all experts is {overall}."
+        return Advice(BESIDE, sentence, is_notable=True)
+    nearest = int(np.nanargmax(cosines))
+    most = f"{weights.names[nearest]}: a mean cosine of {cosine(cosines[nearest])}, with all experts {overall}"
+    how = "has another width than the experts; by the means over neurons, it" if other_width else ""
+    return Advice(BESIDE, f"{name} {how}{' ' if how else ''}is most like {most}.", is_notable=False)
+
+
+def _with_experts(matrices: Numbers, weights: WeightFigures, number: int) -> Numbers:
+    """Means over layers of an FFN's figures with each expert (expert,), from those of pairs (layer, FFN, FFN)."""
+    return np.array([mean(matrices[:, expert, number]) for expert in range(weights.experts)])
 
 
 def advise_on_router_rows(analysis: Analysis) -> Advice | None:

@@ -62,10 +62,10 @@ def open_for_analysis(references: Sequence[str], request: AnalysisRequest, annou
 
     Raises:
         SourceError: there is no such model.
-        RefusedError: it is a dense model, or what is asked for does not fit.
+        RefusedError: it is a dense model, or what is asked for does not fit, or there is no such device.
         IncompatibleError: it is no mixture of a kind that is read.
         CheckpointError: its files are damaged.
-        RouterError: it has no tokenizer, which text needs, or there is no such device.
+        RouterError: it has no tokenizer, which text needs.
     """
     if request.documents:  # before weights are downloaded
         from moemerge.passes.device import find_device

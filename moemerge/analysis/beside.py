@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.families.dense import ROLES, ModelTensors, read_dense
@@ -9,21 +10,24 @@ from moemerge.families.expert_view import Ffn
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.sources.model_folder import Announce, open_model, read_tensor_tables
 
+SHARED: Final = "shared"
+"""The name of the shared expert beside the others."""
+
 
 def shared_ffns(mixture: StoredMixture) -> dict[str, Mapping[int, Ffn]]:
     """The shared expert's FFNs by layer, as they are stored, under the name `shared`; nothing for a mixture without."""
     found = {layer: ffn for layer in mixture.moe_layers if (ffn := mixture.shared_ffn(layer))}
-    return {"shared": found} if found else {}
+    return {SHARED: found} if found else {}
 
 
 def name_beside(reference: str, mixture: StoredMixture) -> str:
     """What a dense model is called beside a mixture's experts: the last part of its path or of its name on the Hub.
 
-    It has ` (beside)` after it where an expert has that name, or it would be `shared` beside a shared expert.
+    It has ` (beside)` after it where an expert has that name, or it would be `shared`, as a shared expert is.
     """
     path = Path(reference)
     name = (path.resolve() if path.name in {"", ".."} else path).name or reference
-    while name in {*mixture.names, *shared_ffns(mixture)}:
+    while name in {*mixture.names, SHARED}:
         name += " (beside)"
     return name
 

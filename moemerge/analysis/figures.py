@@ -62,6 +62,11 @@ class WeightFigures:
     """Groups of experts that are equal in all layers."""
     nearly_equal: tuple[tuple[int, int], ...]
     """Pairs of experts that are not equal, but at most a tenth as far apart as the pair in the middle."""
+    equal_beside: tuple[tuple[int, int], ...]
+    """Pairs of an expert and an FFN beside, by their places in `names`, whose matrices are equal in all layers that
+    have both."""
+    nearly_equal_beside: tuple[tuple[int, int], ...]
+    """Pairs of an expert and an FFN beside that are not equal, but as near as two experts that are `nearly_equal`."""
 
 
 @dataclass(frozen=True)

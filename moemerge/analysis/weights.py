@@ -79,7 +79,9 @@ class _Analysis:
         self._neuron_plane = np.full((len(layers), count, shown, 2), np.nan)
         square = (len(layers), mixture.experts, mixture.experts)
         self._router_similarity, self._router_norms = np.zeros(square), np.zeros(square[:2])
-        self._distances, self._equal = np.zeros(square), np.ones(square, bool)
+        # Of FFNs of one shape.
+        self._distances = np.full((len(layers), count, count), np.nan)
+        self._equal = np.zeros((len(layers), count, count), bool)
 
     def read_layer(self, place: int, pool: Executor) -> None:
         """Read all FFNs of a layer and its router."""
@@ -88,16 +90,31 @@ class _Analysis:
         if not np.isfinite(rows).all():
             raise CheckpointError(f"{first_not_finite([mixture.router(layer)])}. Download that file again.")
         self._router_similarity[place], self._router_norms[place] = cosines_of(rows), np.linalg.norm(rows, axis=1)
-        apart, squares = np.zeros((experts, experts)), np.zeros(experts)
+        members = [
+            *range(experts),
+            *(
+                number
+                for number, ffns in enumerate(self._beside.values(), experts)
+                if self._is_like_experts(ffns, layer)
+            ),
+        ]
+        apart, squares = np.zeros((len(members), len(members))), np.zeros(len(members))
+        equal = np.ones((len(members), len(members)), bool)
         for role in ROLES:
             sums = self._read_projection(place, role, pool)
-            apart += sums.apart[:experts, :experts]
-            squares += sums.squares[:experts]
-            self._equal[place] &= sums.equal[:experts, :experts]
+            apart += sums.apart
+            squares += sums.squares
+            equal &= sums.equal
         for values in beside_projections(mixture, layer):
-            self._equal[place] &= np.array([[np.array_equal(one, other) for other in values] for one in values])
+            equal[:experts, :experts] &= [[np.array_equal(one, other) for other in values] for one in values]
+        pairs = np.ix_(members, members)
+        self._equal[place][pairs] = equal
         # Products less half the squared lengths of both vectors, which distances do not depend on.
-        self._distances[place] = relative_distances(-apart / 2, squares)
+        self._distances[place][pairs] = relative_distances(-apart / 2, squares)
+
+    def _is_like_experts(self, ffns: Mapping[int, Ffn], layer: int) -> bool:
+        """Whether an FFN beside the experts is there in a layer, and as wide as they are."""
+        return layer in ffns and ffns[layer]["up"].shape[0] == self._mixture.expert_width
 
     def _read_projection(self, place: int, role: Role, pool: Executor) -> Sums:
         """Fill in the figures of one projection; gives the sums of the experts, and of what has their shape."""
@@ -155,7 +172,9 @@ class _Analysis:
         """All figures."""
         mixture, pairs = self._mixture, np.triu_indices(self._mixture.experts, 1)
         layers, found = mixture.moe_layers, self._found
-        similarity = Similarity(layers, self._distances, self._equal)
+        experts = mixture.experts
+        similarity = Similarity(layers, self._distances[:, :experts, :experts], self._equal[:, :experts, :experts])
+        equal, nearly_equal = self._found_beside(similarity.near)
         correlated = {
             role: np.array(
                 [
@@ -175,7 +194,22 @@ class _Analysis:
             neuron_plane=self._neuron_plane,
             equal=similarity.groups_everywhere,
             nearly_equal=similarity.nearly_equal,
+            equal_beside=equal,
+            nearly_equal_beside=nearly_equal,
         )  # fmt: skip
+
+    def _found_beside(self, near: float) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+        """Pairs of an expert and an FFN beside that are equal, and those that are at most so far apart."""
+        equal, nearly_equal = [], []
+        for number in range(self._mixture.experts, len(self._names)):
+            for expert in range(self._mixture.experts):
+                distances = self._distances[:, expert, number]
+                if (both := ~np.isnan(distances)).any():
+                    if self._equal[both, expert, number].all():
+                        equal.append((expert, number))
+                    elif distances[both].mean() <= near:
+                        nearly_equal.append((expert, number))
+        return tuple(equal), tuple(nearly_equal)
 
 
 def _matched(scores: Scores, count: int, every: bool, pool: Executor) -> tuple[Numbers, Numbers]:

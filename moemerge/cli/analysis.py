@@ -1,6 +1,6 @@
 """`moemerge analyze`: a closer look into a mixture, or two side by side."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -133,9 +133,8 @@ def _check(running: RunningOptions, writing: WritingOptions) -> None:
     Raises:
         RefusedError: says what is expected.
     """
-    for option, given in (("--generate", running.generate), ("--load", writing.load)):
-        if given and not running.data:
-            raise RefusedError(f"{option}: needs text to run the mixture over. Give --data NAME=PATH.")
+    if not running.data and (given := [*_given(running), *(["--load"] if writing.load else [])]):
+        raise RefusedError(f"{given[0]}: needs text to run the mixture over. Give --data NAME=PATH.")
     by_name(running.data)
     named_roles(running.chat_roles)
     if writing.load:
@@ -150,6 +149,12 @@ def _check(running: RunningOptions, writing: WritingOptions) -> None:
         from moemerge.analysis.plots import check_plots
 
         check_plots(writing.plots)
+
+
+def _given(options: RunningOptions) -> list[str]:
+    """Options that are given, and say something else than they do by default."""
+    other, default = asdict(options), asdict(RunningOptions())
+    return [f"--{name.replace('_', '-')}" for name, value in other.items() if value != default[name]]
 
 
 def _open(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moemerge.analysis.advice import advise, describe
+from moemerge.analysis.advice_on_weights import BESIDE
 from moemerge.analysis.means import mean_of_others, over_roles, series_of
 from moemerge.analysis.wording import cosine
 from moemerge.cli.tables import Table
@@ -27,12 +28,13 @@ _NEAR: Final = 0.01
 
 
 def print_analysis(console: Console, analysis: "Analysis", *, begins: bool = True) -> None:
-    """Print five sentences on a mixture, what is notable first, and a map of its layers and experts."""
+    """Print five sentences on a mixture, what is notable first, one on each FFN beside, and a map of the experts."""
     if not begins:
         console.print()
     console.print(describe(analysis))
-    advice = advise(analysis)
-    for one in advice[: _SENTENCES - 1]:
+    found = advise(analysis)
+    beside, advice = ([one for one in found if (one.topic == BESIDE) == is_beside] for is_beside in (True, False))
+    for one in (*beside, *advice[: _SENTENCES - 1]):
         console.print(one.sentence)
     if (rest := len(advice) - (_SENTENCES - 1)) > 0:
         console.print(f"({rest} more sentence{'' if rest == 1 else 's'} with --json or --html.)")

@@ -171,6 +171,12 @@ def stdout() -> "Console":
     return _console(width=None if sys.stdout.isatty() else 160)
 
 
+def end_dry_run(target: object, *, quiet: bool, json: bool) -> None:
+    """Print the last line of a dry run, unless only results are to be printed."""
+    if not (quiet or json):
+        say(f"{target}: nothing was written, since this was a dry run.")
+
+
 def print_json(value: Any) -> None:
     """Print a result as JSON, for programs."""
     import json

@@ -11,7 +11,7 @@ import typer
 
 from moemerge.checkpoint.disk import shown_bytes as size
 from moemerge.checkpoint.in_place import commit, recover, undo, undoable_bytes
-from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
+from moemerge.cli.console import announcer, console_session, end_dry_run, print_json, stdout, stoppable
 from moemerge.cli.edit_options import EditOutputOptions, ExpertOptions, InPlaceOptions, RunningOptions
 from moemerge.cli.gguf_output import is_gguf
 from moemerge.cli.grouping import grouped
@@ -232,6 +232,7 @@ def _carry_out(console: "Console", config: "MergeConfig", out: Path | None, run:
         if out:
             check_model(plan, out, overwrite=run.output.overwrite)
         print_or_dump_edit(plan, changed, json=messages.json)
+        end_dry_run(out or plan.folder.reference, quiet=messages.quiet, json=messages.json)
         return
     facts = edit_facts(plan, changed) if messages.json else {}  # of the files as they are before the edit
     options = EditOptions(

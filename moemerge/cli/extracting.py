@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moemerge.checkpoint.disk import shown_bytes as size
-from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
+from moemerge.cli.console import announcer, console_session, end_dry_run, print_json, stdout, stoppable
 from moemerge.cli.edit_options import EditOutputOptions
 from moemerge.cli.grouping import grouped
 from moemerge.cli.options import CacheDir, ResultOptions
@@ -88,7 +88,9 @@ def carry_out(
         print_json(dense_facts(plan) | dict(facts) | ({} if output.dry_run else {"out": str(out)}))
     elif output.dry_run or not messages.quiet:
         print_dense(stdout(), plan)
-        if not output.dry_run:
+        if output.dry_run:
+            end_dry_run(out, quiet=messages.quiet, json=messages.json)
+        else:
             say(f"{out}: done, {size(plan.output_bytes)} in {clock(time.monotonic() - start)}")
 
 

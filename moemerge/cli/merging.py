@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stoppable
+from moemerge.cli.console import announcer, console_session, end_dry_run, print_json, return_freed_memory, stoppable
 from moemerge.cli.editing import write_from_config
 from moemerge.cli.gguf_output import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.grouping import grouped
@@ -116,6 +116,7 @@ def carry_out(
     plan = plan_from(console, request, plan_options, quiet=quiet, approve=approve)
     if output.dry_run:
         print_or_dump_plan(plan, json=messages.json)
+        end_dry_run(out, quiet=quiet, json=messages.json)
         return
     options = replace(options, licence=planned_push.licence)
     report = _merge(console, plan, out, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)

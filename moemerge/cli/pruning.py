@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import typer
 
 from moemerge.checkpoint.disk import shown_bytes as size
-from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
+from moemerge.cli.console import announcer, console_session, end_dry_run, print_json, stdout, stoppable
 from moemerge.cli.edit_options import EditOutputOptions
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
@@ -136,7 +136,9 @@ def prune_mixture(
             print_pruning(stdout(), found, losses)
         for note in () if messages.quiet else found.pruning.notes:
             console.print(f"note: {note}", style="yellow")
-        if not (output.dry_run or messages.json or messages.quiet):
+        if output.dry_run:
+            end_dry_run(out, quiet=messages.quiet, json=messages.json)
+        elif not (messages.json or messages.quiet):
             from moemerge.cli.progress import clock
 
             say(f"{out}: done, {size(plan.output_bytes)} in {clock(time.monotonic() - start)}")

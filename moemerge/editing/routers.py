@@ -71,8 +71,8 @@ class RowMaker:
         """Compute the rows; returns the routers by name.
 
         Raises:
-            RefusedError: the rows were fitted by `moemerge prune`.
-            RouterError: the mixture's tokenizer, or the device, cannot be used.
+            RefusedError: the rows were fitted by `moemerge prune`, or there is no such device.
+            RouterError: the mixture's tokenizer cannot be used.
             CheckpointError: the mixture's numbers are not finite.
         """
         if self._plan.config.router.fitted:

@@ -40,9 +40,9 @@ def evaluate(
     Raises:
         SourceError: there is no such model.
         IncompatibleError: the model is no mixture that moemerge reads.
-        RefusedError: there are no such files, or a domain's name is nearly that of an expert.
+        RefusedError: there are no such files or device, or a domain's name is nearly that of an expert.
         CheckpointError: files of the merged model are damaged, or its numbers are not finite.
-        RouterError: the device or the tokenizer cannot be used.
+        RouterError: the tokenizer cannot be used.
     """
     (found,), _ = compare([folder], data, settings, progress=progress, announce=announce)
     return found

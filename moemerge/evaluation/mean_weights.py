@@ -40,7 +40,8 @@ class MeasuredMixture:
         Raises:
             IncompatibleError: it is no mixture of a family that moemerge reads.
             CheckpointError: its files are damaged, or its numbers are not finite.
-            RouterError: the device or the tokenizer cannot be used.
+            RefusedError: there is no such device.
+            RouterError: the tokenizer cannot be used.
         """
         mixture = open_mixture(folder)
         compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)

@@ -49,9 +49,9 @@ def importance_of(
     Raises:
         SourceError: there is no such model or GGUF file.
         IncompatibleError: the model is no mixture that moemerge reads.
-        RefusedError: there are no such files, or nothing says what text to read.
+        RefusedError: there are no such files or device, or nothing says what text to read.
         CheckpointError: files are damaged, or the model's numbers are not finite.
-        RouterError: the device or the tokenizer cannot be used.
+        RouterError: the tokenizer cannot be used.
     """
     model, mixture = read_contents(gguf), open_mixture(folder)
     notes: list[str] = []

@@ -61,9 +61,9 @@ def open_generator(
     Raises:
         SourceError: there is no such model.
         IncompatibleError: it is of no family that moemerge knows.
-        RefusedError: it does not fit into memory.
+        RefusedError: it does not fit into memory, or there is no such device.
         CheckpointError: its files are damaged.
-        RouterError: the device or the tokenizer cannot be used.
+        RouterError: the tokenizer cannot be used.
     """
     folder = replace(open_merged(model), reference=str(model))
     from moemerge.generation.generator import load_generator  # imports torch and transformers

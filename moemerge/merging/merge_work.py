@@ -53,8 +53,7 @@ class Work:
         Raises:
             RefusedError: bitsandbytes is not installed, or the output's tokenizer would not give the base's ids; or the
                 shared weights have to be chosen by weights that are left on the Hub; or there are no router inputs to
-                keep.
-            RouterError: there is no such device.
+                keep; or there is no such device.
         """
         check_base_bits(options.base_bits)
         if options.kept_states:

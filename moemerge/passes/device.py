@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from moemerge.errors import RouterError
+from moemerge.errors import RefusedError, RouterError
 
 # https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html
 _GROUPS: Final = Path("/sys/fs/cgroup")
@@ -17,7 +17,7 @@ def find_device(name: str) -> torch.device:
     """Find the device of this name, or the best one for `auto`.
 
     Raises:
-        RouterError: there is no such device.
+        RefusedError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,7 @@ def find_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0].rstrip(".")
-        raise RouterError(f"device {name!r} cannot be used here: {why}. Choose --device cpu.") from error
+        raise RefusedError(f"device {name!r} cannot be used here: {why}. Choose --device cpu.") from error
     return device
 
 

@@ -116,7 +116,7 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
         return open_expert(reference, *chosen, announce)
     origin, folder = _find(reference, announce)
     if not (folder / "config.json").exists():
-        raise NoSuchModelError(no_model(reference, folder))
+        raise no_model(reference, folder)
     path = resolve_file(folder, "config.json")
     stamp = Stamp.of(path)
     opened = ModelFolder(reference, origin, folder, read_json(path), stamps={path: stamp})

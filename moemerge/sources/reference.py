@@ -37,7 +37,8 @@ def parse_reference(text: str) -> Path | Reference:
         if path.is_file():
             raise NoSuchModelError(no_folder(text, path, merged=False))
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
-        raise SourceError(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
+        kind = SourceError if isinstance(error, PermissionError) else NoSuchModelError
+        raise kind(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
     name, _, revision = text.partition("@")
     if revision and _is_folder(name):
         raise NoSuchModelError(f"{text}: a folder has no revisions. Write {name!r}, or a Hub repository.")

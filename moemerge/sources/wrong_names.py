@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from moemerge.checkpoint.in_place import is_being_undone, is_unfinished
 from moemerge.checkpoint.index import read_json
-from moemerge.errors import CheckpointError, SourceError
+from moemerge.errors import CheckpointError, NoSuchModelError, SourceError
 from moemerge.file_kinds import FOLDERS, PULL, Kind, what_is
 
 _ADAPTER: Final = "adapter_config.json"
@@ -22,16 +22,16 @@ def check_merged_folder(out: Path | str) -> None:
     """Refuse what is no folder, where a merged model's is expected.
 
     Raises:
-        SourceError: there is none, or a file; says which folder may be meant.
+        NoSuchModelError: there is none, or a file; says which folder may be meant.
     """
     path = Path(out)
     kind = what_is(path)
     if kind is Kind.ABSENT:
         near = nearest_model(str(out), [Path()], cached=False)
         hint = f"Did you mean {near}?" if near else "Name the folder that holds the merged model."
-        raise SourceError(f"{out}: there is no such folder. {hint}")
+        raise NoSuchModelError(f"{out}: there is no such folder. {hint}")
     if kind not in FOLDERS:
-        raise SourceError(no_folder(str(out), path, merged=True))
+        raise NoSuchModelError(no_folder(str(out), path, merged=True))
 
 
 def no_folder(reference: str, path: Path, *, merged: bool) -> str:
@@ -57,28 +57,32 @@ def no_folder(reference: str, path: Path, *, merged: bool) -> str:
     return f"{reference}: {kind.value}{following}"
 
 
-def no_model(reference: str, folder: Path) -> str:
-    """Say why a folder without a `config.json` is no model, and what to write in its place."""
+def no_model(reference: str, folder: Path) -> SourceError:
+    """The error that says why a folder without a `config.json` is no model, and what to write in its place."""
     if is_being_undone(folder):
-        return (
+        return SourceError(
             f"{reference}: going back before an edit of it in place was interrupted while files were moved. `moemerge "
             f"edit {reference} --undo` ends that."
         )
     if is_unfinished(folder):
-        return (
+        return SourceError(
             f"{reference}: an edit of it in place was interrupted while files were moved. `moemerge edit {reference} "
             "--undo` brings back what it was before; --commit in place of that ends the edit."
         )
+    return NoSuchModelError(f"{reference}: {_what_it_is(reference, folder)}")
+
+
+def _what_it_is(reference: str, folder: Path) -> str:
     if what_is(folder) is Kind.ADAPTER:
         base = _base_of(folder / _ADAPTER)
-        return f"{reference}: is a LoRA adapter, not a model. Write it after its base model: {base}+{reference}."
+        return f"is a LoRA adapter, not a model. Write it after its base model: {base}+{reference}."
     names = sorted(path.name for path in islice(folder.iterdir(), _MOST_ENTRIES))
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if ggufs or "gguf" in reference.lower():
-        return f"{reference}: is a model in GGUF, which is not read here. Name the model that it was made from."
+        return "is a model in GGUF, which is not read here. Name the model that it was made from."
     inner = [name for name in names if what_is(folder / name) is Kind.MODEL]
     hint = f" Did you mean {reference.rstrip('/')}/{inner[-1]}?" if inner else ""
-    return f"{reference}: has no config.json, so it is not a model that moemerge can read.{hint}"
+    return f"has no config.json, so it is not a model that moemerge can read.{hint}"
 
 
 def _base_of(adapter: Path) -> str:

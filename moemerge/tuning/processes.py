@@ -105,8 +105,8 @@ def open_processes(device: str, compute_dtype: ComputeDtype = "auto") -> Process
     """Set up this process alone on a device, or as one of those that `accelerate launch` or `torchrun` has started.
 
     Raises:
-        RouterError: there is no such device.
-        RefusedError: the processes divide the model, are on several machines, or compute in another precision.
+        RefusedError: there is no such device; or the processes divide the model, are on several machines, or compute in
+            another precision.
     """
     count, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local < count > 1:

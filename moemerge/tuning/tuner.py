@@ -41,9 +41,9 @@ def tune(
     Raises:
         SourceError: there is no such model.
         IncompatibleError: the model is no mixture that moemerge reads.
-        RefusedError: the data, the model or the memory cannot be used; `copy` is not empty.
+        RefusedError: the data, the model, the device or the memory cannot be used; `copy` is not empty.
         CheckpointError: files of a model are damaged, or its numbers are not finite.
-        RouterError: the device or the tokenizer cannot be used.
+        RouterError: the tokenizer cannot be used.
         OutputError: the model cannot be written, or another process is tuning it.
     """
     settings = settings or Settings()

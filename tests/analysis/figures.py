@@ -45,6 +45,8 @@ def weight_figures(
         neuron_plane=random.normal(size=(layers, count, neurons, 2)),
         equal=(),
         nearly_equal=(),
+        equal_beside=(),
+        nearly_equal_beside=(),
     )
 
 

@@ -35,7 +35,7 @@ def sentence(topic: str, analysis: Analysis, *, notable: bool) -> str:
 def test_every_sentence_has_a_number():
     for analysis in (analysis_of(), analysis_of(text=False), analysis_of(40, 64, seed=5)):
         found = advise(analysis)
-        assert len({advice.topic for advice in found}) == len(found) == (11 if analysis.text else 3)
+        assert len({advice.topic for advice in found}) == len(found) == (12 if analysis.text else 4)
         assert all(any(sign.isdigit() for sign in advice.sentence) for advice in found)
 
 
@@ -129,7 +129,7 @@ def without_its_text(**figures: np.ndarray) -> Analysis:
     return with_text(analysis_of(), domains=("expert-0", "expert-2"), **figures)
 
 
-UNSAID = " That says nothing of expert-1, expert-3, whose text was not given."
+UNSAID = " That says nothing of 2 of 4 experts, whose text was not given: expert-1, expert-3."
 
 
 def test_nothing_is_said_of_experts_whose_text_is_missing():
@@ -155,8 +155,8 @@ def test_nothing_is_said_of_experts_whose_text_is_missing():
         + UNSAID
     )
     assert sentence("super experts", without_its_text(load=load), notable=False) == (
-        "Nearly all tokens choose expert-0 (layers 1-2); expert-0 in layer 1 takes the most, 95.0%. Whether that is the "
-        "work of a shared expert, text of expert-1, expert-3 would say."
+        "Nearly all tokens choose expert-0 (layers 1-2); expert-0 in layer 1 takes the most, 95.0%. 2 of 4 experts had no "
+        "text of theirs. Give it, to see whether all tokens do: expert-1, expert-3."
     )
 
 
@@ -259,6 +259,40 @@ def test_no_experts_are_copies():
         matrices[:, 0, 4] = matrices[:, 4, 0] = 0.9
     assert sentence("equal experts", with_weights(analysis_of(), similarity=found), notable=False) == (
         "No experts are copies: the most alike are expert-1 and expert-3, with 0.70, of all pairs 0.53."
+    )
+
+
+def test_an_ffn_beside_is_most_like_an_expert():
+    analysis = with_weights(analysis_of(text=False), similarity=similar(2, 4, 0.7))
+    assert sentence("beside", analysis, notable=False) == (
+        "beside-0 is most like expert-2: a mean cosine of 0.70, with all experts 0.55."
+    )
+    shared = with_weights(analysis, names=(*analysis.weights.names[:4], "shared"))
+    assert sentence("beside", shared, notable=False).startswith("The shared expert is most like expert-2: ")
+
+
+def test_an_ffn_of_another_width_is_compared_by_means():
+    unknown = alike(0.5, 4, 5)
+    unknown[:, 4] = unknown[:, :, 4] = np.nan
+    figures = {"similarity": dict.fromkeys(ROLES, unknown), "mean_similarity": similar(2, 4, 0.7)}
+    assert sentence("beside", with_weights(analysis_of(text=False), **figures), notable=False) == (
+        "beside-0 has another width than the experts; by the means over neurons, it is most like expert-2: a mean cosine "
+        "of 0.70, with all experts 0.55."
+    )
+
+
+def test_copies_beside_are_named():
+    analysis = with_weights(analysis_of(text=False), equal_beside=((1, 4), (3, 4)))
+    assert sentence("beside", analysis, notable=True) == (
+        "beside-0 is a copy of expert-1 = expert-3: their matrices are equal in 4 of 4 layers, number for number."
+    )
+    norms = {role: values.copy() for role, values in analysis.weights.norms.items()}
+    for values in norms.values():
+        values[3, 4] = np.nan
+    assert "are equal in 3 of 4 layers," in sentence("beside", with_weights(analysis, norms=norms), notable=True)
+    figures = {"nearly_equal_beside": ((1, 4),), "similarity": similar(1, 4, 0.999)}
+    assert sentence("beside", with_weights(analysis_of(text=False), **figures), notable=True) == (
+        "beside-0 is nearly equal to expert-1 (1 - 0.001), by cosine; its mean with all experts is 0.62."
     )
 
 
@@ -486,7 +520,7 @@ def test_router_rows_and_weights():
 
 def test_experts_of_different_widths_have_no_similarity():
     analysis = with_weights(analysis_of(text=False), similarity=dict.fromkeys(ROLES, np.full((4, 5, 5), np.nan)))
-    assert [advice.topic for advice in advise(analysis)] == ["router rows"]
+    assert [advice.topic for advice in advise(analysis)] == ["beside", "router rows"]
     assert describe(analysis) == "tiny is a mixtral of 4 experts, 2 per token, in 4 layers."
     text = with_text(replace(analysis_of(), weights=analysis.weights), output_similarity=alike(0.5))
     assert describe(text).endswith(" in 4 layers; their outputs for 1000 tokens have a mean cosine of 0.50.")

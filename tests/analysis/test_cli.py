@@ -11,7 +11,7 @@ import pytest
 from moemerge.analysis import analyzer, plots
 from tests.support.machine import ROOT
 from tests.support.mixtures import make_mixture
-from tests.support.models import TEXT, make_model
+from tests.support.models import TEXT, make_model, write_config
 
 QUICK = ("--device", "cpu", "--compute-dtype", "float32", "--max-tokens", 60, "--window", 20, "-q")
 
@@ -78,6 +78,27 @@ def test_text_and_every_file(analyze, monkeypatch, tmp_path):
     assert (tmp_path / "plots" / "load.png").is_file()
 
 
+def test_a_dense_model_that_an_expert_was_made_of_is_named(run, tmp_path, llamas, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:], prompts=False)
+    assert run(config, "out", "-q")[0] == 0
+    (tmp_path / "mine").symlink_to(llamas[2])
+    _, shown, _ = run("analyze", "out", "--beside", "mine", "-q")
+    assert shown.splitlines()[1] == (
+        "mine is a copy of code: their matrices are equal in 3 of 3 layers, number for number."
+    )
+    _, shown, _ = run("analyze", "out", "--beside", llamas[0], "-q")
+    assert shown.splitlines()[1].startswith("base is most like ")
+
+
+def test_a_shared_expert_is_told_of(run, tmp_path):
+    make_mixture(tmp_path / "mixture", "deepseek_v3")
+    assert (
+        "The shared expert has another width than the experts; by the means over neurons, it is most like "
+        in (run("analyze", tmp_path / "mixture", "-q")[1])
+    )
+
+
 def test_two_models_side_by_side(analyze, tmp_path):
     code, shown, _ = analyze("one", "--compare", "two", "--html", "page.html", "-q")
     assert code == 0
@@ -112,8 +133,11 @@ def test_a_misspelt_model_is_found_before_weights_are_downloaded(analyze, monkey
         ),
     )
     code, shown, errors = analyze("one", option, "./twoo", "--data", "a=a.txt", *QUICK)
-    assert (code, shown) == (1, "")
-    assert errors.startswith("error: ./twoo: ")
+    assert (code, shown, errors) == (
+        2,
+        "",
+        "error: ./twoo: there is no such folder, and it cannot be a Hub repository (user/name).\n",
+    )
 
 
 def test_files_that_are_written_are_named(analyze):
@@ -125,6 +149,12 @@ def test_files_that_are_written_are_named(analyze):
     [
         (("one", "--generate", 3), "--generate: needs text to run the mixture over. Give --data NAME=PATH."),
         (("one", "--load", "load.npy"), "--load: needs text to run the mixture over. Give --data NAME=PATH."),
+        (("one", "--max-tokens", 30), "--max-tokens: needs text to run the mixture over. Give --data NAME=PATH."),
+        (
+            ("one", "--device", "cuda:9", "--window", 8),
+            "--window: needs text to run the mixture over. Give --data NAME=PATH.",
+        ),
+        (("/nope",), "/nope: there is no such folder, and it cannot be a Hub repository (user/name)."),
         (
             ("one", "--data", "a=a.txt", "--load", "load.csv"),
             "load.csv: expected a name that ends in .json, for SGLang, or in .npy, for EPLB.",
@@ -142,7 +172,7 @@ def test_files_that_are_written_are_named(analyze):
         (("one", "--plots", "there.npy"), "there.npy: is no folder. Choose another name."),
         (("one", "--data", "a.txt"), "--data: expected NAME=PATH, such as code=code.txt, found 'a.txt'."),
         (
-            ("one", "--chat-roles", "nobody"),
+            ("one", "--chat-roles", "nobody", "--data", "a=a.txt"),
             "--chat-roles: 'nobody' is not a role; known: system, developer, user, assistant, tool.",
         ),
         (

@@ -26,11 +26,13 @@ def printed(report, *arguments, width: int = 200, colours: str | None = None) ->
 def test_five_sentences_stand_before_the_map():
     analysis = analysis_of()
     lines = printed(print_analysis, analysis)
-    advice = advise(analysis)
-    assert lines[:5] == [describe(analysis), *(one.sentence for one in advice[:4])]
-    assert lines[5:7] == [f"({len(advice) - 4} more sentences with --json or --html.)", ""]
+    (beside,), advice = (
+        [one for one in advise(analysis) if (one.topic == "beside") == is_it] for is_it in (True, False)
+    )
+    assert lines[:6] == [describe(analysis), beside.sentence, *(one.sentence for one in advice[:4])]
+    assert lines[6:8] == [f"({len(advice) - 4} more sentences with --json or --html.)", ""]
     few = analysis_of(text=False)
-    assert printed(print_analysis, few)[:5] == [describe(few), *(one.sentence for one in advise(few)), ""]
+    assert printed(print_analysis, few)[:6] == [describe(few), *(one.sentence for one in advise(few)), ""]
 
 
 def test_the_map_has_a_row_for_each_expert_and_a_block_for_each_layer():

@@ -22,7 +22,7 @@ from moemerge.analysis.figures import TextFigures
 from moemerge.analysis.output_figures import measure_outputs
 from moemerge.analysis.text import analyze_text
 from moemerge.editing.pruning.saliency import measure_saliency
-from moemerge.errors import RefusedError, RouterError
+from moemerge.errors import RefusedError
 from moemerge.evaluation.choices import RouterWatcher
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.layer_tokens import run_by_layer
@@ -370,7 +370,7 @@ def opened_with_text(folder: Path, **keys: Any) -> Opened:
 
 def test_a_device_that_is_not_there_is_refused_when_a_mixture_is_opened(tmp_path):
     folder = make_variant(tmp_path, "mixtral")
-    with pytest.raises(RouterError, match="device 'nowhere' cannot be used here: .*. Choose --device cpu."):
+    with pytest.raises(RefusedError, match="device 'nowhere' cannot be used here: .*. Choose --device cpu."):
         opened_with_text(folder, device="nowhere")
 
 

@@ -469,7 +469,26 @@ def test_a_dense_model_stands_beside_the_experts(tmp_path):
         np.testing.assert_allclose(found.similarity[role][:, :4, :4], alone.similarity[role], rtol=1e-5, atol=1e-7)
         np.testing.assert_array_equal(found.correlation[role].shape, (3,))
         np.testing.assert_allclose(found.norms[role][:2, 4], found.norms[role][:2, 2], rtol=1e-6)
-    assert found.equal == ()
+    assert (found.equal, found.equal_beside, found.nearly_equal_beside) == ((), (), ())
+
+
+def test_a_dense_model_that_equals_an_expert_is_found(tmp_path):
+    make_mixture(tmp_path / "mixture", "mixtral")
+    make_model(tmp_path / "dense", num_hidden_layers=3)
+    tensors, dense = load_weights(tmp_path / "mixture"), load_weights(tmp_path / "dense")
+    for name, values in tensors.items():
+        if match := re.fullmatch(r"(model\.layers\.\d\.)block_sparse_moe\.experts\.2\.(w\d)\.weight", name):
+            role = {"w1": "gate", "w2": "down", "w3": "up"}[match[2]]
+            dense[f"{match[1]}mlp.{role}_proj.weight"] = values.clone()
+    mixture = opened(tmp_path / "mixture")
+
+    def found() -> WeightFigures:
+        save_weights(tmp_path / "dense", dense)
+        return analyze_weights(mixture, {"base": dense_ffns(str(tmp_path / "dense"), mixture, lambda _: None)})
+
+    assert (found().equal_beside, found().nearly_equal_beside) == (((2, 4),), ())
+    dense["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.01
+    assert (found().equal_beside, found().nearly_equal_beside) == ((), ((2, 4),))
 
 
 def names_beside(mixture: Path, dense: str) -> tuple[str, ...]:
@@ -495,7 +514,7 @@ def test_a_dense_model_has_a_name_of_its_own(tmp_path):
     assert names_beside(tmp_path / "mixture", str(tmp_path / "shared")) == ("shared (beside)",)
     assert names_beside(tmp_path / "mixture", str(tmp_path / mixture.names[1])) == (f"{mixture.names[1]} (beside)",)
     make_mixture(tmp_path / "without", "mixtral")
-    assert names_beside(tmp_path / "without", str(tmp_path / "shared")) == ("shared",)
+    assert names_beside(tmp_path / "without", str(tmp_path / "shared")) == ("shared (beside)",)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_the_command_shows_what_it_puts_back_and_writes_nothing_on_request(tmp_p
 
 def test_the_command_refuses_a_folder_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, capsys, "repair", tmp_path / "none") == (
-        1,
+        2,
         f"error: {tmp_path / 'none'}: there is no such folder. Name the folder that holds the merged model.\n",
     )
 

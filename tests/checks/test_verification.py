@@ -739,17 +739,17 @@ def test_a_wrong_command_is_explained(tmp_path, llamas):
     for arguments, status, message in (
         (
             (absent, "--against", config),
-            1,
+            2,
             f"error: {absent}: there is no such folder. Name the folder that holds the merged model.\n",
         ),
         (
             (config, "--against", config),
-            1,
+            2,
             f"error: {config}: is a config, not a model. Merge it with `moemerge {config} OUT`, then name OUT.\n",
         ),
         (
             (tmp_path / "empty", "--against", config),
-            1,
+            2,
             f"error: {tmp_path / 'empty'}: has no config.json, so it is not a model that moemerge can read.\n",
         ),
         ((llamas[0], "--against", wrong), 2, "gate_mod: unknown key, did you mean gate_mode?"),

@@ -303,7 +303,7 @@ def test_a_file_in_place_of_a_merged_models_folder_is_called_one(tmp_path, here,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("\n<|document|>\n".join(f"text {number}" for number in range(20)))
     assert here(*command.replace("OUT", "a.txt").split()) == (
-        1,
+        2,
         "",
         "error: a.txt: is a file. Name the folder that holds the merged model.\n",
     )
@@ -311,7 +311,7 @@ def test_a_file_in_place_of_a_merged_models_folder_is_called_one(tmp_path, here,
 
 def test_a_file_in_place_of_any_models_folder_is_called_one(config, here):
     assert here("inspect", config) == (
-        1,
+        2,
         "",
         f"error: {config}: is a config. Name the folder that holds the model's config.json.\n",
     )

@@ -102,7 +102,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(here, tmp_path, llamas):
     out = tmp_path / "out"
     shown, planned = here(config, out, "--dry-run"), here("plan", config)
     free = re.compile(r"[\d.]+ \wB free here *")  # other programs write, too
-    assert (shown[0], free.sub("", shown[1]), shown[2]) == (planned[0], free.sub("", planned[1]), planned[2])
+    last = f"{out}: nothing was written, since this was a dry run.\n"
+    assert (shown[0], free.sub("", shown[1]), shown[2]) == (planned[0], free.sub("", planned[1]) + last, planned[2])
     facts = [json.loads(here(*words, "--json")[1]) for words in ((config, out, "--dry-run"), ("plan", config))]
     assert facts[0] | {"free_bytes": 0} == facts[1] | {"free_bytes": 0}
     assert not out.exists()

@@ -160,7 +160,7 @@ def test_a_name_that_no_file_can_have_is_one_that_is_not_there(told, line, messa
 def test_a_model_s_name_that_no_file_can_have(told, model):
     code, printed = told(f"moemerge inspect {model}")
     looked_up = model.rpartition("+")[2]
-    assert (code, printed) == (1, f"error: {looked_up}: cannot be looked up: File name too long.\n")
+    assert (code, printed) == (2, f"error: {looked_up}: cannot be looked up: File name too long.\n")
 
 
 def test_the_current_folder_may_be_gone(tmp_path, told, place, monkeypatch):
@@ -323,10 +323,9 @@ def test_a_pointer_in_place_of_weights(told, place):
 )
 def test_a_file_in_place_of_a_merged_model_is_called_the_same_by_every_command(told, command, given, message):
     code, printed = told(f"moemerge {command.replace('OUT', given)}")
-    status = 1
     if command.startswith("gguf") and given == "merge.yaml":
-        status, message = 2, "is a config, not a model. Merge it with `moemerge merge.yaml a.gguf`."
-    assert (code, printed) == (status, f"error: {given}: {message}\n")
+        message = "is a config, not a model. Merge it with `moemerge merge.yaml a.gguf`."
+    assert (code, printed) == (2, f"error: {given}: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -340,16 +339,16 @@ def test_a_file_in_place_of_a_merged_model_is_called_the_same_by_every_command(t
 )
 @pytest.mark.parametrize("command", ["inspect MODEL", "init MODEL fox code -o -", "families MODEL"])
 def test_a_file_in_place_of_a_model_is_called_the_same_by_every_command(told, command, given, message):
-    assert told(f"moemerge {command.replace('MODEL', given)}") == (1, f"error: {given}: {message}\n")
+    assert told(f"moemerge {command.replace('MODEL', given)}") == (2, f"error: {given}: {message}\n")
 
 
 def test_a_model_of_the_hubs_cache_is_not_proposed_for_a_merged_folder(told, place):
     (place / "hub/models--acme--code").mkdir(parents=True, exist_ok=True)
     assert told("moemerge routes acme/cod --text a") == (
-        1,
+        2,
         "error: acme/cod: there is no such folder. Did you mean code?\n",
     )
 
 
 def test_the_folder_of_a_merged_model_that_is_misspelt(told):
-    assert told("moemerge routes bse --text a") == (1, "error: bse: there is no such folder. Did you mean base?\n")
+    assert told("moemerge routes bse --text a") == (2, "error: bse: there is no such folder. Did you mean base?\n")

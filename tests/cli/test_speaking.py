@@ -169,8 +169,8 @@ def test_a_dense_model_is_said_to_have_no_experts(out, here):
         (["generate", "OUT", "a", "--temperature", "1e-45"], b"", (2, "temperature: expected 0, which takes the most likely token, or a number from 1e-06, found 1e-45.")),
         (["chat", "OUT", "--seed", "99999999999999999999999"], b"", (2, "seed: expected a whole number from 0 to 18446744073709551615, found 99999999999999999999999.")),
         (["chat", "OUT"], b"\xff\n", (2, "standard input: is not text in UTF-8.")),
-        (["generate", "OUT/no", "a"], b"", (1, "OUT/no: there is no such folder. Name the folder that holds the merged model.")),
-        (["chat", "OUT/config.json"], b"", (1, "OUT/config.json: is one file of a model. Name its folder, OUT.")),
+        (["generate", "OUT/no", "a"], b"", (2, "OUT/no: there is no such folder. Name the folder that holds the merged model.")),
+        (["chat", "OUT/config.json"], b"", (2, "OUT/config.json: is one file of a model. Name its folder, OUT.")),
         (["generate", "OUT", "a", "--system", "b"], b"", (2, "--system: needs a chat template, and OUT has none. Write it into the prompt.")),
     ],
 )  # fmt: skip
@@ -204,14 +204,14 @@ def test_a_wrong_name_is_not_taken_for_one_of_the_hub(tmp_path, here, monkeypatc
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     told = "error: user/nam: there is no such folder. Name the folder that holds the merged model.\n"
-    assert here("chat", "user/nam") == (1, "", told)
+    assert here("chat", "user/nam") == (2, "", told)
 
 
 def test_refusals_import_neither_torch_nor_transformers(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     code = (
         "import sys; sys.argv[1:] = ['chat', 'a.gguf']\nfrom moemerge.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 1\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 2\n"
         "assert not {'torch', 'transformers', 'gradio'} & set(sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

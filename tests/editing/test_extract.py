@@ -123,6 +123,11 @@ def test_what_is_no_expert_is_refused(tmp_path, run, llamas, mixture):
     assert run("extract", llamas[0], tmp_path / "out") == (
         2, "", f"error: {llamas[0]}: is not one expert of a mixture. Name one, as in MIXTURE#0.\n"
     )  # fmt: skip
+    assert run("extract", f"{mixture}#sql", tmp_path / "out") == (
+        2,
+        "",
+        f"error: {mixture}#sql: the mixture has no expert 'sql': name one by its number, 0 to 2, or fox, code, chat.\n",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -159,6 +164,7 @@ def test_of_a_mixture_on_the_hub_only_the_expert_is_read(world, machine, mixture
 
 def test_what_is_left_out_is_said_once(tmp_path, run):
     mixture = make_mixture(tmp_path / "mixture", "granitemoeshared")
-    code, _, said = run("extract", f"{mixture}#0", tmp_path / "one", "--dry-run")
+    code, shown, said = run("extract", f"{mixture}#0", tmp_path / "one", "--dry-run")
     assert code == 0, said
+    assert shown.endswith(f"\n{tmp_path / 'one'}: nothing was written, since this was a dry run.\n")
     assert [line.count("shared expert") for line in said.splitlines() if line.startswith("note: ")].count(1) == 1

@@ -48,6 +48,7 @@ def test_a_dry_run_in_place_names_the_shards_that_are_written_and_those_that_sta
     planned = json.loads(run(model, *flags, "--dry-run", "--json")[1])
     code, shown, _ = run(model, *flags, "--dry-run")
     assert code == 0
+    assert shown.endswith(f"\n{model}: nothing was written, since this was a dry run.\n")
     assert contents(model) == before
     assert [path.name for path in model.parent.iterdir()] == ["model"]
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint import in_place
-from moemerge.errors import NoSuchModelError
+from moemerge.errors import SourceError
 from moemerge.sources.model_folder import open_model
 from tests.support import kill_edits
 from tests.support.kill_changes import contents
@@ -73,7 +73,7 @@ def test_while_files_are_moved_no_reader_finds_a_model(model, monkeypatch):
     assert "config.json" not in contents(model)
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(model)
-    with pytest.raises(NoSuchModelError) as refused:
+    with pytest.raises(SourceError) as refused:
         open_model(str(model), lambda _: None)
     assert str(refused.value) == (
         f"{model}: an edit of it in place was interrupted while files were moved. `moemerge edit {model} --undo` "

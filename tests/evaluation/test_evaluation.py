@@ -399,7 +399,7 @@ def test_what_is_no_mixture_is_refused(tmp_path, models, data, monkeypatch, caps
     code, _, errors = run(["eval", models[0], *given], monkeypatch, capsys)
     assert (code, "is a dense model, a llama, and a mixture is wanted." in errors) == (2, True)
     code, _, errors = run(["routes", tmp_path / "nowhere", "--text", "x"], monkeypatch, capsys)
-    assert (code, "there is no such folder" in errors) == (1, True)
+    assert (code, "there is no such folder" in errors) == (2, True)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path, out):

@@ -478,8 +478,8 @@ def test_a_folder_that_is_no_complete_checkpoint_or_has_no_licence_is_refused(tm
         (2, "error: headless/README.md: names no licence, and nobody may use a model that has none. Name it with --license NAME."),
         (1, f"error: {linked / 'vocab.json'}: is a link to {tmp_path / 'secret'}, outside the model's folder. "
             "Copy or hard-link the file instead."),
-        (1, f"error: {tmp_path / 'empty'}: has no config.json, so it is not a model that moemerge can read."),
-        (1, "error: none: there is no such folder. Name the folder that holds the merged model."),
+        (2, f"error: {tmp_path / 'empty'}: has no config.json, so it is not a model that moemerge can read."),
+        (2, "error: none: there is no such folder. Name the folder that holds the merged model."),
     ]  # fmt: skip
     assert results[:7] == [Result(code, "", message + "\n") for code, message in refusals]
     assert results[7] == Result(0, f"{url}/alice/mix\n", "")

@@ -501,7 +501,7 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path, mode):
 
 def test_a_device_that_is_not_there_is_refused(tmp_path, llamas):
     plan = plan_of(tmp_path, llamas)
-    with pytest.raises(RouterError, match="device 'cuda:9' cannot be used here"):
+    with pytest.raises(RefusedError, match="device 'cuda:9' cannot be used here"):
         merge(plan, tmp_path / "out", MergeOptions(device="cuda:9"))
     assert not (tmp_path / "out").exists()
 

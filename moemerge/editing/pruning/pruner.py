@@ -56,9 +56,9 @@ def decide(  # noqa: PLR0917
     Raises:
         SourceError: there is no such model.
         IncompatibleError: it is no mixture of a kind that is read.
-        RefusedError: it cannot have that number of experts.
+        RefusedError: it cannot have that number of experts, or there is no such device.
         CheckpointError: its files are damaged, or its numbers are not finite.
-        RouterError: the device or the tokenizer cannot be used.
+        RouterError: the tokenizer cannot be used.
     """
     mixture = open_mixture(folder)
     how = mixture.choosing

@@ -42,11 +42,19 @@ class Similarity:
     @property
     def nearly_equal(self) -> tuple[tuple[int, int], ...]:
         """Pairs of experts that are not equal, but at most a tenth as far apart as the pair in the middle."""
-        count = self.distances.shape[1]
+        near = self.near
+        return tuple(pair for pair, distance in self._unequal().items() if distance <= near)
+
+    @property
+    def near(self) -> float:
+        """The largest mean distance of two experts that are nearly equal: a tenth of that of the pair in the middle."""
+        distances = list(self._unequal().values())
+        return _NEAR * float(np.median(distances)) if distances else 0.0
+
+    def _unequal(self) -> dict[tuple[int, int], float]:
+        """Mean distances of the pairs that are not equal."""
         means, everywhere = self.distances.mean(axis=0), np.logical_and.reduce(self.equal)
-        pairs = [pair for pair in combinations(range(count), 2) if not everywhere[pair]]
-        usual = float(np.median([means[pair] for pair in pairs])) if pairs else 0.0
-        return tuple(pair for pair in pairs if means[pair] <= _NEAR * usual)
+        return {pair: float(means[pair]) for pair in combinations(range(len(means)), 2) if not everywhere[pair]}
 
 
 def groups_of(alike: NDArray[np.bool_]) -> tuple[tuple[int, ...], ...]:

@@ -34,9 +34,9 @@ def trace_routes(
     Raises:
         SourceError: there is no such model.
         IncompatibleError: it is no mixture that moemerge reads.
-        RefusedError: a text has no tokens, or `layer` no router.
+        RefusedError: a text has no tokens, or `layer` no router, or there is no such device.
         CheckpointError: the model's files are damaged, or its numbers are not finite.
-        RouterError: the device or the tokenizer does not serve.
+        RouterError: the tokenizer cannot be used.
     """
     from moemerge.evaluation.routes.tracing import trace  # imports torch and transformers
 
