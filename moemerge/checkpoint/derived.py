@@ -1,7 +1,7 @@
 """Tensors that are computed from others while they are read, some rows at a time; to other code they are files."""
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.column_slice import ColumnSlice
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill, wider
+from moemerge.checkpoint.dequantised import Dequantised
 from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
 from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.floats import TYPES, narrow, widen
@@ -159,18 +160,33 @@ def derivation(tensor: TensorInfo) -> Derived | None:
 
 def leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
     """Yield the stored tensors that a tensor is read from in the end: itself, or all that it is made of."""
+    for plain in plain_leaves(tensor):
+        if isinstance(plain.path, Dequantised):
+            yield from plain.path.stored(plain.start, plain.nbytes)
+        else:
+            yield plain
+
+
+def plain_leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
+    """Yield the tensors of plain numbers that a tensor is read from: as `leaves`, but a dequantised one is itself."""
     if made := derivation(tensor):
         for source in (*made.inputs, *made.others):
-            yield from leaves(source)
+            yield from plain_leaves(source)
     elif isinstance(tensor.path, ColumnSlice):
-        yield from leaves(tensor.path.stored)
+        yield from plain_leaves(tensor.path.stored)
     elif isinstance(tensor.path, Joined):
         for part in tensor.path.parts:
-            yield from leaves(part)
+            yield from plain_leaves(part)
     elif isinstance(tensor.path, Packed | Unreadable):
         yield tensor.path.stored
     else:
         yield tensor
+
+
+def kinds_of(tensors: Iterable[TensorInfo]) -> list[str]:
+    """How the dequantised ones among some tensors are stored, in words, each once."""
+    paths = (plain.path for tensor in tensors for plain in plain_leaves(tensor))
+    return sorted({path.kind for path in paths if isinstance(path, Dequantised)})
 
 
 def read_values(tensor: TensorInfo) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
+from moemerge.checkpoint.dequantised import Dequantised
 from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import BITS, HeaderDType, bytes_of
@@ -93,7 +94,7 @@ class Piece:
     @property
     def is_unchanged(self) -> bool:
         """Whether the output has the source's bytes in their order."""
-        if isinstance(self.source, TensorInfo) and isinstance(self.source.path, Derived):
+        if isinstance(self.source, TensorInfo) and isinstance(self.source.path, Derived | Dequantised):
             return False
         return not isinstance(self.source, Fill) and not self.changes_values and not self.head_rows
 

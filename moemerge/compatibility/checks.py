@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from moemerge.checkpoint.derived import derivation
+from moemerge.checkpoint.derived import derivation, kinds_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
@@ -13,6 +13,7 @@ from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.families.dense import NON_LLAMA_FACTS, Axes, DenseModel, read_dense
 from moemerge.families.family import MoeFamily
 from moemerge.sources.model_folder import ModelFolder
+from moemerge.sources.quantised.table import METHODS
 from moemerge.sources.reference import Reference
 
 # What an expert's FFNs must share with the base's to compute the same way in its place.
@@ -113,7 +114,7 @@ def check_base(
         never_taken=lambda tensor: bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)),
         found=found,
     )
-    _check_quantisation("base_model", model, found)
+    _check_quantisation("base_model", model, tensors, found)
     dropped = sorted(set(model.unread) - _SILENT_KEYS)
     if dropped:
         found.notes.append(
@@ -143,7 +144,7 @@ def check_expert(name: str, model: DenseModel, tensors: Mapping[str, TensorInfo]
     _check_tensors(
         name, model, *_readable(name, tensors, _ffns(model), found), allowed=rest, never_taken=never_taken, found=found
     )
-    _check_quantisation(name, model, found)
+    _check_quantisation(name, model, tensors, found)
     return found
 
 
@@ -193,21 +194,23 @@ def _read(config: Mapping[str, Any], name: str, found: Findings) -> DenseModel |
 
 
 def _quantised(name: str, model: DenseModel) -> str:
-    lost = f"is quantised ({model.quantised}); its scales would be lost"
-    return f"{name}: {lost}. Use the original weights, or dequantise it"
+    return (
+        f"{name}: is quantised ({model.quantised}), and of the methods of quantisation {', '.join(METHODS)} alone are "
+        "read. Use the original weights, or dequantise it"
+    )
 
 
-def _check_quantisation(name: str, model: DenseModel, found: Findings) -> None:
-    """Tell a quantised model from one whose `config.json` only kept settings from its training."""
-    if not model.quantised:
+def _check_quantisation(name: str, model: DenseModel, tensors: Mapping[str, TensorInfo], found: Findings) -> None:
+    """Tell a model of a method that is not read from one whose `config.json` only kept settings from its training."""
+    if not model.quantised or kinds_of(tensors.values()):
         return
-    if found.problems:
-        found.problems.insert(0, _quantised(name, model))
-    else:
+    if not found.problems:
         found.notes.append(
             f"{name}: its config.json speaks of quantisation ({model.quantised}), but what is taken of it is stored as "
             "plain numbers without scales, and is merged as such"
         )
+    elif model.quantised not in METHODS:
+        found.problems.insert(0, _quantised(name, model))
 
 
 def _readable(

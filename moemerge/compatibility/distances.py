@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.derived import derivation
+from moemerge.checkpoint.derived import derivation, leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.numbers import is_rounded
@@ -107,8 +108,8 @@ def measure_distances(
         )
         for name, layers in chosen.items()
     }
-    leaves = [_underlying(block) for block in missing if block]
-    remote = sum(leaf.nbytes for leaf in leaves if not isinstance(leaf.path, Path))
+    read = chain.from_iterable(leaves(_underlying(block)) for block in missing if block)
+    remote = sum(leaf.nbytes for leaf in read if not isinstance(leaf.path, Path))
     return {name: found.get(name, Distance({}, 0)) for name in experts}, remote
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from moemerge.checkpoint.derived import leaves
+from moemerge.checkpoint.derived import plain_leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.schema import MergeConfig
 from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES, DType, HeaderDType, bytes_of
@@ -53,9 +53,9 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
 
 
 def _main_dtype(tensors: Mapping[str, TensorInfo]) -> DType:
-    """Find the dtype in which most of a model's bytes are stored; `config.json` may name another."""
+    """Find the dtype in which most of a model's bytes are stored, or dequantised; `config.json` may name another."""
     counted: Counter[HeaderDType] = Counter()
-    for leaf in chain.from_iterable(map(leaves, tensors.values())):
+    for leaf in chain.from_iterable(map(plain_leaves, tensors.values())):
         if leaf.dtype in CONFIG_DTYPES:
             counted[leaf.dtype] += leaf.nbytes
     return CONFIG_DTYPES[counted.most_common(1)[0][0]] if counted else "bfloat16"

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
-from moemerge.checkpoint.derived import derivation, leaves
+from moemerge.checkpoint.dequantised import Dequantised
+from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.planning.plan import MergePlan
 
@@ -26,10 +27,10 @@ def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
                     used.setdefault(tensor.path, []).append(tensor)
     headers = b"".join(shard.header for shard in plan.shards)
     made = [
-        (name, computed.identity)
+        (name, piece.source.path.identity)
         for name, output in plan.outputs.items()
         for piece in output.pieces
-        if isinstance(piece.source, TensorInfo) and (computed := derivation(piece.source))
+        if isinstance(piece.source, TensorInfo) and isinstance(piece.source.path, Derived | Dequantised)
     ]
     return {
         "moemerge": version("moemerge"),

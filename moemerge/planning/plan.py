@@ -37,6 +37,8 @@ class Remarks:
 
     notes: tuple[str, ...]
     """Facts that the user should know."""
+    quantised: tuple[str, ...]
+    """Those of them that say which models are stored quantised."""
     warnings: tuple[str, ...]
     """Likely mistakes: an engine that computes something else, experts that are no fine-tunes of the base, or are the
     base itself."""
@@ -148,8 +150,8 @@ class MergePlan:
 
     @property
     def family_notes(self) -> tuple[str, ...]:
-        """The notes that also concern users of the merged model: what readers of its family or tokenizer get wrong."""
-        return (*self.base_files.reader_notes, *self.shape.choice.notes)
+        """The notes that also concern users of the merged model: how it was made, and what readers get wrong."""
+        return (*self.base_files.reader_notes, *self.shape.choice.notes, *self.remarks.quantised)
 
     @property
     def warnings(self) -> tuple[str, ...]:

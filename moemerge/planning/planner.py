@@ -12,6 +12,7 @@ from moemerge.planning.notes import output_notes, router_advice, writing_note
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import origins_of
 from moemerge.planning.plan import MergePlan, Remarks
+from moemerge.planning.quantised_notes import quantised_notes
 from moemerge.planning.shape import Shape, shape_of
 from moemerge.planning.shared_choice import BASE, postpone, with_method
 from moemerge.sources.cache_room import fetch_if_room
@@ -109,8 +110,10 @@ def _fetch(
 def _remarks(config: MergeConfig, shape: Shape, checked: Checked, assembled: Assembled, layout: Layout) -> Remarks:
     parts, judgement = assembled.parts, checked.judgement
     output_facts = output_notes(assembled.outputs, assembled.dtype, layout.shared_bytes)
+    quantised = tuple(quantised_notes(config, assembled.tables))
     return Remarks(
-        notes=(*checked.notes, *parts.notes, *output_facts, *writing_note(config, parts.experts)),
+        quantised=quantised,
+        notes=(*checked.notes, *quantised, *parts.notes, *output_facts, *writing_note(config, parts.experts)),
         warnings=(*shape.choice.warnings, *judgement.warnings),
         advice=(
             *(() if judgement.has_strangers else parts.advice),

@@ -17,6 +17,7 @@ from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
 from moemerge.sources.name_prefixes import unwrapped
+from moemerge.sources.quantised.table import dequantised
 from moemerge.sources.reference import Reference, parse_reference, split_adapter, split_expert
 from moemerge.sources.wrong_names import check_merged_folder, no_model
 
@@ -198,7 +199,7 @@ def read_tensor_tables(
         announce: see `read_tensor_table`.
         weights: see `read_tensor_table`.
         dense: whether they are dense models, whose tensors are then renamed to transformers' names, whatever the models
-            were wrapped in when they were saved.
+            were wrapped in when they were saved, and dequantised.
 
     Raises:
         SourceError: see `read_tensor_table`.
@@ -210,7 +211,7 @@ def read_tensor_tables(
         key = (model.folder, model.mixture and model.expert)
         if key not in read:
             found = _read_weights(model, announce, weights)
-            read[key] = unwrapped(found, partial(_noted, model)) if dense else found
+            read[key] = dequantised(model.config, unwrapped(found, partial(_noted, model))) if dense else found
         tensors = read[key]
         for adapter in model.adapters:
             for path in (adapter.folder / name for name in ADAPTER_WEIGHTS):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.errors import ConfigError, IncompatibleError, MoemergeError
+from moemerge.sources.quantised.table import METHODS
 from tests.support.models import edit_json, make_model, write_config
 
 
@@ -49,7 +50,8 @@ def test_every_difference_between_configs_is_listed(tmp_path, pair):
         "experts[0] /one: num_hidden_layers is 5, but the base model's is 3",
         "experts[0] /one: hidden_size is 64, but the base model's is 32",
         "experts[0] /one: hidden_act is 'gelu', but the base model's is 'silu'",
-        "experts[1] /two: is quantised (bitnet); its scales would be lost. Use the original weights, or dequantise it",
+        f"experts[1] /two: is quantised (bitnet), and of the methods of quantisation {', '.join(METHODS)} alone are read. "
+        "Use the original weights, or dequantise it",
         "experts[1] /two: computes with biases of queries, keys and values, the base model without",
         "experts[1] /two: computes with biases of the attention's output, the base model without",
         "experts[1] /two: computes with biases in its FFNs, the base model without",

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from moemerge import load_config, merge, plan_merge
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.evaluation.runnable import open_dense
+from moemerge.sources.quantised.table import METHODS
 from tests.support.models import edit_json, load_weights, save_weights, write_config
 
 FFN = "model.layers.1.mlp.up_proj"
@@ -152,35 +153,34 @@ def test_words_of_a_quantisation_that_the_weights_do_not_have_are_stale(tmp_path
     assert same_weights(tmp_path, plan, plan_of(tmp_path, llamas[:3]))
 
 
-@pytest.mark.parametrize("kind", ["gptq", "fp8", "scales beside plain weights"])
-def test_a_quantised_expert_is_refused(tmp_path, models, kind):
+@pytest.mark.parametrize("kind", ["hqq", "scales beside plain weights"])
+def test_a_quantised_expert_of_an_unknown_method_is_refused(tmp_path, models, kind):
     tensors = load_weights(models[1])
-    weight = tensors[f"{FFN}.weight"]
-    if kind == "gptq":
+    if kind == "hqq":
         del tensors[f"{FFN}.weight"]
-        tensors[f"{FFN}.qweight"] = torch.ones(4, 48, dtype=torch.int32)
+        tensors[f"{FFN}.W_q"] = torch.ones(4, 48, dtype=torch.int32)
     else:
         tensors[f"{FFN}.weight_scale"] = torch.ones(48, 1)
-        tensors[f"{FFN}.weight"] = weight.to(torch.float8_e4m3fn) if kind == "fp8" else weight
     save_weights(models[1], tensors)
     edit_json(models[1] / "config.json", quantization_config={"quant_method": kind[:4]})
     with pytest.raises(IncompatibleError) as refused:
         plan_of(tmp_path, models)
     assert refused.value.problems[0] == (
-        f"experts[0] {models[1]}: is quantised ({kind[:4]}); its scales would be lost. Use the original weights, or "
-        "dequantise it"
+        f"experts[0] {models[1]}: is quantised ({kind[:4]}), and of the methods of quantisation {', '.join(METHODS)} "
+        "alone are read. Use the original weights, or dequantise it"
     )
     assert all(FFN in problem for problem in refused.value.problems[1:])
 
 
-def test_what_else_is_wrong_with_a_model_that_speaks_of_quantisation_is_told(tmp_path, models):
+@pytest.mark.parametrize("method", ["fp8", "hqq"])
+def test_what_else_is_wrong_with_a_model_that_speaks_of_quantisation_is_told(tmp_path, models, method):
     tensors = load_weights(models[1])
     del tensors[f"{FFN}.weight"]
     save_weights(models[1], tensors)
-    edit_json(models[1] / "config.json", quantization_config={"quant_method": "fp8"})
+    edit_json(models[1] / "config.json", quantization_config={"quant_method": method})
     with pytest.raises(IncompatibleError) as refused:
         plan_of(tmp_path, models)
-    assert refused.value.problems[1:] == (f"experts[0] {models[1]}: tensor {FFN}.weight is missing",)
+    assert refused.value.problems[method == "hqq" :] == (f"experts[0] {models[1]}: tensor {FFN}.weight is missing",)
 
 
 def test_another_name_of_the_same_activation_is_the_same(tmp_path, llamas, models):

@@ -1,0 +1,66 @@
+"""The table of a quantised model's tensors as that of the plain matrices that its own library makes of them."""
+
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Final
+
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.jobs import CONNECTIONS
+from moemerge.checkpoint.unreadable import Unreadable
+from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.sources.quantised.compressed_tensors import COMPRESSED_TENSORS
+from moemerge.sources.quantised.fp8 import FP8
+from moemerge.sources.quantised.method import Method, OddError, Parts, Settings, model_dtype
+
+METHODS: Final[Mapping[str, Method]] = {"fp8": FP8, "compressed-tensors": COMPRESSED_TENSORS}
+"""The methods that are read, by the name that `quantization_config` gives them as `quant_method`."""
+
+
+def dequantised(config: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Replace quantised weights, and all that is stored beside them, by matrices that are computed while they are read.
+
+    Weights that are stored as plain numbers stay, whatever the config says of them. Those that cannot be dequantised
+    are marked as unreadable, with the reason. Models of other methods stay as they are.
+
+    Args:
+        config: the model's `config.json`.
+        tensors: its tensors by name.
+    """
+    given = config.get("quantization_config")
+    settings: Settings = given if isinstance(given, dict) else {}
+    method = METHODS.get(str(settings.get("quant_method")))
+    if method is None:
+        return tensors
+    modules = _modules(method, tensors)
+    own = model_dtype(config)
+
+    def weight(module: str) -> TensorInfo:
+        name, parts = f"{module}.weight", modules[module]
+        try:
+            return method.weight(settings, parts, own).tensor(name)
+        except OddError as error:
+            stored = parts.get("weight") or next(iter(parts.values()))
+            return Unreadable(stored, str(error)).tensor(replace(stored, name=name))
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:  # some methods store facts in small tensors, each a request to a Hub
+        made = dict(zip(modules, pool.map(weight, modules), strict=True))
+    gone = {tensor.name for parts in modules.values() for tensor in parts.values()}
+    plain = {name: tensor for name, tensor in tensors.items() if tensor.name not in gone}
+    return plain | {f"{module}.weight": tensor for module, tensor in made.items()}
+
+
+def _modules(method: Method, tensors: Mapping[str, TensorInfo]) -> dict[str, Parts]:
+    """The parts of each quantised weight by the name of its module."""
+    ends = sorted(map(re.escape, method.parts), key=len, reverse=True)
+    pattern = re.compile(rf"(.+?)\.({'|'.join(ends)})")
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    for name, tensor in tensors.items():
+        if match := pattern.fullmatch(name):
+            modules.setdefault(match[1], {})[match[2]] = tensor
+    return {
+        module: parts
+        for module, parts in modules.items()
+        if len(parts) > 1 or next(iter(parts.values())).dtype not in CONFIG_DTYPES
+    }

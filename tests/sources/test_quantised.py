@@ -1,0 +1,248 @@
+"""Quantised sources: every number is the one that the library makes which has written them."""
+
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.header import read_header
+from moemerge.errors import CheckpointError, IncompatibleError
+from moemerge.model_card.card import compare_card
+from moemerge.model_card.markdown import as_text
+from moemerge.passes.weights import read_into
+from moemerge.planning.fingerprint import plan_fingerprint
+from moemerge.planning.plan import MergePlan
+from moemerge.sources.model_folder import open_model, read_tensor_tables
+from moemerge.sources.quantised.table import dequantised
+from tests.sources.test_lora import make_adapter
+from tests.support.hub_world import files_of, planned, weights_sent
+from tests.support.models import edit_json, load_weights, make_model, save_weights, write_config
+from tests.support.quantised import (
+    KINDS,
+    dequantised_copy,
+    differing,
+    loaded_by_transformers,
+    quantise,
+    weights_of,
+)
+
+SIZES = {"dtype": torch.bfloat16, "hidden_size": 64, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_those_that_the_library_makes(tmp_path, kind):
+    expected = quantise(make_model(tmp_path / "model", **SIZES), kind)
+    assert differing(weights_of(tmp_path / "model"), expected) == []
+
+
+def test_a_whole_model_is_read_as_transformers_loads_it(tmp_path):
+    quantise(make_model(tmp_path / "model", **SIZES), "FP8, blocks")
+    assert differing(weights_of(tmp_path / "model"), loaded_by_transformers(tmp_path / "model")) == []
+
+
+def merged(folder: Path, models: list[Path], **keys: Any) -> tuple[MergePlan, dict[str, bytes]]:
+    """The plan of a merge, and its files of weights with config.json."""
+    plan = plan_merge(load_config(write_config(folder / "merge.yaml", models[0], models[1:], **keys)))
+    merge(plan, folder / "out")
+    found = files_of(folder / "out")
+    return plan, {name: found[name] for name in found if name.startswith("model") or name == "config.json"}
+
+
+@pytest.fixture
+def models(tmp_path) -> list[Path]:
+    """A base and two fine-tunes of it in bfloat16, the base and the first of them in FP8."""
+    made = [
+        make_model(tmp_path / name, seed, tuned_from=0, **SIZES) for seed, name in enumerate(("base", "fox", "code"))
+    ]
+    for model, kind in zip(made, ("FP8, blocks", "FP8, whole matrices"), strict=False):
+        quantise(model, kind)
+    return made
+
+
+def plain_copies(models: list[Path], folder: Path) -> list[Path]:
+    """The same models as the library dequantises them, saved as plain weights."""
+    copies = [Path(shutil.copytree(model, folder / model.name)) for model in models]
+    for copy, model in zip(copies, models, strict=True):
+        dequantised_copy(copy, weights_of(model))
+    return copies
+
+
+@pytest.mark.parametrize("keys", [{}, {"shared_weights": "average", "dtype": "float16"}], ids=["hidden", "average"])
+def test_a_merge_of_quantised_models_is_that_of_their_dequantised_copies(tmp_path, models, keys):
+    for name in ("quantised", "plain"):
+        (tmp_path / name).mkdir()
+    copies = plain_copies(models, tmp_path / "plain")
+    plan, found = merged(tmp_path / "quantised", models, **keys)
+    expected, wanted = merged(tmp_path / "plain", copies, **keys)
+    assert found == wanted
+    assert "quantization_config" not in plan.output_config
+    lost = "and dequantised in the merge, which does not bring back what the quantisation lost"
+    notes = (
+        f"base_model: stored as FP8 with a scale per block of 16 x 8, {lost}",
+        f"experts[0] (fox): stored as FP8 with a scale per matrix, {lost}",
+    )
+    assert plan.remarks.quantised == notes
+    assert [note for note in plan.notes if note not in expected.notes] == list(notes)
+    card = (tmp_path / "quantised/out/README.md").read_text()
+    assert all(f"> **Note:** {as_text(note)}." in card for note in notes)
+    assert compare_card(tmp_path / "quantised/out", plan) == []
+
+
+def test_rows_in_the_middle_are_those_of_the_whole(models):
+    whole = weights_of(models[0])
+    (table,) = read_tensor_tables([open_model(str(models[0]), print)], print, dense=True)
+    for name, (first, count) in {"q_proj": (0, 64), "up_proj": (37, 11), "down_proj": (63, 1)}.items():
+        ((tensor, numbers),) = [
+            (table[key], whole[key]) for key in table if key.endswith(f"layers.1.{_of(name)}.weight")
+        ]
+        part = torch.empty((count, tensor.shape[1]), dtype=torch.bfloat16)
+        read_into(tensor.rows(first, count), part)
+        assert torch.equal(part, numbers[first : first + count])
+
+
+def _of(projection: str) -> str:
+    return f"{'self_attn' if projection == 'q_proj' else 'mlp'}.{projection}"
+
+
+def test_blocks_at_the_border_may_be_smaller(tmp_path):
+    model = make_model(tmp_path / "model", **SIZES)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = load_weights(model)
+    codes, scales = weights[name].to(torch.float8_e4m3fn), torch.rand(3, 2)
+    edit_json(model / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [40, 50]})
+    save_weights(model, weights | {name: codes, f"{name}_scale_inv": scales})
+    factors = scales.repeat_interleave(40, 0).repeat_interleave(50, 1)[:96, :64]
+    assert torch.equal(weights_of(model)[name], (codes.float() * factors).bfloat16())
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({f"{UP}_scale_inv": None}, "is stored as F8_E4M3, but its weight_scale_inv or weight_scale is missing"),
+        ({f"{UP}_scale_inv": torch.ones(6, 7)}, "has a weight_scale_inv of shape [6, 7], and [6, 8] is expected"),
+        (
+            {f"{UP}_scale_inv": torch.ones(6, 8, dtype=torch.int32)},
+            "has a weight_scale_inv stored as I32, and F32 or BF16 or F16 or F8_E8M0 or U8 is expected",
+        ),
+        ({UP: torch.ones(96, 64)}, "has a weight stored as F32, and F8_E4M3 is expected"),
+        ({UP: torch.ones(96, dtype=torch.int8)}, "has a weight stored as I8, and F8_E4M3 is expected"),
+        (
+            {UP: torch.ones(96, dtype=torch.float8_e4m3fn)},
+            "is stored in the shape [96], and a matrix is expected",
+        ),
+    ],
+)
+def test_a_damaged_weight_is_named_once(tmp_path, models, change, reason):
+    tensors = load_weights(models[0]) | change
+    save_weights(models[0], {name: tensor for name, tensor in tensors.items() if tensor is not None})
+    with pytest.raises(IncompatibleError) as refused:
+        merged(tmp_path, [models[2], models[0], models[1]], prompts=False)
+    assert refused.value.problems == (f"experts[0] {models[0]}: tensor {UP} {reason}",)
+
+
+@pytest.mark.parametrize("size", [None, [128], [0, 128], ["16", 8], 128])
+def test_blocks_without_a_size_are_refused(tmp_path, models, size):
+    settings = {"quant_method": "fp8", "weight_block_size": size}
+    edit_json(models[0] / "config.json", quantization_config=settings)
+    with pytest.raises(IncompatibleError) as refused:
+        merged(tmp_path, [models[2], models[0], models[1]], prompts=False)
+    assert refused.value.problems == (
+        f"experts[0] {models[0]}: tensor model.layers.0.mlp.down_proj.weight has scales for blocks, but the "
+        f"weight_block_size in config.json is {size!r}; two sizes are expected, such as [128, 128] (and 8 more)",
+    )
+
+
+@pytest.mark.parametrize("tensor", [f"{UP}_scale_inv", UP])
+def test_scales_and_numbers_that_are_not_finite_stop_the_merge(tmp_path, models, tensor):
+    tensors = load_weights(models[0])
+    tensors[tensor].view(-1)[-1] = torch.nan
+    save_weights(models[0], tensors)
+    with pytest.raises(CheckpointError) as failed:
+        merged(tmp_path, [models[2], models[0], models[1]], prompts=False)
+    file = models[0] / "model.safetensors"
+    place = [size - 1 for size in tensors[tensor].shape]
+    assert str(failed.value) == (
+        f"{file}: tensor {UP!r} cannot be dequantised, since {tensor} of {file} holds 1 number that is infinite or "
+        f"NaN, at {place}. Download that file again."
+    )
+
+
+def test_numbers_beyond_the_models_dtype_stop_the_merge(tmp_path, models):
+    edit_json(models[0] / "config.json", dtype="float16")
+    save_weights(models[0], load_weights(models[0]) | {f"{UP}_scale_inv": torch.full((6, 8), 1e9)})
+    with pytest.raises(CheckpointError) as failed:
+        merged(tmp_path, [models[2], models[0], models[1]], prompts=False)
+    assert str(failed.value) == (
+        f"{models[0]}/model.safetensors: tensor {UP!r} holds numbers times scales that float16, the model's own dtype, "
+        "cannot express. Download that file again."
+    )
+
+
+def test_memory_does_not_grow_with_a_matrix(tmp_path):
+    rows, width = 3000, 4096
+    tensors = {
+        "x.weight": torch.zeros(rows, width, dtype=torch.float8_e4m3fn),
+        "x.weight_scale_inv": torch.ones(24, 32),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    tensor = dequantised(config, read_header(tmp_path / "model.safetensors"))["x.weight"]
+    assert (tensor.dtype, tensor.nbytes) == ("F32", 4 * rows * width)
+    buffer = memoryview(bytearray(2**16))
+    tracemalloc.start()
+    with tensor.open() as reader:
+        done = 0
+        while done < tensor.nbytes:
+            done += reader.readinto(buffer) or 0
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert done == tensor.nbytes
+    assert peak_bytes < 4 * 10**6
+
+
+def test_on_the_hub_each_byte_is_fetched_once(world, machine, models):
+    for model in models:
+        world.hub.add(f"acme/{model.name}-fp8", files_of(model))
+    config = write_config(
+        machine.folder / "merge.yaml", *("acme/code-fp8", ["acme/base-fp8", "acme/fox-fp8"]), prompts=False
+    )
+    world.hub.reset()
+    plan = planned(machine, str(config))
+    looked_at = weights_sent(world.hub)
+    assert plan["compared_bytes"] > 0
+    world.hub.reset()
+    streamed = machine.moemerge(str(config), "streamed", "--stream", "--quiet")
+    assert (streamed.code, streamed.err) == (0, "")
+    assert weights_sent(world.hub) == looked_at + plan["download_bytes"]
+    (machine.folder / "local").mkdir()
+    _, local = merged(machine.folder / "local", [models[2], models[0], models[1]], prompts=False)
+    found = files_of(machine.folder / "streamed")
+    assert {name: found[name] for name in local} == local
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_an_adapter_is_added_to_the_dequantised_weights(tmp_path, models):
+    (tmp_path / "plain").mkdir()
+    (copy,) = plain_copies(models[:1], tmp_path / "plain")
+    make_adapter(tmp_path / "adapter", copy, target_modules=["up_proj"])
+    found, expected = (weights_of(f"{model}+{tmp_path}/adapter") for model in (models[0], copy))
+    assert differing(found, expected) == []
+    assert differing(found, weights_of(models[0])) == [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
+
+
+def test_a_merge_with_other_settings_of_a_source_is_another_one(tmp_path, models):
+    # Blocks of which equally many fill each matrix.
+    found = []
+    for size in ([16, 8], [17, 8]):
+        edit_json(models[0] / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": size})
+        config = load_config(write_config(tmp_path / "merge.yaml", models[2], models[:2], prompts=False))
+        found.append(plan_fingerprint(plan_merge(config), 0))
+    assert [key for key in found[0] if found[0][key] != found[1][key]] == ["what is computed of the sources"]

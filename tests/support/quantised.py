@@ -1,0 +1,168 @@
+"""Tiny models quantised by the libraries whose files are read, and the weights that these libraries make of them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.passes.weights import read_into
+from moemerge.sources.model_folder import open_model, read_tensor_tables
+from tests.support.models import edit_json, load_weights, save_weights
+
+Weights = dict[str, torch.Tensor]
+Quantiser = Callable[[Weights], tuple[Weights, dict[str, Any], Weights]]
+"""Of a model's projections: what is stored, the `quantization_config`, and what the library makes of it."""
+
+
+def quantise(folder: Path, kind: str) -> Weights:
+    """Quantise a model in place; returns its weights as the library reads them again."""
+    weights = load_weights(folder)
+    chosen = {name: tensor for name, tensor in weights.items() if "proj" in name}
+    stored, settings, read = KINDS[kind](chosen)
+    rest = {name: tensor for name, tensor in weights.items() if name not in chosen}
+    save_weights(folder, rest | stored)
+    edit_json(folder / "config.json", quantization_config=settings)
+    return rest | read
+
+
+def weights_of(folder: Path | str) -> Weights:
+    """A model's weights as they are read here."""
+    (table,) = read_tensor_tables([open_model(str(folder), print)], print, dense=True)
+    found = {}
+    for name, tensor in table.items():
+        found[name] = torch.empty(tensor.shape, dtype=getattr(torch, CONFIG_DTYPES[tensor.dtype]))
+        read_into(tensor, found[name])
+    return found
+
+
+def differing(found: Weights, expected: Weights) -> list[str]:
+    """Names of tensors of which dtype, shape or any bit differs, or which one side lacks."""
+
+    def same(name: str) -> bool:
+        one, other = found.get(name), expected.get(name)
+        if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+    return [name for name in sorted(found.keys() | expected.keys()) if not same(name)]
+
+
+def dequantised_copy(folder: Path, weights: Weights) -> None:
+    """Give a quantised model plain weights."""
+    save_weights(folder, weights)
+    edit_json(folder / "config.json", quantization_config=None)
+
+
+def _fp8(block: list[int] | None, scale_fmt: str = "float") -> Quantiser:
+    def run(weights: Weights) -> tuple[Weights, dict[str, Any], Weights]:
+        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+        if not hasattr(fp8, "Fp8Dequantize"):
+            pytest.skip("this transformers does not dequantise FP8")
+        from transformers import FineGrainedFP8Config
+
+        settings = FineGrainedFP8Config(weight_block_size=block, scale_fmt=scale_fmt)
+        quantiser = SimpleNamespace(quantization_config=settings)
+        stored: Weights = {}
+        for name, weight in weights.items():
+            stored |= fp8.Fp8Quantize(quantiser).convert({name: weight})
+        read = {}
+        for name, weight in weights.items():
+            parts = {end: stored[f"{name}{end.removeprefix('weight')}"] for end in ("weight", "weight_scale_inv")}
+            made = fp8.Fp8Dequantize(quantiser)._dequantize_one(*parts.values(), output_dtype=weight.dtype)
+            read[name] = made
+        scales = {name: scale.reshape(()) if scale.numel() == 1 else scale for name, scale in stored.items()}
+        return scales, settings.to_dict(), read
+
+    return run
+
+
+def _compressed(format_: str, stored_scales: torch.dtype | None = torch.bfloat16, **weights: Any) -> Quantiser:
+    def run(chosen: Weights) -> tuple[Weights, dict[str, Any], Weights]:
+        pytest.importorskip("compressed_tensors")
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+        args = QuantizationArgs(**weights)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args, format=format_)
+        compressor = BaseCompressor.get_value_from_registry(format_)
+        stored: Weights = {}
+        read: Weights = {}
+        for name, weight in chosen.items():
+            module = name.removesuffix(".weight")
+            parts = compressor.compress({"weight": weight, **_parameters(weight, args, stored_scales)}, scheme)
+            stored |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+            read[name] = compressor.decompress(parts, scheme)["weight"].to(weight.dtype)
+        config = QuantizationConfig(
+            config_groups={"group_0": scheme}, format=format_, quantization_status="compressed", ignore=["lm_head"]
+        )
+        return stored, config.model_dump(mode="json") | {"quant_method": "compressed-tensors"}, read
+
+    return run
+
+
+def _parameters(weight: torch.Tensor, args: Any, stored_scales: torch.dtype | None) -> Weights:
+    """Scales and zero points of a weight, by the library's own rule for the least and the largest number of a block."""
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    rows, width = weight.shape
+    group = (1, args.group_size or width)
+    blocks = {"tensor": (rows, width), "channel": (1, width), "block": args.block_structure}
+    high, wide = blocks.get(args.strategy, group)
+    parts = [
+        [weight[row : row + high, column : column + wide].float() for column in range(0, width, wide)]
+        for row in range(0, rows, high)
+    ]
+    least, largest = (torch.tensor([[getattr(part, of)() for part in line] for line in parts]) for of in ("min", "max"))
+    divisor = generate_gparam(least.min(), largest.max()).reshape(1) if args.strategy == "tensor_group" else None
+    scale, zero = calculate_qparams(least, largest, args, **({} if divisor is None else {"global_scale": divisor}))
+    found = {"weight_scale": scale.to(stored_scales) if stored_scales else scale, "weight_zero_point": zero}
+    if args.strategy == "tensor":
+        found = {name: tensor.reshape(1) for name, tensor in found.items()}
+    return found if divisor is None else found | {"weight_global_scale": divisor}
+
+
+FLOAT8: dict[str, Any] = {"num_bits": 8, "type": "float"}
+INT8: dict[str, Any] = {"num_bits": 8, "type": "int"}
+INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
+MX: dict[str, Any] = {
+    "type": "float",
+    "strategy": "group",
+    "group_size": 32,
+    "scale_dtype": torch.uint8,
+    "zp_dtype": torch.uint8,
+}
+NV: dict[str, Any] = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "scale_dtype": torch.float8_e4m3fn,
+}
+KINDS: Mapping[str, Quantiser] = {
+    "FP8, blocks": _fp8([16, 8]),
+    "FP8, blocks with exponents": _fp8([8, 16], "ue8m0"),
+    "FP8, whole matrices": _fp8(None),
+    "compressed FP8, rows": _compressed("float-quantized", strategy="channel", **FLOAT8),
+    "compressed FP8, matrices in float16": _compressed("float-quantized", torch.float16, strategy="tensor", **FLOAT8),
+    "compressed FP8, blocks": _compressed(
+        "float-quantized", torch.float32, strategy="block", block_structure=[28, 10], **FLOAT8
+    ),
+    "compressed int8, rows": _compressed("int-quantized", strategy="channel", **INT8),
+    "compressed int8, zero points": _compressed("int-quantized", strategy="channel", symmetric=False, **INT8),
+    "compressed int4, groups": _compressed("pack-quantized", **INT4),
+    "compressed int4, zero points": _compressed("pack-quantized", symmetric=False, **INT4),
+    "packed int8": _compressed("pack-quantized", strategy="channel", symmetric=False, **INT8),
+    "compressed MXFP8": _compressed("mxfp8-quantized", None, num_bits=8, **MX),
+    "compressed MXFP4": _compressed("mxfp4-pack-quantized", None, num_bits=4, **MX),
+    "compressed NVFP4": _compressed("nvfp4-pack-quantized", None, **NV),
+}
+
+
+def loaded_by_transformers(folder: Path) -> Weights:
+    """The weights of a quantised model as `from_pretrained` dequantises them, on a machine without a GPU."""
+    return dict(AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto").state_dict())
