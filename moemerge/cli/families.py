@@ -73,6 +73,8 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
         RefusedError: no family is of that name, or takes such a model.
         SourceError: the model cannot be read.
     """
+    from moemerge.families.overview import read_as
+
     known = {row.family for row in rows} | {model_type for row in rows for model_type in row.takes}
     model_type = name.lower()
     if model_type not in known and ("/" in name or what_is(Path(name)) is not Kind.ABSENT):
@@ -80,10 +82,12 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
         from moemerge.sources.model_folder import open_model
 
         config = open_model(name, announce).config
-        model_type = str(config.get("model_type"))
         read = read_dense(config)
+        model_type = str(config.get("model_type")) if isinstance(read, str) else read.family.model_type
         if isinstance(read, str) and model_type not in {row.family for row in rows}:
             raise RefusedError(f"{name}: {read}")
+    plain = {renamed.lower(): kind for kind, others in read_as().items() for renamed in others}
+    model_type = plain.get(model_type, model_type)
     found = [row for row in rows if model_type in {row.family, *row.takes}]
     if found:
         return found
@@ -108,15 +112,19 @@ def _line(cells: "Sequence[str]") -> str:
 
 def print_overview(console: "Console", rows: "list[FamilyRow]") -> None:
     """Print one line for each family: whether engines compute it rightly, and its dense models."""
+    from moemerge.families.overview import read_as
+
     engines = dict.fromkeys(cell.engine for row in rows for cell in row.engines)
     table = Table("family", *(engine.removeprefix("llama.cpp's ") for engine in engines), "dense models")
     for row in rows:
         found = {cell.engine: _SHORT.get(cell.short, "most") for cell in row.engines}
         table.add_row(row.family, *(found.get(engine, "") for engine in engines), ", ".join(row.takes))
     console.print(table)
+    others = "; ".join(f"{', '.join(renamed)} as {plain}" for plain, renamed in read_as().items())
     console.print(
         "\nyes: the engine computed every mixture that was measured as transformers 5 does; most: all but those with "
-        "facts that `moemerge families NAME` lists; converter: llama.cpp's own, in place of `moemerge gguf`."
+        "facts that `moemerge families NAME` lists; converter: llama.cpp's own, in place of `moemerge gguf`.\n"
+        f"Models of other types are read as these: {others}."
     )
 
 

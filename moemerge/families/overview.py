@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moemerge.engines import ENGINES
-from moemerge.families.dense import DENSE_FAMILIES, NON_LLAMA_FACTS, DenseFamily, DenseModel, read_dense
+from moemerge.families.dense import DENSE_FAMILIES, NON_LLAMA_FACTS, RENAMED, DenseFamily, DenseModel, read_dense
 from moemerge.families.engines import readings
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture_shape import Mixture
@@ -66,6 +66,14 @@ def family_rows() -> list[FamilyRow]:
     """List every output family, in the order in which they are tried."""
     models = [_plainest(family) for family in DENSE_FAMILIES.values()]
     return [_row(family, models) for family in MOE_FAMILIES.values()]
+
+
+def read_as() -> dict[str, list[str]]:
+    """List the model types that are read as another dense type, by that type."""
+    found: dict[str, list[str]] = {}
+    for renamed in RENAMED.values():
+        found.setdefault(renamed.plain, []).append(renamed.model_type)
+    return found
 
 
 def _plainest(family: DenseFamily) -> DenseModel:

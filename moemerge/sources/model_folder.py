@@ -11,6 +11,7 @@ from moemerge.checkpoint.files import File, Stamp
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import NoSuchModelError, SourceError
+from moemerge.families.dense import plain_tensors, read_dense
 from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
@@ -218,8 +219,17 @@ def read_tensor_tables(
                 if path.is_file():
                     model.seen(path)
             tensors = merge_adapter(adapter, tensors)
-        tables.append(tensors)
+        tables.append(_plain(model, tensors) if dense else tensors)
     return tables
+
+
+def _plain(model: ModelFolder, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Give the tensors of a model whose type is read as another the names of that one."""
+    read = read_dense(model.config)
+    if isinstance(read, str):
+        return tensors
+    plain, notes = plain_tensors(read, tensors)
+    return _noted(model, notes, plain)
 
 
 def _read_weights(

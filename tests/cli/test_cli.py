@@ -176,6 +176,8 @@ def test_families_are_listed_without_torch():
     assert result.stdout.endswith(
         "\n\nyes: the engine computed every mixture that was measured as transformers 5 does; most: all but those with "
         "facts that `moemerge families NAME` lists; converter: llama.cpp's own, in place of `moemerge gguf`.\n"
+        "Models of other types are read as these: internlm, internlm2, internlm3, exaone, Yi, aquila, xverse, "
+        "iquestcoder, PanguEmbedded, baichuan as llama; mimo, qwen as qwen2.\n"
     )
     named = run("families", "Mistral", after=NO_TORCH).stdout
     assert named.startswith("mixtral\n  dense models: llama, mistral, ")

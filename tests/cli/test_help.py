@@ -128,6 +128,7 @@ def test_families_of_a_models_type_and_of_a_model(here, llamas, tmp_path):
     assert of_type == [row["family"] for row in every if "llama" in row["takes"]]
     assert 0 < len(of_type) < len(every)
     assert [row["family"] for row in json.loads(here("families", llamas[0], "--json")[1])] == of_type
+    assert [row["family"] for row in json.loads(here("families", "yi", "--json")[1])] == of_type
     assert [row["family"] for row in json.loads(here("families", "mixtral", "--json")[1])] == ["mixtral"]
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 4}')
     assert [row["family"] for row in json.loads(here("families", tmp_path, "--json")[1])] == ["mixtral"]

@@ -14,12 +14,15 @@ from moemerge.families.dense.family import (
 )
 from moemerge.families.dense.model import DenseModel, decoded, read_dense
 from moemerge.families.dense.model_tensors import ModelTensors
+from moemerge.families.dense.renamed.tables import RENAMED
+from moemerge.families.dense.renamed.tensors import plain_tensors
 from moemerge.families.dense.tables import DENSE_FAMILIES
 
 __all__ = [
     "DENSE_FAMILIES",
     "FULL",
     "NON_LLAMA_FACTS",
+    "RENAMED",
     "ROLES",
     "ROPES",
     "SLIDING",
@@ -31,5 +34,6 @@ __all__ = [
     "ModelTensors",
     "Role",
     "decoded",
+    "plain_tensors",
     "read_dense",
 ]

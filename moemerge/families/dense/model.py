@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 from moemerge.families.dense.config_checks import UnreadableError, is_read, read_values
 from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily
+from moemerge.families.dense.renamed.config import plain_config
+from moemerge.families.dense.renamed.family import Renamed
+from moemerge.families.dense.renamed.tables import RENAMED
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
 from moemerge.families.layer_names import layer_prefix
 
+_Family = TypeVar("_Family")
 _ROPE_TYPES: Final = ("default", *ROPES)
 # Names under which transformers' ACT2FN holds the same function.
 _ACTIVATIONS: Final = {"swish": "silu", "gelu_python": "gelu"}
@@ -31,6 +35,10 @@ class DenseModel:
     """The value of `rope_scaling` as `config.json` spells it."""
     quantised: str = ""
     """The method of quantisation that `config.json` names; empty for none."""
+    renamed: Renamed | None = None
+    """The type that its `config.json` names, if that is read as `family`."""
+    released: Mapping[str, Any] = field(default_factory=dict)
+    """Its `config.json` as it is, if it is renamed."""
 
     @property
     def layers(self) -> int:
@@ -179,12 +187,18 @@ def decoded(value: Any) -> Any:
 
 def read_dense(config: Mapping[str, Any]) -> DenseModel | str:
     """Interpret a `config.json`; a returned text says why it cannot be interpreted."""
-    model_type = config.get("model_type")
-    family = DENSE_FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    renamed = _of_type(RENAMED, config)
     try:
-        return _read(_family_unknown(config) if family is None else family, config)
+        plain = plain_config(renamed, config) if renamed else config
+        model = _read(_of_type(DENSE_FAMILIES, plain) or _family_unknown(config), plain)
     except UnreadableError as error:
         return str(error)
+    return replace(model, renamed=renamed, released=config) if renamed else model
+
+
+def _of_type(families: Mapping[str, _Family], config: Mapping[str, Any]) -> _Family | None:
+    model_type = config.get("model_type")
+    return families.get(model_type) if isinstance(model_type, str) else None
 
 
 def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
