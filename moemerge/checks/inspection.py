@@ -119,7 +119,7 @@ def inspect_checkpoint(
     )
     return Inspection(
         reference=reference,
-        model_type=str(model.config.get("model_type")),
+        model_type=model.stored_type,
         layers=model.config.get("num_hidden_layers"),
         experts=experts,
         experts_per_token=per_token if experts else None,

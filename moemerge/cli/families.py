@@ -73,9 +73,10 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
         RefusedError: no family is of that name, or takes such a model.
         SourceError: the model cannot be read.
     """
+    from moemerge.families.multimodal import MULTIMODAL, dense_types
     from moemerge.families.overview import read_as
 
-    known = {row.family for row in rows} | {model_type for row in rows for model_type in row.takes}
+    known = {row.family for row in rows} | {model_type for row in rows for model_type in row.takes} | {*MULTIMODAL}
     model_type = name.lower()
     if model_type not in known and ("/" in name or what_is(Path(name)) is not Kind.ABSENT):
         from moemerge.families.dense import read_dense
@@ -87,8 +88,8 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
         if isinstance(read, str) and model_type not in {row.family for row in rows}:
             raise RefusedError(f"{name}: {read}")
     plain = {renamed.lower(): kind for kind, others in read_as().items() for renamed in others}
-    model_type = plain.get(model_type, model_type)
-    found = [row for row in rows if model_type in {row.family, *row.takes}]
+    types = dense_types(plain.get(model_type, model_type))
+    found = [row for row in rows if not {row.family, *row.takes}.isdisjoint(types)]
     if found:
         return found
     near = get_close_matches(model_type[:60], known, n=1)
@@ -112,6 +113,7 @@ def _line(cells: "Sequence[str]") -> str:
 
 def print_overview(console: "Console", rows: "list[FamilyRow]") -> None:
     """Print one line for each family: whether engines compute it rightly, and its dense models."""
+    from moemerge.families.multimodal import MULTIMODAL
     from moemerge.families.overview import read_as
 
     engines = dict.fromkeys(cell.engine for row in rows for cell in row.engines)
@@ -124,7 +126,8 @@ def print_overview(console: "Console", rows: "list[FamilyRow]") -> None:
     console.print(
         "\nyes: the engine computed every mixture that was measured as transformers 5 does; most: all but those with "
         "facts that `moemerge families NAME` lists; converter: llama.cpp's own, in place of `moemerge gguf`.\n"
-        f"Models of other types are read as these: {others}."
+        f"Models of other types are read as these: {others}.\n"
+        f"Text models are also read inside multimodal ones: {', '.join(MULTIMODAL)}."
     )
 
 

@@ -1,7 +1,9 @@
 """Render chats by a model's own chat template, and mark the tokens that its messages stand for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -141,10 +143,27 @@ def _render(
     try:
         template = tokenizer.get_chat_template()
         template = _TODAY + template if "strftime_now" in template else template
-        text: str = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=answered
+        write = partial(
+            tokenizer.apply_chat_template, chat_template=template, tokenize=False, add_generation_prompt=answered
         )
+        text: str = write(messages)
+        if not _says_questions(text, messages):
+            text = _in_parts(write, messages) or text
     except Exception as error:  # templates raise as they like
         said = printable(" ".join(str(error).split())).rstrip(".")
         raise RefusedError(f"{place}: the chat template of {folder} refuses it: {said:.200}. {otherwise}") from error
     return text
+
+
+def _in_parts(write: Callable[[list[dict[str, Any]]], str], messages: Sequence[Mapping[str, str]]) -> str:
+    """Render messages whose text is one part of each, as in multimodal models; empty if that fails."""
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    with suppress(Exception):  # templates raise as they like
+        if _says_questions(text := write(parts), messages):
+            return text
+    return ""
+
+
+def _says_questions(text: str, messages: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a template has written what users say."""
+    return all(message["content"].strip() in text for message in messages if message["role"] == "user")

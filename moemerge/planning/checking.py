@@ -51,7 +51,7 @@ def check_models(
     refuse([problem for finding in findings for problem in finding.problems])
     files, choice = shape.base_files, shape.choice
     notes = [
-        *(note for folder in models.by_reference.values() for note in folder.notes),
+        *_notes_on_files(models),
         *models.notes,
         *(note for finding in findings for note in finding.notes),
         *files.notes,
@@ -68,6 +68,16 @@ def check_models(
     )
     refuse(judgement.problems)
     return Checked((*notes, *judgement.notes), judgement)
+
+
+def _notes_on_files(models: Models) -> list[str]:
+    """Collect the notes on what is odd about the models' files; one that is true of several names them all."""
+    said: dict[str, dict[str, None]] = {}
+    for folder in models.by_reference.values():
+        for note in folder.notes:
+            reference, _, what = note.partition(": ")
+            said.setdefault(what, {})[reference] = None
+    return [f"{', '.join(references)}: {what}" for what, references in said.items()]
 
 
 def _findings(config: MergeConfig, models: Models, shape: Shape, tables: Tables) -> Iterator[Findings]:

@@ -37,7 +37,9 @@ _MADE: Final = ("tokenizer.json", TOKENIZER_CONFIG)
 _AS_IT_IS: Final = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Model types for which transformers 5 takes another class all the same, and those for which it never does:
 # MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS and TOKENIZER_MAPPING_NAMES in models/auto/tokenization_auto.py.
-_RECLASSED: Final = frozenset({"qwen2", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
+_RECLASSED: Final = frozenset(
+    {"llava", "llava_next", "qwen2", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"}
+)
 _BY_FILE: Final = frozenset({"mistral", "mixtral"})
 # A repository's code, and a fix for Mistral's tokenizers that depends on model_type.
 _EXCEPTIONS: Final = frozenset({"auto_map", "fix_mistral_regex"})
@@ -67,7 +69,7 @@ class BaseFiles:
         Empty where tokenizer.json is read as it is under both the base's and the output's `model_type`: transformers
         4.57 always takes the class that its config names, and transformers 5 does with known exceptions.
         """
-        named, types = self.tokenizer_config.get("tokenizer_class"), {model_type, self.base.config.get("model_type")}
+        named, types = self.tokenizer_config.get("tokenizer_class"), {model_type, self.base.stored_type}
         read_alike = (
             "tokenizer.json" in self.copied
             and "tekken.json" not in self.copied  # which mistral-common may read instead

@@ -21,6 +21,7 @@ from moemerge.errors import SourceError
 from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.local import resolve_file
 from moemerge.sources.lora_sum import LoraSum
+from moemerge.sources.name_prefixes import text_name
 from moemerge.sources.reference import Reference, parse_reference
 
 CONFIG: Final = "adapter_config.json"
@@ -134,7 +135,8 @@ def _modules(found: Iterable[TensorInfo], tensors: Mapping[str, TensorInfo]) -> 
     modules: dict[str, dict[str, TensorInfo]] = {}
     for tensor in found:
         plain = _PREFIXES.sub("", tensor.name, count=1)
-        splits = [_split(plain), _split(f"model.{plain}")]  # trained without a head, a decoder's names lack `model.`
+        # Trained without a head, a decoder's names lack `model.`; trained inside a multimodal model, they have more.
+        splits = [_split(name) for name in (text_name(plain) or plain, f"model.{plain}")]
         module, part = next((split for split in splits if split[0] in own), splits[0])
         factor = _FACTOR.fullmatch(part)
         parts = modules.setdefault(module, {})
@@ -220,7 +222,8 @@ def _merge(adapter: Adapter, module: str, weight: TensorInfo, parts: Mapping[str
                 f"{adapter.reference}: {tensor.name} is stored as {tensor.dtype}; expected one of "
                 f"{', '.join(CONFIG_DTYPES)}. Save the adapter in float32."
             )
-    recipe = LoraSum(a, b, lengths, _scale(adapter, module, a.shape[0]))
+    trained, _ = _split(_PREFIXES.sub("", a.name, count=1))  # PEFT's patterns are of the module's name as it was then
+    recipe = LoraSum(a, b, lengths, _scale(adapter, trained, a.shape[0]))
     name = f"adapter {adapter.reference} on"
     recipe_key = repr(recipe.scale)
     return Derived(name, (weight,), recipe, recipe_key, "F32", others=recipe.tensors).tensor(f"{module}.weight")

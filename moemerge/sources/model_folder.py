@@ -20,6 +20,7 @@ from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
 from moemerge.sources.name_prefixes import unwrapped
 from moemerge.sources.quantised.table import dequantised
 from moemerge.sources.reference import Reference, parse_reference, split_adapter, split_expert
+from moemerge.sources.text_models import read_text_config
 from moemerge.sources.wrong_names import check_merged_folder, no_model
 
 __all__ = [
@@ -49,7 +50,7 @@ class ModelFolder:
     origin: Path | Reference
     folder: Path
     config: dict[str, Any]
-    """The model's `config.json`."""
+    """The model's `config.json`; of a multimodal model, that of the text model inside."""
     adapters: tuple[Adapter, ...] = ()
     """Adapters that are added to its weights, in this order."""
     stamps: dict[Path, Stamp] = field(default_factory=dict, compare=False)
@@ -60,11 +61,18 @@ class ModelFolder:
     """The mixture whose expert it is, if it is one; its files are the mixture's."""
     expert: int | Literal["shared"] = "shared"
     """The expert of `mixture` that it is."""
+    whole: dict[str, Any] | None = None
+    """The `config.json` of the multimodal model that it is the text model of, if it is one."""
 
     @property
     def own_folders(self) -> tuple[Path, ...]:
         """The model's folder and its adapters'."""
         return (self.folder, *(adapter.folder for adapter in self.adapters))
+
+    @property
+    def stored_type(self) -> str:
+        """The `model_type` that its `config.json` names."""
+        return str((self.whole or self.config).get("model_type"))
 
     @property
     def folders(self) -> list[Path]:
@@ -122,6 +130,8 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
     path = resolve_file(folder, "config.json")
     stamp = Stamp.of(path)
     opened = ModelFolder(reference, origin, folder, read_json(path), stamps={path: stamp})
+    text, whole = read_text_config(opened.config, opened.file)
+    opened = replace(opened, config=text, whole=whole)
     if (folder / "adapter_config.json").is_file():
         opened.notes.append(
             f"{reference}: has an adapter_config.json beside its own weights, which are read; where peft is "
@@ -212,7 +222,10 @@ def read_tensor_tables(
         key = (model.folder, model.mixture and model.expert)
         if key not in read:
             found = _read_weights(model, announce, weights)
-            read[key] = dequantised(model.config, unwrapped(found, partial(_noted, model))) if dense else found
+            if dense:
+                found = unwrapped(found, partial(_noted, model), multimodal=model.whole is not None)
+                found = dequantised(model.config, found)
+            read[key] = found
         tensors = read[key]
         for adapter in model.adapters:
             for path in (adapter.folder / name for name in ADAPTER_WEIGHTS):

@@ -1,9 +1,10 @@
 """Tensor names as transformers gives them, whatever wrapped the model when it was saved."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.errors import CheckpointError
 
@@ -15,17 +16,25 @@ _WRAPPER: Final = re.compile(
 # Names that training loops give the model they hold; they count as such only in front of all tensors.
 _HOLDER: Final = re.compile(r"([\w.]+?\.)model\.layers\.\d+\.")
 _BODY: Final = re.compile(r"(layers\.\d+|embed_tokens|\w*norm)\.")
+# A text model inside a multimodal one, as transformers 4 and 5 and released files name it, and its head.
+_TEXT: Final = re.compile(
+    r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?=(?:layers\.\d+|embed_tokens|\w*norm)\.)"
+)
+_HEAD: Final = re.compile(r"(?:model\.)?(?:language_model\.)?(?=lm_head\.)")
+_NEXT_TOKENS: Final = "mtp."
 
 
-def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table]) -> Table:
+def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table], *, multimodal: bool = False) -> Table:
     """Rename tensors to the names that a causal language model of transformers gives them.
 
     Prefixes of wrappers are removed, and so is what all tensors have in front of `model.layers`; a body that was saved
-    alone gets the prefix `model.` that it has in the whole model.
+    alone gets the prefix `model.` that it has in the whole model. Of a multimodal model only the text model is kept,
+    and of any model only what predicts the next token.
 
     Args:
         tensors: tensors by their names in the files.
         noted: called with notes and the table; returns the table.
+        multimodal: whether `config.json` says that the model is a multimodal one.
 
     Raises:
         CheckpointError: two tensors would have the same name.
@@ -33,18 +42,53 @@ def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table]) ->
     names = {name: name for name in tensors}
     while any(_WRAPPER.search(name) for name in names.values()):
         names = {name: _WRAPPER.sub("", plain) for name, plain in names.items()}
+    kept = _text_part(names, multimodal=multimodal)
+    others = [name for name in names if name not in kept]
+    names = kept
     holder = next((match[1] for plain in names.values() if (match := _HOLDER.match(plain))), "")
     if holder and all(plain.startswith(holder) for plain in names.values()):
         names = {name: plain.removeprefix(holder) for name, plain in names.items()}
     bare = not any(plain.startswith("model.") for plain in names.values())
     if bare and any(re.match(r"layers\.\d+\.", plain) for plain in names.values()):
         names = {name: f"model.{plain}" if _BODY.match(plain) else plain for name, plain in names.items()}
+    notes = [_left_out([tensors[name] for name in others])] if others else []
     changed = next((name for name, plain in names.items() if name != plain), None)
     if changed is None:
-        return tensors
+        return noted(notes, {name: tensors[name] for name in names}) if others else tensors
     if len(set(names.values())) < len(names):
         raise CheckpointError(
             f"{tensors[changed].path}: tensor {changed!r} and another one would both be called {names[changed]!r}."
         )
     renamed = {plain: tensors[name] for name, plain in names.items()}
-    return noted([f"its tensor {changed} is read as {names[changed]}, and others likewise"], renamed)
+    if not multimodal:
+        notes.append(f"its tensor {changed} is read as {names[changed]}, and others likewise")
+    return noted(notes, renamed)
+
+
+def text_name(name: str) -> str | None:
+    """The name of a tensor in a text model alone, from its name inside a multimodal one; None for other names."""
+    return f"model.{name.removeprefix(match[0])}" if (match := _TEXT.match(name)) else None
+
+
+def _text_part(names: Mapping[str, str], *, multimodal: bool) -> dict[str, str]:
+    """Choose the tensors of the text model, by their names in the files, and name them as those of one alone."""
+    prefix = next((match[0] for plain in names.values() if (match := _TEXT.match(plain))), "")
+    if not prefix and not multimodal:
+        return {name: plain for name, plain in names.items() if not plain.startswith(_NEXT_TOKENS)}
+    prefix = prefix or "model."
+    part = {}
+    for name, plain in names.items():
+        if plain.startswith(prefix):
+            part[name] = f"model.{plain.removeprefix(prefix)}"
+        elif head := _HEAD.match(plain):
+            part[name] = plain.removeprefix(head[0])
+    return part
+
+
+def _left_out(tensors: Sequence[TensorInfo]) -> str:
+    """Say how much of a model is no part of its text model."""
+    parts = (tensor.name.split(".") for tensor in tensors)
+    modules = dict.fromkeys(".".join(part[: 2 if part[0] == "model" else 1]) for part in parts)
+    count = f"{len(tensors)} tensors" if len(tensors) > 1 else "1 tensor"
+    size = shown_bytes(sum(tensor.nbytes for tensor in tensors))
+    return f"beside the text model, {count} of {size} are left out: {', '.join(modules)}"

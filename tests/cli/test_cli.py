@@ -25,6 +25,7 @@ from moemerge.cli.legacy import FLAGS, parse_parameter_count, translate
 from moemerge.cli.merging import merge_models
 from moemerge.config import problems
 from moemerge.errors import RefusedError
+from moemerge.families.multimodal import MULTIMODAL
 from tests.support.models import edit_json, make_model, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -178,10 +179,12 @@ def test_families_are_listed_without_torch():
         "facts that `moemerge families NAME` lists; converter: llama.cpp's own, in place of `moemerge gguf`.\n"
         "Models of other types are read as these: internlm, internlm2, internlm3, exaone, Yi, aquila, xverse, "
         "iquestcoder, PanguEmbedded, baichuan as llama; mimo, qwen as qwen2.\n"
+        f"Text models are also read inside multimodal ones: {', '.join(MULTIMODAL)}.\n"
     )
     named = run("families", "Mistral", after=NO_TORCH).stdout
     assert named.startswith("mixtral\n  dense models: llama, mistral, ")
     assert "\nexaone_moe\n" not in named
+    assert run("families", "qwen3_vl", after=NO_TORCH).stdout == run("families", "qwen3", after=NO_TORCH).stdout
     rows = json.loads(run("families", "--json", after=NO_TORCH).stdout)
     assert [row["family"] for row in rows][:2] == ["mixtral", "qwen3_moe"]
     assert {row["scoring"].split(",")[0] for row in rows} == {"softmax", "sigmoid"}

@@ -391,7 +391,16 @@ def test_what_a_config_leaves_out_is_what_its_class_means(tmp_path, pair):
         ),
         ({"model_type": "qwen3", "layer_types": [{}]}, "that make no sense: layer_types [{}]"),
         ({"model_type": "lfm2", "block_multiple_of": 0}, "that make no sense: block_multiple_of 0"),
-        ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, "it is multimodal (qwen3_5)"),
+        (
+            {"model_type": "paligemma", "text_config": {"model_type": "gemma"}},
+            "it is multimodal (model_type 'paligemma'), with a text model of type 'gemma'; text models are read inside "
+            "qwen3_5, gemma4, mistral3, ",
+        ),
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "cohere2"}},
+            "it is multimodal (model_type 'mistral3'), with a text model of type 'cohere2'; of such models, those with "
+            "mistral or ministral3 are read",
+        ),
         ({"model_type": ["x"]}, "its model_type is ['x']"),
         ({"num_hidden_layers": 10**9}, "its config.json needs a positive whole number for num_hidden_layers"),
     ],

@@ -7,9 +7,9 @@ import pytest
 
 from moemerge.chats import Chat, Message
 from moemerge.errors import RefusedError
-from moemerge.passes.chats import encode_chat, has_chat_template
+from moemerge.passes.chats import encode_chat, encode_question, has_chat_template
 from moemerge.passes.tokens import by_tokenizers, by_transformers, cut_windows
-from tests.support.chats import CHATML, DATED, GEMMA, LLAMA2, THINKING, chat_tokenizer
+from tests.support.chats import CHATML, DATED, GEMMA, LLAMA2, PARTS, THINKING, chat_tokenizer
 
 BASE = Path("models/base")
 
@@ -52,6 +52,13 @@ def test_tokens_of_messages_count_and_those_of_the_template_do_not(template, sys
     if template != DATED:
         found = encode_chat(tokenizer, BASE, given, ()).ids
         assert found == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+
+
+def test_templates_of_multimodal_models_are_given_text_as_a_part():
+    tokenizer, given = chat_tokenizer(PARTS), chat("The fox", "user", "The fox jumps", "Le chat dort")
+    assert counted(tokenizer, given) == "The fox|user|The fox jumps|Le chat dort"
+    asked = encode_question(tokenizer, BASE, chat("The fox"))
+    assert tokenizer.decode(asked) == "user: The fox"
 
 
 def test_the_option_says_whose_messages_count():

@@ -36,6 +36,11 @@ DATED = (
     "{{ bos_token }}Today Date: {{ strftime_now('%d %b %Y') }}\n"
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 )
+PARTS = (
+    "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] }}{% endfor %}\n{% endfor %}"
+)
+"""As those of LLaVA and SmolVLM, which leave out a message that is a text and no list of parts."""
 
 
 @cache

@@ -178,6 +178,8 @@ def _gemma4_layers(config: Config) -> list[str]:
 
 def _gemma4_values(config: Config) -> dict[str, Any]:
     """Read Gemma 4's settings of layers with full attention, as transformers 5 saves them or as Gemma was released."""
+    if (attends := config["use_bidirectional_attention"]) not in (None, "vision"):  # which changes nothing of text
+        raise UnreadableError(f"use_bidirectional_attention is {attends!r:.40}: only causal attention was proved")
     by_layer = config["per_layer_config"] or {}
     own: dict[str, Any] = next(iter(by_layer.values()), {})
     if any(other != own for other in by_layer.values()) or own.keys() - {"head_dim", "num_key_value_heads"}:
@@ -241,6 +243,5 @@ GEMMA4: Final = DenseFamily(
         "hidden_size_per_layer_input": (0, "per-layer inputs were not proved"),
         "num_kv_shared_layers": (0, "layers that share keys and values were not proved"),
         "attention_bias": (False, "biases were not proved"),
-        "use_bidirectional_attention": (None, "only causal attention was proved"),
     },
 )  # fmt: skip

@@ -13,6 +13,7 @@ from moemerge.families.dense.renamed.family import Renamed
 from moemerge.families.dense.renamed.tables import RENAMED
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
 from moemerge.families.layer_names import layer_prefix
+from moemerge.families.multimodal import why_no_text
 
 _Family = TypeVar("_Family")
 _ROPE_TYPES: Final = ("default", *ROPES)
@@ -207,9 +208,8 @@ def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
         raise UnreadableError(
             f"its model_type is {model_type!r}, which no output family repeats exactly: {NOT_MERGED[model_type]}"
         )
-    if isinstance(config.get("text_config"), dict):
-        inner = config["text_config"].get("model_type")
-        raise UnreadableError(f"it is multimodal ({model_type}); save its text model ({inner}) alone and merge that")
+    if (inner := config.get("text_config")) and isinstance(inner, dict):
+        raise UnreadableError(why_no_text(model_type, inner.get("model_type")))
     if any(type(config.get(key)) is int and config[key] > 1 for key in _EXPERT_COUNTS):
         raise UnreadableError(
             f"it is a mixture (model_type {model_type!r}): name one of its experts, as in MODEL#0 or MODEL#NAME"
