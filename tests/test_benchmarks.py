@@ -189,6 +189,7 @@ def make_models_and_texts(folder: Path, **keys: int) -> None:
             (folder / "texts" / f"{name}.{kind}.txt").write_text("\n<|document|>\n".join(documents))
 
 
+@pytest.mark.slow
 def test_tunings_are_judged_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
     printed = here("tuning.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--steps", "2", "--markdown")
@@ -218,6 +219,7 @@ def test_shared_weights_are_judged_on_any_models_and_texts(tmp_path, here):
     assert cells[0][1:] != cells[1][1:]
 
 
+@pytest.mark.slow
 def test_choices_of_shared_weights_are_judged_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
     experts = [
@@ -276,6 +278,7 @@ def test_routers_are_judged_on_any_models_and_texts(tmp_path, here):
     assert any(row.startswith("ridge, texts: time / plain forward pass") for row in rows)
 
 
+@pytest.mark.slow
 def test_both_dtypes_are_timed_and_compared_on_any_models_and_texts(tmp_path, here):
     make_models_and_texts(tmp_path)
     printed = here("compute_dtypes.py", tmp_path / "models", tmp_path / "texts", "--tokens", "60", "--repeat", "1")
@@ -287,6 +290,7 @@ def test_both_dtypes_are_timed_and_compared_on_any_models_and_texts(tmp_path, he
     assert with_rows.startswith("eval in float32 of rows made in bfloat16: other first choices ")
 
 
+@pytest.mark.slow
 def test_a_mixture_learns_from_texts_and_is_compared_with_its_start(tmp_path, here):
     make_models_and_texts(tmp_path)
     data = [tmp_path / "texts" / f"{name}.calib.txt" for name in ("fox", "code")]

@@ -62,6 +62,7 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
 
 
+@pytest.mark.slow
 def test_the_notebook_merges_and_pushes(world, kernel):
     notebook = read_notebook(**MODELS, repository="alice/mix", token="hf_alice", private=True)
     run(notebook, kernel)

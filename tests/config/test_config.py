@@ -260,13 +260,14 @@ def test_what_the_yaml_library_trips_over_is_refused_at_once(text, message):
     ("text", "count"),
     [
         (PLAIN + "".join(f"k{n}: 1\n" for n in range(24_000)), 24_000),
-        (PLAIN + "".join(f"{n}: 1\n" for n in range(16_000)), 16_000),
+        pytest.param(PLAIN + "".join(f"{n}: 1\n" for n in range(16_000)), 16_000, marks=pytest.mark.slow),
         (PLAIN + f"x: {HALF}\n" + "".join(f"k{n}: 1\n" for n in range(9_000)), 9_002),
         ("base_model: a\nexperts:\n" + "- {}\n" * 24_000, 24_000),
-        (
+        pytest.param(
             "base_model: a\nexperts:\n- {source_model: b}\n- source_model: c\n  positive_prompts:\n"
             + "  - 5\n" * 40_000,
             40_001,
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -47,7 +47,7 @@ def model(mixture, tmp_path) -> Path:
     return shutil.copytree(mixture, tmp_path / "home" / "model")
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(mixture, tmp_path, kills):
     words = [sys.executable, "-m", "tests.support.kill_edits", mixture, tmp_path / "kills", str(kills)]
     done = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)

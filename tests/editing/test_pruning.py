@@ -246,10 +246,10 @@ MULTIPLIED = (
     [
         ("dots1", {}, ()),
         ("dots1", {"norm_topk_prob": False}, (MULTIPLIED,)),
-        ("lfm2_moe, unnormalised", {}, (MULTIPLIED,)),
+        pytest.param("lfm2_moe, unnormalised", {}, (MULTIPLIED,), marks=pytest.mark.slow),
         ("cohere2_moe, average, sigmoids", {}, (MULTIPLIED,)),
         ("qwen3_moe", {}, ()),
-        ("qwen3_moe, as released", {}, ()),
+        pytest.param("qwen3_moe, as released", {}, (), marks=pytest.mark.slow),
     ],
 )
 def test_one_of_two_copies_gives_what_both_gave(tmp_path, name, settings, notes):

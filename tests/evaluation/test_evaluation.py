@@ -67,7 +67,24 @@ def merged(root: Path, folders: list[Path], **keys) -> Path:
     return root / "out"
 
 
-@pytest.mark.parametrize("name", DENSE)
+# Every kind of attention, norm and router input; all others with what is slow.
+_KINDS = {
+    "llama",
+    "qwen2",
+    "smollm3, layers without positions",
+    "phi3",
+    "granitemoehybrid",
+    "qwen3_5_text",
+    "gemma4_text",
+    "lfm2",
+    "cohere2",
+    "youtu",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in _KINDS else pytest.mark.slow) for name in DENSE]
+)
 def test_losses_of_every_family_are_those_of_the_whole_model(tmp_path, monkeypatch, name):
     """Of a dense model, and of the mixture that it becomes; nearly so in bfloat16, as on a GPU."""
     model_type, sizes = DENSE[name]

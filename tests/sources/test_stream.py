@@ -50,7 +50,7 @@ def weight_files(folder: Path) -> Files:
 @pytest.mark.parametrize(
     "way",
     # The tests below merge with random routers.
-    [pytest.param(way, marks=pytest.mark.slow if way in {"random", "cheap_embed"} else ()) for way in WAYS],
+    [pytest.param(way, marks=pytest.mark.slow if way in {"random", "cheap_embed", "float16"} else ()) for way in WAYS],
 )
 def test_streamed_bytes_are_those_of_a_merge_from_the_disk_and_each_is_fetched_once(world, machine, way):
     config = world.config(machine, **WAYS[way])

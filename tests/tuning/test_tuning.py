@@ -185,7 +185,7 @@ def made_of_lines(model):
     return [line for line in (model / "README.md").read_text().splitlines() if "attention and norms come from" in line]
 
 
-@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("copied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_norms_are_trained_beside_gates_on_request(tmp_path, specialists, data, copied):
     out = merged(tmp_path, specialists, shard_bytes=20_000, dtype="bfloat16")
     (made_of,) = made_of_lines(out)
@@ -426,7 +426,7 @@ def test_noise_changes_the_training_and_is_seeded(specialists, data, tmp_path):
     assert not changed(found[1], found[2])
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_phatgoose_makes_rows_of_sigmoid_gates(out, data, monkeypatch, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     old = tensors(out)
@@ -458,7 +458,7 @@ def test_an_evaluation_of_the_old_routers_leaves_the_card(out, data):
     assert without_section(card.read_text(), "tuning") == text
 
 
-@pytest.mark.parametrize("method", ["gates", "phatgoose"])
+@pytest.mark.parametrize("method", ["gates", pytest.param("phatgoose", marks=pytest.mark.slow)])
 def test_a_model_that_does_not_fit_is_read_from_the_disk_and_tuned_alike(
     specialists, data, tmp_path, monkeypatch, method
 ):
@@ -653,7 +653,7 @@ def test_a_step_has_the_gradients_of_the_documented_loss(out, specialists, data,
         torch.testing.assert_close(student.gates[layer].grad, gate.grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("moe", ["mixtral", "glm4_moe"])
+@pytest.mark.parametrize("moe", ["mixtral", pytest.param("glm4_moe", marks=pytest.mark.slow)])
 def test_bfloat16_has_nearly_the_same_gradients(tmp_path, data, monkeypatch, moe):
     model_type, sizes = DENSE[next(name for name, of in pairs() if of == moe)]
     names = ("base", *data)
@@ -785,7 +785,9 @@ def interrupted(out: Path, data, settings: Settings, after: int) -> None:
         tune(out, data, settings, progress=stop)
 
 
-@pytest.mark.parametrize(("distil", "train"), [(True, "gates"), (False, "gates,norms")])
+@pytest.mark.parametrize(
+    ("distil", "train"), [(True, "gates"), pytest.param(False, "gates,norms", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_gives_the_same_bytes(specialists, data, tmp_path, distil, train):
     settings = Settings(steps=8, tokens_per_step=96, distil=distil, noise=0.1, train=train)
     (tmp_path / "a").mkdir()
@@ -1052,6 +1054,7 @@ def in_two_processes(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([*launch, *words], cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(out, data, tmp_path):
     """Data-parallel: each reads half of every step, one of them writes."""
     alone = tmp_path / "alone"
