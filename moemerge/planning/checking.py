@@ -8,7 +8,7 @@ from moemerge.compatibility.checks import Findings, check_adapters, check_base, 
 from moemerge.compatibility.differences import Judgement, NamedModel, judge_experts
 from moemerge.config.schema import MergeConfig
 from moemerge.planning.models import Member, Models, refuse
-from moemerge.planning.notes import config_notes
+from moemerge.planning.notes import config_notes, vocabulary_notes
 from moemerge.planning.router_sources import base_ffn_layers
 from moemerge.planning.shape import Shape, computes_gate
 
@@ -53,6 +53,7 @@ def check_models(
     notes = [
         *(note for folder in models.by_reference.values() for note in folder.notes),
         *models.notes,
+        *vocabulary_notes(config, models, shape.lost_tokens),
         *(note for finding in findings for note in finding.notes),
         *files.notes,
         *files.reader_notes,

@@ -88,8 +88,8 @@ class MergePlan:
 
     @property
     def base(self) -> DenseModel:
-        """The base model's config, as its family reads it."""
-        return self.models.base.model
+        """The base model's config, as its family reads it, with the size of the output's vocabulary."""
+        return self.parts.base.model
 
     @property
     def base_folder(self) -> Path:
@@ -216,7 +216,7 @@ class MergePlan:
     @property
     def file_names(self) -> list[str]:
         """Paths in the output of all files that the merge may write."""
-        others = ["config.json", CONFIG_COPY, CARD, *self.copied_files, *self.made_files]
+        others = ["config.json", CONFIG_COPY, CARD, *self.copied_files, *self.base_files.edited, *self.made_files]
         return [*self.layout.file_names, *others]
 
     @property
