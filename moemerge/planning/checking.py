@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.unreadable import Resized
 from moemerge.compatibility.checks import Findings, check_adapters, check_base, check_expert
 from moemerge.compatibility.differences import Judgement, NamedModel, judge_experts
 from moemerge.config.schema import MergeConfig
@@ -77,7 +78,10 @@ def _findings(config: MergeConfig, models: Models, shape: Shape, tables: Tables)
     layers = base_ffn_layers(config, shape.mixture, base, runs_base=shape.runs_base)
     yield check_base(base, shape.family, tables[config.base_model], layers)
     for member in models.every_expert:
-        yield check_expert(member.name, member.model, tables[member.folder.reference], shared=shared)
+        table = tables[member.folder.reference]
+        if shape.vocabulary:  # which takes rows of embeddings that adapters have resized
+            table = {name: tensor for name, tensor in table.items() if not isinstance(tensor.path, Resized)}
+        yield check_expert(member.name, member.model, table, shared=shared)
     for member in models.every_expert:
         if member.folder.adapters:
             table = tables[member.folder.reference]

@@ -185,8 +185,8 @@ class MergePlan:
 
     @property
     def made_files(self) -> tuple[str, ...]:
-        """Paths in the output of tokenizer files that may be made beside or instead of the copied ones."""
-        return self.base_files.made(self.family.model_type)
+        """Paths in the output of files that are made, or may be, beside or instead of the copied ones."""
+        return tuple(dict.fromkeys([*self.base_files.edited, *self.base_files.made(self.family.model_type)]))
 
     @property
     def data_sets(self) -> list[HubData]:
@@ -216,7 +216,7 @@ class MergePlan:
     @property
     def file_names(self) -> list[str]:
         """Paths in the output of all files that the merge may write."""
-        others = ["config.json", CONFIG_COPY, CARD, *self.copied_files, *self.base_files.edited, *self.made_files]
+        others = ["config.json", CONFIG_COPY, CARD, *self.copied_files, *self.made_files]
         return [*self.layout.file_names, *others]
 
     @property

@@ -19,6 +19,7 @@ from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DenseModel
 from moemerge.passes.chats import has_chat_template
 from moemerge.planning.models import Member, Models, refuse
+from moemerge.sources.adapter_rows import embedding_rows
 
 _SPECIAL: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 Row = tuple[int | None, int]
@@ -83,16 +84,15 @@ class OutputVocabulary:
 
 def lost_tokens(config: MergeConfig, models: Models) -> dict[str, list[str]]:
     """List the added tokens that `tokenizer: union` would give to a merged model, by the expert's name in messages."""
-    base = read_vocabulary(models.base.folder.own_folders) if config.vocabulary == BASE else None
+    others = [member for member in models.every_expert if not _is_copy(member, models.base)]
+    base = read_vocabulary(models.base.folder.own_folders) if others and config.vocabulary == BASE else None
     found: dict[str, list[str]] = {}
-    for member in models.every_expert if isinstance(base, Vocabulary) else ():
-        if isinstance(base, Vocabulary) and not _is_copy(member, models.base):
+    if isinstance(base, Vocabulary):
+        for member in others:
             read = _checked(base, member, UNION)
-            if not isinstance(read, Vocabulary):
-                continue
-            if tokens := [token for token in lacking(base, read) if read.ids[token] < rows_of(member)]:
-                found[member.name] = tokens
-    return found
+            if isinstance(read, Vocabulary):
+                found[member.name] = [token for token in lacking(base, read) if read.ids[token] < rows_of(member)]
+    return {name: tokens for name, tokens in found.items() if tokens}
 
 
 def output_vocabulary(config: MergeConfig, models: Models) -> OutputVocabulary | None:
@@ -118,8 +118,12 @@ def _labels(config: MergeConfig) -> list[str]:
 
 
 def rows_of(member: Member) -> int:
-    """The number of rows that a model's embeddings have."""
-    return int(member.model.config["vocab_size"])
+    """The number of rows that a model's embeddings have.
+
+    Raises:
+        CheckpointError: an adapter's file is damaged.
+    """
+    return embedding_rows(member.folder.adapters, int(member.model.config["vocab_size"]))
 
 
 def _is_copy(member: Member, base: Member) -> bool:

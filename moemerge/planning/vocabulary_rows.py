@@ -10,7 +10,7 @@ from moemerge.checkpoint.derived import Derived, linear
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import joined
 from moemerge.checkpoint.numbers import read_rows
-from moemerge.checkpoint.unreadable import Unreadable
+from moemerge.checkpoint.unreadable import Resized, Unreadable
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.families.dense import ModelTensors
 from moemerge.planning.models import Models, refuse
@@ -82,6 +82,7 @@ def _own(name: str, base: ModelTensors, expert: ModelTensors) -> TensorInfo | st
     if own_name not in tensors:
         return "which it lacks"
     found = tensors[own_name]
+    found = found.path.stored if isinstance(found.path, Resized) else found
     if isinstance(found.path, Unreadable):
         return f"which {found.path.reason}"
     if found.dtype not in CONFIG_DTYPES:

@@ -4,14 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moemerge.checks.verification import verify_merge
 from moemerge.config.loading import load_config
 from moemerge.config.schema import CARD
 from moemerge.errors import IncompatibleError
+from moemerge.evaluation.evaluator import evaluate
+from moemerge.evaluation.figures import MERGED
+from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.merging.merger import merge
 from moemerge.model_card.markdown import as_text
 from moemerge.planning.planner import plan_merge
@@ -225,3 +229,57 @@ def test_readers_that_take_another_class_for_the_output_read_the_tokens(tmp_path
     for text in (TEXT, "a  b\n\n c'S ½ 🙂"):
         assert ids_of(out, text) == ids_of(base, text)
         assert ids_of(out, f"{text}<|im_end|>{text}") == ids_of(chat, f"{text}<|im_end|>{text}")
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("kind", ["resized", "trained", "single"])
+def test_tokens_that_came_with_an_adapter(tmp_path, chats, kind):
+    """PEFT saves resized embeddings whole, and again where they were trained; single tokens beside them."""
+    base, fox = chats[:2]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(list(CHATML), special_tokens=True)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(158, mean_resizing=False)
+    keys = {
+        "resized": {},
+        "trained": {"modules_to_save": ["embed_tokens", "lm_head"]},
+        "single": {"trainable_token_indices": {"embed_tokens": [156, 157]}},
+    }[kind]
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM", **keys))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    for saved in (tuned, tokenizer):
+        saved.save_pretrained(tmp_path / "adapter")
+    expert = f"{base}+{tmp_path / 'adapter'}"
+    (lost,) = [advice for advice in plan_of(tmp_path, [base, fox, expert]).advice if "union" in advice]
+    assert lost.startswith(f"experts[1] {expert}: has '<|im_start|>' and '<|im_end|>' as tokens of its own")
+    if kind == "single":
+        assert refusal(tmp_path, [base, fox, expert], tokenizer="union") == [
+            f"experts[1] {expert}: `tokenizer: union` takes rows of its {EMBEDDINGS}, which cannot be merged exactly: "
+            f"{tmp_path / 'adapter'}: it trains single tokens"
+        ]
+        return
+    expected = tuned.merge_and_unload().state_dict()
+    for choice in ("union", "expert adapter"):
+        plan, out = merged(tmp_path, [base, fox, expert], tokenizer=choice)
+        for name in (EMBEDDINGS, HEAD):
+            rows = torch.cat([load_weights(base)[name], expected[name][156:]])
+            assert torch.equal(load_weights(out)[name], rows)
+        assert ids_of(out, "<|im_end|>") == [157]
+        assert not any("embed_tokens" in note for note in plan.notes)
+
+
+def test_baselines_that_know_a_token_by_another_id_are_left_out(tmp_path, chats):
+    """Of ids 156 to 158 the base has none, and the third expert gives them to other tokens."""
+    _, out = merged(tmp_path, chats, tokenizer="union")
+    (tmp_path / "chat.txt").write_text(f"<|im_start|>{TEXT}<|im_end|>")
+    settings = EvaluationSettings(compute_dtype="float32", kept_losses=tmp_path / "kept")
+    found = evaluate(out, {"chat": [str(tmp_path / "chat.txt")]}, settings)
+    assert found.losses.keys() == {MERGED, "expert chat"}
+    assert found.notes[:3] == (
+        "base is left out: its tokenizer does not know '<|im_start|>' as 156",
+        "expert fox is left out: its tokenizer does not know '<|im_start|>' as 156",
+        "expert tools is left out: its tokenizer does not know '<|im_start|>' as 156",
+    )
