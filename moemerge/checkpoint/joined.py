@@ -107,6 +107,14 @@ def joined(name: str, parts: Sequence[TensorInfo]) -> TensorInfo:
     return TensorInfo(name, Joined(tuple(parts)), first.dtype, shape, 0, nbytes)
 
 
+def rows_apart(tensor: TensorInfo) -> tuple[TensorInfo, ...]:
+    """The tensors that `joined` put below each other, where they make up the whole of a tensor; else the tensor."""
+    stack = tensor.path
+    if isinstance(stack, Joined) and not stack.side_by_side and tensor.nbytes == stack.nbytes:
+        return stack.parts
+    return (tensor,)
+
+
 def joined_columns(name: str, parts: Sequence[TensorInfo]) -> TensorInfo:
     """The columns of several matrices, side by side, as one tensor.
 

@@ -55,6 +55,10 @@ class Unreadable:
         return replace(like or self.stored, path=self, start=0, nbytes=0)
 
 
+class Resized(Unreadable):
+    """As `Unreadable`, for a matrix of other rows than its model has: `stored` can be read, and has them."""
+
+
 def reasons(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """The reasons that some of a model's tensors cannot be read, by tensor name."""
     return {name: tensor.path.reason for name, tensor in tensors.items() if isinstance(tensor.path, Unreadable)}

@@ -128,6 +128,8 @@ def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list
         respelled = plan.base_files.respelled.get(name)
         if respelled and made.get(name) == respelled:
             expected = f"what {source} says, in words that transformers 4 reads, too"
+        elif name in made and made[name] == plan.base_files.edited.get(name):
+            expected = f"what `tokenizer: {plan.config.vocabulary}` makes of the base's files"
         elif name in made:
             expected = f"what transformers {version('transformers')} makes of the tokenizer in {plan.base_folder}"
         if not file:

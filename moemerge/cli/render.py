@@ -120,11 +120,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
         "copied": ", ".join(plan.copied_files) or "no tokenizer files: the base model has none",
     }
-    rows |= _pass_row(plan)
-    if plan.made_files:
-        rows["tokenizer"] = (
-            f"proved to give the base's ids when it is merged; {' and '.join(plan.made_files)} may be made"
-        )
+    rows |= _pass_row(plan) | _tokenizer_row(plan)
     chosen_later = f"{', '.join(plan.candidates)}: chosen when the merge begins, shown here as the base's"
     rows |= {"shared weights": chosen_later} if plan.is_open else {}
     if plan.remote_bytes:
@@ -151,6 +147,16 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     console.print(table)
     for advice in plan.advice:
         console.print(f"advice: {advice}")
+
+
+def _tokenizer_row(plan: MergePlan) -> dict[str, str]:
+    """The line on the output's tokenizer, where it is no copy of the base's for sure."""
+    if vocabulary := plan.shape.vocabulary:
+        return {"tokenizer": f"{vocabulary.choice}: {len(vocabulary.ids)} tokens; proved when it is merged"}
+    if plan.made_files:
+        made = " and ".join(plan.made_files)
+        return {"tokenizer": f"proved to give the base's ids when it is merged; {made} may be made"}
+    return {}
 
 
 def _pass_row(plan: MergePlan) -> dict[str, str]:

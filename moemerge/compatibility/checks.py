@@ -66,11 +66,6 @@ def check_configs(base: Mapping[str, Any], experts: Sequence[tuple[str, Mapping[
                 f"{name}: residual_multiplier is {scales[1]:g}, but the base's {scales[0]:g} will scale its FFNs; "
                 f"residual_scale: {scales[1] / scales[0]:g} makes up for it"
             )
-        if expert.config["vocab_size"] != base_model.config["vocab_size"]:
-            found.notes.append(
-                f"{name}: vocabulary of {expert.config['vocab_size']}, the base's of "
-                f"{base_model.config['vocab_size']} is kept"
-            )
     return found
 
 

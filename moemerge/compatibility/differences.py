@@ -11,6 +11,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import read_json
 from moemerge.compatibility.distances import check_deltas, distance_notes, distance_warnings, measure_distances
 from moemerge.config.schema import MergeConfig
+from moemerge.config.tokenizer_choice import BASE
 from moemerge.errors import CheckpointError
 from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.mixture_shape import Mixture
@@ -143,34 +144,39 @@ def judge_experts(
         warnings=distance_warnings(base.folder, [(expert.name, expert.folder) for expert in experts], distances),
         notes=[
             *distance_notes(base.model, [(expert.name, expert.folder, expert.model) for expert in experts], distances),
-            *lost_notes(base, [expert for expert in experts if expert.folder.reference not in strangers]),
+            *lost_notes(
+                base,
+                [expert for expert in experts if expert.folder.reference not in strangers],
+                keeps_words=config.vocabulary == BASE,
+            ),
         ],
         has_strangers=bool(strangers),
         compared_bytes=compared_bytes,
     )
 
 
-def lost_notes(base: NamedModel, experts: Sequence[NamedModel]) -> list[str]:
+def lost_notes(base: NamedModel, experts: Sequence[NamedModel], *, keeps_words: bool = True) -> list[str]:
     """Notes on what each expert loses because the base's own takes its place, and on the base that would lose less.
 
     Args:
         base: the base model.
         experts: every expert and shared expert; those that are the base itself lose nothing.
+        keeps_words: whether tokens and chat template are the base's.
     """
     others = [expert for expert in experts if expert.folder.folder != base.folder.folder]
     notes = [
         f"{expert.name}: not used of it, since the base model's own is kept: {'; '.join(lost)}"
         for expert in others
-        if (lost := list(_lost(base, expert)))
+        if (lost := list(_lost(base, expert, keeps_words=keeps_words)))
     ]
-    gains = [(gained, expert) for expert in others if (gained := list(_gained(base, expert)))]
+    gains = [(gained, expert) for expert in others if (gained := list(_gained(base, expert, keeps_words=keeps_words)))]
     if gains:
         gained, best = max(gains, key=lambda pair: len(pair[0]))
         notes.append(f"base_model: {best.folder.reference} would be the better base: it has {' and '.join(gained)}")
     return notes
 
 
-def _lost(base: NamedModel, expert: NamedModel) -> Iterator[str]:
+def _lost(base: NamedModel, expert: NamedModel, *, keeps_words: bool) -> Iterator[str]:
     theirs, ours = expert.model, base.model
     if expert.context != base.context:
         yield f"context of {expert.context} tokens (base: {base.context})"
@@ -182,12 +188,14 @@ def _lost(base: NamedModel, expert: NamedModel) -> Iterator[str]:
         yield f"rotary positions, {', '.join(changed[:_SHOWN])}{', ...' if len(changed) > _SHOWN else ''}"
     pairs = {"sliding window": [model.values.get("window") or "none" for model in (theirs, ours)]}
     pairs |= {key: [model.config.get(key) for model in (theirs, ours)] for key in _NORMS}
-    pairs["eos_token_id"] = [_only(model.config.get("eos_token_id")) for model in (theirs, ours)]
+    if keeps_words:
+        pairs["eos_token_id"] = [_only(model.config.get("eos_token_id")) for model in (theirs, ours)]
     pairs |= {key: [model.values[key] for model in (theirs, ours)] for key in _SCALES}
     for what, (own, kept) in pairs.items():
         if own != kept:
             yield f"{what} {own!s:.30} (base: {kept!s:.30})"
-    yield from _lost_words(base, expert)
+    if keeps_words:
+        yield from _lost_words(base, expert)
 
 
 def _lost_words(base: NamedModel, expert: NamedModel) -> Iterator[str]:
@@ -205,11 +213,11 @@ def _lost_words(base: NamedModel, expert: NamedModel) -> Iterator[str]:
         yield "tokenizer, whose file is another than the base's"
 
 
-def _gained(base: NamedModel, expert: NamedModel) -> Iterator[str]:
+def _gained(base: NamedModel, expert: NamedModel, *, keeps_words: bool) -> Iterator[str]:
     """Yield what a merge would have more if the expert were its base."""
     if expert.context > base.context:
         yield f"a context of {expert.context} tokens, not {base.context}"
-    if expert.templates and not base.templates:
+    if keeps_words and expert.templates and not base.templates:
         yield "a chat template, which the base lacks"
 
 

@@ -8,6 +8,7 @@ from moemerge.chats import Chat
 from moemerge.config.chat_prompts import prompt_problems
 from moemerge.config.expert_names import repeated_names
 from moemerge.config.router_methods import AUTO, METHODS, SETTINGS, RouterMethod, canonical_gate_mode, choose_method
+from moemerge.config.tokenizer_choice import tokenizer_problems
 from moemerge.places import Place
 
 # `model_dump` gives every setting; one with its default value counts as not set.
@@ -69,6 +70,7 @@ def cross_check(document: dict[str, Any], *, allow_identical_experts: bool) -> l
     problems += _prompt_problems("experts", experts)
     problems += _prompt_problems("shared_experts", document.get("shared_experts"))
     problems += _lone_negatives(document.get("shared_experts"))
+    problems += tokenizer_problems(document, experts)
     return problems + _check_descriptions(document, experts)
 
 

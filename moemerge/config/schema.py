@@ -3,7 +3,6 @@
 Schema and key names: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md
 """
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -13,8 +12,10 @@ from moemerge.chats import COUNTED_ROLES
 from moemerge.config.cross_checks import MIN_EXPERTS, cross_check, listed
 from moemerge.config.drawn_anew import DrawnAnew, Reinit
 from moemerge.config.expert_names import expert_names
+from moemerge.config.plain_values import plain
 from moemerge.config.problems import MOST_EXPLAINED, PlacedError, explain
 from moemerge.config.router_methods import AUTO, RouterMethod, choose_method
+from moemerge.config.tokenizer_choice import BASE, TokenizerChoice
 from moemerge.config.value_types import (
     ChatPrompts,
     DTypeName,
@@ -31,15 +32,12 @@ from moemerge.config.value_types import (
     Texts,
 )
 from moemerge.config.yaml_text import join_halves, write_yaml
-from moemerge.errors import ConfigError
 from moemerge.places import Place
 
 CONFIG_COPY: Final = "moemerge_config.yaml"
 """Name of the file in a merged model's folder that holds a copy of the config."""
 CARD: Final = "README.md"
 """Name of the model card in a merged model's folder, as on the Hub."""
-_DEEPEST: Final = 50
-_LARGEST: Final = 10**300
 
 
 class _Strict(BaseModel):
@@ -148,7 +146,7 @@ class MergeConfig(_Strict):
     """
 
     base_model: Text
-    """Where embeddings, attention, norms and the tokenizer come from."""
+    """Where embeddings, attention, norms and, with `tokenizer: base`, the tokenizer come from."""
     experts: list[RoutedExpert] = Field(json_schema_extra={"minItems": MIN_EXPERTS})
     """The models whose FFNs the router chooses between."""
     gate_mode: GateMode = AUTO
@@ -176,6 +174,10 @@ class MergeConfig(_Strict):
     """Settings for embeddings, attention and norms: the base model's, or a mix of all models'."""
     fold_norms: bool = Field(default=False, strict=True)
     """Whether the difference between an expert's own norm and the shared one is folded into its FFN."""
+    tokenizer: TokenizerChoice = BASE
+    """The output's tokenizer: the base's; with `union` the experts' added tokens, too; or an `expert NAME`'s."""
+    tokenizer_source: TokenizerChoice = BASE
+    """mergekit's name of `tokenizer`."""
     router: Annotated[
         RouterSettings,
         BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=RouterSettings | None),
@@ -188,7 +190,7 @@ class MergeConfig(_Strict):
     _identical: bool = PrivateAttr(default=False)
 
     def __init__(self, allow_identical_experts: bool = False, /, **document: Any) -> None:
-        document, halves = join_halves(_plain(document))
+        document, halves = join_halves(plain(document))
         problems: list[tuple[Place, str]] = [(place, "holds half of a letter, a lone surrogate") for place in halves]
         problems += cross_check(document, allow_identical_experts=allow_identical_experts)
         try:
@@ -245,6 +247,11 @@ class MergeConfig(_Strict):
         return choose_method(self.gate_mode, described=self.has_descriptions, calibrated=calibrated)
 
     @property
+    def vocabulary(self) -> str:
+        """Whose tokenizer the output has: `base`, `union`, or `expert NAME`."""
+        return self.tokenizer if self.tokenizer != BASE else self.tokenizer_source
+
+    @property
     def computes_shared_gate(self) -> bool:
         """Whether the gate of the shared experts is made from prompts."""
         return self.method.runs_base and any(expert.is_described for expert in self.shared_experts)
@@ -279,17 +286,3 @@ def _known_keys(place: Place) -> list[str]:
         return list(Reinit.model_fields)
     model = models.get(str(place[0]), MergeConfig) if len(place) > 1 else MergeConfig
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    """Turn a document into plain values; parts of it may be models or iterators."""
-    if depth > _DEEPEST:
-        raise ConfigError(f"config: is nested more than {_DEEPEST} deep.", [])
-    if isinstance(value, BaseModel):
-        return _plain(value.model_dump(exclude_unset=True, by_alias=True), depth)
-    if isinstance(value, Mapping):
-        return {key: _plain(held, depth + 1) for key, held in value.items()}
-    if isinstance(value, int) and abs(value) >= _LARGEST:  # which Python writes no decimals of
-        raise ConfigError("config: holds an integer beyond all floats.", [])
-    listed_like = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
-    return [_plain(held, depth + 1) for held in value] if listed_like else value

@@ -55,6 +55,10 @@ def _settings(draft: Draft) -> Iterator[str]:
             "attention and norms are the experts' mean, which measured better than the base's for fine-tunes of one "
             "model; where one of them changed attention much, base is better (docs/quality.md)",
         )
+    if draft.unites:
+        yield from _key(
+            "tokenizer", "union", "with the tokens that experts added to the base's, and their rows (docs/config.md)"
+        )
     if draft.is_random:
         yield from _key(
             "gate_mode", "random", "remove this line when every expert has prompts: random routers know nothing"

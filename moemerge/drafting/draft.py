@@ -54,6 +54,8 @@ class Draft:
     """Whether the experts' attention and norms can be averaged, which measured better for fine-tunes of one model."""
     chats: bool
     """Whether all models have a chat template."""
+    unites: bool
+    """Whether an expert with a chat template has added tokens that the base lacks."""
     needs_prompts: bool
     """Whether the weights alone cannot make the routers: an expert is the base itself, or no fine-tune of it."""
     remarks: tuple[str, ...]
@@ -120,6 +122,7 @@ def draft_merge(base: str, experts: Sequence[str], announce: Callable[[str], Non
         experts_per_token=per_token,
         averages=bool(plan.parts.advice) and not any(distance.is_stranger for distance in distances.values()),
         chats=all(templates),
+        unites=_unites(plan),
         needs_prompts=_needs_prompts(config, folders, distances),
         remarks=(
             *([nearer] if nearer else []),
@@ -136,6 +139,13 @@ def _tensors(
     tables = read_tensor_tables(folders.values(), announce, weights="stream", dense=True)
     dense = {member.folder.reference: member.model for member in (plan.models.base, *plan.models.experts)}
     return {name: ModelTensors(dense[name], table) for name, table in zip(folders, tables, strict=True)}
+
+
+def _unites(plan: MergePlan) -> bool:
+    return any(
+        member.name in plan.shape.lost_tokens and NamedModel("", member.folder, member.model).templates
+        for member in plan.models.experts
+    )
 
 
 def _needs_prompts(config: MergeConfig, folders: Mapping[str, ModelFolder], distances: Mapping[str, Distance]) -> bool:

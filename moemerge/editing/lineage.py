@@ -45,7 +45,8 @@ def _still_holds(before: MergeConfig, plan: EditPlan) -> bool:
         return True
     # What is drawn, and what all experts have changed, is another for other experts; so is their width.
     drawn = any(expert.noise_scale or expert.reinit for expert in before.experts)
-    return before.shared_weights.method == "base" and not drawn and any(_fills(slot, plan) for slot in plan.slots)
+    of_base = before.shared_weights.method == before.vocabulary == "base"
+    return of_base and not drawn and any(_fills(slot, plan) for slot in plan.slots)
 
 
 def _fills(slot: Slot, plan: EditPlan) -> bool:

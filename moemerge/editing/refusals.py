@@ -15,7 +15,16 @@ from moemerge.families.stored_mixture import StoredMixture
 from moemerge.routers.random import DRAWS
 
 # Keys of a merge that say nothing of a mixture that exists already.
-_OF_MERGES: Final = ("architecture", "engine", "moe_layers", "shared_experts", "fold_norms", "dtype")
+_OF_MERGES: Final = (
+    "architecture",
+    "engine",
+    "moe_layers",
+    "shared_experts",
+    "fold_norms",
+    "dtype",
+    "tokenizer",
+    "tokenizer_source",
+)
 # In the name of a module, or in a pattern of names.
 _SINGLE_EXPERT: Final = re.compile(r"experts\\?\.\d")
 _ROUTER_KEYS: Final = {"lambda", "tokens_per_expert", "chat_roles", "seed", "fitted"}

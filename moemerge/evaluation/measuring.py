@@ -84,7 +84,7 @@ def _dense_models(mixture: MixtureModel, announce: Callable[[str], None]) -> tup
     experts = zip(mixture.config.experts, mixture.config.expert_names, strict=True)
     named += [(e.source_model, f"{EXPERT}{name}") for e, name in experts if e.by_layer is None]  # one model in all
     try:
-        return base + [open_dense(reference, name, announce) for reference, name in named], notes
+        return base + [open_dense(reference, name, announce, ids_of=mixture.ids_of) for reference, name in named], notes
     except MoemergeError as error:
         why = f"{error} Paths in its {CONFIG_COPY} count from its folder, else from the current one."
         return [], [f"base, experts and their average are left out: {why}"]

@@ -14,8 +14,10 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.numbers import read_rows
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.config.schema import MergeConfig
+from moemerge.config.tokenizer_choice import BASE
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError, IncompatibleError
+from moemerge.evaluation.foreign_tokens import refusing_foreign_tokens
 from moemerge.families.choosing import Choosing
 from moemerge.families.dense import decoded, read_dense
 from moemerge.families.family import ROUTER_SCALE, SWITCHED_OFF, MoeFamily
@@ -86,6 +88,11 @@ class MixtureModel:
     """The config that it was merged from, if its folder has a copy."""
     tensors: Mapping[str, TensorInfo]
     """The stored tensors by their names in released checkpoints; see `moemerge.families.in_memory`."""
+
+    @property
+    def ids_of(self) -> Path | None:
+        """The folder of its tokenizer, where that has not the base's ids; see `open_dense`."""
+        return self.folder if self.config and self.config.vocabulary != BASE else None
 
     @property
     def moe_layers(self) -> list[int]:
@@ -173,8 +180,15 @@ def as_model(mixture: StoredMixture, folder: Path) -> MixtureModel:
     )
 
 
-def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Runnable:
+def open_dense(reference: str, name: str, announce: Callable[[str], None], *, ids_of: Path | None = None) -> Runnable:
     """Open a dense model by a reference, as a config writes it.
+
+    Args:
+        reference: the reference.
+        name: the model's name in messages.
+        announce: called with a line about each step that takes long.
+        ids_of: the folder of the tokenizer that makes its ids, where that may not be its own: tokens that it has not
+            under the same id are then refused when it runs.
 
     Raises:
         SourceError: the reference leads nowhere.
@@ -198,7 +212,8 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None]) -> Ru
         raise IncompatibleError(f"{reference}: cannot be run:", problems)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in lost}
     made = stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)
-    return replace(made, identity=_identity(dense.class_keys, tensors))
+    made = replace(made, identity=_identity(dense.class_keys, tensors))
+    return made if ids_of is None else refusing_foreign_tokens(made, folder.own_folders, ids_of)
 
 
 def _identity(keys: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:

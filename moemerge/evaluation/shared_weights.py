@@ -7,6 +7,7 @@ are left out.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 from typing import Final
 
@@ -39,20 +40,23 @@ Losses = Mapping[str, Mapping[str, Sums]]
 """Losses of each method on each expert's text, by document."""
 
 
-def choose(plan: MergePlan, compute: Compute, progress: Callable[[int, int], None]) -> SharedChoice:
+def choose(
+    plan: MergePlan, compute: Compute, progress: Callable[[int, int], None], folder: Path | None = None
+) -> SharedChoice:
     """Choose between the base's shared weights and mixed ones, by the losses of experts that use them.
 
     Args:
         plan: a plan that leaves the choice to the merge.
         compute: the device and dtype to run in.
         progress: called with the layers done and all there are.
+        folder: the folder with the output's tokenizer, where it is not the base's.
 
     Raises:
         RouterError: the tokenizer cannot be used.
         RefusedError: a text cannot be read.
         CheckpointError: a model's numbers are not finite.
     """
-    texts = _texts(plan)
+    texts = _texts(plan, folder or plan.base_folder)
     counts = list(map(count_scored, texts))
     if min(counts) < FEWEST_TOKENS:
         return SharedChoice(
@@ -105,9 +109,9 @@ def best_of(losses: Losses) -> SharedChoice:
     return SharedChoice(best, why, means, tokens)
 
 
-def _texts(plan: MergePlan) -> list[list[Window]]:
+def _texts(plan: MergePlan, folder: Path) -> list[list[Window]]:
     """Cut windows of each expert's text."""
-    encode = by_transformers(plan.base_folder, roles=plan.config.router.chat_roles)
+    encode = by_transformers(folder, roles=plan.config.router.chat_roles)
     length = min(_WINDOW, int(plan.base.config["max_position_embeddings"]) - 1)
     cut = [
         cut_windows(expert_texts(plan, number), encode, tokens=TOKENS, length=length)

@@ -5,11 +5,11 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from moemerge.checkpoint.copy import copy_file
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
 from moemerge.checkpoint.pieces import Band, Piece
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Of the stage: what is read from the Hub more than once.
 _SOURCES: Final = ".sources"
+# Of those sources: the tokenizer that texts are read with, where it is not the base's.
+_TOKENIZER: Final = "tokenizer"
 
 
 class Work:
@@ -73,6 +75,7 @@ class Work:
         for note in self._tokenizer.notes if to_folder else self._tokenizer.doubts:
             warn(note)
         self.plan, self.options = plan, options
+        self._sources: Path | None = None
 
     def choose(self, known: Mapping[str, Any] | None, progress: Progress, announce: Callable[[str], None]) -> MergePlan:
         """Choose the shared weights, which the config leaves to the merge; returns the plan of the choice.
@@ -90,7 +93,7 @@ class Work:
 
             options, shapes = self.options, self.plan.parts.base.layer_shapes
             compute = find_compute(options.device, options.compute_dtype, shapes)
-            choice = choose(self.plan, compute, partial(progress, Task("shared weights")))
+            choice = choose(self.plan, compute, partial(progress, Task("shared weights")), self._tokenizer_folder())
         notes, self.plan = self.plan.notes, settle(self.plan, choice)
         for note in self.plan.notes:
             if note not in notes:
@@ -108,6 +111,7 @@ class Work:
         shutil.rmtree(folder / _SOURCES, ignore_errors=True)  # of a run that was killed
         for tensor in self.plan.origins.reread:
             tensor.keep(folder / _SOURCES)
+        self._sources = folder / _SOURCES
         try:
             yield
         finally:
@@ -149,11 +153,23 @@ class Work:
             check()
             tally.others(task, done, total)
 
-        return init_routers(self.plan.router_request, self.options, seed=self.options.seed, progress=checked)
+        request = replace(self.plan.router_request, folder=self._tokenizer_folder())
+        return init_routers(request, self.options, seed=self.options.seed, progress=checked)
 
     def init_routers_beside(self, writer: ShardWriter, tally: "Tally") -> Routers:
         """Compute the routers while a writer is at work; an error of the writer is raised after the current layer."""
         return self.init_routers(tally, writer.check)
+
+    def _tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer that texts are read with: the base's, or one of the output's within the stage."""
+        if self.plan.shape.vocabulary is None or self._sources is None:
+            return self.plan.base_folder
+        folder = self._sources / _TOKENIZER
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            self.write_base_files(folder)
+            self.write_config(folder)
+        return folder
 
     def router_bands(self, routers: Routers) -> dict[str, tuple[Band, ...]]:
         """Make the output's tensors of computed routers and shared gates, by name."""
@@ -165,11 +181,7 @@ class Work:
 
     def write_base_files(self, folder: Path) -> None:
         """Copy the base's files beside its weights, and write those that are made of its tokenizer."""
-        for file_name, path in self.plan.copied_files.items():
-            (folder / file_name).parent.mkdir(exist_ok=True)
-            copy_file(path, folder / file_name)
-        for file_name, content in self._tokenizer.files.items():
-            (folder / file_name).write_bytes(content)
+        self.plan.base_files.write(folder, self._tokenizer.files)
 
     def write_other_files(self, folder: Path, name: str, final: Path | None, report: "RoutingReport") -> None:
         """Write all files but weights and `config.json`.

@@ -1,7 +1,8 @@
 """Prove on a text that a merged model's tokenizer gives the base's ids, or make a tokenizer.json with which it does.
 
 transformers chooses a tokenizer's class by `model_type` too, which differs in the merged model. As a program
-(`python -m moemerge.passes.proving BASE OUT`) it writes what it found to `proof.json` beside OUT.
+(`python -m moemerge.passes.proving BASE OUT`) it writes what it found to `proof.json` beside OUT, and reads the tokens
+that the output has beside the base's from `added.json` there.
 """
 
 import json
@@ -17,9 +18,13 @@ from typing import Any, Final
 from moemerge.passes.tokens import error_line, why_unreadable
 
 RESULT: Final = "proof.json"
+ADDED: Final = "added.json"
+Entries = Sequence[Mapping[str, Any]]
+"""Added tokens as a tokenizer.json lists them, in the order of their ids."""
+_SETTINGS: Final = ("single_word", "lstrip", "rstrip", "normalized")
 # Text that nearly equal tokenizers treat differently: spaces at the ends and in runs, digits, contractions, marks
 # that join letters, scripts without spaces, what no vocabulary holds.
-_TEXTS: Final = (
+TEXTS: Final = (
     "The quick brown fox jumps over the lazy dog.",
     "  two spaces before,\n\n  and\tbetween  words \r\n and behind  ",
     " a",
@@ -39,6 +44,8 @@ _NAMED: Final = ("bos_token", "eos_token", "pad_token")
 _SIDES: Final = ("padding_side", "truncation_side")
 # This class makes transformers 4 and 5 read tokenizer.json as it is, where they heed it.
 _AS_IT_IS: Final = {"tokenizer_class": "PreTrainedTokenizerFast"}
+_VOCABULARY: Final = "the id of"
+_TEMPLATE: Final = "its chat_template"
 _ABSENT: Final = object()
 # Settings of added tokens that a class ignored when it read the base, and would heed in a tokenizer.json.
 _ADDED_AS_MADE: Final = {"added_tokens_decoder": _ABSENT}
@@ -60,7 +67,7 @@ class Proof:
     """Whether the output gives the base's ids."""
 
 
-def prove(base: Path, out: Path) -> Proof:
+def prove(base: Path, out: Path, added: Entries | None = None) -> Proof:
     """Find out whether an output's tokenizer gives the base's ids, and make it so where it does not.
 
     Both tokenizers, as transformers makes them of their folders, read a few texts.
@@ -69,17 +76,23 @@ def prove(base: Path, out: Path) -> Proof:
         base: the base model's folder.
         out: a folder with the output's `config.json` and the files copied from the base. Where these are not enough,
             `tokenizer.json` is made anew here from the base's tokenizer, and `tokenizer_config.json` edited.
+        added: tokens that the output has beside the base's, and then a chat template of its own; None where there is no
+            such difference.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes, about texts that a user did not write
-        return _prove(base, out)
+        return _prove(base, out, added)
 
 
-def _prove(base: Path, out: Path) -> Proof:
+def _prove(base: Path, out: Path, added: Entries | None) -> Proof:
     try:
         tokenizer = _load(base)
+        _add(tokenizer, added or ())
         converted, texts = _converted(tokenizer), _texts(tokenizer)
         expected = _read(tokenizer, texts)
+        if added is not None:
+            del expected[_TEMPLATE]
+            expected[_VOCABULARY] |= {entry["content"]: entry["id"] for entry in added}
     except Exception as error:  # noqa: BLE001  each tokenizer class raises in its own way
         return Proof("", *why_unreadable(base, error))
     compare = partial(_compare, out, texts, expected, type(tokenizer).__name__)
@@ -108,6 +121,16 @@ def _load(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def _add(tokenizer: Any, added: Entries) -> None:
+    """Add tokens to a tokenizer as transformers does it."""
+    from tokenizers import AddedToken
+
+    for entry in added:
+        settings = {key: entry[key] for key in _SETTINGS if key in entry}
+        token = AddedToken(entry["content"], special=bool(entry.get("special")), **settings)
+        tokenizer.add_tokens([token], special_tokens=bool(entry.get("special")))
+
+
 def _converted(tokenizer: Any) -> str:
     """Write a tokenizer as the text of a tokenizer.json; empty where that is not possible."""
     from transformers.convert_slow_tokenizer import convert_slow_tokenizer
@@ -124,7 +147,7 @@ def _texts(tokenizer: Any) -> list[str]:
     """The texts that the tokenizer can read: Code Llama's divides a text at its token for what is to be filled in."""
     added = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})[:_MOST_ADDED]
     texts = []
-    for text in (*_TEXTS, *(f"a{token}b {token} c{token}\n" for token in added)):
+    for text in (*TEXTS, *(f"a{token}b {token} c{token}\n" for token in added)):
         with suppress(ValueError):
             tokenizer(text, verbose=False)
             texts.append(text)
@@ -140,8 +163,8 @@ def _read(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
         **{f"the ids of {text!r:.80}": tokenizer(text, verbose=False)["input_ids"] for text in texts},
         **{f"the ids without special ones of {text!r:.80}": tokenizer(text, **alone)["input_ids"] for text in texts},
         **{f"its {name}": getattr(tokenizer, f"{name}_id") for name in _NAMED},
-        "the id of": tokenizer.get_vocab(),
-        "its chat_template": tokenizer.chat_template,
+        _VOCABULARY: tokenizer.get_vocab(),
+        _TEMPLATE: tokenizer.chat_template,
         "its model_input_names": list(tokenizer.model_input_names),
         **{f"its {name}": getattr(tokenizer, name, None) for name in _SIDES},
     }
@@ -198,4 +221,6 @@ def _edit_config(path: Path, copied: bytes | None, edits: Mapping[str, Any]) -> 
 
 if __name__ == "__main__":
     _base, _out = map(Path, sys.argv[1:])
-    _out.with_name(RESULT).write_text(json.dumps(asdict(prove(_base, _out))), encoding="utf-8")
+    _tokens = _out.with_name(ADDED)
+    _added = json.loads(_tokens.read_text(encoding="utf-8")) if _tokens.is_file() else None
+    _out.with_name(RESULT).write_text(json.dumps(asdict(prove(_base, _out, _added))), encoding="utf-8")

@@ -16,6 +16,7 @@ from moemerge.planning.output import Output
 from moemerge.planning.parts import Parts, take_parts
 from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.shape import Shape, computes_gate, residual_scales
+from moemerge.planning.vocabulary_rows import with_vocabulary
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
     dtype = config.dtype or _main_dtype(tables[config.base_model])
     placed = [(member.place, member.model) for member in models.every_expert]
     parts = take_parts(config, shape.mixture, models.base.model, placed, tables=tables, dtype=HEADER_DTYPES[dtype])
+    parts = with_vocabulary(parts, shape.vocabulary, models)
     outputs = _assembly(config, shape, parts, HEADER_DTYPES[dtype]).outputs()
     return Assembled(dtype, parts, outputs, tables)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from moemerge.checkpoint.joined import rows_apart
 from moemerge.checkpoint.pieces import Band, Fill, Piece
 from moemerge.dtypes import HeaderDType
 from moemerge.families.dense import ModelTensors, Role
@@ -77,7 +78,7 @@ class Assembly:
 
     def _whole(self, name: str) -> Output:
         tensor = self.base.own.tensors[name]
-        return Output(tensor.shape, ((Piece(tensor, self.dtype),),))
+        return Output(tensor.shape, tuple((Piece(part, self.dtype),) for part in rows_apart(tensor)))
 
     def _attention(self, layer: int) -> Iterator[tuple[str, Output]]:
         """Yield a layer's tensors beside its FFN, and those that only the output family has."""

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.unreadable import Resized
 from moemerge.compatibility.checks import Findings, check_adapters, check_base, check_expert
 from moemerge.compatibility.differences import Judgement, NamedModel, judge_experts
 from moemerge.config.schema import MergeConfig
 from moemerge.planning.models import Member, Models, refuse
-from moemerge.planning.notes import config_notes
+from moemerge.planning.notes import config_notes, vocabulary_notes
 from moemerge.planning.router_sources import base_ffn_layers
 from moemerge.planning.shape import Shape, computes_gate
 
@@ -53,6 +54,7 @@ def check_models(
     notes = [
         *_notes_on_files(models),
         *models.notes,
+        *vocabulary_notes(config, models, shape.lost_tokens),
         *(note for finding in findings for note in finding.notes),
         *files.notes,
         *files.reader_notes,
@@ -86,7 +88,10 @@ def _findings(config: MergeConfig, models: Models, shape: Shape, tables: Tables)
     layers = base_ffn_layers(config, shape.mixture, base, runs_base=shape.runs_base)
     yield check_base(base, shape.family, tables[config.base_model], layers)
     for member in models.every_expert:
-        yield check_expert(member.name, member.model, tables[member.folder.reference], shared=shared)
+        table = tables[member.folder.reference]
+        if shape.vocabulary:  # which takes rows of embeddings that adapters have resized
+            table = {name: tensor for name, tensor in table.items() if not isinstance(tensor.path, Resized)}
+        yield check_expert(member.name, member.model, table, shared=shared)
     for member in models.every_expert:
         if member.folder.adapters:
             table = tables[member.folder.reference]

@@ -5,11 +5,14 @@ from typing import Final
 
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.pieces import Fill, Piece
+from moemerge.compatibility.vocabularies import shown
 from moemerge.config.expert_names import named_place
 from moemerge.config.schema import MergeConfig
+from moemerge.config.tokenizer_choice import BASE
 from moemerge.dtypes import DType
 from moemerge.families.dense import ModelTensors
 from moemerge.families.family import MoeFamily
+from moemerge.planning.models import Models
 from moemerge.planning.output import Output
 from moemerge.planning.shape import residual_scales
 from moemerge.routers.prompts import NEW_TOKENS, SEQUENCES
@@ -62,6 +65,25 @@ def writing_note(config: MergeConfig, experts: Sequence[ModelTensors]) -> list[s
         f"for the routers, {'1 expert writes' if len(config.writers) == 1 else f'{len(config.writers)} experts write'} "
         f"{SEQUENCES} sequences of up to {NEW_TOKENS} tokens from the prompts: the weights of all that write, "
         f"{shown_bytes(read)}, are read {NEW_TOKENS} times"
+    ]
+
+
+def vocabulary_notes(config: MergeConfig, models: Models, lost: Mapping[str, Sequence[str]]) -> list[str]:
+    """Notes on experts whose embeddings have another number of rows, beside those whose tokens are `lost`."""
+    kept = models.base.model.config["vocab_size"]
+    return [
+        f"{member.name}: vocabulary of {size}, the base's of {kept} is kept"
+        for member in models.every_expert
+        if (size := member.model.config["vocab_size"]) != kept and member.name not in lost and config.vocabulary == BASE
+    ]
+
+
+def vocabulary_advice(lost: Mapping[str, Sequence[str]]) -> list[str]:
+    """Advise `tokenizer: union` where experts have tokens that the base lacks; `lost` names them by expert."""
+    return [
+        f"{name}: has {shown(tokens)} as tokens of its own, which the base's tokenizer "
+        "takes to pieces: `tokenizer: union` gives the output these tokens, with the expert's rows (docs/recipes.md)"
+        for name, tokens in lost.items()
     ]
 
 

@@ -90,8 +90,8 @@ class MergePlan:
 
     @property
     def base(self) -> DenseModel:
-        """The base model's config, as its family reads it."""
-        return self.models.base.model
+        """The base model's config, as its family reads it, with the size of the output's vocabulary."""
+        return self.parts.base.model
 
     @property
     def base_folder(self) -> Path:
@@ -187,8 +187,8 @@ class MergePlan:
 
     @property
     def made_files(self) -> tuple[str, ...]:
-        """Paths in the output of tokenizer files that may be made beside or instead of the copied ones."""
-        return self.base_files.made(self.family.model_type)
+        """Paths in the output of files that are made, or may be, beside or instead of the copied ones."""
+        return tuple(dict.fromkeys([*self.base_files.edited, *self.base_files.made(self.family.model_type)]))
 
     @property
     def data_sets(self) -> list[HubData]:

@@ -8,7 +8,7 @@ from moemerge.planning.assembled import Assembled, assemble
 from moemerge.planning.checking import Checked, Tables, check_models
 from moemerge.planning.layout import Layout, lay_out
 from moemerge.planning.models import Models, open_models
-from moemerge.planning.notes import output_notes, router_advice, writing_note
+from moemerge.planning.notes import output_notes, router_advice, vocabulary_advice, writing_note
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import origins_of
 from moemerge.planning.plan import MergePlan, Remarks
@@ -117,6 +117,7 @@ def _remarks(config: MergeConfig, shape: Shape, checked: Checked, assembled: Ass
         warnings=(*shape.choice.warnings, *judgement.warnings),
         advice=(
             *(() if judgement.has_strangers else parts.advice),
+            *([] if judgement.has_strangers else vocabulary_advice(shape.lost_tokens)),
             *router_advice(config),
         ),
     )

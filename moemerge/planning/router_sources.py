@@ -12,6 +12,7 @@ from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.mixture_shape import Mixture
 from moemerge.passes.chats import has_chat_template, no_template
+from moemerge.planning.vocabulary import OutputVocabulary
 from moemerge.texts.documents import find_files, read_documents
 
 
@@ -86,8 +87,21 @@ def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseMo
     ]
 
 
-def check_writers(config: MergeConfig, base: DenseModel, models: Sequence[DenseModel]) -> list[str]:
-    """List experts that cannot continue prompts as the base's tokenizer reads them, as problems."""
+def check_writers(
+    config: MergeConfig, vocabulary: OutputVocabulary | None, base: DenseModel, models: Sequence[DenseModel]
+) -> list[str]:
+    """List experts that cannot continue prompts as the output's tokenizer reads them, as problems.
+
+    The base's tokenizer is the output's where `vocabulary` is None.
+    """
+    if vocabulary:
+        return [
+            f"{named_place(number, config.expert_names)}: its tokens have other ids than the output's with `tokenizer: "
+            f"{vocabulary.choice}`, so it cannot continue prompts (router.calibration: generate): give it "
+            "positive_texts"
+            for number in config.writers
+            if number not in vocabulary.of_same_ids
+        ]
     size, names = base.config["vocab_size"], config.expert_names
     return [
         f"{named_place(number, names)}: has a vocabulary of {found} tokens, the base model {size}, so it cannot "

@@ -1,6 +1,6 @@
 """The second step of a plan: decide the mixture, its output family and its tokenizer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moemerge.config.expert_names import named_place
@@ -16,6 +16,8 @@ from moemerge.planning.options import PlanOptions
 from moemerge.planning.router_sources import check_texts, check_widths, check_writers, puts_prompts_into_chats
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
+from moemerge.planning.vocabulary import OutputVocabulary, lost_tokens, output_vocabulary
+from moemerge.planning.vocabulary_files import find_vocabulary_files
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Shape:
     """Whether plain prompts are put into the base model's chat template."""
     base_files: BaseFiles
     """The files that are copied from the base model beside its weights."""
+    vocabulary: OutputVocabulary | None
+    """The output's vocabulary, where it is not the base's."""
+    lost_tokens: Mapping[str, Sequence[str]]
+    """Added tokens that experts have and the output lacks, by the expert's name in messages."""
     tokenizer: ProvedTokenizer | None
     """The output's tokenizer, if it has already been proved."""
 
@@ -54,20 +60,23 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
     runs_models = runs_base or (config.shared_weights.is_open and config.has_descriptions)
     reads_text = runs_models or config.method.reads_text
     files = find_base_files(models.base.folder, announce, needed=reads_text)
+    chats = models.base.folder.folder
+    if vocabulary := output_vocabulary(config, models):
+        files, chats = find_vocabulary_files(files, vocabulary, announce), vocabulary.template_folder
     if options.needs_texts and reads_text:
-        check_texts(config, models.base.folder.folder, runs_base=runs_models)
-    refuse([*_edit_keys(config), *check_widths(config, base, routed), *check_writers(config, base, routed)])
+        check_texts(config, chats, runs_base=runs_models)
+    refuse([*_edit_keys(config), *check_widths(config, base, routed), *check_writers(config, vocabulary, base, routed)])
     mixture = mixture_of(config, base, routed, [member.model for member in models.shared])
     choice = select_family(base, mixture, config.architecture, config.engine, options.preferred)
     refuse(_check_noise(config, choice.family))
     tokenizer = None
     if options.proves_tokenizer:
         # The output's dtype may be known only later, and does not matter here.
-        output_config = choice.family.config(base, mixture, "bfloat16")
+        output_config = choice.family.config(vocabulary.model if vocabulary else base, mixture, "bfloat16")
         tokenizer = prove_tokenizer(files, output_config, in_process=runs_base)
     folders = [expert.own_folders for expert in models.sources[1:]]
-    chat_prompts = puts_prompts_into_chats(config, models.base.folder.folder, folders)
-    return Shape(mixture, choice, runs_base, chat_prompts, files, tokenizer)
+    chat_prompts = puts_prompts_into_chats(config, chats, folders)
+    return Shape(mixture, choice, runs_base, chat_prompts, files, vocabulary, lost_tokens(config, models), tokenizer)
 
 
 def _edit_keys(config: MergeConfig) -> Iterator[str]:

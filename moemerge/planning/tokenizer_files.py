@@ -3,12 +3,14 @@
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from moemerge.checkpoint.copy import copy_file
 from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError, IncompatibleError
+from moemerge.passes.proving import Entries
 from moemerge.passes.tokens import code_references, listed, read_tokenizer_config
 from moemerge.sources.model_folder import ModelFolder, fetch_files
 
@@ -62,6 +64,10 @@ class BaseFiles:
     notes: tuple[str, ...]
     reader_notes: tuple[str, ...]
     """Notes for users of the output."""
+    edited: Mapping[str, bytes] = field(default_factory=dict)
+    """Contents of files that are written beside or instead of copies, since the output's vocabulary is another."""
+    added: Entries | None = None
+    """The tokens that the edited files have beside the base's; None where the tokenizer is a copy."""
 
     def made(self, model_type: str) -> tuple[str, ...]:
         """Names of tokenizer files that may have to be made, beside or instead of copies, to give the base's ids.
@@ -79,6 +85,19 @@ class BaseFiles:
         has_one = bool(_vocabularies(self.copied)) or named not in (None, *_AS_IT_IS)
         return () if read_alike or not has_one else _MADE
 
+    def write(self, folder: Path, made: Mapping[str, bytes]) -> None:
+        """Write the files into a folder; those in `made`, contents by name, take the place of copies.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        for name, path in self.copied.items():
+            if name not in made:
+                (folder / name).parent.mkdir(exist_ok=True)
+                copy_file(path, folder / name)
+        for name, content in made.items():
+            (folder / name).write_bytes(content)
+
     @property
     def respelled(self) -> Mapping[str, bytes]:
         """A `tokenizer_config.json` that transformers 4 also reads, by name; empty where the base's own serves."""
@@ -86,13 +105,16 @@ class BaseFiles:
         return {} if both == self.tokenizer_config else {TOKENIZER_CONFIG: json.dumps(both, indent=2).encode() + b"\n"}
 
 
-def find_base_files(base: ModelFolder, announce: Callable[[str], None], *, needed: bool) -> BaseFiles:
+def find_base_files(
+    base: ModelFolder, announce: Callable[[str], None], *, needed: bool, place: str = "base_model"
+) -> BaseFiles:
     """Find the files to copy from a base, including chat templates and files that its tokenizer's config names.
 
     Args:
         base: the model.
         announce: called with a line about each step that takes long.
         needed: whether a missing tokenizer is an error.
+        place: the model in notes.
 
     Raises:
         IncompatibleError: there is no tokenizer.
@@ -112,13 +134,13 @@ def find_base_files(base: ModelFolder, announce: Callable[[str], None], *, neede
         copied |= {name: path for name, path in code.items() if name not in copied}
         reader_notes.append(note)
     if "tokenizer.json" in copied and not _looks_whole(copied["tokenizer.json"]):
-        notes.append("base_model: its tokenizer.json is empty or cut off: no program can load it, nor the output's")
+        notes.append(f"{place}: its tokenizer.json is empty or cut off: no program can load it, nor the output's")
     for name in _SMALL_TABLES:
         if name in copied:
             try:
                 read_json(copied[name])
             except CheckpointError as error:
-                notes.append(f"base_model: its {name} is copied, but {str(error).partition(': ')[2].rstrip('.')}")
+                notes.append(f"{place}: its {name} is copied, but {str(error).partition(': ')[2].rstrip('.')}")
     vocabularies = _vocabularies(copied)
     if needed and not vocabularies:
         raise IncompatibleError(
@@ -126,10 +148,10 @@ def find_base_files(base: ModelFolder, announce: Callable[[str], None], *, neede
             ["add its tokenizer.json, or remove the prompts and choose gate_mode random"],
         )
     if not vocabularies:
-        notes.append("base_model: has no tokenizer.json and no tokenizer.model to copy")
+        notes.append(f"{place}: has no tokenizer.json and no tokenizer.model to copy")
     elif "tokenizer.json" not in vocabularies:
         notes.append(
-            f"base_model: has no tokenizer.json; one is made of {', '.join(vocabularies)} as transformers converts it, "
+            f"{place}: has no tokenizer.json; one is made of {', '.join(vocabularies)} as transformers converts it, "
             "if it can, and compared with the base's tokenizer before anything is written"
         )
     return BaseFiles(base, copied, config, tuple(notes), tuple(reader_notes))

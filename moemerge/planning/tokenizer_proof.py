@@ -11,9 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from moemerge.checkpoint.copy import copy_file
 from moemerge.errors import OutputError, RefusedError
-from moemerge.passes.proving import RESULT, Proof, prove
+from moemerge.passes.proving import ADDED, RESULT, Entries, Proof, prove
+from moemerge.passes.tokenizer_json import unlike
 from moemerge.passes.tokens import listed, read_tokenizer_config
 from moemerge.planning.tokenizer_files import BaseFiles, notes_for_4, respelled_tokenizer
 
@@ -46,25 +46,22 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
         RefusedError: the output would give other ids, even with a new tokenizer.json.
         OutputError: the temporary folder cannot be written.
     """
-    made = files.made(output_config["model_type"])
+    made, kept = files.made(output_config["model_type"]), {**files.edited, **files.respelled}
+    _check_edited(files)
     if not made:
-        return ProvedTokenizer(files.respelled, ())
+        return ProvedTokenizer(kept, ())
     try:
         with TemporaryDirectory(prefix="moemerge-") as folder:
             out = Path(folder).resolve() / "out"
             out.mkdir()
-            for name, path in files.copied.items():
-                (out / name).parent.mkdir(exist_ok=True)
-                copy_file(path, out / name)
-            for name, text in files.respelled.items():
-                (out / name).write_bytes(text)
+            files.write(out, kept)
             (out / "config.json").write_text(json.dumps(output_config), encoding="utf-8")
             base = files.base.folder.resolve()
             in_process = in_process or "transformers" in sys.modules
-            proof = prove(base, out) if in_process else _prove_in_child(base, out)
+            proof = prove(base, out, files.added) if in_process else _prove_in_child(base, out, files.added)
             # A child that died may have left partial files.
             names = made if proof.is_proved else ()
-            written = {name: content for name in names if (content := _new(out / name, files.copied.get(name)))}
+            written = {name: content for name in names if (content := _new(out / name, files, name))}
             config = read_tokenizer_config(out)
     except OSError as error:
         where = error.filename2 or error.filename or "a temporary folder"
@@ -73,11 +70,32 @@ def prove_tokenizer(files: BaseFiles, output_config: Mapping[str, Any], *, in_pr
     if proof.base_class and not proof.is_proved:
         raise RefusedError(_refusal(proof, model_type))
     doubts = () if proof.base_class else (_doubt(proof),)
-    return ProvedTokenizer(written, (*doubts, *_notes(files, proof, written, config, model_type)), doubts)
+    made_anew = {name: content for name, content in written.items() if content != files.edited.get(name)}
+    notes = _notes(files, proof, made_anew, config, model_type)
+    return ProvedTokenizer({**files.edited, **written}, (*doubts, *notes), doubts)
 
 
-def _prove_in_child(base: Path, out: Path) -> Proof:
+def _check_edited(files: BaseFiles) -> None:
+    """Refuse an edited tokenizer.json that would be read otherwise than the base's and its added tokens.
+
+    Raises:
+        RefusedError: says what would be read otherwise.
+    """
+    if "tokenizer.json" not in files.edited:
+        return
+    base = files.copied["tokenizer.json"].read_text(encoding="utf-8")
+    added = {entry["content"]: entry["id"] for entry in files.added or ()}
+    if problem := unlike(base, files.edited["tokenizer.json"].decode(), added):
+        raise RefusedError(
+            f"tokenizer: {problem}, so that tokens cannot be added to the base's tokenizer.json. `tokenizer: base` "
+            "leaves it as it is."
+        )
+
+
+def _prove_in_child(base: Path, out: Path, added: Entries | None = None) -> Proof:
     """Compare them in a child process, which frees its memory at the end; it imports as this one, without network."""
+    if added is not None:
+        out.with_name(ADDED).write_text(json.dumps(added), encoding="utf-8")
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)  # noqa: PTH100  links stay as they are
     environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "USE_TORCH": "0"}
     command = [sys.executable, "-m", prove.__module__, str(base), str(out)]
@@ -96,9 +114,9 @@ def _prove_in_child(base: Path, out: Path) -> Proof:
     return Proof(problem=how, step="save it anew")
 
 
-def _new(path: Path, copied_from: Path | None) -> bytes | None:
+def _new(path: Path, files: BaseFiles, name: str) -> bytes | None:
     """Read a file, unless it is an unchanged copy of the base's."""
-    content = path.read_bytes() if path.is_file() else None
+    content, copied_from = path.read_bytes() if path.is_file() else None, files.copied.get(name)
     return None if copied_from and content == copied_from.read_bytes() else content
 
 

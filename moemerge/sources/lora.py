@@ -15,7 +15,7 @@ from typing import Any, Final
 from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_json
-from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
+from moemerge.checkpoint.unreadable import Resized, Unreadable, is_no_tensor
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import SourceError
 from moemerge.sources.bin_files import read_pickle
@@ -172,8 +172,20 @@ def _changed(
             if module.startswith(_LAYERS):
                 raise
             reason = str(error).removesuffix(".")
-    unreadable = Unreadable(stored, f"cannot be merged exactly: {reason}")
+    resized, reason = _resized(parts, whole), f"cannot be merged exactly: {reason}"
+    unreadable = Resized(resized, reason) if resized else Unreadable(stored, reason)
     return {name: unreadable.tensor(tensor) for name, tensor in whole.items()}
+
+
+def _resized(parts: Mapping[str, TensorInfo], whole: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    """The weight of a module with more or fewer rows, where nothing else of the adapter changes the module.
+
+    Beside embeddings that it trained, PEFT saves a second copy where their number changed.
+    """
+    found = {part: tensor for part, tensor in parts.items() if part != "modules_to_save.weight"}
+    shapes = {tensor.shape[1:] for tensor in (*whole.values(), *found.values())}
+    part, tensor = next(iter(found.items()))
+    return tensor if len(found) == len(shapes) == 1 and _WHOLE.fullmatch(part) else None
 
 
 def _merged(

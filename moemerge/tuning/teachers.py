@@ -44,7 +44,7 @@ def open_source(mixture: MixtureModel, expert: int | None, needs: str, announce:
         )
     reference = mixture.config.base_model if expert is None else mixture.config.experts[expert].source_model
     try:
-        return open_dense(reference, reference, announce)
+        return open_dense(reference, reference, announce, ids_of=mixture.ids_of)
     except MoemergeError as error:
         raise RefusedError(
             f"{needs}, and one cannot be had: {error} Paths in {CONFIG_COPY} count from its folder, "

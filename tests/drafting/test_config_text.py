@@ -15,7 +15,16 @@ from moemerge.drafting.draft import Draft, DraftExpert
 FOX = DraftExpert("models/fox", "fox", None, prompts=("The fox.", "A long\n  text\n\n# with lines"))
 CODE = DraftExpert("acme/code+acme/lora", "code", None).of_domain("code", "its name is code")
 PLAIN = Draft(
-    "base", (FOX, CODE), "bfloat16", 1, averages=True, chats=True, needs_prompts=False, remarks=(), warnings=()
+    "base",
+    (FOX, CODE),
+    "bfloat16",
+    1,
+    averages=True,
+    chats=True,
+    unites=False,
+    needs_prompts=False,
+    remarks=(),
+    warnings=(),
 )
 
 

@@ -6,11 +6,13 @@ import pytest
 
 from moemerge.drafting.bases import base_remarks
 from moemerge.drafting.cards import CardMetadata
+from moemerge.drafting.config_text import config_text
 from moemerge.drafting.draft import Draft, draft_merge
 from moemerge.errors import IncompatibleError
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.sources.reference import Reference
 from tests.support.models import make_model
+from tests.support.vocabularies import with_tokens
 
 
 def drafted(base: Path, *experts: Path) -> Draft:
@@ -114,3 +116,12 @@ def test_cards_that_name_another_base_are_told_of():
         "the cards of all experts name acme/other as the model that they were trained from, not acme/base@main"
     ]
     assert told(of, of) == told(of, other) == told(other, CardMetadata("c")) == []
+
+
+def test_tokens_that_experts_added_for_chats_are_kept(llamas, tmp_path):
+    base, fox, code, _ = llamas
+    chat = with_tokens(code, tmp_path / "chat")
+    text = config_text(drafted(base, fox, chat), "m.yaml")
+    comment = "# with the tokens that experts added to the base's, and their rows"
+    assert f"\ntokenizer: union                  {comment}\n" in text
+    assert not drafted(base, fox, with_tokens(code, tmp_path / "padded", ["<|pad|>"], template=None)).unites

@@ -202,6 +202,7 @@ def test_keys_of_merges_are_refused(mixture, tmp_path, run):
             {"source_model": f"{mixture}#x", "name": "other"},
         ],
         "dtype": "float32",
+        "tokenizer": "union",
         "shared_weights": "average",
     }
     (tmp_path / "edit.yaml").write_text(yaml.safe_dump(document))
@@ -211,6 +212,7 @@ def test_keys_of_merges_are_refused(mixture, tmp_path, run):
         [
             "error: This mixture cannot be edited so:",
             "  - dtype: the mixture's own stays, since base_model is a mixture. Remove the key",
+            "  - tokenizer: the mixture's own stays, since base_model is a mixture. Remove the key",
             "  - shared_weights: average: the mixture's own attention and norms stay; `average` mixes them with those of other mixtures whose experts are added. Remove the key",
             "  - experts[0] (one): layers: every expert of an edited mixture is in all its layers",
             "  - experts[1] (other): the mixture has no expert 'x': name one by its number, 0 to 3, or base, fox, code, chat",

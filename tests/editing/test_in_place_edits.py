@@ -14,6 +14,7 @@ from moemerge.evaluation.figures import MERGED
 from tests.support import kill_edits
 from tests.support.kill_changes import contents
 from tests.support.models import TEXT, load, make_model, write_config
+from tests.support.vocabularies import with_tokens
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +147,14 @@ def test_without_what_it_was_made_from_a_mixture_names_itself_for_all_experts(mo
             assert run("edit", model, "--in-place", "--rename", "1=two", "-q") == (0, "", "")
 
 
-@pytest.mark.parametrize("changed", ["shared weights", "noise"])
+@pytest.mark.parametrize("changed", ["shared weights", "noise", "tokens"])
 def test_what_all_experts_have_changed_cannot_be_made_without_one(llamas, tmp_path, run, changed):
     """A mean over three experts is another than that over four, which the mixture has."""
     keys = {"shared_weights": "average"} if changed == "shared weights" else {}
-    config = write_config(tmp_path / "merge.yaml", llamas[0], llamas, prompts=False, **keys)
+    models = llamas
+    if changed == "tokens":
+        models, keys = [*llamas[:3], with_tokens(llamas[3], tmp_path / "chat")], {"tokenizer": "union"}
+    config = write_config(tmp_path / "merge.yaml", llamas[0], models, prompts=False, **keys)
     if changed == "noise":
         config.write_text(config.read_text().replace("- source_model", "- noise_scale: 0.01\n  source_model"))
     model = tmp_path / "model"
