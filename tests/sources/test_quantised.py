@@ -1,5 +1,6 @@
 """Quantised sources: every number is the one that the library makes which has written them."""
 
+import json
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import read_header
@@ -43,6 +45,19 @@ def test_weights_are_those_that_the_library_makes(tmp_path, kind):
 def test_a_whole_model_is_read_as_transformers_loads_it(tmp_path):
     quantise(make_model(tmp_path / "model", **SIZES), "FP8, blocks")
     assert differing(weights_of(tmp_path / "model"), loaded_by_transformers(tmp_path / "model")) == []
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_transformers_saves_in_bitsandbytes_is_read_as_it_dequantises_it(tmp_path, bits):
+    model = make_model(tmp_path / "model", **SIZES | {"intermediate_size": 128})
+    settings = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    quantised = AutoModelForCausalLM.from_pretrained(model, quantization_config=settings, torch_dtype="auto")
+    quantised.save_pretrained(tmp_path / "quantised")
+    found = weights_of(tmp_path / "quantised")
+    assert differing(found, dict(quantised.dequantize(dtype=torch.bfloat16).state_dict())) == []
+    assert len(differing(found, load_weights(model))) == 21
 
 
 def merged(folder: Path, models: list[Path], **keys: Any) -> tuple[MergePlan, dict[str, bytes]]:
@@ -146,6 +161,63 @@ def test_a_damaged_weight_is_named_once(tmp_path, models, change, reason):
     with pytest.raises(IncompatibleError) as refused:
         merged(tmp_path, [models[2], models[0], models[1]], prompts=False)
     assert refused.value.problems == (f"experts[0] {models[0]}: tensor {UP} {reason}",)
+
+
+def state_of(**changes: Any) -> torch.Tensor:
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [96, 64], "nested_blocksize": 256}
+    return torch.frombuffer(bytearray(json.dumps({**state, **changes}).encode()), dtype=torch.uint8)
+
+
+NF4 = "weight.quant_state.bitsandbytes__nf4"
+IN_BITSANDBYTES = [
+    ("NF4", {"weight.absmax": None}, "is stored as U8, but its weight.absmax is missing"),
+    ("NF4", {"weight.absmax": torch.ones(97)}, "has a weight.absmax of shape [97], and [96] is expected"),
+    ("NF4", {"weight": torch.ones(7, 1, dtype=torch.uint8)}, "has a weight of shape [7], and [3072] is expected"),
+    (
+        "NF4",
+        {NF4: state_of(dtype="float64")},
+        "has a quant_state that is not read; JSON on a matrix in float32, float16, bfloat16 is expected",
+    ),
+    (
+        "NF4",
+        {NF4: state_of(nested_offset=[])},
+        "has a quant_state that is not read; JSON on a matrix in float32, float16, bfloat16 is expected",
+    ),
+    (
+        "NF4",
+        {NF4: torch.zeros(4, dtype=torch.uint8)},
+        "has a quant_state that is not read; JSON on a matrix in float32, float16, bfloat16 is expected",
+    ),
+    (
+        "NF4",
+        {NF4: state_of(blocksize=0)},
+        "has a quant_state with sizes that are not read: {'quant_type': 'nf4', 'blocksize': 0, 'dtype': 'bfloat16', "
+        "'shape': [96, 64], 'nested_blocksize': 256}",
+    ),
+    (
+        "NF4",
+        {NF4: torch.zeros(2**15, dtype=torch.uint8)},
+        "has a bitsandbytes__nf4 of 32768 bytes, where some hundred are expected",
+    ),
+    ("8 bits", {"SCB": None}, "is stored as I8, but its SCB is missing"),
+    (
+        "8 bits",
+        {"weight_format": torch.ones((), dtype=torch.uint8)},
+        "is stored in the order of a GPU's kernels (weight_format), which bitsandbytes no longer reads",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "reason"), IN_BITSANDBYTES)
+def test_a_damaged_weight_of_bitsandbytes_is_named_once(tmp_path, models, kind, change, reason):
+    model = make_model(tmp_path / "again", 3, tuned_from=0, **SIZES)
+    quantise(model, f"bitsandbytes, {kind}")
+    module = UP.removesuffix("weight")
+    tensors = load_weights(model) | {f"{module}{name}": tensor for name, tensor in change.items()}
+    save_weights(model, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+    with pytest.raises(IncompatibleError) as refused:
+        merged(tmp_path, [models[2], model, models[1]], prompts=False)
+    assert refused.value.problems == (f"experts[0] {model}: tensor {UP} {reason}",)
 
 
 @pytest.mark.parametrize("size", [None, [128], [0, 128], ["16", 8], 128])

@@ -105,6 +105,40 @@ def _compressed(format_: str, stored_scales: torch.dtype | None = torch.bfloat16
     return run
 
 
+def _bitsandbytes(quant_type: str, dtype: torch.dtype | None = None, **settings: Any) -> Quantiser:
+    def run(chosen: Weights) -> tuple[Weights, dict[str, Any], Weights]:
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn import Params4bit
+
+        stored: Weights = {}
+        read: Weights = {}
+        for name, weight in chosen.items():
+            made = Params4bit(weight.to(dtype or weight.dtype), quant_type=quant_type, **settings).to("cpu")
+            stored[name] = made.data
+            stored |= {f"{name}.{part}": tensor for part, tensor in made.quant_state.as_dict(packed=True).items()}
+            # bitsandbytes 0.50.2 is wrong on a CPU where blocks end inside a row: a row is a block here.
+            made.quant_state.shape = torch.Size(
+                [weight.numel() // made.quant_state.blocksize, made.quant_state.blocksize]
+            )
+            read[name] = dequantize_4bit(made.data, made.quant_state).reshape(weight.shape)
+        return stored, {"quant_method": "bitsandbytes", "load_in_4bit": True}, read
+
+    return run
+
+
+def _bitsandbytes_8bit(chosen: Weights) -> tuple[Weights, dict[str, Any], Weights]:
+    from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
+    stored: Weights = {}
+    read: Weights = {}
+    for name, weight in chosen.items():
+        codes, scales, _ = int8_vectorwise_quant(weight.half())
+        module = name.removesuffix("weight")
+        stored |= {name: codes, f"{module}SCB": scales, f"{module}weight_format": torch.zeros((), dtype=torch.uint8)}
+        read[name] = int8_vectorwise_dequant(codes, scales).to(weight.dtype)
+    return stored, {"quant_method": "bitsandbytes", "load_in_8bit": True}, read
+
+
 def _parameters(weight: torch.Tensor, args: Any, stored_scales: torch.dtype | None) -> Weights:
     """Scales and zero points of a weight, by the library's own rule for the least and the largest number of a block."""
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -160,6 +194,11 @@ KINDS: Mapping[str, Quantiser] = {
     "compressed MXFP8": _compressed("mxfp8-quantized", None, num_bits=8, **MX),
     "compressed MXFP4": _compressed("mxfp4-pack-quantized", None, num_bits=4, **MX),
     "compressed NVFP4": _compressed("nvfp4-pack-quantized", None, **NV),
+    "bitsandbytes, 8 bits": _bitsandbytes_8bit,
+    "bitsandbytes, NF4": _bitsandbytes("nf4", blocksize=64, compress_statistics=False),
+    "bitsandbytes, NF4 with nested scales": _bitsandbytes("nf4", blocksize=64),
+    "bitsandbytes, NF4 of float16 in words": _bitsandbytes("nf4", torch.float16, quant_storage=torch.float32),
+    "bitsandbytes, FP4 in long blocks": _bitsandbytes("fp4", blocksize=256),
 }
 
 

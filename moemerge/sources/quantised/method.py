@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Final
 
 from moemerge.checkpoint.dequantised import Dequantised
+from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import CONFIG_DTYPES, HEADER_DTYPES, HeaderDType
 
@@ -13,6 +14,7 @@ Settings = Mapping[str, Any]
 """The `quantization_config` of a `config.json`."""
 Parts = Mapping[str, TensorInfo]
 """The tensors that a module's weight is stored as, by the end of their names: `weight`, `weight_scale`."""
+_SMALL_BYTES: Final = 2**14
 
 
 class OddError(ValueError):
@@ -84,3 +86,19 @@ def model_dtype(config: Mapping[str, Any]) -> HeaderDType | None:
 def result_dtype(own: HeaderDType | None, computed_in: HeaderDType) -> HeaderDType:
     """The dtype of a dequantised weight: the model's own, else the one that it is computed in."""
     return own or (computed_in if computed_in in CONFIG_DTYPES else "BF16")
+
+
+def content(tensor: TensorInfo) -> bytes:
+    """Read the bytes of a small tensor.
+
+    Raises:
+        OddError: it is not small, or its file ends too early.
+        CheckpointError: its file cannot be read.
+        SourceError: it cannot be reached.
+    """
+    if tensor.nbytes > _SMALL_BYTES:
+        raise OddError(
+            f"has a {tensor.name.rpartition('.')[2]} of {tensor.nbytes} bytes, where some hundred are expected"
+        )
+    with tensor.open() as reader:
+        return read_exactly(reader, tensor.nbytes)

@@ -10,11 +10,16 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import CONFIG_DTYPES
+from moemerge.sources.quantised.bitsandbytes import BITSANDBYTES
 from moemerge.sources.quantised.compressed_tensors import COMPRESSED_TENSORS
 from moemerge.sources.quantised.fp8 import FP8
 from moemerge.sources.quantised.method import Method, OddError, Parts, Settings, model_dtype
 
-METHODS: Final[Mapping[str, Method]] = {"fp8": FP8, "compressed-tensors": COMPRESSED_TENSORS}
+METHODS: Final[Mapping[str, Method]] = {
+    "fp8": FP8,
+    "compressed-tensors": COMPRESSED_TENSORS,
+    "bitsandbytes": BITSANDBYTES,
+}
 """The methods that are read, by the name that `quantization_config` gives them as `quant_method`."""
 
 
