@@ -1,6 +1,7 @@
 """Models whose own code computes a known dense model under other names, against that code's arithmetic."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,16 @@ from moemerge.planning.plan import MergePlan
 from moemerge.planning.planner import plan_merge
 from tests.families.test_dense import NONSENSE, use
 from tests.support.families import stored
+from tests.support.hub_world import files_of
 from tests.support.models import assert_close, edit_json, load, logits, make_model, token_ids, write_config
 from tests.support.renamed import RELEASES, Release, layer_of, logits_of, make_release, read_release
 
 ROOT = Path(__file__).parents[2]
+# One of each way of storing; the others repeat them.
+WAYS = [
+    pytest.param(kind, marks=() if kind in {"internlm2", "baichuan 2", "qwen", "chatglm"} else pytest.mark.slow)
+    for kind in RELEASES
+]
 
 
 def merged(tmp_path, base, experts, **keys) -> MergePlan:
@@ -60,7 +67,7 @@ def test_equal_experts_compute_what_the_released_code_does(tmp_path, kind):
     assert not verify_merge(plan, tmp_path / "out").differences
 
 
-@pytest.mark.parametrize("kind", RELEASES)
+@pytest.mark.parametrize("kind", WAYS)
 def test_routers_from_prompts_choose_between_other_models(tmp_path, kind):
     release = RELEASES[kind]
     base, *experts = (make_release(tmp_path / name, release, seed) for seed, name in enumerate("abcd"))
@@ -69,7 +76,7 @@ def test_routers_from_prompts_choose_between_other_models(tmp_path, kind):
     assert_close(logits(load(tmp_path / "out")), logits_of(release, read_release(base), token_ids(), ffn))
 
 
-@pytest.mark.parametrize("kind", RELEASES)
+@pytest.mark.parametrize("kind", WAYS)
 def test_the_base_itself_is_run_as_its_code_does(tmp_path, kind):
     release = RELEASES[kind]
     base = make_release(tmp_path / "base", release)
@@ -149,7 +156,7 @@ def test_an_adapter_names_the_modules_of_the_released_code(tmp_path):
 def test_a_plan_says_how_a_model_is_read(tmp_path, kind, said):
     base, expert = (make_release(tmp_path / name, RELEASES[kind], seed) for seed, name in enumerate("ab"))
     plan = plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, [expert, base], prompts=False)))
-    assert [note for note in plan.notes if "is read as" in note] == [f"{base}: {said}", f"{expert}: {said}"]
+    assert [note for note in plan.notes if "is read as" in note] == [f"{base}, {expert}: {said}"]
     assert not [note for note in plan.notes if "does not use these keys" in note]
 
 
@@ -238,3 +245,21 @@ def test_every_renamed_type_is_in_the_table_of_the_page():
     page = (ROOT / "docs" / "families.md").read_text()
     for renamed in RENAMED.values():
         assert f"| `{renamed.model_type}` | `{renamed.plain}` |" in page
+
+
+@pytest.mark.slow
+def test_fused_tensors_are_split_as_they_are_read_from_the_hub(world, machine):
+    release = RELEASES["baichuan 2"]
+    folders = [make_release(machine.folder / name, release, seed) for seed, name in enumerate("abc")]
+    write_config(machine.folder / "local.yaml", *[folders[0], folders[1:]])
+    assert machine.moemerge("local.yaml", "local").code == 0
+    for folder in folders:
+        world.hub.add(f"acme/{folder.name}", files_of(folder))
+        shutil.rmtree(folder)
+    write_config(machine.folder / "merge.yaml", "acme/a", ["acme/b", "acme/c"])
+    streamed = machine.moemerge("merge.yaml", "streamed", "--stream")
+    assert streamed.code == 0, streamed.err
+    assert not list(machine.cache.rglob("*.safetensors"))
+    local, found = (stored(machine.folder / name) for name in ("local", "streamed"))
+    assert local.keys() == found.keys()
+    assert all(torch.equal(local[name], found[name]) for name in local)

@@ -39,7 +39,8 @@ NOT_MERGED: Final = {
     "gemma3": "gemma4 normalises values, gemma3 does not",
     "gemma3n_text": "it has no MoE sibling",
     **dict.fromkeys(
-        ("starcoder2", "phi", "nemotron", "arcee", "apertus", "jais2", "gpt_neox", "falcon", "stablelm"), _NOT_GATED
+        ("starcoder2", "phi", "nemotron", "arcee", "apertus", "jais2", "gpt_neox", "falcon", "stablelm", "orion"),
+        _NOT_GATED,
     ),
     "olmo": "olmoe normalises queries and keys, and has weights in its norms",
     "olmo3": "flex_olmo has no sliding windows: equal only up to the window's length",

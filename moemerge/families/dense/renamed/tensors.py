@@ -93,9 +93,7 @@ def _plain(renamed: Renamed, model: DenseModel, name: str, tensor: TensorInfo) -
 
 
 def _unit_rows(tensor: TensorInfo) -> TensorInfo:
-    return Derived(f"{tensor.name} in rows of length 1", (tensor,), _unit, "unit rows", tensor.dtype).tensor(
-        tensor.name
-    )
+    return Derived("rows of length 1", (tensor,), _unit, "unit rows", tensor.dtype).tensor(tensor.name)
 
 
 def _unit(_row: int, blocks: list[Rows]) -> Rows:
