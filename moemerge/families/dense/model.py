@@ -9,6 +9,7 @@ from typing import Any, Final, NoReturn
 from moemerge.families.dense.config_checks import UnreadableError, is_read, read_values
 from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
+from moemerge.families.dense.unknown import not_read
 from moemerge.families.layer_names import layer_prefix
 
 _ROPE_TYPES: Final = ("default", *ROPES)
@@ -198,10 +199,10 @@ def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
         raise UnreadableError(f"it is multimodal ({model_type}); save its text model ({inner}) alone and merge that")
     if any(type(config.get(key)) is int and config[key] > 1 for key in _EXPERT_COUNTS):
         raise UnreadableError(
-            f"it is a mixture (model_type {model_type!r}): name one of its experts, as in MODEL#0 or MODEL#NAME"
+            f"it is a mixture already (model_type {model_type!r}): see `moemerge edit`, or name one of its experts, as "
+            "in MODEL#0 or MODEL#NAME"
         )
-    known = ", ".join(DENSE_FAMILIES)
-    raise UnreadableError(f"its model_type is {model_type!r}; moemerge reads dense models of type {known}")
+    raise UnreadableError(not_read(config))
 
 
 def _read(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
