@@ -9,8 +9,9 @@ from moemerge.checkpoint.derived import derivation, kinds_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import Unreadable, is_no_tensor
+from moemerge.compatibility.causes import said_once
 from moemerge.dtypes import CONFIG_DTYPES
-from moemerge.families.dense import NON_LLAMA_FACTS, Axes, DenseModel, read_dense
+from moemerge.families.dense import SILENT_KEYS, Axes, DenseModel, read_dense
 from moemerge.families.family import MoeFamily
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.sources.quantised.table import METHODS
@@ -18,15 +19,6 @@ from moemerge.sources.reference import Reference
 
 # What an expert's FFNs must share with the base's to compute the same way in its place.
 _EXPERT_KEYS: Final = ("num_hidden_layers", "hidden_size")
-_EXPERT_FACTS: Final = ("qk_norm", "qkv_bias", "output_bias", "mlp_bias", "multipliers", "partial_rotary", "sinks")
-# Keys that no class computes with.
-_SILENT_KEYS: Final = {
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "pretraining_tp",
-    "auto_map", "_attn_implementation_autoset", "_model_name_or_path", "unk_token_id", "unsloth_version",
-    "unsloth_fixed", "eod_token_id", "output_hidden_states", "output_attentions", "return_dict", "id2label",
-    "label2id", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "quantization_config",
-    "output_router_logits", "router_aux_loss_coef", "num_experts_per_tok", "per_layer_config",
-}  # fmt: skip
 # Tensors that readers compute themselves, or that belong to quantised keys and values.
 _BUFFER: Final = re.compile(r"(^|\.)rotary_emb\.\w+$|\.self_attn\.(\w+\.)?(q|k|v|kv|prob)_(scale|zero_point)$")
 # Tensors that a base may have beside those of a language model.
@@ -51,38 +43,40 @@ def check_configs(base: Mapping[str, Any], experts: Sequence[tuple[str, Mapping[
 
     Nothing else is needed, so that a merge can be refused before weights are downloaded.
     """
-    found = Findings()
-    base_model = _read(base, "base_model", found)
+    found, problems = Findings(), list[tuple[str, str]]()
+    base_model = _read(base, "base_model", problems, found.notes)
     if base_model and "mlp_bias" in base_model.facts:
-        found.problems.append("base_model: its FFNs have biases, which the experts of no output family have")
+        problems.append(("base_model", "its FFNs have biases, which the experts of no output family have"))
     for name, config in experts:
-        expert = _read(config, name, found)
+        expert = _read(config, name, problems, found.notes)
         if base_model is None or expert is None:
             continue
-        found.problems += _differences(name, base_model, expert)
+        problems += [(name, difference) for difference in _differences(base_model, expert)]
         scales = [model.values["residual_multiplier"] for model in (base_model, expert)]
         if scales[0] != scales[1]:
             found.notes.append(
                 f"{name}: residual_multiplier is {scales[1]:g}, but the base's {scales[0]:g} will scale its FFNs; "
                 f"residual_scale: {scales[1] / scales[0]:g} makes up for it"
             )
+    found.problems = said_once(problems)
     return found
 
 
-def _differences(name: str, base: DenseModel, expert: DenseModel) -> Iterator[str]:
+def _differences(base: DenseModel, expert: DenseModel) -> Iterator[str]:
+    """Yield why an expert's FFNs would not compute in the base what they do in their own model.
+
+    Attention may be another: the base's takes its place.
+    """
     pairs = {key: (base.config[key], expert.config[key]) for key in _EXPERT_KEYS}
     pairs["hidden_act"] = (base.hidden_act, expert.hidden_act)
     for key, (ours, theirs) in pairs.items():
         if ours != theirs:
-            yield f"{name}: {key} is {theirs!r}, but the base model's is {ours!r}"
-    if base.family.block != expert.family.block:
-        yield f"{name}: a {expert.family.model_type} does not compute like the base model, a {base.family.model_type}"
-        return
-    for fact in _EXPERT_FACTS:
-        if (fact in base.facts) != (fact in expert.facts):
-            words = NON_LLAMA_FACTS.get(fact, "biases in its FFNs")
-            ours, theirs = ("with" if fact in model.facts else "without" for model in (base, expert))
-            yield f"{name}: computes {theirs} {words}, the base model {ours}"
+            yield f"{key} is {theirs!r}, but the base model's is {ours!r}"
+    if base.family.around_ffn != expert.family.around_ffn:
+        theirs, ours = (f"a {model.family.model_type} {model.family.around_ffn}" for model in (expert, base))
+        yield f"{theirs}, so its FFNs cannot take the place of the base model's: {ours}"
+    if "mlp_bias" in expert.facts - base.facts:
+        yield "its FFNs have biases, the base model's have none"
 
 
 def check_base(
@@ -110,7 +104,7 @@ def check_base(
         found=found,
     )
     _check_quantisation("base_model", model, tensors, found)
-    dropped = sorted(set(model.unread) - _SILENT_KEYS)
+    dropped = sorted(set(model.unread) - SILENT_KEYS)
     if dropped:
         found.notes.append(
             f"base_model: {family.model_type} does not use these keys of its config.json: {', '.join(dropped)}"
@@ -175,23 +169,25 @@ def check_adapters(
     return found
 
 
-def _read(config: Mapping[str, Any], name: str, found: Findings) -> DenseModel | None:
+def _read(config: Mapping[str, Any], name: str, problems: list[tuple[str, str]], notes: list[str]) -> DenseModel | None:
     model = read_dense(config)
     if isinstance(model, str):
-        found.problems.append(f"{name}: {model}")
+        problems.append((name, model))
         return None
     if model.quantised in _QUANTISED_WHEN_LOADED:
-        found.problems.append(_quantised(name, model))
-    for key in ("hidden_act", "hidden_activation"):
-        if config.get(key) not in (None, model.hidden_act) and model.config.get(key) == model.hidden_act:
-            found.notes.append(f"{name}: {key} {config[key]!r} is another name of {model.hidden_act!r}")
+        problems.append((name, _quantised(model)))
+    notes += [
+        f"{name}: {key} {config[key]!r} is another name of {model.hidden_act!r}"
+        for key in ("hidden_act", "hidden_activation")
+        if config.get(key) not in (None, model.hidden_act) and model.config.get(key) == model.hidden_act
+    ]
     return model
 
 
-def _quantised(name: str, model: DenseModel) -> str:
+def _quantised(model: DenseModel) -> str:
     return (
-        f"{name}: is quantised ({model.quantised}), and of the methods of quantisation {', '.join(METHODS)} alone are "
-        "read. Use the original weights, or dequantise it"
+        f"is quantised ({model.quantised}), and of the methods of quantisation {', '.join(METHODS)} alone are read. "
+        "Use the original weights, or dequantise it"
     )
 
 
@@ -205,7 +201,7 @@ def _check_quantisation(name: str, model: DenseModel, tensors: Mapping[str, Tens
             "plain numbers without scales, and is merged as such"
         )
     elif model.quantised not in METHODS:
-        found.problems.insert(0, _quantised(name, model))
+        found.problems.insert(0, f"{name}: {_quantised(model)}")
 
 
 def _readable(

@@ -1,7 +1,7 @@
 """Find what is lost of experts that differ from the base beside their FFNs, and which base would lose less."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,13 @@ from moemerge.compatibility.distances import check_deltas, distance_notes, dista
 from moemerge.config.schema import MergeConfig
 from moemerge.config.tokenizer_choice import BASE
 from moemerge.errors import CheckpointError
-from moemerge.families.dense import DenseModel, ModelTensors
+from moemerge.families.dense import NON_LLAMA_FACTS, DenseModel, ModelTensors
 from moemerge.families.mixture_shape import Mixture
 from moemerge.sources.local import resolve_file
 from moemerge.sources.model_folder import ModelFolder
 
 _SCALES: Final = ("attention_multiplier", "embedding_multiplier", "logits_scaling")
+_OF_ATTENTION: Final = ("qkv_bias", "output_bias", "qk_norm", "partial_rotary", "sinks", "nope", "mixed_attention")
 _NORMS: Final = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
 # The settings that say most about rotary positions.
 _ROPE_FIRST: Final = ("rope_type", "rope_theta", "factor")
@@ -144,32 +145,38 @@ def judge_experts(
         warnings=distance_warnings(base.folder, [(expert.name, expert.folder) for expert in experts], distances),
         notes=[
             *distance_notes(base.model, [(expert.name, expert.folder, expert.model) for expert in experts], distances),
-            *lost_notes(
-                base,
-                [expert for expert in experts if expert.folder.reference not in strangers],
-                keeps_words=config.vocabulary == BASE,
-            ),
+            *lost_notes(base, experts, strangers, keeps_words=config.vocabulary == BASE),
         ],
         has_strangers=bool(strangers),
         compared_bytes=compared_bytes,
     )
 
 
-def lost_notes(base: NamedModel, experts: Sequence[NamedModel], *, keeps_words: bool = True) -> list[str]:
+def lost_notes(
+    base: NamedModel, experts: Sequence[NamedModel], strangers: Collection[str], *, keeps_words: bool = True
+) -> list[str]:
     """Notes on what each expert loses because the base's own takes its place, and on the base that would lose less.
 
     Args:
         base: the base model.
         experts: every expert and shared expert; those that are the base itself lose nothing.
+        strangers: references of those that are no fine-tunes of the base, of which only attention is told.
         keeps_words: whether tokens and chat template are the base's.
     """
     others = [expert for expert in experts if expert.folder.folder != base.folder.folder]
+    related = [expert for expert in others if expert.folder.reference not in strangers]
     notes = [
         f"{expert.name}: not used of it, since the base model's own is kept: {'; '.join(lost)}"
         for expert in others
-        if (lost := list(_lost(base, expert, keeps_words=keeps_words)))
+        if (
+            lost := list(
+                _lost(base, expert, keeps_words=keeps_words)
+                if expert in related
+                else _lost_attention(base.model, expert.model)
+            )
+        )
     ]
-    gains = [(gained, expert) for expert in others if (gained := list(_gained(base, expert, keeps_words=keeps_words)))]
+    gains = [(gained, expert) for expert in related if (gained := list(_gained(base, expert, keeps_words=keeps_words)))]
     if gains:
         gained, best = max(gains, key=lambda pair: len(pair[0]))
         notes.append(f"base_model: {best.folder.reference} would be the better base: it has {' and '.join(gained)}")
@@ -178,6 +185,7 @@ def lost_notes(base: NamedModel, experts: Sequence[NamedModel], *, keeps_words: 
 
 def _lost(base: NamedModel, expert: NamedModel, *, keeps_words: bool) -> Iterator[str]:
     theirs, ours = expert.model, base.model
+    yield from _lost_attention(ours, theirs)
     if expert.context != base.context:
         yield f"context of {expert.context} tokens (base: {base.context})"
     ropes = [model.values.get("rope_parameters") or {} for model in (theirs, ours)]
@@ -187,15 +195,39 @@ def _lost(base: NamedModel, expert: NamedModel, *, keeps_words: bool) -> Iterato
     if changed:
         yield f"rotary positions, {', '.join(changed[:_SHOWN])}{', ...' if len(changed) > _SHOWN else ''}"
     pairs = {"sliding window": [model.values.get("window") or "none" for model in (theirs, ours)]}
-    pairs |= {key: [model.config.get(key) for model in (theirs, ours)] for key in _NORMS}
+    pairs[_norm(theirs)] = [model.config[_norm(model)] for model in (theirs, ours)]
     if keeps_words:
         pairs["eos_token_id"] = [_only(model.config.get("eos_token_id")) for model in (theirs, ours)]
-    pairs |= {key: [model.values[key] for model in (theirs, ours)] for key in _SCALES}
+    if not (theirs.has_plain_scales and ours.has_plain_scales):
+        pairs |= {key: [model.values[key] for model in (theirs, ours)] for key in _SCALES}
     for what, (own, kept) in pairs.items():
         if own != kept:
             yield f"{what} {own!s:.30} (base: {kept!s:.30})"
     if keeps_words:
         yield from _lost_words(base, expert)
+
+
+def _lost_attention(base: DenseModel, expert: DenseModel) -> Iterator[str]:
+    """Yield what an expert's attention has, or has not, other than the base's; not its rotations and windows."""
+    if base.family.block != expert.family.block:
+        yield f"attention of a {expert.family.model_type} (base: of a {base.family.model_type})"
+        return
+    own, kept = (_heads(model.config) for model in (expert, base))
+    if own != kept:
+        yield f"{own} (base: {kept})"
+    for fact in _OF_ATTENTION:
+        if (fact in base.facts) != (fact in expert.facts):
+            words = NON_LLAMA_FACTS[fact]
+            yield f"{words} (base: none)" if fact in expert.facts else f"no {words} (base: some)"
+
+
+def _norm(model: DenseModel) -> str:
+    return next(key for key in _NORMS if key in model.config)
+
+
+def _heads(config: Mapping[str, Any]) -> str:
+    queries, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    return f"{queries} heads of {config['head_dim']}, {keys} of keys and values"
 
 
 def _lost_words(base: NamedModel, expert: NamedModel) -> Iterator[str]:

@@ -141,7 +141,8 @@ def _name(place: str, folder: ModelFolder) -> str:
 def _choose_expert(place: str, folder: ModelFolder, announce: Callable[[str], None]) -> str:
     kind, experts = folder.config["model_type"], expert_references(folder, announce)
     which = f": {', '.join(experts)}" if experts else ", as in MODEL#0"
-    return f"{_name(place, folder)}: it is a mixture (model_type {kind!r}): name one of its experts{which}"
+    already = f"it is a mixture already (model_type {kind!r}): see `moemerge edit`"
+    return f"{_name(place, folder)}: {already}, or name one of its experts{which}"
 
 
 def _dense(folder: ModelFolder) -> DenseModel:

@@ -9,6 +9,7 @@ changed: the largest changes, as far as they agree in sign, or some at random, s
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, blocks_of, linear
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.unreadable import reasons
+from moemerge.compatibility.causes import said_once
 from moemerge.config.schema import SharedWeights
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType
 from moemerge.errors import IncompatibleError
-from moemerge.families.dense import DenseModel, ModelTensors
+from moemerge.families.dense import NON_LLAMA_FACTS, DenseModel, ModelTensors
 
 # Settings of attention; where they differ, weights cannot be mixed.
 _SAME: Final = (
@@ -33,8 +35,12 @@ _SAME: Final = (
 )
 _SAME_VALUES: Final = (
     "rope_with_part", "layer_rope_theta", "positions", "attention_multiplier", "embedding_multiplier",
-    "residual_multiplier", "logits_scaling", "layer_types", "window", "no_rope_layers",
+    "residual_multiplier", "logits_scaling", "layer_types", "window",
 )  # fmt: skip
+_SAME_FACTS: Final = ("qk_norm", "qkv_bias", "output_bias", "sinks")
+_WITHOUT: Final = "has no tensor {} in float32, float16 or bfloat16, as the base model has"
+_NO_PLACE: Final = "tensor {} has no place in the base model's attention"
+_MOST_RUNS: Final = 4
 
 
 def share_weights(
@@ -106,41 +112,73 @@ def _inside(base: DenseModel) -> list[str]:
 
 
 def _differences(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> list[str]:
-    """List the reasons why attention and norms cannot be mixed."""
-    problems = [
-        f"shared_weights: {name}: {key} is {theirs!r}, but the base model's is {ours!r}, so their attention cannot be "
-        "mixed"
+    """List the reasons why attention and norms cannot be mixed, each of them once."""
+    found = [
+        (name, f"{cause}, so their attention cannot be mixed")
         for name, expert in experts.items()
-        for key, theirs, ours in _settings(expert.model, base.model)
-        if theirs != ours
+        for cause in _settings(expert.model, base.model)
     ]
-    inside = _inside(base.model)
+    apart = {name for name, _ in found}
     for name, expert in experts.items():
-        theirs = expert.tensors
-        lost = reasons(theirs)
-        for tensor in [*_outside(base), *inside]:
-            shape = base.tensors[tensor].shape
-            fits = tensor in theirs and theirs[tensor].shape == shape
-            if tensor in lost:
-                problems.append(f"shared_weights: {name}: {tensor} {lost[tensor]}")
-            elif fits and theirs[tensor].dtype in CONFIG_DTYPES:
-                continue
-            elif fits or tensor in inside:
-                problems.append(
-                    f"shared_weights: {name}: has no tensor {tensor} of shape {list(shape)} in float32, float16 or "
-                    "bfloat16, as the base model has"
-                )
-    return problems
+        # What computes otherwise has other tensors, too.
+        found += [(name, cause) for cause in _tensors(expert, base, mixed=name not in apart)]
+    return [f"shared_weights: {line}" for line in said_once(found)]
 
 
-def _settings(model: DenseModel, base: DenseModel) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the settings of attention by name, with the values of both models."""
-    for key in _SAME:
-        yield key, model.config.get(key), base.config.get(key)
-    for key in _SAME_VALUES:
-        yield key.removesuffix("_with_part"), model.values.get(key), base.values.get(key)
-    yield "the order of rotary rows", model.family.interleaved, base.family.interleaved
-    yield "the offset of its norms", model.family.norm_offset, base.family.norm_offset
+def _settings(model: DenseModel, base: DenseModel) -> Iterator[str]:
+    """Yield how a model attends otherwise than the base."""
+    if model.family.block != base.family.block:
+        yield f"a {model.family.model_type} does not attend like the base model, a {base.family.model_type}"
+        return
+    for fact in _SAME_FACTS:
+        if (fact in base.facts) != (fact in model.facts):
+            ours, theirs = ("with" if fact in one.facts else "without" for one in (base, model))
+            yield f"attention is {theirs} {NON_LLAMA_FACTS[fact]}, but the base model's is {ours} them"
+    pairs: dict[str, tuple[Any, Any]] = {key: (model.config.get(key), base.config.get(key)) for key in _SAME}
+    pairs |= {key.removesuffix("_with_part"): (model.values.get(key), base.values.get(key)) for key in _SAME_VALUES}
+    pairs["the order of rotary rows"] = (model.family.interleaved, base.family.interleaved)
+    pairs["the offset of its norms"] = (model.family.norm_offset, base.family.norm_offset)
+    if pairs["rope"][0] != pairs["rope"][1] and all(len({*thetas}) == 1 for thetas in pairs["layer_rope_theta"]):
+        del pairs["layer_rope_theta"]  # which only repeats it
+    if pairs["head_dim"][0] != pairs["head_dim"][1] and model.has_plain_scales and base.has_plain_scales:
+        del pairs["attention_multiplier"]  # which follows from it
+    for key, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            yield f"{key} is {_shown(theirs)}, but the base model's is {_shown(ours)}"
+
+
+def _shown(value: Any) -> str:
+    """A setting in a message; of one for each layer, runs of layers with the same value."""
+    if not isinstance(value, list):
+        return repr(value)
+    runs, first = [], 0
+    for held, run in groupby(value):
+        count = len(list(run))
+        runs.append(
+            f"{held!r} in layer{'' if count == 1 else 's'} {first}{f'-{first + count - 1}' if count > 1 else ''}"
+        )
+        first += count
+    more = len(runs) - _MOST_RUNS
+    return ", ".join(runs[:_MOST_RUNS]) + (f" and {more} more runs" if more > 0 else "")
+
+
+def _tensors(expert: ModelTensors, base: ModelTensors, *, mixed: bool) -> Iterator[str]:
+    """Yield what is wrong with an expert's tensors; those that are `mixed` have to be the base's, too."""
+    theirs, lost = expert.tensors, reasons(expert.tensors)
+    inside = dict.fromkeys(_inside(base.model))
+    found: dict[str, list[str]] = {}
+    for tensor in [*_outside(base), *inside]:
+        shape = base.tensors[tensor].shape
+        fits = tensor in theirs and theirs[tensor].shape == shape
+        if tensor in lost:
+            found.setdefault(f"tensor {{}} {lost[tensor]}", []).append(tensor)
+        elif mixed and (fits or tensor in inside) and not (fits and theirs[tensor].dtype in CONFIG_DTYPES):
+            found.setdefault(_WITHOUT, []).append(f"{tensor} of shape {list(shape)}")
+    own = [name for layer in range(base.model.layers) for name in expert.model.tensors(layer)]
+    if mixed and (more := [name for name in own if name not in inside]):
+        found[_NO_PLACE] = more
+    for cause, names in found.items():
+        yield cause.replace("{}", names[0], 1) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def _derive(settings: SharedWeights, base: TensorInfo, experts: Sequence[TensorInfo], dtype: HeaderDType) -> TensorInfo:

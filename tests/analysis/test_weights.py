@@ -537,7 +537,7 @@ def test_a_mixture_does_not_stand_beside_experts_whole(tmp_path):
     with pytest.raises(RefusedError) as error:
         dense_ffns(str(folder), opened(folder), lambda _: None)
     assert str(error.value) == (
-        f"{folder}: cannot stand beside the experts, since it is a mixture (model_type 'qwen3_moe'): name one of its "
+        f"{folder}: cannot stand beside the experts, since it is a mixture already (model_type 'qwen3_moe'): see `moemerge edit`, or name one of its "
         "experts, as in MODEL#0 or MODEL#NAME."
     )
 

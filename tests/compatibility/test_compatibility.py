@@ -52,9 +52,7 @@ def test_every_difference_between_configs_is_listed(tmp_path, pair):
         "experts[0] /one: hidden_act is 'gelu', but the base model's is 'silu'",
         f"experts[1] /two: is quantised (bitnet), and of the methods of quantisation {', '.join(METHODS)} alone are read. "
         "Use the original weights, or dequantise it",
-        "experts[1] /two: computes with biases of queries, keys and values, the base model without",
-        "experts[1] /two: computes with biases of the attention's output, the base model without",
-        "experts[1] /two: computes with biases in its FFNs, the base model without",
+        "experts[1] /two: its FFNs have biases, the base model's have none",
     ]
 
 
@@ -65,21 +63,46 @@ def test_shallower_and_deeper_experts_are_refused(tmp_path, pair, layers):
     assert problems(tmp_path, pair) == [f"experts[1] /two: num_hidden_layers is {layers}, but the base model's is 3"]
 
 
-def test_a_model_type_that_is_not_known_is_named(tmp_path, pair):
-    edit_json(pair[1] / "config.json", model_type="gpt2")
-    (found,) = problems(tmp_path, pair)
-    assert found.startswith(
-        "experts[0] /one: its model_type is 'gpt2'; moemerge reads dense models of type llama, mistral, "
-    )
+UNREAD = "which moemerge does not read (`moemerge families` lists what it does)"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "nearest"),
+    [
+        ("mistral9", {"attention_bias": None, "mlp_bias": None, "pretraining_tp": None}, "mistral, which reads all keys of its config.json: if it computes like one, merge a copy with that model_type"),
+        ("llama_clip", {"clip_qkv": 8.0}, "llama, which does not read clip_qkv"),
+        ("another", {"a": 1, "b": 2, "c": 3, "d": 4}, "llama, which does not read a, b, c and 1 more"),
+        ("gpt2", {"hidden_size": None, "num_hidden_layers": None, "n_embd": 32}, "llama, which needs hidden_size, num_hidden_layers and does not read n_embd"),
+    ],
+)  # fmt: skip
+def test_a_type_that_is_not_read_is_named_once_with_the_nearest(tmp_path, pair, model_type, keys, nearest):
+    for folder in pair:
+        edit_json(folder / "config.json", model_type=model_type, **keys)
+    assert problems(tmp_path, pair) == [
+        f"base_model: its model_type is {model_type!r}, {UNREAD}; the nearest is {nearest}. The same holds for experts[0] "
+        "/one, experts[1] /two"
+    ]
+
+
+def test_models_that_share_a_problem_are_named_up_to_a_few(tmp_path):
+    experts = [make_model(tmp_path / str(number), number) for number in range(8)]
+    for expert in experts:
+        edit_json(expert / "config.json", hidden_act="gelu")
+    assert problems(tmp_path, [make_model(tmp_path / "base"), *experts]) == [
+        "experts[0] /0: hidden_act is 'gelu', but the base model's is 'silu'. The same holds for experts[1] /1, experts[2] "
+        "/2, experts[3] /3, experts[4] /4 and 3 more"
+    ]
 
 
 def test_a_mixture_is_called_one(tmp_path, pair):
     merge(plan(tmp_path, pair), tmp_path / "mix")
     assert problems(tmp_path, [pair[0], pair[1], tmp_path / "mix"]) == [
-        "experts[1] /mix: it is a mixture (model_type 'mixtral'): name one of its experts: /mix#one, /mix#two"
+        "experts[1] /mix: it is a mixture already (model_type 'mixtral'): see `moemerge edit`, or name one of its experts: "
+        "/mix#one, /mix#two"
     ]
     assert problems(tmp_path, [tmp_path / "mix", *pair[1:]]) == [
-        "base_model: it is a mixture (model_type 'mixtral'): name one of its experts, as in MODEL#0 or MODEL#NAME"
+        "base_model: it is a mixture already (model_type 'mixtral'): see `moemerge edit`, or name one of its experts, as in "
+        "MODEL#0 or MODEL#NAME"
     ]
 
 

@@ -11,7 +11,7 @@ import yaml
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import read_header
 from tests.passes.test_passes import IS_V4
-from tests.support.families import stored
+from tests.support.families import DENSE, stored
 from tests.support.mixtures import make_variant
 from tests.support.models import load, make_model, write_config
 
@@ -311,6 +311,16 @@ def test_models_of_another_kind_are_refused_and_strangers_are_warned_of(mixture,
     assert re.search(
         r"warning: experts\[4\] \(far\): its FFNs differ from the mixture's by 1[34]\d%; fine-tunes of", errors
     )
+
+
+def test_ffns_of_another_family_join_where_they_stand_behind_a_norm(mixture, tmp_path, run):
+    dense = make_model(tmp_path / "lfm2", 3, "lfm2", **DENSE["lfm2"][1])
+    code, _, errors = run("edit", mixture, tmp_path / "out", "--add", f"new={dense}", "--prompt", "new=item", "-q")
+    assert (code, errors.count("its FFNs differ from the mixture's by 1")) == (0, 1)
+    own, made = stored(dense), stored(tmp_path / "out")
+    for role in ("w1", "w2", "w3"):
+        found = made[f"model.layers.1.block_sparse_moe.experts.4.{role}.weight"]
+        assert torch.equal(found, own[f"model.layers.1.feed_forward.{role}.weight"])
 
 
 def test_copies_of_one_expert_are_warned_of(mixture, tmp_path, run):

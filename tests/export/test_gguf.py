@@ -30,9 +30,9 @@ from moemerge.errors import (
     CheckpointError,
     IncompatibleError,
     MoemergeError,
+    NoSuchModelError,
     OutputError,
     RefusedError,
-    SourceError,
     TooLargeError,
 )
 from moemerge.export import packages
@@ -344,7 +344,7 @@ def test_names_that_no_file_can_have_are_refused(tmp_path, out):
         f"{tmp_path / 'c.gguf'}: is read for this merge. Choose another name."
     )
     missing = tmp_path / "nothing"
-    assert refused(lambda: write_gguf(missing, tmp_path / "d.gguf"), SourceError) == (
+    assert refused(lambda: write_gguf(missing, tmp_path / "d.gguf"), NoSuchModelError) == (
         f"{missing}: there is no such folder. Name the folder that holds the merged model."
     )
 

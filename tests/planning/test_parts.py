@@ -169,13 +169,62 @@ def test_attention_that_computes_otherwise_is_not_mixed(tmp_path, llamas):
     other = make_model(tmp_path / "other", 7)
     edit_json(other / "config.json", rope_theta=5.0, rope_parameters=None)
     config = write_config(tmp_path / "c.yaml", llamas[0], [llamas[1], other], prompts=False, shared_weights="average")
+    assert unmixed(config) == [
+        "experts[1]: rope is {'rope_theta': 5.0, 'rope_type': 'default', 'partial_rotary_factor': 1.0}, but the base "
+        "model's is {'rope_theta': 10000.0, 'rope_type': 'default', 'partial_rotary_factor': 1.0}, so their attention cannot "
+        "be mixed"
+    ]
+
+
+def unmixed(config: Path) -> list[str]:
+    """Why attention is not mixed."""
     with pytest.raises(IncompatibleError) as caught:
         plan_merge(load_config(config))
-    assert str(caught.value).splitlines()[1] == (
-        "  - shared_weights: experts[1]: rope is {'rope_theta': 5.0, 'rope_type': 'default', 'partial_rotary_factor': 1.0}, "
-        "but the base model's is {'rope_theta': 10000.0, 'rope_type': 'default', 'partial_rotary_factor': 1.0}, so their "
-        "attention cannot be mixed"
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "These models cannot be merged:"
+    return [line.removeprefix("  - shared_weights: ") for line in lines[1:]]
+
+
+def test_many_tensors_without_a_partner_are_one_problem(tmp_path, llamas):
+    """Of an expert without some, one that stores them as integers, and one with more than the base."""
+    gone, whole = (Path(shutil.copytree(llamas[1], tmp_path / name)) for name in ("gone", "whole"))
+    tensors = load_file(gone / SINGLE)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "q_proj" not in name}, gone / SINGLE, {"format": "pt"}
     )
+    integers = {name: tensor.to(torch.int8) if "q_proj" in name else tensor for name, tensor in tensors.items()}
+    save_file(integers, whole / SINGLE, {"format": "pt"})
+    shape = "[32, 32] in float32, float16 or bfloat16, as the base model has (and 2 more)"
+    config = write_config(tmp_path / "c.yaml", llamas[0], [gone, whole], prompts=False, shared_weights="average")
+    assert unmixed(config) == [
+        f"experts[0]: has no tensor model.layers.0.self_attn.q_proj.weight of shape {shape}. The same holds for experts[1]"
+    ]
+    base, more = (
+        make_model(tmp_path / f"lfm2{biases}", 0, "lfm2", conv_bias=biases, **DENSE["lfm2"][1])
+        for biases in (False, True)
+    )
+    config = write_config(tmp_path / "c.yaml", base, [more, more], prompts=False, shared_weights="average")
+    with pytest.raises(IncompatibleError, match="has no place in the base model's attention"):
+        plan_merge(load_config(config, allow_identical_experts=True))
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (
+            {"no_rope_layers": [1, 1, 0]},
+            "layer_rope_theta is 10000.0 in layers 0-1, 0 in layer 2, but the base model's is 10000.0 in layer 0, 0 in layer "
+            "1, 10000.0 in layer 2",
+        ),
+        ({"head_dim": 16}, "head_dim is 16, but the base model's is 8"),
+    ],
+)
+def test_settings_by_layer_are_told_by_runs(tmp_path, keys, told):
+    own = {"rope_theta": 10000.0, "no_rope_layers": [1, 0, 1], "head_dim": 8}
+    base = make_model(tmp_path / "base", 0, "smollm3", **own)
+    expert = make_model(tmp_path / "expert", 1, "smollm3", **own | keys)
+    config = write_config(tmp_path / "c.yaml", base, [base, expert], prompts=False, shared_weights="average")
+    assert unmixed(config) == [f"experts[1]: {told}, so their attention cannot be mixed"]
 
 
 @pytest.mark.parametrize(

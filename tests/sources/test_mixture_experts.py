@@ -129,8 +129,8 @@ def test_experts_without_names_are_called_by_their_numbers(tmp_path, llamas, mix
     with pytest.raises(IncompatibleError) as error:
         plan_merge(load_config(path))
     assert error.value.problems == (
-        f"experts[0] {tmp_path / 'mix'}: it is a mixture (model_type 'mixtral'): name one of its experts: "
-        + ", ".join(f"{tmp_path / 'mix'}#{number}" for number in range(3)),
+        f"experts[0] {tmp_path / 'mix'}: it is a mixture already (model_type 'mixtral'): see `moemerge edit`, or name one of its "
+        "experts: " + ", ".join(f"{tmp_path / 'mix'}#{number}" for number in range(3)),
     )
 
 

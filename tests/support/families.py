@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from moemerge.families.dense import DenseModel
+from moemerge.families.dense import DENSE_FAMILIES, DenseModel
 from moemerge.families.engines import Trouble, facts_of, trouble_of
 from moemerge.families.mixture_shape import Mixture as Shape
 from moemerge.planning.plan import MergePlan
@@ -243,7 +243,8 @@ def reference(plan: MergePlan, out: Path, routed_scale: float = 1.0, shared_scal
         prefix = f"model.layers.{index}."
 
         def ffn(model: Any, index: int = index) -> torch.nn.Module:
-            found: torch.nn.Module = copy.deepcopy(model.model.layers[index].get_submodule(module))
+            own = DENSE_FAMILIES[model.config.model_type].ffn_module
+            found: torch.nn.Module = copy.deepcopy(model.model.layers[index].get_submodule(own))
             return found
 
         gate = family.shared.gate if family.shared else ""

@@ -1,5 +1,6 @@
 """Dense model families that can be merged: what their `config.json` and their tensors mean."""
 
+from moemerge.families.dense.config_checks import SILENT_KEYS
 from moemerge.families.dense.family import (
     FULL,
     NON_LLAMA_FACTS,
@@ -25,6 +26,7 @@ __all__ = [
     "RENAMED",
     "ROLES",
     "ROPES",
+    "SILENT_KEYS",
     "SLIDING",
     "Axes",
     "DenseFamily",

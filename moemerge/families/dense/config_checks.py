@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from moemerge.families.dense.family import FULL, SLIDING, DenseFamily
 
-_REQUIRED: Final = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+REQUIRED: Final = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Keys of sizes that every dense model has."""
 _SIZES: Final = {
-    *_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+    *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
     "shared_intermediate_size", "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv", "mamba_expand",
     "conv_L_cache", "block_multiple_of", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim",
     "linear_num_key_heads", "linear_num_value_heads", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim",
@@ -34,7 +35,7 @@ _NULL_MEANS: Final = {
 }
 # Keys that every class reads, beside the defaults of its family.
 _ALWAYS_READ: Final = {
-    *_REQUIRED,
+    *REQUIRED,
     "head_dim",
     "rope_theta",
     "rope_scaling",
@@ -42,6 +43,14 @@ _ALWAYS_READ: Final = {
     "partial_rotary_factor",
     "original_max_position_embeddings",
 }
+SILENT_KEYS: Final = {
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "pretraining_tp",
+    "auto_map", "_attn_implementation_autoset", "_model_name_or_path", "unk_token_id", "unsloth_version",
+    "unsloth_fixed", "eod_token_id", "output_hidden_states", "output_attentions", "return_dict", "id2label",
+    "label2id", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "quantization_config",
+    "output_router_logits", "router_aux_loss_coef", "num_experts_per_tok", "per_layer_config",
+}  # fmt: skip
+"""Keys that no class computes with."""
 
 
 class UnreadableError(Exception):
@@ -67,7 +76,7 @@ def read_values(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any
     full = {**family.defaults, **given}
     _refuse(
         "needs a positive whole number for {}",
-        [key for key in _REQUIRED if not _is_size(full.get(key), _MOST_LAYERS if "layers" in key else _MOST)],
+        [key for key in REQUIRED if not _is_size(full.get(key), _MOST_LAYERS if "layers" in key else _MOST)],
     )
     full["num_key_value_heads"] = full["num_key_value_heads"] or full["num_attention_heads"]
     full["head_dim"] = full.get(family.head_dim) or full["hidden_size"] // full["num_attention_heads"]

@@ -11,6 +11,7 @@ ROLES: Final[tuple[Role, ...]] = ("gate", "up", "down")
 """The projections of an FFN."""
 Config = Mapping[str, Any]
 
+BEFORE: Final = "normalises what its FFNs take"
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
 
@@ -96,6 +97,12 @@ class DenseFamily:
     """The norm whose output is the router input; None where the FFN's input is not normalised."""
     norm_offset: float = 0.0
     """The number that the norm adds to its weights."""
+    around_ffn: str = BEFORE
+    """What stands between an FFN and the residual stream, in words that follow the model's type.
+
+    FFNs of families with the same words can take each other's place: each takes what a norm gives, and what it gives is
+    added to the stream. A factor on that is `residual_multiplier`.
+    """
     ffn_width: str | Callable[[Config], int] = "intermediate_size"
     first: dict[str, Axes] = field(default_factory=lambda: {"model.embed_tokens.weight": ("vocab", "hidden")})
     """Tensors before the layers, the embeddings first."""

@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from moemerge.families.dense.config_checks import UnreadableError
-from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, FfnProjection, LayerTensor, Role
+from moemerge.families.dense.family import BEFORE, FULL, SLIDING, Config, DenseFamily, FfnProjection, LayerTensor, Role
 from moemerge.families.dense.llama_like import ATTENTION, DEFAULTS, GRANITE, QK_NORM
 
 
@@ -113,6 +113,7 @@ QWEN3_5: Final = DenseFamily(
     sizes=_qwen3_5_sizes,
     rope="verbatim",
     norm_offset=1.0,
+    around_ffn=f"{BEFORE}, by norms that add 1 to their weights",
 )  # fmt: skip
 
 
@@ -234,6 +235,7 @@ GEMMA4: Final = DenseFamily(
     {"own_values": "own_values"},
     block="gemma4",
     ffn_norm="pre_feedforward_layernorm.weight",
+    around_ffn=f"{BEFORE} and what they give",
     layer_types=_gemma4_layers,
     sizes=_gemma4_sizes,
     values=_gemma4_values,

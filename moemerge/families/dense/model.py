@@ -12,6 +12,7 @@ from moemerge.families.dense.renamed.config import plain_config
 from moemerge.families.dense.renamed.family import Renamed
 from moemerge.families.dense.renamed.tables import RENAMED
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
+from moemerge.families.dense.unknown import not_read
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.multimodal import why_no_text
 
@@ -212,10 +213,10 @@ def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
         raise UnreadableError(why_no_text(model_type, inner.get("model_type")))
     if any(type(config.get(key)) is int and config[key] > 1 for key in _EXPERT_COUNTS):
         raise UnreadableError(
-            f"it is a mixture (model_type {model_type!r}): name one of its experts, as in MODEL#0 or MODEL#NAME"
+            f"it is a mixture already (model_type {model_type!r}): see `moemerge edit`, or name one of its experts, as "
+            "in MODEL#0 or MODEL#NAME"
         )
-    known = ", ".join(DENSE_FAMILIES)
-    raise UnreadableError(f"its model_type is {model_type!r}; moemerge reads dense models of type {known}")
+    raise UnreadableError(not_read(config))
 
 
 def _read(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:

@@ -19,6 +19,7 @@ OLMO2: Final = DenseFamily(
     {"qkv_bias": "attention_bias", "output_bias": "attention_bias"},
     block="olmo2",
     ffn_norm=None,
+    around_ffn="normalises what its FFNs give, and not what they take",
 )
 HUNYUAN: Final = DenseFamily(
     "hunyuan_v1_dense",
@@ -44,6 +45,7 @@ def _rotate_all_layers(config: Config) -> dict[str, Any]:
     return {"layer_types": [SLIDING] * config["num_hidden_layers"], "window": context}
 
 
+_BESIDE: Final = "has attention and FFNs side by side, behind one LayerNorm"
 COHERE2: Final = DenseFamily(
     "cohere2", (LayerTensor("input_layernorm.weight", ("hidden",)), *ATTENTION),
     {key: value for key, value in DEFAULTS.items() if key != "rms_norm_eps"}
@@ -55,6 +57,7 @@ COHERE2: Final = DenseFamily(
     {"qkv_bias": "attention_bias", "output_bias": "attention_bias"},
     block="cohere2",
     ffn_norm="input_layernorm.weight",
+    around_ffn=_BESIDE,
     interleaved=True,
     layer_types=_window_but_every_fourth,
 )  # fmt: skip
@@ -67,6 +70,7 @@ COHERE: Final = DenseFamily(
     COHERE2.facts,
     block="cohere2",
     ffn_norm="input_layernorm.weight",
+    around_ffn=_BESIDE,
     interleaved=True,
     values=_rotate_all_layers,
     notes=(("", "cohere2_moe sees no further back than the longest context that config.json names"),),
