@@ -25,7 +25,16 @@ from moemerge.planning.planner import plan_merge
 from tests.families.test_dense import NONSENSE, use
 from tests.support.families import stored
 from tests.support.hub_world import files_of
-from tests.support.models import assert_close, edit_json, load, logits, make_model, token_ids, write_config
+from tests.support.models import (
+    assert_close,
+    edit_json,
+    load,
+    logits,
+    make_model,
+    save_weights,
+    token_ids,
+    write_config,
+)
 from tests.support.renamed import RELEASES, Release, layer_of, logits_of, make_release, read_release
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +138,22 @@ def test_an_adapter_names_the_modules_of_the_released_code(tmp_path):
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["w1", "w2", "wqkv"]}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     merged(tmp_path, f"{base}+{adapter}", [f"{base}+{adapter}"] * 2, prompts=False)
+    assert_close(logits(load(tmp_path / "out")), logits_of(release, tensors, token_ids()))
+
+
+def test_quantised_tensors_have_released_names_too(tmp_path):
+    release = RELEASES["internlm2"]
+    base = make_release(tmp_path / "base", release)
+    tensors, narrow = read_release(base), {}
+    for name in [name for name, tensor in tensors.items() if tensor.dim() > 1 and "layers" in name]:
+        scale = tensors[name].abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        narrow[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        narrow[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        tensors[name] = narrow[name].float() * scale
+    save_weights(base, tensors | narrow)
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    edit_json(base / "config.json", quantization_config=settings, torch_dtype="float32")
+    merged(tmp_path, base, [base] * 2, prompts=False)
     assert_close(logits(load(tmp_path / "out")), logits_of(release, tensors, token_ids()))
 
 

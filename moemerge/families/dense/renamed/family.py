@@ -24,7 +24,7 @@ class Renamed:
 
     model_type: str
     plain: str
-    """The `model_type` that it is read as, unless `values` gives another."""
+    """The `model_type` that it is read as."""
     defaults: Mapping[str, Any]
     """The meaning of absent keys in the released code, where it differs from that of `plain`."""
     keys: Mapping[str, str] = field(default_factory=dict)
