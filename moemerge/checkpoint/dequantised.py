@@ -20,6 +20,10 @@ from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
 
 
+class DecodingError(Exception):
+    """The parts of a matrix do not belong together; says why, as it follows "cannot be dequantised" in a message."""
+
+
 class Decoder(Protocol):
     """How stored parts become numbers; its `repr` says everything that sets it apart from others."""
 
@@ -30,6 +34,9 @@ class Decoder(Protocol):
             row: the first row.
             rows: how many rows.
             parts: of each stored part, the entries along its first axis that serve these rows.
+
+        Raises:
+            DecodingError: the parts do not belong together.
         """
 
 
@@ -115,7 +122,8 @@ class Dequantised:
         """Open `nbytes` bytes from offset `start` on; reading may raise what reading the parts does.
 
         Raises:
-            CheckpointError: when it is read: a scale or another number is not finite, or not in `dtype`.
+            CheckpointError: when it is read: a scale or another number is not finite, or not in `dtype`; or the parts
+                do not belong together.
         """
         return BlockReader(self._chunks(start, start + nbytes))
 
@@ -134,8 +142,13 @@ class Dequantised:
             for row in range(first, last, step):
                 rows = min(step, last - row)
                 entries = [window.move(row * width, (row + rows) * width) for window in windows]
-                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for
-                    data = self._encode(self.decoder(row, rows, entries))
+                try:
+                    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for
+                        data = self._encode(self.decoder(row, rows, entries))
+                except DecodingError as error:
+                    raise CheckpointError(
+                        f"{self}: tensor {self.codes.name!r} cannot be dequantised: {error}. Download that file again."
+                    ) from error
                 yield data[max(0, start - row * row_bytes) : end - row * row_bytes]
 
     def _encode(self, values: NDArray[np.float32]) -> bytes:

@@ -60,6 +60,43 @@ def test_what_transformers_saves_in_bitsandbytes_is_read_as_it_dequantises_it(tm
     assert len(differing(found, load_weights(model))) == 21
 
 
+@pytest.mark.filterwarnings("ignore")  # of what the libraries import
+@pytest.mark.parametrize("kind", ["GPTQ", "GPTQ, ordered by activations", "GPTQ, 8 bits, second format", "AWQ"])
+def test_gptqmodel_and_autoawq_make_the_same_of_these_files(tmp_path, kind):
+    """With any zero points: one is added to those of the first format, whatever becomes of the words."""
+    module = UP.removesuffix(".weight")
+    model = make_model(tmp_path / "model", **SIZES)
+    quantise(model, kind)
+    tensors = load_weights(model)
+    zeros = tensors[f"{module}.qzeros"]
+    anything = torch.randint(-(2**31), 2**31, zeros.shape, generator=torch.Generator().manual_seed(0)).int()
+    save_weights(model, tensors | {f"{module}.qzeros": anything})
+    parts = {name: load_weights(model)[f"{module}.{name}"] for name in ("qweight", "qzeros", "scales")}
+    if kind == "AWQ":
+        library = pytest.importorskip("awq.utils.packing_utils")
+        expected = library.dequantize_gemm(*parts.values(), 4, 32).T
+    else:
+        expected = by_gptqmodel(parts | {"g_idx": tensors[f"{module}.g_idx"]}, kind)
+    assert torch.equal(weights_of(model)[UP], expected.bfloat16())
+
+
+def by_gptqmodel(parts: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    """What GPTQModel makes of a weight's parts (row, column)."""
+    torch_linear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    bits = 8 if "8 bits" in kind else 4
+    layer = torch_linear.TorchLinear(
+        bits=bits, group_size=64 // len(parts["scales"]), sym=True, desc_act=True, in_features=64, out_features=96,
+        bias=False, pack_dtype=torch.int32, register_buffers=True,
+    )  # fmt: skip
+    layer.load_state_dict(parts)
+    if "second format" not in kind:
+        convert_gptq_v1_to_v2_format_module(layer, bits, torch.int32)
+    layer.post_init()
+    return layer.dequantize_weight().T
+
+
 def merged(folder: Path, models: list[Path], **keys: Any) -> tuple[MergePlan, dict[str, bytes]]:
     """The plan of a merge, and its files of weights with config.json."""
     plan = plan_merge(load_config(write_config(folder / "merge.yaml", models[0], models[1:], **keys)))
@@ -141,7 +178,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({f"{UP}_scale_inv": None}, "is stored as F8_E4M3, but its weight_scale_inv or weight_scale is missing"),
+        ({f"{UP}_scale_inv": None}, "is stored as F8_E4M3, but has no weight_scale_inv or weight_scale"),
         ({f"{UP}_scale_inv": torch.ones(6, 7)}, "has a weight_scale_inv of shape [6, 7], and [6, 8] is expected"),
         (
             {f"{UP}_scale_inv": torch.ones(6, 8, dtype=torch.int32)},
@@ -170,7 +207,7 @@ def state_of(**changes: Any) -> torch.Tensor:
 
 NF4 = "weight.quant_state.bitsandbytes__nf4"
 IN_BITSANDBYTES = [
-    ("NF4", {"weight.absmax": None}, "is stored as U8, but its weight.absmax is missing"),
+    ("NF4", {"weight.absmax": None}, "is stored as U8, but has no weight.absmax"),
     ("NF4", {"weight.absmax": torch.ones(97)}, "has a weight.absmax of shape [97], and [96] is expected"),
     ("NF4", {"weight": torch.ones(7, 1, dtype=torch.uint8)}, "has a weight of shape [7], and [3072] is expected"),
     (
@@ -196,10 +233,10 @@ IN_BITSANDBYTES = [
     ),
     (
         "NF4",
-        {NF4: torch.zeros(2**15, dtype=torch.uint8)},
-        "has a bitsandbytes__nf4 of 32768 bytes, where some hundred are expected",
+        {NF4: torch.zeros(2**19, dtype=torch.uint8)},
+        "has a bitsandbytes__nf4 of 524288 bytes, where some hundred are expected",
     ),
-    ("8 bits", {"SCB": None}, "is stored as I8, but its SCB is missing"),
+    ("8 bits", {"SCB": None}, "is stored as I8, but has no SCB"),
     (
         "8 bits",
         {"weight_format": torch.ones((), dtype=torch.uint8)},
@@ -208,16 +245,130 @@ IN_BITSANDBYTES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "change", "reason"), IN_BITSANDBYTES)
-def test_a_damaged_weight_of_bitsandbytes_is_named_once(tmp_path, models, kind, change, reason):
+IN_GPTQ = [
+    ("GPTQ", {"scales": None}, "is stored as I32, but has no scales"),
+    (
+        "GPTQ",
+        {"qzeros": torch.zeros(2, 11, dtype=torch.int32)},
+        "has a qzeros of shape [2, 11], and [2, 12] is expected",
+    ),
+    ("GPTQ", {"scales": torch.ones(3, 96)}, "has scales for 3 groups of 64 columns"),
+    ("GPTQ", {"g_idx": torch.zeros(63, dtype=torch.int32)}, "has a g_idx of shape [63], and [64] is expected"),
+    ("GPTQ", {"qweight": torch.ones(8, 96)}, "has a qweight stored as F32, and I32 is expected"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"), [*((f"bitsandbytes, {kind}", *rest) for kind, *rest in IN_BITSANDBYTES), *IN_GPTQ]
+)
+def test_a_damaged_weight_of_other_methods_is_named_once(tmp_path, models, kind, change, reason):
     model = make_model(tmp_path / "again", 3, tuned_from=0, **SIZES)
-    quantise(model, f"bitsandbytes, {kind}")
+    quantise(model, kind)
     module = UP.removesuffix("weight")
     tensors = load_weights(model) | {f"{module}{name}": tensor for name, tensor in change.items()}
     save_weights(model, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     with pytest.raises(IncompatibleError) as refused:
         merged(tmp_path, [models[2], model, models[1]], prompts=False)
     assert refused.value.problems == (f"experts[0] {model}: tensor {UP} {reason}",)
+
+
+DOWN = "tensor model.layers.0.mlp.down_proj.weight"
+FORMATS = "float-quantized, int-quantized, naive-quantized, mxfp8-quantized, pack-quantized, nvfp4-pack-quantized, "
+FORMATS += "mxfp4-pack-quantized"
+ROWS = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": ROWS}}
+
+
+def not_read(what: str) -> str:
+    return f"is quantised as {what}, and of the formats of compressed-tensors {FORMATS} with 8 or 4 bits alone are read"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"config_groups": None},
+            "is quantised, and the config_groups in config.json do not say how, the same for all weights",
+        ),
+        (
+            {"config_groups": {"a": ROWS, "b": {"weights": {"num_bits": 4}}}},
+            "is quantised, and the config_groups in config.json do not say how, the same for all weights",
+        ),
+        ({"format": "marlin-24"}, not_read("marlin-24 with 8 bits of float")),
+        (
+            {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            not_read("float-quantized, sparse-24-bitmask with 8 bits of float"),
+        ),
+        (
+            {"transform_config": {"config_groups": {}}},
+            not_read("float-quantized after a rotation (transform_config) with 8 bits of float"),
+        ),
+        (
+            {"config_groups": {"a": {"weights": {**ROWS["weights"], "num_bits": 6}}}},
+            not_read("float-quantized with 6 bits of float"),
+        ),
+        (
+            {"config_groups": {"a": {"weights": {**ROWS["weights"], "strategy": "attn_head"}}}},
+            "is quantised with the strategy 'attn_head' of blocks of None, which is not read",
+        ),
+        (
+            {"config_groups": {"a": {"weights": {**ROWS["weights"], "strategy": "group", "group_size": "8"}}}},
+            "is quantised with the strategy 'group' of blocks of (1, '8'), which is not read",
+        ),
+        ({"format": "nvfp4-pack-quantized"}, not_read("nvfp4-pack-quantized with 8 bits of float")),
+        (
+            {"quant_method": "gptq", "bits": 3, "format": "GPTQ"},
+            "is quantised as gptq with 3 bits, and of gptq gptq and gptq_v2 with 4 or 8 bits alone are read",
+        ),
+        (
+            {"quant_method": "awq", "version": "GEMV"},
+            "is quantised as gemv with 4 bits, and of awq gemm with 4 bits alone are read",
+        ),
+    ],
+)
+def test_settings_that_are_not_read_are_said_once(tmp_path, models, settings, reason):
+    tensors = load_weights(models[0])
+    ends = {
+        "compressed-tensors": ("weight", "weight_scale"),
+        "gptq": ("qweight", "scales"),
+        "awq": ("qweight", "scales"),
+    }
+    codes, scales = ends[settings.get("quant_method", "compressed-tensors")]
+    for name in [name for name in tensors if "proj" in name]:
+        tensor = tensors.pop(name)
+        if not name.endswith("scale_inv"):
+            module = name.removesuffix("weight")
+            tensors |= {f"{module}{codes}": tensor, f"{module}{scales}": torch.ones(len(tensor), 1)}
+    save_weights(models[0], tensors)
+    edit_json(models[0] / "config.json", quantization_config=COMPRESSED | settings)
+    with pytest.raises(IncompatibleError) as refused:
+        merged(tmp_path, [models[2], models[0], models[1]], prompts=False)
+    assert refused.value.problems == (f"experts[0] {models[0]}: {DOWN} {reason} (and 8 more)",)
+
+
+def test_groups_that_are_not_there_stop_the_merge(tmp_path, models):
+    model = make_model(tmp_path / "again", 3, tuned_from=0, **SIZES)
+    quantise(model, "GPTQ")
+    save_weights(model, load_weights(model) | {UP.replace("weight", "g_idx"): torch.arange(64).int() // 31})
+    with pytest.raises(CheckpointError) as failed:
+        merged(tmp_path, [models[2], model, models[1]], prompts=False)
+    assert str(failed.value) == (
+        f"{model}/model.safetensors: tensor {UP.replace('weight', 'qweight')!r} cannot be dequantised: g_idx names groups "
+        "from 0 to 2, and there are 2. Download that file again."
+    )
+
+
+def test_biases_of_zeros_that_gptq_stores_are_left_out(tmp_path, models):
+    model = make_model(tmp_path / "again", 3, tuned_from=0, **SIZES)
+    quantise(model, "GPTQ")
+    biases = {UP.replace("weight", "bias"): torch.zeros(96).half()}
+    save_weights(model, load_weights(model) | biases)
+    plan, _ = merged(tmp_path, [model, models[2], models[1]], prompts=False)
+    note = f"base_model: left out: tensor {UP.replace('weight', 'bias')} holds zeros alone, which GPTQ stores where a layer has no bias"
+    assert note in plan.notes
+    save_weights(model, load_weights(model) | {name: tensor + 1 for name, tensor in biases.items()})
+    with pytest.raises(IncompatibleError, match="bias has no place in a merge"):
+        merged(tmp_path, [model, models[2], models[1]], prompts=False)
 
 
 @pytest.mark.parametrize("size", [None, [128], [0, 128], ["16", 8], 128])

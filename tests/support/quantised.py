@@ -139,6 +139,48 @@ def _bitsandbytes_8bit(chosen: Weights) -> tuple[Weights, dict[str, Any], Weight
     return stored, {"quant_method": "bitsandbytes", "load_in_8bit": True}, read
 
 
+def _packed(numbers: torch.Tensor, bits: int, axis: int, places: list[int] | None = None) -> torch.Tensor:
+    """Pack whole numbers along an axis in words of 32 bits; place p of a word has number `places[p]` of its numbers."""
+    in_word = 32 // bits
+    rows = numbers.movedim(axis, -1).long().reshape(*numbers.movedim(axis, -1).shape[:-1], -1, in_word)
+    shifted = torch.zeros(rows.shape[:-1], dtype=torch.int64)
+    for place, number in enumerate(places or range(in_word)):
+        shifted += rows[..., number] << bits * place
+    words = torch.where(shifted >= 2**31, shifted - 2**32, shifted).to(torch.int32)
+    return words.movedim(-1, axis).contiguous()
+
+
+def _columns(bits: int, group: int, *, awq: bool = False, in_order: bool = True, v2: bool = False) -> Quantiser:
+    """GPTQ and AWQ by the definition of their formats; `test_quantised.py` asks the libraries, where they are."""
+
+    def run(chosen: Weights) -> tuple[Weights, dict[str, Any], Weights]:
+        generator = torch.Generator().manual_seed(0)
+        stored: Weights = {}
+        read: Weights = {}
+        for name, weight in chosen.items():
+            rows, width = weight.shape
+            groups = torch.arange(width) // group
+            groups = groups if in_order else groups[torch.randperm(width, generator=generator)]
+            numbers = torch.randint(0, 2**bits, (width, rows), generator=generator)
+            zeros = torch.randint(1, 2**bits, (width // group, rows), generator=generator)
+            scales = (torch.rand(zeros.shape, generator=generator) / 2**bits).half()
+            read[name] = ((numbers - zeros[groups]) * scales[groups]).T.to(weight.dtype)
+            places = [0, 2, 4, 6, 1, 3, 5, 7] if awq else None
+            parts = {
+                "qweight": _packed(numbers, bits, 1 if awq else 0, places),
+                "qzeros": _packed(zeros if awq or v2 else zeros - 1, bits, 1, places),
+                "scales": scales,
+                **({} if awq else {"g_idx": groups.int()}),
+            }
+            stored |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in parts.items()}
+        settings = {"bits": bits, "group_size": group}
+        if awq:
+            return stored, settings | {"quant_method": "awq", "version": "gemm", "zero_point": True}, read
+        return stored, settings | {"quant_method": "gptq", **({"checkpoint_format": "gptq_v2"} if v2 else {})}, read
+
+    return run
+
+
 def _parameters(weight: torch.Tensor, args: Any, stored_scales: torch.dtype | None) -> Weights:
     """Scales and zero points of a weight, by the library's own rule for the least and the largest number of a block."""
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -199,6 +241,10 @@ KINDS: Mapping[str, Quantiser] = {
     "bitsandbytes, NF4 with nested scales": _bitsandbytes("nf4", blocksize=64),
     "bitsandbytes, NF4 of float16 in words": _bitsandbytes("nf4", torch.float16, quant_storage=torch.float32),
     "bitsandbytes, FP4 in long blocks": _bitsandbytes("fp4", blocksize=256),
+    "GPTQ": _columns(4, 32),
+    "GPTQ, ordered by activations": _columns(4, 16, in_order=False),
+    "GPTQ, 8 bits, second format": _columns(8, 32, v2=True),
+    "AWQ": _columns(4, 32, awq=True),
 }
 
 

@@ -14,7 +14,7 @@ Settings = Mapping[str, Any]
 """The `quantization_config` of a `config.json`."""
 Parts = Mapping[str, TensorInfo]
 """The tensors that a module's weight is stored as, by the end of their names: `weight`, `weight_scale`."""
-_SMALL_BYTES: Final = 2**14
+_SMALL_BYTES: Final = 2**18
 
 
 class OddError(ValueError):
@@ -29,6 +29,8 @@ class Method:
     """The tensors that it stores beside other ones of a module, by the end of their names."""
     weight: Callable[[Settings, Parts, HeaderDType | None], Dequantised]
     """A function of the settings, the stored tensors and the model's own dtype; may raise `OddError`."""
+    zero_biases: bool = False
+    """Whether files store biases of zeros for layers that have none."""
 
 
 def part_of(parts: Parts, *names: str) -> TensorInfo:
@@ -41,7 +43,7 @@ def part_of(parts: Parts, *names: str) -> TensorInfo:
         if name in parts:
             return parts[name]
     stored = parts.get("weight") or next(iter(parts.values()))
-    raise OddError(f"is stored as {stored.dtype}, but its {' or '.join(names)} is missing")
+    raise OddError(f"is stored as {stored.dtype}, but has no {' or '.join(names)}")
 
 
 def with_shape(tensor: TensorInfo, what: str, shape: tuple[int, ...]) -> TensorInfo:

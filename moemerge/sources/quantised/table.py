@@ -11,14 +11,17 @@ from moemerge.checkpoint.jobs import CONNECTIONS
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.sources.quantised.bitsandbytes import BITSANDBYTES
+from moemerge.sources.quantised.columns import AWQ, GPTQ
 from moemerge.sources.quantised.compressed_tensors import COMPRESSED_TENSORS
 from moemerge.sources.quantised.fp8 import FP8
-from moemerge.sources.quantised.method import Method, OddError, Parts, Settings, model_dtype
+from moemerge.sources.quantised.method import Method, OddError, Parts, Settings, content, model_dtype
 
 METHODS: Final[Mapping[str, Method]] = {
     "fp8": FP8,
     "compressed-tensors": COMPRESSED_TENSORS,
     "bitsandbytes": BITSANDBYTES,
+    "gptq": GPTQ,
+    "awq": AWQ,
 }
 """The methods that are read, by the name that `quantization_config` gives them as `quant_method`."""
 
@@ -41,19 +44,27 @@ def dequantised(config: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> di
     modules = _modules(method, tensors)
     own = model_dtype(config)
 
-    def weight(module: str) -> TensorInfo:
+    def made(module: str) -> dict[str, TensorInfo]:
         name, parts = f"{module}.weight", modules[module]
+        bias = tensors.get(f"{module}.bias") if method.zero_biases else None
         try:
-            return method.weight(settings, parts, own).tensor(name)
+            left_out = {f"{module}.bias": _zero_bias(bias)} if bias and not any(content(bias)) else {}
+            return {name: method.weight(settings, parts, own).tensor(name), **left_out}
         except OddError as error:
             stored = parts.get("weight") or next(iter(parts.values()))
-            return Unreadable(stored, str(error)).tensor(replace(stored, name=name))
+            return {name: Unreadable(stored, str(error)).tensor(replace(stored, name=name))}
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:  # some methods store facts in small tensors, each a request to a Hub
-        made = dict(zip(modules, pool.map(weight, modules), strict=True))
     gone = {tensor.name for parts in modules.values() for tensor in parts.values()}
-    plain = {name: tensor for name, tensor in tensors.items() if tensor.name not in gone}
-    return plain | {f"{module}.weight": tensor for module, tensor in made.items()}
+    table = {name: tensor for name, tensor in tensors.items() if tensor.name not in gone}
+    with ThreadPoolExecutor(CONNECTIONS) as pool:  # some methods store facts in small tensors, each a request to a Hub
+        for found in pool.map(made, modules):
+            table |= found
+    return table
+
+
+def _zero_bias(bias: TensorInfo) -> TensorInfo:
+    reason = "holds zeros alone, which GPTQ stores where a layer has no bias"
+    return Unreadable(bias, reason, is_tensor=False).tensor()
 
 
 def _modules(method: Method, tensors: Mapping[str, TensorInfo]) -> dict[str, Parts]:
