@@ -228,7 +228,7 @@ def _union_notes(
     elif template and template is not models.base:
         yield (
             f"the chat template is that of {labels[models.every_expert.index(template)]}, since the base has none, and "
-            "the tokens that end its turns stop generation, too (generation_config.json)"
+            "generation stops at the tokens that end its texts, too (generation_config.json)"
         )
 
 

@@ -89,8 +89,8 @@ def test_a_union_appends_the_experts_tokens_with_their_rows(tmp_path, chats):
         "tokenizer: beside the base's tokens the output has '<|im_start|>' and '<|im_end|>' (156 to 157), with the rows "
         "of experts[1] (chat)",
         "tokenizer: beside the base's tokens the output has '<tool>' (158), with the rows of experts[2] (tools)",
-        "the chat template is that of experts[1] (chat), since the base has none, and the tokens that end its turns "
-        "stop generation, too (generation_config.json)",
+        "the chat template is that of experts[1] (chat), since the base has none, and generation stops at the tokens "
+        "that end its texts, too (generation_config.json)",
     )
     assert plan.notes == (
         *told,
@@ -229,11 +229,15 @@ def test_readers_that_take_another_class_for_the_output_read_the_tokens(tmp_path
     for folder in (base, fox):
         if model_type == "llama":
             llama_2_tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
+            (folder / "tokenizer.model").write_bytes(b"what some programs read")
         edit_json(folder / "tokenizer_config.json", tokenizer_class=reader, unk_token="<unk>", pad_token=None)
     chat = with_tokens(fox, tmp_path / "chat", seed=2)
     edit_json(chat / "tokenizer_config.json", tokenizer_class=reader)
     plan, out = merged(tmp_path, [base, fox, chat], tokenizer="union")
     assert plan.made_files
+    if model_type == "llama":  # for readers of tokenizer.model
+        added = json.loads((out / "added_tokens.json").read_text())
+        assert [added[token] for token in CHATML] == ids_of(out, "".join(CHATML))
     size = len(AutoTokenizer.from_pretrained(base))
     assert ids_of(out, "".join(CHATML)) == [size, size + 1]
     for text in (TEXT, "a  b\n\n c'S ½ 🙂"):
