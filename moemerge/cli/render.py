@@ -52,6 +52,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "gate_mode": plan.config.method.name,
         "shared_weights": plan.config.shared_weights.method,
+        "tokenizer": plan.config.vocabulary,
         "shared_choice": asdict(plan.shared_choice) if plan.shared_choice else None,
         "experts": len(plan.config.experts),
         "expert_names": list(plan.config.expert_names),

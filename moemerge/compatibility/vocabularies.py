@@ -29,7 +29,7 @@ class Vocabulary:
     document: Mapping[str, Any]
     """The file's content."""
     ordinary: Mapping[str, int]
-    """Ids of the tokens that the tokenizer's model makes texts of."""
+    """Ids of the tokens that the tokenizer's model makes of texts, without those that are added tokens, too."""
     added: Mapping[str, Mapping[str, Any]]
     """The entries of added tokens, by the token."""
 
@@ -73,6 +73,7 @@ def _vocabulary(folder: Path, document: dict[str, Any]) -> Vocabulary:
     listed = document["model"]["vocab"]
     ordinary = listed if isinstance(listed, dict) else {token: number for number, (token, *_) in enumerate(listed)}
     added = {str(entry["content"]): dict(entry) for entry in document.get("added_tokens") or []}
+    ordinary = {token: number for token, number in ordinary.items() if token not in added}
     found = Vocabulary(folder, document, ordinary, added)
     if not all(isinstance(number, int) and number >= 0 for number in found.ids.values()):
         raise ValueError("ids are whole numbers")
@@ -81,15 +82,14 @@ def _vocabulary(folder: Path, document: dict[str, Any]) -> Vocabulary:
 
 def difference(base: Vocabulary, other: Vocabulary) -> str:
     """Say where the ordinary vocabulary of a model differs first from the base's; empty where it does not."""
-    ours, theirs = base.ordinary, other.ordinary
-    for token, number in theirs.items():
-        if token not in ours:
+    for token in (*other.ordinary, *base.ordinary):
+        ours, theirs = base.ids.get(token), other.ids.get(token)
+        if ours is None:
             return f"its vocabulary has {token!r:.40}, which the base's lacks"
-        if ours[token] != number:
-            return f"{token!r:.40} is {number} in its vocabulary, {ours[token]} in the base's"
-    for token in ours:
-        if token not in theirs:
+        if theirs is None:
             return f"its vocabulary lacks {token!r:.40}, which the base's has"
+        if ours != theirs:
+            return f"{token!r:.40} is {theirs} in its vocabulary, {ours} in the base's"
     return ""
 
 

@@ -96,11 +96,11 @@ def check_writers(
     """
     if vocabulary:
         return [
-            f"{named_place(number, config.expert_names)}: its tokens have other ids than the output's with `tokenizer: "
-            f"{vocabulary.choice}`, so it cannot continue prompts (router.calibration: generate): give it "
-            "positive_texts"
+            f"{named_place(number, config.expert_names)}: does not know all tokens of its prompts by the ids that they "
+            f"have with `tokenizer: {vocabulary.choice}`, so it cannot continue them (router.calibration: generate): "
+            "give it positive_texts"
             for number in config.writers
-            if number not in vocabulary.of_same_ids
+            if number not in vocabulary.of_same_ids or _meets_others_tokens(config, vocabulary, number)
         ]
     size, names = base.config["vocab_size"], config.expert_names
     return [
@@ -109,6 +109,14 @@ def check_writers(
         for number in config.writers
         if (found := models[number].config["vocab_size"]) != size
     ]
+
+
+def _meets_others_tokens(config: MergeConfig, vocabulary: OutputVocabulary, number: int) -> bool:
+    """Whether an expert's prompts may hold new tokens that it lacks; any chat may, by its template."""
+    lacked = [token.text for token in vocabulary.new if number not in token.rows]
+    prompts = config.experts[number].positive_prompts
+    in_chats = bool(config.router.chat_prompts) or any(isinstance(prompt, Chat) for prompt in prompts)
+    return bool(lacked) and (in_chats or any(text in str(prompt) for text in lacked for prompt in prompts))
 
 
 def base_ffn_layers(config: MergeConfig, mixture: Mixture, base: DenseModel, *, runs_base: bool) -> Sequence[int]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, blocks_of, linear
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.unreadable import reasons
+from moemerge.checkpoint.unreadable import Resized, reasons
 from moemerge.compatibility.causes import said_once
 from moemerge.config.schema import SharedWeights
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType
@@ -96,7 +96,8 @@ def _kept(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> dict[str, 
     kept: dict[str, str] = {}
     for name in _outside(base):
         for place, expert in experts.items():
-            if name not in expert.tensors or expert.tensors[name].shape != base.tensors[name].shape:
+            theirs = expert.tensors.get(name)
+            if theirs is None or isinstance(theirs.path, Resized) or theirs.shape != base.tensors[name].shape:
                 kept.setdefault(name, place)
     return kept
 
@@ -164,7 +165,8 @@ def _shown(value: Any) -> str:
 
 def _tensors(expert: ModelTensors, base: ModelTensors, *, mixed: bool) -> Iterator[str]:
     """Yield what is wrong with an expert's tensors; those that are `mixed` have to be the base's, too."""
-    theirs, lost = expert.tensors, reasons(expert.tensors)
+    theirs = expert.tensors
+    lost = {name: why for name, why in reasons(theirs).items() if not isinstance(theirs[name].path, Resized)}
     inside = dict.fromkeys(_inside(base.model))
     found: dict[str, list[str]] = {}
     for tensor in [*_outside(base), *inside]:

@@ -72,7 +72,7 @@ class OutputVocabulary:
     template: Member | None
     """The model whose chat template the output has; None where it has none."""
     of_same_ids: frozenset[int]
-    """Numbers of the experts whose own tokenizer gives the same ids."""
+    """Numbers of the experts whose own tokenizer has the same ids for all of its tokens."""
     notes: tuple[str, ...]
 
     @property
@@ -190,10 +190,10 @@ def _union(models: Models, base: Vocabulary, labels: Sequence[str]) -> OutputVoc
     rows += [(token.expert, token.rows[token.expert]) for token in new]
     rows += [(None, row) for row in range(number, rows_of(models.base))]
     ids = base.ids | {token.text: int(token.entry["id"]) for token in new}
-    same = (
-        e for e, added in with_words.items() if {**base.ordinary, **added} == ids and rows_of(members[e]) == len(rows)
-    )
-    templates = [member for member in (models.base, *map(members.__getitem__, with_words)) if _has_template(member)]
+    same = (expert for expert, added in with_words.items() if added.items() <= ids.items())
+    # A template of an expert that brings tokens comes first: they are there for it.
+    brings = dict.fromkeys([*(token.expert for token in new), *with_words])
+    templates = [member for member in (models.base, *map(members.__getitem__, brings)) if _has_template(member)]
     return OutputVocabulary(
         choice=UNION,
         model=_resized(models.base.model, len(rows)),
@@ -228,7 +228,7 @@ def _union_notes(
     elif template and template is not models.base:
         yield (
             f"the chat template is that of {labels[models.every_expert.index(template)]}, since the base has none, and "
-            "the tokens that end its turns stop generation, too (generation_config.json)"
+            "generation stops at the tokens that end its texts, too (generation_config.json)"
         )
 
 

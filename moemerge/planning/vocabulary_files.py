@@ -13,7 +13,6 @@ from moemerge.errors import CheckpointError
 from moemerge.passes.tokens import read_tokenizer_config
 from moemerge.planning.models import Member
 from moemerge.planning.tokenizer_files import (
-    TEMPLATES,
     TOKENIZER_CONFIG,
     BaseFiles,
     find_base_files,
@@ -21,6 +20,7 @@ from moemerge.planning.tokenizer_files import (
     template_names,
 )
 from moemerge.planning.vocabulary import OutputVocabulary
+from moemerge.sources.local import resolve_file
 
 GENERATION: Final = "generation_config.json"
 _ADDED_TOKENS: Final = "added_tokens.json"
@@ -73,8 +73,8 @@ def _of_union(base: BaseFiles, vocabulary: OutputVocabulary) -> BaseFiles:
     contents: dict[str, Mapping[str, Any]] = dict(_with_tokens(base, vocabulary, config))
     if taken:
         folder = vocabulary.template_folder
-        copied |= {name: folder / name for name in _TEMPLATE_FILES if (folder / name).is_file()}
-        copied |= {name: folder / name for name in template_names(folder) if name.startswith(f"{TEMPLATES}/")}
+        names = [*(name for name in _TEMPLATE_FILES if (folder / name).is_file()), *template_names(folder)]
+        copied |= {name: taken.folder.seen(resolve_file(folder, name)) for name in names}
         if template := read_tokenizer_config(folder).get(_TEMPLATE):
             contents[TOKENIZER_CONFIG] = {**contents.get(TOKENIZER_CONFIG, config), _TEMPLATE: template}
         contents |= _ends_of_turns(base, vocabulary, taken)

@@ -4,18 +4,22 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import peft
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moemerge.checks.verification import verify_merge
 from moemerge.config.loading import load_config
-from moemerge.config.schema import CARD
-from moemerge.errors import IncompatibleError
+from moemerge.config.schema import CARD, MergeConfig
+from moemerge.errors import ConfigError, IncompatibleError
 from moemerge.evaluation.evaluator import evaluate
 from moemerge.evaluation.figures import MERGED
 from moemerge.evaluation.settings import EvaluationSettings
+from moemerge.export.writing import GgufOptions, write_gguf
+from moemerge.merging.gguf import merge_to_gguf
 from moemerge.merging.merger import merge
 from moemerge.model_card.markdown import as_text
 from moemerge.planning.planner import plan_merge
@@ -85,13 +89,19 @@ def test_a_union_appends_the_experts_tokens_with_their_rows(tmp_path, chats):
         "tokenizer: beside the base's tokens the output has '<|im_start|>' and '<|im_end|>' (156 to 157), with the rows "
         "of experts[1] (chat)",
         "tokenizer: beside the base's tokens the output has '<tool>' (158), with the rows of experts[2] (tools)",
-        "the chat template is that of experts[1] (chat), since the base has none, and the tokens that end its turns "
-        "stop generation, too (generation_config.json)",
+        "the chat template is that of experts[1] (chat), since the base has none, and generation stops at the tokens "
+        "that end its texts, too (generation_config.json)",
     )
     assert plan.notes == (
         *told,
         f"tokenizer: the rows of '<|im_start|>', '<|im_end|>' differ between experts[1] {chats[2]} and experts[2] "
         f"{chats[3]}; those of the first are taken",
+    )
+    (out / "tokenizer.json").write_text((out / "tokenizer.json").read_text().replace("<tool>", "<TOOL>"))
+    (difference,) = verify_merge(plan, out).differences
+    assert (difference.what, difference.expected) == (
+        "tokenizer.json",
+        "what `tokenizer: union` makes of the base's files",
     )
     card = (out / CARD).read_text()
     assert all(f"> **Note:** {as_text(note)}." in card for note in told)
@@ -219,11 +229,15 @@ def test_readers_that_take_another_class_for_the_output_read_the_tokens(tmp_path
     for folder in (base, fox):
         if model_type == "llama":
             llama_2_tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
+            (folder / "tokenizer.model").write_bytes(b"what some programs read")
         edit_json(folder / "tokenizer_config.json", tokenizer_class=reader, unk_token="<unk>", pad_token=None)
     chat = with_tokens(fox, tmp_path / "chat", seed=2)
     edit_json(chat / "tokenizer_config.json", tokenizer_class=reader)
     plan, out = merged(tmp_path, [base, fox, chat], tokenizer="union")
     assert plan.made_files
+    if model_type == "llama":  # for readers of tokenizer.model
+        added = json.loads((out / "added_tokens.json").read_text())
+        assert [added[token] for token in CHATML] == ids_of(out, "".join(CHATML))
     size = len(AutoTokenizer.from_pretrained(base))
     assert ids_of(out, "".join(CHATML)) == [size, size + 1]
     for text in (TEXT, "a  b\n\n c'S ½ 🙂"):
@@ -283,3 +297,97 @@ def test_baselines_that_know_a_token_by_another_id_are_left_out(tmp_path, chats)
         "expert fox is left out: its tokenizer does not know '<|im_start|>' as 156",
         "expert tools is left out: its tokenizer does not know '<|im_start|>' as 156",
     )
+
+
+def test_chats_in_the_new_template_choose_the_shared_weights(tmp_path, chats):
+    """The base has no template to read them with."""
+    lines = [json.dumps({"messages": [{"role": "user", "content": line}]}) for line in TEXT.splitlines() * 8]
+    for name in ("fox", "chat"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    path = write_config(
+        tmp_path / "m.yaml", chats[0], chats[1:3], shared_weights="auto", tokenizer="union", gate_mode="ridge"
+    )
+    document = yaml.safe_load(path.read_text())
+    for expert, name in zip(document["experts"], ("fox", "chat"), strict=True):
+        expert["positive_texts"] = f"{name}.jsonl"
+    document["experts"][0]["negative_prompts"] = ["Le chat"]
+    path.write_text(yaml.safe_dump(document))
+    said: list[str] = []
+    merge(plan_merge(load_config(path)), tmp_path / "out", announce=said.append)
+    (choice,) = [line for line in said if "auto chose" in line]
+    assert " tokens)" in choice
+    assert verify_merge(plan_merge(load_config(path)), tmp_path / "out").differences == ()
+
+
+@pytest.mark.parametrize(("prompt", "cannot"), [("The fox", [2]), ("<|im_start|>fox", [0, 2]), (CHAT, [0, 2])])
+def test_experts_write_text_where_they_know_its_tokens(tmp_path, chats, prompt, cannot):
+    """The first expert has no new tokens, the last one by other ids."""
+    prompts = [prompt, "<|im_start|>user", "The dog"]
+    document = {
+        "base_model": str(chats[0]),
+        "experts": [
+            {"source_model": str(model), "positive_prompts": [prompt]}
+            for model, prompt in zip(chats[1:], prompts, strict=True)
+        ],
+        "router": {"calibration": "generate"},
+        "tokenizer": "union",
+    }
+    with pytest.raises(IncompatibleError) as refused:
+        plan_merge(load_config(document))
+    assert list(refused.value.problems) == [
+        f"experts[{number}] ({chats[number + 1].name}): does not know all tokens of its prompts by the ids that they have "
+        "with `tokenizer: union`, so it cannot continue them (router.calibration: generate): give it positive_texts"
+        for number in cannot
+    ]
+
+
+def test_tokens_that_vocabulary_and_added_tokens_list_are_added_ones(tmp_path, chats):
+    chat = shutil.copytree(chats[2], tmp_path / "chat")
+    document = json.loads((chat / "tokenizer.json").read_text())
+    document["model"]["vocab"] |= dict(zip(CHATML, (156, 157), strict=True))
+    (chat / "tokenizer.json").write_text(json.dumps(document))
+    plan = plan_of(tmp_path, [*chats[:2], chat], tokenizer="union")
+    assert [token.text for token in plan.shape.vocabulary.new] == [*CHATML]
+
+
+def test_a_gguf_file_has_the_tokens(tmp_path, chats):
+    plan, out = merged(tmp_path, chats, tokenizer="union")
+    write_gguf(out, tmp_path / "a.gguf", GgufOptions())
+    merge_to_gguf(plan, tmp_path / f"{out.name}.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / f"{out.name}.gguf").read_bytes()
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["tokenizer.ggml.tokens"].contents()[156:] == [*CHATML, "<tool>"]
+    assert fields["tokenizer.ggml.token_type"].contents()[156:] == [gguf.TokenType.CONTROL] * 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"tokenizer": "expert nobody"}, "tokenizer: names no expert, found 'nobody'; the experts are fox, chat"),
+        (
+            {"tokenizer": "both"},
+            "tokenizer: expected base, union, or expert NAME with an expert's name, found 'both'",
+        ),
+        (
+            {"tokenizer": {"source": "union", "tokens": {"<s>": {}}}},
+            "tokenizer: expected base, union, or expert NAME with an expert's name: rows of single tokens cannot be "
+            "chosen, found {'source': 'union', 'tokens': {'<s>': {}}}",
+        ),
+        (
+            {"tokenizer": "union", "tokenizer_source": "union"},
+            "tokenizer_source: is another name of tokenizer: keep one of them",
+        ),
+    ],
+)
+def test_wrong_choices_are_refused(chats, keys, problem):
+    experts = [{"source_model": str(model)} for model in chats[1:3]]
+    with pytest.raises(ConfigError) as refused:
+        MergeConfig(base_model=str(chats[0]), experts=experts, **keys)
+    assert list(refused.value.problems) == [problem]
+
+
+def test_mergekits_spellings_mean_the_same(chats):
+    experts = [{"source_model": str(model)} for model in chats[1:3]]
+    for keys in ({"tokenizer": {"source": "union"}}, {"tokenizer_source": "union"}, {"tokenizer": "union"}):
+        assert MergeConfig(base_model=str(chats[0]), experts=experts, **keys).vocabulary == "union"
+    assert MergeConfig(base_model=str(chats[0]), experts=experts, tokenizer=None).vocabulary == "base"
