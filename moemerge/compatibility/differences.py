@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import read_json
+from moemerge.compatibility.causes import said_once
 from moemerge.compatibility.distances import check_deltas, distance_notes, distance_warnings, measure_distances
 from moemerge.config.schema import MergeConfig
 from moemerge.config.tokenizer_choice import BASE
@@ -165,8 +166,8 @@ def lost_notes(
     """
     others = [expert for expert in experts if expert.folder.folder != base.folder.folder]
     related = [expert for expert in others if expert.folder.reference not in strangers]
-    notes = [
-        f"{expert.name}: not used of it, since the base model's own is kept: {'; '.join(lost)}"
+    notes = said_once(
+        (expert.name, f"not used of it, since the base model's own is kept: {'; '.join(lost)}")
         for expert in others
         if (
             lost := list(
@@ -175,7 +176,7 @@ def lost_notes(
                 else _lost_attention(base.model, expert.model)
             )
         )
-    ]
+    )
     gains = [(gained, expert) for expert in related if (gained := list(_gained(base, expert, keeps_words=keeps_words)))]
     if gains:
         gained, best = max(gains, key=lambda pair: len(pair[0]))
@@ -218,7 +219,7 @@ def _lost_attention(base: DenseModel, expert: DenseModel) -> Iterator[str]:
     for fact in _OF_ATTENTION:
         if (fact in base.facts) != (fact in expert.facts):
             words = NON_LLAMA_FACTS[fact]
-            yield f"{words} (base: none)" if fact in expert.facts else f"no {words} (base: some)"
+            yield f"{words} (base: none)" if fact in expert.facts else f"its lack of {words}"
 
 
 def _norm(model: DenseModel) -> str:

@@ -84,8 +84,8 @@ def test_what_is_left_out_of_a_relatives_attention_is_told_in_a_note(tmp_path):
     assert [note for note in plan.notes if KEPT in note] == [
         f"experts[0] {llama}: {KEPT} 2 heads of 16, 1 of keys and values (base: 4 heads of 8, 2 of keys and values); biases "
         "of the attention's output (base: none); rotary positions, rope_theta 500.0 (base: 10000.0)",
-        f"experts[1] {qwen3}: {KEPT} 4 heads of 16, 2 of keys and values (base: 4 heads of 8, 2 of keys and values); no "
-        f"{BIASES} (base: some); norms of queries and keys (base: none); layers that attend differently (base: none); "
+        f"experts[1] {qwen3}: {KEPT} 4 heads of 16, 2 of keys and values (base: 4 heads of 8, 2 of keys and values); its "
+        f"lack of {BIASES}; norms of queries and keys (base: none); layers that attend differently (base: none); "
         "sliding window 8 (base: none)",
     ]
     assert plan.advice == ()
@@ -93,11 +93,15 @@ def test_what_is_left_out_of_a_relatives_attention_is_told_in_a_note(tmp_path):
 
 def test_of_a_stranger_only_attention_is_told(tmp_path):
     base = make_model(tmp_path / "base", 0, "qwen2")
-    stranger = make_model(tmp_path / "stranger", 3, "llama", max_position_embeddings=512)
-    plan = plan_of(tmp_path, base, [stranger, relative(tmp_path / "b", base, "qwen2")], experts_per_token=1)
-    assert [note for note in plan.notes if KEPT in note] == [f"experts[0] {stranger}: {KEPT} no {BIASES} (base: some)"]
-    (warning,) = plan.warnings
-    assert warning.startswith(f"experts[0] {stranger}: its FFNs differ from the base's by 1")
+    stranger, other = (make_model(tmp_path / str(n), n, "llama", max_position_embeddings=512) for n in (3, 4))
+    experts = [stranger, other, relative(tmp_path / "b", base, "qwen2")]
+    plan = plan_of(tmp_path, base, experts, experts_per_token=1)
+    assert [note for note in plan.notes if KEPT in note] == [
+        f"experts[0] {stranger}: {KEPT} its lack of {BIASES}. The same holds for experts[1] {other}"
+    ]
+    assert [warning.partition(" by ")[0] for warning in plan.warnings] == [
+        f"experts[{number}] {one}: its FFNs differ from the base's" for number, one in enumerate((stranger, other))
+    ]
     assert not [note for note in plan.notes if "better base" in note]
 
 
