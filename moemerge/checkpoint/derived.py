@@ -18,6 +18,7 @@ from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import Joined
 from moemerge.checkpoint.packed import Packed
+from moemerge.checkpoint.transposed import Transposed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
@@ -172,6 +173,8 @@ def plain_leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
     if made := derivation(tensor):
         for source in (*made.inputs, *made.others):
             yield from plain_leaves(source)
+    elif isinstance(tensor.path, Transposed):
+        yield from plain_leaves(tensor.path.matrix)
     elif isinstance(tensor.path, ColumnSlice):
         yield from plain_leaves(tensor.path.stored)
     elif isinstance(tensor.path, Joined):

@@ -107,7 +107,7 @@ def _compare_config(plan: MergePlan, model: ModelFolder) -> list[Difference]:
     def texts(config: dict[str, Any]) -> dict[str, str]:
         return {f"config.json: {key}": json.dumps(value, sort_keys=True) for key, value in config.items()}
 
-    return compare_entries(texts(plan.output_config), texts(model.config))
+    return compare_entries(texts(plan.output_config), texts(model.whole or model.config))
 
 
 def _compare_other_files(plan: MergePlan, model: ModelFolder) -> tuple[int, list[Difference]]:

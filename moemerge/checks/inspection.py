@@ -102,7 +102,7 @@ def inspect_checkpoint(
         CheckpointError: the index, the headers and the files do not agree.
     """
     model = open_model(reference, announce)
-    tensors = read_tensor_table(model, announce, weights="stream")
+    tensors = read_tensor_table(model, announce, weights="stream", whole=True)
     stored = {leaf for tensor in tensors.values() for leaf in leaves(tensor)}
     files = {path.name: size_of(path) for path in {tensor.path for tensor in stored}}
     per_token = _experts_per_token(model.config)

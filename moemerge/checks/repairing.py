@@ -44,6 +44,8 @@ def repair(out: Path | str, *, dry_run: bool = False) -> list[Difference]:
             f"{out}: its model_type is {model.config.get('model_type')!r}, no mixture that moemerge writes. Name the "
             "folder of one; `moemerge families` lists them."
         )
+    if model.whole:
+        raise RefusedError(f"{out}: is a multimodal model, a {model.stored_type}, whose config.json needs no repair.")
     _check_names(out, family, read_tensor_table(model, lambda _: None))
     tokenizer = model.file(_TOKENIZER)
     changed: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

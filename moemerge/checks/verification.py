@@ -139,7 +139,7 @@ def _read_tensors(
     agreeing = "an index, headers and files that agree"
     of_other_files = tuple(model.notes)
     try:
-        tensors = read_tensor_table(model, lambda _: None)
+        tensors = read_tensor_table(model, lambda _: None, whole=True)
     except CheckpointError as error:
         return {}, [Difference("weights", agreeing, str(error))]
     notes = model.notes if model.file(SAFETENSORS_INDEX) else ()

@@ -35,7 +35,7 @@ def merge_facts(plan: "MergePlan", report: "RoutingReport", out: Path | None, ur
     return {
         "out": str(out) if out else None,
         "url": url,
-        "family": plan.family.model_type,
+        "family": plan.model_type,
         "dtype": plan.dtype,
         "gate_mode": plan.config.method.name,
         "experts": report.experts,

@@ -206,7 +206,7 @@ def _merge(
         merge_into, console, plan, out, output.type, options, quiet=quiet, llama_cpp=output.llama_cpp
     )
     if publisher:
-        publisher.check_replaced(plan.family.model_type, overwrite=options.overwrite)
+        publisher.check_replaced(plan.model_type, overwrite=options.overwrite)
     if not is_gguf(out):
         carry_out = partial(merge, plan, _destination(out, push, publisher), options)
     with (

@@ -48,7 +48,7 @@ def plan_facts(plan: MergePlan) -> dict[str, Any]:
     """Turn a plan into the values that `moemerge plan --json` prints."""
     places = {name: (shard.name, start) for shard in plan.shards for name, start in shard.starts.items()}
     return {
-        "family": plan.family.model_type,
+        "family": plan.model_type,
         "dtype": plan.dtype,
         "gate_mode": plan.config.method.name,
         "shared_weights": plan.config.shared_weights.method,
@@ -111,8 +111,9 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     """Print the plan: its facts, where its tensors come from, and advice."""
     facts = Grid.grid(padding=(0, 2))
     free = shutil.disk_usage(Path.cwd()).free
+    (architecture,) = plan.output_config["architectures"]
     rows = {
-        "output": f"{plan.family.architecture}, {plan.dtype}, {len(plan.config.experts)} experts, "
+        "output": f"{architecture}, {plan.dtype}, {len(plan.config.experts)} experts, "
         f"{plan.config.experts_per_token} per token, routers: {plan.config.method.name}",
         "experts": ", ".join(plan.config.expert_names),
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",

@@ -172,6 +172,8 @@ class MergeConfig(_Strict):
         BeforeValidator(_shared_weights, json_schema_input_type=_SharedMethod | SharedWeights | None),
     ] = Field(default_factory=lambda: SharedWeights.model_validate({}))
     """Settings for embeddings, attention and norms: the base model's, or a mix of all models'."""
+    keep_vision: bool = Field(default=False, strict=True)
+    """Whether the merged model has the towers of a multimodal base beside its text model."""
     fold_norms: bool = Field(default=False, strict=True)
     """Whether the difference between an expert's own norm and the shared one is folded into its FFN."""
     tokenizer: TokenizerChoice = BASE

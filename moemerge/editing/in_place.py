@@ -46,6 +46,10 @@ def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTE
             f"{folder.reference}: belongs to the Hub's cache, which other programs read, so it is not edited in place. "
             "Write to another folder."
         )
+    if folder.whole:
+        raise RefusedError(
+            f"{folder.reference}: is a multimodal model, and only its text model is edited. Write to another folder."
+        )
     if folder.adapters:
         raise RefusedError(
             f"{folder.reference}: an adapter changes weights all over the mixture, so it is not merged in place. Write "

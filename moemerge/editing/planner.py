@@ -30,6 +30,7 @@ from moemerge.planning.origins import Origins
 from moemerge.planning.output import Output
 from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.tokenizer_files import find_base_files
+from moemerge.planning.vision import left_out_notes
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
 from moemerge.sources.reference import split_expert
 from moemerge.sources.stored_mixtures import is_mixture, kept_config, read_mixture, read_stored_mixture
@@ -97,7 +98,7 @@ def plan_edit(
         output_config=output_config,
         base_files=find_base_files(folder, announce, needed=False),
         origins=_origins(found.tables.values()),
-        notes=(*chain(*(source.notes for source in sources)), *notes),
+        notes=(*chain(*(source.notes for source in sources)), *left_out_notes(sources), *notes),
         warnings=_warnings(config, mixture, slots, kept_config(folder, announce)),
     )
 

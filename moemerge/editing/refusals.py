@@ -42,6 +42,8 @@ def foreign_keys(config: MergeConfig, *, averages: bool) -> Iterator[str]:
         value = getattr(config, key)
         if value != defaults[key].get_default(call_default_factory=True):
             yield f"{key}: the mixture's own stays, since base_model is a mixture. Remove the key"
+    if config.keep_vision:
+        yield "keep_vision: of a multimodal mixture only the text model is edited. Remove the key"
     if config.gate_mode not in {AUTO, *DRAWS}:
         yield (
             f"gate_mode: {config.gate_mode} makes no routers of a mixture. Leave the key out, and kept rows stay, or "

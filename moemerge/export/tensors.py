@@ -7,11 +7,11 @@ from typing import Final
 from moemerge.checkpoint.floats import TYPES
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Piece, measure
+from moemerge.checkpoint.transposed import Transposed
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.export.blocks import BLOCK_ELEMENTS, FLOATS, GgufType, Quantised
 from moemerge.export.families import Config, GgufFamily, Names, Part
 from moemerge.export.keys import proportional_factors, rope_factors
-from moemerge.export.transposed import Transposed
 from moemerge.families.layer_names import layer_prefix
 
 # Weights that engines read in float32 alone, whatever the rest of the file is; so are vectors, and other tensors.

@@ -32,9 +32,11 @@ class _TextType:
 _PLAIN: Final = ("llama", "mistral", "ministral3", "qwen2", "qwen3")
 MULTIMODAL: Final = {
     "qwen3_5": Multimodal(("qwen3_5_text",)),
+    "qwen3_5_moe": Multimodal(("qwen3_5_moe_text",)),
     "gemma4": Multimodal(("gemma4_text",)),
     "mistral3": Multimodal(("mistral", "ministral3")),
     "qwen3_vl": Multimodal(("qwen3_vl_text",)),
+    "qwen3_vl_moe": Multimodal(("qwen3_vl_moe_text",)),
     "qwen2_5_vl": Multimodal(("qwen2_5_vl_text",), is_flat=True),
     "qwen2_vl": Multimodal(("qwen2_vl_text",), is_flat=True),
     "internvl": Multimodal(("qwen2", "qwen3")),
@@ -46,10 +48,81 @@ MULTIMODAL: Final = {
     "llava_onevision": Multimodal(("qwen2",)),
 }
 """Multimodal classes by model type. Others scale the text's logits differently (Cohere), or were not tried."""
+_TIED: Final = "tie_word_embeddings"
+_ROPES: Final = ("rope_scaling", "rope_parameters")
+
+
+@dataclass(frozen=True)
+class VisionMixture:
+    """A multimodal class whose text model is a mixture, with the same towers as a class with a dense one."""
+
+    model_type: str
+    architecture: str
+    family: str
+    """The output family of the text model."""
+    vision_type: str | None = None
+    """The `model_type` of its `vision_config` in released checkpoints; None where it is the dense model's."""
+    of_images: tuple[str, ...] = ()
+    """Keys of the dense model's `text_config` that matter to images alone, so that a mixture of text lacks them."""
+    has_axes: bool = False
+    """Whether its rope settings say how positions on several axes share a head, which those of text lack."""
+    text_type: str | None = None
+    """The `model_type` of its `text_config`; None for that of the output family."""
+    stacks_transposed: bool = False
+    """Whether experts are stacks of transposed matrices, gate and up side by side: (expert, hidden, 2 width)."""
+
+    def config(self, dense: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the `config.json` of the whole.
+
+        Args:
+            dense: the `config.json` of the multimodal model whose towers it has.
+            text: that of the mixture for text alone.
+        """
+        of_text = dense["text_config"]
+        own = {key: of_text[key] for key in self.of_images if key in of_text}
+        if self.has_axes:  # spelled as each version of transformers reads it
+            axes = of_text.get("rope_parameters") or of_text.get("rope_scaling") or {}
+            own["rope_parameters"] = {"rope_theta": text["rope_theta"], **axes}
+            own["rope_scaling"] = {key: value for key, value in axes.items() if key != "rope_theta"}
+        vision = {**dense["vision_config"], **({"model_type": self.vision_type} if self.vision_type else {})}
+        inner = {**text, "model_type": self.text_type or text["model_type"]}
+        del inner["architectures"]
+        left = ("transformers_version", "quantization_config", "transformers_weights")
+        return {
+            **{key: value for key, value in dense.items() if key not in left},
+            **{key: text[key] for key in ("dtype", "torch_dtype", _TIED)},
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "text_config": inner | own,
+            "vision_config": vision,
+        }
+
+
+VISION_MIXTURES: Final = {
+    "qwen3_5": VisionMixture(
+        "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", vision_type="qwen3_5_moe"
+    ),
+    "gemma4": VisionMixture(
+        "gemma4", "Gemma4ForConditionalGeneration", "gemma4_text", of_images=("use_bidirectional_attention",)
+    ),
+    "qwen3_vl": VisionMixture(
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        "qwen3_moe",
+        vision_type="qwen3_vl_moe",
+        has_axes=True,
+        text_type="qwen3_vl_moe_text",
+        stacks_transposed=True,
+    ),
+}
+"""Multimodal classes with mixtures, by the model type of the class with a dense text model."""
 
 _QWEN2_VL: Final = _TextType("qwen2", {"rms_norm_eps": 1e-5, "rope_theta": 1e6})
 _TEXT_TYPES: Final = {
     "qwen3_vl_text": _TextType("qwen3", {"max_position_embeddings": 128000, "rope_theta": 500000.0}),
+    "qwen3_vl_moe_text": _TextType(
+        "qwen3_moe", {"max_position_embeddings": 128000, "rope_theta": 500000.0, "norm_topk_prob": True}
+    ),
     "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_vl_text": _QWEN2_VL,
 }
@@ -69,8 +142,6 @@ _INHERITED: Final = (
     "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config",
     "transformers_weights", "tie_word_embeddings",
 )  # fmt: skip
-_TIED: Final = "tie_word_embeddings"
-_ROPES: Final = ("rope_scaling", "rope_parameters")
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -121,6 +192,12 @@ def why_no_text(model_type: Any, text_type: Any) -> str:
     if outer := _outer(model_type):
         return f"{found}; of such models, those with {' or '.join(outer.text_types)} are read"
     return f"{found}; text models are read inside {', '.join(MULTIMODAL)}"
+
+
+def has_transposed_stacks(config: Mapping[str, Any]) -> bool:
+    """Whether a multimodal model stores its experts as stacks of transposed matrices."""
+    stacked = {mixture.model_type for mixture in VISION_MIXTURES.values() if mixture.stacks_transposed}
+    return config.get("model_type") in stacked
 
 
 def disputed_head(config: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band
 from moemerge.checkpoint.shards import Shard
 from moemerge.dtypes import HEADER_DTYPES
+from moemerge.errors import RefusedError
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import GgufFormat, GgufModel, asked_type
 from moemerge.export.planned_tensors import Planned, waits
@@ -61,6 +62,8 @@ def merge_to_gguf(
         OutputError, RouterError, CheckpointError: see `merge`.
     """
     file = Path(file)
+    if plan.shape.vision:
+        raise RefusedError("keep_vision: a GGUF file holds the text model alone. Remove the key.")
     plan.origins.check("since the plan was made")
     check_file(file, overwrite=options.overwrite, inputs=plan.inputs, sources=plan.folders)
     model = GgufModel(plan.output_config, asked_type(form.type, {HEADER_DTYPES[plan.dtype]}), form.llama_cpp)

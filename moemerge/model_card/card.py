@@ -53,7 +53,7 @@ def write_card(
         notes: what to say of the merge beside the plan's notes.
     """
     values = _values(plan, plan.config.text if text is None else text, [*plan.family_notes, *notes])
-    use = use_it(name, plan.family.model_type, plan.right_in)
+    use = use_it(name, plan.family.model_type, plan.right_in, sees=plan.shape.vision is not None)
     data_sets = hub_revisions([data.name for data in plan.data_sets])
     card = render("card", name=name, report=report, use=use, data_sets=data_sets, **values)
     _save(folder, plan, licence, card + "\n")
@@ -72,7 +72,7 @@ def _save(folder: Path, plan: MergePlan, licence: str | None, body: str) -> None
         base_model=repos or None,
         base_model_relation="merge" if repos else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if plan.shape.vision else "text-generation",
         datasets=list(dict.fromkeys(data.repo for data in plan.data_sets)) or None,
         tags=_TAGS,
         **licence_fields(licence or ""),  # type: ignore[arg-type]  # some keys of many

@@ -19,13 +19,14 @@ _COMMANDS: Final[dict[Engine, str]] = {
 """Commands by engine; `{word}` is the model's name quoted for a shell, `{text}` as a Python string."""
 
 
-def use_it(name: str, family: str, engines: Sequence[Engine]) -> str:
+def use_it(name: str, family: str, engines: Sequence[Engine], *, sees: bool = False) -> str:
     """Write Markdown on how to run a model in the engines that compute its family correctly.
 
     Args:
         name: the model's folder.
         family: the model's `model_type`.
         engines: the engines that compute it as transformers 5 does; see `moemerge.families.engines.right_in`.
+        sees: whether it is multimodal, with the towers of its base.
     """
     named = {"word": shlex.quote(name), "text": json.dumps(name)}
     commands = [
@@ -34,5 +35,9 @@ def use_it(name: str, family: str, engines: Sequence[Engine]) -> str:
         if engine in engines
     ]
     return render(
-        "use", quoted=named["text"], engines=engines, commands=commands, is_mixture=family not in DENSE_FAMILIES
+        "multimodal_use" if sees else "use",
+        quoted=named["text"],
+        engines=engines,
+        commands=commands,
+        is_mixture=family not in DENSE_FAMILIES,
     )

@@ -16,6 +16,7 @@ from moemerge.planning.output import Output
 from moemerge.planning.parts import Parts, take_parts
 from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.shape import Shape, computes_gate, residual_scales
+from moemerge.planning.vision import beside_towers
 from moemerge.planning.vocabulary_rows import with_vocabulary
 
 
@@ -51,6 +52,8 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
     parts = take_parts(config, shape.mixture, models.base.model, placed, tables=tables, dtype=HEADER_DTYPES[dtype])
     parts = with_vocabulary(parts, shape.vocabulary, models)
     outputs = _assembly(config, shape, parts, HEADER_DTYPES[dtype]).outputs()
+    if shape.vision:
+        outputs = beside_towers(shape.vision, outputs, models.base.folder, HEADER_DTYPES[dtype])
     return Assembled(dtype, parts, outputs, tables)
 
 

@@ -12,6 +12,7 @@ from moemerge.planning.models import Member, Models, refuse
 from moemerge.planning.notes import config_notes, vocabulary_notes
 from moemerge.planning.router_sources import base_ffn_layers
 from moemerge.planning.shape import Shape, computes_gate
+from moemerge.planning.vision import kept_towers, left_out_notes
 
 Tables = Mapping[str, dict[str, TensorInfo]]
 """Tensor tables by model reference."""
@@ -52,7 +53,8 @@ def check_models(
     refuse([problem for finding in findings for problem in finding.problems])
     files, choice = shape.base_files, shape.choice
     notes = [
-        *_notes_on_files(models),
+        *(note for folder in models.by_reference.values() for note in folder.notes),
+        *left_out_notes(models.by_reference.values(), kept_towers(models.base.folder) if shape.vision else ()),
         *models.notes,
         *vocabulary_notes(config, models, shape.lost_tokens),
         *(note for finding in findings for note in finding.notes),
@@ -70,16 +72,6 @@ def check_models(
     )
     refuse(judgement.problems)
     return Checked((*notes, *judgement.notes), judgement)
-
-
-def _notes_on_files(models: Models) -> list[str]:
-    """Collect the notes on what is odd about the models' files; one that is true of several names them all."""
-    said: dict[str, dict[str, None]] = {}
-    for folder in models.by_reference.values():
-        for note in folder.notes:
-            reference, _, what = note.partition(": ")
-            said.setdefault(what, {})[reference] = None
-    return [f"{', '.join(references)}: {what}" for what, references in said.items()]
 
 
 def _findings(config: MergeConfig, models: Models, shape: Shape, tables: Tables) -> Iterator[Findings]:

@@ -37,7 +37,7 @@ def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: 
     reads_prompts = shape.runs_base or chooses or config.method.reads_text
     tokenizer = models.base.folder.folder / "tokenizer.json"
     tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-    makes_tokenizer = bool(shape.base_files.made(shape.family.model_type))
+    makes_tokenizer = bool(shape.base_files.made(shape.model_type))
     imports_transformers = shape.runs_base or chooses or makes_tokenizer or (reads_prompts and not tokenizer_bytes)
     states = _STATES_BYTES * models.base.model.sizes["ffn"]
     return (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from moemerge.checkpoint.dequantised import Dequantised
 from moemerge.checkpoint.derived import Derived, leaves
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.transposed import Transposed
 from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
         (name, piece.source.path.identity)
         for name, output in plan.outputs.items()
         for piece in output.pieces
-        if isinstance(piece.source, TensorInfo) and isinstance(piece.source.path, Derived | Dequantised)
+        if isinstance(piece.source, TensorInfo) and isinstance(piece.source.path, Derived | Dequantised | Transposed)
     ]
     return {
         "moemerge": version("moemerge"),

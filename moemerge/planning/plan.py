@@ -25,6 +25,7 @@ from moemerge.planning.shape import Shape
 from moemerge.planning.shared_choice import SharedChoice
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.planning.tokenizer_proof import ProvedTokenizer
+from moemerge.planning.vision import around
 from moemerge.routers.request import RouterRequest
 from moemerge.sources.data_sets import SCHEME, HubData, parse_hub_data
 from moemerge.sources.model_folder import ModelFolder
@@ -84,6 +85,11 @@ class MergePlan:
         return self.shape.family
 
     @property
+    def model_type(self) -> str:
+        """The `model_type` of the output: its family's, or that of a multimodal class around it."""
+        return self.shape.model_type
+
+    @property
     def mixture(self) -> Mixture:
         """The layers and experts of the merged model."""
         return self.shape.mixture
@@ -111,7 +117,8 @@ class MergePlan:
     @property
     def output_config(self) -> dict[str, Any]:
         """The merged model's `config.json`."""
-        return self.family.config(self.base, self.mixture, self.dtype)
+        text = self.family.config(self.base, self.mixture, self.dtype)
+        return around(self.shape.vision, self.models.base.folder, text)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -188,7 +195,7 @@ class MergePlan:
     @property
     def made_files(self) -> tuple[str, ...]:
         """Paths in the output of files that are made, or may be, beside or instead of the copied ones."""
-        return tuple(dict.fromkeys([*self.base_files.edited, *self.base_files.made(self.family.model_type)]))
+        return tuple(dict.fromkeys([*self.base_files.edited, *self.base_files.made(self.model_type)]))
 
     @property
     def data_sets(self) -> list[HubData]:

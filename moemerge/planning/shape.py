@@ -10,12 +10,14 @@ from moemerge.errors import IncompatibleError
 from moemerge.families.dense import DenseModel
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture_shape import Mixture
+from moemerge.families.multimodal import VisionMixture
 from moemerge.families.selection import Choice, select_family
 from moemerge.planning.models import Models, refuse
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.router_sources import check_texts, check_widths, check_writers, puts_prompts_into_chats
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
+from moemerge.planning.vision import around, processor_files, unmeasured, vision_mixture
 from moemerge.planning.vocabulary import OutputVocabulary, lost_tokens, output_vocabulary
 from moemerge.planning.vocabulary_files import find_vocabulary_files
 
@@ -39,11 +41,18 @@ class Shape:
     """Added tokens that experts have and the output lacks, by the expert's name in messages."""
     tokenizer: ProvedTokenizer | None
     """The output's tokenizer, if it has already been proved."""
+    vision: VisionMixture | None = None
+    """The multimodal class of the output, if the base's towers are kept."""
 
     @property
     def family(self) -> MoeFamily:
         """The output family."""
         return self.choice.family
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of the output: its family's, or that of a multimodal class around it."""
+        return self.vision.model_type if self.vision else self.family.model_type
 
 
 def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce: Callable[[str], None]) -> Shape:
@@ -59,7 +68,8 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
     runs_base = config.method.runs_base or (options.routing_table and config.has_descriptions)
     runs_models = runs_base or (config.shared_weights.is_open and config.has_descriptions)
     reads_text = runs_models or config.method.reads_text
-    files = find_base_files(models.base.folder, announce, needed=reads_text)
+    vision = vision_mixture(config, models.base.folder)
+    files = find_base_files(models.base.folder, announce, needed=reads_text, also=processor_files(vision))
     chats = models.base.folder.folder
     if vocabulary := output_vocabulary(config, models):
         files, chats = find_vocabulary_files(files, vocabulary, announce), vocabulary.template_folder
@@ -67,16 +77,20 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
         check_texts(config, chats, runs_base=runs_models)
     refuse([*_edit_keys(config), *check_widths(config, base, routed), *check_writers(config, vocabulary, base, routed)])
     mixture = mixture_of(config, base, routed, [member.model for member in models.shared])
-    choice = select_family(base, mixture, config.architecture, config.engine, options.preferred)
+    architecture = vision.family if vision else config.architecture
+    choice = select_family(base, mixture, architecture, config.engine, options.preferred)
+    choice = unmeasured(choice, vision) if vision else choice
     refuse(_check_noise(config, choice.family))
     tokenizer = None
     if options.proves_tokenizer:
         # The output's dtype may be known only later, and does not matter here.
-        output_config = choice.family.config(vocabulary.model if vocabulary else base, mixture, "bfloat16")
+        model = vocabulary.model if vocabulary else base
+        output_config = around(vision, models.base.folder, choice.family.config(model, mixture, "bfloat16"))
         tokenizer = prove_tokenizer(files, output_config, in_process=runs_base)
     folders = [expert.own_folders for expert in models.sources[1:]]
     chat_prompts = puts_prompts_into_chats(config, chats, folders)
-    return Shape(mixture, choice, runs_base, chat_prompts, files, vocabulary, lost_tokens(config, models), tokenizer)
+    lost = lost_tokens(config, models)
+    return Shape(mixture, choice, runs_base, chat_prompts, files, vocabulary, lost, tokenizer, vision)
 
 
 def _edit_keys(config: MergeConfig) -> Iterator[str]:

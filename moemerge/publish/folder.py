@@ -19,7 +19,7 @@ def checkpoint_files(folder: Path, announce: Announce) -> list[Path]:
         RefusedError: the weights are not safetensors.
     """
     model = open_merged(folder)
-    weights = {tensor.path.name for tensor in read_tensor_table(model, announce).values()}
+    weights = {tensor.path.name for tensor in read_tensor_table(model, announce, whole=True).values()}
     if pickles := sorted(name for name in weights if not name.endswith(".safetensors")):
         raise RefusedError(f"{folder}: {pickles[0]}: only safetensors are sent. Merge or convert the model first.")
     sent: list[str] = []

@@ -28,7 +28,8 @@ from moemerge.sources.retries import ABSENT, PARTIAL, explained, patiently
 SMALL_FILES: Final = [
     "config.json", "generation_config.json", SAFETENSORS_INDEX, PICKLE_INDEX, "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "tekken.json", "tiktoken.model", "spiece.model",
-    "sentencepiece.bpe.model", "chat_template.json", "*.jinja", "adapter_config.json", "README.md",
+    "sentencepiece.bpe.model", "chat_template.json", "*.jinja", "*processor_config.json", "adapter_config.json",
+    "README.md",
 ]  # fmt: skip
 
 

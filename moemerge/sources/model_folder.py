@@ -17,10 +17,9 @@ from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weig
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
-from moemerge.sources.name_prefixes import unwrapped
 from moemerge.sources.quantised.table import dequantised
 from moemerge.sources.reference import Reference, parse_reference, split_adapter, split_expert
-from moemerge.sources.text_models import read_text_config
+from moemerge.sources.text_models import read_text_config, text_tensors
 from moemerge.sources.wrong_names import check_merged_folder, no_model
 
 __all__ = [
@@ -63,6 +62,8 @@ class ModelFolder:
     """The expert of `mixture` that it is."""
     whole: dict[str, Any] | None = None
     """The `config.json` of the multimodal model that it is the text model of, if it is one."""
+    left_out: dict[str, TensorInfo] = field(default_factory=dict, compare=False)
+    """Tensors that are no part of a text model, by the names that transformers gives them, once they have been read."""
 
     @property
     def own_folders(self) -> tuple[Path, ...]:
@@ -178,7 +179,11 @@ def fetch_files(model: ModelFolder, names: Sequence[str], announce: Announce) ->
 
 
 def read_tensor_table(
-    model: ModelFolder, announce: Announce, *, weights: Literal["download", "stream"] = "download"
+    model: ModelFolder,
+    announce: Announce,
+    *,
+    weights: Literal["download", "stream"] = "download",
+    whole: bool = False,
 ) -> dict[str, TensorInfo]:
     """Read the table of every tensor of a model from headers alone; adapters are added to it.
 
@@ -187,12 +192,13 @@ def read_tensor_table(
         announce: called with a line about each step that takes long.
         weights: whether the weights of a Hub model that is not in the cache are downloaded into it, or stay on the Hub
             to be read by ranges. Pickles are always downloaded.
+        whole: whether all tensors of a multimodal model are read, by their stored names, and not its text model's.
 
     Raises:
         SourceError: the Hub does not give the weights.
         CheckpointError: the model's files are damaged or incomplete.
     """
-    (tensors,) = read_tensor_tables([model], announce, weights=weights)
+    (tensors,) = read_tensor_tables([replace(model, whole=None) if whole else model], announce, weights=weights)
     return tensors
 
 
@@ -216,17 +222,20 @@ def read_tensor_tables(
         SourceError: see `read_tensor_table`.
         CheckpointError: see `read_tensor_table`.
     """
-    read: dict[tuple[Path, Any], dict[str, TensorInfo]] = {}
+    read: dict[tuple[Path, Any], tuple[dict[str, TensorInfo], dict[str, TensorInfo]]] = {}
     tables = []
     for model in models:
         key = (model.folder, model.mixture and model.expert)
         if key not in read:
             found = _read_weights(model, announce, weights)
+            others: dict[str, TensorInfo] = {}
+            if dense or model.whole:
+                found, others = text_tensors(model.whole, found, partial(_noted, model))
             if dense:
-                found = unwrapped(found, partial(_noted, model), multimodal=model.whole is not None)
-                found = dequantised(model.config, found)
-            read[key] = found
-        tensors = read[key]
+                found, others = dequantised(model.config, found), dequantised(model.config, others)
+            read[key] = found, others
+        tensors, others = read[key]
+        model.left_out.update(others)
         for adapter in model.adapters:
             for path in (adapter.folder / name for name in ADAPTER_WEIGHTS):
                 if path.is_file():

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.errors import CheckpointError
 
@@ -24,7 +23,9 @@ _HEAD: Final = re.compile(r"(?:model\.)?(?:language_model\.)?(?=lm_head\.)")
 _NEXT_TOKENS: Final = "mtp."
 
 
-def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table], *, multimodal: bool = False) -> Table:
+def unwrapped(
+    tensors: Table, noted: Callable[[Sequence[str], Table], Table], *, multimodal: bool = False
+) -> tuple[Table, Table]:
     """Rename tensors to the names that a causal language model of transformers gives them.
 
     Prefixes of wrappers are removed, and so is what all tensors have in front of `model.layers`; a body that was saved
@@ -36,6 +37,9 @@ def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table], *,
         noted: called with notes and the table; returns the table.
         multimodal: whether `config.json` says that the model is a multimodal one.
 
+    Returns:
+        The tensors of the text model, and all others.
+
     Raises:
         CheckpointError: two tensors would have the same name.
     """
@@ -43,7 +47,7 @@ def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table], *,
     while any(_WRAPPER.search(name) for name in names.values()):
         names = {name: _WRAPPER.sub("", plain) for name, plain in names.items()}
     kept = _text_part(names, multimodal=multimodal)
-    others = [name for name in names if name not in kept]
+    others = {plain: tensors[name] for name, plain in names.items() if name not in kept}
     names = kept
     holder = next((match[1] for plain in names.values() if (match := _HOLDER.match(plain))), "")
     if holder and all(plain.startswith(holder) for plain in names.values()):
@@ -51,18 +55,17 @@ def unwrapped(tensors: Table, noted: Callable[[Sequence[str], Table], Table], *,
     bare = not any(plain.startswith("model.") for plain in names.values())
     if bare and any(re.match(r"layers\.\d+\.", plain) for plain in names.values()):
         names = {name: f"model.{plain}" if _BODY.match(plain) else plain for name, plain in names.items()}
-    notes = [_left_out([tensors[name] for name in others])] if others else []
     changed = next((name for name, plain in names.items() if name != plain), None)
     if changed is None:
-        return noted(notes, {name: tensors[name] for name in names}) if others else tensors
+        return {name: tensors[name] for name in names}, others
     if len(set(names.values())) < len(names):
         raise CheckpointError(
             f"{tensors[changed].path}: tensor {changed!r} and another one would both be called {names[changed]!r}."
         )
     renamed = {plain: tensors[name] for name, plain in names.items()}
-    if not multimodal:
-        notes.append(f"its tensor {changed} is read as {names[changed]}, and others likewise")
-    return noted(notes, renamed)
+    if multimodal:
+        return renamed, others
+    return noted([f"its tensor {changed} is read as {names[changed]}, and others likewise"], renamed), others
 
 
 def text_name(name: str) -> str | None:
@@ -83,12 +86,3 @@ def _text_part(names: Mapping[str, str], *, multimodal: bool) -> dict[str, str]:
         elif head := _HEAD.match(plain):
             part[name] = plain.removeprefix(head[0])
     return part
-
-
-def _left_out(tensors: Sequence[TensorInfo]) -> str:
-    """Say how much of a model is no part of its text model."""
-    parts = (tensor.name.split(".") for tensor in tensors)
-    modules = dict.fromkeys(".".join(part[: 2 if part[0] == "model" else 1]) for part in parts)
-    count = f"{len(tensors)} tensors" if len(tensors) > 1 else "1 tensor"
-    size = shown_bytes(sum(tensor.nbytes for tensor in tensors))
-    return f"beside the text model, {count} of {size} are left out: {', '.join(modules)}"

@@ -24,6 +24,7 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint import output_folder
 from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.header import read_header
+from moemerge.checkpoint.transposed import Transposed
 from moemerge.checks.verification import verify_merge
 from moemerge.cli.app import main
 from moemerge.errors import (
@@ -42,7 +43,6 @@ from moemerge.export.keys import rope_factors
 from moemerge.export.model import GgufFormat
 from moemerge.export.quantised_file import write_quantised
 from moemerge.export.sentencepiece import Kind, SentencePiece, read_pieces
-from moemerge.export.transposed import Transposed
 from moemerge.export.vocabulary import read_gemma4_vocabulary, read_vocabulary
 from moemerge.export.writing import GgufOptions, check_file, write_gguf
 from moemerge.families.selection import MOE_FAMILIES

@@ -73,9 +73,11 @@ def add_next_tokens(folder: Path) -> Path:
 
 def test_every_class_is_tested_with_every_text_model():
     tested = {(outer, text) for outer, text, _, _ in KINDS.values()}
-    assert {outer for outer, _ in tested} == MULTIMODAL.keys()
-    # LLaVA and LLaVA-NeXT have one text model each in common, and put the same class around it.
-    assert {text for _, text in tested} == {text for outer in MULTIMODAL.values() for text in outer.text_types}
+    # Those with mixtures inside are tested where they are written.
+    dense = {outer: kind for outer, kind in MULTIMODAL.items() if not outer.endswith("_moe")}
+    assert {outer for outer, _ in tested} == dense.keys()
+    # LLaVA and LLaVA-NeXT put the same class around their text models.
+    assert {text for _, text in tested} == {text for kind in dense.values() for text in kind.text_types}
 
 
 @pytest.mark.parametrize(

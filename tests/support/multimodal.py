@@ -10,6 +10,8 @@ from transformers import AutoConfig
 from tests.support.families import DENSE, GEMMA4
 from tests.support.models import SIZES, VOCAB, edit_json, tokenizer
 
+IMAGES_HAVE_TYPES = not transformers.__version__.startswith("4.")
+"""Whether models are told which tokens stand for images; transformers 4 finds them by their ids."""
 IMAGE = VOCAB - 1
 """The token that stands for a piece of an image."""
 VISION: dict[str, Any] = {
@@ -92,10 +94,12 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_multimodal(folder: Path, kind: str, seed: int = 0, *, tied: bool = False, shard_bytes: int = 10**9) -> Path:
+def make_multimodal(
+    folder: Path, kind: str, seed: int = 0, *, tied: bool = False, shard_bytes: int = 10**9, **sizes: Any
+) -> Path:
     """Save a random multimodal model with its tokenizer; transformers gives its tensors the names of released ones."""
     model_type, text_type, text, outer = KINDS[kind]
-    text_sizes = {**SIZES, **text, "model_type": text_type, "tie_word_embeddings": tied}
+    text_sizes = {**SIZES, **text, "model_type": text_type, "tie_word_embeddings": tied, **sizes}
     config = AutoConfig.for_model(model_type, text_config=text_sizes, tie_word_embeddings=tied, **outer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -129,3 +133,20 @@ def load_multimodal(folder: Path) -> Any:
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     return model.eval()
+
+
+@torch.no_grad()
+def image_logits(model: Any, seed: int = 5) -> torch.Tensor:
+    """(1, 14, vocab) logits of a text with an image of 4 x 4 patches in it, which take the places of 4 tokens."""
+    numbers = torch.Generator().manual_seed(seed)
+    is_image = torch.tensor([[0] * 5 + [1] * 4 + [0] * 5])
+    ids = torch.randint(3, VOCAB - 4, (1, 14), generator=numbers).masked_fill(is_image.bool(), IMAGE)
+    if model.config.model_type.startswith("gemma4"):
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1).unsqueeze(0)
+        image = {"pixel_values": torch.rand(1, 16, 48, generator=numbers), "image_position_ids": places}
+    else:
+        grid = torch.tensor([[1, 4, 4]])
+        image = {"pixel_values": torch.rand(16, 96, generator=numbers), "image_grid_thw": grid}
+    known = {"mm_token_type_ids": is_image} if IMAGES_HAVE_TYPES else {}
+    found: torch.Tensor = model(input_ids=ids, use_cache=False, **image, **known).logits.float()
+    return found
