@@ -161,7 +161,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if text_type not in outer.text_types:
         return None
     inherited = {key: config[key] for key in _INHERITED if key in config and inner.get(key) is None}
-    return text_alone({**_SIZES.get(text_type, {}), **inner, **inherited, "model_type": text_type})
+    own = {key: value for key, value in inner.items() if not key.startswith("mtp_")}  # of tensors that are left out
+    return text_alone({**_SIZES.get(text_type, {}), **own, **inherited, "model_type": text_type})
 
 
 def text_alone(config: Mapping[str, Any]) -> dict[str, Any]:

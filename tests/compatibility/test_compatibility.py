@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from moemerge import load_config, merge, plan_merge
 from moemerge.errors import ConfigError, IncompatibleError, MoemergeError
 from moemerge.sources.quantised.table import METHODS
-from tests.support.models import edit_json, make_model, write_config
+from tests.support.models import SIZES, edit_json, make_model, write_config
 
 
 @pytest.fixture
@@ -417,12 +417,21 @@ def test_what_a_config_leaves_out_is_what_its_class_means(tmp_path, pair):
         (
             {"model_type": "paligemma", "text_config": {"model_type": "gemma"}},
             "it is multimodal (model_type 'paligemma'), with a text model of type 'gemma'; text models are read inside "
-            "qwen3_5, gemma4, mistral3, ",
+            "qwen3_5, qwen3_5_moe, gemma4, mistral3, ",
         ),
         (
             {"model_type": "mistral3", "text_config": {"model_type": "cohere2"}},
             "it is multimodal (model_type 'mistral3'), with a text model of type 'cohere2'; of such models, those with "
             "mistral or ministral3 are read",
+        ),
+        (
+            {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "all"},
+            "use_bidirectional_attention is 'all': only causal attention was proved",
+        ),
+        (
+            {"model_type": "gemma4", "text_config": {**SIZES, "model_type": "gemma4_text", "num_kv_shared_layers": 2}},
+            "hidden_size_per_layer_input is 256: inputs of each layer, as in E2B and E4B, are not read; "
+            "num_kv_shared_layers is 2: layers that share keys and values, as in E2B and E4B, are not read",
         ),
         ({"model_type": ["x"]}, "its model_type is ['x']"),
         ({"num_hidden_layers": 10**9}, "its config.json needs a positive whole number for num_hidden_layers"),

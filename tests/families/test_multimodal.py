@@ -162,6 +162,33 @@ def test_where_configs_disagree_on_tied_embeddings_the_file_tells(tmp_path, head
     assert_close(logits(load(out)), expected)
 
 
+@pytest.mark.parametrize("kind", ["mistral3"])
+def test_quantised_text_models_inside_are_dequantised(tmp_path, kind):
+    """As Ministral 3 is released: FP8 with one scale for each matrix of the text model, and plain towers."""
+    base = make(tmp_path / "base", kind)
+    stored = load_weights(base)
+    names = [name for name in stored if ".language_model." in f".{name}" and "proj" in name]
+    plain, packed = dict(stored), dict(stored)
+    for name in names:
+        scale = stored[name].abs().max() / 448
+        packed[name] = (stored[name] / scale).to(torch.float8_e4m3fn)
+        packed[f"{name}_scale_inv"] = scale
+        plain[name] = packed[name].float() * scale
+    save_weights(base, packed)
+    edit_json(base / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": None})
+    other = shutil.copytree(base, tmp_path / "other")
+    save_weights(other, plain)
+    edit_json(other / "config.json", quantization_config=None)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    found, expected = (
+        load_weights(merged(tmp_path / folder, model, [model] * 2, prompts=False, dtype="float32")[1])
+        for folder, model in (("a", base), ("b", other))
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_sizes_that_the_first_llavas_leave_out_are_those_of_llama():
     from moemerge.families.multimodal import text_config
 

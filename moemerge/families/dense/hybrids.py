@@ -242,8 +242,8 @@ GEMMA4: Final = DenseFamily(
     rope="verbatim",
     refusals={
         "enable_moe_block": (False, "it has experts already"),
-        "hidden_size_per_layer_input": (0, "per-layer inputs were not proved"),
-        "num_kv_shared_layers": (0, "layers that share keys and values were not proved"),
+        "hidden_size_per_layer_input": (0, "inputs of each layer, as in E2B and E4B, are not read"),
+        "num_kv_shared_layers": (0, "layers that share keys and values, as in E2B and E4B, are not read"),
         "attention_bias": (False, "biases were not proved"),
     },
 )  # fmt: skip

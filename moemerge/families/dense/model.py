@@ -237,7 +237,7 @@ def _read(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
         full.pop("rope_parameters", None)
     elif any(config.get(key) is not None for key in ("rope_theta", "rope_scaling")):
         raise UnreadableError("its rope settings stand outside rope_parameters, where this family reads them")
-    unread = tuple(key for key in spelled if not is_read(family, key))
+    unread = tuple(key for key, value in spelled.items() if value is not None and not is_read(family, key))
     model = DenseModel(family, full, unread, given_rope, _quantisation(config))
     small = [name for name, size in model.sizes.items() if type(size) is not int or size < 1]
     if small:
