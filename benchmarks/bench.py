@@ -141,6 +141,15 @@ def cast(suite: Suite) -> Iterator[Row]:
         yield Row(f"cast, {stored} -> BF16, one thread alone", ">= 1 GB/s", f"{rate} GB/s, {rest}", float(rate) >= 1)
 
 
+def dequantised(suite: Suite) -> Iterator[Row]:
+    """Quantised weights as they are read: GB of bfloat16 per second of one thread, beside copies of as many bytes."""
+    size = "0.01" if suite.shape == "tiny" else "0.5"
+    folder, repeat = suite.shop.folder, str(suite.repeat)
+    output = run([sys.executable, HERE / "dequantise.py", folder, "--gb", size, "--repeat", repeat]).output
+    for name, rate, rest in re.findall(r"^(.+?) +([\d.]+) GB/s  (.*)$", output, re.MULTILINE):
+        yield Row(f"dequantised, one thread alone: {name}", "-", f"{rate} GB/s, {rest}", None)
+
+
 def plan(suite: Suite) -> Iterator[Row]:
     """The plan of a large merge, from headers."""
     shop = suite.shop
@@ -163,6 +172,7 @@ SECTIONS: dict[str, Callable[[Suite], Iterator[Row]]] = {
     "hidden": hidden,
     "memory": memory,
     "cast": cast,
+    "dequantised": dequantised,
     "plan": plan,
     "help": help_text,
 }

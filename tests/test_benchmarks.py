@@ -40,6 +40,10 @@ ROWS = [
     "cast, fp16 -> bf16, 2 x tiny: peak memory",
     "cast, F32 -> BF16, one thread alone",
     "cast, F16 -> BF16, one thread alone",
+    *(
+        f"dequantised, one thread alone: {name}"
+        for name in ("copied by the kernel", "read and written", "FP8, blocks", "int8, rows", "int4, groups", "GPTQ")
+    ),
     "plan, 8 x tiny: time",
     "plan, 8 x tiny: bytes read, Python's modules included",
     "moemerge --help: time",

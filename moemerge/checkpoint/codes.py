@@ -48,16 +48,18 @@ Numbers of four bits lie two in a byte, the lower half first.
 """
 
 
-def spelled_out(codes: Codes, table: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The numbers that the bytes of an array without gaps stand for, in their order (number,).
+def spell_out(codes: Codes, table: NDArray[np.float32], numbers: NDArray[np.float32]) -> None:
+    """Look up the numbers that the bytes of an array stand for, in their order.
 
     Args:
-        codes: the array.
+        codes: the array, without gaps.
         table: the number of each byte (256,), or the two numbers of each (256, 2).
+        numbers: as many numbers as there are, without gaps.
     """
-    entries = table if table.ndim == 1 else table.view(np.float64).reshape(-1)  # both numbers at once
-    found = np.take(entries, codes.reshape(-1).view(np.uint8), mode="clip")  # to make sure of bytes takes longer
-    return found.view(np.float32)
+    entry = np.float32 if table.ndim == 1 else np.float64  # both numbers at once
+    found = numbers.reshape(-1).view(entry)
+    # No byte is out of range, and to make sure takes longer.
+    np.take(table.reshape(-1).view(entry), codes.reshape(-1).view(np.uint8), out=found, mode="clip")
 
 
 def pairs(numbers: NDArray[np.float32], *, upper_first: bool = False) -> NDArray[np.float32]:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.codes import CODE_TYPES, Codes
-from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill
+from moemerge.checkpoint.convert import BLOCK_ELEMENTS, fill
 from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
 from moemerge.checkpoint.finite import first_not_finite
-from moemerge.checkpoint.floats import TYPES, narrow, widen
+from moemerge.checkpoint.floats import TYPES, Stored, narrow, round_to_half, widen
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
@@ -27,13 +27,13 @@ class DecodingError(Exception):
 class Decoder(Protocol):
     """How stored parts become numbers; its `repr` says everything that sets it apart from others."""
 
-    def __call__(self, row: int, rows: int, parts: list[Codes]) -> NDArray[np.float32]:
-        """Compute `rows` rows of the matrix from row number `row` on (row, column).
+    def __call__(self, row: int, parts: list[Codes], values: NDArray[np.float32]) -> None:
+        """Compute some rows of the matrix.
 
         Args:
             row: the first row.
-            rows: how many rows.
             parts: of each stored part, the entries along its first axis that serve these rows.
+            values: the rows that are computed (row, column), without gaps.
 
         Raises:
             DecodingError: the parts do not belong together.
@@ -132,44 +132,51 @@ class Dequantised:
         row_bytes = bytes_of(self.dtype, (self.shape[1],)) or 1
         return start // row_bytes, min(-(-end // row_bytes), self.shape[0])
 
-    def _chunks(self, start: int, end: int) -> Generator[bytes, None, None]:
+    def _chunks(self, start: int, end: int) -> Generator[memoryview, None, None]:
+        """Yield the bytes from offset `start` to `end`; each chunk is valid until the next."""
         width = self.shape[1]
         row_bytes = bytes_of(self.dtype, (width,)) or 1
         first, last = self._rows(start, end)
-        step = max(1, CHUNK_ELEMENTS // max(width, 1))
+        step = min(max(1, BLOCK_ELEMENTS // max(width, 1)), last - first)
+        values, stored = np.empty((step, width), np.float32), np.empty(step * width, TYPES[self.dtype])
+        spare = np.empty(step * width, np.uint32)
         with ExitStack() as opened:
             windows = [_Window(part, first * width, last * width, opened) for part in self.parts]
             for row in range(first, last, step):
                 rows = min(step, last - row)
                 entries = [window.move(row * width, (row + rows) * width) for window in windows]
-                try:
-                    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for
-                        data = self._encode(self.decoder(row, rows, entries))
-                except DecodingError as error:
-                    raise CheckpointError(
-                        f"{self}: tensor {self.codes.name!r} cannot be dequantised: {error}. Download that file again."
-                    ) from error
+                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is looked for
+                    self._decode(row, entries, values[:rows])
+                    self._narrow(values[:rows].reshape(-1), stored[: rows * width], spare[: rows * width])
+                data = stored[: rows * width].view(np.uint8).data
                 yield data[max(0, start - row * row_bytes) : end - row * row_bytes]
 
-    def _encode(self, values: NDArray[np.float32]) -> bytes:
-        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-        spare = np.empty(len(flat), np.uint32)
-        if self.computed_in not in {"F32", self.dtype}:
-            rounded = np.empty(len(flat), TYPES[self.computed_in])
-            narrow(flat, self.computed_in, rounded, spare)
-            widen(rounded, self.computed_in, flat)
-        stored = np.empty(len(flat), TYPES[self.dtype])
-        if not narrow(flat, self.dtype, stored, spare):
-            if broken := first_not_finite(part.tensor for part in self.parts):
-                raise CheckpointError(
-                    f"{self}: tensor {self.codes.name!r} cannot be dequantised, since {broken}. Download that file "
-                    "again."
-                )
+    def _decode(self, row: int, entries: list[Codes], values: NDArray[np.float32]) -> None:
+        try:
+            self.decoder(row, entries, values)
+        except DecodingError as error:
             raise CheckpointError(
-                f"{self}: tensor {self.codes.name!r} holds numbers times scales that {CONFIG_DTYPES[self.dtype]}, the "
-                "model's own dtype, cannot express. Download that file again."
+                f"{self}: tensor {self.codes.name!r} cannot be dequantised: {error}. Download that file again."
+            ) from error
+
+    def _narrow(self, values: NDArray[np.float32], stored: Stored, spare: NDArray[np.uint32]) -> None:
+        """Round numbers to the dtype that they are computed in, then to that of the result."""
+        if self.computed_in == "F16" != self.dtype:
+            round_to_half(values, spare)
+        elif self.computed_in not in {"F32", self.dtype}:
+            rounded = np.empty(len(values), TYPES[self.computed_in])
+            narrow(values, self.computed_in, rounded, spare)
+            widen(rounded, self.computed_in, values)
+        if narrow(values, self.dtype, stored, spare):
+            return
+        if broken := first_not_finite(part.tensor for part in self.parts):
+            raise CheckpointError(
+                f"{self}: tensor {self.codes.name!r} cannot be dequantised, since {broken}. Download that file again."
             )
-        return stored.tobytes()
+        raise CheckpointError(
+            f"{self}: tensor {self.codes.name!r} holds numbers times scales that {CONFIG_DTYPES[self.dtype]}, the "
+            "model's own dtype, cannot express. Download that file again."
+        )
 
 
 class _Window:

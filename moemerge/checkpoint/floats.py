@@ -19,6 +19,13 @@ _INFINITY: Final = {"F32": 0xFF000000, "F16": 0xF800, "BF16": 0xFF00}
 # The smallest float32 that rounds to bfloat16's infinity, shifted likewise: half a step above its largest number.
 _ROUNDED_TO_INFINITY: Final = 0xFEFF0000
 
+# The smallest float32 that rounds to float16's infinity, shifted likewise.
+_BEYOND_HALF: Final = 0x477FF000 << 1
+# In float32, the smallest normal float16, below which all are as far apart.
+_LEAST_NORMAL_HALF: Final = 0x38800000
+# What makes 1.5 * 2**13 times a power of two of that power: 13 bits less of the mantissa, and room below.
+_HALF_STEPS: Final = (13 << 23) + 0x400000
+
 
 def widen(stored: Stored, dtype: HeaderDType, floats: NDArray[np.float32]) -> None:
     """Convert stored numbers to float32 in `floats`, exactly."""
@@ -58,6 +65,30 @@ def narrow(floats: NDArray[np.float32], dtype: HeaderDType, stored: Stored, spar
     if not finite:  # a NaN may have been carried over into a number
         stored[np.isnan(floats)] = 0x7FC0
     return finite
+
+
+def round_to_half(floats: NDArray[np.float32], spare: NDArray[np.uint32]) -> None:
+    """Round numbers in place to those that float16 has, to the nearest, ties to even: several times as fast as numpy.
+
+    A number is rounded where it is added to another one whose neighbours are as far apart as its own in float16 are.
+
+    Args:
+        floats: the numbers.
+        spare: as many elements, which are overwritten.
+    """
+    bits = floats.view(np.uint32)
+    np.left_shift(bits, 1, out=spare)
+    if spare.max(initial=0) >= _BEYOND_HALF:
+        np.copyto(floats, floats.astype(np.float16))
+        return
+    signs = bits & 0x80000000
+    np.bitwise_and(bits, 0x7F800000, out=spare)
+    np.maximum(spare, _LEAST_NORMAL_HALF, out=spare)
+    np.add(spare, _HALF_STEPS, out=spare)
+    larger = spare.view(np.float32)
+    np.add(floats, larger, out=floats)
+    np.subtract(floats, larger, out=floats)
+    np.bitwise_or(bits, signs, out=bits)  # of what became zero
 
 
 def is_finite(stored: Stored, dtype: HeaderDType, spare: NDArray[np.uint32]) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moemerge.checkpoint.convert import BLOCK_ELEMENTS, CHUNK_ELEMENTS, convert
+from moemerge.checkpoint.floats import round_to_half
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError
@@ -140,3 +141,15 @@ def test_the_largest_number_of_a_dtype_is_kept(tmp_path):
     assert same(converted(tmp_path, values, "F16"), values.half())
     values = torch.tensor([3.3895313892515355e38, -3.3895313892515355e38, math.inf, -math.inf, math.nan])
     assert same(converted(tmp_path, values, "BF16"), values.bfloat16())
+
+
+@pytest.mark.parametrize("bits", [(0, 0x477FEFFF), (0x33000000, 0x39000000), (0, 0x100), (0x477FE000, 0x477FF000)])
+def test_numbers_are_rounded_to_float16_in_float32_as_by_a_cast(bits):
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(bits[0], bits[1] + 1, 2**16, np.uint32)
+    drawn[::3] &= 0xFFFFF000  # half of these lie in the middle between two numbers of float16
+    drawn |= rng.integers(0, 2, len(drawn), np.uint32) << 31
+    with np.errstate(over="ignore"):
+        expected = drawn.view(np.float32).astype(np.float16).astype(np.float32)
+        round_to_half(drawn.view(np.float32), np.empty(len(drawn), np.uint32))
+    assert np.array_equal(drawn, expected.view(np.uint32))

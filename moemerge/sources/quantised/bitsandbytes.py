@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.codes import Codes, pairs, spelled_out, table_of
+from moemerge.checkpoint.codes import Codes, pairs, spell_out, table_of
 from moemerge.checkpoint.dequantised import Dequantised, Part
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.json_text import JsonTextError, parse_json
@@ -55,15 +55,12 @@ def _table(kind: str) -> NDArray[np.float32]:
 class _Rows8Bit:
     """A decoder of integers of 8 bits with the largest number of each row."""
 
-    width: int
-
-    def __call__(self, row: int, rows: int, parts: list[Codes]) -> NDArray[np.float32]:
+    def __call__(self, row: int, parts: list[Codes], values: NDArray[np.float32]) -> None:
         """Compute some rows (row, column)."""
         del row
-        values = spelled_out(parts[0], table_of("I8")).reshape(rows, self.width)
+        spell_out(parts[0], table_of("I8"), values)
         values *= parts[1][:, None]
         values *= np.float32(1 / 127)
-        return values
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,6 @@ class _Blocks4Bit:
     """A decoder of numbers of 4 bits with the largest number of each block."""
 
     kind: str
-    width: int
     block: int
     """How many numbers share a scale."""
     nested: int = 0
@@ -79,18 +75,18 @@ class _Blocks4Bit:
     offset: float = 0.0
     """What is added to scales that are codes."""
 
-    def __call__(self, row: int, rows: int, parts: list[Codes]) -> NDArray[np.float32]:
+    def __call__(self, row: int, parts: list[Codes], values: NDArray[np.float32]) -> None:
         """Compute some rows (row, column)."""
-        values = spelled_out(parts[0], _table(self.kind))
-        first = row * self.width
+        spell_out(parts[0], _table(self.kind), values)
+        first = row * values.shape[1]
         scales = self._scales(first // self.block, parts) if self.nested else parts[1]
         before = first % self.block
-        if before or len(values) % self.block:
-            values *= np.repeat(scales, self.block)[before : before + len(values)]
+        if before or values.size % self.block:
+            flat = values.reshape(-1)
+            flat *= np.repeat(scales, self.block)[before : before + len(flat)]
         else:
             blocks = values.reshape(-1, self.block)
             blocks *= scales[:, None]
-        return values.reshape(rows, self.width)
 
     def _scales(self, first: int, parts: list[Codes]) -> NDArray[np.float32]:
         """The scales from number `first` on."""
@@ -116,7 +112,7 @@ def _eight_bits(parts: Parts, own: HeaderDType | None) -> Dequantised:
         raise OddError("is stored in the order of a GPU's kernels (weight_format), which bitsandbytes no longer reads")
     read = (Part(codes, shape[1]), Part(scale, shape[1]))
     kind = "8-bit integers of bitsandbytes with a scale per row"
-    return Dequantised(kind, read, _Rows8Bit(shape[1]), shape, result_dtype(own, "F32"))
+    return Dequantised(kind, read, _Rows8Bit(), shape, result_dtype(own, "F32"))
 
 
 def _four_bits(parts: Parts, kind: str) -> Dequantised:
@@ -130,7 +126,7 @@ def _four_bits(parts: Parts, kind: str) -> Dequantised:
     words = f"{kind.upper()} of bitsandbytes with a scale per {block} numbers"
     if "weight.nested_absmax" not in parts:
         read = (Part(codes, 2), Part(with_dtype(scale, "weight.absmax", "F32"), block))
-        return Dequantised(words, read, _Blocks4Bit(kind, shape[1], block), shape, state.dtype)
+        return Dequantised(words, read, _Blocks4Bit(kind, block), shape, state.dtype)
     outer = with_dtype(parts["weight.nested_absmax"], "weight.nested_absmax", "F32")
     outer = with_shape(outer, "weight.nested_absmax", (-(-count // state.nested),))
     numbers = with_dtype(part_of(parts, "weight.nested_quant_map"), "weight.nested_quant_map", "F32")
@@ -140,7 +136,7 @@ def _four_bits(parts: Parts, kind: str) -> Dequantised:
         Part(outer, block * state.nested),
         Part(with_shape(numbers, "weight.nested_quant_map", (_BYTE,))),
     )
-    decoder = _Blocks4Bit(kind, shape[1], block, state.nested, state.offset)
+    decoder = _Blocks4Bit(kind, block, state.nested, state.offset)
     return Dequantised(f"{words}, quantised themselves", read_all, decoder, shape, state.dtype)
 
 

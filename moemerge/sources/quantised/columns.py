@@ -7,12 +7,13 @@ scales, then rounded to the model's own: https://arxiv.org/abs/2210.17323, https
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.codes import Codes, floats_of, pairs, spelled_out
+from moemerge.checkpoint.codes import Codes, floats_of, pairs, spell_out
 from moemerge.checkpoint.dequantised import DecodingError, Dequantised, Part
 from moemerge.dtypes import HeaderDType
 from moemerge.sources.quantised.method import (
@@ -34,10 +35,17 @@ _AWQ_PLACES: Final = [0, 4, 1, 5, 2, 6, 3, 7]
 _FORMATS: Final[Mapping[str, tuple[str, ...]]] = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 
 
+@cache
+def _table(bits: int) -> NDArray[np.float32]:
+    """What each byte stands for."""
+    return pairs(np.arange(16, dtype=np.float32)) if bits == _BITS[0] else np.arange(256, dtype=np.float32)
+
+
 def _unpacked(words: Codes, bits: int) -> NDArray[np.float32]:
     """The numbers in each word, the lowest first (row, word, number)."""
-    table = pairs(np.arange(16, dtype=np.float32)) if bits == _BITS[0] else np.arange(256, dtype=np.float32)
-    return spelled_out(np.ascontiguousarray(words), table).reshape(*words.shape, -1)
+    numbers = np.empty((*words.shape, _WORD_BITS // bits), np.float32)
+    spell_out(np.ascontiguousarray(words), _table(bits), numbers)
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -53,15 +61,15 @@ class _Columns:
     zero_step: int = 0
     """What is added to all the words of zero points."""
 
-    def __call__(self, row: int, rows: int, parts: list[Codes]) -> NDArray[np.float32]:
+    def __call__(self, row: int, parts: list[Codes], values: NDArray[np.float32]) -> None:
         """Compute some rows (row, column)."""
         codes, zeros, scales = parts[:3]
+        rows = len(values)
         if self.packs_rows:
-            values = _unpacked(codes[:, row : row + rows].T, self.bits).reshape(rows, -1)
+            spell_out(np.ascontiguousarray(codes[:, row : row + rows].T), _table(self.bits), values)
         else:
-            values = np.ascontiguousarray(self._columns(codes, row, rows).T)
-        steps = np.uint32(self.zero_step)
-        zero = self._columns((zeros.view(np.uint32) + steps).view(np.int32), row, rows)
+            values[...] = self._columns(codes, row, rows).T
+        zero = self._columns(zeros, row, rows, step=self.zero_step)
         scale = floats_of(scales[:, row : row + rows], self.scales)
         if len(parts) > len((codes, zeros, scales)):
             groups = self._checked(parts[3], len(scales))
@@ -71,13 +79,13 @@ class _Columns:
             seen = values.reshape(rows, -1, self.group)
             seen -= zero.T[:, :, None]
             seen *= scale.T[:, :, None]
-        return values
 
-    def _columns(self, words: Codes, first: int, count: int) -> NDArray[np.float32]:
-        """Some columns of a matrix of which each word holds several."""
+    def _columns(self, words: Codes, first: int, count: int, step: int = 0) -> NDArray[np.float32]:
+        """Some columns of a matrix of which each word holds several, and to each of which `step` is added."""
         in_word = _WORD_BITS // self.bits
         before = first // in_word
-        numbers = _unpacked(words[:, before : -(-(first + count) // in_word)], self.bits)
+        chosen = words[:, before : -(-(first + count) // in_word)].view(np.uint32)
+        numbers = _unpacked(chosen + np.uint32(step), self.bits)
         if not self.packs_rows:
             numbers = numbers[:, :, _AWQ_PLACES]
         return numbers.reshape(len(words), -1)[:, first - before * in_word :][:, :count]

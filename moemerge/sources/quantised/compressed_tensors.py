@@ -92,7 +92,7 @@ def _weight(settings: Settings, parts: Parts, own: HeaderDType | None) -> Dequan
     return Dequantised(
         f"{_KINDS[scheme.alphabet]} with a scale per {in_words(shape, block)} ({scheme.form})",
         tuple(read),
-        Scaled(block, shape[1], scheme.alphabet, scales, zeros, divided=divided),
+        Scaled(block, scheme.alphabet, scales, zeros, divided=divided),
         shape,
         result_dtype(own, computed_in),
         computed_in,

@@ -40,7 +40,7 @@ def _weight(settings: Settings, parts: Parts, own: HeaderDType | None) -> Dequan
     return Dequantised(
         f"FP8 with a scale per {in_words(shape, block)}",
         (Part(codes, shape[1]), Part(scale, block[0] * shape[1])),
-        Scaled(block, shape[1], "F8_E4M3", stored),
+        Scaled(block, "F8_E4M3", stored),
         shape,
         result_dtype(own, stored),
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.codes import Alphabet, Codes, floats_of, spelled_out, table_of
+from moemerge.checkpoint.codes import Alphabet, Codes, floats_of, spell_out, table_of
 from moemerge.dtypes import HeaderDType
 
 Floats = NDArray[np.float32]
@@ -53,8 +53,6 @@ class Scaled:
     """A decoder of numbers times their scales."""
 
     block: Block
-    width: int
-    """Columns of the matrix."""
     codes: Alphabet
     """What the quantised numbers are stored as."""
     scales: HeaderDType
@@ -66,22 +64,22 @@ class Scaled:
     divided: bool = False
     """Whether the last part is a number that all scales are divided by."""
 
-    def __call__(self, row: int, rows: int, parts: list[Codes]) -> Floats:
+    def __call__(self, row: int, parts: list[Codes], values: Floats) -> None:
         """Compute some rows (row, column)."""
-        values = spelled_out(parts[0], table_of(self.codes)).reshape(rows, self.width)
+        spell_out(parts[0], table_of(self.codes), values)
         seen = blocks_of(values, self.block)
         if self.zeros == "I32":
-            seen -= spread(self._unpacked(row, rows, parts[2]), self.block, row, values)
+            seen -= spread(self._unpacked(row, len(values), parts[2]), self.block, row, values)
         elif self.zeros:
             seen -= spread(floats_of(parts[2], self.zeros), self.block, row, values)
         scales = floats_of(parts[1], self.scales)
         if self.divided:
             scales /= parts[-1]
         seen *= spread(scales, self.block, row, values)
-        return values
 
     def _unpacked(self, row: int, rows: int, words: Codes) -> Floats:
         """The numbers that stand for zero in some rows (row, block column), of words that each serve several rows."""
-        numbers = spelled_out(words, table_of(self.codes)).reshape(*words.shape, -1)
-        in_word = numbers.shape[2]
+        in_word = 4 if self.codes == "8 bits" else 8
+        numbers = np.empty((*words.shape, in_word), np.float32)
+        spell_out(words, table_of(self.codes), numbers)
         return numbers.swapaxes(1, 2).reshape(-1, words.shape[1])[row % in_word :][:rows]
