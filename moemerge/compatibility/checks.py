@@ -72,8 +72,8 @@ def _differences(base: DenseModel, expert: DenseModel) -> Iterator[str]:
     for key, (ours, theirs) in pairs.items():
         if ours != theirs:
             yield f"{key} is {theirs!r}, but the base model's is {ours!r}"
-    if base.family.around_ffn != expert.family.around_ffn:
-        theirs, ours = (f"a {model.family.model_type} {model.family.around_ffn}" for model in (expert, base))
+    if base.family.ffn_place != expert.family.ffn_place:
+        theirs, ours = (f"a {model.family.model_type} {model.family.ffn_place}" for model in (expert, base))
         yield f"{theirs}, so its FFNs cannot take the place of the base model's: {ours}"
     if "mlp_bias" in expert.facts - base.facts:
         yield "its FFNs have biases, the base model's have none"

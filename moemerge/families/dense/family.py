@@ -98,11 +98,7 @@ class DenseFamily:
     norm_offset: float = 0.0
     """The number that the norm adds to its weights."""
     around_ffn: str = BEFORE
-    """What stands between an FFN and the residual stream, in words that follow the model's type.
-
-    FFNs of families with the same words can take each other's place: each takes what a norm gives, and what it gives is
-    added to the stream. A factor on that is `residual_multiplier`.
-    """
+    """What stands between an FFN and the residual stream, in words that follow the model's type; see `ffn_place`."""
     ffn_width: str | Callable[[Config], int] = "intermediate_size"
     first: dict[str, Axes] = field(default_factory=lambda: {"model.embed_tokens.weight": ("vocab", "hidden")})
     """Tensors before the layers, the embeddings first."""
@@ -136,6 +132,16 @@ class DenseFamily:
     """
     refusals: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """Keys with the only value under which the family was tested, and the reason."""
+
+    @property
+    def ffn_place(self) -> str:
+        """What stands between an FFN and the residual stream, in words that follow the model's type.
+
+        FFNs of families with the same words can take each other's place: each takes what a norm gives, and what it
+        gives is added to the stream. A factor on that is `residual_multiplier`.
+        """
+        offset = f", by norms that add {self.norm_offset:g} to their weights" if self.norm_offset else ""
+        return f"{self.around_ffn}{offset}"
 
     @property
     def embeddings(self) -> str:

@@ -113,7 +113,6 @@ QWEN3_5: Final = DenseFamily(
     sizes=_qwen3_5_sizes,
     rope="verbatim",
     norm_offset=1.0,
-    around_ffn=f"{BEFORE}, by norms that add 1 to their weights",
 )  # fmt: skip
 
 
