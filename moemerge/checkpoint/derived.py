@@ -18,6 +18,7 @@ from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import Joined
 from moemerge.checkpoint.packed import Packed
+from moemerge.checkpoint.regrouped import Regrouped
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
@@ -172,7 +173,7 @@ def plain_leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
     if made := derivation(tensor):
         for source in (*made.inputs, *made.others):
             yield from plain_leaves(source)
-    elif isinstance(tensor.path, ColumnSlice):
+    elif isinstance(tensor.path, ColumnSlice | Regrouped):
         yield from plain_leaves(tensor.path.stored)
     elif isinstance(tensor.path, Joined):
         for part in tensor.path.parts:
@@ -235,6 +236,16 @@ def unscaled(tensor: TensorInfo) -> TensorInfo:
     while (made := derivation(tensor)) and isinstance(made.recipe, ScaledColumns):
         tensor = made.input_rows(tensor)
     return tensor
+
+
+def plus(tensor: TensorInfo, number: float) -> TensorInfo:
+    """Return a tensor with a number added to each of its elements, computed in float32."""
+
+    def recipe(_row: int, blocks: list[Rows]) -> Rows:
+        total: Rows = blocks[0] + np.float32(number)
+        return total
+
+    return Derived(f"{number:g} added to", (tensor,), recipe, f"plus {number!r}", "F32").tensor(tensor.name)
 
 
 def linear(weights: Sequence[float]) -> Recipe:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.passes.tokens import error_line, why_unreadable
+from moemerge.passes.tokens import auto_tokenizer, error_line, why_unreadable
 
 RESULT: Final = "proof.json"
 # Text that nearly equal tokenizers treat differently: spaces at the ends and in runs, digits, contractions, marks
@@ -77,7 +77,7 @@ def prove(base: Path, out: Path) -> Proof:
 
 def _prove(base: Path, out: Path) -> Proof:
     try:
-        tokenizer = _load(base)
+        tokenizer = auto_tokenizer(base)
         converted, texts = _converted(tokenizer), _texts(tokenizer)
         expected = _read(tokenizer, texts)
     except Exception as error:  # noqa: BLE001  each tokenizer class raises in its own way
@@ -100,12 +100,6 @@ def _prove(base: Path, out: Path) -> Proof:
     for path, content in copied.items():
         path.write_bytes(content)
     return found if found.is_proved else last
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _converted(tokenizer: Any) -> str:
@@ -150,7 +144,7 @@ def _read(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
 def _compare(out: Path, texts: Sequence[str], expected: Mapping[str, Any], base_class: str) -> Proof:
     """Find the first thing in which the output's tokenizer differs from what is expected, if there is one."""
     try:
-        tokenizer = _load(out)
+        tokenizer = auto_tokenizer(out)
         found = _read(tokenizer, texts)
     except Exception as error:  # noqa: BLE001  each tokenizer class raises in its own way
         return Proof(base_class, f"it cannot be loaded ({error_line(error)})")

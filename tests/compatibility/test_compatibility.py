@@ -66,10 +66,10 @@ def test_shallower_and_deeper_experts_are_refused(tmp_path, pair, layers):
 
 
 def test_a_model_type_that_is_not_known_is_named(tmp_path, pair):
-    edit_json(pair[1] / "config.json", model_type="gpt2")
+    edit_json(pair[1] / "config.json", model_type="rwkv")
     (found,) = problems(tmp_path, pair)
     assert found.startswith(
-        "experts[0] /one: its model_type is 'gpt2'; moemerge reads dense models of type llama, mistral, "
+        "experts[0] /one: its model_type is 'rwkv'; moemerge reads dense models of type llama, mistral, "
     )
 
 
