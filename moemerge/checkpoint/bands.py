@@ -10,6 +10,7 @@ from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.floats import TYPES, narrow
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Band, Fill, Piece, with_seeds
+from moemerge.checkpoint.regrouped import Heads, RegroupedReader
 from moemerge.dtypes import HeaderDType, bytes_of
 
 
@@ -53,7 +54,7 @@ def _piece_chunks(piece: Piece, seed: str, elements: int) -> Iterator[memoryview
     source = piece.source
     if isinstance(source, TensorInfo):
         with source.open() as file:
-            reader = _Regrouped(file, piece, source) if piece.head_rows else file
+            reader = _regrouped(file, piece, source) if piece.head_rows else file
             if piece.changes_values:
                 yield from convert(
                     reader, source, piece.dtype, elements, scale=piece.scale, noise_scale=piece.noise_scale, seed=seed
@@ -71,6 +72,11 @@ def _piece_chunks(piece: Piece, seed: str, elements: int) -> Iterator[memoryview
             yield constant[: piece.nbytes - start]
 
 
+def _regrouped(file: Readable, piece: Piece, source: TensorInfo) -> RegroupedReader:
+    heads = Heads(piece.head_rows, piece.rotated_rows or piece.head_rows, piece.into_pairs)
+    return RegroupedReader(file, source, heads, source.nbytes // max(1, piece.rows))
+
+
 def _stored_chunks(reader: Readable, source: TensorInfo, chunk_bytes: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(chunk_bytes, source.nbytes)))
     for start in range(0, source.nbytes, chunk_bytes):
@@ -84,23 +90,3 @@ def _encode(block: Fill, dtype: HeaderDType) -> bytes:
     stored = np.empty(1, TYPES[dtype])
     narrow(np.array([block.value], np.float32), dtype, stored, np.empty(1, np.uint32))
     return stored.tobytes()
-
-
-class _Regrouped:
-    """A tensor's bytes with the rows of every head in another order; one head is in memory at a time."""
-
-    def __init__(self, file: Readable, piece: Piece, source: TensorInfo) -> None:
-        self._file, self._source = file, source
-        row_bytes = source.nbytes // max(1, piece.rows)
-        half = piece.head_rows // 2
-        self._head = np.empty((2, half, row_bytes) if piece.into_pairs else (half, 2, row_bytes), np.uint8)
-        self._left = memoryview(b"")
-
-    def readinto(self, view: memoryview, /) -> int | None:
-        """Read at most to the end of a head."""
-        if not self._left:
-            fill(self._file, self._head.reshape(-1).data, self._source)
-            self._left = memoryview(self._head.swapaxes(0, 1).tobytes())
-        count = min(len(view), len(self._left))
-        view[:count], self._left = self._left[:count], self._left[count:]
-        return count

@@ -18,6 +18,7 @@ from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import Joined
 from moemerge.checkpoint.packed import Packed
+from moemerge.checkpoint.regrouped import Regrouped
 from moemerge.checkpoint.transposed import Transposed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
@@ -175,7 +176,7 @@ def plain_leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
             yield from plain_leaves(source)
     elif isinstance(tensor.path, Transposed):
         yield from plain_leaves(tensor.path.matrix)
-    elif isinstance(tensor.path, ColumnSlice):
+    elif isinstance(tensor.path, ColumnSlice | Regrouped):
         yield from plain_leaves(tensor.path.stored)
     elif isinstance(tensor.path, Joined):
         for part in tensor.path.parts:
@@ -238,6 +239,16 @@ def unscaled(tensor: TensorInfo) -> TensorInfo:
     while (made := derivation(tensor)) and isinstance(made.recipe, ScaledColumns):
         tensor = made.input_rows(tensor)
     return tensor
+
+
+def plus(tensor: TensorInfo, number: float) -> TensorInfo:
+    """Return a tensor with a number added to each of its elements, computed in float32."""
+
+    def recipe(_row: int, blocks: list[Rows]) -> Rows:
+        total: Rows = blocks[0] + np.float32(number)
+        return total
+
+    return Derived(f"{number:g} added to", (tensor,), recipe, f"plus {number!r}", "F32").tensor(tensor.name)
 
 
 def linear(weights: Sequence[float]) -> Recipe:

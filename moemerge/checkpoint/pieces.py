@@ -43,12 +43,15 @@ class Piece:
     """If positive, every so many rows are regrouped: even rows first, then odd ones. Noise is added afterwards."""
     into_pairs: bool = False
     """Whether `head_rows` regroups the other way round: a row of the first half, then one of the second, and so on."""
+    rotated_rows: int = 0
+    """If positive, only so many rows at the beginning of every `head_rows` are regrouped; the others stay."""
 
     def __post_init__(self) -> None:
         if self.head_rows and (
             not isinstance(self.source, TensorInfo)
             or self.head_rows < 0
-            or self.head_rows % 2
+            or (self.rotated_rows or self.head_rows) % 2
+            or not 0 <= self.rotated_rows <= self.head_rows
             or self.rows % self.head_rows
         ):
             raise ValueError(f"{self.source!r:.200}: its rows cannot be regrouped by {self.head_rows}")

@@ -213,5 +213,6 @@ def _describe(piece: Piece, seed: int) -> str:
     changes = [f"as {piece.dtype}"] if piece.dtype != source.dtype else []
     changes += [f"with noise of {piece.noise_scale:g} and seed {seed}"] if piece.noise_scale != 0.0 else []
     changes += [f"times {piece.scale:g}"] if piece.scale != 1.0 else []
-    changes += [f"even rows of {piece.head_rows} before odd ones"] if piece.head_rows else []
+    first = f"the first {piece.rotated_rows} of " if piece.rotated_rows else ""
+    changes += [f"even rows of {first}{piece.head_rows} before odd ones"] if piece.head_rows else []
     return ", ".join([f"{source.name} of {source.path}", *changes])

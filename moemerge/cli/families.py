@@ -92,19 +92,29 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
     found = [row for row in rows if not {row.family, *row.takes}.isdisjoint(types)]
     if found:
         return found
+    from moemerge.families.dense.tables import NOT_MERGED
+
+    if model_type in NOT_MERGED:
+        raise RefusedError(
+            f"{name}: no output family repeats models of the type {model_type!r}: {NOT_MERGED[model_type]}."
+        )
     near = get_close_matches(model_type[:60], known, n=1)
     hint = f"Did you mean {near[0]}?" if near else "`moemerge families` lists all."
     raise RefusedError(f"{name}: no output family repeats models of the type {model_type!r}. {hint}")
 
 
 def as_markdown(rows: "list[FamilyRow]") -> str:
-    """Format the tables of families and of engines, and the notes below them, for docs/families.md."""
+    """Format the tables of families, of engines and of what is refused, with their notes, for docs/families.md."""
+    from moemerge.families.overview import not_merged
+
     table = [_HEADINGS, tuple("---" for _ in _HEADINGS), *(_cells(row, code="`") for row in rows)]
     versions = dict.fromkeys(f"{cell.engine} ({cell.version})" for row in rows for cell in row.engines)
     engines = [("family", *versions), tuple("---" for _ in range(len(versions) + 1))]
     engines += [(f"`{row.family}`", *(cell.short for cell in row.engines)) for row in rows]
     notes = [f"- `{row.family}`: {note}" for row in rows for note in row.notes]
-    return "\n".join([*map(_line, table), "", *map(_line, engines), "", *notes])
+    refused = [("no family repeats", "since"), ("---", "---")]
+    refused += [(", ".join(f"`{name}`" for name in names), reason) for reason, names in not_merged().items()]
+    return "\n".join([*map(_line, table), "", *map(_line, engines), "", *notes, "", *map(_line, refused)])
 
 
 def _line(cells: "Sequence[str]") -> str:

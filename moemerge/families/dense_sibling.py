@@ -16,7 +16,7 @@ SIBLINGS: Final = {
     "granitemoeshared": ("llama", "granite"),
     "granitemoehybrid": ("llama", "granite", "granitemoehybrid"),
     "granitemoe_swa": ("llama", "granite", "mistral", "ministral", "smollm3", "granite_swa"),
-    "glm4_moe": ("llama", "qwen2", "qwen3", "phi3"),
+    "glm4_moe": ("llama", "qwen2", "qwen3", "phi3", "glm"),
     "dots1": ("qwen3",),
     "qwen2_moe": ("llama", "mistral", "ministral", "qwen2"),
     "flex_olmo": ("olmo2",),
@@ -40,6 +40,7 @@ _CLASSES: Final = {
     "phi3": "Phi3", "granite": "Granite", "granite_swa": "GraniteSWA", "granitemoehybrid": "GraniteMoeHybrid",
     "smollm3": "SmolLM3", "olmo2": "Olmo2", "ernie4_5": "Ernie4_5", "hunyuan_v1_dense": "HunYuanDenseV1",
     "lfm2": "Lfm2", "cohere2": "Cohere2", "qwen3_5_text": "Qwen3_5", "gemma4_text": "Gemma4", "youtu": "Youtu",
+    "glm": "Glm",
 }  # fmt: skip
 # Keys that say how routers choose, settings of training, and what the tensors or other keys say as well: an expert
 # computes the same whatever they are.

@@ -10,11 +10,12 @@ from moemerge.checkpoint.derived import Derived, Rows, read_values
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import joined
+from moemerge.checkpoint.regrouped import Heads, Regrouped
 from moemerge.errors import IncompatibleError
 from moemerge.families.dense import ROLES, DenseModel, Role
 from moemerge.families.dense_sibling import dense_sibling
 from moemerge.families.family import ROUTER_SCALE, Extra, Names, separate
-from moemerge.families.layer_names import in_layer, layer_prefix
+from moemerge.families.layer_names import ROTATED, in_layer, layer_prefix
 from moemerge.families.stored_mixture import StoredMixture
 
 Chosen = int | Literal["shared"]
@@ -237,11 +238,15 @@ def _of_mixture(mixture: StoredMixture, layer: int) -> set[str]:
 def _tensors(mixture: StoredMixture, model: DenseModel, ffns: Mapping[int, Ffn]) -> dict[str, TensorInfo]:
     """The dense model's tensors by name, under its own names."""
     found = {name: mixture.tensors[name] for name in model.family.first}
+    turns = model.family.interleaved and not mixture.family.interleaved
+    heads = Heads(model.sizes["head"], model.rotated_rows, into_pairs=True)
     for layer in range(model.layers):
         held, prefix = mixture.layer(layer), layer_prefix(layer)
         for name in model.tensors(layer):
             parts = model.family.splits.get(name.removeprefix(prefix))
             found[name] = joined(name, [held[part] for part in parts]) if parts else held[name.removeprefix(prefix)]
+            if turns and ROTATED.search(name):
+                found[name] = Regrouped(found[name], heads).tensor()
         found |= {name: joined(name, parts) for name, parts in _stored_ffn(model, prefix, ffns[layer]).items()}
     found[model.family.last] = mixture.tensors[model.family.last]
     if model.family.head in mixture.tensors:

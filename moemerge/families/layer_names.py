@@ -5,6 +5,9 @@ from typing import Final
 
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
+ROTATED: Final = re.compile(r"\.[qk]_proj\.")
+"""Found in the names of the projections whose rows rotate with positions."""
+
 
 def layer_prefix(layer: int) -> str:
     """The prefix of a decoder layer's tensors in a checkpoint, such as `model.layers.7.`."""

@@ -44,6 +44,7 @@ MULTIMODAL: Final = {
     "idefics3": Multimodal(("llama",)),
     "smolvlm": Multimodal(("llama",)),
     "voxtral": Multimodal(("llama",)),
+    "gemma4_unified": Multimodal(("gemma4_unified_text",)),
     **dict.fromkeys(("llava", "llava_next"), Multimodal(_PLAIN)),
     "llava_onevision": Multimodal(("qwen2",)),
 }
@@ -119,6 +120,10 @@ VISION_MIXTURES: Final = {
 
 _QWEN2_VL: Final = _TextType("qwen2", {"rms_norm_eps": 1e-5, "rope_theta": 1e6})
 _TEXT_TYPES: Final = {
+    "gemma4_unified_text": _TextType(
+        "gemma4_text",
+        {"max_position_embeddings": 262144, "sliding_window": 1024, "hidden_size_per_layer_input": 0},
+    ),
     "qwen3_vl_text": _TextType("qwen3", {"max_position_embeddings": 128000, "rope_theta": 500000.0}),
     "qwen3_vl_moe_text": _TextType(
         "qwen3_moe", {"max_position_embeddings": 128000, "rope_theta": 500000.0, "norm_topk_prob": True}

@@ -1,4 +1,4 @@
-"""Rows of text on which dense families go into which output family, and what each output family holds."""
+"""Rows of text on which dense families go into which output family, or into none, and what output families hold."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from moemerge.engines import ENGINES
 from moemerge.families.dense import DENSE_FAMILIES, NON_LLAMA_FACTS, RENAMED, DenseFamily, DenseModel, read_dense
+from moemerge.families.dense.tables import NOT_MERGED
 from moemerge.families.engines import readings
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture_shape import Mixture
@@ -74,6 +75,14 @@ def read_as() -> dict[str, list[str]]:
     for renamed in RENAMED.values():
         found.setdefault(renamed.plain, []).append(renamed.model_type)
     return found
+
+
+def not_merged() -> dict[str, list[str]]:
+    """Model types that no output family repeats, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for model_type, reason in NOT_MERGED.items():
+        reasons.setdefault(reason, []).append(model_type)
+    return reasons
 
 
 def _plainest(family: DenseFamily) -> DenseModel:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.passes.tokens import error_line, why_unreadable
+from moemerge.passes.tokens import auto_tokenizer, error_line, why_unreadable
 
 RESULT: Final = "proof.json"
 ADDED: Final = "added.json"
@@ -86,7 +86,7 @@ def prove(base: Path, out: Path, added: Entries | None = None) -> Proof:
 
 def _prove(base: Path, out: Path, added: Entries | None) -> Proof:
     try:
-        tokenizer = _load(base)
+        tokenizer = auto_tokenizer(base)
         _add(tokenizer, added or ())
         converted, texts = _converted(tokenizer), _texts(tokenizer)
         expected = _read(tokenizer, texts)
@@ -113,12 +113,6 @@ def _prove(base: Path, out: Path, added: Entries | None) -> Proof:
     for path, content in copied.items():
         path.write_bytes(content)
     return found if found.is_proved else last
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _add(tokenizer: Any, added: Entries) -> None:
@@ -173,7 +167,7 @@ def _read(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
 def _compare(out: Path, texts: Sequence[str], expected: Mapping[str, Any], base_class: str) -> Proof:
     """Find the first thing in which the output's tokenizer differs from what is expected, if there is one."""
     try:
-        tokenizer = _load(out)
+        tokenizer = auto_tokenizer(out)
         found = _read(tokenizer, texts)
     except Exception as error:  # noqa: BLE001  each tokenizer class raises in its own way
         return Proof(base_class, f"it cannot be loaded ({error_line(error)})")

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -62,9 +63,18 @@ def load_tokenizer(folder: Path, otherwise: str = "") -> Any:
         RouterError: no tokenizer can be loaded.
     """
     with _explained(folder, otherwise):
-        from transformers import AutoTokenizer
+        return auto_tokenizer(folder)
 
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+def auto_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model's folder; its errors are those of transformers."""
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    load = partial(AutoTokenizer.from_pretrained, folder, local_files_only=True, trust_remote_code=False)
+    try:
+        return load()
+    except AttributeError:  # transformers 5 fails on longrope in the config.json of types that it does not know
+        return load(config=PretrainedConfig())
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:

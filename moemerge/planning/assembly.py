@@ -5,19 +5,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from moemerge.checkpoint.derived import plus
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import rows_apart
 from moemerge.checkpoint.pieces import Band, Fill, Piece
 from moemerge.dtypes import HeaderDType
 from moemerge.families.dense import ModelTensors, Role
 from moemerge.families.family import SWITCHED_OFF, Extra, MoeFamily, separate
-from moemerge.families.layer_names import layer_prefix
+from moemerge.families.layer_names import ROTATED, layer_prefix
 from moemerge.families.mixture_shape import Mixture
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.reinitialising import Reinitialising
 
 _USUAL_FFN: Final = separate("mlp")
-# Projections whose rows rotate with positions.
-_ROTATED: Final = re.compile(r"\.[qk]_proj\.")
+_NORM: Final = re.compile(r"norm\.weight$")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,13 @@ class Assembly:
         return outputs
 
     def _whole(self, name: str) -> Output:
-        tensor = self.base.own.tensors[name]
+        tensor = self._offset(self.base.own.tensors[name])
         return Output(tensor.shape, tuple((Piece(part, self.dtype),) for part in rows_apart(tensor)))
+
+    def _offset(self, tensor: TensorInfo) -> TensorInfo:
+        """Add to a norm's weights what the base model's norms add to them and the output family's do not."""
+        missing = self.base.own.model.family.norm_offset - self.family.norm_offset
+        return plus(tensor, missing) if missing and _NORM.search(tensor.name) else tensor
 
     def _attention(self, layer: int) -> Iterator[tuple[str, Output]]:
         """Yield a layer's tensors beside its FFN, and those that only the output family has."""
@@ -86,7 +92,7 @@ class Assembly:
         names = model.tensors(layer)
         regroups = model.family.interleaved and not self.family.interleaved
         for name in names:
-            tensor = self.base.own.tensors[name]
+            tensor = self._offset(self.base.own.tensors[name])
             parts = model.family.splits.get(name.removeprefix(prefix), {})
             first = 0
             for part, axis in parts.items():
@@ -94,8 +100,9 @@ class Assembly:
                 first += model.sizes[axis]
                 yield prefix + part, Output(rows.shape, ((Piece(rows, self.dtype),),))
             if not parts:
-                head_rows = model.sizes["head"] if regroups and _ROTATED.search(name) else 0
-                yield name, Output(tensor.shape, ((Piece(tensor, self.dtype, head_rows=head_rows),),))
+                turned = (model.sizes["head"], model.rotated_rows) if regroups and ROTATED.search(name) else (0, 0)
+                piece = Piece(tensor, self.dtype, head_rows=turned[0], rotated_rows=turned[1])
+                yield name, Output(tensor.shape, ((piece,),))
         attends = any(name.startswith(f"{prefix}self_attn.") for name in names)
         for extra in self.family.extras:
             needless = prefix + extra.name in names or (extra.name.startswith("self_attn.") and not attends)

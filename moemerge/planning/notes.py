@@ -10,7 +10,7 @@ from moemerge.config.expert_names import named_place
 from moemerge.config.schema import MergeConfig
 from moemerge.config.tokenizer_choice import BASE
 from moemerge.dtypes import DType
-from moemerge.families.dense import ModelTensors
+from moemerge.families.dense import DenseFamily, ModelTensors
 from moemerge.families.family import MoeFamily
 from moemerge.planning.models import Models
 from moemerge.planning.output import Output
@@ -23,6 +23,8 @@ _MEASURED_WORSE: Final = frozenset({"hidden", "mergekit_hidden", "cheap_embed"})
 # With this factor, usual weights of some hundredths come near the smallest numbers of float16.
 _SMALL_SCALE: Final = 0.01
 # Distance from such weights to the next number: 0.01 / 2**9 in bfloat16, 2**12 in float16, 2**25 in float32.
+# The largest relative distance of a number from the nearest one that is stored.
+_ROUNDS: Final = {"bfloat16": 2**-9, "float16": 2**-12}
 _FAINT_NOISE: Final = {"bfloat16": 2e-5, "float16": 2e-6, "float32": 3e-10}
 
 
@@ -126,6 +128,17 @@ def _choice_advice(config: MergeConfig) -> list[str]:
     return [
         "experts_per_token: 1 halves what a token computes in experts, and was within 0.002 nats per token of 2 with "
         "four fine-tunes of a model of 135 million parameters: compare both by `moemerge eval` (docs/routers.md)"
+    ]
+
+
+def norm_notes(base: DenseFamily, family: MoeFamily, dtype: DType) -> list[str]:
+    """Say what is lost where the base model's norms add a number to their weights, and the output family's do not."""
+    missing = base.norm_offset - family.norm_offset
+    if not missing or dtype == "float32":
+        return []
+    return [
+        f"norms of {base.model_type} add {missing:g} to their weights, those of {family.model_type} do not, so the "
+        f"sums are stored: {dtype} rounds each of them, by up to {_ROUNDS[dtype]:.2%}; `dtype: float32` is exact"
     ]
 
 

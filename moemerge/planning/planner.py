@@ -8,7 +8,7 @@ from moemerge.planning.assembled import Assembled, assemble
 from moemerge.planning.checking import Checked, Tables, check_models
 from moemerge.planning.layout import Layout, lay_out
 from moemerge.planning.models import Models, open_models
-from moemerge.planning.notes import output_notes, router_advice, vocabulary_advice, writing_note
+from moemerge.planning.notes import norm_notes, output_notes, router_advice, vocabulary_advice, writing_note
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import origins_of
 from moemerge.planning.plan import MergePlan, Remarks
@@ -111,9 +111,10 @@ def _remarks(config: MergeConfig, shape: Shape, checked: Checked, assembled: Ass
     parts, judgement = assembled.parts, checked.judgement
     output_facts = output_notes(assembled.outputs, assembled.dtype, layout.shared_bytes)
     quantised = tuple(quantised_notes(config, assembled.tables))
+    norms = norm_notes(parts.base.model.family, shape.family, assembled.dtype)
     return Remarks(
         quantised=quantised,
-        notes=(*checked.notes, *quantised, *parts.notes, *output_facts, *writing_note(config, parts.experts)),
+        notes=(*checked.notes, *quantised, *parts.notes, *output_facts, *norms, *writing_note(config, parts.experts)),
         warnings=(*shape.choice.warnings, *judgement.warnings),
         advice=(
             *(() if judgement.has_strangers else parts.advice),

@@ -4,6 +4,7 @@ import math
 import os
 import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,11 @@ from moemerge.checkpoint import bands as streams
 from moemerge.checkpoint.bands import tensor_chunks
 from moemerge.checkpoint.compare import compare_tensor
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS
+from moemerge.checkpoint.derived import leaves
+from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.pieces import Band, Fill, Piece, band_bytes, measure, piece_at, with_seeds
+from moemerge.checkpoint.regrouped import Heads, Regrouped
 from moemerge.checkpoint.shards import TensorSpec, layout_shards
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.dtypes import CONFIG_DTYPES
@@ -45,7 +49,9 @@ def block(piece: Piece, values: torch.Tensor | None, seed: str) -> torch.Tensor:
     rows = values.reshape(piece.rows, piece.width)
     if piece.head_rows:
         heads = rows.unflatten(0, (-1, piece.head_rows))
-        rows = torch.cat([heads[:, 0::2], heads[:, 1::2]], 1).flatten(0, 1)
+        turned = heads[:, : piece.rotated_rows or piece.head_rows]
+        still = heads[:, turned.shape[1] :]
+        rows = torch.cat([turned[:, 0::2], turned[:, 1::2], still], 1).flatten(0, 1)
     if not piece.changes_values:
         return rows
     floats = rows.float()
@@ -158,8 +164,9 @@ def test_a_constant_is_written_as_its_dtype_over_what_was_there(tmp_path, dtype,
 def test_rows_of_heads_are_regrouped(tmp_path, source, target, shape):
     values = normal(*shape, dtype=source)
     stored = save(tmp_path, a=values)["a"]
-    for head_rows in (2, 4, 6, 12):
-        for piece in (Piece(stored, target, head_rows=head_rows), Piece(stored, target, 0.5, 0.1, head_rows)):
+    for head_rows, rotated in ((2, 0), (4, 0), (4, 2), (6, 0), (12, 0), (12, 4), (3, 2)):
+        kept = Piece(stored, target, head_rows=head_rows, rotated_rows=rotated)
+        for piece in (kept, replace(kept, scale=0.5, noise_scale=0.1)):
             check(tmp_path, ((piece,),), block(piece, values, "7 t"))
     piece = Piece(stored, target, head_rows=4)
     check(
@@ -184,6 +191,19 @@ def test_regrouping_into_pairs_is_the_way_back(tmp_path, source, target):
         piece = Piece(stored, target, head_rows=head_rows, into_pairs=True)
         pairs = values.unflatten(0, (-1, 2, head_rows // 2)).transpose(1, 2).flatten(0, 2)
         check(tmp_path, ((piece,),), pairs.to(DTYPES[target]))
+
+
+@pytest.mark.parametrize("rotated", [4, 6])
+def test_heads_that_were_regrouped_are_read_as_they_were(tmp_path, rotated):
+    values = normal(18, 5, dtype="BF16")
+    piece = Piece(save(tmp_path, a=values)["a"], "BF16", head_rows=6, rotated_rows=rotated)
+    stored = save(tmp_path, a=block(piece, values, ""))["a"]
+    again = Regrouped(stored, Heads(6, rotated, into_pairs=True)).tensor()
+    assert (again.name, again.dtype, again.shape, again.nbytes) == ("a", "BF16", (18, 5), stored.nbytes)
+    assert list(leaves(again)) == [stored]
+    for first, count in ((0, 18), (2, 9), (6, 6), (17, 1)):
+        with again.rows(first, count).open() as reader:
+            assert bytes(read_exactly(reader, count * 10)) == raw(values[first : first + count])
 
 
 def test_any_bits_of_any_dtype_pass(tmp_path):
@@ -247,7 +267,7 @@ def test_a_source_cut_off_after_the_plan_is_the_same_error(tmp_path, kind):
 
 @st.composite
 def layouts(draw):
-    """Bands as lists of (kind, rows, width, source dtype, scale, noise, head rows), and the output's dtype."""
+    """Bands as lists of (kind, rows, width, source dtype, scale, noise, head rows, rotated), and the output's dtype."""
     bands = []
     for _ in range(draw(st.integers(1, 4))):
         heads, head_rows = draw(st.integers(0, 3)), draw(st.sampled_from([2, 4, 6]))
@@ -260,7 +280,8 @@ def layouts(draw):
                     draw(st.sampled_from(list(DTYPES))),
                     draw(st.sampled_from([1.0, 1.0, 0.5])),
                     draw(st.sampled_from([0.0, 0.0, 0.25])),
-                    draw(st.sampled_from([0, head_rows])),
+                    (regroups := draw(st.sampled_from([0, head_rows]))),
+                    draw(st.sampled_from([0, 2])) if regroups else 0,
                 )
                 for _ in range(draw(st.integers(1, 4)))
             ]
@@ -278,11 +299,11 @@ def test_any_layout_is_what_torch_makes_of_it(tmp_path_factory, layout, chunk, l
     bands, expected, number = [], [], 0
     for blocks in rows_of_blocks:
         band, side_by_side = [], []
-        for kind, rows, width, _, scale, noise, head_rows in blocks:
+        for kind, rows, width, _, scale, noise, head_rows, rotated in blocks:
             piece = (
                 Piece(Fill(1.5, (rows, width)), dtype)
                 if kind == "fill"
-                else Piece(stored[str(number)], dtype, scale, noise, head_rows)
+                else Piece(stored[str(number)], dtype, scale, noise, head_rows, rotated_rows=rotated)
             )
             band.append(piece)
             side_by_side.append(block(piece, made[number], f"7 t {number}" if number else "7 t"))
@@ -319,6 +340,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for source, head_rows in ((tensor, 3), (tensor, 4), (tensor, -2), (Fill(0.0, (6,)), 2), (b"12345678", 2)):
         with pytest.raises(ValueError, match=f"cannot be regrouped by {head_rows}$"):
             Piece(source, "F32", head_rows=head_rows)
+    for rotated in (3, 8, -2):
+        with pytest.raises(ValueError, match="cannot be regrouped by 6$"):
+            Piece(tensor, "F32", head_rows=6, rotated_rows=rotated)
     piece, other = Piece(tensor, "F32"), Piece(Fill(0.0, (5, 2)), "F32")
     with pytest.raises(ValueError, match=r"pieces of \[6, 5\] rows cannot lie side by side"):
         measure(((piece, other),))

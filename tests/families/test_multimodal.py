@@ -24,7 +24,12 @@ from tests.support.multimodal import KINDS, load_multimodal, make_multimodal
 
 QUICK = {"qwen3_5", "gemma4", "mistral3", "qwen3_vl", "qwen2_vl", "idefics3"}
 IS_V4 = transformers.__version__.startswith("4.")
-AS_DENSE = {"qwen3_vl_text": "qwen3", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
+AS_DENSE = {
+    "gemma4_unified_text": "gemma4_text",
+    "qwen3_vl_text": "qwen3",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+}
 AXES = ("mrope_section", "mrope_interleaved")
 
 

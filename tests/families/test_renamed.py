@@ -201,6 +201,13 @@ def test_a_plan_says_how_a_model_is_read(tmp_path, kind, said):
         ("qwen", {"no_bias": False}, "its no_bias is False, which no released Qwen has and was not proved"),
         ("qwen", {"rotary_pct": 0.5}, "its rotary_pct is 0.5, which no released Qwen has and was not proved"),
         ("mimo", {"use_mrope": True}, "its use_mrope was not proved"),
+        ("minicpm", {"num_experts": 8}, "num_experts is 8: it has experts already"),
+        (
+            "minicpm",
+            {"sparse_config": {"topk": 64}},
+            "sparse_config: it attends to parts of long texts; without this key in config.json it attends to all of them, "
+            "and can be merged",
+        ),
         (
             "internlm",
             {"rotary": {"base": 10000, "type": "other"}},

@@ -156,6 +156,11 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma4_text": ("gemma4_text", GEMMA4),
     "youtu": ("youtu", MLA),
+    "glm": ("glm", {"head_dim": 8}),
+    "glm, head_dim 12, tied, no biases": ("glm", {"head_dim": 12, "tie_word_embeddings": True, "attention_bias": False}),
+    "glm, all of each head rotated": ("glm", {"head_dim": 8, "partial_rotary_factor": 1.0}),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "gemma, tied, head_dim 12, gelu": ("gemma", {"head_dim": 12, "tie_word_embeddings": True, "hidden_act": "gelu"}),
 }  # fmt: skip
 
 

@@ -56,6 +56,10 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
             "audio_config": None, "image_token_id": IMAGE,
         },
     ),
+    "gemma4_unified": (
+        "gemma4_unified", "gemma4_unified_text", {key: value for key, value in GEMMA4.items() if "per_layer" not in key and key != "enable_moe_block"},
+        {"vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32}, "audio_config": None, "image_token_id": IMAGE},
+    ),
     "mistral3": (
         "mistral3", "mistral", {"sliding_window": None, "head_dim": 12},
         {"vision_config": {"model_type": "pixtral", **VISION, "head_dim": 8}, "image_token_index": IMAGE},

@@ -5,6 +5,7 @@ The arithmetic is the published one in plain torch, under the published names; s
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,10 @@ class Release:
     theta: Callable[[Config, int], float] = lambda config, _length: float(config["rope_theta"])
     further: dict[str, Shape] = field(default_factory=dict)
     unit_head: bool = False
+    scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Factors on embeddings, and on what attention and FFN add; the divisor of what enters the head."""
+    longrope: Callable[[Config], tuple[torch.Tensor, float]] = lambda _config: (torch.ones(()), 1.0)
+    """Divisors of the frequencies, and the factor on what is rotated."""
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -71,13 +76,13 @@ def normed(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     return weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def rotated(states: torch.Tensor, theta: float) -> torch.Tensor:
+def rotated(states: torch.Tensor, theta: float, longrope: tuple[torch.Tensor, float]) -> torch.Tensor:
     """Rotate the halves of each head (sequence, position, head, d)."""
     width = states.shape[-1]
-    angles = torch.arange(states.shape[1])[:, None] / theta ** (torch.arange(0, width, 2) / width)
+    angles = torch.arange(states.shape[1])[:, None] / longrope[0] / theta ** (torch.arange(0, width, 2) / width)
     angles = torch.cat((angles, angles), -1)[:, None]
     low, high = states.chunk(2, -1)
-    return states * angles.cos() + torch.cat((-high, low), -1) * angles.sin()
+    return (states * angles.cos() + torch.cat((-high, low), -1) * angles.sin()) * longrope[1]
 
 
 def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -104,17 +109,19 @@ def logits_of(
     """(sequence, position, vocab) logits as the released code computes them, with other FFNs by layer if given."""
     config = release.config
     embeddings, norm, head = release.outside
-    states, eps = tensors[embeddings][ids], config[release.eps]
-    theta = release.theta(config, ids.shape[1])
+    embedded, depth, divisor = release.scales
+    states, eps = tensors[embeddings][ids] * embedded, config[release.eps]
+    rope = release.theta(config, ids.shape[1]), release.longrope(config)
     for layer in range(config[release.count]):
         own = layer_of(release, tensors, layer)
         queries, keys, values = release.split(own, normed(states, own[release.norms[0]], eps), config)
-        states = states + linear(own, release.out, attended(rotated(queries, theta), rotated(keys, theta), values))
+        heads = attended(rotated(queries, *rope), rotated(keys, *rope), values)
+        states = states + linear(own, release.out, heads) * depth
         entering = normed(states, own[release.norms[1]], eps)
-        states = states + (release.ffn(own, entering) if ffn is None else ffn(layer, entering))
+        states = states + (release.ffn(own, entering) if ffn is None else ffn(layer, entering)) * depth
     weights = tensors[embeddings if config.get("tie_word_embeddings") else head]
     weights = torch.nn.functional.normalize(weights) if release.unit_head else weights
-    return normed(states, tensors[norm], eps) @ weights.T
+    return normed(states, tensors[norm], eps) / divisor @ weights.T
 
 
 def layer_of(release: Release, tensors: Tensors, layer: int) -> Tensors:
@@ -208,10 +215,26 @@ def _qkv(pattern: str, *, bias: bool = False, out: bool = False) -> dict[str, Sh
     return found | ({"self_attn.o_proj.bias": (HIDDEN,)} if out else {})
 
 
+def _longrope(config: Config) -> tuple[torch.Tensor, float]:
+    """MiniCPM's: long factors wherever the context is longer than the original one."""
+    rope, context = config["rope_scaling"], config["max_position_embeddings"]
+    original = rope["original_max_position_embeddings"]
+    factors = torch.tensor(rope["long_factor" if context > original else "short_factor"])
+    return factors, math.sqrt(1 + math.log(context / original) / math.log(original))
+
+
 _LLAMA_OUT: dict[str, Shape] = {"self_attn.o_proj.weight": (HIDDEN, Q)}
 _LLAMA_FFN = _gated("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _ATTN = "self_attn.{}_proj"
 
+_MINICPM: Config = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 8, "hidden_act": "silu"}
+_MINICPM_SCALES = (12.0, 1.4 / math.sqrt(3), HIDDEN / 8)
+_MINICPM_ROPE: Config = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 64,
+}
 RELEASES: dict[str, Release] = {
     "internlm": Release(
         {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
@@ -288,6 +311,24 @@ RELEASES: dict[str, Release] = {
         _projected(_ATTN),
         _LLAMA_FFN,
     ),
+    "minicpm": Release(
+        _COMMON | {"model_type": "minicpm", **_MINICPM, "rope_theta": 5000.0, "tie_word_embeddings": False},
+        {**_NORMS, **_MLP, **_qkv(_ATTN), **_LLAMA_OUT},
+        _projected(_ATTN),
+        _LLAMA_FFN,
+        scales=_MINICPM_SCALES,
+    ),
+    **{
+        f"minicpm, {told}": Release(
+            _COMMON | {"model_type": "minicpm", **_MINICPM, "max_position_embeddings": context, "rope_theta": 5000.0, "tie_word_embeddings": True, "rope_scaling": _MINICPM_ROPE},
+            {**_NORMS, **_MLP, **_qkv(_ATTN), **_LLAMA_OUT},
+            _projected(_ATTN),
+            _LLAMA_FFN,
+            scales=_MINICPM_SCALES,
+            longrope=_longrope,
+        )
+        for told, context in (("tied, longrope", 64), ("tied, longer longrope", 128))
+    },
     "baichuan": Release(
         {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"} | {"model_type": "baichuan"},
         {**_NORMS, **_MLP, "self_attn.W_pack.weight": (3 * Q, HIDDEN), **_LLAMA_OUT},

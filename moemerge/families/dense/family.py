@@ -96,7 +96,7 @@ class DenseFamily:
     ffn_norm: str | None = "post_attention_layernorm.weight"
     """The norm whose output is the router input; None where the FFN's input is not normalised."""
     norm_offset: float = 0.0
-    """The number that the norm adds to its weights."""
+    """The number that every norm adds to its weights, but for those of families whose mixtures do the same."""
     around_ffn: str = BEFORE
     """What stands between an FFN and the residual stream, in words that follow the model's type; see `ffn_place`."""
     ffn_width: str | Callable[[Config], int] = "intermediate_size"
@@ -117,6 +117,8 @@ class DenseFamily:
     """Values of keys that only this family has, under the names that output families use."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other spellings of keys, which the family's class reads too."""
+    activations: Mapping[str, str] = field(default_factory=dict)
+    """Activations that the family's class takes for others."""
     head_dim: str = "head_dim"
     """The key for the width of a head."""
     rope_kinds: Mapping[str, str] = field(default_factory=dict)

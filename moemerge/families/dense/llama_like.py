@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any, Final
 
-from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, FfnProjection, LayerTensor
+from moemerge.families.dense.family import FULL, SLIDING, Config, DenseFamily, FfnProjection, LayerTensor, Role
 
 ATTENTION: Final = (
     LayerTensor("self_attn.q_proj.weight", ("query", "hidden")),
@@ -16,6 +16,11 @@ ATTENTION: Final = (
     LayerTensor("self_attn.o_proj.bias", ("hidden",), ("output_bias",)),
 )
 QK_NORM: Final = (LayerTensor("self_attn.q_norm.weight", ("head",)), LayerTensor("self_attn.k_norm.weight", ("head",)))
+FUSED_FFN: Final[dict[Role, FfnProjection]] = {
+    "gate": FfnProjection("mlp.gate_up_proj.weight", 0, 2),
+    "up": FfnProjection("mlp.gate_up_proj.weight", 1, 2),
+    "down": FfnProjection("mlp.down_proj.weight"),
+}
 _FIRST_NORM: Final = LayerTensor("input_layernorm.weight", ("hidden",))
 _SECOND_NORM: Final = LayerTensor("post_attention_layernorm.weight", ("hidden",))
 LAYER: Final = (_FIRST_NORM, *ATTENTION, _SECOND_NORM)
@@ -112,10 +117,7 @@ PHI3: Final = DenseFamily(
         "original_max_position_embeddings": 4096, "sliding_window": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
         "partial_rotary_factor": 1.0,
     },
-    ffn={
-        "gate": FfnProjection("mlp.gate_up_proj.weight", 0, 2), "up": FfnProjection("mlp.gate_up_proj.weight", 1, 2),
-        "down": FfnProjection("mlp.down_proj.weight"),
-    },
+    ffn=FUSED_FFN,
     splits={
         "self_attn.qkv_proj.weight": {
             "self_attn.q_proj.weight": "query", "self_attn.k_proj.weight": "key", "self_attn.v_proj.weight": "key",

@@ -137,8 +137,14 @@ class DenseModel:
     @property
     def has_plain_scales(self) -> bool:
         """Whether nothing is scaled that a Llama leaves alone."""
-        own = all(self.config.get(key, 1.0) == 1.0 for key in _OWN_SCALES)
+        own = all(self.values[key] == 1.0 for key in _OWN_SCALES)
         return own and math.isclose(self.attention_multiplier, self.config["head_dim"] ** -0.5)
+
+    @property
+    def rotated_rows(self) -> int:
+        """Number of elements at the beginning of each query and key head that rotate with positions."""
+        width = int(self.config["head_dim"] * self.config.get("partial_rotary_factor", 1.0))
+        return width + width % 2
 
     @property
     def class_keys(self) -> dict[str, Any]:
@@ -222,7 +228,8 @@ def _family_unknown(config: Mapping[str, Any]) -> NoReturn:
 def _read(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     spelled = {family.aliases.get(key, key): value for key, value in config.items()}
     full = read_values(family, spelled)
-    full |= {key: _ACTIVATIONS.get(full[key], full[key]) for key in ("hidden_act", "hidden_activation") if key in full}
+    spellings = {**_ACTIVATIONS, **family.activations}
+    full |= {key: spellings.get(full[key], full[key]) for key in ("hidden_act", "hidden_activation") if key in full}
     if config.get("per_layer_config") and "per_layer_config" not in family.defaults:
         raise UnreadableError("its config.json has a per_layer_config, which was not proved")
     unproved = [
@@ -275,4 +282,6 @@ def _read_rope(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]
         return read
     if config.get("original_max_position_embeddings"):
         settings["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    elif kind == "longrope" and type(original := settings.get("original_max_position_embeddings")) is int:
+        read["original_max_position_embeddings"] = original  # where transformers 4 looks for it
     return read | {"rope_scaling": {"rope_type": kind, **settings}}

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from moemerge.families.dense.family import Config
 from moemerge.families.dense.renamed.family import Renamed, by_key_head, one_after_another
+from moemerge.families.dense.renamed.scaled import MINICPM
 
 _EXECUTION: Final = ("attn_implementation",)
 _BIASED: Final = {"bias": "attention_bias"}
@@ -205,6 +206,7 @@ RENAMED: Final = {
     renamed.model_type: renamed
     for renamed in (
         INTERNLM, INTERNLM2, INTERNLM3, EXAONE, YI, MIMO, AQUILA, XVERSE, IQUESTCODER, PANGU, BAICHUAN, QWEN,
+        MINICPM,
     )
 }  # fmt: skip
 """Renamed model types by name."""
