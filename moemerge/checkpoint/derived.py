@@ -15,6 +15,7 @@ from moemerge.checkpoint.dequantised import Dequantised
 from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
 from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.floats import TYPES, narrow, widen
+from moemerge.checkpoint.head_rows import HeadRows
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import Joined
 from moemerge.checkpoint.packed import Packed
@@ -172,7 +173,7 @@ def plain_leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
     if made := derivation(tensor):
         for source in (*made.inputs, *made.others):
             yield from plain_leaves(source)
-    elif isinstance(tensor.path, ColumnSlice):
+    elif isinstance(tensor.path, ColumnSlice | HeadRows):
         yield from plain_leaves(tensor.path.stored)
     elif isinstance(tensor.path, Joined):
         for part in tensor.path.parts:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from moemerge.checkpoint.files import File, open_range, read_exactly, size_of
 from moemerge.errors import CheckpointError, SourceError
 
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -22,6 +23,12 @@ _SCALARS: Final[dict[int, str]] = {
 }  # fmt: skip
 _ALIGNMENT: Final = 32
 _MOST_DIMENSIONS: Final = 4
+# Vocabularies have some hundred thousand tokens, and mixtures some thousand tensors.
+_MOST_VALUES: Final = 2**23
+_MOST_ENTRIES: Final = 2**20
+# Settings with a value for each layer have fewer values, vocabularies more.
+_MOST_KEPT: Final = 4096
+_FIRST_READ: Final = 2**22
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,16 @@ class GgufTensor:
 class GgufContents:
     """The contents of a GGUF file."""
 
-    path: Path
+    path: File
     nbytes: int
     """Size of the file in bytes."""
     settings: Mapping[str, Any]
-    """Numbers and texts by key; arrays, such as the vocabulary, are left out."""
+    """Numbers and texts by key; arrays, such as the vocabulary, are in `arrays`."""
+    arrays: Mapping[str, tuple[Any, ...] | int]
+    """Arrays of up to 4096 numbers by key; of others, such as the vocabulary, the number of their values."""
     tensors: Mapping[str, GgufTensor]
+    header: bytes
+    """The file's bytes up to the first tensor's entry."""
 
     @property
     def architecture(self) -> str:
@@ -54,78 +65,113 @@ class GgufContents:
         return str(self.settings.get("general.architecture", ""))
 
 
-def read_contents(path: Path) -> GgufContents:
-    """Read a GGUF file's header.
+def read_contents(path: File) -> GgufContents:
+    """Read a GGUF file's header; of a file on another machine, its first megabytes.
 
     Raises:
         SourceError: the file cannot be read.
         CheckpointError: the file is no GGUF file, or is damaged.
     """
-    if path.exists() and not path.is_file():
-        raise SourceError(f"{path}: is not a regular file. Name a GGUF file.")
     try:
+        if not isinstance(path, Path):
+            return _read_beginning(path)
+        if path.exists() and not path.is_file():
+            raise SourceError(f"{path}: is not a regular file. Name a GGUF file.")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _Header(path, mapped).contents()
+            return _Header(path, mapped, len(mapped)).contents()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}.") from error
     except (struct.error, ValueError, OverflowError) as error:  # beyond the end; an empty file; no UTF-8
         raise CheckpointError(f"{path}: is no GGUF file, or is damaged ({error}). Write it again.") from error
 
 
+def _read_beginning(file: File) -> GgufContents:
+    total = size_of(file)
+    nbytes = min(_FIRST_READ, total)
+    while True:
+        with open_range(file, 0, nbytes) as reader:
+            data = read_exactly(reader, nbytes)
+        try:
+            return _Header(file, data, total).contents()
+        except _UnreadError:
+            nbytes = min(2 * nbytes, total)
+
+
+class _UnreadError(Exception):
+    """The header goes on behind what was read of the file."""
+
+
 class _Header:
     """A reader of a header from its start to its end."""
 
-    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
-        self._path, self._mapped, self._place = path, mapped, 0
+    def __init__(self, path: File, data: mmap.mmap | bytes, total: int) -> None:
+        self._path, self._data, self._total, self._place = path, data, total, 0
 
     def contents(self) -> GgufContents:
-        magic, version = self._mapped[: len(_MAGIC)], struct.unpack_from("<I", self._mapped, len(_MAGIC))[0]
+        magic, version = bytes(self._take(len(_MAGIC))), self._number("<I")
         if magic != _MAGIC or version not in _VERSIONS:
             raise ValueError(f"begins with {magic!r} and version {version}")
-        self._place = len(_MAGIC) + 4
         tensor_count, key_count = self._number("<Q"), self._number("<Q")
+        if max(tensor_count, key_count) > _MOST_ENTRIES:
+            raise ValueError(f"announces {tensor_count} tensors and {key_count} keys")
         found = {self._text(): self._value(self._number("<I")) for _ in range(key_count)}
+        header = bytes(self._data[: self._place])
         listed = [self._tensor() for _ in range(tensor_count)]
-        alignment = found.get("general.alignment", _ALIGNMENT)
+        settings = {key: value for key, (is_array, value) in found.items() if not is_array}
+        alignment = settings.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-self._place // alignment) * alignment
         placed = {name: GgufTensor(name, sizes, kind, start + offset) for name, sizes, kind, offset in listed}
-        settings = {key: value for key, value in found.items() if value is not None}
-        return GgufContents(self._path, len(self._mapped), settings, placed)
+        if len(placed) < len(listed):
+            raise ValueError("two tensors have one name")
+        arrays = {key: value for key, (is_array, value) in found.items() if is_array}
+        return GgufContents(self._path, self._total, settings, arrays, placed, header)
+
+    def _take(self, nbytes: int) -> bytes:
+        """Read the next bytes.
+
+        Raises:
+            ValueError: the file ends before.
+            _UnreadError: they were not read.
+        """
+        end = self._place + nbytes
+        if end > self._total:
+            raise ValueError(f"ends before byte {end}")
+        if end > len(self._data):
+            raise _UnreadError
+        taken = self._data[self._place : end]
+        self._place = end
+        return taken
 
     def _number(self, layout: str) -> Any:
-        value = struct.unpack_from(layout, self._mapped, self._place)[0]
-        self._place += struct.calcsize(layout)
-        return value
+        return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
 
     def _text(self) -> str:
         return self._bytes().decode()
 
     def _bytes(self) -> bytes:
         length = self._number("<Q")
-        if length > len(self._mapped) - self._place:
+        if length > self._total - self._place:
             raise ValueError(f"a text of {length} bytes at {self._place} goes beyond its end")
-        value = self._mapped[self._place : self._place + length]
-        self._place += length
-        return value
+        return self._take(length)
 
-    def _value(self, kind: int) -> Any:
-        """Read a number or text; None for an array, which is skipped."""
+    def _value(self, kind: int) -> tuple[bool, Any]:
+        """Read a value, and whether it is an array; of a long array, or one of texts, its length."""
         if kind == _STRING:
-            return self._bytes().decode(errors="replace")
+            return False, self._bytes().decode(errors="replace")
         if kind != _ARRAY:
-            return self._number(self._layout(kind))
+            return False, self._number(self._layout(kind))
         of, count = self._number("<I"), self._number("<Q")
-        if of == _STRING:
-            for _ in range(count):
-                length = struct.unpack_from("<Q", self._mapped, self._place)[0]
-                self._place += 8 + length
-        else:
-            self._place += struct.calcsize(self._layout(of)) * count
-        if self._place > len(self._mapped):
-            raise ValueError(f"an array of {count} values goes beyond its end")
-        return None
+        if count > _MOST_VALUES:
+            raise ValueError(f"an array of {count} values is longer than any vocabulary")
+        if of != _STRING:
+            layout = self._layout(of)
+            data = self._take(struct.calcsize(layout) * count)
+            return True, struct.unpack(f"<{count}{layout[1]}", data) if count <= _MOST_KEPT else count
+        for _ in range(count):
+            self._bytes()
+        return True, count
 
     def _layout(self, kind: int) -> str:
         if kind not in _SCALARS:
