@@ -26,8 +26,6 @@ _MOST_DIMENSIONS: Final = 4
 # Vocabularies have some hundred thousand tokens, and mixtures some thousand tensors.
 _MOST_VALUES: Final = 2**23
 _MOST_ENTRIES: Final = 2**20
-# Settings with a value for each layer have fewer values, vocabularies more.
-_MOST_KEPT: Final = 4096
 _FIRST_READ: Final = 2**22
 
 
@@ -45,6 +43,17 @@ class GgufTensor:
 
 
 @dataclass(frozen=True)
+class GgufArray:
+    """An array in a GGUF file's header."""
+
+    kind: int
+    """Type of its values as GGUF numbers them: 8 is a text."""
+    count: int
+    start: int
+    """Offset of its first value, in bytes."""
+
+
+@dataclass(frozen=True)
 class GgufContents:
     """The contents of a GGUF file."""
 
@@ -53,8 +62,8 @@ class GgufContents:
     """Size of the file in bytes."""
     settings: Mapping[str, Any]
     """Numbers and texts by key; arrays, such as the vocabulary, are in `arrays`."""
-    arrays: Mapping[str, tuple[Any, ...] | int]
-    """Arrays of up to 4096 numbers by key; of others, such as the vocabulary, the number of their values."""
+    arrays: Mapping[str, GgufArray]
+    """Arrays by key; `values` reads them."""
     tensors: Mapping[str, GgufTensor]
     header: bytes
     """The file's bytes up to the first tensor's entry."""
@@ -63,6 +72,21 @@ class GgufContents:
     def architecture(self) -> str:
         """The model's family, as llama.cpp calls it; empty where the file does not name it."""
         return str(self.settings.get("general.architecture", ""))
+
+    def values(self, key: str) -> list[Any]:
+        """Read the values of an array; empty where there is none."""
+        array = self.arrays.get(key)
+        if array is None:
+            return []
+        if array.kind != _STRING:
+            layout = f"<{array.count}{_SCALARS[array.kind][1]}"
+            return list(struct.unpack_from(layout, self.header, array.start))
+        texts, place = [], array.start
+        for _ in range(array.count):
+            (length,) = struct.unpack_from("<Q", self.header, place)
+            place += 8 + length
+            texts.append(self.header[place - length : place].decode(errors="replace"))
+        return texts
 
 
 def read_contents(path: File) -> GgufContents:
@@ -117,7 +141,8 @@ class _Header:
         found = {self._text(): self._value(self._number("<I")) for _ in range(key_count)}
         header = bytes(self._data[: self._place])
         listed = [self._tensor() for _ in range(tensor_count)]
-        settings = {key: value for key, (is_array, value) in found.items() if not is_array}
+        arrays = {key: value for key, value in found.items() if isinstance(value, GgufArray)}
+        settings = {key: value for key, value in found.items() if key not in arrays}
         alignment = settings.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
@@ -125,7 +150,6 @@ class _Header:
         placed = {name: GgufTensor(name, sizes, kind, start + offset) for name, sizes, kind, offset in listed}
         if len(placed) < len(listed):
             raise ValueError("two tensors have one name")
-        arrays = {key: value for key, (is_array, value) in found.items() if is_array}
         return GgufContents(self._path, self._total, settings, arrays, placed, header)
 
     def _take(self, nbytes: int) -> bytes:
@@ -156,22 +180,22 @@ class _Header:
             raise ValueError(f"a text of {length} bytes at {self._place} goes beyond its end")
         return self._take(length)
 
-    def _value(self, kind: int) -> tuple[bool, Any]:
-        """Read a value, and whether it is an array; of a long array, or one of texts, its length."""
+    def _value(self, kind: int) -> Any:
+        """Read a number or text; of an array, its place."""
         if kind == _STRING:
-            return False, self._bytes().decode(errors="replace")
+            return self._bytes().decode(errors="replace")
         if kind != _ARRAY:
-            return False, self._number(self._layout(kind))
+            return self._number(self._layout(kind))
         of, count = self._number("<I"), self._number("<Q")
         if count > _MOST_VALUES:
             raise ValueError(f"an array of {count} values is longer than any vocabulary")
+        array = GgufArray(of, count, self._place)
         if of != _STRING:
-            layout = self._layout(of)
-            data = self._take(struct.calcsize(layout) * count)
-            return True, struct.unpack(f"<{count}{layout[1]}", data) if count <= _MOST_KEPT else count
+            self._take(struct.calcsize(self._layout(of)) * count)
+            return array
         for _ in range(count):
             self._bytes()
-        return True, count
+        return array
 
     def _layout(self, kind: int) -> str:
         if kind not in _SCALARS:

@@ -37,6 +37,8 @@ NAMES = (
     "llama", "llama, tied, llama3 rope", "llama, head_dim 12, yarn", "llama, biases", "qwen2", "qwen2, tied, yarn",
     "qwen3", "qwen3, tied, biases",
 )  # fmt: skip
+UNSAID = {"dtype", "initializer_range", "attention_dropout", "use_cache", "mlp_bias", "sliding_window"}
+"""Keys that no file says, or only by other keys."""
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
@@ -100,8 +102,7 @@ def test_a_file_of_floats_is_the_model_that_it_was_written_from(tmp_path, name):
     made, given = read_dense(found.config), read_dense(json.loads((folder / "config.json").read_text()))
     assert made.facts == given.facts
     assert made.sizes == given.sizes
-    unsaid = {"dtype", "initializer_range", "attention_dropout", "use_cache", "mlp_bias", "sliding_window"}
-    ours, theirs = ({k: v for k, v in read.values.items() if k not in unsaid} for read in (made, given))
+    ours, theirs = ({k: v for k, v in read.values.items() if k not in UNSAID} for read in (made, given))
     assert ours == theirs  # `window` among them, which is what sliding_window means
     expected = load_weights(folder)
     tensors = values(tmp_path / "model.gguf")

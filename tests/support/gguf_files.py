@@ -126,7 +126,7 @@ def _tokens(folder: Path) -> dict[str, Any]:
     missing = [f"[PAD{number}]" for number in range(len(vocabulary), config["vocab_size"])]
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": vocabulary + missing,
         "tokenizer.ggml.token_type": [3 if token in special else 1 for token in vocabulary] + [5] * len(missing),
         "tokenizer.ggml.merges": [" ".join(pair) for pair in tokenizer["model"]["merges"]],

@@ -1,10 +1,12 @@
-"""Open a model in GGUF as a folder of transformers: its small files are made of the GGUF file's settings."""
+"""Open a model in GGUF as a folder of transformers, in the user's cache: its small files are made of the settings."""
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 from moemerge.checkpoint.disk import cache_folder, drafted
 from moemerge.checkpoint.files import File
@@ -12,8 +14,12 @@ from moemerge.errors import OutputError, RefusedError
 from moemerge.packages import need
 from moemerge.sources.gguf.config import config_of
 from moemerge.sources.gguf.stored_model import GgufModel, read_gguf
+from moemerge.sources.gguf.tokenizer import tokenizer_config, tokenizer_json
+from moemerge.sources.local import resolve_file
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.sources.reference import Reference
+
+_TOKENIZER: Final = "tokenizer.json"
 
 
 def open_gguf(reference: str, origin: Path | Reference, files: Sequence[File]) -> ModelFolder:
@@ -35,8 +41,9 @@ def open_gguf(reference: str, origin: Path | Reference, files: Sequence[File]) -
     config = config_of(model)
     if model.kinds:
         need("gguf", f"To read {reference}, which is quantised")
-    text = json.dumps(config, indent=2) + "\n"
-    folder = _keep(model, {"config.json": text.encode()})
+    files_made = {"config.json": config, "tokenizer_config.json": tokenizer_config(model.first)}
+    folder = _folder_for(model)
+    _keep(folder, {name: json.dumps(table, indent=2) + "\n" for name, table in files_made.items()})
     opened = ModelFolder(reference, origin, folder, config, gguf=model)
     for file in files:
         if isinstance(file, Path):
@@ -44,23 +51,53 @@ def open_gguf(reference: str, origin: Path | Reference, files: Sequence[File]) -
     return opened
 
 
-def _keep(model: GgufModel, files: Mapping[str, bytes]) -> Path:
-    """Write the small files of a model into a folder of the user's cache, which is named after what they say."""
+def add_tokenizer(model: ModelFolder) -> str:
+    """Add the tokenizer to the small files of a model in GGUF, which an expert does without.
+
+    One of a kind that is not read is taken from a `tokenizer.json` beside the GGUF file, if there is one.
+
+    Returns:
+        What is wrong with its tokenizer, as it follows the word, and what to do; empty where nothing is.
+
+    Raises:
+        OutputError: the folder for small files cannot be written.
+        CheckpointError: the `tokenizer.json` beside the file cannot be read.
+    """
+    if model.gguf is None:
+        return ""
+    file = model.gguf.first.path
+    try:
+        text = tokenizer_json(model.gguf.first)
+    except ValueError as error:
+        if not (isinstance(file, Path) and os.path.lexists(file.with_name(_TOKENIZER))):
+            return f"{error}: put its {_TOKENIZER} beside {file}"
+        text = resolve_file(file.parent, _TOKENIZER).read_text(encoding="utf-8")
+        model.notes.append(f"{model.reference}: its tokenizer is the {_TOKENIZER} beside it, since its own {error}")
+    _keep(model.folder, {_TOKENIZER: text})
+    return ""
+
+
+def _folder_for(model: GgufModel) -> Path:
+    """The folder for the small files of a model, which is named after what they are made of."""
     cache = cache_folder("gguf")
     if cache is None:
         raise RefusedError(
             f"{model.reference}: its config.json is made in a folder of your cache, and you have none. Set "
             "XDG_CACHE_HOME to a folder."
         )
-    made = hashlib.sha256(model.first.header + repr((sorted(files.items()), version("moemerge"))).encode())
-    folder = cache / f"{model.first.path.name.rpartition('.')[0][:80]}-{made.hexdigest()[:16]}"
+    names = repr([(file.path.name, sorted(file.tensors.items())) for file in model.files])
+    made = hashlib.sha256(model.first.header + names.encode() + version("moemerge").encode())
+    return cache / f"{model.first.path.name.rpartition('.')[0][:80]}-{made.hexdigest()[:16]}"
+
+
+def _keep(folder: Path, files: Mapping[str, str]) -> None:
+    """Write small files, unless they are there already."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            path = folder / name
+        for name, text in files.items():
+            path, content = folder / name, text.encode()
             if not path.is_file() or path.read_bytes() != content:
                 with drafted(path) as draft:
                     draft.write_bytes(content)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror or error}).") from error
-    return folder

@@ -56,7 +56,8 @@ class GgufModel:
         A number in float32 is the shortest that is rounded to it: 1e-05, not 9.999999747378752e-06.
         """
         prefix = f"{self.name}."
-        found = {**self.first.settings, **self.first.arrays}
+        found = dict(self.first.settings)
+        found |= {key: tuple(self.first.values(key)) for key in self.first.arrays if key.startswith(prefix)}
         return {key.removeprefix(prefix): _shortest(value) for key, value in found.items() if key.startswith(prefix)}
 
     @cached_property
