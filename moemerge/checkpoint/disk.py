@@ -49,6 +49,17 @@ def nearest_folder(path: Path) -> Path:
     return next(parent for parent in (resolved, *resolved.parents) if parent.is_dir())
 
 
+def cache_folder(kind: str) -> Path | None:
+    """The folder of one kind of files in the user's cache: `moemerge/KIND` in XDG_CACHE_HOME, else in `~/.cache`.
+
+    None where there is neither, as for a user of a container that has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moemerge" / kind
+    except RuntimeError:
+        return None
+
+
 def allocate(file: int, nbytes: int, *, reserve: bool) -> None:
     """Make an open file `nbytes` long and reserve its space if possible, so that a full disk is noticed now.
 

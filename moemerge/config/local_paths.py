@@ -12,6 +12,7 @@ from moemerge.places import Place
 
 _VARIABLE: Final = re.compile(r"\$(\w+|\{\w+\})")
 _REMOTE: Final = "hf://"
+_MODEL_FILE: Final = ".gguf"
 _TEXTS: Final = ("positive_texts", "negative_texts")
 
 
@@ -119,8 +120,13 @@ def _plain(path: str) -> str:
 
 
 def _leads(path: str, *, pattern: bool) -> bool:
+    is_file = pattern or path.lower().endswith(_MODEL_FILE)
     try:
-        return os.path.isdir(path) or (pattern and (os.path.isfile(path) or bool(glob(path, recursive=True))))  # noqa: PTH112, PTH113, PTH207
+        return (
+            os.path.isdir(path)  # noqa: PTH112
+            or (is_file and os.path.isfile(path))  # noqa: PTH113
+            or (pattern and bool(glob(path, recursive=True)))  # noqa: PTH207
+        )
     except (OSError, ValueError):  # a text in place of a path; a null byte
         return False
 

@@ -14,20 +14,15 @@ from pathlib import Path
 
 import torch
 
+from moemerge.checkpoint.disk import cache_folder
 from moemerge.evaluation.runnable import Runnable
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 
 
 def default_folder() -> Path | None:
-    """The folder for kept losses: `moemerge/losses` in the user's cache (XDG_CACHE_HOME, else `~/.cache`).
-
-    None where there is neither, as for a user of a container that has no home.
-    """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moemerge" / "losses"
-    except RuntimeError:
-        return None
+    """The folder for kept losses in the user's cache; None where there is no cache."""
+    return cache_folder("losses")
 
 
 class KeptLosses:

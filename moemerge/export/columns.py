@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
+from moemerge.checkpoint.gguf_contents import GgufContents
 from moemerge.errors import RefusedError
-from moemerge.export.contents import GgufContents
 from moemerge.export.imatrix import ColumnSquares
 
 # The tensors of a GGUF file that a module's weight becomes, by the module's path within its layer.

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moemerge.checkpoint.disk import drafted
+from moemerge.checkpoint.gguf_contents import GgufContents, read_contents
 from moemerge.errors import CheckpointError, OutputError, RefusedError
-from moemerge.export.contents import GgufContents, read_contents
-from moemerge.export.packages import need
+from moemerge.packages import need
 
 Array = npt.NDArray[np.float32]
 
@@ -131,11 +131,10 @@ def read_importance(path: Path) -> Importance:
         CheckpointError: the file is damaged or holds something else.
     """
     contents = read_contents(path)
-    return Importance(dict(_tensors(contents)))
+    return Importance(dict(_tensors(path, contents)))
 
 
-def _tensors(contents: GgufContents) -> Iterator[tuple[str, ColumnSquares]]:
-    path = contents.path
+def _tensors(path: Path, contents: GgufContents) -> Iterator[tuple[str, ColumnSquares]]:
     names = [name.removesuffix(_SUMS) for name in contents.tensors if name.endswith(_SUMS)]
     if not names:
         raise CheckpointError(f"{path}: is not an importance matrix: no tensor is called *{_SUMS}. Name another file.")

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Final
 
 from moemerge.chats import Chat, Document
+from moemerge.checkpoint.gguf_contents import read_contents
 from moemerge.config.schema import CONFIG_COPY, MergeConfig
 from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import watch_layers
 from moemerge.export.columns import ColumnTally
-from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import Importance
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.tokens import Encode, Window, by_transformers, cut_windows

@@ -1,6 +1,5 @@
 """GGUF keys that say what the model computes, taken from its `config.json`; those of llama.cpp's converter."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 
 from moemerge.export.families import Config, GgufFamily, Value
 from moemerge.export.key_values import head_width, whole_layers
+from moemerge.families.llama3_rope import llama3_factors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -107,29 +107,12 @@ def _add_rope(writer: "GGUFWriter", parameters: Mapping[str, Any]) -> None:
 
 
 def rope_factors(config: Config) -> NDArray[np.float32] | None:
-    """The divisors by which llama3's scaling slows each frequency (head width / 2,); None without such a scaling.
-
-    Waves shorter than `original / high_freq_factor` stay, those longer than `original / low_freq_factor` are slowed by
-    `factor`, and between them the divisor rises smoothly.
-    """
+    """The divisors by which llama3's scaling slows each frequency (head width / 2,); None without such a scaling."""
     parameters = rope_parameters(config)
     rope = parameters.get("full_attention", parameters)
     if str(rope.get("rope_type")).lower() != "llama3":
         return None
-    width, one = head_width(config), np.float32(1)
-    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    # Each step is rounded to float32; numpy's own power in float32 is not the nearest number.
-    powers = (float(rope.get("rope_theta", 10000.0)) ** exponents.astype(np.float64)).astype(np.float32)
-    lengths = one / (one / powers) * np.float32(2 * math.pi)
-    factor, low, high = (
-        float(rope.get(key, default))
-        for key, default in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
-    )
-    original = float(rope.get("original_max_position_embeddings", 8192))
-    smooth = (one / lengths * np.float32(original) - np.float32(low)) / np.float32(high - low)
-    between = one / ((one - smooth) / np.float32(factor) + smooth)
-    slowed = np.where(lengths > np.float32(original / low), np.float32(factor), between)
-    return np.where(lengths < np.float32(original / high), one, slowed).astype(np.float32)
+    return llama3_factors(rope, head_width(config))
 
 
 def proportional_factors(config: Config) -> NDArray[np.float32]:

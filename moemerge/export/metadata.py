@@ -11,8 +11,8 @@ from moemerge.export.converter import add_tokenizer_of
 from moemerge.export.families import GgufFamily
 from moemerge.export.keys import add_keys
 from moemerge.export.special_tokens import read_special_tokens
-from moemerge.export.splitting import ADD_BOS
 from moemerge.export.vocabulary import Vocabulary, read_gemma4_vocabulary, read_table, read_vocabulary
+from moemerge.families.splitting import ADD_BOS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from moemerge.checkpoint.disk import drafted
+from moemerge.checkpoint.gguf_contents import GgufContents, read_contents
 from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError, OutputError, RefusedError
 from moemerge.export.chat_format import ChatFormat, read_format
 from moemerge.export.chat_template import added_tokens, read_chat_template, special_tokens
-from moemerge.export.contents import GgufContents, read_contents
-from moemerge.export.splitting import ADD_BOS
+from moemerge.families.splitting import ADD_BOS
 from moemerge.printable import printable
 
 # Ollama's name of a parameter, by the key of generation_config.json.

@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
+from moemerge.checkpoint.gguf_contents import GgufContents, read_contents
 from moemerge.errors import OutputError, RefusedError
-from moemerge.export.contents import GgufContents, read_contents
 from moemerge.export.imatrix import FEWEST_TOKENS, Importance
-from moemerge.export.packages import need
 from moemerge.export.quantiser_process import run_engine
 from moemerge.export.tensors import GgufTensor
+from moemerge.packages import need
 
 # enum llama_ftype of https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
 FILE_TYPES: Final[dict[str, int]] = {

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.export.sentencepiece import Kind, read_pieces
-from moemerge.export.splitting import pre_tokenizer_of
+from moemerge.families.splitting import pre_tokenizer_of
 
 _MOST_BYTES: Final = 200_000_000
 _BYTE: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")

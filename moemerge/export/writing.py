@@ -20,8 +20,8 @@ from moemerge.errors import ConfigError, RefusedError, TooLargeError
 from moemerge.export.converter import check_checkout
 from moemerge.export.layout import padded_bands
 from moemerge.export.model import GgufFormat, GgufModel, asked_type
-from moemerge.export.packages import need
 from moemerge.export.tensors import GgufTensor
+from moemerge.packages import need
 from moemerge.planning.models import references_of
 from moemerge.progress import adding_up
 from moemerge.sources.model_folder import open_merged, read_tensor_table

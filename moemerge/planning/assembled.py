@@ -47,7 +47,8 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
         IncompatibleError: the config cannot be followed exactly with these models.
         CheckpointError: a norm that is to be folded is damaged.
     """
-    dtype = config.dtype or _main_dtype(tables[config.base_model])
+    gguf = models.base.folder.gguf
+    dtype = config.dtype or (gguf and gguf.usual_dtype) or _main_dtype(tables[config.base_model])
     placed = [(member.place, member.model) for member in models.every_expert]
     parts = take_parts(config, shape.mixture, models.base.model, placed, tables=tables, dtype=HEADER_DTYPES[dtype])
     parts = with_vocabulary(parts, shape.vocabulary, models)

@@ -12,6 +12,7 @@ from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.passes.proving import Entries
 from moemerge.passes.tokens import code_references, listed, read_tokenizer_config
+from moemerge.sources.gguf.opening import add_tokenizer
 from moemerge.sources.model_folder import ModelFolder, fetch_files
 
 # Files beside the weights that are copied from the base byte for byte.
@@ -127,6 +128,7 @@ def find_base_files(
         SourceError: the Hub does not give a file.
         CheckpointError: a file is a link that leads elsewhere.
     """
+    problem = add_tokenizer(base)
     config = read_tokenizer_config(base.folder)
     versions = config.get("fast_tokenizer_files")
     versioned = [name for name in versions if isinstance(name, str)] if isinstance(versions, list) else []
@@ -149,12 +151,14 @@ def find_base_files(
                 notes.append(f"{place}: its {name} is copied, but {str(error).partition(': ')[2].rstrip('.')}")
     vocabularies = _vocabularies(copied)
     if needed and not vocabularies:
+        add = f"its tokenizer {problem}" if problem else "add its tokenizer.json"
         raise IncompatibleError(
             "base_model: has no tokenizer to read the prompts with.",
-            ["add its tokenizer.json, or remove the prompts and choose gate_mode random"],
+            [f"{add}, or remove the prompts and choose gate_mode random"],
         )
     if not vocabularies:
-        notes.append(f"{place}: has no tokenizer.json and no tokenizer.model to copy")
+        why = f": its own {problem}" if problem else ""
+        notes.append(f"{place}: has no tokenizer.json and no tokenizer.model to copy{why}")
     elif "tokenizer.json" not in vocabularies:
         notes.append(
             f"{place}: has no tokenizer.json; one is made of {', '.join(vocabularies)} as transformers converts it, "

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from moemerge.checkpoint.files import File, Stamp
 from moemerge.checkpoint.header import TensorInfo, read_header
@@ -13,6 +13,7 @@ from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import NoSuchModelError, SourceError
 from moemerge.families.dense import plain_tensors, read_dense
 from moemerge.sources.bin_files import read_pickle
+from moemerge.sources.gguf.choosing import find_ggufs
 from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
@@ -21,6 +22,9 @@ from moemerge.sources.quantised.table import dequantised
 from moemerge.sources.reference import Reference, parse_reference, split_adapter, split_expert
 from moemerge.sources.text_models import read_text_config, text_tensors
 from moemerge.sources.wrong_names import check_merged_folder, no_model
+
+if TYPE_CHECKING:
+    from moemerge.sources.gguf.stored_model import GgufModel
 
 __all__ = [
     "Announce",
@@ -64,6 +68,8 @@ class ModelFolder:
     """The `config.json` of the multimodal model that it is the text model of, if it is one."""
     left_out: dict[str, TensorInfo] = field(default_factory=dict, compare=False)
     """Tensors that are no part of a text model, by the names that transformers gives them, once they have been read."""
+    gguf: "GgufModel | None" = field(default=None, repr=False, compare=False)
+    """The model in GGUF that its small files are made of, if it is one."""
 
     @property
     def own_folders(self) -> tuple[Path, ...]:
@@ -126,6 +132,10 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
 
         return open_expert(reference, *chosen, announce)
     origin, folder = _find(reference, announce)
+    if ggufs := find_ggufs(reference, folder):
+        from moemerge.sources.gguf.opening import open_gguf
+
+        return open_gguf(reference, origin, ggufs)
     if not (folder / "config.json").exists():
         raise no_model(reference, folder)
     path = resolve_file(folder, "config.json")
@@ -261,6 +271,8 @@ def _read_weights(
         from moemerge.sources.mixture_experts import expert_tensors
 
         return expert_tensors(model.mixture, model.expert, announce, weights)
+    if model.gguf:
+        return model.gguf.tensors()
     named = weights_named(model.config)
     if isinstance(model.origin, Reference):
         from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors

@@ -1,4 +1,4 @@
-"""Parse a model reference of the YAML: a folder on this machine, or a repository on the Hub."""
+"""Parse a model reference of the YAML: a folder or GGUF file on this machine, or a repository on the Hub."""
 
 import os
 import re
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge.errors import NoSuchModelError, SourceError
+from moemerge.file_kinds import Kind, what_is
 from moemerge.sources.wrong_names import no_folder
 
 
@@ -21,7 +22,7 @@ class Reference:
 
 
 def parse_reference(text: str) -> Path | Reference:
-    """Parse a reference: a folder if one of that name exists, else a Hub repository, `user/name[@revision]`.
+    """Parse a reference: a folder or GGUF file if one of that name exists, else a Hub repository.
 
     Of an expert, `MIXTURE#NAME`, it is the mixture that is parsed.
 
@@ -35,6 +36,8 @@ def parse_reference(text: str) -> Path | Reference:
         if path.is_dir():
             return path.resolve()
         if path.is_file():
+            if what_is(path) is Kind.GGUF:
+                return path.parent.resolve() / path.name  # whose name may be a link's, with the number of a part
             raise NoSuchModelError(no_folder(text, path, merged=False))
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
         kind = SourceError if isinstance(error, PermissionError) else NoSuchModelError

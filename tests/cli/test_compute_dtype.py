@@ -6,9 +6,8 @@ import sys
 import pytest
 import torch
 
-from moemerge import load_config, merge, plan_merge
+from moemerge import load_config, merge, packages, plan_merge
 from moemerge.cli import main
-from moemerge.export import packages
 from moemerge.passes import decoder
 from tests.support.models import TEXT, write_config
 

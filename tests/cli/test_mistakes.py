@@ -269,23 +269,23 @@ def test_all_wrong_names_are_told_at_once_with_the_nearest(told, place):
     (place / "runs/checkpoint-5").mkdir(parents=True, exist_ok=True)
     shutil.copy(place / "fox/config.json", place / "runs/checkpoint-5")
     (place / "quantised").mkdir(exist_ok=True)
-    (place / "quantised/fox.q8_0.gguf").touch()
-    experts = ["./foxx", "runs", "adapter", "model.gguf", "quantised", "base/config.json", "/nowhere/code"]
+    for name in ("fox.q4_k_m", "fox.q8_0"):
+        (place / f"quantised/{name}.gguf").touch()
+    experts = ["./foxx", "runs", "adapter", "quantised", "base/config.json", "/nowhere/code"]
     write_config(place / "wrong.yaml", "./../acme/mth", experts, prompts=False)
     text = (place / "wrong.yaml").read_text().splitlines()
     lines = {name: text.index(f"- source_model: {name}") + 1 for name in experts}
     no = "there is no such folder, and it cannot be a Hub repository (user/name)."
     assert told("moemerge plan wrong.yaml") == (
         2,
-        "error: wrong.yaml: 8 problems:\n"
+        "error: wrong.yaml: 7 problems:\n"
         f"  - line 1: base_model: ./../acme/mth: {no} Did you mean acme/math?\n"
         f"  - line {lines['./foxx']}: experts[0].source_model: ./foxx: {no} Did you mean fox?\n"
         f"  - line {lines['runs']}: experts[1].source_model: runs: has no config.json, so it is not a model that moemerge can read. Did you mean runs/checkpoint-5?\n"
         f"  - line {lines['adapter']}: experts[2].source_model: adapter: is a LoRA adapter, not a model. Write it after its base model: acme/base+adapter.\n"
-        f"  - line {lines['model.gguf']}: experts[3].source_model: model.gguf: is a GGUF file, which llama.cpp runs. Name the folder that it was written from.\n"
-        f"  - line {lines['quantised']}: experts[4].source_model: quantised: is a model in GGUF, which is not read here. Name the model that it was made from.\n"
-        f"  - line {lines['base/config.json']}: experts[5].source_model: base/config.json: is one file of a model. Name its folder, base.\n"
-        f"  - line {lines['/nowhere/code']}: experts[6].source_model: /nowhere/code: {no} Did you mean code?\n",
+        f"  - line {lines['quantised']}: experts[3].source_model: quantised: holds 2 GGUF files. Name one of them: fox.q4_k_m.gguf, fox.q8_0.gguf.\n"
+        f"  - line {lines['base/config.json']}: experts[4].source_model: base/config.json: is one file of a model. Name its folder, base.\n"
+        f"  - line {lines['/nowhere/code']}: experts[5].source_model: /nowhere/code: {no} Did you mean code?\n",
     )
 
 
@@ -333,7 +333,6 @@ def test_a_file_in_place_of_a_merged_model_is_called_the_same_by_every_command(t
     ("given", "message"),
     [
         ("merge.yaml", "is a config. Name the folder that holds the model's config.json."),
-        ("model.gguf", "is a GGUF file, which llama.cpp runs. Name the folder that it was written from."),
         ("base/config.json", "is one file of a model. Name its folder, base."),
         ("base/model.safetensors", "is a file of weights. Name its folder, base."),
     ],

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
 
-from moemerge import load_config, merge, plan_merge
+from moemerge import load_config, merge, packages, plan_merge
 from moemerge.checkpoint import output_folder
 from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.header import read_header
@@ -36,7 +36,6 @@ from moemerge.errors import (
     RefusedError,
     TooLargeError,
 )
-from moemerge.export import packages
 from moemerge.export.blocks import quantise_q8_0
 from moemerge.export.family_tables import GGUF_FAMILIES
 from moemerge.export.keys import rope_factors

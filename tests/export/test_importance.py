@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.gguf_contents import read_contents
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import RefusedError
-from moemerge.export.contents import read_contents
 from moemerge.export.importance import calibration_texts, importance_of
 from tests.export.test_quantising import write
 from tests.families.test_families import readable

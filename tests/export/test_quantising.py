@@ -11,13 +11,13 @@ import gguf
 import numpy as np
 import pytest
 
-from moemerge import load_config, merge, plan_merge
+from moemerge import load_config, merge, packages, plan_merge
 from moemerge.checkpoint.disk import shown_bytes
+from moemerge.checkpoint.gguf_contents import read_contents
 from moemerge.cli.app import main
 from moemerge.cli.options import GGUF_TYPES
 from moemerge.errors import CheckpointError, OutputError, RefusedError, SourceError
-from moemerge.export import packages, quantised_file
-from moemerge.export.contents import read_contents
+from moemerge.export import quantised_file
 from moemerge.export.imatrix import ColumnSquares, Importance, read_importance
 from moemerge.export.quantised_file import write_quantised
 from moemerge.export.quantiser_process import failure_reason

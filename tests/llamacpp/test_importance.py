@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.export.contents import read_contents
+from moemerge.checkpoint.gguf_contents import read_contents
 from moemerge.export.imatrix import Importance, read_importance
 from moemerge.export.importance import importance_of
 from moemerge.export.quantising import quantise

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.gguf_contents import read_contents
 from moemerge.cli.app import main
 from moemerge.errors import OutputError
 from moemerge.export import quantising
-from moemerge.export.contents import read_contents
 from moemerge.export.imatrix import ColumnSquares, Importance
 from moemerge.export.quantising import FILE_TYPES, NEED_IMPORTANCE, quantise, quantised_bytes
 from moemerge.export.writing import write_gguf

@@ -274,7 +274,7 @@ def test_what_the_hub_does_not_give_is_one_clear_error(planned, tmp_path):
         ),
         ("acme/fox", {}, NOT_FOUND),
         ("acme/blocked", {}, f"could not be downloaded: [Errno 17] File exists: '{blobs}'."),
-        ("acme/gguf", {}, "is a model in GGUF, which is not read here. Name the model that it was made from."),
+        ("acme/gguf", {}, "holds a model in GGUF, which is not read from the Hub. Download a file, and name that."),
         ("acme/adapter", {}, "is a LoRA adapter, not a model. Write it after its base model: model+acme/adapter."),
         ("acme/gated", reader, GATED),
         ("acme/none", reader, NOT_FOUND),

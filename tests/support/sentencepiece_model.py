@@ -12,7 +12,13 @@ VOCAB = 512
 
 def save_sentencepiece(folder: Path) -> None:
     """Write it in the files of Llama 2, as llama.cpp's converter accepts it: a new byte-level one it refuses."""
-    with (folder / "tokenizer.model").open("wb") as written:
+    learn_pieces(folder / "tokenizer.model")
+    LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)
+
+
+def learn_pieces(file: Path) -> None:
+    """Write the pieces alone."""
+    with file.open("wb") as written:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for topic in topics.values() for line in topic.splitlines() if line),
             model_writer=written,
@@ -23,4 +29,3 @@ def save_sentencepiece(folder: Path) -> None:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
         )
-    LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)

@@ -52,10 +52,22 @@ _NAMESAKES: Final = (
     ("llama-bpe", "[gMASK]", "glm4"),
 )
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
+# Other names of the same ways, in llama-vocab.cpp.
+_SAME: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"),
+    **dict.fromkeys(("jina-v5-nano", "glm4", "smaug-bpe", "dbrx"), "llama-bpe"),
+    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"), "qwen2"),
+    **dict.fromkeys(("starcoder", "refact"), "smollm"),
+    **dict.fromkeys(("llama4", "kanana2"), "gpt-4o"),
+}
 ADD_BOS: Final = frozenset({
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken", "chameleon",
 })  # fmt: skip
 """Ways of splitting with which engines put a BOS token before every text, unless the file says otherwise."""
+WHOLE_WORDS: Final = ADD_BOS - {"chameleon"} | {"jina-v5-nano", "glm4"}
+"""Ways of splitting with which a word that is a token is one, whatever its merges make of it (`ignore_merges`)."""
+# Those that put texts into the Unicode form NFC first, which llama.cpp does not.
+_NFC: Final = frozenset({"qwen2", "qwen35"})
 
 
 def pre_tokenizer_of(tokenizer: Mapping[str, Any]) -> str | None:
@@ -83,3 +95,23 @@ def _steps(pre_tokenizer: Mapping[str, Any]) -> list[Step]:
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": str(behavior), "invert": bool(invert)}:
             return [("Split", pattern, behavior, invert)]
     return [("unknown", str(pre_tokenizer.get("type")))]
+
+
+def steps_of(name: str) -> tuple[dict[str, Any] | None, dict[str, Any]] | None:
+    """Find normaliser and pre-tokenizer of a `tokenizer.json` by llama.cpp's name for them; None for an unknown one."""
+    way = _SAME.get(name, name)
+    steps = next((steps for steps, known in _WAYS.items() if known == way), None)
+    if steps is None:
+        return None
+    written = [_written(*step) for step in steps]
+    parts = written[0] if len(written) == 1 else {"type": "Sequence", "pretokenizers": written}
+    return ({"type": "NFC"} if way in _NFC else None), parts
+
+
+def _written(kind: str, *values: Any) -> dict[str, Any]:
+    if kind == "ByteLevel":
+        return {"type": kind, "add_prefix_space": False, "trim_offsets": True, "use_regex": values[0]}
+    if kind == "Digits":
+        return {"type": kind, "individual_digits": values[0]}
+    pattern, behavior, invert = values
+    return {"type": kind, "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}

@@ -1,4 +1,4 @@
-"""Checks for packages that only an export needs."""
+"""Checks for packages that only some work needs."""
 
 from importlib.util import find_spec
 from typing import Final

@@ -1,0 +1,1 @@
+"""Dense models in GGUF files, read as if they were stored by transformers."""
