@@ -173,7 +173,7 @@ def _tensors(expert: ModelTensors, base: ModelTensors, *, mixed: bool) -> Iterat
         shape = base.tensors[tensor].shape
         fits = tensor in theirs and theirs[tensor].shape == shape
         if tensor in lost:
-            found.setdefault(f"tensor {{}} {lost[tensor]}", []).append(tensor)
+            found.setdefault(f"{{}} {lost[tensor]}", []).append(tensor)
         elif mixed and (fits or tensor in inside) and not (fits and theirs[tensor].dtype in CONFIG_DTYPES):
             found.setdefault(_WITHOUT, []).append(f"{tensor} of shape {list(shape)}")
     own = [name for layer in range(base.model.layers) for name in expert.model.tensors(layer)]

@@ -335,7 +335,7 @@ def test_what_an_adapter_does_beside_the_ffns_does_not_block_a_merge(tmp_path, l
         with pytest.raises(IncompatibleError) as caught:
             plan_merge(config)
         (reason,) = left_out.values()
-        told = f"shared_weights: experts[0]: tensor {EMBEDDINGS} {reason.format(folder)}"
+        told = f"shared_weights: experts[0]: {EMBEDDINGS} {reason.format(folder)}"
         assert list(caught.value.problems) == [told]
     if is_shared:
         with pytest.raises(IncompatibleError, match=f"{re.escape(reference)}: cannot be run:"):
