@@ -47,8 +47,7 @@ def init_routers(
         progress: called as experts write text, and as layers are done.
 
     Raises:
-        RefusedError: there is no such device.
-        RouterError: the tokenizer or the prompts cannot be used.
+        RefusedError, RouterError: there is no such device; the tokenizer or the prompts cannot be used.
     """
     config, mixture, dtype = request.config, request.mixture, request.dtype
     seed = seed if config.router.seed is None else config.router.seed

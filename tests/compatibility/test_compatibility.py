@@ -72,7 +72,7 @@ UNREAD = "which moemerge does not read (`moemerge families` lists what it does)"
         ("mistral9", {"attention_bias": None, "mlp_bias": None, "pretraining_tp": None}, "mistral, which reads all keys of its config.json: if it computes like one, merge a copy with that model_type"),
         ("llama_clip", {"clip_qkv": 8.0}, "llama, which does not read clip_qkv"),
         ("another", {"a": 1, "b": 2, "c": 3, "d": 4}, "llama, which does not read a, b, c and 1 more"),
-        ("gpt2", {"hidden_size": None, "num_hidden_layers": None, "n_embd": 32}, "llama, which needs hidden_size, num_hidden_layers and does not read n_embd"),
+        ("gptx", {"hidden_size": None, "num_hidden_layers": None, "n_embd": 32}, "llama, which needs hidden_size, num_hidden_layers and does not read n_embd"),
     ],
 )  # fmt: skip
 def test_a_type_that_is_not_read_is_named_once_with_the_nearest(tmp_path, pair, model_type, keys, nearest):
