@@ -178,7 +178,7 @@ def test_families_are_listed_without_torch():
         "\n\nyes: the engine computed every mixture that was measured as transformers 5 does; most: all but those with "
         "facts that `moemerge families NAME` lists; converter: llama.cpp's own, in place of `moemerge gguf`.\n"
         "Models of other types are read as these: internlm, internlm2, internlm3, exaone, Yi, aquila, xverse, "
-        "iquestcoder, PanguEmbedded, baichuan as llama; mimo, qwen as qwen2.\n"
+        "iquestcoder, PanguEmbedded, baichuan as llama; mimo, qwen as qwen2; minicpm as granite; chatglm as glm.\n"
         f"Text models are also read inside multimodal ones: {', '.join(MULTIMODAL)}.\n"
     )
     named = run("families", "Mistral", after=NO_TORCH).stdout

@@ -57,9 +57,13 @@ def mixture_of(plan: MergePlan, release: Release, out, experts):
     tensors, models = stored(out), [read_release(folder) for folder in experts]
 
     def ffn(layer: int, states: torch.Tensor) -> torch.Tensor:
-        scores = (states @ tensors[f"model.layers.{layer}.{plan.family.router}"].T).softmax(-1)
-        chosen = scores.topk(plan.config.experts_per_token, dim=-1)
-        weights = torch.zeros_like(scores).scatter(-1, chosen.indices, chosen.values)
+        prefix = f"model.layers.{layer}."
+        rows = states @ tensors[prefix + plan.family.router].T
+        scores = rows.softmax(-1) if plan.family.scoring == "softmax" else rows.sigmoid()
+        index = (
+            (scores + tensors.get(prefix + plan.family.selection_bias, 0)).topk(plan.config.experts_per_token).indices
+        )
+        weights = torch.zeros_like(scores).scatter(-1, index, scores.gather(-1, index))
         weights = weights / weights.sum(-1, keepdim=True)
         outputs = [release.ffn(layer_of(release, model, layer), states) for model in models]
         return torch.stack([weights[..., [number]] * output for number, output in enumerate(outputs)]).sum(0)
@@ -181,7 +185,9 @@ def test_quantised_tensors_have_released_names_too(tmp_path):
 def test_a_plan_says_how_a_model_is_read(tmp_path, kind, said):
     base, expert = (make_release(tmp_path / name, RELEASES[kind], seed) for seed, name in enumerate("ab"))
     plan = plan_merge(load_config(write_config(tmp_path / "merge.yaml", base, [expert, base], prompts=False)))
-    assert [note for note in plan.notes if "is read as" in note] == [f"{base}, {expert}: {said}"]
+    found = [note for note in plan.notes if "is read as" in note]
+    assert all(note.endswith(f": {said}") for note in found)
+    assert all(any(str(folder) in note for note in found) for folder in (base, expert))
     assert not [note for note in plan.notes if "does not use these keys" in note]
 
 
@@ -201,6 +207,18 @@ def test_a_plan_says_how_a_model_is_read(tmp_path, kind, said):
         ("qwen", {"no_bias": False}, "its no_bias is False, which no released Qwen has and was not proved"),
         ("qwen", {"rotary_pct": 0.5}, "its rotary_pct is 0.5, which no released Qwen has and was not proved"),
         ("mimo", {"use_mrope": True}, "its use_mrope was not proved"),
+        (
+            "chatglm",
+            {"ffn_hidden_size": None, "inner_hidden_size": 48, "position_encoding_2d": True},
+            "it is of ChatGLM's first generation, which reads a prompt in both directions",
+        ),
+        ("chatglm", {"rmsnorm": False}, "its rmsnorm is False, with which it is no GLM"),
+        (
+            "chatglm",
+            {"padded_vocab_size": 65024, "rope_ratio": 16},
+            "its rope_ratio is 16, by which ChatGLM2 divides positions and ChatGLM3 multiplies the base of its rotary "
+            "frequencies; which of them it is, its config.json does not say",
+        ),
         ("minicpm", {"num_experts": 8}, "num_experts is 8: it has experts already"),
         (
             "minicpm",

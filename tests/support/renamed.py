@@ -25,6 +25,15 @@ Ffn = Callable[[Tensors, torch.Tensor], torch.Tensor]
 Shape = tuple[int, ...]
 
 
+def rotated(states: torch.Tensor, theta: float, longrope: tuple[torch.Tensor, float]) -> torch.Tensor:
+    """Rotate the halves of each head (sequence, position, head, d)."""
+    width = states.shape[-1]
+    angles = torch.arange(states.shape[1])[:, None] / longrope[0] / theta ** (torch.arange(0, width, 2) / width)
+    angles = torch.cat((angles, angles), -1)[:, None]
+    low, high = states.chunk(2, -1)
+    return (states * angles.cos() + torch.cat((-high, low), -1) * angles.sin()) * longrope[1]
+
+
 @dataclass(frozen=True)
 class Release:
     """A released layout: its config, the shapes of its tensors, and what its code does with them."""
@@ -42,6 +51,7 @@ class Release:
     theta: Callable[[Config, int], float] = lambda config, _length: float(config["rope_theta"])
     further: dict[str, Shape] = field(default_factory=dict)
     unit_head: bool = False
+    rotate: Callable[[torch.Tensor, float, tuple[torch.Tensor, float]], torch.Tensor] = rotated
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Factors on embeddings, and on what attention and FFN add; the divisor of what enters the head."""
     longrope: Callable[[Config], tuple[torch.Tensor, float]] = lambda _config: (torch.ones(()), 1.0)
@@ -76,13 +86,14 @@ def normed(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     return weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def rotated(states: torch.Tensor, theta: float, longrope: tuple[torch.Tensor, float]) -> torch.Tensor:
-    """Rotate the halves of each head (sequence, position, head, d)."""
-    width = states.shape[-1]
-    angles = torch.arange(states.shape[1])[:, None] / longrope[0] / theta ** (torch.arange(0, width, 2) / width)
-    angles = torch.cat((angles, angles), -1)[:, None]
-    low, high = states.chunk(2, -1)
-    return (states * angles.cos() + torch.cat((-high, low), -1) * angles.sin()) * longrope[1]
+def half_rotated_in_pairs(states: torch.Tensor, theta: float, _longrope: tuple[torch.Tensor, float]) -> torch.Tensor:
+    """Rotate pairs of neighbours in the first half of each head (sequence, position, head, d)."""
+    turning, rest = states.chunk(2, -1)
+    width = turning.shape[-1]
+    angles = (torch.arange(states.shape[1])[:, None] / theta ** (torch.arange(0, width, 2) / width))[:, None]
+    real, imaginary = turning[..., ::2], turning[..., 1::2]
+    turned = (real * angles.cos() - imaginary * angles.sin(), imaginary * angles.cos() + real * angles.sin())
+    return torch.cat((torch.stack(turned, -1).flatten(-2), rest), -1)
 
 
 def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -115,7 +126,7 @@ def logits_of(
     for layer in range(config[release.count]):
         own = layer_of(release, tensors, layer)
         queries, keys, values = release.split(own, normed(states, own[release.norms[0]], eps), config)
-        heads = attended(rotated(queries, *rope), rotated(keys, *rope), values)
+        heads = attended(release.rotate(queries, *rope), release.rotate(keys, *rope), values)
         states = states + linear(own, release.out, heads) * depth
         entering = normed(states, own[release.norms[1]], eps)
         states = states + (release.ffn(own, entering) if ffn is None else ffn(layer, entering)) * depth
@@ -199,6 +210,21 @@ def _in_thirds(module: str) -> Split:
         return in_heads(query, heads), in_heads(key, heads), in_heads(value, heads)
 
     return split
+
+
+def _one_after_another(
+    own: Tensors, states: torch.Tensor, config: Config
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    heads, groups, width = (config[key] for key in ("num_attention_heads", "multi_query_group_num", "kv_channels"))
+    fused = linear(own, "self_attention.query_key_value", states)
+    query, rest = fused[..., : heads * width], fused[..., heads * width :]
+    key, value = rest.chunk(2, -1)
+    return in_heads(query, heads), in_heads(key, groups), in_heads(value, groups)
+
+
+def _first_half_gates(own: Tensors, states: torch.Tensor) -> torch.Tensor:
+    gate, up = linear(own, "mlp.dense_h_to_4h", states).chunk(2, -1)
+    return linear(own, "mlp.dense_4h_to_h", silu(gate) * up)
 
 
 def _ntk(config: Config, length: int) -> float:
@@ -366,5 +392,35 @@ RELEASES: dict[str, Release] = {
         outside=("transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight"),
         eps="layer_norm_epsilon",
         theta=lambda config, _length: float(config["rotary_emb_base"]),
+    ),
+    "chatglm": Release(
+        {
+            "model_type": "chatglm", "add_bias_linear": False, "add_qkv_bias": True, "ffn_hidden_size": WIDTH,
+            "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
+            "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True,
+            "fp32_residual_connection": False, "hidden_dropout": 0.0, "hidden_size": HIDDEN, "kv_channels": D,
+            "layernorm_epsilon": 1e-5, "multi_query_attention": True, "multi_query_group_num": KEYS,
+            "num_attention_heads": HEADS, "num_layers": 3, "original_rope": True, "padded_vocab_size": SIZES["vocab_size"],
+            "post_layer_norm": True, "rmsnorm": True, "rope_ratio": 0.5, "seq_length": 128, "tie_word_embeddings": False,
+            "use_cache": True, "vocab_size": SIZES["vocab_size"], "eos_token_id": [2, 3, 4], "pad_token_id": 0,
+        },
+        {
+            **_NORMS, "self_attention.query_key_value.weight": (Q + 2 * KV, HIDDEN),
+            "self_attention.query_key_value.bias": (Q + 2 * KV,), "self_attention.dense.weight": (HIDDEN, Q),
+            "mlp.dense_h_to_4h.weight": (2 * WIDTH, HIDDEN), "mlp.dense_4h_to_h.weight": (HIDDEN, WIDTH),
+        },
+        _one_after_another,
+        _first_half_gates,
+        layers="transformer.encoder.layers.{}.",
+        out="self_attention.dense",
+        outside=(
+            "transformer.embedding.word_embeddings.weight", "transformer.encoder.final_layernorm.weight",
+            "transformer.output_layer.weight",
+        ),
+        eps="layernorm_epsilon",
+        count="num_layers",
+        theta=lambda config, _length: 10000.0 * config["rope_ratio"],
+        further={"transformer.rotary_pos_emb.inv_freq": (D // 4,)},
+        rotate=half_rotated_in_pairs,
     ),
 }  # fmt: skip

@@ -7,6 +7,7 @@ theirs. A default is that of the configuration class, where it differs from that
 from typing import Any, Final
 
 from moemerge.families.dense.family import Config
+from moemerge.families.dense.renamed.chatglm import CHATGLM
 from moemerge.families.dense.renamed.family import Renamed, by_key_head, one_after_another
 from moemerge.families.dense.renamed.scaled import MINICPM
 
@@ -206,7 +207,7 @@ RENAMED: Final = {
     renamed.model_type: renamed
     for renamed in (
         INTERNLM, INTERNLM2, INTERNLM3, EXAONE, YI, MIMO, AQUILA, XVERSE, IQUESTCODER, PANGU, BAICHUAN, QWEN,
-        MINICPM,
+        MINICPM, CHATGLM,
     )
 }  # fmt: skip
 """Renamed model types by name."""
