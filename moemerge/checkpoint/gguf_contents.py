@@ -110,15 +110,17 @@ def read_contents(path: File) -> GgufContents:
 
 
 def _read_beginning(file: File) -> GgufContents:
-    total = size_of(file)
-    nbytes = min(_FIRST_READ, total)
+    """Read as much of a file on another machine as its header takes; each byte once."""
+    total, data = size_of(file), b""
     while True:
-        with open_range(file, 0, nbytes) as reader:
-            data = read_exactly(reader, nbytes)
+        wanted = min(max(_FIRST_READ, 2 * len(data)), total) - len(data)
+        if wanted:
+            with open_range(file, len(data), wanted) as reader:
+                data += read_exactly(reader, wanted)
         try:
             return _Header(file, data, total).contents()
         except _UnreadError:
-            nbytes = min(2 * nbytes, total)
+            continue
 
 
 class _UnreadError(Exception):

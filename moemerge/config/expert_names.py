@@ -11,8 +11,9 @@ LONGEST_NAME: Final = 60
 # Folders that trainers and the Hub's cache make within a model's own; some say which version of it they hold.
 _INNER: Final = re.compile(r"(checkpoint-\d+)|snapshots|([0-9a-f]{7})[0-9a-f]{33}")
 _REPOSITORY: Final = re.compile(r"([\w-][\w.-]*(?:/[\w.-]+)?)@(.+)")
-# The end of the name of a GGUF file, or of the first of its parts.
+# The end of the name of a GGUF file, or of the first of its parts; and of a repository of such files, which one.
 _FILE: Final = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
+_TYPED: Final = re.compile(r"([\w-][\w.-]*/[\w.-]+?)(?:-gguf)?(@[^:]+)?:[\w./-]+", re.IGNORECASE)
 _LONGEST_VERSION: Final = 20
 _CACHED: Final = re.compile(r"models--(?:.*--)?")
 WRITABLE_NAME: Final = r"[^\s=,](?:[^\n\r\t=,]*[^\s=,])?"
@@ -81,6 +82,8 @@ def _parts(model: str) -> tuple[list[str], str]:
         parts, version = _parts(mixture)
         own = _writable(expert) or "model"
         return ([*parts[:-1], f"{parts[-1]}-{own}"] if expert.isdecimal() else [*parts, own]), version
+    if typed := _TYPED.fullmatch(reference):
+        reference = f"{typed[1]}{typed[2] or ''}"
     repository = _REPOSITORY.fullmatch(reference)
     path = re.split(r"[/\\]", repository[1] if repository else _FILE.sub("", reference))
     named = [_CACHED.sub("", part, count=1) for part in path if part not in {"", ".", "..", "~"}]

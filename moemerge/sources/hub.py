@@ -89,6 +89,33 @@ def fetch_files(reference: Reference, folder: Path, names: Sequence[str], announ
         )
 
 
+def list_files(reference: Reference, folder: Path, announce: Callable[[str], None]) -> list[str]:
+    """List a repository's files at the commit of the snapshot `folder`; without network, those that are in it.
+
+    Raises:
+        SourceError: says what the Hub answered and what to do.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    with explained(reference, PARTIAL):
+        info = patiently(reference, announce, lambda: HfApi().model_info(reference.repo, revision=folder.name))
+    return [file.rfilename for file in info.siblings or []]
+
+
+def open_remote(
+    reference: Reference, folder: Path, names: Sequence[str], announce: Callable[[str], None]
+) -> list[Path | HubFile]:
+    """Open files at the commit of the snapshot `folder`: those that are not in it stay on the Hub.
+
+    Raises:
+        SourceError: the Hub does not give a file, or no parts of it.
+    """
+    return [
+        resolve_file(folder, name) if (folder / name).exists() else HubFile(reference, folder.name, name, announce)
+        for name in names
+    ]
+
+
 def read_remote_tensors(
     reference: Reference, folder: Path, announce: Callable[[str], None]
 ) -> tuple[dict[str, TensorInfo], list[str]] | None:
@@ -126,9 +153,7 @@ def cache_folder() -> Path:
 def _find_weights(reference: Reference, folder: Path, announce: Callable[[str], None]) -> list[str]:
     """The files with the weights in a repository, at the commit of the snapshot `folder`."""
     choices = _weight_files(folder)
-    with explained(reference, PARTIAL):
-        info = patiently(reference, announce, lambda: HfApi().model_info(reference.repo, revision=folder.name))
-    on_hub = {file.rfilename for file in info.siblings or []}
+    on_hub = set(list_files(reference, folder, announce))
     for names in choices:
         if on_hub.issuperset(names):
             return names

@@ -13,7 +13,6 @@ from moemerge.checkpoint.index import read_json, read_tensors
 from moemerge.errors import NoSuchModelError, SourceError
 from moemerge.families.dense import plain_tensors, read_dense
 from moemerge.sources.bin_files import read_pickle
-from moemerge.sources.gguf.choosing import find_ggufs
 from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
@@ -132,10 +131,10 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
 
         return open_expert(reference, *chosen, announce)
     origin, folder = _find(reference, announce)
-    if ggufs := find_ggufs(reference, folder):
-        from moemerge.sources.gguf.opening import open_gguf
+    from moemerge.sources.gguf.opening import open_if_gguf
 
-        return open_gguf(reference, origin, ggufs)
+    if gguf := open_if_gguf(reference, origin, folder, announce):
+        return gguf
     if not (folder / "config.json").exists():
         raise no_model(reference, folder)
     path = resolve_file(folder, "config.json")
@@ -272,7 +271,9 @@ def _read_weights(
 
         return expert_tensors(model.mixture, model.expert, announce, weights)
     if model.gguf:
-        return model.gguf.tensors()
+        from moemerge.sources.gguf.opening import weights_here
+
+        return (model.gguf if weights == "stream" else weights_here(model.gguf, model.origin, announce)).tensors()
     named = weights_named(model.config)
     if isinstance(model.origin, Reference):
         from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors

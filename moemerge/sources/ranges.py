@@ -71,7 +71,8 @@ class HubFile:
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
         """Keep these bytes in `folder` when they are first read."""
         if self._spool is None or self._spool.path.parent != folder:
-            self._spool = _Spool(folder / f"{self._reference.repo.replace('/', '--')}--{self._commit}--{self.name}")
+            kept = f"{self._reference.repo}--{self._commit}--{self.name}".replace("/", "--")
+            self._spool = _Spool(folder / kept)
         self._spool.want(start, start + nbytes)
 
     def open(self, start: int, nbytes: int) -> Reader:

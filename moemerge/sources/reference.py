@@ -12,13 +12,16 @@ from moemerge.sources.wrong_names import no_folder
 
 @dataclass(frozen=True)
 class Reference:
-    """A repository on the Hub: `repo@revision`."""
+    """A repository on the Hub: `repo@revision`, or one of its GGUF files: `repo@revision:Q4_K_M`."""
 
     repo: str
     revision: str | None
+    gguf: str = ""
+    """The name of a GGUF file, or the end of it: its type."""
 
     def __str__(self) -> str:
-        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+        at = f"{self.repo}@{self.revision}" if self.revision else self.repo
+        return f"{at}:{self.gguf}" if self.gguf else at
 
 
 def parse_reference(text: str) -> Path | Reference:
@@ -42,12 +45,13 @@ def parse_reference(text: str) -> Path | Reference:
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
         kind = SourceError if isinstance(error, PermissionError) else NoSuchModelError
         raise kind(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
-    name, _, revision = text.partition("@")
+    whole, _, gguf = text.partition(":")
+    name, _, revision = whole.partition("@")
     if revision and _is_folder(name):
         raise NoSuchModelError(f"{text}: a folder has no revisions. Write {name!r}, or a Hub repository.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")) or bool(gguf) != (":" in text):
         raise NoSuchModelError(f"{text}: there is no such folder, and it cannot be a Hub repository (user/name).")
-    return Reference(name, revision or None)
+    return Reference(name, revision or None, gguf)
 
 
 def split_adapter(reference: str) -> tuple[str, str] | None:

@@ -77,8 +77,6 @@ def _what_it_is(reference: str, folder: Path) -> str:
         base = _base_of(folder / _ADAPTER)
         return f"is a LoRA adapter, not a model. Write it after its base model: {base}+{reference}."
     names = sorted(path.name for path in islice(folder.iterdir(), _MOST_ENTRIES))
-    if "gguf" in reference.lower():
-        return "holds a model in GGUF, which is not read from the Hub. Download a file, and name that."
     inner = [name for name in names if what_is(folder / name) is Kind.MODEL]
     hint = f" Did you mean {reference.rstrip('/')}/{inner[-1]}?" if inner else ""
     return f"has no config.json, so it is not a model that moemerge can read.{hint}"

@@ -12,7 +12,7 @@ from moemerge.checkpoint.derived import read_values
 from moemerge.checkpoint.gguf_contents import read_contents
 from moemerge.export.vocabulary import read_vocabulary
 from moemerge.families.dense import read_dense
-from moemerge.passes.proving import _TEXTS as TEXTS
+from moemerge.passes.proving import TEXTS
 from moemerge.sources.gguf.tokenizer import tokenizer_json
 from moemerge.sources.model_folder import open_model, read_tensor_table
 from tests.llamacpp.engine import converted

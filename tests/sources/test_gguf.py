@@ -1,5 +1,6 @@
 """GGUF files as sources: each number is what the package gguf and transformers read, and what is refused is said."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -11,11 +12,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from moemerge import load_config, merge, packages, plan_merge
-from moemerge.checkpoint import dequantised, gguf_blocks
+from moemerge.checkpoint import dequantised, gguf_blocks, gguf_contents
 from moemerge.checkpoint.derived import kinds_of, leaves, read_values
 from moemerge.checkpoint.files import open_range, read_exactly
 from moemerge.checkpoint.gguf_contents import read_contents
@@ -25,10 +27,12 @@ from moemerge.checks.verification import verify_merge
 from moemerge.errors import CheckpointError, ConfigError, NoSuchModelError, RefusedError
 from moemerge.families.dense import read_dense
 from moemerge.model_card.markdown import as_text
+from moemerge.sources.gguf.choosing import find_on_hub
 from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
 from tests.sources.test_lora import make_adapter
 from tests.support.families import DENSE
 from tests.support.gguf_files import random_blocks, turned, write_gguf
+from tests.support.hub_world import files_of, lines, planned
 from tests.support.machine import SINGLE
 from tests.support.models import load_weights, make_model, write_config
 
@@ -364,6 +368,32 @@ def test_tensors_that_are_damaged_are_named(tmp_path, wide):
         assert str(caught.value) == f"{file}: tensor 'blk.0.ffn_up.weight': {message}"
 
 
+def test_the_header_of_a_file_elsewhere_is_read_in_steps(tmp_path, wide, monkeypatch):
+    """Each byte of it once, and none of the tensors but those that the last step brings along."""
+    asked: list[tuple[int, int]] = []
+
+    class Elsewhere:
+        name, identity, nbytes = "fox.gguf", "", wide["gguf"].stat().st_size
+
+        def open(self, start, nbytes):
+            asked.append((start, nbytes))
+            return io.BytesIO(wide["gguf"].read_bytes()[start : start + nbytes])
+
+    monkeypatch.setattr(gguf_contents, "_FIRST_READ", 512)
+    here, there = read_contents(wide["gguf"]), read_contents(Elsewhere())
+    assert (there.settings, there.arrays, there.tensors) == (here.settings, here.arrays, here.tensors)
+    assert [start for start, _ in asked] == [sum(nbytes for _, nbytes in asked[:n]) for n in range(len(asked))]
+    header = min(tensor.offset for tensor in here.tensors.values())
+    assert len(asked) > 1
+    assert header <= sum(nbytes for _, nbytes in asked) < 2 * header
+
+    class Cut(Elsewhere):
+        nbytes = 600
+
+    with pytest.raises(CheckpointError, match="is no GGUF file, or is damaged"):
+        read_contents(Cut())
+
+
 def test_a_merge_names_every_file_that_is_no_model(tmp_path, llamas):
     file = write_gguf(llamas[1], tmp_path / "fox.gguf", settings={"general.architecture": "mamba"})
     path = write_config(tmp_path / "merge.yaml", llamas[0], [file, llamas[2]], prompts=False)
@@ -376,3 +406,50 @@ def test_leaves_of_a_tensor_are_its_bytes_in_the_file(wide):
     table = read_tensor_table(opened(wide["gguf"]), lambda _: None)
     found = {leaf.path for tensor in table.values() for leaf in leaves(tensor)}
     assert found == {wide["gguf"]}
+
+
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        ("Q4_K_M", ["a-Q4_K_M.gguf"]),
+        ("q8_0", ["a-Q8_0.gguf"]),
+        ("a-Q8_0.gguf", ["a-Q8_0.gguf"]),
+        ("BF16", ["BF16/a-00001-of-00002.gguf", "BF16/a-00002-of-00002.gguf"]),
+    ],
+)
+def test_a_file_of_a_repository_is_named_by_its_type(tag, expected):
+    parts = [f"BF16/a-BF16-{n:05d}-of-00002.gguf" for n in (1, 2)]
+    names = ["a-Q4_K_M.gguf", "a-Q8_0.gguf", *parts, "mmproj-a-Q8_0.gguf", "sub/mmproj.Q8_0.gguf", "README.md"]
+    assert find_on_hub("u/a", tag, names) == [name.replace("BF16/a-0", "BF16/a-BF16-0") for name in expected]
+
+
+def test_a_merge_of_files_on_the_hub_is_that_of_the_same_files_here(world, machine, tmp_path):
+    """Streamed by ranges, downloaded, and from the cache without network."""
+    folder = machine.folder / "files"
+    folder.mkdir()
+    write_gguf(world.folder / "fox", folder / "fox-f16.gguf", "F16")
+    write_gguf(world.folder / "fox", folder / "fox-q.gguf", "F32", parts=2)
+    hub = world.hub
+    hub.add("acme/fox-GGUF", files_of(folder) | {"README.md": b"---\nlicense: mit\n---\n", "config.json": b"{}"})
+    config = write_config(machine.folder / "merge.yaml", "acme/base", ["acme/fox-GGUF:f16", "acme/code"], prompts=False)
+    plan = planned(machine, str(config))
+    assert plan["expert_names"] == ["fox", "code"]
+    assert not list(machine.cache.rglob("*.gguf"))
+    hub.reset()
+    streamed = machine.moemerge(str(config), "streamed", "--stream")
+    assert streamed.code == 0, lines(streamed)
+    assert not list(machine.cache.rglob("*.gguf"))
+    downloaded = machine.moemerge(str(config), "downloaded")
+    assert downloaded.code == 0, lines(downloaded)
+    assert [path.name for path in machine.cache.rglob("*.gguf")] == ["fox-f16.gguf"]
+    again = machine.moemerge(str(config), "again", "--quiet", HF_HUB_OFFLINE="1")
+    assert again.code == 0, lines(again)
+    here = yaml.safe_load(config.read_text().replace("acme/fox-GGUF:f16", str(folder / "fox-f16.gguf")))
+    (machine.folder / "here.yaml").write_text(yaml.safe_dump(here))
+    local = machine.moemerge("here.yaml", "local", "--quiet")
+    assert local.code == 0, lines(local)
+    expected = {path.name: path.read_bytes() for path in (machine.folder / "local").glob("model*")}
+    for out in ("streamed", "downloaded", "again"):
+        assert {path.name: path.read_bytes() for path in (machine.folder / out).glob("model*")} == expected
+    inspected = machine.moemerge("inspect", "acme/fox-GGUF:fox-q")
+    assert (inspected.code, "llama, dense, 3 layers" in inspected.out) == (0, True), inspected.err

@@ -17,7 +17,7 @@ from moemerge.checkpoint.gguf_contents import read_contents
 from moemerge.errors import IncompatibleError
 from moemerge.export.vocabulary import read_vocabulary
 from moemerge.families.splitting import WHOLE_WORDS
-from moemerge.passes.proving import _TEXTS as TEXTS
+from moemerge.passes.proving import TEXTS
 from moemerge.sources.gguf.tokenizer import tokenizer_config, tokenizer_json
 from moemerge.sources.model_folder import open_model
 from tests.sources.test_gguf import plain_copy

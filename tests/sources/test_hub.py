@@ -244,7 +244,7 @@ def test_what_the_hub_does_not_give_is_one_clear_error(planned, tmp_path):
     hub.add("acme/busy", llama(4), status=503)
     hub.add("acme/forbidden", llama(4), status=403)
     hub.add("acme/paper", {"config.json": b"{}", "README.md": b""})
-    hub.add("acme/gguf", {"model.gguf": b"", "README.md": b"", ".gitattributes": b"", "tokenizer.model": b""})
+    hub.add("acme/gguf", {"a-q8_0.gguf": b"", "a-q4_0.gguf": b"", "README.md": b"", "mmproj-a.gguf": b""})
     hub.add("acme/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
     hub.add("acme/lost", {k: v for k, v in llama(4, sharded=True).items() if k != SHARDS[1]} | STRANGERS)
     del hub.repositories["acme/fox"]  # its small files are in the cache
@@ -274,7 +274,18 @@ def test_what_the_hub_does_not_give_is_one_clear_error(planned, tmp_path):
         ),
         ("acme/fox", {}, NOT_FOUND),
         ("acme/blocked", {}, f"could not be downloaded: [Errno 17] File exists: '{blobs}'."),
-        ("acme/gguf", {}, "holds a model in GGUF, which is not read from the Hub. Download a file, and name that."),
+        (
+            "acme/gguf",
+            {},
+            "the repository holds 2 GGUF files. Write acme/gguf:NAME with one of these names, or with the end of one: "
+            "a-q4_0.gguf, a-q8_0.gguf.",
+        ),
+        (
+            "acme/gguf:q4_k_m",
+            {},
+            "the repository holds no GGUF file called q4_k_m. Write acme/gguf:NAME with one of these names, or with the end "
+            "of one: a-q4_0.gguf, a-q8_0.gguf.",
+        ),
         ("acme/adapter", {}, "is a LoRA adapter, not a model. Write it after its base model: model+acme/adapter."),
         ("acme/gated", reader, GATED),
         ("acme/none", reader, NOT_FOUND),

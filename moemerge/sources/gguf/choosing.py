@@ -1,4 +1,4 @@
-"""Find the GGUF files that a reference leads to: one file, or the parts that it is split into."""
+"""Find the GGUF files that a reference leads to, here or on the Hub: one file, or the parts that it is split into."""
 
 import re
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from moemerge.sources.local import resolve_file
 _PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _SUFFIX: Final = ".gguf"
 # What lies beside models: image encoders, importance matrices.
-_NO_MODEL: Final = re.compile(r"(mmproj|imatrix)|imatrix\.gguf$", re.IGNORECASE)
+_NO_MODEL: Final = re.compile(r"(^|/)(mmproj|imatrix)[^/]*$|imatrix\.gguf$", re.IGNORECASE)
 # Weights that a folder's model is read from before any GGUF file.
 _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".safetensors.index.json")
 _SHOWN: Final = 12
@@ -41,6 +41,44 @@ def find_ggufs(reference: str, path: Path) -> list[Path]:
     if len(models) > 1:
         raise NoSuchModelError(f"{reference}: holds {len(models)} GGUF files. Name one of them: {_listed(models)}.")
     return [resolve_file(path, name) for name in parts_of(models[0], names)]
+
+
+def find_on_hub(reference: str, tag: str, names: Collection[str]) -> list[str]:
+    """Find the GGUF files of a model in a repository; none where it names none and has several kinds of weights.
+
+    Args:
+        reference: the reference as the config writes it.
+        tag: the name of a file, or its end, such as `Q4_K_M`; empty where the reference names none.
+        names: names of the repository's files.
+
+    Raises:
+        NoSuchModelError: no file has that name, or several have it, or none is named of several.
+        CheckpointError: a part is not there.
+    """
+    if not tag and any(name.endswith(_OTHER_WEIGHTS) for name in names):
+        return []
+    models = models_in(names)
+    if not models:
+        if not tag:
+            return []
+        raise NoSuchModelError(f"{reference}: the repository holds no GGUF file.")
+    chosen = [name for name in models if not tag or _is_called(name, tag)]
+    if len(chosen) == 1:
+        return parts_of(chosen[0], names)
+    repository = reference.removesuffix(f":{tag}")
+    count = f"{len(chosen)} GGUF files" if chosen else "no GGUF file"
+    raise NoSuchModelError(
+        f"{reference}: the repository holds {count}{f' called {tag}' if tag else ''}. Write {repository}:NAME with one "
+        f"of these names, or with the end of one: {_listed(chosen or models)}."
+    )
+
+
+def _is_called(name: str, tag: str) -> bool:
+    """Whether a file has a name, or is of a type: the end of its name, or a folder that it lies in."""
+    plain = match[1] if (match := _PART.fullmatch(name)) else name.removesuffix(_SUFFIX)
+    return tag.lower() in {name.lower(), plain.lower()} or bool(
+        re.search(rf"(^|[-._/]){re.escape(tag)}$", plain, re.IGNORECASE)
+    )
 
 
 def models_in(names: Collection[str]) -> list[str]:

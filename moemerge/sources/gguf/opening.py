@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -12,14 +13,70 @@ from moemerge.checkpoint.disk import cache_folder, drafted
 from moemerge.checkpoint.files import File
 from moemerge.errors import OutputError, RefusedError
 from moemerge.packages import need
+from moemerge.sources.gguf.choosing import find_ggufs, find_on_hub
 from moemerge.sources.gguf.config import config_of
 from moemerge.sources.gguf.stored_model import GgufModel, read_gguf
 from moemerge.sources.gguf.tokenizer import tokenizer_config, tokenizer_json
 from moemerge.sources.local import resolve_file
-from moemerge.sources.model_folder import ModelFolder
+from moemerge.sources.model_folder import Announce, ModelFolder
 from moemerge.sources.reference import Reference
 
 _TOKENIZER: Final = "tokenizer.json"
+_CARD: Final = "README.md"
+
+
+def open_if_gguf(reference: str, origin: Path | Reference, folder: Path, announce: Announce) -> ModelFolder | None:
+    """Open a model in GGUF; None for a model with other weights. On the Hub, the weights stay there.
+
+    Args:
+        reference: the reference as the config writes it.
+        origin: the file, folder or repository that it leads to.
+        folder: the file or folder; of a repository, the folder of its small files in the Hub's cache.
+        announce: called with a line about each step that takes long.
+
+    Raises:
+        NoSuchModelError: there is no such file, or there are several. See `open_gguf` for other errors.
+    """
+    if not isinstance(origin, Reference):
+        files = find_ggufs(reference, folder)
+        return open_gguf(reference, origin, files) if files else None
+    if not origin.gguf and "gguf" not in origin.repo.lower() and (folder / "config.json").exists():
+        return None
+    from moemerge.sources import hub
+    from moemerge.sources.ranges import NoRangesError
+
+    names = find_on_hub(reference, origin.gguf, hub.list_files(origin, folder, announce))
+    if not names:
+        return None
+    announce(f"{reference}: reading the headers of {len(names)} file(s) on the Hub")
+    try:
+        opened = open_gguf(reference, origin, hub.open_remote(origin, folder, names, announce))
+    except NoRangesError as error:
+        announce(f"{error}".replace("Run without --stream.", "All of it is downloaded."))
+        hub.fetch_files(origin, folder, names, announce)
+        opened = open_gguf(reference, origin, hub.open_remote(origin, folder, names, announce))
+    card = folder / _CARD
+    if card.is_file():
+        _keep(opened.folder, {_CARD: card.read_text(encoding="utf-8", errors="replace")})
+    return replace(opened, gguf=opened.gguf and replace(opened.gguf, snapshot=folder, names=tuple(names)))
+
+
+def weights_here(model: GgufModel, origin: Path | Reference, announce: Announce) -> GgufModel:
+    """Download those of a model's files that are on the Hub, and read all from the cache.
+
+    Raises:
+        SourceError: the Hub does not give a file.
+        CheckpointError: a file is damaged.
+    """
+    if model.snapshot is None or not isinstance(origin, Reference):
+        return model
+    from moemerge.sources import hub
+
+    missing = [name for name in model.names if not (model.snapshot / name).exists()]
+    if missing:
+        announce(f"{model.reference}: downloading {', '.join(missing[:3])}{' ...' if missing[3:] else ''}")
+        hub.fetch_files(origin, model.snapshot, missing, announce)
+    return read_gguf(model.reference, [resolve_file(model.snapshot, name) for name in model.names])
 
 
 def open_gguf(reference: str, origin: Path | Reference, files: Sequence[File]) -> ModelFolder:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -33,6 +34,10 @@ class GgufModel:
     """The reference as the config writes it."""
     files: tuple[GgufContents, ...]
     """The file, or the files that it is split into."""
+    snapshot: Path | None = None
+    """For a repository on the Hub, the folder of its small files in the Hub's cache."""
+    names: tuple[str, ...] = ()
+    """For a repository on the Hub, the names of the files."""
 
     @property
     def first(self) -> GgufContents:
