@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install check lint test test-all test-families test-transformers4 test-pythons coverage release-check test-llamacpp test-engines test-next-steps demo docs bench bench-edits bench-hub bench-routers browser fuzz schema format clean
+.PHONY: install check lint test test-all test-families new-families test-transformers4 test-pythons coverage release-check test-llamacpp test-engines test-next-steps demo docs bench bench-edits bench-hub bench-routers browser fuzz schema format clean
 
 install: $(VENV)/.done
 
@@ -51,6 +51,11 @@ coverage: install
 # Every pair of a dense and an MoE family.
 test-families: install
 	$(PYTEST) tests/families/test_families.py tests/tuning/test_tuning.py -m ""
+
+# What the installed transformers has that no table covers, with the pairs that are exact by the oracle; TYPES names some
+# alone. Of another version: pip install --target FOLDER --no-deps transformers==VERSION, and PYTHONPATH=FOLDER.
+new-families: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.new_families $(TYPES)
 
 # The schema of configs that editors read, after a change of the config's types.
 schema: install

@@ -1,0 +1,1 @@
+"""What transformers has that no table covers, tried by the oracle."""
