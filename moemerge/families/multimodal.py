@@ -179,7 +179,7 @@ def text_alone(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: _without_axes(value) if key in _ROPES else value for key, value in config.items()}
     given = {key: value for key, value in plain.items() if value is not None}
     settings = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    theta = {"rope_theta": settings["rope_theta"]} if "rope_theta" in settings else {}
+    theta = {"rope_theta": settings["rope_theta"]} if isinstance(settings, dict) and "rope_theta" in settings else {}
     return {**own.defaults, **plain, **{key: given[key] for key in own.defaults if key in given}, **theta} | {
         "model_type": own.computed_as
     }
@@ -210,7 +210,7 @@ def disputed_head(config: Mapping[str, Any]) -> bool:
     """Whether a multimodal config and its text model's disagree on tied embeddings; transformers asks the file then."""
     inner = config.get("text_config")
     given = [part.get(_TIED) for part in (config, inner) if isinstance(part, dict)]
-    return set(given) >= {True, False}
+    return True in given and False in given
 
 
 def _outer(model_type: Any) -> Multimodal | None:

@@ -62,8 +62,6 @@ def merge_to_gguf(
         OutputError, RouterError, CheckpointError: see `merge`.
     """
     file = Path(file)
-    if plan.shape.vision:
-        raise RefusedError("keep_vision: a GGUF file holds the text model alone. Remove the key.")
     plan.origins.check("since the plan was made")
     check_file(file, overwrite=options.overwrite, inputs=plan.inputs, sources=plan.folders)
     model = GgufModel(plan.output_config, asked_type(form.type, {HEADER_DTYPES[plan.dtype]}), form.llama_cpp)
@@ -100,6 +98,8 @@ def _write(
 
 def _table(plan: MergePlan, seed: int, made: Mapping[str, tuple[Band, ...]]) -> dict[str, TensorInfo]:
     """List the tensors of the checkpoint that the plan would write; computed ones have bytes only if in `made`."""
+    if plan.shape.vision:
+        raise RefusedError("keep_vision: a GGUF file holds the text model alone. Remove the key.")
     dtype = HEADER_DTYPES[plan.dtype]
     return {
         name: Planned(name, dtype, output.shape, made.get(name, output.bands), seed).tensor()

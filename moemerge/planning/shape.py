@@ -17,7 +17,7 @@ from moemerge.planning.options import PlanOptions
 from moemerge.planning.router_sources import check_texts, check_widths, check_writers, puts_prompts_into_chats
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
-from moemerge.planning.vision import around, processor_files, unmeasured, vision_mixture
+from moemerge.planning.vision import around, unmeasured, vision_mixture, with_processors
 from moemerge.planning.vocabulary import OutputVocabulary, lost_tokens, output_vocabulary
 from moemerge.planning.vocabulary_files import find_vocabulary_files
 
@@ -69,10 +69,11 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
     runs_models = runs_base or (config.shared_weights.is_open and config.has_descriptions)
     reads_text = runs_models or config.method.reads_text
     vision = vision_mixture(config, models.base.folder)
-    files = find_base_files(models.base.folder, announce, needed=reads_text, also=processor_files(vision))
+    files = find_base_files(models.base.folder, announce, needed=reads_text)
     chats = models.base.folder.folder
     if vocabulary := output_vocabulary(config, models):
         files, chats = find_vocabulary_files(files, vocabulary, announce), vocabulary.template_folder
+    files = with_processors(files, models.base.folder) if vision else files
     if options.needs_texts and reads_text:
         check_texts(config, chats, runs_base=runs_models)
     refuse([*_edit_keys(config), *check_widths(config, base, routed), *check_writers(config, vocabulary, base, routed)])

@@ -106,12 +106,7 @@ class BaseFiles:
 
 
 def find_base_files(
-    base: ModelFolder,
-    announce: Callable[[str], None],
-    *,
-    needed: bool,
-    place: str = "base_model",
-    also: Collection[str] = (),
+    base: ModelFolder, announce: Callable[[str], None], *, needed: bool, place: str = "base_model"
 ) -> BaseFiles:
     """Find the files to copy from a base, including chat templates and files that its tokenizer's config names.
 
@@ -120,7 +115,6 @@ def find_base_files(
         announce: called with a line about each step that takes long.
         needed: whether a missing tokenizer is an error.
         place: the model in notes.
-        also: names of other files to copy.
 
     Raises:
         IncompatibleError: there is no tokenizer.
@@ -131,7 +125,7 @@ def find_base_files(
     versions = config.get("fast_tokenizer_files")
     versioned = [name for name in versions if isinstance(name, str)] if isinstance(versions, list) else []
     wanted = [*COPIED_FILES, *(name for name in versioned if re.fullmatch(r"tokenizer\.[\w.-]+\.json", name))]
-    wanted += [*template_names(base.folder), *also]
+    wanted += template_names(base.folder)
     copied = {name: path for name in wanted if (path := base.file(name))}
     notes: list[str] = []
     reader_notes: list[str] = []

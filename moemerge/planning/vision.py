@@ -17,6 +17,7 @@ from moemerge.errors import IncompatibleError
 from moemerge.families.multimodal import VISION_MIXTURES, VisionMixture
 from moemerge.families.selection import Choice
 from moemerge.planning.output import Output
+from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.sources.model_folder import ModelFolder
 
 PROCESSORS: Final = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -49,6 +50,10 @@ def vision_mixture(config: MergeConfig, base: ModelFolder) -> VisionMixture | No
             "Remove the key for a mixture of the text model alone.",
             [],
         )
+    if not isinstance(base.whole.get("vision_config"), dict):
+        raise IncompatibleError(
+            f"keep_vision: config.json of base_model {base.reference} has no vision_config. Remove the key.", []
+        )
     if problems := list(_excluded(config, found)):
         raise IncompatibleError("keep_vision: does not go together with other keys:", problems)
     return found
@@ -70,6 +75,12 @@ def unmeasured(choice: Choice, found: VisionMixture) -> Choice:
         f"{choice.family.model_type} that a merge without keep_vision writes"
     )
     return replace(choice, right_in=(), warnings=(), notes=(*choice.family.notes, note))
+
+
+def with_processors(files: BaseFiles, base: ModelFolder) -> BaseFiles:
+    """Copy the files of the base's processors, too."""
+    found = {name: path for name in PROCESSORS if (path := base.file(name))}
+    return replace(files, copied={**files.copied, **found})
 
 
 def around(found: VisionMixture | None, base: ModelFolder, text: dict[str, Any]) -> dict[str, Any]:
@@ -116,8 +127,15 @@ def beside_towers(
         outputs: the tensors of the mixture for text alone.
         base: the base model.
         dtype: dtype of the merged model, as a safetensors header spells it.
+
+    Raises:
+        IncompatibleError: the base's files hold no towers.
     """
     towers = {name: base.left_out[name] for name in kept_towers(base)}
+    if not towers:
+        raise IncompatibleError(
+            f"keep_vision: base_model {base.reference} has no tensors beside its text model. Remove the key.", []
+        )
     stacked = _transposed_stacks(outputs) if found.stacks_transposed else outputs
     text = {_inside(name): output for name, output in stacked.items()}
     return {name: Output(tensor.shape, ((Piece(tensor, dtype),),)) for name, tensor in towers.items()} | text
@@ -162,8 +180,3 @@ def _transposed(piece: Piece) -> Piece:
             return replace(piece, source=Fill(value, shape[::-1]))
         case _:  # pragma: no cover  no expert is made of bytes
             raise TypeError(piece)
-
-
-def processor_files(found: VisionMixture | None) -> Collection[str]:
-    """Names of the files that are copied for the sake of towers."""
-    return PROCESSORS if found else ()

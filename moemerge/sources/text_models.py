@@ -66,7 +66,7 @@ def text_tensors(
 def _experts(name: str, tensor: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
     """Yield the matrices in a stack of transposed ones (expert, column, row); any other tensor as it is."""
     match = _STACK.fullmatch(name)
-    if match is None:
+    if match is None or len(tensor.shape) != 3:  # noqa: PLR2004
         yield name, tensor
         return
     for expert in range(tensor.shape[0]):

@@ -15,11 +15,13 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.checks.verification import verify_merge
 from moemerge.errors import IncompatibleError
 from moemerge.evaluation.runnable import open_dense
+from moemerge.families.dense import DenseModel, read_dense
 from moemerge.families.multimodal import MULTIMODAL
 from moemerge.generation.answers import Sampling, open_generator
 from moemerge.sources.model_folder import open_model, read_tensor_tables
+from moemerge.sources.text_models import read_text_config
 from tests.support.hub_world import files_of, weights_sent
-from tests.support.models import assert_close, edit_json, load, load_weights, logits, save_weights, write_config
+from tests.support.models import SIZES, assert_close, edit_json, load, load_weights, logits, save_weights, write_config
 from tests.support.multimodal import KINDS, load_multimodal, make_multimodal
 
 QUICK = {"qwen3_5", "gemma4", "mistral3", "qwen3_vl", "qwen2_vl", "idefics3"}
@@ -192,6 +194,22 @@ def test_quantised_text_models_inside_are_dequantised(tmp_path, kind):
     )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+NONSENSE = (None, True, 1, 0.5, "x", [], [{}], {}, {"rope_theta": "x"}, {"model_type": []}, 10**400)
+
+
+@pytest.mark.parametrize("model_type", MULTIMODAL)
+def test_values_that_make_no_sense_are_refused_with_a_text(model_type):
+    text = {**SIZES, "model_type": MULTIMODAL[model_type].text_types[0], "rope_parameters": {"rope_theta": 1e4}}
+    outer = {"model_type": model_type, "text_config": text, "vision_config": {}, "tie_word_embeddings": True}
+    for value in NONSENSE:
+        for config in (
+            *({**outer, key: value} for key in outer),
+            *({**outer, "text_config": {**text, key: value}} for key in (*text, "rope_scaling", "quantization_config")),
+        ):
+            found, _ = read_text_config(config, lambda _: None)
+            assert isinstance(read_dense(found), str | DenseModel)
 
 
 def test_sizes_that_the_first_llavas_leave_out_are_those_of_llama():

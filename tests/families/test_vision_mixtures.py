@@ -17,7 +17,7 @@ from moemerge.generation.answers import Sampling, open_generator
 from moemerge.merging.gguf import merge_to_gguf
 from moemerge.sources.stored_mixtures import read_mixture
 from tests.families.test_multimodal import add_next_tokens, make
-from tests.support.models import assert_close, load_weights, logits, make_model, write_config
+from tests.support.models import assert_close, edit_json, load_weights, logits, make_model, save_weights, write_config
 from tests.support.multimodal import image_logits, load_multimodal
 
 WITH_VISION = tuple(VISION_MIXTURES)
@@ -94,7 +94,15 @@ def test_towers_are_kept_only_where_a_class_holds_them_beside_experts(tmp_path):
         "keep_vision: no class has the towers of a mistral3 beside a mixture; there is one for qwen3_5 (qwen3_5_moe), "
         "gemma4 (gemma4), qwen3_vl (qwen3_vl_moe). Remove the key for a mixture of the text model alone."
     )
-    assert refusal(make(tmp_path / "vl", "qwen3_vl"), architecture="dots1", engine="vllm") == (
+    vision = make(tmp_path / "vl", "qwen3_vl")
+    stored = load_weights(vision)
+    save_weights(vision, {name: tensor for name, tensor in stored.items() if ".visual." not in name})
+    assert refusal(vision) == (
+        f"keep_vision: base_model {vision} has no tensors beside its text model. Remove the key."
+    )
+    edit_json(vision / "config.json", vision_config=None)
+    assert refusal(vision) == (f"keep_vision: config.json of base_model {vision} has no vision_config. Remove the key.")
+    assert refusal(make(tmp_path / "other", "qwen3_vl"), architecture="dots1", engine="vllm") == (
         "keep_vision: does not go together with other keys:\n"
         "  - architecture: the text model of a qwen3_vl_moe is a qwen3_moe, not a dots1\n"
         "  - engine: what engines compute of such mixtures was not measured"
