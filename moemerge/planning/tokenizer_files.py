@@ -107,11 +107,7 @@ class BaseFiles:
 
 
 def find_base_files(
-    base: ModelFolder,
-    announce: Callable[[str], None],
-    *,
-    needed: bool,
-    place: str = "base_model",
+    base: ModelFolder, announce: Callable[[str], None], *, needed: bool, place: str = "base_model"
 ) -> BaseFiles:
     """Find the files to copy from a base, including chat templates and files that its tokenizer's config names.
 
