@@ -8,7 +8,8 @@ from moemerge.errors import CheckpointError, RefusedError
 from moemerge.families.dense import ROLES, ModelTensors, read_dense
 from moemerge.families.expert_view import Ffn
 from moemerge.families.stored_mixture import StoredMixture
-from moemerge.sources.model_folder import Announce, open_model, read_tensor_tables
+from moemerge.sources.model_folder import Announce, open_model
+from moemerge.sources.tensor_tables import read_tensor_tables
 
 SHARED: Final = "shared"
 """The name of the shared expert beside the others."""

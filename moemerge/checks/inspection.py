@@ -18,7 +18,8 @@ from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, JobPool
 from moemerge.checkpoint.packed import notes_on
 from moemerge.checkpoint.unreadable import reasons
 from moemerge.progress import adding_up
-from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder, open_model
+from moemerge.sources.tensor_tables import read_tensor_table
 
 _NUMBERED_EXPERT: Final = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 _STACKED_EXPERTS: Final = re.compile(r"(?:^|\.)experts\.|block_sparse_moe\.(?:input|output)_linear\.")

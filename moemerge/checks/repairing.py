@@ -15,7 +15,8 @@ from moemerge.families.respelling import lost_keys, respelled_keys
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.model_card.metadata import rewritten
 from moemerge.planning.tokenizer_files import respelled_tokenizer
-from moemerge.sources.model_folder import ModelFolder, open_merged, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder, open_merged
+from moemerge.sources.tensor_tables import read_tensor_table
 
 _CONFIG: Final = "config.json"
 _TOKENIZER: Final = "tokenizer_config.json"

@@ -23,7 +23,8 @@ from moemerge.planning.output import Computed, Output
 from moemerge.planning.plan import MergePlan
 from moemerge.planning.shared_choice import settle_as
 from moemerge.progress import adding_up
-from moemerge.sources.model_folder import ModelFolder, open_merged, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder, open_merged
+from moemerge.sources.tensor_tables import read_tensor_table
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from moemerge.families.dense import ModelTensors
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.plan import MergePlan
 from moemerge.planning.planner import plan_merge
-from moemerge.sources.model_folder import ModelFolder, read_tensor_tables
+from moemerge.sources.model_folder import ModelFolder
+from moemerge.sources.tensor_tables import read_tensor_tables
 
 _TWO: Final = 2
 

@@ -21,8 +21,8 @@ from moemerge.planning.options import DEFAULT_MAX_SHARD_BYTES
 from moemerge.planning.output import Computed
 from moemerge.progress import Progress, Task, adding_up
 from moemerge.sources.local import is_snapshot
-from moemerge.sources.model_folder import read_tensor_table
 from moemerge.sources.reference import Reference
+from moemerge.sources.tensor_tables import read_tensor_table
 
 
 def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> ChangedShards:

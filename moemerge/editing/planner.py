@@ -31,9 +31,10 @@ from moemerge.planning.output import Output
 from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.tokenizer_files import find_base_files
 from moemerge.planning.vision import left_out_notes
-from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
+from moemerge.sources.model_folder import ModelFolder, open_model
 from moemerge.sources.reference import split_expert
 from moemerge.sources.stored_mixtures import is_mixture, kept_config, read_mixture, read_stored_mixture
+from moemerge.sources.tensor_tables import read_tensor_tables
 
 if TYPE_CHECKING:
     from pathlib import Path

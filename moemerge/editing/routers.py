@@ -23,8 +23,9 @@ from moemerge.families.dense import DenseModel, ModelTensors, read_dense
 from moemerge.progress import Progress
 from moemerge.routers.random import DRAWS
 from moemerge.routers.rows import Rows
-from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_tables
+from moemerge.sources.model_folder import ModelFolder, open_model
 from moemerge.sources.stored_mixtures import is_mixture, kept_config
+from moemerge.sources.tensor_tables import read_tensor_tables
 
 # Mixtures that were made from mixtures are followed back so far to the model that their experts were trained from.
 _MOST_EDITS: Final = 20

@@ -24,8 +24,9 @@ from moemerge.families.family import ROUTER_SCALE, SWITCHED_OFF, MoeFamily
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
 from moemerge.passes.weights import read_into
-from moemerge.sources.model_folder import ModelFolder, open_merged, open_model, read_tensor_tables
+from moemerge.sources.model_folder import ModelFolder, open_merged, open_model
 from moemerge.sources.stored_mixtures import kept_config, read_stored_mixture
+from moemerge.sources.tensor_tables import read_tensor_tables
 
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 

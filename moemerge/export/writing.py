@@ -24,8 +24,9 @@ from moemerge.export.tensors import GgufTensor
 from moemerge.packages import need
 from moemerge.planning.models import references_of
 from moemerge.progress import adding_up
-from moemerge.sources.model_folder import open_merged, read_tensor_table
+from moemerge.sources.model_folder import open_merged
 from moemerge.sources.reference import local_folders
+from moemerge.sources.tensor_tables import read_tensor_table
 
 SUFFIX: Final = ".gguf"
 STAGED: Final = f"model{SUFFIX}"

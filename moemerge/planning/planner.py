@@ -16,7 +16,8 @@ from moemerge.planning.quantised_notes import quantised_notes
 from moemerge.planning.shape import Shape, shape_of
 from moemerge.planning.shared_choice import BASE, postpone, with_method
 from moemerge.sources.cache_room import fetch_if_room
-from moemerge.sources.model_folder import ModelFolder, read_tensor_tables
+from moemerge.sources.model_folder import ModelFolder
+from moemerge.sources.tensor_tables import read_tensor_tables
 
 
 def plan_merge(

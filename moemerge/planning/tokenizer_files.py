@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -135,14 +135,7 @@ def find_base_files(
         code, note = _find_code(base, references, announce)
         copied |= {name: path for name, path in code.items() if name not in copied}
         reader_notes.append(note)
-    if "tokenizer.json" in copied and not _looks_whole(copied["tokenizer.json"]):
-        notes.append(f"{place}: its tokenizer.json is empty or cut off: no program can load it, nor the output's")
-    for name in _SMALL_TABLES:
-        if name in copied:
-            try:
-                read_json(copied[name])
-            except CheckpointError as error:
-                notes.append(f"{place}: its {name} is copied, but {str(error).partition(': ')[2].rstrip('.')}")
+    notes += _damaged(copied, place)
     vocabularies = _vocabularies(copied)
     if needed and not vocabularies:
         add = f"its tokenizer {problem}" if problem else "add its tokenizer.json"
@@ -159,6 +152,18 @@ def find_base_files(
             "if it can, and compared with the base's tokenizer before anything is written"
         )
     return BaseFiles(base, copied, config, tuple(notes), tuple(reader_notes))
+
+
+def _damaged(copied: Mapping[str, Path], place: str) -> Iterator[str]:
+    """Say which of the copied files of a model no program can load."""
+    if "tokenizer.json" in copied and not _looks_whole(copied["tokenizer.json"]):
+        yield f"{place}: its tokenizer.json is empty or cut off: no program can load it, nor the output's"
+    for name in _SMALL_TABLES:
+        if name in copied:
+            try:
+                read_json(copied[name])
+            except CheckpointError as error:
+                yield f"{place}: its {name} is copied, but {str(error).partition(': ')[2].rstrip('.')}"
 
 
 def _looks_whole(path: Path) -> bool:

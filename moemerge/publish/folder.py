@@ -5,7 +5,8 @@ from pathlib import Path
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.planning.tokenizer_files import TEMPLATES, template_names
 from moemerge.sources.local import leads_out
-from moemerge.sources.model_folder import Announce, open_merged, read_tensor_table
+from moemerge.sources.model_folder import Announce, open_merged
+from moemerge.sources.tensor_tables import read_tensor_table
 
 
 def checkpoint_files(folder: Path, announce: Announce) -> list[Path]:

@@ -8,7 +8,8 @@ from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.disk import nearest_folder
 from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.sources.model_folder import Announce, ModelFolder, read_tensor_tables
+from moemerge.sources.model_folder import Announce, ModelFolder
+from moemerge.sources.tensor_tables import read_tensor_tables
 
 
 def fetch_if_room(

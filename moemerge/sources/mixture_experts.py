@@ -46,7 +46,7 @@ def expert_tensors(
     """Read the tensor table of an expert as that of a dense model.
 
     Raises:
-        SourceError: see `moemerge.sources.model_folder.read_tensor_table`.
+        SourceError: see `moemerge.sources.tensor_tables.read_tensor_table`.
         CheckpointError: see there.
         IncompatibleError: see `open_expert`.
     """

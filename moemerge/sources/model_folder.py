@@ -1,25 +1,21 @@
-"""Open models: from a reference in the YAML to `config.json` and the table of tensors; no tensor bytes are read."""
+"""Open models: from a reference in the YAML to `config.json`; their tensors are listed by `tensor_tables.py`."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from moemerge.checkpoint.files import File, Stamp
-from moemerge.checkpoint.header import TensorInfo, read_header
-from moemerge.checkpoint.index import read_json, read_tensors
-from moemerge.errors import NoSuchModelError, SourceError
-from moemerge.families.dense import plain_tensors, read_dense
-from moemerge.sources.bin_files import read_pickle
-from moemerge.sources.local import find_weights, is_snapshot, resolve_file, weights_named
+from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.index import read_json
+from moemerge.errors import NoSuchModelError
+from moemerge.sources.local import is_snapshot, resolve_file
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
-from moemerge.sources.lora import Adapter, merge_adapter, open_adapter
-from moemerge.sources.quantised.table import dequantised
+from moemerge.sources.lora import Adapter, open_adapter
 from moemerge.sources.reference import Reference, parse_reference, split_adapter, split_expert
-from moemerge.sources.text_models import read_text_config, text_tensors
+from moemerge.sources.text_models import read_text_config
 from moemerge.sources.wrong_names import check_merged_folder, no_model
 
 if TYPE_CHECKING:
@@ -33,8 +29,6 @@ __all__ = [
     "open_merged",
     "open_model",
     "parse_reference",
-    "read_tensor_table",
-    "read_tensor_tables",
 ]
 
 Announce = Callable[[str], None]
@@ -185,127 +179,3 @@ def fetch_files(model: ModelFolder, names: Sequence[str], announce: Announce) ->
 
         hub.fetch_files(model.origin, model.folder, missing, announce)
     return {name: path for name in names if (path := model.file(name))}
-
-
-def read_tensor_table(
-    model: ModelFolder,
-    announce: Announce,
-    *,
-    weights: Literal["download", "stream"] = "download",
-    whole: bool = False,
-) -> dict[str, TensorInfo]:
-    """Read the table of every tensor of a model from headers alone; adapters are added to it.
-
-    Args:
-        model: the model whose tensors are read.
-        announce: called with a line about each step that takes long.
-        weights: whether the weights of a Hub model that is not in the cache are downloaded into it, or stay on the Hub
-            to be read by ranges. Pickles are always downloaded.
-        whole: whether all tensors of a multimodal model are read, by their stored names, and not its text model's.
-
-    Raises:
-        SourceError: the Hub does not give the weights.
-        CheckpointError: the model's files are damaged or incomplete.
-    """
-    (tensors,) = read_tensor_tables([replace(model, whole=None) if whole else model], announce, weights=weights)
-    return tensors
-
-
-def read_tensor_tables(
-    models: Iterable[ModelFolder],
-    announce: Announce,
-    *,
-    weights: Literal["download", "stream"] = "download",
-    dense: bool = False,
-) -> list[dict[str, TensorInfo]]:
-    """Read the tensor tables of several models; a model that comes with several adapters is read once.
-
-    Args:
-        models: the models whose tensors are read.
-        announce: see `read_tensor_table`.
-        weights: see `read_tensor_table`.
-        dense: whether they are dense models, whose tensors are then renamed to transformers' names, whatever the models
-            were wrapped in when they were saved, and dequantised.
-
-    Raises:
-        SourceError: see `read_tensor_table`.
-        CheckpointError: see `read_tensor_table`.
-    """
-    read: dict[tuple[Path, Any], tuple[dict[str, TensorInfo], dict[str, TensorInfo]]] = {}
-    tables = []
-    for model in models:
-        key = (model.folder, model.mixture and model.expert)
-        if key not in read:
-            found = _read_weights(model, announce, weights)
-            others: dict[str, TensorInfo] = {}
-            if dense or model.whole:
-                found, others = text_tensors(model.whole, found, partial(_noted, model))
-            if dense:
-                found, others = dequantised(model.config, found), dequantised(model.config, others)
-            read[key] = found, others
-        tensors, others = read[key]
-        model.left_out.update(others)
-        for adapter in model.adapters:
-            for path in (adapter.folder / name for name in ADAPTER_WEIGHTS):
-                if path.is_file():
-                    model.seen(path)
-            tensors = merge_adapter(adapter, tensors)
-        tables.append(_plain(model, tensors) if dense else tensors)
-    return tables
-
-
-def _plain(model: ModelFolder, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Give the tensors of a model whose type is read as another the names of that one."""
-    read = read_dense(model.config)
-    if isinstance(read, str):
-        return tensors
-    plain, notes = plain_tensors(read, tensors)
-    return _noted(model, notes, plain)
-
-
-def _read_weights(
-    model: ModelFolder, announce: Announce, weights: Literal["download", "stream"]
-) -> dict[str, TensorInfo]:
-    if model.mixture:
-        from moemerge.sources.mixture_experts import expert_tensors
-
-        return expert_tensors(model.mixture, model.expert, announce, weights)
-    if model.gguf:
-        from moemerge.sources.gguf.opening import weights_here
-
-        return (model.gguf if weights == "stream" else weights_here(model.gguf, model.origin, announce)).tensors()
-    named = weights_named(model.config)
-    if isinstance(model.origin, Reference):
-        from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
-
-        if named:
-            raise SourceError(
-                f"{model.reference}: its config.json names {named} as the file of its weights, which is read from a "
-                "folder alone. Download the repository, and name the folder."
-            )
-        if not holds_weights(model.folder):
-            if weights == "stream" and (found := read_remote_tensors(model.origin, model.folder, announce)) is not None:
-                return _noted(model, found[1], found[0])
-            fetch_weights(model.origin, model.folder, announce)
-
-    def read_headers(names: Sequence[str]) -> Iterator[dict[str, TensorInfo]]:
-        for name in names:
-            path = model.seen(resolve_file(model.folder, name))
-            yield read_pickle(path) if name.endswith(".bin") else read_header(path)
-
-    paths = list(model.folder.iterdir())
-    names = {path.name for path in paths if path.is_file()}
-    chosen, read_map = find_weights(model.folder, names, named, model.seen)
-    if not chosen.files:  # it may be a link that leads nowhere that should hold them, which is said then
-        names = {path.name for path in paths}
-        chosen, read_map = find_weights(model.folder, names, named, model.seen)
-    tensors, notes = read_tensors(model.folder, chosen, names, read_map, read_headers)
-    return _noted(model, notes, tensors)
-
-
-def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    named = [f"{model.reference}: {note}" for note in notes]
-    model.notes.extend(
-        note for note in named if note not in model.notes
-    )  # it may be read twice: streamed, then downloaded
-    return tensors

@@ -10,7 +10,8 @@ from moemerge.families.dense import read_dense
 from moemerge.families.in_memory import released_layout
 from moemerge.families.released import READABLE
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
-from moemerge.sources.model_folder import Announce, ModelFolder, fetch_files, open_model, read_tensor_table
+from moemerge.sources.model_folder import Announce, ModelFolder, fetch_files, open_model
+from moemerge.sources.tensor_tables import read_tensor_table
 
 
 def is_mixture(model: ModelFolder) -> bool:

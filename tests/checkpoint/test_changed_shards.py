@@ -20,7 +20,8 @@ from moemerge.checkpoint.pieces import Band, Piece
 from moemerge.checkpoint.shards import TensorSpec
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.planning.options import PlanOptions
-from moemerge.sources.model_folder import open_merged, read_tensor_table
+from moemerge.sources.model_folder import open_merged
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.checkpoint.test_extents import disk, small  # noqa: F401  fixtures
 from tests.support.models import load, load_weights, logits, make_model, save_weights, write_config
 

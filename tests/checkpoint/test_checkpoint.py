@@ -24,7 +24,8 @@ from moemerge.checkpoint.shards import TensorSpec, layout_shards, parse_size
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.errors import CheckpointError, OutputError
 from moemerge.sources.local import resolve_file
-from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder, open_model
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.support.models import edit_json
 
 NOWHERE = Path("/proc/self/mem")

@@ -19,7 +19,8 @@ from moemerge.families.dense import ModelTensors, read_dense
 from moemerge.passes.compute_dtype import Compute
 from moemerge.routers.added_rows import KeptRows, fit_added_rows, label_added, sharpened
 from moemerge.routers.prompts import NEUTRAL, NEUTRAL_TEXT
-from moemerge.sources.model_folder import open_model, read_tensor_table
+from moemerge.sources.model_folder import open_model
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.passes.test_passes import IS_V4
 from tests.support.models import load, load_weights, make_model, save_weights
 

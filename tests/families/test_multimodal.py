@@ -18,7 +18,8 @@ from moemerge.evaluation.runnable import open_dense
 from moemerge.families.dense import DenseModel, read_dense
 from moemerge.families.multimodal import MULTIMODAL
 from moemerge.generation.answers import Sampling, open_generator
-from moemerge.sources.model_folder import open_model, read_tensor_tables
+from moemerge.sources.model_folder import open_model
+from moemerge.sources.tensor_tables import read_tensor_tables
 from moemerge.sources.text_models import read_text_config
 from tests.support.hub_world import files_of, weights_sent
 from tests.support.models import SIZES, assert_close, edit_json, load, load_weights, logits, save_weights, write_config

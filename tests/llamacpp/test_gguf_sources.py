@@ -14,7 +14,8 @@ from moemerge.export.vocabulary import read_vocabulary
 from moemerge.families.dense import read_dense
 from moemerge.passes.proving import TEXTS
 from moemerge.sources.gguf.tokenizer import tokenizer_json
-from moemerge.sources.model_folder import open_model, read_tensor_table
+from moemerge.sources.model_folder import open_model
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.llamacpp.engine import converted
 from tests.sources.test_gguf import NAMES, UNSAID
 from tests.sources.test_gguf_tokenizer import write_vocabulary

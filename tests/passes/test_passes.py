@@ -20,7 +20,8 @@ from moemerge.routers import streamed_pass
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import EncodedPrompt
 from moemerge.routers.streamed_pass import capture_router_inputs
-from moemerge.sources.model_folder import open_model, read_tensor_table
+from moemerge.sources.model_folder import open_model
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.support.families import DENSE
 from tests.support.models import VOCAB, load, make_model
 

@@ -26,7 +26,8 @@ from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.evaluation.runnable import open_dense
 from moemerge.merging.options import MergeOptions
 from moemerge.sources.bin_files import read_pickle
-from moemerge.sources.model_folder import ModelFolder, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.support.machine import SINGLE
 from tests.support.models import load_weights, make_model, write_config
 

@@ -28,7 +28,8 @@ from moemerge.errors import CheckpointError, ConfigError, NoSuchModelError, Refu
 from moemerge.families.dense import read_dense
 from moemerge.model_card.markdown import as_text
 from moemerge.sources.gguf.choosing import find_on_hub
-from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder, open_model
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.sources.test_lora import make_adapter
 from tests.support.families import DENSE
 from tests.support.gguf_files import random_blocks, turned, write_gguf

@@ -27,9 +27,10 @@ from moemerge.planning.planner import plan_merge
 from moemerge.planning.tokenizer_files import COPIED_FILES
 from moemerge.sources.hub import SMALL_FILES
 from moemerge.sources.local import resolve_file, weights_named
-from moemerge.sources.model_folder import open_model, read_tensor_table
+from moemerge.sources.model_folder import open_model
 from moemerge.sources.reference import local_folders, parse_reference
 from moemerge.sources.retries import _may_pass
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.support.hub_server import Files, Hub
 from tests.support.machine import SINGLE, Machine, Result
 from tests.support.models import tokenizer

@@ -22,7 +22,8 @@ from moemerge.cli.render import print_plan
 from moemerge.errors import IncompatibleError, SourceError
 from moemerge.evaluation.runnable import open_dense
 from moemerge.sources.lora import WEIGHTS, Adapter
-from moemerge.sources.model_folder import open_model, read_tensor_table
+from moemerge.sources.model_folder import open_model
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.support.hub_world import files_of, lines, planned, weights_sent
 from tests.support.machine import SINGLE
 from tests.support.models import edit_json, load_weights, make_model, write_config

@@ -11,8 +11,9 @@ from moemerge.checkpoint.derived import read_values
 from moemerge.checks.verification import verify_merge
 from moemerge.errors import ConfigError, IncompatibleError, MoemergeError, NoSuchModelError
 from moemerge.evaluation.runnable import open_dense
-from moemerge.sources.model_folder import ModelFolder, open_model, read_tensor_table
+from moemerge.sources.model_folder import ModelFolder, open_model
 from moemerge.sources.reference import local_folders
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.sources.test_lora import make_adapter
 from tests.support.hub_world import files_of
 from tests.support.machine import SINGLE

@@ -19,8 +19,9 @@ from moemerge.model_card.markdown import as_text
 from moemerge.passes.weights import read_into
 from moemerge.planning.fingerprint import plan_fingerprint
 from moemerge.planning.plan import MergePlan
-from moemerge.sources.model_folder import open_model, read_tensor_tables
+from moemerge.sources.model_folder import open_model
 from moemerge.sources.quantised.table import dequantised
+from moemerge.sources.tensor_tables import read_tensor_tables
 from tests.sources.test_lora import make_adapter
 from tests.support.hub_world import files_of, planned, weights_sent
 from tests.support.models import edit_json, load_weights, make_model, save_weights, write_config

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.passes.weights import read_into
-from moemerge.sources.model_folder import open_model, read_tensor_tables
+from moemerge.sources.model_folder import open_model
+from moemerge.sources.tensor_tables import read_tensor_tables
 from tests.support.models import edit_json, load_weights, save_weights
 
 Weights = dict[str, torch.Tensor]
