@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from moemerge.cli import main
-from moemerge.cli.families import as_markdown
+from moemerge.cli.families import as_markdown, models_as_markdown
 from moemerge.config.loading import parse_config
 from moemerge.config.schema import MergeConfig, RoutedExpert
 from moemerge.families.overview import family_rows
@@ -74,12 +74,13 @@ def test_every_key_of_the_config_is_documented():
         assert f"`experts[].{key}`" in table
 
 
-def test_the_table_of_families_is_the_one_that_the_command_prints():
-    """Run `moemerge families --markdown` and put what it prints between the two marks."""
+def test_tables_of_families_are_those_that_the_command_prints():
+    """Run `moemerge families --markdown` and put its first table and the others between their marks."""
     page = (ROOT / "docs" / "families.md").read_text()
-    shown = re.search(r"<!-- moemerge families --markdown -->\n(.*?)\n?<!-- end -->", page, re.DOTALL)
-    assert shown
-    assert shown[1] == as_markdown(family_rows())
+    for told, expected in {", the first table": models_as_markdown(), "": as_markdown(family_rows())}.items():
+        shown = re.search(rf"<!-- moemerge families --markdown{told} -->\n(.*?)\n?<!-- end -->", page, re.DOTALL)
+        assert shown
+        assert shown[1] == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

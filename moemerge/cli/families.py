@@ -10,6 +10,7 @@ from moemerge.cli.console import console_session, print_json, stdout
 from moemerge.cli.options import MESSAGES, CacheDir, Debug, Json
 from moemerge.cli.streams import say
 from moemerge.cli.tables import Table
+from moemerge.engines import ENGINES, Engine
 from moemerge.errors import RefusedError
 from moemerge.file_kinds import Kind, what_is
 
@@ -18,9 +19,19 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from moemerge.families.known_models import Becomes
     from moemerge.families.overview import FamilyRow
 
 _SHORT: Final = {"right": "yes", "wrong": "no", "fails": "no", "not written": "no"}
+_LETTERS: Final[dict[Engine, str]] = {
+    "transformers": "T",
+    "vllm": "V",
+    "llamacpp": "L",
+    "converter": "C",
+    "mlx": "M",
+    "openvino": "O",
+}
+_BECOMES: Final = ("you have", "you get", "with a shared expert", "with experts in the upper layers alone")
 _HEADINGS: Final = ("family", "dense models", "they may have", "shared experts", "dense layers", "router")
 
 
@@ -59,6 +70,8 @@ def list_families(
         if json:
             print_json([asdict(row) for row in rows])
         elif markdown:
+            say(models_as_markdown())
+            say("")
             say(as_markdown(rows))
         elif name:
             print_families(stdout(), rows)
@@ -101,6 +114,24 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
     near = get_close_matches(model_type[:60], known, n=1)
     hint = f"Did you mean {near[0]}?" if near else "`moemerge families` lists all."
     raise RefusedError(f"{name}: no output family repeats models of the type {model_type!r}. {hint}")
+
+
+def models_as_markdown() -> str:
+    """Format the table of what well-known models become, with its legend, for docs/families.md."""
+    from moemerge.families.engines import readings
+    from moemerge.families.known_models import known_models
+
+    def cell(becomes: "Becomes") -> str:
+        letters = " ".join(_LETTERS[engine] for engine in becomes.right_in)
+        return f"`{becomes.family}` {letters or '-'}" if becomes.family else "none"
+
+    table = [_BECOMES, tuple("---" for _ in _BECOMES)]
+    table += [(row.name, cell(row.plain), cell(row.shared), cell(row.upper)) for row in known_models()]
+    legend = []
+    for engine, letter in _LETTERS.items():
+        reading = next(iter(readings()[engine].values()))
+        legend.append(f"- {letter}: {ENGINES[engine]} ({reading.version}), {reading.date}")
+    return "\n".join([*map(_line, table), "", *legend])
 
 
 def as_markdown(rows: "list[FamilyRow]") -> str:

@@ -77,6 +77,8 @@ class Reading:
     troubles: tuple[Trouble, ...]
     tried: frozenset[str]
     """Facts of mixtures that were right, or that cause troubles."""
+    date: str
+    """The day of the measurement."""
 
     def of(self, facts: frozenset[str]) -> "Trouble | str | None":
         """The engine's trouble with a mixture: None where it is right, or words for why that is not known."""
@@ -127,14 +129,15 @@ def readings() -> Mapping[Engine, Mapping[str, Reading]]:
     measured = json.loads(Path(__file__).with_name("engines.json").read_text(encoding="utf-8"))
     return {
         engine: {
-            family: _read(about["version"], [(frozenset(row["facts"]), _found(row[engine])) for row in rows])
+            family: _read(about, [(frozenset(row["facts"]), _found(row[engine])) for row in rows])
             for family, rows in measured["families"].items()
         }
         for engine, about in measured["engines"].items()
     }
 
 
-def _read(version: str, rows: Sequence[tuple[frozenset[str], float | str]]) -> Reading:
+def _read(about: Mapping[str, str], rows: Sequence[tuple[frozenset[str], float | str]]) -> Reading:
+    version = about["version"]
     wrong = [facts for facts, found in rows if not is_right(found)]
     right = [facts for facts, found in rows if is_right(found)]
     troubles = []
@@ -148,7 +151,7 @@ def _read(version: str, rows: Sequence[tuple[frozenset[str], float | str]]) -> R
         wrong = [facts for facts in wrong if not culprit <= facts]
     # Nothing is known of facts that were tried only together with a trouble.
     known = frozenset().union(*right, *(trouble.facts for trouble in troubles))
-    return Reading(version, tuple(troubles), known)
+    return Reading(version, tuple(troubles), known, about["date"])
 
 
 def _found(written: float | str) -> float | str:
