@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from moemerge.checkpoint.derived import kinds_of
 from moemerge.dtypes import bytes_of
 from moemerge.editing.granularity import split_notes
 from moemerge.editing.slots import Added, Kept, Slot
 from moemerge.families.stored_mixture import StoredMixture
+from moemerge.planning.quantised_notes import was_stored_as
 
 # What torch's grouped matrix product asks of a row on a CPU.
 _ROW_BYTES: Final = 16
@@ -50,6 +52,8 @@ def edit_notes(
     for slot in slots:
         if isinstance(slot, Kept):
             continue
+        if isinstance(slot, Added):
+            yield from (f"{slot.place}: {was_stored_as(kind)}" for kind in kinds_of(slot.own.tensors.values()))
         theirs = _residual_multiplier(slot.own.model.config if isinstance(slot, Added) else slot.other.config)
         if theirs != ours:
             yield (

@@ -25,7 +25,9 @@ def quantised_notes(config: MergeConfig, tables: Tables) -> Iterator[str]:
         if kinds := kinds_of(tables[reference].values()):
             found.setdefault(" and ".join(kinds), []).append(place)
     for kind, places in found.items():
-        yield (
-            f"{', '.join(places)}: stored as {kind}, and dequantised in the merge, which does not bring back what the "
-            "quantisation lost"
-        )
+        yield f"{', '.join(places)}: {was_stored_as(kind)}"
+
+
+def was_stored_as(kind: str) -> str:
+    """What to say of models that are stored quantised, after their names: `FP8 with a scale per row`."""
+    return f"stored as {kind}, and dequantised, which does not bring back what the quantisation lost"

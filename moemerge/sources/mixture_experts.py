@@ -26,7 +26,7 @@ def open_expert(reference: str, mixture: str, name: str, announce: Announce) -> 
         CheckpointError: the mixture's files are damaged.
     """
     opened = open_model(mixture, announce)
-    stored = read_stored_mixture(opened, announce)
+    stored = read_stored_mixture(opened, announce, plain=True)
     chosen: int | str = "shared" if name == "shared" and name not in stored.names else number_of(name, stored)
     if isinstance(chosen, str) and chosen != "shared":
         raise NoSuchModelError(f"{reference}: {chosen}.")
@@ -50,4 +50,4 @@ def expert_tensors(
         CheckpointError: see there.
         IncompatibleError: see `open_expert`.
     """
-    return dense_view(read_stored_mixture(mixture, announce, weights), expert).tensors
+    return dense_view(read_stored_mixture(mixture, announce, weights, plain=True), expert).tensors

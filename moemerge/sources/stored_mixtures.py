@@ -11,6 +11,7 @@ from moemerge.families.in_memory import released_layout
 from moemerge.families.released import READABLE
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
 from moemerge.sources.model_folder import Announce, ModelFolder, fetch_files, open_model
+from moemerge.sources.quantised.table import plain_model
 from moemerge.sources.tensor_tables import read_tensor_table
 
 
@@ -41,9 +42,19 @@ def read_mixture(reference: str, announce: Announce) -> tuple[ModelFolder, Store
 
 
 def read_stored_mixture(
-    model: ModelFolder, announce: Announce, weights: Literal["download", "stream"] = "stream"
+    model: ModelFolder,
+    announce: Announce,
+    weights: Literal["download", "stream"] = "stream",
+    *,
+    plain: bool = False,
 ) -> StoredMixture:
-    """Read the tensor table of a mixture from headers alone; by default, weights of a Hub model are left there.
+    """Read the tensor table of a mixture from headers alone.
+
+    Args:
+        model: the mixture.
+        announce: called with a line about each step that takes long.
+        weights: see `moemerge.sources.model_folder.read_tensor_table`.
+        plain: whether quantised weights are read as the plain numbers that they stand for.
 
     Raises:
         IncompatibleError: the model is no mixture of a kind that is read, or has no router.
@@ -67,12 +78,15 @@ def read_stored_mixture(
         raise IncompatibleError(
             f"{model.reference}: its config.json has no {per_token_key(family)}, which a {family.model_type} has.", []
         )
-    tensors = released_layout(family, read_tensor_table(model, announce, weights=weights))
+    config, stored = model.config, read_tensor_table(model, announce, weights=weights)
+    if plain:
+        config, stored = plain_model(config, stored)
+    tensors = released_layout(family, stored)
     router = next((tensor for name, tensor in tensors.items() if name.endswith(f".{family.router}")), None)
     if router is None:
         raise IncompatibleError(f"{model.reference}: has no router: no tensor is called *.{family.router}.", [])
     names = _expert_names(kept_config(model, announce), router.shape[0])
-    return StoredMixture(family, model.config, tensors, names)
+    return StoredMixture(family, config, tensors, names)
 
 
 def _expert_names(config: MergeConfig | None, count: int) -> tuple[str, ...]:

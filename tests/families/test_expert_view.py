@@ -237,7 +237,7 @@ def test_what_is_not_there_is_named(tmp_path):
     out = made(tmp_path, "llama", "glm4_moe")
     assert refusal(out, 2) == f"{HEAD.replace('expert 1', 'expert 2')}\n  - it has experts 0 to 1"
     assert refusal(out, "shared").endswith("\n  - it has no shared expert")
-    edit_json(out / "config.json", rms_norm_eps=None, quantization_config={"quant_method": "fp8"})
+    edit_json(out / "config.json", rms_norm_eps=None, quantization_config={"quant_method": "hqq"})
     assert refusal(out) == (
         f"{HEAD}\n  - its config.json has no rms_norm_eps\n  - it is quantised; use the original weights, or dequantise it"
     )

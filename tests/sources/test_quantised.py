@@ -59,6 +59,8 @@ def test_what_transformers_saves_in_bitsandbytes_is_read_as_it_dequantises_it(tm
     found = weights_of(tmp_path / "quantised")
     assert differing(found, dict(quantised.dequantize(dtype=torch.bfloat16).state_dict())) == []
     assert len(differing(found, load_weights(model))) == 21
+    edit_json(tmp_path / "quantised/config.json", quantization_config={f"load_in_{bits}bit": True})  # as once written
+    assert differing(weights_of(tmp_path / "quantised"), found) == []
 
 
 @pytest.mark.filterwarnings("ignore")  # of what the libraries import
@@ -134,7 +136,7 @@ def test_a_merge_of_quantised_models_is_that_of_their_dequantised_copies(tmp_pat
     expected, wanted = merged(tmp_path / "plain", copies, **keys)
     assert found == wanted
     assert "quantization_config" not in plan.output_config
-    lost = "and dequantised in the merge, which does not bring back what the quantisation lost"
+    lost = "and dequantised, which does not bring back what the quantisation lost"
     notes = (
         f"base_model: stored as FP8 with a scale per block of 16 x 8, {lost}",
         f"experts[0] (fox): stored as FP8 with a scale per matrix, {lost}",
@@ -470,3 +472,48 @@ def test_a_merge_with_other_settings_of_a_source_is_another_one(tmp_path, models
         config = load_config(write_config(tmp_path / "merge.yaml", models[2], models[:2], prompts=False))
         found.append(plan_fingerprint(plan_merge(config), 0))
     assert [key for key in found[0] if found[0][key] != found[1][key]] == ["what is computed of the sources"]
+
+
+@pytest.fixture
+def mixture(tmp_path, models) -> tuple[Path, Path]:
+    """A mixture whose experts are in FP8, as released ones are, and the same one with plain weights."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "plain").mkdir()
+    copies = plain_copies(models, tmp_path / "plain")
+    merged(tmp_path / "made", copies, prompts=False)
+    quantised, plain = tmp_path / "made/out", tmp_path / "made/plain"
+    shutil.copytree(quantised, plain)
+    weights = load_weights(quantised)
+    experts = {name: tensor for name, tensor in weights.items() if ".experts." in name}
+    stored, settings, read = KINDS["FP8, blocks"](experts)
+    save_weights(quantised, weights | stored)
+    save_weights(plain, weights | read)
+    edit_json(quantised / "config.json", quantization_config=settings)
+    return quantised, plain
+
+
+def test_an_expert_of_a_quantised_mixture_is_a_dense_model(tmp_path, models, mixture, run):
+    quantised, plain = mixture
+    assert differing(weights_of(f"{quantised}#1"), weights_of(f"{plain}#1")) == []
+    assert differing(weights_of(f"{quantised}#1"), weights_of(f"{quantised}#0")) != []
+    for folder in mixture:
+        assert run("extract", f"{folder}#1", tmp_path / f"{folder.name} 1", "-q") == (0, "", "")
+        assert run("densify", folder, tmp_path / f"{folder.name} mean", "--average", "-q")[0] == 0
+    found, expected = (files_of(tmp_path / f"{folder.name} 1") for folder in mixture)
+    assert all(found[name] == expected[name] for name in ("model.safetensors", "config.json"))
+    means = [load_weights(tmp_path / f"{folder.name} mean") for folder in mixture]
+    assert differing(*means) == []
+    stored = f"{quantised}: stored as FP8 with a scale per block of 16 x 8, and dequantised, which does not bring back"
+    assert as_text(stored) in found["README.md"].decode()
+
+
+def test_a_quantised_model_is_added_to_a_mixture(tmp_path, models, mixture, run):
+    _, plain = mixture
+    (copy,) = plain_copies(models[:1], tmp_path / "plain again")
+    outs = tmp_path / "of quantised", tmp_path / "of plain"
+    for model, out in zip((models[0], copy), outs, strict=True):
+        assert run("edit", plain, out, "--add", f"more={model}", "-q")[0] == 0
+    found, expected = map(files_of, outs)
+    assert all(found[name] == expected[name] for name in found if name.startswith("model"))
+    note = "stored as FP8 with a scale per block of 16 x 8, and dequantised, which does not bring back"
+    assert (note in found["README.md"].decode(), note in expected["README.md"].decode()) == (True, False)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from moemerge.checkpoint.derived import leaves
+from moemerge.checkpoint.derived import kinds_of, leaves
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.pieces import Piece
 from moemerge.checkpoint.shards import TensorSpec
@@ -20,6 +20,7 @@ from moemerge.model_card.edit_card import EditCard
 from moemerge.planning.layout import divide
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import Origins, remote_bytes
+from moemerge.planning.quantised_notes import was_stored_as
 from moemerge.planning.tokenizer_files import find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
 from moemerge.progress import Progress
@@ -93,6 +94,7 @@ def plan_dense(
         raise RefusedError(str(error).replace("base_model", folder.reference, 1)) from error
     specs = [TensorSpec(name, t.dtype, t.shape, t.nbytes) for name, t in view.tensors.items()]
     read = {leaf.path for tensor in view.tensors.values() for leaf in leaves(tensor)}
+    quantised = [f"{folder.reference}: {was_stored_as(kind)}" for kind in kinds_of(view.tensors.values())]
     said = [note.replace("base_model", folder.reference, 1) for note in (*files.notes, *tokenizer.notes)]
     return DensePlan(
         what=what,
@@ -103,7 +105,7 @@ def plan_dense(
         base_files=files,
         tokenizer=tokenizer,
         origins=Origins(dict(folder.stamps), {path: folder.name_of(path) for path in read}, ()),
-        notes=tuple(dict.fromkeys([*folder.notes, *notes, *said, *files.reader_notes])),
+        notes=tuple(dict.fromkeys([*folder.notes, *quantised, *notes, *said, *files.reader_notes])),
     )
 
 

@@ -48,7 +48,7 @@ def plan_densify(
         CheckpointError: the mixture's files are damaged.
     """
     folder = open_model(reference, announce)
-    mixture = read_stored_mixture(folder, announce)
+    mixture = read_stored_mixture(folder, announce, plain=True)
     if widen is not None and widen < mixture.experts and measured is None:
         raise RefusedError(
             f"--widen: which {widen} of {mixture.experts} experts are loaded most is known from text alone. Give it by "

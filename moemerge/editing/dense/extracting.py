@@ -34,7 +34,7 @@ def plan_extract(
         experts = expert_references(opened, announce) if is_mixture(opened) else []
         which = f": {', '.join(experts)}" if experts else ", as in MIXTURE#0"
         raise RefusedError(f"{reference}: is not one expert of a mixture. Name one{which}.")
-    mixture = read_stored_mixture(opened.mixture, announce)
+    mixture = read_stored_mixture(opened.mixture, announce, plain=True)
     view = dense_view(mixture, opened.expert)
     number = opened.expert
     name = "the shared expert" if number == "shared" else f"expert {number}"

@@ -36,9 +36,8 @@ def dequantised(config: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> di
         config: the model's `config.json`.
         tensors: its tensors by name.
     """
-    given = config.get("quantization_config")
-    settings: Settings = given if isinstance(given, dict) else {}
-    method = METHODS.get(str(settings.get("quant_method")))
+    settings = _settings(config)
+    method = METHODS.get(settings["quant_method"])
     if method is None:
         return tensors
     modules = _modules(method, tensors)
@@ -65,6 +64,23 @@ def dequantised(config: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> di
 def _zero_bias(bias: TensorInfo) -> TensorInfo:
     reason = "holds zeros alone, which GPTQ stores where a layer has no bias"
     return Unreadable(bias, reason, is_tensor=False).tensor()
+
+
+def plain_model(
+    config: Mapping[str, Any], tensors: dict[str, TensorInfo]
+) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """A model's `config.json` and tensors as if it had never been quantised; both as they are for other methods."""
+    if _settings(config)["quant_method"] not in METHODS:
+        return dict(config), tensors
+    return {key: value for key, value in config.items() if key != "quantization_config"}, dequantised(config, tensors)
+
+
+def _settings(config: Mapping[str, Any]) -> Settings:
+    """The settings with the name of their method, which old ones of bitsandbytes lack; it is empty for none."""
+    given = config.get("quantization_config")
+    settings = given if isinstance(given, dict) else {}
+    old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    return {**settings, "quant_method": str(settings.get("quant_method") or ("bitsandbytes" if old else ""))}
 
 
 def _modules(method: Method, tensors: Mapping[str, TensorInfo]) -> dict[str, Parts]:
