@@ -285,5 +285,5 @@ def test_other_multimodal_models_are_refused_with_those_that_are_read(tmp_path):
         plan_merge(load_config(path, allow_identical_experts=True))
     assert refusal.value.problems[0] == (
         "base_model: it is multimodal (model_type 'paligemma'), with a text model of type 'mistral'; text models are "
-        f"read inside {', '.join(MULTIMODAL)}"
+        f"read inside {', '.join(MULTIMODAL)}. The same holds for experts[0] {base}, experts[1] {base}"
     )
