@@ -192,6 +192,17 @@ def test_tokens_without_a_place_in_the_head_are_refused(tmp_path, chats):
     ]
 
 
+def test_rows_that_are_scaled_otherwise_are_refused(tmp_path, chats):
+    scales = {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "attention_multiplier": 8**-0.5}
+    plain = make_model(tmp_path / "plain", 2, "granite", vocab_size=156, residual_multiplier=1.0, **scales)
+    chat = with_tokens(plain, tmp_path / "chat")
+    where = f"experts[0] {chat}: `tokenizer: union` takes rows of its"
+    assert refusal(tmp_path, [chats[0], chat, chats[1]], tokenizer="union") == [
+        f"{where} {EMBEDDINGS}, and its embedding_multiplier is 12.0, where the base's is 1.0",
+        f"{where} {HEAD}, and its logits_scaling is 8.0, where the base's is 1.0",
+    ]
+
+
 def test_union_is_advised_where_tokens_are_lost(tmp_path, chats):
     plan = plan_of(tmp_path, chats[:3])
     assert [advice for advice in plan.advice if "tokens" in advice] == [
