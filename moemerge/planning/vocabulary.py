@@ -1,7 +1,7 @@
 """Decide whose tokens the merged model knows, and the row of which model each of them has.
 
 `tokenizer: union` keeps the base's rows under their ids and appends added tokens of the experts; `expert NAME` takes
-the ids of an expert's tokenizer. Nothing but tokenizer.json and configs is read.
+the ids of an expert's tokenizer. Nothing but tokenizers and configs is read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from moemerge.families.dense import DenseModel
 from moemerge.passes.chats import has_chat_template
 from moemerge.planning.models import Member, Models, refuse
 from moemerge.sources.adapter_rows import embedding_rows
+from moemerge.sources.gguf.opening import add_tokenizer
 
 _SPECIAL: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 Row = tuple[int | None, int]
@@ -85,7 +86,7 @@ class OutputVocabulary:
 def lost_tokens(config: MergeConfig, models: Models) -> dict[str, list[str]]:
     """List the added tokens that `tokenizer: union` would give to a merged model, by the expert's name in messages."""
     others = [member for member in models.every_expert if not _is_copy(member, models.base)]
-    base = read_vocabulary(models.base.folder.own_folders) if others and config.vocabulary == BASE else None
+    base = _own(models.base) if others and config.vocabulary == BASE else None
     found: dict[str, list[str]] = {}
     if isinstance(base, Vocabulary):
         for member in others:
@@ -132,8 +133,15 @@ def _is_copy(member: Member, base: Member) -> bool:
     return not member.folder.adapters and own.is_file() and other.is_file() and cmp(own, other, shallow=False)
 
 
-def _read(member: Member, choice: str) -> Vocabulary:
+def _own(member: Member) -> Vocabulary | str | None:
+    """Read a model's vocabulary, as `read_vocabulary` does; that of a GGUF file is made of its settings."""
+    problem = add_tokenizer(member.folder)
     found = read_vocabulary(member.folder.own_folders)
+    return f"its tokenizer {problem}" if problem and found is None else found
+
+
+def _read(member: Member, choice: str) -> Vocabulary:
+    found = _own(member)
     if isinstance(found, Vocabulary):
         return found
     raise IncompatibleError("These models cannot be merged:", [_problem(member, found or "has no tokenizer", choice)])
@@ -145,7 +153,7 @@ def _problem(member: Member, why: str, choice: str) -> str:
 
 def _checked(base: Vocabulary, member: Member, choice: str) -> Vocabulary | str | None:
     """Read an expert's vocabulary; a returned text says why it does not fit the base's, None that there is none."""
-    found = read_vocabulary(member.folder.own_folders)
+    found = _own(member)
     if isinstance(found, str):
         return _problem(member, found, choice)
     if found and (unlike := difference(base, found)):

@@ -17,6 +17,8 @@ from moemerge.planning.models import Models, refuse
 from moemerge.planning.parts import Parts
 from moemerge.planning.vocabulary import NewToken, OutputVocabulary
 
+# What multiplies embeddings, and what is made of the head's rows.
+_SCALES: Final = ("embedding_multiplier", "logits_scaling")
 # New tokens whose rows are compared where several experts have them.
 _COMPARED: Final = 64
 
@@ -77,6 +79,10 @@ def _own(name: str, base: ModelTensors, expert: ModelTensors) -> TensorInfo | st
     is_lone = own_name == embeddings and base.model.family.head not in base.tensors
     if is_lone and not tied and family.head in tensors:
         return "and its head is another matrix (tie_word_embeddings false), where the base has one for both"
+    for key in _SCALES if is_lone else _SCALES[own_name == family.head :][:1]:
+        theirs, ours = (model.values[key] for model in (expert.model, base.model))
+        if theirs != ours:
+            return f"and its {key} is {theirs!r}, where the base's is {ours!r}"
     if own_name == family.head and own_name not in tensors and tied:
         own_name = embeddings
     if own_name not in tensors:

@@ -24,6 +24,7 @@ from moemerge.merging.merger import merge
 from moemerge.model_card.markdown import as_text
 from moemerge.planning.planner import plan_merge
 from tests.routers.test_routers import llama_2_tokenizer
+from tests.support.gguf_files import write_gguf as write_model
 from tests.support.models import TEXT, edit_json, load, load_weights, make_model, save_weights, write_config
 from tests.support.vocabularies import CHATML, TEMPLATE, with_tokens
 
@@ -191,6 +192,17 @@ def test_tokens_without_a_place_in_the_head_are_refused(tmp_path, chats):
     ]
 
 
+def test_rows_that_are_scaled_otherwise_are_refused(tmp_path, chats):
+    scales = {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "attention_multiplier": 8**-0.5}
+    plain = make_model(tmp_path / "plain", 2, "granite", vocab_size=156, residual_multiplier=1.0, **scales)
+    chat = with_tokens(plain, tmp_path / "chat")
+    where = f"experts[0] {chat}: `tokenizer: union` takes rows of its"
+    assert refusal(tmp_path, [chats[0], chat, chats[1]], tokenizer="union") == [
+        f"{where} {EMBEDDINGS}, and its embedding_multiplier is 12.0, where the base's is 1.0",
+        f"{where} {HEAD}, and its logits_scaling is 8.0, where the base's is 1.0",
+    ]
+
+
 def test_union_is_advised_where_tokens_are_lost(tmp_path, chats):
     plan = plan_of(tmp_path, chats[:3])
     assert [advice for advice in plan.advice if "tokens" in advice] == [
@@ -209,6 +221,20 @@ def test_tokens_without_rows_are_left_out(tmp_path, chats):
     plan = plan_of(tmp_path, [*chats[:2], chat], tokenizer="union")
     assert plan.notes[0] == "experts[1] (chat): has no rows for its tokens '<|pad|>', which are left out"
     assert plan.output_config["vocab_size"] == 158
+
+
+def test_tokens_of_an_expert_in_gguf_are_its_tokens(tmp_path, chats):
+    """Whatever its cached small files hold: an expert does without a tokenizer elsewhere."""
+    base, fox, chat, _ = chats
+    file = write_model(chat, tmp_path / "chat.gguf")
+    plan, out = merged(tmp_path, [base, fox, file], tokenizer="union")
+    assert [token.text for token in plan.shape.vocabulary.new] == list(CHATML)
+    assert torch.equal(load_weights(out)[EMBEDDINGS][156:], load_weights(chat)[EMBEDDINGS][156:158])
+    odd = write_model(chat, tmp_path / "odd.gguf", settings={"tokenizer.ggml.pre": "falcon"})
+    assert refusal(tmp_path, [base, fox, odd], tokenizer="union") == [
+        f"experts[1] {odd}: its tokenizer splits texts in a way that is not known here, 'falcon': put its "
+        f"tokenizer.json beside {odd}: `tokenizer: union` needs it. `tokenizer: base` does not"
+    ]
 
 
 def test_a_template_of_the_base_stays(tmp_path, chats):

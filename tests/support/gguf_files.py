@@ -121,8 +121,9 @@ def _tokens(folder: Path) -> dict[str, Any]:
     """The vocabulary of `tests.support.models.tokenizer`, byte-level and without types of its tokens."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     config = json.loads((folder / "config.json").read_text())
-    special = {token["content"] for token in tokenizer["added_tokens"]}
-    vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    ids = tokenizer["model"]["vocab"] | special
+    vocabulary = sorted(ids, key=ids.get)
     missing = [f"[PAD{number}]" for number in range(len(vocabulary), config["vocab_size"])]
     return {
         "tokenizer.ggml.model": "gpt2",
