@@ -48,6 +48,17 @@ def edit_notes(
     if narrow:
         yield f"padded with neurons of zeros to {whole}: {', '.join(narrow)}"
     yield from split_notes(mixture, parts)
+    yield from _notes_on_new(mixture, slots)
+    dtype = mixture.projection(mixture.moe_layers[0], 0, "down").dtype
+    if width != mixture.expert_width and (bytes_of(dtype, (width,)) or 0) % _ROW_BYTES:
+        yield (
+            f"experts have {width} neurons: transformers 5 multiplies experts on a CPU only if a row of them takes a "
+            f"multiple of {_ROW_BYTES} bytes; elsewhere, multiples of 64 or more are fast"
+        )
+
+
+def _notes_on_new(mixture: StoredMixture, slots: Sequence[Slot]) -> Iterator[str]:
+    """Yield what a user should know of the experts that are new in a mixture."""
     ours = _residual_multiplier(mixture.config)
     for slot in slots:
         if isinstance(slot, Kept):
@@ -60,12 +71,6 @@ def edit_notes(
                 f"{slot.place}: residual_multiplier is {theirs:g} where it comes from, but the mixture's {ours:g} will "
                 f"scale its FFNs; residual_scale: {theirs / ours:g} makes up for it"
             )
-    dtype = mixture.projection(mixture.moe_layers[0], 0, "down").dtype
-    if width != mixture.expert_width and (bytes_of(dtype, (width,)) or 0) % _ROW_BYTES:
-        yield (
-            f"experts have {width} neurons: transformers 5 multiplies experts on a CPU only if a row of them takes a "
-            f"multiple of {_ROW_BYTES} bytes; elsewhere, multiples of 64 or more are fast"
-        )
 
 
 def _residual_multiplier(config: Mapping[str, Any]) -> float:
