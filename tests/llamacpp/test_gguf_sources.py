@@ -17,16 +17,15 @@ from moemerge.sources.gguf.tokenizer import tokenizer_json
 from moemerge.sources.model_folder import open_model
 from moemerge.sources.tensor_tables import read_tensor_table
 from tests.llamacpp.engine import converted
-from tests.sources.test_gguf import NAMES, UNSAID
+from tests.sources.test_gguf import KINDS, UNSAID
 from tests.sources.test_gguf_tokenizer import write_vocabulary
 from tests.support import sentencepiece_model
-from tests.support.families import DENSE
 from tests.support.models import load_weights, make_model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_converted_model_is_read_as_it_was(tmp_path, name):
-    model_type, sizes = DENSE[name]
+    model_type, sizes = KINDS[name]
     folder = make_model(tmp_path / "model", 1, model_type, torch.float16, **sizes)
     file = converted(folder, "f16", "gpt-2")
     model = open_model(str(file), print)

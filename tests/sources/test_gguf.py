@@ -38,11 +38,23 @@ from tests.support.machine import SINGLE
 from tests.support.models import load_weights, make_model, write_config
 
 BLOCKS = [name for name, _, _ in gguf_blocks._BLOCKS.values()]
-NAMES = (
-    "llama", "llama, tied, llama3 rope", "llama, head_dim 12, yarn", "llama, biases", "qwen2", "qwen2, tied, yarn",
-    "qwen3", "qwen3, tied, biases",
-)  # fmt: skip
-UNSAID = {"dtype", "initializer_range", "attention_dropout", "use_cache", "mlp_bias", "sliding_window"}
+KINDS = {
+    name: DENSE[name]
+    for name in (
+        "llama", "llama, tied, llama3 rope", "llama, head_dim 12, yarn", "llama, biases", "qwen2", "qwen2, tied, yarn",
+        "qwen3", "qwen3, tied, biases", "granite", "granite, tied, biases", "olmo2", "seed_oss",
+    )
+} | {"smollm3": ("smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True})}  # fmt: skip
+"""Models that files can say everything of: a type, and what its config says."""
+UNSAID = {
+    "dtype",
+    "initializer_range",
+    "attention_dropout",
+    "use_cache",
+    "mlp_bias",
+    "sliding_window",
+    "no_rope_layers",
+}
 """Keys that no file says, or only by other keys."""
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8}
 
@@ -98,9 +110,9 @@ def test_types_and_sizes_of_blocks_are_the_packages():
     assert {number: sizes[number][0] for number in gguf_blocks._FLOATS} == gguf_blocks._FLOATS
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_file_of_floats_is_the_model_that_it_was_written_from(tmp_path, name):
-    model_type, sizes = DENSE[name]
+    model_type, sizes = KINDS[name]
     folder = make_model(tmp_path / "model", 1, model_type, **sizes)
     found = opened(write_gguf(folder, tmp_path / "model.gguf"))
     made, given = read_dense(found.config), read_dense(json.loads((folder / "config.json").read_text()))
@@ -180,8 +192,7 @@ def test_plan_and_card_say_what_is_dequantised(tmp_path, wide):
     merged(tmp_path / "ours", wide["base"], [wide["gguf"], wide["fox"]])
     plan = plan_merge(load_config(tmp_path / "ours/merge.yaml"))
     note = (
-        "experts[0] (fox-Q4_0): stored as Q4_0, and dequantised in the merge, which does not bring back what the "
-        "quantisation lost"
+        "experts[0] (fox-Q4_0): stored as Q4_0, and dequantised, which does not bring back what the quantisation lost"
     )
     assert plan.notes.count(note) == 1
     assert (tmp_path / "ours/out/README.md").read_text().count(as_text(note)) == 1
@@ -270,8 +281,8 @@ def test_without_the_package_blocks_are_refused_and_floats_are_read(tmp_path, wi
     [
         (
             {"general.architecture": "mamba"},
-            "is a GGUF file of the architecture 'mamba'; of GGUF, moemerge reads llama, qwen2, qwen3. Name the model that "
-            "it was written from.",
+            "is a GGUF file of the architecture 'mamba'; of GGUF, moemerge reads llama, qwen2, qwen3, granite, "
+            "smollm3, olmo2, seed_oss. Name the model that it was written from.",
         ),
         (
             {"llama.expert_count": 8},

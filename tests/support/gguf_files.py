@@ -10,6 +10,13 @@ import torch
 
 from tests.support.models import load_weights
 
+_TURNED = ("llama", "granite", "smollm3")
+_SCALES = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -35,7 +42,7 @@ def write_gguf(
     for own, tensor in tensors.items():
         stem, _, ending = own.rpartition(".")
         called = f"{names.get_name(stem)}.{ending}"
-        rows = turned(own, tensor, config) if name == "llama" else tensor
+        rows = turned(own, tensor, config) if name in _TURNED else tensor
         quantised = kind if rows.dim() > 1 else "F32"
         type_ = gguf.GGMLQuantizationType[quantised]
         writer.add_tensor(called, blocks(rows.float().numpy(), type_, generator), raw_dtype=type_)
@@ -108,6 +115,7 @@ def _settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
         "attention.key_length": config.get("head_dim"),
         "attention.value_length": config.get("head_dim"),
     }
+    own |= {key: config[scale] for key, scale in _SCALES.items() if scale in config}
     if rope.get("rope_type") == "yarn":
         own |= {
             "rope.scaling.type": "yarn",

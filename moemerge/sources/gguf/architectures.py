@@ -47,9 +47,30 @@ class Architecture:
     """The key of `config.json` that says whether attention has biases; empty where the family decides it."""
 
 
+_POST_NORMS: Final = {
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+}
+_GRANITE_SCALES: Final = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "llama": Architecture("llama", "LlamaForCausalLM", turned=True, bias="attention_bias"),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**_LAYER, **_QK_NORMS}, bias="attention_bias"),
-}
+    "granite": Architecture(
+        "granite", "GraniteForCausalLM", keys=_GRANITE_SCALES, turned=True, bias="attention_bias"
+    ),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", turned=True, bias="attention_bias"),
+    "olmo2": Architecture(
+        "olmo2", "Olmo2ForCausalLM", {**_ATTENTION, **_FFN, **_QK_NORMS, **_POST_NORMS}, bias="attention_bias"
+    ),
+    "seed_oss": Architecture(
+        "seed_oss", "SeedOssForCausalLM",
+        {**_LAYER, "post_attention_norm.weight": "post_attention_layernorm.weight"}, bias="attention_bias",
+    ),
+}  # fmt: skip
 """Families by llama.cpp's names."""
