@@ -192,8 +192,7 @@ def test_plan_and_card_say_what_is_dequantised(tmp_path, wide):
     merged(tmp_path / "ours", wide["base"], [wide["gguf"], wide["fox"]])
     plan = plan_merge(load_config(tmp_path / "ours/merge.yaml"))
     note = (
-        "experts[0] (fox-Q4_0): stored as Q4_0, and dequantised in the merge, which does not bring back what the "
-        "quantisation lost"
+        "experts[0] (fox-Q4_0): stored as Q4_0, and dequantised, which does not bring back what the quantisation lost"
     )
     assert plan.notes.count(note) == 1
     assert (tmp_path / "ours/out/README.md").read_text().count(as_text(note)) == 1
