@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -48,6 +49,7 @@ def test_a_whole_model_is_read_as_transformers_loads_it(tmp_path):
     assert differing(weights_of(tmp_path / "model"), loaded_by_transformers(tmp_path / "model")) == []
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="its dequantize() takes no dtype")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_transformers_saves_in_bitsandbytes_is_read_as_it_dequantises_it(tmp_path, bits):
     model = make_model(tmp_path / "model", **SIZES | {"intermediate_size": 128})
