@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -42,8 +43,10 @@ class Transposed:
         """The transpose (column, row), by the matrix's name."""
         return TensorInfo(self.matrix.name, self, self.matrix.dtype, self.matrix.shape[::-1], 0, self.nbytes)
 
-    def keep(self, folder: object, start: int, nbytes: int) -> None:
-        """Do nothing: the transpose is computed from another file."""
+    def keep(self, folder: Path, start: int, nbytes: int) -> None:
+        """Keep the whole matrix, whatever range is given."""
+        del start, nbytes
+        self.matrix.keep(folder)
 
     def open(self, start: int, nbytes: int) -> Reader:
         """Open `nbytes` bytes of the transpose from offset `start` on; reading raises what reading the matrix does."""

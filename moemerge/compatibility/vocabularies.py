@@ -93,6 +93,11 @@ def difference(base: Vocabulary, other: Vocabulary) -> str:
     return ""
 
 
+def elsewhere(base: Vocabulary, other: Vocabulary) -> set[int]:
+    """The ids of the base's tokens that another model does not have under the same id."""
+    return {number for token, number in base.ids.items() if other.ids.get(token) != number}
+
+
 def lacking(base: Vocabulary, other: Vocabulary) -> list[str]:
     """The added tokens of a model that the base does not have under any id, in the order of their ids."""
     return sorted(other.added.keys() - base.ids.keys(), key=other.ids.__getitem__)

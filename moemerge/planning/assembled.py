@@ -51,7 +51,7 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
     dtype = config.dtype or (gguf and gguf.usual_dtype) or _main_dtype(tables[config.base_model])
     placed = [(member.place, member.model) for member in models.every_expert]
     parts = take_parts(config, shape.mixture, models.base.model, placed, tables=tables, dtype=HEADER_DTYPES[dtype])
-    parts = with_vocabulary(parts, shape.vocabulary, models)
+    parts = with_vocabulary(parts, shape.vocabulary, models, tables[config.base_model])
     outputs = _assembly(config, shape, parts, HEADER_DTYPES[dtype]).outputs()
     if shape.vision:
         outputs = beside_towers(shape.vision, outputs, models.base.folder, HEADER_DTYPES[dtype])

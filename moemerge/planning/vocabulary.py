@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.compatibility.vocabularies import FILE, Vocabulary, difference, lacking, read_vocabulary, shown
+from moemerge.compatibility.vocabularies import FILE, Vocabulary, difference, elsewhere, lacking, read_vocabulary, shown
 from moemerge.config.expert_names import named_place
 from moemerge.config.schema import MergeConfig
 from moemerge.config.tokenizer_choice import BASE, UNION, named_expert
@@ -75,6 +75,8 @@ class OutputVocabulary:
     of_same_ids: frozenset[int]
     """Numbers of the experts whose own tokenizer has the same ids for all of its tokens."""
     notes: tuple[str, ...]
+    unmixed: frozenset[int] = frozenset()
+    """Rows of the base that are another token's, or none's, in an expert, where shared weights are mixed."""
 
     @property
     def template_folder(self) -> Path:
@@ -106,9 +108,13 @@ def output_vocabulary(config: MergeConfig, models: Models) -> OutputVocabulary |
         return None
     base = _read(models.base, config.vocabulary)
     if config.vocabulary == UNION:
-        return _union(models, base, _labels(config))
-    number = config.expert_names.index(named_expert(config.vocabulary))
-    return _of_expert(models, base, number, config.vocabulary)
+        found = _union(models, base, _labels(config))
+    else:
+        number = config.expert_names.index(named_expert(config.vocabulary))
+        found = _of_expert(models, base, number, config.vocabulary)
+    mixed = map(_own, models.experts if config.shared_weights.method != BASE else ())
+    unlike = [elsewhere(base, read) for read in mixed if isinstance(read, Vocabulary)]
+    return replace(found, unmixed=frozenset().union(*unlike))
 
 
 def _labels(config: MergeConfig) -> list[str]:

@@ -1,7 +1,8 @@
 """The embeddings and head of a merged model whose vocabulary is not the base's: rows of several models."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Final
 
 import numpy as np
@@ -23,13 +24,16 @@ _SCALES: Final = ("embedding_multiplier", "logits_scaling")
 _COMPARED: Final = 64
 
 
-def with_vocabulary(parts: Parts, vocabulary: OutputVocabulary | None, models: Models) -> Parts:
+def with_vocabulary(
+    parts: Parts, vocabulary: OutputVocabulary | None, models: Models, own: Mapping[str, TensorInfo]
+) -> Parts:
     """Give the base of a merge the rows of another vocabulary.
 
     Args:
         parts: the tensors that the base and the experts contribute.
         vocabulary: the merged model's vocabulary; None for the base's.
         models: the models.
+        own: the base's tensors before any are mixed.
 
     Raises:
         IncompatibleError: an expert has no such rows; lists every reason.
@@ -41,7 +45,7 @@ def with_vocabulary(parts: Parts, vocabulary: OutputVocabulary | None, models: M
     taken: dict[str, TensorInfo] = {}
     for name, axes in {**base.model.family.first, base.model.family.head: ("vocab", "hidden")}.items():
         if name in base.tensors and axes[0] == "vocab":
-            runs = list(_runs(name, parts, vocabulary, models, problems))
+            runs = list(_runs(name, parts, vocabulary, models, own[name], problems=problems))
             if not problems:
                 taken[name] = _stacked(name, runs)
     refuse(problems)
@@ -51,12 +55,14 @@ def with_vocabulary(parts: Parts, vocabulary: OutputVocabulary | None, models: M
 
 
 def _runs(
-    name: str, parts: Parts, vocabulary: OutputVocabulary, models: Models, problems: list[str]
+    name: str, parts: Parts, vocabulary: OutputVocabulary, models: Models, own: TensorInfo, *, problems: list[str]
 ) -> Iterator[TensorInfo]:
     """Yield the rows of one tensor in their order; what is wrong with an expert's is added to the problems."""
     for run in vocabulary.runs:
         if run.expert is None:
-            yield parts.base.tensors[name].rows(run.first, run.count)
+            for alone, group in groupby(range(run.first, run.first + run.count), vocabulary.unmixed.__contains__):
+                rows = list(group)
+                yield (own if alone else parts.base.tensors[name]).rows(rows[0], len(rows))
             continue
         found = _own(name, parts.base, parts.experts[run.expert])
         where = f"{models.every_expert[run.expert].name}: `tokenizer: {vocabulary.choice}` takes rows of its"

@@ -24,6 +24,7 @@ from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.pieces import Band, Fill, Piece, band_bytes, measure, piece_at, with_seeds
 from moemerge.checkpoint.regrouped import Heads, Regrouped
 from moemerge.checkpoint.shards import TensorSpec, layout_shards
+from moemerge.checkpoint.transposed import Transposed
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError
@@ -373,3 +374,16 @@ def test_an_output_knows_its_pieces(tmp_path):
     assert Output((12, 2), ((piece,), (zeros, cast))).pieces == [piece, zeros, cast]
     assert band_bytes((piece, cast)) == 72
     assert [texts for _, texts in with_seeds(((piece,), (piece, cast)), 3, "t")] == [["3 t"], ["3 t 1", "3 t 2"]]
+
+
+def test_a_transpose_keeps_the_matrix_that_it_is_read_from(tmp_path):
+    """Routers read an expert's weights again, and each reading needs all of a matrix on the Hub."""
+    kept = []
+
+    class Elsewhere:
+        def keep(self, folder: Path, start: int, nbytes: int) -> None:
+            kept.append((folder, start, nbytes))
+
+    matrix = TensorInfo("w", Elsewhere(), "F32", (4, 6), 64, 96)
+    Transposed(matrix).tensor().rows(2, 1).keep(tmp_path)
+    assert kept == [(tmp_path, 64, 96)]

@@ -445,3 +445,14 @@ def test_another_recipe_is_another_merge(tmp_path, llamas):
         config = write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False, shared_weights=settings)
         prints.append(plan_fingerprint(plan_merge(load_config(config)), 0)["what is computed of the sources"])
     assert prints[0] != prints[1]
+
+
+def test_rows_in_another_order_are_another_merge(tmp_path):
+    base, *experts = (make_model(tmp_path / str(n), n, "glm", head_dim=8) for n in range(3))
+    prints = []
+    for part in (0.5, 0.25):
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": part}
+        edit_json(base / "config.json", rope_parameters=rope)
+        config = write_config(tmp_path / "c.yaml", base, experts, prompts=False)
+        prints.append(plan_fingerprint(plan_merge(load_config(config)), 0))
+    assert [key for key in prints[0] if prints[0][key] != prints[1][key]] == ["what is computed of the sources"]

@@ -146,6 +146,21 @@ def test_added_tokens_take_the_places_of_padding_and_its_dtype(tmp_path):
     assert torch.equal(ours[158:], expected[158:])
 
 
+@pytest.mark.parametrize("choice", ["union", "expert chat"])
+def test_rows_of_other_tokens_are_not_averaged(tmp_path, chats, choice):
+    """The last expert has another token in a row of the base's, whose token has the next row there."""
+    own = ["<|pad|>", "<|tool|>"]
+    base, fox = (with_tokens(chats[n], tmp_path / f"{n}", own, template=None, seed=n) for n in (0, 1))
+    chat = with_tokens(chats[0], tmp_path / "chat", ["<|im_end|>", "<|pad|>"], template=None, seed=2)
+    _, out = merged(tmp_path, [base, fox, chat], tokenizer=choice, shared_weights="average")
+    ids = AutoTokenizer.from_pretrained(out).convert_tokens_to_ids
+    for name in (EMBEDDINGS, HEAD):
+        ours, of_base, of_fox, of_chat = (load_weights(folder)[name] for folder in (out, base, fox, chat))
+        assert torch.equal(ours[ids("<|pad|>")], of_base[156])
+        assert torch.equal(ours[ids("<|im_end|>")], of_chat[156])
+        assert torch.allclose(ours[:156], (of_fox + of_chat)[:156] / 2, atol=1e-6)
+
+
 def test_the_tokenizer_of_an_expert(tmp_path, chats):
     """A fine-tune that gave other strings to ids of the base's added tokens, as those of Llama 3 do."""
     base, fox = (
