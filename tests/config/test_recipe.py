@@ -1,6 +1,8 @@
 """Recipes: what may be open in them, what is made of them, and that every option is checked with its place."""
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -143,6 +145,12 @@ experts:
         "  - line 10: experts[0].optional: expected true or false, found 'maybe'",
         "  - line 11: experts[1].residual_scale: log stands by itself, found range beside it",
     ]
+
+
+def test_the_recipe_of_the_documentation_is_right(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
+    recipe = load(tmp_path, re.search(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1])
+    assert recipe.config(drawn(recipe, 0)).base_model == "models/base"
 
 
 def test_a_plain_config_has_nothing_to_search(tmp_path):
