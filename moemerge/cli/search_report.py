@@ -26,8 +26,8 @@ def print_search(console: Console, found: "SearchResult") -> None:
 
 def _print_trials(console: Console, found: "SearchResult") -> None:
     console.print(
-        f"Loss in nats per token in {found.dtype}, * is the chosen one; ~ is an estimate: the recipe was stopped after "
-        "fewer tokens. worst: the most above a text's dense model."
+        f"Loss in nats per token in {found.dtype}; * is the chosen one; ~ was stopped early, and is shown as far from "
+        "the chosen one as on the text that both read. worst: the most above a text's dense model."
     )
     places = list(dict.fromkeys(place for trial in found.trials for place in trial.values))
     table = Table("trial", "loss", "worst", "size", "active", "tokens", *places)

@@ -68,6 +68,19 @@ class SearchOptions:
             help="Keep router inputs of the base model here, for the next search or merge.",
         ),
     ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="Try recipes in processes of a Ray cluster: local begins some on this machine, auto finds the cluster "
+            "that it belongs to.",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, show_default=False, help="How many. [default: one for each GPU, or CPU]"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class TextOptions:
     ] = field(default_factory=list)
     max_tokens: Annotated[
         int, typer.Option(metavar="N", min=2, help="Tokens that are read of each NAME, and held out of it.")
-    ] = 4096
+    ] = 8192
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that a model sees at a time.")] = 512
     chat_roles: ChatRoles = ROLES_OF_CHATS
     device: Device = "auto"
@@ -155,7 +168,9 @@ def _check_output(recipe: Path, output: str, *, overwrite: bool) -> None:
 
 
 def _settings(searching: SearchOptions, measuring: TextOptions) -> "SearchSettings":
-    from moemerge.checkpoint.disk import cache_folder
+    if searching.workers and searching.ray is None:
+        raise RefusedError("--workers: says how many processes of --ray there are, which is not given.")
+    from moemerge.evaluation.losses_folder import default_folder
     from moemerge.searching.settings import SearchSettings
 
     return SearchSettings(
@@ -170,6 +185,8 @@ def _settings(searching: SearchOptions, measuring: TextOptions) -> "SearchSettin
         compute_dtype=measuring.compute_dtype,
         kept_states=searching.keep_states,
         kept_losses=cache_folder("losses"),
+        ray=searching.ray,
+        workers=searching.workers,
     )
 
 

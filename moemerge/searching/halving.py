@@ -10,8 +10,8 @@ from typing import Final
 
 FACTOR: Final = 3
 """How many times as much text a recipe is tried on that goes on, and of how many recipes one does."""
-ROUNDS: Final = 3
-"""How often text grows, to the whole of it."""
+ROUNDS: Final = 4
+"""How many sizes of text there are at most, of which the last is all of it."""
 
 Score = tuple[float, float]
 """The objective, and the cost; both are to be small."""

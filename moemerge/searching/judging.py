@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import fmean
 from typing import Final
 
@@ -19,8 +18,7 @@ class Judged:
     """A recipe's losses on some text."""
 
     loss: float
-    """Mean over domains in nats per token; on a part of the text, what it would be on all of it if it stayed as far
-    from the dense models."""
+    """Mean over domains in nats per token."""
     worst: float
     """The most that it is above its dense model on a domain."""
     by_domain: Mapping[str, float]
@@ -35,23 +33,14 @@ class Judge:
     """The loss of each window's dense model, by the window's number."""
     settings: SearchSettings
 
-    @cached_property
-    def _whole(self) -> list[float]:
-        """The dense models' loss on each domain."""
-        return self.texts.by_domain(self.dense)
-
     def judge(self, losses: Mapping[int, float], rounds: int | None = None) -> Judged:
-        """Judge a recipe by its losses of windows, of all that it was tried on or of the first rounds alone.
-
-        The dense models' losses on the same windows are subtracted, since some windows are harder than others.
-        """
+        """Judge a recipe by its losses of windows, of all that it was tried on or of the first rounds alone."""
         used = self.texts.rounds[:rounds]
         seen = {window: losses[window] for part in used for window in part if window in losses}
         own = self.texts.by_domain(seen)
         beside = self.texts.by_domain({window: self.dense[window] for window in seen})
-        above = [mine - theirs for mine, theirs in zip(own, beside, strict=True)]
-        loss = fmean(whole + more for whole, more in zip(self._whole, above, strict=True))
-        return Judged(loss, max(above), dict(zip(self.texts.searched.domains, own, strict=True)))
+        worst = max(mine - theirs for mine, theirs in zip(own, beside, strict=True))
+        return Judged(fmean(own), worst, dict(zip(self.texts.searched.domains, own, strict=True)))
 
     def score(self, judged: Judged, cost: int) -> Score:
         """Give what is to be small of a recipe; where costs do not count, the second number is 0."""

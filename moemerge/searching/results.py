@@ -22,8 +22,8 @@ class Trial:
     complete: bool = False
     """Whether these are all tokens that the search had."""
     loss: float | None = None
-    """Mean loss over domains in nats per token; of a recipe that was stopped early, what it would be if it stayed as
-    far from the dense models on the rest of the text."""
+    """Mean loss over domains in nats per token; of a recipe that was stopped early, that of the chosen one, and what it
+    was above that on the text that both read."""
     worst: float | None = None
     """The most that its loss on a domain is above that of the domain's dense model, on the same text."""
     losses: Mapping[str, float] | None = None

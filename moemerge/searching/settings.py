@@ -29,7 +29,7 @@ class SearchSettings:
     """What is to be as small as possible."""
     cost: Cost | None = None
     """What is to be small beside it, if anything."""
-    tokens: int = 4096
+    tokens: int = 8192
     """Tokens that are read of each domain to search by, and as many of its held-out text."""
     window: int = 512
     """Length in tokens of the pieces that text is read in."""
@@ -43,3 +43,7 @@ class SearchSettings:
     """Folder that keeps router inputs of base models; None for one that is removed when the search ends."""
     kept_losses: Path | None = None
     """Folder that keeps losses of dense models; None keeps none."""
+    ray: str | None = None
+    """Address of a Ray cluster whose processes try recipes, `local` to begin some; None for this process alone."""
+    workers: int | None = None
+    """How many processes; None for as many as there are GPUs, or CPUs."""

@@ -51,6 +51,16 @@ class Trials:
         """The scores of the recipes that were tried on all text."""
         return {number: self._score(number) for number, trial in self.trials.items() if trial.complete}
 
+    def beside(self, chosen: int) -> tuple[Trial, ...]:
+        """All trials; the loss of one that was stopped is the chosen one's, and what it was above that until then."""
+        whole = self._judged(chosen).loss
+        found = []
+        for number, trial in self.trials.items():
+            stopped = trial.loss is not None and not trial.complete
+            above = self._judged(number).loss - self._judged(chosen, self._rounds[number]).loss if stopped else 0.0
+            found.append(replace(trial, loss=whole + above) if stopped else trial)
+        return tuple(found)
+
     def _propose(self, count: int) -> dict[int, int]:
         """Propose recipes that are new; returns what the sampler calls them, by their numbers."""
         proposed: dict[int, int] = {}
@@ -146,5 +156,5 @@ def _line(trial: Trial) -> str:
     """Say in a line how a recipe did."""
     if trial.loss is None:
         return f"recipe {trial.number} ({shown(trial.values)}) cannot be tried: {trial.failure}"
-    stopped = "" if trial.complete else f", stopped after {trial.tokens} tokens"
-    return f"recipe {trial.number} ({shown(trial.values)}): {trial.loss:.4f} nats per token{stopped}"
+    where = "all" if trial.complete else "the first"
+    return f"recipe {trial.number} ({shown(trial.values)}): {trial.loss:.4f} nats per token on {where} {trial.tokens}"

@@ -1,6 +1,7 @@
 """A search once its recipe is read: recipes are tried, and the best one is judged on text that was held out."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from moemerge.config.recipe import Recipe
 from moemerge.errors import IncompatibleError
@@ -22,7 +23,7 @@ from moemerge.searching.sampling import Sampler
 from moemerge.searching.settings import SearchSettings
 from moemerge.searching.texts import SearchTexts
 from moemerge.searching.trials import Trials
-from moemerge.searching.trying import bench
+from moemerge.searching.trying import Bench, Workers, bench
 
 
 def run(  # noqa: PLR0917
@@ -42,11 +43,21 @@ def run(  # noqa: PLR0917
     dense = DenseModels.open(plan, texts.searched, announce)
     references = References(dense, compute, KeptLosses(settings.kept_losses, compute), progress)
     options = PassOptions(settings.device, settings.compute_dtype, kept_states=settings.kept_states)
-    with bench(compute, options, progress) as worker:
+    with bench(compute, options, progress) as here, _workers(here, settings) as workers:
         judge = Judge(texts, references.losses(texts.searched), settings)
-        trials = Trials(recipe, sampler, judge, worker, announce)
-        trials.run(worker)
+        trials = Trials(recipe, sampler, judge, here, announce)
+        trials.run(workers)
         return _result(trials, references, progress)
+
+
+def _workers(here: Bench, settings: SearchSettings) -> AbstractContextManager[Workers]:
+    """A context with what tries recipes: this process, or those of a Ray cluster."""
+    if settings.ray is None:
+        return nullcontext(here)
+    from moemerge.searching.ray_workers import ray_workers  # imports Ray, an extra
+
+    options = PassOptions(settings.device, settings.compute_dtype, kept_states=settings.kept_states)
+    return ray_workers(settings.ray, settings.workers, here.compute, options, here.progress)
 
 
 def _result(trials: Trials, references: References, progress: Progress) -> SearchResult:
@@ -63,7 +74,7 @@ def _result(trials: Trials, references: References, progress: Progress) -> Searc
         seed=settings.seed,
         dtype=references.compute.dtype_name,
         dense=dict(zip(trials.judge.texts.searched.domains, references.dense.names, strict=True)),
-        trials=tuple(trials.trials.values()),
+        trials=trials.beside(chosen),
         chosen=chosen,
         front=tuple(front(scores)) if settings.cost else (chosen,),
         config=trials.candidates[chosen].config,

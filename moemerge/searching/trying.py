@@ -35,6 +35,13 @@ class Candidate:
         """What messages call it."""
         return f"recipe {self.number}"
 
+    @property
+    def base_key(self) -> str:
+        """A text that is equal for equal weights of the base model, which routers are made with."""
+        config = self.config
+        models = [] if config.shared_weights.method == "base" else [expert.source_model for expert in config.experts]
+        return repr((config.base_model, config.shared_weights, config.dtype, models))
+
 
 Failure = str
 """Why a recipe could not be tried."""
@@ -80,7 +87,7 @@ class Bench:
     def losses(self, candidates: Sequence[Candidate], windows: Sequence[Window]) -> list[list[float] | Failure]:
         """Compute the losses of each candidate; one whose numbers are not finite fails alone."""
         models = [self.model(candidate, reads) for reads in [LayerReads()] for candidate in candidates]
-        report = partial(self.progress, Task("losses", _listed(candidates)))
+        report = partial(self.progress, Task("losses", listed(candidates)))
         try:
             found = run_together([(model, windows) for model in models], self.compute, report)
         except MoemergeError:
@@ -117,6 +124,7 @@ def _named(progress: Progress, name: str) -> Progress:
     return lambda task, done, total: progress(Task(task.stage, name), done, total)
 
 
-def _listed(candidates: Sequence[Candidate]) -> str:
+def listed(candidates: Sequence[Candidate]) -> str:
+    """Name candidates in messages."""
     numbers = [str(candidate.number) for candidate in candidates]
     return f"recipe{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"

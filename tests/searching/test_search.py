@@ -1,7 +1,6 @@
 """`moemerge search`: the same choice for the same seed, as good as it says, and nothing computed twice."""
 
 import json
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -28,56 +27,9 @@ from moemerge.searching.chosen_config import chosen_text
 from moemerge.searching.searcher import search
 from moemerge.searching.settings import SearchSettings
 from moemerge.searching.trying import Candidate, bench
-from tests.support.models import TEXT, make_model
+from tests.support.recipes import OPEN, RECIPE, data, written
 
-WORDS = TEXT.replace("\n", " ").split()
 SETTINGS = SearchSettings(trials=8, tokens=200, window=20, compute_dtype="float32")
-# Eight recipes, which are all tried: without Optuna.
-RECIPE = {
-    "base_model": "base",
-    "gate_mode": ["ridge", "hidden"],
-    "experts_per_token": [2, 1],
-    "shared_weights": ["base", "average"],
-    "router": {"tokens_per_expert": 100},
-    "experts": [
-        {"source_model": "code", "positive_texts": "code.txt"},
-        {"source_model": "french", "positive_texts": "french.txt", "residual_scale": 0.8},
-        {"source_model": "maths", "positive_texts": "maths.txt", "noise_scale": 0.01},
-    ],
-}
-# Without end.
-OPEN = {
-    **RECIPE,
-    "shared_weights": ["base", "average", {"method": "ties", "density": [0.2, 0.5]}],
-    "router": {"tokens_per_expert": 100, "scale": [1, {"log": [0.5, 4]}]},
-    "experts": [*RECIPE["experts"][:2], {**RECIPE["experts"][2], "optional": True}],
-}
-
-
-def documents(seed, count=12):
-    rng = random.Random(seed)
-    return "\n<|document|>\n".join(" ".join(rng.choices(WORDS, k=25)) for _ in range(count))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A base in bfloat16, three fine-tunes of it, and text for routers and to judge by."""
-    folder = tmp_path_factory.mktemp("world")
-    for seed, name in enumerate(("base", "code", "french", "maths")):
-        tuned = {"tuned_from": 0} if seed else {}
-        make_model(folder / name, seed, dtype=torch.bfloat16, num_hidden_layers=2, **tuned)
-        (folder / f"{name}.txt").write_text(documents(seed))
-        (folder / f"{name}.test.txt").write_text(documents(10 + seed))
-    return folder
-
-
-def written(folder, recipe=RECIPE, **keys):
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **keys}, sort_keys=False))
-    return folder / "recipe.yaml"
-
-
-def data(world):
-    return {name: [str(world / f"{name}.test.txt")] for name in ("code", "french")}
 
 
 def counting(patch, module, name):
@@ -197,6 +149,18 @@ def test_without_optuna_a_search_says_what_it_needs(world, monkeypatch):
     assert str(refused.value) == (
         "to choose recipes, optuna is needed: pip install 'moemerge[search]'. Without it, a search tries all recipes, "
         "where there are no more than --trials, and the recipe has no ranges."
+    )
+
+
+def test_ray_is_asked_for_where_it_is_missing(world, monkeypatch, run):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RefusedError) as refused:
+        search(written(world), data(world), replace(SETTINGS, ray="local"))
+    assert str(refused.value) == "--ray: ray is needed: pip install 'moemerge[ray]'."
+    options = ["-o", "-", f"--data=code={data(world)['code'][0]}", "--workers=2"]
+    assert run("search", written(world), *options)[::2] == (
+        2,
+        "error: --workers: says how many processes of --ray there are, which is not given.\n",
     )
 
 
