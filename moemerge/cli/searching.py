@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from moemerge.cli.beginning import Overwrite
-from moemerge.cli.console import announcer, console_session, print_json, stdout, stoppable
+from moemerge.cli.console import announcer, console_session, print_json, return_freed_memory, stdout, stoppable
 from moemerge.cli.draft_file import STDOUT, check_file
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
@@ -145,6 +145,7 @@ def search_recipes(
     quiet = messages.quiet
     with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         _check_output(recipe, output, overwrite=overwrite)
+        return_freed_memory()
         found = _search(
             console, recipe, by_name(data), by_name(measuring.test, "--test"), _settings(searching, measuring), quiet
         )
@@ -170,7 +171,7 @@ def _check_output(recipe: Path, output: str, *, overwrite: bool) -> None:
 def _settings(searching: SearchOptions, measuring: TextOptions) -> "SearchSettings":
     if searching.workers and searching.ray is None:
         raise RefusedError("--workers: says how many processes of --ray there are, which is not given.")
-    from moemerge.evaluation.losses_folder import default_folder
+    from moemerge.checkpoint.disk import cache_folder
     from moemerge.searching.settings import SearchSettings
 
     return SearchSettings(

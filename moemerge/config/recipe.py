@@ -14,6 +14,7 @@ from moemerge.config.local_paths import with_paths_from
 from moemerge.config.problems import PlacedError, repeated_keys
 from moemerge.config.recipe_points import Choice, LeftOut, Point, PointReader, Range
 from moemerge.config.schema import MergeConfig
+from moemerge.config.tokenizer_choice import BASE
 from moemerge.config.typography import curly_quotes
 from moemerge.config.yaml_text import write_yaml
 from moemerge.errors import ConfigError
@@ -25,6 +26,11 @@ Ask = Callable[[Point], float]
 _BY_EXPERT: Final = (("shared_weights", "weights"), ("router", "load_prior"))
 _EXPERTS: Final = ("experts",)
 _DIGITS: Final = 4
+_TOKENIZER: Final = (
+    "a search reads text with the base model's tokenizer, since losses of other tokens do not compare. Leave it out "
+    "here, and set it in the config that is found"
+)
+_VISION: Final = "a search runs the text model alone. Leave it out here, and set it in the config that is found"
 _AUTO: Final = "auto is chosen by losses when a merge begins; a search tries methods itself: [base, average, ties]"
 
 
@@ -142,6 +148,10 @@ def _wrong(recipe: Recipe, made: Made) -> Iterator[tuple[Place, str]]:
         problems += error.placed
     else:
         problems += [(("shared_weights",), _AUTO)] * config.shared_weights.is_open
+        if config.vocabulary != BASE:
+            key = "tokenizer" if config.tokenizer != BASE else "tokenizer_source"
+            problems.append(((key,), _TOKENIZER))
+        problems += [(("keep_vision",), _VISION)] * config.keep_vision
     for place, problem in problems:
         yield made.origin(place), problem
 

@@ -91,6 +91,7 @@ def test_every_option_is_checked_at_its_place(tmp_path):
     assert problems(
         tmp_path,
         """base_model: base
+tokenizer: [base, union]
 gate_mode: [ridge, rigde]
 experts_per_token: [1, 4]
 fold_norms: [true, maybe]
@@ -101,21 +102,25 @@ experts:
 - {source_model: code, positive_prompts: a}
 - {source_model: chat, positive_prompts: b, residual_scale: {range: [0, 1e39]}}
 - {source_model: math, optional: true, positive_prompts: {choices: [c, [4]]}}
+keep_vision: true
 """,
     ) == [
-        "/recipe.yaml: 8 problems:",
-        "  - line 2: gate_mode[1]: expected auto, hidden, mergekit_hidden, combined, ridge, logistic, delta, "
+        "/recipe.yaml: 10 problems:",
+        "  - line 2: tokenizer[1]: a search reads text with the base model's tokenizer, since losses of other tokens do not "
+        "compare. Leave it out here, and set it in the config that is found",
+        "  - line 3: gate_mode[1]: expected auto, hidden, mergekit_hidden, combined, ridge, logistic, delta, "
         "delta_bootstrap, cheap_embed, random or uniform_random, found 'rigde'; did you mean ridge?",
-        "  - line 3: experts_per_token[1]: each token is to go to 4 experts, but there are only 3: name more experts or "
+        "  - line 4: experts_per_token[1]: each token is to go to 4 experts, but there are only 3: name more experts or "
         "lower experts_per_token",
-        "  - line 4: fold_norms[1]: expected true or false, found 'maybe'",
-        "  - line 5: shared_weights[1].density[1]: expected a number of 1 or less, found 2",
-        "  - line 5: shared_weights[2]: auto is chosen by losses when a merge begins; a search tries methods itself: "
+        "  - line 5: fold_norms[1]: expected true or false, found 'maybe'",
+        "  - line 6: shared_weights[1].density[1]: expected a number of 1 or less, found 2",
+        "  - line 6: shared_weights[2]: auto is chosen by losses when a merge begins; a search tries methods itself: "
         "[base, average, ties]",
-        "  - line 7: router.scale: expected a number of 1000000 or less, found 1000000000.0",
-        "  - line 10: experts[1].residual_scale: expected a number below 3.4e+38: values are computed in float32, which "
+        "  - line 8: router.scale: expected a number of 1000000 or less, found 1000000000.0",
+        "  - line 11: experts[1].residual_scale: expected a number below 3.4e+38: values are computed in float32, which "
         "holds no larger one, found 1e+39",
-        "  - line 11: experts[2].positive_prompts.choices[1][0]: expected text, found 4; write it in quotes",
+        "  - line 12: experts[2].positive_prompts.choices[1][0]: expected text, found 4; write it in quotes",
+        "  - line 13: keep_vision: a search runs the text model alone. Leave it out here, and set it in the config that is found",
     ]
 
 
