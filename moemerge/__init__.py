@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from moemerge.planning.planner import plan_merge
     from moemerge.publish.pushing import push
     from moemerge.routers.report import RoutingReport
+    from moemerge.searching.results import SearchResult
+    from moemerge.searching.searcher import search
+    from moemerge.searching.settings import SearchSettings
     from moemerge.tuning.settings import Settings as TuningSettings
     from moemerge.tuning.settings import TuningResult
     from moemerge.tuning.tuner import tune
@@ -79,6 +82,8 @@ __all__ = [
     "RouterError",
     "Routes",
     "RoutingReport",
+    "SearchResult",
+    "SearchSettings",
     "SourceError",
     "TooLargeError",
     "TracedText",
@@ -94,6 +99,7 @@ __all__ = [
     "plan_edit",
     "plan_merge",
     "push",
+    "search",
     "trace_routes",
     "tune",
     "verify",
@@ -113,6 +119,8 @@ _HOMES = {
     "PlanOptions": "planning.options:PlanOptions",
     "Routes": "evaluation.routes.traced:Routes",
     "RoutingReport": "routers.report:RoutingReport",
+    "SearchResult": "searching.results:SearchResult",
+    "SearchSettings": "searching.settings:SearchSettings",
     "TracedText": "evaluation.routes.traced:TracedText",
     "TuningResult": "tuning.settings:TuningResult",
     "TuningSettings": "tuning.settings:Settings",
@@ -125,6 +133,7 @@ _HOMES = {
     "plan_edit": "editing.planner:plan_edit",
     "plan_merge": "planning.planner:plan_merge",
     "push": "publish.pushing:push",
+    "search": "searching.searcher:search",
     "trace_routes": "evaluation.routes.tracer:trace_routes",
     "tune": "tuning.tuner:tune",
     "verify": "checks.verification:verify_merge",

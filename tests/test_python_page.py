@@ -72,6 +72,7 @@ SHOWN = {
     "verify": "tensors are copies, 0 were computed again and are equal\n",
     "inspect": "tensors, 0 of them damaged\n",
     "evaluate": "label oracle {'code': '",
+    "search": "{'gate_mode': '",
     "trace_routes": "(3, 21, 2) (3, 21, 2)\n'The' ",
     "tune": "True ",
     "Errors": "not as it is: models/missing",

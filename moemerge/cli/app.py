@@ -25,6 +25,7 @@ from moemerge.cli.publishing import push
 from moemerge.cli.repairing import repair_model
 from moemerge.cli.routes import show_routes
 from moemerge.cli.schema import print_schema
+from moemerge.cli.searching import search_recipes
 from moemerge.cli.speaking import chat, generate
 from moemerge.cli.streams import Guarded, guarded_streams, say
 from moemerge.cli.tuning import tune_routers
@@ -34,7 +35,7 @@ from moemerge.cli.usage_errors import UsageError
 _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
     "Make a mixture": {
         "init": begin_config, "plan": show_plan, "merge": merge_models, "upcycle": upcycle_model,
-        "families": list_families, "schema": print_schema,
+        "search": search_recipes, "families": list_families, "schema": print_schema,
     },
     "Judge it": {
         "inspect": inspect_model, "verify": verify_model, "eval": evaluate, "routes": show_routes,

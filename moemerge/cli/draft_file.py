@@ -15,8 +15,8 @@ from moemerge.file_kinds import FOLDERS, Kind, what_is
 if TYPE_CHECKING:
     from moemerge.drafting.draft import Draft
 
-# In place of a file's name: the config is printed.
-_STDOUT: Final = "-"
+STDOUT: Final = "-"
+"""In place of a file's name: the config is printed."""
 
 
 def check_target(output: str, *, overwrite: bool) -> None:
@@ -27,8 +27,25 @@ def check_target(output: str, *, overwrite: bool) -> None:
     """
     from moemerge.drafting.config_text import SCHEMA_FILE
 
+    check_file(output, overwrite=overwrite)
+    if output == STDOUT:
+        return
+    schema = Path(output).with_name(SCHEMA_FILE)
+    if (found := what_is(schema)) in {*FOLDERS, Kind.OTHER, Kind.UNREADABLE}:
+        raise RefusedError(
+            f"{schema}: {found.value}, where the schema is written that editors check the config by. Rename it, or "
+            "name a file in another folder with -o."
+        )
+
+
+def check_file(output: str, *, overwrite: bool) -> None:
+    """Refuse a config's file that could not be written.
+
+    Raises:
+        RefusedError: its name is taken or leads into no folder.
+    """
     target, kind = Path(output), what_is(Path(output))
-    if output == _STDOUT:
+    if output == STDOUT:
         return
     if kind in FOLDERS:
         raise RefusedError(f"{output}: is a folder. Name the file to write, such as {target / 'merge.yaml'}.")
@@ -37,12 +54,6 @@ def check_target(output: str, *, overwrite: bool) -> None:
     if what_is(target.parent) not in FOLDERS:
         raise RefusedError(
             f"{output}: there is no folder {target.parent}. Make it first, or name another file with -o."
-        )
-    schema = target.with_name(SCHEMA_FILE)
-    if (found := what_is(schema)) in {*FOLDERS, Kind.OTHER, Kind.UNREADABLE}:
-        raise RefusedError(
-            f"{schema}: {found.value}, where the schema is written that editors check the config by. Rename it, or "
-            "name a file in another folder with -o."
         )
 
 
@@ -60,7 +71,7 @@ def checked_text(draft: "Draft", output: str) -> str:
     folder = Path(output).parent
     if folder.resolve() != Path.cwd():
         draft = _moved(draft, folder)
-    text = config_text(draft, "FILE" if output == _STDOUT else shlex.quote(Path(output).name))
+    text = config_text(draft, "FILE" if output == STDOUT else shlex.quote(Path(output).name))
     plan_merge(parse_config(text, folder=folder), PlanOptions(weights="stream"))
     return text
 
@@ -87,7 +98,7 @@ def write_draft(console: Console, output: str, text: str, *, quiet: bool) -> Non
     from moemerge.drafting.config_text import SCHEMA_FILE
 
     announce = announcer(console, quiet=quiet)
-    if output == _STDOUT:
+    if output == STDOUT:
         say(text.removesuffix("\n"))
         announce(f"Next, with what is printed in FILE, and `moemerge schema > {SCHEMA_FILE}` beside it for editors:")
     else:
@@ -97,7 +108,7 @@ def write_draft(console: Console, output: str, text: str, *, quiet: bool) -> Non
         except OSError as error:
             raise OutputError(f"{error.filename}: cannot be written: {error.strerror}.") from error
         announce(f"{output}: written{beside}. Next:")
-    shown = "FILE" if output == _STDOUT else shlex.quote(output)
+    shown = "FILE" if output == STDOUT else shlex.quote(output)
     announce(f"  moemerge plan {shown}")
     announce(f"  moemerge {shown} merged/")
 

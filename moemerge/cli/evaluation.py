@@ -153,8 +153,8 @@ def _measure(
         )
 
 
-def by_name(data: list[str]) -> dict[str, list[str]]:
-    """Collect the paths of `--data NAME=PATH` options, by name.
+def by_name(data: list[str], option: str = "--data") -> dict[str, list[str]]:
+    """Collect the paths of `--data NAME=PATH` options, or of others, by name.
 
     Raises:
         RefusedError: one is not of this form.
@@ -163,6 +163,6 @@ def by_name(data: list[str]) -> dict[str, list[str]]:
     for given in data:
         name, equals, path = given.partition("=")
         if not (name and equals and path):
-            raise RefusedError(f"--data: expected NAME=PATH, such as code=code.txt, found {given!r}.")
+            raise RefusedError(f"{option}: expected NAME=PATH, such as code=code.txt, found {given!r}.")
         named.setdefault(name, []).append(path_of(path))
     return named

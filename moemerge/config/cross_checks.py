@@ -24,6 +24,10 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     },
     "shared_weights": {"method": "base", "weights": None, "density": 0.5, "seed": 0},
 }
+_USED_SHARED: Final[dict[str, tuple[str, ...]]] = {
+    "base": (), "auto": (), "average": ("weights",), "ties": ("weights", "density"),
+    "dare": ("weights", "density", "seed"),
+}  # fmt: skip
 MIN_EXPERTS: Final = 2
 _KEYS: Final = ("positive_prompts", "negative_prompts", "positive_texts", "negative_texts")
 
@@ -158,10 +162,9 @@ def _check_settings(method: RouterMethod, settings: Mapping[str, Any], experts: 
                 f"{method.name} needs router.calibration_texts: files of text of all kinds that the experts are for",
             )
         )
-    for key in SETTINGS:
-        if _is_set("router", settings, key) and key not in method.settings:
-            users = ", ".join(other.name for other in METHODS.values() if key in other.settings)
-            problems.append((("router", key), f"gate_mode {method.name} does not use it; {users} do"))
+    for key in _unused_by(method, settings):
+        users = ", ".join(other.name for other in METHODS.values() if key in other.settings)
+        problems.append((("router", key), f"gate_mode {method.name} does not use it; {users} do"))
     if settings.get("calibration_texts") and "texts" in method.reads and not settings.get("load_prior"):
         problems.append(
             (
@@ -176,18 +179,45 @@ def _check_settings(method: RouterMethod, settings: Mapping[str, Any], experts: 
     return problems
 
 
+def unused_settings(document: Mapping[str, Any]) -> list[Place]:
+    """List the settings that the methods of a raw document do not use, of its routers and its shared weights."""
+    experts = document.get("experts")
+    described = isinstance(experts, list) and all(map(_is_described, experts))
+    settings = document.get("router")
+    settings = settings if isinstance(settings, dict) else {}
+    gate_mode = canonical_gate_mode(document.get("gate_mode", AUTO))
+    calibrated = bool(settings.get("calibration_texts"))
+    unused = _unused_by(choose_method(gate_mode, described=described, calibrated=calibrated), settings)
+    return [*(("router", key) for key in unused), *(("shared_weights", key) for key in _unused_shared(document))]
+
+
+def _is_described(expert: Any) -> bool:
+    return isinstance(expert, dict) and bool(
+        listed_prompts(expert.get("positive_prompts")) or listed_prompts(expert.get("positive_texts"))
+    )
+
+
+def _unused_by(method: RouterMethod, settings: Mapping[str, Any]) -> list[str]:
+    """The router settings that a method does not use."""
+    return [key for key in SETTINGS if _is_set("router", settings, key) and key not in method.settings]
+
+
+def _unused_shared(document: Mapping[str, Any]) -> list[str]:
+    """The settings of shared weights that their method does not use."""
+    given = document.get("shared_weights")
+    if not isinstance(given, dict):
+        return []
+    method, keys = given.get("method", "base"), ("weights", "density", "seed")
+    used = _USED_SHARED.get(method, keys) if isinstance(method, str) else keys
+    return [key for key in keys if _is_set("shared_weights", given, key) and key not in used]
+
+
 def _check_shared(document: Mapping[str, Any], experts: int) -> list[tuple[Place, str]]:
     given = document.get("shared_weights")
-    given = given if isinstance(given, dict) else {"method": given or "base"}
-    method = given.get("method", "base")
-    used = {
-        "base": (), "auto": (), "average": ("weights",), "ties": ("weights", "density"),
-        "dare": ("weights", "density", "seed"),
-    }  # fmt: skip
+    given = given if isinstance(given, dict) else {}
     problems: list[tuple[Place, str]] = [
-        (("shared_weights", key), f"method {method} does not use it")
-        for key in ("weights", "density", "seed")
-        if _is_set("shared_weights", given, key) and isinstance(method, str) and key not in used.get(method, (key,))
+        (("shared_weights", key), f"method {given.get('method', 'base')} does not use it")
+        for key in _unused_shared(document)
     ]
     weights = given.get("weights")
     if isinstance(weights, list) and len(weights) != experts:

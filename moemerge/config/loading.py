@@ -38,11 +38,23 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
     if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
         return parse_config(source, allow_identical_experts=allow_identical_experts)
     path = Path(source)
+    text = read_text(path)
+    config = parse_config(text, str(path), path.parent, allow_identical_experts=allow_identical_experts)
+    config.was_read_from(text, path.absolute())
+    return config
+
+
+def read_text(path: Path) -> str:
+    """Read the text of a config's file.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be a config.
+    """
     try:
         if mistaken := mistaken_path(path):
             raise ConfigError(mistaken, [])
         with path.open(encoding="utf-8-sig") as file:
-            text = file.read(_MOST_CHARACTERS)
+            return file.read(_MOST_CHARACTERS)
     except OSError as error:
         reason = (
             "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
@@ -52,9 +64,6 @@ def load_config(source: Path | str | Mapping[str, Any], *, allow_identical_exper
         raise ConfigError(f"{path}: is not text in UTF-8. Save it in UTF-8.", []) from error
     except ValueError as error:  # a null byte in its name
         raise ConfigError(f"{path}: cannot be read: {error}.", []) from error
-    config = parse_config(text, str(path), path.parent, allow_identical_experts=allow_identical_experts)
-    config.was_read_from(text, path.absolute())
-    return config
 
 
 def parse_config(
@@ -71,6 +80,26 @@ def parse_config(
     Raises:
         ConfigError: lists every problem with its address and line.
     """
+    document, node = read_document(text, name)
+    document, unset = with_paths_from(document, folder)
+    config = _check(document, name, node, allow_identical_experts, unset)
+    config.was_read_from(text)
+    return config
+
+
+def read_document(text: str, name: str) -> tuple[dict[Any, Any], yaml.Node | None]:
+    """Read keys with values from the text of a config; nothing of them is checked, but that they may be a config's.
+
+    Args:
+        text: YAML.
+        name: what messages call it.
+
+    Returns:
+        The document, and its root node, which knows lines.
+
+    Raises:
+        ConfigError: the text is not YAML, or something else than a config.
+    """
     try:
         document, node = read_yaml(text)
     except YamlTextError as error:
@@ -86,16 +115,18 @@ def parse_config(
         )
     if mistaken := mistaken_document(document, [*MergeConfig.model_fields]):
         raise ConfigError(f"{name}: {mistaken}", [])
-    document, unset = with_paths_from(document, folder)
-    config = _check(document, name, node, allow_identical_experts, unset)
-    config.was_read_from(text)
-    return config
+    return document, node
 
 
 def refusal_of(config: MergeConfig, placed: list[tuple[Place, str]]) -> ConfigError:
     """Make an error of problems that show once models are opened, with lines if the config was read from text."""
     name = min(os.path.relpath(config.file), str(config.file), key=len) if config.file else "config"
     return PlacedError(placed, name, read_yaml(config.written)[1] if config.written else None)
+
+
+def not_named(document: Mapping[Any, Any]) -> list[tuple[Place, str]]:
+    """Find keys of a document that are no text."""
+    return [((str(key),), "is not the name of a key: expected text") for key in document if not isinstance(key, str)]
 
 
 def _check(
@@ -105,10 +136,7 @@ def _check(
     allow_identical_experts: bool,
     found: Sequence[tuple[Place, str]] = (),
 ) -> MergeConfig:
-    problems = [*repeated_keys(node), *curly_quotes(node), *found]
-    problems += [
-        ((str(key),), "is not the name of a key: expected text") for key in document if not isinstance(key, str)
-    ]
+    problems = [*repeated_keys(node), *curly_quotes(node), *found, *not_named(document)]
     try:
         config = MergeConfig(
             allow_identical_experts, **{key: value for key, value in document.items() if isinstance(key, str)}

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,22 @@ from moemerge.errors import RefusedError
 from moemerge.evaluation.figures import Sums, by_document
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.tokens import Window, by_transformers, cut_windows
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """How documents are read: by which tokenizer, and how much of them."""
+
+    folder: Path
+    """The folder of the tokenizer."""
+    experts: tuple[str, ...]
+    """Names of the experts, which domains may have."""
+    tokens: int
+    """Tokens that are read of each domain."""
+    length: int
+    """The most tokens in a window."""
+    roles: Sequence[str] = COUNTED_ROLES
+    """Whose messages of chats count."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +52,21 @@ class Texts:
         window: int,
         roles: Sequence[str] = COUNTED_ROLES,
     ) -> "Texts":
-        """Read each domain's documents with the mixture's tokenizer.
+        """Read each domain's documents with the mixture's tokenizer; see `Texts.read_by`."""
+        context = mixture.runnable.keys.get("max_position_embeddings", window + 1)
+        reader = TextReader(mixture.folder, mixture.experts, tokens, min(window, context - 1), roles)
+        return cls.read_by(reader, documents)
+
+    @classmethod
+    def read_by(cls, reader: TextReader, documents: Mapping[str, Sequence[Document]]) -> "Texts":
+        """Read each domain's documents.
 
         Raises:
             RouterError: there is no tokenizer.
             RefusedError: a domain's name is nearly that of an expert, or it has nothing to predict.
         """
-        _check_names(documents, mixture.experts)
-        encode = by_transformers(mixture.folder, roles=roles)
-        context = mixture.runnable.keys.get("max_position_embeddings", window + 1)
-        length = min(window, context - 1)
+        _check_names(documents, reader.experts)
+        encode, tokens, length = by_transformers(reader.folder, roles=reader.roles), reader.tokens, reader.length
         cut = [
             [window for window in cut_windows(texts, encode, tokens=tokens, length=length) if any(window.scored)]
             for texts in documents.values()
@@ -52,7 +74,7 @@ class Texts:
         for name, windows in zip(documents, cut, strict=True):
             if not windows:
                 raise RefusedError(f"--data {name}=: its documents have no token that another one precedes.")
-        experts = [mixture.experts.index(name) if name in mixture.experts else None for name in documents]
+        experts = [reader.experts.index(name) if name in reader.experts else None for name in documents]
         return cls(
             tuple(documents),
             tuple(experts),

@@ -84,15 +84,15 @@ def revision_notes(data: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{name} is text of {', '.join(revisions)}" for name, revisions in read.items() if revisions]
 
 
-def read_domains(data: Mapping[str, Sequence[str]]) -> dict[str, list[Document]]:
-    """Read the documents of each domain from files, folders or patterns, or from the Hub.
+def read_domains(data: Mapping[str, Sequence[str]], option: str = "--data") -> dict[str, list[Document]]:
+    """Read the documents of each domain from files, folders or patterns, or from the Hub; messages name the `option`.
 
     Raises:
         RefusedError: there are no such files, or no text in them.
         SourceError: a data set on the Hub cannot be reached.
     """
-    documents = {name: read_documents(find_files(patterns, f"--data {name}")) for name, patterns in data.items()}
+    documents = {name: read_documents(find_files(patterns, f"{option} {name}")) for name, patterns in data.items()}
     empty = [name for name, texts in documents.items() if not texts]
     if empty:
-        raise RefusedError(f"--data {empty[0]}=: its files hold no text.")
+        raise RefusedError(f"{option} {empty[0]}=: its files hold no text.")
     return documents

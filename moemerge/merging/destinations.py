@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import staged
-from moemerge.merging.merge_work import Tally, Work
+from moemerge.merging.merge_work import Tally, Work, router_bands
 from moemerge.merging.options import MergeOptions
 from moemerge.merging.output_checks import check_output, check_streaming, replacing
 from moemerge.planning.output import Computed
@@ -129,7 +129,7 @@ class Folder(Destination):
         with work.writer(shards.folder, work.plan.shards, tally, kept=kept, completed=completed) as writer:
             writer.add({name: o.origin for name, o in outputs.items() if not isinstance(o.origin, Computed)})
             routers = work.init_routers_beside(writer, tally)
-            writer.add(work.router_bands(routers))
+            writer.add(router_bands(work.plan, routers))
         return routers.report
 
 
@@ -180,7 +180,7 @@ class Hub(Destination):
         A shard is sent while the next one is written.
         """
         routers = work.init_routers(shards.tally)
-        made = work.router_bands(routers)
+        made = router_bands(work.plan, routers)
         bands = {name: made.get(name, output.bands) for name, output in work.plan.outputs.items()}
         self.publisher.begin_streaming()
         complete: list[Shard] = []

@@ -15,7 +15,7 @@ from moemerge.export.model import GgufFormat, GgufModel, asked_type
 from moemerge.export.planned_tensors import Planned, waits
 from moemerge.export.tensors import GgufTensor
 from moemerge.export.writing import STAGED, SpaceCheck, advising_types, check_file, check_room, staged_file
-from moemerge.merging.merge_work import Tally, Work
+from moemerge.merging.merge_work import Tally, Work, router_bands
 from moemerge.merging.options import MergeOptions
 from moemerge.planning.plan import MergePlan
 from moemerge.progress import Progress
@@ -65,13 +65,13 @@ def merge_to_gguf(
     plan.origins.check("since the plan was made")
     check_file(file, overwrite=options.overwrite, inputs=plan.inputs, sources=plan.folders)
     model = GgufModel(plan.output_config, asked_type(form.type, {HEADER_DTYPES[plan.dtype]}), form.llama_cpp)
-    tensors = model.tensors(_table(plan, options.seed, {}))
+    tensors = model.tensors(planned_table(plan, options.seed, {}))
     room(file, tensors, plan.kept_bytes, plan.peak_memory_bytes)
     work = Work(plan, options, warn, to_folder=False)
     with staged_file(file, overwrite=options.overwrite) as stage, work.sources_kept_in(stage):
         if plan.is_open:
             plan = work.choose(None, progress, announce)
-            tensors = model.tensors(_table(plan, options.seed, {}))
+            tensors = model.tensors(planned_table(plan, options.seed, {}))
         work.describe(described := stage / _DESCRIBED / file.stem)
         shard = model.lay_out(tensors, described, stage / STAGED)
         report = _write(work, model, tensors, stage, shard=shard, tally=Tally(progress, [shard]))
@@ -90,13 +90,13 @@ def _write(
         ready = [tensor for tensor in tensors if not waits(tensor.bands)]
         writer.add(padded_bands(ready))
         routers = work.init_routers_beside(writer, tally)
-        complete = model.tensors(_table(plan, options.seed, work.router_bands(routers)))
+        complete = model.tensors(planned_table(plan, options.seed, router_bands(plan, routers)))
         names = {tensor.name for tensor in ready}
         writer.add(padded_bands([tensor for tensor in complete if tensor.name not in names]))
     return routers.report
 
 
-def _table(plan: MergePlan, seed: int, made: Mapping[str, tuple[Band, ...]]) -> dict[str, TensorInfo]:
+def planned_table(plan: MergePlan, seed: int, made: Mapping[str, tuple[Band, ...]]) -> dict[str, TensorInfo]:
     """List the tensors of the checkpoint that the plan would write; computed ones have bytes only if in `made`."""
     if plan.shape.vision:
         raise RefusedError("keep_vision: a GGUF file holds the text model alone. Remove the key.")

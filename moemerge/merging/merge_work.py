@@ -171,14 +171,6 @@ class Work:
             self.write_config(folder)
         return folder
 
-    def router_bands(self, routers: Routers) -> dict[str, tuple[Band, ...]]:
-        """Make the output's tensors of computed routers and shared gates, by name."""
-        made = {"router": routers.rows, "shared gate": routers.shared_gates}
-        dtype = HEADER_DTYPES[self.plan.dtype]
-        return {
-            name: ((Piece(made[tensor.kind][tensor.layer], dtype),),) for name, tensor in self.plan.computed.items()
-        }
-
     def write_base_files(self, folder: Path) -> None:
         """Copy the base's files beside its weights, and write those that are made of its tokenizer."""
         self.plan.base_files.write(folder, self._tokenizer.files)
@@ -215,6 +207,13 @@ class Work:
     def write_config(self, folder: Path) -> None:
         """Write `config.json`, which makes the folder a model."""
         (folder / "config.json").write_text(json.dumps(self.plan.output_config, indent=2) + "\n", encoding="utf-8")
+
+
+def router_bands(plan: MergePlan, routers: Routers) -> dict[str, tuple[Band, ...]]:
+    """Make the output's tensors of computed routers and shared gates, by name."""
+    made = {"router": routers.rows, "shared gate": routers.shared_gates}
+    dtype = HEADER_DTYPES[plan.dtype]
+    return {name: ((Piece(made[tensor.kind][tensor.layer], dtype),),) for name, tensor in plan.computed.items()}
 
 
 class Tally:

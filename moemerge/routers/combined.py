@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from moemerge.routers.fitting import Labelled, fit_rows
+from moemerge.routers.fitting import Fit, Labelled, fit_rows
 from moemerge.routers.logistic import solve
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.prior import neutral_states, prior_rows
@@ -28,7 +28,8 @@ def combined_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
     """Make a layer's rows from the experts' weights, and from labelled tokens where there are some."""
     prior = prior_rows(inputs, request)
     if inputs.routed.any():
-        return fit_rows(inputs, request, partial(_correct, prior), calibrated=False)
+        fit = Fit("combined", partial(_correct, prior), (prior,))
+        return fit_rows(inputs, request, fit, calibrated=False)
     states = neutral_states(inputs)
     rows = prior * fit_scale(prior, states, request.mixture.experts_per_token)
     return LayerRows(finish_rows(rows, states, inputs, request))

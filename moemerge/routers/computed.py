@@ -104,6 +104,7 @@ def _pass_request(request: RouterRequest, options: PassOptions, seed: int) -> Pa
         base_bits=options.base_bits,
         low_memory=options.low_memory,
         kept_states=options.kept_states,
+        kept_fits=options.kept_fits,
     )
 
 

@@ -1,12 +1,14 @@
 """Shared steps of methods that fit rows to labelled tokens: targets and weights, held-out documents, scale."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Final
 
 import torch
 
+from moemerge.routers.kept_fits import KeptFits
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.scaling import SHARPEST, calibrated_scale, finish_rows
 from moemerge.routers.scoring import fit_scale
@@ -51,19 +53,40 @@ class Labelled:
         return Labelled(self.states[chosen], self.targets[chosen], weights, self.regularisation)
 
 
-def fit_rows(
-    inputs: RouterInputs, request: PassRequest, solve: Callable[[Labelled], torch.Tensor], *, calibrated: bool = True
-) -> LayerRows:
-    """Make rows by `solve` (labelled tokens -> (expert, hidden)), and judge them on held-out documents.
+@dataclass(frozen=True)
+class Fit:
+    """A method of fitting rows to labelled tokens."""
+
+    name: str
+    solve: Callable[[Labelled], torch.Tensor]
+    """A function from labelled tokens to rows (expert, hidden)."""
+    given: tuple[torch.Tensor, ...] = ()
+    """All that `solve` depends on beside the labelled tokens."""
+
+    def kept_in(self, folder: Path | None) -> "Fit":
+        """The same method, whose rows are kept in a folder, if there is one."""
+        if folder is None:
+            return self
+        kept = KeptFits(folder)
+
+        def solve(data: Labelled) -> torch.Tensor:
+            tensors = (data.states, data.targets, data.weights, *self.given)
+            return kept.rows(self.name, tensors, (data.regularisation,), lambda: self.solve(data))
+
+        return replace(self, solve=solve)
+
+
+def fit_rows(inputs: RouterInputs, request: PassRequest, fit: Fit, *, calibrated: bool = True) -> LayerRows:
+    """Make rows by a method, and judge them on held-out documents.
 
     Args:
         inputs: the layer's router inputs.
         request: the pass's request.
-        solve: the method.
+        fit: the method.
         calibrated: whether the scale is calibrated on held-out documents; without it, the scale is the method's own,
             but no sharper than a calibrated one may be.
     """
-    present = request.present(inputs.layer)
+    present, solve = request.present(inputs.layer), fit.kept_in(request.kept_fits).solve
     data, right, folds = _label(inputs, request, present)
     rows = solve(data)
     judged = right >= 0

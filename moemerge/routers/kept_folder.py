@@ -50,13 +50,13 @@ def without_old_drafts(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_kept_states(folder: Path, out: Path) -> None:
+def check_kept_states(folder: Path, out: Path | None = None) -> None:
     """Refuse a folder for router inputs that holds anything else, or is in the output; an absent one is made.
 
     Raises:
         RefusedError: it is no folder, cannot be made, holds other files, or is in `out`.
     """
-    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+    if out and out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise RefusedError(f"--keep-states: {folder} is in the output, {out}. Name a folder elsewhere.")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from moemerge.routers.fitting import Labelled, fit_rows
+from moemerge.routers.fitting import Fit, Labelled, fit_rows
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.regression import gram_of
 
@@ -20,7 +20,7 @@ _BOUND: Final = 0.5
 
 def logistic_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
     """Make a layer's rows, at a scale that is calibrated on held-out documents."""
-    return fit_rows(inputs, request, solve)
+    return fit_rows(inputs, request, Fit("logistic", solve))
 
 
 def solve(data: Labelled, start: torch.Tensor | None = None) -> torch.Tensor:

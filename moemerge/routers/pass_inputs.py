@@ -36,6 +36,8 @@ class PassRequest:
     """Whether to read no weights ahead."""
     kept_states: Path | None = None
     """Folder that keeps router inputs from one merge to the next."""
+    kept_fits: Path | None = None
+    """Folder that keeps rows that were fitted to labelled tokens."""
 
     def absent(self, layer: int) -> frozenset[int]:
         """Experts that are absent from a layer."""

@@ -53,3 +53,5 @@ class PassOptions:
     output in the page cache."""
     kept_states: Path | None = None
     """Folder that keeps the base model's router inputs from one merge to the next."""
+    kept_fits: Path | None = None
+    """Folder that keeps rows that were fitted to labelled tokens, before they are scaled."""

@@ -6,14 +6,14 @@ of length 1 and an absolute lambda.
 
 import torch
 
-from moemerge.routers.fitting import Labelled, fit_rows
+from moemerge.routers.fitting import Fit, Labelled, fit_rows
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.regression import regress
 
 
 def ridge_rows(inputs: RouterInputs, request: PassRequest) -> LayerRows:
     """Make a layer's rows `(G + lambda tr(G)/d I)^-1 Z' D (Y - 1/N)`, at a scale calibrated on held-out documents."""
-    return fit_rows(inputs, request, solve)
+    return fit_rows(inputs, request, Fit("ridge", solve))
 
 
 def solve(data: Labelled) -> torch.Tensor:
