@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moemerge.checks.verification import verify_merge
 from moemerge.config.loading import load_config
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.evaluation.losses import token_losses
 from moemerge.evaluation.runnable import open_dense
 from moemerge.evaluation.running import run_model
@@ -275,6 +275,23 @@ def test_fused_tensors_have_the_rows_that_the_config_says(tmp_path):
     assert str(caught.value) == (
         f"{shard}: tensor {name!r} has the shape [64, 32], where config.json says 96 rows for q_proj, k_proj, v_proj."
     )
+
+
+def test_a_head_that_an_adapter_has_resized_is_refused_in_the_plan(tmp_path):
+    base = make_release(tmp_path / "base", RELEASES["baichuan 2"])
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    rows = json.loads((base / "config.json").read_text())["vocab_size"] + 2
+    name = "base_model.model.lm_head.weight"
+    save_file({name: torch.ones(rows, 32)}, adapter / "adapter_model.safetensors")
+    config = write_config(tmp_path / "merge.yaml", f"{base}+{adapter}", [base] * 2, prompts=False)
+    with pytest.raises(IncompatibleError) as caught:
+        plan_merge(load_config(config, allow_identical_experts=True))
+    assert list(caught.value.problems) == [
+        f"base_model: tensor lm_head.weight cannot be merged exactly: {adapter}: its lm_head has the shape "
+        f"[{rows}, 32], but the model's is [{rows - 2}, 32]"
+    ]
 
 
 def test_two_tensors_never_get_one_name(tmp_path):

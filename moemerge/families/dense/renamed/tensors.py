@@ -13,7 +13,7 @@ from moemerge.checkpoint.derived import Derived, Rows
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import joined
-from moemerge.checkpoint.unreadable import Unreadable
+from moemerge.checkpoint.unreadable import Resized, Unreadable
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.errors import CheckpointError
 from moemerge.families.dense.model import DenseModel
@@ -93,6 +93,10 @@ def _plain(renamed: Renamed, model: DenseModel, name: str, tensor: TensorInfo) -
 
 
 def _unit_rows(tensor: TensorInfo) -> TensorInfo:
+    if isinstance(tensor.path, Resized):
+        return Resized(_unit_rows(tensor.path.stored), tensor.path.reason).tensor(tensor)
+    if isinstance(tensor.path, Unreadable):
+        return tensor
     return Derived("rows of length 1", (tensor,), _unit, "unit rows", tensor.dtype).tensor(tensor.name)
 
 
