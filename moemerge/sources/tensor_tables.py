@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moemerge.checkpoint.header import TensorInfo, read_header
@@ -19,7 +20,7 @@ from moemerge.sources.reference import Reference
 from moemerge.sources.text_models import text_tensors
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from moemerge.sources.gguf.stored_model import GgufModel
 
 
 def read_tensor_table(
@@ -106,9 +107,7 @@ def _read_weights(
 
         return expert_tensors(model.mixture, model.expert, announce, weights)
     if model.gguf:
-        from moemerge.sources.gguf.opening import weights_here
-
-        return (model.gguf if weights == "stream" else weights_here(model.gguf, model.origin, announce)).tensors()
+        return _read_gguf(model, model.gguf, announce, weights)
     named = weights_named(model.config)
     if isinstance(model.origin, Reference):
         from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
@@ -136,6 +135,18 @@ def _read_weights(
         chosen, read_map = find_weights(model.folder, names, named, model.seen)
     tensors, notes = read_tensors(model.folder, chosen, names, read_map, read_headers)
     return _noted(model, notes, tensors)
+
+
+def _read_gguf(
+    model: ModelFolder, gguf: "GgufModel", announce: Announce, weights: Literal["download", "stream"]
+) -> dict[str, TensorInfo]:
+    from moemerge.sources.gguf.opening import weights_here
+
+    read = gguf if weights == "stream" else weights_here(gguf, model.origin, announce)
+    for path in (file.path for file in read.files):
+        if isinstance(path, Path):  # it may be downloaded only now
+            model.seen(path)
+    return read.tensors()
 
 
 def _noted(model: ModelFolder, notes: Sequence[str], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

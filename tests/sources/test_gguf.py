@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from moemerge.errors import CheckpointError, ConfigError, NoSuchModelError, Refu
 from moemerge.families.dense import read_dense
 from moemerge.model_card.markdown import as_text
 from moemerge.sources.gguf.choosing import find_on_hub
-from moemerge.sources.model_folder import ModelFolder, open_model
+from moemerge.sources.model_folder import ModelFolder, open_model, parse_reference
 from moemerge.sources.tensor_tables import read_tensor_table
 from tests.sources.test_lora import make_adapter
 from tests.support.families import DENSE
@@ -251,6 +252,16 @@ def test_a_file_that_changes_is_noticed(tmp_path, wide):
         CheckpointError, match=r"fox.gguf: was changed since the plan was made: another time of writing"
     ):
         merge(plan, tmp_path / "out")
+
+
+def test_a_downloaded_file_is_watched_from_then_on(tmp_path, wide):
+    """Of a repository's file the header is read on the Hub, and the rest in the cache."""
+    shutil.copy(wide["gguf"], tmp_path / "fox.gguf")
+    model = opened(tmp_path / "fox.gguf")
+    there = replace(model.gguf, snapshot=tmp_path, names=("fox.gguf",))
+    model = replace(model, origin=parse_reference("acme/fox-GGUF"), gguf=there, stamps={})
+    read_tensor_table(model, print)
+    assert list(model.stamps) == [tmp_path / "fox.gguf"]
 
 
 def test_planning_imports_neither_torch_nor_the_package(tmp_path, wide):
