@@ -17,7 +17,7 @@ from moemerge.planning.parts import Parts, take_parts
 from moemerge.planning.reinitialising import reinitialising_of
 from moemerge.planning.shape import Shape, computes_gate, residual_scales
 from moemerge.planning.vision import beside_towers
-from moemerge.planning.vocabulary_rows import with_vocabulary
+from moemerge.planning.vocabulary_rows import unmixed_rows, with_unmixed_rows, with_vocabulary
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
     dtype = config.dtype or (gguf and gguf.usual_dtype) or _main_dtype(tables[config.base_model])
     placed = [(member.place, member.model) for member in models.every_expert]
     parts = take_parts(config, shape.mixture, models.base.model, placed, tables=tables, dtype=HEADER_DTYPES[dtype])
-    parts = with_vocabulary(parts, shape.vocabulary, models, tables[config.base_model])
+    parts = with_unmixed_rows(parts, unmixed_rows(config, models), tables[config.base_model])
+    parts = with_vocabulary(parts, shape.vocabulary, models)
     outputs = _assembly(config, shape, parts, HEADER_DTYPES[dtype]).outputs()
     if shape.vision:
         outputs = beside_towers(shape.vision, outputs, models.base.folder, HEADER_DTYPES[dtype])

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.compatibility.vocabularies import FILE, Vocabulary, difference, elsewhere, lacking, read_vocabulary, shown
+from moemerge.compatibility.vocabularies import FILE, Vocabulary, difference, lacking, read_vocabulary, shown
 from moemerge.config.expert_names import named_place
 from moemerge.config.schema import MergeConfig
 from moemerge.config.tokenizer_choice import BASE, UNION, named_expert
@@ -75,8 +75,6 @@ class OutputVocabulary:
     of_same_ids: frozenset[int]
     """Numbers of the experts whose own tokenizer has the same ids for all of its tokens."""
     notes: tuple[str, ...]
-    unmixed: frozenset[int] = frozenset()
-    """Rows of the base that are another token's, or none's, in an expert, where shared weights are mixed."""
 
     @property
     def template_folder(self) -> Path:
@@ -87,8 +85,8 @@ class OutputVocabulary:
 
 def lost_tokens(config: MergeConfig, models: Models) -> dict[str, list[str]]:
     """List the added tokens that `tokenizer: union` would give to a merged model, by the expert's name in messages."""
-    others = [member for member in models.every_expert if not _is_copy(member, models.base)]
-    base = _own(models.base) if others and config.vocabulary == BASE else None
+    others = [member for member in models.every_expert if not is_copy(member, models.base)]
+    base = own_vocabulary(models.base) if others and config.vocabulary == BASE else None
     found: dict[str, list[str]] = {}
     if isinstance(base, Vocabulary):
         for member in others:
@@ -108,13 +106,9 @@ def output_vocabulary(config: MergeConfig, models: Models) -> OutputVocabulary |
         return None
     base = _read(models.base, config.vocabulary)
     if config.vocabulary == UNION:
-        found = _union(models, base, _labels(config))
-    else:
-        number = config.expert_names.index(named_expert(config.vocabulary))
-        found = _of_expert(models, base, number, config.vocabulary)
-    mixed = map(_own, models.experts if config.shared_weights.method != BASE else ())
-    unlike = [elsewhere(base, read) for read in mixed if isinstance(read, Vocabulary)]
-    return replace(found, unmixed=frozenset().union(*unlike))
+        return _union(models, base, _labels(config))
+    number = config.expert_names.index(named_expert(config.vocabulary))
+    return _of_expert(models, base, number, config.vocabulary)
 
 
 def _labels(config: MergeConfig) -> list[str]:
@@ -133,13 +127,13 @@ def rows_of(member: Member) -> int:
     return embedding_rows(member.folder.adapters, int(member.model.config["vocab_size"]))
 
 
-def _is_copy(member: Member, base: Member) -> bool:
+def is_copy(member: Member, base: Member) -> bool:
     """Whether a model has no tokenizer.json but a copy of the base's."""
     own, other = (one.folder.folder / FILE for one in (member, base))
     return not member.folder.adapters and own.is_file() and other.is_file() and cmp(own, other, shallow=False)
 
 
-def _own(member: Member) -> Vocabulary | str | None:
+def own_vocabulary(member: Member) -> Vocabulary | str | None:
     """Read a model's vocabulary, as `read_vocabulary` does; that of a GGUF file is made of its settings."""
     problem = add_tokenizer(member.folder)
     found = read_vocabulary(member.folder.own_folders)
@@ -147,7 +141,7 @@ def _own(member: Member) -> Vocabulary | str | None:
 
 
 def _read(member: Member, choice: str) -> Vocabulary:
-    found = _own(member)
+    found = own_vocabulary(member)
     if isinstance(found, Vocabulary):
         return found
     raise IncompatibleError("These models cannot be merged:", [_problem(member, found or "has no tokenizer", choice)])
@@ -159,7 +153,7 @@ def _problem(member: Member, why: str, choice: str) -> str:
 
 def _checked(base: Vocabulary, member: Member, choice: str) -> Vocabulary | str | None:
     """Read an expert's vocabulary; a returned text says why it does not fit the base's, None that there is none."""
-    found = _own(member)
+    found = own_vocabulary(member)
     if isinstance(found, str):
         return _problem(member, found, choice)
     if found and (unlike := difference(base, found)):

@@ -1,6 +1,6 @@
 """The embeddings and head of a merged model whose vocabulary is not the base's: rows of several models."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Final
@@ -12,28 +12,77 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import joined
 from moemerge.checkpoint.numbers import read_rows
 from moemerge.checkpoint.unreadable import Resized, Unreadable
+from moemerge.compatibility.vocabularies import Vocabulary, elsewhere
+from moemerge.config.schema import MergeConfig
+from moemerge.config.tokenizer_choice import BASE
 from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.families.dense import ModelTensors
 from moemerge.planning.models import Models, refuse
 from moemerge.planning.parts import Parts
-from moemerge.planning.vocabulary import NewToken, OutputVocabulary
+from moemerge.planning.vocabulary import NewToken, OutputVocabulary, is_copy, own_vocabulary
 
 # What multiplies embeddings, and what is made of the head's rows.
 _SCALES: Final = ("embedding_multiplier", "logits_scaling")
 # New tokens whose rows are compared where several experts have them.
 _COMPARED: Final = 64
+# Runs of rows, each of which is read by itself.
+_MOST_UNMIXED: Final = 256
 
 
-def with_vocabulary(
-    parts: Parts, vocabulary: OutputVocabulary | None, models: Models, own: Mapping[str, TensorInfo]
-) -> Parts:
+def unmixed_rows(config: MergeConfig, models: Models) -> frozenset[int]:
+    """The base's rows that are another token's, or none's, in an expert, where shared weights are mixed.
+
+    Models without a readable tokenizer are taken to have the base's.
+    """
+    others = [member for member in models.experts if not is_copy(member, models.base)]
+    if config.shared_weights.method == BASE or not others:
+        return frozenset()
+    base, read = own_vocabulary(models.base), map(own_vocabulary, others)
+    if not isinstance(base, Vocabulary):
+        return frozenset()
+    return frozenset().union(*(elsewhere(base, found) for found in read if isinstance(found, Vocabulary)))
+
+
+def with_unmixed_rows(parts: Parts, unmixed: Collection[int], own: Mapping[str, TensorInfo]) -> Parts:
+    """Leave rows of embeddings and head as the base has them where mixing would take another token's of an expert.
+
+    Where they are many, the whole of both is the base's.
+
+    Args:
+        parts: the tensors that the base and the experts contribute.
+        unmixed: the rows.
+        own: the base's tensors before any are mixed.
+    """
+    base, many = parts.base, len(unmixed) > _MOST_UNMIXED
+    taken: dict[str, TensorInfo] = {}
+    for name, axes in {**base.model.family.first, base.model.family.head: ("vocab", "hidden")}.items():
+        if unmixed and name in base.tensors and axes[0] == "vocab" and base.tensors[name] != own[name]:
+            taken[name] = (
+                own[name] if many else _stacked(name, [*_rows_by_turns(base.tensors[name], own[name], unmixed)])
+            )
+    if not taken:
+        return parts
+    note = (
+        f"shared_weights: {'all' if many else len(unmixed)} rows of {' and '.join(taken)} are the base model's: an "
+        f"expert's tokenizer has other tokens under the ids of {len(unmixed)} of the base's"
+    )
+    return replace(parts, base=ModelTensors(base.model, {**base.tensors, **taken}), notes=(*parts.notes, note))
+
+
+def _rows_by_turns(mixed: TensorInfo, own: TensorInfo, unmixed: Collection[int]) -> Iterator[TensorInfo]:
+    """Yield runs of rows in their order: those that are `unmixed` of the base's own tensor, others of the mixed one."""
+    for alone, group in groupby(range(own.shape[0]), unmixed.__contains__):
+        run = list(group)
+        yield (own if alone else mixed).rows(run[0], len(run))
+
+
+def with_vocabulary(parts: Parts, vocabulary: OutputVocabulary | None, models: Models) -> Parts:
     """Give the base of a merge the rows of another vocabulary.
 
     Args:
         parts: the tensors that the base and the experts contribute.
         vocabulary: the merged model's vocabulary; None for the base's.
         models: the models.
-        own: the base's tensors before any are mixed.
 
     Raises:
         IncompatibleError: an expert has no such rows; lists every reason.
@@ -45,7 +94,7 @@ def with_vocabulary(
     taken: dict[str, TensorInfo] = {}
     for name, axes in {**base.model.family.first, base.model.family.head: ("vocab", "hidden")}.items():
         if name in base.tensors and axes[0] == "vocab":
-            runs = list(_runs(name, parts, vocabulary, models, own[name], problems=problems))
+            runs = list(_runs(name, parts, vocabulary, models, problems))
             if not problems:
                 taken[name] = _stacked(name, runs)
     refuse(problems)
@@ -55,14 +104,12 @@ def with_vocabulary(
 
 
 def _runs(
-    name: str, parts: Parts, vocabulary: OutputVocabulary, models: Models, own: TensorInfo, *, problems: list[str]
+    name: str, parts: Parts, vocabulary: OutputVocabulary, models: Models, problems: list[str]
 ) -> Iterator[TensorInfo]:
     """Yield the rows of one tensor in their order; what is wrong with an expert's is added to the problems."""
     for run in vocabulary.runs:
         if run.expert is None:
-            for alone, group in groupby(range(run.first, run.first + run.count), vocabulary.unmixed.__contains__):
-                rows = list(group)
-                yield (own if alone else parts.base.tensors[name]).rows(rows[0], len(rows))
+            yield parts.base.tensors[name].rows(run.first, run.count)
             continue
         found = _own(name, parts.base, parts.experts[run.expert])
         where = f"{models.every_expert[run.expert].name}: `tokenizer: {vocabulary.choice}` takes rows of its"

@@ -22,6 +22,7 @@ from moemerge.export.writing import GgufOptions, write_gguf
 from moemerge.merging.gguf import merge_to_gguf
 from moemerge.merging.merger import merge
 from moemerge.model_card.markdown import as_text
+from moemerge.planning import vocabulary_rows
 from moemerge.planning.planner import plan_merge
 from tests.routers.test_routers import llama_2_tokenizer
 from tests.support.gguf_files import write_gguf as write_model
@@ -159,6 +160,32 @@ def test_rows_of_other_tokens_are_not_averaged(tmp_path, chats, choice):
         assert torch.equal(ours[ids("<|pad|>")], of_base[156])
         assert torch.equal(ours[ids("<|im_end|>")], of_chat[156])
         assert torch.allclose(ours[:156], (of_fox + of_chat)[:156] / 2, atol=1e-6)
+
+
+def test_with_the_bases_tokenizer_rows_of_other_tokens_are_not_averaged(tmp_path, chats, monkeypatch):
+    """As above; and where most ids are another token's, embeddings and head are the base's as a whole."""
+    own = ["<|pad|>", "<|tool|>"]
+    base, fox = (with_tokens(chats[n], tmp_path / f"{n}", own, template=None, seed=n) for n in (0, 1))
+    chat = with_tokens(chats[0], tmp_path / "chat", ["<|im_end|>", "<|pad|>"], template=None, seed=2)
+    plan, out = merged(tmp_path, [base, fox, chat], shared_weights="average")
+    note = (
+        f"shared_weights: {{}} rows of {EMBEDDINGS} and {HEAD} are the base model's: an expert's tokenizer has other "
+        "tokens under the ids of {} of the base's"
+    )
+    assert note.format(2, 2) in plan.notes
+    for name in (EMBEDDINGS, HEAD):
+        ours, of_base, of_fox, of_chat = (load_weights(folder)[name] for folder in (out, base, fox, chat))
+        assert torch.equal(ours[156:], of_base[156:])
+        assert torch.allclose(ours[:156], (of_fox + of_chat)[:156] / 2, atol=1e-6)
+    document = json.loads((fox / "tokenizer.json").read_text())
+    words = document["model"]["vocab"]
+    document["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
+    (fox / "tokenizer.json").write_text(json.dumps(document))
+    monkeypatch.setattr(vocabulary_rows, "_MOST_UNMIXED", 100)
+    plan, out = merged(tmp_path, [base, fox, chat], shared_weights="average")
+    assert note.format("all", 158 - 3) in plan.notes  # but the special ones, which are added tokens
+    for name in (EMBEDDINGS, HEAD):
+        assert torch.equal(load_weights(out)[name], load_weights(base)[name])
 
 
 def test_the_tokenizer_of_an_expert(tmp_path, chats):
