@@ -155,7 +155,7 @@ def _count_bytes(tensors: Collection[TensorInfo]) -> dict[str, int]:
 
 
 def _expert_warnings(model: ModelFolder, experts: int) -> list[str]:
-    claimed = next((model.config[key] for key in _EXPERT_COUNT_KEYS if key in model.config), 0)
+    claimed = next((model.config[key] for key in _EXPERT_COUNT_KEYS if key in model.config), 0) or 0  # null: none
     return [f"config.json announces {claimed} experts, the tensors hold {experts}"] if experts != claimed else []
 
 

@@ -12,7 +12,7 @@ from moemerge.planning.models import Member, Models, refuse
 from moemerge.planning.notes import config_notes, vocabulary_notes
 from moemerge.planning.router_sources import base_ffn_layers
 from moemerge.planning.shape import Shape, computes_gate
-from moemerge.planning.vision import kept_towers, left_out_notes
+from moemerge.planning.vision import kept_towers, left_out_notes, vision_notes
 
 Tables = Mapping[str, dict[str, TensorInfo]]
 """Tensor tables by model reference."""
@@ -55,6 +55,7 @@ def check_models(
     notes = [
         *(note for folder in models.by_reference.values() for note in folder.notes),
         *left_out_notes(models.by_reference.values(), kept_towers(models.base.folder) if shape.vision else ()),
+        *vision_notes(shape.vision, models.base.folder),
         *models.notes,
         *vocabulary_notes(config, models, shape.lost_tokens),
         *(note for finding in findings for note in finding.notes),

@@ -108,6 +108,18 @@ def left_out_notes(models: Iterable[ModelFolder], kept: Collection[str] = ()) ->
     return [f"{', '.join(references)}: beside the text model, {what}" for what, references in said.items()]
 
 
+def vision_notes(found: VisionMixture | None, base: ModelFolder) -> Iterator[str]:
+    """Say that the base's towers could be kept, or what is missing beside those that are."""
+    if found is None:
+        if base.whole and (could := VISION_MIXTURES.get(base.stored_type)):
+            yield f"base_model: `keep_vision: true` would keep its towers, in a {could.model_type} (docs/families.md)"
+    elif not any(base.file(name) for name in PROCESSORS):
+        yield (
+            f"base_model: has none of {', '.join(PROCESSORS)}, so that nothing says how images become numbers: copy "
+            "them from the original model beside the output"
+        )
+
+
 def _size(tensors: Mapping[str, TensorInfo]) -> str:
     """Say of tensors how many they are, how large, and whose."""
     parts = (name.split(".") for name in tensors)

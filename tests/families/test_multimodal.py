@@ -140,6 +140,8 @@ def test_what_is_left_out_is_said_once_with_its_size(tmp_path):
     assert [note for note in plan.notes if "left out" in note] == [
         f"{base}, {other}: beside the text model, {len(others)} tensors of {size / 1000:.2f} kB are left out: model.visual, mtp"
     ]
+    could = "base_model: `keep_vision: true` would keep its towers, in a qwen3_5_moe (docs/families.md)"
+    assert could in plan.notes
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])

@@ -112,6 +112,10 @@ def test_towers_are_kept_only_where_a_class_holds_them_beside_experts(tmp_path):
 def test_only_the_text_model_of_such_a_mixture_is_written_to_gguf_or_edited(tmp_path):
     base = make(tmp_path / "base", "qwen3_vl")
     plan, out = merged(tmp_path, base, [base] * 2)
+    assert (
+        "base_model: has none of preprocessor_config.json, processor_config.json, video_preprocessor_config.json, so that "
+        "nothing says how images become numbers: copy them from the original model beside the output"
+    ) in plan.notes
     with pytest.raises(RefusedError) as refusal:
         merge_to_gguf(plan, tmp_path / "out.gguf")
     assert str(refusal.value) == "keep_vision: a GGUF file holds the text model alone. Remove the key."
