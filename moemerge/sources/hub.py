@@ -157,6 +157,8 @@ def _find_weights(reference: Reference, folder: Path, announce: Callable[[str], 
     for names in choices:
         if on_hub.issuperset(names):
             return names
+    if constants.HF_HUB_OFFLINE:
+        raise SourceError(f"{reference}: {PARTIAL}")
     indexed = [names for names in choices if names not in ([SINGLE_SAFETENSORS], [SINGLE_PICKLE])]
     lost = [next(name for name in names if name not in on_hub) for names in indexed or choices]
     raise SourceError(
