@@ -309,7 +309,8 @@ def test_what_the_hub_does_not_give_is_one_clear_error(planned, tmp_path):
     for (reference, _, message), result in zip(expected, results, strict=False):
         passing = (" on the Hub", "; trying again in 2 s")
         said = [line.replace(url, "HUB") for line in result.err.splitlines() if not line.endswith(passing)]
-        is_wrong_name = NOT_FOUND in message or message.startswith(("is a ", "the repository has no revision"))
+        wrong = ("is a ", "the repository has no revision", "the repository holds ")
+        is_wrong_name = NOT_FOUND in message or message.startswith(wrong)
         assert (result.code, said, result.out) == (1 + is_wrong_name, [f"error: {reference}: {message}"], "")
     assert results[-1].code == 0, results[-1].err
     assert weights(hub.requested("acme/lost")) == []
