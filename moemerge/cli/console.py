@@ -133,6 +133,8 @@ def return_freed_memory() -> None:
 
 def explain_error(error: BaseException, *, keeps_output: bool = False) -> tuple[str, int]:
     """Give the message for the user and the exit code for an exception that a command raised; see `console_session`."""
+    if isinstance(error.__cause__, KeyboardInterrupt):  # which pydantic wraps where it meets one
+        error = error.__cause__
     if isinstance(error, MoemergeError):
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):

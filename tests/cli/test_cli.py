@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from pydantic import BaseModel, field_serializer
+from pydantic_core import PydanticSerializationError
 from rich.console import Console
 
 import moemerge.cli.console
@@ -529,6 +531,19 @@ def test_what_is_logged_is_shown(level, told):
     console = Console(file=io.StringIO())
     _ConsoleHandler(console).emit(logging.LogRecord("moemerge.test", level, "", 0, "x", (), None))
     assert console.file.getvalue() == told
+
+
+def test_an_interrupt_that_pydantic_wraps_is_one():
+    class Interrupted(BaseModel):
+        x: int = 1
+
+        @field_serializer("x")
+        def _write(self, _value: int) -> int:
+            raise KeyboardInterrupt
+
+    with pytest.raises(PydanticSerializationError) as caught:
+        Interrupted().model_dump()
+    assert explain_error(caught.value, keeps_output=True) == ("interrupted: the output is as it was before", 130)
 
 
 def test_an_interrupt_before_a_command_begins_shows_no_traceback():
