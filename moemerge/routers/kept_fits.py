@@ -39,7 +39,7 @@ class KeptFits:
             numbers: all numbers that it depends on.
             fit: computes it.
         """
-        key = hashlib.blake2b(repr((method, numbers, version("moemerge"), version("torch"))).encode())
+        key = hashlib.sha256(repr((method, numbers, version("moemerge"), version("torch"))).encode())
         for tensor in tensors:
             key.update(repr(tuple(tensor.shape)).encode())
             key.update(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -108,6 +108,7 @@ def ray_workers(
     except ImportError as error:
         raise RefusedError("--ray: ray is needed: pip install 'moemerge[ray]'.") from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "2097152")  # see `moemerge.cli.searching`
     began = not ray.is_initialized()
     if began:
         _connect(ray, address, count)
