@@ -1,23 +1,22 @@
-"""Some columns of a stored matrix, cut out of its rows while it is read; to other code they are a file."""
+"""Some columns of a stored matrix, cut out of its rows while it is read."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from moemerge.checkpoint.computed import ComputedFile
 from moemerge.checkpoint.convert import fill
-from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.dtypes import bytes_of
 
 _BLOCK_BYTES: Final = 2**23
 
 
-@dataclass(frozen=True)
-class ColumnSlice:
-    """A file (`moemerge.checkpoint.files.RemoteFile`) with the columns `first` to `first + count` of a matrix.
+@dataclass(frozen=True, repr=False)
+class ColumnSlice(ComputedFile):
+    """The columns `first` to `first + count` of a matrix.
 
     Raises:
         ValueError: the matrix has no such columns, or they do not begin and end with whole bytes.
@@ -34,43 +33,28 @@ class ColumnSlice:
         if None in (self._bytes_of(self.first), self._bytes_of(self.count)):
             raise ValueError(f"{self.stored.name}: its columns are not whole bytes of {self.stored.dtype}")
 
-    def __str__(self) -> str:
-        return str(self.stored.path)
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """The matrix."""
+        return (self.stored,)
 
     @property
-    def name(self) -> str:
-        """The name of the matrix's file."""
-        return self.stored.path.name
+    def settings(self) -> tuple[object, ...]:
+        """The place of the columns."""
+        return (self.first, self.count)
 
     @property
     def nbytes(self) -> int:
         """Size of the columns in bytes."""
         return self.stored.shape[0] * (self._bytes_of(self.count) or 0)
 
-    @property
-    def identity(self) -> str:
-        """The place of the columns, and the fingerprint of the file that they are cut out of, as text."""
-        return repr((self.first, self.count, repr(self.stored), fingerprint_of(self.stored.path)))
-
     def tensor(self) -> TensorInfo:
         """The columns as a tensor (row, count)."""
         stored = self.stored
         return TensorInfo(stored.name, self, stored.dtype, (stored.shape[0], self.count), 0, self.nbytes)
 
-    def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """Keep the whole matrix, whatever range is given."""
-        del start, nbytes
-        self.stored.keep(folder)
-
-    def open(self, start: int, nbytes: int) -> Reader:
-        """Open `nbytes` bytes of the columns from offset `start` on; reading may raise what reading the matrix does.
-
-        Raises:
-            CheckpointError: when it is read: the file ends too early.
-        """
-        return BlockReader(self._blocks(start, start + nbytes))
-
-    def _blocks(self, start: int, end: int) -> Generator[bytes, None, None]:
+    def blocks(self, start: int, end: int) -> Generator[bytes, None, None]:
+        """Yield the columns of some rows at a time."""
         rows, width = self.stored.shape
         row_bytes, cut_bytes = self._bytes_of(width) or 1, self._bytes_of(self.count) or 1
         before = self._bytes_of(self.first) or 0

@@ -1,18 +1,16 @@
 """Matrices that are computed from quantised numbers and their scales while they are read, some rows at a time."""
 
-import hashlib
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.checkpoint.codes import CODE_TYPES, Codes
+from moemerge.checkpoint.computed import ComputedFile
 from moemerge.checkpoint.convert import BLOCK_ELEMENTS, fill
-from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
 from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.floats import TYPES, Stored, narrow, round_to_half, widen
 from moemerge.checkpoint.header import TensorInfo
@@ -62,9 +60,9 @@ class Part:
         return self.tensor.rows(begin, end - begin)
 
 
-@dataclass(frozen=True, eq=False)
-class Dequantised:
-    """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one matrix, dequantised anew at each reading."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Dequantised(ComputedFile):
+    """A matrix that is dequantised."""
 
     kind: str
     """How the matrix is stored, in words for messages: `FP8 with a scale per row`."""
@@ -77,30 +75,25 @@ class Dequantised:
     computed_in: HeaderDType = "F32"
     """Dtype that the library computes the numbers in, to which they are rounded before they are to `dtype`."""
 
-    def __repr__(self) -> str:
-        return str(self.codes.path)
-
     @property
     def codes(self) -> TensorInfo:
         """The tensor of quantised numbers."""
         return self.parts[0].tensor
 
     @property
-    def name(self) -> str:
-        """The name of the file with the quantised numbers."""
-        return self.codes.path.name
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """The quantised numbers, then whatever else they need."""
+        return tuple(part.tensor for part in self.parts)
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """How the matrix is computed."""
+        return (self.decoder, [part.span for part in self.parts], self.shape, self.dtype, self.computed_in)
 
     @property
     def nbytes(self) -> int:
         """Size of the matrix in bytes."""
         return bytes_of(self.dtype, self.shape) or 0
-
-    @property
-    def identity(self) -> str:
-        """A hash of how the matrix is computed, and of the place and the stamp or identity of each part."""
-        parts = [(repr(part), fingerprint_of(part.tensor.path)) for part in self.parts]
-        made = (self.decoder, self.shape, self.dtype, self.computed_in, parts)
-        return hashlib.sha256(repr(made).encode()).hexdigest()
 
     def tensor(self, name: str) -> TensorInfo:
         """The matrix as a tensor called `name`."""
@@ -112,28 +105,13 @@ class Dequantised:
         for part in self.parts:
             yield part.slice(first * self.shape[1], last * self.shape[1])
 
-    def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """Keep the parts whole, whatever range is given."""
-        del start, nbytes
-        for part in self.parts:
-            part.tensor.keep(folder)
-
-    def open(self, start: int, nbytes: int) -> Reader:
-        """Open `nbytes` bytes from offset `start` on; reading may raise what reading the parts does.
+    def blocks(self, start: int, end: int) -> Generator[memoryview, None, None]:
+        """Yield some rows at a time.
 
         Raises:
-            CheckpointError: when it is read: a scale or another number is not finite, or not in `dtype`; or the parts
-                do not belong together.
+            CheckpointError: a scale or another number is not finite, or not in `dtype`; or the parts do not belong
+                together.
         """
-        return BlockReader(self._chunks(start, start + nbytes))
-
-    def _rows(self, start: int, end: int) -> tuple[int, int]:
-        """The first row that bytes lie in, and the one after the last."""
-        row_bytes = bytes_of(self.dtype, (self.shape[1],)) or 1
-        return start // row_bytes, min(-(-end // row_bytes), self.shape[0])
-
-    def _chunks(self, start: int, end: int) -> Generator[memoryview, None, None]:
-        """Yield the bytes from offset `start` to `end`; each chunk is valid until the next."""
         width = self.shape[1]
         row_bytes = bytes_of(self.dtype, (width,)) or 1
         first, last = self._rows(start, end)
@@ -150,6 +128,11 @@ class Dequantised:
                     self._narrow(values[:rows].reshape(-1), stored[: rows * width], spare[: rows * width])
                 data = stored[: rows * width].view(np.uint8).data
                 yield data[max(0, start - row * row_bytes) : end - row * row_bytes]
+
+    def _rows(self, start: int, end: int) -> tuple[int, int]:
+        """The first row that bytes lie in, and the one after the last."""
+        row_bytes = bytes_of(self.dtype, (self.shape[1],)) or 1
+        return start // row_bytes, min(-(-end // row_bytes), self.shape[0])
 
     def _decode(self, row: int, entries: list[Codes], values: NDArray[np.float32]) -> None:
         try:

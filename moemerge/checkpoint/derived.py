@@ -1,25 +1,20 @@
-"""Tensors that are computed from others while they are read, some rows at a time; to other code they are files."""
+"""Tensors whose numbers are computed from those of others while they are read, some rows at a time."""
 
-import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.checkpoint.column_slice import ColumnSlice
+from moemerge.checkpoint.computed import ComputedFile
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS, fill, wider
 from moemerge.checkpoint.dequantised import Dequantised
-from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of
+from moemerge.checkpoint.files import Reader
 from moemerge.checkpoint.finite import first_not_finite
 from moemerge.checkpoint.floats import TYPES, narrow, widen
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.joined import Joined
 from moemerge.checkpoint.packed import Packed
-from moemerge.checkpoint.regrouped import Regrouped
-from moemerge.checkpoint.transposed import Transposed
 from moemerge.checkpoint.unreadable import Unreadable
 from moemerge.dtypes import CONFIG_DTYPES, HeaderDType, bytes_of
 from moemerge.errors import CheckpointError
@@ -30,14 +25,14 @@ Recipe = Callable[[int, list[Rows]], Rows]
 """A function of the number of the first row and the same rows of each input; it returns those rows of the result."""
 
 
-@dataclass(frozen=True, eq=False)
-class Derived:
-    """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, computed from `inputs` of the same shape.
+@dataclass(frozen=True, eq=False, repr=False)
+class Derived(ComputedFile):
+    """A tensor that is computed from `inputs` of its shape.
 
-    The result is rounded once, to `dtype`. It is computed anew at each reading, in blocks that begin at fixed rows.
+    The result is rounded once, to `dtype`. It is computed in blocks that begin at fixed rows.
     """
 
-    name: str
+    made_as: str
     """How the tensor is made, in words for messages."""
     inputs: tuple[TensorInfo, ...]
     recipe: Recipe
@@ -51,7 +46,22 @@ class Derived:
     """Other tensors that the recipe reads; they may have other shapes."""
 
     def __repr__(self) -> str:
-        return f"{self.name}: {self.inputs[0].path}"
+        return f"{self.made_as}: {self.inputs[0].path}"
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """The inputs, then what else the recipe reads."""
+        return (*self.inputs, *self.others)
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """The recipe, and the dtype that its results are rounded to."""
+        return (self.recipe_key, self.dtype)
+
+    @property
+    def name(self) -> str:
+        """How the tensor is made, as a message names it in the place of a file."""
+        return self.made_as
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,12 +72,6 @@ class Derived:
     def nbytes(self) -> int:
         """Size of the result in bytes."""
         return bytes_of(self.dtype, self.shape) or 0
-
-    @property
-    def identity(self) -> str:
-        """A hash of the recipe and of the identity of each input: its place and stamp, or its own identity."""
-        inputs = [(repr(tensor), fingerprint_of(tensor.path)) for tensor in (*self.inputs, *self.others)]
-        return hashlib.sha256(repr((self.recipe_key, self.dtype, inputs)).encode()).hexdigest()
 
     def tensor(self, name: str) -> TensorInfo:
         """The result as a tensor called `name`."""
@@ -81,21 +85,12 @@ class Derived:
         """The rows of the first input from which the slice `rows` of the result is computed."""
         return self.inputs[0].rows(self.first_row(rows), rows.shape[0])
 
-    def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """Keep the inputs whole, whatever range is given."""
-        del start, nbytes
-        for tensor in self.inputs:
-            tensor.keep(folder)
-
-    def open(self, start: int, nbytes: int) -> Reader:
-        """Open `nbytes` bytes from offset `start` on; reading may raise what reading the inputs does.
+    def blocks(self, start: int, end: int) -> Generator[bytes, None, None]:
+        """Yield the results of a block of rows at a time.
 
         Raises:
-            CheckpointError: when it is read: a finite number is infinite in `dtype`, or an input is not finite.
+            CheckpointError: a finite number is infinite in `dtype`, or an input is not finite.
         """
-        return BlockReader(self._chunks(start, start + nbytes))
-
-    def _chunks(self, start: int, end: int) -> Generator[bytes, None, None]:
         rows, width = _as_matrix(self.inputs[0])
         row_bytes = bytes_of(self.dtype, (width,)) or 1
         step = max(1, CHUNK_ELEMENTS // width)
@@ -171,16 +166,9 @@ def leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
 
 def plain_leaves(tensor: TensorInfo) -> Iterator[TensorInfo]:
     """Yield the tensors of plain numbers that a tensor is read from: as `leaves`, but a dequantised one is itself."""
-    if made := derivation(tensor):
-        for source in (*made.inputs, *made.others):
+    if isinstance(tensor.path, ComputedFile) and not isinstance(tensor.path, Dequantised):
+        for source in tensor.path.sources:
             yield from plain_leaves(source)
-    elif isinstance(tensor.path, Transposed):
-        yield from plain_leaves(tensor.path.matrix)
-    elif isinstance(tensor.path, ColumnSlice | Regrouped):
-        yield from plain_leaves(tensor.path.stored)
-    elif isinstance(tensor.path, Joined):
-        for part in tensor.path.parts:
-            yield from plain_leaves(part)
     elif isinstance(tensor.path, Packed | Unreadable):
         yield tensor.path.stored
     else:

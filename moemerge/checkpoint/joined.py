@@ -1,58 +1,46 @@
 """Tensors that lie apart, read as one: below each other, or side by side."""
 
-import hashlib
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from moemerge.checkpoint.files import BlockReader, Reader, fingerprint_of, read_exactly
+from moemerge.checkpoint.computed import ComputedFile
+from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.header import TensorInfo
 
 _BLOCK_BYTES: Final = 2**23
 
 
-@dataclass(frozen=True, eq=False)
-class Joined:
-    """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, made of others of one dtype."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Joined(ComputedFile):
+    """A tensor that is made of others of one dtype."""
 
     parts: tuple[TensorInfo, ...]
     """Matrices one below the other, of equal width; or side by side, of equally many rows."""
     side_by_side: bool = False
 
-    def __repr__(self) -> str:
-        return " and ".join(dict.fromkeys(str(part.path) for part in self.parts))
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """The parts in their order."""
+        return self.parts
 
     @property
-    def name(self) -> str:
-        """The name of the file with the first rows."""
-        return self.parts[0].path.name
+    def settings(self) -> tuple[object, ...]:
+        """How the parts lie."""
+        return (self.side_by_side,)
 
     @property
     def nbytes(self) -> int:
         """Size of the tensor in bytes."""
         return sum(part.nbytes for part in self.parts)
 
-    @property
-    def identity(self) -> str:
-        """A hash of where each part lies, and of its file's stamp or identity."""
-        parts = [(repr(part), fingerprint_of(part.path)) for part in self.parts]
-        return hashlib.sha256(repr((self.side_by_side, parts)).encode()).hexdigest()
-
-    def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """Keep the parts whole, whatever range is given."""
-        del start, nbytes
-        for part in self.parts:
-            part.keep(folder)
-
-    def open(self, start: int, nbytes: int) -> Reader:
-        """Open `nbytes` bytes from offset `start` on; reading may raise what reading the parts does."""
-        chunks = self._rows if self.side_by_side else self._chunks
-        return BlockReader(chunks(start, start + nbytes))
+    def blocks(self, start: int, end: int) -> Generator[bytes, None, None]:
+        """Yield bytes as far as the files of the parts have them: whoever reads says that one has ended."""
+        return self._rows(start, end) if self.side_by_side else self._chunks(start, end)
 
     def _rows(self, start: int, end: int) -> Generator[bytes, None, None]:
         rows = self.parts[0].shape[0]

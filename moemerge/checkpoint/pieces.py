@@ -5,15 +5,10 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final
 
-from moemerge.checkpoint.dequantised import Dequantised
-from moemerge.checkpoint.derived import Derived
+from moemerge.checkpoint.computed import ComputedFile
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.transposed import Transposed
 from moemerge.dtypes import BITS, HeaderDType, bytes_of
-
-_COMPUTED: Final = (Derived, Dequantised, Transposed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +96,7 @@ class Piece:
     @property
     def is_unchanged(self) -> bool:
         """Whether the output has the source's bytes in their order."""
-        if isinstance(self.source, TensorInfo) and isinstance(self.source.path, _COMPUTED):
+        if isinstance(self.source, TensorInfo) and isinstance(self.source.path, ComputedFile):
             return False
         return not isinstance(self.source, Fill) and not self.changes_values and not self.head_rows
 

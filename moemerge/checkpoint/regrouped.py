@@ -2,12 +2,12 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from moemerge.checkpoint.computed import ComputedFile
 from moemerge.checkpoint.convert import fill
-from moemerge.checkpoint.files import BlockReader, Readable, Reader, fingerprint_of
+from moemerge.checkpoint.files import Readable
 from moemerge.checkpoint.header import TensorInfo
 
 
@@ -51,47 +51,36 @@ class RegroupedReader:
         return self._turned.swapaxes(0, 1).tobytes() + self._still.tobytes()
 
 
-@dataclass(frozen=True)
-class Regrouped:
-    """A file (`moemerge.checkpoint.files.RemoteFile`) that holds one tensor, the rows of whose heads are regrouped."""
+@dataclass(frozen=True, repr=False)
+class Regrouped(ComputedFile):
+    """A tensor, the rows of whose heads are regrouped."""
 
     stored: TensorInfo
     """The tensor (row, ...) as it is stored; its rows are whole heads."""
     heads: Heads
 
-    def __str__(self) -> str:
-        return str(self.stored.path)
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """The tensor as it is stored."""
+        return (self.stored,)
 
     @property
-    def name(self) -> str:
-        """The name of the tensor's file."""
-        return self.stored.path.name
+    def settings(self) -> tuple[object, ...]:
+        """The order of the rows."""
+        return (self.heads,)
 
     @property
     def nbytes(self) -> int:
         """Size of the tensor in bytes."""
         return self.stored.nbytes
 
-    @property
-    def identity(self) -> str:
-        """The order of the rows, the place of the tensor, and the fingerprint of its file, as text."""
-        return repr((self.heads, repr(self.stored), fingerprint_of(self.stored.path)))
-
     def tensor(self) -> TensorInfo:
         """The result as a tensor, of the same name."""
         stored = self.stored
         return TensorInfo(stored.name, self, stored.dtype, stored.shape, 0, stored.nbytes)
 
-    def keep(self, folder: Path, start: int, nbytes: int) -> None:
-        """Keep the whole tensor, whatever range is given."""
-        del start, nbytes
-        self.stored.keep(folder)
-
-    def open(self, start: int, nbytes: int) -> Reader:
-        """Open `nbytes` bytes from offset `start` on; reading may raise what reading the tensor does."""
-        return BlockReader(self._blocks(start, start + nbytes))
-
-    def _blocks(self, start: int, end: int) -> Generator[bytes, None, None]:
+    def blocks(self, start: int, end: int) -> Generator[bytes, None, None]:
+        """Yield whole heads, and parts of the first and the last one."""
         rows, row_bytes = self.heads.rows, self.stored.nbytes // self.stored.shape[0]
         head_bytes = rows * row_bytes
         first, last = start // head_bytes, -(-end // head_bytes)

@@ -5,13 +5,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
-from moemerge.checkpoint.column_slice import ColumnSlice
-from moemerge.checkpoint.dequantised import Dequantised
-from moemerge.checkpoint.derived import Derived, leaves
+from moemerge.checkpoint.computed import ComputedFile
+from moemerge.checkpoint.derived import leaves
 from moemerge.checkpoint.header import TensorInfo
-from moemerge.checkpoint.joined import Joined
-from moemerge.checkpoint.regrouped import Regrouped
-from moemerge.checkpoint.transposed import Transposed
 from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -19,9 +15,6 @@ if TYPE_CHECKING:
 
 CHOSEN: Final = "choice of shared weights"
 """The key of a fingerprint with the choice that was made for `shared_weights: auto`, if there was one."""
-
-# Files that hold what is computed of others, by their own settings.
-_COMPUTED: Final = (ColumnSlice, Dequantised, Derived, Joined, Regrouped, Transposed)
 
 
 def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
@@ -37,7 +30,7 @@ def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
         (name, piece.head_rows, piece.rotated_rows, _identity(piece.source.path))
         for name, output in plan.outputs.items()
         for piece in output.pieces
-        if isinstance(piece.source, TensorInfo) and (isinstance(piece.source.path, _COMPUTED) or piece.head_rows)
+        if isinstance(piece.source, TensorInfo) and (isinstance(piece.source.path, ComputedFile) or piece.head_rows)
     ]
     return {
         "moemerge": version("moemerge"),
@@ -55,4 +48,4 @@ def plan_fingerprint(plan: MergePlan, seed: int) -> dict[str, Any]:
 
 
 def _identity(file: "File") -> str:
-    return file.identity if isinstance(file, _COMPUTED) else ""
+    return file.identity if isinstance(file, ComputedFile) else ""
