@@ -12,17 +12,20 @@ import argparse
 import hashlib
 import heapq
 import json
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from measure import Run, run
 from table import Row, as_markdown, as_text, machine, markdown_table, text_table
-from workshop import Workshop, merged_gigabytes, say
+from workshop import Command, Workshop, merged_gigabytes, say
 
 HERE = Path(__file__).parent
 WORKERS = 4
@@ -42,26 +45,30 @@ def equal(shop: Workshop, shape: str, smaller: str) -> Iterator[Row]:
     for name in (smaller, shape):
         config = shop.config(shop.models(name, EXPERTS), EXPERTS, "random")
         shop.need(merged_gigabytes(name, EXPERTS), "the merge")
-        alone, theirs = hashed(shop, config)
-        together, run = hashed(shop, config, "--ray", "local", "--workers", str(WORKERS))
+        alone, theirs = hashed(shop, shop.merge(config, "--max-shard-size", SHARD_SIZE))
+        by_processes = ("--max-shard-size", SHARD_SIZE, "--ray", "local", "--workers", str(WORKERS))
+        together, taken = hashed(shop, shop.merge(config, *by_processes))
         what = f"merge, {EXPERTS} x {name}, {WORKERS} processes"
         yield Row(
             f"{what}: bytes equal to those of one", "yes", "yes" if alone == together else "no", alone == together
         )
-        yield peak_row(f"{what}: peak memory of the head", run)
+        yield peak_row(f"{what}: peak memory of the head", taken)
         yield peak_row(f"merge, {EXPERTS} x {name}, one process: peak memory", theirs)
         yield Row(
-            f"{what}: time, with the start of the cluster", "-", f"{run.seconds:.0f} s ({theirs.seconds:.0f} s alone)"
+            f"{what}: time, with the start of the cluster", "-", f"{taken.seconds:.0f} s ({theirs.seconds:.0f} s alone)"
         )
-        peaks.append(run.peak_bytes)
+        peaks.append(taken.peak_bytes)
+        killed, _ = hashed(shop, [sys.executable, __file__, "--kill", config, shop.out])
+        row = f"{what}, one killed in its first shard: bytes equal to those of one"
+        yield Row(row, "yes", "yes" if alone == killed else "no", alone == killed)
     ratio = max(peaks) / min(peaks)
     yield Row("peak memory of the head: larger model / smaller", "<= 1.10", f"{ratio:.2f}", ratio <= 1.1)
 
 
-def hashed(shop: Workshop, config: Path, *options: str) -> tuple[Mapping[str, str], Run]:
+def hashed(shop: Workshop, command: Command) -> tuple[Mapping[str, str], Run]:
     """Hashes of a merge's files of weights, by name, and what the merge took."""
     try:
-        done = run(shop.merge(config, "--max-shard-size", SHARD_SIZE, *options))
+        done = run(command)
         found = {}
         for path in sorted(shop.out.glob("model*")):
             with path.open("rb") as file:
@@ -69,6 +76,34 @@ def hashed(shop: Workshop, config: Path, *options: str) -> tuple[Mapping[str, st
         return found, done
     finally:
         shutil.rmtree(shop.out, ignore_errors=True)
+
+
+def kill(config: str, out: Path) -> None:
+    """Merge by several processes, of which the first that has written something of a shard is killed."""
+    from moemerge import load_config, merge, plan_merge
+    from moemerge.checkpoint.shards import parse_size
+    from moemerge.merging import shared_folder
+    from moemerge.merging.shard_jobs import FolderWorker, SharedStage, Surroundings
+    from moemerge.planning.options import PlanOptions
+
+    marker = out.with_name("killed")
+
+    def die(_nbytes: int) -> None:
+        with suppress(FileExistsError):
+            marker.touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Mortal(FolderWorker):
+        """Is killed, if it is the first."""
+
+        def __init__(self, here: Surroundings, writer: Callable[..., Any], stage: SharedStage) -> None:
+            super().__init__(here, lambda folder, shards, _report: writer(folder, shards, die), stage)
+
+    setattr(shared_folder, "FolderWorker", Mortal)  # noqa: B010  what is imported is final for everybody else
+    options = PlanOptions(max_shard_bytes=parse_size(SHARD_SIZE))
+    plan = plan_merge(load_config(config), options)
+    merge(plan, shared_folder.SharedFolder(out, address="local", workers=WORKERS))
+    marker.unlink()  # it has been there
 
 
 def peak_row(what: str, run: Run) -> Row:
@@ -100,13 +135,13 @@ def simulate(config: str, out: Path, rate: float, counts: list[int]) -> None:
 
     from moemerge import load_config, merge, plan_merge
     from moemerge.merging import shared_folder
-    from moemerge.merging.shard_jobs import ShardJob, ShardWorker, Surroundings
+    from moemerge.merging.shard_jobs import FolderWorker, ShardJob, SharedStage, Surroundings
     from moemerge.planning.options import PlanOptions
 
-    class Throttled(ShardWorker):
+    class Throttled(FolderWorker):
         """Copies so many bytes per second, and writes down when it worked."""
 
-        def __init__(self, here: Surroundings, writer: Callable[..., Any]) -> None:
+        def __init__(self, here: Surroundings, writer: Callable[..., Any], stage: SharedStage) -> None:
             free_at = 0.0
 
             def wait(nbytes: int) -> None:
@@ -121,7 +156,7 @@ def simulate(config: str, out: Path, rate: float, counts: list[int]) -> None:
                 began = time.monotonic()
                 return writer(folder, shards, wait)
 
-            super().__init__(here, slow)
+            super().__init__(here, slow, stage)
 
         def run(self, job: ShardJob) -> None:
             start = time.time()
@@ -129,7 +164,7 @@ def simulate(config: str, out: Path, rate: float, counts: list[int]) -> None:
             with log.open("a") as file:
                 file.write(f"{start} {time.time()}\n")
 
-    setattr(shared_folder, "ShardWorker", Throttled)  # noqa: B010  what is imported is final for everybody else
+    setattr(shared_folder, "FolderWorker", Throttled)  # noqa: B010  what is imported is final for everybody else
     log = out.with_name("log")
     plan = plan_merge(load_config(config, allow_identical_experts=True), PlanOptions(max_shard_bytes=30_000_000))
     ray.init(address="local", num_cpus=max(counts), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -180,11 +215,15 @@ def main() -> None:
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS)
     parser.add_argument("--rate", type=float, default=8e6, help="bytes per second that each process copies")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--kill", type=Path, nargs=2, metavar=("CONFIG", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--simulate", type=Path, nargs=2, metavar=("CONFIG", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     if options.simulate:
         simulate(str(options.simulate[0]), options.simulate[1], options.rate, options.workers)
+        return
+    if options.kill:
+        kill(str(options.kill[0]), options.kill[1])
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     tiny = options.shape == "tiny"

@@ -1,6 +1,8 @@
 """Processes of a Ray cluster, on one machine or several."""
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -65,8 +67,8 @@ class Cluster:
         jobs: Iterable[Job],
         count: int,
         waiting: Callable[[], None] = lambda: None,
-    ) -> Generator[Job, None, None]:
-        """Have jobs done by processes, spread over the machines, and yield each that is done, in any order.
+    ) -> Generator[tuple[Job, Any], None, None]:
+        """Have jobs done by processes, spread over the machines; yields each with its result when it is done.
 
         A process with nothing to do gets the next job. The job of one that dies is done by another, and a new process
         takes its place, twice for each at most.
@@ -102,7 +104,7 @@ class Cluster:
 
     def _deal(
         self, first: Iterable[Any], spares: Iterator[Any], left: deque[Job], waiting: Callable[[], None]
-    ) -> Iterator[Job]:
+    ) -> Iterator[tuple[Job, Any]]:
         """Deal out what is `left` to the `first` processes, and to spare ones in the places of those that die."""
         # What each process is at, by the reference of its result: its check, or a job.
         busy: dict[Any, tuple[Any, list[Job]]] = {actor.check.remote(): (actor, []) for actor in first}
@@ -119,14 +121,14 @@ class Cluster:
             for reference in done:
                 actor, jobs = busy.pop(reference)
                 try:
-                    self._get(reference)
+                    result = self._get(reference)
                 except self.ray.exceptions.RayError as error:
                     died = error
                     left.extendleft(jobs)
                     busy |= {spare.check.remote(): (spare, []) for spare in islice(spares, 1)}
                 else:
                     idle.append(actor)
-                    yield from jobs
+                    yield from ((job, result) for job in jobs)
 
     def _get(self, reference: Any) -> Any:
         """The result behind a reference; raises what its method raised, if moemerge did."""
@@ -203,6 +205,7 @@ def ray_cluster(address: str, count: int | None) -> Iterator[Cluster]:
 
 def _connect(ray: Any, address: str, count: int | None) -> None:
     options = {"num_cpus": count, "include_dashboard": False} if address == _LOCAL else {}
+    ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, ValueError) as error:
@@ -210,3 +213,8 @@ def _connect(ray: Any, address: str, count: int | None) -> None:
             f"--ray {address}: there is no such cluster ({' '.join(str(error).split()):.200}). `--ray local` begins "
             "processes on this machine, `--ray auto` finds the cluster that it belongs to."
         ) from error
+    except (OSError, RuntimeError) as error:  # a folder whose path is too long for sockets, another version of Ray
+        raise RefusedError(f"--ray {address}: Ray does not begin: {' '.join(str(error).split()):.400}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ends)  # which Ray has taken for itself

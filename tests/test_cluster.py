@@ -80,6 +80,7 @@ class Worker:
         if job == "bad":
             raise RefusedError("a bad job")
         self.done.append(job)
+        return f"did {job}"
 
 
 def dealt(lives, count, jobs=range(20), cpus=8, done=()):
@@ -90,7 +91,7 @@ def dealt(lives, count, jobs=range(20), cpus=8, done=()):
 @pytest.mark.parametrize("lives", [[99], [0, 2, 99], [-1, 99], [5, 5, 5, 0, 0, 99], [3, 3, 3, 3, 3, 3, 2, 2, 2]])
 def test_every_job_is_done_once_whoever_dies(lives):
     ray, done, given = dealt(lives, 3)
-    assert sorted(given) == list(range(20))
+    assert sorted(given) == [(job, f"did {job}") for job in range(20)]
     assert sorted(done) == list(range(20))
     assert ray.killed == ray.made
 

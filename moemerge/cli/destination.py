@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from moemerge.publish.publisher import Publisher
 
 
-def check_workers(output: OutputOptions, push: PushOptions) -> None:
+def check_workers(output: OutputOptions) -> None:
     """Refuse options for several processes that cannot be followed, before weights are downloaded.
 
     Raises:
@@ -21,11 +21,6 @@ def check_workers(output: OutputOptions, push: PushOptions) -> None:
         raise RefusedError("--workers: says how many processes of --ray there are, which is not given.")
     if output.ray is None:
         return
-    if push.push_streaming:
-        raise RefusedError(
-            "--push-streaming: keeps no folder, and processes of --ray write into one. Leave out one of the two; "
-            "--push sends the folder when it is complete."
-        )
     from moemerge.cluster import import_ray
 
     import_ray()
@@ -36,7 +31,11 @@ def destination_of(out: Path, output: OutputOptions, push: PushOptions, publishe
     from moemerge.merging.destinations import Folder, Hub
 
     if publisher and push.push_streaming:
-        return Hub(out, publisher)
+        if output.ray is None:
+            return Hub(out, publisher)
+        from moemerge.merging.shared_hub import SharedHub
+
+        return SharedHub(out, publisher, output.ray, output.workers)
     folder = Folder(out, push.push, publisher.create) if publisher else Folder(out)
     if output.ray is None:
         return folder

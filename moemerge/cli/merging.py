@@ -158,7 +158,7 @@ def _place_check(
         "--out-shard-size": output.out_shard_size is not None,
     }
     check_options(to_file, output.type, output.llama_cpp, folders_only)
-    check_workers(output, push)
+    check_workers(output)
     check_place: Callable[[list[Path]], None] = partial(
         _check_folder, out, [request.config], overwrite=output.overwrite, streaming=push.push_streaming
     )

@@ -1,4 +1,4 @@
-"""Shards that other processes write, each by itself, into a folder that all of them see."""
+"""Shards that other processes write, each by itself."""
 
 import socket
 import uuid
@@ -20,7 +20,7 @@ from moemerge.checkpoint.writer import ShardWriter
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.planning.plan import MergePlan
 
-# Of the folder: a file by which a process knows that it sees the same folder.
+# Of a folder that processes share: the file that says so.
 _SIGN: Final = ".shared"
 _SHARED: Final = "All processes of --ray need it at the same path: put it on a disk that their machines share"
 
@@ -40,21 +40,31 @@ class ShardJob:
 class Surroundings:
     """What has to be the same for every process that writes shards of a merge."""
 
-    folder: Path
-    """The folder that shards are written into."""
-    sign: str
-    """What a file in it says."""
     stamps: Mapping[Path, Stamp]
     """The stamps of all local files that shards are read from."""
     versions: str
     """Versions of what makes bytes."""
 
     @classmethod
-    def of(cls, folder: Path, jobs: Sequence[ShardJob]) -> "Surroundings":
-        """Those of this process, which leaves a file in `folder`; see `forget`."""
+    def of(cls, jobs: Sequence[ShardJob]) -> "Surroundings":
+        """Those of this process."""
+        return cls({path: stamp for job in jobs for path, stamp in job.stamps.items()}, _versions())
+
+
+@dataclass(frozen=True)
+class SharedStage:
+    """The folder that all processes write shards into."""
+
+    folder: Path
+    sign: str
+    """What a file in it says, by which a process knows that it sees the same folder."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "SharedStage":
+        """A folder that this process sees, and leaves a file in; see `forget`."""
         sign = uuid.uuid4().hex
         (folder / _SIGN).write_text(sign)
-        return cls(folder, sign, {path: stamp for job in jobs for path, stamp in job.stamps.items()}, _versions())
+        return cls(folder, sign)
 
     def forget(self) -> None:
         """Remove what is left in the folder beside shards: this process's file, and those of processes that died."""
@@ -63,7 +73,7 @@ class Surroundings:
 
 
 class ShardWorker:
-    """Writes shards in a process of its own."""
+    """Writes shards in a process of its own; each kind puts them elsewhere."""
 
     def __init__(self, here: Surroundings, writer: Callable[..., ShardWriter]) -> None:
         """Keep what all shards have in common.
@@ -72,10 +82,10 @@ class ShardWorker:
             here: what this process has to have in common with all others.
             writer: makes a writer of a folder, shards and a report.
         """
-        self._here, self._writer, self._host = here, writer, socket.gethostname()
+        self._here, self._writer, self.host = here, writer, socket.gethostname()
 
     def check(self) -> None:
-        """Make sure that this process sees the same folder and sources, and would write the same bytes.
+        """Make sure that this process sees the same sources, and would write the same bytes.
 
         Raises:
             RefusedError: it does not; names the machine, and what is missing there.
@@ -83,56 +93,75 @@ class ShardWorker:
         here = self._here
         if _versions() != here.versions:
             raise RefusedError(
-                f"--ray: {self._host} has {_versions()}, and this machine {here.versions}. Install the same there."
+                f"--ray: {self.host} has {_versions()}, and this machine {here.versions}. Install the same there."
             )
-        try:
-            found = (here.folder / _SIGN).read_text()
-        except OSError:
-            found = ""
-        if found != here.sign:
-            raise RefusedError(f"--ray: {self._host} does not see the folder {here.folder}. {_SHARED}.")
         for path, stamp in here.stamps.items():
             if problem := _difference(path, stamp):
-                raise RefusedError(f"--ray: on {self._host}, {path} {problem}. {_SHARED}, or copy it with its times.")
-        draft = here.folder / _draft("probe", self._host)
-        try:
-            draft.write_text("")
-            draft.unlink()
-        except OSError as error:
-            raise RefusedError(
-                f"--ray: {self._host} may not write into {here.folder} ({error.strerror or error}). "
-                "Let it be mounted for writing there."
-            ) from error
+                raise RefusedError(f"--ray: on {self.host}, {path} {problem}. {_SHARED}, or copy it with its times.")
 
-    def run(self, job: ShardJob) -> None:
-        """Write one shard; it has its name once all its bytes are on the disk.
-
-        A process that was given up for dead may still be at work on the same shard: each try has a file of its own.
+    def write(self, job: ShardJob, path: Path) -> None:
+        """Write one shard into the file `path`, and wait until it is on the disk.
 
         Raises:
             CheckpointError: a source is not what the plan has seen.
             SourceError: a source on the Hub cannot be reached.
             OutputError: the disk is full or cannot be written.
         """
-        folder, name = self._here.folder, job.shard.name
-        for left in folder.glob(_draft(name, "*")):
-            left.unlink(missing_ok=True)
-        draft = folder / _draft(name, uuid.uuid4().hex)
         self._check_sources(job)
-        with self._writer(folder, [replace(job.shard, name=draft.name)], lambda _: None) as writer:
+        with self._writer(path.parent, [replace(job.shard, name=path.name)], lambda _: None) as writer:
             writer.add(job.bands)
         self._check_sources(job)
-        try:
-            draft.replace(folder / name)
-        except OSError as error:
-            raise write_failure(folder / name, error) from error
 
     def _check_sources(self, job: ShardJob) -> None:
         for path, stamp in job.stamps.items():
             if problem := _difference(path, stamp):
                 raise CheckpointError(
-                    f"{path}: on {self._host}, {problem}. The output would be of two models. Merge again."
+                    f"{path}: on {self.host}, {problem}. The output would be of two models. Merge again."
                 )
+
+
+class FolderWorker(ShardWorker):
+    """Writes shards into a folder that this process shares with others."""
+
+    def __init__(self, here: Surroundings, writer: Callable[..., ShardWriter], stage: SharedStage) -> None:
+        """Keep what all shards have in common; see `ShardWorker`."""
+        super().__init__(here, writer)
+        self._stage = stage
+
+    def check(self) -> None:
+        """Make sure that this process sees the same folder and may write there; see `ShardWorker.check`."""
+        folder = self._stage.folder
+        try:
+            found = (folder / _SIGN).read_text()
+        except OSError:
+            found = ""
+        if found != self._stage.sign:
+            raise RefusedError(f"--ray: {self.host} does not see the folder {folder}. {_SHARED}.")
+        super().check()
+        draft = folder / _draft("probe", self.host)
+        try:
+            draft.write_text("")
+            draft.unlink()
+        except OSError as error:
+            raise RefusedError(
+                f"--ray: {self.host} may not write into {folder} ({error.strerror or error}). "
+                "Let it be mounted for writing there."
+            ) from error
+
+    def run(self, job: ShardJob) -> None:
+        """Write one shard, which has its name once all its bytes are on the disk; see `ShardWorker.write`.
+
+        A process that was given up for dead may still be at work on the same shard: each try has a file of its own.
+        """
+        folder, name = self._stage.folder, job.shard.name
+        for left in folder.glob(_draft(name, "*")):
+            left.unlink(missing_ok=True)
+        draft = folder / _draft(name, uuid.uuid4().hex)
+        self.write(job, draft)
+        try:
+            draft.replace(folder / name)
+        except OSError as error:
+            raise write_failure(folder / name, error) from error
 
 
 def jobs_of(plan: MergePlan, shards: Sequence[Shard]) -> Iterator[ShardJob]:

@@ -15,7 +15,7 @@ from moemerge.errors import OutputError
 from moemerge.merging.destinations import Folder, Unfinished
 from moemerge.merging.merge_work import Work, router_bands
 from moemerge.merging.options import MergeOptions
-from moemerge.merging.shard_jobs import ShardWorker, Surroundings, jobs_of
+from moemerge.merging.shard_jobs import FolderWorker, SharedStage, Surroundings, jobs_of
 from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -50,14 +50,15 @@ class SharedFolder(Folder):
         plan = work.plan
         ready = [shard for shard in plan.shards_without_routers if shard.name not in shards.kept]
         jobs = list(jobs_of(plan, ready))
-        here = Surroundings.of(shards.folder, jobs)
+        stage = SharedStage.of(shards.folder)
+        arguments = (Surroundings.of(jobs), work.make_writer, stage)
 
         def deal(report: Report) -> None:
             with ray_cluster(self.address, self.workers) as cluster:
                 count = self.workers or cluster.machines
-                done = cluster.dealt(ShardWorker, (here, work.make_writer), jobs, count, partial(report, 0))
+                done = cluster.dealt(FolderWorker, arguments, jobs, count, partial(report, 0))
                 with closing(done):
-                    for job in done:
+                    for job, _ in done:
                         shards.journal.record(job.shard)
                         shards.tally.weights(job.shard.tensor_bytes)
 
@@ -66,7 +67,7 @@ class SharedFolder(Folder):
                 pool.start(deal)
                 routers = work.init_routers(shards.tally, pool.check)
         finally:
-            here.forget()
+            stage.forget()
         if lost := [shard.name for shard in ready if not holds(shards.folder / shard.name, shard)]:
             raise OutputError(
                 f"{shards.folder / lost[0]}: was written by a process of --ray, but is not seen here. Write to a disk "

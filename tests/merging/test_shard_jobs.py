@@ -15,7 +15,7 @@ from moemerge.checkpoint.writer import ShardWriter
 from moemerge.errors import CheckpointError, OutputError, RefusedError
 from moemerge.merging.merge_work import Work
 from moemerge.merging.options import MergeOptions
-from moemerge.merging.shard_jobs import ShardWorker, Surroundings, jobs_of
+from moemerge.merging.shard_jobs import FolderWorker, SharedStage, Surroundings, jobs_of
 from moemerge.planning.options import PlanOptions
 from tests.support.models import make_model, write_config
 
@@ -52,8 +52,8 @@ def stage(tmp_path):
 
 def worker_of(plan, stage):
     jobs = list(jobs_of(plan, plan.shards_without_routers))
-    here = Surroundings.of(stage, jobs)
-    return ShardWorker(here, Work(plan, MergeOptions(seed=5), lambda _: None).make_writer), jobs
+    writer = Work(plan, MergeOptions(seed=5), lambda _: None).make_writer
+    return FolderWorker(Surroundings.of(jobs), writer, SharedStage.of(stage)), jobs
 
 
 def refusal(worker) -> str:
@@ -96,7 +96,7 @@ def test_a_process_that_died_leaves_no_trace(plan, stage):
     (stage / f".{jobs[1].shard.name}.4567.draft").write_bytes(b"half")
     worker.run(jobs[0])
     assert {path.name for path in stage.iterdir()} == {name, ".shared", f".{jobs[1].shard.name}.4567.draft"}
-    worker_of(plan, stage)[0]._here.forget()
+    worker_of(plan, stage)[0]._stage.forget()
     assert [path.name for path in stage.iterdir()] == [name]
 
 

@@ -26,7 +26,7 @@ from moemerge.checkpoint.staging import kept_shards
 from moemerge.errors import RefusedError
 from moemerge.merging import shared_folder
 from moemerge.merging.options import MergeOptions
-from moemerge.merging.shard_jobs import ShardJob, ShardWorker, Surroundings
+from moemerge.merging.shard_jobs import FolderWorker, ShardJob, SharedStage, Surroundings
 from moemerge.merging.shared_folder import SharedFolder
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.plan import MergePlan
@@ -40,20 +40,20 @@ HIDDEN = "hidden"
 PRIVATE = ["unshare", "--map-root-user", "--mount"]
 
 
-class SlowWorker(ShardWorker):
+class SlowWorker(FolderWorker):
     """Writes slowly enough to be killed meanwhile, and says in a file beside the folder what it begins."""
 
-    def __init__(self, here: Surroundings, writer: Callable[..., Any]) -> None:
-        rate = BYTES_PER_SECOND / (20 if here.folder.parent.name == HIDDEN else 1)
+    def __init__(self, here: Surroundings, writer: Callable[..., Any], stage: SharedStage) -> None:
+        rate = BYTES_PER_SECOND / (20 if stage.folder.parent.name == HIDDEN else 1)
 
         def slow(folder: Path, shards: Any, _report: Any) -> Any:
             return writer(folder, shards, lambda nbytes: time.sleep(nbytes / rate))
 
-        super().__init__(here, slow)
+        super().__init__(here, slow, stage)
 
     def run(self, job: ShardJob) -> None:
         node = ray.get_runtime_context().get_node_id()
-        with (self._here.folder.parent / "log").open("a") as file:
+        with (self._stage.folder.parent / "log").open("a") as file:
             file.write(f"{os.getpid()} {node} {job.shard.name}\n")
         super().run(job)
 
@@ -175,7 +175,7 @@ def main(config: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    setattr(shared_folder, "ShardWorker", SlowWorker)  # noqa: B010  what is imported is final for everybody else
+    setattr(shared_folder, "FolderWorker", SlowWorker)  # noqa: B010  what is imported is final for everybody else
     if len(sys.argv) == 4:
         given = plan_merge(load_config(sys.argv[1]), PlanOptions(max_shard_bytes=SHARD_BYTES))
         merge(given, SharedFolder(Path(sys.argv[2]) / "head" / "out", address=sys.argv[3], workers=WORKERS))
