@@ -1,16 +1,22 @@
 """Processes of a Ray cluster, on one machine or several."""
 
 import os
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from itertools import islice
+from typing import Any, Final, TypeVar
 
 from moemerge.errors import MoemergeError, RefusedError
 
 _LOCAL: Final = "local"
 # Of a process that was killed, as for want of memory.
 _RESTARTS: Final = 2
+_WAIT_SECONDS: Final = 0.5
+Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,11 @@ class Cluster:
         held = int(self.ray.cluster_resources().get("GPU" if of_gpu else "CPU", 1))
         return max(1, held if most is None else min(most, held))
 
+    @property
+    def machines(self) -> int:
+        """How many machines of the cluster have CPUs for processes."""
+        return sum(node["Alive"] and "CPU" in node["Resources"] for node in self.ray.nodes())
+
     @contextmanager
     def actors(self, kind: type, arguments: tuple[Any, ...], count: int, of_gpu: bool) -> Iterator[list[Any]]:
         """A context with `count` processes, each with an object of `kind` that is made of `arguments`.
@@ -48,6 +59,92 @@ class Cluster:
         finally:
             for actor in actors:
                 self.ray.kill(actor)
+
+    def dealt(
+        self,
+        kind: type,
+        arguments: tuple[Any, ...],
+        jobs: Iterable[Job],
+        count: int,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> Generator[tuple[Job, Any], None, None]:
+        """Have jobs done by processes, spread over the machines; yields each with its result when it is done.
+
+        A process with nothing to do gets the next job. The job of one that dies is done by another, and a new process
+        takes its place, twice for each at most.
+
+        Args:
+            kind: of each process, a class of objects with two methods: `check()` is called before anything else, and
+                `run(job)` for each job.
+            arguments: what the objects are made of.
+            jobs: what to do.
+            count: the number of processes.
+            waiting: called now and then; may raise to stop the work.
+
+        Raises:
+            RefusedError: the cluster has no room for so many processes.
+            MoemergeError: a method raised it, or another error, or all processes died.
+        """
+        if not (left := deque(jobs)):
+            return
+        self._check_room(count)
+        made = self.ray.remote(kind).options(num_cpus=1, scheduling_strategy="SPREAD")
+        actors: list[Any] = []
+
+        def begun() -> Any:
+            actors.append(made.remote(*arguments))
+            return actors[-1]
+
+        try:
+            first, spares = [begun() for _ in range(count)], (begun() for _ in range(count * _RESTARTS))
+            yield from self._deal(first, spares, left, waiting)
+        finally:
+            for actor in actors:
+                self.ray.kill(actor)
+
+    def _deal(
+        self, first: Iterable[Any], spares: Iterator[Any], left: deque[Job], waiting: Callable[[], None]
+    ) -> Iterator[tuple[Job, Any]]:
+        """Deal out what is `left` to the `first` processes, and to spare ones in the places of those that die."""
+        # What each process is at, by the reference of its result: its check, or a job.
+        busy: dict[Any, tuple[Any, list[Job]]] = {actor.check.remote(): (actor, []) for actor in first}
+        idle: list[Any] = []
+        died: Exception | None = None
+        while left or any(jobs for _, jobs in busy.values()):
+            while left and idle:
+                actor, job = idle.pop(), left.popleft()
+                busy[actor.run.remote(job)] = (actor, [job])
+            if not busy:
+                raise MoemergeError(f"all processes of the Ray cluster died: {' '.join(str(died).split()):.1000}")
+            done, _ = self.ray.wait(list(busy), timeout=_WAIT_SECONDS)
+            waiting()
+            for reference in done:
+                actor, jobs = busy.pop(reference)
+                try:
+                    result = self._get(reference)
+                except self.ray.exceptions.RayError as error:
+                    died = error
+                    left.extendleft(jobs)
+                    busy |= {spare.check.remote(): (spare, []) for spare in islice(spares, 1)}
+                else:
+                    idle.append(actor)
+                    yield from ((job, result) for job in jobs)
+
+    def _get(self, reference: Any) -> Any:
+        """The result behind a reference; raises what its method raised, if moemerge did."""
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, MoemergeError):
+                raise error.cause from None
+            raise MoemergeError(f"a process of the Ray cluster failed: {error}") from error
+
+    def _check_room(self, count: int) -> None:
+        room = int(self.ray.cluster_resources().get("CPU", 0))
+        if count > room:
+            raise RefusedError(
+                f"--workers {count}: the cluster has {room} CPUs, and each process takes one. Ask for {room} at most."
+            )
 
     def results(self, waiting: list[Any], progress: Callable[[int, int], None] = lambda _done, _all: None) -> list[Any]:
         """Wait for results, in the order in which they were asked for.
@@ -70,6 +167,19 @@ class Cluster:
             raise MoemergeError(f"a process of the Ray cluster failed: {error}") from error
 
 
+def import_ray() -> Any:
+    """Import Ray, and return its module.
+
+    Raises:
+        RefusedError: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise RefusedError("--ray: ray is needed: pip install 'moemerge[ray]'.") from error
+    return ray
+
+
 @contextmanager
 def ray_cluster(address: str, count: int | None) -> Iterator[Cluster]:
     """A context that is connected to a Ray cluster; a connection that was there is used, and stays.
@@ -81,10 +191,7 @@ def ray_cluster(address: str, count: int | None) -> Iterator[Cluster]:
     Raises:
         RefusedError: Ray is not installed, or there is no such cluster.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise RefusedError("--ray: ray is needed: pip install 'moemerge[ray]'.") from error
+    ray = import_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     began = not ray.is_initialized()
     if began:
@@ -98,6 +205,7 @@ def ray_cluster(address: str, count: int | None) -> Iterator[Cluster]:
 
 def _connect(ray: Any, address: str, count: int | None) -> None:
     options = {"num_cpus": count, "include_dashboard": False} if address == _LOCAL else {}
+    ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, ValueError) as error:
@@ -105,3 +213,8 @@ def _connect(ray: Any, address: str, count: int | None) -> None:
             f"--ray {address}: there is no such cluster ({' '.join(str(error).split()):.200}). `--ray local` begins "
             "processes on this machine, `--ray auto` finds the cluster that it belongs to."
         ) from error
+    except (OSError, RuntimeError) as error:  # a folder whose path is too long for sockets, another version of Ray
+        raise RefusedError(f"--ray {address}: Ray does not begin: {' '.join(str(error).split()):.400}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ends)  # which Ray has taken for itself

@@ -15,7 +15,7 @@ MoemergeError                  exit code 1: something failed
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from moemerge.printable import printable
 
@@ -33,6 +33,10 @@ class MoemergeError(Exception):
     def __init__(self, message: object = "") -> None:
         """Keep a message, made safe to print whatever file and tensor names it quotes."""
         super().__init__(printable(str(message), _MOST_BYTES))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Give what another process makes the same error of, whatever arguments its kind takes."""
+        return _restored, (type(self), str(self), self.__dict__)
 
 
 class CheckpointError(MoemergeError):
@@ -95,3 +99,10 @@ class ConfigError(_ListedError):
 
 class IncompatibleError(_ListedError):
     """The models cannot be merged; `problems` holds every reason."""
+
+
+def _restored(kind: type[MoemergeError], message: str, state: dict[str, Any]) -> MoemergeError:
+    error = kind.__new__(kind)
+    MoemergeError.__init__(error, message)
+    error.__dict__.update(state)
+    return error

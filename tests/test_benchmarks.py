@@ -114,6 +114,16 @@ def test_the_suite_prints_every_row_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.slow
+def test_merges_by_several_processes_are_measured(tmp_path):
+    pytest.importorskip("ray")
+    printed = run("merge_workers.py", "--folder", tmp_path, "--shape", "tiny", "--rate", "1e5", "--workers", "1", "2")
+    assert len(re.findall(r"bytes equal to those of one +yes +yes +yes$", printed, re.MULTILINE)) == 4
+    assert len(re.findall(r"^throttled, 4 x tiny, 0.1 MB/s each, [12] processes", printed, re.MULTILINE)) == 2
+    assert len(re.findall(r"^(1|4|16) +[\d.]+ +[\d.]+ \((network|storage)\)", printed, re.MULTILINE)) == 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_the_suite_of_edits_prints_every_row_and_leaves_nothing(tmp_path):
     printed = run("edits.py", "--folder", tmp_path, "--shape", "tiny", "--repeat", "1", "--markdown")
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]

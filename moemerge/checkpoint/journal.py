@@ -70,7 +70,7 @@ class Journal:
                 "Undo the change, or start over without --resume."
             )
         if on_hub is None:
-            kept = {s.name: _entry(s) for s in shards if _entry(s) in entries and _holds(folder / s.name, s)}
+            kept = {s.name: _entry(s) for s in shards if _entry(s) in entries and holds(folder / s.name, s)}
         else:
             sent = [_entry(s) | {"sha256": on_hub[s.name][0]} for s in shards if s.name in on_hub]
             kept = {entry["name"]: entry for entry in sent if entry in entries}
@@ -116,7 +116,8 @@ def _entry(shard: Shard) -> dict[str, Any]:
     return {"name": shard.name, "size": shard.nbytes, "header": hashlib.sha256(shard.header).hexdigest()}
 
 
-def _holds(path: Path, shard: Shard) -> bool:
+def holds(path: Path, shard: Shard) -> bool:
+    """Whether a file has the size and the header of a shard."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size == shard.nbytes and file.read(len(shard.header)) == shard.header

@@ -38,6 +38,19 @@ class OutputOptions:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be written, as `moemerge plan`; write nothing.")
     ] = False
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="Write shards in processes of a Ray cluster, whose machines share the disk: auto finds the cluster "
+            "that this machine belongs to, local begins processes on it.",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, show_default=False, help="How many. [default: one on each machine]"),
+    ] = None
     out_shard_size: Annotated[str | None, typer.Option(hidden=True)] = None
 
 

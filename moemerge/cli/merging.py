@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moemerge.cli.console import announcer, console_session, end_dry_run, print_json, return_freed_memory, stoppable
+from moemerge.cli.destination import check_workers, destination_of
 from moemerge.cli.editing import write_from_config
 from moemerge.cli.gguf_output import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.grouping import grouped
@@ -34,7 +35,6 @@ from moemerge.errors import BusyError, RefusedError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moemerge.merging.destinations import Destination
     from moemerge.merging.options import MergeOptions
     from moemerge.planning.options import PlanOptions
     from moemerge.planning.plan import MergePlan
@@ -152,11 +152,13 @@ def _place_check(
     to_file = is_gguf(out)
     folders_only = {
         "--resume": output.resume,
+        "--ray": output.ray is not None,
         "--push": push.push is not None,
         "--max-shard-size": output.max_shard_size is not None,
         "--out-shard-size": output.out_shard_size is not None,
     }
     check_options(to_file, output.type, output.llama_cpp, folders_only)
+    check_workers(output)
     check_place: Callable[[list[Path]], None] = partial(
         _check_folder, out, [request.config], overwrite=output.overwrite, streaming=push.push_streaming
     )
@@ -208,7 +210,7 @@ def _merge(
     if publisher:
         publisher.check_replaced(plan.model_type, overwrite=options.overwrite)
     if not is_gguf(out):
-        carry_out = partial(merge, plan, _destination(out, push, publisher), options)
+        carry_out = partial(merge, plan, destination_of(out, output, push, publisher), options)
     with (
         _hint_at_resume(console, out, streaming=streaming),
         show_progress(console, quiet=quiet) as progress,
@@ -219,14 +221,6 @@ def _merge(
             announce=announcer(console, quiet=quiet),
         )
     return report
-
-
-def _destination(out: Path, push: PushOptions, publisher: "Publisher | None") -> "Destination":
-    from moemerge.merging.destinations import Folder, Hub
-
-    if publisher is None:
-        return Folder(out)
-    return Hub(out, publisher) if push.push_streaming else Folder(out, push.push, publisher.create)
 
 
 def _check_folder(out: Path, inputs: list[Path], sources: list[Path], *, overwrite: bool, streaming: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moemerge.checkpoint.journal import Journal
+from moemerge.checkpoint.pieces import Band
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import staged
 from moemerge.merging.merge_work import Tally, Work, router_bands
@@ -183,16 +184,20 @@ class Hub(Destination):
         made = router_bands(work.plan, routers)
         bands = {name: made.get(name, output.bands) for name, output in work.plan.outputs.items()}
         self.publisher.begin_streaming()
+        self.write_and_send(work, shards, bands)
+        return routers.report
+
+    def write_and_send(self, work: Work, shards: Unfinished, bands: Mapping[str, tuple[Band, ...]]) -> None:
+        """Write and send the shards that are not complete and have all their tensors among `bands`."""
         complete: list[Shard] = []
         for shard in work.plan.shards:
-            if shard.name not in shards.kept:
+            if shard.name not in shards.kept and shard.starts.keys() <= bands.keys():
                 with work.writer(shards.folder, [shard], shards.tally) as writer:
                     writer.add(bands)
                     if complete:
                         self._send(complete.pop(), shards)
                 complete.append(shard)
         self._send(complete.pop(), shards)
-        return routers.report
 
     def _send(self, shard: Shard, shards: Unfinished) -> None:
         path = shards.folder / shard.name

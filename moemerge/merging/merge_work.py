@@ -135,12 +135,15 @@ class Work:
             kept: names of shards that are complete already.
             completed: called with each shard when it is complete.
         """
-        return ShardWriter(
-            folder,
-            [shard for shard in shards if shard.name not in kept],
-            tally.weights,
+        missing = [shard for shard in shards if shard.name not in kept]
+        return self.make_writer(folder, missing, tally.weights, completed=completed)
+
+    @property
+    def make_writer(self) -> partial[ShardWriter]:
+        """A function that makes a writer of a folder, shards and a report, also in another process."""
+        return partial(
+            ShardWriter,
             seed=self.options.seed,
-            completed=completed,
             reserve=not self.plan.shared_bytes,
             low_memory=self.options.low_memory,
             threads=1 if self.options.low_memory else CONNECTIONS if self.plan.remote_bytes else MAX_THREADS,

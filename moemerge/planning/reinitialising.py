@@ -4,7 +4,6 @@ The same neurons are chosen in all three projections. Their weights are drawn fr
 and the standard deviation that these neurons' weights had: https://arxiv.org/abs/2502.19261
 """
 
-import threading
 import zlib
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.derived import Derived, Rows, blocks_of
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.own_lock import OwnLock
 from moemerge.config.schema import Expert
 from moemerge.families.dense import Role
 
@@ -55,7 +55,7 @@ class _Recipe:
 
     def __init__(self, tensor: TensorInfo, chosen: NDArray[np.bool_], role: Role, seed: int) -> None:
         self._tensor, self._chosen, self._in_columns, self._seed = tensor, chosen, role == "down", seed
-        self._lock = threading.Lock()
+        self._lock = OwnLock()
         self._distribution: tuple[float, float] | None = None
 
     def __call__(self, row: int, blocks: list[Rows]) -> Rows:

@@ -6,7 +6,6 @@ changed: the largest changes, as far as they agree in sign, or some at random, s
 (https://arxiv.org/abs/2502.00997) uses both for the shared half of a mixture.
 """
 
-import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from moemerge.checkpoint.derived import Derived, Recipe, Rows, blocks_of, linear
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.own_lock import OwnLock
 from moemerge.checkpoint.unreadable import Resized, reasons
 from moemerge.compatibility.causes import said_once
 from moemerge.config.schema import SharedWeights
@@ -225,7 +225,7 @@ class _Ties:
         self, base: TensorInfo, experts: Sequence[TensorInfo], density: float, weights: Sequence[float]
     ) -> None:
         self._base, self._experts, self._density, self._weights = base, experts, density, weights
-        self._lock = threading.Lock()
+        self._lock = OwnLock()
         self._thresholds: list[np.float32] = []
 
     def __call__(self, _row: int, blocks: list[Rows]) -> Rows:

@@ -1,11 +1,12 @@
 """Send a merged model to the Hub: the whole folder at once, or shard by shard while it is made."""
 
+import logging
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -36,6 +37,7 @@ _SEALS: Final = frozenset({"config.json", SAFETENSORS_INDEX})
 _READ_BESIDE: Final = frozenset({*COPIED_FILES, "config.json", "adapter_config.json"})
 _TEMPLATE: Final = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 _SHOWN: Final = 3
+_log: Final = logging.getLogger(__name__)
 
 
 class Publisher:
@@ -171,25 +173,40 @@ class Publisher:
             if _SEALS.intersection(names):
                 self._commit("Remove the older model", self._stale(names, ()))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process sends files by, with the token that it has itself."""
+        return {**self.__dict__, "_announce": _log.info}
+
     def send(self, path: Path) -> str:
-        """Send one shard, and check that the Hub names the same SHA-256; returns it.
+        """Send and commit one shard; see `add`."""
+        return self.add(self.upload(path))
+
+    def upload(self, path: Path) -> CommitOperationAdd:
+        """Send a shard's bytes, unless the Hub has them; returns what `add` commits, also in another process."""
+        with self._explained():
+            addition = CommitOperationAdd(path.name, path)
+            self._ask(lambda: self._api.preupload_lfs_files(self.repo, [addition], revision=self.revision))
+        return addition
+
+    def add(self, addition: CommitOperationAdd) -> str:
+        """Commit a shard that was sent, and check that the Hub names the same SHA-256; returns it.
 
         Raises:
             PublishError: the Hub holds something else.
         """
+        name = addition.path_in_repo
         with self._explained():
-            addition = CommitOperationAdd(path.name, path)
-            self._commit(f"Add {path.name}", [addition])
+            self._commit(f"Add {name}", [addition])
             sha256, nbytes = addition.upload_info.sha256.hex(), addition.upload_info.size
-            files = self._ask(lambda: self._api.get_paths_info(self.repo, [path.name], revision=self.revision))
+            files = self._ask(lambda: self._api.get_paths_info(self.repo, [name], revision=self.revision))
         held = [f"{lfs.size} bytes with SHA-256 {lfs.sha256}" for f in files if (lfs := getattr(f, "lfs", None))]
         expected = f"{nbytes} bytes with SHA-256 {sha256}"
         if held != [expected]:
             raise PublishError(
-                f"{self.repo}: {path.name}: expected {expected}, "
-                f"the Hub holds {' and '.join(held) or 'no such large file'}. {path} is kept: send it again."
+                f"{self.repo}: {name}: expected {expected}, "
+                f"the Hub holds {' and '.join(held) or 'no such large file'}. Send it again."
             )
-        self._announce(f"{self.repo}: holds {path.name}")
+        self._announce(f"{self.repo}: holds {name}")
         return sha256
 
     def finish(self, folder: Path) -> str:

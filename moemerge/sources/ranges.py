@@ -5,6 +5,7 @@ stopped; a busy Hub is asked again. URLs, tokens and errors are those of `huggin
 Hub alone, not to the host that the Hub redirects to for the bytes.
 """
 
+import logging
 import os
 import re
 import threading
@@ -22,6 +23,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 
 from moemerge.checkpoint.copy import write_all, write_failure
 from moemerge.checkpoint.files import Reader
+from moemerge.checkpoint.own_lock import OwnLock
 from moemerge.errors import SourceError
 from moemerge.sources.reference import Reference
 from moemerge.sources.retries import ABSENT, Patience, explained, patiently, sleep
@@ -29,6 +31,7 @@ from moemerge.sources.retries import ABSENT, Patience, explained, patiently, sle
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_log: Final = logging.getLogger(__name__)
 _CHUNK_BYTES: Final = 2**17
 _KEPT_BYTES: Final = 2**20
 # Seconds between checks whether the reader still waits.
@@ -54,7 +57,7 @@ class HubFile:
             SourceError: the Hub does not give the file; says what to do.
         """
         self._reference, self._commit, self.name, self.announce = reference, commit, name, announce
-        self._lock = threading.Lock()
+        self._lock = OwnLock()
         self._spool: _Spool | None = None
         self._url = hf_hub_url(reference.repo, name, revision=commit)
         self._location: str | None = None
@@ -67,6 +70,10 @@ class HubFile:
 
     def __repr__(self) -> str:
         return f"{self._reference.repo}@{self._commit[:7]}/{self.name}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process reads the file by: without the bytes that are kept here."""
+        return {**self.__dict__, "_spool": None, "announce": _log.info}
 
     def keep(self, folder: Path, start: int, nbytes: int) -> None:
         """Keep these bytes in `folder` when they are first read."""

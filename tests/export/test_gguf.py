@@ -853,6 +853,7 @@ def test_the_command_line_writes_both_ways(tmp_path, out, config, monkeypatch, c
 def test_options_that_say_nothing_of_the_output_are_refused(tmp_path, config, monkeypatch, capsys):
     for words, message in {
         ("a.gguf", "--resume"): "--resume: a merge into a GGUF file does not use it. Remove it, or name a folder.",
+        ("a.gguf", "--ray", "local"): "--ray: a merge into a GGUF file does not use it. Remove it, or name a folder.",
         ("a.gguf", "--max-shard-size", "5GB"): (
             "--max-shard-size: a merge into a GGUF file does not use it. Remove it, or name a folder."
         ),

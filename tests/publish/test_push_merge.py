@@ -1,7 +1,9 @@
 """Merges that go to the Hub, whole or shard by shard: what is there in the end, and what an interruption costs."""
 
 import json
+import os
 import re
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from tests.sources.test_hub import INDEX
 from tests.support.hub_server import User
 from tests.support.hub_world import World, assert_nothing_is_left, lines, weights_sent
-from tests.support.machine import Machine
+from tests.support.machine import ROOT, Machine
 from tests.support.models import assert_close, load, load_weights, logits
 
 TOKEN = {"HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_XET": "1"}
@@ -71,6 +73,32 @@ def test_shards_go_to_the_hub_one_by_one_and_the_disk_holds_two(world, machine, 
     folder = Path(snapshot_download("alice/mix", endpoint=world.url, cache_dir=tmp_path / "read", token="hf_alice"))
     reference = world.merged_from_folders(machine, gate_mode=mode)
     assert_close(logits(load(folder)), logits(load(reference)))
+
+
+@pytest.mark.slow
+def test_processes_send_shards_by_themselves_and_keep_none(world, machine, tmp_path):
+    pytest.importorskip("ray")
+    expected = local_shards(world, machine, gate_mode="random")
+    config = world.config(machine, gate_mode="random")
+    (tmp_path / "scratch").mkdir()
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        **TOKEN,
+        "PYTHONPATH": paths,
+        "TMPDIR": str(tmp_path / "scratch"),
+        "RAY_TMPDIR": tempfile.gettempdir(),
+    }
+    child = machine.start("-m", "moemerge", config, "out", *STREAM, "--ray", "local", "--workers", "2", **environment)
+    out, errors = child.communicate(timeout=300)
+    assert child.returncode == 0, errors
+    assert out.splitlines()[-1] == f"{world.url}/alice/mix"
+    assert shards_of(pushed(world)) == expected
+    assert not [*(tmp_path / "scratch").glob("moemerge-*")]
+    (tmp_path / "scratch").rename(tmp_path / "cache" / "scratch")
+    assert_nothing_is_left(machine)
+    history = [*world.hub.repositories["alice/mix"].commit("main").history()]
+    finished = [bool({"config.json", INDEX} & commit.blobs.keys()) for commit in history]
+    assert finished == [True, *[False] * (len(history) - 1)]
 
 
 def test_the_card_names_licence_and_commits(world, machine):

@@ -1,6 +1,7 @@
 """Weights that stay on the Hub, read by byte ranges: what is fetched, and what happens when the network fails."""
 
 import json
+import pickle
 import re
 import shutil
 import signal
@@ -372,6 +373,11 @@ def test_a_file_on_the_hub_itself_is_read_with_the_token(tmp_path, monkeypatch):
         )
         with file.open(3, 4) as reader:
             assert read_exactly(reader, 4) == b"3456"
+        # Another process has a file of its own, which asks the Hub itself.
+        file.keep(tmp_path, 3, 4)
+        with pickle.loads(pickle.dumps(file)).open(3, 4) as reader:  # noqa: S301  its own
+            assert read_exactly(reader, 4) == b"3456"
+        assert not list(tmp_path.iterdir())
         # A disk that is full, or a folder that is gone, is said of the folder where it is kept.
         file.keep(tmp_path / "gone" / "kept", 0, 10)
         with pytest.raises(

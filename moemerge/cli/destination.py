@@ -1,0 +1,44 @@
+"""Where the main command writes to, and by which processes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moemerge.cli.merge_options import OutputOptions, PushOptions
+from moemerge.errors import RefusedError
+
+if TYPE_CHECKING:
+    from moemerge.merging.destinations import Destination
+    from moemerge.publish.publisher import Publisher
+
+
+def check_workers(output: OutputOptions) -> None:
+    """Refuse options for several processes that cannot be followed, before weights are downloaded.
+
+    Raises:
+        RefusedError: says which, and why; or Ray is not installed.
+    """
+    if output.workers and output.ray is None:
+        raise RefusedError("--workers: says how many processes of --ray there are, which is not given.")
+    if output.ray is None:
+        return
+    from moemerge.cluster import import_ray
+
+    import_ray()
+
+
+def destination_of(out: Path, output: OutputOptions, push: PushOptions, publisher: "Publisher | None") -> "Destination":
+    """The folder that a merge writes, alone or by several processes, or the Hub."""
+    from moemerge.merging.destinations import Folder, Hub
+
+    if publisher and push.push_streaming:
+        if output.ray is None:
+            return Hub(out, publisher)
+        from moemerge.merging.shared_hub import SharedHub
+
+        return SharedHub(out, publisher, output.ray, output.workers)
+    folder = Folder(out, push.push, publisher.create) if publisher else Folder(out)
+    if output.ray is None:
+        return folder
+    from moemerge.merging.shared_folder import SharedFolder
+
+    return SharedFolder(folder.path, folder.model, folder.ready, output.ray, output.workers)
