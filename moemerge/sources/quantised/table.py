@@ -66,6 +66,12 @@ def _zero_bias(bias: TensorInfo) -> TensorInfo:
     return Unreadable(bias, reason, is_tensor=False).tensor()
 
 
+def unread_method(config: Mapping[str, Any]) -> str:
+    """The method of quantisation that a `config.json` names, if it is none of those that are read; else empty."""
+    method: str = _settings(config)["quant_method"]
+    return "" if method in METHODS else method
+
+
 def plain_model(
     config: Mapping[str, Any], tensors: dict[str, TensorInfo]
 ) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
