@@ -205,6 +205,17 @@ def test_a_damaged_weight_is_named_once(tmp_path, models, change, reason):
     assert refused.value.problems == (f"experts[0] {models[0]}: tensor {UP} {reason}",)
 
 
+def test_weights_in_fp8_without_their_settings_are_named_once(tmp_path, models):
+    edit_json(models[0] / "config.json", quantization_config=None)
+    with pytest.raises(IncompatibleError) as refused:
+        merged(tmp_path, [models[2], models[0], models[1]], prompts=False)
+    first = next(name for name in read_header(models[0] / "model.safetensors") if ".mlp." in name)
+    assert refused.value.problems == (
+        f"experts[0] {models[0]}: tensor {first.removesuffix('_scale_inv')} is FP8 with scales, but config.json has no "
+        "quantization_config, which says what shares a scale: copy it from the model's original config.json (and 8 more)",
+    )
+
+
 def state_of(**changes: Any) -> torch.Tensor:
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [96, 64], "nested_blocksize": 256}
     return torch.frombuffer(bytearray(json.dumps({**state, **changes}).encode()), dtype=torch.uint8)
