@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
+from moemerge.checkpoint.column_slice import ColumnSlice
 from moemerge.checkpoint.dequantised import Dequantised
 from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.joined import Joined
+from moemerge.checkpoint.packed import Packed
+from moemerge.checkpoint.regrouped import Regrouped
 from moemerge.checkpoint.transposed import Transposed
 from moemerge.dtypes import BITS, HeaderDType, bytes_of
 
-_COMPUTED: Final = (Derived, Dequantised, Transposed)
+# What computes a source's bytes, or puts them into another order.
+_MADE: Final = (ColumnSlice, Dequantised, Derived, Joined, Packed, Regrouped, Transposed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +105,8 @@ class Piece:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the output has the source's bytes in their order."""
-        if isinstance(self.source, TensorInfo) and isinstance(self.source.path, _COMPUTED):
+        """Whether the output has the bytes of a source's file in their order, so that the kernel can copy them."""
+        if isinstance(self.source, TensorInfo) and isinstance(self.source.path, _MADE):
             return False
         return not isinstance(self.source, Fill) and not self.changes_values and not self.head_rows
 
