@@ -109,10 +109,15 @@ def left_out_notes(models: Iterable[ModelFolder], kept: Collection[str] = ()) ->
     return [f"{', '.join(references)}: beside the text model, {what}" for what, references in said.items()]
 
 
+def keeping_towers(base: ModelFolder) -> VisionMixture | None:
+    """The multimodal class that would hold a base's towers beside a mixture; None for a base without, or for none."""
+    return VISION_MIXTURES.get(base.stored_type) if base.whole else None
+
+
 def vision_notes(found: VisionMixture | None, base: ModelFolder) -> Iterator[str]:
     """Say that the base's towers could be kept, or what is missing beside those that are."""
     if found is None:
-        if base.whole and (could := VISION_MIXTURES.get(base.stored_type)):
+        if could := keeping_towers(base):
             yield f"base_model: `keep_vision: true` would keep its towers, in a {could.model_type} (docs/families.md)"
     elif not any(base.file(name) for name in PROCESSORS):
         yield (
