@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from moemerge.checkpoint.computed import ComputedFile
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.packed import Packed
 from moemerge.dtypes import BITS, HeaderDType, bytes_of
 
 
@@ -95,8 +96,8 @@ class Piece:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the output has the source's bytes in their order."""
-        if isinstance(self.source, TensorInfo) and isinstance(self.source.path, ComputedFile):
+        """Whether the output has the bytes of a source's file in their order, so that the kernel can copy them."""
+        if isinstance(self.source, TensorInfo) and isinstance(self.source.path, ComputedFile | Packed):
             return False
         return not isinstance(self.source, Fill) and not self.changes_values and not self.head_rows
 

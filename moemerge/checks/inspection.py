@@ -3,26 +3,31 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from moemerge.checkpoint.derived import leaves
+from moemerge.checkpoint.derived import kinds_of, leaves
 from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.finite import Census, NotFinite, has_floats, look_at
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS, JobPool
 from moemerge.checkpoint.packed import notes_on
-from moemerge.checkpoint.unreadable import reasons
+from moemerge.checkpoint.unreadable import is_no_tensor, reasons
+from moemerge.dtypes import CONFIG_DTYPES
 from moemerge.progress import adding_up
+from moemerge.sources.gguf.mixtures import open_gguf_mixture
 from moemerge.sources.model_folder import ModelFolder, open_model
+from moemerge.sources.name_prefixes import module_of
+from moemerge.sources.quantised.table import dequantised, unread_method
 from moemerge.sources.tensor_tables import read_tensor_table
+from moemerge.sources.text_models import text_tensors
 
 _NUMBERED_EXPERT: Final = re.compile(r"(?:^|\.)experts\.(\d+)\.")
-_STACKED_EXPERTS: Final = re.compile(r"(?:^|\.)experts\.|block_sparse_moe\.(?:input|output)_linear\.")
+_STACKED_EXPERTS: Final = re.compile(r"(?:^|\.)experts\.|block_sparse_moe\.(?:input|output)_linear\.|_exps\.")
 _EXPERT_COUNT_KEYS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _PER_TOKEN_KEYS: Final = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 _LISTED: Final = 4
@@ -60,6 +65,14 @@ class Values:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Some tensors of a checkpoint."""
+
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Inspection:
     """A summary of a checkpoint."""
 
@@ -71,12 +84,18 @@ class Inspection:
     experts_per_token: int | None
     """Number of experts that take a token, the most of all layers; None for a dense model."""
     total_parameters: int
+    """Number of parameters; those of quantised weights are counted, not the integers that store them."""
     active_parameters: int
     tensors: int
+    """Number of tensors that are stored."""
     files: dict[str, int]
     """Map from file name to size in bytes."""
     dtype_bytes: dict[str, int]
     """Map from stored dtype to bytes of tensors."""
+    quantised: tuple[str, ...]
+    """Ways in which quantised weights are stored, in words; empty where there are none."""
+    beside_text: dict[str, Held]
+    """Tensors of a multimodal model that are no part of its text model, by module: `model.visual`."""
     warnings: tuple[str, ...]
     """Warnings of what does not stop a reader but looks wrong."""
     values: Values | None
@@ -102,20 +121,20 @@ def inspect_checkpoint(
         SourceError: there is no such model.
         CheckpointError: the index, the headers and the files do not agree.
     """
-    model = open_model(reference, announce)
-    tensors = read_tensor_table(model, announce, weights="stream", whole=True)
-    stored = {leaf for tensor in tensors.values() for leaf in leaves(tensor)}
+    model, tensors = _open(reference, announce)
+    plain = dequantised(model.config, tensors)
+    stored = list(dict.fromkeys(leaf for tensor in tensors.values() for leaf in leaves(tensor)))
     files = {path.name: size_of(path) for path in {tensor.path for tensor in stored}}
     per_token = _experts_per_token(model.config)
     experts = _count_experts(tensors)
     idle = (experts - per_token) / experts if experts and isinstance(per_token, int) else 0
-    total, active = _count_parameters(tensors, idle)
+    total, active = _count_parameters(plain, idle)
     dtype_bytes = _count_bytes(stored)
     warnings = (
         *(note.removeprefix(f"{reference}: ") for note in model.notes),
         *_expert_warnings(model, experts),
         *_file_warnings(model, files),
-        *_tensor_warnings(tensors),
+        *_tensor_warnings(tensors, plain),
         *_size_warnings(model, sum(dtype_bytes.values())),
     )
     return Inspection(
@@ -129,9 +148,38 @@ def inspect_checkpoint(
         tensors=len(tensors),
         files=dict(sorted(files.items())),
         dtype_bytes=dtype_bytes,
+        quantised=_quantised(model, plain),
+        beside_text=_beside_text(model, tensors),
         warnings=warnings,
         values=_look_at_all(stored, progress) if values else None,
     )
+
+
+def _open(reference: str, announce: Callable[[str], None]) -> tuple[ModelFolder, dict[str, TensorInfo]]:
+    """Open a model, and read the table of all its tensors by their stored names."""
+    if mixture := open_gguf_mixture(reference):
+        return mixture
+    model = open_model(reference, announce)
+    return model, read_tensor_table(model, announce, weights="stream", whole=True)
+
+
+def _quantised(model: ModelFolder, plain: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Say how quantised weights are stored, or which method that is not read has stored them."""
+    unread = unread_method(model.config)
+    if unread and any(tensor.dtype not in CONFIG_DTYPES for tensor in plain.values()):
+        return (f"{unread}, which moemerge does not read",)
+    return tuple(kinds_of(plain.values()))
+
+
+def _beside_text(model: ModelFolder, tensors: dict[str, TensorInfo]) -> dict[str, Held]:
+    """Add up the tensors of a multimodal model that are no part of its text model, by module."""
+    if model.whole is None:
+        return {}
+    _, others = text_tensors(model.whole, tensors, lambda _, table: table)
+    modules: dict[str, list[int]] = {}
+    for name, tensor in others.items():
+        modules.setdefault(module_of(name), []).append(tensor.nbytes)
+    return {module: Held(len(sizes), sum(sizes)) for module, sizes in modules.items()}
 
 
 def _experts_per_token(config: dict[str, Any]) -> Any:
@@ -170,10 +218,13 @@ def _file_warnings(model: ModelFolder, files: Collection[str]) -> list[str]:
     return [f"{', '.join(stale)}: not in the index, so no reader loads it"] if stale and not noted else []
 
 
-def _tensor_warnings(tensors: dict[str, TensorInfo]) -> list[str]:
-    lost = [f"{name} {reason}" for name, reason in reasons(tensors).items()]
+def _tensor_warnings(stored: dict[str, TensorInfo], plain: dict[str, TensorInfo]) -> list[str]:
+    """Warn of tensors that cannot be read; biases that quantisation only adds are not among them."""
+    known = reasons(stored)
+    found = {name: why for name, why in reasons(plain).items() if name in known or not is_no_tensor(plain[name])}
+    lost = [f"{name} {reason}" for name, reason in found.items()]
     more = [f"{len(lost) - _LISTED} more such tensors"] if lost[_LISTED:] else []
-    return [*lost[:_LISTED], *more, *notes_on(tensors)]
+    return [*lost[:_LISTED], *more, *notes_on(stored)]
 
 
 def _size_warnings(model: ModelFolder, stored: int) -> list[str]:

@@ -66,7 +66,7 @@ def list_families(
 
         from moemerge.families.overview import family_rows
 
-        rows = _chosen(family_rows(), name, console.print) if name else family_rows()
+        rows, kind = _chosen(family_rows(), name, console.print) if name else (family_rows(), "")
         if json:
             print_json([asdict(row) for row in rows])
         elif markdown:
@@ -74,13 +74,13 @@ def list_families(
             say("")
             say(as_markdown(rows))
         elif name:
-            print_families(stdout(), rows)
+            print_families(stdout(), rows, kind)
         else:
             print_overview(stdout(), rows)
 
 
-def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]") -> "list[FamilyRow]":
-    """Choose the rows of a family, or of those that take a model type or a model.
+def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]") -> "tuple[list[FamilyRow], str]":
+    """Choose the rows of a family, or of those that take a model type or a model; returns them and that type.
 
     Raises:
         RefusedError: no family is of that name, or takes such a model.
@@ -90,12 +90,13 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
     from moemerge.families.overview import read_as
 
     known = {row.family for row in rows} | {model_type for row in rows for model_type in row.takes} | {*MULTIMODAL}
-    model_type = name.lower()
+    kind = model_type = name.lower()
     if model_type not in known and ("/" in name or what_is(Path(name)) is not Kind.ABSENT):
         from moemerge.families.dense import read_dense
         from moemerge.sources.model_folder import open_model
 
-        config = open_model(name, announce).config
+        opened = open_model(name, announce)
+        kind, config = opened.stored_type, opened.config
         read = read_dense(config)
         model_type = str(config.get("model_type")) if isinstance(read, str) else read.family.model_type
         if isinstance(read, str) and model_type not in {row.family for row in rows}:
@@ -104,7 +105,7 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
     types = dense_types(plain.get(model_type, model_type))
     found = [row for row in rows if not {row.family, *row.takes}.isdisjoint(types)]
     if found:
-        return found
+        return found, kind
     from moemerge.families.dense.tables import NOT_MERGED
 
     if model_type in NOT_MERGED:
@@ -157,12 +158,7 @@ def print_overview(console: "Console", rows: "list[FamilyRow]") -> None:
     from moemerge.families.multimodal import MULTIMODAL
     from moemerge.families.overview import read_as
 
-    engines = dict.fromkeys(cell.engine for row in rows for cell in row.engines)
-    table = Table("family", *(engine.removeprefix("llama.cpp's ") for engine in engines), "dense models")
-    for row in rows:
-        found = {cell.engine: _SHORT.get(cell.short, "most") for cell in row.engines}
-        table.add_row(row.family, *(found.get(engine, "") for engine in engines), ", ".join(row.takes))
-    console.print(table)
+    console.print(_overview(rows))
     others = "; ".join(f"{', '.join(renamed)} as {plain}" for plain, renamed in read_as().items())
     console.print(
         "\nyes: the engine computed every mixture that was measured as transformers 5 does; most: all but those with "
@@ -172,16 +168,43 @@ def print_overview(console: "Console", rows: "list[FamilyRow]") -> None:
     )
 
 
-def print_families(console: "Console", rows: "list[FamilyRow]") -> None:
-    """Print one paragraph for each family."""
+def _overview(rows: "list[FamilyRow]") -> Table:
+    engines = dict.fromkeys(cell.engine for row in rows for cell in row.engines)
+    table = Table("family", *(engine.removeprefix("llama.cpp's ") for engine in engines), "dense models")
     for row in rows:
-        console.print(row.family, style="bold")
+        found = {cell.engine: _SHORT.get(cell.short, "most") for cell in row.engines}
+        table.add_row(row.family, *(found.get(engine, "") for engine in engines), ", ".join(row.takes))
+    return table
+
+
+def print_families(console: "Console", rows: "list[FamilyRow]", kind: str) -> None:
+    """Print the table of some families in short, then a section for each: its facts, and what each engine gets wrong.
+
+    Args:
+        console: where to print.
+        rows: the families.
+        kind: the type of models that they were asked for by.
+    """
+    from moemerge.families.multimodal import VISION_MIXTURES
+
+    console.print(_overview(rows))
+    if vision := VISION_MIXTURES.get(kind):
+        console.print(
+            f"\nThe text model inside a {kind} becomes a mixture; with `keep_vision: true` its towers are kept, "
+            f"in a {vision.model_type}."
+        )
+    for row in rows:
+        console.print(f"\n{row.family}", style="bold")
         for heading, cell in zip(_HEADINGS[1:], _cells(row)[1:], strict=True):
             console.print(f"  {heading}: {cell}")
-        for engine in row.engines:
-            console.print(f"  {engine.engine} ({engine.version}): {engine.details}", markup=False)
         for note in row.notes:
             console.print(f"  note: {note}")
+        console.print("  engines:")
+        for engine in row.engines:
+            found = "" if engine.troubles else f" {engine.short}"
+            console.print(f"    {engine.engine} ({engine.version}):{found}", markup=False)
+            for trouble in engine.troubles:
+                console.print(f"      - {trouble}", markup=False)
 
 
 def _cells(row: "FamilyRow", code: str = "") -> tuple[str, ...]:

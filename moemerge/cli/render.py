@@ -29,6 +29,9 @@ _MOST_DIFFERENCES: Final = 20
 # Of those that another config explains.
 _MOST_KEYS: Final = 5
 
+# What parts of multimodal models are called, by what is in their names.
+_BESIDE_TEXT: Final = {"vis": "vision tower", "audio": "audio tower", "mtp": "next tokens"}
+
 
 def billions(parameters: int) -> str:
     """Format a number of parameters: `1.23 B`, or `4.56 M` below 100 million."""
@@ -211,6 +214,11 @@ def print_inspection(console: Console, found: Inspection) -> None:
     facts.add_row("parameters", billions(found.total_parameters) + active)
     stored = ", ".join(f"{size(nbytes)} {dtype}" for dtype, nbytes in found.dtype_bytes.items())
     facts.add_row("tensors", f"{found.tensors}: {stored}")
+    if found.quantised:
+        facts.add_row("quantised", "; ".join(found.quantised))
+    for module, held in found.beside_text.items():
+        name = next((name for part, name in _BESIDE_TEXT.items() if part in module), "beside text")
+        facts.add_row(name, f"{held.tensors} tensor(s), {size(held.bytes)}: {module}")
     facts.add_row("files", f"{len(found.files)}, {size(sum(found.files.values()))}")
     facts.add_row("integrity", "see the warnings" if found.warnings else "index, headers and file sizes agree")
     values = found.values

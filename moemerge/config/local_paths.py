@@ -12,7 +12,6 @@ from moemerge.places import Place
 
 _VARIABLE: Final = re.compile(r"\$(\w+|\{\w+\})")
 _REMOTE: Final = "hf://"
-_MODEL_FILE: Final = ".gguf"
 _TEXTS: Final = ("positive_texts", "negative_texts")
 
 
@@ -120,13 +119,8 @@ def _plain(path: str) -> str:
 
 
 def _leads(path: str, *, pattern: bool) -> bool:
-    is_file = pattern or path.lower().endswith(_MODEL_FILE)
-    try:
-        return (
-            os.path.isdir(path)  # noqa: PTH112
-            or (is_file and os.path.isfile(path))  # noqa: PTH113
-            or (pattern and bool(glob(path, recursive=True)))  # noqa: PTH207
-        )
+    try:  # a file that is no model is one too, whose own message is better than one about a repository
+        return os.path.exists(path) or (pattern and bool(glob(path, recursive=True)))  # noqa: PTH110, PTH207
     except (OSError, ValueError):  # a text in place of a path; a null byte
         return False
 

@@ -59,6 +59,8 @@ def _settings(draft: Draft) -> Iterator[str]:
         yield from _key(
             "tokenizer", "union", "with the tokens that experts added to the base's, and their rows (docs/config.md)"
         )
+    if draft.vision:
+        yield from _comment(f"keep_vision: true  # keeps the base's towers for images, too, in a {draft.vision}")
     if draft.is_random:
         yield from _key(
             "gate_mode", "random", "remove this line when every expert has prompts: random routers know nothing"

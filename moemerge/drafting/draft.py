@@ -16,6 +16,7 @@ from moemerge.families.dense import ModelTensors
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.plan import MergePlan
 from moemerge.planning.planner import plan_merge
+from moemerge.planning.vision import keeping_towers
 from moemerge.sources.model_folder import ModelFolder
 from moemerge.sources.tensor_tables import read_tensor_tables
 
@@ -63,6 +64,8 @@ class Draft:
     """What speaks for another base."""
     warnings: tuple[str, ...]
     """The plan's warnings: experts that are no fine-tunes of the base, for one."""
+    vision: str = ""
+    """The model type of the mixture that can keep the base's towers; empty for none."""
 
     @property
     def undescribed(self) -> list[DraftExpert]:
@@ -131,6 +134,7 @@ def draft_merge(base: str, experts: Sequence[str], announce: Callable[[str], Non
             *(note for note in plan.notes if note.startswith("base_model: ")),
         ),
         warnings=plan.warnings,
+        vision=could.model_type if (could := keeping_towers(folders[base])) else "",
     )
 
 

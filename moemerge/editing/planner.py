@@ -138,7 +138,7 @@ def _shared_halves(
     if config.shared_weights.method != "average":
         return {}
     shared, problems = averaged(mixture, others)
-    _refuse([f"shared_weights: {problem}" for problem in problems])
+    _refuse([f"shared_weights: average: {problem}. Remove the key: the mixture's own stay" for problem in problems])
     return shared
 
 

@@ -23,8 +23,9 @@ from moemerge.export.model import GgufFormat, GgufModel, asked_type
 from moemerge.export.tensors import GgufTensor
 from moemerge.packages import need
 from moemerge.planning.models import references_of
+from moemerge.planning.vision import left_out_in_words
 from moemerge.progress import adding_up
-from moemerge.sources.model_folder import open_merged
+from moemerge.sources.model_folder import ModelFolder, open_merged
 from moemerge.sources.reference import local_folders
 from moemerge.sources.tensor_tables import read_tensor_table
 
@@ -97,7 +98,7 @@ def write_gguf(
         file: the file to write.
         options: the options of the file.
         room: the check that the disk has enough space.
-        tell: called with what llama.cpp gets wrong of the model.
+        tell: called with what llama.cpp gets wrong of the model, and with what of it has no place in the file.
         progress: called with the bytes written and all there are.
 
     Raises:
@@ -115,13 +116,22 @@ def write_gguf(
     matrices = {tensor.dtype for tensor in table.values() if len(tensor.shape) > 1}
     model = GgufModel(opened.config, asked_type(options.type, matrices), options.llama_cpp)
     tensors = model.tensors(table)
-    for note in model.notes:
+    for note in (*model.notes, *_left_out(opened)):
         tell(f"{folder}: {note}")
     room(file, tensors)
     with staged_file(file, overwrite=options.overwrite) as stage, advising_types():
         shard = model.lay_out(tensors, folder.resolve(), stage / STAGED)
         with tensor_writer(stage, shard, progress, low_memory=options.low_memory) as writer:
             writer.add(padded_bands(tensors))
+
+
+def _left_out(model: ModelFolder) -> Iterator[str]:
+    """Say which tensors of a multimodal model are no part of its text model, which a GGUF file holds alone."""
+    if model.left_out:
+        apart = (
+            "The file reads text alone; llama.cpp keeps towers in a second file (mmproj), which moemerge does not write"
+        )
+        yield f"beside the text model, {left_out_in_words(model.left_out)}. {apart}"
 
 
 def sources_of(folder: Path) -> list[Path]:

@@ -43,8 +43,8 @@ class EngineCell:
     version: str
     short: str
     """`right`, `wrong`, `fails`, `not written` (as a GGUF file), or the facts with which it is not right."""
-    details: str
-    """The result in full: how far off, and with what message."""
+    troubles: tuple[str, ...]
+    """Every trouble in full: how far off, or with what message, and with what facts; empty where it is right."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,9 @@ def _engines(family: MoeFamily) -> Iterator[EngineCell]:
             short = "not with " + "; ".join(trouble.with_what for trouble in found.troubles)
             if always:
                 short = "wrong" if always.is_silent else "fails"
-        details = "; ".join(trouble.words for trouble in found.troubles) or "right"
-        if engine == "llamacpp" and not family.in_gguf:
-            short = details = "not written"
-        yield EngineCell(name, found.version, short, details)
+        is_written = engine != "llamacpp" or family.in_gguf
+        troubles = [trouble.words for trouble in found.troubles if is_written]
+        yield EngineCell(name, found.version, short if is_written else "not written", tuple(troubles))
 
 
 def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:

@@ -1,5 +1,6 @@
 """Choose the output family: one that holds exactly what was asked for and is right in as many engines as can be."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -142,16 +143,14 @@ def _troubles(engine: Engine | None, family: MoeFamily, facts: frozenset[str]) -
 
 
 def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: list[str]) -> Choice:
-    warnings: list[str] = []
     notes = [*notes, *family.notes]
     troubles = {engine: trouble_of(engine, family.model_type, facts) for engine in ENGINES}
     right = tuple(engine for engine, trouble in troubles.items() if trouble is None)
     if family.in_gguf and _is_same_kind(troubles["converter"], troubles["llamacpp"]):
         del troubles["converter"]
-    for engine, trouble in troubles.items():
-        if isinstance(trouble, Trouble):
-            found = warnings if trouble.is_silent else notes
-            found.append(f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}")
+    told = {engine: trouble for engine, trouble in troubles.items() if isinstance(trouble, Trouble)}
+    warnings = [_in_full(engine, trouble, family) for engine, trouble in told.items() if trouble.is_silent]
+    notes += _failures({engine: trouble for engine, trouble in told.items() if not trouble.is_silent}, family)
     original = base.config.get("original_max_position_embeddings")
     notes += [
         note.format(family=family.model_type, original=original)
@@ -159,6 +158,22 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
         if not fact or fact in base.facts
     ]
     return Choice(family, right, tuple(notes), tuple(warnings))
+
+
+def _in_full(engine: Engine, trouble: Trouble, family: MoeFamily) -> str:
+    return f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}"
+
+
+def _failures(troubles: Mapping[Engine, Trouble], family: MoeFamily) -> list[str]:
+    """Say which engines fail with a mixture: of one, how; of several, their names."""
+    if len(troubles) <= 1:
+        return [_in_full(engine, trouble, family) for engine, trouble in troubles.items()]
+    *others, last = (
+        f"{ENGINES[engine]}{f' (with {trouble.with_what})' if trouble.facts else ''}"
+        for engine, trouble in troubles.items()
+    )
+    kind = family.model_type
+    return [f"{kind}: {', '.join(others)} and {last} fail, as measured; `moemerge families {kind}` says how each does"]
 
 
 def _is_same_kind(trouble: Trouble | str | None, other: Trouble | str | None) -> bool:

@@ -49,8 +49,8 @@ def assemble(config: MergeConfig, models: Models, shape: Shape, tables: Tables) 
     """
     gguf = models.base.folder.gguf
     dtype = config.dtype or (gguf and gguf.usual_dtype) or _main_dtype(tables[config.base_model])
-    placed = [(member.place, member.model) for member in models.every_expert]
-    parts = take_parts(config, shape.mixture, models.base.model, placed, tables=tables, dtype=HEADER_DTYPES[dtype])
+    named = [(member.name, member.model) for member in models.every_expert]
+    parts = take_parts(config, shape.mixture, models.base.model, named, tables=tables, dtype=HEADER_DTYPES[dtype])
     parts = with_unmixed_rows(parts, unmixed_rows(config, models), tables[config.base_model])
     parts = with_vocabulary(parts, shape.vocabulary, models)
     outputs = _assembly(config, shape, parts, HEADER_DTYPES[dtype]).outputs()

@@ -1,11 +1,15 @@
 """Estimate the memory that a merge takes, from its plan."""
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
+from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
+from moemerge.checkpoint.memory import held_by_bands
 from moemerge.config.schema import Expert, MergeConfig
 from moemerge.families.layer_names import layer_prefix
 from moemerge.planning.models import Models
+from moemerge.planning.output import Output
 from moemerge.planning.parts import Parts
 from moemerge.planning.shape import Shape
 from moemerge.planning.shared_choice import MIXED, TOKENS
@@ -28,13 +32,19 @@ _HEAD_TOKENS: Final = 512
 _HEAD_COPIES: Final = 3
 
 
-def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: Parts) -> int:
-    """Estimate the peak of resident memory in bytes: libraries, and one layer for the pass over the prompts."""
+def peak_memory_bytes(
+    config: MergeConfig, models: Models, shape: Shape, parts: Parts, outputs: Mapping[str, Output]
+) -> int:
+    """Estimate the peak of resident memory in bytes: libraries, one layer for the pass over the prompts, and matrices.
+
+    Matrices are held as a whole where they are transposed, or dequantised from columns.
+    """
     layer = sum(
         4 * math.prod(tensor.shape) for name, tensor in parts.base.tensors.items() if name.startswith(layer_prefix(0))
     )
     chooses = config.shared_weights.is_open
     reads_prompts = shape.runs_base or chooses or config.method.reads_text
+    is_remote = any(isinstance(source.origin, Reference) for source in models.sources)
     tokenizer = models.base.folder.folder / "tokenizer.json"
     tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
     makes_tokenizer = bool(shape.base_files.made(shape.model_type))
@@ -42,7 +52,8 @@ def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: 
     states = _STATES_BYTES * models.base.model.sizes["ffn"]
     return (
         _PROGRAM_BYTES
-        + _HUB_BYTES * any(isinstance(source.origin, Reference) for source in models.sources)
+        + _HUB_BYTES * is_remote
+        + _matrix_bytes(outputs, CONNECTIONS if is_remote else MAX_THREADS)
         + _LIBRARIES_BYTES * imports_transformers
         + _TOKENIZER_FACTOR * tokenizer_bytes * (2 if makes_tokenizer else reads_prompts)
         + max(
@@ -50,6 +61,12 @@ def peak_memory_bytes(config: MergeConfig, models: Models, shape: Shape, parts: 
             (_PASS_BYTES + 2 * layer + states + _choice_bytes(models)) * chooses,
         )
     )
+
+
+def _matrix_bytes(outputs: Mapping[str, Output], threads: int) -> int:
+    """Estimate the bytes of the matrices that are held as a whole: one for each thread, and one for the pass."""
+    held = sorted((held_by_bands(output.bands) for output in outputs.values()), reverse=True)
+    return sum(held[: threads + 1])
 
 
 def _choice_bytes(models: Models) -> int:

@@ -47,7 +47,7 @@ def take_parts(
         config: the merge.
         mixture: its layers.
         base: the base model.
-        models: every expert, then every shared expert, each with its place in the config.
+        models: every expert, then every shared expert, each with its name in messages.
         tables: tensors by reference.
         dtype: dtype of the merged model, as a safetensors header spells it.
 
@@ -57,8 +57,8 @@ def take_parts(
     every_expert = [*config.experts, *config.shared_experts]
     own_base = ModelTensors(base, tables[config.base_model])
     own = [
-        (place, ModelTensors(model, tables[expert.source_model]))
-        for (place, model), expert in zip(models, every_expert, strict=True)
+        (name, ModelTensors(model, tables[expert.source_model]))
+        for (name, model), expert in zip(models, every_expert, strict=True)
     ]
     routed = dict(own[: len(config.experts)])
     shared, notes = share_weights(config.shared_weights, own_base, routed, dtype)
@@ -73,6 +73,6 @@ def take_parts(
     ours = fold_norms("base_model", own_base, merged, layers)
     ffn = [name for layer in layers for name in base.ffn(layer)]
     folded = tuple(
-        ModelTensors(expert.model, fold_norms(place, expert, merged, mixture.moe_layers)) for place, expert in own
+        ModelTensors(expert.model, fold_norms(name, expert, merged, mixture.moe_layers)) for name, expert in own
     )
     return Parts(ModelTensors(base, shared | {name: ours[name] for name in ffn}), folded, notes, advice)

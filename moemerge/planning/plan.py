@@ -284,7 +284,7 @@ class MergePlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Estimated peak of resident memory in bytes."""
-        return peak_memory_bytes(self.config, self.models, self.shape, self.parts)
+        return peak_memory_bytes(self.config, self.models, self.shape, self.parts, self.outputs)
 
     @property
     def pass_work(self) -> PassWork | None:

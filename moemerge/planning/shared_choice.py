@@ -118,7 +118,7 @@ def _candidates(plan: "MergePlan", *, strangers: bool) -> Mapping[str, "MergePla
         try:
             plans[method] = plan.remake(with_method(plan.config, method))
         except IncompatibleError as error:  # noqa: PERF203  each has its own
-            problems.append(error.problems[0].removeprefix("shared_weights: "))
+            problems.append(error.problems[0])
     if not plans:
         return f"others are not possible, since {problems[0]}"
     if not any_changed(plan.parts.base, {f"experts[{n}]": expert for n, expert in enumerate(plan.experts)}):

@@ -56,7 +56,7 @@ def share_weights(
     Args:
         settings: the method of mixing and its settings.
         base: the base model.
-        experts: the experts by their places in the config.
+        experts: the experts by their names in messages.
         dtype: dtype of the result, as a safetensors header spells it.
 
     Raises:
@@ -65,11 +65,15 @@ def share_weights(
     if settings.method == "base":
         return dict(base.tensors), []
     if problems := _differences(base, experts):
-        raise IncompatibleError("These models cannot be merged:", problems)
+        raise IncompatibleError(
+            f"shared_weights: {settings.method} is not possible with these models. Write `shared_weights: base`, which "
+            "takes the base model's attention and norms, or leave out the experts that are named:",
+            problems,
+        )
     kept = _kept(base, experts)
     notes = [
-        f"shared_weights: {name} is the base model's: {place} has another vocabulary, or none of its own"
-        for name, place in kept.items()
+        f"shared_weights: {name} is the base model's: {whose} has another vocabulary, or none of its own"
+        for name, whose in kept.items()
     ]
     made = {
         name: _derive(settings, base.tensors[name], [expert.tensors[name] for expert in experts.values()], dtype)
@@ -92,13 +96,13 @@ def any_changed(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> bool
 
 
 def _kept(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> dict[str, str]:
-    """Names of the tensors that stay the base's for the sake of a vocabulary, with the place of an expert at fault."""
+    """Names of the tensors that stay the base's for the sake of a vocabulary, with the name of an expert at fault."""
     kept: dict[str, str] = {}
     for name in _outside(base):
-        for place, expert in experts.items():
+        for whose, expert in experts.items():
             theirs = expert.tensors.get(name)
             if theirs is None or isinstance(theirs.path, Resized) or theirs.shape != base.tensors[name].shape:
-                kept.setdefault(name, place)
+                kept.setdefault(name, whose)
     return kept
 
 
@@ -123,7 +127,7 @@ def _differences(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> lis
     for name, expert in experts.items():
         # What computes otherwise has other tensors, too.
         found += [(name, cause) for cause in _tensors(expert, base, mixed=name not in apart)]
-    return [f"shared_weights: {line}" for line in said_once(found)]
+    return said_once(found)
 
 
 def _settings(model: DenseModel, base: DenseModel) -> Iterator[str]:

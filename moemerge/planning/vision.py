@@ -19,6 +19,7 @@ from moemerge.families.selection import Choice
 from moemerge.planning.output import Output
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.sources.model_folder import ModelFolder
+from moemerge.sources.name_prefixes import module_of
 
 PROCESSORS: Final = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files that say how images become numbers."""
@@ -104,14 +105,19 @@ def left_out_notes(models: Iterable[ModelFolder], kept: Collection[str] = ()) ->
     for number, model in enumerate(models):
         others = {name: tensor for name, tensor in model.left_out.items() if number or name not in kept}
         if others:
-            said.setdefault(_size(others), []).append(model.reference)
+            said.setdefault(left_out_in_words(others), []).append(model.reference)
     return [f"{', '.join(references)}: beside the text model, {what}" for what, references in said.items()]
+
+
+def keeping_towers(base: ModelFolder) -> VisionMixture | None:
+    """The multimodal class that would hold a base's towers beside a mixture; None for a base without, or for none."""
+    return VISION_MIXTURES.get(base.stored_type) if base.whole else None
 
 
 def vision_notes(found: VisionMixture | None, base: ModelFolder) -> Iterator[str]:
     """Say that the base's towers could be kept, or what is missing beside those that are."""
     if found is None:
-        if base.whole and (could := VISION_MIXTURES.get(base.stored_type)):
+        if could := keeping_towers(base):
             yield f"base_model: `keep_vision: true` would keep its towers, in a {could.model_type} (docs/families.md)"
     elif not any(base.file(name) for name in PROCESSORS):
         yield (
@@ -120,10 +126,9 @@ def vision_notes(found: VisionMixture | None, base: ModelFolder) -> Iterator[str
         )
 
 
-def _size(tensors: Mapping[str, TensorInfo]) -> str:
-    """Say of tensors how many they are, how large, and whose."""
-    parts = (name.split(".") for name in tensors)
-    modules = dict.fromkeys(".".join(part[: 2 if part[0] == "model" else 1]) for part in parts)
+def left_out_in_words(tensors: Mapping[str, TensorInfo]) -> str:
+    """Say of tensors that are left out how many they are, how large, and whose: `27 tensors of 1.33 GB ...`."""
+    modules = dict.fromkeys(map(module_of, tensors))
     count = f"{len(tensors)} tensors" if len(tensors) > 1 else "1 tensor"
     size = shown_bytes(sum(tensor.nbytes for tensor in tensors.values()))
     return f"{count} of {size} are left out: {', '.join(modules)}"

@@ -73,6 +73,12 @@ def text_name(name: str) -> str | None:
     return f"model.{name.removeprefix(match[0])}" if (match := _TEXT.match(name)) else None
 
 
+def module_of(name: str) -> str:
+    """The part of a whole model that a tensor beside the text model belongs to: `model.visual`, `visual`, `mtp`."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "model" else 1])
+
+
 def _text_part(names: Mapping[str, str], *, multimodal: bool) -> dict[str, str]:
     """Choose the tensors of the text model, by their names in the files, and name them as those of one alone."""
     prefix = next((match[0] for plain in names.values() if (match := _TEXT.match(plain))), "")

@@ -4,10 +4,14 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from moemerge.errors import NoSuchModelError, SourceError
-from moemerge.file_kinds import Kind, what_is
+from moemerge.file_kinds import YAML_SUFFIXES, Kind, what_is
 from moemerge.sources.wrong_names import no_folder
+
+# Endings of files, which no repository without an owner has.
+_FILES: Final = (".gguf", ".safetensors", ".bin", *YAML_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ def parse_reference(text: str) -> Path | Reference:
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
         kind = SourceError if isinstance(error, PermissionError) else NoSuchModelError
         raise kind(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
+    if "/" not in text and Path(text).suffix.lower() in _FILES:
+        raise NoSuchModelError(f"{text}: there is no such file.")
     whole, _, gguf = text.partition(":")
     name, _, revision = whole.partition("@")
     if revision and _is_folder(name):

@@ -12,6 +12,7 @@ from moemerge.errors import CheckpointError, NoSuchModelError, SourceError
 from moemerge.file_kinds import FOLDERS, PULL, Kind, what_is
 
 _ADAPTER: Final = "adapter_config.json"
+_GGUF: Final = ".gguf"
 _MOST_ENTRIES: Final = 2000
 # Repositories of one owner are alike by that alone.
 _VERY_CLOSE: Final = 0.9
@@ -47,6 +48,8 @@ def no_folder(reference: str, path: Path, *, merged: bool) -> str:
         following = ", which llama.cpp runs. Name the folder that it was written from."
     elif kind is Kind.POINTER:
         following = f". {PULL}"
+    elif path.suffix.lower() == _GGUF and kind is not Kind.EMPTY:
+        return f"{reference}: {_no_gguf(path)}"
     elif beside_model:
         following = f". Name its folder, {Path(reference).parent}."
     elif kind is Kind.CONFIG and merged:
@@ -55,6 +58,12 @@ def no_folder(reference: str, path: Path, *, merged: bool) -> str:
         expected = "merged model" if merged else "model's config.json"
         following = f". Name the folder that holds the {expected}."
     return f"{reference}: {kind.value}{following}"
+
+
+def _no_gguf(path: Path) -> str:
+    """Say of a file that is called one in GGUF what it begins with."""
+    with path.open("rb") as file:
+        return f"is no GGUF file: it begins with {file.read(4)!r}, not with b'GGUF'. Download it again."
 
 
 def no_model(reference: str, folder: Path) -> SourceError:

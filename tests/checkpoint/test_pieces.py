@@ -16,11 +16,15 @@ from safetensors.torch import save_file
 
 from moemerge.checkpoint import bands as streams
 from moemerge.checkpoint.bands import tensor_chunks
+from moemerge.checkpoint.column_slice import ColumnSlice
 from moemerge.checkpoint.compare import compare_tensor
 from moemerge.checkpoint.convert import CHUNK_ELEMENTS
-from moemerge.checkpoint.derived import leaves
+from moemerge.checkpoint.derived import leaves, plus
 from moemerge.checkpoint.files import read_exactly
 from moemerge.checkpoint.header import TensorInfo, read_header
+from moemerge.checkpoint.joined import joined, joined_columns
+from moemerge.checkpoint.memory import held_by_bands
+from moemerge.checkpoint.packed import Packed
 from moemerge.checkpoint.pieces import Band, Fill, Piece, band_bytes, measure, piece_at, with_seeds
 from moemerge.checkpoint.regrouped import Heads, Regrouped
 from moemerge.checkpoint.shards import TensorSpec, layout_shards
@@ -175,6 +179,42 @@ def test_rows_of_heads_are_regrouped(tmp_path, source, target, shape):
         ((piece, Piece(Fill(0.0, (piece.rows, 2)), target)),),
         torch.nn.functional.pad(block(piece, values, ""), (0, 2)),
     )
+
+
+def test_what_is_made_of_stored_bytes_is_not_unchanged(tmp_path):
+    stored = save(tmp_path, a=normal(8, 6), b=normal(8, 6))
+    matrix, other = stored.values()
+    compressed = Packed(matrix, 0, (6, 1), negated=False, checksum=7, record_bytes=matrix.nbytes)
+    made = (
+        ColumnSlice(matrix, 2, 3).tensor(),
+        joined_columns("c", [matrix, other]),
+        joined("c", [other, matrix]),
+        Regrouped(matrix, Heads(4, 4)).tensor(),
+        Transposed(matrix).tensor(),
+        plus(matrix, 1.0),
+        compressed.tensor(),
+    )
+    assert [Piece(tensor, "F32").is_unchanged for tensor in made] == [False] * len(made)
+    assert all(Piece(tensor, "F32").is_unchanged for tensor in (matrix, matrix.rows(2, 4)))
+
+
+def test_matrices_that_are_held_as_a_whole_are_counted(tmp_path):
+    stored = save(tmp_path, a=normal(4096, 2048), b=normal(4096, 2048))
+    turned = [Transposed(matrix).tensor() for matrix in stored.values()]
+    whole = stored["a"].nbytes
+    for band, held in (
+        ((Piece(turned[0], "F32"),), whole),
+        ((Piece(turned[0], "F32"), Piece(stored["b"].rows(0, 2048), "F32")), whole),
+        (tuple(Piece(matrix, "F32") for matrix in turned), 2 * whole),
+    ):
+        assert held_by_bands((band, (Piece(stored["a"], "F32"),))) == held
+        tracemalloc.start()
+        for _ in tensor_chunks((band,), 7, "t"):
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held <= peak < 1.5 * held
+    assert held_by_bands(((Piece(joined_columns("c", turned), "F32"),),)) == 2 * whole
 
 
 def test_regrouping_is_the_order_of_halves():

@@ -37,6 +37,7 @@ def place(tmp_path_factory, llamas) -> Path:
         "compose.yaml": "version: 3\nservices: {}\n",
         "names.yaml": "- base\n- fox\n",
         "model.gguf": "GGUF\x03\0\0\0",
+        "page.gguf": "<html>",
         "notes.txt": "\n<|document|>\n".join(f"note {number}" for number in range(20)),
         "script.sh": "#!/bin/sh\nmoemerge merge.yaml out\n",
     }
@@ -342,6 +343,7 @@ def test_a_file_in_place_of_a_merged_model_is_called_the_same_by_every_command(t
     ("given", "message"),
     [
         ("merge.yaml", "is a config. Name the folder that holds the model's config.json."),
+        ("page.gguf", "is no GGUF file: it begins with b'<htm', not with b'GGUF'. Download it again."),
         ("base/config.json", "is one file of a model. Name its folder, base."),
         ("base/model.safetensors", "is a file of weights. Name its folder, base."),
     ],
@@ -349,6 +351,10 @@ def test_a_file_in_place_of_a_merged_model_is_called_the_same_by_every_command(t
 @pytest.mark.parametrize("command", ["inspect MODEL", "init MODEL fox code -o -", "families MODEL"])
 def test_a_file_in_place_of_a_model_is_called_the_same_by_every_command(told, command, given, message):
     assert told(f"moemerge {command.replace('MODEL', given)}") == (2, f"error: {given}: {message}\n")
+
+
+def test_a_file_that_is_not_there_is_not_looked_up_as_a_repository(told):
+    assert told("moemerge inspect none.gguf") == (2, "error: none.gguf: there is no such file.\n")
 
 
 def test_a_model_of_the_hubs_cache_is_not_proposed_for_a_merged_folder(told, place):

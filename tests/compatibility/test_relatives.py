@@ -136,9 +136,9 @@ def test_attention_of_relatives_is_not_mixed(tmp_path):
     end = "so their attention cannot be mixed"
     for method in ("average", "ties", "dare"):
         assert problems(tmp_path, base, [*experts, hybrid], shared_weights=method) == [
-            f"shared_weights: experts[0]: attention is without {BIASES}, but the base model's is with them, {end}. The same "
-            "holds for experts[1], experts[2]",
-            f"shared_weights: experts[3]: a lfm2 does not attend like the base model, a qwen2, {end}",
+            f"experts[0] /a: attention is without {BIASES}, but the base model's is with them, {end}. The same holds for "
+            "experts[1] /b, experts[2] /c",
+            f"experts[3] /d: a lfm2 does not attend like the base model, a qwen2, {end}",
         ]
     plan = plan_of(tmp_path, base, experts, shared_weights="auto")
     assert plan.config.shared_weights.method == "base"

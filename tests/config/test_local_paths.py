@@ -54,6 +54,17 @@ def test_relative_paths_count_from_the_config_s_folder_if_they_lead_somewhere_th
     ]
 
 
+def test_a_file_in_the_config_s_folder_is_no_repository(project):
+    for name in ("fox.gguf", "adapter.safetensors"):
+        (project / name).write_text("fox")
+    text = TEXT.replace("'models/fox'", "fox.gguf").replace("acme/owl+models/poems", "acme/owl+adapter.safetensors")
+    (project / "merge.yaml").write_text(text, encoding="utf-8")
+    assert paths(load_config("../project/merge.yaml"))[1:3] == [
+        "../project/fox.gguf",
+        "acme/owl+../project/adapter.safetensors",
+    ]
+
+
 def test_else_from_the_current_folder(project, tmp_path):
     (project / "models").rename(project / "moved")
     (tmp_path / "here" / "models").symlink_to(project / "moved")

@@ -71,6 +71,12 @@ experts:
     )
 
 
+def test_towers_that_could_be_kept_are_a_comment():
+    line = "# keep_vision: true  # keeps the base's towers for images, too, in a qwen3_vl_moe"
+    assert line not in config_text(PLAIN, "m.yaml").splitlines()
+    assert line in config_text(replace(PLAIN, vision="qwen3_vl_moe"), "m.yaml").splitlines()
+
+
 def test_every_built_in_prompt_is_read_back():
     experts = tuple(DraftExpert(f"m/{name}", name, None).of_domain(name) for name in all_domains())
     document = read(replace(PLAIN, experts=experts, experts_per_token=2))

@@ -21,9 +21,9 @@ def joined(one: Path, other: Path, **keys: object) -> EditPlan:
     return plan_edit(load_config({"base_model": str(one), "experts": experts, "gate_mode": "random", **keys}))
 
 
-def problems(one: Path, other: Path) -> tuple[str, ...]:
+def problems(one: Path, other: Path, **keys: object) -> tuple[str, ...]:
     with pytest.raises(IncompatibleError) as caught:
-        joined(one, other)
+        joined(one, other, **keys)
     return tuple(caught.value.problems)
 
 
@@ -75,6 +75,14 @@ def test_a_mixture_of_more_layers_is_refused(tmp_path):
         make_mixture(tmp_path / "other", "mixtral", num_hidden_layers=5),
     )
     assert problems(one, other) == ("experts[2] (other-1): its mixture has 5 layers, this one 3",)
+
+
+def test_halves_that_do_not_fit_are_not_averaged(tmp_path):
+    one, other = make_mixture(tmp_path / "one", "mixtral"), make_mixture(tmp_path / "other", "mixtral", vocab_size=192)
+    assert problems(one, other, shared_weights="average") == (
+        "shared_weights: average: another mixture has no tensor lm_head.weight of shape [160, 32]. Remove the key: "
+        "the mixture's own stay",
+    )
 
 
 def test_a_mixture_under_two_names_counts_once_in_averages(tmp_path, monkeypatch):

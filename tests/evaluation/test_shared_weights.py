@@ -262,7 +262,7 @@ def test_models_that_cannot_be_mixed_keep_the_bases(trained, llamas, tmp_path):
     edit_json(other / "config.json", rope_theta=5.0, rope_parameters=None)
     stranger = make_model(tmp_path / "stranger", 9)
     for experts, why in {
-        (llamas[1], other): "others are not possible, since experts[1]: rope is ",
+        (llamas[1], other): f"others are not possible, since experts[1] {other}: rope is ",
         (llamas[1], stranger): "not all experts are fine-tunes of the base model",
         (llamas[0], llamas[0]): "the models have all the same",
     }.items():

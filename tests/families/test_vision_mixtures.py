@@ -12,6 +12,7 @@ from moemerge.checks.verification import verify_merge
 from moemerge.editing.in_place import changed_shards
 from moemerge.editing.planner import plan_edit
 from moemerge.errors import IncompatibleError, RefusedError
+from moemerge.export.writing import write_gguf
 from moemerge.families.multimodal import VISION_MIXTURES
 from moemerge.generation.answers import Sampling, open_generator
 from moemerge.merging.gguf import merge_to_gguf
@@ -119,16 +120,21 @@ def test_only_the_text_model_of_such_a_mixture_is_written_to_gguf_or_edited(tmp_
     with pytest.raises(RefusedError) as refusal:
         merge_to_gguf(plan, tmp_path / "out.gguf")
     assert str(refusal.value) == "keep_vision: a GGUF file holds the text model alone. Remove the key."
+    told: list[str] = []
+    write_gguf(out, tmp_path / "out.gguf", tell=told.append)
+    towers = [tensor for name, tensor in load_weights(base).items() if ".visual." in name]
+    left_out = (
+        f"{len(towers)} tensors of {sum(tensor.nbytes for tensor in towers) / 1000:.2f} kB are left out: model.visual"
+    )
+    assert told == [
+        f"{out}: beside the text model, {left_out}. The file reads text alone; llama.cpp keeps towers in a second file "
+        "(mmproj), which moemerge does not write"
+    ]
     experts = [f"{out}#0", f"{out}#1"]
     edit = plan_edit(
         load_config(write_config(tmp_path / "edit.yaml", out, experts, prompts=False), allow_identical_experts=True)
     )
-    towers = [tensor for name, tensor in load_weights(base).items() if ".visual." in name]
-    size = sum(tensor.nbytes for tensor in towers)
-    assert (
-        f"{out}: beside the text model, {len(towers)} tensors of {size / 1000:.2f} kB are left out: model.visual"
-        in edit.notes
-    )
+    assert f"{out}: beside the text model, {left_out}" in edit.notes
     with pytest.raises(RefusedError) as refusal:
         changed_shards(edit)
     assert str(refusal.value) == (

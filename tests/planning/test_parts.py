@@ -159,8 +159,8 @@ def test_another_vocabulary_keeps_the_embeddings_of_the_base(tmp_path, llamas):
     config = write_config(tmp_path / "c.yaml", llamas[0], [llamas[1], other], prompts=False, shared_weights="average")
     plan = plan_merge(load_config(config))
     assert [note for note in plan.notes if note.startswith("shared_weights")] == [
-        "shared_weights: model.embed_tokens.weight is the base model's: experts[1] has another vocabulary, or none of its own",
-        "shared_weights: lm_head.weight is the base model's: experts[1] has another vocabulary, or none of its own",
+        f"shared_weights: {name} is the base model's: experts[1] {other} has another vocabulary, or none of its own"
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
     ]
     assert plan.outputs["model.embed_tokens.weight"].copied_from.path == llamas[0] / SINGLE
 
@@ -170,7 +170,7 @@ def test_attention_that_computes_otherwise_is_not_mixed(tmp_path, llamas):
     edit_json(other / "config.json", rope_theta=5.0, rope_parameters=None)
     config = write_config(tmp_path / "c.yaml", llamas[0], [llamas[1], other], prompts=False, shared_weights="average")
     assert unmixed(config) == [
-        "experts[1]: rope is {'rope_theta': 5.0, 'rope_type': 'default', 'partial_rotary_factor': 1.0}, but the base "
+        f"experts[1] {other}: rope is {{'rope_theta': 5.0, 'rope_type': 'default', 'partial_rotary_factor': 1.0}}, but the base "
         "model's is {'rope_theta': 10000.0, 'rope_type': 'default', 'partial_rotary_factor': 1.0}, so their attention cannot "
         "be mixed"
     ]
@@ -181,8 +181,11 @@ def unmixed(config: Path) -> list[str]:
     with pytest.raises(IncompatibleError) as caught:
         plan_merge(load_config(config))
     lines = str(caught.value).splitlines()
-    assert lines[0] == "These models cannot be merged:"
-    return [line.removeprefix("  - shared_weights: ") for line in lines[1:]]
+    assert lines[0] == (
+        "shared_weights: average is not possible with these models. Write `shared_weights: base`, which takes the base "
+        "model's attention and norms, or leave out the experts that are named:"
+    )
+    return [line.removeprefix("  - ") for line in lines[1:]]
 
 
 def test_many_tensors_without_a_partner_are_one_problem(tmp_path, llamas):
@@ -197,7 +200,8 @@ def test_many_tensors_without_a_partner_are_one_problem(tmp_path, llamas):
     shape = "[32, 32] in float32, float16 or bfloat16, as the base model has (and 2 more)"
     config = write_config(tmp_path / "c.yaml", llamas[0], [gone, whole], prompts=False, shared_weights="average")
     assert unmixed(config) == [
-        f"experts[0]: has no tensor model.layers.0.self_attn.q_proj.weight of shape {shape}. The same holds for experts[1]"
+        f"experts[0] {gone}: has no tensor model.layers.0.self_attn.q_proj.weight of shape {shape}. The same holds for "
+        f"experts[1] {whole}"
     ]
     base, more = (
         make_model(tmp_path / f"lfm2{biases}", 0, "lfm2", conv_bias=biases, **DENSE["lfm2"][1])
@@ -224,7 +228,7 @@ def test_settings_by_layer_are_told_by_runs(tmp_path, keys, told):
     base = make_model(tmp_path / "base", 0, "smollm3", **own)
     expert = make_model(tmp_path / "expert", 1, "smollm3", **own | keys)
     config = write_config(tmp_path / "c.yaml", base, [base, expert], prompts=False, shared_weights="average")
-    assert unmixed(config) == [f"experts[1]: {told}, so their attention cannot be mixed"]
+    assert unmixed(config) == [f"experts[1] {expert}: {told}, so their attention cannot be mixed"]
 
 
 @pytest.mark.parametrize(
@@ -326,7 +330,7 @@ def test_a_norm_near_zero_cannot_be_undone(tmp_path, llamas):
     with pytest.raises(IncompatibleError) as caught:
         plan_merge(load_config(config))
     assert str(caught.value).splitlines()[1] == (
-        "  - fold_norms: experts[0]: 2 of 32 weights of layer 1's shared norm are near zero beside its own: the expert "
+        f"  - fold_norms: experts[0] {llamas[1]}: 2 of 32 weights of layer 1's shared norm are near zero beside its own: the expert "
         "needs what that norm removes. Leave out fold_norms"
     )
 

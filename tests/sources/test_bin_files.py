@@ -531,7 +531,7 @@ def test_strange_pickles_give_the_same_merge(tmp_path, llamas, pickle_of):
         "epoch is not a tensor but int",
     )
     for keys, problem in (
-        ({"shared_weights": "average"}, f"shared_weights: experts[0]: {QUERY} is a sparse tensor"),
+        ({"shared_weights": "average"}, f"experts[0] {folder}: {QUERY} is a sparse tensor"),
         ({"base_model": str(folder)}, f"base_model: tensor {QUERY} is a sparse tensor"),
     ):
         with pytest.raises(IncompatibleError) as caught:

@@ -329,14 +329,15 @@ def test_what_an_adapter_does_beside_the_ffns_does_not_block_a_merge(tmp_path, l
     config = load_config(write_config(*arguments, prompts=False, shared_weights="average"))
     if kind == "a resized vocabulary":  # as of an expert whose own weights have another
         kept = (
-            f"shared_weights: {EMBEDDINGS} is the base model's: experts[0] has another vocabulary, or none of its own"
+            f"shared_weights: {EMBEDDINGS} is the base model's: experts[0] {reference} has another vocabulary, or none of its "
+            "own"
         )
         assert kept in plan_merge(config).notes
     elif is_shared:
         with pytest.raises(IncompatibleError) as caught:
             plan_merge(config)
         (reason,) = left_out.values()
-        told = f"shared_weights: experts[0]: {EMBEDDINGS} {reason.format(folder)}"
+        told = f"experts[0] {reference}: {EMBEDDINGS} {reason.format(folder)}"
         assert list(caught.value.problems) == [told]
     if is_shared:
         with pytest.raises(IncompatibleError, match=f"{re.escape(reference)}: cannot be run:"):
@@ -437,7 +438,7 @@ def test_embeddings_in_float64_are_refused_where_they_are_needed(tmp_path, llama
     with pytest.raises(IncompatibleError) as caught:
         plan_merge(load_config(write_config(*arguments, prompts=False, shared_weights="average")))
     assert caught.value.problems == (
-        f"shared_weights: experts[0]: has no tensor {EMBEDDINGS} of shape [160, 32] in float32, float16 or bfloat16, as the "
+        f"experts[0] {reference}: has no tensor {EMBEDDINGS} of shape [160, 32] in float32, float16 or bfloat16, as the "
         "base model has",
     )
     with pytest.raises(IncompatibleError) as caught:

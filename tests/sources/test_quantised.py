@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.header import read_header
+from moemerge.checkpoint.jobs import MAX_THREADS
 from moemerge.errors import CheckpointError, IncompatibleError
 from moemerge.model_card.card import compare_card
 from moemerge.model_card.markdown import as_text
@@ -203,6 +204,17 @@ def test_a_damaged_weight_is_named_once(tmp_path, models, change, reason):
     with pytest.raises(IncompatibleError) as refused:
         merged(tmp_path, [models[2], models[0], models[1]], prompts=False)
     assert refused.value.problems == (f"experts[0] {models[0]}: tensor {UP} {reason}",)
+
+
+def test_weights_in_fp8_without_their_settings_are_named_once(tmp_path, models):
+    edit_json(models[0] / "config.json", quantization_config=None)
+    with pytest.raises(IncompatibleError) as refused:
+        merged(tmp_path, [models[2], models[0], models[1]], prompts=False)
+    first = next(name for name in read_header(models[0] / "model.safetensors") if ".mlp." in name)
+    assert refused.value.problems == (
+        f"experts[0] {models[0]}: tensor {first.removesuffix('_scale_inv')} is FP8 with scales, but config.json has no "
+        "quantization_config, which says what shares a scale: copy it from the model's original config.json (and 8 more)",
+    )
 
 
 def state_of(**changes: Any) -> torch.Tensor:
@@ -434,6 +446,17 @@ def test_memory_does_not_grow_with_a_matrix(tmp_path):
     tracemalloc.stop()
     assert done == tensor.nbytes
     assert peak_bytes < 4 * 10**6
+
+
+def test_the_estimate_of_memory_counts_packed_numbers_that_are_read_as_a_whole(tmp_path):
+    model, other = (make_model(tmp_path / f"m{seed}", seed, **SIZES) for seed in (1, 2))
+    config = load_config(write_config(tmp_path / "m.yaml", model, [model, other], prompts=False))
+    plain = plan_merge(config).peak_memory_bytes
+    quantise(model, "GPTQ")
+    stored = read_header(model / "model.safetensors")
+    modules = [name.removesuffix("qweight") for name in stored if name.endswith(".qweight")]
+    sizes = [sum(tensor.nbytes for name, tensor in stored.items() if name.startswith(module)) for module in modules]
+    assert plan_merge(config).peak_memory_bytes - plain == sum(sorted(sizes)[-MAX_THREADS - 1 :])
 
 
 def test_on_the_hub_each_byte_is_fetched_once(world, machine, models):

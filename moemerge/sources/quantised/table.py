@@ -25,6 +25,12 @@ METHODS: Final[Mapping[str, Method]] = {
 }
 """The methods that are read, by the name that `quantization_config` gives them as `quant_method`."""
 
+_FP8: Final = "F8_E4M3"
+_NO_SETTINGS: Final = (
+    "is FP8 with scales, but config.json has no quantization_config, which says what shares a scale: copy it from the "
+    "model's original config.json"
+)
+
 
 def dequantised(config: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Replace quantised weights, and all that is stored beside them, by matrices that are computed while they are read.
@@ -39,7 +45,7 @@ def dequantised(config: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> di
     settings = _settings(config)
     method = METHODS.get(settings["quant_method"])
     if method is None:
-        return tensors
+        return tensors if settings["quant_method"] else _without_settings(tensors)
     modules = _modules(method, tensors)
     own = model_dtype(config)
 
@@ -61,9 +67,25 @@ def dequantised(config: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> di
     return table
 
 
+def _without_settings(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Mark weights in FP8 with scales as unreadable, in a model whose `config.json` does not say how they belong."""
+    if not any(tensor.dtype == _FP8 for tensor in tensors.values()):
+        return tensors
+    scaled = [parts for parts in _modules(FP8, tensors).values() if len(parts) > 1 and "weight" in parts]
+    gone = {tensor.name for parts in scaled for tensor in parts.values()}
+    left = {name: tensor for name, tensor in tensors.items() if tensor.name not in gone}
+    return left | {parts["weight"].name: Unreadable(parts["weight"], _NO_SETTINGS).tensor() for parts in scaled}
+
+
 def _zero_bias(bias: TensorInfo) -> TensorInfo:
     reason = "holds zeros alone, which GPTQ stores where a layer has no bias"
     return Unreadable(bias, reason, is_tensor=False).tensor()
+
+
+def unread_method(config: Mapping[str, Any]) -> str:
+    """The method of quantisation that a `config.json` names, if it is none of those that are read; else empty."""
+    method: str = _settings(config)["quant_method"]
+    return "" if method in METHODS else method
 
 
 def plain_model(
