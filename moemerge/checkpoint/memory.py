@@ -1,12 +1,10 @@
 """The memory that reading a tensor takes, beside the bounded chunks of every stream."""
 
-from moemerge.checkpoint.column_slice import ColumnSlice
+from moemerge.checkpoint.computed import ComputedFile
 from moemerge.checkpoint.dequantised import Dequantised
-from moemerge.checkpoint.derived import Derived
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.joined import Joined
 from moemerge.checkpoint.pieces import Band
-from moemerge.checkpoint.regrouped import Regrouped
 from moemerge.checkpoint.transposed import Transposed
 
 
@@ -17,13 +15,10 @@ def held_bytes(tensor: TensorInfo) -> int:
             return made.matrix.nbytes + held_bytes(made.matrix)
         case Dequantised() as made:
             return sum(part.tensor.nbytes for part in made.parts if not part.span)
-        case Derived() as made:
-            return sum(map(held_bytes, (*made.inputs, *made.others)))
-        case ColumnSlice() | Regrouped() as made:
-            return held_bytes(made.stored)
-        case Joined() as made:
-            held = map(held_bytes, made.parts)
-            return sum(held) if made.side_by_side else max(held)
+        case Joined(side_by_side=False) as made:
+            return max(map(held_bytes, made.parts))
+        case ComputedFile() as made:
+            return sum(map(held_bytes, made.sources))
     return 0
 
 
