@@ -2,6 +2,7 @@
 
 MoemergeError                  exit code 1: something failed
 ├── CheckpointError            a model file is damaged or is not what it says
+│   ├── DamagedModelError      it belongs to the weights of a model that was named
 │   └── TooLargeError          a number in it is infinite in the output's dtype
 ├── SourceError                a model cannot be reached: no network, no access
 │   └── NoSuchModelError       exit code 2: a name leads to no model
@@ -41,6 +42,14 @@ class MoemergeError(Exception):
 
 class CheckpointError(MoemergeError):
     """A model file is damaged, truncated, hostile, or not a checkpoint."""
+
+
+class DamagedModelError(CheckpointError):
+    """The weights of a model are damaged or incomplete; `reference` is the name that it was given by."""
+
+    def __init__(self, reference: str, message: str) -> None:
+        self.reference = reference
+        super().__init__(message)
 
 
 class TooLargeError(CheckpointError):

@@ -11,6 +11,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import read_json
 from moemerge.compatibility.causes import said_once
 from moemerge.compatibility.distances import check_deltas, distance_notes, distance_warnings, measure_distances
+from moemerge.compatibility.vocabularies import Vocabulary, difference, read_vocabulary
 from moemerge.config.schema import MergeConfig
 from moemerge.config.tokenizer_choice import BASE
 from moemerge.errors import CheckpointError
@@ -243,7 +244,17 @@ def _lost_words(base: NamedModel, expert: NamedModel) -> Iterator[str]:
         more = f" and {len(added) - _SHOWN} more" if len(added) > _SHOWN else ""
         yield f"tokens {', '.join(repr(token)[:40] for token in added[:_SHOWN])}{more}"
     else:
-        yield "tokenizer, whose file is another than the base's"
+        yield f"tokenizer, {_other_tokenizer(base, expert)}"
+
+
+def _other_tokenizer(base: NamedModel, expert: NamedModel) -> str:
+    """Say how a tokenizer differs that is another file than the base's, and has no added tokens beyond it."""
+    ours, theirs = (read_vocabulary(model.folder.own_folders) for model in (base, expert))
+    if not (isinstance(ours, Vocabulary) and isinstance(theirs, Vocabulary)):
+        return "whose file is another than the base's"
+    if theirs.ids == ours.ids:
+        return "whose file is another than the base's, though every token has the same id"
+    return f"whose ids are others than the base's: {difference(ours, theirs) or 'it lacks added tokens of the base'}"
 
 
 def _gained(base: NamedModel, expert: NamedModel, *, keeps_words: bool) -> Iterator[str]:

@@ -38,7 +38,8 @@ def _dense_misfits(slot: Added, mixture: StoredMixture) -> Iterator[str]:
     if dense.hidden_act != (act := _activation(mixture.config)):
         yield f"its FFN's activation is {dense.hidden_act}, the mixture's {act}"
     sibling = _sibling(mixture)
-    if sibling and sibling.family.ffn_place != dense.family.ffn_place:
+    # The mixture's norms stay, so that it does not matter what those of the new model add to their weights.
+    if sibling and sibling.family.around_ffn != dense.family.around_ffn:
         yield (
             f"a {dense.family.model_type} does not compute like what surrounds the mixture's experts, a "
             f"{sibling.family.model_type}"

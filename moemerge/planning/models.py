@@ -1,18 +1,27 @@
 """The first step of a plan: open the models, and check that their configs fit together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.compatibility.checks import check_configs
 from moemerge.config.loading import refusal_of
 from moemerge.config.schema import MergeConfig
-from moemerge.errors import IncompatibleError, NoSuchModelError, SourceError
+from moemerge.errors import (
+    CheckpointError,
+    DamagedModelError,
+    IncompatibleError,
+    MoemergeError,
+    NoSuchModelError,
+    SourceError,
+)
 from moemerge.families.dense import DenseModel, read_dense
 from moemerge.places import Place
 from moemerge.sources.model_folder import ModelFolder, open_model
 from moemerge.sources.reference import split_expert
 from moemerge.sources.stored_mixtures import expert_references, is_mixture
+from moemerge.sources.tensor_tables import read_tensor_tables
 from moemerge.sources.wrong_names import nearest_model
 
 
@@ -62,7 +71,7 @@ def open_models(config: MergeConfig, announce: Callable[[str], None]) -> Models:
     Raises:
         ConfigError: names lead to no model; lists every one.
         SourceError: models cannot be reached; lists every one.
-        CheckpointError: a `config.json` is damaged.
+        CheckpointError: a `config.json` is damaged; lists every one.
         IncompatibleError: the configs do not fit together; lists every reason.
     """
     every_expert = [*config.experts, *config.shared_experts]
@@ -82,29 +91,51 @@ def open_models(config: MergeConfig, announce: Callable[[str], None]) -> Models:
 def _open_all(config: MergeConfig, announce: Callable[[str], None]) -> dict[str, ModelFolder]:
     """Open every model once, by reference; what cannot be opened is listed with its place and the nearest name."""
     opened: dict[str, ModelFolder] = {}
-    errors: dict[str, tuple[Place, SourceError]] = {}
-    for place, reference in references_of(config):
+    errors: dict[str, MoemergeError] = {}
+    for _, reference in references_of(config):
         if reference in opened or reference in errors:
             continue
         try:
             opened[reference] = open_model(reference, announce)
-        except SourceError as error:
-            errors[reference] = place, error
-    if not errors:
-        return opened
+        except (SourceError, CheckpointError) as error:
+            errors[reference] = error
+    if errors:
+        raise _placed(config, errors)
+    return opened
+
+
+def read_tables(
+    config: MergeConfig, models: Models, announce: Callable[[str], None]
+) -> dict[str, dict[str, TensorInfo]]:
+    """Read the tensors of every model, by reference, from headers alone.
+
+    Raises:
+        SourceError: a model cannot be reached.
+        CheckpointError: a model's files are damaged or incomplete; names its place.
+    """
+    opened = models.by_reference
+    try:
+        tables = read_tensor_tables(opened.values(), announce, weights="stream", dense=True)
+    except DamagedModelError as error:
+        raise _placed(config, {error.reference: error}) from error
+    return dict(zip(opened, tables, strict=True))
+
+
+def _placed(config: MergeConfig, errors: Mapping[str, MoemergeError]) -> MoemergeError:
+    """The error that lists the models that cannot be read, each with its place in the config, and the nearest name."""
     folders = [Path(), *([config.file.parent] if config.file else [])]
     problems: list[tuple[Place, str]] = []
-    for reference, (place, reason) in errors.items():
-        looks = "Did you mean" not in str(reason) and not split_expert(reference)
+    for reference, reason in errors.items():
+        place = next(place for place, named in references_of(config) if named == reference)
+        looks = isinstance(reason, SourceError) and "Did you mean" not in str(reason) and not split_expert(reference)
         near = nearest_model(reference, folders) if looks else None
         problems.append((place, f"{reason}{f' Did you mean {near}?' if near else ''}"))
+    failures = [reason for reason in errors.values() if not isinstance(reason, NoSuchModelError)]
+    kind = next((CheckpointError if isinstance(one, CheckpointError) else SourceError for one in failures), None)
     if len(errors) == 1 and not config.written:  # there is no line to find it by
-        (_, only), (_, problem) = next(iter(errors.values())), problems[0]
-        raise type(only)(problem)
+        return (kind or NoSuchModelError)(problems[0][1])
     refusal = refusal_of(config, problems)
-    if all(isinstance(reason, NoSuchModelError) for _, reason in errors.values()):
-        raise refusal
-    raise SourceError(str(refusal))
+    return kind(str(refusal)) if kind else refusal
 
 
 def references_of(config: MergeConfig) -> list[tuple[Place, str]]:

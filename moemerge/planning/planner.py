@@ -7,7 +7,7 @@ from moemerge.config.schema import MergeConfig
 from moemerge.planning.assembled import Assembled, assemble
 from moemerge.planning.checking import Checked, Tables, check_models
 from moemerge.planning.layout import Layout, lay_out
-from moemerge.planning.models import Models, open_models
+from moemerge.planning.models import Models, open_models, read_tables
 from moemerge.planning.notes import norm_notes, output_notes, router_advice, vocabulary_advice, writing_note
 from moemerge.planning.options import PlanOptions
 from moemerge.planning.origins import origins_of
@@ -17,7 +17,6 @@ from moemerge.planning.shape import Shape, shape_of
 from moemerge.planning.shared_choice import BASE, postpone, with_method
 from moemerge.sources.cache_room import fetch_if_room
 from moemerge.sources.model_folder import ModelFolder
-from moemerge.sources.tensor_tables import read_tensor_tables
 
 
 def plan_merge(
@@ -52,8 +51,7 @@ def plan_merge(
     models = open_models(config, announce)
     shape = shape_of(given, models, options, announce)
     approve(models.sources)
-    opened = models.by_reference
-    tables = dict(zip(opened, read_tensor_tables(opened.values(), announce, weights="stream", dense=True), strict=True))
+    tables = read_tables(config, models, announce)
     checked = check_models(config, models, shape, tables)
     assembled = assemble(config, models, shape, tables)
     if options.weights == "auto" and (fetched := _fetch(models, checked, assembled, options, announce)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moemerge.checkpoint.header import TensorInfo, read_header
 from moemerge.checkpoint.index import read_tensors
-from moemerge.errors import SourceError
+from moemerge.errors import CheckpointError, DamagedModelError, SourceError
 from moemerge.families.dense import plain_tensors, read_dense
 from moemerge.sources.bin_files import read_pickle
 from moemerge.sources.local import find_weights, resolve_file, weights_named
@@ -41,7 +41,7 @@ def read_tensor_table(
 
     Raises:
         SourceError: the Hub does not give the weights.
-        CheckpointError: the model's files are damaged or incomplete.
+        DamagedModelError: the model's files are damaged or incomplete.
     """
     (tensors,) = read_tensor_tables([replace(model, whole=None) if whole else model], announce, weights=weights)
     return tensors
@@ -72,7 +72,10 @@ def read_tensor_tables(
     for model in models:
         key = (model.folder, model.mixture and model.expert)
         if key not in read:
-            found = _read_weights(model, announce, weights)
+            try:
+                found = _read_weights(model, announce, weights)
+            except CheckpointError as error:
+                raise _damaged(model, error) from error
             others: dict[str, TensorInfo] = {}
             if dense or model.whole:
                 found, others = text_tensors(model.whole, found, partial(_noted, model))
@@ -88,6 +91,13 @@ def read_tensor_tables(
             tensors = merge_adapter(adapter, tensors)
         tables.append(_plain(model, tensors) if dense else tensors)
     return tables
+
+
+def _damaged(model: ModelFolder, error: CheckpointError) -> DamagedModelError:
+    """The error of a model, which its message names."""
+    text = str(error)
+    named = any(part in text for part in (model.reference, str(model.folder)))
+    return DamagedModelError(model.reference, text if named else f"{model.reference}: {text}")
 
 
 def _plain(model: ModelFolder, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

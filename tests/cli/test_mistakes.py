@@ -301,9 +301,36 @@ def test_all_wrong_names_are_told_at_once_with_the_nearest(told, place):
 
 def test_a_pointer_in_place_of_weights(told, place):
     file = place / "pointers/model.safetensors"
+    line = (place / "pointed.yaml").read_text().splitlines().index("  source_model: pointers") + 1
     assert told("moemerge plan pointed.yaml") == (
         1,
-        f"error: {file}: is a git-lfs pointer in place of the file. Run `git lfs pull` in {file.parent}.\n",
+        "error: pointed.yaml: 1 problem:\n"
+        f"  - line {line}: experts[0].source_model: {file}: is a git-lfs pointer in place of the file. Run `git lfs pull` in "
+        f"{file.parent}.\n",
+    )
+
+
+def test_models_that_are_not_whole_have_their_lines(told, place, llamas):
+    """They are failures: neither the config nor the command has to change."""
+    for name in ("half", "cut"):
+        shutil.copytree(llamas[1], place / name)
+    (place / "half/model.safetensors").rename(place / "half/model-00001-of-00002.safetensors")
+    (place / "cut/config.json").write_text("{")
+    write_config(place / "half.yaml", "base", ["half", "code"], prompts=False)
+    write_config(place / "both.yaml", "cut", ["none at all", "code"], prompts=False)
+    assert told("moemerge plan half.yaml") == (
+        1,
+        "error: half.yaml: 1 problem:\n"
+        "  - line 3: experts[0].source_model: half: shard model-00002-of-00002.safetensors is not there (1 of 2). Download the "
+        "model again.\n",
+    )
+    assert told("moemerge plan both.yaml") == (
+        1,
+        "error: both.yaml: 2 problems:\n"
+        f"  - line 1: base_model: {place / 'cut/config.json'}: is not valid JSON: Expecting property name enclosed in double "
+        "quotes: line 1 column 2 (char 1).\n"
+        "  - line 3: experts[0].source_model: none at all: there is no such folder, and it cannot be a Hub repository "
+        "(user/name).\n",
     )
 
 

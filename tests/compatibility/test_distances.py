@@ -228,8 +228,28 @@ def test_templates_and_tokens_are_told_and_who_would_be_the_better_base(tmp_path
     ]
     (base / "chat_template.jinja").write_text("{{ other }}")
     assert "chat template (base: another)" in lost(plan_of(tmp_path, base, [fox, code]))[0]
-    (code / "tokenizer.json").write_text((base / "tokenizer.json").read_text() + " ")
-    assert lost(plan_of(tmp_path, base, [fox, code]))[1].endswith("tokenizer, whose file is another than the base's")
+
+
+def test_of_another_tokenizer_it_is_told_whether_ids_differ(tmp_path, copies):
+    base, _, code = copies
+    own = json.loads((base / "tokenizer.json").read_text())
+
+    def told() -> str:
+        (code / "tokenizer.json").write_text(json.dumps(own))
+        return lost(plan_of(tmp_path, base, [base, code]))[0].partition("kept: tokenizer, ")[2]
+
+    own["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    assert told() == "whose file is another than the base's, though every token has the same id"
+    ids = own["model"]["vocab"]
+    one, other = [token for token in ids if token.isalpha()][:2]
+    ids[one], ids[other] = ids[other], ids[one]
+    assert told() == (
+        f"whose ids are others than the base's: {one!r} is {ids[one]} in its vocabulary, {ids[other]} in the base's"
+    )
+    ids[one], ids[other] = ids[other], ids[one]
+    own["added_tokens"] = [entry for entry in own["added_tokens"] if entry["content"] != "<pad>"]
+    del ids["<pad>"]
+    assert told() == "whose ids are others than the base's: it lacks added tokens of the base"
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,26 @@ def test_a_mixture_under_two_names_counts_once_in_averages(tmp_path, monkeypatch
     torch.testing.assert_close(made, (ours + theirs) / 2)
 
 
+def test_a_gemma_joins_a_mixture_of_gemmas_whose_norms_hold_the_sum(tmp_path):
+    """The edited mixture has every tensor that a merge of all three has, but for the routers."""
+    one, two, three = (
+        make_model(tmp_path / f"gemma{seed}", seed, "gemma", head_dim=8, tuned_from=None if seed == 1 else 1)
+        for seed in (1, 2, 3)
+    )
+    for name, experts in (("pair", [one, two]), ("all", [one, two, three])):
+        config = write_config(tmp_path / f"{name}.yaml", one, experts, prompts=False)
+        merge(plan_merge(load_config(config)), tmp_path / name)
+    sources = [f"{tmp_path / 'pair'}#0", f"{tmp_path / 'pair'}#1", str(three)]
+    document = {"base_model": str(tmp_path / "pair"), "gate_mode": "random"}
+    plan = plan_edit(load_config(document | {"experts": [{"source_model": source} for source in sources]}))
+    edit(plan, tmp_path / "out", EditOptions())
+    found, expected = (load_weights(tmp_path / name) for name in ("out", "all"))
+    assert found.keys() == expected.keys()
+    routers = {name for name in expected if "router" in name}
+    assert len(routers) == plan.mixture.layers
+    assert all(torch.equal(found[name], expected[name]) for name in expected.keys() - routers)
+
+
 def test_an_expert_without_text_keeps_its_row_beside_one_that_is_fitted(tmp_path):
     base = make_model(tmp_path / "base")
     dense = [make_model(tmp_path / f"d{n}", n, tuned_from=0) for n in (1, 2, 3, 4)]
