@@ -73,7 +73,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copy_file_range
 
 def run(program: str, *arguments: str | Path) -> str:
     command = [sys.executable, ROOT / "benchmarks" / program, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

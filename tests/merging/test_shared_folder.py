@@ -9,9 +9,69 @@ from pathlib import Path
 
 import pytest
 
+from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.staging import kept_shards
+from moemerge.errors import MoemergeError, OutputError
+from moemerge.merging import shard_jobs
+from moemerge.merging.options import MergeOptions
+from moemerge.merging.shared_folder import SharedFolder
+from moemerge.planning.options import PlanOptions
+from tests.support.kill import contents
 from tests.support.models import make_model, write_config
+from tests.support.stand_in_ray import Ray
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # for the time of the test
+    return Ray().install()
+
+
+def planned(folder):
+    models = [make_model(folder / name, seed) for seed, name in enumerate(("base", "fox", "code"))]
+    config = write_config(folder / "merge.yaml", models[0], models[1:], prompts=False)
+    return plan_merge(load_config(config), PlanOptions(max_shard_bytes=20_000))
+
+
+def test_a_folder_is_the_same_however_many_processes_died_for_it(tmp_path, ray):
+    plan = planned(tmp_path)
+    merge(plan, tmp_path / "alone" / "out")
+    ray.lives = [0, 2, 1000]
+    done = []
+    merge(plan, SharedFolder(tmp_path / "out"), progress=lambda task, n, _: task.stage == "weights" and done.append(n))
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone" / "out")
+    assert len(ray.made) == 2 + 2  # one on each machine, and what took the places of those that died
+    assert (done[-1], done) == (plan.tensor_bytes, sorted(done))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_where_all_died_the_rest_is_done_by_one(tmp_path, ray):
+    plan = planned(tmp_path)
+    ray.lives = [1]
+    with pytest.raises(MoemergeError, match="all processes of the Ray cluster died: killed"):
+        merge(plan, SharedFolder(tmp_path / "out", workers=1))
+    assert kept_shards(tmp_path / "out") == 3
+    ray.lives = [1000]
+    written = len(plan.shards_without_routers) - 3
+    merge(plan, SharedFolder(tmp_path / "out", workers=1), MergeOptions(resume=True))
+    assert ray.made[-1].life == 1000 - written
+    merge(plan, tmp_path / "alone" / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone" / "out")
+
+
+def test_a_shard_that_is_not_seen_here_is_missed(tmp_path, ray, monkeypatch):
+    assert ray.nodes()
+    plan = planned(tmp_path)
+    monkeypatch.setattr(shard_jobs.FolderWorker, "run", lambda *_: None)
+    with pytest.raises(OutputError) as raised:
+        merge(plan, SharedFolder(tmp_path / "out"))
+    lost = tmp_path / ".out.moemerge-partial" / plan.shards[0].name
+    assert str(raised.value) == (
+        f"{lost}: was written by a process of --ray, but is not seen here. Write to a disk that all machines see in "
+        "the same state."
+    )
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -75,20 +76,22 @@ def test_shards_go_to_the_hub_one_by_one_and_the_disk_holds_two(world, machine, 
     assert_close(logits(load(folder)), logits(load(reference)))
 
 
-@pytest.mark.slow
-def test_processes_send_shards_by_themselves_and_keep_none(world, machine, tmp_path):
-    pytest.importorskip("ray")
+STAND_IN = (
+    "from tests.support.stand_in_ray import Ray; Ray([0, 1, 1000]).install(); from moemerge.cli import main; main()"
+)
+
+
+@pytest.mark.parametrize("cluster", ["stand-in", pytest.param("Ray", marks=pytest.mark.slow)])
+def test_processes_send_shards_by_themselves_and_keep_none(world, machine, tmp_path, cluster):
     expected = local_shards(world, machine, gate_mode="random")
     config = world.config(machine, gate_mode="random")
     (tmp_path / "scratch").mkdir()
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **TOKEN,
-        "PYTHONPATH": paths,
-        "TMPDIR": str(tmp_path / "scratch"),
-        "RAY_TMPDIR": tempfile.gettempdir(),
-    }
-    child = machine.start("-m", "moemerge", config, "out", *STREAM, "--ray", "local", "--workers", "2", **environment)
+    environment = {"PYTHONPATH": paths, "TMPDIR": str(tmp_path / "scratch"), "RAY_TMPDIR": tempfile.gettempdir()}
+    command = ["-c", STAND_IN] if cluster == "stand-in" else ["-m", "moemerge"]
+    if cluster == "Ray":
+        pytest.importorskip("ray")
+    child = machine.start(*command, config, "out", *STREAM, "--ray", "local", "--workers", "2", **TOKEN, **environment)
     out, errors = child.communicate(timeout=300)
     assert child.returncode == 0, errors
     assert out.splitlines()[-1] == f"{world.url}/alice/mix"
@@ -99,6 +102,22 @@ def test_processes_send_shards_by_themselves_and_keep_none(world, machine, tmp_p
     history = [*world.hub.repositories["alice/mix"].commit("main").history()]
     finished = [bool({"config.json", INDEX} & commit.blobs.keys()) for commit in history]
     assert finished == [True, *[False] * (len(history) - 1)]
+
+
+def test_a_process_whose_token_the_hub_does_not_take_is_named(world, machine):
+    config = world.config(machine, gate_mode="random")
+    program = STAND_IN.replace("main()", "import moemerge.merging.shared_hub as hub; ") + (
+        "check = hub.HubWorker.check; import os; "
+        "hub.HubWorker.check = lambda self: (os.environ.update(HF_TOKEN='hf_reader'), check(self)); main()"
+    )
+    child = machine.start("-c", program, config, "out", *STREAM, "--ray", "local", "--workers", "1", **TOKEN)
+    _, errors = child.communicate(timeout=300)
+    assert child.returncode == 2, errors
+    assert errors.splitlines()[-1] == (
+        f"error: --ray: on {socket.gethostname()}: alice/mix: the token of alice may only read. Make one that may write "
+        f"at {world.url}/settings/tokens, and log in with `hf auth login`, or set HF_TOKEN."
+    )
+    assert not shards_of(pushed(world))
 
 
 def test_the_card_names_licence_and_commits(world, machine):
