@@ -15,6 +15,7 @@ from moemerge.planning.shape import Shape
 from moemerge.planning.shared_choice import MIXED, TOKENS
 from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES
 from moemerge.sources.reference import Reference
+from moemerge.sources.stores import StoreFolder
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
 # torch with transformers, and what the classes and threads of a pass add to it.
@@ -23,6 +24,8 @@ _LIBRARIES_BYTES: Final = 300_000_000
 _PASS_BYTES: Final = 110_000_000
 # The Hub's client, at work in several threads.
 _HUB_BYTES: Final = 50_000_000
+# s3fs with its libraries, and 8 requests of 8 MiB at a time, each held twice.
+_STORE_BYTES: Final = 220_000_000
 # Bytes that loading a tokenizer takes for each byte of its tokenizer.json.
 _TOKENIZER_FACTOR: Final = 14
 # A layer holds four rows of the FFN's width in float32 for each of 1024 tokens at a time.
@@ -53,6 +56,7 @@ def peak_memory_bytes(
     return (
         _PROGRAM_BYTES
         + _HUB_BYTES * is_remote
+        + _STORE_BYTES * any(isinstance(source.origin, StoreFolder) for source in models.sources)
         + _matrix_bytes(outputs, CONNECTIONS if is_remote else MAX_THREADS)
         + _LIBRARIES_BYTES * imports_transformers
         + _TOKENIZER_FACTOR * tokenizer_bytes * (2 if makes_tokenizer else reads_prompts)

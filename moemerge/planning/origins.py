@@ -18,6 +18,8 @@ from moemerge.planning.models import Models
 from moemerge.planning.output import Output
 from moemerge.planning.router_sources import router_reads
 from moemerge.planning.shape import Shape
+from moemerge.sources.store_files import StoreFile
+from moemerge.sources.stores import StoreFolder
 
 # The fields of a stamp, in words.
 _STAMPED: Final = {
@@ -63,6 +65,7 @@ class Origins:
 
         Raises:
             CheckpointError: a file has changed; says what differs.
+            SourceError: a store cannot be asked.
         """
         for path, seen in self.stamps.items():
             try:
@@ -74,6 +77,19 @@ class Origins:
                     f"{path}: was changed {when}: another {' and '.join(changed)}. The output would be of two models. "
                     "Merge again."
                 )
+        for folder, names in self._in_stores().items():
+            if name := folder.first_changed(names):
+                raise CheckpointError(
+                    f"{folder}/{name}: was changed {when}. The output would be of two models. Merge again."
+                )
+
+    def _in_stores(self) -> dict[StoreFolder, list[str]]:
+        """Names of the files of weights in object stores, by folder."""
+        found: dict[StoreFolder, list[str]] = {}
+        for file in self.references:
+            if isinstance(file, StoreFile):
+                found.setdefault(file.folder, []).append(file.name)
+        return found
 
 
 def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Assembled) -> Origins:

@@ -27,6 +27,9 @@ SMALL_FILES: Final = [
 ]  # fmt: skip
 """Patterns of everything that a merge reads or copies beside weights; tokenizers come in many files."""
 
+TEMPLATES: Final = "additional_chat_templates"
+"""Name of the folder with chat templates beside the default one."""
+
 
 def weight_files(folder: Path) -> list[list[str]]:
     """Groups of files that may hold the weights, in the order in which `choose_weights` chooses.
