@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
@@ -15,7 +16,6 @@ from moemerge.planning.shape import Shape
 from moemerge.planning.shared_choice import MIXED, TOKENS
 from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES
 from moemerge.sources.reference import Reference
-from moemerge.sources.stores import StoreFolder
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
 # torch with transformers, and what the classes and threads of a pass add to it.
@@ -47,7 +47,8 @@ def peak_memory_bytes(
     )
     chooses = config.shared_weights.is_open
     reads_prompts = shape.runs_base or chooses or config.method.reads_text
-    is_remote = any(isinstance(source.origin, Reference) for source in models.sources)
+    on_hub = any(isinstance(source.origin, Reference) for source in models.sources)
+    in_store = any(not isinstance(source.origin, Path | Reference) for source in models.sources)
     tokenizer = models.base.folder.folder / "tokenizer.json"
     tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
     makes_tokenizer = bool(shape.base_files.made(shape.model_type))
@@ -55,9 +56,9 @@ def peak_memory_bytes(
     states = _STATES_BYTES * models.base.model.sizes["ffn"]
     return (
         _PROGRAM_BYTES
-        + _HUB_BYTES * is_remote
-        + _STORE_BYTES * any(isinstance(source.origin, StoreFolder) for source in models.sources)
-        + _matrix_bytes(outputs, CONNECTIONS if is_remote else MAX_THREADS)
+        + _HUB_BYTES * on_hub
+        + _STORE_BYTES * in_store
+        + _matrix_bytes(outputs, CONNECTIONS if on_hub or in_store else MAX_THREADS)
         + _LIBRARIES_BYTES * imports_transformers
         + _TOKENIZER_FACTOR * tokenizer_bytes * (2 if makes_tokenizer else reads_prompts)
         + max(

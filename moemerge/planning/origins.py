@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.checkpoint.derived import derivation, leaves
 from moemerge.checkpoint.files import File, Stamp, fingerprint_of, size_of
@@ -18,8 +18,9 @@ from moemerge.planning.models import Models
 from moemerge.planning.output import Output
 from moemerge.planning.router_sources import router_reads
 from moemerge.planning.shape import Shape
-from moemerge.sources.store_files import StoreFile
-from moemerge.sources.stores import StoreFolder
+
+if TYPE_CHECKING:
+    from moemerge.sources.stores import StoreFolder
 
 # The fields of a stamp, in words.
 _STAMPED: Final = {
@@ -83,10 +84,15 @@ class Origins:
                     f"{folder}/{name}: was changed {when}. The output would be of two models. Merge again."
                 )
 
-    def _in_stores(self) -> dict[StoreFolder, list[str]]:
+    def _in_stores(self) -> "dict[StoreFolder, list[str]]":
         """Names of the files of weights in object stores, by folder."""
         found: dict[StoreFolder, list[str]] = {}
-        for file in self.references:
+        remote = [file for file in self.references if not isinstance(file, Path)]
+        if not remote:
+            return found
+        from moemerge.sources.store_files import StoreFile
+
+        for file in remote:
             if isinstance(file, StoreFile):
                 found.setdefault(file.folder, []).append(file.name)
         return found

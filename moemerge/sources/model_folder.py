@@ -15,12 +15,12 @@ from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, open_adapter
 from moemerge.sources.reference import Location, Reference, location_of, parse_reference, split_adapter, split_expert
-from moemerge.sources.stores import StoreFolder
 from moemerge.sources.text_models import read_text_config
 from moemerge.sources.wrong_names import check_merged_folder, no_model
 
 if TYPE_CHECKING:
     from moemerge.sources.gguf.stored_model import GgufModel
+    from moemerge.sources.stores import StoreFolder
 
 __all__ = [
     "Announce",
@@ -46,7 +46,7 @@ class ModelFolder:
 
     reference: str
     """The reference as the config writes it."""
-    origin: Path | Reference | StoreFolder
+    origin: "Path | Reference | StoreFolder"
     folder: Path
     config: dict[str, Any]
     """The model's `config.json`; of a multimodal model, that of the text model inside."""
@@ -162,7 +162,7 @@ def open_merged(out: Path | str) -> ModelFolder:
 
 def _find(
     reference: str, announce: Announce, *, also: Sequence[str] = ()
-) -> tuple[Path | Reference | StoreFolder, Path]:
+) -> "tuple[Path | Reference | StoreFolder, Path]":
     """Resolve a reference, and give the folder with its small files and those that are named."""
     origin = parse_reference(reference)
     if isinstance(origin, Path):
@@ -190,7 +190,7 @@ def fetch_files(model: ModelFolder, names: Sequence[str], announce: Announce) ->
         from moemerge.sources import hub
 
         hub.fetch_files(model.origin, model.folder, missing, announce)
-    elif missing and isinstance(model.origin, StoreFolder):
+    elif missing and not isinstance(model.origin, Path | Reference):
         from moemerge.sources import store_files
 
         store_files.fetch(model.origin, model.folder, missing)

@@ -17,7 +17,6 @@ from moemerge.sources.lora import merge_adapter
 from moemerge.sources.model_folder import Announce, ModelFolder
 from moemerge.sources.quantised.table import dequantised
 from moemerge.sources.reference import Reference
-from moemerge.sources.stores import StoreFolder
 from moemerge.sources.text_models import text_tensors
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ def _read_remote(
             f"{model.reference}: its config.json names {named} as the file of its weights, which is read from a folder "
             "here alone. Download the model, and name the folder."
         )
-    if isinstance(model.origin, StoreFolder):
+    if not isinstance(model.origin, Path | Reference):
         from moemerge.sources.store_files import read_store_tensors
 
         return read_store_tensors(model.origin, model.folder, announce)

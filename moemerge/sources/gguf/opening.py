@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from moemerge.checkpoint.disk import cache_folder, drafted
 from moemerge.checkpoint.files import File
@@ -20,14 +20,16 @@ from moemerge.sources.gguf.tokenizer import tokenizer_config, tokenizer_json
 from moemerge.sources.local import resolve_file
 from moemerge.sources.model_folder import Announce, ModelFolder
 from moemerge.sources.reference import Reference
-from moemerge.sources.stores import StoreFolder
+
+if TYPE_CHECKING:
+    from moemerge.sources.stores import StoreFolder
 
 _TOKENIZER: Final = "tokenizer.json"
 _CARD: Final = "README.md"
 
 
 def open_if_gguf(
-    reference: str, origin: Path | Reference | StoreFolder, folder: Path, announce: Announce
+    reference: str, origin: "Path | Reference | StoreFolder", folder: Path, announce: Announce
 ) -> ModelFolder | None:
     """Open a model in GGUF; None for a model with other weights. Elsewhere, the weights stay there.
 
@@ -64,7 +66,7 @@ def open_if_gguf(
     return replace(opened, gguf=opened.gguf and replace(opened.gguf, snapshot=folder, names=tuple(names)))
 
 
-def _files_in(reference: str, origin: Path | StoreFolder, folder: Path, announce: Announce) -> Sequence[File]:
+def _files_in(reference: str, origin: "Path | StoreFolder", folder: Path, announce: Announce) -> Sequence[File]:
     """The GGUF files that a reference to a folder or a store leads to; none where it has other weights."""
     if isinstance(origin, Path):
         return find_ggufs(reference, folder)
@@ -73,7 +75,7 @@ def _files_in(reference: str, origin: Path | StoreFolder, folder: Path, announce
     return [StoreFile(origin, name, announce) for name in find_in_store(reference, origin.gguf, origin.files)]
 
 
-def weights_here(model: GgufModel, origin: Path | Reference | StoreFolder, announce: Announce) -> GgufModel:
+def weights_here(model: GgufModel, origin: "Path | Reference | StoreFolder", announce: Announce) -> GgufModel:
     """Download those of a model's files that are on the Hub, and read all from the cache.
 
     Raises:
@@ -91,7 +93,7 @@ def weights_here(model: GgufModel, origin: Path | Reference | StoreFolder, annou
     return read_gguf(model.reference, [resolve_file(model.snapshot, name) for name in model.names])
 
 
-def open_gguf(reference: str, origin: Path | Reference | StoreFolder, files: Sequence[File]) -> ModelFolder:
+def open_gguf(reference: str, origin: "Path | Reference | StoreFolder", files: Sequence[File]) -> ModelFolder:
     """Open a model in GGUF; of its files, the headers are read.
 
     Args:
