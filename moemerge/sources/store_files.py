@@ -19,8 +19,8 @@ from moemerge.sources.stores import StoreFolder, explained, may_pass
 
 COMPLETE: Final = "moemerge-complete.json"
 """Name of the object that is written last into a folder of a store: it lists the others."""
-UNFINISHED: Final = "moemerge-unfinished.jsonl"
-"""Name of the journal of a merge into a folder of a store, until it is complete."""
+UNFINISHED: Final = "moemerge-unfinished.json"
+"""Name of the object that says what a merge into a folder of a store has sent, until it is complete."""
 # One request each; smaller ones wait more often for the first byte.
 _REQUEST_BYTES: Final = 8 * 2**20
 

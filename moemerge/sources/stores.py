@@ -19,6 +19,7 @@ from moemerge.sources.retries import chain, is_of_network
 
 # What sets an object apart from one that takes its place, by store: S3, Google's, a folder.
 _STATE: Final = ("ETag", "etag", "generation", "md5Hash", "ino", "mtime", "created")
+_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {"file": {"auto_mkdir": True}}
 _NO_CREDENTIALS: Final = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound",
      "TokenRetrievalError", "SSOTokenLoadError", "DefaultCredentialsError", "RefreshError"}
@@ -63,7 +64,7 @@ class StoreFolder:
         import fsspec
 
         with explained(self.location):
-            self.store: Any = fsspec.filesystem(location.kind)
+            self.store: Any = fsspec.filesystem(location.kind, **_OPTIONS.get(location.kind, {}))
             self.files: Mapping[str, Stored] = self._list()
 
     def __repr__(self) -> str:
