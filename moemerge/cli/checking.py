@@ -117,7 +117,7 @@ def _request(out: Path, shown: str, against: Path | None, *, allow_identical_exp
     from moemerge.config.schema import CONFIG_COPY
     from moemerge.sources.model_folder import open_merged
 
-    model = open_merged(out)
+    model = open_merged(out, in_stores=True)
     config = against or model.file(CONFIG_COPY)
     if config is None:
         raise RefusedError(f"{shown}: has no {CONFIG_COPY}. Name the config that it was merged from with --against.")

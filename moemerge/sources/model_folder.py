@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from moemerge.checkpoint.files import File, Stamp
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import read_json
-from moemerge.errors import NoSuchModelError
+from moemerge.errors import NoSuchModelError, RefusedError
 from moemerge.sources.local import is_snapshot, resolve_file
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
@@ -147,14 +147,21 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
     return opened
 
 
-def open_merged(out: Path | str) -> ModelFolder:
-    """Open the merged checkpoint in a folder, or in an object store; a name on the Hub is not looked up.
+def open_merged(out: Path | str, *, in_stores: bool = False) -> ModelFolder:
+    """Open the merged checkpoint in a folder; a name on the Hub is not looked up.
+
+    Args:
+        out: the folder.
+        in_stores: whether it may be in an object store, too.
 
     Raises:
+        RefusedError: it is in an object store, and may not be.
         SourceError: there is no such folder, or no checkpoint in it.
         CheckpointError: its `config.json` is damaged.
     """
     if location := location_of(out):
+        if not in_stores:
+            raise RefusedError(f"{location}: is in an object store. Copy the model to a folder here, and name that.")
         return open_model(str(location), lambda _: None)
     check_merged_folder(out)
     return open_model(str(Path(out).resolve()), lambda _: None)

@@ -13,7 +13,7 @@ from moemerge.sources.model_folder import open_model
 from tests.sources.test_lora import make_adapter
 from tests.support.gguf_files import write_gguf
 from tests.support.machine import SINGLE
-from tests.support.models import write_config
+from tests.support.models import TEXT, write_config
 
 
 def header_bytes(folder):
@@ -150,6 +150,14 @@ def test_every_kind_of_reference_may_be_in_a_store(tmp_path, llamas, run):
         assert run(write_config(tmp_path / f"{name}.yaml", root, experts, prompts=False), tmp_path / name)[0] == 0
     assert weights_of(tmp_path / "here") == weights_of(tmp_path / "there")
     assert run("verify", as_store(tmp_path / "there"), "--quiet")[:2] == (0, "")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    judged = [run("eval", place, "--data", f"x={text}", "--json", "--quiet") for place in (mixture, as_store(mixture))]
+    assert [code for code, *_ in judged] == [0, 0]
+    assert judged[1][1] == judged[0][1].replace(str(mixture), as_store(mixture))
+    assert run("generate", as_store(mixture), "The fox", "--quiet") == (
+        2, "", f"error: {as_store(mixture)}: is in an object store. Copy the model to a folder here, and name that.\n"
+    )  # fmt: skip
     local, stored = (run("inspect", place)[1] for place in (mixture, as_store(mixture)))
     assert stored == local.replace(str(mixture), as_store(mixture))
 
