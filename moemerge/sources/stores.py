@@ -66,6 +66,11 @@ class StoreFolder:
         with explained(self.location):
             self.store: Any = fsspec.filesystem(location.kind, **_OPTIONS.get(location.kind, {}))
             self.files: Mapping[str, Stored] = self._list()
+        self._listed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process reads the folder by: a listing of its own tells it of all files at once."""
+        return {**self.__dict__, "_listed": False}
 
     def __repr__(self) -> str:
         return str(self.location)
@@ -91,6 +96,9 @@ class StoreFolder:
         Raises:
             SourceError: the file has changed.
         """
+        if not self._listed:
+            self.list_again()
+            self._listed = True
         path = self.path_of(name)
         if _stored(self.store.info(path)) != self.files[name]:
             raise self.changed(name)

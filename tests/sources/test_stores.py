@@ -1,15 +1,19 @@
 """Models in object stores: read by ranges from a real S3 server, and what is said when that fails."""
 
 import json
+import pickle
 import shutil
 from importlib import util
 
 import pytest
+from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
+from moemerge.checkpoint.files import read_exactly
 from moemerge.errors import CheckpointError, SourceError
 from moemerge.sources import retries
 from moemerge.sources.model_folder import open_model
+from moemerge.sources.tensor_tables import read_tensor_table
 from tests.sources.test_lora import make_adapter
 from tests.support.gguf_files import write_gguf
 from tests.support.machine import SINGLE
@@ -55,6 +59,19 @@ def test_bytes_from_s3_are_those_from_the_disk_and_each_is_fetched_once(bucket, 
     assert {c.key for c in bucket.server.calls if c.method == "GET"} == {
         "", *(f"models/{folder.name}/{SINGLE}" for folder in llamas)
     }  # fmt: skip
+
+
+def test_another_process_reads_a_file_that_it_is_given(bucket, urls, llamas):
+    tensor = read_tensor_table(open_model(urls[0], print), print)["model.norm.weight"]
+    given = pickle.dumps(tensor)
+    bucket.fs.clear_instance_cache()
+    bucket.server.calls.clear()
+    other = pickle.loads(given)  # noqa: S301  our own
+    for _ in range(3):
+        with other.open() as reader:
+            found = read_exactly(reader, tensor.nbytes)
+        assert found == load_file(llamas[0] / SINGLE)["model.norm.weight"].numpy().tobytes()
+    assert [call.method for call in bucket.server.calls] == ["GET"] * 4  # a listing, and each reading
 
 
 def test_a_store_that_stumbles_is_asked_again(bucket, urls, tmp_path, monkeypatch):
