@@ -51,8 +51,7 @@ def merge(
         OutputError: the disk is full or cannot be written.
         RouterError: the routers cannot be computed.
         CheckpointError: a source is not what its header said.
-        PublishError: the Hub does not take something.
-        SourceError: an object store cannot be reached.
+        PublishError, SourceError: the Hub does not take something; an object store cannot be reached.
     """
     to = destination if isinstance(destination, Destination) else _destination(destination, announce)
     plan.origins.check("since the plan was made")
