@@ -5,8 +5,11 @@ from typing import Final
 
 from moemerge.errors import RefusedError
 
-_PACKAGES: Final = {"gguf": "gguf", "llama_cpp": "llama-cpp-python"}
-"""The package that a module comes from."""
+_PACKAGES: Final = {
+    "gguf": ("gguf", "gguf"), "llama_cpp": ("llama-cpp-python", "llama-cpp-python"),
+    "s3fs": ("s3fs", "'moemerge[remote]'"), "gcsfs": ("gcsfs", "gcsfs"),
+}  # fmt: skip
+"""The package that a module comes from, and what pip is told to install."""
 
 
 def need(module: str, purpose: str) -> None:
@@ -20,5 +23,5 @@ def need(module: str, purpose: str) -> None:
         RefusedError: the package is not installed.
     """
     if find_spec(module) is None:
-        package = _PACKAGES[module]
-        raise RefusedError(f"{purpose}, the package {package} is needed: pip install {package}.")
+        package, installed = _PACKAGES[module]
+        raise RefusedError(f"{purpose}, the package {package} is needed: pip install {installed}.")

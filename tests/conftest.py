@@ -9,6 +9,7 @@ import pytest
 from moemerge.cli import main
 from tests.support.hub_world import machine, world  # noqa: F401  fixtures
 from tests.support.models import make_model
+from tests.support.store_server import bucket, store_server  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moemerge.analysis.beside import dense_ffns, name_beside
@@ -16,6 +17,7 @@ from moemerge.families.expert_view import Ffn
 from moemerge.families.stored_mixture import StoredMixture
 from moemerge.progress import Progress, Task
 from moemerge.sources.model_folder import Announce, ModelFolder, open_model
+from moemerge.sources.reference import Reference
 from moemerge.sources.stored_mixtures import read_stored_mixture
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def _with_text(opened: Opened, folder: ModelFolder, announce: Announce) -> Opene
 
     request, settings = opened.request, opened.request.settings
     stored = read_stored_mixture(folder, announce, "download")
-    mixture = open_mixture(folder.folder)
+    in_store = not isinstance(folder.origin, Path | Reference)
+    mixture = open_mixture(str(folder.origin) if in_store else folder.folder, in_stores=True)
     compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)
     if request.generate:
         check_memory(mixture.runnable, compute, free_memory(compute.device))

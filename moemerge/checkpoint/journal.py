@@ -32,6 +32,18 @@ class Journal:
         found = next(iter(self._lines()), {}).get("fingerprint")
         return found if isinstance(found, dict) else {}
 
+    @property
+    def text(self) -> str:
+        """The journal as it is; empty where there is none."""
+        try:
+            return self._path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
+    def restore(self, text: str) -> None:
+        """Take the journal of a run elsewhere in place of this one."""
+        self._path.write_text(text, encoding="utf-8")
+
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
         """Forget everything and start a new merge."""
         self._path.unlink(missing_ok=True)
@@ -96,12 +108,8 @@ class Journal:
 
     def _lines(self) -> list[dict[str, Any]]:
         """Read every whole line; a last line that was cut off is ignored."""
-        try:
-            text = self._path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return []
         found = []
-        for line in text.splitlines():
+        for line in self.text.splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:

@@ -19,6 +19,7 @@ TUNE: Final = "moemerge-tune"
 UNDO: Final = "moemerge-undo"
 # Names that moemerge itself keeps in a folder that is a mount point, and that file systems keep there.
 _KEPT: Final = re.compile(rf"\.({PARTIAL}|{TUNE}|{UNDO})(\..+)?|lost\+found")
+_ADDRESS: Final = re.compile(r"([a-z][a-z0-9]+):/+(.*)", re.DOTALL)
 # The longest name beside an output is that of its journal's draft.
 _LONGEST_NAME: Final = f".{{}}.{PARTIAL}.journal.new"
 # Each thread has a source and a shard open, and a connection where it reads from the Hub.
@@ -195,8 +196,13 @@ def _resolved(out: Path) -> Path:
     """Resolve the output folder, following links.
 
     Raises:
-        RefusedError: its name is not text, or its links form a ring.
+        RefusedError: its name is not text, or its links form a ring, or it is an address.
     """
+    if match := _ADDRESS.fullmatch(str(out)):
+        raise RefusedError(
+            f"{match[1]}://{match[2]}: is an address, and this writes to a folder on this machine. Name a folder, and "
+            "copy it there; only merges of dense models write to object stores."
+        )
     try:
         str(out).encode()
         resolved = Path(os.path.realpath(out))

@@ -68,7 +68,7 @@ def verify_merge(
         RefusedError: the config leaves a choice to the merge, and `out` does not say how it was made.
         CheckpointError: a file cannot be read, or a source differs from its header.
     """
-    model = open_merged(out)
+    model = open_merged(out, in_stores=True)
     if plan.is_open:
         plan = settle_as(plan, _kept_config(model))
     files, differences = compare_files_beside(plan, model)

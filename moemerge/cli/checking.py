@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 def inspect_model(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A model's folder, or a Hub repository.", show_default=False),
+        typer.Argument(
+            metavar="MODEL",
+            help="A model's folder, a Hub repository, or an address in an object store.",
+            show_default=False,
+        ),
     ],
     values: Annotated[
         bool, typer.Option("--values", help="Read every number, too; the exit code is 1 if any is infinite or NaN.")
@@ -62,7 +66,12 @@ def inspect_model(
 
 @grouped
 def verify_model(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The merged model's folder, here or in an object store.", show_default=False
+        ),
+    ],
     *,
     against: Annotated[
         Path | None,
@@ -86,26 +95,34 @@ def verify_model(
         from dataclasses import asdict
 
         from moemerge.cli.render import print_verification
-        from moemerge.config.schema import CONFIG_COPY
-        from moemerge.sources.model_folder import open_merged
+        from moemerge.sources.reference import location_of
 
         if against is not None:
             check_arguments(against, out, usage="moemerge verify {out} --against {config}")
-        # Before a plan may download weights.
-        family = open_merged(out).config.get("model_type")
-        if against is None and not (out / CONFIG_COPY).is_file():
-            raise RefusedError(f"{out}: has no {CONFIG_COPY}. Name the config that it was merged from with --against.")
-        same = allow_identical_experts or against is None
-        request = PlanRequest(against or out / CONFIG_COPY, same, family=family)
+        shown = str(location_of(out) or out)
+        request = _request(out, shown, against, allow_identical_experts=allow_identical_experts)
         found = _verify(console, request, out, seed=seed, quiet=quiet)
         for note in found.notes:
             announcer(console, quiet=quiet)(f"note: {note}")
         if messages.json:
             print_json(asdict(found))
         elif found.differences or not quiet:
-            print_verification(stdout(), out, found)
+            print_verification(stdout(), shown, found)
         if found.differences:
             raise typer.Exit(1)
+
+
+def _request(out: Path, shown: str, against: Path | None, *, allow_identical_experts: bool) -> PlanRequest:
+    """Request the plan of a config, or of the copy that a merged model has, before weights may be downloaded."""
+    from moemerge.config.schema import CONFIG_COPY
+    from moemerge.sources.model_folder import open_merged
+
+    model = open_merged(out, in_stores=True)
+    config = against or model.file(CONFIG_COPY)
+    if config is None:
+        raise RefusedError(f"{shown}: has no {CONFIG_COPY}. Name the config that it was merged from with --against.")
+    same = allow_identical_experts or against is None
+    return PlanRequest(config, same, family=model.config.get("model_type"))
 
 
 def _verify(console: "Console", request: PlanRequest, out: Path, *, seed: int, quiet: bool) -> "Verification":

@@ -133,10 +133,11 @@ def _measure(
     from moemerge.evaluation.evaluator import compare
     from moemerge.evaluation.kept_losses import default_folder
     from moemerge.evaluation.settings import EvaluationSettings
+    from moemerge.sources.reference import location_of
 
     with show_work(console, quiet=quiet) as progress:
         return compare(
-            out,
+            [str(location_of(folder) or folder) for folder in out],
             by_name(data),
             EvaluationSettings(
                 baselines=measuring.baselines,

@@ -1,8 +1,9 @@
 """Options of the main command, in groups, in the order in which its help lists them."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Final
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
 import typer
 
@@ -18,6 +19,10 @@ from moemerge.cli.options import (
     Revision,
     ShardSize,
 )
+from moemerge.errors import RefusedError
+
+if TYPE_CHECKING:
+    from moemerge.merging.options import MergeOptions
 
 _BITS_HELP: Final = (
     "Run the base model for the routers in {} bits, if one layer of it is too large; needs bitsandbytes."
@@ -116,3 +121,40 @@ class RouterOptions:
     ] = None
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help=_BITS_HELP.format(8))] = False
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help=_BITS_HELP.format(4))] = False
+
+
+def merge_options(out: Path, output: OutputOptions, reading: ReadingOptions, routers: RouterOptions) -> "MergeOptions":
+    """Make the options of a merge of those of the command line; refuse those that make no sense."""
+    from moemerge.merging.options import MergeOptions
+
+    if routers.keep_states is not None:
+        from moemerge.routers.kept_folder import check_kept_states
+
+        check_kept_states(routers.keep_states, out)
+    return MergeOptions(
+        overwrite=output.overwrite,
+        resume=output.resume,
+        low_memory=reading.low_memory,
+        seed=routers.seed,
+        device=routers.device,
+        compute_dtype=routers.compute_dtype,
+        base_bits=_base_bits(routers),
+        kept_states=routers.keep_states,
+    )
+
+
+def _base_bits(routers: RouterOptions) -> Literal[4, 8] | None:
+    """Give the bits of the base model's weights for the routers, None for all of them.
+
+    Raises:
+        RefusedError: the device is unknown, or the options for bits cannot be followed.
+    """
+    from moemerge.routers.initialisation import check_base_bits
+
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", routers.device):
+        raise RefusedError(f"--device: {routers.device!r} is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
+    if routers.load_in_8bit and routers.load_in_4bit:
+        raise RefusedError("--load-in-8bit, --load-in-4bit: give one of them, not both.")
+    base_bits: Literal[4, 8] | None = 8 if routers.load_in_8bit else 4 if routers.load_in_4bit else None
+    check_base_bits(base_bits)
+    return base_bits

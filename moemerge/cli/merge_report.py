@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SHOWN_NAMES: Final = 2
 
 
-def merge_facts(plan: "MergePlan", report: "RoutingReport", out: Path | None, url: str | None) -> dict[str, Any]:
+def merge_facts(plan: "MergePlan", report: "RoutingReport", out: object, url: str | None) -> dict[str, Any]:
     """Give what `--json` prints of a merge; `routing` is None if no text says how the routers choose."""
     routing = {
         "chance": report.chance,
@@ -51,7 +51,7 @@ def merge_facts(plan: "MergePlan", report: "RoutingReport", out: Path | None, ur
 
 def print_report(
     console: Console,
-    out: Path,
+    out: object,
     plan: "MergePlan",
     report: "RoutingReport",
     messages: VerboseOptions,
@@ -97,9 +97,15 @@ def print_done(out: Path, plan: "MergePlan", seconds: float) -> None:
         say(f"      moemerge eval {folder} {texts} --baselines")
 
 
+def print_sent(place: object, plan: "MergePlan", seconds: float) -> None:
+    """Print size and time of a merge into an object store, and the next command."""
+    say(f"{place}: complete, {size(plan.output_bytes)} in {clock(seconds)}")
+    say(f"Next: moemerge verify {shlex.quote(str(place))}")
+
+
 @contextmanager
 def interrupts_after_success(
-    console: Console, out: Path, publisher: "Publisher | None", *, streaming: bool
+    console: Console, out: object, publisher: "Publisher | None", *, streaming: bool
 ) -> Iterator[None]:
     """Report an interrupt while results are shown as what it is: the merge itself is complete by then."""
     try:

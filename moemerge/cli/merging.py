@@ -1,14 +1,13 @@
 """The main command: moemerge CONFIG OUT."""
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,18 +16,14 @@ from moemerge.cli.destination import check_workers, destination_of
 from moemerge.cli.editing import write_from_config
 from moemerge.cli.gguf_output import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.grouping import grouped
-from moemerge.cli.merge_options import (
-    OutputOptions,
-    PushOptions,
-    ReadingOptions,
-    RouterOptions,
-)
+from moemerge.cli.merge_options import OutputOptions, PushOptions, ReadingOptions, RouterOptions, merge_options
 from moemerge.cli.merge_report import interrupts_after_success, merge_facts, print_done, print_report
 from moemerge.cli.mistakes import check_arguments
 from moemerge.cli.options import Config, ModelOptions, VerboseOptions
 from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
 from moemerge.cli.planning import print_or_dump_plan
 from moemerge.cli.publishing import PlannedPush
+from moemerge.cli.store_output import merge_to_store, to_store
 from moemerge.cli.streams import say
 from moemerge.errors import BusyError, RefusedError
 
@@ -48,7 +43,7 @@ Out = Annotated[
     typer.Argument(
         metavar="OUT",
         show_default=False,
-        help="The folder to write; it must be empty or absent. Or one GGUF file, NAME.gguf.",
+        help="The folder to write; it must be empty or absent. Or one GGUF file, NAME.gguf, or s3://BUCKET/PATH.",
     ),
 ]
 
@@ -103,6 +98,11 @@ def carry_out(
     if streaming:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
     planned_push = PlannedPush(push, announcer(console, quiet=quiet))
+    if to_store(out):
+        merge_to_store(
+            console, request, out, output=output, reading=reading, push=push, routers=routers, messages=messages
+        )
+        return
     if edit := edit_in(console, request, quiet=quiet):
         write_from_config(
             console, edit, out, output=output, reading=reading, push=push, routers=routers, messages=messages
@@ -110,7 +110,7 @@ def carry_out(
         return
     # Before a plan may download weights.
     approve = _place_check(request, out, output, push, planned_push)
-    options = _merge_options(out, output, reading, routers)
+    options = merge_options(out, output, reading, routers)
     return_freed_memory()
     plan_options = _plan_options(out, reading, push, dry_run=output.dry_run)
     plan = plan_from(console, request, plan_options, quiet=quiet, approve=approve)
@@ -232,42 +232,6 @@ def _check_folder(out: Path, inputs: list[Path], sources: list[Path], *, overwri
         check_scratch(out, sources)
     else:
         check_target(out, sources, inputs=inputs, replaceable=replaceable_files if overwrite else None)
-
-
-def _merge_options(out: Path, output: OutputOptions, reading: ReadingOptions, routers: RouterOptions) -> "MergeOptions":
-    from moemerge.merging.options import MergeOptions
-
-    if routers.keep_states is not None:
-        from moemerge.routers.kept_folder import check_kept_states
-
-        check_kept_states(routers.keep_states, out)
-    return MergeOptions(
-        overwrite=output.overwrite,
-        resume=output.resume,
-        low_memory=reading.low_memory,
-        seed=routers.seed,
-        device=routers.device,
-        compute_dtype=routers.compute_dtype,
-        base_bits=_base_bits(routers),
-        kept_states=routers.keep_states,
-    )
-
-
-def _base_bits(routers: RouterOptions) -> Literal[4, 8] | None:
-    """Give the bits of the base model's weights for the routers, None for all of them.
-
-    Raises:
-        RefusedError: the device is unknown, or the options for bits cannot be followed.
-    """
-    from moemerge.routers.initialisation import check_base_bits
-
-    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", routers.device):
-        raise RefusedError(f"--device: {routers.device!r} is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
-    if routers.load_in_8bit and routers.load_in_4bit:
-        raise RefusedError("--load-in-8bit, --load-in-4bit: give one of them, not both.")
-    base_bits: Literal[4, 8] | None = 8 if routers.load_in_8bit else 4 if routers.load_in_4bit else None
-    check_base_bits(base_bits)
-    return base_bits
 
 
 @contextmanager

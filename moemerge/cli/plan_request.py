@@ -115,7 +115,7 @@ def edit_in(console: "Console", request: PlanRequest, *, quiet: bool) -> "MergeC
         RefusedError: there is no such engine.
     """
     from moemerge.editing.planner import edits_mixture
-    from moemerge.sources.model_folder import LOOKING_UP
+    from moemerge.sources.model_folder import LOOKING_UP, LOOKING_UP_STORE
 
     if str(request.config) == STANDARD_INPUT and request.given is None:
         return None
@@ -125,7 +125,7 @@ def edit_in(console: "Console", request: PlanRequest, *, quiet: bool) -> "MergeC
         return None
     say = announcer(console, quiet=quiet)
     # The plan looks the model up again, and says so; a wait for the Hub is here.
-    is_edit = edits_mixture(loaded, lambda line: None if line.endswith(LOOKING_UP) else say(line))
+    is_edit = edits_mixture(loaded, lambda line: None if line.endswith((LOOKING_UP, LOOKING_UP_STORE)) else say(line))
     return loaded if is_edit else None
 
 

@@ -21,6 +21,7 @@ from moemerge.dtypes import BITS, HEADER_DTYPES
 from moemerge.engines import ENGINES
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.plan import MergePlan
+from moemerge.sources.reference import Reference
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -130,9 +131,9 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     rows |= {"shared weights": chosen_later} if plan.is_open else {}
     if plan.remote_bytes:
         kept = f", of which {size(plan.kept_bytes)} stay on the disk until the end" if plan.kept_bytes else ""
-        rows["to download"] = (
-            f"{size(plan.download_bytes)} of {size(plan.remote_bytes)} with --stream{kept}; else all, into the cache"
-        )
+        needed, whole = f"{size(plan.download_bytes)} of {size(plan.remote_bytes)}", "; else all, into the cache"
+        on_hub = any(isinstance(source.origin, Reference) for source in plan.sources)
+        rows["to download"] = f"{needed} with --stream{kept}{whole}" if on_hub else f"{needed}{kept}"
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)
@@ -233,7 +234,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
         console.print(table)
 
 
-def print_verification(console: Console, out: Path, found: Verification) -> None:
+def print_verification(console: Console, out: str, found: Verification) -> None:
     """Print the first differences, their cause if it is another config, and one line on what is equal."""
     copied = f"{CONFIG_COPY}: "
     keys = [different.what.removeprefix(copied) for different in found.differences if different.what.startswith(copied)]
@@ -242,7 +243,7 @@ def print_verification(console: Console, out: Path, found: Verification) -> None
         more = ", ..." if len(keys) > _MOST_KEYS else ""
         console.print(
             f"{out}: was merged from another config, which differs in {', '.join(keys[:_MOST_KEYS])}{more}. "
-            f"`moemerge verify {out} --against {out / CONFIG_COPY}` compares it with its own."
+            f"`moemerge verify {out}` compares it with its own."
         )
     most = _MOST_KEYS if keys else _MOST_DIFFERENCES
     for difference in others[:most]:

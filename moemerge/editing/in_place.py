@@ -37,10 +37,9 @@ def changed_shards(plan: EditPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTE
         OutputError: its files cannot be replaced, or the disk has too little space.
     """
     folder = plan.folder
-    if isinstance(folder.origin, Reference) or not isinstance(folder.folder, Path):
-        raise RefusedError(
-            f"{folder.reference}: is on the Hub, so it cannot be edited in place. Write to another folder."
-        )
+    if not isinstance(folder.origin, Path):
+        where = "on the Hub" if isinstance(folder.origin, Reference) else "in an object store"
+        raise RefusedError(f"{folder.reference}: is {where}, so it cannot be edited in place. Write to another folder.")
     if is_snapshot(folder.folder):
         raise RefusedError(
             f"{folder.reference}: belongs to the Hub's cache, which other programs read, so it is not edited in place. "

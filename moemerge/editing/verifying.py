@@ -34,7 +34,7 @@ def verify_edit(
         SourceError: `out` is no folder with a checkpoint.
         CheckpointError: a file cannot be read, or a source differs from its header.
     """
-    model = open_merged(out)
+    model = open_merged(out, in_stores=True)
     if model.folder == plan.folder.folder:
         raise RefusedError(
             f"{out}: was edited in place, so there is nothing left that it could be compared with. `moemerge inspect "

@@ -63,7 +63,7 @@ def compare(
         domains, on the same documents; None where it reads other tokens.
     """
     for folder in folders:  # before the first of them is run
-        open_merged(folder)
+        open_merged(folder, in_stores=True)
     documents = read_domains(data)
     from moemerge.evaluation.measuring import measure  # imports torch and transformers
 

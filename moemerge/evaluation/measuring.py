@@ -51,7 +51,7 @@ def measure(
     Returns:
         The evaluation, and the merged model's losses by document, for each domain.
     """
-    mixture, baselines = open_mixture(folder), settings.baselines
+    mixture, baselines = open_mixture(folder, in_stores=True), settings.baselines
     compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)
     texts = Texts.cut(mixture, documents, settings.tokens, settings.window, settings.roles)
     dense, notes = _dense_models(mixture, announce)

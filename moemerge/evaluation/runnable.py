@@ -147,21 +147,29 @@ class MixtureModel:
         return replace(self, runnable=replace(self.runnable, name=name, read=read))
 
 
-def open_mixture(folder: Path | str) -> MixtureModel:
+def open_mixture(folder: Path | str, *, in_stores: bool = False) -> MixtureModel:
     """Open the mixture in a folder, merged or released.
 
+    Args:
+        folder: the folder.
+        in_stores: whether it may be in an object store, too.
+
     Raises:
+        RefusedError: it is in an object store, and may not be.
         SourceError: there is no such folder or no model in it.
         IncompatibleError: the model is no mixture of a family that moemerge reads.
         CheckpointError: its files are damaged.
     """
-    model = replace(open_merged(folder), reference=str(folder))
+    model = replace(open_merged(folder, in_stores=in_stores), reference=str(folder))
     stored_mixture = read_stored_mixture(model, lambda _: None)
     if "num_hidden_layers" not in model.config:
         raise IncompatibleError(
             f"{folder}: its config.json has no num_hidden_layers, which a {stored_mixture.family.model_type} has.", []
         )
-    return replace(as_model(stored_mixture, Path(folder)), config=kept_config(model, lambda _: None))
+    return replace(
+        as_model(stored_mixture, Path(folder) if isinstance(model.origin, Path) else model.folder),
+        config=kept_config(model, lambda _: None),
+    )
 
 
 def as_model(mixture: StoredMixture, folder: Path) -> MixtureModel:

@@ -10,7 +10,7 @@ from moemerge.checkpoint.index import read_json
 from moemerge.errors import CheckpointError
 from moemerge.export.vocabulary import read_table, text_of
 from moemerge.passes.tokens import read_tokenizer_config
-from moemerge.planning.tokenizer_files import TEMPLATES
+from moemerge.sources.remote_weights import TEMPLATES
 
 if TYPE_CHECKING:
     from jinja2.ext import Extension

@@ -134,16 +134,66 @@ class Folder(Destination):
         return routers.report
 
 
-@dataclass(frozen=True)
-class Hub(Destination):
-    """A repository on the Hub: each shard is sent when it is complete, then removed from the disk.
+class Streamed(Destination):
+    """A place elsewhere: each shard is sent when it is complete, then removed from the disk.
 
-    Never are there more than two of them. Routers come first, the index, `config.json` and the model card last. What
-    was cut off is kept on the Hub, and beside `scratch` a list of it, for a run with `resume`.
+    Never are there more than two of them. Routers come first, the index, `config.json` and the model card last.
     """
 
     scratch: Path
     """A folder that need not exist; shards are made beside it, and nothing is left there."""
+
+    def check(self, plan: MergePlan, options: MergeOptions, made_bytes: int) -> None:
+        """Refuse a folder beside which two shards cannot be written."""
+        del options, made_bytes
+        check_streaming(plan, self.scratch)
+
+    def staged(self, plan: MergePlan, options: MergeOptions) -> AbstractContextManager[Path]:
+        """A context with a folder that is removed at the end."""
+        return staged(self.scratch, plan.folders, resume=options.resume, temporary=True)
+
+    @abstractmethod
+    def _begin_sending(self, shards: Unfinished) -> None:
+        """Prepare the place for shards."""
+
+    @abstractmethod
+    def _send(self, shard: Shard, shards: Unfinished) -> None:
+        """Send a complete shard, and record it."""
+
+    def write(self, work: Work, shards: Unfinished) -> "RoutingReport":
+        """Write and send the shards: routers come first, so that a shard is complete when it is written.
+
+        A shard is sent while the next one is written.
+        """
+        routers = work.init_routers(shards.tally)
+        made = router_bands(work.plan, routers)
+        bands = {name: made.get(name, output.bands) for name, output in work.plan.outputs.items()}
+        self._begin_sending(shards)
+        self.write_and_send(work, shards, bands)
+        return routers.report
+
+    def write_and_send(self, work: Work, shards: Unfinished, bands: Mapping[str, tuple[Band, ...]]) -> None:
+        """Write and send the shards that are not complete and have all their tensors among `bands`."""
+        complete: list[Shard] = []
+        for shard in work.plan.shards:
+            if shard.name not in shards.kept and shard.starts.keys() <= bands.keys():
+                with work.writer(shards.folder, [shard], shards.tally) as writer:
+                    writer.add(bands)
+                    if complete:
+                        self._hand_over(complete.pop(), shards)
+                complete.append(shard)
+        self._hand_over(complete.pop(), shards)
+
+    def _hand_over(self, shard: Shard, shards: Unfinished) -> None:
+        self._send(shard, shards)
+        (shards.folder / shard.name).unlink()
+
+
+@dataclass(frozen=True)
+class Hub(Streamed):
+    """A repository on the Hub. What was cut off is kept there, and beside `scratch` a list of it, for `resume`."""
+
+    scratch: Path
     publisher: "Publisher"
     """A publisher that is open; it creates the repository when nothing is left to refuse."""
 
@@ -157,15 +207,6 @@ class Hub(Destination):
         """The repository, which has to be the same for a merge to be resumed."""
         return {"destination": self.publisher.repo}
 
-    def check(self, plan: MergePlan, options: MergeOptions, made_bytes: int) -> None:
-        """Refuse a folder beside which two shards cannot be written."""
-        del options, made_bytes
-        check_streaming(plan, self.scratch)
-
-    def staged(self, plan: MergePlan, options: MergeOptions) -> AbstractContextManager[Path]:
-        """A context with a folder that is removed at the end."""
-        return staged(self.scratch, plan.folders, resume=options.resume, temporary=True)
-
     def held(self, options: MergeOptions) -> Mapping[str, tuple[str, int]]:
         """SHA-256 and size in bytes of each large file in the repository, by name, if it may be written to."""
         self.publisher.check_streaming(overwrite=options.overwrite)
@@ -175,34 +216,14 @@ class Hub(Destination):
         """Create the repository, where it is missing."""
         self.publisher.create()
 
-    def write(self, work: Work, shards: Unfinished) -> "RoutingReport":
-        """Write and send the shards: routers come first, so that a shard is complete when it is written.
-
-        A shard is sent while the next one is written.
-        """
-        routers = work.init_routers(shards.tally)
-        made = router_bands(work.plan, routers)
-        bands = {name: made.get(name, output.bands) for name, output in work.plan.outputs.items()}
+    def _begin_sending(self, shards: Unfinished) -> None:
+        """Prepare the repository; weights that a cut-off run sent stay."""
+        del shards
         self.publisher.begin_streaming()
-        self.write_and_send(work, shards, bands)
-        return routers.report
-
-    def write_and_send(self, work: Work, shards: Unfinished, bands: Mapping[str, tuple[Band, ...]]) -> None:
-        """Write and send the shards that are not complete and have all their tensors among `bands`."""
-        complete: list[Shard] = []
-        for shard in work.plan.shards:
-            if shard.name not in shards.kept and shard.starts.keys() <= bands.keys():
-                with work.writer(shards.folder, [shard], shards.tally) as writer:
-                    writer.add(bands)
-                    if complete:
-                        self._send(complete.pop(), shards)
-                complete.append(shard)
-        self._send(complete.pop(), shards)
 
     def _send(self, shard: Shard, shards: Unfinished) -> None:
-        path = shards.folder / shard.name
-        shards.journal.record(shard, self.publisher.send(path))
-        path.unlink()
+        """Send a shard, and record it once the Hub has confirmed its hash."""
+        shards.journal.record(shard, self.publisher.send(shards.folder / shard.name))
 
     def finish(self, folder: Path) -> None:
         """Send the remaining files, which make the model complete."""

@@ -54,7 +54,7 @@ class Work:
 
         Raises:
             RefusedError: bitsandbytes is not installed, or the output's tokenizer would not give the base's ids; or the
-                shared weights have to be chosen by weights that are left on the Hub; or there are no router inputs to
+                shared weights have to be chosen by weights that are left elsewhere; or there are no router inputs to
                 keep; or there is no such device.
         """
         check_base_bits(options.base_bits)
@@ -62,8 +62,9 @@ class Work:
             check_keeps(plan.config.method, runs_base=plan.runs_base)
         if plan.is_open and plan.remote_bytes:
             raise RefusedError(
-                "shared_weights: auto reads all models once more to choose, but weights are left on the Hub here. Name "
-                "base, average or ties; or have them downloaded, without --stream and with room for them in the cache."
+                "shared_weights: auto reads all models once more to choose, but weights are left on the Hub, or in a "
+                "store. Name base, average or ties; or have them on this machine: from the Hub without --stream and "
+                "with room in its cache, from a store by a copy."
             )
         if (plan.runs_base or plan.is_open) and options.device not in {"auto", "cpu"}:
             from moemerge.passes.device import find_device  # before anything is copied

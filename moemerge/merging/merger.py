@@ -17,6 +17,7 @@ from moemerge.merging.options import MergeOptions
 from moemerge.planning.fingerprint import CHOSEN, plan_fingerprint
 from moemerge.planning.plan import MergePlan
 from moemerge.progress import Progress
+from moemerge.sources.reference import location_of
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -35,7 +36,7 @@ def merge(
 
     Args:
         plan: the plan, from `plan_merge`.
-        destination: a `Folder`, its path, or the `Hub`.
+        destination: a `Folder`, its path, the address of a folder in an object store, or the `Hub`.
         options: the options of the merge.
         progress: called as the work goes on; see `Progress`.
         warn: called with a line about the tokenizer, where it is not just copied, or could not be proved.
@@ -50,9 +51,9 @@ def merge(
         OutputError: the disk is full or cannot be written.
         RouterError: the routers cannot be computed.
         CheckpointError: a source is not what its header said.
-        PublishError: the Hub does not take something.
+        PublishError, SourceError: the Hub does not take something; an object store cannot be reached.
     """
-    to = destination if isinstance(destination, Destination) else Folder(Path(destination))
+    to = destination if isinstance(destination, Destination) else _destination(destination, announce)
     plan.origins.check("since the plan was made")
     work = Work(plan, options, warn)
     to.check(plan, options, work.made_bytes)
@@ -72,6 +73,16 @@ def merge(
         work.write_config(folder)
         to.finish(folder)
     return report
+
+
+def _destination(place: Path | str, announce: Callable[[str], None]) -> Destination:
+    """The folder, or the place in an object store, that a text names."""
+    if location := location_of(place):
+        from moemerge.merging.store import Store, scratch_for  # imports the Hub's client
+        from moemerge.publish.store import StoreOutput
+
+        return Store(scratch_for(location), StoreOutput(location, announce))
+    return Folder(Path(place))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
@@ -23,6 +24,8 @@ _LIBRARIES_BYTES: Final = 300_000_000
 _PASS_BYTES: Final = 110_000_000
 # The Hub's client, at work in several threads.
 _HUB_BYTES: Final = 50_000_000
+# s3fs with its libraries, and 8 requests of 8 MiB at a time, each held twice.
+_STORE_BYTES: Final = 220_000_000
 # Bytes that loading a tokenizer takes for each byte of its tokenizer.json.
 _TOKENIZER_FACTOR: Final = 14
 # A layer holds four rows of the FFN's width in float32 for each of 1024 tokens at a time.
@@ -44,7 +47,8 @@ def peak_memory_bytes(
     )
     chooses = config.shared_weights.is_open
     reads_prompts = shape.runs_base or chooses or config.method.reads_text
-    is_remote = any(isinstance(source.origin, Reference) for source in models.sources)
+    on_hub = any(isinstance(source.origin, Reference) for source in models.sources)
+    in_store = any(not isinstance(source.origin, Path | Reference) for source in models.sources)
     tokenizer = models.base.folder.folder / "tokenizer.json"
     tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
     makes_tokenizer = bool(shape.base_files.made(shape.model_type))
@@ -52,8 +56,9 @@ def peak_memory_bytes(
     states = _STATES_BYTES * models.base.model.sizes["ffn"]
     return (
         _PROGRAM_BYTES
-        + _HUB_BYTES * is_remote
-        + _matrix_bytes(outputs, CONNECTIONS if is_remote else MAX_THREADS)
+        + _HUB_BYTES * on_hub
+        + _STORE_BYTES * in_store
+        + _matrix_bytes(outputs, CONNECTIONS if on_hub or in_store else MAX_THREADS)
         + _LIBRARIES_BYTES * imports_transformers
         + _TOKENIZER_FACTOR * tokenizer_bytes * (2 if makes_tokenizer else reads_prompts)
         + max(

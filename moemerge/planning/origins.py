@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moemerge.checkpoint.derived import derivation, leaves
 from moemerge.checkpoint.files import File, Stamp, fingerprint_of, size_of
@@ -18,6 +18,9 @@ from moemerge.planning.models import Models
 from moemerge.planning.output import Output
 from moemerge.planning.router_sources import router_reads
 from moemerge.planning.shape import Shape
+
+if TYPE_CHECKING:
+    from moemerge.sources.stores import StoreFolder
 
 # The fields of a stamp, in words.
 _STAMPED: Final = {
@@ -63,6 +66,7 @@ class Origins:
 
         Raises:
             CheckpointError: a file has changed; says what differs.
+            SourceError: a store cannot be asked.
         """
         for path, seen in self.stamps.items():
             try:
@@ -74,6 +78,24 @@ class Origins:
                     f"{path}: was changed {when}: another {' and '.join(changed)}. The output would be of two models. "
                     "Merge again."
                 )
+        for folder, names in self._in_stores().items():
+            if name := folder.first_changed(names):
+                raise CheckpointError(
+                    f"{folder}/{name}: was changed {when}. The output would be of two models. Merge again."
+                )
+
+    def _in_stores(self) -> "dict[StoreFolder, list[str]]":
+        """Names of the files of weights in object stores, by folder."""
+        found: dict[StoreFolder, list[str]] = {}
+        remote = [file for file in self.references if not isinstance(file, Path)]
+        if not remote:
+            return found
+        from moemerge.sources.store_files import StoreFile
+
+        for file in remote:
+            if isinstance(file, StoreFile):
+                found.setdefault(file.folder, []).append(file.name)
+        return found
 
 
 def origins_of(config: MergeConfig, models: Models, shape: Shape, assembled: Assembled) -> Origins:

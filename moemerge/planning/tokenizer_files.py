@@ -14,6 +14,7 @@ from moemerge.passes.proving import Entries
 from moemerge.passes.tokens import code_references, listed, read_tokenizer_config
 from moemerge.sources.gguf.opening import add_tokenizer
 from moemerge.sources.model_folder import ModelFolder, fetch_files
+from moemerge.sources.remote_weights import TEMPLATES
 
 # Files beside the weights that are copied from the base byte for byte.
 COPIED_FILES: Final = (
@@ -21,8 +22,6 @@ COPIED_FILES: Final = (
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tiktoken.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-TEMPLATES: Final = "additional_chat_templates"
-"""Name of the folder with chat templates beside the default one."""
 _VOCABULARIES: Final = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "tiktoken.model", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from moemerge.errors import CheckpointError, RefusedError
-from moemerge.planning.tokenizer_files import TEMPLATES, template_names
+from moemerge.planning.tokenizer_files import template_names
 from moemerge.sources.local import leads_out
 from moemerge.sources.model_folder import Announce, open_merged
+from moemerge.sources.remote_weights import TEMPLATES
 from moemerge.sources.tensor_tables import read_tensor_table
 
 

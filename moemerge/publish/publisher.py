@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
 from moemerge.errors import MoemergeError, PublishError, RefusedError
-from moemerge.planning.tokenizer_files import COPIED_FILES, TEMPLATES, template_names
+from moemerge.planning.tokenizer_files import COPIED_FILES, template_names
 from moemerge.publish.folder import checkpoint_files, name_in_repository
 from moemerge.publish.hub_errors import explain
 from moemerge.publish.repository import (
@@ -26,6 +26,7 @@ from moemerge.publish.repository import (
     read_account,
 )
 from moemerge.sources.model_folder import Announce
+from moemerge.sources.remote_weights import TEMPLATES
 from moemerge.sources.retries import WAIT_STATUSES, Result, patiently
 
 __all__ = ["Publisher", "Repository", "checkpoint_files"]

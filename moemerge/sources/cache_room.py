@@ -9,6 +9,7 @@ from moemerge.checkpoint.disk import nearest_folder
 from moemerge.checkpoint.files import size_of
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.sources.model_folder import Announce, ModelFolder
+from moemerge.sources.reference import Reference
 from moemerge.sources.tensor_tables import read_tensor_tables
 
 
@@ -37,6 +38,7 @@ def fetch_if_room(
     files = {
         reference: {leaf.path for tensor in table.values() for leaf in leaves(tensor)}
         for reference, table in tables.items()
+        if isinstance(models[reference].origin, Reference)
     }
     remote = {reference: found for reference, found in files.items() if not all(isinstance(f, Path) for f in found)}
     if not remote:

@@ -2,35 +2,17 @@
 
 import glob
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
 
 from huggingface_hub import HfApi, constants, snapshot_download
 
-from moemerge.checkpoint.header import TensorInfo, read_header
-from moemerge.checkpoint.index import (
-    PICKLE_INDEX,
-    SAFETENSORS_INDEX,
-    SINGLE_PICKLE,
-    SINGLE_SAFETENSORS,
-    read_tensors,
-    read_weight_map,
-)
-from moemerge.checkpoint.jobs import CONNECTIONS
+from moemerge.checkpoint.header import TensorInfo
 from moemerge.errors import SourceError
-from moemerge.sources.local import find_weights, resolve_file
+from moemerge.sources.local import resolve_file
 from moemerge.sources.ranges import HubFile, NoRangesError
 from moemerge.sources.reference import Reference
+from moemerge.sources.remote_weights import SMALL_FILES, choose_files, tensors_of, weight_files
 from moemerge.sources.retries import ABSENT, PARTIAL, explained, patiently
-
-# Everything that a merge reads or copies beside weights; tokenizers come in many files.
-SMALL_FILES: Final = [
-    "config.json", "generation_config.json", SAFETENSORS_INDEX, PICKLE_INDEX, "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "tekken.json", "tiktoken.model", "spiece.model",
-    "sentencepiece.bpe.model", "chat_template.json", "*.jinja", "*processor_config.json", "adapter_config.json",
-    "README.md",
-]  # fmt: skip
 
 
 def fetch_small_files(reference: Reference, announce: Callable[[str], None], *, also: Sequence[str] = ()) -> Path:
@@ -58,7 +40,7 @@ def fetch_small_files(reference: Reference, announce: Callable[[str], None], *, 
 
 def holds_weights(folder: Path) -> bool:
     """Whether the weights are in the cache, beside a snapshot's small files."""
-    return any(all((folder / name).exists() for name in names) for names in _weight_files(folder))
+    return any(all((folder / name).exists() for name in names) for names in weight_files(folder))
 
 
 def fetch_weights(reference: Reference, folder: Path, announce: Callable[[str], None]) -> None:
@@ -132,14 +114,8 @@ def read_remote_tensors(
         return None
     announce(f"{reference}: reading the headers of {len(names)} file(s) on the Hub")
 
-    def read(file_names: Sequence[str]) -> list[dict[str, TensorInfo]]:
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            return list(pool.map(lambda name: read_header(HubFile(reference, folder.name, name, announce)), file_names))
-
-    index = {SAFETENSORS_INDEX} if (folder / SAFETENSORS_INDEX).exists() else set()
-    chosen, read_map = find_weights(folder, {*names} | index)
     try:
-        return read_tensors(folder, chosen, names, read_map, read)
+        return tensors_of(folder, names, lambda name: HubFile(reference, folder.name, name, announce))
     except NoRangesError as error:
         announce(f"{error}".replace("Run without --stream.", "All of it is downloaded."))
         return None
@@ -152,26 +128,7 @@ def cache_folder() -> Path:
 
 def _find_weights(reference: Reference, folder: Path, announce: Callable[[str], None]) -> list[str]:
     """The files with the weights in a repository, at the commit of the snapshot `folder`."""
-    choices = _weight_files(folder)
-    on_hub = set(list_files(reference, folder, announce))
-    for names in choices:
-        if on_hub.issuperset(names):
-            return names
-    if constants.HF_HUB_OFFLINE:
+    names = list_files(reference, folder, announce)
+    if constants.HF_HUB_OFFLINE and not any(set(names).issuperset(files) for files in weight_files(folder)):
         raise SourceError(f"{reference}: {PARTIAL}")
-    indexed = [names for names in choices if names not in ([SINGLE_SAFETENSORS], [SINGLE_PICKLE])]
-    lost = [next(name for name in names if name not in on_hub) for names in indexed or choices]
-    raise SourceError(
-        f"{reference}: the repository has no {' and no '.join(lost)}, so it has no complete weights that moemerge can "
-        "read."
-    )
-
-
-def _weight_files(folder: Path) -> list[list[str]]:
-    """Groups of files that may hold the weights, in the order in which `choose_weights` chooses."""
-    choices = []
-    for single, index in ((SINGLE_SAFETENSORS, SAFETENSORS_INDEX), (SINGLE_PICKLE, PICKLE_INDEX)):
-        choices.append([single])
-        if (folder / index).exists():
-            return [*choices, sorted(set(read_weight_map(resolve_file(folder, index)).values()))]
-    return choices
+    return choose_files(f"{reference}: the repository", folder, names)

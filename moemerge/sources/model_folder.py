@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from moemerge.checkpoint.files import File, Stamp
 from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.index import read_json
-from moemerge.errors import NoSuchModelError
+from moemerge.errors import NoSuchModelError, RefusedError
 from moemerge.sources.local import is_snapshot, resolve_file
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, open_adapter
-from moemerge.sources.reference import Reference, parse_reference, split_adapter, split_expert
+from moemerge.sources.reference import Location, Reference, location_of, parse_reference, split_adapter, split_expert
 from moemerge.sources.text_models import read_text_config
 from moemerge.sources.wrong_names import check_merged_folder, no_model
 
 if TYPE_CHECKING:
     from moemerge.sources.gguf.stored_model import GgufModel
+    from moemerge.sources.stores import StoreFolder
 
 __all__ = [
     "Announce",
@@ -34,7 +35,9 @@ __all__ = [
 Announce = Callable[[str], None]
 """Called with one line about the work being done, for a user who waits."""
 LOOKING_UP: Final = "looking it up on the Hub"
-"""The end of the line that is announced when a model is opened."""
+"""The end of the line that is announced when a model on the Hub is opened."""
+LOOKING_UP_STORE: Final = "looking it up in its store"
+"""The end of the line that is announced when a model in an object store is opened."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ModelFolder:
 
     reference: str
     """The reference as the config writes it."""
-    origin: Path | Reference
+    origin: "Path | Reference | StoreFolder"
     folder: Path
     config: dict[str, Any]
     """The model's `config.json`; of a multimodal model, that of the text model inside."""
@@ -102,7 +105,7 @@ class ModelFolder:
 
 
 def open_model(reference: str, announce: Announce) -> ModelFolder:
-    """Find a model and read its `config.json`; only the small files of a Hub model are downloaded.
+    """Find a model and read its `config.json`; of a model elsewhere only the small files are downloaded.
 
     `MIXTURE#NAME` is opened as the dense model that the expert is; the headers of the mixture's weights are read.
 
@@ -144,22 +147,38 @@ def open_model(reference: str, announce: Announce) -> ModelFolder:
     return opened
 
 
-def open_merged(out: Path | str) -> ModelFolder:
+def open_merged(out: Path | str, *, in_stores: bool = False) -> ModelFolder:
     """Open the merged checkpoint in a folder; a name on the Hub is not looked up.
 
+    Args:
+        out: the folder.
+        in_stores: whether it may be in an object store, too.
+
     Raises:
+        RefusedError: it is in an object store, and may not be.
         SourceError: there is no such folder, or no checkpoint in it.
         CheckpointError: its `config.json` is damaged.
     """
+    if location := location_of(out):
+        if not in_stores:
+            raise RefusedError(f"{location}: is in an object store. Copy the model to a folder here, and name that.")
+        return open_model(str(location), lambda _: None)
     check_merged_folder(out)
     return open_model(str(Path(out).resolve()), lambda _: None)
 
 
-def _find(reference: str, announce: Announce, *, also: Sequence[str] = ()) -> tuple[Path | Reference, Path]:
+def _find(
+    reference: str, announce: Announce, *, also: Sequence[str] = ()
+) -> "tuple[Path | Reference | StoreFolder, Path]":
     """Resolve a reference, and give the folder with its small files and those that are named."""
     origin = parse_reference(reference)
-    if not isinstance(origin, Reference):
+    if isinstance(origin, Path):
         return origin, origin
+    if isinstance(origin, Location):
+        from moemerge.sources import store_files
+
+        announce(f"{reference}: {LOOKING_UP_STORE}")
+        return store_files.fetch_small_files(origin, also=also)
     from moemerge.sources.hub import fetch_small_files
 
     announce(f"{reference}: {LOOKING_UP}")
@@ -167,10 +186,10 @@ def _find(reference: str, announce: Announce, *, also: Sequence[str] = ()) -> tu
 
 
 def fetch_files(model: ModelFolder, names: Sequence[str], announce: Announce) -> dict[str, Path]:
-    """Find those of the named small files that a model has, by name; missing ones of a Hub model are downloaded.
+    """Find those of the named small files that a model has, by name; missing ones of a model elsewhere are downloaded.
 
     Raises:
-        SourceError: the Hub does not give them.
+        SourceError: the Hub, or the store, does not give them.
         CheckpointError: a file is a link that leads elsewhere.
     """
     missing = [name for name in names if not model.file(name)]
@@ -178,4 +197,8 @@ def fetch_files(model: ModelFolder, names: Sequence[str], announce: Announce) ->
         from moemerge.sources import hub
 
         hub.fetch_files(model.origin, model.folder, missing, announce)
+    elif missing and not isinstance(model.origin, Path | Reference):
+        from moemerge.sources import store_files
+
+        store_files.fetch(model.origin, model.folder, missing)
     return {name: path for name in names if (path := model.file(name))}

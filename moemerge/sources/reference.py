@@ -1,4 +1,4 @@
-"""Parse a model reference of the YAML: a folder or GGUF file on this machine, or a repository on the Hub."""
+"""Parse a model reference of the YAML: a folder or GGUF file here, a repository on the Hub, or an object store."""
 
 import os
 import re
@@ -28,8 +28,41 @@ class Reference:
         return f"{at}:{self.gguf}" if self.gguf else at
 
 
-def parse_reference(text: str) -> Path | Reference:
-    """Parse a reference: a folder or GGUF file if one of that name exists, else a Hub repository.
+STORES: Final = {"s3": "s3fs", "gs": "gcsfs", "file": ""}
+"""Kinds of object stores by what their addresses begin with, and the package that each of them needs."""
+_STORE: Final = re.compile(rf"({'|'.join(STORES)}):/+(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder of an object store: `s3://bucket/path`. `file:///path` is a folder here that is read as one."""
+
+    kind: str
+    """A key of `STORES`."""
+    path: str
+    """Bucket and path, without a slash at the end."""
+    gguf: str = ""
+    """The name of a GGUF file in it, where the address is that of one."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}://{self.path}{f'/{self.gguf}' if self.gguf else ''}"
+
+
+def location_of(text: Path | str) -> Location | None:
+    """The place in an object store that a text is the address of; None for any other text.
+
+    A `Path` of an address counts too, which has only one of its two slashes.
+    """
+    match = _STORE.fullmatch(str(text))
+    if match is None or not (path := match[2].strip("/")):
+        return None
+    path = f"/{path}" if match[1] == "file" else path
+    folder, _, name = path.rpartition("/")
+    return Location(match[1], folder, name) if folder and name.lower().endswith(".gguf") else Location(match[1], path)
+
+
+def parse_reference(text: str) -> Path | Reference | Location:
+    """Parse a reference: an object store, else a folder or GGUF file if one of that name exists, else a Hub repository.
 
     Of an expert, `MIXTURE#NAME`, it is the mixture that is parsed.
 
@@ -38,6 +71,8 @@ def parse_reference(text: str) -> Path | Reference:
     """
     if expert := split_expert(text):
         return parse_reference(expert[0])
+    if location := location_of(text):
+        return location
     try:
         path = Path(text).expanduser()
         if path.is_dir():

@@ -50,9 +50,24 @@ Result = TypeVar("Result")
 class Patience:
     """How often something is tried again, and how long to wait before that."""
 
-    def __init__(self, what: object, announce: Callable[[str], None], most_tries: int = _MOST_TRIES) -> None:
-        """Name `what` in messages when the Hub asks to wait, or when the waits get long."""
+    def __init__(
+        self,
+        what: object,
+        announce: Callable[[str], None],
+        most_tries: int = _MOST_TRIES,
+        *,
+        may_pass: Callable[[Exception], bool] | None = None,
+    ) -> None:
+        """Be patient with the Hub, or with another machine.
+
+        Args:
+            what: what messages name when the Hub asks to wait, or when the waits get long.
+            announce: called with these messages.
+            most_tries: how often something is tried without a success.
+            may_pass: whether an error that is no answer of the Hub may not occur the next time; None for the Hub's.
+        """
         self._what, self._announce, self._most_tries = what, announce, most_tries
+        self._may_pass = may_pass or _may_pass
         self._tries = 0
 
     def reset(self) -> None:
@@ -67,7 +82,7 @@ class Patience:
         """
         answer = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
         status = None if answer is None else answer.status_code
-        if not (status in _MAY_PASS if status else _may_pass(error)):
+        if not (status in _MAY_PASS if status else self._may_pass(error)):
             raise error
         # A Hub that asks to wait will answer later.
         self._tries += 1

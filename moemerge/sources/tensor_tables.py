@@ -36,7 +36,7 @@ def read_tensor_table(
         model: the model whose tensors are read.
         announce: called with a line about each step that takes long.
         weights: whether the weights of a Hub model that is not in the cache are downloaded into it, or stay on the Hub
-            to be read by ranges. Pickles are always downloaded.
+            to be read by ranges. Pickles are always downloaded. Weights in an object store always stay there.
         whole: whether all tensors of a multimodal model are read, by their stored names, and not its text model's.
 
     Raises:
@@ -119,18 +119,8 @@ def _read_weights(
     if model.gguf:
         return _read_gguf(model, model.gguf, announce, weights)
     named = weights_named(model.config)
-    if isinstance(model.origin, Reference):
-        from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
-
-        if named:
-            raise SourceError(
-                f"{model.reference}: its config.json names {named} as the file of its weights, which is read from a "
-                "folder alone. Download the repository, and name the folder."
-            )
-        if not holds_weights(model.folder):
-            if weights == "stream" and (found := read_remote_tensors(model.origin, model.folder, announce)) is not None:
-                return _noted(model, found[1], found[0])
-            fetch_weights(model.origin, model.folder, announce)
+    if not isinstance(model.origin, Path) and (read := _read_remote(model, named, announce, weights)):
+        return _noted(model, read[1], read[0])
 
     def read_headers(names: Sequence[str]) -> Iterator[dict[str, TensorInfo]]:
         for name in names:
@@ -145,6 +135,29 @@ def _read_weights(
         chosen, read_map = find_weights(model.folder, names, named, model.seen)
     tensors, notes = read_tensors(model.folder, chosen, names, read_map, read_headers)
     return _noted(model, notes, tensors)
+
+
+def _read_remote(
+    model: ModelFolder, named: str, announce: Announce, weights: Literal["download", "stream"]
+) -> tuple[dict[str, TensorInfo], list[str]] | None:
+    """Read the weights of a model that stay elsewhere, with notes; None where they are in its folder here now."""
+    if named:
+        raise SourceError(
+            f"{model.reference}: its config.json names {named} as the file of its weights, which is read from a folder "
+            "here alone. Download the model, and name the folder."
+        )
+    if not isinstance(model.origin, Path | Reference):
+        from moemerge.sources.store_files import read_store_tensors
+
+        return read_store_tensors(model.origin, model.folder, announce)
+    if isinstance(model.origin, Reference):
+        from moemerge.sources.hub import fetch_weights, holds_weights, read_remote_tensors
+
+        if not holds_weights(model.folder):
+            if weights == "stream" and (found := read_remote_tensors(model.origin, model.folder, announce)) is not None:
+                return found
+            fetch_weights(model.origin, model.folder, announce)
+    return None
 
 
 def _read_gguf(

@@ -685,8 +685,8 @@ def test_another_config_is_the_cause_and_few_of_its_differences_are_shown(tmp_pa
     lines = result.stdout.splitlines()
     assert (result.returncode, result.stderr, len(lines)) == (1, "", 8)
     assert lines[0] == (
-        f"{out}: was merged from another config, which differs in experts. `moemerge verify {out} --against "
-        f"{out / 'moemerge_config.yaml'}` compares it with its own."
+        f"{out}: was merged from another config, which differs in experts. `moemerge verify {out}` compares it with its "
+        "own."
     )
     assert lines[1] == "  config.json: num_local_experts: expected 2, found 3"
     assert re.fullmatch(r"  and \d+ more; --json lists all", lines[6])

@@ -441,8 +441,9 @@ def test_weights_that_are_left_on_the_hub_are_not_compared(world, machine):
     found = machine.moemerge(config, "out", "--stream", "--quiet")
     assert (found.code, found.err) == (
         2,
-        "error: shared_weights: auto reads all models once more to choose, but weights are left on the Hub here. Name "
-        "base, average or ties; or have them downloaded, without --stream and with room for them in the cache.\n",
+        "error: shared_weights: auto reads all models once more to choose, but weights are left on the Hub, or in a store. "
+        "Name base, average or ties; or have them on this machine: from the Hub without --stream and with room in its "
+        "cache, from a store by a copy.\n",
     )
     assert not (machine.folder / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Find the GGUF files that a reference leads to, here or on the Hub: one file, or the parts that it is split into."""
+"""Find the GGUF files that a reference leads to, here or elsewhere: one file, or the parts that it is split into."""
 
 import re
 from collections.abc import Collection
@@ -32,15 +32,36 @@ def find_ggufs(reference: str, path: Path) -> list[Path]:
     if path.is_file():
         beside = [entry.name for entry in path.parent.iterdir()] if _PART.fullmatch(path.name) else []
         return [resolve_file(path.parent, name) for name in parts_of(path.name, beside)]
-    names = [entry.name for entry in path.iterdir()]
+    return [resolve_file(path, name) for name in _only_model(reference, [entry.name for entry in path.iterdir()])]
+
+
+def find_in_store(reference: str, named: str, names: Collection[str]) -> list[str]:
+    """Find the GGUF files of a model in an object store; none for a folder with other weights, or without any.
+
+    Args:
+        reference: the reference as the config writes it.
+        named: the name of a file, which may be the first of several parts; empty where the reference names a folder.
+        names: names of the folder's files.
+
+    Raises:
+        NoSuchModelError: there is no such file, or the folder holds GGUF files of several models.
+        CheckpointError: a part is not there.
+    """
+    if not named:
+        return _only_model(reference, names)
+    if named not in names:
+        raise NoSuchModelError(f"{reference}: there is no such object in the store.")
+    return parts_of(named, names)
+
+
+def _only_model(reference: str, names: Collection[str]) -> list[str]:
+    """The GGUF files of the only model among names of files; none where there are other weights, or no model."""
     if any(name.endswith(_OTHER_WEIGHTS) for name in names):
         return []
     models = models_in(names)
-    if not models:
-        return []
     if len(models) > 1:
         raise NoSuchModelError(f"{reference}: holds {len(models)} GGUF files. Name one of them: {_listed(models)}.")
-    return [resolve_file(path, name) for name in parts_of(models[0], names)]
+    return parts_of(models[0], names) if models else []
 
 
 def find_on_hub(reference: str, tag: str, names: Collection[str]) -> list[str]:

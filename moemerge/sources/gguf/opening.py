@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from moemerge.checkpoint.disk import cache_folder, drafted
 from moemerge.checkpoint.files import File
 from moemerge.errors import OutputError, RefusedError
 from moemerge.packages import need
-from moemerge.sources.gguf.choosing import find_ggufs, find_on_hub
+from moemerge.sources.gguf.choosing import find_ggufs, find_in_store, find_on_hub
 from moemerge.sources.gguf.config import config_of
 from moemerge.sources.gguf.stored_model import GgufModel, read_gguf
 from moemerge.sources.gguf.tokenizer import tokenizer_config, tokenizer_json
@@ -21,16 +21,21 @@ from moemerge.sources.local import resolve_file
 from moemerge.sources.model_folder import Announce, ModelFolder
 from moemerge.sources.reference import Reference
 
+if TYPE_CHECKING:
+    from moemerge.sources.stores import StoreFolder
+
 _TOKENIZER: Final = "tokenizer.json"
 _CARD: Final = "README.md"
 
 
-def open_if_gguf(reference: str, origin: Path | Reference, folder: Path, announce: Announce) -> ModelFolder | None:
-    """Open a model in GGUF; None for a model with other weights. On the Hub, the weights stay there.
+def open_if_gguf(
+    reference: str, origin: "Path | Reference | StoreFolder", folder: Path, announce: Announce
+) -> ModelFolder | None:
+    """Open a model in GGUF; None for a model with other weights. Elsewhere, the weights stay there.
 
     Args:
         reference: the reference as the config writes it.
-        origin: the file, folder or repository that it leads to.
+        origin: the file, folder, repository or place in a store that it leads to.
         folder: the file or folder; of a repository, the folder of its small files in the Hub's cache.
         announce: called with a line about each step that takes long.
 
@@ -38,7 +43,7 @@ def open_if_gguf(reference: str, origin: Path | Reference, folder: Path, announc
         NoSuchModelError: there is no such file, or there are several. See `open_gguf` for other errors.
     """
     if not isinstance(origin, Reference):
-        files = find_ggufs(reference, folder)
+        files = _files_in(reference, origin, folder, announce)
         return open_gguf(reference, origin, files) if files else None
     if not origin.gguf and "gguf" not in origin.repo.lower() and (folder / "config.json").exists():
         return None
@@ -61,7 +66,16 @@ def open_if_gguf(reference: str, origin: Path | Reference, folder: Path, announc
     return replace(opened, gguf=opened.gguf and replace(opened.gguf, snapshot=folder, names=tuple(names)))
 
 
-def weights_here(model: GgufModel, origin: Path | Reference, announce: Announce) -> GgufModel:
+def _files_in(reference: str, origin: "Path | StoreFolder", folder: Path, announce: Announce) -> Sequence[File]:
+    """The GGUF files that a reference to a folder or a store leads to; none where it has other weights."""
+    if isinstance(origin, Path):
+        return find_ggufs(reference, folder)
+    from moemerge.sources.store_files import StoreFile
+
+    return [StoreFile(origin, name, announce) for name in find_in_store(reference, origin.gguf, origin.files)]
+
+
+def weights_here(model: GgufModel, origin: "Path | Reference | StoreFolder", announce: Announce) -> GgufModel:
     """Download those of a model's files that are on the Hub, and read all from the cache.
 
     Raises:
@@ -79,12 +93,12 @@ def weights_here(model: GgufModel, origin: Path | Reference, announce: Announce)
     return read_gguf(model.reference, [resolve_file(model.snapshot, name) for name in model.names])
 
 
-def open_gguf(reference: str, origin: Path | Reference, files: Sequence[File]) -> ModelFolder:
+def open_gguf(reference: str, origin: "Path | Reference | StoreFolder", files: Sequence[File]) -> ModelFolder:
     """Open a model in GGUF; of its files, the headers are read.
 
     Args:
         reference: the reference as the config writes it.
-        origin: the file, folder or repository that it leads to.
+        origin: the file, folder, repository or place in a store that it leads to.
         files: the file, or the files that it is split into.
 
     Raises:

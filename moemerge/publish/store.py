@@ -1,0 +1,237 @@
+"""Send a merged model to an object store, shard by shard while it is made; an object that lists all comes last."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from moemerge.checkpoint.index import SAFETENSORS_INDEX
+from moemerge.config.schema import CARD, CONFIG_COPY
+from moemerge.errors import OutputError, RefusedError
+from moemerge.planning.tokenizer_files import COPIED_FILES, template_names
+from moemerge.publish.folder import name_in_repository
+from moemerge.sources.model_folder import Announce, ModelFolder
+from moemerge.sources.reference import Location
+from moemerge.sources.remote_weights import TEMPLATES
+from moemerge.sources.retries import Patience, Result, sleep
+from moemerge.sources.store_files import COMPLETE, UNFINISHED
+from moemerge.sources.stores import StoreFolder, explained, may_pass
+
+# Without these no reader takes a folder for a model, so they come last and go first.
+_SEALS: Final = ("config.json", SAFETENSORS_INDEX)
+# What a merge writes, where it is not known yet which of them.
+_OURS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_TEMPLATE: Final = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
+_OTHERS: Final = frozenset({*COPIED_FILES, *_SEALS, CARD, CONFIG_COPY, COMPLETE, UNFINISHED})
+# Of a file in parts, what is in memory at a time: so many parts of so many bytes.
+_PARTS: Final[Mapping[str, Mapping[str, int]]] = {"s3": {"chunksize": 16 * 2**20, "max_concurrency": 4}}
+_READ_BYTES: Final = 2**20
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An object that was sent."""
+
+    bytes: int
+    sha256: str
+    identity: str
+    """What the store says of its state."""
+
+
+class StoreOutput:
+    """A folder of an object store that one merge is sent to."""
+
+    def __init__(self, location: Location, announce: Announce) -> None:
+        """List the folder, and read what an unfinished merge has noted there.
+
+        Raises:
+            RefusedError: the address is that of a GGUF file, or a package is needed.
+            SourceError: the store cannot be reached, or refuses.
+        """
+        if location.gguf:
+            raise RefusedError(f"{location}: a GGUF file is written on this machine. Name a file here, and copy it.")
+        self.location, self._announce = location, announce
+        self._folder = StoreFolder(location)
+        self._sent: dict[str, Sent] = {}
+        self.journal = ""
+        """The journal of an unfinished merge that was sent here."""
+        self._began = UNFINISHED in self._folder.files
+        if self._began:
+            with explained(location), self._folder.open(UNFINISHED) as opened:
+                self._read(opened.read())
+
+    def _read(self, content: bytes) -> None:
+        with suppress(ValueError, TypeError, KeyError):  # one that was damaged is as good as none
+            noted = json.loads(content)
+            self._sent = {name: Sent(**values) for name, values in noted["objects"].items()}
+            self.journal = str(noted["journal"])
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.location.path.rpartition("/")[2]
+
+    @property
+    def shards(self) -> int:
+        """The number of shards that an unfinished merge has sent."""
+        return len(self._sent)
+
+    def check(self, sources: Iterable[ModelFolder], *, overwrite: bool, written: Collection[str] = ()) -> None:
+        """Refuse a folder in which something would be lost; changes nothing.
+
+        What an unfinished merge has sent may be replaced. Other objects may be only with `overwrite`, and only those
+        that a merge writes.
+
+        Args:
+            sources: the models that are read.
+            overwrite: whether a model that is there may be replaced.
+            written: names of the files that the merge will write, as far as they are known.
+
+        Raises:
+            RefusedError: something would be lost.
+        """
+        for source in sources:
+            if isinstance(source.origin, StoreFolder) and _overlap(source.origin.location, self.location):
+                raise RefusedError(
+                    f"{self.location}: is, holds or lies within the model {source.origin}. Choose another address."
+                )
+        names = [name for name in self._folder.files if name != UNFINISHED]
+        if not names:
+            return
+        unfinished = self._began and COMPLETE not in names
+        if not (unfinished or overwrite):
+            raise RefusedError(
+                f"{self.location}: is not empty ({len(names)} objects, among them {min(names)!r}). Choose another "
+                "address, or replace what is there with --overwrite."
+            )
+        allowed = {*_OTHERS, *self._sent, *written}
+        foreign = [n for n in names if n not in allowed and not _OURS.fullmatch(n) and not _TEMPLATE.fullmatch(n)]
+        if foreign:
+            raise RefusedError(
+                f"{self.location}: holds {foreign[0]!r}, which this merge does not write ({len(foreign)} such "
+                "objects). Move it away, or choose another address."
+            )
+
+    def held(self) -> Mapping[str, tuple[str, int]]:
+        """SHA-256 and size of each shard of an unfinished merge that is still as it was sent, by name."""
+        files = self._folder.files
+        whole = {n: sent for n, sent in self._sent.items() if n in files and files[n].identity == sent.identity}
+        return {name: (sent.sha256, sent.bytes) for name, sent in whole.items() if files[name].nbytes == sent.bytes}
+
+    def claim(self) -> None:
+        """Note that a merge begins here, and so make sure that the store takes it, unless a model is here to be kept.
+
+        Raises:
+            OutputError: the store does not take it.
+        """
+        if COMPLETE in self._folder.files or "config.json" not in self._folder.files:
+            self.note(self.journal)
+
+    def begin(self, journal: str, kept: Collection[str]) -> None:
+        """Note that a merge has begun here, and remove all that is not kept: `config.json` and the index first.
+
+        Args:
+            journal: the merge's journal.
+            kept: names of the shards that an unfinished run of it has sent.
+
+        Raises:
+            OutputError: the store does not take it.
+        """
+        self._sent = {name: self._sent[name] for name in kept}
+        self.note(journal)
+        gone = [n for n in self._folder.files if n not in kept and n != UNFINISHED]
+        for name in sorted(gone, key=lambda name: (name != COMPLETE, name not in _SEALS)):
+            self._ask(lambda name=name: self._folder.store.rm_file(self._folder.path_of(name)))  # type: ignore[misc]
+
+    def note(self, journal: str) -> None:
+        """Keep a merge's journal here until it is complete.
+
+        Raises:
+            OutputError: the store does not take it.
+        """
+        objects = {name: asdict(sent) for name, sent in self._sent.items()}
+        self._put(UNFINISHED, {"journal": journal, "objects": objects})
+
+    def send(self, path: Path, name: str | None = None) -> str:
+        """Send a file, in parts where it is large; returns its SHA-256.
+
+        Raises:
+            OutputError: the store does not take it, or has another size of it than was sent.
+        """
+        name = name or path.name
+        sha256, nbytes, place = _sha256(path), path.stat().st_size, self._folder.path_of(name)
+        parts = _PARTS.get(self.location.kind, {})
+        self._ask(lambda: self._folder.store.put_file(str(path), place, **parts))
+        with explained(self.location, OutputError):
+            found = self._folder.list_again().get(name)
+        if found is None or found.nbytes != nbytes:
+            raise OutputError(
+                f"{self.location}/{name}: {nbytes} bytes were sent, and the store holds "
+                f"{'nothing' if found is None else found.nbytes}. Run it again with --resume."
+            )
+        self._sent[name] = Sent(nbytes, sha256, found.identity)
+        return sha256
+
+    def finish(self, folder: Path) -> None:
+        """Send what is left in the folder, `config.json` last, then the object that makes the model complete.
+
+        Raises:
+            OutputError: the store does not take it, or a shard is no longer as it was sent.
+        """
+        with explained(self.location, OutputError):
+            now = self._folder.list_again()
+        if lost := [
+            name for name, sent in self._sent.items() if name not in now or now[name].identity != sent.identity
+        ]:
+            raise OutputError(
+                f"{self.location}/{lost[0]}: is no longer as it was sent. Run the same command with --resume: it sends "
+                "what is missing."
+            )
+        paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        paths += [folder / name for name in template_names(folder)]
+        for path in sorted(paths, key=lambda path: (path.name in _SEALS, path.name == "config.json")):
+            self.send(path, name_in_repository(path))
+        files = {name: {"bytes": sent.bytes, "sha256": sent.sha256} for name, sent in sorted(self._sent.items())}
+        self._put(COMPLETE, {"moemerge": version("moemerge"), "files": files})
+        self._forget()
+
+    def give_up(self) -> None:
+        """Remove the note that a merge has begun, where it has sent nothing; whatever fails."""
+        if not self._sent and not self._began:
+            self._forget()
+
+    def _forget(self) -> None:
+        with suppress(Exception):  # beside a complete model it means nothing
+            self._folder.store.rm_file(self._folder.path_of(UNFINISHED))
+
+    def _put(self, name: str, content: Any) -> None:
+        text = json.dumps(content, indent=2) + "\n"
+        self._ask(lambda: self._folder.store.pipe_file(self._folder.path_of(name), text.encode()))
+
+    def _ask(self, action: Callable[[], Result]) -> Result:
+        """Ask the store again if it is too busy or fails."""
+        patience = Patience(self.location, self._announce, may_pass=may_pass)
+        with explained(self.location, OutputError):
+            while True:
+                try:
+                    return action()
+                except Exception as error:  # noqa: BLE001, PERF203  of several libraries; the loop is for the error
+                    sleep(patience.wait_after(error))
+
+
+def _overlap(one: Location, other: Location) -> bool:
+    first, second = f"{one.kind}://{one.path}/", f"{other.kind}://{other.path}/"
+    return first.startswith(second) or second.startswith(first)
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            found.update(chunk)
+    return found.hexdigest()

@@ -1,0 +1,244 @@
+"""Merges into an object store: finished or absent, in S3 and in a folder that is read as a store."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from moemerge import load_config, merge, plan_merge
+from moemerge.errors import OutputError
+from moemerge.planning.options import PlanOptions
+from moemerge.publish import store as publish_store
+from moemerge.publish.store import StoreOutput
+from moemerge.sources.reference import location_of
+from moemerge.sources.store_files import COMPLETE, UNFINISHED
+from tests.support.machine import ROOT, SINGLE
+from tests.support.models import write_config
+
+SHARDS = ("--max-shard-size", "60kB")
+
+
+@dataclass(frozen=True)
+class Place:
+    """An address in a store, and where its files can be looked at."""
+
+    url: str
+    fs: object
+
+    @property
+    def path(self) -> str:
+        location = location_of(self.url)
+        return location.path
+
+    def files(self) -> dict[str, bytes]:
+        self.fs.invalidate_cache()
+        return {path.removeprefix(f"{self.path}/"): self.fs.cat_file(path) for path in self.fs.find(self.path)}
+
+    def write(self, name: str, content: bytes) -> None:
+        self.fs.pipe_file(f"{self.path}/{name}", content)
+
+
+@pytest.fixture(params=["file", "s3"])
+def place(request, tmp_path, monkeypatch) -> Place:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if request.param == "s3":
+        bucket = request.getfixturevalue("bucket")
+        return Place(bucket.url("models/mixture"), bucket.fs)
+    import fsspec
+
+    return Place((tmp_path / "store" / "mixture").as_uri(), fsspec.filesystem("file", auto_mkdir=True))
+
+
+@pytest.fixture
+def config(tmp_path, llamas):
+    return write_config(tmp_path / "merge.yaml", llamas[0], llamas[1:3], prompts=False)
+
+
+@pytest.fixture
+def expected(config, tmp_path, run) -> dict[str, bytes]:
+    """The files of the same merge into a folder of the same name."""
+    folder = tmp_path / "here" / "mixture"
+    assert run(config, folder, *SHARDS, "--quiet")[0] == 0
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def without_paths(files):
+    """Without the two files in which a folder's own paths are written."""
+    return {name: content for name, content in files.items() if name not in {"README.md", "moemerge_config.yaml"}}
+
+
+def test_a_store_holds_what_a_folder_would_and_a_last_object_that_lists_it(place, config, expected, tmp_path, run):
+    assert run(config, place.url, *SHARDS, "--quiet") == (0, "", "")
+    files = place.files()
+    marker = json.loads(files.pop(COMPLETE))
+    assert without_paths(files) == without_paths(expected)
+    assert files.keys() == expected.keys()
+    assert len([name for name in files if name.endswith(".safetensors")]) > 3
+    assert marker["files"] == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in sorted(files.items())
+    }
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+    assert run("verify", place.url, "--quiet") == (0, "", "")
+    assert run(config, place.url)[::2] == (
+        2,
+        f"error: {place.url}: is not empty ({len(files) + 1} objects, among them 'README.md'). Choose another address, "
+        "or replace what is there with --overwrite.\n",
+    )
+    place.write("results.csv", b"of somebody")
+    assert run(config, place.url, "--overwrite")[::2] == (
+        2,
+        f"error: {place.url}: holds 'results.csv', which this merge does not write (1 such objects). Move it away, or "
+        "choose another address.\n",
+    )
+    assert place.files().keys() == {*files, COMPLETE, "results.csv"}
+    place.fs.rm_file(f"{place.path}/results.csv")
+    assert run(config, place.url, "--overwrite", "--quiet") == (0, "", "")  # in one shard
+    assert SINGLE not in files
+    assert {name for name in place.files() if name.startswith("model")} < {"model.safetensors.index.json", *ONE_OR_TWO}
+
+
+ONE_OR_TWO = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", SINGLE}
+
+
+def test_what_fails_is_kept_and_goes_on_on_another_machine(place, config, expected, run, monkeypatch):
+    send, sent = StoreOutput.send, []
+
+    def fail_at_third(self, path, name=None):
+        sent.append(name or path.name)
+        if len(sent) == 3:
+            raise OutputError("the network is gone.")
+        return send(self, path, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreOutput, "send", fail_at_third)
+        code, _, said = run(config, place.url, *SHARDS, "--quiet")
+    assert (code, said) == (
+        1,
+        "2 complete shards are in the store: --resume continues from them, a run without it starts over.\n"
+        "error: the network is gone.\n",
+    )
+    assert place.files().keys() == {*sent[:2], UNFINISHED}
+    assert run("inspect", place.url)[2].splitlines()[-1] == (
+        f"error: {place.url}: holds a merge that was cut off before it was complete. The command that made it, with "
+        "--resume, continues it."
+    )
+    # Another machine, on which one of the shards was replaced meanwhile.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(config.parent / "other"))
+    place.write(sent[1], expected[sent[1]][::-1])
+    again = []
+    monkeypatch.setattr(
+        StoreOutput, "send", lambda self, path, name=None: again.append(name or path.name) or send(self, path, name)
+    )
+    assert run(config, place.url, *SHARDS, "--resume", "--quiet") == (0, "", "")
+    assert sent[0] not in again
+    assert sent[1] in again
+    files = place.files()
+    assert json.loads(files.pop(COMPLETE))["files"].keys() == files.keys()
+    assert without_paths(files) == without_paths(expected)
+
+
+def test_another_merge_is_not_resumed(place, config, llamas, run, monkeypatch):
+    plan = plan_merge(load_config(config), PlanOptions(max_shard_bytes=60_000))
+    put = StoreOutput._put
+
+    def put_all_but_the_last(self, name, content):
+        if name == COMPLETE:
+            raise OutputError("it ends here.")
+        put(self, name, content)
+
+    monkeypatch.setattr(StoreOutput, "_put", put_all_but_the_last)
+    with pytest.raises(OutputError, match=r"^it ends here\.$"):
+        merge(plan, place.url)
+    assert "config.json" in place.files()
+    other = write_config(config.with_name("other.yaml"), llamas[0], llamas[2:4], prompts=False)
+    code, _, said = run(other, place.url, *SHARDS, "--resume", "--quiet")
+    assert (code, said.split(";")[0]) == (2, "error: --resume: the merge that was cut off was not this one")
+
+
+def test_a_merge_that_is_killed_leaves_no_model_and_is_resumed(bucket, config, expected, tmp_path, run):
+    url = bucket.url("models/mixture")
+    command = [sys.executable, "-m", "moemerge", str(config), url, *SHARDS, "--quiet"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    process = subprocess.Popen(command, env=environment)
+    third = sorted(name for name in expected if name.endswith(".safetensors"))[2]
+    bucket.server.before("PUT", f"models/mixture/{third}", process.kill)
+    assert process.wait(120) == -9
+    left = bucket.files("models/mixture")
+    assert {"config.json", COMPLETE}.isdisjoint(left)
+    assert UNFINISHED in left
+    bucket.server.calls.clear()
+    assert run(config, url, *SHARDS, "--resume", "--quiet") == (0, "", "")
+    sent = [key.rpartition("/")[2] for key in bucket.server.sent("models/mixture/*")]
+    noted = json.loads(left[UNFINISHED])["objects"].keys()
+    assert len(noted) == 2
+    assert noted.isdisjoint(sent)
+    assert sent[-2:] == ["config.json", COMPLETE]
+    assert without_paths(bucket.files("models/mixture")) == without_paths(expected) | {
+        COMPLETE: bucket.files("models/mixture")[COMPLETE]
+    }
+
+
+def test_a_large_file_is_sent_in_parts(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish_store, "_PARTS", {"s3": {"chunksize": 5 * 2**20, "max_concurrency": 2}})
+    content = os.urandom(12 * 2**20)
+    (tmp_path / "large").write_bytes(content)
+    output = StoreOutput(location_of(bucket.url("out")), print)
+    assert output.send(tmp_path / "large") == hashlib.sha256(content).hexdigest()
+    assert len([c for c in bucket.server.calls if c.method == "PUT" and c.key == "out/large"]) == 3
+    assert bucket.files("out") == {"large": content}
+
+
+def test_a_store_that_takes_nothing_says_so_before_the_work(bucket, config, run):
+    bucket.server.before("PUT", "out/*", lambda: 403)
+    code, _, said = run(config, bucket.url("out"), "--quiet")
+    assert code == 1
+    assert said == (
+        f"error: {bucket.url('out')}: access is denied (Forbidden). Check the credentials, and what they allow: "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, as for the `aws` command; a public bucket is read "
+        "with FSSPEC_S3_ANON=true.\n"
+    )
+    assert bucket.files("out") == {}
+    assert run(config, "s3://no-such-bucket-at-all/out", "--quiet")[::2] == (
+        2,
+        "error: s3://no-such-bucket-at-all/out: there is no bucket 'no-such-bucket-at-all', or it was removed. Check the "
+        "name, and the address of the store.\n",
+    )
+
+
+def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store, mixture = (tmp_path / "store").as_uri(), tmp_path / "mixture"
+    assert run(config, mixture, "--quiet")[0] == 0
+    edit = write_config(tmp_path / "edit.yaml", mixture, [f"{mixture}#0", f"{mixture}#1"], prompts=False)
+    refusals = {
+        (
+            config,
+            f"{store}/out.gguf",
+        ): f"{store}/out.gguf: a GGUF file is written on this machine. Name a file here, and copy it.",
+        (config, f"{store}/out", "--push", "user/name"): "--push: a merge into an object store does not use it. Remove "
+        "it, or name a folder.",
+        (
+            "extract",
+            f"{mixture}#0",
+            "s3://store/out",
+        ): "s3://store/out: is an address, and this writes to a folder on this "
+        "machine. Name a folder, and copy it there; only merges of dense models write to object stores.",
+        (
+            edit,
+            f"{store}/out",
+        ): f"{store}/out: an edit of a mixture is written to a folder. Name one, and copy it there.",
+    }
+    for words, message in refusals.items():
+        assert run(*words, "--quiet")[::2] == (2, f"error: {message}\n"), words
+    inside = write_config(tmp_path / "in.yaml", llamas[0].as_uri(), [llamas[1].as_uri(), llamas[2]], prompts=False)
+    assert run(inside, f"{llamas[1].as_uri()}/out", "--quiet")[::2] == (
+        2,
+        f"error: {llamas[1].as_uri()}/out: is, holds or lies within the model {llamas[1].as_uri()}. Choose another "
+        "address.\n",
+    )
+    assert not (tmp_path / "store").exists()
