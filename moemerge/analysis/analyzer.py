@@ -68,9 +68,9 @@ def open_for_analysis(references: Sequence[str], request: AnalysisRequest, annou
         RouterError: it has no tokenizer, which text needs.
     """
     if request.documents:  # before weights are downloaded
-        from moemerge.passes.device import find_device
+        from moemerge.passes.device import find_devices
 
-        find_device(request.settings.device)
+        find_devices(request.settings.device)
     folders = [open_model(reference, announce) for reference in references]
     dense = request.beside
     opened = []

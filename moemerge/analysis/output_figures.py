@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moemerge.analysis.figures import Numbers
 from moemerge.evaluation.expert_outputs import Expert
 from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.sharing_out import shared_out
 
 # Numbers of all experts' outputs for a block of tokens, 128 MB; a block has at least, and at most, so many tokens.
 _NUMBERS: Final = 2**25
@@ -45,35 +46,27 @@ def measure_outputs(
         numbers: their numbers among all experts.
         inputs: what enters the experts (token, hidden).
         chosen: 1 where a token chooses an expert, else 0 (token, expert of all experts).
-        compute: the device and dtype to compute in.
+        compute: the devices and dtype to compute in.
     """
     count, (tokens, hidden) = len(experts), inputs.shape
     step = max(_FEWEST, min(_MOST, _NUMBERS // (count * hidden)))
     sums, counts = torch.zeros(3, count, count, dtype=torch.float64), torch.zeros(3, count, count, dtype=torch.float64)
     lengths = torch.zeros(tokens, count)
     near = np.zeros(count)
-    made = torch.empty(count, min(step, tokens), hidden, device=compute.device)
-    with torch.inference_mode():
-        for first in range(0, tokens, step):
-            span = slice(first, first + step)
-            states = inputs[span].to(device=compute.device, dtype=compute.dtype)
-            block = made[:, : len(states)]
-            for place, expert in enumerate(experts):
-                activated = expert.activated(states)
-                near[place] += int(torch.count_nonzero(activated.abs() < _NEAR))
-                block[place] = expert.output(states, activated)
-            # Squares of what is very small or large would be 0 or infinite.
-            largest = torch.linalg.vector_norm(block, torch.inf, dim=2, keepdim=True)
-            block /= largest.clamp_min(torch.finfo(block.dtype).tiny)
-            gram = torch.einsum("eth,fth->tef", block, block)
-            length = gram.diagonal(dim1=1, dim2=2).sqrt()
-            lengths[span] = (length * largest[:, :, 0].T).cpu()
-            cosines = gram / (length[:, :, None] * length[:, None, :]).clamp_min(torch.finfo(gram.dtype).tiny)
-            mine = chosen[span, list(numbers)].to(compute.device, torch.float32)
-            for place, weights in enumerate((torch.ones_like(mine), mine, 1 - mine)):
-                sums[place] += (cosines * weights[:, :, None] * weights[:, None, :]).sum(dim=0).cpu()
-                nothing = weights * (length == 0)
-                counts[place] += (weights.T @ weights - nothing.T @ nothing).cpu()
+    spans = [slice(first, first + step) for first in range(0, tokens, step)]
+    computes = compute.each[: len(spans)]
+    copies = [experts, *([expert.on(other.device) for expert in experts] for other in computes[1:])]
+    rooms = [torch.empty(count, min(step, tokens), hidden, device=one.device) for one in computes]
+
+    def measured(device: int, span: slice) -> _Block:
+        states = inputs[span].to(device=rooms[device].device, dtype=compute.dtype)
+        return _measure_block(copies[device], states, chosen[span, list(numbers)], rooms[device][:, : len(states)])
+
+    for span, block in zip(spans, shared_out(measured, spans, len(computes)), strict=True):
+        near += block.near
+        lengths[span] = block.lengths
+        sums += block.sums
+        counts += block.counts
     similarity = [_spread(each, numbers, chosen.shape[1]) for each in (sums / counts).numpy()]
     width = experts[0].gate.shape[0]
     return LayerOutputs(
@@ -83,6 +76,43 @@ def measure_outputs(
         _columns(lengths.double().numpy(), numbers, chosen.shape[1]),
         _columns(near / (tokens * width), numbers, chosen.shape[1]),
     )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What was measured of some tokens; sums are over all of them, over those that choose both, and neither."""
+
+    near: NDArray[np.int64]
+    """Number of each expert's intermediate states that are near 0 (expert,)."""
+    lengths: torch.Tensor
+    """Length of each output (token, expert)."""
+    sums: torch.Tensor
+    """Sums of cosines (kind, expert, expert)."""
+    counts: torch.Tensor
+    """Numbers of tokens (kind, expert, expert)."""
+
+
+@torch.inference_mode()
+def _measure_block(experts: Sequence[Expert], states: torch.Tensor, chosen: torch.Tensor, room: torch.Tensor) -> _Block:
+    """Measure the outputs of all experts for states (token, hidden), in the room for them (expert, token, hidden)."""
+    near = np.zeros(len(experts), np.int64)
+    for place, expert in enumerate(experts):
+        activated = expert.activated(states)
+        near[place] = int(torch.count_nonzero(activated.abs() < _NEAR))
+        room[place] = expert.output(states, activated)
+    # Squares of what is very small or large would be 0 or infinite.
+    largest = torch.linalg.vector_norm(room, torch.inf, dim=2, keepdim=True)
+    room /= largest.clamp_min(torch.finfo(room.dtype).tiny)
+    gram = torch.einsum("eth,fth->tef", room, room)
+    length = gram.diagonal(dim1=1, dim2=2).sqrt()
+    cosines = gram / (length[:, :, None] * length[:, None, :]).clamp_min(torch.finfo(gram.dtype).tiny)
+    mine = chosen.to(room.device, torch.float32)
+    sums, counts = [], []
+    for weights in (torch.ones_like(mine), mine, 1 - mine):
+        sums.append((cosines * weights[:, :, None] * weights[:, None, :]).sum(dim=0).cpu())
+        nothing = weights * (length == 0)
+        counts.append((weights.T @ weights - nothing.T @ nothing).cpu())
+    return _Block(near, (length * largest[:, :, 0].T).cpu(), torch.stack(sums), torch.stack(counts))
 
 
 def _spread(values: Numbers, numbers: Sequence[int], count: int) -> Numbers:

@@ -10,7 +10,7 @@ import typer
 from moemerge.cli.console import announcer, console_session, return_freed_memory, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, ComputeIn, Device, ResultOptions, named_roles
+from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, ComputeIn, Devices, ResultOptions, named_roles
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
@@ -65,7 +65,7 @@ class RunningOptions:
     max_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that are read of each NAME.")] = 8192
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that a model sees at a time.")] = 512
     chat_roles: ChatRoles = ROLES_OF_CHATS
-    device: Device = "auto"
+    device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
 
 

@@ -14,7 +14,7 @@ from moemerge.cli.options import (
     CacheDir,
     ChatRoles,
     ComputeIn,
-    Device,
+    Devices,
     VerboseOptions,
     named_roles,
 )
@@ -43,7 +43,7 @@ class MeasuringOptions:
         ),
     ] = False
     chat_roles: ChatRoles = ROLES_OF_CHATS
-    device: Device = "auto"
+    device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
 
 

@@ -17,6 +17,7 @@ from moemerge.cli.options import (
     PushStreaming,
     Revision,
     ShardSize,
+    devices_option,
 )
 
 _BITS_HELP: Final = (
@@ -101,10 +102,7 @@ class RouterOptions:
     seed: Annotated[int, typer.Option(metavar="N", help="Seed for random routers and noise_scale.")] = 0
     device: Annotated[
         str,
-        typer.Option(
-            metavar="DEVICE",
-            help="Device that runs models, to make routers and choose shared weights: auto, cpu, cuda, cuda:1 or mps.",
-        ),
+        devices_option("Device that runs models, to make routers and choose shared weights"),
     ] = "auto"
     compute_dtype: ComputeIn = "auto"
     keep_states: Annotated[

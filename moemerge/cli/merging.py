@@ -261,8 +261,9 @@ def _base_bits(routers: RouterOptions) -> Literal[4, 8] | None:
     """
     from moemerge.routers.initialisation import check_base_bits
 
-    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", routers.device):
-        raise RefusedError(f"--device: {routers.device!r} is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
+    for device in routers.device.split(","):
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
+            raise RefusedError(f"--device: {device!r} is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
     if routers.load_in_8bit and routers.load_in_4bit:
         raise RefusedError("--load-in-8bit, --load-in-4bit: give one of them, not both.")
     base_bits: Literal[4, 8] | None = 8 if routers.load_in_8bit else 4 if routers.load_in_4bit else None

@@ -97,9 +97,33 @@ License = Annotated[
         help='The model\'s licence, as the Hub calls it, such as apache-2.0, or "other NAME LINK".',
     ),
 ]
+
+
+def _one_device(given: str) -> str:
+    if "," in given:
+        raise typer.BadParameter(f"{given[:60]!r}: this command runs on one device.")
+    return given
+
+
 Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="Device that runs the model: auto, cpu, cuda, cuda:1 or mps.")
+    str,
+    typer.Option(
+        metavar="DEVICE", parser=_one_device, help="Device that runs the model: auto, cpu, cuda, cuda:1 or mps."
+    ),
 ]
+
+
+def devices_option(runs: str) -> Any:
+    """Make the option `--device`, or `--devices`, with what is run at the beginning of its help."""
+    return typer.Option(
+        "--device",
+        "--devices",
+        metavar="DEVICE",
+        help=f"{runs}: auto, cpu, cuda, cuda:1 or mps; or several that share the text, such as cuda:0,cuda:1.",
+    )
+
+
+Devices = Annotated[str, devices_option("Device that runs the model")]
 _Type = Literal[
     "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
     "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k",

@@ -12,7 +12,7 @@ from moemerge.cli.console import announcer, console_session, end_dry_run, print_
 from moemerge.cli.edit_options import EditOutputOptions
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, ComputeIn, Device, ResultOptions, named_roles
+from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, ComputeIn, Devices, ResultOptions, named_roles
 from moemerge.cli.streams import say
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class TextOptions:
     ] = 8192
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that a model sees at a time.")] = 512
     chat_roles: ChatRoles = ROLES_OF_CHATS
-    device: Device = "auto"
+    device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
 
     def settings(self) -> "EvaluationSettings":

@@ -14,6 +14,7 @@ from moemerge.evaluation.expert_outputs import ExpertOutputs
 from moemerge.evaluation.layer_tokens import LayerTokens, run_by_layer
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.sharing_out import shared_out
 
 Groups = Mapping[int, Sequence[Sequence[int]]]
 """Experts that belong together, by layer; those in none are by themselves."""
@@ -77,7 +78,7 @@ def measure_saliency(
     Raises:
         CheckpointError: the mixture's files are damaged, or its numbers are not finite.
     """
-    tally = _Tally(mixture, texts, ExpertOutputs(mixture, compute), together)
+    tally = _Tally(mixture, texts, [ExpertOutputs(mixture, one) for one in compute.each], together)
     run_by_layer(mixture, texts, compute, tally.add, progress)
     return tally.found()
 
@@ -85,7 +86,8 @@ def measure_saliency(
 class _Tally:
     """Sums up what is measured, a layer at a time."""
 
-    def __init__(self, mixture: MixtureModel, texts: Texts, outputs: ExpertOutputs, together: Groups) -> None:
+    def __init__(self, mixture: MixtureModel, texts: Texts, outputs: Sequence[ExpertOutputs], together: Groups) -> None:
+        """Measure experts by their outputs, which are made on one device or several."""
         self._mixture, self._texts, self._outputs, self._together = mixture, texts, outputs, together
         self._places = {layer: place for place, layer in enumerate(mixture.moe_layers)}
         shape = (len(self._places), len(mixture.experts))
@@ -117,9 +119,12 @@ class _Tally:
         step = max(1, len(tokens.inputs) // _COMPARED)
         compared = tokens.inputs[::step][:_COMPARED]
         samples = torch.empty(count, compared.numel())
-        for group in groups:
+
+        def of(device: int, group: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
             mine = chosen[:, group].any(dim=1).nonzero()[:, 0]
-            made = self._outputs(tokens.layer, group[0], torch.cat([tokens.inputs[mine], compared]))
+            return mine, self._outputs[device](tokens.layer, group[0], torch.cat([tokens.inputs[mine], compared]))
+
+        for group, (mine, made) in zip(groups, shared_out(of, groups, len(self._outputs)), strict=True):
             samples[group] = made[len(mine) :].flatten()
             if len(mine):
                 sums = (given[mine][:, group] * made[: len(mine)].norm(dim=1, keepdim=True)).sum(dim=0).double().numpy()
