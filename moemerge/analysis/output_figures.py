@@ -36,23 +36,45 @@ class LayerOutputs:
     """Share of each expert's intermediate states that are near 0 (expert,)."""
 
 
-def measure_outputs(
-    experts: Sequence[Expert], numbers: Sequence[int], inputs: torch.Tensor, chosen: torch.Tensor, compute: Compute
-) -> LayerOutputs:
+@dataclass(frozen=True)
+class OutputSums:
+    """Sums over tokens of what all experts of a layer make of them; those of other tokens can be added."""
+
+    lengths: torch.Tensor
+    """Length of each output (token, expert)."""
+    near: torch.Tensor
+    """Share of each expert's intermediate states that are near 0 (expert,), summed over the tokens."""
+    sums: torch.Tensor
+    """Sums of cosines (kind, expert, expert): of all tokens, of those that choose both experts, and neither."""
+    counts: torch.Tensor
+    """Numbers of these tokens (kind, expert, expert)."""
+
+    def figures(self, numbers: Sequence[int], count: int) -> LayerOutputs:
+        """The figures of experts with some numbers among `count`."""
+        similarity = [_spread(each, numbers, count) for each in (self.sums / self.counts).numpy()]
+        return LayerOutputs(
+            similarity[0],
+            similarity[1],
+            similarity[2],
+            _columns(self.lengths.double().numpy(), numbers, count),
+            _columns((self.near / len(self.lengths)).numpy(), numbers, count),
+        )
+
+
+def sum_outputs(experts: Sequence[Expert], inputs: torch.Tensor, chosen: torch.Tensor, compute: Compute) -> OutputSums:
     """Compute the outputs of all experts for all tokens, a block of tokens at a time.
 
     Args:
         experts: the experts that the layer has.
-        numbers: their numbers among all experts.
         inputs: what enters the experts (token, hidden).
-        chosen: 1 where a token chooses an expert, else 0 (token, expert of all experts).
+        chosen: 1 where a token chooses an expert, else 0 (token, expert of these).
         compute: the devices and dtype to compute in.
     """
     count, (tokens, hidden) = len(experts), inputs.shape
     step = max(_FEWEST, min(_MOST, _NUMBERS // (count * hidden)))
     sums, counts = torch.zeros(3, count, count, dtype=torch.float64), torch.zeros(3, count, count, dtype=torch.float64)
     lengths = torch.zeros(tokens, count)
-    near = np.zeros(count)
+    near = torch.zeros(count, dtype=torch.float64)
     spans = [slice(first, first + step) for first in range(0, tokens, step)]
     computes = compute.each[: len(spans)]
     copies = [experts, *([expert.on(other.device) for expert in experts] for other in computes[1:])]
@@ -60,29 +82,21 @@ def measure_outputs(
 
     def measured(device: int, span: slice) -> _Block:
         states = inputs[span].to(device=rooms[device].device, dtype=compute.dtype)
-        return _measure_block(copies[device], states, chosen[span, list(numbers)], rooms[device][:, : len(states)])
+        return _measure_block(copies[device], states, chosen[span], rooms[device][:, : len(states)])
 
     for span, block in zip(spans, shared_out(measured, spans, len(computes)), strict=True):
         near += block.near
         lengths[span] = block.lengths
         sums += block.sums
         counts += block.counts
-    similarity = [_spread(each, numbers, chosen.shape[1]) for each in (sums / counts).numpy()]
-    width = experts[0].gate.shape[0]
-    return LayerOutputs(
-        similarity[0],
-        similarity[1],
-        similarity[2],
-        _columns(lengths.double().numpy(), numbers, chosen.shape[1]),
-        _columns(near / (tokens * width), numbers, chosen.shape[1]),
-    )
+    return OutputSums(lengths, near / experts[0].gate.shape[0], sums, counts)
 
 
 @dataclass(frozen=True)
 class _Block:
     """What was measured of some tokens; sums are over all of them, over those that choose both, and neither."""
 
-    near: NDArray[np.int64]
+    near: torch.Tensor
     """Number of each expert's intermediate states that are near 0 (expert,)."""
     lengths: torch.Tensor
     """Length of each output (token, expert)."""
@@ -95,7 +109,7 @@ class _Block:
 @torch.inference_mode()
 def _measure_block(experts: Sequence[Expert], states: torch.Tensor, chosen: torch.Tensor, room: torch.Tensor) -> _Block:
     """Measure the outputs of all experts for states (token, hidden), in the room for them (expert, token, hidden)."""
-    near = np.zeros(len(experts), np.int64)
+    near = torch.zeros(len(experts), dtype=torch.int64)
     for place, expert in enumerate(experts):
         activated = expert.activated(states)
         near[place] = int(torch.count_nonzero(activated.abs() < _NEAR))

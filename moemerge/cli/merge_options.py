@@ -105,6 +105,14 @@ class RouterOptions:
         devices_option("Device that runs models, to make routers and choose shared weights"),
     ] = "auto"
     compute_dtype: ComputeIn = "auto"
+    share_text: Annotated[
+        bool,
+        typer.Option(
+            "--share-text",
+            help="With --ray, let each process run the base model on a part of the text; the routers are then equal to "
+            "rounding.",
+        ),
+    ] = False
     keep_states: Annotated[
         Path | None,
         typer.Option(

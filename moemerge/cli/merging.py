@@ -25,7 +25,7 @@ from moemerge.cli.merge_options import (
 )
 from moemerge.cli.merge_report import interrupts_after_success, merge_facts, print_done, print_report
 from moemerge.cli.mistakes import check_arguments
-from moemerge.cli.options import Config, ModelOptions, VerboseOptions
+from moemerge.cli.options import Config, ModelOptions, VerboseOptions, check_processes
 from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
 from moemerge.cli.planning import print_or_dump_plan
 from moemerge.cli.publishing import PlannedPush
@@ -241,6 +241,10 @@ def _merge_options(out: Path, output: OutputOptions, reading: ReadingOptions, ro
         from moemerge.routers.kept_folder import check_kept_states
 
         check_kept_states(routers.keep_states, out)
+    if routers.share_text:
+        if output.ray is None:
+            raise RefusedError("--share-text: shares text out to processes of --ray, which is not given.")
+        check_processes(output.ray, output.workers, routers.device)
     return MergeOptions(
         overwrite=output.overwrite,
         resume=output.resume,
@@ -248,6 +252,8 @@ def _merge_options(out: Path, output: OutputOptions, reading: ReadingOptions, ro
         seed=routers.seed,
         device=routers.device,
         compute_dtype=routers.compute_dtype,
+        ray=output.ray if routers.share_text else None,
+        workers=output.workers,
         base_bits=_base_bits(routers),
         kept_states=routers.keep_states,
     )

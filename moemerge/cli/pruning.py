@@ -12,7 +12,18 @@ from moemerge.cli.console import announcer, console_session, end_dry_run, print_
 from moemerge.cli.edit_options import EditOutputOptions
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, ComputeIn, Devices, ResultOptions, named_roles
+from moemerge.cli.options import (
+    ROLES_OF_CHATS,
+    CacheDir,
+    ChatRoles,
+    ComputeIn,
+    Devices,
+    Ray,
+    ResultOptions,
+    Workers,
+    check_processes,
+    named_roles,
+)
 from moemerge.cli.streams import say
 
 if TYPE_CHECKING:
@@ -78,17 +89,22 @@ class TextOptions:
     chat_roles: ChatRoles = ROLES_OF_CHATS
     device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
+    ray: Ray = None
+    workers: Workers = None
 
     def settings(self) -> "EvaluationSettings":
         """The settings of a pass over the text."""
         from moemerge.evaluation.settings import EvaluationSettings
 
+        check_processes(self.ray, self.workers, self.device)
         return EvaluationSettings(
             tokens=self.max_tokens,
             window=self.window,
             roles=named_roles(self.chat_roles),
             device=self.device,
             compute_dtype=self.compute_dtype,
+            ray=self.ray,
+            workers=self.workers,
         )
 
 
